@@ -1,0 +1,97 @@
+"""How far are half-precision logits from float32, in Hugging Face's forward and in ours?
+
+The same weights and tokens everywhere: a prompt, then tokens fed one by one (teacher forcing). The error is
+||logits - reference|| / ||reference|| over all positions, against Hugging Face's forward of the same (rounded) weights in
+float32. Prefill covers every position of the prompt, decode every fed token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import random_model, report
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+import hybridgen
+from hybridgen.demo import model_path
+from hybridgen.execution import PrefillChunk
+
+
+def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    if name == "demo":
+        return AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype).to(device).eval()
+    return random_model(name, dtype, device)
+
+
+@torch.inference_mode()
+def huggingface(model: PreTrainedModel, ids: torch.Tensor, prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [prompt, V] of one prefill and [T - prompt, V] of decoding the rest."""
+    cache = DynamicCache(config=model.config)
+    prefill = model(input_ids=ids[None, :prompt], past_key_values=cache).logits[0].float()
+    steps = [
+        model(input_ids=ids[None, i : i + 1], past_key_values=cache).logits[0].float() for i in range(prompt, len(ids))
+    ]
+    return prefill, torch.cat(steps)
+
+
+@torch.inference_mode()
+def ours(model: PreTrainedModel, ids: torch.Tensor, prompt: int, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same through the engine's own steps."""
+    with hybridgen.Engine.load(model, mode=mode, max_batch=2, max_context=len(ids), kv_memory="1GiB") as engine:
+        runner, tokens = engine._runner, ids.tolist()
+        pages = list(range(1, 1 + -(-len(tokens) // engine.config.page_size)))
+        runner.state.block_table.assign(0, pages)
+        chunk = PrefillChunk(0, tokens[:prompt], 0, prompt, 0, True)
+        prefill = runner._forward(runner._stage_prefill([chunk]), None).float()
+        steps = []
+        for position in range(prompt, len(tokens)):
+            single = PrefillChunk(0, tokens[position : position + 1], position, position + 1, 0, True)
+            steps.append(runner._forward(runner._stage_prefill([single]), None).float())
+        return prefill, torch.cat(steps)
+
+
+def error(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((logits - reference).norm() / reference.norm()).item()
+
+
+def measure(name: str, dtype: torch.dtype, device: str, prompt: int, new: int) -> dict[str, Any]:
+    model = load(name, dtype, device)
+    vocab = model.config.vocab_size
+    ids = torch.randint(3, vocab, (prompt + new,), generator=torch.Generator().manual_seed(0)).to(device)
+    hf = huggingface(model, ids, prompt)
+    row: dict[str, Any] = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+    found = {mode: ours(model, ids, prompt, mode) for mode in ("eager", "jit")}
+    reference = huggingface(model.float(), ids, prompt)
+    for index, phase in enumerate(("prefill", "decode")):
+        row[phase] = {"huggingface": error(hf[index], reference[index])}
+        for mode, logits in found.items():
+            row[phase][mode] = error(logits[index], reference[index])
+            row[phase][f"{mode}_ratio"] = row[phase][mode] / row[phase]["huggingface"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "qwen3-0.6b", "demo"])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models, prompt, new = (["tiny"], 20, 4) if arguments.smoke else (arguments.models, 512, 64)
+    rows = [measure(name, torch.bfloat16, device, prompt, new) for name in models]
+    print(f"{'model':<14} {'phase':<8} {'Hugging Face':>13} {'eager':>9} {'jit':>9} {'jit / HF':>9}")
+    for row in rows:
+        for phase in ("prefill", "decode"):
+            e = row[phase]
+            print(
+                f"{row['model']:<14} {phase:<8} {e['huggingface']:13.5f} {e['eager']:9.5f} {e['jit']:9.5f} "
+                f"{e['jit_ratio']:9.3f}"
+            )
+    report({"benchmark": "accuracy", "rows": rows}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""How fast are the paged attention kernels?
+
+Decode: bytes of K and V over time, against a read ceiling measured in the same run. Prefill: time against torch's
+flash attention on the same fresh prompt (contiguous K and V, one sequence). All times are of calls inside CUDA
+graphs (events around replays, median); decode rotates over caches that together exceed the L2 cache.
+
+    python benchmarks/attention.py [--output results.json]
+    python benchmarks/attention.py --smoke          # tiny, on the CPU reference: checks the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hybridgen.kernels import decode_attention, prefill_attention
+
+CAPACITY = 131072
+"""Positions that a row of the block table can hold, whatever it holds: the context of Llama 3."""
+PAGE_SIZE = 64
+ROTATE_BYTES = 320 * 2**20
+PROMPTS = (10, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+DECODE = [
+    *((1, c) for c in (512, 4096, 32768, 131072)),
+    *((b, c) for b in (8, 32, 64) for c in (512, 4096, 32768)),
+]
+
+
+class Shape(NamedTuple):
+    """The attention of a model's layer."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+SHAPES = [Shape("Llama-3.2-1B", 32, 8, 64), Shape("Llama-3.1-8B", 32, 8, 128)]
+
+
+def seconds(calls: list[Callable[[], Any]], device: str, repeats: int = 15) -> float:
+    """Median time of one call: all of them in one CUDA graph, replayed."""
+    for call in calls:
+        call()
+    if device == "cpu":
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - begin) / len(calls)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times) / len(calls)
+
+
+def read_ceiling(device: str) -> float:
+    """Bytes per second of a kernel that only reads: the best of matrix-vector products over 4 GB."""
+    rows = 2**18 if device == "cuda" else 2**8
+    matrix = torch.empty(rows, 8192, dtype=torch.bfloat16, device=device).normal_()
+    vector = torch.randn(8192, device=device).bfloat16()
+    best = 0.0
+    for parts in (1, 2, 4):
+        calls = [lambda part=part: part @ vector for part in matrix.chunk(parts)]
+        best = max(best, matrix.nbytes / parts / seconds(calls, device))
+    return best
+
+
+class DecodeCase(NamedTuple):
+    """Caches of `layers` layers and the query tokens of a step over them."""
+
+    q: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    block_table: Tensor
+    slots: Tensor
+    positions: Tensor
+    bytes: int
+    """K and V that one layer reads."""
+
+
+def decode_case(shape: Shape, lengths: list[int], device: str, dtype: torch.dtype, rotate: int) -> DecodeCase:
+    counts = [-(-n // PAGE_SIZE) for n in lengths]
+    pages = sum(counts) + 1
+    used = sum(lengths) * shape.kv_heads * shape.dim * 2 * dtype.itemsize
+    layers = max(4, min(256, -(-rotate // used)))
+    size = layers, pages, shape.kv_heads, PAGE_SIZE, shape.dim
+    k_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+    v_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+    table = torch.zeros(len(lengths), max(CAPACITY // PAGE_SIZE, *counts), dtype=torch.int32)
+    order = torch.randperm(pages - 1).to(torch.int32) + 1
+    begin = 0
+    for row, count in enumerate(counts):
+        table[row, :count] = order[begin : begin + count]
+        begin += count
+    q = torch.randn(layers, len(lengths), shape.heads, shape.dim, device=device).to(dtype)
+    slots = torch.arange(len(lengths), dtype=torch.int32, device=device)
+    positions = torch.tensor(lengths, device=device) - 1
+    return DecodeCase(q, k_pages, v_pages, table.to(device), slots, positions, used)
+
+
+def time_decode(
+    case: DecodeCase, device: str, attend: Callable[..., Tensor] = decode_attention, **options: Any
+) -> float:
+    scale = case.q.shape[-1] ** -0.5
+
+    def call(layer: int) -> Tensor:
+        tensors = case.q[layer], case.k_pages[layer], case.v_pages[layer]
+        return attend(*tensors, case.block_table, case.slots, case.positions, scale=scale, **options)
+
+    return seconds([lambda layer=layer: call(layer) for layer in range(len(case.q))], device)
+
+
+def time_prefill(
+    shape: Shape,
+    tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    attend: Callable[..., Tensor] = prefill_attention,
+    **options: Any,
+) -> float:
+    count = -(-tokens // PAGE_SIZE)
+    size = count + 1, shape.kv_heads, PAGE_SIZE, shape.dim
+    k_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+    v_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+    table = torch.zeros(32, CAPACITY // PAGE_SIZE, dtype=torch.int32, device=device)
+    table[0, :count] = torch.randperm(count, device=device) + 1
+    slots = torch.zeros(tokens, dtype=torch.int32, device=device)
+    positions = torch.arange(tokens, device=device)
+    starts = torch.full((33,), tokens, dtype=torch.int32, device=device)
+    starts[0] = 0
+    q = torch.randn(tokens, shape.heads, shape.dim, device=device).to(dtype)
+    args = q, k_pages, v_pages, table, slots, positions, starts
+    return seconds([lambda: attend(*args, scale=shape.dim**-0.5, **options)] * 8, device)
+
+
+def time_flash(shape: Shape, tokens: int, device: str, dtype: torch.dtype) -> float:
+    """torch's scaled_dot_product_attention, flash backend."""
+    q = torch.randn(1, shape.heads, tokens, shape.dim, device=device).to(dtype)
+    k, v = torch.randn(2, 1, shape.kv_heads, tokens, shape.dim, device=device).to(dtype)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return seconds([lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)] * 8, device)
+
+
+def ragged() -> list[int]:
+    """32 lengths as a server sees them: most short, one of 64k."""
+    return [128 + 97 * i for i in range(24)] + [4096] * 7 + [65536]
+
+
+def run_decode(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: float, smoke: bool) -> list[dict]:
+    rows = []
+    cases = [(str(b), str(c), [c] * b) for b, c in ([(1, 64), (3, 40)] if smoke else DECODE)]
+    if not smoke:
+        cases.append(("32", "ragged", ragged()))
+    for shape in shapes:
+        for batch, context, lengths in cases:
+            case = decode_case(shape, lengths, device, dtype, 1 if smoke else ROTATE_BYTES)
+            took = time_decode(case, device)
+            row = {
+                "model": shape.name,
+                "batch": batch,
+                "context": context,
+                "us": took * 1e6,
+                "gb_per_s": case.bytes / took / 1e9,
+                "percent_of_ceiling": case.bytes / took / ceiling * 100,
+            }
+            rows.append(row)
+            print(
+                f"decode  {shape.name:13} batch {batch:>3} context {context:>6} {row['us']:9.1f} us "
+                f"{row['gb_per_s']:7.0f} GB/s {row['percent_of_ceiling']:5.1f} %",
+                flush=True,
+            )
+            del case
+    return rows
+
+
+def run_prefill(shapes: list[Shape], device: str, dtype: torch.dtype, smoke: bool) -> list[dict]:
+    rows = []
+    for shape in shapes:
+        for tokens in (10, 70) if smoke else PROMPTS:
+            ours, flash = time_prefill(shape, tokens, device, dtype), time_flash(shape, tokens, device, dtype)
+            operations = 2 * tokens * (tokens + 1) * shape.heads * shape.dim
+            row = {
+                "model": shape.name,
+                "tokens": tokens,
+                "us": ours * 1e6,
+                "flash_us": flash * 1e6,
+                "ratio": ours / flash,
+                "tflop_per_s": operations / ours / 1e12,
+            }
+            rows.append(row)
+            print(
+                f"prefill {shape.name:13} tokens {tokens:5} {row['us']:9.1f} us, torch flash "
+                f"{row['flash_us']:9.1f} us, ratio {row['ratio']:.2f}, {row['tflop_per_s']:5.0f} TFLOP/s",
+                flush=True,
+            )
+    return rows
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    facts: dict[str, Any] = {
+        "device": platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": _output("git", "rev-parse", "HEAD"),
+    }
+    if device == "cuda":
+        import triton
+
+        facts["device"] = torch.cuda.get_device_name()
+        facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts["cuda"] = torch.version.cuda
+        facts["triton"] = triton.__version__
+    return facts
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    device = "cpu" if args.smoke else "cuda"
+    dtype = torch.float32 if args.smoke else torch.bfloat16
+    shapes = [Shape("tiny", 4, 2, 16)] if args.smoke else SHAPES
+    torch.manual_seed(0)
+    ceiling = read_ceiling(device)
+    print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
+    report = {
+        "question": "How fast are the paged attention kernels?",
+        **provenance(device),
+        "dtype": str(dtype),
+        "page_size": PAGE_SIZE,
+        "read_ceiling_gb_per_s": ceiling / 1e9,
+        "decode": run_decode(shapes, device, dtype, ceiling, args.smoke),
+        "prefill": run_prefill(shapes, device, dtype, args.smoke),
+    }
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What the benchmarks share: model shapes, timing, provenance, results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+
+import hybridgen
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def shape_config(name: str) -> PretrainedConfig:
+    """The config of a published model, for random weights of its shape; `tiny` runs anywhere."""
+    if name == "tiny":
+        return LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        )
+    if name == "llama-3.2-1b":
+        return LlamaConfig(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+            tie_word_embeddings=True,
+        )
+    if name == "qwen3-0.6b":
+        return Qwen3Config(
+            vocab_size=151936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            rope_theta=1000000.0,
+            tie_word_embeddings=True,
+        )
+    raise SystemExit(f"unknown shape {name!r}; choose tiny, llama-3.2-1b or qwen3-0.6b")
+
+
+def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A model of that shape with random weights from seed 0, made on the device."""
+    torch.manual_seed(0)
+    config = shape_config(name)
+    config.eos_token_id = None
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
+    """Median wall time of whole calls, after one that is not counted."""
+    call()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def provenance() -> dict[str, Any]:
+    """Where and with what a figure was measured."""
+    facts: dict[str, Any] = {
+        "hybridgen": hybridgen.__version__,
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if torch.cuda.is_available():
+        import triton
+
+        facts |= {
+            "triton": triton.__version__,
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return facts
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def report(results: dict[str, Any], output: Path | None) -> None:
+    """Print the results as one JSON line, with provenance, and write them to a file."""
+    results = {"provenance": provenance(), **results}
+    print(json.dumps(results))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results, indent=1) + "\n")

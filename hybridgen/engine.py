@@ -1,0 +1,333 @@
+"""The engine: a loaded model, its cache, and calls to generate with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hybridgen.config import EngineConfig, Mode
+from hybridgen.core import Completion, SamplingParams, TokenEvent
+from hybridgen.errors import EngineError, Interrupted, SamplingError
+from hybridgen.execution import Counters, ModelRunner
+from hybridgen.execution.statistics import EngineStats
+from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
+from hybridgen.loading import Checkpoint, LoadedModel, fuse_projections, unfuse_projections
+from hybridgen.loop import StepLoop, first_line
+from hybridgen.models import BoundModel, bind, check_free
+from hybridgen.output import Response, collect
+from hybridgen.prompts import Prompts, split_prompts
+from hybridgen.requests import Plan, check_keywords, context_limit, plan_requests
+from hybridgen.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
+"""Prompt tokens in one prefill call when the config says none."""
+
+
+class Engine:
+    """Generates text with one model on one device.
+
+    Use it as a context manager, or call `close()`: a live module that was handed in is then as it was. Calls from
+    several threads are safe; they share the batch.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, loaded: LoadedModel, config: EngineConfig) -> None:
+        """Build an engine around a loaded model; most callers want `Engine.load()`."""
+        self.config = config
+        self.checkpoint = checkpoint
+        self.tokenizer = checkpoint.tokenizer
+        self.max_context = context_limit(checkpoint, config.max_context)
+        """The longest prompt plus output, in tokens."""
+        self._loaded = loaded
+        self._counters = Counters()
+        self._startup = {"load weights": loaded.seconds}
+        self._token_budget = config.token_budget or TOKEN_BUDGET[checkpoint.device.type]
+        self._loop: StepLoop | None = None
+        self._runner: ModelRunner | None = None
+        check_free(loaded.model)
+        try:
+            if config.fuse_projections:
+                with self._timed("fuse projections"):
+                    fuse_projections(loaded.model)
+            self._loop = self._build(bind(loaded.model))
+        except BaseException:
+            self.close()
+            raise
+        logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, config.mode)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] | PreTrainedModel | None = None,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **fields: Any,
+    ) -> Engine:
+        """Load a model and make it ready to generate.
+
+        Args:
+            model: a local path, a hub id, a live `PreTrainedModel`, or None for the demo model.
+            config: how to load and run it; `fields` set single fields of it.
+            tokenizer: for a live model that brings none, or instead of the checkpoint's.
+
+        Raises:
+            ConfigError, LoadError, DeviceError, EngineError: see `hybridgen.errors`.
+        """
+        check_keywords(fields, EngineConfig.field_names())
+        config = (config or EngineConfig()).replace(**fields)
+        checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
+        return cls(checkpoint, checkpoint.load(), config)
+
+    def _build(self, bound: BoundModel) -> StepLoop:
+        config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
+        compiles = config.mode is Mode.JIT
+        runner = self._runner = ModelRunner(
+            bound,
+            vocab_size=checkpoint.vocab_size,
+            max_batch=config.max_batch,
+            max_pages=pages_for_tokens(self.max_context, config.page_size),
+            token_budget=self._token_budget,
+            compile_backend=config.compile_backend if compiles else None,
+        )
+        with self._timed("allocate cache"):
+            self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner)
+        kind = ("eager", "mode eager")
+        if compiles:
+            with self._timed("compile"):
+                kind = self._compile(runner)
+        scheduler = Scheduler(
+            pages=PageAllocator(self._num_pages),
+            page_size=config.page_size,
+            max_batch=config.max_batch,
+            token_budget=self._token_budget,
+            reprefill_length=bound.reprefill_length,
+        )
+        run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
+        return StepLoop(
+            runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead, kind=kind
+        )
+
+    def _allocate_cache(self, bound: BoundModel, runner: ModelRunner) -> tuple[int, int]:
+        """Size and allocate the KV cache; returns its pages and bytes."""
+        config, device = self.config, self.checkpoint.device
+        shape = CacheShape(bound.layer_shapes, config.page_size, self.checkpoint.dtype)
+        runner.attach(allocate_pages(shape, 1, device))
+        measure = config.kv_memory is None
+        num_pages = plan_pages(
+            shape,
+            max_batch=config.max_batch,
+            max_context=self.max_context,
+            kv_memory=config.kv_memory,
+            device=device,
+            activation_bytes=runner.measure_activations(self.max_context) if measure else 0,
+        )
+        runner.attach(allocate_pages(shape, num_pages, device))
+        return num_pages, num_pages * shape.page_bytes
+
+    def _compile(self, runner: ModelRunner) -> tuple[str, str]:
+        """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of."""
+        try:
+            with tqdm(total=1, desc="compile", delay=1, leave=False, disable=self._bar_disabled) as bar:
+                runner.warm_up()
+                bar.update()
+        except Exception as error:
+            logger.debug("compilation failed", exc_info=True)
+            reason = f"compilation failed, steps run eagerly: {type(error).__name__}: {first_line(error)}"
+            self._counters.fall_back(reason)
+            runner.disable_compilation()
+            return "eager", reason
+        return "compiled", "mode jit"
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        streamer: Any = None,
+        **fields: Any,
+    ) -> Any:
+        """Generate text for one prompt or a list of them.
+
+        Args:
+            prompts: a string, token ids (list or tensor), chat messages, or a list of those.
+            sampling: for all prompts, or a list with one per prompt.
+            streamer: a Hugging Face streamer (`put(ids)`, `end()`), for one prompt.
+            fields: single `SamplingParams` fields, for all prompts.
+
+        Returns:
+            A `Completion` for one prompt; for a list, a list of them in its order. A request of a list that failed
+            has `finish_reason="error"`; the others are not affected.
+
+        Raises:
+            PromptError, SamplingError, TokenizerError: before anything runs.
+            RequestError: the one prompt failed while it ran.
+            Interrupted: Ctrl-C; holds what was finished.
+        """
+        items, single = split_prompts(prompts)
+        plans = self.plan(items, sampling, fields)
+        if streamer is not None and len(plans) != 1:
+            raise SamplingError(f"streamer= takes one prompt with n=1, not {len(plans)} requests; use stream()")
+        responses = self._open_loop().submit(plans)
+        if streamer is not None:
+            _attach_streamer(responses[0], streamer)
+        self._run(responses)
+        if streamer is not None:
+            streamer.end()
+        completions = collect(responses)
+        if single and completions[0].error is not None:
+            raise completions[0].error
+        failed = sum(completion.error is not None for completion in completions)
+        if failed:
+            logger.warning("%d of %d requests failed; see Completion.error", failed, len(completions))
+        return completions[0] if single else completions
+
+    def stream(
+        self,
+        prompts: Prompts,
+        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        **fields: Any,
+    ) -> Iterator[TokenEvent]:
+        """Generate as `generate()` does, and yield each token as the host reads it.
+
+        Arguments are checked at once; the requests start with the first `next()` and are cancelled when the iterator
+        is closed. The last event of each request has its `completion`, with an `error` if it failed.
+        """
+        items, _ = split_prompts(prompts)
+        return self._stream(self.plan(items, sampling, fields))
+
+    def _stream(self, plans: list[Plan]) -> Iterator[TokenEvent]:
+        loop = self._open_loop()
+        responses = loop.submit(plans, keep_events=True)
+        active = list(responses)
+        try:
+            while active:
+                for response in active:
+                    while response.events:
+                        yield response.events.popleft()
+                active = [response for response in active if response.completion is None]
+                if active:
+                    loop.step()
+                    active += [r for r in responses if r.events and r not in active]
+        finally:
+            loop.cancel(responses)
+
+    def plan(self, items: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Plan]:
+        """Check and encode prompts; see `hybridgen.requests.plan_requests`."""
+        self._open_loop()
+        return plan_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Positions that the KV cache holds."""
+        return (self._num_pages - 1) * self.config.page_size
+
+    def _run(self, responses: list[Response]) -> None:
+        """Step until the responses are complete."""
+        loop = self._open_loop()
+        done = 0
+        bar = tqdm(total=len(responses), desc="generate", unit="request", delay=1, disable=self._bar_disabled)
+        try:
+            with bar:
+                while done < len(responses):
+                    loop.step()
+                    count = sum(response.completion is not None for response in responses)
+                    bar.update(count - done)
+                    done = count
+        except KeyboardInterrupt:
+            loop.cancel(responses)
+            raise Interrupted(
+                f"interrupted with {done} of {len(responses)} requests finished; they are in .completions",
+                collect(responses),
+            ) from None
+        except BaseException:
+            loop.cancel(responses)
+            raise
+
+    def stats(self) -> EngineStats:
+        """What the engine has done and holds; `print()` shows it as a table."""
+        loop = self._open_loop()
+        compiled = self._runner.compiled if self._runner is not None else None
+        pages = loop.scheduler.pages
+        return EngineStats(
+            model=self.checkpoint.name,
+            mode=str(self.config.mode),
+            device=str(self.checkpoint.device),
+            dtype=str(self.checkpoint.dtype).removeprefix("torch."),
+            startup=dict(self._startup),
+            requests=dict(self._counters.requests),
+            tokens=dict(self._counters.tokens),
+            steps=dict(self._counters.steps),
+            fallbacks=dict(self._counters.fallbacks),
+            graphs=compiled.graphs if compiled else 0,
+            late_graphs=compiled.late_graphs if compiled else 0,
+            running=len(loop.scheduler.running),
+            waiting=len(loop.scheduler.waiting),
+            pages=pages.capacity,
+            free_pages=pages.free,
+            page_size=self.config.page_size,
+            cache_bytes=self._cache_bytes,
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called."""
+        return self._loop is None
+
+    def close(self) -> None:
+        """Cancel what runs, free the cache, and give a live model back as it was. Closing twice is fine."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.cancel_all()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+        if self.config.fuse_projections:
+            unfuse_projections(self._loaded.model)
+        if self.checkpoint.device.type == "cuda":
+            del loop, runner
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_loop(self) -> StepLoop:
+        if self._loop is None:
+            raise EngineError("this engine is closed; load a new one with Engine.load()")
+        if self._loop.broken is not None:
+            raise self._loop.broken
+        return self._loop
+
+    @property
+    def _bar_disabled(self) -> bool | None:
+        """tqdm's `disable`: None switches a bar off where standard error is no terminal."""
+        return None if self.config.progress is None else not self.config.progress
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._startup[part] = time.perf_counter() - start
+
+
+def _attach_streamer(response: Response, streamer: Any) -> None:
+    """Feed a Hugging Face streamer: the prompt's ids [1, P] first, then each token's id [1], on the CPU."""
+    streamer.put(torch.tensor([response.sequence.prompt_ids]))
+    response.on_token = lambda token: streamer.put(torch.tensor([token]))

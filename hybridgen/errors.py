@@ -1,0 +1,93 @@
+"""The exceptions that hybridgen raises for its users.
+
+::
+
+    HybridgenError
+    ├── ConfigError            an EngineConfig field or keyword is wrong            (also ValueError)
+    ├── SamplingError          a SamplingParams field is wrong                      (also ValueError)
+    ├── PromptError            a prompt cannot be run as given                      (also ValueError)
+    ├── LoadError              a model cannot be loaded
+    │   ├── ModelNotFoundError     no such path or hub id
+    │   ├── CheckpointError        files missing, truncated, corrupt or mismatched
+    │   ├── TokenizerError         text was given or asked for and there is no tokenizer
+    │   └── UnsupportedModelError  the architecture cannot run here (yet), and why
+    ├── DeviceError            the device asked for is absent or failed
+    │   └── OutOfMemoryError       the device's memory does not hold what was asked for
+    ├── EngineError            the engine is closed, in use elsewhere, or broken
+    ├── RequestError           one request failed while it ran; the others go on
+    └── Interrupted            Ctrl-C during a batch; holds what was finished       (also KeyboardInterrupt)
+
+Every message says what was wrong, repeats the value, and says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridgen.core import Completion
+
+
+class HybridgenError(Exception):
+    """Base of all exceptions that hybridgen raises on purpose."""
+
+
+class ConfigError(HybridgenError, ValueError):
+    """An `EngineConfig` field, or a keyword that sets one, has a value that cannot work."""
+
+
+class SamplingError(HybridgenError, ValueError):
+    """A `SamplingParams` field has a value that cannot work."""
+
+
+class PromptError(HybridgenError, ValueError):
+    """A prompt is empty, too long for the context or the cache, or holds ids outside the vocabulary."""
+
+
+class LoadError(HybridgenError):
+    """A model cannot be loaded."""
+
+
+class ModelNotFoundError(LoadError):
+    """The path does not exist, or the hub id cannot be found or reached."""
+
+
+class CheckpointError(LoadError):
+    """A checkpoint's files are missing, truncated, corrupt, or do not match its config."""
+
+
+class TokenizerError(LoadError):
+    """Text was given or asked for, and the model has no usable tokenizer."""
+
+
+class UnsupportedModelError(LoadError):
+    """The architecture cannot run on this engine; the message names the reason."""
+
+
+class DeviceError(HybridgenError):
+    """The device asked for is absent, or it failed."""
+
+
+class OutOfMemoryError(DeviceError):
+    """The device's memory does not hold the weights or the KV cache asked for."""
+
+
+class EngineError(HybridgenError):
+    """The engine is closed, its model is in use by another engine, or a fatal error broke it."""
+
+
+class RequestError(HybridgenError):
+    """One request failed while it ran (for example NaN logits); other requests are not affected."""
+
+
+class Interrupted(HybridgenError, KeyboardInterrupt):  # noqa: N818 (an interrupt, like KeyboardInterrupt)
+    """Ctrl-C arrived during a batch.
+
+    `completions` has one entry per prompt, in order: finished ones are whole, the others hold the tokens
+    that they had and `finish_reason="cancelled"`.
+    """
+
+    def __init__(self, message: str, completions: Sequence[Completion]) -> None:
+        super().__init__(message)
+        self.completions = list(completions)

@@ -1,0 +1,92 @@
+"""What happened, counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(eq=False)
+class Counters:
+    """Counts of an engine's steps and of every time something ran another way than asked for."""
+
+    steps: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    """(phase, kind, reason) of each launched call."""
+    tokens: Counter[str] = field(default_factory=Counter)
+    """`prompt` and `generated`."""
+    requests: Counter[str] = field(default_factory=Counter)
+    """`submitted`, and each finish reason."""
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    """Reasons."""
+
+    def fall_back(self, reason: str) -> None:
+        """Count a fallback; warn the first time that a reason occurs."""
+        if reason not in self.fallbacks:
+            warnings.warn(reason, RuntimeWarning, stacklevel=3)
+        self.fallbacks[reason] += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """A snapshot of what an engine has done and holds. `str()` of it is a table."""
+
+    model: str
+    mode: str
+    device: str
+    dtype: str
+    startup: Mapping[str, float]
+    """Seconds of each part of start-up."""
+    requests: Mapping[str, int]
+    """`submitted`, and how many ended by each finish reason."""
+    tokens: Mapping[str, int]
+    """`prompt` and `generated`."""
+    steps: Mapping[tuple[str, str, str], int]
+    """Calls by (phase, kind, reason)."""
+    fallbacks: Mapping[str, int]
+    """How often something ran another way than asked for, by reason."""
+    graphs: int
+    """Graphs that `torch.compile` made at warm-up."""
+    late_graphs: int
+    """Graphs made after it, each one a stall."""
+    running: int
+    waiting: int
+    pages: int
+    """Pages of the KV cache."""
+    free_pages: int
+    page_size: int
+    """Positions per page."""
+    cache_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; steps as a list of objects."""
+        values = asdict(self)
+        values["steps"] = [
+            {"phase": phase, "kind": kind, "reason": reason, "count": count}
+            for (phase, kind, reason), count in self.steps.items()
+        ]
+        return values
+
+    def __str__(self) -> str:
+        rows = [
+            ("model", f"{self.model} ({self.mode}, {self.dtype} on {self.device})"),
+            ("start-up", ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.startup.items())),
+            ("requests", _counts(self.requests)),
+            ("tokens", _counts(self.tokens)),
+            *((f"{phase} calls", f"{count} {kind} ({reason})") for (phase, kind, reason), count in self.steps.items()),
+            ("graphs", f"{self.graphs} at warm-up, {self.late_graphs} later"),
+            ("fallbacks", _counts(self.fallbacks)),
+            ("now", f"{self.running} running, {self.waiting} waiting"),
+            (
+                "KV cache",
+                f"{self.free_pages} of {self.pages} pages free, {self.page_size} positions each, "
+                f"{self.cache_bytes / 2**20:,.0f} MiB",
+            ),
+        ]
+        return "\n".join(f"{name:<14} {value}" for name, value in rows)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"

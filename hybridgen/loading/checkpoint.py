@@ -1,0 +1,254 @@
+"""A model's files or a live module, opened in two stages: everything but the weights first, then the weights.
+
+So a wrong path, a missing CUDA device, an architecture that cannot run or a truncated file is reported in
+moments, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hybridgen.config import EngineConfig
+from hybridgen.errors import CheckpointError, ConfigError, DeviceError, UnsupportedModelError
+from hybridgen.loading import metadata
+from hybridgen.loading.device import resolve_device
+from hybridgen.loading.source import LocalSource, Source, resolve_source
+from hybridgen.loading.support import check_supported
+from hybridgen.loading.validation import validate_directory
+from hybridgen.loading.weights import progress_bars, read_weights
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model whose weights are in memory."""
+
+    model: PreTrainedModel
+    """In evaluation mode, on the checkpoint's device."""
+    seconds: float
+    """What reading the weights took, a download included; 0 for a live module."""
+    owned: bool
+    """Whether hybridgen loaded it. False for a live module, which stays its caller's: its parameters keep
+    their `requires_grad`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What is known about a model before its weights are read. Made by `Checkpoint.open`."""
+
+    name: str
+    """The directory, hub id or name shown to users."""
+    config: EngineConfig
+    hf_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer_problem: str | None
+    """Why there is no tokenizer; None if there is one."""
+    generation_config: GenerationConfig
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    max_context: int | None
+    """The longest sequence that the model was made for, if its config says so."""
+    eos_token_ids: tuple[int, ...]
+    source: Source | None = None
+    """Where the files are; None for a live module."""
+    files: tuple[Path, ...] = field(default=(), repr=False)
+    """The validated weight files of a local checkpoint."""
+    module: PreTrainedModel | None = field(default=None, repr=False)
+    """The live module, if one was given."""
+
+    @classmethod
+    def open(
+        cls,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        config: EngineConfig | None = None,
+        tokenizer: Any = None,
+    ) -> Checkpoint:
+        """Finds the model and checks everything that can be checked without its weights.
+
+        Args:
+            model: a directory, a hub id (`owner/name`), or a model that is already in memory.
+            config: device, dtype and how files may be read.
+            tokenizer: used instead of the checkpoint's: an object, or the directory or hub id of one.
+
+        Raises:
+            ModelNotFoundError: no such directory or hub model, or the hub cannot be reached.
+            CheckpointError: files are missing, truncated or corrupt; a live module has no weights.
+            UnsupportedModelError: the engine cannot run this architecture; the message names the reason.
+            TokenizerError: the tokenizer given cannot be used.
+            DeviceError: the device is absent, or a live module is spread over several.
+            ConfigError: a field contradicts a live module or a directory, or `model` is of another type.
+        """
+        config = config or EngineConfig()
+        if isinstance(model, PreTrainedModel):
+            return cls._open_live(model, config, tokenizer)
+        if not isinstance(model, (str, os.PathLike)):
+            raise ConfigError(
+                f"model={model!r}; give a directory, a hub id or a transformers PreTrainedModel"
+            )
+        device = resolve_device(config.device)
+        with progress_bars(config.progress):
+            return cls._open_files(resolve_source(model, config), device, config, tokenizer)
+
+    @classmethod
+    def _open_files(
+        cls, source: Source, device: torch.device, config: EngineConfig, tokenizer: Any
+    ) -> Checkpoint:
+        trust = config.trust_remote_code
+        hf_config = metadata.read_config(source, trust)
+        check_supported(hf_config, trust)
+        remote_class = metadata.remote_model_class(hf_config, source, trust)
+        if remote_class is not None:
+            check_supported(hf_config, trust, remote_class)
+        files: list[Path] = []
+        if isinstance(source, LocalSource):
+            files = validate_directory(source.path, config.allow_pickle, _weights_name(hf_config))
+        return cls(
+            name=source.name,
+            source=source,
+            files=tuple(files),
+            config=config,
+            hf_config=hf_config,
+            device=device,
+            dtype=metadata.checkpoint_dtype(hf_config, files, config.dtype),
+            **_generation(hf_config, metadata.read_generation_config(hf_config, source)),
+            **_tokenizer(tokenizer, hf_config, source, config),
+        )
+
+    @classmethod
+    def _open_live(cls, module: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> Checkpoint:
+        hf_config = module.config
+        name = str(getattr(module, "name_or_path", "") or getattr(hf_config, "_name_or_path", "") or "")
+        device = _live_device(module, config.device)
+        check_supported(hf_config, config.trust_remote_code, type(module))
+        if module.get_output_embeddings() is None or not module.can_generate():
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has no language model head; give a ...ForCausalLM"
+            )
+        path = Path(name).expanduser()
+        source = LocalSource(path, config.local_files_only) if name and path.is_dir() else None
+        generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(
+            hf_config
+        )
+        return cls(
+            name=name or type(module).__name__,
+            module=module,
+            config=config,
+            hf_config=hf_config,
+            device=device,
+            dtype=_live_dtype(module, config.dtype),
+            **_generation(hf_config, generation_config),
+            **_tokenizer(tokenizer, hf_config, source, config),
+        )
+
+    def load(self) -> LoadedModel:
+        """Reads the weights; those of a hub model are downloaded and checked first.
+
+        A live module is put into evaluation mode (`module.eval()`) and otherwise handed over as it is.
+
+        Raises:
+            CheckpointError: weights are missing, have other shapes than the config says, or cannot be read.
+            ModelNotFoundError: the hub cannot be reached.
+            OutOfMemoryError: the weights do not fit on the device.
+        """
+        if self.module is not None:
+            return LoadedModel(self.module.eval(), 0.0, owned=False)
+        assert self.source is not None
+        start = time.perf_counter()
+        files = list(self.files)
+        if not files:
+            pickle, weights_name = self.config.allow_pickle, _weights_name(self.hf_config)
+            with progress_bars(self.config.progress):
+                files = validate_directory(
+                    self.source.fetch_weights(pickle, weights_name), pickle, weights_name
+                )
+        model = read_weights(self.source, files, self.hf_config, self.dtype, self.device, self.config)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return LoadedModel(model, time.perf_counter() - start, owned=True)
+
+
+def _weights_name(hf_config: PreTrainedConfig) -> str | None:
+    return getattr(hf_config, "transformers_weights", None)
+
+
+def _generation(hf_config: PreTrainedConfig, generation_config: GenerationConfig) -> dict[str, Any]:
+    return {
+        "generation_config": generation_config,
+        "vocab_size": metadata.vocabulary_size(hf_config),
+        "max_context": metadata.context_limit(hf_config),
+        "eos_token_ids": metadata.eos_ids(generation_config, hf_config),
+    }
+
+
+def _tokenizer(
+    given: Any, hf_config: PreTrainedConfig, source: Source | None, config: EngineConfig
+) -> dict[str, Any]:
+    if given is not None:
+        found = metadata.given_tokenizer(given, config.trust_remote_code, config.local_files_only)
+        return {"tokenizer": found, "tokenizer_problem": None}
+    if source is None:
+        problem = (
+            "the model was given in memory, without a directory to read a tokenizer from; pass tokenizer=..."
+        )
+        return {"tokenizer": None, "tokenizer_problem": problem}
+    tokenizer, why = metadata.read_tokenizer(hf_config, source, config.trust_remote_code)
+    return {"tokenizer": tokenizer, "tokenizer_problem": why}
+
+
+def _live_device(module: PreTrainedModel, asked: str) -> torch.device:
+    """The one device of a live module.
+
+    Raises:
+        CheckpointError: parameters have no values (meta device).
+        DeviceError: the module is spread over devices or processes, or on neither a CPU nor a CUDA device.
+        ConfigError: `EngineConfig.device` names another device.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    meta = [name for name, tensor in tensors if tensor.is_meta]
+    if meta:
+        raise CheckpointError(
+            f"the model has {len(meta)} tensors without values (meta device), such as {meta[0]}"
+        )
+    if any(hasattr(tensor, "device_mesh") for _, tensor in tensors):
+        raise DeviceError(
+            "the model's parameters are distributed tensors; give a model that is whole on one device"
+        )
+    devices = sorted({str(tensor.device) for _, tensor in tensors})
+    if len(devices) != 1:
+        raise DeviceError(
+            f"the model lies on {', '.join(devices) or 'no device'}; move it to one with model.to(...)"
+        )
+    device = torch.device(devices[0])
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(
+            f"the model lies on {device}; move it to the CPU or a CUDA device with model.to(...)"
+        )
+    if asked != "auto" and asked not in (device.type, str(device)):
+        raise ConfigError(
+            f"device={asked!r}, but the model given lies on {device}; leave device out, or move the model"
+        )
+    return device
+
+
+def _live_dtype(module: PreTrainedModel, asked: str) -> torch.dtype:
+    """The dtype of a live module.
+
+    Raises:
+        UnsupportedModelError: it is none of float32, bfloat16 and float16.
+        ConfigError: `EngineConfig.dtype` names another dtype.
+    """
+    name = str(module.dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UnsupportedModelError(f"the model given is {name}; convert it with model.to(torch.float32)")
+    if asked not in ("auto", name):
+        raise ConfigError(
+            f"dtype={asked!r}, but the model given is {name}; leave dtype out, or convert the model"
+        )
+    return module.dtype

@@ -1,0 +1,112 @@
+"""The function behind Hugging Face's attention interface, and what it needs to know of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from hybridgen.kernels.attention import decode_attention, prefill_attention, write_kv
+
+# Hugging Face routes by substring of this name ("flash", "sdpa", "/", "|" each trigger something), so it has none.
+ATTENTION_NAME = "hybridgen"
+PROBE_NAME = "hybridgen_probe"
+
+
+class Phase(str, Enum):
+    """Which attention a step runs."""
+
+    PREFILL = "prefill"
+    """Runs of consecutive tokens, one run per request."""
+    DECODE = "decode"
+    """One token per request."""
+
+
+@dataclass(eq=False, slots=True)
+class StepMetadata:
+    """Where the T packed tokens of a step belong. One object per engine; its fields are set before each step."""
+
+    block_table: torch.Tensor
+    """int32 [max_batch, max_pages]: page ids of each slot."""
+    slots: torch.Tensor
+    """int32 [T]: the slot of each token."""
+    positions: torch.Tensor
+    """int64 [T]: the position of each token in its request."""
+    query_starts: torch.Tensor
+    """int32 [max_batch + 1]: where each request's run of tokens starts, padded with T. Read by prefill only."""
+    rope_lengths: torch.Tensor
+    """int64 [T]: the request's length as rotary scaling sees it (see `models.rope`)."""
+    phase: Phase = Phase.DECODE
+
+
+class LayerBinding:
+    """What one attention module needs beyond its inputs; an attribute of the module.
+
+    An attribute, because some models drop the keyword arguments that others hand down to attention, and no layer
+    index, because one would give each layer its own compiled graph.
+    """
+
+    __slots__ = ("keys", "step", "values", "window")
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, step: StepMetadata, window: int) -> None:
+        self.keys = keys
+        self.values = values
+        self.step = step
+        self.window = window
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Write the step's keys and values into the cache and attend to it.
+
+    Args:
+        query: [1, num_heads, T, key_dim], the step's tokens packed in one row.
+        key: [1, num_kv_heads, T, key_dim]; value alike with value_dim.
+        attention_mask: always None: without a registered mask function, Hugging Face builds none.
+        sliding_window: positions seen, the own one included.
+        s_aux: [num_heads] attention-sink logits (GPT-OSS).
+
+    Returns:
+        [1, T, num_heads, value_dim], None
+    """
+    binding: LayerBinding = module._hybridgen  # type: ignore[assignment]
+    step = binding.step
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    write_kv(k, v, binding.keys, binding.values, step.block_table, step.slots, step.positions)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = binding.window if sliding_window is None else sliding_window
+    cache = (binding.keys, binding.values, step.block_table, step.slots, step.positions)
+    if step.phase is Phase.DECODE:
+        out = decode_attention(q, *cache, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux)
+    else:
+        out = prefill_attention(
+            q, *cache, step.query_starts, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux
+        )
+    return out.unsqueeze(0), None
+
+
+def probe_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Note who attends and with which shapes; return zeros of the right shape."""
+    module._hybridgen_probe(module, query, key, value, kwargs)  # type: ignore[operator]
+    tokens = query.shape[2]
+    return query.new_zeros(query.shape[0], tokens, query.shape[1], value.shape[-1]), None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)
+AttentionInterface.register(PROBE_NAME, probe_attention)

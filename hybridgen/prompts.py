@@ -1,0 +1,137 @@
+"""What users give as prompts, turned into token ids, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from hybridgen.errors import PromptError, TokenizerError
+
+Message: TypeAlias = Mapping[str, Any]
+"""A chat message: `role`, `content`, and whatever else the tokenizer's chat template reads."""
+Prompt: TypeAlias = "str | Sequence[int] | torch.Tensor | np.ndarray | Sequence[Message]"
+"""Text, token ids, or the messages of a chat."""
+Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
+"""One prompt or a list of prompts."""
+
+
+def split_prompts(prompts: Prompts) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether there was only one, not in a list.
+
+    A list of ids or of chat messages is one prompt; a two-dimensional tensor or a list of anything else is a list
+    of prompts.
+
+    Raises:
+        PromptError: the value is no prompt, or an empty list.
+    """
+    if isinstance(prompts, str):
+        return [prompts], True
+    if isinstance(prompts, (torch.Tensor, np.ndarray)):
+        if prompts.ndim == 1:
+            return [prompts], True
+        if prompts.ndim == 2:
+            return list(prompts), False
+        raise PromptError(f"a prompt tensor of shape {tuple(prompts.shape)} is not [tokens] or [prompts, tokens]")
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
+        return split_prompts(prompts["input_ids"])
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence):
+        raise PromptError(
+            f"{_short(prompts)} is not a prompt; give a string, token ids, a list of chat messages, or a list of those"
+        )
+    if not prompts:
+        raise PromptError("the prompt list is empty; give at least one prompt")
+    single = _is_int(prompts[0]) or (isinstance(prompts[0], Mapping) and "role" in prompts[0])
+    return ([prompts], True) if single else (list(prompts), False)
+
+
+def is_text(prompt: Any) -> bool:
+    """Whether encoding the prompt takes a tokenizer."""
+    if isinstance(prompt, str):
+        return True
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def encode_prompt(
+    prompt: Any, index: int, *, tokenizer: Any, tokenizer_problem: str | None, vocab_size: int
+) -> tuple[int, ...]:
+    """Token ids of one prompt.
+
+    Text is encoded with the tokenizer's own special tokens; chat messages through its chat template with the
+    generation prompt added.
+
+    Raises:
+        PromptError: it is empty, of no known kind, or has ids outside the vocabulary.
+        TokenizerError: it is text or a chat and the model has no tokenizer or no chat template.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise PromptError(f"prompt {index} is an empty string; give at least one character")
+        ids = _require(tokenizer, tokenizer_problem)(prompt)["input_ids"]
+    elif is_text(prompt):
+        ids = _encode_chat(prompt, index, _require(tokenizer, tokenizer_problem))
+    else:
+        ids = _plain_ids(prompt, index)
+    if not ids:
+        raise PromptError(f"prompt {index} ({_short(prompt)}) has no tokens; give at least one")
+    wrong = [token for token in ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise PromptError(
+            f"prompt {index} holds token id {wrong[0]}, outside the vocabulary of {vocab_size} "
+            f"({len(wrong)} such id(s)); was it encoded with another model's tokenizer?"
+        )
+    return tuple(ids)
+
+
+def _require(tokenizer: Any, problem: str | None) -> Any:
+    if tokenizer is None:
+        raise TokenizerError(
+            f"a text prompt needs a tokenizer and the model has none ({problem or 'none was given'}); "
+            "give token ids, or pass tokenizer="
+        )
+    return tokenizer
+
+
+def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise TokenizerError(
+            f"prompt {index} is a list of chat messages and the tokenizer has no chat template; give text, or set "
+            "tokenizer.chat_template"
+        )
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise PromptError(f"prompt {index} has {_short(message)} among its chat messages; each needs a 'role'")
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except Exception as error:  # templates are programs of the checkpoint and raise what they like
+        raise PromptError(f"prompt {index}: the chat template refused the messages: {error}") from error
+    return list(encoded["input_ids"])
+
+
+def _plain_ids(prompt: Any, index: int) -> list[int]:
+    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        if prompt.ndim == 2 and prompt.shape[0] == 1:
+            prompt = prompt[0]
+        kind = str(prompt.dtype).rpartition(".")[2]
+        if prompt.ndim != 1 or not kind.startswith(("int", "uint")):
+            raise PromptError(f"prompt {index} is a {kind} tensor of shape {tuple(prompt.shape)}; give integer ids [tokens]")
+        return [int(token) for token in prompt.tolist()]
+    if not isinstance(prompt, Sequence):
+        raise PromptError(f"prompt {index} is {_short(prompt)}; give a string, token ids or chat messages")
+    for token in prompt:
+        if not _is_int(token):
+            raise PromptError(f"prompt {index} holds {_short(token)} where a token id should be; give integers")
+    return [int(token) for token in prompt]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,157 @@
+"""From a call's arguments to requests that are known to fit, before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+from hybridgen.core import SamplingParams
+from hybridgen.errors import ConfigError, PromptError, SamplingError, TokenizerError
+from hybridgen.prompts import encode_prompt
+from hybridgen.sampling import ResolvedSampling, resolve
+
+SEED_RANGE = 2**63
+
+UNKNOWN_CONTEXT = 4096
+"""Tokens, for a model whose config names no limit."""
+
+
+class Plan(NamedTuple):
+    """One request: what `submit` takes."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: ResolvedSampling
+    index: int
+    """Which prompt of the call."""
+    choice: int
+    """Which of its `n` completions."""
+
+
+class ModelFacts(Protocol):
+    """What planning needs to know of a model; a `Checkpoint` knows it before its weights are read."""
+
+    tokenizer: Any
+    tokenizer_problem: str | None
+    generation_config: Any
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    max_context: int | None
+    hf_config: Any
+
+
+def plan_requests(
+    prompts: list[Any],
+    sampling: SamplingParams | Iterable[SamplingParams] | None,
+    fields: dict[str, Any],
+    facts: ModelFacts,
+    max_context: int,
+    cache_tokens: int | None,
+) -> list[Plan]:
+    """Requests for a list of prompts.
+
+    Args:
+        fields: `SamplingParams` fields that replace those of `sampling`.
+        max_context: the longest prompt plus output.
+        cache_tokens: positions that the KV cache holds; None while there is no cache yet.
+
+    Raises:
+        SamplingError, PromptError, TokenizerError: the first thing wrong with the call.
+    """
+    params = sampling_per_prompt(len(prompts), sampling, fields)
+    plans = []
+    for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        if wanted.stop and facts.tokenizer is None:
+            raise TokenizerError(
+                f"stop={list(wanted.stop)!r} needs text and the model has no tokenizer ({facts.tokenizer_problem}); "
+                "use stop_token_ids, or pass tokenizer="
+            )
+        ids = encode_prompt(
+            prompt,
+            index,
+            tokenizer=facts.tokenizer,
+            tokenizer_problem=facts.tokenizer_problem,
+            vocab_size=facts.vocab_size,
+        )
+        resolved = resolve(wanted, facts.generation_config, facts.eos_token_ids, facts.vocab_size)
+        if wanted.max_new_tokens is None:
+            # A default gives way to the context; a number that the user gave does not.
+            room = min(max_context, cache_tokens or max_context) - len(ids)
+            resolved = replace(resolved, max_new_tokens=max(1, min(resolved.max_new_tokens, room)))
+        _check_fits(index, len(ids), resolved.max_new_tokens, max_context, cache_tokens)
+        plans += [
+            Plan(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
+            for choice in range(wanted.n)
+        ]
+    return plans
+
+
+def context_limit(facts: ModelFacts, requested: int | None) -> int:
+    """The longest prompt plus output, in tokens: the user's limit, else the model's.
+
+    Raises:
+        ConfigError: the user's limit is above the model's.
+    """
+    limit = facts.max_context
+    rope = getattr(facts.hf_config, "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") == "dynamic":
+        limit = int(limit * rope["factor"])  # NTK scaling starts where max_position_embeddings ends
+    if requested is None:
+        return limit or UNKNOWN_CONTEXT
+    if limit is not None and requested > limit:
+        raise ConfigError(f"max_context={requested} is above the model's limit of {limit}; lower it")
+    return requested
+
+
+def sampling_per_prompt(
+    count: int, sampling: SamplingParams | Iterable[SamplingParams] | None, fields: dict[str, Any]
+) -> list[SamplingParams]:
+    """One `SamplingParams` per prompt, with the fields set in all of them.
+
+    Raises:
+        SamplingError: a list of another length, something that is no `SamplingParams`, or a bad value.
+    """
+    check_keywords(fields, SamplingParams.field_names())
+    if sampling is None:
+        given = [SamplingParams()] * count
+    elif isinstance(sampling, SamplingParams):
+        given = [sampling] * count
+    elif isinstance(sampling, Iterable):
+        given = list(sampling)
+    else:
+        raise SamplingError(f"sampling={sampling!r} is not a SamplingParams; give one, or a list with one per prompt")
+    for params in given:
+        if not isinstance(params, SamplingParams):
+            raise SamplingError(f"sampling holds {params!r}, which is not a SamplingParams")
+    if len(given) != count:
+        raise SamplingError(f"sampling has {len(given)} entries for {count} prompt(s); give one per prompt, or one for all")
+    return [replace(params, **fields) for params in given] if fields else given
+
+
+def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise for the first unknown keyword, naming the nearest known one.
+
+    Raises:
+        ConfigError: a keyword is not known.
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
+            raise ConfigError(f"unknown keyword {name!r}; {hint}")
+
+
+def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None) -> None:
+    needed = prompt + new
+    if needed > max_context:
+        raise PromptError(
+            f"prompt {index} has {prompt} tokens and max_new_tokens={new}: together {needed}, over the context of "
+            f"{max_context}; shorten the prompt, lower max_new_tokens or raise max_context"
+        )
+    if cache_tokens is not None and needed > cache_tokens:
+        raise PromptError(
+            f"prompt {index} has {prompt} tokens and max_new_tokens={new}: together {needed}, more than the KV cache of "
+            f"{cache_tokens} positions can ever hold; raise kv_memory or lower max_new_tokens"
+        )

@@ -1,0 +1,56 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import families
+import pytest
+import torch
+import transformers
+
+import hybridgen
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all-inductor`: compile every family with Inductor, not only a handful (about half an hour)."""
+    parser.addoption("--all-inductor", action="store_true")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama checkpoint without a tokenizer."""
+    return families.write("llama", tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def eager_engine(llama_path: Path) -> Iterator[hybridgen.Engine]:
+    """A small engine on it, in mode eager."""
+    with hybridgen.Engine.load(
+        llama_path, mode="eager", max_batch=8, page_size=16, token_budget=96, kv_memory="16MiB"
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def _unload() -> Iterator[None]:
+    """Leave no model loaded for the next test."""
+    yield
+    hybridgen.unload()

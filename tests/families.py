@@ -1,0 +1,189 @@
+"""Tiny random checkpoints of every family that hybridgen runs, for tests to write to disk and load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 257
+
+# Windows are small enough to bite; weights are large enough that greedy choices are clear in float32.
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+_GPT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_embd": 64,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 512,
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+_MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def _with(**fields: Any) -> dict[str, Any]:
+    return _BASE | fields
+
+
+def _rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields}}
+
+
+def _without(*names: str, **fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in _with(**fields).items() if name not in names}
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _with(),
+    "mistral": _with(sliding_window=8),
+    "qwen2": _with(use_sliding_window=True, sliding_window=8, max_window_layers=2),
+    "qwen3": _with(head_dim=16),
+    "gemma": _with(head_dim=16),
+    "gemma2": _with(head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
+    "gemma3_text": _with(head_dim=16, query_pre_attn_scalar=16, **_MIXED),
+    "phi3": _with(),
+    "phi": _with(partial_rotary_factor=0.5),
+    "olmo2": _with(),
+    "smollm3": _with(no_rope_layers=[1, 1, 1, 0]),
+    "granite": _with(
+        embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2
+    ),
+    "gpt2": _GPT,
+    "gpt_bigcode": _GPT | {"multi_query": True},
+    "gpt_neox": _without("num_key_value_heads", rotary_pct=0.5),
+    "starcoder2": _with(sliding_window=8),
+    "stablelm": _with(partial_rotary_factor=0.5, use_qkv_bias=True),
+    "nemotron": _with(partial_rotary_factor=0.5),
+    "cohere": _with(logit_scale=0.5),
+    "cohere2": _with(logit_scale=0.5, **_MIXED),
+    "opt": {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "word_embed_proj_dim": 64,
+        "init_std": 0.25,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    },
+    "glm": _with(head_dim=16, partial_rotary_factor=0.5),
+    "glm4": _with(head_dim=16, partial_rotary_factor=0.5),
+    "exaone4": _with(head_dim=16, sliding_window_pattern=2, **_MIXED),
+    "ernie4_5": _with(head_dim=16),
+    "hunyuan_v1_dense": _with(head_dim=16),
+    "seed_oss": _with(head_dim=16),
+    "ministral3": _with(head_dim=16),
+    "mixtral": _with(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen2_moe": _with(moe_intermediate_size=48, shared_expert_intermediate_size=48, **_MOE),
+    "qwen3_moe": _with(moe_intermediate_size=48, head_dim=16, **_MOE),
+    "olmoe": _with(**_MOE),
+    "glm4_moe": _with(
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
+    "gpt_oss": _with(num_local_experts=4, num_experts_per_tok=2, head_dim=16, **_MIXED),
+}
+"""Configs by model type."""
+
+ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", _rope("linear", factor=2.0)),
+    "llama3": (
+        "llama",
+        _rope(
+            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+        ),
+    ),
+    "yarn": ("qwen3", _rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "dynamic": ("llama", _rope("dynamic", factor=8.0) | {"max_position_embeddings": 64}),
+    "longrope": (
+        "phi3",
+        _rope(
+            "longrope",
+            short_factor=[1.0] * 8,
+            long_factor=[2.0] * 8,
+            original_max_position_embeddings=80,
+        )
+        | {"original_max_position_embeddings": 80},
+    ),
+}
+"""Rotary scalings: the family they are tried on, and the fields that differ from its config."""
+
+
+def layer_kinds(name: str) -> int:
+    """Layers of different structure, each of which needs its own compiled graph."""
+    config = FAMILIES[name]
+    if "layer_types" in config or name in ("qwen2", "gemma2", "smollm3", "glm4_moe"):
+        return 2
+    return 1
+
+
+def build(name: str, **changes: Any) -> PreTrainedModel:
+    """A random float32 model in eval mode whose norms and biases are not trivial either."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[name](**(FAMILIES[name] | changes))
+    config.eos_token_id = None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def write(name: str, directory: Path, **changes: Any) -> Path:
+    """Write such a checkpoint to `directory/name`."""
+    path = directory / name
+    build(name, **changes).save_pretrained(path)
+    return path
+
+
+def prompts_of(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
+    """Random prompts of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def reference(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """Hugging Face's own greedy tokens for one prompt, and the raw logits [new_tokens, vocab] behind them."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)

@@ -1,0 +1,276 @@
+"""The Triton attention ops on a GPU against dense float64 attention."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from attention_cases import NO_PAGE, Cache, dense_packed, error, make_cache, pack
+
+from hybridgen.kernels import decode_attention, prefill_attention, write_kv
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+OPTIONS = {
+    "plain": {},
+    "window": {"window": 100},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 300, "softcap": 5.0, "sinks": True},
+}
+SHAPES = [  # query heads, kv heads, key dim, value dim, page size
+    (32, 8, 64, 64, 64),
+    (32, 8, 128, 128, 64),
+    (8, 8, 128, 128, 16),
+    (14, 2, 64, 64, 16),
+    (7, 1, 80, 80, 8),
+    (16, 2, 96, 96, 32),
+    (12, 6, 112, 64, 128),
+    (8, 1, 256, 256, 64),
+    (64, 8, 64, 64, 256),
+    (4, 2, 8, 8, 16),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=LIMITS, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def _options(name: str, heads: int, dtype: torch.dtype) -> dict:
+    options = dict(OPTIONS[name])
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(heads, device="cuda").to(dtype)
+    return options
+
+
+def _poison() -> None:
+    """Fill freed memory with NaN, so that an output element which nobody writes shows."""
+    blocks = [torch.full((2**22,), torch.nan, device="cuda") for _ in range(16)]
+    del blocks
+
+
+def _decode(q: Tensor, cache: Cache, **options) -> Tensor:
+    slots, positions, _ = pack(cache, [1] * len(q), len(q))
+    _poison()
+    scale = q.shape[2] ** -0.5
+    return decode_attention(
+        q, cache.k_pages, cache.v_pages, cache.block_table, slots, positions, scale=scale, **options
+    )
+
+
+def _prefill(q: Tensor, cache: Cache, new: list[int], **options) -> Tensor:
+    slots, positions, starts = pack(cache, new, sequences=len(new) + 2)
+    _poison()
+    pages = cache.k_pages, cache.v_pages, cache.block_table
+    return prefill_attention(q, *pages, slots, positions, starts, scale=q.shape[2] ** -0.5, **options)
+
+
+def _strided(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """A view of a wider, transposed buffer, as a fused projection leaves it."""
+    wide = torch.randn(tokens, (heads + 3) * dim, device="cuda").to(dtype)
+    return wide.view(tokens, heads + 3, dim)[:, 2 : 2 + heads]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_write_kv(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    heads, kv_heads, dim, value_dim, page_size = shape
+    lengths = [1, 300, 77]
+    empty = make_cache(lengths, kv_heads, dim, value_dim, page_size, dtype, "cuda", filled=False)
+    slots, positions, _ = pack(empty, lengths, 3)
+    k, v = torch.cat(empty.keys), torch.cat(empty.values)
+    both = torch.cat([k, v], dim=2).transpose(0, 1).contiguous().transpose(0, 1)
+    pages = empty.k_pages, empty.v_pages, empty.block_table
+    write_kv(both[:, :, :dim], both[:, :, dim:], *pages, slots, positions)
+    page = empty.block_table[slots.long(), positions // page_size].long()
+    assert torch.equal(empty.k_pages[page, :, positions % page_size], k)
+    assert torch.equal(empty.v_pages[page, :, positions % page_size], v)
+    assert empty.k_pages.isfinite().sum() == k.numel()
+    assert empty.v_pages.isfinite().sum() == v.numel()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> None:
+    heads, kv_heads, dim, value_dim, page_size = shape
+    lengths = [1, 16, 17, 1300, 63, 64, 65, 5000, 128, 129]
+    cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, dtype, "cuda")
+    options = _options(name, heads, dtype)
+    q = _strided(len(lengths), heads, dim, dtype)
+    expected = dense_packed(q, cache, [1] * len(lengths), dim**-0.5, **options)
+    assert error(_decode(q, cache, **options), expected) < LIMITS[dtype]
+    for row in (0, 7):
+        one = Cache([cache.keys[row]], [cache.values[row]], *pages_of(cache), cache.slots[row : row + 1])
+        assert error(_decode(q[row : row + 1], one, **options), expected[row : row + 1]) < LIMITS[dtype]
+
+
+def pages_of(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+    return cache.k_pages, cache.v_pages, cache.block_table
+
+
+@pytest.mark.parametrize("lengths", [[32768], [32768, 5, 700, 20000], [100] * 70], ids=["one", "ragged", "many"])
+def test_decode_long_and_many(lengths: list[int], dtype: torch.dtype) -> None:
+    cache = make_cache(lengths, 2, 64, page_size=64, dtype=dtype, device="cuda", spare_pages=100)
+    q = torch.randn(len(lengths), 8, 64, device="cuda").to(dtype)
+    expected = dense_packed(q, cache, [1] * len(lengths), 64**-0.5)
+    assert error(_decode(q, cache), expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("new", [[300, 1, 130, 64], [65, 1, 100, 1]], ids=["fresh", "continued"])
+def test_prefill(shape: tuple[int, ...], name: str, new: list[int], dtype: torch.dtype) -> None:
+    heads, kv_heads, dim, value_dim, page_size = shape
+    cache = make_cache([300, 1, 130, 64], kv_heads, dim, value_dim, page_size, dtype, "cuda")
+    options = _options(name, heads, dtype)
+    q = _strided(sum(new), heads, dim, dtype)
+    expected = dense_packed(q, cache, new, dim**-0.5, **options)
+    assert error(_prefill(q, cache, new, **options), expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("new", [[2500, 600], [2100, 33]], ids=["fresh", "continued"])
+def test_prefill_large_tiles(dim: int, new: list[int], dtype: torch.dtype) -> None:
+    cache = make_cache([2500, 600], 8, dim, page_size=64, dtype=dtype, device="cuda")
+    q = torch.randn(sum(new), 32, dim, device="cuda").to(dtype)
+    expected = dense_packed(q, cache, new, dim**-0.5)
+    assert error(_prefill(q, cache, new), expected) < LIMITS[dtype]
+
+
+def test_freed_pages_before_the_window(dtype: torch.dtype) -> None:
+    cache = make_cache([1000, 600], 2, 64, page_size=16, dtype=dtype, device="cuda")
+    window, new = 200, [300, 100]
+    for slot, length, count in zip(cache.slots.tolist(), cache.lengths, new, strict=True):
+        lowest = length - count - window + 1
+        page = cache.block_table[slot, lowest // 16]
+        cache.k_pages[page, :, : lowest % 16] = torch.nan
+        cache.v_pages[page, :, : lowest % 16] = torch.nan
+        cache.block_table[slot, : lowest // 16] = NO_PAGE
+    q = torch.randn(400, 8, 64, device="cuda").to(dtype)
+    expected = dense_packed(q, cache, new, 0.125, window=window)
+    assert error(_prefill(q, cache, new, window=window), expected) < LIMITS[dtype]
+    q = q[:2]
+    expected = dense_packed(q, cache, [1, 1], 0.125, window=window)
+    assert error(_decode(q, cache, window=window), expected) < LIMITS[dtype]
+
+
+def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
+    lengths = [700, 9000, 3, 64]
+    cache = make_cache(lengths, 2, 64, page_size=16, dtype=torch.bfloat16, device="cuda")
+    q = torch.randn(4, 8, 64, device="cuda").bfloat16()
+    slots, positions, _ = pack(cache, [1] * 4, 4)
+    first = decode_attention(q, *pages_of(cache), slots, positions, scale=0.125)
+    order = torch.tensor([3, 1, 1, 0], device="cuda")
+    second = decode_attention(q[order], *pages_of(cache), slots[order], positions[order], scale=0.125)
+    assert torch.equal(first[order], second)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_decode_graph_replays_with_other_lengths_and_tables(tokens: int) -> None:
+    dtype = torch.bfloat16
+    caches = [
+        make_cache(
+            torch.randint(1, high, (tokens,)).tolist(), 2, 64, page_size=16, dtype=dtype, device="cuda", spare_pages=9
+        )
+        for high in (40, 4000, 400)
+    ]
+    columns = max(c.block_table.shape[1] for c in caches)
+    pages = max(len(c.k_pages) for c in caches)
+    k_pages = torch.full((pages, 2, 16, 64), torch.nan, dtype=dtype, device="cuda")
+    v_pages = k_pages.clone()
+    table = torch.full((tokens + 2, columns), NO_PAGE, dtype=torch.int32, device="cuda")
+    slots = torch.zeros(tokens, dtype=torch.int32, device="cuda")
+    positions = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    q, k, v = torch.randn(tokens, 12, 64, device="cuda").to(dtype).split([8, 2, 2], dim=1)
+
+    def step() -> Tensor:
+        write_kv(k, v, k_pages, v_pages, table, slots, positions)
+        return decode_attention(q, k_pages, v_pages, table, slots, positions, scale=0.125)
+
+    def fill(cache: Cache) -> None:
+        for target, source in ((k_pages, cache.k_pages), (v_pages, cache.v_pages)):
+            target.fill_(torch.nan)
+            target[: len(source)] = source
+        table.fill_(NO_PAGE)
+        table[:, : cache.block_table.shape[1]] = cache.block_table
+        slots.copy_(cache.slots)
+        positions.copy_(torch.tensor(cache.lengths) - 1)
+        q.normal_()
+        k.normal_()
+        v.normal_()
+
+    fill(caches[0])
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for cache in caches:
+        fill(cache)
+        for i in range(tokens):
+            cache.keys[i][-1] = k[i]
+            cache.values[i][-1] = v[i]
+        out.fill_(torch.nan)
+        graph.replay()
+        assert error(out, dense_packed(q, cache, [1] * tokens, 0.125)) < LIMITS[dtype]
+
+
+def test_prefill_graph_replays_with_other_starts() -> None:
+    dtype = torch.bfloat16
+    cache = make_cache([150, 90, 400], 2, 64, page_size=16, dtype=dtype, device="cuda")
+    q = torch.randn(200, 8, 64, device="cuda").to(dtype)
+    buffers = [t.clone() for t in pack(cache, [100, 60, 40], sequences=4)]
+
+    def step() -> Tensor:
+        slots, positions, starts = buffers
+        return prefill_attention(q, *pages_of(cache), slots, positions, starts, scale=0.125)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for new in ([100, 60, 40], [1, 0, 199], [150, 50, 0]):
+        for buffer, value in zip(buffers, pack(cache, new, sequences=4), strict=True):
+            buffer.copy_(value)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert error(out, dense_packed(q, cache, new, 0.125)) < LIMITS[dtype]
+
+
+def test_compiled_write_copies_no_cache() -> None:
+    cache = make_cache([200, 30], 2, 64, page_size=16, dtype=torch.bfloat16, device="cuda", filled=False)
+    slots, positions, starts = pack(cache, cache.lengths, 2)
+    qkv = torch.randn(230, 12 * 64, device="cuda").bfloat16()
+    qkv.view(230, 12, 64)[:, 8:10] = torch.cat(cache.keys)
+    qkv.view(230, 12, 64)[:, 10:] = torch.cat(cache.values)
+
+    def layer(qkv: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        q, k, v = (qkv * 1).view(-1, 12, 64).split([8, 2, 2], dim=1)
+        write_kv(k, v, k_pages, v_pages, cache.block_table, slots, positions)
+        out = prefill_attention(
+            q, k_pages, v_pages, cache.block_table, slots, positions, starts, scale=0.125
+        )
+        return out + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    out, (code,) = torch._inductor.utils.run_and_get_code(compiled, qkv, cache.k_pages, cache.v_pages)
+    q = qkv.view(230, 12, 64)[:, :8]
+    assert error(out, dense_packed(q, cache, cache.lengths, 0.125) + 1) < LIMITS[torch.bfloat16]
+    assert "clone" not in code
+    assert "copy_" not in code

@@ -1,0 +1,123 @@
+"""Paged caches filled by hand and a dense float64 attention: what the attention ops are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NO_PAGE = 2**30
+"""A page id that must never be looked up."""
+
+
+@dataclass
+class Cache:
+    """Sequences and the same sequences in pages; everything that they do not fill is NaN or NO_PAGE."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    k_pages: Tensor
+    v_pages: Tensor
+    block_table: Tensor
+    slots: Tensor
+    """[sequences] the slot of each."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(k) for k in self.keys]
+
+
+def make_cache(
+    lengths: list[int],
+    kv_heads: int,
+    dim: int,
+    value_dim: int | None = None,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    spare_pages: int = 2,
+    filled: bool = True,
+) -> Cache:
+    """Sequences of random K and V in shuffled pages and slots; `filled=False` leaves the pages unwritten."""
+    value_dim = dim if value_dim is None else value_dim
+    counts = [-(-length // page_size) for length in lengths]
+    pages = sum(counts) + 3
+    k_pages = torch.full((pages, kv_heads, page_size, dim), torch.nan, dtype=dtype, device=device)
+    v_pages = torch.full((pages, kv_heads, page_size, value_dim), torch.nan, dtype=dtype, device=device)
+    table = torch.full((len(lengths) + 2, max(counts) + spare_pages), NO_PAGE, dtype=torch.int32)
+    slots = torch.randperm(len(lengths) + 2)[: len(lengths)].to(torch.int32)
+    order = (torch.randperm(pages - 1) + 1).to(torch.int32)
+    keys, values, used = [], [], 0
+    for slot, length, count in zip(slots.tolist(), lengths, counts, strict=True):
+        ids = order[used : used + count]
+        used += count
+        table[slot, :count] = ids
+        k = torch.randn(length, kv_heads, dim, device=device).to(dtype)
+        v = torch.randn(length, kv_heads, value_dim, device=device).to(dtype)
+        keys.append(k)
+        values.append(v)
+        if filled:
+            places = torch.arange(length, device=device)
+            page = ids.to(device).long()[places // page_size]
+            for head in range(kv_heads):
+                k_pages[page, head, places % page_size] = k[:, head]
+                v_pages[page, head, places % page_size] = v[:, head]
+    return Cache(keys, values, k_pages, v_pages, table.to(device), slots.to(device))
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q [n, Hq, D] at `places` over k, v [m, Hkv, ...] in float64: [n, Hq, Dv]."""
+    group = q.shape[1] // k.shape[1]
+    keys = k.double().repeat_interleave(group, dim=1)
+    values = v.double().repeat_interleave(group, dim=1)
+    scores = torch.einsum("nhd,mhd->nhm", q.double(), keys) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(len(k), device=q.device)
+    hidden = position[None] > places[:, None]
+    if window:
+        hidden |= position[None] <= places[:, None] - window
+    weights = torch.exp(scores.masked_fill(hidden[:, None], -torch.inf))
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.double())[None, :, None]
+    return torch.einsum("nhm,mhd->nhd", weights / total, values)
+
+
+def pack(cache: Cache, new: list[int], sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+    """slots, positions and query_starts of each sequence's last `new` tokens; starts padded to `sequences`."""
+    device = cache.slots.device
+    counts = torch.tensor(new, device=device)
+    slots = cache.slots.repeat_interleave(counts)
+    positions = torch.cat([torch.arange(n - c, n, device=device) for n, c in zip(cache.lengths, new, strict=True)])
+    starts = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+    starts[1 : len(new) + 1] = counts.cumsum(0)
+    starts[len(new) + 1 :] = sum(new)
+    return slots, positions, starts
+
+
+def dense_packed(q: Tensor, cache: Cache, new: list[int], scale: float, **options: object) -> Tensor:
+    """`dense` for the packed last `new` tokens of each sequence."""
+    parts = []
+    for part, k, v, count in zip(q.split(new), cache.keys, cache.values, new, strict=True):
+        places = torch.arange(len(k) - count, len(k), device=q.device)
+        parts.append(dense(part, k, v, places, scale, **options))  # type: ignore[arg-type]
+    return torch.cat(parts)
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    """||out - expected|| / ||expected||, infinite where out has a value that is not finite."""
+    out = out.double()
+    if not out.isfinite().all():
+        return float("inf")
+    return float((out - expected).norm() / expected.norm())

@@ -1,0 +1,66 @@
+"""Triton's attention kernels against the dense reference in Triton's interpreter; run by test_attention_triton.py.
+
+A script of its own because TRITON_INTERPRET is read when Triton is imported. float32 only: the interpreter's
+`tl.dot` is wrong on bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from attention_cases import Cache, dense_packed, error, make_cache, pack
+
+from hybridgen.kernels.attention_decode import Tuning as DecodeTuning
+from hybridgen.kernels.attention_decode import decode_attention
+from hybridgen.kernels.attention_prefill import prefill_attention
+from hybridgen.kernels.attention_write import write_kv
+
+CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new tokens, options
+    (4, 2, 8, 8, 8, [5, 17, 40], [5, 3, 1], {}),
+    (7, 1, 16, 24, 16, [70, 1, 33], [70, 1, 3], {}),
+    (2, 2, 16, 16, 64, [200, 2], [60, 1], {"window": 37, "softcap": 5.0, "sinks": True}),
+    (8, 2, 16, 16, 8, [90, 150], [9, 150], {"window": 9}),
+    (2, 1, 16, 16, 32, [33], [33], {"sinks": True}),
+]
+
+
+def _write(cache: Cache, kv_heads: int) -> None:
+    slots, positions, _ = pack(cache, cache.lengths, len(cache.lengths))
+    both = torch.cat([torch.cat(cache.keys), torch.cat(cache.values)], dim=2).transpose(0, 1).contiguous()
+    k, v = both.transpose(0, 1).split([cache.keys[0].shape[2], cache.values[0].shape[2]], dim=2)
+    write_kv(k, v, cache.k_pages, cache.v_pages, cache.block_table, slots, positions)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for heads, kv_heads, dim, value_dim, page_size, lengths, new, named in CASES:
+        options = {"window": 0, "softcap": 0.0, "sinks": None, **named}
+        if options["sinks"]:
+            options["sinks"] = torch.randn(heads)
+        tail = options["window"], options["softcap"], options["sinks"]
+        cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False)
+        _write(cache, kv_heads)
+        pages = cache.k_pages, cache.v_pages, cache.block_table
+        ones = [1] * len(lengths)
+        q = torch.randn(len(lengths), heads, dim)
+        expected = dense_packed(q, cache, ones, 0.3, **options)
+        slots, positions, _ = pack(cache, ones, len(ones))
+        errors = []
+        for programs in (1, 64):
+            tune = DecodeTuning(block=32, warps=4, stages=1, programs=programs, programs_single=programs)
+            out = decode_attention(q, *pages, slots, positions, 0.3, *tail, tune=tune)
+            errors.append(error(out, expected))
+            out = decode_attention(q[:1], *pages, slots[:1], positions[:1], 0.3, *tail, tune=tune)
+            errors.append(error(out, expected[:1]))
+        q = torch.randn(heads, sum(new), dim).transpose(0, 1)
+        slots, positions, starts = pack(cache, new, len(new) + 2)
+        out = prefill_attention(q, *pages, slots, positions, starts, 0.3, *tail)
+        errors.append(error(out, dense_packed(q, cache, new, 0.3, **options)))
+        assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The Triton attention kernels where there is no GPU: in the interpreter, and how decode cuts its rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from hybridgen.kernels.attention_decode import _CHUNKS, Tuning, plan
+
+
+def test_kernels_in_the_interpreter() -> None:
+    script = Path(__file__).with_name("interpreter_checks.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def _cut(tiles: int, splits: int, chunk_tiles: int, least: int) -> tuple[int, int]:
+    """The kernel's `_cut` for a row of some tiles: tiles a chunk, and chunks."""
+    per = max(min(-(-tiles // splits), chunk_tiles), least)
+    per = -(-tiles // -(-tiles // per))
+    return per, -(-tiles // per)
+
+
+@given(
+    tokens=st.integers(1, 300),
+    kv_heads=st.sampled_from([1, 2, 3, 8, 32, 71]),
+    max_tiles=st.integers(1, 5000),
+    processors=st.sampled_from([4, 108, 132]),
+    least=st.sampled_from([1, 2, 4]),
+    data=st.data(),
+)
+def test_a_rows_chunks_fit_their_scratch(
+    tokens: int, kv_heads: int, max_tiles: int, processors: int, least: int, data: st.DataObject
+) -> None:
+    tune = Tuning(block=64, warps=4, stages=3, programs=4, programs_single=2)
+    cut = plan(tokens, kv_heads, max_tiles, processors, tune)
+    tiles = data.draw(st.integers(1, max_tiles))
+    per, chunks = _cut(tiles, cut.splits, cut.chunk_tiles, least)
+    assert (chunks - 1) * per < tiles <= chunks * per
+    assert chunks <= cut.row_chunks
+    assert cut.programs % kv_heads == 0
+    if tokens == 1:
+        assert chunks <= cut.programs // kv_heads  # each program takes at most one chunk
+    else:
+        assert tokens * cut.row_chunks <= _CHUNKS + tokens * max(1, cut.splits)

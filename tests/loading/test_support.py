@@ -1,0 +1,157 @@
+"""Which architectures are let in, and what is said about the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from hybridgen.errors import UnsupportedModelError
+from hybridgen.loading import check_supported
+from hybridgen.loading.support import unsupported_reason
+
+IDS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES: dict[str, Any] = {
+    **IDS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+LATENT = {
+    **SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+SMALL = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
+    "deepseek_v2": (LATENT, "kv_lora_rank=16"),
+    "deepseek_v3": (LATENT, "kv_lora_rank=16"),
+    "minicpm3": (LATENT, "kv_lora_rank=16"),
+    "glm_moe_dsa": (LATENT | {"index_topk": 8, "index_n_heads": 2}, "kv_lora_rank=16"),
+    "gemma3n_text": (SIZES | WINDOW | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1"),
+    "gemma4_text": (SIZES | WINDOW | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1"),
+    "llama4_text": (SIZES | {"attention_chunk_size": 8}, "attention_chunk_size=8"),
+    "lfm2": (SIZES | {"layer_types": ["conv", "full_attention"]}, "conv"),
+    "mamba": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
+    "mamba2": (IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}, "linear"),
+    "jamba": (SIZES | {"attn_layer_offset": 1, "attn_layer_period": 2}, "mamba"),
+    "bamba": (SIZES | MAMBA | {"attn_layer_indices": [1]}, "linear_attention"),
+    "falcon_h1": (SIZES | MAMBA | {"mamba_d_ssm": 64}, "hybrid"),
+    "qwen3_next": (SIZES | {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+    "recurrent_gemma": ({**IDS, "hidden_size": 32, "num_hidden_layers": 3}, "recurrent"),
+    "rwkv": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "recurrent state"),
+    "bloom": ({**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
+    "mpt": ({**IDS, "d_model": 32, "n_layers": 2, "n_heads": 4}, "ALiBi"),
+    "falcon": (SMALL, "AttentionInterface"),
+    "gptj": ({**IDS, "n_embd": 32, "n_layer": 2, "n_head": 4}, "AttentionInterface"),
+    "minimax_m3_vl_text": (SIZES | {"index_n_heads": 2}, "indexer"),
+    "diffllama": (SIZES, "attention twice"),
+    "doge": (SIZES, "attention mask"),
+    "hrm_text": (SIZES, "several times"),
+    "t5": ({"vocab_size": 97, "d_model": 32, "num_layers": 2, "num_heads": 4}, "encoder-decoder"),
+    "bart": ({"vocab_size": 97, "d_model": 32}, "encoder-decoder"),
+    "bert": (SMALL, "encoder-only"),
+    "roberta": (SMALL | {"is_decoder": True}, "encoder-only"),
+    "bert-generation": (SMALL, "not causal"),
+    "vit": ({"hidden_size": 32}, "no causal language model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_that_runs_is_let_in(family: str) -> None:
+    config = CONFIG_MAPPING[family](**families.FAMILIES[family])
+    assert unsupported_reason(config) is None
+    assert check_supported(config) is None
+
+
+@pytest.mark.parametrize("family", REJECTED)
+def test_others_are_refused_with_the_feature_that_breaks(family: str) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    values, word = REJECTED[family]
+    config = CONFIG_MAPPING[family](**values)
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_supported(config)
+    assert word in str(caught.value)
+    assert repr(family) in str(caught.value)
+
+
+def test_falcon_with_alibi_names_alibi() -> None:
+    assert "ALiBi" in str(unsupported_reason(CONFIG_MAPPING["falcon"](**SMALL, alibi=True)))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama4", "mllama"])
+def test_multi_modal_wrappers_are_told_to_load_the_text_model(family: str) -> None:
+    reason = str(unsupported_reason(CONFIG_MAPPING[family]()))
+    assert "text_config" in reason
+    assert "vision_config" in reason
+    assert "text model" in reason
+
+
+def test_a_text_config_set_from_a_file_counts_too() -> None:
+    assert "text_config" in str(unsupported_reason(LlamaConfig(**SIZES, text_config={"model_type": "llama"})))
+
+
+def test_quantised_checkpoints_are_refused_by_method() -> None:
+    config = LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(quantization_config, method 'gptq'\)"):
+        check_supported(config)
+    assert unsupported_reason(LlamaConfig(**SIZES, quantization_config=None)) is None
+
+
+def test_layer_types_of_a_known_class_are_read() -> None:
+    config = LlamaConfig(**SIZES)
+    config.layer_types = ["full_attention", "linear_attention"]
+    assert "linear_attention" in str(unsupported_reason(config))
+
+
+class FakeConfig(PreTrainedConfig):
+    model_type = "fake"
+
+
+class FakeAttention(nn.Module):
+    """Makes this file look to transformers like a model without the attention interface."""
+
+
+class FakeModel(PreTrainedModel):
+    config_class = FakeConfig
+
+
+class StatefulModel(PreTrainedModel):
+    config_class = FakeConfig
+    _is_stateful = True
+
+
+def test_remote_code_is_named_unless_it_is_trusted() -> None:
+    config = FakeConfig(auto_map={"AutoConfig": "a.A", "AutoModelForCausalLM": "a.M"})
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code=True"):
+        check_supported(config)
+    check_supported(config, trust_remote_code=True)
+    with pytest.raises(UnsupportedModelError, match="no causal language model for FakeConfig"):
+        check_supported(FakeConfig())
+
+
+def test_a_given_class_is_checked_whatever_the_config_maps_to() -> None:
+    from transformers import LlamaForCausalLM
+
+    trusted = FakeConfig(auto_map={"AutoModelForCausalLM": "a.M"})
+    assert unsupported_reason(FakeConfig(), model_class=LlamaForCausalLM) is None
+    assert "AttentionInterface" in str(unsupported_reason(trusted, True, FakeModel))
+    assert "recurrent state" in str(unsupported_reason(trusted, True, StatefulModel))
+
+
+def test_no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a parameter was made")
+
+    monkeypatch.setattr(torch.nn.Parameter, "__new__", refuse)
+    check_supported(CONFIG_MAPPING["llama"]())

@@ -1,0 +1,71 @@
+"""SamplingParams and Timing."""
+
+import math
+from typing import Any
+
+import pytest
+
+from hybridgen import SamplingError, SamplingParams, Timing
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": math.nan},
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"temperature": "hot"},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0},
+        {"presence_penalty": math.nan},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": True},
+        {"min_new_tokens": -1},
+        {"min_new_tokens": 5, "max_new_tokens": 4},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"n": 0},
+        {"n": 2, "temperature": 0},
+        {"stop": [""]},
+        {"stop": [3]},
+        {"stop": 3},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": ["a"]},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: math.inf}},
+        {"logit_bias": [1]},
+        {"logprobs": -1},
+        {"logprobs": 1000},
+        {"ignore_eos": 1},
+    ],
+)
+def test_bad_values_are_refused_and_named(fields: dict[str, Any]) -> None:
+    with pytest.raises(SamplingError) as caught:
+        SamplingParams(**fields)
+    assert next(iter(fields)) in str(caught.value)
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert SamplingParams(stop="\n").stop == ("\n",)
+
+
+def test_a_bias_of_minus_infinity_bans() -> None:
+    assert SamplingParams(logit_bias={1: -math.inf}).logit_bias == {1: -math.inf}
+
+
+def test_tpot_is_of_the_gaps_after_the_first_token() -> None:
+    times = tuple(0.5 + 0.01 * i for i in range(100)) + (2.5,)
+    timing = Timing(queue=0.0, ttft=0.5, total=2.5, token_times=times)
+    assert timing.tpot_p50 == pytest.approx(0.01)
+    assert timing.tpot_p95 == pytest.approx(0.01)
+    assert timing.tpot_p99 == pytest.approx(0.01)
+    assert timing.tpot(1.0) == pytest.approx(2.5 - times[-2])
+
+
+def test_tpot_of_one_token_is_not_a_number() -> None:
+    assert math.isnan(Timing(queue=0.0, ttft=0.1, total=0.1, token_times=(0.1,)).tpot_p50)
