@@ -1,8 +1,8 @@
 """How far are half-precision logits from float32, in Hugging Face's forward and in ours?
 
 The same weights and tokens everywhere: a prompt, then tokens fed one by one (teacher forcing). The error is
-||logits - reference|| / ||reference|| over all positions, against Hugging Face's forward of the same (rounded) weights in
-float32. Prefill covers every position of the prompt, decode every fed token.
+||logits - reference|| / ||reference|| over all positions, against Hugging Face's forward of the same (rounded)
+weights in float32. Prefill covers every position of the prompt, decode every fed token.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--min-p", type=float)
     generate.add_argument("--seed", type=int)
     generate.add_argument("--stop", action="append", help="a string that ends the text; may be given again")
-    generate.add_argument("--input", type=Path, help="JSONL file: a prompt string, or an object with prompt or messages")
+    generate.add_argument("--input", type=Path, help="JSONL file: strings, or objects with prompt or messages")
     generate.add_argument("--output", type=Path, help="JSONL file for the results; finished lines are not redone")
     generate.add_argument("--json", action="store_true", help="print results as JSON lines")
     generate.add_argument("--stream", action="store_true", help="print text as it comes")
@@ -121,10 +121,10 @@ def _run(engine: Any, jobs: list[Job], sampling: dict[str, Any], arguments: argp
                 job = jobs[event.index]
                 if output is not None:
                     _write_line(output, _record(job, event.completion))
-                elif arguments.json and not arguments.stream:
+                elif not arguments.json:
+                    _show(job, event.completion, text=not live, many=len(jobs) > 1)
+                elif not arguments.stream:
                     print(json.dumps(_record(job, event.completion), ensure_ascii=False), flush=True)
-                else:
-                    _show(job, event.completion, text=not live and not arguments.json, many=len(jobs) > 1)
     finally:
         if output is not None:
             output.close()

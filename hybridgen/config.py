@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from hybridgen.errors import ConfigError
@@ -15,16 +15,13 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """How the steps of the model run."""
 
     EAGER = "eager"
     """PyTorch operators, one at a time."""
     JIT = "jit"
     """The decoder layer compiled with `torch.compile`; dynamic sizes; no graphs."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from hybridgen.errors import HybridgenError, SamplingError
@@ -13,7 +13,7 @@ from hybridgen.errors import HybridgenError, SamplingError
 MAX_LOGPROBS = 64
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended."""
 
     STOP = "stop"
@@ -24,9 +24,6 @@ class FinishReason(str, Enum):
     """The caller cancelled it, or Ctrl-C arrived."""
     ERROR = "error"
     """It failed; `Completion.error` says why."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True)

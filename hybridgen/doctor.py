@@ -60,7 +60,7 @@ def _compiler() -> Finding:
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "gcc"]
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
-        return Finding("compiler", False, f"none of {', '.join(names)} found; install g++ or set CXX (mode jit needs it)")
+        return Finding("compiler", False, f"no {' or '.join(names)}; install g++ or set CXX (mode jit needs it)")
     return Finding("compiler", True, found)
 
 

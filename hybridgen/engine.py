@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from hybridgen.config import EngineConfig, Mode
-from hybridgen.core import Completion, SamplingParams, TokenEvent
+from hybridgen.config import EngineConfig, Mode, parse_bytes
+from hybridgen.core import SamplingParams, TokenEvent
 from hybridgen.errors import EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
 from hybridgen.execution.statistics import EngineStats
@@ -130,7 +130,7 @@ class Engine:
             shape,
             max_batch=config.max_batch,
             max_context=self.max_context,
-            kv_memory=config.kv_memory,
+            kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
             activation_bytes=runner.measure_activations(self.max_context) if measure else 0,
         )

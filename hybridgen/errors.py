@@ -81,7 +81,7 @@ class RequestError(HybridgenError):
     """One request failed while it ran (for example NaN logits); other requests are not affected."""
 
 
-class Interrupted(HybridgenError, KeyboardInterrupt):  # noqa: N818 (an interrupt, like KeyboardInterrupt)
+class Interrupted(HybridgenError, KeyboardInterrupt):
     """Ctrl-C arrived during a batch.
 
     `completions` has one entry per prompt, in order: finished ones are whole, the others hold the tokens

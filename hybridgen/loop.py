@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 
 from hybridgen.core import TokenLogprob
-from hybridgen.errors import EngineError, HybridgenError, RequestError
+from hybridgen.errors import EngineError, RequestError
 from hybridgen.execution import Counters, LaunchedStep, ModelRunner, PrefillChunk
 from hybridgen.output import Response
 from hybridgen.requests import Plan
@@ -57,7 +58,7 @@ class StepLoop:
             responses = []
             for plan in plans:
                 sequence = Sequence(plan.prompt_ids, plan.sampling)
-                response = Response(sequence, self._tokenizer, plan.index, plan.choice)
+                response = Response(sequence, self._tokenizer, plan.prompt, plan.choice)
                 response.keep_events = keep_events
                 self._responses[sequence] = response
                 self.scheduler.add(sequence)
@@ -123,7 +124,7 @@ class StepLoop:
             return
         responses = [self._responses[chunk.sequence] for chunk in chunks]
         self._note("prefill", responses)
-        self._counters.tokens["prompt"] += sum(chunk.count for chunk in chunks)
+        self._counters.tokens["prompt"] += sum(chunk.length for chunk in chunks)
         if step is not None:
             last = [response for response, chunk in zip(responses, chunks, strict=True) if chunk.last]
             launched.append(InFlight(step, last))
@@ -161,7 +162,7 @@ class StepLoop:
             output = flight.step.read()
         except Exception as error:
             self._break(error)
-        logprobs: list[TokenLogprob | None] = list(output.logprobs or [None] * len(output.tokens))
+        logprobs: Iterable[TokenLogprob | None] = output.logprobs or repeat(None, len(output.tokens))
         for response, token, logprob in zip(flight.responses, output.tokens, logprobs, strict=True):
             if response.completion is None:  # else it ended while this step was in flight
                 self._deliver(response, token, logprob)
@@ -198,7 +199,7 @@ def _describe(chunk: Chunk) -> PrefillChunk:
     sequence = chunk.sequence
     return PrefillChunk(
         slot=sequence.slot,
-        tokens=sequence.prefill_ids[chunk.start : chunk.start + chunk.count],
+        tokens=sequence.prefill_ids[chunk.start : chunk.start + chunk.length],
         start=chunk.start,
         rope_length=len(sequence.prefill_ids),
         generated=len(sequence.prefill_ids) - len(sequence.prompt_ids),

@@ -63,7 +63,8 @@ class Response:
         text, matched = self._stops.push(self._detokenizer.push(token))
         if self.on_token is not None:
             self.on_token(token)
-        reason, match = None, None
+        reason: FinishReason | None = None
+        match: str | int | None = None
         if matched is not None:
             reason, match = FinishReason.STOP, matched
         elif token in sampling.stop_token_ids:

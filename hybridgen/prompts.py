@@ -18,7 +18,7 @@ Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
 """One prompt or a list of prompts."""
 
 
-def split_prompts(prompts: Prompts) -> tuple[list[Any], bool]:
+def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
     """The prompts as a list, and whether there was only one, not in a list.
 
     A list of ids or of chat messages is one prompt; a two-dimensional tensor or a list of anything else is a list
@@ -118,7 +118,8 @@ def _plain_ids(prompt: Any, index: int) -> list[int]:
             prompt = prompt[0]
         kind = str(prompt.dtype).rpartition(".")[2]
         if prompt.ndim != 1 or not kind.startswith(("int", "uint")):
-            raise PromptError(f"prompt {index} is a {kind} tensor of shape {tuple(prompt.shape)}; give integer ids [tokens]")
+            shape = tuple(prompt.shape)
+            raise PromptError(f"prompt {index} is a {kind} tensor of shape {shape}; give integer ids [tokens]")
         return [int(token) for token in prompt.tolist()]
     if not isinstance(prompt, Sequence):
         raise PromptError(f"prompt {index} is {_short(prompt)}; give a string, token ids or chat messages")

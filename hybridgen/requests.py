@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from hybridgen.core import SamplingParams
 from hybridgen.errors import ConfigError, PromptError, SamplingError, TokenizerError
+from hybridgen.loading import Checkpoint
 from hybridgen.prompts import encode_prompt
 from hybridgen.sampling import ResolvedSampling, resolve
 
@@ -23,35 +24,24 @@ class Plan(NamedTuple):
 
     prompt_ids: tuple[int, ...]
     sampling: ResolvedSampling
-    index: int
+    prompt: int
     """Which prompt of the call."""
     choice: int
     """Which of its `n` completions."""
-
-
-class ModelFacts(Protocol):
-    """What planning needs to know of a model; a `Checkpoint` knows it before its weights are read."""
-
-    tokenizer: Any
-    tokenizer_problem: str | None
-    generation_config: Any
-    eos_token_ids: tuple[int, ...]
-    vocab_size: int
-    max_context: int | None
-    hf_config: Any
 
 
 def plan_requests(
     prompts: list[Any],
     sampling: SamplingParams | Iterable[SamplingParams] | None,
     fields: dict[str, Any],
-    facts: ModelFacts,
+    checkpoint: Checkpoint,
     max_context: int,
     cache_tokens: int | None,
 ) -> list[Plan]:
     """Requests for a list of prompts.
 
     Args:
+        checkpoint: what is known of the model; its weights need not be there yet.
         fields: `SamplingParams` fields that replace those of `sampling`.
         max_context: the longest prompt plus output.
         cache_tokens: positions that the KV cache holds; None while there is no cache yet.
@@ -62,19 +52,19 @@ def plan_requests(
     params = sampling_per_prompt(len(prompts), sampling, fields)
     plans = []
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        if wanted.stop and facts.tokenizer is None:
+        if wanted.stop and checkpoint.tokenizer is None:
             raise TokenizerError(
-                f"stop={list(wanted.stop)!r} needs text and the model has no tokenizer ({facts.tokenizer_problem}); "
-                "use stop_token_ids, or pass tokenizer="
+                f"stop={list(wanted.stop)!r} needs text and the model has no tokenizer "
+                f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
             )
         ids = encode_prompt(
             prompt,
             index,
-            tokenizer=facts.tokenizer,
-            tokenizer_problem=facts.tokenizer_problem,
-            vocab_size=facts.vocab_size,
+            tokenizer=checkpoint.tokenizer,
+            tokenizer_problem=checkpoint.tokenizer_problem,
+            vocab_size=checkpoint.vocab_size,
         )
-        resolved = resolve(wanted, facts.generation_config, facts.eos_token_ids, facts.vocab_size)
+        resolved = resolve(wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
         if wanted.max_new_tokens is None:
             # A default gives way to the context; a number that the user gave does not.
             room = min(max_context, cache_tokens or max_context) - len(ids)
@@ -87,14 +77,14 @@ def plan_requests(
     return plans
 
 
-def context_limit(facts: ModelFacts, requested: int | None) -> int:
+def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
     """The longest prompt plus output, in tokens: the user's limit, else the model's.
 
     Raises:
         ConfigError: the user's limit is above the model's.
     """
-    limit = facts.max_context
-    rope = getattr(facts.hf_config, "rope_parameters", None) or {}
+    limit = checkpoint.max_context
+    rope = getattr(checkpoint.hf_config, "rope_parameters", None) or {}
     if limit is not None and rope.get("rope_type") == "dynamic":
         limit = int(limit * rope["factor"])  # NTK scaling starts where max_position_embeddings ends
     if requested is None:
@@ -125,7 +115,9 @@ def sampling_per_prompt(
         if not isinstance(params, SamplingParams):
             raise SamplingError(f"sampling holds {params!r}, which is not a SamplingParams")
     if len(given) != count:
-        raise SamplingError(f"sampling has {len(given)} entries for {count} prompt(s); give one per prompt, or one for all")
+        raise SamplingError(
+            f"sampling has {len(given)} entries for {count} prompt(s); give one per prompt, or one for all"
+        )
     return [replace(params, **fields) for params in given] if fields else given
 
 
@@ -152,6 +144,6 @@ def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_token
         )
     if cache_tokens is not None and needed > cache_tokens:
         raise PromptError(
-            f"prompt {index} has {prompt} tokens and max_new_tokens={new}: together {needed}, more than the KV cache of "
-            f"{cache_tokens} positions can ever hold; raise kv_memory or lower max_new_tokens"
+            f"prompt {index} has {prompt} tokens and max_new_tokens={new}: together {needed}, more than the KV cache "
+            f"of {cache_tokens} positions can ever hold; raise kv_memory or lower max_new_tokens"
         )

@@ -51,11 +51,12 @@ class Chunk(NamedTuple):
 
     sequence: Sequence
     start: int
-    count: int
+    length: int
 
     @property
     def last(self) -> bool:
-        return self.start + self.count == len(self.sequence.prefill_ids)
+        """Whether the prefill ends here."""
+        return self.start + self.length == len(self.sequence.prefill_ids)
 
 
 class Schedule(NamedTuple):
@@ -98,7 +99,7 @@ class Scheduler:
         for sequence in decode:
             sequence.launched += 1
         for chunk in prefill:
-            chunk.sequence.prefilled += chunk.count
+            chunk.sequence.prefilled += chunk.length
             chunk.sequence.launched += chunk.last
         return Schedule(admitted, prefill, decode)
 
@@ -152,8 +153,8 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self._token_budget
         for sequence in self.running:
-            count = min(budget, len(sequence.prefill_ids) - sequence.prefilled)
-            if count > 0:
-                chunks.append(Chunk(sequence, sequence.prefilled, count))
-                budget -= count
+            length = min(budget, len(sequence.prefill_ids) - sequence.prefilled)
+            if length > 0:
+                chunks.append(Chunk(sequence, sequence.prefilled, length))
+                budget -= length
         return chunks

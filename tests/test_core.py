@@ -59,7 +59,7 @@ def test_a_bias_of_minus_infinity_bans() -> None:
 
 
 def test_tpot_is_of_the_gaps_after_the_first_token() -> None:
-    times = tuple(0.5 + 0.01 * i for i in range(100)) + (2.5,)
+    times = (*(0.5 + 0.01 * i for i in range(100)), 2.5)
     timing = Timing(queue=0.0, ttft=0.5, total=2.5, token_times=times)
     assert timing.tpot_p50 == pytest.approx(0.01)
     assert timing.tpot_p95 == pytest.approx(0.01)

@@ -81,7 +81,7 @@ def test_draws_depend_on_seed_and_position_alone(engine: Engine, llama_path: Pat
     shuffled = engine.generate([PROMPTS[i] for i in order], [params[i] for i in order])
     assert alone == together
     assert [out.token_ids for out in shuffled] == [together[i] for i in order]
-    assert len({tokens for tokens in together}) == 8
+    assert len(set(together)) == 8
     with Engine.load(llama_path, mode="jit", compile_backend="aot_eager", **SETTINGS) as compiled:
         assert [out.token_ids for out in compiled.generate(PROMPTS, params)] == together
 

@@ -33,12 +33,12 @@ def test_packs_prompts_up_to_the_budget_in_order() -> None:
     scheduler = make(budget=32)
     a, b, c = add(scheduler, 10, 30, 5)
     plan = scheduler.schedule()
-    assert [(chunk.sequence, chunk.start, chunk.count, chunk.last) for chunk in plan.prefill] == [
+    assert [(chunk.sequence, chunk.start, chunk.length, chunk.last) for chunk in plan.prefill] == [
         (a, 0, 10, True),
         (b, 0, 22, False),
     ]
     plan = scheduler.schedule()
-    assert [(chunk.sequence, chunk.start, chunk.count, chunk.last) for chunk in plan.prefill] == [
+    assert [(chunk.sequence, chunk.start, chunk.length, chunk.last) for chunk in plan.prefill] == [
         (b, 22, 8, True),
         (c, 0, 5, True),
     ]
@@ -102,7 +102,7 @@ def test_a_sequence_is_prefilled_again_when_its_rotary_table_changes() -> None:
     assert (plan.prefill, plan.decode) == ([], [])  # the host has not read token 2 yet
     one.output_ids.append(71)
     plan = scheduler.schedule()
-    assert [(chunk.start, chunk.count, chunk.last) for chunk in plan.prefill] == [(0, 12, True)]
+    assert [(chunk.start, chunk.length, chunk.last) for chunk in plan.prefill] == [(0, 12, True)]
     assert one.prefill_ids == (*range(10), 70, 71)
     assert one.launched == 3
     assert scheduler.schedule().decode == [one]

@@ -505,9 +505,10 @@ def _step(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """Write the checkpoint in bfloat16, with greedy decoding as its generation default."""
+    """Write the checkpoint in bfloat16; by default it decodes greedily, with a penalty because greedy text loops."""
     model.generation_config = GenerationConfig(
         do_sample=False,
+        repetition_penalty=1.2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -22,6 +22,7 @@ from torch._dynamo.utils import counters as dynamo_counters
 from hybridgen.errors import ConfigError
 from hybridgen.models.attention import Phase, StepMetadata
 
+
 def run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The compile unit: a decoder layer's own forward."""
     return type(layer).forward(layer, *args, **kwargs)

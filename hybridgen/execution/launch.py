@@ -36,14 +36,13 @@ class LaunchedStep:
         """Wait for the step and return its tokens."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, logprobs, top_ids, top_logprobs = (None if t is None else t.tolist() for t in self._tensors)
-        if logprobs is None:
+        tokens, logprobs, top_ids, top_logprobs = ([] if t is None else t.tolist() for t in self._tensors)
+        if not logprobs:
             return StepOutput(tokens, None)
-        rows = zip(tokens, logprobs, top_ids or [[]] * len(tokens), top_logprobs or [[]] * len(tokens), strict=True)
-        return StepOutput(
-            tokens,
-            [TokenLogprob(token, value, tuple(zip(ids, tops, strict=True))) for token, value, ids, tops in rows],
-        )
+        tops = [
+            tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top_logprobs, strict=True)
+        ] or [()] * len(tokens)
+        return StepOutput(tokens, list(map(TokenLogprob, tokens, logprobs, tops)))
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

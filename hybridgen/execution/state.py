@@ -9,7 +9,9 @@ import torch
 from hybridgen.kvcache import BlockTable
 
 
-def to_device(values: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def to_device(
+    values: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """A tensor of the values on the device, without waiting for it (through pinned memory on CUDA)."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

@@ -173,12 +173,10 @@ def tuning(heads: Heads, shared_memory: int, many: bool) -> Tuning:
     if heads.bytes == 4:
         return Tuning(rows=32, block=32, warps=4, stages=1)
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
-    if not many:
-        rows, block, warps, stages = 64, 64, 4, 3
-    elif wide <= 64:
-        rows, block, warps, stages = 128, 64, 4, 3
-    else:
+    if many:
         rows, block, warps, stages = 128, 64, 8, 3
+    else:
+        rows, block, warps, stages = 64, 64, 4, 2
     if wide > 128:
         rows, block, warps, stages = 64, 32, 4, 2
     fixed = rows * wide * heads.bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from hybridgen.kernels.attention_common import device_of, heads_of
 
@@ -64,7 +64,6 @@ def _write_kernel(  # type: ignore[no-untyped-def]
 ):
     if OVERLAP:
         gdc_wait()
-        gdc_launch_dependents()
     token = tl.program_id(0)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     position = tl.load(positions + token).to(tl.int32)

@@ -6,8 +6,8 @@ padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et
 """
 
 from hybridgen.kvcache.pages import DUMMY_PAGE, PageAllocator
-from hybridgen.kvcache.storage import BlockTable, CacheShape, LayerShape, LayerPages, allocate_pages
 from hybridgen.kvcache.sizing import pages_for_tokens, plan_pages
+from hybridgen.kvcache.storage import BlockTable, CacheShape, LayerPages, LayerShape, allocate_pages
 
 __all__ = [
     "DUMMY_PAGE",

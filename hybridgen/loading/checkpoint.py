@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hybridgen.config import EngineConfig
+from hybridgen.demo import model_path
 from hybridgen.errors import CheckpointError, ConfigError, DeviceError, UnsupportedModelError
 from hybridgen.loading import metadata
 from hybridgen.loading.device import resolve_device
@@ -45,11 +46,11 @@ class Checkpoint:
     name: str
     """The directory, hub id or name shown to users."""
     config: EngineConfig
-    hf_config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase | None
+    hf_config: PreTrainedConfig = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
     tokenizer_problem: str | None
     """Why there is no tokenizer; None if there is one."""
-    generation_config: GenerationConfig
+    generation_config: GenerationConfig = field(repr=False)
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
@@ -66,14 +67,15 @@ class Checkpoint:
     @classmethod
     def open(
         cls,
-        model: str | os.PathLike[str] | PreTrainedModel,
+        model: str | os.PathLike[str] | PreTrainedModel | None,
         config: EngineConfig | None = None,
         tokenizer: Any = None,
     ) -> Checkpoint:
         """Finds the model and checks everything that can be checked without its weights.
 
         Args:
-            model: a directory, a hub id (`owner/name`), or a model that is already in memory.
+            model: a directory, a hub id (`owner/name`), a model that is already in memory, or None for the demo
+                model.
             config: device, dtype and how files may be read.
             tokenizer: used instead of the checkpoint's: an object, or the directory or hub id of one.
 
@@ -86,6 +88,8 @@ class Checkpoint:
             ConfigError: a field contradicts a live module or a directory, or `model` is of another type.
         """
         config = config or EngineConfig()
+        if model is None:
+            model = model_path()
         if isinstance(model, PreTrainedModel):
             return cls._open_live(model, config, tokenizer)
         if not isinstance(model, (str, os.PathLike)):

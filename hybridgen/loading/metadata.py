@@ -20,7 +20,7 @@ from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hybridgen.errors import CheckpointError, HybridgenError, TokenizerError, UnsupportedModelError
-from hybridgen.loading.source import Source, load_errors, short
+from hybridgen.loading.source import LocalSource, Source, load_errors, short
 from hybridgen.loading.validation import read_header, read_json
 
 _LENGTH_FIELDS = (
@@ -30,6 +30,15 @@ _LENGTH_FIELDS = (
     "max_sequence_length",
     "n_ctx",
     "seq_length",
+)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
 )
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _RUNNABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,6 +106,8 @@ def read_tokenizer(
     config: PreTrainedConfig, source: Source, trust_remote_code: bool
 ) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer, or None and why there is none. Without one a model still runs on token ids."""
+    if isinstance(source, LocalSource) and not any(source.find(name) for name in _TOKENIZER_FILES):
+        return None, f"{source.name!r} has no tokenizer files"
     return _tokenizer(source.name, config=config, trust_remote_code=trust_remote_code, **source.arguments)
 
 
@@ -132,7 +143,7 @@ def _tokenizer(name: str, **arguments: Any) -> tuple[PreTrainedTokenizerBase | N
         return None, f"{name!r} has no tokenizer that transformers can load ({short(error)})"
     # Without files, some classes build a tokenizer of special tokens alone, which maps any text to <unk>.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        return None, f"{name!r} has no tokenizer files"
+        return None, f"{name!r} has no vocabulary for its tokenizer"
     return tokenizer, None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ ATTENTION_NAME = "hybridgen"
 PROBE_NAME = "hybridgen_probe"
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """Which attention a step runs."""
 
     PREFILL = "prefill"

@@ -8,7 +8,7 @@ which is what Hugging Face computes when the request is alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,10 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 class PerTokenRope(nn.Module):
     """cos and sin [1, T, dim] for T packed tokens whose requests have different lengths."""
 
+    short: torch.Tensor
+    long: torch.Tensor
+    exponents: torch.Tensor
+
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         config: Any = original.config
@@ -30,7 +34,7 @@ class PerTokenRope(nn.Module):
         self.scaling = float(original.attention_scaling)  # type: ignore[arg-type]
         self.step: StepMetadata | None = None
         parameters = config.rope_parameters
-        device = original.inv_freq.device
+        device = _device(original)
         if self.kind == "longrope":
             self.limit = int(parameters["original_max_position_embeddings"])
             short, _ = ROPE_INIT_FUNCTIONS["longrope"](config, device, seq_len=None)
@@ -61,7 +65,9 @@ class PerTokenRope(nn.Module):
         base = self.base * growth ** (self.dim / (self.dim - 2))
         return 1.0 / base[..., None] ** self.exponents
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin in x's dtype for `position_ids` [1, T]."""
         if self.step is None:
             raise RuntimeError("PerTokenRope ran outside a hybridgen step")
@@ -76,13 +82,17 @@ class PerTokenRope(nn.Module):
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
 
+def _device(rope: nn.Module) -> torch.device:
+    return cast(torch.Tensor, rope.inv_freq).device
+
+
 def _is_interleaved(original: nn.Module, ours: PerTokenRope) -> bool:
     """Whether the original repeats each frequency in place rather than in two halves; found by comparing.
 
     Raises:
         UnsupportedModelError: neither layout reproduces the original module.
     """
-    device = original.inv_freq.device
+    device = _device(original)
     x = torch.zeros(1, dtype=torch.float32, device=device)
     for interleaved in (False, True):
         ours.interleaved = interleaved

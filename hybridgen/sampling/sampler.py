@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hybridgen.sampling.processors import ban_early_end, drop_unlikely, keep_top, penalize, temper
-from hybridgen.sampling.random import gumbel_noise
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
 __all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "record", "sample", "truncate"]
@@ -62,7 +61,7 @@ def sample(
         temperature = state.temperature[slots]
         draws = temperature > 0
         scaled = truncate(scores, state, slots, plan)
-        noisy = scaled + gumbel_noise(state.seed[slots], positions, state.vocab_size)
+        noisy = scaled + state.noise(state.seed[slots], positions, state.vocab_size)
         scores = torch.where(draws[:, None], noisy, scores)
     best, tokens = scores.max(-1)
     unusable = best.isnan() | (best == -torch.inf)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hybridgen.sampling.random import signed64
+from hybridgen.sampling.random import gumbel_noise, signed64
 from hybridgen.sampling.resolve import ResolvedSampling
 
 _RANKED = (64, 256, 1024)
@@ -103,6 +103,9 @@ class SamplerState:
         self.banned: Tensor | None = None
         self.prompt_seen: Tensor | None = None
         self.output_counts: Tensor | None = None
+        self.noise: Callable[[Tensor, Tensor, int], Tensor] = gumbel_noise
+        """Where the noise comes from. Eagerly it is about 45 small kernels; `torch.compile` makes one of them, so a
+        runner that compiles may put the compiled function here."""
         self._plans: list[SamplerPlan | None] = [None] * max_batch
 
     def assign(

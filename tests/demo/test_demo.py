@@ -78,6 +78,7 @@ def nats_per_token(model, tokenizer, text: str) -> float:
 @torch.no_grad()
 def greedy(model, tokenizer, prompt: str, new_tokens: int, **options) -> str:
     ids = tokenizer(prompt, return_tensors="pt")
+    options = {"repetition_penalty": 1.0} | options
     out = model.generate(**ids, max_new_tokens=new_tokens, do_sample=False, **options)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
@@ -126,6 +127,7 @@ def test_shipped_checkpoint_loads(model, tokenizer):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     assert not model.generation_config.do_sample
+    assert model.generation_config.repetition_penalty == 1.2
     # Else a prompt would carry tokens that training never put there.
     assert tokenizer("x").input_ids == tokenizer("x", add_special_tokens=False).input_ids
 

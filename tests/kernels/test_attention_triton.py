@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from hybridgen.kernels.attention_decode import _CHUNKS, Tuning, plan
+from hybridgen.kernels.attention_decode import _SCRATCH_BYTES, Tuning, plan
+from hybridgen.kernels.attention_common import heads_of
 
 
 def test_kernels_in_the_interpreter() -> None:
@@ -44,7 +45,8 @@ def test_a_rows_chunks_fit_their_scratch(
     tokens: int, kv_heads: int, max_tiles: int, processors: int, least: int, data: st.DataObject
 ) -> None:
     tune = Tuning(block=64, warps=4, stages=3, programs=4, programs_single=2)
-    cut = plan(tokens, kv_heads, max_tiles, processors, tune)
+    heads = heads_of(2 * kv_heads, kv_heads, 64, 64, 64, 2)
+    cut = plan(tokens, heads, max_tiles, processors, tune)
     tiles = data.draw(st.integers(1, max_tiles))
     per, chunks = _cut(tiles, cut.splits, cut.chunk_tiles, least)
     assert (chunks - 1) * per < tiles <= chunks * per
@@ -53,4 +55,5 @@ def test_a_rows_chunks_fit_their_scratch(
     if tokens == 1:
         assert chunks <= cut.programs // kv_heads  # each program takes at most one chunk
     else:
-        assert tokens * cut.row_chunks <= _CHUNKS + tokens * max(1, cut.splits)
+        scratch = tokens * cut.row_chunks * heads.queries * heads.value_dim * 4
+        assert scratch <= _SCRATCH_BYTES or cut.row_chunks == cut.splits

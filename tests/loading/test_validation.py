@@ -128,9 +128,7 @@ def test_whole_shards_pass(sharded: Path) -> None:
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(
-        CheckpointError, match=rf"index\.json names \d+ files, of which 1 are missing: {gone.name}"
-    ):
+    with pytest.raises(CheckpointError, match=rf"index\.json.*of which 1 are missing: {gone.name}"):
         validate_directory(sharded, allow_pickle=False)
 
 
@@ -147,9 +145,7 @@ def test_a_tensor_that_the_index_promises_must_be_there(sharded: Path) -> None:
     first = sorted(set(values["weight_map"].values()))[0]
     values["weight_map"]["model.ghost"] = first
     index.write_text(json.dumps(values))
-    with pytest.raises(
-        CheckpointError, match=rf"promises tensors in {first} that it does not have: model\.ghost"
-    ):
+    with pytest.raises(CheckpointError, match=rf"in {first} that it does not have: model\.ghost"):
         validate_directory(sharded, allow_pickle=False)
 
 
@@ -218,7 +214,7 @@ def test_a_named_weight_file_is_taken_instead(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(b"{", "not valid JSON"), (b"[]", "JSON list"), (POINTER, "Git LFS"), (None, "cannot be read")],
+    [(b"{", "not valid"), (b"[]", "JSON list"), (POINTER, "Git LFS"), (None, "cannot be read")],
 )
 def test_json_files_are_named_when_broken(tmp_path: Path, content: bytes | None, problem: str) -> None:
     file = tmp_path / "config.json"

@@ -42,7 +42,21 @@ def byte_level():
 def sentencepiece_like():
     """Metaspace pieces and byte fallback, with the decoder that Llama 2 has."""
     pieces = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["\u2581", "\u2581the", "\u2581cat", "s", "at", "c", "t", "h", "e", "a", "\u2581\u2581", ".", "\n"]
+    pieces += [
+        "\u2581",
+        "\u2581the",
+        "\u2581cat",
+        "s",
+        "at",
+        "c",
+        "t",
+        "h",
+        "e",
+        "a",
+        "\u2581\u2581",
+        ".",
+        "\n",
+    ]
     merges = [("a", "t"), ("\u2581", "\u2581")]
     backend = Tokenizer(
         models.BPE({p: i for i, p in enumerate(pieces)}, merges, byte_fallback=True, unk_token="<unk>")
@@ -163,7 +177,14 @@ def test_first_space(sentencepiece_like):
         assert run(tokenizer, [bos, the], [cat], True)[0] == [" cat", ""]
         assert run(tokenizer, [bos], [the, cat], True)[0] == ["the", " cat", ""]
         assert run(tokenizer, [], [the, cat], True)[0] == ["the", " cat", ""]
-        assert run(tokenizer, [the] * 500, [bos, cat, bos, bos, cat], True)[0] == ["", " cat", "", "", " cat", ""]
+        assert run(tokenizer, [the] * 500, [bos, cat, bos, bos, cat], True)[0] == [
+            "",
+            " cat",
+            "",
+            "",
+            " cat",
+            "",
+        ]
 
 
 def byte_run_text(tokens, skip):
@@ -219,7 +240,9 @@ def test_byte_fallback_on_random_ids(sentencepiece_like, skip, data):
 def test_rewritten_text_stays_and_the_stream_goes_on(sentencepiece_like):
     the, cat = sentencepiece_like.convert_tokens_to_ids(["\u2581the", "\u2581cat"])
     for tokenizer in both_kinds(sentencepiece_like):
-        pieces, detokenizer = run(tokenizer, [the], [*byte_ids(sentencepiece_like, b"\xc3\xa9\xff"), cat, the], True)
+        pieces, detokenizer = run(
+            tokenizer, [the], [*byte_ids(sentencepiece_like, b"\xc3\xa9\xff"), cat, the], True
+        )
         assert pieces == ["", "é", "", "\ufffd cat", " the", ""]
         assert detokenizer.restarts == 1
 

@@ -35,7 +35,13 @@ def ints(*values):
 
 def test_the_published_first_numbers():
     # The first outputs of splitmix64.c for seed 1234567, and for seed 0.
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    known = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert splitmix64(1234567, 5) == known
     assert unsigned(random_bits(ints(0), ints(0), 1)) == [0xE220A8397B1DCDAF]
 

@@ -9,7 +9,13 @@ from hybridgen.sampling import DEFAULT_MAX_NEW_TOKENS, resolve
 
 VOCAB = 100
 SAMPLING_MODEL = GenerationConfig(
-    do_sample=True, temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, repetition_penalty=1.1, max_new_tokens=32
+    do_sample=True,
+    temperature=0.6,
+    top_k=20,
+    top_p=0.95,
+    min_p=0.05,
+    repetition_penalty=1.1,
+    max_new_tokens=32,
 )
 
 
@@ -34,7 +40,9 @@ def test_a_sampling_model_fills_what_was_left_open():
     assert filters(r) == (0.6, 20, 0.95, 0.05, 1.1)
     assert r.max_new_tokens == 32
     assert r.penalizes
-    given = resolved(SAMPLING_MODEL, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, max_new_tokens=5)
+    given = resolved(
+        SAMPLING_MODEL, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, max_new_tokens=5
+    )
     assert filters(given) == (0, 0, 1, 0, 1)
     assert given.max_new_tokens == 5
 
@@ -72,7 +80,13 @@ def test_seeds():
 
 def test_the_rest_is_carried_over():
     r = resolved(
-        temperature=1, n=3, stop="x", logit_bias={4: -1}, logprobs=2, presence_penalty=0.5, skip_special_tokens=False
+        temperature=1,
+        n=3,
+        stop="x",
+        logit_bias={4: -1},
+        logprobs=2,
+        presence_penalty=0.5,
+        skip_special_tokens=False,
     )
     assert (r.n, r.stop, r.logit_bias, r.logprobs, r.presence_penalty) == (3, ("x",), ((4, -1.0),), 2, 0.5)
     assert not r.skip_special_tokens

@@ -1,0 +1,82 @@
+"""The public surface: the names, and a description of each."""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import hybridgen
+
+NAMES = [
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "DeviceError",
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "EngineStats",
+    "FinishReason",
+    "HybridgenError",
+    "Interrupted",
+    "LoadError",
+    "Mode",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
+    "PromptError",
+    "RequestError",
+    "SamplingError",
+    "SamplingParams",
+    "StepSummary",
+    "Timing",
+    "TokenEvent",
+    "TokenLogprob",
+    "TokenizerError",
+    "UnsupportedModelError",
+    "generate",
+    "stream",
+    "unload",
+]
+
+
+def test_the_names() -> None:
+    assert hybridgen.__all__ == NAMES
+    public = {name for name, value in vars(hybridgen).items() if name[0] != "_" and not inspect.ismodule(value)}
+    assert public == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_documented(name: str) -> None:
+    thing = getattr(hybridgen, name)
+    assert thing.__doc__
+    assert not thing.__doc__.startswith(f"{name}(")  # what a dataclass without a docstring gets
+    if inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            if inspect.isfunction(value) and member[0] != "_":
+                assert value.__doc__, f"{name}.{member}"
+
+
+@pytest.mark.parametrize("owner", [hybridgen.EngineConfig, hybridgen.SamplingParams])
+def test_each_field_is_described(owner: type) -> None:
+    source = inspect.getsource(owner)
+    for field in dataclasses.fields(owner):
+        assert re.search(rf"^    {field.name}: .*\n    \"\"\"", source, re.MULTILINE), field.name
+
+
+def test_all_errors_are_ours() -> None:
+    for name in NAMES:
+        thing = getattr(hybridgen, name)
+        if inspect.isclass(thing) and issubclass(thing, BaseException):
+            assert issubclass(thing, hybridgen.HybridgenError)
+            assert name in hybridgen.errors.__doc__
+
+
+@pytest.mark.parametrize("owner", [hybridgen.EngineConfig, hybridgen.Completion])
+def test_the_usage_page_has_every_field(owner: type) -> None:
+    page = Path(__file__).parents[1] / "docs" / "usage.md"
+    text = page.read_text()
+    for field in dataclasses.fields(owner):
+        if field.name != "prompt_token_ids":
+            assert f"`{field.name}`" in text, field.name
