@@ -15,7 +15,6 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hybridgen.kernels import decode_attention, prefill_attention
+from hybridgen.kernels import decode_attention, prefill_attention, write_kv
 
 CAPACITY = 131072
 """Positions that a row of the block table can hold, whatever it holds: the context of Llama 3."""
@@ -173,16 +172,16 @@ def ragged() -> list[int]:
 
 def run_decode(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: float, smoke: bool) -> list[dict]:
     rows = []
-    cases = [(str(b), str(c), [c] * b) for b, c in ([(1, 64), (3, 40)] if smoke else DECODE)]
+    cases: list[tuple[int | str, list[int]]] = [(c, [c] * b) for b, c in ([(1, 64), (3, 40)] if smoke else DECODE)]
     if not smoke:
-        cases.append(("32", "ragged", ragged()))
+        cases.append(("ragged", ragged()))
     for shape in shapes:
-        for batch, context, lengths in cases:
+        for context, lengths in cases:
             case = decode_case(shape, lengths, device, dtype, 1 if smoke else ROTATE_BYTES)
             took = time_decode(case, device)
             row = {
                 "model": shape.name,
-                "batch": batch,
+                "batch": len(lengths),
                 "context": context,
                 "us": took * 1e6,
                 "gb_per_s": case.bytes / took / 1e9,
@@ -190,7 +189,7 @@ def run_decode(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: fl
             }
             rows.append(row)
             print(
-                f"decode  {shape.name:13} batch {batch:>3} context {context:>6} {row['us']:9.1f} us "
+                f"decode  {shape.name:13} batch {len(lengths):3} context {context:>6} {row['us']:9.1f} us "
                 f"{row['gb_per_s']:7.0f} GB/s {row['percent_of_ceiling']:5.1f} %",
                 flush=True,
             )
@@ -221,13 +220,54 @@ def run_prefill(shapes: list[Shape], device: str, dtype: torch.dtype, smoke: boo
     return rows
 
 
+def run_write(shape: Shape, device: str, dtype: torch.dtype, smoke: bool) -> list[dict]:
+    """The KV write, K and V as views of a fused projection."""
+    rows = []
+    for tokens in (1, 7) if smoke else (1, 64, 8192):
+        case = decode_case(shape, [tokens], device, dtype, 1)
+        projected = torch.randn(tokens, 3 * shape.kv_heads, shape.dim, device=device).to(dtype)
+        k, v = projected[:, : shape.kv_heads], projected[:, shape.kv_heads : 2 * shape.kv_heads]
+        slots = torch.zeros(tokens, dtype=torch.int32, device=device)
+        args = k, v, case.k_pages[0], case.v_pages[0], case.block_table, slots, torch.arange(tokens, device=device)
+        took = seconds([lambda args=args: write_kv(*args)] * 16, device)
+        rows.append({"model": shape.name, "tokens": tokens, "us": took * 1e6})
+        print(f"write   {shape.name:13} tokens {tokens:5} {took * 1e6:9.1f} us", flush=True)
+    return rows
+
+
+def run_host(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Host time of a call without a graph: what an eager or compiled step pays for each layer."""
+    case = decode_case(shape, [512], device, dtype, 1)
+    q, k_pages, v_pages = case.q[0], case.k_pages[0], case.v_pages[0]
+    pages = k_pages, v_pages, case.block_table, case.slots, case.positions
+    k = torch.randn(1, shape.kv_heads, shape.dim, device=device).to(dtype)
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    calls: dict[str, Callable[[], Any]] = {
+        "write_kv": lambda: write_kv(k, k, *pages),
+        "decode_attention": lambda: decode_attention(q, *pages, scale=0.125),
+        "prefill_attention": lambda: prefill_attention(q, *pages, starts, scale=0.125),
+    }
+    result = {}
+    for name, call in calls.items():
+        times = []
+        for _ in range(300):
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        result[name] = statistics.median(times) * 1e6
+        print(f"host    {name} {result[name]:.1f} us", flush=True)
+    return result
+
+
 def provenance(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     facts: dict[str, Any] = {
         "device": platform.processor() or "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": "python benchmarks/attention.py" + (" --smoke" if device == "cpu" else ""),
         "commit": _output("git", "rev-parse", "HEAD"),
     }
     if device == "cuda":
@@ -266,6 +306,8 @@ def main() -> None:
         "read_ceiling_gb_per_s": ceiling / 1e9,
         "decode": run_decode(shapes, device, dtype, ceiling, args.smoke),
         "prefill": run_prefill(shapes, device, dtype, args.smoke),
+        "write": run_write(shapes[0], device, dtype, args.smoke),
+        "host_us": run_host(shapes[0], device, dtype),
     }
     if args.output:
         args.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -96,7 +96,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "seed_oss": _with(head_dim=16),
     "ministral3": _with(head_dim=16),
     "mixtral": _with(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    "qwen2_moe": _with(moe_intermediate_size=48, shared_expert_intermediate_size=48, **_MOE),
+    "qwen2_moe": _with(
+        moe_intermediate_size=48, shared_expert_intermediate_size=48, use_sliding_window=True, **_MOE, **_MIXED
+    ),
     "qwen3_moe": _with(moe_intermediate_size=48, head_dim=16, **_MOE),
     "olmoe": _with(**_MOE),
     "glm4_moe": _with(

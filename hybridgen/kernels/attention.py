@@ -26,6 +26,7 @@ mutates its arguments.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from hybridgen.kernels import attention_reference as reference
 
 _PAGES = "Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor slots, Tensor positions"
 _OPTIONS = "float scale, int window, float softcap, Tensor? sinks"
+
+_NO_CHANGE = nullcontext()
 
 _library = torch.library.Library("hybridgen", "FRAGMENT")
 _library.define(
@@ -50,7 +53,13 @@ _library.define(
 
 
 def write_kv(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, slots: Tensor, positions: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
 ) -> None:
     """Write K and V of each token into its page: page `block_table[slot, position // page_size]`, row
     `position % page_size`.
@@ -119,24 +128,30 @@ def prefill_attention(
     )
 
 
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    index = tensor.get_device()
+    return _NO_CHANGE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
 def _write_kv_cuda(*args: Any) -> None:
     from hybridgen.kernels.attention_write import write_kv as launch
 
-    with torch.cuda.device_of(args[0]):
+    with _on_device_of(args[0]):
         launch(*args)
 
 
 def _decode_cuda(*args: Any) -> Tensor:
     from hybridgen.kernels.attention_decode import decode_attention as launch
 
-    with torch.cuda.device_of(args[0]):
+    with _on_device_of(args[0]):
         return launch(*args)
 
 
 def _prefill_cuda(*args: Any) -> Tensor:
     from hybridgen.kernels.attention_prefill import prefill_attention as launch
 
-    with torch.cuda.device_of(args[0]):
+    with _on_device_of(args[0]):
         return launch(*args)
 
 

@@ -6,12 +6,14 @@ Imports Triton; only the CUDA implementations import this module.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 
 class Device(NamedTuple):
     """What a launch depends on."""
@@ -22,7 +24,7 @@ class Device(NamedTuple):
     """Bytes that one program can have."""
     overlap: bool
     """Programmatic dependent launch: a kernel may start while the one before it ends (compute capability 9)."""
-    index: int = 0
+    ordinal: int = 0
 
 
 @functools.cache
@@ -88,6 +90,7 @@ def check_layout(q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float) -> t
 
 
 _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+_tensors: dict[int, tuple[list[int], list[int]]] = {}
 
 
 def launch(
@@ -97,26 +100,36 @@ def launch(
     constants: Callable[[], dict[str, Any]],
     args: tuple[Any, ...],
 ) -> None:
-    """Run `kernel[grid](*args, **constants())`, by way of the compiled kernel of the same key where there is one.
+    """Run `kernel[grid](*args, **constants())`, by way of the kernel compiled for an equal key where there is one.
 
-    That spares Triton's binding of arguments, most of a launch's 20 us. The key must hold all that a compiled
-    kernel depends on: the constants, dtypes, the device, and the integers that Triton specialises on. Alignment
-    is checked here: tensors that do not start at a multiple of 16 bytes go the long way, unless the kernel does
-    not specialise on theirs.
+    That spares Triton's binding of arguments, most of the 35 us that a launch takes on the host. The key holds
+    the device, what the constants follow from, and the integers that Triton specialises on; dtypes are added
+    here. A tensor that does not start at a multiple of 16 bytes goes the long way, unless the kernel does not
+    specialise on its alignment.
     """
-    key = kernel, key
-    for tensor in args[: 3 if kernel.arg_names[0] != "positions" else 0]:
-        if tensor.data_ptr() % 16:
-            kernel[grid](*args, **constants())
-            return
+    if not args[0].is_cuda:  # the interpreter
+        kernel[grid](*args, **constants())
+        return
+    if id(kernel) not in _tensors:
+        every = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        _tensors[id(kernel)] = (
+            every,
+            [i for i in every if not kernel.params[i].do_not_specialize_on_alignment],
+        )
+    every, special = _tensors[id(kernel)]
+    if any(args[i].data_ptr() % 16 for i in special):
+        kernel[grid](*args, **constants())
+        return
+    key = id(kernel), key, tuple([args[i].dtype for i in every])
     found = _compiled.get(key)
     if found is not None:
         found[0][grid](*args, *found[1])
         return
     named = constants()
-    compiled = kernel[grid](*args, **named)
-    if compiled is not None:  # the interpreter has none
-        _compiled[key] = compiled, tuple(named[name] for name in kernel.arg_names[len(args) :])
+    _compiled[key] = (
+        kernel[grid](*args, **named),
+        tuple(named[name] for name in kernel.arg_names[len(args) :]),
+    )
 
 
 def power_of_two(size: int) -> int:

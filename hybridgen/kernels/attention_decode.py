@@ -49,7 +49,8 @@ def tuning(heads: Heads, shared_memory: int) -> Tuning:
     stages = 3
     while stages > 1 and stages * tile_bytes > shared_memory - 16 * 2**10:
         stages -= 1
-    return Tuning(block=block, warps=4, stages=stages, programs=4 if wide <= 64 else 2, programs_single=3 if wide <= 64 else 2)
+    programs, programs_single = (4, 3) if wide <= 64 else (2, 2)
+    return Tuning(block, warps=4, stages=stages, programs=programs, programs_single=programs_single)
 
 
 class Plan(NamedTuple):
@@ -86,6 +87,71 @@ def _row_block(tokens: int) -> int:
     return block
 
 
+def _combine_block(tokens: int, row_chunks: int, heads: Heads) -> tuple[int, int]:
+    """Query heads and chunks that a combining program holds at once.
+
+    One head where rows are few, for the shortest time; more where rows are many, since most of them may have
+    nothing to combine.
+    """
+    wide = power_of_two(heads.value_dim)
+    block_heads = 1
+    while block_heads < 8 and tokens * heads.queries > 1024 * block_heads:
+        block_heads *= 2
+    return block_heads, min(triton.next_power_of_2(row_chunks), 8192 // (wide * block_heads))
+
+
+class Variant(NamedTuple):
+    """What the compiled kernels of a call depend on, besides strides."""
+
+    heads: Heads
+    tune: Tuning
+    block_rows: int
+    window: bool
+    softcap: bool
+    sinks: bool
+    device: Device
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "VALUE_DIM": self.heads.value_dim,
+            "BLOCK": self.tune.block,
+            "BLOCK_VALUE": power_of_two(self.heads.value_dim),
+            "LEAST": max(1, _LEAST_TOKENS // self.tune.block),
+            "WINDOW": self.window,
+            "OVERLAP": self.device.overlap,
+            **({"launch_pdl": True} if self.device.overlap else {}),
+        }
+
+    def shape_constants(self) -> dict[str, Any]:
+        """Constants and launch options of `single_kernel` or `rows_kernel`."""
+        group = self.heads.queries // self.heads.kv
+        return {
+            "HEADS": self.heads.kv,
+            "GROUP": group,
+            "PAGE": self.heads.page_size,
+            "DIM": self.heads.dim,
+            "BLOCK_GROUP": power_of_two(group),
+            "BLOCK_DIM": power_of_two(self.heads.dim),
+            "SOFTCAP": self.softcap,
+            "SINKS": self.sinks,
+            **({"BLOCK_ROWS": self.block_rows} if self.block_rows > 1 else {}),
+            "num_warps": self.tune.warps,
+            "num_stages": self.tune.stages,
+            **self._common(),
+        }
+
+    def combine_constants(self, block_heads: int, block_chunks: int) -> dict[str, Any]:
+        """Constants and launch options of `combine_kernel`."""
+        return {
+            "QUERY_HEADS": self.heads.queries,
+            "BLOCK_HEADS": block_heads,
+            "BLOCK_CHUNKS": block_chunks,
+            "SINGLE": self.block_rows == 1,
+            "num_warps": 4,
+            **self._common(),
+        }
+
+
 def decode_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -118,9 +184,7 @@ def decode_attention(
     inputs = q, k_pages, v_pages, block_table, slots, positions, q if sinks is None else sinks
     options = scale, softcap, window
     strides = block_table.stride(0), q.stride(0), q.stride(1)
-    variant = Variant(
-        heads, tune, _row_block(tokens), window > 0, softcap > 0, None if sinks is None else sinks.dtype, device, q.dtype
-    )
+    variant = Variant(heads, tune, _row_block(tokens), window > 0, softcap > 0, sinks is not None, device)
     if tokens == 1:
         launch(
             single_kernel, (cut.programs, 1, 1), (variant, strides), variant.shape_constants,
@@ -138,69 +202,3 @@ def decode_attention(
             lambda: variant.combine_constants(*block), (positions, out, partial, lse_start, window, *cut[:3]),
         )  # fmt: skip
     return out
-
-
-class Variant(NamedTuple):
-    """What the compiled kernels of a call depend on, besides strides."""
-
-    heads: Heads
-    tune: Tuning
-    block_rows: int
-    window: bool
-    softcap: bool
-    sinks: torch.dtype | None
-    device: Device
-    dtype: torch.dtype
-
-    def _common(self) -> dict[str, Any]:
-        return {
-            "VALUE_DIM": self.heads.value_dim,
-            "BLOCK": self.tune.block,
-            "BLOCK_VALUE": power_of_two(self.heads.value_dim),
-            "LEAST": max(1, _LEAST_TOKENS // self.tune.block),
-            "WINDOW": self.window,
-            "OVERLAP": self.device.overlap,
-            **({"launch_pdl": True} if self.device.overlap else {}),
-        }
-
-    def shape_constants(self) -> dict[str, Any]:
-        """Constants and launch options of `single_kernel` or `rows_kernel`."""
-        group = self.heads.queries // self.heads.kv
-        return {
-            "HEADS": self.heads.kv,
-            "GROUP": group,
-            "PAGE": self.heads.page_size,
-            "DIM": self.heads.dim,
-            "BLOCK_GROUP": power_of_two(group),
-            "BLOCK_DIM": power_of_two(self.heads.dim),
-            "SOFTCAP": self.softcap,
-            "SINKS": self.sinks is not None,
-            **({"BLOCK_ROWS": self.block_rows} if self.block_rows > 1 else {}),
-            "num_warps": self.tune.warps,
-            "num_stages": self.tune.stages,
-            **self._common(),
-        }
-
-    def combine_constants(self, block_heads: int, block_chunks: int) -> dict[str, Any]:
-        """Constants and launch options of `combine_kernel`."""
-        return {
-            "QUERY_HEADS": self.heads.queries,
-            "BLOCK_HEADS": block_heads,
-            "BLOCK_CHUNKS": block_chunks,
-            "SINGLE": self.block_rows == 1,
-            "num_warps": 4,
-            **self._common(),
-        }
-
-
-def _combine_block(tokens: int, row_chunks: int, heads: Heads) -> tuple[int, int]:
-    """Query heads and chunks that a combining program holds at once.
-
-    One head where rows are few, for the shortest time; more where rows are many, since most of them may have
-    nothing to combine.
-    """
-    wide = power_of_two(heads.value_dim)
-    block_heads = 1
-    while block_heads < 8 and tokens * heads.queries > 1024 * block_heads:
-        block_heads *= 2
-    return block_heads, min(triton.next_power_of_2(row_chunks), 8192 // (wide * block_heads))

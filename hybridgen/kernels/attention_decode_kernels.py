@@ -89,7 +89,8 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
-    target, line, mixed, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_VALUE: tl.constexpr
+    target, line, mixed,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     member = tl.arange(0, BLOCK_GROUP)
     values = tl.arange(0, BLOCK_VALUE)
@@ -132,7 +133,8 @@ def single_kernel(  # type: ignore[no-untyped-def]
         _store(partial, line, mixed, GROUP, VALUE_DIM, BLOCK_GROUP, BLOCK_VALUE)
         tl.store(partial + lse_start + line + member, logsum, mask=member < GROUP)
     else:
-        tl.store(partial + lse_start + line + member, tl.full([BLOCK_GROUP], -float("inf"), tl.float32), mask=member < GROUP)
+        nothing = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
+        tl.store(partial + lse_start + line + member, nothing, mask=member < GROUP)
 
 
 @triton.jit(
@@ -153,7 +155,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, BLOCK_ROWS)
     position = tl.load(positions + rows, mask=rows < tokens, other=0).to(tl.int32)
-    low, high, per, chunks = _cut(position, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
+    _, _, _, chunks = _cut(position, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
     chunks = tl.where(rows < tokens, chunks, 0)
     ends = tl.cumsum(chunks, 0)
     for item in range(tl.program_id(0) // HEADS, tl.sum(chunks, 0), tl.num_programs(0) // HEADS):
@@ -194,7 +196,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     chunks = row_chunks
     if not SINGLE:
         position = tl.load(positions + row).to(tl.int32)
-        low, high, per, chunks = _cut(position, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
+        _, _, _, chunks = _cut(position, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
     if SINGLE or chunks > 1:
         head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         values = tl.arange(0, BLOCK_VALUE)

@@ -8,7 +8,7 @@ K and V are read once for the whole group. Programs find their sequence in `quer
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from hybridgen.kernels.attention_common import (
     Heads,
     check_layout,
     device_of,
+    launch,
     load_pages,
     power_of_two,
     soft_capped,
@@ -72,7 +73,7 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             scores = tl.where(seen, scores, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
         shift = new_peak
-        if WINDOW:
+        if MASK and WINDOW:
             # A row's window may begin tiles after the first row's: until then its peak is -inf.
             shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         weights = tl.exp2(scores * factor - shift[:, None])
@@ -123,9 +124,13 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         place_of_row = first_place + token
         low_place = first_place + row_start // GROUP
         end = first_place + tl.minimum((row_start + BLOCK_ROWS - 1) // GROUP, tokens - 1) + 1
-        first = 0
+        # Tiles from free to middle are seen whole by every row; with a window, some before them in part.
+        middle = (low_place + 1) // BLOCK
+        free = 0
         if WINDOW:
             first = tl.maximum(low_place + 1 - window, 0) // BLOCK
+            free = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BLOCK), tl.cdiv(end, BLOCK))
+            middle = tl.maximum(middle, free)
 
         peak = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -133,16 +138,19 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             peak = tl.load(sinks + query_head).to(tl.float32) * 1.4426950408889634
             total = total + 1.0
         mixed = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
-        if not WINDOW:
-            middle = (low_place + 1) // BLOCK
+        if WINDOW:
             peak, total, mixed = _attend_tiles(
-                query, peak, total, mixed, k_pages, v_pages, table, 0, middle, end, place_of_row,
+                query, peak, total, mixed, k_pages, v_pages, table, first, free, end, place_of_row,
                 scale, softcap, window, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
-                False, WINDOW, SOFTCAP,
+                True, WINDOW, SOFTCAP,
             )  # fmt: skip
-            first = middle
         peak, total, mixed = _attend_tiles(
-            query, peak, total, mixed, k_pages, v_pages, table, first, tl.cdiv(end, BLOCK), end, place_of_row,
+            query, peak, total, mixed, k_pages, v_pages, table, free, middle, end, place_of_row,
+            scale, softcap, window, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
+            False, WINDOW, SOFTCAP,
+        )  # fmt: skip
+        peak, total, mixed = _attend_tiles(
+            query, peak, total, mixed, k_pages, v_pages, table, middle, tl.cdiv(end, BLOCK), end, place_of_row,
             scale, softcap, window, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
             True, WINDOW, SOFTCAP,
         )  # fmt: skip
@@ -164,25 +172,33 @@ class Tuning(NamedTuple):
 
 
 @functools.cache
-def tuning(heads: Heads, shared_memory: int, many: bool) -> Tuning:
+def tuning(heads: Heads, shared_memory: int, load: int) -> Tuning:
     """Measured on an H200 (`benchmarks/attention.py`); other devices get fewer stages where memory is short.
 
     Args:
-        many: the call has enough rows to fill the device with large tiles.
+        load: 0, 1 or 2: how well the call's rows fill the device, see `_load`.
     """
     if heads.bytes == 4:
         return Tuning(rows=32, block=32, warps=4, stages=1)
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
-    if many:
-        rows, block, warps, stages = 128, 64, 8, 3
-    else:
-        rows, block, warps, stages = 64, 64, 4, 2
+    rows, block, warps, stages = 64, 64, 4, 2
     if wide > 128:
-        rows, block, warps, stages = 64, 32, 4, 2
+        block = 32
+    elif load == 2:
+        rows, warps, stages = 128, 8, 3
+    elif load == 1 and wide == 128:
+        stages = 3
     fixed = rows * wide * heads.bytes
     while stages > 1 and fixed + stages * block * 2 * wide * heads.bytes > shared_memory - 8 * 2**10:
         stages -= 1
     return Tuning(rows, block, warps, stages)
+
+
+def _load(tokens: int, heads: Heads, processors: int) -> int:
+    """0: few rows a multiprocessor; 1: some; 2: enough for large tiles."""
+    rows = tokens * heads.queries // processors
+    large = 480 if heads.dim <= 64 else 960
+    return 2 if rows >= large else int(rows >= 120)
 
 
 def prefill_attention(
@@ -208,17 +224,40 @@ def prefill_attention(
         return out
     device = device_of(q)
     if tune is None:
-        tune = tuning(heads, device.shared_memory, tokens * heads.queries >= 2 * device.processors * 128)
-    group = heads.queries // heads.kv
-    tiles = tokens * group // tune.rows + sequences
-    _prefill_kernel[(tiles * heads.kv,)](
-        q, k_pages, v_pages, block_table, slots, positions, query_starts, q if sinks is None else sinks, out,
-        scale, softcap, window, sequences, block_table.stride(0), q.stride(0), q.stride(1),
-        HEADS=heads.kv, GROUP=group, PAGE=heads.page_size, DIM=heads.dim, VALUE_DIM=heads.value_dim,
-        BLOCK_ROWS=tune.rows, BLOCK=tune.block,
-        BLOCK_DIM=power_of_two(heads.dim), BLOCK_VALUE=power_of_two(heads.value_dim),
-        BLOCK_SEQUENCES=triton.next_power_of_2(sequences),
-        WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-        num_warps=tune.warps, num_stages=tune.stages,
-    )  # fmt: skip
+        tune = tuning(heads, device.shared_memory, _load(tokens, heads, device.processors))
+    tiles = tokens * heads.queries // heads.kv // tune.rows + sequences
+    strides = block_table.stride(0), q.stride(0), q.stride(1)
+
+    def constants() -> dict[str, Any]:
+        return {
+            "HEADS": heads.kv,
+            "GROUP": heads.queries // heads.kv,
+            "PAGE": heads.page_size,
+            "DIM": heads.dim,
+            "VALUE_DIM": heads.value_dim,
+            "BLOCK_ROWS": tune.rows,
+            "BLOCK": tune.block,
+            "BLOCK_DIM": power_of_two(heads.dim),
+            "BLOCK_VALUE": power_of_two(heads.value_dim),
+            "BLOCK_SEQUENCES": triton.next_power_of_2(sequences),
+            "WINDOW": window > 0,
+            "SOFTCAP": softcap > 0,
+            "SINKS": sinks is not None,
+            "num_warps": tune.warps,
+            "num_stages": tune.stages,
+        }
+
+    inputs = q, k_pages, v_pages, block_table, slots, positions, query_starts, q if sinks is None else sinks
+    key = (
+        heads,
+        tune,
+        triton.next_power_of_2(sequences),
+        window > 0,
+        softcap > 0,
+        sinks is not None,
+        device,
+        strides,
+    )
+    args = *inputs, out, scale, softcap, window, sequences, *strides
+    launch(_prefill_kernel, (tiles * heads.kv, 1, 1), key, constants, args)
     return out

@@ -6,6 +6,8 @@ inputs are.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,13 @@ _SCORE_ELEMENTS = 2**24
 
 
 def write_kv(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, slots: Tensor, positions: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
 ) -> None:
     """See `attention.write_kv`."""
     page_size = k_pages.shape[2]
@@ -118,7 +126,7 @@ def prefill_attention(
     tokens, heads, _ = q.shape
     out = q.new_empty((tokens, heads, v_pages.shape[3]))
     starts = query_starts.tolist()
-    for begin, end in zip(starts, starts[1:], strict=False):
+    for begin, end in itertools.pairwise(starts):
         if begin == end:
             continue
         first = int(positions[begin])
@@ -157,7 +165,9 @@ def _attend(
     limited = 0 < window < length
     plain = softcap == 0 and sinks is None
     if plain and offset == 0 and not limited:
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[0]
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[
+            0
+        ]
     parts = []
     for block in torch.arange(offset, offset + tokens).split(max(1, _SCORE_ELEMENTS // (heads * length))):
         place = block[:, None]

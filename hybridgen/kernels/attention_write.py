@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from hybridgen.kernels.attention_common import device_of, heads_of
+from hybridgen.kernels.attention_common import device_of, heads_of, launch
 
 _ELEMENTS = 4096
 """Elements of K (and of V) that one program moves at most."""
@@ -81,7 +83,13 @@ def _write_kernel(  # type: ignore[no-untyped-def]
 
 
 def write_kv(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, slots: Tensor, positions: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
 ) -> None:
     """See `attention.write_kv`; a program per token and group of heads."""
     if k.shape[0] == 0:
@@ -92,11 +100,23 @@ def write_kv(
     heads = heads_of(kv_heads, kv_heads, dim, v_pages.shape[3], page_size, k.element_size())
     block_dim, block_value = triton.next_power_of_2(dim), triton.next_power_of_2(heads.value_dim)
     block_heads = min(triton.next_power_of_2(kv_heads), max(1, _ELEMENTS // max(block_dim, block_value)))
-    overlap = device_of(k).overlap
-    _write_kernel[(k.shape[0], triton.cdiv(kv_heads, block_heads))](
-        k, v, k_pages, v_pages, block_table, slots, positions,
-        block_table.stride(0), *k.stride(), *v.stride(),
-        HEADS=kv_heads, PAGE=page_size, DIM=dim, VALUE_DIM=heads.value_dim,
-        BLOCK_HEADS=block_heads, BLOCK_DIM=block_dim, BLOCK_VALUE=block_value, OVERLAP=overlap,
-        num_warps=4, **({"launch_pdl": True} if overlap else {}),
-    )  # fmt: skip
+    device = device_of(k)
+    strides = block_table.stride(0), *k.stride(), *v.stride()
+
+    def constants() -> dict[str, Any]:
+        return {
+            "HEADS": kv_heads,
+            "PAGE": page_size,
+            "DIM": dim,
+            "VALUE_DIM": heads.value_dim,
+            "BLOCK_HEADS": block_heads,
+            "BLOCK_DIM": block_dim,
+            "BLOCK_VALUE": block_value,
+            "OVERLAP": device.overlap,
+            "num_warps": 4,
+            **({"launch_pdl": True} if device.overlap else {}),
+        }
+
+    grid = k.shape[0], triton.cdiv(kv_heads, block_heads), 1
+    args = k, v, k_pages, v_pages, block_table, slots, positions, *strides
+    launch(_write_kernel, grid, (heads, device, strides), constants, args)

@@ -82,7 +82,8 @@ def _nucleus_edge(scaled: Tensor, largest: Tensor, kth: Tensor, top_p: Tensor) -
     """The lowest value that top-p keeps (float32 [B, 1]) and how many tokens it keeps there (int64 [B, 1]).
 
     A token stays if the tokens ranked before it do not reach p. The running sum is float64, so that how a
-    device splits it does not show in what is kept.
+    device splits it does not show in what is kept. A full sort and a partial one give it the same bits, so that
+    a row does not depend on which of them its batch needs.
     """
     ranked, vocab_size = largest.shape[-1], scaled.shape[-1]
     inside = largest >= kth
@@ -93,6 +94,8 @@ def _nucleus_edge(scaled: Tensor, largest: Tensor, kth: Tensor, top_p: Tensor) -
     kept = ((total - probability < top_p) & inside).sum(-1, keepdim=True).clamp(min=1)
     edge = largest.gather(-1, kept - 1)
     above = (largest > edge).sum(-1, keepdim=True)
+    if ranked == vocab_size:
+        return edge, kept - above
     # Tokens that tie with the k-th can go beyond a partial sort. If p is not reached in it, they fill up.
     lacking = (top_p - total[:, -1:]) / probability.gather(-1, kept - 1)
     beyond = lacking.nan_to_num().ceil().clamp(0, vocab_size).to(torch.int64)

@@ -88,7 +88,7 @@ def _strided(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_write_kv(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    heads, kv_heads, dim, value_dim, page_size = shape
+    _, kv_heads, dim, value_dim, page_size = shape
     lengths = [1, 300, 77]
     empty = make_cache(lengths, kv_heads, dim, value_dim, page_size, dtype, "cuda", filled=False)
     slots, positions, _ = pack(empty, lengths, 3)
@@ -168,6 +168,25 @@ def test_freed_pages_before_the_window(dtype: torch.dtype) -> None:
     assert error(_decode(q, cache, window=window), expected) < LIMITS[dtype]
 
 
+def test_queries_of_other_strides_and_alignments_after_each_other() -> None:
+    cache = make_cache([70, 300], 2, 64, page_size=16, dtype=torch.bfloat16, device="cuda")
+    flat = torch.randn(100_000, device="cuda").bfloat16()
+    limit = LIMITS[torch.bfloat16]
+    for offset, token, head in ((0, 512, 64), (3, 512, 64), (0, 520, 65), (0, 64, 6400), (8, 512, 64), (1, 513, 64)):
+        q = flat.as_strided((80, 8, 64), (token, head, 1), offset)
+        assert error(_prefill(q, cache, [70, 10]), dense_packed(q, cache, [70, 10], 0.125)) < limit
+        assert error(_decode(q[:2], cache), dense_packed(q[:2], cache, [1, 1], 0.125)) < limit
+        one = Cache(cache.keys[:1], cache.values[:1], *pages_of(cache), cache.slots[:1])
+        assert error(_decode(q[:1], one), dense_packed(q[:1], one, [1], 0.125)) < limit
+        slots, positions, _ = pack(cache, [70, 10], 2)
+        copy = make_cache([70, 300], 2, 64, page_size=16, dtype=torch.bfloat16, device="cuda", filled=False)
+        k = q[:, :2]
+        write_kv(k, k, copy.k_pages, copy.v_pages, cache.block_table, slots, positions)
+        page = cache.block_table[slots.long(), positions // 16].long()
+        assert torch.equal(copy.k_pages[page, :, positions % 16], k)
+        assert torch.equal(copy.v_pages[page, :, positions % 16], k)
+
+
 def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
     lengths = [700, 9000, 3, 64]
     cache = make_cache(lengths, 2, 64, page_size=16, dtype=torch.bfloat16, device="cuda")
@@ -184,7 +203,13 @@ def test_decode_graph_replays_with_other_lengths_and_tables(tokens: int) -> None
     dtype = torch.bfloat16
     caches = [
         make_cache(
-            torch.randint(1, high, (tokens,)).tolist(), 2, 64, page_size=16, dtype=dtype, device="cuda", spare_pages=9
+            torch.randint(1, high, (tokens,)).tolist(),
+            2,
+            64,
+            page_size=16,
+            dtype=dtype,
+            device="cuda",
+            spare_pages=9,
         )
         for high in (40, 4000, 400)
     ]
@@ -262,9 +287,7 @@ def test_compiled_write_copies_no_cache() -> None:
     def layer(qkv: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         q, k, v = (qkv * 1).view(-1, 12, 64).split([8, 2, 2], dim=1)
         write_kv(k, v, k_pages, v_pages, cache.block_table, slots, positions)
-        out = prefill_attention(
-            q, k_pages, v_pages, cache.block_table, slots, positions, starts, scale=0.125
-        )
+        out = prefill_attention(q, k_pages, v_pages, cache.block_table, slots, positions, starts, scale=0.125)
         return out + 1
 
     torch._dynamo.reset()

@@ -139,7 +139,15 @@ def test_chunked_prefill_equals_one_prefill(chunk: int, window: int) -> None:
         starts = torch.tensor([0, len(places), len(places)], dtype=torch.int32)
         parts.append(
             prefill_attention(
-                q[places], cache.k_pages, cache.v_pages, table, slots, places, starts, scale=0.3, window=window
+                q[places],
+                cache.k_pages,
+                cache.v_pages,
+                table,
+                slots,
+                places,
+                starts,
+                scale=0.3,
+                window=window,
             )
         )
     assert error(torch.cat(parts), dense_packed(q, cache, [100], 0.3, window=window)) < 1e-6
@@ -153,7 +161,11 @@ def test_sequences_without_tokens() -> None:
     pages = cache.k_pages, cache.v_pages, cache.block_table
     out = prefill_attention(q, *pages, slots, positions, starts, scale=0.3)
     assert error(out, dense_packed(q, cache, [20, 9], 0.3)) < 1e-6
-    assert prefill_attention(q[:0], *pages, slots[:0], positions[:0], starts * 0, scale=0.3).shape == (0, 4, 16)
+    assert prefill_attention(q[:0], *pages, slots[:0], positions[:0], starts * 0, scale=0.3).shape == (
+        0,
+        4,
+        16,
+    )
     assert decode_attention(q[:0], *pages, slots[:0], positions[:0], scale=0.3).shape == (0, 4, 16)
 
 

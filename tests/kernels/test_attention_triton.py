@@ -13,15 +13,20 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from hybridgen.kernels.attention_decode import _SCRATCH_BYTES, Tuning, plan
 from hybridgen.kernels.attention_common import heads_of
+from hybridgen.kernels.attention_decode import _SCRATCH_BYTES, Tuning, plan
 
 
 def test_kernels_in_the_interpreter() -> None:
     script = Path(__file__).with_name("interpreter_checks.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
 

@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import hybridgen.loading.checkpoint
 from hybridgen.config import EngineConfig
 from hybridgen.errors import (
     CheckpointError,
@@ -185,10 +186,15 @@ def test_an_empty_name(name: str) -> None:
         open_cpu(name)
 
 
-@pytest.mark.parametrize("model", [None, 3, {"model": "x"}])
+@pytest.mark.parametrize("model", [3, b"gpt2", {"model": "x"}])
 def test_other_types_are_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="give a directory, a hub id"):
         open_cpu(model)
+
+
+def test_no_name_is_the_demo_model(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybridgen.loading.checkpoint, "model_path", lambda: whole)
+    assert open_cpu(None).name == str(whole)
 
 
 def test_a_file_is_no_checkpoint(whole: Path) -> None:

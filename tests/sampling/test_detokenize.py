@@ -58,9 +58,7 @@ def sentencepiece_like():
         "\n",
     ]
     merges = [("a", "t"), ("\u2581", "\u2581")]
-    backend = Tokenizer(
-        models.BPE({p: i for i, p in enumerate(pieces)}, merges, byte_fallback=True, unk_token="<unk>")
-    )
+    backend = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -240,9 +238,7 @@ def test_byte_fallback_on_random_ids(sentencepiece_like, skip, data):
 def test_rewritten_text_stays_and_the_stream_goes_on(sentencepiece_like):
     the, cat = sentencepiece_like.convert_tokens_to_ids(["\u2581the", "\u2581cat"])
     for tokenizer in both_kinds(sentencepiece_like):
-        pieces, detokenizer = run(
-            tokenizer, [the], [*byte_ids(sentencepiece_like, b"\xc3\xa9\xff"), cat, the], True
-        )
+        pieces, detokenizer = run(tokenizer, [the], [*byte_ids(sentencepiece_like, b"\xc3\xa9\xff"), cat, the], True)
         assert pieces == ["", "é", "", "\ufffd cat", " the", ""]
         assert detokenizer.restarts == 1
 

@@ -40,9 +40,7 @@ def test_a_sampling_model_fills_what_was_left_open():
     assert filters(r) == (0.6, 20, 0.95, 0.05, 1.1)
     assert r.max_new_tokens == 32
     assert r.penalizes
-    given = resolved(
-        SAMPLING_MODEL, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, max_new_tokens=5
-    )
+    given = resolved(SAMPLING_MODEL, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, max_new_tokens=5)
     assert filters(given) == (0, 0, 1, 0, 1)
     assert given.max_new_tokens == 5
 

@@ -1,0 +1,75 @@
+"""The compiled layer: how many graphs, for which calls, and what is counted."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+
+from hybridgen.errors import ConfigError
+from hybridgen.execution.compiled import CompiledLayers, mark_tokens_dynamic
+from hybridgen.execution.runner import ModelRunner, PrefillChunk
+from hybridgen.kvcache import CacheShape, allocate_pages
+from hybridgen.models import bind
+
+
+def make(name: str, max_batch: int = 4, budget: int = 64, **changes: int) -> ModelRunner:
+    bound = bind(families.build(name, **changes))
+    runner = ModelRunner(
+        bound,
+        vocab_size=families.VOCAB,
+        max_batch=max_batch,
+        max_pages=4,
+        token_budget=budget,
+        compile_backend="aot_eager",
+    )
+    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), 9, torch.device("cpu")))
+    return runner
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_graphs_do_not_grow_with_depth(layers: int) -> None:
+    runner = make("llama", num_hidden_layers=layers)
+    runner.warm_up()
+    assert runner.compiled.graphs == 3
+    runner.close()
+
+
+@pytest.mark.parametrize(("max_batch", "budget", "graphs"), [(1, 64, 2), (2, 64, 3), (4, 2, 3)])
+def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: int) -> None:
+    runner = make("llama", max_batch, budget)
+    runner.warm_up()
+    assert runner.compiled.graphs == graphs
+    length = min(budget, 20)
+    with torch.compiler.set_stance("fail_on_recompile"), runner.compiled.watching(), torch.inference_mode():
+        for count in range(1, length + 1):
+            ids = runner._stage_prefill([PrefillChunk(0, [5] * count, 0, count, 0, True)])
+            runner._bound.forward(ids, runner._step, None)
+    assert runner.compiled.late_graphs == 0
+    runner.close()
+
+
+def test_removing_restores_the_layers() -> None:
+    runner = make("llama")
+    runner.warm_up()
+    layers = runner._bound.layers
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+    runner.disable_compilation()
+    assert all(layer._compiled_call_impl is None for layer in layers)
+    runner.close()
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ConfigError, match="compile_backend='nope'"):
+        CompiledLayers([], None, backend="nope", max_batch=1, token_budget=2)
+
+
+def test_only_the_token_dimension_is_marked() -> None:
+    hidden, table, scalar = torch.zeros(1, 7, 7), torch.zeros(7, 3), torch.zeros(())
+    pair = (torch.zeros(1, 7, 4), {"ids": torch.zeros(7)})
+    mark_tokens_dynamic([hidden, table, scalar, pair], 7, 64)
+    assert hidden._dynamo_dynamic_indices == {1}
+    assert pair[0]._dynamo_dynamic_indices == {1}
+    assert pair[1]["ids"]._dynamo_dynamic_indices == {0}
+    assert not hasattr(table, "_dynamo_dynamic_indices")
+    assert not hasattr(scalar, "_dynamo_dynamic_indices")

@@ -1,0 +1,77 @@
+"""What the probe finds, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from torch import nn
+
+from hybridgen.errors import EngineError, UnsupportedModelError
+from hybridgen.kvcache import LayerShape
+from hybridgen.models import bind
+from hybridgen.models.binding import _decoder_layers
+
+
+def test_finds_every_layer_and_its_shape() -> None:
+    model = families.build("llama")
+    bound = bind(model)
+    assert bound.layers == tuple(model.model.layers)
+    assert bound.layer_shapes == (LayerShape(2, 16, 16),) * 4
+    assert bound.reprefill_length is None
+    bound.release()
+
+
+def test_a_window_that_the_model_leaves_to_the_mask() -> None:
+    changes = {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    for name, windows in (("qwen2_moe", [8, 0, 8, 0]), ("qwen2", [0] * 4)):  # Qwen2 hands its own down
+        bound = bind(families.build(name, **changes))
+        assert [site.window for site in bound.sites] == windows
+        bound.release()
+
+
+def test_releasing_leaves_no_trace() -> None:
+    model = families.build("gemma2")
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    attention = model.config._attn_implementation
+    bind(model).release()
+    assert model.config._attn_implementation == attention
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == {
+        name: set(attributes) for name, attributes in before.items()
+    }
+
+
+def test_a_model_has_one_engine_at_a_time() -> None:
+    model = families.build("llama")
+    bound = bind(model)
+    with pytest.raises(EngineError, match="in use by another engine"):
+        bind(model)
+    bound.release()
+    bind(model).release()
+
+
+def test_attention_outside_a_layer_list_is_refused() -> None:
+    model = families.build("llama")
+    with pytest.raises(UnsupportedModelError, match="one attention per layer"):
+        _decoder_layers(model, [nn.Linear(1, 1)])
+    with pytest.raises(UnsupportedModelError):
+        _decoder_layers(model, [])
+
+
+def test_a_failed_probe_restores_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build("llama")
+    monkeypatch.setattr(type(model.model), "forward", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no")))
+    with pytest.raises(RuntimeError, match="no"):
+        bind(model)
+    assert model.config._attn_implementation == "eager"
+    assert not any("_hybridgen_probe" in vars(module) for module in model.modules())
+
+
+def test_logits_to_keep_selects_tokens() -> None:
+    """The portable form that `forward` relies on."""
+    model = families.build("llama")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        everything = model(input_ids=ids, use_cache=False).logits
+        kept = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([1, 3])).logits
+    assert torch.allclose(kept, everything[:, [1, 3]], atol=1e-5)

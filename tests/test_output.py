@@ -1,0 +1,130 @@
+"""From tokens to text, events and completions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from hybridgen.core import FinishReason, SamplingParams, TokenLogprob
+from hybridgen.demo import model_path
+from hybridgen.errors import RequestError
+from hybridgen.output import Response, collect
+from hybridgen.sampling import resolve
+from hybridgen.scheduler import Sequence
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(model_path())
+
+
+def respond(tokenizer: Any, prompt: tuple[int, ...] = (5,), index: int = 0, choice: int = 0, **fields: Any) -> Response:
+    sampling = resolve(SamplingParams(**fields), None, [0], 4096)
+    response = Response(Sequence(prompt, sampling), tokenizer, index, choice)
+    response.keep_events = True
+    return response
+
+
+def feed(response: Response, ids: list[int]) -> str:
+    """Push ids until the response is complete; returns the text of its events."""
+    for token in ids:
+        response.push(token, None)
+        if response.completion is not None:
+            break
+    return "".join(event.text for event in response.events)
+
+
+def test_events_join_to_the_text_of_multi_byte_characters(tokenizer: Any) -> None:
+    text = "é 🙂🇪🇺 तो สวัสดี done"
+    ids = tokenizer(text)["input_ids"]
+    response = respond(tokenizer, max_new_tokens=len(ids))
+    assert feed(response, ids) == text
+    assert response.completion.text == text
+    assert any(event.text == "" for event in response.events)  # bytes of a character come one by one
+
+
+def test_a_cut_character_is_flushed_at_the_end(tokenizer: Any) -> None:
+    ids = tokenizer("a🙂")["input_ids"]
+    response = respond(tokenizer, max_new_tokens=len(ids) - 1)
+    assert feed(response, ids) == tokenizer.decode(ids[:-1])
+    assert response.completion.text.endswith("\ufffd")
+
+
+def test_a_stop_string_across_tokens_is_cut_off(tokenizer: Any) -> None:
+    ids = tokenizer("one two three four")["input_ids"]
+    response = respond(tokenizer, max_new_tokens=100, stop=["o thr", "zzz"])
+    assert feed(response, ids) == "one tw"
+    assert response.completion.stop_match == "o thr"
+    assert response.completion.finish_reason is FinishReason.STOP
+
+
+def test_text_held_back_for_a_stop_string_comes_at_the_end(tokenizer: Any) -> None:
+    ids = tokenizer("one two thr")["input_ids"]
+    response = respond(tokenizer, max_new_tokens=len(ids), stop=["thread"])
+    assert feed(response, ids) == "one two thr"
+    assert response.completion.finish_reason is FinishReason.LENGTH
+
+
+def test_an_end_token_is_in_the_ids_and_not_in_the_text(tokenizer: Any) -> None:
+    ids = [*tokenizer("done")["input_ids"], 0, 7]
+    response = respond(tokenizer, max_new_tokens=100)
+    assert feed(response, ids) == "done"
+    assert response.completion.token_ids == tuple(ids[:-1])
+    assert response.completion.stop_match == 0
+    shown = respond(tokenizer, max_new_tokens=100, skip_special_tokens=False)
+    assert feed(shown, ids) == "done<|endoftext|>"
+
+
+def test_an_ignored_end_token_goes_on(tokenizer: Any) -> None:
+    response = respond(tokenizer, max_new_tokens=3, ignore_eos=True)
+    feed(response, [0, 0, 5])
+    assert response.completion.finish_reason is FinishReason.LENGTH
+
+
+def test_a_token_of_minus_one_is_an_error(tokenizer: Any) -> None:
+    response = respond(tokenizer, max_new_tokens=5)
+    feed(response, [70, -1])
+    assert isinstance(response.completion.error, RequestError)
+    assert response.completion.token_ids == (70,)
+
+
+def test_cancelling_keeps_what_came(tokenizer: Any) -> None:
+    response = respond(tokenizer, max_new_tokens=5, stop=["never"])
+    response.push(tokenizer("x")["input_ids"][0], None)
+    response.cancel()
+    assert response.completion.finish_reason is FinishReason.CANCELLED
+    assert response.completion.text == "x"
+    assert response.events[-1].token_id is None
+
+
+def test_a_request_that_never_ran_has_no_times(tokenizer: Any) -> None:
+    response = respond(tokenizer)
+    response.cancel()
+    timing = response.completion.timing
+    assert math.isnan(timing.queue)
+    assert math.isnan(timing.ttft)
+    assert timing.total >= 0
+
+
+def test_logprobs_are_cut_to_what_was_asked(tokenizer: Any) -> None:
+    entry = TokenLogprob(70, -0.5, ((70, -0.5), (71, -1.0), (72, -2.0)))
+    for wanted, top in ((0, ()), (2, entry.top[:2])):
+        response = respond(tokenizer, max_new_tokens=1, logprobs=wanted)
+        response.push(70, entry)
+        assert response.completion.logprobs == (TokenLogprob(70, -0.5, top),)
+    silent = respond(tokenizer, max_new_tokens=1)
+    silent.push(70, entry)
+    assert silent.completion.logprobs is None
+
+
+def test_choices_are_collected_by_prompt(tokenizer: Any) -> None:
+    responses = [respond(tokenizer, max_new_tokens=1, index=i, choice=c) for i, c in ((0, 0), (1, 0), (1, 1))]
+    for response, token in zip(responses, (70, 71, 72), strict=True):
+        response.push(token, None)
+    first, second = collect(responses)
+    assert (first.token_ids, first.choices) == ((70,), ())
+    assert second.token_ids == (71,)
+    assert [choice.token_ids for choice in second.choices] == [(71,), (72,)]
