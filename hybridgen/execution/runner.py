@@ -10,7 +10,7 @@ import torch
 
 from hybridgen.execution.compiled import CompiledLayers
 from hybridgen.execution.launch import LaunchedStep
-from hybridgen.execution.state import DeviceState, to_device
+from hybridgen.execution.state import DeviceState, SlotRows, to_device
 from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
@@ -91,18 +91,19 @@ class ModelRunner:
         if not finished:
             return None
         slots = tuple(chunk.slot for chunk in finished)
-        counts = [[chunk.start + len(chunk.tokens) for chunk in finished], [chunk.generated for chunk in finished]]
-        lengths, generated = to_device(counts, torch.int64, self.device).unbind(0)
-        return self._sample(logits, slots, to_device(slots, torch.int64, self.device), lengths, generated)
+        lengths = [chunk.start + len(chunk.tokens) for chunk in finished]
+        counts = to_device([slots, lengths, [chunk.generated for chunk in finished]], torch.int64, self.device)
+        return self._sample(logits, slots, *counts.unbind(0))
 
     @torch.inference_mode()
     def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
         """Run one decode step of these slots and sample a token for each."""
-        rows = self.state.rows(slots)
-        positions = self.state.length[rows]
-        self._set_step(Phase.DECODE, rows.int(), positions, positions + 1)
-        logits = self._forward(self.state.last_token[rows], None)
-        return self._sample(logits, slots, rows, positions + 1, self.state.generated[rows])
+        rows, index = self.state.index(slots)
+        state = self.state.read(rows)
+        lengths = state.lengths + 1
+        self._set_step(Phase.DECODE, index, state.lengths, lengths)
+        logits = self._forward(state.last_tokens, None)
+        return self._sample(logits, slots, rows, lengths, state.generated)
 
     def _sample(
         self,
@@ -112,11 +113,12 @@ class ModelRunner:
         lengths: torch.Tensor,
         generated: torch.Tensor,
     ) -> LaunchedStep:
+        """Sample the token after `lengths` tokens for each row, and advance the rows."""
         plan = self.sampler.needs(slots)
         sampled = sample(logits, self.sampler, rows, lengths, generated, plan)
         if plan.penalties:
             record(self.sampler, rows, sampled.tokens)
-        self.state.advance(rows, sampled.tokens, lengths, generated + 1)
+        self.state.write(rows, SlotRows(sampled.tokens, lengths, generated + 1))
         return LaunchedStep(sampled)
 
     def _forward(self, ids: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +18,19 @@ def to_device(
     return host.to(device, non_blocking=True)
 
 
+class SlotRows(NamedTuple):
+    """What a step reads of its rows: each int64 [B]."""
+
+    last_tokens: torch.Tensor
+    """The tokens to feed."""
+    lengths: torch.Tensor
+    """Cached positions, which are the positions of those tokens."""
+    generated: torch.Tensor
+    """Tokens generated so far."""
+
+
 class DeviceState:
-    """Per slot: the last token, the number of cached positions, and the pages.
+    """Per slot: the last token, the number of cached positions and of generated tokens, and the pages.
 
     A decode step reads and advances all of it on the device; the host sends nothing while the batch stays as it is.
     """
@@ -26,24 +38,23 @@ class DeviceState:
     def __init__(self, max_batch: int, max_pages: int, device: torch.device) -> None:
         self.device = device
         self.max_batch = max_batch
-        self.last_token = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        """int64 [max_batch]: the token that the next decode step feeds."""
-        self.length = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        """int64 [max_batch]: cached positions, which is the position of that token."""
-        self.generated = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        """int64 [max_batch]: tokens generated so far."""
+        self.table = torch.zeros(3, max_batch, dtype=torch.int64, device=device)
+        """int64 [3, max_batch], in the order of `SlotRows`: one gather and one scatter a step."""
         self.block_table = BlockTable(max_batch, max_pages, device)
-        self._rows: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._index: tuple[tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
 
-    def rows(self, slots: tuple[int, ...]) -> torch.Tensor:
-        """int64 [B] of the slots on the device; kept while the batch stays the same."""
-        if self._rows is None or self._rows[0] != slots:
-            self._rows = (slots, to_device(slots, torch.int64, self.device))
-        return self._rows[1]
+    def index(self, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots on the device, int64 [B] and int32 [B]; kept while the batch stays the same."""
+        if self._index is None or self._index[0] != slots:
+            rows = to_device(slots, torch.int64, self.device)
+            self._index = (slots, rows, rows.int())
+        return self._index[1], self._index[2]
 
-    def advance(self, rows: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, generated: torch.Tensor) -> None:
-        """Store a step's sampled tokens and the new counts of these rows, each int64 [B]."""
+    def read(self, rows: torch.Tensor) -> SlotRows:
+        """The state of these rows, int64 [B]."""
+        return SlotRows(*self.table.index_select(1, rows).unbind(0))
+
+    def write(self, rows: torch.Tensor, state: SlotRows) -> None:
+        """Store a step's sampled tokens and the new counts of these rows."""
         # A failed row has token -1; the row may run once more before the host knows, so it needs a valid id.
-        self.last_token.index_copy_(0, rows, tokens.clamp(min=0))
-        self.length.index_copy_(0, rows, lengths)
-        self.generated.index_copy_(0, rows, generated)
+        self.table.index_copy_(1, rows, torch.stack(state).clamp_(min=0))

@@ -18,7 +18,8 @@ beyond its last position, and cache positions that no query sees, are never used
 
 The CPU implementations (`attention_reference`) are plain torch and may read lengths on the host. The CUDA
 implementations (`attention_write`, `attention_decode`, `attention_prefill`) are Triton and never do: launch grids
-and scratch sizes follow from shapes, so a captured graph replays with other lengths and block tables.
+and scratch sizes follow from shapes, so a captured graph replays with other lengths and block tables. The first
+call of a kind compiles its kernels: call once before a capture.
 
 The ops are defined with `torch.library.Library`: `torch.library.custom_op` adds about 10 us to a call that
 mutates its arguments.

@@ -56,7 +56,7 @@ def decode_attention(
     first = (positions - window + 1).clamp(min=0) // page_size if window > 0 else torch.zeros_like(positions)
     columns = int((positions // page_size - first).max()) + 1
     row_bytes = columns * kv_heads * page_size * (head_dim + value_dim) * 4
-    for rows in torch.arange(tokens).split(max(1, _GATHER_BYTES // row_bytes)):
+    for rows in torch.arange(tokens, device=q.device).split(max(1, _GATHER_BYTES // row_bytes)):
         out[rows] = _decode_rows(
             q[rows], k_pages, v_pages, block_table[slots[rows].long()], positions[rows], first[rows], columns,
             scale, window, softcap, sinks,
@@ -83,10 +83,10 @@ def _decode_rows(
     """
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, value_dim = v_pages.shape
-    column = first[:, None] + torch.arange(columns)
+    column = first[:, None] + torch.arange(columns, device=q.device)
     used = column <= (positions // page_size)[:, None]
     pages = table.gather(1, column.clamp(max=table.shape[1] - 1)).masked_fill(~used, 0).flatten()
-    seen = column[:, :, None] * page_size + torch.arange(page_size)
+    seen = column[:, :, None] * page_size + torch.arange(page_size, device=q.device)
     place = positions[:, None, None]
     visible = (seen <= place) & (seen > place - window) if window > 0 else seen <= place
     visible = visible[:, :, None, :]  # over kv heads
@@ -169,9 +169,10 @@ def _attend(
             0
         ]
     parts = []
-    for block in torch.arange(offset, offset + tokens).split(max(1, _SCORE_ELEMENTS // (heads * length))):
+    places = torch.arange(offset, offset + tokens, device=q.device)
+    for block in places.split(max(1, _SCORE_ELEMENTS // (heads * length))):
         place = block[:, None]
-        seen = torch.arange(length)
+        seen = torch.arange(length, device=q.device)
         visible = (seen <= place) & (seen > place - window) if limited else seen <= place
         queries = q[:, int(block[0]) - offset : int(block[-1]) - offset + 1]
         if plain:

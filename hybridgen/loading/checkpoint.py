@@ -93,17 +93,13 @@ class Checkpoint:
         if isinstance(model, PreTrainedModel):
             return cls._open_live(model, config, tokenizer)
         if not isinstance(model, (str, os.PathLike)):
-            raise ConfigError(
-                f"model={model!r}; give a directory, a hub id or a transformers PreTrainedModel"
-            )
+            raise ConfigError(f"model={model!r}; give a directory, a hub id or a transformers PreTrainedModel")
         device = resolve_device(config.device)
         with progress_bars(config.progress):
             return cls._open_files(resolve_source(model, config), device, config, tokenizer)
 
     @classmethod
-    def _open_files(
-        cls, source: Source, device: torch.device, config: EngineConfig, tokenizer: Any
-    ) -> Checkpoint:
+    def _open_files(cls, source: Source, device: torch.device, config: EngineConfig, tokenizer: Any) -> Checkpoint:
         trust = config.trust_remote_code
         hf_config = metadata.read_config(source, trust)
         check_supported(hf_config, trust)
@@ -132,14 +128,10 @@ class Checkpoint:
         device = _live_device(module, config.device)
         check_supported(hf_config, config.trust_remote_code, type(module))
         if module.get_output_embeddings() is None or not module.can_generate():
-            raise UnsupportedModelError(
-                f"{type(module).__name__} has no language model head; give a ...ForCausalLM"
-            )
+            raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
         path = Path(name).expanduser()
         source = LocalSource(path, config.local_files_only) if name and path.is_dir() else None
-        generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(
-            hf_config
-        )
+        generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(hf_config)
         return cls(
             name=name or type(module).__name__,
             module=module,
@@ -169,9 +161,7 @@ class Checkpoint:
         if not files:
             pickle, weights_name = self.config.allow_pickle, _weights_name(self.hf_config)
             with progress_bars(self.config.progress):
-                files = validate_directory(
-                    self.source.fetch_weights(pickle, weights_name), pickle, weights_name
-                )
+                files = validate_directory(self.source.fetch_weights(pickle, weights_name), pickle, weights_name)
         model = read_weights(self.source, files, self.hf_config, self.dtype, self.device, self.config)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -191,16 +181,12 @@ def _generation(hf_config: PreTrainedConfig, generation_config: GenerationConfig
     }
 
 
-def _tokenizer(
-    given: Any, hf_config: PreTrainedConfig, source: Source | None, config: EngineConfig
-) -> dict[str, Any]:
+def _tokenizer(given: Any, hf_config: PreTrainedConfig, source: Source | None, config: EngineConfig) -> dict[str, Any]:
     if given is not None:
         found = metadata.given_tokenizer(given, config.trust_remote_code, config.local_files_only)
         return {"tokenizer": found, "tokenizer_problem": None}
     if source is None:
-        problem = (
-            "the model was given in memory, without a directory to read a tokenizer from; pass tokenizer=..."
-        )
+        problem = "the model was given in memory, without a directory to read a tokenizer from; pass tokenizer=..."
         return {"tokenizer": None, "tokenizer_problem": problem}
     tokenizer, why = metadata.read_tokenizer(hf_config, source, config.trust_remote_code)
     return {"tokenizer": tokenizer, "tokenizer_problem": why}
@@ -217,23 +203,15 @@ def _live_device(module: PreTrainedModel, asked: str) -> torch.device:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     meta = [name for name, tensor in tensors if tensor.is_meta]
     if meta:
-        raise CheckpointError(
-            f"the model has {len(meta)} tensors without values (meta device), such as {meta[0]}"
-        )
+        raise CheckpointError(f"the model has {len(meta)} tensors without values (meta device), such as {meta[0]}")
     if any(hasattr(tensor, "device_mesh") for _, tensor in tensors):
-        raise DeviceError(
-            "the model's parameters are distributed tensors; give a model that is whole on one device"
-        )
+        raise DeviceError("the model's parameters are distributed tensors; give a model that is whole on one device")
     devices = sorted({str(tensor.device) for _, tensor in tensors})
     if len(devices) != 1:
-        raise DeviceError(
-            f"the model lies on {', '.join(devices) or 'no device'}; move it to one with model.to(...)"
-        )
+        raise DeviceError(f"the model lies on {', '.join(devices) or 'no device'}; move it to one with model.to(...)")
     device = torch.device(devices[0])
     if device.type not in ("cpu", "cuda"):
-        raise DeviceError(
-            f"the model lies on {device}; move it to the CPU or a CUDA device with model.to(...)"
-        )
+        raise DeviceError(f"the model lies on {device}; move it to the CPU or a CUDA device with model.to(...)")
     if asked != "auto" and asked not in (device.type, str(device)):
         raise ConfigError(
             f"device={asked!r}, but the model given lies on {device}; leave device out, or move the model"
@@ -252,7 +230,5 @@ def _live_dtype(module: PreTrainedModel, asked: str) -> torch.dtype:
     if name not in ("float32", "bfloat16", "float16"):
         raise UnsupportedModelError(f"the model given is {name}; convert it with model.to(torch.float32)")
     if asked not in ("auto", name):
-        raise ConfigError(
-            f"dtype={asked!r}, but the model given is {name}; leave dtype out, or convert the model"
-        )
+        raise ConfigError(f"dtype={asked!r}, but the model given is {name}; leave dtype out, or convert the model")
     return module.dtype

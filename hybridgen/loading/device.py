@@ -27,7 +27,5 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device("cuda" if name == "auto" else name)
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= count:
-        raise DeviceError(
-            f"device={name!r}, but there are {count} CUDA devices; choose cuda:0 to cuda:{count - 1}"
-        )
+        raise DeviceError(f"device={name!r}, but there are {count} CUDA devices; choose cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)

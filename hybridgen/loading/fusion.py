@@ -165,9 +165,7 @@ def fuse_projections(model: nn.Module) -> FusionReport:
     if fit:
         try:
             joined, apart = _join(model, fit)
-        except (
-            Exception
-        ) as error:  # any model code may run here, and a model that stays as it was still works
+        except Exception as error:  # any model code may run here, and a model that stays as it was still works
             unfuse_projections(model)
             reason = f"the forward on a few tokens failed: {type(error).__name__}: {error}"
             logger.warning("projections stay unfused: %s", reason)

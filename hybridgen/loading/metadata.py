@@ -56,9 +56,7 @@ def read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         raise source.explain_missing_config()
     _check_model_type(read_json(file), file, trust_remote_code)
     with load_errors(source, f"{file} cannot be used"):
-        config = AutoConfig.from_pretrained(
-            source.name, trust_remote_code=trust_remote_code, **source.arguments
-        )
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.arguments)
     # A config file can name an attention or expert implementation, and transformers would fetch a name such
     # as "owner/kernel" from the hub and run it. Which implementation runs is not the file's choice.
     config._attn_implementation = None
@@ -111,9 +109,7 @@ def read_tokenizer(
     return _tokenizer(source.name, config=config, trust_remote_code=trust_remote_code, **source.arguments)
 
 
-def given_tokenizer(
-    tokenizer: Any, trust_remote_code: bool, local_files_only: bool
-) -> PreTrainedTokenizerBase:
+def given_tokenizer(tokenizer: Any, trust_remote_code: bool, local_files_only: bool) -> PreTrainedTokenizerBase:
     """The tokenizer that a caller gave, as an object or as a directory or hub id.
 
     Raises:
@@ -121,16 +117,12 @@ def given_tokenizer(
     """
     if isinstance(tokenizer, (str, os.PathLike)):
         name = str(Path(tokenizer).expanduser())
-        found, problem = _tokenizer(
-            name, trust_remote_code=trust_remote_code, local_files_only=local_files_only
-        )
+        found, problem = _tokenizer(name, trust_remote_code=trust_remote_code, local_files_only=local_files_only)
         if found is None:
             raise TokenizerError(f"tokenizer={name!r} cannot be loaded: {problem}")
         return found
     if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
-        raise TokenizerError(
-            f"tokenizer={tokenizer!r} is no tokenizer; give a Hugging Face tokenizer or its directory"
-        )
+        raise TokenizerError(f"tokenizer={tokenizer!r} is no tokenizer; give a Hugging Face tokenizer or its directory")
     return tokenizer
 
 

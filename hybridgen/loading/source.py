@@ -52,16 +52,10 @@ class LocalSource:
     def explain_missing_config(self) -> LoadError:
         """Why there is no config.json, as far as the other files tell."""
         if (self.path / "adapter_config.json").is_file():
-            return CheckpointError(
-                f"{self.path} holds an adapter (adapter_config.json); merge it into its base model"
-            )
+            return CheckpointError(f"{self.path} holds an adapter (adapter_config.json); merge it into its base model")
         if any(self.path.glob("*.gguf")):
-            return CheckpointError(
-                f"{self.path} holds GGUF files and no config.json; give the original checkpoint"
-            )
-        return CheckpointError(
-            f"{self.path} has no config.json; give the directory that save_pretrained() wrote"
-        )
+            return CheckpointError(f"{self.path} holds GGUF files and no config.json; give the original checkpoint")
+        return CheckpointError(f"{self.path} has no config.json; give the directory that save_pretrained() wrote")
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class HubSource:
                 continue
             if name.endswith(".json"):
                 self._fetch_shards(file)
-            return file.parent
+            return file.parents[len(Path(name).parts) - 1]
         lacks = f"{'the local cache of ' if self.offline else ''}{self.repo!r} has no {' or '.join(names)}"
         if self.offline:
             raise CheckpointError(f"{lacks}; download the weights first, or allow the hub to be asked")
@@ -141,9 +135,7 @@ class HubSource:
 
     def explain_missing_config(self) -> LoadError:
         """What to say when the model has no config.json."""
-        return CheckpointError(
-            f"{self.repo!r} has no config.json on the hub; choose a model for transformers"
-        )
+        return CheckpointError(f"{self.repo!r} has no config.json on the hub; choose a model for transformers")
 
 
 Source = LocalSource | HubSource
@@ -162,9 +154,7 @@ def resolve_source(model: str | os.PathLike[str], config: EngineConfig) -> Sourc
     """
     text = os.fspath(model)
     if not isinstance(text, str) or not text.strip():
-        raise ModelNotFoundError(
-            f"model={text!r} is no name; give a directory or a hub id such as owner/name"
-        )
+        raise ModelNotFoundError(f"model={text!r} is no name; give a directory or a hub id such as owner/name")
     path = Path(text).expanduser()
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the directory with config.json and the weights")
@@ -175,9 +165,7 @@ def resolve_source(model: str | os.PathLike[str], config: EngineConfig) -> Sourc
             )
         return LocalSource(path, config.local_files_only)
     if not isinstance(model, str) or looks_like_path(text):
-        raise ModelNotFoundError(
-            f"there is no directory {str(path)!r}; give an existing one, or a hub id owner/name"
-        )
+        raise ModelNotFoundError(f"there is no directory {str(path)!r}; give an existing one, or a hub id owner/name")
     source = HubSource(text, config.revision, config.local_files_only)
     return source.pinned()
 
@@ -206,9 +194,7 @@ def load_errors(source: Source, failed: str, kind: type[LoadError] = CheckpointE
         raise explain(error, source, failed, kind) from error
 
 
-def explain(
-    error: BaseException, source: Source, failed: str, kind: type[LoadError] = CheckpointError
-) -> LoadError:
+def explain(error: BaseException, source: Source, failed: str, kind: type[LoadError] = CheckpointError) -> LoadError:
     """Our exception for one of transformers or the hub client. Looks through the chain of causes, because
     transformers wraps the hub client's exceptions in an OSError that can name the wrong cause.
     """

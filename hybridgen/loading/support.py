@@ -122,9 +122,7 @@ def _quantised(config: PreTrainedConfig) -> str | None:
     for field in ("quantization_config", "compression_config"):
         value = _value(config, field)
         if value:
-            method = (
-                value.get("quant_method") if isinstance(value, dict) else getattr(value, "quant_method", None)
-            )
+            method = value.get("quant_method") if isinstance(value, dict) else getattr(value, "quant_method", None)
             return (
                 f"its weights are quantised ({field}, method {str(method or 'unknown')!r}); "
                 "load a float32, bfloat16 or float16 checkpoint of it"
@@ -148,15 +146,11 @@ def _composite(config: PreTrainedConfig) -> str | None:
     nested = [name for name in type(config).sub_configs if isinstance(_value(config, name), PreTrainedConfig)]
     # DBRX keeps settings of its one decoder in attn_config and ffn_config.
     foreign = [name for name in nested if not name.startswith(("attn", "ffn"))]
-    foreign += [
-        name for name in ("text_config", "vision_config", "audio_config") if _value(config, name) is not None
-    ]
+    foreign += [name for name in ("text_config", "vision_config", "audio_config") if _value(config, name) is not None]
     if not foreign:
         return None
     names = ", ".join(dict.fromkeys(foreign))
-    return (
-        f"it is a multi-modal or composite model ({names}); save its text model as a checkpoint and load that"
-    )
+    return f"it is a multi-modal or composite model ({names}); save its text model as a checkpoint and load that"
 
 
 def _alibi(config: PreTrainedConfig) -> str | None:

@@ -104,9 +104,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             prefix = stream.read(len(_LFS_POINTER))
             _reject_pointer(file, prefix)
             if size < 8:
-                raise CheckpointError(
-                    f"{file} is truncated: {size} bytes, a safetensors file has more than 8"
-                )
+                raise CheckpointError(f"{file} is truncated: {size} bytes, a safetensors file has more than 8")
             length = int.from_bytes(prefix[:8], "little")
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(f"{file} is no safetensors file: its header would have {length} bytes")
@@ -137,9 +135,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}; fetch or write it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{file} holds a JSON {type(value).__name__}, not an object; fetch or write it again"
-        )
+        raise CheckpointError(f"{file} holds a JSON {type(value).__name__}, not an object; fetch or write it again")
     return value
 
 
@@ -150,9 +146,7 @@ def _parse_header(file: Path, raw: bytes, data_size: int) -> dict[str, TensorEnt
             raise ValueError("not an object")
         entries = {name: _entry(value) for name, value in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is corrupt: its header cannot be read ({error}); fetch it again"
-        ) from error
+        raise CheckpointError(f"{file} is corrupt: its header cannot be read ({error}); fetch it again") from error
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position or entry.end < entry.start:
@@ -187,21 +181,16 @@ def _check_index(index: Path) -> list[Path]:
     """The shards that an index names, after checking that they exist and hold the tensors it promises."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{index} has no 'weight_map' from tensor names to files; fetch or write it again"
-        )
+        raise CheckpointError(f"{index} has no 'weight_map' from tensor names to files; fetch or write it again")
     by_file: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise CheckpointError(
-                f"{index} gives {name!r} as the file of {tensor!r}; fetch or write it again"
-            )
+            raise CheckpointError(f"{index} gives {name!r} as the file of {tensor!r}; fetch or write it again")
         by_file.setdefault(_plain_name(name, str(index)), []).append(tensor)
     missing = [name for name in sorted(by_file) if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index} names {len(by_file)} files, of which {len(missing)} are missing: {few(missing)}; "
-            "fetch them"
+            f"{index} names {len(by_file)} files, of which {len(missing)} are missing: {few(missing)}; fetch them"
         )
     for name, tensors in by_file.items():
         if not name.endswith(".safetensors"):
@@ -209,8 +198,7 @@ def _check_index(index: Path) -> list[Path]:
         lacking = sorted(set(tensors) - read_header(index.parent / name).keys())
         if lacking:
             raise CheckpointError(
-                f"{index} promises tensors in {name} that it does not have: {few(lacking)}; "
-                "fetch both files again"
+                f"{index} promises tensors in {name} that it does not have: {few(lacking)}; fetch both files again"
             )
     return [index.parent / name for name in sorted(by_file)]
 
@@ -235,9 +223,7 @@ def _plain_name(name: str, where: str) -> str:
 
 def _reject_pointer(file: Path, prefix: bytes) -> None:
     if prefix.startswith(_LFS_POINTER):
-        raise CheckpointError(
-            f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in its directory"
-        )
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in its directory")
 
 
 def _no_weights(path: Path, names: list[str], allow_pickle: bool) -> str:
@@ -247,9 +233,7 @@ def _no_weights(path: Path, names: list[str], allow_pickle: bool) -> str:
             f"{message}, only {PICKLE.removesuffix('.bin')}*.bin, whose loading can run code; convert it to "
             "safetensors, or set allow_pickle=True if you trust it"
         )
-    others = sorted(
-        p.name for p in path.glob("*") if p.suffix in (".safetensors", ".gguf", ".bin", ".pth", ".pt")
-    )
+    others = sorted(p.name for p in path.glob("*") if p.suffix in (".safetensors", ".gguf", ".bin", ".pth", ".pt"))
     return f"{message} (found: {few(others)})" if others else f"{message}; complete the download or the copy"
 
 

@@ -100,12 +100,9 @@ def _check_loading_info(source: Source, info: dict[str, Any]) -> None:
     """
     if info["mismatched_keys"]:
         shapes = [
-            f"{name} is {list(file)}, the config says {list(model)}"
-            for name, file, model in info["mismatched_keys"]
+            f"{name} is {list(file)}, the config says {list(model)}" for name, file, model in info["mismatched_keys"]
         ]
-        raise CheckpointError(
-            f"weights of {source.name!r} have other shapes than its config: {few(sorted(shapes))}"
-        )
+        raise CheckpointError(f"weights of {source.name!r} have other shapes than its config: {few(sorted(shapes))}")
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise CheckpointError(
@@ -113,9 +110,7 @@ def _check_loading_info(source: Source, info: dict[str, Any]) -> None:
             "its weights and config.json do not belong together, or a file is incomplete"
         )
     if info["error_msgs"]:
-        raise CheckpointError(
-            f"the weights of {source.name!r} cannot be used: {'; '.join(info['error_msgs'][:3])}"
-        )
+        raise CheckpointError(f"the weights of {source.name!r} cannot be used: {'; '.join(info['error_msgs'][:3])}")
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])
         logger.warning(
@@ -131,17 +126,13 @@ def _memory_problem(
 ) -> str | None:
     """The message for an allocation that failed, or None if the error is another."""
     cause = error.__cause__
-    if not isinstance(cause, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(
-        cause
-    ):
+    if not isinstance(cause, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(cause):
         return None
     message = f"the weights of {source.name!r} need {weight_bytes(files, dtype) / 2**30:.2f} GiB as {dtype}"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
-        message += (
-            f", and {device} had {min(free + reserved, total) / 2**30:.2f} of {total / 2**30:.2f} GiB free"
-        )
+        message += f", and {device} had {min(free + reserved, total) / 2**30:.2f} of {total / 2**30:.2f} GiB free"
     return f"{message}; free memory there, choose a smaller dtype, a smaller model or another device"
 
 

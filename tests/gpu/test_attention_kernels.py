@@ -12,7 +12,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from attention_cases import NO_PAGE, Cache, dense_packed, error, make_cache, pack
 
-from hybridgen.kernels import decode_attention, prefill_attention, write_kv
+from hybridgen.kernels import attention_reference, decode_attention, prefill_attention, write_kv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,6 +128,23 @@ def test_decode_long_and_many(lengths: list[int], dtype: torch.dtype) -> None:
     q = torch.randn(len(lengths), 8, 64, device="cuda").to(dtype)
     expected = dense_packed(q, cache, [1] * len(lengths), 64**-0.5)
     assert error(_decode(q, cache), expected) < LIMITS[dtype]
+
+
+def test_decode_rows_that_never_split(dtype: torch.dtype) -> None:
+    cache = make_cache([30, 40, 1], 2, 64, page_size=64, dtype=dtype, device="cuda", spare_pages=0)
+    q = torch.randn(3, 8, 64, device="cuda").to(dtype)
+    assert error(_decode(q, cache), dense_packed(q, cache, [1] * 3, 0.125)) < LIMITS[dtype]
+
+
+def test_reference_runs_on_cuda_too(dtype: torch.dtype) -> None:
+    cache = make_cache([90, 40], 2, 64, page_size=16, dtype=dtype, device="cuda")
+    q = torch.randn(60, 8, 64, device="cuda").to(dtype)
+    slots, positions, starts = pack(cache, [50, 10], 2)
+    out = attention_reference.prefill_attention(q, *pages_of(cache), slots, positions, starts, 0.125, 9, 2.0, None)
+    expected = dense_packed(q, cache, [50, 10], 0.125, window=9, softcap=2.0)
+    assert error(out, expected) < max(LIMITS[dtype], 1e-5)
+    out = attention_reference.decode_attention(q, *pages_of(cache), slots, positions, 0.125, 9, 2.0, None)
+    assert error(out, expected) < max(LIMITS[dtype], 1e-5)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -117,9 +117,7 @@ def test_without_a_generation_config_the_config_counts(whole: Path, edit_json: E
 
 
 @pytest.mark.parametrize(("family", "context"), [("gpt2", 512), ("opt", 512)])
-def test_context_and_vocabulary_of_families_with_other_field_names(
-    tmp_path: Path, family: str, context: int
-) -> None:
+def test_context_and_vocabulary_of_families_with_other_field_names(tmp_path: Path, family: str, context: int) -> None:
     checkpoint = open_cpu(families.write(family, tmp_path))
     assert (checkpoint.max_context, checkpoint.vocab_size) == (context, families.VOCAB)
     assert checkpoint.load().model(torch.tensor([[5, 6]])).logits.shape == (1, 2, families.VOCAB)
@@ -458,9 +456,7 @@ def test_cuda_devices_are_counted(whole: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    with pytest.raises(
-        DeviceError, match=r"device='cuda:2', but there are 2 CUDA devices; choose cuda:0 to cuda:1"
-    ):
+    with pytest.raises(DeviceError, match=r"device='cuda:2', but there are 2 CUDA devices; choose cuda:0 to cuda:1"):
         Checkpoint.open(whole, EngineConfig(device="cuda:2"))
     for name, index in (("auto", 1), ("cuda", 1), ("cuda:0", 0)):
         assert Checkpoint.open(whole, EngineConfig(device=name)).device == torch.device("cuda", index)
@@ -477,9 +473,7 @@ def test_a_bad_device_is_reported_before_the_model_is_looked_for(monkeypatch: py
 def test_loading_to_cuda(kind: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(kind)
     loaded = Checkpoint.open(path, EngineConfig(device="cuda", dtype="bfloat16")).load()
-    assert {(p.device, p.dtype) for p in loaded.model.parameters()} == {
-        (torch.device("cuda:0"), torch.bfloat16)
-    }
+    assert {(p.device, p.dtype) for p in loaded.model.parameters()} == {(torch.device("cuda:0"), torch.bfloat16)}
     assert {b.device for b in loaded.model.buffers()} == {torch.device("cuda:0")}
     expected = families.build("llama", num_hidden_layers=2).lm_head.weight.to(torch.bfloat16)
     assert torch.equal(loaded.model.lm_head.weight.cpu(), expected)
@@ -577,9 +571,7 @@ def test_a_cached_hub_model_loads(cached: str) -> None:
     assert open_cpu(cached, revision=COMMIT, local_files_only=True).load().owned
 
 
-def test_cached_shards_are_validated_before_they_are_read(
-    cached: str, hub_cache: Path, sharded: Path
-) -> None:
+def test_cached_shards_are_validated_before_they_are_read(cached: str, hub_cache: Path, sharded: Path) -> None:
     path = snapshot(hub_cache)
     (path / "model.safetensors").unlink()
     for file in sharded.glob("model*"):
@@ -605,9 +597,7 @@ def test_cached_weights_that_are_broken_are_named(cached: str, hub_cache: Path) 
 @pytest.mark.parametrize("name", ["owner/name", "name"])
 def test_offline_and_not_cached(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     start = time.perf_counter()
-    with pytest.raises(
-        ModelNotFoundError, match=rf"'{name}' cannot be loaded.*HF_HUB_OFFLINE.*local checkpoint"
-    ):
+    with pytest.raises(ModelNotFoundError, match=rf"'{name}' cannot be loaded.*HF_HUB_OFFLINE.*local checkpoint"):
         open_cpu(name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ModelNotFoundError, match=r"local_files_only=True"):
@@ -671,9 +661,7 @@ def test_a_hub_that_cannot_be_reached(hub_cache: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_the_three_readers_get_the_same_arguments(
-    cached: str, monkeypatch: pytest.MonkeyPatch, trust: bool
-) -> None:
+def test_the_three_readers_get_the_same_arguments(cached: str, monkeypatch: pytest.MonkeyPatch, trust: bool) -> None:
     seen: dict[str, dict[str, Any]] = {}
     for cls in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
 
@@ -719,9 +707,7 @@ def with_code(whole: Path, edit_json: EditJson, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.usefixtures("no_weights")
 def test_code_is_not_run_without_trust(with_code: Path) -> None:
     (with_code / "mine.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(
-        UnsupportedModelError, match=r"'mine' comes with the checkpoint.*trust_remote_code=True"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"'mine' comes with the checkpoint.*trust_remote_code=True"):
         open_cpu(with_code)
 
 

@@ -133,6 +133,11 @@ def test_moves_casts_and_copies_keep_the_group_together() -> None:
     model.float()
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
     twin = copy.deepcopy(model)
+    model.to_empty(device="cpu")  # gives every tensor a new storage, also where the dtype and device stay
+    projections = (head, model.model.layers[0].mlp.up_proj)
+    assert {p.weight.untyped_storage().data_ptr() for p in projections} == {
+        head.fused_weight.untyped_storage().data_ptr()
+    }
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -181,9 +186,7 @@ def compile_layers(model: PreTrainedModel) -> CountingBackend:
     return backend
 
 
-@pytest.mark.parametrize(
-    ("family", "saved"), [("llama", 3), ("qwen2", 3), ("gemma3_text", 3), ("starcoder2", 2)]
-)
+@pytest.mark.parametrize(("family", "saved"), [("llama", 3), ("qwen2", 3), ("gemma3_text", 3), ("starcoder2", 2)])
 def test_layers_share_compiled_graphs_after_fusing(family: str, saved: int) -> None:
     plain = compile_layers(families.build(family))
     model = families.build(family)
@@ -285,7 +288,7 @@ IDS = torch.tensor([[1, 2, 3]])
 @pytest.mark.parametrize(
     ("order", "reason"),
     [
-        ("other input", "another input"),
+        ("other input", "v_proj gets another input than q_proj"),
         ("in place", "changes in place"),
         ("twice", "q_proj 2"),
         ("left out", "v_proj 0"),

@@ -159,9 +159,7 @@ def test_an_index_without_a_usable_map_is_refused(
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", ""])
-def test_an_index_cannot_lead_out_of_its_directory(
-    sharded: Path, edit_json: Callable[..., None], name: str
-) -> None:
+def test_an_index_cannot_lead_out_of_its_directory(sharded: Path, edit_json: Callable[..., None], name: str) -> None:
     edit_json(sharded / "model.safetensors.index.json", weight_map={"a": name})
     with pytest.raises(CheckpointError, match="outside its directory"):
         validate_directory(sharded, allow_pickle=False)
