@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -97,7 +98,8 @@ def provenance() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     facts: dict[str, Any] = {
         "hybridgen": hybridgen.__version__,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        # Where a copy without its history runs, the caller says which commit it is.
+        "commit": os.environ.get("HYBRIDGEN_COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
         "command": " ".join(["python", *sys.argv]),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,8 +1,8 @@
 """hybridgen: text generation from Hugging Face causal language models, compiled with `torch.compile`.
 
-    import hybridgen
-    out = hybridgen.generate("path/or/hub-id", "def quicksort(", max_new_tokens=64)
-    print(out.text)
+import hybridgen
+out = hybridgen.generate("path/or/hub-id", "def quicksort(", max_new_tokens=64)
+print(out.text)
 """
 
 from hybridgen.api import generate, stream, unload

@@ -130,5 +130,3 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ConfigError(f"{name}={value!r}; give a positive number of bytes, or a size such as 4GiB")
     return value
-
-

@@ -116,9 +116,7 @@ class Engine:
             reprefill_length=bound.reprefill_length,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
-        return StepLoop(
-            runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead, kind=kind
-        )
+        return StepLoop(runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead, kind=kind)
 
     def _allocate_cache(self, bound: BoundModel, runner: ModelRunner) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes."""

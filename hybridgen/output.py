@@ -113,9 +113,7 @@ class Response:
                 )
             )
 
-    def _complete(
-        self, reason: FinishReason, match: str | int | None, error: HybridgenError | None = None
-    ) -> None:
+    def _complete(self, reason: FinishReason, match: str | int | None, error: HybridgenError | None = None) -> None:
         now = time.perf_counter()
         sampling = self.sequence.sampling
         nan = float("nan")

@@ -64,9 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": _with(partial_rotary_factor=0.5),
     "olmo2": _with(),
     "smollm3": _with(no_rope_layers=[1, 1, 1, 0]),
-    "granite": _with(
-        embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2
-    ),
+    "granite": _with(embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2),
     "gpt2": _GPT,
     "gpt_bigcode": _GPT | {"multi_query": True},
     "gpt_neox": _without("num_key_value_heads", rotary_pct=0.5),
@@ -119,9 +117,7 @@ ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama", _rope("linear", factor=2.0)),
     "llama3": (
         "llama",
-        _rope(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-        ),
+        _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
     ),
     "yarn": ("qwen3", _rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     "dynamic": ("llama", _rope("dynamic", factor=8.0) | {"max_position_embeddings": 64}),

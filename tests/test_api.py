@@ -103,9 +103,12 @@ def test_stop_strings_are_cut_off() -> None:
 
 def test_defaults_come_from_the_generation_config() -> None:
     defaults = hybridgen.generate(None, PROMPT, max_new_tokens=30, **FAST)
-    assert defaults.token_ids == hybridgen.generate(
-        None, PROMPT, max_new_tokens=30, temperature=0.0, repetition_penalty=1.2, **FAST
-    ).token_ids
+    assert (
+        defaults.token_ids
+        == hybridgen.generate(
+            None, PROMPT, max_new_tokens=30, temperature=0.0, repetition_penalty=1.2, **FAST
+        ).token_ids
+    )
 
 
 def test_a_transformers_streamer() -> None:

@@ -39,9 +39,9 @@ class LaunchedStep:
         tokens, logprobs, top_ids, top_logprobs = ([] if t is None else t.tolist() for t in self._tensors)
         if not logprobs:
             return StepOutput(tokens, None)
-        tops = [
-            tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top_logprobs, strict=True)
-        ] or [()] * len(tokens)
+        tops = [tuple(zip(ids, values, strict=True)) for ids, values in zip(top_ids, top_logprobs, strict=True)] or [
+            ()
+        ] * len(tokens)
         return StepOutput(tokens, list(map(TokenLogprob, tokens, logprobs, tops)))
 
 

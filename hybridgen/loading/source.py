@@ -126,10 +126,14 @@ class HubSource:
         raise CheckpointError(lacks)
 
     def _fetch_shards(self, index: Path) -> None:
+        """Downloads the shards that the cache lacks. What is wrong with the index, or missing offline, is left to
+        `validate_directory`, which names the file.
+        """
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            return  # reported by validate_directory, with the file's name
-        shards = sorted({name for name in weight_map.values() if isinstance(name, str)})
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        shards = sorted({name for name in names if isinstance(name, str) and not (index.parent / name).is_file()})
+        if not shards or self.offline:
+            return
         with load_errors(self, f"the weights of {self.repo!r} cannot be fetched", ModelNotFoundError):
             huggingface_hub.snapshot_download(self.repo, allow_patterns=shards, **self.arguments)
 

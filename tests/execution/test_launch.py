@@ -18,8 +18,6 @@ def test_log_probabilities_of_the_chosen_tokens() -> None:
 
 def test_log_probabilities_of_candidates() -> None:
     step = LaunchedStep(
-        SampleOutput(
-            torch.tensor([3]), torch.tensor([-1.0]), torch.tensor([[3, 9]]), torch.tensor([[-1.0, -1.5]])
-        )
+        SampleOutput(torch.tensor([3]), torch.tensor([-1.0]), torch.tensor([[3, 9]]), torch.tensor([[-1.0, -1.5]]))
     )
     assert step.read().logprobs == [TokenLogprob(3, -1.0, ((3, -1.0), (9, -1.5)))]

@@ -33,9 +33,7 @@ def test_families_match_huggingface(name: str, mode: str, tmp_path: Path) -> Non
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device="cuda")
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
         expected.append(out[0, len(prompt) :].tolist())
     with hybridgen.Engine.load(path, mode=mode, device="cuda", **SETTINGS) as engine:
         assert not engine.stats().fallbacks

@@ -580,7 +580,7 @@ def test_cached_shards_are_validated_before_they_are_read(cached: str, hub_cache
     gone = sorted(path.glob("*.safetensors"))[0]
     gone.unlink()
     checkpoint = open_cpu(cached)  # the weights of a hub model are looked at when they are loaded
-    with pytest.raises((CheckpointError, ModelNotFoundError), match=f"{gone.name}|cannot be loaded"):
+    with pytest.raises(CheckpointError, match=f"1 are missing: {gone.name}"):
         checkpoint.load()
 
 

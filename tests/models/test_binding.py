@@ -23,7 +23,11 @@ def test_finds_every_layer_and_its_shape() -> None:
 
 
 def test_a_window_that_the_model_leaves_to_the_mask() -> None:
-    changes = {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    changes = {
+        "sliding_window": 8,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
     for name, windows in (("qwen2_moe", [8, 0, 8, 0]), ("qwen2", [0] * 4)):  # Qwen2 hands its own down
         bound = bind(families.build(name, **changes))
         assert [site.window for site in bound.sites] == windows
