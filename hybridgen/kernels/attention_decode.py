@@ -9,13 +9,14 @@ each walks a list of chunks that it derives from all positions, so that a long r
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from hybridgen.kernels.attention_common import Device, Heads, check_layout, device_of, launch, power_of_two
+from hybridgen.kernels.attention_common import Device, Heads, Launcher, check_layout, device_of, power_of_two
 from hybridgen.kernels.attention_decode_kernels import combine_kernel, rows_kernel, single_kernel
 
 _CHUNK_TOKENS = 1024
@@ -152,6 +153,49 @@ class Variant(NamedTuple):
         }
 
 
+class Call(NamedTuple):
+    """All that calls of one shape share."""
+
+    attend: Launcher
+    """`single_kernel` or `rows_kernel`."""
+    combine: Launcher
+    combine_heads: int
+    """Query heads of a combining program."""
+    cut: Plan
+    lines: int
+    """Rows, chunks and query heads that have a place in scratch; 0 when nothing is to be combined."""
+
+
+_calls: dict[Hashable, Call] = {}
+
+
+def _prepare(
+    heads: Heads,
+    tokens: int,
+    max_pages: int,
+    window: int,
+    softcap: bool,
+    sinks: bool,
+    device: Device,
+    tune: Tuning | None,
+) -> Call:
+    tune = tune or tuning(heads, device.shared_memory)
+    max_tiles = triton.cdiv(max_pages * heads.page_size, tune.block)
+    if window > 0:
+        max_tiles = min(max_tiles, window // tune.block + 2)
+    cut = plan(tokens, heads, max_tiles, device.processors, tune)
+    variant = Variant(heads, tune, _row_block(tokens), window > 0, softcap, sinks, device)
+    block = _combine_block(tokens, cut.row_chunks, heads)
+    lines = tokens * cut.row_chunks * heads.queries if tokens == 1 or cut.row_chunks > 1 else 0
+    return Call(
+        Launcher(single_kernel if tokens == 1 else rows_kernel, variant.shape_constants()),
+        Launcher(combine_kernel, variant.combine_constants(*block)),
+        block[0],
+        cut,
+        lines,
+    )
+
+
 def decode_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -171,34 +215,25 @@ def decode_attention(
     out = torch.empty((tokens, heads.queries, heads.value_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    device = device_of(q)
-    tune = tune or tuning(heads, device.shared_memory)
-    max_tiles = triton.cdiv(block_table.shape[1] * heads.page_size, tune.block)
-    if window > 0:
-        max_tiles = min(max_tiles, window // tune.block + 2)
-    cut = plan(tokens, heads, max_tiles, device.processors, tune)
+    strides = block_table.stride(0), q.stride(0), q.stride(1)
+    dtypes = q.dtype, k_pages.dtype, slots.dtype, positions.dtype, None if sinks is None else sinks.dtype
+    key = dtypes, heads, tokens, block_table.shape[1], window, softcap > 0, strides, q.device.index, tune
+    call = _calls.get(key)
+    if call is None:
+        call = _calls[key] = _prepare(
+            heads, tokens, block_table.shape[1], window, softcap > 0, sinks is not None, device_of(q), tune
+        )
     # Mixed values of each row, chunk and head, then the logarithms of their sums.
-    lines = tokens * cut.row_chunks * heads.queries if tokens == 1 or cut.row_chunks > 1 else 0
-    partial = torch.empty((lines * (heads.value_dim + 1),), dtype=torch.float32, device=q.device)
-    lse_start = lines * heads.value_dim
+    partial = torch.empty((call.lines * (heads.value_dim + 1),), dtype=torch.float32, device=q.device)
+    lse_start = call.lines * heads.value_dim
     inputs = q, k_pages, v_pages, block_table, slots, positions, q if sinks is None else sinks
     options = scale, softcap, window
-    strides = block_table.stride(0), q.stride(0), q.stride(1)
-    variant = Variant(heads, tune, _row_block(tokens), window > 0, softcap > 0, sinks is not None, device)
+    grid = call.cut.programs, 1, 1
     if tokens == 1:
-        launch(
-            single_kernel, (cut.programs, 1, 1), (variant, strides), variant.shape_constants,
-            (*inputs, partial, lse_start, *options, cut.splits, *strides),
-        )  # fmt: skip
+        call.attend(grid, (*inputs, partial, lse_start, *options, call.cut.splits, *strides))
     else:
-        launch(
-            rows_kernel, (cut.programs, 1, 1), (variant, strides), variant.shape_constants,
-            (*inputs, out, partial, lse_start, *options, tokens, *cut[:3], *strides),
-        )  # fmt: skip
-    if lines:
-        block = _combine_block(tokens, cut.row_chunks, heads)
-        launch(
-            combine_kernel, (tokens, triton.cdiv(heads.queries, block[0]), 1), (variant, block),
-            lambda: variant.combine_constants(*block), (positions, out, partial, lse_start, window, *cut[:3]),
-        )  # fmt: skip
+        call.attend(grid, (*inputs, out, partial, lse_start, *options, tokens, *call.cut[:3], *strides))
+    if call.lines:
+        grid = tokens, triton.cdiv(heads.queries, call.combine_heads), 1
+        call.combine(grid, (positions, out, partial, lse_start, window, *call.cut[:3]))
     return out

@@ -8,6 +8,7 @@ K and V are read once for the whole group. Programs find their sequence in `quer
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from hybridgen.kernels.attention_common import (
     Heads,
+    Launcher,
     check_layout,
     device_of,
-    launch,
     load_pages,
     power_of_two,
     soft_capped,
@@ -201,6 +202,9 @@ def _load(tokens: int, heads: Heads, processors: int) -> int:
     return 2 if rows >= large else int(rows >= 120)
 
 
+_launchers: dict[Hashable, Launcher] = {}
+
+
 def prefill_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -248,7 +252,9 @@ def prefill_attention(
         }
 
     inputs = q, k_pages, v_pages, block_table, slots, positions, query_starts, q if sinks is None else sinks
+    dtypes = q.dtype, k_pages.dtype, slots.dtype, positions.dtype, None if sinks is None else sinks.dtype
     key = (
+        dtypes,
         heads,
         tune,
         triton.next_power_of_2(sequences),
@@ -259,5 +265,8 @@ def prefill_attention(
         strides,
     )
     args = *inputs, out, scale, softcap, window, sequences, *strides
-    launch(_prefill_kernel, (tiles * heads.kv, 1, 1), key, constants, args)
+    launcher = _launchers.get(key)
+    if launcher is None:
+        launcher = _launchers[key] = Launcher(_prefill_kernel, constants())
+    launcher((tiles * heads.kv, 1, 1), args)
     return out

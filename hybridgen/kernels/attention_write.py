@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from hybridgen.kernels.attention_common import device_of, heads_of, launch
+from hybridgen.kernels.attention_common import Launcher, device_of, heads_of
 
 _ELEMENTS = 4096
 """Elements of K (and of V) that one program moves at most."""
@@ -82,6 +82,9 @@ def _write_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+_launchers: dict[Hashable, tuple[Launcher, int]] = {}
+
+
 def write_kv(
     k: Tensor,
     v: Tensor,
@@ -94,6 +97,22 @@ def write_kv(
     """See `attention.write_kv`; a program per token and group of heads."""
     if k.shape[0] == 0:
         return
+    strides = block_table.stride(0), *k.stride(), *v.stride()
+    dtypes = k.dtype, v.dtype, k_pages.dtype, slots.dtype, positions.dtype
+    key = dtypes, k.shape[1:], v.shape[1:], k_pages.shape, k.device.index, strides
+    found = _launchers.get(key)
+    if found is None:
+        found = _launchers[key] = _prepare(k, k_pages, v_pages)
+    launcher, groups = found
+    launcher((k.shape[0], groups, 1), (k, v, k_pages, v_pages, block_table, slots, positions, *strides))
+
+
+def _prepare(k: Tensor, k_pages: Tensor, v_pages: Tensor) -> tuple[Launcher, int]:
+    """The kernel for these shapes, and programs per token.
+
+    Raises:
+        ValueError: the kernel does not take them.
+    """
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("k_pages and v_pages must be contiguous")
     _, kv_heads, page_size, dim = k_pages.shape
@@ -101,22 +120,16 @@ def write_kv(
     block_dim, block_value = triton.next_power_of_2(dim), triton.next_power_of_2(heads.value_dim)
     block_heads = min(triton.next_power_of_2(kv_heads), max(1, _ELEMENTS // max(block_dim, block_value)))
     device = device_of(k)
-    strides = block_table.stride(0), *k.stride(), *v.stride()
-
-    def constants() -> dict[str, Any]:
-        return {
-            "HEADS": kv_heads,
-            "PAGE": page_size,
-            "DIM": dim,
-            "VALUE_DIM": heads.value_dim,
-            "BLOCK_HEADS": block_heads,
-            "BLOCK_DIM": block_dim,
-            "BLOCK_VALUE": block_value,
-            "OVERLAP": device.overlap,
-            "num_warps": 4,
-            **({"launch_pdl": True} if device.overlap else {}),
-        }
-
-    grid = k.shape[0], triton.cdiv(kv_heads, block_heads), 1
-    args = k, v, k_pages, v_pages, block_table, slots, positions, *strides
-    launch(_write_kernel, grid, (heads, device, strides), constants, args)
+    constants = {
+        "HEADS": kv_heads,
+        "PAGE": page_size,
+        "DIM": dim,
+        "VALUE_DIM": heads.value_dim,
+        "BLOCK_HEADS": block_heads,
+        "BLOCK_DIM": block_dim,
+        "BLOCK_VALUE": block_value,
+        "OVERLAP": device.overlap,
+        "num_warps": 4,
+        **({"launch_pdl": True} if device.overlap else {}),
+    }
+    return Launcher(_write_kernel, constants), triton.cdiv(kv_heads, block_heads)
