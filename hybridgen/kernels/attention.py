@@ -46,7 +46,11 @@ _library.define(
     "Tensor positions) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define(f"decode_attention(Tensor q, {_PAGES}, {_OPTIONS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "decode_attention(Tensor q, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor slots, "
+    f"Tensor positions, {_OPTIONS}, Tensor? k=None, Tensor? v=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.define(
     f"prefill_attention(Tensor q, {_PAGES}, Tensor query_starts, {_OPTIONS}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -82,10 +86,13 @@ def decode_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query token per sequence over its pages: [T, Hq, Dv].
 
-    Token t sees positions 0 to `positions[t]`; its own K and V must have been written. On CUDA the context is
+    Token t sees positions 0 to `positions[t]`. Its own K and V are written to its page first if they are given as
+    `k` and `v` (as `write_kv` would, without its launch), else they must have been written. On CUDA the context is
     split over programs and combined (flash-decoding, https://pytorch.org/blog/flash-decoding/). How a row is
     split depends on its own length and on shapes, never on other rows: its bits do not change with its
     neighbours.
@@ -97,7 +104,7 @@ def decode_attention(
         sinks: [Hq], a logit per head that takes part in the softmax's denominator only (GPT-OSS).
     """
     return torch.ops.hybridgen.decode_attention.default(
-        q, k_pages, v_pages, block_table, slots, positions, scale, window, softcap, sinks
+        q, k_pages, v_pages, block_table, slots, positions, scale, window, softcap, sinks, k, v
     )
 
 

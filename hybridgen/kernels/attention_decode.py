@@ -110,6 +110,7 @@ class Variant(NamedTuple):
     window: bool
     softcap: bool
     sinks: bool
+    append: bool
     device: Device
 
     def _common(self) -> dict[str, Any]:
@@ -135,6 +136,7 @@ class Variant(NamedTuple):
             "BLOCK_DIM": power_of_two(self.heads.dim),
             "SOFTCAP": self.softcap,
             "SINKS": self.sinks,
+            "APPEND": self.append,
             **({"BLOCK_ROWS": self.block_rows} if self.block_rows > 1 else {}),
             "num_warps": self.tune.warps,
             "num_stages": self.tune.stages,
@@ -176,6 +178,7 @@ def _prepare(
     window: int,
     softcap: bool,
     sinks: bool,
+    append: bool,
     device: Device,
     tune: Tuning | None,
 ) -> Call:
@@ -184,7 +187,7 @@ def _prepare(
     if window > 0:
         max_tiles = min(max_tiles, window // tune.block + 2)
     cut = plan(tokens, heads, max_tiles, device.processors, tune)
-    variant = Variant(heads, tune, _row_block(tokens), window > 0, softcap, sinks, device)
+    variant = Variant(heads, tune, _row_block(tokens), window > 0, softcap, sinks, append, device)
     block = _combine_block(tokens, cut.row_chunks, heads)
     lines = tokens * cut.row_chunks * heads.queries if tokens == 1 or cut.row_chunks > 1 else 0
     return Call(
@@ -207,6 +210,8 @@ def decode_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     tune: Tuning | None = None,
 ) -> Tensor:
     """See `attention.decode_attention`; `tune` replaces the measured launch options."""
@@ -215,18 +220,31 @@ def decode_attention(
     out = torch.empty((tokens, heads.queries, heads.value_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    strides = block_table.stride(0), q.stride(0), q.stride(1)
-    dtypes = q.dtype, k_pages.dtype, slots.dtype, positions.dtype, None if sinks is None else sinks.dtype
-    key = dtypes, heads, tokens, block_table.shape[1], window, softcap > 0, strides, q.device.index, tune
+    append = k is not None and v is not None
+    if k is None or v is None:
+        k = v = q  # never read
+    elif k.stride(2) != 1 or v.stride(2) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    strides = block_table.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
+    dtypes = q.dtype, k.dtype, k_pages.dtype, slots.dtype, positions.dtype, None if sinks is None else sinks.dtype
+    key = dtypes, heads, tokens, block_table.shape[1], window, softcap > 0, append, strides, q.device.index, tune
     call = _calls.get(key)
     if call is None:
         call = _calls[key] = _prepare(
-            heads, tokens, block_table.shape[1], window, softcap > 0, sinks is not None, device_of(q), tune
+            heads,
+            tokens,
+            block_table.shape[1],
+            window,
+            softcap > 0,
+            sinks is not None,
+            append,
+            device_of(q),
+            tune,
         )
     # Mixed values of each row, chunk and head, then the logarithms of their sums.
     partial = torch.empty((call.lines * (heads.value_dim + 1),), dtype=torch.float32, device=q.device)
     lse_start = call.lines * heads.value_dim
-    inputs = q, k_pages, v_pages, block_table, slots, positions, q if sinks is None else sinks
+    inputs = q, k, v, k_pages, v_pages, block_table, slots, positions, q if sinks is None else sinks
     options = scale, softcap, window
     grid = call.cut.programs, 1, 1
     if tokens == 1:

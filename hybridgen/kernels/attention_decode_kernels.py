@@ -32,14 +32,31 @@ def _cut(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _append(  # type: ignore[no-untyped-def]
+    new, pages, table, position, head,
+    HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Write a head's new row [BLOCK_DIM] to its page."""
+    dims = tl.arange(0, BLOCK_DIM)
+    page = tl.load(table + position // PAGE).to(tl.int64)
+    target = ((page * HEADS + head) * PAGE + position % PAGE) * DIM + dims
+    tl.store(pages + target, new.to(pages.dtype.element_ty), mask=dims < DIM)
+
+
+@triton.jit
 def _attend_chunk(  # type: ignore[no-untyped-def]
-    q, k_pages, v_pages, table, sinks, scale, softcap, window,
-    q_stride_token, q_stride_head, row, position, first, last, head, with_sink,
+    q, k, v, k_pages, v_pages, table, sinks, scale, softcap, window,
+    q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
+    row, position, first, last, is_last, head, with_sink,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
-    """Softmax and mix of a kv head's queries over the tiles first to last: [BLOCK_GROUP, BLOCK_VALUE], and lse."""
+    """Softmax and mix of a kv head's queries over the tiles first to last: [BLOCK_GROUP, BLOCK_VALUE], and lse.
+
+    With APPEND the row's newest K and V come from `k` and `v`, not from its page; the chunk that ends the row
+    writes them there, and nobody else looks at that place.
+    """
     end = position + 1
     pages = load_pages(table, first * BLOCK, end, PAGE, BLOCK)
     member = tl.arange(0, BLOCK_GROUP)
@@ -48,6 +65,15 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
     query_head = head * GROUP + member
     query = q + row.to(tl.int64) * q_stride_token + query_head[:, None] * q_stride_head + dims[None, :]
     query = tl.load(query, mask=(member[:, None] < GROUP) & (dims[None, :] < DIM), other=0.0)
+
+    if APPEND:
+        new_k = k + row.to(tl.int64) * k_stride_token + head * k_stride_head + dims
+        new_k = tl.load(new_k, mask=dims < DIM, other=0.0)
+        new_v = v + row.to(tl.int64) * v_stride_token + head * v_stride_head + values
+        new_v = tl.load(new_v, mask=values < VALUE_DIM, other=0.0)
+        if is_last:
+            _append(new_k, k_pages, table, position, head, HEADS, PAGE, DIM, BLOCK_DIM)
+            _append(new_v, v_pages, table, position, head, HEADS, PAGE, VALUE_DIM, BLOCK_VALUE)
 
     peak = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
@@ -62,6 +88,10 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
         key = tl.load(key, mask=seen[:, None] & (dims[None, :] < DIM), other=0.0)
         value = tile_pointers(v_pages, pages, start, head, HEADS, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
         value = tl.load(value, mask=seen[:, None] & (values[None, :] < VALUE_DIM), other=0.0)
+        if APPEND:
+            newest = (place == position)[:, None]
+            key = tl.where(newest, new_k[None, :], key)
+            value = tl.where(newest, new_v[None, :], value)
         # The next tile's page ids, a tile early: its K and V are requested as soon as a buffer is free.
         pages = load_pages(table, start + BLOCK, end, PAGE, BLOCK)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
@@ -104,11 +134,13 @@ def _store(  # type: ignore[no-untyped-def]
     do_not_specialize_on_alignment=["block_table", "slots", "positions", "sinks"],
 )
 def single_kernel(  # type: ignore[no-untyped-def]
-    q, k_pages, v_pages, block_table, slots, positions, sinks, partial, lse_start,
-    scale, softcap, window, splits, table_stride, q_stride_token, q_stride_head,
+    q, k, v, k_pages, v_pages, block_table, slots, positions, sinks, partial, lse_start,
+    scale, softcap, window, splits, table_stride,
+    q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    LEAST: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OVERLAP: tl.constexpr,
+    LEAST: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The only row: a program takes one kv head's chunk, or says that it had none (a log-sum of -inf)."""
     if OVERLAP:
@@ -126,9 +158,11 @@ def single_kernel(  # type: ignore[no-untyped-def]
     member = tl.arange(0, BLOCK_GROUP)
     if first < high:
         mixed, logsum = _attend_chunk(
-            q, k_pages, v_pages, table, sinks, scale, softcap, window, q_stride_token, q_stride_head,
-            chunk * 0, position, first, tl.minimum(first + per, high), head, chunk == 0,
-            HEADS, GROUP, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_GROUP, BLOCK_DIM, BLOCK_VALUE, WINDOW, SOFTCAP, SINKS,
+            q, k, v, k_pages, v_pages, table, sinks, scale, softcap, window,
+            q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
+            chunk * 0, position, first, tl.minimum(first + per, high), first + per >= high, head, chunk == 0,
+            HEADS, GROUP, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_GROUP, BLOCK_DIM, BLOCK_VALUE,
+            WINDOW, SOFTCAP, SINKS, APPEND,
         )  # fmt: skip
         _store(partial, line, mixed, GROUP, VALUE_DIM, BLOCK_GROUP, BLOCK_VALUE)
         tl.store(partial + lse_start + line + member, logsum, mask=member < GROUP)
@@ -142,12 +176,13 @@ def single_kernel(  # type: ignore[no-untyped-def]
     do_not_specialize_on_alignment=["block_table", "slots", "positions", "sinks"],
 )
 def rows_kernel(  # type: ignore[no-untyped-def]
-    q, k_pages, v_pages, block_table, slots, positions, sinks, out, partial, lse_start,
-    scale, softcap, window, tokens, splits, chunk_tiles, row_chunks, table_stride, q_stride_token, q_stride_head,
+    q, k, v, k_pages, v_pages, block_table, slots, positions, sinks, out, partial, lse_start,
+    scale, softcap, window, tokens, splits, chunk_tiles, row_chunks, table_stride,
+    q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     LEAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, OVERLAP: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Several rows: a program takes one kv head of every n-th chunk. Rows of one chunk are finished here."""
     if OVERLAP:
@@ -166,9 +201,11 @@ def rows_kernel(  # type: ignore[no-untyped-def]
         low_tile, high_tile, tiles, count = _cut(place, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
         first = low_tile + chunk * tiles
         mixed, logsum = _attend_chunk(
-            q, k_pages, v_pages, table, sinks, scale, softcap, window, q_stride_token, q_stride_head,
-            row, place, first, tl.minimum(first + tiles, high_tile), head, chunk == 0,
-            HEADS, GROUP, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_GROUP, BLOCK_DIM, BLOCK_VALUE, WINDOW, SOFTCAP, SINKS,
+            q, k, v, k_pages, v_pages, table, sinks, scale, softcap, window,
+            q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
+            row, place, first, tl.minimum(first + tiles, high_tile), first + tiles >= high_tile, head, chunk == 0,
+            HEADS, GROUP, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_GROUP, BLOCK_DIM, BLOCK_VALUE,
+            WINDOW, SOFTCAP, SINKS, APPEND,
         )  # fmt: skip
         if count == 1:
             _store(out, (row * HEADS + head) * GROUP, mixed, GROUP, VALUE_DIM, BLOCK_GROUP, BLOCK_VALUE)

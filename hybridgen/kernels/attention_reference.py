@@ -46,8 +46,12 @@ def decode_attention(
     window: int,
     softcap: float,
     sinks: Tensor | None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
 ) -> Tensor:
     """See `attention.decode_attention`."""
+    if k is not None and v is not None:
+        write_kv(k, v, k_pages, v_pages, block_table, slots, positions)
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, value_dim = v_pages.shape
     out = q.new_empty((tokens, heads, value_dim))

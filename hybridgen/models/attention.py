@@ -86,13 +86,13 @@ def paged_attention(
     binding: LayerBinding = module._hybridgen  # type: ignore[assignment]
     step = binding.step
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    write_kv(k, v, binding.keys, binding.values, step.block_table, step.slots, step.positions)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = binding.window if sliding_window is None else sliding_window
     cache = (binding.keys, binding.values, step.block_table, step.slots, step.positions)
     if step.phase is Phase.DECODE:
-        out = decode_attention(q, *cache, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux)
+        out = decode_attention(q, *cache, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux, k=k, v=v)
     else:
+        write_kv(k, v, *cache)
         out = prefill_attention(
             q, *cache, step.query_starts, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux
         )

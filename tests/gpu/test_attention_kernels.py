@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-from attention_cases import NO_PAGE, Cache, dense_packed, error, make_cache, pack
+from attention_cases import NO_PAGE, Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
 from hybridgen.kernels import attention_reference, decode_attention, prefill_attention, write_kv
 
@@ -116,6 +116,13 @@ def test_decode(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> None:
     for row in (0, 7):
         one = Cache([cache.keys[row]], [cache.values[row]], *pages_of(cache), cache.slots[row : row + 1])
         assert error(_decode(q[row : row + 1], one, **options), expected[row : row + 1]) < LIMITS[dtype]
+        newest = take_newest(one)
+        assert error(_decode(q[row : row + 1], one, **options, **newest), expected[row : row + 1]) < LIMITS[dtype]
+        assert all(torch.equal(a, b) for a, b in zip(newest_rows(one), newest.values(), strict=True))
+    newest = take_newest(cache)
+    assert error(_decode(q, cache, **options, **newest), expected) < LIMITS[dtype]
+    for written, given in zip(newest_rows(cache), newest.values(), strict=True):
+        assert torch.equal(written, given)
 
 
 def pages_of(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,6 +135,9 @@ def test_decode_long_and_many(lengths: list[int], dtype: torch.dtype) -> None:
     q = torch.randn(len(lengths), 8, 64, device="cuda").to(dtype)
     expected = dense_packed(q, cache, [1] * len(lengths), 64**-0.5)
     assert error(_decode(q, cache), expected) < LIMITS[dtype]
+    newest = take_newest(cache)
+    assert error(_decode(q, cache, **newest), expected) < LIMITS[dtype]
+    assert all(torch.equal(a, b) for a, b in zip(newest_rows(cache), newest.values(), strict=True))
 
 
 def test_decode_rows_that_never_split(dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def _plan(sources: list[Tensor], destinations: list[Tensor]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_fallback() -> object:
+def _no_fallback() -> Iterator[None]:
     before = metadata.fallbacks()
     yield
     assert metadata.fallbacks() == before
@@ -35,7 +36,7 @@ def _no_fallback() -> object:
 
 @pytest.mark.parametrize("name", cases.CASES)
 @pytest.mark.parametrize("copy", [copy_metadata, _plan], ids=["op", "plan"])
-def test_copies_what_torch_copies(name: str, copy: object) -> None:
+def test_copies_what_torch_copies(name: str, copy: cases.Copy) -> None:
     cases.check(name, "cuda", copy)
     cases.check(name, "cuda", copy)
 

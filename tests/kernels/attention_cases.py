@@ -66,6 +66,26 @@ def make_cache(
     return Cache(keys, values, k_pages, v_pages, table.to(device), slots.to(device))
 
 
+def newest_rows(cache: Cache) -> tuple[Tensor, Tensor]:
+    """Copies of the last K [sequences, Hkv, D] and V [.., Dv] of each sequence, from the pages."""
+    page_size = cache.k_pages.shape[2]
+    last = torch.tensor(cache.lengths, device=cache.slots.device) - 1
+    page = cache.block_table[cache.slots.long(), last // page_size].long()
+    return cache.k_pages[page, :, last % page_size], cache.v_pages[page, :, last % page_size]
+
+
+def take_newest(cache: Cache) -> dict[str, Tensor]:
+    """The last K and V of each sequence, as views of one wide buffer, taken out of the pages (NaN is left there)."""
+    k, v = newest_rows(cache)
+    both = torch.cat([k, v], dim=2).transpose(0, 1).contiguous().transpose(0, 1)
+    page_size = cache.k_pages.shape[2]
+    for slot, length in zip(cache.slots.tolist(), cache.lengths, strict=True):
+        page = int(cache.block_table[slot, (length - 1) // page_size])
+        cache.k_pages[page, :, (length - 1) % page_size] = torch.nan
+        cache.v_pages[page, :, (length - 1) % page_size] = torch.nan
+    return {"k": both[:, :, : k.shape[2]], "v": both[:, :, k.shape[2] :]}
+
+
 def dense(
     q: Tensor,
     k: Tensor,

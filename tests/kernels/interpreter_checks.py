@@ -11,7 +11,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from attention_cases import Cache, dense_packed, error, make_cache, pack
+from attention_cases import Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
 from hybridgen.kernels.attention_decode import Tuning as DecodeTuning
 from hybridgen.kernels.attention_decode import decode_attention
@@ -55,6 +55,11 @@ def main() -> None:
             errors.append(error(out, expected))
             out = decode_attention(q[:1], *pages, slots[:1], positions[:1], 0.3, *tail, tune=tune)
             errors.append(error(out, expected[:1]))
+            newest = take_newest(cache)
+            out = decode_attention(q, *pages, slots, positions, 0.3, *tail, **newest, tune=tune)
+            errors.append(error(out, expected))
+            if not all(torch.equal(a, b) for a, b in zip(newest_rows(cache), newest.values(), strict=True)):
+                raise AssertionError("the new K and V are not in the pages")
         q = torch.randn(heads, sum(new), dim).transpose(0, 1)
         slots, positions, starts = pack(cache, new, len(new) + 2)
         out = prefill_attention(q, *pages, slots, positions, starts, 0.3, *tail)

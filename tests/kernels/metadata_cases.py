@@ -13,6 +13,7 @@ from torch import Tensor
 
 DTYPES = [torch.int32, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.uint8, torch.int16]
 Pairs = list[tuple[Tensor, Tensor]]
+Copy = Callable[[list[Tensor], list[Tensor]], None]
 
 
 class Maker:
@@ -101,7 +102,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def check(name: str, device: str, copy: Callable[[list[Tensor], list[Tensor]], None]) -> None:
+def check(name: str, device: str, copy: Copy) -> None:
     """The same bits as torch's copies everywhere, also around the destinations."""
     ours, expected = build(name, device), build(name, device)
     for source, destination in zip(expected.sources, expected.destinations, strict=True):

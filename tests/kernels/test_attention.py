@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch._dynamo.testing
-from attention_cases import NO_PAGE, dense_packed, error, make_cache, pack
+from attention_cases import NO_PAGE, dense_packed, error, make_cache, newest_rows, pack, take_newest
 from torch import Tensor
 
 from hybridgen.kernels import attention_reference, decode_attention, prefill_attention, write_kv
@@ -85,6 +86,10 @@ def test_decode_matches_dense(shape: tuple[int, ...], name: str) -> None:
     q = torch.randn(7, heads, dim)
     expected = dense_packed(q, cache, [1] * 7, 0.3, **options)
     assert error(_decode(q, cache, **options), expected) < 1e-6
+    newest = take_newest(cache)
+    assert error(_decode(q, cache, **options, **newest), expected) < 1e-6
+    for written, given in zip(newest_rows(cache), newest.values(), strict=True):
+        assert torch.equal(written, given)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -228,16 +233,23 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.write_kv.default, (k, v, *pages, slots, positions))
     options = (0.3, 7, 2.0, torch.randn(4))
     torch.library.opcheck(ops.decode_attention.default, (q, *pages, slots, positions, *options))
+    torch.library.opcheck(ops.decode_attention.default, (q, *pages, slots, positions, *options, k, v))
     torch.library.opcheck(ops.prefill_attention.default, (q, *pages, slots, positions, starts, *options))
 
 
-def _layer(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-    """A layer's attention as a model calls it; returns what depends on the write."""
+def _prefill_layer(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+    """A layer's attention as a model calls it."""
     k_pages, v_pages, table, slots, positions, starts = rest
     write_kv(k, v, k_pages, v_pages, table, slots, positions)
-    first = prefill_attention(q * 2, k_pages, v_pages, table, slots, positions, starts, scale=0.3)
-    second = decode_attention(q * 2, k_pages, v_pages, table, slots, positions, scale=0.3)
-    return first + second
+    return prefill_attention(q * 2, k_pages, v_pages, table, slots, positions, starts, scale=0.3) + 1
+
+
+def _decode_layer(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+    k_pages, v_pages, table, slots, positions, _ = rest
+    return decode_attention(q * 2, k_pages, v_pages, table, slots, positions, scale=0.3, k=k, v=v) + 1
+
+
+LAYERS = pytest.mark.parametrize("layer", [_prefill_layer, _decode_layer])
 
 
 def _compile_case(tokens: int) -> tuple[Tensor, ...]:
@@ -252,28 +264,30 @@ def _compile_case(tokens: int) -> tuple[Tensor, ...]:
     return q, k, v, k_pages, k_pages.clone(), table, slots % 3, positions, starts
 
 
-def test_compile_keeps_one_graph_for_all_lengths() -> None:
+@LAYERS
+def test_compile_keeps_one_graph_for_all_lengths(layer: Callable[..., Tensor]) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(_layer, fullgraph=True, backend=counter)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for tokens in (5, 20, 33):
         inputs = _compile_case(tokens)
-        expected = _layer(*(x.clone() for x in inputs))
+        expected = layer(*(x.clone() for x in inputs))
         for x in (inputs[0], inputs[1], inputs[2], inputs[6], inputs[7]):
             torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
         assert torch.allclose(compiled(*inputs), expected)
     assert counter.frame_count == 1
 
 
+@LAYERS
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_compiled_write_copies_no_cache() -> None:
+def test_compiled_write_copies_no_cache(layer: Callable[..., Tensor]) -> None:
     torch._dynamo.reset()
     inputs = _compile_case(20)
-    expected = _layer(*(x.clone() for x in inputs))
-    compiled = torch.compile(_layer, fullgraph=True, dynamic=True)
+    expected = layer(*(x.clone() for x in inputs))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     out, (code,) = torch._inductor.utils.run_and_get_code(compiled, *inputs)
     assert torch.allclose(out, expected)
-    assert "torch.ops.hybridgen.write_kv.default" in code
+    assert "torch.ops.hybridgen." in code
     assert "clone" not in code
     assert "copy_" not in code
     assert "empty_strided_cpu((9, 2, 16, 16)" not in code

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import metadata_cases as cases
@@ -22,7 +23,7 @@ def _plan(sources: list[Tensor], destinations: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", cases.CASES)
 @pytest.mark.parametrize("copy", [copy_metadata, _plan], ids=["op", "plan"])
-def test_copies_what_torch_copies(name: str, copy: object) -> None:
+def test_copies_what_torch_copies(name: str, copy: cases.Copy) -> None:
     cases.check(name, "cpu", copy)
 
 
@@ -92,7 +93,7 @@ def _step_inputs(count: int, length: int) -> tuple[list[Tensor], list[Tensor], T
     return sources, destinations, torch.arange(15).view(3, 5).int(), torch.full((6, 9), -7, dtype=torch.int32)
 
 
-def _assert_step(compiled: object, count: int, length: int) -> None:
+def _assert_step(compiled: Callable[..., Tensor], count: int, length: int) -> None:
     ours, expected = _step_inputs(count, length), _step_inputs(count, length)
     assert torch.equal(compiled(*ours), _step(*expected))
     for a, b in zip([*ours[1], ours[3]], [*expected[1], expected[3]], strict=True):
