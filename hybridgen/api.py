@@ -5,22 +5,34 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from hybridgen.config import EngineConfig
-from hybridgen.core import SamplingParams, TokenEvent
-from hybridgen.engine import Engine
+from hybridgen.core import SamplingParams, TokenEvent, shown
+from hybridgen.demo import model_path
+from hybridgen.engine import Engine, check_config
 from hybridgen.errors import ConfigError, PromptError
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.source import looks_like_path
 from hybridgen.prompts import Prompts, split_prompts
-from hybridgen.requests import check_keywords, context_limit, plan_requests
+from hybridgen.requests import check_keywords, plan_requests, sampling_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _NO_PROMPTS = "no prompts were given; call it with (model, prompts), or with prompts= alone for the demo model"
 
-_engines: dict[Any, Engine] = {}
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase | str | os.PathLike[str]"
+"""A tokenizer, or the directory or hub id of one."""
+
+
+class _Kept(NamedTuple):
+    engine: Engine
+    tokenizer: Any
+    """The key of what its call gave as `tokenizer=`; None if it gave none."""
+
+
+_engines: dict[Any, _Kept] = {}
 _lock = threading.RLock()
 
 
@@ -30,21 +42,23 @@ def generate(
     sampling: SamplingParams | Iterable[SamplingParams] | None = None,
     *,
     config: EngineConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     streamer: Any = None,
     **fields: Any,
 ) -> Any:
     """Generate text with a model.
 
     A model stays loaded between calls: the next one with the same model and config starts at once; one with another
-    config replaces it. `unload()` frees it.
+    config or another `tokenizer=` replaces it. A tokenizer given holds for its call: without `tokenizer=`, the next
+    one loads the model again, with its own. `unload()` frees it.
 
     Args:
         model: a local path, a hub id, a live `PreTrainedModel`, an `Engine`, or None for the demo model.
         prompts: a string, token ids (list or tensor), chat messages, or a list of those.
         sampling: for all prompts, or a list with one per prompt.
         config: how to load and run the model.
-        tokenizer: for a live model that brings none, or instead of the checkpoint's.
+        tokenizer: for a live model that brings none, or instead of the checkpoint's; an object, or the directory or
+            hub id of one.
         streamer: a Hugging Face streamer, for one prompt.
         fields: single fields of `SamplingParams` (for all prompts) or of `EngineConfig`.
 
@@ -56,6 +70,7 @@ def generate(
     """
     if prompts is None:
         raise PromptError(_NO_PROMPTS)
+    sampling = sampling_list(sampling)
     engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields)
     return engine.generate(prompts, sampling, streamer=streamer, **sampling_fields)
 
@@ -66,29 +81,49 @@ def stream(
     sampling: SamplingParams | Iterable[SamplingParams] | None = None,
     *,
     config: EngineConfig | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     **fields: Any,
 ) -> Iterator[TokenEvent]:
     """Generate as `generate()` does, and yield each token as it is read. See `Engine.stream`."""
     if prompts is None:
         raise PromptError(_NO_PROMPTS)
+    sampling = sampling_list(sampling)
     engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields)
     return engine.stream(prompts, sampling, **sampling_fields)
 
 
-def unload(model: str | os.PathLike[str] | PreTrainedModel | None = None) -> None:
-    """Free the models that `generate()` and `stream()` keep loaded: one of them, or all when none is named."""
+def unload(model: str | os.PathLike[str] | PreTrainedModel | Engine | None = None) -> None:
+    """Free the models that `generate()` and `stream()` keep loaded: one of them, or all when none is named.
+
+    Args:
+        model: as it was given to `generate()`; any name of a directory will do. An `Engine` is closed, whoever loaded
+            it.
+
+    Raises:
+        ConfigError: no such model is loaded; the message names those that are.
+    """
     with _lock:
+        if isinstance(model, Engine):
+            for key in [key for key, kept in _engines.items() if kept.engine is model]:
+                del _engines[key]
+            model.close()
+            return
+        if model is not None and _key(model) not in _engines:
+            names = [shown(kept.engine.checkpoint.name) for kept in _engines.values()]
+            loaded = f"loaded are {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}" if names else "none is"
+            raise ConfigError(f"model={shown(model)} is not loaded; {loaded}; unload() frees all")
         for key in list(_engines) if model is None else [_key(model)]:
-            engine = _engines.pop(key, None)
-            if engine is not None:
-                engine.close()
+            _engines.pop(key).engine.close()
 
 
 def prepare(
     model: Any, prompts: Any, sampling: Any, config: EngineConfig | None, tokenizer: Any, fields: dict[str, Any]
 ) -> tuple[Engine, dict[str, Any]]:
-    """The engine for a call, and the call's sampling fields."""
+    """The engine for a call, and the call's sampling fields.
+
+    An iterator in `sampling` is used up; give what `hybridgen.requests.sampling_list` makes of it.
+    """
+    sampling = sampling_list(sampling)
     check_keywords(fields, EngineConfig.field_names() | SamplingParams.field_names())
     sampling_fields = {name: value for name, value in fields.items() if name in SamplingParams.field_names()}
     engine_fields = {name: value for name, value in fields.items() if name not in sampling_fields}
@@ -97,25 +132,35 @@ def prepare(
             name = next(iter(engine_fields), "config" if config is not None else "tokenizer")
             raise ConfigError(f"{name}= cannot be changed on a loaded Engine; load another with Engine.load()")
         return model, sampling_fields
-    config = (config or EngineConfig()).replace(**engine_fields)
+    config = EngineConfig.of(config, engine_fields)
     items, _ = split_prompts(prompts)
     with _lock:
         key = _key(model)
         kept = _engines.get(key)
-        if kept is not None and not kept.closed and kept.config == config and tokenizer in (None, kept.tokenizer):
-            return kept, sampling_fields
+        given = None if tokenizer is None else _key(tokenizer)
+        if kept is not None and not kept.engine.closed and kept.engine.config == config and given == kept.tokenizer:
+            return kept.engine, sampling_fields
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
-        # Before any weight is read, so that bad input costs nothing; the cache's size is checked by the engine.
-        plan_requests(items, sampling, sampling_fields, checkpoint, context_limit(checkpoint, config.max_context), None)
+        # Before any weight is read or a kept engine closed, so that bad input costs nothing; the cache's size is
+        # checked by the engine.
+        plan_requests(items, sampling, sampling_fields, checkpoint, check_config(checkpoint, config), None)
         if kept is not None:
-            kept.close()
+            kept.engine.close()
             del _engines[key]
-        engine = _engines[key] = Engine(checkpoint, checkpoint.load(), config)
+        engine = Engine(checkpoint, checkpoint.load(), config)
+        _engines[key] = _Kept(engine, given)
         return engine, sampling_fields
 
 
 def _key(model: Any) -> Any:
-    """What tells models apart: a live module by identity, a path or id by its text."""
-    if model is None or isinstance(model, str):
-        return model
-    return os.fspath(model) if isinstance(model, os.PathLike) else id(model)
+    """What tells models and tokenizers apart: an object by identity, a directory by its resolved path, a hub id by its
+    text.
+    """
+    if model is None:
+        model = model_path()
+    if not isinstance(model, (str, os.PathLike)):
+        return id(model)
+    text = os.fspath(model)
+    path = os.path.expanduser(text)
+    is_path = not isinstance(model, str) or os.path.isdir(path) or looks_like_path(text)
+    return os.path.realpath(path) if is_path else text

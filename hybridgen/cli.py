@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hybridgen.errors import HybridgenError, PromptError
+from hybridgen.jsonl import Job, ResultFile, is_unicode, read_jobs, result, same_file
+
+if TYPE_CHECKING:
+    from hybridgen.core import Completion, TokenEvent
+    from hybridgen.engine import Engine
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -18,17 +24,23 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 (some requests failed), 2 (bad input) or 130 (Ctrl-C)."""
+    if sys.stderr is None:  # closed: libraries ask it whether it is a terminal, and print() would take standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the encoding lacks is no reason to stop
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _note("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe went away; nobody is left to tell
+        _abandon(sys.stdout)  # the reader of a pipe went away; nobody is left to tell
+        _abandon(sys.stderr)
         return EXIT_ERROR
     except HybridgenError as error:
-        print(f"hybridgen: {error}", file=sys.stderr)
+        _note(f"hybridgen: {error}")
         return EXIT_ERROR
 
 
@@ -56,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", help="a string that ends the text; may be given again")
     generate.add_argument("--input", type=Path, help="JSONL file: strings, or objects with prompt or messages")
     generate.add_argument("--output", type=Path, help="JSONL file for the results; finished lines are not redone")
-    generate.add_argument("--json", action="store_true", help="print results as JSON lines")
-    generate.add_argument("--stream", action="store_true", help="print text as it comes")
+    generate.add_argument("--json", action="store_true", help="print results as JSON lines, also with --output")
+    generate.add_argument(
+        "--stream", action="store_true", help="print the text of one prompt as it comes; with --json, events"
+    )
     generate.add_argument("--stats", action="store_true", help="print the engine's statistics to standard error")
     doctor = commands.add_parser("doctor", help="say what this machine can do, and why not")
     doctor.set_defaults(run=_doctor)
@@ -65,29 +79,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Job(NamedTuple):
-    """One prompt of a run."""
-
-    id: Any
-    prompt: Any
-
-
 def _generate(arguments: argparse.Namespace) -> int:
+    if sys.stdout is None and (arguments.output is None or arguments.json or arguments.stream):
+        raise HybridgenError(
+            f"standard output is closed; {'leave it open' if arguments.output else 'name an --output'}"
+        )
     jobs = _read_jobs(arguments)
-    done = _finished_ids(arguments.output) if arguments.output else set()
-    todo = [job for job in jobs if json.dumps(job.id) not in done]
-    if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} prompts are already in {arguments.output}", file=sys.stderr)
-    if not todo:
-        return 0
+    if arguments.stream and not arguments.json and len(jobs) > 1:
+        raise PromptError(f"--stream prints the text of one prompt and there are {len(jobs)}; add --json for events")
+    if not is_unicode(arguments.stop):
+        raise PromptError("--stop is not text in this locale's encoding")
+    if arguments.output is None:
+        return _complete(jobs, None, arguments)
+    # Before a model is loaded: what is wrong with the file should not cost that.
+    with closing(ResultFile(arguments.output)) as results:
+        todo = [job for job in jobs if not results.has(job)]
+        if len(todo) < len(jobs):
+            _note(f"{len(jobs) - len(todo)} of {len(jobs)} prompts are already in {arguments.output}")
+        return _complete(todo, results, arguments) if todo else 0
+
+
+def _complete(jobs: list[Job], results: ResultFile | None, arguments: argparse.Namespace) -> int:
+    """Load the model and generate; returns the exit status."""
     from hybridgen.api import prepare
 
-    prompts = [job.prompt for job in todo]
+    prompts = [job.prompt for job in jobs]
     engine, sampling = prepare(arguments.model, prompts, None, None, None, _given(arguments))
     with engine:
-        failed = _run(engine, todo, sampling, arguments)
+        failed = _run(engine, jobs, sampling, results, arguments)
         if arguments.stats:
-            print(engine.stats(), file=sys.stderr)
+            _note(str(engine.stats()))
     return int(failed > 0)
 
 
@@ -100,34 +121,34 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
-def _run(engine: Any, jobs: list[Job], sampling: dict[str, Any], arguments: argparse.Namespace) -> int:
+def _run(
+    engine: Engine, jobs: list[Job], sampling: dict[str, Any], results: ResultFile | None, arguments: argparse.Namespace
+) -> int:
     """Generate and write each completion when it ends; returns how many failed."""
     from tqdm.auto import tqdm
 
-    output = arguments.output.open("a", encoding="utf-8") if arguments.output else None
     failed = 0
-    live = arguments.stream and not arguments.json and len(jobs) == 1
-    try:
-        with tqdm(total=len(jobs), desc="generate", unit="request", delay=1, disable=True if live else None) as bar:
-            for event in engine.stream([job.prompt for job in jobs], **sampling):
-                if live:
-                    print(event.text, end="", flush=True)
-                elif arguments.stream and arguments.json:
-                    _print_event(jobs[event.index], event)
-                if event.completion is None:
-                    continue
-                bar.update()
-                failed += event.completion.error is not None
-                job = jobs[event.index]
-                if output is not None:
-                    _write_line(output, _record(job, event.completion))
-                elif not arguments.json:
-                    _show(job, event.completion, text=not live, many=len(jobs) > 1)
-                elif not arguments.stream:
-                    print(json.dumps(_record(job, event.completion), ensure_ascii=False), flush=True)
-    finally:
-        if output is not None:
-            output.close()
+    live = arguments.stream and not arguments.json
+    started = False
+    with tqdm(total=len(jobs), desc="generate", unit="request", delay=1, disable=True if live else None) as bar:
+        for event in engine.stream([job.prompt for job in jobs], **sampling):
+            job = jobs[event.index]
+            if live:
+                _print(event.text if started else _opening(job) + event.text, end="")
+                started = True
+            elif arguments.stream:
+                _print_event(job, event)
+            if event.completion is None:
+                continue
+            bar.update()
+            failed += event.completion.error is not None
+            if results is not None:
+                results.append(result(job, event.completion))
+            if arguments.json:
+                if not arguments.stream:
+                    _print_json(result(job, event.completion))
+            elif live or results is None:
+                _show(job, event.completion, text=not live, many=len(jobs) > 1)
     return failed
 
 
@@ -135,123 +156,103 @@ def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     if arguments.input is not None:
         if arguments.prompt:
             raise PromptError("give prompts as arguments or with --input, not both")
-        return list(_read_jsonl(arguments.input))
+        if arguments.output is not None and same_file(arguments.input, arguments.output):
+            raise PromptError(f"--output {arguments.output} is the --input file; name another")
+        return read_jobs(arguments.input)
     if arguments.prompt:
+        for index, prompt in enumerate(arguments.prompt):
+            if not is_unicode(prompt):
+                raise PromptError(f"prompt {index} is not text in this locale's encoding")
         return [Job(index, prompt) for index, prompt in enumerate(arguments.prompt)]
     if sys.stdin is None or sys.stdin.isatty():
         raise PromptError('no prompt; try: hybridgen generate "def fibonacci(n):"')
-    text = sys.stdin.read()
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not {error.encoding} text: {error}") from error
+    if not is_unicode(text):
+        raise PromptError("standard input is not text in this locale's encoding")
     if not text:
         raise PromptError("standard input is empty; give a prompt")
     return [Job(0, text)]
 
 
-def _read_jsonl(path: Path) -> Iterator[Job]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"--input {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}:{number} is not JSON: {error}") from error
-        if isinstance(value, str):
-            yield Job(number, value)
-        elif isinstance(value, dict) and ("prompt" in value) != ("messages" in value):
-            yield Job(value.get("id", number), value["prompt"] if "prompt" in value else value["messages"])
-        else:
-            raise PromptError(f"{path}:{number} must be a string, or an object with either 'prompt' or 'messages'")
-
-
-def _finished_ids(path: Path) -> set[str]:
-    """Ids of the results in an output file, as JSON. Failed ones are run again.
-
-    A last line without its end is what a killed run leaves; it is cut off so that the next line starts clean.
-    """
-    if not path.exists():
-        return set()
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    done = set()
-    for number, line in enumerate(content[:whole].decode("utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            if record["error"] is None:
-                done.add(json.dumps(record["id"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise PromptError(f"{path}:{number} is not a result of this command; name another --output") from error
-    return done
-
-
-def _record(job: Job, completion: Any) -> dict[str, Any]:
-    """A result as one JSON object."""
-    timing = completion.timing
-    record: dict[str, Any] = {
-        "id": job.id,
-        "prompt": job.prompt,
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": str(completion.finish_reason),
-        "seed": completion.seed,
-        "error": None if completion.error is None else str(completion.error),
-        "timing": {"queue_s": timing.queue, "ttft_s": timing.ttft, "total_s": timing.total},
-        "steps": [asdict(step) for step in completion.steps],
-    }
-    if len(timing.token_times) > 1:
-        record["timing"] |= {
-            "tpot_p50_s": timing.tpot_p50,
-            "tpot_p95_s": timing.tpot_p95,
-            "tpot_p99_s": timing.tpot_p99,
-        }
-    record["timing"] = {name: value for name, value in record["timing"].items() if value == value}  # JSON has no NaN
-    return record
-
-
-def _write_line(file: TextIO, record: dict[str, Any]) -> None:
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
-
-
-def _print_event(job: Job, event: Any) -> None:
+def _print_event(job: Job, event: TokenEvent) -> None:
     line: dict[str, Any] = {"id": job.id, "token_id": event.token_id, "text": event.text}
     if event.completion is not None:
-        line["completion"] = _record(job, event.completion)
-    print(json.dumps(line, ensure_ascii=False), flush=True)
+        line["completion"] = result(job, event.completion)
+    _print_json(line)
 
 
-def _show(job: Job, completion: Any, *, text: bool, many: bool) -> None:
+def _opening(job: Job) -> str:
+    """What stands before the generated text: the prompt, if it is text."""
+    return job.prompt if isinstance(job.prompt, str) else ""
+
+
+def _show(job: Job, completion: Completion, *, text: bool, many: bool) -> None:
     """The text on standard output and a line about it on standard error."""
     if text:
         if many:
-            print(f"--- {job.id}")
-        print(f"{job.prompt}{completion.text}" if isinstance(job.prompt, str) else completion.text)
+            _print(f"--- {job.id}")
+        _print(_opening(job) + completion.text)
     else:
-        print()
-    sys.stdout.flush()
+        _print("")
     if completion.error is not None:
-        print(f"hybridgen: prompt {job.id} failed: {completion.error}", file=sys.stderr)
+        _note(f"hybridgen: prompt {job.id} failed: {completion.error}")
         return
     timing, count = completion.timing, len(completion.token_ids)
-    print(
+    _note(
         f"[{count} tokens in {timing.total:.2f} s, {count / timing.total:.1f} tok/s, first after "
-        f"{timing.ttft * 1e3:.0f} ms, finish: {completion.finish_reason}]",
-        file=sys.stderr,
+        f"{timing.ttft * 1e3:.0f} ms, finish: {completion.finish_reason}]"
     )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from hybridgen.doctor import examine
 
+    if sys.stdout is None:
+        raise HybridgenError("standard output is closed; leave it open")
     findings = examine()
     if arguments.json:
-        print(json.dumps([finding._asdict() for finding in findings]))
+        _print_json([finding._asdict() for finding in findings])
     else:
         for finding in findings:
-            print(f"{'ok' if finding.ok else 'no':<3} {finding.name:<13} {finding.detail}")
+            _print(f"{'ok' if finding.ok else 'no':<3} {finding.name:<13} {finding.detail}")
     return 0
+
+
+def _print_json(value: Any) -> None:
+    """Print one line of JSON, with escapes for what standard output's encoding lacks."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    _print(line)
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """Print on standard output, at once."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _abandon(sys.stdout)
+        raise HybridgenError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def _note(text: str) -> None:
+    """Print on standard error."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it: no reason to stop
+        _abandon(sys.stderr)
+
+
+def _abandon(stream: TextIO | None) -> None:
+    """Let what is still buffered go nowhere, so that the interpreter does not fail on it when it exits."""
+    with suppress(AttributeError, OSError, ValueError):  # None, or no file underneath
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)

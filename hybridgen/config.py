@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
+from hybridgen.core import MAX_INT, shown
 from hybridgen.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
@@ -71,14 +73,14 @@ class EngineConfig:
             object.__setattr__(self, "mode", Mode(self.mode))
         except ValueError:
             known = ", ".join(m.value for m in Mode)
-            raise ConfigError(f"mode={self.mode!r} is unknown; choose one of: {known}") from None
+            raise ConfigError(f"mode={shown(self.mode)} is unknown; choose one of: {known}") from None
         dtype = str(self.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r} is unknown; choose one of: {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype={shown(self.dtype)} is unknown; choose one of: {', '.join(DTYPES)}")
         object.__setattr__(self, "dtype", dtype)
         device = str(self.device)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ConfigError(f"device={self.device!r} is unknown; choose auto, cpu, cuda or cuda:N")
+            raise ConfigError(f"device={shown(self.device)} is unknown; choose auto, cpu, cuda or cuda:N")
         object.__setattr__(self, "device", device)
         self._check_int("max_batch", low=1, high=4096)
         self._check_int("max_context", low=2, optional=True)
@@ -89,25 +91,50 @@ class EngineConfig:
         self._check_int("run_ahead", low=0, high=1, optional=True)
         for name in ("trust_remote_code", "allow_pickle", "local_files_only", "fuse_projections"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r}; give True or False")
-        if self.progress not in (None, True, False):
-            raise ConfigError(f"progress={self.progress!r}; give True, False or None")
+                raise ConfigError(f"{name}={shown(getattr(self, name))}; give True or False")
+        if self.progress is not None and not isinstance(self.progress, bool):
+            raise ConfigError(f"progress={shown(self.progress)}; give True, False or None")
+        if not isinstance(self.compile_backend, str) or not self.compile_backend.strip():
+            raise ConfigError(
+                f"compile_backend={shown(self.compile_backend)} is no name of a backend; give one such as 'inductor', "
+                "or mode='eager' to compile nothing"
+            )
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
+            raise ConfigError(f"revision={shown(self.revision)}; give a branch, tag or commit as text, or None")
         object.__setattr__(self, "kv_memory", parse_bytes("kv_memory", self.kv_memory))
 
-    def _check_int(self, name: str, *, low: int, high: int | None = None, optional: bool = False) -> None:
+    def _check_int(self, name: str, *, low: int, high: int = MAX_INT, optional: bool = False) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return
-        bound = f"at least {low}" if high is None else f"from {low} to {high}"
+        bound = f"at least {low}" if high == MAX_INT else f"from {low} to {high}"
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name}={value!r} is not an integer; give one {bound}")
-        if value < low or (high is not None and value > high):
-            raise ConfigError(f"{name}={value} is out of range; give an integer {bound}")
+            raise ConfigError(f"{name}={shown(value)} is not an integer; give one {bound}")
+        if not low <= value <= high:
+            raise ConfigError(f"{name}={shown(value)} is out of range; give an integer {bound}")
 
     @classmethod
     def field_names(cls) -> frozenset[str]:
         """The names that `generate()` accepts as keywords for loading and running."""
         return frozenset(f.name for f in fields(cls))
+
+    @classmethod
+    def of(cls, config: EngineConfig | None, fields: Mapping[str, Any]) -> EngineConfig:
+        """What a call's `config=` and single fields amount to; None is the default config.
+
+        Args:
+            fields: values that replace those of `config`; the names must be `field_names()`.
+
+        Raises:
+            ConfigError: `config` is something else, or a value is unknown or out of its range.
+        """
+        if config is None:
+            config = cls()
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(
+                f"config={shown(config)} is not an EngineConfig; give EngineConfig(mode=...), or its fields as keywords"
+            )
+        return config.replace(**fields)
 
     def replace(self, **changes: Any) -> EngineConfig:
         """A copy with some fields changed."""
@@ -118,15 +145,20 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
     """Bytes from a number or a text such as `"4GiB"`; None stays None.
 
     Raises:
-        ConfigError: the text is no size, or the number is not positive.
+        ConfigError: the text is no size, or the number is not positive or beyond any memory.
     """
     if value is None:
         return None
     if isinstance(value, str):
         match = _SIZE.match(value)
         if match is None:
-            raise ConfigError(f"{name}={value!r} is not a size; write bytes or a size such as 512MiB or 4GiB")
-        value = math.floor(float(match[1]) * _UNITS[(match[2] or "B").lower()])
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"{name}={value!r}; give a positive number of bytes, or a size such as 4GiB")
-    return value
+            raise ConfigError(f"{name}={shown(value)} is not a size; write bytes or a size such as 512MiB or 4GiB")
+        size = float(match[1]) * _UNITS[(match[2] or "B").lower()]
+        count: Any = math.floor(size) if math.isfinite(size) else MAX_INT + 1
+    else:
+        count = value
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MAX_INT:
+        raise ConfigError(
+            f"{name}={shown(value)}; give a positive number of bytes that memory can have, or a size such as 4GiB"
+        )
+    return count

@@ -11,6 +11,18 @@ from typing import Any
 from hybridgen.errors import HybridgenError, SamplingError
 
 MAX_LOGPROBS = 64
+MAX_INT = 2**63 - 1
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as error messages quote it: on one line and short, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"{'-' if value < 0 else ''}<an integer of {value.bit_length()} bits>"
+    try:
+        text = " ".join(repr(value).split("\n"))
+    except Exception:  # a __repr__ can raise what it likes; integers of over 4300 digits do, inside a list too
+        return f"<a value of type {type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 class FinishReason(StrEnum):
@@ -79,10 +91,12 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             if not isinstance(value, Sequence):
-                raise SamplingError(f"{name}={value!r} is not a list; give a list")
+                raise SamplingError(f"{name}={shown(value)} is not a list; give a list")
             object.__setattr__(self, name, tuple(value))
         if not isinstance(self.logit_bias, Mapping):
-            raise SamplingError(f"logit_bias={self.logit_bias!r} is not a mapping of token id to number")
+            raise SamplingError(
+                f"logit_bias={shown(self.logit_bias)} is not a mapping; give a dict of token id to number"
+            )
         _check_int("max_new_tokens", self.max_new_tokens, low=1, optional=True)
         _check_int("min_new_tokens", self.min_new_tokens, low=0)
         _check_real("temperature", self.temperature, low=0.0, what="0 is greedy, 1 the model's own distribution")
@@ -90,23 +104,25 @@ class SamplingParams:
         _check_real("top_p", self.top_p, low=0.0, high=1.0, low_open=True, what="1 switches it off")
         _check_real("min_p", self.min_p, low=0.0, high=1.0, what="0 switches it off")
         _check_real("repetition_penalty", self.repetition_penalty, low=0.0, low_open=True, what="1 switches it off")
-        _check_real("presence_penalty", self.presence_penalty, what="0 switches it off")
-        _check_real("frequency_penalty", self.frequency_penalty, what="0 switches it off")
-        _check_int("seed", self.seed, low=0, high=2**63 - 1, optional=True)
+        _check_real("presence_penalty", self.presence_penalty, optional=False, what="0 switches it off")
+        _check_real("frequency_penalty", self.frequency_penalty, optional=False, what="0 switches it off")
+        _check_int("seed", self.seed, low=0, optional=True)
         _check_int("n", self.n, low=1)
         _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise SamplingError(f"stop holds {text!r}; give non-empty strings (ids go in stop_token_ids)")
+                raise SamplingError(f"stop holds {shown(text)}; give non-empty strings (ids go in stop_token_ids)")
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, low=0)
         for token, bias in self.logit_bias.items():
             _check_int("logit_bias", token, low=0)
-            if not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
-                raise SamplingError(f"logit_bias[{token}]={bias!r}; give a number below infinity")
+            if not _is_finite(bias) and bias != -math.inf:
+                raise SamplingError(
+                    f"logit_bias[{token}]={shown(bias)}; give a finite number, or -inf to ban the token"
+                )
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise SamplingError(f"{name}={getattr(self, name)!r}; give True or False")
+                raise SamplingError(f"{name}={shown(getattr(self, name))}; give True or False")
         limit = self.max_new_tokens
         if limit is not None and self.min_new_tokens > limit:
             raise SamplingError(f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={limit}; lower it")
@@ -119,14 +135,21 @@ class SamplingParams:
         return frozenset(f.name for f in fields(cls))
 
 
-def _check_int(name: str, value: Any, *, low: int, high: int | None = None, optional: bool = False) -> None:
+def _check_int(name: str, value: Any, *, low: int, high: int = MAX_INT, optional: bool = False) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise SamplingError(f"{name}={value!r} is not an integer; give one of at least {low}")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise SamplingError(f"{name}={value} is out of range; give an integer {bound}")
+        raise SamplingError(f"{name}={shown(value)} is not an integer; give one of at least {low}")
+    if not low <= value <= high:
+        raise SamplingError(f"{name}={shown(value)} is out of range; give an integer from {low} to {high}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an integer above the largest float
+        return False
 
 
 def _check_real(
@@ -136,15 +159,16 @@ def _check_real(
     low: float = -math.inf,
     high: float = math.inf,
     low_open: bool = False,
+    optional: bool = True,
     what: str,
 ) -> None:
-    if value is None:
+    if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SamplingError(f"{name}={value!r} is not a finite number; {what}")
+    if isinstance(value, bool) or not _is_finite(value):
+        raise SamplingError(f"{name}={shown(value)} is not a finite number; {what}")
     if value < low or value > high or (low_open and value == low):
         bracket = "(" if low_open else "["
-        raise SamplingError(f"{name}={value} is outside {bracket}{low:g}, {high:g}]; {what}")
+        raise SamplingError(f"{name}={shown(value)} is outside {bracket}{low:g}, {high:g}]; {what}")
 
 
 @dataclass(frozen=True, slots=True)

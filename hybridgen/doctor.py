@@ -59,6 +59,9 @@ def _compiler() -> Finding:
     """The C++ compiler that Inductor's CPU kernels, and Triton's launchers, are built with."""
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "gcc"]
     found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None and "CXX" in os.environ:
+        why = "is not found" if len(names[0].split()) == 1 else "is not one program, and Inductor runs it as one"
+        return Finding("compiler", False, f'CXX="{names[0]}" {why}; set CXX to a compiler alone, or unset it for g++')
     if found is None:
         return Finding("compiler", False, f"no {' or '.join(names)}; install g++ or set CXX (mode jit needs it)")
     return Finding("compiler", True, found)

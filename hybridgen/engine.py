@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from hybridgen.config import EngineConfig, Mode, parse_bytes
 from hybridgen.core import SamplingParams, TokenEvent
 from hybridgen.errors import EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
+from hybridgen.execution.compiled import check_backend
 from hybridgen.execution.statistics import EngineStats
 from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
 from hybridgen.loading import Checkpoint, LoadedModel, fuse_projections, unfuse_projections
@@ -48,20 +50,27 @@ class Engine:
         self.config = config
         self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
-        self.max_context = context_limit(checkpoint, config.max_context)
+        self.max_context = check_config(checkpoint, config)
         """The longest prompt plus output, in tokens."""
-        self._loaded = loaded
         self._counters = Counters()
         self._startup = {"load weights": loaded.seconds}
         self._token_budget = config.token_budget or TOKEN_BUDGET[checkpoint.device.type]
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
         check_free(loaded.model)
+        # Undone in reverse order by close(), and also when the engine is dropped without it.
+        undo = ExitStack()
+        self._undo = weakref.finalize(self, undo.close)
+        self._undo.atexit = False
         try:
+            undo.callback(loaded.restore)
             if config.fuse_projections:
+                undo.callback(unfuse_projections, loaded.model)
                 with self._timed("fuse projections"):
                     fuse_projections(loaded.model)
-            self._loop = self._build(bind(loaded.model))
+            bound = bind(loaded.model)
+            undo.callback(bound.release)
+            self._loop = self._build(bound, undo)
         except BaseException:
             self.close()
             raise
@@ -87,11 +96,12 @@ class Engine:
             ConfigError, LoadError, DeviceError, EngineError: see `hybridgen.errors`.
         """
         check_keywords(fields, EngineConfig.field_names())
-        config = (config or EngineConfig()).replace(**fields)
+        config = EngineConfig.of(config, fields)
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
+        check_config(checkpoint, config)
         return cls(checkpoint, checkpoint.load(), config)
 
-    def _build(self, bound: BoundModel) -> StepLoop:
+    def _build(self, bound: BoundModel, undo: ExitStack) -> StepLoop:
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         compiles = config.mode is Mode.JIT
         runner = self._runner = ModelRunner(
@@ -101,7 +111,9 @@ class Engine:
             max_pages=pages_for_tokens(self.max_context, config.page_size),
             token_budget=self._token_budget,
             compile_backend=config.compile_backend if compiles else None,
+            fall_back=self._counters.fall_back,
         )
+        undo.callback(runner.disable_compilation)
         with self._timed("allocate cache"):
             self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner)
         kind = ("eager", "mode eager")
@@ -178,12 +190,9 @@ class Engine:
         plans = self.plan(items, sampling, fields)
         if streamer is not None and len(plans) != 1:
             raise SamplingError(f"streamer= takes one prompt with n=1, not {len(plans)} requests; use stream()")
-        responses = self._open_loop().submit(plans)
-        if streamer is not None:
-            _attach_streamer(responses[0], streamer)
-        self._run(responses)
-        if streamer is not None:
-            streamer.end()
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise SamplingError(f"streamer={streamer!r} has no put() and end(); give a transformers streamer")
+        responses = self._run(plans, streamer)
         completions = collect(responses)
         if single and completions[0].error is not None:
             raise completions[0].error
@@ -208,17 +217,20 @@ class Engine:
 
     def _stream(self, plans: list[Plan]) -> Iterator[TokenEvent]:
         loop = self._open_loop()
-        responses = loop.submit(plans, keep_events=True)
-        active = list(responses)
+        responses: list[Response] = []
         try:
+            loop.submit(plans, responses, keep_events=True)
+            active = list(responses)
             while active:
-                for response in active:
+                for response in list(active):
                     while response.events:
-                        yield response.events.popleft()
-                active = [response for response in active if response.completion is None]
-                if active:
+                        event = response.events.popleft()
+                        if event.completion is not None:
+                            active.remove(response)
+                        yield event
+                # Other calls step the loop too, so that events may be there already.
+                if active and not any(response.events for response in active):
                     loop.step()
-                    active += [r for r in responses if r.events and r not in active]
         finally:
             loop.cancel(responses)
 
@@ -232,27 +244,35 @@ class Engine:
         """Positions that the KV cache holds."""
         return (self._num_pages - 1) * self.config.page_size
 
-    def _run(self, responses: list[Response]) -> None:
-        """Step until the responses are complete."""
+    def _run(self, plans: list[Plan], streamer: Any) -> list[Response]:
+        """Run requests to their end."""
         loop = self._open_loop()
-        done = 0
-        bar = tqdm(total=len(responses), desc="generate", unit="request", delay=1, disable=self._bar_disabled)
+        responses: list[Response] = []
+        bar = tqdm(total=len(plans), desc="generate", unit="request", delay=1, disable=self._bar_disabled)
         try:
             with bar:
-                while done < len(responses):
+                loop.submit(plans, responses)
+                if streamer is not None:
+                    _attach_streamer(responses[0], streamer)
+                while (done := _complete(responses)) < len(responses):
+                    bar.update(done - bar.n)
                     loop.step()
-                    count = sum(response.completion is not None for response in responses)
-                    bar.update(count - done)
-                    done = count
+                bar.update(done - bar.n)
         except KeyboardInterrupt:
+            done = _complete(responses)
             loop.cancel(responses)
             raise Interrupted(
-                f"interrupted with {done} of {len(responses)} requests finished; they are in .completions",
+                f"interrupted with {done} of {len(plans)} requests finished; they are in .completions",
                 collect(responses),
             ) from None
-        except BaseException:
+        except EngineError:
+            if not responses or _complete(responses) < len(responses):
+                raise  # else the engine ended, and the responses say so
+        finally:
             loop.cancel(responses)
-            raise
+            if streamer is not None:
+                streamer.end()
+        return responses
 
     def stats(self) -> EngineStats:
         """What the engine has done and holds; `print()` shows it as a table."""
@@ -285,17 +305,17 @@ class Engine:
         return self._loop is None
 
     def close(self) -> None:
-        """Cancel what runs, free the cache, and give a live model back as it was. Closing twice is fine."""
+        """End what runs with an error, free the cache, and give a live model back as it was.
+
+        Closing twice is fine.
+        """
         loop, self._loop = self._loop, None
         if loop is not None:
-            loop.cancel_all()
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.close()
-        if self.config.fuse_projections:
-            unfuse_projections(self._loaded.model)
+            loop.close()
+        self._runner = None
+        self._undo()
         if self.checkpoint.device.type == "cuda":
-            del loop, runner
+            del loop
             torch.cuda.empty_cache()
 
     def __enter__(self) -> Engine:
@@ -307,11 +327,11 @@ class Engine:
         self.close()
 
     def _open_loop(self) -> StepLoop:
-        if self._loop is None:
+        loop = self._loop  # another thread may close the engine
+        if loop is None:
             raise EngineError("this engine is closed; load a new one with Engine.load()")
-        if self._loop.broken is not None:
-            raise self._loop.broken
-        return self._loop
+        loop.check()
+        return loop
 
     @property
     def _bar_disabled(self) -> bool | None:
@@ -323,6 +343,21 @@ class Engine:
         start = time.perf_counter()
         yield
         self._startup[part] = time.perf_counter() - start
+
+
+def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:
+    """What can be checked of a config before a model's weights are read; returns the longest prompt plus output.
+
+    Raises:
+        ConfigError: the context is above the model's limit, or the compile backend is unknown.
+    """
+    if config.mode is Mode.JIT:
+        check_backend(config.compile_backend)
+    return context_limit(checkpoint, config.max_context)
+
+
+def _complete(responses: list[Response]) -> int:
+    return sum(response.completion is not None for response in responses)
 
 
 def _attach_streamer(response: Response, streamer: Any) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from hybridgen.core import TokenLogprob
-from hybridgen.errors import EngineError, RequestError
+from hybridgen.core import FinishReason, TokenLogprob
+from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError
 from hybridgen.execution import Counters, LaunchedStep, ModelRunner, PrefillChunk
 from hybridgen.output import Response
 from hybridgen.requests import Plan
@@ -28,7 +30,10 @@ class InFlight(NamedTuple):
 
 
 class StepLoop:
-    """Runs requests from submission to completion. Thread-safe: one step at a time."""
+    """Runs requests from submission to completion.
+
+    Thread-safe: one step at a time. Ctrl-C is taken between steps, so that no token is lost to it.
+    """
 
     def __init__(
         self,
@@ -41,8 +46,6 @@ class StepLoop:
         kind: tuple[str, str],
     ) -> None:
         self.scheduler = scheduler
-        self.broken: EngineError | None = None
-        """Set once the device failed; every later call gets it."""
         self._runner = runner
         self._counters = counters
         self._tokenizer = tokenizer
@@ -51,34 +54,52 @@ class StepLoop:
         self._responses: dict[Sequence, Response] = {}
         self._in_flight: list[InFlight] = []
         self._lock = threading.RLock()
+        self._stepping = False
+        self._cancelled: list[Response] = []
+        self._lost: list[Response] = []
+        self._end: EngineError | None = None
 
-    def submit(self, plans: list[Plan], *, keep_events: bool = False) -> list[Response]:
-        """Queue requests; `step()` runs them."""
-        with self._lock:
-            responses = []
-            for plan in plans:
-                sequence = Sequence(plan.prompt_ids, plan.sampling)
-                response = Response(sequence, self._tokenizer, plan.prompt, plan.choice)
-                response.keep_events = keep_events
-                self._responses[sequence] = response
-                self.scheduler.add(sequence)
-                responses.append(response)
-            self._counters.requests["submitted"] += len(plans)
-            return responses
+    def submit(self, plans: list[Plan], responses: list[Response], *, keep_events: bool = False) -> None:
+        """Queue requests, all or none, and put their responses into the caller's list; `step()` runs them.
 
-    def cancel(self, responses: list[Response]) -> None:
+        Raises:
+            TokenizerError: the tokenizer fails on a prompt.
+            EngineError: the loop is closed or its device failed.
+        """
+        with self._lock, interrupts_deferred():
+            self.check()
+            created = [self._respond(plan, keep_events) for plan in plans]
+            responses += created
+            for response in created:
+                self._responses[response.sequence] = response
+                self.scheduler.add(response.sequence)
+            self._counters.requests["submitted"] += len(created)
+
+    def cancel(self, responses: Iterable[Response]) -> None:
         """End these responses where they are; complete ones stay as they are."""
-        with self._lock:
+        with self._lock, interrupts_deferred():
+            if self._stepping:  # from a callback, or the end of an abandoned stream: not in the middle of a step
+                self._cancelled += responses
+                return
             for response in responses:
-                if response.completion is None:
-                    response.cancel()
-                    self._retire(response)
+                self._finish(response, FinishReason.CANCELLED)
 
-    def cancel_all(self) -> None:
-        """End everything that waits or runs."""
-        with self._lock:
-            self.cancel(list(self._responses.values()))
+    def close(self) -> None:
+        """Fail everything that waits or runs, and every later call."""
+        with self._lock, interrupts_deferred():
+            self._end = self._end or EngineError("this engine was closed; load a new one with Engine.load()")
             self._in_flight = []
+            for response in list(self._responses.values()):
+                self._finish(response, FinishReason.ERROR, self._end)
+
+    def check(self) -> None:
+        """Raise if the loop has ended.
+
+        Raises:
+            EngineError: it was closed, or its device failed.
+        """
+        if self._end is not None:
+            raise self._end
 
     def step(self) -> None:
         """Launch the next prefill and decode calls, then read what earlier ones produced.
@@ -86,35 +107,62 @@ class StepLoop:
         With run-ahead, the tokens of the calls launched here are read in the next step, while its own calls run.
 
         Raises:
-            EngineError: the device failed, now or before.
+            EngineError: the loop has ended, or this was called from inside a step.
         """
-        with self._lock:
-            if self.broken is not None:
-                raise self.broken
+        with self._lock, interrupts_deferred():
+            self.check()
+            if self._stepping:
+                raise EngineError(
+                    "generate() was called from inside a step; do not call it from a streamer or tokenizer"
+                )
+            self._stepping = True
             try:
-                earlier, self._in_flight = self._in_flight, []
-                launched = self._launch()
-                if self._run_ahead and launched:
-                    self._in_flight = launched
-                else:
-                    earlier = earlier + launched
-                for flight in earlier:
-                    self._read(flight)
-            except KeyboardInterrupt:
-                # Tokens of an interrupted step may be lost, so that nobody who was in it can go on.
-                self.cancel([self._responses[sequence] for sequence in list(self.scheduler.running)])
+                self._fail_lost("a step that it was in was interrupted")
+                self._step()
+            except EngineError:
                 raise
+            except BaseException as error:
+                # Launched tokens may be lost, so that nobody who was running can go on. Whoever is interrupted
+                # cancels its own requests first; the others fail.
+                self._lost = [self._responses[s] for s in self.scheduler.running if s in self._responses]
+                if not isinstance(error, Exception):
+                    raise
+                logger.debug("a step failed", exc_info=True)
+                self._fail_lost(f"a step failed: {type(error).__name__}: {first_line(error)}")
+            finally:
+                self._stepping = False
+                cancelled, self._cancelled = self._cancelled, []
+                self.cancel(cancelled)
+
+    def _step(self) -> None:
+        earlier, self._in_flight = self._in_flight, []
+        launched = self._launch()
+        if self._run_ahead and launched:
+            self._in_flight = launched
+        else:
+            earlier = earlier + launched
+        for flight in earlier:
+            self._read(flight)
 
     def _launch(self) -> list[InFlight]:
         admitted, prefill, decode = self.scheduler.schedule()
-        for sequence in admitted:
-            self._runner.admit(sequence.slot, sequence.pages, sequence.sampling, sequence.prompt_ids)
+        failed = {sequence for sequence in admitted if not self._admit(sequence)}
+        prefill = [chunk for chunk in prefill if chunk.sequence not in failed]
         launched: list[InFlight] = []
         if prefill:
             self._launch_prefill(prefill, launched)
         if decode:
             self._launch_decode(decode, launched)
         return launched
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a sequence its slot on the device; False when that failed, and the sequence with it."""
+        try:
+            self._runner.admit(sequence.slot, sequence.pages, sequence.sampling, sequence.prompt_ids)
+        except Exception as error:
+            self._blame(sequence, error)
+            return False
+        return True
 
     def _launch_prefill(self, chunks: list[Chunk], launched: list[InFlight]) -> None:
         try:
@@ -146,16 +194,19 @@ class StepLoop:
 
     def _isolate(self, error: Exception, work: list[Any], first: Sequence, launch: Callable[[list[Any]], None]) -> None:
         """A call failed: run its requests one by one, so that only the one to blame fails."""
+        if len(work) == 1 or _is_fatal(error):
+            self._blame(first, error)
+            return
+        for item in work:
+            launch([item])
+
+    def _blame(self, sequence: Sequence, error: Exception) -> None:
+        """Fail the one request whose work raised; everybody, if the device is lost."""
         if _is_fatal(error):
             self._break(error)
-        if len(work) > 1:
-            for item in work:
-                launch([item])
-            return
         logger.debug("a request failed", exc_info=error)
-        response = self._responses[first]
-        response.fail(RequestError(f"a step failed: {type(error).__name__}: {first_line(error)}"))
-        self._retire(response)
+        failure = RequestError(f"a step failed: {type(error).__name__}: {first_line(error)}")
+        self._finish(self._responses[sequence], FinishReason.ERROR, failure)
 
     def _read(self, flight: InFlight) -> None:
         try:
@@ -174,25 +225,45 @@ class StepLoop:
         except Exception as error:
             # A tokenizer or a streamer of the user's failed; the other requests of the step go on.
             logger.debug("a request failed", exc_info=error)
-            response.fail(RequestError(f"its output could not be handled: {type(error).__name__}: {error}"))
+            failure = RequestError(f"its output could not be handled: {type(error).__name__}: {first_line(error)}")
+            self._finish(response, FinishReason.ERROR, failure)
         if response.completion is not None:
-            self._retire(response)
+            self._release(response)
 
-    def _retire(self, response: Response) -> None:
-        """Free what a completed request held."""
-        if self._responses.pop(response.sequence, None) is None or response.completion is None:
-            return
+    def _respond(self, plan: Plan, keep_events: bool) -> Response:
+        try:
+            response = Response(Sequence(plan.prompt_ids, plan.sampling), self._tokenizer, plan.prompt, plan.choice)
+        except Exception as error:
+            raise TokenizerError(
+                f"the tokenizer failed on prompt {plan.prompt}: {type(error).__name__}: {first_line(error)}; pass "
+                "another tokenizer="
+            ) from error
+        response.keep_events = keep_events
+        return response
+
+    def _finish(self, response: Response, reason: FinishReason, error: HybridgenError | None = None) -> None:
+        """End a response if it has not ended, and free what it held."""
+        if response.completion is None:
+            response.end(reason, error)
+        self._release(response)
+
+    def _release(self, response: Response) -> None:
+        """Free what a completed request held; once is enough."""
         self.scheduler.finish(response.sequence)
-        self._counters.requests[str(response.completion.finish_reason)] += 1
+        if self._responses.pop(response.sequence, None) is not None and response.completion is not None:
+            self._counters.requests[str(response.completion.finish_reason)] += 1
 
-    def _break(self, error: Exception) -> None:
+    def _fail_lost(self, why: str) -> None:
+        lost, self._lost = self._lost, []
+        for response in lost:
+            if response.completion is None:
+                self._finish(response, FinishReason.ERROR, RequestError(why))
+
+    def _break(self, error: Exception) -> NoReturn:
         """The device failed for good: everybody gets an error, now and later."""
-        self.broken = EngineError(f"the device failed: {first_line(error)}; load a new engine in a new process")
-        self._in_flight = []
-        for response in list(self._responses.values()):
-            response.fail(self.broken)
-            self._retire(response)
-        raise self.broken from error
+        self._end = EngineError(f"the device failed: {first_line(error)}; load a new engine in a new process")
+        self.close()
+        raise self._end from error
 
 
 def _describe(chunk: Chunk) -> PrefillChunk:
@@ -216,3 +287,34 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for messages of one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Take a Ctrl-C that arrives inside at the end; a second one at once.
+
+    Only the main thread gets signals; elsewhere, and where SIGINT has no Python handler, this does nothing.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler) or _deferring(handler):
+        yield
+        return
+    received: list[Any] = []
+
+    def defer(number: int, frame: Any) -> None:
+        received.append((number, frame))
+        if len(received) > 1:
+            handler(number, frame)
+
+    defer.hybridgen = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])
+
+
+def _deferring(handler: Any) -> bool:
+    return getattr(handler, "hybridgen", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenE
 from hybridgen.errors import HybridgenError, RequestError
 from hybridgen.sampling import IncrementalDetokenizer, StopChecker
 from hybridgen.scheduler import Sequence
+
+logger = logging.getLogger(__name__)
 
 
 class Response:
@@ -44,12 +47,11 @@ class Response:
     def push(self, token: int, logprob: TokenLogprob | None) -> None:
         """Take the next token; completes the response when it is the last."""
         if token < 0:
-            self.fail(
-                RequestError(
-                    f"the logits after {self.sequence.length} tokens held NaN or no token that may be chosen; check "
-                    "the weights, the dtype and logit_bias"
-                )
+            error = RequestError(
+                f"the logits after {self.sequence.length} tokens held NaN or no token that may be chosen; check the "
+                "weights, the dtype and logit_bias"
             )
+            self.end(FinishReason.ERROR, error)
             return
         sampling = self.sequence.sampling
         self._token_times.append(time.perf_counter() - self._submitted)
@@ -61,8 +63,6 @@ class Response:
             logprob = replace(logprob, top=logprob.top[: sampling.logprobs])
             self._logprobs.append(logprob)
         text, matched = self._stops.push(self._detokenizer.push(token))
-        if self.on_token is not None:
-            self.on_token(token)
         reason: FinishReason | None = None
         match: str | int | None = None
         if matched is not None:
@@ -80,17 +80,16 @@ class Response:
         if reason is not None:
             self._complete(reason, match)
         self._emit(token, text, logprob)
+        if self.on_token is not None:
+            self.on_token(token)
 
-    def fail(self, error: HybridgenError) -> None:
-        """End the response with an error; the tokens it has are kept."""
-        self._end_early(FinishReason.ERROR, error)
-
-    def cancel(self) -> None:
-        """End the response where it is."""
-        self._end_early(FinishReason.CANCELLED, None)
-
-    def _end_early(self, reason: FinishReason, error: HybridgenError | None) -> None:
-        text, _ = self._flush()
+    def end(self, reason: FinishReason, error: HybridgenError | None = None) -> None:
+        """End the response where it is; the tokens and the text it has are kept."""
+        try:
+            text, _ = self._flush()
+        except Exception:  # a tokenizer that failed once fails again; what it held back is lost, the rest is not
+            logger.debug("text held back could not be decoded", exc_info=True)
+            text = ""
         self._text.append(text)
         self._complete(reason, None, error)
         self._emit(None, text, None)

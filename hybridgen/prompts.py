@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from hybridgen.core import shown
 from hybridgen.errors import PromptError, TokenizerError
 
 Message: TypeAlias = Mapping[str, Any]
@@ -17,29 +18,40 @@ Prompt: TypeAlias = "str | Sequence[int] | torch.Tensor | np.ndarray | Sequence[
 Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
 """One prompt or a list of prompts."""
 
+_BYTES = (bytes, bytearray, memoryview)
+_DECODE = "decode it first, for example with data.decode()"
+
 
 def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
     """The prompts as a list, and whether there was only one, not in a list.
 
     A list of ids or of chat messages is one prompt; a two-dimensional tensor or a list of anything else is a list
-    of prompts.
+    of prompts. Of what a tokenizer returns, the ids that its `attention_mask` leaves out (padding) are dropped.
 
     Raises:
         PromptError: the value is no prompt, or an empty list.
     """
     if isinstance(prompts, str):
         return [prompts], True
+    if isinstance(prompts, _BYTES):
+        raise PromptError(f"prompts={shown(prompts)} is {type(prompts).__name__}, not text; {_DECODE}")
     if isinstance(prompts, (torch.Tensor, np.ndarray)):
         if prompts.ndim == 1:
             return [prompts], True
+        if prompts.ndim == 2 and not len(prompts):
+            raise PromptError(f"the prompt tensor of shape {tuple(prompts.shape)} is empty; give at least one prompt")
         if prompts.ndim == 2:
             return list(prompts), False
-        raise PromptError(f"a prompt tensor of shape {tuple(prompts.shape)} is not [tokens] or [prompts, tokens]")
+        raise PromptError(
+            f"a prompt tensor of shape {tuple(prompts.shape)} is no prompt; give [tokens] or [prompts, tokens]"
+        )
     if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
-        return split_prompts(prompts["input_ids"])
+        items, single = split_prompts(prompts["input_ids"])
+        mask = prompts.get("attention_mask")
+        return (items if mask is None else _without_padding(items, [mask] if single else mask)), single
     if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence):
         raise PromptError(
-            f"{_short(prompts)} is not a prompt; give a string, token ids, a list of chat messages, or a list of those"
+            f"{shown(prompts)} is not a prompt; give a string, token ids, a list of chat messages, or a list of those"
         )
     if not prompts:
         raise PromptError("the prompt list is empty; give at least one prompt")
@@ -63,23 +75,23 @@ def encode_prompt(
     generation prompt added.
 
     Raises:
-        PromptError: it is empty, of no known kind, or has ids outside the vocabulary.
+        PromptError: it is empty, of no known kind, refused by the tokenizer, or has ids outside the vocabulary.
         TokenizerError: it is text or a chat and the model has no tokenizer or no chat template.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError(f"prompt {index} is an empty string; give at least one character")
-        ids = _require(tokenizer, tokenizer_problem)(prompt)["input_ids"]
+        ids = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
     elif is_text(prompt):
         ids = _encode_chat(prompt, index, _require(tokenizer, tokenizer_problem))
     else:
         ids = _plain_ids(prompt, index)
     if not ids:
-        raise PromptError(f"prompt {index} ({_short(prompt)}) has no tokens; give at least one")
+        raise PromptError(f"prompt {index} ({shown(prompt)}) has no tokens; give at least one")
     wrong = [token for token in ids if not 0 <= token < vocab_size]
     if wrong:
         raise PromptError(
-            f"prompt {index} holds token id {wrong[0]}, outside the vocabulary of {vocab_size} "
+            f"prompt {index} holds token id {shown(wrong[0])}, outside the vocabulary of {vocab_size} "
             f"({len(wrong)} such id(s)); was it encoded with another model's tokenizer?"
         )
     return tuple(ids)
@@ -94,6 +106,23 @@ def _require(tokenizer: Any, problem: str | None) -> Any:
     return tokenizer
 
 
+def _encode_text(text: str, index: int, tokenizer: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"prompt {index} ({shown(text)}) holds half a character (a lone surrogate, {text[error.start]!a}) at "
+            f"{error.start}; give valid Unicode, for example text.encode(errors='replace').decode()"
+        ) from None
+    try:
+        return list(tokenizer(text)["input_ids"])
+    except Exception as error:  # a tokenizer can be anybody's
+        raise PromptError(
+            f"prompt {index} ({shown(text)}) cannot be encoded by the tokenizer: {_reason(error)}; change the text, or "
+            "give token ids"
+        ) from error
+
+
 def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise TokenizerError(
@@ -102,14 +131,16 @@ def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> lis
         )
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
-            raise PromptError(f"prompt {index} has {_short(message)} among its chat messages; each needs a 'role'")
+            raise PromptError(f"prompt {index} has {shown(message)} among its chat messages; each needs a 'role'")
     try:
         encoded = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
         )
+        return list(encoded["input_ids"])
     except Exception as error:  # templates are programs of the checkpoint and raise what they like
-        raise PromptError(f"prompt {index}: the chat template refused the messages: {error}") from error
-    return list(encoded["input_ids"])
+        raise PromptError(
+            f"prompt {index} ({shown(messages)}): the chat template refused the messages: {_reason(error)}; change them"
+        ) from error
 
 
 def _plain_ids(prompt: Any, index: int) -> list[int]:
@@ -121,11 +152,13 @@ def _plain_ids(prompt: Any, index: int) -> list[int]:
             shape = tuple(prompt.shape)
             raise PromptError(f"prompt {index} is a {kind} tensor of shape {shape}; give integer ids [tokens]")
         return [int(token) for token in prompt.tolist()]
+    if isinstance(prompt, _BYTES):
+        raise PromptError(f"prompt {index} is {shown(prompt)}, {type(prompt).__name__} and not text; {_DECODE}")
     if not isinstance(prompt, Sequence):
-        raise PromptError(f"prompt {index} is {_short(prompt)}; give a string, token ids or chat messages")
+        raise PromptError(f"prompt {index} is {shown(prompt)}; give a string, token ids or chat messages")
     for token in prompt:
         if not _is_int(token):
-            raise PromptError(f"prompt {index} holds {_short(token)} where a token id should be; give integers")
+            raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
     return [int(token) for token in prompt]
 
 
@@ -133,6 +166,37 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _without_padding(items: list[Any], masks: Any) -> list[list[Any]]:
+    """The ids of each prompt whose mask is 1."""
+    rows = list(masks) if isinstance(masks, (Sequence, torch.Tensor, np.ndarray)) and np.ndim(masks) else []
+    if len(rows) != len(items):
+        raise PromptError(
+            f"attention_mask={shown(masks)} does not fit the {len(items)} prompt(s) of input_ids; give a row for each"
+        )
+    kept = []
+    for index, (item, mask) in enumerate(zip(items, rows, strict=True)):
+        ids, keep = _values(item), _values(mask)
+        if ids is None or keep is None or len(ids) != len(keep):
+            raise PromptError(
+                f"prompt {index} ({shown(item)}) and its attention_mask {shown(mask)} are not of one length; give a 0 "
+                "or 1 for each token id"
+            )
+        for value in keep:
+            if value not in (0, 1):
+                raise PromptError(
+                    f"prompt {index} has {shown(value)} in its attention_mask; give a 0 or 1 per token id"
+                )
+        kept.append([token for token, value in zip(ids, keep, strict=True) if value])
+    return kept
+
+
+def _values(row: Any) -> list[Any] | None:
+    """The elements of a list or a one-dimensional tensor; None for anything else."""
+    if isinstance(row, (torch.Tensor, np.ndarray)):
+        return row.tolist() if row.ndim == 1 else None
+    return list(row) if isinstance(row, Sequence) and not isinstance(row, (str, *_BYTES)) else None
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 100 else text[:97] + '...'}"

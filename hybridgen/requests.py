@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from hybridgen.core import SamplingParams
+from hybridgen.core import SamplingParams, shown
 from hybridgen.errors import ConfigError, PromptError, SamplingError, TokenizerError
 from hybridgen.loading import Checkpoint
 from hybridgen.prompts import encode_prompt
@@ -54,7 +54,7 @@ def plan_requests(
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         if wanted.stop and checkpoint.tokenizer is None:
             raise TokenizerError(
-                f"stop={list(wanted.stop)!r} needs text and the model has no tokenizer "
+                f"stop={shown(list(wanted.stop))} needs text and the model has no tokenizer "
                 f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
             )
         ids = encode_prompt(
@@ -65,11 +65,19 @@ def plan_requests(
             vocab_size=checkpoint.vocab_size,
         )
         resolved = resolve(wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
+        new = resolved.max_new_tokens
         if wanted.max_new_tokens is None:
             # A default gives way to the context; a number that the user gave does not.
             room = min(max_context, cache_tokens or max_context) - len(ids)
-            resolved = replace(resolved, max_new_tokens=max(1, min(resolved.max_new_tokens, room)))
-        _check_fits(index, len(ids), resolved.max_new_tokens, max_context, cache_tokens)
+            new = max(1, min(new, room))
+        _check_fits(index, len(ids), new, max_context, cache_tokens)
+        if resolved.min_new_tokens > new:
+            limit, raised = ("context", "max_context") if len(ids) + new == max_context else ("KV cache", "kv_memory")
+            raise PromptError(
+                f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
+                f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
+            )
+        resolved = replace(resolved, max_new_tokens=new)
         plans += [
             Plan(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
             for choice in range(wanted.n)
@@ -103,22 +111,34 @@ def sampling_per_prompt(
         SamplingError: a list of another length, something that is no `SamplingParams`, or a bad value.
     """
     check_keywords(fields, SamplingParams.field_names())
-    if sampling is None:
-        given = [SamplingParams()] * count
-    elif isinstance(sampling, SamplingParams):
-        given = [sampling] * count
-    elif isinstance(sampling, Iterable):
-        given = list(sampling)
-    else:
-        raise SamplingError(f"sampling={sampling!r} is not a SamplingParams; give one, or a list with one per prompt")
+    listed = sampling_list(sampling)
+    given = listed if isinstance(listed, list) else [listed or SamplingParams()] * count
     for params in given:
         if not isinstance(params, SamplingParams):
-            raise SamplingError(f"sampling holds {params!r}, which is not a SamplingParams")
+            raise SamplingError(f"sampling holds {shown(params)}, which is no SamplingParams; give one per prompt")
     if len(given) != count:
         raise SamplingError(
             f"sampling has {len(given)} entries for {count} prompt(s); give one per prompt, or one for all"
         )
     return [replace(params, **fields) for params in given] if fields else given
+
+
+def sampling_list(
+    sampling: SamplingParams | Iterable[SamplingParams] | None,
+) -> SamplingParams | list[SamplingParams] | None:
+    """A call's `sampling=` in a form that can be read twice: an iterator becomes a list; its items are not checked.
+
+    Raises:
+        SamplingError: it is nothing that can hold `SamplingParams`.
+    """
+    if sampling is None or isinstance(sampling, (SamplingParams, list)):
+        return sampling
+    if isinstance(sampling, (str, bytes, Mapping)) or not isinstance(sampling, Iterable):
+        raise SamplingError(
+            f"sampling={shown(sampling)} is not a SamplingParams; give SamplingParams(...), a list with one per prompt, "
+            "or its fields as keywords"
+        )
+    return list(sampling)
 
 
 def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
@@ -132,7 +152,7 @@ def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
-            raise ConfigError(f"unknown keyword {name!r}; {hint}")
+            raise ConfigError(f"unknown keyword {shown(name)}; {hint}")
 
 
 def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None) -> None:

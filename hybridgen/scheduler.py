@@ -94,7 +94,10 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Admit what fits and choose the next step's work; marks it as launched."""
         admitted = self._admit()
-        decode = [s for s in self.running if self._can_decode(s)]
+        stale = [s for s in self.running if self._is_stale(s)]
+        for sequence in stale:
+            self._restart(sequence)
+        decode = [s for s in self.running if s not in stale and self._can_decode(s)]
         prefill = self._plan_prefill()
         for sequence in decode:
             sequence.launched += 1
@@ -117,7 +120,6 @@ class Scheduler:
         self.running.remove(sequence)
         self.pages.release(sequence.pages)
         self._free_slots.append(sequence.slot)
-        sequence.pages = []
 
     def _admit(self) -> list[Sequence]:
         admitted = []
@@ -133,21 +135,19 @@ class Scheduler:
         return admitted
 
     def _can_decode(self, sequence: Sequence) -> bool:
-        if sequence.prefilled < len(sequence.prefill_ids) or sequence.launched >= sequence.sampling.max_new_tokens:
-            return False
-        return not self._restarts(sequence)
+        return sequence.prefilled == len(sequence.prefill_ids) and sequence.launched < sequence.sampling.max_new_tokens
 
-    def _restarts(self, sequence: Sequence) -> bool:
-        """Whether its cached keys went stale with this length, so that it is prefilled again (longrope).
-
-        It waits for the host to read its last token, because the prefill needs all of them.
-        """
-        if sequence.length != self._reprefill_length or len(sequence.prefill_ids) >= sequence.length:
+    def _is_stale(self, sequence: Sequence) -> bool:
+        """Whether its cached keys went stale with this length, so that it is prefilled again (longrope)."""
+        if not self._can_decode(sequence):
             return False
+        return sequence.length == self._reprefill_length and len(sequence.prefill_ids) < sequence.length
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Prefill all of its tokens again, once the host has read the last of them; until then it waits."""
         if len(sequence.output_ids) == sequence.launched:
             sequence.prefill_ids = sequence.prompt_ids + tuple(sequence.output_ids)
             sequence.prefilled = 0
-        return True
 
     def _plan_prefill(self) -> list[Chunk]:
         chunks: list[Chunk] = []

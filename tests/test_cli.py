@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,12 +47,39 @@ def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_streams_text_and_events(capsys: pytest.CaptureFixture[str]) -> None:
     _, plain, _ = run(capsys, "import os")
     _, streamed, err = run(capsys, "import os", "--stream")
-    assert streamed.strip() == plain.removeprefix("import os").strip()
+    assert streamed == plain
     assert "[6 tokens in" in err
     _, out, _ = run(capsys, "import os", "--stream", "--json")
     events = [json.loads(line) for line in out.splitlines()]
     assert len(events) == 6
     assert "".join(event["text"] for event in events) == events[-1]["completion"]["text"]
+
+
+def test_streams_one_prompt_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for output in ([], ["--output", tmp_path / "out.jsonl"]):
+        code, out, err = run(capsys, "import os", "class A:", "--stream", *output, "--model", "/no/such/model")
+        assert (code, out) == (2, "")
+        assert "--stream prints the text of one prompt and there are 2; add --json" in err
+    code, out, _ = run(capsys, "import os", "class A:", "--stream", "--json")
+    assert code == 0
+    assert {json.loads(line)["id"] for line in out.splitlines()} == {0, 1}
+
+
+@pytest.mark.parametrize("how", [["--json"], ["--stream"], ["--stream", "--json"], []])
+def test_prints_and_writes_an_output(capsys: pytest.CaptureFixture[str], tmp_path: Path, how: list[str]) -> None:
+    output = tmp_path / "out.jsonl"
+    code, out, _ = run(capsys, "import os", *how, "--output", output)
+    assert code == 0
+    (record,) = map(json.loads, output.read_text().splitlines())
+    lines = [json.loads(line) for line in out.splitlines()] if "--json" in how else []
+    if how == ["--json"]:
+        assert lines == [record]
+    elif how == ["--stream"]:
+        assert out == f"import os{record['text']}\n"
+    elif how:
+        assert lines[-1]["completion"] == record
+    else:
+        assert out == ""
 
 
 def test_reads_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +126,11 @@ def test_resumes_where_it_stopped(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["x", "--input", "jobs.jsonl"], "not both"),
         (["--input", "missing.jsonl"], "missing.jsonl"),
         ([""], "empty"),
+        (["x", "--output", "no/such/dir/o.jsonl", "--model", "/no/such/model"], "no/such/dir/o.jsonl cannot be used"),
+        (["x", "--output", ".", "--model", "/no/such/model"], "Is a directory"),
+        (["x", "abc\udcff"], "prompt 1 is not text"),
+        (["x", "--stop", "\udcff"], "--stop is not text"),
+        (["--input", os.devnull], "no prompts in /dev/null"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -127,6 +160,98 @@ def test_an_output_of_something_else_is_left_alone(capsys: pytest.CaptureFixture
     assert code == 2
     assert "name another --output" in err
     assert output.read_text() == "my notes\n"
+
+
+def test_notes_without_a_newline_are_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs, output = write_jobs(tmp_path / "in.jsonl"), tmp_path / "notes.txt"
+    for content in (b"my notes", b"caf\xe9\n"):
+        output.write_bytes(content)
+        code, _, err = run(capsys, "--input", jobs, "--output", output)
+        assert code == 2
+        assert "notes.txt:1 is not a result of this command; name another --output" in err
+        assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "link.jsonl"])
+def test_the_input_is_no_output(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    jobs = tmp_path / "in.jsonl"
+    jobs.write_text('{"id": "a", "prompt": "x"}')
+    (tmp_path / "link.jsonl").symlink_to(jobs)
+    code, _, err = run(capsys, "--input", jobs, "--output", tmp_path / name)
+    assert code == 2
+    assert "is the --input file" in err
+    assert jobs.read_text() == '{"id": "a", "prompt": "x"}'
+
+
+def test_a_result_without_its_newline_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    jobs.write_text('{"id": "a", "prompt": "x = \'\\u2028\'"}\n{"id": "b", "prompt": "import"}\n', encoding="utf-8")
+    assert run(capsys, "--input", jobs, "--output", output)[0] == 0
+    kept = output.read_bytes().split(b"\n")[0]
+    output.write_bytes(kept)
+    code, _, err = run(capsys, "--input", jobs, "--output", output)
+    assert code == 0
+    assert "1 of 2 prompts are already in" in err
+    lines = output.read_bytes().split(b"\n")
+    assert lines[0] == kept
+    assert [json.loads(line)["id"] for line in lines[:-1]] in (["a", "b"], ["b", "a"])
+
+
+def test_repeated_ids_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs = tmp_path / "in.jsonl"
+    jobs.write_text('"x"\n{"id": 1, "prompt": "y"}\n')
+    code, _, err = run(capsys, "--input", jobs, "--model", "/no/such/model")
+    assert code == 2
+    assert "in.jsonl:2 has the id 1, as line 1 has" in err
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "words"), [("utf-8", "strict", "not utf-8 text"), ("ascii", "surrogateescape", "not text")]
+)
+def test_standard_input_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str, words: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff"), encoding=encoding, errors=errors))
+    code, out, err = run(capsys, "--model", "/no/such/model")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--stream"]])
+def test_an_output_encoding_that_lacks_characters(monkeypatch: pytest.MonkeyPatch, how: list[str]) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["generate", "é = ", *how, *FAST]) == 0
+    out = raw.getvalue().decode("ascii")
+    if how == ["--json"]:
+        assert json.loads(out)["prompt"] == "é = "
+    else:
+        assert out.startswith("\\xe9 = ")
+
+
+def test_closed_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    output = ["--output", str(tmp_path / "out.jsonl")]
+    for more, words in [([], "name an --output"), ([*output, "--json"], "leave it open")]:
+        assert main(["generate", "x", *more, "--model", "/no/such/model"]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["doctor"]) == 2
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["generate", "import", *output, *FAST]) == 0
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 1
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert main(["generate", "x", "--model", "/no/such/model"]) == 2
+    assert sys.stdout.getvalue() == "", "no message takes the place of output"
+
+
+@pytest.mark.parametrize(("target", "words"), [("| head -c 1", ""), ("> /dev/full", "cannot be written: No space")])
+def test_output_that_goes_nowhere(target: str, words: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m hybridgen generate 'import os' --stream {' '.join(FAST)} {target}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
 
 
 def test_python_m_hybridgen_in_a_pipe() -> None:

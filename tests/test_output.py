@@ -94,7 +94,7 @@ def test_a_token_of_minus_one_is_an_error(tokenizer: Any) -> None:
 def test_cancelling_keeps_what_came(tokenizer: Any) -> None:
     response = respond(tokenizer, max_new_tokens=5, stop=["never"])
     response.push(tokenizer("x")["input_ids"][0], None)
-    response.cancel()
+    response.end(FinishReason.CANCELLED)
     assert response.completion.finish_reason is FinishReason.CANCELLED
     assert response.completion.text == "x"
     assert response.events[-1].token_id is None
@@ -102,7 +102,7 @@ def test_cancelling_keeps_what_came(tokenizer: Any) -> None:
 
 def test_a_request_that_never_ran_has_no_times(tokenizer: Any) -> None:
     response = respond(tokenizer)
-    response.cancel()
+    response.end(FinishReason.CANCELLED)
     timing = response.completion.timing
     assert math.isnan(timing.queue)
     assert math.isnan(timing.ttft)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters as dynamo_counters
+from torch._dynamo.convert_frame import register_bytecode_hook
 
 from hybridgen.errors import ConfigError
 from hybridgen.models.attention import Phase, StepMetadata
@@ -28,35 +28,50 @@ def run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
 
-def _compile(name: str, backend: str) -> Callable[..., Any]:
-    """`run_layer` with a code object of its own, so that its compiled entries are its own too."""
-    code = run_layer.__code__.replace(co_name=name)
-    function = types.FunctionType(code, run_layer.__globals__, name)
+def check_backend(backend: str) -> None:
+    """Raise if `torch.compile` does not know the backend.
+
+    Raises:
+        ConfigError: it does not.
+    """
     try:
-        # Not dynamic=True: only the number of tokens is (see `mark_tokens_dynamic`).
-        return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+        torch._dynamo.lookup_backend(backend)
     except torch._dynamo.exc.InvalidBackend as error:
         known = ", ".join(torch._dynamo.list_backends(exclude_tags=None))
         raise ConfigError(f"compile_backend={backend!r} is unknown; choose one of: {known}") from error
 
 
-def graph_count() -> int:
-    """Graphs that Dynamo has compiled in this process."""
-    return int(dynamo_counters["stats"]["unique_graphs"])
+def _own_code(name: str) -> Any:
+    """`run_layer` with a code object of its own, so that its compiled entries are its own too."""
+    return types.FunctionType(run_layer.__code__.replace(co_name=name), run_layer.__globals__, name)
 
 
 class CompiledLayers:
     """Routes each call of a decoder layer to its compiled form, once `install()` ran and until `remove()`."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], step: StepMetadata, *, backend: str, max_batch: int, token_budget: int
+        self,
+        layers: Sequence[nn.Module],
+        step: StepMetadata,
+        *,
+        backend: str,
+        max_batch: int,
+        token_budget: int,
+        fall_back: Callable[[str], None],
     ) -> None:
+        """`fall_back` is called with the reason each time that a layer runs eagerly instead."""
         self._layers = layers
         self._step = step
+        self._fall_back = fall_back
         self._most_tokens = {Phase.PREFILL: token_budget, Phase.DECODE: max_batch}
-        self._prefill = _compile("prefill_layer", backend)
-        self._decode = _compile("decode_layer", backend)
-        self._decode_one = _compile("decode_one_layer", backend)
+        functions = [_own_code(name) for name in ("prefill_layer", "decode_layer", "decode_one_layer")]
+        self._codes = {function.__code__ for function in functions}
+        # Not dynamic=True: only the number of tokens is (see `mark_tokens_dynamic`).
+        self._prefill, self._decode, self._decode_one = (
+            torch.compile(function, fullgraph=True, dynamic=False, backend=backend) for function in functions
+        )
+        self._replaced: dict[nn.Module, Any] = {}
+        self._hook: Any = None
         self._warming = False
         self.graphs = 0
         """Graphs compiled while warming up."""
@@ -64,20 +79,31 @@ class CompiledLayers:
         """Graphs compiled after it: each one is a stall that a user saw."""
 
     def install(self) -> None:
-        """From now on `layer(...)` runs compiled."""
+        """From now on `layer(...)` runs compiled, but for layers with hooks or a forward of their own."""
+        self._hook = register_bytecode_hook(self._count)
         for layer in self._layers:
-            # The hook that nn.Module.compile() sets; hooks of the layer do not run behind it.
+            if "forward" in vars(layer) or _has_hooks(layer):
+                self._fall_back(f"a {type(layer).__name__} has hooks or a replaced forward; it runs eagerly")
+                continue
+            # What nn.Module.compile() sets: Module.__call__ goes there first.
+            self._replaced[layer] = layer._compiled_call_impl
             layer._compiled_call_impl = functools.partial(self._call, layer)
 
     def remove(self) -> None:
         """`layer(...)` runs as it did before."""
-        for layer in self._layers:
-            vars(layer).pop("_compiled_call_impl", None)
+        for layer, previous in self._replaced.items():
+            if previous is None:
+                vars(layer).pop("_compiled_call_impl", None)
+            else:
+                layer._compiled_call_impl = previous
+        self._replaced = {}
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
         """Compile here, with the number of tokens marked dynamic."""
-        before = graph_count()
         self._warming = True
         try:
             # One graph for each kind of layer; the default limit of 8 is below what some models have.
@@ -85,32 +111,38 @@ class CompiledLayers:
                 yield
         finally:
             self._warming = False
-            self.graphs += graph_count() - before
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Count compilations that a step causes."""
-        before = graph_count()
-        try:
-            yield
-        finally:
-            late = graph_count() - before
-            if late:
-                if not self.late_graphs:
-                    warnings.warn(
-                        f"a step compiled {late} more graph(s) after warm-up; see EngineStats.late_graphs",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-                self.late_graphs += late
+    def _count(self, code: types.CodeType, new_code: types.CodeType) -> None:
+        """Dynamo compiled a function; count it if it is one of ours. The code stays as Dynamo made it."""
+        if not any(code is ours for ours in self._codes):
+            return
+        if self._warming:
+            self.graphs += 1
+            return
+        if not self.late_graphs:
+            warnings.warn(
+                "a step compiled a graph after warm-up; see EngineStats.late_graphs", RuntimeWarning, stacklevel=2
+            )
+        self.late_graphs += 1
 
     def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tokens = self._step.slots.shape[0]
         if self._warming and tokens > 1:
             mark_tokens_dynamic((args, kwargs, self._step), tokens, self._most_tokens[self._step.phase])
         if self._step.phase is Phase.PREFILL:
-            return self._prefill(layer, *args, **kwargs)
-        return (self._decode_one if tokens == 1 else self._decode)(layer, *args, **kwargs)
+            compiled = self._prefill
+        else:
+            compiled = self._decode_one if tokens == 1 else self._decode
+        try:
+            return compiled(layer, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            self._fall_back(f"a {type(layer).__name__} was compiled too often (recompile limit); it runs eagerly")
+            return run_layer(layer, *args, **kwargs)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(layer, table) for table in tables)
 
 
 def mark_tokens_dynamic(values: Any, tokens: int, most: int) -> None:

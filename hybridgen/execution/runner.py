@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class PrefillChunk(NamedTuple):
     start: int
     """Position of the first of them."""
     rope_length: int
-    """The prompt's whole length."""
+    """Tokens of the whole prefill: the prompt, and what was generated before when a request is prefilled again."""
     generated: int
     """Tokens generated before (above 0 when a request is prefilled again)."""
     last: bool
@@ -49,8 +49,9 @@ class ModelRunner:
         max_pages: int,
         token_budget: int,
         compile_backend: str | None,
+        fall_back: Callable[[str], None] = warnings.warn,
     ) -> None:
-        """`compile_backend` None runs every step eagerly."""
+        """`compile_backend` None runs every step eagerly; `fall_back` is told when a layer does, and why."""
         device = bound.model.device
         self._bound = bound
         self.device = device
@@ -63,7 +64,12 @@ class ModelRunner:
         self.compiled: CompiledLayers | None = None
         if compile_backend is not None:
             self.compiled = CompiledLayers(
-                bound.layers, self._step, backend=compile_backend, max_batch=max_batch, token_budget=token_budget
+                bound.layers,
+                self._step,
+                backend=compile_backend,
+                max_batch=max_batch,
+                token_budget=token_budget,
+                fall_back=fall_back,
             )
 
     def attach(self, pages: tuple[LayerPages, ...]) -> None:
@@ -116,14 +122,14 @@ class ModelRunner:
         """Sample the token after `lengths` tokens for each row, and advance the rows."""
         plan = self.sampler.needs(slots)
         sampled = sample(logits, self.sampler, rows, lengths, generated, plan)
+        step = LaunchedStep(sampled)  # before the state changes, so that a step that fails can run again
         if plan.penalties:
             record(self.sampler, rows, sampled.tokens)
         self.state.write(rows, SlotRows(sampled.tokens, lengths, generated + 1))
-        return LaunchedStep(sampled)
+        return step
 
     def _forward(self, ids: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        with self.compiled.watching() if self.compiled else nullcontext():
-            return self._bound.forward(ids, self._step, keep)
+        return self._bound.forward(ids, self._step, keep)
 
     def _set_step(self, phase: Phase, slots: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor) -> None:
         step = self._step
@@ -193,8 +199,3 @@ class ModelRunner:
         if self.compiled is not None:
             self.compiled.remove()
             self.compiled = None
-
-    def close(self) -> None:
-        """Give the model back as it was."""
-        self.disable_compilation()
-        self._bound.release()

@@ -37,6 +37,13 @@ class LoadedModel:
     owned: bool
     """Whether hybridgen loaded it. False for a live module, which stays its caller's: its parameters keep
     their `requires_grad`."""
+    training: tuple[torch.nn.Module, ...] = ()
+    """Modules of a live module that were in training mode."""
+
+    def restore(self) -> None:
+        """Give a live module back its training mode."""
+        for module in self.training:
+            module.training = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +153,8 @@ class Checkpoint:
     def load(self) -> LoadedModel:
         """Reads the weights; those of a hub model are downloaded and checked first.
 
-        A live module is put into evaluation mode (`module.eval()`) and otherwise handed over as it is.
+        A live module is put into evaluation mode (`module.eval()`, undone by `LoadedModel.restore`) and otherwise
+        handed over as it is.
 
         Raises:
             CheckpointError: weights are missing, have other shapes than the config says, or cannot be read.
@@ -154,7 +162,8 @@ class Checkpoint:
             OutOfMemoryError: the weights do not fit on the device.
         """
         if self.module is not None:
-            return LoadedModel(self.module.eval(), 0.0, owned=False)
+            training = tuple(module for module in self.module.modules() if module.training)
+            return LoadedModel(self.module.eval(), 0.0, owned=False, training=training)
         assert self.source is not None
         start = time.perf_counter()
         files = list(self.files)

@@ -85,6 +85,7 @@ class BoundModel:
         for site in self.sites:
             vars(site.module).pop("_hybridgen", None)
         restore_rope(self._ropes)
+        self._ropes.clear()
         if self._attention is not None:
             self.model.set_attn_implementation(self._attention)
         vars(self.model).pop("_hybridgen_bound", None)
@@ -113,10 +114,14 @@ def bind(model: PreTrainedModel) -> BoundModel:
     check_free(model)
     previous = model.config._attn_implementation
     sites = _probe(model)
-    _set_attention(model, ATTENTION_NAME)
-    model._hybridgen_bound = True  # type: ignore[assignment]
     bound = BoundModel(model, sites, previous)
-    bound._ropes = replace_length_dependent_rope(model)
+    try:
+        _set_attention(model, ATTENTION_NAME)
+        model._hybridgen_bound = True  # type: ignore[assignment]
+        replace_length_dependent_rope(model, bound._ropes)
+    except BaseException:
+        bound.release()
+        raise
     return bound
 
 

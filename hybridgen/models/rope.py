@@ -113,9 +113,15 @@ def _agree(original: nn.Module, ours: PerTokenRope, x: torch.Tensor, length: int
     return all(a.shape == e.shape and torch.allclose(a, e, atol=1e-4) for a, e in zip(actual, expected, strict=True))
 
 
-def replace_length_dependent_rope(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Swap `dynamic` and `longrope` modules for `PerTokenRope`; returns (parent, name, original) to restore."""
-    replaced = []
+def replace_length_dependent_rope(model: nn.Module, replaced: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Swap `dynamic` and `longrope` modules for `PerTokenRope`.
+
+    Args:
+        replaced: gets (parent, name, original) of each, for `restore_rope`, also when a later one fails.
+
+    Raises:
+        UnsupportedModelError: a module scales positions in a way that is not known.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kinds = getattr(child, "rope_type", None)
@@ -127,7 +133,6 @@ def replace_length_dependent_rope(model: nn.Module) -> list[tuple[nn.Module, str
             if kinds in LENGTH_DEPENDENT:
                 setattr(parent, name, PerTokenRope(child))
                 replaced.append((parent, name, child))
-    return replaced
 
 
 def restore_rope(replaced: list[tuple[nn.Module, str, nn.Module]]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybridgen.errors import ConfigError
-from hybridgen.execution.compiled import CompiledLayers, mark_tokens_dynamic
+from hybridgen.execution.compiled import check_backend, mark_tokens_dynamic
 from hybridgen.execution.runner import ModelRunner, PrefillChunk
 from hybridgen.kvcache import CacheShape, allocate_pages
 from hybridgen.models import bind
@@ -32,7 +32,8 @@ def test_graphs_do_not_grow_with_depth(layers: int) -> None:
     runner = make("llama", num_hidden_layers=layers)
     runner.warm_up()
     assert runner.compiled.graphs == 3
-    runner.close()
+    runner.disable_compilation()
+    runner._bound.release()
 
 
 @pytest.mark.parametrize(("max_batch", "budget", "graphs"), [(1, 64, 2), (2, 64, 3), (4, 2, 3)])
@@ -41,12 +42,13 @@ def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: 
     runner.warm_up()
     assert runner.compiled.graphs == graphs
     length = min(budget, 20)
-    with torch.compiler.set_stance("fail_on_recompile"), runner.compiled.watching(), torch.inference_mode():
+    with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
         for count in range(1, length + 1):
             ids = runner._stage_prefill([PrefillChunk(0, [5] * count, 0, count, 0, True)])
             runner._bound.forward(ids, runner._step, None)
     assert runner.compiled.late_graphs == 0
-    runner.close()
+    runner.disable_compilation()
+    runner._bound.release()
 
 
 def test_removing_restores_the_layers() -> None:
@@ -56,12 +58,67 @@ def test_removing_restores_the_layers() -> None:
     assert all(layer._compiled_call_impl is not None for layer in layers)
     runner.disable_compilation()
     assert all(layer._compiled_call_impl is None for layer in layers)
-    runner.close()
+    runner.disable_compilation()
+    runner._bound.release()
 
 
 def test_an_unknown_backend_is_named() -> None:
+    check_backend("inductor")
     with pytest.raises(ConfigError, match="compile_backend='nope'"):
-        CompiledLayers([], None, backend="nope", max_batch=1, token_budget=2)
+        check_backend("nope")
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_a_layer_with_hooks_or_its_own_forward_stays_eager(how: str) -> None:
+    runner = make("llama")
+    reasons: list[str] = []
+    runner.compiled._fall_back = reasons.append
+    layer, calls = runner._bound.layers[1], []
+    if how == "hook":
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    else:
+        original = layer.forward
+        layer.forward = lambda *a, **k: calls.append(1) or original(*a, **k)
+    runner.warm_up()
+    assert len(calls) == 3
+    assert len(reasons) == 1
+    assert "hooks or a replaced forward" in reasons[0]
+    runner.disable_compilation()
+    runner._bound.release()
+
+
+def test_a_previous_compiled_call_is_put_back() -> None:
+    runner = make("llama")
+    layer = runner._bound.layers[0]
+    layer.compile(backend="eager")
+    mine = layer._compiled_call_impl
+    runner.warm_up()
+    assert layer._compiled_call_impl is not mine
+    runner.disable_compilation()
+    assert layer._compiled_call_impl is mine
+    runner._bound.release()
+
+
+def test_beyond_the_recompile_limit_a_layer_runs_eagerly() -> None:
+    runner = make("llama")
+    reasons: list[str] = []
+    runner.compiled._fall_back = reasons.append
+    runner.warm_up()
+    binding = runner._bound.sites[0].module._hybridgen
+
+    def run_with_windows() -> None:
+        with torch.inference_mode():
+            for window in range(1, 12):  # each is a constant of the graph
+                binding.window = window
+                ids = runner._stage_prefill([PrefillChunk(0, [5] * 4, 0, 4, 0, True)])
+                runner._bound.forward(ids, runner._step, None)
+
+    with pytest.warns(RuntimeWarning, match="after warm-up"):
+        run_with_windows()
+    assert reasons
+    assert "recompile limit" in reasons[0]
+    runner.disable_compilation()
+    runner._bound.release()
 
 
 def test_only_the_token_dimension_is_marked() -> None:

@@ -26,7 +26,8 @@ def runner() -> Iterator[ModelRunner]:
     shape = CacheShape(bound.layer_shapes, 16, torch.float32)
     runner.attach(allocate_pages(shape, 9, torch.device("cpu")))
     yield runner
-    runner.close()
+    runner.disable_compilation()
+    runner._bound.release()
 
 
 def admit(runner: ModelRunner, slot: int, pages: list[int]) -> None:

@@ -38,7 +38,8 @@ def test_only_length_dependent_modules_are_replaced_and_put_back() -> None:
     for variant, (name, changes) in families.ROPE_VARIANTS.items():
         model = families.build(name, **changes)
         original = model.model.rotary_emb
-        replaced = replace_length_dependent_rope(model)
+        replaced: list = []
+        replace_length_dependent_rope(model, replaced)
         assert bool(replaced) == (variant in ("dynamic", "longrope"))
         restore_rope(replaced)
         assert model.model.rotary_emb is original

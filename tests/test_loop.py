@@ -1,0 +1,309 @@
+"""Failures, interrupts, cancels and ends at awkward moments."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import hybridgen
+from hybridgen import Engine, FinishReason
+from hybridgen.demo import model_path
+from hybridgen.loop import interrupts_deferred
+
+SETTINGS: dict[str, Any] = {"mode": "eager", "max_batch": 4, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB"}
+PROMPTS = families.prompts_of((5, 40, 17, 33))
+
+
+@pytest.fixture(params=[0, 1])
+def engine(request: pytest.FixtureRequest, llama_path: Path) -> Iterator[Engine]:
+    with Engine.load(llama_path, run_ahead=request.param, **SETTINGS) as engine:
+        yield engine
+        stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.free_pages) == (0, 0, stats.pages)
+
+
+@pytest.fixture
+def expected(engine: Engine) -> list[tuple[int, ...]]:
+    return [out.token_ids for out in engine.generate(PROMPTS, max_new_tokens=8)]
+
+
+def test_a_stream_keeps_events_that_another_call_produced(engine: Engine, expected: list) -> None:
+    stream = engine.stream(PROMPTS[:2], max_new_tokens=8)
+    events = [next(stream), next(stream)]
+    engine.generate(PROMPTS[2], max_new_tokens=20)  # completes the stream's requests too
+    events += stream
+    for index in (0, 1):
+        mine = [event for event in events if event.index == index]
+        assert tuple(event.token_id for event in mine) == expected[index]
+        assert mine[-1].completion.token_ids == expected[index]
+
+
+def test_a_failed_admission_fails_one_request(engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    admit = engine._runner.admit
+
+    def failing(slot: int, pages: Any, sampling: Any, prompt_ids: Any) -> None:
+        if tuple(prompt_ids) == tuple(PROMPTS[1]):
+            raise torch.OutOfMemoryError("no room for the penalties")
+        admit(slot, pages, sampling, prompt_ids)
+
+    monkeypatch.setattr(engine._runner, "admit", failing)
+    outs = engine.generate(PROMPTS, max_new_tokens=8)
+    assert [out.finish_reason is FinishReason.ERROR for out in outs] == [False, True, False, False]
+    assert "no room for the penalties" in str(outs[1].error)
+    assert [out.token_ids for i, out in enumerate(outs) if i != 1] == [expected[i] for i in (0, 2, 3)]
+
+
+def test_a_defect_in_a_step_fails_what_runs_and_hangs_nobody(
+    engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = engine._loop
+
+    def launch() -> list:
+        loop.scheduler.schedule()
+        raise RuntimeError("a defect of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_launch", launch)
+        with pytest.raises(hybridgen.RequestError, match="a defect of ours"):
+            engine.generate(PROMPTS[0], max_new_tokens=8)
+    assert engine.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected[0]
+
+
+class Fussy:
+    """A tokenizer's decode that fails on one id, again and again."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        if self.bad in ids:
+            raise ValueError(f"cannot decode {self.bad}")
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    all_special_ids: tuple[int, ...] = ()
+
+
+def test_a_tokenizer_that_fails_fails_one_request(engine: Engine, expected: list) -> None:
+    elsewhere = {token for tokens in (*PROMPTS, *(expected[i] for i in (0, 2, 3))) for token in tokens}
+    bad = next(token for token in expected[1] if token not in elsewhere)
+    engine._loop._tokenizer = Fussy(bad)
+    outs = engine.generate(PROMPTS, max_new_tokens=8)
+    assert [out.finish_reason is FinishReason.ERROR for out in outs] == [False, True, False, False]
+    assert [out.token_ids for i, out in enumerate(outs) if i != 1] == [expected[i] for i in (0, 2, 3)]
+    assert len(outs[0].text) == 8
+
+
+def test_submission_is_all_or_nothing(engine: Engine) -> None:
+    engine._loop._tokenizer = Fussy(PROMPTS[1][-1])
+    with pytest.raises(hybridgen.TokenizerError, match="prompt 1"):
+        engine.generate(PROMPTS, max_new_tokens=8)
+
+
+class Streamer:
+    def __init__(self, fail_at: int = -1) -> None:
+        self.calls: list[Any] = []
+        self.fail_at = fail_at
+        self.inside: Any = None
+
+    def put(self, ids: torch.Tensor) -> None:
+        if len(self.calls) == self.fail_at:
+            raise OSError("the pipe is gone")
+        self.calls.append(ids.tolist())
+        if self.inside is not None and len(self.calls) > 1:
+            self.inside()
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+@pytest.mark.parametrize(("fail_at", "error"), [(0, OSError), (2, hybridgen.RequestError)])
+def test_a_streamer_that_fails_leaves_nothing_behind(engine: Engine, fail_at: int, error: type[Exception]) -> None:
+    streamer = Streamer(fail_at)
+    with pytest.raises(error, match="the pipe is gone"):
+        engine.generate(PROMPTS[0], max_new_tokens=8, streamer=streamer)
+    assert streamer.calls[-1] == "end"
+
+
+def test_something_that_is_no_streamer(engine: Engine) -> None:
+    with pytest.raises(hybridgen.SamplingError, match="put"):
+        engine.generate(PROMPTS[0], streamer=object())
+
+
+def test_generating_from_inside_a_step_is_refused(engine: Engine, expected: list) -> None:
+    streamer = Streamer()
+    streamer.inside = lambda: engine.generate(PROMPTS[1], max_new_tokens=2)
+    with pytest.raises(hybridgen.RequestError, match="inside a step"):
+        engine.generate(PROMPTS[0], max_new_tokens=8, streamer=streamer)
+    assert engine.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected[0]
+
+
+def test_a_stream_dropped_inside_a_step_is_cancelled_after_it(
+    engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [engine.stream(PROMPTS[1], max_new_tokens=100)]
+    next(streams[0])
+    decode = engine._runner.decode
+
+    def dropping(slots: tuple[int, ...]) -> Any:
+        streams.clear()
+        gc.collect()
+        return decode(slots)
+
+    monkeypatch.setattr(engine._runner, "decode", dropping)
+    assert engine.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected[0]
+
+
+def test_closing_while_another_thread_generates(llama_path: Path) -> None:
+    engine = Engine.load(llama_path, **SETTINGS)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            engine.generate(PROMPTS[0], max_new_tokens=400)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while engine.stats().tokens.get("generated", 0) < 3:
+        time.sleep(0.001)
+    engine.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert isinstance(errors[0], hybridgen.EngineError)
+
+
+def test_a_submission_that_comes_after_the_end_is_refused(llama_path: Path) -> None:
+    engine = Engine.load(llama_path, **SETTINGS)
+    loop, plans = engine._open_loop(), engine.plan([PROMPTS[0]], None, {"max_new_tokens": 2})
+    engine.close()
+    with pytest.raises(hybridgen.EngineError, match="closed"):
+        loop.submit(plans, [])
+
+
+def test_others_fail_when_a_step_is_interrupted(
+    engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt that gets into a step costs its caller's requests, and the others are told."""
+    stream = engine.stream(PROMPTS[1], max_new_tokens=50)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "decode", lambda slots: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(hybridgen.Interrupted) as caught:
+            engine.generate(PROMPTS[0], max_new_tokens=8)
+    assert caught.value.completions[0].finish_reason is FinishReason.CANCELLED
+    last = list(stream)[-1].completion
+    assert last.finish_reason is FinishReason.ERROR
+    assert "interrupted" in str(last.error)
+    assert engine.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected[0]
+
+
+def test_ctrl_c_is_taken_between_steps(engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = engine.stream(PROMPTS[1], max_new_tokens=8)
+    first = next(stream)
+    decode = engine._runner.decode
+
+    def interrupted(slots: tuple[int, ...]) -> Any:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+        return decode(slots)
+
+    monkeypatch.setattr(engine._runner, "decode", interrupted)
+    with pytest.raises(hybridgen.Interrupted):
+        engine.generate(PROMPTS[0], max_new_tokens=8)
+    assert (first.token_id, *(event.token_id for event in stream)) == expected[1]  # it lost nothing
+
+
+def test_interrupts_are_deferred_once_and_the_handler_comes_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred(), interrupts_deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(1)
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the second is taken at once
+        reached.append(2)
+    assert reached == [1]
+
+
+# ------------------------------------------------------------------ what is given back
+
+
+@pytest.mark.parametrize("fields", [{"kv_memory": 10}, {"max_context": 10**6}])
+def test_a_failed_build_gives_the_model_back(fields: dict[str, Any]) -> None:
+    model = families.build("llama")
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    expected = families.reference(model, PROMPTS[0], 4)[0]
+    for _ in range(2):
+        with pytest.raises(hybridgen.HybridgenError) as caught:
+            Engine.load(model, **SETTINGS | fields)
+        assert "in use" not in str(caught.value)
+    assert families.reference(model, PROMPTS[0], 4)[0] == expected
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_training_mode_comes_back() -> None:
+    model = families.build("llama").train()
+    model.model.layers[1].eval()
+    flags = [module.training for module in model.modules()]
+    with Engine.load(model, **SETTINGS) as engine:
+        assert not model.training
+        engine.generate(PROMPTS[0], max_new_tokens=2)
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_an_engine_that_is_dropped_gives_its_model_back() -> None:
+    model = families.build("llama")
+    expected = families.reference(model, PROMPTS[0], 4)[0]
+    engine = Engine.load(model, **SETTINGS | {"mode": "jit", "compile_backend": "aot_eager"})
+    engine.generate(PROMPTS[0], max_new_tokens=2)
+    del engine
+    gc.collect()
+    assert families.reference(model, PROMPTS[0], 4)[0] == expected
+    Engine.load(model, **SETTINGS).close()
+
+
+def test_closing_frees_weights_and_cache(llama_path: Path) -> None:
+    engine = Engine.load(llama_path, **SETTINGS)
+    engine.generate(PROMPTS[0], max_new_tokens=2)
+    site = engine._runner._bound.sites[0]
+    watched = [weakref.ref(site.module), weakref.ref(site.module._hybridgen.keys)]
+    del site
+    engine.close()
+    gc.collect()
+    assert [reference() for reference in watched] == [None, None]
+    assert engine.closed
+
+
+def test_another_engines_compilation_is_not_a_late_one(llama_path: Path) -> None:
+    jit = SETTINGS | {"mode": "jit", "compile_backend": "aot_eager"}
+    with Engine.load(llama_path, **jit) as first:
+        stream = first.stream(PROMPTS[0], max_new_tokens=8)
+        next(stream)
+        with Engine.load(llama_path, **jit) as second:
+            assert second.stats().graphs == 3
+        list(stream)
+        assert first.stats().late_graphs == 0
+
+
+def test_text_prompts_of_the_demo_model_survive_all_this() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    with Engine.load(None, tokenizer=tokenizer, **SETTINGS) as engine:
+        outs = engine.generate(["import os", "class A:"], max_new_tokens=12)
+        assert all(out.text for out in outs)
