@@ -116,7 +116,7 @@ class SamplingParams:
             _check_int("stop_token_ids", token, low=0)
         for token, bias in self.logit_bias.items():
             _check_int("logit_bias", token, low=0)
-            if not _is_finite(bias) and bias != -math.inf:
+            if not _is_finite(bias) and not (isinstance(bias, float) and bias == -math.inf):
                 raise SamplingError(
                     f"logit_bias[{token}]={shown(bias)}; give a finite number, or -inf to ban the token"
                 )

@@ -111,16 +111,17 @@ def _encode_text(text: str, index: int, tokenizer: Any) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"prompt {index} ({shown(text)}) holds half a character (a lone surrogate, {text[error.start]!a}) at "
+            f"prompt {index} ({shown(text, 40)}) holds half a character (a lone surrogate, {text[error.start]!a}) at "
             f"{error.start}; give valid Unicode, for example text.encode(errors='replace').decode()"
         ) from None
     try:
-        return list(tokenizer(text)["input_ids"])
+        ids = tokenizer(text)["input_ids"]
     except Exception as error:  # a tokenizer can be anybody's
         raise PromptError(
-            f"prompt {index} ({shown(text)}) cannot be encoded by the tokenizer: {_reason(error)}; change the text, or "
-            "give token ids"
+            f"prompt {index} ({shown(text, 30)}) cannot be encoded by the tokenizer: {_reason(error)}; change the "
+            "text, or give token ids"
         ) from error
+    return _plain_ids(ids, index)
 
 
 def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> list[int]:
@@ -136,11 +137,13 @@ def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> lis
         encoded = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
         )
-        return list(encoded["input_ids"])
+        ids = encoded["input_ids"]
     except Exception as error:  # templates are programs of the checkpoint and raise what they like
         raise PromptError(
-            f"prompt {index} ({shown(messages)}): the chat template refused the messages: {_reason(error)}; change them"
+            f"prompt {index} ({shown(messages, 30)}): the chat template refused the messages: {_reason(error)}; change "
+            "them"
         ) from error
+    return _plain_ids(ids, index)
 
 
 def _plain_ids(prompt: Any, index: int) -> list[int]:
@@ -168,7 +171,8 @@ def _is_int(value: Any) -> bool:
 
 def _without_padding(items: list[Any], masks: Any) -> list[list[Any]]:
     """The ids of each prompt whose mask is 1."""
-    rows = list(masks) if isinstance(masks, (Sequence, torch.Tensor, np.ndarray)) and np.ndim(masks) else []
+    many = isinstance(masks, Sequence) or (isinstance(masks, (torch.Tensor, np.ndarray)) and masks.ndim > 0)
+    rows = list(masks) if many else []
     if len(rows) != len(items):
         raise PromptError(
             f"attention_mask={shown(masks)} does not fit the {len(items)} prompt(s) of input_ids; give a row for each"
@@ -178,11 +182,11 @@ def _without_padding(items: list[Any], masks: Any) -> list[list[Any]]:
         ids, keep = _values(item), _values(mask)
         if ids is None or keep is None or len(ids) != len(keep):
             raise PromptError(
-                f"prompt {index} ({shown(item)}) and its attention_mask {shown(mask)} are not of one length; give a 0 "
-                "or 1 for each token id"
+                f"prompt {index} ({shown(item, 40)}) and its attention_mask {shown(mask, 40)} are not of one "
+                "length; give a 0 or 1 for each token id"
             )
         for value in keep:
-            if value not in (0, 1):
+            if not isinstance(value, (int, float, np.number, np.bool_)) or value not in (0, 1):
                 raise PromptError(
                     f"prompt {index} has {shown(value)} in its attention_mask; give a 0 or 1 per token id"
                 )
@@ -199,4 +203,4 @@ def _values(row: Any) -> list[Any] | None:
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 100 else text[:97] + '...'}"
+    return f"{type(error).__name__}: {text if len(text) <= 80 else text[:77] + '...'}"

@@ -135,8 +135,8 @@ def sampling_list(
         return sampling
     if isinstance(sampling, (str, bytes, Mapping)) or not isinstance(sampling, Iterable):
         raise SamplingError(
-            f"sampling={shown(sampling)} is not a SamplingParams; give SamplingParams(...), a list with one per prompt, "
-            "or its fields as keywords"
+            f"sampling={shown(sampling)} is not a SamplingParams; give SamplingParams(...), a list with one per "
+            "prompt, or its fields as keywords"
         )
     return list(sampling)
 

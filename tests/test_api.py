@@ -45,10 +45,10 @@ def test_the_second_call_does_not_load_again(monkeypatch: pytest.MonkeyPatch) ->
 def test_unload_frees_one_model(llama_path: Path) -> None:
     hybridgen.generate(llama_path, [1, 2], max_new_tokens=1, **FAST)
     hybridgen.generate(None, PROMPT, max_new_tokens=1, **FAST)
-    kept = api._engines[str(llama_path)]
+    kept = api._engines[str(llama_path.resolve())].engine
     hybridgen.unload(llama_path)
     assert kept.closed
-    assert list(api._engines) == [None]
+    assert list(api._engines) == [str(model_path())]
 
 
 def test_a_live_model_and_an_engine() -> None:
@@ -133,6 +133,19 @@ def test_a_transformers_streamer() -> None:
         ({"prompts": [5, 4096]}, hybridgen.PromptError),
         ({"prompts": [1] * 1000, "max_new_tokens": 25}, hybridgen.PromptError),
         ({"sampling": [hybridgen.SamplingParams()] * 2}, hybridgen.SamplingError),
+        ({"sampling": "greedy"}, hybridgen.SamplingError),
+        ({"sampling": 5}, hybridgen.SamplingError),
+        ({"config": {"mode": "eager"}}, hybridgen.ConfigError),
+        ({"config": "eager"}, hybridgen.ConfigError),
+        ({"temperature": 10**400}, hybridgen.SamplingError),
+        ({"kv_memory": "9" * 400}, hybridgen.ConfigError),
+        ({"mode": "jit", "compile_backend": "no such backend"}, hybridgen.ConfigError),
+        ({"compile_backend": None}, hybridgen.ConfigError),
+        ({"max_context": 10**6}, hybridgen.ConfigError),
+        ({"prompts": b"text"}, hybridgen.PromptError),
+        ({"prompts": "a \ud800 b"}, hybridgen.PromptError),
+        ({"prompts": torch.zeros(0, 3, dtype=torch.int64)}, hybridgen.PromptError),
+        ({"prompts": [1] * 1000, "min_new_tokens": 25}, hybridgen.PromptError),
         ({"device": "cuda:99"}, hybridgen.DeviceError),
         ({"model": "no/such/path"}, hybridgen.ModelNotFoundError),
         ({"model": "./missing"}, hybridgen.ModelNotFoundError),
@@ -146,6 +159,147 @@ def test_bad_input_is_found_before_weights_are_read(
 
     monkeypatch.setattr(Checkpoint, "load", load)
     call = {"model": None, "prompts": PROMPT} | FAST | fields
-    with pytest.raises(error) as caught:
-        hybridgen.generate(**call)
-    assert isinstance(caught.value, hybridgen.HybridgenError)
+    for function in (hybridgen.generate, hybridgen.stream):
+        with pytest.raises(error) as caught:
+            function(**call)
+        assert isinstance(caught.value, hybridgen.HybridgenError)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the models whose weights are read."""
+    names: list[str] = []
+    real = Checkpoint.load
+    monkeypatch.setattr(Checkpoint, "load", lambda self: names.append(self.name) or real(self))
+    return names
+
+
+def test_a_padded_batch() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    texts = [PROMPT, "import"]
+    expected = hybridgen.generate(None, texts, max_new_tokens=6, **FAST)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        assert not batch["attention_mask"].all()
+        for given in (batch, dict(batch), tokenizer(texts, padding=True)):
+            out = hybridgen.generate(None, given, max_new_tokens=6, **FAST)
+            assert [o.token_ids for o in out] == [o.token_ids for o in expected]
+            assert [o.prompt_token_ids for o in out] == [o.prompt_token_ids for o in expected]
+
+
+def test_sampling_from_an_iterator(loads: list[str]) -> None:
+    def params() -> Any:
+        yield hybridgen.SamplingParams(max_new_tokens=3)
+        yield hybridgen.SamplingParams(max_new_tokens=5)
+
+    for _ in range(2):  # loading, and kept
+        out = hybridgen.generate(None, [PROMPT, PROMPT], params(), **FAST)
+        assert [len(o.token_ids) for o in out] == [3, 5]
+        hybridgen.unload()
+        events = list(hybridgen.stream(None, [PROMPT, PROMPT], params(), **FAST))
+        assert sum(event.token_id is not None for event in events) == 8
+    assert len(loads) == 3
+
+
+def test_a_tokenizer_by_its_path_loads_once(
+    llama_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_path().parent)
+    for tokenizer in (str(model_path()), model_path(), "model", "./model/"):
+        assert hybridgen.generate(llama_path, [5], tokenizer=tokenizer, max_new_tokens=3, **FAST).text
+    assert len(loads) == 1
+
+
+def test_a_tokenizer_given_holds_for_its_call(loads: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    mine = AutoTokenizer.from_pretrained(model_path())
+    other = AutoTokenizer.from_pretrained(model_path())
+    own = hybridgen.generate(None, PROMPT, max_new_tokens=3, **FAST)
+    engine, _ = api.prepare(None, PROMPT, None, None, mine, FAST)
+    assert engine.tokenizer is mine
+    assert api.prepare(None, PROMPT, None, None, mine, FAST)[0] is engine
+    assert api.prepare(None, PROMPT, None, None, other, FAST)[0].tokenizer is other
+    assert hybridgen.generate(None, PROMPT, max_new_tokens=3, **FAST).text == own.text
+    assert next(iter(api._engines.values())).engine.tokenizer not in (mine, other)
+    assert len(loads) == 4
+    assert len(api._engines) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mode": "jit", "compile_backend": "none such"},
+        {"max_context": 10**6},
+        {"device": "cuda:99"},
+        {"temperature": -1.0},
+    ],
+)
+def test_a_bad_call_leaves_the_kept_model(fields: dict[str, Any], loads: list[str]) -> None:
+    engine, _ = api.prepare(None, PROMPT, None, None, None, FAST)
+    with pytest.raises(hybridgen.HybridgenError):
+        hybridgen.generate(None, PROMPT, **FAST | {"max_batch": 2} | fields)
+    assert not engine.closed
+    assert api.prepare(None, PROMPT, None, None, None, FAST)[0] is engine
+    assert len(loads) == 1
+
+
+def test_one_directory_is_one_model_by_every_name(
+    llama_path: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(llama_path)
+    monkeypatch.chdir(llama_path.parent)
+    name = llama_path.name
+    for model in (llama_path, str(llama_path), f"{llama_path}/", name, f"./{name}", f"{name}/", Path(name), link):
+        hybridgen.generate(model, [5], max_new_tokens=1, **FAST)
+    assert (len(loads), len(api._engines)) == (1, 1)
+    hybridgen.unload(f"{name}/")
+    assert not api._engines
+
+
+def test_a_relative_path_is_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {}
+    for place, vocab_size in (("a", 128), ("b", 160)):
+        families.write("llama", tmp_path / place, vocab_size=vocab_size).rename(tmp_path / place / "model")
+        monkeypatch.chdir(tmp_path / place)
+        sizes[place] = api.prepare("model", [5], None, None, None, FAST)[0].checkpoint.vocab_size
+    assert sizes == {"a": 128, "b": 160}
+    monkeypatch.chdir(tmp_path / "a")
+    hybridgen.unload("model")
+    assert list(api._engines) == [str((tmp_path / "b" / "model").resolve())]
+
+
+def test_unload_an_engine(llama_path: Path) -> None:
+    kept, _ = api.prepare(None, PROMPT, None, None, None, FAST)
+    mine = hybridgen.Engine.load(llama_path, **FAST)
+    hybridgen.unload(mine)
+    assert mine.closed
+    assert not kept.closed
+    hybridgen.unload(kept)
+    assert kept.closed
+    assert not api._engines
+    hybridgen.unload(kept)  # as close(), twice is fine
+
+
+def test_unload_what_is_not_loaded(llama_path: Path) -> None:
+    with pytest.raises(hybridgen.ConfigError, match=r"model='owner/name' is not loaded; none is"):
+        hybridgen.unload("owner/name")
+    hybridgen.generate(llama_path, [1], max_new_tokens=1, **FAST)
+    for unknown in ("owner/name", "./missing", object(), "x" * 1000):
+        with pytest.raises(hybridgen.ConfigError, match=r"model=.* is not loaded; loaded are '/.*unload\(\) frees all"):
+            hybridgen.unload(unknown)
+    assert len(api._engines) == 1
+    hybridgen.unload()
+    hybridgen.unload()  # nothing to free is no error
+
+
+def test_unload_a_directory_that_is_gone(tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path)
+    hybridgen.generate(path, [1], max_new_tokens=1, **FAST)
+    path.rename(tmp_path / "moved")
+    hybridgen.unload(path)
+    assert not api._engines

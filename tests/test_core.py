@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from hybridgen import SamplingError, SamplingParams, Timing
+from hybridgen.core import shown
 
 
 @pytest.mark.parametrize(
@@ -42,12 +43,47 @@ from hybridgen import SamplingError, SamplingParams, Timing
         {"logprobs": -1},
         {"logprobs": 1000},
         {"ignore_eos": 1},
+        {"temperature": 10**400},
+        {"presence_penalty": -(10**400)},
+        {"presence_penalty": None},
+        {"frequency_penalty": None},
+        {"logit_bias": {1: 10**400}},
+        {"logit_bias": {1: -(10**400)}},
+        {"logit_bias": {1: "a"}},
+        {"logit_bias": {1: None}},
+        {"logit_bias": {10**5000: 1}},
+        {"logit_bias": "a" * 1000},
+        {"max_new_tokens": 10**5000},
+        {"min_new_tokens": 10**5000},
+        {"seed": 10**5000},
+        {"stop": 10**5000},
+        {"stop_token_ids": [10**5000]},
+        {"top_p": 10**5000},
+        {"top_k": "x" * 1000},
+        {"skip_special_tokens": "x" * 1000},
     ],
 )
 def test_bad_values_are_refused_and_named(fields: dict[str, Any]) -> None:
     with pytest.raises(SamplingError) as caught:
         SamplingParams(**fields)
     assert next(iter(fields)) in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5", 5),
+        (r"'a\nb'", "a\nb"),
+        ("'" + "x" * 56 + "...", "x" * 1000),
+        ("<an integer of 16610 bits>", 10**5000),
+        ("-<an integer of 1329 bits>", -(10**400)),
+        ("<a value of type list>", [10**5000]),
+    ],
+    ids=range(6),  # pytest cannot write the largest as text
+)
+def test_values_in_messages_are_short(text: str, value: Any) -> None:
+    assert shown(value) == text
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:
