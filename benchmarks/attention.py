@@ -11,16 +11,14 @@ graphs (events around replays, median); decode rotates over caches that together
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import report
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -261,32 +259,6 @@ def run_host(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, float]:
     return result
 
 
-def provenance(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    facts: dict[str, Any] = {
-        "device": platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "command": "python benchmarks/attention.py" + (" --smoke" if device == "cpu" else ""),
-        "commit": _output("git", "rev-parse", "HEAD"),
-    }
-    if device == "cuda":
-        import triton
-
-        facts["device"] = torch.cuda.get_device_name()
-        facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts["cuda"] = torch.version.cuda
-        facts["triton"] = triton.__version__
-    return facts
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
@@ -298,9 +270,8 @@ def main() -> None:
     torch.manual_seed(0)
     ceiling = read_ceiling(device)
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
-    report = {
-        "question": "How fast are the paged attention kernels?",
-        **provenance(device),
+    results = {
+        "benchmark": "attention",
         "dtype": str(dtype),
         "page_size": PAGE_SIZE,
         "read_ceiling_gb_per_s": ceiling / 1e9,
@@ -309,9 +280,7 @@ def main() -> None:
         "write": run_write(shapes[0], device, dtype, args.smoke),
         "host_us": run_host(shapes[0], device, dtype),
     }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    report(results, args.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hybridgen
+from hybridgen.output import Response
 from hybridgen.requests import plan_requests
 
 NEW_TOKENS = 40
@@ -54,10 +55,11 @@ def join_late(engine: hybridgen.Engine, prompts: list[list[int]]) -> list[list[i
         prompts, None, {"max_new_tokens": NEW_TOKENS}, engine.checkpoint, engine.max_context, engine.cache_tokens
     )
     loop = engine._open_loop()
-    responses = loop.submit(plans[:4])
+    responses: list[Response] = []
+    loop.submit(plans[:4], responses)
     for _ in range(11):
         loop.step()
-    responses += loop.submit(plans[4:])
+    loop.submit(plans[4:], responses)
     while any(response.completion is None for response in responses):
         loop.step()
     return [list(response.completion.token_ids) for response in responses]

@@ -122,9 +122,7 @@ class Recipe:
             if f.name not in _MAY_BE_ZERO and value <= 0:
                 raise ConfigError(f"{f.name}={value} is not positive; give a number above 0")
         if self.vocab_size < 258:
-            raise ConfigError(
-                f"vocab_size={self.vocab_size} cannot hold 256 bytes and 2 special tokens; raise it"
-            )
+            raise ConfigError(f"vocab_size={self.vocab_size} cannot hold 256 bytes and 2 special tokens; raise it")
         if self.hidden_size % (2 * self.heads) or self.heads % self.kv_heads:
             raise ConfigError(
                 f"heads={self.heads} must divide hidden_size={self.hidden_size} into even sizes, "
@@ -243,9 +241,7 @@ def read_corpus(root: Path, recipe: Recipe) -> Corpus:
     documents = sorted(read_documents(root), key=lambda d: _hash(d.name))
     library = [d for d in documents if not _is_test(d.name)]
     if len(library) < 2:
-        raise ConfigError(
-            f"the corpus {root} has {len(library)} usable .py files; give a folder with at least 2"
-        )
+        raise ConfigError(f"the corpus {root} has {len(library)} usable .py files; give a folder with at least 2")
     held_out = tuple(library[: math.ceil(len(library) * recipe.held_out_share)])
     unseen = {d.name for d in held_out}
     kept = tuple(d for d in (documents if recipe.tests else library) if d.name not in unseen)
@@ -254,9 +250,7 @@ def read_corpus(root: Path, recipe: Recipe) -> Corpus:
     return Corpus(kept, held_out)
 
 
-def train_tokenizer(
-    documents: Sequence[Document], vocab_size: int, max_length: int
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Sequence[Document], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; any text encodes and decodes to itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -293,9 +287,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) ->
     return torch.tensor(ids, dtype=torch.long)
 
 
-def split_spaces(
-    tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor, share: float, seed: int
-) -> torch.Tensor:
+def split_spaces(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     """`ids` with a random share of the tokens that begin with a space split into the space and the rest.
 
     The text stays the same. A token whose rest is no token itself stays whole.
@@ -368,9 +360,7 @@ def batches(stream: torch.Tensor, aligned: torch.Tensor, recipe: Recipe) -> Iter
     """
     length = recipe.seq_len
     if len(stream) < 2 * length + 1:
-        raise ConfigError(
-            f"the corpus has {len(stream)} tokens, under 2 sequences of {length}; lower seq_len"
-        )
+        raise ConfigError(f"the corpus has {len(stream)} tokens, under 2 sequences of {length}; lower seq_len")
     generator = torch.Generator().manual_seed(recipe.seed)
     span = torch.arange(length + 1, device=stream.device)
     aligned = torch.cat([torch.zeros(1, dtype=torch.long), aligned])
@@ -460,9 +450,7 @@ def train(
             log.info("step %d  %.0f s  train %.4f  held out %.4f nats/token", done, seconds, mean, current)
     bar.close()
     if not best:
-        raise ConfigError(
-            f"the loss is not a number after {done} steps; lower learning_rate={recipe.learning_rate}"
-        )
+        raise ConfigError(f"the loss is not a number after {done} steps; lower learning_rate={recipe.learning_rate}")
     model.load_state_dict(best)
     assert first is not None
     return Trained(
@@ -528,9 +516,7 @@ def directory_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
 
 
-def sample_texts(
-    model: Any, tokenizer: PreTrainedTokenizerFast, *, new_tokens: int, seed: int
-) -> list[dict[str, Any]]:
+def sample_texts(model: Any, tokenizer: PreTrainedTokenizerFast, *, new_tokens: int, seed: int) -> list[dict[str, Any]]:
     """What the model writes after each of `PROMPTS`: greedily, and at temperature 0.7."""
     samples = []
     for temperature in (0.0, 0.7):
@@ -608,9 +594,7 @@ def run(
     }
     (output / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     size = directory_bytes(output)
-    log.info(
-        "held out %.4f nats/token, %.4f bits/byte; %d bytes", loss.nats_per_token, loss.bits_per_byte, size
-    )
+    log.info("held out %.4f nats/token, %.4f bits/byte; %d bytes", loss.nats_per_token, loss.bits_per_byte, size)
     if size > MAX_BYTES:
         raise ConfigError(f"{output} takes {size} bytes, over {MAX_BYTES}; train a smaller shape")
     return report
