@@ -301,8 +301,9 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether `close()` was called."""
-        return self._loop is None
+        """Whether it can no longer generate: `close()` was called, or its device failed."""
+        loop = self._loop
+        return loop is None or loop.ended
 
     def close(self) -> None:
         """End what runs with an error, free the cache, and give a live model back as it was.

@@ -92,6 +92,11 @@ class StepLoop:
             for response in list(self._responses.values()):
                 self._finish(response, FinishReason.ERROR, self._end)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was closed, or its device failed."""
+        return self._end is not None
+
     def check(self) -> None:
         """Raise if the loop has ended.
 

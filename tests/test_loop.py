@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 import hybridgen
-from hybridgen import Engine, FinishReason
+from hybridgen import Engine, FinishReason, api
 from hybridgen.demo import model_path
 from hybridgen.loop import interrupts_deferred
 
@@ -184,6 +184,25 @@ def test_closing_while_another_thread_generates(llama_path: Path) -> None:
     thread.join(timeout=30)
     assert not thread.is_alive()
     assert isinstance(errors[0], hybridgen.EngineError)
+
+
+def test_a_lost_device_fails_everybody_and_the_next_call_loads_again(
+    llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = hybridgen.generate(llama_path, PROMPTS[0], max_new_tokens=4, **SETTINGS)
+    engine = api._engines[next(iter(api._engines))].engine
+
+    def lost(slots: tuple[int, ...]) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine._runner, "decode", lost)
+    outs = hybridgen.generate(llama_path, PROMPTS[:2], max_new_tokens=4, **SETTINGS)
+    assert all(isinstance(out.error, hybridgen.EngineError) for out in outs)
+    assert engine.closed
+    with pytest.raises(hybridgen.EngineError, match="illegal memory access"):
+        engine.generate(PROMPTS[0])
+    again = hybridgen.generate(llama_path, PROMPTS[0], max_new_tokens=4, **SETTINGS)
+    assert again.token_ids == expected.token_ids
 
 
 def test_a_submission_that_comes_after_the_end_is_refused(llama_path: Path) -> None:
