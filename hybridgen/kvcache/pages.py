@@ -11,7 +11,7 @@ DUMMY_PAGE = 0
 class PageAllocator:
     """Hands out page ids 1 to `num_pages - 1`.
 
-    The pages freed last are handed out first, because they are the likeliest to be in a cache.
+    The pages freed last are handed out first, so that a short run touches few of them.
     """
 
     def __init__(self, num_pages: int) -> None:

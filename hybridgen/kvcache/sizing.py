@@ -11,7 +11,7 @@ CPU_DEFAULT_BYTES = 2**30
 """KV memory on a CPU when none is given: enough for a notebook, little enough not to push it into swap."""
 
 CUDA_HEADROOM = 0.06
-"""Share of the device's memory left free: other libraries, fragmentation and later graph captures need some."""
+"""Share of the device's memory left free: other libraries and fragmentation need some."""
 
 
 def pages_for_tokens(tokens: int, page_size: int) -> int:
