@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hybridgen.config import EngineConfig, Mode, parse_bytes
-from hybridgen.core import SamplingParams, TokenEvent
+from hybridgen.core import SamplingParams, TokenEvent, shown
 from hybridgen.errors import EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
 from hybridgen.execution.compiled import check_backend
@@ -191,7 +191,7 @@ class Engine:
         if streamer is not None and len(plans) != 1:
             raise SamplingError(f"streamer= takes one prompt with n=1, not {len(plans)} requests; use stream()")
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-            raise SamplingError(f"streamer={streamer!r} has no put() and end(); give a transformers streamer")
+            raise SamplingError(f"streamer={shown(streamer)} has no put() and end(); give a transformers streamer")
         responses = self._run(plans, streamer)
         completions = collect(responses)
         if single and completions[0].error is not None:

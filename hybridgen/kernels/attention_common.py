@@ -93,8 +93,8 @@ class Launcher:
 
     Triton's own launch binds and specialises every argument anew, most of the 35 us of host time that it took in a
     trial on an H200's host. That is skipped here, so a launcher serves only calls that are alike in all that Triton
-    specialises on: device, dtypes, and the integers that it was not told to leave alone. A tensor that does not start at a multiple of 16 bytes goes Triton's way, unless the
-    kernel does not specialise on its alignment.
+    specialises on: device, dtypes, and the integers that it was not told to leave alone. A tensor that does not start
+    at a multiple of 16 bytes goes Triton's way, unless the kernel does not specialise on its alignment.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
