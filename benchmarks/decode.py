@@ -45,7 +45,7 @@ def ours(model: PreTrainedModel, ids: torch.Tensor, new: int, device: str, repea
 
         step = step_seconds(generate, new, device, repeats)
         stats = engine.stats()
-        return {"step_s": step, "startup_s": dict(stats.startup), "late_graphs": stats.late_graphs,
+        return {"step_s": step, "startup_s": dict(stats.startup), "late_compiles": stats.late_compiles,
                 "fallbacks": dict(stats.fallbacks)}  # fmt: skip
 
 

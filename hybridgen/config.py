@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
-from hybridgen.core import MAX_INT, shown
+from hybridgen.core import MAX_INT, GraphEvent, shown
 from hybridgen.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SWITCHES = (
+    "trust_remote_code",
+    "allow_pickle",
+    "local_files_only",
+    "fuse_projections",
+    "capture_at_start",
+    "lazy_capture",
+    "validate",
+    "check_addresses",
+    "metadata_copy",
+    "double_buffer",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,6 +36,39 @@ class Mode(StrEnum):
     """PyTorch operators, one at a time."""
     JIT = "jit"
     """The decoder layer compiled with `torch.compile`; dynamic sizes; no graphs."""
+    GRAPH = "graph"
+    """PyTorch's own kernels, recorded in CUDA graphs of decode batches and prompt lengths."""
+    HYBRID = "hybrid"
+    """The compiled layer, recorded in CUDA graphs."""
+    AUTO = "auto"
+    """`hybrid` on CUDA, `eager` on a CPU."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the decoder layer is compiled."""
+        return self in (Mode.JIT, Mode.HYBRID)
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded."""
+        return self in (Mode.GRAPH, Mode.HYBRID)
+
+    def on(self, device_type: str) -> Mode:
+        """The mode that runs on such a device: what `auto` stands for, else itself."""
+        if self is not Mode.AUTO:
+            return self
+        return Mode.HYBRID if device_type == "cuda" else Mode.EAGER
+
+
+class GraphOwner(StrEnum):
+    """Who records and replays steps on CUDA."""
+
+    MANUAL = "manual"
+    """Captured by hand into one pool: buckets with padding."""
+    TREES = "trees"
+    """Inductor's cudagraph trees: the whole step compiled with `mode="reduce-overhead"`."""
+    BOTH = "both"
+    """By hand at warm-up; trees for what is recorded while idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +79,8 @@ class EngineConfig:
         ConfigError: a value is unknown or out of its range.
     """
 
-    mode: Mode | str = Mode.JIT
-    """`eager` or `jit`."""
+    mode: Mode | str = Mode.AUTO
+    """`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA and `eager` on a CPU."""
     dtype: str = "auto"
     """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
     device: str = "auto"
@@ -64,7 +109,38 @@ class EngineConfig:
     fuse_projections: bool = True
     """Join q/k/v and gate/up weights where the layer allows it (one matrix product each)."""
     compile_backend: str = "inductor"
-    """The backend of `torch.compile` in mode `jit`."""
+    """The backend of `torch.compile` in modes `jit` and `hybrid`."""
+    graphs: GraphOwner | str = GraphOwner.MANUAL
+    """Who records steps in modes `graph` and `hybrid`: `manual`, or in `hybrid` also `trees` or `both`."""
+    decode_buckets: Sequence[int] | None = None
+    """Batch sizes of decode graphs; other sizes are padded to the next. An empty list: decode is not recorded. Else 1,
+    2, 4, 8, then steps of 8 to 64 and of 16 above, up to max_batch."""
+    prefill_buckets: Sequence[int] | None = None
+    """Prompt lengths of prefill graphs. An empty list: prefill is not recorded. Else 16, 32, 64, 96, 128, then steps
+    of 64 to 512."""
+    capture_at_start: bool = True
+    """Record all buckets for greedy decoding and for the model's own sampling at warm-up; else only while idle."""
+    lazy_capture: bool = True
+    """Record what was missing when nothing runs: at the end of a call, one graph per call."""
+    capture_after: int = 3
+    """Steps that a missing graph must have been wanted for before it is recorded."""
+    max_graphs: int = 64
+    """Graphs that are kept; the least recently used is dropped before another is captured."""
+    max_graph_memory: int | str | None = None
+    """Bytes that captures may have taken, or a text such as "512MiB"; above it the least recently used is dropped."""
+    max_padding_ratio: float | None = None
+    """Padding to a bucket up to this share of a step's size (1 doubles it). Else what the measured times say."""
+    validate: bool = False
+    """Compare the first replay of each graph with the step run without it, bit for bit; a graph that differs is not
+    used."""
+    check_addresses: bool = False
+    """Before each replay, check that no tensor that it reads has moved (for debugging; costs time)."""
+    metadata_copy: bool = True
+    """Copy a step's metadata in one launch (`hybridgen::copy_metadata`); else tensor by tensor."""
+    double_buffer: bool = True
+    """Two host blocks of metadata in turn, so that the next is filled while one is copied; else one."""
+    on_graph_event: Callable[[GraphEvent], None] | None = None
+    """Called with each capture, eviction and failure."""
     progress: bool | None = None
     """Progress bars over one second: on, off, or (None) on when standard error is a terminal."""
 
@@ -89,7 +165,30 @@ class EngineConfig:
             raise ConfigError(f"page_size={self.page_size} is not a power of two; use 16, 32, 64, 128 or 256")
         self._check_int("token_budget", low=2, optional=True)
         self._check_int("run_ahead", low=0, high=1, optional=True)
-        for name in ("trust_remote_code", "allow_pickle", "local_files_only", "fuse_projections"):
+        try:
+            object.__setattr__(self, "graphs", GraphOwner(self.graphs))
+        except ValueError:
+            known = ", ".join(owner.value for owner in GraphOwner)
+            raise ConfigError(f"graphs={shown(self.graphs)} is unknown; choose one of: {known}") from None
+        if self.graphs is not GraphOwner.MANUAL and self.mode not in (Mode.HYBRID, Mode.AUTO):
+            raise ConfigError(
+                f'graphs="{self.graphs}" with mode="{self.mode}": trees record compiled steps; use mode="hybrid"'
+            )
+        for name in ("decode_buckets", "prefill_buckets"):
+            object.__setattr__(self, name, _checked_buckets(name, getattr(self, name)))
+        if self.decode_buckets and self.decode_buckets[-1] > self.max_batch:
+            raise ConfigError(
+                f"decode_buckets holds {self.decode_buckets[-1]}, above max_batch={self.max_batch}; raise max_batch or "
+                "leave it out"
+            )
+        self._check_int("capture_after", low=1)
+        self._check_int("max_graphs", low=1)
+        ratio = self.max_padding_ratio
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 0):
+            raise ConfigError(f"max_padding_ratio={shown(ratio)}; give a number of at least 0, or None to measure")
+        if self.on_graph_event is not None and not callable(self.on_graph_event):
+            raise ConfigError(f"on_graph_event={shown(self.on_graph_event)}; give a function of one GraphEvent")
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={shown(getattr(self, name))}; give True or False")
         if self.progress is not None and not isinstance(self.progress, bool):
@@ -101,7 +200,8 @@ class EngineConfig:
             )
         if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
             raise ConfigError(f"revision={shown(self.revision)}; give a branch, tag or commit as text, or None")
-        object.__setattr__(self, "kv_memory", parse_bytes("kv_memory", self.kv_memory))
+        for name in ("kv_memory", "max_graph_memory"):
+            object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
 
     def _check_int(self, name: str, *, low: int, high: int = MAX_INT, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -136,9 +236,26 @@ class EngineConfig:
             )
         return config.replace(**fields)
 
+    def mode_on(self, device_type: str) -> Mode:
+        """The mode that runs on such a device: what `auto` stands for, else the one given."""
+        return Mode(self.mode).on(device_type)
+
     def replace(self, **changes: Any) -> EngineConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+def _checked_buckets(name: str, sizes: Any) -> tuple[int, ...] | None:
+    """A user's bucket sizes in order, each once."""
+    if sizes is None:
+        return None
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
+        raise ConfigError(f"{name}={shown(sizes)} is no list; give sizes such as [1, 4, 16], or None for the default")
+    listed = list(sizes)
+    for size in listed:
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_INT:
+            raise ConfigError(f"{name} holds {shown(size)}; give integers of at least 1")
+    return tuple(sorted(set(listed)))
 
 
 def parse_bytes(name: str, value: int | str | None) -> int | None:

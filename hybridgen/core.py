@@ -217,6 +217,29 @@ class Timing:
         return self.tpot(0.99)
 
 
+class GraphEventKind(StrEnum):
+    """What happened to a recorded step."""
+
+    CAPTURED = "captured"
+    EVICTED = "evicted"
+    FAILED = "failed"
+    """Its capture failed, or its replay was found wrong; such steps run without it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphEvent:
+    """What `EngineConfig.on_graph_event` is called with."""
+
+    kind: GraphEventKind
+    phase: str
+    """`prefill` or `decode`."""
+    tokens: int
+    """Its bucket."""
+    rows: int
+    """Rows that it samples."""
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class StepSummary:
     """How a number of a request's steps ran."""
@@ -224,7 +247,7 @@ class StepSummary:
     phase: str
     """`prefill` or `decode`."""
     kind: str
-    """`eager` or `compiled`."""
+    """`eager`, `compiled`, `cuda graph`, `cudagraph tree`, or `stand-in` (a graph's place on a CPU)."""
     reason: str
     """Why they ran that way."""
     count: int

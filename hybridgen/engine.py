@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from hybridgen.config import EngineConfig, Mode, parse_bytes
+from hybridgen.config import EngineConfig, GraphOwner, parse_bytes
 from hybridgen.core import SamplingParams, TokenEvent, shown
-from hybridgen.errors import EngineError, Interrupted, SamplingError
+from hybridgen.errors import ConfigError, DeviceError, EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
-from hybridgen.execution.compiled import check_backend
-from hybridgen.execution.statistics import EngineStats
+from hybridgen.execution.compiled import check_backend, check_toolchain
+from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
+from hybridgen.execution.statistics import EngineStats, GraphStats
 from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
 from hybridgen.loading import Checkpoint, LoadedModel, fuse_projections, unfuse_projections
 from hybridgen.loop import StepLoop, first_line
@@ -27,6 +28,7 @@ from hybridgen.models import BoundModel, bind, check_free
 from hybridgen.output import Response, collect
 from hybridgen.prompts import Prompts, split_prompts
 from hybridgen.requests import Plan, check_keywords, context_limit, plan_requests
+from hybridgen.sampling import SamplerPlan, plan_of, resolve
 from hybridgen.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Engine:
         self.tokenizer = checkpoint.tokenizer
         self.max_context = check_config(checkpoint, config)
         """The longest prompt plus output, in tokens."""
+        self.mode = config.mode_on(checkpoint.device.type)
+        """How steps run: `config.mode`, with `auto` decided."""
         self._counters = Counters()
         self._startup = {"load weights": loaded.seconds}
         self._token_budget = config.token_budget or TOKEN_BUDGET[checkpoint.device.type]
@@ -74,7 +78,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
-        logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, config.mode)
+        logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, self.mode)
 
     @classmethod
     def load(
@@ -103,23 +107,28 @@ class Engine:
 
     def _build(self, bound: BoundModel, undo: ExitStack) -> StepLoop:
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
-        compiles = config.mode is Mode.JIT
         runner = self._runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
             max_batch=config.max_batch,
             max_pages=pages_for_tokens(self.max_context, config.page_size),
             token_budget=self._token_budget,
-            compile_backend=config.compile_backend if compiles else None,
+            compile_backend=config.compile_backend if self.mode.compiles else None,
+            one_copy=config.metadata_copy,
+            buffers=2 if config.double_buffer else 1,
             fall_back=self._counters.fall_back,
         )
-        undo.callback(runner.disable_compilation)
+        undo.callback(runner.close)
         with self._timed("allocate cache"):
             self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner)
-        kind = ("eager", "mode eager")
-        if compiles:
+        why = f"mode {self.mode}"
+        if self.mode.compiles:
             with self._timed("compile"):
-                kind = self._compile(runner)
+                why = self._compile(runner) or why
+        use_graphs(runner, self._graph_plan(), why, self._counters)
+        if self.mode.records and config.capture_at_start:
+            with self._timed("capture"):
+                self._capture(runner)
         scheduler = Scheduler(
             pages=PageAllocator(self._num_pages),
             page_size=config.page_size,
@@ -128,7 +137,25 @@ class Engine:
             reprefill_length=bound.reprefill_length,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
-        return StepLoop(runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead, kind=kind)
+        return StepLoop(runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead)
+
+    def _graph_plan(self) -> GraphPlan:
+        return GraphPlan(
+            config=self.config,
+            mode=self.mode,
+            device=self.checkpoint.device,
+            token_budget=self._token_budget,
+            max_tokens=min(self._token_budget, self.max_context),
+        )
+
+    def _capture(self, runner: ModelRunner) -> None:
+        """Record all buckets, for greedy decoding and for what requests get that ask for nothing else."""
+        checkpoint = self.checkpoint
+        usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
+        plans = dict.fromkeys((SamplerPlan(), plan_of(usual, checkpoint.vocab_size)))
+        keys = keys_at_start(runner.graphs.settings, plans)
+        with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=self._bar_disabled) as bar:
+            runner.capture(keys, bar.update)
 
     def _allocate_cache(self, bound: BoundModel, runner: ModelRunner) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes."""
@@ -147,8 +174,12 @@ class Engine:
         runner.attach(allocate_pages(shape, num_pages, device))
         return num_pages, num_pages * shape.page_bytes
 
-    def _compile(self, runner: ModelRunner) -> tuple[str, str]:
-        """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of."""
+    def _compile(self, runner: ModelRunner) -> str | None:
+        """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of.
+
+        Returns:
+            Why steps run eagerly, if they do.
+        """
         try:
             with tqdm(total=1, desc="compile", delay=1, leave=False, disable=self._bar_disabled) as bar:
                 runner.warm_up()
@@ -158,8 +189,17 @@ class Engine:
             reason = f"compilation failed, steps run eagerly: {type(error).__name__}: {first_line(error)}"
             self._counters.fall_back(reason)
             runner.disable_compilation()
-            return "eager", reason
-        return "compiled", "mode jit"
+            return reason
+        return None
+
+    def idle(self) -> bool:
+        """Record a graph that was missed often enough, if no request waits or runs; returns whether more are wanted.
+
+        `generate()` and `stream()` do this once at the end of a call; who steps the engine in another way calls it
+        while there is nothing else to do.
+        """
+        loop, runner = self._open_loop(), self._runner
+        return False if runner is None else loop.idle(runner.capture_pending)
 
     def generate(
         self,
@@ -231,6 +271,7 @@ class Engine:
                 # Other calls step the loop too, so that events may be there already.
                 if active and not any(response.events for response in active):
                     loop.step()
+            self._record_missing()
         finally:
             loop.cancel(responses)
 
@@ -272,7 +313,17 @@ class Engine:
             loop.cancel(responses)
             if streamer is not None:
                 streamer.end()
+        self._record_missing()
         return responses
+
+    def _record_missing(self) -> None:
+        """`idle()` at the end of a call, whose results are complete: nothing that fails here may cost them."""
+        try:
+            self.idle()
+        except EngineError:
+            return  # closed meanwhile
+        except Exception as error:
+            self._counters.fall_back(f"recording while idle failed: {type(error).__name__}: {first_line(error)}")
 
     def stats(self) -> EngineStats:
         """What the engine has done and holds; `print()` shows it as a table."""
@@ -281,7 +332,7 @@ class Engine:
         pages = loop.scheduler.pages
         return EngineStats(
             model=self.checkpoint.name,
-            mode=str(self.config.mode),
+            mode=str(self.mode),
             device=str(self.checkpoint.device),
             dtype=str(self.checkpoint.dtype).removeprefix("torch."),
             startup=dict(self._startup),
@@ -289,8 +340,9 @@ class Engine:
             tokens=dict(self._counters.tokens),
             steps=dict(self._counters.steps),
             fallbacks=dict(self._counters.fallbacks),
-            graphs=compiled.graphs if compiled else 0,
-            late_graphs=compiled.late_graphs if compiled else 0,
+            compiled=compiled.compiles if compiled else 0,
+            late_compiles=compiled.late_compiles if compiled else 0,
+            graphs=self._runner.graphs.stats() if self._runner is not None else GraphStats(),
             running=len(loop.scheduler.running),
             waiting=len(loop.scheduler.waiting),
             pages=pages.capacity,
@@ -350,11 +402,28 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:
     """What can be checked of a config before a model's weights are read; returns the longest prompt plus output.
 
     Raises:
-        ConfigError: the context is above the model's limit, or the compile backend is unknown.
+        ConfigError: the context is above the model's limit, the compile backend is unknown, or prefill buckets are
+            above what one call takes.
+        DeviceError: the machine cannot run the mode.
     """
-    if config.mode is Mode.JIT:
+    device = checkpoint.device.type
+    mode = config.mode_on(device)
+    if mode.compiles:
         check_backend(config.compile_backend)
-    return context_limit(checkpoint, config.max_context)
+        check_toolchain(mode, config.compile_backend, device)
+    if config.graphs is not GraphOwner.MANUAL and mode.records and device != "cuda":
+        raise DeviceError(
+            f'graphs="{config.graphs}" needs CUDA, and the model is on {checkpoint.device}; leave it at '
+            '"manual", which has a stand-in there'
+        )
+    limit = context_limit(checkpoint, config.max_context)
+    most = min(config.token_budget or TOKEN_BUDGET[device], limit)
+    if config.prefill_buckets and config.prefill_buckets[-1] > most:
+        raise ConfigError(
+            f"prefill_buckets holds {config.prefill_buckets[-1]}, above the {most} tokens that one prefill call takes "
+            "(token_budget, max_context); leave it out"
+        )
+    return limit
 
 
 def _complete(responses: list[Response]) -> int:

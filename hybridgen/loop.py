@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import _signal
 import logging
-import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from hybridgen.core import FinishReason, TokenLogprob
+from hybridgen.core import FinishReason
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError
 from hybridgen.execution import Counters, LaunchedStep, ModelRunner, PrefillChunk
-from hybridgen.output import Response
+from hybridgen.output import Response, StepKind
 from hybridgen.requests import Plan
-from hybridgen.scheduler import Chunk, Scheduler, Sequence
+from hybridgen.scheduler import Batch, Chunk, Scheduler, Sequence
+from hybridgen.turns import TurnLock
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ class InFlight(NamedTuple):
 
     step: LaunchedStep
     responses: list[Response]
+    decoded_by: StepKind | None
+    """How a decode step runs; None for a prefill."""
 
 
 class StepLoop:
@@ -43,17 +46,18 @@ class StepLoop:
         *,
         tokenizer: Any,
         run_ahead: int,
-        kind: tuple[str, str],
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._counters = counters
         self._tokenizer = tokenizer
         self._run_ahead = run_ahead
-        self._kind = kind
         self._responses: dict[Sequence, Response] = {}
+        self._batch: Batch | None = None
+        self._batch_responses: list[Response] = []
+        """The responses of that batch, so that they are not looked up again in every step."""
         self._in_flight: list[InFlight] = []
-        self._lock = threading.RLock()
+        self._lock = TurnLock()
         self._stepping = False
         self._cancelled: list[Response] = []
         self._lost: list[Response] = []
@@ -114,6 +118,8 @@ class StepLoop:
         Raises:
             EngineError: the loop has ended, or this was called from inside a step.
         """
+        if not self._stepping:
+            self._lock.give_way()
         with self._lock, interrupts_deferred():
             self.check()
             if self._stepping:
@@ -122,7 +128,8 @@ class StepLoop:
                 )
             self._stepping = True
             try:
-                self._fail_lost("a step that it was in was interrupted")
+                if self._lost:
+                    self._fail_lost("a step that it was in was interrupted")
                 self._step()
             except EngineError:
                 raise
@@ -136,8 +143,27 @@ class StepLoop:
                 self._fail_lost(f"a step failed: {type(error).__name__}: {first_line(error)}")
             finally:
                 self._stepping = False
-                cancelled, self._cancelled = self._cancelled, []
-                self.cancel(cancelled)
+                if self._cancelled:
+                    cancelled, self._cancelled = self._cancelled, []
+                    self.cancel(cancelled)
+
+    def idle(self, work: Callable[[], bool]) -> bool:
+        """Do something on the device while no request needs it; false, and nothing done, while one waits or runs.
+
+        Nothing is in flight then, and nobody can submit before `work` returns. What it returns is returned, what it
+        raises is raised; the loop goes on after either. Ctrl-C waits until it is done.
+
+        Raises:
+            EngineError: the device failed on a step that was still in flight.
+        """
+        with self._lock, interrupts_deferred():
+            if self._stepping or self._responses or self.ended:
+                return False
+            # With run-ahead, steps for requests that ended meanwhile can be left over.
+            flights, self._in_flight = self._in_flight, []
+            for flight in flights:
+                self._read(flight)
+            return work()
 
     def _step(self) -> None:
         earlier, self._in_flight = self._in_flight, []
@@ -151,12 +177,13 @@ class StepLoop:
 
     def _launch(self) -> list[InFlight]:
         admitted, prefill, decode = self.scheduler.schedule()
-        failed = {sequence for sequence in admitted if not self._admit(sequence)}
-        prefill = [chunk for chunk in prefill if chunk.sequence not in failed]
         launched: list[InFlight] = []
+        if admitted:
+            failed = {sequence for sequence in admitted if not self._admit(sequence)}
+            prefill = tuple(chunk for chunk in prefill if chunk.sequence not in failed)
         if prefill:
             self._launch_prefill(prefill, launched)
-        if decode:
+        if decode is not None:
             self._launch_decode(decode, launched)
         return launched
 
@@ -169,41 +196,43 @@ class StepLoop:
             return False
         return True
 
-    def _launch_prefill(self, chunks: list[Chunk], launched: list[InFlight]) -> None:
+    def _launch_prefill(self, chunks: tuple[Chunk, ...], launched: list[InFlight]) -> None:
         try:
             step = self._runner.prefill([_describe(chunk) for chunk in chunks])
         except Exception as error:
-            self._isolate(error, chunks, chunks[0].sequence, lambda work: self._launch_prefill(work, launched))
+            parts = [(chunk,) for chunk in chunks]
+            self._isolate(error, chunks[0].sequence, parts, lambda part: self._launch_prefill(part, launched))
             return
-        responses = [self._responses[chunk.sequence] for chunk in chunks]
-        self._note("prefill", responses)
+        kind = ("prefill", step.kind, step.reason)
+        self._counters.steps[kind] += 1
         self._counters.tokens["prompt"] += sum(chunk.length for chunk in chunks)
-        if step is not None:
-            last = [response for response, chunk in zip(responses, chunks, strict=True) if chunk.last]
-            launched.append(InFlight(step, last))
-
-    def _launch_decode(self, sequences: list[Sequence], launched: list[InFlight]) -> None:
-        try:
-            step = self._runner.decode(tuple(sequence.slot for sequence in sequences))
-        except Exception as error:
-            self._isolate(error, sequences, sequences[0], lambda work: self._launch_decode(work, launched))
-            return
-        responses = [self._responses[sequence] for sequence in sequences]
-        self._note("decode", responses)
-        launched.append(InFlight(step, responses))
-
-    def _note(self, phase: str, responses: list[Response]) -> None:
-        self._counters.steps[(phase, *self._kind)] += 1
+        responses = [self._responses[chunk.sequence] for chunk in chunks]
         for response in responses:
-            response.ran(phase, *self._kind)
+            response.prefilled(kind)
+        if step.rows:
+            last = [response for response, chunk in zip(responses, chunks, strict=True) if chunk.last]
+            launched.append(InFlight(step, last, None))
 
-    def _isolate(self, error: Exception, work: list[Any], first: Sequence, launch: Callable[[list[Any]], None]) -> None:
+    def _launch_decode(self, batch: Batch, launched: list[InFlight]) -> None:
+        try:
+            step = self._runner.decode(batch.slots)
+        except Exception as error:
+            parts = [Batch.of([sequence]) for sequence in batch.sequences]
+            self._isolate(error, batch.sequences[0], parts, lambda part: self._launch_decode(part, launched))
+            return
+        if batch is not self._batch:
+            self._batch, self._batch_responses = batch, [self._responses[s] for s in batch.sequences]
+        kind = ("decode", step.kind, step.reason)
+        self._counters.steps[kind] += 1
+        launched.append(InFlight(step, self._batch_responses, kind))
+
+    def _isolate(self, error: Exception, first: Sequence, parts: list[Any], launch: Callable[[Any], None]) -> None:
         """A call failed: run its requests one by one, so that only the one to blame fails."""
-        if len(work) == 1 or _is_fatal(error):
+        if len(parts) == 1 or _is_fatal(error):
             self._blame(first, error)
             return
-        for item in work:
-            launch([item])
+        for part in parts:
+            launch(part)
 
     def _blame(self, sequence: Sequence, error: Exception) -> None:
         """Fail the one request whose work raised; everybody, if the device is lost."""
@@ -214,37 +243,43 @@ class StepLoop:
         self._finish(self._responses[sequence], FinishReason.ERROR, failure)
 
     def _read(self, flight: InFlight) -> None:
+        """Wait for a step and hand its tokens to their responses."""
         try:
-            output = flight.step.read()
+            tokens, logprobs = flight.step.read()
         except Exception as error:
             self._break(error)
-        logprobs: Iterable[TokenLogprob | None] = output.logprobs or repeat(None, len(output.tokens))
-        for response, token, logprob in zip(flight.responses, output.tokens, logprobs, strict=True):
-            if response.completion is None:  # else it ended while this step was in flight
-                self._deliver(response, token, logprob)
-
-    def _deliver(self, response: Response, token: int, logprob: TokenLogprob | None) -> None:
-        self._counters.tokens["generated"] += token >= 0
-        try:
-            response.push(token, logprob)
-        except Exception as error:
-            # A tokenizer or a streamer of the user's failed; the other requests of the step go on.
-            logger.debug("a request failed", exc_info=error)
-            failure = RequestError(f"its output could not be handled: {type(error).__name__}: {first_line(error)}")
-            self._finish(response, FinishReason.ERROR, failure)
-        if response.completion is not None:
-            self._release(response)
+        now = time.perf_counter()
+        generated = 0
+        rows = zip(flight.responses, tokens, logprobs or repeat(None, len(tokens)), strict=True)
+        for response, token, logprob in rows:
+            if response.completion is not None:  # it ended while this step was in flight
+                continue
+            generated += token >= 0
+            try:
+                response.push(token, logprob, now, flight.decoded_by)
+            except Exception as error:
+                # A tokenizer or a streamer of the user's failed; the other requests of the step go on.
+                logger.debug("a request failed", exc_info=error)
+                failure = RequestError(f"its output could not be handled: {type(error).__name__}: {first_line(error)}")
+                self._finish(response, FinishReason.ERROR, failure)
+            if response.completion is not None:
+                self._release(response)
+        self._counters.tokens["generated"] += generated
 
     def _respond(self, plan: Plan, keep_events: bool) -> Response:
         try:
-            response = Response(Sequence(plan.prompt_ids, plan.sampling), self._tokenizer, plan.prompt, plan.choice)
+            return Response(
+                Sequence(plan.prompt_ids, plan.sampling),
+                self._tokenizer,
+                plan.prompt,
+                plan.choice,
+                keep_events=keep_events,
+            )
         except Exception as error:
             raise TokenizerError(
                 f"the tokenizer failed on prompt {plan.prompt}: {type(error).__name__}: {first_line(error)}; pass "
                 "another tokenizer="
             ) from error
-        response.keep_events = keep_events
-        return response
 
     def _finish(self, response: Response, reason: FinishReason, error: HybridgenError | None = None) -> None:
         """End a response if it has not ended, and free what it held."""
@@ -255,6 +290,7 @@ class StepLoop:
     def _release(self, response: Response) -> None:
         """Free what a completed request held; once is enough."""
         self.scheduler.finish(response.sequence)
+        self._batch, self._batch_responses = None, []
         if self._responses.pop(response.sequence, None) is not None and response.completion is not None:
             self._counters.requests[str(response.completion.finish_reason)] += 1
 
@@ -294,32 +330,35 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-@contextmanager
-def interrupts_deferred() -> Iterator[None]:
+class interrupts_deferred:
     """Take a Ctrl-C that arrives inside at the end; a second one at once.
 
     Only the main thread gets signals; elsewhere, and where SIGINT has no Python handler, this does nothing.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler) or _deferring(handler):
-        yield
-        return
-    received: list[Any] = []
 
-    def defer(number: int, frame: Any) -> None:
-        received.append((number, frame))
-        if len(received) > 1:
-            handler(number, frame)
+    # `_signal` is what the module `signal` wraps: it makes enums of its results, which takes longer than a whole step
+    # of the loop.
 
-    defer.hybridgen = True  # type: ignore[attr-defined]
-    signal.signal(signal.SIGINT, defer)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if received:
-            handler(*received[0])
+    __slots__ = ("_handler", "_received")
 
+    def __enter__(self) -> None:
+        self._handler: Any = None
+        self._received: list[tuple[int, Any]] = []
+        if threading.current_thread() is not threading.main_thread():
+            return
+        handler = _signal.getsignal(_signal.SIGINT)
+        if callable(handler) and not isinstance(getattr(handler, "__self__", None), interrupts_deferred):
+            self._handler = handler
+            _signal.signal(_signal.SIGINT, self._defer)
 
-def _deferring(handler: Any) -> bool:
-    return getattr(handler, "hybridgen", False)
+    def __exit__(self, *_: object) -> None:
+        if self._handler is None:
+            return
+        _signal.signal(_signal.SIGINT, self._handler)
+        if self._received:
+            self._handler(*self._received[0])
+
+    def _defer(self, number: int, frame: Any) -> None:
+        self._received.append((number, frame))
+        if len(self._received) > 1:
+            self._handler(number, frame)

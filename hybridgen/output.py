@@ -16,72 +16,116 @@ from hybridgen.scheduler import Sequence
 
 logger = logging.getLogger(__name__)
 
+StepKind = tuple[str, str, str]
+"""How a step ran: its phase, kind and reason, see `core.StepSummary`."""
+
 
 class Response:
-    """What a request has produced so far: its text, times, and in the end its completion."""
+    """What a request has produced so far: its text, times, and in the end its completion.
 
-    def __init__(self, sequence: Sequence, tokenizer: Any, index: int = 0, choice: int = 0) -> None:
+    `push()` runs once for every token of every request while the device waits for the next step, so that it leaves to
+    the end what can be done there: without events and stop strings, all text is decoded at once.
+    """
+
+    def __init__(
+        self, sequence: Sequence, tokenizer: Any, index: int = 0, choice: int = 0, *, keep_events: bool = False
+    ) -> None:
         sampling = sequence.sampling
         self.sequence = sequence
         self.index = index
         self.choice = choice
         self.events: deque[TokenEvent] = deque()
-        self.keep_events = False
         self.on_token: Callable[[int], None] | None = None
         self.completion: Completion | None = None
+        self.keep_events = keep_events
         self._detokenizer = IncrementalDetokenizer(tokenizer, sequence.prompt_ids, sampling.skip_special_tokens)
         self._stops = StopChecker(sampling.stop)
+        self._decodes_each = keep_events or bool(sampling.stop) or not self._detokenizer.bulk
         self._text: list[str] = []
+        self._ids = sequence.output_ids
+        self._limit = sampling.max_new_tokens
+        self._stop_ids = frozenset(sampling.stop_token_ids)
         self._logprobs: list[TokenLogprob] = []
-        self._steps: Counter[tuple[str, str, str]] = Counter()
+        self._steps: Counter[StepKind] = Counter()
+        self._decoded_by: StepKind | None = None
+        """How the last tokens were decoded; None where a prefill brought the last one."""
+        self._decoded_from = 0
+        """The first token of which that is true."""
         self._submitted = time.perf_counter()
         self._started: float | None = None
         self._token_times: list[float] = []
 
-    def ran(self, phase: str, kind: str, reason: str) -> None:
-        """Note that a step of this request was launched."""
+    def prefilled(self, kind: StepKind) -> None:
+        """Note that a prefill step of this request was launched."""
         if self._started is None:
             self._started = time.perf_counter()
-        self._steps[phase, kind, reason] += 1
+        self._steps[kind] += 1
 
-    def push(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Take the next token; completes the response when it is the last."""
+    def push(self, token: int, logprob: TokenLogprob | None, now: float, decoded_by: StepKind | None = None) -> None:
+        """Take the next token; completes the response when it is the last.
+
+        Args:
+            token: -1 where there was nothing to choose.
+            now: when the host read it, by `time.perf_counter()`.
+            decoded_by: the decode step that brought it; None for a prefill, which is noted when it is launched.
+        """
+        if decoded_by != self._decoded_by:
+            self._count_decode_steps()
+            self._decoded_by, self._decoded_from = decoded_by, len(self._ids)
         if token < 0:
-            error = RequestError(
-                f"the logits after {self.sequence.length} tokens held NaN or no token that may be chosen; check the "
-                "weights, the dtype and logit_bias"
-            )
-            self.end(FinishReason.ERROR, error)
+            self._fail_unchosen()
             return
-        sampling = self.sequence.sampling
-        self._token_times.append(time.perf_counter() - self._submitted)
-        self.sequence.output_ids.append(token)
-        if sampling.logprobs is None:
-            logprob = None
-        elif logprob is not None:
-            # A step reports as many candidates as the request of its batch that wants most.
-            logprob = replace(logprob, top=logprob.top[: sampling.logprobs])
-            self._logprobs.append(logprob)
-        text, matched = self._stops.push(self._detokenizer.push(token))
-        reason: FinishReason | None = None
-        match: str | int | None = None
-        if matched is not None:
-            reason, match = FinishReason.STOP, matched
-        elif token in sampling.stop_token_ids:
-            reason, match = FinishReason.STOP, token
-        elif len(self.sequence.output_ids) >= sampling.max_new_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None and matched is None:
-            tail, matched = self._flush()
-            text += tail
-            if matched is not None:
-                reason, match = FinishReason.STOP, matched
-        self._text.append(text)
-        if reason is not None:
-            self._complete(reason, match)
-        self._emit(token, text, logprob)
+        self._ids.append(token)
+        self._token_times.append(now)
+        text, matched = "", None
+        if logprob is not None:
+            logprob = self._keep(logprob)
+        if self._decodes_each:
+            text, matched = self._stops.push(self._detokenizer.push(token))
+        if matched is not None or token in self._stop_ids or len(self._ids) >= self._limit:
+            text += self._finish(token, text, matched)
+        elif text:
+            self._text.append(text)
+        if self.keep_events:
+            self._emit(token, text, logprob)
         if self.on_token is not None:
             self.on_token(token)
+
+    def _fail_unchosen(self) -> None:
+        """The last step brought no token."""
+        if self._decoded_by is not None:
+            self._steps[self._decoded_by] += 1
+        error = RequestError(
+            f"the logits after {self.sequence.length} tokens held NaN or no token that may be chosen; check the "
+            "weights, the dtype and logit_bias"
+        )
+        self.end(FinishReason.ERROR, error)
+
+    def _keep(self, logprob: TokenLogprob) -> TokenLogprob | None:
+        wanted = self.sequence.sampling.logprobs
+        if wanted is None:
+            return None
+        # A step reports as many candidates as the request of its batch that wants most.
+        logprob = replace(logprob, top=logprob.top[:wanted])
+        self._logprobs.append(logprob)
+        return logprob
+
+    def _finish(self, token: int, text: str, matched: str | None) -> str:
+        """Complete with this token and its text; returns the text that was held back and comes with it."""
+        held = ""
+        reason = FinishReason.STOP
+        match: str | int | None = matched
+        if matched is None:
+            held, matched = self._flush()
+            if matched is not None:
+                match = matched
+            elif token in self._stop_ids:
+                match = token
+            else:
+                reason = FinishReason.LENGTH
+        self._text.append(text + held)
+        self._complete(reason, match)
+        return held
 
     def end(self, reason: FinishReason, error: HybridgenError | None = None) -> None:
         """End the response where it is; the tokens and the text it has are kept."""
@@ -95,8 +139,8 @@ class Response:
         self._emit(None, text, None)
 
     def _flush(self) -> tuple[str, str | None]:
-        """Text held back by an incomplete character or a possible stop string."""
-        text, matched = self._stops.push(self._detokenizer.flush())
+        """Text of tokens not decoded yet, and text held back by an incomplete character or a possible stop string."""
+        text, matched = self._stops.push(self._detokenizer.flush(() if self._decodes_each else self._ids))
         return (text, matched) if matched is not None else (text + self._stops.flush(), None)
 
     def _emit(self, token: int | None, text: str, logprob: TokenLogprob | None) -> None:
@@ -112,21 +156,28 @@ class Response:
                 )
             )
 
+    def _count_decode_steps(self) -> None:
+        """Count the steps that brought the tokens of the current run of decode steps."""
+        if self._decoded_by is not None:
+            self._steps[self._decoded_by] += len(self._ids) - self._decoded_from
+
     def _complete(self, reason: FinishReason, match: str | int | None, error: HybridgenError | None = None) -> None:
-        now = time.perf_counter()
+        total = time.perf_counter() - self._submitted
         sampling = self.sequence.sampling
         nan = float("nan")
+        token_times = tuple(moment - self._submitted for moment in self._token_times)
+        self._count_decode_steps()
         self.completion = Completion(
             text="".join(self._text),
-            token_ids=tuple(self.sequence.output_ids),
+            token_ids=tuple(self._ids),
             prompt_token_ids=self.sequence.prompt_ids,
             finish_reason=reason,
             seed=sampling.seed,
             timing=Timing(
                 queue=nan if self._started is None else self._started - self._submitted,
-                ttft=self._token_times[0] if self._token_times else nan,
-                total=now - self._submitted,
-                token_times=tuple(self._token_times),
+                ttft=token_times[0] if token_times else nan,
+                total=total,
+                token_times=token_times,
             ),
             steps=tuple(StepSummary(*key, count) for key, count in self._steps.items()),
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),

@@ -177,7 +177,7 @@ def test_context_above_the_models(llama_path: Path) -> None:
 
 def test_unknown_backend(llama_path: Path) -> None:
     with pytest.raises(hybridgen.ConfigError, match="no_such_backend"):
-        Engine.load(llama_path, compile_backend="no_such_backend")
+        Engine.load(llama_path, mode="jit", compile_backend="no_such_backend")
 
 
 # ------------------------------------------------------------------ failures
@@ -187,16 +187,16 @@ def poison_first_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the logits of one request NaN: the one in the first row of the first decode call."""
     runner = engine._runner
     assert runner is not None
-    forward, slot = runner._forward, []
+    forward, slot = runner._bound.forward, []
 
-    def broken(ids: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        logits = forward(ids, keep)
+    def broken(ids: torch.Tensor, step: Any, keep: torch.Tensor | None) -> torch.Tensor:
+        logits = forward(ids, step, keep)
         if keep is None:
-            slot.append(int(runner._step.slots[0]))
-            logits[runner._step.slots == slot[0]] = float("nan")
+            slot.append(int(step.slots[0]))
+            logits[step.slots == slot[0]] = float("nan")
         return logits
 
-    monkeypatch.setattr(runner, "_forward", broken)
+    monkeypatch.setattr(runner._bound, "forward", broken)
 
 
 def test_nan_logits_fail_their_row_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,12 +313,12 @@ def test_a_failed_compilation_falls_back_and_says_so(llama_path: Path, engine: E
 def test_a_late_compilation_is_counted_and_warned_of(llama_path: Path) -> None:
     with Engine.load(llama_path, mode="jit", compile_backend="aot_eager", **SETTINGS) as engine:
         engine.generate(PROMPTS[0], max_new_tokens=2)
-        engine._runner.compiled._step.query_starts = engine._runner._step.query_starts
+        engine._runner.compiled._step.query_starts = engine._runner.steps.metadata.query_starts
         window = next(iter(engine._runner._bound.sites)).module._hybridgen
         window.window = 7  # something that the graph was specialised on
         with pytest.warns(RuntimeWarning, match="after warm-up"):
             engine.generate(PROMPTS[0], max_new_tokens=2)
-        assert engine.stats().late_graphs > 0
+        assert engine.stats().late_compiles > 0
 
 
 # ------------------------------------------------------------------ streams and life cycle

@@ -78,10 +78,10 @@ def test_jit(family: str, checkpoint: Path, expected: list, pytestconfig: pytest
         stats = engine.stats()
         assert not stats.fallbacks
         # Prefill, decode of one row and of several: one graph each, whatever the number of layers of a kind.
-        assert stats.graphs == 3 * families.layer_kinds(family)
+        assert stats.compiled == 3 * families.layer_kinds(family)
         with torch.compiler.set_stance("fail_on_recompile"):
             check_engine(engine, expected)
-        assert engine.stats().late_graphs == 0
+        assert engine.stats().late_compiles == 0
 
 
 @pytest.mark.parametrize("variant", sorted(families.ROPE_VARIANTS))

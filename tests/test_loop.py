@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -19,8 +20,15 @@ from transformers import AutoTokenizer
 
 import hybridgen
 from hybridgen import Engine, FinishReason, api
+from hybridgen.core import SamplingParams
 from hybridgen.demo import model_path
-from hybridgen.loop import interrupts_deferred
+from hybridgen.execution import Counters, PrefillChunk, StepOutput
+from hybridgen.kvcache import PageAllocator
+from hybridgen.loop import StepLoop, interrupts_deferred
+from hybridgen.output import Response
+from hybridgen.requests import Plan
+from hybridgen.sampling import resolve
+from hybridgen.scheduler import Scheduler
 
 SETTINGS: dict[str, Any] = {"mode": "eager", "max_batch": 4, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB"}
 PROMPTS = families.prompts_of((5, 40, 17, 33))
@@ -261,6 +269,190 @@ def test_interrupts_are_deferred_once_and_the_handler_comes_back() -> None:
     assert reached == [1]
 
 
+# ------------------------------------------------------------------ the loop alone
+
+
+class StubRunner:
+    """Counts each request's tokens upwards from 100 times its slot."""
+
+    def __init__(self) -> None:
+        self.next: dict[int, int] = {}
+        self.decoded: list[tuple[int, ...]] = []
+        self.reads = 0
+        self.fails: Any = lambda slots: False
+
+    def admit(self, slot: int, pages: Any, sampling: Any, prompt_ids: Any) -> None:
+        self.next[slot] = 100 * slot
+
+    def prefill(self, chunks: list[PrefillChunk]) -> Any:
+        return self._launch(tuple(chunk.slot for chunk in chunks if chunk.last))
+
+    def decode(self, slots: tuple[int, ...]) -> Any:
+        self.decoded.append(slots)
+        if self.fails(slots):
+            raise RuntimeError("injected")
+        return self._launch(slots)
+
+    def _launch(self, slots: tuple[int, ...]) -> Any:
+        tokens = [self.next[slot] for slot in slots]
+        for slot in slots:
+            self.next[slot] += 1
+
+        def read() -> StepOutput:
+            assert tokens, "a step without rows is not read"
+            self.reads += 1
+            return StepOutput(tokens, None)
+
+        return SimpleNamespace(kind="stub", reason="none", rows=len(tokens), read=read)
+
+
+def stub_loop(run_ahead: int = 1, tokenizer: Any = None, budget: int = 16) -> tuple[StepLoop, StubRunner]:
+    runner = StubRunner()
+    scheduler = Scheduler(pages=PageAllocator(100), page_size=16, max_batch=4, token_budget=budget)
+    return StepLoop(runner, scheduler, Counters(), tokenizer=tokenizer, run_ahead=run_ahead), runner
+
+
+def start(loop: StepLoop, count: int, prompt: int = 3, **fields: Any) -> list[Response]:
+    sampling = resolve(SamplingParams(**fields), None, None, 1000)
+    responses: list[Response] = []
+    loop.submit([Plan(tuple(range(prompt)), sampling, index, 0) for index in range(count)], responses)
+    return responses
+
+
+def finish(loop: StepLoop, responses: list[Response]) -> None:
+    while any(response.completion is None for response in responses):
+        loop.step()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_tokens_steps_and_counts(run_ahead: int) -> None:
+    loop, runner = stub_loop(run_ahead)
+    responses = start(loop, 3, max_new_tokens=6)
+    responses += start(loop, 1, prompt=40, max_new_tokens=4)  # in four chunks; only the last samples
+    finish(loop, responses)
+    for index, response in enumerate(responses):
+        count = 6 if index < 3 else 4
+        assert response.completion.token_ids == tuple(100 * index + i for i in range(count))
+        steps = {(step.phase, step.kind, step.reason): step.count for step in response.completion.steps}
+        prefills = 1 if index < 3 else 4
+        assert steps == {("prefill", "stub", "none"): prefills, ("decode", "stub", "none"): count - 1}
+        assert response.sequence.launched == count
+    assert loop._counters.tokens == {"prompt": 49, "generated": 22}
+    assert loop._counters.steps["decode", "stub", "none"] == len(runner.decoded)
+
+
+def test_the_runner_gets_the_same_slots_object_while_the_batch_is_the_same() -> None:
+    loop, runner = stub_loop()
+    finish(loop, start(loop, 2, max_new_tokens=20))
+    assert len(runner.decoded) == 19
+    assert len({id(slots) for slots in runner.decoded}) == 1
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_a_failed_call_counts_its_tokens_once(run_ahead: int) -> None:
+    loop, runner = stub_loop(run_ahead)
+    responses = start(loop, 3, max_new_tokens=8)
+    runner.fails = lambda slots: len(slots) > 1 or slots == (1,)
+    for _ in range(3):
+        loop.step()
+    runner.fails = lambda slots: False
+    good = [responses[0], responses[2]]
+    for response in good:
+        assert response.completion is None
+        assert response.sequence.launched == 3
+        assert len(response.sequence.output_ids) == 3 - run_ahead
+    finish(loop, responses)
+    assert "injected" in str(responses[1].completion.error)
+    for slot, response in zip((0, 2), good, strict=True):
+        assert response.completion.token_ids == tuple(range(100 * slot, 100 * slot + 8))
+        assert response.sequence.launched == 8
+        assert sum(step.count for step in response.completion.steps) == 8
+
+
+def test_decoding_at_the_end_that_fails_fails_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    loop, _ = stub_loop(tokenizer=tokenizer)
+    responses = start(loop, 2, max_new_tokens=5)
+
+    def failing(token_ids: Any = ()) -> str:
+        raise ValueError("cannot decode")
+
+    monkeypatch.setattr(responses[0]._detokenizer, "flush", failing)
+    finish(loop, responses)
+    bad, good = (response.completion for response in responses)
+    assert isinstance(bad.error, hybridgen.RequestError)
+    assert "its output could not be handled: ValueError: cannot decode" in str(bad.error)
+    assert (bad.token_ids, bad.text) == (tuple(range(5)), "")
+    assert good.text == tokenizer.decode(good.token_ids)
+    assert loop._counters.requests == {"submitted": 2, "error": 1, "length": 1}
+
+
+def test_idle_work_runs_only_while_nobody_needs_the_device() -> None:
+    loop, runner = stub_loop()
+    calls: list[int] = []
+
+    def work() -> bool:
+        calls.append(runner.reads)
+        return True
+
+    assert loop.idle(work)
+    responses = start(loop, 1, max_new_tokens=20, stop_token_ids=[4])
+    assert not loop.idle(work)  # waiting
+    loop.step()
+    assert not loop.idle(work)  # running
+    responses[0].on_token = lambda token: calls.append(-1 if loop.idle(work) else -2)
+    finish(loop, responses)
+    assert runner.reads < 1 + len(runner.decoded)  # a step is in flight that nobody waits for
+    assert loop.idle(work)
+    assert calls == [0, *[-2] * 5, 1 + len(runner.decoded)]
+    assert not loop.idle(lambda: False)
+
+
+def test_idle_work_that_fails_leaves_the_loop_as_it_was() -> None:
+    loop, _ = stub_loop()
+
+    def failing() -> bool:
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        loop.idle(failing)
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(loop._lock._lock.acquire(timeout=5)))
+    thread.start()
+    thread.join()
+    assert taken == [True]  # the lock was free
+    loop, _ = stub_loop()
+    with pytest.raises(ValueError, match="no room"):
+        loop.idle(failing)
+    finish(loop, start(loop, 1, max_new_tokens=3))
+    loop.close()
+    assert not loop.idle(failing)
+
+
+def test_idle_work_is_not_interrupted() -> None:
+    loop, _ = stub_loop()
+    reached = []
+
+    def work() -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(1)
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.idle(work)
+    assert reached == [1]
+
+
+def test_responses_that_ended_are_not_kept() -> None:
+    loop, _ = stub_loop(run_ahead=0)
+    responses = start(loop, 2, max_new_tokens=5)
+    watched = weakref.ref(responses[0])
+    finish(loop, responses)
+    del responses
+    gc.collect()
+    assert watched() is None
+
+
 # ------------------------------------------------------------------ what is given back
 
 
@@ -316,9 +508,9 @@ def test_another_engines_compilation_is_not_a_late_one(llama_path: Path) -> None
         stream = first.stream(PROMPTS[0], max_new_tokens=8)
         next(stream)
         with Engine.load(llama_path, **jit) as second:
-            assert second.stats().graphs == 3
+            assert second.stats().compiled == 3
         list(stream)
-        assert first.stats().late_graphs == 0
+        assert first.stats().late_compiles == 0
 
 
 def test_text_prompts_of_the_demo_model_survive_all_this() -> None:

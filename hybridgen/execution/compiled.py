@@ -9,6 +9,7 @@ because entries of one code object share a recompile limit and are searched in t
 from __future__ import annotations
 
 import functools
+import importlib.util
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch._dynamo.convert_frame import register_bytecode_hook
 
-from hybridgen.errors import ConfigError
+from hybridgen.errors import ConfigError, DeviceError
 from hybridgen.models.attention import Phase, StepMetadata
 
 
@@ -39,6 +40,29 @@ def check_backend(backend: str) -> None:
     except torch._dynamo.exc.InvalidBackend as error:
         known = ", ".join(torch._dynamo.list_backends(exclude_tags=None))
         raise ConfigError(f"compile_backend={backend!r} is unknown; choose one of: {known}") from error
+
+
+def check_toolchain(mode: str, backend: str, device_type: str) -> None:
+    """Raise if this machine lacks what a mode's compilation needs.
+
+    Raises:
+        DeviceError: Inductor has no Triton on CUDA, or no C++ compiler on a CPU.
+    """
+    if backend != "inductor":
+        return
+    if device_type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise DeviceError(f'mode="{mode}" on CUDA needs Triton, which is not installed; install it or use "eager"')
+        return
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:  # InvalidCxxCompiler, or what running CXX raised
+        raise DeviceError(
+            f'mode="{mode}" on a CPU needs a C++ compiler and finds none ({type(error).__name__}); install g++ or set '
+            'CXX, or use mode="eager"'
+        ) from error
 
 
 def _own_code(name: str) -> Any:
@@ -73,9 +97,9 @@ class CompiledLayers:
         self._replaced: dict[nn.Module, Any] = {}
         self._hook: Any = None
         self._warming = False
-        self.graphs = 0
+        self.compiles = 0
         """Graphs compiled while warming up."""
-        self.late_graphs = 0
+        self.late_compiles = 0
         """Graphs compiled after it: each one is a stall that a user saw."""
 
     def install(self) -> None:
@@ -117,15 +141,17 @@ class CompiledLayers:
         if not any(code is ours for ours in self._codes):
             return
         if self._warming:
-            self.graphs += 1
+            self.compiles += 1
             return
-        if not self.late_graphs:
+        if not self.late_compiles:
             warnings.warn(
-                "a step compiled a graph after warm-up; see EngineStats.late_graphs", RuntimeWarning, stacklevel=2
+                "a step compiled a graph after warm-up; see EngineStats.late_compiles", RuntimeWarning, stacklevel=2
             )
-        self.late_graphs += 1
+        self.late_compiles += 1
 
     def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # inside a step that is compiled whole
+            return run_layer(layer, *args, **kwargs)
         tokens = self._step.slots.shape[0]
         if self._warming and tokens > 1:
             mark_tokens_dynamic((args, kwargs, self._step), tokens, self._most_tokens[self._step.phase])

@@ -1,40 +1,30 @@
-"""Runs steps: builds what a call needs, calls the model, samples, and hands back the launched step."""
+"""Launches steps: stages what a call needs, finds how it runs, and hands back the launched step."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from threading import get_ident
 
 import torch
 
 from hybridgen.execution.compiled import CompiledLayers
-from hybridgen.execution.launch import LaunchedStep
-from hybridgen.execution.state import DeviceState, SlotRows, to_device
+from hybridgen.execution.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
+from hybridgen.execution.graphs.validation import validate
+from hybridgen.execution.ring import LaunchedStep, TokenRing
+from hybridgen.execution.state import DeviceState
+from hybridgen.execution.statistics import Counters
+from hybridgen.execution.steps import ModelSteps, PrefillChunk, StepKey
 from hybridgen.kvcache import LayerPages
-from hybridgen.models import BoundModel, StepMetadata
+from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
-from hybridgen.sampling import ResolvedSampling, SamplerState, record, sample
+from hybridgen.sampling import ResolvedSampling, SamplerPlan, SamplerState
 
 WARM_UP_RUN = 7
 """Tokens of the warm-up prefill: few enough for the first page, and no dimension of a model."""
 
 WARM_UP_ROWS = 3
-
-
-class PrefillChunk(NamedTuple):
-    """A run of consecutive prompt tokens of one request."""
-
-    slot: int
-    tokens: Sequence[int]
-    start: int
-    """Position of the first of them."""
-    rope_length: int
-    """Tokens of the whole prefill: the prompt, and what was generated before when a request is prefilled again."""
-    generated: int
-    """Tokens generated before (above 0 when a request is prefilled again)."""
-    last: bool
-    """Whether the prompt ends here, so that a token is sampled."""
 
 
 class ModelRunner:
@@ -48,114 +38,163 @@ class ModelRunner:
         max_batch: int,
         max_pages: int,
         token_budget: int,
-        compile_backend: str | None,
+        compile_backend: str | None = None,
+        one_copy: bool = True,
+        buffers: int = 2,
         fall_back: Callable[[str], None] = warnings.warn,
     ) -> None:
         """`compile_backend` None runs every step eagerly; `fall_back` is told when a layer does, and why."""
         device = bound.model.device
         self._bound = bound
         self.device = device
+        self._fall_back = fall_back
         self._token_budget = token_budget
+        self._max_batch = max_batch
         self.state = DeviceState(max_batch, max_pages, device)
-        self.sampler = SamplerState(max_batch, vocab_size, device)
-        empty = torch.zeros(1, dtype=torch.int64, device=device)
-        starts = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
-        self._step = StepMetadata(self.state.block_table.tensor, empty.int(), empty, starts, empty)
+        self.sampler = SamplerState(max_batch + 1, vocab_size, device)
+        self.ring = TokenRing(max_batch, device)
+        self.steps = ModelSteps(
+            bound,
+            state=self.state,
+            sampler=self.sampler,
+            ring=self.ring,
+            token_budget=token_budget,
+            one_copy=one_copy,
+            buffers=buffers,
+        )
         self.compiled: CompiledLayers | None = None
         if compile_backend is not None:
             self.compiled = CompiledLayers(
                 bound.layers,
-                self._step,
+                self.steps.metadata,
                 backend=compile_backend,
                 max_batch=max_batch,
                 token_budget=token_budget,
                 fall_back=fall_back,
             )
+        self._check_addresses = False
+        self._batch: tuple[int, ...] | None = None
+        self._plan = SamplerPlan()
+        self._route: tuple[int, Route] | None = None
+        self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
 
     def attach(self, pages: tuple[LayerPages, ...]) -> None:
-        """Use these pages from now on."""
-        self._bound.attach(pages, self._step)
+        """Use these pages from now on. Not after something was recorded."""
+        self._bound.attach(pages, self.steps.metadata)
+
+    def use_graphs(
+        self,
+        settings: GraphSettings,
+        *,
+        recorder: Callable[[StepKey, bool], Recorder] | None,
+        why_plain: str,
+        counters: Counters,
+        notify: Callable[..., None] | None = None,
+        check_addresses: bool = False,
+        validates: bool = False,
+    ) -> None:
+        """How steps are recorded; see `GraphStore` and `EngineConfig`."""
+        self._check_addresses = check_addresses
+        if validates:
+            like = next(self._bound.model.parameters())
+            self.steps.logits = like.new_zeros(self._max_batch, self.sampler.vocab_size)
+        self.graphs = GraphStore(
+            settings,
+            recorder=recorder,
+            prepare=self._prepare,
+            run=self.steps.run,
+            plain_kind=self._plain_kind,
+            why_plain=why_plain,
+            counters=counters,
+            notify=notify,
+            validates=validates,
+        )
+        self._batch = None
 
     @torch.inference_mode()
     def admit(self, slot: int, pages: Sequence[int], sampling: ResolvedSampling, prompt_ids: Sequence[int]) -> None:
         """Give a slot to a new request."""
         self.state.block_table.assign(slot, pages)
         self.sampler.assign(slot, sampling, prompt_ids, ())
+        self._batch = None
 
     @torch.inference_mode()
-    def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep | None:
-        """Run the chunks in one call; sample for those that end their prompt (None when none does)."""
-        ids = self._stage_prefill(chunks)
-        ends, total = [], 0
-        for chunk in chunks:
-            total += len(chunk.tokens)
-            if chunk.last:
-                ends.append(total - 1)
-        keep = to_device(ends or [0], torch.int64, self.device)
-        logits = self._forward(ids, keep)
-        finished = [chunk for chunk in chunks if chunk.last]
-        if not finished:
-            return None
-        slots = tuple(chunk.slot for chunk in finished)
-        lengths = [chunk.start + len(chunk.tokens) for chunk in finished]
-        counts = to_device([slots, lengths, [chunk.generated for chunk in finished]], torch.int64, self.device)
-        return self._sample(logits, slots, *counts.unbind(0))
+    def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
+        """Run the chunks in one call; sample for those that end their prompt."""
+        slots = tuple(chunk.slot for chunk in chunks if chunk.last)
+        plan = self.sampler.needs(slots)
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        route = self.graphs.route(StepKey(Phase.PREFILL, tokens, len(slots), plan))
+        self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
+        return self._launch(route, len(slots), plan)
 
     @torch.inference_mode()
     def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
-        """Run one decode step of these slots and sample a token for each."""
-        rows, index = self.state.index(slots)
-        state = self.state.read(rows)
-        lengths = state.lengths + 1
-        self._set_step(Phase.DECODE, index, state.lengths, lengths)
-        logits = self._forward(state.last_tokens, None)
-        return self._sample(logits, slots, rows, lengths, state.generated)
+        """Run one decode step of these slots and sample a token for each.
 
-    def _sample(
-        self,
-        logits: torch.Tensor,
-        slots: tuple[int, ...],
-        rows: torch.Tensor,
-        lengths: torch.Tensor,
-        generated: torch.Tensor,
-    ) -> LaunchedStep:
-        """Sample the token after `lengths` tokens for each row, and advance the rows."""
-        plan = self.sampler.needs(slots)
-        sampled = sample(logits, self.sampler, rows, lengths, generated, plan)
-        step = LaunchedStep(sampled)  # before the state changes, so that a step that fails can run again
-        if plan.penalties:
-            record(self.sampler, rows, sampled.tokens)
-        self.state.write(rows, SlotRows(sampled.tokens, lengths, generated + 1))
-        return step
+        While the caller hands in the same tuple, nothing is looked up and nothing is sent to the device.
+        """
+        if slots is not self._batch or self._route is None or self._route[0] != self.graphs.version:
+            self._plan = self.sampler.needs(slots)
+            key = StepKey(Phase.DECODE, len(slots), len(slots), self._plan)
+            self._route = self.graphs.version, self.graphs.route(key)
+            self._batch = slots
+        self.steps.stage_decode(slots)
+        return self._launch(self._route[1], len(slots), self._plan)
 
-    def _forward(self, ids: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-        return self._bound.forward(ids, self._step, keep)
+    def _launch(self, route: Route, rows: int, plan: SamplerPlan) -> LaunchedStep:
+        if route.recording is not None and route.recording.recorded.thread not in (None, get_ident()):
+            self._fall_back("cudagraph trees replay on the thread that recorded them; steps of others run without")
+            route = self._plain_route(route.key, "its cudagraph tree belongs to another thread")
+        if route.key.rows:
+            self.ring.reserve()
+        try:
+            if route.recording is not None and (self._check_addresses or not route.recording.checked):
+                route = self._checked(route, route.recording)
+            else:
+                route.run()
+        except BaseException:
+            self.ring.resynchronize()
+            raise
+        self.graphs.count(route)
+        if not route.key.rows:
+            return LaunchedStep(self.ring, 0, 0, None, route.kind, route.reason)
+        return self.ring.launched(rows, plan.logprobs, route.kind, route.reason)
 
-    def _set_step(self, phase: Phase, slots: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor) -> None:
-        step = self._step
-        step.phase, step.slots, step.positions, step.rope_lengths = phase, slots, positions, rope
+    def _checked(self, route: Route, recording: Recording) -> Route:
+        """Run a step whose recording is not to be trusted yet; returns how it ran in the end."""
+        wrong = None
+        if recording.addresses is not None:
+            moved = [name for name, address in self._addresses().items() if recording.addresses.get(name) != address]
+            wrong = f"moved since the capture: {', '.join(moved[:3])}" if moved else None
+        if wrong is None and not recording.checked:
+            recording.checked = True
+            wrong = validate(self, recording)
+        elif wrong is None:
+            route.run()
+        if wrong is None:
+            return route
+        self.graphs.drop(recording, wrong)
+        plain = self._plain_route(route.key, "its graph was found wrong")
+        plain.run()
+        return plain
 
-    def _stage_prefill(self, chunks: Sequence[PrefillChunk]) -> torch.Tensor:
-        """Set the step's metadata for the chunks; returns their token ids, packed."""
-        ids: list[int] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        rope: list[int] = []
-        starts = [0]
-        for chunk in chunks:
-            count = len(chunk.tokens)
-            ids += chunk.tokens
-            slots += [chunk.slot] * count
-            positions += range(chunk.start, chunk.start + count)
-            rope += [chunk.rope_length] * count
-            starts.append(len(ids))
-        block = to_device([ids, positions, rope, slots], torch.int64, self.device)
-        starts += [len(ids)] * (self.state.max_batch + 1 - len(starts))
-        self._step.query_starts = to_device(starts, torch.int32, self.device)
-        # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case.
-        phase = Phase.DECODE if len(ids) == 1 else Phase.PREFILL
-        self._set_step(phase, block[3].int(), block[1], block[2])
-        return block[0]
+    def _plain_route(self, key: StepKey, reason: str) -> Route:
+        return Route(key, partial(self.steps.run, key), self._plain_kind(), reason)
+
+    def _plain_kind(self) -> str:
+        return "eager" if self.compiled is None else "compiled"
+
+    def _addresses(self) -> dict[str, int]:
+        """Where everything lies that a recorded step reads or writes."""
+        model = self._bound.model
+        parts = (dict(model.named_parameters()), dict(model.named_buffers()), self.steps.tensors())
+        return {name: tensor.data_ptr() for part in parts for name, tensor in part.items()}
+
+    def _prepare(self, key: StepKey) -> None:
+        self.sampler.allocate(key.plan)
+        self.steps.stage_padding(key)
+        self._batch = None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -163,34 +202,58 @@ class ModelRunner:
         if self.compiled is None:
             return
         self.compiled.install()
-        length = min(WARM_UP_RUN, self._token_budget)
-        run = PrefillChunk(0, [0] * length, 0, length, 0, True)
+        plan = SamplerPlan()
+        run = min(WARM_UP_RUN, self._token_budget)
+        keys = [StepKey(Phase.PREFILL, run, 1, plan)]
+        keys += [StepKey(Phase.DECODE, rows, rows, plan) for rows in {min(WARM_UP_ROWS, self._max_batch), 1}]
         with self.compiled.warming_up():
-            self._bound.forward(self._stage_prefill([run]), self._step, None)
-            for count in {min(WARM_UP_ROWS, self.state.max_batch), 1}:
-                index = to_device(list(range(count)), torch.int32, self.device)
-                positions = torch.zeros(count, dtype=torch.int64, device=self.device)
-                self._set_step(Phase.DECODE, index, positions, positions + 1)
-                self._bound.forward(torch.zeros_like(positions), self._step, None)
+            for key in keys:
+                self._run_padding(key)
+
+    @torch.inference_mode()
+    def capture(self, keys: Sequence[StepKey], progress: Callable[[], None]) -> None:
+        """Record these steps. Not while requests run."""
+        self.graphs.capture(keys, progress)
+        self._after_capture()
+
+    @torch.inference_mode()
+    def capture_pending(self) -> bool:
+        """Record the step that was wanted most, if any; returns whether more are. Not while requests run."""
+        if not self.graphs.pending:
+            return False
+        more = self.graphs.capture_pending()
+        self._after_capture()
+        return more
+
+    def _after_capture(self) -> None:
+        for recording in self.graphs.recordings:
+            if recording.addresses is None and self._check_addresses:
+                recording.addresses = self._addresses()
+        self.ring.resynchronize()
+        self.steps.stage_decode(())
+        self._batch = None
+
+    def _run_padding(self, key: StepKey) -> None:
+        self._prepare(key)
+        self.steps.run(key)
+        self.ring.resynchronize()
 
     @torch.inference_mode()
     def measure_activations(self, max_context: int) -> int:
         """Bytes that the largest prefill call allocates at its peak on CUDA (0 elsewhere).
 
-        Runs with every slot's pages unset, so it writes to the dummy page only.
+        Runs with padding alone, so it writes to the dummy page only.
         """
         if self.device.type != "cuda":
             return 0
-        count = min(self._token_budget, max_context)
-        runs = [PrefillChunk(0, [0] * count, 0, count, 0, True)]
-        ids = self._stage_prefill(runs)
+        key = StepKey(Phase.PREFILL, min(self._token_budget, max_context), 1, SamplerPlan())
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        logits = self._bound.forward(ids, self._step, to_device([0], torch.int64, self.device))
+        self._run_padding(key)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         # The sampler works on [max_batch, vocab_size] in float32: logits, processed, sorted values and ids, noise.
-        sampling = 8 * 4 * self.state.max_batch * logits.shape[-1]
+        sampling = 8 * 4 * self._max_batch * self.sampler.vocab_size
         torch.cuda.empty_cache()
         return peak + sampling
 
@@ -199,3 +262,8 @@ class ModelRunner:
         if self.compiled is not None:
             self.compiled.remove()
             self.compiled = None
+
+    def close(self) -> None:
+        """Release what was recorded, and give the layers back as they were."""
+        self.graphs.close()
+        self.disable_compilation()

@@ -30,6 +30,63 @@ class Counters:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraphRow:
+    """One recorded step."""
+
+    phase: str
+    tokens: int
+    """Its bucket: tokens of a prefill, rows of a decode step."""
+    rows: int
+    """Rows that it samples."""
+    sampling: str
+    """The parts of the sampler that it has; `greedy` has none."""
+    owner: str
+    """`cuda graph`, `cudagraph tree` or `stand-in`."""
+    lazy: bool
+    """Captured while idle, not at warm-up."""
+    hits: int
+    padded_hits: int
+    bytes: int
+    seconds: float
+    """A replay with padding rows only, with its wait (what decides whether padding is worth it)."""
+    plain_seconds: float
+    """The same step without the recording."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphStats:
+    """What the graph store holds and has done."""
+
+    graphs: tuple[GraphRow, ...] = ()
+    bytes: int = 0
+    """Device memory that their captures took."""
+    hits: int = 0
+    """Steps that a graph ran."""
+    padded_hits: int = 0
+    """Those of them that were padded to a larger bucket."""
+    misses: Mapping[str, int] = field(default_factory=dict)
+    """Steps that ran without a graph, by reason; empty in modes without graphs."""
+    lazy_captures: int = 0
+    evictions: int = 0
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Messages of failed captures and of graphs that were found wrong."""
+
+    def summary(self) -> str:
+        """One line."""
+        owners = Counter(row.owner for row in self.graphs)
+        held = ", ".join(f"{count} {owner}s" for owner, count in owners.items()) or "none"
+        parts = [
+            f"{held} ({self.bytes / 2**20:,.0f} MiB)",
+            f"{self.hits:,} hits, {self.padded_hits:,} of them padded",
+            f"{sum(self.misses.values()):,} misses",
+            f"{self.lazy_captures} captured while idle",
+            f"{self.evictions} evicted",
+            f"{len(self.failures)} failed",
+        ]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """A snapshot of what an engine has done and holds. `str()` of it is a table."""
 
@@ -47,10 +104,12 @@ class EngineStats:
     """Calls by (phase, kind, reason)."""
     fallbacks: Mapping[str, int]
     """How often something ran another way than asked for, by reason."""
-    graphs: int
-    """Graphs that `torch.compile` made at warm-up."""
-    late_graphs: int
-    """Graphs made after it, each one a stall."""
+    compiled: int
+    """Functions that `torch.compile` made at warm-up: one per kind of layer and phase."""
+    late_compiles: int
+    """Those made after it, each one a stall."""
+    graphs: GraphStats
+    """Recorded steps."""
     running: int
     waiting: int
     pages: int
@@ -76,7 +135,9 @@ class EngineStats:
             ("requests", _counts(self.requests)),
             ("tokens", _counts(self.tokens)),
             *((f"{phase} calls", f"{count} {kind} ({reason})") for (phase, kind, reason), count in self.steps.items()),
-            ("graphs", f"{self.graphs} at warm-up, {self.late_graphs} later"),
+            ("compiled", f"{self.compiled} at warm-up, {self.late_compiles} later"),
+            ("graphs", self.graphs.summary()),
+            *(("no graph", f"{count} steps: {reason}") for reason, count in self.graphs.misses.items()),
             ("fallbacks", _counts(self.fallbacks)),
             ("now", f"{self.running} running, {self.waiting} waiting"),
             (

@@ -37,7 +37,7 @@ class StepMetadata:
     positions: torch.Tensor
     """int64 [T]: the position of each token in its request."""
     query_starts: torch.Tensor
-    """int32 [max_batch + 1]: where each request's run of tokens starts, padded with T. Read by prefill only."""
+    """int32 [max_batch + 2]: where each request's run of tokens starts, padded with T. Read by prefill only."""
     rope_lengths: torch.Tensor
     """int64 [T]: the request's length as rotary scaling sees it (see `models.rope`)."""
     phase: Phase = Phase.DECODE

@@ -61,6 +61,12 @@ class BoundModel:
         for _, _, rope in self._replaced():
             rope.step = step
 
+    def pages(self) -> dict[str, torch.Tensor]:
+        """The attached pages, by name."""
+        bindings: list[Any] = [site.module._hybridgen for site in self.sites]
+        keys = {f"keys of layer {i}": binding.keys for i, binding in enumerate(bindings)}
+        return keys | {f"values of layer {i}": binding.values for i, binding in enumerate(bindings)}
+
     def forward(self, input_ids: torch.Tensor, step: StepMetadata, keep: torch.Tensor | None) -> torch.Tensor:
         """Logits of a step.
 

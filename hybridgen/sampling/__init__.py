@@ -11,7 +11,7 @@ from hybridgen.sampling.detokenize import IncrementalDetokenizer
 from hybridgen.sampling.random import gumbel_noise
 from hybridgen.sampling.resolve import DEFAULT_MAX_NEW_TOKENS, ResolvedSampling, resolve
 from hybridgen.sampling.sampler import SampleOutput, record, sample
-from hybridgen.sampling.state import SamplerPlan, SamplerState
+from hybridgen.sampling.state import SamplerPlan, SamplerState, plan_of
 from hybridgen.sampling.stopping import StopChecker
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "SamplerState",
     "StopChecker",
     "gumbel_noise",
+    "plan_of",
     "record",
     "resolve",
     "sample",

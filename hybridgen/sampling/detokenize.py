@@ -1,7 +1,8 @@
-"""Token ids to text, one token at a time."""
+"""Token ids to text, one token at a time or all at the end."""
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,9 @@ class IncrementalDetokenizer:
 
     Fast tokenizers run through `tokenizers.decoders.DecodeStream`; others, and those that decode in Python,
     through their `decode()` on the last few tokens.
+
+    Where nobody reads a text before its end, and `bulk` says that it pays, all tokens can go to `flush()` at once: the
+    same text, for a tenth of the time.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
@@ -45,6 +49,8 @@ class IncrementalDetokenizer:
         """
         self.restarts = 0
         """How often `decode` changed text that had been given out."""
+        self.bulk = True
+        """Whether `flush()` decodes many tokens faster than `push()` does. It takes them either way."""
         self._enabled = tokenizer is not None
         self._context: list[int] = []
         self._given = 0
@@ -56,6 +62,7 @@ class IncrementalDetokenizer:
         self._skip = skip_special_tokens
         self._backend = _rust_backend(tokenizer)
         self._decode = _decoder(tokenizer, self._backend, skip_special_tokens)
+        self.bulk = self._backend is not None and _appends(self._backend)
         self._ignored = _skipped_ids(tokenizer) if skip_special_tokens else frozenset()
         self._settle(_last_words(prompt_ids, self._decode))
 
@@ -72,17 +79,28 @@ class IncrementalDetokenizer:
             return self._give_up_waiting()
         return ""
 
-    def flush(self) -> str:
-        """What is held back, with U+FFFD for incomplete characters. Ends the text."""
-        if not self._enabled or self._given == len(self._context):
+    def flush(self, token_ids: Sequence[int] = ()) -> str:
+        """The text of the last tokens and what is held back, with U+FFFD for incomplete characters. Ends the text."""
+        if not self._enabled:
             return ""
-        text = _beyond(self._old_text(), self._decode(self._context))
+        text = self._flush_bulk(token_ids) if self.bulk and token_ids else None
         if text is None:
-            text = self._decode(self._context[self._given :])
+            text = "".join(map(self.push, token_ids)) + self._flush_held()
         self._context = []
         self._given = 0
         self._enabled = False
         return text
+
+    def _flush_bulk(self, token_ids: Sequence[int]) -> str | None:
+        """All in one decoding; None where it shows U+FFFD, because what `push()` gives then depends on the pieces."""
+        old, text = self._old_text(), self._decode([*self._context, *token_ids])
+        return text[len(old) :] if _REPLACEMENT not in text and text.startswith(old) else None
+
+    def _flush_held(self) -> str:
+        if self._given == len(self._context):
+            return ""
+        text = _beyond(self._old_text(), self._decode(self._context))
+        return self._decode(self._context[self._given :]) if text is None else text
 
     def _settle(self, context: list[int]) -> None:
         """All of `context` is given out; it stays because what follows can depend on it (a first space)."""
@@ -187,6 +205,20 @@ def _rust_backend(tokenizer: Any) -> Tokenizer | None:
     kind = type(tokenizer)
     overridden = kind.decode is not Fast.decode or kind._decode is not Fast._decode
     return None if overridden or _cleans_up(tokenizer, backend) else backend
+
+
+def _appends(backend: Tokenizer) -> bool:
+    """Whether the text of valid bytes only grows at its end with each token, so that it can be decoded in any pieces.
+
+    True for the decoders of byte-level BPE and of SentencePiece's byte fallback, where the latter strips one space at
+    most: a piece is decoded after one that has given text, and there is no space to strip then.
+    """
+    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    parts = state.get("decoders", [state])
+    types = [part.get("type") for part in parts]
+    if types[:3] == ["Replace", "ByteFallback", "Fuse"]:
+        return parts[3:] in ([], [{"type": "Strip", "content": " ", "start": 1, "stop": 0}])
+    return types == ["ByteLevel"]
 
 
 def _cleans_up(tokenizer: Any, backend: Tokenizer) -> bool:

@@ -44,8 +44,14 @@ class SamplerPlan(NamedTuple):
         """Whether some row has top-k, top-p or min-p."""
         return self.ranked > 0 or self.min_p
 
+    def covers(self, other: SamplerPlan) -> bool:
+        """Whether a step with this plan gives rows that need `other` the tokens that they would get from it."""
+        wanted = (-1 if plan.logprobs is None else plan.logprobs for plan in (self, other))
+        switches = zip(self[:-1], other[:-1], strict=True)
+        return all(mine >= others for mine, others in switches) and next(wanted) >= next(wanted)
 
-def _plan(params: ResolvedSampling, vocab_size: int) -> SamplerPlan:
+
+def plan_of(params: ResolvedSampling, vocab_size: int) -> SamplerPlan:
     """The plan of one request alone."""
     draws = not params.greedy
     nucleus = draws and params.top_p < 1
@@ -128,8 +134,8 @@ class SamplerState:
             raise ValueError(f"slot {slot} is not one of 0 to {self.max_batch - 1}")
         self.reals[slot].copy_(self._stage(_real_row(params), torch.float32), non_blocking=True)
         self.integers[slot].copy_(self._stage(_integer_row(params), torch.int64), non_blocking=True)
-        plan = self._plans[slot] = _plan(params, self.vocab_size)
-        self._allocate(plan)
+        plan = self._plans[slot] = plan_of(params, self.vocab_size)
+        self.allocate(plan)
         for table in (self.bias, self.banned, self.prompt_seen, self.output_counts):
             if table is not None:
                 table[slot].zero_()
@@ -143,6 +149,17 @@ class SamplerState:
             self.prompt_seen[slot].index_fill_(0, self._ids(prompt_ids), True)
             generated = self._ids(generated_ids)
             self.output_counts[slot].scatter_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a step may read or write, by name."""
+        tables = {
+            "bias": self.bias,
+            "banned ids": self.banned,
+            "prompt tokens": self.prompt_seen,
+            "output counts": self.output_counts,
+        }
+        parameters = {"sampling reals": self.reals, "sampling integers": self.integers}
+        return parameters | {name: table for name, table in tables.items() if table is not None}
 
     def needs(self, slots: Sequence[int]) -> SamplerPlan:
         """Which parts of the sampler a step of these slots needs.
@@ -204,7 +221,8 @@ class SamplerState:
         """int64 [slots]."""
         return self.integers[:, 2]
 
-    def _allocate(self, plan: SamplerPlan) -> None:
+    def allocate(self, plan: SamplerPlan) -> None:
+        """Allocate the tables that a plan needs and that are not there yet; they stay where they are."""
         # Requests may be admitted in inference mode; a tensor made there could not be written to outside of
         # it.
         with torch.inference_mode(False):

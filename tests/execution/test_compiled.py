@@ -8,9 +8,11 @@ import torch
 
 from hybridgen.errors import ConfigError
 from hybridgen.execution.compiled import check_backend, mark_tokens_dynamic
-from hybridgen.execution.runner import ModelRunner, PrefillChunk
+from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
 from hybridgen.kvcache import CacheShape, allocate_pages
 from hybridgen.models import bind
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
 
 
 def make(name: str, max_batch: int = 4, budget: int = 64, **changes: int) -> ModelRunner:
@@ -27,11 +29,16 @@ def make(name: str, max_batch: int = 4, budget: int = 64, **changes: int) -> Mod
     return runner
 
 
+def run_prefill(runner: ModelRunner, count: int) -> None:
+    runner.steps.stage_prefill([PrefillChunk(0, [5] * count, 0, count, 0, True)], count, 1)
+    runner.steps.run(StepKey(Phase.PREFILL, count, 1, SamplerPlan()))
+
+
 @pytest.mark.parametrize("layers", [2, 12])
 def test_graphs_do_not_grow_with_depth(layers: int) -> None:
     runner = make("llama", num_hidden_layers=layers)
     runner.warm_up()
-    assert runner.compiled.graphs == 3
+    assert runner.compiled.compiles == 3
     runner.disable_compilation()
     runner._bound.release()
 
@@ -40,13 +47,12 @@ def test_graphs_do_not_grow_with_depth(layers: int) -> None:
 def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: int) -> None:
     runner = make("llama", max_batch, budget)
     runner.warm_up()
-    assert runner.compiled.graphs == graphs
+    assert runner.compiled.compiles == graphs
     length = min(budget, 20)
     with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
         for count in range(1, length + 1):
-            ids = runner._stage_prefill([PrefillChunk(0, [5] * count, 0, count, 0, True)])
-            runner._bound.forward(ids, runner._step, None)
-    assert runner.compiled.late_graphs == 0
+            run_prefill(runner, count)
+    assert runner.compiled.late_compiles == 0
     runner.disable_compilation()
     runner._bound.release()
 
@@ -110,8 +116,7 @@ def test_beyond_the_recompile_limit_a_layer_runs_eagerly() -> None:
         with torch.inference_mode():
             for window in range(1, 12):  # each is a constant of the graph
                 binding.window = window
-                ids = runner._stage_prefill([PrefillChunk(0, [5] * 4, 0, 4, 0, True)])
-                runner._bound.forward(ids, runner._step, None)
+                run_prefill(runner, 4)
 
     with pytest.warns(RuntimeWarning, match="after warm-up"):
         run_with_windows()

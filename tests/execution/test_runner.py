@@ -26,7 +26,7 @@ def runner() -> Iterator[ModelRunner]:
     shape = CacheShape(bound.layer_shapes, 16, torch.float32)
     runner.attach(allocate_pages(shape, 9, torch.device("cpu")))
     yield runner
-    runner.disable_compilation()
+    runner.close()
     runner._bound.release()
 
 
@@ -44,11 +44,11 @@ def test_chunks_of_any_length_give_the_same_tokens(runner: ModelRunner, cuts: tu
     start = 0
     for stop in cuts:
         launched = runner.prefill([chunk(2, start, stop)])
-        assert (launched is None) == (stop < len(PROMPT))
+        assert launched.rows == (stop == len(PROMPT))
         start = stop
     tokens = [launched.read().tokens[0]]
-    assert runner.state.table[1].tolist() == [0, 0, 21, 0]
-    assert runner.state.table[2].tolist() == [0, 0, 1, 0]
+    assert runner.state.table[1].tolist() == [0, 0, 21, 0, 0]
+    assert runner.state.table[2].tolist() == [0, 0, 1, 0, 0]
     tokens += [runner.decode((2,)).read().tokens[0] for _ in range(8)]
     assert tokens == families.reference(families.build("llama"), PROMPT, 9)[0]
     assert runner.state.table[1, 2] == 29
@@ -59,7 +59,7 @@ def test_a_call_samples_only_for_chunks_that_end(runner: ModelRunner) -> None:
     admit(runner, 1, [3, 4])
     launched = runner.prefill([chunk(0, 0, 10), chunk(1, 0, 21)])
     assert len(launched.read().tokens) == 1
-    assert runner.state.table[1].tolist() == [0, 21, 0, 0]
+    assert runner.state.table[1].tolist() == [0, 21, 0, 0, 0]
 
 
 def test_other_slots_are_left_alone(runner: ModelRunner) -> None:
@@ -70,12 +70,12 @@ def test_other_slots_are_left_alone(runner: ModelRunner) -> None:
     before = keys[[3, 4]].clone()
     runner.decode((0,))
     assert torch.equal(keys[[3, 4]], before)
-    assert runner.state.table[1].tolist() == [22, 21, 0, 0]
+    assert runner.state.table[1].tolist() == [22, 21, 0, 0, 0]
 
 
 def test_a_failed_row_leaves_a_valid_token_behind(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     admit(runner, 0, [1, 2])
     runner.prefill([chunk(0, 0, 21)])
-    monkeypatch.setattr(runner, "_forward", lambda ids, keep: torch.full((1, families.VOCAB), torch.nan))
+    monkeypatch.setattr(runner._bound, "forward", lambda ids, step, keep: torch.full((1, families.VOCAB), torch.nan))
     assert runner.decode((0,)).read().tokens == [-1]
     assert runner.state.table[0, 0] == 0

@@ -42,7 +42,7 @@ def test_families_match_huggingface(name: str, mode: str, tmp_path: Path) -> Non
             assert [list(out.token_ids) for out in outs] == expected
             alone = engine.generate(prompts[1], max_new_tokens=NEW_TOKENS)
             assert list(alone.token_ids) == expected[1]
-        assert engine.stats().late_graphs == 0
+        assert engine.stats().late_compiles == 0
         assert engine.stats().free_pages == engine.stats().pages
 
 

@@ -313,3 +313,65 @@ def test_nothing_after_flush(byte_level):
     detokenizer.push(byte_ids(byte_level, b"\xf0")[0])
     assert detokenizer.flush() == "\ufffd"
     assert detokenizer.flush() == ""
+
+
+def pieces_of(tokenizer):
+    """Lists of ids, most of which are text: whole tokens, characters in bytes, and now and then anything."""
+    whole = "aé€\U0001fae8 \u2581"
+    characters = [byte_ids(tokenizer, char.encode()) for char in whole]
+    anything = st.integers(0, len(tokenizer) + 3).map(lambda token: [token])
+    named = st.sampled_from([[tokenizer.convert_tokens_to_ids(name)] for name in SPECIAL])
+    words = st.sampled_from([[i] for i in range(260, len(tokenizer))])
+    piece = st.one_of(st.sampled_from(characters), words, words, named)
+    valid = st.lists(piece, max_size=25)
+    return st.one_of(valid, valid, st.lists(st.one_of(piece, anything), max_size=25)).map(
+        lambda runs: [token for run in runs for token in run]
+    )
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece_like"])
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_all_at_the_end_is_one_by_one(request, name, skip, data):
+    tokenizer = request.getfixturevalue(name)
+    prompt, generated = data.draw(pieces_of(tokenizer)), data.draw(pieces_of(tokenizer))
+    cut = data.draw(st.integers(0, len(prompt)))
+    prompt = prompt[:cut]  # it can end inside a character
+    pieces, _ = run(tokenizer, prompt, generated, skip)
+    for pushed in {0, data.draw(st.integers(0, len(generated)))}:
+        detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip)
+        assert detokenizer.bulk
+        before = [detokenizer.push(token) for token in generated[:pushed]]
+        assert "".join(before) + detokenizer.flush(generated[pushed:]) == "".join(pieces)
+        assert detokenizer.flush([261]) == ""
+
+
+def test_all_at_the_end_is_decoded_once(byte_level, monkeypatch):
+    ids = byte_level("Hello, world! " * 50)["input_ids"]
+    detokenizer = IncrementalDetokenizer(byte_level, byte_level("at")["input_ids"], True)
+    monkeypatch.setattr(detokenizer, "push", lambda token: pytest.fail("one by one"))
+    assert detokenizer.flush(ids) == "Hello, world! " * 50
+
+
+def test_what_is_not_decoded_at_the_end(sentencepiece_like, wordpiece):
+    """Tokenizers of which nobody knows that their text only grows take token by token, in `flush()` too."""
+    backend = Tokenizer.from_str(sentencepiece_like.backend_tokenizer.to_str())
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    kinds = {
+        False: [decoders.Sequence([*parts, decoders.Strip(" ", 2, 0)]), decoders.WordPiece(), decoders.CTC(), None],
+        True: [decoders.Sequence(parts), decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)]), decoders.ByteLevel()],
+    }
+    for bulk, choices in kinds.items():
+        for decoder in choices:
+            backend.decoder = decoder
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+            assert IncrementalDetokenizer(tokenizer, [261], True).bulk is bulk, decoder
+    ids = wordpiece.convert_tokens_to_ids(["do", "n", "'", "t", "hello"])
+    for tokenizer in (wordpiece, PythonTokenizer(wordpiece)):
+        pieces, _ = run(tokenizer, ids[:1], ids, True)
+        detokenizer = IncrementalDetokenizer(tokenizer, ids[:1], True)
+        assert not detokenizer.bulk
+        assert detokenizer.flush(ids) == "".join(pieces)
+    assert IncrementalDetokenizer(None, [1], True).bulk
+    assert IncrementalDetokenizer(None, [1], True).flush([2, 3]) == ""

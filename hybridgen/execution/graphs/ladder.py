@@ -1,0 +1,32 @@
+"""Which sizes are recorded: buckets that other sizes are padded to."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+MOST_PREFILL_TOKENS = 512
+"""Longer prompts keep the device busy for longer than their launches take."""
+
+
+def decode_ladder(max_batch: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, then in steps of 8 to 64 and of 16 above; ends with `max_batch`."""
+    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, max_batch + 16, 16))
+    return (*(size for size in sizes if size < max_batch), max_batch)
+
+
+def prefill_ladder(most: int) -> tuple[int, ...]:
+    """16, 32, 64, then in steps of 32 to 128 and of 64 to 512, as far as `most` tokens allow."""
+    sizes = (16, 32, *range(64, 128, 32), *range(128, MOST_PREFILL_TOKENS + 1, 64))
+    return tuple(size for size in sizes if size <= most)
+
+
+def checked_ladder(sizes: Iterable[int], most: int) -> tuple[int, ...]:
+    """A user's sizes in order, without those above `most`."""
+    return tuple(sorted({size for size in sizes if size <= most}))
+
+
+def round_up(size: int, ladder: tuple[int, ...]) -> int | None:
+    """The smallest bucket that holds `size`; None when it is above all of them."""
+    index = bisect_left(ladder, size)
+    return ladder[index] if index < len(ladder) else None

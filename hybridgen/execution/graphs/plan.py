@@ -1,0 +1,106 @@
+"""From a config to a store: what is recorded, by whom, and what is recorded before the first request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
+from hybridgen.execution.graphs.ladder import decode_ladder, prefill_ladder
+from hybridgen.execution.graphs.recorder import Recorder
+from hybridgen.execution.graphs.standin import StandInRecorder
+from hybridgen.execution.graphs.store import GraphSettings
+from hybridgen.execution.runner import ModelRunner
+from hybridgen.execution.statistics import Counters
+from hybridgen.execution.steps import StepKey
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """What decides about graphs."""
+
+    config: EngineConfig
+    mode: Mode
+    device: torch.device
+    token_budget: int
+    max_tokens: int
+    """Prompt tokens that one prefill call can have."""
+
+    def settings(self) -> GraphSettings:
+        """Buckets and limits."""
+        config = self.config
+        decode, prefill = config.decode_buckets, config.prefill_buckets
+        if not self.mode.records:
+            decode = prefill = ()
+        max_bytes = parse_bytes("max_graph_memory", config.max_graph_memory)
+        return GraphSettings(
+            decode=decode_ladder(config.max_batch) if decode is None else tuple(decode),
+            prefill=prefill_ladder(self.max_tokens) if prefill is None else tuple(prefill),
+            max_rows=config.max_batch,
+            max_graphs=config.max_graphs,
+            max_bytes=max_bytes,
+            max_padding_ratio=config.max_padding_ratio,
+            lazy=config.lazy_capture,
+            capture_after=config.capture_after,
+            exact_when_lazy=config.graphs is GraphOwner.BOTH,
+        )
+
+    def recorder(self, runner: ModelRunner) -> Callable[[StepKey, bool], Recorder | None] | None:
+        """Who records a step (the flag: while idle, not at warm-up).
+
+        Trees record while idle only what needs no compilation, which takes seconds to minutes.
+        """
+        if not self.mode.records:
+            return None
+        if self.device.type != "cuda":
+            stand_in = StandInRecorder()
+            return lambda key, lazy: stand_in
+        # Imported here, because the trees' module takes part of a second and must be imported on this thread.
+        from hybridgen.execution.graphs.cuda import CudaGraphRecorder
+
+        manual = CudaGraphRecorder(self.device)
+        if self.config.graphs is GraphOwner.MANUAL:
+            return lambda key, lazy: manual
+        from hybridgen.execution.graphs.trees import TreeRecorder
+
+        trees = TreeRecorder(runner.steps, max_batch=self.config.max_batch, token_budget=self.token_budget)
+        if self.config.graphs is GraphOwner.TREES:
+            return lambda key, lazy: trees if not lazy or trees.knows(key) else None
+        buckets = self.settings().decode
+
+        def both(key: StepKey, lazy: bool) -> Recorder:
+            between = key.phase is Phase.DECODE and key.tokens not in buckets
+            return trees if between and (not lazy or trees.knows(key)) else manual
+
+        return both
+
+
+def use_graphs(runner: ModelRunner, plan: GraphPlan, why_plain: str, counters: Counters) -> None:
+    """Give a runner the store that the plan asks for."""
+    config = plan.config
+    runner.use_graphs(
+        plan.settings(),
+        recorder=plan.recorder(runner),
+        why_plain=why_plain,
+        counters=counters,
+        notify=config.on_graph_event,
+        check_addresses=config.check_addresses,
+        validates=config.validate and plan.mode.records,
+    )
+
+
+def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan]) -> list[StepKey]:
+    """Every bucket with each of these samplers; prefill for one prompt. No more than may be kept."""
+    listed = list(plans)
+    decode = [StepKey(Phase.DECODE, size, size, plan) for plan in listed for size in settings.decode]
+    prefill = [StepKey(Phase.PREFILL, size, 1, plan) for plan in listed for size in settings.prefill]
+    if settings.exact_when_lazy:  # one size between the buckets, so that its step is compiled
+        between = [
+            size for size in range(2, settings.decode[-1] if settings.decode else 0) if size not in settings.decode
+        ]
+        decode += [StepKey(Phase.DECODE, size, size, plan) for plan in listed for size in between[:1]]
+    return (decode + prefill)[: settings.max_graphs]

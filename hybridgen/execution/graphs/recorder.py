@@ -1,0 +1,43 @@
+"""How a step becomes something that can be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from hybridgen.execution.steps import StepKey
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A step that can be replayed."""
+
+    replay: Callable[[], None]
+    """Runs the step on its static buffers, on the current stream."""
+    release: Callable[[], None]
+    """Frees what the recording holds; it is not replayed afterwards."""
+    owner: str
+    """What replays it: `cuda graph`, `cudagraph tree` or `stand-in`."""
+    plain_seconds: float
+    """What the same step takes without the recording (a padded batch with short contexts)."""
+    seconds: float
+    """What a replay takes, measured alike."""
+    bytes: int
+    """Device memory that recording it took."""
+    thread: int | None = None
+    """The only thread that can replay it; None: any."""
+
+
+class Recorder(Protocol):
+    """Records steps."""
+
+    owner: str
+
+    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+        """Warm up and record a step, staged with padding. What goes wrong is raised, and harms no other recording."""
+        ...
+
+    def close(self) -> None:
+        """Free what all recordings share; they have been released."""
+        ...

@@ -1,0 +1,40 @@
+"""Is a recording right? Its first replay against the step itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hybridgen.execution.graphs.store import Recording
+
+if TYPE_CHECKING:
+    from hybridgen.execution.runner import ModelRunner
+
+
+def validate(runner: ModelRunner, recording: Recording) -> str | None:
+    """Replay the staged step, put the state back, run it without the recording, and compare bit for bit.
+
+    The recording goes first, so that a K or V that it does not write is missing in its own attention. Both write the
+    same places, so the cache is right after the second, whose outcome stands.
+
+    Returns:
+        What differed; None if nothing did.
+    """
+    mutable = [runner.state.table, runner.ring.counter, runner.ring.tokens, *_optional(runner)]
+    before = [tensor.clone() for tensor in mutable]
+    recording.recorded.replay()
+    replayed = [tensor.clone() for tensor in mutable]
+    for tensor, value in zip(mutable, before, strict=True):
+        tensor.copy_(value)
+    runner.steps.run(recording.key)
+    differ = [_differ(ours, theirs) for ours, theirs in zip(replayed, mutable, strict=True)]
+    return "its first replay gave other values than the step without it" if any(differ) else None
+
+
+def _optional(runner: ModelRunner) -> list[torch.Tensor]:
+    return [tensor for tensor in (runner.sampler.output_counts, runner.steps.logits) if tensor is not None]
+
+
+def _differ(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return not torch.equal(ours.nan_to_num(), theirs.nan_to_num())

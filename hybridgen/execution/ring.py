@@ -1,0 +1,150 @@
+"""The ring in which steps leave what they produced, and the host's view of one step's line."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybridgen.core import MAX_LOGPROBS, TokenLogprob
+from hybridgen.kernels.stepping import advance, publish
+from hybridgen.sampling import SampleOutput
+
+LINES = 8
+"""Steps that can be in flight; the loop has at most two prefill and two decode calls."""
+
+
+class StepOutput(NamedTuple):
+    """What a step produced, by row."""
+
+    tokens: list[int]
+    """-1 where the row's logits held no number that could be chosen."""
+    logprobs: list[TokenLogprob] | None
+
+
+class TokenRing:
+    """Outputs of the last steps, in host memory that the device writes to as part of the step.
+
+    On CUDA the memory is pinned and mapped into the device's address space, so that a step needs no copy after it: an
+    event behind the step says when its line can be read.
+    """
+
+    def __init__(self, max_batch: int, device: torch.device) -> None:
+        self.device = device
+        width = max_batch + 1  # never a step's size: see `ModelSteps`
+        self.tokens, self._host_tokens = _shared((LINES, width), torch.int64, device)
+        self.logprobs, self._host_logprobs = _shared((LINES, width), torch.float32, device)
+        top = (LINES, width, MAX_LOGPROBS)
+        self.top_ids, self._host_top_ids = _shared(top, torch.int64, device)
+        self.top_logprobs, self._host_top_logprobs = _shared(top, torch.float32, device)
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        """int64 [1]: steps that ran, on the device."""
+        self._launched = 0
+        self._steps: list[LaunchedStep | None] = [None] * LINES
+        self._events = [torch.cuda.Event() for _ in range(LINES)] if device.type == "cuda" else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What steps read and write, by name."""
+        tops = {"ring of top ids": self.top_ids, "ring of top log-probabilities": self.top_logprobs}
+        return {"ring": self.tokens, "ring of log-probabilities": self.logprobs, **tops, "counter": self.counter}
+
+    def finish(self, sampled: SampleOutput, rows: Tensor, lengths: Tensor, generated: Tensor, table: Tensor) -> None:
+        """Part of a step: publish what was sampled, and make it the rows' state (`kernels.stepping.advance`)."""
+        if sampled.logprobs is not None:
+            publish(sampled.logprobs, self.logprobs, self.counter)
+        if sampled.top_ids is not None and sampled.top_logprobs is not None:
+            publish(sampled.top_ids, self.top_ids, self.counter)
+            publish(sampled.top_logprobs, self.top_logprobs, self.counter)
+        advance(sampled.tokens, rows, lengths, generated, table, self.tokens, self.counter)
+
+    def reserve(self) -> None:
+        """Before a step is launched: read the line that it will overwrite, if nobody has yet."""
+        previous = self._steps[self._launched % LINES]
+        if previous is not None:
+            previous.fetch()
+
+    def launched(self, rows: int, logprobs: int | None, kind: str, reason: str) -> LaunchedStep:
+        """After a step was launched: the handle that reads its line.
+
+        Args:
+            rows: how many rows of it belong to requests.
+            logprobs: the largest number of top log-probabilities that a row wants; None: no row wants any.
+        """
+        line = self._launched % LINES
+        if self._events is not None:
+            self._events[line].record()
+        step = self._steps[line] = LaunchedStep(self, line, rows, logprobs, kind, reason)
+        self._launched += 1
+        return step
+
+    def resynchronize(self) -> None:
+        """Set the device's counter to the host's: after a step that failed, or one that was not for anybody."""
+        self.counter.fill_(self._launched)
+
+    def wait(self, line: int) -> None:
+        """Wait until the step of this line has run."""
+        if self._events is not None:
+            self._events[line].synchronize()
+
+    def read(self, line: int, rows: int, logprobs: int | None) -> StepOutput:
+        """What the step of this line left; it must have run."""
+        tokens = self._host_tokens[line, :rows].tolist()
+        if logprobs is None:
+            return StepOutput(tokens, None)
+        values = self._host_logprobs[line, :rows].tolist()
+        ids = self._host_top_ids[line, :rows, :logprobs].tolist()
+        tops = self._host_top_logprobs[line, :rows, :logprobs].tolist()
+        pairs = [tuple(zip(i, v, strict=True)) for i, v in zip(ids, tops, strict=True)]
+        return StepOutput(tokens, list(map(TokenLogprob, tokens, values, pairs)))
+
+
+class LaunchedStep:
+    """A step that was launched; `read()` waits for it alone, while later ones run."""
+
+    __slots__ = ("_line", "_logprobs", "_output", "_ring", "kind", "reason", "rows")
+
+    def __init__(self, ring: TokenRing, line: int, rows: int, logprobs: int | None, kind: str, reason: str) -> None:
+        self._ring = ring
+        self._line = line
+        self._logprobs = logprobs
+        self._output: StepOutput | None = None
+        self.rows = rows
+        """Rows that it sampled for; 0 when no prompt ended in it."""
+        self.kind = kind
+        """How it ran: see `StepSummary.kind`."""
+        self.reason = reason
+        """Why it ran that way."""
+
+    def fetch(self) -> StepOutput:
+        """Wait for the step; what it produced is kept from then on."""
+        if self._output is None:
+            self._ring.wait(self._line)
+            self._output = self._ring.read(self._line, self.rows, self._logprobs)
+        return self._output
+
+    def read(self) -> StepOutput:
+        """Wait for the step and return what it produced."""
+        return self.fetch()
+
+
+class _HostMapped:
+    """Pinned host memory as the device sees it: under unified addressing the address is the same on both sides."""
+
+    def __init__(self, host: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(host.shape),
+            "typestr": host.numpy().dtype.str,
+            "data": (host.data_ptr(), False),
+            "version": 2,
+        }
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, np.ndarray]:
+    """Host memory as the device's tensor and as the host's array."""
+    host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    if device.type != "cuda":
+        return host, host.numpy()
+    # The array keeps the pinned tensor alive, and the ring keeps the array.
+    return torch.as_tensor(_HostMapped(host), device=device), host.numpy()
