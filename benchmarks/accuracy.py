@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import hybridgen
 from hybridgen.demo import model_path
-from hybridgen.execution import PrefillChunk
+from hybridgen.execution import PrefillChunk, StepKey
+from hybridgen.models.attention import Phase
 
 
 def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -44,13 +45,17 @@ def ours(model: PreTrainedModel, ids: torch.Tensor, prompt: int, mode: str) -> t
         runner, tokens = engine._runner, ids.tolist()
         pages = list(range(1, 1 + -(-len(tokens) // engine.config.page_size)))
         runner.state.block_table.assign(0, pages)
-        chunk = PrefillChunk(0, tokens[:prompt], 0, prompt, 0, True)
-        prefill = runner._forward(runner._stage_prefill([chunk]), None).float()
-        steps = []
-        for position in range(prompt, len(tokens)):
-            single = PrefillChunk(0, tokens[position : position + 1], position, position + 1, 0, True)
-            steps.append(runner._forward(runner._stage_prefill([single]), None).float())
-        return prefill, torch.cat(steps)
+
+        def run(begin: int, end: int) -> torch.Tensor:
+            """Run a step that ends at its logits; returns those of its last token."""
+            runner.steps.stage_prefill([PrefillChunk(0, tokens[begin:end], begin, end, 0, True)], end - begin, 1)
+            runner.steps.run(StepKey(Phase.PREFILL, end - begin, 1, None))
+            return runner.steps.logits[:1].to(torch.float32, copy=True)
+
+        run(0, prompt)
+        # The same again for all positions: what the attention reads is set, and K and V are written as they are.
+        prefill = runner._bound.forward(ids[:prompt], runner.steps.metadata, None).float()
+        return prefill, torch.cat([run(position, position + 1) for position in range(prompt, len(tokens))])
 
 
 def error(logits: torch.Tensor, reference: torch.Tensor) -> float:

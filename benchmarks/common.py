@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,36 @@ def shape_config(name: str) -> PretrainedConfig:
             rope_theta=1000000.0,
             tie_word_embeddings=True,
         )
-    raise SystemExit(f"unknown shape {name!r}; choose tiny, llama-3.2-1b or qwen3-0.6b")
+    if name == "llama-3.1-8b":
+        return LlamaConfig(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+        )
+    if name == "llama-2-7b":
+        return LlamaConfig(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            max_position_embeddings=4096,
+        )
+    raise SystemExit(f"unknown shape {name!r}; choose tiny, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b or llama-2-7b")
+
+
+def shape_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype that a published model has; float32 on a CPU."""
+    if device == "cpu":
+        return torch.float32
+    return torch.float16 if name == "llama-2-7b" else torch.bfloat16
 
 
 def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -73,6 +105,14 @@ def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def this_device() -> str:
+    """CUDA where there is one. A CPU gets one thread: what runs there is tiny, and threads would only wait."""
+    if torch.cuda.is_available():
+        return "cuda"
+    torch.set_num_threads(1)
+    return "cpu"
 
 
 def synchronize(device: str) -> None:
@@ -92,6 +132,62 @@ def seconds(call: Callable[[], Any], device: str, repeats: int) -> float:
         synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    """Of times in seconds: median, 90th and 99th percentile (nearest rank), mean and largest, in microseconds."""
+    ordered = sorted(times)
+
+    def rank(share: float) -> float:
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)] * 1e6
+
+    return {
+        "p50_us": statistics.median(ordered) * 1e6,
+        "p90_us": rank(0.9),
+        "p99_us": rank(0.99),
+        "mean_us": statistics.fmean(ordered) * 1e6,
+        "max_us": ordered[-1] * 1e6,
+    }
+
+
+@contextmanager
+def timing(owner: Any, name: str) -> Iterator[list[float]]:
+    """The seconds of each call of an object's method meanwhile."""
+    method = getattr(owner, name)
+    times: list[float] = []
+    clock = time.perf_counter
+
+    def timed(*args: Any) -> Any:
+        start = clock()
+        result = method(*args)
+        times.append(clock() - start)
+        return result
+
+    setattr(owner, name, timed)
+    try:
+        yield times
+    finally:
+        delattr(owner, name)
+
+
+def random_prompts(batch: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
+    """Random ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab, (batch, length), generator=generator).tolist()
+
+
+def how_it_ran(engine: hybridgen.Engine) -> dict[str, Any]:
+    """What an engine's statistics say about compilation and graphs, for a result."""
+    values = engine.stats().as_dict()
+    return {name: values[name] for name in ("startup", "compiled", "late_compiles", "fallbacks", "graphs", "steps")}
+
+
+def release() -> None:
+    """Between two engines of one process: forget compiled functions and give memory back."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def provenance() -> dict[str, Any]:

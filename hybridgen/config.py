@@ -20,6 +20,7 @@ _SWITCHES = (
     "local_files_only",
     "fuse_projections",
     "capture_at_start",
+    "sample_in_graph",
     "lazy_capture",
     "validate",
     "check_addresses",
@@ -124,7 +125,9 @@ class EngineConfig:
     """Record what was missing when nothing runs: at the end of a call, one graph per call."""
     capture_after: int = 3
     """Steps that a missing graph must have been wanted for before it is recorded."""
-    max_graphs: int = 64
+    sample_in_graph: bool = True
+    """Record sampling and the step's end too. Else, and for sampling that no graph has, a graph ends at the logits."""
+    max_graphs: int = 128
     """Graphs that are kept; the least recently used is dropped before another is captured."""
     max_graph_memory: int | str | None = None
     """Bytes that captures may have taken, or a text such as "512MiB"; above it the least recently used is dropped."""

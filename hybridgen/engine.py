@@ -113,6 +113,7 @@ class Engine:
             max_batch=config.max_batch,
             max_pages=pages_for_tokens(self.max_context, config.page_size),
             token_budget=self._token_budget,
+            max_context=self.max_context,
             compile_backend=config.compile_backend if self.mode.compiles else None,
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
@@ -125,6 +126,8 @@ class Engine:
         if self.mode.compiles:
             with self._timed("compile"):
                 why = self._compile(runner) or why
+        with self._timed("warm up"):
+            runner.exercise()
         use_graphs(runner, self._graph_plan(), why, self._counters)
         if self.mode.records and config.capture_at_start:
             with self._timed("capture"):
@@ -153,7 +156,9 @@ class Engine:
         checkpoint = self.checkpoint
         usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
         plans = dict.fromkeys((SamplerPlan(), plan_of(usual, checkpoint.vocab_size)))
-        keys = keys_at_start(runner.graphs.settings, plans)
+        # Trees compile every kind of step, which takes seconds to minutes each.
+        any_sampler = self.config.graphs is not GraphOwner.TREES
+        keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler)
         with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=self._bar_disabled) as bar:
             runner.capture(keys, bar.update)
 
@@ -169,7 +174,7 @@ class Engine:
             max_context=self.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
-            activation_bytes=runner.measure_activations(self.max_context) if measure else 0,
+            activation_bytes=runner.measure_activations() if measure else 0,
         )
         runner.attach(allocate_pages(shape, num_pages, device))
         return num_pages, num_pages * shape.page_bytes
@@ -295,10 +300,14 @@ class Engine:
                 loop.submit(plans, responses)
                 if streamer is not None:
                     _attach_streamer(responses[0], streamer)
-                while (done := _complete(responses)) < len(responses):
-                    bar.update(done - bar.n)
+                active = list(responses)
+                while active:
+                    if not bar.disable:
+                        bar.update(_complete(responses) - bar.n)
                     loop.step()
-                bar.update(done - bar.n)
+                    while active and active[-1].completion is not None:
+                        active.pop()
+                bar.update(len(responses) - bar.n)
         except KeyboardInterrupt:
             done = _complete(responses)
             loop.cancel(responses)

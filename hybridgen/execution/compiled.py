@@ -97,6 +97,8 @@ class CompiledLayers:
         self._replaced: dict[nn.Module, Any] = {}
         self._hook: Any = None
         self._warming = False
+        self.strict = True
+        """Whether one graph must serve every number of tokens; else a backend may split their range."""
         self.compiles = 0
         """Graphs compiled while warming up."""
         self.late_compiles = 0
@@ -154,7 +156,8 @@ class CompiledLayers:
             return run_layer(layer, *args, **kwargs)
         tokens = self._step.slots.shape[0]
         if self._warming and tokens > 1:
-            mark_tokens_dynamic((args, kwargs, self._step), tokens, self._most_tokens[self._step.phase])
+            most = self._most_tokens[self._step.phase]
+            mark_tokens_dynamic((args, kwargs, self._step), tokens, most, strict=self.strict)
         if self._step.phase is Phase.PREFILL:
             compiled = self._prefill
         else:
@@ -171,19 +174,22 @@ def _has_hooks(layer: nn.Module) -> bool:
     return any(getattr(layer, table) for table in tables)
 
 
-def mark_tokens_dynamic(values: Any, tokens: int, most: int) -> None:
+def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = True) -> None:
     """Mark the token dimension of every tensor in nested containers as any number from 2 to `most`.
 
-    It is dim 1 of [1, T, ...] and dim 0 of [T].
+    It is dim 1 of [1, T, ...] and dim 0 of [T]. Strictly, a graph for a part of the range is an error.
     """
     if isinstance(values, torch.Tensor):
         dim = 1 if values.dim() > 1 and values.shape[0] == 1 else 0
         if most > 2 and values.dim() > dim and values.shape[dim] == tokens and (dim or values.dim() == 1):
-            torch._dynamo.mark_dynamic(values, dim, min=2, max=most)
+            if strict:
+                torch._dynamo.mark_dynamic(values, dim, min=2, max=most)
+            else:
+                torch._dynamo.maybe_mark_dynamic(values, dim)
     elif isinstance(values, StepMetadata):
-        mark_tokens_dynamic([values.slots, values.positions, values.rope_lengths], tokens, most)
+        mark_tokens_dynamic([values.slots, values.positions, values.rope_lengths], tokens, most, strict=strict)
     elif isinstance(values, dict):
-        mark_tokens_dynamic(list(values.values()), tokens, most)
+        mark_tokens_dynamic(list(values.values()), tokens, most, strict=strict)
     elif isinstance(values, (tuple, list)):
         for value in values:
-            mark_tokens_dynamic(value, tokens, most)
+            mark_tokens_dynamic(value, tokens, most, strict=strict)

@@ -65,6 +65,12 @@ class TokenRing:
         if previous is not None:
             previous.fetch()
 
+    def drain(self) -> None:
+        """Read every line that nobody has read yet: steps that are not for anybody are about to run."""
+        for step in self._steps:
+            if step is not None:
+                step.fetch()
+
     def launched(self, rows: int, logprobs: int | None, kind: str, reason: str) -> LaunchedStep:
         """After a step was launched: the handle that reads its line.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from threading import get_ident
+from typing import cast
 
 import torch
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from hybridgen.execution.compiled import CompiledLayers
 from hybridgen.execution.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
@@ -20,6 +22,8 @@ from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import ResolvedSampling, SamplerPlan, SamplerState
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_RUN = 7
 """Tokens of the warm-up prefill: few enough for the first page, and no dimension of a model."""
@@ -38,17 +42,27 @@ class ModelRunner:
         max_batch: int,
         max_pages: int,
         token_budget: int,
+        max_context: int | None = None,
         compile_backend: str | None = None,
         one_copy: bool = True,
         buffers: int = 2,
         fall_back: Callable[[str], None] = warnings.warn,
     ) -> None:
-        """`compile_backend` None runs every step eagerly; `fall_back` is told when a layer does, and why."""
+        """
+        Args:
+            max_pages: pages of a row of the block table.
+            token_budget: tokens of a prefill call at most.
+            max_context: tokens of a request at most.
+            compile_backend: None runs every step eagerly.
+            one_copy, buffers: see `ModelSteps`.
+            fall_back: told when a layer runs eagerly that should not, and why.
+        """
         device = bound.model.device
         self._bound = bound
         self.device = device
         self._fall_back = fall_back
         self._token_budget = token_budget
+        self._max_tokens = min(token_budget, max_context or token_budget)
         self._max_batch = max_batch
         self.state = DeviceState(max_batch, max_pages, device)
         self.sampler = SamplerState(max_batch + 1, vocab_size, device)
@@ -86,7 +100,7 @@ class ModelRunner:
         self,
         settings: GraphSettings,
         *,
-        recorder: Callable[[StepKey, bool], Recorder] | None,
+        recorder: Callable[[StepKey, bool], Recorder | None] | None,
         why_plain: str,
         counters: Counters,
         notify: Callable[..., None] | None = None,
@@ -95,14 +109,13 @@ class ModelRunner:
     ) -> None:
         """How steps are recorded; see `GraphStore` and `EngineConfig`."""
         self._check_addresses = check_addresses
-        if validates:
-            like = next(self._bound.model.parameters())
-            self.steps.logits = like.new_zeros(self._max_batch, self.sampler.vocab_size)
+        self.steps.keeps_logits = validates
         self.graphs = GraphStore(
             settings,
             recorder=recorder,
             prepare=self._prepare,
             run=self.steps.run,
+            finish=self.steps.finish,
             plain_kind=self._plain_kind,
             why_plain=why_plain,
             counters=counters,
@@ -145,7 +158,7 @@ class ModelRunner:
     def _launch(self, route: Route, rows: int, plan: SamplerPlan) -> LaunchedStep:
         if route.recording is not None and route.recording.recorded.thread not in (None, get_ident()):
             self._fall_back("cudagraph trees replay on the thread that recorded them; steps of others run without")
-            route = self._plain_route(route.key, "its cudagraph tree belongs to another thread")
+            route = self._plain_route(route, "its cudagraph tree belongs to another thread")
         if route.key.rows:
             self.ring.reserve()
         try:
@@ -163,24 +176,34 @@ class ModelRunner:
 
     def _checked(self, route: Route, recording: Recording) -> Route:
         """Run a step whose recording is not to be trusted yet; returns how it ran in the end."""
-        wrong = None
         if recording.addresses is not None:
             moved = [name for name, address in self._addresses().items() if recording.addresses.get(name) != address]
-            wrong = f"moved since the capture: {', '.join(moved[:3])}" if moved else None
-        if wrong is None and not recording.checked:
-            recording.checked = True
-            wrong = validate(self, recording)
-        elif wrong is None:
+            if moved:
+                self.graphs.drop(recording, f"moved since the capture: {', '.join(moved[:3])}")
+                plain = self._plain_route(route, "a tensor of its graph moved")
+                plain.run()
+                return plain
+        if recording.checked:
             route.run()
+            return route
+        recording.checked = True
+        wrong = validate(self, recording)  # runs the step, whatever comes out
+        if route.finish is not None:
+            route.finish()
         if wrong is None:
             return route
         self.graphs.drop(recording, wrong)
-        plain = self._plain_route(route.key, "its graph was found wrong")
-        plain.run()
-        return plain
+        return self._plain_route(route, "its graph was found wrong")
 
-    def _plain_route(self, key: StepKey, reason: str) -> Route:
-        return Route(key, partial(self.steps.run, key), self._plain_kind(), reason)
+    def _plain_route(self, route: Route, reason: str) -> Route:
+        """The same step, padding and all, without the recording."""
+
+        def run() -> None:
+            self.steps.run(route.key)
+            if route.finish is not None:
+                route.finish()
+
+        return Route(route.key, run, self._plain_kind(), reason)
 
     def _plain_kind(self) -> str:
         return "eager" if self.compiled is None else "compiled"
@@ -192,27 +215,59 @@ class ModelRunner:
         return {name: tensor.data_ptr() for part in parts for name, tensor in part.items()}
 
     def _prepare(self, key: StepKey) -> None:
-        self.sampler.allocate(key.plan)
+        if key.plan is not None:
+            self.sampler.allocate(key.plan)
         self.steps.stage_padding(key)
         self._batch = None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile prefill, decode of several rows and of one. Writes to the dummy page only."""
+        """Compile prefill, decode of several rows and of one. Writes to the dummy page only.
+
+        Where a backend's choices depend on the number of tokens (grouped matrix products of experts in bfloat16 do, in
+        torch 2.11), there is a graph for each part of the range that the sizes tried here meet.
+        """
         if self.compiled is None:
             return
         self.compiled.install()
+        try:
+            self._compile([WARM_UP_RUN], [WARM_UP_ROWS, 1])
+        except ConstraintViolationError as error:
+            logger.debug("not one graph for all sizes: %s", error)
+            self.compiled.strict = False
+            rows = [2**i for i in range(self._max_batch.bit_length())]
+            self._compile([WARM_UP_RUN, *(2**i for i in range(4, 14))], [WARM_UP_ROWS, *rows, self._max_batch])
+
+    def _compile(self, runs: Sequence[int], rows: Sequence[int]) -> None:
         plan = SamplerPlan()
-        run = min(WARM_UP_RUN, self._token_budget)
-        keys = [StepKey(Phase.PREFILL, run, 1, plan)]
-        keys += [StepKey(Phase.DECODE, rows, rows, plan) for rows in {min(WARM_UP_ROWS, self._max_batch), 1}]
-        with self.compiled.warming_up():
+        prefill = dict.fromkeys(min(run, self._token_budget) for run in runs)
+        decode = dict.fromkeys(min(row, self._max_batch) for row in rows)
+        keys = [StepKey(Phase.PREFILL, run, 1, plan) for run in prefill]
+        keys += [StepKey(Phase.DECODE, row, row, plan) for row in decode]
+        with cast(CompiledLayers, self.compiled).warming_up():
             for key in keys:
                 self._run_padding(key)
 
     @torch.inference_mode()
+    def exercise(self) -> None:
+        """Run a few sizes of prefill and decode on CUDA, where kernels have variants for sizes.
+
+        They are compiled, loaded and chosen on their first use, which takes up to half a second each: not in a user's
+        step. Writes to the dummy page only.
+        """
+        if self.device.type != "cuda":
+            return
+        plan = SamplerPlan()
+        for tokens in _spread(self._max_tokens):
+            self._run_padding(StepKey(Phase.PREFILL, tokens, 1, plan))
+        for rows in _spread(self._max_batch):
+            self._run_padding(StepKey(Phase.DECODE, rows, rows, plan))
+        torch.cuda.synchronize(self.device)
+
+    @torch.inference_mode()
     def capture(self, keys: Sequence[StepKey], progress: Callable[[], None]) -> None:
-        """Record these steps. Not while requests run."""
+        """Record these steps. Not while requests run: they would wait for it."""
+        self.ring.drain()
         self.graphs.capture(keys, progress)
         self._after_capture()
 
@@ -221,6 +276,7 @@ class ModelRunner:
         """Record the step that was wanted most, if any; returns whether more are. Not while requests run."""
         if not self.graphs.pending:
             return False
+        self.ring.drain()
         more = self.graphs.capture_pending()
         self._after_capture()
         return more
@@ -239,14 +295,14 @@ class ModelRunner:
         self.ring.resynchronize()
 
     @torch.inference_mode()
-    def measure_activations(self, max_context: int) -> int:
+    def measure_activations(self) -> int:
         """Bytes that the largest prefill call allocates at its peak on CUDA (0 elsewhere).
 
         Runs with padding alone, so it writes to the dummy page only.
         """
         if self.device.type != "cuda":
             return 0
-        key = StepKey(Phase.PREFILL, min(self._token_budget, max_context), 1, SamplerPlan())
+        key = StepKey(Phase.PREFILL, self._max_tokens, 1, SamplerPlan())
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -267,3 +323,8 @@ class ModelRunner:
         """Release what was recorded, and give the layers back as they were."""
         self.graphs.close()
         self.disable_compilation()
+
+
+def _spread(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]

@@ -39,7 +39,7 @@ class GraphRow:
     rows: int
     """Rows that it samples."""
     sampling: str
-    """The parts of the sampler that it has; `greedy` has none."""
+    """The parts of the sampler that it has; `greedy` has none, `outside`: it ends at the logits."""
     owner: str
     """`cuda graph`, `cudagraph tree` or `stand-in`."""
     lazy: bool

@@ -6,7 +6,8 @@ on the host, so it can be recorded once and replayed (`execution.graphs`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState
-from hybridgen.kernels import copy_metadata
+from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
@@ -32,7 +33,8 @@ class StepKey(NamedTuple):
     """Tokens fed: T."""
     rows: int
     """Rows sampled: as many as tokens in decode, one per finished prompt in prefill."""
-    plan: SamplerPlan
+    plan: SamplerPlan | None
+    """The sampler's parts; None: the step ends at the logits, and `ModelSteps.finish` runs after it."""
 
 
 class PrefillChunk(NamedTuple):
@@ -76,7 +78,7 @@ class ModelSteps:
         self._state = state
         self._sampler = sampler
         self._ring = ring
-        self._copy = copy_metadata if one_copy else copy_one_by_one
+        self._one_copy = one_copy
         self._decode_block = StagedBlock(
             {"rows": (torch.int64, (lines,)), "slots": (torch.int32, (lines,))}, device, buffers=buffers
         )
@@ -99,15 +101,18 @@ class ModelSteps:
             self._decode = {name: torch.zeros_like(field) for name, field in self._decode_block.device.items()}
             self._prefill = {name: torch.zeros_like(field) for name, field in self._prefill_block.device.items()}
         self._zeros = torch.zeros(3, 1, dtype=torch.int64, device=device)
-        self._copies: dict[tuple[Phase, int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        self._copies: dict[tuple[Phase, int, int], Callable[[], None]] = {}
         self._staged: tuple[int, ...] | None = None
         empty = self._prefill["ids"][:1]
         self.metadata = StepMetadata(
             state.block_table.tensor, self._prefill["slots"][:1], empty, self._prefill["starts"], empty
         )
         """What the model's attention reads; set by each step."""
-        self.logits: Tensor | None = None
-        """[max_batch, vocab_size]: where steps leave their logits while this is set (for validation)."""
+        self.keeps_logits = False
+        """Whether steps that sample leave their logits too (for validation)."""
+        like = next(bound.model.parameters())
+        self.logits = like.new_zeros(lines, sampler.vocab_size)
+        """[max_batch + 1, vocab_size]: where steps that end at the logits leave them."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, the model's parameters and buffers apart, by name."""
@@ -115,6 +120,7 @@ class ModelSteps:
             "block table": self._state.block_table.tensor,
             "state": self._state.table,
             "zeros": self._zeros,
+            "logits": self.logits,
             **self._ring.tensors(),
             **{f"staged {name}": field for name, field in self._decode_block.device.items()},
             **{f"staged prompt {name}": field for name, field in self._prefill_block.device.items()},
@@ -194,7 +200,10 @@ class ModelSteps:
         lengths = state.lengths + 1
         self._set(Phase.DECODE, slots, state.lengths, lengths)
         logits = self._bound.forward(state.last_tokens, self.metadata, None)
-        self._finish(logits, rows, lengths, state.generated, key.plan)
+        if key.plan is None:
+            self._leave(logits)
+        else:
+            self._sample(logits, rows, lengths, state.generated, key.plan)
 
     def _run_prefill(self, key: StepKey) -> None:
         self._bring_in(Phase.PREFILL, key.tokens, key.rows)
@@ -203,14 +212,32 @@ class ModelSteps:
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
         self._set(phase, inputs["slots"][:tokens], inputs["positions"][:tokens], inputs["rope"][:tokens])
         logits = self._bound.forward(inputs["ids"][:tokens], self.metadata, inputs["keep"][: max(rows, 1)])
-        if rows:
-            slots, lengths, generated = (inputs[name][:rows] for name in ("rows", "lengths", "generated"))
-            self._finish(logits, slots, lengths, generated, key.plan)
+        if rows and key.plan is None:
+            self._leave(logits)
+        elif rows and key.plan is not None:
+            self._sample(logits, *self._prefilled(rows), key.plan)
 
-    def _finish(self, logits: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, plan: SamplerPlan) -> None:
+    def finish(self, phase: Phase, rows: int, plan: SamplerPlan) -> None:
+        """What is left of a step that ended at its logits: sample, publish, advance."""
+        if phase is Phase.DECODE:
+            slots = self._decode["rows"][:rows]
+            state = self._state.read(slots)
+            self._sample(self.logits[:rows], slots, state.lengths + 1, state.generated, plan)
+        else:
+            self._sample(self.logits[:rows], *self._prefilled(rows), plan)
+
+    def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots of the prompts that end in a prefill step, their lengths, and what they generated before."""
+        slots, lengths, generated = (self._prefill[name][:rows] for name in ("rows", "lengths", "generated"))
+        return slots, lengths, generated
+
+    def _leave(self, logits: Tensor) -> None:
+        self.logits[: logits.shape[0]].copy_(logits)
+
+    def _sample(self, logits: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, plan: SamplerPlan) -> None:
         """Sample the token after `lengths` tokens for each row, publish it, and advance the rows."""
-        if self.logits is not None:
-            self.logits[: logits.shape[0]].copy_(logits)
+        if self.keeps_logits:
+            self._leave(logits)
         sampled = sample(logits, self._sampler, rows, lengths, generated, plan)
         if plan.penalties:
             record(self._sampler, rows, sampled.tokens)
@@ -224,14 +251,17 @@ class ModelSteps:
     def _bring_in(self, phase: Phase, tokens: int, rows: int) -> None:
         """Copy what arrived from the host to where the step reads it, and reset the padding slot."""
         if torch.compiler.is_compiling():  # sizes may be symbolic: no keys of a dictionary
-            self._copy(*self._pair(phase, tokens, rows))
+            copy_pairs = copy_metadata if self._one_copy else copy_one_by_one
+            copy_pairs(*self._pair(phase, tokens, rows))
             return
-        pairs = self._copies.get((phase, tokens, rows))
-        if pairs is None:
+        copy = self._copies.get((phase, tokens, rows))
+        if copy is None:
             if len(self._copies) >= _MAX_PREPARED:  # prompts of every length, without graphs
                 self._copies.clear()
-            pairs = self._copies[phase, tokens, rows] = self._pair(phase, tokens, rows)
-        self._copy(*pairs)
+            pair = self._pair(phase, tokens, rows)
+            copy = MetadataCopy(zip(*pair, strict=True)) if self._one_copy else partial(copy_one_by_one, *pair)
+            self._copies[phase, tokens, rows] = copy
+        copy()
 
     def _pair(self, phase: Phase, tokens: int, rows: int) -> tuple[list[Tensor], list[Tensor]]:
         decodes = phase is Phase.DECODE

@@ -44,6 +44,7 @@ class CudaGraphRecorder:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool: torch.cuda.MemPool | None = None
+        self._anchor: torch.cuda.CUDAGraph | None = None
         self._kept: list[object] = []
         self._scratch = torch.zeros(1, device=device)
 
@@ -55,9 +56,9 @@ class CudaGraphRecorder:
         """
         torch.cuda.synchronize(self._device)
         if self._pool is None:
-            self._pool = torch.cuda.MemPool()
+            self._open_pool()
         free = torch.cuda.mem_get_info(self._device)[0]
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self._device):
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(cast(Any, self._pool), self._device):
             for _ in range(_WARM_UPS):
                 step()
             plain = self._seconds(step)
@@ -76,11 +77,26 @@ class CudaGraphRecorder:
 
     def close(self) -> None:
         """Give up the pool; its memory is freed with the last graph."""
-        self._pool = None
+        self._anchor = self._pool = None
 
-    def _capture(self, graph: torch.cuda.CUDAGraph, step: Callable[[], None]) -> None:
+    def _open_pool(self) -> None:
+        """A pool, and a graph that stays in it.
+
+        Torch 2.11 gives up its pinned-memory side of a pool with the pool's last graph, and then cannot capture into it
+        again.
+        """
+        self._pool = torch.cuda.MemPool()
+        self._anchor = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            self._capture(self._anchor, self._scratch.zero_)
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, step: Callable[[], object]) -> None:
         pool = cast(torch.cuda.MemPool, self._pool)
-        graph.capture_begin(pool=cast(Any, pool.id), capture_error_mode="thread_local")
+        try:
+            graph.capture_begin(pool=cast(Any, pool.id), capture_error_mode="thread_local")
+        except BaseException:
+            self._recover(graph, pool)
+            raise
         try:
             step()
         except BaseException:
@@ -105,7 +121,7 @@ class CudaGraphRecorder:
         it asks the graph object whether an allocation belongs to it, so that is kept, and the pool is not captured
         into again. The default generator believes that it is in a capture, until one ends well.
         """
-        self._kept += [graph, pool]
+        self._kept += [graph, pool, self._anchor]
         self._pool = None
         try:
             torch._C._cuda_endAllocateToPool(cast(int, self._device.index), pool.id)

@@ -18,6 +18,9 @@ from hybridgen.execution.steps import StepKey
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 
+_FEW_PROMPTS = 8
+"""Prompts that a prefill graph with its sampler outside can have: their logits cost little more than one's."""
+
 
 @dataclass(frozen=True)
 class GraphPlan:
@@ -46,6 +49,7 @@ class GraphPlan:
             max_padding_ratio=config.max_padding_ratio,
             lazy=config.lazy_capture,
             capture_after=config.capture_after,
+            sample_in_graph=config.sample_in_graph,
             exact_when_lazy=config.graphs is GraphOwner.BOTH,
         )
 
@@ -93,14 +97,22 @@ def use_graphs(runner: ModelRunner, plan: GraphPlan, why_plain: str, counters: C
     )
 
 
-def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan]) -> list[StepKey]:
-    """Every bucket with each of these samplers; prefill for one prompt. No more than may be kept."""
-    listed = list(plans)
-    decode = [StepKey(Phase.DECODE, size, size, plan) for plan in listed for size in settings.decode]
-    prefill = [StepKey(Phase.PREFILL, size, 1, plan) for plan in listed for size in settings.prefill]
-    if settings.exact_when_lazy:  # one size between the buckets, so that its step is compiled
-        between = [
-            size for size in range(2, settings.decode[-1] if settings.decode else 0) if size not in settings.decode
-        ]
-        decode += [StepKey(Phase.DECODE, size, size, plan) for plan in listed for size in between[:1]]
-    return (decode + prefill)[: settings.max_graphs]
+def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan], *, any_sampler: bool) -> list[StepKey]:
+    """What is recorded before the first request; no more than may be kept.
+
+    Every bucket with each of these samplers, prefill for one prompt. And, where `any_sampler` says so or sampling is
+    not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers.
+    """
+    listed = [*plans] if settings.sample_in_graph else []
+    keys: list[StepKey] = []
+    for plan in listed:
+        keys += [StepKey(Phase.DECODE, size, size, plan) for size in settings.decode]
+        keys += [StepKey(Phase.PREFILL, size, 1, plan) for size in settings.prefill]
+        if settings.exact_when_lazy and settings.decode:  # one size between the buckets, so that its step is compiled
+            between = [size for size in range(2, settings.decode[-1]) if size not in settings.decode]
+            keys += [StepKey(Phase.DECODE, size, size, plan) for size in between[:1]]
+    if any_sampler or not settings.sample_in_graph:
+        few = min(_FEW_PROMPTS, settings.max_rows)
+        keys += [StepKey(Phase.DECODE, size, size, None) for size in settings.decode]
+        keys += [StepKey(Phase.PREFILL, size, few, None) for size in settings.prefill]
+    return keys[: settings.max_graphs]

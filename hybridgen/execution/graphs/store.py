@@ -17,8 +17,12 @@ from hybridgen.execution.graphs.times import PlainTimes
 from hybridgen.execution.statistics import Counters, GraphRow, GraphStats
 from hybridgen.execution.steps import StepKey
 from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
 
 logger = logging.getLogger(__name__)
+
+_FAILURES_ALIKE = 2
+"""Captures of a phase that fail with the same message before the others are not tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +35,13 @@ class GraphSettings:
     """Buckets of prefill tokens; empty: prefill is not recorded."""
     max_rows: int
     """Rows that a step samples at most."""
-    max_graphs: int = 64
+    max_graphs: int = 128
     max_bytes: int | None = None
     max_padding_ratio: float | None = None
     lazy: bool = True
     capture_after: int = 3
+    sample_in_graph: bool = True
+    """Record sampling too; else recordings end at the logits."""
     exact_when_lazy: bool = False
     """Record decode sizes between the buckets as they are."""
 
@@ -72,6 +78,8 @@ class Route:
     reason: str
     recording: Recording | None = None
     padded: bool = False
+    finish: Callable[[], None] | None = None
+    """The part of `run` after the recording: sampling, where the recording ends at the logits."""
     wanted: StepKey | None = None
     """What would serve these steps better, if it were recorded."""
 
@@ -90,6 +98,7 @@ class GraphStore:
         recorder: Callable[[StepKey, bool], Recorder | None] | None,
         prepare: Callable[[StepKey], None],
         run: Callable[[StepKey], None],
+        finish: Callable[[Phase, int, SamplerPlan], None],
         plain_kind: Callable[[], str],
         why_plain: str,
         counters: Counters,
@@ -101,6 +110,7 @@ class GraphStore:
             recorder: who records a step (the flag: while idle), or None if nobody does; None where nothing is recorded.
             prepare: stages padding for a step and allocates what it reads.
             run: launches a staged step without a recording.
+            finish: launches what is left of one that ends at its logits.
             plain_kind: what a step without a recording is called.
             why_plain: the reason of such a step where nothing is recorded.
             notify: told of every capture, eviction and failure.
@@ -110,6 +120,7 @@ class GraphStore:
         self._recorder = recorder
         self._prepare = prepare
         self._run = run
+        self._finish = finish
         self._plain_kind = plain_kind
         self._why_plain = why_plain
         self._counters = counters
@@ -121,6 +132,9 @@ class GraphStore:
         self._clock = 0
         self._wanted: Counter[StepKey] = Counter()
         self._failed: dict[StepKey, str] = {}
+        self._patience: dict[StepKey, int] = {}
+        """Uses before an evicted step is recorded again: twice as many each time, or more sizes than are kept would be
+        captured in turn for ever."""
         self._misses: Counter[str] = Counter()
         self._evictions = 0
         self._lazy_captures = 0
@@ -157,7 +171,7 @@ class GraphStore:
         if exact is not None:
             return self._replay(exact, f"bucket {key.tokens}", key)
         wanted = self._wanted_for(key)
-        best = min(self._larger(key), key=lambda r: (r.key.tokens, r.key.rows, r.recorded.seconds), default=None)
+        best = min(self._larger(key), key=_preference, default=None)
         if best is None:
             return self._plain(key, self._why_none(key, wanted), wanted)
         reason = self._why_not(best, key)
@@ -170,18 +184,29 @@ class GraphStore:
         return Route(key, partial(self._run, key), self._plain_kind(), reason, wanted=wanted)
 
     def _replay(self, recording: Recording, reason: str, key: StepKey, wanted: StepKey | None = None) -> Route:
-        if wanted == recording.key:
+        if wanted == recording.key or not self.settings.sample_in_graph:
             wanted = None
-        replay = recording.recorded.replay
-        padded = recording.key.tokens != key.tokens
-        return Route(recording.key, replay, recording.recorded.owner, reason, recording, padded, wanted)
+        recorded, ran = recording.recorded, recording.key
+        padded = ran.tokens != key.tokens
+        if ran.plan is not None or key.plan is None or not ran.rows:
+            return Route(ran, recorded.replay, recorded.owner, reason, recording, padded, wanted=wanted)
+        # The recording ends at the logits: the sampler runs after it.
+        finish = partial(self._finish, ran.phase, ran.rows, key.plan)
+
+        def run() -> None:
+            recorded.replay()
+            finish()
+
+        reason = f"{reason}, sampler outside"
+        return Route(ran, run, recorded.owner, reason, recording, padded, finish, wanted)
 
     def _larger(self, key: StepKey) -> Iterator[Recording]:
         """Recordings that can run the step with padding."""
         for recording in self._recordings.values():
             other = recording.key
             enough = other.tokens >= key.tokens and other.rows >= key.rows
-            if other.phase is key.phase and enough and other.plan.covers(key.plan):
+            samples = other.plan is None or (key.plan is not None and other.plan.covers(key.plan))
+            if other.phase is key.phase and enough and samples:
                 yield recording
 
     def _why_not(self, best: Recording, key: StepKey) -> str | None:
@@ -190,9 +215,9 @@ class GraphStore:
         if ratio is not None:
             waste = (best.key.tokens - key.tokens) / key.tokens
             return None if waste <= ratio else f"padding above max_padding_ratio={ratio:g}"
-        plain = self._times.estimate(key.phase, key.tokens)
+        plain = self._times.estimate(key.phase, best.key.plan is not None, key.tokens)
         if plain is not None and best.recorded.seconds > plain:
-            return f"no graph is faster (measured) than bucket {best.key.tokens}"
+            return f"without a graph is faster (measured) than padded to bucket {best.key.tokens}"
         return None
 
     def _why_none(self, key: StepKey, wanted: StepKey | None) -> str:
@@ -200,7 +225,7 @@ class GraphStore:
             ladder = self.settings.ladder(key.phase)
             return f"above the largest bucket, {ladder[-1]}"
         if wanted in self._failed:
-            return f"the capture of bucket {wanted.tokens} failed"
+            return f"bucket {wanted.tokens} failed, see GraphStats.failures"
         if any(r.key.phase is key.phase and r.key.tokens >= key.tokens for r in self._recordings.values()):
             return "no graph with this sampling, or with so many prompts"
         return f"bucket {wanted.tokens} is not captured"
@@ -221,18 +246,29 @@ class GraphStore:
     def capture(self, keys: Iterable[StepKey], progress: Callable[[], None] = lambda: None) -> None:
         """Record these steps, the largest first, so that the smaller ones fit into the memory that it took."""
         for key in sorted(keys, key=lambda key: key.tokens, reverse=True):
-            if key not in self._recordings and key not in self._failed:
+            if key not in self._recordings and key not in self._failed and not self._gave_up(key):
                 self._capture(key, lazy=False)
             progress()
+
+    def _gave_up(self, key: StepKey) -> bool:
+        """Whether steps of the phase fail alike, so that this one would too. Memory may suffice for a smaller one."""
+        alike = Counter(why for failed, why in self._failed.items() if failed.phase is key.phase)
+        repeated = [why for why, count in alike.items() if count >= _FAILURES_ALIKE and "OutOfMemory" not in why]
+        if repeated:
+            self._failed[key] = f"not tried: {repeated[0]}"
+        return bool(repeated)
 
     @property
     def pending(self) -> list[StepKey]:
         """What was wanted often enough, the most wanted first."""
         if not self.settings.lazy or self._recorder is None:
             return []
-        often = [key for key, count in self._wanted.most_common() if count >= self.settings.capture_after]
+        often = [key for key, count in self._wanted.most_common() if count >= self._uses_before_capture(key)]
         missing = [key for key in often if key not in self._recordings and key not in self._failed]
         return [key for key in missing if self._recorder(key, True) is not None]
+
+    def _uses_before_capture(self, key: StepKey) -> int:
+        return self._patience.get(key, self.settings.capture_after)
 
     def capture_pending(self) -> bool:
         """Record what was wanted most; returns whether more is left. Not to be called while requests run."""
@@ -258,7 +294,7 @@ class GraphStore:
             return
         finally:
             self._changed()
-        self._times.note(key.phase, key.tokens, recorded.plain_seconds)
+        self._times.note(key.phase, key.plan is not None, key.tokens, recorded.plain_seconds)
         self._clock += 1
         self._recordings[key] = Recording(
             key, recorded, recorder, lazy, checked=not self._validates, last_used=self._clock
@@ -283,13 +319,18 @@ class GraphStore:
     def _keep_within_bytes(self) -> None:
         limit = self.settings.max_bytes
         while limit is not None and self.bytes > limit and self._recordings:
-            self._evict_oldest()
+            last = len(self._recordings) == 1
+            oldest = self._evict_oldest()
+            if last:  # alone above the limit: it would be recorded and dropped for ever
+                self._failed[oldest.key] = f"took {oldest.recorded.bytes:,} bytes, above max_graph_memory={limit:,}"
 
-    def _evict_oldest(self) -> None:
+    def _evict_oldest(self) -> Recording:
         oldest = min(self._recordings.values(), key=lambda recording: recording.last_used)
         self._evictions += 1
+        self._patience[oldest.key] = 2 * self._uses_before_capture(oldest.key)
         self.drop(oldest)
         self._tell(GraphEventKind.EVICTED, oldest.key, f"after {oldest.hits} replays")
+        return oldest
 
     def drop(self, recording: Recording, why: str | None = None) -> None:
         """Forget a recording; with a reason it is not recorded again."""
@@ -367,6 +408,12 @@ class GraphStore:
             recorder.close()
 
 
+def _preference(recording: Recording) -> tuple[int, int, bool, float]:
+    """Less padding first, then those that sample, then the faster."""
+    key = recording.key
+    return key.tokens, key.rows, key.plan is None, recording.recorded.seconds
+
+
 def describe(key: StepKey) -> str:
     """A recording's name in messages."""
     rows = "" if key.phase is Phase.DECODE else f" for {key.rows} prompts" if key.rows != 1 else ""
@@ -375,6 +422,8 @@ def describe(key: StepKey) -> str:
 
 def describe_plan(key: StepKey) -> str:
     """The parts of the sampler that a recording has."""
+    if key.plan is None:
+        return "outside"
     parts = [name for name, value in zip(key.plan._fields, key.plan, strict=True) if value not in (False, None, 0)]
     if key.plan.logprobs == 0:
         parts.append("logprobs")

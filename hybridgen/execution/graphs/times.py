@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 
 from hybridgen.models.attention import Phase
 
 
 class PlainTimes:
-    """Measured seconds of steps without a graph, by phase and size."""
+    """Measured seconds of steps without a graph, by phase, with or without sampling, and size."""
 
     def __init__(self) -> None:
-        self._seconds: dict[Phase, dict[int, float]] = {Phase.PREFILL: {}, Phase.DECODE: {}}
+        self._seconds: defaultdict[tuple[Phase, bool], dict[int, float]] = defaultdict(dict)
 
-    def note(self, phase: Phase, tokens: int, seconds: float) -> None:
+    def note(self, phase: Phase, samples: bool, tokens: int, seconds: float) -> None:
         """A measurement; the last of a size counts."""
-        self._seconds[phase][tokens] = seconds
+        self._seconds[phase, samples][tokens] = seconds
 
-    def estimate(self, phase: Phase, tokens: int) -> float | None:
+    def estimate(self, phase: Phase, samples: bool, tokens: int) -> float | None:
         """Seconds for a size: on the line between its measured neighbours, or the nearest; None without any."""
-        known = self._seconds[phase]
+        known = self._seconds[phase, samples]
         sizes = sorted(known)
         if not sizes:
             return None

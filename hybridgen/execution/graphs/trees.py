@@ -31,7 +31,7 @@ _RUNS = 3
 """A tree warms up, records, and replays."""
 
 
-def run_step(steps: ModelSteps, phase: Phase, plan: SamplerPlan, tokens: Tensor, rows: Tensor) -> None:
+def run_step(steps: ModelSteps, phase: Phase, plan: SamplerPlan | None, tokens: Tensor, rows: Tensor) -> None:
     """The compile unit. `tokens` and `rows` stand for their lengths: a tensor's can be marked as dynamic."""
     steps.run(StepKey(phase, tokens.shape[0], rows.shape[0], plan))
 
@@ -50,7 +50,7 @@ class TreeRecorder:
             if backend is None
             else torch.compile(run_step, fullgraph=True, dynamic=False, backend=backend)
         )
-        self._known: set[tuple[Phase, bool, bool, SamplerPlan]] = set()
+        self._known: set[tuple[Phase, bool, bool, SamplerPlan | None]] = set()
 
     def knows(self, key: StepKey) -> bool:
         """Whether a step of this kind is compiled, so that recording one more size takes no compilation."""
@@ -101,12 +101,12 @@ class TreeRecorder:
     def close(self) -> None:
         return None
 
-    def _replay(self, phase: Phase, plan: SamplerPlan, tokens: Tensor, rows: Tensor) -> None:
+    def _replay(self, phase: Phase, plan: SamplerPlan | None, tokens: Tensor, rows: Tensor) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         self._compiled(self._steps, phase, plan, tokens, rows)
 
 
-def _kind(key: StepKey) -> tuple[Phase, bool, bool, SamplerPlan]:
+def _kind(key: StepKey) -> tuple[Phase, bool, bool, SamplerPlan | None]:
     return key.phase, key.tokens > 1, key.rows > 1, key.plan
 
 

@@ -1,0 +1,185 @@
+"""What does each part of mode `hybrid` bring? All of it, and then each part switched off alone.
+
+- decode: time of a step at batch 1 and 8, (time of a call for N new tokens, less the same call for one) / (N - 1).
+- TTFT: of a prompt of 64 tokens at batch 1, median.
+- mixed: 64 requests of random prompt and output lengths, half of them greedy and half sampled, which arrive while the
+  others run: after so many steps, drawn at random, so that every variant has the same work. Generated tokens per
+  second of the whole run, from the first request to the last token; median of runs after one that is not counted and
+  after what it missed was captured.
+
+Every variant is an engine of its own on the same weights. `without compilation` is mode `graph`.
+
+    python benchmarks/ablation.py [--variants all "run_ahead=0"] [--output results.json]
+    python benchmarks/ablation.py --smoke          # a tiny model, anywhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import (
+    how_it_ran,
+    random_model,
+    random_prompts,
+    release,
+    report,
+    seconds,
+    shape_dtype,
+    synchronize,
+    this_device,
+)
+from transformers import PreTrainedModel
+
+import hybridgen
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "without prefill graphs": {"prefill_buckets": []},
+    "without decode graphs": {"decode_buckets": []},
+    "without compilation": {"mode": "graph"},
+    "metadata_copy=False": {"metadata_copy": False},
+    "double_buffer=False": {"double_buffer": False},
+    "run_ahead=0": {"run_ahead": 0},
+    "fuse_projections=False": {"fuse_projections": False},
+    "sample_in_graph=False": {"sample_in_graph": False},
+    "lazy_capture=False": {"lazy_capture": False},
+    "max_padding_ratio=0": {"max_padding_ratio": 0},
+}
+
+
+class Sizes(NamedTuple):
+    """How much is run."""
+
+    prompt: int = 128
+    """Of the decode steps."""
+    new: int = 128
+    repeats: int = 3
+    first_tokens: int = 30
+    """Calls of which the time to the first token is the median."""
+    requests: int = 64
+    most_prompt: int = 512
+    most_new: int = 128
+    runs: int = 3
+
+
+class Arrival(NamedTuple):
+    """A request of the mixed run."""
+
+    step: int
+    """How many steps run before it comes."""
+    prompt: list[int]
+    sampling: hybridgen.SamplingParams
+
+
+def arrivals(sizes: Sizes, vocab: int) -> list[Arrival]:
+    """The requests of the mixed run, in order."""
+    draw = random.Random(0)
+    step, listed = 0, []
+    for index in range(sizes.requests):
+        prompt = [draw.randrange(3, vocab) for _ in range(draw.randint(10, sizes.most_prompt))]
+        sampling = hybridgen.SamplingParams(
+            max_new_tokens=draw.randint(4, sizes.most_new),
+            temperature=0.8 if index % 2 else 0,
+            seed=index,
+            ignore_eos=True,
+        )
+        listed.append(Arrival(step, prompt, sampling))
+        step += draw.randint(0, 6)
+    return listed
+
+
+def mixed_run(engine: hybridgen.Engine, listed: list[Arrival], device: str) -> float:
+    """Seconds from the first request to the last token."""
+    loop: Any = engine._loop
+    responses: list[Any] = []
+    plans = [engine.plan([arrival.prompt], arrival.sampling, {}) for arrival in listed]
+    synchronize(device)
+    start = time.perf_counter()
+    step = coming = 0
+    while coming < len(listed) or any(response.completion is None for response in responses):
+        while coming < len(listed) and listed[coming].step <= step:
+            loop.submit(plans[coming], responses)
+            coming += 1
+        loop.step()
+        step += 1
+    took = time.perf_counter() - start
+    failed = [response.completion.error for response in responses if response.completion.error is not None]
+    if failed:
+        raise SystemExit(f"a request of the mixed run failed: {failed[0]}")
+    return took
+
+
+def measure(model: PreTrainedModel, name: str, options: dict[str, Any], sizes: Sizes, device: str) -> dict[str, Any]:
+    vocab = model.config.vocab_size
+    row: dict[str, Any] = {"variant": name}
+    with hybridgen.Engine.load(model, **{"mode": "hybrid", "max_batch": 32, **options}) as engine:
+        for batch in (1, 8):
+            prompts = random_prompts(batch, sizes.prompt, vocab, batch)
+
+            def generate(count: int, prompts: list[list[int]] = prompts) -> Any:
+                return engine.generate(prompts, max_new_tokens=count, ignore_eos=True, temperature=0)
+
+            long, short = (seconds(lambda n=n: generate(n), device, sizes.repeats) for n in (sizes.new, 1))
+            row[f"decode_{batch}_us"] = (long - short) / (sizes.new - 1) * 1e6
+        [prompt] = random_prompts(1, 64, vocab)
+        firsts = []
+        for _ in range(sizes.first_tokens + 3):
+            synchronize(device)
+            firsts.append(engine.generate(prompt, max_new_tokens=1, ignore_eos=True, temperature=0).timing.ttft)
+        row["ttft_us"] = statistics.median(firsts[3:]) * 1e6
+        listed = arrivals(sizes, vocab)
+        tokens = sum(arrival.sampling.max_new_tokens or 0 for arrival in listed)
+        row["mixed_first_s"] = mixed_run(engine, listed, device)
+        start = time.perf_counter()
+        while engine.idle():
+            pass
+        row["idle_s"] = time.perf_counter() - start
+        row["mixed_s"] = statistics.median(mixed_run(engine, listed, device) for _ in range(sizes.runs))
+        row["mixed_tokens_per_s"] = tokens / row["mixed_s"]
+        row["engine"] = how_it_ran(engine)
+    release()
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    graphs = row["engine"]["graphs"]
+    startup = sum(row["engine"]["startup"].values())
+    print(
+        f"{row['variant']:<24} {row['decode_1_us']:12.1f} {row['decode_8_us']:12.1f} {row['ttft_us']:9.1f} "
+        f"{row['mixed_tokens_per_s']:16.0f} {len(graphs['graphs']):7} {startup:8.1f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.2-1b", help="a shape of common.shape_config")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
+    arguments = parser.parse_args()
+    device = this_device()
+    name, sizes, options = arguments.model, Sizes(), {"max_context": 1024}
+    if arguments.smoke:
+        name, sizes = "tiny", Sizes(8, 4, 1, 1, 6, 20, 6, 1)
+        options = {"max_context": 128, "compile_backend": "eager", "max_batch": 8, "capture_after": 1}
+    model = random_model(name, shape_dtype(name, device), device)
+    print(
+        f"{'':<24} {'batch 1, us':>12} {'batch 8, us':>12} {'TTFT, us':>9} {'mixed, tokens/s':>16} {'graphs':>7} "
+        f"{'start, s':>8}",
+        flush=True,
+    )
+    rows = []
+    for variant in arguments.variants:
+        rows.append(measure(model, variant, {**options, **VARIANTS[variant]}, sizes, device))
+        show(rows[-1])
+    report({"benchmark": "ablation", "model": name, "sizes": sizes._asdict(), "rows": rows}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Writes the tables of results in the docs from the JSON files in `benchmarks/results/`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` in a page of `docs/`. It is made from the files
+`NAME-*.json`, and says where no such file is that nothing was measured yet.
+
+    python benchmarks/tables.py            # rewrite the pages
+    python benchmarks/tables.py --check    # exit status 1 when a page and the files disagree
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+NOT_MEASURED = "not measured yet"
+_MARKED = re.compile(r"<!-- table: (?P<name>[a-z-]+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+def table(head: list[str], rows: Iterable[list[str]], words: int = 1) -> list[str]:
+    """Lines of a Markdown table; all but the first columns, which hold words, are aligned to the right."""
+    line = ["---"] * words + ["---:"] * (len(head) - words)
+    return [f"| {' | '.join(cells)} |" for cells in (head, line, *rows)]
+
+
+def decode_modes(results: list[Result]) -> list[str]:
+    """Microseconds of a decode step, by model, batch and mode."""
+    found = {(r["model"], r["batch"], r["mode"]): r["step_us"] for result in results for r in result["rows"]}
+    modes = [
+        mode
+        for mode in ("huggingface", "eager", "jit", "graph", "hybrid", "trees", "both")
+        if any(mode == of for *_, of in found)
+    ]
+    sizes = sorted({(model, batch) for model, batch, _ in found})
+    rows = []
+    for model, batch in sizes:
+        steps = [found.get((model, batch, mode)) for mode in modes]
+        hybrid = found.get((model, batch, "hybrid"))
+        rate = "-" if hybrid is None else f"{batch / hybrid * 1e6:,.0f}"
+        rows.append([model, str(batch), *(_number(step) for step in steps), rate])
+    names = ["Hugging Face" if mode == "huggingface" else f"`{mode}`" for mode in modes]
+    return table(["µs per step", "batch", *names, "`hybrid`, tokens/s"], rows)
+
+
+def replay(results: list[Result]) -> list[str]:
+    """Host time of a step, and replays."""
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            parts = [row["parts"][name]["p50_us"] for name in ("schedule", "launch", "read", "bookkeeping")]
+            device, profile = row["replay"]["device"], row["profile"]
+            seen = bool(profile["runtime_calls"])
+            rows.append(
+                [
+                    f"{result['model']}, batch {row['batch']}",
+                    _spread(row["host"]),
+                    *(_number(part) for part in parts),
+                    _spread(row["wall"]),
+                    _spread(device),
+                    f"{sum(profile['runtime_calls'].values()):.1f}" if seen else "-",
+                    f"{profile['copies_to_device']:g} / {profile['device_or_stream_waits']:g}" if seen else "-",
+                ]
+            )
+    head = ["µs; p50 / p99", "host, a step", "schedule", "launch", "read", "bookkeeping", "wall, a step", "replay"]
+    return table([*head, "CUDA calls a step", "copies to the device / waits for it"], rows)
+
+
+def unseen(results: list[Result]) -> list[str]:
+    """Ratios of steps at sizes without a graph."""
+    rows = []
+    for result in results:
+        captures = result["captures"]
+        kinds = {
+            f"{result['model']}, all": result["ratio"],
+            **result["ratio_by_kind"],
+            "the reference against its median": result["ratio_of_the_reference"],
+        }
+        for kind, ratio in kinds.items():
+            values = [_number(ratio[name], 3) for name in ("p50", "p99", "max")]
+            rows.append([kind, f"{ratio['count']:,}", *values, f"{ratio['above_limit']:,}"])
+        took = f"{captures['seconds']:.1f} s in all"
+        rows.append([f"captures between calls: {captures['count']}, {took}", "", "", "", "", ""])
+    return table(["steps", "count", "p50", "p99", "largest", "above 1.2"], rows)
+
+
+def ablation(results: list[Result]) -> list[str]:
+    """What each part brings."""
+    rows = [
+        [
+            row["variant"] if " " in row["variant"] or row["variant"] == "all" else f"`{row['variant']}`",
+            *(_number(row[name]) for name in ("decode_1_us", "decode_8_us", "ttft_us")),
+            f"{row['mixed_tokens_per_s']:,.0f}",
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    return table(["", "decode at batch 1, µs", "at batch 8, µs", "TTFT of 64 tokens, µs", "mixed, tokens/s"], rows)
+
+
+def metadata_copy(results: list[Result]) -> list[str]:
+    """Ways to copy a step's metadata."""
+    rows = [
+        [
+            str(row["pairs"]),
+            row["way"],
+            *(_number(row[f"{name}_us"]) for name in ("launch", "synchronised", "stream", "graph")),
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    return table(["pairs", "way", "launch, µs", "with a wait, µs", "of 1000 calls, µs", "in a graph, µs"], rows, 2)
+
+
+TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
+    "decode-modes": decode_modes,
+    "replay": replay,
+    "unseen": unseen,
+    "ablation": ablation,
+    "metadata-copy": metadata_copy,
+}
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _spread(times: dict[str, float]) -> str:
+    return f"{times['p50_us']:,.1f} / {times['p99_us']:,.1f}"
+
+
+def render(name: str, results: Path = RESULTS) -> str:
+    """A table from its files, with where they are from."""
+    if name not in TABLES:
+        raise SystemExit(f"unknown table {name!r}; there are: {', '.join(TABLES)}")
+    paths = sorted(results.glob(f"{name}-*.json"))
+    if not paths:
+        return f"{NOT_MEASURED}\n"
+    found = [json.loads(path.read_text()) for path in paths]
+    lines = [*TABLES[name](found), ""]
+    for path, result in zip(paths, found, strict=True):
+        where = result["provenance"]
+        lines.append(f"`{path.name}`: {where['gpu']}, torch {where['torch']}, commit {where['commit']}.")
+    return "\n".join(lines) + "\n"
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """A page with its tables as the files have them."""
+    return _MARKED.sub(
+        lambda m: f"<!-- table: {m['name']} -->\n{render(m['name'], results)}<!-- end -->",
+        text,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 when a page is not up to date"
+    )
+    arguments = parser.parse_args()
+    stale = []
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text()
+        new = rewritten(text)
+        if new != text:
+            stale.append(page.name)
+            if not arguments.check:
+                page.write_text(new)
+    if stale:
+        print(f"{'not up to date' if arguments.check else 'rewritten'}: {', '.join(stale)}")
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

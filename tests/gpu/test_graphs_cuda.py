@@ -1,0 +1,331 @@
+"""Recorded steps on a GPU: right tokens through growth, eviction and failure, and no waiting."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import families
+import pytest
+import torch
+
+import hybridgen
+from hybridgen.execution import StepKey
+from hybridgen.models.attention import Phase
+from hybridgen.output import Response
+from hybridgen.sampling import SamplerPlan
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = (7, 300, 1, 33, 64, 65, 130, 2)
+SETTINGS = {"max_batch": 17, "page_size": 16, "token_budget": 96, "kv_memory": "64MiB", "max_context": 352}
+GREEDY = SamplerPlan()
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.write("llama", tmp_path_factory.mktemp("graphs"))
+
+
+def load(path: Path, **fields: object) -> hybridgen.Engine:
+    return hybridgen.Engine.load(path, device="cuda", **(SETTINGS | fields))
+
+
+def poison(engine: hybridgen.Engine) -> None:
+    """Everything that only padding may read: NaN in the dummy page, ids and lengths out of range in its slot."""
+    runner = engine._runner
+    with torch.inference_mode():
+        for name, pages in runner._bound.pages().items():
+            assert "of layer" in name
+            pages[0] = float("nan")
+        runner.state.table[:, -1] = 2**40
+
+
+def arrivals(seed: int, count: int) -> list[tuple[int, list[int], hybridgen.SamplingParams]]:
+    """(step, prompt, sampling) of requests that keep a batch of up to 17 growing and shrinking."""
+    source = random.Random(seed)
+    step, found = 0, []
+    for i in range(count):
+        step += source.randrange(0, 9)
+        prompt = [source.randrange(3, families.VOCAB) for _ in range(source.choice((1, 5, 17, 40, 96, 130)))]
+        kind = source.randrange(5)
+        params = {"max_new_tokens": source.randrange(1, 60), "seed": i, "ignore_eos": True}
+        if kind >= 2:
+            params |= {"temperature": 0.9}
+        if kind == 3:
+            params |= {"top_p": 0.9, "top_k": 40}
+        if kind == 4:
+            params |= {"repetition_penalty": 1.2, "logprobs": 2}
+        found.append((step, prompt, hybridgen.SamplingParams(**params)))
+    return found
+
+
+def run(
+    engine: hybridgen.Engine, requests: list[tuple[int, list[int], hybridgen.SamplingParams]], between: Callable
+) -> tuple[list[tuple[int, ...]], int]:
+    """Tokens of each request, and the number of steps."""
+    loop = engine._open_loop()
+    responses: list[Response] = []
+    waiting = list(requests)
+    step = 0
+    while waiting or any(response.completion is None for response in responses):
+        while waiting and waiting[0][0] <= step:
+            _, prompt, params = waiting.pop(0)
+            loop.submit(engine.plan([prompt], params, {}), responses)
+        loop.step()
+        between(step)
+        step += 1
+        if not loop.scheduler.running and not loop.scheduler.waiting:
+            engine.idle()
+    assert [str(r.completion.error) for r in responses if r.completion.error] == []
+    return [response.completion.token_ids for response in responses], step
+
+
+@pytest.mark.parametrize("mode", ["graph", "hybrid"])
+def test_two_thousand_random_steps_with_eviction_and_poison(path: Path, mode: str) -> None:
+    requests = arrivals(7, 560)
+    with load(path, mode="eager") as engine:
+        expected, _ = run(engine, requests, lambda step: None)
+    with load(path, mode=mode, max_graphs=6, capture_after=2, max_padding_ratio=2.0) as engine:
+
+        def between(step: int) -> None:
+            if step % 7 == 0:
+                poison(engine)
+            if step % 40 == 0:  # a capture between steps is not what the engine does, but it must do no harm
+                engine._runner.capture_pending()
+
+        found, steps = run(engine, requests, between)
+        stats = engine.stats()
+    assert found == expected
+    assert steps >= 2000
+    assert stats.graphs.evictions > 5
+    assert stats.graphs.hits > 1000
+    assert stats.graphs.padded_hits > 100
+    assert not stats.fallbacks
+    assert stats.free_pages == stats.pages
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((1, 2, 4, 8)))[::5])
+def test_survivors_of_evictions_replay(path: Path, order: tuple[int, ...]) -> None:
+    prompts = families.prompts_of((9,) * 8)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=6)]
+    settings = {"max_graphs": 2, "decode_buckets": [1, 2, 4, 8], "prefill_buckets": [], "capture_after": 1}
+    with load(path, mode="graph", capture_at_start=False, validate=True, **settings) as engine:
+        for size in order * 2:
+            for _ in range(2):
+                outs = engine.generate(prompts[:size], max_new_tokens=6)
+                assert [out.token_ids for out in outs] == expected[:size]
+            keys = {recording.key.tokens for recording in engine._runner.graphs.recordings}
+            assert size in keys
+            for survivor in keys:
+                outs = engine.generate(prompts[:survivor], max_new_tokens=6)
+                assert [out.token_ids for out in outs] == expected[:survivor]
+        assert engine.stats().graphs.evictions >= 4
+        assert not engine.stats().fallbacks
+
+
+def fault(kind: str) -> Callable[[], None]:
+    device = torch.device("cuda")
+    if kind == "exception":
+
+        def fail() -> None:
+            raise ValueError("injected")
+    elif kind == "wait":
+
+        def fail() -> None:
+            torch.ones(3, device=device).sum().item()
+    else:
+
+        def fail() -> None:
+            torch.empty(2**45, device=device)
+
+    return fail
+
+
+@pytest.mark.parametrize("kind", ["exception", "wait", "memory"])
+def test_a_failed_capture_leaves_the_others_and_torch_usable(path: Path, kind: str) -> None:
+    prompts = families.prompts_of((9,) * 8)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)]
+    with load(path, mode="hybrid", decode_buckets=[1, 8], prefill_buckets=[64]) as engine:
+        runner = engine._runner
+        original, fail = runner.steps.run, fault(kind)
+
+        def broken(key: StepKey) -> None:
+            original(key)
+            if torch.cuda.is_current_stream_capturing():
+                fail()
+
+        runner.graphs._run = broken
+        key = StepKey(Phase.DECODE, 4, 4, GREEDY)
+        with pytest.warns(RuntimeWarning, match="capture of the decode graph of 4 rows failed"):
+            runner.capture([key], lambda: None)
+        runner.graphs._run = original
+        for size in (1, 4, 8):
+            outs = engine.generate(prompts[:size], max_new_tokens=12)
+            assert [out.token_ids for out in outs] == expected[:size]
+        assert torch.isfinite(torch.randn(100, device="cuda")).all()
+        torch.cuda.empty_cache()
+        later = StepKey(Phase.DECODE, 2, 2, GREEDY)
+        runner.capture([later], lambda: None)
+        assert later in {recording.key for recording in runner.graphs.recordings}
+        outs = engine.generate(prompts[:2], max_new_tokens=12)
+        assert [out.token_ids for out in outs] == expected[:2]
+        stats = engine.stats()
+        assert len(stats.graphs.failures) == 1
+        assert sum(stats.fallbacks.values()) == 1
+
+
+def test_manual_graphs_replay_after_trees_have_recorded(path: Path) -> None:
+    prompts = families.prompts_of((9,) * 8)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)]
+    settings = {"decode_buckets": [1, 2, 4, 8], "prefill_buckets": [32], "capture_after": 1}
+    with load(path, mode="hybrid", graphs="both", **settings) as engine:
+        owners = Counter(row.owner for row in engine.stats().graphs.graphs)
+        assert owners == {"cuda graph": 10, "cudagraph tree": 1}
+        for _ in range(2):
+            for size in (5, 6, 7, 3):  # trees record what lies between the buckets
+                outs = engine.generate(prompts[:size], max_new_tokens=12)
+                assert [out.token_ids for out in outs] == expected[:size]
+            for size in (1, 2, 4, 8):
+                outs = engine.generate(prompts[:size], max_new_tokens=12)
+                assert [out.token_ids for out in outs] == expected[:size]
+        stats = engine.stats()
+        hits: Counter[tuple[str, int]] = Counter()
+        for row in stats.graphs.graphs:
+            hits[row.owner, row.tokens] += row.hits if row.phase == "decode" else 0
+        assert all(hits["cuda graph", size] > 0 for size in (1, 2, 4, 8))
+        assert sum(hit for (owner, _), hit in hits.items() if owner == "cudagraph tree") > 0
+        assert not stats.fallbacks
+        assert stats.late_compiles == 0
+
+
+def test_trees_alone(path: Path) -> None:
+    prompts = families.prompts_of(LENGTHS)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=20)]
+    with load(path, mode="hybrid", graphs="trees", prefill_buckets=[96]) as engine:
+        for _ in range(3):
+            outs = engine.generate(prompts, max_new_tokens=20)
+            assert [out.token_ids for out in outs] == expected
+        assert engine.stats().graphs.hits > 40
+        assert not engine.stats().fallbacks
+
+
+def test_validation_passes_bit_for_bit_and_finds_a_wrong_graph(path: Path) -> None:
+    prompts = families.prompts_of(LENGTHS)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=20)]
+    with load(path, mode="hybrid", validate=True, check_addresses=True) as engine:
+        outs = engine.generate(prompts, max_new_tokens=20)
+        assert [out.token_ids for out in outs] == expected
+        assert not engine.stats().fallbacks
+    with load(path, mode="hybrid", validate=True) as engine:
+        by_key = {recording.key: recording for recording in engine._runner.graphs.recordings}
+        two = by_key[StepKey(Phase.DECODE, 2, 2, GREEDY)]
+        eight = by_key[StepKey(Phase.DECODE, 8, 8, GREEDY)]
+        eight.recorded = two.recorded  # leaves six rows as they were
+        engine._runner.graphs._changed()
+        with pytest.warns(RuntimeWarning, match="gave other values"):
+            outs = engine.generate(prompts, max_new_tokens=20)
+        assert [out.token_ids for out in outs] == expected
+
+
+def test_a_steady_decode_step_is_one_launch_and_waits_for_nothing(path: Path) -> None:
+    """What the driver is asked for in steps whose batch stays the same: a graph launch and an event each."""
+    with load(path, mode="hybrid") as engine:
+        loop = engine._open_loop()
+        responses: list[Response] = []
+        loop.submit(engine.plan(families.prompts_of((9, 12, 4)), None, {"max_new_tokens": 200}), responses)
+        for _ in range(10):
+            loop.step()
+        decode = engine._runner.decode
+
+        def guarded(slots: tuple[int, ...]):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return decode(slots)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        engine._runner.decode = guarded
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(50):
+                loop.step()
+        calls = Counter(event.name for event in profile.events() if event.name.startswith(("cuda", "cu")))
+        loop.cancel(responses)
+    steps = {name: count / 50 for name, count in calls.items()}
+    assert 0.9 <= steps.get("cudaGraphLaunch", 0) <= 1.1, steps
+    copies = sum(count for name, count in steps.items() if "Memcpy" in name)
+    waits = sum(count for name, count in steps.items() if "DeviceSynchronize" in name or "StreamSynchronize" in name)
+    assert copies < 0.1, steps
+    assert waits < 0.1, steps
+
+
+def test_a_model_that_moves_is_noticed(path: Path) -> None:
+    prompts = families.prompts_of((9, 9))
+    with load(path, mode="hybrid", check_addresses=True) as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=6)]
+        weight = engine._runner._bound.model.lm_head.weight
+        weight.data = weight.data.clone()
+        with pytest.warns(RuntimeWarning, match="moved since the capture: lm_head"):
+            outs = engine.generate(prompts, max_new_tokens=6)
+        assert [out.token_ids for out in outs] == expected
+
+
+def test_experts_in_bfloat16_are_compiled_and_recorded(tmp_path: Path) -> None:
+    path = families.write("qwen3_moe", tmp_path)
+    prompts = families.prompts_of(LENGTHS)
+    with load(path, mode="hybrid", dtype="bfloat16", token_budget=256) as engine:
+        for _ in range(2):
+            outs = engine.generate(prompts, max_new_tokens=20)
+        stats = engine.stats()
+        assert all(len(out.token_ids) == 20 for out in outs)
+        assert stats.late_compiles == 0
+        assert stats.graphs.hits > 20
+        assert not stats.fallbacks
+
+
+@pytest.mark.parametrize("mode", ["graph", "hybrid"])
+def test_a_model_that_cannot_be_captured_runs_without(mode: str, tmp_path: Path) -> None:
+    """Experts in float32 wait for the device inside a step; that must cost graphs and nothing else."""
+    path = families.write("qwen3_moe", tmp_path)
+    prompts = families.prompts_of(LENGTHS)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=20)]
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="capture of the prefill graph"):
+            engine = load(path, mode=mode)
+        with engine:
+            outs = engine.generate(prompts, max_new_tokens=20)
+            assert [out.token_ids for out in outs] == expected
+            stats = engine.stats()
+            assert not stats.graphs.graphs
+            assert sum(stats.fallbacks.values()) == 4  # two of a kind for each phase; the others are not tried
+            assert torch.isfinite(torch.randn(9, device="cuda")).all()
+            torch.cuda.empty_cache()
+
+
+def test_the_last_graph_can_be_evicted_and_another_captured(path: Path) -> None:
+    prompts = families.prompts_of((9,) * 4)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=6)]
+    settings = {"max_graphs": 1, "capture_after": 1, "prefill_buckets": [], "capture_at_start": False}
+    with load(path, mode="graph", **settings) as engine:
+        for size in (1, 2, 4, 1, 2, 4):
+            for _ in range(2):
+                outs = engine.generate(prompts[:size], max_new_tokens=6)
+                assert [out.token_ids for out in outs] == expected[:size]
+        assert engine.stats().graphs.evictions >= 5
+        assert not engine.stats().fallbacks
