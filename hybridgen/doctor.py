@@ -79,8 +79,45 @@ def _cache_directory() -> Finding:
 
 def _modes() -> Iterator[Finding]:
     yield Finding("mode eager", True, "runs everywhere")
-    problem = _try_compile()
-    yield Finding("mode jit", problem is None, problem or "torch.compile made and ran a function")
+    cannot_compile = _try_compile()
+    yield Finding("mode jit", cannot_compile is None, cannot_compile or "torch.compile made and ran a function")
+    recorded, how = _try_capture()
+    yield Finding("mode graph", recorded, how)
+    yield Finding("mode hybrid", recorded and cannot_compile is None, cannot_compile or how)
+
+
+def _try_capture() -> tuple[bool, str]:
+    """Record and replay a small step the way the engine does; whether that worked, and what was used or went wrong."""
+    import torch
+
+    from hybridgen.execution.graphs import Recorder, StandInRecorder
+    from hybridgen.execution.steps import StepKey
+    from hybridgen.models.attention import Phase
+
+    on_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    total = torch.zeros(4, device=device)
+    recorder: Recorder = StandInRecorder()
+
+    def step() -> None:
+        total.add_(1)
+
+    try:
+        if on_cuda:
+            from hybridgen.execution.graphs.cuda import CudaGraphRecorder
+
+            recorder = CudaGraphRecorder(device)
+        recorded = recorder.record(StepKey(Phase.DECODE, 1, 1, None), step)
+        before = total.tolist()
+        recorded.replay()
+        moved = total.tolist() == [value + 1 for value in before]
+        recorded.release()
+        recorder.close()
+    except Exception as error:  # whatever the driver raises is the finding
+        return False, f"the capture failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if not moved:
+        return False, "a replay gave another result than the step; the driver or this build of torch is broken"
+    return True, "a CUDA graph was captured and replayed" if on_cuda else "with a stand-in: a CPU has no graphs"
 
 
 def _try_compile() -> str | None:

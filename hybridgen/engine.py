@@ -126,8 +126,9 @@ class Engine:
         if self.mode.compiles:
             with self._timed("compile"):
                 why = self._compile(runner) or why
-        with self._timed("warm up"):
-            runner.exercise()
+        if device.type == "cuda":
+            with self._timed("warm up"):
+                runner.exercise()
         use_graphs(runner, self._graph_plan(), why, self._counters)
         if self.mode.records and config.capture_at_start:
             with self._timed("capture"):

@@ -109,7 +109,8 @@ class ModelRunner:
     ) -> None:
         """How steps are recorded; see `GraphStore` and `EngineConfig`."""
         self._check_addresses = check_addresses
-        self.steps.keeps_logits = validates
+        if validates:
+            self.steps.keep_logits(always=True)
         self.graphs = GraphStore(
             settings,
             recorder=recorder,
@@ -215,7 +216,9 @@ class ModelRunner:
         return {name: tensor.data_ptr() for part in parts for name, tensor in part.items()}
 
     def _prepare(self, key: StepKey) -> None:
-        if key.plan is not None:
+        if key.plan is None:
+            self.steps.keep_logits()
+        else:
             self.sampler.allocate(key.plan)
         self.steps.stage_padding(key)
         self._batch = None
@@ -250,13 +253,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def exercise(self) -> None:
-        """Run a few sizes of prefill and decode on CUDA, where kernels have variants for sizes.
+        """Run a few sizes of prefill and decode: on CUDA, kernels have variants for sizes.
 
         They are compiled, loaded and chosen on their first use, which takes up to half a second each: not in a user's
         step. Writes to the dummy page only.
         """
-        if self.device.type != "cuda":
-            return
         plan = SamplerPlan()
         for tokens in _spread(self._max_tokens):
             self._run_padding(StepKey(Phase.PREFILL, tokens, 1, plan))

@@ -108,11 +108,9 @@ class ModelSteps:
             state.block_table.tensor, self._prefill["slots"][:1], empty, self._prefill["starts"], empty
         )
         """What the model's attention reads; set by each step."""
-        self.keeps_logits = False
-        """Whether steps that sample leave their logits too (for validation)."""
-        like = next(bound.model.parameters())
-        self.logits = like.new_zeros(lines, sampler.vocab_size)
-        """[max_batch + 1, vocab_size]: where steps that end at the logits leave them."""
+        self._always_keeps_logits = False
+        self.logits: Tensor | None = None
+        """[max_batch + 1, vocab_size]: where steps that end at the logits leave them, once `keep_logits()` ran."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, the model's parameters and buffers apart, by name."""
@@ -120,14 +118,25 @@ class ModelSteps:
             "block table": self._state.block_table.tensor,
             "state": self._state.table,
             "zeros": self._zeros,
-            "logits": self.logits,
             **self._ring.tensors(),
             **{f"staged {name}": field for name, field in self._decode_block.device.items()},
             **{f"staged prompt {name}": field for name, field in self._prefill_block.device.items()},
             **{f"decode {name}": field for name, field in self._decode.items()},
             **{f"prefill {name}": field for name, field in self._prefill.items()},
         }
-        return fixed | self._sampler.tensors() | self._bound.pages()
+        logits = {} if self.logits is None else {"logits": self.logits}
+        return fixed | logits | self._sampler.tensors() | self._bound.pages()
+
+    def keep_logits(self, *, always: bool = False) -> None:
+        """Allocate where logits are left, if that has not been done.
+
+        Args:
+            always: steps that sample leave theirs too (for validation).
+        """
+        self._always_keeps_logits |= always
+        if self.logits is None:
+            shape = self._state.max_batch + 1, self._sampler.vocab_size
+            self.logits = torch.zeros(shape, dtype=self._bound.logits_dtype, device=self._state.device)
 
     def stage_decode(self, slots: tuple[int, ...]) -> None:
         """Say which slots are the rows of the next decode steps; nothing is sent while they stay the same."""
@@ -222,21 +231,26 @@ class ModelSteps:
         if phase is Phase.DECODE:
             slots = self._decode["rows"][:rows]
             state = self._state.read(slots)
-            self._sample(self.logits[:rows], slots, state.lengths + 1, state.generated, plan)
+            self._sample(self._kept(rows), slots, state.lengths + 1, state.generated, plan)
         else:
-            self._sample(self.logits[:rows], *self._prefilled(rows), plan)
+            self._sample(self._kept(rows), *self._prefilled(rows), plan)
 
     def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Slots of the prompts that end in a prefill step, their lengths, and what they generated before."""
         slots, lengths, generated = (self._prefill[name][:rows] for name in ("rows", "lengths", "generated"))
         return slots, lengths, generated
 
+    def _kept(self, rows: int) -> Tensor:
+        if self.logits is None:
+            raise RuntimeError("no step has left its logits; keep_logits() comes first")
+        return self.logits[:rows]
+
     def _leave(self, logits: Tensor) -> None:
-        self.logits[: logits.shape[0]].copy_(logits)
+        self._kept(logits.shape[0]).copy_(logits)
 
     def _sample(self, logits: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, plan: SamplerPlan) -> None:
         """Sample the token after `lengths` tokens for each row, publish it, and advance the rows."""
-        if self.keeps_logits:
+        if self._always_keeps_logits:
             self._leave(logits)
         sampled = sample(logits, self._sampler, rows, lengths, generated, plan)
         if plan.penalties:

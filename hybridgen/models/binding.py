@@ -32,6 +32,8 @@ class BoundModel:
 
     model: PreTrainedModel
     sites: tuple[AttentionSite, ...]
+    logits_dtype: torch.dtype
+    """Of what `forward()` returns; some models compute their logits in float32 whatever their weights are."""
     _attention: str | None
     _ropes: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
@@ -75,7 +77,7 @@ class BoundModel:
             keep: int64 [K], the tokens whose logits are wanted; None for all.
 
         Returns:
-            [K, vocab_size] in the model's dtype.
+            [K, vocab_size] in `logits_dtype`.
         """
         output = self.model(
             input_ids=input_ids[None],
@@ -119,8 +121,8 @@ def bind(model: PreTrainedModel) -> BoundModel:
     """
     check_free(model)
     previous = model.config._attn_implementation
-    sites = _probe(model)
-    bound = BoundModel(model, sites, previous)
+    sites, logits_dtype = _probe(model)
+    bound = BoundModel(model, sites, logits_dtype, previous)
     try:
         _set_attention(model, ATTENTION_NAME)
         model._hybridgen_bound = True  # type: ignore[assignment]
@@ -141,8 +143,8 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _probe(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
-    """Run two tokens through the model and note every attention call."""
+def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionSite, ...], torch.dtype]:
+    """Run two tokens through the model and note every attention call, and the dtype of the logits."""
     previous = model.config._attn_implementation
     seen: list[tuple[nn.Module, LayerShape, dict[str, Any]]] = []
 
@@ -156,16 +158,17 @@ def _probe(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     try:
         with torch.inference_mode():
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], use_cache=False)
+            output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], use_cache=False)
     finally:
         for module in modules:
             vars(module).pop("_hybridgen_probe", None)
         model.set_attn_implementation(previous)
     layers = _decoder_layers(model, [module for module, _, _ in seen])
-    return tuple(
+    sites = tuple(
         AttentionSite(module, layer, shape, 0 if kwargs.get("sliding_window") else _config_window(module))
         for (module, shape, kwargs), layer in zip(seen, layers, strict=True)
     )
+    return sites, output.logits.dtype
 
 
 def _decoder_layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[nn.Module]:

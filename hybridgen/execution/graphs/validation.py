@@ -34,7 +34,7 @@ def validate(runner: ModelRunner, recording: Recording) -> str | None:
 
 def _optional(runner: ModelRunner) -> list[torch.Tensor]:
     counts = runner.sampler.output_counts
-    return [runner.steps.logits, *([] if counts is None else [counts])]
+    return [tensor for tensor in (runner.steps.logits, counts) if tensor is not None]
 
 
 def _differ(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
