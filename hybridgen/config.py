@@ -69,7 +69,7 @@ class GraphOwner(StrEnum):
     TREES = "trees"
     """Inductor's cudagraph trees: the whole step compiled with `mode="reduce-overhead"`."""
     BOTH = "both"
-    """By hand at warm-up; trees for what is recorded while idle."""
+    """By hand for the buckets; trees for decode sizes between them, recorded while idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,9 @@ class EngineConfig:
     max_graphs: int = 128
     """Graphs that are kept; the least recently used is dropped before another is captured."""
     max_graph_memory: int | str | None = None
-    """Bytes that captures may have taken, or a text such as "512MiB"; above it the least recently used is dropped."""
+    """Bytes that the captures of the graphs kept may have taken, or a text such as "512MiB"; above it the least
+    recently used is dropped. Graphs share a pool of memory: what one took from it is for the others when it is dropped,
+    and goes back to the device with the last."""
     max_padding_ratio: float | None = None
     """Padding to a bucket up to this share of a step's size (1 doubles it). Else what the measured times say."""
     validate: bool = False
@@ -176,6 +178,16 @@ class EngineConfig:
         if self.graphs is not GraphOwner.MANUAL and self.mode not in (Mode.HYBRID, Mode.AUTO):
             raise ConfigError(
                 f'graphs="{self.graphs}" with mode="{self.mode}": trees record compiled steps; use mode="hybrid"'
+            )
+        if self.graphs is not GraphOwner.MANUAL and self.compile_backend != "inductor":
+            raise ConfigError(
+                f'graphs="{self.graphs}" with compile_backend={shown(self.compile_backend)}: trees are Inductor\'s; '
+                'leave compile_backend at "inductor"'
+            )
+        if not self.capture_at_start and not self.lazy_capture and self.mode in (Mode.GRAPH, Mode.HYBRID):
+            raise ConfigError(
+                f'mode="{self.mode}" with capture_at_start=False and lazy_capture=False records nothing; set one of '
+                'them, or use mode="eager" or "jit"'
             )
         for name in ("decode_buckets", "prefill_buckets"):
             object.__setattr__(self, name, _checked_buckets(name, getattr(self, name)))

@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from hybridgen.errors import ConfigError, DeviceError, EngineError, Interrupted,
 from hybridgen.execution import Counters, ModelRunner
 from hybridgen.execution.compiled import check_backend, check_toolchain
 from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
+from hybridgen.execution.graphs.recorder import CAPTURING
 from hybridgen.execution.statistics import EngineStats, GraphStats
+from hybridgen.kernels import metadata
 from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
 from hybridgen.loading import Checkpoint, LoadedModel, fuse_projections, unfuse_projections
 from hybridgen.loop import StepLoop, first_line
@@ -74,7 +76,8 @@ class Engine:
                     fuse_projections(loaded.model)
             bound = bind(loaded.model)
             undo.callback(bound.release)
-            self._loop = self._build(bound, undo)
+            with device_of(checkpoint.device):
+                self._loop = self._build(bound, undo)
         except BaseException:
             self.close()
             raise
@@ -107,6 +110,7 @@ class Engine:
 
     def _build(self, bound: BoundModel, undo: ExitStack) -> StepLoop:
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
+        plan = self._graph_plan()
         runner = self._runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
@@ -121,15 +125,15 @@ class Engine:
         )
         undo.callback(runner.close)
         with self._timed("allocate cache"):
-            self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner)
-        why = f"mode {self.mode}"
+            self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner, plan)
+        not_compiled = None
         if self.mode.compiles:
             with self._timed("compile"):
-                why = self._compile(runner) or why
+                not_compiled = self._compile(runner)
         if device.type == "cuda":
             with self._timed("warm up"):
                 runner.exercise()
-        use_graphs(runner, self._graph_plan(), why, self._counters)
+        use_graphs(runner, plan, not_compiled, self._counters)
         if self.mode.records and config.capture_at_start:
             with self._timed("capture"):
                 self._capture(runner)
@@ -163,7 +167,7 @@ class Engine:
         with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=self._bar_disabled) as bar:
             runner.capture(keys, bar.update)
 
-    def _allocate_cache(self, bound: BoundModel, runner: ModelRunner) -> tuple[int, int]:
+    def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphPlan) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes."""
         config, device = self.config, self.checkpoint.device
         shape = CacheShape(bound.layer_shapes, config.page_size, self.checkpoint.dtype)
@@ -175,7 +179,7 @@ class Engine:
             max_context=self.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
-            activation_bytes=runner.measure_activations() if measure else 0,
+            activation_bytes=runner.measure_activations(plan.largest()) if measure else 0,
         )
         runner.attach(allocate_pages(shape, num_pages, device))
         return num_pages, num_pages * shape.page_bytes
@@ -309,6 +313,7 @@ class Engine:
                     while active and active[-1].completion is not None:
                         active.pop()
                 bar.update(len(responses) - bar.n)
+            self._record_missing()
         except KeyboardInterrupt:
             done = _complete(responses)
             loop.cancel(responses)
@@ -323,7 +328,6 @@ class Engine:
             loop.cancel(responses)
             if streamer is not None:
                 streamer.end()
-        self._record_missing()
         return responses
 
     def _record_missing(self) -> None:
@@ -349,7 +353,7 @@ class Engine:
             requests=dict(self._counters.requests),
             tokens=dict(self._counters.tokens),
             steps=dict(self._counters.steps),
-            fallbacks=dict(self._counters.fallbacks),
+            fallbacks=self._fallbacks(),
             compiled=compiled.compiles if compiled else 0,
             late_compiles=compiled.late_compiles if compiled else 0,
             graphs=self._runner.graphs.stats() if self._runner is not None else GraphStats(),
@@ -360,6 +364,12 @@ class Engine:
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
         )
+
+    def _fallbacks(self) -> dict[str, int]:
+        counted = self._counters.fallbacks.copy()
+        if metadata.fallbacks():
+            counted["copy_metadata: Triton failed, torch copied (in this process)"] = metadata.fallbacks()
+        return dict(counted)
 
     @property
     def closed(self) -> bool:
@@ -379,7 +389,8 @@ class Engine:
         self._undo()
         if self.checkpoint.device.type == "cuda":
             del loop
-            torch.cuda.empty_cache()
+            with CAPTURING:
+                torch.cuda.empty_cache()
 
     def __enter__(self) -> Engine:
         return self
@@ -434,6 +445,11 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:
             "(token_budget, max_context); leave it out"
         )
     return limit
+
+
+def device_of(device: torch.device) -> AbstractContextManager[Any]:
+    """The current device is this one inside."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _complete(responses: list[Response]) -> int:

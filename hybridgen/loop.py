@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable
 from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
-import torch
-
 from hybridgen.core import FinishReason
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError
 from hybridgen.execution import Counters, LaunchedStep, ModelRunner, PrefillChunk
+from hybridgen.execution.faults import is_fatal
 from hybridgen.output import Response, StepKind
 from hybridgen.requests import Plan
 from hybridgen.scheduler import Batch, Chunk, Scheduler, Sequence
@@ -61,6 +60,7 @@ class StepLoop:
         self._stepping = False
         self._cancelled: list[Response] = []
         self._lost: list[Response] = []
+        self._disturbed = False
         self._end: EngineError | None = None
 
     def submit(self, plans: list[Plan], responses: list[Response], *, keep_events: bool = False) -> None:
@@ -128,8 +128,8 @@ class StepLoop:
                 )
             self._stepping = True
             try:
-                if self._lost:
-                    self._fail_lost("a step that it was in was interrupted")
+                if self._disturbed:
+                    self._recover("a step that it was in was interrupted")
                 self._step()
             except EngineError:
                 raise
@@ -137,15 +137,13 @@ class StepLoop:
                 # Launched tokens may be lost, so that nobody who was running can go on. Whoever is interrupted
                 # cancels its own requests first; the others fail.
                 self._lost = [self._responses[s] for s in self.scheduler.running if s in self._responses]
+                self._disturbed = True
                 if not isinstance(error, Exception):
                     raise
                 logger.debug("a step failed", exc_info=True)
-                self._fail_lost(f"a step failed: {type(error).__name__}: {first_line(error)}")
+                self._recover(f"a step failed: {type(error).__name__}: {first_line(error)}")
             finally:
-                self._stepping = False
-                if self._cancelled:
-                    cancelled, self._cancelled = self._cancelled, []
-                    self.cancel(cancelled)
+                self._stepped()
 
     def idle(self, work: Callable[[], bool]) -> bool:
         """Do something on the device while no request needs it; false, and nothing done, while one waits or runs.
@@ -163,7 +161,18 @@ class StepLoop:
             flights, self._in_flight = self._in_flight, []
             for flight in flights:
                 self._read(flight)
-            return work()
+            self._stepping = True  # whoever is told of what happens cannot start a step in the middle of it
+            try:
+                return work()
+            finally:
+                self._stepped()
+
+    def _stepped(self) -> None:
+        """The end of a step, or of work while idle: cancel what was cancelled inside it."""
+        self._stepping = False
+        if self._cancelled:
+            cancelled, self._cancelled = self._cancelled, []
+            self.cancel(cancelled)
 
     def _step(self) -> None:
         earlier, self._in_flight = self._in_flight, []
@@ -228,7 +237,7 @@ class StepLoop:
 
     def _isolate(self, error: Exception, first: Sequence, parts: list[Any], launch: Callable[[Any], None]) -> None:
         """A call failed: run its requests one by one, so that only the one to blame fails."""
-        if len(parts) == 1 or _is_fatal(error):
+        if len(parts) == 1 or is_fatal(error):
             self._blame(first, error)
             return
         for part in parts:
@@ -236,7 +245,7 @@ class StepLoop:
 
     def _blame(self, sequence: Sequence, error: Exception) -> None:
         """Fail the one request whose work raised; everybody, if the device is lost."""
-        if _is_fatal(error):
+        if is_fatal(error):
             self._break(error)
         logger.debug("a request failed", exc_info=error)
         failure = RequestError(f"a step failed: {type(error).__name__}: {first_line(error)}")
@@ -294,11 +303,16 @@ class StepLoop:
         if self._responses.pop(response.sequence, None) is not None and response.completion is not None:
             self._counters.requests[str(response.completion.finish_reason)] += 1
 
-    def _fail_lost(self, why: str) -> None:
+    def _recover(self, why: str) -> None:
+        """After a step that ended in the middle: make device and host agree, and fail whom it may have cost a token."""
+        self._disturbed = False
         lost, self._lost = self._lost, []
-        for response in lost:
-            if response.completion is None:
-                self._finish(response, FinishReason.ERROR, RequestError(why))
+        try:
+            self._runner.recover()
+        finally:
+            for response in lost:
+                if response.completion is None:
+                    self._finish(response, FinishReason.ERROR, RequestError(why))
 
     def _break(self, error: Exception) -> NoReturn:
         """The device failed for good: everybody gets an error, now and later."""
@@ -317,11 +331,6 @@ def _describe(chunk: Chunk) -> PrefillChunk:
         generated=len(sequence.prefill_ids) - len(sequence.prompt_ids),
         last=chunk.last,
     )
-
-
-def _is_fatal(error: Exception) -> bool:
-    """Whether the CUDA context is lost. Running out of memory is not fatal: a smaller call may fit."""
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def first_line(error: BaseException) -> str:

@@ -16,6 +16,8 @@ import transformers
 
 import hybridgen
 
+# The models are tiny: more threads only get into each other's way.
+torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
 import torch
 
 import hybridgen
+from hybridgen import Mode
+from hybridgen.execution.graphs.plan import use_graphs
 from hybridgen.output import Response
 from hybridgen.requests import plan_requests
 
@@ -17,6 +21,10 @@ NEW_TOKENS = 40
 LENGTHS = (7, 300, 1, 33, 64, 65, 130, 2)
 INDUCTOR = ("llama", "gemma3_text", "gpt2", "qwen3_moe")
 SETTINGS = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB", "max_context": 352}
+# Every batch and most prompts are padded, whatever the stand-in's times say.
+GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4, 8), "prefill_buckets": (16, 40, 96), "max_padding_ratio": 64}
+FEW_TOKENS = 18
+"""Across a page border wherever a prompt ends; for modes whose steps are those of another that generates all."""
 
 
 @pytest.fixture(scope="module", params=sorted(families.FAMILIES))
@@ -35,24 +43,27 @@ def expected(family: str) -> list[tuple[list[int], torch.Tensor]]:
     return [families.reference(model, prompt, NEW_TOKENS) for prompt in families.prompts_of(LENGTHS)]
 
 
-def check_engine(engine: hybridgen.Engine, expected: list[tuple[list[int], torch.Tensor]]) -> None:
+def check_engine(
+    engine: hybridgen.Engine, expected: list[tuple[list[int], torch.Tensor]], new_tokens: int = NEW_TOKENS
+) -> None:
     """Batches of 8, 3 and 1, and requests that join late, all give Hugging Face's tokens."""
+    expected = [(tokens[:new_tokens], logits[:new_tokens]) for tokens, logits in expected]
     prompts = families.prompts_of(LENGTHS)
     for batch in (range(8), range(3), range(1, 2)):
-        outs = engine.generate([prompts[i] for i in batch], max_new_tokens=NEW_TOKENS, logprobs=0)
+        outs = engine.generate([prompts[i] for i in batch], max_new_tokens=new_tokens, logprobs=0)
         for i, out in zip(batch, outs, strict=True):
             tokens, logits = expected[i]
             assert list(out.token_ids) == tokens, f"prompt of {LENGTHS[i]} tokens in a batch of {len(batch)}"
             wanted = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
             actual = torch.tensor([entry.logprob for entry in out.logprobs])
             assert (actual - wanted).abs().max() < 1e-4
-    assert join_late(engine, prompts) == [tokens for tokens, _ in expected]
+    assert join_late(engine, prompts, new_tokens) == [tokens for tokens, _ in expected]
 
 
-def join_late(engine: hybridgen.Engine, prompts: list[list[int]]) -> list[list[int]]:
+def join_late(engine: hybridgen.Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Run the prompts with half of them submitted while the others decode."""
     plans = plan_requests(
-        prompts, None, {"max_new_tokens": NEW_TOKENS}, engine.checkpoint, engine.max_context, engine.cache_tokens
+        prompts, None, {"max_new_tokens": new_tokens}, engine.checkpoint, engine.max_context, engine.cache_tokens
     )
     loop = engine._open_loop()
     responses: list[Response] = []
@@ -65,13 +76,39 @@ def join_late(engine: hybridgen.Engine, prompts: list[list[int]]) -> list[list[i
     return [list(response.completion.token_ids) for response in responses]
 
 
+def check_replays(engine: hybridgen.Engine) -> None:
+    """Graphs ran the decode steps and padded prompts, and nothing went another way than asked for."""
+    stats = engine.stats()
+    assert not stats.fallbacks
+    assert not stats.graphs.failures
+    assert {kind for phase, kind, _ in stats.steps if phase == "decode"} >= {"stand-in"}
+    reasons = {reason.split(",")[0] for _, kind, reason in stats.steps if kind == "stand-in"}
+    assert {"padded to bucket 2", "padded to bucket 4", "bucket 8", "padded to bucket 16", "bucket 96"} <= reasons
+    assert stats.free_pages == stats.pages
+
+
+def make_hybrid(engine: hybridgen.Engine) -> None:
+    """Turn an engine of mode jit into one of mode hybrid, as loading does it, with what was compiled."""
+    engine.mode = Mode.HYBRID
+    engine.config = engine.config.replace(mode="hybrid", **GRAPHS)
+    use_graphs(engine._runner, engine._graph_plan(), "mode hybrid", engine._counters)
+    engine._capture(engine._runner)
+
+
 def test_eager(checkpoint: Path, expected: list) -> None:
     with hybridgen.Engine.load(checkpoint, mode="eager", **SETTINGS) as engine:
         check_engine(engine, expected)
         assert engine.stats().free_pages == engine.stats().pages
 
 
-def test_jit(family: str, checkpoint: Path, expected: list, pytestconfig: pytest.Config) -> None:
+def test_graph(checkpoint: Path, expected: list) -> None:
+    with hybridgen.Engine.load(checkpoint, mode="graph", **SETTINGS, **GRAPHS) as engine:
+        check_engine(engine, expected, FEW_TOKENS)
+        check_replays(engine)
+
+
+def test_jit_and_hybrid(family: str, checkpoint: Path, expected: list, pytestconfig: pytest.Config) -> None:
+    """Both with the same compiled layers, because most of the time goes into compiling them."""
     everywhere = pytestconfig.getoption("--all-inductor")
     backend = "inductor" if everywhere or family in INDUCTOR else "aot_eager"
     with hybridgen.Engine.load(checkpoint, mode="jit", compile_backend=backend, run_ahead=1, **SETTINGS) as engine:
@@ -81,11 +118,22 @@ def test_jit(family: str, checkpoint: Path, expected: list, pytestconfig: pytest
         assert stats.compiled == 3 * families.layer_kinds(family)
         with torch.compiler.set_stance("fail_on_recompile"):
             check_engine(engine, expected)
+            make_hybrid(engine)
+            check_engine(engine, expected, FEW_TOKENS)
         assert engine.stats().late_compiles == 0
+        check_replays(engine)
+
+
+@functools.cache
+def scaled(variant: str) -> list[list[int]]:
+    """Hugging Face's tokens, by a fresh model for each prompt: its dynamic scaling remembers the longest one."""
+    name, changes = families.ROPE_VARIANTS[variant]
+    prompts = families.prompts_of(LENGTHS)
+    return [families.reference(families.build(name, **changes), prompt, NEW_TOKENS)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("variant", sorted(families.ROPE_VARIANTS))
-@pytest.mark.parametrize("mode", ["eager", "jit"])
+@pytest.mark.parametrize("mode", ["eager", "jit", "graph", "hybrid"])
 def test_rope_scaling(variant: str, mode: str, tmp_path: Path) -> None:
     """Prompts below, at and above the length where the scaling changes, together in one batch.
 
@@ -94,9 +142,13 @@ def test_rope_scaling(variant: str, mode: str, tmp_path: Path) -> None:
     name, changes = families.ROPE_VARIANTS[variant]
     path = families.write(name, tmp_path, **changes)
     prompts = families.prompts_of(LENGTHS)
-    # A fresh model for each prompt, because Hugging Face's dynamic scaling remembers the longest one.
-    expected = [families.reference(families.build(name, **changes), prompt, NEW_TOKENS)[0] for prompt in prompts]
-    with hybridgen.Engine.load(path, mode=mode, compile_backend="aot_eager", run_ahead=1, **SETTINGS) as engine:
+    fields: dict[str, Any] = {"mode": mode, "compile_backend": "aot_eager", "run_ahead": 1, **SETTINGS}
+    if mode in ("graph", "hybrid"):
+        fields |= GRAPHS | {"decode_buckets": (3, 8)}
+    with hybridgen.Engine.load(path, **fields) as engine:
         outs = engine.generate(prompts, max_new_tokens=NEW_TOKENS)
-        assert [list(out.token_ids) for out in outs] == expected
-        assert not engine.stats().fallbacks
+        assert [list(out.token_ids) for out in outs] == scaled(variant)
+        stats = engine.stats()
+        assert not stats.fallbacks
+        assert stats.late_compiles == 0
+        assert (stats.graphs.padded_hits > 0) == (mode in ("graph", "hybrid"))

@@ -284,6 +284,9 @@ class StubRunner:
     def admit(self, slot: int, pages: Any, sampling: Any, prompt_ids: Any) -> None:
         self.next[slot] = 100 * slot
 
+    def recover(self) -> None:
+        """Nothing here can be out of step."""
+
     def prefill(self, chunks: list[PrefillChunk]) -> Any:
         return self._launch(tuple(chunk.slot for chunk in chunks if chunk.last))
 

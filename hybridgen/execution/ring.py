@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.core import MAX_LOGPROBS, TokenLogprob
+from hybridgen.errors import DeviceError
 from hybridgen.kernels.stepping import advance, publish
 from hybridgen.sampling import SampleOutput
 
@@ -50,14 +51,22 @@ class TokenRing:
         tops = {"ring of top ids": self.top_ids, "ring of top log-probabilities": self.top_logprobs}
         return {"ring": self.tokens, "ring of log-probabilities": self.logprobs, **tops, "counter": self.counter}
 
-    def finish(self, sampled: SampleOutput, rows: Tensor, lengths: Tensor, generated: Tensor, table: Tensor) -> None:
+    def finish(
+        self,
+        sampled: SampleOutput,
+        rows: Tensor,
+        lengths: Tensor,
+        generated: Tensor,
+        table: Tensor,
+        counts: Tensor | None = None,
+    ) -> None:
         """Part of a step: publish what was sampled, and make it the rows' state (`kernels.stepping.advance`)."""
         if sampled.logprobs is not None:
             publish(sampled.logprobs, self.logprobs, self.counter)
         if sampled.top_ids is not None and sampled.top_logprobs is not None:
             publish(sampled.top_ids, self.top_ids, self.counter)
             publish(sampled.top_logprobs, self.top_logprobs, self.counter)
-        advance(sampled.tokens, rows, lengths, generated, table, self.tokens, self.counter)
+        advance(sampled.tokens, rows, lengths, generated, table, self.tokens, self.counter, counts)
 
     def reserve(self) -> None:
         """Before a step is launched: read the line that it will overwrite, if nobody has yet."""
@@ -152,5 +161,8 @@ def _shared(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
     if device.type != "cuda":
         return host, host.numpy()
+    mapped = torch.as_tensor(_HostMapped(host), device=device)
+    if mapped.data_ptr() != host.data_ptr():
+        raise DeviceError(f"{device} does not address pinned host memory where the host does; use another device")
     # The array keeps the pinned tensor alive, and the ring keeps the array.
-    return torch.as_tensor(_HostMapped(host), device=device), host.numpy()
+    return mapped, host.numpy()

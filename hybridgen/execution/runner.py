@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from threading import get_ident
-from typing import cast
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from hybridgen.execution.compiled import CompiledLayers
+from hybridgen.execution.faults import is_fatal
 from hybridgen.execution.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
+from hybridgen.execution.graphs.recorder import CAPTURING, this_thread
 from hybridgen.execution.graphs.validation import validate
 from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
@@ -29,6 +31,32 @@ WARM_UP_RUN = 7
 """Tokens of the warm-up prefill: few enough for the first page, and no dimension of a model."""
 
 WARM_UP_ROWS = 3
+
+_NODE_BYTES = 128 * 2**20
+"""For the nodes of all graphs; a 1B model's took 1 to 6 MiB each on an H200."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_stream(
+    method: Callable[Concatenate[ModelRunner, P], R],
+) -> Callable[Concatenate[ModelRunner, P], R]:
+    """Run a method of the runner in inference mode, on the device and stream that the runner was made on.
+
+    Steps share buffers, and only the order of one stream keeps them apart; callers may be on another device, on a
+    stream of their own, or on another thread.
+    """
+
+    @functools.wraps(method)
+    def run(self: ModelRunner, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode():
+            if self.stream is None or _is_current(self.stream):
+                return method(self, *args, **kwargs)
+            with torch.cuda.stream(self.stream):
+                return method(self, *args, **kwargs)
+
+    return run
 
 
 class ModelRunner:
@@ -60,6 +88,8 @@ class ModelRunner:
         device = bound.model.device
         self._bound = bound
         self.device = device
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        """Where all steps run."""
         self._fall_back = fall_back
         self._token_budget = token_budget
         self._max_tokens = min(token_budget, max_context or token_budget)
@@ -102,6 +132,7 @@ class ModelRunner:
         *,
         recorder: Callable[[StepKey, bool], Recorder | None] | None,
         why_plain: str,
+        note: str = "",
         counters: Counters,
         notify: Callable[..., None] | None = None,
         check_addresses: bool = False,
@@ -119,20 +150,21 @@ class ModelRunner:
             finish=self.steps.finish,
             plain_kind=self._plain_kind,
             why_plain=why_plain,
+            note=note,
             counters=counters,
             notify=notify,
             validates=validates,
         )
         self._batch = None
 
-    @torch.inference_mode()
+    @on_its_stream
     def admit(self, slot: int, pages: Sequence[int], sampling: ResolvedSampling, prompt_ids: Sequence[int]) -> None:
         """Give a slot to a new request."""
         self.state.block_table.assign(slot, pages)
         self.sampler.assign(slot, sampling, prompt_ids, ())
         self._batch = None
 
-    @torch.inference_mode()
+    @on_its_stream
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
         """Run the chunks in one call; sample for those that end their prompt."""
         slots = tuple(chunk.slot for chunk in chunks if chunk.last)
@@ -142,7 +174,7 @@ class ModelRunner:
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
         return self._launch(route, len(slots), plan)
 
-    @torch.inference_mode()
+    @on_its_stream
     def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
         """Run one decode step of these slots and sample a token for each.
 
@@ -157,38 +189,69 @@ class ModelRunner:
         return self._launch(self._route[1], len(slots), self._plan)
 
     def _launch(self, route: Route, rows: int, plan: SamplerPlan) -> LaunchedStep:
-        if route.recording is not None and route.recording.recorded.thread not in (None, get_ident()):
+        recording = route.recording
+        if recording is not None and recording.recorded.thread not in (None, this_thread()):
             self._fall_back("cudagraph trees replay on the thread that recorded them; steps of others run without")
             route = self._plain_route(route, "its cudagraph tree belongs to another thread")
-        if route.key.rows:
+        samples = route.key.rows > 0
+        if samples:
             self.ring.reserve()
         try:
-            if route.recording is not None and (self._check_addresses or not route.recording.checked):
-                route = self._checked(route, route.recording)
-            else:
-                route.run()
+            route = self._run(route)
+            self.graphs.count(route)
+            if samples:
+                return self.ring.launched(rows, plan.logprobs, route.kind, route.reason)
         except BaseException:
-            self.ring.resynchronize()
+            self.recover()
             raise
-        self.graphs.count(route)
-        if not route.key.rows:
-            return LaunchedStep(self.ring, 0, 0, None, route.kind, route.reason)
-        return self.ring.launched(rows, plan.logprobs, route.kind, route.reason)
+        return LaunchedStep(self.ring, 0, 0, None, route.kind, route.reason)
 
-    def _checked(self, route: Route, recording: Recording) -> Route:
-        """Run a step whose recording is not to be trusted yet; returns how it ran in the end."""
-        if recording.addresses is not None:
-            moved = [name for name, address in self._addresses().items() if recording.addresses.get(name) != address]
-            if moved:
-                self.graphs.drop(recording, f"moved since the capture: {', '.join(moved[:3])}")
-                plain = self._plain_route(route, "a tensor of its graph moved")
-                plain.run()
-                return plain
-        if recording.checked:
+    @on_its_stream
+    def recover(self) -> None:
+        """After a step that was not launched as a whole: what host and device believe is made the same again."""
+        self.ring.resynchronize()
+        self.steps.forget_staged()
+        self._batch = None
+
+    def _run(self, route: Route) -> Route:
+        """Run a step; returns how it ran in the end."""
+        recording = route.recording
+        if recording is None:
             route.run()
             return route
-        recording.checked = True
+        if recording.addresses is not None and (moved := self._moved(recording.addresses)):
+            return self._instead(
+                route, f"moved since the capture: {', '.join(moved[:3])}", "a tensor of its graph moved"
+            )
+        if not recording.checked:
+            return self._validated(route, recording)
+        try:
+            route.run()
+        except Exception as error:
+            if not _may_be_its_fault(error):
+                raise
+            # The step's last op is what moves state on, so that it can run again.
+            self.ring.resynchronize()
+            return self._instead(route, f"its replay raised {type(error).__name__}: {error}", "its replay raised")
+        return route
+
+    def _instead(self, route: Route, why: str, reason: str) -> Route:
+        """Forget the route's recording, and run the step without it."""
+        if route.recording is not None:
+            self.graphs.drop(route.recording, why)
+        plain = self._plain_route(route, reason)
+        plain.run()
+        return plain
+
+    def _moved(self, addresses: dict[str, int]) -> list[str]:
+        """What lies elsewhere now. Tensors that were allocated since are none of a recording's business."""
+        now = self._addresses()
+        return [name for name, address in addresses.items() if now.get(name) != address]
+
+    def _validated(self, route: Route, recording: Recording) -> Route:
+        """Run a step whose recording was never replayed for anybody, and compare."""
         wrong = validate(self, recording)  # runs the step, whatever comes out
+        recording.checked = True
         if route.finish is not None:
             route.finish()
         if wrong is None:
@@ -223,7 +286,7 @@ class ModelRunner:
         self.steps.stage_padding(key)
         self._batch = None
 
-    @torch.inference_mode()
+    @on_its_stream
     def warm_up(self) -> None:
         """Compile prefill, decode of several rows and of one. Writes to the dummy page only.
 
@@ -251,7 +314,7 @@ class ModelRunner:
             for key in keys:
                 self._run_padding(key)
 
-    @torch.inference_mode()
+    @on_its_stream
     def exercise(self) -> None:
         """Run a few sizes of prefill and decode: on CUDA, kernels have variants for sizes.
 
@@ -265,41 +328,47 @@ class ModelRunner:
             self._run_padding(StepKey(Phase.DECODE, rows, rows, plan))
         torch.cuda.synchronize(self.device)
 
-    @torch.inference_mode()
+    @on_its_stream
     def capture(self, keys: Sequence[StepKey], progress: Callable[[], None]) -> None:
         """Record these steps. Not while requests run: they would wait for it."""
         self.ring.drain()
-        self.graphs.capture(keys, progress)
-        self._after_capture()
+        try:
+            self.graphs.capture(keys, progress)
+        finally:
+            self._after_capture()
 
-    @torch.inference_mode()
+    @on_its_stream
     def capture_pending(self) -> bool:
         """Record the step that was wanted most, if any; returns whether more are. Not while requests run."""
         if not self.graphs.pending:
             return False
         self.ring.drain()
-        more = self.graphs.capture_pending()
-        self._after_capture()
-        return more
+        try:
+            return self.graphs.capture_pending()
+        finally:
+            self._after_capture()
 
     def _after_capture(self) -> None:
         for recording in self.graphs.recordings:
             if recording.addresses is None and self._check_addresses:
                 recording.addresses = self._addresses()
-        self.ring.resynchronize()
-        self.steps.stage_decode(())
-        self._batch = None
+        self.recover()
 
     def _run_padding(self, key: StepKey) -> None:
         self._prepare(key)
-        self.steps.run(key)
-        self.ring.resynchronize()
+        try:
+            self.steps.run(key)
+        finally:
+            self.ring.resynchronize()
 
-    @torch.inference_mode()
-    def measure_activations(self) -> int:
-        """Bytes that the largest prefill call allocates at its peak on CUDA (0 elsewhere).
+    @on_its_stream
+    def measure_activations(self, recorded: int = 0) -> int:
+        """Bytes that steps allocate at their peak on CUDA (0 elsewhere), by the largest prefill call.
 
         Runs with padding alone, so it writes to the dummy page only.
+
+        Args:
+            recorded: tokens of the largest step that will be recorded; a graph's memory is its own.
         """
         if self.device.type != "cuda":
             return 0
@@ -311,8 +380,13 @@ class ModelRunner:
         peak = torch.cuda.max_memory_allocated(self.device) - before
         # The sampler works on [max_batch, vocab_size] in float32: logits, processed, sorted values and ids, noise.
         sampling = 8 * 4 * self._max_batch * self.sampler.vocab_size
-        torch.cuda.empty_cache()
-        return peak + sampling
+        with CAPTURING:
+            torch.cuda.empty_cache()
+        if not recorded:
+            return peak + sampling
+        # In a graph: activations, sampler and kept logits, and the nodes.
+        in_graphs = peak * min(1.0, recorded / self._max_tokens) + sampling * 5 // 4 + _NODE_BYTES
+        return peak + sampling + int(in_graphs)
 
     def disable_compilation(self) -> None:
         """Run every later step eagerly."""
@@ -321,11 +395,27 @@ class ModelRunner:
             self.compiled = None
 
     def close(self) -> None:
-        """Release what was recorded, and give the layers back as they were."""
+        """Wait for the device, release what was recorded, and give the layers back as they were."""
+        if self.stream is not None:
+            try:
+                self.stream.synchronize()
+            except torch.AcceleratorError as error:
+                logger.debug("the device is lost: %s", error)
         self.graphs.close()
+        self._route = self._batch = None
         self.disable_compilation()
+
+
+def _is_current(stream: torch.cuda.Stream) -> bool:
+    index = cast(int, stream.device_index)
+    return torch.cuda.current_device() == index and torch._C._cuda_getCurrentRawStream(index) == stream.cuda_stream
 
 
 def _spread(most: int) -> list[int]:
     """1, 2, 4, ... and `most`."""
     return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+
+
+def _may_be_its_fault(error: BaseException) -> bool:
+    """Whether a replay that raised this is not to be tried again. Replays allocate nothing, so memory is not."""
+    return isinstance(error, Exception) and not is_fatal(error) and not isinstance(error, torch.OutOfMemoryError)

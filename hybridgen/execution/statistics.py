@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -23,10 +26,17 @@ class Counters:
     """Reasons."""
 
     def fall_back(self, reason: str) -> None:
-        """Count a fallback; warn the first time that a reason occurs."""
-        if reason not in self.fallbacks:
-            warnings.warn(reason, RuntimeWarning, stacklevel=3)
+        """Count a fallback; warn the first time that a reason occurs.
+
+        Never raises: it is called in the middle of things. Where warnings are errors, it logs instead.
+        """
         self.fallbacks[reason] += 1
+        if self.fallbacks[reason] > 1:
+            return
+        try:
+            warnings.warn(reason, RuntimeWarning, stacklevel=3)
+        except RuntimeWarning:
+            logger.error("%s", reason)
 
 
 @dataclass(frozen=True, kw_only=True)

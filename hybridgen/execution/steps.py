@@ -20,7 +20,7 @@ from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
-from hybridgen.sampling import SamplerPlan, SamplerState, record, sample
+from hybridgen.sampling import SamplerPlan, SamplerState, sample
 
 _MAX_PREPARED = 256
 
@@ -143,12 +143,17 @@ class ModelSteps:
         if slots is self._staged or slots == self._staged:
             self._staged = slots
             return
+        self._staged = None  # until all of it is on its way
         block = self._decode_block.open()
         for name in ("rows", "slots"):
             block[name][: len(slots)] = slots
             block[name][len(slots) :] = self._state.padding_slot
         self._decode_block.send()
         self._staged = slots
+
+    def forget_staged(self) -> None:
+        """Send the rows again with the next decode step."""
+        self._staged = None
 
     def stage_prefill(self, chunks: Sequence[PrefillChunk], tokens: int, rows: int) -> None:
         """Set what the next prefill step of this size feeds: the chunks, packed, then a run of padding."""
@@ -253,10 +258,8 @@ class ModelSteps:
         if self._always_keeps_logits:
             self._leave(logits)
         sampled = sample(logits, self._sampler, rows, lengths, generated, plan)
-        if plan.penalties:
-            record(self._sampler, rows, sampled.tokens)
-        # Last, so that a step that fails before can run again.
-        self._ring.finish(sampled, rows, lengths, generated, self._state.table)
+        counts = self._sampler.output_counts if plan.penalties else None
+        self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts)
 
     def _set(self, phase: Phase, slots: Tensor, positions: Tensor, rope: Tensor) -> None:
         step = self.metadata

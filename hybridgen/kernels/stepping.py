@@ -12,6 +12,7 @@ counter on, so that a replayed step needs nothing from the host.
 | table | [3, slots] | int64: last token (0 for -1), length, generated |
 | ring | [lines, max_batch] or [lines, max_batch, width] | as what is published |
 | counter | [1] | int64: steps so far |
+| counts | [slots, vocab_size] | int32: how often each slot's output has each token |
 
 Rings may be pinned host memory that the device addresses (`execution.ring`). A row of the padding slot changes no
 state. Two other rows must not share a slot.
@@ -29,7 +30,7 @@ _library.define(
 )
 _library.define(
     "advance(Tensor tokens, Tensor rows, Tensor lengths, Tensor generated, Tensor(a!) table, Tensor(b!) ring, "
-    "Tensor(c!) counter) -> ()",
+    "Tensor(c!) counter, Tensor(d!)? counts=None) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -40,10 +41,20 @@ def publish(values: Tensor, ring: Tensor, counter: Tensor) -> None:
 
 
 def advance(
-    tokens: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, table: Tensor, ring: Tensor, counter: Tensor
+    tokens: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    table: Tensor,
+    ring: Tensor,
+    counter: Tensor,
+    counts: Tensor | None = None,
 ) -> None:
-    """Publish the tokens, store the rows' new state, and count the step; the last op of a step."""
-    torch.ops.hybridgen.advance.default(tokens, rows, lengths, generated, table, ring, counter)
+    """Publish the tokens, store the rows' new state, and count the step and, where `counts` is given, the tokens.
+
+    The last op of a step, and the only one that moves state on: a step that fails before can run again.
+    """
+    torch.ops.hybridgen.advance.default(tokens, rows, lengths, generated, table, ring, counter, counts)
 
 
 def _publish_cpu(values: Tensor, ring: Tensor, counter: Tensor) -> None:
@@ -53,11 +64,21 @@ def _publish_cpu(values: Tensor, ring: Tensor, counter: Tensor) -> None:
 
 
 def _advance_cpu(
-    tokens: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, table: Tensor, ring: Tensor, counter: Tensor
+    tokens: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    table: Tensor,
+    ring: Tensor,
+    counter: Tensor,
+    counts: Tensor | None = None,
 ) -> None:
     _publish_cpu(tokens, ring, counter)
     real = rows < table.shape[1] - 1
     table[:, rows[real]] = torch.stack((tokens.clamp(min=0), lengths, generated + 1))[:, real]
+    if counts is not None:
+        chosen = real & (tokens >= 0)
+        counts[rows[chosen], tokens[chosen]] += 1
     counter += 1
 
 
@@ -68,14 +89,21 @@ def _publish_cuda(values: Tensor, ring: Tensor, counter: Tensor) -> None:
 
 
 def _advance_cuda(
-    tokens: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, table: Tensor, ring: Tensor, counter: Tensor
+    tokens: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    table: Tensor,
+    ring: Tensor,
+    counter: Tensor,
+    counts: Tensor | None = None,
 ) -> None:
     from hybridgen.kernels.stepping_kernels import launch_advance
 
-    launch_advance(tokens, rows, lengths, generated, table, ring, counter)
+    launch_advance(tokens, rows, lengths, generated, table, ring, counter, counts)
 
 
-def _no_output(*_: Tensor) -> None:
+def _no_output(*_: Tensor | None) -> None:
     return None
 
 

@@ -28,13 +28,13 @@ def _publish_kernel(values, ring, counter, lines, line_stride, row_stride, width
 
 
 @triton.jit(
-    do_not_specialize=["count", "padding", "table_stride", "lines", "line_stride"],
-    do_not_specialize_on_alignment=["tokens", "rows", "lengths", "generated", "table", "ring", "counter"],
+    do_not_specialize=["count", "padding", "table_stride", "lines", "line_stride", "counts_stride"],
+    do_not_specialize_on_alignment=["tokens", "rows", "lengths", "generated", "table", "ring", "counter", "counts"],
 )
 def _advance_kernel(  # type: ignore[no-untyped-def]
-    tokens, rows, lengths, generated, table, ring, counter,
-    count, padding, table_stride, lines, line_stride,
-    BLOCK: tl.constexpr,
+    tokens, rows, lengths, generated, table, ring, counter, counts,
+    count, padding, table_stride, lines, line_stride, counts_stride,
+    BLOCK: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """One program for all rows: nobody may read the counter after it was moved on."""
     step = tl.load(counter)
@@ -50,6 +50,10 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
     tl.store(table + slot, tl.maximum(token, 0), mask=real)
     tl.store(table + table_stride + slot, length, mask=real)
     tl.store(table + 2 * table_stride + slot, made + 1, mask=real)
+    if COUNTS:
+        cell = counts + slot * counts_stride + token  # slots differ, so no two rows share one
+        chosen = real & (token >= 0)
+        tl.store(cell, tl.load(cell, mask=chosen, other=0) + 1, mask=chosen)
     tl.debug_barrier()
     tl.store(counter, step + 1)
 
@@ -60,8 +64,8 @@ def _publisher(block: int, dtype: str, device: int) -> Launcher:
 
 
 @functools.cache
-def _advancer(block: int, device: int) -> Launcher:
-    return Launcher(_advance_kernel, {"BLOCK": block, "num_warps": 4})
+def _advancer(block: int, counts: bool, device: int) -> Launcher:
+    return Launcher(_advance_kernel, {"BLOCK": block, "COUNTS": counts, "num_warps": 4})
 
 
 def launch_publish(values: Tensor, ring: Tensor, counter: Tensor) -> None:
@@ -74,10 +78,19 @@ def launch_publish(values: Tensor, ring: Tensor, counter: Tensor) -> None:
 
 
 def launch_advance(
-    tokens: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, table: Tensor, ring: Tensor, counter: Tensor
+    tokens: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    table: Tensor,
+    ring: Tensor,
+    counter: Tensor,
+    counts: Tensor | None,
 ) -> None:
     """See `stepping.advance`."""
-    launch = _advancer(max(16, triton.next_power_of_2(tokens.shape[0])), tokens.device.index)
-    state = tokens, rows, lengths, generated, table, ring, counter
-    sizes = tokens.shape[0], table.shape[1] - 1, table.stride(0), ring.shape[0], ring.stride(0)
+    block = max(16, triton.next_power_of_2(tokens.shape[0]))
+    launch = _advancer(block, counts is not None, tokens.device.index)
+    counted = table if counts is None else counts  # never read without counts
+    state = tokens, rows, lengths, generated, table, ring, counter, counted
+    sizes = tokens.shape[0], table.shape[1] - 1, table.stride(0), ring.shape[0], ring.stride(0), counted.stride(0)
     launch((1, 1, 1), (*state, *sizes))

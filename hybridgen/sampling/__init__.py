@@ -2,15 +2,15 @@
 
 The way through this room: `resolve()` turns what a caller asked for into numbers without gaps; `SamplerState`
 keeps them on the device, one row per slot; `sample()` chooses a token for each row of a step there, with
-noise from `gumbel_noise()` that depends on (seed, position, token id) alone; `record()` counts it for
-penalties. On the host, `IncrementalDetokenizer` turns tokens into text and `StopChecker` ends it at a stop
-string.
+noise from `gumbel_noise()` that depends on (seed, position, token id) alone; `kernels.stepping.advance()`
+counts it for penalties. On the host, `IncrementalDetokenizer` turns tokens into text and `StopChecker` ends it
+at a stop string.
 """
 
 from hybridgen.sampling.detokenize import IncrementalDetokenizer
 from hybridgen.sampling.random import gumbel_noise
 from hybridgen.sampling.resolve import DEFAULT_MAX_NEW_TOKENS, ResolvedSampling, resolve
-from hybridgen.sampling.sampler import SampleOutput, record, sample
+from hybridgen.sampling.sampler import SampleOutput, sample
 from hybridgen.sampling.state import SamplerPlan, SamplerState, plan_of
 from hybridgen.sampling.stopping import StopChecker
 
@@ -24,7 +24,6 @@ __all__ = [
     "StopChecker",
     "gumbel_noise",
     "plan_of",
-    "record",
     "resolve",
     "sample",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from hybridgen.sampling.processors import ban_early_end, drop_unlikely, keep_top, penalize, temper
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
-__all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "record", "sample", "truncate"]
+__all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "sample", "truncate"]
 
 
 class SampleOutput(NamedTuple):
@@ -115,16 +115,3 @@ def _with_logprobs(tokens: Tensor, raw: Tensor, count: int | None) -> SampleOutp
     top = everything.topk(min(count, everything.shape[-1]))
     return SampleOutput(tokens, chosen, top.indices, top.values)
 
-
-def record(state: SamplerState, slots: Tensor, tokens: Tensor) -> None:
-    """Count the tokens that a step chose, for penalties; needed where `plan.penalties`. Waits for nothing.
-
-    Args:
-        slots: integer [B].
-        tokens: int64 [B]; -1 counts for nothing.
-    """
-    counts = state.output_counts
-    if counts is None:
-        return
-    cells = slots.long() * state.vocab_size + tokens.clamp(min=0)
-    counts.view(-1).scatter_add_(0, cells, (tokens >= 0).to(counts.dtype))

@@ -68,7 +68,7 @@ def plan_of(params: ResolvedSampling, vocab_size: int) -> SamplerPlan:
         penalties=params.penalizes,
         bias=bool(params.logit_bias),
         min_tokens=bool(params.min_new_tokens and params.stop_token_ids),
-        logprobs=params.logprobs,
+        logprobs=None if params.logprobs is None else min(params.logprobs, vocab_size),
     )
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hybridgen.errors import ConfigError
-from hybridgen.execution.compiled import check_backend, mark_tokens_dynamic
 from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
+from hybridgen.execution.compiled import check_backend, mark_tokens_dynamic
 from hybridgen.kvcache import CacheShape, allocate_pages
 from hybridgen.models import bind
 from hybridgen.models.attention import Phase

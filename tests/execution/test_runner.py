@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from hybridgen.core import SamplingParams
-from hybridgen.execution import ModelRunner, PrefillChunk
+from hybridgen.execution import Counters, ModelRunner, PrefillChunk, StepKey, ring
+from hybridgen.execution.graphs import GraphSettings, StandInRecorder
 from hybridgen.kvcache import CacheShape, allocate_pages
 from hybridgen.models import bind
-from hybridgen.sampling import resolve
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan, resolve
 
 PROMPT = families.prompts_of((21,))[0]
 
@@ -79,3 +81,110 @@ def test_a_failed_row_leaves_a_valid_token_behind(runner: ModelRunner, monkeypat
     monkeypatch.setattr(runner._bound, "forward", lambda ids, step, keep: torch.full((1, families.VOCAB), torch.nan))
     assert runner.decode((0,)).read().tokens == [-1]
     assert runner.state.table[0, 0] == 0
+
+
+def record(runner: ModelRunner, *keys: StepKey, **settings: object) -> None:
+    stand_in = StandInRecorder()
+    runner.use_graphs(
+        GraphSettings(**{"decode": (1, 4), "prefill": (8, 32), "max_rows": 4, "max_padding_ratio": 64} | settings),
+        recorder=lambda key, lazy: stand_in,
+        why_plain="",
+        counters=Counters(),
+    )
+    runner.capture(keys, lambda: None)
+
+
+def test_recorded_steps_leave_the_state_of_plain_ones(runner: ModelRunner) -> None:
+    def run() -> tuple[list, list[int]]:
+        admit(runner, 0, [1, 2])
+        admit(runner, 2, [3, 4])
+        found = [runner.prefill([chunk(0, 0, 15)]), runner.prefill([chunk(0, 15, 21)])]
+        found += [runner.prefill([chunk(2, 0, 21)]), *(runner.decode((2, 0)) for _ in range(3)), runner.decode((0,))]
+        outputs = [step.read().tokens for step in found]
+        return [outputs, [step.rows for step in found], runner.state.table.tolist()], found
+
+    expected, _ = run()
+    record(runner, *(StepKey(Phase.DECODE, n, n, SamplerPlan()) for n in (1, 4)),
+           *(StepKey(Phase.PREFILL, n, 1, SamplerPlan()) for n in (8, 32)))  # fmt: skip
+    actual, steps = run()
+    assert actual == expected
+    assert [step.reason for step in steps] == [
+        *(f"padded to bucket {size}" for size in (32, 8, 32)),
+        *["padded to bucket 4"] * 3,
+        "bucket 1",
+    ]
+    assert runner.state.table[:, -1].tolist() == [0, 0, 0]
+
+
+def test_the_same_batch_is_looked_up_once_until_the_store_changes(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = StepKey(Phase.DECODE, 1, 1, SamplerPlan())
+    record(runner, key)
+    admit(runner, 0, [1, 2])
+    runner.prefill([chunk(0, 0, 21)])
+    looked_up: list[StepKey] = []
+    route = runner.graphs.route
+    monkeypatch.setattr(runner.graphs, "route", lambda key: looked_up.append(key) or route(key))
+    batch = (0,)
+    assert {runner.decode(batch).kind for _ in range(4)} == {"stand-in"}
+    assert looked_up == [key]
+    with pytest.warns(RuntimeWarning, match="of no use"):
+        runner.graphs.drop(runner.graphs.recordings[0], "of no use")
+    assert {runner.decode(batch).kind for _ in range(4)} == {"eager"}
+    assert looked_up == [key] * 2
+    assert runner.decode((*batch,)).kind == "eager"  # an equal batch, but another
+    assert len(looked_up) == 3
+
+
+def test_a_request_in_a_slot_of_the_batch_changes_the_route(runner: ModelRunner) -> None:
+    record(runner, StepKey(Phase.DECODE, 1, 1, SamplerPlan()))
+    batch = (0,)
+    admit(runner, 0, [1, 2])
+    runner.prefill([chunk(0, 0, 21)])
+    assert runner.decode(batch).reason == "bucket 1"
+    params = resolve(SamplingParams(temperature=1.0, seed=1), None, (), families.VOCAB)
+    runner.admit(0, [1, 2], params, PROMPT)
+    runner.prefill([chunk(0, 0, 21)])
+    assert runner.decode(batch).reason == "no graph with this sampling, or with so many prompts"
+
+
+def test_a_capture_leaves_requests_and_unread_steps_as_they_are(runner: ModelRunner) -> None:
+    """It is not what the loop does, but a capture between steps does no harm."""
+    expected = families.reference(families.build("llama"), PROMPT, 7)[0]
+    admit(runner, 2, [3, 1])
+    steps = [runner.prefill([chunk(2, 0, 21)])]
+    batch = (2,)
+    for size in (4, 1, 4):
+        steps.append(runner.decode(batch))
+        record(runner, StepKey(Phase.DECODE, size, size, SamplerPlan()), StepKey(Phase.PREFILL, 8, 1, SamplerPlan()))
+        steps.append(runner.decode(batch))
+    assert [step.read().tokens[0] for step in steps] == expected
+
+
+def test_a_step_that_failed_can_run_again(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = families.reference(families.build("llama"), PROMPT, 5)[0]
+    admit(runner, 0, [1, 2])
+    steps = [runner.prefill([chunk(0, 0, 21)])]
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            patch.setattr(runner._bound, "forward", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                runner.decode((0,))
+        steps.append(runner.decode((0,)))
+    assert [step.read().tokens[0] for step in steps] == expected
+
+
+def test_a_prefill_that_failed_at_its_very_end_can_run_again(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has counted the step and the host has not; the lines of later steps are not shifted."""
+    expected = families.reference(families.build("llama"), PROMPT, 5)[0]
+    admit(runner, 0, [1, 2])
+    advance = ring.advance
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "advance", lambda *args: advance(*args) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runner.prefill([chunk(0, 0, 21)])
+    steps = [runner.prefill([chunk(0, 0, 21)]), *(runner.decode((0,)) for _ in range(4))]
+    assert [step.read().tokens[0] for step in steps] == expected

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import families
@@ -329,3 +331,45 @@ def test_the_last_graph_can_be_evicted_and_another_captured(path: Path) -> None:
                 assert [out.token_ids for out in outs] == expected[:size]
         assert engine.stats().graphs.evictions >= 5
         assert not engine.stats().fallbacks
+
+
+@pytest.mark.parametrize("graphs", ["manual", "trees"])
+def test_callers_on_other_streams_and_threads(path: Path, graphs: str) -> None:
+    prompts = families.prompts_of((9,) * 4)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)]
+    settings = {"graphs": graphs, "decode_buckets": [1, 4], "prefill_buckets": []}
+    with load(path, mode="hybrid", **settings) as engine:
+        for _ in range(3):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda._sleep(10_000_000)
+                outs = engine.generate(prompts, max_new_tokens=12)
+                assert [out.token_ids for out in outs] == expected
+            outs = engine.generate(prompts, max_new_tokens=12)
+            assert [out.token_ids for out in outs] == expected
+        found: list[tuple[int, ...]] = []
+        other = threading.Thread(
+            target=lambda: found.extend(out.token_ids for out in engine.generate(prompts, max_new_tokens=12))
+        )
+        context = (
+            pytest.warns(RuntimeWarning, match="on the thread that recorded") if graphs == "trees" else nullcontext()
+        )
+        with context:
+            other.start()
+            other.join()
+        assert found == expected
+        assert bool(engine.stats().fallbacks) == (graphs == "trees")
+
+
+def test_two_engines_with_trees_in_one_process(path: Path, tmp_path: Path) -> None:
+    second = families.write("qwen2", tmp_path)
+    prompts = families.prompts_of((9,) * 3)
+    settings = {"decode_buckets": [1, 3], "prefill_buckets": []}
+    for where in (path, second):
+        with load(where, mode="eager") as engine:
+            expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=8)]
+        with load(where, mode="hybrid", graphs="trees", **settings) as engine:
+            outs = engine.generate(prompts, max_new_tokens=8)
+            assert [out.token_ids for out in outs] == expected
+            assert engine.stats().graphs.hits > 0
+            assert not engine.stats().fallbacks

@@ -11,7 +11,7 @@ from hybridgen.kernels.stepping import advance, publish
 pytestmark = pytest.mark.gpu
 
 
-def step(device: str, rows: int, counter: int, seed: int) -> list[torch.Tensor]:
+def step(device: str, rows: int, counter: int, seed: int, counted: bool) -> list[torch.Tensor]:
     source = torch.Generator().manual_seed(seed)
     tokens = torch.randint(-1, 1000, (rows,), generator=source)
     order = torch.randperm(40, generator=source)
@@ -20,15 +20,18 @@ def step(device: str, rows: int, counter: int, seed: int) -> list[torch.Tensor]:
     table[:, 40] = 0
     ring = torch.randint(0, 99, (8, 41), generator=source)
     values = [torch.arange(rows), torch.arange(rows) * 2, torch.tensor([counter])]
-    moved = [t.to(device) for t in (tokens, slots, *values[:2], table, ring, values[2])]
+    counts = [torch.randint(0, 5, (41, 1000), generator=source, dtype=torch.int32)] if counted else []
+    moved = [t.to(device) for t in (tokens, slots, *values[:2], table, ring, values[2], *counts)]
     advance(*moved)
     return [t.cpu() for t in moved]
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 17, 40])
-def test_advance_matches_its_reference(rows: int) -> None:
+def test_advance_matches_its_reference(rows: int, counted: bool) -> None:
     for seed in range(20):
-        for ours, theirs in zip(step("cuda", rows, seed, seed), step("cpu", rows, seed, seed), strict=True):
+        arguments = rows, seed, seed, counted
+        for ours, theirs in zip(step("cuda", *arguments), step("cpu", *arguments), strict=True):
             assert torch.equal(ours, theirs)
 
 

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 
 import torch
+from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -16,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from hybridgen.core import SamplingParams
+from hybridgen.kernels.stepping import advance
 from hybridgen.sampling import SamplerState, resolve, sample
 
 VOCAB = 200
@@ -103,3 +105,11 @@ def hugging_face(request, prompt, output, scores):
     if request.min_p:
         steps.append(MinPLogitsWarper(request.min_p))
     return steps(ids, scores)
+
+
+def count(state: SamplerState, slots: Tensor, tokens: Tensor) -> None:
+    """Count chosen tokens for penalties, as the end of a step does."""
+    rows = slots.long()
+    table = torch.zeros(3, state.max_batch + 1, dtype=torch.int64)
+    ring = torch.zeros(1, len(rows), dtype=torch.int64)
+    advance(tokens, rows, rows, rows, table, ring, torch.zeros(1, dtype=torch.int64), state.output_counts)

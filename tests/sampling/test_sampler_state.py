@@ -2,24 +2,24 @@ import random
 
 import pytest
 import torch
-from sampler_cases import INF, VOCAB, choose, hugging_face, params, random_request, state_of
+from sampler_cases import INF, VOCAB, choose, count, hugging_face, params, random_request, state_of
 
-from hybridgen.sampling import SamplerPlan, SamplerState, record, sample
+from hybridgen.sampling import SamplerPlan, SamplerState, sample
 
 
-def test_record_counts_what_was_chosen():
+def test_what_was_chosen_is_counted():
     requests = [params(frequency_penalty=1.0), params(), params(presence_penalty=2.0)]
     state = state_of(*requests, prompts=[[3], [3], [3]], outputs=[[4, 4], [4], [5]])
     assert state.output_counts[0, 4] == 2
     assert state.output_counts[1].sum() == 0  # it has no penalty
     before = state.output_counts.clone()
-    record(state, torch.tensor([2, 0], dtype=torch.int32), torch.tensor([7, -1]))
+    count(state, torch.tensor([2, 0], dtype=torch.int32), torch.tensor([7, -1]))
     before[2, 7] += 1
     assert torch.equal(state.output_counts, before)
     logits = torch.zeros(1, VOCAB)
     logits[0, 4], logits[0, 8] = 2.5, 1.0
     assert choose(logits, state, [0]).tokens.item() == 8  # 2.5 - 2 against 1
-    record(state_of(params()), torch.tensor([0]), torch.tensor([7]))  # nothing to count
+    count(state_of(params()), torch.tensor([0]), torch.tensor([7]))  # nothing to count
 
 
 def test_a_loop_with_penalties_follows_hugging_face():
@@ -30,7 +30,7 @@ def test_a_loop_with_penalties_follows_hugging_face():
     for step in range(12):
         expected = hugging_face(request, [1, 2, 3], output, logits[step].clone()).argmax(-1).item()
         tokens = choose(logits[step], state, [0], generated=[step]).tokens
-        record(state, torch.tensor([0]), tokens)
+        count(state, torch.tensor([0]), tokens)
         output.append(tokens.item())
         assert output[-1] == expected
     again = state_of(request, prompts=[[1, 2, 3]], outputs=[output])

@@ -25,12 +25,14 @@ from typing import Any, cast
 
 import torch
 
-from hybridgen.execution.graphs.recorder import Recorded
+from hybridgen.execution.graphs.recorder import CAPTURING, Recorded
 from hybridgen.execution.steps import StepKey
 
 logger = logging.getLogger(__name__)
 
 OWNER = "cuda graph"
+_kept: list[object] = []
+"""What failed captures leave to torch, for as long as the process lives."""
 _WARM_UPS = 2
 _TIMED = 3
 
@@ -45,7 +47,6 @@ class CudaGraphRecorder:
         self._stream = torch.cuda.Stream(device)
         self._pool: torch.cuda.MemPool | None = None
         self._anchor: torch.cuda.CUDAGraph | None = None
-        self._kept: list[object] = []
         self._scratch = torch.zeros(1, device=device)
 
     def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
@@ -54,6 +55,10 @@ class CudaGraphRecorder:
         Raises:
             Exception: whatever the step or the capture raises; earlier recordings stay usable.
         """
+        with CAPTURING:
+            return self._record(step)
+
+    def _record(self, step: Callable[[], None]) -> Recorded:
         torch.cuda.synchronize(self._device)
         if self._pool is None:
             self._open_pool()
@@ -121,7 +126,7 @@ class CudaGraphRecorder:
         it asks the graph object whether an allocation belongs to it, so that is kept, and the pool is not captured
         into again. The default generator believes that it is in a capture, until one ends well.
         """
-        self._kept += [graph, pool, self._anchor]
+        _kept.extend((graph, pool, self._anchor))
         self._pool = None
         try:
             torch._C._cuda_endAllocateToPool(cast(int, self._device.index), pool.id)
@@ -131,7 +136,7 @@ class CudaGraphRecorder:
         healing.capture_begin(capture_error_mode="thread_local")
         self._scratch.zero_()
         healing.capture_end()
-        self._kept.append(healing)
+        _kept.append(healing)
 
     def _seconds(self, call: Callable[[], None]) -> float:
         """Median wall time of a call with its wait."""

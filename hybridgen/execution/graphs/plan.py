@@ -11,15 +11,12 @@ from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.execution.graphs.ladder import decode_ladder, prefill_ladder
 from hybridgen.execution.graphs.recorder import Recorder
 from hybridgen.execution.graphs.standin import StandInRecorder
-from hybridgen.execution.graphs.store import GraphSettings
+from hybridgen.execution.graphs.store import FEW_PROMPTS, GraphSettings
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.execution.statistics import Counters
 from hybridgen.execution.steps import StepKey
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
-
-_FEW_PROMPTS = 8
-"""Prompts that a prefill graph with its sampler outside can have: their logits cost little more than one's."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,11 @@ class GraphPlan:
             exact_when_lazy=config.graphs is GraphOwner.BOTH,
         )
 
+    def largest(self) -> int:
+        """Tokens of the largest step that may be recorded; 0 where nothing is."""
+        settings = self.settings()
+        return max((*settings.decode[-1:], *settings.prefill[-1:]), default=0) if self.mode.records else 0
+
     def recorder(self, runner: ModelRunner) -> Callable[[StepKey, bool], Recorder | None] | None:
         """Who records a step (the flag: while idle, not at warm-up).
 
@@ -83,13 +85,18 @@ class GraphPlan:
         return both
 
 
-def use_graphs(runner: ModelRunner, plan: GraphPlan, why_plain: str, counters: Counters) -> None:
-    """Give a runner the store that the plan asks for."""
+def use_graphs(runner: ModelRunner, plan: GraphPlan, not_compiled: str | None, counters: Counters) -> None:
+    """Give a runner the store that the plan asks for.
+
+    Args:
+        not_compiled: why a mode that compiles does not.
+    """
     config = plan.config
     runner.use_graphs(
         plan.settings(),
         recorder=plan.recorder(runner),
-        why_plain=why_plain,
+        why_plain=not_compiled or f"mode {plan.mode}",
+        note=", layers not compiled" if not_compiled else "",
         counters=counters,
         notify=config.on_graph_event,
         check_addresses=config.check_addresses,
@@ -98,21 +105,20 @@ def use_graphs(runner: ModelRunner, plan: GraphPlan, why_plain: str, counters: C
 
 
 def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan], *, any_sampler: bool) -> list[StepKey]:
-    """What is recorded before the first request; no more than may be kept.
+    """What is recorded before the first request; no more than may be kept, what serves the most first.
 
     Every bucket with each of these samplers, prefill for one prompt. And, where `any_sampler` says so or sampling is
     not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers.
     """
-    listed = [*plans] if settings.sample_in_graph else []
     keys: list[StepKey] = []
-    for plan in listed:
+    if any_sampler or not settings.sample_in_graph:
+        few = min(FEW_PROMPTS, settings.max_rows)
+        keys += [StepKey(Phase.DECODE, size, size, None) for size in settings.decode]
+        keys += [StepKey(Phase.PREFILL, size, few, None) for size in settings.prefill]
+    for plan in plans if settings.sample_in_graph else ():
         keys += [StepKey(Phase.DECODE, size, size, plan) for size in settings.decode]
         keys += [StepKey(Phase.PREFILL, size, 1, plan) for size in settings.prefill]
         if settings.exact_when_lazy and settings.decode:  # one size between the buckets, so that its step is compiled
             between = [size for size in range(2, settings.decode[-1]) if size not in settings.decode]
             keys += [StepKey(Phase.DECODE, size, size, plan) for size in between[:1]]
-    if any_sampler or not settings.sample_in_graph:
-        few = min(_FEW_PROMPTS, settings.max_rows)
-        keys += [StepKey(Phase.DECODE, size, size, None) for size in settings.decode]
-        keys += [StepKey(Phase.PREFILL, size, few, None) for size in settings.prefill]
     return keys[: settings.max_graphs]

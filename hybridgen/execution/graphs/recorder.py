@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from hybridgen.execution.steps import StepKey
+
+CAPTURING = threading.RLock()
+"""Held while something is captured, and while the allocator's cache is emptied: the allocator of the process takes one
+capture at a time, and does not survive being emptied in it."""
+
+_threads = threading.local()
+
+
+def this_thread() -> object:
+    """Something that stands for the calling thread and, unlike its identifier, is not given to a later one."""
+    if not hasattr(_threads, "token"):
+        _threads.token = object()
+    return _threads.token
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,8 @@ class Recorded:
     """What a replay takes, measured alike."""
     bytes: int
     """Device memory that recording it took."""
-    thread: int | None = None
-    """The only thread that can replay it; None: any."""
+    thread: object = None
+    """`this_thread()` of the only thread that can replay it; None: any."""
 
 
 class Recorder(Protocol):

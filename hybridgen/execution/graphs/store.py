@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from hybridgen.core import GraphEvent, GraphEventKind
+from hybridgen.errors import EngineError
+from hybridgen.execution.faults import is_fatal
 from hybridgen.execution.graphs.ladder import round_up
 from hybridgen.execution.graphs.recorder import Recorded, Recorder
 from hybridgen.execution.graphs.times import PlainTimes
@@ -20,6 +23,9 @@ from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 
 logger = logging.getLogger(__name__)
+
+FEW_PROMPTS = 8
+"""Prompts that a prefill graph with its sampler outside can have: their logits cost little more than one's."""
 
 _FAILURES_ALIKE = 2
 """Captures of a phase that fail with the same message before the others are not tried."""
@@ -101,6 +107,7 @@ class GraphStore:
         finish: Callable[[Phase, int, SamplerPlan], None],
         plain_kind: Callable[[], str],
         why_plain: str,
+        note: str = "",
         counters: Counters,
         notify: Callable[[GraphEvent], None] | None = None,
         validates: bool = False,
@@ -113,6 +120,7 @@ class GraphStore:
             finish: launches what is left of one that ends at its logits.
             plain_kind: what a step without a recording is called.
             why_plain: the reason of such a step where nothing is recorded.
+            note: what else to say of every recorded step.
             notify: told of every capture, eviction and failure.
             validates: new recordings are to be compared at their first replay (the runner does it).
         """
@@ -123,6 +131,7 @@ class GraphStore:
         self._finish = finish
         self._plain_kind = plain_kind
         self._why_plain = why_plain
+        self._note = note
         self._counters = counters
         self._notify = notify
         self._validates = validates
@@ -165,8 +174,10 @@ class GraphStore:
             self._wanted[route.wanted] += 1
 
     def _choose(self, key: StepKey) -> Route:
-        if self._recorder is None or not self.settings.ladder(key.phase):
+        if self._recorder is None:
             return self._plain(key, self._why_plain)
+        if not self.settings.ladder(key.phase):
+            return self._plain(key, f"{key.phase} is not recorded: it has no buckets")
         exact = self._recordings.get(key)
         if exact is not None:
             return self._replay(exact, f"bucket {key.tokens}", key)
@@ -184,8 +195,9 @@ class GraphStore:
         return Route(key, partial(self._run, key), self._plain_kind(), reason, wanted=wanted)
 
     def _replay(self, recording: Recording, reason: str, key: StepKey, wanted: StepKey | None = None) -> Route:
-        if wanted == recording.key or not self.settings.sample_in_graph:
+        if wanted == recording.key:
             wanted = None
+        reason += self._note
         recorded, ran = recording.recorded, recording.key
         padded = ran.tokens != key.tokens
         if ran.plan is not None or key.plan is None or not ran.rows:
@@ -215,7 +227,7 @@ class GraphStore:
         if ratio is not None:
             waste = (best.key.tokens - key.tokens) / key.tokens
             return None if waste <= ratio else f"padding above max_padding_ratio={ratio:g}"
-        plain = self._times.estimate(key.phase, best.key.plan is not None, key.tokens)
+        plain = self._times.estimate(key.phase, best.key.plan, key.tokens)
         if plain is not None and best.recorded.seconds > plain:
             return f"without a graph is faster (measured) than padded to bucket {best.key.tokens}"
         return None
@@ -235,13 +247,14 @@ class GraphStore:
         tokens = round_up(key.tokens, self.settings.ladder(key.phase))
         if tokens is None:
             return None
+        plan = key.plan if self.settings.sample_in_graph else None
         if key.phase is Phase.DECODE:
             size = key.tokens if self.settings.exact_when_lazy else tokens
-            return StepKey(key.phase, size, size, key.plan)
-        rows = 1
+            return StepKey(key.phase, size, size, plan)
+        rows = 1 if plan is not None else FEW_PROMPTS
         while rows < key.rows:
             rows *= 2
-        return StepKey(key.phase, tokens, min(rows, self.settings.max_rows), key.plan)
+        return StepKey(key.phase, tokens, min(rows, self.settings.max_rows), plan)
 
     def capture(self, keys: Iterable[StepKey], progress: Callable[[], None] = lambda: None) -> None:
         """Record these steps, the largest first, so that the smaller ones fit into the memory that it took."""
@@ -287,21 +300,19 @@ class GraphStore:
             self._prepare(key)
             recorded = recorder.record(key, partial(self._run, key))
         except Exception as error:
-            if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-                # The context may be lost; asking the device tells.
+            if is_fatal(error):  # asking the device tells: after a failed capture it lives
                 torch.cuda.synchronize()
             self._fail(key, error)
             return
         finally:
             self._changed()
-        self._times.note(key.phase, key.plan is not None, key.tokens, recorded.plain_seconds)
+        self._times.note(key.phase, key.plan, key.tokens, recorded.plain_seconds)
         self._clock += 1
-        self._recordings[key] = Recording(
-            key, recorded, recorder, lazy, checked=not self._validates, last_used=self._clock
-        )
+        recording = Recording(key, recorded, recorder, lazy, checked=not self._validates, last_used=self._clock)
+        self._recordings[key] = recording
         self._lazy_captures += lazy
         self._tell(GraphEventKind.CAPTURED, key, f"{'while idle' if lazy else 'at warm-up'}, {recorded.bytes:,} bytes")
-        self._keep_within_bytes()
+        self._keep_within_bytes(recording)
 
     def _fail(self, key: StepKey, error: Exception) -> None:
         lines = str(error).strip().splitlines()
@@ -313,24 +324,27 @@ class GraphStore:
 
     def _make_room(self) -> None:
         """Evict before a capture, so that memory is freed before more is taken."""
-        while len(self._recordings) >= self.settings.max_graphs:
+        limit = self.settings.max_bytes
+        while len(self._recordings) >= self.settings.max_graphs or (
+            limit is not None and self._recordings and self.bytes >= limit
+        ):
             self._evict_oldest()
 
-    def _keep_within_bytes(self) -> None:
+    def _keep_within_bytes(self, newest: Recording) -> None:
         limit = self.settings.max_bytes
-        while limit is not None and self.bytes > limit and self._recordings:
-            last = len(self._recordings) == 1
-            oldest = self._evict_oldest()
-            if last:  # alone above the limit: it would be recorded and dropped for ever
-                self._failed[oldest.key] = f"took {oldest.recorded.bytes:,} bytes, above max_graph_memory={limit:,}"
+        if limit is None:
+            return
+        if newest.recorded.bytes > limit:  # others cannot make room for it
+            self.drop(newest, f"its capture took {newest.recorded.bytes:,} bytes, above max_graph_memory={limit:,}")
+        while self.bytes > limit:
+            self._evict_oldest()
 
-    def _evict_oldest(self) -> Recording:
+    def _evict_oldest(self) -> None:
         oldest = min(self._recordings.values(), key=lambda recording: recording.last_used)
         self._evictions += 1
         self._patience[oldest.key] = 2 * self._uses_before_capture(oldest.key)
         self.drop(oldest)
         self._tell(GraphEventKind.EVICTED, oldest.key, f"after {oldest.hits} replays")
-        return oldest
 
     def drop(self, recording: Recording, why: str | None = None) -> None:
         """Forget a recording; with a reason it is not recorded again."""
@@ -365,7 +379,7 @@ class GraphStore:
     @property
     def bytes(self) -> int:
         """Device memory that the recordings took."""
-        return sum(recording.recorded.bytes for recording in self._recordings.values())
+        return sum(recording.recorded.bytes for recording in self.recordings)
 
     def stats(self) -> GraphStats:
         """Counts so far, and what is recorded."""
@@ -390,10 +404,10 @@ class GraphStore:
             bytes=self.bytes,
             hits=sum(r.hits for r in rows) + self._dropped_hits["hits"],
             padded_hits=sum(r.padded_hits for r in rows) + self._dropped_hits["padded"],
-            misses=dict(self._misses) if self._recorder is not None else {},
+            misses=self._misses.copy() if self._recorder is not None else {},
             lazy_captures=self._lazy_captures,
             evictions=self._evictions,
-            failures={f"{describe(key)} ({describe_plan(key)})": why for key, why in self._failed.items()},
+            failures={f"{describe(key)} ({describe_plan(key)})": why for key, why in self._failed.copy().items()},
         )
 
     def close(self) -> None:
@@ -403,9 +417,15 @@ class GraphStore:
             recording.recorded.release()
         self._recordings.clear()
         self._recorder = None
+        # These hold whoever owns the store; the weights would wait for the garbage collector.
+        self._prepare = self._run = self._finish = self._plain_kind = _closed
         self._changed()
         for recorder in recorders.values():
             recorder.close()
+
+
+def _closed(*_: object) -> Any:
+    raise EngineError("this engine is closed; load a new one with Engine.load()")
 
 
 def _preference(recording: Recording) -> tuple[int, int, bool, float]:

@@ -6,21 +6,22 @@ from bisect import bisect_left
 from collections import defaultdict
 
 from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
 
 
 class PlainTimes:
-    """Measured seconds of steps without a graph, by phase, with or without sampling, and size."""
+    """Measured seconds of steps without a graph, by phase, sampler and size."""
 
     def __init__(self) -> None:
-        self._seconds: defaultdict[tuple[Phase, bool], dict[int, float]] = defaultdict(dict)
+        self._seconds: defaultdict[tuple[Phase, SamplerPlan | None], dict[int, float]] = defaultdict(dict)
 
-    def note(self, phase: Phase, samples: bool, tokens: int, seconds: float) -> None:
+    def note(self, phase: Phase, plan: SamplerPlan | None, tokens: int, seconds: float) -> None:
         """A measurement; the last of a size counts."""
-        self._seconds[phase, samples][tokens] = seconds
+        self._seconds[phase, plan][tokens] = seconds
 
-    def estimate(self, phase: Phase, samples: bool, tokens: int) -> float | None:
+    def estimate(self, phase: Phase, plan: SamplerPlan | None, tokens: int) -> float | None:
         """Seconds for a size: on the line between its measured neighbours, or the nearest; None without any."""
-        known = self._seconds[phase, samples]
+        known = self._seconds[phase, plan]
         sizes = sorted(known)
         if not sizes:
             return None

@@ -9,8 +9,8 @@ outlives a step is marked as static; then a step may also write to it (`torch/_i
 from __future__ import annotations
 
 import statistics
-import threading
 import time
+import types
 from collections.abc import Callable
 from functools import partial
 
@@ -21,12 +21,14 @@ import torch._inductor.cudagraph_trees
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from hybridgen.execution.graphs.recorder import Recorded
+from hybridgen.execution.graphs.recorder import CAPTURING, Recorded, this_thread
 from hybridgen.execution.steps import ModelSteps, StepKey
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 
 OWNER = "cudagraph tree"
+_RECOMPILE_LIMIT = 64
+"""Kinds of steps: phases, one or many rows, samplers."""
 _RUNS = 3
 """A tree warms up, records, and replays."""
 
@@ -45,10 +47,12 @@ class TreeRecorder:
         """Compile nothing yet. A `backend` other than Inductor compiles without trees, for tests."""
         self._steps = steps
         self._most = {"tokens": token_budget, "rows": max_batch}
+        # A code object of its own: compiled entries hang on the code, and engines would share their limit.
+        own = types.FunctionType(run_step.__code__.replace(co_name="tree_step"), run_step.__globals__, "tree_step")
         self._compiled = (
-            torch.compile(run_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+            torch.compile(own, fullgraph=True, dynamic=False, mode="reduce-overhead")
             if backend is None
-            else torch.compile(run_step, fullgraph=True, dynamic=False, backend=backend)
+            else torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
         )
         self._known: set[tuple[Phase, bool, bool, SamplerPlan | None]] = set()
 
@@ -62,6 +66,10 @@ class TreeRecorder:
         Raises:
             RuntimeError: the tree refused to record it.
         """
+        with CAPTURING, torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+            return self._record(key, step)
+
+    def _record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
         for tensor in self._steps.tensors().values():
             torch._dynamo.mark_static_address(tensor)
         step()
@@ -82,7 +90,7 @@ class TreeRecorder:
             plain_seconds=plain,
             seconds=_seconds(replay),
             bytes=used,
-            thread=threading.get_ident(),
+            thread=this_thread(),
         )
 
     def replay_of(self, key: StepKey) -> Callable[[], None]:

@@ -21,15 +21,25 @@ def validate(runner: ModelRunner, recording: Recording) -> str | None:
     Returns:
         What differed; None if nothing did.
     """
-    mutable = [runner.state.table, runner.ring.counter, runner.ring.tokens, *_optional(runner)]
+    mutable = [runner.state.table, *runner.ring.tensors().values(), *_optional(runner)]
     before = [tensor.clone() for tensor in mutable]
-    recording.recorded.replay()
-    replayed = [tensor.clone() for tensor in mutable]
-    for tensor, value in zip(mutable, before, strict=True):
-        tensor.copy_(value)
-    runner.steps.run(recording.key)
-    differ = [_differ(ours, theirs) for ours, theirs in zip(replayed, mutable, strict=True)]
+    try:
+        recording.recorded.replay()
+        replayed = [tensor.clone() for tensor in mutable]
+    finally:
+        _restore(mutable, before)
+    try:
+        runner.steps.run(recording.key)
+        differ = [_differ(ours, theirs) for ours, theirs in zip(replayed, mutable, strict=True)]
+    except BaseException:
+        _restore(mutable, before)
+        raise
     return "its first replay gave other values than the step without it" if any(differ) else None
+
+
+def _restore(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _optional(runner: ModelRunner) -> list[torch.Tensor]:
