@@ -5,18 +5,21 @@ out = hybridgen.generate("path/or/hub-id", "def quicksort(", max_new_tokens=64)
 print(out.text)
 """
 
+import importlib as _importlib
+import typing as _typing
+
 from hybridgen.api import generate, stream, unload
 from hybridgen.config import EngineConfig, Mode
 from hybridgen.core import (
     Completion,
     FinishReason,
+    GraphEvent,
     SamplingParams,
     StepSummary,
     Timing,
     TokenEvent,
     TokenLogprob,
 )
-from hybridgen.engine import Engine
 from hybridgen.errors import (
     CheckpointError,
     ConfigError,
@@ -30,15 +33,31 @@ from hybridgen.errors import (
     PromptError,
     RequestError,
     SamplingError,
+    ServerBusyError,
+    ServerError,
     TokenizerError,
     UnsupportedModelError,
 )
-from hybridgen.execution.statistics import EngineStats
+from hybridgen.serving.client import Client
+
+if _typing.TYPE_CHECKING:
+    from hybridgen.engine import Engine
+    from hybridgen.execution.statistics import EngineStats
+    from hybridgen.serving.async_client import AsyncClient
+
+# Imported when they are first used: the first two bring torch, which a client does without.
+_LATER = {
+    "Engine": "hybridgen.engine",
+    "EngineStats": "hybridgen.execution.statistics",
+    "AsyncClient": "hybridgen.serving.async_client",
+}
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncClient",
     "CheckpointError",
+    "Client",
     "Completion",
     "ConfigError",
     "DeviceError",
@@ -47,6 +66,7 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "FinishReason",
+    "GraphEvent",
     "HybridgenError",
     "Interrupted",
     "LoadError",
@@ -57,6 +77,8 @@ __all__ = [
     "RequestError",
     "SamplingError",
     "SamplingParams",
+    "ServerBusyError",
+    "ServerError",
     "StepSummary",
     "Timing",
     "TokenEvent",
@@ -67,3 +89,15 @@ __all__ = [
     "stream",
     "unload",
 ]
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'hybridgen' has no attribute {name!r}")
+    value = getattr(_importlib.import_module(_LATER[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

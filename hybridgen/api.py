@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
+from hybridgen.arguments import check_keywords, sampling_list
 from hybridgen.config import EngineConfig
 from hybridgen.core import SamplingParams, TokenEvent, shown
 from hybridgen.demo import model_path
-from hybridgen.engine import Engine, check_config
 from hybridgen.errors import ConfigError, PromptError
-from hybridgen.loading import Checkpoint
-from hybridgen.loading.source import looks_like_path
-from hybridgen.prompts import Prompts, split_prompts
-from hybridgen.requests import check_keywords, plan_requests, sampling_list
+from hybridgen.serving.address import SCHEME
+from hybridgen.serving.client import Client
 
+# What needs torch is imported where it is used: a call of a server does without.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hybridgen.engine import Engine
+    from hybridgen.prompts import Prompts
 
 _NO_PROMPTS = "no prompts were given; call it with (model, prompts), or with prompts= alone for the demo model"
 
@@ -53,10 +55,11 @@ def generate(
     one loads the model again, with its own. `unload()` frees it.
 
     Args:
-        model: a local path, a hub id, a live `PreTrainedModel`, an `Engine`, or None for the demo model.
+        model: a local path, a hub id, a live `PreTrainedModel`, an `Engine`, `"unix:PATH"` for a server on that
+            socket (`"unix:"` for the default one), or None for the demo model.
         prompts: a string, token ids (list or tensor), chat messages, or a list of those.
         sampling: for all prompts, or a list with one per prompt.
-        config: how to load and run the model.
+        config: how to load and run the model; a server has its own.
         tokenizer: for a live model that brings none, or instead of the checkpoint's; an object, or the directory or
             hub id of one.
         streamer: a Hugging Face streamer, for one prompt.
@@ -71,6 +74,10 @@ def generate(
     if prompts is None:
         raise PromptError(_NO_PROMPTS)
     sampling = sampling_list(sampling)
+    if _is_server(model):
+        _check_server_fields(config, tokenizer, fields)
+        with Client(model) as client:
+            return client.generate(prompts, sampling, streamer=streamer, **fields)
     engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields)
     return engine.generate(prompts, sampling, streamer=streamer, **sampling_fields)
 
@@ -88,8 +95,42 @@ def stream(
     if prompts is None:
         raise PromptError(_NO_PROMPTS)
     sampling = sampling_list(sampling)
+    if _is_server(model):
+        _check_server_fields(config, tokenizer, fields)
+        return _stream_and_close(Client(model), prompts, sampling, fields)
     engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields)
     return engine.stream(prompts, sampling, **sampling_fields)
+
+
+def _is_server(model: Any) -> TypeGuard[str]:
+    return isinstance(model, str) and model.startswith(SCHEME)
+
+
+def _check_server_fields(config: Any, tokenizer: Any, fields: dict[str, Any]) -> None:
+    """Check that a call of a server sets nothing but sampling fields.
+
+    Raises:
+        ConfigError: it does.
+    """
+    check_keywords(fields, EngineConfig.field_names() | SamplingParams.field_names())
+    given = [name for name in fields if name not in SamplingParams.field_names()]
+    given += ["config"] * (config is not None) + ["tokenizer"] * (tokenizer is not None)
+    if given:
+        raise ConfigError(f"{given[0]}= cannot be changed on a server; give it to hybridgen serve")
+
+
+def _stream_and_close(client: Client, prompts: Any, sampling: Any, fields: dict[str, Any]) -> Iterator[TokenEvent]:
+    try:
+        events = client.stream(prompts, sampling, **fields)
+    except BaseException:
+        client.close()
+        raise
+    return _until_closed(client, events)
+
+
+def _until_closed(client: Client, events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
+    with client:
+        yield from events
 
 
 def unload(model: str | os.PathLike[str] | PreTrainedModel | Engine | None = None) -> None:
@@ -102,6 +143,10 @@ def unload(model: str | os.PathLike[str] | PreTrainedModel | Engine | None = Non
     Raises:
         ConfigError: no such model is loaded; the message names those that are.
     """
+    if not _engines and model is None:
+        return
+    from hybridgen.engine import Engine
+
     with _lock:
         if isinstance(model, Engine):
             for key in [key for key, kept in _engines.items() if kept.engine is model]:
@@ -121,8 +166,13 @@ def prepare(
 ) -> tuple[Engine, dict[str, Any]]:
     """The engine for a call, and the call's sampling fields.
 
-    An iterator in `sampling` is used up; give what `hybridgen.requests.sampling_list` makes of it.
+    An iterator in `sampling` is used up; give what `hybridgen.arguments.sampling_list` makes of it.
     """
+    from hybridgen.engine import Engine, check_config
+    from hybridgen.loading import Checkpoint
+    from hybridgen.prompts import split_prompts
+    from hybridgen.requests import plan_requests
+
     sampling = sampling_list(sampling)
     check_keywords(fields, EngineConfig.field_names() | SamplingParams.field_names())
     sampling_fields = {name: value for name, value in fields.items() if name in SamplingParams.field_names()}
@@ -156,6 +206,8 @@ def _key(model: Any) -> Any:
     """What tells models and tokenizers apart: an object by identity, a directory by its resolved path, a hub id by its
     text.
     """
+    from hybridgen.loading.source import looks_like_path
+
     if model is None:
         model = model_path()
     if not isinstance(model, (str, os.PathLike)):

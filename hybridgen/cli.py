@@ -5,21 +5,33 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hybridgen.config import Mode
 from hybridgen.errors import HybridgenError, PromptError
 from hybridgen.jsonl import Job, ResultFile, is_unicode, read_jobs, result, same_file
 
 if TYPE_CHECKING:
     from hybridgen.core import Completion, TokenEvent
     from hybridgen.engine import Engine
+    from hybridgen.serving.client import Client
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+_LIMITS = {
+    "frame": "bytes of one message to the server",
+    "prompt_chars": "characters of one prompt",
+    "n": "completions of one prompt",
+    "batch": "prompts of one request",
+    "queue": "completions that run or wait",
+    "clients": "connections",
+}
+"""Fields of `hybridgen.serving.limits.Limits` that are options."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,35 +60,61 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hybridgen", description="Generate text from Hugging Face causal models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="generate text")
-    generate.set_defaults(run=_generate)
-    generate.add_argument("prompt", nargs="*", help="prompts; without any (and without --input), standard input is one")
+    generate.set_defaults(run=_generate, open=_load)
     generate.add_argument("--model", help="local path or hub id (default: the demo model)")
-    generate.add_argument("--mode", help="eager or jit")
-    generate.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
-    generate.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    generate.add_argument("--revision", help="branch, tag or commit of a hub model")
-    generate.add_argument("--trust-remote-code", action="store_true", default=None)
-    generate.add_argument("--max-batch", type=int, help="requests that run at once")
-    generate.add_argument("--max-context", type=int, help="longest prompt plus output, in tokens")
-    generate.add_argument("--kv-memory", help='bytes for the KV cache, such as "4GiB"')
-    generate.add_argument("--max-new-tokens", type=int)
-    generate.add_argument("--temperature", type=float, help="0 is greedy")
-    generate.add_argument("--top-k", type=int)
-    generate.add_argument("--top-p", type=float)
-    generate.add_argument("--min-p", type=float)
-    generate.add_argument("--seed", type=int)
-    generate.add_argument("--stop", action="append", help="a string that ends the text; may be given again")
-    generate.add_argument("--input", type=Path, help="JSONL file: strings, or objects with prompt or messages")
-    generate.add_argument("--output", type=Path, help="JSONL file for the results; finished lines are not redone")
-    generate.add_argument("--json", action="store_true", help="print results as JSON lines, also with --output")
-    generate.add_argument(
-        "--stream", action="store_true", help="print the text of one prompt as it comes; with --json, events"
-    )
-    generate.add_argument("--stats", action="store_true", help="print the engine's statistics to standard error")
+    _add_engine_options(generate)
+    _add_generate_options(generate)
+    serve = commands.add_parser("serve", help="keep a model loaded for clients on a Unix socket")
+    serve.set_defaults(run=_serve)
+    serve.add_argument("model", nargs="?", metavar="MODEL", help="local path or hub id (default: the demo model)")
+    _add_engine_options(serve)
+    serve.add_argument("--socket", metavar="PATH", help="where to listen (default: in $XDG_RUNTIME_DIR/hybridgen)")
+    serve.add_argument("--idle-exit", type=float, metavar="SECONDS", help="end after this long without a request")
+    serve.add_argument("--ready-file", type=Path, metavar="PATH", help="written when it listens, removed when it ends")
+    serve.add_argument("--metrics", type=int, metavar="PORT", help="Prometheus metrics on localhost (0: any free port)")
+    serve.add_argument("--drain-timeout", type=float, metavar="SECONDS", help="for requests in flight when it ends")
+    serve.add_argument("--step-timeout", type=float, metavar="SECONDS", help="a step that takes longer hangs")
+    for name, what in _LIMITS.items():
+        serve.add_argument(f"--limit-{name.replace('_', '-')}", type=int, metavar="N", help=what)
+    client = commands.add_parser("client", help="generate text in a server (hybridgen serve)")
+    client.set_defaults(run=_client, open=_connect)
+    client.add_argument("--socket", metavar="PATH", help="where the server listens (default: as hybridgen serve)")
+    client.add_argument("--ping", action="store_true", help="print whether the server is alive; status 1 if it hangs")
+    client.add_argument("--shutdown", action="store_true", help="end the server when what is in flight has ended")
+    _add_generate_options(client)
     doctor = commands.add_parser("doctor", help="say what this machine can do, and why not")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", help=", ".join(Mode))
+    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument("--trust-remote-code", action="store_true", default=None)
+    parser.add_argument("--max-batch", type=int, help="requests that run at once")
+    parser.add_argument("--max-context", type=int, help="longest prompt plus output, in tokens")
+    parser.add_argument("--kv-memory", help='bytes for the KV cache, such as "4GiB"')
+
+
+def _add_generate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="*", help="prompts; without any (and without --input), standard input is one")
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", help="a string that ends the text; may be given again")
+    parser.add_argument("--input", type=Path, help="JSONL file: strings, or objects with prompt or messages")
+    parser.add_argument("--output", type=Path, help="JSONL file for the results; finished lines are not redone")
+    parser.add_argument("--json", action="store_true", help="print results as JSON lines, also with --output")
+    parser.add_argument(
+        "--stream", action="store_true", help="print the text of one prompt as it comes; with --json, events"
+    )
+    parser.add_argument("--stats", action="store_true", help="print the engine's statistics to standard error")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -100,16 +138,68 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _complete(jobs: list[Job], results: ResultFile | None, arguments: argparse.Namespace) -> int:
-    """Load the model and generate; returns the exit status."""
-    from hybridgen.api import prepare
-
-    prompts = [job.prompt for job in jobs]
-    engine, sampling = prepare(arguments.model, prompts, None, None, None, _given(arguments))
+    """Open an engine or a client and generate; returns the exit status."""
+    engine, sampling = arguments.open(jobs, arguments)
     with engine:
         failed = _run(engine, jobs, sampling, results, arguments)
         if arguments.stats:
-            _note(str(engine.stats()))
+            stats = engine.stats()
+            _note(json.dumps(stats) if isinstance(stats, dict) else str(stats))
     return int(failed > 0)
+
+
+def _load(jobs: list[Job], arguments: argparse.Namespace) -> tuple[Engine, dict[str, Any]]:
+    from hybridgen.api import prepare
+
+    return prepare(arguments.model, [job.prompt for job in jobs], None, None, None, _given(arguments))
+
+
+def _connect(jobs: list[Job], arguments: argparse.Namespace) -> tuple[Client, dict[str, Any]]:
+    from hybridgen.serving.client import Client
+
+    return Client(arguments.socket), _given(arguments)
+
+
+def _client(arguments: argparse.Namespace) -> int:
+    if not (arguments.ping or arguments.shutdown):
+        return _generate(arguments)
+    if arguments.prompt or arguments.input:
+        raise PromptError("--ping and --shutdown take no prompts")
+    client, _ = _connect([], arguments)
+    with client:
+        health = client.ping() if arguments.ping else {"healthy": True}
+        if arguments.ping:
+            _print_json(health)
+        if arguments.shutdown:
+            client.shutdown()
+    return int(not health["healthy"])
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from hybridgen.config import EngineConfig
+    from hybridgen.serving.limits import Limits
+    from hybridgen.serving.process import ServeOptions, serve
+
+    config = EngineConfig.of(None, _given(arguments))
+    limits = {name: getattr(arguments, f"limit_{name}") for name in _LIMITS}
+    seconds = {"drain_seconds": arguments.drain_timeout, "step_seconds": arguments.step_timeout}
+    options = ServeOptions(
+        socket=arguments.socket,
+        idle_exit=arguments.idle_exit,
+        ready_file=arguments.ready_file,
+        metrics=arguments.metrics,
+        limits=Limits(**{name: value for name, value in limits.items() if value is not None}),
+        **{name: value for name, value in seconds.items() if value is not None},
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("hybridgen").setLevel(logging.INFO)
+
+    def load() -> Engine:
+        from hybridgen.engine import Engine
+
+        return Engine.load(arguments.model, config)
+
+    return serve(load, options, _note)
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -118,11 +208,15 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
         "mode", "dtype", "device", "revision", "trust_remote_code", "max_batch", "max_context", "kv_memory",
         "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop",
     )  # fmt: skip
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
 
 
 def _run(
-    engine: Engine, jobs: list[Job], sampling: dict[str, Any], results: ResultFile | None, arguments: argparse.Namespace
+    engine: Engine | Client,
+    jobs: list[Job],
+    sampling: dict[str, Any],
+    results: ResultFile | None,
+    arguments: argparse.Namespace,
 ) -> int:
     """Generate and write each completion when it ends; returns how many failed."""
     from tqdm.auto import tqdm

@@ -15,6 +15,8 @@
     │   └── OutOfMemoryError       the device's memory does not hold what was asked for
     ├── EngineError            the engine is closed, in use elsewhere, or broken
     ├── RequestError           one request failed while it ran; the others go on
+    ├── ServerError            a generator process cannot be reached, refused a call, or went away
+    │   └── ServerBusyError        its queue is full; holds when to try again
     └── Interrupted            Ctrl-C during a batch; holds what was finished       (also KeyboardInterrupt)
 
 Every message says what was wrong, repeats the value, and says what to do.
@@ -79,6 +81,25 @@ class EngineError(HybridgenError):
 
 class RequestError(HybridgenError):
     """One request failed while it ran (for example NaN logits); other requests are not affected."""
+
+
+class ServerError(HybridgenError):
+    """A generator process (`hybridgen serve`) cannot start, cannot be reached, refused a call, or went away.
+
+    `code` is the code of its error message, as `docs/serving.md` lists them; None where the client found the problem.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ServerBusyError(ServerError):
+    """The server's queue is full; `retry_after` is its guess, in seconds, at when there is room."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, "busy")
+        self.retry_after = retry_after
 
 
 class Interrupted(HybridgenError, KeyboardInterrupt):

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import pytest
 import hybridgen
 
 NAMES = [
+    "AsyncClient",
     "CheckpointError",
+    "Client",
     "Completion",
     "ConfigError",
     "DeviceError",
@@ -19,6 +23,7 @@ NAMES = [
     "EngineError",
     "EngineStats",
     "FinishReason",
+    "GraphEvent",
     "HybridgenError",
     "Interrupted",
     "LoadError",
@@ -29,6 +34,8 @@ NAMES = [
     "RequestError",
     "SamplingError",
     "SamplingParams",
+    "ServerBusyError",
+    "ServerError",
     "StepSummary",
     "Timing",
     "TokenEvent",
@@ -43,8 +50,14 @@ NAMES = [
 
 def test_the_names() -> None:
     assert hybridgen.__all__ == NAMES
+    assert all(hasattr(hybridgen, name) for name in NAMES)  # some are imported when they are first used
     public = {name for name, value in vars(hybridgen).items() if name[0] != "_" and not inspect.ismodule(value)}
     assert public == set(NAMES)
+
+
+def test_a_client_needs_no_torch() -> None:
+    code = "import sys, hybridgen; hybridgen.Client, hybridgen.generate; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -404,10 +404,10 @@ class GraphStore:
             bytes=self.bytes,
             hits=sum(r.hits for r in rows) + self._dropped_hits["hits"],
             padded_hits=sum(r.padded_hits for r in rows) + self._dropped_hits["padded"],
-            misses=self._misses.copy() if self._recorder is not None else {},
+            misses=dict(self._misses) if self._recorder is not None else {},
             lazy_captures=self._lazy_captures,
             evictions=self._evictions,
-            failures={f"{describe(key)} ({describe_plan(key)})": why for key, why in self._failed.copy().items()},
+            failures={f"{describe(key)} ({describe_plan(key)})": why for key, why in dict(self._failed).items()},
         )
 
     def close(self) -> None:

@@ -1,0 +1,64 @@
+"""Checks of a call's arguments that need neither a model nor torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from hybridgen.core import SamplingParams, shown
+from hybridgen.errors import ConfigError, SamplingError
+
+
+def sampling_per_prompt(
+    count: int, sampling: SamplingParams | Iterable[SamplingParams] | None, fields: dict[str, Any]
+) -> list[SamplingParams]:
+    """One `SamplingParams` per prompt, with the fields set in all of them.
+
+    Raises:
+        SamplingError: a list of another length, something that is no `SamplingParams`, or a bad value.
+    """
+    check_keywords(fields, SamplingParams.field_names())
+    listed = sampling_list(sampling)
+    given = listed if isinstance(listed, list) else [listed or SamplingParams()] * count
+    for params in given:
+        if not isinstance(params, SamplingParams):
+            raise SamplingError(f"sampling holds {shown(params)}, which is no SamplingParams; give one per prompt")
+    if len(given) != count:
+        raise SamplingError(
+            f"sampling has {len(given)} entries for {count} prompt(s); give one per prompt, or one for all"
+        )
+    return [replace(params, **fields) for params in given] if fields else given
+
+
+def sampling_list(
+    sampling: SamplingParams | Iterable[SamplingParams] | None,
+) -> SamplingParams | list[SamplingParams] | None:
+    """A call's `sampling=` in a form that can be read twice: an iterator becomes a list; its items are not checked.
+
+    Raises:
+        SamplingError: it is nothing that can hold `SamplingParams`.
+    """
+    if sampling is None or isinstance(sampling, (SamplingParams, list)):
+        return sampling
+    if isinstance(sampling, (str, bytes, Mapping)) or not isinstance(sampling, Iterable):
+        raise SamplingError(
+            f"sampling={shown(sampling)} is not a SamplingParams; give SamplingParams(...), a list with one per "
+            "prompt, or its fields as keywords"
+        )
+    return list(sampling)
+
+
+def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise for the first unknown keyword, naming the nearest known one.
+
+    Raises:
+        ConfigError: a keyword is not known.
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
+            raise ConfigError(f"unknown keyword {shown(name)}; {hint}")

@@ -1,0 +1,126 @@
+"""The only place of the server that touches the engine: plain calls, all from the thread that owns the GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias
+
+from hybridgen.core import SamplingParams, TokenEvent
+
+Handle: TypeAlias = Any
+"""One running completion, as the model keeps it."""
+
+
+class Model(Protocol):
+    """What the generator thread runs; tests put others in its place."""
+
+    description: dict[str, Any]
+    """What the hello tells of it."""
+
+    def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
+        """Check, encode and queue prompts, all or none. Without `events`, only the last event is kept."""
+
+    def prompt_ids(self, handle: Handle) -> tuple[int, ...]:
+        """The ids of its prompt."""
+
+    def events(self, handle: Handle) -> Iterator[TokenEvent]:
+        """What came since the last call; the last event of all has the completion."""
+
+    def step(self) -> None:
+        """One step of everything that runs. Raises `EngineError` when there will be no other."""
+
+    def cancel(self, handles: list[Handle]) -> None:
+        """End these; each gets its last event."""
+
+    def busy(self) -> bool:
+        """Whether `step()` has something to do."""
+
+    def idle(self) -> bool:
+        """Do a piece of work that was put off; False when nothing is left."""
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's statistics as JSON values."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+class EngineModel:
+    """A `Model` around a `hybridgen.Engine`."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        """`load` makes the engine; it is called here, so that one thread does all."""
+        self._engine = load()
+        self._loop = self._engine._open_loop()
+        config = self._engine.config
+        self.description = {
+            "model": self._engine.checkpoint.name,
+            "mode": str(config.mode),
+            "max_batch": config.max_batch,
+            "max_context": self._engine.max_context,
+        }
+
+    def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
+        plans = self._engine.plan(prompts, sampling, {})
+        responses: list[Any] = []
+        self._loop.submit(plans, responses, keep_events=events)
+        return responses
+
+    def prompt_ids(self, handle: Handle) -> tuple[int, ...]:
+        ids: tuple[int, ...] = handle.sequence.prompt_ids
+        return ids
+
+    def events(self, handle: Handle) -> Iterator[TokenEvent]:
+        if handle.keep_events:
+            while handle.events:
+                yield handle.events.popleft()
+        elif handle.completion is not None:
+            yield TokenEvent(
+                token_id=None, text="", index=handle.index, choice=handle.choice, completion=handle.completion
+            )
+
+    def step(self) -> None:
+        self._loop.step()
+
+    def cancel(self, handles: list[Handle]) -> None:
+        self._loop.cancel(handles)
+
+    def busy(self) -> bool:
+        return bool(self._loop.scheduler.running or self._loop.scheduler.waiting)
+
+    def idle(self) -> bool:
+        work = getattr(self._engine, "idle", None)
+        return bool(work()) if work is not None else False
+
+    def stats(self) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self._engine.stats().as_dict())
+        return values
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: tuples as lists, keys as text, floats that are not finite as their names."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if value != value else "inf" if value > 0 else "-inf"
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def graph_counts(stats: Mapping[str, Any]) -> dict[str, int]:
+    """Steps that graphs ran: hits without padding, with padding, and misses; zeros where the engine tells none."""
+    graphs = stats.get("graphs")
+    if not isinstance(graphs, Mapping):
+        return {"hit": 0, "padded_hit": 0, "miss": 0}
+    misses = graphs.get("misses", {})
+    padded = int(graphs.get("padded_hits", 0))
+    return {
+        "hit": int(graphs.get("hits", 0)) - padded,
+        "padded_hit": padded,
+        "miss": sum(misses.values()) if isinstance(misses, Mapping) else int(misses),
+    }

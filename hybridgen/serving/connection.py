@@ -1,0 +1,249 @@
+"""One client's connection, as the server's I/O loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from hybridgen.errors import HybridgenError, ServerError
+from hybridgen.serving.address import peer_uid
+from hybridgen.serving.frames import FrameError, FrameReader, encode
+from hybridgen.serving.generator import Submit
+from hybridgen.serving.messages import MAX_ID, VERSION, error_to_wire
+
+if TYPE_CHECKING:
+    from hybridgen.serving.server import Server
+
+logger = logging.getLogger(__name__)
+
+
+class Connection(asyncio.Protocol):
+    """Reads messages, answers what needs no engine, and hands the rest to the server.
+
+    Whatever a client does wrong ends at most its own connection.
+    """
+
+    def __init__(self, server: Server, number: int) -> None:
+        self.server = server
+        self.number = number
+        self.requests: dict[int, Submit] = {}
+        """In flight, by id."""
+        self.controls: set[int] = set()
+        """Ids of unanswered `stats` messages."""
+        self._reader = FrameReader(server.limits.frame)
+        self._transport: asyncio.Transport | None = None
+        self._greeted = False
+        self._last_id = -1
+        self._half_since: float | None = time.monotonic()
+        self._taken = 0
+        self._taken_since = time.monotonic()
+        self._sent = 0
+        # Tokens are written by the generator thread itself, because waking the I/O loop for each step would have the
+        # two threads wait for each other. What it cannot write at once is carried, and everything else waits behind.
+        self._writing = threading.Lock()
+        self._descriptor = -1
+        self._blocked = False
+        self._carried = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client connected: only this user's may stay."""
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError("a stream transport is needed")
+        self._transport = transport
+        connection: socket.socket = transport.get_extra_info("socket")
+        try:
+            uid = peer_uid(connection)
+        except OSError as error:
+            logger.warning("a client was refused: its user is not known (%s)", error.strerror)
+            self._hang_up()
+            return
+        if uid != os.getuid():
+            logger.warning("a client of user %d was refused", uid)
+            self.refuse(ServerError("this server belongs to another user; start one of your own", "user"))
+        elif not self.server.joined(self):
+            limit = self.server.limits.clients
+            self.refuse(ServerError(f"the server has {limit} clients, its limit; try again later", "clients"))
+        else:
+            transport.set_write_buffer_limits(0)  # pause_writing() and resume_writing() tell of every waiting byte
+            self._descriptor = connection.fileno()
+
+    def pause_writing(self) -> None:
+        """Something waits to be written."""
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        """Nothing does any more."""
+        self._blocked = False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The client went away, or was sent away."""
+        self._stop_tokens()  # before the descriptor is closed, and may be that of another client
+        self._transport = None
+        self.server.left(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came."""
+        try:
+            messages = self._reader.feed(data)
+        except FrameError as error:
+            self.refuse(ServerError(str(error), "protocol"))
+            return
+        if not self._reader.partial:
+            self._half_since = None if self._greeted or messages else self._half_since
+        elif messages or self._half_since is None:
+            self._half_since = time.monotonic()
+        for message in messages:
+            if self._transport is None or self._transport.is_closing():
+                return
+            self._receive(message)
+
+    def _receive(self, message: dict[str, Any]) -> None:
+        key = message.get("id")
+        try:
+            self._dispatch(message, key)
+        except HybridgenError as error:
+            if key is None or (isinstance(error, ServerError) and error.code in ("protocol", "version")):
+                self.refuse(error)
+            else:
+                self.send_error(key, error)
+        except Exception as error:
+            logger.exception("a message could not be handled")
+            self.refuse(error)
+
+    def _dispatch(self, message: dict[str, Any], key: Any) -> None:
+        kind = message.get("type")
+        if not self._greeted:
+            self._greet(kind, message.get("version"))
+            return
+        if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key <= MAX_ID:
+            raise ServerError(f"a message needs an id, an integer from 0 to {MAX_ID}", "protocol")
+        if kind == "cancel":
+            self.server.cancel(self, key)
+            return
+        if key <= self._last_id:
+            raise ServerError(f"the id {key} is not above the one before it, {self._last_id}; count up", "protocol")
+        self._last_id = key
+        if kind == "request":
+            self.server.request(self, key, message)
+        elif kind == "ping":
+            self.send({"type": "ping", "id": key, **self.server.health()})
+        elif kind == "stats":
+            self.server.stats(self, key)
+        elif kind == "shutdown":
+            self.send({"type": "shutdown", "id": key})
+            self.server.drain("a client asked for it")
+        else:
+            known = "request, cancel, stats, ping, shutdown"
+            raise ServerError(f"a message has no type that a server knows; send one of: {known}", "protocol")
+
+    def _greet(self, kind: Any, version: Any) -> None:
+        if kind != "hello":
+            raise ServerError('the first message must be {"type": "hello", "version": 1}', "protocol")
+        if isinstance(version, bool) or version != VERSION:
+            raise ServerError(
+                f"this server speaks version {VERSION} of the protocol; use a client that does", "version"
+            )
+        self._greeted = True
+        self.send(self.server.hello())
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message."""
+        self.write(encode(message))
+
+    def send_error(self, key: int | None, error: BaseException) -> None:
+        """Send an error message for a request, or for the connection."""
+        self.send({"type": "error", "id": key, **error_to_wire(error)})
+
+    def write(self, frames: bytes) -> None:
+        """Send frames; a client that leaves too many unread is cut off instead."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_write_buffer_size() > self.server.limits.unsent:
+            self._cut("has too much unread")
+            return
+        with self._writing:
+            frames = bytes(self._carried) + frames
+            self._carried.clear()
+            self._sent += len(frames)
+            transport.write(frames)
+
+    def write_tokens(self, frames: bytes) -> bool:
+        """Send frames from the generator's thread; False when `write(b"")` must be called to go on."""
+        with self._writing:
+            if self._descriptor < 0:
+                return True
+            written = 0
+            if not self._blocked and not self._carried:
+                try:
+                    written = os.write(self._descriptor, frames)
+                except BlockingIOError:
+                    written = 0
+                except OSError:  # the client is gone, which the I/O loop sees as well
+                    return True
+            if written == len(frames):
+                return True
+            asked = bool(self._carried)
+            self._carried += frames[written:]
+            return asked
+
+    def _stop_tokens(self) -> None:
+        with self._writing:
+            self._descriptor = -1
+            self._carried.clear()
+
+    def refuse(self, error: BaseException) -> None:
+        """Answer that the connection cannot go on, and close it."""
+        self.send_error(None, error)
+        self._hang_up()
+
+    def finish(self) -> None:
+        """Close it once what was written is read."""
+        self._stop_tokens()
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close it now."""
+        self._stop_tokens()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _hang_up(self) -> None:
+        # What it asked for ends now, not when it has read the answer.
+        self.server.left(self)
+        if self._transport is not None:
+            asyncio.get_running_loop().call_later(self.server.limits.write_seconds, self._transport.abort)
+        self.finish()
+
+    def _cut(self, why: str) -> None:
+        logger.warning("client %d was cut off: it %s", self.number, why)
+        self.server.count("cut_off")
+        self.server.left(self)
+        self.abort()
+
+    def check(self, now: float) -> None:
+        """Look at the clocks; called every now and then."""
+        limits = self.server.limits
+        transport = self._transport
+        if transport is None:
+            return
+        waiting = transport.get_write_buffer_size()
+        taken = self._sent - waiting
+        if taken != self._taken or not waiting:
+            self._taken, self._taken_since = taken, now
+        elif now - self._taken_since > limits.write_seconds:
+            self._cut(f"has read nothing for {limits.write_seconds:g} s")
+            return
+        if (
+            self._half_since is not None
+            and now - self._half_since > limits.frame_seconds
+            and not transport.is_closing()
+        ):
+            what = "a frame was not whole" if self._greeted else "no hello came"
+            self.refuse(ServerError(f"{what} after {limits.frame_seconds:g} s; the connection is closed", "timeout"))

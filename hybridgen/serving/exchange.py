@@ -1,0 +1,270 @@
+"""What a client's call sends and how it takes the answers; the same for both clients, and free of input and output."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from hybridgen.arguments import sampling_per_prompt
+from hybridgen.core import Completion, FinishReason, SamplingParams, Timing, TokenEvent, shown
+from hybridgen.errors import HybridgenError, PromptError, SamplingError, ServerBusyError, ServerError
+from hybridgen.serving.messages import error_from_wire, event_from_wire, sampling_to_wire
+
+IN_FLIGHT = 2
+"""Requests of one call at once, when its prompts are more than one request holds."""
+OVERHEAD = 512
+"""Bytes of a request message besides its prompts and sampling, generously."""
+
+
+class Call:
+    """A call's arguments, checked as far as it takes no model."""
+
+    def __init__(
+        self,
+        prompts: Any,
+        sampling: SamplingParams | Iterable[SamplingParams] | None,
+        fields: dict[str, Any],
+    ) -> None:
+        """
+        Raises:
+            PromptError, SamplingError, ConfigError: a value can be no prompt, or no sampling field.
+        """
+        self.prompts, self.single = split(prompts)
+        self.sampling = sampling_per_prompt(len(self.prompts), sampling, fields)
+
+    def check_streamer(self, streamer: Any) -> None:
+        """Check that a Hugging Face streamer can be fed.
+
+        Raises:
+            SamplingError: there is not exactly one completion, or it has no `put()` and `end()`.
+        """
+        count = sum(params.n for params in self.sampling)
+        if count != 1:
+            raise SamplingError(f"streamer= takes one prompt with n=1, not {count} requests; use stream()")
+        if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise SamplingError(f"streamer={shown(streamer)} has no put() and end(); give a transformers streamer")
+
+
+class _Part(NamedTuple):
+    """As many prompts of a call as one request holds."""
+
+    start: int
+    message: dict[str, Any]
+
+
+class Exchange:
+    """The requests of one call, and what has come of them."""
+
+    def __init__(self, call: Call, limits: Mapping[str, Any], *, wait: float, stream: bool, echo: bool = False) -> None:
+        """
+        Args:
+            limits: of the server's hello.
+            wait: seconds for which a full queue is tried again.
+            echo: ask for the prompt's ids with its first token.
+
+        Raises:
+            PromptError: a prompt is too large for a message, or cannot be sent.
+        """
+        self._waiting = deque(_parts(call, limits, stream=stream, echo=echo))
+        self._active: dict[int, _Part] = {}
+        self._wait = wait
+        self._retry_at = -math.inf
+        self._give_up_at: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all has been answered."""
+        return not self._waiting and not self._active
+
+    @property
+    def active(self) -> list[int]:
+        """Ids in flight."""
+        return list(self._active)
+
+    def next_message(self, now: float) -> dict[str, Any] | None:
+        """The next request to send; `sent()` says that it was."""
+        if not self._waiting or len(self._active) >= IN_FLIGHT or now < self._retry_at:
+            return None
+        return self._waiting[0].message
+
+    def sent(self, key: int) -> None:
+        """What `next_message()` gave was sent with this id."""
+        self._active[key] = self._waiting.popleft()
+
+    def pause(self, now: float) -> float | None:
+        """Seconds until a request is tried again; None when none is."""
+        if not self._waiting or len(self._active) >= IN_FLIGHT:
+            return None
+        return max(0.0, self._retry_at - now)
+
+    def drop_waiting(self) -> None:
+        """Send no more requests."""
+        self._waiting.clear()
+
+    def take(self, message: Mapping[str, Any], now: float) -> TokenEvent | None:
+        """The event in a message, if there is one.
+
+        Raises:
+            HybridgenError: the server answered with an error.
+        """
+        key = message["id"]
+        part = self._active.get(key)
+        if part is None:
+            return None
+        if message["type"] == "error":
+            del self._active[key]
+            self._handle(error_from_wire(message), part, now)
+            return None
+        self._give_up_at = None
+        if message["type"] == "token":
+            event = event_from_wire(message)
+        elif message["type"] == "done":
+            event = event_from_wire({"token_id": None, "text": ""} | dict(message))
+            if message["last"]:
+                del self._active[key]
+        else:
+            raise ServerError(f"the server answered a request with {shown(message['type'])}; is it of another version?")
+        return replace(event, index=event.index + part.start) if part.start else event
+
+    def _handle(self, error: HybridgenError, part: _Part, now: float) -> None:
+        """Put a request that met a full queue back, to be tried again; raise any other error."""
+        if not isinstance(error, ServerBusyError):
+            raise error
+        if self._give_up_at is None:
+            self._give_up_at = now + self._wait
+        if now + error.retry_after > self._give_up_at and not self._active:
+            raise error
+        self._retry_at = now + error.retry_after
+        self._waiting.appendleft(part)
+
+
+class Results:
+    """The completions of a call, as they come."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._choices: list[dict[int, Completion]] = [{} for _ in call.prompts]
+
+    def add(self, event: TokenEvent) -> None:
+        """Take in an event; only a last one matters."""
+        if event.completion is not None:
+            self._choices[event.index][event.choice] = event.completion
+
+    def complete(self) -> list[Completion]:
+        """One completion per prompt; with n > 1 the first choice, which holds all of them.
+
+        Prompts without an answer (after Ctrl-C) have an empty one that says `cancelled`.
+        """
+        completions = []
+        for params, choices in zip(self._call.sampling, self._choices, strict=True):
+            group = tuple(choices.get(choice) or _cancelled(params, choice) for choice in range(params.n))
+            completions.append(group[0] if len(group) == 1 else replace(group[0], choices=group))
+        return completions
+
+    @property
+    def ended(self) -> int:
+        """Prompts whose completions have all come."""
+        return sum(len(c) == p.n for c, p in zip(self._choices, self._call.sampling, strict=True))
+
+    def result(self) -> Completion | list[Completion]:
+        """What `generate()` returns.
+
+        Raises:
+            HybridgenError: the one prompt failed while it ran.
+        """
+        completions = self.complete()
+        if not self._call.single:
+            return completions
+        if completions[0].error is not None:
+            raise completions[0].error
+        return completions[0]
+
+
+def _cancelled(params: SamplingParams, choice: int) -> Completion:
+    nan = math.nan
+    return Completion(
+        text="",
+        token_ids=(),
+        prompt_token_ids=(),
+        finish_reason=FinishReason.CANCELLED,
+        seed=(params.seed or 0) + choice,
+        timing=Timing(queue=nan, ttft=nan, total=nan),
+    )
+
+
+def split(prompts: Any) -> tuple[list[Any], bool]:
+    """`hybridgen.prompts.split_prompts`; what needs no torch is decided without importing it."""
+    if isinstance(prompts, str):
+        return [prompts], True
+    if isinstance(prompts, (list, tuple)) and prompts:
+        first = prompts[0]
+        if type(first) is int or (isinstance(first, Mapping) and "role" in first):
+            return [prompts], True
+        if isinstance(first, str):
+            return list(prompts), False
+    from hybridgen.prompts import split_prompts
+
+    return split_prompts(prompts)
+
+
+def _parts(call: Call, limits: Mapping[str, Any], *, stream: bool, echo: bool) -> Iterable[_Part]:
+    """The requests that a call takes, in order."""
+    base = {"type": "request", "stream": stream} | ({"echo": True} if echo else {})
+    parts: list[_Part] = []
+    first = call.sampling[0]
+    same = all(params is first for params in call.sampling)
+    shared = sampling_to_wire(first)
+    size = completions = 0
+    for index, (prompt, params) in enumerate(zip(call.prompts, call.sampling, strict=True)):
+        value, length = _sendable(index, prompt)
+        wire = shared if params is first else sampling_to_wire(params)
+        length += 0 if same and index else len(json.dumps(wire)) + 1
+        if length + OVERHEAD > limits["frame"]:
+            raise PromptError(
+                f"prompt {index} takes {length} bytes with its sampling, and the server's messages hold "
+                f"{limits['frame']}; shorten it or raise the server's limit"
+            )
+        full = (
+            not parts
+            or len(parts[-1].message["prompts"]) >= limits["batch"]
+            or size + length + OVERHEAD > limits["frame"]
+            or completions + params.n > limits["queue"]
+        )
+        if full:
+            size = completions = 0
+            parts.append(_Part(index, base | {"prompts": [], "sampling": wire if same else []}))
+            size += len(json.dumps(wire)) if same else 0
+        message = parts[-1].message
+        message["prompts"].append(value)
+        if not same:
+            message["sampling"].append(wire)
+        size += length
+        completions += params.n
+    return parts
+
+
+def _sendable(index: int, prompt: Any) -> tuple[Any, int]:
+    """A prompt as JSON values, and its bytes in a message."""
+    if getattr(prompt, "ndim", 0) == 2 and prompt.shape[0] == 1:
+        prompt = prompt[0]
+    try:
+        text = json.dumps(prompt, default=_plain, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"prompt {index} ({shown(prompt)}) cannot be sent as JSON: {error}") from None
+    return (prompt if isinstance(prompt, str) else json.loads(text)), len(text) + 1
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"{type(value).__name__} is not text; decode it first")
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,126 @@
+"""Prometheus metrics of a server, on a port of localhost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hybridgen.errors import ConfigError, ServerError
+from hybridgen.serving.adapter import graph_counts
+from hybridgen.serving.generator import Done
+
+if TYPE_CHECKING:
+    from hybridgen.serving.server import Server
+
+_TTFT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TPOT_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class Metrics:
+    """Histograms that completions are put into, and a collector that reads the rest when it is asked."""
+
+    def __init__(self) -> None:
+        """
+        Raises:
+            ConfigError: the Prometheus client library is not installed.
+        """
+        try:
+            import prometheus_client
+            import prometheus_client.core
+        except ImportError as error:
+            raise ConfigError(
+                "metrics need the package prometheus-client, which is not installed; pip install 'hybridgen[serve]'"
+            ) from error
+        self._library = prometheus_client
+        self._registry = prometheus_client.CollectorRegistry()
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
+            return prometheus_client.Histogram(f"hybridgen_{name}", text, buckets=buckets, registry=self._registry)
+
+        self._ttft = histogram("ttft_seconds", "From submission to the first token", _TTFT_BUCKETS)
+        self._tpot = histogram("tpot_seconds", "Mean time per token after a completion's first", _TPOT_BUCKETS)
+        self._queue = histogram("queue_seconds", "From submission to the launch of the first prefill", _TTFT_BUCKETS)
+        self._completions = prometheus_client.Counter(
+            "hybridgen_completions", "Completions that ended", ["finish_reason"], registry=self._registry
+        )
+
+    def completed(self, done: Done) -> None:
+        """Take in a completion."""
+        completion = done.event.completion
+        if completion is None:
+            return
+        timing, times = completion.timing, completion.timing.token_times
+        self._completions.labels(str(completion.finish_reason)).inc()
+        if timing.queue == timing.queue:  # not NaN: it ran
+            self._queue.observe(timing.queue)
+        if times:
+            self._ttft.observe(timing.ttft)
+        if len(times) > 1:
+            self._tpot.observe((times[-1] - times[0]) / (len(times) - 1))
+
+    def listen(self, port: int, server: Server) -> int:
+        """Answer on a port of localhost, in a thread; returns the port.
+
+        Raises:
+            ServerError: the port is taken or not allowed.
+        """
+        self._registry.register(_Now(self._library, server))
+        try:
+            self._server, self._thread = self._library.start_http_server(
+                port, addr="127.0.0.1", registry=self._registry
+            )
+        except OSError as error:
+            raise ServerError(f"--metrics {port} cannot be used: {error.strerror}; choose another port") from error
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop answering."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+class _Now:
+    """What the server and the engine hold at the moment of a scrape. Reads values; asks the generator for nothing."""
+
+    def __init__(self, library: Any, server: Server) -> None:
+        self._core = library.core
+        self._server = server
+
+    def describe(self) -> list[Any]:
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        server = self._server
+        health, stats = server.health(), server.generator.snapshot
+        counts = dict(server.counts)
+        yield self._counter("requests", "Requests that were accepted", {(): counts.get("requests", 0)})
+        refused = {("busy",): counts.get("busy", 0), ("error",): counts.get("errors", 0)}
+        yield self._counter("requests_failed", "Requests answered with an error", refused, ("kind",))
+        yield self._counter("clients_cut_off", "Clients that read too slowly", {(): counts.get("cut_off", 0)})
+        tokens = {(kind,): count for kind, count in stats.get("tokens", {}).items()}
+        yield self._counter("tokens", "Tokens that the engine read and made", tokens, ("kind",))
+        yield self._counter("steps", "Steps that ended", {(): health["steps"]})
+        graphs = {(result,): count for result, count in graph_counts(stats).items()}
+        yield self._counter("graph_steps", "Steps by what CUDA graphs did for them", graphs, ("result",))
+        yield self._gauge("clients", "Connected clients", health["clients"])
+        yield self._gauge("in_flight", "Completions that run or wait", health["in_flight"])
+        yield self._gauge("running", "Completions that run", stats.get("running", 0))
+        yield self._gauge("waiting", "Completions that wait for a slot or pages", stats.get("waiting", 0))
+        yield self._gauge("pages", "Pages of the KV cache", stats.get("pages", 0))
+        yield self._gauge("pages_free", "Free pages of the KV cache", stats.get("free_pages", 0))
+        yield self._gauge("work_age_seconds", "How long the present step has taken", health["work_age"])
+        yield self._gauge("healthy", "1, or 0 while a step hangs", int(health["healthy"]))
+
+    def _counter(self, name: str, text: str, values: Mapping[Any, float], labels: tuple[str, ...] = ()) -> Any:
+        family = self._core.CounterMetricFamily(f"hybridgen_{name}", text, labels=labels)
+        for key, value in values.items():
+            family.add_metric(key, value)
+        return family
+
+    def _gauge(self, name: str, text: str, value: float) -> Any:
+        return self._core.GaugeMetricFamily(f"hybridgen_{name}", text, value=value)

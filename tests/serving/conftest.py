@@ -1,0 +1,59 @@
+"""Servers for the tests: one with the demo model for the whole run, and toys that may be broken."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from wire import Process
+
+import hybridgen
+
+
+def short_directory() -> Path:
+    """A directory of our own with a path that is short enough for a socket."""
+    path = Path(tempfile.mkdtemp(prefix="hg-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Process]:
+    """A server with the demo model; tests leave it as they found it."""
+    process = Process(short_directory(), "--metrics", "0", "--limit-queue", "400", "--limit-n", "8")
+    yield process
+    status = process.end()
+    assert status == 0, process.log()
+    assert "Traceback" not in process.log()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[hybridgen.Engine]:
+    """The same model in this process, with as many threads, which sums depend on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with hybridgen.Engine.load(mode="eager", dtype="float32", kv_memory="32MiB", max_batch=8) as loaded:
+        yield loaded
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def toy() -> Iterator[Callable[..., Process]]:
+    """Starts toy servers; call it with options of `fake_server.py`. `at=` takes the directory of another."""
+    started: list[Process] = []
+
+    def start(*options: Any, at: Path | None = None, wait: bool = True) -> Process:
+        directory = at or short_directory()
+        process = Process(directory, *map(str, options), fake=True, wait=wait)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
