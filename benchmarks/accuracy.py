@@ -49,6 +49,7 @@ def ours(model: PreTrainedModel, ids: torch.Tensor, prompt: int, mode: str) -> t
         def run(begin: int, end: int) -> torch.Tensor:
             """Run a step that ends at its logits; returns those of its last token."""
             runner.steps.stage_prefill([PrefillChunk(0, tokens[begin:end], begin, end, 0, True)], end - begin, 1)
+            runner.steps.keep_logits()
             runner.steps.run(StepKey(Phase.PREFILL, end - begin, 1, None))
             return runner.steps.logits[:1].to(torch.float32, copy=True)
 

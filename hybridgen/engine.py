@@ -7,7 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -208,7 +208,7 @@ class Engine:
         `generate()` and `stream()` do this once at the end of a call; who steps the engine in another way calls it
         while there is nothing else to do.
         """
-        loop, runner = self._open_loop(), self._runner
+        loop, runner = self.open_loop(), self._runner
         return False if runner is None else loop.idle(runner.capture_pending)
 
     def generate(
@@ -266,7 +266,7 @@ class Engine:
         return self._stream(self.plan(items, sampling, fields))
 
     def _stream(self, plans: list[Plan]) -> Iterator[TokenEvent]:
-        loop = self._open_loop()
+        loop = self.open_loop()
         responses: list[Response] = []
         try:
             loop.submit(plans, responses, keep_events=True)
@@ -281,13 +281,13 @@ class Engine:
                 # Other calls step the loop too, so that events may be there already.
                 if active and not any(response.events for response in active):
                     loop.step()
-            self._record_missing()
+            self._end_call()
         finally:
             loop.cancel(responses)
 
     def plan(self, items: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Plan]:
         """Check and encode prompts; see `hybridgen.requests.plan_requests`."""
-        self._open_loop()
+        self.open_loop()
         return plan_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens)
 
     @property
@@ -297,7 +297,7 @@ class Engine:
 
     def _run(self, plans: list[Plan], streamer: Any) -> list[Response]:
         """Run requests to their end."""
-        loop = self._open_loop()
+        loop = self.open_loop()
         responses: list[Response] = []
         bar = tqdm(total=len(plans), desc="generate", unit="request", delay=1, disable=self._bar_disabled)
         try:
@@ -313,7 +313,7 @@ class Engine:
                     while active and active[-1].completion is not None:
                         active.pop()
                 bar.update(len(responses) - bar.n)
-            self._record_missing()
+            self._end_call()
         except KeyboardInterrupt:
             done = _complete(responses)
             loop.cancel(responses)
@@ -330,18 +330,28 @@ class Engine:
                 streamer.end()
         return responses
 
-    def _record_missing(self) -> None:
-        """`idle()` at the end of a call, whose results are complete: nothing that fails here may cost them."""
+    def record_missing(self) -> bool:
+        """`idle()`, where nothing that fails may cost anybody anything: it is counted, and warned of once.
+
+        Raises:
+            EngineError: the engine is closed, or its device failed.
+        """
         try:
-            self.idle()
+            return self.idle()
         except EngineError:
-            return  # closed meanwhile
+            raise
         except Exception as error:
             self._counters.fall_back(f"recording while idle failed: {type(error).__name__}: {first_line(error)}")
+            return False
+
+    def _end_call(self) -> None:
+        """The end of a call, whose results are complete: a chance to record what it missed."""
+        with suppress(EngineError):  # closed meanwhile
+            self.record_missing()
 
     def stats(self) -> EngineStats:
         """What the engine has done and holds; `print()` shows it as a table."""
-        loop = self._open_loop()
+        loop = self.open_loop()
         compiled = self._runner.compiled if self._runner is not None else None
         pages = loop.scheduler.pages
         return EngineStats(
@@ -400,7 +410,12 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _open_loop(self) -> StepLoop:
+    def open_loop(self) -> StepLoop:
+        """The loop, for who submits requests and takes the steps alone, as a server does (`serving.adapter`).
+
+        Raises:
+            EngineError: the engine is closed, or its device failed.
+        """
         loop = self._loop  # another thread may close the engine
         if loop is None:
             raise EngineError("this engine is closed; load a new one with Engine.load()")

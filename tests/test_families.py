@@ -65,7 +65,7 @@ def join_late(engine: hybridgen.Engine, prompts: list[list[int]], new_tokens: in
     plans = plan_requests(
         prompts, None, {"max_new_tokens": new_tokens}, engine.checkpoint, engine.max_context, engine.cache_tokens
     )
-    loop = engine._open_loop()
+    loop = engine.open_loop()
     responses: list[Response] = []
     loop.submit(plans[:4], responses)
     for _ in range(11):

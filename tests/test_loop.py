@@ -215,7 +215,7 @@ def test_a_lost_device_fails_everybody_and_the_next_call_loads_again(
 
 def test_a_submission_that_comes_after_the_end_is_refused(llama_path: Path) -> None:
     engine = Engine.load(llama_path, **SETTINGS)
-    loop, plans = engine._open_loop(), engine.plan([PROMPTS[0]], None, {"max_new_tokens": 2})
+    loop, plans = engine.open_loop(), engine.plan([PROMPTS[0]], None, {"max_new_tokens": 2})
     engine.close()
     with pytest.raises(hybridgen.EngineError, match="closed"):
         loop.submit(plans, [])

@@ -442,7 +442,7 @@ class Traffic:
 
     def run(self, engine: Engine) -> tuple[list[Completion], set[int]]:
         """Every completion, and the sizes of decode batches that occurred."""
-        loop, runner = engine._open_loop(), engine._runner
+        loop, runner = engine.open_loop(), engine._runner
         responses: list[Response] = []
         sizes: set[int] = set()
         decode = runner.decode

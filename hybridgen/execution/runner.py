@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
@@ -51,12 +51,23 @@ def on_its_stream(
     @functools.wraps(method)
     def run(self: ModelRunner, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.inference_mode():
-            if self.stream is None or _is_current(self.stream):
+            if self._is_here():
                 return method(self, *args, **kwargs)
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(cast(torch.cuda.Stream, self.stream)):
                 return method(self, *args, **kwargs)
 
     return run
+
+
+class Steady(NamedTuple):
+    """How decode steps run while the batch and the store stay as they are."""
+
+    slots: tuple[int, ...]
+    version: int
+    plan: SamplerPlan
+    route: Route
+    replays: bool
+    """Whether that is a graph's launch and nothing else, which needs nothing set up around it."""
 
 
 class ModelRunner:
@@ -117,9 +128,7 @@ class ModelRunner:
                 fall_back=fall_back,
             )
         self._check_addresses = False
-        self._batch: tuple[int, ...] | None = None
-        self._plan = SamplerPlan()
-        self._route: tuple[int, Route] | None = None
+        self._steady: Steady | None = None
         self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
 
     def attach(self, pages: tuple[LayerPages, ...]) -> None:
@@ -155,14 +164,14 @@ class ModelRunner:
             notify=notify,
             validates=validates,
         )
-        self._batch = None
+        self._steady = None
 
     @on_its_stream
     def admit(self, slot: int, pages: Sequence[int], sampling: ResolvedSampling, prompt_ids: Sequence[int]) -> None:
         """Give a slot to a new request."""
         self.state.block_table.assign(slot, pages)
         self.sampler.assign(slot, sampling, prompt_ids, ())
-        self._batch = None
+        self._steady = None
 
     @on_its_stream
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
@@ -174,19 +183,35 @@ class ModelRunner:
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
         return self._launch(route, len(slots), plan)
 
-    @on_its_stream
     def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
         """Run one decode step of these slots and sample a token for each.
 
-        While the caller hands in the same tuple, nothing is looked up and nothing is sent to the device.
+        While the caller hands in the same tuple, nothing is looked up and nothing is sent to the device: a recorded
+        step is replayed, and an event recorded behind it.
         """
-        if slots is not self._batch or self._route is None or self._route[0] != self.graphs.version:
-            self._plan = self.sampler.needs(slots)
-            key = StepKey(Phase.DECODE, len(slots), len(slots), self._plan)
-            self._route = self.graphs.version, self.graphs.route(key)
-            self._batch = slots
+        steady = self._steady
+        if steady is None or slots is not steady.slots or self.graphs.version != steady.version:
+            return self._decode(slots)
+        if steady.replays and self._is_here():
+            return self._launch(steady.route, len(slots), steady.plan)
+        return self._decode_again(steady)
+
+    @on_its_stream
+    def _decode(self, slots: tuple[int, ...]) -> LaunchedStep:
+        plan = self.sampler.needs(slots)
+        version = self.graphs.version  # as it is now: the step may drop its own graph
+        route = self.graphs.route(StepKey(Phase.DECODE, len(slots), len(slots), plan))
         self.steps.stage_decode(slots)
-        return self._launch(self._route[1], len(slots), self._plan)
+        launched = self._launch(route, len(slots), plan)
+        self._steady = Steady(slots, version, plan, route, _only_replays(route))
+        return launched
+
+    @on_its_stream
+    def _decode_again(self, steady: Steady) -> LaunchedStep:
+        return self._launch(steady.route, len(steady.slots), steady.plan)
+
+    def _is_here(self) -> bool:
+        return self.stream is None or _is_current(self.stream)
 
     def _launch(self, route: Route, rows: int, plan: SamplerPlan) -> LaunchedStep:
         recording = route.recording
@@ -211,7 +236,7 @@ class ModelRunner:
         """After a step that was not launched as a whole: what host and device believe is made the same again."""
         self.ring.resynchronize()
         self.steps.forget_staged()
-        self._batch = None
+        self._steady = None
 
     def _run(self, route: Route) -> Route:
         """Run a step; returns how it ran in the end."""
@@ -235,6 +260,7 @@ class ModelRunner:
             return self._instead(route, f"its replay raised {type(error).__name__}: {error}", "its replay raised")
         return route
 
+    @on_its_stream
     def _instead(self, route: Route, why: str, reason: str) -> Route:
         """Forget the route's recording, and run the step without it."""
         if route.recording is not None:
@@ -284,7 +310,7 @@ class ModelRunner:
         else:
             self.sampler.allocate(key.plan)
         self.steps.stage_padding(key)
-        self._batch = None
+        self._steady = None
 
     @on_its_stream
     def warm_up(self) -> None:
@@ -402,7 +428,7 @@ class ModelRunner:
             except torch.AcceleratorError as error:
                 logger.debug("the device is lost: %s", error)
         self.graphs.close()
-        self._route = self._batch = None
+        self._steady = None
         self.disable_compilation()
 
 
@@ -414,6 +440,13 @@ def _is_current(stream: torch.cuda.Stream) -> bool:
 def _spread(most: int) -> list[int]:
     """1, 2, 4, ... and `most`."""
     return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
+
+
+def _only_replays(route: Route) -> bool:
+    recording = route.recording
+    if recording is None or route.finish is not None or recording.addresses is not None or not recording.checked:
+        return False
+    return recording.recorded.is_graph
 
 
 def _may_be_its_fault(error: BaseException) -> bool:

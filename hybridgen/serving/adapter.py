@@ -52,11 +52,11 @@ class EngineModel:
     def __init__(self, load: Callable[[], Any]) -> None:
         """`load` makes the engine; it is called here, so that one thread does all."""
         self._engine = load()
-        self._loop = self._engine._open_loop()
+        self._loop = self._engine.open_loop()
         config = self._engine.config
         self.description = {
             "model": self._engine.checkpoint.name,
-            "mode": str(config.mode),
+            "mode": str(self._engine.mode),
             "max_batch": config.max_batch,
             "max_context": self._engine.max_context,
         }
@@ -90,8 +90,8 @@ class EngineModel:
         return bool(self._loop.scheduler.running or self._loop.scheduler.waiting)
 
     def idle(self) -> bool:
-        work = getattr(self._engine, "idle", None)
-        return bool(work()) if work is not None else False
+        more: bool = self._engine.record_missing()
+        return more
 
     def stats(self) -> dict[str, Any]:
         values: dict[str, Any] = plain(self._engine.stats().as_dict())

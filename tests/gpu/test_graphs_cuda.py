@@ -74,7 +74,7 @@ def run(
     engine: hybridgen.Engine, requests: list[tuple[int, list[int], hybridgen.SamplingParams]], between: Callable
 ) -> tuple[list[tuple[int, ...]], int]:
     """Tokens of each request, and the number of steps."""
-    loop = engine._open_loop()
+    loop = engine.open_loop()
     responses: list[Response] = []
     waiting = list(requests)
     step = 0
@@ -246,7 +246,7 @@ def test_validation_passes_bit_for_bit_and_finds_a_wrong_graph(path: Path) -> No
 def test_a_steady_decode_step_is_one_launch_and_waits_for_nothing(path: Path) -> None:
     """What the driver is asked for in steps whose batch stays the same: a graph launch and an event each."""
     with load(path, mode="hybrid") as engine:
-        loop = engine._open_loop()
+        loop = engine.open_loop()
         responses: list[Response] = []
         loop.submit(engine.plan(families.prompts_of((9, 12, 4)), None, {"max_new_tokens": 200}), responses)
         for _ in range(10):

@@ -77,7 +77,13 @@ class CudaGraphRecorder:
         seconds = self._seconds(graph.replay)
         used = max(0, free - torch.cuda.mem_get_info(self._device)[0])
         return Recorded(
-            replay=graph.replay, release=graph.reset, owner=OWNER, plain_seconds=plain, seconds=seconds, bytes=used
+            replay=graph.replay,
+            release=graph.reset,
+            owner=OWNER,
+            plain_seconds=plain,
+            seconds=seconds,
+            bytes=used,
+            is_graph=True,
         )
 
     def close(self) -> None:

@@ -39,6 +39,8 @@ class Recorded:
     """What a replay takes, measured alike."""
     bytes: int
     """Device memory that recording it took."""
+    is_graph: bool = False
+    """Whether a replay is one launch of a graph, and runs nothing in Python or in torch."""
     thread: object = None
     """`this_thread()` of the only thread that can replay it; None: any."""
 
