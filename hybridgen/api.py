@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from hybridgen.arguments import check_keywords, sampling_list
@@ -12,8 +13,9 @@ from hybridgen.config import EngineConfig
 from hybridgen.core import SamplingParams, TokenEvent, shown
 from hybridgen.demo import model_path
 from hybridgen.errors import ConfigError, PromptError
-from hybridgen.serving.address import SCHEME
+from hybridgen.serving.address import SCHEME, socket_path
 from hybridgen.serving.client import Client
+from hybridgen.serving.exchange import Call
 
 # What needs torch is imported where it is used: a call of a server does without.
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def stream(
     sampling = sampling_list(sampling)
     if _is_server(model):
         _check_server_fields(config, tokenizer, fields)
-        return _stream_and_close(Client(model), prompts, sampling, fields)
+        return _stream_from(socket_path(model), Call(prompts, sampling, fields))
     engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields)
     return engine.stream(prompts, sampling, **sampling_fields)
 
@@ -119,18 +121,10 @@ def _check_server_fields(config: Any, tokenizer: Any, fields: dict[str, Any]) ->
         raise ConfigError(f"{given[0]}= cannot be changed on a server; give it to hybridgen serve")
 
 
-def _stream_and_close(client: Client, prompts: Any, sampling: Any, fields: dict[str, Any]) -> Iterator[TokenEvent]:
-    try:
-        events = client.stream(prompts, sampling, **fields)
-    except BaseException:
-        client.close()
-        raise
-    return _until_closed(client, events)
-
-
-def _until_closed(client: Client, events: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
-    with client:
-        yield from events
+def _stream_from(path: Path, call: Call) -> Iterator[TokenEvent]:
+    """Connects with the first `next()`, so that one that is never iterated holds no connection."""
+    with Client(path) as client:
+        yield from client.stream_call(call)
 
 
 def unload(model: str | os.PathLike[str] | PreTrainedModel | Engine | None = None) -> None:

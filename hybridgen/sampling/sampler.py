@@ -114,4 +114,3 @@ def _with_logprobs(tokens: Tensor, raw: Tensor, count: int | None) -> SampleOutp
         return SampleOutput(tokens, chosen)
     top = everything.topk(min(count, everything.shape[-1]))
     return SampleOutput(tokens, chosen, top.indices, top.values)
-

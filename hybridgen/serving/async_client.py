@@ -157,7 +157,13 @@ class AsyncClient:
             if self._link is None or self._link.error is not None or self._link.loop is not loop:
                 connection = await asyncio.to_thread(connect, self.path)
                 _, link = await loop.create_connection(_AsyncLink, sock=connection)
-                await link.greet()
+                try:
+                    await link.greet()
+                    if self._closed:
+                        raise ServerError("this client was closed while it connected")
+                except BaseException:
+                    link.fail("this client did not get through")
+                    raise
                 self._link = link
             return self._link
 

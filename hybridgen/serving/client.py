@@ -106,9 +106,10 @@ class Client:
         The requests start with the first `next()` and are cancelled when the iterator is closed. A stream that is not
         read for long is cut off by the server, and with it all that this client has in flight.
         """
-        return self._stream(Call(prompts, sampling, fields))
+        return self.stream_call(Call(prompts, sampling, fields))
 
-    def _stream(self, call: Call) -> Iterator[TokenEvent]:
+    def stream_call(self, call: Call) -> Iterator[TokenEvent]:
+        """`stream()` of arguments that were checked."""
         link = self._connected()
         exchange = Exchange(call, link.hello["limits"], wait=self._wait, stream=True)
         try:
@@ -123,7 +124,7 @@ class Client:
         while not exchange.finished:
             now = time.monotonic()
             while (message := exchange.next_message(now)) is not None:
-                exchange.sent(link.post(message, box))
+                link.post(message, box, exchange.sent)
             pause = exchange.pause(now)
             left = None if self._timeout is None else self._timeout - (now - silent_since)
             if left is not None and left <= 0:
@@ -160,6 +161,8 @@ class Client:
     @staticmethod
     def _abandon(link: Link, exchange: Exchange) -> None:
         """Cancel what a call leaves behind."""
+        if link.foreign:
+            return
         for key in exchange.active:
             link.forget(key)
             if not link.closed:
@@ -219,9 +222,9 @@ class Client:
         with self._lock:
             if self._closed:
                 raise ServerError("this client is closed; make a new one")
-            if self._link.pid == os.getpid():
+            if not self._link.foreign:
                 self._link.catch_up()
-            if self._link.closed or self._link.pid != os.getpid():
+            if self._link.closed or self._link.foreign:
                 self._link = Link(self.path)
             return self._link
 

@@ -80,6 +80,11 @@ class Connection(asyncio.Protocol):
         """Nothing does any more."""
         self._blocked = False
 
+    def eof_received(self) -> None:
+        """The client closed its side, or all: it is gone, whatever it has not read."""
+        self.server.left(self)
+        self.abort()
+
     def connection_lost(self, error: Exception | None) -> None:
         """The client went away, or was sent away."""
         self._stop_tokens()  # before the descriptor is closed, and may be that of another client
@@ -173,11 +178,15 @@ class Connection(asyncio.Protocol):
             self._sent += len(frames)
             transport.write(frames)
 
-    def write_tokens(self, frames: bytes) -> bool:
-        """Send frames from the generator's thread; False when `write(b"")` must be called to go on."""
+    def write_tokens(self, tokens: list[tuple[int, bytes]]) -> bool:
+        """Send frames from the generator's thread, each with its request's id; False when `write(b"")` must be called
+        to go on.
+        """
         with self._writing:
             if self._descriptor < 0:
                 return True
+            # A request that was answered is no longer in flight before its answer is written, which takes the lock.
+            frames = b"".join([frame for key, frame in tokens if key in self.requests])
             written = 0
             if not self._blocked and not self._carried:
                 try:
@@ -226,6 +235,12 @@ class Connection(asyncio.Protocol):
         self.server.count("cut_off")
         self.server.left(self)
         self.abort()
+
+    def shift(self, seconds: float) -> None:
+        """Leave out a time in which the whole process stood still."""
+        self._taken_since += seconds
+        if self._half_since is not None:
+            self._half_since += seconds
 
     def check(self, now: float) -> None:
         """Look at the clocks; called every now and then."""

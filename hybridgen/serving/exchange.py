@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 from hybridgen.arguments import sampling_per_prompt
 from hybridgen.core import Completion, FinishReason, SamplingParams, Timing, TokenEvent, shown
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, ServerBusyError, ServerError
+from hybridgen.serving.frames import MAX_DEPTH, FrameError, check_depth
 from hybridgen.serving.messages import error_from_wire, event_from_wire, sampling_to_wire
 
 IN_FLIGHT = 2
 """Requests of one call at once, when its prompts are more than one request holds."""
 OVERHEAD = 512
 """Bytes of a request message besides its prompts and sampling, generously."""
+PROMPT_DEPTH = MAX_DEPTH - 2
+"""Levels of a prompt, which is in a list in an object."""
 
 
 class Call:
@@ -255,6 +258,13 @@ def _sendable(index: int, prompt: Any) -> tuple[Any, int]:
         text = json.dumps(prompt, default=_plain, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"prompt {index} ({shown(prompt)}) cannot be sent as JSON: {error}") from None
+    if not isinstance(prompt, str):
+        try:
+            check_depth(text.encode("ascii"), PROMPT_DEPTH)
+        except FrameError:
+            raise PromptError(
+                f"prompt {index} nests more than {PROMPT_DEPTH} levels of objects and lists; make it flatter"
+            ) from None
     return (prompt if isinstance(prompt, str) else json.loads(text)), len(text) + 1
 
 

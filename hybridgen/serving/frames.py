@@ -36,7 +36,7 @@ def decode(body: bytes) -> dict[str, Any]:
     Raises:
         FrameError: it is not one JSON object, nests too deep, or holds a number that JSON does not have.
     """
-    _check_depth(body)
+    check_depth(body)
     try:
         message = json.loads(body.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
     except FrameError:
@@ -85,16 +85,21 @@ class FrameReader:
         return messages
 
 
-def _check_depth(body: bytes) -> None:
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+def check_depth(body: bytes, limit: int = MAX_DEPTH) -> None:
+    """Check how deep JSON nests, before it is parsed.
+
+    Raises:
+        FrameError: deeper than the limit.
+    """
+    if body.count(b"[") + body.count(b"{") <= limit:
         return
     depth = 0
     for match in _TOKEN.finditer(body):
         first = body[match.start()]
         if first in b"[{":
             depth += 1
-            if depth > MAX_DEPTH:
-                raise FrameError(f"a frame nests more than {MAX_DEPTH} levels of objects and lists")
+            if depth > limit:
+                raise FrameError(f"a frame nests more than {limit} levels of objects and lists")
         elif first in b"]}":
             depth -= 1
 

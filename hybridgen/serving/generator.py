@@ -39,6 +39,8 @@ class Submit(NamedTuple):
     stream: bool
     echo: bool
     """Whether the first token of each completion brings the prompt's ids."""
+    weight: int = 0
+    """About the bytes of its prompts."""
 
 
 class Cancel(NamedTuple):
@@ -130,13 +132,13 @@ class Generator(threading.Thread):
         self,
         load: Callable[[], Model],
         post: Callable[[list[Outcome]], None],
-        deliver: Callable[[int, list[bytes]], None],
+        deliver: Callable[[int, list[tuple[int, bytes]]], None],
     ) -> None:
         """
         Args:
             post: takes what one step brought; called from this thread.
-            deliver: takes the number of a client and token frames for it; called from this thread, and before what
-                comes after them is posted.
+            deliver: takes the number of a client and token frames for it, each with its request's id; called from
+                this thread, and before what comes after them is posted.
         """
         super().__init__(name="hybridgen-generator", daemon=True)
         self.pulse = Pulse(0, time.monotonic(), time.monotonic())
@@ -180,14 +182,22 @@ class Generator(threading.Thread):
         except BaseException as problem:
             logger.exception("the generator thread failed")
             error = problem
-        if model is not None:
+        try:
+            if model is not None:
+                self._wind_up(model)
+        finally:
+            self._outcomes.append(Ended(error))
+            self._flush()
+
+    def _wind_up(self, model: Model) -> None:
+        try:
             self._collect(model)
-            try:
-                model.close()
-            except Exception:
-                logger.exception("closing the engine failed")
-        self._outcomes.append(Ended(error))
-        self._flush()
+        except Exception:
+            logger.exception("the last events could not be collected")
+        try:
+            model.close()
+        except Exception:
+            logger.exception("closing the engine failed")
 
     def _step(self, model: Model) -> None:
         try:
@@ -264,7 +274,7 @@ class Generator(threading.Thread):
 
     def _collect(self, model: Model) -> None:
         """Turn the events that came into outcomes."""
-        frames: dict[int, list[bytes]] = {}
+        frames: dict[int, list[tuple[int, bytes]]] = {}
         ended: list[Done] = []
         for key, running in list(self._running.items()):
             for position, handle in list(running.handles.items()):
@@ -274,7 +284,7 @@ class Generator(threading.Thread):
                         if running.submit.echo and position not in running.echoed:
                             running.echoed.add(position)
                             prompt = model.prompt_ids(handle)
-                        frames.setdefault(key.client, []).append(token_frame(key.id, event, prompt))
+                        frames.setdefault(key.client, []).append((key.id, token_frame(key.id, event, prompt)))
                         continue
                     del running.handles[position]
                     ended.append(Done(key, event, running.submit.stream, not running.handles))

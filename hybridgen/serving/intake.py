@@ -34,8 +34,7 @@ def read_request(key: Key, message: dict[str, Any], limits: Limits, max_context:
         raise PromptError(f"prompts={shown(prompts)} is not a list with at least one prompt")
     if len(prompts) > limits.batch:
         raise ServerError(f"{len(prompts)} prompts are over the limit of {limits.batch}; send more requests", "limit")
-    for index, prompt in enumerate(prompts):
-        _check_prompt(index, prompt, limits, max_context)
+    weight = sum(_check_prompt(index, prompt, limits, max_context) for index, prompt in enumerate(prompts))
     sampling = _read_sampling(message.get("sampling", {}), len(prompts))
     for params in sampling:
         if params.n > limits.n:
@@ -47,7 +46,7 @@ def read_request(key: Key, message: dict[str, Any], limits: Limits, max_context:
             "once",
             "limit",
         )
-    return Submit(key, prompts, sampling, message.get("stream", False), message.get("echo", False))
+    return Submit(key, prompts, sampling, message.get("stream", False), message.get("echo", False), weight)
 
 
 def _read_sampling(wire: Any, count: int) -> list[SamplingParams]:
@@ -58,7 +57,8 @@ def _read_sampling(wire: Any, count: int) -> list[SamplingParams]:
     return [sampling_from_wire(item) for item in wire]
 
 
-def _check_prompt(index: int, prompt: Any, limits: Limits, max_context: int) -> None:
+def _check_prompt(index: int, prompt: Any, limits: Limits, max_context: int) -> int:
+    """About the bytes that it takes, if nothing is wrong with it."""
     if not isinstance(prompt, (str, list)):
         raise PromptError(f"prompt {index} is {shown(prompt)}; give text, a list of token ids, or chat messages")
     if isinstance(prompt, list) and len(prompt) > max_context:
@@ -68,6 +68,7 @@ def _check_prompt(index: int, prompt: Any, limits: Limits, max_context: int) -> 
         raise ServerError(
             f"prompt {index} has {chars} characters, over the limit of {limits.prompt_chars}; shorten it", "limit"
         )
+    return chars + 8 * len(prompt)
 
 
 def _chars(value: Any) -> int:

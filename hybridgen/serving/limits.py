@@ -33,6 +33,8 @@ class Limits:
     """Unanswered `stats` messages of one connection."""
     unsent: int = 64 * 2**20
     """Bytes that wait for one client to read them; with more it is cut off."""
+    held: int = 256 * 2**20
+    """Bytes of all clients' prompts that run or wait, about; beyond, requests are answered `busy`."""
     frame_seconds: float = 10.0
     """A frame, and the first hello, must arrive whole within this time."""
     write_seconds: float = 30.0

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -98,8 +99,16 @@ class Link:
         """Whether it can no longer be used."""
         return self._error is not None
 
-    def post(self, message: dict[str, Any], box: Mailbox) -> int:
+    @property
+    def foreign(self) -> bool:
+        """Whether it belongs to the process that this one was forked from, and is not to be disturbed."""
+        return self.pid != os.getpid()
+
+    def post(self, message: dict[str, Any], box: Mailbox, begun: Callable[[int], object] = lambda key: None) -> int:
         """Send a message under a new id, whose answers go into the mailbox.
+
+        Args:
+            begun: called with the id just before the message is sent, so that a Ctrl-C cannot come in between.
 
         Raises:
             ServerError: the connection has ended.
@@ -111,11 +120,14 @@ class Link:
             data = encode({**message, "id": key})
             with self._changed:
                 self._boxes[key] = box
+            begun(key)
             self._write(data)
         return key
 
     def cancel(self, key: int) -> None:
         """Ask for the end of a request; it is answered as usual."""
+        if self.foreign:
+            return
         with self._sending:
             self._check()
             self._write(encode({"type": "cancel", "id": key}))
@@ -219,9 +231,15 @@ class Link:
             if self._error is None:
                 self._error = ServerError(f"{why}; what was in flight is lost, and the next call connects again")
             self._changed.notify_all()
-            return self._error
+            error = self._error
+        if not self.foreign:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # tells the server, and wakes a thread that reads
+        return error
 
     def _check(self) -> None:
+        if self.foreign:
+            raise ServerError("this call was begun before the process was forked; only the one that began it goes on")
         error = self._error
         if isinstance(error, ServerError):
             raise ServerError(str(error), error.code)
@@ -229,8 +247,7 @@ class Link:
             raise type(error)(str(error))
 
     def close(self) -> None:
-        """End the connection; the server cancels what is in flight."""
-        self.fail("this client was closed")
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads
+        """End the connection; the server cancels what is in flight. In a forked process, only its copy of it."""
+        if not self.foreign:
+            self.fail("this client was closed")
         self._socket.close()

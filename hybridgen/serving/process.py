@@ -78,10 +78,13 @@ def serve(load: Callable[[], Any], options: ServeOptions, note: Callable[[str], 
 def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable[[str], None]) -> int:
     """`serve()` with any `Model`."""
     metrics = None if options.metrics is None else Metrics()
+    metrics_port = None
+    handlers: dict[int, Any] = {}
     lease = Lease(socket_path(options.socket))  # before the model is loaded: what is wrong here should not cost that
     try:
         if options.ready_file is not None:
             _remove_file(options.ready_file)
+            _check_file(options.ready_file)
         server = Server(
             lease,
             load,
@@ -89,11 +92,16 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
             step_seconds=options.step_seconds,
             drain_seconds=options.drain_seconds,
             idle_exit=options.idle_exit,
-            on_ready=lambda server: _announce(server, lease, options, metrics, note),
+            on_ready=lambda server: _announce(server, lease, options, metrics_port, note),
             on_done=(lambda done: None) if metrics is None else metrics.completed,
         )
+        if metrics is not None and options.metrics is not None:
+            metrics_port = metrics.listen(options.metrics, server)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Not the loop's handlers, which go with it: another signal must not stop the cleaning up below.
+            handlers[number] = signal.signal(number, lambda number, frame: server.signalled())
         sys.setswitchinterval(SWITCH_SECONDS)
-        error = asyncio.run(_run(server))
+        error = asyncio.run(server.run())
         server.generator.join(JOIN_SECONDS if server.description else 0.1)
     finally:
         if metrics is not None:
@@ -102,6 +110,8 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
             with suppress(ServerError):
                 _remove_file(options.ready_file)
         lease.release()
+        for handled, handler in handlers.items():
+            signal.signal(handled, signal.SIG_DFL if handler is None else handler)
     if error is not None and not server.description and not server.generator.is_alive():
         raise error  # it could not be loaded
     note("hybridgen: ended" if error is None else f"hybridgen: ended: {error}")
@@ -116,33 +126,35 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
     return status
 
 
-async def _run(server: Server) -> BaseException | None:
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, server.signalled)
-    try:
-        return await server.run()
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
-
-
 def _announce(
-    server: Server, lease: Lease, options: ServeOptions, metrics: Metrics | None, note: Callable[[str], None]
+    server: Server, lease: Lease, options: ServeOptions, metrics_port: int | None, note: Callable[[str], None]
 ) -> None:
     facts: dict[str, Any] = {"socket": str(lease.path), "pid": os.getpid()}
-    if metrics is not None and options.metrics is not None:
-        facts["metrics_port"] = metrics.listen(options.metrics, server)
-        note(f"hybridgen: metrics at http://127.0.0.1:{facts['metrics_port']}/metrics")
+    if metrics_port is not None:
+        facts["metrics_port"] = metrics_port
+        note(f"hybridgen: metrics at http://127.0.0.1:{metrics_port}/metrics")
     if options.ready_file is not None:
         _write_file(options.ready_file, json.dumps(facts) + "\n")
     note(f"hybridgen: serving {server.description['model']} at {lease.path}")
 
 
+def _check_file(path: Path) -> None:
+    """Check that a file can be written there, before the model is loaded."""
+    part = _part(path)
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ServerError(f"--ready-file {path} cannot be written: {error.strerror}") from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
 def _write_file(path: Path, text: str) -> None:
     """Write a file so that whoever sees it sees all of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = _part(path)
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections import Counter, deque
@@ -39,7 +40,7 @@ from hybridgen.serving.messages import VERSION, done_message
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 5.0
-"""How long the last answers have to be read before the process ends."""
+"""How long the last answers have to be read after an abort; after a drain, they have the rest of its time."""
 
 
 class Server:
@@ -72,6 +73,7 @@ class Server:
         self.connections: dict[int, Connection] = {}
         self.in_flight = 0
         """Completions that were accepted and have not ended."""
+        self._held = 0
         self.state = "loading"
         """`loading`, `ready`, `draining`, or `ended`."""
         self.description: dict[str, Any] = {}
@@ -89,13 +91,21 @@ class Server:
         self._deadline: float | None = None
         self._error: BaseException | None = None
         self._listener: asyncio.Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._signals = self._signals_handled = 0
+        self._hurry = False
+        self._longest_tick = math.inf
+        self._ticked = self._thawed = time.monotonic()
 
     async def run(self) -> BaseException | None:
         """Load, listen, serve and end; returns the error that ended it, or None."""
-        self._loop = asyncio.get_running_loop()
         self._finished = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._handle_signals()
         self.generator.start()
         interval = min(1.0, self.limits.frame_seconds / 4, self.limits.write_seconds / 4, self._step_seconds / 4)
+        self._longest_tick = 3 * interval
+        self._ticked = time.monotonic()
         watch = asyncio.create_task(self._watch(interval))
         try:
             await self._finished.wait()
@@ -108,19 +118,40 @@ class Server:
         while True:
             await asyncio.sleep(interval)
             now = time.monotonic()
+            gap, self._ticked = now - self._ticked, now
+            if gap > self._longest_tick:
+                self._thaw(now, gap)
+                continue
             for connection in list(self.connections.values()):
                 connection.check(now)
-            self._check_generator(now)
+            self._check_generator()
+            if not self.generator.is_alive():  # after what it may have posted last
+                asyncio.get_running_loop().call_soon(self._generator_ended, Ended(None))
             if self._deadline is not None and now > self._deadline:
                 self.abort(f"requests were still running {self._drain_seconds:g} s after the server was told to end")
             idle = self._idle_exit
             if idle is not None and self.state == "ready" and not self.in_flight and now - self._last_request > idle:
                 self.drain(f"no request for {idle:g} s")
 
-    def _check_generator(self, now: float) -> None:
+    def _thaw(self, now: float, gap: float) -> None:
+        """The process stood still (a suspended machine, SIGSTOP): nobody is to blame for that time."""
+        logger.warning("the process stood still for %.1f s", gap)
+        self._thawed = now
+        self._last_request += gap
+        if self._deadline is not None:
+            self._deadline += gap
+        for connection in self.connections.values():
+            connection.shift(gap)
+
+    def _work_age(self, working: float | None) -> float:
+        """For how long the generator has been at a piece of work, without time in which the process stood still."""
+        if working is None:
+            return 0.0
+        return max(0.0, min(time.monotonic(), self._ticked + self._longest_tick) - max(working, self._thawed))
+
+    def _check_generator(self) -> None:
         """Answer everybody when the generator hangs: they would wait for ever."""
-        since = self.generator.pulse.working
-        if self.state == "loading" or since is None or now - since <= self._step_seconds:
+        if self.state == "loading" or self._work_age(self.generator.pulse.working) <= self._step_seconds:
             if self._stuck:
                 logger.warning("the generator goes on")
             self._stuck = False
@@ -150,9 +181,11 @@ class Server:
         """A client is gone: what it asked for ends at the next step. Once is enough."""
         if self.connections.pop(connection.number, None) is None:
             return
-        self.in_flight -= sum(_size(submit) for submit in connection.requests.values())
+        for submit in connection.requests.values():
+            self._release(submit)
         if connection.requests or connection.controls:
             self.generator.drop(connection.number)
+            self._last_request = time.monotonic()
         connection.requests.clear()
         connection.controls.clear()
         self._end_when_drained()
@@ -164,8 +197,12 @@ class Server:
             HybridgenError: it is wrong, too large, or there is no room for it.
         """
         self._last_request = time.monotonic()
-        self._check_open()
-        submit = read_request(Key(connection.number, key), message, self.limits, self.description["max_context"])
+        try:
+            self._check_open()
+            submit = read_request(Key(connection.number, key), message, self.limits, self.description["max_context"])
+        except HybridgenError:
+            self.counts["errors"] += 1
+            raise
         size = _size(submit)
         if self.in_flight + size > self.limits.queue:
             self.counts["busy"] += 1
@@ -173,10 +210,18 @@ class Server:
                 f"the queue has room for {self.limits.queue - self.in_flight} of {size} completion(s); try again",
                 self._hint(size),
             )
+        if self._held and self._held + submit.weight > self.limits.held:
+            self.counts["busy"] += 1
+            raise ServerBusyError("the prompts in the queue take too much memory; try again", self._hint(size))
         self.counts["requests"] += 1
         self.in_flight += size
+        self._held += submit.weight
         connection.requests[key] = submit
         self.generator.send(submit)
+
+    def _release(self, submit: Submit) -> None:
+        self.in_flight -= _size(submit)
+        self._held -= submit.weight
 
     def _check_open(self) -> None:
         if self.state != "ready":
@@ -189,7 +234,7 @@ class Server:
         if len(self._ends) < 2:
             return 0.5
         rate = len(self._ends) / max(1e-3, time.monotonic() - self._ends[0])
-        excess = self.in_flight + size - self.limits.queue
+        excess = max(1, self.in_flight + size - self.limits.queue)
         return round(min(30.0, max(0.02, excess / rate)), 3)
 
     def cancel(self, connection: Connection, key: int) -> None:
@@ -201,12 +246,11 @@ class Server:
         """Ask the generator for statistics.
 
         Raises:
-            ServerError: too many of these wait, or the generator hangs.
+            ServerError: too many of these wait, the server is ending, or the generator hangs.
         """
+        self._check_open()
         if len(connection.controls) >= self.limits.controls:
             raise ServerBusyError(f"{self.limits.controls} stats messages wait for an answer; read it first", 0.1)
-        if self._stuck:
-            raise self._stuck_error()
         connection.controls.add(key)
         self.generator.send(Stats(Key(connection.number, key)))
 
@@ -222,10 +266,10 @@ class Server:
         """What a ping tells: a generator that hangs has an old step while it works, and is not healthy."""
         pulse, now = self.generator.pulse, time.monotonic()
         working = pulse.working
-        work_age = 0.0 if working is None else max(0.0, now - working)
+        work_age = self._work_age(working)
         return {
             "state": self.state,
-            "healthy": work_age <= self._step_seconds,
+            "healthy": self.state == "loading" or work_age <= self._step_seconds,
             "steps": pulse.steps,
             "step_age": round(max(0.0, now - pulse.since), 6),
             "working": working is not None,
@@ -240,19 +284,24 @@ class Server:
     def _post(self, outcomes: list[Outcome]) -> None:
         """From the generator's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._receive, outcomes)
+            self._call_soon(self._receive, outcomes)
         except RuntimeError:  # the loop has ended, and with it everybody who could be told
             logger.debug("outcomes after the end were dropped")
 
-    def _deliver(self, client: int, frames: list[bytes]) -> None:
+    def _call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """From any thread. Raises `RuntimeError` when the loop has ended."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _deliver(self, client: int, frames: list[tuple[int, bytes]]) -> None:
         """From the generator's thread."""
         connection = self.connections.get(client)
         if connection is None:
             return
         self.counts["tokens"] += len(frames)
-        if not connection.write_tokens(b"".join(frames)):
+        if not connection.write_tokens(frames):
             with suppress(RuntimeError):  # the loop has ended, and with it the connection
-                self._loop.call_soon_threadsafe(connection.write, b"")
+                self._call_soon(connection.write, b"")
 
     def _receive(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -274,6 +323,7 @@ class Server:
                 connection.controls.remove(outcome.key.id)
                 server = {**self.health(), "counts": dict(self.counts)}
                 connection.send({"type": "stats", "id": outcome.key.id, "engine": outcome.stats, "server": server})
+                self._end_when_drained()
         elif isinstance(outcome, Ready):
             self._open(outcome)
         else:
@@ -286,11 +336,12 @@ class Server:
             return  # its client is gone, or was told that the generator hangs
         message = encode(done_message(done.key.id, done.event, stream=done.stream, last=done.last))
         self.counts["completions"] += 1
-        self._ends.append(time.monotonic())
+        self._last_request = time.monotonic()
+        self._ends.append(self._last_request)
         self._on_done(done)
         if done.last:
             del connection.requests[done.key.id]
-            self.in_flight -= _size(submit)
+            self._release(submit)
         connection.write(message)
         self._end_when_drained()
 
@@ -304,7 +355,8 @@ class Server:
             return
         connection.controls.discard(key.id)
         if submit is not None:
-            self.in_flight -= _size(submit)
+            self._last_request = time.monotonic()
+            self._release(submit)
         self.counts["errors"] += 1
         connection.send_error(key.id, error)
         self._end_when_drained()
@@ -329,7 +381,14 @@ class Server:
         self._opening = asyncio.create_task(self._listen(listener))
 
     async def _listen(self, listener: Any) -> None:
-        self._listener = await self._loop.create_unix_server(self._connection, sock=listener)
+        if self.state != "loading":
+            listener.close()
+            return
+        server = await asyncio.get_running_loop().create_unix_server(self._connection, sock=listener)
+        if self.state != "loading":  # it was told to end
+            server.close()
+            return
+        self._listener = server
         self.state = "ready"
         self._last_request = time.monotonic()
         try:
@@ -342,11 +401,18 @@ class Server:
         return Connection(self, self._opened)
 
     def signalled(self) -> None:
-        """SIGTERM or SIGINT: the first drains, the second aborts."""
-        if self.state in ("loading", "ready"):
-            self.drain("a signal asked for it")
-        else:
-            self.abort("a second signal asked for it")
+        """SIGTERM or SIGINT: the first drains, the second aborts. Called by a signal handler, at any time."""
+        self._signals += 1
+        with suppress(RuntimeError):  # it has ended
+            self._call_soon(self._handle_signals)
+
+    def _handle_signals(self) -> None:
+        while self._signals_handled < self._signals:
+            self._signals_handled += 1
+            if self.state in ("loading", "ready"):
+                self.drain("a signal asked for it")
+            else:
+                self.abort("a second signal asked for it")
 
     def drain(self, why: str) -> None:
         """Take no more requests, and end when those in flight have ended."""
@@ -363,6 +429,7 @@ class Server:
     def abort(self, why: str) -> None:
         """Answer everybody with an error and end."""
         logger.warning("ending at once: %s", why)
+        self._hurry = True
         self._end(ServerError(f"the server was ended: {why}", "shutting_down"))
 
     def _end_when_drained(self) -> None:
@@ -397,9 +464,16 @@ class Server:
         self.generator.send(Stop())
         for connection in list(self.connections.values()):
             connection.finish()
-        deadline = time.monotonic() + CLOSE_SECONDS
+        started = time.monotonic()
+        deadline = started + CLOSE_SECONDS
+        if self._deadline is not None and not self._hurry:
+            deadline = max(deadline, self._deadline)
         while self.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+            for connection in list(self.connections.values()):
+                connection.check(time.monotonic())
+            if self._hurry:  # a second signal came
+                deadline = min(deadline, started + CLOSE_SECONDS)
         for connection in list(self.connections.values()):
             connection.abort()
         await asyncio.sleep(0)

@@ -63,13 +63,14 @@ class ToyModel:
 
     description: ClassVar[dict[str, Any]] = {"model": "toy", "mode": "toy", "max_batch": SLOTS, "max_context": 100_000}
 
-    def __init__(self, step_seconds: float, unload: Path) -> None:
+    def __init__(self, step_seconds: float, unload: Path, close_seconds: float) -> None:
+        self.close_seconds = close_seconds
         self.step_seconds = step_seconds
         self.unload = unload
         self.runs: list[Run] = []
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Run]:
-        if prompts[0] == [REFUSE]:
+        if prompts[0] == [REFUSE] or isinstance(prompts[0][0], dict):
             raise PromptError("this prompt is refused, says /secret/place/of/a/file.py")
         if prompts[0] == [BUG]:
             raise ZeroDivisionError("a bug at /secret/place/of/a/file.py")
@@ -121,6 +122,7 @@ class ToyModel:
         return {"running": len(self.runs), "pages": 10, "free_pages": 10 - len(self.runs[:SLOTS]), "graphs": {}}
 
     def close(self) -> None:
+        time.sleep(self.close_seconds)
         self.unload.write_text("closed")
 
 
@@ -139,6 +141,7 @@ def main() -> int:
     parser.add_argument("--idle-exit", type=float)
     parser.add_argument("--metrics", type=int)
     parser.add_argument("--load", type=float, default=0.0)
+    parser.add_argument("--close", type=float, default=0.0)
     parser.add_argument("--load-error", action="store_true")
     parser.add_argument("--limit", action="append", default=[])
     arguments = parser.parse_args()
@@ -158,7 +161,7 @@ def main() -> int:
         time.sleep(arguments.load)
         if arguments.load_error:
             raise LoadError("there is no toy")
-        return ToyModel(arguments.step, Path(f"{arguments.ready_file}.unloaded"))
+        return ToyModel(arguments.step, Path(f"{arguments.ready_file}.unloaded"), arguments.close)
 
     try:
         return serve_model(load, options, note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,32 @@ def test_errors(toy: Start) -> None:
                 await client.generate([HANG])
         with pytest.raises(ServerError, match="is closed"):
             await client.ping()
+
+    asyncio.run(run())
+
+
+def test_calls_that_end_while_it_connects_leave_no_connection(toy: Start) -> None:
+    server = toy()
+
+    async def run() -> None:
+        client, closed = AsyncClient(server.path), AsyncClient(server.path)
+        server.popen.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(client.ping(), 0.3)
+            task = asyncio.create_task(closed.ping())
+            await asyncio.sleep(0.3)
+            await closed.close()
+        finally:
+            server.popen.send_signal(signal.SIGCONT)
+        with pytest.raises(ServerError, match="closed while it connected"):
+            await task
+        with server.client() as other:
+            deadline = asyncio.get_running_loop().time() + 5
+            while other.ping()["clients"] > 1:
+                assert asyncio.get_running_loop().time() < deadline
+                await asyncio.sleep(0.01)
 
     asyncio.run(run())
 

@@ -17,7 +17,8 @@ import pytest
 from fake_server import BREAK, BUG, FATAL_BUG, HANG, REFUSE
 from wire import Process, Raw, until
 
-from hybridgen import Client, FinishReason, PromptError, ServerBusyError, ServerError
+import hybridgen
+from hybridgen import Client, FinishReason, Interrupted, PromptError, SamplingError, ServerBusyError, ServerError
 from hybridgen.errors import EngineError
 
 Start = Callable[..., Process]
@@ -238,6 +239,21 @@ def test_a_full_queue_is_busy_with_a_hint(toy: Start) -> None:
         assert client.stats()["server"]["counts"]["busy"] >= 2
 
 
+def test_prompts_that_take_too_much_memory_wait(toy: Start) -> None:
+    server = toy("--limit", "held=1000", "--step", 0.01)
+    raw = Raw(server.path)
+    raw.send(request(1, [1] * 200, max_new_tokens=10**6))  # one alone may always come
+    raw.send(request(2, [1]))
+    answer = raw.receive()
+    assert (answer["id"], answer["code"]) == (2, "busy")
+    assert "too much memory" in answer["message"]
+    raw.send({"type": "cancel", "id": 1})
+    assert raw.receive()["id"] == 1
+    for key in range(3, 6):  # what has ended no longer counts
+        raw.send(request(key, [1] * 80, max_new_tokens=1))
+        assert raw.receive()["type"] == "done"
+
+
 def test_all_requests_of_many_clients_pass_through_a_short_queue(toy: Start) -> None:
     server = toy("--limit", "queue=4")
     results: dict[int, Any] = {}
@@ -359,7 +375,7 @@ def test_a_step_that_hangs(toy: Start) -> None:
     with server.client() as client:
         healthy = client.ping()
         raw = Raw(server.path)
-        raw.send(request(1, [HANG], max_new_tokens=1, stream=True))
+        raw.send(request(1, [HANG], max_new_tokens=3, stream=True))
         until(lambda: client.ping()["work_age"] > 0.1)
         raw.send(request(2, [50], max_new_tokens=1))
         raw.send({"type": "stats", "id": 3})
@@ -509,6 +525,188 @@ def test_a_killed_server_is_replaced_on_the_same_path(toy: Start) -> None:
     second = toy(at=first.directory)
     assert client.generate([1], max_new_tokens=1).token_ids == (2,)  # connects again
     assert client.ping()["pid"] == second.popen.pid
+
+
+def test_stats_do_not_hold_up_a_drain(toy: Start) -> None:
+    server = toy("--step", 0.3, "--drain-timeout", 8)
+    raw = Raw(server.path)
+    raw.send(request(0, [1], max_new_tokens=2))
+    until(lambda: raw_stats(server)["in_flight"] == 1)
+    raw.send(request(1, [HANG], max_new_tokens=1))
+    for key, kind in enumerate(["stats", "shutdown", "stats"], 2):
+        raw.send({"type": kind, "id": key})
+    raw.send({"type": "cancel", "id": 1})
+    answers = {}
+    with suppress(EOFError):
+        while True:
+            message = raw.receive()
+            answers[message["id"]] = message.get("code", message["type"])
+    assert answers == {0: "done", 1: "done", 2: "stats", 3: "shutdown", 4: "shutting_down"}
+    assert server.popen.wait(5) == 0
+    alone = toy()
+    raw = Raw(alone.path)
+    stats, shutdown = (json.dumps({"type": kind, "id": key}).encode() for key, kind in enumerate(["stats", "shutdown"]))
+    raw.socket.sendall(b"".join(struct.pack(">I", len(body)) + body for body in (stats, shutdown)))
+    assert alone.popen.wait(10) == 0
+
+
+def test_a_drain_waits_for_a_slow_reader(toy: Start) -> None:
+    server = toy("--step", 0.0)
+    raw = Raw(server.path)
+    raw.send(request(1, [1], max_new_tokens=20_000, stream=True))
+    until(lambda: raw_stats(server)["steps"] >= 20_000)
+    server.popen.send_signal(signal.SIGTERM)
+    time.sleep(5.7)
+    while not (message := raw.receive()).get("last"):
+        pass
+    assert len(message["completion"]["token_ids"]) == 20_000
+    assert server.popen.wait(20) == 0
+
+
+def test_signals_while_it_cleans_up(toy: Start) -> None:
+    server = toy("--close", 1.5)
+    server.popen.send_signal(signal.SIGTERM)
+    until(lambda: not server.path.exists())
+    time.sleep(0.5)
+    server.popen.send_signal(signal.SIGTERM)
+    server.popen.send_signal(signal.SIGINT)
+    assert server.popen.wait(20) == 0
+    assert not server.ready.exists()
+    assert not list(server.path.parent.iterdir())
+
+
+def test_what_cannot_be_used_is_found_before_the_model_is_loaded(toy: Start) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = toy("--load", 60, "--metrics", taken.getsockname()[1], wait=False)
+        assert server.popen.wait(20) == 2
+    assert "cannot be used" in server.log()
+    server = toy("--load", 60, "--ready-file", server.directory / "none" / "ready", wait=False)
+    assert server.popen.wait(20) == 2
+    assert "cannot be written" in server.log()
+
+
+def test_idle_time_begins_with_the_end_of_a_request(toy: Start) -> None:
+    server = toy("--idle-exit", 1.5, "--step", 0.05, "--limit", "frame_seconds=0.8")
+    with server.client() as client:
+        client.generate([1], max_new_tokens=50)
+        time.sleep(0.6)
+        client.generate([1], max_new_tokens=1)
+    assert server.popen.wait(20) == 0
+
+
+def test_a_process_that_stood_still_does_not_hang(toy: Start) -> None:
+    server = toy("--step", 0.02, "--step-timeout", 1, "--limit", "frame_seconds=1", "--limit", "write_seconds=1")
+    half = Raw(server.path)
+    half.socket.sendall(b"\0\0")
+    raw = Raw(server.path)
+    raw.send(request(1, [1], max_new_tokens=50))
+    until(lambda: raw_stats(server)["in_flight"] == 1)
+    server.popen.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    server.popen.send_signal(signal.SIGCONT)
+    assert raw.receive()["type"] == "done"
+    assert "stood still" in server.log()
+
+
+def test_a_half_closed_client_is_gone(toy: Start) -> None:
+    server = toy("--step", 0.0)
+    raw = Raw(server.path)
+    raw.send(request(1, [10**6], max_new_tokens=10**7, stream=True))
+    with server.client() as client:
+        until(lambda: client.ping()["steps"] > 10_000)  # more than the socket holds
+        raw.socket.shutdown(socket.SHUT_WR)
+        until(lambda: at_rest(client), 5)
+        assert client.ping()["clients"] == 1
+
+
+def test_errors_are_counted(toy: Start) -> None:
+    raw = Raw(toy("--limit", "n=2").path)
+    raw.send(request(1, [1], n=3))
+    raw.send(request(2, [1], temperature=-1))
+    raw.send(request(3, [REFUSE]))
+    assert [raw.receive()["type"] for _ in range(3)] == ["error"] * 3
+    raw.send({"type": "stats", "id": 4})
+    assert raw.receive()["server"]["counts"]["errors"] == 3
+
+
+def test_a_fork_leaves_the_connection_of_its_parent_alone(toy: Start) -> None:
+    with toy("--step", 0.01).client() as client:
+        events = client.stream([1], max_new_tokens=60)
+        next(events)
+        child = os.fork()
+        if child == 0:
+            try:
+                events.close()  # type: ignore[attr-defined]
+                client.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        rest = list(events)
+        assert len(rest) == 59
+        assert rest[-1].completion.finish_reason is FinishReason.LENGTH
+
+
+def test_a_deep_prompt_harms_nobody_else(toy: Start) -> None:
+    def nest(levels: int) -> Any:
+        return 1 if levels == 0 else {"a": nest(levels - 1)}
+
+    with toy("--step", 0.01).client() as client:
+        other = client.stream([1], max_new_tokens=20)
+        next(other)
+        with pytest.raises(PromptError, match="prompt 0 nests more than 14 levels"):
+            client.generate([{"role": "user", "content": "x", "more": nest(13)}])
+        assert len(list(other)) == 19
+        with pytest.raises(PromptError, match="refused"):  # as deep as can be
+            client.generate([{"role": "user", "content": "refuse", "more": nest(12)}])
+
+
+def test_a_broken_connection_is_ended_for_the_server_too(toy: Start) -> None:
+    server = toy("--step", 0.01)
+    client = server.client()
+    events = client.stream([1], max_new_tokens=10**6)
+    next(events)
+    link = client._link
+
+    def interrupt(message: Any) -> None:
+        raise KeyboardInterrupt
+
+    link._hand_out = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        next(events)
+    until(lambda: raw_stats(server)["in_flight"] == 0)
+    assert raw_stats(server)["clients"] == 1
+    assert link.closed
+
+
+def test_a_request_that_is_interrupted_just_after_it_was_sent_is_cancelled(toy: Start) -> None:
+    server = toy("--step", 0.01)
+    with server.client() as client:
+        link = client._link
+        write = link._write
+
+        def interrupted(data: bytes) -> None:
+            link._write = write  # type: ignore[method-assign]
+            write(data)
+            raise KeyboardInterrupt
+
+        link._write = interrupted  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            client.generate([1], max_new_tokens=10**6)
+        assert not link.closed
+        until(lambda: raw_stats(server)["in_flight"] == 0, 5)
+
+
+def test_a_stream_that_is_never_read_has_no_connection(toy: Start) -> None:
+    server = toy()
+    events = hybridgen.stream(f"unix:{server.path}", [1], max_new_tokens=3)
+    assert raw_stats(server)["clients"] == 1
+    assert [event.token_id for event in events] == [2, 3, 4]
+    with pytest.raises(SamplingError):
+        hybridgen.stream("unix:/nowhere/at/all", [1], temperature=-1)
+    with pytest.raises(ServerError, match="no server answers"):
+        next(hybridgen.stream("unix:/nowhere/at/all", [1]))
 
 
 def test_two_servers_on_one_path(toy: Start) -> None:
