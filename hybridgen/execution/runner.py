@@ -355,7 +355,7 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
 
     @on_its_stream
-    def capture(self, keys: Sequence[StepKey], progress: Callable[[], None]) -> None:
+    def capture(self, keys: Sequence[StepKey], progress: Callable[[], object]) -> None:
         """Record these steps. Not while requests run: they would wait for it."""
         self.ring.drain()
         try:

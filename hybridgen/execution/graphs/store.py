@@ -256,7 +256,7 @@ class GraphStore:
             rows *= 2
         return StepKey(key.phase, tokens, min(rows, self.settings.max_rows), plan)
 
-    def capture(self, keys: Iterable[StepKey], progress: Callable[[], None] = lambda: None) -> None:
+    def capture(self, keys: Iterable[StepKey], progress: Callable[[], object] = lambda: None) -> None:
         """Record these steps, the largest first, so that the smaller ones fit into the memory that it took."""
         for key in sorted(keys, key=lambda key: key.tokens, reverse=True):
             if key not in self._recordings and key not in self._failed and not self._gave_up(key):
