@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import gc
 import logging
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 
-from hybridgen.execution.graphs.recorder import CAPTURING, Recorded
+from hybridgen.execution.graphs.recorder import CAPTURING, Recorded, median_seconds
 from hybridgen.execution.steps import StepKey
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,6 @@ OWNER = "cuda graph"
 _kept: list[object] = []
 """What failed captures leave to torch, for as long as the process lives."""
 _WARM_UPS = 2
-_TIMED = 3
 
 
 class CudaGraphRecorder:
@@ -48,6 +46,7 @@ class CudaGraphRecorder:
         self._pool: torch.cuda.MemPool | None = None
         self._anchor: torch.cuda.CUDAGraph | None = None
         self._scratch = torch.zeros(1, device=device)
+        self._wait = partial(torch.cuda.synchronize, device)
 
     def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
         """Warm up, capture and time a step.
@@ -66,7 +65,7 @@ class CudaGraphRecorder:
         with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(cast(Any, self._pool), self._device):
             for _ in range(_WARM_UPS):
                 step()
-            plain = self._seconds(step)
+            plain = median_seconds(step, self._wait)
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -74,7 +73,7 @@ class CudaGraphRecorder:
                 self._capture(graph, step)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-        seconds = self._seconds(graph.replay)
+        seconds = median_seconds(graph.replay, self._wait)
         used = max(0, free - torch.cuda.mem_get_info(self._device)[0])
         return Recorded(
             replay=graph.replay,
@@ -143,17 +142,6 @@ class CudaGraphRecorder:
         self._scratch.zero_()
         healing.capture_end()
         _kept.append(healing)
-
-    def _seconds(self, call: Callable[[], None]) -> float:
-        """Median wall time of a call with its wait."""
-        times = []
-        for _ in range(_TIMED):
-            torch.cuda.synchronize(self._device)
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize(self._device)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +15,7 @@ CAPTURING = threading.RLock()
 """Held while something is captured, and while the allocator's cache is emptied: the allocator of the process takes one
 capture at a time, and does not survive being emptied in it."""
 
+_TIMED = 3
 _threads = threading.local()
 
 
@@ -21,6 +24,18 @@ def this_thread() -> object:
     if not hasattr(_threads, "token"):
         _threads.token = object()
     return _threads.token
+
+
+def median_seconds(call: Callable[[], object], wait: Callable[[], object]) -> float:
+    """Median wall time of a call with its wait, of a few."""
+    times = []
+    for _ in range(_TIMED):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 @dataclass(frozen=True)

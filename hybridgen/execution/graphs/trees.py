@@ -8,8 +8,6 @@ outlives a step is marked as static; then a step may also write to it (`torch/_i
 
 from __future__ import annotations
 
-import statistics
-import time
 import types
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,7 @@ import torch._inductor.cudagraph_trees
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from hybridgen.execution.graphs.recorder import CAPTURING, Recorded, this_thread
+from hybridgen.execution.graphs.recorder import CAPTURING, Recorded, median_seconds, this_thread
 from hybridgen.execution.steps import ModelSteps, StepKey
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
@@ -73,7 +71,7 @@ class TreeRecorder:
         for tensor in self._steps.tensors().values():
             torch._dynamo.mark_static_address(tensor)
         step()
-        plain = _seconds(step)
+        plain = median_seconds(step, torch.cuda.synchronize)
         free = torch.cuda.mem_get_info()[0]
         skips = counters["inductor"]["cudagraph_skips"]
         replay = self.replay_of(key)
@@ -88,7 +86,7 @@ class TreeRecorder:
             release=_nothing,
             owner=OWNER,
             plain_seconds=plain,
-            seconds=_seconds(replay),
+            seconds=median_seconds(replay, torch.cuda.synchronize),
             bytes=used,
             thread=this_thread(),
         )
@@ -116,17 +114,6 @@ class TreeRecorder:
 
 def _kind(key: StepKey) -> tuple[Phase, bool, bool, SamplerPlan | None]:
     return key.phase, key.tokens > 1, key.rows > 1, key.plan
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    times = []
-    for _ in range(3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def _nothing() -> None:
