@@ -15,6 +15,16 @@ from hybridgen.models.attention import ATTENTION_NAME, PROBE_NAME, LayerBinding,
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
 
 
+class AttentionCall(NamedTuple):
+    """How a module attends."""
+
+    scale: float
+    window: int
+    """Positions seen, the own one included; 0 for all."""
+    softcap: float
+    sinks: bool
+
+
 class AttentionSite(NamedTuple):
     """One attention module as the probe saw it."""
 
@@ -24,6 +34,8 @@ class AttentionSite(NamedTuple):
     shape: LayerShape
     window: int
     """Sliding window for a model that does not hand one down; 0 for none."""
+    call: AttentionCall
+    """What the module hands to attention besides tensors."""
 
 
 @dataclass(eq=False)
@@ -146,10 +158,18 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
 def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionSite, ...], torch.dtype]:
     """Run two tokens through the model and note every attention call, and the dtype of the logits."""
     previous = model.config._attn_implementation
-    seen: list[tuple[nn.Module, LayerShape, dict[str, Any]]] = []
+    seen: list[tuple[nn.Module, LayerShape, int, AttentionCall]] = []
 
     def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict) -> None:
-        seen.append((module, LayerShape(key.shape[1], key.shape[-1], value.shape[-1]), kwargs))
+        shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        scale = kwargs.get("scaling")
+        call = AttentionCall(
+            query.shape[-1] ** -0.5 if scale is None else float(scale),
+            int(kwargs.get("sliding_window") or 0) or _config_window(module),
+            float(kwargs.get("softcap") or 0.0),
+            kwargs.get("s_aux") is not None,
+        )
+        seen.append((module, shape, 0 if kwargs.get("sliding_window") else call.window, call))
 
     modules = list(model.modules())
     _set_attention(model, PROBE_NAME)
@@ -163,10 +183,10 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionSite, ...], torch.dty
         for module in modules:
             vars(module).pop("_hybridgen_probe", None)
         model.set_attn_implementation(previous)
-    layers = _decoder_layers(model, [module for module, _, _ in seen])
+    layers = _decoder_layers(model, [module for module, *_ in seen])
     sites = tuple(
-        AttentionSite(module, layer, shape, 0 if kwargs.get("sliding_window") else _config_window(module))
-        for (module, shape, kwargs), layer in zip(seen, layers, strict=True)
+        AttentionSite(module, layer, shape, window, call)
+        for (module, shape, window, call), layer in zip(seen, layers, strict=True)
     )
     return sites, output.logits.dtype
 
