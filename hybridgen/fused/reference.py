@@ -100,15 +100,15 @@ def step(
             page, offset = table[position // size], position % size
             keys[page, :, offset], values[page, :, offset] = k[row].to(keys.dtype), v[row].to(values.dtype)
             used = table[: position // size + 1]
-            cached = (part[used].transpose(0, 1).flatten(1, 2).float() for part in (keys, values))
-            attended[row] = attend(q[row], *cached, layer.attention_scale, layer.window, position)
+            k_cached, v_cached = (part[used].transpose(0, 1).flatten(1, 2).float() for part in (keys, values))
+            attended[row] = attend(q[row], k_cached, v_cached, layer.attention_scale, layer.window, position)
         x = finish_layer(model, layer, x, attended)
     return logits(model, x)
 
 
 @torch.inference_mode()
 def check(model: PreTrainedModel, decoder: Decoder) -> None:
-    """Compare every layer, the embedding and the head with the model's own, on a few tokens early and late in a context.
+    """Compare every layer, the embedding and the head with the model's own, on few tokens early and late in a context.
 
     Each layer gets the input that it had in the model's own forward, so that errors do not add up, and what it adds to
     that input is compared. Late, because some models change with the position (Ministral 3 scales its queries).
