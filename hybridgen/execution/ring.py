@@ -35,11 +35,11 @@ class TokenRing:
     def __init__(self, max_batch: int, device: torch.device) -> None:
         self.device = device
         width = max_batch + 1  # never a step's size: see `ModelSteps`
-        self.tokens, self._host_tokens = _shared((LINES, width), torch.int64, device)
-        self.logprobs, self._host_logprobs = _shared((LINES, width), torch.float32, device)
+        self.tokens, self._host_tokens = host_mapped((LINES, width), torch.int64, device)
+        self.logprobs, self._host_logprobs = host_mapped((LINES, width), torch.float32, device)
         top = (LINES, width, MAX_LOGPROBS)
-        self.top_ids, self._host_top_ids = _shared(top, torch.int64, device)
-        self.top_logprobs, self._host_top_logprobs = _shared(top, torch.float32, device)
+        self.top_ids, self._host_top_ids = host_mapped(top, torch.int64, device)
+        self.top_logprobs, self._host_top_logprobs = host_mapped(top, torch.float32, device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         """int64 [1]: steps that ran, on the device."""
         self._launched = 0
@@ -156,8 +156,8 @@ class _HostMapped:
         }
 
 
-def _shared(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, np.ndarray]:
-    """Host memory as the device's tensor and as the host's array."""
+def host_mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, np.ndarray]:
+    """Host memory as the device's tensor and as the host's array; on CUDA pinned, and mapped where the host has it."""
     host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
     if device.type != "cuda":
         return host, host.numpy()

@@ -1,0 +1,138 @@
+"""Compile, keep and load the kernel: NVRTC and the driver through NVIDIA's `cuda-bindings`; no nvcc is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.resources
+from collections.abc import Mapping
+from typing import Any
+
+from hybridgen.errors import DeviceError
+from hybridgen.fused.structure import Unfit
+
+SOURCE = "step.cu"
+HEADERS = ("words.cuh", "ring.cuh", "projection.cuh", "attention.cuh")
+KERNEL = b"decode_step"
+
+
+@functools.cache
+def _bindings() -> tuple[Any, Any]:
+    """The driver's and NVRTC's Python interfaces.
+
+    Raises:
+        Unfit: they, or the libraries behind them, are not installed.
+    """
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # ImportError, or what loading the library raised
+        raise Unfit(f"NVIDIA's cuda-bindings with NVRTC cannot be loaded ({type(error).__name__}: {error})") from error
+    return driver, nvrtc
+
+
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    """What a call of the bindings returned beside its status.
+
+    Raises:
+        DeviceError: the status is not success.
+    """
+    status, *values = result
+    if int(status) != 0:
+        raise DeviceError(f"{what} failed with {status.name} ({int(status)})")
+    return values[0] if len(values) == 1 else values
+
+
+@functools.cache
+def sources() -> dict[str, bytes]:
+    """The kernel's files by name."""
+    folder = importlib.resources.files(__package__)
+    return {name: (folder / name).read_bytes() for name in (SOURCE, *HEADERS)}
+
+
+def options(defines: Mapping[str, Any], architecture: str) -> list[str]:
+    """NVRTC's command line."""
+    return [
+        f"--gpu-architecture={architecture}",
+        "--std=c++17",
+        *(f"-D{name}={value}" for name, value in sorted(defines.items())),
+    ]
+
+
+def key(defines: Mapping[str, Any], architecture: str) -> str:
+    """What distinguishes two compiled kernels: sources, constants, architecture and compiler."""
+    _, nvrtc = _bindings()
+    version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
+    text = b"\0".join(
+        [*sources().values(), *(o.encode() for o in options(defines, architecture)), str(version).encode()]
+    )
+    return hashlib.sha256(text).hexdigest()[:32]
+
+
+def compile_cubin(defines: Mapping[str, Any], architecture: str) -> bytes:
+    """Machine code of the kernel for these constants; takes 2 to 6 s.
+
+    Raises:
+        Unfit: the compiler refuses, for example because a static rule of the kernel does not hold.
+    """
+    _, nvrtc = _bindings()
+    files = sources()
+    headers = [files[name] for name in HEADERS]
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            files[SOURCE], SOURCE.encode(), len(headers), headers, [name.encode() for name in HEADERS]
+        ),
+        "nvrtcCreateProgram",
+    )
+    try:
+        arguments = [option.encode() for option in options(defines, architecture)]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+        if int(status) != 0:
+            log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize"))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
+            raise Unfit(f"the kernel does not compile for this shape: {lines[0] if lines else status.name}")
+        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize"))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return bytes(code)
+
+
+class Kernel:
+    """A loaded kernel; the device's context must be current."""
+
+    def __init__(self, cubin: bytes, shared_bytes: int) -> None:
+        driver, _ = _bindings()
+        self._driver = driver
+        self._module = _checked(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
+        self._function = _checked(driver.cuModuleGetFunction(self._module, KERNEL), "cuModuleGetFunction")
+        dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self._function, dynamic, shared_bytes), "cuFuncSetAttribute")
+        self._shared_bytes = shared_bytes
+
+    def attribute(self, name: str) -> int:
+        """A `CU_FUNC_ATTRIBUTE_...` of it, such as `NUM_REGS` or `LOCAL_SIZE_BYTES`."""
+        which = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
+        return int(_checked(self._driver.cuFuncGetAttribute(which, self._function), "cuFuncGetAttribute"))
+
+    def launch(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+        """Launch cooperatively: all blocks at once on the device, or not at all.
+
+        Args:
+            parameters: the kernel's one argument, as it lies in memory.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        result = self._driver.cuLaunchCooperativeKernel(
+            self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(pointers)
+        )
+        _checked(result, "cuLaunchCooperativeKernel")
+
+    def close(self) -> None:
+        """Unload it. Not while it runs or a graph holds it."""
+        self._driver.cuModuleUnload(self._module)

@@ -1,0 +1,155 @@
+"""The persistent kernel as a step: its buffers, its launch, and what happens when its watchdog bites."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hybridgen.execution.ring import host_mapped
+from hybridgen.fused.persistent.program import Kernel, compile_cubin, key
+from hybridgen.fused.persistent.shape import THREADS, Tuning, check, default_tuning, shape_of
+from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.kvcache import LayerPages
+
+_COUNTERS = 5
+_SECTOR = 32
+"""Counters lie this many integers apart, so that polling one does not slow another."""
+
+
+class PersistentStep:
+    """One decode step of one row: reads its slot's state and pages, appends to the cache, leaves logits.
+
+    Everything that it exchanges between blocks outlives a launch, so only one launch of a step may run at a time.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        pages: tuple[LayerPages, ...],
+        *,
+        rows: Tensor,
+        state: Tensor,
+        block_table: Tensor,
+        tuning: Tuning | None = None,
+        patience: int = 1 << 22,
+        kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+    ) -> None:
+        """Compile (or fetch) and load the kernel for these tensors, which must stay where they are.
+
+        Args:
+            rows: int64 [>= 1]; its first element is the slot of the row.
+            state: int64 [3, slots]: last token, length (the new token's position) and generated tokens by slot.
+            block_table: int32 [slots, max_pages].
+            tuning: what only speed depends on; else the defaults for the shape.
+            patience: times that a block asks for an activation before the step is given up (a few seconds).
+            kept: gives the machine code kept under a key, or makes and keeps it.
+
+        Raises:
+            Unfit: the model or the device is not one that the kernel serves.
+            DeviceError: the driver refuses the kernel.
+        """
+        device = model.device
+        properties = torch.cuda.get_device_properties(device)
+        capability = properties.major, properties.minor
+        page_size = pages[0].keys.shape[2]
+        check(model, page_size, capability)
+        blocks = properties.multi_processor_count
+        self.tuning = tuning or default_tuning(model, blocks)
+        shape = shape_of(
+            model,
+            self.tuning,
+            page_size=page_size,
+            blocks=blocks,
+            shared_memory=properties.shared_memory_per_block_optin,
+            patience=patience,
+        )
+        architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
+
+        def make() -> bytes:
+            return compile_cubin(shape.defines, architecture)
+
+        cubin = make() if kept is None else kept(key(shape.defines, architecture), make)
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
+            self.kernel = Kernel(cubin, shape.shared_bytes)
+        self._blocks = blocks
+        self._device = device
+        width, heads = model.heads * model.head_dim, model.heads
+        short, long = shape.defines["SHORT_SPLITS"], shape.defines["LONG_SPLITS"]
+        sizes = {
+            "x": model.hidden,
+            "middle": model.hidden,
+            "qkv": width + 2 * model.kv_heads * model.head_dim,
+            "hidden": model.intermediate,
+            "short_mixed": short * width,
+            "short_sums": short * heads * 8,
+            "long_mixed": long * width,
+            "long_sums": long * heads * 8,
+        }
+        with torch.inference_mode(False):
+            self.words = torch.zeros(sum(-(-n // 32) * 32 for n in sizes.values()), dtype=torch.int32, device=device)
+            self.counters = torch.zeros(_COUNTERS * _SECTOR, dtype=torch.int32, device=device)
+            self.logits = torch.zeros(1, model.vocab, dtype=model.dtype, device=device)
+            self._fault, self._host_fault = host_mapped((1,), torch.int32, device)
+        offset, words = 0, []
+        for size in sizes.values():
+            words.append(self.words.data_ptr() + 4 * offset)
+            offset += -(-size // 32) * 32
+        cos, sin = model.rotary or (None, None)
+        self._kept_alive = (model, pages, rows, state, block_table)
+        header = [
+            rows.data_ptr(), state.data_ptr(), block_table.data_ptr(), state.stride(0), block_table.stride(0),
+            model.embedding.data_ptr(), model.head.data_ptr(), model.norm.scale.data_ptr(), _address(cos),
+            _address(sin), self.logits.data_ptr(), *words, self.counters.data_ptr(), self._fault.data_ptr(),
+        ]  # fmt: skip
+        packed = struct.pack(f"<{len(header)}Q", *header)
+        packed += b"".join(map(_packed_layer, model.layers, pages))
+        self._parameters = ctypes.create_string_buffer(packed, len(packed))
+
+    def __call__(self) -> Tensor:
+        """Launch on the current stream; returns where the logits will be, [1, vocab]."""
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self.kernel.launch(self._blocks, THREADS, self._parameters, stream)
+        return self.logits
+
+    @property
+    def faulted(self) -> bool:
+        """Whether a block gave up waiting in a step that has run; its logits, and later ones', are not usable."""
+        return bool(self._host_fault[0])
+
+    def repair(self) -> None:
+        """Make the buffers as new, after a step that was given up or never ended. Waits for the device."""
+        torch.cuda.synchronize(self._device)
+        self.words.zero_()
+        self.counters.zero_()
+        self._host_fault[0] = 0
+        torch.cuda.synchronize(self._device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What outlives a launch, by name."""
+        return {"fused words": self.words, "fused counters": self.counters, "fused logits": self.logits}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _packed_layer(layer: DecoderLayer, pages: LayerPages) -> bytes:
+    norms = (layer.before_attention, layer.before_mlp, layer.query_norm, layer.key_norm)
+    linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    addresses = [_scale(norm) for norm in norms]
+    addresses += [linear.weight.data_ptr() for linear in linears] + [_bias(linear) for linear in linears]
+    addresses += [pages.keys.data_ptr(), pages.values.data_ptr()]
+    return struct.pack(f"<{len(addresses)}Q2i", *addresses, layer.window, int(layer.rotates))
+
+
+def _scale(norm: Norm | None) -> int:
+    return _address(None if norm is None else norm.scale)
+
+
+def _bias(linear: Linear) -> int:
+    return _address(linear.bias)
