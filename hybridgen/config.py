@@ -19,6 +19,7 @@ _SWITCHES = (
     "allow_pickle",
     "local_files_only",
     "fuse_projections",
+    "fused_decode",
     "capture_at_start",
     "sample_in_graph",
     "lazy_capture",
@@ -109,6 +110,9 @@ class EngineConfig:
     """Decode steps launched before the host reads the last one's tokens: 0 or 1. Else 1 on CUDA, 0 on a CPU."""
     fuse_projections: bool = True
     """Join q/k/v and gate/up weights where the layer allows it (one matrix product each)."""
+    fused_decode: bool = True
+    """In mode `hybrid` on CUDA: decode small batches of Llama-like models with fused kernels (`docs/fused-decode.md`)
+    in place of the model's compiled layers."""
     compile_backend: str = "inductor"
     """The backend of `torch.compile` in modes `jit` and `hybrid`."""
     graphs: GraphOwner | str = GraphOwner.MANUAL

@@ -196,6 +196,12 @@ class Timing:
     """From submission to its end."""
     token_times: tuple[float, ...] = ()
     """Seconds from submission to each token."""
+    read_bandwidth: float = math.nan
+    """Bytes per second that its decode steps read at least: the weights and this request's own keys and values, over
+    the mean time from its first token to its last. NaN with fewer than two tokens, and where the bytes depend on the
+    tokens (experts)."""
+    mbu: float = math.nan
+    """That bandwidth over the fastest read of the device (model bandwidth utilisation); NaN on a CPU."""
 
     def tpot(self, quantile: float = 0.5) -> float:
         """Time per output token after the first, at a quantile (nearest rank); NaN with fewer than two tokens."""

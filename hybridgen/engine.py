@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import weakref
@@ -14,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from hybridgen.config import EngineConfig, GraphOwner, parse_bytes
+from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.core import SamplingParams, TokenEvent, shown
 from hybridgen.errors import ConfigError, DeviceError, EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
 from hybridgen.execution.compiled import check_backend, check_toolchain
 from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
 from hybridgen.execution.graphs.recorder import CAPTURING
-from hybridgen.execution.statistics import EngineStats, GraphStats
+from hybridgen.execution.statistics import DecodeStats, EngineStats, GraphStats
+from hybridgen.execution.traffic import DecodeMeter, traffic_of
 from hybridgen.kernels import metadata
+from hybridgen.kernels.ceiling import read_ceiling
 from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
 from hybridgen.loading import Checkpoint, LoadedModel, fuse_projections, unfuse_projections
 from hybridgen.loop import StepLoop, first_line
@@ -126,6 +129,8 @@ class Engine:
         undo.callback(runner.close)
         with self._timed("allocate cache"):
             self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner, plan)
+        self._fused = self._fuse_decode(runner)
+        self._meter = DecodeMeter(traffic_of(bound, read_ceiling(device)))
         not_compiled = None
         if self.mode.compiles:
             with self._timed("compile"):
@@ -145,7 +150,19 @@ class Engine:
             reprefill_length=bound.reprefill_length,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
-        return StepLoop(runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead)
+        return StepLoop(
+            runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead, meter=self._meter
+        )
+
+    def _fuse_decode(self, runner: ModelRunner) -> dict[str, str]:
+        """Decode small batches with fused kernels where they serve; returns what does, by size."""
+        config, device = self.config, self.checkpoint.device
+        if self.mode is not Mode.HYBRID or device.type != "cuda":
+            return {}
+        if not config.fused_decode:
+            return {"fused decode": "none: fused_decode=False"}
+        with self._timed("fuse decode"):
+            return runner.fuse_decode(self.max_context)
 
     def _graph_plan(self) -> GraphPlan:
         return GraphPlan(
@@ -367,12 +384,26 @@ class Engine:
             compiled=compiled.compiles if compiled else 0,
             late_compiles=compiled.late_compiles if compiled else 0,
             graphs=self._runner.graphs.stats() if self._runner is not None else GraphStats(),
+            decode=self._decode_stats(),
+            fused=dict(self._fused),
             running=len(loop.scheduler.running),
             waiting=len(loop.scheduler.waiting),
             pages=pages.capacity,
             free_pages=pages.free,
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
+        )
+
+    def _decode_stats(self) -> DecodeStats:
+        meter = self._meter
+        known = meter.traffic.weights and meter.seconds
+        bandwidth = meter.bytes / meter.seconds if known else math.nan
+        return DecodeStats(
+            steps=meter.steps,
+            seconds=meter.seconds,
+            read_bandwidth=bandwidth,
+            ceiling=meter.traffic.ceiling,
+            mbu=meter.traffic.mbu(bandwidth),
         )
 
     def _fallbacks(self) -> dict[str, int]:

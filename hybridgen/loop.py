@@ -14,6 +14,7 @@ from hybridgen.core import FinishReason
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError
 from hybridgen.execution import Counters, LaunchedStep, ModelRunner, PrefillChunk
 from hybridgen.execution.faults import is_fatal
+from hybridgen.execution.traffic import DecodeMeter
 from hybridgen.output import Response, StepKind
 from hybridgen.requests import Plan
 from hybridgen.scheduler import Batch, Chunk, Scheduler, Sequence
@@ -29,6 +30,8 @@ class InFlight(NamedTuple):
     responses: list[Response]
     decoded_by: StepKind | None
     """How a decode step runs; None for a prefill."""
+    positions: int = 0
+    """Cached positions of a decode step's rows together."""
 
 
 class StepLoop:
@@ -45,14 +48,19 @@ class StepLoop:
         *,
         tokenizer: Any,
         run_ahead: int,
+        meter: DecodeMeter | None = None,
     ) -> None:
+        """`meter` is told of every decode step that was read."""
         self.scheduler = scheduler
         self._runner = runner
         self._counters = counters
         self._tokenizer = tokenizer
         self._run_ahead = run_ahead
         self._responses: dict[Sequence, Response] = {}
+        self._meter = meter
         self._batch: Batch | None = None
+        self._positions = 0
+        """Cached positions of that batch, together."""
         self._batch_responses: list[Response] = []
         """The responses of that batch, so that they are not looked up again in every step."""
         self._in_flight: list[InFlight] = []
@@ -231,9 +239,12 @@ class StepLoop:
             return
         if batch is not self._batch:
             self._batch, self._batch_responses = batch, [self._responses[s] for s in batch.sequences]
+            self._positions = sum(sequence.length for sequence in batch.sequences)
+        else:
+            self._positions += len(batch.slots)
         kind = ("decode", step.kind, step.reason)
         self._counters.steps[kind] += 1
-        launched.append(InFlight(step, self._batch_responses, kind))
+        launched.append(InFlight(step, self._batch_responses, kind, self._positions))
 
     def _isolate(self, error: Exception, first: Sequence, parts: list[Any], launch: Callable[[Any], None]) -> None:
         """A call failed: run its requests one by one, so that only the one to blame fails."""
@@ -258,6 +269,13 @@ class StepLoop:
         except Exception as error:
             self._break(error)
         now = time.perf_counter()
+        if self._meter is not None:
+            if flight.decoded_by is None:
+                self._meter.pause()
+            else:
+                self._meter.step(len(tokens), flight.positions, now)
+        if -1 in tokens and (why := self._runner.inspect()) is not None:
+            self._counters.fall_back(why)
         generated = 0
         rows = zip(flight.responses, tokens, logprobs or repeat(None, len(tokens)), strict=True)
         for response, token, logprob in rows:
@@ -283,6 +301,7 @@ class StepLoop:
                 plan.prompt,
                 plan.choice,
                 keep_events=keep_events,
+                traffic=None if self._meter is None else self._meter.traffic,
             )
         except Exception as error:
             raise TokenizerError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenEvent, TokenLogprob
 from hybridgen.errors import HybridgenError, RequestError
+from hybridgen.execution.traffic import Traffic
 from hybridgen.sampling import IncrementalDetokenizer, StopChecker
 from hybridgen.scheduler import Sequence
 
@@ -28,8 +30,16 @@ class Response:
     """
 
     def __init__(
-        self, sequence: Sequence, tokenizer: Any, index: int = 0, choice: int = 0, *, keep_events: bool = False
+        self,
+        sequence: Sequence,
+        tokenizer: Any,
+        index: int = 0,
+        choice: int = 0,
+        *,
+        keep_events: bool = False,
+        traffic: Traffic | None = None,
     ) -> None:
+        """`traffic` says what a decode step reads, for the completion's bandwidth."""
         sampling = sequence.sampling
         self.sequence = sequence
         self.index = index
@@ -38,6 +48,7 @@ class Response:
         self.on_token: Callable[[int], None] | None = None
         self.completion: Completion | None = None
         self.keep_events = keep_events
+        self._traffic = traffic
         self._detokenizer = IncrementalDetokenizer(tokenizer, sequence.prompt_ids, sampling.skip_special_tokens)
         self._stops = StopChecker(sampling.stop)
         self._decodes_each = keep_events or bool(sampling.stop) or not self._detokenizer.bulk
@@ -166,6 +177,7 @@ class Response:
         sampling = self.sequence.sampling
         nan = float("nan")
         token_times = tuple(moment - self._submitted for moment in self._token_times)
+        bandwidth, mbu = self._bandwidth()
         self._count_decode_steps()
         self.completion = Completion(
             text="".join(self._text),
@@ -178,12 +190,23 @@ class Response:
                 ttft=token_times[0] if token_times else nan,
                 total=total,
                 token_times=token_times,
+                read_bandwidth=bandwidth,
+                mbu=mbu,
             ),
             steps=tuple(StepSummary(*key, count) for key, count in self._steps.items()),
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
             stop_match=match,
             error=error,
         )
+
+    def _bandwidth(self) -> tuple[float, float]:
+        """Bytes per second that its decode steps read, and their share of the device's ceiling."""
+        times, traffic = self._token_times, self._traffic
+        if traffic is None or len(times) < 2:
+            return math.nan, math.nan
+        positions = len(self.sequence.prompt_ids) + len(times) / 2
+        bandwidth = traffic.bandwidth(1, positions, (times[-1] - times[0]) / (len(times) - 1))
+        return bandwidth, traffic.mbu(bandwidth)
 
 
 def collect(responses: list[Response]) -> list[Completion]:

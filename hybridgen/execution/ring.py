@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hybridgen.core import MAX_LOGPROBS, TokenLogprob
-from hybridgen.errors import DeviceError
+from hybridgen.kernels.mapped import host_mapped
 from hybridgen.kernels.stepping import advance, publish
 from hybridgen.sampling import SampleOutput
 
@@ -142,27 +141,3 @@ class LaunchedStep:
     def read(self) -> StepOutput:
         """Wait for the step and return what it produced."""
         return self.fetch()
-
-
-class _HostMapped:
-    """Pinned host memory as the device sees it: under unified addressing the address is the same on both sides."""
-
-    def __init__(self, host: Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": tuple(host.shape),
-            "typestr": host.numpy().dtype.str,
-            "data": (host.data_ptr(), False),
-            "version": 2,
-        }
-
-
-def host_mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, np.ndarray]:
-    """Host memory as the device's tensor and as the host's array; on CUDA pinned, and mapped where the host has it."""
-    host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
-    if device.type != "cuda":
-        return host, host.numpy()
-    mapped = torch.as_tensor(_HostMapped(host), device=device)
-    if mapped.data_ptr() != host.data_ptr():
-        raise DeviceError(f"{device} does not address pinned host memory where the host does; use another device")
-    # The array keeps the pinned tensor alive, and the ring keeps the array.
-    return mapped, host.numpy()

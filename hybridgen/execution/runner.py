@@ -20,6 +20,7 @@ from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.statistics import Counters
 from hybridgen.execution.steps import ModelSteps, PrefillChunk, StepKey
+from hybridgen.fused.decode import fuse_decode
 from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
@@ -132,8 +133,28 @@ class ModelRunner:
         self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
 
     def attach(self, pages: tuple[LayerPages, ...]) -> None:
-        """Use these pages from now on. Not after something was recorded."""
+        """Use these pages from now on. Not after something was recorded, or decode was fused."""
+        self._pages = pages
         self._bound.attach(pages, self.steps.metadata)
+
+    @on_its_stream
+    def fuse_decode(self, max_context: int) -> dict[str, str]:
+        """From now on decode small batches with fused kernels, where the model and the device allow it.
+
+        Returns:
+            What serves which sizes, or why nothing does.
+        """
+        fused = fuse_decode(self._bound, self._pages, self.steps.inputs(), max_context=max_context)
+        self.steps.fused = fused
+        return fused.notes
+
+    @on_its_stream
+    def inspect(self) -> str | None:
+        """Look for the cause of logits without numbers; mend it and say what it was, if it was a fused step's."""
+        fused = self.steps.fused
+        if fused is None or not fused.stopped():
+            return None
+        return "a fused decode step waited in vain and was given up"
 
     def use_graphs(
         self,

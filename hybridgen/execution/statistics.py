@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -97,6 +98,31 @@ class GraphStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeStats:
+    """Decode steps that followed one another, over all requests."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    """Wall time of those steps, from read to read."""
+    read_bandwidth: float = math.nan
+    """Bytes per second: each step's weights and its rows' keys and values, over that time. NaN with experts."""
+    ceiling: float | None = None
+    """Bytes per second that the device reads at best, as measured; None on a CPU."""
+    mbu: float = math.nan
+    """The one over the other (model bandwidth utilisation)."""
+
+    def summary(self) -> str:
+        """One line."""
+        if not self.steps:
+            return "no steps"
+        mean = f"{self.steps} steps of {1e3 * self.seconds / self.steps:.3f} ms"
+        if math.isnan(self.read_bandwidth):
+            return mean
+        share = "" if math.isnan(self.mbu) else f", {self.mbu:.0%} of {(self.ceiling or 0) / 1e9:,.0f}"
+        return f"{mean}, {self.read_bandwidth / 1e9:,.1f} GB/s{share}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """A snapshot of what an engine has done and holds. `str()` of it is a table."""
 
@@ -120,6 +146,10 @@ class EngineStats:
     """Those made after it, each one a stall."""
     graphs: GraphStats
     """Recorded steps."""
+    decode: DecodeStats
+    """How fast decode steps read memory."""
+    fused: Mapping[str, str]
+    """What serves which decode sizes in place of the model's own layers, or why nothing does."""
     running: int
     waiting: int
     pages: int
@@ -147,6 +177,8 @@ class EngineStats:
             *((f"{phase} calls", f"{count} {kind} ({reason})") for (phase, kind, reason), count in self.steps.items()),
             ("compiled", f"{self.compiled} at warm-up, {self.late_compiles} later"),
             ("graphs", self.graphs.summary()),
+            *((size, how) for size, how in self.fused.items()),
+            ("decode", self.decode.summary()),
             *(("no graph", f"{count} steps: {reason}") for reason, count in self.graphs.misses.items()),
             ("fallbacks", _counts(self.fallbacks)),
             ("now", f"{self.running} running, {self.waiting} waiting"),

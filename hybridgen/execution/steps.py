@@ -16,6 +16,7 @@ from torch import Tensor
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState
+from hybridgen.fused.decode import FusedDecode, StepInputs
 from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
@@ -108,6 +109,8 @@ class ModelSteps:
             state.block_table.tensor, self._prefill["slots"][:1], empty, self._prefill["starts"], empty
         )
         """What the model's attention reads; set by each step."""
+        self.fused: FusedDecode | None = None
+        """Decode steps that do not go through the model's layers."""
         self._always_keeps_logits = False
         self.logits: Tensor | None = None
         """[max_batch + 1, vocab_size]: where steps that end at the logits leave them, once `keep_logits()` ran."""
@@ -125,7 +128,13 @@ class ModelSteps:
             **{f"prefill {name}": field for name, field in self._prefill.items()},
         }
         logits = {} if self.logits is None else {"logits": self.logits}
-        return fixed | logits | self._sampler.tensors() | self._bound.pages()
+        fused = {} if self.fused is None else self.fused.tensors()
+        return fixed | logits | fused | self._sampler.tensors() | self._bound.pages()
+
+    def inputs(self) -> StepInputs:
+        """Where a decode step finds its rows."""
+        rows, slots = self._decode["rows"], self._decode["slots"]
+        return StepInputs(rows, slots, self._state.table, self._state.block_table.tensor, self._state.padding_slot)
 
     def keep_logits(self, *, always: bool = False) -> None:
         """Allocate where logits are left, if that has not been done.
@@ -213,7 +222,10 @@ class ModelSteps:
         state = self._state.read(rows)
         lengths = state.lengths + 1
         self._set(Phase.DECODE, slots, state.lengths, lengths)
-        logits = self._bound.forward(state.last_tokens, self.metadata, None)
+        if self.fused is not None and self.fused.serves(key.rows) and not torch.compiler.is_compiling():
+            logits = self.fused.logits(key.rows)
+        else:
+            logits = self._bound.forward(state.last_tokens, self.metadata, None)
         if key.plan is None:
             self._leave(logits)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -99,6 +101,17 @@ class BoundModel:
             logits_to_keep=0 if keep is None else keep,
         )
         return output.logits[0]
+
+    @contextmanager
+    def original_attention(self) -> Iterator[None]:
+        """Inside, the model attends as it did before `bind()`, without a cache."""
+        if self._attention is None:
+            raise EngineError(f"this {type(self.model).__name__} has no attention of its own to go back to")
+        self.model.set_attn_implementation(self._attention)
+        try:
+            yield
+        finally:
+            _set_attention(self.model, ATTENTION_NAME)
 
     def release(self) -> None:
         """Put everything back as it was before `bind()`."""

@@ -24,7 +24,7 @@ struct Shared {   // beside the stages
   u64 full[STAGES], empty[STAGES];
   float squares[WARPS];
   float softmax[WARPS][2];
-  u32 last;
+  u32 given_up;
   __align__(16) float part[2][2 * BATCH][WARPS];
   __align__(16) float mixed[WARPS][HEAD];
 };

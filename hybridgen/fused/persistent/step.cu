@@ -62,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
   Shared* s = shared_state();
   const int tid = threadIdx.x;
   if (tid == 0) {
+    s->given_up = 0;
     for (int i = 0; i < STAGES; i++) {
       barrier_init(shared_address(&s->full[i]), 1);
       barrier_init(shared_address(&s->empty[i]), WARPS);
@@ -80,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
   u32 turn = 0, side = 0;
   u32 number = *COUNTER(0), short_number = *COUNTER(1), long_number = *COUNTER(2);   // their low bytes mark words
   Arrivals arrivals = {COUNTER(3), 0};
-  Watch watch = {p.fault, false};
+  Watch watch = {p.fault, &s->given_up, false};
   const u16* embedded = p.embedding + p.state[slot] * HIDDEN;
   static_assert((HIDDEN + BLOCKS - 1) / BLOCKS <= BATCH, "a thread has at most one row of the residual stream");
   const int own = first_row(HIDDEN);
@@ -166,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     const int first = first_row(VOCAB);
     // What a stopped step leaves is no number.
     project<HIDDEN, false>(x, VOCAB, turn, side, arrivals, [&](int r, float a, float) {
-      p.logits[first + r] = watch.dead ? rounded(__int_as_float(0x7fffffff)) : rounded(a * norm.factor() * LOGITS_SCALE);
+      p.logits[first + r] = *(volatile u32*)&s->given_up ? rounded(__int_as_float(0x7fffffff)) : rounded(a * norm.factor() * LOGITS_SCALE);
     });
   }
   consumers_meet();

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybridgen.execution.ring import host_mapped
 from hybridgen.fused.persistent.program import Kernel, compile_cubin, key
 from hybridgen.fused.persistent.shape import THREADS, Tuning, check, default_tuning, shape_of
 from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.kernels.mapped import host_mapped
 from hybridgen.kvcache import LayerPages
 
 _COUNTERS = 5
@@ -64,7 +64,7 @@ class PersistentStep:
             self.tuning,
             page_size=page_size,
             blocks=blocks,
-            shared_memory=properties.shared_memory_per_block_optin,
+            shared_memory=getattr(properties, "shared_memory_per_block_optin", 99 * 2**10),
             patience=patience,
         )
         architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"

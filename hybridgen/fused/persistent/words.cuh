@@ -66,6 +66,7 @@ DEVICE void consumers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "
 // numbers that nobody may use. The flag lies in host memory that the device addresses.
 struct Watch {
   u32* fault;
+  u32* given_up;   // in shared memory: whether a thread of this block gave up
   bool dead;
   DEVICE bool gives_up(u32& tries) {
     tries++;
@@ -74,6 +75,7 @@ struct Watch {
       asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(fault), "r"(1u) : "memory");
       dead = true;
     }
+    if (dead) *(volatile u32*)given_up = 1;
     return dead;
   }
   DEVICE u32 load_relaxed_system() const {
