@@ -21,6 +21,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 import hybridgen
+from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -105,6 +106,62 @@ def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int) -> Decoder:
+    """A `Decoder` of that shape with random weights from seed 0, made on the device without Hugging Face's model."""
+    config: Any = shape_config(name)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden, width, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, columns**-0.5, generator=generator)
+
+    def norm(size: int) -> Norm:
+        return Norm(torch.ones(size, device=device), 1e-6)
+
+    has_head_norms = isinstance(config, Qwen3Config)
+    layers = tuple(
+        DecoderLayer(
+            before_attention=norm(hidden),
+            qkv=Linear(weight((heads + 2 * keys) * dim, hidden)),
+            query_norm=norm(dim) if has_head_norms else None,
+            key_norm=norm(dim) if has_head_norms else None,
+            rotates=True,
+            attention_scale=dim**-0.5,
+            window=0,
+            out=Linear(weight(hidden, heads * dim)),
+            after_attention=None,
+            before_mlp=norm(hidden),
+            gate_up=Linear(weight(2 * width, hidden)),
+            down=Linear(weight(hidden, width)),
+            after_mlp=None,
+            residual=1.0,
+        )
+        for _ in range(config.num_hidden_layers)
+    )
+    powers = -torch.arange(dim // 2, device=device) / (dim // 2)
+    angles = torch.arange(max_context, device=device)[:, None] * config.rope_parameters["rope_theta"] ** powers
+    embedding = weight(config.vocab_size, hidden)
+    return Decoder(
+        hidden=hidden,
+        heads=heads,
+        kv_heads=keys,
+        head_dim=dim,
+        intermediate=width,
+        vocab=config.vocab_size,
+        activation="silu",
+        embedding=embedding,
+        embedding_scale=1.0,
+        layers=layers,
+        norm=norm(hidden),
+        head=embedding if config.tie_word_embeddings else weight(config.vocab_size, hidden),
+        logits_scale=1.0,
+        rotary=(angles.cos().float(), angles.sin().float()),
+        max_context=max_context,
+        dtype=dtype,
+    )
 
 
 def this_device() -> str:

@@ -1,0 +1,390 @@
+"""A decode step of 1 to 16 rows as a chain of Triton kernels; every weight is read once, whatever the rows.
+
+Per layer: norm + qkv projection; head norms and rotary; paged attention, which writes the cache; output projection +
+residual; norm + gate and up + activation; down projection + residual. Before the layers the embedding, behind them the
+norm and the head. `chain_kernels` says how the kernels divide the work and overlap; `reference.step` computes the same
+in plain PyTorch.
+
+Hidden states are float32 from layer to layer. Rounded to the weights' dtype are: what a norm hands to a projection,
+queries and the cache, attention's output, and the activated MLP state.
+
+Imports Triton; import it only where that is there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from hybridgen.fused.chain_kernels import begin_kernel, close_kernel, project_kernel, rotate_kernel
+from hybridgen.fused.chain_tuning import PROJECTIONS, Tile, as_tiles, candidates, default_tile, rows_block
+from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm, Unfit
+from hybridgen.kernels.attention_common import Launcher, device_of, heads_of
+from hybridgen.kernels.attention_decode import decode_attention
+from hybridgen.kvcache import LayerPages
+
+MAX_ROWS = 16
+_SQUARES_ROWS = 16
+_LARGEST_HIDDEN = 16384
+"""One program holds a row of the embedding."""
+
+
+class ChainStep:
+    """A decode step of a few rows as a chain of Triton kernels.
+
+    Args:
+        model: on a CUDA device of compute capability 8.0 or later, in bfloat16 or float16. On a CPU the kernels run in
+            Triton's interpreter, which is for tests; float32 there.
+        max_rows: rows that a call may have, 1 to 16.
+        tiles: what `chain_tuning.tune` returned; the rest are defaults.
+
+    Raises:
+        Unfit: the kernels do not compute this model; the message is the reason.
+        ValueError: `max_rows` or `tiles` is wrong.
+    """
+
+    def __init__(self, model: Decoder, *, max_rows: int = MAX_ROWS, tiles: Mapping[str, Sequence[int]] | None = None):
+        if not 1 <= max_rows <= MAX_ROWS:
+            raise ValueError(f"max_rows={max_rows}; give 1 to {MAX_ROWS}")
+        _check(model)
+        self.model = model
+        self.max_rows = max_rows
+        self.device = device_of(model.head)
+        self._norms_outputs = any(layer.after_attention or layer.after_mlp for layer in model.layers)
+        self._scales = model.dtype == torch.float16
+        self._launchers: dict[Any, Launcher] = {}
+        self._only_compiles = False
+        self._pages: tuple[LayerPages, ...] = ()
+        self.tiles = {
+            f"{name}.{rows}": default_tile(*self._shape(name), self.device.processors)
+            for name in PROJECTIONS
+            for rows in ((8,) if max_rows <= 8 else (8, 16))
+        }
+        self._scratch = self._allocate()
+        self.use(as_tiles(tiles))
+
+    def _allocate(self) -> dict[str, Tensor]:
+        model, rows = self.model, self.max_rows
+        heads = model.heads + 2 * model.kv_heads
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=model.device)
+
+        parts = triton.cdiv(model.hidden, 16)
+        scratch = {
+            "state": zeros(rows, model.hidden),
+            "handed": zeros(rows, model.hidden, dtype=model.dtype),
+            "qkv": zeros(rows, heads, model.head_dim),
+            "rotated": zeros(rows, heads, model.head_dim, dtype=model.dtype),
+            "mlp": zeros(rows, model.intermediate, dtype=model.dtype),
+            # Two of each: a kernel reads its maker's while it writes its own.
+            "squares": zeros(2, parts, _SQUARES_ROWS),
+            "roots": zeros(2, _SQUARES_ROWS),
+        }
+        if self._norms_outputs:
+            scratch["product"] = zeros(rows, model.hidden)
+        return scratch
+
+    def attach(self, pages: tuple[LayerPages, ...]) -> None:
+        """Use these pages, one pair a layer, of the model's dtype.
+
+        Raises:
+            ValueError: their number, shapes or dtype are not the model's.
+        """
+        model = self.model
+        if len(pages) != len(model.layers):
+            raise ValueError(f"pages of {len(pages)} layers for a model of {len(model.layers)}")
+        for layer in pages:
+            for part in layer:
+                if part.dim() != 4 or (part.shape[1], part.shape[3]) != (model.kv_heads, model.head_dim):
+                    raise ValueError(
+                        f"pages of shape {tuple(part.shape)}; give [pages, {model.kv_heads}, page_size, {model.head_dim}]"
+                    )
+                if part.dtype != model.dtype or part.device != model.device:
+                    raise ValueError(f"pages of {part.dtype} on {part.device}; give {model.dtype} on {model.device}")
+                heads_of(
+                    model.heads, model.kv_heads, model.head_dim, model.head_dim, part.shape[2], part.element_size()
+                )
+        self._pages = tuple(pages)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Scratch that outlives a call, by name; CUDA graphs refer to its addresses."""
+        return dict(self._scratch)
+
+    def use(self, tiles: Mapping[str, Tile]) -> None:
+        """Cut the named projections into these tiles from the next call on."""
+        self.tiles.update((key, tile) for key, tile in tiles.items() if key in self.tiles)
+
+    def candidates(self, name: str, rows: int) -> list[Tile]:
+        """Tiles worth timing for a projection at so many rows, the likeliest first."""
+        device = self.device
+        block, itemsize = rows_block(rows), self.model.dtype.itemsize
+        return candidates(*self._shape(name), block, itemsize, device.processors, device.shared_memory)
+
+    def _shape(self, name: str) -> tuple[int, int, bool]:
+        """Output features (of each half, if gated), inner dimension, and whether it is gated."""
+        model = self.model
+        attended = model.heads * model.head_dim
+        return {
+            "qkv": (attended + 2 * model.kv_heads * model.head_dim, model.hidden, False),
+            "out": (model.hidden, attended, False),
+            "gate_up": (model.intermediate, model.hidden, True),
+            "down": (model.hidden, model.intermediate, False),
+            "head": (model.vocab, model.hidden, False),
+        }[name]
+
+    def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor, block_table: Tensor, out: Tensor) -> None:
+        """Launch the step; nothing waits for the device. The new keys and values are written to the attached pages.
+
+        Args:
+            tokens: int64 [B], 1 to `max_rows` rows.
+            positions: int64 [B]; position p means that p positions are cached.
+            slots: int32 [B], each row's line of `block_table`.
+            block_table: int32 [slots, max_pages].
+            out: [B, vocab] in the model's dtype, adjacent in a row; gets the logits.
+
+        Raises:
+            ValueError: the rows are not 1 to `max_rows`, `out` does not fit, or no pages are attached.
+        """
+        model, scratch, rows = self.model, self._scratch, tokens.shape[0]
+        if not 1 <= rows <= self.max_rows:
+            raise ValueError(f"{rows} rows; give 1 to {self.max_rows}")
+        if out.shape != (rows, model.vocab) or out.dtype != model.dtype or out.stride(1) != 1:
+            raise ValueError(f"out is {tuple(out.shape)} of {out.dtype}; give [{rows}, {model.vocab}] of {model.dtype}")
+        if not self._pages:
+            raise ValueError("no pages are attached; call attach() first")
+        parts = self._begin(tokens)
+        side = 0
+        heads = model.heads + 2 * model.kv_heads
+        for index, layer in enumerate(model.layers):
+            self._read(
+                "qkv", layer.qkv, layer.before_attention, scratch["qkv"], heads * model.head_dim, rows, side, parts
+            )
+            self._rotate(layer, positions, rows)
+            q, k, v = scratch["rotated"][:rows].split((model.heads, model.kv_heads, model.kv_heads), 1)
+            pages = self._pages[index]
+            attended = decode_attention(
+                q, *pages, block_table, slots, positions, layer.attention_scale, layer.window, 0.0, None, k=k, v=v
+            )
+            parts = self._write(
+                "out", layer.out, layer.after_attention, layer.before_mlp, attended, layer, rows, side, parts
+            )
+            side = 1 - side
+            self._read(
+                "gate_up", layer.gate_up, layer.before_mlp, scratch["mlp"], model.intermediate, rows, side, parts
+            )
+            following = model.layers[index + 1].before_attention if index + 1 < len(model.layers) else model.norm
+            parts = self._write(
+                "down", layer.down, layer.after_mlp, following, scratch["mlp"], layer, rows, side, parts
+            )
+            side = 1 - side
+        self._read(
+            "head", Linear(model.head), model.norm, out, out.stride(0), rows, side, parts, factor=model.logits_scale
+        )
+
+    def project_all(self, name: str, rows: int) -> None:
+        """Launch one projection of every layer one after another, on whatever scratch holds: for timing tiles."""
+        model, scratch = self.model, self._scratch
+        if name == "head":
+            out = torch.empty(rows, model.vocab, dtype=model.dtype, device=model.device)
+            self._read("head", Linear(model.head), model.norm, out, model.vocab, rows, 0, 1)
+            return
+        for layer in model.layers:
+            if name == "qkv":
+                heads = model.heads + 2 * model.kv_heads
+                self._read(name, layer.qkv, layer.before_attention, scratch["qkv"], heads * model.head_dim, rows, 0, 1)
+            elif name == "out":
+                source = scratch["rotated"].view(-1)[: rows * model.heads * model.head_dim]
+                self._write(name, layer.out, layer.after_attention, layer.before_mlp, source, layer, rows, 0, 1)
+            elif name == "gate_up":
+                self._read(name, layer.gate_up, layer.before_mlp, scratch["mlp"], model.intermediate, rows, 0, 1)
+            else:
+                self._write(name, layer.down, layer.after_mlp, model.norm, scratch["mlp"], layer, rows, 0, 1)
+
+    def compile(self, name: str, rows: int, tile: Tile) -> None:
+        """Compile the first layer's projection with a tile, without running it; may be called from any thread."""
+        probe = copy.copy(self)
+        probe.tiles = {**self.tiles, f"{name}.{rows_block(rows)}": tile}
+        probe.model = dataclasses.replace(self.model, layers=self.model.layers[:1])
+        probe._only_compiles = True
+        probe.project_all(name, rows)
+
+    def _begin(self, tokens: Tensor) -> int:
+        """The embedding; returns the parts of its sums of squares."""
+        model, scratch = self.model, self._scratch
+        norm = model.layers[0].before_attention
+        constants = self._row_constants(norm)
+        scale = scratch["state"] if norm is None else norm.scale
+        args = tokens, model.embedding, model.embedding_scale, scratch["state"], scratch["handed"], scale
+        launcher = self._launcher(begin_kernel, constants)
+        launcher((tokens.shape[0], 1, 1), (*args, scratch["squares"][0], scratch["roots"][0]))
+        return 1
+
+    def _row_constants(self, norm: Norm | None) -> dict[str, Any]:
+        hidden = self.model.hidden
+        return {
+            "FEATURES": hidden,
+            "BLOCK": triton.next_power_of_2(hidden),
+            "SCALED": norm is not None,
+            "SCALES_OUT": self._scales,
+            "num_warps": 8 if hidden >= 2048 else 4,
+        }
+
+    def _read(
+        self, name: str, linear: Linear, norm: Norm | None, out: Tensor, stride: int, rows: int, side: int, parts: int,
+        factor: float = 1.0,
+    ) -> None:  # fmt: skip
+        """A projection of the handed-on state."""
+        constants = {
+            "PARTS": parts,
+            "NORM": norm is not None,
+            "GATED": name == "gate_up",
+            "GELU": self.model.activation == "gelu_tanh",
+            "SCALES_IN": self._scales,
+            "STRIDE": stride,
+        }
+        eps = 0.0 if norm is None else norm.eps
+        self._project(name, linear, self._scratch["handed"], out, None, rows, side, eps, factor, constants)
+
+    def _write(
+        self, name: str, linear: Linear, after: Norm | None, following: Norm | None, source: Tensor,
+        layer: DecoderLayer, rows: int, side: int, parts: int,
+    ) -> int:  # fmt: skip
+        """A projection that is added to the state; returns the parts of the new sums of squares."""
+        scratch, hidden = self._scratch, self.model.hidden
+        if after is not None:
+            plain = {"PARTS": 1, "STRIDE": hidden}
+            self._project(name, linear, source, scratch["product"], None, rows, side, 0.0, 1.0, plain)
+            launcher = self._launcher(close_kernel, self._row_constants(following))
+            scale = scratch["state"] if following is None else following.scale
+            tensors = scratch["product"], after.scale, scratch["state"], scratch["handed"], scale
+            outputs = scratch["squares"][1 - side], scratch["roots"][1 - side]
+            launcher((rows, 1, 1), (*tensors, *outputs, after.eps, layer.residual))
+            return 1
+        constants = {
+            "PARTS": parts if self._scales else 1,
+            "RESIDUAL": True,
+            "SCALED": following is not None,
+            "SCALES_OUT": self._scales,
+            "STRIDE": hidden,
+        }
+        self._project(
+            name, linear, source, scratch["handed"], following, rows, side, 0.0, layer.residual, constants
+        )  # fmt: skip
+        return triton.cdiv(hidden, self.tiles[f"{name}.{rows_block(rows)}"].features)
+
+    def _project(
+        self, name: str, linear: Linear, source: Tensor, out: Tensor, following: Norm | None, rows: int, side: int,
+        eps: float, factor: float, constants: dict[str, Any],
+    ) -> None:  # fmt: skip
+        scratch = self._scratch
+        features, inner, _ = self._shape(name)
+        tile = self.tiles[f"{name}.{rows_block(rows)}"]
+        flags = ("NORM", "GATED", "GELU", "RESIDUAL", "SCALED", "SCALES_IN", "SCALES_OUT")
+        launcher = self._launcher(
+            project_kernel,
+            {
+                "FEATURES": features,
+                "INNER": inner,
+                "BLOCK": tile.features,
+                "COLUMNS": tile.columns,
+                "SPLITS": tile.splits,
+                "ROWS": rows_block(rows),
+                "STAGES": tile.stages,
+                "EARLY": tile.early,
+                "AHEAD": tile.ahead,
+                "EVEN": inner % (tile.columns * tile.splits) == 0,
+                "BLOCK_PARTS": triton.next_power_of_2(constants["PARTS"]),
+                "BIAS": linear.bias is not None,
+                "NATIVE": self.model.dtype != torch.float32,
+                "num_warps": tile.warps,
+                **dict.fromkeys(flags, False),
+                **constants,
+            },
+        )
+        bias = linear.weight if linear.bias is None else linear.bias
+        scale = scratch["state"] if following is None else following.scale
+        maker = scratch["squares"][side], scratch["roots"][side]
+        made = scratch["squares"][1 - side], scratch["roots"][1 - side]
+        tensors = source, linear.weight, bias, *maker, scratch["state"], out, scale, *made
+        launcher((triton.cdiv(features, tile.features), 1, 1), (*tensors, rows, eps, factor))
+
+    def _rotate(self, layer: DecoderLayer, positions: Tensor, rows: int) -> None:
+        model, scratch = self.model, self._scratch
+        dim, rotary = model.head_dim, model.rotary
+        rotates = layer.rotates and rotary is not None
+        cos, sin = rotary if rotary is not None else (scratch["state"],) * 2
+        norms = layer.query_norm, layer.key_norm
+        scales = (scratch["state"] if norm is None else norm.scale for norm in norms)
+        eps = (0.0 if norm is None else norm.eps for norm in norms)
+        kinds = [0 if norm is None else 1 if norm.scale.shape[0] == dim else 2 for norm in norms]
+        launcher = self._launcher(
+            rotate_kernel,
+            {
+                "HEADS": model.heads,
+                "KV": model.kv_heads,
+                "DIM": dim,
+                "BLOCK_HALF": triton.next_power_of_2(dim // 2),
+                "BLOCK_WIDE": triton.next_power_of_2(model.heads * dim),
+                "ROTATES": rotates,
+                "QUERY_NORM": kinds[0],
+                "KEY_NORM": kinds[1],
+                "num_warps": 4 if 2 in kinds else 1,
+            },
+        )
+        grid = rows, model.heads + 2 * model.kv_heads, 1
+        launcher(grid, (scratch["qkv"], positions, cos, sin, *scales, scratch["rotated"], *eps))
+
+    def _launcher(
+        self, kernel: Any, constants: dict[str, Any]
+    ) -> Callable[[tuple[int, int, int], tuple[Any, ...]], Any]:
+        overlap = self.device.overlap
+        options = {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
+        if self._only_compiles:
+            return lambda grid, args: kernel.warmup(*args, grid=grid, **constants, **options)
+        key = kernel, *constants.items()
+        launcher = self._launchers.get(key)
+        if launcher is None:
+            launcher = self._launchers[key] = Launcher(kernel, {**constants, **options})
+        return launcher
+
+
+def _check(model: Decoder) -> None:
+    """Raises: Unfit: the kernels do not compute this model."""
+    if model.device.type == "cuda":
+        if torch.cuda.get_device_capability(model.device) < (8, 0):
+            raise Unfit("its device is older than compute capability 8.0")
+        if model.dtype not in (torch.bfloat16, torch.float16):
+            raise Unfit(f"its weights are {model.dtype}; the chain takes bfloat16 and float16")
+    if not model.layers:
+        raise Unfit("it has no layers")
+    if model.activation not in ("silu", "gelu_tanh"):
+        raise Unfit(f"its activation is {model.activation}")
+    if model.hidden > _LARGEST_HIDDEN:
+        raise Unfit(f"its hidden size {model.hidden} is above {_LARGEST_HIDDEN}")
+    unit = 16 // model.dtype.itemsize
+    for what, size in (
+        ("hidden size", model.hidden),
+        ("attention width", model.heads * model.head_dim),
+        ("intermediate size", model.intermediate),
+    ):
+        if size % unit:
+            raise Unfit(f"its {what} {size} is no multiple of {unit}: rows of a weight would not start at 16 bytes")
+    weights = [
+        model.head,
+        *(w.weight for layer in model.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)),
+    ]
+    if any(not weight.is_contiguous() or weight.data_ptr() % 16 for weight in weights):
+        raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
+    if any(layer.attention_scale <= 0 for layer in model.layers):
+        raise Unfit("its attention scale is not above 0")
+    try:
+        heads_of(model.heads, model.kv_heads, model.head_dim, model.head_dim, 16, model.dtype.itemsize)
+    except ValueError as error:
+        raise Unfit(f"its attention does not suit the kernels: {error}") from error

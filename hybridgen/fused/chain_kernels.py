@@ -1,0 +1,311 @@
+"""Triton kernels of `chain`: a few rows through one decoder layer, every weight read once.
+
+A projection multiplies a tile of weights, operand A of the tensor cores, with the rows of the step, operand B, padded
+to 8 or 16. Its inner dimension is cut into SPLITS interleaved parts that are the batch of one `tl.dot`: the warps of
+a program work on different columns of the same few output features, and their sums are added in a fixed order, so
+that results repeat bit for bit without scratch or atomics.
+
+Kernels overlap by programmatic dependent launch (OVERLAP): a projection requests its first weights, which depend on no
+other kernel, before it waits for the kernel that makes its input. Every program waits before it ends, so that the end
+of a kernel implies the end of all before it.
+
+RMSNorm is split between the kernel that makes the hidden state and the one that reads it. The maker hands on
+`state * scale` in the weights' dtype and, in float32, the sum of squares of its own features; the reader multiplies,
+adds up the sums, and divides at the end: the factor is the same for a whole row. The plain-torch equivalents are in
+`reference`.
+
+Layouts, row-major: handed and input [rows, inner]; state, float32 [rows, features]; squares, float32 [parts, 16].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+SQUARES_ROWS = tl.constexpr(16)
+"""Length of a line of sums of squares, whatever the rows."""
+
+
+@triton.jit
+def _row_sum_of_squares(squares, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[ROWS]: the sums of a state's parts, in a fixed order. Rows that are not there hold anything."""
+    part = tl.arange(0, BLOCK_PARTS)
+    row = tl.arange(0, ROWS)
+    sums = tl.load(squares + part[:, None] * SQUARES_ROWS + row[None, :], mask=part[:, None] < PARTS, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _root(mean):  # type: ignore[no-untyped-def]
+    """The square root; 1 for (almost) 0."""
+    return tl.sqrt(tl.where(mean > 1e-30, mean, 1.0))
+
+
+@triton.jit
+def _activated(gate, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SiLU, or GELU by its tanh approximation."""
+    if GELU:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        # (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z))
+        return gate / (1.0 + tl.exp(-2.0 * inner))
+    else:
+        return gate / (1.0 + tl.exp(-gate))
+
+
+@triton.jit
+def _prefetch(weight, feature, first, FEATURES: tl.constexpr, INNER: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask the L2 cache for LENGTH columns from `first` on of some features' weights."""
+    LINE: tl.constexpr = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
+    column = first + tl.arange(0, LENGTH // LINE) * LINE
+    # A prefetch has no mask: what lies outside goes to the last column of the last feature instead.
+    column = tl.minimum(column, INNER - 1)
+    row = tl.minimum(feature, FEATURES - 1).to(tl.int64)
+    pointers = weight + row[:, None] * INNER + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _weights(pointers, column, feature, limit, FEATURES: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile [SPLITS, BLOCK, COLUMNS] of weights, zeros outside."""
+    if EVEN:
+        return tl.load(pointers, mask=feature < FEATURES, other=0.0, eviction_policy="evict_first")
+    else:
+        inside = (feature < FEATURES) & (column < limit)
+        return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _inputs(pointers, column, row, limit, rows, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile [SPLITS, COLUMNS, ROWS] of the input, zeros outside: a zero weight times a stranger's NaN is a NaN."""
+    if EVEN:
+        return tl.load(pointers, mask=row < rows, other=0.0)
+    else:
+        return tl.load(pointers, mask=(row < rows) & (column < limit), other=0.0)
+
+
+@triton.jit
+def _dot(a, b, total, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """total + a @ b by the tensor cores; float32 operands, which only tests have, without rounding them."""
+    if NATIVE:
+        return tl.dot(a, b, total)
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def project_kernel(  # type: ignore[no-untyped-def]
+    source, weight, bias, squares_in, handed_in, state, out, scale, squares_out, handed_out, rows, eps, factor,
+    FEATURES: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    GELU: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, SCALES_IN: tl.constexpr, SCALES_OUT: tl.constexpr,
+    STRIDE: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """`source @ weight.T + bias` for BLOCK features a program, with what comes before and after it.
+
+    NORM: `source` is what a maker handed on; its norm's factor, from `squares_in`, multiplies the product. GATED: weight is [2 * FEATURES, INNER], gate first; out = activation(gate) * up.
+    RESIDUAL: state += factor * product, in place; out = state * scale (SCALED) in its dtype, and the program's sum of
+    squares goes to its line of `squares_out`. Otherwise out = factor * product, with STRIDE between rows.
+
+    SCALES_OUT, for float16, hands on `state * scale` divided by the root mean square of the state before, which is close
+    to the new one's and known to every program: large states would overflow, small ones lose digits. That root
+    lies in `handed_out`, and SCALES_IN multiplies by the maker's.
+    """
+    tile = tl.program_id(0)
+    feature = tile * BLOCK + tl.arange(0, BLOCK)
+    STEP: tl.constexpr = SPLITS * COLUMNS
+    place = tl.arange(0, SPLITS)[:, None, None] * COLUMNS
+    column = place + tl.arange(0, COLUMNS)[None, None, :]
+    inner = place + tl.arange(0, COLUMNS)[None, :, None]
+    wide = feature[None, :, None]
+    pointers = weight + wide.to(tl.int64) * INNER + column
+    row = tl.arange(0, ROWS)[None, None, :]
+    inputs = source + row * INNER + inner
+
+    product = tl.zeros([SPLITS, BLOCK, ROWS], tl.float32)
+    second = product
+    if EARLY:
+        first_weights = _weights(pointers, column, wide, INNER, FEATURES, INNER, EVEN)
+        if GATED:
+            first_seconds = _weights(pointers + FEATURES * INNER, column, wide, INNER, FEATURES, INNER, EVEN)
+    if OVERLAP:
+        if AHEAD > 0:
+            _prefetch(weight, feature, EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
+            if GATED:
+                _prefetch(weight + FEATURES * INNER, feature, EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
+        gdc_wait()
+        gdc_launch_dependents()
+    if NORM or SCALES_OUT:
+        sums = _row_sum_of_squares(squares_in, PARTS, BLOCK_PARTS, ROWS)
+    if EARLY:
+        x = _inputs(inputs, inner, row, INNER, rows, EVEN)
+        product = _dot(first_weights, x, product, NATIVE)
+        if GATED:
+            second = _dot(first_seconds, x, second, NATIVE)
+    for start in tl.range(EARLY * STEP, INNER, STEP, num_stages=STAGES):
+        x = _inputs(inputs + start, inner, row, INNER - start, rows, EVEN)
+        w = _weights(pointers + start, column, wide, INNER - start, FEATURES, INNER, EVEN)
+        product = _dot(w, x, product, NATIVE)
+        if GATED:
+            u = _weights(pointers + FEATURES * INNER + start, column, wide, INNER - start, FEATURES, INNER, EVEN)
+            second = _dot(u, x, second, NATIVE)
+
+    row = tl.arange(0, ROWS)
+    inside = (feature < FEATURES)[:, None] & (row < rows)[None, :]
+    y = tl.sum(product, 0)
+    if NORM:
+        y *= tl.rsqrt(sums / INNER + eps)[None, :]
+    if SCALES_IN:
+        handed_root = tl.load(handed_in + row, mask=row < rows, other=1.0)
+        y *= handed_root[None, :]
+    if BIAS:
+        y += tl.load(bias + feature, mask=feature < FEATURES, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        up = tl.sum(second, 0)
+        if NORM:
+            up *= tl.rsqrt(sums / INNER + eps)[None, :]
+        if SCALES_IN:
+            up *= handed_root[None, :]
+        if BIAS:
+            up += tl.load(bias + FEATURES + feature, mask=feature < FEATURES, other=0.0).to(tl.float32)[:, None]
+        y = _activated(y, GELU) * up
+    elif not RESIDUAL:
+        y *= factor
+    target = row[None, :].to(tl.int64) * STRIDE + feature[:, None]
+    if RESIDUAL:
+        y = tl.load(state + target, mask=inside, other=0.0) + factor * y
+        tl.store(state + target, y, mask=inside)
+        # Nothing is outside: the product of zeros, and 0 for the state.
+        tl.store(squares_out + tile * SQUARES_ROWS + row, tl.sum(y * y, 0))
+        if SCALED:
+            y *= tl.load(scale + feature, mask=feature < FEATURES, other=0.0)[:, None]
+        if SCALES_OUT:
+            root = _root(sums / FEATURES)
+            y *= (1.0 / root)[None, :]
+            tl.store(handed_out + row, root, mask=row < rows)
+    tl.store(out + target, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
+def begin_kernel(  # type: ignore[no-untyped-def]
+    tokens, embedding, multiplier, state, handed, scale, squares_out, handed_out,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program: one row's embedding, times `multiplier`; handed on like a projection's state."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0)
+    feature = tl.arange(0, BLOCK)
+    inside = feature < FEATURES
+    token = tl.load(tokens + row)
+    x = tl.load(embedding + token * FEATURES + feature, mask=inside, other=0.0).to(tl.float32) * multiplier
+    _hand_on(
+        x, row, feature, inside, state, handed, scale, squares_out, handed_out, FEATURES, SCALED, SCALES_OUT
+    )  # fmt: skip
+
+
+@triton.jit
+def _hand_on(  # type: ignore[no-untyped-def]
+    x, row, feature, inside, state, handed, scale, squares_out, handed_out,
+    FEATURES: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr,
+):  # fmt: skip
+    """Store one whole row's new state [BLOCK], what the next projection reads of it, and its sum of squares."""
+    tl.store(state + row * FEATURES + feature, x, mask=inside)
+    total = tl.sum(x * x, 0)
+    tl.store(squares_out + row, total)
+    if SCALED:
+        x *= tl.load(scale + feature, mask=inside, other=0.0)
+    if SCALES_OUT:
+        root = _root(total / FEATURES)
+        x /= root
+        tl.store(handed_out + row, root)
+    tl.store(handed + row * FEATURES + feature, x.to(handed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def close_kernel(  # type: ignore[no-untyped-def]
+    product, after, state, handed, scale, squares_out, handed_out, eps, factor,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program: one row's `state += factor * norm(product)`, for layers that norm a projection's output."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0)
+    feature = tl.arange(0, BLOCK)
+    inside = feature < FEATURES
+    y = tl.load(product + row * FEATURES + feature, mask=inside, other=0.0)
+    y *= tl.rsqrt(tl.sum(y * y, 0) / FEATURES + eps)
+    y *= tl.load(after + feature, mask=inside, other=0.0)
+    x = tl.load(state + row * FEATURES + feature, mask=inside, other=0.0) + factor * y
+    _hand_on(
+        x, row, feature, inside, state, handed, scale, squares_out, handed_out, FEATURES, SCALED, SCALES_OUT
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions"])
+def rotate_kernel(  # type: ignore[no-untyped-def]
+    qkv, positions, cos, sin, query_scale, key_scale, out, query_eps, key_eps,
+    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+    ROTATES: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program: one head of a row of qkv, float32 [rows, HEADS + 2 KV, DIM], normed, rotated and rounded.
+
+    A norm is 0 (none), 1 (over the head) or 2 (over all heads of its kind).
+    """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    HALF: tl.constexpr = DIM // 2
+    line = row * ((HEADS + 2 * KV) * DIM)
+    dim = tl.arange(0, BLOCK_HALF)
+    inside = dim < HALF
+    start = line + head * DIM + dim
+    first = tl.load(qkv + start, mask=inside, other=0.0)
+    second = tl.load(qkv + start + HALF, mask=inside, other=0.0)
+    if head < HEADS:
+        if QUERY_NORM > 0:
+            first, second = _normed(
+                first, second, qkv + line, head, dim, inside, query_scale, query_eps, HEADS, DIM, BLOCK_WIDE, QUERY_NORM
+            )  # fmt: skip
+    elif head < HEADS + KV:
+        if KEY_NORM > 0:
+            first, second = _normed(
+                first, second, qkv + line + HEADS * DIM, head - HEADS, dim, inside, key_scale, key_eps, KV, DIM,
+                BLOCK_WIDE, KEY_NORM,
+            )  # fmt: skip
+    if ROTATES:
+        if head < HEADS + KV:
+            position = tl.load(positions + row)
+            c = tl.load(cos + position * HALF + dim, mask=inside, other=0.0)
+            s = tl.load(sin + position * HALF + dim, mask=inside, other=0.0)
+            rotated = first * c - second * s
+            second = second * c + first * s
+            first = rotated
+    tl.store(out + start, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + start + HALF, second.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normed(  # type: ignore[no-untyped-def]
+    first, second, heads, head, dim, inside, scale, eps,
+    COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK_WIDE: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """The halves of a head after RMSNorm over it (KIND 1) or over all COUNT heads (KIND 2)."""
+    HALF: tl.constexpr = DIM // 2
+    if KIND == 2:
+        wide = tl.arange(0, BLOCK_WIDE)
+        values = tl.load(heads + wide, mask=wide < COUNT * DIM, other=0.0)
+        root = tl.rsqrt(tl.sum(values * values, 0) / (COUNT * DIM) + eps)
+        scale += head * DIM
+    else:
+        root = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / DIM + eps)
+    first *= root * tl.load(scale + dim, mask=inside, other=0.0)
+    second *= root * tl.load(scale + HALF + dim, mask=inside, other=0.0)
+    return first, second

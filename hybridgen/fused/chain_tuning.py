@@ -1,0 +1,214 @@
+"""Tiles of the chain's projections: defaults by shape, candidates, and a tuner that times them inside CUDA graphs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+
+if TYPE_CHECKING:
+    from hybridgen.fused.chain import ChainStep
+
+PROJECTIONS = ("qkv", "out", "gate_up", "down", "head")
+
+
+_COMPILED_AT_ONCE = max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+
+
+class Tile(NamedTuple):
+    """How a projection is cut into programs."""
+
+    features: int
+    """Output features of a program; of a gated projection, that many of each half. 16 or more, a power of two."""
+    columns: int
+    """Columns of one part that one iteration reads; 16 or more, a power of two."""
+    splits: int
+    """Parts of the inner dimension, added at the end; a power of two."""
+    warps: int
+    stages: int
+    """Tiles in shared memory."""
+    early: int
+    """Whether the first tile is read into registers before the kernel before has ended."""
+    ahead: int
+    """Further iterations asked of the L2 cache then: 0 or a power of two."""
+
+    def shared_bytes(self, rows: int, gated: bool, itemsize: int) -> int:
+        """Shared memory of the pipelined tiles of weights and inputs, about."""
+        return self.stages * self.splits * self.columns * (self.features * (2 if gated else 1) + rows) * itemsize
+
+
+def rows_block(rows: int) -> int:
+    """Rows that the kernels are compiled for: the widths that the tensor cores take."""
+    return 8 if rows <= 8 else 16
+
+
+def default_tile(features: int, inner: int, gated: bool, processors: int) -> Tile:
+    """A tile for a projection of `features` (of each half, if gated) by `inner`."""
+    for block in (64, 32):
+        if triton.cdiv(features, block) >= 3 * processors:
+            break
+    else:
+        block = 16
+    if gated:
+        block = max(16, block // 2)
+    columns = 8192 // (block * (2 if gated else 1)) // 4  # 16 KiB of weights an iteration
+    columns = max(16, min(columns, triton.next_power_of_2(triton.cdiv(inner, 4))))
+    return Tile(block, columns, splits=4, warps=4, stages=4, early=1, ahead=0)
+
+
+def candidates(
+    features: int, inner: int, gated: bool, rows: int, itemsize: int, processors: int, shared_memory: int
+) -> list[Tile]:
+    """Tiles worth timing, the likeliest first."""
+    found = []
+    for block in (16, 32, 64, 128):
+        programs = triton.cdiv(features, block)
+        if block > 16 and programs < processors * 3 // 4:
+            break
+        for splits, warps in ((4, 4), (8, 8), (2, 4), (1, 4), (2, 2)):
+            if splits == 1 and block < 64:
+                continue  # warps of one part share its features, 16 each
+            for step in (256, 512, 1024, 2048):
+                columns = step // splits
+                tile_bytes = block * (2 if gated else 1) * step * itemsize
+                if columns < 32 or step > inner or not 8192 <= tile_bytes <= 65536:
+                    continue
+                everything = triton.next_power_of_2(triton.cdiv(inner, step))
+                for stages, early, ahead in ((4, 1, 0), (3, 1, 0), (4, 1, 2), (4, 0, 4), (4, 0, everything)):
+                    tile = Tile(block, columns, splits, warps, stages, early, min(ahead, everything))
+                    registers = tile_bytes // (warps * 32 * 4)
+                    if tile.shared_bytes(rows, gated, itemsize) > shared_memory // 2 or (early and registers > 128):
+                        continue
+                    found.append(tile)
+    default = default_tile(features, inner, gated, processors)
+
+    def distance(tile: Tile) -> float:
+        """How far from the default; programs that fill the device and have much under way come first."""
+        waves = triton.cdiv(features, tile.features) / processors
+        return (
+            abs(tile.warps - 4) / 4
+            + (tile.stages != 4) / 2
+            + (1 - tile.early)
+            + (tile.ahead > 0) / 4
+            + max(0.0, 2 - waves) / 4
+            + abs(tile.features - default.features) / 64
+            + abs(tile.splits * tile.columns - default.splits * default.columns) / 512
+        )
+
+    # In turn from each kind, so that a short search sees all of them.
+    kinds: dict[tuple[int, int], list[Tile]] = {}
+    for tile in sorted((tile for tile in dict.fromkeys(found) if tile != default), key=distance):
+        kinds.setdefault((tile.features, tile.warps), []).append(tile)
+    turns = itertools.zip_longest(*kinds.values())
+    return [default, *(tile for turn in turns for tile in turn if tile is not None)]
+
+
+def graph_seconds(call: Callable[[], None], repeats: int = 5, calls: int = 3) -> float:
+    """Device time of a call: captured `calls` times in one CUDA graph, the median of some replays."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times) / calls
+
+
+def tune(
+    step: ChainStep,
+    *,
+    rows: Sequence[int],
+    seconds: float,
+    projections: Iterable[str] = PROJECTIONS,
+    report: Callable[[str, Tile, float], None] | None = None,
+) -> dict[str, list[int]]:
+    """Find fast tiles for a step on its device, and make it use them.
+
+    Every candidate runs in all layers, one after another inside a CUDA graph, as in a step: each layer's weights are
+    its own, so that the L2 cache holds none of them.
+
+    Args:
+        rows: batch sizes to choose for; those up to 8 share a choice, and those above.
+        seconds: time for all of it; what was not tried by then keeps its tile. The first candidate of each
+            projection is tried in any case.
+        projections: which of `PROJECTIONS`.
+        report: called with a name, a tile and its seconds after each.
+
+    Returns:
+        What `ChainStep(tiles=...)` takes: the fields of a `Tile` by projection and rows, such as `qkv.8`.
+    """
+    names = list(projections)
+    blocks = sorted({rows_block(count) for count in rows})
+    end = time.monotonic() + seconds
+    left = len(names) * len(blocks)
+    # A projection's share of the time is its share of what is left, so that the last ones are tried, too.
+    for block in blocks:
+        for name in names:
+            deadline = time.monotonic() + max(0.0, end - time.monotonic()) / left
+            left -= 1
+            _tune_one(step, name, max(count for count in rows if rows_block(count) == block), deadline, report)
+    return {name: list(tile) for name, tile in step.tiles.items()}
+
+
+def _tune_one(
+    step: ChainStep, name: str, rows: int, deadline: float, report: Callable[[str, Tile, float], None] | None
+) -> None:
+    key = f"{name}.{rows_block(rows)}"
+    best, shortest = step.tiles[key], float("inf")
+    tiles = list(dict.fromkeys([best, *step.candidates(name, rows)]))
+    for start in range(0, len(tiles), _COMPILED_AT_ONCE):
+        group = tiles[start : start + _COMPILED_AT_ONCE]
+        with ThreadPoolExecutor(_COMPILED_AT_ONCE) as pool:
+            list(pool.map(lambda tile: step.compile(name, rows, tile), group))
+        for tile in group:
+            step.use({key: tile})
+            try:
+                took = graph_seconds(lambda: step.project_all(name, rows))
+            except triton.runtime.errors.OutOfResources:
+                took = float("inf")
+            if report is not None:
+                report(key, tile, took)
+            if took < shortest:
+                best, shortest = tile, took
+        if time.monotonic() > deadline:
+            break
+    step.use({key: best})
+
+
+def as_tiles(tiles: Mapping[str, Sequence[int]] | None) -> dict[str, Tile]:
+    """Tiles from what `tune` returned.
+
+    Raises:
+        ValueError: a name or a tile is not one.
+    """
+    result = {}
+    for key, values in (tiles or {}).items():
+        name, _, block = key.partition(".")
+        if name not in PROJECTIONS or block not in ("8", "16"):
+            raise ValueError(f"{key!r} is no projection; give names such as 'qkv.8' or 'head.16'")
+        if len(values) != len(Tile._fields):
+            raise ValueError(f"the tile of {key!r} has {len(values)} values; give {', '.join(Tile._fields)}")
+        tile = Tile(*map(int, values))
+        powers = (tile.features, tile.columns, tile.splits, tile.warps, max(1, tile.ahead))
+        if any(value < 1 or value & (value - 1) for value in powers) or tile.features < 16 or tile.columns < 16:
+            raise ValueError(f"the tile of {key!r} is {tile}; give powers of two, 16 or more features and columns")
+        if tile.stages < 1 or tile.early not in (0, 1):
+            raise ValueError(f"the tile of {key!r} is {tile}; give 1 or more stages, and early as 0 or 1")
+        result[key] = tile
+    return result

@@ -1,0 +1,150 @@
+"""Random `Decoder`s of any shape, without Hugging Face, and a paged cache for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.kvcache import LayerPages
+
+
+@dataclass
+class Shape:
+    """What a random decoder is made of."""
+
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    intermediate: int = 96
+    vocab: int = 70
+    layers: int = 2
+    activation: str = "silu"
+    biases: tuple[str, ...] = ()
+    """Of `qkv`, `out`, `gate_up`, `down`."""
+    head_norm: str = ""
+    """``, `head` or `all`."""
+    windows: tuple[int, ...] = (0,)
+    """Of the layers, in turn."""
+    rotates: tuple[bool, ...] = (True,)
+    post_norms: bool = False
+    pre_norms: bool = True
+    embedding_scale: float = 1.0
+    residual: float = 1.0
+    logits_scale: float = 1.0
+    attention_scale: float = 0.25
+    max_context: int = 256
+    eps: float = 1e-5
+    gain: float = 1.0
+    """Size of the embedding."""
+    options: dict[str, object] = field(default_factory=dict)
+
+
+def random_decoder(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Decoder:
+    """Weights whose projections keep the size of what they are given."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, scale: float, of: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(size, generator=generator, device=device) * scale).to(of)
+
+    def norm(width: int) -> Norm:
+        return Norm(1 + normal(width, scale=0.2, of=torch.float32), shape.eps)
+
+    def linear(name: str, out: int, inner: int) -> Linear:
+        bias = normal(out, scale=0.2) if name in shape.biases else None
+        return Linear(normal(out, inner, scale=inner**-0.5), bias)
+
+    attended, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    width = {"": 0, "head": shape.head_dim, "all": -1}[shape.head_norm]
+    layers = tuple(
+        DecoderLayer(
+            before_attention=norm(shape.hidden) if shape.pre_norms else None,
+            qkv=linear("qkv", attended + 2 * keys, shape.hidden),
+            query_norm=norm(attended if width < 0 else width) if width else None,
+            key_norm=norm(keys if width < 0 else width) if width else None,
+            rotates=shape.rotates[index % len(shape.rotates)],
+            attention_scale=shape.attention_scale,
+            window=shape.windows[index % len(shape.windows)],
+            out=linear("out", shape.hidden, attended),
+            after_attention=norm(shape.hidden) if shape.post_norms else None,
+            before_mlp=norm(shape.hidden) if shape.pre_norms else None,
+            gate_up=linear("gate_up", 2 * shape.intermediate, shape.hidden),
+            down=linear("down", shape.hidden, shape.intermediate),
+            after_mlp=norm(shape.hidden) if shape.post_norms else None,
+            residual=shape.residual,
+        )
+        for index in range(shape.layers)
+    )
+    angles = torch.arange(shape.max_context, device=device)[:, None] * 10000.0 ** (
+        -torch.arange(shape.head_dim // 2, device=device) / (shape.head_dim // 2)
+    )
+    return Decoder(
+        hidden=shape.hidden,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate=shape.intermediate,
+        vocab=shape.vocab,
+        activation=shape.activation,
+        embedding=normal(shape.vocab, shape.hidden, scale=shape.gain),
+        embedding_scale=shape.embedding_scale,
+        layers=layers,
+        norm=norm(shape.hidden),
+        head=normal(shape.vocab, shape.hidden, scale=shape.hidden**-0.5),
+        logits_scale=shape.logits_scale,
+        rotary=(angles.cos().float(), angles.sin().float()) if any(shape.rotates) else None,
+        max_context=shape.max_context,
+        dtype=dtype,
+    )
+
+
+@dataclass
+class Context:
+    """What a decode step reads: rows of some cached lengths, in shuffled pages and slots."""
+
+    pages: tuple[LayerPages, ...]
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    block_table: Tensor
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Arguments of `ChainStep`, but the last."""
+        return self.tokens, self.positions, self.slots, self.block_table
+
+    def copy_pages(self) -> tuple[LayerPages, ...]:
+        return tuple(LayerPages(pages.keys.clone(), pages.values.clone()) for pages in self.pages)
+
+
+def make_context(model: Decoder, lengths: list[int], page_size: int = 16, seed: int = 0) -> Context:
+    """Pages whose unwritten places are NaN; page 0, where unused entries of the table lead, too."""
+    generator = torch.Generator().manual_seed(seed)
+    device = str(model.device)
+    counts = [length // page_size + 1 for length in lengths]
+    order = torch.randperm(sum(counts), generator=generator) + 1
+    slots = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)]
+    table = torch.zeros(len(lengths) + 2, max(counts) + 1, dtype=torch.int32)
+    used = 0
+    for slot, count in zip(slots.tolist(), counts, strict=True):
+        table[slot, :count] = order[used : used + count]
+        used += count
+    size = sum(counts) + 1, model.kv_heads, page_size, model.head_dim
+    pages = []
+    for _ in model.layers:
+        keys, values = (torch.full(size, torch.nan, dtype=model.dtype) for _ in range(2))
+        for slot, length in zip(slots.tolist(), lengths, strict=True):
+            for part in (keys, values):
+                cached = torch.randn(model.kv_heads, length, model.head_dim, generator=generator).to(model.dtype)
+                for page in range(0, length, page_size):
+                    run = cached[:, page : page + page_size]
+                    part[table[slot, page // page_size].item(), :, : run.shape[1]] = run
+        pages.append(LayerPages(keys.to(device), values.to(device)))
+    tokens = torch.randint(0, model.vocab, (len(lengths),), generator=generator)
+    positions = torch.tensor(lengths)
+    return Context(
+        tuple(pages), tokens.to(device), positions.to(device), slots.to(torch.int32).to(device), table.to(device)
+    )
