@@ -13,21 +13,22 @@ DEVICE float dot8(const float* a, const float* b) {
   return s;
 }
 
-// How a layer's attention is cut. The short way has a block for each query head, so that merging few splits is cheap;
-// the long way reads the cache once for all query heads of a kv head and cuts it into more splits.
-template <int GROUP_, int SPLITS_> struct Cut {
-  static constexpr int GROUP = GROUP_, SPLITS = SPLITS_, UNITS = HEADS / GROUP_ * SPLITS_;
+// How a layer's attention is cut into units of query heads and positions, a block each. The short way has a unit for
+// each query head, so that few splits are to be merged; the long way reads the cache once for all query heads of a kv
+// head, with tensor cores, and cuts it into more splits.
+template <int GROUP_, int SPLITS_, int LEAST_> struct Cut {
+  static constexpr int GROUP = GROUP_, SPLITS = SPLITS_, LEAST = LEAST_, UNITS = HEADS / GROUP_ * SPLITS_;
   static_assert(PER_KV % GROUP_ == 0 && UNITS <= BLOCKS, "every unit has a block");
 };
-typedef Cut<1, SHORT_SPLITS> Short;
-typedef Cut<PER_KV, LONG_SPLITS> Long;
+typedef Cut<1, SHORT_SPLITS, SHORT_LEAST> Short;
+typedef Cut<PER_KV, LONG_SPLITS, LONG_LEAST> Long;
 
 struct Plan {   // of one layer at one position; the same in every block
   int first, begin, per, active;
   bool is_long;
   template <class C> DEVICE void cut(int position) {
     constexpr int ALIGN = Producer::POSITIONS;
-    per = max(LEAST, (position - begin + C::SPLITS - 1) / C::SPLITS);
+    per = max(C::LEAST, (position - begin + C::SPLITS - 1) / C::SPLITS);
     per = (per + ALIGN - 1) / ALIGN * ALIGN;
     active = max(1, (position - begin + per - 1) / per);
   }
@@ -52,9 +53,9 @@ struct Step {   // where a step stands
   const float *cos, *sin;
 };
 
-template <class C> struct Attention {
-  static constexpr int LANES = HEAD / 8, GROUPS = 32 / LANES, HALF_HEAD = HEAD / 2, G = C::GROUP;
-  static constexpr int AT_ONCE = G == 1 ? 4 : G <= 4 ? 2 : 1;   // positions, as registers allow
+struct ShortAttention {
+  static constexpr int LANES = HEAD / 8, GROUPS = 32 / LANES, HALF_HEAD = HEAD / 2;
+  static constexpr int AT_ONCE = 4;   // positions
   float cos[8], sin[8], q_scale[8], k_scale[8];
   int page;
   DEVICE void prefetch(const Step& t, const Layer& y) {
@@ -84,48 +85,44 @@ template <class C> struct Attention {
     UNROLL for (int o = LANES / 2; o; o >>= 1) s += __shfl_xor_sync(~0u, s, o);
     return s;
   }
-  // Each warp has all query heads of the block and every WARPS-th set of GROUPS positions; LANES lanes share one.
+  // The new token's key and value as the cache rounds them, eight dimensions a lane; written to the cache by one block.
+  DEVICE void append(const Step& t, const Layer& y, const Words& k_new, const Words& v_new, int kv, bool writes, uint4& k, uint4& v) const {
+    float f[8];
+    place(k_new, k_scale, f);
+    k = make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
+    v_new.values(f);
+    v = make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
+    if (writes && (threadIdx.x & 31) < LANES) {
+      const i64 at = (((i64)page * KV_HEADS + kv) * PAGE + t.position % PAGE) * HEAD + (threadIdx.x % LANES) * 8;
+      *(uint4*)(y.keys + at) = k;
+      *(uint4*)(y.values + at) = v;
+    }
+  }
+  // Every warp takes every WARPS-th set of GROUPS positions; LANES lanes share one.
   DEVICE void run(const Step& t, const Layer& y, const Plan& plan, const u32* qkv, u32* mixed, u32* sums, u32 number, u32 mixed_number, u32& turn, Watch& watch) {
     Shared* s = shared_state();
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, sub = lane % LANES, group = lane / LANES, d = sub * 8;
-    const int head = blockIdx.x / C::SPLITS * G, split = blockIdx.x % C::SPLITS, kv = head / PER_KV;
-    const Span span = plan.template span_of<C>(t.position);
+    const int head = blockIdx.x / Short::SPLITS, split = blockIdx.x % Short::SPLITS, kv = head / PER_KV;
+    const Span span = plan.template span_of<Short>(t.position);
     const bool has_new = split == 0 && warp == 0;
-    float q[G][8], acc[G][8], top[G], sum[G];
-    Words asked[G], k_new, v_new;
+    float q[8], acc[8], top = -1e30f, sum = 0.f;
+    Words asked, k_new, v_new;
     u32 stale;
     k_new.assume(number); v_new.assume(number);
     ASK(watch,
-      stale = 0;
-      UNROLL for (int g = 0; g < G; g++) asked[g].load(qkv + (head + g) * HEAD + d);
+      asked.load(qkv + head * HEAD + d);
       if (has_new) { k_new.load(qkv + QUERIES + kv * HEAD + d); v_new.load(qkv + QUERIES + KEYS + kv * HEAD + d); }
-      UNROLL for (int g = 0; g < G; g++) stale |= asked[g].stale(number);
-      stale |= k_new.stale(number) | v_new.stale(number), stale)
+      stale = asked.stale(number) | k_new.stale(number) | v_new.stale(number), stale)
     __syncwarp();
-    UNROLL for (int g = 0; g < G; g++) {
-      place(asked[g], q_scale, q[g]);
-      top[g] = -1e30f; sum[g] = 0.f;
-      UNROLL for (int e = 0; e < 8; e++) { q[g][e] *= LOG2E * ATTENTION_SCALE; acc[g][e] = 0.f; }
-    }
-    if (has_new) {   // the new token's key and value: attended to from registers, as rounded, and into the cache
-      float k[8], v[8];
-      place(k_new, k_scale, k);
-      v_new.values(v);
-      const uint4 kk = make_uint4(pack(k[0], k[1]), pack(k[2], k[3]), pack(k[4], k[5]), pack(k[6], k[7]));
-      const uint4 vv = make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
-      unpack(kk, k); unpack(vv, v);
-      UNROLL for (int g = 0; g < G; g++) {
-        const float scored = score(q[g], k);
-        if (group == 0) {
-          top[g] = scored; sum[g] = 1.f;
-          UNROLL for (int e = 0; e < 8; e++) acc[g][e] = v[e];
-        }
-      }
-      if (group == 0 && head % PER_KV == 0) {
-        const i64 at = (((i64)page * KV_HEADS + kv) * PAGE + t.position % PAGE) * HEAD + d;
-        *(uint4*)(y.keys + at) = kk;
-        *(uint4*)(y.values + at) = vv;
-      }
+    place(asked, q_scale, q);
+    UNROLL for (int e = 0; e < 8; e++) { q[e] *= LOG2E * ATTENTION_SCALE; acc[e] = 0.f; }
+    if (has_new) {   // attended to from registers
+      uint4 kk, vv;
+      float k[8];
+      append(t, y, k_new, v_new, kv, head % PER_KV == 0, kk, vv);
+      unpack(kk, k);
+      const float scored = score(q, k);
+      if (group == 0) { top = scored; sum = 1.f; unpack(vv, acc); }
     }
     for (int t0 = span.low; t0 < span.high; t0 += Producer::POSITIONS) {
       const u32 slot = turn % STAGES;
@@ -135,7 +132,7 @@ template <class C> struct Attention {
       turn++;
 #pragma unroll 1
       for (int i0 = warp * GROUPS + group; i0 - group < count; i0 += AT_ONCE * WARPS * GROUPS) {
-        float scores[AT_ONCE][G];
+        float scores[AT_ONCE], higher = top;
         uint4 v[AT_ONCE];
         UNROLL for (int a = 0; a < AT_ONCE; a++) {
           const int i = i0 + a * WARPS * GROUPS;
@@ -144,54 +141,51 @@ template <class C> struct Attention {
           float k[8];
           unpack(load_shared(keys + at * (HEAD * 2)), k);
           v[a] = inside ? load_shared(values + at * (HEAD * 2)) : make_uint4(0, 0, 0, 0);
-          UNROLL for (int g = 0; g < G; g++) { const float scored = score(q[g], k); scores[a][g] = inside ? scored : -1e30f; }
+          const float scored = score(q, k);
+          scores[a] = inside ? scored : -1e30f;
+          higher = fmaxf(higher, scores[a]);
         }
-        UNROLL for (int g = 0; g < G; g++) {
-          float higher = top[g];
-          UNROLL for (int a = 0; a < AT_ONCE; a++) higher = fmaxf(higher, scores[a][g]);
-          const float shrink = exp2f(top[g] - higher);
-          top[g] = higher; sum[g] *= shrink;
-          UNROLL for (int e = 0; e < 8; e++) acc[g][e] *= shrink;
-        }
+        const float shrink = exp2f(top - higher);
+        top = higher; sum *= shrink;
+        UNROLL for (int e = 0; e < 8; e++) acc[e] *= shrink;
         UNROLL for (int a = 0; a < AT_ONCE; a++) {
+          const float weight = scores[a] > -1e29f ? exp2f(scores[a] - top) : 0.f;
           float f[8];
           unpack(v[a], f);
-          UNROLL for (int g = 0; g < G; g++) {
-            const float weight = scores[a][g] > -1e29f ? exp2f(scores[a][g] - top[g]) : 0.f;
-            sum[g] += weight;
-            UNROLL for (int e = 0; e < 8; e++) acc[g][e] = fmaf(weight, f[e], acc[g][e]);
-          }
+          sum += weight;
+          UNROLL for (int e = 0; e < 8; e++) acc[e] = fmaf(weight, f[e], acc[e]);
         }
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(shared_address(&s->empty[slot]));
     }
-    UNROLL for (int g = 0; g < G; g++) {   // over the lanes' groups, then over the warps
-      UNROLL for (int o = LANES; o < 32; o <<= 1) {
-        const float top_2 = __shfl_xor_sync(~0u, top[g], o), sum_2 = __shfl_xor_sync(~0u, sum[g], o);
-        const float higher = fmaxf(top[g], top_2), c1 = exp2f(top[g] - higher), c2 = exp2f(top_2 - higher);
-        sum[g] = sum[g] * c1 + sum_2 * c2; top[g] = higher;
-        UNROLL for (int e = 0; e < 8; e++) acc[g][e] = acc[g][e] * c1 + c2 * __shfl_xor_sync(~0u, acc[g][e], o);
-      }
-      if (g) consumers_meet();   // the heads take turns in shared memory
-      if (group == 0) {
-        UNROLL for (int e = 0; e < 8; e += 4) *(float4*)&s->mixed[warp][d + e] = make_float4(acc[g][e], acc[g][e + 1], acc[g][e + 2], acc[g][e + 3]);
-        if (sub == 0) { s->softmax[warp][0] = top[g]; s->softmax[warp][1] = sum[g]; }
-      }
-      consumers_meet();
-      if (tid < HEAD) {
-        float higher = -1e30f, total = 0.f, o = 0.f;
-        UNROLL for (int i = 0; i < WARPS; i++) higher = fmaxf(higher, s->softmax[i][0]);
-        UNROLL for (int i = 0; i < WARPS; i++) {
-          const float c = exp2f(s->softmax[i][0] - higher);
-          total += c * s->softmax[i][1];
-          o += c * s->mixed[i][tid];
-        }
-        // Units without positions write too: a word that is skipped once could pass for a new one later.
-        store_word(mixed + split * QUERIES + (head + g) * HEAD + tid, total > 0.f ? o / total : 0.f, mixed_number);
-        if (tid == 0) store_word(sums + (split * HEADS + head + g) * 8, total > 0.f ? higher + log2f(total) : -1e30f, mixed_number);
-      }
+    UNROLL for (int o = LANES; o < 32; o <<= 1) {   // over the lanes' groups, then over the warps
+      const float top_2 = __shfl_xor_sync(~0u, top, o), sum_2 = __shfl_xor_sync(~0u, sum, o);
+      const float higher = fmaxf(top, top_2), c1 = exp2f(top - higher), c2 = exp2f(top_2 - higher);
+      sum = sum * c1 + sum_2 * c2; top = higher;
+      UNROLL for (int e = 0; e < 8; e++) acc[e] = acc[e] * c1 + c2 * __shfl_xor_sync(~0u, acc[e], o);
     }
+    if (group == 0) {
+      float* row = s->scratch + warp * HEAD + d;
+      UNROLL for (int e = 0; e < 8; e += 4) *(float4*)(row + e) = make_float4(acc[e], acc[e + 1], acc[e + 2], acc[e + 3]);
+      if (sub == 0) { s->softmax[warp][0][0] = top; s->softmax[warp][0][1] = sum; }
+    }
+    consumers_meet();
+    if (tid < HEAD) merge_warps(0, s->scratch + tid, HEAD, mixed + split * QUERIES + head * HEAD + tid, sums + (split * HEADS + head) * 8, tid == 0, mixed_number);
+  }
+  // One dimension of a head over the warps' shares, into a word. Units without positions write too: a word that is
+  // skipped once could pass for a new one later.
+  static DEVICE void merge_warps(int row, const float* shares, int stride, u32* mixed, u32* sum_word, bool writes_sum, u32 number) {
+    const Shared* s = shared_state();
+    float higher = -1e30f, total = 0.f, o = 0.f;
+    UNROLL for (int i = 0; i < WARPS; i++) higher = fmaxf(higher, s->softmax[i][row][0]);
+    UNROLL for (int i = 0; i < WARPS; i++) {
+      const float c = exp2f(s->softmax[i][row][0] - higher);
+      total += c * s->softmax[i][row][1];
+      o += c * shares[i * stride];
+    }
+    store_word(mixed, total > 0.f ? o / total : 0.f, number);
+    if (writes_sum) store_word(sum_word, total > 0.f ? higher + log2f(total) : -1e30f, number);
   }
 };
 

@@ -13,7 +13,7 @@ from hybridgen.errors import DeviceError
 from hybridgen.fused.structure import Unfit
 
 SOURCE = "step.cu"
-HEADERS = ("words.cuh", "ring.cuh", "projection.cuh", "attention.cuh")
+HEADERS = ("words.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh")
 KERNEL = b"decode_step"
 
 

@@ -23,10 +23,10 @@ DEVICE void copy_in(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy
 struct Shared {   // beside the stages
   u64 full[STAGES], empty[STAGES];
   float squares[WARPS];
-  float softmax[WARPS][2];
+  float softmax[WARPS][8][2];
   u32 given_up;
   __align__(16) float part[2][2 * BATCH][WARPS];
-  __align__(16) float mixed[WARPS][HEAD];
+  __align__(16) float scratch[WARPS * 256];   // of attention
 };
 static_assert(sizeof(Shared) <= SHARED, "the launcher reserves SHARED bytes beside the stages");
 extern __shared__ __align__(128) u8 stages[];

@@ -27,9 +27,11 @@ class Tuning:
     """Cuts of the positions of a query head."""
     long_splits: int = 16
     """Cuts of the positions of a kv head, where the context is long."""
-    least: int = 128
+    short_least: int = 128
     """Positions of a cut at least."""
-    long_from: int = 4096
+    long_least: int = 512
+    """The same, the long way."""
+    long_from: int = 2048
     """Positions from which on the cache is read once for all query heads of a kv head."""
 
 
@@ -42,7 +44,7 @@ def default_tuning(model: Decoder, blocks: int) -> Tuning:
         in_flight=3 if small and not wide else 2,
         short_splits=max(1, min(8 if wide else 4, blocks // model.heads)),
         long_splits=max(1, min(32, blocks // model.kv_heads)),
-        least=160 if wide else 128,
+        short_least=128,
     )
 
 
@@ -116,12 +118,12 @@ def shape_of(
         raise Unfit(f"it has {model.heads} query heads and the device {blocks} multiprocessors")
     if -(-model.hidden // blocks) > _BATCH:
         raise Unfit(f"its hidden size {model.hidden} is above {_BATCH} rows for each of {blocks} multiprocessors")
-    shared = 2 * 2 * _BATCH * _WARPS * 4 + _WARPS * model.head_dim * 4 + 512
+    shared = 2 * 2 * _BATCH * _WARPS * 4 + _WARPS * 256 * 4 + 1024
     stages = min(32, (shared_memory - shared) // (stage + 16))
     if stages < 3:
         raise Unfit(f"a row of {widest:,} bytes needs stages of {stage:,}, of which {shared_memory:,} hold {stages}")
     shared += 16 * stages
-    has_long = group > 1
+    has_long = 1 < group <= 8 and model.head_dim in (64, 128)
     epsilons = _head_epsilons(model)
     first = model.layers[0]
     defines = {
@@ -151,7 +153,8 @@ def shape_of(
         "HAS_LONG": int(has_long),
         "LONG_SPLITS": min(tuning.long_splits, blocks // model.kv_heads) if has_long else 1,
         "LONG_FROM": tuning.long_from,
-        "LEAST": tuning.least,
+        "SHORT_LEAST": tuning.short_least,
+        "LONG_LEAST": tuning.long_least,
         "PATIENCE": f"{patience}u",
     }
     return Shape(defines, blocks, stages * stage + shared, has_long)

@@ -4,7 +4,13 @@
 // phases: qkv | attention | out | gate and up | down. Between them activations travel as words (words.cuh); there is no
 // grid barrier and no fence. The residual stream stays in the registers of the blocks that own its rows, in float32.
 // docs/fused-decode.md explains the parts; hybridgen/fused/reference.py computes the same in PyTorch.
-#include "attention.cuh"
+#include "attention_long.cuh"
+
+#if HAS_LONG
+typedef LongAttention LongWay;
+#else
+typedef ShortAttention LongWay;   // never used
+#endif
 
 struct Parameters {
   const i64 *rows, *state;   // the row's slot; [3, slots]: last token, length, generated
@@ -45,10 +51,10 @@ DEVICE float activated(float gate) {
 #endif
 }
 
-template <class C>
+template <class C, class Attention>
 DEVICE void attend(const Step& t, const Layer& y, const Plan& plan, const u32* qkv, u32* mixed, u32* sums, u32 number, u32 mixed_number, u32& turn, Arrivals& arrivals, Watch& watch) {
   if (blockIdx.x < C::UNITS) {
-    Attention<C> attention;
+    Attention attention;
     attention.prefetch(t, y);
     arrivals.wait(watch);
     attention.run(t, y, plan, qkv, mixed, sums, number, mixed_number, turn, watch);
@@ -112,17 +118,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     }
     const Plan plan(t.position, y.window);
     u32 mixed_number;
-    if (plan.is_long) {
+    if (HAS_LONG && plan.is_long) {
       mixed_number = ++long_number & 255u;
-      attend<Long>(t, y, plan, p.qkv, p.long_mixed, p.long_sums, now, mixed_number, turn, arrivals, watch);
+      attend<Long, LongWay>(t, y, plan, p.qkv, p.long_mixed, p.long_sums, now, mixed_number, turn, arrivals, watch);
     } else {
       mixed_number = ++short_number & 255u;
-      attend<Short>(t, y, plan, p.qkv, p.short_mixed, p.short_sums, now, mixed_number, turn, arrivals, watch);
+      attend<Short, ShortAttention>(t, y, plan, p.qkv, p.short_mixed, p.short_sums, now, mixed_number, turn, arrivals, watch);
     }
     {
       arrivals.wait(watch);
       float x[Layout<QUERIES>::PER_WARP][8];
-      if (plan.is_long) read_merged<4>(p.long_mixed, p.long_sums, mixed_number, plan.active, watch, x);
+      if (HAS_LONG && plan.is_long) read_merged<8>(p.long_mixed, p.long_sums, mixed_number, plan.active, watch, x);
       else read_merged<4>(p.short_mixed, p.short_sums, mixed_number, plan.active, watch, x);
       project<QUERIES, false>(x, HIDDEN, turn, side, arrivals, [&](int r, float a, float) {
         residual += RESIDUAL_SCALE * (a + bias_of(y.out_bias, own + r));
