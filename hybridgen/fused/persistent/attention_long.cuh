@@ -25,25 +25,27 @@ struct LongAttention {
   static constexpr int AT_ONCE = 256 / HEAD;                                                  // heads that merge at once
   static_assert(PER_KV <= 8 && (HEAD == 64 || HEAD == 128) && Producer::POSITIONS % TILE == 0, "shape of the long way");
   ShortAttention placing;   // for the new token's key and value
-  DEVICE void prefetch(const Step& t, const Layer& y) { placing.prefetch(t, y); }
-
   // Where the i-th 16 bytes of this lane's keys lie in a row: permuted, so that the lanes of a load meet other banks.
   static DEVICE int key_chunk(int i) {
     const int q = threadIdx.x & 3;
     return HEAD == 128 ? q * 4 + (i ^ (q >> 1)) : q * 2 + i;
   }
+  float cos[OWN], sin[OWN];
+  DEVICE void prefetch(const Step& t, const Layer& y) {
+    placing.prefetch(t, y);
+    UNROLL for (int i = 0; i < OWN / 8; i++) {
+      const int d = key_chunk(i) * 8;
+      if (y.rotates) {
+        load_floats(t.cos + (i64)t.position * HALF_HEAD + d % HALF_HEAD, cos + 8 * i);
+        load_floats(t.sin + (i64)t.position * HALF_HEAD + d % HALF_HEAD, sin + 8 * i);
+      } else UNROLL for (int e = 0; e < 8; e++) { cos[8 * i + e] = 1.f; sin[8 * i + e] = 0.f; }
+      if (d < HALF_HEAD) UNROLL for (int e = 0; e < 8; e++) sin[8 * i + e] = -sin[8 * i + e];
+    }
+  }
   // Queries as the left operand: two registers for each 16 dimensions, in the order of key_chunk.
-  static DEVICE void load_queries(const Step& t, const Layer& y, const u32* words, u32 number, Watch& watch, u32 (&a)[HEAD / 16][2]) {
-    const int lane = threadIdx.x & 31, row = lane >> 2;
+  DEVICE void place_queries(const Layer& y, const Words (&w)[OWN / 8], u32 (&a)[HEAD / 16][2]) const {
+    const int row = (threadIdx.x & 31) >> 2;
     float x[OWN];
-    Words w[OWN / 8];
-    u32 stale;
-    UNROLL for (int i = 0; i < OWN / 8; i++) w[i].assume(number);
-    ASK(watch,
-      stale = 0;
-      UNROLL for (int i = 0; i < OWN / 8; i++) if (row < PER_KV) w[i].load(words + row * HEAD + key_chunk(i) * 8);
-      UNROLL for (int i = 0; i < OWN / 8; i++) stale |= w[i].stale(number), stale)
-    __syncwarp();
     float squares = 0.f;
     UNROLL for (int i = 0; i < OWN / 8; i++) {
       w[i].values(x + 8 * i);
@@ -62,16 +64,11 @@ struct LongAttention {
         UNROLL for (int e = 0; e < 8; e++) x[8 * i + e] *= factor * scale[e];
       }
     UNROLL for (int i = 0; i < OWN / 8; i++) {
-      const int d = key_chunk(i) * 8;
-      float turned[8], cos[8], sin[8];
-      if (y.rotates) {
-        load_floats(t.cos + (i64)t.position * HALF_HEAD + d % HALF_HEAD, cos);
-        load_floats(t.sin + (i64)t.position * HALF_HEAD + d % HALF_HEAD, sin);
-      } else UNROLL for (int e = 0; e < 8; e++) { cos[e] = 1.f; sin[e] = 0.f; }
+      float turned[8];
       UNROLL for (int e = 0; e < 8; e++) {
         // the other half of the head is two lanes away; there it is the chunk with the other permutation
         const float other = __shfl_xor_sync(~0u, x[8 * (HEAD == 128 ? i ^ 1 : i) + e], 2);
-        turned[e] = x[8 * i + e] * cos[e] + (d < HALF_HEAD ? -other : other) * sin[e];
+        turned[e] = x[8 * i + e] * cos[8 * i + e] + other * sin[8 * i + e];
       }
       UNROLL for (int e = 0; e < 8; e += 4) {
         const float f = LOG2E * ATTENTION_SCALE;
@@ -135,19 +132,25 @@ struct LongAttention {
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const int kv = blockIdx.x / Long::SPLITS, split = blockIdx.x % Long::SPLITS, head = kv * PER_KV;
     const Span span = plan.template span_of<Long>(t.position);
+    const bool has_new = split == 0 && warp == 0;
+    const int d = (lane % ShortAttention::LANES) * 8;
+    Words asked[OWN / 8], k_new, v_new;
+    u32 stale;
+    UNROLL for (int i = 0; i < OWN / 8; i++) asked[i].assume(number);
+    k_new.assume(number); v_new.assume(number);
+    ASK(watch,
+      stale = 0;
+      UNROLL for (int i = 0; i < OWN / 8; i++) if (lane >> 2 < PER_KV) asked[i].load(qkv + (head + (lane >> 2)) * HEAD + key_chunk(i) * 8);
+      if (has_new) { k_new.load(qkv + QUERIES + kv * HEAD + d); v_new.load(qkv + QUERIES + KEYS + kv * HEAD + d); }
+      UNROLL for (int i = 0; i < OWN / 8; i++) stale |= asked[i].stale(number);
+      stale |= k_new.stale(number) | v_new.stale(number), stale)
+    __syncwarp();
     u32 a[HEAD / 16][2];
-    load_queries(t, y, qkv + head * HEAD, number, watch, a);
+    place_queries(y, asked, a);
     Sums o;
     o.top = -1e30f; o.sum = 0.f;
     UNROLL for (int j = 0; j < CHUNKS; j++) UNROLL for (int i = 0; i < 8; i++) UNROLL for (int e = 0; e < 4; e++) o.acc[j][i][e] = 0.f;
-    if (split == 0 && warp == 0) {   // the new token: a tile with one position
-      const int d = (lane % ShortAttention::LANES) * 8;
-      Words k_new, v_new;
-      u32 stale;
-      ASK(watch,
-        k_new.load(qkv + QUERIES + kv * HEAD + d); v_new.load(qkv + QUERIES + KEYS + kv * HEAD + d);
-        stale = k_new.stale(number) | v_new.stale(number), stale)
-      __syncwarp();
+    if (has_new) {   // a tile with one position
       uint4 k, v;
       placing.append(t, y, k_new, v_new, kv, true, k, v);
       u16* row = (u16*)s->scratch;

@@ -29,9 +29,9 @@ class Tuning:
     """Cuts of the positions of a kv head, where the context is long."""
     short_least: int = 128
     """Positions of a cut at least."""
-    long_least: int = 512
+    long_least: int = 256
     """The same, the long way."""
-    long_from: int = 2048
+    long_from: int = 4096
     """Positions from which on the cache is read once for all query heads of a kv head."""
 
 
