@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridgen.sampling.processors import ban_early_end, drop_unlikely, keep_top, penalize, temper
+from hybridgen.sampling.choice import best_of, choose_greedy, choose_sampled, truncated, with_noise
+from hybridgen.sampling.processors import ban_early_end, penalize
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
 __all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "sample", "truncate"]
@@ -55,20 +56,27 @@ def sample(
     if logits.shape[-1] != state.vocab_size:
         raise ValueError(f"the logits have {logits.shape[-1]} columns and the sampler {state.vocab_size}")
     slots = slots.long()
-    raw = logits.float()
-    scores = process(raw, state, slots, generated, plan)
-    if plan.sample:
-        temperature = state.temperature[slots]
-        draws = temperature > 0
-        scaled = truncate(scores, state, slots, plan)
-        noisy = scaled + state.noise(state.seed[slots], positions, state.vocab_size)
-        scores = torch.where(draws[:, None], noisy, scores)
-    best, tokens = scores.max(-1)
-    unusable = best.isnan() | (best == -torch.inf)
+    if logits.is_cuda:
+        scores = process(logits.float(), state, slots, generated, plan) if plan.processes else logits
+        tokens = _choose(scores, state, slots, positions, plan)
+    else:
+        scores = process(logits.float(), state, slots, generated, plan)
+        if plan.sample:
+            scaled = truncate(scores, state, slots, plan)
+            scores = with_noise(scores, scaled, state.reals, state.integers, slots, positions, state.noise)
+        tokens = best_of(scores)
     if plan.min_tokens:
-        unusable |= raw.isnan().any(-1)  # the NaN may be one of the banned ids
-    tokens = torch.where(unusable, -1, tokens)
-    return _with_logprobs(tokens, raw, plan.logprobs)
+        tokens = torch.where(logits.isnan().any(-1), -1, tokens)  # the NaN may be one of the banned ids
+    return _with_logprobs(tokens, logits, plan.logprobs)
+
+
+def _choose(scores: Tensor, state: SamplerState, slots: Tensor, positions: Tensor, plan: SamplerPlan) -> Tensor:
+    """The tokens, by the ops: scores are read once in their own type, and nothing as wide is written."""
+    if scores.dtype == torch.float64:
+        scores = scores.float()
+    if not plan.sample:
+        return choose_greedy(scores)
+    return choose_sampled(scores, state.reals, state.integers, slots, positions, plan.top_k, plan.nucleus)
 
 
 def process(raw: Tensor, state: SamplerState, slots: Tensor, generated: Tensor, plan: SamplerPlan) -> Tensor:
@@ -95,19 +103,13 @@ def truncate(scores: Tensor, state: SamplerState, slots: Tensor, plan: SamplerPl
 
     Rows with temperature 0 come out with a temperature of 1; nobody reads them.
     """
-    temperature = state.temperature[slots]
-    scaled = temper(scores, torch.where(temperature > 0, temperature, 1))
-    if plan.ranked:
-        scaled = keep_top(scaled, state.top_k[slots], state.top_p[slots], plan.ranked, plan.nucleus)
-    if plan.min_p:
-        scaled = drop_unlikely(scaled, state.log_min_p[slots])
-    return scaled
+    return truncated(scores, state.reals, state.integers, slots, plan.ranked, plan.nucleus, plan.min_p)
 
 
-def _with_logprobs(tokens: Tensor, raw: Tensor, count: int | None) -> SampleOutput:
+def _with_logprobs(tokens: Tensor, logits: Tensor, count: int | None) -> SampleOutput:
     if count is None:
         return SampleOutput(tokens)
-    everything = raw.log_softmax(-1)
+    everything = logits.float().log_softmax(-1)
     chosen = everything.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
     chosen = torch.where(tokens < 0, torch.nan, chosen)
     if count == 0:

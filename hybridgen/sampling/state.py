@@ -36,6 +36,8 @@ class SamplerPlan(NamedTuple):
     """Some row has a logit bias."""
     min_tokens: bool = False
     """Some row has a minimum length."""
+    top_k: bool = False
+    """Some row has top-k."""
     logprobs: int | None = None
     """The largest number of top log-probabilities that a row wants; None: no row wants any."""
 
@@ -43,6 +45,11 @@ class SamplerPlan(NamedTuple):
     def filter(self) -> bool:
         """Whether some row has top-k, top-p or min-p."""
         return self.ranked > 0 or self.min_p
+
+    @property
+    def processes(self) -> bool:
+        """Whether some row's logits are changed before a token is chosen."""
+        return self.penalties or self.bias or self.min_tokens
 
     def covers(self, other: SamplerPlan) -> bool:
         """Whether a step with this plan gives rows that need `other` the tokens that they would get from it."""
@@ -68,6 +75,7 @@ def plan_of(params: ResolvedSampling, vocab_size: int) -> SamplerPlan:
         penalties=params.penalizes,
         bias=bool(params.logit_bias),
         min_tokens=bool(params.min_new_tokens and params.stop_token_ids),
+        top_k=draws and params.top_k > 0,
         logprobs=None if params.logprobs is None else min(params.logprobs, vocab_size),
     )
 
@@ -82,6 +90,7 @@ def _merge(plans: Sequence[SamplerPlan]) -> SamplerPlan:
         penalties=any(plan.penalties for plan in plans),
         bias=any(plan.bias for plan in plans),
         min_tokens=any(plan.min_tokens for plan in plans),
+        top_k=any(plan.top_k for plan in plans),
         logprobs=max((plan.logprobs for plan in plans if plan.logprobs is not None), default=None),
     )
 

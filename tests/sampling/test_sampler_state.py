@@ -61,7 +61,7 @@ def test_assign_leaves_nothing_of_the_former_request():
         assert used.needs([0]) == fresh.needs([0])
         assert choose(logits, used, [0]).tokens == choose(logits, fresh, [0]).tokens
         # Also where another row makes the plan ask for all of it.
-        plan = SamplerPlan(True, VOCAB, True, True, True, True, True, None)
+        plan = SamplerPlan(True, VOCAB, True, True, True, True, True, True, None)
         arguments = (torch.tensor([0]), torch.tensor([10]), torch.tensor([0]))
         assert sample(logits, used, *arguments, plan).tokens == sample(logits, fresh, *arguments, plan).tokens
 
@@ -80,9 +80,9 @@ def test_plans():
     ]
     state = state_of(*requests)
     assert state.needs([0]) == state.needs([3]) == state.needs([8]) == SamplerPlan()
-    assert state.needs([1]) == SamplerPlan(sample=True, ranked=64)
+    assert state.needs([1]) == SamplerPlan(sample=True, ranked=64, top_k=True)
     assert state.needs([2]) == SamplerPlan(sample=True, ranked=VOCAB, nucleus=True)
-    assert state.needs([1, 4]) == SamplerPlan(sample=True, ranked=64, min_p=True, logprobs=3)
+    assert state.needs([1, 4]) == SamplerPlan(sample=True, ranked=64, min_p=True, top_k=True, logprobs=3)
     assert state.needs([5, 0]) == SamplerPlan(penalties=True, logprobs=0)
     assert state.needs((6, 7)) == SamplerPlan(bias=True, min_tokens=True)
     assert [state.needs([i]).filter for i in range(6)] == [False, True, True, False, True, False]

@@ -39,6 +39,7 @@ plans = st.builds(
     penalties=st.booleans(),
     bias=st.booleans(),
     min_tokens=st.booleans(),
+    top_k=st.booleans(),
     logprobs=st.sampled_from([None, 0, 3, 10]),
 )
 

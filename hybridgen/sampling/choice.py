@@ -1,0 +1,149 @@
+"""One token per row from its logits: the ops `hybridgen::choose_greedy` and `hybridgen::choose_sampled`.
+
+| tensor | shape | dtype |
+|---|---|---|
+| logits | [B, V] | bfloat16, float16 or float32 on CUDA, any floating type on a CPU |
+| reals | [slots, 3 or more] | float32: temperature (0: greedy), top-p (1: off), logarithm of min-p (-inf: off) |
+| integers | [slots, 2 or more] | int64: seed, top-k (0: off) |
+| slots | [B] | int64: each row's line in the two tables |
+| positions | [B] | int64: the position that the new token will have in its sequence |
+| the result | [B] | int64: -1 where there was nothing to choose |
+
+The CPU implementations are the torch functions below, which sort; they define the result. The CUDA implementations are
+Triton kernels that do not sort (`kernels.sampling`). There, a tempered logit has the same bits, and so has what greedy
+rows, top-k and min-p decide. Two things can differ in a last bit:
+
+- The noise: its logarithms are within 2 units in the last place of the reference's.
+- Top-p's edge: the reference adds float32 probabilities in float64; the kernels add multiples of 2^-44 of the most
+  likely token's probability, each within 2^-19 of its value or half a multiple, without rounding the sums. So the kept
+  set can differ by the tokens at the edge if the reference's running sum is within 2^-18 of p there.
+
+What a row gets on CUDA depends on the row alone, bit for bit: not on other rows, their number, or the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hybridgen.sampling.processors import drop_unlikely, keep_top, temper
+from hybridgen.sampling.random import gumbel_noise
+
+_library = torch.library.Library("hybridgen", "FRAGMENT")
+_library.define("choose_greedy(Tensor logits) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "choose_sampled(Tensor logits, Tensor reals, Tensor integers, Tensor slots, Tensor positions, bool top_k, "
+    "bool nucleus) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+Noise = Callable[[Tensor, Tensor, int], Tensor]
+"""Seeds int64 [B], positions [B] and V to noise [B, V]."""
+
+
+def choose_greedy(logits: Tensor) -> Tensor:
+    """The largest logit's id in each row, the lowest of equal ones; int64 [B].
+
+    -1 where a logit is NaN or all are -inf.
+
+    Raises:
+        TypeError: on CUDA, the logits are of another type than the kernels take.
+        ValueError: on CUDA, V is 2^19 or more.
+    """
+    return torch.ops.hybridgen.choose_greedy.default(logits)
+
+
+def choose_sampled(
+    logits: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, top_k: bool, nucleus: bool
+) -> Tensor:
+    """A token for each row, drawn or (temperature 0) greedy, as `sampler.sample` describes; int64 [B].
+
+    Args:
+        top_k: some row may have top-k. Where False, nobody looks at it.
+        nucleus: some row may have top-p. Where False, nobody looks at it.
+
+    Raises:
+        TypeError: on CUDA, the logits are of another type than the kernels take.
+        ValueError: on CUDA, V is 2^19 or more.
+    """
+    return torch.ops.hybridgen.choose_sampled.default(logits, reals, integers, slots, positions, top_k, nucleus)
+
+
+def best_of(scores: Tensor) -> Tensor:
+    """The id of each row's largest score, -1 where it is NaN or -inf; [B, V] to int64 [B]."""
+    best, tokens = scores.max(-1)
+    return torch.where(best.isnan() | (best == -torch.inf), -1, tokens)
+
+
+def truncated(
+    scores: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, ranked: int, nucleus: bool, min_p: bool
+) -> Tensor:
+    """Temper, then -inf for what top-k, top-p and min-p leave out; float32 [B, V], each row's maximum 0.
+
+    Rows with temperature 0 come out with a temperature of 1; nobody reads them.
+
+    Args:
+        scores: float32 [B, V].
+        ranked, nucleus: see `processors.keep_top`; `ranked` 0: no row has top-k or top-p.
+        min_p: some row has min-p.
+    """
+    temperature = reals[slots, 0]
+    scaled = temper(scores, torch.where(temperature > 0, temperature, 1))
+    if ranked:
+        scaled = keep_top(scaled, integers[slots, 1], reals[slots, 1], ranked, nucleus)
+    if min_p:
+        scaled = drop_unlikely(scaled, reals[slots, 2])
+    return scaled
+
+
+def with_noise(
+    scores: Tensor, scaled: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, noise: Noise
+) -> Tensor:
+    """Of rows that draw the tempered logits with noise, of greedy rows the scores; float32 [B, V]."""
+    noisy = scaled + noise(integers[slots, 0], positions, scores.shape[-1])
+    return torch.where((reals[slots, 0] > 0)[:, None], noisy, scores)
+
+
+def reference_greedy(logits: Tensor) -> Tensor:
+    """`choose_greedy` in torch operators, on any device."""
+    return best_of(logits.float())
+
+
+def reference_sampled(
+    logits: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, top_k: bool, nucleus: bool
+) -> Tensor:
+    """`choose_sampled` in torch operators, on any device."""
+    scores = logits.float()
+    ranked = logits.shape[-1] if top_k or nucleus else 0
+    if not top_k:
+        integers = torch.stack((integers[:, 0], torch.zeros_like(integers[:, 1])), 1)
+    scaled = truncated(scores, reals, integers, slots, ranked, nucleus, min_p=True)
+    return best_of(with_noise(scores, scaled, reals, integers, slots, positions, gumbel_noise))
+
+
+def _greedy_cuda(logits: Tensor) -> Tensor:
+    from hybridgen.kernels.sampling import launch_greedy
+
+    return launch_greedy(logits)
+
+
+def _sampled_cuda(
+    logits: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, top_k: bool, nucleus: bool
+) -> Tensor:
+    from hybridgen.kernels.sampling import launch_sampled
+
+    return launch_sampled(logits, reals, integers, slots, positions, top_k, nucleus)
+
+
+def _tokens_like(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+_library.impl("choose_greedy", reference_greedy, "CPU")
+_library.impl("choose_greedy", _greedy_cuda, "CUDA")
+_library.impl("choose_sampled", reference_sampled, "CPU")
+_library.impl("choose_sampled", _sampled_cuda, "CUDA")
+torch.library.register_fake("hybridgen::choose_greedy", _tokens_like, lib=_library)
+torch.library.register_fake("hybridgen::choose_sampled", _tokens_like, lib=_library)
