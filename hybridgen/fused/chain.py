@@ -1,6 +1,6 @@
 """A decode step of 1 to 16 rows as a chain of Triton kernels; every weight is read once, whatever the rows.
 
-Per layer: norm + qkv projection; head norms and rotary; paged attention, which writes the cache; output projection +
+Per layer: norm + qkv projection; head norms, rotary and paged attention, which writes the cache; output projection +
 residual; norm + gate and up + activation; down projection + residual. Before the layers the embedding, behind them the
 norm and the head. `chain_kernels` says how the kernels divide the work and overlap; `reference.step` computes the same
 in plain PyTorch.
@@ -22,11 +22,11 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridgen.fused.chain_kernels import begin_kernel, close_kernel, project_kernel, rotate_kernel
+from hybridgen.fused.chain_attention import Cut, attend_kernel, block_of, cut_contexts, least_tiles
+from hybridgen.fused.chain_kernels import begin_kernel, close_kernel, project_kernel
 from hybridgen.fused.chain_tuning import PROJECTIONS, Tile, as_tiles, candidates, default_tile, rows_block
 from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm, Unfit
-from hybridgen.kernels.attention_common import Launcher, device_of, heads_of
-from hybridgen.kernels.attention_decode import decode_attention
+from hybridgen.kernels.attention_common import Launcher, device_of, heads_of, power_of_two
 from hybridgen.kvcache import LayerPages
 
 MAX_ROWS = 16
@@ -81,7 +81,8 @@ class ChainStep:
             "state": zeros(rows, model.hidden),
             "handed": zeros(rows, model.hidden, dtype=model.dtype),
             "qkv": zeros(rows, heads, model.head_dim),
-            "rotated": zeros(rows, heads, model.head_dim, dtype=model.dtype),
+            "attended": zeros(rows, model.heads * model.head_dim, dtype=model.dtype),
+            "counters": zeros(rows, model.kv_heads, dtype=torch.int32),
             "mlp": zeros(rows, model.intermediate, dtype=model.dtype),
             # Two of each: a kernel reads its maker's while it writes its own.
             "squares": zeros(2, parts, _SQUARES_ROWS),
@@ -159,6 +160,7 @@ class ChainStep:
             raise ValueError(f"out is {tuple(out.shape)} of {out.dtype}; give [{rows}, {model.vocab}] of {model.dtype}")
         if not self._pages:
             raise ValueError("no pages are attached; call attach() first")
+        cut, partial = self._cut(rows, block_table.shape[1])
         parts = self._begin(tokens)
         side = 0
         heads = model.heads + 2 * model.kv_heads
@@ -166,14 +168,9 @@ class ChainStep:
             self._read(
                 "qkv", layer.qkv, layer.before_attention, scratch["qkv"], heads * model.head_dim, rows, side, parts
             )
-            self._rotate(layer, positions, rows)
-            q, k, v = scratch["rotated"][:rows].split((model.heads, model.kv_heads, model.kv_heads), 1)
-            pages = self._pages[index]
-            attended = decode_attention(
-                q, *pages, block_table, slots, positions, layer.attention_scale, layer.window, 0.0, None, k=k, v=v
-            )
+            self._attend(index, positions, slots, block_table, rows, cut, partial)
             parts = self._write(
-                "out", layer.out, layer.after_attention, layer.before_mlp, attended, layer, rows, side, parts
+                "out", layer.out, layer.after_attention, layer.before_mlp, scratch["attended"], layer, rows, side, parts
             )
             side = 1 - side
             self._read(
@@ -200,8 +197,8 @@ class ChainStep:
                 heads = model.heads + 2 * model.kv_heads
                 self._read(name, layer.qkv, layer.before_attention, scratch["qkv"], heads * model.head_dim, rows, 0, 1)
             elif name == "out":
-                source = scratch["rotated"].view(-1)[: rows * model.heads * model.head_dim]
-                self._write(name, layer.out, layer.after_attention, layer.before_mlp, source, layer, rows, 0, 1)
+                source, following = scratch["attended"], layer.before_mlp
+                self._write(name, layer.out, layer.after_attention, following, source, layer, rows, 0, 1)
             elif name == "gate_up":
                 self._read(name, layer.gate_up, layer.before_mlp, scratch["mlp"], model.intermediate, rows, 0, 1)
             else:
@@ -222,8 +219,9 @@ class ChainStep:
         constants = self._row_constants(norm)
         scale = scratch["state"] if norm is None else norm.scale
         args = tokens, model.embedding, model.embedding_scale, scratch["state"], scratch["handed"], scale
+        constants |= {"KV": model.kv_heads, "BLOCK_KV": triton.next_power_of_2(model.kv_heads)}
         launcher = self._launcher(begin_kernel, constants)
-        launcher((tokens.shape[0], 1, 1), (*args, scratch["squares"][0], scratch["roots"][0]))
+        launcher((tokens.shape[0], 1, 1), (*args, scratch["squares"][0], scratch["roots"][0], scratch["counters"]))
         return 1
 
     def _row_constants(self, norm: Norm | None) -> dict[str, Any]:
@@ -315,31 +313,61 @@ class ChainStep:
         tensors = source, linear.weight, bias, *maker, scratch["state"], out, scale, *made
         launcher((triton.cdiv(features, tile.features), 1, 1), (*tensors, rows, eps, factor))
 
-    def _rotate(self, layer: DecoderLayer, positions: Tensor, rows: int) -> None:
-        model, scratch = self.model, self._scratch
-        dim, rotary = model.head_dim, model.rotary
-        rotates = layer.rotates and rotary is not None
+    def _cut(self, rows: int, max_pages: int) -> tuple[Cut, Tensor]:
+        """How attention cuts contexts, and scratch for what its chunks give: values, then log-sums."""
+        model = self.model
+        block, page = block_of(model.head_dim), self._pages[0].keys.shape[2]
+        max_tiles = triton.cdiv(max_pages * page, block)
+        window = max(layer.window for layer in model.layers)
+        if all(layer.window for layer in model.layers):
+            max_tiles = min(max_tiles, window // block + 2)
+        cut = cut_contexts(rows, model.heads, model.kv_heads, model.head_dim, max_tiles, self.device.processors)
+        lines = rows * cut.row_chunks * model.heads
+        return cut, torch.empty(lines * (model.head_dim + 1), dtype=torch.float32, device=model.device)
+
+    def _attend(
+        self, index: int, positions: Tensor, slots: Tensor, block_table: Tensor, rows: int, cut: Cut, partial: Tensor
+    ) -> None:
+        model, scratch, layer = self.model, self._scratch, self.model.layers[index]
+        keys, values = self._pages[index]
+        dim, rotary, group = model.head_dim, model.rotary, model.heads // model.kv_heads
         cos, sin = rotary if rotary is not None else (scratch["state"],) * 2
         norms = layer.query_norm, layer.key_norm
         scales = (scratch["state"] if norm is None else norm.scale for norm in norms)
         eps = (0.0 if norm is None else norm.eps for norm in norms)
         kinds = [0 if norm is None else 1 if norm.scale.shape[0] == dim else 2 for norm in norms]
+        wide, merged = power_of_two(dim), triton.next_power_of_2(group)
         launcher = self._launcher(
-            rotate_kernel,
+            attend_kernel,
             {
                 "HEADS": model.heads,
                 "KV": model.kv_heads,
+                "GROUP": group,
                 "DIM": dim,
-                "BLOCK_HALF": triton.next_power_of_2(dim // 2),
+                "PAGE": keys.shape[2],
+                "BLOCK": block_of(dim),
+                "BLOCK_ROWS": 1 if rows == 1 else _SQUARES_ROWS,
+                "BLOCK_GROUP": power_of_two(group),
+                "BLOCK_DIM": wide,
                 "BLOCK_WIDE": triton.next_power_of_2(model.heads * dim),
-                "ROTATES": rotates,
+                "MERGE_GROUP": merged,
+                "MERGE_CHUNKS": max(1, min(triton.next_power_of_2(cut.row_chunks), 2048 // (merged * wide))),
+                "LEAST": least_tiles(dim),
+                "ROTATES": layer.rotates and rotary is not None,
                 "QUERY_NORM": kinds[0],
                 "KEY_NORM": kinds[1],
-                "num_warps": 4 if 2 in kinds else 1,
+                "WINDOW": layer.window > 0,
+                "NATIVE": model.dtype != torch.float32,
+                "num_warps": 4,
+                "num_stages": 3 if wide <= 128 else 2,
             },
         )
-        grid = rows, model.heads + 2 * model.kv_heads, 1
-        launcher(grid, (scratch["qkv"], positions, cos, sin, *scales, scratch["rotated"], *eps))
+        inputs = scratch["qkv"], cos, sin, *scales, keys, values, block_table, slots, positions
+        lines = rows * cut.row_chunks * model.heads
+        outputs = partial, partial[lines * dim :], scratch["counters"], scratch["attended"]
+        options = *eps, layer.attention_scale, layer.window, rows, cut.splits, cut.chunk_tiles, cut.row_chunks
+        grid = cut.programs * model.kv_heads, 1, 1
+        launcher(grid, (*inputs, *outputs, *options, block_table.stride(0)))
 
     def _launcher(
         self, kernel: Any, constants: dict[str, Any]

@@ -191,16 +191,21 @@ def project_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize_on_alignment=["tokens"])
 def begin_kernel(  # type: ignore[no-untyped-def]
-    tokens, embedding, multiplier, state, handed, scale, squares_out, handed_out,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
+    tokens, embedding, multiplier, state, handed, scale, squares_out, handed_out, counters,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, KV: tl.constexpr, BLOCK_KV: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: one row's embedding, times `multiplier`; handed on like a projection's state."""
+    """A program: one row's embedding, times `multiplier`; handed on like a projection's state.
+
+    Sets the row's counters of attention to 0, which they are but after a launch that was aborted.
+    """
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
     feature = tl.arange(0, BLOCK)
     inside = feature < FEATURES
+    head = tl.arange(0, BLOCK_KV)
+    tl.store(counters + row * KV + head, 0, mask=head < KV)
     token = tl.load(tokens + row)
     x = tl.load(embedding + token * FEATURES + feature, mask=inside, other=0.0).to(tl.float32) * multiplier
     _hand_on(
@@ -245,67 +250,3 @@ def close_kernel(  # type: ignore[no-untyped-def]
     _hand_on(
         x, row, feature, inside, state, handed, scale, squares_out, handed_out, FEATURES, SCALED, SCALES_OUT
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize_on_alignment=["positions"])
-def rotate_kernel(  # type: ignore[no-untyped-def]
-    qkv, positions, cos, sin, query_scale, key_scale, out, query_eps, key_eps,
-    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_WIDE: tl.constexpr,
-    ROTATES: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """A program: one head of a row of qkv, float32 [rows, HEADS + 2 KV, DIM], normed, rotated and rounded.
-
-    A norm is 0 (none), 1 (over the head) or 2 (over all heads of its kind).
-    """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    HALF: tl.constexpr = DIM // 2
-    line = row * ((HEADS + 2 * KV) * DIM)
-    dim = tl.arange(0, BLOCK_HALF)
-    inside = dim < HALF
-    start = line + head * DIM + dim
-    first = tl.load(qkv + start, mask=inside, other=0.0)
-    second = tl.load(qkv + start + HALF, mask=inside, other=0.0)
-    if head < HEADS:
-        if QUERY_NORM > 0:
-            first, second = _normed(
-                first, second, qkv + line, head, dim, inside, query_scale, query_eps, HEADS, DIM, BLOCK_WIDE, QUERY_NORM
-            )  # fmt: skip
-    elif head < HEADS + KV:
-        if KEY_NORM > 0:
-            first, second = _normed(
-                first, second, qkv + line + HEADS * DIM, head - HEADS, dim, inside, key_scale, key_eps, KV, DIM,
-                BLOCK_WIDE, KEY_NORM,
-            )  # fmt: skip
-    if ROTATES:
-        if head < HEADS + KV:
-            position = tl.load(positions + row)
-            c = tl.load(cos + position * HALF + dim, mask=inside, other=0.0)
-            s = tl.load(sin + position * HALF + dim, mask=inside, other=0.0)
-            rotated = first * c - second * s
-            second = second * c + first * s
-            first = rotated
-    tl.store(out + start, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + start + HALF, second.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _normed(  # type: ignore[no-untyped-def]
-    first, second, heads, head, dim, inside, scale, eps,
-    COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK_WIDE: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """The halves of a head after RMSNorm over it (KIND 1) or over all COUNT heads (KIND 2)."""
-    HALF: tl.constexpr = DIM // 2
-    if KIND == 2:
-        wide = tl.arange(0, BLOCK_WIDE)
-        values = tl.load(heads + wide, mask=wide < COUNT * DIM, other=0.0)
-        root = tl.rsqrt(tl.sum(values * values, 0) / (COUNT * DIM) + eps)
-        scale += head * DIM
-    else:
-        root = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / DIM + eps)
-    first *= root * tl.load(scale + dim, mask=inside, other=0.0)
-    second *= root * tl.load(scale + HALF + dim, mask=inside, other=0.0)
-    return first, second
