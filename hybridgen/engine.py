@@ -129,12 +129,12 @@ class Engine:
         undo.callback(runner.close)
         with self._timed("allocate cache"):
             self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner, plan)
+        self._fused = self._fuse_decode(runner)
+        self._meter = DecodeMeter(traffic_of(bound, read_ceiling(device)))
         not_compiled = None
         if self.mode.compiles:
             with self._timed("compile"):
                 not_compiled = self._compile(runner)
-        self._fused = self._fuse_decode(runner)  # not before: the layers are compiled for decode too
-        self._meter = DecodeMeter(traffic_of(bound, read_ceiling(device)))
         if device.type == "cuda":
             with self._timed("warm up"):
                 runner.exercise()

@@ -357,9 +357,15 @@ class ModelRunner:
         decode = dict.fromkeys(min(row, self._max_batch) for row in rows)
         keys = [StepKey(Phase.PREFILL, run, 1, plan) for run in prefill]
         keys += [StepKey(Phase.DECODE, row, row, plan) for row in decode]
-        with cast(CompiledLayers, self.compiled).warming_up():
-            for key in keys:
-                self._run_padding(key)
+        # The layers are compiled for all sizes: a prefill of one token runs them as decode does, and so does a step
+        # that no fused one serves.
+        fused, self.steps.fused = self.steps.fused, None
+        try:
+            with cast(CompiledLayers, self.compiled).warming_up():
+                for key in keys:
+                    self._run_padding(key)
+        finally:
+            self.steps.fused = fused
 
     @on_its_stream
     def exercise(self) -> None:

@@ -148,6 +148,8 @@ def _check_at(model: PreTrainedModel, decoder: Decoder, positions: Tensor) -> No
     finally:
         for hook in hooks:
             hook.remove()
+    if len(seen) != len(decoder.layers):
+        raise Unfit(f"{len(seen)} of its {len(decoder.layers)} layers were seen to run")
     tolerance = _TOLERANCE.get(decoder.dtype, 4e-2)
     _compare("embedding", decoder.embedding[ids].float() * decoder.embedding_scale, seen[0][0][0].float(), tolerance)
     for index, (layer, (before, after)) in enumerate(zip(decoder.layers, seen, strict=True)):
