@@ -68,8 +68,8 @@ class Variant(NamedTuple):
 
     @property
     def sums(self) -> int:
-        """Sums of a row: those of top-k, then those of top-p."""
-        return (self.top_k + self.nucleus) * self.digits * _RADIX
+        """Integers of a row for selection: a part for top-k, then one for top-p."""
+        return (self.top_k + self.nucleus) * self.digits * (_RADIX + 2)
 
 
 class Kernels(NamedTuple):

@@ -25,8 +25,13 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def _wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the kernel before has ended; then the next may start.
+
+    The scan waits before it reads anything. The kernels after it read the call's inputs without waiting: one starts
+    when all programs of the kernel before it are past this, so all that came before that kernel has ended. Nobody
+    writes before this, so that a kernel's end implies the end of all before it.
+    """
     if OVERLAP:
-        # Before anything is read or written, so that a kernel's end implies the end of all before it.
         gdc_wait()
         gdc_launch_dependents()
 
@@ -48,30 +53,44 @@ def _best_of(parts, blocks, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _walk(sums, target, UNTIL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first UNTIL digits of the key at which the running sum reaches the target, and what is lacking before it."""
-    bins = tl.arange(0, RADIX)
-    prefix = target * 0
-    for place in tl.static_range(UNTIL):
-        part = tl.load(sums + place * RADIX + bins)
-        short = tl.cumsum(part, 0) < target
-        digit = tl.minimum(tl.sum(short.to(tl.int32), 0), RADIX - 1)
-        target -= tl.sum(tl.where(bins < digit, part, 0), 0)
-        prefix = prefix * RADIX + digit
-    return prefix, target
-
-
-@triton.jit
 def _nucleus_target(sums, top_p):  # type: ignore[no-untyped-def]
-    """The mass that top-p asks for: p of what the first digit's sums add up to, at least the smallest unit."""
-    total = tl.sum(tl.load(sums + tl.arange(0, RADIX)), 0)
+    """The mass that top-p asks for: p of all, which is the last sum of the first digit; at least the smallest unit."""
+    total = tl.load(sums + RADIX - 1)
     return tl.maximum((total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64), 1)
 
 
 @triton.jit
-def _edge(sums, target, peak, temperature, DIGITS: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Distance of the token at which the running sum reaches the target."""
-    key, _ = _walk(sums, target, DIGITS)
+def _prefix(sums, target, PLACES: tl.constexpr, DIGITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first PLACES digits of the edge's key, and what the tokens before these lack to the target; int64.
+
+    A part of the sums, for top-k or for top-p, is int64 [DIGITS, RADIX], of each digit the weight of the tokens with at
+    most that value there, and int64 [DIGITS, 2], what this returned after each digit.
+    """
+    prefix, lacking = target * 0, target
+    if PLACES > 0:
+        if PLACES > 1:
+            prefix = tl.load(sums + DIGITS * RADIX + 2 * (PLACES - 2))
+            lacking = tl.load(sums + DIGITS * RADIX + 2 * (PLACES - 2) + 1)
+        upto = tl.load(sums + (PLACES - 1) * RADIX + tl.arange(0, RADIX))
+        short = upto < lacking
+        prefix = prefix * RADIX + tl.sum(short.to(tl.int32), 0)
+        lacking -= tl.max(tl.where(short, upto, 0), 0)
+    return prefix, lacking
+
+
+@triton.jit
+def _remember(sums, prefix, lacking, here, PLACES: tl.constexpr, DIGITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keep what `_prefix` returned, for the kernels that follow."""
+    if PLACES > 0:
+        place = sums + DIGITS * RADIX + 2 * (PLACES - 1)
+        tl.store(place, prefix, mask=here)
+        tl.store(place + 1, lacking, mask=here)
+
+
+@triton.jit
+def _edge(sums, peak, temperature, DIGITS: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Distance of the token at the edge, whose key is complete."""
+    key = tl.load(sums + DIGITS * RADIX + 2 * (DIGITS - 1))
     return distance(key_value(key, SHIFT), peak, temperature)
 
 
@@ -108,12 +127,14 @@ def digit_kernel(  # type: ignore[no-untyped-def]
     Counts for the k-th token's key, or with NUCLEUS masses for the key of top-p's edge; there TOP_K says that the
     row's first sums are those of top-k, which comes before.
     """
-    _wait(OVERLAP)
     block, row = tl.program_id(0), tl.program_id(1)
+    x, _ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
     slot = tl.load(slots + row)
     temperature = tl.load(reals + slot * real_width)
     top_p = tl.load(reals + slot * real_width + 1)
     top_k = tl.load(integers + slot * integer_width + 1)
+    key = rank_key(x, SHIFT)
+    _wait(OVERLAP)
     peak = packed_value(_best_of(peaks + row * blocks, blocks, BLOCKS))
     wanted = (temperature > 0) & (tl.abs(peak) < _INF)
     if NUCLEUS:
@@ -121,49 +142,35 @@ def digit_kernel(  # type: ignore[no-untyped-def]
     else:
         wanted = wanted & (top_k > 0)
     if wanted:
-        x, _, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
-        key = rank_key(x, SHIFT)
         own = sums + row * sums_size
         if NUCLEUS:
             far = distance(x, peak, temperature)
             weight = mass_of(far)
             if TOP_K:
-                kept = _INF + top_p * 0
                 if top_k > 0:
-                    kept = _edge(own, tl.minimum(top_k, vocab), peak, temperature, DIGITS, SHIFT)
-                weight = tl.where(far <= kept, weight, 0)
-                own += DIGITS * RADIX
+                    if PLACE == 0:
+                        last, rest = _prefix(own, tl.minimum(top_k, vocab), DIGITS, DIGITS)
+                        _remember(own, last, rest, block == 0, DIGITS, DIGITS)
+                        kept = distance(key_value(last, SHIFT), peak, temperature)
+                    else:
+                        kept = _edge(own, peak, temperature, DIGITS, SHIFT)
+                    weight = tl.where(far <= kept, weight, 0)
+                own += DIGITS * (RADIX + 2)
             target = top_k * 0
-            if PLACE > 0:
+            if PLACE == 1:
                 target = _nucleus_target(own, top_p)
         else:
             weight = tl.full([BLOCK], 1, tl.int64)
             target = tl.minimum(top_k, vocab)
-        prefix, _ = _walk(own, target, PLACE)
-        rest = key >> (4 * (DIGITS - 1 - PLACE))
-        weight = tl.where(inside & ((rest >> 4) == prefix), weight, 0)
-        digit = (rest & (RADIX - 1)).to(tl.int32)
+        prefix, lacking = _prefix(own, target, PLACE, DIGITS)
+        _remember(own, prefix, lacking, block == 0, PLACE, DIGITS)
+        high = key >> (4 * (DIGITS - 1 - PLACE))
+        weight = tl.where(inside & ((high >> 4) == prefix), weight, 0)
+        digit = (high & (RADIX - 1)).to(tl.int32)
         bins = tl.arange(0, RADIX)
-        part = tl.sum(tl.where(digit[:, None] == bins[None, :], weight[:, None], 0), 0)
+        part = tl.sum(tl.where(digit[:, None] <= bins[None, :], weight[:, None], 0), 0)
         # Integers: the order in which blocks add does not show.
         tl.atomic_add(own + PLACE * RADIX + bins, part, mask=part > 0, sem="relaxed")
-
-
-@triton.jit
-def _edges(  # type: ignore[no-untyped-def]
-    sums, top_k, top_p, vocab, peak, temperature,
-    DIGITS: tl.constexpr, SHIFT: tl.constexpr, TOP_K: tl.constexpr, NUCLEUS: tl.constexpr,
-):  # fmt: skip
-    """The largest distance that top-k and top-p keep; infinite where neither is set."""
-    edge = _INF + top_p * 0
-    if TOP_K:
-        if top_k > 0:
-            edge = _edge(sums, tl.minimum(top_k, vocab), peak, temperature, DIGITS, SHIFT)
-        sums += DIGITS * RADIX
-    if NUCLEUS:
-        if top_p < 1:
-            edge = _edge(sums, _nucleus_target(sums, top_p), peak, temperature, DIGITS, SHIFT)
-    return edge
 
 
 @triton.jit(
@@ -181,23 +188,36 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     `draws` int64 [B, 4, blocks]: the best packed candidates above the edge and at it, how many tokens are at it, and
     the mass above it.
     """
-    _wait(OVERLAP)
     block, row = tl.program_id(0), tl.program_id(1)
+    x, ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
     slot = tl.load(slots + row)
     temperature = tl.load(reals + slot * real_width)
+    top_p = tl.load(reals + slot * real_width + 1)
+    log_min_p = tl.load(reals + slot * real_width + 2)
+    top_k = tl.load(integers + slot * integer_width + 1)
+    noise = x
+    if temperature > 0:
+        key = stream_key(tl.load(integers + slot * integer_width), tl.load(positions + row))
+        noise = gumbel(key, ids)
+    _wait(OVERLAP)
     peak = packed_value(_best_of(peaks + row * blocks, blocks, BLOCKS))
     if (temperature > 0) & (tl.abs(peak) < _INF):
-        top_p = tl.load(reals + slot * real_width + 1)
-        log_min_p = tl.load(reals + slot * real_width + 2)
-        top_k = tl.load(integers + slot * integer_width + 1)
-        key = stream_key(tl.load(integers + slot * integer_width), tl.load(positions + row))
-        x, ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
         far = distance(x, peak, temperature)
         own = sums + row * sums_size
-        edge = _edges(own, top_k, top_p, vocab, peak, temperature, DIGITS, SHIFT, TOP_K, NUCLEUS)
+        edge = _INF + top_p * 0
+        if TOP_K:  # noqa: SIM102 - this one is decided when the kernel is compiled
+            if top_k > 0:
+                last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
+                edge = distance(key_value(last, SHIFT), peak, temperature)
+        if NUCLEUS:
+            if TOP_K:
+                own += DIGITS * (RADIX + 2)
+            if top_p < 1:
+                last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
+                _remember(own, last, lacking, block == 0, DIGITS, DIGITS)
+                edge = distance(key_value(last, SHIFT), peak, temperature)
         above, tied = inside & (far < edge), inside & (far == edge)
-        candidate = pack(gumbel(key, ids) - far, ids)
-        candidate = tl.where(-far >= log_min_p, candidate, NOTHING)
+        candidate = tl.where(-far >= log_min_p, pack(noise - far, ids), NOTHING)
         target = draws + row * 4 * blocks + block
         tl.store(target, tl.max(tl.where(above, candidate, NOTHING), 0))
         tl.store(target + blocks, tl.max(tl.where(tied, candidate, NOTHING), 0))
@@ -237,10 +257,13 @@ def pick_kernel(  # type: ignore[no-untyped-def]
     Of the tokens at top-p's edge, the first by id enter until p is reached. That cuts through one block at most,
     whose share is drawn again here.
     """
-    _wait(OVERLAP)
     row = tl.program_id(0)
     slot = tl.load(slots + row)
     temperature = tl.load(reals + slot * real_width)
+    top_p = tl.load(reals + slot * real_width + 1)
+    log_min_p = tl.load(reals + slot * real_width + 2)
+    key = stream_key(tl.load(integers + slot * integer_width), tl.load(positions + row))
+    _wait(OVERLAP)
     best = _best_of(peaks + row * blocks, blocks, BLOCKS)
     peak = packed_value(best)
     if temperature > 0:
@@ -248,14 +271,12 @@ def pick_kernel(  # type: ignore[no-untyped-def]
             own = draws + row * 4 * blocks
             best = _best_of(own, blocks, BLOCKS)
             at_edge = _best_of(own + blocks, blocks, BLOCKS)
-            if NUCLEUS:
-                top_p = tl.load(reals + slot * real_width + 1)
+            if NUCLEUS:  # noqa: SIM102 - this one is decided when the kernel is compiled
                 if top_p < 1:
-                    top_k = tl.load(integers + slot * integer_width + 1)
                     edges = sums + row * sums_size
-                    edge = _edges(edges, top_k, top_p, vocab, peak, temperature, DIGITS, SHIFT, TOP_K, NUCLEUS)
                     if TOP_K:
-                        edges += DIGITS * RADIX
+                        edges += DIGITS * (RADIX + 2)
+                    edge = _edge(edges, peak, temperature, DIGITS, SHIFT)
                     i = tl.arange(0, BLOCKS)
                     mass = tl.sum(tl.load(own + 3 * blocks + i, mask=i < blocks, other=0), 0)
                     each = mass_of(edge)  # above 0: a token of mass 0 comes after p was reached
@@ -271,8 +292,6 @@ def pick_kernel(  # type: ignore[no-untyped-def]
                         far = distance(x, peak, temperature)
                         entering = inside & (far == edge)
                         entering = entering & (tl.cumsum(entering.to(tl.int32), 0) <= left)
-                        log_min_p = tl.load(reals + slot * real_width + 2)
-                        key = stream_key(tl.load(integers + slot * integer_width), tl.load(positions + row))
                         candidate = pack(gumbel(key, ids) - far, ids)
                         candidate = tl.where(entering & (-far >= log_min_p), candidate, NOTHING)
                         at_edge = tl.maximum(at_edge, tl.max(candidate, 0))

@@ -13,7 +13,7 @@ The CPU implementations are the torch functions below, which sort; they define t
 Triton kernels that do not sort (`kernels.sampling`). There, a tempered logit has the same bits, and so has what greedy
 rows, top-k and min-p decide. Two things can differ in a last bit:
 
-- The noise: its logarithms are within 2 units in the last place of the reference's.
+- The noise: its logarithms are within a few units in the last place of the reference's.
 - Top-p's edge: the reference adds float32 probabilities in float64; the kernels add multiples of 2^-44 of the most
   likely token's probability, each within 2^-19 of its value or half a multiple, without rounding the sums. So the kept
   set can differ by the tokens at the edge if the reference's running sum is within 2^-18 of p there.

@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 def tables(requests: list[dict[str, float]]) -> tuple[Tensor, Tensor]:
-    """The parameter tables, as wide as the sampler's; a request has `temperature`, `top_k`, `top_p`, `min_p`, `seed`."""
+    """The parameter tables, as wide as the sampler's, from `temperature`, `top_k`, `top_p`, `min_p` and `seed`."""
     reals = torch.full((len(requests), 6), math.nan)  # nobody may read the columns of penalties
     integers = torch.full((len(requests), 3), -1)
     for slot, request in enumerate(requests):
