@@ -93,6 +93,19 @@ def read_ceiling() -> float:
     return best
 
 
+def time_parts(step: Any, model: Decoder, rows: int, ceiling: float) -> list[dict[str, Any]]:
+    """Each projection alone, over all layers: microseconds a layer, and the share of the ceiling."""
+    lines = []
+    for name in ("qkv", "out", "gate_up", "down", "head"):
+        count = 1 if name == "head" else len(model.layers)
+        features, inner, gated = step.shape(name)
+        read = features * inner * (2 if gated else 1) * model.dtype.itemsize
+        took = graph_seconds(lambda name=name: step.project_all(name, rows), calls=5) / count
+        lines.append({"part": name, "rows": rows, "us": took * 1e6, "percent_of_ceiling": read / took / ceiling * 100})
+        print(f"  {name:8} rows {rows:2} {took * 1e6:7.2f} us {read / took / ceiling * 100:5.1f} %", flush=True)
+    return lines
+
+
 def run_model(
     name: str, rows: Sequence[int], position: int, seconds: float, tiles: Mapping[str, Any] | None, ceiling: float
 ) -> dict[str, Any]:
@@ -116,6 +129,7 @@ def run_model(
 
         tune(step, rows=rows, seconds=seconds, report=keep)
         print(f"  tuned in {time.monotonic() - spent:.0f} s; tried {tried}", flush=True)
+    parts = time_parts(step, model, max(rows), ceiling)
     lines = []
     for count in rows:
         case = Case(model, count, position)
@@ -144,7 +158,7 @@ def run_model(
             flush=True,
         )
     return {"model": name, "dtype": str(model.dtype), "position": position, "floor_us": floor * 1e6,
-            "steps": lines, "tiles": {key: list(tile) for key, tile in step.tiles.items()}}  # fmt: skip
+            "steps": lines, "parts": parts, "tiles": {key: list(tile) for key, tile in step.tiles.items()}}  # fmt: skip
 
 
 def run_smoke() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,7 +40,6 @@ class Shape:
     eps: float = 1e-5
     gain: float = 1.0
     """Size of the embedding."""
-    options: dict[str, object] = field(default_factory=dict)
 
 
 def random_decoder(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Decoder:

@@ -62,7 +62,7 @@ class ChainStep:
         self._only_compiles = False
         self._pages: tuple[LayerPages, ...] = ()
         self.tiles = {
-            f"{name}.{rows}": default_tile(*self._shape(name), self.device.processors)
+            f"{name}.{rows}": default_tile(*self.shape(name), self.device.processors)
             for name in PROJECTIONS
             for rows in ((8,) if max_rows <= 8 else (8, 16))
         }
@@ -104,9 +104,8 @@ class ChainStep:
         for layer in pages:
             for part in layer:
                 if part.dim() != 4 or (part.shape[1], part.shape[3]) != (model.kv_heads, model.head_dim):
-                    raise ValueError(
-                        f"pages of shape {tuple(part.shape)}; give [pages, {model.kv_heads}, page_size, {model.head_dim}]"
-                    )
+                    expected = f"[pages, {model.kv_heads}, page_size, {model.head_dim}]"
+                    raise ValueError(f"pages of shape {tuple(part.shape)}; give {expected}")
                 if part.dtype != model.dtype or part.device != model.device:
                     raise ValueError(f"pages of {part.dtype} on {part.device}; give {model.dtype} on {model.device}")
                 heads_of(
@@ -122,13 +121,11 @@ class ChainStep:
         """Cut the named projections into these tiles from the next call on."""
         self.tiles.update((key, tile) for key, tile in tiles.items() if key in self.tiles)
 
-    def candidates(self, name: str, rows: int) -> list[Tile]:
-        """Tiles worth timing for a projection at so many rows, the likeliest first."""
-        device = self.device
-        block, itemsize = rows_block(rows), self.model.dtype.itemsize
-        return candidates(*self._shape(name), block, itemsize, device.processors, device.shared_memory)
+    def candidates(self, name: str) -> list[Tile]:
+        """Tiles worth timing for a projection, the default first."""
+        return candidates(*self.shape(name), self.model.dtype.itemsize, self.device.processors)
 
-    def _shape(self, name: str) -> tuple[int, int, bool]:
+    def shape(self, name: str) -> tuple[int, int, bool]:
         """Output features (of each half, if gated), inner dimension, and whether it is gated."""
         model = self.model
         attended = model.heads * model.head_dim
@@ -282,7 +279,7 @@ class ChainStep:
         eps: float, factor: float, constants: dict[str, Any],
     ) -> None:  # fmt: skip
         scratch = self._scratch
-        features, inner, _ = self._shape(name)
+        features, inner, _ = self.shape(name)
         tile = self.tiles[f"{name}.{rows_block(rows)}"]
         flags = ("NORM", "GATED", "GELU", "RESIDUAL", "SCALED", "SCALES_IN", "SCALES_OUT")
         launcher = self._launcher(

@@ -106,12 +106,13 @@ def project_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`source @ weight.T + bias` for BLOCK features a program, with what comes before and after it.
 
-    NORM: `source` is what a maker handed on; its norm's factor, from `squares_in`, multiplies the product. GATED: weight is [2 * FEATURES, INNER], gate first; out = activation(gate) * up.
+    NORM: `source` is what a maker handed on; its norm's factor, from `squares_in`, multiplies the product.
+    GATED: weight is [2 * FEATURES, INNER], gate first; out = activation(gate) * up.
     RESIDUAL: state += factor * product, in place; out = state * scale (SCALED) in its dtype, and the program's sum of
     squares goes to its line of `squares_out`. Otherwise out = factor * product, with STRIDE between rows.
 
-    SCALES_OUT, for float16, hands on `state * scale` divided by the root mean square of the state before, which is close
-    to the new one's and known to every program: large states would overflow, small ones lose digits. That root
+    SCALES_OUT, for float16, hands on `state * scale` divided by the root mean square of the state before, which is
+    close to the new one's and known to every program: large states would overflow, small ones lose digits. That root
     lies in `handed_out`, and SCALES_IN multiplies by the maker's.
     """
     tile = tl.program_id(0)
@@ -192,7 +193,8 @@ def project_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize_on_alignment=["tokens"])
 def begin_kernel(  # type: ignore[no-untyped-def]
     tokens, embedding, multiplier, state, handed, scale, squares_out, handed_out, counters,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, KV: tl.constexpr, BLOCK_KV: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, KV: tl.constexpr, BLOCK_KV: tl.constexpr,
+    SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: one row's embedding, times `multiplier`; handed on like a projection's state.
 

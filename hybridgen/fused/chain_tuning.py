@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import time
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 PROJECTIONS = ("qkv", "out", "gate_up", "down", "head")
 
 
-_COMPILED_AT_ONCE = max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+_COMPILED_AT_ONCE = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
 
 
 class Tile(NamedTuple):
@@ -63,51 +62,34 @@ def default_tile(features: int, inner: int, gated: bool, processors: int) -> Til
     return Tile(block, columns, splits=4, warps=4, stages=4, early=1, ahead=0)
 
 
-def candidates(
-    features: int, inner: int, gated: bool, rows: int, itemsize: int, processors: int, shared_memory: int
-) -> list[Tile]:
-    """Tiles worth timing, the likeliest first."""
-    found = []
+def candidates(features: int, inner: int, gated: bool, itemsize: int, processors: int) -> list[Tile]:
+    """Tiles of different kinds worth timing; the first is the default. `variants` are of one kind."""
+    default = default_tile(features, inner, gated, processors)
+    found = [default]
     for block in (16, 32, 64, 128):
         programs = triton.cdiv(features, block)
         if block > 16 and programs < processors * 3 // 4:
             break
-        for splits, warps in ((4, 4), (8, 8), (2, 4), (1, 4), (2, 2)):
-            if splits == 1 and block < 64:
-                continue  # warps of one part share its features, 16 each
-            for step in (256, 512, 1024, 2048):
-                columns = step // splits
-                tile_bytes = block * (2 if gated else 1) * step * itemsize
-                if columns < 32 or step > inner or not 8192 <= tile_bytes <= 65536:
+        for splits, warps in ((4, 4), (8, 8), (2, 2), (1, 4)):
+            # A part's warps share its features, 16 each.
+            if warps // splits * 16 > block:
+                continue
+            for tile_bytes in (8192, 16384, 32768, 65536):
+                columns = tile_bytes // (block * (2 if gated else 1) * itemsize * splits)
+                if columns < 32 or columns * splits > max(inner, 64) or tile_bytes > 8192 * warps:
                     continue
-                everything = triton.next_power_of_2(triton.cdiv(inner, step))
-                for stages, early, ahead in ((4, 1, 0), (3, 1, 0), (4, 1, 2), (4, 0, 4), (4, 0, everything)):
-                    tile = Tile(block, columns, splits, warps, stages, early, min(ahead, everything))
-                    registers = tile_bytes // (warps * 32 * 4)
-                    if tile.shared_bytes(rows, gated, itemsize) > shared_memory // 2 or (early and registers > 128):
-                        continue
-                    found.append(tile)
-    default = default_tile(features, inner, gated, processors)
+                tile = default._replace(features=block, columns=columns, splits=splits, warps=warps)
+                found.append(tile._replace(stages=3 if tile_bytes > 16384 else 4))
+    return list(dict.fromkeys(found))
 
-    def distance(tile: Tile) -> float:
-        """How far from the default; programs that fill the device and have much under way come first."""
-        waves = triton.cdiv(features, tile.features) / processors
-        return (
-            abs(tile.warps - 4) / 4
-            + (tile.stages != 4) / 2
-            + (1 - tile.early)
-            + (tile.ahead > 0) / 4
-            + max(0.0, 2 - waves) / 4
-            + abs(tile.features - default.features) / 64
-            + abs(tile.splits * tile.columns - default.splits * default.columns) / 512
-        )
 
-    # In turn from each kind, so that a short search sees all of them.
-    kinds: dict[tuple[int, int], list[Tile]] = {}
-    for tile in sorted((tile for tile in dict.fromkeys(found) if tile != default), key=distance):
-        kinds.setdefault((tile.features, tile.warps), []).append(tile)
-    turns = itertools.zip_longest(*kinds.values())
-    return [default, *(tile for turn in turns for tile in turn if tile is not None)]
+def variants(tile: Tile, inner: int) -> list[Tile]:
+    """The same cut with other depths and other ways to begin early."""
+    iterations = triton.next_power_of_2(triton.cdiv(inner, tile.columns * tile.splits))
+    starts = [(1, 0), (0, 0), *((early, ahead) for early in (0, 1) for ahead in (2, 4, 8, 16) if ahead <= iterations)]
+    depths = [tile._replace(stages=stages) for stages in (2, 3, 5, 6)]
+    begins = [tile._replace(early=early, ahead=ahead) for early, ahead in starts]
+    return [other for other in dict.fromkeys(depths + begins) if other != tile]
 
 
 def graph_seconds(call: Callable[[], None], repeats: int = 5, calls: int = 3) -> float:
@@ -169,11 +151,33 @@ def tune(
 def _tune_one(
     step: ChainStep, name: str, rows: int, deadline: float, report: Callable[[str, Tile, float], None] | None
 ) -> None:
+    """First the kind of tile, then its depth and beginning; at most two thirds of the time for the kind."""
     key = f"{name}.{rows_block(rows)}"
+    begin = time.monotonic()
+    best = _fastest(
+        step, name, rows, [step.tiles[key], *step.candidates(name)], begin + (deadline - begin) * 2 / 3, report
+    )
+    inner = step.shape(name)[1]
+    best = _fastest(step, name, rows, [best, *variants(best, inner)], deadline, report)
+    step.use({key: best})
+
+
+def _fastest(
+    step: ChainStep,
+    name: str,
+    rows: int,
+    tiles: Iterable[Tile],
+    deadline: float,
+    report: Callable[[str, Tile, float], None] | None,
+) -> Tile:
+    """The fastest tile of those that were tried before the deadline."""
+    key = f"{name}.{rows_block(rows)}"
+    shared, gated = step.device.shared_memory, step.shape(name)[2]
+    itemsize = step.model.dtype.itemsize
+    fitting = [t for t in dict.fromkeys(tiles) if t.shared_bytes(rows_block(rows), gated, itemsize) < shared * 9 // 10]
     best, shortest = step.tiles[key], float("inf")
-    tiles = list(dict.fromkeys([best, *step.candidates(name, rows)]))
-    for start in range(0, len(tiles), _COMPILED_AT_ONCE):
-        group = tiles[start : start + _COMPILED_AT_ONCE]
+    for start in range(0, len(fitting), _COMPILED_AT_ONCE):
+        group = fitting[start : start + _COMPILED_AT_ONCE]
         with ThreadPoolExecutor(_COMPILED_AT_ONCE) as pool:
             list(pool.map(lambda tile: step.compile(name, rows, tile), group))
         for tile in group:
@@ -188,7 +192,7 @@ def _tune_one(
                 best, shortest = tile, took
         if time.monotonic() > deadline:
             break
-    step.use({key: best})
+    return best
 
 
 def as_tiles(tiles: Mapping[str, Sequence[int]] | None) -> dict[str, Tile]:

@@ -1,0 +1,154 @@
+"""The chain of Triton kernels where there is no GPU: in the interpreter, and what the host decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import Shape, make_context, random_decoder
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from hybridgen.fused.chain import ChainStep
+from hybridgen.fused.chain_attention import _SCRATCH_BYTES, cut_contexts, least_tiles
+from hybridgen.fused.chain_tuning import PROJECTIONS, Tile, as_tiles, candidates, default_tile, variants
+from hybridgen.fused.structure import Unfit
+from hybridgen.kvcache import LayerPages
+
+
+@pytest.mark.parametrize("check", ["shapes", "float16", "merge", "strangers", "families"])
+def test_kernels_in_the_interpreter(check: str) -> None:
+    script = Path(__file__).with_name("chain_checks.py")
+    result = subprocess.run(
+        [sys.executable, str(script), check],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@given(
+    rows=st.integers(1, 16),
+    kv_heads=st.sampled_from([1, 2, 8, 32]),
+    group=st.sampled_from([1, 4, 8]),
+    head_dim=st.sampled_from([64, 128, 256]),
+    max_tiles=st.integers(1, 4100),
+    processors=st.sampled_from([4, 108, 132]),
+    data=st.data(),
+)
+def test_a_rows_chunks_fit_their_scratch(
+    rows: int, kv_heads: int, group: int, head_dim: int, max_tiles: int, processors: int, data: st.DataObject
+) -> None:
+    cut = cut_contexts(rows, kv_heads * group, kv_heads, head_dim, max_tiles, processors)
+    tiles = data.draw(st.integers(0, max_tiles))
+    # As the kernel's _chunks_of does.
+    per = max(min(-(-tiles // cut.splits), cut.chunk_tiles), least_tiles(head_dim))
+    per = max(1, -(-tiles // max(1, -(-tiles // per))))
+    chunks = max(1, -(-tiles // per))
+    assert chunks <= cut.row_chunks
+    assert (chunks - 1) * per < max(tiles, 1) <= chunks * per
+    scratch = rows * cut.row_chunks * kv_heads * group * head_dim * 4
+    assert scratch <= _SCRATCH_BYTES or cut.row_chunks <= cut.splits
+    assert cut.programs >= 1
+
+
+SHAPES = [  # features, inner, gated
+    (3072, 2048, False),
+    (2048, 8192, False),
+    (14336, 4096, True),
+    (4096, 14336, False),
+    (128256, 4096, False),
+    (32000, 4096, False),
+    (64, 24, True),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_candidates_can_be_used(shape: tuple[int, int, bool]) -> None:
+    features, inner, gated = shape
+    found = candidates(features, inner, gated, 2, 132)
+    assert found[0] == default_tile(features, inner, gated, 132)
+    for tile in found:
+        others = variants(tile, inner)
+        assert tile not in others
+        for each in (tile, *others):
+            as_tiles({"head.8": each})
+
+
+def test_tiles_are_checked_and_reloaded() -> None:
+    step = ChainStep(random_decoder(Shape()), tiles={"out.8": [32, 16, 2, 4, 3, 0, 2]})
+    assert step.tiles["out.8"] == Tile(32, 16, 2, 4, 3, 0, 2)
+    assert set(step.tiles) == {f"{name}.{rows}" for name in PROJECTIONS for rows in (8, 16)}
+    # What was tuned for more rows than this step takes is of no use to it, and no error.
+    again = ChainStep(random_decoder(Shape()), max_rows=8, tiles=step.tiles)
+    assert again.tiles == {key: tile for key, tile in step.tiles.items() if key.endswith(".8")}
+    for wrong in (
+        {"head": [16, 16, 1, 4, 3, 0, 0]},
+        {"head.4": [16, 16, 1, 4, 3, 0, 0]},
+        {"head.8": [16, 16, 1]},
+        {"head.8": [8, 16, 1, 4, 3, 0, 0]},
+        {"head.8": [16, 48, 1, 4, 3, 0, 0]},
+        {"head.8": [16, 16, 1, 4, 0, 0, 0]},
+        {"head.8": [16, 16, 1, 4, 3, 2, 0]},
+    ):
+        with pytest.raises(ValueError, match="head"):
+            ChainStep(random_decoder(Shape()), tiles=wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden": 68}, "hidden size 68"),
+        ({"intermediate": 98}, "intermediate size 98"),
+        ({"attention_scale": 0.0}, "attention scale"),
+        ({"activation": "relu"}, "activation"),
+        ({"head_dim": 264}, "head size 264"),
+    ],
+)
+def test_a_model_that_does_not_fit(change: dict[str, object], reason: str) -> None:
+    model = random_decoder(Shape(**change), torch.float16)  # type: ignore[arg-type]
+    with pytest.raises(Unfit, match=reason):
+        ChainStep(model)
+
+
+def test_a_weight_that_starts_anywhere() -> None:
+    model = random_decoder(Shape())
+    head = torch.empty(model.head.numel() + 1)[1:].view_as(model.head)
+    with pytest.raises(Unfit, match="16 bytes"):
+        ChainStep(dataclasses.replace(model, head=head))
+
+
+def test_wrong_calls() -> None:
+    model = random_decoder(Shape())
+    context = make_context(model, [3, 4])
+    for rows in (0, 17):
+        with pytest.raises(ValueError, match="max_rows"):
+            ChainStep(model, max_rows=rows)
+    step = ChainStep(model, max_rows=1)
+    with pytest.raises(ValueError, match="2 rows"):
+        step(*context.args, torch.empty(2, model.vocab))
+    step = ChainStep(model)
+    with pytest.raises(ValueError, match="attach"):
+        step(*context.args, torch.empty(2, model.vocab))
+    for pages in (
+        context.pages[:1],
+        tuple(LayerPages(p.keys[:, :1], p.values[:, :1]) for p in context.pages),
+        tuple(LayerPages(p.keys.half(), p.values.half()) for p in context.pages),
+        tuple(LayerPages(p.keys[:, :, :12], p.values[:, :, :12]) for p in context.pages),
+    ):
+        with pytest.raises(ValueError, match="page"):
+            step.attach(pages)
+    step.attach(context.pages)
+    for out in (torch.empty(1, model.vocab), torch.empty(2, model.vocab).half(), torch.empty(model.vocab, 2).T):
+        with pytest.raises(ValueError, match="out"):
+            step(*context.args, out)
