@@ -20,7 +20,6 @@ from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.statistics import Counters
 from hybridgen.execution.steps import ModelSteps, PrefillChunk, StepKey
-from hybridgen.fused.decode import fuse_decode
 from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
@@ -144,7 +143,12 @@ class ModelRunner:
         Returns:
             What serves which sizes, or why nothing does.
         """
-        fused = fuse_decode(self._bound, self._pages, self.steps.inputs(), max_context=max_context)
+        # Imported here: Triton and NVRTC are not there everywhere.
+        from hybridgen.fused.decode import fuse_decode
+
+        fused = fuse_decode(
+            self._bound, self._pages, self.steps.inputs(), max_context=max_context, max_rows=self._max_batch
+        )
         self.steps.fused = fused
         return fused.notes
 

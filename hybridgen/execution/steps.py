@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from torch import Tensor
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState
-from hybridgen.fused.decode import FusedDecode, StepInputs
+from hybridgen.fused.inputs import StepInputs
 from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan, SamplerState, sample
+
+if TYPE_CHECKING:
+    from hybridgen.fused.decode import FusedDecode
 
 _MAX_PREPARED = 256
 
@@ -223,7 +226,7 @@ class ModelSteps:
         lengths = state.lengths + 1
         self._set(Phase.DECODE, slots, state.lengths, lengths)
         if self.fused is not None and self.fused.serves(key.rows) and not torch.compiler.is_compiling():
-            logits = self.fused.logits(key.rows)
+            logits = self.fused.run(key.rows, state.last_tokens, state.lengths)
         else:
             logits = self._bound.forward(state.last_tokens, self.metadata, None)
         if key.plan is None:
