@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from hybridgen.errors import DeviceError
 from hybridgen.fused import reference
 from hybridgen.fused.chain import MAX_ROWS, ChainStep
 from hybridgen.fused.inputs import StepInputs
+from hybridgen.fused.persistent.shape import Tuning
 from hybridgen.fused.persistent.step import PersistentStep
 from hybridgen.fused.structure import Decoder, Unfit, describe
 from hybridgen.kvcache import LayerPages
@@ -85,6 +86,8 @@ def fuse_decode(
     *,
     max_context: int,
     max_rows: int,
+    tuning: Tuning | None = None,
+    tiles: Mapping[str, Sequence[int]] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
     """Build what serves this model on its device; whatever does not leaves its reason in `notes`.
@@ -93,6 +96,7 @@ def fuse_decode(
 
     Args:
         max_rows: rows of a step at most.
+        tuning, tiles: of the persistent step and of the chain, as `fused.tuning` chose them; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
     fused = FusedDecode(inputs)
@@ -105,7 +109,13 @@ def fuse_decode(
         return fused
     try:
         persistent = PersistentStep(
-            model, pages, rows=inputs.rows, state=inputs.state, block_table=inputs.block_table, kept=kept
+            model,
+            pages,
+            rows=inputs.rows,
+            state=inputs.state,
+            block_table=inputs.block_table,
+            tuning=tuning,
+            kept=kept,
         )
         fused.persistent = persistent
         _try(fused, 1, pages)
@@ -118,7 +128,7 @@ def fuse_decode(
         return fused
     least = 1 if fused.persistent is None else 2
     try:
-        fused.chain = ChainStep(model, max_rows=few)
+        fused.chain = ChainStep(model, max_rows=few, tiles=tiles)
         fused.chain.attach(pages)
         with torch.inference_mode(False):
             fused.logits = torch.zeros(few, model.vocab, dtype=model.dtype, device=model.device)

@@ -1,0 +1,114 @@
+"""Choose by measurement what only speed depends on: the persistent kernel's ring and cuts, the chain's tiles.
+
+Candidates are timed inside CUDA graphs, because launches one by one are bound by the host and mislead, and over the
+model's own weights, because a copy would be in the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from hybridgen.errors import DeviceError
+from hybridgen.fused import chain_tuning
+from hybridgen.fused.decode import FusedDecode
+from hybridgen.fused.persistent.shape import Tuning, as_document
+from hybridgen.fused.persistent.step import PersistentStep
+from hybridgen.fused.structure import Unfit
+
+logger = logging.getLogger(__name__)
+
+POSITION = 512
+"""Cached positions of the row that is timed, where the context allows."""
+
+_WORTH = 0.995
+"""A candidate must take less than this share of the best one's time, or it is noise."""
+
+
+def tune(fused: FusedDecode, seconds: float, build: Callable[[Tuning], PersistentStep]) -> dict[str, Any]:
+    """Tune what a model's fused decode has, and make it use the result.
+
+    Overwrites the padding slot's state and page; nothing else may run meanwhile.
+
+    Args:
+        seconds: time for all of it, a few seconds more at most; two thirds for the persistent kernel, if there is one
+            and a chain.
+        build: makes the persistent step with another tuning.
+
+    Returns:
+        What `fuse_decode(tuned=...)` takes; plain values, for JSON.
+    """
+    chosen: dict[str, Any] = {}
+    share = 1.0 if fused.chain is None else 2 / 3
+    if fused.persistent is not None:
+        deadline = time.monotonic() + seconds * share
+        fused.persistent = _tune_persistent(fused, build, deadline)
+        chosen["persistent"] = as_document(fused.persistent.tuning)
+        seconds -= seconds * share
+    if fused.chain is not None:
+        most = fused.chain.max_rows
+        rows = sorted({min(8, most), most})
+        chosen["chain"] = chain_tuning.tune(fused.chain, rows=rows, seconds=seconds)
+    return chosen
+
+
+def _tune_persistent(fused: FusedDecode, build: Callable[[Tuning], PersistentStep], deadline: float) -> PersistentStep:
+    """Better one field at a time, from the tuning that it has."""
+    best = fused.persistent
+    model, inputs = fused.model, fused.inputs
+    if best is None or model is None:
+        raise RuntimeError("there is no persistent step to tune")
+    padding = inputs.padding_slot
+    inputs.rows[:1] = padding
+    inputs.state[:, padding] = 0
+    inputs.state[1, padding] = min(POSITION, model.max_context - 1)
+    try:
+        shortest = chain_tuning.graph_seconds(best)
+        for candidate in _candidates(lambda: best.tuning):
+            if time.monotonic() > deadline:
+                break
+            try:
+                step = build(candidate)
+                took = chain_tuning.graph_seconds(step)
+            except (Unfit, DeviceError) as error:
+                logger.debug("%s: %s", candidate, error)
+                continue
+            logger.debug("%s: %.1f us", candidate, took * 1e6)
+            if took < shortest * _WORTH:
+                best, shortest = step, took
+    finally:
+        torch.cuda.synchronize(model.device)
+        inputs.state[:, padding] = 0
+    return best
+
+
+def _candidates(current: Callable[[], Tuning]) -> Iterator[Tuning]:
+    """Neighbours of the best tuning so far."""
+    tried = {current()}
+    for field, values in (
+        ("stage", (16384, 32768, 65536)),
+        ("in_flight", (2, 3, 1, 4)),
+        ("short_splits", (4, 3, 2, 8)),
+        ("short_least", (128, 64, 256)),
+    ):
+        for value in values:
+            tuning = dataclasses.replace(current(), **{field: value})
+            if tuning not in tried:
+                tried.add(tuning)
+                yield tuning
+
+
+def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:
+    """The persistent step's tuning and the chain's tiles of what `tune` returned; None where it has none, or other
+    fields than this version."""
+    document = document or {}
+    try:
+        tuning = Tuning(**document["persistent"]) if "persistent" in document else None
+    except TypeError:
+        tuning = None
+    return tuning, document.get("chain")

@@ -1,0 +1,130 @@
+"""Which models the persistent kernel takes, and that it compiles for them; nothing here runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from decoders import Shape, random_decoder
+
+from hybridgen.fused.persistent import program
+from hybridgen.fused.persistent.shape import Tuning, as_document, check, default_tuning, shape_of
+from hybridgen.fused.structure import Decoder, Norm, Unfit
+
+SHAPE = Shape(hidden=256, heads=8, kv_heads=2, head_dim=64, intermediate=512, max_context=8)
+H200 = {"page_size": 64, "blocks": 132, "shared_memory": 227 * 1024}
+
+
+def decoder(**changes: Any) -> Decoder:
+    return random_decoder(dataclasses.replace(SHAPE, **changes), torch.bfloat16)
+
+
+def with_layer(model: Decoder, **changes: Any) -> Decoder:
+    first = dataclasses.replace(model.layers[0], **changes)
+    return dataclasses.replace(model, layers=(first, *model.layers[1:]))
+
+
+def test_a_llama_is_served() -> None:
+    check(decoder(), 64, (9, 0))
+    check(decoder(head_norm="head", biases=("qkv",), windows=(0, 8), rotates=(True, False)), 16, (10, 0))
+
+
+@pytest.mark.parametrize(
+    ("model", "page_size", "capability", "reason"),
+    [
+        (decoder(), 64, (8, 0), "compute capability 8.0"),
+        (dataclasses.replace(decoder(), dtype=torch.float32), 64, (9, 0), "float32"),
+        (decoder(head_dim=48), 64, (9, 0), "48 dimensions"),
+        (decoder(post_norms=True), 64, (9, 0), "what they add"),
+        (decoder(head_norm="all"), 64, (9, 0), "spans all heads"),
+        (with_layer(decoder(head_norm="head"), key_norm=None), 64, (9, 0), "only one of queries and keys"),
+        (with_layer(decoder(), attention_scale=0.5), 64, (9, 0), "multipliers"),
+        (with_layer(decoder(), before_mlp=Norm(torch.ones(256), 0.1)), 64, (9, 0), "epsilon"),
+        (decoder(hidden=252), 64, (9, 0), "hidden size 252"),
+        (decoder(intermediate=516), 64, (9, 0), "intermediate size 516"),
+        (decoder(), 48, (9, 0), "page_size=48"),
+    ],
+)
+def test_what_is_not_served_has_a_reason(
+    model: Decoder, page_size: int, capability: tuple[int, int], reason: str
+) -> None:
+    with pytest.raises(Unfit, match=reason):
+        check(model, page_size, capability)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "reason"),
+    [
+        ({}, {"blocks": 4}, "8 query heads"),
+        ({}, {"shared_memory": 48 * 1024}, "stages"),
+        ({"intermediate": 65536}, {}, "stages"),
+    ],
+)
+def test_a_device_may_be_too_small(changes: dict[str, Any], device: dict[str, int], reason: str) -> None:
+    with pytest.raises(Unfit, match=reason):
+        shape_of(dataclasses.replace(decoder(), **changes), Tuning(), **{**H200, **device})
+
+
+def test_stages_hold_a_row_and_fit_the_shared_memory() -> None:
+    for changes in ({}, {"intermediate": 11008}, {"intermediate": 18944}):
+        shape = shape_of(decoder(**changes), Tuning(stage=16384), **H200)
+        assert shape.shared_bytes == shape.defines["STAGES"] * shape.defines["STAGE"] + shape.defines["SHARED"]
+        assert shape.shared_bytes <= H200["shared_memory"]
+        assert shape.defines["STAGE"] >= 2 * changes.get("intermediate", 512)
+
+
+def test_the_long_way_needs_heads_that_share_keys() -> None:
+    assert shape_of(decoder(), Tuning(), **H200).has_long
+    assert not shape_of(decoder(kv_heads=8), Tuning(), **H200).has_long
+    assert not shape_of(decoder(head_dim=32), Tuning(), **H200).has_long
+
+
+def test_a_tuning_is_a_document() -> None:
+    tuning = default_tuning(decoder(), 132)
+    assert Tuning(**as_document(tuning)) == tuning
+
+
+def _has_compiler() -> bool:
+    try:
+        program._bindings()
+    except Unfit:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_norm": "head", "biases": ("qkv", "out", "gate_up", "down"), "head_dim": 128, "kv_heads": 4},
+        {"hidden": 264, "intermediate": 1032, "head_dim": 256, "activation": "gelu_tanh", "kv_heads": 8},
+        {"hidden": 896, "heads": 14, "intermediate": 4864, "head_dim": 32},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    model = dataclasses.replace(decoder(**changes), dtype=dtype)
+    shape = shape_of(model, default_tuning(model, 132), **H200)
+    assert program.compile_cubin(shape.defines, "sm_90a").startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+def test_a_shape_that_the_kernel_refuses_has_the_compilers_words() -> None:
+    shape = shape_of(decoder(), Tuning(), **H200)
+    with pytest.raises(Unfit, match="does not compile"):
+        program.compile_cubin({**shape.defines, "SHARED": 16}, "sm_90a")
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+def test_a_key_names_constants_and_architecture() -> None:
+    shape = shape_of(decoder(), Tuning(), **H200)
+    keys = {
+        program.key(shape.defines, "sm_90a"),
+        program.key(shape.defines, "sm_100a"),
+        program.key({**shape.defines, "LAYERS": 3}, "sm_90a"),
+    }
+    assert len(keys) == 3
+    assert program.key(dict(reversed(shape.defines.items())), "sm_90a") in keys

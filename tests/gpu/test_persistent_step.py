@@ -1,0 +1,239 @@
+"""The persistent kernel on a GPU, against the float32 reference; its watchdog; and an engine that decodes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import families
+import pytest
+import torch
+from decoders import Shape, make_context, random_decoder
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hybridgen
+from hybridgen.fused import reference
+from hybridgen.fused.structure import Decoder, Unfit
+from hybridgen.kvcache import LayerPages
+
+pytestmark = pytest.mark.gpu
+
+if torch.cuda.is_available():
+    from hybridgen.fused.persistent.shape import Tuning
+    from hybridgen.fused.persistent.step import PersistentStep
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Of the logits; the prototype of the chain has 1.5e-2, and so has Hugging Face's own bfloat16 forward."""
+POSITIONS = (0, 1, 63, 64, 65, 127, 500, 1000)
+
+
+class Run:
+    """A kernel with a cache of one row, whose unwritten places are NaN."""
+
+    def __init__(self, model: Decoder, position: int, page_size: int, **options: Any) -> None:
+        self.model = model
+        context = make_context(model, [position], page_size, seed=position)
+        self.pages = context.pages
+        self.table = context.block_table
+        self.slot = int(context.slots[0])
+        self.rows = torch.full((1,), self.slot, dtype=torch.int64, device="cuda")
+        self.state = torch.zeros(3, len(self.table), dtype=torch.int64, device="cuda")
+        self.state[:2, self.slot] = torch.stack((context.tokens[0], context.positions[0]))
+        self.step = PersistentStep(
+            model, self.pages, rows=self.rows, state=self.state, block_table=self.table, **options
+        )
+
+    def expected(self) -> tuple[Tensor, tuple[LayerPages, ...]]:
+        pages = tuple(LayerPages(layer.keys.clone(), layer.values.clone()) for layer in self.pages)
+        row = slice(self.slot, self.slot + 1)
+        return reference.step(self.model, pages, self.state[0, row], self.state[1, row], self.table[row]), pages
+
+    def check(self) -> None:
+        logits, pages = self.expected()
+        self.step.logits.fill_(torch.nan)
+        # Stale words, as the step before would have left them, but without numbers.
+        self.step.words.bitwise_and_(255).bitwise_or_(0x7FC00000)
+        self.step()
+        torch.cuda.synchronize()
+        assert not self.step.faulted
+        error = (self.step.logits.float() - logits).norm() / logits.norm()
+        assert float(error) < TOLERANCE[self.model.dtype]
+        for ours, theirs in zip(self.pages, pages, strict=True):
+            for actual, wanted in zip(ours, theirs, strict=True):
+                assert torch.equal(actual.isnan(), wanted.isnan())  # one row was written, and no other
+                # Keys of later layers carry the rounding of the layers before.
+                written = ~wanted.isnan()
+                close = (actual.float() - wanted.float())[written].norm() <= 2e-2 * wanted.float()[written].norm()
+                assert bool(close)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Shape, torch.dtype, int, Any]:
+    head_dim = draw(st.sampled_from((32, 64, 64, 128, 128, 256)))
+    kv_heads = draw(st.integers(1, 4))
+    group = draw(st.integers(1, 8))
+    biases = st.lists(st.sampled_from(("qkv", "out", "gate_up", "down")), unique=True)
+    shape = Shape(
+        hidden=draw(st.sampled_from((256, 264, 512, 896, 1024, 2048))),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=draw(st.sampled_from((256, 1032, 2048, 4864))),
+        vocab=draw(st.sampled_from((131, 1000, 4096))),
+        layers=draw(st.integers(1, 4)),
+        activation=draw(st.sampled_from(("silu", "gelu_tanh"))),
+        biases=tuple(draw(biases)),
+        head_norm=draw(st.sampled_from(("", "head"))),
+        windows=tuple(draw(st.lists(st.sampled_from((0, 1, 8, 100, 300)), min_size=1, max_size=2))),
+        rotates=tuple(draw(st.lists(st.booleans(), min_size=1, max_size=2))),
+        embedding_scale=draw(st.sampled_from((1.0, 12.0))),
+        residual=draw(st.sampled_from((1.0, 0.25))),
+        logits_scale=draw(st.sampled_from((1.0, 0.125))),
+        attention_scale=draw(st.sampled_from((head_dim**-0.5, 0.2))),
+        max_context=2048,
+    )
+    tuning = Tuning(
+        stage=draw(st.sampled_from((16384, 32768))),
+        in_flight=draw(st.integers(1, 4)),
+        short_splits=draw(st.integers(1, 8)),
+        short_least=draw(st.sampled_from((64, 128, 256))),
+        long_splits=draw(st.integers(1, 32)),
+        long_least=draw(st.sampled_from((64, 256))),
+        long_from=draw(st.sampled_from((1, 128, 512, 4096))),
+    )
+    return (
+        shape,
+        draw(st.sampled_from((torch.bfloat16, torch.float16))),
+        draw(st.sampled_from((8, 16, 64, 256))),
+        tuning,
+    )
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_random_shapes(case: tuple[Shape, torch.dtype, int, Any]) -> None:
+    shape, dtype, page_size, tuning = case
+    model = random_decoder(shape, dtype, "cuda")
+    for position in POSITIONS:
+        Run(model, position, page_size, tuning=tuning, kept=_kept).check()
+
+
+_compiled: dict[str, bytes] = {}
+
+
+def _kept(key: str, make: Any) -> bytes:
+    if key not in _compiled:
+        _compiled[key] = make()
+    return _compiled[key]
+
+
+@pytest.mark.parametrize("position", [32767, 100_000, 131_071])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_contexts(head_dim: int, position: int) -> None:
+    shape = Shape(hidden=2048, heads=32, kv_heads=8, head_dim=head_dim, intermediate=8192, max_context=131_072)
+    shape.attention_scale = head_dim**-0.5
+    Run(random_decoder(shape, torch.bfloat16, "cuda"), position, 64, kept=_kept).check()
+
+
+def test_many_layers_let_sequence_numbers_wrap() -> None:
+    shape = Shape(hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=512, layers=150, residual=0.1)
+    run = Run(random_decoder(shape, torch.bfloat16, "cuda"), 100, 64)
+    for _ in range(5):
+        run.check()
+
+
+def test_replays_repeat_bit_for_bit() -> None:
+    shape = Shape(hidden=2048, heads=32, kv_heads=8, head_dim=64, intermediate=8192, vocab=4096)
+    run = Run(random_decoder(shape, torch.bfloat16, "cuda"), 700, 64)
+    run.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.step()
+    first = run.step.logits.clone()
+    for _ in range(300):
+        graph.replay()
+        assert torch.equal(run.step.logits, first)
+
+
+def test_the_watchdog_ends_a_step_that_waits_in_vain() -> None:
+    shape = Shape(hidden=512, heads=8, kv_heads=2, head_dim=64, intermediate=1024)
+    run = Run(random_decoder(shape, torch.bfloat16, "cuda"), 100, 64, patience=2000)
+    run.step()
+    torch.cuda.synchronize()
+    good = run.step.logits.clone()
+    run.step.counters[3 * 32] = -100_000  # arrivals that never come
+    run.step()
+    torch.cuda.synchronize()
+    assert run.step.faulted
+    assert run.step.logits.isnan().any()
+    run.step()  # what was launched behind it ends too
+    torch.cuda.synchronize()
+    run.step.repair()
+    run.step()
+    torch.cuda.synchronize()
+    assert not run.step.faulted
+    assert torch.equal(run.step.logits, good)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"head_dim": 48}, "48 dimensions"),
+        ({"hidden": 300}, "multiple of 8"),
+        ({"heads": 200}, "multiprocessors"),
+    ],
+)
+def test_what_it_does_not_serve_is_said(change: dict[str, Any], reason: str) -> None:
+    shape = Shape(hidden=512, heads=8, kv_heads=2, head_dim=64, intermediate=1024)
+    model = dataclasses.replace(random_decoder(shape, torch.bfloat16, "cuda"), **change)
+    context = make_context(random_decoder(shape, torch.bfloat16, "cuda"), [3])
+    with pytest.raises(Unfit, match=reason):
+        PersistentStep(model, context.pages, rows=context.slots, state=context.tokens, block_table=context.block_table)
+
+
+LAYERS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
+OPTIONS = {"mode": "hybrid", "dtype": "bfloat16", "max_batch": 4, "max_context": 512, "kv_memory": "64MiB"}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"])
+def test_engines_decode_with_it(name: str) -> None:
+    """Tokens need not be the generic path's in bfloat16, but log-probabilities of the same tokens are near."""
+    # Phi-3 reads its head size off the heads.
+    model = families.build(name, **LAYERS).to("cuda", torch.bfloat16)
+    prompts = families.prompts_of((7, 120, 33))
+    outs = {}
+    for fused in (True, False):
+        with hybridgen.Engine.load(model, **OPTIONS, fused_decode=fused) as engine:
+            outs[fused] = [engine.generate(p, max_new_tokens=24, ignore_eos=True, logprobs=0) for p in prompts]
+            outs[fused] += engine.generate(prompts, max_new_tokens=24, ignore_eos=True, logprobs=0)
+            stats = engine.stats()
+            assert not stats.fallbacks
+            if fused:
+                assert stats.fused["decode of 1 row"] == "one persistent kernel"
+                assert "chain" in stats.fused["decode of 2 to 4 rows"]
+                assert stats.decode.ceiling is not None
+                assert 0 < outs[True][0].timing.mbu < 1.05
+    for ours, theirs in zip(outs[True], outs[False], strict=True):
+        pairs = zip(ours.logprobs, theirs.logprobs, strict=True)
+        near = [abs(a.logprob - b.logprob) < 0.15 for a, b in pairs if a.token_id == b.token_id]
+        assert sum(near) >= 2, "the first tokens at least agree"
+        assert all(near[:2])
+
+
+def test_an_engine_mends_a_step_that_was_given_up() -> None:
+    model = families.build("llama", **LAYERS).to("cuda", torch.bfloat16)
+    prompt = families.prompts_of((20,))[0]
+    with hybridgen.Engine.load(model, **OPTIONS) as engine:
+        good = engine.generate(prompt, max_new_tokens=12, ignore_eos=True)
+        step = engine._runner.steps.fused.persistent
+        step._host_fault[0] = 1  # as if a block had given up: nobody waits any more
+        step.words.fill_(0x7FC00000)
+        with pytest.raises(hybridgen.RequestError), pytest.warns(RuntimeWarning, match="given up"):
+            engine.generate(prompt, max_new_tokens=12, ignore_eos=True)
+        assert not step.faulted
+        assert engine.generate(prompt, max_new_tokens=12, ignore_eos=True).token_ids == good.token_ids
+        assert any("given up" in reason for reason in engine.stats().fallbacks)
