@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,39 +69,50 @@ def _tune_persistent(fused: FusedDecode, build: Callable[[Tuning], PersistentSte
     inputs.state[:, padding] = 0
     inputs.state[1, padding] = min(POSITION, model.max_context - 1)
     try:
-        shortest = chain_tuning.graph_seconds(best)
-        for candidate in _candidates(lambda: best.tuning):
+        candidates = _Candidates(best.tuning)
+        shortest = chain_tuning.graph_seconds(partial(_launch, best))
+        for candidate in candidates:
             if time.monotonic() > deadline:
                 break
             try:
                 step = build(candidate)
-                took = chain_tuning.graph_seconds(step)
+                took = chain_tuning.graph_seconds(partial(_launch, step))
             except (Unfit, DeviceError) as error:
                 logger.debug("%s: %s", candidate, error)
                 continue
             logger.debug("%s: %.1f us", candidate, took * 1e6)
             if took < shortest * _WORTH:
                 best, shortest = step, took
+                candidates.best = candidate
     finally:
         torch.cuda.synchronize(model.device)
         inputs.state[:, padding] = 0
     return best
 
 
-def _candidates(current: Callable[[], Tuning]) -> Iterator[Tuning]:
-    """Neighbours of the best tuning so far."""
-    tried = {current()}
-    for field, values in (
-        ("stage", (16384, 32768, 65536)),
-        ("in_flight", (2, 3, 1, 4)),
-        ("short_splits", (4, 3, 2, 8)),
-        ("short_least", (128, 64, 256)),
-    ):
-        for value in values:
-            tuning = dataclasses.replace(current(), **{field: value})
-            if tuning not in tried:
-                tried.add(tuning)
-                yield tuning
+def _launch(step: PersistentStep) -> None:
+    step()
+
+
+class _Candidates:
+    """Neighbours of the best tuning so far, which whoever iterates sets."""
+
+    def __init__(self, best: Tuning) -> None:
+        self.best = best
+
+    def __iter__(self) -> Iterator[Tuning]:
+        tried = {self.best}
+        for field, values in (
+            ("stage", (16384, 32768, 65536)),
+            ("in_flight", (2, 3, 1, 4)),
+            ("short_splits", (4, 3, 2, 8)),
+            ("short_least", (128, 64, 256)),
+        ):
+            for value in values:
+                tuning = dataclasses.replace(self.best, **{field: value})
+                if tuning not in tried:
+                    tried.add(tuning)
+                    yield tuning
 
 
 def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:
