@@ -113,6 +113,9 @@ class EngineConfig:
     fused_decode: bool = True
     """In mode `hybrid` on CUDA: decode small batches of Llama-like models with fused kernels (`docs/fused-decode.md`)
     in place of the model's compiled layers."""
+    tune_seconds: float = 0.0
+    """Seconds that the fused kernels' tuner may take at warm-up, where its choices for this model and device are not
+    kept from an earlier start."""
     compile_backend: str = "inductor"
     """The backend of `torch.compile` in modes `jit` and `hybrid`."""
     graphs: GraphOwner | str = GraphOwner.MANUAL
@@ -201,6 +204,9 @@ class EngineConfig:
                 "leave it out"
             )
         self._check_int("capture_after", low=1)
+        tune = self.tune_seconds
+        if isinstance(tune, bool) or not isinstance(tune, (int, float)) or not 0 <= tune < math.inf:
+            raise ConfigError(f"tune_seconds={shown(tune)}; give a number of at least 0")
         self._check_int("max_graphs", low=1)
         ratio = self.max_padding_ratio
         if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 0):

@@ -1,0 +1,156 @@
+"""How near is decode to the limit that reading memory sets, in whole calls of `generate()`?
+
+A decode step is (time of a call for N new tokens after a prompt of 512, less the same call for one) / (N - 1): wall
+time of whole calls, synchronised, medians. Its floor is the bytes of the weights over the read ceiling of the device,
+measured in the same run (`hybridgen.kernels.ceiling`); the share also counts keys and values. For the first batch size
+also: the same sampled (temperature 0.8, top-p 0.95), streamed, and without fused kernels; and, with `--peers`, Hugging
+Face `generate` with its dynamic and its static cache.
+
+    python benchmarks/memory_limit.py --models llama-3.2-1b llama-3.1-8b [--peers] [--output results.json]
+    python benchmarks/memory_limit.py --smoke          # a tiny model, anywhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import how_it_ran, random_model, random_prompts, release, report, seconds, shape_dtype, this_device
+from transformers import PreTrainedModel
+
+import hybridgen
+from hybridgen.kernels.ceiling import read_ceiling
+
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
+
+
+def step_us(call: Callable[[int], Any], new: int, device: str, repeats: int) -> tuple[float, float]:
+    """Microseconds of a decode step, and milliseconds of a call for one token."""
+    one = seconds(lambda: call(1), device, repeats)
+    return (seconds(lambda: call(new), device, repeats) - one) / (new - 1) * 1e6, one * 1e3
+
+
+def engine_rows(
+    model: PreTrainedModel, name: str, arguments: argparse.Namespace, device: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of all batches, greedy; of the first batch also sampled, streamed, and not fused."""
+    rows: list[dict[str, Any]] = []
+    batches, prompt, new = arguments.batches, arguments.prompt, arguments.new
+    options = {
+        "mode": "hybrid", "max_batch": batches[-1], "max_context": prompt + new, "decode_buckets": batches,
+        "prefill_buckets": [prompt], "token_budget": batches[-1] * prompt, "compile_backend": arguments.backend,
+    }  # fmt: skip
+
+    def add(what: str, batch: int, engine: hybridgen.Engine, call: Callable[[int], Any]) -> None:
+        step, first = step_us(call, new, device, arguments.repeats)
+        traffic = engine._meter.traffic
+        rate = traffic.bandwidth(batch, prompt + new / 2, step / 1e6)
+        row = {"model": name, "what": what, "batch": batch, "step_us": step, "first_token_ms": first}
+        row |= {"floor_us": traffic.weights / traffic.ceiling * 1e6 if traffic.ceiling else None}
+        row |= {"gb_per_s": rate / 1e9, "mbu": traffic.mbu(rate) if traffic.ceiling else None}
+        rows.append(row)
+        share = "" if row["mbu"] is None else f"{row['mbu']:.1%}"
+        print(f"{name:<14} {what:<22} {batch:5} {step:10.1f} {first:8.2f} {share:>7}", flush=True)
+
+    with hybridgen.Engine.load(model, **options) as engine:
+        for batch in batches:
+            prompts = random_prompts(batch, prompt, model.config.vocab_size, batch)
+
+            def greedy(count: int, prompts: list[list[int]] = prompts) -> Any:
+                return engine.generate(prompts, max_new_tokens=count, ignore_eos=True, temperature=0)
+
+            add("hybrid", batch, engine, greedy)
+        first = random_prompts(batches[0], prompt, model.config.vocab_size, batches[0])
+
+        def sampled(count: int) -> Any:
+            return engine.generate(first, max_new_tokens=count, ignore_eos=True, **SAMPLED)
+
+        def streamed(count: int) -> None:
+            for _ in engine.stream(first, max_new_tokens=count, ignore_eos=True, temperature=0):
+                pass
+
+        if not arguments.only_decode:
+            for _ in range(3):  # graphs of the sampler come at the end of a call
+                sampled(8)
+            add("hybrid, sampled", batches[0], engine, sampled)
+            add("hybrid, streamed", batches[0], engine, streamed)
+        ran = how_it_ran(engine) | {"fused": dict(engine.stats().fused)}
+    release()
+    if not arguments.only_decode:
+        with hybridgen.Engine.load(model, **options, fused_decode=False) as engine:
+            for batch in batches:
+                prompts = random_prompts(batch, prompt, model.config.vocab_size, batch)
+
+                def generic(count: int, prompts: list[list[int]] = prompts) -> Any:
+                    return engine.generate(prompts, max_new_tokens=count, ignore_eos=True, temperature=0)
+
+                add("hybrid, not fused", batch, engine, generic)
+        release()
+    return rows, ran
+
+
+def peer_rows(model: PreTrainedModel, name: str, arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """Hugging Face `generate` at the first batch size."""
+    rows = []
+    batch, prompt, new = arguments.batches[0], arguments.prompt, arguments.new
+    ids = torch.tensor(random_prompts(batch, prompt, model.config.vocab_size, batch), device=device)
+    for cache in ("dynamic", "static"):
+        options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+        if cache == "static":
+            options["cache_implementation"] = "static"
+
+        def generate(count: int, options: dict[str, Any] = options) -> Any:
+            return model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step, first = step_us(generate, new, device, 2)
+        rows.append(
+            {"model": name, "what": f"huggingface, {cache}", "batch": batch, "step_us": step, "first_token_ms": first}
+        )
+        print(f"{name:<14} {'huggingface, ' + cache:<22} {batch:5} {step:10.1f} {first:8.2f}", flush=True)
+        release()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b", "llama-2-7b"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only-decode", action="store_true", help="greedy alone")
+    parser.add_argument("--peers", action="store_true", help="Hugging Face generate too")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
+    arguments = parser.parse_args()
+    arguments.batches.sort()
+    arguments.backend = "inductor"
+    device = this_device()
+    if arguments.smoke:
+        arguments.models, arguments.batches, arguments.backend = ["tiny"], [1, 2], "eager"
+        arguments.prompt, arguments.new, arguments.repeats = 16, 8, 1
+    ceiling = read_ceiling(torch.device(device))
+    print(f"read ceiling: {'unknown' if ceiling is None else f'{ceiling / 1e9:,.0f} GB/s'}")
+    print(f"{'model':<14} {'':<22} {'batch':>5} {'us / step':>10} {'first ms':>8} {'MBU':>7}", flush=True)
+    rows: list[dict[str, Any]] = []
+    engines: dict[str, Any] = {}
+    for name in arguments.models:
+        model = random_model(name, shape_dtype(name, device), device)
+        if arguments.peers:
+            rows += peer_rows(model, name, arguments, device)
+        of_model, engines[name] = engine_rows(model, name, arguments, device)
+        rows += of_model
+        del model
+        release()
+    results = {"benchmark": "memory_limit", "read_ceiling_gb_per_s": None if ceiling is None else ceiling / 1e9}
+    report({**results, "rows": rows, "engines": engines}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
