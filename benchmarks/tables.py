@@ -120,8 +120,28 @@ def metadata_copy(results: list[Result]) -> list[str]:
     return table(["pairs", "way", "launch, µs", "with a wait, µs", "of 1000 calls, µs", "in a graph, µs"], rows, 2)
 
 
+def memory_limit(results: list[Result]) -> list[str]:
+    """Decode steps against the floor that reading the weights sets."""
+    rows = [
+        [
+            f"{row['model']}, batch {row['batch']}",
+            row["what"],
+            _number(row["step_us"]),
+            _number(row.get("floor_us")),
+            "-" if row.get("mbu") is None else f"{row['mbu']:.1%}",
+            f"{row['batch'] / row['step_us'] * 1e6:,.0f}",
+            _number(row["first_token_ms"], 2),
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    head = ["", "", "µs per step", "floor, µs", "MBU", "tokens/s", "a call for 1 token, ms"]
+    return table(head, rows, 2)
+
+
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
+    "memory-limit": memory_limit,
     "replay": replay,
     "unseen": unseen,
     "ablation": ablation,

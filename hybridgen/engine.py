@@ -162,7 +162,11 @@ class Engine:
         if not config.fused_decode:
             return {"fused decode": "none: fused_decode=False"}
         with self._timed("fuse decode"):
-            return runner.fuse_decode(self.max_context)
+            fused = runner.fuse_decode(self.max_context)
+        if config.tune_seconds:
+            with self._timed("tune"):
+                runner.tune_fused(config.tune_seconds)
+        return fused.notes
 
     def _graph_plan(self) -> GraphPlan:
         return GraphPlan(

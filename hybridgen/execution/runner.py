@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
@@ -24,6 +24,9 @@ from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import ResolvedSampling, SamplerPlan, SamplerState
+
+if TYPE_CHECKING:
+    from hybridgen.fused.decode import FusedDecode
 
 logger = logging.getLogger(__name__)
 
@@ -137,20 +140,44 @@ class ModelRunner:
         self._bound.attach(pages, self.steps.metadata)
 
     @on_its_stream
-    def fuse_decode(self, max_context: int) -> dict[str, str]:
+    def fuse_decode(
+        self,
+        max_context: int,
+        *,
+        tuned: Mapping[str, Any] | None = None,
+        kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+    ) -> FusedDecode:
         """From now on decode small batches with fused kernels, where the model and the device allow it.
 
-        Returns:
-            What serves which sizes, or why nothing does.
+        Args:
+            tuned: what `tune_fused()` returned for this model and device.
+            kept: gives machine code kept under a key, or makes and keeps it.
         """
         # Imported here: Triton and NVRTC are not there everywhere.
         from hybridgen.fused.decode import fuse_decode
 
-        fused = fuse_decode(
-            self._bound, self._pages, self.steps.inputs(), max_context=max_context, max_rows=self._max_batch
+        fused = self.steps.fused = fuse_decode(
+            self._bound,
+            self._pages,
+            self.steps.inputs(),
+            max_context=max_context,
+            max_rows=self._max_batch,
+            tuned=tuned,
+            kept=kept,
         )
-        self.steps.fused = fused
-        return fused.notes
+        return fused
+
+    @on_its_stream
+    def tune_fused(self, seconds: float) -> dict[str, Any]:
+        """Tune the fused kernels for about so long; returns the choices as plain values. Not while requests run."""
+        from hybridgen.fused.tuning import tune
+
+        if self.steps.fused is None:
+            return {}
+        try:
+            return tune(self.steps.fused, seconds)
+        finally:
+            self.recover()
 
     @on_its_stream
     def inspect(self) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,8 @@ class FusedDecode:
     """For a few."""
     logits: Tensor | None = None
     """[rows, vocab]: where the chain leaves its logits."""
+    build: Callable[..., PersistentStep] | None = None
+    """Makes the persistent step again, with another `tuning=`."""
     notes: dict[str, str] = field(default_factory=dict)
     """What serves which sizes, or why nothing does."""
 
@@ -86,8 +90,7 @@ def fuse_decode(
     *,
     max_context: int,
     max_rows: int,
-    tuning: Tuning | None = None,
-    tiles: Mapping[str, Sequence[int]] | None = None,
+    tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
     """Build what serves this model on its device; whatever does not leaves its reason in `notes`.
@@ -96,10 +99,11 @@ def fuse_decode(
 
     Args:
         max_rows: rows of a step at most.
-        tuning, tiles: of the persistent step and of the chain, as `fused.tuning` chose them; else the defaults.
+        tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
     fused = FusedDecode(inputs)
+    tuning, tiles = tuned_parts(tuned)
     try:
         with bound.original_attention(), torch.inference_mode():
             model = fused.model = describe(bound.model, bound.sites, max_context)
@@ -108,16 +112,16 @@ def fuse_decode(
         fused.notes["fused decode"] = f"none: {reason}"
         return fused
     try:
-        persistent = PersistentStep(
+        fused.build = partial(
+            PersistentStep,
             model,
             pages,
             rows=inputs.rows,
             state=inputs.state,
             block_table=inputs.block_table,
-            tuning=tuning,
             kept=kept,
         )
-        fused.persistent = persistent
+        fused.persistent = fused.build(tuning=tuning)
         _try(fused, 1, pages)
         fused.notes["decode of 1 row"] = "one persistent kernel"
     except (Unfit, DeviceError) as reason:
@@ -166,3 +170,16 @@ def _try(fused: FusedDecode, rows: int, pages: tuple[LayerPages, ...]) -> None:
     error = float(((actual.float() - expected).norm(dim=-1) / expected.norm()).max())
     if not error < _TOLERANCE:
         raise Unfit(f"its trial step is off by {error:.3g}")
+
+
+def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:
+    """The persistent step's tuning and the chain's tiles of what `fused.tuning.tune` returned.
+
+    None where it has none, or one with other fields than this version's.
+    """
+    document = document or {}
+    try:
+        tuning = Tuning(**document["persistent"]) if "persistent" in document else None
+    except TypeError:
+        tuning = None
+    return tuning, document.get("chain")

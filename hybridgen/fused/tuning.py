@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ _WORTH = 0.995
 """A candidate must take less than this share of the best one's time, or it is noise."""
 
 
-def tune(fused: FusedDecode, seconds: float, build: Callable[[Tuning], PersistentStep]) -> dict[str, Any]:
+def tune(fused: FusedDecode, seconds: float) -> dict[str, Any]:
     """Tune what a model's fused decode has, and make it use the result.
 
     Overwrites the padding slot's state and page; nothing else may run meanwhile.
@@ -39,7 +39,6 @@ def tune(fused: FusedDecode, seconds: float, build: Callable[[Tuning], Persisten
     Args:
         seconds: time for all of it, a few seconds more at most; two thirds for the persistent kernel, if there is one
             and a chain.
-        build: makes the persistent step with another tuning.
 
     Returns:
         What `fuse_decode(tuned=...)` takes; plain values, for JSON.
@@ -48,7 +47,7 @@ def tune(fused: FusedDecode, seconds: float, build: Callable[[Tuning], Persisten
     share = 1.0 if fused.chain is None else 2 / 3
     if fused.persistent is not None:
         deadline = time.monotonic() + seconds * share
-        fused.persistent = _tune_persistent(fused, build, deadline)
+        fused.persistent = _tune_persistent(fused, deadline)
         chosen["persistent"] = as_document(fused.persistent.tuning)
         seconds -= seconds * share
     if fused.chain is not None:
@@ -58,11 +57,11 @@ def tune(fused: FusedDecode, seconds: float, build: Callable[[Tuning], Persisten
     return chosen
 
 
-def _tune_persistent(fused: FusedDecode, build: Callable[[Tuning], PersistentStep], deadline: float) -> PersistentStep:
+def _tune_persistent(fused: FusedDecode, deadline: float) -> PersistentStep:
     """Better one field at a time, from the tuning that it has."""
-    best = fused.persistent
+    best, build = fused.persistent, fused.build
     model, inputs = fused.model, fused.inputs
-    if best is None or model is None:
+    if best is None or build is None or model is None:
         raise RuntimeError("there is no persistent step to tune")
     padding = inputs.padding_slot
     inputs.rows[:1] = padding
@@ -75,7 +74,7 @@ def _tune_persistent(fused: FusedDecode, build: Callable[[Tuning], PersistentSte
             if time.monotonic() > deadline:
                 break
             try:
-                step = build(candidate)
+                step = build(tuning=candidate)
                 took = chain_tuning.graph_seconds(partial(_launch, step))
             except (Unfit, DeviceError) as error:
                 logger.debug("%s: %s", candidate, error)
@@ -113,14 +112,3 @@ class _Candidates:
                 if tuning not in tried:
                     tried.add(tuning)
                     yield tuning
-
-
-def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:
-    """The persistent step's tuning and the chain's tiles of what `tune` returned; None where it has none, or other
-    fields than this version."""
-    document = document or {}
-    try:
-        tuning = Tuning(**document["persistent"]) if "persistent" in document else None
-    except TypeError:
-        tuning = None
-    return tuning, document.get("chain")
