@@ -120,7 +120,7 @@ class SamplerState:
         self.output_counts: Tensor | None = None
         self.noise: Callable[[Tensor, Tensor, int], Tensor] = gumbel_noise
         """Where the noise comes from on a CPU; on CUDA it is a part of `choice.choose_sampled`. Eagerly it is about 45
-        small kernels; `torch.compile` makes one of them, so a runner that compiles may put the compiled function here."""
+        small kernels; `torch.compile` makes one of them, so a runner that compiles may put its function here."""
         self._plans: list[SamplerPlan | None] = [None] * max_batch
 
     def assign(
