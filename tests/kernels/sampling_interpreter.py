@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from sampling_cases import INF, judge, needs, random_batch
+from sampling_cases import INF, Batch, judge, needs, random_batch, tables
 
 from hybridgen.kernels import sampling
 from hybridgen.kernels.sampling_math import distance, gumbel, key_value, mass_of, ordered, rank_key, stream_key
@@ -86,9 +86,21 @@ def check_functions() -> None:
         torch.testing.assert_close(mass.double() * 2.0**-44, (-tempered.double()).exp(), rtol=2.0**-19, atol=2.0**-44)
 
 
+def check_ties_across_blocks() -> None:
+    """Of equal tokens the first enter: the edge is in the second block of three."""
+    rows, vocab = 24, 150
+    reals, integers = tables([{"temperature": 1.0, "top_p": 0.595, "seed": 1}])
+    slots, positions = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
+    batch = Batch(torch.full((rows, vocab), 2.5, dtype=torch.bfloat16), reals, integers, slots, positions)
+    tokens = sampling.launch_sampled(*batch, False, True, block=64)
+    assert torch.equal(tokens, reference_sampled(*batch, False, True))
+    assert 64 <= tokens.max() < 90  # 0.595 * 150 = 89.25
+
+
 def main() -> None:
     check_functions()
     sampling._scratch = _poisoned
+    check_ties_across_blocks()
     check()
     # A larger plan than the rows need, and other blocks.
     batch = random_batch(1, 4, 100, torch.float32)
