@@ -39,6 +39,9 @@ from hybridgen.kernels.sampling_math import MASS_BITS, RADIX
 
 BLOCK = 1024
 """Tokens of a program. No result depends on it."""
+_WARPS = {"scan": 4, "digit": 16, "draw": 8, "pick": 4}
+"""Per program. With 16, two programs of `digit_kernel` fit a multiprocessor's registers, so that the next one loads its
+logits while one works."""
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 """Leading bits of float32 that hold a number of the dtype."""
 _RADIX = int(RADIX)
@@ -100,15 +103,15 @@ def _prepare(variant: Variant, overlap: bool) -> Kernels:
     passes += [{"TOP_K": variant.top_k, "NUCLEUS": True}] * variant.nucleus
     sums = triton.next_power_of_2(variant.sums) if variant.sums else 0
     return Kernels(
-        Launcher(scan_kernel, {"BLOCK": variant.block, "SUMS": sums, "num_warps": 4, **common}),
+        Launcher(scan_kernel, {"BLOCK": variant.block, "SUMS": sums, "num_warps": _WARPS["scan"], **common}),
         tuple(
-            Launcher(digit_kernel, {"PLACE": place, "num_warps": 8, **which, **tile})
+            Launcher(digit_kernel, {"PLACE": place, "num_warps": _WARPS["digit"], **which, **tile})
             for which in passes
             for place in range(variant.digits)
         ),
-        Launcher(draw_kernel, {"num_warps": 4, **filters, **tile}),
-        Launcher(pick_kernel, {"num_warps": 4, **filters, **tile}),
-        Launcher(greedy_kernel, {"num_warps": 4, **blocks, **common}),
+        Launcher(draw_kernel, {"num_warps": _WARPS["draw"], **filters, **tile}),
+        Launcher(pick_kernel, {"num_warps": _WARPS["pick"], **filters, **tile}),
+        Launcher(greedy_kernel, {"num_warps": _WARPS["pick"], **blocks, **common}),
     )
 
 

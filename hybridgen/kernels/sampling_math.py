@@ -66,7 +66,7 @@ def key_value(key, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def distance(x, peak, temperature):  # type: ignore[no-untyped-def]
     """`(peak - x) / temperature`, rounded as torch rounds it: minus the tempered logit."""
-    return tl.div_rn(peak - x, temperature + tl.zeros_like(x))
+    return tl.div_rn(peak - x, temperature)
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """Choosing tokens and deciding when a text ends.
 
 The way through this room: `resolve()` turns what a caller asked for into numbers without gaps; `SamplerState`
-keeps them on the device, one row per slot; `sample()` chooses a token for each row of a step there, with
-noise from `gumbel_noise()` that depends on (seed, position, token id) alone; `kernels.stepping.advance()`
-counts it for penalties. On the host, `IncrementalDetokenizer` turns tokens into text and `StopChecker` ends it
-at a stop string.
+keeps them on the device, one row per slot; `sample()` chooses a token for each row of a step there (on CUDA by the ops
+of `choice`), with noise that depends on (seed, position, token id) alone, as `gumbel_noise()` defines it;
+`kernels.stepping.advance()` counts it for penalties. On the host, `IncrementalDetokenizer` turns tokens into text and
+`StopChecker` ends it at a stop string.
 """
 
 from hybridgen.sampling.detokenize import IncrementalDetokenizer

@@ -25,7 +25,7 @@ class SamplerPlan(NamedTuple):
     sample: bool = False
     """Some row draws."""
     ranked: int = 0
-    """How many of the largest logits top-k and top-p look at; 0: no row has either."""
+    """How many of the largest logits top-k and top-p sort on a CPU; 0: no row has either."""
     nucleus: bool = False
     """Some row has top-p."""
     min_p: bool = False
@@ -119,8 +119,8 @@ class SamplerState:
         self.prompt_seen: Tensor | None = None
         self.output_counts: Tensor | None = None
         self.noise: Callable[[Tensor, Tensor, int], Tensor] = gumbel_noise
-        """Where the noise comes from. Eagerly it is about 45 small kernels; `torch.compile` makes one of them, so a
-        runner that compiles may put the compiled function here."""
+        """Where the noise comes from on a CPU; on CUDA it is a part of `choice.choose_sampled`. Eagerly it is about 45
+        small kernels; `torch.compile` makes one of them, so a runner that compiles may put its function here."""
         self._plans: list[SamplerPlan | None] = [None] * max_batch
 
     def assign(

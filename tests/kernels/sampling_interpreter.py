@@ -10,12 +10,16 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from sampling_cases import judge, needs, random_batch
+from sampling_cases import INF, Batch, judge, needs, random_batch, tables
 
 from hybridgen.kernels import sampling
+from hybridgen.kernels.sampling_math import distance, gumbel, key_value, mass_of, ordered, rank_key, stream_key
 from hybridgen.sampling.choice import reference_greedy, reference_sampled
+from hybridgen.sampling.random import gumbel_noise
 
 _agreed = [0, 0]
 """Tokens that were the reference's, and all."""
@@ -44,8 +48,59 @@ def check(seed: int, vocab: int, dtype: torch.dtype) -> None:
     _agreed[1] += len(tokens)
 
 
+@triton.jit
+def _functions(  # type: ignore[no-untyped-def]
+    x, noise, order, again, far, mass, seed, position, temperature, BLOCK: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    i = tl.arange(0, BLOCK)
+    values = tl.load(x + i)
+    tl.store(noise + i, gumbel(stream_key(tl.load(seed), tl.load(position)), i))
+    tl.store(order + i, ordered(values))
+    tl.store(again + i, key_value(rank_key(values, SHIFT), SHIFT))
+    away = distance(values, tl.max(values, 0), tl.load(temperature))
+    tl.store(far + i, away)
+    tl.store(mass + i, mass_of(away))
+
+
+def check_functions() -> None:
+    """Each function of `sampling_math` beside torch's."""
+    count = 4096
+    for dtype, shift in ((torch.bfloat16, 16), (torch.float16, 13), (torch.float32, 0)):
+        generator = torch.Generator().manual_seed(shift)
+        bits = torch.randint(-(2**31), 2**31, (count,), generator=generator).int()
+        values = bits.view(torch.float32).nan_to_num(0.0).clamp(-6e4, 6e4)
+        values[:100] = torch.randn(100, generator=generator) * 5
+        values[100:104] = torch.tensor([0.0, -0.0, -INF, 2.0**-24])
+        values = values.to(dtype).float()
+        noise, again, far = (torch.empty(count) for _ in range(3))
+        order, mass = torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=torch.int64)
+        seed, position = torch.tensor([-(2**62) - shift]), torch.tensor([2**33 + shift])
+        temperature = torch.tensor([0.7])
+        outputs = noise, order, again, far, mass
+        _functions[(1,)](values, *outputs, seed, position, temperature, BLOCK=count, SHIFT=shift)
+        torch.testing.assert_close(noise, gumbel_noise(seed, position, count)[0], rtol=2e-6, atol=2e-7)
+        assert torch.equal(again, values)
+        assert torch.equal(values[order.argsort()], values.sort().values)
+        tempered = (values.max() - values) / temperature
+        assert torch.equal(far, tempered)
+        torch.testing.assert_close(mass.double() * 2.0**-44, (-tempered.double()).exp(), rtol=2.0**-19, atol=2.0**-44)
+
+
+def check_ties_across_blocks() -> None:
+    """Of equal tokens the first enter: the edge is in the second block of three."""
+    rows, vocab = 24, 150
+    reals, integers = tables([{"temperature": 1.0, "top_p": 0.595, "seed": 1}])
+    slots, positions = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
+    batch = Batch(torch.full((rows, vocab), 2.5, dtype=torch.bfloat16), reals, integers, slots, positions)
+    tokens = sampling.launch_sampled(*batch, False, True, block=64)
+    assert torch.equal(tokens, reference_sampled(*batch, False, True))
+    assert 64 <= tokens.max() < 90  # 0.595 * 150 = 89.25
+
+
 def main() -> None:
+    check_functions()
     sampling._scratch = _poisoned
+    check_ties_across_blocks()
     check()
     # A larger plan than the rows need, and other blocks.
     batch = random_batch(1, 4, 100, torch.float32)
