@@ -20,7 +20,6 @@ from hybridgen.demo import model_path
 from hybridgen.execution import PrefillChunk, StepKey
 from hybridgen.models.attention import Phase
 
-
 MODES = ("eager", "jit", "hybrid")
 
 
