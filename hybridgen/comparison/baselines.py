@@ -219,7 +219,7 @@ def paged_attention() -> str:
 
 
 def batching_config(**options: Any) -> Any:
-    """`ContinuousBatchingConfig` that stays with that attention; its fields differ between transformers 5.17 and 5.23."""
+    """`ContinuousBatchingConfig` that stays with that attention; transformers 5.17 and 5.23 have different fields."""
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     if _is_new_batching():

@@ -104,6 +104,11 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from hybridgen.api import compare
 
     model, config = config_of(arguments)
+    if arguments.smoke:
+        import torch
+
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)  # the demo model is small: threads would only wait for each other
     comparison = compare(model, config, output=arguments.output)
     failed = any(cell.status in ("failed", "out of memory") for cell in comparison.cells)
     text = str(comparison)

@@ -91,10 +91,10 @@ class CompareConfig:
         object.__setattr__(self, "baselines", self._names("baselines", BASELINES))
         object.__setattr__(self, "prompt_lengths", self._sizes("prompt_lengths"))
         object.__setattr__(self, "batch_sizes", self._sizes("batch_sizes"))
-        for name, low in (("new_tokens", 1), ("repeats", 1), ("warm_up", 0), ("seed", 0)):
+        for name, least in (("new_tokens", 1), ("repeats", 1), ("warm_up", 1), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"{name}={shown(value)}; give an integer of at least {low}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={shown(value)}; give an integer of at least {least}")
         for name, low, high in (
             ("temperature", 0.0, math.inf),
             ("budget", 0.0, math.inf),
@@ -161,12 +161,13 @@ class CompareConfig:
         Raises:
             ConfigError: the fields do not go together.
         """
-        sizes = {
+        usual = {
             "max_batch": max(self.batch_sizes),
             "max_context": max(self.longest, min(limit, MOST_PREFILL_TOKENS + self.new_tokens)),
+            "capture_after": 1,  # what warm-up misses is captured before anything is measured
             "progress": False,
         }
-        return EngineConfig(**{**sizes, **self.engine, **variant})
+        return EngineConfig(**{**usual, **self.engine, **variant})
 
     def replace(self, **changes: Any) -> CompareConfig:
         """A copy with some fields changed."""

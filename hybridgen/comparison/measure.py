@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -173,9 +174,7 @@ class Measurement:
         # What the call took outside of its requests counts before their first token.
         outside = 0.0 if output.inside is None else max(0.0, wall - output.inside)
         record.firsts.append([times[0] + outside for times in output.times if times])
-        record.gaps += [
-            later - sooner for times in output.times for sooner, later in zip(times, times[1:], strict=False)
-        ]
+        record.gaps += [later - sooner for times in output.times for sooner, later in pairwise(times)]
         if before is not None and after is not None:
             record.use.add(before, after)
             record.has_use = True

@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 MOST_PANELS = 6
+MOST_COLUMNS = 4
 DPI = 130
 
 
@@ -46,36 +47,30 @@ def draw(comparison: Comparison) -> dict[str, bytes]:
 
 
 def ttft(comparison: Comparison) -> Figure:
-    """Median TTFT by prompt length with the 99th percentile above it; a panel per batch size."""
-    batches = _spread(comparison.config.batch_sizes)
-    figure, panels = _panels(len(batches), "Time to first token")
-    for axes, batch in zip(panels, batches, strict=True):
-        for index, name in enumerate(_lines(comparison)):
-            row = [(c.prompt_length, c.ttft) for c in _of(comparison, name) if c.batch_size == batch]
-            found = [(length, times) for length, times in row if times is not None]
-            if not found:
-                continue
-            lengths = [length for length, _ in found]
-            middle = [times.p50 * 1e3 for _, times in found]
-            above = [max(0.0, times.p99 * 1e3 - m) for (_, times), m in zip(found, middle, strict=True)]
-            axes.errorbar(
-                lengths,
-                middle,
-                yerr=[[0.0] * len(above), above],
-                label=name,
-                capsize=3,
-                elinewidth=0.9,
-                **_style(index),
-            )
-        axes.set_title(f"batch {batch}")
-        _finish(axes, "prompt length, tokens", "TTFT, ms (line: median, bar: to p99)")
-    _legend(figure, panels)
+    """TTFT by prompt length: medians above, 99th percentiles below; a column per batch size."""
+    from matplotlib.figure import Figure
+
+    batches = _spread(comparison.config.batch_sizes, MOST_COLUMNS)
+    figure = Figure(figsize=(max(7.5, 4.2 * len(batches)), 7.2), layout="constrained")
+    grid = figure.subplots(2, len(batches), squeeze=False, sharex=True)
+    for row, (part, title) in enumerate((("p50", "median"), ("p99", "p99"))):
+        for axes, batch in zip(grid[row], batches, strict=True):
+            for index, name in enumerate(_lines(comparison)):
+                cells = [cell for cell in _of(comparison, name) if cell.batch_size == batch]
+                found = [(cell.prompt_length, cell.ttft) for cell in cells if cell.ttft is not None]
+                if found:
+                    heights = [getattr(times, part) * 1e3 for _, times in found]
+                    axes.plot([length for length, _ in found], heights, label=name, **_style(index))
+            axes.set_title(f"{title}, batch {batch}")
+            _finish(axes, "prompt length, tokens" if row else "", f"TTFT {title}, ms")
+    figure.suptitle("Time to first token")
+    _legend(figure, list(grid.flat))
     return figure
 
 
 def throughput(comparison: Comparison) -> Figure:
     """Tokens per second by batch size; a panel per prompt length."""
-    lengths = _spread(comparison.config.prompt_lengths)
+    lengths = _spread(comparison.config.prompt_lengths, MOST_PANELS)
     figure, panels = _panels(len(lengths), "Generated tokens per second, whole calls")
     sizes = comparison.config.batch_sizes
     for axes, length in zip(panels, lengths, strict=True):
@@ -176,12 +171,12 @@ def _of(comparison: Comparison, name: str) -> list[CellResult]:
     return [cell for cell in comparison.cells if cell.subject == name and cell.status == OK]
 
 
-def _spread(values: Sequence[int]) -> list[int]:
-    """At most `MOST_PANELS` of them, the first and the last among them."""
-    if len(values) <= MOST_PANELS:
+def _spread(values: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, the first and the last among them."""
+    if len(values) <= most:
         return list(values)
-    step = (len(values) - 1) / (MOST_PANELS - 1)
-    return [values[round(index * step)] for index in range(MOST_PANELS)]
+    step = (len(values) - 1) / (most - 1)
+    return [values[round(index * step)] for index in range(most)]
 
 
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -216,6 +211,9 @@ def _finish(axes: Axes, x: str, y: str) -> None:
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(w_pad=0.08, h_pad=0.08)  # type: ignore[call-arg]
     found: dict[str, Any] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -33,12 +31,12 @@ class Traffic:
         return self.weights + cached
 
 
-def traffic_of(model: nn.Module) -> Traffic | str:
+def traffic_of(model: Any) -> Traffic | str:
     """What a decode step of a Hugging Face causal LM reads; or why that is not known.
 
     The input embedding is left out, of which a step reads one row per request, unless the head shares it.
     """
-    config: Any = getattr(model, "config", None)
+    config = model.config
     experts = [name for name in _EXPERTS if (getattr(config, name, None) or 0) > 1]
     if experts:
         return f"the model has experts ({experts[0]}={getattr(config, experts[0])}): which are read depends on tokens"
@@ -53,7 +51,7 @@ def traffic_of(model: nn.Module) -> Traffic | str:
     return Traffic(weights=sum(parameter.nbytes for parameter in parameters.values()), layers=layers)
 
 
-def weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: Any) -> int:
     """Bytes of all parameters, each counted once."""
     return sum(parameter.nbytes for parameter in {id(p): p for p in model.parameters()}.values())
 
