@@ -18,6 +18,9 @@ from hybridgen.comparison.config import CompareConfig
 from hybridgen.comparison.subjects import BASELINE, Output
 from hybridgen.errors import EngineError
 
+_CPU_BLOCKS = 64
+"""Pages of `generate_batch`'s cache on a CPU, of 256 positions each."""
+
 
 class Unavailable(EngineError):
     """A baseline that this machine or this model does not have; the message says why."""
@@ -222,6 +225,8 @@ def batching_config(**options: Any) -> Any:
     """`ContinuousBatchingConfig` that stays with that attention; transformers 5.17 and 5.23 have different fields."""
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+    if not torch.cuda.is_available():
+        options.setdefault("num_blocks", _CPU_BLOCKS)  # else it takes most of the machine's memory
     if _is_new_batching():
         options["auto_switch_to_flash"] = False
     return ContinuousBatchingConfig(**options)

@@ -12,7 +12,7 @@ from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError
 
 _LISTS = ("modes", "prompt_lengths", "batch_sizes", "baselines")
-_NUMBERS = ("new_tokens", "temperature", "budget", "tolerance", "repeats", "warm_up", "seed")
+_NUMBERS = ("new_tokens", "temperature", "budget", "tolerance", "repeats", "min_repeats", "warm_up", "seed")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tolerance", type=float, metavar="SHARE", help="of the medians' confidence intervals (0.02)")
     parser.add_argument("--repeats", type=int, metavar="N", help="measured calls of a cell at most")
+    parser.add_argument("--min-repeats", type=int, metavar="N", help="measured calls of a cell at least")
     parser.add_argument("--warm-up", type=int, metavar="N", help="calls of a cell before them")
     parser.add_argument("--seed", type=int, help="of prompts, order and draws")
     parser.add_argument("--in-turn", action="store_true", help="one engine after the other: less memory")

@@ -70,6 +70,9 @@ class CompareConfig:
     """Of these intervals."""
     repeats: int = 50
     """Measured calls of a cell at most."""
+    min_repeats: int = 10
+    """Measured calls of a cell at least, if the budget allows, however soon its medians are known: a 99th percentile
+    needs calls too."""
     warm_up: int = 2
     """Calls of a cell that are not measured."""
     together: bool = True
@@ -91,7 +94,7 @@ class CompareConfig:
         object.__setattr__(self, "baselines", self._names("baselines", BASELINES))
         object.__setattr__(self, "prompt_lengths", self._sizes("prompt_lengths"))
         object.__setattr__(self, "batch_sizes", self._sizes("batch_sizes"))
-        for name, least in (("new_tokens", 1), ("repeats", 1), ("warm_up", 1), ("seed", 0)):
+        for name, least in (("new_tokens", 1), ("repeats", 1), ("min_repeats", 1), ("warm_up", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={shown(value)}; give an integer of at least {least}")

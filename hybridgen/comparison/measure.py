@@ -55,6 +55,8 @@ class Record:
             return True
         bounds = {"confidence": config.confidence, "tolerance": config.tolerance}
         ttfts = self.ttfts
+        if len(self.walls) < min(config.min_repeats, config.repeats):
+            return False
         if settled(self.walls, **bounds) and (not ttfts or settled(ttfts, **bounds)):
             self.stopped = "interval"
         elif len(self.walls) >= config.repeats:

@@ -284,7 +284,8 @@ def compare(model: Any, config: CompareConfig, *, tokenizer: Any = None, progres
     bar = tqdm(bar_format="{desc}: {n}/{total}", disable=None if progress is None else not progress, leave=False)
     try:
         with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
-            if config.fresh_compile and any(name in config.modes for name in ("jit", "hybrid")):
+            inductor = config.engine.get("compile_backend", "inductor") == "inductor"
+            if config.fresh_compile and inductor and {"jit", "hybrid"} & set(config.modes):
                 pay_once(checkpoint.device)
             ceiling = read_ceiling(checkpoint.device)
             run = _Run(config, checkpoint, loaded.model, limit, loaded.seconds, folder, bar)

@@ -113,8 +113,6 @@ def test_one_engine_after_the_other_gives_the_same_tokens(found: Any) -> None:
 
 def test_ablation_adds_a_row_for_each_switch(found: Any) -> None:
     fields = {**TINY, "prompt_lengths": 5, "batch_sizes": 2, "repeats": 1}
-    for name in ("decode_buckets", "prefill_buckets"):
-        del fields[name]
     comparison = hybridgen.compare(found[0], modes=("hybrid",), ablate=True, **fields)
     switches = {subject.name: subject for subject in comparison.subjects if subject.kind == "switch"}
     assert len(switches) == 10
