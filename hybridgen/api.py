@@ -148,17 +148,9 @@ def compare(
     engine_fields = {name: value for name, value in fields.items() if name not in own}
     if engine_fields:
         own["engine"] = {**config.engine, **own.get("engine", {}), **engine_fields}
-    config = config.replace(**own)
-    if output is not None:
-        from hybridgen.comparison.files import check_writable
-
-        check_writable(output)
     from hybridgen.comparison.run import compare as run
 
-    comparison = run(model, config, tokenizer=tokenizer, progress=progress)
-    if output is not None:
-        comparison.save(output)
-    return comparison
+    return run(model, config.replace(**own), tokenizer=tokenizer, output=output, progress=progress)
 
 
 def _is_server(model: Any) -> TypeGuard[str]:

@@ -62,6 +62,11 @@ def test_a_client_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+def test_the_command_needs_neither_torch_nor_matplotlib_to_start() -> None:
+    code = "import sys, hybridgen.cli; hybridgen.compare; print({'torch', 'matplotlib', 'tabulate'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_documented(name: str) -> None:
     thing = getattr(hybridgen, name)

@@ -1,7 +1,8 @@
 """Other engines in the same run, each behind an adapter of a few lines.
 
 They run on the weights of the model that is compared: the Hugging Face ones on a module tree of their own that shares
-the parameters, vLLM on the checkpoint that the model was read from.
+the parameters, vLLM on the checkpoint that the model was read from. gpt-fast has no adapter: it is a set of scripts
+without a package, on checkpoints of a format of its own.
 """
 
 from __future__ import annotations

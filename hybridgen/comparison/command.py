@@ -102,8 +102,10 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     Raises:
         HybridgenError: as `hybridgen.compare` does.
     """
-    from hybridgen.api import compare
+    from hybridgen.comparison.report import check_tabulate
+    from hybridgen.comparison.run import compare
 
+    check_tabulate()
     model, config = config_of(arguments)
     if arguments.smoke:
         import torch

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from hybridgen.comparison.html import page
-from hybridgen.comparison.plots import draw
+from hybridgen.comparison.plots import check_matplotlib, draw
 from hybridgen.comparison.report import comma_separated, markdown
 from hybridgen.comparison.results import Comparison
 from hybridgen.errors import ConfigError
@@ -15,12 +15,13 @@ from hybridgen.errors import ConfigError
 JSON = "comparison.json"
 
 
-def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """Make the directory, before anything is measured for it.
+def check_output(folder: str | os.PathLike[str]) -> Path:
+    """Make the directory and see that everything is installed, before anything is measured for it.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: it cannot be made or written to, or matplotlib is not installed.
     """
+    check_matplotlib()
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ def save(comparison: Comparison, folder: Path) -> list[Path]:
     Raises:
         ConfigError: the directory cannot be written, or matplotlib is not installed.
     """
-    check_writable(folder)
+    check_output(folder)
     written = [_write(folder / JSON, json.dumps(comparison.as_dict(), indent=1) + "\n")]
     written.append(_write(folder / "comparison.csv", comma_separated(comparison)))
     written.append(_write(folder / "comparison.md", markdown(comparison)))

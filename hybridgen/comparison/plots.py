@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which people with any kind of colour vision tell ap
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -20,11 +21,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#000000")
+SWITCH_COLOUR = "#BBBBBB"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 MOST_PANELS = 6
 MOST_COLUMNS = 4
 DPI = 130
+
+
+def check_matplotlib() -> None:
+    """Raise if there is none.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib, which is not installed; install hybridgen[compare]")
 
 
 def draw(comparison: Comparison) -> dict[str, bytes]:
@@ -33,10 +45,7 @@ def draw(comparison: Comparison) -> dict[str, bytes]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib; install hybridgen[compare]") from error
+    check_matplotlib()
     pictures: dict[str, Callable[[Comparison], Figure]] = {
         "ttft": ttft,
         "throughput": throughput,
@@ -108,8 +117,11 @@ def latency(comparison: Comparison) -> Figure:
                 boxes, positions=[place for place, _ in drawn], orientation="horizontal", showfliers=False,
                 widths=0.6, patch_artist=True, medianprops={"color": "black", "linewidth": 1.6},
             )  # fmt: skip
+            lines = _lines(comparison)
             for patch, (place, _) in zip(parts["boxes"], drawn, strict=True):
-                patch.set_facecolor(COLOURS[place % len(COLOURS)])
+                name = shown[place].subject
+                colour = COLOURS[lines.index(name) % len(COLOURS)] if name in lines else SWITCH_COLOUR
+                patch.set_facecolor(colour)
                 patch.set_alpha(0.75)
             axes.plot(
                 [times.p99 * 1e3 for _, times in drawn], [place for place, _ in drawn], "k|", markersize=13,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 from collections import Counter
 from typing import Any, NamedTuple
@@ -193,16 +194,25 @@ def _problems(subject: SubjectResult) -> list[str]:
     return found
 
 
+def check_tabulate() -> None:
+    """Raise if there is none.
+
+    Raises:
+        ConfigError: tabulate is not installed.
+    """
+    if importlib.util.find_spec("tabulate") is None:
+        raise ConfigError("tables need tabulate, which is not installed; install hybridgen[compare]")
+
+
 def terminal(comparison: Comparison) -> str:
     """Tables for a terminal.
 
     Raises:
         ConfigError: tabulate is not installed.
     """
-    try:
-        from tabulate import tabulate
-    except ImportError as error:
-        raise ConfigError("tables need tabulate; install hybridgen[compare]") from error
+    check_tabulate()
+    from tabulate import tabulate
+
     parts = []
     for table in tables(comparison):
         text = tabulate(table.rows, table.head, tablefmt="simple", disable_numparse=True, colalign=_aligned(table))

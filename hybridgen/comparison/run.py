@@ -19,17 +19,27 @@ from hybridgen.comparison.baselines import Unavailable, build_baseline
 from hybridgen.comparison.ceiling import read_ceiling
 from hybridgen.comparison.checks import REPORTED, logit_error
 from hybridgen.comparison.config import REFERENCE, CompareConfig
+from hybridgen.comparison.files import check_output
 from hybridgen.comparison.measure import Measurement, message_of, release, status_of
 from hybridgen.comparison.provenance import gpu_state, provenance
 from hybridgen.comparison.results import Comparison, SubjectResult
 from hybridgen.comparison.schedule import Cell, cells
-from hybridgen.comparison.subjects import BASELINE, MODE, SWITCH, EngineSubject, Subject, build, names, pay_once
+from hybridgen.comparison.subjects import (
+    BASELINE,
+    MODE,
+    SWITCH,
+    EngineSubject,
+    Subject,
+    build,
+    compile_something,
+    names,
+)
 from hybridgen.comparison.traffic import Traffic, traffic_of, weight_bytes
 from hybridgen.comparison.utilisation import device_busy
 from hybridgen.config import EngineConfig
 from hybridgen.core import Completion
 from hybridgen.engine import check_config
-from hybridgen.errors import ConfigError
+from hybridgen.errors import ConfigError, HybridgenError
 from hybridgen.loading import Checkpoint, fuse_projections
 from hybridgen.loading.sharing import twin
 from hybridgen.models import check_free
@@ -84,6 +94,26 @@ class _Run:
             fuse_projections(self.template)
             self.fuse_seconds = time.perf_counter() - start
 
+    def pay_once(self) -> None:
+        """Spend what a process spends once, so that it is on no row's bill: Inductor's imports, kernels of ours."""
+        start = time.perf_counter()
+        inductor = self.config.engine.get("compile_backend", "inductor") == "inductor"
+        if self.config.fresh_compile and inductor and {"jit", "hybrid"} & set(self.config.modes):
+            compile_something(self.device)
+        if self.device.type == "cuda":
+            engine_config = self.config.engine_config({"mode": REFERENCE}, self.limit)
+            try:
+                build(REFERENCE, engine_config, twin(self.template), self.config, None).close()
+            except HybridgenError as error:  # the row of mode eager will say so
+                logger.debug("the first engine failed: %s", error)
+            release(self.device)
+        took = time.perf_counter() - start
+        if took > 1:
+            self.notes.append(
+                "What a process pays once (Inductor's imports, compilation of hybridgen's own kernels) is in no row; "
+                f"it took {took:.1f} s."
+            )
+
     def show(self, what: str, done: float, total: float) -> None:
         """Move the progress bar."""
         if self.bar.disable:
@@ -93,7 +123,29 @@ class _Run:
         self.bar.n = round(done, 1)
         self.bar.refresh()
 
-    def group(self, listed: Sequence[str], budget: float, ceiling: float | None, *, utilisation: bool) -> None:
+    def read_ceiling(self) -> float | None:
+        """The memory's read rate; None where it cannot be measured."""
+        try:
+            return read_ceiling(self.device)
+        except torch.OutOfMemoryError as error:
+            self.notes.append(f"no MBU: the read ceiling cannot be measured: {message_of(error)}")
+            return None
+
+    def groups(self) -> None:
+        """Measure everything: all subjects together, or one after the other."""
+        listed = names(self.config)
+        groups = [listed] if self.config.together else [[name] for name in listed]
+        utilisation = self.config.utilisation and self.device.type == "cuda"
+        if utilisation and len(groups) > 1:
+            utilisation = False  # the profiler of one would slow the next
+            self.notes.append("no GPU utilisation: it is measured with together=True only")
+        for group in groups:
+            self.group(group, self.config.budget / len(groups), utilisation=utilisation)
+            if self.measurement.interrupted:
+                break
+        self.leave_out([name for name in listed if name not in self.built], "interrupted before it was built")
+
+    def group(self, listed: Sequence[str], budget: float, *, utilisation: bool) -> None:
         """Build these subjects, measure them, check them and close them."""
         try:
             for index, name in enumerate(listed):
@@ -214,7 +266,8 @@ class _Run:
     def _finish(self, name: str, subject: Subject) -> None:
         """Take a subject's statistics and close it."""
         result = self.built[name].result
-        records = [self.measurement.records[cell] for cell in cells(self.config, [name])]
+        known = self.measurement.records  # not all, after Ctrl-C in warm-up
+        records = [known[cell] for cell in cells(self.config, [name]) if cell in known]
         result.startup["first calls"] = sum(
             max(0.0, record.first_call - statistics.median(record.walls)) for record in records if record.walls
         )
@@ -265,8 +318,45 @@ class _Run:
         )
 
 
-def compare(model: Any, config: CompareConfig, *, tokenizer: Any = None, progress: bool | None = None) -> Comparison:
+def compare(
+    model: Any,
+    config: CompareConfig,
+    *,
+    tokenizer: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Comparison:
     """Run a comparison; see `hybridgen.compare`, which is this with keywords."""
+    if output is not None:
+        check_output(output)
+    checkpoint, limit = _open(model, config, tokenizer)
+    facts = provenance(checkpoint.device)
+    loaded = checkpoint.load()
+    bar = tqdm(bar_format="{desc}: {n}/{total}", disable=None if progress is None else not progress, leave=False)
+    try:
+        with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
+            run = _Run(config, checkpoint, loaded.model, limit, loaded.seconds, folder, bar)
+            run.pay_once()
+            ceiling = run.read_ceiling()
+            run.groups()
+            if checkpoint.device.type == "cuda":
+                facts["gpu_state_at_end"] = gpu_state(checkpoint.device)
+            comparison = run.result(model, ceiling, facts)
+    finally:
+        loaded.restore()
+    if output is not None:
+        comparison.save(output)
+    return comparison
+
+
+def _open(model: Any, config: CompareConfig, tokenizer: Any) -> tuple[Checkpoint, int]:
+    """The model without its weights, and its longest context; everything that can be checked so far is.
+
+    Raises:
+        ConfigError: the lengths are above the context, or an engine's fields do not go together.
+        DeviceError: this machine cannot run one of the modes.
+        EngineError: an engine has the module.
+    """
     opening = EngineConfig(**{name: value for name, value in config.engine.items() if name in _LOADING})
     checkpoint = Checkpoint.open(model, opening, tokenizer=tokenizer)
     limit = context_limit(checkpoint, None)
@@ -279,32 +369,7 @@ def compare(model: Any, config: CompareConfig, *, tokenizer: Any = None, progres
         check_config(checkpoint, config.engine_config(variant, limit))
     if checkpoint.module is not None:
         check_free(checkpoint.module)
-    facts = provenance(checkpoint.device)
-    loaded = checkpoint.load()
-    bar = tqdm(bar_format="{desc}: {n}/{total}", disable=None if progress is None else not progress, leave=False)
-    try:
-        with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
-            inductor = config.engine.get("compile_backend", "inductor") == "inductor"
-            if config.fresh_compile and inductor and {"jit", "hybrid"} & set(config.modes):
-                pay_once(checkpoint.device)
-            ceiling = read_ceiling(checkpoint.device)
-            run = _Run(config, checkpoint, loaded.model, limit, loaded.seconds, folder, bar)
-            listed = names(config)
-            groups = [listed] if config.together else [[name] for name in listed]
-            utilisation = config.utilisation and checkpoint.device.type == "cuda"
-            if utilisation and len(groups) > 1:
-                utilisation = False  # the profiler of one would slow the next
-                run.notes.append("no GPU utilisation: it is measured with together=True only")
-            for group in groups:
-                run.group(group, config.budget / len(groups), ceiling, utilisation=utilisation)
-                if run.measurement.interrupted:
-                    break
-            run.leave_out([name for name in listed if name not in run.built], "interrupted before it was built")
-            if checkpoint.device.type == "cuda":
-                facts["gpu_state_at_end"] = gpu_state(checkpoint.device)
-            return run.result(model, ceiling, facts)
-    finally:
-        loaded.restore()
+    return checkpoint, limit
 
 
 def _kind(name: str, config: CompareConfig) -> str:

@@ -6,6 +6,7 @@ After a wanted change: `HYBRIDGEN_GOLDEN=1 pytest tests/comparison/test_compare_
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -145,6 +146,17 @@ def test_a_directory_that_cannot_be_written_is_found_before_anything_runs(tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="output="):
         hybridgen.compare("no/such/model", output=tmp_path / "file")
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "tabulate"])
+def test_what_is_not_installed_is_said(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    with pytest.raises(ConfigError, match=rf"need {missing}, which is not installed; install hybridgen\[compare\]"):
+        if missing == "matplotlib":
+            hybridgen.compare("no/such/model", output=tmp_path)  # before anything is looked for
+        else:
+            str(comparison())
 
 
 def test_a_cell_is_found_by_its_place() -> None:

@@ -6,7 +6,7 @@ import families
 import pytest
 
 import hybridgen
-from hybridgen.comparison.run import Comparison
+from hybridgen.comparison.results import Comparison
 
 pytestmark = pytest.mark.gpu
 
