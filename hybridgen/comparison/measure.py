@@ -128,6 +128,8 @@ class Measurement:
                         record.first_call = time.perf_counter() - start
                     if cell.subject == REFERENCE:
                         self._reference[cell.prompt_length, cell.batch_size] = output.tokens
+            except KeyboardInterrupt:  # an engine's is an Exception too
+                raise
             except Exception as error:
                 self._fault(record, error)
         for name, subject in subjects.items():
@@ -168,6 +170,8 @@ class Measurement:
             if on_cuda:
                 record.peak = max(record.peak, torch.cuda.max_memory_allocated(self.device) - allocated)
             after = subject.stats()
+        except KeyboardInterrupt:
+            raise
         except Exception as error:
             self._fault(record, error)
             return

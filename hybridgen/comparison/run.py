@@ -39,7 +39,7 @@ from hybridgen.comparison.utilisation import device_busy
 from hybridgen.config import EngineConfig
 from hybridgen.core import Completion
 from hybridgen.engine import check_config
-from hybridgen.errors import ConfigError, HybridgenError
+from hybridgen.errors import ConfigError
 from hybridgen.loading import Checkpoint, fuse_projections
 from hybridgen.loading.sharing import twin
 from hybridgen.models import check_free
@@ -104,7 +104,7 @@ class _Run:
             engine_config = self.config.engine_config({"mode": REFERENCE}, self.limit)
             try:
                 build(REFERENCE, engine_config, twin(self.template), self.config, None).close()
-            except HybridgenError as error:  # the row of mode eager will say so
+            except Exception as error:  # the row of mode eager will say so
                 logger.debug("the first engine failed: %s", error)
             release(self.device)
         took = time.perf_counter() - start
@@ -152,9 +152,10 @@ class _Run:
                 self.show(f"build {name}", index, len(listed))
                 self._build(name)
             self.measurement.run(self.subjects, budget)
-            self._check_logits()
-            if utilisation:
-                self._utilisation()
+            if not self.measurement.interrupted:
+                self._check_logits()
+                if utilisation:
+                    self._utilisation()
         finally:
             for name, subject in list(self.subjects.items()):
                 self._finish(name, subject)
@@ -229,6 +230,8 @@ class _Run:
                 try:
                     given = self.measurement.prompts(cell)
                     found = subject.completions(given, self.config.new_tokens, REPORTED)
+                except KeyboardInterrupt:  # an engine's is an Exception too
+                    raise
                 except Exception as error:
                     self.notes.append(f"logits of {_place(cell)} are not checked: {message_of(error)}")
                     continue
@@ -253,6 +256,8 @@ class _Run:
                 given, subject = self.measurement.prompts(cell), self.subjects[name]
                 busy = device_busy(lambda s=subject, g=given: s.call(g, tokens), self.device)  # type: ignore[misc]
                 self.busy[cell] = min(1.0, busy / took[cell])
+        except KeyboardInterrupt:
+            raise
         except Exception as error:  # nothing was lost that was measured before
             self.notes.append(f"GPU utilisation is not complete: {message_of(error)}")
 

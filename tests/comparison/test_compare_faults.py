@@ -11,7 +11,7 @@ from compare_cases import SMALL, Scripted, measurement
 import hybridgen
 from hybridgen.comparison.schedule import cells
 from hybridgen.engine import Engine
-from hybridgen.errors import RequestError
+from hybridgen.errors import Interrupted, RequestError
 
 CONFIG = SMALL.replace(baselines=())
 
@@ -106,14 +106,15 @@ def test_a_cell_ends_when_its_medians_are_known() -> None:
     assert all(len(record.walls) == 10 for record in found.records.values())
 
 
-def test_ctrl_c_ends_the_rounds_and_keeps_what_was_measured() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("Ctrl-C", [])])
+def test_ctrl_c_ends_the_rounds_and_keeps_what_was_measured(error: BaseException) -> None:
     count = 0
 
     def act(prompts: list[list[int]]) -> None:
         nonlocal count
         count += 1
         if count == 9:  # four calls warm up
-            raise KeyboardInterrupt
+            raise error
 
     found = measurement(CONFIG.replace(repeats=1000))
     found.run({"eager": Scripted("eager", act)}, 5.0)
