@@ -139,7 +139,22 @@ def ttft(results: list[Result]) -> list[str]:
                 ]
             )
     head = ["prompt", "mode", "TTFT mean, ms", "std", "p50", "p99", "TPOT p50, ms", "p99", "MBU", "= eager"]
-    return table([*head, "logit error", "calls (ended by)"], rows, 2)
+    lines = table([*head, "logit error", "calls (ended by)"], rows, 2)
+    return [*lines, "", *(line for result in results for line in _lowest(result))]
+
+
+def _lowest(result: Result) -> list[str]:
+    """Which mode is the fastest at each prompt length, by each figure."""
+    lines = []
+    for name, title in (("ttft_p50_ms", "median TTFT"), ("ttft_p99_ms", "TTFT p99"), ("tpot_p99_ms", "TPOT p99")):
+        found: dict[str, list[str]] = {}
+        for prompt in sorted({row["prompt"] for row in result["rows"]}):
+            known = [row for row in result["rows"] if row["prompt"] == prompt and row[name] is not None]
+            if known:
+                found.setdefault(min(known, key=lambda row: row[name])["mode"], []).append(str(prompt))
+        modes = "; ".join(f"`{mode}` at {', '.join(prompts)}" for mode, prompts in found.items())
+        lines.append(f"- {result['model']}, lowest {title}: {modes or 'nothing measured'}.")
+    return lines
 
 
 def throughput(results: list[Result]) -> list[str]:
