@@ -47,7 +47,7 @@ def engine_rows(
 
     def add(what: str, batch: int, engine: hybridgen.Engine, call: Callable[[int], Any]) -> None:
         step, first = step_us(call, new, device, arguments.repeats)
-        traffic = engine._meter.traffic
+        traffic = engine.traffic
         rate = traffic.bandwidth(batch, prompt + new / 2, step / 1e6)
         row = {"model": name, "what": what, "batch": batch, "step_us": step, "first_token_ms": first}
         row |= {"floor_us": traffic.weights / traffic.ceiling * 1e6 if traffic.ceiling else None}

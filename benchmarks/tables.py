@@ -139,6 +139,68 @@ def memory_limit(results: list[Result]) -> list[str]:
     return table(head, rows, 2)
 
 
+def ttft(results: list[Result]) -> list[str]:
+    """Time to first token and its 99th percentile, by prompt length and mode, beside the agreement of tokens."""
+    rows = []
+    for result in results:
+        for row in sorted(result["rows"], key=lambda row: row["prompt"]):
+            known = row["status"] == "ok" and row["calls"]
+            rows.append(
+                [
+                    f"{result['model']}, {row['prompt']}",
+                    f"`{row['mode']}`",
+                    *(_number(row[f"ttft_{part}_ms"], 2) for part in ("mean", "std", "p50", "p99")),
+                    *(_number(row[f"tpot_{part}_ms"], 2) for part in ("p50", "p99")),
+                    _share(row["mbu"]),
+                    _share(row["equal_tokens"]),
+                    "-" if row["logit_error"] is None else f"{row['logit_error']:.2g}",
+                    f"{row['calls']} ({row['stopped']})" if known else row["status"],
+                ]
+            )
+    head = ["prompt", "mode", "TTFT mean, ms", "std", "p50", "p99", "TPOT p50, ms", "p99", "MBU", "= eager"]
+    lines = table([*head, "logit error", "calls (ended by)"], rows, 2)
+    return [*lines, "", *(line for result in results for line in _lowest(result))]
+
+
+def _lowest(result: Result) -> list[str]:
+    """Which mode is the fastest at each prompt length, by each figure."""
+    lines = []
+    for name, title in (("ttft_p50_ms", "median TTFT"), ("ttft_p99_ms", "TTFT p99"), ("tpot_p99_ms", "TPOT p99")):
+        found: dict[str, list[str]] = {}
+        for prompt in sorted({row["prompt"] for row in result["rows"]}):
+            known = [row for row in result["rows"] if row["prompt"] == prompt and row[name] is not None]
+            if known:
+                found.setdefault(min(known, key=lambda row: row[name])["mode"], []).append(str(prompt))
+        modes = "; ".join(f"`{mode}` at {', '.join(prompts)}" for mode, prompts in found.items())
+        lines.append(f"- {result['model']}, lowest {title}: {modes or 'nothing measured'}.")
+    return lines
+
+
+def throughput(results: list[Result]) -> list[str]:
+    """Offline throughput by model and engine."""
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            cells = [row["model"], f"`{row['engine']}`", f"{row['requests']:,}", f"{row['temperature']:g}"]
+            if "error" in row:
+                rows.append([*cells, "-", "-", row["error"]])
+                continue
+            seconds = sorted(row["seconds"])
+            spread = f"{seconds[0]:,.2f}" if len(seconds) == 1 else f"{seconds[0]:,.2f} to {seconds[-1]:,.2f}"
+            rows.append([*cells, f"{row['generated_tokens']:,}", spread, f"{row['tokens_per_s']:,.0f}"])
+    return table(["model", "engine", "requests", "temperature", "tokens", "seconds", "tokens/s"], rows, 2)
+
+
+def ceilings(results: list[Result]) -> list[str]:
+    """What the device reaches at most."""
+    rows = [
+        [row["what"], row["unit"], _number(row["rate"], 0), _number(row["best"], 0)]
+        for result in results
+        for row in result["rows"]
+    ]
+    return table(["", "unit", "median", "best"], rows, 2)
+
+
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
     "memory-limit": memory_limit,
@@ -146,11 +208,18 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "unseen": unseen,
     "ablation": ablation,
     "metadata-copy": metadata_copy,
+    "ttft": ttft,
+    "throughput": throughput,
+    "ceilings": ceilings,
 }
 
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _spread(times: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ print(out.text)
 import importlib as _importlib
 import typing as _typing
 
-from hybridgen.api import generate, stream, unload
+from hybridgen.api import compare, generate, stream, unload
 from hybridgen.config import EngineConfig, Mode
 from hybridgen.core import (
     Completion,
@@ -41,12 +41,14 @@ from hybridgen.errors import (
 from hybridgen.serving.client import Client
 
 if _typing.TYPE_CHECKING:
+    from hybridgen.comparison.results import Comparison
     from hybridgen.engine import Engine
     from hybridgen.execution.statistics import EngineStats
     from hybridgen.serving.async_client import AsyncClient
 
-# Imported when they are first used: the first two bring torch, which a client does without.
+# Imported when they are first used: most bring torch, which a client does without.
 _LATER = {
+    "Comparison": "hybridgen.comparison.results",
     "Engine": "hybridgen.engine",
     "EngineStats": "hybridgen.execution.statistics",
     "AsyncClient": "hybridgen.serving.async_client",
@@ -58,6 +60,7 @@ __all__ = [
     "AsyncClient",
     "CheckpointError",
     "Client",
+    "Comparison",
     "Completion",
     "ConfigError",
     "DeviceError",
@@ -85,6 +88,7 @@ __all__ = [
     "TokenLogprob",
     "TokenizerError",
     "UnsupportedModelError",
+    "compare",
     "generate",
     "stream",
     "unload",

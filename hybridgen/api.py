@@ -1,4 +1,4 @@
-"""The front door: `generate()`, `stream()` and `unload()`, with models kept loaded between calls."""
+"""The front door: `generate()`, `stream()` and `unload()`, with models kept loaded between calls; `compare()`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from hybridgen.serving.exchange import Call
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from hybridgen.comparison.config import CompareConfig
+    from hybridgen.comparison.results import Comparison
     from hybridgen.engine import Engine
     from hybridgen.prompts import Prompts
 
@@ -102,6 +104,53 @@ def stream(
         return _stream_from(socket_path(model), Call(prompts, sampling, fields))
     engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields)
     return engine.stream(prompts, sampling, **sampling_fields)
+
+
+def compare(
+    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    config: CompareConfig | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    **fields: Any,
+) -> Comparison:
+    """Run the same prompts on the same weights in every mode, and report times, memory and agreement of tokens.
+
+    One engine per mode, all on one copy of the weights; their calls take turns in random order, until the medians are
+    known to within the tolerance or the budget ends. A cell that fails or runs out of memory is reported as such.
+
+    Args:
+        model: a local path, a hub id, a live `PreTrainedModel`, or None for the demo model.
+        config: what to run, such as `hybridgen.comparison.results.read(path).config` of an earlier run.
+        tokenizer: for a live model that brings none. Prompts are token ids; it is not needed.
+        output: a directory for tables, plots and the whole result, see `Comparison.save`.
+        progress: a bar: on, off, or (None) on when standard error is a terminal.
+        fields: single fields of `hybridgen.comparison.config.CompareConfig` (`modes`, `prompt_lengths`, `batch_sizes`,
+            `new_tokens`, `baselines`, `ablate`, `budget`, ...), or of `EngineConfig`, for every engine.
+
+    Returns:
+        A `Comparison`; `print()` shows it as a table.
+
+    Raises:
+        ConfigError: a value is unknown or out of its range, or the lengths are above the model's context; with
+            `output`, also that it cannot be written to. All of it before weights are read.
+        HybridgenError: the model cannot be loaded; see `hybridgen.errors`.
+    """
+    from hybridgen.comparison.config import CompareConfig
+
+    if config is None:
+        config = CompareConfig()
+    if not isinstance(config, CompareConfig):
+        raise ConfigError(f"config={shown(config)} is not a CompareConfig; give one, or its fields as keywords")
+    check_keywords(fields, EngineConfig.field_names() | CompareConfig.field_names())
+    own = {name: value for name, value in fields.items() if name in CompareConfig.field_names()}
+    engine_fields = {name: value for name, value in fields.items() if name not in own}
+    if engine_fields:
+        own["engine"] = {**config.engine, **own.get("engine", {}), **engine_fields}
+    from hybridgen.comparison.run import compare as run
+
+    return run(model, config.replace(**own), tokenizer=tokenizer, output=output, progress=progress)
 
 
 def _is_server(model: Any) -> TypeGuard[str]:

@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hybridgen.comparison.command import add_options as add_compare_options
 from hybridgen.config import Mode
 from hybridgen.errors import HybridgenError, PromptError
 from hybridgen.jsonl import Job, ResultFile, is_unicode, read_jobs, result, same_file
@@ -82,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     client.add_argument("--ping", action="store_true", help="print whether the server is alive; status 1 if it hangs")
     client.add_argument("--shutdown", action="store_true", help="end the server when what is in flight has ended")
     _add_generate_options(client)
+    compare = commands.add_parser("compare", help="run the same prompts in every mode, and report")
+    compare.set_defaults(run=_compare)
+    add_compare_options(compare)
     doctor = commands.add_parser("doctor", help="say what this machine can do, and why not")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
@@ -299,6 +303,16 @@ def _show(job: Job, completion: Completion, *, text: bool, many: bool) -> None:
         f"[{count} tokens in {timing.total:.2f} s, {count / timing.total:.1f} tok/s, first after "
         f"{timing.ttft * 1e3:.0f} ms, finish: {completion.finish_reason}]"
     )
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from hybridgen.comparison.command import run
+
+    if sys.stdout is None:
+        raise HybridgenError("standard output is closed; leave it open")
+    text, status = run(arguments)
+    _print(text)
+    return status
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from hybridgen.execution.compiled import check_backend, check_toolchain
 from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
 from hybridgen.execution.graphs.recorder import CAPTURING
 from hybridgen.execution.statistics import DecodeStats, EngineStats, GraphStats
-from hybridgen.execution.traffic import DecodeMeter, traffic_of
+from hybridgen.execution.traffic import DecodeMeter, Traffic, traffic_of
 from hybridgen.kernels import metadata
 from hybridgen.kernels.ceiling import read_ceiling
 from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
@@ -397,6 +397,11 @@ class Engine:
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
         )
+
+    @property
+    def traffic(self) -> Traffic:
+        """What a decode step reads, and how fast the device can."""
+        return self._meter.traffic
 
     def _decode_stats(self) -> DecodeStats:
         meter = self._meter

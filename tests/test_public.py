@@ -15,6 +15,7 @@ NAMES = [
     "AsyncClient",
     "CheckpointError",
     "Client",
+    "Comparison",
     "Completion",
     "ConfigError",
     "DeviceError",
@@ -42,6 +43,7 @@ NAMES = [
     "TokenLogprob",
     "TokenizerError",
     "UnsupportedModelError",
+    "compare",
     "generate",
     "stream",
     "unload",
@@ -58,6 +60,11 @@ def test_the_names() -> None:
 def test_a_client_needs_no_torch() -> None:
     code = "import sys, hybridgen; hybridgen.Client, hybridgen.generate; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_the_command_needs_neither_torch_nor_matplotlib_to_start() -> None:
+    code = "import sys, hybridgen.cli; hybridgen.compare; print({'torch', 'matplotlib', 'tabulate'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -67,7 +67,40 @@ def test_an_unknown_table_is_an_error(tables: ModuleType, tmp_path: Path) -> Non
         tables.rewritten(page("other"), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["decode-modes", "replay", "unseen", "ablation", "metadata-copy"])
+def test_a_row_that_could_not_be_measured_says_so(tables: ModuleType, tmp_path: Path) -> None:
+    times = {f"{kind}_{part}_ms": None for kind in ("ttft", "tpot") for part in ("mean", "std", "p50", "p99")}
+    row = {"mode": "jit", "prompt": 10, "status": "out of memory", "calls": 0, "stopped": None, "mbu": None}
+    row |= {"equal_tokens": None, "logit_error": None, **times}
+    good = {**row, "mode": "hybrid", "status": "ok", "calls": 20, "stopped": "interval", "equal_tokens": 1.0}
+    good |= {"ttft_mean_ms": 5.125, "ttft_p99_ms": 6.0, "mbu": 0.5, "logit_error": 0.0125}
+    write(tmp_path, "ttft-x.json", model="m", rows=[row, good])
+    text = tables.rewritten(page("ttft"), tmp_path)
+    assert "| m, 10 | `jit` | - | - | - | - | - | - | - | - | - | out of memory |" in text
+    assert "| m, 10 | `hybrid` | 5.12 | - | - | 6.00 | - | - | 50.0% | 100.0% | 0.013 | 20 (interval) |" in text
+    assert "- m, lowest TTFT p99: `hybrid` at 10." in text
+    assert "- m, lowest median TTFT: nothing measured." in text
+
+
+def test_throughput_has_the_spread_of_its_runs(tables: ModuleType, tmp_path: Path) -> None:
+    row = {"model": "m", "engine": "hybrid", "requests": 256, "temperature": 0.0, "generated_tokens": 133966}
+    row |= {"seconds": [5.5, 5.0], "tokens_per_s": 25000.0}
+    failed = {
+        "model": "m",
+        "engine": "huggingface",
+        "requests": 256,
+        "temperature": 0.0,
+        "error": "OutOfMemoryError: x",
+    }
+    write(tmp_path, "throughput-x.json", rows=[row, failed])
+    text = tables.rewritten(page("throughput"), tmp_path)
+    assert "| m | `hybrid` | 256 | 0 | 133,966 | 5.00 to 5.50 | 25,000 |" in text
+    assert "| m | `huggingface` | 256 | 0 | - | - | OutOfMemoryError: x |" in text
+
+
+TABLES = ["decode-modes", "replay", "unseen", "ablation", "metadata-copy", "ttft", "throughput", "ceilings"]
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_each_table_is_in_the_docs(name: str) -> None:
     pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
     assert sum(f"<!-- table: {name} -->" in text for text in pages) == 1

@@ -1,0 +1,187 @@
+"""How many tokens per second come out of a batch of requests that are all known in advance?
+
+256 requests from seed 0, with prompts and outputs of 100 to 1024 tokens each, as small engines quote it: 133,966
+generated tokens. Prompts are ids, end-of-sequence is ignored, weights are random. Generated tokens over the wall time
+of the whole call, synchronised, after a warm-up call of a few requests; the median of the runs.
+
+- eager, jit, graph, hybrid: one `generate()` call of an engine in that mode, all 256 requests in one batch.
+- huggingface: Hugging Face's continuous batching (`generate_batch`'s manager), with a limit per request. With SDPA,
+  the attention that torch brings, it is a weak peer: it is made for flash attention.
+
+    python benchmarks/throughput.py --models qwen3-0.6b llama-3.2-1b [--temperature 0.6] [--output results.json]
+    python benchmarks/throughput.py --smoke          # a tiny model, anywhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import how_it_ran, random_model, release, report, shape_dtype, synchronize, this_device
+from transformers import GenerationConfig, PreTrainedModel
+
+import hybridgen
+from hybridgen.comparison.baselines import batching_config, paged_attention
+
+HUGGINGFACE = "huggingface"
+ENGINES = ("eager", "jit", "graph", "hybrid", HUGGINGFACE)
+WARM_UP = 8
+"""Requests of the call that is not measured."""
+
+
+class Work(NamedTuple):
+    """The requests."""
+
+    prompts: list[list[int]]
+    new: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """All that is generated."""
+        return sum(self.new)
+
+    def head(self, count: int) -> Work:
+        """The first few of them, with short outputs."""
+        return Work(self.prompts[:count], [min(16, new) for new in self.new[:count]])
+
+
+def requests(count: int, least: int, most: int, vocab: int) -> Work:
+    """Prompts first, then output lengths, from one generator: the order decides what seed 0 gives."""
+    draw = random.Random(0)
+    prompts = [[draw.randint(0, vocab) for _ in range(draw.randint(least, most))] for _ in range(count)]
+    return Work(prompts, [draw.randint(least, most) for _ in range(count)])
+
+
+def timed(call: Callable[[Work], int], work: Work, device: str, runs: int) -> tuple[list[float], int]:
+    """Seconds of each run, after one of a few requests; and the tokens that came out."""
+    call(work.head(WARM_UP))
+    seconds, tokens = [], 0
+    for _ in range(runs):
+        synchronize(device)
+        start = time.perf_counter()
+        tokens = call(work)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds, tokens
+
+
+def ours(
+    model: PreTrainedModel, mode: str, work: Work, temperature: float, device: str, runs: int, options: dict[str, Any]
+) -> tuple[list[float], int, dict[str, Any]]:
+    """Seconds of the runs, generated tokens, and how the engine ran them."""
+    longest = max(len(prompt) + new for prompt, new in zip(*work, strict=True))
+    sizes = {"max_batch": len(work.prompts), "max_context": longest}
+    with hybridgen.Engine.load(model, **{"mode": mode, **sizes, **options}) as engine:
+
+        def generate(part: Work) -> int:
+            sampling = [
+                hybridgen.SamplingParams(max_new_tokens=new, temperature=temperature, ignore_eos=True, seed=index)
+                for index, new in enumerate(part.new)
+            ]
+            completions = engine.generate(part.prompts, sampling)
+            failed = [completion.error for completion in completions if completion.error is not None]
+            if failed:
+                raise failed[0]
+            return sum(len(completion.token_ids) for completion in completions)
+
+        for _ in range(2):  # what this sampling lacks is captured at the end of a call
+            generate(work.head(WARM_UP))
+            while engine.idle():
+                pass
+        return *timed(generate, work, device, runs), how_it_ran(engine)
+
+
+def huggingface(
+    model: PreTrainedModel, work: Work, temperature: float, device: str, runs: int
+) -> tuple[list[float], int, dict[str, Any]]:
+    """The same with `generate_batch`'s manager, which takes a limit per request."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(paged_attention())
+    config = GenerationConfig(
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        max_new_tokens=max(work.new),
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
+    attends = model.config._attn_implementation
+    try:
+        with model.continuous_batching_context_manager(  # type: ignore[operator]
+            generation_config=config, continuous_batching_config=batching_config(), block=True, timeout=30
+        ) as manager:
+
+            def generate(part: Work) -> int:
+                for prompt, new in zip(*part, strict=True):
+                    manager.add_request(prompt, max_new_tokens=new)
+                done = tokens = 0
+                while done < len(part.prompts):
+                    result = manager.get_result(timeout=1)
+                    if result is None and not manager.is_running():
+                        raise RuntimeError("the generation thread of generate_batch ended")
+                    if result is not None and result.is_finished():
+                        if result.error is not None:
+                            raise RuntimeError(f"a request of generate_batch failed: {result.error}")
+                        done += 1
+                        tokens += len(result.generated_tokens)
+                return tokens
+
+            seconds, tokens = timed(generate, work, device, runs)
+    finally:
+        model.set_attn_implementation(before)
+    return seconds, tokens, {"attention": attends}
+
+
+def measure(
+    name: str, engines: list[str], work: Work, temperature: float, device: str, runs: int, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    model = random_model(name, shape_dtype(name, device), device)
+    rows = []
+    for engine in engines:
+        row: dict[str, Any] = {"model": name, "engine": engine, "requests": len(work.prompts)}
+        row |= {"prompt_tokens": sum(map(len, work.prompts)), "temperature": temperature}
+        try:
+            if engine == HUGGINGFACE:
+                seconds, tokens, ran = huggingface(model, work, temperature, device, runs)
+            else:
+                seconds, tokens, ran = ours(model, engine, work, temperature, device, runs, options)
+        except Exception as error:  # whatever an engine raises: the others are still worth having
+            row |= {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            print(f"{name:<14} {engine:<12} {row['error']}", flush=True)
+        else:
+            took = statistics.median(seconds)
+            row |= {"generated_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / took, "ran": ran}
+            print(f"{name:<14} {engine:<12} {tokens:>9,} {took:>9.2f} {tokens / took:>12,.0f}", flush=True)
+        rows.append(row)
+        release()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "llama-3.2-1b"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["hybrid", HUGGINGFACE])
+    parser.add_argument("--temperature", type=float, default=0.0, help="small engines quote 0.6")
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
+    arguments = parser.parse_args()
+    device = this_device()
+    models, engines, runs = arguments.models, arguments.engines, arguments.runs
+    work, options = requests(arguments.requests, 100, 1024, 10000), {}
+    if arguments.smoke:
+        models, runs, work, options = ["tiny"], 1, requests(6, 4, 12, 500), {"compile_backend": "eager"}
+    print(f"{'model':<14} {'engine':<12} {'tokens':>9} {'seconds':>9} {'tokens / s':>12}", flush=True)
+    rows = []
+    for name in models:
+        rows += measure(name, engines, work, arguments.temperature, device, runs, options)
+    report({"benchmark": "throughput", "rows": rows}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

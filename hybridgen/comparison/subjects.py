@@ -1,0 +1,214 @@
+"""What is measured: something that generates from token ids, and says when each token could be read."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from hybridgen.comparison.config import ABLATIONS, CompareConfig
+from hybridgen.config import EngineConfig, Mode
+from hybridgen.core import Completion, SamplingParams
+from hybridgen.engine import Engine
+from hybridgen.errors import RequestError
+from hybridgen.execution.statistics import EngineStats
+
+GRAPHS = frozenset({"cuda graph", "cudagraph tree", "stand-in"})
+"""Kinds of steps that a recording ran (`StepSummary.kind`)."""
+MODE, SWITCH, BASELINE = "mode", "switch", "baseline"
+
+
+class Output(NamedTuple):
+    """What a call brought."""
+
+    tokens: list[list[int]]
+    """Generated ids, per prompt."""
+    inside: float | None
+    """Seconds that its requests took, where the subject says so itself; else the whole call's."""
+    times: list[list[float]]
+    """Seconds from the request's submission to each token, per prompt; empty where the subject does not say."""
+
+
+@dataclass
+class GraphUse:
+    """How the steps of a cell's measured calls ran."""
+
+    pre_captured: int = 0
+    """By a graph that was captured at start-up."""
+    lazy: int = 0
+    """By one that was captured later, while idle."""
+    padded: int = 0
+    """Of these two, padded to a larger bucket."""
+    none: int = 0
+    """Without a graph."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Steps by phase, kind and reason."""
+
+    def add(self, before: EngineStats, after: EngineStats) -> None:
+        """Count the steps between two snapshots."""
+        held = {_identity(row): row for row in before.graphs.graphs}
+        lazy = sum(
+            row.hits - (held[_identity(row)].hits if _identity(row) in held else 0)
+            for row in after.graphs.graphs
+            if row.lazy
+        )
+        self.lazy += lazy
+        for (phase, kind, reason), count in after.steps.items():
+            new = count - before.steps.get((phase, kind, reason), 0)
+            if not new:
+                continue
+            self.reasons[f"{phase}, {kind}: {reason}"] += new
+            if kind in GRAPHS:
+                self.pre_captured += new
+                self.padded += new if reason.startswith("padded") else 0
+            else:
+                self.none += new
+        self.pre_captured -= lazy
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**vars(self), "reasons": dict(self.reasons)}
+
+
+def _identity(row: Any) -> tuple[Any, ...]:
+    return row.phase, row.tokens, row.rows, row.sampling, row.owner, row.lazy
+
+
+class Subject(Protocol):
+    """Something to measure. `call` may raise what it likes: that is reported, and the run goes on."""
+
+    name: str
+    kind: str
+    """`mode`, `switch` or `baseline`."""
+
+    def call(self, prompts: list[list[int]], new_tokens: int) -> Output:
+        """Generate so many tokens for each prompt."""
+
+    def settle(self) -> None:
+        """What is left to do after warm-up, before anything is measured."""
+
+    def stats(self) -> EngineStats | None:
+        """Statistics of an engine; None of a baseline."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class EngineSubject:
+    """An engine of ours in one mode or variant."""
+
+    def __init__(self, name: str, engine: Engine, config: CompareConfig, build_seconds: float) -> None:
+        self.name = name
+        self.kind = MODE if name in config.modes else SWITCH
+        self.engine = engine
+        self.build_seconds = build_seconds
+        self._config = config
+
+    def call(self, prompts: list[list[int]], new_tokens: int, *, logprobs: int | None = None) -> Output:
+        """Generate; the tokens' times are the engine's own.
+
+        Raises:
+            RequestError: a request failed.
+        """
+        completions = self.completions(prompts, new_tokens, logprobs)
+        return Output(
+            [list(completion.token_ids) for completion in completions],
+            max(completion.timing.total for completion in completions),
+            [list(completion.timing.token_times) for completion in completions],
+        )
+
+    def completions(self, prompts: list[list[int]], new_tokens: int, logprobs: int | None) -> list[Completion]:
+        """The completions of a call, all of which are whole.
+
+        Raises:
+            RequestError: one is not.
+        """
+        config = self._config
+        sampling = [
+            SamplingParams(
+                max_new_tokens=new_tokens,
+                temperature=config.temperature,
+                top_k=0,
+                top_p=1.0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                ignore_eos=True,
+                seed=config.seed + index,
+                logprobs=logprobs,
+            )
+            for index in range(len(prompts))
+        ]
+        completions: list[Completion] = self.engine.generate(prompts, sampling)
+        for completion in completions:
+            if completion.error is not None:
+                raise completion.error
+            if len(completion.token_ids) != new_tokens:
+                raise RequestError(f"a request got {len(completion.token_ids)} of {new_tokens} tokens")
+        return completions
+
+    def settle(self) -> None:
+        """Capture what warm-up missed, so that no measured call ends with a capture."""
+        while self.engine.idle():
+            pass
+
+    def stats(self) -> EngineStats:
+        """The engine's."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Close the engine."""
+        self.engine.close()
+
+
+def build(
+    name: str, engine_config: EngineConfig, model: Any, config: CompareConfig, cache: str | None
+) -> EngineSubject:
+    """An engine around a module that is its alone.
+
+    Args:
+        cache: a directory for an empty Inductor cache of its own; None shares the process's.
+    """
+    mode = Mode(engine_config.mode)
+    alone = cache is not None and mode.compiles and engine_config.compile_backend == "inductor"
+    with empty_compile_cache(cache) if alone and cache is not None else contextlib.nullcontext():
+        start = time.perf_counter()
+        engine = Engine.load(model, engine_config)
+        return EngineSubject(name, engine, config, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def empty_compile_cache(folder: str) -> Iterator[None]:
+    """Inductor and Triton find nothing compiled inside, and leave what they compile in `folder`.
+
+    The folder has to stay while the compiled code is in use.
+    """
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache(dir=folder, delete=False):
+        yield
+
+
+def compile_something(device: torch.device) -> None:
+    """Compile a small function, for what the first compilation of a process costs: imports and worker processes."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, empty_compile_cache(folder):
+        torch.compile(_small, dynamic=False)(torch.ones(8, device=device))
+
+
+def _small(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2 + 1).sum()
+
+
+def names(config: CompareConfig) -> Sequence[str]:
+    """All subjects of a comparison, in the order of the tables."""
+    return (*config.variants, *config.baselines)
+
+
+def is_switch(name: str) -> bool:
+    """Whether a subject is mode `hybrid` with a switch off."""
+    return name.startswith("hybrid, ") and name.removeprefix("hybrid, ") in ABLATIONS

@@ -1,0 +1,104 @@
+"""What a comparison may be asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+import hybridgen
+from hybridgen.comparison.config import ABLATIONS, MOST_PREFILL_TOKENS, SMOKE, CompareConfig
+from hybridgen.errors import ConfigError, HybridgenError
+from hybridgen.execution.graphs import ladder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modes": ("eager", "fast")}, "modes holds 'fast'; choose from: eager, jit, graph, hybrid"),
+        ({"baselines": "other"}, "baselines holds 'other'"),
+        ({"prompt_lengths": ()}, "prompt_lengths is empty"),
+        ({"batch_sizes": (0,)}, "batch_sizes holds 0; give integers of at least 1"),
+        ({"new_tokens": 0}, "new_tokens=0; give an integer of at least 1"),
+        ({"warm_up": 0}, "warm_up=0"),
+        ({"budget": -1}, "budget=-1"),
+        ({"tolerance": 2}, "tolerance=2"),
+        ({"ablate": "yes"}, "ablate='yes'; give True or False"),
+        ({"ablate": True, "modes": ("jit",)}, "add hybrid to modes"),
+        ({"engine": {"mode": "jit"}}, "mode= is set by the comparison"),
+        ({"engine": {"page_sise": 16}}, "did you mean 'page_size'"),
+        ({"engine": {"page_size": 17}}, "not a power of two"),
+    ],
+)
+def test_what_is_wrong_is_said(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        CompareConfig(**fields)
+
+
+def test_eager_is_always_there_and_first() -> None:
+    assert CompareConfig(modes=("hybrid", "jit")).modes == ("eager", "jit", "hybrid")
+    assert list(CompareConfig(modes="graph").variants) == ["eager", "graph"]
+
+
+def test_one_size_is_a_list_of_one_and_sizes_are_sorted() -> None:
+    config = CompareConfig(prompt_lengths=50, batch_sizes=(8, 1, 8))
+    assert (config.prompt_lengths, config.batch_sizes) == ((50,), (1, 8))
+
+
+def test_ablation_switches_one_thing_off_in_hybrid() -> None:
+    variants = CompareConfig(ablate=True).variants
+    assert len(variants) == 4 + len(ABLATIONS)
+    for name, fields in variants.items():
+        config = CompareConfig().engine_config(fields, 4096)
+        if name.startswith("hybrid, "):
+            plain = CompareConfig().engine_config({"mode": "hybrid"}, 4096)
+            differ = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(plain, f.name)]
+            assert len(differ) == 1, name
+
+
+def test_an_engine_is_as_large_as_the_cells_need() -> None:
+    config = CompareConfig(prompt_lengths=(10, 900), batch_sizes=(3,), new_tokens=20, engine={"dtype": "float32"})
+    engine = config.engine_config({"mode": "jit"}, 4096)
+    assert (engine.max_batch, engine.max_context, engine.dtype) == (3, 920, "float32")
+    assert config.replace(prompt_lengths=(10,)).engine_config({}, 4096).max_context == 512 + 20
+    assert config.replace(prompt_lengths=(10,)).engine_config({}, 128).max_context == 128
+
+
+def test_the_largest_bucket_is_that_of_the_ladder() -> None:
+    assert MOST_PREFILL_TOKENS == ladder.MOST_PREFILL_TOKENS
+
+
+@pytest.mark.parametrize("config", [CompareConfig(), SMOKE, CompareConfig(ablate=True, engine={"page_size": 32})])
+def test_a_config_comes_back_from_its_plain_values(config: CompareConfig) -> None:
+    assert CompareConfig.of(config.as_dict()) == config
+
+
+def test_unknown_plain_values_are_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown keyword"):
+        CompareConfig.of({"mode": "eager"})
+
+
+def test_each_field_is_described() -> None:
+    source = inspect.getsource(CompareConfig)
+    for field in dataclasses.fields(CompareConfig):
+        assert re.search(rf"^    {field.name}: .*\n    \"\"\"", source, re.MULTILINE), field.name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modus": "jit"}, "unknown keyword 'modus'"),
+        ({"config": 3}, "is not a CompareConfig"),
+        ({"prompt_lengths": 1000, "new_tokens": 100}, "make 1100 tokens, above the model's 1024"),
+        ({"mode": "jit"}, "mode= is set by the comparison"),
+    ],
+)
+def test_bad_input_is_found_before_weights_are_read(
+    fields: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybridgen.loading.Checkpoint.load", lambda self: pytest.fail("weights were read"))
+    with pytest.raises(HybridgenError, match=re.escape(message)):
+        hybridgen.compare(None, **fields)

@@ -1,0 +1,44 @@
+"""A comparison on a GPU: what a CPU run has no figures for."""
+
+from __future__ import annotations
+
+import families
+import pytest
+
+import hybridgen
+from hybridgen.comparison.results import Comparison
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def found() -> Comparison:
+    model = families.build("llama").to("cuda")
+    return hybridgen.compare(
+        model, baselines=("hf-dynamic", "hf-static"), prompt_lengths=(10, 60), batch_sizes=(1, 4), new_tokens=6,
+        budget=20, repeats=10, progress=False,
+    )  # fmt: skip
+
+
+def test_every_cell_has_the_gpu_s_figures(found: Comparison) -> None:
+    assert {cell.status for cell in found.cells} == {"ok"}, found.notes
+    for cell in found.cells:
+        assert cell.agreement is not None
+        assert cell.agreement.share == 1.0, cell.subject
+        assert 0 < (cell.gpu_utilisation or 0) <= 1, cell.subject
+        assert (cell.memory or 0) > 0
+        assert 0 < (cell.mbu or 0) < 1
+    assert found.provenance["driver"]
+    assert found.provenance["gpu_state_at_end"]["clocks.sm"]
+
+
+def test_graphs_run_every_step_of_hybrid(found: Comparison) -> None:
+    for length in (10, 60):
+        graphs = found.cell("hybrid", length, 1).graphs
+        assert graphs is not None
+        assert graphs["none"] == 0, graphs["reasons"]
+
+
+def test_the_read_ceiling_is_a_memory_s(found: Comparison) -> None:
+    assert found.read_ceiling is not None
+    assert 1e11 < found.read_ceiling < 2e13
