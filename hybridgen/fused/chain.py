@@ -82,7 +82,9 @@ class ChainStep:
             "handed": zeros(rows, model.hidden, dtype=model.dtype),
             "qkv": zeros(rows, heads, model.head_dim),
             "attended": zeros(rows, model.heads * model.head_dim, dtype=model.dtype),
-            "counters": zeros(rows, model.kv_heads, dtype=torch.int32),
+            # Of attention's rows and heads, then of projections' tiles.
+            "counters": zeros(rows * model.kv_heads + parts, dtype=torch.int32),
+            "partial": zeros(0),
             "mlp": zeros(rows, model.intermediate, dtype=model.dtype),
             # Two of each: a kernel reads its maker's while it writes its own.
             "squares": zeros(2, parts, _SQUARES_ROWS),
@@ -118,12 +120,27 @@ class ChainStep:
         return dict(self._scratch)
 
     def use(self, tiles: Mapping[str, Tile]) -> None:
-        """Cut the named projections into these tiles from the next call on."""
-        self.tiles.update((key, tile) for key, tile in tiles.items() if key in self.tiles)
+        """Cut the named projections into these tiles from the next call on; graphs captured before keep theirs.
+
+        Raises:
+            ValueError: a tile has more slices than the projection has room for.
+        """
+        for key, tile in tiles.items():
+            name, _, rows = key.partition(".")
+            features, inner, gated = self.shape(name)
+            count = triton.cdiv(features, tile.features)
+            if tile.slices > 1 and (count > triton.cdiv(self.model.hidden, 16) or tile.leaves_slices_empty(inner)):
+                raise ValueError(f"the tile of {key!r} is {tile}: too many slices or tiles")
+            size = count * tile.slices * tile.features * int(rows) * (2 if gated else 1) if tile.slices > 1 else 0
+            if key in self.tiles:
+                self.tiles[key] = tile
+                if size > self._scratch["partial"].numel():
+                    self._scratch["partial"] = torch.zeros(size, dtype=torch.float32, device=self.model.device)
 
     def candidates(self, name: str) -> list[Tile]:
         """Tiles worth timing for a projection, the default first."""
-        return candidates(*self.shape(name), self.model.dtype.itemsize, self.device.processors)
+        most = triton.cdiv(self.model.hidden, 16)
+        return candidates(*self.shape(name), self.model.dtype.itemsize, self.device.processors, most)
 
     def shape(self, name: str) -> tuple[int, int, bool]:
         """Output features (of each half, if gated), inner dimension, and whether it is gated."""
@@ -216,7 +233,8 @@ class ChainStep:
         constants = self._row_constants(norm)
         scale = scratch["state"] if norm is None else norm.scale
         args = tokens, model.embedding, model.embedding_scale, scratch["state"], scratch["handed"], scale
-        constants |= {"KV": model.kv_heads, "BLOCK_KV": triton.next_power_of_2(model.kv_heads)}
+        count = scratch["counters"].numel()
+        constants |= {"COUNTERS": count, "BLOCK_COUNTERS": triton.next_power_of_2(count)}
         launcher = self._launcher(begin_kernel, constants)
         launcher((tokens.shape[0], 1, 1), (*args, scratch["squares"][0], scratch["roots"][0], scratch["counters"]))
         return 1
@@ -290,6 +308,8 @@ class ChainStep:
                 "BLOCK": tile.features,
                 "COLUMNS": tile.columns,
                 "SPLITS": tile.splits,
+                "SLICES": tile.slices,
+                "LENGTH": tile.slice_length(inner),
                 "ROWS": rows_block(rows),
                 "STAGES": tile.stages,
                 "EARLY": tile.early,
@@ -308,7 +328,9 @@ class ChainStep:
         maker = scratch["squares"][side], scratch["roots"][side]
         made = scratch["squares"][1 - side], scratch["roots"][1 - side]
         tensors = source, linear.weight, bias, *maker, scratch["state"], out, scale, *made
-        launcher((triton.cdiv(features, tile.features), 1, 1), (*tensors, rows, eps, factor))
+        partial, counters = scratch["partial"], scratch["counters"][self.max_rows * self.model.kv_heads :]
+        grid = triton.cdiv(features, tile.features), tile.slices, 1
+        launcher(grid, (*tensors, partial if tile.slices > 1 else scratch["state"], counters, rows, eps, factor))
 
     def _cut(self, rows: int, max_pages: int) -> tuple[Cut, Tensor]:
         """How attention cuts contexts, and scratch for what its chunks give: values, then log-sums."""

@@ -76,11 +76,12 @@ SHAPES = [  # features, inner, gated
 @pytest.mark.parametrize("shape", SHAPES)
 def test_candidates_can_be_used(shape: tuple[int, int, bool]) -> None:
     features, inner, gated = shape
-    found = candidates(features, inner, gated, 2, 132)
+    found = candidates(features, inner, gated, 2, 132, 300)
     assert found[0] == default_tile(features, inner, gated, 132)
     for tile in found:
         others = variants(tile, inner)
         assert tile not in others
+        assert not tile.leaves_slices_empty(inner)
         for each in (tile, *others):
             as_tiles({"head.8": each})
 
@@ -100,6 +101,8 @@ def test_tiles_are_checked_and_reloaded() -> None:
         {"head.8": [16, 48, 1, 4, 3, 0, 0]},
         {"head.8": [16, 16, 1, 4, 0, 0, 0]},
         {"head.8": [16, 16, 1, 4, 3, 2, 0]},
+        {"head.8": [16, 16, 1, 4, 3, 1, 0, 0]},
+        {"head.8": [16, 16, 4, 4, 3, 1, 0, 2]},
     ):
         with pytest.raises(ValueError, match="head"):
             ChainStep(random_decoder(Shape()), tiles=wrong)
