@@ -43,13 +43,21 @@ class ChainStep:
             Triton's interpreter, which is for tests; float32 there.
         max_rows: rows that a call may have, 1 to 16.
         tiles: what `chain_tuning.tune` returned; the rest are defaults.
+        launches_early: let a kernel's successor start as soon as the kernel has, not when its input is there.
 
     Raises:
         Unfit: the kernels do not compute this model; the message is the reason.
         ValueError: `max_rows` or `tiles` is wrong.
     """
 
-    def __init__(self, model: Decoder, *, max_rows: int = MAX_ROWS, tiles: Mapping[str, Sequence[int]] | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        max_rows: int = MAX_ROWS,
+        tiles: Mapping[str, Sequence[int]] | None = None,
+        launches_early: bool = False,
+    ) -> None:
         if not 1 <= max_rows <= MAX_ROWS:
             raise ValueError(f"max_rows={max_rows}; give 1 to {MAX_ROWS}")
         _check(model)
@@ -60,9 +68,10 @@ class ChainStep:
         self._scales = model.dtype == torch.float16
         self._launchers: dict[Any, Launcher] = {}
         self._only_compiles = False
+        self.launches_early = launches_early
         self._pages: tuple[LayerPages, ...] = ()
         self.tiles = {
-            f"{name}.{rows}": default_tile(*self.shape(name), self.device.processors)
+            f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors)
             for name in PROJECTIONS
             for rows in ((8,) if max_rows <= 8 else (8, 16))
         }
@@ -137,10 +146,10 @@ class ChainStep:
                 if size > self._scratch["partial"].numel():
                     self._scratch["partial"] = torch.zeros(size, dtype=torch.float32, device=self.model.device)
 
-    def candidates(self, name: str) -> list[Tile]:
-        """Tiles worth timing for a projection, the default first."""
-        most = triton.cdiv(self.model.hidden, 16)
-        return candidates(*self.shape(name), self.model.dtype.itemsize, self.device.processors, most)
+    def candidates(self, name: str, rows: int) -> list[Tile]:
+        """Tiles worth timing for a projection at so many rows, the default first."""
+        itemsize, most = self.model.dtype.itemsize, triton.cdiv(self.model.hidden, 16)
+        return candidates(*self.shape(name), rows, itemsize, self.device.processors, most)
 
     def shape(self, name: str) -> tuple[int, int, bool]:
         """Output features (of each half, if gated), inner dimension, and whether it is gated."""
@@ -225,6 +234,13 @@ class ChainStep:
         probe.model = dataclasses.replace(self.model, layers=self.model.layers[:1])
         probe._only_compiles = True
         probe.project_all(name, rows)
+
+    def attend_all(self, positions: Tensor, slots: Tensor, block_table: Tensor) -> None:
+        """Launch every layer's attention one after another, on whatever scratch holds: for timing."""
+        rows = positions.shape[0]
+        cut, partial = self._cut(rows, block_table.shape[1])
+        for index in range(len(self.model.layers)):
+            self._attend(index, positions, slots, block_table, rows, cut, partial)
 
     def _begin(self, tokens: Tensor) -> int:
         """The embedding; returns the parts of its sums of squares."""
@@ -318,6 +334,7 @@ class ChainStep:
                 "BLOCK_PARTS": triton.next_power_of_2(constants["PARTS"]),
                 "BIAS": linear.bias is not None,
                 "NATIVE": self.model.dtype != torch.float32,
+                "TRIGGER": self.launches_early,
                 "num_warps": tile.warps,
                 **dict.fromkeys(flags, False),
                 **constants,
@@ -340,7 +357,7 @@ class ChainStep:
         window = max(layer.window for layer in model.layers)
         if all(layer.window for layer in model.layers):
             max_tiles = min(max_tiles, window // block + 2)
-        cut = cut_contexts(rows, model.heads, model.kv_heads, model.head_dim, max_tiles, self.device.processors)
+        cut = cut_contexts(rows, model.kv_heads, model.head_dim, max_tiles, self.device.processors)
         lines = rows * cut.row_chunks * model.heads
         return cut, torch.empty(lines * (model.head_dim + 1), dtype=torch.float32, device=model.device)
 
@@ -365,7 +382,6 @@ class ChainStep:
                 "DIM": dim,
                 "PAGE": keys.shape[2],
                 "BLOCK": block_of(dim),
-                "BLOCK_ROWS": 1 if rows == 1 else _SQUARES_ROWS,
                 "BLOCK_GROUP": power_of_two(group),
                 "BLOCK_DIM": wide,
                 "BLOCK_WIDE": triton.next_power_of_2(model.heads * dim),
@@ -377,15 +393,16 @@ class ChainStep:
                 "KEY_NORM": kinds[1],
                 "WINDOW": layer.window > 0,
                 "NATIVE": model.dtype != torch.float32,
-                "num_warps": 4,
-                "num_stages": 3 if wide <= 128 else 2,
+                "TRIGGER": self.launches_early,
+                "num_warps": 8 if wide >= 128 else 4,
+                "num_stages": 2,
             },
         )
         inputs = scratch["qkv"], cos, sin, *scales, keys, values, block_table, slots, positions
         lines = rows * cut.row_chunks * model.heads
         outputs = partial, partial[lines * dim :], scratch["counters"], scratch["attended"]
-        options = *eps, layer.attention_scale, layer.window, rows, cut.splits, cut.chunk_tiles, cut.row_chunks
-        grid = cut.programs * model.kv_heads, 1, 1
+        options = *eps, layer.attention_scale, layer.window, rows, *cut
+        grid = rows * model.kv_heads * cut.row_chunks, 1, 1
         launcher(grid, (*inputs, *outputs, *options, block_table.stride(0)))
 
     def _launcher(

@@ -100,10 +100,11 @@ def project_kernel(  # type: ignore[no-untyped-def]
     source, weight, bias, squares_in, handed_in, state, out, scale, squares_out, handed_out, partial, counters,
     rows, eps, factor,
     FEATURES: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
-    SLICES: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    SLICES: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, SCALES_IN: tl.constexpr, SCALES_OUT: tl.constexpr,
-    STRIDE: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    STRIDE: tl.constexpr, NATIVE: tl.constexpr, TRIGGER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`source @ weight.T + bias` for BLOCK features a program, with what comes before and after it.
 
@@ -119,6 +120,8 @@ def project_kernel(  # type: ignore[no-untyped-def]
     SLICES: so many programs share a tile's columns, LENGTH for each; the last to arrive, as the tile's counter says,
     adds up the products of all in their order and does the rest.
     """
+    if OVERLAP and TRIGGER:
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     feature = tile * BLOCK + tl.arange(0, BLOCK)
     STEP: tl.constexpr = SPLITS * COLUMNS
@@ -152,7 +155,8 @@ def project_kernel(  # type: ignore[no-untyped-def]
             if GATED:
                 _prefetch(weight + FEATURES * INNER, feature, begin + EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
         gdc_wait()
-        gdc_launch_dependents()
+        if not TRIGGER:
+            gdc_launch_dependents()
     row_range = tl.arange(0, ROWS)
     inside = (feature < FEATURES)[:, None] & (row_range < rows)[None, :]
     target = row_range[None, :].to(tl.int64) * STRIDE + feature[:, None]

@@ -59,28 +59,40 @@ def rows_block(rows: int) -> int:
     return 8 if rows <= 8 else 16
 
 
-def default_tile(features: int, inner: int, gated: bool, processors: int) -> Tile:
-    """A tile for a projection of `features` (of each half, if gated) by `inner`."""
-    for block in (64, 32):
-        if triton.cdiv(features, block) >= 3 * processors:
-            break
+def default_tile(features: int, inner: int, gated: bool, rows: int, processors: int) -> Tile:
+    """A tile for a projection of `features` (of each half, if gated) by `inner`.
+
+    The kinds that were fastest on an H200 for the shapes of Llama 3.2 1B (`benchmarks/fused.py`).
+    """
+    programs = triton.cdiv(features, 16)
+    if gated and programs >= 2 * processors:
+        tile = Tile(32, 64, splits=2, warps=2, stages=4, early=0, ahead=0)
+    elif gated:
+        tile = Tile(16, 64, splits=4, warps=4, stages=4, early=0, ahead=2)
+    elif programs >= 16 * processors and rows > 8:
+        tile = Tile(64, 64, splits=2, warps=2, stages=4, early=0, ahead=2)
+    elif programs >= 16 * processors:
+        tile = Tile(16, 64, splits=4, warps=4, stages=4, early=0, ahead=2)
+    elif programs > processors:
+        tile = Tile(16, 128, splits=2, warps=2, stages=4, early=0, ahead=0)
+    elif inner > 4096:
+        tile = Tile(16, 128, splits=4, warps=4, stages=6, early=1, ahead=0)
     else:
-        block = 16
-    if gated:
-        block = max(16, block // 2)
-    columns = 8192 // (block * (2 if gated else 1)) // 4  # 16 KiB of weights an iteration
-    columns = max(16, min(columns, triton.next_power_of_2(triton.cdiv(inner, 4))))
-    ahead = min(4, triton.next_power_of_2(triton.cdiv(inner, 4 * columns)))
-    return Tile(block, columns, splits=4, warps=4, stages=4, early=0, ahead=ahead)
+        tile = Tile(16, 256, splits=4, warps=4, stages=3, early=1, ahead=2)
+    columns = max(16, min(tile.columns, triton.next_power_of_2(triton.cdiv(inner, tile.splits))))
+    iterations = triton.next_power_of_2(triton.cdiv(inner, columns * tile.splits))
+    return tile._replace(columns=columns, ahead=min(tile.ahead, iterations))
 
 
-def candidates(features: int, inner: int, gated: bool, itemsize: int, processors: int, most_tiles: int) -> list[Tile]:
+def candidates(
+    features: int, inner: int, gated: bool, rows: int, itemsize: int, processors: int, most_tiles: int
+) -> list[Tile]:
     """Tiles of different kinds worth timing; the first is the default. `variants` are of one kind.
 
     Args:
         most_tiles: tiles that slices may share.
     """
-    default = default_tile(features, inner, gated, processors)
+    default = default_tile(features, inner, gated, rows, processors)
     found = [default]
     for block, slices in ((16, 1), (32, 1), (64, 1), (32, 2), (64, 2), (64, 4), (128, 1), (32, 4), (16, 2)):
         programs = triton.cdiv(features, block) * slices
@@ -97,7 +109,7 @@ def candidates(features: int, inner: int, gated: bool, itemsize: int, processors
                 if columns < 32 or columns * splits > max(inner // slices, 64) or tile_bytes > 8192 * warps:
                     continue
                 stages = 3 if tile_bytes > 16384 else 4
-                tile = Tile(block, columns, splits, warps, stages, default.early, default.ahead, slices)
+                tile = Tile(block, columns, splits, warps, stages, 0, 0, slices)
                 if not tile.leaves_slices_empty(inner):
                     found.append(tile)
     return list(dict.fromkeys(found))
@@ -175,7 +187,7 @@ def _tune_one(
     key = f"{name}.{rows_block(rows)}"
     begin = time.monotonic()
     best = _fastest(
-        step, name, rows, [step.tiles[key], *step.candidates(name)], begin + (deadline - begin) * 2 / 3, report
+        step, name, rows, [step.tiles[key], *step.candidates(name, rows)], begin + (deadline - begin) * 2 / 3, report
     )
     inner = step.shape(name)[1]
     best = _fastest(step, name, rows, [best, *variants(best, inner)], deadline, report)
