@@ -93,21 +93,32 @@ def read_ceiling() -> float:
     return best
 
 
-def time_parts(step: Any, model: Decoder, rows: int, ceiling: float) -> list[dict[str, Any]]:
-    """Each projection alone, over all layers: microseconds a layer, and the share of the ceiling."""
+def time_parts(step: Any, model: Decoder, case: Case, ceiling: float) -> list[dict[str, Any]]:
+    """Each projection and attention alone, over all layers: microseconds a layer, and the share of the ceiling."""
     lines = []
+    rows, layers = len(case.tokens), len(model.layers)
+    calls: list[tuple[str, int, int, Callable[[], Any]]] = []
     for name in ("qkv", "out", "gate_up", "down", "head"):
-        count = 1 if name == "head" else len(model.layers)
         features, inner, gated = step.shape(name)
         read = features * inner * (2 if gated else 1) * model.dtype.itemsize
-        took = graph_seconds(lambda name=name: step.project_all(name, rows), calls=5) / count
+        calls.append((name, 1 if name == "head" else layers, read, lambda name=name: step.project_all(name, rows)))
+    attend = case.positions, case.slots, case.block_table
+    calls.append(("attention", layers, case.kv_bytes(model) // layers, lambda: step.attend_all(*attend)))
+    for name, count, read, call in calls:
+        took = graph_seconds(call, calls=5) / count
         lines.append({"part": name, "rows": rows, "us": took * 1e6, "percent_of_ceiling": read / took / ceiling * 100})
-        print(f"  {name:8} rows {rows:2} {took * 1e6:7.2f} us {read / took / ceiling * 100:5.1f} %", flush=True)
+        print(f"  {name:9} rows {rows:2} {took * 1e6:7.2f} us {read / took / ceiling * 100:5.1f} %", flush=True)
     return lines
 
 
 def run_model(
-    name: str, rows: Sequence[int], position: int, seconds: float, tiles: Mapping[str, Any] | None, ceiling: float
+    name: str,
+    rows: Sequence[int],
+    position: int,
+    seconds: float,
+    tiles: Mapping[str, Any] | None,
+    ceiling: float,
+    compare: bool,
 ) -> dict[str, Any]:
     from hybridgen.fused.chain import ChainStep
     from hybridgen.fused.chain_tuning import Tile, tune
@@ -129,7 +140,7 @@ def run_model(
 
         tune(step, rows=rows, seconds=seconds, report=keep)
         print(f"  tuned in {time.monotonic() - spent:.0f} s; tried {tried}", flush=True)
-    parts = time_parts(step, model, max(rows), ceiling)
+    parts = []
     lines = []
     for count in rows:
         case = Case(model, count, position)
@@ -141,6 +152,8 @@ def run_model(
         step(*case.args)
         repeats = torch.equal(first, case.out)
         took = graph_seconds(lambda case=case: step(*case.args))
+        if count in (1, 8):
+            parts += time_parts(step, model, case, ceiling)
         read = model.weight_bytes + case.kv_bytes(model)
         lines.append(
             {
@@ -157,6 +170,11 @@ def run_model(
             f"{read / took / ceiling * 100:5.1f} %  error {error:.4f} {'' if repeats else 'NOT REPEATABLE'}",
             flush=True,
         )
+        if compare:
+            other = ChainStep(model, tiles=step.tiles, launches_early=not step.launches_early)
+            other.attach(case.pages)
+            lines[-1]["other_launch_us"] = graph_seconds(lambda case=case, other=other: other(*case.args)) * 1e6
+            print(f"  launches_early={other.launches_early}: {lines[-1]['other_launch_us']:.1f} us", flush=True)
     return {"model": name, "dtype": str(model.dtype), "position": position, "floor_us": floor * 1e6,
             "steps": lines, "parts": parts, "tiles": {key: list(tile) for key, tile in step.tiles.items()}}  # fmt: skip
 
@@ -181,6 +199,7 @@ def main() -> None:
     parser.add_argument("--position", type=int, default=512)
     parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS", help="tune each model's tiles first")
     parser.add_argument("--tiles", type=Path, help="JSON of tiles by model, as an earlier result has them")
+    parser.add_argument("--compare", action="store_true", help="also time kernels that start earlier or later")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -197,7 +216,7 @@ def main() -> None:
         tiles = {entry["model"]: entry["tiles"] for entry in json.loads(args.tiles.read_text())["models"]}
     models = []
     for name in args.models:
-        models.append(run_model(name, args.rows, args.position, args.tune, tiles.get(name), ceiling))
+        models.append(run_model(name, args.rows, args.position, args.tune, tiles.get(name), ceiling, args.compare))
         release()
     report(results | {"read_ceiling_gb_per_s": ceiling / 1e9, "models": models}, args.output)
 

@@ -43,13 +43,21 @@ class ChainStep:
             Triton's interpreter, which is for tests; float32 there.
         max_rows: rows that a call may have, 1 to 16.
         tiles: what `chain_tuning.tune` returned; the rest are defaults.
+        launches_early: let a kernel's successor start as soon as the kernel has, not when its input is there.
 
     Raises:
         Unfit: the kernels do not compute this model; the message is the reason.
         ValueError: `max_rows` or `tiles` is wrong.
     """
 
-    def __init__(self, model: Decoder, *, max_rows: int = MAX_ROWS, tiles: Mapping[str, Sequence[int]] | None = None):
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        max_rows: int = MAX_ROWS,
+        tiles: Mapping[str, Sequence[int]] | None = None,
+        launches_early: bool = False,
+    ) -> None:
         if not 1 <= max_rows <= MAX_ROWS:
             raise ValueError(f"max_rows={max_rows}; give 1 to {MAX_ROWS}")
         _check(model)
@@ -60,9 +68,10 @@ class ChainStep:
         self._scales = model.dtype == torch.float16
         self._launchers: dict[Any, Launcher] = {}
         self._only_compiles = False
+        self.launches_early = launches_early
         self._pages: tuple[LayerPages, ...] = ()
         self.tiles = {
-            f"{name}.{rows}": default_tile(*self.shape(name), self.device.processors)
+            f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors)
             for name in PROJECTIONS
             for rows in ((8,) if max_rows <= 8 else (8, 16))
         }
@@ -82,7 +91,9 @@ class ChainStep:
             "handed": zeros(rows, model.hidden, dtype=model.dtype),
             "qkv": zeros(rows, heads, model.head_dim),
             "attended": zeros(rows, model.heads * model.head_dim, dtype=model.dtype),
-            "counters": zeros(rows, model.kv_heads, dtype=torch.int32),
+            # Of attention's rows and heads, then of projections' tiles.
+            "counters": zeros(rows * model.kv_heads + parts, dtype=torch.int32),
+            "partial": zeros(0),
             "mlp": zeros(rows, model.intermediate, dtype=model.dtype),
             # Two of each: a kernel reads its maker's while it writes its own.
             "squares": zeros(2, parts, _SQUARES_ROWS),
@@ -118,12 +129,27 @@ class ChainStep:
         return dict(self._scratch)
 
     def use(self, tiles: Mapping[str, Tile]) -> None:
-        """Cut the named projections into these tiles from the next call on."""
-        self.tiles.update((key, tile) for key, tile in tiles.items() if key in self.tiles)
+        """Cut the named projections into these tiles from the next call on; graphs captured before keep theirs.
 
-    def candidates(self, name: str) -> list[Tile]:
-        """Tiles worth timing for a projection, the default first."""
-        return candidates(*self.shape(name), self.model.dtype.itemsize, self.device.processors)
+        Raises:
+            ValueError: a tile has more slices than the projection has room for.
+        """
+        for key, tile in tiles.items():
+            name, _, rows = key.partition(".")
+            features, inner, gated = self.shape(name)
+            count = triton.cdiv(features, tile.features)
+            if tile.slices > 1 and (count > triton.cdiv(self.model.hidden, 16) or tile.leaves_slices_empty(inner)):
+                raise ValueError(f"the tile of {key!r} is {tile}: too many slices or tiles")
+            size = count * tile.slices * tile.features * int(rows) * (2 if gated else 1) if tile.slices > 1 else 0
+            if key in self.tiles:
+                self.tiles[key] = tile
+                if size > self._scratch["partial"].numel():
+                    self._scratch["partial"] = torch.zeros(size, dtype=torch.float32, device=self.model.device)
+
+    def candidates(self, name: str, rows: int) -> list[Tile]:
+        """Tiles worth timing for a projection at so many rows, the default first."""
+        itemsize, most = self.model.dtype.itemsize, triton.cdiv(self.model.hidden, 16)
+        return candidates(*self.shape(name), rows, itemsize, self.device.processors, most)
 
     def shape(self, name: str) -> tuple[int, int, bool]:
         """Output features (of each half, if gated), inner dimension, and whether it is gated."""
@@ -209,6 +235,13 @@ class ChainStep:
         probe._only_compiles = True
         probe.project_all(name, rows)
 
+    def attend_all(self, positions: Tensor, slots: Tensor, block_table: Tensor) -> None:
+        """Launch every layer's attention one after another, on whatever scratch holds: for timing."""
+        rows = positions.shape[0]
+        cut, partial = self._cut(rows, block_table.shape[1])
+        for index in range(len(self.model.layers)):
+            self._attend(index, positions, slots, block_table, rows, cut, partial)
+
     def _begin(self, tokens: Tensor) -> int:
         """The embedding; returns the parts of its sums of squares."""
         model, scratch = self.model, self._scratch
@@ -216,7 +249,8 @@ class ChainStep:
         constants = self._row_constants(norm)
         scale = scratch["state"] if norm is None else norm.scale
         args = tokens, model.embedding, model.embedding_scale, scratch["state"], scratch["handed"], scale
-        constants |= {"KV": model.kv_heads, "BLOCK_KV": triton.next_power_of_2(model.kv_heads)}
+        count = scratch["counters"].numel()
+        constants |= {"COUNTERS": count, "BLOCK_COUNTERS": triton.next_power_of_2(count)}
         launcher = self._launcher(begin_kernel, constants)
         launcher((tokens.shape[0], 1, 1), (*args, scratch["squares"][0], scratch["roots"][0], scratch["counters"]))
         return 1
@@ -290,6 +324,8 @@ class ChainStep:
                 "BLOCK": tile.features,
                 "COLUMNS": tile.columns,
                 "SPLITS": tile.splits,
+                "SLICES": tile.slices,
+                "LENGTH": tile.slice_length(inner),
                 "ROWS": rows_block(rows),
                 "STAGES": tile.stages,
                 "EARLY": tile.early,
@@ -298,6 +334,7 @@ class ChainStep:
                 "BLOCK_PARTS": triton.next_power_of_2(constants["PARTS"]),
                 "BIAS": linear.bias is not None,
                 "NATIVE": self.model.dtype != torch.float32,
+                "TRIGGER": self.launches_early,
                 "num_warps": tile.warps,
                 **dict.fromkeys(flags, False),
                 **constants,
@@ -308,7 +345,9 @@ class ChainStep:
         maker = scratch["squares"][side], scratch["roots"][side]
         made = scratch["squares"][1 - side], scratch["roots"][1 - side]
         tensors = source, linear.weight, bias, *maker, scratch["state"], out, scale, *made
-        launcher((triton.cdiv(features, tile.features), 1, 1), (*tensors, rows, eps, factor))
+        partial, counters = scratch["partial"], scratch["counters"][self.max_rows * self.model.kv_heads :]
+        grid = triton.cdiv(features, tile.features), tile.slices, 1
+        launcher(grid, (*tensors, partial if tile.slices > 1 else scratch["state"], counters, rows, eps, factor))
 
     def _cut(self, rows: int, max_pages: int) -> tuple[Cut, Tensor]:
         """How attention cuts contexts, and scratch for what its chunks give: values, then log-sums."""
@@ -318,7 +357,7 @@ class ChainStep:
         window = max(layer.window for layer in model.layers)
         if all(layer.window for layer in model.layers):
             max_tiles = min(max_tiles, window // block + 2)
-        cut = cut_contexts(rows, model.heads, model.kv_heads, model.head_dim, max_tiles, self.device.processors)
+        cut = cut_contexts(rows, model.kv_heads, model.head_dim, max_tiles, self.device.processors)
         lines = rows * cut.row_chunks * model.heads
         return cut, torch.empty(lines * (model.head_dim + 1), dtype=torch.float32, device=model.device)
 
@@ -343,7 +382,6 @@ class ChainStep:
                 "DIM": dim,
                 "PAGE": keys.shape[2],
                 "BLOCK": block_of(dim),
-                "BLOCK_ROWS": 1 if rows == 1 else _SQUARES_ROWS,
                 "BLOCK_GROUP": power_of_two(group),
                 "BLOCK_DIM": wide,
                 "BLOCK_WIDE": triton.next_power_of_2(model.heads * dim),
@@ -355,15 +393,16 @@ class ChainStep:
                 "KEY_NORM": kinds[1],
                 "WINDOW": layer.window > 0,
                 "NATIVE": model.dtype != torch.float32,
-                "num_warps": 4,
-                "num_stages": 3 if wide <= 128 else 2,
+                "TRIGGER": self.launches_early,
+                "num_warps": 8 if wide >= 128 else 4,
+                "num_stages": 2,
             },
         )
         inputs = scratch["qkv"], cos, sin, *scales, keys, values, block_table, slots, positions
         lines = rows * cut.row_chunks * model.heads
         outputs = partial, partial[lines * dim :], scratch["counters"], scratch["attended"]
-        options = *eps, layer.attention_scale, layer.window, rows, cut.splits, cut.chunk_tiles, cut.row_chunks
-        grid = cut.programs * model.kv_heads, 1, 1
+        options = *eps, layer.attention_scale, layer.window, rows, *cut
+        grid = rows * model.kv_heads * cut.row_chunks, 1, 1
         launcher(grid, (*inputs, *outputs, *options, block_table.stride(0)))
 
     def _launcher(

@@ -1,9 +1,13 @@
 """Triton: paged attention of the chain, from the qkv projection to what the output projection reads.
 
-One kernel norms and rotates the heads of a row, writes the new key and value to their page, and attends. A row's
-context is cut into chunks of tiles; a program takes one kv head of every n-th chunk of the step. The program that
-finishes the last chunk of a row's head, as a counter says, adds up all of them in their order, so that results do not
-depend on who was last. The plain-torch equivalent is in `reference`.
+One kernel norms and rotates the heads of a row, writes the new key and value to their page, and attends. A program
+takes one kv head of a chunk of a row's context. Up to `_LEAST_TOKENS` a row is one chunk. The program that finishes
+the last of a row's chunks, as a counter says, adds up all of them in their order, so that results do not depend on
+who was last. The plain-torch equivalent is in `reference`.
+
+What does not come from the qkv projection, the cached keys and values above all, is requested before the kernel waits
+for it: positions, tables and pages are older than the step, and the chain's first kernel lets no other start before
+what made them has ended.
 """
 
 from __future__ import annotations
@@ -17,50 +21,45 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hybridgen.kernels.attention_common import load_pages, power_of_two, tile_pointers
 
 _CHUNK_TOKENS = 1024
-"""With several rows no chunk is longer, unless the scratch would be larger than _SCRATCH_BYTES."""
-_LEAST_TOKENS = 128
-"""No chunk is shorter, but a row's last one."""
-_SCRATCH_BYTES = 64 * 2**20
+"""No chunk is longer, as long as a row has less than `row_chunks`."""
+_LEAST_TOKENS = 512
+"""No chunk is shorter, but a row's last one: adding chunks up takes as long as attending to so many positions."""
+_PROGRAMS = 8
+"""Programs a multiprocessor at most, most of which have nothing to do when contexts are short."""
 
 
 class Cut(NamedTuple):
     """How the contexts of a step are cut, from shapes alone."""
 
     splits: int
-    """Chunks of a row, as long as chunks stay below `chunk_tiles`."""
+    """Chunks of a row, as long as chunks stay between the shortest and the longest."""
     chunk_tiles: int
-    """Tiles of a chunk at most."""
     row_chunks: int
     """Chunks that a row of any length can have."""
-    programs: int
-    """Programs of a kv head."""
 
 
 def block_of(head_dim: int) -> int:
     """Positions of a tile."""
-    return 64 if power_of_two(head_dim) <= 128 else 32
-
-
-def cut_contexts(rows: int, heads: int, kv_heads: int, head_dim: int, max_tiles: int, processors: int) -> Cut:
-    """The cut for `rows` rows of up to `max_tiles` tiles."""
-    resident = max(1, processors * 2 // kv_heads)
-    splits = min(max_tiles, max(1, resident // rows))
-    most = max(1, _SCRATCH_BYTES // (rows * heads * head_dim * 4))
-    chunk_tiles = max(_CHUNK_TOKENS // block_of(head_dim), triton.cdiv(max_tiles, most))
-    if rows == 1:
-        return Cut(splits, max_tiles, splits, splits)
-    row_chunks = max(splits, triton.cdiv(max_tiles, chunk_tiles))
-    return Cut(splits, chunk_tiles, row_chunks, min(resident, rows * row_chunks))
+    return 128 if power_of_two(head_dim) <= 128 else 64
 
 
 def least_tiles(head_dim: int) -> int:
     """Tiles of a chunk at least, but a row's last one."""
-    return max(1, _LEAST_TOKENS // block_of(head_dim))
+    return _LEAST_TOKENS // block_of(head_dim)
+
+
+def cut_contexts(rows: int, kv_heads: int, head_dim: int, max_tiles: int, processors: int) -> Cut:
+    """The cut for `rows` rows of up to `max_tiles` tiles."""
+    pairs = rows * kv_heads
+    splits = max(1, processors * 2 // pairs)
+    row_chunks = max(splits, min(processors * _PROGRAMS // pairs, processors * 2 // kv_heads))
+    row_chunks = max(1, min(row_chunks, triton.cdiv(max_tiles, least_tiles(head_dim))))
+    return Cut(splits, _CHUNK_TOKENS // block_of(head_dim), row_chunks)
 
 
 @triton.jit
 def _chunks_of(  # type: ignore[no-untyped-def]
-    position, window, splits, chunk_tiles, BLOCK: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr
+    position, window, splits, chunk_tiles, row_chunks, BLOCK: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr
 ):  # fmt: skip
     """A row's first tile of cached positions, tile after the last, tiles a chunk, and chunks: one at least."""
     low = position * 0
@@ -68,8 +67,9 @@ def _chunks_of(  # type: ignore[no-untyped-def]
         low = tl.maximum(position + 1 - window, 0) // BLOCK
     tiles = tl.cdiv(position, BLOCK) - low
     per = tl.maximum(tl.minimum(tl.cdiv(tiles, splits), chunk_tiles), LEAST)
-    # As even as can be.
-    per = tl.maximum(tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, per), 1)), 1)
+    count = tl.maximum(tl.minimum(tl.cdiv(tiles, per), row_chunks), 1)
+    # As even as can be, and no chunk empty.
+    per = tl.maximum(tl.cdiv(tiles, count), 1)
     return low, low + tiles, per, tl.maximum(tl.cdiv(tiles, per), 1)
 
 
@@ -154,6 +154,29 @@ def _merge(  # type: ignore[no-untyped-def]
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _mix(  # type: ignore[no-untyped-def]
+    query, keys, values, seen, scale, peak, total, mixed, NATIVE: tl.constexpr
+):  # fmt: skip
+    """One tile of keys and values [BLOCK, BLOCK_DIM] into the running softmax; `scale` counts in powers of two."""
+    if NATIVE:
+        scores = tl.dot(query, tl.trans(keys)) * scale
+    else:
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(seen[None, :], scores, -float("inf"))
+    # Only a row's last chunk can begin with a tile of which nothing is seen, and it has the new key.
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_peak[:, None])
+    rescale = tl.exp2(peak - new_peak)
+    total = total * rescale + tl.sum(weights, 1)
+    mixed *= rescale[:, None]
+    if NATIVE:
+        mixed = tl.dot(weights.to(values.dtype), values, mixed)
+    else:
+        mixed = tl.dot(weights, values, mixed, input_precision="ieee")
+    return new_peak, total, mixed
+
+
 @triton.jit(
     do_not_specialize=["window", "rows", "splits", "chunk_tiles", "row_chunks", "table_stride"],
     do_not_specialize_on_alignment=["block_table", "slots", "positions"],
@@ -162,126 +185,118 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     qkv, cos, sin, query_scale, key_scale, k_pages, v_pages, block_table, slots, positions, partial, sums, counters,
     out, query_eps, key_eps, attention_scale, window, rows, splits, chunk_tiles, row_chunks, table_stride,
     HEADS: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_WIDE: tl.constexpr, MERGE_GROUP: tl.constexpr, MERGE_CHUNKS: tl.constexpr, LEAST: tl.constexpr,
-    ROTATES: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, WINDOW: tl.constexpr,
-    NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+    MERGE_GROUP: tl.constexpr, MERGE_CHUNKS: tl.constexpr, LEAST: tl.constexpr, ROTATES: tl.constexpr,
+    QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr,
+    TRIGGER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """qkv, float32 [rows, HEADS + 2 KV, DIM], to out [rows, HEADS, DIM]; `chain_attention` says how."""
-    head = tl.program_id(0) % KV
-    begin = tl.program_id(0) // KV
-    # Positions, pages and tables are older than the step, and the chain's first kernel has waited for what made them.
-    row_range = tl.arange(0, BLOCK_ROWS)
-    position = tl.load(positions + row_range, mask=row_range < rows, other=0).to(tl.int32)
-    chunks = _chunks_of(position, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)[3]
-    chunks = tl.where(row_range < rows, chunks, 0)
-    ends = tl.cumsum(chunks, 0)
-    count = tl.sum(chunks, 0)
-    if OVERLAP:
-        if begin < count:
-            row = tl.sum((ends <= begin).to(tl.int32), 0)
-            chunk = begin - tl.sum(tl.where(row_range < row, chunks, 0), 0)
-            place = tl.load(positions + row).to(tl.int32)
-            table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
-            low, high, per, row_count = _chunks_of(place, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
-            _prefetch_tile(k_pages, table, low + chunk * per, place, head, KV, PAGE, DIM, BLOCK)
-            _prefetch_tile(v_pages, table, low + chunk * per, place, head, KV, PAGE, DIM, BLOCK)
-        gdc_wait()
+    """qkv, float32 [rows, HEADS + 2 KV, DIM], to out [rows, HEADS, DIM]; `chain_attention` says how.
+
+    A program: kv head, row and chunk, the chunk slowest, so that programs without one come last.
+    """
+    if OVERLAP and TRIGGER:
         gdc_launch_dependents()
+    head = tl.program_id(0) % KV
+    row = tl.program_id(0) // KV % rows
+    chunk = tl.program_id(0) // KV // rows
+    place = tl.load(positions + row).to(tl.int32)
+    table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
+    low, high, per, count = _chunks_of(place, window, splits, chunk_tiles, row_chunks, BLOCK, LEAST, WINDOW)
+    if chunk >= count:
+        if OVERLAP:
+            gdc_wait()
+        return
+    first = low + chunk * per
+    last = tl.minimum(first + per, high)
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    spots = tl.arange(0, BLOCK)
 
+    # The first tile goes to registers, those behind it to the L2 cache.
+    seen = first * BLOCK + spots < place
+    if WINDOW:
+        seen = seen & (first * BLOCK + spots > place - window)
+    mask = seen[:, None] & (dim < DIM)
+    ids = load_pages(table, first * BLOCK, place, PAGE, BLOCK)
+    keys = tile_pointers(k_pages, ids, first * BLOCK, head, KV, PAGE, DIM, BLOCK, BLOCK_DIM)
+    keys = tl.load(keys, mask=mask, other=0.0)
+    values = tile_pointers(v_pages, ids, first * BLOCK, head, KV, PAGE, DIM, BLOCK, BLOCK_DIM)
+    values = tl.load(values, mask=mask, other=0.0)
     HALF: tl.constexpr = DIM // 2
+    c = tl.zeros([1, BLOCK_DIM], tl.float32)
+    s = c
+    if ROTATES:
+        # int64: the table is as long as the context.
+        angle = place.to(tl.int64) * HALF + dim % HALF
+        c = tl.load(cos + angle, mask=dim < DIM, other=0.0)
+        s = tl.load(sin + angle, mask=dim < DIM, other=0.0)
+        s = tl.where(dim < HALF, -s, s)
+    page = tl.load(table + place // PAGE).to(tl.int64)
+    ids = load_pages(table, (first + 1) * BLOCK, place, PAGE, BLOCK)
+    if OVERLAP:
+        for tile in tl.static_range(1, LEAST):
+            if first + tile < last:
+                _prefetch_tile(k_pages, table, first + tile, place, head, KV, PAGE, DIM, BLOCK)
+                _prefetch_tile(v_pages, table, first + tile, place, head, KV, PAGE, DIM, BLOCK)
+        gdc_wait()
+        if not TRIGGER:
+            gdc_launch_dependents()
+
     member = tl.arange(0, BLOCK_GROUP)
-    dim = tl.arange(0, BLOCK_DIM)
     query_head = head * GROUP + member
-    inside = (member < GROUP)[:, None] & (dim < DIM)[None, :]
-    one = tl.zeros([1], tl.int32)
-    for item in range(begin, count, tl.num_programs(0) // KV):
-        row = tl.sum((ends <= item).to(tl.int32), 0)
-        chunk = item - tl.sum(tl.where(row_range < row, chunks, 0), 0)
-        place = tl.load(positions + row).to(tl.int32)
-        table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
-        low, high, per, row_count = _chunks_of(place, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
-        first = low + chunk * per
-        last = tl.minimum(first + per, high)
+    inside = (member < GROUP)[:, None] & (dim < DIM)
+    line = qkv + row * ((HEADS + 2 * KV) * DIM)
+    one = head + tl.zeros([1, 1], tl.int32)
+    query = _head(
+        line, query_head[:, None], dim, inside, c, s, query_scale, query_eps,
+        HEADS, DIM, BLOCK_WIDE, QUERY_NORM, ROTATES,
+    ).to(k_pages.dtype.element_ty)  # fmt: skip
+    key = _head(
+        line + HEADS * DIM, one, dim, dim < DIM, c, s, key_scale, key_eps, KV, DIM, BLOCK_WIDE, KEY_NORM, ROTATES
+    ).to(k_pages.dtype.element_ty)  # fmt: skip
+    value = tl.load(line + (HEADS + KV + head) * DIM + dim, mask=dim < DIM, other=0.0).to(v_pages.dtype.element_ty)
 
-        line = qkv + row * ((HEADS + 2 * KV) * DIM)
-        c = tl.zeros([1, BLOCK_DIM], tl.float32)
-        s = c
-        if ROTATES:
-            # int64: the table is as long as the context.
-            angle = place.to(tl.int64) * HALF + (dim % HALF)[None, :]
-            c = tl.load(cos + angle, mask=(dim < DIM)[None, :], other=0.0)
-            s = tl.load(sin + angle, mask=(dim < DIM)[None, :], other=0.0)
-            s = tl.where((dim < HALF)[None, :], -s, s)
-        query = _head(
-            line, query_head[:, None], dim[None, :], inside, c, s, query_scale, query_eps,
-            HEADS, DIM, BLOCK_WIDE, QUERY_NORM, ROTATES,
-        ).to(k_pages.dtype.element_ty)  # fmt: skip
+    # The new key and value: first of the last chunk, which writes them. Nobody else looks at that place.
+    has_new = chunk == count - 1
+    newest = ((page * KV + head) * PAGE + place % PAGE) * DIM + dim
+    tl.store(k_pages + newest, key, mask=(dim < DIM) & has_new)
+    tl.store(v_pages + newest, value, mask=(dim < DIM) & has_new)
+    scale = attention_scale * 1.4426950408889634
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+    peak = tl.where(has_new, score, -float("inf"))
+    total = tl.where(has_new, 1.0, 0.0) + tl.zeros([BLOCK_GROUP], tl.float32)
+    mixed = tl.where(has_new, value.to(tl.float32), 0.0) + tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
 
-        peak = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_GROUP], tl.float32)
-        mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-        if chunk == row_count - 1:
-            # The new key and value: to their page, and the first of this chunk. Nobody else looks at that place.
-            key = _head(
-                line + HEADS * DIM, head + one[:, None], dim[None, :], (dim < DIM)[None, :], c, s, key_scale, key_eps,
-                KV, DIM, BLOCK_WIDE, KEY_NORM, ROTATES,
-            ).to(k_pages.dtype.element_ty)  # fmt: skip
-            value = tl.load(line + (HEADS + KV + head) * DIM + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
-            value = value.to(v_pages.dtype.element_ty)
-            page = tl.load(table + place // PAGE).to(tl.int64)
-            newest = ((page * KV + head) * PAGE + place % PAGE) * DIM + dim[None, :]
-            tl.store(k_pages + newest, key, mask=(dim < DIM)[None, :])
-            tl.store(v_pages + newest, value, mask=(dim < DIM)[None, :])
-            peak = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (attention_scale * 1.4426950408889634)
-            total += 1.0
-            mixed += value.to(tl.float32)
-        ids = load_pages(table, first * BLOCK, place, PAGE, BLOCK)
-        for tile in range(first, last):
-            start = tile * BLOCK
-            spot = start + tl.arange(0, BLOCK)
-            seen = spot < place
-            if WINDOW:
-                seen = seen & (spot > place - window)
-            mask = seen[:, None] & (dim < DIM)[None, :]
-            keys = tile_pointers(k_pages, ids, start, head, KV, PAGE, DIM, BLOCK, BLOCK_DIM)
-            keys = tl.load(keys, mask=mask, other=0.0)
-            values = tile_pointers(v_pages, ids, start, head, KV, PAGE, DIM, BLOCK, BLOCK_DIM)
-            values = tl.load(values, mask=mask, other=0.0)
-            # The next tile's page ids, a tile early.
-            ids = load_pages(table, start + BLOCK, place, PAGE, BLOCK)
-            if NATIVE:
-                scores = tl.dot(query, tl.trans(keys))
-            else:
-                scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
-            scores *= attention_scale * 1.4426950408889634
-            scores = tl.where(seen[None, :], scores, -float("inf"))
-            # Only a row's last chunk can begin with a tile of which nothing is seen, and it has the new key.
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_peak[:, None])
-            rescale = tl.exp2(peak - new_peak)
-            total = total * rescale + tl.sum(weights, 1)
-            mixed *= rescale[:, None]
-            if NATIVE:
-                mixed = tl.dot(weights.to(values.dtype), values, mixed)
-            else:
-                mixed = tl.dot(weights, values, mixed, input_precision="ieee")
-            peak = new_peak
-        mixed /= total[:, None]
-        if row_count == 1:
-            target = out + (row * HEADS + query_head)[:, None] * DIM + dim[None, :]
-            tl.store(target, mixed.to(out.dtype.element_ty), mask=inside)
-        else:
-            lines = row * row_chunks
-            spots = (lines + chunk) * HEADS + query_head
-            tl.store(partial + spots[:, None] * DIM + dim[None, :], mixed, mask=inside)
-            tl.store(sums + spots, peak + tl.log2(total), mask=member < GROUP)
-            # All threads' stores come before the one thread's count.
-            tl.debug_barrier()
-            counter = counters + row * KV + head
-            if tl.atomic_add(counter, 1, sem="acq_rel") == row_count - 1:
-                _merge(
-                    out + row * HEADS * DIM, partial, sums, lines, row_count, head * GROUP,
-                    HEADS, GROUP, DIM, MERGE_GROUP, BLOCK_DIM, MERGE_CHUNKS,
-                )  # fmt: skip
-                tl.store(counter, 0)
+    if first < last:
+        peak, total, mixed = _mix(query, keys, values, seen, scale, peak, total, mixed, NATIVE)
+    for tile in range(first + 1, last):
+        start = tile * BLOCK
+        seen = start + spots < place
+        if WINDOW:
+            seen = seen & (start + spots > place - window)
+        mask = seen[:, None] & (dim < DIM)
+        keys = tile_pointers(k_pages, ids, start, head, KV, PAGE, DIM, BLOCK, BLOCK_DIM)
+        keys = tl.load(keys, mask=mask, other=0.0)
+        values = tile_pointers(v_pages, ids, start, head, KV, PAGE, DIM, BLOCK, BLOCK_DIM)
+        values = tl.load(values, mask=mask, other=0.0)
+        # The next tile's page ids, a tile early.
+        ids = load_pages(table, start + BLOCK, place, PAGE, BLOCK)
+        peak, total, mixed = _mix(query, keys, values, seen, scale, peak, total, mixed, NATIVE)
+
+    mixed /= total[:, None]
+    if count == 1:
+        target = out + (row * HEADS + query_head)[:, None] * DIM + dim
+        tl.store(target, mixed.to(out.dtype.element_ty), mask=inside)
+    else:
+        lines = row * row_chunks
+        places = (lines + chunk) * HEADS + query_head
+        tl.store(partial + places[:, None] * DIM + dim, mixed, mask=inside)
+        tl.store(sums + places, peak + tl.log2(total), mask=member < GROUP)
+        # All threads' stores come before the one thread's count.
+        tl.debug_barrier()
+        counter = counters + row * KV + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+            _merge(
+                out + row * HEADS * DIM, partial, sums, lines, count, head * GROUP,
+                HEADS, GROUP, DIM, MERGE_GROUP, BLOCK_DIM, MERGE_CHUNKS,
+            )  # fmt: skip
+            tl.store(counter, 0)

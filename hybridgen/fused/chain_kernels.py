@@ -3,7 +3,8 @@
 A projection multiplies a tile of weights, operand A of the tensor cores, with the rows of the step, operand B, padded
 to 8 or 16. Its inner dimension is cut into SPLITS interleaved parts that are the batch of one `tl.dot`: the warps of
 a program work on different columns of the same few output features, and their sums are added in a fixed order, so
-that results repeat bit for bit without scratch or atomics.
+that results repeat bit for bit. Several programs may share a tile's columns, too (SLICES), for fewer reads of the
+input by wider tiles: their sums meet in scratch, and an integer counter says who adds them up.
 
 Kernels overlap by programmatic dependent launch (OVERLAP): a projection requests its first weights, which depend on no
 other kernel, before it waits for the kernel that makes its input. Every program waits before it ends, so that the end
@@ -28,12 +29,11 @@ SQUARES_ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def _row_sum_of_squares(squares, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[ROWS]: the sums of a state's parts, in a fixed order. Rows that are not there hold anything."""
+def _squares(squares, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[BLOCK_PARTS, ROWS]: what to add up for a state's sums of squares. Rows that are not there hold anything."""
     part = tl.arange(0, BLOCK_PARTS)
     row = tl.arange(0, ROWS)
-    sums = tl.load(squares + part[:, None] * SQUARES_ROWS + row[None, :], mask=part[:, None] < PARTS, other=0.0)
-    return tl.sum(sums, 0)
+    return tl.load(squares + part[:, None] * SQUARES_ROWS + row[None, :], mask=part[:, None] < PARTS, other=0.0)
 
 
 @triton.jit
@@ -97,12 +97,14 @@ def _dot(a, b, total, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])
 def project_kernel(  # type: ignore[no-untyped-def]
-    source, weight, bias, squares_in, handed_in, state, out, scale, squares_out, handed_out, rows, eps, factor,
+    source, weight, bias, squares_in, handed_in, state, out, scale, squares_out, handed_out, partial, counters,
+    rows, eps, factor,
     FEATURES: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    SLICES: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, SCALES_IN: tl.constexpr, SCALES_OUT: tl.constexpr,
-    STRIDE: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    STRIDE: tl.constexpr, NATIVE: tl.constexpr, TRIGGER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`source @ weight.T + bias` for BLOCK features a program, with what comes before and after it.
 
@@ -114,7 +116,12 @@ def project_kernel(  # type: ignore[no-untyped-def]
     SCALES_OUT, for float16, hands on `state * scale` divided by the root mean square of the state before, which is
     close to the new one's and known to every program: large states would overflow, small ones lose digits. That root
     lies in `handed_out`, and SCALES_IN multiplies by the maker's.
+
+    SLICES: so many programs share a tile's columns, LENGTH for each; the last to arrive, as the tile's counter says,
+    adds up the products of all in their order and does the rest.
     """
+    if OVERLAP and TRIGGER:
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     feature = tile * BLOCK + tl.arange(0, BLOCK)
     STEP: tl.constexpr = SPLITS * COLUMNS
@@ -122,83 +129,121 @@ def project_kernel(  # type: ignore[no-untyped-def]
     column = place + tl.arange(0, COLUMNS)[None, None, :]
     inner = place + tl.arange(0, COLUMNS)[None, :, None]
     wide = feature[None, :, None]
-    pointers = weight + wide.to(tl.int64) * INNER + column
     row = tl.arange(0, ROWS)[None, None, :]
-    inputs = source + row * INNER + inner
+    begin = tl.program_id(1) * LENGTH
+    limit = INNER - begin
+    length = tl.minimum(limit, LENGTH)
+    pointers = weight + wide.to(tl.int64) * INNER + (begin + column)
+    inputs = source + row * INNER + (begin + inner)
 
     product = tl.zeros([SPLITS, BLOCK, ROWS], tl.float32)
     second = product
-    if EARLY:
-        first_weights = _weights(pointers, column, wide, INNER, FEATURES, INNER, EVEN)
+    # What the end needs is asked for at the beginning, and nothing waits for it before the end.
+    if BIAS:
+        offset = tl.load(bias + feature, mask=feature < FEATURES, other=0.0)
         if GATED:
-            first_seconds = _weights(pointers + FEATURES * INNER, column, wide, INNER, FEATURES, INNER, EVEN)
+            second_offset = tl.load(bias + FEATURES + feature, mask=feature < FEATURES, other=0.0)
+    if SCALED:
+        following = tl.load(scale + feature, mask=feature < FEATURES, other=0.0)
+    if EARLY:
+        first_weights = _weights(pointers, column, wide, limit, FEATURES, INNER, EVEN)
+        if GATED:
+            first_seconds = _weights(pointers + FEATURES * INNER, column, wide, limit, FEATURES, INNER, EVEN)
     if OVERLAP:
         if AHEAD > 0:
-            _prefetch(weight, feature, EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
+            _prefetch(weight, feature, begin + EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
             if GATED:
-                _prefetch(weight + FEATURES * INNER, feature, EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
+                _prefetch(weight + FEATURES * INNER, feature, begin + EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
         gdc_wait()
-        gdc_launch_dependents()
+        if not TRIGGER:
+            gdc_launch_dependents()
+    row_range = tl.arange(0, ROWS)
+    inside = (feature < FEATURES)[:, None] & (row_range < rows)[None, :]
+    target = row_range[None, :].to(tl.int64) * STRIDE + feature[:, None]
     if NORM or SCALES_OUT:
-        sums = _row_sum_of_squares(squares_in, PARTS, BLOCK_PARTS, ROWS)
+        squares = _squares(squares_in, PARTS, BLOCK_PARTS, ROWS)
+    if SCALES_IN:
+        handed_root = tl.load(handed_in + row_range, mask=row_range < rows, other=1.0)
+    if RESIDUAL:
+        old = tl.load(state + target, mask=inside, other=0.0)
     if EARLY:
-        x = _inputs(inputs, inner, row, INNER, rows, EVEN)
+        x = _inputs(inputs, inner, row, limit, rows, EVEN)
         product = _dot(first_weights, x, product, NATIVE)
         if GATED:
             second = _dot(first_seconds, x, second, NATIVE)
-    for start in tl.range(EARLY * STEP, INNER, STEP, num_stages=STAGES):
-        x = _inputs(inputs + start, inner, row, INNER - start, rows, EVEN)
-        w = _weights(pointers + start, column, wide, INNER - start, FEATURES, INNER, EVEN)
+    for start in tl.range(EARLY * STEP, length, STEP, num_stages=STAGES):
+        x = _inputs(inputs + start, inner, row, limit - start, rows, EVEN)
+        w = _weights(pointers + start, column, wide, limit - start, FEATURES, INNER, EVEN)
         product = _dot(w, x, product, NATIVE)
         if GATED:
-            u = _weights(pointers + FEATURES * INNER + start, column, wide, INNER - start, FEATURES, INNER, EVEN)
+            u = _weights(pointers + FEATURES * INNER + start, column, wide, limit - start, FEATURES, INNER, EVEN)
             second = _dot(u, x, second, NATIVE)
 
-    row = tl.arange(0, ROWS)
-    inside = (feature < FEATURES)[:, None] & (row < rows)[None, :]
     y = tl.sum(product, 0)
+    if GATED:
+        up = tl.sum(second, 0)
+    if SLICES > 1:
+        SIZE: tl.constexpr = BLOCK * ROWS
+        HALVES: tl.constexpr = 2 if GATED else 1
+        spot = tl.arange(0, BLOCK)[:, None] * ROWS + row_range[None, :]
+        line = partial + tile * (SLICES * HALVES * SIZE)
+        own = line + tl.program_id(1) * (HALVES * SIZE) + spot
+        tl.store(own, y)
+        if GATED:
+            tl.store(own + SIZE, up)
+        # All threads' stores come before the one thread's count.
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") < SLICES - 1:
+            return
+        tl.store(counters + tile, 0)
+        y = tl.zeros([BLOCK, ROWS], tl.float32)
+        up = y
+        for part in tl.static_range(SLICES):
+            # Other programs wrote it while this one ran: not from the L1 cache.
+            y += tl.load(line + part * (HALVES * SIZE) + spot, cache_modifier=".cg")
+            if GATED:
+                up += tl.load(line + part * (HALVES * SIZE) + SIZE + spot, cache_modifier=".cg")
+    if NORM or SCALES_OUT:
+        sums = tl.sum(squares, 0)
     if NORM:
         y *= tl.rsqrt(sums / INNER + eps)[None, :]
     if SCALES_IN:
-        handed_root = tl.load(handed_in + row, mask=row < rows, other=1.0)
         y *= handed_root[None, :]
     if BIAS:
-        y += tl.load(bias + feature, mask=feature < FEATURES, other=0.0).to(tl.float32)[:, None]
+        y += offset.to(tl.float32)[:, None]
     if GATED:
-        up = tl.sum(second, 0)
         if NORM:
             up *= tl.rsqrt(sums / INNER + eps)[None, :]
         if SCALES_IN:
             up *= handed_root[None, :]
         if BIAS:
-            up += tl.load(bias + FEATURES + feature, mask=feature < FEATURES, other=0.0).to(tl.float32)[:, None]
+            up += second_offset.to(tl.float32)[:, None]
         y = _activated(y, GELU) * up
     elif not RESIDUAL:
         y *= factor
-    target = row[None, :].to(tl.int64) * STRIDE + feature[:, None]
     if RESIDUAL:
-        y = tl.load(state + target, mask=inside, other=0.0) + factor * y
+        y = old + factor * y
         tl.store(state + target, y, mask=inside)
         # Nothing is outside: the product of zeros, and 0 for the state.
-        tl.store(squares_out + tile * SQUARES_ROWS + row, tl.sum(y * y, 0))
+        tl.store(squares_out + tile * SQUARES_ROWS + row_range, tl.sum(y * y, 0))
         if SCALED:
-            y *= tl.load(scale + feature, mask=feature < FEATURES, other=0.0)[:, None]
+            y *= following[:, None]
         if SCALES_OUT:
             root = _root(sums / FEATURES)
             y *= (1.0 / root)[None, :]
-            tl.store(handed_out + row, root, mask=row < rows)
+            tl.store(handed_out + row_range, root, mask=row_range < rows)
     tl.store(out + target, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tokens"])
 def begin_kernel(  # type: ignore[no-untyped-def]
     tokens, embedding, multiplier, state, handed, scale, squares_out, handed_out, counters,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, KV: tl.constexpr, BLOCK_KV: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, COUNTERS: tl.constexpr, BLOCK_COUNTERS: tl.constexpr,
     SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: one row's embedding, times `multiplier`; handed on like a projection's state.
 
-    Sets the row's counters of attention to 0, which they are but after a launch that was aborted.
+    The first program sets all counters to 0, which they are but after a launch that was aborted.
     """
     if OVERLAP:
         gdc_wait()
@@ -206,8 +251,9 @@ def begin_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     feature = tl.arange(0, BLOCK)
     inside = feature < FEATURES
-    head = tl.arange(0, BLOCK_KV)
-    tl.store(counters + row * KV + head, 0, mask=head < KV)
+    if row == 0:
+        index = tl.arange(0, BLOCK_COUNTERS)
+        tl.store(counters + index, 0, mask=index < COUNTERS)
     token = tl.load(tokens + row)
     x = tl.load(embedding + token * FEATURES + feature, mask=inside, other=0.0).to(tl.float32) * multiplier
     _hand_on(

@@ -37,6 +37,17 @@ class Tile(NamedTuple):
     """Whether the first tile is read into registers before the kernel before has ended."""
     ahead: int
     """Further iterations asked of the L2 cache then: 0 or a power of two."""
+    slices: int = 1
+    """Programs that share the inner dimension of the same features."""
+
+    def slice_length(self, inner: int) -> int:
+        """Columns of a slice, whole iterations."""
+        step = self.columns * self.splits
+        return triton.cdiv(triton.cdiv(inner, step), self.slices) * step
+
+    def leaves_slices_empty(self, inner: int) -> bool:
+        """Whether a slice would have no columns."""
+        return (self.slices - 1) * self.slice_length(inner) >= inner
 
     def shared_bytes(self, rows: int, gated: bool, itemsize: int) -> int:
         """Shared memory of the pipelined tiles of weights and inputs, about."""
@@ -48,48 +59,69 @@ def rows_block(rows: int) -> int:
     return 8 if rows <= 8 else 16
 
 
-def default_tile(features: int, inner: int, gated: bool, processors: int) -> Tile:
-    """A tile for a projection of `features` (of each half, if gated) by `inner`."""
-    for block in (64, 32):
-        if triton.cdiv(features, block) >= 3 * processors:
-            break
+def default_tile(features: int, inner: int, gated: bool, rows: int, processors: int) -> Tile:
+    """A tile for a projection of `features` (of each half, if gated) by `inner`.
+
+    The kinds that were fastest on an H200 for the shapes of Llama 3.2 1B (`benchmarks/fused.py`).
+    """
+    programs = triton.cdiv(features, 16)
+    if gated and programs >= 2 * processors:
+        tile = Tile(32, 64, splits=2, warps=2, stages=4, early=0, ahead=0)
+    elif gated:
+        tile = Tile(16, 64, splits=4, warps=4, stages=4, early=0, ahead=2)
+    elif programs >= 16 * processors and rows > 8:
+        tile = Tile(64, 64, splits=2, warps=2, stages=4, early=0, ahead=2)
+    elif programs >= 16 * processors:
+        tile = Tile(16, 64, splits=4, warps=4, stages=4, early=0, ahead=2)
+    elif programs > processors:
+        tile = Tile(16, 128, splits=2, warps=2, stages=4, early=0, ahead=0)
+    elif inner > 4096:
+        tile = Tile(16, 128, splits=4, warps=4, stages=6, early=1, ahead=0)
     else:
-        block = 16
-    if gated:
-        block = max(16, block // 2)
-    columns = 8192 // (block * (2 if gated else 1)) // 4  # 16 KiB of weights an iteration
-    columns = max(16, min(columns, triton.next_power_of_2(triton.cdiv(inner, 4))))
-    return Tile(block, columns, splits=4, warps=4, stages=4, early=1, ahead=0)
+        tile = Tile(16, 256, splits=4, warps=4, stages=3, early=1, ahead=2)
+    columns = max(16, min(tile.columns, triton.next_power_of_2(triton.cdiv(inner, tile.splits))))
+    iterations = triton.next_power_of_2(triton.cdiv(inner, columns * tile.splits))
+    return tile._replace(columns=columns, ahead=min(tile.ahead, iterations))
 
 
-def candidates(features: int, inner: int, gated: bool, itemsize: int, processors: int) -> list[Tile]:
-    """Tiles of different kinds worth timing; the first is the default. `variants` are of one kind."""
-    default = default_tile(features, inner, gated, processors)
+def candidates(
+    features: int, inner: int, gated: bool, rows: int, itemsize: int, processors: int, most_tiles: int
+) -> list[Tile]:
+    """Tiles of different kinds worth timing; the first is the default. `variants` are of one kind.
+
+    Args:
+        most_tiles: tiles that slices may share.
+    """
+    default = default_tile(features, inner, gated, rows, processors)
     found = [default]
-    for block in (16, 32, 64, 128):
-        programs = triton.cdiv(features, block)
-        if block > 16 and programs < processors * 3 // 4:
-            break
+    for block, slices in ((16, 1), (32, 1), (64, 1), (32, 2), (64, 2), (64, 4), (128, 1), (32, 4), (16, 2)):
+        programs = triton.cdiv(features, block) * slices
+        if block * slices > 16 and programs < processors * 3 // 4:
+            continue
+        if slices > 1 and (programs > processors * 4 or triton.cdiv(features, block) > most_tiles):
+            continue
         for splits, warps in ((4, 4), (8, 8), (2, 2), (1, 4)):
             # A part's warps share its features, 16 each.
-            if warps // splits * 16 > block:
+            if warps // splits * 16 > block or (slices > 1 and warps < 4):
                 continue
             for tile_bytes in (8192, 16384, 32768, 65536):
                 columns = tile_bytes // (block * (2 if gated else 1) * itemsize * splits)
-                if columns < 32 or columns * splits > max(inner, 64) or tile_bytes > 8192 * warps:
+                if columns < 32 or columns * splits > max(inner // slices, 64) or tile_bytes > 8192 * warps:
                     continue
-                tile = default._replace(features=block, columns=columns, splits=splits, warps=warps)
-                found.append(tile._replace(stages=3 if tile_bytes > 16384 else 4))
+                stages = 3 if tile_bytes > 16384 else 4
+                tile = Tile(block, columns, splits, warps, stages, 0, 0, slices)
+                if not tile.leaves_slices_empty(inner):
+                    found.append(tile)
     return list(dict.fromkeys(found))
 
 
 def variants(tile: Tile, inner: int) -> list[Tile]:
     """The same cut with other depths and other ways to begin early."""
-    iterations = triton.next_power_of_2(triton.cdiv(inner, tile.columns * tile.splits))
-    starts = [(1, 0), (0, 0), *((early, ahead) for early in (0, 1) for ahead in (2, 4, 8, 16) if ahead <= iterations)]
+    iterations = triton.next_power_of_2(triton.cdiv(tile.slice_length(inner), tile.columns * tile.splits))
+    starts = [(early, ahead) for ahead in (0, 2, 4, 8, 16) for early in (0, 1) if ahead <= iterations]
     depths = [tile._replace(stages=stages) for stages in (2, 3, 5, 6)]
     begins = [tile._replace(early=early, ahead=ahead) for early, ahead in starts]
-    return [other for other in dict.fromkeys(depths + begins) if other != tile]
+    return [other for other in dict.fromkeys(begins + depths) if other != tile]
 
 
 def graph_seconds(call: Callable[[], None], repeats: int = 5, calls: int = 3) -> float:
@@ -155,7 +187,7 @@ def _tune_one(
     key = f"{name}.{rows_block(rows)}"
     begin = time.monotonic()
     best = _fastest(
-        step, name, rows, [step.tiles[key], *step.candidates(name)], begin + (deadline - begin) * 2 / 3, report
+        step, name, rows, [step.tiles[key], *step.candidates(name, rows)], begin + (deadline - begin) * 2 / 3, report
     )
     inner = step.shape(name)[1]
     best = _fastest(step, name, rows, [best, *variants(best, inner)], deadline, report)
@@ -206,13 +238,13 @@ def as_tiles(tiles: Mapping[str, Sequence[int]] | None) -> dict[str, Tile]:
         name, _, block = key.partition(".")
         if name not in PROJECTIONS or block not in ("8", "16"):
             raise ValueError(f"{key!r} is no projection; give names such as 'qkv.8' or 'head.16'")
-        if len(values) != len(Tile._fields):
+        if len(values) not in (len(Tile._fields), len(Tile._fields) - 1):
             raise ValueError(f"the tile of {key!r} has {len(values)} values; give {', '.join(Tile._fields)}")
         tile = Tile(*map(int, values))
         powers = (tile.features, tile.columns, tile.splits, tile.warps, max(1, tile.ahead))
         if any(value < 1 or value & (value - 1) for value in powers) or tile.features < 16 or tile.columns < 16:
             raise ValueError(f"the tile of {key!r} is {tile}; give powers of two, 16 or more features and columns")
-        if tile.stages < 1 or tile.early not in (0, 1):
-            raise ValueError(f"the tile of {key!r} is {tile}; give 1 or more stages, and early as 0 or 1")
+        if tile.stages < 1 or tile.slices < 1 or tile.early not in (0, 1):
+            raise ValueError(f"the tile of {key!r} is {tile}; give 1 or more stages and slices, and early as 0 or 1")
         result[key] = tile
     return result

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from hybridgen.fused import reference
 from hybridgen.fused.chain import ChainStep
+from hybridgen.fused.chain_tuning import PROJECTIONS, Tile
 from hybridgen.fused.structure import Decoder, Unfit, describe
 from hybridgen.loading.fusion import fuse_projections
 from hybridgen.models.binding import bind
@@ -92,6 +93,7 @@ power = st.sampled_from([16, 32, 64])
 tiles = st.tuples(
     power, power, st.sampled_from([1, 2, 4]), st.sampled_from([1, 4]), st.integers(1, 4), st.integers(0, 1)
 )
+slices = st.integers(1, 5)
 
 
 def check_shapes(number: int) -> None:
@@ -99,11 +101,19 @@ def check_shapes(number: int) -> None:
 
     @seed(number)
     @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(shapes(), lengths, st.sampled_from([8, 16, 64, 128]), st.lists(tiles, min_size=5, max_size=5))
-    def run(shape: Shape, lengths: list[int], page_size: int, cuts: list[tuple[int, ...]]) -> None:
+    @given(shapes(), lengths, st.sampled_from([8, 16, 64, 128]), st.lists(tiles, min_size=5, max_size=5), slices)
+    def run(shape: Shape, lengths: list[int], page_size: int, cuts: list[tuple[int, ...]], most: int) -> None:
         model = random_decoder(shape, seed=number)
-        names = ("qkv", "out", "gate_up", "down", "head")
-        chosen = {f"{n}.{b}": [*cut, 0] for n, cut in zip(names, cuts, strict=True) for b in (8, 16)}
+        chosen = {}
+        for name, cut in zip(PROJECTIONS, cuts, strict=True):
+            features, inner, _ = ChainStep(model).shape(name)
+            tile = Tile(*cut, 0)
+            for count in range(most, 1, -1):
+                sliced = tile._replace(slices=count)
+                if -(-features // tile.features) <= -(-model.hidden // 16) and not sliced.leaves_slices_empty(inner):
+                    tile = sliced
+                    break
+            chosen |= {f"{name}.{rows}": list(tile) for rows in (8, 16)}
         compare(model, make_context(model, lengths, page_size, seed=number), 2e-5, chosen)
 
     run()

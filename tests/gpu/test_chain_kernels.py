@@ -194,7 +194,7 @@ def test_every_kind_of_tile() -> None:
     step.attach(context.pages)
     for name in PROJECTIONS:
         kept = step.tiles[f"{name}.16"]
-        for tile in (*step.candidates(name)[::4], *variants(kept, step.shape(name)[1])[::3]):
+        for tile in (*step.candidates(name, 9)[::4], *variants(kept, step.shape(name)[1])[::3]):
             step.use({f"{name}.16": tile})
             _poisoned(step)
             error = (_run(step, context).float() - expected).norm() / expected.norm()
