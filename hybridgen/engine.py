@@ -135,6 +135,7 @@ class Engine:
         if self.mode.compiles:
             with self._timed("compile"):
                 not_compiled = self._compile(runner)
+        self._compare_fused(runner, plan)
         if device.type == "cuda":
             with self._timed("warm up"):
                 runner.exercise()
@@ -167,6 +168,20 @@ class Engine:
             with self._timed("tune"):
                 runner.tune_fused(config.tune_seconds)
         return fused.notes
+
+    def _compare_fused(self, runner: ModelRunner, plan: GraphPlan) -> None:
+        """Decode with the chain of fused kernels where it is the faster. A failure leaves it as it is."""
+        fused = runner.steps.fused
+        if fused is None or fused.chain is None:
+            return
+        with self._timed("compare decode"):
+            try:
+                runner.compare_fused(plan.settings().decode)
+            except Exception as error:
+                self._counters.fall_back(
+                    f"fused and compiled decode were not compared: {type(error).__name__}: {first_line(error)}"
+                )
+        self._fused = fused.notes
 
     def _graph_plan(self) -> GraphPlan:
         return GraphPlan(

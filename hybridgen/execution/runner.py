@@ -168,6 +168,43 @@ class ModelRunner:
         return fused
 
     @on_its_stream
+    def compare_fused(self, sizes: Sequence[int]) -> None:
+        """Use the chain of fused kernels up to the size where the model's own layers are faster.
+
+        Both are recorded and timed at these sizes, with padding. Not while requests run.
+        """
+        fused = self.steps.fused
+        if fused is None or fused.chain is None:
+            return
+        from hybridgen.execution.graphs.cuda import CudaGraphRecorder
+
+        recorder = CudaGraphRecorder(self.device)
+        used = fused.least_chain_rows - 1
+        try:
+            for rows in sorted(size for size in sizes if fused.least_chain_rows <= size <= fused.chain_rows):
+                key = StepKey(Phase.DECODE, rows, rows, None)
+                chain, layers = (self._recorded_seconds(recorder, key, by) for by in (fused, None))
+                logger.info("decode of %d rows: chain %.1f us, layers %.1f us", rows, chain * 1e6, layers * 1e6)
+                if chain >= layers:
+                    fused.use_chain_up_to(used, f"{rows} rows take {chain * 1e3:.2f} ms, layers {layers * 1e3:.2f} ms")
+                    return
+                used = rows
+        finally:
+            recorder.close()
+            self.recover()
+
+    def _recorded_seconds(self, recorder: Recorder, key: StepKey, fused: FusedDecode | None) -> float:
+        """What a replay of a step takes with these fused kernels, or without any."""
+        kept, self.steps.fused = self.steps.fused, fused
+        try:
+            self._prepare(key)
+            recorded = recorder.record(key, functools.partial(self.steps.run, key))
+            recorded.release()
+            return recorded.seconds
+        finally:
+            self.steps.fused = kept
+
+    @on_its_stream
     def tune_fused(self, seconds: float) -> dict[str, Any]:
         """Tune the fused kernels for about so long; returns the choices as plain values. Not while requests run."""
         from hybridgen.fused.tuning import tune

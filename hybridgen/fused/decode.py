@@ -37,6 +37,8 @@ class FusedDecode:
     """For one row."""
     chain: ChainStep | None = None
     """For a few."""
+    chain_rows: int = 0
+    """Up to how many rows the chain is used."""
     logits: Tensor | None = None
     """[rows, vocab]: where the chain leaves its logits."""
     build: Callable[..., PersistentStep] | None = None
@@ -48,7 +50,7 @@ class FusedDecode:
         """Whether a step of this many rows is fused."""
         if rows == 1 and self.persistent is not None:
             return True
-        return self.chain is not None and rows <= self.chain.max_rows
+        return self.chain is not None and rows <= self.chain_rows
 
     def run(self, rows: int, tokens: Tensor, positions: Tensor) -> Tensor:
         """Launch the step; returns its logits [rows, vocab], which the next call overwrites.
@@ -59,10 +61,29 @@ class FusedDecode:
         if rows == 1 and self.persistent is not None:
             return self.persistent()
         if self.chain is None or self.logits is None:
-            raise RuntimeError(f"no fused step serves {rows} rows")
+            raise RuntimeError(f"no fused step computes {rows} rows")
         out = self.logits[:rows]
         self.chain(tokens, positions, self.inputs.slots[:rows], self.inputs.block_table, out)
         return out
+
+    @property
+    def least_chain_rows(self) -> int:
+        """From how many rows on the chain is used."""
+        return 1 if self.persistent is None else 2
+
+    def use_chain_up_to(self, rows: int, why: str) -> None:
+        """Leave steps of more rows to the model's own layers."""
+        self.chain_rows = rows
+        self.note_chain(why)
+
+    def note_chain(self, why: str) -> None:
+        """Say in `notes` what the chain serves, and why nothing beyond that."""
+        self.notes = {size: how for size, how in self.notes.items() if not how.startswith("a chain")}
+        least, most = self.least_chain_rows, self.chain_rows
+        rows = f"{least} rows" if least == most else f"{least} to {most} rows"
+        size = f"decode of {rows}" if most >= least else "decode of more rows"
+        how = "a chain of Triton kernels" if most >= least else "the model's own layers"
+        self.notes[size] = f"{how}{f'; {why}' if why else ''}"
 
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a step, by name."""
@@ -134,12 +155,13 @@ def fuse_decode(
     try:
         fused.chain = ChainStep(model, max_rows=few, tiles=tiles)
         fused.chain.attach(pages)
+        fused.chain_rows = few
         with torch.inference_mode(False):
             fused.logits = torch.zeros(few, model.vocab, dtype=model.dtype, device=model.device)
         _try(fused, few, pages)
-        fused.notes[f"decode of {least} to {few} rows"] = "a chain of Triton kernels"
+        fused.note_chain("")
     except Unfit as reason:
-        fused.chain = None
+        fused.chain, fused.chain_rows = None, 0
         fused.notes[f"decode of {least} to {few} rows"] = f"no chain of kernels: {reason}"
     for size, how in fused.notes.items():
         logger.info("%s: %s", size, how)
