@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
+from hybridgen import importing
+from hybridgen.artifacts.session import CompileCache, preload
 from hybridgen.config import EngineConfig, GraphOwner, parse_bytes
 from hybridgen.core import SamplingParams, TokenEvent, shown
-from hybridgen.errors import ConfigError, DeviceError, EngineError, Interrupted, SamplingError
+from hybridgen.errors import CacheMissError, ConfigError, DeviceError, EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
 from hybridgen.execution.compiled import check_backend, check_toolchain
 from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
@@ -32,6 +33,7 @@ from hybridgen.prompts import Prompts, split_prompts
 from hybridgen.requests import Plan, check_keywords, context_limit, plan_requests
 from hybridgen.sampling import SamplerPlan, plan_of, resolve
 from hybridgen.scheduler import Scheduler
+from hybridgen.startup import Starter, Startup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,8 +51,14 @@ class Engine:
     several threads are safe; they share the batch.
     """
 
-    def __init__(self, checkpoint: Checkpoint, loaded: LoadedModel, config: EngineConfig) -> None:
-        """Build an engine around a loaded model; most callers want `Engine.load()`."""
+    def __init__(
+        self, checkpoint: Checkpoint, loaded: LoadedModel, config: EngineConfig, cache: CompileCache | None = None
+    ) -> None:
+        """Build an engine around a loaded model; most callers want `Engine.load()`.
+
+        Args:
+            cache: what `open_cache()` gave before the weights were read; None opens it here.
+        """
         self.config = config
         self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
@@ -59,7 +67,8 @@ class Engine:
         self.mode = config.mode_on(checkpoint.device.type)
         """How steps run: `config.mode`, with `auto` decided."""
         self._counters = Counters()
-        self._startup = {"load weights": loaded.seconds}
+        self._startup = Startup(importing.take_seconds(), loaded.seconds)
+        self._timed = self._startup.timed
         self._token_budget = config.token_budget or TOKEN_BUDGET[checkpoint.device.type]
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
@@ -69,6 +78,10 @@ class Engine:
         self._undo = weakref.finalize(self, undo.close)
         self._undo.atexit = False
         try:
+            self.cache = open_cache(checkpoint, config) if cache is None else cache
+            """The engine's entry of the compile cache: documents, kernels, compiled units."""
+            undo.callback(self.cache.close)
+            self._startup.add("artifacts", self.cache.seconds)
             undo.callback(loaded.restore)
             if config.fuse_projections:
                 undo.callback(unfuse_projections, loaded.model)
@@ -78,6 +91,7 @@ class Engine:
             undo.callback(bound.release)
             with device_of(checkpoint.device):
                 self._loop = self._build(bound, undo)
+            self.cache.end_start()
         except BaseException:
             self.close()
             raise
@@ -106,11 +120,31 @@ class Engine:
         config = EngineConfig.of(config, fields)
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
         check_config(checkpoint, config)
-        return cls(checkpoint, checkpoint.load(), config)
+        return cls.start(checkpoint, config)
+
+    @classmethod
+    def start(cls, checkpoint: Checkpoint, config: EngineConfig) -> Engine:
+        """Read an opened checkpoint's weights and make it ready to generate.
+
+        Raises:
+            LoadError, DeviceError, EngineError, CacheMissError: see `hybridgen.errors`.
+        """
+        cache = open_cache(checkpoint, config)
+        try:
+            wait = preload(config, config.mode_on(checkpoint.device.type))
+            loaded = checkpoint.load()
+            wait()
+        except BaseException:
+            cache.close()
+            raise
+        return cls(checkpoint, loaded, config, cache)
 
     def _build(self, bound: BoundModel, undo: ExitStack) -> StepLoop:
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         plan = self._graph_plan()
+        starter = self._starter = Starter(self.cache, self._startup, self._counters)
+        with self._timed("artifacts"):
+            units = starter.load_units() if self.mode.compiles else None
         runner = self._runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
@@ -119,6 +153,8 @@ class Engine:
             token_budget=self._token_budget,
             max_context=self.max_context,
             compile_backend=config.compile_backend if self.mode.compiles else None,
+            units=units,
+            offline=config.offline_compile,
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
             fall_back=self._counters.fall_back,
@@ -131,7 +167,7 @@ class Engine:
             with self._timed("compile"):
                 not_compiled = self._compile(runner)
         if device.type == "cuda":
-            with self._timed("warm up"):
+            with self._timed("tuning"):
                 runner.exercise()
         use_graphs(runner, plan, not_compiled, self._counters)
         if self.mode.records and config.capture_at_start:
@@ -164,6 +200,7 @@ class Engine:
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
         keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler)
+        keys = self._starter.planned(runner, keys)
         with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=self._bar_disabled) as bar:
             runner.capture(keys, bar.update)
 
@@ -192,8 +229,10 @@ class Engine:
         """
         try:
             with tqdm(total=1, desc="compile", delay=1, leave=False, disable=self._bar_disabled) as bar:
-                runner.warm_up()
+                self._starter.compile(runner)
                 bar.update()
+        except CacheMissError:
+            raise
         except Exception as error:
             logger.debug("compilation failed", exc_info=True)
             reason = f"compilation failed, steps run eagerly: {type(error).__name__}: {first_line(error)}"
@@ -359,7 +398,8 @@ class Engine:
             mode=str(self.mode),
             device=str(self.checkpoint.device),
             dtype=str(self.checkpoint.dtype).removeprefix("torch."),
-            startup=dict(self._startup),
+            startup=self._startup.seconds(self._counters.first_token),
+            artifacts=self._starter.stats(self._runner),
             requests=dict(self._counters.requests),
             tokens=dict(self._counters.tokens),
             steps=dict(self._counters.steps),
@@ -394,6 +434,8 @@ class Engine:
         """
         loop, self._loop = self._loop, None
         if loop is not None:
+            if self._runner is not None and not loop.ended:
+                self._starter.keep_plan(self._runner)
             loop.close()
         self._runner = None
         self._undo()
@@ -427,11 +469,24 @@ class Engine:
         """tqdm's `disable`: None switches a bar off where standard error is no terminal."""
         return None if self.config.progress is None else not self.config.progress
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._startup[part] = time.perf_counter() - start
+
+def open_cache(checkpoint: Checkpoint, config: EngineConfig) -> CompileCache:
+    """The compile cache for an engine of this checkpoint and config.
+
+    Raises:
+        CacheMissError: `offline_compile=True` and there is nothing usable.
+    """
+    return CompileCache.open(checkpoint, config, **cache_settings(checkpoint, config))
+
+
+def cache_settings(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
+    """What a config leaves open and the compiler sees, as an engine decides it."""
+    device = checkpoint.device.type
+    return {
+        "mode": config.mode_on(device),
+        "token_budget": config.token_budget or TOKEN_BUDGET[device],
+        "max_context": context_limit(checkpoint, config.max_context),
+    }
 
 
 def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:

@@ -11,6 +11,7 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
+from hybridgen.execution import numerics
 from hybridgen.execution.compiled import CompiledLayers
 from hybridgen.execution.faults import is_fatal
 from hybridgen.execution.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
@@ -20,6 +21,7 @@ from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.statistics import Counters
 from hybridgen.execution.steps import ModelSteps, PrefillChunk, StepKey
+from hybridgen.execution.units import LayerUnits
 from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
@@ -83,6 +85,8 @@ class ModelRunner:
         token_budget: int,
         max_context: int | None = None,
         compile_backend: str | None = None,
+        units: LayerUnits | None = None,
+        offline: bool = False,
         one_copy: bool = True,
         buffers: int = 2,
         fall_back: Callable[[str], None] = warnings.warn,
@@ -93,6 +97,7 @@ class ModelRunner:
             token_budget: tokens of a prefill call at most.
             max_context: tokens of a request at most.
             compile_backend: None runs every step eagerly.
+            units, offline: see `CompiledLayers`.
             one_copy, buffers: see `ModelSteps`.
             fall_back: told when a layer runs eagerly that should not, and why.
         """
@@ -126,6 +131,8 @@ class ModelRunner:
                 max_batch=max_batch,
                 token_budget=token_budget,
                 fall_back=fall_back,
+                units=units,
+                offline=offline,
             )
         self._check_addresses = False
         self._steady: Steady | None = None
@@ -339,6 +346,20 @@ class ModelRunner:
         with cast(CompiledLayers, self.compiled).warming_up():
             for key in keys:
                 self._run_padding(key)
+
+    @on_its_stream
+    def check_numerics(self) -> str | None:
+        """Compare compiled layers with uncompiled ones on a few tokens; what differs too much, or None."""
+        if self.compiled is None:
+            return None
+        wrong = numerics.compare(self, self.compiled)
+        self._steady = None
+        return wrong
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        return self._bound.model.dtype
 
     @on_its_stream
     def exercise(self) -> None:
