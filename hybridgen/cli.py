@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hybridgen.cache_command import add_cache_commands
 from hybridgen.config import Mode
 from hybridgen.errors import HybridgenError, PromptError
 from hybridgen.jsonl import Job, ResultFile, is_unicode, read_jobs, result, same_file
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     client.add_argument("--ping", action="store_true", help="print whether the server is alive; status 1 if it hangs")
     client.add_argument("--shutdown", action="store_true", help="end the server when what is in flight has ended")
     _add_generate_options(client)
+    add_cache_commands(commands, _add_engine_options)
     doctor = commands.add_parser("doctor", help="say what this machine can do, and why not")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before anything of torch: no test touches the user's compile cache or the checkout's. Processes that tests start
+# inherit it.
+os.environ["HYBRIDGEN_CACHE_DIR"] = tempfile.mkdtemp(prefix="hybridgen-tests-")
+atexit.register(shutil.rmtree, os.environ["HYBRIDGEN_CACHE_DIR"], ignore_errors=True)
+for _variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+    os.environ.pop(_variable, None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

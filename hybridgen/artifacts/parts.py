@@ -49,8 +49,23 @@ _NOT_COMPILED = frozenset(
 """Fields of `EngineConfig` that no compiler sees, or that are in the key under another name. A new field is in the key
 until it is listed here: a cold start too many is better than stale code."""
 _NOT_ARCHITECTURE = frozenset(
-    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"}
+    {
+        "_name_or_path",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "pad_token_id",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
+"""Fields of a model's config that say nothing about its computation: where it is from, its tokens, how it was trained."""
 _SOURCES = ("kernels", "models", "execution", "kvcache", "sampling", "loading/fusion.py")
 """What is traced, and what decides how it is called."""
 _ENVIRONMENT = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TORCHDYNAMO_", "TRITON_", "CXX", "PTXAS")

@@ -147,7 +147,7 @@ class Store:
     def _copy_to(self, destination: Path, key: Key) -> str | None:
         """Copy the entry for a key; why there is none to copy, or None."""
         directory = self.path_of(key.digest)
-        with locked(self._locks / f"{key.digest}.lock", shared=True, wait_seconds=_LOCK_SECONDS):
+        with locked(self.lock_of(key.digest), shared=True, wait_seconds=_LOCK_SECONDS):
             if not os.path.lexists(directory):
                 return self.explain(key).reason
             try:
@@ -168,6 +168,10 @@ class Store:
         """The directory of an entry."""
         return self.entries_directory / digest
 
+    def lock_of(self, digest: str) -> Path:
+        """The lock of an entry: shared to copy it, alone to change it."""
+        return self._locks / f"{digest}.lock"
+
     def publish(self, entry: Entry) -> int:
         """Make the working copy the new version of its entry; returns its bytes, 0 where nothing changed.
 
@@ -180,7 +184,7 @@ class Store:
             return 0
         key, directory = entry.key, self.path_of(entry.key.digest)
         self._delete_leftovers()
-        with locked(self._locks / f"{key.digest}.lock", shared=False, wait_seconds=_LOCK_SECONDS) as held:
+        with locked(self.lock_of(key.digest), shared=False, wait_seconds=_LOCK_SECONDS) as held:
             if not held:
                 raise OSError(0, "the store is read-only, or another process holds the entry's lock")
             stage = self.entries_directory / f".new-{uuid.uuid4().hex[:12]}"
@@ -285,7 +289,7 @@ class Store:
         found = self.explain(key)
         if not found.hit:
             return found
-        with locked(self._locks / f"{key.digest}.lock", shared=True, wait_seconds=_LOCK_SECONDS):
+        with locked(self.lock_of(key.digest), shared=True, wait_seconds=_LOCK_SECONDS):
             try:
                 manifest = Manifest.read(directory, key.digest)
                 for name in manifest.files:
@@ -310,7 +314,7 @@ class Store:
 
     def delete(self, digest: str) -> bool:
         """Delete an entry; False where it is in use this moment or cannot be deleted."""
-        with locked(self._locks / f"{digest}.lock", shared=False, wait_seconds=1.0) as held:
+        with locked(self.lock_of(digest), shared=False, wait_seconds=1.0) as held:
             if not held:
                 return False
             old = self.entries_directory / f".old-{uuid.uuid4().hex[:12]}"

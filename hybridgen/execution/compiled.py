@@ -22,6 +22,7 @@ from torch._dynamo.convert_frame import register_bytecode_hook
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError
+from hybridgen.execution.structure import token_dimension
 from hybridgen.execution.units import LayerUnits
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
 
@@ -190,8 +191,11 @@ class CompiledLayers:
             return run_layer(layer, *args, **kwargs)
 
     def _made(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
-        """Compile a unit that can be kept; None where that cannot be done, so that `torch.compile` has to."""
-        if self._offline or self._units is None:
+        """Compile a unit that can be kept; None where that cannot be done, so that `torch.compile` has to.
+
+        Only while warming up: what a step compiles later is for its size alone.
+        """
+        if self._offline or self._units is None or not self._warming:
             return None
         try:
             with _pages_dynamic(layer):
@@ -242,14 +246,16 @@ def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
         binding = vars(module).get("_hybridgen")
         if isinstance(binding, LayerBinding):
             pages += [binding.keys, binding.values]
+    before = [dict(vars(tensor)) for tensor in pages]
     for tensor in pages:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     try:
         yield
     finally:
-        # Not for other compilers: cudagraph trees take the same tensors as static.
-        for tensor in pages:
-            vars(tensor).pop("_dynamo_weak_dynamic_indices", None)
+        # Not for other compilers: cudagraph trees take the same tensors as static, and torch's guards see marks.
+        for tensor, attributes in zip(pages, before, strict=True):
+            vars(tensor).clear()
+            vars(tensor).update(attributes)
 
 
 def _has_hooks(layer: nn.Module) -> bool:
@@ -263,8 +269,8 @@ def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = T
     It is dim 1 of [1, T, ...] and dim 0 of [T]. Strictly, a graph for a part of the range is an error.
     """
     if isinstance(values, torch.Tensor):
-        dim = 1 if values.dim() > 1 and values.shape[0] == 1 else 0
-        if most > 2 and values.dim() > dim and values.shape[dim] == tokens and (dim or values.dim() == 1):
+        dim = token_dimension(values)
+        if most > 2 and dim is not None and values.shape[dim] == tokens:
             if strict:
                 torch._dynamo.mark_dynamic(values, dim, min=2, max=most)
             else:

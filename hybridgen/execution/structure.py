@@ -21,13 +21,20 @@ def structure_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     and tensors tell; numbers and flags of modules are left to torch's guards.
 
     Args:
-        tokens: the length that stands for any: of dimensions that are as long as the call has tokens.
+        tokens: how many the call has; the dimension of an input that has them has any length.
     """
     lines: list[str] = []
     _describe_module("layer", layer, tokens, lines)
     _describe("args", args, tokens, lines)
     _describe("kwargs", dict(kwargs), tokens, lines)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def token_dimension(tensor: torch.Tensor) -> int | None:
+    """Where a layer's input has the step's tokens: dim 1 of [1, T, ...], dim 0 of [T]; None where it has none."""
+    if tensor.dim() > 1:
+        return 1 if tensor.shape[0] == 1 else None
+    return 0 if tensor.dim() == 1 else None
 
 
 def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]) -> None:
@@ -59,7 +66,8 @@ def _describe_binding(path: str, binding: LayerBinding, tokens: int, lines: list
 def _describe(path: str, value: Any, tokens: int, lines: list[str]) -> None:
     """Arguments of a call: tensors, constants, and containers of them."""
     if isinstance(value, torch.Tensor):
-        dynamic = [i for i, size in enumerate(value.shape) if size == tokens and tokens > 1]
+        dim = token_dimension(value)
+        dynamic = (dim,) if tokens > 1 and dim is not None and value.shape[dim] == tokens else ()
         lines.append(f"{path}: {_tensor(value, dynamic)}")
     elif isinstance(value, StepMetadata):
         lines.append(f"{path}: {value.phase}")
@@ -83,7 +91,7 @@ def _describe(path: str, value: Any, tokens: int, lines: list[str]) -> None:
         lines.append(f"{path}: {type(value).__module__}.{type(value).__qualname__}")
 
 
-def _tensor(tensor: torch.Tensor, dynamic: Any) -> str:
+def _tensor(tensor: torch.Tensor, dynamic: tuple[int, ...]) -> str:
     """A tensor without its values; `dynamic` dimensions have any size, and strides outside of them any length."""
     shape = ["?" if index in dynamic else size for index, size in enumerate(tensor.shape)]
     first = min(dynamic, default=-1)

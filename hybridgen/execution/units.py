@@ -60,9 +60,10 @@ class LayerUnits:
     units: list[Unit] = field(default_factory=list)
     loaded: int = 0
     """Units that came from the directory."""
-    _known: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Unit]]] = field(
+    _structures: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
+    """By layer and name: a layer's first call says what all of them look like."""
 
     def load(self) -> str | None:
         """Load what the directory holds; why something in it is not used, or None.
@@ -92,22 +93,26 @@ class LayerUnits:
     def forget(self) -> None:
         """Use none of them any more."""
         self.units.clear()
-        self._known.clear()
         self.loaded = 0
 
     def find(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int) -> Any:
         """The compiled function for a call, or None."""
-        by_name = self._known.get(layer)
-        if by_name is None:
-            by_name = self._known[layer] = {}
-        known = by_name.get(name)
-        if known is None:
-            structure = structure_of(layer, args, kwargs, tokens)
-            known = by_name[name] = [unit for unit in self.units if (unit.name, unit.structure) == (name, structure)]
-        for unit in known:
-            if unit.takes(layer, args, kwargs):
+        structure = self._structure(name, layer, args, kwargs, tokens)
+        for unit in self.units:
+            if unit.name == name and unit.structure == structure and unit.takes(layer, args, kwargs):
                 return unit.function.fn
         return None
+
+    def _structure(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int
+    ) -> str:
+        by_name = self._structures.get(layer)
+        if by_name is None:
+            by_name = self._structures[layer] = {}
+        structure = by_name.get(name)
+        if structure is None:
+            structure = by_name[name] = structure_of(layer, args, kwargs, tokens)
+        return structure
 
     def make(
         self,
@@ -126,7 +131,7 @@ class LayerUnits:
         Raises:
             Exception: whatever tracing and compiling raise.
         """
-        structure = structure_of(layer, args, kwargs, tokens)
+        structure = self._structure(name, layer, args, kwargs, tokens)
         with _own_settings():
             # Not dynamic=True: only what is marked so is.
             compiled: Any = torch.compile(
@@ -138,7 +143,6 @@ class LayerUnits:
             )
             unit = Unit(name, structure, compiled.aot_compile(((layer, *args), dict(kwargs))))
         self.units.append(unit)
-        self._known.clear()
         return unit.function.fn
 
     def save(self) -> str | None:
