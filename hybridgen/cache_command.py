@@ -59,7 +59,9 @@ def add_cache_commands(commands: Any, add_engine_options: Callable[[argparse.Arg
     parser.add_argument("--entry", action="append", help="only this one (the beginning of its key); may be given again")
     parser = action("import", _import, "put the entries of a file into the store")
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--trust", action="store_true", help="whoever made the file may run code as you: you trust them")
+    parser.add_argument(
+        "--trust", action="store_true", help="whoever made the file may run code as you: you trust them"
+    )
     parser = action("prune", _prune, "delete the least recently used entries")
     parser.add_argument("--max-size", default=None, help='what may stay, such as "2GiB" (default: the size cap)')
     action("clear", _clear, "delete everything")
@@ -85,7 +87,9 @@ def _what(info: EntryInfo) -> str:
         if parts.get(part) is not None
     )
     where = parts.get("GPU") or parts.get("processor")
-    return f"{name} ({sizes}), {parts.get('dtype')}, mode {parts.get('config.mode')}, {where}, torch {parts.get('torch')}"
+    return (
+        f"{name} ({sizes}), {parts.get('dtype')}, mode {parts.get('config.mode')}, {where}, torch {parts.get('torch')}"
+    )
 
 
 def _when(seconds: float) -> str:

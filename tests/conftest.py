@@ -13,6 +13,8 @@ from pathlib import Path
 # inherit it.
 os.environ["HYBRIDGEN_CACHE_DIR"] = tempfile.mkdtemp(prefix="hybridgen-tests-")
 atexit.register(shutil.rmtree, os.environ["HYBRIDGEN_CACHE_DIR"], ignore_errors=True)
+# Nothing is kept unless a test names a store: engines of other tests are to start as if they were the first.
+os.environ["HYBRIDGEN_COMPILE_CACHE"] = "0"
 for _variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
     os.environ.pop(_variable, None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

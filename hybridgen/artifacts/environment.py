@@ -40,7 +40,7 @@ def direct_to(entry: Entry) -> list[str]:
 
 
 def restore(entry: Entry) -> None:
-    """Set nothing any more, unless a later engine has sent them elsewhere. The directories stay until the process ends."""
+    """Unset what was set, unless a later engine has sent compilers elsewhere. The directories stay until exit."""
     for variable, directory in ((INDUCTOR, entry.inductor), (TRITON, entry.triton)):
         if os.environ.get(variable) == str(directory):
             del os.environ[variable]

@@ -9,6 +9,9 @@ from pathlib import Path
 from hybridgen.artifacts.files import OTHERS_WRITE, UnusableError, check_owned
 
 ENVIRONMENT = "HYBRIDGEN_CACHE_DIR"
+SWITCH = "HYBRIDGEN_COMPILE_CACHE"
+"""Set to 0, nothing is kept unless a config names a directory: for tests and measurements."""
+_IN_CHECKOUT = "compile_cache"
 _IGNORE = "# Everything here is made by running hybridgen.\n*\n!.gitignore\n!README.md\n"
 _README = """# Compile cache of this checkout
 
@@ -29,7 +32,7 @@ def candidates(configured: bool | str = True) -> list[Path]:
     checkout = _checkout()
     home = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~")) / ".cache"
-    return [*([checkout / "compile_cache"] if checkout is not None else []), base / "hybridgen"]
+    return [*([checkout / _IN_CHECKOUT] if checkout is not None else []), base / "hybridgen"]
 
 
 def _absolute(path: str) -> Path:
@@ -50,22 +53,30 @@ def make_private(path: Path) -> None:
     """Make a directory of mode 0700 if there is none, and check it and everything above it.
 
     Raises:
-        UnusableError: it is a link, no directory or another user's; others may write to it or to a directory above it; or
-            it cannot be made.
+        UnusableError: it is a link, no directory or another user's; others may write to it or to a directory above it;
+            or it cannot be made.
     """
     try:
         _check_above(path)
-        created = not os.path.lexists(path)
-        if created:
+        if not os.path.lexists(path):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_above(path)
             path.mkdir(mode=0o700, exist_ok=True)
+        if path == (_checkout() or path) / _IN_CHECKOUT:
+            _prepare_in_checkout(path)
         check_private(path)
-        if created and path == (_checkout() or path) / "compile_cache":
-            (path / ".gitignore").write_text(_IGNORE)
-            (path / "README.md").write_text(_README)
     except OSError as error:
         raise UnusableError(f"{path} cannot be made ({error.strerror})") from error
+
+
+def _prepare_in_checkout(path: Path) -> None:
+    """The directory comes with the checkout, made with the modes of other files there."""
+    info = os.lstat(path)
+    if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & OTHERS_WRITE:
+        path.chmod(0o700)
+    for name, text in ((".gitignore", _IGNORE), ("README.md", _README)):
+        if not (path / name).exists():
+            (path / name).write_text(text)
 
 
 def check_private(path: Path) -> None:

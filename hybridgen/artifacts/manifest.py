@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hybridgen.artifacts.files import UnusableError, check_owned, read_checked, read_json, sha256, write_json, write_whole
+from hybridgen.artifacts.files import (
+    UnusableError,
+    check_owned,
+    read_checked,
+    read_json,
+    sha256,
+    write_json,
+    write_whole,
+)
 from hybridgen.artifacts.key import Key, describe
 
 FORMAT = 1
@@ -28,7 +36,7 @@ class Manifest:
     created: float = field(default_factory=time.time)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes of all files."""
         return sum(size for size, _ in self.files.values())
 
@@ -73,6 +81,10 @@ class Manifest:
             created = float(value["created"])
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UnusableError(f"{MANIFEST} lacks what it should have") from None
+        parents = {parent for name in files for parent in Path(name).parents}
+        linked = next((parent for parent in sorted(parents) if (directory / parent).is_symlink()), None)
+        if linked is not None:
+            raise UnusableError(f"{linked} is a symbolic link")
         if key.digest != digest:
             raise UnusableError(f"it was made for the key {key.digest[:12]}, not for the one that it is named after")
         return cls(key, files, created)

@@ -51,6 +51,7 @@ until it is listed here: a cold start too many is better than stale code."""
 _NOT_ARCHITECTURE = frozenset(
     {
         "_name_or_path",
+        "architectures",
         "auto_map",
         "bos_token_id",
         "dtype",
@@ -65,7 +66,8 @@ _NOT_ARCHITECTURE = frozenset(
         "use_cache",
     }
 )
-"""Fields of a model's config that say nothing about its computation: where it is from, its tokens, how it was trained."""
+"""Fields of a model's config that say nothing about its computation: where it is from, its tokens, how it
+was trained. The class has a part of its own."""
 _SOURCES = ("kernels", "models", "execution", "kvcache", "sampling", "loading/fusion.py")
 """What is traced, and what decides how it is called."""
 _ENVIRONMENT = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "TORCHDYNAMO_", "TRITON_", "CXX", "PTXAS")
@@ -154,7 +156,8 @@ def _driver() -> str:
         text = Path("/proc/driver/nvidia/version").read_text()
         return next(word for word in text.split() if word[0].isdigit() and "." in word)
     except (OSError, StopIteration):
-        return f"CUDA {torch._C._cuda_getDriverVersion()}"
+        version = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")  # only in builds with CUDA
+        return f"CUDA {version()}"
 
 
 def _architecture(hf_config: PreTrainedConfig) -> dict[str, Any]:
@@ -191,8 +194,14 @@ def _compiler_settings() -> dict[str, Any]:
 
 def _changed_settings(module: Any) -> dict[str, Any]:
     """Settings of a torch config module that are not its defaults, which the version of torch stands for."""
-    is_default = getattr(module, "_is_default", lambda name: False)  # private: without it, all of them are named
-    return {name: _plain(value) for name, value in sorted(module.get_config_copy().items()) if not is_default(name)}
+    # The entries are private: without them, all settings are named. Not `_is_default`, which a patch that has ended
+    # leaves false.
+    entries = getattr(module, "_config", {})
+    return {
+        name: _plain(value)
+        for name, value in sorted(module.get_config_copy().items())
+        if value != getattr(entries.get(name), "default", None)
+    }
 
 
 def source_hash(root: Path | None = None) -> str:

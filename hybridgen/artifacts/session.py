@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from hybridgen.artifacts import environment
 from hybridgen.artifacts.entry import Entry, MemoryEntry
 from hybridgen.artifacts.key import Key
+from hybridgen.artifacts.location import SWITCH
 from hybridgen.artifacts.parts import device_name, key_of
 from hybridgen.artifacts.store import Explanation, Store
 from hybridgen.config import EngineConfig, GraphOwner, Mode
@@ -152,6 +154,8 @@ def why_off(config: EngineConfig, mode: Mode, device_type: str) -> str | None:
     """Why nothing is kept, or None."""
     if config.compile_cache is False:
         return "compile_cache=False"
+    if config.compile_cache is True and os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
     if mode.compiles and config.compile_backend != "inductor":
         return f"what the backend {config.compile_backend} makes is not kept"
     if not mode.compiles and device_type != "cuda":
@@ -203,10 +207,6 @@ def preload(config: EngineConfig, mode: Mode) -> Callable[[], None]:
 
 def _import_compiler() -> None:
     try:
-        import torch._dynamo.aot_compile
-        import torch._inductor.compile_fx
-        import torch._inductor.lowering
-        import torch._inductor.select_algorithm
         from torch._inductor.codecache import torch_key
 
         torch_key()

@@ -86,9 +86,13 @@ class Store:
                 logger.debug("%s: %s", directory, error)
 
     @classmethod
-    def find(cls, configured: bool | str = True, *, device: str = "cpu") -> tuple[Store | None, list[str]]:
-        """The first of the places that can be used, and why those before it cannot."""
-        problems = []
+    def find(cls, configured: Any = True, *, device: str = "cpu") -> tuple[Store | None, list[str]]:
+        """The first of the places that can be used, and why those before it cannot.
+
+        Args:
+            configured: `EngineConfig.compile_cache`.
+        """
+        problems: list[str] = []
         for path in candidates(configured):
             try:
                 return cls(path, device=device), problems
@@ -199,7 +203,7 @@ class Store:
                 raise
         entry.note_published()
         self.prune(keep=key.digest)
-        return manifest.bytes
+        return manifest.size
 
     def _stage(self, entry: Entry, stage: Path, before: Path) -> dict[str, tuple[int, str]]:
         written: dict[str, tuple[int, str]] = {}
@@ -234,7 +238,7 @@ class Store:
                 continue
 
     def move_aside(self, digest: str, reason: str) -> None:
-        """Put an entry where nobody uses it; the oldest of those there are deleted. Nothing where it cannot be moved."""
+        """Put an entry where nobody uses it, if it can be moved; the oldest of those there are deleted."""
         aside = self.root / "quarantine"
         target = aside / f"{digest}.{time.time_ns():x}"
         try:
@@ -372,7 +376,7 @@ def _max_bytes() -> int:
 
 
 def _put(path: Path, data: bytes) -> tuple[int, str]:
-    """Write a file of a version that is not visible yet. It is not synced: what a power cut leaves of it fails its check."""
+    """Write a file of a version that nobody sees yet. Not synced: what a power cut leaves of it fails its check."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:

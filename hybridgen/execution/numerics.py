@@ -38,7 +38,9 @@ def compare(runner: ModelRunner, compiled: CompiledLayers) -> str | None:
         tolerance = TOLERANCE.get(runner.weights_dtype, TOLERANCE[torch.bfloat16])
         error = float((left - right).norm() / right.norm().clamp_min(1e-12))
         if not error <= tolerance:
-            return f"{name} gave logits that differ by {error:.2g} of their norm from uncompiled layers, above {tolerance}"
+            return (
+                f"{name} gave logits that differ by {error:.2g} of their norm from uncompiled layers, above {tolerance}"
+            )
     return None
 
 

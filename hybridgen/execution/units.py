@@ -60,9 +60,7 @@ class LayerUnits:
     units: list[Unit] = field(default_factory=list)
     loaded: int = 0
     """Units that came from the directory."""
-    _structures: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
+    _structures: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = field(default_factory=weakref.WeakKeyDictionary)
     """By layer and name: a layer's first call says what all of them look like."""
 
     def load(self) -> str | None:

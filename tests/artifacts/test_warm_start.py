@@ -34,8 +34,8 @@ def check_compiled_nothing(found: dict[str, Any]) -> None:
     assert found["stats"]["artifacts"]["state"] == "hit"
     assert (found["stats"]["compiled"], found["late"], found["traced"], found["inductor"]) == (0, 0, 0, 0)
     assert found["stats"]["fallbacks"] == {}
-    # What probes the machine for vector instructions is no code of the model.
-    assert [path for path in found["compilers"] if not Path(path).name.startswith(("c", "tmp"))] == []
+    # One header goes through the preprocessor in every process that uses Inductor on a CPU.
+    assert [path for path in found["compilers"] if Path(path).name != "header.i"] == []
 
 
 def test_of_two_processes_at_once_one_compiles(warmed: Warmed) -> None:

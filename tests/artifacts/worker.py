@@ -32,7 +32,8 @@ def main() -> None:
                 "late": stats["late_compiles"],
                 "table": table,
                 "traced": counters["stats"]["unique_graphs"],
-                "inductor": counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["autograd_cache_miss"],
+                "inductor": counters["inductor"]["fxgraph_cache_miss"]
+                + counters["aot_autograd"]["autograd_cache_miss"],
                 "compilers": compilations,
             }
         )

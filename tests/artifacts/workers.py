@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 WORKER = Path(__file__).with_name("worker.py")
 CONFIG: dict[str, Any] = {
     "mode": "hybrid",
@@ -31,6 +30,7 @@ def start(model: Path, store: Path, **changes: Any) -> subprocess.Popen[str]:
     given = {"model": str(model), "config": CONFIG | changes}
     environment = os.environ | {
         "HYBRIDGEN_CACHE_DIR": str(store),
+        "HYBRIDGEN_COMPILE_CACHE": "1",
         "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *sys.path]),
     }
     return subprocess.Popen(

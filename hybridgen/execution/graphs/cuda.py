@@ -48,9 +48,7 @@ class CudaGraphRecorder:
         self._scratch = torch.zeros(1, device=device)
         self._wait = partial(torch.cuda.synchronize, device)
 
-    def record(
-        self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None
-    ) -> Recorded:
+    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Warm up, capture and time a step; where its times are known, a replay is not waited for.
 
         Raises:

@@ -64,9 +64,7 @@ def write(store: GraphStore, before: Iterable[PlannedGraph]) -> dict[str, Any]:
     for key, count in store.wanted.items():
         if key in rows:
             known = rows[key]
-            rows[key] = PlannedGraph(
-                key, known.uses + count, known.plain_seconds, known.seconds, known.capture_seconds
-            )
+            rows[key] = PlannedGraph(key, known.uses + count, known.plain_seconds, known.seconds, known.capture_seconds)
     kept = sorted(rows.values(), key=lambda graph: graph.uses, reverse=True)[:_KEPT]
     return {"format": 1, "graphs": [_row(graph) for graph in kept]}
 

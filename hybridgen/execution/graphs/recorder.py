@@ -65,9 +65,7 @@ class Recorder(Protocol):
 
     owner: str
 
-    def record(
-        self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None
-    ) -> Recorded:
+    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Warm up and record a step, staged with padding. What goes wrong is raised, and harms no other recording.
 
         Args:

@@ -20,9 +20,7 @@ class StandInRecorder:
 
     owner = OWNER
 
-    def record(
-        self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None
-    ) -> Recorded:
+    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Run the step twice, as a capture would, and keep it."""
         step()
         start = time.perf_counter()

@@ -58,9 +58,7 @@ class TreeRecorder:
         """Whether a step of this kind is compiled, so that recording one more size takes no compilation."""
         return _kind(key) in self._known
 
-    def record(
-        self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None
-    ) -> Recorded:
+    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Compile the step where that has not been done, and run it until its tree replays it.
 
         Raises:
