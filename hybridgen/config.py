@@ -236,8 +236,8 @@ class EngineConfig:
             raise ConfigError("offline_compile=True with compile_cache=False: nothing could ever run; set one of them")
         if self.offline_compile is True and self.graphs is not GraphOwner.MANUAL:
             raise ConfigError(
-                f'offline_compile=True with graphs="{self.graphs}": trees compile whole steps, which the cache keeps no '
-                'artifacts of; use graphs="manual"'
+                f'offline_compile=True with graphs="{self.graphs}": trees compile whole steps, and the cache keeps '
+                'layers; use graphs="manual"'
             )
 
     def _check_int(self, name: str, *, low: int, high: int = MAX_INT, optional: bool = False) -> None:

@@ -85,7 +85,7 @@ class CacheError(HybridgenError):
 
 
 class CacheMissError(CacheError):
-    """`offline_compile=True`, and the cache lacks what the engine needs; the message says which part of the key differs."""
+    """`offline_compile=True`, and the cache lacks what the engine needs; the message names what differs."""
 
 
 class EngineError(HybridgenError):

@@ -50,7 +50,7 @@ def test_one_entry(store: Store, tmp_path: Path) -> None:
 def test_trust_is_asked_for_and_why(store: Store, tmp_path: Path) -> None:
     export_bundle(store, tmp_path / "b.tgz")
     store.clear()
-    with pytest.raises(CacheError, match="code and pickle.*--trust"):
+    with pytest.raises(CacheError, match=r"code and pickle.*--trust"):
         import_bundle(store, tmp_path / "b.tgz", trust=False)
     assert store.entries() == []
 

@@ -266,7 +266,7 @@ def test_links_and_parents_that_others_can_change_are_refused(tmp_path: Path) ->
         Store(tmp_path / "link")
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    with pytest.raises(UnusableError, match="above .* can be written by others"):
+    with pytest.raises(UnusableError, match=r"above .* can be written by others"):
         Store(tmp_path / "shared" / "store")
     found, problems = Store.find(str(tmp_path / "shared" / "store"))
     assert found is None
