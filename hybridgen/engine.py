@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import weakref
@@ -92,6 +93,7 @@ class Engine:
             with device_of(checkpoint.device):
                 self._loop = self._build(bound, undo)
             self.cache.end_start()
+            atexit.register(_keep_plan, weakref.ref(self))
         except BaseException:
             self.close()
             raise
@@ -468,6 +470,13 @@ class Engine:
     def _bar_disabled(self) -> bool | None:
         """tqdm's `disable`: None switches a bar off where standard error is no terminal."""
         return None if self.config.progress is None else not self.config.progress
+
+
+def _keep_plan(reference: weakref.ref[Engine]) -> None:
+    """At exit, for an engine that nobody closed: what was hot is known to the next process."""
+    engine = reference()
+    if engine is not None and engine._runner is not None and not engine.closed:
+        engine._starter.keep_plan(engine._runner)
 
 
 def open_cache(checkpoint: Checkpoint, config: EngineConfig) -> CompileCache:

@@ -184,7 +184,7 @@ class Store:
         Raises:
             OSError: it cannot be written; what was there stays.
         """
-        if not entry.changed:
+        if not entry.changed or not entry.files():
             return 0
         key, directory = entry.key, self.path_of(entry.key.digest)
         self._delete_leftovers()

@@ -70,4 +70,4 @@ def _run(runner: ModelRunner, key: StepKey) -> torch.Tensor:
     runner.steps.run(key)
     if runner.steps.logits is None:
         raise RuntimeError("the step has left no logits")
-    return runner.steps.logits[: key.rows].float()
+    return runner.steps.logits[: key.rows].to(torch.float32, copy=True)  # the next step leaves its own there
