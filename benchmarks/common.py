@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Before hybridgen: engines of a benchmark start cold and record all buckets, whatever an earlier run left.
+os.environ.setdefault("HYBRIDGEN_COMPILE_CACHE", "0")
+
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config

@@ -8,6 +8,7 @@ print(out.text)
 import importlib as _importlib
 import typing as _typing
 
+from hybridgen import importing as _importing
 from hybridgen.api import compare, generate, stream, unload
 from hybridgen.config import EngineConfig, Mode
 from hybridgen.core import (
@@ -21,6 +22,8 @@ from hybridgen.core import (
     TokenLogprob,
 )
 from hybridgen.errors import (
+    CacheError,
+    CacheMissError,
     CheckpointError,
     ConfigError,
     DeviceError,
@@ -58,6 +61,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient",
+    "CacheError",
+    "CacheMissError",
     "CheckpointError",
     "Client",
     "Comparison",
@@ -98,6 +103,8 @@ __all__ = [
 def __getattr__(name: str) -> _typing.Any:
     if name not in _LATER:
         raise AttributeError(f"module 'hybridgen' has no attribute {name!r}")
+    if name == "Engine":
+        _importing.engine()
     value = getattr(_importlib.import_module(_LATER[name]), name)
     globals()[name] = value
     return value

@@ -211,6 +211,9 @@ def prepare(
 
     An iterator in `sampling` is used up; give what `hybridgen.arguments.sampling_list` makes of it.
     """
+    from hybridgen import importing
+
+    importing.engine()
     from hybridgen.engine import Engine, check_config
     from hybridgen.loading import Checkpoint
     from hybridgen.prompts import split_prompts
@@ -240,7 +243,7 @@ def prepare(
         if kept is not None:
             kept.engine.close()
             del _engines[key]
-        engine = Engine(checkpoint, checkpoint.load(), config)
+        engine = Engine.start(checkpoint, config)
         _engines[key] = _Kept(engine, given)
         return engine, sampling_fields
 

@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from hybridgen.cache_command import add_cache_commands
 from hybridgen.comparison.command import add_options as add_compare_options
 from hybridgen.config import Mode
 from hybridgen.errors import HybridgenError, PromptError
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="run the same prompts in every mode, and report")
     compare.set_defaults(run=_compare)
     add_compare_options(compare)
+    add_cache_commands(commands, _add_engine_options)
     doctor = commands.add_parser("doctor", help="say what this machine can do, and why not")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")

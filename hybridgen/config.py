@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,6 +28,7 @@ _SWITCHES = (
     "check_addresses",
     "metadata_copy",
     "double_buffer",
+    "offline_compile",
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -151,6 +153,11 @@ class EngineConfig:
     """Copy a step's metadata in one launch (`hybridgen::copy_metadata`); else tensor by tensor."""
     double_buffer: bool = True
     """Two host blocks of metadata in turn, so that the next is filled while one is copied; else one."""
+    compile_cache: bool | str | os.PathLike[str] = True
+    """Keep what is compiled and measured for later processes: a directory, or True for `$HYBRIDGEN_CACHE_DIR`, the
+    checkout's `compile_cache/` or the user's cache directory; False keeps nothing. See docs/compile-cache.md."""
+    offline_compile: bool = False
+    """Compile nothing: raise `CacheMissError` at start where the cache lacks something."""
     on_graph_event: Callable[[GraphEvent], None] | None = None
     """Called with each capture, eviction and failure."""
     progress: bool | None = None
@@ -196,6 +203,7 @@ class EngineConfig:
                 f'mode="{self.mode}" with capture_at_start=False and lazy_capture=False records nothing; set one of '
                 'them, or use mode="eager" or "jit"'
             )
+        self._check_cache()
         for name in ("decode_buckets", "prefill_buckets"):
             object.__setattr__(self, name, _checked_buckets(name, getattr(self, name)))
         if self.decode_buckets and self.decode_buckets[-1] > self.max_batch:
@@ -227,6 +235,20 @@ class EngineConfig:
             raise ConfigError(f"revision={shown(self.revision)}; give a branch, tag or commit as text, or None")
         for name in ("kv_memory", "max_graph_memory"):
             object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
+
+    def _check_cache(self) -> None:
+        cache = self.compile_cache
+        if isinstance(cache, os.PathLike):
+            object.__setattr__(self, "compile_cache", os.fspath(cache))
+        elif not isinstance(cache, bool) and (not isinstance(cache, str) or not cache or "\0" in cache):
+            raise ConfigError(f"compile_cache={shown(cache)}; give True, False or a directory")
+        if self.offline_compile is True and cache is False:
+            raise ConfigError("offline_compile=True with compile_cache=False: nothing could ever run; set one of them")
+        if self.offline_compile is True and self.graphs is not GraphOwner.MANUAL:
+            raise ConfigError(
+                f'offline_compile=True with graphs="{self.graphs}": trees compile whole steps, and the cache keeps '
+                'layers; use graphs="manual"'
+            )
 
     def _check_int(self, name: str, *, low: int, high: int = MAX_INT, optional: bool = False) -> None:
         value = getattr(self, name)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
-import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
+from hybridgen import importing
+from hybridgen.artifacts.session import CompileCache, preload
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.core import SamplingParams, TokenEvent, shown
-from hybridgen.errors import ConfigError, DeviceError, EngineError, Interrupted, SamplingError
+from hybridgen.errors import CacheMissError, ConfigError, DeviceError, EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
 from hybridgen.execution.compiled import check_backend, check_toolchain
 from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
@@ -25,7 +27,6 @@ from hybridgen.execution.graphs.recorder import CAPTURING
 from hybridgen.execution.statistics import DecodeStats, EngineStats, GraphStats
 from hybridgen.execution.traffic import DecodeMeter, Traffic, traffic_of
 from hybridgen.kernels import metadata
-from hybridgen.kernels.ceiling import read_ceiling
 from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
 from hybridgen.loading import Checkpoint, LoadedModel, fuse_projections, unfuse_projections
 from hybridgen.loop import StepLoop, first_line
@@ -35,6 +36,7 @@ from hybridgen.prompts import Prompts, split_prompts
 from hybridgen.requests import Plan, check_keywords, context_limit, plan_requests
 from hybridgen.sampling import SamplerPlan, plan_of, resolve
 from hybridgen.scheduler import Scheduler
+from hybridgen.startup import Starter, Startup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,8 +54,14 @@ class Engine:
     several threads are safe; they share the batch.
     """
 
-    def __init__(self, checkpoint: Checkpoint, loaded: LoadedModel, config: EngineConfig) -> None:
-        """Build an engine around a loaded model; most callers want `Engine.load()`."""
+    def __init__(
+        self, checkpoint: Checkpoint, loaded: LoadedModel, config: EngineConfig, cache: CompileCache | None = None
+    ) -> None:
+        """Build an engine around a loaded model; most callers want `Engine.load()`.
+
+        Args:
+            cache: what `open_cache()` gave before the weights were read; None opens it here.
+        """
         self.config = config
         self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
@@ -62,7 +70,8 @@ class Engine:
         self.mode = config.mode_on(checkpoint.device.type)
         """How steps run: `config.mode`, with `auto` decided."""
         self._counters = Counters()
-        self._startup = {"load weights": loaded.seconds}
+        self._startup = Startup(importing.take_seconds(), loaded.seconds)
+        self._timed = self._startup.timed
         self._token_budget = config.token_budget or TOKEN_BUDGET[checkpoint.device.type]
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
@@ -72,6 +81,10 @@ class Engine:
         self._undo = weakref.finalize(self, undo.close)
         self._undo.atexit = False
         try:
+            self.cache = open_cache(checkpoint, config) if cache is None else cache
+            """The engine's entry of the compile cache: documents, kernels, compiled units."""
+            undo.callback(self.cache.close)
+            self._startup.add("artifacts", self.cache.seconds)
             undo.callback(loaded.restore)
             if config.fuse_projections:
                 undo.callback(unfuse_projections, loaded.model)
@@ -81,6 +94,8 @@ class Engine:
             undo.callback(bound.release)
             with device_of(checkpoint.device):
                 self._loop = self._build(bound, undo)
+            self.cache.end_start()
+            atexit.register(_keep_plan, weakref.ref(self))
         except BaseException:
             self.close()
             raise
@@ -109,11 +124,31 @@ class Engine:
         config = EngineConfig.of(config, fields)
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
         check_config(checkpoint, config)
-        return cls(checkpoint, checkpoint.load(), config)
+        return cls.start(checkpoint, config)
+
+    @classmethod
+    def start(cls, checkpoint: Checkpoint, config: EngineConfig) -> Engine:
+        """Read an opened checkpoint's weights and make it ready to generate.
+
+        Raises:
+            LoadError, DeviceError, EngineError, CacheMissError: see `hybridgen.errors`.
+        """
+        cache = open_cache(checkpoint, config)
+        try:
+            wait = preload(config, config.mode_on(checkpoint.device.type))
+            loaded = checkpoint.load()
+            wait()
+        except BaseException:
+            cache.close()
+            raise
+        return cls(checkpoint, loaded, config, cache)
 
     def _build(self, bound: BoundModel, undo: ExitStack) -> StepLoop:
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         plan = self._graph_plan()
+        starter = self._starter = Starter(self.cache, self._startup, self._counters)
+        with self._timed("artifacts"):
+            units = starter.load_units() if self.mode.compiles else None
         runner = self._runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
@@ -122,6 +157,8 @@ class Engine:
             token_budget=self._token_budget,
             max_context=self.max_context,
             compile_backend=config.compile_backend if self.mode.compiles else None,
+            units=units,
+            offline=config.offline_compile,
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
             fall_back=self._counters.fall_back,
@@ -129,15 +166,18 @@ class Engine:
         undo.callback(runner.close)
         with self._timed("allocate cache"):
             self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner, plan)
-        self._fused = self._fuse_decode(runner)
-        self._meter = DecodeMeter(traffic_of(bound, read_ceiling(device)))
+        self._meter = DecodeMeter(traffic_of(bound, starter.read_ceiling(device)))
+        fuses = self.mode is Mode.HYBRID and device.type == "cuda"
+        if fuses:
+            starter.fuse_decode(runner, config, self.max_context)
         not_compiled = None
         if self.mode.compiles:
             with self._timed("compile"):
                 not_compiled = self._compile(runner)
-        self._compare_fused(runner, plan)
+        if fuses:
+            starter.choose_decode(runner, plan.settings().decode)
         if device.type == "cuda":
-            with self._timed("warm up"):
+            with self._timed("tuning"):
                 runner.exercise()
         use_graphs(runner, plan, not_compiled, self._counters)
         if self.mode.records and config.capture_at_start:
@@ -154,34 +194,6 @@ class Engine:
         return StepLoop(
             runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead, meter=self._meter
         )
-
-    def _fuse_decode(self, runner: ModelRunner) -> dict[str, str]:
-        """Decode small batches with fused kernels where they serve; returns what does, by size."""
-        config, device = self.config, self.checkpoint.device
-        if self.mode is not Mode.HYBRID or device.type != "cuda":
-            return {}
-        if not config.fused_decode:
-            return {"fused decode": "none: fused_decode=False"}
-        with self._timed("fuse decode"):
-            fused = runner.fuse_decode(self.max_context)
-        if config.tune_seconds:
-            with self._timed("tune"):
-                runner.tune_fused(config.tune_seconds)
-        return fused.notes
-
-    def _compare_fused(self, runner: ModelRunner, plan: GraphPlan) -> None:
-        """Decode with the chain of fused kernels where it is the faster. A failure leaves it as it is."""
-        fused = runner.steps.fused
-        if fused is None or fused.chain is None:
-            return
-        with self._timed("compare decode"):
-            try:
-                runner.compare_fused(plan.settings().decode)
-            except Exception as error:
-                self._counters.fall_back(
-                    f"fused and compiled decode were not compared: {type(error).__name__}: {first_line(error)}"
-                )
-        self._fused = fused.notes
 
     def _graph_plan(self) -> GraphPlan:
         return GraphPlan(
@@ -200,6 +212,7 @@ class Engine:
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
         keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler)
+        keys = self._starter.planned(runner, keys)
         with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=self._bar_disabled) as bar:
             runner.capture(keys, bar.update)
 
@@ -228,8 +241,10 @@ class Engine:
         """
         try:
             with tqdm(total=1, desc="compile", delay=1, leave=False, disable=self._bar_disabled) as bar:
-                runner.warm_up()
+                self._starter.compile(runner)
                 bar.update()
+        except CacheMissError:
+            raise
         except Exception as error:
             logger.debug("compilation failed", exc_info=True)
             reason = f"compilation failed, steps run eagerly: {type(error).__name__}: {first_line(error)}"
@@ -395,7 +410,8 @@ class Engine:
             mode=str(self.mode),
             device=str(self.checkpoint.device),
             dtype=str(self.checkpoint.dtype).removeprefix("torch."),
-            startup=dict(self._startup),
+            startup=self._startup.seconds(self._counters.first_token),
+            artifacts=self._starter.stats(self._runner),
             requests=dict(self._counters.requests),
             tokens=dict(self._counters.tokens),
             steps=dict(self._counters.steps),
@@ -404,7 +420,7 @@ class Engine:
             late_compiles=compiled.late_compiles if compiled else 0,
             graphs=self._runner.graphs.stats() if self._runner is not None else GraphStats(),
             decode=self._decode_stats(),
-            fused=dict(self._fused),
+            fused=self._starter.fused,
             running=len(loop.scheduler.running),
             waiting=len(loop.scheduler.waiting),
             pages=pages.capacity,
@@ -449,6 +465,8 @@ class Engine:
         """
         loop, self._loop = self._loop, None
         if loop is not None:
+            if self._runner is not None and not loop.ended:
+                self._starter.keep_plan(self._runner)
             loop.close()
         self._runner = None
         self._undo()
@@ -482,11 +500,31 @@ class Engine:
         """tqdm's `disable`: None switches a bar off where standard error is no terminal."""
         return None if self.config.progress is None else not self.config.progress
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._startup[part] = time.perf_counter() - start
+
+def _keep_plan(reference: weakref.ref[Engine]) -> None:
+    """At exit, for an engine that nobody closed: what was hot is known to the next process."""
+    engine = reference()
+    if engine is not None and engine._runner is not None and not engine.closed:
+        engine._starter.keep_plan(engine._runner)
+
+
+def open_cache(checkpoint: Checkpoint, config: EngineConfig) -> CompileCache:
+    """The compile cache for an engine of this checkpoint and config.
+
+    Raises:
+        CacheMissError: `offline_compile=True` and there is nothing usable.
+    """
+    return CompileCache.open(checkpoint, config, **cache_settings(checkpoint, config))
+
+
+def cache_settings(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
+    """What a config leaves open and the compiler sees, as an engine decides it."""
+    device = checkpoint.device.type
+    return {
+        "mode": config.mode_on(device),
+        "token_budget": config.token_budget or TOKEN_BUDGET[device],
+        "max_context": context_limit(checkpoint, config.max_context),
+    }
 
 
 def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:

@@ -13,6 +13,8 @@
     │   └── UnsupportedModelError  the architecture cannot run here (yet), and why
     ├── DeviceError            the device asked for is absent or failed
     │   └── OutOfMemoryError       the device's memory does not hold what was asked for
+    ├── CacheError             the compile cache, or a bundle of it, cannot be used as asked
+    │   └── CacheMissError         `offline_compile=True`, and what is needed is not in the cache
     ├── EngineError            the engine is closed, in use elsewhere, or broken
     ├── RequestError           one request failed while it ran; the others go on
     ├── ServerError            a generator process cannot be reached, refused a call, or went away
@@ -73,6 +75,17 @@ class DeviceError(HybridgenError):
 
 class OutOfMemoryError(DeviceError):
     """The device's memory does not hold the weights or the KV cache asked for."""
+
+
+class CacheError(HybridgenError):
+    """The compile cache cannot be used as asked: its directory is not private, or a bundle is corrupt or not trusted.
+
+    Starting an engine never raises it: an entry that cannot be used is a miss.
+    """
+
+
+class CacheMissError(CacheError):
+    """`offline_compile=True`, and the cache lacks what the engine needs; the message names what differs."""
 
 
 class EngineError(HybridgenError):

@@ -292,6 +292,8 @@ class StepLoop:
             if response.completion is not None:
                 self._release(response)
         self._counters.tokens["generated"] += generated
+        if generated and self._counters.first_token is None:
+            self._counters.first_token = now - flight.responses[0].submitted
 
     def _respond(self, plan: Plan, keep_events: bool) -> Response:
         try:

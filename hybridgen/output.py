@@ -62,7 +62,7 @@ class Response:
         """How the last tokens were decoded; None where a prefill brought the last one."""
         self._decoded_from = 0
         """The first token of which that is true."""
-        self._submitted = time.perf_counter()
+        self.submitted = time.perf_counter()
         self._started: float | None = None
         self._token_times: list[float] = []
 
@@ -173,10 +173,10 @@ class Response:
             self._steps[self._decoded_by] += len(self._ids) - self._decoded_from
 
     def _complete(self, reason: FinishReason, match: str | int | None, error: HybridgenError | None = None) -> None:
-        total = time.perf_counter() - self._submitted
+        total = time.perf_counter() - self.submitted
         sampling = self.sequence.sampling
         nan = float("nan")
-        token_times = tuple(moment - self._submitted for moment in self._token_times)
+        token_times = tuple(moment - self.submitted for moment in self._token_times)
         bandwidth, mbu = self._bandwidth()
         self._count_decode_steps()
         self.completion = Completion(
@@ -186,7 +186,7 @@ class Response:
             finish_reason=reason,
             seed=sampling.seed,
             timing=Timing(
-                queue=nan if self._started is None else self._started - self._submitted,
+                queue=nan if self._started is None else self._started - self.submitted,
                 ttft=token_times[0] if token_times else nan,
                 total=total,
                 token_times=token_times,

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before anything of torch: no test touches the user's compile cache or the checkout's. Processes that tests start
+# inherit it.
+os.environ["HYBRIDGEN_CACHE_DIR"] = tempfile.mkdtemp(prefix="hybridgen-tests-")
+# Nothing is kept unless a test names a store: engines of other tests are to start as if they were the first.
+os.environ["HYBRIDGEN_COMPILE_CACHE"] = "0"
+os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+os.environ.pop("TRITON_CACHE_DIR", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -25,6 +34,11 @@ transformers.utils.logging.disable_progress_bar()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--all-inductor`: compile every family with Inductor, not only a handful (about half an hour)."""
     parser.addoption("--all-inductor", action="store_true")
+
+
+def pytest_unconfigure() -> None:
+    """Delete the tests' compile cache."""
+    shutil.rmtree(os.environ["HYBRIDGEN_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

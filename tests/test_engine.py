@@ -425,7 +425,15 @@ def test_statistics_count(llama_path: Path) -> None:
     assert stats.requests == {"submitted": 3, "length": 3}
     assert stats.tokens == {"prompt": 46, "generated": 12}
     assert stats.steps == {("prefill", "eager", "mode eager"): 1, ("decode", "eager", "mode eager"): 3}
-    assert set(stats.startup) == {"load weights", "fuse projections", "allocate cache"}
+    assert list(stats.startup) == [
+        "import",
+        "load weights",
+        "artifacts",
+        "fuse projections",
+        "allocate cache",
+        "first token",
+    ]
+    assert stats.artifacts.state == "off"
     assert "3 submitted" in str(stats)
     assert stats.as_dict()["steps"][0]["phase"] == "prefill"
 

@@ -13,6 +13,8 @@ import hybridgen
 
 NAMES = [
     "AsyncClient",
+    "CacheError",
+    "CacheMissError",
     "CheckpointError",
     "Client",
     "Comparison",

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.convert_frame import register_bytecode_hook
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
-from hybridgen.errors import ConfigError, DeviceError
-from hybridgen.models.attention import Phase, StepMetadata
+from hybridgen.errors import CacheMissError, ConfigError, DeviceError
+from hybridgen.execution.structure import token_dimension
+from hybridgen.execution.units import LayerUnits
+from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
 
 
 def run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -82,18 +85,28 @@ class CompiledLayers:
         max_batch: int,
         token_budget: int,
         fall_back: Callable[[str], None],
+        units: LayerUnits | None = None,
+        offline: bool = False,
     ) -> None:
-        """`fall_back` is called with the reason each time that a layer runs eagerly instead."""
+        """
+        Args:
+            fall_back: called with the reason each time that a layer runs another way than it should.
+            units: compiled functions that are kept between processes; None keeps none.
+            offline: compile nothing.
+        """
         self._layers = layers
         self._step = step
         self._fall_back = fall_back
+        self._units = units
+        self._offline = offline
         self._most_tokens = {Phase.PREFILL: token_budget, Phase.DECODE: max_batch}
-        functions = [_own_code(name) for name in ("prefill_layer", "decode_layer", "decode_one_layer")]
-        self._codes = {function.__code__ for function in functions}
+        functions = {name: _own_code(name) for name in ("prefill_layer", "decode_layer", "decode_one_layer")}
+        self._codes = {function.__code__ for function in functions.values()}
         # Not dynamic=True: only the number of tokens is (see `mark_tokens_dynamic`).
-        self._prefill, self._decode, self._decode_one = (
-            torch.compile(function, fullgraph=True, dynamic=False, backend=backend) for function in functions
-        )
+        self._compiled = {
+            name: torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+            for name, function in functions.items()
+        }
         self._replaced: dict[nn.Module, Any] = {}
         self._hook: Any = None
         self._warming = False
@@ -142,6 +155,9 @@ class CompiledLayers:
         """Dynamo compiled a function; count it if it is one of ours. The code stays as Dynamo made it."""
         if not any(code is ours for ours in self._codes):
             return
+        self._note_compiled()
+
+    def _note_compiled(self) -> None:
         if self._warming:
             self.compiles += 1
             return
@@ -159,14 +175,87 @@ class CompiledLayers:
             most = self._most_tokens[self._step.phase]
             mark_tokens_dynamic((args, kwargs, self._step), tokens, most, strict=self.strict)
         if self._step.phase is Phase.PREFILL:
-            compiled = self._prefill
+            name = "prefill_layer"
         else:
-            compiled = self._decode_one if tokens == 1 else self._decode
+            name = "decode_one_layer" if tokens == 1 else "decode_layer"
+        if self._units is not None:
+            unit = self._units.find(name, layer, args, kwargs, tokens) or self._made(name, layer, args, kwargs, tokens)
+            if unit is not None:
+                return unit(layer, *args, **kwargs)
+        if self._offline:
+            return self._refuse(layer, args, kwargs)
         try:
-            return compiled(layer, *args, **kwargs)
+            return self._compiled[name](layer, *args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             self._fall_back(f"a {type(layer).__name__} was compiled too often (recompile limit); it runs eagerly")
             return run_layer(layer, *args, **kwargs)
+
+    def _made(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
+        """Compile a unit that can be kept; None where that cannot be done, so that `torch.compile` has to.
+
+        Only while warming up: what a step compiles later is for its size alone.
+        """
+        if self._offline or self._units is None or not self._warming:
+            return None
+        try:
+            with _pages_dynamic(layer):
+                unit = self._units.make(name, _own_code(name), layer, args, kwargs, tokens)
+        except ConstraintViolationError:
+            raise
+        except Exception as error:  # what cannot be kept can perhaps be compiled: if not, that is raised then
+            lines = str(error).strip().splitlines()
+            self._units = None
+            self._fall_back(
+                "compiled layers cannot be kept, so that every start traces them again: "
+                f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+            )
+            return None
+        self._note_compiled()
+        return unit
+
+    def _refuse(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`offline_compile`: at start-up a miss is an error; later, the layer runs without being compiled."""
+        reason = f"offline_compile=True, and the compile cache has no unit for this call of a {type(layer).__name__}"
+        if self._warming:
+            raise CacheMissError(f"{reason}; run hybridgen cache warm with the same config, or allow compiling")
+        self._fall_back(f"{reason}; it runs eagerly")
+        return run_layer(layer, *args, **kwargs)
+
+    @property
+    def units(self) -> LayerUnits | None:
+        """What is kept for other processes; None where nothing can be."""
+        return self._units
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Layers run uncompiled meanwhile, for a comparison."""
+        for layer, previous in self._replaced.items():
+            layer._compiled_call_impl = previous
+        try:
+            yield
+        finally:
+            for layer in self._replaced:
+                layer._compiled_call_impl = functools.partial(self._call, layer)
+
+
+@contextmanager
+def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
+    """The number of pages, which depends on free memory, is no constant of what is compiled here."""
+    pages = []
+    for module in layer.modules():
+        binding = vars(module).get("_hybridgen")
+        if isinstance(binding, LayerBinding):
+            pages += [binding.keys, binding.values]
+    before = [dict(vars(tensor)) for tensor in pages]
+    for tensor in pages:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    try:
+        yield
+    finally:
+        # Not for other compilers: cudagraph trees take the same tensors as static, and torch's guards see marks.
+        for tensor, attributes in zip(pages, before, strict=True):
+            vars(tensor).clear()
+            vars(tensor).update(attributes)
 
 
 def _has_hooks(layer: nn.Module) -> bool:
@@ -180,8 +269,8 @@ def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = T
     It is dim 1 of [1, T, ...] and dim 0 of [T]. Strictly, a graph for a part of the range is an error.
     """
     if isinstance(values, torch.Tensor):
-        dim = 1 if values.dim() > 1 and values.shape[0] == 1 else 0
-        if most > 2 and values.dim() > dim and values.shape[dim] == tokens and (dim or values.dim() == 1):
+        dim = token_dimension(values)
+        if most > 2 and dim is not None and values.shape[dim] == tokens:
             if strict:
                 torch._dynamo.mark_dynamic(values, dim, min=2, max=most)
             else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
+from hybridgen.execution import numerics
 from hybridgen.execution.compiled import CompiledLayers
 from hybridgen.execution.faults import is_fatal
 from hybridgen.execution.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
@@ -20,6 +21,7 @@ from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.statistics import Counters
 from hybridgen.execution.steps import ModelSteps, PrefillChunk, StepKey
+from hybridgen.execution.units import LayerUnits
 from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
@@ -86,6 +88,8 @@ class ModelRunner:
         token_budget: int,
         max_context: int | None = None,
         compile_backend: str | None = None,
+        units: LayerUnits | None = None,
+        offline: bool = False,
         one_copy: bool = True,
         buffers: int = 2,
         fall_back: Callable[[str], None] = warnings.warn,
@@ -96,6 +100,7 @@ class ModelRunner:
             token_budget: tokens of a prefill call at most.
             max_context: tokens of a request at most.
             compile_backend: None runs every step eagerly.
+            units, offline: see `CompiledLayers`.
             one_copy, buffers: see `ModelSteps`.
             fall_back: told when a layer runs eagerly that should not, and why.
         """
@@ -129,6 +134,8 @@ class ModelRunner:
                 max_batch=max_batch,
                 token_budget=token_budget,
                 fall_back=fall_back,
+                units=units,
+                offline=offline,
             )
         self._check_addresses = False
         self._steady: Steady | None = None
@@ -168,14 +175,17 @@ class ModelRunner:
         return fused
 
     @on_its_stream
-    def compare_fused(self, sizes: Sequence[int]) -> None:
+    def compare_fused(self, sizes: Sequence[int]) -> str:
         """Use the chain of fused kernels up to the size where the model's own layers are faster.
 
         Both are recorded and timed at these sizes, with padding. Not while requests run.
+
+        Returns:
+            Why it is not used beyond that; empty where it is used at all of them.
         """
         fused = self.steps.fused
         if fused is None or fused.chain is None:
-            return
+            return ""
         from hybridgen.execution.graphs.cuda import CudaGraphRecorder
 
         recorder = CudaGraphRecorder(self.device)
@@ -186,12 +196,14 @@ class ModelRunner:
                 chain, layers = (self._recorded_seconds(recorder, key, by) for by in (fused, None))
                 logger.info("decode of %d rows: chain %.1f us, layers %.1f us", rows, chain * 1e6, layers * 1e6)
                 if chain >= layers:
-                    fused.use_chain_up_to(used, f"{rows} rows take {chain * 1e3:.2f} ms, layers {layers * 1e3:.2f} ms")
-                    return
+                    why = f"{rows} rows take it {chain * 1e3:.2f} ms, and the layers {layers * 1e3:.2f} ms"
+                    fused.use_chain_up_to(used, why)
+                    return why
                 used = rows
         finally:
             recorder.close()
             self.recover()
+        return ""
 
     def _recorded_seconds(self, recorder: Recorder, key: StepKey, fused: FusedDecode | None) -> float:
         """What a replay of a step takes with these fused kernels, or without any."""
@@ -434,6 +446,20 @@ class ModelRunner:
                     self._run_padding(key)
         finally:
             self.steps.fused = fused
+
+    @on_its_stream
+    def check_numerics(self) -> str | None:
+        """Compare compiled layers with uncompiled ones on a few tokens; what differs too much, or None."""
+        if self.compiled is None:
+            return None
+        wrong = numerics.compare(self, self.compiled)
+        self._steady = None
+        return wrong
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        return self._bound.model.dtype
 
     @on_its_stream
     def exercise(self) -> None:

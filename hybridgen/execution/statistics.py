@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ class Counters:
     """`submitted`, and each finish reason."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Reasons."""
+    first_token: float | None = None
+    """Seconds from the first request to its first token."""
 
     def fall_back(self, reason: str) -> None:
         """Count a fallback; warn the first time that a reason occurs.
@@ -123,6 +125,35 @@ class DecodeStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ArtifactStats:
+    """What came from the compile cache. A hit is something that was there, a miss something that had to be made."""
+
+    state: str = "off"
+    """`hit`, `miss`, or `off` where nothing is kept."""
+    reason: str = ""
+    """Why there was no entry, or where it is from."""
+    key: str = ""
+    """The digest that names the entry."""
+    path: str = ""
+    """The store."""
+    hits: Mapping[str, int] = field(default_factory=dict)
+    """By phase of start-up: `artifacts` (the entry), `tuning` (documents), `compile` (units), `capture` (planned
+    graphs)."""
+    misses: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What is not as it could be: variables that a user set, a store that cannot be written."""
+
+
+class StartupRow(NamedTuple):
+    """One phase of start-up."""
+
+    phase: str
+    seconds: float
+    hits: int
+    misses: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """A snapshot of what an engine has done and holds. `str()` of it is a table."""
 
@@ -131,7 +162,9 @@ class EngineStats:
     device: str
     dtype: str
     startup: Mapping[str, float]
-    """Seconds of each part of start-up."""
+    """Seconds of each phase of start-up, in order; `first token` is that of the first request, once there was one."""
+    artifacts: ArtifactStats = field(default_factory=ArtifactStats)
+    """What came from the compile cache."""
     requests: Mapping[str, int]
     """`submitted`, and how many ended by each finish reason."""
     tokens: Mapping[str, int]
@@ -159,6 +192,15 @@ class EngineStats:
     """Positions per page."""
     cache_bytes: int
 
+    @property
+    def startup_table(self) -> tuple[StartupRow, ...]:
+        """Each phase of start-up with its seconds, and its hits and misses in the compile cache."""
+        hits, misses = self.artifacts.hits, self.artifacts.misses
+        return tuple(
+            StartupRow(phase, seconds, hits.get(phase, 0), misses.get(phase, 0))
+            for phase, seconds in self.startup.items()
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; steps as a list of objects."""
         values = asdict(self)
@@ -171,7 +213,9 @@ class EngineStats:
     def __str__(self) -> str:
         rows = [
             ("model", f"{self.model} ({self.mode}, {self.dtype} on {self.device})"),
-            ("start-up", ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.startup.items())),
+            *((f"start: {row.phase}", _timed(row)) for row in self.startup_table),
+            ("compile cache", ", ".join(filter(None, (self.artifacts.state, self.artifacts.reason)))),
+            *(("", note) for note in self.artifacts.notes),
             ("requests", _counts(self.requests)),
             ("tokens", _counts(self.tokens)),
             *((f"{phase} calls", f"{count} {kind} ({reason})") for (phase, kind, reason), count in self.steps.items()),
@@ -188,7 +232,12 @@ class EngineStats:
                 f"{self.cache_bytes / 2**20:,.0f} MiB",
             ),
         ]
-        return "\n".join(f"{name:<14} {value}" for name, value in rows)
+        return "\n".join(f"{name:<24} {value}" for name, value in rows)
+
+
+def _timed(row: StartupRow) -> str:
+    counts = f", {row.hits} hits, {row.misses} misses" if row.hits or row.misses else ""
+    return f"{row.seconds:7.2f} s{counts}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

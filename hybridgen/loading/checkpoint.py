@@ -150,6 +150,16 @@ class Checkpoint:
             **_tokenizer(tokenizer, hf_config, source, config),
         )
 
+    def model_class(self) -> type[PreTrainedModel] | None:
+        """The class that the model has or will have; None where transformers names none."""
+        if self.module is not None:
+            return type(self.module)
+        if self.source is not None:
+            remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
+            if remote is not None:
+                return remote
+        return metadata.known_model_class(self.hf_config)
+
     def load(self) -> LoadedModel:
         """Reads the weights; those of a hub model are downloaded and checked first.
 

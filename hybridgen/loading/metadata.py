@@ -10,6 +10,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -98,6 +99,15 @@ def remote_model_class(
         return None
     with load_errors(source, f"the code {reference!r} of {source.name!r} cannot be loaded"):
         return get_class_from_dynamic_module(reference, source.name, **source.arguments)
+
+
+def known_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that transformers loads for a config; None where it names none, or several."""
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found if isinstance(found, type) else None
 
 
 def read_tokenizer(

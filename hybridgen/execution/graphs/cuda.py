@@ -48,16 +48,16 @@ class CudaGraphRecorder:
         self._scratch = torch.zeros(1, device=device)
         self._wait = partial(torch.cuda.synchronize, device)
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
-        """Warm up, capture and time a step.
+    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+        """Warm up, capture and time a step; where its times are known, a replay is not waited for.
 
         Raises:
             Exception: whatever the step or the capture raises; earlier recordings stay usable.
         """
         with CAPTURING:
-            return self._record(step)
+            return self._record(step, known)
 
-    def _record(self, step: Callable[[], None]) -> Recorded:
+    def _record(self, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         torch.cuda.synchronize(self._device)
         if self._pool is None:
             self._open_pool()
@@ -65,7 +65,7 @@ class CudaGraphRecorder:
         with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(cast(Any, self._pool), self._device):
             for _ in range(_WARM_UPS):
                 step()
-            plain = median_seconds(step, self._wait)
+            plain = median_seconds(step, self._wait) if known is None else known[0]
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -73,7 +73,11 @@ class CudaGraphRecorder:
                 self._capture(graph, step)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-        seconds = median_seconds(graph.replay, self._wait)
+        if known is None:
+            seconds = median_seconds(graph.replay, self._wait)
+        else:
+            seconds = known[1]
+            graph.replay()  # the first one uploads it: not in a user's step
         used = max(0, free - torch.cuda.mem_get_info(self._device)[0])
         return Recorded(
             replay=graph.replay,

@@ -65,8 +65,12 @@ class Recorder(Protocol):
 
     owner: str
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
-        """Warm up and record a step, staged with padding. What goes wrong is raised, and harms no other recording."""
+    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+        """Warm up and record a step, staged with padding. What goes wrong is raised, and harms no other recording.
+
+        Args:
+            known: `plain_seconds` and `seconds` of an earlier process on the same device, so that nothing is timed.
+        """
         ...
 
     def close(self) -> None:

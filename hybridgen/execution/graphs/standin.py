@@ -20,13 +20,14 @@ class StandInRecorder:
 
     owner = OWNER
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Run the step twice, as a capture would, and keep it."""
         step()
         start = time.perf_counter()
         step()
         seconds = time.perf_counter() - start
-        return Recorded(replay=step, release=_nothing, owner=OWNER, plain_seconds=seconds, seconds=seconds, bytes=0)
+        plain, replay = known or (seconds, seconds)
+        return Recorded(replay=step, release=_nothing, owner=OWNER, plain_seconds=plain, seconds=replay, bytes=0)
 
     def close(self) -> None:
         return None

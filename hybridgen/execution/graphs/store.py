@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,6 +69,8 @@ class Recording:
     """Of every tensor that it reads or writes, where they are checked."""
     checked: bool = True
     """Whether its first replay needs no comparison with the step (any more)."""
+    capture_seconds: float = 0.0
+    """What recording it took."""
     hits: int = 0
     padded_hits: int = 0
     last_used: int = 0
@@ -140,6 +143,7 @@ class GraphStore:
         self._times = PlainTimes()
         self._clock = 0
         self._wanted: Counter[StepKey] = Counter()
+        self._known: dict[StepKey, tuple[float, float]] = {}
         self._failed: dict[StepKey, str] = {}
         self._patience: dict[StepKey, int] = {}
         """Uses before an evicted step is recorded again: twice as many each time, or more sizes than are kept would be
@@ -256,6 +260,18 @@ class GraphStore:
             rows *= 2
         return StepKey(key.phase, tokens, min(rows, self.settings.max_rows), plan)
 
+    def know(self, times: Mapping[StepKey, tuple[float, float]]) -> None:
+        """Use times that an earlier process measured on the same device, of steps without and with their recording."""
+        self._known.update(times)
+        for key, (plain, _) in times.items():
+            self._times.note(key.phase, key.plan, key.tokens, plain)
+        self._changed()
+
+    @property
+    def wanted(self) -> dict[StepKey, int]:
+        """How often steps wanted a recording that there is not."""
+        return dict(self._wanted)
+
     def capture(self, keys: Iterable[StepKey], progress: Callable[[], object] = lambda: None) -> None:
         """Record these steps, the largest first, so that the smaller ones fit into the memory that it took."""
         for key in sorted(keys, key=lambda key: key.tokens, reverse=True):
@@ -297,8 +313,12 @@ class GraphStore:
         self._make_room()
         self._wanted.pop(key, None)
         try:
+            start = time.perf_counter()
             self._prepare(key)
-            recorded = recorder.record(key, partial(self._run, key))
+            known = self._known.get(key)
+            step = partial(self._run, key)
+            recorded = recorder.record(key, step) if known is None else recorder.record(key, step, known)
+            seconds = time.perf_counter() - start
         except Exception as error:
             if is_fatal(error):  # asking the device tells: after a failed capture it lives
                 torch.cuda.synchronize()
@@ -308,7 +328,15 @@ class GraphStore:
             self._changed()
         self._times.note(key.phase, key.plan, key.tokens, recorded.plain_seconds)
         self._clock += 1
-        recording = Recording(key, recorded, recorder, lazy, checked=not self._validates, last_used=self._clock)
+        recording = Recording(
+            key,
+            recorded,
+            recorder,
+            lazy,
+            checked=not self._validates,
+            capture_seconds=seconds,
+            last_used=self._clock,
+        )
         self._recordings[key] = recording
         self._lazy_captures += lazy
         self._tell(GraphEventKind.CAPTURED, key, f"{'while idle' if lazy else 'at warm-up'}, {recorded.bytes:,} bytes")

@@ -58,20 +58,20 @@ class TreeRecorder:
         """Whether a step of this kind is compiled, so that recording one more size takes no compilation."""
         return _kind(key) in self._known
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Compile the step where that has not been done, and run it until its tree replays it.
 
         Raises:
             RuntimeError: the tree refused to record it.
         """
         with CAPTURING, torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
-            return self._record(key, step)
+            return self._record(key, step, known)
 
-    def _record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+    def _record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         for tensor in self._steps.tensors().values():
             torch._dynamo.mark_static_address(tensor)
         step()
-        plain = median_seconds(step, torch.cuda.synchronize)
+        plain = median_seconds(step, torch.cuda.synchronize) if known is None else known[0]
         free = torch.cuda.mem_get_info()[0]
         skips = counters["inductor"]["cudagraph_skips"]
         replay = self.replay_of(key)
@@ -86,7 +86,7 @@ class TreeRecorder:
             release=_nothing,
             owner=OWNER,
             plain_seconds=plain,
-            seconds=median_seconds(replay, torch.cuda.synchronize),
+            seconds=median_seconds(replay, torch.cuda.synchronize) if known is None else known[1],
             bytes=used,
             thread=this_thread(),
         )

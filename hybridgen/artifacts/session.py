@@ -1,0 +1,214 @@
+"""The compile cache of one engine, from before its weights are read until it is closed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from hybridgen.artifacts import environment
+from hybridgen.artifacts.entry import Entry, MemoryEntry
+from hybridgen.artifacts.key import Key
+from hybridgen.artifacts.location import SWITCH
+from hybridgen.artifacts.parts import device_name, key_of
+from hybridgen.artifacts.store import Explanation, Store
+from hybridgen.config import EngineConfig, GraphOwner, Mode
+from hybridgen.errors import CacheMissError
+from hybridgen.loading import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class CompileCache:
+    """An engine's entry, and what became of it. Where nothing is kept, the entry lives in memory."""
+
+    def __init__(self, entry: Entry | MemoryEntry, store: Store | None, config: EngineConfig) -> None:
+        """Use `open()`."""
+        self.entry = entry
+        self.store = store
+        self.notes: list[str] = []
+        """What is not as it could be, in words."""
+        self.seconds = 0.0
+        """What opening the entry took, waiting for other processes included."""
+        self._config = config
+        self._build = ExitStack()
+
+    @classmethod
+    def open(
+        cls, checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_budget: int, max_context: int
+    ) -> CompileCache:
+        """Find the entry for what an engine needs, and direct compilers to it. Trouble with the store is a miss.
+
+        Raises:
+            CacheMissError: `offline_compile=True` and there is none that can be used.
+        """
+        start = time.perf_counter()
+        off = why_off(config, mode, checkpoint.device.type)
+        if off is not None:
+            _refuse_if_offline(config, mode, off)
+            return cls(MemoryEntry(off), None, config)
+        key = key_for(checkpoint, config, mode=mode, token_budget=token_budget, max_context=max_context)
+        store, problems = Store.find(config.compile_cache, device=device_name(checkpoint.device))
+        if store is None:
+            _refuse_if_offline(config, mode, "; ".join(problems))
+            cache = cls(MemoryEntry("; ".join(problems)), None, config)
+            cache.notes += problems
+            return cache
+        cache = cls._open(store, key, config)
+        cache.notes += problems
+        if not cache.entry.hit:
+            _refuse_if_offline(config, mode, cache.entry.reason)
+        cache.seconds = time.perf_counter() - start
+        return cache
+
+    @classmethod
+    def _open(cls, store: Store, key: Key, config: EngineConfig) -> CompileCache:
+        build = ExitStack()
+        try:
+            entry = build.enter_context(store.open(key, wait=not config.offline_compile))
+        except OSError as error:  # a full disk, mostly
+            cache = cls(MemoryEntry(f"no working copy can be written ({error.strerror})"), None, config)
+            cache.notes.append(cache.entry.reason)
+            return cache
+        cache = cls(entry, store, config)
+        cache._build = build
+        cache.notes += environment.direct_to(entry)
+        logger.info("compile cache %s: %s (%s)", key.digest[:12], "hit" if entry.hit else "miss", entry.reason)
+        return cache
+
+    @property
+    def hit(self) -> bool:
+        """Whether the store had the entry."""
+        return self.entry.hit
+
+    @property
+    def state(self) -> str:
+        """`hit`, `miss`, or `off` where nothing is kept."""
+        if self.store is None:
+            return "off"
+        return "hit" if self.entry.hit else "miss"
+
+    def read_document(self, name: str) -> dict[str, Any] | None:
+        """A document of the entry; None where there is none."""
+        return self.entry.read_document(name)
+
+    def keep_document(self, name: str, document: dict[str, Any]) -> None:
+        """Write a document to the entry. Where that fails, the reason is noted and nothing else happens."""
+        try:
+            self.entry.write_document(name, document)
+        except OSError as error:
+            self._note(f"the compile cache cannot keep {name}: {error.strerror or error}")
+
+    def distrust(self, reason: str) -> None:
+        """What the entry holds is wrong: move it aside, and go on with an empty one.
+
+        Raises:
+            CacheMissError: `offline_compile=True`.
+        """
+        entry = self.entry
+        if isinstance(entry, MemoryEntry) or self.store is None:
+            return
+        self.store.move_aside(entry.key.digest, reason)
+        for directory in (entry.inductor, entry.triton, entry.aot, entry.kernels, entry.directory / "documents"):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(mode=0o700)
+        entry.hit, entry.reason = False, f"the entry was moved aside: {reason}"
+        environment.direct_to(entry)
+        if self._config.offline_compile:
+            raise CacheMissError(f"offline_compile=True, and {entry.reason}; run hybridgen cache warm again")
+
+    def publish(self) -> None:
+        """Put what was added into the store. Where that fails, the reason is noted and nothing else happens."""
+        if isinstance(self.entry, MemoryEntry) or self.store is None:
+            return
+        try:
+            self.store.publish(self.entry)
+        except OSError as error:
+            self._note(f"the compile cache cannot keep what was made: {error.strerror or error}")
+
+    def _note(self, reason: str) -> None:
+        if reason not in self.notes:
+            self.notes.append(reason)
+            logger.warning("%s", reason)
+
+    def end_start(self) -> None:
+        """Start-up is over: publish, and let processes go on that wait for the entry."""
+        try:
+            self.publish()
+        finally:
+            self._build.close()
+
+    def close(self) -> None:
+        """The engine is closed, or did not start."""
+        self._build.close()
+        if isinstance(self.entry, Entry):
+            environment.restore(self.entry)
+
+
+def why_off(config: EngineConfig, mode: Mode, device_type: str) -> str | None:
+    """Why nothing is kept, or None."""
+    if config.compile_cache is False:
+        return "compile_cache=False"
+    if config.compile_cache is True and os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    if mode.compiles and config.compile_backend != "inductor":
+        return f"what the backend {config.compile_backend} makes is not kept"
+    if not mode.compiles and device_type != "cuda":
+        return f"mode {mode} on a CPU compiles nothing"
+    return None
+
+
+def key_for(checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_budget: int, max_context: int) -> Key:
+    """The key of an engine's entry."""
+    return key_of(
+        checkpoint.hf_config,
+        checkpoint.model_class(),
+        device=checkpoint.device,
+        dtype=checkpoint.dtype,
+        config=config,
+        mode=mode,
+        token_budget=token_budget,
+        max_context=max_context,
+    )
+
+
+def explain(checkpoint: Checkpoint, config: EngineConfig, key: Key) -> Explanation:
+    """Whether an engine would find its entry; its files are checked as a start would, and nothing is moved."""
+    store, problems = Store.find(config.compile_cache, device=device_name(checkpoint.device))
+    if store is None:
+        return Explanation(key, False, "; ".join(problems))
+    return store.check(key)
+
+
+def _refuse_if_offline(config: EngineConfig, mode: Mode, reason: str) -> None:
+    if config.offline_compile and mode.compiles:
+        raise CacheMissError(
+            f"offline_compile=True, and the compile cache has no usable entry: {reason}; fill it with hybridgen cache "
+            "warm (same model, config and machine), or allow compiling"
+        )
+
+
+def preload(config: EngineConfig, mode: Mode) -> Callable[[], None]:
+    """Import what loading compiled code needs, on a thread, while weights are read; returns what waits for it.
+
+    Not with cudagraph trees: up to torch 2.11 they work only on the thread that imported them.
+    """
+    if not mode.compiles or config.compile_backend != "inductor" or config.graphs is not GraphOwner.MANUAL:
+        return lambda: None
+    thread = threading.Thread(target=_import_compiler, name="hybridgen-preload", daemon=True)
+    thread.start()
+    return thread.join
+
+
+def _import_compiler() -> None:
+    try:
+        from torch._inductor.codecache import torch_key
+
+        torch_key()
+    except Exception as error:  # it will be raised again where it is needed
+        logger.debug("compiler modules could not be imported ahead: %s", error)

@@ -1,0 +1,110 @@
+"""The capture plan: which recordings were used, what they cost, and so what the next start records first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hybridgen.execution.graphs.store import GraphStore
+from hybridgen.execution.steps import StepKey
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
+
+DOCUMENT = "capture-plan"
+BUDGET_SECONDS = 2.0
+"""What capturing may take on a warm start; what is left out is recorded while idle, when it is wanted."""
+_KEPT = 512
+_COLD = 0.05
+"""Fewer uses than this, after fading, are none."""
+_FADES = 0.5
+"""What earlier runs' uses count for, against this run's."""
+
+
+@dataclass(frozen=True)
+class PlannedGraph:
+    """A recording of an earlier process."""
+
+    key: StepKey
+    uses: float
+    """Steps that ran it or wanted it, those of earlier processes faded."""
+    plain_seconds: float
+    seconds: float
+    capture_seconds: float
+
+
+def read(document: Mapping[str, Any] | None) -> list[PlannedGraph]:
+    """The plan of a document; empty where there is none or it is another version's."""
+    if document is None or document.get("format") != 1:
+        return []
+    found = []
+    try:
+        for row in document["graphs"]:
+            sampling = row["sampling"]
+            plan = None if sampling is None else SamplerPlan(**sampling)
+            key = StepKey(Phase(row["phase"]), int(row["tokens"]), int(row["rows"]), plan)
+            times = (float(row[name]) for name in ("uses", "plain_seconds", "seconds", "capture_seconds"))
+            found.append(PlannedGraph(key, *times))
+    except (KeyError, TypeError, ValueError):
+        return []
+    return found
+
+
+def write(store: GraphStore, before: Iterable[PlannedGraph]) -> dict[str, Any]:
+    """The plan after this process: its recordings, and what earlier ones knew of others."""
+    planned = {graph.key: graph for graph in before}
+    rows = {
+        key: PlannedGraph(key, graph.uses * _FADES, graph.plain_seconds, graph.seconds, graph.capture_seconds)
+        for key, graph in planned.items()
+    }
+    for recording in store.recordings:
+        recorded, key = recording.recorded, recording.key
+        uses = recording.hits - recording.padded_hits + (rows[key].uses if key in rows else 0.0)
+        rows[key] = PlannedGraph(key, uses, recorded.plain_seconds, recorded.seconds, recording.capture_seconds)
+    for key, count in store.wanted.items():
+        if key in rows:
+            known = rows[key]
+            rows[key] = PlannedGraph(key, known.uses + count, known.plain_seconds, known.seconds, known.capture_seconds)
+    kept = sorted(rows.values(), key=lambda graph: graph.uses, reverse=True)[:_KEPT]
+    return {"format": 1, "graphs": [_row(graph) for graph in kept]}
+
+
+def _row(graph: PlannedGraph) -> dict[str, Any]:
+    key = graph.key
+    return {
+        "phase": str(key.phase),
+        "tokens": key.tokens,
+        "rows": key.rows,
+        "sampling": None if key.plan is None else key.plan._asdict(),
+        "uses": round(graph.uses, 3),
+        "plain_seconds": graph.plain_seconds,
+        "seconds": graph.seconds,
+        "capture_seconds": graph.capture_seconds,
+    }
+
+
+def first(keys: Iterable[StepKey], planned: Iterable[PlannedGraph], *, budget: float = BUDGET_SECONDS) -> list[StepKey]:
+    """What a warm start records: of what the config allows, what was used, the most used first, as long as the budget
+    lasts. Where nothing was used yet (`hybridgen cache warm`), as much as the budget allows of everything.
+
+    Args:
+        keys: what a cold start would record, what serves the most first.
+        planned: what is known from earlier processes; without any, all keys are recorded, as on a cold start.
+    """
+    keys = list(keys)
+    known = {graph.key: graph for graph in planned}
+    if not known:
+        return keys
+    # Hot prompt lengths and batch sizes of samplers that a start without a plan does not record come along.
+    buckets = {(key.phase, key.tokens) for key in keys}
+    hot = [g.key for g in known.values() if g.uses >= _COLD and (g.key.phase, g.key.tokens) in buckets]
+    order = {key: index for index, key in enumerate(hot or keys)}
+    ranked = sorted(order, key=lambda key: (-known[key].uses if key in known else 0.0, order[key]))
+    typical = sorted(graph.capture_seconds for graph in known.values())[len(known) // 2]
+    chosen: list[StepKey] = []
+    for key in ranked:
+        budget -= known[key].capture_seconds if key in known else typical
+        if budget < 0 and chosen:
+            break
+        chosen.append(key)
+    return chosen

@@ -1,0 +1,73 @@
+"""Is loaded code right? A few tokens through it, and through the same layers uncompiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hybridgen.execution.compiled import CompiledLayers
+from hybridgen.execution.steps import PrefillChunk, StepKey
+from hybridgen.models.attention import Phase
+
+if TYPE_CHECKING:
+    from hybridgen.execution.runner import ModelRunner
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""Largest norm of the difference of logits over their norm. Compiled and uncompiled layers round in different places:
+in half precision each is about a hundredth from float32."""
+_PROMPT = 7
+_ROWS = 3
+
+
+def compare(runner: ModelRunner, compiled: CompiledLayers) -> str | None:
+    """Run a short prompt and decode steps of one and of a few rows, compiled and not.
+
+    Runs on the dummy page and on slots that nobody has yet; leaves state and counters as they were.
+
+    Returns:
+        What differed too much; None if nothing did.
+    """
+    runner.steps.keep_logits()
+    ours = _logits(runner)
+    with compiled.bypassed():
+        theirs = _logits(runner)
+    for name, left, right in zip(("a prompt", "decoding one row", "decoding rows"), ours, theirs, strict=False):
+        if not bool(torch.isfinite(right).all()):
+            continue  # a model whose logits are not finite says nothing about code
+        tolerance = TOLERANCE.get(runner.weights_dtype, TOLERANCE[torch.bfloat16])
+        error = float((left - right).norm() / right.norm().clamp_min(1e-12))
+        if not error <= tolerance:
+            return (
+                f"{name} gave logits that differ by {error:.2g} of their norm from uncompiled layers, above {tolerance}"
+            )
+    return None
+
+
+def _logits(runner: ModelRunner) -> list[torch.Tensor]:
+    """Logits of a prompt of a few tokens, and of the steps that decode its last token again."""
+    steps, state = runner.steps, runner.state
+    ids = [(17 * i + 3) % runner.sampler.vocab_size for i in range(_PROMPT)]
+    found = []
+    try:
+        key = StepKey(Phase.PREFILL, _PROMPT, 1, None)
+        steps.stage_prefill([PrefillChunk(0, ids, 0, _PROMPT, 0, True)], key.tokens, key.rows)
+        found.append(_run(runner, key))
+        for rows in dict.fromkeys((1, min(_ROWS, state.max_batch))):
+            slots = tuple(range(rows))
+            # The same token at the same position in each, because they share the dummy page.
+            state.table[:, :rows] = torch.tensor([[ids[-1]], [_PROMPT - 1], [1]], device=state.device)
+            steps.stage_decode(slots)
+            found.append(_run(runner, StepKey(Phase.DECODE, rows, rows, None)))
+    finally:
+        state.table.zero_()
+        steps.forget_staged()
+        runner.ring.resynchronize()
+    return found
+
+
+def _run(runner: ModelRunner, key: StepKey) -> torch.Tensor:
+    runner.steps.run(key)
+    if runner.steps.logits is None:
+        raise RuntimeError("the step has left no logits")
+    return runner.steps.logits[: key.rows].to(torch.float32, copy=True)  # the next step leaves its own there

@@ -1,0 +1,26 @@
+"""How long it took to import what an engine needs: torch, transformers and our own modules."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+
+_seconds = 0.0
+
+
+def engine() -> None:
+    """Import `hybridgen.engine`, and note what that took."""
+    global _seconds
+    if "hybridgen.engine" in sys.modules:
+        return
+    start = time.perf_counter()
+    importlib.import_module("hybridgen.engine")
+    _seconds = time.perf_counter() - start
+
+
+def take_seconds() -> float:
+    """What it took, for the first engine of the process; 0 for later ones, and where it was imported by itself."""
+    global _seconds
+    seconds, _seconds = _seconds, 0.0
+    return seconds

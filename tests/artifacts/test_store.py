@@ -1,0 +1,328 @@
+"""The store without compilers: what is read is what was written, whole, ours, and for this key; else it is a miss."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridgen.artifacts import Key, MemoryEntry, Store, entry, location
+from hybridgen.artifacts.files import UnusableError
+from hybridgen.artifacts.manifest import MANIFEST, READY
+
+KEY = Key({"GPU": "H200", "torch": "2.13", "config.max_batch": 8})
+
+
+def fill(store: Store, key: Key = KEY, **files: bytes) -> Path:
+    """An entry with some files; returns its directory."""
+    with store.open(key) as opened:
+        assert not opened.hit
+        for name, data in (files or {"kernel": b"code" * 100, "wrapper": b"more"}).items():
+            (opened.inductor / "ab").mkdir(exist_ok=True)
+            (opened.inductor / "ab" / name).write_bytes(data)
+        opened.write_document("capture-plan", {"graphs": []})
+        assert store.publish(opened) > 0
+    return store.path_of(key.digest)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store", device="H200, driver 570")
+
+
+def test_an_entry_is_found_again_and_its_copy_is_another_place(store: Store) -> None:
+    directory = fill(store)
+    with store.open(KEY) as found:
+        assert found.hit
+        assert (found.inductor / "ab" / "kernel").read_bytes() == b"code" * 100
+        assert directory not in (found.inductor / "ab" / "kernel").parents
+        assert found.read_document("capture-plan") == {"graphs": []}
+        assert found.read_document("choices") is None
+        assert found.reads == {"capture-plan": True, "choices": False}
+        assert store.publish(found) == 0  # nothing new
+
+
+def test_what_a_process_adds_comes_in_and_nothing_is_lost(store: Store) -> None:
+    fill(store)
+    with store.open(KEY) as one, store.open(KEY) as two:
+        (one.kernels / "a.cubin").write_bytes(b"1")
+        (two.kernels / "b.cubin").write_bytes(b"2")
+        (one.triton / "tmp.pid_1_x").mkdir()
+        (one.triton / "tmp.pid_1_x" / "half").write_bytes(b"half")
+        store.publish(one)
+        store.publish(two)
+    with store.open(KEY) as found:
+        assert sorted(path.name for path in found.kernels.iterdir()) == ["a.cubin", "b.cubin"]
+        assert list(found.triton.iterdir()) == []
+        assert found.read_document("capture-plan") == {"graphs": []}
+
+
+def test_triton_finds_the_members_of_a_group_where_the_copy_is(store: Store) -> None:
+    with store.open(KEY) as made:
+        (made.triton / "HASH").mkdir()
+        (made.triton / "HASH" / "k.cubin").write_bytes(b"cubin")
+        group = {"child_paths": {"k.cubin": str(made.triton / "HASH" / "k.cubin")}}
+        (made.triton / "HASH" / "__grp__k.json").write_text(json.dumps(group))
+        store.publish(made)
+    text = (store.path_of(KEY.digest) / "triton" / "HASH" / "__grp__k.json").read_text()
+    assert str(store.root) not in text
+    with store.open(KEY) as found:
+        group = json.loads((found.triton / "HASH" / "__grp__k.json").read_text())
+        assert Path(group["child_paths"]["k.cubin"]) == found.triton / "HASH" / "k.cubin"
+
+
+def change_bytes(directory: Path) -> None:
+    (directory / "inductor" / "ab" / "kernel").write_bytes(b"evil" * 100)
+
+
+def cut(directory: Path) -> None:
+    (directory / "inductor" / "ab" / "kernel").write_bytes(b"code")
+
+
+def remove_file(directory: Path) -> None:
+    (directory / "inductor" / "ab" / "kernel").unlink()
+
+
+def link_file(directory: Path) -> None:
+    (directory / "inductor" / "ab" / "kernel").rename(directory.parent.parent / "elsewhere")
+    (directory / "inductor" / "ab" / "kernel").symlink_to(directory.parent.parent / "elsewhere")
+
+
+def link_directory(directory: Path) -> None:
+    (directory / "inductor" / "ab").rename(directory.parent.parent / "elsewhere")
+    (directory / "inductor" / "ab").symlink_to(directory.parent.parent / "elsewhere")
+
+
+def link_entry(directory: Path) -> None:
+    directory.rename(directory.parent.parent / "elsewhere")
+    directory.symlink_to(directory.parent.parent / "elsewhere")
+
+
+def open_to_others(directory: Path) -> None:
+    (directory / "inductor" / "ab" / "kernel").chmod(0o666)
+
+
+def no_marker(directory: Path) -> None:
+    (directory / READY).unlink()
+
+
+def cut_manifest(directory: Path) -> None:
+    text = (directory / MANIFEST).read_text()
+    (directory / MANIFEST).write_text(text[: len(text) // 2])
+
+
+def pipe(directory: Path) -> None:
+    (directory / "inductor" / "ab" / "kernel").unlink()
+    os.mkfifo(directory / "inductor" / "ab" / "kernel", 0o600)
+
+
+def foreign(directory: Path) -> None:
+    os.chown(directory / "inductor" / "ab" / "kernel", 12345, -1)
+
+
+DAMAGE: list[tuple[Callable[[Path], None], str]] = [
+    (change_bytes, "kernel has other contents than were written"),
+    (cut, "kernel has 4 bytes and should have 400"),
+    (remove_file, "kernel is missing"),
+    (link_file, "kernel is a symbolic link"),
+    (link_directory, "inductor/ab is a symbolic link"),
+    (link_entry, "the entry is a symbolic link"),
+    (open_to_others, "can be written by others"),
+    (no_marker, "ready is missing"),
+    (cut_manifest, "manifest.json is not the one that ready is for"),
+    (pipe, "kernel is not a regular file"),
+    pytest.param(
+        foreign,
+        "kernel belongs to user 12345",
+        marks=pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE)
+def test_damage_is_a_miss_with_its_reason(store: Store, damage: Callable[[Path], None], words: str) -> None:
+    directory = fill(store)
+    damage(directory)
+    assert not store.check(KEY).hit
+    with store.open(KEY) as found:
+        assert not found.hit
+        assert words in found.reason
+        assert list(found.inductor.iterdir()) == []
+        assert found.read_document("capture-plan") is None
+        (found.inductor / "new").write_bytes(b"new")
+        store.publish(found)
+    assert not (directory / "inductor" / "ab").exists()
+    (aside,) = (store.root / "quarantine").iterdir()
+    if not aside.is_symlink():
+        assert words in (aside / "reason.txt").read_text()
+    with store.open(KEY) as found:
+        assert found.hit
+
+
+@pytest.mark.parametrize(("part", "value"), [("GPU", "H100"), ("torch", "2.11"), ("config.max_batch", 9)])
+def test_an_entry_for_something_else_is_a_miss_that_names_it(store: Store, part: str, value: Any) -> None:
+    directory = fill(store)
+    other = Key(dict(KEY.parts) | {part: value})
+    with store.open(other) as found:
+        assert not found.hit
+        assert f"differs in {part}: " in found.reason
+    assert store.explain(other).differences == {part: (value, KEY.parts[part])}
+    # Under the other's name, as a careless copy would put it.
+    shutil.copytree(directory, store.path_of(other.digest))
+    with store.open(other) as found:
+        assert not found.hit
+        assert "not for the one that it is named after" in found.reason
+    with store.open(KEY) as found:
+        assert found.hit
+
+
+def test_device_documents(store: Store) -> None:
+    assert store.read_device_document("ceiling") is None
+    store.write_device_document("ceiling", {"bytes_per_second": 4e12})
+    assert Store(store.root, device=store.device).read_device_document("ceiling") == {"bytes_per_second": 4e12}
+    assert Store(store.root, device="H200, driver 580").read_device_document("ceiling") is None
+
+
+def test_documents_in_memory() -> None:
+    memory = MemoryEntry("compile_cache=False")
+    assert memory.read_document("choices") is None
+    memory.write_document("choices", {"a": [1]})
+    memory.read_document("choices")["a"].append(2)
+    assert memory.read_document("choices") == {"a": [1]}
+    assert memory.kernels.stat().st_mode & 0o077 == 0
+    for name in ("../x", "", "A", "a/b"):
+        with pytest.raises(ValueError, match="no name of a document"):
+            memory.write_document(name, {})
+
+
+def test_a_full_disk_while_publishing_leaves_what_was_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(store)
+    from hybridgen.artifacts import store as module
+
+    def full(path: Path, data: bytes) -> tuple[int, str]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with store.open(KEY) as found:
+        (found.inductor / "more").write_bytes(b"x")
+        monkeypatch.setattr(module, "_put", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.publish(found)
+    monkeypatch.undo()
+    with store.open(KEY) as found:
+        assert found.hit
+        assert not (found.inductor / "more").exists()
+    assert [path.name for path in store.entries_directory.iterdir()] == [KEY.digest]
+
+
+def test_a_store_that_cannot_be_written_is_read(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fill(store)
+    monkeypatch.setattr(entry.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    reader = Store(store.root)
+    assert not reader.writable
+    with reader.open(KEY) as found:
+        assert found.hit
+        assert store.root not in found.directory.parents
+    with reader.open(Key({"other": 1})) as found:  # nobody is waited for
+        assert not found.hit
+
+
+def test_the_least_recently_used_go_first(store: Store) -> None:
+    keys = [Key({"number": number}) for number in range(3)]
+    for age, key in enumerate(keys):
+        marker = fill(store, key, kernel=b"x" * 10_000) / READY
+        os.utime(marker, (time.time() - 1000 * (3 - age),) * 2)
+    with store.open(keys[0]):  # its last use is now
+        pass
+    sizes = {info.digest: info.bytes for info in store.entries()}
+    assert store.prune(sum(sizes.values()) - 1) == [keys[1].digest]
+    assert [info.digest for info in store.entries()] == [keys[0].digest, keys[2].digest]
+    assert store.clear() == 2
+    assert store.entries() == []
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o755])
+def test_a_directory_that_is_not_private_is_refused(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store").chmod(mode)
+    with pytest.raises(UnusableError, match=r"open to others|written by others"):
+        Store(tmp_path / "store")
+
+
+def test_links_and_parents_that_others_can_change_are_refused(tmp_path: Path) -> None:
+    Store(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(UnusableError, match="symbolic link"):
+        Store(tmp_path / "link")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.raises(UnusableError, match=r"above .* can be written by others"):
+        Store(tmp_path / "shared" / "store")
+    found, problems = Store.find(str(tmp_path / "shared" / "store"))
+    assert found is None
+    assert len(problems) == 1
+
+
+def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HYBRIDGEN_CACHE_DIR", str(tmp_path / "named"))
+    assert location.candidates() == [tmp_path / "named"]
+    assert location.candidates(str(tmp_path / "given")) == [tmp_path / "given"]
+    monkeypatch.delenv("HYBRIDGEN_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    top = Path(location.__file__).parents[2]
+    assert location.candidates() == [top / "compile_cache", tmp_path / "xdg" / "hybridgen"]
+    monkeypatch.setattr(location, "_checkout", lambda: tmp_path)
+    Store(tmp_path / "compile_cache")
+    assert (tmp_path / "compile_cache" / ".gitignore").read_text().startswith("#")
+    assert "code and pickle" in (tmp_path / "compile_cache" / "README.md").read_text()
+
+
+BUILDER = """
+import os, sys, time
+from pathlib import Path
+from hybridgen.artifacts import Key, Store
+store = Store(Path(sys.argv[1]))
+with store.open(Key({"k": 1})) as entry:
+    if not entry.hit:
+        with open(sys.argv[2], "a") as log:
+            log.write(f"{os.getpid()}\\n")
+        time.sleep(float(sys.argv[3]))
+        (entry.inductor / "code").write_bytes(b"c" * 100_000)
+        store.publish(entry)
+    assert (entry.inductor / "code").read_bytes() == b"c" * 100_000
+"""
+
+
+def builder(root: Path, log: Path, seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", BUILDER, str(root), str(log), str(seconds)])
+
+
+def test_of_ten_processes_on_an_empty_store_one_builds(tmp_path: Path) -> None:
+    processes = [builder(tmp_path / "store", tmp_path / "log", 0.5) for _ in range(10)]
+    assert [process.wait(60) for process in processes] == [0] * 10
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
+
+
+def test_when_the_builder_dies_another_builds(tmp_path: Path) -> None:
+    first = builder(tmp_path / "store", tmp_path / "log", 600)
+    while not (tmp_path / "log").exists():
+        time.sleep(0.02)
+    second = builder(tmp_path / "store", tmp_path / "log", 0)
+    first.send_signal(signal.SIGKILL)
+    first.wait(60)
+    assert second.wait(60) == 0
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+    with Store(tmp_path / "store").open(Key({"k": 1})) as found:
+        assert found.hit
+        # What the killed process left is gone.
+        assert [path.name for path in (tmp_path / "store" / "work").iterdir()] == [found.directory.name]
