@@ -205,6 +205,9 @@ class CompiledLayers:
         except Exception as error:  # what cannot be kept can perhaps be compiled: if not, that is raised then
             lines = str(error).strip().splitlines()
             self._units = None
+            # Inductor's files are all that is kept now, and they are found only if the memory's size is not in them.
+            for other in self._layers:
+                _mark_pages(_pages(other))
             self._fall_back(
                 "compiled layers cannot be kept, so that every start traces them again: "
                 f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
@@ -241,14 +244,9 @@ class CompiledLayers:
 @contextmanager
 def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
     """The number of pages, which depends on free memory, is no constant of what is compiled here."""
-    pages = []
-    for module in layer.modules():
-        binding = vars(module).get("_hybridgen")
-        if isinstance(binding, LayerBinding):
-            pages += [binding.keys, binding.values]
+    pages = _pages(layer)
     before = [dict(vars(tensor)) for tensor in pages]
-    for tensor in pages:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    _mark_pages(pages)
     try:
         yield
     finally:
@@ -256,6 +254,16 @@ def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
         for tensor, attributes in zip(pages, before, strict=True):
             vars(tensor).clear()
             vars(tensor).update(attributes)
+
+
+def _pages(layer: nn.Module) -> list[torch.Tensor]:
+    bindings = [vars(module).get("_hybridgen") for module in layer.modules()]
+    return [tensor for b in bindings if isinstance(b, LayerBinding) for tensor in (b.keys, b.values)]
+
+
+def _mark_pages(pages: Sequence[torch.Tensor]) -> None:
+    for tensor in pages:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def _has_hooks(layer: nn.Module) -> bool:
