@@ -127,7 +127,7 @@ def test_large_and_small_states_in_float16() -> None:
         _compare(model, make_context(model, [5, 0, 33]))
 
 
-@pytest.mark.parametrize("lengths", [[100_000], [100_000, 3, 70, 5000]])
+@pytest.mark.parametrize("lengths", [[100_000], [100_000, 3, 70, 5000], [1100] * 16])
 def test_long_rows(lengths: list[int]) -> None:
     shape = Shape(hidden=256, heads=8, kv_heads=2, head_dim=64, max_context=131072, attention_scale=0.1)
     model = random_decoder(shape, torch.bfloat16, "cuda")
@@ -158,7 +158,8 @@ def test_capture_and_replay() -> None:
     assert (out.float() - expected).norm() <= TOLERANCE[model.dtype] * expected.norm()
 
 
-def test_steps_back_to_back_do_not_overtake_each_other() -> None:
+@pytest.mark.parametrize("launches_early", [False, True])
+def test_steps_back_to_back_do_not_overtake_each_other(launches_early: bool) -> None:
     """A step reads what the one before wrote, tokens and cache, though its kernels start before that one's end."""
     model = random_decoder(Shape(hidden=512, vocab=900), torch.bfloat16, "cuda")
     tokens: list[list[int]] = []
@@ -169,7 +170,7 @@ def test_steps_back_to_back_do_not_overtake_each_other() -> None:
             LayerPages(*(torch.zeros(13, model.kv_heads, 16, model.head_dim).cuda().bfloat16() for _ in range(2)))
             for _ in model.layers
         )
-        step = ChainStep(model)
+        step = ChainStep(model, launches_early=launches_early)
         step.attach(pages)
         slots = torch.arange(2, dtype=torch.int32, device="cuda")
         token, position = context.tokens.clone(), torch.zeros(2, dtype=torch.int64, device="cuda")
