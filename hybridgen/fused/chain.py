@@ -41,7 +41,6 @@ class ChainStep:
             Triton's interpreter, which is for tests; float32 there.
         max_rows: rows that a call may have, 1 to 16.
         tiles: what `chain_tuning.tune` returned; the rest are defaults.
-        launches_early: let a kernel's successor start as soon as the kernel has, not when its input is there.
 
     Raises:
         Unfit: the kernels do not compute this model; the message is the reason.
@@ -54,7 +53,6 @@ class ChainStep:
         *,
         max_rows: int = MAX_ROWS,
         tiles: Mapping[str, Sequence[int]] | None = None,
-        launches_early: bool = False,
     ) -> None:
         if not 1 <= max_rows <= MAX_ROWS:
             raise ValueError(f"max_rows={max_rows}; give 1 to {MAX_ROWS}")
@@ -65,10 +63,11 @@ class ChainStep:
         self._scales = model.dtype == torch.float16
         self._launchers: dict[Any, Launcher] = {}
         self._only_compiles = False
-        self.launches_early = launches_early
         self._pages: tuple[LayerPages, ...] = ()
         self.tiles = {
-            f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors)
+            f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors).fitted(
+                rows, name == "gate_up", model.dtype.itemsize, self.device.shared_memory
+            )
             for name in PROJECTIONS
             for rows in ((8,) if max_rows <= 8 else (8, 16))
         }
@@ -294,7 +293,6 @@ class ChainStep:
                 "BLOCK_PARTS": triton.next_power_of_2(constants["PARTS"]),
                 "BIAS": linear.bias is not None,
                 "NATIVE": self.model.dtype != torch.float32,
-                "TRIGGER": self.launches_early,
                 "num_warps": tile.warps,
                 **dict.fromkeys(flags, False),
                 **constants,
@@ -353,7 +351,6 @@ class ChainStep:
                 "KEY_NORM": kinds[1],
                 "WINDOW": layer.window > 0,
                 "NATIVE": model.dtype != torch.float32,
-                "TRIGGER": self.launches_early,
                 "num_warps": 8 if wide >= 128 else 4,
                 "num_stages": 2,
             },
