@@ -118,7 +118,6 @@ def run_model(
     seconds: float,
     tiles: Mapping[str, Any] | None,
     ceiling: float,
-    compare: bool,
 ) -> dict[str, Any]:
     from hybridgen.fused.chain import ChainStep
     from hybridgen.fused.chain_tuning import Tile, tune
@@ -170,11 +169,6 @@ def run_model(
             f"{read / took / ceiling * 100:5.1f} %  error {error:.4f} {'' if repeats else 'NOT REPEATABLE'}",
             flush=True,
         )
-        if compare:
-            other = ChainStep(model, tiles=step.tiles, launches_early=not step.launches_early)
-            other.attach(case.pages)
-            lines[-1]["other_launch_us"] = graph_seconds(lambda case=case, other=other: other(*case.args)) * 1e6
-            print(f"  launches_early={other.launches_early}: {lines[-1]['other_launch_us']:.1f} us", flush=True)
     return {"model": name, "dtype": str(model.dtype), "position": position, "floor_us": floor * 1e6,
             "steps": lines, "parts": parts, "tiles": {key: list(tile) for key, tile in step.tiles.items()}}  # fmt: skip
 
@@ -199,7 +193,6 @@ def main() -> None:
     parser.add_argument("--position", type=int, default=512)
     parser.add_argument("--tune", type=float, default=0.0, metavar="SECONDS", help="tune each model's tiles first")
     parser.add_argument("--tiles", type=Path, help="JSON of tiles by model, as an earlier result has them")
-    parser.add_argument("--compare", action="store_true", help="also time kernels that start earlier or later")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -216,7 +209,7 @@ def main() -> None:
         tiles = {entry["model"]: entry["tiles"] for entry in json.loads(args.tiles.read_text())["models"]}
     models = []
     for name in args.models:
-        models.append(run_model(name, args.rows, args.position, args.tune, tiles.get(name), ceiling, args.compare))
+        models.append(run_model(name, args.rows, args.position, args.tune, tiles.get(name), ceiling))
         release()
     report(results | {"read_ceiling_gb_per_s": ceiling / 1e9, "models": models}, args.output)
 

@@ -24,15 +24,13 @@ from torch import Tensor
 
 from hybridgen.fused.chain_attention import Cut, attend_kernel, block_of, cut_contexts, least_tiles
 from hybridgen.fused.chain_kernels import begin_kernel, close_kernel, project_kernel
+from hybridgen.fused.chain_setup import allocate, attention_counters, check, check_pages
 from hybridgen.fused.chain_tuning import PROJECTIONS, Tile, as_tiles, candidates, default_tile, rows_block
-from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm, Unfit
-from hybridgen.kernels.attention_common import Launcher, device_of, heads_of, power_of_two
+from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.kernels.attention_common import Launcher, device_of, power_of_two
 from hybridgen.kvcache import LayerPages
 
 MAX_ROWS = 16
-_SQUARES_ROWS = 16
-_LARGEST_HIDDEN = 16384
-"""One program holds a row of the embedding."""
 
 
 class ChainStep:
@@ -43,7 +41,6 @@ class ChainStep:
             Triton's interpreter, which is for tests; float32 there.
         max_rows: rows that a call may have, 1 to 16.
         tiles: what `chain_tuning.tune` returned; the rest are defaults.
-        launches_early: let a kernel's successor start as soon as the kernel has, not when its input is there.
 
     Raises:
         Unfit: the kernels do not compute this model; the message is the reason.
@@ -56,72 +53,34 @@ class ChainStep:
         *,
         max_rows: int = MAX_ROWS,
         tiles: Mapping[str, Sequence[int]] | None = None,
-        launches_early: bool = False,
     ) -> None:
         if not 1 <= max_rows <= MAX_ROWS:
             raise ValueError(f"max_rows={max_rows}; give 1 to {MAX_ROWS}")
-        _check(model)
+        check(model)
         self.model = model
         self.max_rows = max_rows
         self.device = device_of(model.head)
-        self._norms_outputs = any(layer.after_attention or layer.after_mlp for layer in model.layers)
         self._scales = model.dtype == torch.float16
         self._launchers: dict[Any, Launcher] = {}
         self._only_compiles = False
-        self.launches_early = launches_early
         self._pages: tuple[LayerPages, ...] = ()
         self.tiles = {
-            f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors)
+            f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors).fitted(
+                rows, name == "gate_up", model.dtype.itemsize, self.device.shared_memory
+            )
             for name in PROJECTIONS
             for rows in ((8,) if max_rows <= 8 else (8, 16))
         }
-        self._scratch = self._allocate()
+        self._scratch = allocate(model, max_rows)
         self.use(as_tiles(tiles))
-
-    def _allocate(self) -> dict[str, Tensor]:
-        model, rows = self.model, self.max_rows
-        heads = model.heads + 2 * model.kv_heads
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=model.device)
-
-        parts = triton.cdiv(model.hidden, 16)
-        scratch = {
-            "state": zeros(rows, model.hidden),
-            "handed": zeros(rows, model.hidden, dtype=model.dtype),
-            "qkv": zeros(rows, heads, model.head_dim),
-            "attended": zeros(rows, model.heads * model.head_dim, dtype=model.dtype),
-            # Of attention's rows and heads, then of projections' tiles.
-            "counters": zeros(rows * model.kv_heads + parts, dtype=torch.int32),
-            "partial": zeros(0),
-            "mlp": zeros(rows, model.intermediate, dtype=model.dtype),
-            # Two of each: a kernel reads its maker's while it writes its own.
-            "squares": zeros(2, parts, _SQUARES_ROWS),
-            "roots": zeros(2, _SQUARES_ROWS),
-        }
-        if self._norms_outputs:
-            scratch["product"] = zeros(rows, model.hidden)
-        return scratch
 
     def attach(self, pages: tuple[LayerPages, ...]) -> None:
         """Use these pages, one pair a layer, of the model's dtype.
 
         Raises:
-            ValueError: their number, shapes or dtype are not the model's.
+            ValueError: their number, shapes or dtype are not the model's, or they are not contiguous.
         """
-        model = self.model
-        if len(pages) != len(model.layers):
-            raise ValueError(f"pages of {len(pages)} layers for a model of {len(model.layers)}")
-        for layer in pages:
-            for part in layer:
-                if part.dim() != 4 or (part.shape[1], part.shape[3]) != (model.kv_heads, model.head_dim):
-                    expected = f"[pages, {model.kv_heads}, page_size, {model.head_dim}]"
-                    raise ValueError(f"pages of shape {tuple(part.shape)}; give {expected}")
-                if part.dtype != model.dtype or part.device != model.device:
-                    raise ValueError(f"pages of {part.dtype} on {part.device}; give {model.dtype} on {model.device}")
-                heads_of(
-                    model.heads, model.kv_heads, model.head_dim, model.head_dim, part.shape[2], part.element_size()
-                )
+        check_pages(self.model, pages)
         self._pages = tuple(pages)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -334,7 +293,6 @@ class ChainStep:
                 "BLOCK_PARTS": triton.next_power_of_2(constants["PARTS"]),
                 "BIAS": linear.bias is not None,
                 "NATIVE": self.model.dtype != torch.float32,
-                "TRIGGER": self.launches_early,
                 "num_warps": tile.warps,
                 **dict.fromkeys(flags, False),
                 **constants,
@@ -345,7 +303,7 @@ class ChainStep:
         maker = scratch["squares"][side], scratch["roots"][side]
         made = scratch["squares"][1 - side], scratch["roots"][1 - side]
         tensors = source, linear.weight, bias, *maker, scratch["state"], out, scale, *made
-        partial, counters = scratch["partial"], scratch["counters"][self.max_rows * self.model.kv_heads :]
+        partial, counters = scratch["partial"], scratch["counters"][attention_counters(self.model, self.max_rows) :]
         grid = triton.cdiv(features, tile.features), tile.slices, 1
         launcher(grid, (*tensors, partial if tile.slices > 1 else scratch["state"], counters, rows, eps, factor))
 
@@ -393,7 +351,6 @@ class ChainStep:
                 "KEY_NORM": kinds[1],
                 "WINDOW": layer.window > 0,
                 "NATIVE": model.dtype != torch.float32,
-                "TRIGGER": self.launches_early,
                 "num_warps": 8 if wide >= 128 else 4,
                 "num_stages": 2,
             },
@@ -417,38 +374,3 @@ class ChainStep:
         if launcher is None:
             launcher = self._launchers[key] = Launcher(kernel, {**constants, **options})
         return launcher
-
-
-def _check(model: Decoder) -> None:
-    """Raises: Unfit: the kernels do not compute this model."""
-    if model.device.type == "cuda":
-        if torch.cuda.get_device_capability(model.device) < (8, 0):
-            raise Unfit("its device is older than compute capability 8.0")
-        if model.dtype not in (torch.bfloat16, torch.float16):
-            raise Unfit(f"its weights are {model.dtype}; the chain takes bfloat16 and float16")
-    if not model.layers:
-        raise Unfit("it has no layers")
-    if model.activation not in ("silu", "gelu_tanh"):
-        raise Unfit(f"its activation is {model.activation}")
-    if model.hidden > _LARGEST_HIDDEN:
-        raise Unfit(f"its hidden size {model.hidden} is above {_LARGEST_HIDDEN}")
-    unit = 16 // model.dtype.itemsize
-    for what, size in (
-        ("hidden size", model.hidden),
-        ("attention width", model.heads * model.head_dim),
-        ("intermediate size", model.intermediate),
-    ):
-        if size % unit:
-            raise Unfit(f"its {what} {size} is no multiple of {unit}: rows of a weight would not start at 16 bytes")
-    weights = [
-        model.head,
-        *(w.weight for layer in model.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)),
-    ]
-    if any(not weight.is_contiguous() or weight.data_ptr() % 16 for weight in weights):
-        raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
-    if any(layer.attention_scale <= 0 for layer in model.layers):
-        raise Unfit("its attention scale is not above 0")
-    try:
-        heads_of(model.heads, model.kv_heads, model.head_dim, model.head_dim, 16, model.dtype.itemsize)
-    except ValueError as error:
-        raise Unfit(f"its attention does not suit the kernels: {error}") from error

@@ -79,7 +79,7 @@ def _weights(pointers, column, feature, limit, FEATURES: tl.constexpr, INNER: tl
 
 @triton.jit
 def _inputs(pointers, column, row, limit, rows, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile [SPLITS, COLUMNS, ROWS] of the input, zeros outside: a zero weight times a stranger's NaN is a NaN."""
+    """A tile [SPLITS, COLUMNS, ROWS] of the input, zeros outside: zero weights times what lies there may be NaN."""
     if EVEN:
         return tl.load(pointers, mask=row < rows, other=0.0)
     else:
@@ -104,7 +104,7 @@ def project_kernel(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, SCALES_IN: tl.constexpr, SCALES_OUT: tl.constexpr,
-    STRIDE: tl.constexpr, NATIVE: tl.constexpr, TRIGGER: tl.constexpr, OVERLAP: tl.constexpr,
+    STRIDE: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`source @ weight.T + bias` for BLOCK features a program, with what comes before and after it.
 
@@ -120,8 +120,6 @@ def project_kernel(  # type: ignore[no-untyped-def]
     SLICES: so many programs share a tile's columns, LENGTH for each; the last to arrive, as the tile's counter says,
     adds up the products of all in their order and does the rest.
     """
-    if OVERLAP and TRIGGER:
-        gdc_launch_dependents()
     tile = tl.program_id(0)
     feature = tile * BLOCK + tl.arange(0, BLOCK)
     STEP: tl.constexpr = SPLITS * COLUMNS
@@ -155,8 +153,7 @@ def project_kernel(  # type: ignore[no-untyped-def]
             if GATED:
                 _prefetch(weight + FEATURES * INNER, feature, begin + EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
         gdc_wait()
-        if not TRIGGER:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     row_range = tl.arange(0, ROWS)
     inside = (feature < FEATURES)[:, None] & (row_range < rows)[None, :]
     target = row_range[None, :].to(tl.int64) * STRIDE + feature[:, None]

@@ -40,6 +40,18 @@ class Tile(NamedTuple):
     slices: int = 1
     """Programs that share the inner dimension of the same features."""
 
+    def fitted(self, rows: int, gated: bool, itemsize: int, shared_memory: int) -> Tile:
+        """The same, with fewer stages and columns where a device's shared memory is short."""
+        tile = self
+        while tile.shared_bytes(rows, gated, itemsize) > shared_memory * 9 // 10:
+            if tile.stages > 2:
+                tile = tile._replace(stages=tile.stages - 1)
+            elif tile.columns > 16:
+                tile = tile._replace(columns=tile.columns // 2)
+            else:
+                break
+        return tile
+
     def slice_length(self, inner: int) -> int:
         """Columns of a slice, whole iterations."""
         step = self.columns * self.splits
@@ -50,8 +62,14 @@ class Tile(NamedTuple):
         return (self.slices - 1) * self.slice_length(inner) >= inner
 
     def shared_bytes(self, rows: int, gated: bool, itemsize: int) -> int:
-        """Shared memory of the pipelined tiles of weights and inputs, about."""
-        return self.stages * self.splits * self.columns * (self.features * (2 if gated else 1) + rows) * itemsize
+        """Shared memory of the pipelined tiles of weights and inputs, about: one stage is on its way to registers."""
+        return (
+            max(1, self.stages - 1)
+            * self.splits
+            * self.columns
+            * (self.features * (2 if gated else 1) + rows)
+            * itemsize
+        )
 
 
 def rows_block(rows: int) -> int:
@@ -62,23 +80,26 @@ def rows_block(rows: int) -> int:
 def default_tile(features: int, inner: int, gated: bool, rows: int, processors: int) -> Tile:
     """A tile for a projection of `features` (of each half, if gated) by `inner`.
 
-    The kinds that were fastest on an H200 for the shapes of Llama 3.2 1B (`benchmarks/fused.py`).
+    What was fastest on an H200 for the shapes of Llama 3.2 1B and Llama 3.1 8B (`benchmarks/fused.py`), mostly at 8
+    rows. Differences between the better ones are a few percent.
     """
     programs = triton.cdiv(features, 16)
-    if gated and programs >= 2 * processors:
+    if gated and inner <= 2048 and programs >= 2 * processors:
         tile = Tile(32, 64, splits=2, warps=2, stages=4, early=0, ahead=0)
     elif gated:
-        tile = Tile(16, 64, splits=4, warps=4, stages=4, early=0, ahead=2)
+        tile = Tile(16, 64, splits=2, warps=2, stages=4, early=0, ahead=0)
     elif programs >= 16 * processors and rows > 8:
         tile = Tile(64, 64, splits=2, warps=2, stages=4, early=0, ahead=2)
     elif programs >= 16 * processors:
-        tile = Tile(16, 64, splits=4, warps=4, stages=4, early=0, ahead=2)
-    elif programs > processors:
+        tile = Tile(32, 128, splits=4, warps=4, stages=3, early=0, ahead=0)
+    elif features > inner:
         tile = Tile(16, 128, splits=2, warps=2, stages=4, early=0, ahead=0)
+    elif programs > processors:
+        tile = Tile(16, 64, splits=4, warps=4, stages=5, early=0, ahead=0)
     elif inner > 4096:
-        tile = Tile(16, 128, splits=4, warps=4, stages=6, early=1, ahead=0)
+        tile = Tile(16, 256, splits=2, warps=2, stages=4, early=0, ahead=0)
     else:
-        tile = Tile(16, 256, splits=4, warps=4, stages=3, early=1, ahead=2)
+        tile = Tile(16, 256, splits=4, warps=4, stages=3, early=0, ahead=0)
     columns = max(16, min(tile.columns, triton.next_power_of_2(triton.cdiv(inner, tile.splits))))
     iterations = triton.next_power_of_2(triton.cdiv(inner, columns * tile.splits))
     return tile._replace(columns=columns, ahead=min(tile.ahead, iterations))

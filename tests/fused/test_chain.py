@@ -85,6 +85,17 @@ def test_candidates_can_be_used(shape: tuple[int, int, bool], rows: int) -> None
             as_tiles({"head.8": each})
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shared_memory", [48 * 1024, 99 * 1024, 227 * 1024])
+def test_default_tiles_fit_every_device(shape: tuple[int, int, bool], shared_memory: int) -> None:
+    for rows in (8, 16):
+        tile = default_tile(*shape, rows, 132)
+        fitted = tile.fitted(rows, shape[2], 2, shared_memory)
+        assert fitted.shared_bytes(rows, shape[2], 2) <= shared_memory
+        assert fitted == tile or shared_memory < 227 * 1024
+        as_tiles({"head.8": fitted})
+
+
 def test_tiles_are_checked_and_reloaded() -> None:
     step = ChainStep(random_decoder(Shape()), tiles={"out.8": [32, 16, 2, 4, 3, 0, 2]})
     assert step.tiles["out.8"] == Tile(32, 16, 2, 4, 3, 0, 2)
@@ -146,7 +157,8 @@ def test_wrong_calls() -> None:
         context.pages[:1],
         tuple(LayerPages(p.keys[:, :1], p.values[:, :1]) for p in context.pages),
         tuple(LayerPages(p.keys.half(), p.values.half()) for p in context.pages),
-        tuple(LayerPages(p.keys[:, :, :12], p.values[:, :, :12]) for p in context.pages),
+        tuple(LayerPages(*(part[:, :, :12].contiguous() for part in p)) for p in context.pages),
+        tuple(LayerPages(*(part[:, :, :8] for part in p)) for p in context.pages),
     ):
         with pytest.raises(ValueError, match="page"):
             step.attach(pages)

@@ -127,7 +127,7 @@ def test_large_and_small_states_in_float16() -> None:
         _compare(model, make_context(model, [5, 0, 33]))
 
 
-@pytest.mark.parametrize("lengths", [[100_000], [100_000, 3, 70, 5000]])
+@pytest.mark.parametrize("lengths", [[100_000], [100_000, 3, 70, 5000], [1100] * 16])
 def test_long_rows(lengths: list[int]) -> None:
     shape = Shape(hidden=256, heads=8, kv_heads=2, head_dim=64, max_context=131072, attention_scale=0.1)
     model = random_decoder(shape, torch.bfloat16, "cuda")
