@@ -6,7 +6,7 @@ measured in the same run (`hybridgen.kernels.ceiling`); the share also counts ke
 also: the same sampled (temperature 0.8, top-p 0.95), streamed, and without fused kernels; and, with `--peers`, Hugging
 Face `generate` with its dynamic and its static cache.
 
-    python benchmarks/memory_limit.py --models llama-3.2-1b llama-3.1-8b [--peers] [--output results.json]
+    python benchmarks/memory_limit.py --models llama-3.2-1b llama-3.1-8b [--peers dynamic static] [--output FILE]
     python benchmarks/memory_limit.py --smoke          # a tiny model, anywhere
 """
 
@@ -98,7 +98,7 @@ def peer_rows(model: PreTrainedModel, name: str, arguments: argparse.Namespace, 
     rows = []
     batch, prompt, new = arguments.batches[0], arguments.prompt, arguments.new
     ids = torch.tensor(random_prompts(batch, prompt, model.config.vocab_size, batch), device=device)
-    for cache in ("dynamic", "static"):
+    for cache in arguments.peers:
         options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
         if cache == "static":
             options["cache_implementation"] = "static"
@@ -125,12 +125,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only-decode", action="store_true", help="greedy alone")
-    parser.add_argument("--peers", action="store_true", help="Hugging Face generate too")
+    parser.add_argument("--backend", default="inductor", help="eager: decode alone matters, and all of it is fused")
+    parser.add_argument("--peers", nargs="*", default=(), choices=("dynamic", "static"), help="caches of Hugging Face")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
     arguments = parser.parse_args()
     arguments.batches.sort()
-    arguments.backend = "inductor"
     device = this_device()
     if arguments.smoke:
         arguments.models, arguments.batches, arguments.backend = ["tiny"], [1, 2], "eager"

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from hybridgen import importing
 from hybridgen.artifacts.session import CompileCache, preload
+from hybridgen.capturing import CAPTURING
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.core import SamplingParams, TokenEvent, shown
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError, EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
 from hybridgen.execution.compiled import check_backend, check_toolchain
 from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
-from hybridgen.execution.graphs.recorder import CAPTURING
 from hybridgen.execution.statistics import DecodeStats, EngineStats, GraphStats
 from hybridgen.execution.traffic import DecodeMeter, Traffic, traffic_of
 from hybridgen.kernels import metadata

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, NoReturn
 from hybridgen.core import FinishReason
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError
 from hybridgen.execution import Counters, LaunchedStep, ModelRunner, PrefillChunk
-from hybridgen.execution.faults import is_fatal
 from hybridgen.execution.traffic import DecodeMeter
+from hybridgen.faults import is_fatal
 from hybridgen.output import Response, StepKind
 from hybridgen.requests import Plan
 from hybridgen.scheduler import Batch, Chunk, Scheduler, Sequence
@@ -274,7 +274,8 @@ class StepLoop:
                 self._meter.pause()
             else:
                 self._meter.step(len(tokens), flight.positions, now)
-        if -1 in tokens and (why := self._runner.inspect()) is not None:
+        why = self._runner.inspect() if -1 in tokens else None
+        if why is not None:
             self._counters.fall_back(why)
         generated = 0
         rows = zip(flight.responses, tokens, logprobs or repeat(None, len(tokens)), strict=True)
@@ -282,6 +283,9 @@ class StepLoop:
             if response.completion is not None:  # it ended while this step was in flight
                 continue
             generated += token >= 0
+            if token < 0 and why is not None:
+                self._finish(response, FinishReason.ERROR, RequestError(f"{why}; run the prompt again"))
+                continue
             try:
                 response.push(token, logprob, now, flight.decoded_by)
             except Exception as error:

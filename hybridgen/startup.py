@@ -11,12 +11,13 @@ import torch
 from hybridgen.artifacts import Entry
 from hybridgen.artifacts.files import write_whole
 from hybridgen.artifacts.session import CompileCache
-from hybridgen.config import EngineConfig
+from hybridgen.config import EngineConfig, GraphOwner
 from hybridgen.errors import CacheMissError
 from hybridgen.execution import Counters, ModelRunner, StepKey
 from hybridgen.execution.graphs import history
 from hybridgen.execution.statistics import ArtifactStats
 from hybridgen.execution.units import LayerUnits
+from hybridgen.fused.structure import Unfit
 from hybridgen.kernels.ceiling import read_ceiling
 
 _CEILING = "read-ceiling"
@@ -136,6 +137,9 @@ class Starter:
         if not config.fused_decode:
             self.fused = {"fused decode": "none: fused_decode=False"}
             return
+        if config.graphs is not GraphOwner.MANUAL:
+            self.fused = {"fused decode": f'none: graphs="{config.graphs}" records the compiled layers'}
+            return
         tuned = self._cache.read_document(_TUNING) or {}
 
         def kept(key: str, make: Callable[[], bytes]) -> bytes:
@@ -148,11 +152,18 @@ class Starter:
 
         with self._startup.timed("compile"):
             fused = runner.fuse_decode(max_context, tuned=tuned, kept=kept)
+        for failure in fused.failures:
+            self._counters.fall_back(failure)
         self.fused = fused.notes
         if config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
             with self._startup.timed("tuning"):
-                chosen = runner.tune_fused(config.tune_seconds)
-            self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
+                try:
+                    chosen = runner.tune_fused(config.tune_seconds)
+                except Unfit as error:
+                    self._counters.fall_back(f"the tuner's choice of fused kernels is not used: {error}")
+                    self.fused = runner.fuse_decode(max_context, kept=kept).notes
+                else:
+                    self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
 
     def choose_decode(self, runner: ModelRunner, sizes: Sequence[int]) -> None:
         """Decode with the chain of fused kernels where it is faster than the compiled layers, measured once."""

@@ -19,7 +19,7 @@ from hybridgen.comparison.schedule import Cell, cells, in_order, prompts
 from hybridgen.comparison.statistics import Agreement, agreement, settled, summarise
 from hybridgen.comparison.subjects import GraphUse, Output, Subject
 from hybridgen.errors import OutOfMemoryError
-from hybridgen.execution.faults import is_fatal
+from hybridgen.faults import is_fatal
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError
 from hybridgen.execution.structure import token_dimension
 from hybridgen.execution.units import LayerUnits
+from hybridgen.loading.fusion import has_hooks
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
 
 
@@ -121,7 +122,7 @@ class CompiledLayers:
         """From now on `layer(...)` runs compiled, but for layers with hooks or a forward of their own."""
         self._hook = register_bytecode_hook(self._count)
         for layer in self._layers:
-            if "forward" in vars(layer) or _has_hooks(layer):
+            if "forward" in vars(layer) or has_hooks(layer):
                 self._fall_back(f"a {type(layer).__name__} has hooks or a replaced forward; it runs eagerly")
                 continue
             # What nn.Module.compile() sets: Module.__call__ goes there first.
@@ -264,11 +265,6 @@ def _pages(layer: nn.Module) -> list[torch.Tensor]:
 def _mark_pages(pages: Sequence[torch.Tensor]) -> None:
     for tensor in pages:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(layer, table) for table in tables)
 
 
 def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = True) -> None:

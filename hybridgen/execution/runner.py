@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
+from hybridgen.capturing import CAPTURING
 from hybridgen.execution import numerics
 from hybridgen.execution.compiled import CompiledLayers
-from hybridgen.execution.faults import is_fatal
 from hybridgen.execution.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
-from hybridgen.execution.graphs.recorder import CAPTURING, this_thread
+from hybridgen.execution.graphs.recorder import this_thread
 from hybridgen.execution.graphs.validation import validate
 from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.statistics import Counters
 from hybridgen.execution.steps import ModelSteps, PrefillChunk, StepKey
 from hybridgen.execution.units import LayerUnits
+from hybridgen.faults import is_fatal
 from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
@@ -272,6 +273,8 @@ class ModelRunner:
         """Give a slot to a new request."""
         self.state.block_table.assign(slot, pages)
         self.sampler.assign(slot, sampling, prompt_ids, ())
+        if self.steps.fused is not None:
+            self.steps.fused.refresh()
         self._steady = None
 
     @on_its_stream
@@ -550,6 +553,10 @@ class ModelRunner:
                 logger.debug("the device is lost: %s", error)
         self.graphs.close()
         self._steady = None
+        if self.steps.fused is not None:
+            with CAPTURING:
+                self.steps.fused.close()
+            self.steps.fused = None
         self.disable_compilation()
 
 

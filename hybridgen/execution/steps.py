@@ -225,7 +225,7 @@ class ModelSteps:
         state = self._state.read(rows)
         lengths = state.lengths + 1
         self._set(Phase.DECODE, slots, state.lengths, lengths)
-        if self.fused is not None and self.fused.serves(key.rows) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.fused is not None and self.fused.serves(key.rows):
             logits = self.fused.run(key.rows, state.last_tokens, state.lengths)
         else:
             logits = self._bound.forward(state.last_tokens, self.metadata, None)

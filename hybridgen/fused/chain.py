@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -192,7 +193,9 @@ class ChainStep:
         probe.tiles = {**self.tiles, f"{name}.{rows_block(rows)}": tile}
         probe.model = dataclasses.replace(self.model, layers=self.model.layers[:1])
         probe._only_compiles = True
-        probe.project_all(name, rows)
+        on_device = torch.cuda.device(self.model.device) if self.model.head.is_cuda else nullcontext()
+        with on_device:  # a thread of a pool starts on the first device
+            probe.project_all(name, rows)
 
     def attend_all(self, positions: Tensor, slots: Tensor, block_table: Tensor) -> None:
         """Launch every layer's attention one after another, on whatever scratch holds: for timing."""
@@ -372,5 +375,5 @@ class ChainStep:
         key = kernel, *constants.items()
         launcher = self._launchers.get(key)
         if launcher is None:
-            launcher = self._launchers[key] = Launcher(kernel, {**constants, **options})
+            launcher = self._launchers[key] = Launcher(kernel, {**constants, **options}, largest_carveout=overlap)
         return launcher

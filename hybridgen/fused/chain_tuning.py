@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import triton
 
+from hybridgen.capturing import CAPTURING
+
 if TYPE_CHECKING:
     from hybridgen.fused.chain import ChainStep
 
@@ -150,7 +152,7 @@ def graph_seconds(call: Callable[[], None], repeats: int = 5, calls: int = 3) ->
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(calls):
             call()
     graph.replay()

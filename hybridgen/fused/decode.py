@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridgen.errors import DeviceError
+from hybridgen.errors import CacheMissError
+from hybridgen.faults import is_fatal
 from hybridgen.fused import reference
 from hybridgen.fused.chain import MAX_ROWS, ChainStep
 from hybridgen.fused.inputs import StepInputs
@@ -23,6 +24,7 @@ from hybridgen.models import BoundModel
 
 logger = logging.getLogger(__name__)
 
+_TRIAL_TOKENS = 1024
 _TOLERANCE = 5e-2
 """Largest relative error of the trial step's logits; bfloat16 itself gives 1e-2 to 2e-2."""
 
@@ -43,8 +45,12 @@ class FusedDecode:
     """[rows, vocab]: where the chain leaves its logits."""
     build: Callable[..., PersistentStep] | None = None
     """Makes the persistent step again, with another `tuning=`."""
+    pages: tuple[LayerPages, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     """What serves which sizes, or why nothing does."""
+    failures: list[str] = field(default_factory=list)
+    """What went wrong that should not have."""
+    _versions: tuple[int | None, ...] = ()
 
     def serves(self, rows: int) -> bool:
         """Whether a step of this many rows is fused."""
@@ -92,6 +98,23 @@ class FusedDecode:
         chain = {f"chain {name}": tensor for name, tensor in chain.items()}
         return persistent | chain | ({} if self.logits is None else {"chain logits": self.logits})
 
+    def refresh(self) -> None:
+        """Take over norms whose parameters were changed in place since the last call; all other weights are the
+        model's own storage."""
+        if self.model is None:
+            return
+        versions = tuple(_version(norm.source) for norm in self.model.norms)
+        if versions != self._versions:
+            for norm in self.model.norms:
+                norm.refresh()
+            self._versions = versions
+
+    def close(self) -> None:
+        """Unload what was loaded. Not while a step runs or a graph holds one."""
+        if self.persistent is not None:
+            self.persistent.kernel.close()
+        self.persistent = self.chain = None
+
     def stopped(self) -> bool:
         """Whether a step that has run was given up by its watchdog; what it leaves behind is mended.
 
@@ -102,6 +125,46 @@ class FusedDecode:
             return False
         step.repair()
         return True
+
+    def reason_of(self, error: Exception) -> str:
+        """Why something does not serve; what is no rule of ours is a failure, too. A lost device is raised."""
+        if isinstance(error, CacheMissError) or is_fatal(error):
+            raise error
+        if isinstance(error, Unfit):
+            return str(error)
+        logger.debug("fused decode failed", exc_info=error)
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        self.failures.append(f"fused decode failed, the model's own layers decode: {reason}")
+        return reason
+
+    @torch.inference_mode()
+    def try_step(self, rows: int) -> None:
+        """Run a step of padding rows and compare. Overwrites the padding slot's state and page.
+
+        Raises:
+            Unfit: it computes something else, or was given up.
+        """
+        inputs, model, padding = self.inputs, self.model, self.inputs.padding_slot
+        if model is None:
+            raise RuntimeError("the model was not described")
+        inputs.rows[:rows] = padding
+        inputs.slots[:rows] = padding
+        inputs.state[:, padding] = 0
+        # Some embed their padding token as zeros, which every model maps to zeros.
+        inputs.state[0, padding] = model.embedding[:_TRIAL_TOKENS].float().norm(dim=-1).argmax()
+        tokens, positions = (inputs.state[i, inputs.rows[:rows]] for i in range(2))
+        try:
+            actual = self.run(rows, tokens, positions)
+            torch.cuda.synchronize(model.device)
+            if self.stopped():
+                raise Unfit("its trial step was given up by the watchdog")
+            table = inputs.block_table[padding : padding + 1]
+            expected = reference.step(model, self.pages, tokens[:1], positions[:1], table)
+            error = float(((actual.float() - expected).norm(dim=-1) / expected.norm()).max())
+        finally:
+            inputs.state[:, padding] = 0
+        if not error < _TOLERANCE:
+            raise Unfit(f"its trial step is off by {error:.3g}")
 
 
 def fuse_decode(
@@ -123,14 +186,16 @@ def fuse_decode(
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
-    fused = FusedDecode(inputs)
+    fused = FusedDecode(inputs, pages=pages)
     tuning, tiles = tuned_parts(tuned)
     try:
         with bound.original_attention(), torch.inference_mode():
-            model = fused.model = describe(bound.model, bound.sites, max_context)
+            model = describe(bound.model, bound.sites, max_context)
             reference.check(bound.model, model)
-    except Unfit as reason:
-        fused.notes["fused decode"] = f"none: {reason}"
+            fused.model = model
+            fused.refresh()
+    except Exception as error:
+        fused.notes["fused decode"] = f"none: {fused.reason_of(error)}"
         return fused
     try:
         fused.build = partial(
@@ -143,55 +208,35 @@ def fuse_decode(
             kept=kept,
         )
         fused.persistent = fused.build(tuning=tuning)
-        _try(fused, 1, pages)
+        fused.try_step(1)
         fused.notes["decode of 1 row"] = "one persistent kernel"
-    except (Unfit, DeviceError) as reason:
+    except Exception as error:
         fused.persistent = None
-        fused.notes["decode of 1 row"] = f"no persistent kernel: {reason}"
+        fused.notes["decode of 1 row"] = f"no persistent kernel: {fused.reason_of(error)}"
     few = min(MAX_ROWS, max_rows)
     if few == 1 and fused.persistent is not None:
         return fused
-    least = 1 if fused.persistent is None else 2
     try:
         fused.chain = ChainStep(model, max_rows=few, tiles=tiles)
         fused.chain.attach(pages)
         fused.chain_rows = few
         with torch.inference_mode(False):
             fused.logits = torch.zeros(few, model.vocab, dtype=model.dtype, device=model.device)
-        _try(fused, few, pages)
+        fused.try_step(few)
         fused.note_chain("")
-    except Unfit as reason:
+    except Exception as error:
         fused.chain, fused.chain_rows = None, 0
-        fused.notes[f"decode of {least} to {few} rows"] = f"no chain of kernels: {reason}"
+        fused.notes[f"decode of {fused.least_chain_rows} to {few} rows"] = f"no chain: {fused.reason_of(error)}"
     for size, how in fused.notes.items():
         logger.info("%s: %s", size, how)
     return fused
 
 
-@torch.inference_mode()
-def _try(fused: FusedDecode, rows: int, pages: tuple[LayerPages, ...]) -> None:
-    """Run a step of padding rows and compare.
-
-    Raises:
-        Unfit: it computes something else, or was given up.
-    """
-    inputs, model = fused.inputs, fused.model
-    if model is None:
-        raise RuntimeError("the model was not described")
-    padding = inputs.padding_slot
-    inputs.rows[:rows] = padding
-    inputs.slots[:rows] = padding
-    inputs.state[:, padding] = 0
-    tokens, positions = (inputs.state[i, inputs.rows[:rows]] for i in range(2))
-    actual = fused.run(rows, tokens, positions)
-    torch.cuda.synchronize(model.device)
-    if fused.stopped():
-        raise Unfit("its trial step was given up by the watchdog")
-    table = inputs.block_table[padding : padding + 1]
-    expected = reference.step(model, pages, tokens[:1], positions[:1], table)
-    error = float(((actual.float() - expected).norm(dim=-1) / expected.norm()).max())
-    if not error < _TOLERANCE:
-        raise Unfit(f"its trial step is off by {error:.3g}")
+def _version(parameter: Tensor | None) -> int | None:
+    try:
+        return None if parameter is None else parameter._version
+    except RuntimeError:  # a tensor made in inference mode does not count
+        return None
 
 
 def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:

@@ -15,7 +15,7 @@ _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 _PART = 2**26
 """Elements of a weight that are in float32 at once."""
-_CHECKED = 4
+_CHECKED = 8
 """Tokens that a layer is checked on."""
 
 
@@ -161,7 +161,7 @@ def _check_at(model: PreTrainedModel, decoder: Decoder, positions: Tensor) -> No
         ]
         out = finish_layer(decoder, layer, x, torch.stack(rows))
         # What the sum was rounded by is no error of the layer's.
-        rounding = x.norm() * torch.finfo(decoder.dtype).eps
+        rounding = x.norm(dim=-1) * torch.finfo(decoder.dtype).eps
         _compare(f"layer {index}", out - x, after[0].float() - x, tolerance, rounding)
     _compare("head", logits(decoder, seen[-1][1][0].float()), expected, tolerance)
 
@@ -174,9 +174,8 @@ def _layers_of(model: PreTrainedModel, count: int) -> list[torch.nn.Module]:
 
 
 def _compare(what: str, actual: Tensor, expected: Tensor, tolerance: float, slack: Tensor | float = 0.0) -> None:
-    error = (actual - expected).norm()
-    if not bool(error <= tolerance * expected.norm() + slack):
-        raise Unfit(
-            f"its {what} computes something else than the fused step would "
-            f"(relative error {float(error / expected.norm()):.3g})"
-        )
+    """Token by token: the first token of a context can be a thousand times as large as the others."""
+    error, size = (actual - expected).norm(dim=-1), expected.norm(dim=-1)
+    if not bool((error <= tolerance * size + slack).all()):
+        worst = float((error / size).nan_to_num().max())
+        raise Unfit(f"its {what} computes something else than the fused step would (relative error {worst:.3g})")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hybridgen.loading.fusion import FusedHead
+from hybridgen.loading.fusion import FusedHead, has_hooks
 from hybridgen.models.binding import AttentionSite
 from hybridgen.models.rope import LENGTH_DEPENDENT
 
@@ -32,6 +32,15 @@ class Norm:
     scale: Tensor
     """float32 [width]; what the module multiplies by, a Gemma norm's 1 + weight too."""
     eps: float
+    source: Tensor | None = None
+    """The module's parameter, which `scale` was made from."""
+    shift: float = 0.0
+    """What was added to it."""
+
+    def refresh(self) -> None:
+        """Make `scale` again, from the parameter as it is now."""
+        if self.source is not None:
+            self.scale.copy_(self.source.detach().float() + self.shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,15 @@ class Decoder:
     dtype: torch.dtype
 
     @property
+    def norms(self) -> tuple[Norm, ...]:
+        """All norms."""
+        found = [self.norm]
+        for layer in self.layers:
+            of_layer = (layer.before_attention, layer.query_norm, layer.key_norm, layer.after_attention)
+            found += [norm for norm in (*of_layer, layer.before_mlp, layer.after_mlp) if norm is not None]
+        return tuple(found)
+
+    @property
     def device(self) -> torch.device:
         return self.head.device
 
@@ -130,6 +148,9 @@ def describe(model: PreTrainedModel, sites: Sequence[AttentionSite], max_context
     """
     if not sites:
         raise Unfit("it has no layers")
+    for name, module in model.named_modules():
+        if "forward" in vars(module) or has_hooks(module):
+            raise Unfit(f"{name or 'the model'} has hooks or a replaced forward")
     base = model.base_model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
@@ -270,7 +291,9 @@ def _norm(module: nn.Module, width: int) -> Norm:
     plain, shifted = weight.detach().float(), weight.detach().float() + 1
     # Of the two readings, the exact one: the module's own output is rounded to its dtype.
     distance = [(out - scale).abs().max() for scale in (plain, shifted)]
-    return Norm(plain if distance[0] <= distance[1] else shifted, float(eps))
+    shift = 0.0 if distance[0] <= distance[1] else 1.0
+    scale = (shifted if shift else plain).clone().contiguous()
+    return Norm(scale, float(eps), weight.detach(), shift)
 
 
 def _head_norm(attention: nn.Module, name: str) -> Norm | None:

@@ -40,6 +40,9 @@ def tune(fused: FusedDecode, seconds: float) -> dict[str, Any]:
         seconds: time for all of it, a few seconds more at most; two thirds for the persistent kernel, if there is one
             and a chain.
 
+    Raises:
+        Unfit: what was chosen computes something else.
+
     Returns:
         What `fuse_decode(tuned=...)` takes; plain values, for JSON.
     """
@@ -48,12 +51,14 @@ def tune(fused: FusedDecode, seconds: float) -> dict[str, Any]:
     if fused.persistent is not None:
         deadline = time.monotonic() + seconds * share
         fused.persistent = _tune_persistent(fused, deadline)
+        fused.try_step(1)
         chosen["persistent"] = as_document(fused.persistent.tuning)
         seconds -= seconds * share
     if fused.chain is not None:
         most = fused.chain.max_rows
         rows = sorted({min(8, most), most})
         chosen["chain"] = chain_tuning.tune(fused.chain, rows=rows, seconds=seconds)
+        fused.try_step(most)
     return chosen
 
 
@@ -81,8 +86,9 @@ def _tune_persistent(fused: FusedDecode, deadline: float) -> PersistentStep:
                 continue
             logger.debug("%s: %.1f us", candidate, took * 1e6)
             if took < shortest * _WORTH:
-                best, shortest = step, took
+                best, step, shortest = step, best, took
                 candidates.best = candidate
+            step.kernel.close()
     finally:
         torch.cuda.synchronize(model.device)
         inputs.state[:, padding] = 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 
 import torch
+
+from hybridgen.capturing import CAPTURING
 
 _BYTES = 2 * 2**30
 """Read at once where there is room: many times what a cache holds."""
@@ -13,7 +14,9 @@ _LEAST_BYTES = 256 * 2**20
 _REPEATS = 7
 
 
-@functools.cache
+_measured: dict[torch.device, float] = {}
+
+
 def read_ceiling(device: torch.device) -> float | None:
     """Bytes per second of a stream that is only read, measured once per process; None on a CPU.
 
@@ -22,6 +25,8 @@ def read_ceiling(device: torch.device) -> float | None:
     """
     if device.type != "cuda":
         return None
+    if device in _measured:
+        return _measured[device]
     free = torch.cuda.mem_get_info(device)[0]
     size = min(_BYTES, free // 2) // 2**20 * 2**20
     if size < _LEAST_BYTES:
@@ -31,10 +36,12 @@ def read_ceiling(device: torch.device) -> float | None:
     with torch.cuda.device(device), torch.inference_mode():
         values = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
         sums = torch.zeros(1, dtype=torch.int32, device=device)
-        try:
-            return max(size / _median_seconds(values, sums, config, read_all) for config in CONFIGS)
-        finally:
-            del values
+        rate = max(size / _median_seconds(values, sums, config, read_all) for config in CONFIGS)
+        del values
+        with CAPTURING:  # the cache that it leaves is not for graphs, which have pools of their own
+            torch.cuda.empty_cache()
+    _measured[device] = rate
+    return rate
 
 
 def _median_seconds(values: torch.Tensor, sums: torch.Tensor, config: tuple[int, int], read_all) -> float:  # type: ignore[no-untyped-def]

@@ -226,7 +226,7 @@ def _static_reason(candidate: _Candidate, uses: Counter[int]) -> str | None:
     for name, member in zip(candidate.names, members, strict=True):
         if type(member) is not nn.Linear:
             return f"{name} is a {type(member).__name__}, not a plain nn.Linear"
-        if "forward" in member.__dict__ or _has_hooks(member):
+        if "forward" in member.__dict__ or has_hooks(member):
             return f"{name} has hooks or a replaced forward"
         if any(type(p) is not nn.Parameter for p in member.parameters()):
             return f"{name} has parameters of another class than nn.Parameter"
@@ -241,7 +241,8 @@ def _static_reason(candidate: _Candidate, uses: Counter[int]) -> str | None:
     return None
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to a module's calls, or changes them."""
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, table) for table in tables)
 

@@ -24,7 +24,8 @@ from typing import Any, cast
 
 import torch
 
-from hybridgen.execution.graphs.recorder import CAPTURING, Recorded, median_seconds
+from hybridgen.capturing import CAPTURING
+from hybridgen.execution.graphs.recorder import Recorded, median_seconds
 from hybridgen.execution.steps import StepKey
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class CudaGraphRecorder:
             for _ in range(_WARM_UPS):
                 step()
             plain = median_seconds(step, self._wait) if known is None else known[0]
+        self._wait()  # steps share buffers: no two may run at a time, and the first replay is on another stream
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
         try:

@@ -11,10 +11,6 @@ from typing import Protocol
 
 from hybridgen.execution.steps import StepKey
 
-CAPTURING = threading.RLock()
-"""Held while something is captured, and while the allocator's cache is emptied: the allocator of the process takes one
-capture at a time, and does not survive being emptied in it."""
-
 _TIMED = 3
 _threads = threading.local()
 

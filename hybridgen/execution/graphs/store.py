@@ -14,12 +14,12 @@ import torch
 
 from hybridgen.core import GraphEvent, GraphEventKind
 from hybridgen.errors import EngineError
-from hybridgen.execution.faults import is_fatal
 from hybridgen.execution.graphs.ladder import round_up
 from hybridgen.execution.graphs.recorder import Recorded, Recorder
 from hybridgen.execution.graphs.times import PlainTimes
 from hybridgen.execution.statistics import Counters, GraphRow, GraphStats
 from hybridgen.execution.steps import StepKey
+from hybridgen.faults import is_fatal
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 

@@ -19,7 +19,8 @@ import torch._inductor.cudagraph_trees
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from hybridgen.execution.graphs.recorder import CAPTURING, Recorded, median_seconds, this_thread
+from hybridgen.capturing import CAPTURING
+from hybridgen.execution.graphs.recorder import Recorded, median_seconds, this_thread
 from hybridgen.execution.steps import ModelSteps, StepKey
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan

@@ -90,6 +90,7 @@ struct Producer {
   // Rows of a [rows, K] weight; a gated projection takes each row's twin `twin` rows below as well.
   template <int K, bool GATED> DEVICE void projection(const u16* weight, int rows, i64 twin) {
     constexpr int STEP = GATED ? Layout<K>::ROWS / 2 : Layout<K>::ROWS;
+    static_assert(STEP > 0, "a stage holds a row of both halves of a gated weight");
     const int first = first_row(rows), count = row_count(rows);
     for (int r = 0; r < count; r += STEP) {
       const u32 bytes = min(STEP, count - r) * K * 2;

@@ -88,6 +88,10 @@ def check(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
     for name, width in (("hidden", model.hidden), ("intermediate", model.intermediate)):
         if width % 8:
             raise Unfit(f"its {name} size {width} is no multiple of 8")
+    tensors = [model.embedding, model.head, *(norm.scale for norm in model.norms)]
+    tensors += [part.weight for layer in model.layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    if any(not tensor.is_contiguous() or tensor.data_ptr() % 16 for tensor in tensors):
+        raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
     if page_size & (page_size - 1):
         raise Unfit(f"page_size={page_size} is no power of two")
 
@@ -110,7 +114,8 @@ def shape_of(
         Unfit: a row of weights does not fit a stage, or there are too few multiprocessors.
     """
     group = model.heads // model.kv_heads
-    widest = 2 * max(model.hidden, model.heads * model.head_dim, model.intermediate)
+    # A stage holds a row of every weight, and of the gated one a row of each half.
+    widest = 2 * max(2 * model.hidden, model.heads * model.head_dim, model.intermediate)
     stage = tuning.stage
     while stage < widest:
         stage *= 2
