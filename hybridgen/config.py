@@ -126,8 +126,8 @@ class EngineConfig:
     """Batch sizes of decode graphs; other sizes are padded to the next. An empty list: decode is not recorded. Else 1,
     2, 4, 8, then steps of 8 to 64 and of 16 above, up to max_batch."""
     prefill_buckets: Sequence[int] | None = None
-    """Prompt lengths of prefill graphs. An empty list: prefill is not recorded. Else 16, 32, 64, 96, 128, then steps
-    of 64 to 512."""
+    """Prompt lengths of prefill graphs. An empty list: prefill is not recorded. Else steps of 16 to 256
+    and of 32 to 512."""
     capture_at_start: bool = True
     """Record all buckets for greedy decoding and for the model's own sampling at warm-up; else only while idle."""
     lazy_capture: bool = True

@@ -16,8 +16,8 @@ def decode_ladder(max_batch: int) -> tuple[int, ...]:
 
 
 def prefill_ladder(most: int) -> tuple[int, ...]:
-    """16, 32, 64, then in steps of 32 to 512, as far as `most` tokens allow."""
-    sizes = (16, 32, *range(64, MOST_PREFILL_TOKENS + 1, 32))
+    """In steps of 16 to 256 and of 32 to 512, as far as `most` tokens allow."""
+    sizes = (*range(16, 256, 16), *range(256, MOST_PREFILL_TOKENS + 1, 32))
     return tuple(size for size in sizes if size <= most)
 
 

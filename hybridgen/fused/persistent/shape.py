@@ -42,9 +42,9 @@ def default_tuning(model: Decoder, blocks: int) -> Tuning:
     return Tuning(
         stage=16384 if small and not wide else 32768,
         in_flight=3 if small and not wide else 2,
-        short_splits=max(1, min(8 if wide else 4, blocks // model.heads)),
+        # Splits are merged four at a time: a fifth costs another round of waiting in every layer.
+        short_splits=max(1, min(4, blocks // model.heads)),
         long_splits=max(1, min(32, blocks // model.kv_heads)),
-        short_least=128,
     )
 
 

@@ -44,8 +44,8 @@ def test_every_batch_has_a_bucket(max_batch: int) -> None:
         (1, ()),
         (15, ()),
         (16, (16,)),
-        (100, (16, 32, 64, 96)),
-        (8192, (16, *range(32, 513, 32))),
+        (100, (16, 32, 48, 64, 80, 96)),
+        (8192, (*range(16, 257, 16), *range(288, 513, 32))),
     ],
 )
 def test_prefill_sizes(most: int, sizes: tuple[int, ...]) -> None:

@@ -27,7 +27,7 @@ def plan_of(mode: Mode = Mode.GRAPH, most: int = 100, **fields: Any) -> GraphPla
 def test_defaults() -> None:
     settings = plan_of(max_batch=9).settings()
     assert settings.decode == (1, 2, 4, 8, 9)
-    assert settings.prefill == (16, 32, 64, 96)
+    assert settings.prefill == (16, 32, 48, 64, 80, 96)
     assert (settings.max_rows, settings.max_bytes, settings.max_padding_ratio) == (9, None, None)
     assert (settings.lazy, settings.capture_after, settings.sample_in_graph) == (True, 3, True)
     assert not settings.exact_when_lazy
