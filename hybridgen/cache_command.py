@@ -130,7 +130,8 @@ def _warm(arguments: argparse.Namespace) -> int:
 
     modes = arguments.modes.split(",") if arguments.modes else [arguments.mode or Mode.AUTO]
     for mode in modes:
-        config = _config(arguments).replace(mode=mode)
+        # Without recording while idle, a start records all buckets, not what earlier processes used.
+        config = _config(arguments).replace(mode=mode, lazy_capture=False)
         with Engine.load(arguments.model, config) as engine:
             off = why_off(config, engine.mode, engine.checkpoint.device.type)
             if off is not None:

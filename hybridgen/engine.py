@@ -138,10 +138,10 @@ class Engine:
             wait = preload(config, config.mode_on(checkpoint.device.type))
             loaded = checkpoint.load()
             wait()
+            return cls(checkpoint, loaded, config, cache)
         except BaseException:
             cache.close()
             raise
-        return cls(checkpoint, loaded, config, cache)
 
     def _build(self, bound: BoundModel, undo: ExitStack) -> StepLoop:
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
@@ -175,7 +175,7 @@ class Engine:
             with self._timed("compile"):
                 not_compiled = self._compile(runner)
         if fuses:
-            starter.choose_decode(runner, plan.settings().decode)
+            starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
         if device.type == "cuda":
             with self._timed("tuning"):
                 runner.exercise()
@@ -192,7 +192,14 @@ class Engine:
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
         return StepLoop(
-            runner, scheduler, self._counters, tokenizer=self.tokenizer, run_ahead=run_ahead, meter=self._meter
+            runner,
+            scheduler,
+            self._counters,
+            tokenizer=self.tokenizer,
+            run_ahead=run_ahead,
+            # Without graphs a launch is a forward pass of Python.
+            reads_first_tokens_first=not plan.settings().decode,
+            meter=self._meter,
         )
 
     def _graph_plan(self) -> GraphPlan:
@@ -465,9 +472,11 @@ class Engine:
         """
         loop, self._loop = self._loop, None
         if loop is not None:
-            if self._runner is not None and not loop.ended:
-                self._starter.keep_plan(self._runner)
-            loop.close()
+            try:
+                if self._runner is not None and not loop.ended:
+                    self._starter.keep_plan(self._runner)
+            finally:
+                loop.close()
         self._runner = None
         self._undo()
         if self.checkpoint.device.type == "cuda":

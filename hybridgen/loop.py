@@ -48,14 +48,22 @@ class StepLoop:
         *,
         tokenizer: Any,
         run_ahead: int,
+        reads_first_tokens_first: bool = False,
         meter: DecodeMeter | None = None,
     ) -> None:
-        """`meter` is told of every decode step that was read."""
+        """
+        Args:
+            run_ahead: calls that are launched before the last one's tokens are read, 0 or 1.
+            reads_first_tokens_first: a prefill's tokens are read before the next call is launched, for where a launch
+                takes the host long: else every first token would wait for it.
+            meter: told of every decode step that was read.
+        """
         self.scheduler = scheduler
         self._runner = runner
         self._counters = counters
         self._tokenizer = tokenizer
         self._run_ahead = run_ahead
+        self._reads_first_tokens_first = reads_first_tokens_first
         self._responses: dict[Sequence, Response] = {}
         self._meter = meter
         self._batch: Batch | None = None
@@ -184,6 +192,10 @@ class StepLoop:
 
     def _step(self) -> None:
         earlier, self._in_flight = self._in_flight, []
+        if self._reads_first_tokens_first and any(flight.decoded_by is None for flight in earlier):
+            for flight in earlier:
+                self._read(flight)
+            earlier = []
         launched = self._launch()
         if self._run_ahead and launched:
             self._in_flight = launched

@@ -17,7 +17,7 @@ from hybridgen.execution import Counters, ModelRunner, StepKey
 from hybridgen.execution.graphs import history
 from hybridgen.execution.statistics import ArtifactStats
 from hybridgen.execution.units import LayerUnits
-from hybridgen.fused.structure import Unfit
+from hybridgen.faults import is_fatal
 from hybridgen.kernels.ceiling import read_ceiling
 
 _CEILING = "read-ceiling"
@@ -159,20 +159,32 @@ class Starter:
             with self._startup.timed("tuning"):
                 try:
                     chosen = runner.tune_fused(config.tune_seconds)
-                except Unfit as error:
-                    self._counters.fall_back(f"the tuner's choice of fused kernels is not used: {error}")
+                except Exception as error:
+                    if is_fatal(error):
+                        raise
+                    self._counters.fall_back(
+                        f"the tuner's choice of fused kernels is not used: {type(error).__name__}: {error}"
+                    )
                     self.fused = runner.fuse_decode(max_context, kept=kept).notes
                 else:
                     self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
 
-    def choose_decode(self, runner: ModelRunner, sizes: Sequence[int]) -> None:
-        """Decode with the chain of fused kernels where it is faster than the compiled layers, measured once."""
+    def choose_decode(self, runner: ModelRunner, sizes: Sequence[int], *, compiled: bool) -> None:
+        """Decode with the chain of fused kernels where it is faster than the compiled layers, measured once.
+
+        Args:
+            sizes: batch sizes to measure at.
+            compiled: whether the layers are compiled; else the chain is used as it is.
+        """
         fused = runner.steps.fused
-        if fused is None or fused.chain is None:
+        if fused is None or fused.chain is None or not compiled:
+            return
+        sizes = [size for size in sizes if fused.least_chain_rows <= size <= fused.chain_rows]
+        if not sizes:
             return
         tuned = self._cache.read_document(_TUNING) or {}
         most, why = tuned.get("chain_rows"), tuned.get("chain_why")
-        if isinstance(most, int) and isinstance(why, str):
+        if isinstance(most, int) and isinstance(why, str) and tuned.get("chain_sizes") == sizes:
             fused.use_chain_up_to(min(most, fused.chain_rows), why)
         else:
             with self._startup.timed("tuning"):
@@ -183,7 +195,7 @@ class Starter:
                         f"fused and compiled decode were not compared: {type(error).__name__}: {error}"
                     )
                 else:
-                    chosen = {"chain_rows": fused.chain_rows, "chain_why": why}
+                    chosen = {"chain_rows": fused.chain_rows, "chain_why": why, "chain_sizes": sizes}
                     self._cache.keep_document(_TUNING, {**tuned, **chosen})
         self.fused = fused.notes
 
@@ -205,7 +217,9 @@ class Starter:
         self._plan = history.read(self._cache.read_document(history.DOCUMENT))
         runner.graphs.know({graph.key: (graph.plain_seconds, graph.seconds) for graph in self._plan})
         # Without recording while idle, what is left out now would never be recorded.
-        chosen = history.first(keys, self._plan) if runner.graphs.settings.lazy else list(keys)
+        settings = runner.graphs.settings
+        chosen = history.first(keys, self._plan) if settings.lazy else list(keys)
+        chosen = chosen[: settings.max_graphs]
         known = {graph.key for graph in self._plan}
         hits = sum(key in known for key in chosen)
         self._planned = hits, len(chosen) - hits

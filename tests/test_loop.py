@@ -309,10 +309,12 @@ class StubRunner:
         return SimpleNamespace(kind="stub", reason="none", rows=len(tokens), read=read)
 
 
-def stub_loop(run_ahead: int = 1, tokenizer: Any = None, budget: int = 16) -> tuple[StepLoop, StubRunner]:
+def stub_loop(
+    run_ahead: int = 1, tokenizer: Any = None, budget: int = 16, **options: Any
+) -> tuple[StepLoop, StubRunner]:
     runner = StubRunner()
     scheduler = Scheduler(pages=PageAllocator(100), page_size=16, max_batch=4, token_budget=budget)
-    return StepLoop(runner, scheduler, Counters(), tokenizer=tokenizer, run_ahead=run_ahead), runner
+    return StepLoop(runner, scheduler, Counters(), tokenizer=tokenizer, run_ahead=run_ahead, **options), runner
 
 
 def start(loop: StepLoop, count: int, prompt: int = 3, **fields: Any) -> list[Response]:
@@ -342,6 +344,24 @@ def test_tokens_steps_and_counts(run_ahead: int) -> None:
         assert response.sequence.launched == count
     assert loop._counters.tokens == {"prompt": 49, "generated": 22}
     assert loop._counters.steps["decode", "stub", "none"] == len(runner.decoded)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_first_token_need_not_wait_for_the_next_launch(first: bool) -> None:
+    """Where launches take long, a prefill is read before the decode call is launched; later steps run ahead."""
+    loop, runner = stub_loop(reads_first_tokens_first=first)
+    (response,) = start(loop, 1, max_new_tokens=5)
+    decode, when_decoded = runner.decode, []
+
+    def noted(slots: tuple[int, ...]) -> Any:
+        when_decoded.append(len(response.sequence.output_ids))
+        return decode(slots)
+
+    runner.decode = noted
+    finish(loop, [response])
+    assert response.completion.token_ids == tuple(range(5))
+    # Tokens that the host had at each launch.
+    assert when_decoded == ([1, 1, 2, 3] if first else [0, 1, 2, 3])
 
 
 def test_the_runner_gets_the_same_slots_object_while_the_batch_is_the_same() -> None:

@@ -77,7 +77,7 @@ def test_a_row_that_could_not_be_measured_says_so(tables: ModuleType, tmp_path: 
     text = tables.rewritten(page("ttft"), tmp_path)
     assert "| m, 10 | `jit` | - | - | - | - | - | - | - | - | - | out of memory |" in text
     assert "| m, 10 | `hybrid` | 5.12 | - | - | 6.00 | - | - | 50.0% | 100.0% | 0.013 | 20 (interval) |" in text
-    assert "- m, lowest TTFT p99: `hybrid` at 10." in text
+    assert "- m, lowest worst TTFT: `hybrid` at 10." in text
     assert "- m, lowest median TTFT: nothing measured." in text
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from hybridgen.artifacts.files import UnusableError
 from hybridgen.artifacts.locks import locked
 from hybridgen.artifacts.manifest import MANIFEST, READY, Manifest
-from hybridgen.artifacts.store import Store
+from hybridgen.artifacts.store import DIGEST, Store
 from hybridgen.core import shown
 from hybridgen.errors import CacheError
 
@@ -90,15 +90,15 @@ def import_bundle(store: Store, path: Path, *, trust: bool) -> tuple[list[str], 
             "If you made it, or trust who did, say so with --trust"
         )
     stage = store.entries_directory / f".new-{uuid.uuid4().hex[:12]}"
-    stage.mkdir(mode=0o700)
     try:
+        stage.mkdir(mode=0o700)
         digests = _unpack(path, stage)
         for digest in digests:
             manifest = Manifest.read(stage / digest, digest)
             for name in manifest.files:
                 manifest.read_file(stage / digest, name)
         return _move_in(store, stage, digests)
-    except (tarfile.TarError, EOFError, ValueError, KeyError, UnusableError, OSError) as error:
+    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, UnusableError, OSError) as error:
         raise CacheError(f"{path} is no bundle of a compile cache, or damaged: {error}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -111,9 +111,13 @@ def _unpack(path: Path, stage: Path) -> list[str]:
         first = bundle.next()
         data = bundle.extractfile(first) if first is not None and first.name == _HEADER else None
         header = json.loads(data.read(2**20)) if data is not None else {}
-        if header.get("format") != _FORMAT:
+        if not isinstance(header, dict) or header.get("format") != _FORMAT:
             raise ValueError("it has no header of a format that this version reads")
         digests = [str(digest) for digest in header["entries"]]
+        for digest in digests:
+            if not DIGEST.fullmatch(digest):
+                raise ValueError(f"it names an entry that no store has: {shown(digest)}")
+            (stage / digest).mkdir(mode=0o700)  # not as a parent of a file: those have the umask's mode
         for member in bundle:
             if member.name == _HEADER:
                 continue

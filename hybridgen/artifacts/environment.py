@@ -18,6 +18,8 @@ from hybridgen.artifacts.entry import Entry
 logger = logging.getLogger(__name__)
 
 INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+_MARK = "_HYBRIDGEN_SET_"
+"""Before the name of a variable: what we set it to, so that a child process does not take it for the user's."""
 _ours: dict[str, str] = {}
 """What we set last, by variable."""
 
@@ -30,7 +32,7 @@ def direct_to(entry: Entry) -> list[str]:
         if _is_users(variable):
             notes.append(f"{variable}={os.environ[variable]} is the user's own; its files are not in the entry")
             continue
-        os.environ[variable] = _ours[variable] = str(directory)
+        os.environ[variable] = os.environ[_MARK + variable] = _ours[variable] = str(directory)
     if INDUCTOR in _ours and "torch._inductor.utils" in sys.modules:
         _forget_compiled()
     if before is not None and before != _ours.get(TRITON):
@@ -44,11 +46,12 @@ def restore(entry: Entry) -> None:
     for variable, directory in ((INDUCTOR, entry.inductor), (TRITON, entry.triton)):
         if os.environ.get(variable) == str(directory):
             del os.environ[variable]
+            os.environ.pop(_MARK + variable, None)
 
 
 def _is_users(variable: str) -> bool:
     value = os.environ.get(variable)
-    if value is None or value == _ours.get(variable):
+    if value is None or value == _ours.get(variable) or value == os.environ.get(_MARK + variable):
         return False
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 

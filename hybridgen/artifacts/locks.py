@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -49,6 +50,8 @@ class FileLock:
         """Let go; nothing happens if it is not held."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child has the descriptor, too
             os.close(descriptor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -133,12 +134,24 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
+def _processor() -> str:
+    """A hash of the processor's name and instructions: Inductor's C++ is compiled for exactly these."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    found = sorted({line for line in lines if line.split(":")[0].strip() in wanted})
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
+
+
 def _machine(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         # Inductor's C++ is made for the vector instructions and the number of threads.
         return {
             "device": "cpu",
-            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}",
             "threads": torch.get_num_threads(),
         }
     properties = torch.cuda.get_device_properties(device)

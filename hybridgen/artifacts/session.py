@@ -62,7 +62,11 @@ class CompileCache:
         cache = cls._open(store, key, config)
         cache.notes += problems
         if not cache.entry.hit:
-            _refuse_if_offline(config, mode, cache.entry.reason)
+            try:
+                _refuse_if_offline(config, mode, cache.entry.reason)
+            except CacheMissError:
+                cache.close()
+                raise
         cache.seconds = time.perf_counter() - start
         return cache
 
@@ -114,7 +118,9 @@ class CompileCache:
         if isinstance(entry, MemoryEntry) or self.store is None:
             return
         self.store.move_aside(entry.key.digest, reason)
-        for directory in (entry.inductor, entry.triton, entry.aot, entry.kernels, entry.directory / "documents"):
+        # Triton's files and the fused kernels were made by other compilers, are loaded by now, and would not be made
+        # again.
+        for directory in (entry.inductor, entry.aot, entry.directory / "documents"):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(mode=0o700)
         entry.hit, entry.reason = False, f"the entry was moved aside: {reason}"

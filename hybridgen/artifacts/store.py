@@ -33,7 +33,7 @@ _LOCK_SECONDS = 60.0
 _LEFTOVER_SECONDS = 3600.0
 _QUARANTINED = 4
 """Entries that are kept after they were moved aside."""
-_DIGEST = re.compile(r"[0-9a-f]{32}")
+DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class Store:
             names = os.listdir(self.entries_directory)
         except OSError:
             names = []
-        for digest in filter(_DIGEST.fullmatch, names):
+        for digest in filter(DIGEST.fullmatch, names):
             directory = self.path_of(digest)
             manifest, problem = None, None
             try:

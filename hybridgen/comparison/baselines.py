@@ -70,7 +70,7 @@ class HuggingFaceGenerate:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
+            eos_token_id=-1,  # ignored, not forbidden: a minimum length would add processors to every step
             pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([clock]),  # type: ignore[list-item]
             **options,
@@ -228,6 +228,8 @@ def batching_config(**options: Any) -> Any:
 
     if not torch.cuda.is_available():
         options.setdefault("num_blocks", _CPU_BLOCKS)  # else it takes most of the machine's memory
+    if "allow_block_sharing" in inspect.signature(ContinuousBatchingConfig).parameters:
+        options.setdefault("allow_block_sharing", False)  # prompts come again in every call; nobody else may reuse them
     if _is_new_batching():
         options["auto_switch_to_flash"] = False
     return ContinuousBatchingConfig(**options)

@@ -27,12 +27,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "metadata_copy=False": {"metadata_copy": False},
     "double_buffer=False": {"double_buffer": False},
     "run_ahead=0": {"run_ahead": 0},
-    "fuse_projections=False": {"fuse_projections": False},
+    "fused_decode=False": {"fused_decode": False},
+    "fuse_projections=False, fused_decode=False": {"fuse_projections": False, "fused_decode": False},
     "sample_in_graph=False": {"sample_in_graph": False},
     "lazy_capture=False": {"lazy_capture": False},
     "max_padding_ratio=0": {"max_padding_ratio": 0},
 }
-"""Mode `hybrid` with one switch off; `mode=graph` is it without compilation."""
+"""Mode `hybrid` with one switch off, or with two where one needs the other: fused decode needs joined projections.
+`mode=graph` is it without compilation and without fused decode."""
 
 _OWN_ENGINE_FIELDS = frozenset({"mode", "max_batch", "max_context", "on_graph_event"})
 """Set by the comparison itself, or nothing that a file can hold."""
@@ -164,12 +166,14 @@ class CompareConfig:
         Raises:
             ConfigError: the fields do not go together.
         """
-        usual = {
+        usual: dict[str, Any] = {
             "max_batch": max(self.batch_sizes),
             "max_context": max(self.longest, min(limit, MOST_PREFILL_TOKENS + self.new_tokens)),
             "capture_after": 1,  # what warm-up misses is captured before anything is measured
             "progress": False,
         }
+        if self.fresh_compile:  # else a second run would find what the first one compiled, and what was hot in it
+            usual["compile_cache"] = False
         return EngineConfig(**{**usual, **self.engine, **variant})
 
     def replace(self, **changes: Any) -> CompareConfig:

@@ -150,6 +150,10 @@ class _Run:
                 self._check_logits()
                 if utilisation:
                     self._utilisation()
+        except KeyboardInterrupt:  # what was measured is worth having, whatever was under way
+            self.measurement.interrupted = True
+            self.leave_out([name for name in listed if name not in self.built], "interrupted before it was built")
+            self.notes.append("interrupted; checks that come after measuring are missing or not complete")
         finally:
             for name, subject in list(self.subjects.items()):
                 self._finish(name, subject)
@@ -233,7 +237,9 @@ class _Run:
                 if name == REFERENCE:
                     self.references[key] = found
                 if key in self.references:
-                    self.logit_errors[cell] = logit_error(found, self.references[key])
+                    worst = logit_error(found, self.references[key])
+                    if worst is not None:
+                        self.logit_errors[cell] = worst
 
     def _utilisation(self) -> None:
         """How busy the device is in short calls: their times first, then the profiler, which slows what follows."""
@@ -296,7 +302,7 @@ class _Run:
             growth = self.built[cell.subject].growth
             row.logit_error = self.logit_errors.get(cell)
             row.gpu_utilisation = self.busy.get(cell)
-            if growth is not None and record.walls:
+            if growth is not None and growth >= 0 and record.walls:  # below 0: somebody else gave memory back
                 row.memory = weights + growth + record.peak
             if ceiling is not None and row.tpot is not None and traffic is not None and traffic.weights:
                 context = cell.prompt_length + self.config.new_tokens / 2

@@ -119,7 +119,12 @@ class CompiledLayers:
         """Graphs compiled after it: each one is a stall that a user saw."""
 
     def install(self) -> None:
-        """From now on `layer(...)` runs compiled, but for layers with hooks or a forward of their own."""
+        """From now on `layer(...)` runs compiled, but for layers with hooks or a forward of their own.
+
+        Nothing happens where that is so already.
+        """
+        if self._hook is not None:
+            return
         self._hook = register_bytecode_hook(self._count)
         for layer in self._layers:
             if "forward" in vars(layer) or has_hooks(layer):

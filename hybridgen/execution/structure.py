@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import types
 from collections.abc import Mapping
 from enum import Enum
@@ -39,7 +40,7 @@ def token_dimension(tensor: torch.Tensor) -> int | None:
 
 def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]) -> None:
     kind = type(module)
-    lines.append(f"{path}: {kind.__module__}.{kind.__qualname__} {'training' if module.training else ''}")
+    lines.append(f"{path}: {kind.__module__}.{kind.__qualname__} {_code(kind.forward)} {'training' * module.training}")
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         lines.append(f"{path}.{name}: {'None' if tensor is None else _tensor(tensor, ())}")
     for name, value in sorted(vars(module).items()):
@@ -50,10 +51,24 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
         elif isinstance(value, LayerBinding):
             _describe_binding(f"{path}.{name}", value, tokens, lines)
         elif isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
-            lines.append(f"{path}.{name}: {value.__module__}.{value.__qualname__}")
+            lines.append(f"{path}.{name}: {value.__module__}.{value.__qualname__} {_code(value)}")
     for name, child in module._modules.items():
         if child is not None:
             _describe_module(f"{path}.{name}", child, tokens, lines)
+
+
+def _code(function: Any) -> str:
+    """A hash of a function's code: classes are patched at run time, under the same names."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    if code is None:
+        return "-"
+    # A set's order is another one in each process.
+    constants = [
+        sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant)
+        for constant in code.co_consts
+        if not isinstance(constant, types.CodeType)
+    ]
+    return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()[:16]
 
 
 def _describe_binding(path: str, binding: LayerBinding, tokens: int, lines: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -86,3 +87,15 @@ def test_members_that_no_bundle_has(store: Store, tmp_path: Path, member: str) -
         import_bundle(store, tmp_path / "b.tgz", trust=True)
     assert not (tmp_path / "evil").exists()
     assert store.entries() == []
+
+
+def test_a_bundle_comes_in_whatever_the_umask(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "bundle.tar.gz"
+    export_bundle(store, path)
+    mask = os.umask(0o002)
+    try:
+        imported, left = import_bundle(Store(tmp_path / "other"), path, trust=True)
+    finally:
+        os.umask(mask)
+    assert imported
+    assert not left

@@ -19,17 +19,18 @@ from hybridgen.engine import open_cache
 from hybridgen.loading import Checkpoint
 
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+MARKS = tuple(f"_HYBRIDGEN_SET_{variable}" for variable in VARIABLES)
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The variables as a fresh process has them, and as they were afterwards."""
     before = dict(environment._ours)
-    for variable in VARIABLES:
+    for variable in (*VARIABLES, *MARKS):
         monkeypatch.delenv(variable, raising=False)
     environment._ours.clear()
     yield
-    for variable in VARIABLES:
+    for variable in (*VARIABLES, *MARKS):
         os.environ.pop(variable, None)
     environment._ours.clear()
     environment._ours.update(before)
@@ -47,7 +48,23 @@ def test_compilers_are_sent_to_the_copy_and_back(tmp_path: Path, llama_path: Pat
     assert os.environ["TRITON_CACHE_DIR"] == str(cache.entry.triton)
     assert (cache.state, cache.notes) == ("miss", [])
     cache.close()
-    assert not set(VARIABLES) & set(os.environ)
+    assert not {*VARIABLES, *MARKS} & set(os.environ)
+
+
+def test_a_child_process_does_not_take_ours_for_the_users(tmp_path: Path, llama_path: Path) -> None:
+    parent = opened(tmp_path / "store", llama_path)
+    environment._ours.clear()  # what a child inherits is the environment alone
+    child = opened(tmp_path / "other", llama_path)
+    assert child.notes == []
+    assert os.environ["TRITON_CACHE_DIR"] == str(child.entry.triton) != str(parent.entry.triton)
+    child.close()
+    parent.close()
+
+
+def test_a_refused_start_leaves_nothing_set(tmp_path: Path, llama_path: Path) -> None:
+    with pytest.raises(CacheMissError):
+        opened(tmp_path / "store", llama_path, offline_compile=True)
+    assert not {*VARIABLES, *MARKS} & set(os.environ)
 
 
 def test_a_users_own_settings_win_and_are_named(

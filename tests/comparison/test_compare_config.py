@@ -56,7 +56,7 @@ def test_ablation_switches_one_thing_off_in_hybrid() -> None:
         if name.startswith("hybrid, "):
             plain = CompareConfig().engine_config({"mode": "hybrid"}, 4096)
             differ = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(plain, f.name)]
-            assert len(differ) == 1, name
+            assert len(differ) == name.count("="), name  # fused decode needs joined projections: two at once there
 
 
 def test_an_engine_is_as_large_as_the_cells_need() -> None:

@@ -70,6 +70,14 @@ def test_the_logit_error_is_the_largest_up_to_the_first_difference() -> None:
     assert logit_error([reference], [reference]) == 0.0
 
 
+def test_what_cannot_be_compared_is_no_agreement() -> None:
+    reference = completion([1], {1: -1.0, 2: -2.0})
+    assert logit_error([completion([1], {1: float("nan"), 2: -2.0})], [reference]) == math.inf
+    # Neither token is reported: each has at most -5.
+    assert logit_error([completion([1], {7: -0.5, 8: -5.0})], [reference]) == 4.0
+    assert logit_error([completion([])], [completion([])]) is None
+
+
 def test_only_the_most_likely_tokens_are_compared() -> None:
     top = {token: -float(token) for token in range(CANDIDATES + 5)}
     other = {token: value - (9.0 if token >= CANDIDATES else 0.0) for token, value in top.items()}

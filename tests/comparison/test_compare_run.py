@@ -113,7 +113,10 @@ def test_one_engine_after_the_other_gives_the_same_tokens(found: Any) -> None:
 
 
 def test_ablation_adds_a_row_for_each_switch(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {name: ABLATIONS[name] for name in ("decode_buckets=[]", "mode=graph", "fuse_projections=False")}
+    few = {
+        name: ABLATIONS[name]
+        for name in ("decode_buckets=[]", "mode=graph", "fuse_projections=False, fused_decode=False")
+    }
     monkeypatch.setattr("hybridgen.comparison.config.ABLATIONS", few)
     fields = {**TINY, "prompt_lengths": 5, "batch_sizes": 2, "repeats": 1}
     comparison = hybridgen.compare(found[0], modes=("hybrid",), ablate=True, **fields)

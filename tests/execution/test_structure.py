@@ -81,6 +81,12 @@ def test_what_makes_another_kind(change: Any) -> None:
     assert look(layer) != look(Layer())
 
 
+def test_a_class_that_is_patched_looks_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = look(Layer())
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight * 1.05))
+    assert look(Layer()) != before
+
+
 def test_arguments_count() -> None:
     layer = Layer()
     assert look(layer, use_cache=False) != look(layer, use_cache=True)
