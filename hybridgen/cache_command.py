@@ -137,7 +137,8 @@ def _warm(arguments: argparse.Namespace) -> int:
             if off is not None:
                 raise CacheError(f"there is nothing to keep: {off}")
             stats = engine.stats()
-            problems = [note for note in stats.artifacts.notes if "cannot" in note]
+            problems = [note for note in stats.artifacts.notes if "cannot keep" in note or "cannot be written" in note]
+            problems += [why for why in stats.fallbacks if "compilation failed" in why or "cannot be kept" in why]
             if stats.artifacts.state == "off" or problems:
                 raise CacheError(f"the compile cache was not filled: {'; '.join(problems) or stats.artifacts.reason}")
             print(f"{stats.artifacts.key[:12]}: {stats.artifacts.state} ({stats.artifacts.reason}), mode {engine.mode}")

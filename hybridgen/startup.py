@@ -228,6 +228,8 @@ class Starter:
     def keep_plan(self, runner: ModelRunner) -> None:
         """Write what was recorded and used to the entry. Nothing where nothing is recorded."""
         if runner.graphs.recordings:
+            if not self._plan:  # nothing was planned at this start: what others used stays known
+                self._plan = history.read(self._cache.read_document(history.DOCUMENT))
             self._cache.keep_document(history.DOCUMENT, history.write(runner.graphs, self._plan))
         self._cache.publish()
 

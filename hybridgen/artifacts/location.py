@@ -72,7 +72,8 @@ def make_private(path: Path) -> None:
 def _prepare_in_checkout(path: Path) -> None:
     """The directory comes with the checkout, made with the modes of other files there."""
     info = os.lstat(path)
-    if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & OTHERS_WRITE:
+    ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & OTHERS_WRITE
+    if ours and stat.S_IMODE(info.st_mode) != 0o700:  # a file system that is read-only refuses to set what is so
         path.chmod(0o700)
     for name, text in ((".gitignore", _IGNORE), ("README.md", _README)):
         if not (path / name).exists():

@@ -375,5 +375,5 @@ class ChainStep:
         key = kernel, *constants.items()
         launcher = self._launchers.get(key)
         if launcher is None:
-            launcher = self._launchers[key] = Launcher(kernel, {**constants, **options}, largest_carveout=overlap)
+            launcher = self._launchers[key] = Launcher(kernel, {**constants, **options})
         return launcher

@@ -97,11 +97,8 @@ class Launcher:
     at a multiple of 16 bytes goes Triton's way, unless the kernel does not specialise on its alignment.
     """
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], *, largest_carveout: bool = False) -> None:
-        """`largest_carveout`: ask for all of L1 as shared memory. A multiprocessor must drain to change its carve-out,
-        so kernels that are to overlap ask for the same."""
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
         self._kernel = kernel
-        self._largest_carveout = largest_carveout
         self._constants = constants
         self._aligned: list[int] | None = None
         self._compiled: Any = None
@@ -135,19 +132,6 @@ class Launcher:
             self._compiled = compiled
             self._tail = tuple(self._constants[name] for name in self._kernel.arg_names[len(args) :])
             self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
-            if self._largest_carveout:
-                prefer_shared_memory(self._function)
-
-
-def prefer_shared_memory(function: int) -> bool:
-    """Ask for the largest shared-memory carve-out of a loaded kernel; false where the driver's bindings are missing."""
-    try:
-        from cuda.bindings import driver
-    except ImportError:
-        return False
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    (status,) = driver.cuFuncSetAttribute(driver.CUfunction(function), attribute, 100)
-    return int(status) == 0
 
 
 def power_of_two(size: int) -> int:
