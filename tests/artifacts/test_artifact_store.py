@@ -279,9 +279,12 @@ def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert location.candidates(str(tmp_path / "given")) == [tmp_path / "given"]
     monkeypatch.delenv("HYBRIDGEN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    top = Path(location.__file__).parents[2]
-    assert location.candidates() == [top / "compile_cache", tmp_path / "xdg" / "hybridgen"]
+    top = Path(location.__file__).parents[2]  # a checkout, or where packages are installed
+    assert location._checkout() == (top if (top / "pyproject.toml").exists() else None)
+    monkeypatch.setattr(location, "_checkout", lambda: None)
+    assert location.candidates() == [tmp_path / "xdg" / "hybridgen"]
     monkeypatch.setattr(location, "_checkout", lambda: tmp_path)
+    assert location.candidates() == [tmp_path / "compile_cache", tmp_path / "xdg" / "hybridgen"]
     Store(tmp_path / "compile_cache")
     assert (tmp_path / "compile_cache" / ".gitignore").read_text().startswith("#")
     assert "code and pickle" in (tmp_path / "compile_cache" / "README.md").read_text()

@@ -286,6 +286,7 @@ def test_a_stopped_client_does_not_stop_others(demo: Process, client: hybridgen.
 
 
 def test_interrupted(demo: Process, client: hybridgen.Client) -> None:
+    before = client.stats()["engine"]["requests"].get("length", 0)
     code = (
         "import sys, hybridgen\n"
         "from hybridgen import SamplingParams as P\n"
@@ -302,7 +303,12 @@ def test_interrupted(demo: Process, client: hybridgen.Client) -> None:
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    until(lambda: client.stats()["engine"]["running"] == 1)
+
+    def one_has_ended() -> bool:
+        engine = client.stats()["engine"]
+        return engine["running"] == 1 and engine["requests"].get("length", 0) > before
+
+    until(one_has_ended)
     child.send_signal(signal.SIGINT)
     out, _ = child.communicate(timeout=30)
     first, last = out.splitlines()
