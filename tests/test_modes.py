@@ -238,7 +238,7 @@ def test_a_users_buckets(path: Path, expected: list[Completion], decode: Any, pr
     with loaded(path, decode_buckets=decode, prefill_buckets=prefill) as engine:
         settings = engine._runner.graphs.settings
         assert settings.decode == ((1, 2, 4, 8, 16, 17) if decode is None else decode)
-        assert settings.prefill == ((16, 32) if prefill is None else prefill)
+        assert settings.prefill == ((16, 32, 48) if prefill is None else prefill)
         outs = engine.generate(PROMPTS, mixed(len(PROMPTS)))
         phases = {row.phase for row in engine.stats().graphs.graphs}
     assert tokens_of(outs) == tokens_of(expected)

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from places import short_directory
 from wire import Process
 
 import hybridgen
-
-
-def short_directory() -> Path:
-    """A directory of our own with a path that is short enough for a socket."""
-    path = Path(tempfile.mkdtemp(prefix="hg-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
 
 
 @pytest.fixture(scope="session")

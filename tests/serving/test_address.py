@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import short_directory
+from places import short_directory
 from wire import Raw
 
 from hybridgen import Client, ServerError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import short_directory
+from places import short_directory
 from wire import environment
 
 import hybridgen

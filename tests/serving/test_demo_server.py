@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import short_directory
+from places import short_directory
 from wire import Process, Raw, environment, until
 from worker import case
 
@@ -309,6 +309,7 @@ def test_interrupted(demo: Process, client: hybridgen.Client) -> None:
         return engine["running"] == 1 and engine["requests"].get("length", 0) > before
 
     until(one_has_ended)
+    time.sleep(0.3)  # what the server has sent is not yet what the child has read
     child.send_signal(signal.SIGINT)
     out, _ = child.communicate(timeout=30)
     first, last = out.splitlines()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
-from conftest import short_directory
+from places import short_directory
 
 from hybridgen import SamplingParams
 from hybridgen.errors import EngineError
