@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hybridgen.fused import reference
 from hybridgen.fused.structure import Decoder
+from hybridgen.kernels.ceiling import read_ceiling
 from hybridgen.kvcache import LayerPages
 
 PAGE_SIZE = 64
@@ -79,18 +80,6 @@ def graph_seconds(call: Callable[[], Any], repeats: int = 5, calls: int = 20) ->
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3 / calls)
     return statistics.median(times)
-
-
-def read_ceiling() -> float:
-    """Bytes per second of matrix-vector products over 4 GB, the best of three ways to cut them."""
-    matrix = torch.empty(2**18, 8192, dtype=torch.bfloat16, device="cuda").normal_()
-    vector = torch.randn(8192, device="cuda").bfloat16()
-    best = 0.0
-    for parts in (1, 2, 4):
-        chunks = matrix.chunk(parts)
-        took = graph_seconds(lambda chunks=chunks: [chunk @ vector for chunk in chunks], calls=2)
-        best = max(best, matrix.nbytes / took)
-    return best
 
 
 def time_parts(step: Any, model: Decoder, case: Case, ceiling: float) -> list[dict[str, Any]]:
@@ -201,7 +190,7 @@ def main() -> None:
         report(results | {"models": [run_smoke()]}, args.output)
         return
     torch.manual_seed(0)
-    ceiling = read_ceiling()
+    ceiling = read_ceiling(torch.device("cuda"))
     release()
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
     tiles: dict[str, Any] = {}

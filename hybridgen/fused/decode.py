@@ -211,8 +211,11 @@ def fuse_decode(
         fused.try_step(1)
         fused.notes["decode of 1 row"] = "one persistent kernel"
     except Exception as error:
-        fused.persistent = None
-        fused.notes["decode of 1 row"] = f"no persistent kernel: {fused.reason_of(error)}"
+        reason = fused.reason_of(error)
+        if fused.persistent is not None:
+            fused.persistent.kernel.close()
+            fused.persistent = None
+        fused.notes["decode of 1 row"] = f"no persistent kernel: {reason}"
     few = min(MAX_ROWS, max_rows)
     if few == 1 and fused.persistent is not None:
         return fused
