@@ -32,6 +32,7 @@ from hybridgen.kernels.attention_common import Launcher, device_of, power_of_two
 from hybridgen.kvcache import LayerPages
 
 MAX_ROWS = 16
+_RELEASE = 1
 
 
 class ChainStep:
@@ -292,6 +293,7 @@ class ChainStep:
                 "STAGES": tile.stages,
                 "EARLY": tile.early,
                 "AHEAD": tile.ahead,
+                "RELEASE": tile.release,
                 "EVEN": inner % (tile.columns * tile.splits) == 0,
                 "BLOCK_PARTS": triton.next_power_of_2(constants["PARTS"]),
                 "BIAS": linear.bias is not None,
@@ -349,6 +351,7 @@ class ChainStep:
                 "MERGE_GROUP": merged,
                 "MERGE_CHUNKS": max(1, min(triton.next_power_of_2(cut.row_chunks), 2048 // (merged * wide))),
                 "LEAST": least_tiles(dim),
+                "RELEASE": _RELEASE,
                 "ROTATES": layer.rotates and rotary is not None,
                 "QUERY_NORM": kinds[0],
                 "KEY_NORM": kinds[1],

@@ -101,7 +101,7 @@ def project_kernel(  # type: ignore[no-untyped-def]
     rows, eps, factor,
     FEATURES: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
     SLICES: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, RELEASE: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, SCALES_IN: tl.constexpr, SCALES_OUT: tl.constexpr,
     STRIDE: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -148,12 +148,15 @@ def project_kernel(  # type: ignore[no-untyped-def]
         if GATED:
             first_seconds = _weights(pointers + FEATURES * INNER, column, wide, limit, FEATURES, INNER, EVEN)
     if OVERLAP:
+        if RELEASE == 0:
+            gdc_launch_dependents()
         if AHEAD > 0:
             _prefetch(weight, feature, begin + EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
             if GATED:
                 _prefetch(weight + FEATURES * INNER, feature, begin + EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
         gdc_wait()
-        gdc_launch_dependents()
+        if RELEASE == 1:
+            gdc_launch_dependents()
     row_range = tl.arange(0, ROWS)
     inside = (feature < FEATURES)[:, None] & (row_range < rows)[None, :]
     target = row_range[None, :].to(tl.int64) * STRIDE + feature[:, None]
@@ -175,6 +178,8 @@ def project_kernel(  # type: ignore[no-untyped-def]
         if GATED:
             u = _weights(pointers + FEATURES * INNER + start, column, wide, limit - start, FEATURES, INNER, EVEN)
             second = _dot(u, x, second, NATIVE)
+    if OVERLAP and RELEASE == 2:
+        gdc_launch_dependents()
 
     y = tl.sum(product, 0)
     if GATED:

@@ -41,6 +41,8 @@ class Tile(NamedTuple):
     """Further iterations asked of the L2 cache then: 0 or a power of two."""
     slices: int = 1
     """Programs that share the inner dimension of the same features."""
+    release: int = 1
+    """When the next kernel's programs may start: 0 at once, 1 after the wait, 2 after the products, 3 at the end."""
 
     def fitted(self, rows: int, gated: bool, itemsize: int, shared_memory: int) -> Tile:
         """The same, with fewer stages and columns where a device's shared memory is short."""
@@ -261,13 +263,15 @@ def as_tiles(tiles: Mapping[str, Sequence[int]] | None) -> dict[str, Tile]:
         name, _, block = key.partition(".")
         if name not in PROJECTIONS or block not in ("8", "16"):
             raise ValueError(f"{key!r} is no projection; give names such as 'qkv.8' or 'head.16'")
-        if len(values) not in (len(Tile._fields), len(Tile._fields) - 1):
+        if not len(Tile._fields) - len(Tile._field_defaults) <= len(values) <= len(Tile._fields):
             raise ValueError(f"the tile of {key!r} has {len(values)} values; give {', '.join(Tile._fields)}")
         tile = Tile(*map(int, values))
         powers = (tile.features, tile.columns, tile.splits, tile.warps, max(1, tile.ahead))
         if any(value < 1 or value & (value - 1) for value in powers) or tile.features < 16 or tile.columns < 16:
             raise ValueError(f"the tile of {key!r} is {tile}; give powers of two, 16 or more features and columns")
-        if tile.stages < 1 or tile.slices < 1 or tile.early not in (0, 1):
-            raise ValueError(f"the tile of {key!r} is {tile}; give 1 or more stages and slices, and early as 0 or 1")
+        if tile.stages < 1 or tile.slices < 1 or tile.early not in (0, 1) or tile.release not in range(4):
+            raise ValueError(
+                f"the tile of {key!r} is {tile}; give 1 or more stages and slices, early 0 or 1, release 0 to 3"
+            )
         result[key] = tile
     return result
