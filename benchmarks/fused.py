@@ -116,17 +116,24 @@ def run_model(
     step = ChainStep(model, tiles=tiles)
     if seconds:
         spent = time.monotonic()
-        best: dict[str, tuple[float, Tile]] = {}
+        shortest = float("inf")
         tried: dict[str, int] = {}
 
         def keep(key: str, tile: Tile, took: float) -> None:
+            nonlocal shortest
             tried[key] = tried.get(key, 0) + 1
-            first = best.setdefault(key, (took, tile))
-            if tried[key] == 1 or took < first[0]:
-                best[key] = took, tile
+            if took < shortest:
+                shortest = took
                 print(f"  {key:10} {took * 1e6:8.1f} us  {tuple(tile)}", flush=True)
 
-        tune(step, rows=rows, seconds=seconds, report=keep)
+        cases = {count: Case(model, count, position) for count in rows}
+
+        def launch(count: int) -> None:
+            step.attach(cases[count].pages)
+            step(*cases[count].args)
+
+        tune(step, launch, rows=rows, seconds=seconds, report=keep)
+        del cases
         print(f"  tuned in {time.monotonic() - spent:.0f} s; tried {tried}", flush=True)
     parts = []
     lines = []

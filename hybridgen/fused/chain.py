@@ -32,7 +32,6 @@ from hybridgen.kernels.attention_common import Launcher, device_of, power_of_two
 from hybridgen.kvcache import LayerPages
 
 MAX_ROWS = 16
-_RELEASE = 1
 
 
 class ChainStep:
@@ -351,7 +350,6 @@ class ChainStep:
                 "MERGE_GROUP": merged,
                 "MERGE_CHUNKS": max(1, min(triton.next_power_of_2(cut.row_chunks), 2048 // (merged * wide))),
                 "LEAST": least_tiles(dim),
-                "RELEASE": _RELEASE,
                 "ROTATES": layer.rotates and rotary is not None,
                 "QUERY_NORM": kinds[0],
                 "KEY_NORM": kinds[1],

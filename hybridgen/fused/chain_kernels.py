@@ -8,7 +8,9 @@ input by wider tiles: their sums meet in scratch, and an integer counter says wh
 
 Kernels overlap by programmatic dependent launch (OVERLAP): a projection requests its first weights, which depend on no
 other kernel, before it waits for the kernel that makes its input. Every program waits before it ends, so that the end
-of a kernel implies the end of all before it.
+of a kernel implies the end of all before it. RELEASE says how early the next kernel may start. Early is not always
+better: where a kernel's programs fill the multiprocessors, those of the next one crowd on the few that have room first,
+and one that has three times its share of the weights to read holds up all.
 
 RMSNorm is split between the kernel that makes the hidden state and the one that reads it. The maker hands on
 `state * scale` in the weights' dtype and, in float32, the sum of squares of its own features; the reader multiplies,

@@ -84,26 +84,30 @@ def rows_block(rows: int) -> int:
 def default_tile(features: int, inner: int, gated: bool, rows: int, processors: int) -> Tile:
     """A tile for a projection of `features` (of each half, if gated) by `inner`.
 
-    What was fastest on an H200 for the shapes of Llama 3.2 1B and Llama 3.1 8B (`benchmarks/fused.py`), mostly at 8
-    rows. Differences between the better ones are a few percent.
+    What was fastest on an H200 in whole steps of 8 rows, for the shapes of Llama 3.2 1B and Llama 3.1 8B
+    (`benchmarks/fused.py`).
     """
     programs = triton.cdiv(features, 16)
     if gated and inner <= 2048 and programs >= 2 * processors:
-        tile = Tile(32, 64, splits=2, warps=2, stages=4, early=0, ahead=0)
+        tile = Tile(32, 64, splits=2, warps=2, stages=4, early=0, ahead=0, release=3)
     elif gated:
-        tile = Tile(16, 64, splits=2, warps=2, stages=4, early=0, ahead=0)
+        tile = Tile(16, 64, splits=2, warps=2, stages=4, early=0, ahead=0, release=2)
     elif programs >= 16 * processors and rows > 8:
         tile = Tile(64, 64, splits=2, warps=2, stages=4, early=0, ahead=2)
     elif programs >= 16 * processors:
         tile = Tile(32, 128, splits=4, warps=4, stages=3, early=0, ahead=0)
+    elif features > inner and programs > 2 * processors:
+        tile = Tile(16, 128, splits=2, warps=2, stages=4, early=1, ahead=2, release=0)
     elif features > inner:
-        tile = Tile(16, 128, splits=2, warps=2, stages=4, early=0, ahead=0)
+        tile = Tile(16, 128, splits=2, warps=2, stages=5, early=0, ahead=0)
+    elif programs > processors and inner > features:
+        tile = Tile(16, 64, splits=4, warps=4, stages=5, early=0, ahead=0, release=2)
     elif programs > processors:
-        tile = Tile(16, 64, splits=4, warps=4, stages=5, early=0, ahead=0)
-    elif inner > 4096:
+        tile = Tile(16, 256, splits=2, warps=2, stages=5, early=0, ahead=0, release=2)
+    elif inner > features:
         tile = Tile(16, 256, splits=2, warps=2, stages=4, early=0, ahead=0)
     else:
-        tile = Tile(16, 256, splits=4, warps=4, stages=3, early=0, ahead=0)
+        tile = Tile(16, 64, splits=4, warps=4, stages=6, early=0, ahead=2)
     columns = max(16, min(tile.columns, triton.next_power_of_2(triton.cdiv(inner, tile.splits))))
     iterations = triton.next_power_of_2(triton.cdiv(inner, columns * tile.splits))
     return tile._replace(columns=columns, ahead=min(tile.ahead, iterations))
@@ -143,10 +147,11 @@ def candidates(
 def variants(tile: Tile, inner: int) -> list[Tile]:
     """The same cut with other depths and other ways to begin early."""
     iterations = triton.next_power_of_2(triton.cdiv(tile.slice_length(inner), tile.columns * tile.splits))
-    starts = [(early, ahead) for ahead in (0, 2, 4, 8, 16) for early in (0, 1) if ahead <= iterations]
-    depths = [tile._replace(stages=stages) for stages in (2, 3, 5, 6)]
-    begins = [tile._replace(early=early, ahead=ahead) for early, ahead in starts]
-    return [other for other in dict.fromkeys(begins + depths) if other != tile]
+    releases = [tile._replace(release=release) for release in (2, 3, 1, 0)]
+    starts = [(early, ahead, release) for release in (tile.release, 0) for ahead in (0, 2, 4, 8) for early in (0, 1)]
+    begins = [tile._replace(early=e, ahead=ahead, release=r) for e, ahead, r in starts if ahead <= iterations]
+    depths = [tile._replace(stages=stages) for stages in (2, 3, 4, 5, 6)]
+    return [other for other in dict.fromkeys(releases + depths + begins) if other != tile]
 
 
 def graph_seconds(call: Callable[[], None], repeats: int = 5, calls: int = 3) -> float:
@@ -171,6 +176,7 @@ def graph_seconds(call: Callable[[], None], repeats: int = 5, calls: int = 3) ->
 
 def tune(
     step: ChainStep,
+    launch: Callable[[int], None],
     *,
     rows: Sequence[int],
     seconds: float,
@@ -179,15 +185,16 @@ def tune(
 ) -> dict[str, list[int]]:
     """Find fast tiles for a step on its device, and make it use them.
 
-    Every candidate runs in all layers, one after another inside a CUDA graph, as in a step: each layer's weights are
-    its own, so that the L2 cache holds none of them.
+    A candidate is judged by a whole step inside a CUDA graph. A projection timed alone misleads: how its programs share
+    the multiprocessors with those of the kernels before and behind it decides more than its own loop.
 
     Args:
+        launch: launches the whole step for so many rows.
         rows: batch sizes to choose for; those up to 8 share a choice, and those above.
-        seconds: time for all of it; what was not tried by then keeps its tile. The first candidate of each
-            projection is tried in any case.
+        seconds: time for all of it; what was not tried by then keeps its tile. The first candidates of each
+            projection are tried in any case.
         projections: which of `PROJECTIONS`.
-        report: called with a name, a tile and its seconds after each.
+        report: called with a name, a tile and the step's seconds after each.
 
     Returns:
         What `ChainStep(tiles=...)` takes: the fields of a `Tile` by projection and rows, such as `qkv.8`.
@@ -198,58 +205,67 @@ def tune(
     left = len(names) * len(blocks)
     # A projection's share of the time is its share of what is left, so that the last ones are tried, too.
     for block in blocks:
+        count = max(count for count in rows if rows_block(count) == block)
+        search = _Search(step, lambda count=count: launch(count), count, report)  # type: ignore[misc]
         for name in names:
-            deadline = time.monotonic() + max(0.0, end - time.monotonic()) / left
+            begin = time.monotonic()
+            deadline = begin + max(0.0, end - begin) / left
             left -= 1
-            _tune_one(step, name, max(count for count in rows if rows_block(count) == block), deadline, report)
+            key = f"{name}.{block}"
+            inner = step.shape(name)[1]
+            # First how it meets its neighbours, then other kinds of tiles, then how the best of those meets them.
+            search.improve(name, variants(step.tiles[key], inner), begin + (deadline - begin) / 4)
+            search.improve(name, step.candidates(name, count), begin + (deadline - begin) * 3 / 4)
+            search.improve(name, variants(step.tiles[key], inner), deadline)
     return {name: list(tile) for name, tile in step.tiles.items()}
 
 
-def _tune_one(
-    step: ChainStep, name: str, rows: int, deadline: float, report: Callable[[str, Tile, float], None] | None
-) -> None:
-    """First the kind of tile, then its depth and beginning; at most two thirds of the time for the kind."""
-    key = f"{name}.{rows_block(rows)}"
-    begin = time.monotonic()
-    best = _fastest(
-        step, name, rows, [step.tiles[key], *step.candidates(name, rows)], begin + (deadline - begin) * 2 / 3, report
-    )
-    inner = step.shape(name)[1]
-    best = _fastest(step, name, rows, [best, *variants(best, inner)], deadline, report)
-    step.use({key: best})
+_WORTH = 0.998
+"""A tile must take less than this share of the best one's time, or it is noise."""
 
 
-def _fastest(
-    step: ChainStep,
-    name: str,
-    rows: int,
-    tiles: Iterable[Tile],
-    deadline: float,
-    report: Callable[[str, Tile, float], None] | None,
-) -> Tile:
-    """The fastest tile of those that were tried before the deadline."""
-    key = f"{name}.{rows_block(rows)}"
-    shared, gated = step.device.shared_memory, step.shape(name)[2]
-    itemsize = step.model.dtype.itemsize
-    fitting = [t for t in dict.fromkeys(tiles) if t.shared_bytes(rows_block(rows), gated, itemsize) < shared * 9 // 10]
-    best, shortest = step.tiles[key], float("inf")
-    for start in range(0, len(fitting), _COMPILED_AT_ONCE):
-        group = fitting[start : start + _COMPILED_AT_ONCE]
-        with ThreadPoolExecutor(_COMPILED_AT_ONCE) as pool:
-            list(pool.map(lambda tile: step.compile(name, rows, tile), group))
-        for tile in group:
-            step.use({key: tile})
-            try:
-                took = graph_seconds(lambda: step.project_all(name, rows))
-            except triton.runtime.errors.OutOfResources:
-                took = float("inf")
-            if report is not None:
-                report(key, tile, took)
-            if took < shortest:
-                best, shortest = tile, took
-        if time.monotonic() > deadline:
-            break
-    return best
+class _Search:
+    """The best tiles so far for one number of rows, which the step uses."""
+
+    def __init__(
+        self,
+        step: ChainStep,
+        launch: Callable[[], None],
+        rows: int,
+        report: Callable[[str, Tile, float], None] | None,
+    ) -> None:
+        self._step, self._launch, self._rows, self._report = step, launch, rows, report
+        self._shortest = graph_seconds(launch)
+        self._tried: dict[str, set[Tile]] = {}
+
+    def improve(self, name: str, tiles: Iterable[Tile], deadline: float) -> None:
+        """Try a projection's tiles until the deadline, and some in any case; none twice."""
+        step, rows = self._step, self._rows
+        key = f"{name}.{rows_block(rows)}"
+        best = step.tiles[key]
+        tried = self._tried.setdefault(key, {best})
+        shared, gated = step.device.shared_memory, step.shape(name)[2]
+        most, itemsize = shared * 9 // 10, step.model.dtype.itemsize
+        fitting = [t for t in dict.fromkeys(tiles) if t.shared_bytes(rows_block(rows), gated, itemsize) < most]
+        new = [tile for tile in fitting if tile not in tried]
+        for start in range(0, len(new), _COMPILED_AT_ONCE):
+            group = new[start : start + _COMPILED_AT_ONCE]
+            with ThreadPoolExecutor(_COMPILED_AT_ONCE) as pool:
+                list(pool.map(lambda tile: step.compile(name, rows, tile), group))
+            for tile in group:
+                tried.add(tile)
+                step.use({key: tile})
+                try:
+                    took = graph_seconds(self._launch)
+                except triton.runtime.errors.OutOfResources:
+                    took = float("inf")
+                if self._report is not None:
+                    self._report(key, tile, took)
+                if took < self._shortest * _WORTH:
+                    best, self._shortest = tile, took
+                step.use({key: best})
+            if time.monotonic() > deadline:
+                break
 
 
 def as_tiles(tiles: Mapping[str, Sequence[int]] | None) -> dict[str, Tile]:

@@ -174,8 +174,14 @@ def _layers_of(model: PreTrainedModel, count: int) -> list[torch.nn.Module]:
 
 
 def _compare(what: str, actual: Tensor, expected: Tensor, tolerance: float, slack: Tensor | float = 0.0) -> None:
-    """Token by token: the first token of a context can be a thousand times as large as the others."""
+    """Token by token: the first token of a context can be a thousand times as large as the others.
+
+    The tolerance holds for the typical token, four times as much for each: where a token's scores lie close together,
+    the model's own rounding moves it that far.
+    """
     error, size = (actual - expected).norm(dim=-1), expected.norm(dim=-1)
-    if not bool((error <= tolerance * size + slack).all()):
-        worst = float((error / size).nan_to_num().max())
-        raise Unfit(f"its {what} computes something else than the fused step would (relative error {worst:.3g})")
+    for factor, enough in ((1, 0.5), (4, 1.0)):
+        within = error <= factor * tolerance * size + slack
+        if float(within.float().mean()) < enough:
+            worst = float((error / size).nan_to_num().max())
+            raise Unfit(f"its {what} computes something else than the fused step would (relative error {worst:.3g})")

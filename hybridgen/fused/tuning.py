@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,22 +58,36 @@ def tune(fused: FusedDecode, seconds: float) -> dict[str, Any]:
     if fused.chain is not None:
         most = fused.chain.max_rows
         rows = sorted({min(8, most), most})
-        chosen["chain"] = chain_tuning.tune(fused.chain, rows=rows, seconds=seconds)
+        with _padding_rows(fused, most):
+            chosen["chain"] = chain_tuning.tune(fused.chain, partial(_launch_chain, fused), rows=rows, seconds=seconds)
         fused.try_step(most)
     return chosen
+
+
+@contextmanager
+def _padding_rows(fused: FusedDecode, rows: int) -> Iterator[None]:
+    """Meanwhile a step of this many rows has padding rows with a cached context, all of the dummy page."""
+    model, inputs = fused.model, fused.inputs
+    if model is None:
+        raise RuntimeError("the model was not described")
+    padding = inputs.padding_slot
+    inputs.rows[:rows] = padding
+    inputs.slots[:rows] = padding
+    inputs.state[:, padding] = 0
+    inputs.state[1, padding] = min(POSITION, model.max_context - 1)
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize(model.device)
+        inputs.state[:, padding] = 0
 
 
 def _tune_persistent(fused: FusedDecode, deadline: float) -> PersistentStep:
     """Better one field at a time, from the tuning that it has."""
     best, build = fused.persistent, fused.build
-    model, inputs = fused.model, fused.inputs
-    if best is None or build is None or model is None:
+    if best is None or build is None:
         raise RuntimeError("there is no persistent step to tune")
-    padding = inputs.padding_slot
-    inputs.rows[:1] = padding
-    inputs.state[:, padding] = 0
-    inputs.state[1, padding] = min(POSITION, model.max_context - 1)
-    try:
+    with _padding_rows(fused, 1):
         candidates = _Candidates(best.tuning)
         shortest = chain_tuning.graph_seconds(partial(_launch, best))
         for candidate in candidates:
@@ -89,14 +104,19 @@ def _tune_persistent(fused: FusedDecode, deadline: float) -> PersistentStep:
                 best, step, shortest = step, best, took
                 candidates.best = candidate
             step.kernel.close()
-    finally:
-        torch.cuda.synchronize(model.device)
-        inputs.state[:, padding] = 0
     return best
 
 
 def _launch(step: PersistentStep) -> None:
     step()
+
+
+def _launch_chain(fused: FusedDecode, rows: int) -> None:
+    chain, logits, inputs = fused.chain, fused.logits, fused.inputs
+    if chain is None or logits is None:
+        raise RuntimeError("there is no chain to tune")
+    tokens, positions = (inputs.state[i, inputs.rows[:rows]] for i in range(2))
+    chain(tokens, positions, inputs.slots[:rows], inputs.block_table, logits[:rows])
 
 
 class _Candidates:

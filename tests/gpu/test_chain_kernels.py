@@ -204,7 +204,20 @@ def test_every_kind_of_tile() -> None:
 
 def test_tune() -> None:
     model = random_decoder(Shape(hidden=512, heads=8, intermediate=1024, vocab=900), torch.bfloat16, "cuda")
-    chosen = tune(ChainStep(model), rows=(1, 16), seconds=5)
+    tuned = ChainStep(model)
+    contexts = {rows: make_context(model, [30] * rows) for rows in (1, 16)}
+    launched = set()
+
+    def launch(rows: int) -> None:
+        launched.add(rows)
+        tuned.attach(contexts[rows].pages)
+        _run(tuned, contexts[rows])
+
+    tried = []
+    chosen = tune(tuned, launch, rows=(1, 16), seconds=5, report=lambda *entry: tried.append(entry))
+    assert launched == {1, 16}
+    assert {key for key, _, _ in tried} == set(chosen)
+    assert len({(key, tile) for key, tile, _ in tried}) == len(tried)
     context = make_context(model, [30, 7, 100])
     step = _compare(model, context, tiles=chosen)
     assert {key: list(tile) for key, tile in step.tiles.items()} == chosen
