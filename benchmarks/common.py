@@ -268,7 +268,7 @@ def provenance() -> dict[str, Any]:
             "triton": triton.__version__,
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": _output("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return facts
 

@@ -2,7 +2,7 @@
 
 Every case is a fresh process that reads a checkpoint of random weights (sharded safetensors, in the page cache).
 `cold` has an empty compile cache, `warm` the one that `cold` left; `hybridgen-eager` has a warm one too, of its own.
-`depth` is a cold start with half and with all of the layers; `import` is what `hybridgen` adds to torch and the model
+`depth` is a cold start with half of the layers, and with all unless `cold` is measured; `import` is what `hybridgen` adds to torch and the model
 class of transformers.
 
     python benchmarks/warm_start.py --shapes llama-3.2-1b --cases hf,eager,cold,warm
@@ -149,7 +149,8 @@ def measure(shape: str, cases: list[str], directory: Path, repeats: int) -> list
         if "warm" in cases:
             add("warm", [run("warm", path, store) for _ in range(repeats)])
     if "depth" in cases:
-        for count in (max(1, layers // 2), layers):
+        # A cold start with all layers is what `cold` is.
+        for count in (max(1, layers // 2), *(() if {"cold", "warm"} & set(cases) else (layers,))):
             path = write(shape, count, directory)
             add(f"cold, {count} layers", [run("cold", path, directory / f"depth-{count}")], layers=count)
             shutil.rmtree(path)

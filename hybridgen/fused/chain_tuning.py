@@ -91,7 +91,7 @@ def default_tile(features: int, inner: int, gated: bool, rows: int, processors: 
     if gated and inner <= 2048 and programs >= 2 * processors:
         tile = Tile(32, 64, splits=2, warps=2, stages=4, early=0, ahead=0, release=3)
     elif gated:
-        tile = Tile(16, 64, splits=2, warps=2, stages=4, early=0, ahead=0, release=2)
+        tile = Tile(16, 64, splits=2, warps=2, stages=3, early=0, ahead=0, release=2)
     elif programs >= 16 * processors and rows > 8:
         tile = Tile(64, 64, splits=2, warps=2, stages=4, early=0, ahead=2)
     elif programs >= 16 * processors:
@@ -101,9 +101,9 @@ def default_tile(features: int, inner: int, gated: bool, rows: int, processors: 
     elif features > inner:
         tile = Tile(16, 128, splits=2, warps=2, stages=5, early=0, ahead=0)
     elif programs > processors and inner > features:
-        tile = Tile(16, 64, splits=4, warps=4, stages=5, early=0, ahead=0, release=2)
+        tile = Tile(16, 64, splits=4, warps=4, stages=5, early=0, ahead=2, release=2)
     elif programs > processors:
-        tile = Tile(16, 256, splits=2, warps=2, stages=5, early=0, ahead=0, release=2)
+        tile = Tile(16, 256, splits=2, warps=2, stages=4, early=0, ahead=0, release=2)
     elif inner > features:
         tile = Tile(16, 256, splits=2, warps=2, stages=4, early=0, ahead=0)
     else:

@@ -243,8 +243,8 @@ def test_an_engine_mends_a_step_that_was_given_up() -> None:
     with hybridgen.Engine.load(model, **OPTIONS) as engine:
         good = engine.generate(prompt, max_new_tokens=12, ignore_eos=True)
         step = engine._runner.steps.fused.persistent
-        step._host_fault[0] = 1  # as if a block had given up: nobody waits any more
-        step.words.fill_(0x7FC00000)
+        step._host_fault[0] = 1  # as if a block had given up: whoever waits long enough to look stops waiting
+        step.counters[3 * 32] = -100_000  # arrivals that never come
         with pytest.raises(hybridgen.RequestError), pytest.warns(RuntimeWarning, match="given up"):
             engine.generate(prompt, max_new_tokens=12, ignore_eos=True)
         assert not step.faulted
@@ -256,21 +256,23 @@ def test_the_tuner_keeps_what_is_computed() -> None:
     model = families.build("llama", **LAYERS).to("cuda", torch.bfloat16)
     exact = copy.deepcopy(model).float()
     prompts = families.prompts_of((120, 33))
-    with hybridgen.Engine.load(model, **OPTIONS, tune_seconds=8) as engine:
-        outs = [engine.generate(prompts[0], max_new_tokens=24, ignore_eos=True, logprobs=0)]
-        outs += engine.generate(prompts, max_new_tokens=24, ignore_eos=True, logprobs=0)
-        stats = engine.stats()
+    errors = {}
+    for seconds in (0, 8):
+        with hybridgen.Engine.load(model, **OPTIONS, tune_seconds=seconds) as engine:
+            outs = [engine.generate(prompts[0], max_new_tokens=24, ignore_eos=True, logprobs=0)]
+            outs += engine.generate(prompts, max_new_tokens=24, ignore_eos=True, logprobs=0)
+            stats = engine.stats()
         assert not stats.fallbacks
         assert stats.fused["decode of 1 row"] == "one persistent kernel"
-        assert stats.startup["tuning"] > 0
-    for prompt, out in zip((prompts[0], *prompts), outs, strict=True):
-        assert _worst_error(exact, prompt, out) < 0.3
+        errors[seconds] = max(_worst_error(exact, p, out) for p, out in zip((prompts[0], *prompts), outs, strict=True))
+    assert stats.startup["tuning"] > 1
+    assert errors[8] < 1.5 * errors[0] + 0.02, errors
 
 
 def test_a_changed_norm_is_taken_over() -> None:
     model = families.build("llama", **LAYERS).to("cuda", torch.bfloat16)
     prompts = families.prompts_of((20, 30))
-    exact = copy.deepcopy(model).float()
+    exact, before = (copy.deepcopy(model).float() for _ in range(2))
     with hybridgen.Engine.load(model, **OPTIONS) as engine:
         for factor in (1.0, 0.25):
             with torch.no_grad():
@@ -280,7 +282,9 @@ def test_a_changed_norm_is_taken_over() -> None:
             outs = [engine.generate(prompts[0], max_new_tokens=12, ignore_eos=True, logprobs=0)]
             outs += engine.generate(prompts, max_new_tokens=12, ignore_eos=True, logprobs=0)
             for prompt, out in zip((prompts[0], *prompts), outs, strict=True):
-                assert _worst_error(exact, prompt, out) < 0.3, factor
+                assert _worst_error(exact, prompt, out) < 1, factor
+                if factor != 1:
+                    assert _worst_error(before, prompt, out) > 2
 
 
 def test_two_processes_on_one_device(tmp_path: Path) -> None:
