@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -63,7 +63,7 @@ class ChainStep:
         self.device = device_of(model.head)
         self._scales = model.dtype == torch.float16
         self._launchers: dict[Any, Launcher] = {}
-        self._only_compiles = False
+        self._wanted: dict[Any, Callable[[], object]] | None = None
         self._pages: tuple[LayerPages, ...] = ()
         self.tiles = {
             f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors).fitted(
@@ -189,13 +189,39 @@ class ChainStep:
 
     def compile(self, name: str, rows: int, tile: Tile) -> None:
         """Compile the first layer's projection with a tile, without running it; may be called from any thread."""
-        probe = copy.copy(self)
+        probe = self._probe()
         probe.tiles = {**self.tiles, f"{name}.{rows_block(rows)}": tile}
         probe.model = dataclasses.replace(self.model, layers=self.model.layers[:1])
-        probe._only_compiles = True
-        on_device = torch.cuda.device(self.model.device) if self.model.head.is_cuda else nullcontext()
-        with on_device:  # a thread of a pool starts on the first device
-            probe.project_all(name, rows)
+        probe.project_all(name, rows)
+        for compile_kernel in probe.wanted:
+            compile_kernel()
+
+    def prepare(self, rows: Iterable[int], max_pages: int) -> list[Callable[[], object]]:
+        """What compiles the kernels that steps of so many rows launch, a call for each; any thread may make them.
+
+        A first step compiles them one after another, which takes about a second each.
+
+        Args:
+            max_pages: columns of the block table.
+        """
+        probe = self._probe()
+        for count in rows:
+            tokens, slots = (torch.zeros(count, dtype=t, device=self.model.device) for t in (torch.int64, torch.int32))
+            table = torch.zeros(1, max_pages, dtype=torch.int32, device=self.model.device)
+            out = torch.empty(count, self.model.vocab, dtype=self.model.dtype, device=self.model.device)
+            probe(tokens, tokens, slots, table, out)
+        return probe.wanted
+
+    def _probe(self) -> ChainStep:
+        """A copy that notes which kernels it would launch, and launches none."""
+        probe = copy.copy(self)
+        probe._wanted = {}
+        return probe
+
+    @property
+    def wanted(self) -> list[Callable[[], object]]:
+        """Of a probe: what compiles each kernel that it would have launched."""
+        return list((self._wanted or {}).values())
 
     def attend_all(self, positions: Tensor, slots: Tensor, block_table: Tensor) -> None:
         """Launch every layer's attention one after another, on whatever scratch holds: for timing."""
@@ -371,10 +397,19 @@ class ChainStep:
     ) -> Callable[[tuple[int, int, int], tuple[Any, ...]], Any]:
         overlap = self.device.overlap
         options = {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
-        if self._only_compiles:
-            return lambda grid, args: kernel.warmup(*args, grid=grid, **constants, **options)
         key = kernel, *constants.items()
+        if self._wanted is not None:
+            return lambda grid, args: self._want(key, lambda: kernel.warmup(*args, grid=grid, **constants, **options))
         launcher = self._launchers.get(key)
         if launcher is None:
             launcher = self._launchers[key] = Launcher(kernel, {**constants, **options})
         return launcher
+
+    def _want(self, key: Any, compile_kernel: Callable[[], object]) -> None:
+        def on_device() -> None:
+            # A thread of a pool starts on the first device.
+            with torch.cuda.device(self.model.device) if self.model.head.is_cuda else nullcontext():
+                compile_kernel()
+
+        if self._wanted is not None:
+            self._wanted.setdefault(key, on_device)

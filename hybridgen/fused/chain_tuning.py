@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 PROJECTIONS = ("qkv", "out", "gate_up", "down", "head")
 
 
-_COMPILED_AT_ONCE = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+COMPILED_AT_ONCE = max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
+"""Kernels that are compiled at the same time."""
 
 
 class Tile(NamedTuple):
@@ -248,9 +249,9 @@ class _Search:
         most, itemsize = shared * 9 // 10, step.model.dtype.itemsize
         fitting = [t for t in dict.fromkeys(tiles) if t.shared_bytes(rows_block(rows), gated, itemsize) < most]
         new = [tile for tile in fitting if tile not in tried]
-        for start in range(0, len(new), _COMPILED_AT_ONCE):
-            group = new[start : start + _COMPILED_AT_ONCE]
-            with ThreadPoolExecutor(_COMPILED_AT_ONCE) as pool:
+        for start in range(0, len(new), COMPILED_AT_ONCE):
+            group = new[start : start + COMPILED_AT_ONCE]
+            with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
                 list(pool.map(lambda tile: step.compile(name, rows, tile), group))
             for tile in group:
                 tried.add(tile)

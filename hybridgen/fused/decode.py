@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from hybridgen.errors import CacheMissError
 from hybridgen.faults import is_fatal
 from hybridgen.fused import reference
 from hybridgen.fused.chain import MAX_ROWS, ChainStep
+from hybridgen.fused.chain_tuning import COMPILED_AT_ONCE
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.fused.persistent.shape import Tuning
 from hybridgen.fused.persistent.step import PersistentStep
@@ -197,16 +199,25 @@ def fuse_decode(
     except Exception as error:
         fused.notes["fused decode"] = f"none: {fused.reason_of(error)}"
         return fused
+    few = min(MAX_ROWS, max_rows)
+    with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
+        # The chain's kernels are compiled while the persistent one is.
+        compiling = _begin_chain(fused, few, tiles, pool) if few > 1 else []
+        _make_persistent(fused, partial(PersistentStep, model, pages, kept=kept), tuning)
+        if few == 1 and fused.persistent is None:
+            compiling = _begin_chain(fused, few, tiles, pool)
+    if few > 1 or fused.persistent is None:
+        _finish_chain(fused, few, compiling)
+    for size, how in fused.notes.items():
+        logger.info("%s: %s", size, how)
+    return fused
+
+
+def _make_persistent(fused: FusedDecode, build: Callable[..., PersistentStep], tuning: Tuning | None) -> None:
+    """Build and try the persistent step, and say in the notes whether it serves."""
+    inputs = fused.inputs
     try:
-        fused.build = partial(
-            PersistentStep,
-            model,
-            pages,
-            rows=inputs.rows,
-            state=inputs.state,
-            block_table=inputs.block_table,
-            kept=kept,
-        )
+        fused.build = partial(build, rows=inputs.rows, state=inputs.state, block_table=inputs.block_table)
         fused.persistent = fused.build(tuning=tuning)
         fused.try_step(1)
         fused.notes["decode of 1 row"] = "one persistent kernel"
@@ -216,23 +227,43 @@ def fuse_decode(
             fused.persistent.kernel.close()
             fused.persistent = None
         fused.notes["decode of 1 row"] = f"no persistent kernel: {reason}"
-    few = min(MAX_ROWS, max_rows)
-    if few == 1 and fused.persistent is not None:
-        return fused
+
+
+def _begin_chain(
+    fused: FusedDecode, rows: int, tiles: Mapping[str, Any] | None, pool: ThreadPoolExecutor
+) -> list[Future[object]] | Exception:
+    """Make the chain, and begin to compile what its usual sizes launch; what went wrong, if something did."""
     try:
-        fused.chain = ChainStep(model, max_rows=few, tiles=tiles)
-        fused.chain.attach(pages)
-        fused.chain_rows = few
+        if fused.model is None:
+            raise RuntimeError("the model was not described")
+        chain = ChainStep(fused.model, max_rows=rows, tiles=tiles)
+        chain.attach(fused.pages)
+        sizes = sorted({min(size, rows) for size in (2, 4, 8, 16)})
+        fused.chain = chain
+        return [
+            pool.submit(compile_kernel) for compile_kernel in chain.prepare(sizes, fused.inputs.block_table.shape[1])
+        ]
+    except Exception as error:
+        return error
+
+
+def _finish_chain(fused: FusedDecode, rows: int, compiling: list[Future[object]] | Exception) -> None:
+    """Try the chain, and say in the notes what it serves."""
+    try:
+        if isinstance(compiling, Exception):
+            raise compiling
+        for future in compiling:
+            future.result()
+        if fused.model is None:
+            raise RuntimeError("the model was not described")
+        fused.chain_rows = rows
         with torch.inference_mode(False):
-            fused.logits = torch.zeros(few, model.vocab, dtype=model.dtype, device=model.device)
-        fused.try_step(few)
+            fused.logits = torch.zeros(rows, fused.model.vocab, dtype=fused.model.dtype, device=fused.model.device)
+        fused.try_step(rows)
         fused.note_chain("")
     except Exception as error:
         fused.chain, fused.chain_rows = None, 0
-        fused.notes[f"decode of {fused.least_chain_rows} to {few} rows"] = f"no chain: {fused.reason_of(error)}"
-    for size, how in fused.notes.items():
-        logger.info("%s: %s", size, how)
-    return fused
+        fused.notes[f"decode of {fused.least_chain_rows} to {rows} rows"] = f"no chain: {fused.reason_of(error)}"
 
 
 def _version(parameter: Tensor | None) -> int | None:

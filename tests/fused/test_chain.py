@@ -60,6 +60,23 @@ def test_a_rows_chunks_fit_their_scratch(
     assert cut.row_chunks == 1 or rows * kv_heads * cut.row_chunks <= 8 * processors + rows * kv_heads
 
 
+def test_what_is_prepared_is_what_a_step_launches() -> None:
+    model = random_decoder(Shape(windows=(0, 32)))
+    step = ChainStep(model, max_rows=16)
+    context = make_context(model, [5])
+    step.attach(context.pages)
+    for tensor in step.tensors().values():
+        tensor.fill_(7)
+    prepared = {rows: len(step.prepare([rows], 4)) for rows in (2, 8, 16)}
+    # The embedding; five projections, of which the first layer's reads what the embedding handed on; attention with a
+    # window and without.
+    assert prepared == {2: 9, 8: 9, 16: 9}
+    # Only the projections differ between up to 8 rows and more.
+    assert len(step.prepare([2, 8, 16], 4)) == 9 + 6
+    assert all(bool((tensor == 7).all()) for tensor in step.tensors().values())
+    assert len(step._launchers) == 0
+
+
 SHAPES = [  # features, inner, gated
     (3072, 2048, False),
     (2048, 8192, False),
