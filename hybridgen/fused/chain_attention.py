@@ -53,7 +53,8 @@ def least_tiles(head_dim: int) -> int:
 def cut_contexts(rows: int, kv_heads: int, head_dim: int, max_tiles: int, processors: int) -> Cut:
     """The cut for `rows` rows of up to `max_tiles` tiles."""
     pairs = rows * kv_heads
-    splits = max(1, processors * 2 // pairs)
+    # A program each multiprocessor: those that get two hold up all.
+    splits = max(1, processors // pairs)
     row_chunks = max(splits, min(processors * _PROGRAMS // pairs, processors * 2 // kv_heads))
     row_chunks = max(1, min(row_chunks, triton.cdiv(max_tiles, least_tiles(head_dim))))
     return Cut(splits, _CHUNK_TOKENS // block_of(head_dim), row_chunks)
