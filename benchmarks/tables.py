@@ -205,6 +205,26 @@ def ceilings(results: list[Result]) -> list[str]:
     return table(["", "unit", "median", "best"], rows, 2)
 
 
+PHASES = ("import", "load weights", "artifacts", "allocate cache", "tuning", "compile", "capture")
+
+
+def warm_start(results: list[Result]) -> list[str]:
+    """Seconds from the start of a process to its first token, and the phases of the last start."""
+    rows, notes = [], []
+    for result in results:
+        eager = {row["shape"]: row["median_s"] for row in result["rows"] if row["case"] == "eager"}
+        for row in result["rows"]:
+            if row["case"] == "import":
+                notes.append(f"- importing `hybridgen` takes {row['median_s']:.2f} s more than torch and transformers.")
+                continue
+            over = "-" if row["shape"] not in eager else f"{row['median_s'] / eager[row['shape']]:.2f}"
+            parts = row["last"].get("startup", {})
+            cells = [row["shape"], row["case"], f"{row['median_s']:.1f}", str(len(row["times_s"])), over]
+            rows.append([*cells, *(_number(parts.get(phase), 2) for phase in PHASES)])
+    head = ["shape", "start", "first token, s", "starts", "over `eager`", *PHASES]
+    return [*table(head, rows, 2), *([""] if notes else []), *notes]
+
+
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
     "memory-limit": memory_limit,
@@ -215,6 +235,7 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "ttft": ttft,
     "throughput": throughput,
     "ceilings": ceilings,
+    "warm-start": warm_start,
 }
 
 

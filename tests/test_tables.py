@@ -97,7 +97,23 @@ def test_throughput_has_the_spread_of_its_runs(tables: ModuleType, tmp_path: Pat
     assert "| m | `huggingface` | 256 | 0 | - | - | OutOfMemoryError: x |" in text
 
 
-TABLES = ["decode-modes", "replay", "unseen", "ablation", "metadata-copy", "ttft", "throughput", "ceilings"]
+def test_a_start_stands_beside_that_of_mode_eager(tables: ModuleType, tmp_path: Path) -> None:
+    def row(case: str, *times: float, **startup: float) -> dict[str, Any]:
+        found = {"shape": "m", "case": case, "median_s": sum(times) / len(times), "times_s": times}
+        return {**found, "last": {"startup": startup}}
+
+    rows = [row("eager", 10.0, 12.0), row("warm", 13.75, artifacts=1.5, capture=0.25), row("import", 0.125)]
+    write(tmp_path, "warm-start-x.json", rows=rows)
+    text = tables.rewritten(page("warm-start"), tmp_path)
+    assert "| m | eager | 11.0 | 2 | 1.00 | - | - | - | - | - | - | - |" in text
+    assert "| m | warm | 13.8 | 1 | 1.25 | - | - | 1.50 | - | - | - | 0.25 |" in text
+    assert "- importing `hybridgen` takes 0.12 s more than torch and transformers." in text
+
+
+TABLES = [
+    "decode-modes", "replay", "unseen", "ablation", "metadata-copy", "ttft", "throughput", "ceilings", "warm-start",
+    "memory-limit",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TABLES)

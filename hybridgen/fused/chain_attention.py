@@ -191,7 +191,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_WIDE: tl.constexpr,
     MERGE_GROUP: tl.constexpr, MERGE_CHUNKS: tl.constexpr, LEAST: tl.constexpr, ROTATES: tl.constexpr,
     QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    RELEASE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """qkv, float32 [rows, HEADS + 2 KV, DIM], to out [rows, HEADS, DIM]; `chain_attention` says how.
 
@@ -239,6 +239,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
                 _prefetch_tile(k_pages, table, first + tile, place, head, KV, PAGE, DIM, BLOCK)
                 _prefetch_tile(v_pages, table, first + tile, place, head, KV, PAGE, DIM, BLOCK)
         gdc_wait()
+        if RELEASE == 1:
+            gdc_launch_dependents()
 
     member = tl.arange(0, BLOCK_GROUP)
     query_head = head * GROUP + member
@@ -279,8 +281,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         # The next tile's page ids, a tile early.
         ids = load_pages(table, start + BLOCK, place, PAGE, BLOCK)
         peak, total, mixed = _mix(query, keys, values, seen, scale, peak, total, mixed, NATIVE)
-    # Not before: the next kernel's programs would crowd on the multiprocessors that have room.
-    if OVERLAP:
+    if OVERLAP and RELEASE == 2:
         gdc_launch_dependents()
 
     mixed /= total[:, None]
