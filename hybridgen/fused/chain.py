@@ -361,7 +361,6 @@ class ChainStep:
         eps = (0.0 if norm is None else norm.eps for norm in norms)
         kinds = [0 if norm is None else 1 if norm.scale.shape[0] == dim else 2 for norm in norms]
         wide, merged = power_of_two(dim), triton.next_power_of_2(group)
-        out = self.tiles[f"out.{rows_block(rows)}"]
         launcher = self._launcher(
             attend_kernel,
             {
@@ -377,8 +376,6 @@ class ChainStep:
                 "MERGE_GROUP": merged,
                 "MERGE_CHUNKS": max(1, min(triton.next_power_of_2(cut.row_chunks), 2048 // (merged * wide))),
                 "LEAST": least_tiles(dim),
-                # Early only where the output projection has something to do before its input is there.
-                "RELEASE": 1 if out.early or out.ahead else 2,
                 "ROTATES": layer.rotates and rotary is not None,
                 "QUERY_NORM": kinds[0],
                 "KEY_NORM": kinds[1],

@@ -44,17 +44,16 @@ def block_of(head_dim: int) -> int:
 def least_tiles(head_dim: int) -> int:
     """Tiles of a chunk at least, but a row's last one: adding chunks up takes as long as attending to so many.
 
-    Measured on an H200 in whole steps of 8 rows at position 512: 256 positions are better than 128 and 512, for heads
-    of 64 and of 128.
+    Measured on an H200 in whole steps of 8 rows at positions 512 and 640: heads of 64 gain from chunks of 256
+    positions, those of 128 lose.
     """
-    return 256 // block_of(head_dim)
+    return (256 if power_of_two(head_dim) <= 64 else 512) // block_of(head_dim)
 
 
 def cut_contexts(rows: int, kv_heads: int, head_dim: int, max_tiles: int, processors: int) -> Cut:
     """The cut for `rows` rows of up to `max_tiles` tiles."""
     pairs = rows * kv_heads
-    # A program each multiprocessor: those that get two hold up all.
-    splits = max(1, processors // pairs)
+    splits = max(1, processors * 2 // pairs)
     row_chunks = max(splits, min(processors * _PROGRAMS // pairs, processors * 2 // kv_heads))
     row_chunks = max(1, min(row_chunks, triton.cdiv(max_tiles, least_tiles(head_dim))))
     return Cut(splits, _CHUNK_TOKENS // block_of(head_dim), row_chunks)
@@ -191,7 +190,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_WIDE: tl.constexpr,
     MERGE_GROUP: tl.constexpr, MERGE_CHUNKS: tl.constexpr, LEAST: tl.constexpr, ROTATES: tl.constexpr,
     QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr,
-    RELEASE: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """qkv, float32 [rows, HEADS + 2 KV, DIM], to out [rows, HEADS, DIM]; `chain_attention` says how.
 
@@ -239,8 +238,6 @@ def attend_kernel(  # type: ignore[no-untyped-def]
                 _prefetch_tile(k_pages, table, first + tile, place, head, KV, PAGE, DIM, BLOCK)
                 _prefetch_tile(v_pages, table, first + tile, place, head, KV, PAGE, DIM, BLOCK)
         gdc_wait()
-        if RELEASE == 1:
-            gdc_launch_dependents()
 
     member = tl.arange(0, BLOCK_GROUP)
     query_head = head * GROUP + member
@@ -281,7 +278,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
         # The next tile's page ids, a tile early.
         ids = load_pages(table, start + BLOCK, place, PAGE, BLOCK)
         peak, total, mixed = _mix(query, keys, values, seen, scale, peak, total, mixed, NATIVE)
-    if OVERLAP and RELEASE == 2:
+    # Not before: the next kernel's programs would crowd on the multiprocessors that have room.
+    if OVERLAP:
         gdc_launch_dependents()
 
     mixed /= total[:, None]

@@ -104,7 +104,7 @@ def default_tile(features: int, inner: int, gated: bool, rows: int, processors: 
     elif programs > processors and inner > features:
         tile = Tile(16, 64, splits=4, warps=4, stages=5, early=0, ahead=2, release=2)
     elif programs > processors:
-        tile = Tile(16, 256, splits=2, warps=2, stages=4, early=0, ahead=0, release=2)
+        tile = Tile(16, 256, splits=2, warps=2, stages=3, early=0, ahead=0, release=2)
     elif inner > features:
         tile = Tile(16, 256, splits=2, warps=2, stages=4, early=0, ahead=0)
     else:
