@@ -169,7 +169,7 @@ class Engine:
         self._meter = DecodeMeter(traffic_of(bound, starter.read_ceiling(device)))
         fuses = self.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
-            starter.fuse_decode(runner, config, self.max_context)
+            starter.fuse_decode(runner, bound, config, self.max_context)
         not_compiled = None
         if self.mode.compiles:
             with self._timed("compile"):
