@@ -53,7 +53,7 @@ class Engine:
         """Build an engine around a loaded model; most callers want `Engine.load()`.
 
         Args:
-            cache: what `preflight.open_cache()` gave before the weights were read; None opens it here.
+            cache: what `open_cache()` gave before the weights were read; None opens it here.
         """
         self.config = config
         self.checkpoint = checkpoint
