@@ -51,7 +51,7 @@ class Builder:
     counters: Counters
 
     def build(self, bound: BoundModel, undo: ExitStack) -> Built:
-        """Build all of it, with the model's device as the current one.
+        """Build all of it, where the model's device is the current one.
 
         Args:
             undo: gets what frees the device again, before anything can fail.
