@@ -214,8 +214,9 @@ def prepare(
     from hybridgen import importing
 
     importing.engine()
-    from hybridgen.engine import Engine, check_config
+    from hybridgen.engine import Engine
     from hybridgen.loading import Checkpoint
+    from hybridgen.preflight import check_config
     from hybridgen.prompts import split_prompts
     from hybridgen.requests import plan_requests
 

@@ -113,8 +113,8 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, EngineConfig, Key]:
     from hybridgen.artifacts.session import key_for
-    from hybridgen.engine import cache_settings
     from hybridgen.loading import Checkpoint
+    from hybridgen.preflight import cache_settings
 
     config = _config(arguments)
     checkpoint = Checkpoint.open(arguments.model, config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator
@@ -17,34 +16,28 @@ from tqdm.auto import tqdm
 
 from hybridgen import importing
 from hybridgen.artifacts.session import CompileCache, preload
+from hybridgen.building import Builder
 from hybridgen.capturing import CAPTURING
-from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
+from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import SamplingParams, TokenEvent, shown
-from hybridgen.errors import CacheMissError, ConfigError, DeviceError, EngineError, Interrupted, SamplingError
+from hybridgen.errors import EngineError, Interrupted, SamplingError
 from hybridgen.execution import Counters, ModelRunner
-from hybridgen.execution.compiled import check_backend, check_toolchain
-from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
-from hybridgen.execution.statistics import DecodeStats, EngineStats, GraphStats
-from hybridgen.execution.traffic import DecodeMeter, Traffic, traffic_of
+from hybridgen.execution.statistics import EngineStats, GraphStats
+from hybridgen.execution.traffic import Traffic
 from hybridgen.kernels import metadata
-from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
 from hybridgen.loading import Checkpoint, LoadedModel, fuse_projections, unfuse_projections
 from hybridgen.loop import StepLoop, first_line
-from hybridgen.models import BoundModel, bind, check_free
+from hybridgen.models import bind, check_free
 from hybridgen.output import Response, collect
+from hybridgen.preflight import check_config, open_cache
 from hybridgen.prompts import Prompts, split_prompts
-from hybridgen.requests import Plan, check_keywords, context_limit, plan_requests
-from hybridgen.sampling import SamplerPlan, plan_of, resolve
-from hybridgen.scheduler import Scheduler
+from hybridgen.requests import Plan, check_keywords, plan_requests
 from hybridgen.startup import Starter, Startup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
-"""Prompt tokens in one prefill call when the config says none."""
 
 
 class Engine:
@@ -71,8 +64,6 @@ class Engine:
         """How steps run: `config.mode`, with `auto` decided."""
         self._counters = Counters()
         self._startup = Startup(importing.take_seconds(), loaded.seconds)
-        self._timed = self._startup.timed
-        self._token_budget = config.token_budget or TOKEN_BUDGET[checkpoint.device.type]
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
         check_free(loaded.model)
@@ -88,12 +79,18 @@ class Engine:
             undo.callback(loaded.restore)
             if config.fuse_projections:
                 undo.callback(unfuse_projections, loaded.model)
-                with self._timed("fuse projections"):
+                with self._startup.timed("fuse projections"):
                     fuse_projections(loaded.model)
             bound = bind(loaded.model)
             undo.callback(bound.release)
+            self._starter = Starter(self.cache, self._startup, self._counters)
+            builder = Builder(
+                checkpoint, config, self.mode, self.max_context, self._starter, self._startup, self._counters
+            )
             with device_of(checkpoint.device):
-                self._loop = self._build(bound, undo)
+                built = builder.build(bound, undo)
+            self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
+            self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self.cache.end_start()
             atexit.register(_keep_plan, weakref.ref(self))
         except BaseException:
@@ -142,123 +139,6 @@ class Engine:
         except BaseException:
             cache.close()
             raise
-
-    def _build(self, bound: BoundModel, undo: ExitStack) -> StepLoop:
-        config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
-        plan = self._graph_plan()
-        starter = self._starter = Starter(self.cache, self._startup, self._counters)
-        with self._timed("artifacts"):
-            units = starter.load_units() if self.mode.compiles else None
-        runner = self._runner = ModelRunner(
-            bound,
-            vocab_size=checkpoint.vocab_size,
-            max_batch=config.max_batch,
-            max_pages=pages_for_tokens(self.max_context, config.page_size),
-            token_budget=self._token_budget,
-            max_context=self.max_context,
-            compile_backend=config.compile_backend if self.mode.compiles else None,
-            units=units,
-            offline=config.offline_compile,
-            one_copy=config.metadata_copy,
-            buffers=2 if config.double_buffer else 1,
-            fall_back=self._counters.fall_back,
-        )
-        undo.callback(runner.close)
-        with self._timed("allocate cache"):
-            self._num_pages, self._cache_bytes = self._allocate_cache(bound, runner, plan)
-        self._meter = DecodeMeter(traffic_of(bound, starter.read_ceiling(device)))
-        fuses = self.mode is Mode.HYBRID and device.type == "cuda"
-        if fuses:
-            starter.fuse_decode(runner, config, self.max_context)
-        not_compiled = None
-        if self.mode.compiles:
-            with self._timed("compile"):
-                not_compiled = self._compile(runner)
-        if fuses:
-            starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
-        if device.type == "cuda":
-            with self._timed("tuning"):
-                runner.exercise()
-        use_graphs(runner, plan, not_compiled, self._counters)
-        if self.mode.records and config.capture_at_start:
-            with self._timed("capture"):
-                self._capture(runner)
-        scheduler = Scheduler(
-            pages=PageAllocator(self._num_pages),
-            page_size=config.page_size,
-            max_batch=config.max_batch,
-            token_budget=self._token_budget,
-            reprefill_length=bound.reprefill_length,
-        )
-        run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
-        return StepLoop(
-            runner,
-            scheduler,
-            self._counters,
-            tokenizer=self.tokenizer,
-            run_ahead=run_ahead,
-            # Without graphs a launch is a forward pass of Python.
-            reads_first_tokens_first=not plan.settings().decode,
-            meter=self._meter,
-        )
-
-    def _graph_plan(self) -> GraphPlan:
-        return GraphPlan(
-            config=self.config,
-            mode=self.mode,
-            device=self.checkpoint.device,
-            token_budget=self._token_budget,
-            max_tokens=min(self._token_budget, self.max_context),
-        )
-
-    def _capture(self, runner: ModelRunner) -> None:
-        """Record all buckets, for greedy decoding and for what requests get that ask for nothing else."""
-        checkpoint = self.checkpoint
-        usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
-        plans = dict.fromkeys((SamplerPlan(), plan_of(usual, checkpoint.vocab_size)))
-        # Trees compile every kind of step, which takes seconds to minutes each.
-        any_sampler = self.config.graphs is not GraphOwner.TREES
-        keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler)
-        keys = self._starter.planned(runner, keys)
-        with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=self._bar_disabled) as bar:
-            runner.capture(keys, bar.update)
-
-    def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphPlan) -> tuple[int, int]:
-        """Size and allocate the KV cache; returns its pages and bytes."""
-        config, device = self.config, self.checkpoint.device
-        shape = CacheShape(bound.layer_shapes, config.page_size, self.checkpoint.dtype)
-        runner.attach(allocate_pages(shape, 1, device))
-        measure = config.kv_memory is None
-        num_pages = plan_pages(
-            shape,
-            max_batch=config.max_batch,
-            max_context=self.max_context,
-            kv_memory=parse_bytes("kv_memory", config.kv_memory),
-            device=device,
-            activation_bytes=runner.measure_activations(plan.largest()) if measure else 0,
-        )
-        runner.attach(allocate_pages(shape, num_pages, device))
-        return num_pages, num_pages * shape.page_bytes
-
-    def _compile(self, runner: ModelRunner) -> str | None:
-        """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of.
-
-        Returns:
-            Why steps run eagerly, if they do.
-        """
-        try:
-            with tqdm(total=1, desc="compile", delay=1, leave=False, disable=self._bar_disabled) as bar:
-                self._starter.compile(runner)
-                bar.update()
-        except CacheMissError:
-            raise
-        except Exception as error:
-            logger.debug("compilation failed", exc_info=True)
-            reason = f"compilation failed, steps run eagerly: {type(error).__name__}: {first_line(error)}"
-            self._counters.fall_back(reason)
-            runner.disable_compilation()
-            return reason
-        return None
 
     def idle(self) -> bool:
         """Record a graph that was missed often enough, if no request waits or runs; returns whether more are wanted.
@@ -357,7 +237,8 @@ class Engine:
         """Run requests to their end."""
         loop = self.open_loop()
         responses: list[Response] = []
-        bar = tqdm(total=len(plans), desc="generate", unit="request", delay=1, disable=self._bar_disabled)
+        disable = bar_disabled(self.config.progress)
+        bar = tqdm(total=len(plans), desc="generate", unit="request", delay=1, disable=disable)
         try:
             with bar:
                 loop.submit(plans, responses)
@@ -426,7 +307,7 @@ class Engine:
             compiled=compiled.compiles if compiled else 0,
             late_compiles=compiled.late_compiles if compiled else 0,
             graphs=self._runner.graphs.stats() if self._runner is not None else GraphStats(),
-            decode=self._decode_stats(),
+            decode=self._meter.stats(),
             fused=self._starter.fused,
             running=len(loop.scheduler.running),
             waiting=len(loop.scheduler.waiting),
@@ -440,18 +321,6 @@ class Engine:
     def traffic(self) -> Traffic:
         """What a decode step reads, and how fast the device can."""
         return self._meter.traffic
-
-    def _decode_stats(self) -> DecodeStats:
-        meter = self._meter
-        known = meter.traffic.weights and meter.seconds
-        bandwidth = meter.bytes / meter.seconds if known else math.nan
-        return DecodeStats(
-            steps=meter.steps,
-            seconds=meter.seconds,
-            read_bandwidth=bandwidth,
-            ceiling=meter.traffic.ceiling,
-            mbu=meter.traffic.mbu(bandwidth),
-        )
 
     def _fallbacks(self) -> dict[str, int]:
         counted = self._counters.fallbacks.copy()
@@ -504,64 +373,12 @@ class Engine:
         loop.check()
         return loop
 
-    @property
-    def _bar_disabled(self) -> bool | None:
-        """tqdm's `disable`: None switches a bar off where standard error is no terminal."""
-        return None if self.config.progress is None else not self.config.progress
-
 
 def _keep_plan(reference: weakref.ref[Engine]) -> None:
     """At exit, for an engine that nobody closed: what was hot is known to the next process."""
     engine = reference()
     if engine is not None and engine._runner is not None and not engine.closed:
         engine._starter.keep_plan(engine._runner)
-
-
-def open_cache(checkpoint: Checkpoint, config: EngineConfig) -> CompileCache:
-    """The compile cache for an engine of this checkpoint and config.
-
-    Raises:
-        CacheMissError: `offline_compile=True` and there is nothing usable.
-    """
-    return CompileCache.open(checkpoint, config, **cache_settings(checkpoint, config))
-
-
-def cache_settings(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
-    """What a config leaves open and the compiler sees, as an engine decides it."""
-    device = checkpoint.device.type
-    return {
-        "mode": config.mode_on(device),
-        "token_budget": config.token_budget or TOKEN_BUDGET[device],
-        "max_context": context_limit(checkpoint, config.max_context),
-    }
-
-
-def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:
-    """What can be checked of a config before a model's weights are read; returns the longest prompt plus output.
-
-    Raises:
-        ConfigError: the context is above the model's limit, the compile backend is unknown, or prefill buckets are
-            above what one call takes.
-        DeviceError: the machine cannot run the mode.
-    """
-    device = checkpoint.device.type
-    mode = config.mode_on(device)
-    if mode.compiles:
-        check_backend(config.compile_backend)
-        check_toolchain(mode, config.compile_backend, device)
-    if config.graphs is not GraphOwner.MANUAL and mode.records and device != "cuda":
-        raise DeviceError(
-            f'graphs="{config.graphs}" needs CUDA, and the model is on {checkpoint.device}; leave it at '
-            '"manual", which has a stand-in there'
-        )
-    limit = context_limit(checkpoint, config.max_context)
-    most = min(config.token_budget or TOKEN_BUDGET[device], limit)
-    if config.prefill_buckets and config.prefill_buckets[-1] > most:
-        raise ConfigError(
-            f"prefill_buckets holds {config.prefill_buckets[-1]}, above the {most} tokens that one prefill call takes "
-            "(token_budget, max_context); leave it out"
-        )
-    return limit
 
 
 def device_of(device: torch.device) -> AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from hybridgen.core import FinishReason
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError
-from hybridgen.execution import Counters, LaunchedStep, ModelRunner, PrefillChunk
+from hybridgen.execution import Counters, LaunchedStep, ModelRunner, PrefillChunk, fusing
 from hybridgen.execution.traffic import DecodeMeter
 from hybridgen.faults import is_fatal
 from hybridgen.output import Response, StepKind
@@ -286,7 +286,7 @@ class StepLoop:
                 self._meter.pause()
             else:
                 self._meter.step(len(tokens), flight.positions, now)
-        why = self._runner.inspect() if -1 in tokens else None
+        why = fusing.inspect(self._runner) if -1 in tokens else None
         if why is not None:
             self._counters.fall_back(why)
         generated = 0

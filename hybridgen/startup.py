@@ -13,12 +13,13 @@ from hybridgen.artifacts.files import write_whole
 from hybridgen.artifacts.session import CompileCache
 from hybridgen.config import EngineConfig, GraphOwner
 from hybridgen.errors import CacheMissError
-from hybridgen.execution import Counters, ModelRunner, StepKey
+from hybridgen.execution import Counters, ModelRunner, StepKey, fusing
 from hybridgen.execution.graphs import history
 from hybridgen.execution.statistics import ArtifactStats
 from hybridgen.execution.units import LayerUnits
 from hybridgen.faults import is_fatal
 from hybridgen.kernels.ceiling import read_ceiling
+from hybridgen.models import BoundModel
 
 _CEILING = "read-ceiling"
 _TUNING = "tuning"
@@ -128,7 +129,7 @@ class Starter:
             store.write_device_document(_CEILING, {"bytes_per_second": measured})
         return measured
 
-    def fuse_decode(self, runner: ModelRunner, config: EngineConfig, max_context: int) -> None:
+    def fuse_decode(self, runner: ModelRunner, bound: BoundModel, config: EngineConfig, max_context: int) -> None:
         """Make the fused decode kernels, with the choices of an earlier start or of the tuner.
 
         Raises:
@@ -151,21 +152,21 @@ class Starter:
             return self._kept_kernel(key, make)
 
         with self._startup.timed("compile"):
-            fused = runner.fuse_decode(max_context, tuned=tuned, kept=kept)
+            fused = fusing.fuse(runner, bound, max_context, tuned=tuned, kept=kept)
         for failure in fused.failures:
             self._counters.fall_back(failure)
         self.fused = fused.notes
         if config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
             with self._startup.timed("tuning"):
                 try:
-                    chosen = runner.tune_fused(config.tune_seconds)
+                    chosen = fusing.tune(runner, config.tune_seconds)
                 except Exception as error:
                     if is_fatal(error):
                         raise
                     self._counters.fall_back(
                         f"the tuner's choice of fused kernels is not used: {type(error).__name__}: {error}"
                     )
-                    self.fused = runner.fuse_decode(max_context, kept=kept).notes
+                    self.fused = fusing.fuse(runner, bound, max_context, kept=kept).notes
                 else:
                     self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
 
@@ -189,7 +190,7 @@ class Starter:
         else:
             with self._startup.timed("tuning"):
                 try:
-                    why = runner.compare_fused(sizes)
+                    why = fusing.compare(runner, sizes)
                 except Exception as error:
                     self._counters.fall_back(
                         f"fused and compiled decode were not compared: {type(error).__name__}: {error}"

@@ -12,6 +12,7 @@ import torch
 
 import hybridgen
 from hybridgen import Mode
+from hybridgen.building import Builder
 from hybridgen.execution.graphs.plan import use_graphs
 from hybridgen.output import Response
 from hybridgen.requests import plan_requests
@@ -91,8 +92,17 @@ def make_hybrid(engine: hybridgen.Engine) -> None:
     """Turn an engine of mode jit into one of mode hybrid, as loading does it, with what was compiled."""
     engine.mode = Mode.HYBRID
     engine.config = engine.config.replace(mode="hybrid", **GRAPHS)
-    use_graphs(engine._runner, engine._graph_plan(), "mode hybrid", engine._counters)
-    engine._capture(engine._runner)
+    builder = Builder(
+        engine.checkpoint,
+        engine.config,
+        engine.mode,
+        engine.max_context,
+        engine._starter,
+        engine._startup,
+        engine._counters,
+    )
+    use_graphs(engine._runner, builder.graph_plan(), "mode hybrid", engine._counters)
+    builder.capture(engine._runner)
 
 
 def test_eager(checkpoint: Path, expected: list) -> None:

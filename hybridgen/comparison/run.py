@@ -34,15 +34,15 @@ from hybridgen.comparison.subjects import (
     names,
 )
 from hybridgen.comparison.utilisation import device_busy
-from hybridgen.config import EngineConfig
+from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import Completion
-from hybridgen.engine import check_config
 from hybridgen.errors import ConfigError
 from hybridgen.execution.traffic import Traffic
 from hybridgen.kernels.ceiling import read_ceiling
 from hybridgen.loading import Checkpoint, fuse_projections
 from hybridgen.loading.sharing import twin
 from hybridgen.models import check_free
+from hybridgen.preflight import check_config
 from hybridgen.requests import context_limit
 
 logger = logging.getLogger(__name__)
@@ -338,7 +338,7 @@ def compare(
     checkpoint, limit = _open(model, config, tokenizer)
     facts = provenance(checkpoint.device)
     loaded = checkpoint.load()
-    bar = tqdm(bar_format="{desc}: {n}/{total}", disable=None if progress is None else not progress, leave=False)
+    bar = tqdm(bar_format="{desc}: {n}/{total}", disable=bar_disabled(progress), leave=False)
     try:
         with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
             run = _Run(config, checkpoint, loaded.model, limit, loaded.seconds, folder, bar)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
@@ -28,9 +28,6 @@ from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import ResolvedSampling, SamplerPlan, SamplerState
 
-if TYPE_CHECKING:
-    from hybridgen.fused.decode import FusedDecode
-
 logger = logging.getLogger(__name__)
 
 WARM_UP_RUN = 7
@@ -46,21 +43,21 @@ R = TypeVar("R")
 
 
 def on_its_stream(
-    method: Callable[Concatenate[ModelRunner, P], R],
+    function: Callable[Concatenate[ModelRunner, P], R],
 ) -> Callable[Concatenate[ModelRunner, P], R]:
-    """Run a method of the runner in inference mode, on the device and stream that the runner was made on.
+    """Run a method of the runner, or a function of one, in inference mode, on the runner's own device and stream.
 
     Steps share buffers, and only the order of one stream keeps them apart; callers may be on another device, on a
     stream of their own, or on another thread.
     """
 
-    @functools.wraps(method)
-    def run(self: ModelRunner, *args: P.args, **kwargs: P.kwargs) -> R:
+    @functools.wraps(function)
+    def run(runner: ModelRunner, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.inference_mode():
-            if self._is_here():
-                return method(self, *args, **kwargs)
-            with torch.cuda.stream(cast(torch.cuda.Stream, self.stream)):
-                return method(self, *args, **kwargs)
+            if runner._is_here():
+                return function(runner, *args, **kwargs)
+            with torch.cuda.stream(cast(torch.cuda.Stream, runner.stream)):
+                return function(runner, *args, **kwargs)
 
     return run
 
@@ -144,98 +141,8 @@ class ModelRunner:
 
     def attach(self, pages: tuple[LayerPages, ...]) -> None:
         """Use these pages from now on. Not after something was recorded, or decode was fused."""
-        self._pages = pages
+        self.pages = pages
         self._bound.attach(pages, self.steps.metadata)
-
-    @on_its_stream
-    def fuse_decode(
-        self,
-        max_context: int,
-        *,
-        tuned: Mapping[str, Any] | None = None,
-        kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
-    ) -> FusedDecode:
-        """From now on decode small batches with fused kernels, where the model and the device allow it.
-
-        Args:
-            tuned: what `tune_fused()` returned for this model and device.
-            kept: gives machine code kept under a key, or makes and keeps it.
-        """
-        # Imported here: Triton and NVRTC are not there everywhere.
-        from hybridgen.fused.decode import fuse_decode
-
-        fused = self.steps.fused = fuse_decode(
-            self._bound,
-            self._pages,
-            self.steps.inputs(),
-            max_context=max_context,
-            max_rows=self._max_batch,
-            tuned=tuned,
-            kept=kept,
-        )
-        return fused
-
-    @on_its_stream
-    def compare_fused(self, sizes: Sequence[int]) -> str:
-        """Use the chain of fused kernels up to the size where the model's own layers are faster.
-
-        Both are recorded and timed at these sizes, with padding. Not while requests run.
-
-        Returns:
-            Why it is not used beyond that; empty where it is used at all of them.
-        """
-        fused = self.steps.fused
-        if fused is None or fused.chain is None:
-            return ""
-        from hybridgen.execution.graphs.cuda import CudaGraphRecorder
-
-        recorder = CudaGraphRecorder(self.device)
-        used = fused.least_chain_rows - 1
-        try:
-            for rows in sorted(size for size in sizes if fused.least_chain_rows <= size <= fused.chain_rows):
-                key = StepKey(Phase.DECODE, rows, rows, None)
-                chain, layers = (self._recorded_seconds(recorder, key, by) for by in (fused, None))
-                logger.info("decode of %d rows: chain %.1f us, layers %.1f us", rows, chain * 1e6, layers * 1e6)
-                if chain >= layers:
-                    why = f"{rows} rows take it {chain * 1e3:.2f} ms, and the layers {layers * 1e3:.2f} ms"
-                    fused.use_chain_up_to(used, why)
-                    return why
-                used = rows
-        finally:
-            recorder.close()
-            self.recover()
-        return ""
-
-    def _recorded_seconds(self, recorder: Recorder, key: StepKey, fused: FusedDecode | None) -> float:
-        """What a replay of a step takes with these fused kernels, or without any."""
-        kept, self.steps.fused = self.steps.fused, fused
-        try:
-            self._prepare(key)
-            recorded = recorder.record(key, functools.partial(self.steps.run, key))
-            recorded.release()
-            return recorded.seconds
-        finally:
-            self.steps.fused = kept
-
-    @on_its_stream
-    def tune_fused(self, seconds: float) -> dict[str, Any]:
-        """Tune the fused kernels for about so long; returns the choices as plain values. Not while requests run."""
-        from hybridgen.fused.tuning import tune
-
-        if self.steps.fused is None:
-            return {}
-        try:
-            return tune(self.steps.fused, seconds)
-        finally:
-            self.recover()
-
-    @on_its_stream
-    def inspect(self) -> str | None:
-        """Look for the cause of logits without numbers; mend it and say what it was, if it was a fused step's."""
-        fused = self.steps.fused
-        if fused is None or not fused.stopped():
-            return None
-        return "a fused decode step waited in vain and was given up"
 
     def use_graphs(
         self,
@@ -256,7 +163,7 @@ class ModelRunner:
         self.graphs = GraphStore(
             settings,
             recorder=recorder,
-            prepare=self._prepare,
+            prepare=self.prepare,
             run=self.steps.run,
             finish=self.steps.finish,
             plain_kind=self._plain_kind,
@@ -408,7 +315,8 @@ class ModelRunner:
         parts = (dict(model.named_parameters()), dict(model.named_buffers()), self.steps.tensors())
         return {name: tensor.data_ptr() for part in parts for name, tensor in part.items()}
 
-    def _prepare(self, key: StepKey) -> None:
+    def prepare(self, key: StepKey) -> None:
+        """Stage a step of padding, with what its key needs allocated."""
         if key.plan is None:
             self.steps.keep_logits()
         else:
@@ -442,24 +350,17 @@ class ModelRunner:
         keys += [StepKey(Phase.DECODE, row, row, plan) for row in decode]
         # The layers are compiled for all sizes: a prefill of one token runs them as decode does, and so does a step
         # that no fused one serves.
-        fused, self.steps.fused = self.steps.fused, None
-        try:
-            with cast(CompiledLayers, self.compiled).warming_up():
-                for key in keys:
-                    self._run_padding(key)
-        finally:
-            self.steps.fused = fused
+        with self.steps.fused_by(None), cast(CompiledLayers, self.compiled).warming_up():
+            for key in keys:
+                self._run_padding(key)
 
     @on_its_stream
     def check_numerics(self) -> str | None:
         """Compare compiled layers with uncompiled ones on a few tokens; what differs too much, or None."""
         if self.compiled is None:
             return None
-        fused, self.steps.fused = self.steps.fused, None  # the layers are what is compared
-        try:
+        with self.steps.fused_by(None):  # the layers are what is compared
             wrong = numerics.compare(self, self.compiled)
-        finally:
-            self.steps.fused = fused
         self._steady = None
         return wrong
 
@@ -509,7 +410,7 @@ class ModelRunner:
         self.recover()
 
     def _run_padding(self, key: StepKey) -> None:
-        self._prepare(key)
+        self.prepare(key)
         try:
             self.steps.run(key)
         finally:

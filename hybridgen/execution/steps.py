@@ -6,7 +6,8 @@ on the host, so it can be recorded once and replayed (`execution.graphs`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -138,6 +139,15 @@ class ModelSteps:
         """Where a decode step finds its rows."""
         rows, slots = self._decode["rows"], self._decode["slots"]
         return StepInputs(rows, slots, self._state.table, self._state.block_table.tensor, self._state.padding_slot)
+
+    @contextmanager
+    def fused_by(self, fused: FusedDecode | None) -> Iterator[None]:
+        """Meanwhile decode with these fused kernels, or without any."""
+        before, self.fused = self.fused, fused
+        try:
+            yield
+        finally:
+            self.fused = before
 
     def keep_logits(self, *, always: bool = False) -> None:
         """Allocate where logits are left, if that has not been done.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hybridgen.execution.statistics import DecodeStats
 from hybridgen.models import BoundModel
 
 
@@ -97,3 +98,14 @@ class DecodeMeter:
     def pause(self) -> None:
         """Something else ran: the next step's time is not its own."""
         self._last = None
+
+    def stats(self) -> DecodeStats:
+        """How fast the steps read memory."""
+        bandwidth = self.bytes / self.seconds if self.traffic.weights and self.seconds else math.nan
+        return DecodeStats(
+            steps=self.steps,
+            seconds=self.seconds,
+            read_bandwidth=bandwidth,
+            ceiling=self.traffic.ceiling,
+            mbu=self.traffic.mbu(bandwidth),
+        )

@@ -16,8 +16,8 @@ import hybridgen
 from hybridgen import EngineConfig
 from hybridgen.artifacts import Key, parts
 from hybridgen.artifacts.session import key_for
-from hybridgen.engine import cache_settings
 from hybridgen.loading import Checkpoint
+from hybridgen.preflight import cache_settings
 
 CONFIG = EngineConfig(mode="hybrid", device="cpu")
 

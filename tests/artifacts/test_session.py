@@ -15,8 +15,8 @@ from hybridgen import CacheMissError, EngineConfig
 from hybridgen.artifacts import Entry, MemoryEntry, Store, environment
 from hybridgen.artifacts import store as store_module
 from hybridgen.artifacts.session import CompileCache
-from hybridgen.engine import open_cache
 from hybridgen.loading import Checkpoint
+from hybridgen.preflight import open_cache
 
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 MARKS = tuple(f"_HYBRIDGEN_SET_{variable}" for variable in VARIABLES)

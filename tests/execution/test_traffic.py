@@ -8,6 +8,7 @@ import families
 import pytest
 
 import hybridgen
+from hybridgen.execution.statistics import DecodeStats
 from hybridgen.execution.traffic import DecodeMeter, Traffic, traffic_of
 from hybridgen.kernels.ceiling import read_ceiling
 from hybridgen.models import bind
@@ -63,6 +64,19 @@ def test_the_meter_counts_steps_that_follow_each_other() -> None:
     meter.step(1, 8, 9.25)
     assert (meter.steps, meter.seconds) == (2, 0.75)
     assert meter.bytes == pytest.approx(1000 + 1020 + 1000 + 80)
+
+
+def test_what_the_meter_says() -> None:
+    meter = DecodeMeter(Traffic(1000, ((0, 10),), 8000.0))
+    assert math.isnan(meter.stats().read_bandwidth)
+    meter.step(2, 100, 1.0)
+    meter.step(2, 100, 1.5)
+    assert meter.stats() == DecodeStats(steps=1, seconds=0.5, read_bandwidth=4000.0, ceiling=8000.0, mbu=0.5)
+    with_experts = DecodeMeter(Traffic(0, ((0, 10),), 8000.0))
+    with_experts.step(2, 100, 1.0)
+    with_experts.step(2, 100, 1.5)
+    assert math.isnan(with_experts.stats().read_bandwidth)
+    assert with_experts.stats().steps == 1
 
 
 def test_no_ceiling_on_a_cpu() -> None:
