@@ -17,6 +17,7 @@ from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start, use_graphs
 from hybridgen.execution.traffic import DecodeMeter, traffic_of
 from hybridgen.kvcache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.fusion import has_hooks
 from hybridgen.loop import StepLoop, first_line
 from hybridgen.models import BoundModel
 from hybridgen.preflight import token_budget
@@ -58,7 +59,7 @@ class Builder:
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         starter, timed = self.starter, self.startup.timed
-        plan = self.graph_plan()
+        plan = self.graph_plan(bound)
         with timed("artifacts"):
             units = starter.load_units() if self.mode.compiles else None
         runner = ModelRunner(
@@ -92,7 +93,9 @@ class Builder:
             with timed("tuning"):
                 runner.exercise()
         use_graphs(runner, plan, not_compiled, self.counters)
-        if self.mode.records and config.capture_at_start:
+        if plan.not_recorded is not None:
+            self.counters.fall_back(plan.not_recorded)
+        if plan.records and config.capture_at_start:
             with timed("capture"):
                 self.capture(runner)
         scheduler = Scheduler(
@@ -115,7 +118,7 @@ class Builder:
         )
         return Built(runner, loop, meter, num_pages, cache_bytes)
 
-    def graph_plan(self) -> GraphPlan:
+    def graph_plan(self, bound: BoundModel) -> GraphPlan:
         """What decides about the engine's graphs."""
         budget = token_budget(self.checkpoint, self.config)
         return GraphPlan(
@@ -124,7 +127,15 @@ class Builder:
             device=self.checkpoint.device,
             token_budget=budget,
             max_tokens=min(budget, self.max_context),
+            not_recorded=self._not_recorded(bound),
         )
+
+    def _not_recorded(self, bound: BoundModel) -> str | None:
+        """A replay calls no Python, so it would leave out what hooks do."""
+        hooked = next((module for module in bound.model.modules() if has_hooks(module)), None)
+        if hooked is None or not self.mode.records:
+            return None
+        return f"a {type(hooked).__name__} has hooks, which a replay does not call; steps are not recorded"
 
     def capture(self, runner: ModelRunner) -> None:
         """Record all buckets, for greedy decoding and for what requests get that ask for nothing else."""

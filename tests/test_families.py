@@ -101,7 +101,7 @@ def make_hybrid(engine: hybridgen.Engine) -> None:
         engine._startup,
         engine._counters,
     )
-    use_graphs(engine._runner, builder.graph_plan(), "mode hybrid", engine._counters)
+    use_graphs(engine._runner, builder.graph_plan(engine._runner._bound), "mode hybrid", engine._counters)
     builder.capture(engine._runner)
 
 

@@ -193,6 +193,28 @@ def test_every_mode_gives_the_same_tokens_and_says_what_it_is(
     assert not any("cuda" in kind for kind in kinds)
 
 
+@pytest.mark.parametrize("mode", ["eager", "jit", "graph", "hybrid"])
+@pytest.mark.parametrize("where", ["model.layers.0.mlp", "model.norm"])
+def test_hooks_are_called_at_every_step(mode: str, where: str) -> None:
+    model, calls = families.build("llama"), []
+    with Engine.load(model, mode=mode, device="cpu", **SETTINGS) as engine:
+        plain = engine.generate(PROMPTS[0], max_new_tokens=4)
+    model.get_submodule(where).register_forward_hook(lambda *_: calls.append(1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Engine.load(model, mode=mode, device="cpu", **SETTINGS) as engine:
+            calls.clear()
+            out = engine.generate(PROMPTS[0], max_new_tokens=4)
+            stats = engine.stats()
+    assert len(calls) == 4
+    assert tokens_of([out]) == tokens_of([plain])
+    reasons = set(stats.fallbacks)
+    assert any("a replay does not call" in reason for reason in reasons) == (mode in ("graph", "hybrid"))
+    assert any("it runs eagerly" in reason for reason in reasons) == (mode in ("jit", "hybrid") and "layers" in where)
+    assert {str(each.message) for each in caught if each.category is RuntimeWarning} == reasons
+    assert not stats.graphs.graphs
+
+
 def test_completions_name_the_stand_in_and_the_bucket(path: Path) -> None:
     with loaded(path) as engine:
         outs = engine.generate(PROMPTS[:3], max_new_tokens=4)  # 46 tokens: above the largest bucket

@@ -119,7 +119,7 @@ class CompiledLayers:
         """Graphs compiled after it: each one is a stall that a user saw."""
 
     def install(self) -> None:
-        """From now on `layer(...)` runs compiled, but for layers with hooks or a forward of their own.
+        """From now on `layer(...)` runs compiled, but for layers with hooks, also inside, or a forward of their own.
 
         Nothing happens where that is so already.
         """
@@ -127,7 +127,8 @@ class CompiledLayers:
             return
         self._hook = register_bytecode_hook(self._count)
         for layer in self._layers:
-            if "forward" in vars(layer) or has_hooks(layer):
+            # Layers of a kind share a function, which would leave out what only some of them have.
+            if "forward" in vars(layer) or any(map(has_hooks, layer.modules())):
                 self._fall_back(f"a {type(layer).__name__} has hooks or a replaced forward; it runs eagerly")
                 continue
             # What nn.Module.compile() sets: Module.__call__ goes there first.

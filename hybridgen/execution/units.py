@@ -7,7 +7,7 @@ argument, and its parameters are read from it at each call.
 A guard on an object's identity means nothing in another process, and torch cannot write it down; guards on tensors do
 not survive with inference tensors. In their place a *structure* is compared, once per layer: classes, functions, and
 the dtype, shape and strides of every tensor that the layer reaches. All other guards (numbers and flags of modules,
-hooks, sizes, aliasing) are checked at each call, by torch.
+sizes, aliasing) are checked at each call, by torch; it does not look for hooks, so layers with hooks are not compiled.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class LayerUnits:
             (self.directory / INDEX).write_text(json.dumps({"units": rows}, indent=1))
         except Exception as error:  # pickling calls into whatever was traced
             logger.debug("compiled units are not kept", exc_info=True)
-            for path in self.directory.iterdir():
+            for path in self.directory.glob("*"):  # none where the directory is gone
                 path.unlink(missing_ok=True)
             return f"compiled units cannot be kept ({type(error).__name__}: {_first_line(error)})"
         return None

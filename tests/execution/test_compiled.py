@@ -75,7 +75,7 @@ def test_an_unknown_backend_is_named() -> None:
         check_backend("nope")
 
 
-@pytest.mark.parametrize("how", ["hook", "forward"])
+@pytest.mark.parametrize("how", ["hook", "hook inside", "forward"])
 def test_a_layer_with_hooks_or_its_own_forward_stays_eager(how: str) -> None:
     runner = make("llama")
     reasons: list[str] = []
@@ -83,6 +83,8 @@ def test_a_layer_with_hooks_or_its_own_forward_stays_eager(how: str) -> None:
     layer, calls = runner._bound.layers[1], []
     if how == "hook":
         layer.register_forward_hook(lambda *_: calls.append(1))
+    elif how == "hook inside":
+        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
     else:
         original = layer.forward
         layer.forward = lambda *a, **k: calls.append(1) or original(*a, **k)

@@ -29,12 +29,19 @@ class GraphPlan:
     token_budget: int
     max_tokens: int
     """Prompt tokens that one prefill call can have."""
+    not_recorded: str | None = None
+    """Why a mode that records steps does not."""
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded."""
+        return self.mode.records and self.not_recorded is None
 
     def settings(self) -> GraphSettings:
         """Buckets and limits."""
         config = self.config
         decode, prefill = config.decode_buckets, config.prefill_buckets
-        if not self.mode.records:
+        if not self.records:
             decode = prefill = ()
         max_bytes = parse_bytes("max_graph_memory", config.max_graph_memory)
         return GraphSettings(
@@ -53,14 +60,14 @@ class GraphPlan:
     def largest(self) -> int:
         """Tokens of the largest step that may be recorded; 0 where nothing is."""
         settings = self.settings()
-        return max((*settings.decode[-1:], *settings.prefill[-1:]), default=0) if self.mode.records else 0
+        return max((*settings.decode[-1:], *settings.prefill[-1:]), default=0) if self.records else 0
 
     def recorder(self, runner: ModelRunner) -> Callable[[StepKey, bool], Recorder | None] | None:
         """Who records a step (the flag: while idle, not at warm-up).
 
         Trees record while idle only what needs no compilation, which takes seconds to minutes.
         """
-        if not self.mode.records:
+        if not self.records:
             return None
         if self.device.type != "cuda":
             stand_in = StandInRecorder()
@@ -95,12 +102,12 @@ def use_graphs(runner: ModelRunner, plan: GraphPlan, not_compiled: str | None, c
     runner.use_graphs(
         plan.settings(),
         recorder=plan.recorder(runner),
-        why_plain=not_compiled or f"mode {plan.mode}",
+        why_plain=not_compiled or plan.not_recorded or f"mode {plan.mode}",
         note=", layers not compiled" if not_compiled else "",
         counters=counters,
         notify=config.on_graph_event,
         check_addresses=config.check_addresses,
-        validates=config.validate and plan.mode.records,
+        validates=config.validate and plan.records,
     )
 
 
