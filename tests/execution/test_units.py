@@ -257,7 +257,7 @@ def test_units_that_cannot_all_be_kept_leave_nothing_behind(kept: LayerUnits, tm
     assert list(directory.iterdir()) == []
     assert len(found.units) == 2  # this process goes on with them
     directory.rmdir()
-    assert found.save() == "compiled units cannot be kept (TypeError: cannot pickle this)"
+    assert str(found.save()).startswith("compiled units cannot be kept (")
 
 
 def guard(kind: str, *derived: str, is_global: bool = False) -> SimpleNamespace:
