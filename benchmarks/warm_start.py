@@ -2,8 +2,8 @@
 
 Every case is a fresh process that reads a checkpoint of random weights (sharded safetensors, in the page cache).
 `cold` has an empty compile cache, `warm` the one that `cold` left; `hybridgen-eager` has a warm one too, of its own.
-`depth` is a cold start with half of the layers, and with all unless `cold` is measured; `import` is what `hybridgen` adds to torch and the model
-class of transformers.
+`depth` is a cold start with half of the layers, and with all unless `cold` is measured; `import` is what `hybridgen`
+adds to torch and the model class of transformers.
 
     python benchmarks/warm_start.py --shapes llama-3.2-1b --cases hf,eager,cold,warm
     python benchmarks/warm_start.py --shapes llama-3.1-8b --cases depth

@@ -130,8 +130,8 @@ class EngineConfig:
     and of 32 to 512."""
     capture_at_start: bool = True
     """Record all buckets for greedy decoding and for the model's own sampling at warm-up; else only while idle. Where
-    the compile cache knows what earlier processes used, that alone is recorded at warm-up; all is with
-    `lazy_capture=False`."""
+    the compile cache knows what earlier processes used, that alone is recorded at warm-up, and all sizes of
+    `decode_buckets` and `prefill_buckets` where they are given; everything is with `lazy_capture=False`."""
     lazy_capture: bool = True
     """Record what was missing when nothing runs: at the end of a call, one graph per call."""
     capture_after: int = 3

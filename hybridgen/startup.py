@@ -213,12 +213,13 @@ class Starter:
         return code
 
     def planned(self, runner: ModelRunner, keys: Sequence[StepKey]) -> list[StepKey]:
-        """What to record before the first request: all of these on a cold start, what was hot on a warm one."""
+        """What to record before the first request: all of these on a cold start; on a warm one the buckets that the
+        user named, and of the others what was hot."""
         self._plan = history.read(self._cache.read_document(history.DOCUMENT))
         runner.graphs.know({graph.key: (graph.plain_seconds, graph.seconds) for graph in self._plan})
         # Without recording while idle, what is left out now would never be recorded.
         settings = runner.graphs.settings
-        chosen = history.first(keys, self._plan) if settings.lazy else list(keys)
+        chosen = history.first(keys, self._plan, named=settings.named) if settings.lazy else list(keys)
         chosen = chosen[: settings.max_graphs]
         known = {graph.key for graph in self._plan}
         hits = sum(key in known for key in chosen)

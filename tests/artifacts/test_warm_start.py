@@ -103,11 +103,19 @@ def test_in_this_process_it_is_a_hit_too(warmed: Warmed, tmp_path: Path) -> None
         assert [list(out.token_ids) for out in engine.generate(PROMPTS, max_new_tokens=8)] == warmed.tokens
         stats = engine.stats()
         assert (stats.compiled, stats.artifacts.state) == (0, "hit")
-        # Only what was used is recorded.
-        assert 0 < len(stats.graphs.graphs) < len(all_buckets())
-    with load(warmed, store, offline_compile=True, lazy_capture=False) as engine:
-        rows = engine.stats().graphs.graphs
-        assert {(row.phase, row.tokens) for row in rows} == set(all_buckets())
+        # These buckets were named, so all of them are recorded.
+        assert recorded(engine) == set(all_buckets())
+    with load(warmed, store, offline_compile=True, prefill_buckets=None, decode_buckets=None) as engine:
+        # Of those that nobody named, only what was used.
+        assert recorded(engine) < set(all_buckets())
+    with load(warmed, store, offline_compile=True, prefill_buckets=None, decode_buckets=[3, 4]) as engine:
+        assert {size for phase, size in recorded(engine) if phase == "decode"} == {3, 4}
+    with load(warmed, store, offline_compile=True, prefill_buckets=None, lazy_capture=False) as engine:
+        assert {size for phase, size in recorded(engine) if phase == "prefill"} == {16, 32, 48, 64}
+
+
+def recorded(engine: Engine) -> set[tuple[str, int]]:
+    return {(row.phase, row.tokens) for row in engine.stats().graphs.graphs}
 
 
 def test_offline_a_miss_is_an_error(warmed: Warmed, tmp_path: Path) -> None:

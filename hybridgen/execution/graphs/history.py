@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,28 +83,38 @@ def _row(graph: PlannedGraph) -> dict[str, Any]:
     }
 
 
-def first(keys: Iterable[StepKey], planned: Iterable[PlannedGraph], *, budget: float = BUDGET_SECONDS) -> list[StepKey]:
-    """What a warm start records: of what the config allows, what was used, the most used first, as long as the budget
-    lasts. Where nothing was used yet (`hybridgen cache warm`), as much as the budget allows of everything.
+def first(
+    keys: Iterable[StepKey],
+    planned: Iterable[PlannedGraph],
+    *,
+    named: Collection[Phase] = (),
+    budget: float = BUDGET_SECONDS,
+) -> list[StepKey]:
+    """What a warm start records: the buckets that the user named, whatever they cost; then of what the config allows,
+    what was used, the most used first, as long as the budget lasts. Where nothing was used yet (`hybridgen cache
+    warm`), as much as the budget allows of everything.
 
     Args:
         keys: what a cold start would record, what serves the most first.
         planned: what is known from earlier processes; without any, all keys are recorded, as on a cold start.
+        named: phases whose buckets the user named.
+        budget: seconds for what the user did not name.
     """
     keys = list(keys)
     known = {graph.key: graph for graph in planned}
     if not known:
         return keys
+    asked = dict.fromkeys(key for key in keys if key.phase in named)
     # Hot prompt lengths and batch sizes of samplers that a start without a plan does not record come along.
     buckets = {(key.phase, key.tokens) for key in keys}
     hot = [g.key for g in known.values() if g.uses >= _COLD and (g.key.phase, g.key.tokens) in buckets]
-    order = {key: index for index, key in enumerate(hot or keys)}
+    order = {key: index for index, key in enumerate(hot or keys) if key not in asked}
     ranked = sorted(order, key=lambda key: (-known[key].uses if key in known else 0.0, order[key]))
     typical = sorted(graph.capture_seconds for graph in known.values())[len(known) // 2]
     chosen: list[StepKey] = []
     for key in ranked:
         budget -= known[key].capture_seconds if key in known else typical
-        if budget < 0 and chosen:
+        if budget < 0 and (asked or chosen):
             break
         chosen.append(key)
-    return chosen
+    return [*asked, *chosen]

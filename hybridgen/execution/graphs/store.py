@@ -49,6 +49,8 @@ class GraphSettings:
     capture_after: int = 3
     sample_in_graph: bool = True
     """Record sampling too; else recordings end at the logits."""
+    named: frozenset[Phase] = frozenset()
+    """Phases whose buckets the user named: all of those are recorded at warm-up, whatever earlier processes used."""
     exact_when_lazy: bool = False
     """Record decode sizes between the buckets as they are."""
 

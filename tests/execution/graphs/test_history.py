@@ -46,6 +46,17 @@ def test_other_samplers_come_along_other_buckets_do_not() -> None:
     assert history.first(KEYS, graphs) == [decode(2, SAMPLED)]
 
 
+def test_buckets_that_the_user_named_are_recorded_whatever_was_used() -> None:
+    graphs = [planned(decode(4), 5, 3.0), planned(KEYS[3], 9), planned(decode(2, SAMPLED), 1), planned(decode(8), 9)]
+    decodes = KEYS[:3]
+    assert history.first(KEYS, graphs, named={Phase.DECODE}) == [*decodes, KEYS[3], decode(2, SAMPLED)]
+    # What is named takes nothing of the budget, and the budget is not for what nobody used.
+    assert history.first(KEYS, graphs, named={Phase.DECODE}, budget=0.15) == [*decodes, KEYS[3]]
+    assert history.first(KEYS, graphs[:1], named={Phase.DECODE}) == decodes
+    assert history.first(KEYS, graphs, named=frozenset(Phase), budget=0.0) == KEYS
+    assert history.first(KEYS, [planned(decode(1), 0)], named={Phase.DECODE}) == KEYS
+
+
 class FakeStore:
     """What `history.write` reads of a store."""
 
