@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -227,12 +228,14 @@ class Starter:
         return chosen
 
     def keep_plan(self, runner: ModelRunner) -> None:
-        """Write what was recorded and used to the entry. Nothing where nothing is recorded."""
-        if runner.graphs.recordings:
-            if not self._plan:  # nothing was planned at this start: what others used stays known
-                self._plan = history.read(self._cache.read_document(history.DOCUMENT))
-            self._cache.keep_document(history.DOCUMENT, history.write(runner.graphs, self._plan))
-        self._cache.publish()
+        """Add what was recorded and used to the entry's plan as it is now: other processes write theirs, too. Nothing
+        where nothing is recorded."""
+
+        def plan(there: dict[str, Any] | None) -> dict[str, Any]:
+            document = self._cache.read_document(history.DOCUMENT) if there is None else there
+            return history.write(runner.graphs, history.read(document))
+
+        self._cache.publish({history.DOCUMENT: plan} if runner.graphs.recordings else None)
 
     def stats(self, runner: ModelRunner | None) -> ArtifactStats:
         """What came from the cache so far."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from hybridgen.artifacts.entry import Entry, MemoryEntry
 from hybridgen.artifacts.key import Key
 from hybridgen.artifacts.location import SWITCH
 from hybridgen.artifacts.parts import device_name, key_of
-from hybridgen.artifacts.store import Explanation, Store
+from hybridgen.artifacts.store import Explanation, Store, Update
 from hybridgen.config import EngineConfig, GraphOwner, Mode
 from hybridgen.errors import CacheMissError
 from hybridgen.loading import Checkpoint
@@ -117,7 +117,7 @@ class CompileCache:
         entry = self.entry
         if isinstance(entry, MemoryEntry) or self.store is None:
             return
-        self.store.move_aside(entry.key.digest, reason)
+        self.store.move_aside(entry.key.digest, reason, only=entry.origin)
         # Triton's files and the fused kernels were made by other compilers, are loaded by now, and would not be made
         # again.
         for directory in (entry.inductor, entry.aot, entry.directory / "documents"):
@@ -128,12 +128,16 @@ class CompileCache:
         if self._config.offline_compile:
             raise CacheMissError(f"offline_compile=True, and {entry.reason}; run hybridgen cache warm again")
 
-    def publish(self) -> None:
-        """Put what was added into the store. Where that fails, the reason is noted and nothing else happens."""
+    def publish(self, updates: Mapping[str, Update] | None = None) -> None:
+        """Put what was added into the store. Where that fails, the reason is noted and nothing else happens.
+
+        Args:
+            updates: see `Store.publish`.
+        """
         if isinstance(self.entry, MemoryEntry) or self.store is None:
             return
         try:
-            self.store.publish(self.entry)
+            self.store.publish(self.entry, updates)
         except OSError as error:
             self._note(f"the compile cache cannot keep what was made: {error.strerror or error}")
 

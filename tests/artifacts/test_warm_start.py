@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,25 @@ def test_in_this_process_it_is_a_hit_too(warmed: Warmed, tmp_path: Path) -> None
 
 def recorded(engine: Engine) -> set[tuple[str, int]]:
     return {(row.phase, row.tokens) for row in engine.stats().graphs.graphs}
+
+
+def test_two_engines_that_close_one_after_the_other_keep_both_plans(warmed: Warmed, tmp_path: Path) -> None:
+    store = warmed.copy(tmp_path / "store")
+    path = only_entry(store) / "documents" / f"{history.DOCUMENT}.json"
+    path_before = plan_uses(path)
+    with load(warmed, store) as one, load(warmed, store) as two:
+        one.generate(PROMPTS[:1], max_new_tokens=9, ignore_eos=True)
+        two.generate(PROMPTS[:2], max_new_tokens=9, ignore_eos=True)
+    after = plan_uses(path)
+    assert after["decode", 1] > path_before["decode", 1] / 4 + 3
+    assert after["decode", 2] > path_before["decode", 2] / 4 + 3
+
+
+def plan_uses(path: Path) -> Counter[tuple[str, int]]:
+    uses: Counter[tuple[str, int]] = Counter()
+    for row in json.loads(path.read_text())["graphs"]:
+        uses[row["phase"], row["tokens"]] += row["uses"]
+    return uses
 
 
 def test_offline_a_miss_is_an_error(warmed: Warmed, tmp_path: Path) -> None:
