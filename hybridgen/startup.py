@@ -72,7 +72,6 @@ class Starter:
         self._startup = startup
         self._counters = counters
         self._units: LayerUnits | None = None
-        self._plan: list[history.PlannedGraph] = []
         self._planned = (0, 0)
         self.fused: dict[str, str] = {}
         """What serves which decode sizes in place of the model's own layers, or why nothing does."""
@@ -216,13 +215,13 @@ class Starter:
     def planned(self, runner: ModelRunner, keys: Sequence[StepKey]) -> list[StepKey]:
         """What to record before the first request: all of these on a cold start; on a warm one the buckets that the
         user named, and of the others what was hot."""
-        self._plan = history.read(self._cache.read_document(history.DOCUMENT))
-        runner.graphs.know({graph.key: (graph.plain_seconds, graph.seconds) for graph in self._plan})
+        plan = history.read(self._cache.read_document(history.DOCUMENT))
+        runner.graphs.know({graph.key: graph.times for graph in plan if graph.times is not None})
         # Without recording while idle, what is left out now would never be recorded.
         settings = runner.graphs.settings
-        chosen = history.first(keys, self._plan, named=settings.named) if settings.lazy else list(keys)
+        chosen = history.first(keys, plan, named=settings.named) if settings.lazy else list(keys)
         chosen = chosen[: settings.max_graphs]
-        known = {graph.key for graph in self._plan}
+        known = {graph.key for graph in plan}
         hits = sum(key in known for key in chosen)
         self._planned = hits, len(chosen) - hits
         return chosen

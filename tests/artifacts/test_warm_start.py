@@ -138,6 +138,25 @@ def plan_uses(path: Path) -> Counter[tuple[str, int]]:
     return uses
 
 
+def test_times_that_are_out_of_date_are_measured_again(warmed: Warmed, tmp_path: Path) -> None:
+    """As if the device had become a thousand times faster since."""
+    store = warmed.copy(tmp_path / "store")
+    opened, directory = Store(store), only_entry(store)
+    with opened.open(Manifest.read(directory, directory.name).key) as entry:
+        plan = entry.read_document(history.DOCUMENT)
+        for row in plan["graphs"]:
+            row["plain_seconds"] = row["seconds"] = 100.0
+        entry.write_document(history.DOCUMENT, plan)
+        opened.publish(entry)
+    with load(warmed, store, prefill_buckets=[], decode_buckets=[1]) as engine:
+        rows = engine.stats().graphs.graphs
+        assert rows
+        assert all(row.seconds < 50 and row.plain_seconds < 50 for row in rows)
+    rows = json.loads((directory / "documents" / f"{history.DOCUMENT}.json").read_text())["graphs"]
+    assert {row["seconds"] is None for row in rows} == {True, False}
+    assert all(row["seconds"] < 50 for row in rows if row["seconds"] is not None)
+
+
 def test_offline_a_miss_is_an_error(warmed: Warmed, tmp_path: Path) -> None:
     with pytest.raises(CacheMissError, match="the store is empty"):
         load(warmed, tmp_path / "empty", offline_compile=True)
