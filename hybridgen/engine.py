@@ -70,7 +70,7 @@ class Engine:
         self.mode = config.mode_on(checkpoint.device.type)
         """How steps run: `config.mode`, with `auto` decided."""
         self._counters = Counters()
-        self._startup = Startup(importing.take_seconds(), loaded.seconds)
+        self._startup = Startup(importing.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._timed = self._startup.timed
         self._token_budget = config.token_budget or TOKEN_BUDGET[checkpoint.device.type]
         self._loop: StepLoop | None = None
@@ -135,7 +135,7 @@ class Engine:
         """
         cache = open_cache(checkpoint, config)
         try:
-            wait = preload(config, config.mode_on(checkpoint.device.type))
+            wait = preload(cache, config, config.mode_on(checkpoint.device.type), checkpoint.device.type)
             loaded = checkpoint.load()
             wait()
             return cls(checkpoint, loaded, config, cache)
@@ -547,8 +547,9 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:
     device = checkpoint.device.type
     mode = config.mode_on(device)
     if mode.compiles:
-        check_backend(config.compile_backend)
-        check_toolchain(mode, config.compile_backend, device)
+        with importing.timed():  # it imports the first part of the compiler
+            check_backend(config.compile_backend)
+            check_toolchain(mode, config.compile_backend, device)
     if config.graphs is not GraphOwner.MANUAL and mode.records and device != "cuda":
         raise DeviceError(
             f'graphs="{config.graphs}" needs CUDA, and the model is on {checkpoint.device}; leave it at '

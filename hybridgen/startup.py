@@ -25,6 +25,7 @@ _CEILING = "read-ceiling"
 _TUNING = "tuning"
 PHASES = (
     "import",
+    "open model",
     "load weights",
     "artifacts",
     "fuse projections",
@@ -39,8 +40,8 @@ PHASES = (
 class Startup:
     """Seconds by phase."""
 
-    def __init__(self, importing: float, weights: float) -> None:
-        self._seconds = {"import": importing, "load weights": weights}
+    def __init__(self, importing: float, weights: float, *, opening: float = 0.0) -> None:
+        self._seconds = {"import": importing, "open model": opening, "load weights": weights}
 
     def add(self, phase: str, seconds: float) -> None:
         """Add to a phase."""

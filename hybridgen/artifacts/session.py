@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import importlib
 import logging
 import os
 import shutil
@@ -9,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from hybridgen.artifacts import environment
@@ -22,6 +25,14 @@ from hybridgen.errors import CacheMissError
 from hybridgen.loading import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+_COMPILED_AGAINST = (
+    "torch._functorch.aot_autograd",
+    "torch._inductor.async_compile",
+    "torch._inductor.codegen.memory_planning",
+    "torch._inductor.select_algorithm",
+)
+_COMPILED_AGAINST_CUDA = ("torch._inductor.runtime.triton_heuristics",)
 
 
 class CompileCache:
@@ -203,22 +214,51 @@ def _refuse_if_offline(config: EngineConfig, mode: Mode, reason: str) -> None:
         )
 
 
-def preload(config: EngineConfig, mode: Mode) -> Callable[[], None]:
+def preload(cache: CompileCache, config: EngineConfig, mode: Mode, device_type: str) -> Callable[[], None]:
     """Import what loading compiled code needs, on a thread, while weights are read; returns what waits for it.
 
-    Not with cudagraph trees: up to torch 2.11 they work only on the thread that imported them.
+    What it is waited for is part of the cache's seconds. Not with cudagraph trees: up to torch 2.11 they work only on
+    the thread that imported them.
     """
     if not mode.compiles or config.compile_backend != "inductor" or config.graphs is not GraphOwner.MANUAL:
         return lambda: None
-    thread = threading.Thread(target=_import_compiler, name="hybridgen-preload", daemon=True)
+    thread = _on_thread(partial(_import_compiler, device_type))
+
+    def wait() -> None:
+        start = time.perf_counter()
+        thread.join()
+        cache.seconds += time.perf_counter() - start
+
+    return wait
+
+
+def _on_thread(work: Callable[[], None]) -> threading.Thread:
+    """Started, with this thread's context: torch keeps some settings in it."""
+    thread = threading.Thread(
+        target=contextvars.copy_context().run, args=(work,), name="hybridgen-preload", daemon=True
+    )
     thread.start()
-    return thread.join
+    return thread
 
 
-def _import_compiler() -> None:
+def _import_compiler(device_type: str) -> None:
+    """What torch imports for compiled code, the modules that it is written against included."""
     try:
-        from torch._inductor.codecache import torch_key
-
-        torch_key()
+        codecache = importlib.import_module("torch._inductor.codecache")
+        # On a CPU torch asks in every process whether code for each of its vector instructions runs, in a process each:
+        # as long as the imports take, and it is waited for at the same time.
+        asking = _on_thread(_ask_for_instructions) if device_type == "cpu" else None
+        codecache.torch_key()
+        for name in (*_COMPILED_AGAINST, *(_COMPILED_AGAINST_CUDA if device_type == "cuda" else ())):
+            importlib.import_module(name)
+        if asking is not None:
+            asking.join()
     except Exception as error:  # it will be raised again where it is needed
         logger.debug("compiler modules could not be imported ahead: %s", error)
+
+
+def _ask_for_instructions() -> None:
+    try:
+        importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
+    except Exception as error:
+        logger.debug("vector instructions are not known ahead: %s", error)

@@ -70,7 +70,7 @@ def test_a_moved_store_with_other_weights_and_other_memory(warmed: Warmed, tmp_p
         check_compiled_nothing(found)
         assert found["stats"]["artifacts"]["hits"]["compile"] == 3
         assert "start: compile" in found["table"]
-        assert {"import", "load weights", "artifacts", "compile", "capture", "first token"} <= set(
+        assert {"import", "open model", "load weights", "artifacts", "compile", "capture", "first token"} <= set(
             found["stats"]["startup"]
         )
     assert moved["tokens"] == warmed.tokens
