@@ -159,7 +159,7 @@ class EngineConfig:
     """Keep what is compiled and measured for later processes: a directory, or True for `$HYBRIDGEN_CACHE_DIR`, the
     checkout's `compile_cache/` or the user's cache directory; False keeps nothing. See docs/compile-cache.md."""
     offline_compile: bool = False
-    """Compile nothing: raise `CacheMissError` at start where the cache lacks something."""
+    """Compile nothing: raise `CacheMissError` where the cache lacks something, at start where it can be known there."""
     on_graph_event: Callable[[GraphEvent], None] | None = None
     """Called with each capture, eviction and failure."""
     progress: bool | None = None

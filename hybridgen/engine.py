@@ -269,6 +269,12 @@ class Engine:
         loop, runner = self.open_loop(), self._runner
         return False if runner is None else loop.idle(runner.capture_pending)
 
+    def exercise_samplers(self) -> None:
+        """Run every kind of sampler once, so that the compile cache has its kernels. Not while requests run."""
+        self.open_loop()
+        if self._runner is not None:
+            self._runner.exercise_samplers()
+
     def generate(
         self,
         prompts: Prompts,

@@ -123,7 +123,8 @@ class Starter:
         known = None if store is None else store.read_device_document(_CEILING)
         if known is not None and isinstance(known.get("bytes_per_second"), (int, float)):
             return float(known["bytes_per_second"])
-        with self._startup.timed("tuning"):
+        measured = None
+        with self._startup.timed("tuning"), self._cache.unless_refused():
             measured = read_ceiling(device)
         if measured is not None and store is not None:
             store.write_device_document(_CEILING, {"bytes_per_second": measured})

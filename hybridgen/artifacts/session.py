@@ -9,12 +9,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from hybridgen.artifacts import environment
+from hybridgen.artifacts import environment, refusal
 from hybridgen.artifacts.entry import Entry, MemoryEntry
 from hybridgen.artifacts.key import Key
 from hybridgen.artifacts.location import SWITCH
@@ -48,6 +48,8 @@ class CompileCache:
         """What opening the entry took, waiting for other processes included."""
         self._config = config
         self._build = ExitStack()
+        self._use = ExitStack()
+        self._refused: list[str] = []
 
     @classmethod
     def open(
@@ -58,6 +60,15 @@ class CompileCache:
         Raises:
             CacheMissError: `offline_compile=True` and there is none that can be used.
         """
+        cache = cls._find(checkpoint, config, mode=mode, token_budget=token_budget, max_context=max_context)
+        if checkpoint.device.type == "cuda":
+            cache.refuse_kernels()
+        return cache
+
+    @classmethod
+    def _find(
+        cls, checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_budget: int, max_context: int
+    ) -> CompileCache:
         start = time.perf_counter()
         off = why_off(config, mode, checkpoint.device.type)
         if off is not None:
@@ -95,6 +106,24 @@ class CompileCache:
         cache.notes += environment.direct_to(entry)
         logger.info("compile cache %s: %s (%s)", key.digest[:12], "hit" if entry.hit else "miss", entry.reason)
         return cache
+
+    def refuse_kernels(self) -> None:
+        """Until `close()`: with `offline_compile=True` and an entry, Triton compiles no kernel of ours."""
+        if self._config.offline_compile and self.entry.hit:
+            self._refused = self._use.enter_context(refusal.refusing())
+        else:
+            self._use.enter_context(refusal.allowing())
+
+    @contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """Inside is what an engine can do without: a kernel that is refused there ends it, and nothing else."""
+        before = len(self._refused)
+        try:
+            yield
+        except CacheMissError as error:
+            self.notes.append(str(error))
+        finally:
+            del self._refused[before:]
 
     @property
     def hit(self) -> bool:
@@ -158,7 +187,17 @@ class CompileCache:
             logger.warning("%s", reason)
 
     def end_start(self) -> None:
-        """Start-up is over: publish, and let processes go on that wait for the entry."""
+        """Start-up is over: publish, and let processes go on that wait for the entry.
+
+        Raises:
+            CacheMissError: a kernel was refused in the start, and whoever asked for it went on without.
+        """
+        if self._refused:
+            raise CacheMissError(
+                "offline_compile=True, and the compile cache does not hold the Triton kernels "
+                f"{', '.join(sorted(set(self._refused)))} as this engine calls them; run hybridgen cache warm again "
+                "with its settings, or allow compiling"
+            )
         try:
             self.publish()
         finally:
@@ -167,6 +206,7 @@ class CompileCache:
     def close(self) -> None:
         """The engine is closed, or did not start."""
         self._build.close()
+        self._use.close()
         if isinstance(self.entry, Entry):
             environment.restore(self.entry)
 
