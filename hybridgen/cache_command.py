@@ -136,6 +136,7 @@ def _warm(arguments: argparse.Namespace) -> int:
             off = why_off(config, engine.mode, engine.checkpoint.device.type)
             if off is not None:
                 raise CacheError(f"there is nothing to keep: {off}")
+            engine.exercise_samplers()
             stats = engine.stats()
             problems = [note for note in stats.artifacts.notes if "cannot keep" in note or "cannot be written" in note]
             problems += [why for why in stats.fallbacks if "compilation failed" in why or "cannot be kept" in why]

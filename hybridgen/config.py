@@ -130,8 +130,8 @@ class EngineConfig:
     and of 32 to 512."""
     capture_at_start: bool = True
     """Record all buckets for greedy decoding and for the model's own sampling at warm-up; else only while idle. Where
-    the compile cache knows what earlier processes used, that alone is recorded at warm-up; all is with
-    `lazy_capture=False`."""
+    the compile cache knows what earlier processes used, that alone is recorded at warm-up, and all sizes of
+    `decode_buckets` and `prefill_buckets` where they are given; everything is with `lazy_capture=False`."""
     lazy_capture: bool = True
     """Record what was missing when nothing runs: at the end of a call, one graph per call."""
     capture_after: int = 3
@@ -159,7 +159,7 @@ class EngineConfig:
     """Keep what is compiled and measured for later processes: a directory, or True for `$HYBRIDGEN_CACHE_DIR`, the
     checkout's `compile_cache/` or the user's cache directory; False keeps nothing. See docs/compile-cache.md."""
     offline_compile: bool = False
-    """Compile nothing: raise `CacheMissError` at start where the cache lacks something."""
+    """Compile nothing: raise `CacheMissError` where the cache lacks something, at start where it can be known there."""
     on_graph_event: Callable[[GraphEvent], None] | None = None
     """Called with each capture, eviction and failure."""
     progress: bool | None = None

@@ -63,7 +63,7 @@ class Engine:
         self.mode = config.mode_on(checkpoint.device.type)
         """How steps run: `config.mode`, with `auto` decided."""
         self._counters = Counters()
-        self._startup = Startup(importing.take_seconds(), loaded.seconds)
+        self._startup = Startup(importing.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
         check_free(loaded.model)
@@ -132,7 +132,7 @@ class Engine:
         """
         cache = open_cache(checkpoint, config)
         try:
-            wait = preload(config, config.mode_on(checkpoint.device.type))
+            wait = preload(cache, config, config.mode_on(checkpoint.device.type), checkpoint.device.type)
             loaded = checkpoint.load()
             wait()
             return cls(checkpoint, loaded, config, cache)
@@ -148,6 +148,12 @@ class Engine:
         """
         loop, runner = self.open_loop(), self._runner
         return False if runner is None else loop.idle(runner.capture_pending)
+
+    def exercise_samplers(self) -> None:
+        """Run every kind of sampler once, so that the compile cache has its kernels. Not while requests run."""
+        self.open_loop()
+        if self._runner is not None:
+            self._runner.exercise_samplers()
 
     def generate(
         self,

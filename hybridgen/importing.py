@@ -5,18 +5,29 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _seconds = 0.0
 
 
 def engine() -> None:
     """Import `hybridgen.engine`, and note what that took."""
-    global _seconds
     if "hybridgen.engine" in sys.modules:
         return
+    with timed():
+        importlib.import_module("hybridgen.engine")
+
+
+@contextmanager
+def timed() -> Iterator[None]:
+    """Add what is imported inside."""
+    global _seconds
     start = time.perf_counter()
-    importlib.import_module("hybridgen.engine")
-    _seconds = time.perf_counter() - start
+    try:
+        yield
+    finally:
+        _seconds += time.perf_counter() - start
 
 
 def take_seconds() -> float:

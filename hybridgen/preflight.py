@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybridgen import importing
 from hybridgen.artifacts.session import CompileCache
 from hybridgen.config import EngineConfig, GraphOwner
 from hybridgen.errors import ConfigError, DeviceError
@@ -49,8 +50,9 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:
     device = checkpoint.device.type
     mode = config.mode_on(device)
     if mode.compiles:
-        check_backend(config.compile_backend)
-        check_toolchain(mode, config.compile_backend, device)
+        with importing.timed():  # it imports the first part of the compiler
+            check_backend(config.compile_backend)
+            check_toolchain(mode, config.compile_backend, device)
     if config.graphs is not GraphOwner.MANUAL and mode.records and device != "cuda":
         raise DeviceError(
             f'graphs="{config.graphs}" needs CUDA, and the model is on {checkpoint.device}; leave it at '

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ _CEILING = "read-ceiling"
 _TUNING = "tuning"
 PHASES = (
     "import",
+    "open model",
     "load weights",
     "artifacts",
     "fuse projections",
@@ -39,8 +41,8 @@ PHASES = (
 class Startup:
     """Seconds by phase."""
 
-    def __init__(self, importing: float, weights: float) -> None:
-        self._seconds = {"import": importing, "load weights": weights}
+    def __init__(self, importing: float, weights: float, *, opening: float = 0.0) -> None:
+        self._seconds = {"import": importing, "open model": opening, "load weights": weights}
 
     def add(self, phase: str, seconds: float) -> None:
         """Add to a phase."""
@@ -72,7 +74,6 @@ class Starter:
         self._startup = startup
         self._counters = counters
         self._units: LayerUnits | None = None
-        self._plan: list[history.PlannedGraph] = []
         self._planned = (0, 0)
         self.fused: dict[str, str] = {}
         """What serves which decode sizes in place of the model's own layers, or why nothing does."""
@@ -123,7 +124,8 @@ class Starter:
         known = None if store is None else store.read_device_document(_CEILING)
         if known is not None and isinstance(known.get("bytes_per_second"), (int, float)):
             return float(known["bytes_per_second"])
-        with self._startup.timed("tuning"):
+        measured = None
+        with self._startup.timed("tuning"), self._cache.unless_refused():
             measured = read_ceiling(device)
         if measured is not None and store is not None:
             store.write_device_document(_CEILING, {"bytes_per_second": measured})
@@ -214,25 +216,28 @@ class Starter:
         return code
 
     def planned(self, runner: ModelRunner, keys: Sequence[StepKey]) -> list[StepKey]:
-        """What to record before the first request: all of these on a cold start, what was hot on a warm one."""
-        self._plan = history.read(self._cache.read_document(history.DOCUMENT))
-        runner.graphs.know({graph.key: (graph.plain_seconds, graph.seconds) for graph in self._plan})
+        """What to record before the first request: all of these on a cold start; on a warm one the buckets that the
+        user named, and of the others what was hot."""
+        plan = history.read(self._cache.read_document(history.DOCUMENT))
+        runner.graphs.know({graph.key: graph.times for graph in plan if graph.times is not None})
         # Without recording while idle, what is left out now would never be recorded.
         settings = runner.graphs.settings
-        chosen = history.first(keys, self._plan) if settings.lazy else list(keys)
+        chosen = history.first(keys, plan, named=settings.named) if settings.lazy else list(keys)
         chosen = chosen[: settings.max_graphs]
-        known = {graph.key for graph in self._plan}
+        known = {graph.key for graph in plan}
         hits = sum(key in known for key in chosen)
         self._planned = hits, len(chosen) - hits
         return chosen
 
     def keep_plan(self, runner: ModelRunner) -> None:
-        """Write what was recorded and used to the entry. Nothing where nothing is recorded."""
-        if runner.graphs.recordings:
-            if not self._plan:  # nothing was planned at this start: what others used stays known
-                self._plan = history.read(self._cache.read_document(history.DOCUMENT))
-            self._cache.keep_document(history.DOCUMENT, history.write(runner.graphs, self._plan))
-        self._cache.publish()
+        """Add what was recorded and used to the entry's plan as it is now: other processes write theirs, too. Nothing
+        where nothing is recorded."""
+
+        def plan(there: dict[str, Any] | None) -> dict[str, Any]:
+            document = self._cache.read_document(history.DOCUMENT) if there is None else there
+            return history.write(runner.graphs, history.read(document))
+
+        self._cache.publish({history.DOCUMENT: plan} if runner.graphs.recordings else None)
 
     def stats(self, runner: ModelRunner | None) -> ArtifactStats:
         """What came from the cache so far."""

@@ -427,6 +427,7 @@ def test_statistics_count(llama_path: Path) -> None:
     assert stats.steps == {("prefill", "eager", "mode eager"): 1, ("decode", "eager", "mode eager"): 3}
     assert list(stats.startup) == [
         "import",
+        "open model",
         "load weights",
         "artifacts",
         "fuse projections",

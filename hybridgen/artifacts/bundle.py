@@ -58,12 +58,13 @@ def export_bundle(store: Store, path: Path, digests: Sequence[str] | None = None
 
 def _export(store: Store, bundle: tarfile.TarFile, digest: str) -> None:
     directory = store.path_of(digest)
-    manifest = Manifest.read(directory, digest)
-    for name in manifest.files:
-        _add(bundle, f"{digest}/{name}", manifest.read_file(directory, name))
-    # Last, as in the store.
-    for name in (MANIFEST, READY):
-        _add(bundle, f"{digest}/{name}", (directory / name).read_bytes())
+    with locked(store.lock_of(digest), shared=True, wait_seconds=60.0):  # else it could be replaced meanwhile
+        manifest = Manifest.read(directory, digest)
+        for name in manifest.files:
+            _add(bundle, f"{digest}/{name}", manifest.read_file(directory, name))
+        # Last, as in the store.
+        for name in (MANIFEST, READY):
+            _add(bundle, f"{digest}/{name}", (directory / name).read_bytes())
 
 
 def _add(bundle: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -14,8 +14,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybridgen.artifacts.files import UnusableError, read_json, regular_files, write_json
 from hybridgen.artifacts.key import Key
@@ -26,14 +28,43 @@ from hybridgen.artifacts.relocation import local
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_MADE = ".new-"
+"""Before the name of a working copy that has no lock yet, so that nobody takes it for one of a killed process."""
+_MADE_SECONDS = 60.0
 _LEFT_OUT = re.compile(r"(^|/)(tmp\.[^/]*|[^/]*\.lock|[^/]*\.tmp|lock|locks/.*|[^/]*\.gch|\.[^/]*)($|/)")
 """What compilers leave that is of no use to others: unfinished files, locks, precompiled headers."""
+
+
+Identity = tuple[int, int]
+"""Of a version's directory in the store."""
+Stamp = tuple[int, int]
+"""Bytes of a file, and when it was last written."""
+
+
+class Version(NamedTuple):
+    """The version of an entry that a working copy was made of."""
+
+    identity: Identity
+    files: Mapping[str, tuple[int, str]]
+    """Bytes and SHA-256 by relative name."""
+
+
+class Changes(NamedTuple):
+    """A working copy's files at one moment, against what the store had when they were taken or published."""
+
+    files: Mapping[str, Stamp]
+    before: Mapping[str, Stamp]
+    base: Mapping[str, tuple[int, str]]
+
+    def is_behind(self, name: str, there: tuple[int, str]) -> bool:
+        """Whether the store has another file by now, and this one is as it was."""
+        return name in self.base and self.base[name] != there and self.files[name] == self.before.get(name)
 
 
 class Entry:
     """The working copy of one entry: directories for compilers and documents by name."""
 
-    def __init__(self, key: Key, directory: Path, *, hit: bool, reason: str) -> None:
+    def __init__(self, key: Key, directory: Path, *, hit: bool, reason: str, version: Version | None = None) -> None:
         """Use `Store.open`."""
         self.key = key
         self.directory = directory
@@ -43,9 +74,12 @@ class Entry:
         """Why not, in words; or where it is from."""
         self.reads: dict[str, bool] = {}
         """Documents that were asked for, and whether they were there."""
+        self.origin = None if version is None else version.identity
+        """The version in the store that this was copied from or published as."""
         for part in PARTS:
             (directory / part).mkdir(mode=0o700, exist_ok=True)
         self._published = self._snapshot()
+        self._base = {} if version is None else dict(version.files)
 
     @property
     def inductor(self) -> Path:
@@ -100,9 +134,14 @@ class Entry:
         """Whether there is something that was not published."""
         return self._snapshot() != self._published
 
-    def note_published(self) -> None:
-        """What is there now is in the store."""
-        self._published = self._snapshot()
+    def changes(self) -> Changes:
+        """What a new version is made of."""
+        return Changes(self._snapshot(), self._published, self._base)
+
+    def note_published(self, changes: Changes, written: Mapping[str, tuple[int, str]], origin: Identity | None) -> None:
+        """These files are in the store; others of these changes were left to what it had."""
+        self._published, self.origin = dict(changes.files), origin
+        self._base.update(written)
 
     def files(self) -> list[str]:
         """Relative names of what is worth keeping."""
@@ -174,12 +213,14 @@ class WorkingDirectory:
             if work is None:
                 raise PermissionError(0, "it is read-only")
             work.mkdir(mode=0o700, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix="", dir=work))
+            self.path = Path(tempfile.mkdtemp(prefix=_MADE, dir=work))
         except OSError as error:
             self.outside = f"the store cannot be written ({error.strerror})"
             self.path = Path(tempfile.mkdtemp(prefix="hybridgen-cache-"))
         self._lock = FileLock(self.path / ".lock")
         self._lock.take()
+        if self.outside is None:  # from here on others see it, and that it is locked
+            self.path = self.path.rename(self.path.with_name(self.path.name.removeprefix(_MADE)))
         atexit.register(_delete, self.path, os.getpid())
 
 
@@ -192,7 +233,9 @@ def sweep(work: Path) -> None:
     for path in found:
         lock = FileLock(path / ".lock")
         try:
-            # One without its lock is being made, or being deleted.
+            if path.name.startswith(_MADE) and time.time() - os.lstat(path).st_mtime < _MADE_SECONDS:
+                continue
+            # One without its lock is being deleted.
             if (path / ".lock").exists() and lock.take():
                 shutil.rmtree(path, ignore_errors=True)
         except OSError as error:

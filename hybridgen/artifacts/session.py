@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextvars
+import importlib
 import logging
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-from hybridgen.artifacts import environment
+from hybridgen.artifacts import environment, refusal
 from hybridgen.artifacts.entry import Entry, MemoryEntry
 from hybridgen.artifacts.key import Key
 from hybridgen.artifacts.location import SWITCH
 from hybridgen.artifacts.parts import device_name, key_of
-from hybridgen.artifacts.store import Explanation, Store
+from hybridgen.artifacts.store import Explanation, Store, Update
 from hybridgen.config import EngineConfig, GraphOwner, Mode
 from hybridgen.errors import CacheMissError
 from hybridgen.loading import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+_COMPILED_AGAINST = (
+    "torch._functorch.aot_autograd",
+    "torch._inductor.async_compile",
+    "torch._inductor.codegen.memory_planning",
+    "torch._inductor.select_algorithm",
+)
+_COMPILED_AGAINST_CUDA = ("torch._inductor.runtime.triton_heuristics",)
 
 
 class CompileCache:
@@ -37,6 +48,8 @@ class CompileCache:
         """What opening the entry took, waiting for other processes included."""
         self._config = config
         self._build = ExitStack()
+        self._use = ExitStack()
+        self._refused: list[str] = []
 
     @classmethod
     def open(
@@ -47,6 +60,15 @@ class CompileCache:
         Raises:
             CacheMissError: `offline_compile=True` and there is none that can be used.
         """
+        cache = cls._find(checkpoint, config, mode=mode, token_budget=token_budget, max_context=max_context)
+        if checkpoint.device.type == "cuda":
+            cache.refuse_kernels()
+        return cache
+
+    @classmethod
+    def _find(
+        cls, checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_budget: int, max_context: int
+    ) -> CompileCache:
         start = time.perf_counter()
         off = why_off(config, mode, checkpoint.device.type)
         if off is not None:
@@ -85,6 +107,24 @@ class CompileCache:
         logger.info("compile cache %s: %s (%s)", key.digest[:12], "hit" if entry.hit else "miss", entry.reason)
         return cache
 
+    def refuse_kernels(self) -> None:
+        """Until `close()`: with `offline_compile=True` and an entry, Triton compiles no kernel of ours."""
+        if self._config.offline_compile and self.entry.hit:
+            self._refused = self._use.enter_context(refusal.refusing())
+        else:
+            self._use.enter_context(refusal.allowing())
+
+    @contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """Inside is what an engine can do without: a kernel that is refused there ends it, and nothing else."""
+        before = len(self._refused)
+        try:
+            yield
+        except CacheMissError as error:
+            self.notes.append(str(error))
+        finally:
+            del self._refused[before:]
+
     @property
     def hit(self) -> bool:
         """Whether the store had the entry."""
@@ -117,7 +157,7 @@ class CompileCache:
         entry = self.entry
         if isinstance(entry, MemoryEntry) or self.store is None:
             return
-        self.store.move_aside(entry.key.digest, reason)
+        self.store.move_aside(entry.key.digest, reason, only=entry.origin)
         # Triton's files and the fused kernels were made by other compilers, are loaded by now, and would not be made
         # again.
         for directory in (entry.inductor, entry.aot, entry.directory / "documents"):
@@ -128,12 +168,16 @@ class CompileCache:
         if self._config.offline_compile:
             raise CacheMissError(f"offline_compile=True, and {entry.reason}; run hybridgen cache warm again")
 
-    def publish(self) -> None:
-        """Put what was added into the store. Where that fails, the reason is noted and nothing else happens."""
+    def publish(self, updates: Mapping[str, Update] | None = None) -> None:
+        """Put what was added into the store. Where that fails, the reason is noted and nothing else happens.
+
+        Args:
+            updates: see `Store.publish`.
+        """
         if isinstance(self.entry, MemoryEntry) or self.store is None:
             return
         try:
-            self.store.publish(self.entry)
+            self.store.publish(self.entry, updates)
         except OSError as error:
             self._note(f"the compile cache cannot keep what was made: {error.strerror or error}")
 
@@ -143,7 +187,17 @@ class CompileCache:
             logger.warning("%s", reason)
 
     def end_start(self) -> None:
-        """Start-up is over: publish, and let processes go on that wait for the entry."""
+        """Start-up is over: publish, and let processes go on that wait for the entry.
+
+        Raises:
+            CacheMissError: a kernel was refused in the start, and whoever asked for it went on without.
+        """
+        if self._refused:
+            raise CacheMissError(
+                "offline_compile=True, and the compile cache does not hold the Triton kernels "
+                f"{', '.join(sorted(set(self._refused)))} as this engine calls them; run hybridgen cache warm again "
+                "with its settings, or allow compiling"
+            )
         try:
             self.publish()
         finally:
@@ -152,6 +206,7 @@ class CompileCache:
     def close(self) -> None:
         """The engine is closed, or did not start."""
         self._build.close()
+        self._use.close()
         if isinstance(self.entry, Entry):
             environment.restore(self.entry)
 
@@ -199,22 +254,33 @@ def _refuse_if_offline(config: EngineConfig, mode: Mode, reason: str) -> None:
         )
 
 
-def preload(config: EngineConfig, mode: Mode) -> Callable[[], None]:
+def preload(cache: CompileCache, config: EngineConfig, mode: Mode, device_type: str) -> Callable[[], None]:
     """Import what loading compiled code needs, on a thread, while weights are read; returns what waits for it.
 
-    Not with cudagraph trees: up to torch 2.11 they work only on the thread that imported them.
+    What it is waited for is part of the cache's seconds. Not with cudagraph trees: up to torch 2.11 they work only on
+    the thread that imported them.
     """
     if not mode.compiles or config.compile_backend != "inductor" or config.graphs is not GraphOwner.MANUAL:
         return lambda: None
-    thread = threading.Thread(target=_import_compiler, name="hybridgen-preload", daemon=True)
+    # With this thread's context: torch keeps some settings in it.
+    work = partial(contextvars.copy_context().run, _import_compiler, device_type)
+    thread = threading.Thread(target=work, name="hybridgen-preload", daemon=True)
     thread.start()
-    return thread.join
+
+    def wait() -> None:
+        start = time.perf_counter()
+        thread.join()
+        cache.seconds += time.perf_counter() - start
+
+    return wait
 
 
-def _import_compiler() -> None:
+def _import_compiler(device_type: str) -> None:
+    """What torch imports for compiled code, the modules that it is written against included."""
     try:
-        from torch._inductor.codecache import torch_key
-
-        torch_key()
+        codecache = importlib.import_module("torch._inductor.codecache")
+        codecache.torch_key()
+        for name in (*_COMPILED_AGAINST, *(_COMPILED_AGAINST_CUDA if device_type == "cuda" else ())):
+            importlib.import_module(name)
     except Exception as error:  # it will be raised again where it is needed
         logger.debug("compiler modules could not be imported ahead: %s", error)

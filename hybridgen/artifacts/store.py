@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridgen.artifacts.entry import Entry, WorkingDirectory, checked_name, copy_checked, sweep
+from hybridgen.artifacts.entry import (
+    Changes,
+    Entry,
+    Identity,
+    Version,
+    WorkingDirectory,
+    checked_name,
+    copy_checked,
+    sweep,
+)
 from hybridgen.artifacts.files import UnusableError, read_json, sha256, tree_bytes, write_json
 from hybridgen.artifacts.key import Key, describe
 from hybridgen.artifacts.location import candidates, make_private
@@ -33,7 +44,12 @@ _LOCK_SECONDS = 60.0
 _LEFTOVER_SECONDS = 3600.0
 _QUARANTINED = 4
 """Entries that are kept after they were moved aside."""
+_OLD = ".old-"
+"""Before an entry's digest: the version that a new one replaces, as long as both are there."""
 DIGEST = re.compile(r"[0-9a-f]{32}")
+
+Update = Callable[[dict[str, Any] | None], dict[str, Any]]
+"""A document, made of what the store has under its name."""
 
 
 @dataclass(frozen=True)
@@ -143,29 +159,32 @@ class Store:
 
     def _open(self, key: Key) -> Entry:
         place = WorkingDirectory(self.work if self.writable else None)
-        reason = self._copy_to(place.path, key)
-        if reason is None:
-            return Entry(key, place.path, hit=True, reason=place.outside or "found")
-        return Entry(key, place.path, hit=False, reason=reason)
+        found = self._copy_to(place.path, key)
+        if isinstance(found, Version):
+            return Entry(key, place.path, hit=True, reason=place.outside or "found", version=found)
+        return Entry(key, place.path, hit=False, reason=found)
 
-    def _copy_to(self, destination: Path, key: Key) -> str | None:
-        """Copy the entry for a key; why there is none to copy, or None."""
+    def _copy_to(self, destination: Path, key: Key) -> Version | str:
+        """Copy the entry for a key; returns which version that was, or why there is none to copy."""
         directory = self.path_of(key.digest)
-        with locked(self.lock_of(key.digest), shared=True, wait_seconds=_LOCK_SECONDS):
-            if not os.path.lexists(directory):
+        with locked(self.lock_of(key.digest), shared=True, wait_seconds=_LOCK_SECONDS) as held:
+            if held:
+                self._put_back(key.digest)
+            seen = _identity(directory)
+            if seen is None:
                 return self.explain(key).reason
             try:
                 manifest = Manifest.read(directory, key.digest)
                 manifest.check_for(key)
                 copy_checked(directory, manifest, destination)
                 _touch(directory)
-                return None
+                return Version(seen, manifest.files)
             except UnusableError as error:
                 reason = str(error)
         for name in os.listdir(destination):
             if name != ".lock":
                 shutil.rmtree(destination / name, ignore_errors=True)
-        self.move_aside(key.digest, reason)
+        self.move_aside(key.digest, reason, only=seen)
         return f"the entry was moved aside: {reason}"
 
     def path_of(self, digest: str) -> Path:
@@ -176,80 +195,158 @@ class Store:
         """The lock of an entry: shared to copy it, alone to change it."""
         return self._locks / f"{digest}.lock"
 
-    def publish(self, entry: Entry) -> int:
+    def publish(self, entry: Entry, updates: Mapping[str, Update] | None = None) -> int:
         """Make the working copy the new version of its entry; returns its bytes, 0 where nothing changed.
 
-        Files of the version there that the working copy lacks are kept.
+        Of the version there, files are kept that the working copy lacks, or that another process has published since
+        this one took or published its own and did not change it.
+
+        Args:
+            updates: documents to write first, each made of what the version there has under that name (or None):
+                nobody publishes in between, so that nothing of what several processes add up is lost.
 
         Raises:
             OSError: it cannot be written; what was there stays.
         """
-        if not entry.changed or not entry.files():
+        updates = updates or {}
+        if not updates and (not entry.changed or not entry.files()):
             return 0
         key, directory = entry.key, self.path_of(entry.key.digest)
         self._delete_leftovers()
         with locked(self.lock_of(key.digest), shared=False, wait_seconds=_LOCK_SECONDS) as held:
             if not held:
                 raise OSError(0, "the store is read-only, or another process holds the entry's lock")
+            self._put_back(key.digest)
+            there = self._version_there(key.digest)
+            for name, make in updates.items():
+                entry.write_document(name, make(self._document_of(there, directory, name)))
+            changes = entry.changes()
             stage = self.entries_directory / f".new-{uuid.uuid4().hex[:12]}"
             stage.mkdir(mode=0o700)
             try:
-                files = self._stage(entry, stage, directory)
-                manifest = Manifest(key, files)
+                try:
+                    written, theirs = self._stage(changes, entry, stage, there, directory)
+                except UnusableError as error:
+                    logger.debug("nothing is kept of %s: %s", directory, error)
+                    shutil.rmtree(stage)
+                    stage.mkdir(mode=0o700)
+                    written, theirs = self._stage(changes, entry, stage, None, directory)
+                manifest = Manifest(key, {**written, **theirs})
                 manifest.write(stage)
                 self._swap(stage, directory)
             except BaseException:
                 shutil.rmtree(stage, ignore_errors=True)
                 raise
-        entry.note_published()
+            entry.note_published(changes, written, _identity(directory))
         self.prune(keep=key.digest)
         return manifest.size
 
-    def _stage(self, entry: Entry, stage: Path, before: Path) -> dict[str, tuple[int, str]]:
+    def _version_there(self, digest: str) -> Manifest | None:
+        try:
+            return Manifest.read(self.path_of(digest), digest)
+        except UnusableError as error:
+            logger.debug("nothing is kept of %s: %s", digest, error)
+            return None
+
+    @staticmethod
+    def _document_of(there: Manifest | None, directory: Path, name: str) -> dict[str, Any] | None:
+        path = f"documents/{checked_name(name)}.json"
+        if there is None or path not in there.files:
+            return None
+        try:
+            value = json.loads(there.read_file(directory, path))
+        except (UnusableError, ValueError) as error:
+            logger.debug("document %s: %s", name, error)
+            return None
+        return value if isinstance(value, dict) else None
+
+    @staticmethod
+    def _stage(
+        changes: Changes, entry: Entry, stage: Path, there: Manifest | None, directory: Path
+    ) -> tuple[dict[str, tuple[int, str]], dict[str, tuple[int, str]]]:
+        """Write the files of a new version; returns those of the working copy, and those of the version there.
+
+        Raises:
+            UnusableError: a file of the version there is not what was written.
+        """
+        files = {} if there is None else there.files
         written: dict[str, tuple[int, str]] = {}
-        for name in entry.files():
+        theirs: dict[str, tuple[int, str]] = {}
+        for name in changes.files:
+            if name in files and changes.is_behind(name, files[name]):
+                continue
             try:
                 data = portable(name, (entry.directory / name).read_bytes())
             except FileNotFoundError:  # a compiler's temporary file
                 continue
             written[name] = _put(stage / name, data)
-        try:
-            manifest = Manifest.read(before, entry.key.digest)
-            for name in manifest.files.keys() - written.keys():
-                written[name] = _put(stage / name, manifest.read_file(before, name))
-        except UnusableError as error:
-            logger.debug("nothing is kept of %s: %s", before, error)
-        return written
+        if there is not None:
+            for name in files.keys() - written.keys():
+                theirs[name] = _put(stage / name, there.read_file(directory, name))
+        return written, theirs
 
     def _swap(self, stage: Path, directory: Path) -> None:
-        old = self.entries_directory / f".old-{uuid.uuid4().hex[:12]}"
+        old = self.entries_directory / f"{_OLD}{directory.name}-{uuid.uuid4().hex[:12]}"
+        self._forget_old(directory.name)
         if os.path.lexists(directory):
             os.rename(directory, old)
-        os.rename(stage, directory)
+        os.rename(stage, directory)  # killed before this, `_put_back` finds the old one
         _remove(old)
 
-    def _delete_leftovers(self) -> None:
-        """Delete what processes that were killed while they published left here."""
-        for path in self.entries_directory.glob(".*"):
-            try:
-                if time.time() - os.lstat(path).st_mtime > _LEFTOVER_SECONDS:
-                    _remove(path)
-            except FileNotFoundError:
-                continue
+    def _put_back(self, digest: str) -> None:
+        """Where a process was killed between the two steps of `_swap`: the old version is the entry again.
 
-    def move_aside(self, digest: str, reason: str) -> None:
-        """Put an entry where nobody uses it, if it can be moved; the oldest of those there are deleted."""
+        Under the entry's lock, shared or not: nobody is between them now.
+        """
+        directory = self.path_of(digest)
+        if os.path.lexists(directory):
+            return
+        for old in sorted(self.entries_directory.glob(f"{_OLD}{digest}-*"), key=_changed_at, reverse=True):
+            try:
+                os.rename(old, directory)
+                logger.info("%s: a process was killed while it published; what was there is used", digest)
+                return
+            except OSError as error:  # read-only, or another reader was first
+                logger.debug("%s stays where it is: %s", old, error)
+
+    def _forget_old(self, digest: str) -> None:
+        """Delete versions of an entry that were replaced by a process that was killed after it. Under the entry's lock,
+        alone."""
+        for old in self.entries_directory.glob(f"{_OLD}{digest}-*"):
+            _remove(old)
+
+    def _delete_leftovers(self) -> None:
+        """Delete what processes that were killed while they published left here, apart from the only version of an
+        entry."""
+        for path in self.entries_directory.glob(".*"):
+            digest = path.name.removeprefix(_OLD)[:32]
+            if DIGEST.fullmatch(digest) and not os.path.lexists(self.path_of(digest)):
+                continue
+            if time.time() - _changed_at(path) > _LEFTOVER_SECONDS:
+                _remove(path)
+
+    def move_aside(self, digest: str, reason: str, *, only: Identity | None = None) -> None:
+        """Put an entry where nobody uses it, if it can be moved; the oldest of those there are deleted.
+
+        Args:
+            only: which version; another stays where it is. None: any.
+        """
         aside = self.root / "quarantine"
         target = aside / f"{digest}.{time.time_ns():x}"
-        try:
-            aside.mkdir(mode=0o700, exist_ok=True)
-            os.rename(self.path_of(digest), target)
-            if target.is_dir() and not target.is_symlink():
-                (target / "reason.txt").write_text(reason + "\n")
-            for path in sorted(aside.iterdir(), key=lambda path: path.name.rpartition(".")[2])[:-_QUARANTINED]:
-                _remove(path)
-        except OSError as error:  # read-only, or another process was first: it is a miss all the same
-            logger.debug("%s stays where it is: %s", digest, error)
+        with locked(self.lock_of(digest), shared=False, wait_seconds=_LOCK_SECONDS) as held:
+            if not held or (only is not None and _identity(self.path_of(digest)) != only):
+                logger.debug("%s stays where it is: it is in use, or another version by now", digest)
+                return
+            self._forget_old(digest)
+            try:
+                aside.mkdir(mode=0o700, exist_ok=True)
+                os.rename(self.path_of(digest), target)
+                if target.is_dir() and not target.is_symlink():
+                    (target / "reason.txt").write_text(reason + "\n")
+                for path in sorted(aside.iterdir(), key=lambda path: path.name.rpartition(".")[2])[:-_QUARANTINED]:
+                    _remove(path)
+            except OSError as error:  # read-only: it is a miss all the same
+                logger.debug("%s stays where it is: %s", digest, error)
 
     def entries(self) -> list[EntryInfo]:
         """All of them, the last used first."""
@@ -290,10 +387,12 @@ class Store:
     def check(self, key: Key) -> Explanation:
         """As `explain()`, and every file of the entry is read and checked. Nothing is moved aside."""
         directory = self.path_of(key.digest)
-        found = self.explain(key)
-        if not found.hit:
-            return found
-        with locked(self.lock_of(key.digest), shared=True, wait_seconds=_LOCK_SECONDS):
+        with locked(self.lock_of(key.digest), shared=True, wait_seconds=_LOCK_SECONDS) as held:
+            if held:
+                self._put_back(key.digest)
+            found = self.explain(key)
+            if not found.hit:
+                return found
             try:
                 manifest = Manifest.read(directory, key.digest)
                 for name in manifest.files:
@@ -321,13 +420,14 @@ class Store:
         with locked(self.lock_of(digest), shared=False, wait_seconds=1.0) as held:
             if not held:
                 return False
-            old = self.entries_directory / f".old-{uuid.uuid4().hex[:12]}"
+            self._forget_old(digest)  # it would be put back
+            gone = self.entries_directory / f".gone-{uuid.uuid4().hex[:12]}"
             try:
-                os.rename(self.path_of(digest), old)
+                os.rename(self.path_of(digest), gone)
             except OSError as error:
                 logger.debug("%s is not deleted: %s", digest, error)
                 return False
-            _remove(old)
+            _remove(gone)
         return True
 
     def clear(self) -> int:
@@ -368,6 +468,22 @@ class Store:
 
     def _device_document(self, name: str) -> Path:
         return self.root / "devices" / sha256(self.device.encode())[:16] / f"{checked_name(name)}.json"
+
+
+def _identity(directory: Path) -> Identity | None:
+    """What tells the versions of an entry apart; None where there is none."""
+    try:
+        info = os.lstat(directory)
+    except FileNotFoundError:
+        return None
+    return info.st_ino, info.st_mtime_ns
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return os.lstat(path).st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _max_bytes() -> int:

@@ -27,6 +27,7 @@ from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import ResolvedSampling, SamplerPlan, SamplerState
+from hybridgen.sampling.state import every_kind
 
 logger = logging.getLogger(__name__)
 
@@ -382,6 +383,14 @@ class ModelRunner:
         for rows in _spread(self._max_batch):
             self._run_padding(StepKey(Phase.DECODE, rows, rows, plan))
         torch.cuda.synchronize(self.device)
+
+    @on_its_stream
+    def exercise_samplers(self) -> None:
+        """Run a decode step with each kind of sampler, as `exercise()` does for sizes. Not while requests run."""
+        self.ring.drain()
+        for plan in every_kind(self.sampler.vocab_size):
+            self._run_padding(StepKey(Phase.DECODE, 1, 1, plan))
+        self.recover()
 
     @on_its_stream
     def capture(self, keys: Sequence[StepKey], progress: Callable[[], object]) -> None:

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hybridgen.errors import CacheMissError
+
 if TYPE_CHECKING:
     from hybridgen.kernels.metadata_copy import Launches
 
@@ -136,6 +138,8 @@ def _prepare(sources: Sequence[Tensor], destinations: Sequence[Tensor]) -> Launc
         from hybridgen.kernels.metadata_copy import prepare
 
         return prepare(sources, destinations)
+    except CacheMissError:  # it is not to compile now, and may be later
+        raise
     except Exception as error:  # whatever a compiler raises: it would fail, slowly, in every step
         _Triton.failed = True
         warnings.warn(

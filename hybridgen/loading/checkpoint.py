@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class Checkpoint:
     """The validated weight files of a local checkpoint."""
     module: PreTrainedModel | None = field(default=None, repr=False)
     """The live module, if one was given."""
+    seconds: float = field(default=0.0, repr=False, compare=False)
+    """What opening it took."""
 
     @classmethod
     def open(
@@ -94,7 +96,14 @@ class Checkpoint:
             DeviceError: the device is absent, or a live module is spread over several.
             ConfigError: a field contradicts a live module or a directory, or `model` is of another type.
         """
-        config = config or EngineConfig()
+        start = time.perf_counter()
+        found = cls._open(model, config or EngineConfig(), tokenizer)
+        return replace(found, seconds=time.perf_counter() - start)
+
+    @classmethod
+    def _open(
+        cls, model: str | os.PathLike[str] | PreTrainedModel | None, config: EngineConfig, tokenizer: Any
+    ) -> Checkpoint:
         if model is None:
             model = model_path()
         if isinstance(model, PreTrainedModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -78,6 +79,18 @@ def plan_of(params: ResolvedSampling, vocab_size: int) -> SamplerPlan:
         top_k=draws and params.top_k > 0,
         logprobs=None if params.logprobs is None else min(params.logprobs, vocab_size),
     )
+
+
+def every_kind(vocab_size: int) -> list[SamplerPlan]:
+    """A plan for each set of kernels that sampling has on CUDA."""
+    switches = (False, True)
+    processed = {"penalties": True, "bias": True}
+    plans = [SamplerPlan(), SamplerPlan(**processed)]
+    for top_k, nucleus, processes in itertools.product(switches, repeat=3):
+        ranked = vocab_size if top_k or nucleus else 0
+        plan = SamplerPlan(sample=True, ranked=ranked, top_k=top_k, nucleus=nucleus)
+        plans.append(plan._replace(**processed) if processes else plan)
+    return plans
 
 
 def _merge(plans: Sequence[SamplerPlan]) -> SamplerPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -290,6 +291,67 @@ def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert "code and pickle" in (tmp_path / "compile_cache" / "README.md").read_text()
 
 
+def test_what_another_process_published_since_is_not_undone(store: Store) -> None:
+    fill(store, kernel=b"first")
+    with store.open(KEY) as one, store.open(KEY) as two:
+        (two.inductor / "ab" / "kernel").write_bytes(b"second")
+        two.write_document("tuning", {"tuned": True})
+        store.publish(two)
+        (one.kernels / "own").write_bytes(b"1")
+        store.publish(one)
+        (one.kernels / "more").write_bytes(b"2")  # what was left to the store once stays there
+        store.publish(one)
+    with store.open(KEY) as found:
+        assert (found.inductor / "ab" / "kernel").read_bytes() == b"second"
+        assert found.read_document("tuning") == {"tuned": True}
+        assert {path.name for path in found.kernels.iterdir()} == {"own", "more"}
+        (found.inductor / "ab" / "kernel").write_bytes(b"third")
+        store.publish(found)
+    with store.open(KEY) as found:
+        assert (found.inductor / "ab" / "kernel").read_bytes() == b"third"
+
+
+def test_a_damaged_version_is_replaced_by_a_whole_one(store: Store) -> None:
+    fill(store, kernel=b"first")
+    with store.open(KEY) as one:
+        with store.open(KEY) as two:
+            (two.inductor / "ab" / "kernel").write_bytes(b"second")
+            store.publish(two)
+        (store.path_of(KEY.digest) / "inductor" / "ab" / "kernel").write_bytes(b"evil")
+        (one.kernels / "own").write_bytes(b"1")
+        store.publish(one)
+    with store.open(KEY) as found:
+        assert found.hit
+        assert (found.inductor / "ab" / "kernel").read_bytes() == b"first"
+
+
+def test_only_the_version_that_was_seen_is_moved_aside(store: Store) -> None:
+    directory = fill(store)
+    with store.open(KEY) as bad:
+        with store.open(KEY) as other:
+            (other.inductor / "more").write_bytes(b"x")
+            store.publish(other)
+        store.move_aside(KEY.digest, "it computes something else", only=bad.origin)
+        assert directory.exists()
+        store.move_aside(KEY.digest, "it computes something else", only=other.origin)
+        assert not directory.exists()
+
+
+def test_a_working_copy_in_the_making_is_not_swept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process looks between the making of the lock's file and the lock."""
+    original, looked = fcntl.flock, []
+
+    def flock(descriptor: int, kind: int) -> None:
+        if not looked:
+            looked.append(True)
+            entry.sweep(store.work)
+        original(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert entry.WorkingDirectory(store.work).path.exists()
+    assert looked
+
+
 BUILDER = """
 import os, sys, time
 from pathlib import Path
@@ -329,3 +391,132 @@ def test_when_the_builder_dies_another_builds(tmp_path: Path) -> None:
         assert found.hit
         # What the killed process left is gone.
         assert [path.name for path in (tmp_path / "store" / "work").iterdir()] == [found.directory.name]
+
+
+CLOSER = """
+import sys, time
+from pathlib import Path
+from hybridgen.artifacts import Key, Store
+root, name = Path(sys.argv[1]), sys.argv[2]
+store = Store(root)
+with store.open(Key({"k": 1})) as entry:
+    assert entry.hit
+    (root.parent / f"open-{name}").touch()
+    while not (root.parent / "go").exists():
+        time.sleep(0.005)
+    (entry.kernels / name).write_bytes(name.encode() * 1000)
+    store.publish(entry, {"plan": lambda there: {"uses": (there or {}).get("uses", 0) + 1}})
+"""
+
+
+def test_of_processes_that_close_at_once_nothing_is_lost(tmp_path: Path) -> None:
+    store, key, names = Store(tmp_path / "store"), Key({"k": 1}), [f"k{number}" for number in range(8)]
+    fill(store, key)
+    command = [sys.executable, "-c", CLOSER, str(store.root)]
+    processes = [subprocess.Popen([*command, name]) for name in names]
+    while len(list(tmp_path.glob("open-*"))) < len(names):
+        assert not any(process.poll() for process in processes)
+        time.sleep(0.02)
+    (tmp_path / "go").touch()
+    assert [process.wait(60) for process in processes] == [0] * len(names)
+    with store.open(key) as found:
+        assert sorted(path.name for path in found.kernels.iterdir()) == names
+        assert found.read_document("plan") == {"uses": len(names)}
+        assert found.read_document("capture-plan") == {"graphs": []}
+    assert [path.name for path in store.entries_directory.iterdir()] == [key.digest]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hybridgen.artifacts import Key, Store
+from hybridgen.artifacts import store as module
+store, place = Store(Path(sys.argv[1])), sys.argv[2]
+calls = 0
+def dying(name):
+    original = getattr(module, name) if hasattr(module, name) else getattr(module.os, name)
+    def call(*arguments):
+        global calls
+        calls += 1
+        if place == f"before {name} {calls}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments)
+        if place == f"after {name} {calls}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+with store.open(Key({"k": 1})) as entry:
+    assert entry.hit
+    (entry.kernels / "new").write_bytes(b"n")
+    name = place.split()[1]
+    setattr(module if hasattr(module, name) else module.os, name, dying(name))
+    store.publish(entry)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "published"),
+    [
+        ("before _put 1", False),
+        ("after _put 2", False),
+        ("before rename 1", False),
+        ("after rename 1", False),  # neither version has the entry's name
+        ("after rename 2", True),
+        ("before _remove 1", True),
+    ],
+)
+def test_killed_while_it_publishes(tmp_path: Path, place: str, published: bool) -> None:
+    store, key = Store(tmp_path / "store"), Key({"k": 1})
+    fill(store, key)
+    process = subprocess.run([sys.executable, "-c", KILLED, str(store.root), place])
+    assert process.returncode == -signal.SIGKILL
+    assert store.check(key).hit
+    with store.open(key) as found:
+        assert found.hit
+        assert (found.inductor / "ab" / "kernel").read_bytes() == b"code" * 100
+        assert (found.kernels / "new").exists() == published
+        (found.kernels / "later").write_bytes(b"l")
+        assert store.publish(found) > 0
+    # An entry that is deleted or moved aside does not come back as an older version.
+    assert store.delete(key.digest)
+    with store.open(key) as found:
+        assert not found.hit
+
+
+def test_what_a_killed_process_left_is_put_back_before_leftovers_go(tmp_path: Path) -> None:
+    store, key = Store(tmp_path / "store"), Key({"k": 1})
+    directory = fill(store, key)
+    old = directory.rename(directory.with_name(f".old-{key.digest}-0123456789ab"))
+    os.utime(old, (0, 0))
+    fill(store, Key({"k": 2}))  # publishing deletes leftovers
+    assert store.check(key).hit
+    assert directory.exists()
+
+
+PUBLISHER = """
+import itertools, sys
+from pathlib import Path
+from hybridgen.artifacts import Key, Store
+store = Store(Path(sys.argv[1]))
+with store.open(Key({"k": 1})) as entry:
+    assert entry.hit, entry.reason
+    print("open", flush=True)
+    for number in itertools.count():
+        (entry.kernels / "k").write_bytes(str(number).encode())
+        store.publish(entry)
+"""
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    store, key = Store(tmp_path / "store"), Key({"k": 1})
+    fill(store, key)
+    for number in range(12):
+        process = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(store.root)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"open\n"
+        time.sleep(0.003 * number)
+        process.kill()
+        process.wait(60)
+        process.stdout.close()
+        assert store.check(key).hit
+    assert not (store.root / "quarantine").exists()

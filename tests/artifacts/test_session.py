@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from hybridgen import CacheMissError, EngineConfig
-from hybridgen.artifacts import Entry, MemoryEntry, Store, environment
+from hybridgen.artifacts import Entry, MemoryEntry, Store, environment, session
 from hybridgen.artifacts import store as store_module
 from hybridgen.artifacts.session import CompileCache
+from hybridgen.config import Mode
 from hybridgen.loading import Checkpoint
 from hybridgen.preflight import open_cache
 
@@ -170,3 +173,31 @@ def test_a_store_that_others_can_write_to_is_not_used(tmp_path: Path, llama_path
     assert "can be written by others" in cache.notes[0]
     cache.close()
     assert list((tmp_path / "open").iterdir()) == []
+
+
+def test_what_is_imported_ahead_is_waited_for_and_counted(
+    tmp_path: Path, llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, done = threading.Event(), []
+
+    def load(device_type: str) -> None:
+        ready.wait(30)
+        done.append(device_type)
+
+    monkeypatch.setattr(session, "_import_compiler", load)
+    cache = opened(tmp_path / "store", llama_path)
+    before = cache.seconds
+    wait = session.preload(cache, EngineConfig(mode="hybrid"), Mode.HYBRID, "cpu")
+    threading.Timer(0.05, ready.set).start()
+    wait()
+    assert done == ["cpu"]
+    assert cache.seconds > before
+    for config, mode in ((EngineConfig(), Mode.EAGER), (EngineConfig(graphs="trees", mode="hybrid"), Mode.HYBRID)):
+        session.preload(cache, config, mode, "cpu")()
+    assert done == ["cpu"]
+    cache.close()
+
+
+def test_modules_that_compiled_code_needs_are_there_ahead() -> None:
+    session._import_compiler("cpu")
+    assert set(session._COMPILED_AGAINST) <= set(sys.modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_a_moved_store_with_other_weights_and_other_memory(warmed: Warmed, tmp_p
         check_compiled_nothing(found)
         assert found["stats"]["artifacts"]["hits"]["compile"] == 3
         assert "start: compile" in found["table"]
-        assert {"import", "load weights", "artifacts", "compile", "capture", "first token"} <= set(
+        assert {"import", "open model", "load weights", "artifacts", "compile", "capture", "first token"} <= set(
             found["stats"]["startup"]
         )
     assert moved["tokens"] == warmed.tokens
@@ -103,11 +104,57 @@ def test_in_this_process_it_is_a_hit_too(warmed: Warmed, tmp_path: Path) -> None
         assert [list(out.token_ids) for out in engine.generate(PROMPTS, max_new_tokens=8)] == warmed.tokens
         stats = engine.stats()
         assert (stats.compiled, stats.artifacts.state) == (0, "hit")
-        # Only what was used is recorded.
-        assert 0 < len(stats.graphs.graphs) < len(all_buckets())
-    with load(warmed, store, offline_compile=True, lazy_capture=False) as engine:
+        # These buckets were named, so all of them are recorded.
+        assert recorded(engine) == set(all_buckets())
+    with load(warmed, store, offline_compile=True, prefill_buckets=None, decode_buckets=None) as engine:
+        # Of those that nobody named, only what was used.
+        assert recorded(engine) < set(all_buckets())
+    with load(warmed, store, offline_compile=True, prefill_buckets=None, decode_buckets=[3, 4]) as engine:
+        assert {size for phase, size in recorded(engine) if phase == "decode"} == {3, 4}
+    with load(warmed, store, offline_compile=True, prefill_buckets=None, lazy_capture=False) as engine:
+        assert {size for phase, size in recorded(engine) if phase == "prefill"} == {16, 32, 48, 64}
+
+
+def recorded(engine: Engine) -> set[tuple[str, int]]:
+    return {(row.phase, row.tokens) for row in engine.stats().graphs.graphs}
+
+
+def test_two_engines_that_close_one_after_the_other_keep_both_plans(warmed: Warmed, tmp_path: Path) -> None:
+    store = warmed.copy(tmp_path / "store")
+    path = only_entry(store) / "documents" / f"{history.DOCUMENT}.json"
+    path_before = plan_uses(path)
+    with load(warmed, store) as one, load(warmed, store) as two:
+        one.generate(PROMPTS[:1], max_new_tokens=9, ignore_eos=True)
+        two.generate(PROMPTS[:2], max_new_tokens=9, ignore_eos=True)
+    after = plan_uses(path)
+    assert after["decode", 1] > path_before["decode", 1] / 4 + 3
+    assert after["decode", 2] > path_before["decode", 2] / 4 + 3
+
+
+def plan_uses(path: Path) -> Counter[tuple[str, int]]:
+    uses: Counter[tuple[str, int]] = Counter()
+    for row in json.loads(path.read_text())["graphs"]:
+        uses[row["phase"], row["tokens"]] += row["uses"]
+    return uses
+
+
+def test_times_that_are_out_of_date_are_measured_again(warmed: Warmed, tmp_path: Path) -> None:
+    """As if the device had become a thousand times faster since."""
+    store = warmed.copy(tmp_path / "store")
+    opened, directory = Store(store), only_entry(store)
+    with opened.open(Manifest.read(directory, directory.name).key) as entry:
+        plan = entry.read_document(history.DOCUMENT)
+        for row in plan["graphs"]:
+            row["plain_seconds"] = row["seconds"] = 100.0
+        entry.write_document(history.DOCUMENT, plan)
+        opened.publish(entry)
+    with load(warmed, store, prefill_buckets=[], decode_buckets=[1]) as engine:
         rows = engine.stats().graphs.graphs
-        assert {(row.phase, row.tokens) for row in rows} == set(all_buckets())
+        assert rows
+        assert all(row.seconds < 50 and row.plain_seconds < 50 for row in rows)
+    rows = json.loads((directory / "documents" / f"{history.DOCUMENT}.json").read_text())["graphs"]
+    assert {row["seconds"] is None for row in rows} == {True, False}
+    assert all(row["seconds"] < 50 for row in rows if row["seconds"] is not None)
 
 
 def test_offline_a_miss_is_an_error(warmed: Warmed, tmp_path: Path) -> None:

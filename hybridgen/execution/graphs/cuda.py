@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 
 from hybridgen.capturing import CAPTURING
-from hybridgen.execution.graphs.recorder import Recorded, median_seconds
+from hybridgen.execution.graphs.recorder import Recorded, checked_seconds
 from hybridgen.execution.steps import StepKey
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class CudaGraphRecorder:
         self._wait = partial(torch.cuda.synchronize, device)
 
     def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
-        """Warm up, capture and time a step; where its times are known, a replay is not waited for.
+        """Warm up, capture and time a step.
 
         Raises:
             Exception: whatever the step or the capture raises; earlier recordings stay usable.
@@ -64,9 +64,9 @@ class CudaGraphRecorder:
             self._open_pool()
         free = torch.cuda.mem_get_info(self._device)[0]
         with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(cast(Any, self._pool), self._device):
-            for _ in range(_WARM_UPS):
+            for _ in range(_WARM_UPS if known is None else _WARM_UPS - 1):  # the run that checks a time is one, too
                 step()
-            plain = median_seconds(step, self._wait) if known is None else known[0]
+            plain = checked_seconds(step, self._wait, None if known is None else known[0])
         self._wait()  # steps share buffers: no two may run at a time, and the first replay is on another stream
         torch._C._cuda_clearCublasWorkspaces()
         graph = torch.cuda.CUDAGraph()
@@ -75,11 +75,8 @@ class CudaGraphRecorder:
                 self._capture(graph, step)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-        if known is None:
-            seconds = median_seconds(graph.replay, self._wait)
-        else:
-            seconds = known[1]
-            graph.replay()  # the first one uploads it: not in a user's step
+        graph.replay()  # the first one uploads it: not in a user's step, nor in what is timed
+        seconds = checked_seconds(graph.replay, self._wait, None if known is None else known[1])
         used = max(0, free - torch.cuda.mem_get_info(self._device)[0])
         return Recorded(
             replay=graph.replay,

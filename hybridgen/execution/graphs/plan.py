@@ -54,6 +54,11 @@ class GraphPlan:
             lazy=config.lazy_capture,
             capture_after=config.capture_after,
             sample_in_graph=config.sample_in_graph,
+            named=frozenset(
+                phase
+                for phase, sizes in ((Phase.DECODE, config.decode_buckets), (Phase.PREFILL, config.prefill_buckets))
+                if sizes is not None and self.mode.records
+            ),
             exact_when_lazy=config.graphs is GraphOwner.BOTH,
         )
 

@@ -12,6 +12,8 @@ from typing import Protocol
 from hybridgen.execution.steps import StepKey
 
 _TIMED = 3
+_TOLERANCE = 0.25
+"""By which a time may differ from that of an earlier process."""
 _threads = threading.local()
 
 
@@ -22,16 +24,33 @@ def this_thread() -> object:
     return _threads.token
 
 
-def median_seconds(call: Callable[[], object], wait: Callable[[], object]) -> float:
+def median_seconds(call: Callable[[], object], wait: Callable[[], object], runs: int = _TIMED) -> float:
     """Median wall time of a call with its wait, of a few."""
     times = []
-    for _ in range(_TIMED):
+    for _ in range(runs):
         wait()
         start = time.perf_counter()
         call()
         wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def checked_seconds(call: Callable[[], object], wait: Callable[[], object], known: float | None) -> float:
+    """What a call takes: what an earlier process measured, where one run or a few agree with it about; else measured.
+
+    The device is the same, but clocks, power limits and the host's other work may not be.
+    """
+    if known is None:
+        return median_seconds(call, wait)
+    if _agree(median_seconds(call, wait, 1), known):
+        return known
+    seconds = median_seconds(call, wait)
+    return known if _agree(seconds, known) else seconds
+
+
+def _agree(seconds: float, known: float) -> bool:
+    return abs(seconds - known) <= _TOLERANCE * known
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,8 @@ class Recorder(Protocol):
         """Warm up and record a step, staged with padding. What goes wrong is raised, and harms no other recording.
 
         Args:
-            known: `plain_seconds` and `seconds` of an earlier process on the same device, so that nothing is timed.
+            known: `plain_seconds` and `seconds` of an earlier process on the same device: one run each checks them, and
+                what is far from them is measured again.
         """
         ...
 

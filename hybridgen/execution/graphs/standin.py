@@ -6,10 +6,9 @@ decisions. A replay calls the step. It is named as what it is in the statistics,
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-from hybridgen.execution.graphs.recorder import Recorded
+from hybridgen.execution.graphs.recorder import Recorded, checked_seconds, median_seconds
 from hybridgen.execution.steps import StepKey
 
 OWNER = "stand-in"
@@ -23,11 +22,11 @@ class StandInRecorder:
     def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Run the step twice, as a capture would, and keep it."""
         step()
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-        plain, replay = known or (seconds, seconds)
-        return Recorded(replay=step, release=_nothing, owner=OWNER, plain_seconds=plain, seconds=replay, bytes=0)
+        if known is None:
+            plain = seconds = median_seconds(step, _nothing, 1)
+        else:
+            plain, seconds = (checked_seconds(step, _nothing, time) for time in known)
+        return Recorded(replay=step, release=_nothing, owner=OWNER, plain_seconds=plain, seconds=seconds, bytes=0)
 
     def close(self) -> None:
         return None

@@ -49,6 +49,8 @@ class GraphSettings:
     capture_after: int = 3
     sample_in_graph: bool = True
     """Record sampling too; else recordings end at the logits."""
+    named: frozenset[Phase] = frozenset()
+    """Phases whose buckets the user named: all of those are recorded at warm-up, whatever earlier processes used."""
     exact_when_lazy: bool = False
     """Record decode sizes between the buckets as they are."""
 
@@ -144,6 +146,9 @@ class GraphStore:
         self._clock = 0
         self._wanted: Counter[StepKey] = Counter()
         self._known: dict[StepKey, tuple[float, float]] = {}
+        """Times of an earlier process that nothing has confirmed in this one."""
+        self.times_changed = False
+        """Whether a step took another time than an earlier process measured."""
         self._failed: dict[StepKey, str] = {}
         self._patience: dict[StepKey, int] = {}
         """Uses before an evicted step is recorded again: twice as many each time, or more sizes than are kept would be
@@ -267,6 +272,13 @@ class GraphStore:
             self._times.note(key.phase, key.plan, key.tokens, plain)
         self._changed()
 
+    def _doubt_known(self) -> None:
+        """A time of the earlier process is wrong by now: compared with new ones, its others would decide wrongly."""
+        self.times_changed = True
+        for key in self._known:
+            self._times.forget(key.phase, key.plan, key.tokens)
+        self._known.clear()
+
     @property
     def wanted(self) -> dict[StepKey, int]:
         """How often steps wanted a recording that there is not."""
@@ -315,7 +327,7 @@ class GraphStore:
         try:
             start = time.perf_counter()
             self._prepare(key)
-            known = self._known.get(key)
+            known = self._known.pop(key, None)
             step = partial(self._run, key)
             recorded = recorder.record(key, step) if known is None else recorder.record(key, step, known)
             seconds = time.perf_counter() - start
@@ -326,6 +338,8 @@ class GraphStore:
             return
         finally:
             self._changed()
+        if known not in (None, (recorded.plain_seconds, recorded.seconds)):
+            self._doubt_known()
         self._times.note(key.phase, key.plan, key.tokens, recorded.plain_seconds)
         self._clock += 1
         recording = Recording(

@@ -19,6 +19,10 @@ class PlainTimes:
         """A measurement; the last of a size counts."""
         self._seconds[phase, plan][tokens] = seconds
 
+    def forget(self, phase: Phase, plan: SamplerPlan | None, tokens: int) -> None:
+        """A size is not known any more."""
+        self._seconds[phase, plan].pop(tokens, None)
+
     def estimate(self, phase: Phase, plan: SamplerPlan | None, tokens: int) -> float | None:
         """Seconds for a size: on the line between its measured neighbours, or the nearest; None without any."""
         known = self._seconds[phase, plan]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from hybridgen.capturing import CAPTURING
-from hybridgen.execution.graphs.recorder import Recorded, median_seconds, this_thread
+from hybridgen.execution.graphs.recorder import Recorded, checked_seconds, this_thread
 from hybridgen.execution.steps import ModelSteps, StepKey
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
@@ -72,7 +72,7 @@ class TreeRecorder:
         for tensor in self._steps.tensors().values():
             torch._dynamo.mark_static_address(tensor)
         step()
-        plain = median_seconds(step, torch.cuda.synchronize) if known is None else known[0]
+        plain = checked_seconds(step, torch.cuda.synchronize, None if known is None else known[0])
         free = torch.cuda.mem_get_info()[0]
         skips = counters["inductor"]["cudagraph_skips"]
         replay = self.replay_of(key)
@@ -87,7 +87,7 @@ class TreeRecorder:
             release=_nothing,
             owner=OWNER,
             plain_seconds=plain,
-            seconds=median_seconds(replay, torch.cuda.synchronize) if known is None else known[1],
+            seconds=checked_seconds(replay, torch.cuda.synchronize, None if known is None else known[1]),
             bytes=used,
             thread=this_thread(),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -20,7 +20,7 @@ def decode(size: int, plan: SamplerPlan | None = GREEDY) -> StepKey:
 
 
 def planned(key: StepKey, uses: float, seconds: float = 0.1) -> PlannedGraph:
-    return PlannedGraph(key, uses, 2e-3, 1e-3, seconds)
+    return PlannedGraph(key, uses, (2e-3, 1e-3), seconds)
 
 
 KEYS = [decode(1), decode(2), decode(4), StepKey(Phase.PREFILL, 64, 1, GREEDY)]
@@ -46,19 +46,36 @@ def test_other_samplers_come_along_other_buckets_do_not() -> None:
     assert history.first(KEYS, graphs) == [decode(2, SAMPLED)]
 
 
+def test_buckets_that_the_user_named_are_recorded_whatever_was_used() -> None:
+    graphs = [planned(decode(4), 5, 3.0), planned(KEYS[3], 9), planned(decode(2, SAMPLED), 1), planned(decode(8), 9)]
+    decodes = KEYS[:3]
+    assert history.first(KEYS, graphs, named={Phase.DECODE}) == [*decodes, KEYS[3], decode(2, SAMPLED)]
+    # What is named takes nothing of the budget, and the budget is not for what nobody used.
+    assert history.first(KEYS, graphs, named={Phase.DECODE}, budget=0.15) == [*decodes, KEYS[3]]
+    assert history.first(KEYS, graphs[:1], named={Phase.DECODE}) == decodes
+    assert history.first(KEYS, graphs, named=frozenset(Phase), budget=0.0) == KEYS
+    assert history.first(KEYS, [planned(decode(1), 0)], named={Phase.DECODE}) == KEYS
+
+
 class FakeStore:
     """What `history.write` reads of a store."""
 
-    def __init__(self, recordings: list[Any], wanted: dict[StepKey, int]) -> None:
+    def __init__(self, recordings: list[Any], wanted: dict[StepKey, int], times_changed: bool = False) -> None:
         self.recordings = recordings
         self.wanted = wanted
+        self.times_changed = times_changed
+
+
+class Times(NamedTuple):
+    plain_seconds: float
+    seconds: float
 
 
 class FakeRecording:
     def __init__(self, key: StepKey, hits: int, padded: int = 0) -> None:
         self.key, self.hits, self.padded_hits = key, hits, padded
         self.capture_seconds = 0.25
-        self.recorded = planned(key, 0)
+        self.recorded = Times(2e-3, 1e-3)
 
 
 def test_written_and_read_again() -> None:
@@ -73,7 +90,17 @@ def test_written_and_read_again() -> None:
         decode(8): 0.5,
     }
     assert found[decode(1)].capture_seconds == 0.25
-    assert (found[decode(1)].plain_seconds, found[decode(1)].seconds) == (2e-3, 1e-3)
+    assert found[decode(1)].times == found[decode(8)].times == (2e-3, 1e-3)
+
+
+def test_times_that_proved_wrong_are_not_kept_for_what_was_not_measured() -> None:
+    recording = FakeRecording(decode(1), 10)
+    recording.recorded = Times(4e-3, 2e-3)
+    store: Any = FakeStore([recording], {}, times_changed=True)
+    document = history.write(store, [planned(decode(1), 8), planned(decode(8), 1)])
+    found = {graph.key: graph for graph in history.read(document)}
+    assert (found[decode(1)].times, found[decode(8)].times) == ((4e-3, 2e-3), None)
+    assert (found[decode(8)].uses, found[decode(8)].capture_seconds) == (0.5, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hybridgen import EngineConfig, Mode
 from hybridgen.execution.graphs import GraphSettings, StandInRecorder
 from hybridgen.execution.graphs.plan import GraphPlan, keys_at_start
 from hybridgen.execution.steps import StepKey
+from hybridgen.models.attention import Phase
 
 
 def plan_of(mode: Mode = Mode.GRAPH, most: int = 100, **fields: Any) -> GraphPlan:
@@ -55,7 +56,14 @@ def test_what_the_config_says() -> None:
         lazy=False,
         capture_after=7,
         sample_in_graph=False,
+        named=frozenset(Phase),
     )
+
+
+def test_which_phases_have_buckets_of_the_users() -> None:
+    assert plan_of().settings().named == frozenset()
+    assert plan_of(decode_buckets=[1]).settings().named == {Phase.DECODE}
+    assert plan_of(prefill_buckets=[16]).settings().named == {Phase.PREFILL}
 
 
 @pytest.mark.parametrize("mode", [Mode.EAGER, Mode.JIT])
