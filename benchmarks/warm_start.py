@@ -114,11 +114,9 @@ def write(shape: str, layers: int | None, directory: Path) -> Path:
     return path
 
 
-def measure(shape: str, cases: list[str], directory: Path, repeats: int) -> list[dict[str, Any]]:
-    """All cases of a shape."""
+def measure(shape: str, cases: list[str], directory: Path, repeats: int, rows: list[dict[str, Any]]) -> None:
+    """All cases of a shape, each added to the rows when it is done."""
     from common import shape_config
-
-    rows: list[dict[str, Any]] = []
 
     def add(case: str, results: list[dict[str, Any]], **more: Any) -> None:
         last = results[-1]
@@ -156,7 +154,6 @@ def measure(shape: str, cases: list[str], directory: Path, repeats: int) -> list
             shutil.rmtree(path)
     if "import" in cases:
         add("import", [run("import", directory, store) for _ in range(repeats + 1)])
-    return rows
 
 
 def _parts(result: dict[str, Any]) -> str:
@@ -189,11 +186,13 @@ def main() -> None:
         raise SystemExit(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(CASES)}")
     repeats = 1 if arguments.smoke else arguments.repeats
     directory = Path(tempfile.mkdtemp(prefix="warm-start-", dir=arguments.directory))
+    rows: list[dict[str, Any]] = []
     try:
-        rows = [row for shape in shapes for row in measure(shape, cases, directory, repeats)]
-    finally:
+        for shape in shapes:
+            measure(shape, cases, directory, repeats, rows)
+    finally:  # also what was measured before an interrupt
+        report({"benchmark": "warm_start", "prompt": PROMPT, "repeats": repeats, "rows": rows}, arguments.output)
         shutil.rmtree(directory, ignore_errors=True)
-    report({"prompt": PROMPT, "repeats": repeats, "rows": rows}, arguments.output)
 
 
 if __name__ == "__main__":
