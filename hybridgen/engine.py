@@ -132,7 +132,7 @@ class Engine:
         """
         cache = open_cache(checkpoint, config)
         try:
-            wait = preload(cache, config, config.mode_on(checkpoint.device.type), checkpoint.device.type)
+            wait = preload(cache, config, config.mode_on(checkpoint.device.type))
             loaded = checkpoint.load()
             wait()
             return cls(checkpoint, loaded, config, cache)

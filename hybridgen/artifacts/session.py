@@ -26,14 +26,6 @@ from hybridgen.loading import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-_COMPILED_AGAINST = (
-    "torch._functorch.aot_autograd",
-    "torch._inductor.async_compile",
-    "torch._inductor.codegen.memory_planning",
-    "torch._inductor.select_algorithm",
-)
-_COMPILED_AGAINST_CUDA = ("torch._inductor.runtime.triton_heuristics",)
-
 
 class CompileCache:
     """An engine's entry, and what became of it. Where nothing is kept, the entry lives in memory."""
@@ -254,7 +246,7 @@ def _refuse_if_offline(config: EngineConfig, mode: Mode, reason: str) -> None:
         )
 
 
-def preload(cache: CompileCache, config: EngineConfig, mode: Mode, device_type: str) -> Callable[[], None]:
+def preload(cache: CompileCache, config: EngineConfig, mode: Mode) -> Callable[[], None]:
     """Import what loading compiled code needs, on a thread, while weights are read; returns what waits for it.
 
     What it is waited for is part of the cache's seconds. Not with cudagraph trees: up to torch 2.11 they work only on
@@ -263,7 +255,7 @@ def preload(cache: CompileCache, config: EngineConfig, mode: Mode, device_type: 
     if not mode.compiles or config.compile_backend != "inductor" or config.graphs is not GraphOwner.MANUAL:
         return lambda: None
     # With this thread's context: torch keeps some settings in it.
-    work = partial(contextvars.copy_context().run, _import_compiler, device_type)
+    work = partial(contextvars.copy_context().run, _import_compiler)
     thread = threading.Thread(target=work, name="hybridgen-preload", daemon=True)
     thread.start()
 
@@ -275,12 +267,8 @@ def preload(cache: CompileCache, config: EngineConfig, mode: Mode, device_type: 
     return wait
 
 
-def _import_compiler(device_type: str) -> None:
-    """What torch imports for compiled code, the modules that it is written against included."""
+def _import_compiler() -> None:
     try:
-        codecache = importlib.import_module("torch._inductor.codecache")
-        codecache.torch_key()
-        for name in (*_COMPILED_AGAINST, *(_COMPILED_AGAINST_CUDA if device_type == "cuda" else ())):
-            importlib.import_module(name)
+        importlib.import_module("torch._inductor.codecache").torch_key()
     except Exception as error:  # it will be raised again where it is needed
         logger.debug("compiler modules could not be imported ahead: %s", error)

@@ -9,6 +9,8 @@ import families
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from hybridgen.core import SamplingParams
 from hybridgen.execution import ModelRunner, PrefillChunk, StepKey, fusing
 from hybridgen.execution.graphs import cuda
