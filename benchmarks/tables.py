@@ -219,10 +219,11 @@ def warm_start(results: list[Result]) -> list[str]:
                 continue
             over = "-" if row["shape"] not in eager else f"{row['median_s'] / eager[row['shape']]:.2f}"
             parts = row["last"].get("startup", {})
-            cells = [row["shape"], row["case"], f"{row['median_s']:.1f}", str(len(row["times_s"])), over]
+            commit = result["provenance"]["commit"]
+            cells = [row["shape"], row["case"], commit, f"{row['median_s']:.1f}", str(len(row["times_s"])), over]
             rows.append([*cells, *(_number(parts.get(phase), 2) for phase in PHASES)])
-    head = ["shape", "start", "first token, s", "starts", "over `eager`", *PHASES]
-    return [*table(head, rows, 2), *([""] if notes else []), *notes]
+    head = ["shape", "start", "commit", "first token, s", "starts", "over `eager`", *PHASES]
+    return [*table(head, rows, 3), *([""] if notes else []), *notes]
 
 
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
@@ -262,7 +263,7 @@ def render(name: str, results: Path = RESULTS) -> str:
     lines = [*TABLES[name](found), ""]
     for path, result in zip(paths, found, strict=True):
         where = result["provenance"]
-        lines.append(f"`{path.name}`: {where['gpu']}, torch {where['torch']}, commit {where['commit']}.")
+        lines.append(f"`{path.name}`: {where.get('gpu', 'a CPU')}, torch {where['torch']}, commit {where['commit']}.")
     return "\n".join(lines) + "\n"
 
 
