@@ -145,7 +145,8 @@ def startup(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(10, 1.9 + 0.45 * max(2, len(shown))), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(shown)
-    hatches = ("", "//", "..", "xx", "\\\\", "--", "oo", "++")
+    # One fewer than colours, so that no two of 56 parts look alike.
+    hatches = ("", "//", "..", "xx", "\\\\", "--", "oo")
     for index, part in enumerate(startup_parts(comparison)):
         widths = [subject.startup.get(part, 0.0) for subject in shown]
         axes.barh(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from hybridgen.comparison.results import OK, CellResult, Comparison, SubjectResult
 from hybridgen.comparison.statistics import Summary
 from hybridgen.errors import ConfigError
+from hybridgen.startup import PHASES
 
 NONE = "-"
 
@@ -95,10 +96,9 @@ def _resources(cell: CellResult) -> list[str]:
 
 def startup_parts(comparison: Comparison) -> list[str]:
     """The parts of start-up that any subject has, in order."""
-    order = ["load weights", "fuse projections", "allocate cache", "compile", "warm up", "capture", "other"]
+    order = [*PHASES, "other", "first calls"]
     found = {part for subject in comparison.subjects for part in subject.startup}
-    return [*(part for part in order if part in found), *sorted(found - {*order, "first calls"}),
-            *(["first calls"] if "first calls" in found else [])]  # fmt: skip
+    return [*(part for part in order if part in found), *sorted(found.difference(order))]
 
 
 def startup(comparison: Comparison) -> Table:

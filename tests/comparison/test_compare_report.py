@@ -6,6 +6,7 @@ After a wanted change: `HYBRIDGEN_GOLDEN=1 pytest tests/comparison/test_compare_
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -22,6 +23,7 @@ from hybridgen.comparison import plots, report
 from hybridgen.comparison.html import page
 from hybridgen.comparison.results import Comparison, read
 from hybridgen.errors import ConfigError
+from hybridgen.startup import PHASES
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -116,6 +118,17 @@ def test_a_plot_has_every_row_and_its_unit() -> None:
 def test_at_most_a_few_panels_with_the_first_and_the_last() -> None:
     assert plots._spread(range(10), 4) == [0, 3, 6, 9]
     assert plots._spread([1, 2], 4) == [1, 2]
+
+
+def test_no_two_parts_of_a_start_look_alike() -> None:
+    parts = [*PHASES, "other", "first calls"]
+    found = comparison()
+    subjects = [dataclasses.replace(found.subjects[0], startup=dict.fromkeys(reversed(parts), 1.0))]
+    found = dataclasses.replace(found, subjects=subjects)
+    assert report.startup_parts(found) == parts
+    (axes,) = plots.startup(found).axes
+    looks = {(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in axes.containers}
+    assert len(looks) == len(parts)
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
