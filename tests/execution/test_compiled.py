@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import families
 import pytest
 import torch
+from runners import make_runner
 
 from hybridgen.errors import ConfigError
 from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
 from hybridgen.execution.compiled import check_backend, mark_tokens_dynamic
-from hybridgen.kvcache import CacheShape, allocate_pages
-from hybridgen.models import bind
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 
 
-def make(name: str, max_batch: int = 4, budget: int = 64, **changes: int) -> ModelRunner:
-    bound = bind(families.build(name, **changes))
-    runner = ModelRunner(
-        bound,
-        vocab_size=families.VOCAB,
-        max_batch=max_batch,
-        max_pages=4,
-        token_budget=budget,
-        compile_backend="aot_eager",
-    )
-    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), 9, torch.device("cpu")))
-    return runner
+def make(name: str, **changes: int) -> ModelRunner:
+    return make_runner(name, compile_backend="aot_eager", **changes)
 
 
 def run_prefill(runner: ModelRunner, count: int) -> None:
@@ -45,7 +33,7 @@ def test_graphs_do_not_grow_with_depth(layers: int) -> None:
 
 @pytest.mark.parametrize(("max_batch", "budget", "graphs"), [(1, 64, 2), (2, 64, 3), (4, 2, 3)])
 def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: int) -> None:
-    runner = make("llama", max_batch, budget)
+    runner = make("llama", max_batch=max_batch, token_budget=budget)
     runner.warm_up()
     assert runner.compiled.compiles == graphs
     length = min(budget, 20)

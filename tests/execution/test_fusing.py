@@ -8,6 +8,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from runners import free_runner, make_runner
 
 pytest.importorskip("triton")
 
@@ -16,8 +17,6 @@ from hybridgen.execution import ModelRunner, PrefillChunk, StepKey, fusing
 from hybridgen.execution.graphs import cuda
 from hybridgen.execution.graphs.recorder import Recorded
 from hybridgen.fused import decode, tuning
-from hybridgen.kvcache import CacheShape, allocate_pages
-from hybridgen.models import bind
 from hybridgen.sampling import resolve
 
 PROMPT = families.prompts_of((21,))[0]
@@ -80,26 +79,11 @@ class Captures:
         self.closed += 1
 
 
-def make(compile_backend: str | None = None) -> ModelRunner:
-    bound = bind(families.build("llama"))
-    runner = ModelRunner(
-        bound, vocab_size=families.VOCAB, max_batch=8, max_pages=4, token_budget=64, compile_backend=compile_backend
-    )
-    shape = CacheShape(bound.layer_shapes, 16, torch.float32)
-    runner.attach(allocate_pages(shape, 9, torch.device("cpu")))
-    return runner
-
-
-def free(runner: ModelRunner) -> None:
-    runner.close()
-    runner._bound.release()
-
-
 @pytest.fixture
 def runner() -> Iterator[ModelRunner]:
-    runner = make()
+    runner = make_runner(max_batch=8)
     yield runner
-    free(runner)
+    free_runner(runner)
 
 
 @pytest.fixture
@@ -206,11 +190,11 @@ def test_logits_without_numbers_are_a_stopped_steps_or_not(runner: ModelRunner) 
 
 
 def test_warming_up_and_the_numerics_check_go_through_the_layers() -> None:
-    runner = make(compile_backend="aot_eager")
+    runner = make_runner(max_batch=8, compile_backend="aot_eager")
     fused = runner.steps.fused = Fused()
     fused.serves = lambda rows: pytest.fail("a fused step would have been run")
     runner.warm_up()
     assert runner.compiled.compiles == 3
     assert runner.check_numerics() is None
     assert runner.steps.fused is fused
-    free(runner)
+    free_runner(runner)

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 import families
 import pytest
 import torch
+from runners import free_runner, make_runner
 
 from hybridgen.core import SamplingParams
 from hybridgen.execution import Counters, ModelRunner, PrefillChunk, StepKey, ring
 from hybridgen.execution.graphs import GraphSettings, StandInRecorder
-from hybridgen.kvcache import CacheShape, allocate_pages
-from hybridgen.models import bind
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan, resolve
 
@@ -21,15 +20,9 @@ PROMPT = families.prompts_of((21,))[0]
 
 @pytest.fixture
 def runner() -> Iterator[ModelRunner]:
-    bound = bind(families.build("llama"))
-    runner = ModelRunner(
-        bound, vocab_size=families.VOCAB, max_batch=4, max_pages=4, token_budget=64, compile_backend=None
-    )
-    shape = CacheShape(bound.layer_shapes, 16, torch.float32)
-    runner.attach(allocate_pages(shape, 9, torch.device("cpu")))
+    runner = make_runner()
     yield runner
-    runner.close()
-    runner._bound.release()
+    free_runner(runner)
 
 
 def admit(runner: ModelRunner, slot: int, pages: list[int]) -> None:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 import families
 import pytest
 import torch
+from runners import free_runner, make_runner
 
 from hybridgen.core import SamplingParams
 from hybridgen.execution import Counters, ModelRunner, PrefillChunk
 from hybridgen.execution.graphs import GraphSettings, Recorded
 from hybridgen.execution.graphs.validation import validate
 from hybridgen.execution.steps import StepKey
-from hybridgen.kvcache import CacheShape, allocate_pages
-from hybridgen.models import bind
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan, resolve
 
@@ -45,12 +44,9 @@ class Replays:
 
 @pytest.fixture
 def runner() -> Iterator[ModelRunner]:
-    bound = bind(families.build("llama"))
-    runner = ModelRunner(bound, vocab_size=families.VOCAB, max_batch=4, max_pages=4, token_budget=64)
-    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), 9, torch.device("cpu")))
+    runner = make_runner()
     yield runner
-    runner.close()
-    runner._bound.release()
+    free_runner(runner)
 
 
 def record(runner: ModelRunner, damage: Damage, *keys: StepKey) -> None:

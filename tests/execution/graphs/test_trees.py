@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 import families
 import pytest
 import torch
+from runners import make_runner
 from torch._dynamo.utils import counters
 
 from hybridgen.core import SamplingParams
 from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
 from hybridgen.execution.graphs.trees import TreeRecorder
-from hybridgen.kvcache import CacheShape, allocate_pages
-from hybridgen.models import bind
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import resolve
 
@@ -23,10 +22,7 @@ Kind = dict[str, object]
 
 
 def make() -> ModelRunner:
-    bound = bind(families.build("llama", num_hidden_layers=2))
-    runner = ModelRunner(bound, vocab_size=families.VOCAB, max_batch=MAX_BATCH, max_pages=4, token_budget=BUDGET)
-    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), 40, torch.device("cpu")))
-    return runner
+    return make_runner(max_batch=MAX_BATCH, token_budget=BUDGET, pages=40, num_hidden_layers=2)
 
 
 @pytest.fixture
