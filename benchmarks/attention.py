@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hybridgen.kernels import decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
 
 CAPACITY = 131072
 """Positions that a row of the block table can hold, whatever it holds: the context of Llama 3."""

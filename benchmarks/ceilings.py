@@ -1,6 +1,6 @@
 """How fast can this device read, copy and multiply at all? What every other figure is held against.
 
-- read: the library's own ceiling (`hybridgen.kernels.ceiling`), a kernel that only reads; CUDA alone. MBU is held
+- read: the library's own ceiling (`hybridgen.kernels.read_ceiling`), a kernel that only reads; CUDA alone. MBU is held
   against this one.
 - matrix times vector: torch's product over as many bytes as no cache holds; the bytes of the matrix over its time.
 - copy: a copy of one tensor to another; bytes read and bytes written over its time.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from common import report, this_device
 
-from hybridgen.kernels.ceiling import read_ceiling
+from hybridgen.kernels.read_ceiling import read_ceiling
 
 COLUMNS = 8192
 WARM_UP = 3

@@ -24,7 +24,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 import hybridgen
-from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
 
 RESULTS = Path(__file__).parent / "results"
 

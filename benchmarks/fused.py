@@ -22,10 +22,10 @@ import torch
 from common import random_decoder, release, report, shape_dtype
 from torch import Tensor
 
+from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
-from hybridgen.fused.structure import Decoder
-from hybridgen.kernels.ceiling import read_ceiling
-from hybridgen.kvcache import LayerPages
+from hybridgen.kernels.read_ceiling import read_ceiling
+from hybridgen.models.decoder import Decoder
 
 PAGE_SIZE = 64
 ROWS = (1, 2, 4, 8, 16)
@@ -108,8 +108,8 @@ def run_model(
     tiles: Mapping[str, Any] | None,
     ceiling: float,
 ) -> dict[str, Any]:
-    from hybridgen.fused.chain import ChainStep
-    from hybridgen.fused.chain_tuning import Tile, tune
+    from hybridgen.fused.chain.step import ChainStep
+    from hybridgen.fused.chain.tiles import Tile, tune
 
     model = random_decoder(name, shape_dtype(name, "cuda"), "cuda", position + 1)
     floor = model.weight_bytes / ceiling

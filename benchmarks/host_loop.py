@@ -15,14 +15,15 @@ from typing import Any
 from common import report
 from transformers import AutoTokenizer
 
-from hybridgen.core import SamplingParams
+from hybridgen.cache import PageAllocator, pages_for_tokens
 from hybridgen.demo import model_path
-from hybridgen.execution import Counters, StepOutput
-from hybridgen.kvcache import PageAllocator, pages_for_tokens
-from hybridgen.loop import StepLoop
-from hybridgen.requests import Plan
+from hybridgen.engine.loop import StepLoop
+from hybridgen.engine.requests import Plan
+from hybridgen.engine.scheduler import Scheduler
+from hybridgen.execution import StepOutput
+from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
-from hybridgen.scheduler import Scheduler
+from hybridgen.telemetry.statistics import Counters
 
 PROMPT = (5, 6, 7)
 PAGE_SIZE = 16

@@ -2,7 +2,7 @@
 
 A decode step is (time of a call for N new tokens after a prompt of 512, less the same call for one) / (N - 1): wall
 time of whole calls, synchronised, medians. Its floor is the bytes of the weights over the read ceiling of the device,
-measured in the same run (`hybridgen.kernels.ceiling`); the share also counts keys and values. For the first batch size
+measured in the same run (`kernels.read_ceiling`); the share also counts keys and values. For the first batch size
 also: the same sampled (temperature 0.8, top-p 0.95), streamed, and without fused kernels; and, with `--peers`, Hugging
 Face `generate` with its dynamic and its static cache.
 
@@ -23,7 +23,7 @@ from common import how_it_ran, random_model, random_prompts, release, report, se
 from transformers import PreTrainedModel
 
 import hybridgen
-from hybridgen.kernels.ceiling import read_ceiling
+from hybridgen.kernels.read_ceiling import read_ceiling
 
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
 

@@ -26,7 +26,8 @@ import torch
 from common import report, synchronize
 from torch import Tensor
 
-from hybridgen.kernels import MetadataCopy, copy_metadata, metadata
+from hybridgen.kernels.step import metadata
+from hybridgen.kernels.step.metadata import MetadataCopy, copy_metadata
 
 Call = Callable[[], None]
 Row = dict[str, str | int | float | None]

@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes, and threads that
 from common import report
 
 import hybridgen
-from hybridgen.core import Completion, FinishReason, SamplingParams, Timing, TokenEvent
+from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
+from hybridgen.params import SamplingParams
 from hybridgen.serving.process import ServeOptions, serve, serve_model
 
 PROMPT = "def read(path):\n"

@@ -8,19 +8,10 @@ print(out.text)
 import importlib as _importlib
 import typing as _typing
 
-from hybridgen import importing as _importing
+from hybridgen._version import __version__ as __version__
 from hybridgen.api import compare, generate, stream, unload
 from hybridgen.config import EngineConfig, Mode
-from hybridgen.core import (
-    Completion,
-    FinishReason,
-    GraphEvent,
-    SamplingParams,
-    StepSummary,
-    Timing,
-    TokenEvent,
-    TokenLogprob,
-)
+from hybridgen.core import Completion, FinishReason, GraphEvent, StepSummary, Timing, TokenEvent, TokenLogprob
 from hybridgen.errors import (
     CacheError,
     CacheMissError,
@@ -41,23 +32,23 @@ from hybridgen.errors import (
     TokenizerError,
     UnsupportedModelError,
 )
+from hybridgen.params import SamplingParams
 from hybridgen.serving.client import Client
+from hybridgen.telemetry import import_time as _importing
 
 if _typing.TYPE_CHECKING:
     from hybridgen.comparison.results import Comparison
     from hybridgen.engine import Engine
-    from hybridgen.execution.statistics import EngineStats
     from hybridgen.serving.async_client import AsyncClient
+    from hybridgen.telemetry.statistics import EngineStats
 
 # Imported when they are first used: most bring torch, which a client does without.
 _LATER = {
     "Comparison": "hybridgen.comparison.results",
     "Engine": "hybridgen.engine",
-    "EngineStats": "hybridgen.execution.statistics",
+    "EngineStats": "hybridgen.telemetry.statistics",
     "AsyncClient": "hybridgen.serving.async_client",
 }
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient",

@@ -1,6 +1,6 @@
 """`python -m hybridgen` is the `hybridgen` command."""
 
-from hybridgen.cli import main
+from hybridgen.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

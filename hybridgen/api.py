@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 from hybridgen.arguments import check_keywords, sampling_list
 from hybridgen.config import EngineConfig
-from hybridgen.core import SamplingParams, TokenEvent, shown
+from hybridgen.core import TokenEvent
 from hybridgen.demo import model_path
-from hybridgen.errors import ConfigError, PromptError
+from hybridgen.errors import ConfigError, PromptError, shown
+from hybridgen.params import SamplingParams
 from hybridgen.serving.address import SCHEME, socket_path
 from hybridgen.serving.client import Client
 from hybridgen.serving.exchange import Call
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from hybridgen.comparison.config import CompareConfig
     from hybridgen.comparison.results import Comparison
     from hybridgen.engine import Engine
-    from hybridgen.prompts import Prompts
+    from hybridgen.text.prompts import Prompts
 
 _NO_PROMPTS = "no prompts were given; call it with (model, prompts), or with prompts= alone for the demo model"
 
@@ -211,14 +212,14 @@ def prepare(
 
     An iterator in `sampling` is used up; give what `hybridgen.arguments.sampling_list` makes of it.
     """
-    from hybridgen import importing
+    from hybridgen.telemetry import import_time as importing
 
     importing.engine()
     from hybridgen.engine import Engine
+    from hybridgen.engine.preflight import check_config
+    from hybridgen.engine.requests import plan_requests
     from hybridgen.loading import Checkpoint
-    from hybridgen.preflight import check_config
-    from hybridgen.prompts import split_prompts
-    from hybridgen.requests import plan_requests
+    from hybridgen.text.prompts import split_prompts
 
     sampling = sampling_list(sampling)
     check_keywords(fields, EngineConfig.field_names() | SamplingParams.field_names())

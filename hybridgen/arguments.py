@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hybridgen.core import SamplingParams, shown
-from hybridgen.errors import ConfigError, SamplingError
+from hybridgen.errors import ConfigError, SamplingError, shown
+from hybridgen.params import SamplingParams
 
 
 def sampling_per_prompt(

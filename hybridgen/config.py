@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
-from hybridgen.core import MAX_INT, GraphEvent, shown
-from hybridgen.errors import ConfigError
+from hybridgen.core import GraphEvent
+from hybridgen.errors import ConfigError, shown
+from hybridgen.params import MAX_INT
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -1,4 +1,4 @@
-"""The exceptions that hybridgen raises for its users.
+"""The exceptions that hybridgen raises for its users, and how messages quote values and other errors.
 
 ::
 
@@ -27,10 +27,33 @@ Every message says what was wrong, repeats the value, and says what to do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybridgen.core import Completion
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as error messages quote it: on one line and short, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"{'-' if value < 0 else ''}<an integer of {value.bit_length()} bits>"
+    try:
+        text = " ".join(repr(value).split("\n"))
+    except Exception:  # a __repr__ can raise what it likes; integers of over 4300 digits do, inside a list too
+        return f"<a value of type {type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its type where it has none: for messages of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line: its type, and the first line of its message if it has one."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 class HybridgenError(Exception):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm
-from hybridgen.kvcache import LayerPages
+from hybridgen.cache import LayerPages
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import families
 import torch
 
+from hybridgen.cache import CacheShape, allocate_pages
 from hybridgen.execution import ModelRunner
-from hybridgen.kvcache import CacheShape, allocate_pages
 from hybridgen.models import bind
 
 

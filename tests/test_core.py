@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hybridgen import SamplingError, SamplingParams, Timing
-from hybridgen.core import shown
+from hybridgen.errors import shown
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 
 import hybridgen
 from hybridgen import Mode
-from hybridgen.building import Builder
-from hybridgen.execution.graphs.plan import use_graphs
-from hybridgen.output import Response
-from hybridgen.requests import plan_requests
+from hybridgen.engine.builder import Builder
+from hybridgen.engine.output import Response
+from hybridgen.engine.requests import plan_requests
+from hybridgen.graphs.setup import use_graphs
 
 NEW_TOKENS = 40
 # Across page borders (16), chunk borders (96), and what a window or a rotary scaling may do with length.

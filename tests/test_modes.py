@@ -25,13 +25,14 @@ import torch
 import hybridgen
 from hybridgen import Completion, Engine, FinishReason, SamplingParams
 from hybridgen.core import GraphEvent
+from hybridgen.engine.output import Response
 from hybridgen.execution import ring
-from hybridgen.execution.graphs import Recorded, StandInRecorder, plan
 from hybridgen.execution.staging import StagedBlock
-from hybridgen.execution.steps import StepKey
-from hybridgen.kernels import metadata
+from hybridgen.execution.step import StepKey
+from hybridgen.graphs import Recorded, StandInRecorder
+from hybridgen.graphs import setup as plan
+from hybridgen.kernels.step import metadata
 from hybridgen.models.attention import Phase
-from hybridgen.output import Response
 
 SETTINGS: dict[str, Any] = {
     "max_batch": 17,

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hybridgen.core import MAX_LOGPROBS, Completion
+from hybridgen.core import Completion
+from hybridgen.params import MAX_LOGPROBS
 
 CANDIDATES = 20
 """Tokens per position that are compared."""

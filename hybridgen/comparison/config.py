@@ -9,8 +9,7 @@ from typing import Any
 
 from hybridgen.arguments import check_keywords
 from hybridgen.config import EngineConfig, Mode
-from hybridgen.core import shown
-from hybridgen.errors import ConfigError
+from hybridgen.errors import ConfigError, shown
 
 MOST_PREFILL_TOKENS = 512
 """The largest default prefill bucket, as `execution.graphs.ladder` has it (which needs torch to be imported)."""

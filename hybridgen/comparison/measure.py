@@ -18,8 +18,8 @@ from hybridgen.comparison.results import CellResult
 from hybridgen.comparison.schedule import Cell, cells, in_order, prompts
 from hybridgen.comparison.statistics import Agreement, agreement, settled, summarise
 from hybridgen.comparison.subjects import GraphUse, Output, Subject
-from hybridgen.errors import OutOfMemoryError
-from hybridgen.faults import is_fatal
+from hybridgen.device.failures import is_fatal
+from hybridgen.errors import OutOfMemoryError, described
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Measurement:
             try:
                 subject.settle()
             except Exception as error:
-                logger.warning("%s: what was left to do after warm-up failed: %s", name, message_of(error))
+                logger.warning("%s: what was left to do after warm-up failed: %s", name, described(error))
 
     def _round(self, subjects: Mapping[str, Subject], number: int, until: float) -> bool:
         """One call of every cell that is not done; returns whether any is left."""
@@ -202,7 +202,7 @@ class Measurement:
 
     def _fault(self, record: Record, error: Exception) -> None:
         """Note that a cell's call raised, and go on: with a whole device, other cells can still run."""
-        record.status, record.error = status_of(error), message_of(error)
+        record.status, record.error = status_of(error), described(error)
         logger.warning("%s, prompt %d, batch %d: %s: %s", *record.cell, record.status, record.error)
         logger.debug("a call failed", exc_info=error)
         error.__traceback__ = None  # its frames hold tensors
@@ -239,12 +239,6 @@ def status_of(error: BaseException) -> str:
     memory = isinstance(error, (OutOfMemoryError, torch.OutOfMemoryError, MemoryError))
     # A request that failed brings the name of what its step raised.
     return results.OUT_OF_MEMORY if memory or "OutOfMemoryError" in str(error) else results.FAILED
-
-
-def message_of(error: BaseException) -> str:
-    """An exception on one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def release(device: torch.device) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hybridgen
+from hybridgen._version import __version__
 
 PACKAGES = ("torch", "transformers", "triton", "tokenizers", "safetensors", "numpy")
 CLOCKS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
@@ -30,7 +30,7 @@ def provenance(device: Any = None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "hybridgen": hybridgen.__version__,
+        "hybridgen": __version__,
         "commit": commit(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -74,7 +74,7 @@ def commit() -> str | None:
     told = os.environ.get("HYBRIDGEN_COMMIT")
     if told:
         return told
-    folder = str(Path(hybridgen.__file__).resolve().parents[1])
+    folder = str(Path(__file__).resolve().parents[2])
     if not (Path(folder) / ".git").exists():
         return None
     found = _output("git", "-C", folder, "rev-parse", "--short", "HEAD")

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from hybridgen.comparison.results import OK, CellResult, Comparison, SubjectResult
 from hybridgen.comparison.statistics import Summary
+from hybridgen.engine.warm_start import PHASES
 from hybridgen.errors import ConfigError
-from hybridgen.startup import PHASES
 
 NONE = "-"
 

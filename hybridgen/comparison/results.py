@@ -13,8 +13,7 @@ from typing import Any
 
 from hybridgen.comparison.config import CompareConfig
 from hybridgen.comparison.statistics import Agreement, Summary
-from hybridgen.core import shown
-from hybridgen.errors import ConfigError
+from hybridgen.errors import ConfigError, shown
 
 SCHEMA = 1
 """Of the JSON; raised when the meaning of a field changes."""

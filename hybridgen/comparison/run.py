@@ -19,7 +19,7 @@ from hybridgen.comparison.baselines import Unavailable, build_baseline
 from hybridgen.comparison.checks import REPORTED, logit_error
 from hybridgen.comparison.config import REFERENCE, CompareConfig
 from hybridgen.comparison.files import check_output
-from hybridgen.comparison.measure import Measurement, message_of, release, status_of
+from hybridgen.comparison.measure import Measurement, release, status_of
 from hybridgen.comparison.provenance import gpu_state, provenance
 from hybridgen.comparison.results import Comparison, SubjectResult
 from hybridgen.comparison.schedule import Cell, cells
@@ -36,14 +36,15 @@ from hybridgen.comparison.subjects import (
 from hybridgen.comparison.utilisation import device_busy
 from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import Completion
-from hybridgen.errors import ConfigError
-from hybridgen.execution.traffic import Traffic
-from hybridgen.kernels.ceiling import read_ceiling
-from hybridgen.loading import Checkpoint, fuse_projections
-from hybridgen.loading.sharing import twin
+from hybridgen.engine.preflight import check_config
+from hybridgen.engine.requests import context_limit
+from hybridgen.errors import ConfigError, described
+from hybridgen.kernels.read_ceiling import read_ceiling
+from hybridgen.loading import Checkpoint
 from hybridgen.models import check_free
-from hybridgen.preflight import check_config
-from hybridgen.requests import context_limit
+from hybridgen.models.projections import fuse_projections
+from hybridgen.models.sharing import twin
+from hybridgen.telemetry.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ class _Run:
         except Unavailable as error:
             self.leave_out([name], str(error))
         except Exception as error:  # whatever a model, a compiler or a peer raises: the others are worth having
-            result.status, result.error = status_of(error), message_of(error)
+            result.status, result.error = status_of(error), described(error)
             logger.warning("%s cannot be built: %s", name, result.error)
             logger.debug("a subject failed", exc_info=error)
             self.measurement.leave_out(name, result.status, result.error)
@@ -232,7 +233,7 @@ class _Run:
                 except KeyboardInterrupt:  # an engine's is an Exception too
                     raise
                 except Exception as error:
-                    self.notes.append(f"logits of {_place(cell)} are not checked: {message_of(error)}")
+                    self.notes.append(f"logits of {_place(cell)} are not checked: {described(error)}")
                     continue
                 if name == REFERENCE:
                     self.references[key] = found
@@ -260,7 +261,7 @@ class _Run:
         except KeyboardInterrupt:
             raise
         except Exception as error:  # nothing was lost that was measured before
-            self.notes.append(f"GPU utilisation is not complete: {message_of(error)}")
+            self.notes.append(f"GPU utilisation is not complete: {described(error)}")
 
     def _seconds(self, subject: Subject, given: list[list[int]], tokens: int) -> float:
         torch.cuda.synchronize(self.device)
@@ -286,7 +287,7 @@ class _Run:
                 result.late_compiles = stats.late_compiles
             subject.close()
         except Exception as error:  # an engine whose device failed, for example
-            self.notes.append(f"{name} did not end well: {message_of(error)}")
+            self.notes.append(f"{name} did not end well: {described(error)}")
 
     def result(self, given: Any, ceiling: float | None, facts: dict[str, Any]) -> Comparison:
         """Everything that is known; `given` is the model as the caller named it."""

@@ -14,10 +14,11 @@ import torch
 
 from hybridgen.comparison.config import ABLATIONS, CompareConfig
 from hybridgen.config import EngineConfig, Mode
-from hybridgen.core import Completion, SamplingParams
+from hybridgen.core import Completion
 from hybridgen.engine import Engine
 from hybridgen.errors import RequestError
-from hybridgen.execution.statistics import EngineStats
+from hybridgen.params import SamplingParams
+from hybridgen.telemetry.statistics import EngineStats
 
 GRAPHS = frozenset({"cuda graph", "cudagraph tree", "stand-in"})
 """Kinds of steps that a recording ran (`StepSummary.kind`)."""

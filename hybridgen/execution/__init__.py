@@ -1,15 +1,11 @@
-"""How a step runs: the step on static buffers, the compiled layer, recorded steps, the launch and its result."""
+"""How a step runs: the step on static buffers, its staging and state, the launch and its result."""
 
-from hybridgen.execution.compiled import CompiledLayers
 from hybridgen.execution.ring import LaunchedStep, StepOutput
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.execution.state import DeviceState
-from hybridgen.execution.statistics import Counters
-from hybridgen.execution.steps import PrefillChunk, StepKey
+from hybridgen.execution.step import PrefillChunk, StepKey
 
 __all__ = [
-    "CompiledLayers",
-    "Counters",
     "DeviceState",
     "LaunchedStep",
     "ModelRunner",

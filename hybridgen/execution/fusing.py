@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hybridgen.execution.graphs import Recorder
 from hybridgen.execution.runner import ModelRunner, on_its_stream
-from hybridgen.execution.steps import StepKey
+from hybridgen.execution.step import StepKey
+from hybridgen.graphs import Recorder
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 
@@ -75,7 +75,7 @@ def compare(runner: ModelRunner, sizes: Sequence[int]) -> str:
     fused = runner.steps.fused
     if fused is None or fused.chain is None:
         return ""
-    from hybridgen.execution.graphs.cuda import CudaGraphRecorder
+    from hybridgen.graphs.cuda import CudaGraphRecorder
 
     recorder = CudaGraphRecorder(runner.device)
     used = fused.least_chain_rows - 1

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hybridgen.execution.compiled import CompiledLayers
-from hybridgen.execution.steps import PrefillChunk, StepKey
+from hybridgen.compilation.layers import CompiledLayers
+from hybridgen.execution.step import PrefillChunk, StepKey
 from hybridgen.models.attention import Phase
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridgen.core import MAX_LOGPROBS, TokenLogprob
-from hybridgen.kernels.mapped import host_mapped
-from hybridgen.kernels.stepping import advance, publish
+from hybridgen.core import TokenLogprob
+from hybridgen.device.mapped import host_mapped
+from hybridgen.kernels.step.advance import advance, publish
+from hybridgen.params import MAX_LOGPROBS
 from hybridgen.sampling import SampleOutput
 
 LINES = 8

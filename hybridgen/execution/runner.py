@@ -11,23 +11,24 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
-from hybridgen.capturing import CAPTURING
+from hybridgen.cache import LayerPages
+from hybridgen.compilation.aot import LayerUnits
+from hybridgen.compilation.layers import CompiledLayers
+from hybridgen.device.capture import CAPTURING
+from hybridgen.device.failures import is_fatal
+from hybridgen.errors import described
 from hybridgen.execution import numerics
-from hybridgen.execution.compiled import CompiledLayers
-from hybridgen.execution.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
-from hybridgen.execution.graphs.recorder import this_thread
-from hybridgen.execution.graphs.validation import validate
 from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
-from hybridgen.execution.statistics import Counters
-from hybridgen.execution.steps import ModelSteps, PrefillChunk, StepKey
-from hybridgen.execution.units import LayerUnits
-from hybridgen.faults import is_fatal
-from hybridgen.kvcache import LayerPages
+from hybridgen.execution.step import ModelSteps, PrefillChunk, StepKey
+from hybridgen.execution.validation import validate
+from hybridgen.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
+from hybridgen.graphs.recorder import this_thread
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import ResolvedSampling, SamplerPlan, SamplerState
 from hybridgen.sampling.state import every_kind
+from hybridgen.telemetry.statistics import Counters
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +270,7 @@ class ModelRunner:
                 raise
             # The step's last op is what moves state on, so that it can run again.
             self.ring.resynchronize()
-            return self._instead(route, f"its replay raised {type(error).__name__}: {error}", "its replay raised")
+            return self._instead(route, f"its replay raised {described(error)}", "its replay raised")
         return route
 
     @on_its_stream

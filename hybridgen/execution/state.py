@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from hybridgen.kvcache import BlockTable
+from hybridgen.cache import BlockTable
 
 
 class SlotRows(NamedTuple):

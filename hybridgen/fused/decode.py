@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridgen.errors import CacheMissError
-from hybridgen.faults import is_fatal
+from hybridgen.cache import LayerPages
+from hybridgen.device.failures import is_fatal
+from hybridgen.errors import CacheMissError, described
 from hybridgen.fused import reference
-from hybridgen.fused.chain import MAX_ROWS, ChainStep
-from hybridgen.fused.chain_tuning import COMPILED_AT_ONCE
+from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
+from hybridgen.fused.chain.tiles import COMPILED_AT_ONCE
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.fused.persistent.shape import Tuning
 from hybridgen.fused.persistent.step import PersistentStep
-from hybridgen.fused.structure import Decoder, Unfit, describe
-from hybridgen.kvcache import LayerPages
 from hybridgen.models import BoundModel
+from hybridgen.models.decoder import Decoder, Unfit, describe
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class FusedDecode:
         if isinstance(error, Unfit):
             return str(error)
         logger.debug("fused decode failed", exc_info=error)
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        reason = described(error)
         self.failures.append(f"fused decode failed, the model's own layers decode: {reason}")
         return reason
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm, Unfit
-from hybridgen.kvcache import LayerPages
+from hybridgen.cache import LayerPages
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
 
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """Largest relative error of what a layer adds to its input, by the dtype in which the model computes it."""

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from hybridgen.errors import DeviceError
-from hybridgen.fused import chain_tuning
+from hybridgen.fused.chain import tiles as chain_tuning
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.fused.persistent.shape import Tuning, as_document
 from hybridgen.fused.persistent.step import PersistentStep
-from hybridgen.fused.structure import Unfit
+from hybridgen.models.decoder import Unfit
 
 logger = logging.getLogger(__name__)
 

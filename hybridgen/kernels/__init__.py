@@ -4,7 +4,7 @@
 launch. Triton is imported by the first call on a CUDA tensor, so machines without it can import this package.
 """
 
-from hybridgen.kernels.attention import decode_attention, prefill_attention, write_kv
-from hybridgen.kernels.metadata import MetadataCopy, copy_metadata
+from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.step.metadata import MetadataCopy, copy_metadata
 
 __all__ = ["MetadataCopy", "copy_metadata", "decode_attention", "prefill_attention", "write_kv"]

@@ -18,11 +18,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from hybridgen.config import EngineConfig
 from hybridgen.demo import model_path
 from hybridgen.errors import CheckpointError, ConfigError, DeviceError, UnsupportedModelError
-from hybridgen.loading import metadata
+from hybridgen.loading import files as metadata
+from hybridgen.loading.checks import validate_directory
 from hybridgen.loading.device import resolve_device
 from hybridgen.loading.source import LocalSource, Source, resolve_source
 from hybridgen.loading.support import check_supported
-from hybridgen.loading.validation import validate_directory
 from hybridgen.loading.weights import progress_bars, read_weights
 
 

@@ -19,7 +19,7 @@ from huggingface_hub import errors as hub
 
 from hybridgen.config import EngineConfig
 from hybridgen.errors import CheckpointError, ConfigError, HybridgenError, LoadError, ModelNotFoundError
-from hybridgen.loading.validation import read_json, weight_names
+from hybridgen.loading.checks import read_json, weight_names
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

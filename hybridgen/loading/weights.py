@@ -18,8 +18,8 @@ from transformers.utils import logging as hf_logging
 
 from hybridgen.config import EngineConfig
 from hybridgen.errors import CheckpointError, OutOfMemoryError
+from hybridgen.loading.checks import few, read_header
 from hybridgen.loading.source import Source, load_errors
-from hybridgen.loading.validation import few, read_header
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from hybridgen.kernels.attention import decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
 
 # Hugging Face routes by substring of this name ("flash", "sdpa", "/", "|" each trigger something), so it has none.
 ATTENTION_NAME = "hybridgen"

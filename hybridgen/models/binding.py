@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hybridgen.cache import LayerPages, LayerShape
 from hybridgen.errors import EngineError, UnsupportedModelError
-from hybridgen.kvcache import LayerPages, LayerShape
 from hybridgen.models.attention import ATTENTION_NAME, PROBE_NAME, LayerBinding, StepMetadata
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
 

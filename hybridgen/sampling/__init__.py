@@ -1,27 +1,22 @@
-"""Choosing tokens and deciding when a text ends.
+"""Choosing tokens.
 
 The way through this room: `resolve()` turns what a caller asked for into numbers without gaps; `SamplerState`
 keeps them on the device, one row per slot; `sample()` chooses a token for each row of a step there (on CUDA by the ops
 of `choice`), with noise that depends on (seed, position, token id) alone, as `gumbel_noise()` defines it;
-`kernels.stepping.advance()` counts it for penalties. On the host, `IncrementalDetokenizer` turns tokens into text and
-`StopChecker` ends it at a stop string.
+`kernels.step.advance` counts it for penalties.
 """
 
-from hybridgen.sampling.detokenize import IncrementalDetokenizer
 from hybridgen.sampling.random import gumbel_noise
 from hybridgen.sampling.resolve import DEFAULT_MAX_NEW_TOKENS, ResolvedSampling, resolve
 from hybridgen.sampling.sampler import SampleOutput, sample
 from hybridgen.sampling.state import SamplerPlan, SamplerState, plan_of
-from hybridgen.sampling.stopping import StopChecker
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
-    "IncrementalDetokenizer",
     "ResolvedSampling",
     "SampleOutput",
     "SamplerPlan",
     "SamplerState",
-    "StopChecker",
     "gumbel_noise",
     "plan_of",
     "resolve",

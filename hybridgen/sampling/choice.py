@@ -124,7 +124,7 @@ def reference_sampled(
 
 
 def _greedy_cuda(logits: Tensor) -> Tensor:
-    from hybridgen.kernels.sampling import launch_greedy
+    from hybridgen.kernels.sampling.ops import launch_greedy
 
     return launch_greedy(logits)
 
@@ -132,7 +132,7 @@ def _greedy_cuda(logits: Tensor) -> Tensor:
 def _sampled_cuda(
     logits: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, top_k: bool, nucleus: bool
 ) -> Tensor:
-    from hybridgen.kernels.sampling import launch_sampled
+    from hybridgen.kernels.sampling.ops import launch_sampled
 
     return launch_sampled(logits, reals, integers, slots, positions, top_k, nucleus)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from hybridgen.core import SamplingParams
 from hybridgen.errors import SamplingError
+from hybridgen.params import SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 128
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from hybridgen.core import SamplingParams, TokenEvent
+from hybridgen.core import TokenEvent
+from hybridgen.params import SamplingParams
 
 Handle: TypeAlias = Any
 """One running completion, as the model keeps it."""

@@ -11,8 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hybridgen.core import shown
-from hybridgen.errors import ServerError
+from hybridgen.errors import ServerError, shown
 
 SCHEME = "unix:"
 _NAME = "server.sock"

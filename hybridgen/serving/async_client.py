@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 from typing import Any
 
-from hybridgen.core import SamplingParams, TokenEvent
+from hybridgen.core import TokenEvent
 from hybridgen.errors import HybridgenError, ServerError
+from hybridgen.params import SamplingParams
 from hybridgen.serving.address import connect, socket_path
 from hybridgen.serving.exchange import Call, Exchange, Results
 from hybridgen.serving.frames import FrameError, FrameReader, encode

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from hybridgen.core import SamplingParams, TokenEvent
+from hybridgen.core import TokenEvent
 from hybridgen.errors import HybridgenError, Interrupted, ServerError
+from hybridgen.params import SamplingParams
 from hybridgen.serving.address import socket_path
 from hybridgen.serving.exchange import Call, Exchange, Results
 from hybridgen.serving.link import Link, Mailbox

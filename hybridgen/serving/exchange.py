@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from hybridgen.arguments import sampling_per_prompt
-from hybridgen.core import Completion, FinishReason, SamplingParams, Timing, TokenEvent, shown
-from hybridgen.errors import HybridgenError, PromptError, SamplingError, ServerBusyError, ServerError
+from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
+from hybridgen.errors import HybridgenError, PromptError, SamplingError, ServerBusyError, ServerError, shown
+from hybridgen.params import SamplingParams
 from hybridgen.serving.frames import MAX_DEPTH, FrameError, check_depth
 from hybridgen.serving.messages import error_from_wire, event_from_wire, sampling_to_wire
 
@@ -200,7 +201,7 @@ def _cancelled(params: SamplingParams, choice: int) -> Completion:
 
 
 def split(prompts: Any) -> tuple[list[Any], bool]:
-    """`hybridgen.prompts.split_prompts`; what needs no torch is decided without importing it."""
+    """`hybridgen.text.prompts.split_prompts`; what needs no torch is decided without importing it."""
     if isinstance(prompts, str):
         return [prompts], True
     if isinstance(prompts, (list, tuple)) and prompts:
@@ -209,7 +210,7 @@ def split(prompts: Any) -> tuple[list[Any], bool]:
             return [prompts], True
         if isinstance(first, str):
             return list(prompts), False
-    from hybridgen.prompts import split_prompts
+    from hybridgen.text.prompts import split_prompts
 
     return split_prompts(prompts)
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from hybridgen.core import SamplingParams, TokenEvent
+from hybridgen.core import TokenEvent
 from hybridgen.errors import EngineError, HybridgenError
+from hybridgen.params import SamplingParams
 from hybridgen.serving.adapter import Handle, Model
 from hybridgen.serving.messages import token_frame
 

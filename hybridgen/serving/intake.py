@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridgen.core import SamplingParams, shown
-from hybridgen.errors import PromptError, SamplingError, ServerError
+from hybridgen.errors import PromptError, SamplingError, ServerError, shown
+from hybridgen.params import SamplingParams
 from hybridgen.serving.generator import Key, Submit
 from hybridgen.serving.limits import Limits
 from hybridgen.serving.messages import sampling_from_wire

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from hybridgen.core import shown
-from hybridgen.errors import ConfigError
+from hybridgen.errors import ConfigError, shown
 
 
 @dataclass(frozen=True, kw_only=True)

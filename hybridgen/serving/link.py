@@ -13,8 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from hybridgen.core import shown
-from hybridgen.errors import HybridgenError, ServerError
+from hybridgen.errors import HybridgenError, ServerError, shown
 from hybridgen.serving.address import connect
 from hybridgen.serving.frames import FrameError, FrameReader, encode
 from hybridgen.serving.messages import VERSION, error_from_wire

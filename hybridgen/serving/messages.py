@@ -15,16 +15,9 @@ from typing import Any
 
 from hybridgen import errors
 from hybridgen.arguments import check_keywords
-from hybridgen.core import (
-    Completion,
-    FinishReason,
-    SamplingParams,
-    StepSummary,
-    Timing,
-    TokenEvent,
-    TokenLogprob,
-    shown,
-)
+from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenEvent, TokenLogprob
+from hybridgen.errors import shown
+from hybridgen.params import SamplingParams
 from hybridgen.serving.frames import HEADER
 
 VERSION = 1

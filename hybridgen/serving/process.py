@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybridgen.core import shown
-from hybridgen.errors import ConfigError, ServerError
+from hybridgen.errors import ConfigError, ServerError, shown
 from hybridgen.serving.adapter import EngineModel, Model
 from hybridgen.serving.address import Lease, socket_path
 from hybridgen.serving.limits import Limits

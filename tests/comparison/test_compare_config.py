@@ -12,7 +12,7 @@ import pytest
 import hybridgen
 from hybridgen.comparison.config import ABLATIONS, MOST_PREFILL_TOKENS, SMOKE, CompareConfig
 from hybridgen.errors import ConfigError, HybridgenError
-from hybridgen.execution.graphs import ladder
+from hybridgen.graphs import buckets as ladder
 
 
 @pytest.mark.parametrize(

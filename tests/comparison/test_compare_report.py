@@ -22,8 +22,8 @@ import hybridgen
 from hybridgen.comparison import plots, report
 from hybridgen.comparison.html import page
 from hybridgen.comparison.results import Comparison, read
+from hybridgen.engine.warm_start import PHASES
 from hybridgen.errors import ConfigError
-from hybridgen.startup import PHASES
 
 GOLDEN = Path(__file__).parent / "golden"
 

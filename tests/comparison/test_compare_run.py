@@ -10,7 +10,7 @@ import families
 import pytest
 
 import hybridgen
-from hybridgen.cli import main
+from hybridgen.cli.main import main
 from hybridgen.comparison import run as comparison_run
 from hybridgen.comparison.config import ABLATIONS
 from hybridgen.comparison.results import read

@@ -12,11 +12,11 @@ from runners import free_runner, make_runner
 
 pytest.importorskip("triton")
 
-from hybridgen.core import SamplingParams
 from hybridgen.execution import ModelRunner, PrefillChunk, StepKey, fusing
-from hybridgen.execution.graphs import cuda
-from hybridgen.execution.graphs.recorder import Recorded
 from hybridgen.fused import decode, tuning
+from hybridgen.graphs import cuda
+from hybridgen.graphs.recorder import Recorded
+from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
 
 PROMPT = families.prompts_of((21,))[0]

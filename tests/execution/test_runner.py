@@ -9,11 +9,12 @@ import pytest
 import torch
 from runners import free_runner, make_runner
 
-from hybridgen.core import SamplingParams
-from hybridgen.execution import Counters, ModelRunner, PrefillChunk, StepKey, ring
-from hybridgen.execution.graphs import GraphSettings, StandInRecorder
+from hybridgen.execution import ModelRunner, PrefillChunk, StepKey, ring
+from hybridgen.graphs import GraphSettings, StandInRecorder
 from hybridgen.models.attention import Phase
+from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, resolve
+from hybridgen.telemetry.statistics import Counters
 
 PROMPT = families.prompts_of((21,))[0]
 

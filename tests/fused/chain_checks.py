@@ -23,11 +23,11 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from hybridgen.fused import reference
-from hybridgen.fused.chain import ChainStep
-from hybridgen.fused.chain_tuning import PROJECTIONS, Tile
-from hybridgen.fused.structure import Decoder, Unfit, describe
-from hybridgen.loading.fusion import fuse_projections
+from hybridgen.fused.chain.step import ChainStep
+from hybridgen.fused.chain.tiles import PROJECTIONS, Tile
 from hybridgen.models.binding import bind
+from hybridgen.models.decoder import Decoder, Unfit, describe
+from hybridgen.models.projections import fuse_projections
 
 torch.set_num_threads(1)
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from hybridgen.fused.chain import ChainStep
-from hybridgen.fused.chain_attention import cut_contexts, least_tiles
-from hybridgen.fused.chain_tuning import PROJECTIONS, Tile, as_tiles, candidates, default_tile, variants
-from hybridgen.fused.structure import Unfit
-from hybridgen.kvcache import LayerPages
+from hybridgen.cache import LayerPages
+from hybridgen.fused.chain.attention import cut_contexts, least_tiles
+from hybridgen.fused.chain.step import ChainStep
+from hybridgen.fused.chain.tiles import PROJECTIONS, Tile, as_tiles, candidates, default_tile, variants
+from hybridgen.models.decoder import Unfit
 
 
 @pytest.mark.parametrize("check", ["shapes", "float16", "merge", "strangers", "families"])

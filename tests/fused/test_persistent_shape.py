@@ -11,7 +11,7 @@ from decoders import Shape, random_decoder
 
 from hybridgen.fused.persistent import program
 from hybridgen.fused.persistent.shape import Tuning, as_document, check, default_tuning, shape_of
-from hybridgen.fused.structure import Decoder, Norm, Unfit
+from hybridgen.models.decoder import Decoder, Norm, Unfit
 
 SHAPE = Shape(hidden=256, heads=8, kv_heads=2, head_dim=64, intermediate=512, max_context=8)
 H200 = {"page_size": 64, "blocks": 132, "shared_memory": 227 * 1024}

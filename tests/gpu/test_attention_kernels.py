@@ -12,7 +12,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from attention_cases import NO_PAGE, Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
-from hybridgen.kernels import attention_reference, decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention import reference as attention_reference
+from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
 
 pytestmark = [
     pytest.mark.gpu,

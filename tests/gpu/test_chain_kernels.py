@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
-from hybridgen.fused.structure import Decoder, describe
-from hybridgen.kvcache import LayerPages
-from hybridgen.loading.fusion import fuse_projections
 from hybridgen.models.binding import bind
+from hybridgen.models.decoder import Decoder, describe
+from hybridgen.models.projections import fuse_projections
 
 pytestmark = pytest.mark.gpu
 
 if torch.cuda.is_available():
-    from hybridgen.fused.chain import ChainStep
-    from hybridgen.fused.chain_tuning import PROJECTIONS, tune, variants
+    from hybridgen.fused.chain.step import ChainStep
+    from hybridgen.fused.chain.tiles import PROJECTIONS, tune, variants
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 REAL = {

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import hybridgen
+from hybridgen.engine.output import Response
 from hybridgen.execution import StepKey
 from hybridgen.models.attention import Phase
-from hybridgen.output import Response
 from hybridgen.sampling import SamplerPlan
 
 pytestmark = pytest.mark.gpu

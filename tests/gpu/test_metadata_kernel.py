@@ -14,7 +14,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import metadata_cases as cases
 
-from hybridgen.kernels import MetadataCopy, copy_metadata, metadata
+from hybridgen.kernels.step import metadata
+from hybridgen.kernels.step.metadata import MetadataCopy, copy_metadata
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +80,7 @@ def test_one_launch_and_nothing_allocated() -> None:
 
 
 def test_no_compilation_for_other_sizes() -> None:
-    from hybridgen.kernels import metadata_copy
+    from hybridgen.kernels.step import metadata_copy
 
     copy_metadata(*_metadata(0))
     misses = metadata_copy._compiled.cache_info().misses
@@ -161,7 +162,7 @@ def test_refuses_tensors_of_several_devices() -> None:
 
 
 def test_a_failed_compilation_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridgen.kernels import metadata_copy
+    from hybridgen.kernels.step import metadata_copy
 
     def fail(*args: object, **named: object) -> None:
         raise RuntimeError("ptxas failed")

@@ -12,7 +12,7 @@ from pathlib import Path
 import families
 import pytest
 
-from hybridgen.artifacts.manifest import Manifest
+from hybridgen.compilation.store.manifest import Manifest
 
 pytestmark = pytest.mark.gpu
 

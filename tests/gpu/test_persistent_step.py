@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hybridgen
+from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
-from hybridgen.fused.structure import Decoder, Unfit
-from hybridgen.kvcache import LayerPages
+from hybridgen.models.decoder import Decoder, Unfit
 
 pytestmark = pytest.mark.gpu
 

@@ -13,12 +13,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from sampling_cases import Batch, judge, needs, random_batch, tables
 
-from hybridgen.core import SamplingParams
+from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerState, resolve, sample
 from hybridgen.sampling.choice import choose_greedy, choose_sampled, reference_greedy, reference_sampled
 
 if torch.cuda.is_available():  # it imports Triton
-    from hybridgen.kernels.sampling import launch_greedy, launch_sampled
+    from hybridgen.kernels.sampling.ops import launch_greedy, launch_sampled
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridgen.execution.ring import TokenRing
-from hybridgen.kernels.stepping import advance, publish
+from hybridgen.kernels.step.advance import advance, publish
 
 pytestmark = pytest.mark.gpu
 

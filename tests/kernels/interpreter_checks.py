@@ -13,10 +13,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from attention_cases import Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
-from hybridgen.kernels.attention_decode import Tuning as DecodeTuning
-from hybridgen.kernels.attention_decode import decode_attention
-from hybridgen.kernels.attention_prefill import prefill_attention
-from hybridgen.kernels.attention_write import write_kv
+from hybridgen.kernels.attention.decode import Tuning as DecodeTuning
+from hybridgen.kernels.attention.decode import decode_attention
+from hybridgen.kernels.attention.prefill import prefill_attention
+from hybridgen.kernels.attention.write import write_kv
 
 CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new tokens, options
     (4, 2, 8, 8, 8, [5, 17, 40], [5, 3, 1], {}),

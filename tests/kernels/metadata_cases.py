@@ -113,7 +113,7 @@ def check(name: str, device: str, copy: Copy) -> None:
 
 
 def _interpret(sources: list[Tensor], destinations: list[Tensor]) -> None:
-    from hybridgen.kernels.metadata_copy import BLOCK, copy_kernel, work_of
+    from hybridgen.kernels.step.metadata_copy import BLOCK, copy_kernel, work_of
 
     for programs, words in work_of(sources, destinations):
         copy_kernel[programs, 1, 1](words, len(words) // 8, BLOCK, False)

@@ -16,8 +16,8 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from sampling_cases import INF, Batch, judge, needs, random_batch, tables
 
-from hybridgen.kernels import sampling
-from hybridgen.kernels.sampling_math import distance, gumbel, key_value, mass_of, ordered, rank_key, stream_key
+from hybridgen.kernels.sampling import ops as sampling
+from hybridgen.kernels.sampling.arithmetic import distance, gumbel, key_value, mass_of, ordered, rank_key, stream_key
 from hybridgen.sampling.choice import reference_greedy, reference_sampled
 from hybridgen.sampling.random import gumbel_noise
 

@@ -13,7 +13,8 @@ import torch._dynamo.testing
 from attention_cases import NO_PAGE, dense_packed, error, make_cache, newest_rows, pack, take_newest
 from torch import Tensor
 
-from hybridgen.kernels import attention_reference, decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention import reference as attention_reference
+from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
 
 OPTIONS = {
     "plain": {},

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from hybridgen.kernels.attention_common import heads_of
-from hybridgen.kernels.attention_decode import _SCRATCH_BYTES, Tuning, plan
+from hybridgen.kernels.attention.common import heads_of
+from hybridgen.kernels.attention.decode import _SCRATCH_BYTES, Tuning, plan
 
 
 def test_kernels_in_the_interpreter() -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridgen.kernels import MetadataCopy, copy_metadata, metadata
+from hybridgen.kernels.step import metadata
+from hybridgen.kernels.step.metadata import MetadataCopy, copy_metadata
 
 
 def _plan(sources: list[Tensor], destinations: list[Tensor]) -> None:
@@ -142,7 +143,7 @@ def test_the_kernel_compiles_for_hopper(count: int) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from hybridgen.kernels.metadata_copy import source_of
+    from hybridgen.kernels.step.metadata_copy import source_of
 
     source, options = source_of(count, overlap=True)
     try:
@@ -154,7 +155,7 @@ def test_the_kernel_compiles_for_hopper(count: int) -> None:
 
 def test_launches() -> None:
     pytest.importorskip("triton")
-    from hybridgen.kernels.metadata_copy import BLOCK, work_of
+    from hybridgen.kernels.step.metadata_copy import BLOCK, work_of
 
     sizes = [0, 1, BLOCK, BLOCK + 1, 0, 3 * BLOCK]
     tensors = [torch.zeros(n) for n in sizes]
@@ -171,7 +172,7 @@ def test_launches() -> None:
 
 def test_strides_beyond_32_bits_reach_the_kernel() -> None:
     pytest.importorskip("triton")
-    from hybridgen.kernels.metadata_copy import work_of
+    from hybridgen.kernels.step.metadata_copy import work_of
 
     storage = torch.empty(2**33, dtype=torch.uint8, device="meta")
     far = storage.as_strided((2, 3), (2**32 + 5, 1))
@@ -181,7 +182,7 @@ def test_strides_beyond_32_bits_reach_the_kernel() -> None:
 
 def test_a_failed_compilation_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from hybridgen.kernels import metadata_copy
+    from hybridgen.kernels.step import metadata_copy
 
     tries = []
 

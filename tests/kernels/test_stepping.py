@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from hybridgen.kernels.stepping import advance, publish
+from hybridgen.kernels.step.advance import advance, publish
 
 LINES, SLOTS = 4, 6  # the last slot is padding
 

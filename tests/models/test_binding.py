@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from hybridgen.cache import LayerShape
 from hybridgen.errors import EngineError, UnsupportedModelError
-from hybridgen.kvcache import LayerShape
 from hybridgen.models import bind
 from hybridgen.models.binding import _decoder_layers
 

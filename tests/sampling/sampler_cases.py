@@ -16,8 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from hybridgen.core import SamplingParams
-from hybridgen.kernels.stepping import advance
+from hybridgen.kernels.step.advance import advance
+from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerState, resolve, sample
 
 VOCAB = 200

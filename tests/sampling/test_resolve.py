@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import GenerationConfig
 
-from hybridgen.core import SamplingParams
 from hybridgen.errors import SamplingError
+from hybridgen.params import SamplingParams
 from hybridgen.sampling import DEFAULT_MAX_NEW_TOKENS, resolve
 
 VOCAB = 100

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hybridgen.core import Completion, FinishReason, SamplingParams, Timing, TokenEvent
+from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
 from hybridgen.errors import EngineError, HybridgenError, LoadError, PromptError
+from hybridgen.params import SamplingParams
 from hybridgen.serving.limits import Limits
 from hybridgen.serving.process import ServeOptions, serve_model
 

@@ -13,7 +13,7 @@ from places import short_directory
 from wire import environment
 
 import hybridgen
-from hybridgen.cli import main
+from hybridgen.cli.main import main
 from hybridgen.serving.adapter import EngineModel, graph_counts, plain
 from hybridgen.serving.metrics import Metrics
 

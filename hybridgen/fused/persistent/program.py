@@ -9,8 +9,8 @@ import importlib.resources
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.errors import DeviceError
-from hybridgen.fused.structure import Unfit
+from hybridgen.errors import DeviceError, described
+from hybridgen.models.decoder import Unfit
 
 SOURCE = "step.cu"
 HEADERS = ("words.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh")
@@ -29,7 +29,7 @@ def _bindings() -> tuple[Any, Any]:
 
         nvrtc.nvrtcVersion()
     except Exception as error:  # ImportError, or what loading the library raised
-        raise Unfit(f"NVIDIA's cuda-bindings with NVRTC cannot be loaded ({type(error).__name__}: {error})") from error
+        raise Unfit(f"NVIDIA's cuda-bindings with NVRTC cannot be loaded ({described(error)})") from error
     return driver, nvrtc
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hybridgen.fused.structure import Decoder, Unfit
+from hybridgen.models.decoder import Decoder, Unfit
 
 THREADS = 288
 """Of a block: eight consumer warps and the producer's."""

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hybridgen.cache import LayerPages
+from hybridgen.device.mapped import host_mapped
 from hybridgen.fused.persistent.program import Kernel, compile_cubin, key
 from hybridgen.fused.persistent.shape import THREADS, Tuning, check, default_tuning, shape_of
-from hybridgen.fused.structure import Decoder, DecoderLayer, Linear, Norm
-from hybridgen.kernels.mapped import host_mapped
-from hybridgen.kvcache import LayerPages
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
 
 _COUNTERS = 5
 _SECTOR = 32

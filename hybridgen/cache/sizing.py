@@ -1,0 +1,55 @@
+"""How many pages the pool gets."""
+
+from __future__ import annotations
+
+import torch
+
+from hybridgen.cache.paged_kv import CacheShape
+from hybridgen.errors import OutOfMemoryError
+
+CPU_DEFAULT_BYTES = 2**30
+"""KV memory on a CPU when none is given: enough for a notebook, little enough not to push it into swap."""
+
+CUDA_HEADROOM = 0.06
+"""Share of the device's memory left free: other libraries and fragmentation need some."""
+
+
+def pages_for_tokens(tokens: int, page_size: int) -> int:
+    """Pages that hold `tokens` positions."""
+    return -(-tokens // page_size)
+
+
+def plan_pages(
+    shape: CacheShape,
+    *,
+    max_batch: int,
+    max_context: int,
+    kv_memory: int | None,
+    device: torch.device,
+    activation_bytes: int = 0,
+) -> int:
+    """Pages to allocate, the dummy page included.
+
+    Never more than `max_batch` requests of `max_context` tokens can use. Within that, `kv_memory` bytes where given;
+    else on CUDA what is free less `activation_bytes` (the measured peak of a step) and a headroom, and on a CPU
+    `CPU_DEFAULT_BYTES`.
+
+    Raises:
+        OutOfMemoryError: not even one page and the dummy page fit.
+    """
+    useful = max_batch * pages_for_tokens(max_context, shape.page_size) + 1
+    if kv_memory is not None:
+        available, source = kv_memory, f"kv_memory={kv_memory:,}"
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        available = int(free - activation_bytes - CUDA_HEADROOM * total)
+        source = f"{free:,} bytes free on {device}, less {activation_bytes:,} for a step and headroom,"
+    else:
+        available, source = CPU_DEFAULT_BYTES, f"the default of {CPU_DEFAULT_BYTES:,} bytes on a CPU"
+    affordable = available // shape.page_bytes
+    if affordable < 2:
+        raise OutOfMemoryError(
+            f"{source} holds fewer than two KV-cache pages of {shape.page_bytes:,} bytes; raise kv_memory, "
+            "lower page_size or token_budget, or free memory on the device"
+        )
+    return min(useful, affordable)

@@ -1,0 +1,1 @@
+"""Compiled layers, what is kept of them between processes, and the store that keeps it."""

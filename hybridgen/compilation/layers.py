@@ -1,0 +1,292 @@
+"""One compiled decoder layer that serves all layers.
+
+`torch.compile` of a whole model unrolls its layers, so that compile time grows with depth. Here the compile unit is a
+free function of the layer: Dynamo's cache hangs on a function's code, so layers of the same structure share one
+graph. Prefill, decode of one row (which Dynamo specialises) and decode of several rows are separate code objects,
+because entries of one code object share a recompile limit and are searched in turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.convert_frame import register_bytecode_hook
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+from hybridgen.compilation.aot import LayerUnits
+from hybridgen.compilation.fingerprint import token_dimension
+from hybridgen.errors import CacheMissError, ConfigError, DeviceError, described
+from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
+from hybridgen.models.projections import has_hooks
+
+
+def run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The compile unit: a decoder layer's own forward."""
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def check_backend(backend: str) -> None:
+    """Raise if `torch.compile` does not know the backend.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        torch._dynamo.lookup_backend(backend)
+    except torch._dynamo.exc.InvalidBackend as error:
+        known = ", ".join(torch._dynamo.list_backends(exclude_tags=None))
+        raise ConfigError(f"compile_backend={backend!r} is unknown; choose one of: {known}") from error
+
+
+def check_toolchain(mode: str, backend: str, device_type: str) -> None:
+    """Raise if this machine lacks what a mode's compilation needs.
+
+    Raises:
+        DeviceError: Inductor has no Triton on CUDA, or no C++ compiler on a CPU.
+    """
+    if backend != "inductor":
+        return
+    if device_type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise DeviceError(f'mode="{mode}" on CUDA needs Triton, which is not installed; install it or use "eager"')
+        return
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:  # InvalidCxxCompiler, or what running CXX raised
+        raise DeviceError(
+            f'mode="{mode}" on a CPU needs a C++ compiler and finds none ({type(error).__name__}); install g++ or set '
+            'CXX, or use mode="eager"'
+        ) from error
+
+
+def _own_code(name: str) -> Any:
+    """`run_layer` with a code object of its own, so that its compiled entries are its own too."""
+    return types.FunctionType(run_layer.__code__.replace(co_name=name), run_layer.__globals__, name)
+
+
+class CompiledLayers:
+    """Routes each call of a decoder layer to its compiled form, once `install()` ran and until `remove()`."""
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        step: StepMetadata,
+        *,
+        backend: str,
+        max_batch: int,
+        token_budget: int,
+        fall_back: Callable[[str], None],
+        units: LayerUnits | None = None,
+        offline: bool = False,
+    ) -> None:
+        """
+        Args:
+            fall_back: called with the reason each time that a layer runs another way than it should.
+            units: compiled functions that are kept between processes; None keeps none.
+            offline: compile nothing.
+        """
+        self._layers = layers
+        self._step = step
+        self._fall_back = fall_back
+        self._units = units
+        self._offline = offline
+        self._most_tokens = {Phase.PREFILL: token_budget, Phase.DECODE: max_batch}
+        functions = {name: _own_code(name) for name in ("prefill_layer", "decode_layer", "decode_one_layer")}
+        self._codes = {function.__code__ for function in functions.values()}
+        # Not dynamic=True: only the number of tokens is (see `mark_tokens_dynamic`).
+        self._compiled = {
+            name: torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+            for name, function in functions.items()
+        }
+        self._replaced: dict[nn.Module, Any] = {}
+        self._hook: Any = None
+        self._warming = False
+        self.strict = True
+        """Whether one graph must serve every number of tokens; else a backend may split their range."""
+        self.compiles = 0
+        """Graphs compiled while warming up."""
+        self.late_compiles = 0
+        """Graphs compiled after it: each one is a stall that a user saw."""
+
+    def install(self) -> None:
+        """From now on `layer(...)` runs compiled, but for layers with hooks, also inside, or a forward of their own.
+
+        Nothing happens where that is so already.
+        """
+        if self._hook is not None:
+            return
+        self._hook = register_bytecode_hook(self._count)
+        for layer in self._layers:
+            # Layers of a kind share a function, which would leave out what only some of them have.
+            if "forward" in vars(layer) or any(map(has_hooks, layer.modules())):
+                self._fall_back(f"a {type(layer).__name__} has hooks or a replaced forward; it runs eagerly")
+                continue
+            # What nn.Module.compile() sets: Module.__call__ goes there first.
+            self._replaced[layer] = layer._compiled_call_impl
+            layer._compiled_call_impl = functools.partial(self._call, layer)
+
+    def remove(self) -> None:
+        """`layer(...)` runs as it did before."""
+        for layer, previous in self._replaced.items():
+            if previous is None:
+                vars(layer).pop("_compiled_call_impl", None)
+            else:
+                layer._compiled_call_impl = previous
+        self._replaced = {}
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Compile here, with the number of tokens marked dynamic."""
+        self._warming = True
+        try:
+            # One graph for each kind of layer; the default limit of 8 is below what some models have.
+            with torch._dynamo.config.patch(recompile_limit=max(64, len(self._layers))):
+                yield
+        finally:
+            self._warming = False
+
+    def _count(self, code: types.CodeType, new_code: types.CodeType) -> None:
+        """Dynamo compiled a function; count it if it is one of ours. The code stays as Dynamo made it."""
+        if not any(code is ours for ours in self._codes):
+            return
+        self._note_compiled()
+
+    def _note_compiled(self) -> None:
+        if self._warming:
+            self.compiles += 1
+            return
+        if not self.late_compiles:
+            warnings.warn(
+                "a step compiled a graph after warm-up; see EngineStats.late_compiles", RuntimeWarning, stacklevel=2
+            )
+        self.late_compiles += 1
+
+    def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # inside a step that is compiled whole
+            return run_layer(layer, *args, **kwargs)
+        tokens = self._step.slots.shape[0]
+        if self._warming and tokens > 1:
+            most = self._most_tokens[self._step.phase]
+            mark_tokens_dynamic((args, kwargs, self._step), tokens, most, strict=self.strict)
+        if self._step.phase is Phase.PREFILL:
+            name = "prefill_layer"
+        else:
+            name = "decode_one_layer" if tokens == 1 else "decode_layer"
+        if self._units is not None:
+            unit = self._units.find(name, layer, args, kwargs, tokens) or self._made(name, layer, args, kwargs, tokens)
+            if unit is not None:
+                return unit(layer, *args, **kwargs)
+        if self._offline:
+            return self._refuse(layer, args, kwargs)
+        try:
+            return self._compiled[name](layer, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            self._fall_back(f"a {type(layer).__name__} was compiled too often (recompile limit); it runs eagerly")
+            return run_layer(layer, *args, **kwargs)
+
+    def _made(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
+        """Compile a unit that can be kept; None where that cannot be done, so that `torch.compile` has to.
+
+        Only while warming up: what a step compiles later is for its size alone.
+        """
+        if self._offline or self._units is None or not self._warming:
+            return None
+        try:
+            with _pages_dynamic(layer):
+                unit = self._units.make(name, _own_code(name), layer, args, kwargs, tokens)
+        except ConstraintViolationError:
+            raise
+        except Exception as error:  # what cannot be kept can perhaps be compiled: if not, that is raised then
+            self._units = None
+            # Inductor's files are all that is kept now, and they are found only if the memory's size is not in them.
+            for other in self._layers:
+                _mark_pages(_pages(other))
+            self._fall_back(
+                f"compiled layers cannot be kept, so that every start traces them again: {described(error)}"
+            )
+            return None
+        self._note_compiled()
+        return unit
+
+    def _refuse(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`offline_compile`: at start-up a miss is an error; later, the layer runs without being compiled."""
+        reason = f"offline_compile=True, and the compile cache has no unit for this call of a {type(layer).__name__}"
+        if self._warming:
+            raise CacheMissError(f"{reason}; run hybridgen cache warm with the same config, or allow compiling")
+        self._fall_back(f"{reason}; it runs eagerly")
+        return run_layer(layer, *args, **kwargs)
+
+    @property
+    def units(self) -> LayerUnits | None:
+        """What is kept for other processes; None where nothing can be."""
+        return self._units
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Layers run uncompiled meanwhile, for a comparison."""
+        for layer, previous in self._replaced.items():
+            layer._compiled_call_impl = previous
+        try:
+            yield
+        finally:
+            for layer in self._replaced:
+                layer._compiled_call_impl = functools.partial(self._call, layer)
+
+
+@contextmanager
+def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
+    """The number of pages, which depends on free memory, is no constant of what is compiled here."""
+    pages = _pages(layer)
+    before = [dict(vars(tensor)) for tensor in pages]
+    _mark_pages(pages)
+    try:
+        yield
+    finally:
+        # Not for other compilers: cudagraph trees take the same tensors as static, and torch's guards see marks.
+        for tensor, attributes in zip(pages, before, strict=True):
+            vars(tensor).clear()
+            vars(tensor).update(attributes)
+
+
+def _pages(layer: nn.Module) -> list[torch.Tensor]:
+    bindings = [vars(module).get("_hybridgen") for module in layer.modules()]
+    return [tensor for b in bindings if isinstance(b, LayerBinding) for tensor in (b.keys, b.values)]
+
+
+def _mark_pages(pages: Sequence[torch.Tensor]) -> None:
+    for tensor in pages:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = True) -> None:
+    """Mark the token dimension of every tensor in nested containers as any number from 2 to `most`.
+
+    It is dim 1 of [1, T, ...] and dim 0 of [T]. Strictly, a graph for a part of the range is an error.
+    """
+    if isinstance(values, torch.Tensor):
+        dim = token_dimension(values)
+        if most > 2 and dim is not None and values.shape[dim] == tokens:
+            if strict:
+                torch._dynamo.mark_dynamic(values, dim, min=2, max=most)
+            else:
+                torch._dynamo.maybe_mark_dynamic(values, dim)
+    elif isinstance(values, StepMetadata):
+        mark_tokens_dynamic([values.slots, values.positions, values.rope_lengths], tokens, most, strict=strict)
+    elif isinstance(values, dict):
+        mark_tokens_dynamic(list(values.values()), tokens, most, strict=strict)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            mark_tokens_dynamic(value, tokens, most, strict=strict)

@@ -1,0 +1,404 @@
+"""The engine: a loaded model, its cache, and calls to generate with it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hybridgen.compilation.store.session import CompileCache, preload
+from hybridgen.config import EngineConfig, bar_disabled
+from hybridgen.core import TokenEvent
+from hybridgen.device.capture import CAPTURING
+from hybridgen.engine.builder import Builder
+from hybridgen.engine.loop import StepLoop
+from hybridgen.engine.output import Response, collect
+from hybridgen.engine.preflight import check_config, open_cache
+from hybridgen.engine.requests import Plan, check_keywords, plan_requests
+from hybridgen.engine.warm_start import Starter, Startup
+from hybridgen.errors import EngineError, Interrupted, SamplingError, described, shown
+from hybridgen.execution import ModelRunner
+from hybridgen.kernels.step import metadata
+from hybridgen.loading import Checkpoint, LoadedModel
+from hybridgen.models import bind, check_free
+from hybridgen.models.projections import fuse_projections, unfuse_projections
+from hybridgen.params import SamplingParams
+from hybridgen.telemetry import import_time as importing
+from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats
+from hybridgen.telemetry.traffic import Traffic
+from hybridgen.text.prompts import Prompts, split_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Generates text with one model on one device.
+
+    Use it as a context manager, or call `close()`: a live module that was handed in is then as it was. Calls from
+    several threads are safe; they share the batch.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, loaded: LoadedModel, config: EngineConfig, cache: CompileCache | None = None
+    ) -> None:
+        """Build an engine around a loaded model; most callers want `Engine.load()`.
+
+        Args:
+            cache: what `open_cache()` gave before the weights were read; None opens it here.
+        """
+        self.config = config
+        self.checkpoint = checkpoint
+        self.tokenizer = checkpoint.tokenizer
+        self.max_context = check_config(checkpoint, config)
+        """The longest prompt plus output, in tokens."""
+        self.mode = config.mode_on(checkpoint.device.type)
+        """How steps run: `config.mode`, with `auto` decided."""
+        self._counters = Counters()
+        self._startup = Startup(importing.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
+        self._loop: StepLoop | None = None
+        self._runner: ModelRunner | None = None
+        check_free(loaded.model)
+        # Undone in reverse order by close(), and also when the engine is dropped without it.
+        undo = ExitStack()
+        self._undo = weakref.finalize(self, undo.close)
+        self._undo.atexit = False
+        try:
+            self.cache = open_cache(checkpoint, config) if cache is None else cache
+            """The engine's entry of the compile cache: documents, kernels, compiled units."""
+            undo.callback(self.cache.close)
+            self._startup.add("artifacts", self.cache.seconds)
+            undo.callback(loaded.restore)
+            if config.fuse_projections:
+                undo.callback(unfuse_projections, loaded.model)
+                with self._startup.timed("fuse projections"):
+                    fuse_projections(loaded.model)
+            bound = bind(loaded.model)
+            undo.callback(bound.release)
+            self._starter = Starter(self.cache, self._startup, self._counters)
+            builder = Builder(
+                checkpoint, config, self.mode, self.max_context, self._starter, self._startup, self._counters
+            )
+            with device_of(checkpoint.device):
+                built = builder.build(bound, undo)
+            self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
+            self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
+            self.cache.end_start()
+            atexit.register(_keep_plan, weakref.ref(self))
+        except BaseException:
+            self.close()
+            raise
+        logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, self.mode)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] | PreTrainedModel | None = None,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **fields: Any,
+    ) -> Engine:
+        """Load a model and make it ready to generate.
+
+        Args:
+            model: a local path, a hub id, a live `PreTrainedModel`, or None for the demo model.
+            config: how to load and run it; `fields` set single fields of it.
+            tokenizer: for a live model that brings none, or instead of the checkpoint's.
+
+        Raises:
+            ConfigError, LoadError, DeviceError, EngineError: see `hybridgen.errors`.
+        """
+        check_keywords(fields, EngineConfig.field_names())
+        config = EngineConfig.of(config, fields)
+        checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
+        check_config(checkpoint, config)
+        return cls.start(checkpoint, config)
+
+    @classmethod
+    def start(cls, checkpoint: Checkpoint, config: EngineConfig) -> Engine:
+        """Read an opened checkpoint's weights and make it ready to generate.
+
+        Raises:
+            LoadError, DeviceError, EngineError, CacheMissError: see `hybridgen.errors`.
+        """
+        cache = open_cache(checkpoint, config)
+        try:
+            wait = preload(cache, config, config.mode_on(checkpoint.device.type))
+            loaded = checkpoint.load()
+            wait()
+            return cls(checkpoint, loaded, config, cache)
+        except BaseException:
+            cache.close()
+            raise
+
+    def idle(self) -> bool:
+        """Record a graph that was missed often enough, if no request waits or runs; returns whether more are wanted.
+
+        `generate()` and `stream()` do this once at the end of a call; who steps the engine in another way calls it
+        while there is nothing else to do.
+        """
+        loop, runner = self.open_loop(), self._runner
+        return False if runner is None else loop.idle(runner.capture_pending)
+
+    def exercise_samplers(self) -> None:
+        """Run every kind of sampler once, so that the compile cache has its kernels. Not while requests run."""
+        self.open_loop()
+        if self._runner is not None:
+            self._runner.exercise_samplers()
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        streamer: Any = None,
+        **fields: Any,
+    ) -> Any:
+        """Generate text for one prompt or a list of them.
+
+        Args:
+            prompts: a string, token ids (list or tensor), chat messages, or a list of those.
+            sampling: for all prompts, or a list with one per prompt.
+            streamer: a Hugging Face streamer (`put(ids)`, `end()`), for one prompt.
+            fields: single `SamplingParams` fields, for all prompts.
+
+        Returns:
+            A `Completion` for one prompt; for a list, a list of them in its order. A request of a list that failed
+            has `finish_reason="error"`; the others are not affected.
+
+        Raises:
+            PromptError, SamplingError, TokenizerError: before anything runs.
+            RequestError: the one prompt failed while it ran.
+            Interrupted: Ctrl-C; holds what was finished.
+        """
+        items, single = split_prompts(prompts)
+        plans = self.plan(items, sampling, fields)
+        if streamer is not None and len(plans) != 1:
+            raise SamplingError(f"streamer= takes one prompt with n=1, not {len(plans)} requests; use stream()")
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise SamplingError(f"streamer={shown(streamer)} has no put() and end(); give a transformers streamer")
+        responses = self._run(plans, streamer)
+        completions = collect(responses)
+        if single and completions[0].error is not None:
+            raise completions[0].error
+        failed = sum(completion.error is not None for completion in completions)
+        if failed:
+            logger.warning("%d of %d requests failed; see Completion.error", failed, len(completions))
+        return completions[0] if single else completions
+
+    def stream(
+        self,
+        prompts: Prompts,
+        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        **fields: Any,
+    ) -> Iterator[TokenEvent]:
+        """Generate as `generate()` does, and yield each token as the host reads it.
+
+        Arguments are checked at once; the requests start with the first `next()` and are cancelled when the iterator
+        is closed. The last event of each request has its `completion`, with an `error` if it failed.
+        """
+        items, _ = split_prompts(prompts)
+        return self._stream(self.plan(items, sampling, fields))
+
+    def _stream(self, plans: list[Plan]) -> Iterator[TokenEvent]:
+        loop = self.open_loop()
+        responses: list[Response] = []
+        try:
+            loop.submit(plans, responses, keep_events=True)
+            active = list(responses)
+            while active:
+                for response in list(active):
+                    while response.events:
+                        event = response.events.popleft()
+                        if event.completion is not None:
+                            active.remove(response)
+                        yield event
+                # Other calls step the loop too, so that events may be there already.
+                if active and not any(response.events for response in active):
+                    loop.step()
+            self._end_call()
+        finally:
+            loop.cancel(responses)
+
+    def plan(self, items: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Plan]:
+        """Check and encode prompts; see `hybridgen.engine.requests.plan_requests`."""
+        self.open_loop()
+        return plan_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Positions that the KV cache holds."""
+        return (self._num_pages - 1) * self.config.page_size
+
+    def _run(self, plans: list[Plan], streamer: Any) -> list[Response]:
+        """Run requests to their end."""
+        loop = self.open_loop()
+        responses: list[Response] = []
+        disable = bar_disabled(self.config.progress)
+        bar = tqdm(total=len(plans), desc="generate", unit="request", delay=1, disable=disable)
+        try:
+            with bar:
+                loop.submit(plans, responses)
+                if streamer is not None:
+                    _attach_streamer(responses[0], streamer)
+                active = list(responses)
+                while active:
+                    if not bar.disable:
+                        bar.update(_complete(responses) - bar.n)
+                    loop.step()
+                    while active and active[-1].completion is not None:
+                        active.pop()
+                bar.update(len(responses) - bar.n)
+            self._end_call()
+        except KeyboardInterrupt:
+            done = _complete(responses)
+            loop.cancel(responses)
+            raise Interrupted(
+                f"interrupted with {done} of {len(plans)} requests finished; they are in .completions",
+                collect(responses),
+            ) from None
+        except EngineError:
+            if not responses or _complete(responses) < len(responses):
+                raise  # else the engine ended, and the responses say so
+        finally:
+            loop.cancel(responses)
+            if streamer is not None:
+                streamer.end()
+        return responses
+
+    def record_missing(self) -> bool:
+        """`idle()`, where nothing that fails may cost anybody anything: it is counted, and warned of once.
+
+        Raises:
+            EngineError: the engine is closed, or its device failed.
+        """
+        try:
+            return self.idle()
+        except EngineError:
+            raise
+        except Exception as error:
+            self._counters.fall_back(f"recording while idle failed: {described(error)}")
+            return False
+
+    def _end_call(self) -> None:
+        """The end of a call, whose results are complete: a chance to record what it missed."""
+        with suppress(EngineError):  # closed meanwhile
+            self.record_missing()
+
+    def stats(self) -> EngineStats:
+        """What the engine has done and holds; `print()` shows it as a table."""
+        loop = self.open_loop()
+        compiled = self._runner.compiled if self._runner is not None else None
+        pages = loop.scheduler.pages
+        return EngineStats(
+            model=self.checkpoint.name,
+            mode=str(self.mode),
+            device=str(self.checkpoint.device),
+            dtype=str(self.checkpoint.dtype).removeprefix("torch."),
+            startup=self._startup.seconds(self._counters.first_token),
+            artifacts=self._starter.stats(self._runner),
+            requests=dict(self._counters.requests),
+            tokens=dict(self._counters.tokens),
+            steps=dict(self._counters.steps),
+            fallbacks=self._fallbacks(),
+            compiled=compiled.compiles if compiled else 0,
+            late_compiles=compiled.late_compiles if compiled else 0,
+            graphs=self._runner.graphs.stats() if self._runner is not None else GraphStats(),
+            decode=self._meter.stats(),
+            fused=self._starter.fused,
+            running=len(loop.scheduler.running),
+            waiting=len(loop.scheduler.waiting),
+            pages=pages.capacity,
+            free_pages=pages.free,
+            page_size=self.config.page_size,
+            cache_bytes=self._cache_bytes,
+        )
+
+    @property
+    def traffic(self) -> Traffic:
+        """What a decode step reads, and how fast the device can."""
+        return self._meter.traffic
+
+    def _fallbacks(self) -> dict[str, int]:
+        counted = self._counters.fallbacks.copy()
+        if metadata.fallbacks():
+            counted["copy_metadata: Triton failed, torch copied (in this process)"] = metadata.fallbacks()
+        return dict(counted)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can no longer generate: `close()` was called, or its device failed."""
+        loop = self._loop
+        return loop is None or loop.ended
+
+    def close(self) -> None:
+        """End what runs with an error, free the cache, and give a live model back as it was.
+
+        Closing twice is fine.
+        """
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            try:
+                if self._runner is not None and not loop.ended:
+                    self._starter.keep_plan(self._runner)
+            finally:
+                loop.close()
+        self._runner = None
+        self._undo()
+        if self.checkpoint.device.type == "cuda":
+            del loop
+            with CAPTURING:
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def open_loop(self) -> StepLoop:
+        """The loop, for who submits requests and takes the steps alone, as a server does (`serving.adapter`).
+
+        Raises:
+            EngineError: the engine is closed, or its device failed.
+        """
+        loop = self._loop  # another thread may close the engine
+        if loop is None:
+            raise EngineError("this engine is closed; load a new one with Engine.load()")
+        loop.check()
+        return loop
+
+
+def _keep_plan(reference: weakref.ref[Engine]) -> None:
+    """At exit, for an engine that nobody closed: what was hot is known to the next process."""
+    engine = reference()
+    if engine is not None and engine._runner is not None and not engine.closed:
+        engine._starter.keep_plan(engine._runner)
+
+
+def device_of(device: torch.device) -> AbstractContextManager[Any]:
+    """The current device is this one inside."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _complete(responses: list[Response]) -> int:
+    return sum(response.completion is not None for response in responses)
+
+
+def _attach_streamer(response: Response, streamer: Any) -> None:
+    """Feed a Hugging Face streamer: the prompt's ids [1, P] first, then each token's id [1], on the CPU."""
+    streamer.put(torch.tensor([response.sequence.prompt_ids]))
+    response.on_token = lambda token: streamer.put(torch.tensor([token]))

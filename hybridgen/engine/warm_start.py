@@ -1,0 +1,262 @@
+"""An engine's start: its phases, and what they take from the compile cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hybridgen.compilation.aot import LayerUnits
+from hybridgen.compilation.store import Entry
+from hybridgen.compilation.store.files import write_whole
+from hybridgen.compilation.store.session import CompileCache
+from hybridgen.config import EngineConfig, GraphOwner
+from hybridgen.device.failures import is_fatal
+from hybridgen.errors import CacheMissError, described
+from hybridgen.execution import ModelRunner, StepKey, fusing
+from hybridgen.graphs import capture_plan as history
+from hybridgen.kernels.read_ceiling import read_ceiling
+from hybridgen.models import BoundModel
+from hybridgen.telemetry.statistics import ArtifactStats, Counters
+
+_CEILING = "read-ceiling"
+_TUNING = "tuning"
+PHASES = (
+    "import",
+    "open model",
+    "load weights",
+    "artifacts",
+    "fuse projections",
+    "allocate cache",
+    "compile",
+    "tuning",
+    "capture",
+    "first token",
+)
+
+
+class Startup:
+    """Seconds by phase."""
+
+    def __init__(self, importing: float, weights: float, *, opening: float = 0.0) -> None:
+        self._seconds = {"import": importing, "open model": opening, "load weights": weights}
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add to a phase."""
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add what runs inside to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(phase, time.perf_counter() - start)
+
+    def seconds(self, first_token: float | None) -> dict[str, float]:
+        """All phases that there were, in order; those of other names come last."""
+        found = dict(self._seconds)
+        if first_token is not None:
+            found["first token"] = first_token
+        names = [phase for phase in PHASES if phase in found]
+        return {name: found[name] for name in [*names, *(name for name in found if name not in PHASES)]}
+
+
+class Starter:
+    """What a start takes from an entry of the compile cache, and gives to it."""
+
+    def __init__(self, cache: CompileCache, startup: Startup, counters: Counters) -> None:
+        self._cache = cache
+        self._startup = startup
+        self._counters = counters
+        self._units: LayerUnits | None = None
+        self._planned = (0, 0)
+        self.fused: dict[str, str] = {}
+        """What serves which decode sizes in place of the model's own layers, or why nothing does."""
+        for note in cache.notes:
+            counters.fallbacks[f"compile cache: {note}"] += 1
+
+    def load_units(self) -> LayerUnits | None:
+        """The entry's compiled layer functions; None where nothing is kept."""
+        entry = self._cache.entry
+        if not isinstance(entry, Entry):
+            return None
+        self._units = LayerUnits(entry.aot)
+        problem = self._units.load()
+        if problem is not None:
+            self._counters.fall_back(f"compile cache: {problem}")
+            self._cache.distrust(problem)
+        return self._units
+
+    def compile(self, runner: ModelRunner) -> None:
+        """Make the layers ready: from the entry, compared with uncompiled ones, or compiled and kept.
+
+        Raises:
+            CacheMissError: `offline_compile=True`, and something is missing or wrong.
+        """
+        runner.warm_up()
+        units, compiled = self._units, runner.compiled
+        if units is None or compiled is None:
+            return
+        if units.loaded:
+            wrong = runner.check_numerics()
+            if wrong is not None:
+                self._counters.fall_back(f"compile cache: {wrong}")
+                units.forget()
+                self._cache.distrust(wrong)
+                runner.warm_up()
+        if compiled.units is None or compiled.compiles == 0:
+            return
+        problem = units.save()
+        if problem is not None:
+            self._counters.fall_back(problem)
+
+    def read_ceiling(self, device: torch.device) -> float | None:
+        """How fast the device's memory can be read, as `kernels.ceiling` has it; measured once per device and driver
+        where there is a store."""
+        if device.type != "cuda":
+            return None
+        store = self._cache.store
+        known = None if store is None else store.read_device_document(_CEILING)
+        if known is not None and isinstance(known.get("bytes_per_second"), (int, float)):
+            return float(known["bytes_per_second"])
+        measured = None
+        with self._startup.timed("tuning"), self._cache.unless_refused():
+            measured = read_ceiling(device)
+        if measured is not None and store is not None:
+            store.write_device_document(_CEILING, {"bytes_per_second": measured})
+        return measured
+
+    def fuse_decode(self, runner: ModelRunner, bound: BoundModel, config: EngineConfig, max_context: int) -> None:
+        """Make the fused decode kernels, with the choices of an earlier start or of the tuner.
+
+        Raises:
+            CacheMissError: `offline_compile=True`, and a kernel is not kept.
+        """
+        if not config.fused_decode:
+            self.fused = {"fused decode": "none: fused_decode=False"}
+            return
+        if config.graphs is not GraphOwner.MANUAL:
+            self.fused = {"fused decode": f'none: graphs="{config.graphs}" records the compiled layers'}
+            return
+        tuned = self._cache.read_document(_TUNING) or {}
+
+        def kept(key: str, make: Callable[[], bytes]) -> bytes:
+            if config.offline_compile and not (self._cache.entry.kernels / f"{key}.cubin").exists():
+                raise CacheMissError(
+                    "offline_compile=True, and the compile cache does not hold the fused decode kernel; run "
+                    "hybridgen cache warm again, or set fused_decode=False"
+                )
+            return self._kept_kernel(key, make)
+
+        with self._startup.timed("compile"):
+            fused = fusing.fuse(runner, bound, max_context, tuned=tuned, kept=kept)
+        for failure in fused.failures:
+            self._counters.fall_back(failure)
+        self.fused = fused.notes
+        if config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
+            with self._startup.timed("tuning"):
+                try:
+                    chosen = fusing.tune(runner, config.tune_seconds)
+                except Exception as error:
+                    if is_fatal(error):
+                        raise
+                    self._counters.fall_back(f"the tuner's choice of fused kernels is not used: {described(error)}")
+                    self.fused = fusing.fuse(runner, bound, max_context, kept=kept).notes
+                else:
+                    self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
+
+    def choose_decode(self, runner: ModelRunner, sizes: Sequence[int], *, compiled: bool) -> None:
+        """Decode with the chain of fused kernels where it is faster than the compiled layers, measured once.
+
+        Args:
+            sizes: batch sizes to measure at.
+            compiled: whether the layers are compiled; else the chain is used as it is.
+        """
+        fused = runner.steps.fused
+        if fused is None or fused.chain is None or not compiled:
+            return
+        sizes = [size for size in sizes if fused.least_chain_rows <= size <= fused.chain_rows]
+        if not sizes:
+            return
+        tuned = self._cache.read_document(_TUNING) or {}
+        most, why = tuned.get("chain_rows"), tuned.get("chain_why")
+        if isinstance(most, int) and isinstance(why, str) and tuned.get("chain_sizes") == sizes:
+            fused.use_chain_up_to(min(most, fused.chain_rows), why)
+        else:
+            with self._startup.timed("tuning"):
+                try:
+                    why = fusing.compare(runner, sizes)
+                except Exception as error:
+                    self._counters.fall_back(f"fused and compiled decode were not compared: {described(error)}")
+                else:
+                    chosen = {"chain_rows": fused.chain_rows, "chain_why": why, "chain_sizes": sizes}
+                    self._cache.keep_document(_TUNING, {**tuned, **chosen})
+        self.fused = fused.notes
+
+    def _kept_kernel(self, key: str, make: Callable[[], bytes]) -> bytes:
+        """Machine code that the entry has, or that is made now and kept."""
+        path = self._cache.entry.kernels / f"{key}.cubin"
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            code = make()
+        try:
+            write_whole(path, code)
+        except OSError as error:
+            self._counters.fall_back(f"compile cache: the fused kernel is not kept: {error.strerror or error}")
+        return code
+
+    def planned(self, runner: ModelRunner, keys: Sequence[StepKey]) -> list[StepKey]:
+        """What to record before the first request: all of these on a cold start; on a warm one the buckets that the
+        user named, and of the others what was hot."""
+        plan = history.read(self._cache.read_document(history.DOCUMENT))
+        runner.graphs.know({graph.key: graph.times for graph in plan if graph.times is not None})
+        # Without recording while idle, what is left out now would never be recorded.
+        settings = runner.graphs.settings
+        chosen = history.first(keys, plan, named=settings.named) if settings.lazy else list(keys)
+        chosen = chosen[: settings.max_graphs]
+        known = {graph.key for graph in plan}
+        hits = sum(key in known for key in chosen)
+        self._planned = hits, len(chosen) - hits
+        return chosen
+
+    def keep_plan(self, runner: ModelRunner) -> None:
+        """Add what was recorded and used to the entry's plan as it is now: other processes write theirs, too. Nothing
+        where nothing is recorded."""
+
+        def plan(there: dict[str, Any] | None) -> dict[str, Any]:
+            document = self._cache.read_document(history.DOCUMENT) if there is None else there
+            return history.write(runner.graphs, history.read(document))
+
+        self._cache.publish({history.DOCUMENT: plan} if runner.graphs.recordings else None)
+
+    def stats(self, runner: ModelRunner | None) -> ArtifactStats:
+        """What came from the cache so far."""
+        cache, entry = self._cache, self._cache.entry
+        hits: dict[str, int] = {}
+        misses: dict[str, int] = {}
+        if cache.store is None or not isinstance(entry, Entry):
+            return ArtifactStats(state=cache.state, reason=entry.reason, notes=tuple(cache.notes))
+        documents = [found for name, found in entry.reads.items() if name != history.DOCUMENT]
+        compiled = runner.compiled.compiles if runner is not None and runner.compiled is not None else 0
+        for phase, found, missed in (
+            ("artifacts", int(entry.hit), int(not entry.hit)),
+            ("tuning", sum(documents), len(documents) - sum(documents)),
+            ("compile", self._units.loaded if self._units is not None else 0, compiled),
+            ("capture", *self._planned),
+        ):
+            hits[phase], misses[phase] = found, missed
+        return ArtifactStats(
+            state=cache.state,
+            reason=entry.reason,
+            key=entry.key.digest,
+            path=str(cache.store.root),
+            hits=hits,
+            misses=misses,
+            notes=tuple(cache.notes),
+        )

@@ -1,0 +1,320 @@
+"""A step on static buffers: what it reads, what it runs, and what it leaves.
+
+Every mode runs the same step. Its inputs lie at fixed addresses, its outputs go into the ring, and it decides nothing
+on the host, so it can be recorded once and replayed (`execution.graphs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridgen.execution.ring import TokenRing
+from hybridgen.execution.staging import StagedBlock
+from hybridgen.execution.state import DeviceState
+from hybridgen.fused.inputs import StepInputs
+from hybridgen.kernels.step.metadata import MetadataCopy, copy_metadata
+from hybridgen.kernels.step.metadata import reference as copy_one_by_one
+from hybridgen.models import BoundModel, StepMetadata
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan, SamplerState, sample
+
+if TYPE_CHECKING:
+    from hybridgen.fused.decode import FusedDecode
+
+_MAX_PREPARED = 256
+
+
+class StepKey(NamedTuple):
+    """What distinguishes steps that cannot share a recording."""
+
+    phase: Phase
+    tokens: int
+    """Tokens fed: T."""
+    rows: int
+    """Rows sampled: as many as tokens in decode, one per finished prompt in prefill."""
+    plan: SamplerPlan | None
+    """The sampler's parts; None: the step ends at the logits, and `ModelSteps.finish` runs after it."""
+
+
+class PrefillChunk(NamedTuple):
+    """A run of consecutive prompt tokens of one request."""
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+    """Position of the first of them."""
+    rope_length: int
+    """Tokens of the whole prefill: the prompt, and what was generated before when a request is prefilled again."""
+    generated: int
+    """Tokens generated before (above 0 when a request is prefilled again)."""
+    last: bool
+    """Whether the prompt ends here, so that a token is sampled."""
+
+
+class ModelSteps:
+    """The steps of one model on one device.
+
+    `stage_*` puts a step's metadata on its way to the device; `run` is the step. Its first node copies the metadata
+    from where the host's block arrives to the buffers that the model reads.
+    """
+
+    def __init__(
+        self,
+        bound: BoundModel,
+        *,
+        state: DeviceState,
+        sampler: SamplerState,
+        ring: TokenRing,
+        token_budget: int,
+        one_copy: bool = True,
+        buffers: int = 2,
+    ) -> None:
+        """`one_copy` False copies metadata tensor by tensor; `buffers` is how many blocks the host fills in turn."""
+        # One more than a step can have, so that no size of a step equals a buffer's: where they are equal, a compiled
+        # step (`graphs.trees`) is specialised to it.
+        device, lines, tokens = state.device, state.max_batch + 1, token_budget + 1
+        self._bound = bound
+        self._state = state
+        self._sampler = sampler
+        self._ring = ring
+        self._one_copy = one_copy
+        self._decode_block = StagedBlock(
+            {"rows": (torch.int64, (lines,)), "slots": (torch.int32, (lines,))}, device, buffers=buffers
+        )
+        self._prefill_block = StagedBlock(
+            {
+                "starts": (torch.int32, (lines + 1,)),
+                "keep": (torch.int64, (lines,)),
+                "rows": (torch.int64, (lines,)),
+                "lengths": (torch.int64, (lines,)),
+                "generated": (torch.int64, (lines,)),
+                "slots": (torch.int32, (tokens,)),
+                "ids": (torch.int64, (tokens,)),
+                "positions": (torch.int64, (tokens,)),
+                "rope": (torch.int64, (tokens,)),
+            },
+            device,
+            buffers=buffers,
+        )
+        with torch.inference_mode():  # as what a step computes is: a compiled layer is specialised to that
+            self._decode = {name: torch.zeros_like(field) for name, field in self._decode_block.device.items()}
+            self._prefill = {name: torch.zeros_like(field) for name, field in self._prefill_block.device.items()}
+        self._zeros = torch.zeros(3, 1, dtype=torch.int64, device=device)
+        self._copies: dict[tuple[Phase, int, int], Callable[[], None]] = {}
+        self._staged: tuple[int, ...] | None = None
+        empty = self._prefill["ids"][:1]
+        self.metadata = StepMetadata(
+            state.block_table.tensor, self._prefill["slots"][:1], empty, self._prefill["starts"], empty
+        )
+        """What the model's attention reads; set by each step."""
+        self.fused: FusedDecode | None = None
+        """Decode steps that do not go through the model's layers."""
+        self._always_keeps_logits = False
+        self.logits: Tensor | None = None
+        """[max_batch + 1, vocab_size]: where steps that end at the logits leave them, once `keep_logits()` ran."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that outlives a step, the model's parameters and buffers apart, by name."""
+        fixed = {
+            "block table": self._state.block_table.tensor,
+            "state": self._state.table,
+            "zeros": self._zeros,
+            **self._ring.tensors(),
+            **{f"staged {name}": field for name, field in self._decode_block.device.items()},
+            **{f"staged prompt {name}": field for name, field in self._prefill_block.device.items()},
+            **{f"decode {name}": field for name, field in self._decode.items()},
+            **{f"prefill {name}": field for name, field in self._prefill.items()},
+        }
+        logits = {} if self.logits is None else {"logits": self.logits}
+        fused = {} if self.fused is None else self.fused.tensors()
+        return fixed | logits | fused | self._sampler.tensors() | self._bound.pages()
+
+    def inputs(self) -> StepInputs:
+        """Where a decode step finds its rows."""
+        rows, slots = self._decode["rows"], self._decode["slots"]
+        return StepInputs(rows, slots, self._state.table, self._state.block_table.tensor, self._state.padding_slot)
+
+    @contextmanager
+    def fused_by(self, fused: FusedDecode | None) -> Iterator[None]:
+        """Meanwhile decode with these fused kernels, or without any."""
+        before, self.fused = self.fused, fused
+        try:
+            yield
+        finally:
+            self.fused = before
+
+    def keep_logits(self, *, always: bool = False) -> None:
+        """Allocate where logits are left, if that has not been done.
+
+        Args:
+            always: steps that sample leave theirs too (for validation).
+        """
+        self._always_keeps_logits |= always
+        if self.logits is None:
+            shape = self._state.max_batch + 1, self._sampler.vocab_size
+            self.logits = torch.zeros(shape, dtype=self._bound.logits_dtype, device=self._state.device)
+
+    def stage_decode(self, slots: tuple[int, ...]) -> None:
+        """Say which slots are the rows of the next decode steps; nothing is sent while they stay the same."""
+        if slots is self._staged or slots == self._staged:
+            self._staged = slots
+            return
+        self._staged = None  # until all of it is on its way
+        block = self._decode_block.open()
+        for name in ("rows", "slots"):
+            block[name][: len(slots)] = slots
+            block[name][len(slots) :] = self._state.padding_slot
+        self._decode_block.send()
+        self._staged = slots
+
+    def forget_staged(self) -> None:
+        """Send the rows again with the next decode step."""
+        self._staged = None
+
+    def stage_prefill(self, chunks: Sequence[PrefillChunk], tokens: int, rows: int) -> None:
+        """Set what the next prefill step of this size feeds: the chunks, packed, then a run of padding."""
+        block = self._prefill_block.open()
+        total = 0
+        ends = [chunk for chunk in chunks if chunk.last]
+        keep = []
+        starts = [0]
+        for chunk in chunks:
+            run = slice(total, total + len(chunk.tokens))
+            block["ids"][run] = chunk.tokens
+            block["slots"][run] = chunk.slot
+            block["positions"][run] = range(chunk.start, chunk.start + len(chunk.tokens))
+            block["rope"][run] = chunk.rope_length
+            total = run.stop
+            starts.append(total)
+            if chunk.last:
+                keep.append(total - 1)
+        padding = slice(total, tokens)
+        block["ids"][padding] = 0
+        block["slots"][padding] = self._state.padding_slot
+        block["positions"][padding] = range(tokens - total)
+        block["rope"][padding] = tokens - total
+        block["starts"][: len(starts)] = starts
+        block["starts"][len(starts) :] = tokens
+        count = len(ends)
+        block["keep"][:count] = keep
+        block["rows"][:count] = [chunk.slot for chunk in ends]
+        block["lengths"][:count] = [chunk.start + len(chunk.tokens) for chunk in ends]
+        block["generated"][:count] = [chunk.generated for chunk in ends]
+        for name, value in (("keep", 0), ("rows", self._state.padding_slot), ("lengths", 0), ("generated", 0)):
+            block[name][count:] = value
+        self._prefill_block.send()
+
+    def stage_padding(self, key: StepKey) -> None:
+        """Set a step's metadata to padding alone, for warm-up and capture."""
+        if key.phase is Phase.DECODE:
+            self.stage_decode(())
+        else:
+            self.stage_prefill((), key.tokens, key.rows)
+
+    def sized(self, key: StepKey) -> tuple[Tensor, Tensor]:
+        """Inputs of a step, as long as its tokens and its rows."""
+        inputs = self._decode if key.phase is Phase.DECODE else self._prefill
+        return inputs["slots"][: key.tokens], inputs["rows"][: key.rows]
+
+    def run(self, key: StepKey) -> None:
+        """Launch the step that was staged. All of it runs on the device; the host waits for nothing."""
+        if key.phase is Phase.DECODE:
+            self._run_decode(key)
+        else:
+            self._run_prefill(key)
+
+    def _run_decode(self, key: StepKey) -> None:
+        self._bring_in(Phase.DECODE, key.tokens, key.rows)
+        rows, slots = self._decode["rows"][: key.rows], self._decode["slots"][: key.rows]
+        state = self._state.read(rows)
+        lengths = state.lengths + 1
+        self._set(Phase.DECODE, slots, state.lengths, lengths)
+        if not torch.compiler.is_compiling() and self.fused is not None and self.fused.serves(key.rows):
+            logits = self.fused.run(key.rows, state.last_tokens, state.lengths)
+        else:
+            logits = self._bound.forward(state.last_tokens, self.metadata, None)
+        if key.plan is None:
+            self._leave(logits)
+        else:
+            self._sample(logits, rows, lengths, state.generated, key.plan)
+
+    def _run_prefill(self, key: StepKey) -> None:
+        self._bring_in(Phase.PREFILL, key.tokens, key.rows)
+        inputs, tokens, rows = self._prefill, key.tokens, key.rows
+        # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case.
+        phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
+        self._set(phase, inputs["slots"][:tokens], inputs["positions"][:tokens], inputs["rope"][:tokens])
+        logits = self._bound.forward(inputs["ids"][:tokens], self.metadata, inputs["keep"][: max(rows, 1)])
+        if rows and key.plan is None:
+            self._leave(logits)
+        elif rows and key.plan is not None:
+            self._sample(logits, *self._prefilled(rows), key.plan)
+
+    def finish(self, phase: Phase, rows: int, plan: SamplerPlan) -> None:
+        """What is left of a step that ended at its logits: sample, publish, advance."""
+        if phase is Phase.DECODE:
+            slots = self._decode["rows"][:rows]
+            state = self._state.read(slots)
+            self._sample(self._kept(rows), slots, state.lengths + 1, state.generated, plan)
+        else:
+            self._sample(self._kept(rows), *self._prefilled(rows), plan)
+
+    def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots of the prompts that end in a prefill step, their lengths, and what they generated before."""
+        slots, lengths, generated = (self._prefill[name][:rows] for name in ("rows", "lengths", "generated"))
+        return slots, lengths, generated
+
+    def _kept(self, rows: int) -> Tensor:
+        if self.logits is None:
+            raise RuntimeError("no step has left its logits; keep_logits() comes first")
+        return self.logits[:rows]
+
+    def _leave(self, logits: Tensor) -> None:
+        self._kept(logits.shape[0]).copy_(logits)
+
+    def _sample(self, logits: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, plan: SamplerPlan) -> None:
+        """Sample the token after `lengths` tokens for each row, publish it, and advance the rows."""
+        if self._always_keeps_logits:
+            self._leave(logits)
+        sampled = sample(logits, self._sampler, rows, lengths, generated, plan)
+        counts = self._sampler.output_counts if plan.penalties else None
+        self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts)
+
+    def _set(self, phase: Phase, slots: Tensor, positions: Tensor, rope: Tensor) -> None:
+        step = self.metadata
+        step.phase, step.slots, step.positions, step.rope_lengths = phase, slots, positions, rope
+
+    def _bring_in(self, phase: Phase, tokens: int, rows: int) -> None:
+        """Copy what arrived from the host to where the step reads it, and reset the padding slot."""
+        if torch.compiler.is_compiling():  # sizes may be symbolic: no keys of a dictionary
+            copy_pairs = copy_metadata if self._one_copy else copy_one_by_one
+            copy_pairs(*self._pair(phase, tokens, rows))
+            return
+        copy = self._copies.get((phase, tokens, rows))
+        if copy is None:
+            if len(self._copies) >= _MAX_PREPARED:  # prompts of every length, without graphs
+                self._copies.clear()
+            pair = self._pair(phase, tokens, rows)
+            copy = MetadataCopy(zip(*pair, strict=True)) if self._one_copy else partial(copy_one_by_one, *pair)
+            self._copies[phase, tokens, rows] = copy
+        copy()
+
+    def _pair(self, phase: Phase, tokens: int, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+        decodes = phase is Phase.DECODE
+        block, inputs = (self._decode_block, self._decode) if decodes else (self._prefill_block, self._prefill)
+        sizes = dict.fromkeys(("rows", "keep", "lengths", "generated"), rows) | dict.fromkeys(
+            ("ids", "positions", "rope"), tokens
+        )
+        sizes["slots"] = tokens
+        sources, destinations = [self._zeros], [self._state.table[:, self._state.padding_slot :]]
+        for name, field in block.device.items():
+            size = sizes.get(name, field.shape[0])
+            sources.append(field[:size])
+            destinations.append(inputs[name][:size])
+        return sources, destinations

@@ -1,0 +1,136 @@
+"""From a config to a store: what is recorded, by whom, and what is recorded before the first request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
+from hybridgen.execution.runner import ModelRunner
+from hybridgen.execution.step import StepKey
+from hybridgen.graphs.buckets import decode_ladder, prefill_ladder
+from hybridgen.graphs.recorder import Recorder
+from hybridgen.graphs.stand_in import StandInRecorder
+from hybridgen.graphs.store import FEW_PROMPTS, GraphSettings
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
+from hybridgen.telemetry.statistics import Counters
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """What decides about graphs."""
+
+    config: EngineConfig
+    mode: Mode
+    device: torch.device
+    token_budget: int
+    max_tokens: int
+    """Prompt tokens that one prefill call can have."""
+    not_recorded: str | None = None
+    """Why a mode that records steps does not."""
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded."""
+        return self.mode.records and self.not_recorded is None
+
+    def settings(self) -> GraphSettings:
+        """Buckets and limits."""
+        config = self.config
+        decode, prefill = config.decode_buckets, config.prefill_buckets
+        if not self.records:
+            decode = prefill = ()
+        max_bytes = parse_bytes("max_graph_memory", config.max_graph_memory)
+        return GraphSettings(
+            decode=decode_ladder(config.max_batch) if decode is None else tuple(decode),
+            prefill=prefill_ladder(self.max_tokens) if prefill is None else tuple(prefill),
+            max_rows=config.max_batch,
+            max_graphs=config.max_graphs,
+            max_bytes=max_bytes,
+            max_padding_ratio=config.max_padding_ratio,
+            lazy=config.lazy_capture,
+            capture_after=config.capture_after,
+            sample_in_graph=config.sample_in_graph,
+            named=frozenset(
+                phase
+                for phase, sizes in ((Phase.DECODE, config.decode_buckets), (Phase.PREFILL, config.prefill_buckets))
+                if sizes is not None and self.mode.records
+            ),
+            exact_when_lazy=config.graphs is GraphOwner.BOTH,
+        )
+
+    def largest(self) -> int:
+        """Tokens of the largest step that may be recorded; 0 where nothing is."""
+        settings = self.settings()
+        return max((*settings.decode[-1:], *settings.prefill[-1:]), default=0) if self.records else 0
+
+    def recorder(self, runner: ModelRunner) -> Callable[[StepKey, bool], Recorder | None] | None:
+        """Who records a step (the flag: while idle, not at warm-up).
+
+        Trees record while idle only what needs no compilation, which takes seconds to minutes.
+        """
+        if not self.records:
+            return None
+        if self.device.type != "cuda":
+            stand_in = StandInRecorder()
+            return lambda key, lazy: stand_in
+        # Imported here, because the trees' module takes part of a second and must be imported on this thread.
+        from hybridgen.graphs.cuda import CudaGraphRecorder
+
+        manual = CudaGraphRecorder(self.device)
+        if self.config.graphs is GraphOwner.MANUAL:
+            return lambda key, lazy: manual
+        from hybridgen.graphs.trees import TreeRecorder
+
+        trees = TreeRecorder(runner.steps, max_batch=self.config.max_batch, token_budget=self.token_budget)
+        if self.config.graphs is GraphOwner.TREES:
+            return lambda key, lazy: trees if not lazy or trees.knows(key) else None
+        buckets = self.settings().decode
+
+        def both(key: StepKey, lazy: bool) -> Recorder:
+            between = key.phase is Phase.DECODE and key.tokens not in buckets
+            return trees if between and (not lazy or trees.knows(key)) else manual
+
+        return both
+
+
+def use_graphs(runner: ModelRunner, plan: GraphPlan, not_compiled: str | None, counters: Counters) -> None:
+    """Give a runner the store that the plan asks for.
+
+    Args:
+        not_compiled: why a mode that compiles does not.
+    """
+    config = plan.config
+    runner.use_graphs(
+        plan.settings(),
+        recorder=plan.recorder(runner),
+        why_plain=not_compiled or plan.not_recorded or f"mode {plan.mode}",
+        note=", layers not compiled" if not_compiled else "",
+        counters=counters,
+        notify=config.on_graph_event,
+        check_addresses=config.check_addresses,
+        validates=config.validate and plan.records,
+    )
+
+
+def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan], *, any_sampler: bool) -> list[StepKey]:
+    """What is recorded before the first request; no more than may be kept, what serves the most first.
+
+    Every bucket with each of these samplers, prefill for one prompt. And, where `any_sampler` says so or sampling is
+    not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers.
+    """
+    keys: list[StepKey] = []
+    if any_sampler or not settings.sample_in_graph:
+        few = min(FEW_PROMPTS, settings.max_rows)
+        keys += [StepKey(Phase.DECODE, size, size, None) for size in settings.decode]
+        keys += [StepKey(Phase.PREFILL, size, few, None) for size in settings.prefill]
+    for plan in plans if settings.sample_in_graph else ():
+        keys += [StepKey(Phase.DECODE, size, size, plan) for size in settings.decode]
+        keys += [StepKey(Phase.PREFILL, size, 1, plan) for size in settings.prefill]
+        if settings.exact_when_lazy and settings.decode:  # one size between the buckets, so that its step is compiled
+            between = [size for size in range(2, settings.decode[-1]) if size not in settings.decode]
+            keys += [StepKey(Phase.DECODE, size, size, plan) for size in between[:1]]
+    return keys[: settings.max_graphs]

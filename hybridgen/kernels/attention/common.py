@@ -1,0 +1,101 @@
+"""What the Triton attention kernels share: addressing of pages, softcap, and the shape of heads.
+
+Imports Triton; only the CUDA implementations import this module.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Heads(NamedTuple):
+    """The shape of a layer's attention, as the launch configurations need it."""
+
+    queries: int
+    kv: int
+    dim: int
+    value_dim: int
+    page_size: int
+    bytes: int
+    """Bytes of an element."""
+
+
+@functools.cache
+def heads_of(query_heads: int, kv_heads: int, dim: int, value_dim: int, page_size: int, element: int) -> Heads:
+    """A checked `Heads`.
+
+    Raises:
+        ValueError: the kernels do not take this shape.
+    """
+    if query_heads % kv_heads:
+        raise ValueError(f"{query_heads} query heads over {kv_heads} key/value heads; give a multiple")
+    for name, size in (("key", dim), ("value", value_dim)):
+        if size % 8 or not 8 <= size <= 256:
+            raise ValueError(f"{name} head size {size}; give a multiple of 8 up to 256")
+    if page_size & (page_size - 1) or not 8 <= page_size <= 256:
+        raise ValueError(f"page size {page_size}; give a power of two from 8 to 256")
+    return Heads(query_heads, kv_heads, dim, value_dim, page_size, element)
+
+
+def check_layout(q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float) -> tuple[Tensor, Heads]:
+    """q with adjacent elements in a head, and the heads.
+
+    Raises:
+        ValueError: the pages are not contiguous, the scale is not positive, or the kernels do not take the shape.
+    """
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise ValueError("k_pages and v_pages must be contiguous")
+    if scale <= 0:
+        raise ValueError(f"scale={scale}; give a number above 0")
+    _, kv_heads, page_size, dim = k_pages.shape
+    heads = heads_of(q.shape[1], kv_heads, dim, v_pages.shape[3], page_size, q.element_size())
+    return (q if q.stride(2) == 1 else q.contiguous()), heads
+
+
+@triton.jit
+def load_pages(table, start, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Page ids of the BLOCK positions from `start` on: a scalar where a page holds them all, else one each.
+
+    Nothing at or after position `end` is looked up (0 instead).
+    """
+    if BLOCK <= PAGE:
+        return tl.load(table + start // PAGE, mask=start < end, other=0)
+    else:
+        place = start + tl.arange(0, BLOCK)
+        return tl.load(table + place // PAGE, mask=place < end, other=0)
+
+
+@triton.jit
+def tile_pointers(  # type: ignore[no-untyped-def]
+    base,
+    pages,
+    start,
+    head,
+    HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """Pointers [BLOCK, BLOCK_DIM] to the positions from `start` on in `base` [pages, HEADS, PAGE, DIM]."""
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_DIM)
+    if BLOCK <= PAGE:
+        # One 64-bit address and constant 32-bit offsets: a tile lies in one piece.
+        first = (pages.to(tl.int64) * HEADS + head) * PAGE + (start & (PAGE - 1))
+        return base + first * DIM + (rows[:, None] * DIM + dims[None, :])
+    else:
+        row = (pages.to(tl.int64) * HEADS + head) * PAGE + ((start + rows) & (PAGE - 1))
+        return base + row[:, None] * DIM + dims[None, :]
+
+
+@triton.jit
+def soft_capped(scores, softcap):  # type: ignore[no-untyped-def]
+    """softcap * tanh(scores / softcap)."""
+    # tanh(x) = 1 - 2 / (1 + exp(2x)); an infinite exponential gives 1, as it should.
+    return softcap - 2.0 * softcap / (1.0 + tl.exp2(scores * (2.0 * 1.4426950408889634 / softcap)))

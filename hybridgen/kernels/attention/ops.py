@@ -1,0 +1,182 @@
+"""Paged attention: the ops `hybridgen::write_kv`, `decode_attention` and `prefill_attention`.
+
+All tokens of a step are packed: T tokens, each with a slot (its row of the block table) and a position.
+
+| tensor | shape | dtype |
+|---|---|---|
+| q | [T, Hq, D] | float32, bfloat16 or float16 |
+| k, v | [T, Hkv, D], [T, Hkv, Dv] | as q |
+| k_pages, v_pages | [pages, Hkv, page_size, D], [.., Dv], contiguous | as q |
+| block_table | [max_batch, max_pages], rows contiguous | int32 page ids; page 0 is the dummy page |
+| slots, positions | [T] | int32, int64 (0 or more) |
+| query_starts | [max_batch + 1] | int32 |
+| sinks | [Hq] | any float |
+
+Hq is a multiple of Hkv; D and Dv are multiples of 8 up to 256; page_size is a power of two from 8 to 256.
+q, k and v may be views with any strides over tokens and heads. Every output is contiguous. Page ids of a row
+beyond its last position, and cache positions that no query sees, are never used, whatever they hold.
+
+The CPU implementations (`attention_reference`) are plain torch and may read lengths on the host. The CUDA
+implementations (`attention_write`, `attention_decode`, `attention_prefill`) are Triton and never do: launch grids
+and scratch sizes follow from shapes, so a captured graph replays with other lengths and block tables. The first
+call of a kind compiles its kernels: call once before a capture.
+
+The ops are defined with `torch.library.Library`: `torch.library.custom_op` adds about 10 us to a call that
+mutates its arguments.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridgen.kernels.attention import reference
+
+_PAGES = "Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor slots, Tensor positions"
+_OPTIONS = "float scale, int window, float softcap, Tensor? sinks"
+
+_NO_CHANGE = nullcontext()
+
+_library = torch.library.Library("hybridgen", "FRAGMENT")
+_library.define(
+    "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor slots, "
+    "Tensor positions) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "decode_attention(Tensor q, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor slots, "
+    f"Tensor positions, {_OPTIONS}, Tensor? k=None, Tensor? v=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"prefill_attention(Tensor q, {_PAGES}, Tensor query_starts, {_OPTIONS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+) -> None:
+    """Write K and V of each token into its page: page `block_table[slot, position // page_size]`, row
+    `position % page_size`.
+
+    Tokens that share a destination (padding rows on the dummy page) leave one of their values there.
+    """
+    torch.ops.hybridgen.write_kv.default(k, v, k_pages, v_pages, block_table, slots, positions)
+
+
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query token per sequence over its pages: [T, Hq, Dv].
+
+    Token t sees positions 0 to `positions[t]`. Its own K and V are written to its page first if they are given as
+    `k` and `v` (as `write_kv` would, without its launch), else they must have been written. On CUDA the context is
+    split over programs and combined (flash-decoding, https://pytorch.org/blog/flash-decoding/). How a row is
+    split depends on its own length and on shapes, never on other rows: its bits do not change with its
+    neighbours.
+
+    Args:
+        scale: factor on q.k, above 0.
+        window: see only the last `window` positions, the token's own included; 0 is no limit.
+        softcap: `s = softcap * tanh(s / softcap)` on scaled scores (Gemma 2); 0 is off.
+        sinks: [Hq], a logit per head that takes part in the softmax's denominator only (GPT-OSS).
+    """
+    return torch.ops.hybridgen.decode_attention.default(
+        q, k_pages, v_pages, block_table, slots, positions, scale, window, softcap, sinks, k, v
+    )
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_starts: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of packed sequences over their pages: [T, Hq, Dv].
+
+    Sequence i is tokens `query_starts[i]` to `query_starts[i + 1]`: one slot, consecutive positions. Each token
+    sees its sequence's positions up to its own, those of earlier chunks and cached prefixes included; K and V of
+    this call's tokens must have been written. `query_starts` ends with T, repeated for sequences without tokens.
+    The CUDA kernel follows FlashAttention-2 (arXiv:2307.08691) over pages.
+
+    Args: see `decode_attention`.
+    """
+    return torch.ops.hybridgen.prefill_attention.default(
+        q, k_pages, v_pages, block_table, slots, positions, query_starts, scale, window, softcap, sinks
+    )
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    index = tensor.get_device()
+    return _NO_CHANGE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def _write_kv_cuda(*args: Any) -> None:
+    from hybridgen.kernels.attention.write import write_kv as launch
+
+    with _on_device_of(args[0]):
+        launch(*args)
+
+
+def _decode_cuda(*args: Any) -> Tensor:
+    from hybridgen.kernels.attention.decode import decode_attention as launch
+
+    with _on_device_of(args[0]):
+        return launch(*args)
+
+
+def _prefill_cuda(*args: Any) -> Tensor:
+    from hybridgen.kernels.attention.prefill import prefill_attention as launch
+
+    with _on_device_of(args[0]):
+        return launch(*args)
+
+
+def _write_kv_fake(*args: Any) -> None:
+    return None
+
+
+def _attention_fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], v_pages.shape[3]))
+
+
+_library.impl("write_kv", reference.write_kv, "CPU")
+_library.impl("decode_attention", reference.decode_attention, "CPU")
+_library.impl("prefill_attention", reference.prefill_attention, "CPU")
+_library.impl("write_kv", _write_kv_cuda, "CUDA")
+_library.impl("decode_attention", _decode_cuda, "CUDA")
+_library.impl("prefill_attention", _prefill_cuda, "CUDA")
+torch.library.register_fake("hybridgen::write_kv", _write_kv_fake, lib=_library)
+torch.library.register_fake("hybridgen::decode_attention", _attention_fake, lib=_library)
+torch.library.register_fake("hybridgen::prefill_attention", _attention_fake, lib=_library)

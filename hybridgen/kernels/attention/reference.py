@@ -1,0 +1,208 @@
+"""Plain-torch implementations of the attention ops: what CPUs run, and what the Triton kernels are held to.
+
+Shapes and dtypes are those of `hybridgen.kernels.attention.ops`. Scores, softmax and sums are float32 whatever the
+inputs are.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_GATHER_BYTES = 256 * 2**20
+"""Upper bound for gathered K and V of one group of decode rows, so that long contexts do not exhaust memory."""
+_SCORE_ELEMENTS = 2**24
+"""Upper bound for the score matrix of one group of prefill queries."""
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+) -> None:
+    """See `attention.write_kv`."""
+    page_size = k_pages.shape[2]
+    pages = block_table[slots.long(), positions // page_size].long()
+    rows = positions % page_size
+    k_pages[pages, :, rows] = k.to(k_pages.dtype)
+    v_pages[pages, :, rows] = v.to(v_pages.dtype)
+
+
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+) -> Tensor:
+    """See `attention.decode_attention`."""
+    if k is not None and v is not None:
+        write_kv(k, v, k_pages, v_pages, block_table, slots, positions)
+    tokens, heads, head_dim = q.shape
+    _, kv_heads, page_size, value_dim = v_pages.shape
+    out = q.new_empty((tokens, heads, value_dim))
+    if tokens == 0:
+        return out
+    first = (positions - window + 1).clamp(min=0) // page_size if window > 0 else torch.zeros_like(positions)
+    columns = int((positions // page_size - first).max()) + 1
+    row_bytes = columns * kv_heads * page_size * (head_dim + value_dim) * 4
+    for rows in torch.arange(tokens, device=q.device).split(max(1, _GATHER_BYTES // row_bytes)):
+        out[rows] = _decode_rows(
+            q[rows], k_pages, v_pages, block_table[slots[rows].long()], positions[rows], first[rows], columns,
+            scale, window, softcap, sinks,
+        )  # fmt: skip
+    return out
+
+
+def _decode_rows(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    columns: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of some rows, each over `columns` pages from its page number `first` on.
+
+    Pages stay a dimension of the products, [rows, columns, Hkv, ...], so that gathered pages need no transpose.
+    """
+    tokens, heads, head_dim = q.shape
+    _, kv_heads, page_size, value_dim = v_pages.shape
+    column = first[:, None] + torch.arange(columns, device=q.device)
+    used = column <= (positions // page_size)[:, None]
+    pages = table.gather(1, column.clamp(max=table.shape[1] - 1)).masked_fill(~used, 0).flatten()
+    seen = column[:, :, None] * page_size + torch.arange(page_size, device=q.device)
+    place = positions[:, None, None]
+    visible = (seen <= place) & (seen > place - window) if window > 0 else seen <= place
+    visible = visible[:, :, None, :]  # over kv heads
+
+    k = k_pages.index_select(0, pages).view(tokens, columns, kv_heads, page_size, head_dim).float()
+    queries = q.float().view(tokens, 1, kv_heads, heads // kv_heads, head_dim)
+    scores = _cap(queries @ k.transpose(-1, -2) * scale, softcap)
+    scores.masked_fill_(~visible[:, :, :, None], -torch.inf)
+    peak = scores.amax(dim=(1, 4), keepdim=True)
+    if sinks is not None:
+        sink = sinks.float().view(1, 1, kv_heads, -1, 1)
+        peak = torch.maximum(peak, sink)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(dim=(1, 4), keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - peak)
+    v = v_pages.index_select(0, pages).view(tokens, columns, kv_heads, page_size, value_dim).float()
+    v = v.masked_fill(~visible[..., None], 0.0)  # what nobody wrote may be NaN, and 0 * NaN is NaN
+    mixed = (weights @ v).sum(dim=1, keepdim=True) / total
+    return mixed.view(tokens, heads, value_dim).to(q.dtype)
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """See `attention.prefill_attention`."""
+    tokens, heads, _ = q.shape
+    out = q.new_empty((tokens, heads, v_pages.shape[3]))
+    starts = query_starts.tolist()
+    for begin, end in itertools.pairwise(starts):
+        if begin == end:
+            continue
+        first = int(positions[begin])
+        low = max(0, first - window + 1) if window > 0 else 0
+        row = block_table[int(slots[begin])]
+        k = _context(k_pages, row, low, first + end - begin)
+        v = _context(v_pages, row, low, first + end - begin)
+        queries = q[begin:end].float().transpose(0, 1)
+        mixed = _attend(queries, k, v, first - low, scale, window, softcap, sinks)
+        out[begin:end] = mixed.transpose(0, 1).to(q.dtype)
+    return out
+
+
+def _context(pages: Tensor, row: Tensor, low: int, high: int) -> Tensor:
+    """Positions low to high of a sequence: [Hkv, high - low, D], float32."""
+    page_size = pages.shape[2]
+    first = low // page_size
+    ids = row[first : -(-high // page_size)]
+    rows = pages.index_select(0, ids).transpose(0, 1).flatten(1, 2)
+    return rows[:, low - first * page_size : high - first * page_size].float()
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offset: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of q [Hq, n, D] over k and v [Hkv, m, ...]; query i sits at place `offset + i` of the m."""
+    heads, tokens, _ = q.shape
+    length = k.shape[1]
+    limited = 0 < window < length
+    plain = softcap == 0 and sinks is None
+    if plain and offset == 0 and not limited:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[
+            0
+        ]
+    parts = []
+    places = torch.arange(offset, offset + tokens, device=q.device)
+    for block in places.split(max(1, _SCORE_ELEMENTS // (heads * length))):
+        place = block[:, None]
+        seen = torch.arange(length, device=q.device)
+        visible = (seen <= place) & (seen > place - window) if limited else seen <= place
+        queries = q[:, int(block[0]) - offset : int(block[-1]) - offset + 1]
+        if plain:
+            part = F.scaled_dot_product_attention(
+                queries[None], k[None], v[None], attn_mask=visible, scale=scale, enable_gqa=True
+            )[0]
+        else:
+            part = _explicit(queries, k, v, visible, scale, softcap, sinks)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """Attention with softcap and sinks, scores in full: q [Hq, n, D], visible [n, m]."""
+    heads, tokens, head_dim = q.shape
+    kv_heads = k.shape[0]
+    grouped = q.reshape(kv_heads, heads // kv_heads * tokens, head_dim)
+    scores = (grouped @ k.transpose(1, 2) * scale).view(heads, tokens, -1)
+    scores = _cap(scores, softcap).masked_fill_(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(-1, tokens, 1)], dim=2)
+    weights = scores.softmax(dim=2)[:, :, : k.shape[1]]
+    return (weights.reshape(kv_heads, -1, k.shape[1]) @ v).view(heads, tokens, -1)
+
+
+def _cap(scores: Tensor, softcap: float) -> Tensor:
+    return torch.tanh(scores / softcap) * softcap if softcap > 0 else scores

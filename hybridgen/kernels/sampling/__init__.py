@@ -1,0 +1,1 @@
+"""Ops that choose a token for each row."""

@@ -1,0 +1,301 @@
+"""Triton kernels of `kernels.sampling`, which says how they divide the work."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hybridgen.kernels.sampling.arithmetic import (
+    NOTHING,
+    RADIX,
+    distance,
+    gumbel,
+    key_value,
+    mass_of,
+    pack,
+    packed_id,
+    packed_value,
+    rank_key,
+    stream_key,
+)
+
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the kernel before has ended; then the next may start.
+
+    The scan waits before it reads anything. The kernels after it read the call's inputs without waiting: one starts
+    when all programs of the kernel before it are past this, so all that came before that kernel has ended. Nobody
+    writes before this, so that a kernel's end implies the end of all before it.
+    """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _load_block(logits, row, block, vocab, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logits float32 [BLOCK], their ids, and which of them exist."""
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < vocab
+    x = tl.load(logits + row.to(tl.int64) * stride + ids, mask=inside, other=-float("inf"))
+    return x.to(tl.float32), ids, inside
+
+
+@triton.jit
+def _best_of(parts, blocks, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest of a row's packed candidates, one per block."""
+    i = tl.arange(0, BLOCKS)
+    return tl.max(tl.load(parts + i, mask=i < blocks, other=NOTHING), 0)
+
+
+@triton.jit
+def _nucleus_target(sums, top_p):  # type: ignore[no-untyped-def]
+    """The mass that top-p asks for: p of all, which is the last sum of the first digit; at least the smallest unit."""
+    total = tl.load(sums + RADIX - 1)
+    return tl.maximum((total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64), 1)
+
+
+@triton.jit
+def _prefix(sums, target, PLACES: tl.constexpr, DIGITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first PLACES digits of the edge's key, and what the tokens before these lack to the target; int64.
+
+    A part of the sums, for top-k or for top-p, is int64 [DIGITS, RADIX], of each digit the weight of the tokens with at
+    most that value there, and int64 [DIGITS, 2], what this returned after each digit.
+    """
+    prefix, lacking = target * 0, target
+    if PLACES > 0:
+        if PLACES > 1:
+            prefix = tl.load(sums + DIGITS * RADIX + 2 * (PLACES - 2))
+            lacking = tl.load(sums + DIGITS * RADIX + 2 * (PLACES - 2) + 1)
+        upto = tl.load(sums + (PLACES - 1) * RADIX + tl.arange(0, RADIX))
+        short = upto < lacking
+        prefix = prefix * RADIX + tl.sum(short.to(tl.int32), 0)
+        lacking -= tl.max(tl.where(short, upto, 0), 0)
+    return prefix, lacking
+
+
+@triton.jit
+def _remember(sums, prefix, lacking, here, PLACES: tl.constexpr, DIGITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keep what `_prefix` returned, for the kernels that follow."""
+    if PLACES > 0:
+        place = sums + DIGITS * RADIX + 2 * (PLACES - 1)
+        tl.store(place, prefix, mask=here)
+        tl.store(place + 1, lacking, mask=here)
+
+
+@triton.jit
+def _edge(sums, peak, temperature, DIGITS: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Distance of the token at the edge, whose key is complete."""
+    key = tl.load(sums + DIGITS * RADIX + 2 * (DIGITS - 1))
+    return distance(key_value(key, SHIFT), peak, temperature)
+
+
+@triton.jit(
+    do_not_specialize=["blocks", "sums_size"],
+    do_not_specialize_on_alignment=["peaks", "sums"],
+)
+def scan_kernel(  # type: ignore[no-untyped-def]
+    logits, peaks, sums, vocab, stride, blocks, sums_size,
+    BLOCK: tl.constexpr, SUMS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program: the best candidate of a block. The first of a row sets its SUMS sums to zero."""
+    _wait(OVERLAP)
+    block, row = tl.program_id(0), tl.program_id(1)
+    x, ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
+    best = tl.max(tl.where(inside, pack(x, ids), NOTHING), 0)
+    tl.store(peaks + row * blocks + block, best)
+    if SUMS > 0 and block == 0:
+        i = tl.arange(0, SUMS)
+        tl.store(sums + row * sums_size + i, tl.zeros([SUMS], tl.int64), mask=i < sums_size)
+
+
+@triton.jit(
+    do_not_specialize=["blocks", "sums_size", "real_width", "integer_width"],
+    do_not_specialize_on_alignment=["peaks", "sums", "reals", "integers", "slots"],
+)
+def digit_kernel(  # type: ignore[no-untyped-def]
+    logits, peaks, sums, reals, integers, slots, vocab, stride, blocks, sums_size, real_width, integer_width,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DIGITS: tl.constexpr, PLACE: tl.constexpr, SHIFT: tl.constexpr,
+    TOP_K: tl.constexpr, NUCLEUS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program adds a block's tokens to the sums of digit PLACE: those whose digits before agree with the edge's.
+
+    Counts for the k-th token's key, or with NUCLEUS masses for the key of top-p's edge; there TOP_K says that the
+    row's first sums are those of top-k, which comes before.
+    """
+    block, row = tl.program_id(0), tl.program_id(1)
+    x, _ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
+    slot = tl.load(slots + row)
+    temperature = tl.load(reals + slot * real_width)
+    top_p = tl.load(reals + slot * real_width + 1)
+    top_k = tl.load(integers + slot * integer_width + 1)
+    key = rank_key(x, SHIFT)
+    _wait(OVERLAP)
+    peak = packed_value(_best_of(peaks + row * blocks, blocks, BLOCKS))
+    wanted = (temperature > 0) & (tl.abs(peak) < _INF)
+    if NUCLEUS:
+        wanted = wanted & (top_p < 1)
+    else:
+        wanted = wanted & (top_k > 0)
+    if wanted:
+        own = sums + row * sums_size
+        if NUCLEUS:
+            far = distance(x, peak, temperature)
+            weight = mass_of(far)
+            if TOP_K:
+                if top_k > 0:
+                    if PLACE == 0:
+                        last, rest = _prefix(own, tl.minimum(top_k, vocab), DIGITS, DIGITS)
+                        _remember(own, last, rest, block == 0, DIGITS, DIGITS)
+                        kept = distance(key_value(last, SHIFT), peak, temperature)
+                    else:
+                        kept = _edge(own, peak, temperature, DIGITS, SHIFT)
+                    weight = tl.where(far <= kept, weight, 0)
+                own += DIGITS * (RADIX + 2)
+            target = top_k * 0
+            if PLACE == 1:
+                target = _nucleus_target(own, top_p)
+        else:
+            weight = tl.full([BLOCK], 1, tl.int64)
+            target = tl.minimum(top_k, vocab)
+        prefix, lacking = _prefix(own, target, PLACE, DIGITS)
+        _remember(own, prefix, lacking, block == 0, PLACE, DIGITS)
+        high = key >> (4 * (DIGITS - 1 - PLACE))
+        weight = tl.where(inside & ((high >> 4) == prefix), weight, 0)
+        digit = (high & (RADIX - 1)).to(tl.int32)
+        bins = tl.arange(0, RADIX)
+        part = tl.sum(tl.where(digit[:, None] <= bins[None, :], weight[:, None], 0), 0)
+        # Integers: the order in which blocks add does not show.
+        tl.atomic_add(own + PLACE * RADIX + bins, part, mask=part > 0, sem="relaxed")
+
+
+@triton.jit(
+    do_not_specialize=["blocks", "sums_size", "real_width", "integer_width"],
+    do_not_specialize_on_alignment=["peaks", "sums", "draws", "reals", "integers", "slots", "positions"],
+)
+def draw_kernel(  # type: ignore[no-untyped-def]
+    logits, peaks, sums, draws, reals, integers, slots, positions,
+    vocab, stride, blocks, sums_size, real_width, integer_width,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DIGITS: tl.constexpr, SHIFT: tl.constexpr,
+    TOP_K: tl.constexpr, NUCLEUS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program: what a block has to offer with noise, above the edge and at it.
+
+    `draws` int64 [B, 4, blocks]: the best packed candidates above the edge and at it, how many tokens are at it, and
+    the mass above it.
+    """
+    block, row = tl.program_id(0), tl.program_id(1)
+    x, ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
+    slot = tl.load(slots + row)
+    temperature = tl.load(reals + slot * real_width)
+    top_p = tl.load(reals + slot * real_width + 1)
+    log_min_p = tl.load(reals + slot * real_width + 2)
+    top_k = tl.load(integers + slot * integer_width + 1)
+    noise = x
+    if temperature > 0:
+        key = stream_key(tl.load(integers + slot * integer_width), tl.load(positions + row))
+        noise = gumbel(key, ids)
+    _wait(OVERLAP)
+    peak = packed_value(_best_of(peaks + row * blocks, blocks, BLOCKS))
+    if (temperature > 0) & (tl.abs(peak) < _INF):
+        far = distance(x, peak, temperature)
+        own = sums + row * sums_size
+        edge = _INF + top_p * 0
+        if TOP_K:  # noqa: SIM102 - this one is decided when the kernel is compiled
+            if top_k > 0:
+                last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
+                edge = distance(key_value(last, SHIFT), peak, temperature)
+        if NUCLEUS:
+            if TOP_K:
+                own += DIGITS * (RADIX + 2)
+            if top_p < 1:
+                last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
+                _remember(own, last, lacking, block == 0, DIGITS, DIGITS)
+                edge = distance(key_value(last, SHIFT), peak, temperature)
+        above, tied = inside & (far < edge), inside & (far == edge)
+        candidate = tl.where(-far >= log_min_p, pack(noise - far, ids), NOTHING)
+        target = draws + row * 4 * blocks + block
+        tl.store(target, tl.max(tl.where(above, candidate, NOTHING), 0))
+        tl.store(target + blocks, tl.max(tl.where(tied, candidate, NOTHING), 0))
+        if NUCLEUS:
+            tl.store(target + 2 * blocks, tl.sum(tied.to(tl.int64), 0))
+            tl.store(target + 3 * blocks, tl.sum(tl.where(above, mass_of(far), 0), 0))
+
+
+@triton.jit
+def _store_token(tokens, row, best):  # type: ignore[no-untyped-def]
+    """The candidate's id; -1 where its value is NaN or -inf."""
+    value = packed_value(best)
+    usable = value > -_INF
+    tl.store(tokens + row, tl.where(usable, packed_id(best), -1))
+
+
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["peaks", "tokens"])
+def greedy_kernel(peaks, tokens, blocks, BLOCKS: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program: the token of a row from its blocks' candidates."""
+    _wait(OVERLAP)
+    row = tl.program_id(0)
+    _store_token(tokens, row, _best_of(peaks + row * blocks, blocks, BLOCKS))
+
+
+@triton.jit(
+    do_not_specialize=["blocks", "sums_size", "real_width", "integer_width"],
+    do_not_specialize_on_alignment=["peaks", "sums", "draws", "reals", "integers", "slots", "positions", "tokens"],
+)
+def pick_kernel(  # type: ignore[no-untyped-def]
+    logits, peaks, sums, draws, reals, integers, slots, positions, tokens,
+    vocab, stride, blocks, sums_size, real_width, integer_width,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, DIGITS: tl.constexpr, SHIFT: tl.constexpr,
+    TOP_K: tl.constexpr, NUCLEUS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program: the token of a row, greedy or drawn.
+
+    Of the tokens at top-p's edge, the first by id enter until p is reached. That cuts through one block at most,
+    whose share is drawn again here.
+    """
+    row = tl.program_id(0)
+    slot = tl.load(slots + row)
+    temperature = tl.load(reals + slot * real_width)
+    top_p = tl.load(reals + slot * real_width + 1)
+    log_min_p = tl.load(reals + slot * real_width + 2)
+    key = stream_key(tl.load(integers + slot * integer_width), tl.load(positions + row))
+    _wait(OVERLAP)
+    best = _best_of(peaks + row * blocks, blocks, BLOCKS)
+    peak = packed_value(best)
+    if temperature > 0:
+        if tl.abs(peak) < _INF:
+            own = draws + row * 4 * blocks
+            best = _best_of(own, blocks, BLOCKS)
+            at_edge = _best_of(own + blocks, blocks, BLOCKS)
+            if NUCLEUS:  # noqa: SIM102 - this one is decided when the kernel is compiled
+                if top_p < 1:
+                    edges = sums + row * sums_size
+                    if TOP_K:
+                        edges += DIGITS * (RADIX + 2)
+                    edge = _edge(edges, peak, temperature, DIGITS, SHIFT)
+                    i = tl.arange(0, BLOCKS)
+                    mass = tl.sum(tl.load(own + 3 * blocks + i, mask=i < blocks, other=0), 0)
+                    each = mass_of(edge)  # above 0: a token of mass 0 comes after p was reached
+                    quota = (_nucleus_target(edges, top_p) - mass + each - 1) // each
+                    running = tl.cumsum(tl.load(own + 2 * blocks + i, mask=i < blocks, other=0), 0)
+                    whole = running <= quota
+                    tied = tl.load(own + blocks + i, mask=i < blocks, other=NOTHING)
+                    at_edge = tl.max(tl.where(whole, tied, NOTHING), 0)
+                    left = quota - tl.max(tl.where(whole, running, 0), 0)
+                    cut = tl.sum(whole.to(tl.int32), 0)
+                    if (cut < blocks) & (left > 0):
+                        x, ids, inside = _load_block(logits, row, cut, vocab, stride, BLOCK)
+                        far = distance(x, peak, temperature)
+                        entering = inside & (far == edge)
+                        entering = entering & (tl.cumsum(entering.to(tl.int32), 0) <= left)
+                        candidate = pack(gumbel(key, ids) - far, ids)
+                        candidate = tl.where(entering & (-far >= log_min_p), candidate, NOTHING)
+                        at_edge = tl.maximum(at_edge, tl.max(candidate, 0))
+            best = tl.maximum(best, at_edge)
+        else:
+            best = best * 0 + NOTHING
+    _store_token(tokens, row, best)

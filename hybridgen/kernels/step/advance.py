@@ -1,0 +1,115 @@
+"""The end of a step on the device: the ops `hybridgen::publish` and `hybridgen::advance`.
+
+What a step produced goes into rings that the host reads one or more steps later; line `counter % lines` is the
+step's. `advance` also stores the tokens and the new counts as the state that the next step begins with, and moves the
+counter on, so that a replayed step needs nothing from the host.
+
+| tensor | shape | dtype |
+|---|---|---|
+| tokens | [B] | int64; -1 where a row has none |
+| rows | [B] | int64: each row's slot; the last slot is the padding slot |
+| lengths, generated | [B] | int64: tokens of the sequence, and generated ones, the new token not counted in either |
+| table | [3, slots] | int64: last token (0 for -1), length, generated |
+| ring | [lines, max_batch] or [lines, max_batch, width] | as what is published |
+| counter | [1] | int64: steps so far |
+| counts | [slots, vocab_size] | int32: how often each slot's output has each token |
+
+Rings may be pinned host memory that the device addresses (`execution.ring`). A row of the padding slot changes no
+state. Two other rows must not share a slot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("hybridgen", "FRAGMENT")
+_library.define(
+    "publish(Tensor values, Tensor(a!) ring, Tensor counter) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "advance(Tensor tokens, Tensor rows, Tensor lengths, Tensor generated, Tensor(a!) table, Tensor(b!) ring, "
+    "Tensor(c!) counter, Tensor(d!)? counts=None) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def publish(values: Tensor, ring: Tensor, counter: Tensor) -> None:
+    """Write [B] or [B, w] values into the step's line of a ring of the same dtype, at least as wide."""
+    torch.ops.hybridgen.publish.default(values, ring, counter)
+
+
+def advance(
+    tokens: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    table: Tensor,
+    ring: Tensor,
+    counter: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    """Publish the tokens, store the rows' new state, and count the step and, where `counts` is given, the tokens.
+
+    The last op of a step, and the only one that moves state on: a step that fails before can run again.
+    """
+    torch.ops.hybridgen.advance.default(tokens, rows, lengths, generated, table, ring, counter, counts)
+
+
+def _publish_cpu(values: Tensor, ring: Tensor, counter: Tensor) -> None:
+    line = ring[int(counter) % ring.shape[0]]
+    window = line[: values.shape[0]] if values.dim() == 1 else line[: values.shape[0], : values.shape[1]]
+    window.copy_(values)
+
+
+def _advance_cpu(
+    tokens: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    table: Tensor,
+    ring: Tensor,
+    counter: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    _publish_cpu(tokens, ring, counter)
+    real = rows < table.shape[1] - 1
+    table[:, rows[real]] = torch.stack((tokens.clamp(min=0), lengths, generated + 1))[:, real]
+    if counts is not None:
+        chosen = real & (tokens >= 0)
+        counts[rows[chosen], tokens[chosen]] += 1
+    counter += 1
+
+
+def _publish_cuda(values: Tensor, ring: Tensor, counter: Tensor) -> None:
+    from hybridgen.kernels.step.advance_kernels import launch_publish
+
+    launch_publish(values, ring, counter)
+
+
+def _advance_cuda(
+    tokens: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    table: Tensor,
+    ring: Tensor,
+    counter: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    from hybridgen.kernels.step.advance_kernels import launch_advance
+
+    launch_advance(tokens, rows, lengths, generated, table, ring, counter, counts)
+
+
+def _no_output(*_: Tensor | None) -> None:
+    return None
+
+
+_library.impl("publish", _publish_cpu, "CPU")
+_library.impl("publish", _publish_cuda, "CUDA")
+_library.impl("advance", _advance_cpu, "CPU")
+_library.impl("advance", _advance_cuda, "CUDA")
+torch.library.register_fake("hybridgen::publish", _no_output, lib=_library)
+torch.library.register_fake("hybridgen::advance", _no_output, lib=_library)

@@ -1,0 +1,230 @@
+"""Reads what a checkpoint says about itself: config, tokenizer, generation config. No weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import __version__ as transformers_version
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from hybridgen.errors import CheckpointError, HybridgenError, TokenizerError, UnsupportedModelError
+from hybridgen.loading.checks import read_header, read_json
+from hybridgen.loading.source import LocalSource, Source, load_errors, short
+
+_LENGTH_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+    "seq_length",
+)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_RUNNABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+    """The model's config.
+
+    Raises:
+        CheckpointError: config.json is missing, broken, or has values that transformers refuses.
+        UnsupportedModelError: transformers lacks the model type, or its code comes with the checkpoint.
+    """
+    file = source.find("config.json")
+    if file is None:
+        raise source.explain_missing_config()
+    _check_model_type(read_json(file), file, trust_remote_code)
+    with load_errors(source, f"{file} cannot be used"):
+        config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.arguments)
+    # A config file can name an attention or expert implementation, and transformers would fetch a name such
+    # as "owner/kernel" from the hub and run it. Which implementation runs is not the file's choice.
+    config._attn_implementation = None
+    config._experts_implementation = None
+    return config
+
+
+def _check_model_type(raw: dict[str, Any], file: Path, trust_remote_code: bool) -> None:
+    model_type = raw.get("model_type")
+    auto_map = raw.get("auto_map")
+    remote = isinstance(auto_map, dict) and "AutoConfig" in auto_map
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return
+    if remote and trust_remote_code:
+        return
+    if remote:
+        raise UnsupportedModelError(
+            f"{file}: the code of model type {model_type!r} comes with the checkpoint; read that code, then "
+            "set trust_remote_code=True to run it"
+        )
+    if model_type is None:
+        raise CheckpointError(f"{file} has no model_type; give a checkpoint that transformers wrote")
+    raise UnsupportedModelError(
+        f"{file}: model type {model_type!r} is unknown to transformers {transformers_version}; "
+        "a newer version may know it"
+    )
+
+
+def remote_model_class(
+    config: PreTrainedConfig, source: Source, trust_remote_code: bool
+) -> type[PreTrainedModel] | None:
+    """The model class that the checkpoint brings, if it brings one and may; else None. Runs its module.
+
+    Raises:
+        CheckpointError: the code is missing or fails.
+    """
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if reference is None or not trust_remote_code:
+        return None
+    with load_errors(source, f"the code {reference!r} of {source.name!r} cannot be loaded"):
+        return get_class_from_dynamic_module(reference, source.name, **source.arguments)
+
+
+def known_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that transformers loads for a config; None where it names none, or several."""
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found if isinstance(found, type) else None
+
+
+def read_tokenizer(
+    config: PreTrainedConfig, source: Source, trust_remote_code: bool
+) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The tokenizer, or None and why there is none. Without one a model still runs on token ids."""
+    if isinstance(source, LocalSource) and not any(source.find(name) for name in _TOKENIZER_FILES):
+        return None, f"{source.name!r} has no tokenizer files"
+    return _tokenizer(source.name, config=config, trust_remote_code=trust_remote_code, **source.arguments)
+
+
+def given_tokenizer(tokenizer: Any, trust_remote_code: bool, local_files_only: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that a caller gave, as an object or as a directory or hub id.
+
+    Raises:
+        TokenizerError: it is neither, or cannot be loaded.
+    """
+    if isinstance(tokenizer, (str, os.PathLike)):
+        name = str(Path(tokenizer).expanduser())
+        found, problem = _tokenizer(name, trust_remote_code=trust_remote_code, local_files_only=local_files_only)
+        if found is None:
+            raise TokenizerError(f"tokenizer={name!r} cannot be loaded: {problem}")
+        return found
+    if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise TokenizerError(f"tokenizer={tokenizer!r} is no tokenizer; give a Hugging Face tokenizer or its directory")
+    return tokenizer
+
+
+def _tokenizer(name: str, **arguments: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    except HybridgenError:
+        raise
+    except Exception as error:  # tokenizer classes raise what they like when files are missing
+        return None, f"{name!r} has no tokenizer that transformers can load ({short(error)})"
+    # Without files, some classes build a tokenizer of special tokens alone, which maps any text to <unk>.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        return None, f"{name!r} has no vocabulary for its tokenizer"
+    return tokenizer, None
+
+
+def read_generation_config(config: PreTrainedConfig, source: Source) -> GenerationConfig:
+    """The checkpoint's generation_config.json, or what its config says about generation.
+
+    Raises:
+        CheckpointError: the file is broken.
+    """
+    file = source.find("generation_config.json")
+    if file is None:
+        return GenerationConfig.from_model_config(config)
+    values = read_json(file)
+    with load_errors(source, f"{file} cannot be used"):
+        return GenerationConfig.from_dict(values)
+
+
+def eos_ids(generation_config: GenerationConfig, config: PreTrainedConfig) -> tuple[int, ...]:
+    """The end-of-sequence token ids, from the generation config, else from the config.
+
+    Raises:
+        CheckpointError: they are no integers.
+    """
+    value = generation_config.eos_token_id
+    if value is None:
+        value = getattr(config, "eos_token_id", None)
+    if value is None:
+        return ()
+    ids = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise CheckpointError(
+            f"eos_token_id={value!r} in the checkpoint's configs; make it an integer or a list of them"
+        )
+    return tuple(dict.fromkeys(token for token in ids if token >= 0))
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that the model was made for, or None if its config does not say."""
+    for field in _LENGTH_FIELDS:
+        value = getattr(config, field, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int:
+    """The number of token ids.
+
+    Raises:
+        CheckpointError: the config has none.
+    """
+    value = getattr(config, "vocab_size", None)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"vocab_size={value!r} in config.json; a language model needs a positive one")
+    return value
+
+
+def checkpoint_dtype(config: PreTrainedConfig, files: list[Path], asked: str) -> torch.dtype:
+    """The dtype that the weights get.
+
+    Args:
+        config: the model's config, whose `dtype` counts for `auto`.
+        files: weight files; their first floating tensor counts if the config has no dtype, else float32.
+        asked: `EngineConfig.dtype`.
+
+    Raises:
+        UnsupportedModelError: the checkpoint's own dtype cannot run here.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if dtype is None:
+        names = (e.dtype for f in files if f.suffix == ".safetensors" for e in read_header(f).values())
+        dtype = next((_FLOATS[name] for name in names if name in _FLOATS), torch.float32)
+    if dtype not in _RUNNABLE:
+        raise UnsupportedModelError(
+            f"the checkpoint's dtype is {str(dtype).removeprefix('torch.')}; "
+            "set dtype='float32', 'bfloat16' or 'float16'"
+        )
+    return dtype

@@ -1,0 +1,341 @@
+"""What a Llama-like decoder computes, read off a Hugging Face model and checked against it.
+
+The fused decode steps need to know the model as data: which weights, which norms, which multipliers. `describe()`
+collects that by the attribute names that Hugging Face's Llama-like families share, and `check()` decides whether the
+result is the model: every layer's own forward is compared with `reference.layer` on the same input. No list of
+families is kept; a family whose layers compute something else is found out by the comparison and runs the generic way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hybridgen.models.binding import AttentionSite
+from hybridgen.models.projections import FusedHead, has_hooks
+from hybridgen.models.rope import LENGTH_DEPENDENT
+
+
+class Unfit(Exception):
+    """A model or device that a fused step does not serve; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """`x / sqrt(mean(x^2) + eps) * scale`."""
+
+    scale: Tensor
+    """float32 [width]; what the module multiplies by, a Gemma norm's 1 + weight too."""
+    eps: float
+    source: Tensor | None = None
+    """The module's parameter, which `scale` was made from."""
+    shift: float = 0.0
+    """What was added to it."""
+
+    def refresh(self) -> None:
+        """Make `scale` again, from the parameter as it is now."""
+        if self.source is not None:
+            self.scale.copy_(self.source.detach().float() + self.shift)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """`x @ weight.T + bias`."""
+
+    weight: Tensor
+    """[out, in], the model's own storage."""
+    bias: Tensor | None = None
+    """[out]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    """One layer: `x += residual * after_attention(attention(before_attention(x)))`, then the same with the MLP."""
+
+    before_attention: Norm | None
+    qkv: Linear
+    """Rows of all query heads, then of all key heads, then of all value heads."""
+    query_norm: Norm | None
+    """Over each head, or over all of them where its width says so (OLMo 2)."""
+    key_norm: Norm | None
+    rotates: bool
+    """Whether queries and keys are rotated by position."""
+    attention_scale: float
+    window: int
+    """Positions seen, the own one included; 0 for all."""
+    out: Linear
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    gate_up: Linear
+    """Rows of the gate, then of the up projection."""
+    down: Linear
+    after_mlp: Norm | None
+    residual: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A Llama-like model."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    activation: str
+    """`silu` or `gelu_tanh`, of the gate."""
+    embedding: Tensor
+    """[vocab, hidden], the model's own storage."""
+    embedding_scale: float
+    layers: tuple[DecoderLayer, ...]
+    norm: Norm
+    head: Tensor
+    """[vocab, hidden], the model's own storage."""
+    logits_scale: float
+    rotary: tuple[Tensor, Tensor] | None
+    """cos and sin, float32 [max_context, head_dim / 2]: the two halves of a head are rotated against each other."""
+    max_context: int
+    """Positions that the model may be run at."""
+    dtype: torch.dtype
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """All norms."""
+        found = [self.norm]
+        for layer in self.layers:
+            of_layer = (layer.before_attention, layer.query_norm, layer.key_norm, layer.after_attention)
+            found += [norm for norm in (*of_layer, layer.before_mlp, layer.after_mlp) if norm is not None]
+        return tuple(found)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that one step reads: every projection and the head, once each."""
+        layers = sum(
+            linear.weight.numel()
+            for layer in self.layers
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        )
+        return (layers + self.head.numel()) * self.head.itemsize
+
+
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+
+
+def describe(model: PreTrainedModel, sites: Sequence[AttentionSite], max_context: int) -> Decoder:
+    """Read a model's structure.
+
+    Args:
+        sites: its attention modules, as `models.bind` found them.
+        max_context: positions that it may be run at.
+
+    Raises:
+        Unfit: a part is missing or of another kind; `check()` must still confirm the rest.
+    """
+    if not sites:
+        raise Unfit("it has no layers")
+    for name, module in model.named_modules():
+        if "forward" in vars(module) or has_hooks(module):
+            raise Unfit(f"{name or 'the model'} has hooks or a replaced forward")
+    base = model.base_model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
+        raise Unfit("its embedding or head is not a plain nn.Embedding or nn.Linear")
+    if head.bias is not None:
+        raise Unfit("its head has a bias")
+    config: Any = model.config
+    if getattr(config, "final_logit_softcapping", None):
+        raise Unfit("its logits are soft-capped")
+    shapes = {site.shape for site in sites}
+    if len(shapes) > 1 or any(shape.key_dim != shape.value_dim for shape in shapes):
+        raise Unfit("its layers differ in their heads, or keys and values in their size")
+    (shape,) = shapes
+    layers = tuple(_layer(site) for site in sites)
+    first = layers[0]
+    hidden, intermediate = first.out.weight.shape[0], first.down.weight.shape[1]
+    head_dim = shape.key_dim
+    heads = first.out.weight.shape[1] // head_dim
+    for layer in layers:
+        _check_shapes(layer, hidden, heads, shape.num_kv_heads, head_dim, intermediate)
+    activations = {_activation(site.layer) for site in sites}
+    if len(activations) > 1:
+        raise Unfit("its layers differ in their activation")
+    rotates = any(layer.rotates for layer in layers)
+    dtypes = {t.dtype for layer in layers for t in (layer.qkv.weight, layer.out.weight, layer.down.weight)}
+    dtypes |= {head.weight.dtype, embedding.weight.dtype, *(layer.gate_up.weight.dtype for layer in layers)}
+    if len(dtypes) > 1:
+        raise Unfit(f"its weights have several dtypes ({', '.join(sorted(map(str, dtypes)))})")
+    with torch.inference_mode():
+        return Decoder(
+            hidden=hidden,
+            heads=heads,
+            kv_heads=shape.num_kv_heads,
+            head_dim=head_dim,
+            intermediate=intermediate,
+            vocab=head.weight.shape[0],
+            activation=activations.pop(),
+            embedding=embedding.weight,
+            embedding_scale=_embedding_scale(embedding, config),
+            layers=layers,
+            norm=_norm(_module(base, "norm"), hidden),
+            head=head.weight,
+            logits_scale=1 / float(getattr(config, "logits_scaling", 1.0) or 1.0),
+            rotary=_rotary(base, head_dim, max_context) if rotates else None,
+            max_context=max_context,
+            dtype=head.weight.dtype,
+        )
+
+
+def _layer(site: AttentionSite) -> DecoderLayer:
+    layer, attention = site.layer, site.module
+    if site.call.softcap or site.call.sinks:
+        raise Unfit("its attention has a soft cap or sinks")
+    mlp = _module(layer, "mlp")
+    gemma = hasattr(layer, "pre_feedforward_layernorm")
+    before = getattr(layer, "input_layernorm", None)
+    after = _module(layer, "post_attention_layernorm")
+    closing = getattr(layer, "post_feedforward_layernorm", None)
+    # Llama calls the norm before its MLP "post attention"; Gemma and OLMo 2 have one on attention's output, too.
+    norms_output = gemma or closing is not None
+    width = _linear(attention, ("o_proj",)).weight.shape[0]
+    return DecoderLayer(
+        before_attention=None if before is None else _norm(before, width),
+        qkv=_joined(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+        query_norm=_head_norm(attention, "q_norm"),
+        key_norm=_head_norm(attention, "k_norm"),
+        rotates=bool(getattr(attention, "use_rope", True)),
+        attention_scale=site.call.scale,
+        window=site.call.window,
+        out=_linear(attention, ("o_proj",)),
+        after_attention=_norm(after, width) if norms_output else None,
+        before_mlp=_norm(_module(layer, "pre_feedforward_layernorm"), width)
+        if gemma
+        else None
+        if norms_output
+        else _norm(after, width),
+        gate_up=_joined(mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
+        down=_linear(mlp, ("down_proj",)),
+        after_mlp=None if closing is None else _norm(closing, width),
+        residual=float(getattr(layer, "residual_multiplier", 1.0)),
+    )
+
+
+def _check_shapes(layer: DecoderLayer, hidden: int, heads: int, kv_heads: int, head_dim: int, width: int) -> None:
+    expected = {
+        "qkv": ((heads + 2 * kv_heads) * head_dim, hidden),
+        "out": (hidden, heads * head_dim),
+        "gate_up": (2 * width, hidden),
+        "down": (hidden, width),
+    }
+    for name, shape in expected.items():
+        weight = getattr(layer, name).weight
+        if tuple(weight.shape) != shape:
+            raise Unfit(f"a {name} weight has the shape {tuple(weight.shape)} where {shape} was expected")
+        if not weight.is_contiguous():
+            raise Unfit(f"a {name} weight is not contiguous")
+
+
+def _module(parent: nn.Module, name: str) -> nn.Module:
+    module = getattr(parent, name, None)
+    if not isinstance(module, nn.Module):
+        raise Unfit(f"a {type(parent).__name__} has no {name}")
+    return module
+
+
+def _linear(parent: nn.Module, names: tuple[str, ...]) -> Linear:
+    module = _module(parent, names[0])
+    if type(module) is not nn.Linear:
+        raise Unfit(f"{names[0]} is a {type(module).__name__}, not a plain nn.Linear")
+    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def _joined(parent: nn.Module, names: tuple[str, ...], whole: str) -> Linear:
+    """A projection whose members share one weight, in this order: joined by us, or by the model itself."""
+    if hasattr(parent, whole):
+        return _linear(parent, (whole,))
+    first = _module(parent, names[0])
+    if type(first) is not FusedHead:
+        raise Unfit(f"{'/'.join(names)} are not joined (fuse_projections=False, or they could not be)")
+    if first.fused_members != tuple(getattr(parent, name) for name in names):
+        raise Unfit(f"{'/'.join(names)} are joined in another order")
+    bias = first.fused_bias
+    return Linear(first.fused_weight.detach(), None if bias is None else bias.detach())
+
+
+def _norm(module: nn.Module, width: int) -> Norm:
+    """What an RMSNorm multiplies by: its output for a vector whose root mean square is 1."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, (int, float)):
+        raise Unfit(f"a {type(module).__name__} has no epsilon")
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != (width,) or getattr(module, "bias", None) is not None:
+        raise Unfit(f"a {type(module).__name__} is not an RMSNorm of {width} values")
+    probe = torch.ones(1, 2, width, dtype=weight.dtype, device=weight.device)
+    probe[..., ::2] = -1
+    with torch.no_grad():
+        out = module(probe)[0, 0].float() * probe[0, 0].float()
+    plain, shifted = weight.detach().float(), weight.detach().float() + 1
+    # Of the two readings, the exact one: the module's own output is rounded to its dtype.
+    distance = [(out - scale).abs().max() for scale in (plain, shifted)]
+    shift = 0.0 if distance[0] <= distance[1] else 1.0
+    scale = (shifted if shift else plain).clone().contiguous()
+    return Norm(scale, float(eps), weight.detach(), shift)
+
+
+def _head_norm(attention: nn.Module, name: str) -> Norm | None:
+    module = getattr(attention, name, None)
+    if module is None or isinstance(module, nn.Identity):
+        return None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise Unfit(f"{name} has no weight")
+    return _norm(module, weight.shape[0])
+
+
+def _activation(layer: nn.Module) -> str:
+    mlp = _module(layer, "mlp")
+    function = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    name = _ACTIVATIONS.get(type(function).__name__)
+    if name is None:
+        raise Unfit(f"its activation is {type(function).__name__}; SiLU and tanh-GELU are fused")
+    return name
+
+
+def _embedding_scale(embedding: nn.Embedding, config: Any) -> float:
+    scale = getattr(embedding, "embed_scale", None)
+    if isinstance(scale, Tensor):  # Gemma rounds it to the weights' dtype
+        return float(scale.to(embedding.weight.dtype))
+    return float(getattr(config, "embedding_multiplier", 1.0) if scale is None else scale)
+
+
+def _rotary(base: nn.Module, head_dim: int, max_context: int) -> tuple[Tensor, Tensor]:
+    """The rotary table in float32."""
+    rotary = _module(base, "rotary_emb")
+    kind = getattr(rotary, "rope_type", None)
+    if isinstance(kind, dict):
+        raise Unfit("its rotary positions differ by layer type")
+    if kind in LENGTH_DEPENDENT or hasattr(rotary, "step"):
+        raise Unfit(f"its rotary positions depend on the length ({kind})")
+    device = cast(Tensor, rotary.inv_freq).device
+    positions = torch.arange(max_context, device=device)[None]
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+    half = head_dim // 2
+    if cos.shape[-1] != head_dim:
+        raise Unfit(f"it rotates {cos.shape[-1]} of {head_dim} dimensions of a head")
+    if not torch.equal(cos[..., :half], cos[..., half:]):
+        raise Unfit("it rotates neighbouring dimensions, not the halves of a head")
+    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()

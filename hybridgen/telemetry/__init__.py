@@ -1,0 +1,1 @@
+"""What happened, counted: statistics, bytes read, and how long imports took."""

@@ -1,0 +1,111 @@
+"""Bytes that a decode step must read, and what share of the memory's speed that is (MBU).
+
+Model bandwidth utilisation: achieved bandwidth over the device's own, for the bytes that cannot be avoided: the weights
+once a step, and the keys and values of every row's context (Databricks, "LLM inference performance engineering", 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hybridgen.models import BoundModel
+from hybridgen.telemetry.statistics import DecodeStats
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What decode steps of a model read."""
+
+    weights: int
+    """Bytes of weights that a step reads, whatever its rows are; 0 where that depends on the tokens (experts)."""
+    cache: tuple[tuple[int, int], ...]
+    """(window or 0, bytes of keys and values per position) of the layers, those of equal windows together."""
+    ceiling: float | None
+    """Bytes per second that the device reads at best (`kernels.ceiling`); None where that is not known."""
+
+    def step_bytes(self, rows: int, positions: float) -> float:
+        """Bytes of a step.
+
+        Args:
+            positions: cached positions of a row, on average.
+        """
+        return self.weights + rows * sum(
+            each * (min(positions, window) if window else positions) for window, each in self.cache
+        )
+
+    def bandwidth(self, rows: int, positions: float, seconds: float) -> float:
+        """Bytes per second of steps that take this long; NaN where the bytes are not known."""
+        return self.step_bytes(rows, positions) / seconds if self.weights and seconds > 0 else math.nan
+
+    def mbu(self, bandwidth: float) -> float:
+        """Share of the ceiling; NaN where it is not known."""
+        return bandwidth / self.ceiling if self.ceiling else math.nan
+
+
+def traffic_of(bound: BoundModel, ceiling: float | None) -> Traffic:
+    """Count a model's bytes: all its parameters but the embedding table, of which a step reads a row per token.
+
+    A tied embedding is the head's weight too, and counts.
+    """
+    model = bound.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    skipped = set() if tied or embedding is None else {id(parameter) for parameter in embedding.parameters()}
+    weights = 0 if _has_experts(model.modules()) else _bytes(model, skipped)
+    cache: dict[int, int] = {}
+    for site in bound.sites:
+        shape, window = site.shape, site.call.window
+        each = shape.num_kv_heads * (shape.key_dim + shape.value_dim) * model.dtype.itemsize
+        cache[window] = cache.get(window, 0) + each
+    return Traffic(weights, tuple(cache.items()), ceiling)
+
+
+def _bytes(model: nn.Module, skipped: set[int]) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skipped)
+
+
+def _has_experts(modules: Iterable[nn.Module]) -> bool:
+    return any(hasattr(module, "experts") for module in modules)
+
+
+class DecodeMeter:
+    """Adds up decode steps that followed each other: their time, tokens and bytes."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+        self.steps = 0
+        self.seconds = 0.0
+        self.bytes = 0.0
+        self._last: float | None = None
+
+    def step(self, rows: int, positions: int, now: float) -> None:
+        """A decode step was read.
+
+        Args:
+            positions: cached positions of all its rows together.
+            now: by `time.perf_counter()`.
+        """
+        if self._last is not None:
+            self.steps += 1
+            self.seconds += now - self._last
+            self.bytes += self.traffic.step_bytes(rows, positions / rows)
+        self._last = now
+
+    def pause(self) -> None:
+        """Something else ran: the next step's time is not its own."""
+        self._last = None
+
+    def stats(self) -> DecodeStats:
+        """How fast the steps read memory."""
+        bandwidth = self.bytes / self.seconds if self.traffic.weights and self.seconds else math.nan
+        return DecodeStats(
+            steps=self.steps,
+            seconds=self.seconds,
+            read_bandwidth=bandwidth,
+            ceiling=self.traffic.ceiling,
+            mbu=self.traffic.mbu(bandwidth),
+        )

@@ -1,0 +1,271 @@
+"""The command, run in this process and as one of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridgen.cli.main import main
+from hybridgen.demo import model_path
+
+FAST = ["--mode", "eager", "--max-new-tokens", "6", "--dtype", "float32", "--max-batch", "4", "--kv-memory", "16MiB"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    code = main(["generate", *map(str, arguments), *FAST])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_prints_the_prompt_with_its_text_and_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "def read(path):", "--stats")
+    assert code == 0
+    assert out.startswith("def read(path):")
+    assert len(out.strip()) > len("def read(path):")
+    assert "[6 tokens in" in err
+    assert "finish: length]" in err
+    assert "KV cache" in err
+
+
+def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "import os", "class A:", "--json", "--seed", "3", "--temperature", "0.9")
+    records = {record["id"]: record for record in map(json.loads, out.splitlines())}
+    assert code == 0
+    assert {record["prompt"] for record in records.values()} == {"import os", "class A:"}
+    assert all(record["seed"] == 3 and len(record["token_ids"]) == 6 for record in records.values())
+    assert records[0]["timing"]["ttft_s"] > 0
+    assert records[0]["steps"][0]["phase"] == "prefill"
+
+
+def test_streams_text_and_events(capsys: pytest.CaptureFixture[str]) -> None:
+    _, plain, _ = run(capsys, "import os")
+    _, streamed, err = run(capsys, "import os", "--stream")
+    assert streamed == plain
+    assert "[6 tokens in" in err
+    _, out, _ = run(capsys, "import os", "--stream", "--json")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert len(events) == 6
+    assert "".join(event["text"] for event in events) == events[-1]["completion"]["text"]
+
+
+def test_streams_one_prompt_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for output in ([], ["--output", tmp_path / "out.jsonl"]):
+        code, out, err = run(capsys, "import os", "class A:", "--stream", *output, "--model", "/no/such/model")
+        assert (code, out) == (2, "")
+        assert "--stream prints the text of one prompt and there are 2; add --json" in err
+    code, out, _ = run(capsys, "import os", "class A:", "--stream", "--json")
+    assert code == 0
+    assert {json.loads(line)["id"] for line in out.splitlines()} == {0, 1}
+
+
+@pytest.mark.parametrize("how", [["--json"], ["--stream"], ["--stream", "--json"], []])
+def test_prints_and_writes_an_output(capsys: pytest.CaptureFixture[str], tmp_path: Path, how: list[str]) -> None:
+    output = tmp_path / "out.jsonl"
+    code, out, _ = run(capsys, "import os", *how, "--output", output)
+    assert code == 0
+    (record,) = map(json.loads, output.read_text().splitlines())
+    lines = [json.loads(line) for line in out.splitlines()] if "--json" in how else []
+    if how == ["--json"]:
+        assert lines == [record]
+    elif how == ["--stream"]:
+        assert out == f"import os{record['text']}\n"
+    elif how:
+        assert lines[-1]["completion"] == record
+    else:
+        assert out == ""
+
+
+def test_reads_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\n"))
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert out.startswith("def f(x):\n")
+
+
+def write_jobs(path: Path, count: int = 5) -> Path:
+    lines: list[Any] = ["import os", {"prompt": "class A:", "id": "a"}, {"prompt": [5, 6, 7]}]
+    lines += [{"prompt": f"x = {i}\n", "id": {"n": i}} for i in range(count - 3)]
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    return path
+
+
+def test_resumes_where_it_stopped(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs, output = write_jobs(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    assert run(capsys, "--input", jobs, "--output", output)[0] == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(json.dumps(record["id"]) for record in records) == ['"a"', "1", "3", '{"n": 0}', '{"n": 1}']
+    # As a killed run leaves it: two results and half a line.
+    kept = output.read_text().splitlines()[:2]
+    output.write_text("\n".join(kept) + '\n{"id": 3, "pro')
+    code, _, err = run(capsys, "--input", jobs, "--output", output)
+    assert code == 0
+    assert "2 of 5 prompts are already in" in err
+    resumed = output.read_text().splitlines()
+    assert resumed[:2] == kept
+    by_id = {json.dumps(record["id"]): record["token_ids"] for record in map(json.loads, resumed)}
+    assert by_id == {json.dumps(record["id"]): record["token_ids"] for record in records}
+    assert len(resumed) == 5
+    assert run(capsys, "--input", jobs, "--output", output)[1] == ""
+    assert output.read_text().splitlines() == resumed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["x", "--model", "/no/such/model"], "/no/such/model"),
+        (["x", "--mode", "fast"], "mode='fast'"),
+        (["x", "--temperature", "-1"], "temperature=-1.0"),
+        (["x", "--device", "cuda:99"], "cuda:99"),
+        (["x", "--input", "jobs.jsonl"], "not both"),
+        (["--input", "missing.jsonl"], "missing.jsonl"),
+        ([""], "empty"),
+        (["x", "--output", "no/such/dir/o.jsonl", "--model", "/no/such/model"], "no/such/dir/o.jsonl cannot be used"),
+        (["x", "--output", ".", "--model", "/no/such/model"], "Is a directory"),
+        (["x", "abc\udcff"], "prompt 1 is not text"),
+        (["x", "--stop", "\udcff"], "--stop is not text"),
+        (["--input", os.devnull], "no prompts in /dev/null"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    code = main(["generate", *arguments])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert len(captured.err.strip().splitlines()) == 1
+    assert words in captured.err
+
+
+@pytest.mark.parametrize("line", ["{", "5", '{"text": "x"}', '{"prompt": "x", "messages": []}'])
+def test_a_bad_line_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str) -> None:
+    jobs = tmp_path / "in.jsonl"
+    jobs.write_text(f'"fine"\n{line}\n')
+    code, _, err = run(capsys, "--input", jobs)
+    assert code == 2
+    assert "in.jsonl:2" in err
+
+
+def test_an_output_of_something_else_is_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs, output = write_jobs(tmp_path / "in.jsonl"), tmp_path / "notes.txt"
+    output.write_text("my notes\n")
+    code, _, err = run(capsys, "--input", jobs, "--output", output)
+    assert code == 2
+    assert "name another --output" in err
+    assert output.read_text() == "my notes\n"
+
+
+def test_notes_without_a_newline_are_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs, output = write_jobs(tmp_path / "in.jsonl"), tmp_path / "notes.txt"
+    for content in (b"my notes", b"caf\xe9\n"):
+        output.write_bytes(content)
+        code, _, err = run(capsys, "--input", jobs, "--output", output)
+        assert code == 2
+        assert "notes.txt:1 is not a result of this command; name another --output" in err
+        assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "link.jsonl"])
+def test_the_input_is_no_output(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    jobs = tmp_path / "in.jsonl"
+    jobs.write_text('{"id": "a", "prompt": "x"}')
+    (tmp_path / "link.jsonl").symlink_to(jobs)
+    code, _, err = run(capsys, "--input", jobs, "--output", tmp_path / name)
+    assert code == 2
+    assert "is the --input file" in err
+    assert jobs.read_text() == '{"id": "a", "prompt": "x"}'
+
+
+def test_a_result_without_its_newline_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    jobs.write_text('{"id": "a", "prompt": "x = \'\\u2028\'"}\n{"id": "b", "prompt": "import"}\n', encoding="utf-8")
+    assert run(capsys, "--input", jobs, "--output", output)[0] == 0
+    kept = output.read_bytes().split(b"\n")[0]
+    output.write_bytes(kept)
+    code, _, err = run(capsys, "--input", jobs, "--output", output)
+    assert code == 0
+    assert "1 of 2 prompts are already in" in err
+    lines = output.read_bytes().split(b"\n")
+    assert lines[0] == kept
+    assert [json.loads(line)["id"] for line in lines[:-1]] in (["a", "b"], ["b", "a"])
+
+
+def test_repeated_ids_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs = tmp_path / "in.jsonl"
+    jobs.write_text('"x"\n{"id": 1, "prompt": "y"}\n')
+    code, _, err = run(capsys, "--input", jobs, "--model", "/no/such/model")
+    assert code == 2
+    assert "in.jsonl:2 has the id 1, as line 1 has" in err
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "words"), [("utf-8", "strict", "not utf-8 text"), ("ascii", "surrogateescape", "not text")]
+)
+def test_standard_input_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str, words: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff"), encoding=encoding, errors=errors))
+    code, out, err = run(capsys, "--model", "/no/such/model")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--stream"]])
+def test_an_output_encoding_that_lacks_characters(monkeypatch: pytest.MonkeyPatch, how: list[str]) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["generate", "é = ", *how, *FAST]) == 0
+    out = raw.getvalue().decode("ascii")
+    if how == ["--json"]:
+        assert json.loads(out)["prompt"] == "é = "
+    else:
+        assert out.startswith("\\xe9 = ")
+
+
+def test_closed_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    output = ["--output", str(tmp_path / "out.jsonl")]
+    for more, words in [([], "name an --output"), ([*output, "--json"], "leave it open")]:
+        assert main(["generate", "x", *more, "--model", "/no/such/model"]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["doctor"]) == 2
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["generate", "import", *output, *FAST]) == 0
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 1
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert main(["generate", "x", "--model", "/no/such/model"]) == 2
+    assert sys.stdout.getvalue() == "", "no message takes the place of output"
+
+
+@pytest.mark.parametrize(("target", "words"), [("| head -c 1", ""), ("> /dev/full", "cannot be written: No space")])
+def test_output_that_goes_nowhere(target: str, words: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -m hybridgen generate 'import os' --stream {' '.join(FAST)} {target}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_python_m_hybridgen_in_a_pipe() -> None:
+    command = [sys.executable, "-m", "hybridgen", "generate", "import os", "--model", str(model_path()), *FAST]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0
+    assert done.stdout.startswith("import os")
+    assert len(done.stderr.splitlines()) == 1, "no progress bars and no warnings in a pipe"
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["torch"]["ok"]
+    assert findings["mode eager"]["ok"]
+    assert {"cuda", "compiler", "cache", "mode jit", "triton"} <= set(findings)
+    assert all(finding["detail"] for finding in findings.values())

@@ -1,0 +1,128 @@
+"""The compiled layer: how many graphs, for which calls, and what is counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runners import make_runner
+
+from hybridgen.compilation.layers import check_backend, mark_tokens_dynamic
+from hybridgen.errors import ConfigError
+from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
+
+
+def make(name: str, **changes: int) -> ModelRunner:
+    return make_runner(name, compile_backend="aot_eager", **changes)
+
+
+def run_prefill(runner: ModelRunner, count: int) -> None:
+    runner.steps.stage_prefill([PrefillChunk(0, [5] * count, 0, count, 0, True)], count, 1)
+    runner.steps.run(StepKey(Phase.PREFILL, count, 1, SamplerPlan()))
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_graphs_do_not_grow_with_depth(layers: int) -> None:
+    runner = make("llama", num_hidden_layers=layers)
+    runner.warm_up()
+    assert runner.compiled.compiles == 3
+    runner.disable_compilation()
+    runner._bound.release()
+
+
+@pytest.mark.parametrize(("max_batch", "budget", "graphs"), [(1, 64, 2), (2, 64, 3), (4, 2, 3)])
+def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: int) -> None:
+    runner = make("llama", max_batch=max_batch, token_budget=budget)
+    runner.warm_up()
+    assert runner.compiled.compiles == graphs
+    length = min(budget, 20)
+    with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
+        for count in range(1, length + 1):
+            run_prefill(runner, count)
+    assert runner.compiled.late_compiles == 0
+    runner.disable_compilation()
+    runner._bound.release()
+
+
+def test_removing_restores_the_layers() -> None:
+    runner = make("llama")
+    runner.warm_up()
+    layers = runner._bound.layers
+    assert all(layer._compiled_call_impl is not None for layer in layers)
+    runner.warm_up()  # as after a check of kept code that failed
+    runner.disable_compilation()
+    assert all(layer._compiled_call_impl is None for layer in layers)
+    runner.disable_compilation()
+    runner._bound.release()
+
+
+def test_an_unknown_backend_is_named() -> None:
+    check_backend("inductor")
+    with pytest.raises(ConfigError, match="compile_backend='nope'"):
+        check_backend("nope")
+
+
+@pytest.mark.parametrize("how", ["hook", "hook inside", "forward"])
+def test_a_layer_with_hooks_or_its_own_forward_stays_eager(how: str) -> None:
+    runner = make("llama")
+    reasons: list[str] = []
+    runner.compiled._fall_back = reasons.append
+    layer, calls = runner._bound.layers[1], []
+    if how == "hook":
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    elif how == "hook inside":
+        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    else:
+        original = layer.forward
+        layer.forward = lambda *a, **k: calls.append(1) or original(*a, **k)
+    runner.warm_up()
+    assert len(calls) == 3
+    assert len(reasons) == 1
+    assert "hooks or a replaced forward" in reasons[0]
+    runner.disable_compilation()
+    runner._bound.release()
+
+
+def test_a_previous_compiled_call_is_put_back() -> None:
+    runner = make("llama")
+    layer = runner._bound.layers[0]
+    layer.compile(backend="eager")
+    mine = layer._compiled_call_impl
+    runner.warm_up()
+    assert layer._compiled_call_impl is not mine
+    runner.disable_compilation()
+    assert layer._compiled_call_impl is mine
+    runner._bound.release()
+
+
+def test_beyond_the_recompile_limit_a_layer_runs_eagerly() -> None:
+    runner = make("llama")
+    reasons: list[str] = []
+    runner.compiled._fall_back = reasons.append
+    runner.warm_up()
+    binding = runner._bound.sites[0].module._hybridgen
+
+    def run_with_windows() -> None:
+        with torch.inference_mode():
+            for window in range(1, 12):  # each is a constant of the graph
+                binding.window = window
+                run_prefill(runner, 4)
+
+    with pytest.warns(RuntimeWarning, match="after warm-up"):
+        run_with_windows()
+    assert reasons
+    assert "recompile limit" in reasons[0]
+    runner.disable_compilation()
+    runner._bound.release()
+
+
+def test_only_the_token_dimension_is_marked() -> None:
+    hidden, table, scalar = torch.zeros(1, 7, 7), torch.zeros(7, 3), torch.zeros(())
+    pair = (torch.zeros(1, 7, 4), {"ids": torch.zeros(7)})
+    mark_tokens_dynamic([hidden, table, scalar, pair], 7, 64)
+    assert hidden._dynamo_dynamic_indices == {1}
+    assert pair[0]._dynamo_dynamic_indices == {1}
+    assert pair[1]["ids"]._dynamo_dynamic_indices == {0}
+    assert not hasattr(table, "_dynamo_dynamic_indices")
+    assert not hasattr(scalar, "_dynamo_dynamic_indices")

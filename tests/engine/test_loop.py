@@ -1,0 +1,544 @@
+"""Failures, interrupts, cancels and ends at awkward moments."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import families
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import hybridgen
+from hybridgen import Engine, FinishReason, api
+from hybridgen.cache import PageAllocator
+from hybridgen.demo import model_path
+from hybridgen.engine.loop import StepLoop, interrupts_deferred
+from hybridgen.engine.output import Response
+from hybridgen.engine.requests import Plan
+from hybridgen.engine.scheduler import Scheduler
+from hybridgen.execution import PrefillChunk, StepOutput
+from hybridgen.params import SamplingParams
+from hybridgen.sampling import resolve
+from hybridgen.telemetry.statistics import Counters
+
+SETTINGS: dict[str, Any] = {"mode": "eager", "max_batch": 4, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB"}
+PROMPTS = families.prompts_of((5, 40, 17, 33))
+
+
+@pytest.fixture(params=[0, 1])
+def engine(request: pytest.FixtureRequest, llama_path: Path) -> Iterator[Engine]:
+    with Engine.load(llama_path, run_ahead=request.param, **SETTINGS) as engine:
+        yield engine
+        stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.free_pages) == (0, 0, stats.pages)
+
+
+@pytest.fixture
+def expected(engine: Engine) -> list[tuple[int, ...]]:
+    return [out.token_ids for out in engine.generate(PROMPTS, max_new_tokens=8)]
+
+
+def test_a_stream_keeps_events_that_another_call_produced(engine: Engine, expected: list) -> None:
+    stream = engine.stream(PROMPTS[:2], max_new_tokens=8)
+    events = [next(stream), next(stream)]
+    engine.generate(PROMPTS[2], max_new_tokens=20)  # completes the stream's requests too
+    events += stream
+    for index in (0, 1):
+        mine = [event for event in events if event.index == index]
+        assert tuple(event.token_id for event in mine) == expected[index]
+        assert mine[-1].completion.token_ids == expected[index]
+
+
+def test_a_failed_admission_fails_one_request(engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    admit = engine._runner.admit
+
+    def failing(slot: int, pages: Any, sampling: Any, prompt_ids: Any) -> None:
+        if tuple(prompt_ids) == tuple(PROMPTS[1]):
+            raise torch.OutOfMemoryError("no room for the penalties")
+        admit(slot, pages, sampling, prompt_ids)
+
+    monkeypatch.setattr(engine._runner, "admit", failing)
+    outs = engine.generate(PROMPTS, max_new_tokens=8)
+    assert [out.finish_reason is FinishReason.ERROR for out in outs] == [False, True, False, False]
+    assert "no room for the penalties" in str(outs[1].error)
+    assert [out.token_ids for i, out in enumerate(outs) if i != 1] == [expected[i] for i in (0, 2, 3)]
+
+
+def test_a_defect_in_a_step_fails_what_runs_and_hangs_nobody(
+    engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = engine._loop
+
+    def launch() -> list:
+        loop.scheduler.schedule()
+        raise RuntimeError("a defect of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_launch", launch)
+        with pytest.raises(hybridgen.RequestError, match="a defect of ours"):
+            engine.generate(PROMPTS[0], max_new_tokens=8)
+    assert engine.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected[0]
+
+
+class Fussy:
+    """A tokenizer's decode that fails on one id, again and again."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        if self.bad in ids:
+            raise ValueError(f"cannot decode {self.bad}")
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    all_special_ids: tuple[int, ...] = ()
+
+
+def test_a_tokenizer_that_fails_fails_one_request(engine: Engine, expected: list) -> None:
+    elsewhere = {token for tokens in (*PROMPTS, *(expected[i] for i in (0, 2, 3))) for token in tokens}
+    bad = next(token for token in expected[1] if token not in elsewhere)
+    engine._loop._tokenizer = Fussy(bad)
+    outs = engine.generate(PROMPTS, max_new_tokens=8)
+    assert [out.finish_reason is FinishReason.ERROR for out in outs] == [False, True, False, False]
+    assert [out.token_ids for i, out in enumerate(outs) if i != 1] == [expected[i] for i in (0, 2, 3)]
+    assert len(outs[0].text) == 8
+
+
+def test_submission_is_all_or_nothing(engine: Engine) -> None:
+    engine._loop._tokenizer = Fussy(PROMPTS[1][-1])
+    with pytest.raises(hybridgen.TokenizerError, match="prompt 1"):
+        engine.generate(PROMPTS, max_new_tokens=8)
+
+
+class Streamer:
+    def __init__(self, fail_at: int = -1) -> None:
+        self.calls: list[Any] = []
+        self.fail_at = fail_at
+        self.inside: Any = None
+
+    def put(self, ids: torch.Tensor) -> None:
+        if len(self.calls) == self.fail_at:
+            raise OSError("the pipe is gone")
+        self.calls.append(ids.tolist())
+        if self.inside is not None and len(self.calls) > 1:
+            self.inside()
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+@pytest.mark.parametrize(("fail_at", "error"), [(0, OSError), (2, hybridgen.RequestError)])
+def test_a_streamer_that_fails_leaves_nothing_behind(engine: Engine, fail_at: int, error: type[Exception]) -> None:
+    streamer = Streamer(fail_at)
+    with pytest.raises(error, match="the pipe is gone"):
+        engine.generate(PROMPTS[0], max_new_tokens=8, streamer=streamer)
+    assert streamer.calls[-1] == "end"
+
+
+def test_something_that_is_no_streamer(engine: Engine) -> None:
+    with pytest.raises(hybridgen.SamplingError, match="put"):
+        engine.generate(PROMPTS[0], streamer=object())
+
+
+def test_generating_from_inside_a_step_is_refused(engine: Engine, expected: list) -> None:
+    streamer = Streamer()
+    streamer.inside = lambda: engine.generate(PROMPTS[1], max_new_tokens=2)
+    with pytest.raises(hybridgen.RequestError, match="inside a step"):
+        engine.generate(PROMPTS[0], max_new_tokens=8, streamer=streamer)
+    assert engine.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected[0]
+
+
+def test_a_stream_dropped_inside_a_step_is_cancelled_after_it(
+    engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [engine.stream(PROMPTS[1], max_new_tokens=100)]
+    next(streams[0])
+    decode = engine._runner.decode
+
+    def dropping(slots: tuple[int, ...]) -> Any:
+        streams.clear()
+        gc.collect()
+        return decode(slots)
+
+    monkeypatch.setattr(engine._runner, "decode", dropping)
+    assert engine.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected[0]
+
+
+def test_closing_while_another_thread_generates(llama_path: Path) -> None:
+    engine = Engine.load(llama_path, **SETTINGS)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            engine.generate(PROMPTS[0], max_new_tokens=400)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while engine.stats().tokens.get("generated", 0) < 3:
+        time.sleep(0.001)
+    engine.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert isinstance(errors[0], hybridgen.EngineError)
+
+
+def test_a_lost_device_fails_everybody_and_the_next_call_loads_again(
+    llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = hybridgen.generate(llama_path, PROMPTS[0], max_new_tokens=4, **SETTINGS)
+    engine = api._engines[next(iter(api._engines))].engine
+
+    def lost(slots: tuple[int, ...]) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine._runner, "decode", lost)
+    outs = hybridgen.generate(llama_path, PROMPTS[:2], max_new_tokens=4, **SETTINGS)
+    assert all(isinstance(out.error, hybridgen.EngineError) for out in outs)
+    assert engine.closed
+    with pytest.raises(hybridgen.EngineError, match="illegal memory access"):
+        engine.generate(PROMPTS[0])
+    again = hybridgen.generate(llama_path, PROMPTS[0], max_new_tokens=4, **SETTINGS)
+    assert again.token_ids == expected.token_ids
+
+
+def test_a_submission_that_comes_after_the_end_is_refused(llama_path: Path) -> None:
+    engine = Engine.load(llama_path, **SETTINGS)
+    loop, plans = engine.open_loop(), engine.plan([PROMPTS[0]], None, {"max_new_tokens": 2})
+    engine.close()
+    with pytest.raises(hybridgen.EngineError, match="closed"):
+        loop.submit(plans, [])
+
+
+def test_others_fail_when_a_step_is_interrupted(
+    engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt that gets into a step costs its caller's requests, and the others are told."""
+    stream = engine.stream(PROMPTS[1], max_new_tokens=50)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "decode", lambda slots: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(hybridgen.Interrupted) as caught:
+            engine.generate(PROMPTS[0], max_new_tokens=8)
+    assert caught.value.completions[0].finish_reason is FinishReason.CANCELLED
+    last = list(stream)[-1].completion
+    assert last.finish_reason is FinishReason.ERROR
+    assert "interrupted" in str(last.error)
+    assert engine.generate(PROMPTS[0], max_new_tokens=8).token_ids == expected[0]
+
+
+def test_ctrl_c_is_taken_between_steps(engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = engine.stream(PROMPTS[1], max_new_tokens=8)
+    first = next(stream)
+    decode = engine._runner.decode
+
+    def interrupted(slots: tuple[int, ...]) -> Any:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+        return decode(slots)
+
+    monkeypatch.setattr(engine._runner, "decode", interrupted)
+    with pytest.raises(hybridgen.Interrupted):
+        engine.generate(PROMPTS[0], max_new_tokens=8)
+    assert (first.token_id, *(event.token_id for event in stream)) == expected[1]  # it lost nothing
+
+
+def test_interrupts_are_deferred_once_and_the_handler_comes_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred(), interrupts_deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(1)
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), interrupts_deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the second is taken at once
+        reached.append(2)
+    assert reached == [1]
+
+
+# ------------------------------------------------------------------ the loop alone
+
+
+class StubRunner:
+    """Counts each request's tokens upwards from 100 times its slot."""
+
+    def __init__(self) -> None:
+        self.next: dict[int, int] = {}
+        self.decoded: list[tuple[int, ...]] = []
+        self.reads = 0
+        self.fails: Any = lambda slots: False
+
+    def admit(self, slot: int, pages: Any, sampling: Any, prompt_ids: Any) -> None:
+        self.next[slot] = 100 * slot
+
+    def recover(self) -> None:
+        """Nothing here can be out of step."""
+
+    def prefill(self, chunks: list[PrefillChunk]) -> Any:
+        return self._launch(tuple(chunk.slot for chunk in chunks if chunk.last))
+
+    def decode(self, slots: tuple[int, ...]) -> Any:
+        self.decoded.append(slots)
+        if self.fails(slots):
+            raise RuntimeError("injected")
+        return self._launch(slots)
+
+    def _launch(self, slots: tuple[int, ...]) -> Any:
+        tokens = [self.next[slot] for slot in slots]
+        for slot in slots:
+            self.next[slot] += 1
+
+        def read() -> StepOutput:
+            assert tokens, "a step without rows is not read"
+            self.reads += 1
+            return StepOutput(tokens, None)
+
+        return SimpleNamespace(kind="stub", reason="none", rows=len(tokens), read=read)
+
+
+def stub_loop(
+    run_ahead: int = 1, tokenizer: Any = None, budget: int = 16, **options: Any
+) -> tuple[StepLoop, StubRunner]:
+    runner = StubRunner()
+    scheduler = Scheduler(pages=PageAllocator(100), page_size=16, max_batch=4, token_budget=budget)
+    return StepLoop(runner, scheduler, Counters(), tokenizer=tokenizer, run_ahead=run_ahead, **options), runner
+
+
+def start(loop: StepLoop, count: int, prompt: int = 3, **fields: Any) -> list[Response]:
+    sampling = resolve(SamplingParams(**fields), None, None, 1000)
+    responses: list[Response] = []
+    loop.submit([Plan(tuple(range(prompt)), sampling, index, 0) for index in range(count)], responses)
+    return responses
+
+
+def finish(loop: StepLoop, responses: list[Response]) -> None:
+    while any(response.completion is None for response in responses):
+        loop.step()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_tokens_steps_and_counts(run_ahead: int) -> None:
+    loop, runner = stub_loop(run_ahead)
+    responses = start(loop, 3, max_new_tokens=6)
+    responses += start(loop, 1, prompt=40, max_new_tokens=4)  # in four chunks; only the last samples
+    finish(loop, responses)
+    for index, response in enumerate(responses):
+        count = 6 if index < 3 else 4
+        assert response.completion.token_ids == tuple(100 * index + i for i in range(count))
+        steps = {(step.phase, step.kind, step.reason): step.count for step in response.completion.steps}
+        prefills = 1 if index < 3 else 4
+        assert steps == {("prefill", "stub", "none"): prefills, ("decode", "stub", "none"): count - 1}
+        assert response.sequence.launched == count
+    assert loop._counters.tokens == {"prompt": 49, "generated": 22}
+    assert loop._counters.steps["decode", "stub", "none"] == len(runner.decoded)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_first_token_need_not_wait_for_the_next_launch(first: bool) -> None:
+    """Where launches take long, a prefill is read before the decode call is launched; later steps run ahead."""
+    loop, runner = stub_loop(reads_first_tokens_first=first)
+    (response,) = start(loop, 1, max_new_tokens=5)
+    decode, when_decoded = runner.decode, []
+
+    def noted(slots: tuple[int, ...]) -> Any:
+        when_decoded.append(len(response.sequence.output_ids))
+        return decode(slots)
+
+    runner.decode = noted
+    finish(loop, [response])
+    assert response.completion.token_ids == tuple(range(5))
+    # Tokens that the host had at each launch.
+    assert when_decoded == ([1, 1, 2, 3] if first else [0, 1, 2, 3])
+
+
+def test_the_runner_gets_the_same_slots_object_while_the_batch_is_the_same() -> None:
+    loop, runner = stub_loop()
+    finish(loop, start(loop, 2, max_new_tokens=20))
+    assert len(runner.decoded) == 19
+    assert len({id(slots) for slots in runner.decoded}) == 1
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_a_failed_call_counts_its_tokens_once(run_ahead: int) -> None:
+    loop, runner = stub_loop(run_ahead)
+    responses = start(loop, 3, max_new_tokens=8)
+    runner.fails = lambda slots: len(slots) > 1 or slots == (1,)
+    for _ in range(3):
+        loop.step()
+    runner.fails = lambda slots: False
+    good = [responses[0], responses[2]]
+    for response in good:
+        assert response.completion is None
+        assert response.sequence.launched == 3
+        assert len(response.sequence.output_ids) == 3 - run_ahead
+    finish(loop, responses)
+    assert "injected" in str(responses[1].completion.error)
+    for slot, response in zip((0, 2), good, strict=True):
+        assert response.completion.token_ids == tuple(range(100 * slot, 100 * slot + 8))
+        assert response.sequence.launched == 8
+        assert sum(step.count for step in response.completion.steps) == 8
+
+
+def test_decoding_at_the_end_that_fails_fails_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    loop, _ = stub_loop(tokenizer=tokenizer)
+    responses = start(loop, 2, max_new_tokens=5)
+
+    def failing(token_ids: Any = ()) -> str:
+        raise ValueError("cannot decode")
+
+    monkeypatch.setattr(responses[0]._detokenizer, "flush", failing)
+    finish(loop, responses)
+    bad, good = (response.completion for response in responses)
+    assert isinstance(bad.error, hybridgen.RequestError)
+    assert "its output could not be handled: ValueError: cannot decode" in str(bad.error)
+    assert (bad.token_ids, bad.text) == (tuple(range(5)), "")
+    assert good.text == tokenizer.decode(good.token_ids)
+    assert loop._counters.requests == {"submitted": 2, "error": 1, "length": 1}
+
+
+def test_idle_work_runs_only_while_nobody_needs_the_device() -> None:
+    loop, runner = stub_loop()
+    calls: list[int] = []
+
+    def work() -> bool:
+        calls.append(runner.reads)
+        return True
+
+    assert loop.idle(work)
+    responses = start(loop, 1, max_new_tokens=20, stop_token_ids=[4])
+    assert not loop.idle(work)  # waiting
+    loop.step()
+    assert not loop.idle(work)  # running
+    responses[0].on_token = lambda token: calls.append(-1 if loop.idle(work) else -2)
+    finish(loop, responses)
+    assert runner.reads < 1 + len(runner.decoded)  # a step is in flight that nobody waits for
+    assert loop.idle(work)
+    assert calls == [0, *[-2] * 5, 1 + len(runner.decoded)]
+    assert not loop.idle(lambda: False)
+
+
+def test_idle_work_that_fails_leaves_the_loop_as_it_was() -> None:
+    loop, _ = stub_loop()
+
+    def failing() -> bool:
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        loop.idle(failing)
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(loop._lock._lock.acquire(timeout=5)))
+    thread.start()
+    thread.join()
+    assert taken == [True]  # the lock was free
+    loop, _ = stub_loop()
+    with pytest.raises(ValueError, match="no room"):
+        loop.idle(failing)
+    finish(loop, start(loop, 1, max_new_tokens=3))
+    loop.close()
+    assert not loop.idle(failing)
+
+
+def test_idle_work_is_not_interrupted() -> None:
+    loop, _ = stub_loop()
+    reached = []
+
+    def work() -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(1)
+        return True
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.idle(work)
+    assert reached == [1]
+
+
+def test_responses_that_ended_are_not_kept() -> None:
+    loop, _ = stub_loop(run_ahead=0)
+    responses = start(loop, 2, max_new_tokens=5)
+    watched = weakref.ref(responses[0])
+    finish(loop, responses)
+    del responses
+    gc.collect()
+    assert watched() is None
+
+
+# ------------------------------------------------------------------ what is given back
+
+
+@pytest.mark.parametrize("fields", [{"kv_memory": 10}, {"max_context": 10**6}])
+def test_a_failed_build_gives_the_model_back(fields: dict[str, Any]) -> None:
+    model = families.build("llama")
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    expected = families.reference(model, PROMPTS[0], 4)[0]
+    for _ in range(2):
+        with pytest.raises(hybridgen.HybridgenError) as caught:
+            Engine.load(model, **SETTINGS | fields)
+        assert "in use" not in str(caught.value)
+    assert families.reference(model, PROMPTS[0], 4)[0] == expected
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_training_mode_comes_back() -> None:
+    model = families.build("llama").train()
+    model.model.layers[1].eval()
+    flags = [module.training for module in model.modules()]
+    with Engine.load(model, **SETTINGS) as engine:
+        assert not model.training
+        engine.generate(PROMPTS[0], max_new_tokens=2)
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_an_engine_that_is_dropped_gives_its_model_back() -> None:
+    model = families.build("llama")
+    expected = families.reference(model, PROMPTS[0], 4)[0]
+    engine = Engine.load(model, **SETTINGS | {"mode": "jit", "compile_backend": "aot_eager"})
+    engine.generate(PROMPTS[0], max_new_tokens=2)
+    del engine
+    gc.collect()
+    assert families.reference(model, PROMPTS[0], 4)[0] == expected
+    Engine.load(model, **SETTINGS).close()
+
+
+def test_closing_frees_weights_and_cache(llama_path: Path) -> None:
+    engine = Engine.load(llama_path, **SETTINGS)
+    engine.generate(PROMPTS[0], max_new_tokens=2)
+    site = engine._runner._bound.sites[0]
+    watched = [weakref.ref(site.module), weakref.ref(site.module._hybridgen.keys)]
+    del site
+    engine.close()
+    gc.collect()
+    assert [reference() for reference in watched] == [None, None]
+    assert engine.closed
+
+
+def test_another_engines_compilation_is_not_a_late_one(llama_path: Path) -> None:
+    jit = SETTINGS | {"mode": "jit", "compile_backend": "aot_eager"}
+    with Engine.load(llama_path, **jit) as first:
+        stream = first.stream(PROMPTS[0], max_new_tokens=8)
+        next(stream)
+        with Engine.load(llama_path, **jit) as second:
+            assert second.stats().compiled == 3
+        list(stream)
+        assert first.stats().late_compiles == 0
+
+
+def test_text_prompts_of_the_demo_model_survive_all_this() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    with Engine.load(None, tokenizer=tokenizer, **SETTINGS) as engine:
+        outs = engine.generate(["import os", "class A:"], max_new_tokens=12)
+        assert all(out.text for out in outs)

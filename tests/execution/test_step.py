@@ -1,0 +1,193 @@
+"""A step's inputs on their way, its first node, and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import families
+import pytest
+import torch
+
+from hybridgen.cache import CacheShape, allocate_pages
+from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
+from hybridgen.execution.staging import StagedBlock
+from hybridgen.kernels.step import metadata
+from hybridgen.models import bind
+from hybridgen.models.attention import Phase
+from hybridgen.params import SamplingParams
+from hybridgen.sampling import SamplerPlan, resolve
+
+GREEDY = SamplerPlan()
+MAX_BATCH, BUDGET = 4, 32
+
+
+def make(**fields: object) -> ModelRunner:
+    bound = bind(families.build("llama", num_hidden_layers=2))
+    runner = ModelRunner(
+        bound, vocab_size=families.VOCAB, max_batch=MAX_BATCH, max_pages=4, token_budget=BUDGET, **fields
+    )
+    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), 9, torch.device("cpu")))
+    return runner
+
+
+@pytest.fixture
+def runner() -> Iterator[ModelRunner]:
+    runner = make()
+    with torch.inference_mode():
+        yield runner
+    runner.close()
+    runner._bound.release()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[StagedBlock]:
+    """Blocks as they are sent."""
+    found: list[StagedBlock] = []
+    send = StagedBlock.send
+    monkeypatch.setattr(StagedBlock, "send", lambda block: found.append(block) or send(block))
+    return found
+
+
+def test_a_decode_batch_is_sent_once(runner: ModelRunner, sent: list[StagedBlock]) -> None:
+    steps = runner.steps
+    steps.stage_decode((2, 0))
+    assert len(sent) == 1
+    for slots in ((2, 0), tuple(reversed((0, 2)))):
+        steps.stage_decode(slots)
+    assert len(sent) == 1
+    for slots in ((0, 2), (0,), (0, 2), ()):
+        steps.stage_decode(slots)
+    assert len(sent) == 5
+
+
+def test_decode_rows_end_in_padding(runner: ModelRunner) -> None:
+    for slots in ((2, 0, 3), (1,), (0, 1, 2, 3), ()):
+        runner.steps.stage_decode(slots)
+        for name in ("rows", "slots"):
+            field = runner.steps._decode_block.device[name].tolist()
+            assert field == [*slots, *[MAX_BATCH] * (MAX_BATCH + 1 - len(slots))]
+
+
+def test_a_padded_prefill(runner: ModelRunner) -> None:
+    """Two chunks, of which one ends its prompt, and three tokens of padding in a run of their own."""
+    first = PrefillChunk(3, [7, 8], 4, 9, 1, False)
+    second = PrefillChunk(1, [5, 6, 9], 2, 5, 2, True)
+    runner.steps.stage_prefill([first, second], 8, 2)
+    device = {name: field.tolist() for name, field in runner.steps._prefill_block.device.items()}
+    assert device["ids"][:8] == [7, 8, 5, 6, 9, 0, 0, 0]
+    assert device["slots"][:8] == [3, 3, 1, 1, 1, 4, 4, 4]
+    assert device["positions"][:8] == [4, 5, 2, 3, 4, 0, 1, 2]
+    assert device["rope"][:8] == [9, 9, 5, 5, 5, 3, 3, 3]
+    assert device["starts"] == [0, 2, 5, 8, 8, 8]
+    assert device["keep"][:2] == [4, 0]
+    assert device["rows"][:2] == [1, 4]
+    assert device["lengths"][:2] == [5, 0]
+    assert device["generated"][:2] == [2, 0]
+
+
+def test_as_many_prompts_as_there_are_slots_and_padding(runner: ModelRunner) -> None:
+    chunks = [PrefillChunk(slot, [slot + 5] * 7, 0, 7, 0, True) for slot in range(MAX_BATCH)]
+    runner.steps.stage_prefill(chunks, BUDGET, MAX_BATCH)
+    assert runner.steps._prefill_block.device["starts"].tolist() == [0, 7, 14, 21, 28, BUDGET]
+    runner.steps.stage_prefill([PrefillChunk(0, list(range(3, 3 + BUDGET)), 0, BUDGET, 0, True)], BUDGET, 1)
+    assert runner.steps._prefill_block.device["starts"].tolist() == [0, *[BUDGET] * (MAX_BATCH + 1)]
+
+
+@pytest.mark.parametrize("one_copy", [True, False])
+def test_the_first_node_resets_the_padding_slot_and_brings_in_what_was_staged(one_copy: bool) -> None:
+    runner = make(one_copy=one_copy)
+    with torch.inference_mode():
+        steps = runner.steps
+        for rows in (1, 3, 4):
+            steps.stage_decode((2, 0, 1)[:rows])
+            runner.state.table.fill_(77)
+            for field in steps._decode.values():
+                field.fill_(-1)
+            steps._bring_in(Phase.DECODE, rows, rows)
+            assert runner.state.table[:, -1].tolist() == [0, 0, 0]
+            assert (runner.state.table[:, :-1] == 77).all()
+            padded = [2, 0, 1, MAX_BATCH][:rows] if rows == 4 else [2, 0, 1][:rows]
+            for field in steps._decode.values():
+                assert field.tolist() == padded + [-1] * (MAX_BATCH + 1 - rows)  # no more than the step has
+        steps.stage_padding(StepKey(Phase.PREFILL, 8, 2, GREEDY))
+        for field in steps._prefill.values():
+            field.fill_(-1)
+        steps._bring_in(Phase.PREFILL, 8, 2)
+        for name, size in {"ids": 8, "slots": 8, "positions": 8, "rope": 8, "keep": 2, "rows": 2, "starts": 6}.items():
+            field = steps._prefill[name]
+            assert (field[:size] >= 0).all()
+            assert (field[size:] == -1).all()
+    runner._bound.release()
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_a_step_copies_once_and_first(runner: ModelRunner, phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    steps, forward = runner.steps, runner._bound.forward
+    copy = metadata.reference
+    monkeypatch.setattr(metadata, "reference", lambda *pairs: order.append("copy") or copy(*pairs))
+    monkeypatch.setattr(runner._bound, "forward", lambda *args: order.append("forward") or forward(*args))
+    for size in (1, 2, 4, 2):
+        key = StepKey(phase, size, size if phase is Phase.DECODE else 1, GREEDY)
+        steps.stage_padding(key)
+        order.clear()
+        steps.run(key)
+        assert order == ["copy", "forward"]
+
+
+def test_nothing_moves(runner: ModelRunner) -> None:
+    before = {name: tensor.data_ptr() for name, tensor in runner.steps.tensors().items()}
+    assert len(before) > 25
+    for size in (1, 3):
+        for key in (StepKey(Phase.DECODE, size, size, GREEDY), StepKey(Phase.PREFILL, 8 * size, size, GREEDY)):
+            runner.steps.stage_padding(key)
+            runner.steps.run(key)
+    assert {name: tensor.data_ptr() for name, tensor in runner.steps.tensors().items()} == before
+
+
+def test_no_buffer_is_as_long_as_a_step_can_be(runner: ModelRunner) -> None:
+    """Else a step that is compiled whole is specialised to that size."""
+    steps = runner.steps
+    for name, field in (steps._decode | steps._prefill).items():
+        assert field.shape[0] not in range(2, MAX_BATCH + 1), name
+    for name in ("ids", "slots", "positions", "rope"):
+        assert steps._prefill[name].shape[0] == BUDGET + 1
+
+
+def test_prepared_copies_of_very_many_sizes_do_not_pile_up(runner: ModelRunner) -> None:
+    for tokens in range(1, BUDGET + 1):
+        for rows in range(MAX_BATCH + 1):
+            for phase in Phase:
+                runner.steps._bring_in(phase, min(tokens, MAX_BATCH) if phase is Phase.DECODE else tokens, rows)
+    assert len(runner.steps._copies) <= 256
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("kind", [{}, {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.2, "logprobs": 2}])
+def test_a_step_in_two_parts_is_the_step(runner: ModelRunner, phase: Phase, kind: dict[str, object]) -> None:
+    """Up to its logits, then `finish`: the same values, bit for bit."""
+    prompt = families.prompts_of((9,))[0]
+    found = []
+    runner.steps.keep_logits()
+    for split in (False, True):
+        runner.admit(1, [3, 4], resolve(SamplingParams(**kind), None, (), families.VOCAB), prompt)
+        runner.prefill([PrefillChunk(1, prompt[:-1], 0, len(prompt), 0, False)])
+        plan = runner.sampler.needs((1,))
+        tokens = 3
+        if phase is Phase.DECODE:
+            runner.prefill([PrefillChunk(1, prompt[-1:], 8, len(prompt), 0, True)]).read()
+            runner.steps.stage_decode((1,))
+        else:
+            runner.steps.stage_prefill([PrefillChunk(1, prompt[-1:], 8, len(prompt), 0, True)], tokens, tokens)
+        runner.ring.reserve()
+        if split:
+            runner.steps.run(StepKey(phase, tokens, tokens, None))
+            counter = runner.ring.counter.item()
+            runner.steps.finish(phase, tokens, plan)
+            assert runner.ring.counter.item() == counter + 1
+        else:
+            runner.steps.run(StepKey(phase, tokens, tokens, plan))
+        output = runner.ring.launched(1, plan.logprobs, "", "").read()
+        counts = None if runner.sampler.output_counts is None else runner.sampler.output_counts[1].tolist()
+        found.append((output, runner.state.table.tolist(), counts))
+    assert found[0] == found[1]

@@ -1,0 +1,141 @@
+"""A recording's first replay against the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import families
+import pytest
+import torch
+from runners import free_runner, make_runner
+
+from hybridgen.execution import ModelRunner, PrefillChunk
+from hybridgen.execution.step import StepKey
+from hybridgen.execution.validation import validate
+from hybridgen.graphs import GraphSettings, Recorded
+from hybridgen.models.attention import Phase
+from hybridgen.params import SamplingParams
+from hybridgen.sampling import SamplerPlan, resolve
+from hybridgen.telemetry.statistics import Counters
+
+PROMPT = families.prompts_of((21,))[0]
+PENALTIES = SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.2, logprobs=2)
+Damage = Callable[[ModelRunner], None]
+
+
+class Replays:
+    """Records a step as itself, with damage done after each replay."""
+
+    owner = "replays"
+
+    def __init__(self, damage: Damage, runner: ModelRunner) -> None:
+        self._damage = damage
+        self._runner = runner
+
+    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+        def replay() -> None:
+            step()
+            self._damage(self._runner)
+
+        return Recorded(replay, lambda: None, self.owner, 1.0, 1.0, 0)
+
+    def close(self) -> None:
+        return None
+
+
+@pytest.fixture
+def runner() -> Iterator[ModelRunner]:
+    runner = make_runner()
+    yield runner
+    free_runner(runner)
+
+
+def record(runner: ModelRunner, damage: Damage, *keys: StepKey) -> None:
+    recorder = Replays(damage, runner)
+    runner.use_graphs(
+        GraphSettings(decode=(4,), prefill=(32,), max_rows=4),
+        recorder=lambda key, lazy: recorder,
+        why_plain="",
+        counters=Counters(),
+        validates=True,
+    )
+    runner.capture(keys, lambda: None)
+
+
+def run(runner: ModelRunner) -> list[tuple[int, float]]:
+    """A prefill and four decode steps of one request: tokens, and what is close enough of their log-probabilities."""
+    runner.admit(2, [3, 1], resolve(PENALTIES, None, (), families.VOCAB), PROMPT)
+    steps = [runner.prefill([PrefillChunk(2, PROMPT, 0, len(PROMPT), 0, True)])]
+    outputs = [steps[0].read(), *(runner.decode((2,)).read() for _ in range(4))]
+    return [(output.tokens[0], pytest.approx(output.logprobs[0].logprob, abs=1e-4)) for output in outputs]
+
+
+def keys_for(outside: bool) -> list[StepKey]:
+    plan = None if outside else SamplerPlan(sample=True, penalties=True, logprobs=2)
+    return [StepKey(Phase.DECODE, 4, 4, plan), StepKey(Phase.PREFILL, 32, 1, plan)]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_right_recording_stays(runner: ModelRunner, outside: bool) -> None:
+    expected = run(runner)
+    runner.sampler.output_counts.zero_()
+    record(runner, lambda runner: None, *keys_for(outside))
+    assert run(runner) == expected
+    assert all(recording.checked for recording in runner.graphs.recordings)
+    assert runner.graphs.stats().hits == 5
+    assert runner.sampler.output_counts[2].sum() == 5  # each token counted once
+
+
+DAMAGE: dict[str, Damage] = {
+    "token": lambda runner: runner.ring.tokens.add_(1),
+    "state": lambda runner: runner.state.table[1].add_(1),
+    "counter": lambda runner: runner.ring.counter.add_(1),
+    "counts": lambda runner: runner.sampler.output_counts.add_(1),
+    "logits": lambda runner: runner.steps.logits[0, 5].add_(2.0),
+    "one bit": lambda runner: runner.steps.logits[0].copy_(
+        torch.nextafter(runner.steps.logits[0], torch.tensor(torch.inf))
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_recording_that_leaves_something_else_is_dropped(runner: ModelRunner, what: str) -> None:
+    expected = run(runner)
+    record(runner, DAMAGE[what], *keys_for(False))
+    with pytest.warns(RuntimeWarning, match="its first replay gave other values"):
+        assert run(runner) == expected
+    assert runner.graphs.recordings == ()
+    assert len(runner.graphs.stats().failures) == 2
+    assert runner.sampler.output_counts[2].sum() == 5
+    assert runner.ring.counter.item() == runner.ring._launched
+
+
+def test_a_recording_up_to_the_logits_with_other_logits_is_dropped(runner: ModelRunner) -> None:
+    expected = run(runner)
+    record(runner, DAMAGE["logits"], *keys_for(True))
+    with pytest.warns(RuntimeWarning, match="its first replay gave other values"):
+        assert run(runner) == expected
+    assert runner.graphs.recordings == ()
+
+
+def test_nan_is_equal_to_nan(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose logits are NaN fails, and its graph is not to blame."""
+    record(runner, lambda runner: None, *keys_for(False))
+    forward = runner._bound.forward
+    monkeypatch.setattr(runner._bound, "forward", lambda *args: forward(*args) * torch.nan)
+    assert [token for token, _ in run(runner)] == [-1] * 5
+    assert len(runner.graphs.recordings) == 2
+
+
+def test_each_recording_is_compared_once(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[StepKey] = []
+
+    def counted(runner: ModelRunner, recording: object) -> str | None:
+        compared.append(recording.key)
+        return validate(runner, recording)
+
+    monkeypatch.setattr("hybridgen.execution.runner.validate", counted)
+    record(runner, lambda runner: None, *keys_for(False))
+    run(runner)
+    run(runner)
+    assert sorted(compared) == sorted(keys_for(False))

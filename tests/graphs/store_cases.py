@@ -1,0 +1,121 @@
+"""A recorder that records nothing and notes everything, and a store around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hybridgen.execution.step import StepKey
+from hybridgen.graphs import GraphSettings, GraphStore, Recorded, Route
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
+from hybridgen.telemetry.statistics import Counters
+
+GREEDY = SamplerPlan()
+SAMPLED = SamplerPlan(sample=True)
+
+
+def decode(size: int, plan: SamplerPlan | None = GREEDY) -> StepKey:
+    return StepKey(Phase.DECODE, size, size, plan)
+
+
+def prefill(tokens: int, rows: int = 1, plan: SamplerPlan | None = GREEDY) -> StepKey:
+    return StepKey(Phase.PREFILL, tokens, rows, plan)
+
+
+class FakeRecorder:
+    """Appends to a log: ("record", key), ("replay", key), ("release", key)."""
+
+    owner = "fake"
+
+    def __init__(
+        self,
+        log: list[tuple[str, Any]],
+        *,
+        seconds: Callable[[StepKey], float] = lambda key: 1.0,
+        plain: Callable[[StepKey], float] = lambda key: 1.0,
+        size: Callable[[StepKey], int] = lambda key: 0,
+        errors: Mapping[int, BaseException] | None = None,
+    ) -> None:
+        """`errors` are raised when a step of so many tokens is recorded."""
+        self._log = log
+        self._seconds = seconds
+        self._plain = plain
+        self._size = size
+        self.errors = dict(errors or {})
+        self.closed = 0
+
+    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+        self._log.append(("record", key))
+        if key.tokens in self.errors:
+            raise self.errors[key.tokens]
+        return Recorded(
+            replay=lambda: self._log.append(("replay", key)),
+            release=lambda: self._log.append(("release", key)),
+            owner=self.owner,
+            plain_seconds=self._plain(key),
+            seconds=self._seconds(key),
+            bytes=self._size(key),
+        )
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Harness:
+    """A store, what happened in it, and a use of it as the runner's."""
+
+    def __init__(
+        self,
+        decode: tuple[int, ...] = (1, 2, 4, 8),
+        prefill: tuple[int, ...] = (),
+        *,
+        notify: Callable[..., None] | None = None,
+        validates: bool = False,
+        errors: Mapping[int, BaseException] | None = None,
+        costs: Mapping[str, Callable[[StepKey], Any]] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.log: list[tuple[str, Any]] = []
+        self.recorder = FakeRecorder(self.log, errors=errors, **(costs or {}))
+        self.counters = Counters()
+        self.asked: list[tuple[StepKey, bool]] = []
+        self.store = GraphStore(
+            GraphSettings(decode=decode, prefill=prefill, **{"max_rows": 8, "capture_after": 1} | settings),
+            recorder=self._recorder,
+            prepare=lambda key: self.log.append(("prepare", key)),
+            run=lambda key: self.log.append(("run", key)),
+            finish=lambda phase, rows, plan: self.log.append(("finish", (phase, rows, plan))),
+            plain_kind=lambda: "eager",
+            why_plain="nothing is recorded",
+            counters=self.counters,
+            notify=notify,
+            validates=validates,
+        )
+
+    def _recorder(self, key: StepKey, lazy: bool) -> FakeRecorder:
+        self.asked.append((key, lazy))
+        return self.recorder
+
+    def use(self, key: StepKey, times: int = 1) -> Route:
+        """Run steps of this size, as the runner does."""
+        for _ in range(times):
+            route = self.store.route(key)
+            route.run()
+            self.store.count(route)
+        return route
+
+    def settle(self) -> None:
+        """Be idle for as long as something is wanted."""
+        while self.store.pending:
+            self.store.capture_pending()
+
+    def take(self) -> list[tuple[str, Any]]:
+        """What happened since, without preparations."""
+        events = [event for event in self.log if event[0] != "prepare"]
+        self.log.clear()
+        return events
+
+    @property
+    def held(self) -> list[int]:
+        return sorted(recording.key.tokens for recording in self.store.recordings)

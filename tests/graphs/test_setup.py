@@ -1,0 +1,114 @@
+"""From a config to what is recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from store_cases import GREEDY, SAMPLED, decode, prefill
+
+from hybridgen import EngineConfig, Mode
+from hybridgen.execution.step import StepKey
+from hybridgen.graphs import GraphSettings, StandInRecorder
+from hybridgen.graphs.setup import GraphPlan, keys_at_start
+from hybridgen.models.attention import Phase
+
+
+def plan_of(mode: Mode = Mode.GRAPH, most: int = 100, **fields: Any) -> GraphPlan:
+    return GraphPlan(
+        config=EngineConfig(mode=mode, **fields),
+        mode=mode,
+        device=torch.device("cpu"),
+        token_budget=most,
+        max_tokens=most,
+    )
+
+
+def test_defaults() -> None:
+    settings = plan_of(max_batch=9).settings()
+    assert settings.decode == (1, 2, 4, 8, 9)
+    assert settings.prefill == (16, 32, 48, 64, 80, 96)
+    assert (settings.max_rows, settings.max_bytes, settings.max_padding_ratio) == (9, None, None)
+    assert (settings.lazy, settings.capture_after, settings.sample_in_graph) == (True, 3, True)
+    assert not settings.exact_when_lazy
+
+
+def test_what_the_config_says() -> None:
+    settings = plan_of(
+        max_batch=9,
+        decode_buckets=[8, 2, 8],
+        prefill_buckets=[],
+        max_graphs=5,
+        max_graph_memory="2MiB",
+        max_padding_ratio=0.5,
+        lazy_capture=False,
+        capture_after=7,
+        sample_in_graph=False,
+    ).settings()
+    assert settings == GraphSettings(
+        decode=(2, 8),
+        prefill=(),
+        max_rows=9,
+        max_graphs=5,
+        max_bytes=2 * 2**20,
+        max_padding_ratio=0.5,
+        lazy=False,
+        capture_after=7,
+        sample_in_graph=False,
+        named=frozenset(Phase),
+    )
+
+
+def test_which_phases_have_buckets_of_the_users() -> None:
+    assert plan_of().settings().named == frozenset()
+    assert plan_of(decode_buckets=[1]).settings().named == {Phase.DECODE}
+    assert plan_of(prefill_buckets=[16]).settings().named == {Phase.PREFILL}
+
+
+@pytest.mark.parametrize("mode", [Mode.EAGER, Mode.JIT])
+def test_modes_that_record_nothing(mode: Mode) -> None:
+    plan = plan_of(mode, decode_buckets=[1, 2], prefill_buckets=[16])
+    assert plan.settings().decode == plan.settings().prefill == ()
+    assert plan.recorder(None) is None
+    assert keys_at_start(plan.settings(), [GREEDY], any_sampler=True) == []
+
+
+@pytest.mark.parametrize("mode", [Mode.GRAPH, Mode.HYBRID])
+def test_a_cpu_has_the_stand_in(mode: Mode) -> None:
+    recorder = plan_of(mode).recorder(None)
+    assert isinstance(recorder(decode(4), False), StandInRecorder)
+    assert recorder(decode(4), True) is recorder(prefill(16), False)
+
+
+def keys(*, any_sampler: bool = False, plans: tuple = (GREEDY,), **fields: Any) -> list[StepKey]:
+    settings = GraphSettings(**{"decode": (1, 4), "prefill": (16, 32), "max_rows": 4} | fields)
+    return keys_at_start(settings, plans, any_sampler=any_sampler)
+
+
+def test_every_bucket_with_each_sampler() -> None:
+    found = keys(plans=(GREEDY, SAMPLED))
+    assert len(found) == len(set(found)) == 8
+    for plan in (GREEDY, SAMPLED):
+        assert {decode(1, plan), decode(4, plan), prefill(16, 1, plan), prefill(32, 1, plan)} <= set(found)
+
+
+def test_and_up_to_the_logits_for_all_others() -> None:
+    outside = {decode(1, None), decode(4, None), prefill(16, 4, None), prefill(32, 4, None)}
+    assert set(keys(any_sampler=True)) == set(keys()) | outside
+    assert set(keys(sample_in_graph=False)) == outside
+
+
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_no_more_than_may_be_kept(room: int) -> None:
+    assert keys(any_sampler=True, max_graphs=room) == keys(any_sampler=True)[:room]
+
+
+def test_without_buckets_nothing() -> None:
+    assert keys(decode=(), prefill=(), any_sampler=True) == []
+    assert keys(decode=(), prefill=(), any_sampler=True, exact_when_lazy=True) == []
+
+
+def test_exact_sizes_need_one_between_the_buckets() -> None:
+    assert set(keys(exact_when_lazy=True)) - set(keys()) == {decode(2)}
+    assert set(keys(exact_when_lazy=True, decode=(1, 2, 3))) == set(keys(decode=(1, 2, 3)))

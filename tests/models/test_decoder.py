@@ -1,0 +1,183 @@
+"""Models as data: what is described computes what the model does, and what does not is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import families
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hybridgen.cache import LayerPages
+from hybridgen.fused import reference
+from hybridgen.models.binding import bind
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit, describe
+from hybridgen.models.projections import fuse_projections
+
+SERVED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "olmo2", "gemma"}
+"""Families that the fused steps are made for."""
+PAGE = 8
+
+
+def _described(model: PreTrainedModel, max_context: int = 128) -> Decoder:
+    fuse_projections(model)
+    bound = bind(model)
+    sites = bound.sites
+    bound.release()
+    decoder = describe(model, sites, max_context)
+    reference.check(model, decoder)
+    return decoder
+
+
+@cache
+def _pair(name: str) -> tuple[PreTrainedModel, Decoder]:
+    model = families.build(name)
+    return model, _described(model)
+
+
+def _greedy(decoder: Decoder, prompt: list[int], new_tokens: int) -> list[int]:
+    """By single steps over a paged cache of shuffled pages, all of it NaN at first."""
+    pages = -(-(len(prompt) + new_tokens) // PAGE)
+    size = pages + 1, decoder.kv_heads, PAGE, decoder.head_dim
+    cache = tuple(LayerPages(torch.full(size, torch.nan), torch.full(size, torch.nan)) for _ in decoder.layers)
+    table = torch.arange(pages, 0, -1, dtype=torch.int32)[None]
+    tokens = list(prompt)
+    for position in range(len(prompt) + new_tokens - 1):
+        step = torch.tensor([tokens[position]]), torch.tensor([position])
+        logits = reference.step(decoder, cache, *step, table)
+        if position + 1 == len(tokens):
+            tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_family_is_computed_or_refused(name: str) -> None:
+    model = families.build(name)
+    prompt = families.prompts_of((13,))[0]
+    expected, _ = families.reference(model, prompt, 6)
+    if name in SERVED:
+        assert _greedy(_described(model), prompt, 6) == expected
+        return
+    reason = None
+    try:
+        decoder = _described(model)
+    except Unfit as error:
+        reason = str(error)
+    if reason is None:
+        assert _greedy(decoder, prompt, 6) == expected
+    else:
+        assert len(reason) > 10
+
+
+@pytest.mark.parametrize("variant", families.ROPE_VARIANTS)
+def test_rotary_variants(variant: str) -> None:
+    name, fields = families.ROPE_VARIANTS[variant]
+    model = families.build(name, **fields)
+    prompt = families.prompts_of((90,))[0]
+    expected, _ = families.reference(model, prompt, 4)
+    if variant in ("dynamic", "longrope"):
+        with pytest.raises(Unfit, match="depend on the length"):
+            _described(model)
+    else:
+        assert _greedy(_described(model), prompt, 4) == expected
+
+
+def test_weights_are_the_models_own() -> None:
+    model, decoder = _pair("llama")
+    layer = model.model.layers[1]
+    assert decoder.layers[1].down.weight.data_ptr() == layer.mlp.down_proj.weight.data_ptr()
+    assert decoder.head.data_ptr() == model.lm_head.weight.data_ptr()
+    sizes = [t.weight for x in decoder.layers for t in (x.qkv, x.out, x.gate_up, x.down)]
+    assert decoder.weight_bytes == 4 * (sum(w.numel() for w in sizes) + decoder.head.numel())
+
+
+def _with_layer(decoder: Decoder, index: int, **changes: object) -> Decoder:
+    layers = list(decoder.layers)
+    layers[index] = dataclasses.replace(layers[index], **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(decoder, layers=tuple(layers))
+
+
+def _swapped(linear: Linear) -> Linear:
+    gate, up = linear.weight.chunk(2)
+    return Linear(torch.cat((up, gate)), linear.bias)
+
+
+def _shifted(norm: Norm | None) -> Norm:
+    assert norm is not None
+    return Norm(norm.scale + 1, norm.eps)
+
+
+def _coarse(norm: Norm | None) -> Norm:
+    assert norm is not None
+    return Norm(norm.scale, 0.5)
+
+
+def _wrong_layers(layer: DecoderLayer) -> dict[str, dict[str, object]]:
+    return {
+        "gate and up swapped": {"gate_up": _swapped(layer.gate_up)},
+        "Gemma's norm": {"before_attention": _shifted(layer.before_attention)},
+        "epsilon": {"before_mlp": _coarse(layer.before_mlp)},
+        "no norm": {"before_mlp": None},
+        "attention scale": {"attention_scale": 2 * layer.attention_scale},
+        "window": {"window": 2},
+        "no rotary": {"rotates": False},
+        "residual multiplier": {"residual": 0.9},
+        "post-norm": {"after_attention": layer.before_mlp},
+        "bias": {"out": Linear(layer.out.weight, torch.full((layer.out.weight.shape[0],), 0.1))},
+        "another layer's weight": {"down": Linear(layer.down.weight.flip(0))},
+    }
+
+
+@pytest.mark.parametrize("what", _wrong_layers(_pair("llama")[1].layers[0]))
+def test_a_wrong_layer_is_noticed(what: str) -> None:
+    model, decoder = _pair("llama")
+    wrong = _with_layer(decoder, 2, **_wrong_layers(decoder.layers[2])[what])
+    with pytest.raises(Unfit, match="layer 2"):
+        reference.check(model, wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "site"),
+    [
+        ({"activation": "gelu_tanh"}, "layer 0"),
+        ({"embedding_scale": 2.0}, "embedding"),
+        ({"logits_scale": 0.5}, "head"),
+        ({"rotary": None}, "layer 0"),
+    ],
+)
+def test_a_wrong_model_is_noticed(change: dict[str, object], site: str) -> None:
+    model, decoder = _pair("llama")
+    with pytest.raises(Unfit, match=site):
+        reference.check(model, dataclasses.replace(decoder, **change))  # type: ignore[arg-type]
+
+
+def test_head_norms_are_noticed() -> None:
+    model, decoder = _pair("qwen3")
+    with pytest.raises(Unfit, match="layer 1"):
+        reference.check(model, _with_layer(decoder, 1, query_norm=None))
+
+
+def test_a_rotary_table_that_is_wrong_late_is_noticed() -> None:
+    model, decoder = _pair("llama")
+    assert decoder.rotary is not None
+    cos, sin = (table.clone() for table in decoder.rotary)
+    cos[-2:], sin[-2:] = 1.0, 0.0
+    with pytest.raises(Unfit, match="layer 0"):
+        reference.check(model, dataclasses.replace(decoder, rotary=(cos, sin)))
+
+
+def test_what_cannot_be_described() -> None:
+    model = families.build("llama")
+    bound = bind(model)
+    sites = bound.sites
+    bound.release()
+    with pytest.raises(Unfit, match="not joined"):
+        describe(model, sites, 64)
+    with pytest.raises(Unfit, match="no layers"):
+        describe(model, (), 64)
+    fuse_projections(model)
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(Unfit, match="ReLU"):
+        describe(model, sites, 64)

@@ -1,0 +1,102 @@
+"""Bytes of a decode step, counted by hand."""
+
+from __future__ import annotations
+
+import math
+
+import families
+import pytest
+
+import hybridgen
+from hybridgen.kernels.read_ceiling import read_ceiling
+from hybridgen.models import bind
+from hybridgen.telemetry.statistics import DecodeStats
+from hybridgen.telemetry.traffic import DecodeMeter, Traffic, traffic_of
+
+
+def bytes_of(name: str, **changes: object) -> Traffic:
+    bound = bind(families.build(name, **changes))
+    try:
+        return traffic_of(bound, None)
+    finally:
+        bound.release()
+
+
+def test_weights_are_all_parameters_but_the_embedding_table() -> None:
+    model = families.build("llama")
+    everything = sum(p.numel() for p in model.parameters()) * 4
+    embedding = model.get_input_embeddings().weight.numel() * 4
+    assert bytes_of("llama").weights == everything - embedding
+
+
+def test_a_tied_embedding_is_the_heads_weight() -> None:
+    tied, apart = (bytes_of("llama", tie_word_embeddings=tie).weights for tie in (True, False))
+    assert tied == apart
+
+
+def test_experts_are_not_counted() -> None:
+    traffic = bytes_of("mixtral")
+    assert traffic.weights == 0
+    assert math.isnan(traffic.bandwidth(1, 10, 1.0))
+
+
+def test_windows_bound_what_a_row_reads() -> None:
+    # Two full layers and two of window 8: 2 kv heads of 16, keys and values, float32.
+    traffic = bytes_of("gemma3_text")
+    each = 2 * 2 * 16 * 4
+    assert traffic.step_bytes(1, 100) - traffic.weights == 2 * each * 100 + 2 * each * 8
+    assert traffic.step_bytes(3, 5) - traffic.weights == 3 * 4 * each * 5
+
+
+def test_mbu_is_a_share_of_the_ceiling() -> None:
+    traffic = Traffic(weights=1000, cache=((0, 10),), ceiling=4000.0)
+    assert traffic.bandwidth(2, 50, 0.5) == (1000 + 2 * 50 * 10) / 0.5
+    assert traffic.mbu(3000.0) == 0.75
+    assert math.isnan(Traffic(1000, (), None).mbu(3000.0))
+
+
+def test_the_meter_counts_steps_that_follow_each_other() -> None:
+    meter = DecodeMeter(Traffic(1000, ((0, 10),), None))
+    meter.step(2, 100, 1.0)  # what came before it is not known
+    meter.step(2, 102, 1.5)
+    meter.pause()
+    meter.step(1, 7, 9.0)
+    meter.step(1, 8, 9.25)
+    assert (meter.steps, meter.seconds) == (2, 0.75)
+    assert meter.bytes == pytest.approx(1000 + 1020 + 1000 + 80)
+
+
+def test_what_the_meter_says() -> None:
+    meter = DecodeMeter(Traffic(1000, ((0, 10),), 8000.0))
+    assert math.isnan(meter.stats().read_bandwidth)
+    meter.step(2, 100, 1.0)
+    meter.step(2, 100, 1.5)
+    assert meter.stats() == DecodeStats(steps=1, seconds=0.5, read_bandwidth=4000.0, ceiling=8000.0, mbu=0.5)
+    with_experts = DecodeMeter(Traffic(0, ((0, 10),), 8000.0))
+    with_experts.step(2, 100, 1.0)
+    with_experts.step(2, 100, 1.5)
+    assert math.isnan(with_experts.stats().read_bandwidth)
+    assert with_experts.stats().steps == 1
+
+
+def test_no_ceiling_on_a_cpu() -> None:
+    import torch
+
+    assert read_ceiling(torch.device("cpu")) is None
+
+
+def test_a_completion_says_what_it_read() -> None:
+    model = families.build("llama")
+    with hybridgen.Engine.load(model, mode="eager", max_batch=2, max_context=64, kv_memory="4MiB") as engine:
+        out = engine.generate(families.prompts_of((9,))[0], max_new_tokens=6, ignore_eos=True)
+        stats = engine.stats()
+    times = out.timing.token_times
+    traffic = bytes_of("llama")
+    assert out.timing.read_bandwidth == pytest.approx(traffic.bandwidth(1, 9 + 3, (times[-1] - times[0]) / 5))
+    assert math.isnan(out.timing.mbu)
+    assert stats.decode.steps == 4
+    assert stats.decode.read_bandwidth == pytest.approx(
+        sum(traffic.step_bytes(1, 10 + i) for i in range(1, 5)) / stats.decode.seconds, rel=0.02
+    )
+    assert stats.fused == {}
+    assert "GB/s" in str(stats)

@@ -1,0 +1,240 @@
+"""What counts as a prompt, and what does not."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, BatchEncoding
+
+from hybridgen.demo import model_path
+from hybridgen.errors import PromptError, TokenizerError
+from hybridgen.text.prompts import encode_prompt, is_text, split_prompts
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "single"),
+    [
+        ("text", 1, True),
+        (["a", "b"], 2, False),
+        (["a"], 1, False),
+        ([1, 2, 3], 1, True),
+        ([[1, 2], [3]], 2, False),
+        (torch.tensor([1, 2]), 1, True),
+        (torch.tensor([[1, 2], [3, 4]]), 2, False),
+        (np.array([1, 2]), 1, True),
+        ([torch.tensor([1, 2])], 1, False),
+        (CHAT, 1, True),
+        ([CHAT, CHAT], 2, False),
+        (["a", [1, 2], CHAT], 3, False),
+        ({"input_ids": [1, 2, 3]}, 1, True),
+    ],
+)
+def test_one_prompt_or_a_list(prompts: Any, count: int, single: bool) -> None:
+    items, alone = split_prompts(prompts)
+    assert (len(items), alone) == (count, single)
+
+
+@pytest.mark.parametrize("prompts", [[], 5, None, {"role": "user"}, torch.zeros(1, 2, 3), torch.tensor(3)])
+def test_what_is_no_prompt(prompts: Any) -> None:
+    with pytest.raises(PromptError):
+        split_prompts(prompts)
+
+
+def test_only_text_and_chats_need_a_tokenizer() -> None:
+    assert is_text("a")
+    assert is_text(CHAT)
+    assert not is_text([1, 2])
+
+
+def encode(prompt: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    return encode_prompt(prompt, 3, tokenizer=tokenizer, tokenizer_problem="no file", vocab_size=100)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], torch.tensor([1, 2]), torch.tensor([[1, 2]]), np.array([1, 2]), (1, 2)])
+def test_ids_of_any_kind(prompt: Any) -> None:
+    assert encode(prompt) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "empty string"),
+        ([], "no tokens"),
+        ([1, 100], "token id 100, outside the vocabulary of 100"),
+        ([-1], "token id -1"),
+        ([1, "a"], "'a' where a token id should be"),
+        ([1, True], "True where a token id"),
+        (torch.tensor([1.0]), "float32 tensor"),
+        (5, "give a string"),
+    ],
+)
+def test_bad_prompts_name_the_prompt_and_the_value(prompt: Any, words: str) -> None:
+    with pytest.raises(PromptError, match="prompt 3") as caught:
+        encode(prompt)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["text", CHAT])
+def test_text_without_a_tokenizer(prompt: Any) -> None:
+    with pytest.raises(TokenizerError, match="no file"):
+        encode(prompt)
+
+
+class ChatTokenizer:
+    chat_template: str | None = "template"
+
+    def apply_chat_template(self, messages: list, **options: Any) -> dict[str, list[int]]:
+        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        if messages[0]["role"] == "bad":
+            raise ValueError("roles must alternate")
+        return {"input_ids": [len(messages), 9]}
+
+
+def test_a_chat_goes_through_the_template() -> None:
+    assert encode(CHAT, ChatTokenizer()) == (1, 9)
+
+
+def test_a_template_that_refuses_is_a_prompt_error() -> None:
+    with pytest.raises(PromptError, match="roles must alternate"):
+        encode([{"role": "bad", "content": ""}], ChatTokenizer())
+
+
+def test_no_chat_template() -> None:
+    tokenizer = ChatTokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(TokenizerError, match="chat template"):
+        encode(CHAT, tokenizer)
+
+
+PADDED = {"input_ids": [[0, 0, 5, 6], [7, 8, 9, 4]], "attention_mask": [[0, 0, 1, 1], [1, 1, 1, 1]]}
+
+
+def of_kind(convert: Any) -> dict[str, Any]:
+    return {name: convert(rows) for name, rows in PADDED.items()}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        PADDED,
+        of_kind(torch.tensor),
+        of_kind(np.array),
+        of_kind(lambda rows: [torch.tensor(row) for row in rows]),
+        {"input_ids": torch.tensor(PADDED["input_ids"]), "attention_mask": PADDED["attention_mask"]},
+        {"input_ids": PADDED["input_ids"], "attention_mask": torch.tensor(PADDED["attention_mask"]).bool()},
+        {"input_ids": [[5, 6, 1], [7, 8, 9, 4]], "attention_mask": [[1, 1, 0], [1.0, 1.0, 1.0, 1.0]]},
+        BatchEncoding(PADDED),
+        BatchEncoding(PADDED, tensor_type="pt"),
+    ],
+)
+def test_padding_is_dropped(batch: Any) -> None:
+    items, single = split_prompts(batch)
+    assert not single
+    assert [encode(item) for item in items] == [(5, 6), (7, 8, 9, 4)]
+
+
+@pytest.mark.parametrize("convert", [list, torch.tensor, np.array])
+def test_padding_of_one_prompt_is_dropped(convert: Any) -> None:
+    items, single = split_prompts({"input_ids": convert([5, 6, 0]), "attention_mask": convert([1, 1, 0])})
+    assert single
+    assert [encode(item) for item in items] == [(5, 6)]
+
+
+def test_a_mask_of_none_keeps_all() -> None:
+    assert split_prompts({"input_ids": [5, 6, 0], "attention_mask": None}) == ([[5, 6, 0]], True)
+
+
+def test_nothing_but_padding() -> None:
+    items, _ = split_prompts({"input_ids": [5, 6], "attention_mask": [0, 0]})
+    with pytest.raises(PromptError, match="no tokens"):
+        encode(items[0])
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask"),
+    [
+        ([1, 2, 3], [1, 1]),
+        ([1, 2, 3], 1),
+        ([1, 2, 3], [[1, 1, 1]]),
+        ([1, 2, 3], [0, 2, 1]),
+        ([1, 2, 3], [0, None, 1]),
+        ([1, 2, 3], [0, float("nan"), 1]),
+        ([1, 2, 3], "111"),
+        ([[1, 2, 3]], [1, 1, 1]),
+        ([[1, 2, 3]], [[1, 1, 1], [1, 1, 1]]),
+        ([[1, 2, 3]], 5),
+        ([[1, 2, 3], [1, 2]], [[1], [1, 1]]),
+        (torch.ones(2, 3, dtype=torch.int64), torch.ones(3)),
+        (torch.ones(2, 3, dtype=torch.int64), torch.tensor(1)),
+        (torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 1, 3, 3)),
+        (["a text"], [[1]]),
+    ],
+)
+def test_a_mask_that_does_not_fit(ids: Any, mask: Any) -> None:
+    with pytest.raises(PromptError, match="attention_mask") as caught:
+        split_prompts({"input_ids": ids, "attention_mask": mask})
+    assert len(str(caught.value)) < 210
+
+
+@pytest.mark.parametrize("data", [b"text", b"", bytearray(b"text"), memoryview(b"text")])
+def test_bytes_are_no_token_ids(data: Any) -> None:
+    with pytest.raises(PromptError, match=f"is {type(data).__name__}, not text; decode it first"):
+        split_prompts(data)
+    items, _ = split_prompts([data, data])
+    with pytest.raises(PromptError, match=f"prompt 3 is .*{type(data).__name__} and not text; decode it first"):
+        encode(items[0])
+
+
+@pytest.mark.parametrize("make", [torch.zeros, np.zeros])
+@pytest.mark.parametrize("shape", [(0, 0), (0, 4)])
+def test_a_tensor_of_no_prompts(make: Any, shape: tuple[int, int]) -> None:
+    with pytest.raises(PromptError, match=r"shape \(0, \d\) is empty; give at least one"):
+        split_prompts(make(shape))
+
+
+class Refusing:
+    """A tokenizer that takes no text."""
+
+    def __call__(self, text: str) -> dict[str, Any]:
+        raise TypeError("TextEncodeInput must be Union[...] " * 20)
+
+
+class Nested:
+    """A tokenizer that returns a batch, as with `return_tensors="pt"`."""
+
+    def __call__(self, text: str) -> dict[str, Any]:
+        return {"input_ids": torch.tensor([[4, 5]])}
+
+
+def test_what_a_tokenizer_raises_is_a_prompt_error() -> None:
+    with pytest.raises(
+        PromptError, match=r"prompt 3 \('some text'\) cannot be encoded by the tokenizer: TypeErr"
+    ) as it:
+        encode("some text", Refusing())
+    assert len(str(it.value)) < 210
+    assert isinstance(it.value.__cause__, TypeError)
+    assert encode("some text", Nested()) == (4, 5)
+
+
+def test_a_lone_surrogate() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    text = "some \ud800 text"
+    with pytest.raises(
+        PromptError, match=r"prompt 3 \('some \\ud800 text'\) .* lone surrogate, '\\ud800'\) at 5; give"
+    ):
+        encode(text, tokenizer)
+    repaired = text.encode(errors="replace").decode()
+    assert encode_prompt(repaired, 0, tokenizer=tokenizer, tokenizer_problem=None, vocab_size=len(tokenizer))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(PromptError, match=r"prompt 3 .* the chat template refused the messages: "):
+        encode([{"role": "user", "content": text}], tokenizer)
+
+
+@pytest.mark.parametrize("token", [10**400, 10**5000, -(10**5000)], ids=["long", "longer", "negative"])
+def test_a_huge_token_id(token: int) -> None:
+    with pytest.raises(PromptError, match="outside the vocabulary") as caught:
+        encode([1, token])
+    assert len(str(caught.value)) < 200
