@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import hybridgen
 from hybridgen.demo import model_path
-from hybridgen.execution import PrefillChunk, StepKey
-from hybridgen.models.attention import Phase
+from hybridgen.execution.plan import PrefillChunk
+from hybridgen.graphs.key import GraphKey
 
 MODES = ("eager", "jit", "hybrid")
 
@@ -54,11 +54,11 @@ def ours(model: PreTrainedModel, ids: torch.Tensor, prompt: int, mode: str) -> t
         def decode(position: int) -> torch.Tensor:
             """Run a decode step that ends at its logits."""
             runner.state.table[:, 0] = torch.tensor([tokens[position], position, 0])
-            runner.steps.run(StepKey(Phase.DECODE, 1, 1, None))
+            runner.steps.run(GraphKey.decode(1, None))
             return runner.steps.logits[:1].to(torch.float32, copy=True)
 
         runner.steps.stage_prefill([PrefillChunk(0, tokens[:prompt], 0, prompt, 0, True)], prompt, 1)
-        runner.steps.run(StepKey(Phase.PREFILL, prompt, 1, None))
+        runner.steps.run(GraphKey.prefill(prompt, 1, None))
         # The same again for all positions: what the attention reads is set, and K and V are written as they are.
         prefill = runner._bound.forward(ids[:prompt], runner.steps.metadata, None).float()
         runner.steps.stage_decode((0,))

@@ -20,7 +20,7 @@ from hybridgen.demo import model_path
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.requests import Plan
 from hybridgen.engine.scheduler import Scheduler
-from hybridgen.execution import StepOutput
+from hybridgen.execution.plan import StepOutput
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
 from hybridgen.telemetry.statistics import Counters

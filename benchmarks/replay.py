@@ -38,8 +38,7 @@ from common import (
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import hybridgen
-from hybridgen.execution import StepKey
-from hybridgen.models.attention import Phase
+from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 
 WARM_UP = 50
@@ -111,7 +110,7 @@ def host_times(steady: Steady, steps: int) -> dict[str, Any]:
 def replay_times(steady: Steady, count: int, device: str) -> dict[str, Any]:
     """Replays of the batch's recorded step, back to back."""
     runner = steady.runner
-    route = runner.graphs.route(StepKey(Phase.DECODE, steady.batch, steady.batch, SamplerPlan()))
+    route = runner.graphs.route(GraphKey.decode(steady.batch, SamplerPlan()))
     if route.recording is None:
         raise SystemExit(f"no graph runs a batch of {steady.batch}: {route.reason}")
     replay = route.recording.recorded.replay

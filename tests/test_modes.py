@@ -28,9 +28,9 @@ from hybridgen.core import GraphEvent
 from hybridgen.engine.output import Response
 from hybridgen.execution import ring
 from hybridgen.execution.staging import StagedBlock
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs import Recorded, StandInRecorder
 from hybridgen.graphs import setup as plan
+from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels.step import metadata
 from hybridgen.models.attention import Phase
 
@@ -126,9 +126,9 @@ class Faulty(StandInRecorder):
     def __init__(
         self,
         *,
-        record: Callable[[StepKey], None] = lambda key: None,
-        replay: Callable[[StepKey, Callable[[], None]], None] = lambda key, step: step(),
-        seconds: Callable[[StepKey], float] = lambda key: 0.0,
+        record: Callable[[GraphKey], None] = lambda key: None,
+        replay: Callable[[GraphKey, Callable[[], None]], None] = lambda key, step: step(),
+        seconds: Callable[[GraphKey], float] = lambda key: 0.0,
         size: int = 0,
     ) -> None:
         """`record` is called before a step is recorded, `replay` instead of it being replayed."""
@@ -136,10 +136,10 @@ class Faulty(StandInRecorder):
         self._replay = replay
         self._seconds = seconds
         self._size = size
-        self.recorded: list[StepKey] = []
-        self.released: list[StepKey] = []
+        self.recorded: list[GraphKey] = []
+        self.released: list[GraphKey] = []
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
         self._before(key)
         recorded = super().record(key, step)
         self.recorded.append(key)
@@ -553,7 +553,7 @@ BROKEN = [(Phase.DECODE, size) for size in (1, 2, 4, 8, 17)] + [(Phase.PREFILL, 
 def test_out_of_memory_in_the_capture_of_a_bucket(
     path: Path, expected: list[Completion], phase: Phase, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def record(key: StepKey) -> None:
+    def record(key: GraphKey) -> None:
         if (key.phase, key.tokens) == (phase, size):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
 
@@ -579,7 +579,7 @@ def test_out_of_memory_in_the_capture_of_a_bucket(
 
 
 def test_a_recorder_that_always_raises(path: Path, expected: list[Completion], monkeypatch: pytest.MonkeyPatch) -> None:
-    def record(key: StepKey) -> None:
+    def record(key: GraphKey) -> None:
         raise RuntimeError("no graphs today")
 
     use(monkeypatch, Faulty(record=record))
@@ -594,10 +594,10 @@ def test_a_recorder_that_always_raises(path: Path, expected: list[Completion], m
     assert set(stats.fallbacks.values()) <= set(range(1, 9))
 
 
-def wrong(engine_of: list[Engine]) -> Callable[[StepKey, Callable[[], None]], None]:
+def wrong(engine_of: list[Engine]) -> Callable[[GraphKey, Callable[[], None]], None]:
     """A replay whose logits are off."""
 
-    def replay(key: StepKey, step: Callable[[], None]) -> None:
+    def replay(key: GraphKey, step: Callable[[], None]) -> None:
         bound = engine_of[0]._runner._bound if engine_of else None
         if bound is None or key.phase is not Phase.DECODE:
             step()
@@ -765,7 +765,7 @@ def test_what_only_another_thread_can_replay_runs_without(
     path: Path, expected: list[Completion], sample_in_graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Elsewhere(Faulty):
-        def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+        def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
             return replace(super().record(key, step), thread=-1)
 
     use(monkeypatch, Elsewhere(replay=lambda key, step: pytest.fail("replayed")))
@@ -785,7 +785,7 @@ def test_what_only_another_thread_can_replay_runs_without(
 def test_a_lost_device_in_a_replay_ends_the_engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def replay(key: StepKey, step: Callable[[], None]) -> None:
+    def replay(key: GraphKey, step: Callable[[], None]) -> None:
         calls.append(1)
         if len(calls) == 4:
             raise torch.AcceleratorError("an illegal memory access was encountered")
@@ -805,7 +805,7 @@ def test_a_lost_device_in_a_replay_ends_the_engine(path: Path, monkeypatch: pyte
 def test_recorded_only_while_nothing_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines: list[Engine] = []
 
-    def record(key: StepKey) -> None:
+    def record(key: GraphKey) -> None:
         loop = engines[0]._loop
         assert not loop.scheduler.running
         assert not loop.scheduler.waiting

@@ -92,9 +92,8 @@ def _try_capture() -> tuple[bool, str]:
     """Record and replay a small step the way the engine does; whether that worked, and what was used or went wrong."""
     import torch
 
-    from hybridgen.execution.step import StepKey
     from hybridgen.graphs import Recorder, StandInRecorder
-    from hybridgen.models.attention import Phase
+    from hybridgen.graphs.key import GraphKey
 
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
@@ -109,7 +108,7 @@ def _try_capture() -> tuple[bool, str]:
             from hybridgen.graphs.cuda import CudaGraphRecorder
 
             recorder = CudaGraphRecorder(device)
-        recorded = recorder.record(StepKey(Phase.DECODE, 1, 1, None), step)
+        recorded = recorder.record(GraphKey.decode(1, None), step)
         before = total.tolist()
         recorded.replay()
         moved = total.tolist() == [value + 1 for value in before]

@@ -17,7 +17,8 @@ from hybridgen.engine.output import Response, StepKind
 from hybridgen.engine.requests import Plan
 from hybridgen.engine.scheduler import Batch, Chunk, Scheduler, Sequence
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
-from hybridgen.execution import LaunchedStep, ModelRunner, PrefillChunk, fusing
+from hybridgen.execution import LaunchedStep, ModelRunner, fusing
+from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
 
@@ -220,7 +221,7 @@ class StepLoop:
     def _admit(self, sequence: Sequence) -> bool:
         """Give a sequence its slot on the device; False when that failed, and the sequence with it."""
         try:
-            self._runner.admit(sequence.slot, sequence.pages, sequence.sampling, sequence.prompt_ids)
+            self._runner.admit(Admission(sequence.slot, sequence.pages, sequence.sampling, sequence.prompt_ids))
         except Exception as error:
             self._blame(sequence, error)
             return False
@@ -287,20 +288,23 @@ class StepLoop:
                 self._meter.pause()
             else:
                 self._meter.step(len(tokens), flight.positions, now)
-        why = fusing.inspect(self._runner) if -1 in tokens else None
+        why = fusing.inspect(self._runner) if [-1] in tokens else None
         if why is not None:
             self._counters.fall_back(why)
         generated = 0
         rows = zip(flight.responses, tokens, logprobs or repeat(None, len(tokens)), strict=True)
-        for response, token, logprob in rows:
+        for response, accepted, its_logprobs in rows:
             if response.completion is not None:  # it ended while this step was in flight
                 continue
-            generated += token >= 0
-            if token < 0 and why is not None:
+            if why is not None and accepted[0] < 0:
                 self._finish(response, FinishReason.ERROR, RequestError(f"{why}; run the prompt again"))
                 continue
             try:
-                response.push(token, logprob, now, flight.decoded_by)
+                for token, logprob in zip(accepted, its_logprobs or repeat(None), strict=False):
+                    generated += token >= 0
+                    response.push(token, logprob, now, flight.decoded_by)
+                    if response.completion is not None:
+                        break
             except Exception as error:
                 # A tokenizer or a streamer of the user's failed; the other requests of the step go on.
                 logger.debug("a request failed", exc_info=error)

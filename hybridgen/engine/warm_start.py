@@ -16,8 +16,9 @@ from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import EngineConfig, GraphOwner
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import CacheMissError, described
-from hybridgen.execution import ModelRunner, StepKey, fusing
+from hybridgen.execution import ModelRunner, fusing
 from hybridgen.graphs import capture_plan as history
+from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.models import BoundModel
 from hybridgen.telemetry.statistics import ArtifactStats, Counters
@@ -211,7 +212,7 @@ class Starter:
             self._counters.fall_back(f"compile cache: the fused kernel is not kept: {error.strerror or error}")
         return code
 
-    def planned(self, runner: ModelRunner, keys: Sequence[StepKey]) -> list[StepKey]:
+    def planned(self, runner: ModelRunner, keys: Sequence[GraphKey]) -> list[GraphKey]:
         """What to record before the first request: all of these on a cold start; on a warm one the buckets that the
         user named, and of the others what was hot."""
         plan = history.read(self._cache.read_document(history.DOCUMENT))

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hybridgen.execution.runner import ModelRunner, on_its_stream
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs import Recorder
+from hybridgen.graphs.key import GraphKey
 from hybridgen.models import BoundModel
-from hybridgen.models.attention import Phase
 
 if TYPE_CHECKING:
     from hybridgen.fused.decode import FusedDecode
@@ -81,7 +80,7 @@ def compare(runner: ModelRunner, sizes: Sequence[int]) -> str:
     used = fused.least_chain_rows - 1
     try:
         for rows in sorted(size for size in sizes if fused.least_chain_rows <= size <= fused.chain_rows):
-            key = StepKey(Phase.DECODE, rows, rows, None)
+            key = GraphKey.decode(rows, None)
             chain, layers = (_recorded_seconds(runner, recorder, key, by) for by in (fused, None))
             logger.info("decode of %d rows: chain %.1f us, layers %.1f us", rows, chain * 1e6, layers * 1e6)
             if chain >= layers:
@@ -95,7 +94,7 @@ def compare(runner: ModelRunner, sizes: Sequence[int]) -> str:
     return ""
 
 
-def _recorded_seconds(runner: ModelRunner, recorder: Recorder, key: StepKey, fused: FusedDecode | None) -> float:
+def _recorded_seconds(runner: ModelRunner, recorder: Recorder, key: GraphKey, fused: FusedDecode | None) -> float:
     """What a replay of a step takes with these fused kernels, or without any."""
     with runner.steps.fused_by(fused):
         runner.prepare(key)

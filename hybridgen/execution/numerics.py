@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hybridgen.compilation.layers import CompiledLayers
-from hybridgen.execution.step import PrefillChunk, StepKey
-from hybridgen.models.attention import Phase
+from hybridgen.execution.plan import PrefillChunk
+from hybridgen.graphs.key import GraphKey
 
 if TYPE_CHECKING:
     from hybridgen.execution.runner import ModelRunner
@@ -50,7 +50,7 @@ def _logits(runner: ModelRunner) -> list[torch.Tensor]:
     ids = [(17 * i + 3) % runner.sampler.vocab_size for i in range(_PROMPT)]
     found = []
     try:
-        key = StepKey(Phase.PREFILL, _PROMPT, 1, None)
+        key = GraphKey.prefill(_PROMPT, 1, None)
         steps.stage_prefill([PrefillChunk(0, ids, 0, _PROMPT, 0, True)], key.tokens, key.rows)
         found.append(_run(runner, key))
         for rows in dict.fromkeys((1, min(_ROWS, state.max_batch))):
@@ -58,7 +58,7 @@ def _logits(runner: ModelRunner) -> list[torch.Tensor]:
             # The same token at the same position in each, because they share the dummy page.
             state.table[:, :rows] = torch.tensor([[ids[-1]], [_PROMPT - 1], [1]], device=state.device)
             steps.stage_decode(slots)
-            found.append(_run(runner, StepKey(Phase.DECODE, rows, rows, None)))
+            found.append(_run(runner, GraphKey.decode(rows, None)))
     finally:
         state.table.zero_()
         steps.forget_staged()
@@ -66,7 +66,7 @@ def _logits(runner: ModelRunner) -> list[torch.Tensor]:
     return found
 
 
-def _run(runner: ModelRunner, key: StepKey) -> torch.Tensor:
+def _run(runner: ModelRunner, key: GraphKey) -> torch.Tensor:
     runner.steps.run(key)
     if runner.steps.logits is None:
         raise RuntimeError("the step has left no logits")

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from hybridgen.core import TokenLogprob
 from hybridgen.device.mapped import host_mapped
+from hybridgen.execution.plan import StepOutput
 from hybridgen.kernels.step.advance import advance, publish
 from hybridgen.params import MAX_LOGPROBS
 from hybridgen.sampling import SampleOutput
 
 LINES = 8
 """Steps that can be in flight; the loop has at most two prefill and two decode calls."""
-
-
-class StepOutput(NamedTuple):
-    """What a step produced, by row."""
-
-    tokens: list[int]
-    """-1 where the row's logits held no number that could be chosen."""
-    logprobs: list[TokenLogprob] | None
 
 
 class TokenRing:
@@ -105,14 +96,15 @@ class TokenRing:
 
     def read(self, line: int, rows: int, logprobs: int | None) -> StepOutput:
         """What the step of this line left; it must have run."""
-        tokens = self._host_tokens[line, :rows].tolist()
+        tokens = self._host_tokens[line, :rows, None].tolist()
         if logprobs is None:
             return StepOutput(tokens, None)
         values = self._host_logprobs[line, :rows].tolist()
         ids = self._host_top_ids[line, :rows, :logprobs].tolist()
         tops = self._host_top_logprobs[line, :rows, :logprobs].tolist()
         pairs = [tuple(zip(i, v, strict=True)) for i, v in zip(ids, tops, strict=True)]
-        return StepOutput(tokens, list(map(TokenLogprob, tokens, values, pairs)))
+        rows_logprobs = [[TokenLogprob(*row, *rest)] for row, *rest in zip(tokens, values, pairs, strict=True)]
+        return StepOutput(tokens, rows_logprobs)
 
 
 class LaunchedStep:

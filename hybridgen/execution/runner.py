@@ -18,15 +18,16 @@ from hybridgen.device.capture import CAPTURING
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
 from hybridgen.execution import numerics
+from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
-from hybridgen.execution.step import ModelSteps, PrefillChunk, StepKey
+from hybridgen.execution.step import ModelSteps
 from hybridgen.execution.validation import validate
 from hybridgen.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import this_thread
 from hybridgen.models import BoundModel
-from hybridgen.models.attention import Phase
-from hybridgen.sampling import ResolvedSampling, SamplerPlan, SamplerState
+from hybridgen.sampling import SamplerPlan, SamplerState
 from hybridgen.sampling.state import every_kind
 from hybridgen.telemetry.statistics import Counters
 
@@ -150,7 +151,7 @@ class ModelRunner:
         self,
         settings: GraphSettings,
         *,
-        recorder: Callable[[StepKey, bool], Recorder | None] | None,
+        recorder: Callable[[GraphKey, bool], Recorder | None] | None,
         why_plain: str,
         note: str = "",
         counters: Counters,
@@ -178,10 +179,10 @@ class ModelRunner:
         self._steady = None
 
     @on_its_stream
-    def admit(self, slot: int, pages: Sequence[int], sampling: ResolvedSampling, prompt_ids: Sequence[int]) -> None:
+    def admit(self, admission: Admission) -> None:
         """Give a slot to a new request."""
-        self.state.block_table.assign(slot, pages)
-        self.sampler.assign(slot, sampling, prompt_ids, ())
+        self.state.block_table.assign(admission.slot, admission.pages)
+        self.sampler.assign(admission.slot, admission.sampling, admission.prompt_ids, ())
         if self.steps.fused is not None:
             self.steps.fused.refresh()
         self._steady = None
@@ -192,7 +193,7 @@ class ModelRunner:
         slots = tuple(chunk.slot for chunk in chunks if chunk.last)
         plan = self.sampler.needs(slots)
         tokens = sum(len(chunk.tokens) for chunk in chunks)
-        route = self.graphs.route(StepKey(Phase.PREFILL, tokens, len(slots), plan))
+        route = self.graphs.route(GraphKey.prefill(tokens, len(slots), plan))
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
         return self._launch(route, len(slots), plan)
 
@@ -213,7 +214,7 @@ class ModelRunner:
     def _decode(self, slots: tuple[int, ...]) -> LaunchedStep:
         plan = self.sampler.needs(slots)
         version = self.graphs.version  # as it is now: the step may drop its own graph
-        route = self.graphs.route(StepKey(Phase.DECODE, len(slots), len(slots), plan))
+        route = self.graphs.route(GraphKey.decode(len(slots), plan))
         self.steps.stage_decode(slots)
         launched = self._launch(route, len(slots), plan)
         self._steady = Steady(slots, version, plan, route, _only_replays(route))
@@ -317,12 +318,12 @@ class ModelRunner:
         parts = (dict(model.named_parameters()), dict(model.named_buffers()), self.steps.tensors())
         return {name: tensor.data_ptr() for part in parts for name, tensor in part.items()}
 
-    def prepare(self, key: StepKey) -> None:
+    def prepare(self, key: GraphKey) -> None:
         """Stage a step of padding, with what its key needs allocated."""
-        if key.plan is None:
+        if key.sampler is None:
             self.steps.keep_logits()
         else:
-            self.sampler.allocate(key.plan)
+            self.sampler.allocate(key.sampler)
         self.steps.stage_padding(key)
         self._steady = None
 
@@ -348,8 +349,8 @@ class ModelRunner:
         plan = SamplerPlan()
         prefill = dict.fromkeys(min(run, self._token_budget) for run in runs)
         decode = dict.fromkeys(min(row, self._max_batch) for row in rows)
-        keys = [StepKey(Phase.PREFILL, run, 1, plan) for run in prefill]
-        keys += [StepKey(Phase.DECODE, row, row, plan) for row in decode]
+        keys = [GraphKey.prefill(run, 1, plan) for run in prefill]
+        keys += [GraphKey.decode(row, plan) for row in decode]
         # The layers are compiled for all sizes: a prefill of one token runs them as decode does, and so does a step
         # that no fused one serves.
         with self.steps.fused_by(None), cast(CompiledLayers, self.compiled).warming_up():
@@ -380,9 +381,9 @@ class ModelRunner:
         """
         plan = SamplerPlan()
         for tokens in _spread(self._max_tokens):
-            self._run_padding(StepKey(Phase.PREFILL, tokens, 1, plan))
+            self._run_padding(GraphKey.prefill(tokens, 1, plan))
         for rows in _spread(self._max_batch):
-            self._run_padding(StepKey(Phase.DECODE, rows, rows, plan))
+            self._run_padding(GraphKey.decode(rows, plan))
         torch.cuda.synchronize(self.device)
 
     @on_its_stream
@@ -390,11 +391,11 @@ class ModelRunner:
         """Run a decode step with each kind of sampler, as `exercise()` does for sizes. Not while requests run."""
         self.ring.drain()
         for plan in every_kind(self.sampler.vocab_size):
-            self._run_padding(StepKey(Phase.DECODE, 1, 1, plan))
+            self._run_padding(GraphKey.decode(1, plan))
         self.recover()
 
     @on_its_stream
-    def capture(self, keys: Sequence[StepKey], progress: Callable[[], object]) -> None:
+    def capture(self, keys: Sequence[GraphKey], progress: Callable[[], object]) -> None:
         """Record these steps. Not while requests run: they would wait for it."""
         self.ring.drain()
         try:
@@ -419,7 +420,7 @@ class ModelRunner:
                 recording.addresses = self._addresses()
         self.recover()
 
-    def _run_padding(self, key: StepKey) -> None:
+    def _run_padding(self, key: GraphKey) -> None:
         self.prepare(key)
         try:
             self.steps.run(key)
@@ -437,7 +438,7 @@ class ModelRunner:
         """
         if self.device.type != "cuda":
             return 0
-        key = StepKey(Phase.PREFILL, self._max_tokens, 1, SamplerPlan())
+        key = GraphKey.prefill(self._max_tokens, 1, SamplerPlan())
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState
 from hybridgen.fused.inputs import StepInputs
+from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels.step.metadata import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
@@ -28,33 +30,6 @@ if TYPE_CHECKING:
     from hybridgen.fused.decode import FusedDecode
 
 _MAX_PREPARED = 256
-
-
-class StepKey(NamedTuple):
-    """What distinguishes steps that cannot share a recording."""
-
-    phase: Phase
-    tokens: int
-    """Tokens fed: T."""
-    rows: int
-    """Rows sampled: as many as tokens in decode, one per finished prompt in prefill."""
-    plan: SamplerPlan | None
-    """The sampler's parts; None: the step ends at the logits, and `ModelSteps.finish` runs after it."""
-
-
-class PrefillChunk(NamedTuple):
-    """A run of consecutive prompt tokens of one request."""
-
-    slot: int
-    tokens: Sequence[int]
-    start: int
-    """Position of the first of them."""
-    rope_length: int
-    """Tokens of the whole prefill: the prompt, and what was generated before when a request is prefilled again."""
-    generated: int
-    """Tokens generated before (above 0 when a request is prefilled again)."""
-    last: bool
-    """Whether the prompt ends here, so that a token is sampled."""
 
 
 class ModelSteps:
@@ -210,26 +185,26 @@ class ModelSteps:
             block[name][count:] = value
         self._prefill_block.send()
 
-    def stage_padding(self, key: StepKey) -> None:
+    def stage_padding(self, key: GraphKey) -> None:
         """Set a step's metadata to padding alone, for warm-up and capture."""
         if key.phase is Phase.DECODE:
             self.stage_decode(())
         else:
             self.stage_prefill((), key.tokens, key.rows)
 
-    def sized(self, key: StepKey) -> tuple[Tensor, Tensor]:
+    def sized(self, key: GraphKey) -> tuple[Tensor, Tensor]:
         """Inputs of a step, as long as its tokens and its rows."""
         inputs = self._decode if key.phase is Phase.DECODE else self._prefill
         return inputs["slots"][: key.tokens], inputs["rows"][: key.rows]
 
-    def run(self, key: StepKey) -> None:
+    def run(self, key: GraphKey) -> None:
         """Launch the step that was staged. All of it runs on the device; the host waits for nothing."""
         if key.phase is Phase.DECODE:
             self._run_decode(key)
         else:
             self._run_prefill(key)
 
-    def _run_decode(self, key: StepKey) -> None:
+    def _run_decode(self, key: GraphKey) -> None:
         self._bring_in(Phase.DECODE, key.tokens, key.rows)
         rows, slots = self._decode["rows"][: key.rows], self._decode["slots"][: key.rows]
         state = self._state.read(rows)
@@ -239,22 +214,22 @@ class ModelSteps:
             logits = self.fused.run(key.rows, state.last_tokens, state.lengths)
         else:
             logits = self._bound.forward(state.last_tokens, self.metadata, None)
-        if key.plan is None:
+        if key.sampler is None:
             self._leave(logits)
         else:
-            self._sample(logits, rows, lengths, state.generated, key.plan)
+            self._sample(logits, rows, lengths, state.generated, key.sampler)
 
-    def _run_prefill(self, key: StepKey) -> None:
+    def _run_prefill(self, key: GraphKey) -> None:
         self._bring_in(Phase.PREFILL, key.tokens, key.rows)
         inputs, tokens, rows = self._prefill, key.tokens, key.rows
         # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case.
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
         self._set(phase, inputs["slots"][:tokens], inputs["positions"][:tokens], inputs["rope"][:tokens])
         logits = self._bound.forward(inputs["ids"][:tokens], self.metadata, inputs["keep"][: max(rows, 1)])
-        if rows and key.plan is None:
+        if rows and key.sampler is None:
             self._leave(logits)
-        elif rows and key.plan is not None:
-            self._sample(logits, *self._prefilled(rows), key.plan)
+        elif rows and key.sampler is not None:
+            self._sample(logits, *self._prefilled(rows), key.sampler)
 
     def finish(self, phase: Phase, rows: int, plan: SamplerPlan) -> None:
         """What is left of a step that ended at its logits: sample, publish, advance."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybridgen.execution.step import StepKey
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.store import GraphStore
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
@@ -25,7 +25,7 @@ _FADES = 0.5
 class PlannedGraph:
     """A recording of an earlier process."""
 
-    key: StepKey
+    key: GraphKey
     uses: float
     """Steps that ran it or wanted it, those of earlier processes faded."""
     times: tuple[float, float] | None
@@ -35,14 +35,16 @@ class PlannedGraph:
 
 def read(document: Mapping[str, Any] | None) -> list[PlannedGraph]:
     """The plan of a document; empty where there is none or it is another version's."""
-    if document is None or document.get("format") != 1:
+    if document is None or document.get("format") != 2:
         return []
     found = []
     try:
         for row in document["graphs"]:
             sampling = row["sampling"]
             plan = None if sampling is None else SamplerPlan(**sampling)
-            key = StepKey(Phase(row["phase"]), int(row["tokens"]), int(row["rows"]), plan)
+            key = GraphKey(
+                row["executor"], Phase(row["phase"]), int(row["rows"]), int(row["tokens"]), int(row["query_len"]), plan
+            )
             measured = [row[name] for name in ("plain_seconds", "seconds")]
             times = None if None in measured else (float(measured[0]), float(measured[1]))
             found.append(PlannedGraph(key, float(row["uses"]), times, float(row["capture_seconds"])))
@@ -66,16 +68,18 @@ def write(store: GraphStore, before: Iterable[PlannedGraph]) -> dict[str, Any]:
         if key in rows:
             rows[key] = replace(rows[key], uses=rows[key].uses + count)
     kept = sorted(rows.values(), key=lambda graph: graph.uses, reverse=True)[:_KEPT]
-    return {"format": 1, "graphs": [_row(graph) for graph in kept]}
+    return {"format": 2, "graphs": [_row(graph) for graph in kept]}
 
 
 def _row(graph: PlannedGraph) -> dict[str, Any]:
     key = graph.key
     return {
+        "executor": key.executor,
         "phase": str(key.phase),
+        "query_len": key.query_len,
         "tokens": key.tokens,
         "rows": key.rows,
-        "sampling": None if key.plan is None else key.plan._asdict(),
+        "sampling": None if key.sampler is None else key.sampler._asdict(),
         "uses": round(graph.uses, 3),
         "plain_seconds": None if graph.times is None else graph.times[0],
         "seconds": None if graph.times is None else graph.times[1],
@@ -84,12 +88,12 @@ def _row(graph: PlannedGraph) -> dict[str, Any]:
 
 
 def first(
-    keys: Iterable[StepKey],
+    keys: Iterable[GraphKey],
     planned: Iterable[PlannedGraph],
     *,
     named: Collection[Phase] = (),
     budget: float = BUDGET_SECONDS,
-) -> list[StepKey]:
+) -> list[GraphKey]:
     """What a warm start records: the buckets that the user named, whatever they cost; then of what the config allows,
     what was used, the most used first, as long as the budget lasts. Where nothing was used yet (`hybridgen cache
     warm`), as much as the budget allows of everything.
@@ -111,7 +115,7 @@ def first(
     order = {key: index for index, key in enumerate(hot or keys) if key not in asked}
     ranked = sorted(order, key=lambda key: (-known[key].uses if key in known else 0.0, order[key]))
     typical = sorted(graph.capture_seconds for graph in known.values())[len(known) // 2]
-    chosen: list[StepKey] = []
+    chosen: list[GraphKey] = []
     for key in ranked:
         budget -= known[key].capture_seconds if key in known else typical
         if budget < 0 and (asked or chosen):

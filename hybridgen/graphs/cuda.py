@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 
 from hybridgen.device.capture import CAPTURING
-from hybridgen.execution.step import StepKey
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorded, checked_seconds
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class CudaGraphRecorder:
         self._scratch = torch.zeros(1, device=device)
         self._wait = partial(torch.cuda.synchronize, device)
 
-    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Warm up, capture and time a step.
 
         Raises:

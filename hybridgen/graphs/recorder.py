@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from hybridgen.execution.step import StepKey
+from hybridgen.graphs.key import GraphKey
 
 _TIMED = 3
 _TOLERANCE = 0.25
@@ -80,7 +80,7 @@ class Recorder(Protocol):
 
     owner: str
 
-    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Warm up and record a step, staged with padding. What goes wrong is raised, and harms no other recording.
 
         Args:

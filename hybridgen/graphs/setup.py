@@ -9,8 +9,8 @@ import torch
 
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.execution.runner import ModelRunner
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs.buckets import decode_ladder, prefill_ladder
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.stand_in import StandInRecorder
 from hybridgen.graphs.store import FEW_PROMPTS, GraphSettings
@@ -67,7 +67,7 @@ class GraphPlan:
         settings = self.settings()
         return max((*settings.decode[-1:], *settings.prefill[-1:]), default=0) if self.records else 0
 
-    def recorder(self, runner: ModelRunner) -> Callable[[StepKey, bool], Recorder | None] | None:
+    def recorder(self, runner: ModelRunner) -> Callable[[GraphKey, bool], Recorder | None] | None:
         """Who records a step (the flag: while idle, not at warm-up).
 
         Trees record while idle only what needs no compilation, which takes seconds to minutes.
@@ -90,7 +90,7 @@ class GraphPlan:
             return lambda key, lazy: trees if not lazy or trees.knows(key) else None
         buckets = self.settings().decode
 
-        def both(key: StepKey, lazy: bool) -> Recorder:
+        def both(key: GraphKey, lazy: bool) -> Recorder:
             between = key.phase is Phase.DECODE and key.tokens not in buckets
             return trees if between and (not lazy or trees.knows(key)) else manual
 
@@ -116,21 +116,21 @@ def use_graphs(runner: ModelRunner, plan: GraphPlan, not_compiled: str | None, c
     )
 
 
-def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan], *, any_sampler: bool) -> list[StepKey]:
+def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan], *, any_sampler: bool) -> list[GraphKey]:
     """What is recorded before the first request; no more than may be kept, what serves the most first.
 
     Every bucket with each of these samplers, prefill for one prompt. And, where `any_sampler` says so or sampling is
     not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers.
     """
-    keys: list[StepKey] = []
+    keys: list[GraphKey] = []
     if any_sampler or not settings.sample_in_graph:
         few = min(FEW_PROMPTS, settings.max_rows)
-        keys += [StepKey(Phase.DECODE, size, size, None) for size in settings.decode]
-        keys += [StepKey(Phase.PREFILL, size, few, None) for size in settings.prefill]
+        keys += [GraphKey.decode(size, None) for size in settings.decode]
+        keys += [GraphKey.prefill(size, few, None) for size in settings.prefill]
     for plan in plans if settings.sample_in_graph else ():
-        keys += [StepKey(Phase.DECODE, size, size, plan) for size in settings.decode]
-        keys += [StepKey(Phase.PREFILL, size, 1, plan) for size in settings.prefill]
+        keys += [GraphKey.decode(size, plan) for size in settings.decode]
+        keys += [GraphKey.prefill(size, 1, plan) for size in settings.prefill]
         if settings.exact_when_lazy and settings.decode:  # one size between the buckets, so that its step is compiled
             between = [size for size in range(2, settings.decode[-1]) if size not in settings.decode]
-            keys += [StepKey(Phase.DECODE, size, size, plan) for size in between[:1]]
+            keys += [GraphKey.decode(size, plan) for size in between[:1]]
     return keys[: settings.max_graphs]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hybridgen.execution.step import StepKey
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorded, checked_seconds, median_seconds
 
 OWNER = "stand-in"
@@ -19,7 +19,7 @@ class StandInRecorder:
 
     owner = OWNER
 
-    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Run the step twice, as a capture would, and keep it."""
         step()
         if known is None:

@@ -15,8 +15,8 @@ import torch
 from hybridgen.core import GraphEvent, GraphEventKind
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import EngineError, described
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs.buckets import round_up
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorded, Recorder
 from hybridgen.graphs.timings import PlainTimes
 from hybridgen.models.attention import Phase
@@ -63,7 +63,7 @@ class GraphSettings:
 class Recording:
     """A recorded step in the store."""
 
-    key: StepKey
+    key: GraphKey
     recorded: Recorded
     recorder: Recorder
     lazy: bool
@@ -82,7 +82,7 @@ class Recording:
 class Route:
     """How steps of one size run, until the store changes."""
 
-    key: StepKey
+    key: GraphKey
     """What runs: the size that was asked for, or the bucket that holds it."""
     run: Callable[[], None]
     kind: str
@@ -91,7 +91,7 @@ class Route:
     padded: bool = False
     finish: Callable[[], None] | None = None
     """The part of `run` after the recording: sampling, where the recording ends at the logits."""
-    wanted: StepKey | None = None
+    wanted: GraphKey | None = None
     """What would serve these steps better, if it were recorded."""
 
 
@@ -106,9 +106,9 @@ class GraphStore:
         self,
         settings: GraphSettings,
         *,
-        recorder: Callable[[StepKey, bool], Recorder | None] | None,
-        prepare: Callable[[StepKey], None],
-        run: Callable[[StepKey], None],
+        recorder: Callable[[GraphKey, bool], Recorder | None] | None,
+        prepare: Callable[[GraphKey], None],
+        run: Callable[[GraphKey], None],
         finish: Callable[[Phase, int, SamplerPlan], None],
         plain_kind: Callable[[], str],
         why_plain: str,
@@ -140,17 +140,17 @@ class GraphStore:
         self._counters = counters
         self._notify = notify
         self._validates = validates
-        self._recordings: dict[StepKey, Recording] = {}
-        self._routes: dict[StepKey, Route] = {}
+        self._recordings: dict[GraphKey, Recording] = {}
+        self._routes: dict[GraphKey, Route] = {}
         self._times = PlainTimes()
         self._clock = 0
-        self._wanted: Counter[StepKey] = Counter()
-        self._known: dict[StepKey, tuple[float, float]] = {}
+        self._wanted: Counter[GraphKey] = Counter()
+        self._known: dict[GraphKey, tuple[float, float]] = {}
         """Times of an earlier process that nothing has confirmed in this one."""
         self.times_changed = False
         """Whether a step took another time than an earlier process measured."""
-        self._failed: dict[StepKey, str] = {}
-        self._patience: dict[StepKey, int] = {}
+        self._failed: dict[GraphKey, str] = {}
+        self._patience: dict[GraphKey, int] = {}
         """Uses before an evicted step is recorded again: twice as many each time, or more sizes than are kept would be
         captured in turn for ever."""
         self._misses: Counter[str] = Counter()
@@ -160,7 +160,7 @@ class GraphStore:
         self.version = 0
         """Changes whenever a route may."""
 
-    def route(self, key: StepKey) -> Route:
+    def route(self, key: GraphKey) -> Route:
         """How a step of this size runs now. Looks up; nothing is captured here."""
         route = self._routes.get(key)
         if route is None:
@@ -182,7 +182,7 @@ class GraphStore:
         if route.wanted is not None:
             self._wanted[route.wanted] += 1
 
-    def _choose(self, key: StepKey) -> Route:
+    def _choose(self, key: GraphKey) -> Route:
         if self._recorder is None:
             return self._plain(key, self._why_plain)
         if not self.settings.ladder(key.phase):
@@ -200,19 +200,19 @@ class GraphStore:
         padded = "padded to " if best.key.tokens != key.tokens else ""
         return self._replay(best, f"{padded}bucket {best.key.tokens}", key, wanted)
 
-    def _plain(self, key: StepKey, reason: str, wanted: StepKey | None = None) -> Route:
+    def _plain(self, key: GraphKey, reason: str, wanted: GraphKey | None = None) -> Route:
         return Route(key, partial(self._run, key), self._plain_kind(), reason, wanted=wanted)
 
-    def _replay(self, recording: Recording, reason: str, key: StepKey, wanted: StepKey | None = None) -> Route:
+    def _replay(self, recording: Recording, reason: str, key: GraphKey, wanted: GraphKey | None = None) -> Route:
         if wanted == recording.key:
             wanted = None
         reason += self._note
         recorded, ran = recording.recorded, recording.key
         padded = ran.tokens != key.tokens
-        if ran.plan is not None or key.plan is None or not ran.rows:
+        if ran.sampler is not None or key.sampler is None or not ran.rows:
             return Route(ran, recorded.replay, recorded.owner, reason, recording, padded, wanted=wanted)
         # The recording ends at the logits: the sampler runs after it.
-        finish = partial(self._finish, ran.phase, ran.rows, key.plan)
+        finish = partial(self._finish, ran.phase, ran.rows, key.sampler)
 
         def run() -> None:
             recorded.replay()
@@ -221,27 +221,27 @@ class GraphStore:
         reason = f"{reason}, sampler outside"
         return Route(ran, run, recorded.owner, reason, recording, padded, finish, wanted)
 
-    def _larger(self, key: StepKey) -> Iterator[Recording]:
+    def _larger(self, key: GraphKey) -> Iterator[Recording]:
         """Recordings that can run the step with padding."""
         for recording in self._recordings.values():
             other = recording.key
             enough = other.tokens >= key.tokens and other.rows >= key.rows
-            samples = other.plan is None or (key.plan is not None and other.plan.covers(key.plan))
+            samples = other.sampler is None or (key.sampler is not None and other.sampler.covers(key.sampler))
             if other.phase is key.phase and enough and samples:
                 yield recording
 
-    def _why_not(self, best: Recording, key: StepKey) -> str | None:
+    def _why_not(self, best: Recording, key: GraphKey) -> str | None:
         """Why a step is not padded to this recording's size."""
         ratio = self.settings.max_padding_ratio
         if ratio is not None:
             waste = (best.key.tokens - key.tokens) / key.tokens
             return None if waste <= ratio else f"padding above max_padding_ratio={ratio:g}"
-        plain = self._times.estimate(key.phase, best.key.plan, key.tokens)
+        plain = self._times.estimate(key.phase, best.key.sampler, key.tokens)
         if plain is not None and best.recorded.seconds > plain:
             return f"without a graph is faster (measured) than padded to bucket {best.key.tokens}"
         return None
 
-    def _why_none(self, key: StepKey, wanted: StepKey | None) -> str:
+    def _why_none(self, key: GraphKey, wanted: GraphKey | None) -> str:
         if wanted is None:
             ladder = self.settings.ladder(key.phase)
             return f"above the largest bucket, {ladder[-1]}"
@@ -251,47 +251,47 @@ class GraphStore:
             return "no graph with this sampling, or with so many prompts"
         return f"bucket {wanted.tokens} is not captured"
 
-    def _wanted_for(self, key: StepKey) -> StepKey | None:
+    def _wanted_for(self, key: GraphKey) -> GraphKey | None:
         """The bucket that such a step belongs to."""
         tokens = round_up(key.tokens, self.settings.ladder(key.phase))
         if tokens is None:
             return None
-        plan = key.plan if self.settings.sample_in_graph else None
+        plan = key.sampler if self.settings.sample_in_graph else None
         if key.phase is Phase.DECODE:
             size = key.tokens if self.settings.exact_when_lazy else tokens
-            return StepKey(key.phase, size, size, plan)
+            return GraphKey.decode(size, plan)
         rows = 1 if plan is not None else FEW_PROMPTS
         while rows < key.rows:
             rows *= 2
-        return StepKey(key.phase, tokens, min(rows, self.settings.max_rows), plan)
+        return GraphKey.prefill(tokens, min(rows, self.settings.max_rows), plan)
 
-    def know(self, times: Mapping[StepKey, tuple[float, float]]) -> None:
+    def know(self, times: Mapping[GraphKey, tuple[float, float]]) -> None:
         """Use times that an earlier process measured on the same device, of steps without and with their recording."""
         self._known.update(times)
         for key, (plain, _) in times.items():
-            self._times.note(key.phase, key.plan, key.tokens, plain)
+            self._times.note(key.phase, key.sampler, key.tokens, plain)
         self._changed()
 
     def _doubt_known(self) -> None:
         """A time of the earlier process is wrong by now: compared with new ones, its others would decide wrongly."""
         self.times_changed = True
         for key in self._known:
-            self._times.forget(key.phase, key.plan, key.tokens)
+            self._times.forget(key.phase, key.sampler, key.tokens)
         self._known.clear()
 
     @property
-    def wanted(self) -> dict[StepKey, int]:
+    def wanted(self) -> dict[GraphKey, int]:
         """How often steps wanted a recording that there is not."""
         return dict(self._wanted)
 
-    def capture(self, keys: Iterable[StepKey], progress: Callable[[], object] = lambda: None) -> None:
+    def capture(self, keys: Iterable[GraphKey], progress: Callable[[], object] = lambda: None) -> None:
         """Record these steps, the largest first, so that the smaller ones fit into the memory that it took."""
         for key in sorted(keys, key=lambda key: key.tokens, reverse=True):
             if key not in self._recordings and key not in self._failed and not self._gave_up(key):
                 self._capture(key, lazy=False)
             progress()
 
-    def _gave_up(self, key: StepKey) -> bool:
+    def _gave_up(self, key: GraphKey) -> bool:
         """Whether steps of the phase fail alike, so that this one would too. Memory may suffice for a smaller one."""
         alike = Counter(why for failed, why in self._failed.items() if failed.phase is key.phase)
         repeated = [why for why, count in alike.items() if count >= _FAILURES_ALIKE and "OutOfMemory" not in why]
@@ -300,7 +300,7 @@ class GraphStore:
         return bool(repeated)
 
     @property
-    def pending(self) -> list[StepKey]:
+    def pending(self) -> list[GraphKey]:
         """What was wanted often enough, the most wanted first."""
         if not self.settings.lazy or self._recorder is None:
             return []
@@ -308,7 +308,7 @@ class GraphStore:
         missing = [key for key in often if key not in self._recordings and key not in self._failed]
         return [key for key in missing if self._recorder(key, True) is not None]
 
-    def _uses_before_capture(self, key: StepKey) -> int:
+    def _uses_before_capture(self, key: GraphKey) -> int:
         return self._patience.get(key, self.settings.capture_after)
 
     def capture_pending(self) -> bool:
@@ -318,7 +318,7 @@ class GraphStore:
             self._capture(pending[0], lazy=True)
         return len(pending) > 1
 
-    def _capture(self, key: StepKey, *, lazy: bool) -> None:
+    def _capture(self, key: GraphKey, *, lazy: bool) -> None:
         recorder = None if self._recorder is None else self._recorder(key, lazy)
         if recorder is None:
             return
@@ -340,7 +340,7 @@ class GraphStore:
             self._changed()
         if known not in (None, (recorded.plain_seconds, recorded.seconds)):
             self._doubt_known()
-        self._times.note(key.phase, key.plan, key.tokens, recorded.plain_seconds)
+        self._times.note(key.phase, key.sampler, key.tokens, recorded.plain_seconds)
         self._clock += 1
         recording = Recording(
             key,
@@ -356,7 +356,7 @@ class GraphStore:
         self._tell(GraphEventKind.CAPTURED, key, f"{'while idle' if lazy else 'at warm-up'}, {recorded.bytes:,} bytes")
         self._keep_within_bytes(recording)
 
-    def _fail(self, key: StepKey, error: Exception) -> None:
+    def _fail(self, key: GraphKey, error: Exception) -> None:
         message = described(error)
         self._failed[key] = message
         self._counters.fall_back(f"the capture of {describe(key)} failed, such steps run without it: {message}")
@@ -403,7 +403,7 @@ class GraphStore:
         self._routes.clear()
         self.version += 1
 
-    def _tell(self, kind: GraphEventKind, key: StepKey, message: str) -> None:
+    def _tell(self, kind: GraphEventKind, key: GraphKey, message: str) -> None:
         logger.debug("%s %s: %s", kind, describe(key), message)
         if self._notify is None:
             return
@@ -472,20 +472,22 @@ def _closed(*_: object) -> Any:
 def _preference(recording: Recording) -> tuple[int, int, bool, float]:
     """Less padding first, then those that sample, then the faster."""
     key = recording.key
-    return key.tokens, key.rows, key.plan is None, recording.recorded.seconds
+    return key.tokens, key.rows, key.sampler is None, recording.recorded.seconds
 
 
-def describe(key: StepKey) -> str:
+def describe(key: GraphKey) -> str:
     """A recording's name in messages."""
     rows = "" if key.phase is Phase.DECODE else f" for {key.rows} prompts" if key.rows != 1 else ""
     return f"the {key.phase} graph of {key.tokens} {'rows' if key.phase is Phase.DECODE else 'tokens'}{rows}"
 
 
-def describe_plan(key: StepKey) -> str:
+def describe_plan(key: GraphKey) -> str:
     """The parts of the sampler that a recording has."""
-    if key.plan is None:
+    if key.sampler is None:
         return "outside"
-    parts = [name for name, value in zip(key.plan._fields, key.plan, strict=True) if value not in (False, None, 0)]
-    if key.plan.logprobs == 0:
+    parts = [
+        name for name, value in zip(key.sampler._fields, key.sampler, strict=True) if value not in (False, None, 0)
+    ]
+    if key.sampler.logprobs == 0:
         parts.append("logprobs")
     return ", ".join(parts) or "greedy"

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from hybridgen.device.capture import CAPTURING
-from hybridgen.execution.step import ModelSteps, StepKey
+from hybridgen.execution.step import ModelSteps
+from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.recorder import Recorded, checked_seconds, this_thread
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
@@ -34,7 +35,7 @@ _RUNS = 3
 
 def run_step(steps: ModelSteps, phase: Phase, plan: SamplerPlan | None, tokens: Tensor, rows: Tensor) -> None:
     """The compile unit. `tokens` and `rows` stand for their lengths: a tensor's can be marked as dynamic."""
-    steps.run(StepKey(phase, tokens.shape[0], rows.shape[0], plan))
+    steps.run(GraphKey(LAYERS, phase, rows.shape[0], tokens.shape[0], 1, plan))
 
 
 class TreeRecorder:
@@ -55,11 +56,11 @@ class TreeRecorder:
         )
         self._known: set[tuple[Phase, bool, bool, SamplerPlan | None]] = set()
 
-    def knows(self, key: StepKey) -> bool:
+    def knows(self, key: GraphKey) -> bool:
         """Whether a step of this kind is compiled, so that recording one more size takes no compilation."""
         return _kind(key) in self._known
 
-    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         """Compile the step where that has not been done, and run it until its tree replays it.
 
         Raises:
@@ -68,7 +69,7 @@ class TreeRecorder:
         with CAPTURING, torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
             return self._record(key, step, known)
 
-    def _record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
+    def _record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         for tensor in self._steps.tensors().values():
             torch._dynamo.mark_static_address(tensor)
         step()
@@ -92,7 +93,7 @@ class TreeRecorder:
             thread=this_thread(),
         )
 
-    def replay_of(self, key: StepKey) -> Callable[[], None]:
+    def replay_of(self, key: GraphKey) -> Callable[[], None]:
         """The compiled step of this size, to call."""
         tokens, rows = self._steps.sized(key)
         same = key.phase is Phase.DECODE
@@ -103,7 +104,7 @@ class TreeRecorder:
         elif key.rows > 1:
             torch._dynamo.mark_dynamic(rows, 0, min=2, max=self._most["rows"])
         self._known.add(_kind(key))
-        return partial(self._replay, key.phase, key.plan, tokens, rows)
+        return partial(self._replay, key.phase, key.sampler, tokens, rows)
 
     def close(self) -> None:
         return None
@@ -113,8 +114,8 @@ class TreeRecorder:
         self._compiled(self._steps, phase, plan, tokens, rows)
 
 
-def _kind(key: StepKey) -> tuple[Phase, bool, bool, SamplerPlan | None]:
-    return key.phase, key.tokens > 1, key.rows > 1, key.plan
+def _kind(key: GraphKey) -> tuple[Phase, bool, bool, SamplerPlan | None]:
+    return key.phase, key.tokens > 1, key.rows > 1, key.sampler
 
 
 def _nothing() -> None:

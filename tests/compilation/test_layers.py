@@ -8,8 +8,9 @@ from runners import make_runner
 
 from hybridgen.compilation.layers import check_backend, mark_tokens_dynamic
 from hybridgen.errors import ConfigError
-from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
-from hybridgen.models.attention import Phase
+from hybridgen.execution import ModelRunner
+from hybridgen.execution.plan import PrefillChunk
+from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 
 
@@ -19,7 +20,7 @@ def make(name: str, **changes: int) -> ModelRunner:
 
 def run_prefill(runner: ModelRunner, count: int) -> None:
     runner.steps.stage_prefill([PrefillChunk(0, [5] * count, 0, count, 0, True)], count, 1)
-    runner.steps.run(StepKey(Phase.PREFILL, count, 1, SamplerPlan()))
+    runner.steps.run(GraphKey.prefill(count, 1, SamplerPlan()))
 
 
 @pytest.mark.parametrize("layers", [2, 12])

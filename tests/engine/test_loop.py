@@ -26,7 +26,7 @@ from hybridgen.engine.loop import StepLoop, interrupts_deferred
 from hybridgen.engine.output import Response
 from hybridgen.engine.requests import Plan
 from hybridgen.engine.scheduler import Scheduler
-from hybridgen.execution import PrefillChunk, StepOutput
+from hybridgen.execution.plan import PrefillChunk, StepOutput
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
 from hybridgen.telemetry.statistics import Counters

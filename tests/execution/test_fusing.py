@@ -12,9 +12,11 @@ from runners import free_runner, make_runner
 
 pytest.importorskip("triton")
 
-from hybridgen.execution import ModelRunner, PrefillChunk, StepKey, fusing
+from hybridgen.execution import ModelRunner, fusing
+from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.fused import decode, tuning
 from hybridgen.graphs import cuda
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorded
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
@@ -61,7 +63,7 @@ class Captures:
         self.released = 0
         self.closed = 0
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
         fused = self.runner.steps.fused is not None
         self.recorded.append((key.rows, fused))
         step()
@@ -146,11 +148,11 @@ def test_comparing_leaves_the_runner_as_it_was(
     assert (captures.closed, len(recovered)) == (1, 1)
     assert runner.steps.fused is fused
     assert torch.count_nonzero(runner.state.table) == 0
-    runner.admit(2, [3, 1], resolve(SamplingParams(temperature=0.0), None, (), families.VOCAB), PROMPT)
+    runner.admit(Admission(2, [3, 1], resolve(SamplingParams(temperature=0.0), None, (), families.VOCAB), PROMPT))
     assert fused.refreshed == 1
     launched = [runner.prefill([PrefillChunk(2, PROMPT, 0, len(PROMPT), 0, True)])]
     launched += [runner.decode((2,)) for _ in range(6)]
-    assert [step.read().tokens[0] for step in launched] == families.reference(families.build("llama"), PROMPT, 7)[0]
+    assert [step.read().tokens[0][0] for step in launched] == families.reference(families.build("llama"), PROMPT, 7)[0]
 
 
 def test_without_a_chain_nothing_is_measured(runner: ModelRunner, fused: Fused, captures: Captures) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from runners import free_runner, make_runner
 
-from hybridgen.execution import ModelRunner, PrefillChunk, StepKey, ring
+from hybridgen.execution import ModelRunner, ring
+from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.graphs import GraphSettings, StandInRecorder
-from hybridgen.models.attention import Phase
+from hybridgen.graphs.key import GraphKey
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, resolve
 from hybridgen.telemetry.statistics import Counters
@@ -27,7 +28,7 @@ def runner() -> Iterator[ModelRunner]:
 
 
 def admit(runner: ModelRunner, slot: int, pages: list[int]) -> None:
-    runner.admit(slot, pages, resolve(SamplingParams(temperature=0.0), None, (), families.VOCAB), PROMPT)
+    runner.admit(Admission(slot, pages, resolve(SamplingParams(temperature=0.0), None, (), families.VOCAB), PROMPT))
 
 
 def chunk(slot: int, start: int, stop: int) -> PrefillChunk:
@@ -42,10 +43,10 @@ def test_chunks_of_any_length_give_the_same_tokens(runner: ModelRunner, cuts: tu
         launched = runner.prefill([chunk(2, start, stop)])
         assert launched.rows == (stop == len(PROMPT))
         start = stop
-    tokens = [launched.read().tokens[0]]
+    tokens = [launched.read().tokens[0][0]]
     assert runner.state.table[1].tolist() == [0, 0, 21, 0, 0]
     assert runner.state.table[2].tolist() == [0, 0, 1, 0, 0]
-    tokens += [runner.decode((2,)).read().tokens[0] for _ in range(8)]
+    tokens += [runner.decode((2,)).read().tokens[0][0] for _ in range(8)]
     assert tokens == families.reference(families.build("llama"), PROMPT, 9)[0]
     assert runner.state.table[1, 2] == 29
 
@@ -77,7 +78,7 @@ def test_a_failed_row_leaves_a_valid_token_behind(runner: ModelRunner, monkeypat
     assert runner.state.table[0, 0] == 0
 
 
-def record(runner: ModelRunner, *keys: StepKey, **settings: object) -> None:
+def record(runner: ModelRunner, *keys: GraphKey, **settings: object) -> None:
     stand_in = StandInRecorder()
     runner.use_graphs(
         GraphSettings(**{"decode": (1, 4), "prefill": (8, 32), "max_rows": 4, "max_padding_ratio": 64} | settings),
@@ -98,8 +99,8 @@ def test_recorded_steps_leave_the_state_of_plain_ones(runner: ModelRunner) -> No
         return [outputs, [step.rows for step in found], runner.state.table.tolist()], found
 
     expected, _ = run()
-    record(runner, *(StepKey(Phase.DECODE, n, n, SamplerPlan()) for n in (1, 4)),
-           *(StepKey(Phase.PREFILL, n, 1, SamplerPlan()) for n in (8, 32)))  # fmt: skip
+    record(runner, *(GraphKey.decode(n, SamplerPlan()) for n in (1, 4)),
+           *(GraphKey.prefill(n, 1, SamplerPlan()) for n in (8, 32)))  # fmt: skip
     actual, steps = run()
     assert actual == expected
     assert [step.reason for step in steps] == [
@@ -113,11 +114,11 @@ def test_recorded_steps_leave_the_state_of_plain_ones(runner: ModelRunner) -> No
 def test_the_same_batch_is_looked_up_once_until_the_store_changes(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = StepKey(Phase.DECODE, 1, 1, SamplerPlan())
+    key = GraphKey.decode(1, SamplerPlan())
     record(runner, key)
     admit(runner, 0, [1, 2])
     runner.prefill([chunk(0, 0, 21)])
-    looked_up: list[StepKey] = []
+    looked_up: list[GraphKey] = []
     route = runner.graphs.route
     monkeypatch.setattr(runner.graphs, "route", lambda key: looked_up.append(key) or route(key))
     batch = (0,)
@@ -132,13 +133,13 @@ def test_the_same_batch_is_looked_up_once_until_the_store_changes(
 
 
 def test_a_request_in_a_slot_of_the_batch_changes_the_route(runner: ModelRunner) -> None:
-    record(runner, StepKey(Phase.DECODE, 1, 1, SamplerPlan()))
+    record(runner, GraphKey.decode(1, SamplerPlan()))
     batch = (0,)
     admit(runner, 0, [1, 2])
     runner.prefill([chunk(0, 0, 21)])
     assert runner.decode(batch).reason == "bucket 1"
     params = resolve(SamplingParams(temperature=1.0, seed=1), None, (), families.VOCAB)
-    runner.admit(0, [1, 2], params, PROMPT)
+    runner.admit(Admission(0, [1, 2], params, PROMPT))
     runner.prefill([chunk(0, 0, 21)])
     assert runner.decode(batch).reason == "no graph with this sampling, or with so many prompts"
 
@@ -151,9 +152,9 @@ def test_a_capture_leaves_requests_and_unread_steps_as_they_are(runner: ModelRun
     batch = (2,)
     for size in (4, 1, 4):
         steps.append(runner.decode(batch))
-        record(runner, StepKey(Phase.DECODE, size, size, SamplerPlan()), StepKey(Phase.PREFILL, 8, 1, SamplerPlan()))
+        record(runner, GraphKey.decode(size, SamplerPlan()), GraphKey.prefill(8, 1, SamplerPlan()))
         steps.append(runner.decode(batch))
-    assert [step.read().tokens[0] for step in steps] == expected
+    assert [step.read().tokens[0][0] for step in steps] == expected
 
 
 def test_a_step_that_failed_can_run_again(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +167,7 @@ def test_a_step_that_failed_can_run_again(runner: ModelRunner, monkeypatch: pyte
             with pytest.raises(ZeroDivisionError):
                 runner.decode((0,))
         steps.append(runner.decode((0,)))
-    assert [step.read().tokens[0] for step in steps] == expected
+    assert [step.read().tokens[0][0] for step in steps] == expected
 
 
 def test_a_prefill_that_failed_at_its_very_end_can_run_again(
@@ -181,4 +182,4 @@ def test_a_prefill_that_failed_at_its_very_end_can_run_again(
         with pytest.raises(ZeroDivisionError):
             runner.prefill([chunk(0, 0, 21)])
     steps = [runner.prefill([chunk(0, 0, 21)]), *(runner.decode((0,)) for _ in range(4))]
-    assert [step.read().tokens[0] for step in steps] == expected
+    assert [step.read().tokens[0][0] for step in steps] == expected

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from hybridgen.cache import CacheShape, allocate_pages
-from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
+from hybridgen.execution import ModelRunner
+from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.staging import StagedBlock
+from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.kernels.step import metadata
 from hybridgen.models import bind
 from hybridgen.models.attention import Phase
@@ -109,7 +111,7 @@ def test_the_first_node_resets_the_padding_slot_and_brings_in_what_was_staged(on
             padded = [2, 0, 1, MAX_BATCH][:rows] if rows == 4 else [2, 0, 1][:rows]
             for field in steps._decode.values():
                 assert field.tolist() == padded + [-1] * (MAX_BATCH + 1 - rows)  # no more than the step has
-        steps.stage_padding(StepKey(Phase.PREFILL, 8, 2, GREEDY))
+        steps.stage_padding(GraphKey.prefill(8, 2, GREEDY))
         for field in steps._prefill.values():
             field.fill_(-1)
         steps._bring_in(Phase.PREFILL, 8, 2)
@@ -128,7 +130,7 @@ def test_a_step_copies_once_and_first(runner: ModelRunner, phase: Phase, monkeyp
     monkeypatch.setattr(metadata, "reference", lambda *pairs: order.append("copy") or copy(*pairs))
     monkeypatch.setattr(runner._bound, "forward", lambda *args: order.append("forward") or forward(*args))
     for size in (1, 2, 4, 2):
-        key = StepKey(phase, size, size if phase is Phase.DECODE else 1, GREEDY)
+        key = GraphKey.decode(size, GREEDY) if phase is Phase.DECODE else GraphKey.prefill(size, 1, GREEDY)
         steps.stage_padding(key)
         order.clear()
         steps.run(key)
@@ -139,7 +141,7 @@ def test_nothing_moves(runner: ModelRunner) -> None:
     before = {name: tensor.data_ptr() for name, tensor in runner.steps.tensors().items()}
     assert len(before) > 25
     for size in (1, 3):
-        for key in (StepKey(Phase.DECODE, size, size, GREEDY), StepKey(Phase.PREFILL, 8 * size, size, GREEDY)):
+        for key in (GraphKey.decode(size, GREEDY), GraphKey.prefill(8 * size, size, GREEDY)):
             runner.steps.stage_padding(key)
             runner.steps.run(key)
     assert {name: tensor.data_ptr() for name, tensor in runner.steps.tensors().items()} == before
@@ -170,7 +172,7 @@ def test_a_step_in_two_parts_is_the_step(runner: ModelRunner, phase: Phase, kind
     found = []
     runner.steps.keep_logits()
     for split in (False, True):
-        runner.admit(1, [3, 4], resolve(SamplingParams(**kind), None, (), families.VOCAB), prompt)
+        runner.admit(Admission(1, [3, 4], resolve(SamplingParams(**kind), None, (), families.VOCAB), prompt))
         runner.prefill([PrefillChunk(1, prompt[:-1], 0, len(prompt), 0, False)])
         plan = runner.sampler.needs((1,))
         tokens = 3
@@ -181,12 +183,12 @@ def test_a_step_in_two_parts_is_the_step(runner: ModelRunner, phase: Phase, kind
             runner.steps.stage_prefill([PrefillChunk(1, prompt[-1:], 8, len(prompt), 0, True)], tokens, tokens)
         runner.ring.reserve()
         if split:
-            runner.steps.run(StepKey(phase, tokens, tokens, None))
+            runner.steps.run(GraphKey(LAYERS, phase, tokens, tokens, 1, None))
             counter = runner.ring.counter.item()
             runner.steps.finish(phase, tokens, plan)
             assert runner.ring.counter.item() == counter + 1
         else:
-            runner.steps.run(StepKey(phase, tokens, tokens, plan))
+            runner.steps.run(GraphKey(LAYERS, phase, tokens, tokens, 1, plan))
         output = runner.ring.launched(1, plan.logprobs, "", "").read()
         counts = None if runner.sampler.output_counts is None else runner.sampler.output_counts[1].tolist()
         found.append((output, runner.state.table.tolist(), counts))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from runners import free_runner, make_runner
 
-from hybridgen.execution import ModelRunner, PrefillChunk
-from hybridgen.execution.step import StepKey
+from hybridgen.execution import ModelRunner
+from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.validation import validate
 from hybridgen.graphs import GraphSettings, Recorded
-from hybridgen.models.attention import Phase
+from hybridgen.graphs.key import GraphKey
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, resolve
 from hybridgen.telemetry.statistics import Counters
@@ -32,7 +32,7 @@ class Replays:
         self._damage = damage
         self._runner = runner
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
         def replay() -> None:
             step()
             self._damage(self._runner)
@@ -50,7 +50,7 @@ def runner() -> Iterator[ModelRunner]:
     free_runner(runner)
 
 
-def record(runner: ModelRunner, damage: Damage, *keys: StepKey) -> None:
+def record(runner: ModelRunner, damage: Damage, *keys: GraphKey) -> None:
     recorder = Replays(damage, runner)
     runner.use_graphs(
         GraphSettings(decode=(4,), prefill=(32,), max_rows=4),
@@ -64,15 +64,15 @@ def record(runner: ModelRunner, damage: Damage, *keys: StepKey) -> None:
 
 def run(runner: ModelRunner) -> list[tuple[int, float]]:
     """A prefill and four decode steps of one request: tokens, and what is close enough of their log-probabilities."""
-    runner.admit(2, [3, 1], resolve(PENALTIES, None, (), families.VOCAB), PROMPT)
+    runner.admit(Admission(2, [3, 1], resolve(PENALTIES, None, (), families.VOCAB), PROMPT))
     steps = [runner.prefill([PrefillChunk(2, PROMPT, 0, len(PROMPT), 0, True)])]
     outputs = [steps[0].read(), *(runner.decode((2,)).read() for _ in range(4))]
     return [(output.tokens[0], pytest.approx(output.logprobs[0].logprob, abs=1e-4)) for output in outputs]
 
 
-def keys_for(outside: bool) -> list[StepKey]:
+def keys_for(outside: bool) -> list[GraphKey]:
     plan = None if outside else SamplerPlan(sample=True, penalties=True, logprobs=2)
-    return [StepKey(Phase.DECODE, 4, 4, plan), StepKey(Phase.PREFILL, 32, 1, plan)]
+    return [GraphKey.decode(4, plan), GraphKey.prefill(32, 1, plan)]
 
 
 @pytest.mark.parametrize("outside", [False, True])
@@ -128,7 +128,7 @@ def test_nan_is_equal_to_nan(runner: ModelRunner, monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_recording_is_compared_once(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[StepKey] = []
+    compared: list[GraphKey] = []
 
     def counted(runner: ModelRunner, recording: object) -> str | None:
         compared.append(recording.key)

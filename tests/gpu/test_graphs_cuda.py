@@ -16,8 +16,7 @@ import torch
 
 import hybridgen
 from hybridgen.engine.output import Response
-from hybridgen.execution import StepKey
-from hybridgen.models.attention import Phase
+from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 
 pytestmark = pytest.mark.gpu
@@ -162,13 +161,13 @@ def test_a_failed_capture_leaves_the_others_and_torch_usable(path: Path, kind: s
         runner = engine._runner
         original, fail = runner.steps.run, fault(kind)
 
-        def broken(key: StepKey) -> None:
+        def broken(key: GraphKey) -> None:
             original(key)
             if torch.cuda.is_current_stream_capturing():
                 fail()
 
         runner.graphs._run = broken
-        key = StepKey(Phase.DECODE, 4, 4, GREEDY)
+        key = GraphKey.decode(4, GREEDY)
         with pytest.warns(RuntimeWarning, match="capture of the decode graph of 4 rows failed"):
             runner.capture([key], lambda: None)
         runner.graphs._run = original
@@ -177,7 +176,7 @@ def test_a_failed_capture_leaves_the_others_and_torch_usable(path: Path, kind: s
             assert [out.token_ids for out in outs] == expected[:size]
         assert torch.isfinite(torch.randn(100, device="cuda")).all()
         torch.cuda.empty_cache()
-        later = StepKey(Phase.DECODE, 2, 2, GREEDY)
+        later = GraphKey.decode(2, GREEDY)
         runner.capture([later], lambda: None)
         assert later in {recording.key for recording in runner.graphs.recordings}
         outs = engine.generate(prompts[:2], max_new_tokens=12)
@@ -234,8 +233,8 @@ def test_validation_passes_bit_for_bit_and_finds_a_wrong_graph(path: Path) -> No
         assert not engine.stats().fallbacks
     with load(path, mode="hybrid", validate=True) as engine:
         by_key = {recording.key: recording for recording in engine._runner.graphs.recordings}
-        two = by_key[StepKey(Phase.DECODE, 2, 2, GREEDY)]
-        eight = by_key[StepKey(Phase.DECODE, 8, 8, GREEDY)]
+        two = by_key[GraphKey.decode(2, GREEDY)]
+        eight = by_key[GraphKey.decode(8, GREEDY)]
         eight.recorded = two.recorded  # leaves six rows as they were
         engine._runner.graphs._changed()
         with pytest.warns(RuntimeWarning, match="gave other values"):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs import GraphSettings, GraphStore, Recorded, Route
-from hybridgen.models.attention import Phase
+from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 from hybridgen.telemetry.statistics import Counters
 
@@ -15,12 +14,12 @@ GREEDY = SamplerPlan()
 SAMPLED = SamplerPlan(sample=True)
 
 
-def decode(size: int, plan: SamplerPlan | None = GREEDY) -> StepKey:
-    return StepKey(Phase.DECODE, size, size, plan)
+def decode(size: int, plan: SamplerPlan | None = GREEDY) -> GraphKey:
+    return GraphKey.decode(size, plan)
 
 
-def prefill(tokens: int, rows: int = 1, plan: SamplerPlan | None = GREEDY) -> StepKey:
-    return StepKey(Phase.PREFILL, tokens, rows, plan)
+def prefill(tokens: int, rows: int = 1, plan: SamplerPlan | None = GREEDY) -> GraphKey:
+    return GraphKey.prefill(tokens, rows, plan)
 
 
 class FakeRecorder:
@@ -32,9 +31,9 @@ class FakeRecorder:
         self,
         log: list[tuple[str, Any]],
         *,
-        seconds: Callable[[StepKey], float] = lambda key: 1.0,
-        plain: Callable[[StepKey], float] = lambda key: 1.0,
-        size: Callable[[StepKey], int] = lambda key: 0,
+        seconds: Callable[[GraphKey], float] = lambda key: 1.0,
+        plain: Callable[[GraphKey], float] = lambda key: 1.0,
+        size: Callable[[GraphKey], int] = lambda key: 0,
         errors: Mapping[int, BaseException] | None = None,
     ) -> None:
         """`errors` are raised when a step of so many tokens is recorded."""
@@ -45,7 +44,7 @@ class FakeRecorder:
         self.errors = dict(errors or {})
         self.closed = 0
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
         self._log.append(("record", key))
         if key.tokens in self.errors:
             raise self.errors[key.tokens]
@@ -73,13 +72,13 @@ class Harness:
         notify: Callable[..., None] | None = None,
         validates: bool = False,
         errors: Mapping[int, BaseException] | None = None,
-        costs: Mapping[str, Callable[[StepKey], Any]] | None = None,
+        costs: Mapping[str, Callable[[GraphKey], Any]] | None = None,
         **settings: Any,
     ) -> None:
         self.log: list[tuple[str, Any]] = []
         self.recorder = FakeRecorder(self.log, errors=errors, **(costs or {}))
         self.counters = Counters()
-        self.asked: list[tuple[StepKey, bool]] = []
+        self.asked: list[tuple[GraphKey, bool]] = []
         self.store = GraphStore(
             GraphSettings(decode=decode, prefill=prefill, **{"max_rows": 8, "capture_after": 1} | settings),
             recorder=self._recorder,
@@ -93,11 +92,11 @@ class Harness:
             validates=validates,
         )
 
-    def _recorder(self, key: StepKey, lazy: bool) -> FakeRecorder:
+    def _recorder(self, key: GraphKey, lazy: bool) -> FakeRecorder:
         self.asked.append((key, lazy))
         return self.recorder
 
-    def use(self, key: StepKey, times: int = 1) -> Route:
+    def use(self, key: GraphKey, times: int = 1) -> Route:
         """Run steps of this size, as the runner does."""
         for _ in range(times):
             route = self.store.route(key)

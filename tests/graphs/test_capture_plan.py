@@ -6,24 +6,24 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs import capture_plan as history
 from hybridgen.graphs.capture_plan import PlannedGraph
+from hybridgen.graphs.key import GraphKey
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 
 GREEDY, SAMPLED = SamplerPlan(), SamplerPlan(sample=True, ranked=40)
 
 
-def decode(size: int, plan: SamplerPlan | None = GREEDY) -> StepKey:
-    return StepKey(Phase.DECODE, size, size, plan)
+def decode(size: int, plan: SamplerPlan | None = GREEDY) -> GraphKey:
+    return GraphKey.decode(size, plan)
 
 
-def planned(key: StepKey, uses: float, seconds: float = 0.1) -> PlannedGraph:
+def planned(key: GraphKey, uses: float, seconds: float = 0.1) -> PlannedGraph:
     return PlannedGraph(key, uses, (2e-3, 1e-3), seconds)
 
 
-KEYS = [decode(1), decode(2), decode(4), StepKey(Phase.PREFILL, 64, 1, GREEDY)]
+KEYS = [decode(1), decode(2), decode(4), GraphKey.prefill(64, 1, GREEDY)]
 
 
 def test_without_a_plan_everything_is_recorded() -> None:
@@ -60,7 +60,7 @@ def test_buckets_that_the_user_named_are_recorded_whatever_was_used() -> None:
 class FakeStore:
     """What `history.write` reads of a store."""
 
-    def __init__(self, recordings: list[Any], wanted: dict[StepKey, int], times_changed: bool = False) -> None:
+    def __init__(self, recordings: list[Any], wanted: dict[GraphKey, int], times_changed: bool = False) -> None:
         self.recordings = recordings
         self.wanted = wanted
         self.times_changed = times_changed
@@ -72,7 +72,7 @@ class Times(NamedTuple):
 
 
 class FakeRecording:
-    def __init__(self, key: StepKey, hits: int, padded: int = 0) -> None:
+    def __init__(self, key: GraphKey, hits: int, padded: int = 0) -> None:
         self.key, self.hits, self.padded_hits = key, hits, padded
         self.capture_seconds = 0.25
         self.recorded = Times(2e-3, 1e-3)

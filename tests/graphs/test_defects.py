@@ -13,9 +13,9 @@ from store_cases import Harness, decode
 
 from hybridgen import Engine, SamplingParams
 from hybridgen.execution import ring
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs import Recorded, StandInRecorder
 from hybridgen.graphs import setup as plan
+from hybridgen.graphs.key import GraphKey
 from hybridgen.models.attention import Phase
 
 SETTINGS: dict[str, Any] = {
@@ -87,10 +87,10 @@ def test_a_graph_that_alone_is_over_its_bytes_pushes_out_no_other() -> None:
 class Recorder(StandInRecorder):
     """The stand-in with another replay."""
 
-    def __init__(self, replay: Callable[[StepKey, Callable[[], None]], None]) -> None:
+    def __init__(self, replay: Callable[[GraphKey, Callable[[], None]], None]) -> None:
         self._replay = replay
 
-    def record(self, key: StepKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
         return replace(super().record(key, step), replay=lambda: self._replay(key, step))
 
 
@@ -101,7 +101,7 @@ def test_validation_compares_all_that_a_step_leaves(
     """A graph whose tokens and logits are right, and that publishes wrong log-probabilities."""
     engines: list[Engine] = []
 
-    def replay(key: StepKey, step: Callable[[], None]) -> None:
+    def replay(key: GraphKey, step: Callable[[], None]) -> None:
         step()
         if engines and key.phase is Phase.DECODE:
             getattr(engines[0]._runner.ring, what).add_(1)
@@ -126,7 +126,7 @@ def test_a_graph_whose_replays_raise_is_dropped(llama_path: Path, monkeypatch: p
     """Else its steps fail again and again, and single requests with them, without a word in the statistics."""
     engines: list[Engine] = []
 
-    def replay(key: StepKey, step: Callable[[], None]) -> None:
+    def replay(key: GraphKey, step: Callable[[], None]) -> None:
         if engines and key.phase is Phase.DECODE:
             raise RuntimeError("this graph cannot be replayed")
         step()

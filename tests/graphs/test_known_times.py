@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from store_cases import Harness, decode
 
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs import Recorded, StandInRecorder, recorder
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import checked_seconds
 
 
@@ -60,9 +60,9 @@ class Measuring:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.knew: list[tuple[StepKey, tuple[float, float] | None]] = []
+        self.knew: list[tuple[GraphKey, tuple[float, float] | None]] = []
 
-    def record(self, key: StepKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
         self.knew.append((key, known))
         seconds = self.seconds if known is None or known[0] != self.seconds else known[0]
         return Recorded(step, lambda: None, self.owner, seconds, seconds / 2, 0)

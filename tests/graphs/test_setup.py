@@ -9,8 +9,8 @@ import torch
 from store_cases import GREEDY, SAMPLED, decode, prefill
 
 from hybridgen import EngineConfig, Mode
-from hybridgen.execution.step import StepKey
 from hybridgen.graphs import GraphSettings, StandInRecorder
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.setup import GraphPlan, keys_at_start
 from hybridgen.models.attention import Phase
 
@@ -81,7 +81,7 @@ def test_a_cpu_has_the_stand_in(mode: Mode) -> None:
     assert recorder(decode(4), True) is recorder(prefill(16), False)
 
 
-def keys(*, any_sampler: bool = False, plans: tuple = (GREEDY,), **fields: Any) -> list[StepKey]:
+def keys(*, any_sampler: bool = False, plans: tuple = (GREEDY,), **fields: Any) -> list[GraphKey]:
     settings = GraphSettings(**{"decode": (1, 4), "prefill": (16, 32), "max_rows": 4} | fields)
     return keys_at_start(settings, plans, any_sampler=any_sampler)
 

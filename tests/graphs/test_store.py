@@ -361,10 +361,10 @@ def test_a_covering_sampler_serves_and_the_own_one_is_wanted() -> None:
     harness = Harness(capture_after=3)
     harness.store.capture([decode(4, everything)])
     route = harness.use(decode(4), 3)
-    assert (route.reason, route.padded, route.key.plan) == ("bucket 4", False, everything)
+    assert (route.reason, route.padded, route.key.sampler) == ("bucket 4", False, everything)
     assert harness.store.pending == [decode(4)]
     harness.settle()
-    assert harness.use(decode(4)).key.plan == GREEDY
+    assert harness.use(decode(4)).key.sampler == GREEDY
     assert harness.store.stats().hits == 4
 
 
@@ -381,10 +381,10 @@ def test_a_plan_that_lacks_something_does_not_serve() -> None:
 
 def test_among_equal_buckets_the_faster_and_smaller_one() -> None:
     slow, fast = SAMPLED, SamplerPlan(logprobs=0)
-    costs = {"seconds": lambda key: 0.9 if key.plan == slow else 0.5}
+    costs = {"seconds": lambda key: 0.9 if key.sampler == slow else 0.5}
     harness = Harness(prefill=(16,), costs=costs)
     harness.store.capture([decode(4, slow), decode(4, fast), prefill(16, 4), prefill(16, 2)])
-    assert harness.use(decode(4)).key.plan == fast
+    assert harness.use(decode(4)).key.sampler == fast
     assert harness.use(prefill(9, 1)).key.rows == 2
     assert harness.use(prefill(9, 3)).key.rows == 4
 

@@ -10,7 +10,9 @@ import torch
 from runners import make_runner
 from torch._dynamo.utils import counters
 
-from hybridgen.execution import ModelRunner, PrefillChunk, StepKey
+from hybridgen.execution import ModelRunner
+from hybridgen.execution.plan import Admission, PrefillChunk
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.trees import TreeRecorder
 from hybridgen.models.attention import Phase
 from hybridgen.params import SamplingParams
@@ -37,17 +39,17 @@ def runner() -> Iterator[ModelRunner]:
 def admit(runner: ModelRunner, fields: Kind) -> None:
     for slot in range(MAX_BATCH):
         params = resolve(SamplingParams(seed=slot, **fields), None, (), families.VOCAB)
-        runner.admit(slot, [1 + 4 * slot, 2 + 4 * slot], params, PROMPTS[slot])
+        runner.admit(Admission(slot, [1 + 4 * slot, 2 + 4 * slot], params, PROMPTS[slot]))
 
 
 def chunks(slots: range) -> list[PrefillChunk]:
     return [PrefillChunk(slot, PROMPTS[slot], 0, len(PROMPTS[slot]), 0, True) for slot in slots]
 
 
-def through(runner: ModelRunner, recorder: TreeRecorder | None) -> Callable[[StepKey], list[int]]:
+def through(runner: ModelRunner, recorder: TreeRecorder | None) -> Callable[[GraphKey], list[int]]:
     """Run a staged step, by its compiled form if there is a recorder; its tokens."""
 
-    def run(key: StepKey) -> list[int]:
+    def run(key: GraphKey) -> list[int]:
         runner.ring.reserve()
         with torch.inference_mode():
             if recorder is None:
@@ -63,13 +65,13 @@ def compiles() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def decode_sizes(runner: ModelRunner, run: Callable[[StepKey], list[int]], order: tuple[int, ...]) -> list[list[int]]:
+def decode_sizes(runner: ModelRunner, run: Callable[[GraphKey], list[int]], order: tuple[int, ...]) -> list[list[int]]:
     plan = runner.sampler.needs(range(MAX_BATCH))
     found = []
     for size in order:
         with torch.inference_mode():
             runner.steps.stage_decode(tuple(range(size)))
-        found.append(run(StepKey(Phase.DECODE, size, size, plan)))
+        found.append(run(GraphKey.decode(size, plan)))
     return found
 
 
@@ -111,7 +113,7 @@ def test_prefill_of_any_size_is_compiled_once_for_one_prompt_and_once_for_severa
         tokens_of = []
         for part, tokens in calls:
             slots = range(MAX_BATCH)[part]
-            key = StepKey(Phase.PREFILL, tokens, len(slots), one.sampler.needs(slots))
+            key = GraphKey.prefill(tokens, len(slots), one.sampler.needs(slots))
             with torch.inference_mode():
                 one.steps.stage_prefill(chunks(slots), tokens, len(slots))
             tokens_of.append(run(key))
@@ -125,7 +127,7 @@ def test_what_is_known(runner: ModelRunner) -> None:
     recorder = TreeRecorder(runner.steps, max_batch=MAX_BATCH, token_budget=BUDGET, backend="aot_eager")
     admit(runner, {"temperature": 0.0})
     plan = runner.sampler.needs((0,))
-    keys = {size: StepKey(Phase.DECODE, size, size, plan) for size in (1, 2, 8)}
+    keys = {size: GraphKey.decode(size, plan) for size in (1, 2, 8)}
     assert not recorder.knows(keys[2])
     recorder.replay_of(keys[2])
     assert recorder.knows(keys[8])

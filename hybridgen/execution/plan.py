@@ -1,0 +1,59 @@
+"""What the scheduler tells the runner, and what the runner gives back: plain values.
+
+A `StepPlan` holds numbers alone, so that it could be sent to another process: the ranks of a tensor-parallel group run
+the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hybridgen.core import TokenLogprob
+from hybridgen.sampling import ResolvedSampling
+
+
+class Admission(NamedTuple):
+    """A request gets a slot."""
+
+    slot: int
+    pages: Sequence[int]
+    """Pages for its whole prompt and output."""
+    sampling: ResolvedSampling
+    prompt_ids: Sequence[int]
+
+
+class PrefillChunk(NamedTuple):
+    """A run of consecutive prompt tokens of one request."""
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+    """Position of the first of them."""
+    rope_length: int
+    """Tokens of the whole prefill: the prompt, and what was generated before when a request is prefilled again."""
+    generated: int
+    """Tokens generated before (above 0 when a request is prefilled again)."""
+    last: bool
+    """Whether the prompt ends here, so that a token is sampled."""
+
+
+class StepPlan(NamedTuple):
+    """What one step runs, in this order."""
+
+    admit: tuple[Admission, ...] = ()
+    prefill: tuple[PrefillChunk, ...] = ()
+    """Run in one call."""
+    decode: tuple[int, ...] = ()
+    """Slots that decode, one row each. The same tuple object while the batch stays as it is: then nothing is looked up
+    again."""
+
+
+class StepOutput(NamedTuple):
+    """What a step produced, by row."""
+
+    tokens: list[list[int]]
+    """As many tokens of each row as were accepted: one without drafts. -1 where the row's logits held no number that
+    could be chosen."""
+    logprobs: list[list[TokenLogprob]] | None
+    """Of those tokens; None where no row wants any."""

@@ -1,0 +1,37 @@
+"""What tells recordings apart."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
+
+LAYERS = "layers"
+"""The executor that serves every step: the model's own decoder layers, compiled or not."""
+
+
+class GraphKey(NamedTuple):
+    """What distinguishes steps that cannot share a recording."""
+
+    executor: str
+    """Who turns the step's tokens into logits: `layers`, `chain` or `persistent`."""
+    phase: Phase
+    rows: int
+    """Requests that it samples for: all of them in decode, those whose prompt ends in prefill."""
+    tokens: int
+    """Tokens fed in all: T."""
+    query_len: int
+    """Tokens a row in decode, 1 without drafts; 1 in prefill, whose runs have any length."""
+    sampler: SamplerPlan | None
+    """The sampler's parts; None: the step ends at the logits, and `ModelSteps.finish` runs after it."""
+
+    @classmethod
+    def prefill(cls, tokens: int, rows: int, sampler: SamplerPlan | None) -> GraphKey:
+        """A prefill of so many tokens in all, in which so many prompts end."""
+        return cls(LAYERS, Phase.PREFILL, rows, tokens, 1, sampler)
+
+    @classmethod
+    def decode(cls, rows: int, sampler: SamplerPlan | None, *, query_len: int = 1, executor: str = LAYERS) -> GraphKey:
+        """A decode step of so many rows."""
+        return cls(executor, Phase.DECODE, rows, rows * query_len, query_len, sampler)
