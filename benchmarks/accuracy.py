@@ -60,7 +60,7 @@ def ours(model: PreTrainedModel, ids: torch.Tensor, prompt: int, mode: str) -> t
         runner.steps.stage_prefill([PrefillChunk(0, tokens[:prompt], 0, prompt, 0, True)], prompt, 1)
         runner.steps.run(GraphKey.prefill(prompt, 1, None))
         # The same again for all positions: what the attention reads is set, and K and V are written as they are.
-        prefill = runner._bound.forward(ids[:prompt], runner.steps.metadata, None).float()
+        prefill = runner.bound.forward(ids[:prompt], runner.steps.metadata, None).float()
         runner.steps.stage_decode((0,))
         return prefill, torch.cat([decode(position) for position in range(prompt, len(tokens))])
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hybridgen.device.timing import graph_seconds
 from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
 
 CAPACITY = 131072
@@ -57,22 +58,12 @@ def seconds(calls: list[Callable[[], Any]], device: str, repeats: int = 15) -> f
         for call in calls:
             call()
         return (time.perf_counter() - begin) / len(calls)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def all_of_them() -> None:
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times) / len(calls)
+
+    return graph_seconds(all_of_them, repeats, 1) / len(calls)
 
 
 def read_ceiling(device: str) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from common import random_decoder, release, report, shape_dtype
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
+from hybridgen.device.timing import graph_seconds
 from hybridgen.fused import reference
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.models.decoder import Decoder
@@ -59,27 +59,6 @@ class Case:
         """Keys and values that a step reads."""
         cached = int(self.positions.sum()) * model.kv_heads * model.head_dim
         return 2 * cached * len(model.layers) * model.dtype.itemsize
-
-
-def graph_seconds(call: Callable[[], Any], repeats: int = 5, calls: int = 20) -> float:
-    """Device time of a call: replays of it captured, the median of `repeats` times `calls` in a row."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times)
 
 
 def time_parts(step: Any, model: Decoder, case: Case, ceiling: float) -> list[dict[str, Any]]:
@@ -146,7 +125,7 @@ def run_model(
         first = case.out.clone()
         step(*case.args)
         repeats = torch.equal(first, case.out)
-        took = graph_seconds(lambda case=case: step(*case.args))
+        took = graph_seconds(lambda case=case: step(*case.args), calls=20)
         if count in (1, 8):
             parts += time_parts(step, model, case, ceiling)
         read = model.weight_bytes + case.kv_bytes(model)

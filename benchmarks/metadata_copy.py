@@ -26,6 +26,7 @@ import torch
 from common import report, synchronize
 from torch import Tensor
 
+from hybridgen.device.timing import graph_seconds
 from hybridgen.kernels.step import metadata
 from hybridgen.kernels.step.metadata import MetadataCopy, copy_metadata
 
@@ -106,22 +107,6 @@ def synchronised_seconds(call: Call, device: str, repeats: int, calls: int = 1) 
     return statistics.median(times)
 
 
-def graph_seconds(call: Call, repeats: int, calls: int = 200) -> float:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times[3:])
-
-
 def measure(case: Case, device: str, repeats: int) -> list[Row]:
     rows: list[Row] = []
     for name, call in ways(case).items():
@@ -134,7 +119,7 @@ def measure(case: Case, device: str, repeats: int) -> list[Row]:
                 "launch_us": launch_seconds(call, device, repeats) * 1e6,
                 "synchronised_us": synchronised_seconds(call, device, 10 * repeats) * 1e6,
                 "stream_us": synchronised_seconds(call, device, max(3, repeats // 10), 1000) * 1e6,
-                "graph_us": graph_seconds(call, repeats) * 1e6 if device == "cuda" else None,
+                "graph_us": graph_seconds(call, repeats, 200) * 1e6 if device == "cuda" else None,
             }
         )
     return rows

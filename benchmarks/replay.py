@@ -110,7 +110,7 @@ def host_times(steady: Steady, steps: int) -> dict[str, Any]:
 def replay_times(steady: Steady, count: int, device: str) -> dict[str, Any]:
     """Replays of the batch's recorded step, back to back."""
     runner = steady.runner
-    route = runner.graphs.route(GraphKey.decode(steady.batch, SamplerPlan()))
+    route = runner.router.route(GraphKey.decode(steady.batch, SamplerPlan()))
     if route.recording is None:
         raise SystemExit(f"no graph runs a batch of {steady.batch}: {route.reason}")
     replay = route.recording.recorded.replay

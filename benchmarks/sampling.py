@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 from common import report, seconds
 from torch import Tensor
 
+from hybridgen.device.timing import graph_seconds
 from hybridgen.sampling.choice import choose_greedy, choose_sampled, reference_greedy, reference_sampled
 
 CASES: dict[str, tuple[float, float, float, int]] = {
@@ -64,25 +64,6 @@ def ways(case: str, logits: Tensor) -> dict[str, Callable[[], Tensor]]:
     return {"op": lambda: choose_sampled(*arguments), "torch": lambda: reference_sampled(*arguments)}
 
 
-def graph_seconds(call: Callable[[], Tensor], calls: int, repeats: int) -> float:
-    """Device time of a call in a graph of many."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times[3:])
-
-
 def measure(batches: list[int], vocab: int, dtype: torch.dtype, device: str, repeats: int) -> list[Row]:
     """A row per kind of logits, batch, case and way."""
     rows: list[Row] = []
@@ -96,7 +77,7 @@ def measure(batches: list[int], vocab: int, dtype: torch.dtype, device: str, rep
                     agree = (call() == expected).double().mean().item()
                     if device == "cuda":
                         # The torch sampler is some hundred launches: few calls keep the graph small.
-                        time = graph_seconds(call, 10 if way == "torch" else 200, repeats)
+                        time = graph_seconds(call, repeats, 10 if way == "torch" else 200)
                     else:
                         time = seconds(call, device, repeats)
                     if (case, way) == ("greedy", "op"):

@@ -104,7 +104,7 @@ def run(engine: hybridgen.Engine, calls: list[Call]) -> tuple[list[Step], list[f
 def kind_of(step: Step) -> str:
     """Prefill or decode or both, and how it ran."""
     phases = "+".join(phase for phase, *_ in step.launches) or "nothing"
-    ways = {("padded" if reason.startswith("padded") else "graph") if kind != "compiled" else "compiled"
+    ways = {("padded" if reason.startswith("padded") else "graph") if kind != "layers, compiled" else "compiled"
             for _, _, kind, reason in step.launches}  # fmt: skip
     return f"{phases}, {'+'.join(sorted(ways))}"
 

@@ -102,7 +102,10 @@ class StepSummary:
     phase: str
     """`prefill` or `decode`."""
     kind: str
-    """`eager`, `compiled`, `cuda graph`, `cudagraph tree`, or `stand-in` (a graph's place on a CPU)."""
+    """Who computed its logits and how it was launched, such as `layers, compiled` or `persistent, cuda graph`.
+
+    The first is `layers` (the model's own), `chain` or `persistent`; the second `eager`, `compiled`, `direct`,
+    `cuda graph`, `cudagraph tree` or `stand-in` (a graph's place on a CPU)."""
     reason: str
     """Why they ran that way."""
     count: int

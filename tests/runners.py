@@ -36,4 +36,4 @@ def make_runner(
 def free_runner(runner: ModelRunner) -> None:
     """Undo what a runner changed."""
     runner.close()
-    runner._bound.release()
+    runner.bound.release()

@@ -15,7 +15,6 @@ from hybridgen import Mode
 from hybridgen.engine.builder import Builder
 from hybridgen.engine.output import Response
 from hybridgen.engine.requests import plan_requests
-from hybridgen.graphs.setup import use_graphs
 
 NEW_TOKENS = 40
 # Across page borders (16), chunk borders (96), and what a window or a rotary scaling may do with length.
@@ -82,8 +81,8 @@ def check_replays(engine: hybridgen.Engine) -> None:
     stats = engine.stats()
     assert not stats.fallbacks
     assert not stats.graphs.failures
-    assert {kind for phase, kind, _ in stats.steps if phase == "decode"} >= {"stand-in"}
-    reasons = {reason.split(",")[0] for _, kind, reason in stats.steps if kind == "stand-in"}
+    assert {kind for phase, kind, _ in stats.steps if phase == "decode"} >= {"layers, stand-in"}
+    reasons = {reason.split(",")[0] for _, kind, reason in stats.steps if kind == "layers, stand-in"}
     assert {"padded to bucket 2", "padded to bucket 4", "bucket 8", "padded to bucket 16", "bucket 96"} <= reasons
     assert stats.free_pages == stats.pages
 
@@ -101,7 +100,7 @@ def make_hybrid(engine: hybridgen.Engine) -> None:
         engine._startup,
         engine._counters,
     )
-    use_graphs(engine._runner, builder.graph_plan(engine._runner._bound), "mode hybrid", engine._counters)
+    builder.use_graphs(engine._runner, builder.graph_plan(engine._runner.bound), "mode hybrid")
     builder.capture(engine._runner)
 
 

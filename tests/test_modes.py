@@ -139,9 +139,9 @@ class Faulty(StandInRecorder):
         self.recorded: list[GraphKey] = []
         self.released: list[GraphKey] = []
 
-    def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         self._before(key)
-        recorded = super().record(key, step)
+        recorded = super().record(key, step, known)
         self.recorded.append(key)
 
         def replay() -> None:
@@ -190,7 +190,8 @@ def test_every_mode_gives_the_same_tokens_and_says_what_it_is(
     assert (stats.compiled > 0) == (mode in ("jit", "hybrid"))
     assert bool(stats.graphs.graphs) == (mode in ("graph", "hybrid"))
     kinds = {kind for _, kind, _ in stats.steps}
-    assert "stand-in" in kinds if mode in ("graph", "hybrid") else kinds == {{"jit": "compiled"}.get(mode, mode)}
+    plain = {"jit": "layers, compiled", "eager": "layers, eager"}
+    assert "layers, stand-in" in kinds if mode in ("graph", "hybrid") else kinds == {plain[mode]}
     assert not any("cuda" in kind for kind in kinds)
 
 
@@ -223,11 +224,14 @@ def test_completions_name_the_stand_in_and_the_bucket(path: Path) -> None:
             found = {(step.phase, step.kind, step.reason): step.count for step in out.steps}
             assert found == {
                 ("prefill", "eager", "above the largest bucket, 32"): 1,
-                ("decode", "stand-in", "padded to bucket 4"): 3,
+                ("decode", "layers, stand-in", "padded to bucket 4"): 3,
             }
         (out,) = engine.generate(PROMPTS[2:3], max_new_tokens=4)
         found = {(step.phase, step.kind, step.reason): step.count for step in out.steps}
-        assert found == {("prefill", "stand-in", "padded to bucket 4"): 1, ("decode", "stand-in", "bucket 1"): 3}
+        assert found == {
+            ("prefill", "layers, stand-in", "padded to bucket 4"): 1,
+            ("decode", "layers, stand-in", "bucket 1"): 3,
+        }
         stats = engine.stats().graphs
         assert (stats.hits, stats.padded_hits, stats.lazy_captures, stats.evictions) == (7, 4, 0, 0)
         assert stats.misses == {"above the largest bucket, 32": 1}
@@ -302,7 +306,7 @@ def test_prompts_of_every_length(path: Path, lazily: bool) -> None:
                 assert tokens_of(engine.generate(prompts[part], params[part])) == expected[part]
             settle(engine)
         stats = engine.stats()
-    buckets = {reason for phase, kind, reason in stats.steps if (phase, kind) == ("prefill", "stand-in")}
+    buckets = {reason for phase, kind, reason in stats.steps if (phase, kind) == ("prefill", "layers, stand-in")}
     assert {f"bucket {size}" for size in (4, 8, 16, 32)} <= {reason.split(",")[0] for reason in buckets}
     assert {f"padded to bucket {size}" for size in (4, 8, 16, 32)} <= {reason.split(",")[0] for reason in buckets}
     if lazily:
@@ -329,7 +333,7 @@ def poison(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Phase]:
         decodes = key.phase is Phase.DECODE
         with torch.inference_mode():
             runner.state.table[:, -1] = far * 100
-            for pages in runner._bound.pages().values():
+            for pages in runner.bound.pages().values():
                 pages[0] = torch.nan
             for field in (*steps._decode.values(), *steps._prefill.values()):
                 field.fill_(far)
@@ -589,7 +593,7 @@ def test_a_recorder_that_always_raises(path: Path, expected: list[Completion], m
         stats = engine.stats()
     assert stats.graphs.graphs == ()
     assert stats.graphs.hits == 0
-    assert {kind for _, kind, _ in stats.steps} == {"eager"}
+    assert {kind for _, kind, _ in stats.steps} == {"layers, eager"}
     assert "bucket 8 failed, see GraphStats.failures" in stats.graphs.misses
     assert set(stats.fallbacks.values()) <= set(range(1, 9))
 
@@ -598,7 +602,7 @@ def wrong(engine_of: list[Engine]) -> Callable[[GraphKey, Callable[[], None]], N
     """A replay whose logits are off."""
 
     def replay(key: GraphKey, step: Callable[[], None]) -> None:
-        bound = engine_of[0]._runner._bound if engine_of else None
+        bound = engine_of[0]._runner.bound if engine_of else None
         if bound is None or key.phase is not Phase.DECODE:
             step()
             return
@@ -670,10 +674,10 @@ def test_a_tensor_that_moved(path: Path, which: str, sample_in_graph: bool) -> N
         elif which == "counter":
             runner.ring.counter = runner.ring.counter.clone()
         elif which == "keys of layer 0":
-            binding = runner._bound.sites[0].module._hybridgen
+            binding = runner.bound.sites[0].module._hybridgen
             binding.keys = binding.keys.clone()
         else:
-            weight = runner._bound.model.get_parameter(which)
+            weight = runner.bound.model.get_parameter(which)
             weight.data = weight.data.clone()
         with pytest.warns(RuntimeWarning, match=f"not used any more: moved since the capture: {which}"):
             outs = engine.generate(PROMPTS, params)
@@ -765,8 +769,8 @@ def test_what_only_another_thread_can_replay_runs_without(
     path: Path, expected: list[Completion], sample_in_graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Elsewhere(Faulty):
-        def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
-            return replace(super().record(key, step), thread=-1)
+        def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
+            return replace(super().record(key, step, known), thread=-1)
 
     use(monkeypatch, Elsewhere(replay=lambda key, step: pytest.fail("replayed")))
     with (
@@ -923,7 +927,7 @@ def test_an_engine_that_is_closed_frees_its_weights(path: Path) -> None:
     try:
         engine = Engine.load(path, mode="graph", **SETTINGS)
         engine.generate(PROMPTS[0], max_new_tokens=3)
-        weights = weakref.ref(engine._runner._bound.model.lm_head.weight)
+        weights = weakref.ref(engine._runner.bound.model.lm_head.weight)
         engine.close()
         del engine
         assert weights() is None
@@ -975,11 +979,11 @@ def test_a_steady_batch_sends_nothing(path: Path, mode: str, monkeypatch: pytest
             loop.step()
         sent: list[int] = []
         order: list[str] = []
-        send, copy, forward, advance = StagedBlock.send, metadata.reference, runner._bound.forward, ring.advance
+        send, copy, forward, advance = StagedBlock.send, metadata.reference, runner.bound.forward, ring.advance
         monkeypatch.setattr(StagedBlock, "send", lambda block: sent.append(1) or send(block))
         monkeypatch.setattr(runner.graphs, "route", lambda key: pytest.fail("looked up"))
         monkeypatch.setattr(metadata, "reference", lambda *args: order.append("copy") or copy(*args))
-        monkeypatch.setattr(runner._bound, "forward", lambda *args: order.append("forward") or forward(*args))
+        monkeypatch.setattr(runner.bound, "forward", lambda *args: order.append("forward") or forward(*args))
         monkeypatch.setattr(ring, "advance", lambda *args: order.append("advance") or advance(*args))
         steps = sum(engine.stats().steps.values())
         for _ in range(50):

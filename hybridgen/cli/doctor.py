@@ -108,7 +108,7 @@ def _try_capture() -> tuple[bool, str]:
             from hybridgen.graphs.cuda import CudaGraphRecorder
 
             recorder = CudaGraphRecorder(device)
-        recorded = recorder.record(GraphKey.decode(1, None), step)
+        recorded = recorder.record(GraphKey.decode(1, None), step, None)
         before = total.tolist()
         recorded.replay()
         moved = total.tolist() == [value + 1 for value in before]

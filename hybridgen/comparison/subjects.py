@@ -21,7 +21,7 @@ from hybridgen.params import SamplingParams
 from hybridgen.telemetry.statistics import EngineStats
 
 GRAPHS = frozenset({"cuda graph", "cudagraph tree", "stand-in"})
-"""Kinds of steps that a recording ran (`StepSummary.kind`)."""
+"""How a recording is launched: the last part of `StepSummary.kind`."""
 MODE, SWITCH, BASELINE = "mode", "switch", "baseline"
 
 
@@ -65,7 +65,7 @@ class GraphUse:
             if not new:
                 continue
             self.reasons[f"{phase}, {kind}: {reason}"] += new
-            if kind in GRAPHS:
+            if kind.rpartition(", ")[2] in GRAPHS:
                 self.pre_captured += new
                 self.padded += new if reason.startswith("padded") else 0
             else:

@@ -101,7 +101,10 @@ class CompiledLayers:
         self._units = units
         self._offline = offline
         self._most_tokens = {Phase.PREFILL: token_budget, Phase.DECODE: max_batch}
-        functions = {name: _own_code(name) for name in ("prefill_layer", "decode_layer", "decode_one_layer")}
+        functions = {
+            name: _own_code(name)
+            for name in ("prefill_layer", "decode_layer", "decode_one_layer", "decode_several_layer")
+        }
         self._codes = {function.__code__ for function in functions.values()}
         # Not dynamic=True: only the number of tokens is (see `mark_tokens_dynamic`).
         self._compiled = {
@@ -183,6 +186,8 @@ class CompiledLayers:
             mark_tokens_dynamic((args, kwargs, self._step), tokens, most, strict=self.strict)
         if self._step.phase is Phase.PREFILL:
             name = "prefill_layer"
+        elif self._step.several:
+            name = "decode_several_layer"
         else:
             name = "decode_one_layer" if tokens == 1 else "decode_layer"
         if self._units is not None:

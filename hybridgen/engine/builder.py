@@ -16,8 +16,8 @@ from hybridgen.engine.preflight import token_budget
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, described
-from hybridgen.execution import ModelRunner
-from hybridgen.graphs.setup import GraphPlan, keys_at_start, use_graphs
+from hybridgen.execution import ModelRunner, warm_up
+from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
 from hybridgen.models.projections import has_hooks
@@ -92,8 +92,8 @@ class Builder:
             starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
         if device.type == "cuda":
             with timed("tuning"):
-                runner.exercise()
-        use_graphs(runner, plan, not_compiled, self.counters)
+                warm_up.run_all_sizes(runner)
+        self.use_graphs(runner, plan, not_compiled)
         if plan.not_recorded is not None:
             self.counters.fall_back(plan.not_recorded)
         if plan.records and config.capture_at_start:
@@ -119,10 +119,27 @@ class Builder:
         )
         return Built(runner, loop, meter, num_pages, cache_bytes)
 
-    def graph_plan(self, bound: BoundModel) -> GraphPlan:
+    def use_graphs(self, runner: ModelRunner, plan: GraphSetup, not_compiled: str | None) -> None:
+        """Record steps as the plan says.
+
+        Args:
+            not_compiled: why a mode that compiles does not.
+        """
+        runner.use_graphs(
+            plan.settings(),
+            recorder=plan.recorder(runner.steps),
+            why_plain=not_compiled or plan.not_recorded or f"mode {plan.mode}",
+            note=", layers not compiled" if not_compiled else "",
+            counters=self.counters,
+            notify=self.config.on_graph_event,
+            check_addresses=self.config.check_addresses,
+            validates=self.config.validate and plan.records,
+        )
+
+    def graph_plan(self, bound: BoundModel) -> GraphSetup:
         """What decides about the engine's graphs."""
         budget = token_budget(self.checkpoint, self.config)
-        return GraphPlan(
+        return GraphSetup(
             config=self.config,
             mode=self.mode,
             device=self.checkpoint.device,
@@ -151,7 +168,7 @@ class Builder:
         with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
             runner.capture(keys, bar.update)
 
-    def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphPlan) -> tuple[int, int]:
+    def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes."""
         config, device = self.config, self.checkpoint.device
         shape = CacheShape(bound.layer_shapes, config.page_size, self.checkpoint.dtype)
@@ -163,7 +180,7 @@ class Builder:
             max_context=self.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
-            activation_bytes=runner.measure_activations(plan.largest()) if measure else 0,
+            activation_bytes=warm_up.measure_activations(runner, plan.largest()) if measure else 0,
         )
         runner.attach(allocate_pages(shape, num_pages, device))
         return num_pages, num_pages * shape.page_bytes

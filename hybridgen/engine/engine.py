@@ -26,6 +26,7 @@ from hybridgen.engine.requests import Plan, check_keywords, plan_requests
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import EngineError, Interrupted, SamplingError, described, shown
 from hybridgen.execution import ModelRunner
+from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.models import bind, check_free
@@ -155,7 +156,7 @@ class Engine:
         """Run every kind of sampler once, so that the compile cache has its kernels. Not while requests run."""
         self.open_loop()
         if self._runner is not None:
-            self._runner.exercise_samplers()
+            run_all_samplers(self._runner)
 
     def generate(
         self,

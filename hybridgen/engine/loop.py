@@ -17,7 +17,8 @@ from hybridgen.engine.output import Response, StepKind
 from hybridgen.engine.requests import Plan
 from hybridgen.engine.scheduler import Batch, Chunk, Scheduler, Sequence
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
-from hybridgen.execution import LaunchedStep, ModelRunner, fusing
+from hybridgen.execution import LaunchedStep, ModelRunner
+from hybridgen.execution.fused_executors import inspect_fused
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
@@ -288,7 +289,7 @@ class StepLoop:
                 self._meter.pause()
             else:
                 self._meter.step(len(tokens), flight.positions, now)
-        why = fusing.inspect(self._runner) if [-1] in tokens else None
+        why = inspect_fused(self._runner) if [-1] in tokens else None
         if why is not None:
             self._counters.fall_back(why)
         generated = 0

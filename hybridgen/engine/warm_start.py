@@ -16,7 +16,9 @@ from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import EngineConfig, GraphOwner
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import CacheMissError, described
-from hybridgen.execution import ModelRunner, fusing
+from hybridgen.execution import ModelRunner
+from hybridgen.execution.fused_executors import compare_with_layers, make_fused, tune_fused
+from hybridgen.execution.warm_up import check_numerics, compile_layers
 from hybridgen.graphs import capture_plan as history
 from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels.read_ceiling import read_ceiling
@@ -99,17 +101,17 @@ class Starter:
         Raises:
             CacheMissError: `offline_compile=True`, and something is missing or wrong.
         """
-        runner.warm_up()
+        compile_layers(runner)
         units, compiled = self._units, runner.compiled
         if units is None or compiled is None:
             return
         if units.loaded:
-            wrong = runner.check_numerics()
+            wrong = check_numerics(runner)
             if wrong is not None:
                 self._counters.fall_back(f"compile cache: {wrong}")
                 units.forget()
                 self._cache.distrust(wrong)
-                runner.warm_up()
+                compile_layers(runner)
         if compiled.units is None or compiled.compiles == 0:
             return
         problem = units.save()
@@ -155,19 +157,19 @@ class Starter:
             return self._kept_kernel(key, make)
 
         with self._startup.timed("compile"):
-            fused = fusing.fuse(runner, bound, max_context, tuned=tuned, kept=kept)
+            fused = make_fused(runner, max_context, tuned=tuned, kept=kept)
         for failure in fused.failures:
             self._counters.fall_back(failure)
         self.fused = fused.notes
         if config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
             with self._startup.timed("tuning"):
                 try:
-                    chosen = fusing.tune(runner, config.tune_seconds)
+                    chosen = tune_fused(runner, config.tune_seconds)
                 except Exception as error:
                     if is_fatal(error):
                         raise
                     self._counters.fall_back(f"the tuner's choice of fused kernels is not used: {described(error)}")
-                    self.fused = fusing.fuse(runner, bound, max_context, kept=kept).notes
+                    self.fused = make_fused(runner, max_context, kept=kept).notes
                 else:
                     self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
 
@@ -178,24 +180,25 @@ class Starter:
             sizes: batch sizes to measure at.
             compiled: whether the layers are compiled; else the chain is used as it is.
         """
-        fused = runner.steps.fused
+        fused = runner.fused
         if fused is None or fused.chain is None or not compiled:
             return
-        sizes = [size for size in sizes if fused.least_chain_rows <= size <= fused.chain_rows]
+        chain = fused.chain
+        sizes = [size for size in sizes if chain.least <= size <= chain.most]
         if not sizes:
             return
         tuned = self._cache.read_document(_TUNING) or {}
         most, why = tuned.get("chain_rows"), tuned.get("chain_why")
         if isinstance(most, int) and isinstance(why, str) and tuned.get("chain_sizes") == sizes:
-            fused.use_chain_up_to(min(most, fused.chain_rows), why)
+            fused.use_chain_up_to(min(most, chain.most), why)
         else:
             with self._startup.timed("tuning"):
                 try:
-                    why = fusing.compare(runner, sizes)
+                    why = compare_with_layers(runner, sizes)
                 except Exception as error:
                     self._counters.fall_back(f"fused and compiled decode were not compared: {described(error)}")
                 else:
-                    chosen = {"chain_rows": fused.chain_rows, "chain_why": why, "chain_sizes": sizes}
+                    chosen = {"chain_rows": chain.most, "chain_why": why, "chain_sizes": sizes}
                     self._cache.keep_document(_TUNING, {**tuned, **chosen})
         self.fused = fused.notes
 
@@ -215,7 +218,11 @@ class Starter:
     def planned(self, runner: ModelRunner, keys: Sequence[GraphKey]) -> list[GraphKey]:
         """What to record before the first request: all of these on a cold start; on a warm one the buckets that the
         user named, and of the others what was hot."""
+        served = runner.router.served
+        keys = list(map(served, keys))
+        # What another executor serves now than then is not known.
         plan = history.read(self._cache.read_document(history.DOCUMENT))
+        plan = [graph for graph in plan if served(graph.key) == graph.key]
         runner.graphs.know({graph.key: graph.times for graph in plan if graph.times is not None})
         # Without recording while idle, what is left out now would never be recorded.
         settings = runner.graphs.settings

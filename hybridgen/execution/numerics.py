@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.execution.plan import PrefillChunk
+from hybridgen.execution.runner import ModelRunner
 from hybridgen.graphs.key import GraphKey
-
-if TYPE_CHECKING:
-    from hybridgen.execution.runner import ModelRunner
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Largest norm of the difference of logits over their norm. Compiled and uncompiled layers round in different places:
@@ -35,7 +31,7 @@ def compare(runner: ModelRunner, compiled: CompiledLayers) -> str | None:
     for name, left, right in zip(("a prompt", "decoding one row", "decoding rows"), ours, theirs, strict=False):
         if not bool(torch.isfinite(right).all()):
             continue  # a model whose logits are not finite says nothing about code
-        tolerance = TOLERANCE.get(runner.weights_dtype, TOLERANCE[torch.bfloat16])
+        tolerance = TOLERANCE.get(runner.bound.model.dtype, TOLERANCE[torch.bfloat16])
         error = float((left - right).norm() / right.norm().clamp_min(1e-12))
         if not error <= tolerance:
             return (
@@ -61,7 +57,6 @@ def _logits(runner: ModelRunner) -> list[torch.Tensor]:
             found.append(_run(runner, GraphKey.decode(rows, None)))
     finally:
         state.table.zero_()
-        steps.forget_staged()
         runner.ring.resynchronize()
     return found
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from hybridgen.core import TokenLogprob
 from hybridgen.device.mapped import host_mapped
 from hybridgen.execution.plan import StepOutput
-from hybridgen.kernels.step.advance import advance, publish
+from hybridgen.kernels.step.advance import REJECTED, advance, publish
 from hybridgen.params import MAX_LOGPROBS
 from hybridgen.sampling import SampleOutput
 
@@ -23,9 +23,10 @@ class TokenRing:
     event behind the step says when its line can be read.
     """
 
-    def __init__(self, max_batch: int, device: torch.device) -> None:
+    def __init__(self, max_batch: int, device: torch.device, *, query_len: int = 1) -> None:
+        """`query_len`: tokens of a row in a step at most."""
         self.device = device
-        width = max_batch + 1  # never a step's size: see `ModelSteps`
+        width = max_batch * query_len + 1  # never a step's size: see `ModelSteps`
         self.tokens, self._host_tokens = host_mapped((LINES, width), torch.int64, device)
         self.logprobs, self._host_logprobs = host_mapped((LINES, width), torch.float32, device)
         top = (LINES, width, MAX_LOGPROBS)
@@ -71,17 +72,18 @@ class TokenRing:
             if step is not None:
                 step.fetch()
 
-    def launched(self, rows: int, logprobs: int | None, kind: str, reason: str) -> LaunchedStep:
+    def launched(self, rows: int, logprobs: int | None, kind: str, reason: str, query_len: int = 1) -> LaunchedStep:
         """After a step was launched: the handle that reads its line.
 
         Args:
             rows: how many rows of it belong to requests.
             logprobs: the largest number of top log-probabilities that a row wants; None: no row wants any.
+            query_len: tokens of a row that were fed, and so at most how many each brings.
         """
         line = self._launched % LINES
         if self._events is not None:
             self._events[line].record()
-        step = self._steps[line] = LaunchedStep(self, line, rows, logprobs, kind, reason)
+        step = self._steps[line] = LaunchedStep(self, line, rows, logprobs, kind, reason, query_len)
         self._launched += 1
         return step
 
@@ -94,28 +96,48 @@ class TokenRing:
         if self._events is not None:
             self._events[line].synchronize()
 
-    def read(self, line: int, rows: int, logprobs: int | None) -> StepOutput:
+    def read(self, line: int, rows: int, logprobs: int | None, query_len: int = 1) -> StepOutput:
         """What the step of this line left; it must have run."""
-        tokens = self._host_tokens[line, :rows, None].tolist()
+        count = rows * query_len
+        tokens = self._host_tokens[line, :count].reshape(rows, query_len).tolist()
+        if query_len > 1:
+            tokens = [[token for token in row if token != REJECTED] for row in tokens]
         if logprobs is None:
             return StepOutput(tokens, None)
-        values = self._host_logprobs[line, :rows].tolist()
-        ids = self._host_top_ids[line, :rows, :logprobs].tolist()
-        tops = self._host_top_logprobs[line, :rows, :logprobs].tolist()
-        pairs = [tuple(zip(i, v, strict=True)) for i, v in zip(ids, tops, strict=True)]
-        rows_logprobs = [[TokenLogprob(*row, *rest)] for row, *rest in zip(tokens, values, pairs, strict=True)]
-        return StepOutput(tokens, rows_logprobs)
+        values = self._host_logprobs[line, :count].tolist()
+        ids = self._host_top_ids[line, :count, :logprobs].tolist()
+        tops = self._host_top_logprobs[line, :count, :logprobs].tolist()
+        found = []
+        for row, accepted in enumerate(tokens):
+            first = row * query_len
+            found.append(
+                [
+                    TokenLogprob(token, values[i], tuple(zip(ids[i], tops[i], strict=True)))
+                    for i, token in enumerate(accepted, first)
+                ]
+            )
+        return StepOutput(tokens, found)
 
 
 class LaunchedStep:
     """A step that was launched; `read()` waits for it alone, while later ones run."""
 
-    __slots__ = ("_line", "_logprobs", "_output", "_ring", "kind", "reason", "rows")
+    __slots__ = ("_line", "_logprobs", "_output", "_query_len", "_ring", "kind", "reason", "rows")
 
-    def __init__(self, ring: TokenRing, line: int, rows: int, logprobs: int | None, kind: str, reason: str) -> None:
+    def __init__(
+        self,
+        ring: TokenRing,
+        line: int,
+        rows: int,
+        logprobs: int | None,
+        kind: str,
+        reason: str,
+        query_len: int = 1,
+    ) -> None:
         self._ring = ring
         self._line = line
         self._logprobs = logprobs
+        self._query_len = query_len
         self._output: StepOutput | None = None
         self.rows = rows
         """Rows that it sampled for; 0 when no prompt ended in it."""
@@ -128,7 +150,7 @@ class LaunchedStep:
         """Wait for the step; what it produced is kept from then on."""
         if self._output is None:
             self._ring.wait(self._line)
-            self._output = self._ring.read(self._line, self.rows, self._logprobs)
+            self._output = self._ring.read(self._line, self.rows, self._logprobs, self._query_len)
         return self._output
 
     def read(self) -> StepOutput:

@@ -1,4 +1,4 @@
-"""Launches steps: stages what a call needs, finds how it runs, and hands back the launched step."""
+"""Launches steps: stages what a call needs, asks the router how it runs, and hands back the launched step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from hybridgen.cache import LayerPages
 from hybridgen.compilation.aot import LayerUnits
@@ -17,29 +16,20 @@ from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
-from hybridgen.execution import numerics
+from hybridgen.execution.executors import LayersExecutor
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.step import ModelSteps
-from hybridgen.execution.validation import validate
-from hybridgen.graphs import GraphSettings, GraphStore, Recorder, Recording, Route
-from hybridgen.graphs.key import GraphKey
+from hybridgen.execution.validation import compare_first_replay
+from hybridgen.fused.decode import FusedDecode
+from hybridgen.graphs import Executor, GraphKey, GraphSettings, GraphStore, Recorder, Recording, Route, Router
 from hybridgen.graphs.recorder import this_thread
 from hybridgen.models import BoundModel
 from hybridgen.sampling import SamplerPlan, SamplerState
-from hybridgen.sampling.state import every_kind
 from hybridgen.telemetry.statistics import Counters
 
 logger = logging.getLogger(__name__)
-
-WARM_UP_RUN = 7
-"""Tokens of the warm-up prefill: few enough for the first page, and no dimension of a model."""
-
-WARM_UP_ROWS = 3
-
-_NODE_BYTES = 128 * 2**20
-"""For the nodes of all graphs; a 1B model's took 1 to 6 MiB each on an H200."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,7 +60,7 @@ class Steady(NamedTuple):
 
     slots: tuple[int, ...]
     version: int
-    plan: SamplerPlan
+    sampler: SamplerPlan
     route: Route
     replays: bool
     """Whether that is a graph's launch and nothing else, which needs nothing set up around it."""
@@ -88,6 +78,7 @@ class ModelRunner:
         max_pages: int,
         token_budget: int,
         max_context: int | None = None,
+        query_len: int = 1,
         compile_backend: str | None = None,
         units: LayerUnits | None = None,
         offline: bool = False,
@@ -100,25 +91,32 @@ class ModelRunner:
             max_pages: pages of a row of the block table.
             token_budget: tokens of a prefill call at most.
             max_context: tokens of a request at most.
+            query_len: tokens of a row in a decode step at most.
             compile_backend: None runs every step eagerly.
             units, offline: see `CompiledLayers`.
             one_copy, buffers: see `ModelSteps`.
             fall_back: told when a layer runs eagerly that should not, and why.
         """
         device = bound.model.device
-        self._bound = bound
+        self.bound = bound
         self.device = device
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         """Where all steps run."""
+        self.token_budget = token_budget
+        self.max_tokens = min(token_budget, max_context or token_budget)
+        """Tokens that one prefill call can have."""
+        self.max_batch = max_batch
         self._fall_back = fall_back
-        self._token_budget = token_budget
-        self._max_tokens = min(token_budget, max_context or token_budget)
-        self._max_batch = max_batch
-        self.state = DeviceState(max_batch, max_pages, device)
+        self.state = DeviceState(max_batch, max_pages, device, query_len=query_len)
         self.sampler = SamplerState(max_batch + 1, vocab_size, device)
-        self.ring = TokenRing(max_batch, device)
+        self.ring = TokenRing(max_batch, device, query_len=query_len)
+        self._layers = LayersExecutor(bound)
+        self.executors: dict[str, Executor] = {self._layers.name: self._layers}
+        """By name, in order of preference; the layers, which serve every step, come last."""
+        self.fused: FusedDecode | None = None
         self.steps = ModelSteps(
             bound,
+            self.executors,
             state=self.state,
             sampler=self.sampler,
             ring=self.ring,
@@ -126,13 +124,12 @@ class ModelRunner:
             one_copy=one_copy,
             buffers=buffers,
         )
-        self.compiled: CompiledLayers | None = None
         if compile_backend is not None:
-            self.compiled = CompiledLayers(
+            self._layers.compiled = CompiledLayers(
                 bound.layers,
                 self.steps.metadata,
                 backend=compile_backend,
-                max_batch=max_batch,
+                max_batch=max_batch * query_len,
                 token_budget=token_budget,
                 fall_back=fall_back,
                 units=units,
@@ -142,10 +139,22 @@ class ModelRunner:
         self._steady: Steady | None = None
         self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
 
+    @property
+    def compiled(self) -> CompiledLayers | None:
+        """The compiled layers; None where layers run eagerly."""
+        return self._layers.compiled
+
     def attach(self, pages: tuple[LayerPages, ...]) -> None:
         """Use these pages from now on. Not after something was recorded, or decode was fused."""
         self.pages = pages
-        self._bound.attach(pages, self.steps.metadata)
+        self.bound.attach(pages, self.steps.metadata)
+
+    def use_fused(self, fused: FusedDecode) -> None:
+        """From now on prefer these fused executors where they serve a step."""
+        self.fused = fused
+        self.executors.clear()
+        self.executors.update({executor.name: executor for executor in (*fused.executors, self._layers)})
+        self._route_anew()
 
     def use_graphs(
         self,
@@ -159,23 +168,21 @@ class ModelRunner:
         check_addresses: bool = False,
         validates: bool = False,
     ) -> None:
-        """How steps are recorded; see `GraphStore` and `EngineConfig`."""
+        """How steps are recorded; see `GraphStore`, `Router` and `EngineConfig`."""
         self._check_addresses = check_addresses
         if validates:
             self.steps.keep_logits(always=True)
         self.graphs = GraphStore(
-            settings,
-            recorder=recorder,
-            prepare=self.prepare,
-            run=self.steps.run,
-            finish=self.steps.finish,
-            plain_kind=self._plain_kind,
-            why_plain=why_plain,
-            note=note,
-            counters=counters,
-            notify=notify,
-            validates=validates,
+            settings, self, recorder=recorder, counters=counters, notify=notify, validates=validates
         )
+        self._why = why_plain, note
+        self._route_anew()
+
+    def _route_anew(self) -> None:
+        why_plain, note = self._why
+        executors = tuple(self.executors.values())
+        self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note)
+        """Decides how each step runs."""
         self._steady = None
 
     @on_its_stream
@@ -183,19 +190,19 @@ class ModelRunner:
         """Give a slot to a new request."""
         self.state.block_table.assign(admission.slot, admission.pages)
         self.sampler.assign(admission.slot, admission.sampling, admission.prompt_ids, ())
-        if self.steps.fused is not None:
-            self.steps.fused.refresh()
+        if self.fused is not None:
+            self.fused.refresh()
         self._steady = None
 
     @on_its_stream
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
         """Run the chunks in one call; sample for those that end their prompt."""
         slots = tuple(chunk.slot for chunk in chunks if chunk.last)
-        plan = self.sampler.needs(slots)
+        sampler = self.sampler.needs(slots)
         tokens = sum(len(chunk.tokens) for chunk in chunks)
-        route = self.graphs.route(GraphKey.prefill(tokens, len(slots), plan))
+        route = self.router.route(GraphKey.prefill(tokens, len(slots), sampler))
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
-        return self._launch(route, len(slots), plan)
+        return self._launch(route, len(slots), sampler)
 
     def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
         """Run one decode step of these slots and sample a token for each.
@@ -204,52 +211,59 @@ class ModelRunner:
         step is replayed, and an event recorded behind it.
         """
         steady = self._steady
-        if steady is None or slots is not steady.slots or self.graphs.version != steady.version:
+        if steady is None or slots is not steady.slots or self.router.version != steady.version:
             return self._decode(slots)
         if steady.replays and self._is_here():
-            return self._launch(steady.route, len(slots), steady.plan)
+            return self._launch(steady.route, len(slots), steady.sampler)
         return self._decode_again(steady)
 
     @on_its_stream
     def _decode(self, slots: tuple[int, ...]) -> LaunchedStep:
-        plan = self.sampler.needs(slots)
-        version = self.graphs.version  # as it is now: the step may drop its own graph
-        route = self.graphs.route(GraphKey.decode(len(slots), plan))
+        sampler = self.sampler.needs(slots)
+        version = self.router.version  # as it is now: the step may drop its own graph
+        route = self.router.route(GraphKey.decode(len(slots), sampler))
         self.steps.stage_decode(slots)
-        launched = self._launch(route, len(slots), plan)
-        self._steady = Steady(slots, version, plan, route, _only_replays(route))
+        launched = self._launch(route, len(slots), sampler)
+        self._steady = Steady(slots, version, sampler, route, _only_replays(route))
         return launched
 
     @on_its_stream
     def _decode_again(self, steady: Steady) -> LaunchedStep:
-        return self._launch(steady.route, len(steady.slots), steady.plan)
+        return self._launch(steady.route, len(steady.slots), steady.sampler)
 
     def _is_here(self) -> bool:
         return self.stream is None or _is_current(self.stream)
 
-    def _launch(self, route: Route, rows: int, plan: SamplerPlan) -> LaunchedStep:
+    def _launch(self, route: Route, rows: int, sampler: SamplerPlan) -> LaunchedStep:
         recording = route.recording
         if recording is not None and recording.recorded.thread not in (None, this_thread()):
             self._fall_back("cudagraph trees replay on the thread that recorded them; steps of others run without")
-            route = self._plain_route(route, "its cudagraph tree belongs to another thread")
+            route = self.router.without_recording(route, "its cudagraph tree belongs to another thread")
         samples = route.key.rows > 0
         if samples:
             self.ring.reserve()
         try:
             route = self._run(route)
-            self.graphs.count(route)
+            self._count(route)
             if samples:
-                return self.ring.launched(rows, plan.logprobs, route.kind, route.reason)
+                return self.ring.launched(rows, sampler.logprobs, route.kind, route.reason, route.key.query_len)
         except BaseException:
             self.recover()
             raise
         return LaunchedStep(self.ring, 0, 0, None, route.kind, route.reason)
 
+    def _count(self, route: Route) -> None:
+        if route.recording is None:
+            self.graphs.count_miss(route.reason)
+        else:
+            self.graphs.count_hit(route.recording, padded=route.padded)
+        if route.wanted is not None:
+            self.graphs.want(route.wanted)
+
     @on_its_stream
     def recover(self) -> None:
         """After a step that was not launched as a whole: what host and device believe is made the same again."""
         self.ring.resynchronize()
-        self.steps.forget_staged()
         self._steady = None
 
     def _run(self, route: Route) -> Route:
@@ -279,42 +293,32 @@ class ModelRunner:
         """Forget the route's recording, and run the step without it."""
         if route.recording is not None:
             self.graphs.drop(route.recording, why)
-        plain = self._plain_route(route, reason)
+        plain = self.router.without_recording(route, reason)
         plain.run()
         return plain
 
     def _moved(self, addresses: dict[str, int]) -> list[str]:
-        """What lies elsewhere now. Tensors that were allocated since are none of a recording's business."""
+        """What lies elsewhere now. Tensors that were allocated since do not concern a recording."""
         now = self._addresses()
         return [name for name, address in addresses.items() if now.get(name) != address]
 
     def _validated(self, route: Route, recording: Recording) -> Route:
         """Run a step whose recording was never replayed for anybody, and compare."""
-        wrong = validate(self, recording)  # runs the step, whatever comes out
+        mutable = [self.state.table, *self.ring.tensors().values()]
+        mutable += [tensor for tensor in (self.steps.logits, self.sampler.output_counts) if tensor is not None]
+        run = functools.partial(self.steps.run, recording.key)
+        wrong = compare_first_replay(recording.recorded.replay, run, mutable)  # runs the step, whatever comes out
         recording.checked = True
         if route.finish is not None:
             route.finish()
         if wrong is None:
             return route
         self.graphs.drop(recording, wrong)
-        return self._plain_route(route, "its graph was found wrong")
-
-    def _plain_route(self, route: Route, reason: str) -> Route:
-        """The same step, padding and all, without the recording."""
-
-        def run() -> None:
-            self.steps.run(route.key)
-            if route.finish is not None:
-                route.finish()
-
-        return Route(route.key, run, self._plain_kind(), reason)
-
-    def _plain_kind(self) -> str:
-        return "eager" if self.compiled is None else "compiled"
+        return self.router.without_recording(route, "its graph was found wrong")
 
     def _addresses(self) -> dict[str, int]:
         """Where everything lies that a recorded step reads or writes."""
-        model = self._bound.model
+        model = self.bound.model
         parts = (dict(model.named_parameters()), dict(model.named_buffers()), self.steps.tensors())
         return {name: tensor.data_ptr() for part in parts for name, tensor in part.items()}
 
@@ -327,79 +331,24 @@ class ModelRunner:
         self.steps.stage_padding(key)
         self._steady = None
 
-    @on_its_stream
-    def warm_up(self) -> None:
-        """Compile prefill, decode of several rows and of one. Writes to the dummy page only.
+    def run(self, key: GraphKey) -> None:
+        """Launch the step that was staged, without a recording."""
+        self.steps.run(key)
 
-        Where a backend's choices depend on the number of tokens (grouped matrix products of experts in bfloat16 do, in
-        torch 2.11), there is a graph for each part of the range that the sizes tried here meet.
-        """
-        if self.compiled is None:
-            return
-        self.compiled.install()
+    def run_padding(self, key: GraphKey) -> None:
+        """Run a step of padding, which writes to the dummy page only."""
+        self.prepare(key)
         try:
-            self._compile([WARM_UP_RUN], [WARM_UP_ROWS, 1])
-        except ConstraintViolationError as error:
-            logger.debug("not one graph for all sizes: %s", error)
-            self.compiled.strict = False
-            rows = [2**i for i in range(self._max_batch.bit_length())]
-            self._compile([WARM_UP_RUN, *(2**i for i in range(4, 14))], [WARM_UP_ROWS, *rows, self._max_batch])
-
-    def _compile(self, runs: Sequence[int], rows: Sequence[int]) -> None:
-        plan = SamplerPlan()
-        prefill = dict.fromkeys(min(run, self._token_budget) for run in runs)
-        decode = dict.fromkeys(min(row, self._max_batch) for row in rows)
-        keys = [GraphKey.prefill(run, 1, plan) for run in prefill]
-        keys += [GraphKey.decode(row, plan) for row in decode]
-        # The layers are compiled for all sizes: a prefill of one token runs them as decode does, and so does a step
-        # that no fused one serves.
-        with self.steps.fused_by(None), cast(CompiledLayers, self.compiled).warming_up():
-            for key in keys:
-                self._run_padding(key)
-
-    @on_its_stream
-    def check_numerics(self) -> str | None:
-        """Compare compiled layers with uncompiled ones on a few tokens; what differs too much, or None."""
-        if self.compiled is None:
-            return None
-        with self.steps.fused_by(None):  # the layers are what is compared
-            wrong = numerics.compare(self, self.compiled)
-        self._steady = None
-        return wrong
-
-    @property
-    def weights_dtype(self) -> torch.dtype:
-        """Of the model's parameters."""
-        return self._bound.model.dtype
-
-    @on_its_stream
-    def exercise(self) -> None:
-        """Run a few sizes of prefill and decode: on CUDA, kernels have variants for sizes.
-
-        They are compiled, loaded and chosen on their first use, which takes up to half a second each: not in a user's
-        step. Writes to the dummy page only.
-        """
-        plan = SamplerPlan()
-        for tokens in _spread(self._max_tokens):
-            self._run_padding(GraphKey.prefill(tokens, 1, plan))
-        for rows in _spread(self._max_batch):
-            self._run_padding(GraphKey.decode(rows, plan))
-        torch.cuda.synchronize(self.device)
-
-    @on_its_stream
-    def exercise_samplers(self) -> None:
-        """Run a decode step with each kind of sampler, as `exercise()` does for sizes. Not while requests run."""
-        self.ring.drain()
-        for plan in every_kind(self.sampler.vocab_size):
-            self._run_padding(GraphKey.decode(1, plan))
-        self.recover()
+            self.run(key)
+        finally:
+            self.ring.resynchronize()
 
     @on_its_stream
     def capture(self, keys: Sequence[GraphKey], progress: Callable[[], object]) -> None:
         """Record these steps. Not while requests run: they would wait for it."""
         self.ring.drain()
         try:
-            self.graphs.capture(keys, progress)
+            self.graphs.capture(map(self.router.served, keys), progress)
         finally:
             self._after_capture()
 
@@ -420,45 +369,11 @@ class ModelRunner:
                 recording.addresses = self._addresses()
         self.recover()
 
-    def _run_padding(self, key: GraphKey) -> None:
-        self.prepare(key)
-        try:
-            self.steps.run(key)
-        finally:
-            self.ring.resynchronize()
-
-    @on_its_stream
-    def measure_activations(self, recorded: int = 0) -> int:
-        """Bytes that steps allocate at their peak on CUDA (0 elsewhere), by the largest prefill call.
-
-        Runs with padding alone, so it writes to the dummy page only.
-
-        Args:
-            recorded: tokens of the largest step that will be recorded; a graph's memory is its own.
-        """
-        if self.device.type != "cuda":
-            return 0
-        key = GraphKey.prefill(self._max_tokens, 1, SamplerPlan())
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self._run_padding(key)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        # The sampler works on [max_batch, vocab_size] in float32: logits, processed, sorted values and ids, noise.
-        sampling = 8 * 4 * self._max_batch * self.sampler.vocab_size
-        with CAPTURING:
-            torch.cuda.empty_cache()
-        if not recorded:
-            return peak + sampling
-        # In a graph: activations, sampler and kept logits, and the nodes.
-        in_graphs = peak * min(1.0, recorded / self._max_tokens) + sampling * 5 // 4 + _NODE_BYTES
-        return peak + sampling + int(in_graphs)
-
     def disable_compilation(self) -> None:
         """Run every later step eagerly."""
-        if self.compiled is not None:
-            self.compiled.remove()
-            self.compiled = None
+        if self._layers.compiled is not None:
+            self._layers.compiled.remove()
+            self._layers.compiled = None
 
     def close(self) -> None:
         """Wait for the device, release what was recorded, and give the layers back as they were."""
@@ -469,21 +384,17 @@ class ModelRunner:
                 logger.debug("the device is lost: %s", error)
         self.graphs.close()
         self._steady = None
-        if self.steps.fused is not None:
+        if self.fused is not None:
             with CAPTURING:
-                self.steps.fused.close()
-            self.steps.fused = None
+                self.fused.close()
+            self.fused = None
+        self.executors.clear()
         self.disable_compilation()
 
 
 def _is_current(stream: torch.cuda.Stream) -> bool:
     index = cast(int, stream.device_index)
     return torch.cuda.current_device() == index and torch._C._cuda_getCurrentRawStream(index) == stream.cuda_stream
-
-
-def _spread(most: int) -> list[int]:
-    """1, 2, 4, ... and `most`."""
-    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]
 
 
 def _only_replays(route: Route) -> bool:
@@ -494,5 +405,6 @@ def _only_replays(route: Route) -> bool:
 
 
 def _may_be_its_fault(error: BaseException) -> bool:
-    """Whether a replay that raised this is not to be tried again. Replays allocate nothing, so memory is not."""
+    """Whether a replay that raised this is not to be tried again. A replay allocates nothing: where memory ran out,
+    something else took it."""
     return isinstance(error, Exception) and not is_fatal(error) and not isinstance(error, torch.OutOfMemoryError)

@@ -27,8 +27,15 @@ class DeviceState:
     There is one slot more than requests: the padding slot, whose state stays zero and whose pages are the dummy page.
     """
 
-    def __init__(self, max_batch: int, max_pages: int, device: torch.device) -> None:
+    def __init__(self, max_batch: int, max_pages: int, device: torch.device, *, query_len: int = 1) -> None:
+        """`query_len`: tokens of a row in a decode step at most; above 1 there is room for drafts."""
         self.device = device
+        self.query_len = query_len
+        with torch.inference_mode():  # as what a step computes is: a compiled layer is specialised to that
+            self.places = torch.arange(query_len, device=device)
+            """int64 [query_len]: 0, 1, ..."""
+        self.drafts = torch.zeros(max_batch + 1, query_len - 1, dtype=torch.int64, device=device)
+        """int64 [max_batch + 1, query_len - 1]: by slot, what was drafted behind its last token."""
         self.max_batch = max_batch
         self.padding_slot = max_batch
         self.table = torch.zeros(3, max_batch + 1, dtype=torch.int64, device=device)
@@ -38,3 +45,11 @@ class DeviceState:
     def read(self, rows: torch.Tensor) -> SlotRows:
         """The state of these rows, int64 [B]."""
         return SlotRows(*self.table.index_select(1, rows).unbind(0))
+
+    def drafts_of(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """The first drafts of these rows: int64 [B, count]."""
+        return self.drafts.index_select(0, rows)[:, :count]
+
+    def draft_tensors(self) -> dict[str, torch.Tensor]:
+        """What steps of several tokens a row read, by name."""
+        return {"drafts": self.drafts, "places": self.places} if self.query_len > 1 else {}

@@ -1,15 +1,13 @@
 """A step on static buffers: what it reads, what it runs, and what it leaves.
 
 Every mode runs the same step. Its inputs lie at fixed addresses, its outputs go into the ring, and it decides nothing
-on the host, so it can be recorded once and replayed (`execution.graphs`).
+on the host, so it can be recorded once and replayed (`graphs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,17 +15,16 @@ from torch import Tensor
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.staging import StagedBlock
-from hybridgen.execution.state import DeviceState
+from hybridgen.execution.state import DeviceState, SlotRows
+from hybridgen.execution.verification import accepted_run
 from hybridgen.fused.inputs import StepInputs
+from hybridgen.graphs.executor import Executor
 from hybridgen.graphs.key import GraphKey
-from hybridgen.kernels.step.metadata import MetadataCopy, copy_metadata
+from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan, SamplerState, sample
-
-if TYPE_CHECKING:
-    from hybridgen.fused.decode import FusedDecode
 
 _MAX_PREPARED = 256
 
@@ -42,6 +39,7 @@ class ModelSteps:
     def __init__(
         self,
         bound: BoundModel,
+        executors: Mapping[str, Executor],
         *,
         state: DeviceState,
         sampler: SamplerState,
@@ -50,11 +48,18 @@ class ModelSteps:
         one_copy: bool = True,
         buffers: int = 2,
     ) -> None:
-        """`one_copy` False copies metadata tensor by tensor; `buffers` is how many blocks the host fills in turn."""
+        """
+        Args:
+            executors: what turns tokens into logits, by name; more may be added later.
+            token_budget: tokens of a prefill call at most.
+            one_copy: copy a step's metadata in one launch, else tensor by tensor.
+            buffers: how many blocks the host fills in turn.
+        """
         # One more than a step can have, so that no size of a step equals a buffer's: where they are equal, a compiled
         # step (`graphs.trees`) is specialised to it.
         device, lines, tokens = state.device, state.max_batch + 1, token_budget + 1
         self._bound = bound
+        self._executors = executors
         self._state = state
         self._sampler = sampler
         self._ring = ring
@@ -82,17 +87,15 @@ class ModelSteps:
             self._prefill = {name: torch.zeros_like(field) for name, field in self._prefill_block.device.items()}
         self._zeros = torch.zeros(3, 1, dtype=torch.int64, device=device)
         self._copies: dict[tuple[Phase, int, int], Callable[[], None]] = {}
-        self._staged: tuple[int, ...] | None = None
         empty = self._prefill["ids"][:1]
         self.metadata = StepMetadata(
-            state.block_table.tensor, self._prefill["slots"][:1], empty, self._prefill["starts"], empty
+            state.block_table.tensor, self._prefill["slots"][:1], empty, self._prefill["starts"], empty, empty
         )
         """What the model's attention reads; set by each step."""
-        self.fused: FusedDecode | None = None
-        """Decode steps that do not go through the model's layers."""
         self._always_keeps_logits = False
         self.logits: Tensor | None = None
-        """[max_batch + 1, vocab_size]: where steps that end at the logits leave them, once `keep_logits()` ran."""
+        """[max_batch * query_len + 1, vocab_size]: where steps that end at the logits leave them, once `keep_logits()`
+        ran."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, the model's parameters and buffers apart, by name."""
@@ -100,6 +103,7 @@ class ModelSteps:
             "block table": self._state.block_table.tensor,
             "state": self._state.table,
             "zeros": self._zeros,
+            **self._state.draft_tensors(),
             **self._ring.tensors(),
             **{f"staged {name}": field for name, field in self._decode_block.device.items()},
             **{f"staged prompt {name}": field for name, field in self._prefill_block.device.items()},
@@ -107,22 +111,15 @@ class ModelSteps:
             **{f"prefill {name}": field for name, field in self._prefill.items()},
         }
         logits = {} if self.logits is None else {"logits": self.logits}
-        fused = {} if self.fused is None else self.fused.tensors()
-        return fixed | logits | fused | self._sampler.tensors() | self._bound.pages()
+        executors = {
+            name: tensor for executor in self._executors.values() for name, tensor in executor.tensors().items()
+        }
+        return fixed | logits | executors | self._sampler.tensors()
 
     def inputs(self) -> StepInputs:
         """Where a decode step finds its rows."""
         rows, slots = self._decode["rows"], self._decode["slots"]
         return StepInputs(rows, slots, self._state.table, self._state.block_table.tensor, self._state.padding_slot)
-
-    @contextmanager
-    def fused_by(self, fused: FusedDecode | None) -> Iterator[None]:
-        """Meanwhile decode with these fused kernels, or without any."""
-        before, self.fused = self.fused, fused
-        try:
-            yield
-        finally:
-            self.fused = before
 
     def keep_logits(self, *, always: bool = False) -> None:
         """Allocate where logits are left, if that has not been done.
@@ -132,25 +129,16 @@ class ModelSteps:
         """
         self._always_keeps_logits |= always
         if self.logits is None:
-            shape = self._state.max_batch + 1, self._sampler.vocab_size
+            shape = self._state.max_batch * self._state.query_len + 1, self._sampler.vocab_size
             self.logits = torch.zeros(shape, dtype=self._bound.logits_dtype, device=self._state.device)
 
     def stage_decode(self, slots: tuple[int, ...]) -> None:
-        """Say which slots are the rows of the next decode steps; nothing is sent while they stay the same."""
-        if slots is self._staged or slots == self._staged:
-            self._staged = slots
-            return
-        self._staged = None  # until all of it is on its way
+        """Say which slots are the rows of the decode steps that follow."""
         block = self._decode_block.open()
         for name in ("rows", "slots"):
             block[name][: len(slots)] = slots
             block[name][len(slots) :] = self._state.padding_slot
         self._decode_block.send()
-        self._staged = slots
-
-    def forget_staged(self) -> None:
-        """Send the rows again with the next decode step."""
-        self._staged = None
 
     def stage_prefill(self, chunks: Sequence[PrefillChunk], tokens: int, rows: int) -> None:
         """Set what the next prefill step of this size feeds: the chunks, packed, then a run of padding."""
@@ -205,40 +193,49 @@ class ModelSteps:
             self._run_prefill(key)
 
     def _run_decode(self, key: GraphKey) -> None:
-        self._bring_in(Phase.DECODE, key.tokens, key.rows)
+        self._bring_in(key)
         rows, slots = self._decode["rows"][: key.rows], self._decode["slots"][: key.rows]
         state = self._state.read(rows)
         lengths = state.lengths + 1
-        self._set(Phase.DECODE, slots, state.lengths, lengths)
-        if not torch.compiler.is_compiling() and self.fused is not None and self.fused.serves(key.rows):
-            logits = self.fused.run(key.rows, state.last_tokens, state.lengths)
+        if key.query_len == 1:
+            self._set(Phase.DECODE, state.last_tokens, slots, state.lengths, lengths)
         else:
-            logits = self._bound.forward(state.last_tokens, self.metadata, None)
+            self._set_several(key.query_len, rows, slots, state)
+        logits = self._executors[key.executor].logits(self.metadata, None)
         if key.sampler is None:
             self._leave(logits)
         else:
-            self._sample(logits, rows, lengths, state.generated, key.sampler)
+            self._sample(logits, rows, lengths, state.generated, key.sampler, key.query_len)
+
+    def _set_several(self, count: int, rows: Tensor, slots: Tensor, state: SlotRows) -> None:
+        """Feed each row's last token and the drafts behind it, at the positions that they have then."""
+        ids = torch.cat((state.last_tokens[:, None], self._state.drafts_of(rows, count - 1)), dim=1).flatten()
+        positions = (state.lengths[:, None] + self._state.places[:count]).flatten()
+        slots = slots[:, None].expand(-1, count).flatten()
+        self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
 
     def _run_prefill(self, key: GraphKey) -> None:
-        self._bring_in(Phase.PREFILL, key.tokens, key.rows)
+        self._bring_in(key)
         inputs, tokens, rows = self._prefill, key.tokens, key.rows
         # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case.
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
-        self._set(phase, inputs["slots"][:tokens], inputs["positions"][:tokens], inputs["rope"][:tokens])
-        logits = self._bound.forward(inputs["ids"][:tokens], self.metadata, inputs["keep"][: max(rows, 1)])
+        ids, slots, positions, rope = (inputs[name][:tokens] for name in ("ids", "slots", "positions", "rope"))
+        self._set(phase, ids, slots, positions, rope)
+        logits = self._executors[key.executor].logits(self.metadata, inputs["keep"][: max(rows, 1)])
         if rows and key.sampler is None:
             self._leave(logits)
         elif rows and key.sampler is not None:
             self._sample(logits, *self._prefilled(rows), key.sampler)
 
-    def finish(self, phase: Phase, rows: int, plan: SamplerPlan) -> None:
+    def finish(self, key: GraphKey, sampler: SamplerPlan) -> None:
         """What is left of a step that ended at its logits: sample, publish, advance."""
-        if phase is Phase.DECODE:
-            slots = self._decode["rows"][:rows]
-            state = self._state.read(slots)
-            self._sample(self._kept(rows), slots, state.lengths + 1, state.generated, plan)
+        logits = self._kept(key.rows * key.query_len)
+        if key.phase is Phase.DECODE:
+            rows = self._decode["rows"][: key.rows]
+            state = self._state.read(rows)
+            self._sample(logits, rows, state.lengths + 1, state.generated, sampler, key.query_len)
         else:
-            self._sample(self._kept(rows), *self._prefilled(rows), plan)
+            self._sample(logits, *self._prefilled(key.rows), sampler)
 
     def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Slots of the prompts that end in a prefill step, their lengths, and what they generated before."""
@@ -253,21 +250,40 @@ class ModelSteps:
     def _leave(self, logits: Tensor) -> None:
         self._kept(logits.shape[0]).copy_(logits)
 
-    def _sample(self, logits: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, plan: SamplerPlan) -> None:
-        """Sample the token after `lengths` tokens for each row, publish it, and advance the rows."""
+    def _sample(
+        self, logits: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, sampler: SamplerPlan, query_len: int = 1
+    ) -> None:
+        """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows."""
         if self._always_keeps_logits:
             self._leave(logits)
-        sampled = sample(logits, self._sampler, rows, lengths, generated, plan)
-        counts = self._sampler.output_counts if plan.penalties else None
+        slots, positions, before = rows, lengths, generated
+        if query_len > 1:
+            places = self._state.places[:query_len]
+            slots = rows[:, None].expand(-1, query_len).flatten()
+            positions, before = ((value[:, None] + places).flatten() for value in (lengths, generated))
+        sampled = sample(logits, self._sampler, slots, positions, before, sampler)
+        if query_len > 1:
+            drafts = self._state.drafts_of(rows, query_len - 1)
+            sampled = sampled._replace(tokens=accepted_run(sampled.tokens.view(-1, query_len), drafts))
+        counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts)
 
-    def _set(self, phase: Phase, slots: Tensor, positions: Tensor, rope: Tensor) -> None:
+    def _set(
+        self, phase: Phase, ids: Tensor, slots: Tensor, positions: Tensor, rope: Tensor, *, several: bool = False
+    ) -> None:
         step = self.metadata
-        step.phase, step.slots, step.positions, step.rope_lengths = phase, slots, positions, rope
+        step.phase, step.several, step.ids = phase, several, ids
+        step.slots, step.positions, step.rope_lengths = slots, positions, rope
 
-    def _bring_in(self, phase: Phase, tokens: int, rows: int) -> None:
-        """Copy what arrived from the host to where the step reads it, and reset the padding slot."""
-        if torch.compiler.is_compiling():  # sizes may be symbolic: no keys of a dictionary
+    def _bring_in(self, key: GraphKey) -> None:
+        """Copy what arrived from the host to where the step reads it, and reset the padding slot.
+
+        Compiled and captured steps have the registered op in them. Others launch copies that were prepared, which costs
+        the host less.
+        """
+        phase, rows = key.phase, key.rows
+        tokens = rows if phase is Phase.DECODE else key.tokens
+        if torch.compiler.is_compiling() or _is_capturing(self._state.device):
             copy_pairs = copy_metadata if self._one_copy else copy_one_by_one
             copy_pairs(*self._pair(phase, tokens, rows))
             return
@@ -293,3 +309,8 @@ class ModelSteps:
             sources.append(field[:size])
             destinations.append(inputs[name][:size])
         return sources, destinations
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from hybridgen.device.timing import graph_seconds
 from hybridgen.errors import DeviceError
-from hybridgen.fused.chain import tiles as chain_tuning
+from hybridgen.fused.chain import search
 from hybridgen.fused.decode import FusedDecode
+from hybridgen.fused.executors import PersistentExecutor
 from hybridgen.fused.persistent.shape import Tuning, as_document
-from hybridgen.fused.persistent.step import PersistentStep
 from hybridgen.models.decoder import Unfit
 
 logger = logging.getLogger(__name__)
@@ -52,15 +53,16 @@ def tune(fused: FusedDecode, seconds: float) -> dict[str, Any]:
     if fused.persistent is not None:
         deadline = time.monotonic() + seconds * share
         fused.persistent = _tune_persistent(fused, deadline)
-        fused.try_step(1)
-        chosen["persistent"] = as_document(fused.persistent.tuning)
+        fused.try_step(fused.persistent, 1)
+        chosen["persistent"] = as_document(fused.persistent.step.tuning)
         seconds -= seconds * share
     if fused.chain is not None:
-        most = fused.chain.max_rows
+        chain = fused.chain.chain
+        most = chain.max_rows
         rows = sorted({min(8, most), most})
         with _padding_rows(fused, most):
-            chosen["chain"] = chain_tuning.tune(fused.chain, partial(_launch_chain, fused), rows=rows, seconds=seconds)
-        fused.try_step(most)
+            chosen["chain"] = search.tune(chain, partial(_launch_chain, fused), rows=rows, seconds=seconds)
+        fused.try_step(fused.chain, most)
     return chosen
 
 
@@ -82,41 +84,39 @@ def _padding_rows(fused: FusedDecode, rows: int) -> Iterator[None]:
         inputs.state[:, padding] = 0
 
 
-def _tune_persistent(fused: FusedDecode, deadline: float) -> PersistentStep:
+def _tune_persistent(fused: FusedDecode, deadline: float) -> PersistentExecutor:
     """Better one field at a time, from the tuning that it has."""
     best, build = fused.persistent, fused.build
     if best is None or build is None:
         raise RuntimeError("there is no persistent step to tune")
     with _padding_rows(fused, 1):
-        candidates = _Candidates(best.tuning)
-        shortest = chain_tuning.graph_seconds(partial(_launch, best))
+        candidates = _Candidates(best.step.tuning)
+        shortest = graph_seconds(partial(_launch, best))
         for candidate in candidates:
             if time.monotonic() > deadline:
                 break
             try:
-                step = build(tuning=candidate)
-                took = chain_tuning.graph_seconds(partial(_launch, step))
+                other = build(tuning=candidate)
+                took = graph_seconds(partial(_launch, other))
             except (Unfit, DeviceError) as error:
                 logger.debug("%s: %s", candidate, error)
                 continue
             logger.debug("%s: %.1f us", candidate, took * 1e6)
             if took < shortest * _WORTH:
-                best, step, shortest = step, best, took
+                best, other, shortest = other, best, took
                 candidates.best = candidate
-            step.kernel.close()
+            other.close()
     return best
 
 
-def _launch(step: PersistentStep) -> None:
-    step()
+def _launch(executor: PersistentExecutor) -> None:
+    executor.step()
 
 
 def _launch_chain(fused: FusedDecode, rows: int) -> None:
-    chain, logits, inputs = fused.chain, fused.logits, fused.inputs
-    if chain is None or logits is None:
+    if fused.chain is None:
         raise RuntimeError("there is no chain to tune")
-    tokens, positions = (inputs.state[i, inputs.rows[:rows]] for i in range(2))
-    chain(tokens, positions, inputs.slots[:rows], inputs.block_table, logits[:rows])
+    fused.chain.logits(fused.metadata(rows), None)
 
 
 class _Candidates:

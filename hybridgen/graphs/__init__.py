@@ -1,20 +1,27 @@
-"""Recorded steps: which are kept, which one runs a step, and who records them."""
+"""Recorded steps: their keys, which are kept, which one runs a step, and who records them."""
 
-from hybridgen.graphs.buckets import checked_ladder, decode_ladder, prefill_ladder
+from hybridgen.graphs.buckets import checked_buckets, decode_buckets, prefill_buckets
+from hybridgen.graphs.executor import Executor
+from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.recorder import Recorded, Recorder
+from hybridgen.graphs.router import Route, Router
 from hybridgen.graphs.stand_in import StandInRecorder
-from hybridgen.graphs.store import GraphSettings, GraphStore, Recording, Route, describe
+from hybridgen.graphs.store import GraphSettings, GraphStore, Recording, describe
 
 __all__ = [
+    "LAYERS",
+    "Executor",
+    "GraphKey",
     "GraphSettings",
     "GraphStore",
     "Recorded",
     "Recorder",
     "Recording",
     "Route",
+    "Router",
     "StandInRecorder",
-    "checked_ladder",
-    "decode_ladder",
+    "checked_buckets",
+    "decode_buckets",
     "describe",
-    "prefill_ladder",
+    "prefill_buckets",
 ]

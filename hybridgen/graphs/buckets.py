@@ -9,24 +9,24 @@ MOST_PREFILL_TOKENS = 512
 """Longer prompts keep the device busy for longer than their launches take."""
 
 
-def decode_ladder(max_batch: int) -> tuple[int, ...]:
+def decode_buckets(max_batch: int) -> tuple[int, ...]:
     """1, 2, 4, 8, then in steps of 8 to 64 and of 16 above; ends with `max_batch`."""
     sizes = (1, 2, 4, *range(8, 64, 8), *range(64, max_batch + 16, 16))
     return (*(size for size in sizes if size < max_batch), max_batch)
 
 
-def prefill_ladder(most: int) -> tuple[int, ...]:
+def prefill_buckets(most: int) -> tuple[int, ...]:
     """In steps of 16 to 256 and of 32 to 512, as far as `most` tokens allow."""
     sizes = (*range(16, 256, 16), *range(256, MOST_PREFILL_TOKENS + 1, 32))
     return tuple(size for size in sizes if size <= most)
 
 
-def checked_ladder(sizes: Iterable[int], most: int) -> tuple[int, ...]:
+def checked_buckets(sizes: Iterable[int], most: int) -> tuple[int, ...]:
     """A user's sizes in order, without those above `most`."""
     return tuple(sorted({size for size in sizes if size <= most}))
 
 
-def round_up(size: int, ladder: tuple[int, ...]) -> int | None:
+def round_up(size: int, buckets: tuple[int, ...]) -> int | None:
     """The smallest bucket that holds `size`; None when it is above all of them."""
-    index = bisect_left(ladder, size)
-    return ladder[index] if index < len(ladder) else None
+    index = bisect_left(buckets, size)
+    return buckets[index] if index < len(buckets) else None

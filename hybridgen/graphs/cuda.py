@@ -49,7 +49,7 @@ class CudaGraphRecorder:
         self._scratch = torch.zeros(1, device=device)
         self._wait = partial(torch.cuda.synchronize, device)
 
-    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         """Warm up, capture and time a step.
 
         Raises:

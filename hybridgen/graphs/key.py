@@ -26,6 +26,11 @@ class GraphKey(NamedTuple):
     sampler: SamplerPlan | None
     """The sampler's parts; None: the step ends at the logits, and `ModelSteps.finish` runs after it."""
 
+    @property
+    def size(self) -> int:
+        """What buckets count: rows of a decode step, tokens of a prefill."""
+        return self.rows if self.phase is Phase.DECODE else self.tokens
+
     @classmethod
     def prefill(cls, tokens: int, rows: int, sampler: SamplerPlan | None) -> GraphKey:
         """A prefill of so many tokens in all, in which so many prompts end."""

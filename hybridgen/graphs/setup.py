@@ -8,19 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
-from hybridgen.execution.runner import ModelRunner
-from hybridgen.graphs.buckets import decode_ladder, prefill_ladder
+from hybridgen.graphs.buckets import decode_buckets, prefill_buckets
 from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.stand_in import StandInRecorder
+from hybridgen.graphs.steps import TreeSteps
 from hybridgen.graphs.store import FEW_PROMPTS, GraphSettings
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
-from hybridgen.telemetry.statistics import Counters
 
 
 @dataclass(frozen=True)
-class GraphPlan:
+class GraphSetup:
     """What decides about graphs."""
 
     config: EngineConfig
@@ -45,8 +44,8 @@ class GraphPlan:
             decode = prefill = ()
         max_bytes = parse_bytes("max_graph_memory", config.max_graph_memory)
         return GraphSettings(
-            decode=decode_ladder(config.max_batch) if decode is None else tuple(decode),
-            prefill=prefill_ladder(self.max_tokens) if prefill is None else tuple(prefill),
+            decode=decode_buckets(config.max_batch) if decode is None else tuple(decode),
+            prefill=prefill_buckets(self.max_tokens) if prefill is None else tuple(prefill),
             max_rows=config.max_batch,
             max_graphs=config.max_graphs,
             max_bytes=max_bytes,
@@ -67,7 +66,7 @@ class GraphPlan:
         settings = self.settings()
         return max((*settings.decode[-1:], *settings.prefill[-1:]), default=0) if self.records else 0
 
-    def recorder(self, runner: ModelRunner) -> Callable[[GraphKey, bool], Recorder | None] | None:
+    def recorder(self, steps: TreeSteps) -> Callable[[GraphKey, bool], Recorder | None] | None:
         """Who records a step (the flag: while idle, not at warm-up).
 
         Trees record while idle only what needs no compilation, which takes seconds to minutes.
@@ -85,7 +84,7 @@ class GraphPlan:
             return lambda key, lazy: manual
         from hybridgen.graphs.trees import TreeRecorder
 
-        trees = TreeRecorder(runner.steps, max_batch=self.config.max_batch, token_budget=self.token_budget)
+        trees = TreeRecorder(steps, max_batch=self.config.max_batch, token_budget=self.token_budget)
         if self.config.graphs is GraphOwner.TREES:
             return lambda key, lazy: trees if not lazy or trees.knows(key) else None
         buckets = self.settings().decode
@@ -95,25 +94,6 @@ class GraphPlan:
             return trees if between and (not lazy or trees.knows(key)) else manual
 
         return both
-
-
-def use_graphs(runner: ModelRunner, plan: GraphPlan, not_compiled: str | None, counters: Counters) -> None:
-    """Give a runner the store that the plan asks for.
-
-    Args:
-        not_compiled: why a mode that compiles does not.
-    """
-    config = plan.config
-    runner.use_graphs(
-        plan.settings(),
-        recorder=plan.recorder(runner),
-        why_plain=not_compiled or plan.not_recorded or f"mode {plan.mode}",
-        note=", layers not compiled" if not_compiled else "",
-        counters=counters,
-        notify=config.on_graph_event,
-        check_addresses=config.check_addresses,
-        validates=config.validate and plan.records,
-    )
 
 
 def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan], *, any_sampler: bool) -> list[GraphKey]:

@@ -19,7 +19,7 @@ class StandInRecorder:
 
     owner = OWNER
 
-    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         """Run the step twice, as a capture would, and keep it."""
         step()
         if known is None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from hybridgen.device.capture import CAPTURING
-from hybridgen.execution.step import ModelSteps
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.recorder import Recorded, checked_seconds, this_thread
+from hybridgen.graphs.steps import TreeSteps
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 
@@ -33,7 +33,7 @@ _RUNS = 3
 """A tree warms up, records, and replays."""
 
 
-def run_step(steps: ModelSteps, phase: Phase, plan: SamplerPlan | None, tokens: Tensor, rows: Tensor) -> None:
+def run_step(steps: TreeSteps, phase: Phase, plan: SamplerPlan | None, tokens: Tensor, rows: Tensor) -> None:
     """The compile unit. `tokens` and `rows` stand for their lengths: a tensor's can be marked as dynamic."""
     steps.run(GraphKey(LAYERS, phase, rows.shape[0], tokens.shape[0], 1, plan))
 
@@ -43,7 +43,7 @@ class TreeRecorder:
 
     owner = OWNER
 
-    def __init__(self, steps: ModelSteps, *, max_batch: int, token_budget: int, backend: str | None = None) -> None:
+    def __init__(self, steps: TreeSteps, *, max_batch: int, token_budget: int, backend: str | None = None) -> None:
         """Compile nothing yet. A `backend` other than Inductor compiles without trees, for tests."""
         self._steps = steps
         self._most = {"tokens": token_budget, "rows": max_batch}
@@ -60,7 +60,7 @@ class TreeRecorder:
         """Whether a step of this kind is compiled, so that recording one more size takes no compilation."""
         return _kind(key) in self._known
 
-    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None = None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         """Compile the step where that has not been done, and run it until its tree replays it.
 
         Raises:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 import torch
 
 from hybridgen.device.capture import CAPTURING
+from hybridgen.device.timing import event_seconds
 
 _BYTES = 2 * 2**30
 """Read at once where there is room: many times what a cache holds."""
@@ -36,21 +38,12 @@ def read_ceiling(device: torch.device) -> float | None:
     with torch.cuda.device(device), torch.inference_mode():
         values = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
         sums = torch.zeros(1, dtype=torch.int32, device=device)
-        rate = max(size / _median_seconds(values, sums, config, read_all) for config in CONFIGS)
+        rate = max(
+            size / statistics.median(event_seconds(partial(read_all, values, sums, *config), _REPEATS))
+            for config in CONFIGS
+        )
         del values
         with CAPTURING:  # the cache that it leaves is not for graphs, which have pools of their own
             torch.cuda.empty_cache()
     _measured[device] = rate
     return rate
-
-
-def _median_seconds(values: torch.Tensor, sums: torch.Tensor, config: tuple[int, int], read_all) -> float:  # type: ignore[no-untyped-def]
-    times = []
-    for _ in range(_REPEATS + 2):  # the first two compile and warm up
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        read_all(values, sums, *config)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[2:])

@@ -23,7 +23,7 @@ class Phase(StrEnum):
     PREFILL = "prefill"
     """Runs of consecutive tokens, one run per request."""
     DECODE = "decode"
-    """One token per request."""
+    """The same number of tokens for each request: one, or several where drafts are checked."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,7 +40,11 @@ class StepMetadata:
     """int32 [max_batch + 2]: where each request's run of tokens starts, padded with T. Read by prefill only."""
     rope_lengths: torch.Tensor
     """int64 [T]: the request's length as rotary scaling sees it (see `models.rope`)."""
+    ids: torch.Tensor
+    """int64 [T]: the tokens."""
     phase: Phase = Phase.DECODE
+    several: bool = False
+    """Whether a decode step has several tokens a request: then the keys of all are written before any is read."""
 
 
 class LayerBinding:
@@ -89,10 +93,13 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = binding.window if sliding_window is None else sliding_window
     cache = (binding.keys, binding.values, step.block_table, step.slots, step.positions)
-    if step.phase is Phase.DECODE:
+    if step.phase is Phase.DECODE and not step.several:
         out = decode_attention(q, *cache, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux, k=k, v=v)
+        return out.unsqueeze(0), None
+    write_kv(k, v, *cache)
+    if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
+        out = decode_attention(q, *cache, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux)
     else:
-        write_kv(k, v, *cache)
         out = prefill_attention(
             q, *cache, step.query_starts, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux
         )

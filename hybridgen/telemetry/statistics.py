@@ -46,6 +46,8 @@ class Counters:
 class GraphRow:
     """One recorded step."""
 
+    executor: str
+    """`layers`, `chain` or `persistent`."""
     phase: str
     tokens: int
     """Its bucket: tokens of a prefill, rows of a decode step."""

@@ -10,6 +10,7 @@ from hybridgen.compilation.layers import check_backend, mark_tokens_dynamic
 from hybridgen.errors import ConfigError
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.plan import PrefillChunk
+from hybridgen.execution.warm_up import compile_layers
 from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 
@@ -26,16 +27,16 @@ def run_prefill(runner: ModelRunner, count: int) -> None:
 @pytest.mark.parametrize("layers", [2, 12])
 def test_graphs_do_not_grow_with_depth(layers: int) -> None:
     runner = make("llama", num_hidden_layers=layers)
-    runner.warm_up()
+    compile_layers(runner)
     assert runner.compiled.compiles == 3
     runner.disable_compilation()
-    runner._bound.release()
+    runner.bound.release()
 
 
 @pytest.mark.parametrize(("max_batch", "budget", "graphs"), [(1, 64, 2), (2, 64, 3), (4, 2, 3)])
 def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: int) -> None:
     runner = make("llama", max_batch=max_batch, token_budget=budget)
-    runner.warm_up()
+    compile_layers(runner)
     assert runner.compiled.compiles == graphs
     length = min(budget, 20)
     with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
@@ -43,19 +44,19 @@ def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: 
             run_prefill(runner, count)
     assert runner.compiled.late_compiles == 0
     runner.disable_compilation()
-    runner._bound.release()
+    runner.bound.release()
 
 
 def test_removing_restores_the_layers() -> None:
     runner = make("llama")
-    runner.warm_up()
-    layers = runner._bound.layers
+    compile_layers(runner)
+    layers = runner.bound.layers
     assert all(layer._compiled_call_impl is not None for layer in layers)
-    runner.warm_up()  # as after a check of kept code that failed
+    compile_layers(runner)  # as after a check of kept code that failed
     runner.disable_compilation()
     assert all(layer._compiled_call_impl is None for layer in layers)
     runner.disable_compilation()
-    runner._bound.release()
+    runner.bound.release()
 
 
 def test_an_unknown_backend_is_named() -> None:
@@ -69,7 +70,7 @@ def test_a_layer_with_hooks_or_its_own_forward_stays_eager(how: str) -> None:
     runner = make("llama")
     reasons: list[str] = []
     runner.compiled._fall_back = reasons.append
-    layer, calls = runner._bound.layers[1], []
+    layer, calls = runner.bound.layers[1], []
     if how == "hook":
         layer.register_forward_hook(lambda *_: calls.append(1))
     elif how == "hook inside":
@@ -77,32 +78,32 @@ def test_a_layer_with_hooks_or_its_own_forward_stays_eager(how: str) -> None:
     else:
         original = layer.forward
         layer.forward = lambda *a, **k: calls.append(1) or original(*a, **k)
-    runner.warm_up()
+    compile_layers(runner)
     assert len(calls) == 3
     assert len(reasons) == 1
     assert "hooks or a replaced forward" in reasons[0]
     runner.disable_compilation()
-    runner._bound.release()
+    runner.bound.release()
 
 
 def test_a_previous_compiled_call_is_put_back() -> None:
     runner = make("llama")
-    layer = runner._bound.layers[0]
+    layer = runner.bound.layers[0]
     layer.compile(backend="eager")
     mine = layer._compiled_call_impl
-    runner.warm_up()
+    compile_layers(runner)
     assert layer._compiled_call_impl is not mine
     runner.disable_compilation()
     assert layer._compiled_call_impl is mine
-    runner._bound.release()
+    runner.bound.release()
 
 
 def test_beyond_the_recompile_limit_a_layer_runs_eagerly() -> None:
     runner = make("llama")
     reasons: list[str] = []
     runner.compiled._fall_back = reasons.append
-    runner.warm_up()
-    binding = runner._bound.sites[0].module._hybridgen
+    compile_layers(runner)
+    binding = runner.bound.sites[0].module._hybridgen
 
     def run_with_windows() -> None:
         with torch.inference_mode():
@@ -115,7 +116,7 @@ def test_beyond_the_recompile_limit_a_layer_runs_eagerly() -> None:
     assert reasons
     assert "recompile limit" in reasons[0]
     runner.disable_compilation()
-    runner._bound.release()
+    runner.bound.release()
 
 
 def test_only_the_token_dimension_is_marked() -> None:

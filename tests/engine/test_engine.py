@@ -187,7 +187,7 @@ def poison_first_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the logits of one request NaN: the one in the first row of the first decode call."""
     runner = engine._runner
     assert runner is not None
-    forward, slot = runner._bound.forward, []
+    forward, slot = runner.bound.forward, []
 
     def broken(ids: torch.Tensor, step: Any, keep: torch.Tensor | None) -> torch.Tensor:
         logits = forward(ids, step, keep)
@@ -196,7 +196,7 @@ def poison_first_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
             logits[step.slots == slot[0]] = float("nan")
         return logits
 
-    monkeypatch.setattr(runner._bound, "forward", broken)
+    monkeypatch.setattr(runner.bound, "forward", broken)
 
 
 def test_nan_logits_fail_their_row_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_garbage_in_unused_cache_changes_nothing(llama_path: Path) -> None:
     with Engine.load(llama_path, mode="eager", **SETTINGS) as clean:
         expected = [out.token_ids for out in clean.generate(PROMPTS, max_new_tokens=12)]
     with Engine.load(llama_path, mode="eager", **SETTINGS) as dirty:
-        for site in dirty._runner._bound.sites:
+        for site in dirty._runner.bound.sites:
             site.module._hybridgen.keys.fill_(float("nan"))
             site.module._hybridgen.values.fill_(float("nan"))
         assert [out.token_ids for out in dirty.generate(PROMPTS, max_new_tokens=12)] == expected
@@ -305,7 +305,7 @@ def test_a_failed_compilation_falls_back_and_says_so(llama_path: Path, engine: E
         assert out.token_ids == engine.generate(PROMPTS[0], max_new_tokens=4).token_ids
         (reason, count) = next(iter(fallen.stats().fallbacks.items()))
         assert count == 1
-        assert {step.kind for step in out.steps} == {"eager"}
+        assert {step.kind for step in out.steps} == {"layers, eager"}
         assert {step.reason for step in out.steps} == {reason}
         assert "compilation failed" in str(fallen.stats())
 
@@ -314,7 +314,7 @@ def test_a_late_compilation_is_counted_and_warned_of(llama_path: Path) -> None:
     with Engine.load(llama_path, mode="jit", compile_backend="aot_eager", **SETTINGS) as engine:
         engine.generate(PROMPTS[0], max_new_tokens=2)
         engine._runner.compiled._step.query_starts = engine._runner.steps.metadata.query_starts
-        window = next(iter(engine._runner._bound.sites)).module._hybridgen
+        window = next(iter(engine._runner.bound.sites)).module._hybridgen
         window.window = 7  # something that the graph was specialised on
         with pytest.warns(RuntimeWarning, match="after warm-up"):
             engine.generate(PROMPTS[0], max_new_tokens=2)

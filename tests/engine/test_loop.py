@@ -517,7 +517,7 @@ def test_an_engine_that_is_dropped_gives_its_model_back() -> None:
 def test_closing_frees_weights_and_cache(llama_path: Path) -> None:
     engine = Engine.load(llama_path, **SETTINGS)
     engine.generate(PROMPTS[0], max_new_tokens=2)
-    site = engine._runner._bound.sites[0]
+    site = engine._runner.bound.sites[0]
     watched = [weakref.ref(site.module), weakref.ref(site.module._hybridgen.keys)]
     del site
     engine.close()

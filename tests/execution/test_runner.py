@@ -63,7 +63,7 @@ def test_other_slots_are_left_alone(runner: ModelRunner) -> None:
     admit(runner, 0, [1, 2])
     admit(runner, 1, [3, 4])
     runner.prefill([chunk(0, 0, 21), chunk(1, 0, 21)])
-    keys = runner._bound.sites[0].module._hybridgen.keys
+    keys = runner.bound.sites[0].module._hybridgen.keys
     before = keys[[3, 4]].clone()
     runner.decode((0,))
     assert torch.equal(keys[[3, 4]], before)
@@ -73,8 +73,8 @@ def test_other_slots_are_left_alone(runner: ModelRunner) -> None:
 def test_a_failed_row_leaves_a_valid_token_behind(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     admit(runner, 0, [1, 2])
     runner.prefill([chunk(0, 0, 21)])
-    monkeypatch.setattr(runner._bound, "forward", lambda ids, step, keep: torch.full((1, families.VOCAB), torch.nan))
-    assert runner.decode((0,)).read().tokens == [-1]
+    monkeypatch.setattr(runner.bound, "forward", lambda ids, step, keep: torch.full((1, families.VOCAB), torch.nan))
+    assert runner.decode((0,)).read().tokens == [[-1]]
     assert runner.state.table[0, 0] == 0
 
 
@@ -119,16 +119,16 @@ def test_the_same_batch_is_looked_up_once_until_the_store_changes(
     admit(runner, 0, [1, 2])
     runner.prefill([chunk(0, 0, 21)])
     looked_up: list[GraphKey] = []
-    route = runner.graphs.route
-    monkeypatch.setattr(runner.graphs, "route", lambda key: looked_up.append(key) or route(key))
+    route = runner.router.route
+    monkeypatch.setattr(runner.router, "route", lambda key: looked_up.append(key) or route(key))
     batch = (0,)
-    assert {runner.decode(batch).kind for _ in range(4)} == {"stand-in"}
+    assert {runner.decode(batch).kind for _ in range(4)} == {"layers, stand-in"}
     assert looked_up == [key]
     with pytest.warns(RuntimeWarning, match="of no use"):
         runner.graphs.drop(runner.graphs.recordings[0], "of no use")
-    assert {runner.decode(batch).kind for _ in range(4)} == {"eager"}
+    assert {runner.decode(batch).kind for _ in range(4)} == {"layers, eager"}
     assert looked_up == [key] * 2
-    assert runner.decode((*batch,)).kind == "eager"  # an equal batch, but another
+    assert runner.decode((*batch,)).kind == "layers, eager"  # an equal batch, but another
     assert len(looked_up) == 3
 
 
@@ -163,7 +163,7 @@ def test_a_step_that_failed_can_run_again(runner: ModelRunner, monkeypatch: pyte
     steps = [runner.prefill([chunk(0, 0, 21)])]
     for _ in range(4):
         with monkeypatch.context() as patch:
-            patch.setattr(runner._bound, "forward", lambda *args: 1 / 0)
+            patch.setattr(runner.bound, "forward", lambda *args: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 runner.decode((0,))
         steps.append(runner.decode((0,)))

@@ -38,7 +38,7 @@ def runner() -> Iterator[ModelRunner]:
     with torch.inference_mode():
         yield runner
     runner.close()
-    runner._bound.release()
+    runner.bound.release()
 
 
 @pytest.fixture
@@ -51,15 +51,19 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[StagedBlock]:
 
 
 def test_a_decode_batch_is_sent_once(runner: ModelRunner, sent: list[StagedBlock]) -> None:
-    steps = runner.steps
-    steps.stage_decode((2, 0))
+    prompt = families.prompts_of((9,))[0]
+    params = resolve(SamplingParams(temperature=0.0), None, (), families.VOCAB)
+    for slot in (0, 2):
+        runner.admit(Admission(slot, [1 + slot, 2 + slot], params, prompt))
+        runner.prefill([PrefillChunk(slot, prompt, 0, len(prompt), 0, True)])
+    sent.clear()
+    batch = (2, 0)
+    for _ in range(3):
+        runner.decode(batch)
     assert len(sent) == 1
-    for slots in ((2, 0), tuple(reversed((0, 2)))):
-        steps.stage_decode(slots)
-    assert len(sent) == 1
-    for slots in ((0, 2), (0,), (0, 2), ()):
-        steps.stage_decode(slots)
-    assert len(sent) == 5
+    for slots in ((0, 2), (0,), (0, 2)):
+        runner.decode(slots)
+    assert len(sent) == 4
 
 
 def test_decode_rows_end_in_padding(runner: ModelRunner) -> None:
@@ -105,7 +109,7 @@ def test_the_first_node_resets_the_padding_slot_and_brings_in_what_was_staged(on
             runner.state.table.fill_(77)
             for field in steps._decode.values():
                 field.fill_(-1)
-            steps._bring_in(Phase.DECODE, rows, rows)
+            steps._bring_in(GraphKey.decode(rows, GREEDY))
             assert runner.state.table[:, -1].tolist() == [0, 0, 0]
             assert (runner.state.table[:, :-1] == 77).all()
             padded = [2, 0, 1, MAX_BATCH][:rows] if rows == 4 else [2, 0, 1][:rows]
@@ -114,21 +118,21 @@ def test_the_first_node_resets_the_padding_slot_and_brings_in_what_was_staged(on
         steps.stage_padding(GraphKey.prefill(8, 2, GREEDY))
         for field in steps._prefill.values():
             field.fill_(-1)
-        steps._bring_in(Phase.PREFILL, 8, 2)
+        steps._bring_in(GraphKey.prefill(8, 2, GREEDY))
         for name, size in {"ids": 8, "slots": 8, "positions": 8, "rope": 8, "keep": 2, "rows": 2, "starts": 6}.items():
             field = steps._prefill[name]
             assert (field[:size] >= 0).all()
             assert (field[size:] == -1).all()
-    runner._bound.release()
+    runner.bound.release()
 
 
 @pytest.mark.parametrize("phase", list(Phase))
 def test_a_step_copies_once_and_first(runner: ModelRunner, phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    steps, forward = runner.steps, runner._bound.forward
+    steps, forward = runner.steps, runner.bound.forward
     copy = metadata.reference
     monkeypatch.setattr(metadata, "reference", lambda *pairs: order.append("copy") or copy(*pairs))
-    monkeypatch.setattr(runner._bound, "forward", lambda *args: order.append("forward") or forward(*args))
+    monkeypatch.setattr(runner.bound, "forward", lambda *args: order.append("forward") or forward(*args))
     for size in (1, 2, 4, 2):
         key = GraphKey.decode(size, GREEDY) if phase is Phase.DECODE else GraphKey.prefill(size, 1, GREEDY)
         steps.stage_padding(key)
@@ -159,8 +163,8 @@ def test_no_buffer_is_as_long_as_a_step_can_be(runner: ModelRunner) -> None:
 def test_prepared_copies_of_very_many_sizes_do_not_pile_up(runner: ModelRunner) -> None:
     for tokens in range(1, BUDGET + 1):
         for rows in range(MAX_BATCH + 1):
-            for phase in Phase:
-                runner.steps._bring_in(phase, min(tokens, MAX_BATCH) if phase is Phase.DECODE else tokens, rows)
+            runner.steps._bring_in(GraphKey.decode(min(tokens, MAX_BATCH), GREEDY))
+            runner.steps._bring_in(GraphKey.prefill(tokens, rows, GREEDY))
     assert len(runner.steps._copies) <= 256
 
 
@@ -185,7 +189,7 @@ def test_a_step_in_two_parts_is_the_step(runner: ModelRunner, phase: Phase, kind
         if split:
             runner.steps.run(GraphKey(LAYERS, phase, tokens, tokens, 1, None))
             counter = runner.ring.counter.item()
-            runner.steps.finish(phase, tokens, plan)
+            runner.steps.finish(GraphKey(LAYERS, phase, tokens, tokens, 1, None), plan)
             assert runner.ring.counter.item() == counter + 1
         else:
             runner.steps.run(GraphKey(LAYERS, phase, tokens, tokens, 1, plan))

@@ -44,7 +44,7 @@ def poison(engine: hybridgen.Engine) -> None:
     """Everything that only padding may read: NaN in the dummy page, ids and lengths out of range in its slot."""
     runner = engine._runner
     with torch.inference_mode():
-        for name, pages in runner._bound.pages().items():
+        for name, pages in runner.bound.pages().items():
             assert "of layer" in name
             pages[0] = float("nan")
         runner.state.table[:, -1] = 2**40
@@ -278,7 +278,7 @@ def test_a_model_that_moves_is_noticed(path: Path) -> None:
     prompts = families.prompts_of((9, 9))
     with load(path, mode="hybrid", check_addresses=True) as engine:
         expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=6)]
-        weight = engine._runner._bound.model.lm_head.weight
+        weight = engine._runner.bound.model.lm_head.weight
         weight.data = weight.data.clone()
         with pytest.warns(RuntimeWarning, match="moved since the capture: lm_head"):
             outs = engine.generate(prompts, max_new_tokens=6)

@@ -57,4 +57,4 @@ def test_the_host_sees_what_the_device_writes() -> None:
         ring.reserve()
         advance(rows + i, rows, rows, rows, table, ring.tokens, ring.counter)
         step = ring.launched(3, None, "", "")
-        assert step.read().tokens == [i, i + 1, i + 2]
+        assert step.read().tokens == [[i], [i + 1], [i + 2]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hybridgen.graphs import GraphSettings, GraphStore, Recorded, Route
+from hybridgen.graphs import GraphSettings, GraphStore, Recorded, Route, Router
 from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 from hybridgen.telemetry.statistics import Counters
@@ -44,7 +44,7 @@ class FakeRecorder:
         self.errors = dict(errors or {})
         self.closed = 0
 
-    def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         self._log.append(("record", key))
         if key.tokens in self.errors:
             raise self.errors[key.tokens]
@@ -59,6 +59,15 @@ class FakeRecorder:
 
     def close(self) -> None:
         self.closed += 1
+
+
+class PlainLayers:
+    """An executor that serves everything, as the router sees it."""
+
+    name, launch = "layers", "eager"
+
+    def refuses(self, key: GraphKey) -> str | None:
+        return None
 
 
 class Harness:
@@ -81,16 +90,22 @@ class Harness:
         self.asked: list[tuple[GraphKey, bool]] = []
         self.store = GraphStore(
             GraphSettings(decode=decode, prefill=prefill, **{"max_rows": 8, "capture_after": 1} | settings),
+            self,
             recorder=self._recorder,
-            prepare=lambda key: self.log.append(("prepare", key)),
-            run=lambda key: self.log.append(("run", key)),
-            finish=lambda phase, rows, plan: self.log.append(("finish", (phase, rows, plan))),
-            plain_kind=lambda: "eager",
-            why_plain="nothing is recorded",
             counters=self.counters,
             notify=notify,
             validates=validates,
         )
+        self.router = Router(self.store, [PlainLayers()], self, why_plain="nothing is recorded")
+
+    def prepare(self, key: GraphKey) -> None:
+        self.log.append(("prepare", key))
+
+    def run(self, key: GraphKey) -> None:
+        self.log.append(("run", key))
+
+    def finish(self, key: GraphKey, sampler: SamplerPlan) -> None:
+        self.log.append(("finish", (key.phase, key.rows, sampler)))
 
     def _recorder(self, key: GraphKey, lazy: bool) -> FakeRecorder:
         self.asked.append((key, lazy))
@@ -99,9 +114,14 @@ class Harness:
     def use(self, key: GraphKey, times: int = 1) -> Route:
         """Run steps of this size, as the runner does."""
         for _ in range(times):
-            route = self.store.route(key)
+            route = self.router.route(key)
             route.run()
-            self.store.count(route)
+            if route.recording is None:
+                self.store.count_miss(route.reason)
+            else:
+                self.store.count_hit(route.recording, padded=route.padded)
+            if route.wanted is not None:
+                self.store.want(route.wanted)
         return route
 
     def settle(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridgen.graphs import checked_ladder, decode_ladder, prefill_ladder
+from hybridgen.graphs import checked_buckets, decode_buckets, prefill_buckets
 from hybridgen.graphs.buckets import round_up
 
 
@@ -24,12 +24,12 @@ from hybridgen.graphs.buckets import round_up
     ],
 )
 def test_decode_sizes(max_batch: int, sizes: tuple[int, ...]) -> None:
-    assert decode_ladder(max_batch) == sizes
+    assert decode_buckets(max_batch) == sizes
 
 
 @pytest.mark.parametrize("max_batch", range(1, 300))
 def test_every_batch_has_a_bucket(max_batch: int) -> None:
-    ladder = decode_ladder(max_batch)
+    ladder = decode_buckets(max_batch)
     assert list(ladder) == sorted(set(ladder))
     assert ladder[-1] == max_batch
     for size in range(1, max_batch + 1):
@@ -49,13 +49,13 @@ def test_every_batch_has_a_bucket(max_batch: int) -> None:
     ],
 )
 def test_prefill_sizes(most: int, sizes: tuple[int, ...]) -> None:
-    assert prefill_ladder(most) == sizes
+    assert prefill_buckets(most) == sizes
 
 
 def test_a_users_sizes() -> None:
-    assert checked_ladder([8, 1, 8, 3], 8) == (1, 3, 8)
-    assert checked_ladder([8, 1, 9], 8) == (1, 8)
-    assert checked_ladder([], 8) == ()
+    assert checked_buckets([8, 1, 8, 3], 8) == (1, 3, 8)
+    assert checked_buckets([8, 1, 9], 8) == (1, 8)
+    assert checked_buckets([], 8) == ()
 
 
 @given(st.sets(st.integers(1, 50)), st.integers(1, 60))

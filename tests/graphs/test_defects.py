@@ -38,7 +38,7 @@ def test_a_table_that_a_request_brings_has_not_moved(llama_path: Path) -> None:
         stats = engine.stats()
     assert not stats.graphs.failures
     assert not stats.fallbacks
-    assert {step.kind for step in out.steps} == {"stand-in"}
+    assert {step.kind for step in out.steps} == {"layers, stand-in"}
 
 
 @pytest.mark.parametrize("where", ["publish", "advance"])
@@ -90,8 +90,8 @@ class Recorder(StandInRecorder):
     def __init__(self, replay: Callable[[GraphKey, Callable[[], None]], None]) -> None:
         self._replay = replay
 
-    def record(self, key: GraphKey, step: Callable[[], None]) -> Recorded:
-        return replace(super().record(key, step), replay=lambda: self._replay(key, step))
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
+        return replace(super().record(key, step, known), replay=lambda: self._replay(key, step))
 
 
 @pytest.mark.parametrize("what", ["logprobs", "top_ids", "top_logprobs"])

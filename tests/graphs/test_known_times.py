@@ -77,12 +77,12 @@ def test_a_time_that_proves_wrong_casts_doubt_on_the_others() -> None:
     store = harness.store
     store.know({decode(size): (1.0, 0.5) for size in (1, 2, 8)})
     # Known to take 1 s without a graph: bucket 8, which takes 1 s too, would serve it as well.
-    assert store._times.estimate(decode(1).phase, decode(1).plan, 1) == 1.0
+    assert store.timings.estimate(decode(1)) == 1.0
     store.capture([decode(2), decode(8)])
     assert device.knew == [(decode(8), (1.0, 0.5)), (decode(2), None)]
     assert store.times_changed
     # The old figure is not compared with the new ones.
-    assert store._times.estimate(decode(1).phase, decode(1).plan, 1) == 2.0
+    assert store.timings.estimate(decode(1)) == 2.0
 
 
 def test_times_that_hold_stay() -> None:

@@ -11,12 +11,12 @@ from store_cases import GREEDY, SAMPLED, decode, prefill
 from hybridgen import EngineConfig, Mode
 from hybridgen.graphs import GraphSettings, StandInRecorder
 from hybridgen.graphs.key import GraphKey
-from hybridgen.graphs.setup import GraphPlan, keys_at_start
+from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.models.attention import Phase
 
 
-def plan_of(mode: Mode = Mode.GRAPH, most: int = 100, **fields: Any) -> GraphPlan:
-    return GraphPlan(
+def plan_of(mode: Mode = Mode.GRAPH, most: int = 100, **fields: Any) -> GraphSetup:
+    return GraphSetup(
         config=EngineConfig(mode=mode, **fields),
         mode=mode,
         device=torch.device("cpu"),

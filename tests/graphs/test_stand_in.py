@@ -11,7 +11,7 @@ from hybridgen.graphs.stand_in import OWNER
 def test_it_warms_up_and_replays_the_step() -> None:
     calls: list[int] = []
     recorder = StandInRecorder()
-    recorded = recorder.record(decode(4), lambda: calls.append(1))
+    recorded = recorder.record(decode(4), lambda: calls.append(1), None)
     assert len(calls) >= 2
     before = len(calls)
     recorded.replay()

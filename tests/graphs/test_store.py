@@ -191,7 +191,7 @@ def test_a_failed_capture_costs_its_bucket_alone(broken: int, error: Exception) 
 
 def test_a_failed_preparation_is_a_failed_capture() -> None:
     harness = Harness()
-    harness.store._prepare = lambda key: (_ for _ in ()).throw(torch.OutOfMemoryError("tables"))
+    harness.prepare = lambda key: (_ for _ in ()).throw(torch.OutOfMemoryError("tables"))
     with pytest.warns(RuntimeWarning, match="tables"):
         harness.store.capture([decode(4)])
     assert harness.held == []
@@ -273,10 +273,10 @@ def test_padding_up_to_a_ratio(size: int, ratio: float, bucket: int | None) -> N
     harness.store.capture([decode(bucket) for bucket in BUCKETS])
     route = harness.use(decode(size))
     if bucket is None:
-        assert (route.kind, route.key, route.padded) == ("eager", decode(size), False)
+        assert (route.kind, route.key, route.padded) == ("layers, eager", decode(size), False)
         assert harness.store.stats().misses == {f"padding above max_padding_ratio={ratio:g}": 1}
     else:
-        assert (route.kind, route.key, route.reason) == ("fake", decode(bucket), f"padded to bucket {bucket}")
+        assert (route.kind, route.key, route.reason) == ("layers, fake", decode(bucket), f"padded to bucket {bucket}")
         assert harness.store.stats().padded_hits == 1
 
 
@@ -338,7 +338,7 @@ def test_a_miss_has_a_reason(key: Any, reason: str) -> None:
     harness = Harness(prefill=(16, 32))
     harness.store.capture([decode(2), prefill(16)])
     route = harness.use(key, 2)
-    assert (route.kind, route.key, route.reason) == ("eager", key, reason)
+    assert (route.kind, route.key, route.reason) == ("layers, eager", key, reason)
     assert harness.take()[-1] == ("run", key)
     assert harness.store.stats().misses == {reason: 2}
 
@@ -349,9 +349,9 @@ def test_a_phase_without_buckets_is_never_recorded(ladders: tuple[tuple[int, ...
     for key in (decode(2), prefill(16)):
         route = harness.use(key, 5)
         harness.settle()
-        recorded = bool(harness.store.settings.ladder(key.phase))
+        recorded = bool(harness.store.settings.buckets(key.phase))
         assert (route.wanted is not None) == recorded
-        assert (harness.use(key).kind == "fake") == recorded
+        assert (harness.use(key).kind == "layers, fake") == recorded
         if not recorded:
             assert route.reason == f"{key.phase} is not recorded: it has no buckets"
 
@@ -406,7 +406,7 @@ def test_a_graph_up_to_the_logits_serves_every_sampler() -> None:
     harness = Harness(prefill=(16,), capture_after=2)
     harness.store.capture([decode(4, None), prefill(16, 2, None)])
     route = harness.use(decode(3, SAMPLED), 2)
-    assert (route.kind, route.reason, route.padded) == ("fake", "padded to bucket 4, sampler outside", True)
+    assert (route.kind, route.reason, route.padded) == ("layers, fake", "padded to bucket 4, sampler outside", True)
     assert harness.take()[-2:] == [("replay", decode(4, None)), ("finish", (Phase.DECODE, 4, SAMPLED))]
     harness.use(prefill(16, 1, SAMPLED))
     assert harness.take() == [("replay", prefill(16, 2, None)), ("finish", (Phase.PREFILL, 2, SAMPLED))]
@@ -484,10 +484,32 @@ def test_captures_of_a_phase_that_fail_alike_are_given_up() -> None:
     assert len(caught) == 3
     assert harness.held == [32]
     failures = harness.store.stats().failures
-    assert failures["the decode graph of 1 rows (greedy)"] == "not tried: RuntimeError: refused"
+    assert failures["the decode graph of 1 rows (greedy)"] == "not tried, because 4 and 8 failed: RuntimeError: refused"
     assert len(failures) == 5
     harness.use(decode(1), 5)
     assert not harness.store.pending
+
+
+@pytest.mark.parametrize("broken", BUCKETS)
+def test_one_size_that_fails_with_every_sampler_ends_no_other(broken: int) -> None:
+    events: list[GraphEvent] = []
+    harness = Harness(errors={broken: RuntimeError("refused")}, notify=events.append)
+    with pytest.warns(RuntimeWarning):
+        harness.store.capture([decode(size, plan) for plan in (None, GREEDY, SAMPLED) for size in BUCKETS])
+    assert harness.held == sorted(3 * [size for size in BUCKETS if size != broken])
+    failed = [event for event in events if event.kind is GraphEventKind.FAILED]
+    assert [(event.tokens, event.message) for event in failed] == [(broken, "RuntimeError: refused")] * 3
+
+
+def test_every_size_that_is_not_tried_is_told() -> None:
+    events: list[GraphEvent] = []
+    harness = Harness(errors={size: RuntimeError("refused") for size in BUCKETS}, notify=events.append)
+    with pytest.warns(RuntimeWarning):
+        harness.store.capture([decode(size, plan) for size in BUCKETS for plan in (GREEDY, SAMPLED)])
+    failed = [event for event in events if event.kind is GraphEventKind.FAILED]
+    assert sorted(event.tokens for event in failed) == sorted(2 * BUCKETS)
+    untried = {event.tokens for event in failed if event.message.startswith("not tried, because 4 and 8 failed")}
+    assert untried == {1, 2}
 
 
 def test_out_of_memory_is_no_reason_to_give_up_smaller_ones() -> None:
@@ -527,17 +549,17 @@ def test_the_version_changes_with_whatever_changes_a_route() -> None:
         return versions[-1] != versions[-2]
 
     route = harness.use(decode(4))
-    assert harness.store.route(decode(4)) is route
+    assert harness.router.route(decode(4)) is route
     assert not changed()
     harness.store.capture([decode(4)])
     assert changed()
-    assert harness.store.route(decode(4)) is not route
+    assert harness.router.route(decode(4)) is not route
     harness.use(decode(4), 9)
     assert not changed()
     with pytest.warns(RuntimeWarning):
         harness.store.drop(harness.store.recordings[0], "wrong")
     assert changed()
-    assert harness.store.route(decode(4)).recording is None
+    assert harness.router.route(decode(4)).recording is None
 
 
 def test_a_store_without_a_recorder_runs_everything_plainly() -> None:
@@ -567,8 +589,8 @@ def test_closing_releases_everything() -> None:
 def test_routes_of_very_many_sizes_do_not_pile_up() -> None:
     harness = Harness((), (16,))
     for tokens in range(1, 9000):
-        harness.store.route(prefill(tokens))
-    assert len(harness.store._routes) <= 4096
+        harness.router.route(prefill(tokens))
+    assert len(harness.router._routes) <= 4096
 
 
 def test_names() -> None:

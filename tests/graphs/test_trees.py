@@ -33,7 +33,7 @@ def runner() -> Iterator[ModelRunner]:
     runner = make()
     yield runner
     runner.close()
-    runner._bound.release()
+    runner.bound.release()
 
 
 def admit(runner: ModelRunner, fields: Kind) -> None:
@@ -93,7 +93,7 @@ def test_decode_of_any_size_is_compiled_twice(runner: ModelRunner, order: tuple[
         for slot in range(MAX_BATCH):
             one.prefill(chunks(range(slot, slot + 1)))
     expected = decode_sizes(other, through(other, None), order * 2)
-    other._bound.release()
+    other.bound.release()
     recorder = TreeRecorder(runner.steps, max_batch=MAX_BATCH, token_budget=BUDGET, backend="aot_eager")
     before = compiles()
     assert decode_sizes(runner, through(runner, recorder), order * 2) == expected
@@ -118,7 +118,7 @@ def test_prefill_of_any_size_is_compiled_once_for_one_prompt_and_once_for_severa
                 one.steps.stage_prefill(chunks(slots), tokens, len(slots))
             tokens_of.append(run(key))
         found.append(tokens_of)
-    other._bound.release()
+    other.bound.release()
     assert found[1] == found[0]
     assert compiles() - before == 2
 
@@ -132,5 +132,5 @@ def test_what_is_known(runner: ModelRunner) -> None:
     recorder.replay_of(keys[2])
     assert recorder.knows(keys[8])
     assert not recorder.knows(keys[1])
-    assert not recorder.knows(keys[8]._replace(plan=plan._replace(sample=True)))
+    assert not recorder.knows(keys[8]._replace(sampler=plan._replace(sample=True)))
     assert not recorder.knows(keys[8]._replace(phase=Phase.PREFILL))

@@ -6,22 +6,26 @@ counter on, so that a replayed step needs nothing from the host.
 
 | tensor | shape | dtype |
 |---|---|---|
-| tokens | [B] | int64; -1 where a row has none |
+| tokens | [B], or [B, Q] of several a row | int64; -1 where a row has none; `REJECTED` behind what was accepted |
 | rows | [B] | int64: each row's slot; the last slot is the padding slot |
-| lengths, generated | [B] | int64: tokens of the sequence, and generated ones, the new token not counted in either |
+| lengths, generated | [B] | int64: tokens of the sequence, and generated ones, the new ones not counted in either |
 | table | [3, slots] | int64: last token (0 for -1), length, generated |
-| ring | [lines, max_batch] or [lines, max_batch, width] | as what is published |
+| ring | [lines, n] or [lines, n, width], n at least B x Q | as what is published |
 | counter | [1] | int64: steps so far |
 | counts | [slots, vocab_size] | int32: how often each slot's output has each token |
 
-Rings may be pinned host memory that the device addresses (`execution.ring`). A row of the padding slot changes no
-state. Two other rows must not share a slot.
+Several tokens of a row lie next to each other in the ring: token j of row b is at place `b * Q + j`. Rings may be
+pinned host memory that the device addresses (`execution.ring`). A row of the padding slot changes no state. Two other
+rows must not share a slot.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+REJECTED = -2
+"""In the place of a token that was not accepted: all behind the last accepted one of a row."""
 
 _library = torch.library.Library("hybridgen", "FRAGMENT")
 _library.define(
@@ -52,7 +56,8 @@ def advance(
 ) -> None:
     """Publish the tokens, store the rows' new state, and count the step and, where `counts` is given, the tokens.
 
-    The last op of a step, and the only one that moves state on: a step that fails before can run again.
+    A row's state moves by the tokens that it accepted, at least one. The last op of a step, and the only one that moves
+    state on: a step that fails before can run again.
     """
     torch.ops.hybridgen.advance.default(tokens, rows, lengths, generated, table, ring, counter, counts)
 
@@ -73,12 +78,20 @@ def _advance_cpu(
     counter: Tensor,
     counts: Tensor | None = None,
 ) -> None:
-    _publish_cpu(tokens, ring, counter)
+    _publish_cpu(tokens.flatten(), ring, counter)
+    accepted: Tensor | int = 1
+    last = tokens
+    if tokens.dim() == 2:
+        accepted = (tokens != REJECTED).sum(dim=1)
+        last = tokens.gather(1, accepted[:, None] - 1)[:, 0]
     real = rows < table.shape[1] - 1
-    table[:, rows[real]] = torch.stack((tokens.clamp(min=0), lengths, generated + 1))[:, real]
+    state = torch.stack((last.clamp(min=0), lengths + accepted - 1, generated + accepted))
+    table[:, rows[real]] = state[:, real]
     if counts is not None:
-        chosen = real & (tokens >= 0)
-        counts[rows[chosen], tokens[chosen]] += 1
+        several = tokens.view(rows.shape[0], -1) if tokens.numel() else tokens[:, None]
+        chosen = real[:, None] & (several >= 0)
+        cells = rows[:, None].expand_as(several)[chosen], several[chosen]
+        counts.index_put_(cells, torch.ones_like(cells[0], dtype=counts.dtype), accumulate=True)
     counter += 1
 
 

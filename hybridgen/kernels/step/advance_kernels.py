@@ -34,26 +34,32 @@ def _publish_kernel(values, ring, counter, lines, line_stride, row_stride, width
 def _advance_kernel(  # type: ignore[no-untyped-def]
     tokens, rows, lengths, generated, table, ring, counter, counts,
     count, padding, table_stride, lines, line_stride, counts_stride,
-    BLOCK: tl.constexpr, COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr, QUERY: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """One program for all rows: nobody may read the counter after it was moved on."""
+    """One program for all rows: nobody may read the counter after it was moved on. QUERY tokens a row."""
     step = tl.load(counter)
     row = tl.arange(0, BLOCK)
     mask = row < count
-    token = tl.load(tokens + row, mask=mask, other=0)
     slot = tl.load(rows + row, mask=mask, other=0)
     length = tl.load(lengths + row, mask=mask, other=0)
     made = tl.load(generated + row, mask=mask, other=0)
-    tl.store(ring + (step % lines) * line_stride + row, token, mask=mask)
     real = mask & (slot < padding)
+    accepted = tl.zeros_like(length)
+    last = tl.zeros_like(length)
+    for place in tl.static_range(QUERY):
+        token = tl.load(tokens + row * QUERY + place, mask=mask, other=0)
+        tl.store(ring + (step % lines) * line_stride + row * QUERY + place, token, mask=mask)
+        taken = token != -2  # advance.REJECTED
+        accepted += taken.to(tl.int64)
+        last = tl.where(taken, token, last)
+        if COUNTS:
+            cell = counts + slot * counts_stride + token  # slots differ, so no two rows share one
+            chosen = real & (token >= 0)
+            tl.store(cell, tl.load(cell, mask=chosen, other=0) + 1, mask=chosen)
     # A failed row has token -1; it may run once more before the host knows, so it needs a valid id.
-    tl.store(table + slot, tl.maximum(token, 0), mask=real)
-    tl.store(table + table_stride + slot, length, mask=real)
-    tl.store(table + 2 * table_stride + slot, made + 1, mask=real)
-    if COUNTS:
-        cell = counts + slot * counts_stride + token  # slots differ, so no two rows share one
-        chosen = real & (token >= 0)
-        tl.store(cell, tl.load(cell, mask=chosen, other=0) + 1, mask=chosen)
+    tl.store(table + slot, tl.maximum(last, 0), mask=real)
+    tl.store(table + table_stride + slot, length + accepted - 1, mask=real)
+    tl.store(table + 2 * table_stride + slot, made + accepted, mask=real)
     tl.debug_barrier()
     tl.store(counter, step + 1)
 
@@ -64,8 +70,8 @@ def _publisher(block: int, dtype: str, device: int) -> Launcher:
 
 
 @functools.cache
-def _advancer(block: int, counts: bool, device: int) -> Launcher:
-    return Launcher(_advance_kernel, {"BLOCK": block, "COUNTS": counts, "num_warps": 4})
+def _advancer(block: int, query: int, counts: bool, device: int) -> Launcher:
+    return Launcher(_advance_kernel, {"BLOCK": block, "QUERY": query, "COUNTS": counts, "num_warps": 4})
 
 
 def launch_publish(values: Tensor, ring: Tensor, counter: Tensor) -> None:
@@ -89,7 +95,8 @@ def launch_advance(
 ) -> None:
     """See `stepping.advance`."""
     block = max(16, triton.next_power_of_2(tokens.shape[0]))
-    launch = _advancer(block, counts is not None, tokens.device.index)
+    query = 1 if tokens.dim() == 1 else tokens.shape[1]
+    launch = _advancer(block, query, counts is not None, tokens.device.index)
     counted = table if counts is None else counts  # never read without counts
     state = tokens, rows, lengths, generated, table, ring, counter, counted
     sizes = tokens.shape[0], table.shape[1] - 1, table.stride(0), ring.shape[0], ring.stride(0), counted.stride(0)

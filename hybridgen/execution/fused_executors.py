@@ -1,0 +1,106 @@
+"""The fused executors of a runner: made, tuned, compared with the layers, and looked after when one fails."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hybridgen.execution.runner import ModelRunner, on_its_stream
+from hybridgen.fused.decode import FusedDecode
+from hybridgen.graphs import LAYERS, GraphKey, Recorder
+
+logger = logging.getLogger(__name__)
+
+
+@on_its_stream
+def make_fused(
+    runner: ModelRunner,
+    max_context: int,
+    *,
+    tuned: Mapping[str, Any] | None = None,
+    kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+) -> FusedDecode:
+    """From now on decode small batches with fused executors, where the model and the device allow it.
+
+    Args:
+        tuned: what `tune_fused()` returned for this model and device.
+        kept: gives machine code kept under a key, or makes and keeps it.
+    """
+    # Imported here: Triton and NVRTC are not there everywhere.
+    from hybridgen.fused.build import build_fused
+
+    fused = build_fused(
+        runner.bound,
+        runner.pages,
+        runner.steps.inputs(),
+        max_context=max_context,
+        max_rows=runner.state.max_batch,
+        tuned=tuned,
+        kept=kept,
+    )
+    runner.use_fused(fused)
+    return fused
+
+
+@on_its_stream
+def tune_fused(runner: ModelRunner, seconds: float) -> dict[str, Any]:
+    """Tune the fused kernels for about so long; returns the choices as plain values. Not while requests run."""
+    from hybridgen.fused import tuning
+
+    if runner.fused is None:
+        return {}
+    try:
+        return tuning.tune(runner.fused, seconds)
+    finally:
+        runner.use_fused(runner.fused)
+        runner.recover()
+
+
+@on_its_stream
+def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
+    """Use the chain of fused kernels up to the size where the model's own layers are faster.
+
+    Both are recorded and timed at these sizes, with padding. Not while requests run.
+
+    Returns:
+        Why it is not used beyond that; empty where it is used at all of them.
+    """
+    chain = None if runner.fused is None else runner.fused.chain
+    if runner.fused is None or chain is None:
+        return ""
+    from hybridgen.graphs.cuda import CudaGraphRecorder
+
+    recorder = CudaGraphRecorder(runner.device)
+    used = chain.least - 1
+    try:
+        for rows in sorted(size for size in sizes if chain.least <= size <= chain.most):
+            ours, theirs = (_recorded_seconds(runner, recorder, rows, by) for by in (chain.name, LAYERS))
+            logger.info("decode of %d rows: chain %.1f us, layers %.1f us", rows, ours * 1e6, theirs * 1e6)
+            if ours >= theirs:
+                why = f"{rows} rows take it {ours * 1e3:.2f} ms, and the layers {theirs * 1e3:.2f} ms"
+                runner.fused.use_chain_up_to(used, why)
+                return why
+            used = rows
+    finally:
+        recorder.close()
+        runner.recover()
+    return ""
+
+
+def _recorded_seconds(runner: ModelRunner, recorder: Recorder, rows: int, executor: str) -> float:
+    """What a replay of a decode step takes by this executor."""
+    key = GraphKey.decode(rows, None, executor=executor)
+    runner.prepare(key)
+    recorded = recorder.record(key, functools.partial(runner.run, key), None)
+    recorded.release()
+    return recorded.seconds
+
+
+@on_its_stream
+def inspect_fused(runner: ModelRunner) -> str | None:
+    """Look for the cause of logits without numbers; mend it and say what it was, if it was a fused step's."""
+    if runner.fused is None or not runner.fused.stopped():
+        return None
+    return "a fused decode step waited in vain and was given up"

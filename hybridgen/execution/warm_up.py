@@ -1,0 +1,129 @@
+"""What a runner does before its first request: compile, check, run every size once, measure memory.
+
+All of it runs with padding alone, which writes to the dummy page only. Not while requests run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+from hybridgen.compilation.layers import CompiledLayers
+from hybridgen.device.capture import CAPTURING
+from hybridgen.execution import numerics
+from hybridgen.execution.runner import ModelRunner, on_its_stream
+from hybridgen.graphs import GraphKey
+from hybridgen.sampling import SamplerPlan
+from hybridgen.sampling.state import every_kind
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_RUN = 7
+"""Tokens of the warm-up prefill: few enough for the first page, and no dimension of a model."""
+
+WARM_UP_ROWS = 3
+
+_NODE_BYTES = 128 * 2**20
+"""For the nodes of all graphs; a 1B model's took 1 to 6 MiB each on an H200."""
+
+
+@on_its_stream
+def compile_layers(runner: ModelRunner) -> None:
+    """Compile prefill, decode of several rows and of one.
+
+    Where a backend's choices depend on the number of tokens (grouped matrix products of experts in bfloat16 do, in
+    torch 2.11), there is a graph for each part of the range that the sizes tried here meet.
+    """
+    compiled = runner.compiled
+    if compiled is None:
+        return
+    compiled.install()
+    try:
+        _compile(runner, compiled, [WARM_UP_RUN], [WARM_UP_ROWS, 1])
+    except ConstraintViolationError as error:
+        logger.debug("not one graph for all sizes: %s", error)
+        compiled.strict = False
+        rows = [2**i for i in range(runner.max_batch.bit_length())]
+        runs = [WARM_UP_RUN, *(2**i for i in range(4, 14))]
+        _compile(runner, compiled, runs, [WARM_UP_ROWS, *rows, runner.max_batch])
+
+
+def _compile(runner: ModelRunner, compiled: CompiledLayers, runs: Sequence[int], rows: Sequence[int]) -> None:
+    sampler = SamplerPlan()
+    keys = [GraphKey.prefill(size, 1, sampler) for size in dict.fromkeys(min(run, runner.token_budget) for run in runs)]
+    sizes = list(dict.fromkeys(min(row, runner.max_batch) for row in rows))
+    # The executor is the layers: a prefill of one token runs them as decode does, and so does a step that no fused
+    # executor serves.
+    keys += [GraphKey.decode(size, sampler) for size in sizes]
+    if runner.state.query_len > 1:
+        keys += [GraphKey.decode(size, sampler, query_len=runner.state.query_len) for size in sizes[:1]]
+    with compiled.warming_up():
+        for key in keys:
+            runner.run_padding(key)
+
+
+@on_its_stream
+def check_numerics(runner: ModelRunner) -> str | None:
+    """Compare compiled layers with uncompiled ones on a few tokens; what differs too much, or None."""
+    if runner.compiled is None:
+        return None
+    wrong = numerics.compare(runner, runner.compiled)
+    runner.recover()
+    return wrong
+
+
+@on_its_stream
+def run_all_sizes(runner: ModelRunner) -> None:
+    """Run a few sizes of prefill and decode: on CUDA, kernels have variants for sizes.
+
+    They are compiled, loaded and chosen on their first use, which takes up to half a second each: not in a user's step.
+    """
+    sampler = SamplerPlan()
+    for tokens in _spread(runner.max_tokens):
+        runner.run_padding(runner.router.served(GraphKey.prefill(tokens, 1, sampler)))
+    for rows in _spread(runner.max_batch):
+        runner.run_padding(runner.router.served(GraphKey.decode(rows, sampler)))
+    torch.cuda.synchronize(runner.device)
+
+
+@on_its_stream
+def run_all_samplers(runner: ModelRunner) -> None:
+    """Run a decode step with each kind of sampler, as `run_all_sizes()` does for sizes."""
+    runner.ring.drain()
+    for sampler in every_kind(runner.sampler.vocab_size):
+        runner.run_padding(runner.router.served(GraphKey.decode(1, sampler)))
+    runner.recover()
+
+
+@on_its_stream
+def measure_activations(runner: ModelRunner, recorded: int = 0) -> int:
+    """Bytes that steps allocate at their peak on CUDA (0 elsewhere), by the largest prefill call.
+
+    Args:
+        recorded: tokens of the largest step that will be recorded; a graph's memory is its own.
+    """
+    if runner.device.type != "cuda":
+        return 0
+    key = GraphKey.prefill(runner.max_tokens, 1, SamplerPlan())
+    torch.cuda.synchronize(runner.device)
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    before = torch.cuda.memory_allocated(runner.device)
+    runner.run_padding(key)
+    peak = torch.cuda.max_memory_allocated(runner.device) - before
+    # The sampler works on [max_batch, vocab_size] in float32: logits, processed, sorted values and ids, noise.
+    sampling = 8 * 4 * runner.max_batch * runner.sampler.vocab_size
+    with CAPTURING:
+        torch.cuda.empty_cache()
+    if not recorded:
+        return peak + sampling
+    # In a graph: activations, sampler and kept logits, and the nodes.
+    in_graphs = peak * min(1.0, recorded / runner.max_tokens) + sampling * 5 // 4 + _NODE_BYTES
+    return peak + sampling + int(in_graphs)
+
+
+def _spread(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return [*(2**i for i in range(most.bit_length()) if 2**i < most), most]

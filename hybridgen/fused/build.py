@@ -1,0 +1,151 @@
+"""Builds the fused executors of a model: makes each, tries it, and keeps what computes the same.
+
+Imports Triton; import it only where that is there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from hybridgen.cache import LayerPages
+from hybridgen.fused import reference
+from hybridgen.fused.chain.search import COMPILED_AT_ONCE
+from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
+from hybridgen.fused.decode import FusedDecode
+from hybridgen.fused.executors import ChainExecutor, PersistentExecutor
+from hybridgen.fused.inputs import StepInputs
+from hybridgen.fused.persistent.shape import Tuning
+from hybridgen.fused.persistent.step import PersistentStep
+from hybridgen.models import BoundModel
+from hybridgen.models.decoder import Decoder, describe
+
+logger = logging.getLogger(__name__)
+
+
+def build_fused(
+    bound: BoundModel,
+    pages: tuple[LayerPages, ...],
+    inputs: StepInputs,
+    *,
+    max_context: int,
+    max_rows: int,
+    tuned: Mapping[str, Any] | None = None,
+    kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+) -> FusedDecode:
+    """Build what serves this model on its device; whatever does not leaves its reason in `notes`.
+
+    Runs the model on a few tokens, and steps of the padding slot, whose page is the dummy page.
+
+    Args:
+        max_rows: rows of a step at most.
+        tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
+        kept: gives the machine code kept under a key, or makes and keeps it.
+    """
+    fused = FusedDecode(inputs, pages=pages)
+    tuning, tiles = tuned_parts(tuned)
+    try:
+        with bound.original_attention(), torch.inference_mode():
+            model = describe(bound.model, bound.sites, max_context)
+            reference.check(bound.model, model)
+            fused.model = model
+            fused.refresh()
+    except Exception as error:
+        fused.notes["fused decode"] = f"none: {fused.reason_of(error)}"
+        return fused
+    few = min(MAX_ROWS, max_rows)
+    with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
+        # The chain's kernels are compiled while the persistent one is.
+        compiling: list[Future[object]] | Exception = []
+        if few > 1:
+            compiling = _begin_chain(fused, few, tiles, pool)
+        _make_persistent(fused, model, kept, tuning)
+        if few == 1 and fused.persistent is None:
+            compiling = _begin_chain(fused, few, tiles, pool)
+    if few > 1 or fused.persistent is None:
+        _finish_chain(fused, few, compiling)
+    for size, how in fused.notes.items():
+        logger.info("%s: %s", size, how)
+    return fused
+
+
+def _make_persistent(
+    fused: FusedDecode,
+    model: Decoder,
+    kept: Callable[[str, Callable[[], bytes]], bytes] | None,
+    tuning: Tuning | None,
+) -> None:
+    """Build and try the persistent step, and say in the notes whether it serves."""
+
+    def make(*, tuning: Tuning | None) -> PersistentExecutor:
+        inputs = fused.inputs
+        rows, state, table = inputs.rows, inputs.state, inputs.block_table
+        step = PersistentStep(model, fused.pages, kept=kept, rows=rows, state=state, block_table=table, tuning=tuning)
+        return PersistentExecutor(step)
+
+    fused.build = make
+    try:
+        fused.persistent = make(tuning=tuning)
+        fused.try_step(fused.persistent, 1)
+        fused.notes["decode of 1 row"] = "one persistent kernel"
+    except Exception as error:
+        reason = fused.reason_of(error)
+        if fused.persistent is not None:
+            fused.persistent.close()
+            fused.persistent = None
+        fused.notes["decode of 1 row"] = f"no persistent kernel: {reason}"
+
+
+def _begin_chain(
+    fused: FusedDecode, rows: int, tiles: Mapping[str, Any] | None, pool: ThreadPoolExecutor
+) -> list[Future[object]] | Exception:
+    """Make the chain, and begin to compile what its usual sizes launch; what went wrong, if something did."""
+    try:
+        if fused.model is None:
+            raise RuntimeError("the model was not described")
+        chain = ChainStep(fused.model, max_rows=rows, tiles=tiles)
+        chain.attach(fused.pages)
+        sizes = sorted({min(size, rows) for size in (2, 4, 8, 16)})
+        with torch.inference_mode(False):
+            logits = torch.zeros(rows, fused.model.vocab, dtype=fused.model.dtype, device=fused.model.device)
+        fused.chain = ChainExecutor(chain, logits)
+        return [
+            pool.submit(compile_kernel) for compile_kernel in chain.prepare(sizes, fused.inputs.block_table.shape[1])
+        ]
+    except Exception as error:
+        return error
+
+
+def _finish_chain(fused: FusedDecode, rows: int, compiling: list[Future[object]] | Exception) -> None:
+    """Try the chain, and say in the notes what it serves."""
+    try:
+        if isinstance(compiling, Exception):
+            raise compiling
+        for future in compiling:
+            future.result()
+        if fused.chain is None:
+            raise RuntimeError("there is no chain to try")
+        fused.chain.least = 1 if fused.persistent is None else 2
+        fused.try_step(fused.chain, rows)
+        fused.note_chain(fused.chain, "")
+    except Exception as error:
+        fused.chain = None
+        least = 1 if fused.persistent is None else 2
+        fused.notes[f"decode of {least} to {rows} rows"] = f"no chain: {fused.reason_of(error)}"
+
+
+def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:
+    """The persistent step's tuning and the chain's tiles of what `fused.tuning.tune` returned.
+
+    None where it has none, or one with other fields than this version's.
+    """
+    document = document or {}
+    try:
+        tuning = Tuning(**document["persistent"]) if "persistent" in document else None
+    except TypeError:
+        tuning = None
+    return tuning, document.get("chain")

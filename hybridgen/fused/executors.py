@@ -1,0 +1,76 @@
+"""The fused executors: how the persistent kernel and the chain serve steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hybridgen.graphs.key import GraphKey
+from hybridgen.models import StepMetadata
+from hybridgen.models.attention import Phase
+
+if TYPE_CHECKING:  # they import Triton and CUDA's bindings, which are not there everywhere
+    from hybridgen.fused.chain.step import ChainStep
+    from hybridgen.fused.persistent.step import PersistentStep
+
+
+class PersistentExecutor:
+    """One persistent kernel for a decode step of one row."""
+
+    name = "persistent"
+    launch = "direct"
+
+    def __init__(self, step: PersistentStep) -> None:
+        self.step = step
+
+    def refuses(self, key: GraphKey) -> str | None:
+        """Anything but a decode step of one row and one token."""
+        if key.phase is Phase.DECODE and key.rows == key.query_len == 1:
+            return None
+        return "the persistent kernel decodes one row of one token"
+
+    def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
+        """Launch it. It finds its row in the inputs that it was built with."""
+        return self.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What outlives a launch, by name."""
+        return self.step.tensors()
+
+    def close(self) -> None:
+        """Unload the kernel."""
+        self.step.kernel.close()
+
+
+class ChainExecutor:
+    """A chain of Triton kernels for a decode step of a few rows."""
+
+    name = "chain"
+    launch = "direct"
+
+    def __init__(self, chain: ChainStep, logits: Tensor) -> None:
+        """`logits` [rows, vocab] is where steps leave theirs."""
+        self.chain = chain
+        self._logits = logits
+        self.least = 2
+        """Rows from which on it is used."""
+        self.most = logits.shape[0]
+        """Rows up to which it is used."""
+
+    def refuses(self, key: GraphKey) -> str | None:
+        """Anything but a decode step of a few rows of one token."""
+        if key.phase is Phase.DECODE and key.query_len == 1 and self.least <= key.rows <= self.most:
+            return None
+        return f"the chain decodes {self.least} to {self.most} rows of one token"
+
+    def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
+        """Launch it; the next call overwrites what it returns."""
+        out = self._logits[: step.ids.shape[0]]
+        self.chain(step.ids, step.positions, step.slots, step.block_table, out)
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What outlives a launch, by name."""
+        named = {f"chain {name}": tensor for name, tensor in self.chain.tensors().items()}
+        return named | {"chain logits": self._logits}

@@ -1,0 +1,197 @@
+"""The one place that decides how a step runs: which executor, recorded or not, padded to what, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from hybridgen.graphs.buckets import round_up
+from hybridgen.graphs.executor import Executor
+from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.steps import RunSteps
+from hybridgen.graphs.store import FEW_PROMPTS, GraphStore, Recording
+from hybridgen.models.attention import Phase
+
+_MOST_ROUTES = 4096
+"""Routes that are remembered: prompts have every length."""
+
+
+@dataclass(eq=False)
+class Route:
+    """How steps of one size run, until the store changes."""
+
+    key: GraphKey
+    """What runs: the size that was asked for, or the bucket that holds it; with the executor."""
+    run: Callable[[], None]
+    kind: str
+    """The executor and how it is launched, see `StepSummary.kind`."""
+    reason: str
+    recording: Recording | None = None
+    padded: bool = False
+    finish: Callable[[], None] | None = None
+    """The part of `run` after the recording: sampling, where the recording ends at the logits."""
+    wanted: GraphKey | None = None
+    """What would serve these steps better, if it were recorded."""
+
+
+class Router:
+    """Decides how each step runs. Looks up and compares; nothing is captured here."""
+
+    def __init__(
+        self,
+        store: GraphStore,
+        executors: Sequence[Executor],
+        steps: RunSteps,
+        *,
+        why_plain: str,
+        note: str = "",
+    ) -> None:
+        """
+        Args:
+            executors: in order of preference; the last one serves every step.
+            why_plain: the reason of a step without a recording where nothing is recorded.
+            note: what else to say of every recorded step.
+        """
+        self._store = store
+        self._executors = tuple(executors)
+        self._steps = steps
+        self._why_plain = why_plain
+        self._note = note
+        self._routes: dict[GraphKey, Route] = {}
+        self._version = -1
+
+    @property
+    def version(self) -> int:
+        """Changes whenever a route may."""
+        return self._store.version
+
+    def route(self, wanted: GraphKey) -> Route:
+        """How a step of this size runs now.
+
+        Args:
+            wanted: its size and sampler; the executor that it names does not matter.
+        """
+        if self._version != self._store.version or len(self._routes) >= _MOST_ROUTES:
+            self._routes.clear()
+            self._version = self._store.version
+        route = self._routes.get(wanted)
+        if route is None:
+            route = self._routes[wanted] = self._decide(wanted)
+        return route
+
+    def served(self, key: GraphKey) -> GraphKey:
+        """The same step with the executor that serves it: the first that does not refuse."""
+        for executor in self._executors:
+            if executor.refuses(key) is None:
+                return key._replace(executor=executor.name)
+        raise RuntimeError(f"no executor serves {key}; the last one must serve every step")
+
+    def plain(self, key: GraphKey, reason: str, wanted: GraphKey | None = None) -> Route:
+        """A step of exactly this size without a recording."""
+        key = self.served(key)
+        executor = next(executor for executor in self._executors if executor.name == key.executor)
+        kind = f"{key.executor}, {executor.launch}"
+        return Route(key, partial(self._steps.run, key), kind, reason, wanted=wanted)
+
+    def without_recording(self, route: Route, reason: str) -> Route:
+        """The same step, padding and all, without its recording."""
+        plain = self.plain(route.key, reason)
+        if route.finish is None:
+            return plain
+        run, finish = plain.run, route.finish
+
+        def both() -> None:
+            run()
+            finish()
+
+        return Route(plain.key, both, plain.kind, reason)
+
+    def _decide(self, key: GraphKey) -> Route:
+        self._store.check_open()
+        settings = self._store.settings
+        if not self._store.records:
+            return self.plain(key, self._why_plain)
+        if not settings.buckets(key.phase):
+            return self.plain(key, f"{key.phase} is not recorded: it has no buckets")
+        exact = self._store.find(self.served(key))
+        if exact is not None:
+            return self._replay(exact, f"bucket {exact.key.size}", key)
+        wanted = self._bucket_of(key)
+        best = min(self._larger(key), key=_preference, default=None)
+        if best is None:
+            return self.plain(key, self._why_none(key, wanted), wanted)
+        reason = self._why_not(best, key)
+        if reason is not None:
+            return self.plain(key, reason, wanted)
+        padded = "padded to " if best.key.tokens != key.tokens else ""
+        return self._replay(best, f"{padded}bucket {best.key.size}", key, wanted)
+
+    def _replay(self, recording: Recording, reason: str, key: GraphKey, wanted: GraphKey | None = None) -> Route:
+        if wanted == recording.key:
+            wanted = None
+        reason += self._note
+        recorded, ran = recording.recorded, recording.key
+        padded = ran.tokens != key.tokens
+        kind = f"{ran.executor}, {recorded.owner}"
+        if ran.sampler is not None or key.sampler is None or not ran.rows:
+            return Route(ran, recorded.replay, kind, reason, recording, padded, wanted=wanted)
+        # The recording ends at the logits: the sampler runs after it.
+        finish = partial(self._steps.finish, ran, key.sampler)
+
+        def run() -> None:
+            recorded.replay()
+            finish()
+
+        return Route(ran, run, kind, f"{reason}, sampler outside", recording, padded, finish, wanted)
+
+    def _larger(self, key: GraphKey) -> Iterator[Recording]:
+        """Recordings that can run the step with padding."""
+        for recording in self._store.recordings:
+            other = recording.key
+            alike = other.phase is key.phase and other.query_len == key.query_len
+            enough = other.tokens >= key.tokens and other.rows >= key.rows
+            samples = other.sampler is None or (key.sampler is not None and other.sampler.covers(key.sampler))
+            if alike and enough and samples:
+                yield recording
+
+    def _why_not(self, best: Recording, key: GraphKey) -> str | None:
+        """Why a step is not padded to this recording's size."""
+        ratio = self._store.settings.max_padding_ratio
+        if ratio is not None:
+            waste = (best.key.tokens - key.tokens) / key.tokens
+            return None if waste <= ratio else f"padding above max_padding_ratio={ratio:g}"
+        plain = self._store.timings.estimate(self.served(key)._replace(sampler=best.key.sampler))
+        if plain is not None and best.recorded.seconds > plain:
+            return f"without a graph is faster (measured) than padded to bucket {best.key.size}"
+        return None
+
+    def _why_none(self, key: GraphKey, wanted: GraphKey | None) -> str:
+        if wanted is None:
+            return f"above the largest bucket, {self._store.settings.buckets(key.phase)[-1]}"
+        if wanted in self._store.failed:
+            return f"bucket {wanted.size} failed, see GraphStats.failures"
+        if any(r.key.phase is key.phase and r.key.tokens >= key.tokens for r in self._store.recordings):
+            return "no graph with this sampling, or with so many prompts"
+        return f"bucket {wanted.size} is not captured"
+
+    def _bucket_of(self, key: GraphKey) -> GraphKey | None:
+        """The bucket that such a step belongs to, with the executor that serves it; None above the largest."""
+        settings = self._store.settings
+        size = round_up(key.size, settings.buckets(key.phase))
+        if size is None:
+            return None
+        sampler = key.sampler if settings.sample_in_graph else None
+        if key.phase is Phase.DECODE:
+            rows = key.rows if settings.exact_when_lazy else size
+            return self.served(GraphKey.decode(rows, sampler, query_len=key.query_len))
+        rows = 1 if sampler is not None else FEW_PROMPTS
+        while rows < key.rows:
+            rows *= 2
+        return self.served(GraphKey.prefill(size, min(rows, settings.max_rows), sampler))
+
+
+def _preference(recording: Recording) -> tuple[int, int, bool, float]:
+    """Less padding first, then those that sample, then the faster."""
+    key = recording.key
+    return key.tokens, key.rows, key.sampler is None, recording.recorded.seconds
