@@ -16,6 +16,7 @@ def make_runner(
     max_batch: int = 4,
     token_budget: int = 64,
     pages: int = 9,
+    query_len: int = 1,
     compile_backend: str | None = None,
     **changes: int,
 ) -> ModelRunner:
@@ -27,6 +28,7 @@ def make_runner(
         max_batch=max_batch,
         max_pages=4,
         token_budget=token_budget,
+        query_len=query_len,
         compile_backend=compile_backend,
     )
     runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), pages, torch.device("cpu")))

@@ -171,7 +171,8 @@ class Router:
             return f"above the largest bucket, {self._store.settings.buckets(key.phase)[-1]}"
         if wanted in self._store.failed:
             return f"bucket {wanted.size} failed, see GraphStats.failures"
-        if any(r.key.phase is key.phase and r.key.tokens >= key.tokens for r in self._store.recordings):
+        alike = (r.key for r in self._store.recordings if r.key.phase is key.phase and r.key.query_len == key.query_len)
+        if any(other.tokens >= key.tokens for other in alike):
             return "no graph with this sampling, or with so many prompts"
         return f"bucket {wanted.size} is not captured"
 
