@@ -87,8 +87,9 @@ def run_model(
     tiles: Mapping[str, Any] | None,
     ceiling: float,
 ) -> dict[str, Any]:
+    from hybridgen.fused.chain.search import tune
     from hybridgen.fused.chain.step import ChainStep
-    from hybridgen.fused.chain.tiles import Tile, tune
+    from hybridgen.fused.chain.tiles import Tile
 
     model = random_decoder(name, shape_dtype(name, "cuda"), "cuda", position + 1)
     floor = model.weight_bytes / ceiling

@@ -17,7 +17,7 @@ from hybridgen.execution.warm_up import compile_layers
 from hybridgen.graphs import GraphKey, GraphSettings, StandInRecorder
 from hybridgen.kernels.step.advance import REJECTED
 from hybridgen.params import SamplingParams
-from hybridgen.sampling import SamplerPlan, resolve
+from hybridgen.sampling import resolve
 from hybridgen.telemetry.statistics import Counters
 
 PROMPTS = families.prompts_of((21, 9, 30))

@@ -21,8 +21,9 @@ from hybridgen.models.projections import fuse_projections
 pytestmark = pytest.mark.gpu
 
 if torch.cuda.is_available():
+    from hybridgen.fused.chain.search import tune
     from hybridgen.fused.chain.step import ChainStep
-    from hybridgen.fused.chain.tiles import PROJECTIONS, tune, variants
+    from hybridgen.fused.chain.tiles import PROJECTIONS, variants
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 REAL = {

@@ -243,7 +243,7 @@ def test_an_engine_mends_a_step_that_was_given_up() -> None:
     prompt = families.prompts_of((20,))[0]
     with hybridgen.Engine.load(model, **OPTIONS) as engine:
         good = engine.generate(prompt, max_new_tokens=12, ignore_eos=True)
-        step = engine._runner.steps.fused.persistent
+        step = engine._runner.fused.persistent.step
         step._host_fault[0] = 1  # as if a block had given up: whoever waits long enough to look stops waiting
         step.counters[3 * 32] = -100_000  # arrivals that never come
         with pytest.raises(hybridgen.RequestError), pytest.warns(RuntimeWarning, match="given up"):

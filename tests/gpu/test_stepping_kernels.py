@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridgen.execution.ring import TokenRing
-from hybridgen.kernels.step.advance import advance, publish
+from hybridgen.kernels.step.advance import REJECTED, advance, publish
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +33,36 @@ def test_advance_matches_its_reference(rows: int, counted: bool) -> None:
         arguments = rows, seed, seed, counted
         for ours, theirs in zip(step("cuda", *arguments), step("cpu", *arguments), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("query_len", [2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_advance_of_several_tokens_a_row_matches_its_reference(rows: int, query_len: int, counted: bool) -> None:
+    for seed in range(20):
+        source = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(-1, 20, (rows, query_len), generator=source)
+        accepted = torch.randint(1, query_len + 1, (rows, 1), generator=source)
+        tokens = torch.where(torch.arange(query_len) < accepted, tokens, REJECTED)
+        found = []
+        for device in ("cuda", "cpu"):
+            order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:rows]
+            table, ring = torch.zeros(3, 41, dtype=torch.int64), torch.zeros(8, 40 * 8 + 1, dtype=torch.int64)
+            counts = [torch.zeros(41, 20, dtype=torch.int32)] if counted else []
+            inputs = [
+                tokens,
+                order,
+                torch.arange(rows) + 9,
+                torch.arange(rows),
+                table,
+                ring,
+                torch.tensor([seed]),
+                *counts,
+            ]
+            moved = [tensor.to(device) for tensor in inputs]
+            advance(*moved)
+            found.append([tensor.cpu() for tensor in moved])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
