@@ -134,7 +134,7 @@ def test_drafts_are_accepted_while_they_are_the_rows_own_tokens(
     begin()
     found: list[int] = []
     while len(found) < 8:
-        drafts = (own[len(found) :] + [0, 0, 0])[:3]
+        drafts = [*own[len(found) :], 0, 0, 0][:3]
         for place in range(right, 3):
             drafts[place] = (drafts[place] + 1) % families.VOCAB
         runner.state.drafts[slot] = torch.tensor(drafts)

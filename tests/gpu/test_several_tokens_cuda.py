@@ -86,7 +86,7 @@ def test_forced_tokens_give_the_logits_of_single_steps(family: str, backend: str
 
 
 def test_recorded_steps_have_the_registered_op_in_them() -> None:
-    """The captured step calls `hybridgen::copy_metadata`; the same step without a recording launches prepared copies."""
+    """A captured step calls `hybridgen::copy_metadata`; without a recording a step launches prepared copies."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen: list[str] = []
