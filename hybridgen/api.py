@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
-from hybridgen.arguments import check_keywords, sampling_list
+from hybridgen.arguments import check_keywords, end_streamer, sampling_list
 from hybridgen.config import EngineConfig
 from hybridgen.core import TokenEvent
 from hybridgen.demo import model_path
@@ -76,15 +76,24 @@ def generate(
     Raises:
         HybridgenError: see `hybridgen.errors`; bad input is found before weights are read.
     """
-    if prompts is None:
-        raise PromptError(_NO_PROMPTS)
-    sampling = sampling_list(sampling)
-    if _is_server(model):
-        _check_server_fields(config, tokenizer, fields)
-        with Client(model) as client:
-            return client.generate(prompts, sampling, streamer=streamer, **fields)
-    engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields)
-    return engine.generate(prompts, sampling, streamer=streamer, **sampling_fields)
+    try:
+        if prompts is None:
+            raise PromptError(_NO_PROMPTS)
+        sampling = sampling_list(sampling)
+        server = model if _is_server(model) else None
+        if server is not None:
+            _check_server_fields(config, tokenizer, fields)
+            generator: Any = Client(server)
+        else:
+            generator, fields = prepare(model, prompts, sampling, config, tokenizer, fields)
+    except BaseException:
+        end_streamer(streamer)
+        raise
+    # From here on the call ends its streamer.
+    if server is None:
+        return generator.generate(prompts, sampling, streamer=streamer, **fields)
+    with generator as client:
+        return client.generate(prompts, sampling, streamer=streamer, **fields)
 
 
 def stream(

@@ -62,3 +62,9 @@ def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
             raise ConfigError(f"unknown keyword {shown(name)}; {hint}")
+
+
+def end_streamer(streamer: Any) -> None:
+    """Tell a call's streamer, if it has one, that nothing more comes: its reader waits for that, whatever happened."""
+    if streamer is not None and hasattr(streamer, "end"):
+        streamer.end()

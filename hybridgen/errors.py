@@ -57,7 +57,12 @@ def described(error: BaseException) -> str:
 
 
 class HybridgenError(Exception):
-    """Base of all exceptions that hybridgen raises on purpose."""
+    """Base of all exceptions that hybridgen raises on purpose. They can be copied and pickled, attributes included."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python's own way calls the class with `args` alone, which fails where __init__ takes more: a process pool
+        # hangs on an exception that its worker cannot send.
+        return _restored, (type(self), self.args, dict(vars(self)))
 
 
 class ConfigError(HybridgenError, ValueError):
@@ -148,3 +153,11 @@ class Interrupted(HybridgenError, KeyboardInterrupt):
     def __init__(self, message: str, completions: Sequence[Completion]) -> None:
         super().__init__(message)
         self.completions = list(completions)
+
+
+def _restored(kind: type[HybridgenError], args: tuple[Any, ...], attributes: dict[str, Any]) -> HybridgenError:
+    """An exception as it was pickled, without a call of its `__init__`."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error

@@ -79,6 +79,6 @@ class BlockTable:
 
     def assign(self, slot: int, pages: Sequence[int]) -> None:
         """Give a slot its pages; entries past them point to the dummy page."""
-        row = torch.full((self.tensor.shape[1],), DUMMY_PAGE, dtype=torch.int32, pin_memory=self._pin)
-        row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        row = torch.full((self.tensor.shape[1],), DUMMY_PAGE, dtype=torch.int32, device="cpu", pin_memory=self._pin)
+        row[: len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         self.tensor[slot].copy_(row, non_blocking=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,17 @@ def check_toolchain(mode: str, backend: str, device_type: str) -> None:
             f'mode="{mode}" on a CPU needs a C++ compiler and finds none ({type(error).__name__}); install g++ or set '
             'CXX, or use mode="eager"'
         ) from error
+
+
+def switched_off() -> str | None:
+    """What keeps `torch.compile` from compiling anything in this process, in words; None where nothing does."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE=1"
+    if torch._dynamo.config.disable:
+        return "torch._dynamo.config.disable (TORCH_COMPILE_DISABLE=1 sets it)"
+    # The stance has no public reader.
+    stance = getattr(getattr(torch._dynamo.eval_frame, "_stance", None), "stance", "default")
+    return f'torch.compiler.set_stance("{stance}")' if stance == "force_eager" else None
 
 
 def _own_code(name: str) -> Any:

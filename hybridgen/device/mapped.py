@@ -27,7 +27,7 @@ def host_mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     Raises:
         DeviceError: the device does not address pinned host memory where the host does.
     """
-    host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    host = torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     if device.type != "cuda":
         return host, host.numpy()
     mapped = torch.as_tensor(_HostMapped(host), device=device)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from hybridgen.cache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
+from hybridgen.compilation.layers import switched_off
 from hybridgen.config import EngineConfig, GraphOwner, Mode, bar_disabled, parse_bytes
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import token_budget
@@ -62,7 +63,7 @@ class Builder:
         starter, timed = self.starter, self.startup.timed
         plan = self.graph_plan(bound)
         with timed("artifacts"):
-            units = starter.load_units() if self.mode.compiles else None
+            units = starter.load_units() if self.mode.compiles and switched_off() is None else None
         runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
@@ -191,6 +192,12 @@ class Builder:
         Returns:
             Why steps run eagerly, if they do.
         """
+        switch = switched_off()
+        if switch is not None:
+            reason = f"nothing is compiled, steps run eagerly: {switch}"
+            self.counters.fall_back(reason)
+            runner.disable_compilation()
+            return reason
         try:
             disable = bar_disabled(self.config.progress)
             with tqdm(total=1, desc="compile", delay=1, leave=False, disable=disable) as bar:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from hybridgen.arguments import end_streamer
 from hybridgen.compilation.store.session import CompileCache, preload
 from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import TokenEvent
@@ -24,12 +25,20 @@ from hybridgen.engine.output import Response, collect
 from hybridgen.engine.preflight import check_config, open_cache
 from hybridgen.engine.requests import Plan, check_keywords, plan_requests
 from hybridgen.engine.warm_start import Starter, Startup
-from hybridgen.errors import EngineError, Interrupted, SamplingError, described, shown
+from hybridgen.errors import (
+    EngineError,
+    HybridgenError,
+    Interrupted,
+    SamplingError,
+    UnsupportedModelError,
+    described,
+    shown,
+)
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
-from hybridgen.models import bind, check_free
+from hybridgen.models import BoundModel, bind, check_free
 from hybridgen.models.projections import fuse_projections, unfuse_projections
 from hybridgen.params import SamplingParams
 from hybridgen.telemetry import import_time as importing
@@ -84,7 +93,7 @@ class Engine:
                 undo.callback(unfuse_projections, loaded.model)
                 with self._startup.timed("fuse projections"):
                     fuse_projections(loaded.model)
-            bound = bind(loaded.model)
+            bound = _bound(loaded.model)
             undo.callback(bound.release)
             self._starter = Starter(self.cache, self._startup, self._counters)
             builder = Builder(
@@ -183,13 +192,16 @@ class Engine:
             RequestError: the one prompt failed while it ran.
             Interrupted: Ctrl-C; holds what was finished.
         """
-        items, single = split_prompts(prompts)
-        plans = self.plan(items, sampling, fields)
-        if streamer is not None and len(plans) != 1:
-            raise SamplingError(f"streamer= takes one prompt with n=1, not {len(plans)} requests; use stream()")
-        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-            raise SamplingError(f"streamer={shown(streamer)} has no put() and end(); give a transformers streamer")
-        responses = self._run(plans, streamer)
+        try:
+            items, single = split_prompts(prompts)
+            plans = self.plan(items, sampling, fields)
+            if streamer is not None and len(plans) != 1:
+                raise SamplingError(f"streamer= takes one prompt with n=1, not {len(plans)} requests; use stream()")
+            if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+                raise SamplingError(f"streamer={shown(streamer)} has no put() and end(); give a transformers streamer")
+            responses = self._run(plans, streamer)
+        finally:
+            end_streamer(streamer)
         completions = collect(responses)
         if single and completions[0].error is not None:
             raise completions[0].error
@@ -274,8 +286,6 @@ class Engine:
                 raise  # else the engine ended, and the responses say so
         finally:
             loop.cancel(responses)
-            if streamer is not None:
-                streamer.end()
         return responses
 
     def record_missing(self) -> bool:
@@ -383,6 +393,23 @@ class Engine:
         return loop
 
 
+def _bound(model: PreTrainedModel) -> BoundModel:
+    """`bind(model)`, where a model whose own code fails is refused.
+
+    Raises:
+        UnsupportedModelError: a forward pass of a few tokens fails, or see `bind`.
+    """
+    try:
+        return bind(model)
+    except HybridgenError:
+        raise
+    except Exception as error:  # what a model's own code raises for a config that it cannot run
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot run: a forward pass of two tokens raises "
+            f"{described(error)}; does its config fit its code?"
+        ) from error
+
+
 def _keep_plan(reference: weakref.ref[Engine]) -> None:
     """At exit, for an engine that nobody closed: what was hot is known to the next process."""
     engine = reference()
@@ -401,5 +428,5 @@ def _complete(responses: list[Response]) -> int:
 
 def _attach_streamer(response: Response, streamer: Any) -> None:
     """Feed a Hugging Face streamer: the prompt's ids [1, P] first, then each token's id [1], on the CPU."""
-    streamer.put(torch.tensor([response.sequence.prompt_ids]))
-    response.on_token = lambda token: streamer.put(torch.tensor([token]))
+    streamer.put(torch.tensor([response.sequence.prompt_ids], device="cpu"))
+    response.on_token = lambda token: streamer.put(torch.tensor([token], device="cpu"))

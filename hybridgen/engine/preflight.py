@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybridgen.cache import pages_for_tokens
 from hybridgen.compilation.layers import check_backend, check_toolchain
 from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import EngineConfig, GraphOwner
@@ -14,6 +15,9 @@ from hybridgen.telemetry import import_time as importing
 
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
 """Prompt tokens in one prefill call when the config says none."""
+
+MOST_TABLE_BYTES = 2**30
+"""For the numbers of the pages of all requests (int32), on the host and on the device."""
 
 
 def token_budget(checkpoint: Checkpoint, config: EngineConfig) -> int:
@@ -64,5 +68,11 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> int:
         raise ConfigError(
             f"prefill_buckets holds {config.prefill_buckets[-1]}, above the {most} tokens that one prefill call takes "
             "(token_budget, max_context); leave it out"
+        )
+    pages = pages_for_tokens(limit, config.page_size)
+    if 4 * pages * (config.max_batch + 1) > MOST_TABLE_BYTES:
+        raise ConfigError(
+            f"a context of {limit} tokens with max_batch={config.max_batch} and page_size={config.page_size} takes a "
+            f"table of over {MOST_TABLE_BYTES >> 30} GiB; set max_context (without it, the limit is the model's own)"
         )
     return limit

@@ -34,7 +34,7 @@ class StagedBlock:
             size += -(-bytes_ // _ALIGNMENT) * _ALIGNMENT
         on_cuda = device.type == "cuda"
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._hosts = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(buffers)]
+        self._hosts = [torch.zeros(size, dtype=torch.uint8, device="cpu", pin_memory=on_cuda) for _ in range(buffers)]
         self._events = [torch.cuda.Event() for _ in range(buffers)] if on_cuda else None
         self._turn = 0
 

@@ -20,8 +20,9 @@ from hybridgen.demo import model_path
 from hybridgen.errors import CheckpointError, ConfigError, DeviceError, UnsupportedModelError
 from hybridgen.loading import files as metadata
 from hybridgen.loading.checks import validate_directory
-from hybridgen.loading.device import resolve_device
-from hybridgen.loading.source import LocalSource, Source, resolve_source
+from hybridgen.loading.device import resolve_device, without_default_device
+from hybridgen.loading.expectation import check_contents, check_quantisation_files
+from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_source
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 
@@ -97,7 +98,8 @@ class Checkpoint:
             ConfigError: a field contradicts a live module or a directory, or `model` is of another type.
         """
         start = time.perf_counter()
-        found = cls._open(model, config or EngineConfig(), tokenizer)
+        with without_default_device():
+            found = cls._open(model, config or EngineConfig(), tokenizer)
         return replace(found, seconds=time.perf_counter() - start)
 
     @classmethod
@@ -116,15 +118,25 @@ class Checkpoint:
 
     @classmethod
     def _open_files(cls, source: Source, device: torch.device, config: EngineConfig, tokenizer: Any) -> Checkpoint:
+        # A checkpoint's files can hold anything: what transformers and we trip over is the checkpoint's fault.
+        with load_errors(source, f"{source.name!r} cannot be used"):
+            return cls._open_source(source, device, config, tokenizer)
+
+    @classmethod
+    def _open_source(cls, source: Source, device: torch.device, config: EngineConfig, tokenizer: Any) -> Checkpoint:
         trust = config.trust_remote_code
         hf_config = metadata.read_config(source, trust)
         check_supported(hf_config, trust)
         remote_class = metadata.remote_model_class(hf_config, source, trust)
         if remote_class is not None:
             check_supported(hf_config, trust, remote_class)
+        metadata.check_heads(hf_config)
+        metadata.vocabulary_size(hf_config)
+        check_quantisation_files(source)
         files: list[Path] = []
         if isinstance(source, LocalSource):
             files = validate_directory(source.path, config.allow_pickle, _weights_name(hf_config))
+            check_contents(source, files, hf_config, remote_class)
         return cls(
             name=source.name,
             source=source,
@@ -143,6 +155,7 @@ class Checkpoint:
         name = str(getattr(module, "name_or_path", "") or getattr(hf_config, "_name_or_path", "") or "")
         device = _live_device(module, config.device)
         check_supported(hf_config, config.trust_remote_code, type(module))
+        metadata.check_heads(hf_config)
         if module.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
         path = Path(name).expanduser()
@@ -190,7 +203,11 @@ class Checkpoint:
             pickle, weights_name = self.config.allow_pickle, _weights_name(self.hf_config)
             with progress_bars(self.config.progress):
                 files = validate_directory(self.source.fetch_weights(pickle, weights_name), pickle, weights_name)
-        model = read_weights(self.source, files, self.hf_config, self.dtype, self.device, self.config)
+            remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
+            with without_default_device():
+                check_contents(self.source, files, self.hf_config, remote)
+        with without_default_device():
+            model = read_weights(self.source, files, self.hf_config, self.dtype, self.device, self.config)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return LoadedModel(model, time.perf_counter() - start, owned=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 from hybridgen.errors import DeviceError
@@ -29,3 +32,11 @@ def resolve_device(name: str) -> torch.device:
     if index >= count:
         raise DeviceError(f"device={name!r}, but there are {count} CUDA devices; choose cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)
+
+
+def without_default_device() -> AbstractContextManager[Any]:
+    """Inside, what names no device is made on the CPU, whatever a script has set with `torch.set_default_device`:
+    transformers would load the model there.
+    """
+    cpu = torch.device("cpu")
+    return nullcontext() if torch.get_default_device() == cpu else cpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hybridgen.errors import CheckpointError, HybridgenError, TokenizerError, UnsupportedModelError
+from hybridgen.errors import CheckpointError, HybridgenError, TokenizerError, UnsupportedModelError, shown
 from hybridgen.loading.checks import read_header, read_json
 from hybridgen.loading.source import LocalSource, Source, load_errors, short
 
@@ -41,6 +42,8 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+_COUNTS = re.compile(r"layer|num_labels|block|expert|n_groups?$|depth")
+_MOST = 100_000
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _RUNNABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,7 +58,9 @@ def read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     file = source.find("config.json")
     if file is None:
         raise source.explain_missing_config()
-    _check_model_type(read_json(file), file, trust_remote_code)
+    raw = read_json(file)
+    _check_values(raw, file)
+    _check_model_type(raw, file, trust_remote_code)
     with load_errors(source, f"{file} cannot be used"):
         config = AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.arguments)
     # A config file can name an attention or expert implementation, and transformers would fetch a name such
@@ -63,6 +68,50 @@ def read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     config._attn_implementation = None
     config._experts_implementation = None
     return config
+
+
+def _check_values(raw: dict[str, Any], file: Path) -> None:
+    """Check what transformers takes for granted.
+
+    Raises:
+        CheckpointError: a value is of a kind, or a count of a size, that no model has.
+    """
+    if raw.get("auto_map") is not None and not isinstance(raw["auto_map"], dict):
+        raise CheckpointError(f"{file}: auto_map={shown(raw['auto_map'])} is no object; write it again")
+    name = raw.get("transformers_weights")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"{file}: transformers_weights={shown(name)} is no file name; write it again")
+    for values in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for field, value in values.items():
+            # Config classes make lists of that length.
+            if isinstance(value, (int, float)) and _COUNTS.search(field) and abs(value) > _MOST:
+                raise CheckpointError(f"{file}: {field}={shown(value)} is more than any model has; write it again")
+
+
+def config_value(config: PreTrainedConfig, name: str) -> Any:
+    """A field of the config; None where there is none, or where it differs between layers."""
+    try:
+        return getattr(config, name, None)
+    except Exception as error:  # transformers' exception for this is newer than the oldest version supported
+        if type(error).__name__ != "AmbiguousGlobalPerLayerAttributeError":
+            raise
+        return None
+
+
+def check_heads(config: PreTrainedConfig) -> None:
+    """Check that the attention heads can share the key-value heads.
+
+    Raises:
+        UnsupportedModelError: they cannot; Hugging Face's code would fail in each forward pass.
+    """
+    heads, shared = config_value(config, "num_attention_heads"), config_value(config, "num_key_value_heads")
+    if not isinstance(heads, int) or not isinstance(shared, int):
+        return
+    if shared < 1 or heads % shared:
+        raise UnsupportedModelError(
+            f"num_attention_heads={heads} is no multiple of num_key_value_heads={shared} in the config; each key-value "
+            "head serves as many attention heads"
+        )
 
 
 def _check_model_type(raw: dict[str, Any], file: Path, trust_remote_code: bool) -> None:
@@ -94,7 +143,8 @@ def remote_model_class(
     Raises:
         CheckpointError: the code is missing or fails.
     """
-    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    auto_map = getattr(config, "auto_map", None)
+    reference = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
     if reference is None or not trust_remote_code:
         return None
     with load_errors(source, f"the code {reference!r} of {source.name!r} cannot be loaded"):
@@ -139,13 +189,16 @@ def given_tokenizer(tokenizer: Any, trust_remote_code: bool, local_files_only: b
 def _tokenizer(name: str, **arguments: Any) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        # Without files, some classes build a tokenizer of special tokens alone, which maps any text to <unk>. Others
+        # are a pair of tokenizers, and have no length.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            return None, f"{name!r} has no vocabulary for its tokenizer"
+        tokenizer("a")
+        tokenizer.decode([0])
     except HybridgenError:
         raise
     except Exception as error:  # tokenizer classes raise what they like when files are missing
         return None, f"{name!r} has no tokenizer that transformers can load ({short(error)})"
-    # Without files, some classes build a tokenizer of special tokens alone, which maps any text to <unk>.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        return None, f"{name!r} has no vocabulary for its tokenizer"
     return tokenizer, None
 
 

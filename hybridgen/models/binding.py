@@ -174,6 +174,11 @@ def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionSite, ...], torch.dty
     seen: list[tuple[nn.Module, LayerShape, int, AttentionCall]] = []
 
     def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict) -> None:
+        if query.shape[1] % key.shape[1]:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has {query.shape[1]} attention heads for {key.shape[1]} key-value heads; "
+                "each key-value head serves as many attention heads"
+            )
         shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
         scale = kwargs.get("scaling")
         call = AttentionCall(

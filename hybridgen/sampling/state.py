@@ -264,7 +264,7 @@ class SamplerState:
 
         Torch's pinned allocator keeps a freed block until the copies that read it are done.
         """
-        host = torch.as_tensor(values, dtype=dtype)
+        host = torch.as_tensor(values, dtype=dtype, device="cpu")
         return host.pin_memory() if self.device.type == "cuda" else host
 
     def _on_device(self, values: Sequence[float] | Tensor, dtype: torch.dtype) -> Tensor:
@@ -273,7 +273,7 @@ class SamplerState:
     def _ids(self, ids: Sequence[int]) -> Tensor:
         """int64 on the device. Ids without a logit are left out: they cannot be chosen (a model can embed
         more)."""
-        host = torch.as_tensor(ids, dtype=torch.int64)
+        host = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
         return self._on_device(host[(host >= 0) & (host < self.vocab_size)], torch.int64)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
+from hybridgen.arguments import end_streamer
 from hybridgen.core import TokenEvent
 from hybridgen.errors import HybridgenError, Interrupted, ServerError
 from hybridgen.params import SamplingParams
@@ -73,7 +74,14 @@ class Client:
             RequestError: the one prompt failed while it ran.
             Interrupted: Ctrl-C; holds what was finished.
         """
-        call = Call(prompts, sampling, fields)
+        try:
+            results = self._generate(Call(prompts, sampling, fields), streamer)
+        finally:
+            end_streamer(streamer)
+        return results.result()
+
+    def _generate(self, call: Call, streamer: Any) -> Results:
+        """Run a call to its end."""
         results = Results(call)
         if streamer is not None:
             call.check_streamer(streamer)
@@ -92,9 +100,7 @@ class Client:
             ) from None
         finally:
             self._abandon(link, exchange)
-            if streamer is not None:
-                streamer.end()
-        return results.result()
+        return results
 
     def stream(
         self,
@@ -259,6 +265,6 @@ class _Feeder:
         if not self._begun:
             self._begun = True
             prompt = message.get("prompt_token_ids") or message["completion"]["prompt_token_ids"]
-            self._streamer.put(torch.tensor([prompt]))
+            self._streamer.put(torch.tensor([prompt], device="cpu"))
         if message["token_id"] is not None:
-            self._streamer.put(torch.tensor([message["token_id"]]))
+            self._streamer.put(torch.tensor([message["token_id"]], device="cpu"))

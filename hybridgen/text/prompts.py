@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -9,6 +11,8 @@ import numpy as np
 import torch
 
 from hybridgen.errors import PromptError, TokenizerError, shown
+
+logger = logging.getLogger(__name__)
 
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: `role`, `content`, and whatever else the tokenizer's chat template reads."""
@@ -120,7 +124,22 @@ def _encode_text(text: str, index: int, tokenizer: Any) -> list[int]:
             f"prompt {index} ({shown(text, 30)}) cannot be encoded by the tokenizer: {_reason(error)}; change the "
             "text, or give token ids"
         ) from error
-    return _plain_ids(ids, index)
+    plain = _plain_ids(ids, index)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and plain[:2] == [bos, bos]:
+        _warn_of_two_beginnings(getattr(tokenizer, "bos_token", None))
+    return plain
+
+
+@functools.cache
+def _warn_of_two_beginnings(token: Any) -> None:
+    """Text of `apply_chat_template(tokenize=False)` has the token, and the tokenizer adds another. Both are kept, as
+    Hugging Face keeps them."""
+    logger.warning(
+        "a prompt begins with %s twice: the text has it, and the tokenizer adds it; take it out of the text, or give "
+        "the chat's messages as the prompt",
+        shown(token),
+    )
 
 
 def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> list[int]:

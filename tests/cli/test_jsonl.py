@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from hybridgen.cli.jsonl import Job, ResultFile, read_jobs, result, same_file
-from hybridgen.errors import HybridgenError, PromptError
+from hybridgen.cli.jsonl import Job, ResultFile, failure, model_settings, read_jobs, result, same_file, settings_of
+from hybridgen.errors import HybridgenError, PromptError, SamplingError
+from hybridgen.params import SamplingParams
 
 
 def record(job: Job, error: str | None = None) -> dict[str, Any]:
@@ -185,3 +186,116 @@ def test_same_file(tmp_path: Path) -> None:
     assert not same_file(tmp_path / "a", tmp_path / "b")
     assert not same_file(tmp_path / "a", tmp_path / "new")
     assert same_file(tmp_path / "new", tmp_path / "." / "new")
+
+
+BOM = "\ufeff"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f'{BOM}{{"prompt": "x"}}\r\n"y"\r\n'.encode(),
+        f'{BOM}{{"prompt": "x"}}\r\n{BOM}"y"\r\n'.encode(),
+        '{"prompt": "x"}\r\n"y"\r\n'.encode("utf-16"),
+        f'{BOM}{{"prompt": "x"}}\r\n"y"\r\n'.encode("utf-16-be"),
+    ],
+)
+def test_byte_order_marks_are_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content)
+    assert read_jobs(tmp_path / "in.jsonl") == [Job(1, "x"), Job(2, "y")]
+
+
+def test_results_with_a_byte_order_mark_are_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(BOM.encode() + line(A) + b"\n" + line(C) + b"\n")
+    assert opened(path, A, C) == [True, True]
+    path.write_bytes(BOM.encode() + line(A)[:20])
+    assert opened(path, A) == [False]
+
+
+def test_a_lines_sampling_fields_go_before_the_commands(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [
+        {"prompt": "x"},
+        {"prompt": "y", "temperature": 0.5, "logit_bias": {"3": -1}, "stop": "z"},
+        {"prompt": "z", "n": 2, "seed": 2**63 - 1},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    first, second, third, fourth = read_jobs(path, {"temperature": 0.9, "seed": 1})
+    assert first == Job(1, "x", SamplingParams(temperature=0.9, seed=1))
+    assert second.sampling == SamplingParams(temperature=0.5, seed=1, logit_bias={3: -1.0}, stop=["z"])
+    assert [third.choice, fourth.choice] == [0, 1]
+    assert [third.sampling.seed, fourth.sampling.seed] == [2**63 - 1, 0]
+    assert third.key != fourth.key
+    with pytest.raises(SamplingError, match="temperature=-1"):
+        read_jobs(path, {"temperature": -1})
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"prompt": "x", "temprature": 1}, "in.jsonl:2: sampling: unknown keyword 'temprature'; did you mean"),
+        ({"prompt": "x", "text": "y"}, "in.jsonl:2: sampling: unknown keyword 'text'"),
+        ({"prompt": "x", "temperature": -1}, "in.jsonl:2: temperature=-1"),
+        ({"prompt": "x", "logit_bias": {"a": 1}}, "in.jsonl:2: logit_bias has the key 'a'"),
+        ({"prompt": "x", "stop": 5}, "in.jsonl:2: stop=5"),
+        ({"prompt": "x", "model": "other"}, "in.jsonl:2: sampling: unknown keyword 'model'"),
+    ],
+)
+def test_keys_that_are_no_sampling_fields_are_refused(tmp_path: Path, line: dict[str, Any], words: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('"fine"\n' + json.dumps(line))
+    with pytest.raises(PromptError, match=words):
+        read_jobs(path)
+    fine, bad = read_jobs(path, skip=True)
+    assert fine == Job(1, "fine")
+    assert bad.problem is not None
+    assert words in bad.problem
+    assert (bad.id, failure(bad, bad.problem)["error"]) == (2, bad.problem)
+
+
+def test_results_of_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
+    path, model = tmp_path / "out.jsonl", {"model": "a/b"}
+    job = Job("a", "x", SamplingParams(temperature=0.5, seed=1))
+    file = ResultFile(path)
+    file.append(record(job) | {"settings": settings_of(job, model)})
+    file.append(record(B))
+    file.close()
+    file = ResultFile(path)
+    assert file.has(job, settings_of(job, model))
+    with pytest.raises(PromptError, match=r"other settings \(model: 'a/b' there, 'c/d' here\)"):
+        file.has(job, settings_of(job, {"model": "c/d"}))
+    other = job._replace(sampling=SamplingParams(temperature=0.9))
+    with pytest.raises(PromptError, match=r"\(seed: 1 there, not set here; temperature: 0.5 there, 0.9 here\)"):
+        file.has(other, settings_of(other, model))
+    with pytest.raises(PromptError, match="does not say of which model"):
+        file.has(B, settings_of(B, model))
+    file.close()
+
+
+def test_another_models_files_are_another_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = model_settings(str(tmp_path))
+    assert model_settings(str(tmp_path / ".")) == before
+    (tmp_path / "trainer_state.json").write_text("{}")
+    assert model_settings(str(tmp_path), dtype=None) == before
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert model_settings(str(tmp_path)) != before
+    assert model_settings("owner/name", revision="main") == {"model": "owner/name", "revision": "main"}
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    first = ResultFile(path)
+    first.append(record(A))
+    with pytest.raises(PromptError, match=r"out.jsonl is being written by another process"):
+        ResultFile(path)
+    first.close()
+    assert opened(path, A) == [True]
+    with pytest.raises(PromptError):
+        opened(path, Job(A.id, "another prompt"))
+    path.write_text("notes\n")
+    with pytest.raises(PromptError, match="is not a result"):
+        ResultFile(path)
+    with pytest.raises(PromptError, match="is not a result"):  # not locked by the one that failed
+        ResultFile(path)

@@ -269,3 +269,51 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert findings["mode eager"]["ok"]
     assert {"cuda", "compiler", "cache", "mode jit", "triton"} <= set(findings)
     assert all(finding["detail"] for finding in findings.values())
+
+
+def test_lines_have_sampling_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs = tmp_path / "in.jsonl"
+    lines = [{"prompt": "import os", "id": "a"}, {"prompt": "import os", "max_new_tokens": 2, "n": 2, "seed": 5}]
+    lines[1]["temperature"] = 0.9
+    jobs.write_text("\ufeff" + "\n".join(map(json.dumps, lines)))
+    code, out, _ = run(capsys, "--input", jobs, "--json")
+    assert code == 0
+    found = {(record["id"], record.get("choice")): record for record in map(json.loads, out.splitlines())}
+    assert {key: len(record["token_ids"]) for key, record in found.items()} == {("a", None): 6, (2, 0): 2, (2, 1): 2}
+    assert [found[2, choice]["seed"] for choice in (0, 1)] == [5, 6]
+
+
+def test_a_prompt_that_cannot_run_is_an_error_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    jobs, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = ["import os", {"prompt": [5] * 5000, "id": "long"}, {"prompt": "x", "typo": 1}, {"prompt": [10**6]}, "y ="]
+    jobs.write_text("\n".join(map(json.dumps, lines)) + "\n{\n")
+    code, _, err = run(capsys, "--input", jobs, "--output", output)
+    assert (code, output.exists()) == (2, False)
+    assert "in.jsonl:3" in err
+    code, _, _ = run(capsys, "--input", jobs, "--output", output, "--on-error", "skip")
+    assert code == 1
+    errors = {record["id"]: record["error"] for record in map(json.loads, output.read_text().splitlines())}
+    assert {id: None if error is None else error.split(";")[0][:30] for id, error in errors.items()} == {
+        1: None,
+        "long": "prompt long has 5000 tokens an",
+        3: f"{jobs}:3: sampling: unknown keyword"[:30],
+        4: "prompt 4 holds token id 100000",
+        5: None,
+        6: f"{jobs}:6 is not JSON"[:30],
+    }
+    lines[1] = {"prompt": [5] * 5, "id": "long"}
+    jobs.write_text("\n".join(json.dumps(lines[index]) if index in (0, 1, 4) else "" for index in range(5)))
+    code, _, err = run(capsys, "--input", jobs, "--output", output, "--on-error", "skip")
+    assert code == 0
+    assert "2 of 3 prompts are already in" in err
+
+
+def test_another_model_or_sampling_is_not_mixed_in(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    assert run(capsys, "import os", "--output", output)[0] == 0
+    before = output.read_bytes()
+    for more, words in ([["--top-k", "5"], "top_k: not set there, 5 here"], [["--model", "a/b"], "here"]):
+        code, _, err = run(capsys, "import os", "--output", output, *more)
+        assert code == 2
+        assert words in err
+        assert output.read_bytes() == before

@@ -142,6 +142,12 @@ def test_a_streamer(client: hybridgen.Client, engine: hybridgen.Engine) -> None:
         client.generate(["a", "b"], streamer=Recorder())
     with pytest.raises(hybridgen.SamplingError, match="has no put"):
         client.generate("a", streamer=object())
+    for prompt, fields in (("", {}), ([10**9], {}), ("a", {"temperature": -1}), (["a", "b"], {})):
+        for generate in (client.generate, lambda *args, **kw: hybridgen.generate(f"unix:{client.path}", *args, **kw)):
+            refused = Recorder()
+            with pytest.raises(hybridgen.HybridgenError):
+                generate(prompt, streamer=refused, **fields)
+            assert refused.calls == ["end"]
 
 
 def test_the_front_door(demo: Process, engine: hybridgen.Engine) -> None:

@@ -6,6 +6,7 @@ intent, so that importing one has to be asked for with `trust`.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import shutil
@@ -13,16 +14,22 @@ import tarfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
-from hybridgen.compilation.store.files import UnusableError
+from hybridgen.compilation.store.files import UnusableError, regular_files
 from hybridgen.compilation.store.locks import locked
 from hybridgen.compilation.store.manifest import MANIFEST, READY, Manifest
-from hybridgen.compilation.store.store import DIGEST, Store
+from hybridgen.compilation.store.store import DIGEST, Store, size_cap
 from hybridgen.errors import CacheError, shown
 
 _HEADER = "hybridgen-cache.json"
 _FORMAT = 1
-_MOST_BYTES = 64 * 2**30
+_HEADER_BYTES = 2**20
+_LIST_BYTES = {MANIFEST: 2**24, READY: 2**10}
+"""What is read as a whole must be small."""
+_READ_BYTES = 2**17
+"""In one read: more than what a file is copied by, less than what a header could use to fill the memory."""
+_MEMBERS = 500_000
 
 
 def export_bundle(store: Store, path: Path, digests: Sequence[str] | None = None) -> list[str]:
@@ -81,8 +88,11 @@ def import_bundle(store: Store, path: Path, *, trust: bool) -> tuple[list[str], 
     Returns:
         The digests that came in, and why others did not.
 
+    Entries of the store that were used least recently make room, as when one is published.
+
     Raises:
-        CacheError: `trust` was not given, or the file is no bundle or damaged; then nothing comes in.
+        CacheError: `trust` was not given, the file is no bundle or damaged, or it holds more than the store may; then
+            nothing comes in.
     """
     if not trust:
         raise CacheError(
@@ -92,26 +102,72 @@ def import_bundle(store: Store, path: Path, *, trust: bool) -> tuple[list[str], 
     stage = store.entries_directory / f".new-{uuid.uuid4().hex[:12]}"
     try:
         stage.mkdir(mode=0o700)
-        digests = _unpack(path, stage)
+        digests = _unpack(path, stage, size_cap())
         for digest in digests:
-            manifest = Manifest.read(stage / digest, digest)
-            for name in manifest.files:
-                manifest.read_file(stage / digest, name)
-        return _move_in(store, stage, digests)
-    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, UnusableError, OSError) as error:
-        raise CacheError(f"{path} is no bundle of a compile cache, or damaged: {error}") from error
+            _check(stage / digest, digest)
+        moved = _move_in(store, stage, digests)
+    except CacheError:
+        raise
+    except Exception as error:  # what a damaged archive makes tarfile, gzip, zlib and json raise is not to be listed
+        raise CacheError(
+            f"{path} is no bundle of a compile cache, or damaged: {type(error).__name__}: {error}"
+        ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+    store.prune()
+    return moved
 
 
-def _unpack(path: Path, stage: Path) -> list[str]:
-    """Write the members to `stage`; only regular files below the directories of the entries that it names."""
-    total = 0
-    with tarfile.open(path, mode="r:gz") as bundle:
+def _check(directory: Path, digest: str) -> None:
+    """Check an unpacked entry: it holds what its manifest names, as it was written, and nothing else.
+
+    Raises:
+        UnusableError: it does not.
+    """
+    manifest = Manifest.read(directory, digest)
+    for name in manifest.files:
+        manifest.check_file(directory, name)
+    more = next((name for name in regular_files(directory) if name not in {*manifest.files, MANIFEST, READY}), None)
+    if more is not None:
+        raise UnusableError(f"{shown(more)} is not named by the {MANIFEST} of entry {digest[:12]}")
+
+
+class _Limited:
+    """A bundle's bytes for `tarfile`, which reads each header of a member as a whole, however long it says it is."""
+
+    def __init__(self, file: gzip.GzipFile, most: int) -> None:
+        self._file = file
+        self._most = most
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        """Raises `ValueError` where too much is asked for, or where the bundle goes on for too long."""
+        if not 0 <= size <= _READ_BYTES:
+            raise ValueError(f"it has a header of {size} bytes")
+        if self._file.tell() + size > self._most:
+            raise ValueError(f"it has more than {self._most} bytes")
+        return self._file.read(size)
+
+
+def _unpack(path: Path, stage: Path, most: int) -> list[str]:
+    """Write the members to `stage`; only regular files below the directories of the entries that it names.
+
+    Args:
+        most: bytes of all files.
+    """
+    total = members = 0
+    # Each file is padded and has headers.
+    stream_bytes = most + most // 16 + 2**24
+    with (
+        gzip.open(path, "rb") as unzipped,
+        tarfile.open(fileobj=cast(Any, _Limited(unzipped, stream_bytes)), mode="r:") as bundle,
+    ):
         first = bundle.next()
-        data = bundle.extractfile(first) if first is not None and first.name == _HEADER else None
-        header = json.loads(data.read(2**20)) if data is not None else {}
-        if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        if first is None or first.name != _HEADER or first.size > _HEADER_BYTES:
+            raise ValueError("it has no header")
+        data = bundle.extractfile(first)
+        header = json.loads(data.read()) if data is not None else {}
+        if not isinstance(header, dict) or header.get("format") != _FORMAT or not isinstance(header["entries"], list):
             raise ValueError("it has no header of a format that this version reads")
         digests = [str(digest) for digest in header["entries"]]
         for digest in digests:
@@ -125,9 +181,15 @@ def _unpack(path: Path, stage: Path) -> list[str]:
             if not member.isreg() or digest not in digests or ".." in Path(name).parts or Path(name).is_absolute():
                 raise ValueError(f"it has a member that no bundle has: {shown(member.name)}")
             total += member.size
+            members += 1
+            if total > most or members > _MEMBERS:
+                raise CacheError(
+                    f"{path} is not imported: its files take more than {most} bytes, which is the size cap of the "
+                    "store; set HYBRIDGEN_CACHE_MAX_BYTES, or export fewer entries with --entry"
+                )
             content = bundle.extractfile(member)
-            if total > _MOST_BYTES or content is None:
-                raise ValueError(f"its files have more than {_MOST_BYTES} bytes")
+            if content is None or member.size > _LIST_BYTES.get(name, most):
+                raise ValueError(f"its {shown(member.name)} has {member.size} bytes")
             target = stage / digest / name
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(target, "xb") as file:

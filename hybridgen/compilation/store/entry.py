@@ -6,7 +6,6 @@ they add comes into the store as a new version of the entry, whole (`Store.publi
 
 from __future__ import annotations
 
-import atexit
 import copy
 import json
 import logging
@@ -15,6 +14,7 @@ import re
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,10 +64,13 @@ class Changes(NamedTuple):
 class Entry:
     """The working copy of one entry: directories for compilers and documents by name."""
 
-    def __init__(self, key: Key, directory: Path, *, hit: bool, reason: str, version: Version | None = None) -> None:
+    def __init__(
+        self, key: Key, place: WorkingDirectory, *, hit: bool, reason: str, version: Version | None = None
+    ) -> None:
         """Use `Store.open`."""
         self.key = key
-        self.directory = directory
+        self._place = place
+        self.directory = directory = place.path
         self.hit = hit
         """Whether the store had it."""
         self.reason = reason
@@ -126,6 +129,10 @@ class Entry:
         """
         write_json(self._document(name), _checked(name, document))
 
+    def close(self) -> None:
+        """Delete the working copy: nothing can be published any more. What is loaded of it stays loaded."""
+        self._place.close()
+
     def _document(self, name: str) -> Path:
         return self.directory / "documents" / f"{checked_name(name)}.json"
 
@@ -159,7 +166,7 @@ class Entry:
 
 
 class MemoryEntry:
-    """An entry of no store: documents live as long as it does, kernels as long as the process."""
+    """An entry of no store: documents and kernels live as long as it does."""
 
     hit = False
     changed = False
@@ -170,14 +177,20 @@ class MemoryEntry:
         self.reads: dict[str, bool] = {}
         self._documents: dict[str, dict[str, Any]] = {}
         self._kernels: Path | None = None
+        self._undo: Any = None
 
     @property
     def kernels(self) -> Path:
-        """A private directory that is deleted when the process ends."""
+        """A private directory that is deleted with the entry."""
         if self._kernels is None:
             self._kernels = Path(tempfile.mkdtemp(prefix="hybridgen-kernels-"))
-            atexit.register(_delete, self._kernels, os.getpid())
+            self._undo = weakref.finalize(self, delete, self._kernels, os.getpid())
         return self._kernels
+
+    def close(self) -> None:
+        """Delete the directory of kernels, if there is one. What is loaded of it stays loaded."""
+        if self._undo is not None:
+            self._undo()
 
     def read_document(self, name: str) -> dict[str, Any] | None:
         """What `write_document` was given; None before.
@@ -199,7 +212,8 @@ class MemoryEntry:
 
 
 class WorkingDirectory:
-    """A directory for a working copy, ours until the process ends; what a killed process left is deleted by others."""
+    """A directory for a working copy, deleted by `close()`, when it is dropped, or when the process ends; what a killed
+    process left is deleted by others."""
 
     def __init__(self, work: Path | None) -> None:
         """Make one in `work`, or among the temporary files where that cannot be written.
@@ -221,7 +235,17 @@ class WorkingDirectory:
         self._lock.take()
         if self.outside is None:  # from here on others see it, and that it is locked
             self.path = self.path.rename(self.path.with_name(self.path.name.removeprefix(_MADE)))
-        atexit.register(_delete, self.path, os.getpid())
+        self._undo = weakref.finalize(self, _give_up, self.path, self._lock, os.getpid())
+
+    def close(self) -> None:
+        """Delete it and let go of its lock. Closing twice is fine."""
+        self._undo()
+
+
+def _give_up(path: Path, lock: FileLock, owner: int) -> None:
+    delete(path, owner)  # before its lock, or another process could take it for a leftover meanwhile
+    if os.getpid() == owner:
+        lock.release()
 
 
 def sweep(work: Path) -> None:
@@ -285,6 +309,7 @@ def _kept(name: str) -> bool:
     return name.split("/", 1)[0] in PARTS and not _LEFT_OUT.search(name)
 
 
-def _delete(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not in a child that was forked
+def delete(path: Path, owner: int) -> None:
+    """Delete a directory of this process; nothing in a child that was forked."""
+    if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)

@@ -6,14 +6,16 @@ environment when it is first asked (`torch/_inductor/runtime/cache_dir_utils.py`
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from hybridgen.compilation.store.entry import Entry
+from hybridgen.compilation.store.entry import Entry, delete
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,9 @@ INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 _MARK = "_HYBRIDGEN_SET_"
 """Before the name of a variable: what we set it to, so that a child process does not take it for the user's."""
 _ours: dict[str, str] = {}
-"""What we set last, by variable."""
+"""What we set last, by variable; for Triton also where its files are once the entry is closed."""
+_aside: list[Path] = []
+"""The directory of what Triton compiled for closed entries, once there is one."""
 
 
 def direct_to(entry: Entry) -> list[str]:
@@ -42,11 +46,28 @@ def direct_to(entry: Entry) -> list[str]:
 
 
 def restore(entry: Entry) -> None:
-    """Unset what was set, unless a later engine has sent compilers elsewhere. The directories stay until exit."""
+    """Unset what was set, unless a later engine has sent compilers elsewhere. The entry can then be closed: what Triton
+    compiled for it is put aside for the process's next entry, since what is loaded is not compiled again."""
     for variable, directory in ((INDUCTOR, entry.inductor), (TRITON, entry.triton)):
         if os.environ.get(variable) == str(directory):
             del os.environ[variable]
             os.environ.pop(_MARK + variable, None)
+    if _ours.get(TRITON) == str(entry.triton):
+        if any(entry.triton.iterdir()):
+            _ours[TRITON] = str(_put_aside(entry.triton))
+        elif _aside:
+            _ours[TRITON] = str(_aside[0])
+        else:
+            del _ours[TRITON]
+
+
+def _put_aside(triton: Path) -> Path:
+    """Copy Triton's files to one directory of this process, which is deleted when it ends."""
+    if not _aside:
+        _aside.append(Path(tempfile.mkdtemp(prefix="hybridgen-triton-")))
+        atexit.register(delete, _aside[0], os.getpid())
+    _copy_missing(triton, _aside[0])
+    return _aside[0]
 
 
 def _is_users(variable: str) -> bool:

@@ -44,15 +44,18 @@ def read_checked(path: Path, name: str) -> bytes:
         if path.is_symlink():
             raise UnusableError(f"{name} is a symbolic link") from None
         raise UnusableError(f"{name} cannot be read ({error.strerror})") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
+        # Looked at first: a directory can be opened, and only Python's file object refuses it.
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise UnusableError(f"{name} is not a regular file")
         check_owned(info, name)
-        try:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read()
-        except OSError as error:
-            raise UnusableError(f"{name} cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise UnusableError(f"{name} cannot be read ({error.strerror})") from None
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(read_checked(path, name))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UnusableError(f"{name} is not JSON") from None
     if not isinstance(value, dict):
         raise UnusableError(f"{name} holds no JSON object")

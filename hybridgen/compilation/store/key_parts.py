@@ -230,12 +230,23 @@ def _changed_settings(module: Any) -> dict[str, Any]:
 
 
 def source_hash(root: Path | None = None) -> str:
-    """SHA-256 of hybridgen's own sources that are traced or decide about it."""
+    """SHA-256 of hybridgen's own sources that are traced or decide about it.
+
+    Raises:
+        FileNotFoundError: one of `_SOURCES` has no file. Hashed as nothing, it would let code that changed be taken for
+            the code that an entry was made with.
+    """
     root = Path(__file__).resolve().parents[2] if root is None else root
     digest = hashlib.sha256()
     for name in _SOURCES:
         path = root / name
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")) + sorted(path.rglob("*.cu*")):
+        files = [path] if path.is_file() else sorted(path.rglob("*.py")) + sorted(path.rglob("*.cu*"))
+        if not files:
+            raise FileNotFoundError(
+                f"{path} has no source files, and the compile cache's key is made of them; correct _SOURCES in "
+                f"{Path(__file__).name}"
+            )
+        for file in files:
             digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 

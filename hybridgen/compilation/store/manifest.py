@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -79,9 +80,12 @@ class Manifest:
             key = Key(dict(value["parts"]))
             files = {_checked(name): (int(f["bytes"]), str(f["sha256"])) for name, f in value["files"].items()}
             created = float(value["created"])
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise UnusableError(f"{MANIFEST} lacks what it should have") from None
         parents = {parent for name in files for parent in Path(name).parents}
+        both = next((name for name in sorted(files) if Path(name) in parents), None)
+        if both is not None:
+            raise UnusableError(f"{MANIFEST} names {both} as a file and as a directory")
         linked = next((parent for parent in sorted(parents) if (directory / parent).is_symlink()), None)
         if linked is not None:
             raise UnusableError(f"{linked} is a symbolic link")
@@ -103,6 +107,23 @@ class Manifest:
             raise UnusableError(f"{name} has other contents than were written (SHA-256 differs)")
         return data
 
+    def check_file(self, directory: Path, name: str) -> None:
+        """As `read_file`, without holding the file's bytes.
+
+        Raises:
+            UnusableError: they are not those that were written.
+        """
+        size, digest = self.files[name]
+        path = directory / name
+        try:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            there = os.stat(path).st_size
+        except OSError as error:
+            raise UnusableError(f"{name} cannot be read ({error.strerror})") from None
+        if there != size or found != digest:
+            raise UnusableError(f"{name} has other contents than were written")
+
     def check_for(self, key: Key) -> None:
         """Raise unless it is for this key.
 
@@ -117,6 +138,7 @@ class Manifest:
 def _checked(name: Any) -> str:
     """A relative name that stays inside one of an entry's directories."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or path.parts[0] not in PARTS:
+    os.fsencode(name)  # a lone surrogate is a ValueError
+    if "\0" in name or path.is_absolute() or ".." in path.parts or len(path.parts) < 2 or path.parts[0] not in PARTS:
         raise ValueError(name)
     return str(path)

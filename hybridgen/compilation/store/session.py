@@ -196,11 +196,12 @@ class CompileCache:
             self._build.close()
 
     def close(self) -> None:
-        """The engine is closed, or did not start."""
+        """The engine is closed, or did not start: nothing of its working copy stays. Closing twice is fine."""
         self._build.close()
         self._use.close()
         if isinstance(self.entry, Entry):
             environment.restore(self.entry)
+        self.entry.close()
 
 
 def why_off(config: EngineConfig, mode: Mode, device_type: str) -> str | None:

@@ -161,8 +161,8 @@ class Store:
         place = WorkingDirectory(self.work if self.writable else None)
         found = self._copy_to(place.path, key)
         if isinstance(found, Version):
-            return Entry(key, place.path, hit=True, reason=place.outside or "found", version=found)
-        return Entry(key, place.path, hit=False, reason=found)
+            return Entry(key, place, hit=True, reason=place.outside or "found", version=found)
+        return Entry(key, place, hit=False, reason=found)
 
     def _copy_to(self, destination: Path, key: Key) -> Version | str:
         """Copy the entry for a key; returns which version that was, or why there is none to copy."""
@@ -382,6 +382,8 @@ class Store:
         compared = {digest: key.differences(manifest.key.parts) for digest, manifest in usable.items()}
         nearest = min(compared, key=lambda digest: len(compared[digest]))
         reason = f"no entry for this key; the nearest, {nearest[:12]}, differs in {describe(compared[nearest])}"
+        if "hybridgen sources" in compared[nearest]:
+            reason += "; hybridgen's own code has changed since it was made"
         return Explanation(key, False, reason, nearest, compared[nearest])
 
     def check(self, key: Key) -> Explanation:
@@ -403,7 +405,7 @@ class Store:
 
     def prune(self, max_bytes: int | None = None, *, keep: str | None = None) -> list[str]:
         """Delete entries, the least recently used first, until the rest fits; returns their digests."""
-        limit = _max_bytes() if max_bytes is None else max_bytes
+        limit = size_cap() if max_bytes is None else max_bytes
         infos = self.entries()
         total = sum(info.bytes for info in infos)
         deleted = []
@@ -486,7 +488,8 @@ def _changed_at(path: Path) -> float:
         return math.inf
 
 
-def _max_bytes() -> int:
+def size_cap() -> int:
+    """The size cap of all entries together."""
     text = os.environ.get("HYBRIDGEN_CACHE_MAX_BYTES", "")
     return int(text) if text.isdigit() else MAX_BYTES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -520,3 +521,61 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         process.stdout.close()
         assert store.check(key).hit
     assert not (store.root / "quarantine").exists()
+
+
+@pytest.mark.parametrize("name", ["inductor/ab/kernel", "manifest.json", "ready"])
+@pytest.mark.parametrize("kind", ["directory", "fifo"])
+def test_what_is_no_file_is_moved_aside(store: Store, name: str, kind: str) -> None:
+    path = fill(store) / name
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    before = len(os.listdir("/proc/self/fd"))
+    assert not store.check(KEY).hit
+    assert len(store.entries()) == 1
+    with store.open(KEY) as opened:
+        assert not opened.hit
+        assert "is not a regular file" in opened.reason
+        opened.close()
+    assert store.entries() == []
+    assert len(list((store.root / "quarantine").iterdir())) == 1
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_entry_that_is_a_file_is_moved_aside(store: Store) -> None:
+    directory = fill(store)
+    shutil.rmtree(directory)
+    directory.write_bytes(b"no directory")
+    with store.open(KEY) as opened:
+        assert not opened.hit
+    fill(store)
+    assert store.check(KEY).hit
+
+
+def test_a_closed_or_dropped_working_copy_leaves_nothing(store: Store) -> None:
+    fill(store)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for close in (True, False):
+        for _ in range(3):
+            with store.open(KEY) as opened:
+                assert opened.hit
+                if close:
+                    opened.close()
+                    opened.close()
+            del opened
+    gc.collect()
+    assert list(store.work.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_miss_after_hybridgen_changed_says_so(store: Store) -> None:
+    old = Key({**KEY.parts, "hybridgen sources": "a" * 64})
+    fill(store, old)
+    found = store.check(Key({**KEY.parts, "hybridgen sources": "b" * 64}))
+    assert "hybridgen sources: aaaa" not in found.reason
+    assert "hybridgen sources: bbbbbbbbbbbb here, aaaaaaaaaaaa there" in found.reason
+    assert "own code has changed" in found.reason
+    assert set(found.differences or {}) == {"hybridgen sources"}

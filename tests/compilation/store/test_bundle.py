@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hybridgen.compilation.store import Key, Store
 from hybridgen.compilation.store.bundle import export_bundle, import_bundle
+from hybridgen.compilation.store.files import sha256
 from hybridgen.errors import CacheError
 
 KEYS = [Key({"number": number}) for number in range(2)]
@@ -99,3 +103,99 @@ def test_a_bundle_comes_in_whatever_the_umask(store: Store, tmp_path: Path) -> N
         os.umask(mask)
     assert imported
     assert not left
+
+
+def forge(path: Path, header: bytes, members: list[tuple[str, bytes]], **pax: str) -> None:
+    """A bundle as nobody's export writes it."""
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT, pax_headers=pax) as bundle:
+        for name, data in [("hybridgen-cache.json", header), *members]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            bundle.addfile(info, io.BytesIO(data))
+
+
+def entry_of(manifest: dict[str, Any] | bytes, *others: tuple[str, bytes]) -> list[tuple[str, bytes]]:
+    """The members of the first key's entry."""
+    data = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+    members = [*others, ("manifest.json", data), ("ready", sha256(data).encode())]
+    return [(f"{KEYS[0].digest}/{name}", data) for name, data in members]
+
+
+def manifest_of(**changes: Any) -> dict[str, Any]:
+    key = KEYS[0]
+    return {"format": 1, "key": key.digest, "parts": dict(key.parts), "created": 1.0, "files": {}} | changes
+
+
+HEADER = json.dumps({"format": 1, "entries": [KEYS[0].digest]}).encode()
+FILE = {"bytes": 1, "sha256": sha256(b"x")}
+
+
+@pytest.mark.parametrize(
+    ("header", "members"),
+    [
+        (b"[" * 100_000, []),
+        (b'{"format": 1, "entries": "ab"}', []),
+        (b'{"format": 1}', []),
+        (b" " * 2**21, []),
+        (HEADER, entry_of(b"[" * 100_000)),
+        (HEADER, entry_of(b"[" * (2**24 + 1))),
+        (HEADER, entry_of(manifest_of(created=10**400))),
+        (HEADER, entry_of(manifest_of(files={"aot/x": {"bytes": 1e999, "sha256": "0"}}))),
+        (HEADER, entry_of(manifest_of(files={"aot/\ud800": FILE}))),
+        (HEADER, entry_of(manifest_of(files={"aot/a\0b": FILE}))),
+        (HEADER, entry_of(manifest_of(files={"aot/x": FILE, "aot/x/y": FILE}), ("aot/x", b"x"))),
+        (HEADER, entry_of(manifest_of(files={"aot/x": FILE}), ("aot/x", b"x"), ("aot/more", b"y"))),
+        (HEADER, entry_of(manifest_of(), ("evil.pth", b"y"))),
+    ],
+)
+def test_hostile_bundles_are_one_of_our_errors(tmp_path: Path, header: bytes, members: list[tuple[str, bytes]]) -> None:
+    forge(tmp_path / "b.tgz", header, members)
+    store = Store(tmp_path / "other")
+    with pytest.raises(CacheError, match="no bundle of a compile cache, or damaged"):
+        import_bundle(store, tmp_path / "b.tgz", trust=True)
+    assert list(store.entries_directory.iterdir()) == []
+
+
+def test_every_damaged_byte_is_one_of_our_errors_or_harmless(store: Store, tmp_path: Path) -> None:
+    export_bundle(store, tmp_path / "b.tgz")
+    data = (tmp_path / "b.tgz").read_bytes()
+    other = Store(tmp_path / "other")
+    for position in range(0, len(data), 7):
+        (tmp_path / "bad.tgz").write_bytes(data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :])
+        try:
+            import_bundle(other, tmp_path / "bad.tgz", trust=True)
+        except CacheError:
+            continue
+    assert all(info.problem is None for info in other.entries())
+
+
+def test_a_header_of_a_member_is_read_with_a_limit(tmp_path: Path) -> None:
+    """`tarfile` reads a pax header as a whole: 64 MiB of one letter are 64 KiB in a bundle."""
+    forge(tmp_path / "b.tgz", HEADER, [], comment="a" * 2**26)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CacheError, match="a header of"):
+            import_bundle(Store(tmp_path / "other"), tmp_path / "b.tgz", trust=True)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_more_comes_in_than_the_store_may_hold(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_bundle(store, tmp_path / "b.tgz")
+    other = Store(tmp_path / "other")
+    monkeypatch.setenv("HYBRIDGEN_CACHE_MAX_BYTES", "100")
+    with pytest.raises(CacheError, match="more than 100 bytes, which is the size cap"):
+        import_bundle(other, tmp_path / "b.tgz", trust=True)
+    assert list(other.entries_directory.iterdir()) == []
+    size = sum(info.bytes for info in store.entries())
+    monkeypatch.setenv("HYBRIDGEN_CACHE_MAX_BYTES", str(size + 100))
+    older = Key({"number": "older"})
+    with other.open(older) as entry:
+        (entry.inductor / "code").write_bytes(b"x" * 200)
+        other.publish(entry)
+    os.utime(other.path_of(older.digest) / "ready", (1, 1))
+    import_bundle(other, tmp_path / "b.tgz", trust=True)
+    assert {info.digest for info in other.entries()} == {key.digest for key in KEYS}

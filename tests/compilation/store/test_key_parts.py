@@ -165,3 +165,13 @@ def test_a_live_model_and_its_files_have_one_key(tmp_path: Path) -> None:
         checkpoint = Checkpoint.open(model, CONFIG)
         keys.append(key_for(checkpoint, CONFIG, **cache_settings(checkpoint, CONFIG)))
     assert keys[0].differences(keys[1].parts) == {}
+
+
+@pytest.mark.parametrize("name", parts._SOURCES)
+def test_a_source_that_is_not_there_is_no_empty_source(tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "hybridgen"
+    shutil.copytree(Path(hybridgen.__file__).parent, copy, ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    path = copy / name
+    path.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"has no source files.*_SOURCES"):
+        parts.source_hash(copy)

@@ -32,6 +32,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for variable in (*VARIABLES, *MARKS):
         monkeypatch.delenv(variable, raising=False)
     environment._ours.clear()
+    monkeypatch.setattr(environment, "_aside", [])
     yield
     for variable in (*VARIABLES, *MARKS):
         os.environ.pop(variable, None)
@@ -105,6 +106,20 @@ def test_a_later_engine_has_its_own_and_closing_the_first_leaves_it(tmp_path: Pa
     first.close()
     assert os.environ["TRITON_CACHE_DIR"] == str(second.entry.triton)
     second.close()
+
+
+def test_what_triton_compiled_outlives_the_working_copy_of_a_closed_engine(tmp_path: Path, llama_path: Path) -> None:
+    first = opened(tmp_path / "store", llama_path)
+    group = first.entry.triton / "HASH" / "__grp__kernel.json"
+    group.parent.mkdir()
+    group.write_text(f'{{"child_paths": {{"kernel.cubin": "{group.parent}/kernel.cubin"}}}}')
+    first.end_start()
+    first.close()
+    assert list((tmp_path / "store" / "work").iterdir()) == []
+    second = opened(tmp_path / "store", llama_path, max_batch=3)
+    assert str(second.entry.triton) in (second.entry.triton / "HASH" / "__grp__kernel.json").read_text()
+    second.close()
+    assert list((tmp_path / "store" / "work").iterdir()) == []
 
 
 @pytest.mark.parametrize(
