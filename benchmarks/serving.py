@@ -34,13 +34,16 @@ CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 class Clock:
-    """A `hybridgen.serving.adapter.Model` whose tokens' texts are the time at which they were made."""
+    """A `hybridgen.serving.service.adapter.Model` whose tokens' texts are the time at which they were made."""
 
     description: ClassVar[dict[str, Any]] = {"model": "clock", "mode": "none", "max_batch": 64, "max_context": 100_000}
 
     def __init__(self, step_seconds: float) -> None:
         self._step_seconds = step_seconds
         self._runs: list[dict[str, Any]] = []
+
+    def encode(self, prompt: Any, index: int) -> Any:
+        return prompt
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[dict[str, Any]]:
         runs = [

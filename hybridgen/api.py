@@ -14,9 +14,9 @@ from hybridgen.core import TokenEvent
 from hybridgen.demo import model_path
 from hybridgen.errors import ConfigError, PromptError, shown
 from hybridgen.params import SamplingParams
-from hybridgen.serving.address import SCHEME, socket_path
 from hybridgen.serving.client import Client
-from hybridgen.serving.exchange import Call
+from hybridgen.serving.client.exchange import Call
+from hybridgen.serving.unix.address import SCHEME, socket_path
 
 # What needs torch is imported where it is used: a call of a server does without.
 if TYPE_CHECKING:

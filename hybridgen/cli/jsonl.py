@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, shown
 from hybridgen.params import MAX_INT, SamplingParams
-from hybridgen.serving.messages import sampling_from_wire, sampling_to_wire
+from hybridgen.serving.unix.messages import sampling_from_wire, sampling_to_wire
 
 if TYPE_CHECKING:
     from hybridgen.core import Completion

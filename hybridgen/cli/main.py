@@ -27,7 +27,7 @@ from hybridgen.cli.jsonl import (
 )
 from hybridgen.config import Mode
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, TokenizerError
-from hybridgen.serving.messages import sampling_from_wire
+from hybridgen.serving.unix.messages import sampling_from_wire
 
 if TYPE_CHECKING:
     from hybridgen.core import Completion, TokenEvent
@@ -44,7 +44,7 @@ _LIMITS = {
     "queue": "completions that run or wait",
     "clients": "connections",
 }
-"""Fields of `hybridgen.serving.limits.Limits` that are options."""
+"""Fields of `hybridgen.serving.service.limits.Limits` that are options."""
 _ENGINE_OPTIONS = (
     "mode", "dtype", "device", "revision", "trust_remote_code", "max_batch", "max_context", "kv_memory",
 )  # fmt: skip
@@ -233,8 +233,8 @@ def _client(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from hybridgen.config import EngineConfig
-    from hybridgen.serving.limits import Limits
     from hybridgen.serving.process import ServeOptions, serve
+    from hybridgen.serving.service.limits import Limits
 
     config = EngineConfig.of(None, _given(arguments, _ENGINE_OPTIONS))
     limits = {name: getattr(arguments, f"limit_{name}") for name in _LIMITS}

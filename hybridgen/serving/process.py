@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from hybridgen.errors import ConfigError, ServerError, shown
-from hybridgen.serving.adapter import EngineModel, Model
-from hybridgen.serving.address import Lease, socket_path
-from hybridgen.serving.limits import Limits
-from hybridgen.serving.metrics import Metrics
-from hybridgen.serving.server import Server
+from hybridgen.serving.lifecycle.descriptors import require_descriptors
+from hybridgen.serving.lifecycle.endpoint import DESCRIPTORS as ENDPOINT_DESCRIPTORS
+from hybridgen.serving.lifecycle.endpoint import Endpoint
+from hybridgen.serving.lifecycle.lifecycle import Lifecycle
+from hybridgen.serving.lifecycle.ready_file import check_ready_file, remove_ready_file, write_ready_file
+from hybridgen.serving.service.adapter import EngineModel, Model
+from hybridgen.serving.service.limits import Limits
+from hybridgen.serving.service.metrics import Metrics
+from hybridgen.serving.service.service import Service
+from hybridgen.serving.unix.address import Lease, socket_path
+from hybridgen.serving.unix.server import DESCRIPTORS as SOCKET_DESCRIPTORS
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +33,9 @@ JOIN_SECONDS = 10.0
 """How long the generator thread has to close the engine before the process ends without it."""
 SWITCH_SECONDS = 0.0005
 """How long one thread may keep Python's lock while the other wants it (Python's own default is ten times as much)."""
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+"""Each of them drains; the second aborts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,45 +85,53 @@ def serve(load: Callable[[], Any], options: ServeOptions, note: Callable[[str], 
 def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable[[str], None]) -> int:
     """`serve()` with any `Model`."""
     metrics = None if options.metrics is None else Metrics()
-    metrics_port = None
+    endpoint: Endpoint | None = None
     handlers: dict[int, Any] = {}
+    more = 0 if metrics is None else ENDPOINT_DESCRIPTORS
+    require_descriptors(options.limits.clients + SOCKET_DESCRIPTORS + more)
     lease = Lease(socket_path(options.socket))  # before the model is loaded: what is wrong here should not cost that
     try:
         if options.ready_file is not None:
-            _remove_file(options.ready_file)
-            _check_file(options.ready_file)
-        server = Server(
-            lease,
+            check_ready_file(options.ready_file)
+        service = Service(
             load,
             limits=options.limits,
             step_seconds=options.step_seconds,
-            drain_seconds=options.drain_seconds,
-            idle_exit=options.idle_exit,
-            on_ready=lambda server: _announce(server, lease, options, metrics_port, note),
             on_done=(lambda done: None) if metrics is None else metrics.completed,
         )
         if metrics is not None and options.metrics is not None:
-            metrics_port = metrics.listen(options.metrics, server)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # Not the loop's handlers, which go with it: another signal must not stop the cleaning up below.
-            handlers[number] = signal.signal(number, lambda number, frame: server.signalled())
+            endpoint = Endpoint(options.metrics, metrics)
+            metrics.watch(service)
+        life = Lifecycle(
+            lease,
+            service,
+            step_seconds=options.step_seconds,
+            drain_seconds=options.drain_seconds,
+            idle_exit=options.idle_exit,
+            endpoint=endpoint,
+            on_ready=lambda: _announce(service, lease, options, endpoint, note),
+        )
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, which is then meant
+                # Not the loop's handlers, which go with it: another signal must not stop the cleaning up below.
+                handlers[number] = signal.signal(number, lambda number, frame: life.signalled())
         sys.setswitchinterval(SWITCH_SECONDS)
-        error = asyncio.run(server.run())
-        server.generator.join(JOIN_SECONDS if server.description else 0.1)
+        error = asyncio.run(life.run())
+        service.generator.join(JOIN_SECONDS if service.description else 0.1)
     finally:
-        if metrics is not None:
-            metrics.close()
+        if endpoint is not None:
+            endpoint.close()
         if options.ready_file is not None:
             with suppress(ServerError):
-                _remove_file(options.ready_file)
+                remove_ready_file(options.ready_file)
         lease.release()
         for handled, handler in handlers.items():
             signal.signal(handled, signal.SIG_DFL if handler is None else handler)
-    if error is not None and not server.description and not server.generator.is_alive():
+    if error is not None and not service.description and not service.generator.is_alive():
         raise error  # it could not be loaded
     note("hybridgen: ended" if error is None else f"hybridgen: ended: {error}")
     status = 0 if error is None else 1
-    if server.generator.is_alive():
+    if service.generator.is_alive():
         # It loads, compiles or hangs, and the interpreter would wait for it or crash under it.
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
@@ -126,50 +142,12 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
 
 
 def _announce(
-    server: Server, lease: Lease, options: ServeOptions, metrics_port: int | None, note: Callable[[str], None]
+    service: Service, lease: Lease, options: ServeOptions, endpoint: Endpoint | None, note: Callable[[str], None]
 ) -> None:
     facts: dict[str, Any] = {"socket": str(lease.path), "pid": os.getpid()}
-    if metrics_port is not None:
-        facts["metrics_port"] = metrics_port
-        note(f"hybridgen: metrics at http://127.0.0.1:{metrics_port}/metrics")
+    if endpoint is not None:
+        facts["metrics_port"] = endpoint.port
+        note(f"hybridgen: metrics at http://127.0.0.1:{endpoint.port}/metrics")
     if options.ready_file is not None:
-        _write_file(options.ready_file, json.dumps(facts) + "\n")
-    note(f"hybridgen: serving {server.description['model']} at {lease.path}")
-
-
-def _check_file(path: Path) -> None:
-    """Check that a file can be written there, before the model is loaded."""
-    part = _part(path)
-    try:
-        part.touch()
-        part.unlink()
-    except OSError as error:
-        raise ServerError(f"--ready-file {path} cannot be written: {error.strerror}") from error
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def _write_file(path: Path, text: str) -> None:
-    """Write a file so that whoever sees it sees all of it."""
-    part = _part(path)
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise ServerError(f"--ready-file {path} cannot be written: {error.strerror}") from error
-
-
-def _remove_file(path: Path) -> None:
-    """Remove what a server before this one left."""
-    try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise ServerError(f"--ready-file {path} is there and is no file; name another")
-        path.unlink()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ServerError(f"--ready-file {path} cannot be removed: {error.strerror}") from error
+        write_ready_file(options.ready_file, json.dumps(facts) + "\n")
+    note(f"hybridgen: serving {service.description['model']} at {lease.path}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hybridgen.errors import PromptError, TokenizerError, shown
+from hybridgen.text.chat_templates import ChatTemplateError, apply_chat_template
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +153,8 @@ def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> lis
         if not isinstance(message, Mapping) or "role" not in message:
             raise PromptError(f"prompt {index} has {shown(message)} among its chat messages; each needs a 'role'")
     try:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+        encoded = apply_chat_template(
+            tokenizer, list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
         )
         ids = encoded["input_ids"]
     except Exception as error:  # templates are programs of the checkpoint and raise what they like
@@ -221,4 +222,5 @@ def _values(row: Any) -> list[Any] | None:
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 80 else text[:77] + '...'}"
+    name = "" if isinstance(error, ChatTemplateError) else f"{type(error).__name__}: "  # it says what was raised
+    return f"{name}{text if len(text) <= 80 else text[:77] + '...'}"

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
 from hybridgen.errors import EngineError, HybridgenError, LoadError, PromptError
 from hybridgen.params import SamplingParams
-from hybridgen.serving.limits import Limits
 from hybridgen.serving.process import ServeOptions, serve_model
+from hybridgen.serving.service.limits import Limits
 
 HANG, BREAK, BUG, REFUSE, FATAL_BUG = 9001, 9002, 9003, 9004, 9005
 SLOTS = 4
@@ -60,7 +60,7 @@ class Run:
 
 
 class ToyModel:
-    """A `hybridgen.serving.adapter.Model`."""
+    """A `hybridgen.serving.service.adapter.Model`."""
 
     description: ClassVar[dict[str, Any]] = {"model": "toy", "mode": "toy", "max_batch": SLOTS, "max_context": 100_000}
 
@@ -69,6 +69,14 @@ class ToyModel:
         self.step_seconds = step_seconds
         self.unload = unload
         self.runs: list[Run] = []
+
+    def encode(self, prompt: Any, index: int) -> Any:
+        if isinstance(prompt, list):
+            raise PromptError("this chat is refused")
+        text, _, seconds = str(prompt).partition(" for ")
+        if text == "sleep":
+            time.sleep(float(seconds))
+        return [len(text)]
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Run]:
         if prompts[0] == [REFUSE] or isinstance(prompts[0][0], dict):

@@ -14,8 +14,8 @@ from wire import environment
 
 import hybridgen
 from hybridgen.cli.main import main
-from hybridgen.serving.adapter import EngineModel, graph_counts, plain
-from hybridgen.serving.metrics import Metrics
+from hybridgen.serving.service.adapter import EngineModel, graph_counts, plain
+from hybridgen.serving.service.metrics import Metrics
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:

@@ -23,7 +23,7 @@ from worker import case
 
 import hybridgen
 from hybridgen import Completion, FinishReason, SamplingParams
-from hybridgen.serving.messages import completion_from_wire, sampling_from_wire
+from hybridgen.serving.unix.messages import completion_from_wire, sampling_from_wire
 
 WORKER = Path(__file__).with_name("worker.py")
 LONG = {"max_new_tokens": 900, "ignore_eos": True}

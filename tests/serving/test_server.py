@@ -516,6 +516,7 @@ def test_a_killed_server_is_replaced_on_the_same_path(toy: Start) -> None:
     thread.start()
     until(lambda: client.ping()["in_flight"])
     first.popen.kill()
+    first.popen.wait()
     thread.join(20)
     assert len(error) == 1
     assert "in flight is lost" in str(error[0])

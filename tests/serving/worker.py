@@ -9,7 +9,7 @@ from typing import Any
 
 import hybridgen
 from hybridgen.core import Completion
-from hybridgen.serving.messages import completion_to_wire, sampling_from_wire
+from hybridgen.serving.unix.messages import completion_to_wire, sampling_from_wire
 
 PROMPTS = [
     "import os\n",

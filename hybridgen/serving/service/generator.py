@@ -13,13 +13,12 @@ from typing import Any, NamedTuple, TypeAlias
 from hybridgen.core import TokenEvent
 from hybridgen.errors import EngineError, HybridgenError
 from hybridgen.params import SamplingParams
-from hybridgen.serving.adapter import Handle, Model
-from hybridgen.serving.messages import token_frame
+from hybridgen.serving.service.adapter import Handle, Model
 
 logger = logging.getLogger(__name__)
 
 INTAKE_SECONDS = 0.005
-"""Between two steps, requests are taken in for this long; encoding long prompts must not stop those that run."""
+"""Between two steps, requests are taken in for this long."""
 STATS_SECONDS = 0.5
 """How old the statistics that metrics show may become while steps run."""
 
@@ -32,7 +31,7 @@ class Key(NamedTuple):
 
 
 class Submit(NamedTuple):
-    """Run a request."""
+    """Run a request. Its prompts are token ids when the generator gets it."""
 
     key: Key
     prompts: list[Any]
@@ -41,7 +40,22 @@ class Submit(NamedTuple):
     echo: bool
     """Whether the first token of each completion brings the prompt's ids."""
     weight: int = 0
-    """About the bytes of its prompts."""
+    """About the bytes that it takes while it waits."""
+
+    @property
+    def size(self) -> int:
+        """Completions that it makes."""
+        return sum(params.n for params in self.sampling)
+
+
+class Token(NamedTuple):
+    """A token of a stream that is not its completion's last."""
+
+    id: int
+    """Of its request, among those of its client."""
+    event: TokenEvent
+    prompt_ids: tuple[int, ...] | None
+    """The ids of its prompt, where they were asked for and this is the first token."""
 
 
 class Cancel(NamedTuple):
@@ -73,6 +87,8 @@ class Ready(NamedTuple):
     """The model is loaded."""
 
     description: dict[str, Any]
+    encode: Callable[[Any, int], Any]
+    """`Model.encode`, for other threads."""
 
 
 class Done(NamedTuple):
@@ -133,13 +149,13 @@ class Generator(threading.Thread):
         self,
         load: Callable[[], Model],
         post: Callable[[list[Outcome]], None],
-        deliver: Callable[[int, list[tuple[int, bytes]]], None],
+        deliver: Callable[[int, list[Token]], None],
     ) -> None:
         """
         Args:
             post: takes what one step brought; called from this thread.
-            deliver: takes the number of a client and token frames for it, each with its request's id; called from
-                this thread, and before what comes after them is posted.
+            deliver: takes the number of a client and tokens for it; called from this thread, and before what comes
+                after them is posted.
         """
         super().__init__(name="hybridgen-generator", daemon=True)
         self.pulse = Pulse(0, time.monotonic(), time.monotonic())
@@ -172,7 +188,7 @@ class Generator(threading.Thread):
             model = self._load()
             self._look(model)
             self.pulse = Pulse(0, time.monotonic(), None)
-            self._outcomes.append(Ready(model.description))
+            self._outcomes.append(Ready(model.description, model.encode))
             while not self._stopping:
                 self._flush()
                 self._take_in(model)
@@ -275,7 +291,7 @@ class Generator(threading.Thread):
 
     def _collect(self, model: Model) -> None:
         """Turn the events that came into outcomes."""
-        frames: dict[int, list[tuple[int, bytes]]] = {}
+        tokens: dict[int, list[Token]] = {}
         ended: list[Done] = []
         for key, running in list(self._running.items()):
             for position, handle in list(running.handles.items()):
@@ -285,13 +301,13 @@ class Generator(threading.Thread):
                         if running.submit.echo and position not in running.echoed:
                             running.echoed.add(position)
                             prompt = model.prompt_ids(handle)
-                        frames.setdefault(key.client, []).append((key.id, token_frame(key.id, event, prompt)))
+                        tokens.setdefault(key.client, []).append(Token(key.id, event, prompt))
                         continue
                     del running.handles[position]
                     ended.append(Done(key, event, running.submit.stream, not running.handles))
             if not running.handles:
                 del self._running[key]
-        for client, parts in frames.items():
+        for client, parts in tokens.items():
             self._deliver(client, parts)
         self._outcomes += ended
 

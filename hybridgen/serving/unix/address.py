@@ -18,6 +18,8 @@ _NAME = "server.sock"
 _MAX_PATH = 107 if sys.platform == "linux" else 103
 """Bytes that a socket's address holds."""
 _CONNECT_SECONDS = 5.0
+BACKLOG = 128
+"""Clients that may wait to be accepted."""
 
 
 def default_path() -> Path:
@@ -121,7 +123,7 @@ class Lease:
             os.chmod(self.path, 0o600)
             found = os.lstat(self.path)
             self._bound = (found.st_dev, found.st_ino)
-            listener.listen(128)
+            listener.listen(BACKLOG)
             listener.setblocking(False)
         except OSError as error:
             listener.close()

@@ -13,10 +13,10 @@ from hybridgen.arguments import end_streamer
 from hybridgen.core import TokenEvent
 from hybridgen.errors import HybridgenError, Interrupted, ServerError
 from hybridgen.params import SamplingParams
-from hybridgen.serving.address import socket_path
-from hybridgen.serving.exchange import Call, Exchange, Results
-from hybridgen.serving.link import Link, Mailbox
-from hybridgen.serving.messages import error_from_wire
+from hybridgen.serving.client.exchange import Call, Exchange, Results
+from hybridgen.serving.client.link import Link, Mailbox
+from hybridgen.serving.unix.address import socket_path
+from hybridgen.serving.unix.messages import error_from_wire
 
 INTERRUPT_SECONDS = 5.0
 """How long Ctrl-C waits for what the cancelled requests had."""

@@ -24,8 +24,8 @@ from hybridgen import (
     TokenEvent,
     TokenLogprob,
 )
-from hybridgen.serving import messages
-from hybridgen.serving.frames import FrameReader, decode, encode
+from hybridgen.serving.unix import messages
+from hybridgen.serving.unix.frames import FrameReader, decode, encode
 
 reals = st.floats(allow_nan=False, allow_infinity=False, width=32)
 params = st.builds(

@@ -13,11 +13,11 @@ from minimal_client import Minimal
 from wire import Process
 
 import hybridgen
-from hybridgen.serving.limits import Limits
-from hybridgen.serving.messages import CODES, VERSION
+from hybridgen.serving.service.limits import Limits
+from hybridgen.serving.unix.messages import CODES, VERSION
 
 CLIENT = Path(__file__).with_name("minimal_client.py")
-PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
 
 
 def test_it_is_short_and_needs_nothing() -> None:
@@ -48,7 +48,7 @@ def test_the_page_has_every_limit_and_code() -> None:
     for field in fields(Limits):
         assert f"`{field.name}`" in PAGE
     raised = set()
-    for path in Path(hybridgen.__path__[0], "serving").glob("*.py"):
+    for path in Path(hybridgen.__path__[0], "serving").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ServerError":
                 raised |= {argument.value for argument in node.args[1:] if isinstance(argument, ast.Constant)}

@@ -1,17 +1,14 @@
-"""Prometheus metrics of a server, on a port of localhost."""
+"""Prometheus metrics of a service, as text."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hybridgen.errors import ConfigError, ServerError
-from hybridgen.serving.adapter import graph_counts
-from hybridgen.serving.generator import Done
-
-if TYPE_CHECKING:
-    from hybridgen.serving.server import Server
+from hybridgen.errors import ConfigError
+from hybridgen.serving.service.adapter import graph_counts
+from hybridgen.serving.service.generator import Done
+from hybridgen.serving.service.service import Service
 
 _TTFT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TPOT_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -28,14 +25,13 @@ class Metrics:
         try:
             import prometheus_client
             import prometheus_client.core
+            import prometheus_client.exposition
         except ImportError as error:
             raise ConfigError(
                 "metrics need the package prometheus-client, which is not installed; pip install 'hybridgen[serve]'"
             ) from error
         self._library = prometheus_client
         self._registry = prometheus_client.CollectorRegistry()
-        self._server: Any = None
-        self._thread: threading.Thread | None = None
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
             return prometheus_client.Histogram(f"hybridgen_{name}", text, buckets=buckets, registry=self._registry)
@@ -61,43 +57,34 @@ class Metrics:
         if len(times) > 1:
             self._tpot.observe((times[-1] - times[0]) / (len(times) - 1))
 
-    def listen(self, port: int, server: Server) -> int:
-        """Answer on a port of localhost, in a thread; returns the port.
+    def watch(self, service: Service) -> None:
+        """Tell of this service, once."""
+        self._registry.register(_Now(self._library, service))
 
-        Raises:
-            ServerError: the port is taken or not allowed.
+    def text(self, accept: str) -> tuple[bytes, str]:
+        """What a scrape answers: the metrics of this moment, and their content type.
+
+        Args:
+            accept: the content types that the asker takes, as HTTP has them.
         """
-        self._registry.register(_Now(self._library, server))
-        try:
-            self._server, self._thread = self._library.start_http_server(
-                port, addr="127.0.0.1", registry=self._registry
-            )
-        except OSError as error:
-            raise ServerError(f"--metrics {port} cannot be used: {error.strerror}; choose another port") from error
-        return int(self._server.server_port)
-
-    def close(self) -> None:
-        """Stop answering."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        encode, kind = self._library.exposition.choose_encoder(accept)
+        return encode(self._registry), kind
 
 
 class _Now:
-    """What the server and the engine hold at the moment of a scrape. Reads values; asks the generator for nothing."""
+    """What the service and the engine hold at the moment of a scrape. Reads values; asks the generator for nothing."""
 
-    def __init__(self, library: Any, server: Server) -> None:
+    def __init__(self, library: Any, service: Service) -> None:
         self._core = library.core
-        self._server = server
+        self._service = service
 
     def describe(self) -> list[Any]:
         return []
 
     def collect(self) -> Iterator[Any]:
-        server = self._server
-        health, stats = server.health(), server.generator.snapshot
-        counts = dict(server.counts)
+        service = self._service
+        health, stats = service.health(), service.generator.snapshot
+        counts = dict(service.counts)
         yield self._counter("requests", "Requests that were accepted", {(): counts.get("requests", 0)})
         refused = {("busy",): counts.get("busy", 0), ("error",): counts.get("errors", 0)}
         yield self._counter("requests_failed", "Requests answered with an error", refused, ("kind",))

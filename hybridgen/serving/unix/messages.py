@@ -18,7 +18,7 @@ from hybridgen.arguments import check_keywords
 from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenEvent, TokenLogprob
 from hybridgen.errors import shown
 from hybridgen.params import SamplingParams
-from hybridgen.serving.frames import HEADER
+from hybridgen.serving.unix.frames import HEADER
 
 VERSION = 1
 """Of the protocol."""

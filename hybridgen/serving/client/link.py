@@ -14,9 +14,9 @@ from contextlib import suppress
 from typing import Any
 
 from hybridgen.errors import HybridgenError, ServerError, shown
-from hybridgen.serving.address import connect
-from hybridgen.serving.frames import FrameError, FrameReader, encode
-from hybridgen.serving.messages import VERSION, error_from_wire
+from hybridgen.serving.unix.address import connect
+from hybridgen.serving.unix.frames import FrameError, FrameReader, encode
+from hybridgen.serving.unix.messages import VERSION, error_from_wire
 
 MAX_FRAME = 2**30
 """Bytes of the longest message that a client takes; a completion is as long as its tokens and log-probabilities."""

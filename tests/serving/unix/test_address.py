@@ -15,8 +15,8 @@ from places import short_directory
 from wire import Raw
 
 from hybridgen import Client, ServerError
-from hybridgen.serving import address
-from hybridgen.serving.address import Lease, socket_path
+from hybridgen.serving.unix import address
+from hybridgen.serving.unix.address import Lease, socket_path
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from hybridgen.core import TokenEvent
 from hybridgen.params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 Handle: TypeAlias = Any
 """One running completion, as the model keeps it."""
@@ -19,8 +22,15 @@ class Model(Protocol):
     description: dict[str, Any]
     """What the hello tells of it."""
 
+    def encode(self, prompt: Any, index: int) -> Any:
+        """What `submit` takes for a prompt of text or a chat. From other threads than the rest, while steps run.
+
+        Args:
+            index: the prompt's place in its request, for errors.
+        """
+
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
-        """Check, encode and queue prompts, all or none. Without `events`, only the last event is kept."""
+        """Check and queue prompts, all or none. Without `events`, only the last event is kept."""
 
     def prompt_ids(self, handle: Handle) -> tuple[int, ...]:
         """The ids of its prompt."""
@@ -61,6 +71,39 @@ class EngineModel:
             "max_batch": config.max_batch,
             "max_context": self._engine.max_context,
         }
+        self._settle_tokenizer()
+
+    def _settle_tokenizer(self) -> None:
+        """Encode something once: a fast tokenizer changes its settings at the first call, and then no more.
+
+        It may do so only while no other thread uses it. What renders chats is started too.
+        """
+        tokenizer = self._engine.checkpoint.tokenizer
+        if tokenizer is None:
+            return
+        try:
+            tokenizer("a")
+        except Exception:  # anybody's; a request that needs it is told
+            logger.warning("the tokenizer failed at a first try", exc_info=True)
+        if getattr(tokenizer, "chat_template", None):
+            from hybridgen.text.chat_templates import ChatTemplateError, start_renderer
+
+            try:
+                start_renderer()
+            except ChatTemplateError as error:
+                logger.warning("chats will be refused: %s", error)
+
+    def encode(self, prompt: Any, index: int) -> tuple[int, ...]:
+        from hybridgen.text.prompts import encode_prompt  # imports torch, which the clients do without
+
+        checkpoint = self._engine.checkpoint
+        return encode_prompt(
+            prompt,
+            index,
+            tokenizer=checkpoint.tokenizer,
+            tokenizer_problem=checkpoint.tokenizer_problem,
+            vocab_size=checkpoint.vocab_size,
+        )
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
         plans = self._engine.plan(prompts, sampling, {})

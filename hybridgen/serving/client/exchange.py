@@ -13,13 +13,13 @@ from hybridgen.arguments import sampling_per_prompt
 from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, ServerBusyError, ServerError, shown
 from hybridgen.params import SamplingParams
-from hybridgen.serving.frames import MAX_DEPTH, FrameError, check_depth
-from hybridgen.serving.messages import error_from_wire, event_from_wire, sampling_to_wire
+from hybridgen.serving.unix.frames import MAX_DEPTH, Shape, measure
+from hybridgen.serving.unix.messages import error_from_wire, event_from_wire, sampling_to_wire
 
 IN_FLIGHT = 2
 """Requests of one call at once, when its prompts are more than one request holds."""
 OVERHEAD = 512
-"""Bytes of a request message besides its prompts and sampling, generously."""
+"""Bytes (and values, and objects) of a request message besides its prompts and sampling, generously."""
 PROMPT_DEPTH = MAX_DEPTH - 2
 """Levels of a prompt, which is in a list in an object."""
 
@@ -222,11 +222,20 @@ def _parts(call: Call, limits: Mapping[str, Any], *, stream: bool, echo: bool) -
     first = call.sampling[0]
     same = all(params is first for params in call.sampling)
     shared = sampling_to_wire(first)
-    size = completions = 0
+    size = completions = elements = containers = 0
     for index, (prompt, params) in enumerate(zip(call.prompts, call.sampling, strict=True)):
-        value, length = _sendable(index, prompt)
+        value, length, shape = _sendable(index, prompt)
         wire = shared if params is first else sampling_to_wire(params)
-        length += 0 if same and index else len(json.dumps(wire)) + 1
+        text = "" if same and index else json.dumps(wire) + ","
+        length += len(text)
+        extra = measure(text.encode("ascii"))
+        shape = Shape(shape.elements + extra.elements, shape.containers + extra.containers, False)
+        for name, count in (("elements", shape.elements), ("containers", shape.containers)):
+            if count + OVERHEAD > limits[name]:
+                raise PromptError(
+                    f"prompt {index} takes {count} {name} with its sampling, and the server's messages hold "
+                    f"{limits[name]}; shorten it"
+                )
         if length + OVERHEAD > limits["frame"]:
             raise PromptError(
                 f"prompt {index} takes {length} bytes with its sampling, and the server's messages hold "
@@ -236,10 +245,12 @@ def _parts(call: Call, limits: Mapping[str, Any], *, stream: bool, echo: bool) -
             not parts
             or len(parts[-1].message["prompts"]) >= limits["batch"]
             or size + length + OVERHEAD > limits["frame"]
+            or elements + shape.elements + OVERHEAD > limits["elements"]
+            or containers + shape.containers + OVERHEAD > limits["containers"]
             or completions + params.n > limits["queue"]
         )
         if full:
-            size = completions = 0
+            size = completions = elements = containers = 0
             parts.append(_Part(index, base | {"prompts": [], "sampling": wire if same else []}))
             size += len(json.dumps(wire)) if same else 0
         message = parts[-1].message
@@ -247,26 +258,26 @@ def _parts(call: Call, limits: Mapping[str, Any], *, stream: bool, echo: bool) -
         if not same:
             message["sampling"].append(wire)
         size += length
+        elements += shape.elements
+        containers += shape.containers
         completions += params.n
     return parts
 
 
-def _sendable(index: int, prompt: Any) -> tuple[Any, int]:
-    """A prompt as JSON values, and its bytes in a message."""
+def _sendable(index: int, prompt: Any) -> tuple[Any, int, Shape]:
+    """A prompt as JSON values, its bytes in a message, and how many values it has."""
     if getattr(prompt, "ndim", 0) == 2 and prompt.shape[0] == 1:
         prompt = prompt[0]
     try:
         text = json.dumps(prompt, default=_plain, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"prompt {index} ({shown(prompt)}) cannot be sent as JSON: {error}") from None
-    if not isinstance(prompt, str):
-        try:
-            check_depth(text.encode("ascii"), PROMPT_DEPTH)
-        except FrameError:
-            raise PromptError(
-                f"prompt {index} nests more than {PROMPT_DEPTH} levels of objects and lists; make it flatter"
-            ) from None
-    return (prompt if isinstance(prompt, str) else json.loads(text)), len(text) + 1
+    if isinstance(prompt, str):
+        return prompt, len(text) + 1, Shape(1, 0, False)
+    shape = measure(text.encode("ascii"), PROMPT_DEPTH)
+    if shape.too_deep:
+        raise PromptError(f"prompt {index} nests more than {PROMPT_DEPTH} levels of objects and lists; make it flatter")
+    return json.loads(text), len(text) + 1, shape
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,271 @@
+"""Clients that try to stop the others, with a toy model: what they send is refused, or waits beside the steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from places import short_directory
+from wire import FAKE, Process, Raw, environment, until
+
+from hybridgen import FinishReason, PromptError, ServerError
+
+Start = Callable[..., Process]
+FRAME = 4 * 2**20 - 200
+
+
+def request(key: int, *prompts: Any, **sampling: Any) -> dict[str, Any]:
+    return {"type": "request", "id": key, "prompts": list(prompts), "sampling": sampling}
+
+
+def body(piece: bytes, last: bytes = b"1") -> bytes:
+    """A message of 4 MiB."""
+    return b'{"type":"ping","id":1,"x":[' + piece * (FRAME // len(piece)) + last + b"]}"
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b"[[[[]]]],", b"1,", b'"",', b'"\\"[",', b'{"a":1},'])
+def test_frames_of_many_values_are_refused(toy: Start, piece: bytes) -> None:
+    server = toy()
+    other = Raw(server.path)
+    raw = Raw(server.path)
+    raw.send_body(body(piece))
+    answer = raw.receive()
+    assert (answer["id"], answer["code"]) == (None, "protocol")
+    assert "over the limit of 524288" in answer["message"]
+    assert raw.ended()
+    other.send({"type": "ping", "id": 1})
+    assert other.receive()["healthy"]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        ({"stop": ["x" * 10**6] * 4}, "characters, the limit"),
+        ({"stop": [f"s{number:05x}" for number in range(300_000)]}, "stop strings of a request are over"),
+        ({"stop_token_ids": list(range(400_000))}, "ids and biases, the limit"),
+        ({"logit_bias": {str(token): 1 for token in range(200_000)}}, "ids and biases, the limit"),
+        ({"stop": [["x"] * 400_000]}, "ids and biases, the limit"),
+    ],
+)
+def test_sampling_that_would_take_long_is_refused(toy: Start, sampling: dict[str, Any], words: str) -> None:
+    server = toy()
+    raw = Raw(server.path)
+    before = server.resident()
+    for key in range(5):
+        raw.send(request(key, [1], **sampling))
+        answer = raw.receive()
+        assert (answer["id"], answer["code"]) == (key, "limit")
+        assert words in answer["message"]
+    raw.send(request(9, [1], max_new_tokens=1, stop=["x" * 8000]))
+    assert raw.receive()["type"] == "done"
+    assert server.resident() - before < 2**28
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "most"),
+    [
+        ([1], {"stop": ["y" * 8000]}, 1),
+        ([1], {"logit_bias": {str(token): 0.25 for token in range(20_000)}}, 4),
+        ([1], {"stop_token_ids": list(range(10_000, 42_000))}, 6),
+        ("x" * 100_000, {}, 1),
+        ([1] * 50_000, {}, 2),
+    ],
+)
+def test_what_waits_weighs_as_much_as_its_frame(toy: Start, prompt: Any, sampling: dict[str, Any], most: int) -> None:
+    """Whatever it is in a request that is long."""
+    raw = Raw(toy("--limit", "held=1000000", "--step", 0.01).path)
+    for key in range(20):
+        raw.send(request(key, prompt, max_new_tokens=10**6, **sampling))
+    codes = [raw.receive().get("code") for _ in range(20 - most)]
+    assert codes == ["busy"] * (20 - most)
+
+
+def _ping(server: Process) -> dict[str, Any]:
+    with server.client() as client:
+        return client.ping()
+
+
+def test_a_client_splits_what_has_too_many_values(toy: Start) -> None:
+    with toy("--limit", "elements=3000", "--limit", "containers=600").client() as client:
+        prompts = [[number] * 500 for number in range(1, 20)]
+        outs = client.generate(prompts, max_new_tokens=1)
+        assert [out.token_ids for out in outs] == [(number + 1,) for number in range(1, 20)]
+        assert len(client.generate([[1]] * 500, max_new_tokens=1)) == 500
+        with pytest.raises(PromptError, match=r"prompt 1 takes \d+ elements with its sampling"):
+            client.generate([[1], [1] * 3000])
+
+
+def test_encoding_does_not_hold_up_steps(toy: Start) -> None:
+    server = toy("--step", 0.01)
+    with server.client() as client:
+        slow = Raw(server.path)
+        slow.send(request(1, "sleep for 3", max_new_tokens=1))
+        until(lambda: client.ping()["in_flight"] == 1)
+        assert len(client.generate([1], max_new_tokens=50).token_ids) == 50
+        assert client.ping()["in_flight"] == 1  # it still waits
+        assert slow.receive()["completion"]["prompt_token_ids"] == [5]
+        assert client.generate("hello", max_new_tokens=1).token_ids == (6,)
+        with pytest.raises(PromptError, match="this chat is refused"):
+            client.generate([{"role": "user", "content": "x"}])
+
+
+def test_encoding_has_an_end(toy: Start) -> None:
+    server = toy("--limit", "encode_seconds=0.5", "--limit", "frame_seconds=1")
+    with server.client() as client:
+        with pytest.raises(ServerError, match=r"not encoded within 0.5 s") as caught:
+            client.generate("sleep for 3")
+        assert caught.value.code == "limit"
+        assert client.generate("abc", max_new_tokens=1).token_ids == (4,)
+        assert client.ping()["in_flight"] == 0
+        assert client.ping()["healthy"]
+    assert "left behind" in server.log()
+
+
+def test_cancelled_and_dropped_while_they_are_encoded(toy: Start) -> None:
+    server = toy()
+    raw, gone = Raw(server.path), Raw(server.path)
+    gone.send(request(1, "sleep for 1", max_new_tokens=10**6))
+    gone.send(request(2, "sleep for 1", max_new_tokens=10**6))
+    until(lambda: _ping(server)["in_flight"] == 2)
+    raw.send(request(1, "sleep for 0.2", max_new_tokens=10**6))
+    until(lambda: _ping(server)["in_flight"] == 3)
+    raw.send({"type": "cancel", "id": 1})
+    gone.close()  # one of its texts is being encoded, and one waits
+    assert raw.receive()["completion"]["finish_reason"] == FinishReason.CANCELLED
+    with server.client() as client:
+        until(lambda: client.ping()["in_flight"] == 0)
+        time.sleep(0.5)
+        stats = client.stats()
+        assert stats["engine"]["running"] == 0
+        assert stats["server"]["clients"] == 2
+
+
+def test_a_drain_waits_for_what_is_encoded(toy: Start) -> None:
+    server = toy()
+    raw = Raw(server.path)
+    raw.send(request(1, "sleep for 0.5", max_new_tokens=2))
+    until(lambda: _ping(server)["in_flight"] == 1)
+    server.popen.send_signal(signal.SIGHUP)  # as SIGTERM does
+    assert raw.receive()["completion"]["token_ids"] == [6, 7]
+    assert raw.ended()
+    assert server.popen.wait(20) == 0
+    assert not server.ready.exists()
+
+
+def test_a_flood_of_long_messages_does_not_move_the_end_of_a_drain(toy: Start) -> None:
+    server = toy("--drain-timeout", 1, "--step-timeout", 1, "--step", 0.01)
+    raw = Raw(server.path)
+    raw.send(request(1, [1], max_new_tokens=10**6))
+    until(lambda: _ping(server)["in_flight"] == 1)
+
+    def flood() -> None:
+        attacker = Raw(server.path)
+        piece = b'{"a":1,"b":"\\""},'
+        legal = b',"x":[' + piece * 60_000 + b"1]}"
+        try:
+            for key in range(10_000):
+                attacker.send_body(b'{"type":"ping","id":%d' % key + legal)
+        except OSError:
+            return
+
+    threads = [threading.Thread(target=flood) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    server.popen.send_signal(signal.SIGTERM)
+    assert raw.receive()["code"] == "shutting_down"
+    assert server.popen.wait(20) == 1
+    for thread in threads:
+        thread.join()
+    assert "stood still" not in server.log()
+
+
+def test_many_refused_clients_hold_no_descriptors(toy: Start) -> None:
+    server = toy("--limit", "clients=2", "--limit", "write_seconds=60")
+    first, second = Raw(server.path), Raw(server.path)
+    before = server.descriptors()
+    pings = b"".join(
+        struct.pack(">I", len(ping)) + ping
+        for ping in (json.dumps({"type": "ping", "id": key}).encode() for key in range(3000))
+    )
+    first.close()
+    refused = []
+    for _ in range(40):  # they never read what they were told, and more waits for them than a socket holds
+        until(lambda: _joins(server))
+        refused.append(Raw(server.path))
+        refused[-1].socket.sendall(pings)
+        time.sleep(0.1)  # a wrong frame that came with them would be refused before they are answered
+        refused[-1].socket.sendall(b"\0\0\0\1[")
+    until(lambda: server.descriptors() <= before + 12)
+    second.send({"type": "ping", "id": 1})
+    assert second.receive()["healthy"]
+    for raw in refused:
+        raw.close()
+
+
+def _joins(server: Process) -> bool:
+    try:
+        server.client().close()
+    except ServerError:
+        return False
+    return True
+
+
+def run_with_limit(files: int, *options: str) -> tuple[int, str]:
+    """A toy server that may open so many files, until it ends."""
+    directory = short_directory()
+    command = [sys.executable, str(FAKE), "--socket", str(directory / "x"), "--load-error", *options]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
+    )
+    return done.returncode, done.stdout
+
+
+def test_limits_that_need_more_files_than_there_may_be() -> None:
+    status, said = run_with_limit(256, "--limit", "clients=1000")
+    assert status == 2
+    assert "lower --limit-clients, or raise the limit (ulimit -n " in said
+    assert "there is no toy" in run_with_limit(256, "--metrics", "0")[1]  # the default ones fit
+
+
+def test_a_signal_that_is_ignored_stays_ignored(toy: Start) -> None:
+    """As `nohup` starts a process."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        server = toy()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    server.popen.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert _ping(server)["state"] == "ready"
+    assert server.end() == 0
+
+
+def test_the_owner_comes_in_while_others_hold_the_port_of_the_metrics(toy: Start) -> None:
+    server = toy("--metrics", 0)
+    before = server.descriptors()
+    held = []
+    for _ in range(100):
+        held.append(socket.create_connection(("127.0.0.1", server.facts["metrics_port"])))
+    until(lambda: server.descriptors() <= before + 12)
+    assert _ping(server)["healthy"]
+    assert len(json.dumps(_ping(server))) > 2
+    for connection in held:
+        connection.close()
+    assert os.path.getsize(server.log_path) < 10_000
