@@ -14,7 +14,7 @@ from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenE
 from hybridgen.engine.scheduler import Sequence
 from hybridgen.errors import HybridgenError, RequestError
 from hybridgen.telemetry.traffic import Traffic
-from hybridgen.text.detokenize import IncrementalDetokenizer
+from hybridgen.text.detokenize import IncrementalDetokenizer, hidden_texts
 from hybridgen.text.stops import StopChecker
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class Response:
         self._traffic = traffic
         self._detokenizer = IncrementalDetokenizer(tokenizer, sequence.prompt_ids, sampling.skip_special_tokens)
         self._stops = StopChecker(sampling.stop)
+        self._hidden = hidden_texts(tokenizer) if sampling.stop and sampling.skip_special_tokens else {}
+        """Texts of tokens that are left out of the text, which stop strings see all the same."""
         self._decodes_each = keep_events or bool(sampling.stop) or not self._detokenizer.bulk
         self._text: list[str] = []
         self._ids = sequence.output_ids
@@ -94,6 +96,9 @@ class Response:
             logprob = self._keep(logprob)
         if self._decodes_each:
             text, matched = self._stops.push(self._detokenizer.push(token))
+            if matched is None and token in self._hidden:
+                more, matched = self._stops.push(self._hidden[token], shown=False)
+                text += more
         if matched is not None or token in self._stop_ids or len(self._ids) >= self._limit:
             text += self._finish(token, text, matched)
         elif text:

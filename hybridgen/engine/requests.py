@@ -54,11 +54,6 @@ def plan_requests(
     params = sampling_per_prompt(len(prompts), sampling, fields)
     plans = []
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        if wanted.stop and checkpoint.tokenizer is None:
-            raise TokenizerError(
-                f"stop={shown(list(wanted.stop))} needs text and the model has no tokenizer "
-                f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
-            )
         ids = encode_prompt(
             prompt,
             index,
@@ -66,20 +61,28 @@ def plan_requests(
             tokenizer_problem=checkpoint.tokenizer_problem,
             vocab_size=checkpoint.vocab_size,
         )
-        resolved = resolve(wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
+        resolved = resolve(
+            wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
+        )
+        if resolved.stop and checkpoint.tokenizer is None:
+            whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
+            raise TokenizerError(
+                f"stop={shown(list(resolved.stop))}{whose} needs text and the model has no tokenizer "
+                f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
+            )
         new = resolved.max_new_tokens
         if wanted.max_new_tokens is None:
             # A default gives way to the context; a number that the user gave does not.
             room = min(max_context, cache_tokens or max_context) - len(ids)
             new = max(1, min(new, room))
         _check_fits(index, len(ids), new, max_context, cache_tokens)
-        if resolved.min_new_tokens > new:
+        if wanted.min_new_tokens is not None and wanted.min_new_tokens > new:
             limit, raised = ("context", "max_context") if len(ids) + new == max_context else ("KV cache", "kv_memory")
             raise PromptError(
                 f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
                 f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
             )
-        resolved = replace(resolved, max_new_tokens=new)
+        resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
         plans += [
             Plan(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
             for choice in range(wanted.n)

@@ -108,7 +108,8 @@ class ModelRunner:
         self.max_batch = max_batch
         self._fall_back = fall_back
         self.state = DeviceState(max_batch, max_pages, device, query_len=query_len)
-        self.sampler = SamplerState(max_batch + 1, vocab_size, device)
+        context = {} if max_context is None else {"max_context": max_context}
+        self.sampler = SamplerState(max_batch + 1, vocab_size, device, **context)
         self.ring = TokenRing(max_batch, device, query_len=query_len)
         self._layers = LayersExecutor(bound)
         self.executors: dict[str, Executor] = {self._layers.name: self._layers}
@@ -305,7 +306,9 @@ class ModelRunner:
     def _validated(self, route: Route, recording: Recording) -> Route:
         """Run a step whose recording was never replayed for anybody, and compare."""
         mutable = [self.state.table, *self.ring.tensors().values()]
-        mutable += [tensor for tensor in (self.steps.logits, self.sampler.output_counts) if tensor is not None]
+        history = self.sampler.history
+        optional = self.steps.logits, self.sampler.output_counts, None if history is None else history.text
+        mutable += [tensor for tensor in optional if tensor is not None]
         run = functools.partial(self.steps.run, recording.key)
         wrong = compare_first_replay(recording.recorded.replay, run, mutable)  # runs the step, whatever comes out
         recording.checked = True

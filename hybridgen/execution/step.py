@@ -24,7 +24,7 @@ from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
-from hybridgen.sampling import SamplerPlan, SamplerState, sample
+from hybridgen.sampling import SamplerPlan, SamplerState, remember, sample
 
 _MAX_PREPARED = 256
 
@@ -262,6 +262,8 @@ class ModelSteps:
             slots = rows[:, None].expand(-1, query_len).flatten()
             positions, before = ((value[:, None] + places).flatten() for value in (lengths, generated))
         sampled = sample(logits, self._sampler, slots, positions, before, sampler)
+        if sampler.history and self._sampler.history is not None:
+            remember(sampled.tokens, slots, positions, self._sampler.history.text)
         if query_len > 1:
             drafts = self._state.drafts_of(rows, query_len - 1)
             sampled = sampled._replace(tokens=accepted_run(sampled.tokens.view(-1, query_len), drafts))

@@ -145,7 +145,11 @@ class Checkpoint:
             hf_config=hf_config,
             device=device,
             dtype=metadata.checkpoint_dtype(hf_config, files, config.dtype),
-            **_generation(hf_config, metadata.read_generation_config(hf_config, source)),
+            **_generation(
+                hf_config,
+                metadata.read_generation_config(hf_config, source),
+                str(source.find("generation_config.json") or f"what the config of {source.name!r} says of generation"),
+            ),
             **_tokenizer(tokenizer, hf_config, source, config),
         )
 
@@ -168,7 +172,7 @@ class Checkpoint:
             hf_config=hf_config,
             device=device,
             dtype=_live_dtype(module, config.dtype),
-            **_generation(hf_config, generation_config),
+            **_generation(hf_config, generation_config, f"the generation_config of this {type(module).__name__}"),
             **_tokenizer(tokenizer, hf_config, source, config),
         )
 
@@ -217,12 +221,15 @@ def _weights_name(hf_config: PreTrainedConfig) -> str | None:
     return getattr(hf_config, "transformers_weights", None)
 
 
-def _generation(hf_config: PreTrainedConfig, generation_config: GenerationConfig) -> dict[str, Any]:
+def _generation(hf_config: PreTrainedConfig, generation_config: GenerationConfig, whose: str) -> dict[str, Any]:
+    vocab_size = metadata.vocabulary_size(hf_config)
+    eos = metadata.eos_ids(generation_config, hf_config)
+    metadata.check_generation(generation_config, eos, vocab_size, whose)
     return {
         "generation_config": generation_config,
-        "vocab_size": metadata.vocabulary_size(hf_config),
+        "vocab_size": vocab_size,
         "max_context": metadata.context_limit(hf_config),
-        "eos_token_ids": metadata.eos_ids(generation_config, hf_config),
+        "eos_token_ids": eos,
     }
 
 

@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hybridgen.core import FinishReason, TokenLogprob
 from hybridgen.demo import model_path
@@ -218,3 +219,40 @@ def test_times_are_those_of_the_reads(tokenizer: Any) -> None:
     assert timing.ttft == first <= moments[0] - before
     assert second - first == pytest.approx(moments[1] - moments[0])
     assert 0 <= timing.queue <= timing.total < 1
+
+
+@pytest.fixture(scope="module")
+def marked() -> Any:
+    """A byte-level tokenizer with special tokens of which the text leaves two out that it does not name."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(x, special=True) for x in ("<|eos|>", "<|im_end|>", "<|call|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>")
+
+
+@pytest.mark.parametrize("events", [True, False])
+@pytest.mark.parametrize(
+    ("written", "stop", "text", "match"),
+    [
+        ("hi<|im_end|>x", ["<|im_end|>"], "hi", "<|im_end|>"),
+        ("hi<|im_end|>x", ["i<|im_end|>"], "h", "i<|im_end|>"),
+        ("hi<|im_end|>x", ["end|>x"], "hi", "end|>x"),
+        ("a<|call|>b<|im_end|>c", ["<|call|>c", "z"], "abc", None),
+        ("a<|call|>b<|call|>c", ["b<|call|>d"], "abc", None),
+        ("ab<|eos|>", ["<|eos|>"], "ab", "<|eos|>"),
+        ("a<|call|><|im_end|>b", ["|><|"], "a", "|><|"),
+    ],
+)
+def test_stop_strings_see_special_tokens(
+    marked: Any, events: bool, written: str, stop: list[str], text: str, match: str | None
+) -> None:
+    ids = marked(written)["input_ids"]
+    response = respond(marked, max_new_tokens=len(ids), stop=stop, events=events, ignore_eos=True)
+    shown = feed(response, ids)
+    assert response.completion.text == text
+    assert response.completion.stop_match == match
+    assert not events or shown == text
+    in_full = respond(marked, max_new_tokens=len(ids), stop=stop, skip_special_tokens=False)
+    feed(in_full, ids)
+    assert in_full.completion.stop_match == match

@@ -15,10 +15,13 @@ import triton.language as tl
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from sampling_cases import INF, Batch, judge, needs, random_batch, tables
+from sampling_history_cases import random_tables
 
 from hybridgen.kernels.sampling import ops as sampling
 from hybridgen.kernels.sampling.arithmetic import distance, gumbel, key_value, mass_of, ordered, rank_key, stream_key
+from hybridgen.kernels.sampling.history_kernels import launch_history, launch_remember
 from hybridgen.sampling.choice import reference_greedy, reference_sampled
+from hybridgen.sampling.history import apply_history, remember
 from hybridgen.sampling.random import gumbel_noise
 
 _agreed = [0, 0]
@@ -97,8 +100,25 @@ def check_ties_across_blocks() -> None:
     assert 64 <= tokens.max() < 90  # 0.595 * 150 = 89.25
 
 
+def check_history() -> None:
+    """Sequences, n-grams and the text they are looked for in."""
+    for case in range(12):
+        tables = random_tables(case)
+        bias, history, *_, slots, lengths = tables
+        launch_history(*tables)
+        expected = torch.zeros_like(bias)
+        apply_history(expected, *tables[1:])
+        assert torch.equal(bias, expected)
+        chosen = torch.arange(-1, len(slots) - 1)
+        written = history.clone()
+        launch_remember(chosen, slots, lengths, written)
+        remember(chosen, slots, lengths, history)
+        assert torch.equal(written, history)
+
+
 def main() -> None:
     check_functions()
+    check_history()
     sampling._scratch = _poisoned
     check_ties_across_blocks()
     check()
