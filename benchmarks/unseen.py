@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--leg", choices=["graphs", "plain"], help="one run alone, as the script calls itself")
     arguments = parser.parse_args()
     if arguments.leg is None:
-        plain = [run_leg(False, arguments) for _ in range(REFERENCE_RUNS)]
+        plain = [run_leg(False, arguments) for _ in range(1 if arguments.smoke else REFERENCE_RUNS)]
         show(compare(run_leg(True, arguments), plain), arguments)
         return
     device = this_device()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from decoders import Shape, make_context, random_decoder
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreter import Interpreter
 
 pytest.importorskip("triton")
 
@@ -24,17 +22,8 @@ from hybridgen.models.decoder import Unfit
 
 
 @pytest.mark.parametrize("check", ["shapes", "float16", "merge", "strangers", "families"])
-def test_kernels_in_the_interpreter(check: str) -> None:
-    script = Path(__file__).with_name("chain_checks.py")
-    result = subprocess.run(
-        [sys.executable, str(script), check],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_kernels_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("chain_checks.py"), f"check_{check}", 0)
 
 
 @given(

@@ -94,6 +94,7 @@ def test_after_a_match_nothing_is_left():
     assert checker.flush() == ""
 
 
+@pytest.mark.apart
 def test_long_stop_strings_cost_time_in_proportion():
     rng = random.Random(1)
     stops = ["a" * 999 + chr(99 + i) for i in range(10)] + ["".join(rng.choices("ab", k=1000)) for _ in range(10)]
