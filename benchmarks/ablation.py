@@ -36,6 +36,7 @@ from common import (
 from transformers import PreTrainedModel
 
 import hybridgen
+from hybridgen.models.projections import fuse_projections, unfuse_projections
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -117,6 +118,7 @@ def mixed_run(engine: hybridgen.Engine, listed: list[Arrival], device: str) -> f
 def measure(model: PreTrainedModel, name: str, options: dict[str, Any], sizes: Sizes, device: str) -> dict[str, Any]:
     vocab = model.config.vocab_size
     row: dict[str, Any] = {"variant": name}
+    (fuse_projections if options.get("fuse_projections", True) else unfuse_projections)(model)
     with hybridgen.Engine.load(model, **{"mode": "hybrid", "max_batch": 32, **options}) as engine:
         for batch in (1, 8):
             prompts = random_prompts(batch, sizes.prompt, vocab, batch)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 import hybridgen
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.projections import fuse_projections
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -100,7 +101,10 @@ def shape_dtype(name: str, device: str) -> torch.dtype:
 
 
 def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A model of that shape with random weights from seed 0, made on the device."""
+    """A model of that shape with random weights from seed 0, made on the device.
+
+    Its projections are joined, as those of a model that an engine loads itself; a live module's are left as they are.
+    """
     torch.manual_seed(0)
     config = shape_config(name)
     config.eos_token_id = None
@@ -108,6 +112,7 @@ def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    fuse_projections(model)
     return model
 
 

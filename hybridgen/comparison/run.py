@@ -41,9 +41,8 @@ from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, described
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.loading import Checkpoint
-from hybridgen.models import check_free
 from hybridgen.models.projections import fuse_projections
-from hybridgen.models.sharing import twin
+from hybridgen.models.twin import twin
 from hybridgen.telemetry.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -90,9 +89,9 @@ class _Run:
     def __post_init__(self) -> None:
         self.device = self.checkpoint.device
         self.measurement = Measurement(self.config, self.device, self.checkpoint.vocab_size, self.show)
-        # Weights are joined once: a twin of the template shares the joined ones too.
+        # Weights are joined once: a twin of the template shares the joined ones too. A live module's stay apart.
         self.template = twin(self.model)
-        if self.config.engine.get("fuse_projections", True):
+        if self.config.engine.get("fuse_projections", True) and self.checkpoint.module is None:
             start = time.perf_counter()
             fuse_projections(self.template)
             self.fuse_seconds = time.perf_counter() - start
@@ -200,7 +199,7 @@ class _Run:
         parts = dict(subject.stats().startup)
         other = max(0.0, subject.build_seconds - sum(parts.values()))
         parts |= {"load weights": self.load_seconds}
-        if engine_config.fuse_projections:
+        if self.fuse_seconds and engine_config.fuse_projections:
             parts |= {"fuse projections": self.fuse_seconds}
         result.startup = {**parts, "other": other}
         return subject
@@ -340,17 +339,14 @@ def compare(
     facts = provenance(checkpoint.device)
     loaded = checkpoint.load()
     bar = tqdm(bar_format="{desc}: {n}/{total}", disable=bar_disabled(progress), leave=False)
-    try:
-        with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
-            run = _Run(config, checkpoint, loaded.model, limit, loaded.seconds, folder, bar)
-            run.pay_once()
-            ceiling = read_ceiling(checkpoint.device)  # before anything of ours takes the memory
-            run.groups()
-            if checkpoint.device.type == "cuda":
-                facts["gpu_state_at_end"] = gpu_state(checkpoint.device)
-            comparison = run.result(model, ceiling, facts)
-    finally:
-        loaded.restore()
+    with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
+        run = _Run(config, checkpoint, loaded.model, limit, loaded.seconds, folder, bar)
+        run.pay_once()
+        ceiling = read_ceiling(checkpoint.device)  # before anything of ours takes the memory
+        run.groups()
+        if checkpoint.device.type == "cuda":
+            facts["gpu_state_at_end"] = gpu_state(checkpoint.device)
+        comparison = run.result(model, ceiling, facts)
     if output is not None:
         comparison.save(output)
     return comparison
@@ -374,8 +370,6 @@ def _open(model: Any, config: CompareConfig, tokenizer: Any) -> tuple[Checkpoint
         )
     for variant in config.variants.values():
         check_config(checkpoint, config.engine_config(variant, limit))
-    if checkpoint.module is not None:
-        check_free(checkpoint.module)
     return checkpoint, limit
 
 

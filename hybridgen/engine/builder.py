@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -18,10 +19,11 @@ from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, described
 from hybridgen.execution import ModelRunner, warm_up
+from hybridgen.execution.following import begin_call
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
-from hybridgen.models.projections import has_hooks
+from hybridgen.models.twin import Twin
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, plan_of, resolve
 from hybridgen.telemetry.statistics import Counters
@@ -53,15 +55,16 @@ class Builder:
     startup: Startup
     counters: Counters
 
-    def build(self, bound: BoundModel, undo: ExitStack) -> Built:
+    def build(self, bound: BoundModel, undo: ExitStack, twin: Twin[Any] | None) -> Built:
         """Build all of it, where the model's device is the current one.
 
         Args:
+            twin: whose tree the bound model is, for a live module.
             undo: gets what frees the device again, before anything can fail.
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         starter, timed = self.starter, self.startup.timed
-        plan = self.graph_plan(bound)
+        plan = self.graph_plan()
         with timed("artifacts"):
             units = starter.load_units() if self.mode.compiles and switched_off() is None else None
         runner = ModelRunner(
@@ -77,6 +80,7 @@ class Builder:
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
             fall_back=self.counters.fall_back,
+            twin=twin,
         )
         undo.callback(runner.close)
         with timed("allocate cache"):
@@ -84,7 +88,8 @@ class Builder:
         meter = DecodeMeter(traffic_of(bound, starter.read_ceiling(device)))
         fuses = self.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
-            starter.fuse_decode(runner, bound, config, self.max_context)
+            runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.max_context)
+            runner.following.fuse_again()
         not_compiled = None
         if self.mode.compiles:
             with timed("compile"):
@@ -95,8 +100,8 @@ class Builder:
             with timed("tuning"):
                 warm_up.run_all_sizes(runner)
         self.use_graphs(runner, plan, not_compiled)
-        if plan.not_recorded is not None:
-            self.counters.fall_back(plan.not_recorded)
+        if twin is None:  # hooks that the model's own code put there; a twin has none while it is built
+            begin_call(runner)
         if plan.records and config.capture_at_start:
             with timed("capture"):
                 self.capture(runner)
@@ -129,7 +134,7 @@ class Builder:
         runner.use_graphs(
             plan.settings(),
             recorder=plan.recorder(runner.steps),
-            why_plain=not_compiled or plan.not_recorded or f"mode {plan.mode}",
+            why_plain=not_compiled or f"mode {plan.mode}",
             note=", layers not compiled" if not_compiled else "",
             counters=self.counters,
             notify=self.config.on_graph_event,
@@ -137,7 +142,7 @@ class Builder:
             validates=self.config.validate and plan.records,
         )
 
-    def graph_plan(self, bound: BoundModel) -> GraphSetup:
+    def graph_plan(self) -> GraphSetup:
         """What decides about the engine's graphs."""
         budget = token_budget(self.checkpoint, self.config)
         return GraphSetup(
@@ -146,15 +151,7 @@ class Builder:
             device=self.checkpoint.device,
             token_budget=budget,
             max_tokens=min(budget, self.max_context),
-            not_recorded=self._not_recorded(bound),
         )
-
-    def _not_recorded(self, bound: BoundModel) -> str | None:
-        """A replay calls no Python, so it would leave out what hooks do."""
-        hooked = next((module for module in bound.model.modules() if has_hooks(module)), None)
-        if hooked is None or not self.mode.records:
-            return None
-        return f"a {type(hooked).__name__} has hooks, which a replay does not call; steps are not recorded"
 
     def capture(self, runner: ModelRunner) -> None:
         """Record all buckets, for greedy decoding and for what requests get that ask for nothing else."""

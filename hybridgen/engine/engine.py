@@ -38,8 +38,9 @@ from hybridgen.execution import ModelRunner
 from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
-from hybridgen.models import BoundModel, bind, check_free
-from hybridgen.models.projections import fuse_projections, unfuse_projections
+from hybridgen.models import BoundModel, bind
+from hybridgen.models.projections import fuse_projections
+from hybridgen.models.twin import Twin
 from hybridgen.params import SamplingParams
 from hybridgen.telemetry import import_time as importing
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats
@@ -55,8 +56,9 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Generates text with one model on one device.
 
-    Use it as a context manager, or call `close()`: a live module that was handed in is then as it was. Calls from
-    several threads are safe; they share the batch.
+    Use it as a context manager, or call `close()`. A live module that was handed in stays as it is all the while: the
+    engine works on a twin of it, and each call sees what became of its weights and hooks. Calls from several threads
+    are safe; they share the batch.
     """
 
     def __init__(
@@ -78,7 +80,6 @@ class Engine:
         self._startup = Startup(importing.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
-        check_free(loaded.model)
         # Undone in reverse order by close(), and also when the engine is dropped without it.
         undo = ExitStack()
         self._undo = weakref.finalize(self, undo.close)
@@ -88,19 +89,21 @@ class Engine:
             """The engine's entry of the compile cache: documents, kernels, compiled units."""
             undo.callback(self.cache.close)
             self._startup.add("artifacts", self.cache.seconds)
-            undo.callback(loaded.restore)
-            if config.fuse_projections:
-                undo.callback(unfuse_projections, loaded.model)
+            twin = None if loaded.owned else Twin(loaded.model)
+            model = loaded.model if twin is None else twin.model
+            if config.fuse_projections and loaded.owned:
                 with self._startup.timed("fuse projections"):
-                    fuse_projections(loaded.model)
-            bound = _bound(loaded.model)
+                    fuse_projections(model)
+            bound = _bound(model)
             undo.callback(bound.release)
             self._starter = Starter(self.cache, self._startup, self._counters)
             builder = Builder(
                 checkpoint, config, self.mode, self.max_context, self._starter, self._startup, self._counters
             )
             with device_of(checkpoint.device):
-                built = builder.build(bound, undo)
+                built = builder.build(bound, undo, twin)
+            if twin is not None:
+                twin.settle()
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self.cache.end_start()
@@ -354,7 +357,7 @@ class Engine:
         return loop is None or loop.ended
 
     def close(self) -> None:
-        """End what runs with an error, free the cache, and give a live model back as it was.
+        """End what runs with an error, and free the cache.
 
         Closing twice is fine.
         """

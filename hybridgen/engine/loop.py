@@ -18,6 +18,7 @@ from hybridgen.engine.requests import Plan
 from hybridgen.engine.scheduler import Batch, Chunk, Scheduler, Sequence
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
 from hybridgen.execution import LaunchedStep, ModelRunner
+from hybridgen.execution.following import begin_call
 from hybridgen.execution.fused_executors import inspect_fused
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.telemetry.statistics import Counters
@@ -87,10 +88,12 @@ class StepLoop:
 
         Raises:
             TokenizerError: the tokenizer fails on a prompt.
-            EngineError: the loop is closed or its device failed.
+            EngineError: the loop is closed, its device failed, or the model's owner made another one of it.
         """
         with self._lock, interrupts_deferred():
             self.check()
+            if not self._stepping:
+                begin_call(self._runner)
             created = [self._respond(plan, keep_events) for plan in plans]
             responses += created
             for response in created:

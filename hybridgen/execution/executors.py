@@ -22,7 +22,7 @@ class LayersExecutor:
     @property
     def launch(self) -> str:
         """`eager` or `compiled`."""
-        return "eager" if self.compiled is None else "compiled"
+        return "compiled" if self.compiled is not None and self.compiled.routes_any else "eager"
 
     def refuses(self, key: GraphKey) -> str | None:
         """Nothing."""

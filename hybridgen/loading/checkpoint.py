@@ -25,6 +25,8 @@ from hybridgen.loading.expectation import check_contents, check_quantisation_fil
 from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_source
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
+from hybridgen.loading.wrappers import unwrapped
+from hybridgen.models.projections import FusedHead
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,11 @@ class LoadedModel:
     """A model whose weights are in memory."""
 
     model: PreTrainedModel
-    """In evaluation mode, on the checkpoint's device."""
+    """On the checkpoint's device; in evaluation mode, but for a live module, which is as its owner has it."""
     seconds: float
     """What reading the weights took, a download included; 0 for a live module."""
     owned: bool
-    """Whether hybridgen loaded it. False for a live module, which stays its caller's: its parameters keep
-    their `requires_grad`."""
-    training: tuple[torch.nn.Module, ...] = ()
-    """Modules of a live module that were in training mode."""
-
-    def restore(self) -> None:
-        """Give a live module back its training mode."""
-        for module in self.training:
-            module.training = True
+    """Whether hybridgen loaded it. False for a live module, which stays its caller's: nothing of it is changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +65,8 @@ class Checkpoint:
     """The validated weight files of a local checkpoint."""
     module: PreTrainedModel | None = field(default=None, repr=False)
     """The live module, if one was given."""
+    given: Any = field(default=None, repr=False, compare=False)
+    """What it was given as: itself, or a PEFT model around it."""
     seconds: float = field(default=0.0, repr=False, compare=False)
     """What opening it took."""
 
@@ -84,8 +80,8 @@ class Checkpoint:
         """Finds the model and checks everything that can be checked without its weights.
 
         Args:
-            model: a directory, a hub id (`owner/name`), a model that is already in memory, or None for the demo
-                model.
+            model: a directory, a hub id (`owner/name`), a model that is already in memory (a PEFT model too), or None
+                for the demo model.
             config: device, dtype and how files may be read.
             tokenizer: used instead of the checkpoint's: an object, or the directory or hub id of one.
 
@@ -108,8 +104,9 @@ class Checkpoint:
     ) -> Checkpoint:
         if model is None:
             model = model_path()
-        if isinstance(model, PreTrainedModel):
-            return cls._open_live(model, config, tokenizer)
+        inside = unwrapped(model)
+        if isinstance(inside, PreTrainedModel):
+            return replace(cls._open_live(inside, config, tokenizer), given=model)
         if not isinstance(model, (str, os.PathLike)):
             raise ConfigError(f"model={model!r}; give a directory, a hub id or a transformers PreTrainedModel")
         device = resolve_device(config.device)
@@ -176,6 +173,11 @@ class Checkpoint:
             **_tokenizer(tokenizer, hf_config, source, config),
         )
 
+    @property
+    def joins(self) -> bool:
+        """Whether projections may be joined: a live module's are left as they are (they may be joined already)."""
+        return self.module is None or any(isinstance(module, FusedHead) for module in self.module.modules())
+
     def model_class(self) -> type[PreTrainedModel] | None:
         """The class that the model has or will have; None where transformers names none."""
         if self.module is not None:
@@ -189,8 +191,7 @@ class Checkpoint:
     def load(self) -> LoadedModel:
         """Reads the weights; those of a hub model are downloaded and checked first.
 
-        A live module is put into evaluation mode (`module.eval()`, undone by `LoadedModel.restore`) and otherwise
-        handed over as it is.
+        A live module is handed over as it is.
 
         Raises:
             CheckpointError: weights are missing, have other shapes than the config says, or cannot be read.
@@ -198,8 +199,7 @@ class Checkpoint:
             OutOfMemoryError: the weights do not fit on the device.
         """
         if self.module is not None:
-            training = tuple(module for module in self.module.modules() if module.training)
-            return LoadedModel(self.module.eval(), 0.0, owned=False, training=training)
+            return LoadedModel(self.module, 0.0, owned=False)
         assert self.source is not None
         start = time.perf_counter()
         files = list(self.files)

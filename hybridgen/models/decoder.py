@@ -37,11 +37,6 @@ class Norm:
     shift: float = 0.0
     """What was added to it."""
 
-    def refresh(self) -> None:
-        """Make `scale` again, from the parameter as it is now."""
-        if self.source is not None:
-            self.scale.copy_(self.source.detach().float() + self.shift)
-
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -269,7 +264,7 @@ def _joined(parent: nn.Module, names: tuple[str, ...], whole: str) -> Linear:
         return _linear(parent, (whole,))
     first = _module(parent, names[0])
     if type(first) is not FusedHead:
-        raise Unfit(f"{'/'.join(names)} are not joined (fuse_projections=False, or they could not be)")
+        raise Unfit(f"{'/'.join(names)} are not joined (a live module, fuse_projections=False, or they could not be)")
     if first.fused_members != tuple(getattr(parent, name) for name in names):
         raise Unfit(f"{'/'.join(names)} are joined in another order")
     bias = first.fused_bias

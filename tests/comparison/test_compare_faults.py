@@ -160,4 +160,3 @@ def test_an_engine_that_cannot_be_built_and_a_call_that_fails_are_rows_of_the_re
     text = str(found)
     assert "graph: out of memory: OutOfMemoryError: CUDA out of memory" in text
     assert "hybrid, prompt 4, batch 2: failed: RuntimeError: injected" in text
-    hybridgen.models.check_free(tiny)  # the module is its caller's again

@@ -400,24 +400,6 @@ def test_a_closed_engine_says_so(llama_path: Path) -> None:
         engine.generate(PROMPTS[0])
 
 
-def test_a_live_model_is_given_back_as_it_was() -> None:
-    model = families.build("llama")
-    prompt = PROMPTS[0]
-    expected = families.reference(model, prompt, 8)[0]
-    keys = list(model.state_dict())
-    before = {name: set(vars(module)) for name, module in model.named_modules()}
-    classes = [type(module) for module in model.modules()]
-    with Engine.load(model, mode="jit", compile_backend="aot_eager", **SETTINGS) as engine:
-        assert list(engine.generate(prompt, max_new_tokens=8).token_ids) == expected
-        with pytest.raises(hybridgen.EngineError, match="in use by another engine"):
-            Engine.load(model, mode="eager", **SETTINGS)
-        assert list(engine.generate(prompt, max_new_tokens=8).token_ids) == expected
-    assert families.reference(model, prompt, 8)[0] == expected
-    assert list(model.state_dict()) == keys
-    assert [type(module) for module in model.modules()] == classes
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-
-
 def test_statistics_count(llama_path: Path) -> None:
     with Engine.load(llama_path, mode="eager", **SETTINGS) as engine:
         engine.generate(PROMPTS[:3], max_new_tokens=4)

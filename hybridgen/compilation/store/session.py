@@ -228,6 +228,7 @@ def key_for(checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_b
         mode=mode,
         token_budget=token_budget,
         max_context=max_context,
+        fuse_projections=config.fuse_projections and checkpoint.joins,
     )
 
 

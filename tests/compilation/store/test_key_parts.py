@@ -154,7 +154,8 @@ def test_own_sources(tmp_path: Path) -> None:
 
 
 def test_a_live_model_and_its_files_have_one_key(tmp_path: Path) -> None:
-    """And the weights' values are not in it."""
+    """And the weights' values are not in it. Projections are joined in one of them, if they are."""
+    config = CONFIG.replace(fuse_projections=False)
     path = families.write("llama", tmp_path)
     live = families.build("llama")
     with torch.no_grad():
@@ -162,9 +163,10 @@ def test_a_live_model_and_its_files_have_one_key(tmp_path: Path) -> None:
             parameter.mul_(2)
     keys = []
     for model in (path, live):
-        checkpoint = Checkpoint.open(model, CONFIG)
-        keys.append(key_for(checkpoint, CONFIG, **cache_settings(checkpoint, CONFIG)))
-    assert keys[0].differences(keys[1].parts) == {}
+        checkpoint = Checkpoint.open(model, config)
+        keys += [key_for(checkpoint, each, **cache_settings(checkpoint, each)) for each in (config, CONFIG)]
+    assert keys[0].differences(keys[2].parts) == {}
+    assert set(keys[1].differences(keys[3].parts)) == {"config.fuse_projections"}
 
 
 @pytest.mark.parametrize("name", parts._SOURCES)
