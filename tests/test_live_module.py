@@ -288,7 +288,7 @@ def test_no_weight_is_copied(mode: str) -> None:
     with load(model, mode) as engine:
         tokens(engine)
         places = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        bound = engine._runner._bound.model  # type: ignore[union-attr]
+        bound = engine._runner.bound.model  # type: ignore[union-attr]
         found = [value for module in bound.modules() for value in vars(module).values()]
         tensors = [value for value in found if isinstance(value, torch.Tensor)]
         tensors += [*bound.parameters(), *bound.buffers()]

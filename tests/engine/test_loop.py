@@ -496,7 +496,7 @@ def test_an_engine_that_is_dropped_is_freed_although_its_live_model_stays() -> N
     model = families.build("llama")
     engine = Engine.load(model, **SETTINGS | {"mode": "jit", "compile_backend": "aot_eager"})
     engine.generate(PROMPTS[0], max_new_tokens=2)
-    site = engine._runner._bound.sites[0]
+    site = engine._runner.bound.sites[0]
     watched = [weakref.ref(site.module), weakref.ref(site.module._hybridgen.keys)]
     del engine, site
     gc.collect()
