@@ -19,6 +19,8 @@ from hybridgen.engine.requests import plan_requests
 NEW_TOKENS = 40
 # Across page borders (16), chunk borders (96), and what a window or a rotary scaling may do with length.
 LENGTHS = (7, 300, 1, 33, 64, 65, 130, 2)
+COMPILED = ("dbrx", "llama4_text", "mimo_v2_flash", "nanochat")
+"""Of the families in one sweep."""
 INDUCTOR = ("llama", "gemma3_text", "gpt2", "qwen3_moe")
 FUNCTIONALISED = (
     "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "glm", "glm4", "glm4_moe", "gpt_bigcode",
@@ -29,6 +31,7 @@ FUNCTIONALISED = (
 SETTINGS = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB", "max_context": 352}
 # Every batch and most prompts are padded, whatever the stand-in's times say.
 GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4, 8), "prefill_buckets": (16, 40, 96), "max_padding_ratio": 64}
+FEW_LENGTHS = (7, 110, 1, 33)
 FEW_TOKENS = 18
 """Across a page border wherever a prompt ends; for modes whose steps are those of another that generates all."""
 
@@ -152,6 +155,35 @@ def test_jit_and_hybrid(family: str, checkpoint: Path, expected: list, pytestcon
             check_engine(engine, expected, FEW_TOKENS)
         assert engine.stats().late_compiles == 0
         check_replays(engine)
+
+
+@pytest.mark.parametrize("name", sorted(families.MORE_FAMILIES))
+def test_more_families(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """In modes eager and graph; a few in mode hybrid, too, or all with `--all-inductor`.
+
+    Of two layers, and traced without a code generator, because most of the time goes into compiling.
+    """
+    everywhere = pytestconfig.getoption("--all-inductor")
+    if families.is_absent(name):
+        pytest.skip(f"this transformers has no {name}")
+    model = families.build(name)
+    prompts = families.prompts_of(FEW_LENGTHS)
+    expected = [families.reference(model, prompt, FEW_TOKENS)[0] for prompt in prompts]
+    path = families.write(name, tmp_path)
+    graphs = GRAPHS | {"decode_buckets": (2, 4), "prefill_buckets": (16, 96)}
+    modes: list[dict[str, Any]] = [{"mode": "eager"}, {"mode": "graph", **graphs}]
+    if everywhere or name in COMPILED:
+        backend = "inductor" if everywhere else "eager"
+        modes.append({"mode": "hybrid", "compile_backend": backend, "run_ahead": 1, **graphs})
+    for fields in modes:
+        with hybridgen.Engine.load(path, **(SETTINGS | {"max_batch": 4}), **fields) as engine:
+            outs = engine.generate(prompts, max_new_tokens=FEW_TOKENS)
+            assert [list(out.token_ids) for out in outs] == expected, fields["mode"]
+            assert list(engine.generate(prompts[1], max_new_tokens=FEW_TOKENS).token_ids) == expected[1]
+            stats = engine.stats()
+            assert bool(stats.fallbacks) == (fields["mode"] == "hybrid" and name in families.UNCOMPILED)
+            assert stats.late_compiles == 0
+            assert (stats.graphs.padded_hits > 0) == (fields["mode"] != "eager")
 
 
 @functools.cache

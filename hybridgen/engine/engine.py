@@ -94,7 +94,7 @@ class Engine:
             if config.fuse_projections and loaded.owned:
                 with self._startup.timed("fuse projections"):
                     fuse_projections(model)
-            bound = _bound(model)
+            bound = _bound(model, self.max_context)
             undo.callback(bound.release)
             self._starter = Starter(self.cache, self._startup, self._counters)
             builder = Builder(
@@ -396,14 +396,14 @@ class Engine:
         return loop
 
 
-def _bound(model: PreTrainedModel) -> BoundModel:
-    """`bind(model)`, where a model whose own code fails is refused.
+def _bound(model: PreTrainedModel, context: int) -> BoundModel:
+    """`bind(model, context)`, where a model whose own code fails is refused.
 
     Raises:
         UnsupportedModelError: a forward pass of a few tokens fails, or see `bind`.
     """
     try:
-        return bind(model)
+        return bind(model, context)
     except HybridgenError:
         raise
     except Exception as error:  # what a model's own code raises for a config that it cannot run

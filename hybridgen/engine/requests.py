@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from hybridgen.arguments import check_keywords, sampling_list, sampling_per_prompt
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.loading import Checkpoint
+from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import ResolvedSampling, resolve
 from hybridgen.text.prompts import encode_prompt
@@ -91,19 +92,21 @@ def plan_requests(
 
 
 def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
-    """The longest prompt plus output, in tokens: the user's limit, else the model's.
+    """The longest prompt plus output, in tokens: the user's limit, else the model's own.
+
+    A user's limit may go as far as the model's rotary scaling does (`scaled_context`).
 
     Raises:
-        ConfigError: the user's limit is above the model's.
+        ConfigError: the user's limit is above that.
     """
     limit = checkpoint.max_context
-    rope = getattr(checkpoint.hf_config, "rope_parameters", None) or {}
-    if limit is not None and rope.get("rope_type") == "dynamic":
-        limit = int(limit * rope["factor"])  # NTK scaling starts where max_position_embeddings ends
     if requested is None:
         return limit or UNKNOWN_CONTEXT
-    if limit is not None and requested > limit:
-        raise ConfigError(f"max_context={requested} is above the model's limit of {limit}; lower it")
+    if limit is not None:
+        most = scaled_context(checkpoint.hf_config, limit)
+        if requested > most:
+            scaled = f" ({limit}, which its rotary scaling makes {most})" if most != limit else f" of {limit}"
+            raise ConfigError(f"max_context={requested} is above the model's limit{scaled}; lower it")
     return requested
 
 

@@ -26,6 +26,7 @@ from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_s
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 from hybridgen.loading.wrappers import unwrapped
+from hybridgen.models.probe import probe_config
 from hybridgen.models.projections import FusedHead
 
 
@@ -134,7 +135,7 @@ class Checkpoint:
         if isinstance(source, LocalSource):
             files = validate_directory(source.path, config.allow_pickle, _weights_name(hf_config))
             check_contents(source, files, hf_config, remote_class)
-        return cls(
+        found = cls(
             name=source.name,
             source=source,
             files=tuple(files),
@@ -149,6 +150,9 @@ class Checkpoint:
             ),
             **_tokenizer(tokenizer, hf_config, source, config),
         )
+        # Last, because it builds the model (on the meta device), which a config that makes no sense would not survive.
+        probe_config(hf_config, config.max_context or found.max_context or 0, remote_class)
+        return found
 
     @classmethod
     def _open_live(cls, module: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> Checkpoint:

@@ -197,8 +197,10 @@ def describe(model: PreTrainedModel, sites: Sequence[AttentionSite], max_context
 
 def _layer(site: AttentionSite) -> DecoderLayer:
     layer, attention = site.layer, site.module
-    if site.call.softcap or site.call.sinks:
+    if site.options.softcap or site.options.sinks:
         raise Unfit("its attention has a soft cap or sinks")
+    if site.sees.chunk:
+        raise Unfit("it attends within chunks")
     mlp = _module(layer, "mlp")
     gemma = hasattr(layer, "pre_feedforward_layernorm")
     before = getattr(layer, "input_layernorm", None)
@@ -213,8 +215,8 @@ def _layer(site: AttentionSite) -> DecoderLayer:
         query_norm=_head_norm(attention, "q_norm"),
         key_norm=_head_norm(attention, "k_norm"),
         rotates=bool(getattr(attention, "use_rope", True)),
-        attention_scale=site.call.scale,
-        window=site.call.window,
+        attention_scale=site.options.scale,
+        window=site.sees.window,
         out=_linear(attention, ("o_proj",)),
         after_attention=_norm(after, width) if norms_output else None,
         before_mlp=_norm(_module(layer, "pre_feedforward_layernorm"), width)

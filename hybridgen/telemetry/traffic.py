@@ -58,7 +58,9 @@ def traffic_of(bound: BoundModel, ceiling: float | None) -> Traffic:
     weights = 0 if _has_experts(model.modules()) else _bytes(model, skipped)
     cache: dict[int, int] = {}
     for site in bound.sites:
-        shape, window = site.shape, site.call.window
+        shape = site.shape
+        # Within its chunk a row sees between one position and all: half of them on average.
+        window = site.sees.window or site.sees.chunk // 2
         each = shape.num_kv_heads * (shape.key_dim + shape.value_dim) * model.dtype.itemsize
         cache[window] = cache.get(window, 0) + each
     return Traffic(weights, tuple(cache.items()), ceiling)

@@ -13,6 +13,7 @@ import torch
 
 import hybridgen
 from hybridgen import Engine, FinishReason, SamplingParams
+from hybridgen.models.visibility import Visibility
 
 SETTINGS: dict[str, Any] = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB"}
 PROMPTS = families.prompts_of((5, 40, 1, 17, 33, 120, 64, 2))
@@ -314,8 +315,8 @@ def test_a_late_compilation_is_counted_and_warned_of(llama_path: Path) -> None:
     with Engine.load(llama_path, mode="jit", compile_backend="aot_eager", **SETTINGS) as engine:
         engine.generate(PROMPTS[0], max_new_tokens=2)
         engine._runner.compiled._step.query_starts = engine._runner.steps.metadata.query_starts
-        window = next(iter(engine._runner.bound.sites)).module._hybridgen
-        window.window = 7  # something that the graph was specialised on
+        binding = next(iter(engine._runner.bound.sites)).module._hybridgen
+        binding.sees = Visibility(window=7)  # something that the graph was specialised on
         with pytest.warns(RuntimeWarning, match="after warm-up"):
             engine.generate(PROMPTS[0], max_new_tokens=2)
         assert engine.stats().late_compiles > 0

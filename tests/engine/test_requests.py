@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, Phi3Config
 
-from hybridgen import EngineConfig, PromptError, SamplingError, SamplingParams
-from hybridgen.engine.requests import Plan, plan_requests, sampling_list, sampling_per_prompt
+from hybridgen import ConfigError, EngineConfig, PromptError, SamplingError, SamplingParams
+from hybridgen.engine.requests import Plan, context_limit, plan_requests, sampling_list, sampling_per_prompt
 from hybridgen.loading import Checkpoint
 
 
@@ -79,3 +81,47 @@ def test_what_is_no_sampling(sampling: Any) -> None:
 def test_a_list_that_does_not_fit(sampling: Any, words: str) -> None:
     with pytest.raises(SamplingError, match=words):
         sampling_per_prompt(2, sampling, {})
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("limit", "scaling", "most"),
+    [
+        (128, None, 128),
+        (128, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        (512, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),  # multiplied already
+        (128, {"type": "yarn", "factor": 4.0}, 512),
+        (128, {"type": "linear", "factor": 2.5}, 320),
+        (128, {"type": "dynamic", "factor": 2.0}, 256),
+        (64, LLAMA3 | {"original_max_position_embeddings": 64}, 512),
+        (4096, LLAMA3 | {"original_max_position_embeddings": 64}, 4096),  # Llama 3.1 goes beyond factor x original
+        (64, LONGROPE | {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (256, LONGROPE | {"original_max_position_embeddings": 64}, 256),  # the factor follows from the limit
+    ],
+)
+def test_contexts_of_scaled_rotary_models(demo: Checkpoint, limit: int, scaling: dict | None, most: int) -> None:
+    config = LlamaConfig(
+        max_position_embeddings=limit, rope_scaling=scaling, hidden_size=64, num_attention_heads=4, head_dim=16
+    )
+    checkpoint = replace(demo, hf_config=config, max_context=limit)
+    assert context_limit(checkpoint, None) == limit
+    assert context_limit(checkpoint, most) == most
+    with pytest.raises(ConfigError, match=f"max_context={most + 1} is above the model's limit"):
+        context_limit(checkpoint, most + 1)
+
+
+def test_an_original_length_beside_the_rotary_parameters(demo: Checkpoint) -> None:
+    config = Phi3Config(
+        max_position_embeddings=512,
+        original_max_position_embeddings=128,
+        rope_scaling=LONGROPE | {"factor": 4.0},
+        hidden_size=64,
+        num_attention_heads=4,
+    )
+    checkpoint = replace(demo, hf_config=config, max_context=512)
+    assert context_limit(checkpoint, 512) == 512
+    with pytest.raises(ConfigError):
+        context_limit(checkpoint, 513)

@@ -19,6 +19,9 @@ CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new 
     (2, 2, 16, 16, 64, [200, 2], [60, 1], {"window": 37, "softcap": 5.0, "sinks": True}),
     (8, 2, 16, 16, 8, [90, 150], [9, 150], {"window": 9}),
     (2, 1, 16, 16, 32, [33], [33], {"sinks": True}),
+    (4, 2, 16, 16, 16, [200, 2, 150], [60, 1, 150], {"chunk": 37, "sinks": True}),
+    (8, 2, 16, 16, 8, [90, 96], [9, 96], {"chunk": 8}),
+    (2, 1, 16, 16, 32, [130, 64], [130, 1], {"chunk": 64, "softcap": 5.0}),
 ]
 
 
@@ -33,10 +36,10 @@ def check_case(number: int) -> None:
     """Decode, with new tokens and without, and prefill, for one of `CASES`."""
     torch.manual_seed(number)
     heads, kv_heads, dim, value_dim, page_size, lengths, new, named = CASES[number]
-    options = {"window": 0, "softcap": 0.0, "sinks": None, **named}
+    options = {"window": 0, "chunk": 0, "softcap": 0.0, "sinks": None, **named}
     if options["sinks"]:
         options["sinks"] = torch.randn(heads)
-    tail = options["window"], options["softcap"], options["sinks"]
+    tail = options["window"], options["chunk"], options["softcap"], options["sinks"]
     cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False)
     _write(cache, kv_heads)
     pages = cache.k_pages, cache.v_pages, cache.block_table
