@@ -5,9 +5,9 @@ from __future__ import annotations
 import families
 import torch
 
-from hybridgen.cache import CacheShape, allocate_pages
+from hybridgen.cache import allocate
 from hybridgen.execution import ModelRunner
-from hybridgen.models import bind
+from hybridgen.models import BoundModel, bind
 
 
 def make_runner(
@@ -29,8 +29,15 @@ def make_runner(
         token_budget=token_budget,
         compile_backend=compile_backend,
     )
-    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), pages, torch.device("cpu")))
+    attach_cache(runner, bound, pages)
     return runner
+
+
+def attach_cache(runner: ModelRunner, bound: BoundModel, pages: int) -> None:
+    """A cache of so many float32 pages of 16 positions."""
+    states = bound.layer_states(16, torch.float32)
+    allocate(states, pages, runner.state.max_batch + 1, torch.device("cpu"))
+    runner.attach(states)
 
 
 def free_runner(runner: ModelRunner) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from hybridgen.cache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
+from hybridgen.cache import PageAllocator, allocate, pages_for_tokens, plan_pages, total_bytes
 from hybridgen.config import EngineConfig, GraphOwner, Mode, bar_disabled, parse_bytes
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import token_budget
@@ -154,19 +154,22 @@ class Builder:
     def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphPlan) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes."""
         config, device = self.config, self.checkpoint.device
-        shape = CacheShape(bound.layer_shapes, config.page_size, self.checkpoint.dtype)
-        runner.attach(allocate_pages(shape, 1, device))
+        states, slots = bound.layer_states(config.page_size, self.checkpoint.dtype), config.max_batch + 1
+        allocate(states, 1, slots, device)
+        runner.attach(states)
         measure = config.kv_memory is None
         num_pages = plan_pages(
-            shape,
+            states,
+            page_size=config.page_size,
             max_batch=config.max_batch,
             max_context=self.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
             activation_bytes=runner.measure_activations(plan.largest()) if measure else 0,
         )
-        runner.attach(allocate_pages(shape, num_pages, device))
-        return num_pages, num_pages * shape.page_bytes
+        allocate(states, num_pages, slots, device)
+        runner.attach(states)
+        return num_pages, total_bytes(states, num_pages, slots)
 
     def _compile(self, runner: ModelRunner) -> str | None:
         """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of.

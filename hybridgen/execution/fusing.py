@@ -39,7 +39,7 @@ def fuse(
 
     fused = runner.steps.fused = fuse_decode(
         bound,
-        runner.pages,
+        tuple(state.pages for state in runner.states),
         runner.steps.inputs(),
         max_context=max_context,
         max_rows=runner.state.max_batch,

@@ -11,7 +11,7 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
-from hybridgen.cache import LayerPages
+from hybridgen.cache import KeyValueState
 from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
@@ -142,10 +142,15 @@ class ModelRunner:
         self._steady: Steady | None = None
         self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
 
-    def attach(self, pages: tuple[LayerPages, ...]) -> None:
-        """Use these pages from now on. Not after something was recorded, or decode was fused."""
-        self.pages = pages
-        self._bound.attach(pages, self.steps.metadata)
+    def attach(self, states: Sequence[KeyValueState]) -> None:
+        """Let the layers keep their state here from now on. Not after something was recorded, or decode was fused.
+
+        Args:
+            states: one a layer, allocated.
+        """
+        self.states = tuple(states)
+        self._bound.attach(states, self.steps.metadata)
+        self.steps.attach(states)
 
     def use_graphs(
         self,
@@ -182,6 +187,8 @@ class ModelRunner:
     def admit(self, admission: Admission) -> None:
         """Give a slot to a new request."""
         self.state.block_table.assign(admission.slot, admission.pages)
+        for state in self.states:
+            state.reset(admission.slot)
         self.sampler.assign(admission.slot, admission.sampling, admission.prompt_ids, ())
         if self.steps.fused is not None:
             self.steps.fused.refresh()

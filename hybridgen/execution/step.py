@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hybridgen.cache import LayerState
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.staging import StagedBlock
@@ -81,6 +82,8 @@ class ModelSteps:
             self._decode = {name: torch.zeros_like(field) for name, field in self._decode_block.device.items()}
             self._prefill = {name: torch.zeros_like(field) for name, field in self._prefill_block.device.items()}
         self._zeros = torch.zeros(3, 1, dtype=torch.int64, device=device)
+        self._ones = torch.ones(lines, dtype=torch.int64, device=device)
+        self.attach(())
         self._copies: dict[tuple[Phase, int, int], Callable[[], None]] = {}
         self._staged: tuple[int, ...] | None = None
         empty = self._prefill["ids"][:1]
@@ -100,6 +103,7 @@ class ModelSteps:
             "block table": self._state.block_table.tensor,
             "state": self._state.table,
             "zeros": self._zeros,
+            "ones": self._ones,
             **self._ring.tensors(),
             **{f"staged {name}": field for name, field in self._decode_block.device.items()},
             **{f"staged prompt {name}": field for name, field in self._prefill_block.device.items()},
@@ -108,7 +112,13 @@ class ModelSteps:
         }
         logits = {} if self.logits is None else {"logits": self.logits}
         fused = {} if self.fused is None else self.fused.tensors()
-        return fixed | logits | fused | self._sampler.tensors() | self._bound.pages()
+        layers = {f"{name} of layer {i}": t for i, s in enumerate(self._states) for name, t in s.tensors().items()}
+        return fixed | logits | fused | self._sampler.tensors() | layers
+
+    def attach(self, states: Sequence[LayerState]) -> None:
+        """Say what the layers keep between steps."""
+        self._states = tuple(states)
+        self._to_commit = tuple(state for state in states if not state.rerunnable)
 
     def inputs(self) -> StepInputs:
         """Where a decode step finds its rows."""
@@ -260,6 +270,8 @@ class ModelSteps:
         sampled = sample(logits, self._sampler, rows, lengths, generated, plan)
         counts = self._sampler.output_counts if plan.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts)
+        for state in self._to_commit:
+            state.commit(rows, self._ones[: rows.shape[0]])
 
     def _set(self, phase: Phase, slots: Tensor, positions: Tensor, rope: Tensor) -> None:
         step = self.metadata

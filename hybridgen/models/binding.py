@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hybridgen.cache import LayerPages, LayerShape
+from hybridgen.cache import KeyValueState, LayerShape, PagedKV
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.models.attention import ATTENTION_NAME, PROBE_NAME, LayerBinding, StepMetadata
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
@@ -56,10 +56,9 @@ class BoundModel:
         """The decoder layers, in order."""
         return tuple(site.layer for site in self.sites)
 
-    @property
-    def layer_shapes(self) -> tuple[LayerShape, ...]:
-        """What each layer stores per position."""
-        return tuple(site.shape for site in self.sites)
+    def layer_states(self, page_size: int, dtype: torch.dtype) -> tuple[KeyValueState, ...]:
+        """What each layer keeps between steps, as the probe saw it; not allocated yet."""
+        return tuple(PagedKV(site.shape, page_size, dtype) for site in self.sites)
 
     @property
     def reprefill_length(self) -> int | None:
@@ -70,18 +69,12 @@ class BoundModel:
     def _replaced(self) -> list[tuple[nn.Module, str, PerTokenRope]]:
         return [(parent, name, getattr(parent, name)) for parent, name, _ in self._ropes]
 
-    def attach(self, pages: tuple[LayerPages, ...], step: StepMetadata) -> None:
-        """Give every attention module its pages and the step's metadata."""
-        for site, layer in zip(self.sites, pages, strict=True):
-            site.module._hybridgen = LayerBinding(layer.keys, layer.values, step, site.window)  # type: ignore[assignment]
+    def attach(self, states: Sequence[KeyValueState], step: StepMetadata) -> None:
+        """Give every attention module its layer's state, which is allocated, and the step's metadata."""
+        for site, state in zip(self.sites, states, strict=True):
+            site.module._hybridgen = LayerBinding(*state.pages, step, site.window)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
-
-    def pages(self) -> dict[str, torch.Tensor]:
-        """The attached pages, by name."""
-        bindings: list[Any] = [site.module._hybridgen for site in self.sites]
-        keys = {f"keys of layer {i}": binding.keys for i, binding in enumerate(bindings)}
-        return keys | {f"values of layer {i}": binding.values for i, binding in enumerate(bindings)}
 
     def forward(self, input_ids: torch.Tensor, step: StepMetadata, keep: torch.Tensor | None) -> torch.Tensor:
         """Logits of a step.
