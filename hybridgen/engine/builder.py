@@ -80,7 +80,7 @@ class Builder:
         undo.callback(runner.close)
         with timed("allocate cache"):
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan)
-        meter = DecodeMeter(traffic_of(bound, starter.read_ceiling(device)))
+        meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
         fuses = self.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
             starter.fuse_decode(runner, bound, config, self.max_context)

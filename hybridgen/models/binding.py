@@ -15,6 +15,7 @@ from hybridgen.cache import KeyValueState, LayerShape, PagedKV
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.models.attention import ATTENTION_NAME, PROBE_NAME, LayerBinding, StepMetadata
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
+from hybridgen.models.weights import ModuleWeights, WeightProvider
 
 
 class AttentionCall(NamedTuple):
@@ -48,6 +49,8 @@ class BoundModel:
     sites: tuple[AttentionSite, ...]
     logits_dtype: torch.dtype
     """Of what `forward()` returns; some models compute their logits in float32 whatever their weights are."""
+    weights: WeightProvider
+    """Gives the weights of the model's projections by their modules' names."""
     _attention: str | None
     _ropes: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
@@ -140,7 +143,7 @@ def bind(model: PreTrainedModel) -> BoundModel:
     check_free(model)
     previous = model.config._attn_implementation
     sites, logits_dtype = _probe(model)
-    bound = BoundModel(model, sites, logits_dtype, previous)
+    bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), previous)
     try:
         _set_attention(model, ATTENTION_NAME)
         model._hybridgen_bound = True  # type: ignore[assignment]

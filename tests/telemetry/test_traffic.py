@@ -6,6 +6,7 @@ import math
 
 import families
 import pytest
+import torch
 
 import hybridgen
 from hybridgen.kernels.read_ceiling import read_ceiling
@@ -17,7 +18,7 @@ from hybridgen.telemetry.traffic import DecodeMeter, Traffic, traffic_of
 def bytes_of(name: str, **changes: object) -> Traffic:
     bound = bind(families.build(name, **changes))
     try:
-        return traffic_of(bound, None)
+        return traffic_of(bound, bound.layer_states(16, torch.float32), None)
     finally:
         bound.release()
 
@@ -80,8 +81,6 @@ def test_what_the_meter_says() -> None:
 
 
 def test_no_ceiling_on_a_cpu() -> None:
-    import torch
-
     assert read_ceiling(torch.device("cpu")) is None
 
 
