@@ -184,7 +184,7 @@ class ModuleWeights:
                 module = self._module.get_submodule(name)
             except AttributeError as error:
                 raise WeightError(f"there is no {name}") from error
-            if type(module) not in (nn.Linear, FusedHead, FusedTail):
+            if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FusedHead, FusedTail):
                 raise WeightError(f"{name} is a {type(module).__name__}, not a plain nn.Linear")
             # A class of its own, or none at all: quantised libraries keep the module and change what it holds.
             weight = vars(module)["_parameters"].get("weight")
@@ -219,9 +219,8 @@ def _part(tensor: Tensor, shard: Shard) -> Tensor:
     """A rank's part of a weight [outputs, inputs] or a bias [outputs], as a view."""
     size = tensor.shape[shard.axis]
     if size % shard.ranks:
-        raise WeightError(
-            f"{size} {'inputs' if shard.axis else 'outputs'} cannot be cut into {shard.ranks} equal parts"
-        )
+        what = "inputs" if shard.axis else "outputs"
+        raise WeightError(f"{size} {what} cannot be cut into {shard.ranks} equal parts")
     each = size // shard.ranks
     return tensor.narrow(shard.axis, shard.rank * each, each)
 
