@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cache
 
 import families
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
+from hybridgen.fused.persistent import shape
 from hybridgen.models.binding import bind
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit, dense, describe
 from hybridgen.models.projections import fuse_projections
-from hybridgen.models.weights import DenseWeight, ModuleWeights
+from hybridgen.models.weights import WHOLE, DenseWeight, ModuleWeights, Shard, WeightFormat
 
 SERVED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "olmo2", "gemma"}
 """Families that the fused steps are made for."""
@@ -93,6 +96,51 @@ def test_weights_are_the_models_own() -> None:
     assert dense(decoder.head).data_ptr() == model.lm_head.weight.data_ptr()
     sizes = [dense(t) for x in decoder.layers for t in (x.qkv, x.out, x.gate_up, x.down)]
     assert decoder.weight_bytes == 4 * sum(w.numel() for w in (*sizes, dense(decoder.head)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """A weight of another format: values with a scale, here one that loses nothing."""
+
+    values: Tensor
+    bytes_read: int = 7
+
+    @property
+    def format(self) -> WeightFormat:
+        return WeightFormat("scaled", self.values.dtype, (1, 1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.linear(x, self.values * 4, bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.values, "scale": torch.tensor(4.0)}
+
+
+class _ScaledWeights(ModuleWeights):
+    """Gives every projection in that format."""
+
+    def get(self, names: Sequence[str], shard: Shard = WHOLE) -> _Scaled:  # type: ignore[override]
+        return _Scaled(super().get(names, shard).values / 4)
+
+
+def test_weights_of_another_format_are_computed_with_and_refused_where_dense_ones_are_needed() -> None:
+    model, plain = _pair("qwen2")
+    bound = bind(model)
+    sites = bound.sites
+    bound.release()
+    decoder = describe(model, sites, _ScaledWeights(model), 128)
+    reference.check(model, decoder)
+    assert decoder.weight_bytes == 7 * (4 * len(plain.layers) + 1)
+    for linear in (decoder.head, decoder.layers[0].qkv):
+        with pytest.raises(Unfit, match="scaled float32 in blocks of 1x1; dense"):
+            dense(linear)
+    with pytest.raises(Unfit, match="scaled bfloat16"):
+        layers = tuple(dataclasses.replace(x, qkv=Linear(_Scaled(dense(x.qkv).bfloat16()))) for x in plain.layers)
+        shape.check(dataclasses.replace(plain, layers=layers, dtype=torch.bfloat16, head_dim=32), 16, (9, 0))
 
 
 def _with_layer(decoder: Decoder, index: int, **changes: object) -> Decoder:

@@ -126,7 +126,7 @@ def test_shards_put_together_are_the_whole() -> None:
 def test_of_several_projections_a_rank_has_its_part_of_each() -> None:
     model = joined()
     plain, copying, mine = ModuleWeights(model), ModuleWeights(model, may_copy=True), Shard(1, 2)
-    with pytest.raises(WeightError, match="not joined|one piece"):
+    with pytest.raises(WeightError, match=r"not joined|one piece"):
         plain.get(QKV, mine)
     assert torch.equal(copying.get(QKV, mine).values, torch.cat([x.weight.chunk(2)[1] for x in linears(model)]))
     bias = copying.bias(QKV, mine)
