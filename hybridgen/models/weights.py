@@ -203,7 +203,7 @@ class ModuleWeights:
             return first
         if not self._may_copy:
             joined = any(type(each) in (FusedHead, FusedTail) for each in linears)
-            why = "joined in another order" if joined else "not joined"
+            why = "joined in another order or with others" if joined else "not joined"
             raise WeightError(f"{_listed(names)} are {why} (fuse_projections=False, or they could not be)")
         return None
 

@@ -106,8 +106,9 @@ def test_what_is_not_joined_is_copied_only_when_asked_to() -> None:
 
 def test_another_order_is_not_the_joined_weight() -> None:
     model = joined()
-    with pytest.raises(WeightError, match="joined in another order"):
-        ModuleWeights(model).get(QKV[::-1])
+    for order in (QKV[::-1], [QKV[0], QKV[2], QKV[1]], QKV[:2]):
+        with pytest.raises(WeightError, match="joined in another order"):
+            ModuleWeights(model).get(order)
     turned = ModuleWeights(model, may_copy=True).get(QKV[::-1])
     assert torch.equal(turned.values, torch.cat([each.weight for each in linears(model)[::-1]]))
 

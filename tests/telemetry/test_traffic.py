@@ -67,6 +67,18 @@ def test_a_projection_counts_what_its_weight_reads() -> None:
     assert counted == linears // 2 + 4 * norms
 
 
+def test_a_weight_of_two_modules_counts_once() -> None:
+    model = families.build("llama")
+    first, second = (model.model.layers[i].mlp.down_proj for i in range(2))
+    second.weight = first.weight
+    bound = bind(model)
+    try:
+        shared = traffic_of(bound, bound.layer_states(16, torch.float32), None).weights
+    finally:
+        bound.release()
+    assert shared == bytes_of("llama").weights - 4 * first.weight.numel()
+
+
 def test_states_say_what_a_position_costs() -> None:
     bound = bind(families.build("llama"))
     try:
