@@ -7,9 +7,9 @@ from typing import Any
 import families
 import torch
 
-from hybridgen.cache import CacheShape, allocate_pages
+from hybridgen.cache import allocate
 from hybridgen.execution import ModelRunner
-from hybridgen.models import bind
+from hybridgen.models import BoundModel, bind
 from hybridgen.models.twin import Twin
 
 
@@ -41,10 +41,17 @@ def make_runner(
         compile_backend=compile_backend,
         twin=twin,
     )
-    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), pages, torch.device("cpu")))
+    attach_cache(runner, bound, pages)
     if twin is not None:
         twin.settle()
     return runner
+
+
+def attach_cache(runner: ModelRunner, bound: BoundModel, pages: int) -> None:
+    """A cache of so many float32 pages of 16 positions."""
+    states = bound.layer_states(16, torch.float32)
+    allocate(states, pages, runner.state.max_batch + 1, torch.device("cpu"))
+    runner.attach(states)
 
 
 def free_runner(runner: ModelRunner) -> None:

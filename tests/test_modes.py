@@ -334,8 +334,9 @@ def poison(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Phase]:
         decodes = key.phase is Phase.DECODE
         with torch.inference_mode():
             runner.state.table[:, -1] = far * 100
-            for pages in runner.bound.pages().values():
-                pages[0] = torch.nan
+            for state in runner.states:
+                for pages in state.pages:
+                    pages[0] = torch.nan
             for field in (*steps._decode.values(), *steps._prefill.values()):
                 field.fill_(far)
             for block, used in ((steps._decode_block, decodes), (steps._prefill_block, not decodes)):

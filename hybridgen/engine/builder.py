@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from hybridgen.cache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
+from hybridgen.cache import PageAllocator, allocate, pages_for_tokens, plan_pages, total_bytes
 from hybridgen.compilation.layers import switched_off
 from hybridgen.config import EngineConfig, GraphOwner, Mode, bar_disabled, parse_bytes
 from hybridgen.engine.loop import StepLoop
@@ -85,7 +85,7 @@ class Builder:
         undo.callback(runner.close)
         with timed("allocate cache"):
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan)
-        meter = DecodeMeter(traffic_of(bound, starter.read_ceiling(device)))
+        meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
         fuses = self.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.max_context)
@@ -169,19 +169,22 @@ class Builder:
     def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes."""
         config, device = self.config, self.checkpoint.device
-        shape = CacheShape(bound.layer_shapes, config.page_size, self.checkpoint.dtype)
-        runner.attach(allocate_pages(shape, 1, device))
+        states, slots = bound.layer_states(config.page_size, self.checkpoint.dtype), config.max_batch + 1
+        allocate(states, 1, slots, device)
+        runner.attach(states)
         measure = config.kv_memory is None
         num_pages = plan_pages(
-            shape,
+            states,
+            page_size=config.page_size,
             max_batch=config.max_batch,
             max_context=self.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
             activation_bytes=warm_up.measure_activations(runner, plan.largest()) if measure else 0,
         )
-        runner.attach(allocate_pages(shape, num_pages, device))
-        return num_pages, num_pages * shape.page_bytes
+        allocate(states, num_pages, slots, device)
+        runner.attach(states)
+        return num_pages, total_bytes(states, num_pages, slots)
 
     def _compile(self, runner: ModelRunner) -> str | None:
         """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of.

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 
-from hybridgen.cache import LayerPages
+from hybridgen.cache import KeyValueState
 from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
@@ -151,10 +151,15 @@ class ModelRunner:
         """The compiled layers; None where layers run eagerly."""
         return self._layers.compiled
 
-    def attach(self, pages: tuple[LayerPages, ...]) -> None:
-        """Use these pages from now on. Not after something was recorded, or decode was fused."""
-        self.pages = pages
-        self.bound.attach(pages, self.steps.metadata)
+    def attach(self, states: Sequence[KeyValueState]) -> None:
+        """Let the layers keep their state here from now on. Not after something was recorded, or decode was fused.
+
+        Args:
+            states: one a layer, allocated.
+        """
+        self.states = tuple(states)
+        self.bound.attach(states, self.steps.metadata)
+        self.steps.attach(states)
 
     def use_fused(self, fused: FusedDecode | None) -> None:
         """From now on prefer these fused executors where they serve a step; None: the layers serve all."""
@@ -197,6 +202,8 @@ class ModelRunner:
     def admit(self, admission: Admission) -> None:
         """Give a slot to a new request."""
         self.state.block_table.assign(admission.slot, admission.pages)
+        for state in self.states:
+            state.reset(admission.slot)
         self.sampler.assign(admission.slot, admission.sampling, admission.prompt_ids, ())
         self._steady = None
 

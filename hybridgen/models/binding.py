@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hybridgen.cache import LayerPages, LayerShape
+from hybridgen.cache import KeyValueState, LayerShape, PagedKV
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, StepMetadata
 from hybridgen.models.interface import AttentionNames, check_functions
 from hybridgen.models.probe import AttentionOptions, check_distinct, probe_model, read_options
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
 from hybridgen.models.visibility import Visibility
+from hybridgen.models.weights import ModuleWeights, WeightProvider
 
 _CONTEXT = 4096
 """Positions up to which masks are read where neither the caller nor the config says how many."""
@@ -44,6 +45,8 @@ class BoundModel:
     sites: tuple[AttentionSite, ...]
     logits_dtype: torch.dtype
     """Of what `forward()` returns; some models compute their logits in float32 whatever their weights are."""
+    weights: WeightProvider
+    """Gives the weights of the model's projections by their modules' names."""
     _attention: AttentionNames
     _ropes: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
@@ -52,10 +55,9 @@ class BoundModel:
         """The decoder layers, in order."""
         return tuple(site.layer for site in self.sites)
 
-    @property
-    def layer_shapes(self) -> tuple[LayerShape, ...]:
-        """What each layer stores per position."""
-        return tuple(site.shape for site in self.sites)
+    def layer_states(self, page_size: int, dtype: torch.dtype) -> tuple[KeyValueState, ...]:
+        """What each layer keeps between steps, as the probe saw it; not allocated yet."""
+        return tuple(PagedKV(site.shape, page_size, dtype) for site in self.sites)
 
     @property
     def reprefill_length(self) -> int | None:
@@ -66,18 +68,12 @@ class BoundModel:
     def _replaced(self) -> list[tuple[nn.Module, str, PerTokenRope]]:
         return [(parent, name, getattr(parent, name)) for parent, name, _ in self._ropes]
 
-    def attach(self, pages: tuple[LayerPages, ...], step: StepMetadata) -> None:
-        """Give every attention module its pages and the step's metadata."""
-        for site, layer in zip(self.sites, pages, strict=True):
-            site.module._hybridgen = LayerBinding(layer.keys, layer.values, step, site.sees)  # type: ignore[assignment]
+    def attach(self, states: Sequence[KeyValueState], step: StepMetadata) -> None:
+        """Give every attention module its layer's state, which is allocated, and the step's metadata."""
+        for site, state in zip(self.sites, states, strict=True):
+            site.module._hybridgen = LayerBinding(*state.pages, step, site.sees)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
-
-    def pages(self) -> dict[str, torch.Tensor]:
-        """The attached pages, by name."""
-        bindings: list[Any] = [site.module._hybridgen for site in self.sites]
-        keys = {f"keys of layer {i}": binding.keys for i, binding in enumerate(bindings)}
-        return keys | {f"values of layer {i}": binding.values for i, binding in enumerate(bindings)}
 
     def forward(self, input_ids: torch.Tensor, step: StepMetadata, keep: torch.Tensor | None) -> torch.Tensor:
         """Logits of a step.
@@ -144,7 +140,7 @@ def bind(model: PreTrainedModel, context: int | None = None) -> BoundModel:
     check_free(model)
     attention = AttentionNames(model)
     sites, logits_dtype = _find_sites(model, attention, context or _context_of(model))
-    bound = BoundModel(model, sites, logits_dtype, attention)
+    bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), attention)
     try:
         attention.set(ATTENTION_NAME)
         model._hybridgen_bound = True  # type: ignore[assignment]

@@ -226,7 +226,7 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
     assert fused_executors.make_fused(runner, 64, tuned={"a": 1}) is runner.fused is fused
     bound, pages, inputs = given.pop("args")
     assert bound is runner.bound
-    assert pages is runner.pages
+    assert pages == tuple(state.pages for state in runner.states)
     assert inputs.state is runner.state.table
     assert given == {"max_context": 64, "max_rows": 8, "tuned": {"a": 1}, "kept": None}
     assert list(runner.executors) == ["chain", "layers"]

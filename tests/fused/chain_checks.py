@@ -19,6 +19,7 @@ from hybridgen.fused.chain.tiles import PROJECTIONS, Tile
 from hybridgen.models.binding import bind
 from hybridgen.models.decoder import Decoder, Unfit, describe
 from hybridgen.models.projections import fuse_projections
+from hybridgen.models.weights import ModuleWeights
 
 
 def poison(step: ChainStep) -> None:
@@ -157,7 +158,7 @@ def check_families(number: int) -> None:
         sites = bound.sites
         bound.release()
         try:
-            decoder = describe(model, sites, 128)
+            decoder = describe(model, sites, ModuleWeights(model), 128)
             reference.check(model, decoder)
         except Unfit:
             continue

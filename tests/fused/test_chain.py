@@ -18,7 +18,8 @@ from hybridgen.cache import LayerPages
 from hybridgen.fused.chain.attention import cut_contexts, least_tiles
 from hybridgen.fused.chain.step import ChainStep
 from hybridgen.fused.chain.tiles import PROJECTIONS, Tile, as_tiles, candidates, default_tile, variants
-from hybridgen.models.decoder import Unfit
+from hybridgen.models.decoder import Linear, Unfit, dense
+from hybridgen.models.weights import DenseWeight
 
 
 @pytest.mark.parametrize("check", ["shapes", "float16", "merge", "strangers", "families"])
@@ -142,7 +143,8 @@ def test_a_model_that_does_not_fit(change: dict[str, object], reason: str) -> No
 
 def test_a_weight_that_starts_anywhere() -> None:
     model = random_decoder(Shape())
-    head = torch.empty(model.head.numel() + 1)[1:].view_as(model.head)
+    weight = dense(model.head)
+    head = Linear(DenseWeight(torch.empty(weight.numel() + 1)[1:].view_as(weight)))
     with pytest.raises(Unfit, match="16 bytes"):
         ChainStep(dataclasses.replace(model, head=head))
 

@@ -44,9 +44,9 @@ def poison(engine: hybridgen.Engine) -> None:
     """Everything that only padding may read: NaN in the dummy page, ids and lengths out of range in its slot."""
     runner = engine._runner
     with torch.inference_mode():
-        for name, pages in runner.bound.pages().items():
-            assert "of layer" in name
-            pages[0] = float("nan")
+        for state in runner.states:
+            for pages in state.pages:
+                pages[0] = float("nan")
         runner.state.table[:, -1] = 2**40
 
 

@@ -17,7 +17,9 @@ def test_finds_every_layer_and_its_shape() -> None:
     model = families.build("llama")
     bound = bind(model)
     assert bound.layers == tuple(model.model.layers)
-    assert bound.layer_shapes == (LayerShape(2, 16, 16),) * 4
+    assert [site.shape for site in bound.sites] == [LayerShape(2, 16, 16)] * 4
+    # Keys and values of 2 heads of 16 in float32, 8 positions a page.
+    assert [state.bytes_per_page for state in bound.layer_states(8, torch.float32)] == [8 * 2 * 2 * 16 * 4] * 4
     assert bound.reprefill_length is None
     bound.release()
 

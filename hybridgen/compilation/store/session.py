@@ -23,6 +23,7 @@ from hybridgen.compilation.store.store import Explanation, Store, Update
 from hybridgen.config import EngineConfig, GraphOwner, Mode
 from hybridgen.errors import CacheMissError
 from hybridgen.loading import Checkpoint
+from hybridgen.models.weights import ModuleWeights
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +226,7 @@ def key_for(checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_b
         device=checkpoint.device,
         dtype=checkpoint.dtype,
         config=config,
+        weights=ModuleWeights.identity,
         mode=mode,
         token_budget=token_budget,
         max_context=max_context,

@@ -26,7 +26,8 @@ CONFIG = EngineConfig(mode="hybrid", device="cpu")
 def key(
     hf_config: Any = None, *, model_class: type = LlamaForCausalLM, config: EngineConfig = CONFIG, **kw: Any
 ) -> Key:
-    given: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "mode": "hybrid"} | kw
+    given: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "weights": "dense"}
+    given |= {"mode": "hybrid"} | kw
     return parts.key_of(hf_config or families.build("llama").config, model_class, config=config, **given)
 
 
@@ -57,6 +58,7 @@ def test_what_a_fine_tune_changes_is_not_in_it() -> None:
 
 def test_dtype_quantisation_class_and_settings() -> None:
     assert changed(key(dtype=torch.bfloat16)) == {"dtype"}
+    assert changed(key(weights="int4")) == {"weights"}
     assert changed(key(mode="jit")) == {"config.mode"}
     assert changed(key(model_class=MistralForCausalLM)) == {"model class", "model sources"}
     config = families.build("llama").config
