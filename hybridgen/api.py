@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
-from hybridgen.arguments import check_keywords, sampling_list
 from hybridgen.config import EngineConfig
 from hybridgen.core import TokenEvent
 from hybridgen.demo import model_path
 from hybridgen.errors import ConfigError, PromptError, shown
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, check_keywords, sampling_list
 from hybridgen.serving.address import SCHEME, socket_path
 from hybridgen.serving.client import Client
 from hybridgen.serving.exchange import Call
@@ -210,14 +209,14 @@ def prepare(
 ) -> tuple[Engine, dict[str, Any]]:
     """The engine for a call, and the call's sampling fields.
 
-    An iterator in `sampling` is used up; give what `hybridgen.arguments.sampling_list` makes of it.
+    An iterator in `sampling` is used up; give what `hybridgen.params.sampling_list` makes of it.
     """
     from hybridgen.telemetry import import_time as importing
 
     importing.engine()
     from hybridgen.engine import Engine
     from hybridgen.engine.preflight import check_config
-    from hybridgen.engine.requests import plan_requests
+    from hybridgen.engine.requests import make_requests
     from hybridgen.loading import Checkpoint
     from hybridgen.text.prompts import split_prompts
 
@@ -241,7 +240,7 @@ def prepare(
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
         # Before any weight is read or a kept engine closed, so that bad input costs nothing; the cache's size is
         # checked by the engine.
-        plan_requests(items, sampling, sampling_fields, checkpoint, check_config(checkpoint, config), None)
+        make_requests(items, sampling, sampling_fields, checkpoint, check_config(checkpoint, config), None)
         if kept is not None:
             kept.engine.close()
             del _engines[key]

@@ -1,14 +1,21 @@
-"""What a request asks for: how its tokens are chosen, and when it stops."""
+"""What a request asks for: how its tokens are chosen, and when it stops. Checks of a call's arguments.
+
+`SamplingParams` is what a caller gives; `resolve()` fills in what was left open with what the model suggests. Nothing
+here needs a model or torch.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from hybridgen.errors import SamplingError, shown
+from hybridgen.errors import ConfigError, SamplingError, shown
 
+DEFAULT_MAX_NEW_TOKENS = 128
 MAX_LOGPROBS = 64
 MAX_INT = 2**63 - 1
 
@@ -108,6 +115,163 @@ class SamplingParams:
     def field_names(cls) -> frozenset[str]:
         """The names that `generate()` accepts as keywords for sampling."""
         return frozenset(f.name for f in fields(cls))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSampling:
+    """`SamplingParams` with every field set; see there for what they mean."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    """0: greedy."""
+    top_k: int
+    """0: off; otherwise below the size of the vocabulary."""
+    top_p: float
+    """1: off."""
+    min_p: float
+    """0: off."""
+    repetition_penalty: float
+    """1: off."""
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    seed: int
+    n: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    """All ids that end the request: the model's end-of-sequence ids (unless ignored) and the caller's."""
+    ignore_eos: bool
+    logprobs: int | None
+    skip_special_tokens: bool
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether its logits depend on the tokens so far."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def resolve(
+    params: SamplingParams, generation_config: Any, eos_token_ids: Iterable[int] | None, vocab_size: int
+) -> ResolvedSampling:
+    """Fill in what the caller left open.
+
+    A field that was given stays. Otherwise `max_new_tokens` and `repetition_penalty` are the model's;
+    `temperature`, `top_k`, `top_p` and `min_p` are the model's if its `generation_config` samples
+    (`do_sample`), else greedy and off. A missing model's value is 128 tokens, temperature 1, and off for the
+    rest. That differs from Hugging Face in one point: `generate()` applies `top_k=50` to every sampling call
+    that does not set it; here it applies only where the model's `generation_config` or the caller says so.
+    Other fields of `generation_config` are not read.
+
+    Args:
+        generation_config: a `transformers.GenerationConfig`, anything with such attributes, or None.
+        eos_token_ids: the model's end-of-sequence ids; those outside the vocabulary are left out.
+        vocab_size: columns of the logits.
+
+    Raises:
+        SamplingError: a token id outside the vocabulary, `n` above 1 where the model is greedy,
+            `min_new_tokens` above the model's `max_new_tokens`, or a `generation_config` value out of range.
+    """
+    params = _with_model_defaults(params, generation_config)
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    _check_ids("logit_bias", params.logit_bias, vocab_size)
+    eos = () if params.ignore_eos else tuple(i for i in eos_token_ids or () if 0 <= i < vocab_size)
+    values: dict[str, Any] = {f.name: getattr(params, f.name) for f in fields(ResolvedSampling)}
+    values.update(
+        logit_bias=tuple((token, float(bias)) for token, bias in params.logit_bias.items()),
+        stop_token_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
+        top_k=0 if params.top_k is None or params.top_k >= vocab_size else params.top_k,
+        seed=secrets.randbits(63) if params.seed is None else params.seed,
+    )
+    return ResolvedSampling(**values)
+
+
+def _with_model_defaults(params: SamplingParams, generation_config: Any) -> SamplingParams:
+    """`params` with the fields that a model may set, and the model's values validated as the caller's are."""
+
+    def from_model(name: str, missing: float, *, applies: bool = True) -> Any:
+        value = getattr(generation_config, name, None) if applies else None
+        return missing if value is None else value
+
+    samples = bool(from_model("do_sample", False))
+    defaults = {
+        "max_new_tokens": from_model("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+        "temperature": from_model("temperature", 1.0) if samples else 0.0,
+        "top_k": from_model("top_k", 0, applies=samples),
+        "top_p": from_model("top_p", 1.0, applies=samples),
+        "min_p": from_model("min_p", 0.0, applies=samples),
+        "repetition_penalty": from_model("repetition_penalty", 1.0),
+    }
+    missing = {name: value for name, value in defaults.items() if getattr(params, name) is None}
+    try:
+        return replace(params, **missing)
+    except SamplingError as error:
+        raise SamplingError(f"{error} (from the model's generation_config where you gave none)") from None
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise SamplingError(
+            f"{name} holds {outside}, outside the vocabulary of {vocab_size} ids; give ids below {vocab_size}"
+        )
+
+
+def sampling_per_prompt(
+    count: int, sampling: SamplingParams | Iterable[SamplingParams] | None, fields: dict[str, Any]
+) -> list[SamplingParams]:
+    """One `SamplingParams` per prompt, with the fields set in all of them.
+
+    Raises:
+        SamplingError: a list of another length, something that is no `SamplingParams`, or a bad value.
+    """
+    check_keywords(fields, SamplingParams.field_names())
+    listed = sampling_list(sampling)
+    given = listed if isinstance(listed, list) else [listed or SamplingParams()] * count
+    for params in given:
+        if not isinstance(params, SamplingParams):
+            raise SamplingError(f"sampling holds {shown(params)}, which is no SamplingParams; give one per prompt")
+    if len(given) != count:
+        raise SamplingError(
+            f"sampling has {len(given)} entries for {count} prompt(s); give one per prompt, or one for all"
+        )
+    return [replace(params, **fields) for params in given] if fields else given
+
+
+def sampling_list(
+    sampling: SamplingParams | Iterable[SamplingParams] | None,
+) -> SamplingParams | list[SamplingParams] | None:
+    """A call's `sampling=` in a form that can be read twice: an iterator becomes a list; its items are not checked.
+
+    Raises:
+        SamplingError: it is nothing that can hold `SamplingParams`.
+    """
+    if sampling is None or isinstance(sampling, (SamplingParams, list)):
+        return sampling
+    if isinstance(sampling, (str, bytes, Mapping)) or not isinstance(sampling, Iterable):
+        raise SamplingError(
+            f"sampling={shown(sampling)} is not a SamplingParams; give SamplingParams(...), a list with one per "
+            "prompt, or its fields as keywords"
+        )
+    return list(sampling)
+
+
+def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise for the first unknown keyword, naming the nearest known one.
+
+    Raises:
+        ConfigError: a keyword is not known.
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
+            raise ConfigError(f"unknown keyword {shown(name)}; {hint}")
 
 
 def _check_int(name: str, value: Any, *, low: int, high: int = MAX_INT, optional: bool = False) -> None:

@@ -13,8 +13,7 @@ import torch
 import hybridgen
 from hybridgen import Mode
 from hybridgen.engine.builder import Builder
-from hybridgen.engine.output import Response
-from hybridgen.engine.requests import plan_requests
+from hybridgen.engine.requests import make_requests
 from hybridgen.graphs.setup import use_graphs
 
 NEW_TOKENS = 40
@@ -63,18 +62,17 @@ def check_engine(
 
 def join_late(engine: hybridgen.Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Run the prompts with half of them submitted while the others decode."""
-    plans = plan_requests(
+    requests = make_requests(
         prompts, None, {"max_new_tokens": new_tokens}, engine.checkpoint, engine.max_context, engine.cache_tokens
     )
     loop = engine.open_loop()
-    responses: list[Response] = []
-    loop.submit(plans[:4], responses)
+    loop.submit(requests[:4])
     for _ in range(11):
         loop.step()
-    loop.submit(plans[4:], responses)
-    while any(response.completion is None for response in responses):
+    loop.submit(requests[4:])
+    while any(request.completion is None for request in requests):
         loop.step()
-    return [list(response.completion.token_ids) for response in responses]
+    return [list(request.completion.token_ids) for request in requests]
 
 
 def check_replays(engine: hybridgen.Engine) -> None:

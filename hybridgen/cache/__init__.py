@@ -5,9 +5,9 @@ A *page* holds the keys and values of `page_size` positions of one request. A re
 padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et al. 2023, arXiv:2309.06180).
 """
 
-from hybridgen.cache.paged_kv import BlockTable, CacheShape, LayerPages, LayerShape, allocate_pages
-from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
-from hybridgen.cache.sizing import pages_for_tokens, plan_pages
+from hybridgen.cache.paged_kv import CacheShape, LayerPages, LayerShape, allocate_pages
+from hybridgen.cache.pages import DUMMY_PAGE, BlockTable, PageAllocator, pages_for_tokens
+from hybridgen.cache.sizing import plan_pages
 
 __all__ = [
     "DUMMY_PAGE",

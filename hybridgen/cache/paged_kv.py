@@ -1,14 +1,12 @@
-"""The tensors of the cache: K and V pages of each layer, and the block table."""
+"""The tensors of the cache: K and V pages of each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from hybridgen.cache.pages import DUMMY_PAGE
 from hybridgen.errors import OutOfMemoryError
 
 
@@ -64,21 +62,3 @@ def allocate_pages(shape: CacheShape, num_pages: int, device: torch.device) -> t
             f"the KV cache of {num_pages * shape.page_bytes:,} bytes ({num_pages} pages) does not fit on {device}; "
             "lower kv_memory, max_batch or max_context"
         ) from error
-
-
-class BlockTable:
-    """Page ids by slot and page index: int32 [max_batch, max_pages] on the device.
-
-    A row is written once, when a request is admitted with all the pages that it can ever need, so that decode
-    steps send nothing.
-    """
-
-    def __init__(self, max_batch: int, max_pages: int, device: torch.device) -> None:
-        self.tensor = torch.full((max_batch, max_pages), DUMMY_PAGE, dtype=torch.int32, device=device)
-        self._pin = device.type == "cuda"
-
-    def assign(self, slot: int, pages: Sequence[int]) -> None:
-        """Give a slot its pages; entries past them point to the dummy page."""
-        row = torch.full((self.tensor.shape[1],), DUMMY_PAGE, dtype=torch.int32, pin_memory=self._pin)
-        row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        self.tensor[slot].copy_(row, non_blocking=True)

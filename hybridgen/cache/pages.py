@@ -1,11 +1,18 @@
-"""Which page belongs to whom. Host-side bookkeeping only; no tensors."""
+"""Which page belongs to whom: the pool of free pages on the host, and the block table on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 DUMMY_PAGE = 0
 """Never handed out; the target of unused block-table entries and of padding rows."""
+
+
+def pages_for_tokens(tokens: int, page_size: int) -> int:
+    """Pages that hold `tokens` positions."""
+    return -(-tokens // page_size)
 
 
 class PageAllocator:
@@ -44,3 +51,21 @@ class PageAllocator:
             raise ValueError(f"pages {strangers or list(pages)} are not in use")
         self._used.difference_update(pages)
         self._free.extend(reversed(pages))
+
+
+class BlockTable:
+    """Page ids by slot and page index: int32 [max_batch, max_pages] on the device.
+
+    A row is written once, when a request is admitted with all the pages that it can ever need, so that decode
+    steps send nothing.
+    """
+
+    def __init__(self, max_batch: int, max_pages: int, device: torch.device) -> None:
+        self.tensor = torch.full((max_batch, max_pages), DUMMY_PAGE, dtype=torch.int32, device=device)
+        self._pin = device.type == "cuda"
+
+    def assign(self, slot: int, pages: Sequence[int]) -> None:
+        """Give a slot its pages; entries past them point to the dummy page."""
+        row = torch.full((self.tensor.shape[1],), DUMMY_PAGE, dtype=torch.int32, pin_memory=self._pin)
+        row[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.tensor[slot].copy_(row, non_blocking=True)

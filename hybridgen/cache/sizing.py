@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hybridgen.cache.paged_kv import CacheShape
+from hybridgen.cache.pages import pages_for_tokens
 from hybridgen.errors import OutOfMemoryError
 
 CPU_DEFAULT_BYTES = 2**30
@@ -12,11 +13,6 @@ CPU_DEFAULT_BYTES = 2**30
 
 CUDA_HEADROOM = 0.06
 """Share of the device's memory left free: other libraries and fragmentation need some."""
-
-
-def pages_for_tokens(tokens: int, page_size: int) -> int:
-    """Pages that hold `tokens` positions."""
-    return -(-tokens // page_size)
 
 
 def plan_pages(

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from hybridgen.arguments import check_keywords
 from hybridgen.config import EngineConfig, Mode
 from hybridgen.errors import ConfigError, shown
+from hybridgen.params import check_keywords
 
 MOST_PREFILL_TOKENS = 512
 """The largest default prefill bucket, as `execution.graphs.ladder` has it (which needs torch to be imported)."""

@@ -20,9 +20,8 @@ from hybridgen.core import TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.engine.builder import Builder
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.output import Response, collect
 from hybridgen.engine.preflight import check_config, open_cache
-from hybridgen.engine.requests import Plan, check_keywords, plan_requests
+from hybridgen.engine.requests import Request, collect, make_requests
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import EngineError, Interrupted, SamplingError, described, shown
 from hybridgen.execution import ModelRunner
@@ -30,7 +29,7 @@ from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.models import bind, check_free
 from hybridgen.models.projections import fuse_projections, unfuse_projections
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, check_keywords
 from hybridgen.telemetry import import_time as importing
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats
 from hybridgen.telemetry.traffic import Traffic
@@ -64,6 +63,7 @@ class Engine:
         """The longest prompt plus output, in tokens."""
         self.mode = config.mode_on(checkpoint.device.type)
         """How steps run: `config.mode`, with `auto` decided."""
+        self._no_bar = bar_disabled(config.progress)
         self._counters = Counters()
         self._startup = Startup(importing.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
@@ -183,13 +183,13 @@ class Engine:
             Interrupted: Ctrl-C; holds what was finished.
         """
         items, single = split_prompts(prompts)
-        plans = self.plan(items, sampling, fields)
-        if streamer is not None and len(plans) != 1:
-            raise SamplingError(f"streamer= takes one prompt with n=1, not {len(plans)} requests; use stream()")
+        requests = self.make_requests(items, sampling, fields)
+        if streamer is not None and len(requests) != 1:
+            raise SamplingError(f"streamer= takes one prompt with n=1, not {len(requests)} requests; use stream()")
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise SamplingError(f"streamer={shown(streamer)} has no put() and end(); give a transformers streamer")
-        responses = self._run(plans, streamer)
-        completions = collect(responses)
+        self._run(requests, streamer)
+        completions = collect(requests)
         if single and completions[0].error is not None:
             raise completions[0].error
         failed = sum(completion.error is not None for completion in completions)
@@ -209,73 +209,70 @@ class Engine:
         is closed. The last event of each request has its `completion`, with an `error` if it failed.
         """
         items, _ = split_prompts(prompts)
-        return self._stream(self.plan(items, sampling, fields))
+        return self._stream(self.make_requests(items, sampling, fields))
 
-    def _stream(self, plans: list[Plan]) -> Iterator[TokenEvent]:
+    def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
         loop = self.open_loop()
-        responses: list[Response] = []
         try:
-            loop.submit(plans, responses, keep_events=True)
-            active = list(responses)
+            loop.submit(requests, keep_events=True)
+            active = list(requests)
             while active:
-                for response in list(active):
-                    while response.events:
-                        event = response.events.popleft()
+                for request in list(active):
+                    events = request.output.events
+                    while events:
+                        event = events.popleft()
                         if event.completion is not None:
-                            active.remove(response)
+                            active.remove(request)
                         yield event
                 # Other calls step the loop too, so that events may be there already.
-                if active and not any(response.events for response in active):
+                if active and not any(request.output.events for request in active):
                     loop.step()
             self._end_call()
         finally:
-            loop.cancel(responses)
+            loop.cancel(requests)
 
-    def plan(self, items: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Plan]:
-        """Check and encode prompts; see `hybridgen.engine.requests.plan_requests`."""
+    def make_requests(self, items: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Request]:
+        """Check and encode prompts; see `hybridgen.engine.requests.make_requests`."""
         self.open_loop()
-        return plan_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens)
+        return make_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens)
 
     @property
     def cache_tokens(self) -> int:
         """Positions that the KV cache holds."""
         return (self._num_pages - 1) * self.config.page_size
 
-    def _run(self, plans: list[Plan], streamer: Any) -> list[Response]:
+    def _run(self, requests: list[Request], streamer: Any) -> None:
         """Run requests to their end."""
         loop = self.open_loop()
-        responses: list[Response] = []
-        disable = bar_disabled(self.config.progress)
-        bar = tqdm(total=len(plans), desc="generate", unit="request", delay=1, disable=disable)
+        bar = tqdm(total=len(requests), desc="generate", unit="request", delay=1, disable=self._no_bar)
         try:
             with bar:
-                loop.submit(plans, responses)
+                loop.submit(requests)
                 if streamer is not None:
-                    _attach_streamer(responses[0], streamer)
-                active = list(responses)
+                    _attach_streamer(requests[0], streamer)
+                active = list(requests)
                 while active:
                     if not bar.disable:
-                        bar.update(_complete(responses) - bar.n)
+                        bar.update(_complete(requests) - bar.n)
                     loop.step()
                     while active and active[-1].completion is not None:
                         active.pop()
-                bar.update(len(responses) - bar.n)
+                bar.update(len(requests) - bar.n)
             self._end_call()
         except KeyboardInterrupt:
-            done = _complete(responses)
-            loop.cancel(responses)
+            done = _complete(requests)
+            loop.cancel(requests)
             raise Interrupted(
-                f"interrupted with {done} of {len(plans)} requests finished; they are in .completions",
-                collect(responses),
+                f"interrupted with {done} of {len(requests)} requests finished; they are in .completions",
+                collect(request for request in requests if request.completion is not None),
             ) from None
         except EngineError:
-            if not responses or _complete(responses) < len(responses):
-                raise  # else the engine ended, and the responses say so
+            if _complete(requests) < len(requests):
+                raise  # else the engine ended, and the completions say so
         finally:
-            loop.cancel(responses)
+            loop.cancel(requests)
             if streamer is not None:
                 streamer.end()
-        return responses
 
     def record_missing(self) -> bool:
         """`idle()`, where nothing that fails may cost anybody anything: it is counted, and warned of once.
@@ -394,11 +391,11 @@ def device_of(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _complete(responses: list[Response]) -> int:
-    return sum(response.completion is not None for response in responses)
+def _complete(requests: list[Request]) -> int:
+    return sum(request.completion is not None for request in requests)
 
 
-def _attach_streamer(response: Response, streamer: Any) -> None:
+def _attach_streamer(request: Request, streamer: Any) -> None:
     """Feed a Hugging Face streamer: the prompt's ids [1, P] first, then each token's id [1], on the CPU."""
-    streamer.put(torch.tensor([response.sequence.prompt_ids]))
-    response.on_token = lambda token: streamer.put(torch.tensor([token]))
+    streamer.put(torch.tensor([request.prompt_ids]))
+    request.output.on_token = lambda token: streamer.put(torch.tensor([token]))

@@ -6,8 +6,8 @@ of `choice`), with noise that depends on (seed, position, token id) alone, as `g
 `kernels.step.advance` counts it for penalties.
 """
 
+from hybridgen.params import DEFAULT_MAX_NEW_TOKENS, ResolvedSampling, resolve
 from hybridgen.sampling.random import gumbel_noise
-from hybridgen.sampling.resolve import DEFAULT_MAX_NEW_TOKENS, ResolvedSampling, resolve
 from hybridgen.sampling.sampler import SampleOutput, sample
 from hybridgen.sampling.state import SamplerPlan, SamplerState, plan_of
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridgen.sampling.random import gumbel_noise, signed64
-from hybridgen.sampling.resolve import ResolvedSampling
+from hybridgen.params import ResolvedSampling
+from hybridgen.sampling.random import gumbel_noise
 
 _RANKED = (64, 256, 1024)
 """Widths of a partial sort. Few of them, so that a compiled sampler has few variants."""
@@ -294,4 +294,4 @@ def _real_row(params: ResolvedSampling) -> list[float]:
 
 
 def _integer_row(params: ResolvedSampling) -> list[int]:
-    return [signed64(params.seed), params.top_k, params.min_new_tokens]
+    return [params.seed, params.top_k, params.min_new_tokens]

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from hybridgen.arguments import sampling_per_prompt
 from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, ServerBusyError, ServerError, shown
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, sampling_per_prompt
 from hybridgen.serving.frames import MAX_DEPTH, FrameError, check_depth
 from hybridgen.serving.messages import error_from_wire, event_from_wire, sampling_to_wire
 

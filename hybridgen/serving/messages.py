@@ -14,10 +14,9 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from hybridgen import errors
-from hybridgen.arguments import check_keywords
 from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenEvent, TokenLogprob
 from hybridgen.errors import shown
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, check_keywords
 from hybridgen.serving.frames import HEADER
 
 VERSION = 1

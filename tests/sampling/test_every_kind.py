@@ -6,7 +6,7 @@ import itertools
 
 import hybridgen
 from hybridgen import SamplingParams
-from hybridgen.sampling.resolve import ResolvedSampling, resolve
+from hybridgen.params import ResolvedSampling, resolve
 from hybridgen.sampling.state import SamplerPlan, every_kind, plan_of
 
 VOCAB = 128
