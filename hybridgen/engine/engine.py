@@ -398,4 +398,4 @@ def _complete(requests: list[Request]) -> int:
 def _attach_streamer(request: Request, streamer: Any) -> None:
     """Feed a Hugging Face streamer: the prompt's ids [1, P] first, then each token's id [1], on the CPU."""
     streamer.put(torch.tensor([request.prompt_ids]))
-    request.output.on_token = lambda token: streamer.put(torch.tensor([token]))
+    request.output.listen(lambda token: streamer.put(torch.tensor([token])))

@@ -16,7 +16,7 @@ from hybridgen.engine.requests import Request, RequestState
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
 from hybridgen.execution import LaunchedStep, ModelRunner, fusing
-from hybridgen.execution.plan import Admission, PrefillChunk, StepOutput
+from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
 
@@ -211,8 +211,9 @@ class StepLoop:
     def _launch(self) -> list[InFlight]:
         plan, admitted, prefilled, batch = self.scheduler.schedule()
         launched: list[InFlight] = []
-        for request, admission in zip(admitted, plan.admit, strict=True):
-            self._admit(request, admission)
+        if admitted:
+            for request, admission in zip(admitted, plan.admit, strict=True):
+                self._admit(request, admission)
         if prefilled:
             # A request whose admission failed has ended.
             parts = [
@@ -283,7 +284,7 @@ class StepLoop:
     def _read(self, flight: InFlight) -> None:
         """Wait for a step and hand its tokens to their requests."""
         try:
-            output = flight.step.read()
+            tokens, logprobs = flight.step.read()
         except Exception as error:
             self._break(error)
         now = time.perf_counter()
@@ -291,38 +292,36 @@ class StepLoop:
             if flight.decoded_by is None:
                 self._meter.pause()
             else:
-                self._meter.step(len(output.tokens), flight.positions, now)
-        generated = self._hand_out(flight, output, now)
-        self._counters.tokens["generated"] += generated
-        if generated and self._counters.first_token is None:
-            self._counters.first_token = now - flight.requests[0].output.submitted
-
-    def _hand_out(self, flight: InFlight, step: StepOutput, now: float) -> int:
-        """Give each request the tokens of its row; returns how many were taken."""
+                self._meter.step(len(tokens), flight.positions, now)
         generated = 0
         unchosen: list[Request] = []
-        rows = zip(flight.requests, step.tokens, step.logprobs or repeat(None, len(step.tokens)), strict=True)
-        for request, tokens, logprobs in rows:
+        rows = zip(flight.requests, tokens, logprobs or repeat(None, len(tokens)), strict=True)
+        for request, accepted, its_logprobs in rows:
             output = request.output
             if output.completion is not None:  # it ended while this step was in flight
                 continue
-            taken = output.take(tokens, logprobs, now, flight.decoded_by)
+            taken = output.take(accepted, its_logprobs, now, flight.decoded_by)
             generated += taken
             if output.completion is not None:
                 self._release(request)
-            elif taken != len(tokens):
+            elif taken != len(accepted):
                 unchosen.append(request)
             elif taken != 1:
                 self.scheduler.accept(request, taken)
         if unchosen:
-            # The cause may be a fused step that was given up.
-            why = fusing.inspect(self._runner)
-            if why is not None:
-                self._counters.fall_back(why)
-            for request in unchosen:
-                request.output.end_unchosen(why)
-                self._release(request)
-        return generated
+            self._end_unchosen(unchosen)
+        self._counters.tokens["generated"] += generated
+        if generated and self._counters.first_token is None:
+            self._counters.first_token = now - flight.requests[0].output.submitted
+
+    def _end_unchosen(self, requests: list[Request]) -> None:
+        """Fail the requests for which a step had nothing to choose. A fused step that was given up can be the cause."""
+        why = fusing.inspect(self._runner)
+        if why is not None:
+            self._counters.fall_back(why)
+        for request in requests:
+            request.output.end_unchosen(why)
+            self._release(request)
 
     def _output(self, request: Request, keep_events: bool) -> RequestOutput:
         try:

@@ -50,7 +50,6 @@ class RequestOutput:
         self.token_ids: list[int] = []
         """Generated tokens that the host has read."""
         self.events: deque[TokenEvent] = deque()
-        self.on_token: Callable[[int], None] | None = None
         self.completion: Completion | None = None
         self.keep_events = keep_events
         self._prompt_ids = prompt_ids
@@ -61,6 +60,9 @@ class RequestOutput:
         self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
         self._stops = StopChecker(sampling.stop) if sampling.stop else None
         self._decodes_each = keep_events or self._stops is not None or not self._detokenizer.bulk
+        self._on_token: Callable[[int], None] | None = None
+        self._watched = self._decodes_each
+        """Whether somebody waits for single tokens or their text."""
         self._text: list[str] = []
         self._limit = sampling.max_new_tokens
         self._stop_ids = frozenset(sampling.stop_token_ids)
@@ -68,11 +70,18 @@ class RequestOutput:
         self._steps: Counter[StepKind] = Counter()
         self._decoded_by: StepKind | None = None
         """How the last tokens were decoded; None where a prefill brought the last one."""
-        self._decode_steps = 0
-        """Steps that ran that way one after the other, up to the last one."""
+        self._decoded_from = 0
+        """How many tokens there were when that began."""
+        self._extra_tokens = 0
+        """Tokens since then that were not the first of their step; a step that brought none counts as -1."""
         self.submitted = time.perf_counter()
         self._started: float | None = None
         self._token_times: list[float] = []
+
+    def listen(self, on_token: Callable[[int], None]) -> None:
+        """Call this with every token from now on."""
+        self._on_token = on_token
+        self._watched = True
 
     def prefilled(self, kind: StepKind) -> None:
         """Note that a prefill step of this request was launched."""
@@ -98,10 +107,17 @@ class RequestOutput:
             now: when the host read them, by `time.perf_counter()`.
             decoded_by: the decode step that brought them; None for a prefill, which is counted when it is launched.
         """
+        ids = self.token_ids
         if decoded_by is not self._decoded_by:
             self._count_decode_steps()
             self._decoded_by = decoded_by
-        self._decode_steps += 1
+        if len(tokens) == 1 and logprobs is None and not self._watched:
+            # Nearly every step is this: one token, not the last, and nobody who waits for it.
+            token = tokens[0]
+            if token >= 0 and token not in self._stop_ids and len(ids) + 1 < self._limit:
+                ids.append(token)
+                self._token_times.append(now)
+                return 1
         taken = 0
         try:
             for token in tokens:
@@ -109,21 +125,23 @@ class RequestOutput:
                     break
                 logprob = None if logprobs is None else self._keep(logprobs[taken])
                 taken += 1
-                self.token_ids.append(token)
+                if taken > 1:
+                    self._extra_tokens += 1
+                ids.append(token)
                 self._token_times.append(now)
                 text, matched = "", None
                 if self._decodes_each:
                     text = self._detokenizer.push(token)
                     if self._stops is not None:
                         text, matched = self._stops.push(text)
-                if matched is not None or token in self._stop_ids or len(self.token_ids) >= self._limit:
+                if matched is not None or token in self._stop_ids or len(ids) >= self._limit:
                     text += self._finish(token, text, matched)
                 elif text:
                     self._text.append(text)
                 if self.keep_events:
                     self._emit(token, text, logprob)
-                if self.on_token is not None:
-                    self.on_token(token)
+                if self._on_token is not None:
+                    self._on_token(token)
                 if self.completion is not None:
                     break
         except Exception as error:
@@ -131,6 +149,8 @@ class RequestOutput:
             if self.completion is None:
                 failure = RequestError(f"its output could not be handled: {described(error)}")
                 self.end(FinishReason.ERROR, failure)
+        if taken == 0:
+            self._extra_tokens -= 1
         return taken
 
     def end_unchosen(self, why: str | None) -> None:
@@ -209,8 +229,8 @@ class RequestOutput:
     def _count_decode_steps(self) -> None:
         """Count the decode steps that ran the same way one after the other."""
         if self._decoded_by is not None:
-            self._steps[self._decoded_by] += self._decode_steps
-        self._decode_steps = 0
+            self._steps[self._decoded_by] += len(self.token_ids) - self._decoded_from - self._extra_tokens
+        self._decoded_from, self._extra_tokens = len(self.token_ids), 0
 
     def _complete(self, reason: FinishReason, match: str | int | None, error: HybridgenError | None = None) -> None:
         total = time.perf_counter() - self.submitted

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 import hybridgen
 from hybridgen import Engine, FinishReason, api
 from hybridgen.cache import PageAllocator
+from hybridgen.core import TokenLogprob
 from hybridgen.demo import model_path
 from hybridgen.engine.handoff import interrupts_deferred
 from hybridgen.engine.loop import StepLoop
@@ -282,6 +283,7 @@ class StubRunner:
         self.reads = 0
         self.fails: Any = lambda slots: False
         self.accepts: Any = lambda row: 1
+        self.logprobs = False
 
     def admit(self, admission: Admission) -> None:
         self.next[admission.slot] = 100 * admission.slot
@@ -308,7 +310,9 @@ class StubRunner:
         def read() -> StepOutput:
             assert tokens, "a step without rows is not read"
             self.reads += 1
-            return StepOutput(tokens, None)
+            if not self.logprobs:
+                return StepOutput(tokens, None)
+            return StepOutput(tokens, [[TokenLogprob(token, -1.0) for token in row] for row in tokens])
 
         return SimpleNamespace(kind="stub", reason="none", rows=len(tokens), read=read)
 
@@ -348,6 +352,45 @@ def test_tokens_steps_and_counts(run_ahead: int) -> None:
         assert request.launched == count
     assert loop._counters.tokens == {"prompt": 49, "generated": 22}
     assert loop._counters.steps["decode", "stub", "none"] == len(runner.decoded)
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_steps_that_bring_several_tokens(run_ahead: int) -> None:
+    """As a step with drafts does: rows get one to three tokens each, and requests end inside a step."""
+    loop, runner = stub_loop(run_ahead)
+    runner.accepts = lambda row: 1 + (row + len(runner.decoded)) % 3
+    limits = (4, 9, 15)
+    requests = [request for limit in limits for request in start(loop, 1, max_new_tokens=limit)]
+    requests += start(loop, 1, max_new_tokens=20, stop_token_ids=[307])
+    finish(loop, requests)
+    for slot, count in enumerate((*limits, 8)):
+        assert requests[slot].completion.token_ids == tuple(range(100 * slot, 100 * slot + count))
+    assert loop._counters.tokens["generated"] == sum(limits) + 8
+    steps = [sum(s.count for s in one.completion.steps if s.phase == "decode") for one in requests]
+    assert max(steps) < 14
+    assert len(runner.decoded) <= max(steps) + run_ahead
+
+
+def test_logprobs_of_several_tokens() -> None:
+    loop, runner = stub_loop()
+    runner.accepts, runner.logprobs = (lambda row: 2), True
+    requests = start(loop, 2, max_new_tokens=5, logprobs=0)
+    finish(loop, requests)
+    for request in requests:
+        assert [entry.token_id for entry in request.completion.logprobs] == list(request.completion.token_ids)
+
+
+def test_a_request_is_submitted_once() -> None:
+    loop, _ = stub_loop()
+    requests = start(loop, 1, max_new_tokens=2)
+    fresh = Request((1,), requests[0].sampling)
+    with pytest.raises(ValueError, match="submitted once"):
+        loop.submit([fresh, *requests])
+    assert len(loop.scheduler.waiting) == 1  # all or none
+    loop.cancel([fresh])  # was never submitted: nothing to end
+    assert fresh.completion is None
+    finish(loop, requests)
+    assert loop._counters.requests == {"submitted": 1, "length": 1}
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -427,7 +470,7 @@ def test_idle_work_runs_only_while_nobody_needs_the_device() -> None:
     assert not loop.idle(work)  # waiting
     loop.step()
     assert not loop.idle(work)  # running
-    requests[0].output.on_token = lambda token: calls.append(-1 if loop.idle(work) else -2)
+    requests[0].output.listen(lambda token: calls.append(-1 if loop.idle(work) else -2))
     finish(loop, requests)
     assert runner.reads < 1 + len(runner.decoded)  # a step is in flight that nobody waits for
     assert loop.idle(work)

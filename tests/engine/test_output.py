@@ -173,7 +173,7 @@ def test_nothing_is_decoded_before_the_end_unless_somebody_needs_it(
     for needs, fields in ((False, {}), (True, {"events": True}), (True, {"stop": ["zzz"]})):
         output = make_output(tokenizer, **{"events": False, "max_new_tokens": len(ids), **fields})
         seen: list[int] = []
-        output.on_token = seen.append
+        output.listen(seen.append)
         feed(output, ids)
         assert output.completion.text == "one two three"
         assert seen == ids
@@ -197,6 +197,53 @@ def test_steps_are_counted_with_the_tokens_they_brought(tokenizer: Any) -> None:
     assert output.completion.token_ids == (70, *[71] * 4, 72, 73)
     counts = {(step.phase, step.kind, step.reason): step.count for step in output.completion.steps}
     assert counts == {prefill: 2, graph: 3, eager: 3}
+
+
+def test_several_tokens_of_a_step_are_taken_in_order_up_to_the_end(tokenizer: Any) -> None:
+    ran = ("decode", "stub", "none")
+    ids = tokenizer("one two three four")["input_ids"]
+    for fields, end in (({"max_new_tokens": 6}, 6), ({"stop_token_ids": [ids[5]]}, 6), ({"stop": ["two"]}, None)):
+        output = make_output(tokenizer, **{"max_new_tokens": 100, **fields})
+        taken = []
+        for start in range(0, len(ids), 4):
+            taken.append(output.take(ids[start : start + 4], None, float(start), ran))
+            if output.completion is not None:
+                break
+        count = sum(taken)
+        assert output.completion.token_ids == tuple(ids[:count])
+        assert count == end or (end is None and output.completion.text == "one ")
+        assert [event.token_id for event in output.events] == ids[:count]
+        assert "".join(event.text for event in output.events) == output.completion.text
+        assert [step.count for step in output.completion.steps] == [len(taken)]  # steps, not tokens
+
+
+def test_logprobs_belong_to_the_tokens_of_the_step(tokenizer: Any) -> None:
+    output = make_output(tokenizer, max_new_tokens=3, logprobs=0)
+    entries = [TokenLogprob(token, -token / 100) for token in (70, 71, 72, 73)]
+    assert output.take([70, 71], entries[:2], 0.0) == 2
+    assert output.take([72, 73], entries[2:], 0.0) == 1
+    assert output.completion.logprobs == tuple(entries[:3])
+
+
+def test_tokens_in_front_of_one_that_could_not_be_chosen_are_kept(tokenizer: Any) -> None:
+    output = make_output(tokenizer, max_new_tokens=9)
+    assert output.take([70, 71, -1], None, 0.0, ("decode", "stub", "none")) == 2
+    output.end_unchosen(None)
+    assert output.completion.token_ids == (70, 71)
+    assert [step.count for step in output.completion.steps] == [1]
+    assert "after 3 tokens" in str(output.completion.error)
+
+
+def test_a_tokenizer_that_fails_ends_the_request_with_an_error(tokenizer: Any) -> None:
+    def fail(token: int) -> None:
+        if token == 71:
+            raise OSError("the pipe is gone")
+
+    output = make_output(tokenizer, max_new_tokens=9)
+    output.listen(fail)
+    assert output.take([70, 71, 72], None, 0.0) == 2
+    assert output.completion.token_ids == (70, 71)
+    assert "its output could not be handled: OSError: the pipe is gone" in str(output.completion.error)
 
 
 def test_times_are_those_of_the_reads(tokenizer: Any) -> None:

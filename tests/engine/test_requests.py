@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from hybridgen import EngineConfig, PromptError, SamplingError, SamplingParams
-from hybridgen.engine.requests import Request, make_requests
+from hybridgen.engine.output import RequestOutput
+from hybridgen.engine.requests import Request, RequestState, collect, make_requests
 from hybridgen.loading import Checkpoint
-from hybridgen.params import sampling_list, sampling_per_prompt
+from hybridgen.params import resolve, sampling_list, sampling_per_prompt
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,23 @@ def test_a_number_that_does_not_fit_is_refused(demo: Checkpoint) -> None:
         make(demo, 150, max_new_tokens=51)
     with pytest.raises(PromptError, match="more than the KV cache of 160"):
         make(demo, 150, 160, max_new_tokens=11)
+
+
+def test_choices_are_collected_by_prompt() -> None:
+    requests = []
+    for index, choice, token in ((0, 0, 70), (1, 0, 71), (1, 1, 72)):
+        request = Request((5,), resolve(SamplingParams(max_new_tokens=1), None, None, 100), index, choice)
+        assert request.completion is None
+        with pytest.raises(RuntimeError, match="before its end"):
+            collect([request])
+        request.output = RequestOutput(request.prompt_ids, request.sampling, None, index, choice)
+        request.state = RequestState.RUNNING
+        request.output.take([token], None, 0.0)
+        requests.append(request)
+    first, second = collect(requests)
+    assert (first.token_ids, first.choices) == ((70,), ())
+    assert second.token_ids == (71,)
+    assert [choice.token_ids for choice in second.choices] == [(71,), (72,)]
 
 
 def test_sampling_can_be_read_twice() -> None:

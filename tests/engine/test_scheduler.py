@@ -151,6 +151,37 @@ class CountingPages(PageAllocator):
         return super().allocate(count)
 
 
+def test_a_step_that_brought_more_tokens_moves_lengths_and_the_end() -> None:
+    scheduler = make()
+    a, b = add(scheduler, 4, 4, new=9)
+    scheduler.schedule()
+    schedule = scheduler.schedule()
+    assert (a.launched, b.launched) == (2, 2)
+    scheduler.accept(a, 4)  # the step that was launched brought four tokens
+    assert (a.launched, a.length, b.launched) == (5, 9, 2)
+    assert decoded(schedule) == (a, b)  # with the positions of both
+    for _ in range(4):
+        assert scheduler.schedule() is schedule
+    assert (a.launched, b.launched) == (9, 6)
+    assert decoded(scheduler.schedule()) == (b,)
+    scheduler.accept(b, 3)
+    assert b.launched == 9
+    assert decoded(scheduler.schedule()) == ()
+    assert (a.launched, b.launched) == (9, 9)
+
+
+def test_a_request_that_jumps_over_the_change_of_its_rotary_table_is_prefilled_again() -> None:
+    scheduler = make(reprefill=12)
+    (one,) = add(scheduler, 10, new=9)
+    scheduler.schedule()
+    scheduler.schedule()
+    scheduler.accept(one, 3)
+    assert one.length == 14
+    one.output.token_ids += [70, 71, 72, 73]
+    assert chunks_of(scheduler.schedule()) == [(one, 0, 14, True)]
+    assert decoded(scheduler.schedule()) == (one,)
+
+
 def test_a_batch_is_one_object_while_it_stays_the_same() -> None:
     scheduler = make()
     a, b = add(scheduler, 4, 4, new=20)
