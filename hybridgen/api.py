@@ -240,7 +240,8 @@ def prepare(
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
         # Before any weight is read or a kept engine closed, so that bad input costs nothing; the cache's size is
         # checked by the engine.
-        make_requests(items, sampling, sampling_fields, checkpoint, check_config(checkpoint, config), None)
+        limit = check_config(checkpoint, config).max_context
+        make_requests(items, sampling, sampling_fields, checkpoint, limit, None)
         if kept is not None:
             kept.engine.close()
             del _engines[key]

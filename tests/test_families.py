@@ -13,6 +13,7 @@ import torch
 import hybridgen
 from hybridgen import Mode
 from hybridgen.engine.builder import Builder
+from hybridgen.engine.preflight import resolve_config
 from hybridgen.engine.requests import make_requests
 from hybridgen.graphs.setup import use_graphs
 
@@ -93,8 +94,7 @@ def make_hybrid(engine: hybridgen.Engine) -> None:
     builder = Builder(
         engine.checkpoint,
         engine.config,
-        engine.mode,
-        engine.max_context,
+        resolve_config(engine.checkpoint, engine.config),
         engine._starter,
         engine._startup,
         engine._counters,

@@ -10,9 +10,8 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from hybridgen.cache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
-from hybridgen.config import EngineConfig, GraphOwner, Mode, bar_disabled, parse_bytes
+from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.preflight import token_budget
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, described
@@ -46,8 +45,7 @@ class Builder:
 
     checkpoint: Checkpoint
     config: EngineConfig
-    mode: Mode
-    max_context: int
+    resolved: ResolvedConfig
     starter: Starter
     startup: Startup
     counters: Counters
@@ -62,15 +60,15 @@ class Builder:
         starter, timed = self.starter, self.startup.timed
         plan = self.graph_plan(bound)
         with timed("artifacts"):
-            units = starter.load_units() if self.mode.compiles else None
+            units = starter.load_units() if self.resolved.mode.compiles else None
         runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
             max_batch=config.max_batch,
-            max_pages=pages_for_tokens(self.max_context, config.page_size),
-            token_budget=plan.token_budget,
-            max_context=self.max_context,
-            compile_backend=config.compile_backend if self.mode.compiles else None,
+            max_pages=pages_for_tokens(self.resolved.max_context, config.page_size),
+            token_budget=self.resolved.token_budget,
+            max_context=self.resolved.max_context,
+            compile_backend=config.compile_backend if self.resolved.mode.compiles else None,
             units=units,
             offline=config.offline_compile,
             one_copy=config.metadata_copy,
@@ -81,11 +79,11 @@ class Builder:
         with timed("allocate cache"):
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan)
         meter = DecodeMeter(traffic_of(bound, starter.read_ceiling(device)))
-        fuses = self.mode is Mode.HYBRID and device.type == "cuda"
+        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
-            starter.fuse_decode(runner, bound, config, self.max_context)
+            starter.fuse_decode(runner, bound, config, self.resolved.max_context)
         not_compiled = None
-        if self.mode.compiles:
+        if self.resolved.mode.compiles:
             with timed("compile"):
                 not_compiled = self._compile(runner)
         if fuses:
@@ -103,7 +101,7 @@ class Builder:
             pages=PageAllocator(num_pages),
             page_size=config.page_size,
             max_batch=config.max_batch,
-            token_budget=plan.token_budget,
+            token_budget=self.resolved.token_budget,
             reprefill_length=bound.reprefill_length,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
@@ -121,20 +119,19 @@ class Builder:
 
     def graph_plan(self, bound: BoundModel) -> GraphPlan:
         """What decides about the engine's graphs."""
-        budget = token_budget(self.checkpoint, self.config)
         return GraphPlan(
             config=self.config,
-            mode=self.mode,
+            mode=self.resolved.mode,
             device=self.checkpoint.device,
-            token_budget=budget,
-            max_tokens=min(budget, self.max_context),
+            token_budget=self.resolved.token_budget,
+            max_tokens=self.resolved.max_tokens,
             not_recorded=self._not_recorded(bound),
         )
 
     def _not_recorded(self, bound: BoundModel) -> str | None:
         """A replay calls no Python, so it would leave out what hooks do."""
         hooked = next((module for module in bound.model.modules() if has_hooks(module)), None)
-        if hooked is None or not self.mode.records:
+        if hooked is None or not self.resolved.mode.records:
             return None
         return f"a {type(hooked).__name__} has hooks, which a replay does not call; steps are not recorded"
 
@@ -160,7 +157,7 @@ class Builder:
         num_pages = plan_pages(
             shape,
             max_batch=config.max_batch,
-            max_context=self.max_context,
+            max_context=self.resolved.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
             activation_bytes=runner.measure_activations(plan.largest()) if measure else 0,

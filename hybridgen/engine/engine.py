@@ -59,9 +59,10 @@ class Engine:
         self.config = config
         self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
-        self.max_context = check_config(checkpoint, config)
+        resolved = check_config(checkpoint, config)
+        self.max_context = resolved.max_context
         """The longest prompt plus output, in tokens."""
-        self.mode = config.mode_on(checkpoint.device.type)
+        self.mode = resolved.mode
         """How steps run: `config.mode`, with `auto` decided."""
         self._no_bar = bar_disabled(config.progress)
         self._counters = Counters()
@@ -86,9 +87,7 @@ class Engine:
             bound = bind(loaded.model)
             undo.callback(bound.release)
             self._starter = Starter(self.cache, self._startup, self._counters)
-            builder = Builder(
-                checkpoint, config, self.mode, self.max_context, self._starter, self._startup, self._counters
-            )
+            builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters)
             with device_of(checkpoint.device):
                 built = builder.build(bound, undo)
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter

@@ -28,7 +28,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybridgen.sampling.processors import drop_unlikely, keep_top, temper
 from hybridgen.sampling.random import gumbel_noise
 
 _library = torch.library.Library("hybridgen", "FRAGMENT")
@@ -38,6 +37,8 @@ _library.define(
     "bool nucleus) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+_INF = float("inf")
 
 Noise = Callable[[Tensor, Tensor, int], Tensor]
 """Seeds int64 [B], positions [B] and V to noise [B, V]."""
@@ -71,6 +72,111 @@ def choose_sampled(
     return torch.ops.hybridgen.choose_sampled.default(logits, reals, integers, slots, positions, top_k, nucleus)
 
 
+# What is done to logits before a token is chosen, one function per step. Logits and parameters are float32; parameters
+# have shape [B], one for each row. The order and the meaning are those of Hugging Face's logits processors, in which
+# every row has the same parameters; presence and frequency penalty are OpenAI's.
+#
+# What is kept is decided by values that a row's own kernel computes (maximum, softmax, running sum, sort) or the host.
+# A sum over all rows could be rounded differently in a batch of another size.
+
+
+def penalize(
+    logits: Tensor, seen: Tensor, counts: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+) -> Tensor:
+    """Repetition penalty over prompt and output (CTRL, arXiv:1909.05858), then presence and frequency.
+
+    Args:
+        logits: float32 [B, V].
+        seen: bool [B, V], tokens of the prompt.
+        counts: int32 [B, V], how often the output has each token.
+        repetition, presence, frequency: float32 [B].
+    """
+    repeated = torch.where(logits < 0, logits * repetition[:, None], logits / repetition[:, None])
+    logits = torch.where(seen | (counts > 0), repeated, logits)
+    return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
+
+
+def ban_early_end(logits: Tensor, banned: Tensor, generated: Tensor, min_new_tokens: Tensor) -> Tensor:
+    """-inf for `banned` ids (bool [B, V]) while `generated` is below `min_new_tokens` (both int64 [B])."""
+    return logits.masked_fill(banned & (generated < min_new_tokens)[:, None], -_INF)
+
+
+def temper(logits: Tensor, temperature: Tensor) -> Tensor:
+    """`(logits - max) / temperature`; temperature above 0.
+
+    Taking the maximum first changes no probability and keeps a small temperature from reaching infinity,
+    where all large logits would tie. A row with NaN or +inf, or of -inf only, comes out with NaN and without
+    finite numbers that could be chosen.
+    """
+    return (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+
+
+def keep_top(scaled: Tensor, top_k: Tensor, top_p: Tensor, ranked: int, nucleus: bool) -> Tensor:
+    """-inf for what top-k and then top-p leave out.
+
+    Top-k keeps all that tie with the k-th. Top-p keeps the smallest set whose probability, among what top-k
+    kept, reaches p; tokens that tie at its edge enter in order of their ids. Each row's set is described by
+    the lowest value kept and the number of tokens kept at that value, so that ranks need not be carried back
+    to token ids and a partial sort of `ranked` values is enough for rows with top-k.
+
+    Args:
+        scaled: float32 [B, V], from `temper`.
+        top_k: int64 [B]; 0: off. Not above `ranked`; rows with top-p need it, or `ranked` = V.
+        top_p: float32 [B]; 1: off. Not looked at unless `nucleus`.
+        ranked: how many of the largest values to sort.
+    """
+    vocab_size = scaled.shape[-1]
+    if ranked < vocab_size:
+        largest = scaled.topk(ranked).values
+    else:
+        largest = scaled.sort(descending=True).values
+    kth = largest.gather(-1, (top_k - 1).clamp(0, ranked - 1)[:, None])
+    kth = torch.where(top_k[:, None] > 0, kth, -_INF)
+    if not nucleus:
+        return scaled.masked_fill(scaled < kth, -_INF)
+    edge, quota = _nucleus_edge(scaled, largest, kth, top_p[:, None])
+    off = top_p[:, None] >= 1
+    edge, quota = torch.where(off, kth, edge), torch.where(off, vocab_size, quota)
+    tied = scaled == edge
+    keep = (scaled > edge) | (tied & (tied.cumsum(-1, dtype=torch.int32) <= quota))
+    return scaled.masked_fill(~keep, -_INF)
+
+
+def _nucleus_edge(scaled: Tensor, largest: Tensor, kth: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest value that top-p keeps (float32 [B, 1]) and how many tokens it keeps there (int64 [B, 1]).
+
+    A token stays if the tokens ranked before it do not reach p. The running sum is float64, so that how a
+    device splits it does not show in what is kept. A full sort and a partial one give it the same bits, so that
+    a row does not depend on which of them its batch needs.
+    """
+    ranked, vocab_size = largest.shape[-1], scaled.shape[-1]
+    inside = largest >= kth
+    # The largest value is 0, so its probability is the factor that normalises exp().
+    scale = scaled.masked_fill(scaled < kth, -_INF).softmax(-1).amax(-1, keepdim=True)
+    probability = torch.where(inside, largest.exp(), 0) * scale
+    total = probability.cumsum(-1, dtype=torch.float64)
+    kept = ((total - probability < top_p) & inside).sum(-1, keepdim=True).clamp(min=1)
+    edge = largest.gather(-1, kept - 1)
+    above = (largest > edge).sum(-1, keepdim=True)
+    if ranked == vocab_size:
+        return edge, kept - above
+    # Tokens that tie with the k-th can go beyond a partial sort. If p is not reached in it, they fill up.
+    lacking = (top_p - total[:, -1:]) / probability.gather(-1, kept - 1)
+    beyond = lacking.nan_to_num().ceil().clamp(0, vocab_size).to(torch.int64)
+    return edge, kept - above + torch.where(kept == ranked, beyond, 0)
+
+
+def drop_unlikely(scaled: Tensor, log_min_p: Tensor) -> Tensor:
+    """-inf for tokens less likely than min-p times the most likely one (arXiv:2407.01082).
+
+    Args:
+        scaled: float32 [B, V] with maximum 0, so that `exp` of a value is that ratio, whatever was dropped
+            before.
+        log_min_p: float32 [B], the logarithm of min-p; -inf: off.
+    """
+    return scaled.masked_fill(scaled < log_min_p[:, None], -_INF)
+
+
 def best_of(scores: Tensor) -> Tensor:
     """The id of each row's largest score, -1 where it is NaN or -inf; [B, V] to int64 [B]."""
     best, tokens = scores.max(-1)
@@ -86,7 +192,7 @@ def truncated(
 
     Args:
         scores: float32 [B, V].
-        ranked, nucleus: see `processors.keep_top`; `ranked` 0: no row has top-k or top-p.
+        ranked, nucleus: see `keep_top`; `ranked` 0: no row has top-k or top-p.
         min_p: some row has min-p.
     """
     temperature = reals[slots, 0]

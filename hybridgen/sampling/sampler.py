@@ -7,8 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridgen.sampling.choice import best_of, choose_greedy, choose_sampled, truncated, with_noise
-from hybridgen.sampling.processors import ban_early_end, penalize
+from hybridgen.sampling.choice import (
+    ban_early_end,
+    best_of,
+    choose_greedy,
+    choose_sampled,
+    penalize,
+    truncated,
+    with_noise,
+)
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
 __all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "sample", "truncate"]

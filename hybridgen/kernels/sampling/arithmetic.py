@@ -1,7 +1,7 @@
 """Triton functions of the sampling kernels: orders of floats, probability masses, noise.
 
 Each has a torch counterpart that the tests compare it with: `hybridgen.sampling.random` for the noise,
-`hybridgen.sampling.processors` for distance (`temper`) and mass (`softmax`). Kernels that call these are compiled
+`hybridgen.sampling.choice` for distance (`temper`) and mass (`softmax`). Kernels that call these are compiled
 without contraction of products and sums, so that a value has the same bits in every kernel.
 """
 

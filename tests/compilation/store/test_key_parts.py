@@ -17,7 +17,7 @@ from hybridgen import EngineConfig
 from hybridgen.compilation.store import Key
 from hybridgen.compilation.store import key_parts as parts
 from hybridgen.compilation.store.session import key_for
-from hybridgen.engine.preflight import cache_settings
+from hybridgen.engine.preflight import resolve_config
 from hybridgen.loading import Checkpoint
 
 CONFIG = EngineConfig(mode="hybrid", device="cpu")
@@ -163,5 +163,5 @@ def test_a_live_model_and_its_files_have_one_key(tmp_path: Path) -> None:
     keys = []
     for model in (path, live):
         checkpoint = Checkpoint.open(model, CONFIG)
-        keys.append(key_for(checkpoint, CONFIG, **cache_settings(checkpoint, CONFIG)))
+        keys.append(key_for(checkpoint, CONFIG, resolve_config(checkpoint, CONFIG)))
     assert keys[0].differences(keys[1].parts) == {}
