@@ -35,7 +35,7 @@ class Built(NamedTuple):
     loop: StepLoop
     meter: DecodeMeter
     num_pages: int
-    """Of the KV cache, with the dummy page."""
+    """Pages of the KV cache, the dummy page included."""
     cache_bytes: int
 
 
@@ -51,10 +51,10 @@ class Builder:
     counters: Counters
 
     def build(self, bound: BoundModel, undo: ExitStack) -> Built:
-        """Build all of it, where the model's device is the current one.
+        """Build everything. The model's device must be the current one.
 
         Args:
-            undo: gets what frees the device again, before anything can fail.
+            undo: gets what frees the device again, so that a build that fails leaves nothing behind.
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         starter, timed = self.starter, self.startup.timed
@@ -111,14 +111,14 @@ class Builder:
             self.counters,
             tokenizer=checkpoint.tokenizer,
             run_ahead=run_ahead,
-            # Without graphs a launch is a forward pass of Python.
+            # Without graphs, a launch runs the model's Python code, which takes long.
             reads_first_tokens_first=not plan.settings().decode,
             meter=meter,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes)
 
     def graph_plan(self, bound: BoundModel) -> GraphPlan:
-        """What decides about the engine's graphs."""
+        """The settings of the engine's graphs."""
         return GraphPlan(
             config=self.config,
             mode=self.resolved.mode,
@@ -129,14 +129,14 @@ class Builder:
         )
 
     def _not_recorded(self, bound: BoundModel) -> str | None:
-        """A replay calls no Python, so it would leave out what hooks do."""
+        """Why steps are not recorded in a mode that records them: a replay would not call the hooks of a module."""
         hooked = next((module for module in bound.model.modules() if has_hooks(module)), None)
         if hooked is None or not self.resolved.mode.records:
             return None
         return f"a {type(hooked).__name__} has hooks, which a replay does not call; steps are not recorded"
 
     def capture(self, runner: ModelRunner) -> None:
-        """Record all buckets, for greedy decoding and for what requests get that ask for nothing else."""
+        """Record all buckets, for greedy decoding and for the sampling that a request gets by default."""
         checkpoint = self.checkpoint
         usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
         plans = dict.fromkeys((SamplerPlan(), plan_of(usual, checkpoint.vocab_size)))
@@ -166,7 +166,7 @@ class Builder:
         return num_pages, num_pages * shape.page_bytes
 
     def _compile(self, runner: ModelRunner) -> str | None:
-        """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of.
+        """Compile before the first request. If that fails, steps run eagerly; it is counted and warned of.
 
         Returns:
             Why steps run eagerly, if they do.

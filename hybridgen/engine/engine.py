@@ -30,7 +30,7 @@ from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.models import bind, check_free
 from hybridgen.models.projections import fuse_projections, unfuse_projections
 from hybridgen.params import SamplingParams, check_keywords
-from hybridgen.telemetry import import_time as importing
+from hybridgen.telemetry import import_time
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats
 from hybridgen.telemetry.traffic import Traffic
 from hybridgen.text.prompts import Prompts, split_prompts
@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Generates text with one model on one device.
 
-    Use it as a context manager, or call `close()`: a live module that was handed in is then as it was. Calls from
-    several threads are safe; they share the batch.
+    Use it as a context manager or call `close()` at the end. That frees the device, and gives a live module back as it
+    was. Calls from several threads are safe; they share the batch.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Engine:
         """How steps run: `config.mode`, with `auto` decided."""
         self._no_bar = bar_disabled(config.progress)
         self._counters = Counters()
-        self._startup = Startup(importing.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
+        self._startup = Startup(import_time.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
         check_free(loaded.model)
@@ -144,8 +144,8 @@ class Engine:
     def idle(self) -> bool:
         """Record a graph that was missed often enough, if no request waits or runs; returns whether more are wanted.
 
-        `generate()` and `stream()` do this once at the end of a call; who steps the engine in another way calls it
-        while there is nothing else to do.
+        `generate()` and `stream()` do this once at the end of a call. A caller that takes the loop's steps alone, such
+        as a server, calls it while there is nothing else to do.
         """
         loop, runner = self.open_loop(), self._runner
         return False if runner is None else loop.idle(runner.capture_pending)
@@ -267,14 +267,14 @@ class Engine:
             ) from None
         except EngineError:
             if _complete(requests) < len(requests):
-                raise  # else the engine ended, and the completions say so
+                raise  # else every request has ended, and its completion has the error
         finally:
             loop.cancel(requests)
             if streamer is not None:
                 streamer.end()
 
     def record_missing(self) -> bool:
-        """`idle()`, where nothing that fails may cost anybody anything: it is counted, and warned of once.
+        """`idle()` for callers that must not fail with it: a failure is counted, and warned of once.
 
         Raises:
             EngineError: the engine is closed, or its device failed.
@@ -288,7 +288,7 @@ class Engine:
             return False
 
     def _end_call(self) -> None:
-        """The end of a call, whose results are complete: a chance to record what it missed."""
+        """After a call, whose results are complete: record a graph that it missed."""
         with suppress(EngineError):  # closed meanwhile
             self.record_missing()
 
@@ -366,7 +366,7 @@ class Engine:
         self.close()
 
     def open_loop(self) -> StepLoop:
-        """The loop, for who submits requests and takes the steps alone, as a server does (`serving.adapter`).
+        """The loop, for callers that submit requests and take the steps alone, as a server does.
 
         Raises:
             EngineError: the engine is closed, or its device failed.
@@ -379,14 +379,14 @@ class Engine:
 
 
 def _keep_plan(reference: weakref.ref[Engine]) -> None:
-    """At exit, for an engine that nobody closed: what was hot is known to the next process."""
+    """At the end of the process, for an engine that nobody closed: note for the next process what was recorded."""
     engine = reference()
     if engine is not None and engine._runner is not None and not engine.closed:
         engine._starter.keep_plan(engine._runner)
 
 
 def device_of(device: torch.device) -> AbstractContextManager[Any]:
-    """The current device is this one inside."""
+    """A context in which this is the current CUDA device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

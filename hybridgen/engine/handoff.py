@@ -44,7 +44,7 @@ class TurnLock:
 
 
 class interrupts_deferred:
-    """Take a Ctrl-C that arrives inside at the end; a second one at once.
+    """Hold back a Ctrl-C that arrives inside until the end. A second one is taken at once.
 
     Only the main thread gets signals; elsewhere, and where SIGINT has no Python handler, this does nothing.
     """

@@ -8,7 +8,7 @@ from hybridgen.config import EngineConfig, GraphOwner, ResolvedConfig
 from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, DeviceError
 from hybridgen.loading import Checkpoint
-from hybridgen.telemetry import import_time as importing
+from hybridgen.telemetry import import_time
 
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
 """Prompt tokens in one prefill call when the config says none."""
@@ -48,7 +48,7 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
     device = checkpoint.device.type
     mode = config.mode_on(device)
     if mode.compiles:
-        with importing.timed():  # it imports the first part of the compiler
+        with import_time.timed():  # it imports the first part of the compiler
             check_backend(config.compile_backend)
             check_toolchain(mode, config.compile_backend, device)
     if config.graphs is not GraphOwner.MANUAL and mode.records and device != "cuda":
