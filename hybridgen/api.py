@@ -226,7 +226,7 @@ def prepare(
     importing.engine()
     from hybridgen.engine import Engine
     from hybridgen.engine.preflight import check_config
-    from hybridgen.engine.requests import plan_requests
+    from hybridgen.engine.requests import make_requests
     from hybridgen.loading import Checkpoint
     from hybridgen.text.prompts import split_prompts
 
@@ -250,7 +250,8 @@ def prepare(
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
         # Before any weight is read or a kept engine closed, so that bad input costs nothing; the cache's size is
         # checked by the engine.
-        plan_requests(items, sampling, sampling_fields, checkpoint, check_config(checkpoint, config), None)
+        limit = check_config(checkpoint, config).max_context
+        make_requests(items, sampling, sampling_fields, checkpoint, limit, None)
         if kept is not None:
             kept.engine.close()
             del _engines[key]

@@ -13,8 +13,8 @@ import torch
 import hybridgen
 from hybridgen import Mode
 from hybridgen.engine.builder import Builder
-from hybridgen.engine.output import Response
-from hybridgen.engine.requests import plan_requests
+from hybridgen.engine.preflight import resolve_config
+from hybridgen.engine.requests import make_requests
 
 NEW_TOKENS = 40
 # Across page borders (16), chunk borders (96), and what a window or a rotary scaling may do with length.
@@ -83,18 +83,17 @@ def check_engine(
 
 def join_late(engine: hybridgen.Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Run the prompts with half of them submitted while the others decode."""
-    plans = plan_requests(
+    requests = make_requests(
         prompts, None, {"max_new_tokens": new_tokens}, engine.checkpoint, engine.max_context, engine.cache_tokens
     )
     loop = engine.open_loop()
-    responses: list[Response] = []
-    loop.submit(plans[:4], responses)
+    loop.submit(requests[:4])
     for _ in range(11):
         loop.step()
-    loop.submit(plans[4:], responses)
-    while any(response.completion is None for response in responses):
+    loop.submit(requests[4:])
+    while any(request.completion is None for request in requests):
         loop.step()
-    return [list(response.completion.token_ids) for response in responses]
+    return [list(request.completion.token_ids) for request in requests]
 
 
 def check_replays(engine: hybridgen.Engine) -> None:
@@ -115,8 +114,7 @@ def make_hybrid(engine: hybridgen.Engine) -> None:
     builder = Builder(
         engine.checkpoint,
         engine.config,
-        engine.mode,
-        engine.max_context,
+        resolve_config(engine.checkpoint, engine.config),
         engine._starter,
         engine._startup,
         engine._counters,

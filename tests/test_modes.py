@@ -25,7 +25,7 @@ import torch
 import hybridgen
 from hybridgen import Completion, Engine, FinishReason, SamplingParams
 from hybridgen.core import GraphEvent
-from hybridgen.engine.output import Response
+from hybridgen.engine.requests import Request
 from hybridgen.execution import ring
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.graphs import Recorded, StandInRecorder
@@ -472,7 +472,7 @@ class Traffic:
     def run(self, engine: Engine) -> tuple[list[Completion], set[int]]:
         """Every completion, and the sizes of decode batches that occurred."""
         loop, runner = engine.open_loop(), engine._runner
-        responses: list[Response] = []
+        requests: list[Request] = []
         sizes: set[int] = set()
         decode = runner.decode
 
@@ -483,14 +483,16 @@ class Traffic:
         runner.decode = seen
         for step in range(self.STEPS):
             for prompt, params in self.arrivals.get(step, ()):
-                loop.submit(engine.plan([prompt], params, {}), responses)
+                new = engine.make_requests([prompt], params, {})
+                loop.submit(new)
+                requests += new
             loop.step()
-            if not loop.scheduler.running and not loop.scheduler.waiting:
+            if not loop.scheduler.busy:
                 engine.idle()
-        while any(response.completion is None for response in responses):
+        while any(request.completion is None for request in requests):
             loop.step()
         engine.idle()  # reads what run-ahead has left in flight
-        return [response.completion for response in responses], sizes
+        return [request.completion for request in requests], sizes
 
 
 @pytest.fixture(scope="module")
@@ -813,10 +815,8 @@ def test_recorded_only_while_nothing_runs(path: Path, monkeypatch: pytest.Monkey
 
     def record(key: GraphKey) -> None:
         loop = engines[0]._loop
-        assert not loop.scheduler.running
-        assert not loop.scheduler.waiting
+        assert not loop.scheduler.busy
         assert not loop._in_flight
-        assert not loop._responses
 
     recorder = use(monkeypatch, Faulty(record=record))
     with loaded(path, capture_at_start=False, capture_after=3, run_ahead=1) as engine:

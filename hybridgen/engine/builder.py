@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from hybridgen.cache import PageAllocator, allocate, pages_for_tokens, plan_pages, total_bytes
+from hybridgen.cache import (
+    PageAllocator,
+    allocate,
+    pages_for_tokens,
+    plan_pages,
+    total_bytes,
+)
 from hybridgen.compilation.layers import switched_off
-from hybridgen.config import EngineConfig, GraphOwner, Mode, bar_disabled, parse_bytes
+from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.preflight import token_budget
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, described
@@ -39,7 +44,7 @@ class Built(NamedTuple):
     loop: StepLoop
     meter: DecodeMeter
     num_pages: int
-    """Of the KV cache, with the dummy page."""
+    """Pages of the KV cache, the dummy page included."""
     cache_bytes: int
 
 
@@ -49,32 +54,31 @@ class Builder:
 
     checkpoint: Checkpoint
     config: EngineConfig
-    mode: Mode
-    max_context: int
+    resolved: ResolvedConfig
     starter: Starter
     startup: Startup
     counters: Counters
 
     def build(self, bound: BoundModel, undo: ExitStack, twin: Twin[Any] | None) -> Built:
-        """Build all of it, where the model's device is the current one.
+        """Build everything. The model's device must be the current one.
 
         Args:
             twin: whose tree the bound model is, for a live module.
-            undo: gets what frees the device again, before anything can fail.
+            undo: gets what frees the device again, so that a build that fails leaves nothing behind.
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         starter, timed = self.starter, self.startup.timed
         plan = self.graph_plan()
         with timed("artifacts"):
-            units = starter.load_units() if self.mode.compiles and switched_off() is None else None
+            units = starter.load_units() if self.resolved.mode.compiles and switched_off() is None else None
         runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
             max_batch=config.max_batch,
-            max_pages=pages_for_tokens(self.max_context, config.page_size),
-            token_budget=plan.token_budget,
-            max_context=self.max_context,
-            compile_backend=config.compile_backend if self.mode.compiles else None,
+            max_pages=pages_for_tokens(self.resolved.max_context, config.page_size),
+            token_budget=self.resolved.token_budget,
+            max_context=self.resolved.max_context,
+            compile_backend=config.compile_backend if self.resolved.mode.compiles else None,
             units=units,
             offline=config.offline_compile,
             one_copy=config.metadata_copy,
@@ -86,12 +90,12 @@ class Builder:
         with timed("allocate cache"):
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
-        fuses = self.mode is Mode.HYBRID and device.type == "cuda"
+        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
-            runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.max_context)
+            runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()
         not_compiled = None
-        if self.mode.compiles:
+        if self.resolved.mode.compiles:
             with timed("compile"):
                 not_compiled = self._compile(runner)
         if fuses:
@@ -109,7 +113,7 @@ class Builder:
             pages=PageAllocator(num_pages),
             page_size=config.page_size,
             max_batch=config.max_batch,
-            token_budget=plan.token_budget,
+            token_budget=self.resolved.token_budget,
             reprefill_length=bound.reprefill_length,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
@@ -119,9 +123,10 @@ class Builder:
             self.counters,
             tokenizer=checkpoint.tokenizer,
             run_ahead=run_ahead,
-            # Without graphs a launch is a forward pass of Python.
+            # Without graphs, a launch runs the model's Python code, which takes long.
             reads_first_tokens_first=not plan.settings().decode,
             meter=meter,
+            before_call=partial(begin_call, runner),
         )
         return Built(runner, loop, meter, num_pages, cache_bytes)
 
@@ -144,17 +149,16 @@ class Builder:
 
     def graph_plan(self) -> GraphSetup:
         """What decides about the engine's graphs."""
-        budget = token_budget(self.checkpoint, self.config)
         return GraphSetup(
             config=self.config,
-            mode=self.mode,
+            mode=self.resolved.mode,
             device=self.checkpoint.device,
-            token_budget=budget,
-            max_tokens=min(budget, self.max_context),
+            token_budget=self.resolved.token_budget,
+            max_tokens=self.resolved.max_tokens,
         )
 
     def capture(self, runner: ModelRunner) -> None:
-        """Record all buckets, for greedy decoding and for what requests get that ask for nothing else."""
+        """Record all buckets, for greedy decoding and for the sampling that a request gets by default."""
         checkpoint = self.checkpoint
         usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
         plans = dict.fromkeys((SamplerPlan(), plan_of(usual, checkpoint.vocab_size)))
@@ -177,7 +181,7 @@ class Builder:
             states,
             page_size=config.page_size,
             max_batch=config.max_batch,
-            max_context=self.max_context,
+            max_context=self.resolved.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
             activation_bytes=warm_up.measure_activations(runner, plan.largest()) if measure else 0,
@@ -187,7 +191,7 @@ class Builder:
         return num_pages, total_bytes(states, num_pages, slots)
 
     def _compile(self, runner: ModelRunner) -> str | None:
-        """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of.
+        """Compile before the first request. If that fails, steps run eagerly; it is counted and warned of.
 
         Returns:
             Why steps run eagerly, if they do.

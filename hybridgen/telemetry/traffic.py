@@ -25,9 +25,9 @@ class Traffic:
     weights: int
     """Bytes of weights that a step reads, whatever its rows are; 0 where that depends on the tokens (experts)."""
     cache: tuple[tuple[int, int], ...]
-    """(window or 0, bytes of keys and values per position) of the layers, those of equal windows together."""
+    """(window, bytes of keys and values per position) of all layers with that window together; 0 is no window."""
     ceiling: float | None
-    """Bytes per second that the device reads at best (`kernels.ceiling`); None where that is not known."""
+    """Bytes per second that the device reads at best (`kernels.read_ceiling`); None where that is not known."""
 
     def step_bytes(self, rows: int, positions: float) -> float:
         """Bytes of a step.
@@ -116,7 +116,7 @@ class DecodeMeter:
         self._last = now
 
     def pause(self) -> None:
-        """Something else ran: the next step's time is not its own."""
+        """Another call ran, so the time until the next decode step is read is not that step's alone."""
         self._last = None
 
     def stats(self) -> DecodeStats:

@@ -9,8 +9,11 @@ import pytest
 from transformers import LlamaConfig, Phi3Config
 
 from hybridgen import ConfigError, EngineConfig, PromptError, SamplingError, SamplingParams
-from hybridgen.engine.requests import Plan, context_limit, plan_requests, sampling_list, sampling_per_prompt
+from hybridgen.arguments import sampling_list, sampling_per_prompt
+from hybridgen.engine.output import RequestOutput
+from hybridgen.engine.requests import Request, RequestState, collect, context_limit, make_requests
 from hybridgen.loading import Checkpoint
+from hybridgen.sampling import resolve
 
 
 @pytest.fixture(scope="module")
@@ -18,21 +21,21 @@ def demo() -> Checkpoint:
     return Checkpoint.open(None, EngineConfig(device="cpu"))
 
 
-def plan(checkpoint: Checkpoint, length: int, cache: int | None = None, **fields: Any) -> Plan:
-    return plan_requests([[1] * length], None, fields, checkpoint, 200, cache)[0]
+def make(checkpoint: Checkpoint, length: int, cache: int | None = None, **fields: Any) -> Request:
+    return make_requests([[1] * length], None, fields, checkpoint, 200, cache)[0]
 
 
 def test_a_default_gives_way_to_the_context(demo: Checkpoint) -> None:
-    assert plan(demo, 10).sampling.max_new_tokens == 128
-    assert plan(demo, 150).sampling.max_new_tokens == 50
-    assert plan(demo, 150, cache=160).sampling.max_new_tokens == 10
-    assert plan(demo, 150, min_new_tokens=50).sampling.min_new_tokens == 50
+    assert make(demo, 10).sampling.max_new_tokens == 128
+    assert make(demo, 150).sampling.max_new_tokens == 50
+    assert make(demo, 150, cache=160).sampling.max_new_tokens == 10
+    assert make(demo, 150, min_new_tokens=50).sampling.min_new_tokens == 50
 
 
 @pytest.mark.parametrize(("cache", "room", "knob"), [(None, 50, "max_context"), (160, 10, "kv_memory")])
 def test_a_minimum_that_does_not_fit(demo: Checkpoint, cache: int | None, room: int, knob: str) -> None:
     with pytest.raises(PromptError) as caught:
-        plan(demo, 150, cache, min_new_tokens=room + 1)
+        make(demo, 150, cache, min_new_tokens=room + 1)
     text = str(caught.value)
     assert text.startswith("prompt 0 has 150 tokens, so the ")
     assert f"room for {room} new ones, fewer than min_new_tokens={room + 1}" in text
@@ -41,14 +44,14 @@ def test_a_minimum_that_does_not_fit(demo: Checkpoint, cache: int | None, room: 
 
 def test_a_minimum_above_the_default(demo: Checkpoint) -> None:
     with pytest.raises(SamplingError, match="min_new_tokens=129 is above max_new_tokens=128"):
-        plan(demo, 10, min_new_tokens=129)
+        make(demo, 10, min_new_tokens=129)
 
 
 def test_a_number_that_does_not_fit_is_refused(demo: Checkpoint) -> None:
     with pytest.raises(PromptError, match="150 tokens and max_new_tokens=51: together 201, over the context of 200"):
-        plan(demo, 150, max_new_tokens=51)
+        make(demo, 150, max_new_tokens=51)
     with pytest.raises(PromptError, match="more than the KV cache of 160"):
-        plan(demo, 150, 160, max_new_tokens=11)
+        make(demo, 150, 160, max_new_tokens=11)
 
 
 def test_sampling_can_be_read_twice() -> None:
@@ -125,3 +128,20 @@ def test_an_original_length_beside_the_rotary_parameters(demo: Checkpoint) -> No
     assert context_limit(checkpoint, 512) == 512
     with pytest.raises(ConfigError):
         context_limit(checkpoint, 513)
+
+
+def test_choices_are_collected_by_prompt() -> None:
+    requests = []
+    for index, choice, token in ((0, 0, 70), (1, 0, 71), (1, 1, 72)):
+        request = Request((5,), resolve(SamplingParams(max_new_tokens=1), None, None, 100), index, choice)
+        assert request.completion is None
+        with pytest.raises(RuntimeError, match="before its end"):
+            collect([request])
+        request.output = RequestOutput(request.prompt_ids, request.sampling, None, index, choice)
+        request.state = RequestState.RUNNING
+        request.output.take([token], None, 0.0)
+        requests.append(request)
+    first, second = collect(requests)
+    assert (first.token_ids, first.choices) == ((70,), ())
+    assert second.token_ids == (71,)
+    assert [choice.token_ids for choice in second.choices] == [(71,), (72,)]

@@ -17,7 +17,7 @@ from hybridgen import EngineConfig
 from hybridgen.compilation.store import Key
 from hybridgen.compilation.store import key_parts as parts
 from hybridgen.compilation.store.session import key_for
-from hybridgen.engine.preflight import cache_settings
+from hybridgen.engine.preflight import resolve_config
 from hybridgen.loading import Checkpoint
 
 CONFIG = EngineConfig(mode="hybrid", device="cpu")
@@ -166,7 +166,7 @@ def test_a_live_model_and_its_files_have_one_key(tmp_path: Path) -> None:
     keys = []
     for model in (path, live):
         checkpoint = Checkpoint.open(model, config)
-        keys += [key_for(checkpoint, each, **cache_settings(checkpoint, each)) for each in (config, CONFIG)]
+        keys += [key_for(checkpoint, each, resolve_config(checkpoint, each)) for each in (config, CONFIG)]
     assert keys[0].differences(keys[2].parts) == {}
     assert set(keys[1].differences(keys[3].parts)) == {"config.fuse_projections"}
 
