@@ -71,7 +71,7 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
     if 4 * pages * (config.max_batch + 1) > MOST_TABLE_BYTES:
         raise ConfigError(
             f"a context of {resolved.max_context} tokens with max_batch={config.max_batch} and "
-            f"page_size={config.page_size} takes a table of over {MOST_TABLE_BYTES >> 30} GiB; set max_context (without "
-            "it, the limit is the model's own)"
+            f"page_size={config.page_size} takes a table of over {MOST_TABLE_BYTES >> 30} GiB; set max_context "
+            "(without it, the limit is the model's own)"
         )
     return resolved

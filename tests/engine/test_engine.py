@@ -46,8 +46,8 @@ def test_one_prompt_gives_one_completion(engine: Engine) -> None:
     assert 0 <= out.timing.queue <= out.timing.ttft <= out.timing.total
     assert len(out.timing.token_times) == 6
     assert {(step.phase, step.kind, step.count) for step in out.steps} == {
-        ("prefill", "eager", 1),
-        ("decode", "eager", 5),
+        ("prefill", "layers, eager", 1),
+        ("decode", "layers, eager", 5),
     }
 
 
@@ -407,7 +407,7 @@ def test_statistics_count(llama_path: Path) -> None:
         stats = engine.stats()
     assert stats.requests == {"submitted": 3, "length": 3}
     assert stats.tokens == {"prompt": 46, "generated": 12}
-    assert stats.steps == {("prefill", "eager", "mode eager"): 1, ("decode", "eager", "mode eager"): 3}
+    assert stats.steps == {("prefill", "layers, eager", "mode eager"): 1, ("decode", "layers, eager", "mode eager"): 3}
     assert list(stats.startup) == [
         "import",
         "open model",

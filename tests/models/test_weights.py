@@ -5,7 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from hybridgen.models.sharing import twin
+from hybridgen.models.twin import twin
 from torch import nn
 from transformers import PreTrainedModel
 
