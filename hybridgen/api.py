@@ -158,9 +158,9 @@ def compare(
     engine_fields = {name: value for name, value in fields.items() if name not in own}
     if engine_fields:
         own["engine"] = {**config.engine, **own.get("engine", {}), **engine_fields}
-    from hybridgen.comparison.run import compare as run
+    from hybridgen.comparison.run import run_comparison
 
-    return run(model, config.replace(**own), tokenizer=tokenizer, output=output, progress=progress)
+    return run_comparison(model, config.replace(**own), tokenizer=tokenizer, output=output, progress=progress)
 
 
 def _is_server(model: Any) -> TypeGuard[str]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hybridgen.comparison.config import BASELINES, SMOKE, CompareConfig
+from hybridgen.comparison.data.config import BASELINES, SMOKE, CompareConfig
 from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError
 
@@ -102,8 +102,8 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     Raises:
         HybridgenError: as `hybridgen.compare` does.
     """
-    from hybridgen.comparison.report import check_tabulate
-    from hybridgen.comparison.run import compare
+    from hybridgen.comparison.render.report import check_tabulate
+    from hybridgen.comparison.run import run_comparison
 
     check_tabulate()
     model, config = config_of(arguments)
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
 
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # the demo model is small: threads would only wait for each other
-    comparison = compare(model, config, output=arguments.output)
+    comparison = run_comparison(model, config, output=arguments.output)
     failed = any(cell.status in ("failed", "out of memory") for cell in comparison.cells)
     text = str(comparison)
     if arguments.output is not None:
