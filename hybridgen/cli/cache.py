@@ -15,6 +15,7 @@ from hybridgen.compilation.store.bundle import export_bundle, import_bundle
 from hybridgen.compilation.store.store import EntryInfo
 from hybridgen.config import EngineConfig, Mode, parse_bytes
 from hybridgen.errors import CacheError, ConfigError
+from hybridgen.telemetry import import_time
 
 if TYPE_CHECKING:
     from hybridgen.compilation.store.key import Key
@@ -112,11 +113,9 @@ def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, EngineConfig, Ke
 
 
 def _warm(arguments: argparse.Namespace) -> int:
-    from hybridgen.telemetry import import_time as importing
-
-    importing.engine()
-    from hybridgen.compilation.store.session import why_off
-    from hybridgen.engine import Engine
+    with import_time.timed():
+        from hybridgen.compilation.store.session import why_off
+        from hybridgen.engine import Engine
 
     modes = arguments.modes.split(",") if arguments.modes else [arguments.mode or Mode.AUTO]
     for mode in modes:

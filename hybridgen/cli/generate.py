@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hybridgen.cli.jobs import Source, add_options, run_jobs
 from hybridgen.cli.jsonl import Job, model_settings
 from hybridgen.cli.options import ENGINE, add_fields, given
+from hybridgen.telemetry import import_time
 
 if TYPE_CHECKING:
     from hybridgen.engine import Engine
@@ -30,11 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _load(jobs: list[Job], arguments: argparse.Namespace) -> Engine:
     fields = given(arguments, ENGINE)
     if arguments.on_error == "skip":  # prompts are checked one by one, once it is loaded
-        from hybridgen.telemetry import import_time as importing
-
-        importing.engine()
-        from hybridgen.engine import Engine
-
+        with import_time.timed():
+            from hybridgen.engine import Engine
         return Engine.load(arguments.model, **fields)
     from hybridgen.api import prepare
 
