@@ -36,6 +36,7 @@ from common import (
 from transformers import PreTrainedModel
 
 import hybridgen
+from hybridgen.models.projections import fuse_projections, unfuse_projections
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -96,19 +97,18 @@ def arrivals(sizes: Sizes, vocab: int) -> list[Arrival]:
 def mixed_run(engine: hybridgen.Engine, listed: list[Arrival], device: str) -> float:
     """Seconds from the first request to the last token."""
     loop: Any = engine._loop
-    responses: list[Any] = []
-    plans = [engine.plan([arrival.prompt], arrival.sampling, {}) for arrival in listed]
+    requests = [engine.make_requests([arrival.prompt], arrival.sampling, {})[0] for arrival in listed]
     synchronize(device)
     start = time.perf_counter()
     step = coming = 0
-    while coming < len(listed) or any(response.completion is None for response in responses):
+    while coming < len(listed) or any(request.completion is None for request in requests):
         while coming < len(listed) and listed[coming].step <= step:
-            loop.submit(plans[coming], responses)
+            loop.submit([requests[coming]])
             coming += 1
         loop.step()
         step += 1
     took = time.perf_counter() - start
-    failed = [response.completion.error for response in responses if response.completion.error is not None]
+    failed = [request.completion.error for request in requests if request.completion.error is not None]
     if failed:
         raise SystemExit(f"a request of the mixed run failed: {failed[0]}")
     return took
@@ -117,6 +117,7 @@ def mixed_run(engine: hybridgen.Engine, listed: list[Arrival], device: str) -> f
 def measure(model: PreTrainedModel, name: str, options: dict[str, Any], sizes: Sizes, device: str) -> dict[str, Any]:
     vocab = model.config.vocab_size
     row: dict[str, Any] = {"variant": name}
+    (fuse_projections if options.get("fuse_projections", True) else unfuse_projections)(model)
     with hybridgen.Engine.load(model, **{"mode": "hybrid", "max_batch": 32, **options}) as engine:
         for batch in (1, 8):
             prompts = random_prompts(batch, sizes.prompt, vocab, batch)

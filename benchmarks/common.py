@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 import hybridgen
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.projections import fuse_projections
+from hybridgen.models.weights import DenseWeight
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -100,7 +102,10 @@ def shape_dtype(name: str, device: str) -> torch.dtype:
 
 
 def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A model of that shape with random weights from seed 0, made on the device."""
+    """A model of that shape with random weights from seed 0, made on the device.
+
+    Its projections are joined, as those of a model that an engine loads itself; a live module's are left as they are.
+    """
     torch.manual_seed(0)
     config = shape_config(name)
     config.eos_token_id = None
@@ -108,6 +113,7 @@ def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    fuse_projections(model)
     return model
 
 
@@ -121,6 +127,9 @@ def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int)
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, columns**-0.5, generator=generator)
 
+    def linear(values: torch.Tensor) -> Linear:
+        return Linear(DenseWeight(values))
+
     def norm(size: int) -> Norm:
         return Norm(torch.ones(size, device=device), 1e-6)
 
@@ -128,17 +137,17 @@ def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int)
     layers = tuple(
         DecoderLayer(
             before_attention=norm(hidden),
-            qkv=Linear(weight((heads + 2 * keys) * dim, hidden)),
+            qkv=linear(weight((heads + 2 * keys) * dim, hidden)),
             query_norm=norm(dim) if has_head_norms else None,
             key_norm=norm(dim) if has_head_norms else None,
             rotates=True,
             attention_scale=dim**-0.5,
             window=0,
-            out=Linear(weight(hidden, heads * dim)),
+            out=linear(weight(hidden, heads * dim)),
             after_attention=None,
             before_mlp=norm(hidden),
-            gate_up=Linear(weight(2 * width, hidden)),
-            down=Linear(weight(hidden, width)),
+            gate_up=linear(weight(2 * width, hidden)),
+            down=linear(weight(hidden, width)),
             after_mlp=None,
             residual=1.0,
         )
@@ -159,7 +168,7 @@ def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int)
         embedding_scale=1.0,
         layers=layers,
         norm=norm(hidden),
-        head=embedding if config.tie_word_embeddings else weight(config.vocab_size, hidden),
+        head=linear(embedding if config.tie_word_embeddings else weight(config.vocab_size, hidden)),
         logits_scale=1.0,
         rotary=(angles.cos().float(), angles.sin().float()),
         max_context=max_context,

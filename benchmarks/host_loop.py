@@ -1,6 +1,6 @@
 """What does the host do in one decode step, apart from launching it?
 
-Time of `StepLoop.step()` while the batch stays the same: schedule, bookkeeping, and tokens handed to their responses.
+Time of `StepLoop.step()` while the batch stays the same: schedule, bookkeeping, and tokens handed to their requests.
 The runner is a stub whose steps have their tokens ready. Nothing of it depends on the model or the device.
 """
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from hybridgen.cache import PageAllocator, pages_for_tokens
 from hybridgen.demo import model_path
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.requests import Plan
+from hybridgen.engine.requests import Request
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.execution.plan import StepOutput
 from hybridgen.params import SamplingParams
@@ -36,7 +36,7 @@ class ReadyStep:
     kind, reason = "stub", "nothing runs"
 
     def __init__(self, tokens: list[int]) -> None:
-        self._output = StepOutput(tokens, None)
+        self._output = StepOutput([[token] for token in tokens], None)
         self.rows = len(tokens)
 
     def read(self) -> StepOutput:
@@ -73,7 +73,7 @@ def step_seconds(batch: int, steps: int, run_ahead: int, **delivery: Any) -> flo
     runner: Any = StubRunner(batch)
     loop = StepLoop(runner, scheduler, Counters(), tokenizer=tokenizer, run_ahead=run_ahead)
     sampling = resolve(SamplingParams(max_new_tokens=new, **delivery), None, [0], 4096)
-    loop.submit([Plan(PROMPT, sampling, index, 0) for index in range(batch)], [], keep_events=events)
+    loop.submit([Request(PROMPT, sampling, index) for index in range(batch)], keep_events=events)
     for _ in range(WARM_UP):
         loop.step()
     times = []

@@ -55,9 +55,9 @@ class Steady:
         self.loop: Any = engine._loop
         self.runner: Any = engine._runner
         self.batch = len(prompts)
-        self.responses: list[Any] = []
-        plans = engine.plan(prompts, None, {"max_new_tokens": new, "ignore_eos": True, "temperature": 0})
-        self.loop.submit(plans, self.responses)
+        fields = {"max_new_tokens": new, "ignore_eos": True, "temperature": 0}
+        self.requests = engine.make_requests(prompts, None, fields)
+        self.loop.submit(self.requests)
         for _ in range(WARM_UP):
             self.loop.step()
 
@@ -77,8 +77,8 @@ class Steady:
 
     def end(self) -> None:
         """Cancel the requests, and check that they ran to here."""
-        alive = [response for response in self.responses if response.completion is None]
-        self.loop.cancel(self.responses)
+        alive = [request for request in self.requests if request.completion is None]
+        self.loop.cancel(self.requests)
         if len(alive) < self.batch:
             raise SystemExit("a request ended while it was measured: not the steady state")
 

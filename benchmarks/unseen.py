@@ -83,10 +83,9 @@ def run(engine: hybridgen.Engine, calls: list[Call]) -> tuple[list[Step], list[f
     steps, captures = [], []
     for call in calls:
         sampling = [hybridgen.SamplingParams(max_new_tokens=new, ignore_eos=True, temperature=0) for new in call.new]
-        plans = engine.plan(call.prompts, sampling, {})
-        responses: list[Any] = []
-        loop.submit(plans, responses)
-        while any(response.completion is None for response in responses):
+        requests = engine.make_requests(call.prompts, sampling, {})
+        loop.submit(requests)
+        while any(request.completion is None for request in requests):
             launches.clear()
             start = time.perf_counter()
             loop.step()
@@ -186,7 +185,7 @@ def main() -> None:
     parser.add_argument("--leg", choices=["graphs", "plain"], help="one run alone, as the script calls itself")
     arguments = parser.parse_args()
     if arguments.leg is None:
-        plain = [run_leg(False, arguments) for _ in range(REFERENCE_RUNS)]
+        plain = [run_leg(False, arguments) for _ in range(1 if arguments.smoke else REFERENCE_RUNS)]
         show(compare(run_leg(True, arguments), plain), arguments)
         return
     device = this_device()

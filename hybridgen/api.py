@@ -225,7 +225,7 @@ def prepare(
     with import_time.timed():
         from hybridgen.engine import Engine
         from hybridgen.engine.preflight import check_config
-        from hybridgen.engine.requests import plan_requests
+        from hybridgen.engine.requests import make_requests
         from hybridgen.loading import Checkpoint
         from hybridgen.text.prompts import split_prompts
 
@@ -249,7 +249,8 @@ def prepare(
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
         # Before any weight is read or a kept engine closed, so that bad input costs nothing; the cache's size is
         # checked by the engine.
-        plan_requests(items, sampling, sampling_fields, checkpoint, check_config(checkpoint, config), None)
+        limit = check_config(checkpoint, config).max_context
+        make_requests(items, sampling, sampling_fields, checkpoint, limit, None)
         if kept is not None:
             kept.engine.close()
             del _engines[key]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybridgen.core import GraphEvent
 from hybridgen.errors import ConfigError, shown
@@ -380,6 +380,22 @@ class EngineConfig:
     def replace(self, **changes: Any) -> EngineConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+class ResolvedConfig(NamedTuple):
+    """What an `EngineConfig` leaves open, decided for one model on one device."""
+
+    mode: Mode
+    """How steps run; never `auto`."""
+    max_context: int
+    """Tokens of a request at most, its prompt and its output together."""
+    token_budget: int
+    """Prompt tokens of one prefill call at most."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of any prefill call at most: one request's, or the budget."""
+        return min(self.token_budget, self.max_context)
 
 
 def bar_disabled(progress: bool | None) -> bool | None:

@@ -22,7 +22,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probabilities of one position, from the model's own logits (before any processor)."""
+    """Natural-log probabilities of one position, of the distribution that `SamplingParams.logprobs_of` names."""
 
     token_id: int
     logprob: float

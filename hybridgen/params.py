@@ -18,8 +18,9 @@ class SamplingParams:
     """How the tokens of one request are chosen and when it stops.
 
     `None` in a field with a default from the model means: take the model's `generation_config`, else the
-    value named in the field's description. Processors apply in this order: logit bias, repetition, presence
-    and frequency penalty, minimum length, temperature, top-k, top-p, min-p (Hugging Face's order).
+    value named in the field's description. Processors apply in Hugging Face's order: logit and sequence bias,
+    repetition, presence and frequency penalty, repeated n-grams, bad words, minimum length, forced tokens,
+    suppressed tokens, temperature, top-k, top-p, min-p, typical-p, epsilon and eta cutoff.
 
     Raises:
         SamplingError: a value is out of its range.
@@ -27,8 +28,9 @@ class SamplingParams:
 
     max_new_tokens: int | None = None
     """Tokens to generate at most. Else the model's `max_new_tokens`, else 128."""
-    min_new_tokens: int = 0
-    """End-of-sequence and stop token ids cannot be chosen before this many tokens."""
+    min_new_tokens: int | None = None
+    """End-of-sequence and stop token ids cannot be chosen before this many tokens. Else the model's `min_new_tokens`,
+    or what its `min_length` leaves after the prompt."""
     temperature: float | None = None
     """0 takes the most likely token (greedy). Else the model's value if it samples, else 0."""
     top_k: int | None = None
@@ -37,6 +39,14 @@ class SamplingParams:
     """Sample from the smallest set of most likely tokens whose probability reaches p. 1: off."""
     min_p: float | None = None
     """Drop tokens less likely than min_p times the most likely one. 0: off."""
+    typical_p: float | None = None
+    """Of the tokens ordered by how far their surprisal is from the entropy, keep the nearest ones whose probability
+    reaches this (arXiv:2202.00666). 1: off."""
+    epsilon_cutoff: float | None = None
+    """Drop tokens less likely than this; the most likely one stays (arXiv:2210.15191). 0: off."""
+    eta_cutoff: float | None = None
+    """Drop tokens less likely than `min(eta, sqrt(eta) * exp(-entropy))`; the most likely one stays
+    (arXiv:2210.15191). 0: off."""
     repetition_penalty: float | None = None
     """Divide positive and multiply negative logits of tokens in prompt and output (CTRL, arXiv:1909.05858). 1: off."""
     presence_penalty: float = 0.0
@@ -45,26 +55,55 @@ class SamplingParams:
     """Subtract this from a token's logit for each time that the output has it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids; -inf bans a token."""
+    sequence_bias: Mapping[Sequence[int], float] | Sequence[tuple[Sequence[int], float]] | None = None
+    """Added to the logit of a sequence's last token where the text (prompt included) ends with the ones before it.
+    Pairs of token ids and a number, or a dict; -inf bans a sequence. An empty list: none."""
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    """Sequences of token ids that cannot be completed. One that is an end-of-sequence id alone does not count, as in
+    Hugging Face. An empty list: none."""
+    suppress_tokens: Sequence[int] | None = None
+    """Token ids that cannot be chosen. An empty list: none."""
+    begin_suppress_tokens: Sequence[int] | None = None
+    """Token ids that cannot be chosen first. An empty list: none."""
+    no_repeat_ngram_size: int | None = None
+    """No sequence of this many tokens comes twice, the prompt included. 0: off."""
+    forced_bos_token_id: int | Sequence[int] | None = None
+    """The first token, after a prompt of one token. One id, or a list of which one is chosen; an empty list: none."""
+    forced_eos_token_id: int | Sequence[int] | None = None
+    """The last token, where `max_new_tokens` are generated. One id, or a list of which one is chosen; an empty list:
+    none."""
     seed: int | None = None
     """Draws depend on (seed, position) alone. Without one, a seed is drawn and reported in the completion."""
     n: int = 1
     """Completions per prompt; choice i draws with `seed + i`."""
-    stop: Sequence[str] = ()
-    """Strings that end the text; the text stops before the first of them. One string is taken as a list of one."""
+    stop: Sequence[str] | None = None
+    """Strings that end the text; the text stops before the first of them. They are looked for in what the model wrote,
+    special tokens included, also where those are left out of the text. One string is taken as a list of one. Else the
+    model's `stop_strings`; an empty list: none."""
     stop_token_ids: Sequence[int] = ()
     """Token ids that end the request, besides the model's end-of-sequence ids."""
     ignore_eos: bool = False
     """Go on after the model's end-of-sequence ids."""
     logprobs: int | None = None
     """Report the log-probability of each chosen token and of this many most likely ones (0: chosen only)."""
+    logprobs_of: str = "model"
+    """`model`: log-probabilities of the model's own distribution, before any processor. `sampled`: of the distribution
+    that the token was drawn from, after all processors, temperature and filters (what was left out has -inf); for
+    greedy requests, after all processors."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
             value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, name, (value,))
+        for name in _LISTS:
+            value = getattr(self, name)
+            if value is None and name != "stop_token_ids":
+                continue
             if not isinstance(value, Sequence):
                 raise SamplingError(f"{name}={shown(value)} is not a list; give a list")
             object.__setattr__(self, name, tuple(value))
@@ -72,42 +111,96 @@ class SamplingParams:
             raise SamplingError(
                 f"logit_bias={shown(self.logit_bias)} is not a mapping; give a dict of token id to number"
             )
-        _check_int("max_new_tokens", self.max_new_tokens, low=1, optional=True)
-        _check_int("min_new_tokens", self.min_new_tokens, low=0)
-        _check_real("temperature", self.temperature, low=0.0, what="0 is greedy, 1 the model's own distribution")
-        _check_int("top_k", self.top_k, low=0, optional=True)
-        _check_real("top_p", self.top_p, low=0.0, high=1.0, low_open=True, what="1 switches it off")
-        _check_real("min_p", self.min_p, low=0.0, high=1.0, what="0 switches it off")
-        _check_real("repetition_penalty", self.repetition_penalty, low=0.0, low_open=True, what="1 switches it off")
-        _check_real("presence_penalty", self.presence_penalty, optional=False, what="0 switches it off")
-        _check_real("frequency_penalty", self.frequency_penalty, optional=False, what="0 switches it off")
-        _check_int("seed", self.seed, low=0, optional=True)
-        _check_int("n", self.n, low=1)
-        _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise SamplingError(f"stop holds {shown(text)}; give non-empty strings (ids go in stop_token_ids)")
-        for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, low=0)
-        for token, bias in self.logit_bias.items():
-            _check_int("logit_bias", token, low=0)
-            if not _is_finite(bias) and not (isinstance(bias, float) and bias == -math.inf):
-                raise SamplingError(
-                    f"logit_bias[{token}]={shown(bias)}; give a finite number, or -inf to ban the token"
-                )
+        if self.sequence_bias is not None:
+            object.__setattr__(self, "sequence_bias", _sequence_bias(self.sequence_bias))
+        if self.bad_words_ids is not None:
+            words = tuple(_sequence_of_ids("bad_words_ids", word) for word in self.bad_words_ids)
+            object.__setattr__(self, "bad_words_ids", words)
+        self._check_numbers()
+        self._check_lists()
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise SamplingError(f"{name}={shown(getattr(self, name))}; give True or False")
-        limit = self.max_new_tokens
-        if limit is not None and self.min_new_tokens > limit:
-            raise SamplingError(f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={limit}; lower it")
+        if self.logprobs_of not in ("model", "sampled"):
+            raise SamplingError(f"logprobs_of={shown(self.logprobs_of)}; give 'model' or 'sampled'")
+        limit, least = self.max_new_tokens, self.min_new_tokens
+        if limit is not None and least is not None and least > limit:
+            raise SamplingError(f"min_new_tokens={least} is above max_new_tokens={limit}; lower it")
         if self.n > 1 and self.temperature == 0:
             raise SamplingError(f"n={self.n} with temperature=0 gives equal texts; set a temperature or n=1")
+
+    def _check_numbers(self) -> None:
+        off = "0 switches it off"
+        _check_int("max_new_tokens", self.max_new_tokens, low=1, optional=True)
+        _check_int("min_new_tokens", self.min_new_tokens, low=0, optional=True)
+        _check_real("temperature", self.temperature, low=0.0, what="0 is greedy, 1 the model's own distribution")
+        _check_int("top_k", self.top_k, low=0, optional=True)
+        _check_real("top_p", self.top_p, low=0.0, high=1.0, low_open=True, what="1 switches it off")
+        _check_real("min_p", self.min_p, low=0.0, high=1.0, what=off)
+        _check_real("typical_p", self.typical_p, low=0.0, high=1.0, low_open=True, what="1 switches it off")
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            _check_real(name, getattr(self, name), low=0.0, high=1.0, high_open=True, what=off)
+        _check_real("repetition_penalty", self.repetition_penalty, low=0.0, low_open=True, what="1 switches it off")
+        _check_real("presence_penalty", self.presence_penalty, optional=False, what=off)
+        _check_real("frequency_penalty", self.frequency_penalty, optional=False, what=off)
+        _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0, optional=True)
+        _check_int("seed", self.seed, low=0, optional=True)
+        _check_int("n", self.n, low=1)
+        _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
+
+    def _check_lists(self) -> None:
+        for text in self.stop or ():
+            if not isinstance(text, str) or not text:
+                raise SamplingError(f"stop holds {shown(text)}; give non-empty strings (ids go in stop_token_ids)")
+        for name in _ID_LISTS:
+            for token in getattr(self, name) or ():
+                _check_int(name, token, low=0)
+        for token, bias in self.logit_bias.items():
+            _check_int("logit_bias", token, low=0)
+            if not _is_bias(bias):
+                raise SamplingError(
+                    f"logit_bias[{token}]={shown(bias)}; give a finite number, or -inf to ban the token"
+                )
 
     @classmethod
     def field_names(cls) -> frozenset[str]:
         """The names that `generate()` accepts as keywords for sampling."""
         return frozenset(f.name for f in fields(cls))
+
+
+_ID_LISTS = (
+    "stop_token_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+_LISTS = ("stop", "bad_words_ids", *_ID_LISTS)
+
+
+def _sequence_bias(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    """Pairs of ids and bias; of equal ids the last pair counts, as in a dict."""
+    if not isinstance(value, (Mapping, Sequence)) or isinstance(value, str):
+        raise SamplingError(f"sequence_bias={shown(value)} is no list; give pairs of token ids and a number")
+    found: dict[tuple[int, ...], float] = {}
+    for pair in value.items() if isinstance(value, Mapping) else value:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise SamplingError(f"sequence_bias holds {shown(pair)}; give pairs of token ids and a number")
+        ids = _sequence_of_ids("sequence_bias", pair[0])
+        if not _is_bias(pair[1]):
+            raise SamplingError(
+                f"sequence_bias has {shown(pair[1])} for {shown(list(ids))}; give a finite number, or -inf to ban it"
+            )
+        found[ids] = float(pair[1])
+    return tuple(found.items())
+
+
+def _sequence_of_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise SamplingError(f"{name} holds {shown(value)}; give non-empty lists of token ids")
+    for token in value:
+        _check_int(name, token, low=0)
+    return tuple(value)
 
 
 def _check_int(name: str, value: Any, *, low: int, high: int = MAX_INT, optional: bool = False) -> None:
@@ -117,6 +210,11 @@ def _check_int(name: str, value: Any, *, low: int, high: int = MAX_INT, optional
         raise SamplingError(f"{name}={shown(value)} is not an integer; give one of at least {low}")
     if not low <= value <= high:
         raise SamplingError(f"{name}={shown(value)} is out of range; give an integer from {low} to {high}")
+
+
+def _is_bias(value: Any) -> bool:
+    """Whether it can be added to a logit: finite, or -inf."""
+    return not isinstance(value, bool) and (_is_finite(value) or (isinstance(value, float) and value == -math.inf))
 
 
 def _is_finite(value: Any) -> bool:
@@ -134,6 +232,7 @@ def _check_real(
     low: float = -math.inf,
     high: float = math.inf,
     low_open: bool = False,
+    high_open: bool = False,
     optional: bool = True,
     what: str,
 ) -> None:
@@ -141,6 +240,6 @@ def _check_real(
         return
     if isinstance(value, bool) or not _is_finite(value):
         raise SamplingError(f"{name}={shown(value)} is not a finite number; {what}")
-    if value < low or value > high or (low_open and value == low):
-        bracket = "(" if low_open else "["
-        raise SamplingError(f"{name}={shown(value)} is outside {bracket}{low:g}, {high:g}]; {what}")
+    if value < low or value > high or (low_open and value == low) or (high_open and value == high):
+        left, right = "(" if low_open else "[", ")" if high_open else "]"
+        raise SamplingError(f"{name}={shown(value)} is outside {left}{low:g}, {high:g}{right}; {what}")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 # Before anything of torch: no test touches the user's compile cache or the checkout's. Processes that tests start
-# inherit it.
-os.environ["HYBRIDGEN_CACHE_DIR"] = tempfile.mkdtemp(prefix="hybridgen-tests-")
+# inherit it. Processes of pytest-xdist inherit that of the process that divides the tests, and have theirs in it.
+os.environ["HYBRIDGEN_CACHE_DIR"] = tempfile.mkdtemp(
+    prefix="hybridgen-tests-", dir=os.environ["HYBRIDGEN_CACHE_DIR"] if "PYTEST_XDIST_WORKER" in os.environ else None
+)
 # Nothing is kept unless a test names a store: engines of other tests are to start as if they were the first.
 os.environ["HYBRIDGEN_COMPILE_CACHE"] = "0"
 os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
@@ -22,6 +27,7 @@ import families
 import pytest
 import torch
 import transformers
+from interpreter import Interpreter
 
 import hybridgen
 
@@ -34,6 +40,39 @@ transformers.utils.logging.disable_progress_bar()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--all-inductor`: compile every family with Inductor, not only a handful (about half an hour)."""
     parser.addoption("--all-inductor", action="store_true")
+
+
+TURNS = pytest.StashKey[Any]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In a process of pytest-xdist: take turns with the others."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from parallel import Turns
+
+        config.stash[TURNS] = Turns(Path(os.environ["HYBRIDGEN_CACHE_DIR"]).parent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide by file, whatever `--dist` says."""
+    from parallel import ByFile
+
+    return ByFile(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what importing made: it would look at all of it hundreds of times."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test beside those of other processes, or alone if it is marked so."""
+    turns = item.config.stash.get(TURNS, None)
+    with nullcontext() if turns is None else turns.take(alone="apart" in item.keywords):
+        return (yield)
 
 
 def pytest_unconfigure() -> None:
@@ -54,6 +93,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama checkpoint without a tokenizer."""
     return families.write("llama", tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter() -> Iterator[Interpreter]:
+    """A process with Triton's interpreter, which starts when it is first used."""
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.weights import DenseWeight
 
 
 @dataclass
@@ -54,7 +55,7 @@ def random_decoder(shape: Shape, dtype: torch.dtype = torch.float32, device: str
 
     def linear(name: str, out: int, inner: int) -> Linear:
         bias = normal(out, scale=0.2) if name in shape.biases else None
-        return Linear(normal(out, inner, scale=inner**-0.5), bias)
+        return Linear(DenseWeight(normal(out, inner, scale=inner**-0.5)), bias)
 
     attended, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     width = {"": 0, "head": shape.head_dim, "all": -1}[shape.head_norm]
@@ -92,7 +93,7 @@ def random_decoder(shape: Shape, dtype: torch.dtype = torch.float32, device: str
         embedding_scale=shape.embedding_scale,
         layers=layers,
         norm=norm(shape.hidden),
-        head=normal(shape.vocab, shape.hidden, scale=shape.hidden**-0.5),
+        head=linear("head", shape.vocab, shape.hidden),
         logits_scale=shape.logits_scale,
         rotary=(angles.cos().float(), angles.sin().float()) if any(shape.rotates) else None,
         max_context=shape.max_context,

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 257
@@ -111,7 +113,129 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "gpt_oss": _with(num_local_experts=4, num_experts_per_tok=2, head_dim=16, **_MIXED),
 }
-"""Configs by model type."""
+"""Configs by model type: each with every mode's whole matrix of tests."""
+
+_SHORT: dict[str, Any] = {"num_hidden_layers": 2}
+_TWO: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], **_SHORT}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_ROUTED: dict[str, Any] = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **_EXPERTS}
+_TWO_MLPS: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
+_TWO_ROPES: dict[str, Any] = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
+    }
+}
+_GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+}
+
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "afmoe": _with(head_dim=16, num_experts=4, num_shared_experts=1, num_dense_layers=1, **_EXPERTS, **_TWO),
+    "apertus": _with(**_SHORT),
+    "arcee": _with(head_dim=16, **_SHORT),
+    "aria_text": _with(head_dim=16, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, **_SHORT),
+    "beam": _with(head_dim=16, num_experts=4, n_group=1, topk_group=1, **_EXPERTS, **_TWO, **_TWO_MLPS)
+    | {"rope_parameters": _TWO_ROPES["rope_parameters"] | {"full_attention": None}},
+    "biogpt": _without("num_key_value_heads", **_SHORT),
+    "bitnet": _with(**_SHORT),
+    "cohere2_moe": _with(head_dim=16, logit_scale=0.5, num_experts=4, num_experts_per_tok=2, **_TWO, **_TWO_MLPS),
+    "cohere_compass_text": _with(head_dim=16, logit_scale=0.5, **_TWO, **_TWO_ROPES),
+    "ctrl": {"vocab_size": VOCAB, "n_positions": 512, "n_embd": 64, "dff": 96, "n_layer": 2, "n_head": 4},
+    "cwm": _with(head_dim=16, **_TWO),
+    "dbrx": {
+        "vocab_size": VOCAB,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "initializer_range": 0.25,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": _with(head_dim=16, first_k_dense_replace=1, **_ROUTED, **_TWO),
+    "ernie4_5_moe": _with(
+        moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_intermediate_size=48, moe_layer_end_index=1, **_SHORT
+    ),
+    "exaone_moe": _with(
+        head_dim=16, num_experts=4, num_shared_experts=1, n_group=1, topk_group=1, **_EXPERTS, **_TWO, **_TWO_MLPS
+    ),
+    "flex_olmo": _with(num_experts=4, num_experts_per_tok=2, **_SHORT),
+    "flint": _with(
+        head_dim=16, num_experts=4, shared_expert_intermediate_size=48, mlp_only_layers=[0], **_EXPERTS, **_TWO
+    ),
+    "gemma4_text": _with(
+        head_dim=16, global_head_dim=32, num_kv_shared_layers=0, hidden_size_per_layer_input=0, **_TWO
+    ),
+    "gemma4_unified_text": _with(head_dim=16, global_head_dim=32, num_kv_shared_layers=0, **_TWO),
+    "gpt-sw3": _GPT | {"n_layer": 2},
+    "granite_swa": _with(layer_rope_theta=[10000.0, 50000.0], **_GRANITE, **_TWO),
+    "granitemoe": _with(num_local_experts=4, num_experts_per_tok=2, **_GRANITE, **_SHORT),
+    "granitemoe_swa": _with(
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=48,
+        layer_rope_theta=[10000.0, 50000.0],
+        **_GRANITE,
+        **_TWO,
+    ),
+    "granitemoeshared": _with(
+        num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=48, **_GRANITE, **_SHORT
+    ),
+    "helium": _with(head_dim=16, **_SHORT),
+    "hunyuan_v1_moe": _with(head_dim=16, num_experts=4, moe_topk=2, **_SHORT),
+    "hy_v3": _with(head_dim=16, num_experts=4, **_EXPERTS, **_SHORT, **_TWO_MLPS),
+    "hyperclovax": _with(head_dim=16, **_GRANITE, **_SHORT),
+    "internlm3": _with(head_dim=16, **_SHORT),
+    "iquestcoder": _with(head_dim=16, **_SHORT),
+    "jais2": _with(head_dim=16, **_SHORT),
+    "jetmoe": _with(kv_channels=16, num_local_experts=4, num_experts_per_tok=2, **_SHORT),
+    "kolibri1": _with(head_dim=16, num_local_experts=4, shared_expert_intermediate_size=48, **_EXPERTS, **_TWO),
+    "laguna": _with(
+        head_dim=16,
+        num_experts=4,
+        shared_expert_intermediate_size=48,
+        num_attention_heads_per_layer=[4, 2],
+        **_EXPERTS,
+        **_TWO,
+        **_TWO_MLPS,
+        **_TWO_ROPES,
+    ),
+    "llama4_text": _with(
+        head_dim=16,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        attention_chunk_size=24,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
+        attn_temperature_tuning=False,
+        interleave_moe_layer_step=2,
+        **_SHORT,
+    ),
+    "mellum": _with(head_dim=16, num_local_experts=4, **_EXPERTS, **_TWO, **_TWO_ROPES),
+    "mimo_v2_flash": _with(head_dim=24, v_head_dim=16, **_ROUTED, **_TWO, **_TWO_MLPS),
+    "minimax_m2": _with(head_dim=16, num_local_experts=4, num_experts_per_tok=2, **_SHORT),
+    "ministral": _with(head_dim=16, **_TWO),
+    "modernbert-decoder": _without("num_key_value_heads", local_attention=16, **_TWO),
+    "nanochat": _with(**_SHORT),
+    "olmo": _with(clip_qkv=8.0, **_SHORT),
+    "olmo3": _with(**_TWO),
+    "persimmon": _without("num_key_value_heads", **_SHORT),
+    "phimoe": _with(num_local_experts=4, num_experts_per_tok=2, **_SHORT),
+    "solar_open": _with(head_dim=16, **_ROUTED, **_SHORT),
+    "vaultgemma": _with(head_dim=16, query_pre_attn_scalar=16, **_TWO),
+}
+"""Configs by model type, of two layers: each in one sweep over the modes. A few are newer than the oldest transformers
+that is supported."""
+
+CONFIGS = FAMILIES | MORE_FAMILIES
+
+UNCOMPILED = {"dbrx"}
+"""Families whose layers Dynamo cannot trace (experts in a loop over values); they run uncompiled, counted."""
 
 ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama", _rope("linear", factor=2.0)),
@@ -135,6 +259,12 @@ ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Rotary scalings: the family they are tried on, and the fields that differ from its config."""
 
 
+def is_absent(name: str) -> bool:
+    """Whether the installed transformers lacks a family, or has it with a config of another form."""
+    old = Version(transformers.__version__) < Version("5.23")
+    return name not in CONFIG_MAPPING or (name == "cohere_compass_text" and old)
+
+
 def layer_kinds(name: str) -> int:
     """Layers of different structure, each of which needs its own compiled graph."""
     config = FAMILIES[name]
@@ -146,7 +276,7 @@ def layer_kinds(name: str) -> int:
 def build(name: str, **changes: Any) -> PreTrainedModel:
     """A random float32 model in eval mode whose norms and biases are not trivial either."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[name](**(FAMILIES[name] | changes))
+    config = CONFIG_MAPPING[name](**(CONFIGS[name] | changes))
     config.eos_token_id = None
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import families
 import torch
 
-from hybridgen.cache import CacheShape, allocate_pages
+from hybridgen.cache import allocate
 from hybridgen.execution import ModelRunner
-from hybridgen.models import bind
+from hybridgen.models import BoundModel, bind
+from hybridgen.models.twin import Twin
 
 
 def make_runner(
@@ -18,10 +21,16 @@ def make_runner(
     pages: int = 9,
     query_len: int = 1,
     compile_backend: str | None = None,
+    live: Any = None,
     **changes: int,
 ) -> ModelRunner:
-    """On the CPU; `changes` are fields of the model's config. `free_runner()` gives the model back."""
-    bound = bind(families.build(name, **changes))
+    """On the CPU; `changes` are fields of the model's config. `free_runner()` gives the model back.
+
+    Args:
+        live: a live module, on whose twin the runner works; else it builds one of family `name`.
+    """
+    twin = None if live is None else Twin(live)
+    bound = bind(families.build(name, **changes) if twin is None else twin.model)
     runner = ModelRunner(
         bound,
         vocab_size=families.VOCAB,
@@ -30,9 +39,19 @@ def make_runner(
         token_budget=token_budget,
         query_len=query_len,
         compile_backend=compile_backend,
+        twin=twin,
     )
-    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), pages, torch.device("cpu")))
+    attach_cache(runner, bound, pages)
+    if twin is not None:
+        twin.settle()
     return runner
+
+
+def attach_cache(runner: ModelRunner, bound: BoundModel, pages: int) -> None:
+    """A cache of so many float32 pages of 16 positions."""
+    states = bound.layer_states(16, torch.float32)
+    allocate(states, pages, runner.state.max_batch + 1, torch.device("cpu"))
+    runner.attach(states)
 
 
 def free_runner(runner: ModelRunner) -> None:

@@ -1,22 +1,30 @@
-"""The paged KV cache: a pool of fixed-size pages per layer, handed out to requests through block tables.
+"""What layers keep between steps; first of all the paged KV cache: a pool of fixed-size pages per layer, handed out to
+requests through block tables.
+
+`state.LayerState` is the contract of a layer's state, and `paged_kv.PagedKV` the kind that keeps keys and values.
 
 A *page* holds the keys and values of `page_size` positions of one request. A request's row of the *block table*
 (its *slot*) lists its pages in order. Page 0 belongs to nobody: unused block-table entries point to it, so that
 padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et al. 2023, arXiv:2309.06180).
 """
 
-from hybridgen.cache.paged_kv import BlockTable, CacheShape, LayerPages, LayerShape, allocate_pages
+from hybridgen.cache.block_table import BlockTable
+from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, PagedKV
 from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
 from hybridgen.cache.sizing import pages_for_tokens, plan_pages
+from hybridgen.cache.state import LayerState, allocate, total_bytes
 
 __all__ = [
     "DUMMY_PAGE",
     "BlockTable",
-    "CacheShape",
+    "KeyValueState",
     "LayerPages",
     "LayerShape",
+    "LayerState",
     "PageAllocator",
-    "allocate_pages",
+    "PagedKV",
+    "allocate",
     "pages_for_tokens",
     "plan_pages",
+    "total_bytes",
 ]

@@ -1,15 +1,12 @@
-"""The tensors of the cache: K and V pages of each layer, and the block table."""
+"""Keys and values of a layer in pages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from hybridgen.cache.pages import DUMMY_PAGE
-from hybridgen.errors import OutOfMemoryError
+from hybridgen.cache.state import LayerState
 
 
 class LayerShape(NamedTuple):
@@ -21,64 +18,75 @@ class LayerShape(NamedTuple):
 
 
 class LayerPages(NamedTuple):
-    """One layer's cache: `keys` [num_pages, num_kv_heads, page_size, key_dim], `values` alike with value_dim."""
+    """One layer's cache: `keys` [num_pages, num_kv_heads, page_size, key_dim], `values` alike with value_dim.
+
+    This pair is what kernels and fused steps take.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """What the whole model stores for each position, and in which pages."""
-
-    layers: tuple[LayerShape, ...]
-    page_size: int
-    dtype: torch.dtype
+class KeyValueState(LayerState, Protocol):
+    """A state that attention reads as keys and values in pages."""
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
-        values = sum(layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
-        return values * self.page_size * self.dtype.itemsize
+    def pages(self) -> LayerPages:
+        """The pages. Raises RuntimeError before `allocate()`."""
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that attention reads for each position that it sees, whoever stores them."""
 
 
-def allocate_pages(shape: CacheShape, num_pages: int, device: torch.device) -> tuple[LayerPages, ...]:
-    """Pages of every layer, filled with zeros.
+class PagedKV:
+    """Keys and values of one layer, in pages of `page_size` positions.
 
-    Raises:
-        OutOfMemoryError: the device does not hold `num_pages` pages.
+    A page is written before it is read: a position is fed, which writes it, before any later one attends to it. So
+    neither a new request nor a step that is run again has anything to clear.
     """
 
-    def zeros(heads: int, dim: int) -> torch.Tensor:
-        return torch.zeros(num_pages, heads, shape.page_size, dim, dtype=shape.dtype, device=device)
+    rerunnable = True
+    bytes_per_slot = 0
 
-    try:
-        return tuple(
-            LayerPages(zeros(layer.num_kv_heads, layer.key_dim), zeros(layer.num_kv_heads, layer.value_dim))
-            for layer in shape.layers
-        )
-    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error) and "memory" not in str(error):
-            raise
-        raise OutOfMemoryError(
-            f"the KV cache of {num_pages * shape.page_bytes:,} bytes ({num_pages} pages) does not fit on {device}; "
-            "lower kv_memory, max_batch or max_context"
-        ) from error
+    def __init__(self, shape: LayerShape, page_size: int, dtype: torch.dtype) -> None:
+        self.shape = shape
+        self.page_size = page_size
+        self.dtype = dtype
+        self._pages: LayerPages | None = None
 
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes of one position's keys and values."""
+        return self.shape.num_kv_heads * (self.shape.key_dim + self.shape.value_dim) * self.dtype.itemsize
 
-class BlockTable:
-    """Page ids by slot and page index: int32 [max_batch, max_pages] on the device.
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page."""
+        return self.page_size * self.bytes_per_position
 
-    A row is written once, when a request is admitted with all the pages that it can ever need, so that decode
-    steps send nothing.
-    """
+    @property
+    def pages(self) -> LayerPages:
+        """The pages. Raises RuntimeError before `allocate()`."""
+        if self._pages is None:
+            raise RuntimeError("the layer has no pages yet; call allocate() first")
+        return self._pages
 
-    def __init__(self, max_batch: int, max_pages: int, device: torch.device) -> None:
-        self.tensor = torch.full((max_batch, max_pages), DUMMY_PAGE, dtype=torch.int32, device=device)
-        self._pin = device.type == "cuda"
+    def allocate(self, pages: int, slots: int, device: torch.device) -> None:
+        """Make the pages, filled with zeros; slots need nothing."""
 
-    def assign(self, slot: int, pages: Sequence[int]) -> None:
-        """Give a slot its pages; entries past them point to the dummy page."""
-        row = torch.full((self.tensor.shape[1],), DUMMY_PAGE, dtype=torch.int32, device="cpu", pin_memory=self._pin)
-        row[: len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
-        self.tensor[slot].copy_(row, non_blocking=True)
+        def zeros(dim: int) -> torch.Tensor:
+            size = pages, self.shape.num_kv_heads, self.page_size, dim
+            return torch.zeros(size, dtype=self.dtype, device=device)
+
+        self._pages = LayerPages(zeros(self.shape.key_dim), zeros(self.shape.value_dim))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`keys` and `values`."""
+        return self.pages._asdict()
+
+    def reset(self, slot: int) -> None:
+        """Nothing: see the class."""
+
+    def commit(self, slots: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Nothing: a position that was not accepted is written again before it is read."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from hybridgen.cache.paged_kv import CacheShape
+from hybridgen.cache.state import LayerState, bytes_per_page, bytes_per_slot
 from hybridgen.errors import OutOfMemoryError
 
 CPU_DEFAULT_BYTES = 2**30
@@ -20,8 +22,9 @@ def pages_for_tokens(tokens: int, page_size: int) -> int:
 
 
 def plan_pages(
-    shape: CacheShape,
+    states: Sequence[LayerState],
     *,
+    page_size: int,
     max_batch: int,
     max_context: int,
     kv_memory: int | None,
@@ -32,12 +35,12 @@ def plan_pages(
 
     Never more than `max_batch` requests of `max_context` tokens can use. Within that, `kv_memory` bytes where given;
     else on CUDA what is free less `activation_bytes` (the measured peak of a step) and a headroom, and on a CPU
-    `CPU_DEFAULT_BYTES`.
+    `CPU_DEFAULT_BYTES`. What the layers keep by slot, for `max_batch` requests and padding, is taken off first.
 
     Raises:
-        OutOfMemoryError: not even one page and the dummy page fit.
+        OutOfMemoryError: not even one page and the dummy page fit beside the slots.
     """
-    useful = max_batch * pages_for_tokens(max_context, shape.page_size) + 1
+    useful = max_batch * pages_for_tokens(max_context, page_size) + 1
     if kv_memory is not None:
         available, source = kv_memory, f"kv_memory={kv_memory:,}"
     elif device.type == "cuda":
@@ -46,10 +49,13 @@ def plan_pages(
         source = f"{free:,} bytes free on {device}, less {activation_bytes:,} for a step and headroom,"
     else:
         available, source = CPU_DEFAULT_BYTES, f"the default of {CPU_DEFAULT_BYTES:,} bytes on a CPU"
-    affordable = available // shape.page_bytes
+    each, fixed = bytes_per_page(states), (max_batch + 1) * bytes_per_slot(states)
+    # A model whose layers keep nothing in pages has as many as its requests can name.
+    affordable = (available - fixed) // each if each else useful * (available >= fixed)
     if affordable < 2:
+        beside = f" beside {fixed:,} bytes for {max_batch} requests" if fixed else ""
         raise OutOfMemoryError(
-            f"{source} holds fewer than two KV-cache pages of {shape.page_bytes:,} bytes; raise kv_memory, "
-            "lower page_size or token_budget, or free memory on the device"
+            f"{source} holds fewer than two KV-cache pages of {each:,} bytes{beside}; raise kv_memory, "
+            f"lower {'max_batch, ' if fixed else ''}page_size or token_budget, or free memory on the device"
         )
     return min(useful, affordable)

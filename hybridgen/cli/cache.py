@@ -104,12 +104,12 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, EngineConfig, Key]:
     from hybridgen.compilation.store.session import key_for
-    from hybridgen.engine.preflight import cache_settings
+    from hybridgen.engine.preflight import resolve_config
     from hybridgen.loading import Checkpoint
 
     config = _config(arguments)
     checkpoint = Checkpoint.open(arguments.model, config)
-    return checkpoint, config, key_for(checkpoint, config, **cache_settings(checkpoint, config))
+    return checkpoint, config, key_for(checkpoint, config, resolve_config(checkpoint, config))
 
 
 def _warm(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.fingerprint import token_dimension
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError, described
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
-from hybridgen.models.projections import has_hooks
+from hybridgen.models.twin import has_forward_hooks, has_global_hooks
 
 
 def run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +124,7 @@ class CompiledLayers:
             for name, function in functions.items()
         }
         self._replaced: dict[nn.Module, Any] = {}
+        self._plain: set[nn.Module] = set()
         self._hook: Any = None
         self._warming = False
         self.strict = True
@@ -141,23 +142,49 @@ class CompiledLayers:
         if self._hook is not None:
             return
         self._hook = register_bytecode_hook(self._count)
+        self.route()
+
+    def route(self) -> None:
+        """Decide again which layers run compiled: hooks may have come or gone."""
+        if self._hook is None:
+            return
+        plain = {layer for layer in self._layers if has_global_hooks() or any(map(_is_watched, layer.modules()))}
         for layer in self._layers:
             # Layers of a kind share a function, which would leave out what only some of them have.
-            if "forward" in vars(layer) or any(map(has_hooks, layer.modules())):
-                self._fall_back(f"a {type(layer).__name__} has hooks or a replaced forward; it runs eagerly")
-                continue
-            # What nn.Module.compile() sets: Module.__call__ goes there first.
-            self._replaced[layer] = layer._compiled_call_impl
-            layer._compiled_call_impl = functools.partial(self._call, layer)
+            if layer in plain:
+                self._put_back(layer)
+                if layer not in self._plain:
+                    self._fall_back(f"a {type(layer).__name__} has hooks or a replaced forward; it runs eagerly")
+            elif layer not in self._replaced:
+                # What nn.Module.compile() sets: Module.__call__ goes there first.
+                self._replaced[layer] = layer._compiled_call_impl
+                layer._compiled_call_impl = functools.partial(self._call, layer)
+        self._plain = plain
+
+    def forget_units(self) -> None:
+        """Use no kept unit any more, because attributes of modules changed: not all of them are among the guards that a
+        unit could keep. What `torch.compile` makes instead has all guards."""
+        self._units = None
+
+    @property
+    def routes_any(self) -> bool:
+        """Whether a layer runs compiled."""
+        return bool(self._replaced)
+
+    def _put_back(self, layer: nn.Module) -> None:
+        if layer not in self._replaced:
+            return
+        previous = self._replaced.pop(layer)
+        if previous is None:
+            vars(layer).pop("_compiled_call_impl", None)
+        else:
+            layer._compiled_call_impl = previous
 
     def remove(self) -> None:
         """`layer(...)` runs as it did before."""
-        for layer, previous in self._replaced.items():
-            if previous is None:
-                vars(layer).pop("_compiled_call_impl", None)
-            else:
-                layer._compiled_call_impl = previous
-        self._replaced = {}
+        for layer in self._layers:
+            self._put_back(layer)
+        self._plain = set()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -261,6 +288,11 @@ class CompiledLayers:
         finally:
             for layer in self._replaced:
                 layer._compiled_call_impl = functools.partial(self._call, layer)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module's call is more than its class's forward."""
+    return "forward" in vars(module) or has_forward_hooks(module)
 
 
 @contextmanager

@@ -5,23 +5,30 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from hybridgen.cache import CacheShape, PageAllocator, allocate_pages, pages_for_tokens, plan_pages
+from hybridgen.cache import (
+    PageAllocator,
+    allocate,
+    pages_for_tokens,
+    plan_pages,
+    total_bytes,
+)
 from hybridgen.compilation.layers import switched_off
-from hybridgen.config import EngineConfig, GraphOwner, Mode, bar_disabled, parse_bytes
+from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.preflight import token_budget
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, described
 from hybridgen.execution import ModelRunner, warm_up
+from hybridgen.execution.following import begin_call
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
-from hybridgen.models.projections import has_hooks
+from hybridgen.models.twin import Twin
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, plan_of, resolve
 from hybridgen.telemetry.statistics import Counters
@@ -37,7 +44,7 @@ class Built(NamedTuple):
     loop: StepLoop
     meter: DecodeMeter
     num_pages: int
-    """Of the KV cache, with the dummy page."""
+    """Pages of the KV cache, the dummy page included."""
     cache_bytes: int
 
 
@@ -47,46 +54,48 @@ class Builder:
 
     checkpoint: Checkpoint
     config: EngineConfig
-    mode: Mode
-    max_context: int
+    resolved: ResolvedConfig
     starter: Starter
     startup: Startup
     counters: Counters
 
-    def build(self, bound: BoundModel, undo: ExitStack) -> Built:
-        """Build all of it, where the model's device is the current one.
+    def build(self, bound: BoundModel, undo: ExitStack, twin: Twin[Any] | None) -> Built:
+        """Build everything. The model's device must be the current one.
 
         Args:
-            undo: gets what frees the device again, before anything can fail.
+            twin: whose tree the bound model is, for a live module.
+            undo: gets what frees the device again, so that a build that fails leaves nothing behind.
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         starter, timed = self.starter, self.startup.timed
-        plan = self.graph_plan(bound)
+        plan = self.graph_plan()
         with timed("artifacts"):
-            units = starter.load_units() if self.mode.compiles and switched_off() is None else None
+            units = starter.load_units() if self.resolved.mode.compiles and switched_off() is None else None
         runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
             max_batch=config.max_batch,
-            max_pages=pages_for_tokens(self.max_context, config.page_size),
-            token_budget=plan.token_budget,
-            max_context=self.max_context,
-            compile_backend=config.compile_backend if self.mode.compiles else None,
+            max_pages=pages_for_tokens(self.resolved.max_context, config.page_size),
+            token_budget=self.resolved.token_budget,
+            max_context=self.resolved.max_context,
+            compile_backend=config.compile_backend if self.resolved.mode.compiles else None,
             units=units,
             offline=config.offline_compile,
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
             fall_back=self.counters.fall_back,
+            twin=twin,
         )
         undo.callback(runner.close)
         with timed("allocate cache"):
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan)
-        meter = DecodeMeter(traffic_of(bound, starter.read_ceiling(device)))
-        fuses = self.mode is Mode.HYBRID and device.type == "cuda"
+        meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
+        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
-            starter.fuse_decode(runner, bound, config, self.max_context)
+            runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
+            runner.following.fuse_again()
         not_compiled = None
-        if self.mode.compiles:
+        if self.resolved.mode.compiles:
             with timed("compile"):
                 not_compiled = self._compile(runner)
         if fuses:
@@ -95,8 +104,8 @@ class Builder:
             with timed("tuning"):
                 warm_up.run_all_sizes(runner)
         self.use_graphs(runner, plan, not_compiled)
-        if plan.not_recorded is not None:
-            self.counters.fall_back(plan.not_recorded)
+        if twin is None:  # hooks that the model's own code put there; a twin has none while it is built
+            begin_call(runner)
         if plan.records and config.capture_at_start:
             with timed("capture"):
                 self.capture(runner)
@@ -104,7 +113,7 @@ class Builder:
             pages=PageAllocator(num_pages),
             page_size=config.page_size,
             max_batch=config.max_batch,
-            token_budget=plan.token_budget,
+            token_budget=self.resolved.token_budget,
             reprefill_length=bound.reprefill_length,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
@@ -114,9 +123,10 @@ class Builder:
             self.counters,
             tokenizer=checkpoint.tokenizer,
             run_ahead=run_ahead,
-            # Without graphs a launch is a forward pass of Python.
+            # Without graphs, a launch runs the model's Python code, which takes long.
             reads_first_tokens_first=not plan.settings().decode,
             meter=meter,
+            before_call=partial(begin_call, runner),
         )
         return Built(runner, loop, meter, num_pages, cache_bytes)
 
@@ -129,7 +139,7 @@ class Builder:
         runner.use_graphs(
             plan.settings(),
             recorder=plan.recorder(runner.steps),
-            why_plain=not_compiled or plan.not_recorded or f"mode {plan.mode}",
+            why_plain=not_compiled or f"mode {plan.mode}",
             note=", layers not compiled" if not_compiled else "",
             counters=self.counters,
             notify=self.config.on_graph_event,
@@ -137,27 +147,18 @@ class Builder:
             validates=self.config.validate and plan.records,
         )
 
-    def graph_plan(self, bound: BoundModel) -> GraphSetup:
+    def graph_plan(self) -> GraphSetup:
         """What decides about the engine's graphs."""
-        budget = token_budget(self.checkpoint, self.config)
         return GraphSetup(
             config=self.config,
-            mode=self.mode,
+            mode=self.resolved.mode,
             device=self.checkpoint.device,
-            token_budget=budget,
-            max_tokens=min(budget, self.max_context),
-            not_recorded=self._not_recorded(bound),
+            token_budget=self.resolved.token_budget,
+            max_tokens=self.resolved.max_tokens,
         )
 
-    def _not_recorded(self, bound: BoundModel) -> str | None:
-        """A replay calls no Python, so it would leave out what hooks do."""
-        hooked = next((module for module in bound.model.modules() if has_hooks(module)), None)
-        if hooked is None or not self.mode.records:
-            return None
-        return f"a {type(hooked).__name__} has hooks, which a replay does not call; steps are not recorded"
-
     def capture(self, runner: ModelRunner) -> None:
-        """Record all buckets, for greedy decoding and for what requests get that ask for nothing else."""
+        """Record all buckets, for greedy decoding and for the sampling that a request gets by default."""
         checkpoint = self.checkpoint
         usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
         plans = dict.fromkeys((SamplerPlan(), plan_of(usual, checkpoint.vocab_size)))
@@ -172,22 +173,25 @@ class Builder:
     def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes."""
         config, device = self.config, self.checkpoint.device
-        shape = CacheShape(bound.layer_shapes, config.page_size, self.checkpoint.dtype)
-        runner.attach(allocate_pages(shape, 1, device))
+        states, slots = bound.layer_states(config.page_size, self.checkpoint.dtype), config.max_batch + 1
+        allocate(states, 1, slots, device)
+        runner.attach(states)
         measure = config.kv_memory is None
         num_pages = plan_pages(
-            shape,
+            states,
+            page_size=config.page_size,
             max_batch=config.max_batch,
-            max_context=self.max_context,
+            max_context=self.resolved.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,
             activation_bytes=warm_up.measure_activations(runner, plan.largest()) if measure else 0,
         )
-        runner.attach(allocate_pages(shape, num_pages, device))
-        return num_pages, num_pages * shape.page_bytes
+        allocate(states, num_pages, slots, device)
+        runner.attach(states)
+        return num_pages, total_bytes(states, num_pages, slots)
 
     def _compile(self, runner: ModelRunner) -> str | None:
-        """Compile ahead of the first request. A failure costs speed, not the run: it is counted and warned of.
+        """Compile before the first request. If that fails, steps run eagerly; it is counted and warned of.
 
         Returns:
             Why steps run eagerly, if they do.

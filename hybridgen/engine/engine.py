@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from hybridgen.arguments import end_streamer
+from hybridgen.arguments import check_keywords, end_streamer
 from hybridgen.compilation.store.session import CompileCache, preload
 from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.engine.builder import Builder
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.output import Response, collect
 from hybridgen.engine.preflight import check_config, open_cache
-from hybridgen.engine.requests import Plan, check_keywords, plan_requests
+from hybridgen.engine.requests import Request, collect, make_requests
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import (
     EngineError,
@@ -38,10 +37,11 @@ from hybridgen.execution import ModelRunner
 from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
-from hybridgen.models import BoundModel, bind, check_free
-from hybridgen.models.projections import fuse_projections, unfuse_projections
+from hybridgen.models import BoundModel, bind
+from hybridgen.models.projections import fuse_projections
+from hybridgen.models.twin import Twin
 from hybridgen.params import SamplingParams
-from hybridgen.telemetry import import_time as importing
+from hybridgen.telemetry import import_time
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats
 from hybridgen.telemetry.traffic import Traffic
 from hybridgen.text.prompts import Prompts, split_prompts
@@ -55,8 +55,9 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Generates text with one model on one device.
 
-    Use it as a context manager, or call `close()`: a live module that was handed in is then as it was. Calls from
-    several threads are safe; they share the batch.
+    Use it as a context manager, or call `close()`. A live module that was handed in stays as it is all the while: the
+    engine works on a twin of it, and each call sees what became of its weights and hooks. Calls from several threads
+    are safe; they share the batch.
     """
 
     def __init__(
@@ -70,15 +71,16 @@ class Engine:
         self.config = config
         self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
-        self.max_context = check_config(checkpoint, config)
+        resolved = check_config(checkpoint, config)
+        self.max_context = resolved.max_context
         """The longest prompt plus output, in tokens."""
-        self.mode = config.mode_on(checkpoint.device.type)
+        self.mode = resolved.mode
         """How steps run: `config.mode`, with `auto` decided."""
+        self._no_bar = bar_disabled(config.progress)
         self._counters = Counters()
-        self._startup = Startup(importing.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
+        self._startup = Startup(import_time.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
-        check_free(loaded.model)
         # Undone in reverse order by close(), and also when the engine is dropped without it.
         undo = ExitStack()
         self._undo = weakref.finalize(self, undo.close)
@@ -88,19 +90,19 @@ class Engine:
             """The engine's entry of the compile cache: documents, kernels, compiled units."""
             undo.callback(self.cache.close)
             self._startup.add("artifacts", self.cache.seconds)
-            undo.callback(loaded.restore)
-            if config.fuse_projections:
-                undo.callback(unfuse_projections, loaded.model)
+            twin = None if loaded.owned else Twin(loaded.model)
+            model = loaded.model if twin is None else twin.model
+            if config.fuse_projections and loaded.owned:
                 with self._startup.timed("fuse projections"):
-                    fuse_projections(loaded.model)
-            bound = _bound(loaded.model)
+                    fuse_projections(model)
+            bound = _bound(model, self.max_context)
             undo.callback(bound.release)
             self._starter = Starter(self.cache, self._startup, self._counters)
-            builder = Builder(
-                checkpoint, config, self.mode, self.max_context, self._starter, self._startup, self._counters
-            )
+            builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters)
             with device_of(checkpoint.device):
-                built = builder.build(bound, undo)
+                built = builder.build(bound, undo, twin)
+            if twin is not None:
+                twin.settle()
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self.cache.end_start()
@@ -155,8 +157,8 @@ class Engine:
     def idle(self) -> bool:
         """Record a graph that was missed often enough, if no request waits or runs; returns whether more are wanted.
 
-        `generate()` and `stream()` do this once at the end of a call; who steps the engine in another way calls it
-        while there is nothing else to do.
+        `generate()` and `stream()` do this once at the end of a call. A caller that takes the loop's steps alone, such
+        as a server, calls it while there is nothing else to do.
         """
         loop, runner = self.open_loop(), self._runner
         return False if runner is None else loop.idle(runner.capture_pending)
@@ -194,15 +196,15 @@ class Engine:
         """
         try:
             items, single = split_prompts(prompts)
-            plans = self.plan(items, sampling, fields)
-            if streamer is not None and len(plans) != 1:
-                raise SamplingError(f"streamer= takes one prompt with n=1, not {len(plans)} requests; use stream()")
+            requests = self.make_requests(items, sampling, fields)
+            if streamer is not None and len(requests) != 1:
+                raise SamplingError(f"streamer= takes one prompt with n=1, not {len(requests)} requests; use stream()")
             if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
                 raise SamplingError(f"streamer={shown(streamer)} has no put() and end(); give a transformers streamer")
-            responses = self._run(plans, streamer)
+            self._run(requests, streamer)
         finally:
             end_streamer(streamer)
-        completions = collect(responses)
+        completions = collect(requests)
         if single and completions[0].error is not None:
             raise completions[0].error
         failed = sum(completion.error is not None for completion in completions)
@@ -222,74 +224,71 @@ class Engine:
         is closed. The last event of each request has its `completion`, with an `error` if it failed.
         """
         items, _ = split_prompts(prompts)
-        return self._stream(self.plan(items, sampling, fields))
+        return self._stream(self.make_requests(items, sampling, fields))
 
-    def _stream(self, plans: list[Plan]) -> Iterator[TokenEvent]:
+    def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
         loop = self.open_loop()
-        responses: list[Response] = []
         try:
-            loop.submit(plans, responses, keep_events=True)
-            active = list(responses)
+            loop.submit(requests, keep_events=True)
+            active = list(requests)
             while active:
-                for response in list(active):
-                    while response.events:
-                        event = response.events.popleft()
+                for request in list(active):
+                    events = request.output.events
+                    while events:
+                        event = events.popleft()
                         if event.completion is not None:
-                            active.remove(response)
+                            active.remove(request)
                         yield event
                 # Other calls step the loop too, so that events may be there already.
-                if active and not any(response.events for response in active):
+                if active and not any(request.output.events for request in active):
                     loop.step()
             self._end_call()
         finally:
-            loop.cancel(responses)
+            loop.cancel(requests)
 
-    def plan(self, items: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Plan]:
-        """Check and encode prompts; see `hybridgen.engine.requests.plan_requests`."""
+    def make_requests(self, items: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Request]:
+        """Check and encode prompts; see `hybridgen.engine.requests.make_requests`."""
         self.open_loop()
-        return plan_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens)
+        return make_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens)
 
     @property
     def cache_tokens(self) -> int:
         """Positions that the KV cache holds."""
         return (self._num_pages - 1) * self.config.page_size
 
-    def _run(self, plans: list[Plan], streamer: Any) -> list[Response]:
+    def _run(self, requests: list[Request], streamer: Any) -> None:
         """Run requests to their end."""
         loop = self.open_loop()
-        responses: list[Response] = []
-        disable = bar_disabled(self.config.progress)
-        bar = tqdm(total=len(plans), desc="generate", unit="request", delay=1, disable=disable)
+        bar = tqdm(total=len(requests), desc="generate", unit="request", delay=1, disable=self._no_bar)
         try:
             with bar:
-                loop.submit(plans, responses)
+                loop.submit(requests)
                 if streamer is not None:
-                    _attach_streamer(responses[0], streamer)
-                active = list(responses)
+                    _attach_streamer(requests[0], streamer)
+                active = list(requests)
                 while active:
                     if not bar.disable:
-                        bar.update(_complete(responses) - bar.n)
+                        bar.update(_complete(requests) - bar.n)
                     loop.step()
                     while active and active[-1].completion is not None:
                         active.pop()
-                bar.update(len(responses) - bar.n)
+                bar.update(len(requests) - bar.n)
             self._end_call()
         except KeyboardInterrupt:
-            done = _complete(responses)
-            loop.cancel(responses)
+            done = _complete(requests)
+            loop.cancel(requests)
             raise Interrupted(
-                f"interrupted with {done} of {len(plans)} requests finished; they are in .completions",
-                collect(responses),
+                f"interrupted with {done} of {len(requests)} requests finished; they are in .completions",
+                collect(request for request in requests if request.completion is not None),
             ) from None
         except EngineError:
-            if not responses or _complete(responses) < len(responses):
-                raise  # else the engine ended, and the responses say so
+            if _complete(requests) < len(requests):
+                raise  # else every request has ended, and its completion has the error
         finally:
-            loop.cancel(responses)
-        return responses
+            loop.cancel(requests)
 
     def record_missing(self) -> bool:
-        """`idle()`, where nothing that fails may cost anybody anything: it is counted, and warned of once.
+        """`idle()` for callers that must not fail with it: a failure is counted, and warned of once.
 
         Raises:
             EngineError: the engine is closed, or its device failed.
@@ -303,7 +302,7 @@ class Engine:
             return False
 
     def _end_call(self) -> None:
-        """The end of a call, whose results are complete: a chance to record what it missed."""
+        """After a call, whose results are complete: record a graph that it missed."""
         with suppress(EngineError):  # closed meanwhile
             self.record_missing()
 
@@ -354,7 +353,7 @@ class Engine:
         return loop is None or loop.ended
 
     def close(self) -> None:
-        """End what runs with an error, free the cache, and give a live model back as it was.
+        """End what runs with an error, and free the cache.
 
         Closing twice is fine.
         """
@@ -381,7 +380,7 @@ class Engine:
         self.close()
 
     def open_loop(self) -> StepLoop:
-        """The loop, for who submits requests and takes the steps alone, as a server does (`serving.adapter`).
+        """The loop, for callers that submit requests and take the steps alone, as a server does.
 
         Raises:
             EngineError: the engine is closed, or its device failed.
@@ -393,14 +392,14 @@ class Engine:
         return loop
 
 
-def _bound(model: PreTrainedModel) -> BoundModel:
-    """`bind(model)`, where a model whose own code fails is refused.
+def _bound(model: PreTrainedModel, context: int) -> BoundModel:
+    """`bind(model, context)`, where a model whose own code fails is refused.
 
     Raises:
         UnsupportedModelError: a forward pass of a few tokens fails, or see `bind`.
     """
     try:
-        return bind(model)
+        return bind(model, context)
     except HybridgenError:
         raise
     except Exception as error:  # what a model's own code raises for a config that it cannot run
@@ -411,22 +410,22 @@ def _bound(model: PreTrainedModel) -> BoundModel:
 
 
 def _keep_plan(reference: weakref.ref[Engine]) -> None:
-    """At exit, for an engine that nobody closed: what was hot is known to the next process."""
+    """At the end of the process, for an engine that nobody closed: note for the next process what was recorded."""
     engine = reference()
     if engine is not None and engine._runner is not None and not engine.closed:
         engine._starter.keep_plan(engine._runner)
 
 
 def device_of(device: torch.device) -> AbstractContextManager[Any]:
-    """The current device is this one inside."""
+    """A context in which this is the current CUDA device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _complete(responses: list[Response]) -> int:
-    return sum(response.completion is not None for response in responses)
+def _complete(requests: list[Request]) -> int:
+    return sum(request.completion is not None for request in requests)
 
 
-def _attach_streamer(response: Response, streamer: Any) -> None:
+def _attach_streamer(request: Request, streamer: Any) -> None:
     """Feed a Hugging Face streamer: the prompt's ids [1, P] first, then each token's id [1], on the CPU."""
-    streamer.put(torch.tensor([response.sequence.prompt_ids], device="cpu"))
-    response.on_token = lambda token: streamer.put(torch.tensor([token], device="cpu"))
+    streamer.put(torch.tensor([request.prompt_ids], device="cpu"))
+    request.output.listen(lambda token: streamer.put(torch.tensor([token], device="cpu")))

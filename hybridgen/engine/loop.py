@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import _signal
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
 from hybridgen.core import FinishReason
 from hybridgen.device.failures import is_fatal
-from hybridgen.engine.handoff import TurnLock
-from hybridgen.engine.output import Response, StepKind
-from hybridgen.engine.requests import Plan
-from hybridgen.engine.scheduler import Batch, Chunk, Scheduler, Sequence
+from hybridgen.engine.handoff import TurnLock, interrupts_deferred
+from hybridgen.engine.output import RequestOutput, StepKind
+from hybridgen.engine.requests import Request, RequestState
+from hybridgen.engine.scheduler import Scheduler
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
 from hybridgen.execution import LaunchedStep, ModelRunner
 from hybridgen.execution.fused_executors import inspect_fused
@@ -27,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class InFlight(NamedTuple):
-    """A launched step and whose tokens it brings, by row."""
+    """A launched step, and the requests whose tokens it brings, by row."""
 
     step: LaunchedStep
-    responses: list[Response]
+    requests: Sequence[Request]
     decoded_by: StepKind | None
     """How a decode step runs; None for a prefill."""
     positions: int = 0
@@ -53,13 +51,15 @@ class StepLoop:
         run_ahead: int,
         reads_first_tokens_first: bool = False,
         meter: DecodeMeter | None = None,
+        before_call: Callable[[], object] = lambda: None,
     ) -> None:
         """
         Args:
-            run_ahead: calls that are launched before the last one's tokens are read, 0 or 1.
-            reads_first_tokens_first: a prefill's tokens are read before the next call is launched, for where a launch
-                takes the host long: else every first token would wait for it.
+            run_ahead: 1 launches the next step before the last one's tokens are read; 0 reads them first.
+            reads_first_tokens_first: read a prefill's tokens before the next call is launched. For where a launch takes
+                the host long: a first token does not wait for it then.
             meter: told of every decode step that was read.
+            before_call: called before requests are queued, while no step runs.
         """
         self.scheduler = scheduler
         self._runner = runner
@@ -67,53 +67,60 @@ class StepLoop:
         self._tokenizer = tokenizer
         self._run_ahead = run_ahead
         self._reads_first_tokens_first = reads_first_tokens_first
-        self._responses: dict[Sequence, Response] = {}
         self._meter = meter
-        self._batch: Batch | None = None
-        self._positions = 0
-        """Cached positions of that batch, together."""
-        self._batch_responses: list[Response] = []
-        """The responses of that batch, so that they are not looked up again in every step."""
+        self._before_call = before_call
+        self._decoded_by: StepKind = ("decode", "", "")
+        """How the last decode step ran. One object while that does not change, so that nobody compares strings."""
         self._in_flight: list[InFlight] = []
         self._lock = TurnLock()
         self._stepping = False
-        self._cancelled: list[Response] = []
-        self._lost: list[Response] = []
+        self._cancelled: list[Request] = []
+        """Cancelled inside a step; they end after it."""
+        self._lost: list[Request] = []
+        """Those that ran when a step was interrupted or failed, and may have lost a token."""
         self._disturbed = False
+        """Whether that happened, and host and device were not made to agree again yet."""
         self._end: EngineError | None = None
 
-    def submit(self, plans: list[Plan], responses: list[Response], *, keep_events: bool = False) -> None:
-        """Queue requests, all or none, and put their responses into the caller's list; `step()` runs them.
+    def submit(self, requests: Sequence[Request], *, keep_events: bool = False) -> None:
+        """Queue new requests, all or none; `step()` runs them.
+
+        Args:
+            keep_events: make an event for each of their tokens.
 
         Raises:
             TokenizerError: the tokenizer fails on a prompt.
-            EngineError: the loop is closed or its device failed.
+            EngineError: the loop is closed, its device failed, or the model's owner made another one of it.
+            ValueError: one was submitted before.
         """
         with self._lock, interrupts_deferred():
             self.check()
-            created = [self._respond(plan, keep_events) for plan in plans]
-            responses += created
-            for response in created:
-                self._responses[response.sequence] = response
-                self.scheduler.add(response.sequence)
-            self._counters.requests["submitted"] += len(created)
+            if any(request.state is not RequestState.NEW for request in requests):
+                raise ValueError("a request can be submitted once; make a new one")
+            if not self._stepping:
+                self._before_call()
+            outputs = [self._output(request, keep_events) for request in requests]
+            for request, output in zip(requests, outputs, strict=True):
+                request.output = output
+                self.scheduler.add(request)
+            self._counters.requests["submitted"] += len(requests)
 
-    def cancel(self, responses: Iterable[Response]) -> None:
-        """End these responses where they are; complete ones stay as they are."""
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """End these requests where they are. Those that ended, or were never submitted, stay as they are."""
         with self._lock, interrupts_deferred():
-            if self._stepping:  # from a callback, or the end of an abandoned stream: not in the middle of a step
-                self._cancelled += responses
+            if self._stepping:  # called by a callback, or by the end of an abandoned stream
+                self._cancelled += requests
                 return
-            for response in responses:
-                self._finish(response, FinishReason.CANCELLED)
+            for request in requests:
+                self._finish(request, FinishReason.CANCELLED)
 
     def close(self) -> None:
         """Fail everything that waits or runs, and every later call."""
         with self._lock, interrupts_deferred():
             self._end = self._end or EngineError("this engine was closed; load a new one with Engine.load()")
             self._in_flight = []
-            for response in list(self._responses.values()):
-                self._finish(response, FinishReason.ERROR, self._end)
+            for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                self._finish(request, FinishReason.ERROR, self._end)
 
     @property
     def ended(self) -> bool:
@@ -153,9 +160,9 @@ class StepLoop:
             except EngineError:
                 raise
             except BaseException as error:
-                # Launched tokens may be lost, so that nobody who was running can go on. Whoever is interrupted
-                # cancels its own requests first; the others fail.
-                self._lost = [self._responses[s] for s in self.scheduler.running if s in self._responses]
+                # Tokens of the launched steps may be lost, so no running request can go on. The caller that was
+                # interrupted cancels its own requests; those of other callers fail.
+                self._lost = list(self.scheduler.running)
                 self._disturbed = True
                 if not isinstance(error, Exception):
                     raise
@@ -165,22 +172,22 @@ class StepLoop:
                 self._stepped()
 
     def idle(self, work: Callable[[], bool]) -> bool:
-        """Do something on the device while no request needs it; false, and nothing done, while one waits or runs.
+        """Do something on the device while no request needs it. False, and nothing done, while one waits or runs.
 
-        Nothing is in flight then, and nobody can submit before `work` returns. What it returns is returned, what it
-        raises is raised; the loop goes on after either. Ctrl-C waits until it is done.
+        Nothing is in flight meanwhile, and nobody can submit before `work` returns. What it returns is returned, what
+        it raises is raised; the loop goes on after either. Ctrl-C waits until it is done.
 
         Raises:
             EngineError: the device failed on a step that was still in flight.
         """
         with self._lock, interrupts_deferred():
-            if self._stepping or self._responses or self.ended:
+            if self._stepping or self.scheduler.busy or self.ended:
                 return False
-            # With run-ahead, steps for requests that ended meanwhile can be left over.
+            # With run-ahead, a step can still be in flight whose requests have all ended.
             flights, self._in_flight = self._in_flight, []
             for flight in flights:
                 self._read(flight)
-            self._stepping = True  # whoever is told of what happens cannot start a step in the middle of it
+            self._stepping = True  # `work` may call the user's code, which must not start a step
             try:
                 return work()
             finally:
@@ -208,77 +215,80 @@ class StepLoop:
             self._read(flight)
 
     def _launch(self) -> list[InFlight]:
-        admitted, prefill, decode = self.scheduler.schedule()
+        plan, admitted, prefilled, batch = self.scheduler.schedule()
         launched: list[InFlight] = []
         if admitted:
-            failed = {sequence for sequence in admitted if not self._admit(sequence)}
-            prefill = tuple(chunk for chunk in prefill if chunk.sequence not in failed)
-        if prefill:
-            self._launch_prefill(prefill, launched)
-        if decode is not None:
-            self._launch_decode(decode, launched)
+            for request, admission in zip(admitted, plan.admit, strict=True):
+                self._admit(request, admission)
+        if prefilled:
+            # A request whose admission failed has ended.
+            parts = [
+                (request, chunk)
+                for request, chunk in zip(prefilled, plan.prefill, strict=True)
+                if request.state is RequestState.RUNNING
+            ]
+            if parts:
+                self._launch_prefill(parts, launched)
+        if batch is not None:
+            self._launch_decode(batch.requests, plan.decode, batch.positions, launched)
         return launched
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a sequence its slot on the device; False when that failed, and the sequence with it."""
+    def _admit(self, request: Request, admission: Admission) -> None:
+        """Give a request its slot on the device; it ends if that fails."""
         try:
-            self._runner.admit(Admission(sequence.slot, sequence.pages, sequence.sampling, sequence.prompt_ids))
+            self._runner.admit(admission)
         except Exception as error:
-            self._blame(sequence, error)
-            return False
-        return True
+            self._blame(request, error)
 
-    def _launch_prefill(self, chunks: tuple[Chunk, ...], launched: list[InFlight]) -> None:
+    def _launch_prefill(self, parts: list[tuple[Request, PrefillChunk]], launched: list[InFlight]) -> None:
         try:
-            step = self._runner.prefill([_describe(chunk) for chunk in chunks])
+            step = self._runner.prefill([chunk for _, chunk in parts])
         except Exception as error:
-            parts = [(chunk,) for chunk in chunks]
-            self._isolate(error, chunks[0].sequence, parts, lambda part: self._launch_prefill(part, launched))
+            if self._can_isolate(parts, error):
+                for part in parts:
+                    self._launch_prefill([part], launched)
+            else:
+                self._blame(parts[0][0], error)
             return
         kind = ("prefill", step.kind, step.reason)
         self._counters.steps[kind] += 1
-        self._counters.tokens["prompt"] += sum(chunk.length for chunk in chunks)
-        responses = [self._responses[chunk.sequence] for chunk in chunks]
-        for response in responses:
-            response.prefilled(kind)
+        self._counters.tokens["prompt"] += sum(len(chunk.tokens) for _, chunk in parts)
+        for request, _ in parts:
+            request.output.prefilled(kind)
         if step.rows:
-            last = [response for response, chunk in zip(responses, chunks, strict=True) if chunk.last]
-            launched.append(InFlight(step, last, None))
+            launched.append(InFlight(step, [request for request, chunk in parts if chunk.last], None))
 
-    def _launch_decode(self, batch: Batch, launched: list[InFlight]) -> None:
+    def _launch_decode(
+        self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
+    ) -> None:
         try:
-            step = self._runner.decode(batch.slots)
+            step = self._runner.decode(slots)
         except Exception as error:
-            parts = [Batch.of([sequence]) for sequence in batch.sequences]
-            self._isolate(error, batch.sequences[0], parts, lambda part: self._launch_decode(part, launched))
+            if self._can_isolate(requests, error):
+                for request in requests:
+                    self._launch_decode((request,), (request.slot,), request.length, launched)
+            else:
+                self._blame(requests[0], error)
             return
-        if batch is not self._batch:
-            self._batch, self._batch_responses = batch, [self._responses[s] for s in batch.sequences]
-            self._positions = sum(sequence.length for sequence in batch.sequences)
-        else:
-            self._positions += len(batch.slots)
-        kind = ("decode", step.kind, step.reason)
+        kind = self._decoded_by
+        if kind[1] != step.kind or kind[2] != step.reason:
+            kind = self._decoded_by = ("decode", step.kind, step.reason)
         self._counters.steps[kind] += 1
-        launched.append(InFlight(step, self._batch_responses, kind, self._positions))
+        launched.append(InFlight(step, requests, kind, positions))
 
-    def _isolate(self, error: Exception, first: Sequence, parts: list[Any], launch: Callable[[Any], None]) -> None:
-        """A call failed: run its requests one by one, so that only the one to blame fails."""
-        if len(parts) == 1 or is_fatal(error):
-            self._blame(first, error)
-            return
-        for part in parts:
-            launch(part)
+    def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
+        """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""
+        return len(rows) > 1 and not is_fatal(error)
 
-    def _blame(self, sequence: Sequence, error: Exception) -> None:
+    def _blame(self, request: Request, error: Exception) -> None:
         """Fail the one request whose work raised; everybody, if the device is lost."""
         if is_fatal(error):
             self._break(error)
         logger.debug("a request failed", exc_info=error)
-        failure = RequestError(f"a step failed: {described(error)}")
-        self._finish(self._responses[sequence], FinishReason.ERROR, failure)
+        self._finish(request, FinishReason.ERROR, RequestError(f"a step failed: {described(error)}"))
 
     def _read(self, flight: InFlight) -> None:
-        """Wait for a step and hand its tokens to their responses."""
+        """Wait for a step and hand its tokens to their requests."""
         try:
             tokens, logprobs = flight.step.read()
         except Exception as error:
@@ -289,121 +299,79 @@ class StepLoop:
                 self._meter.pause()
             else:
                 self._meter.step(len(tokens), flight.positions, now)
-        why = inspect_fused(self._runner) if [-1] in tokens else None
-        if why is not None:
-            self._counters.fall_back(why)
         generated = 0
-        rows = zip(flight.responses, tokens, logprobs or repeat(None, len(tokens)), strict=True)
-        for response, accepted, its_logprobs in rows:
-            if response.completion is not None:  # it ended while this step was in flight
+        unchosen: list[Request] = []
+        rows = zip(flight.requests, tokens, logprobs or repeat(None, len(tokens)), strict=True)
+        for request, accepted, its_logprobs in rows:
+            output = request.output
+            if output.completion is not None:  # it ended while this step was in flight
                 continue
-            if why is not None and accepted[0] < 0:
-                self._finish(response, FinishReason.ERROR, RequestError(f"{why}; run the prompt again"))
-                continue
-            try:
-                for token, logprob in zip(accepted, its_logprobs or repeat(None), strict=False):
-                    generated += token >= 0
-                    response.push(token, logprob, now, flight.decoded_by)
-                    if response.completion is not None:
-                        break
-            except Exception as error:
-                # A tokenizer or a streamer of the user's failed; the other requests of the step go on.
-                logger.debug("a request failed", exc_info=error)
-                failure = RequestError(f"its output could not be handled: {described(error)}")
-                self._finish(response, FinishReason.ERROR, failure)
-            if response.completion is not None:
-                self._release(response)
+            taken = output.take(accepted, its_logprobs, now, flight.decoded_by)
+            generated += taken
+            if output.completion is not None:
+                self._release(request)
+            elif taken != len(accepted):
+                unchosen.append(request)
+            elif taken != 1:
+                self.scheduler.accept(request, taken)
+        if unchosen:
+            self._end_unchosen(unchosen)
         self._counters.tokens["generated"] += generated
         if generated and self._counters.first_token is None:
-            self._counters.first_token = now - flight.responses[0].submitted
+            self._counters.first_token = now - flight.requests[0].output.submitted
 
-    def _respond(self, plan: Plan, keep_events: bool) -> Response:
+    def _end_unchosen(self, requests: list[Request]) -> None:
+        """Fail the requests for which a step had nothing to choose. A fused step that was given up can be the cause."""
+        why = inspect_fused(self._runner)
+        if why is not None:
+            self._counters.fall_back(why)
+        for request in requests:
+            request.output.end_unchosen(why)
+            self._release(request)
+
+    def _output(self, request: Request, keep_events: bool) -> RequestOutput:
         try:
-            return Response(
-                Sequence(plan.prompt_ids, plan.sampling),
+            return RequestOutput(
+                request.prompt_ids,
+                request.sampling,
                 self._tokenizer,
-                plan.prompt,
-                plan.choice,
+                request.index,
+                request.choice,
                 keep_events=keep_events,
                 traffic=None if self._meter is None else self._meter.traffic,
             )
         except Exception as error:
             raise TokenizerError(
-                f"the tokenizer failed on prompt {plan.prompt}: {described(error)}; pass another tokenizer="
+                f"the tokenizer failed on prompt {request.index}: {described(error)}; pass another tokenizer="
             ) from error
 
-    def _finish(self, response: Response, reason: FinishReason, error: HybridgenError | None = None) -> None:
-        """End a response if it has not ended, and free what it held."""
-        if response.completion is None:
-            response.end(reason, error)
-        self._release(response)
+    def _finish(self, request: Request, reason: FinishReason, error: HybridgenError | None = None) -> None:
+        """End a submitted request if it has not ended, and free what it held."""
+        if request.state is RequestState.NEW:
+            return
+        if request.output.completion is None:
+            request.output.end(reason, error)
+        self._release(request)
 
-    def _release(self, response: Response) -> None:
-        """Free what a completed request held; once is enough."""
-        self.scheduler.finish(response.sequence)
-        self._batch, self._batch_responses = None, []
-        if self._responses.pop(response.sequence, None) is not None and response.completion is not None:
-            self._counters.requests[str(response.completion.finish_reason)] += 1
+    def _release(self, request: Request) -> None:
+        """Free what a completed request held, and count how it ended; once."""
+        if self.scheduler.finish(request) and request.output.completion is not None:
+            self._counters.requests[str(request.output.completion.finish_reason)] += 1
 
     def _recover(self, why: str) -> None:
-        """After a step that ended in the middle: make device and host agree, and fail whom it may have cost a token."""
+        """After a step that ended in the middle: make device and host agree, and fail the requests that may have lost
+        a token."""
         self._disturbed = False
         lost, self._lost = self._lost, []
         try:
             self._runner.recover()
         finally:
-            for response in lost:
-                if response.completion is None:
-                    self._finish(response, FinishReason.ERROR, RequestError(why))
+            for request in lost:
+                if request.completion is None:
+                    self._finish(request, FinishReason.ERROR, RequestError(why))
 
     def _break(self, error: Exception) -> NoReturn:
         """The device failed for good: everybody gets an error, now and later."""
         self._end = EngineError(f"the device failed: {first_line(error)}; load a new engine in a new process")
         self.close()
         raise self._end from error
-
-
-def _describe(chunk: Chunk) -> PrefillChunk:
-    sequence = chunk.sequence
-    return PrefillChunk(
-        slot=sequence.slot,
-        tokens=sequence.prefill_ids[chunk.start : chunk.start + chunk.length],
-        start=chunk.start,
-        rope_length=len(sequence.prefill_ids),
-        generated=len(sequence.prefill_ids) - len(sequence.prompt_ids),
-        last=chunk.last,
-    )
-
-
-class interrupts_deferred:
-    """Take a Ctrl-C that arrives inside at the end; a second one at once.
-
-    Only the main thread gets signals; elsewhere, and where SIGINT has no Python handler, this does nothing.
-    """
-
-    # `_signal` is what the module `signal` wraps: it makes enums of its results, which takes longer than a whole step
-    # of the loop.
-
-    __slots__ = ("_handler", "_received")
-
-    def __enter__(self) -> None:
-        self._handler: Any = None
-        self._received: list[tuple[int, Any]] = []
-        if threading.current_thread() is not threading.main_thread():
-            return
-        handler = _signal.getsignal(_signal.SIGINT)
-        if callable(handler) and not isinstance(getattr(handler, "__self__", None), interrupts_deferred):
-            self._handler = handler
-            _signal.signal(_signal.SIGINT, self._defer)
-
-    def __exit__(self, *_: object) -> None:
-        if self._handler is None:
-            return
-        _signal.signal(_signal.SIGINT, self._handler)
-        if self._received:
-            self._handler(*self._received[0])
-
-    def _defer(self, number: int, frame: Any) -> None:
-        self._received.append((number, frame))
-        if len(self._received) > 1:
-            self._handler(number, frame)

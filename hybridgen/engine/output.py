@@ -6,15 +6,15 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenEvent, TokenLogprob
-from hybridgen.engine.scheduler import Sequence
-from hybridgen.errors import HybridgenError, RequestError
+from hybridgen.errors import HybridgenError, RequestError, described
+from hybridgen.sampling.resolve import ResolvedSampling
 from hybridgen.telemetry.traffic import Traffic
-from hybridgen.text.detokenize import IncrementalDetokenizer
+from hybridgen.text.detokenize import IncrementalDetokenizer, hidden_texts
 from hybridgen.text.stops import StopChecker
 
 logger = logging.getLogger(__name__)
@@ -23,16 +23,17 @@ StepKind = tuple[str, str, str]
 """How a step ran: its phase, kind and reason, see `core.StepSummary`."""
 
 
-class Response:
-    """What a request has produced so far: its text, times, and in the end its completion.
+class RequestOutput:
+    """What a request has produced so far: its tokens, text and times, and in the end its completion.
 
-    `push()` runs once for every token of every request while the device waits for the next step, so that it leaves to
-    the end what can be done there: without events and stop strings, all text is decoded at once.
+    `take()` runs in every step for every request. So it leaves what it can to the end: without events and stop
+    strings, all text is decoded at once there.
     """
 
     def __init__(
         self,
-        sequence: Sequence,
+        prompt_ids: tuple[int, ...],
+        sampling: ResolvedSampling,
         tokenizer: Any,
         index: int = 0,
         choice: int = 0,
@@ -40,21 +41,31 @@ class Response:
         keep_events: bool = False,
         traffic: Traffic | None = None,
     ) -> None:
-        """`traffic` says what a decode step reads, for the completion's bandwidth."""
-        sampling = sequence.sampling
-        self.sequence = sequence
-        self.index = index
-        self.choice = choice
+        """
+        Args:
+            index, choice: which prompt of its call, and which of the prompt's completions.
+            keep_events: make an event for each token.
+            traffic: what a decode step reads, for the completion's bandwidth.
+        """
+        self.token_ids: list[int] = []
+        """Generated tokens that the host has read."""
         self.events: deque[TokenEvent] = deque()
-        self.on_token: Callable[[int], None] | None = None
         self.completion: Completion | None = None
         self.keep_events = keep_events
+        self._prompt_ids = prompt_ids
+        self._sampling = sampling
+        self._index = index
+        self._choice = choice
         self._traffic = traffic
-        self._detokenizer = IncrementalDetokenizer(tokenizer, sequence.prompt_ids, sampling.skip_special_tokens)
-        self._stops = StopChecker(sampling.stop)
-        self._decodes_each = keep_events or bool(sampling.stop) or not self._detokenizer.bulk
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids, sampling.skip_special_tokens)
+        self._stops = StopChecker(sampling.stop) if sampling.stop else None
+        self._hidden = hidden_texts(tokenizer) if sampling.stop and sampling.skip_special_tokens else {}
+        """Texts of tokens that are left out of the text, which stop strings see all the same."""
+        self._decodes_each = keep_events or self._stops is not None or not self._detokenizer.bulk
+        self._on_token: Callable[[int], None] | None = None
+        self._watched = self._decodes_each
+        """Whether somebody waits for single tokens or their text."""
         self._text: list[str] = []
-        self._ids = sequence.output_ids
         self._limit = sampling.max_new_tokens
         self._stop_ids = frozenset(sampling.stop_token_ids)
         self._logprobs: list[TokenLogprob] = []
@@ -62,10 +73,17 @@ class Response:
         self._decoded_by: StepKind | None = None
         """How the last tokens were decoded; None where a prefill brought the last one."""
         self._decoded_from = 0
-        """The first token of which that is true."""
+        """How many tokens there were when that began."""
+        self._extra_tokens = 0
+        """Tokens since then that were not the first of their step; a step that brought none counts as -1."""
         self.submitted = time.perf_counter()
         self._started: float | None = None
         self._token_times: list[float] = []
+
+    def listen(self, on_token: Callable[[int], None]) -> None:
+        """Call this with every token from now on."""
+        self._on_token = on_token
+        self._watched = True
 
     def prefilled(self, kind: StepKind) -> None:
         """Note that a prefill step of this request was launched."""
@@ -73,48 +91,90 @@ class Response:
             self._started = time.perf_counter()
         self._steps[kind] += 1
 
-    def push(self, token: int, logprob: TokenLogprob | None, now: float, decoded_by: StepKind | None = None) -> None:
-        """Take the next token; completes the response when it is the last.
+    def take(
+        self,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprob] | None,
+        now: float,
+        decoded_by: StepKind | None = None,
+    ) -> int:
+        """Take the tokens of one step in order; returns how many were taken.
+
+        It stops behind the token that ends the request, and in front of a -1. Where the user's tokenizer or streamer
+        fails, the request ends with an error.
 
         Args:
-            token: -1 where there was nothing to choose.
-            now: when the host read it, by `time.perf_counter()`.
-            decoded_by: the decode step that brought it; None for a prefill, which is noted when it is launched.
+            tokens: those that the step brought; -1 where there was nothing to choose.
+            logprobs: theirs.
+            now: when the host read them, by `time.perf_counter()`.
+            decoded_by: the decode step that brought them; None for a prefill, which is counted when it is launched.
         """
-        if decoded_by != self._decoded_by:
+        ids = self.token_ids
+        if decoded_by is not self._decoded_by:
             self._count_decode_steps()
-            self._decoded_by, self._decoded_from = decoded_by, len(self._ids)
-        if token < 0:
-            self._fail_unchosen()
-            return
-        self._ids.append(token)
-        self._token_times.append(now)
-        text, matched = "", None
-        if logprob is not None:
-            logprob = self._keep(logprob)
-        if self._decodes_each:
-            text, matched = self._stops.push(self._detokenizer.push(token))
-        if matched is not None or token in self._stop_ids or len(self._ids) >= self._limit:
-            text += self._finish(token, text, matched)
-        elif text:
-            self._text.append(text)
-        if self.keep_events:
-            self._emit(token, text, logprob)
-        if self.on_token is not None:
-            self.on_token(token)
+            self._decoded_by = decoded_by
+        if len(tokens) == 1 and logprobs is None and not self._watched:
+            # Nearly every step is this: one token, not the last, and nobody who waits for it.
+            token = tokens[0]
+            if token >= 0 and token not in self._stop_ids and len(ids) + 1 < self._limit:
+                ids.append(token)
+                self._token_times.append(now)
+                return 1
+        taken = 0
+        try:
+            for token in tokens:
+                if token < 0:
+                    break
+                logprob = None if logprobs is None else self._keep(logprobs[taken])
+                taken += 1
+                if taken > 1:
+                    self._extra_tokens += 1
+                ids.append(token)
+                self._token_times.append(now)
+                text, matched = "", None
+                if self._decodes_each:
+                    text = self._detokenizer.push(token)
+                    if self._stops is not None:
+                        text, matched = self._stops.push(text)
+                        if matched is None and token in self._hidden:
+                            more, matched = self._stops.push(self._hidden[token], shown=False)
+                            text += more
+                if matched is not None or token in self._stop_ids or len(ids) >= self._limit:
+                    text += self._finish(token, text, matched)
+                elif text:
+                    self._text.append(text)
+                if self.keep_events:
+                    self._emit(token, text, logprob)
+                if self._on_token is not None:
+                    self._on_token(token)
+                if self.completion is not None:
+                    break
+        except Exception as error:
+            logger.debug("a request failed", exc_info=error)
+            if self.completion is None:
+                failure = RequestError(f"its output could not be handled: {described(error)}")
+                self.end(FinishReason.ERROR, failure)
+        if taken == 0:
+            self._extra_tokens -= 1
+        return taken
 
-    def _fail_unchosen(self) -> None:
-        """The last step brought no token."""
-        if self._decoded_by is not None:
-            self._steps[self._decoded_by] += 1
-        error = RequestError(
-            f"the logits after {self.sequence.length} tokens held NaN or no token that may be chosen; check the "
-            "weights, the dtype and logit_bias"
-        )
-        self.end(FinishReason.ERROR, error)
+    def end_unchosen(self, why: str | None) -> None:
+        """End with an error: a step had nothing to choose for the next token.
+
+        Args:
+            why: the cause, if it is known to lie in the step and not in the logits.
+        """
+        if why is None:
+            message = (
+                f"the logits after {len(self._prompt_ids) + len(self.token_ids)} tokens held NaN or no token that may "
+                "be chosen; check the weights, the dtype and logit_bias"
+            )
+        else:
+            message = f"{why}; run the prompt again"
+        self.end(FinishReason.ERROR, RequestError(message))
 
     def _keep(self, logprob: TokenLogprob) -> TokenLogprob | None:
-        wanted = self.sequence.sampling.logprobs
+        wanted = self._sampling.logprobs
         if wanted is None:
             return None
         # A step reports as many candidates as the request of its batch that wants most.
@@ -123,7 +183,7 @@ class Response:
         return logprob
 
     def _finish(self, token: int, text: str, matched: str | None) -> str:
-        """Complete with this token and its text; returns the text that was held back and comes with it."""
+        """Complete with this token and its text; returns the text that was held back until now."""
         held = ""
         reason = FinishReason.STOP
         match: str | int | None = matched
@@ -140,10 +200,10 @@ class Response:
         return held
 
     def end(self, reason: FinishReason, error: HybridgenError | None = None) -> None:
-        """End the response where it is; the tokens and the text it has are kept."""
+        """End the request where it is; the tokens and the text it has are kept."""
         try:
             text, _ = self._flush()
-        except Exception:  # a tokenizer that failed once fails again; what it held back is lost, the rest is not
+        except Exception:  # the tokenizer's; the text that was decoded before is kept
             logger.debug("text held back could not be decoded", exc_info=True)
             text = ""
         self._text.append(text)
@@ -152,7 +212,10 @@ class Response:
 
     def _flush(self) -> tuple[str, str | None]:
         """Text of tokens not decoded yet, and text held back by an incomplete character or a possible stop string."""
-        text, matched = self._stops.push(self._detokenizer.flush(() if self._decodes_each else self._ids))
+        text = self._detokenizer.flush(() if self._decodes_each else self.token_ids)
+        if self._stops is None:
+            return text, None
+        text, matched = self._stops.push(text)
         return (text, matched) if matched is not None else (text + self._stops.flush(), None)
 
     def _emit(self, token: int | None, text: str, logprob: TokenLogprob | None) -> None:
@@ -161,29 +224,30 @@ class Response:
                 TokenEvent(
                     token_id=token,
                     text=text,
-                    index=self.index,
-                    choice=self.choice,
+                    index=self._index,
+                    choice=self._choice,
                     logprob=logprob,
                     completion=self.completion,
                 )
             )
 
     def _count_decode_steps(self) -> None:
-        """Count the steps that brought the tokens of the current run of decode steps."""
+        """Count the decode steps that ran the same way one after the other."""
         if self._decoded_by is not None:
-            self._steps[self._decoded_by] += len(self._ids) - self._decoded_from
+            self._steps[self._decoded_by] += len(self.token_ids) - self._decoded_from - self._extra_tokens
+        self._decoded_from, self._extra_tokens = len(self.token_ids), 0
 
     def _complete(self, reason: FinishReason, match: str | int | None, error: HybridgenError | None = None) -> None:
         total = time.perf_counter() - self.submitted
-        sampling = self.sequence.sampling
+        sampling = self._sampling
         nan = float("nan")
         token_times = tuple(moment - self.submitted for moment in self._token_times)
         bandwidth, mbu = self._bandwidth()
         self._count_decode_steps()
         self.completion = Completion(
             text="".join(self._text),
-            token_ids=tuple(self._ids),
-            prompt_token_ids=self.sequence.prompt_ids,
+            token_ids=tuple(self.token_ids),
+            prompt_token_ids=self._prompt_ids,
             finish_reason=reason,
             seed=sampling.seed,
             timing=Timing(
@@ -205,18 +269,6 @@ class Response:
         times, traffic = self._token_times, self._traffic
         if traffic is None or len(times) < 2:
             return math.nan, math.nan
-        positions = len(self.sequence.prompt_ids) + len(times) / 2
+        positions = len(self._prompt_ids) + len(times) / 2
         bandwidth = traffic.bandwidth(1, positions, (times[-1] - times[0]) / (len(times) - 1))
         return bandwidth, traffic.mbu(bandwidth)
-
-
-def collect(responses: list[Response]) -> list[Completion]:
-    """One completion per prompt, in order; with n > 1 the first choice, which holds all of them."""
-    choices: dict[int, list[Completion]] = {}
-    for response in responses:
-        if response.completion is None:
-            raise RuntimeError("a response was collected before its end")
-        choices.setdefault(response.index, []).append(response.completion)
-    return [
-        group[0] if len(group) == 1 else replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())
-    ]

@@ -1,19 +1,21 @@
-"""From a call's arguments to requests that are known to fit, before anything runs."""
+"""A request, from `submit` to its completion, and how a call's arguments become requests that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Any
 
-from hybridgen.arguments import check_keywords, sampling_list, sampling_per_prompt
+from hybridgen.arguments import sampling_per_prompt
+from hybridgen.core import Completion
+from hybridgen.engine.output import RequestOutput
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.loading import Checkpoint
+from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams
-from hybridgen.sampling import ResolvedSampling, resolve
+from hybridgen.sampling.resolve import ResolvedSampling, resolve
 from hybridgen.text.prompts import encode_prompt
-
-__all__ = ["Plan", "check_keywords", "context_limit", "plan_requests", "sampling_list", "sampling_per_prompt"]
 
 SEED_RANGE = 2**63
 
@@ -21,25 +23,121 @@ UNKNOWN_CONTEXT = 4096
 """Tokens, for a model whose config names no limit."""
 
 
-class Plan(NamedTuple):
-    """One request: what `submit` takes."""
+class RequestState(Enum):
+    """Where a request is on its way."""
+
+    NEW = auto()
+    """Made and checked, not submitted."""
+    WAITING = auto()
+    """Submitted; it has no slot yet."""
+    RUNNING = auto()
+    """It has a slot and pages."""
+    FINISHED = auto()
+    """It ended, and holds nothing any more."""
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Request:
+    """One request: what was asked for, what the scheduler knows of it, and its output."""
 
     prompt_ids: tuple[int, ...]
     sampling: ResolvedSampling
-    prompt: int
+    index: int = 0
     """Which prompt of the call."""
-    choice: int
-    """Which of its `n` completions."""
+    choice: int = 0
+    """Which of the prompt's `n` completions."""
+    output: RequestOutput = field(init=False)
+    """Its tokens, text, events and completion. `StepLoop.submit` sets it."""
+    state: RequestState = field(default=RequestState.NEW, init=False)
+    prefill_ids: tuple[int, ...] = field(init=False)
+    """What its prefill feeds: the prompt, and when it is prefilled again also what was generated before."""
+    prefilled: int = field(default=0, init=False)
+    """How many of those were launched."""
+    slot: int = field(default=-1, init=False)
+    pages: list[int] = field(default_factory=list, init=False)
+    _launched: int = field(default=0, init=False)
+    """Generated tokens, without those of the steps that its current batch has counted."""
+    _batch: Batch | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.prefill_ids = self.prompt_ids
+
+    @property
+    def completion(self) -> Completion | None:
+        """Its result; None until it ended."""
+        return None if self.state is RequestState.NEW else self.output.completion
+
+    @property
+    def launched(self) -> int:
+        """Generated tokens, those included that the host has not read.
+
+        A launched step counts one token, until the host has read how many it brought (`accept`).
+        """
+        return self._launched if self._batch is None else self._launched + self._batch.steps
+
+    @property
+    def capacity(self) -> int:
+        """Positions that it may ever use."""
+        return len(self.prompt_ids) + self.sampling.max_new_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, launched ones included."""
+        return len(self.prompt_ids) + self.launched
+
+    def advance(self, tokens: int) -> bool:
+        """Note that so many more tokens of its prefill are launched; whether they are the last, which sample one."""
+        self.prefilled += tokens
+        last = self.prefilled == len(self.prefill_ids)
+        self._launched += last
+        return last
+
+    def accept(self, count: int) -> None:
+        """A step brought `count` tokens; one was counted when it was launched."""
+        self._launched += count - 1
+        if self._batch is not None:
+            self._batch.first_positions += count - 1
+
+    def join(self, batch: Batch) -> None:
+        """From now on its decode steps are those that this batch counts."""
+        self._batch = batch
+
+    def leave(self) -> None:
+        """It is in no batch any more."""
+        self._launched, self._batch = self.launched, None
 
 
-def plan_requests(
+@dataclass(eq=False, slots=True)
+class Batch:
+    """The requests of a decode call. While they stay the same, all steps have the same object."""
+
+    requests: tuple[Request, ...]
+    slots: tuple[int, ...]
+    """Theirs, in the same order. The runner, too, knows the batch by this object."""
+    first_positions: int
+    """Tokens of all its requests together, without those of its own steps."""
+    steps: int = 0
+    """Decode steps that were launched for it."""
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> Batch:
+        slots = tuple(request.slot for request in requests)
+        return cls(tuple(requests), slots, sum(request.length for request in requests))
+
+    @property
+    def positions(self) -> int:
+        """Cached positions of all its requests together, once the last launched step has run."""
+        return self.first_positions + self.steps * len(self.slots)
+
+
+def make_requests(
     prompts: list[Any],
     sampling: SamplingParams | Iterable[SamplingParams] | None,
     fields: dict[str, Any],
     checkpoint: Checkpoint,
     max_context: int,
     cache_tokens: int | None,
-) -> list[Plan]:
+) -> list[Request]:
     """Requests for a list of prompts.
 
     Args:
@@ -52,13 +150,8 @@ def plan_requests(
         SamplingError, PromptError, TokenizerError: the first thing wrong with the call.
     """
     params = sampling_per_prompt(len(prompts), sampling, fields)
-    plans = []
+    requests = []
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        if wanted.stop and checkpoint.tokenizer is None:
-            raise TokenizerError(
-                f"stop={shown(list(wanted.stop))} needs text and the model has no tokenizer "
-                f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
-            )
         ids = encode_prompt(
             prompt,
             index,
@@ -66,41 +159,63 @@ def plan_requests(
             tokenizer_problem=checkpoint.tokenizer_problem,
             vocab_size=checkpoint.vocab_size,
         )
-        resolved = resolve(wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
+        resolved = resolve(
+            wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
+        )
+        if resolved.stop and checkpoint.tokenizer is None:
+            whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
+            raise TokenizerError(
+                f"stop={shown(list(resolved.stop))}{whose} needs text and the model has no tokenizer "
+                f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
+            )
         new = resolved.max_new_tokens
         if wanted.max_new_tokens is None:
             # A default gives way to the context; a number that the user gave does not.
             room = min(max_context, cache_tokens or max_context) - len(ids)
             new = max(1, min(new, room))
         _check_fits(index, len(ids), new, max_context, cache_tokens)
-        if resolved.min_new_tokens > new:
+        if wanted.min_new_tokens is not None and wanted.min_new_tokens > new:
             limit, raised = ("context", "max_context") if len(ids) + new == max_context else ("KV cache", "kv_memory")
             raise PromptError(
                 f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
                 f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
             )
-        resolved = replace(resolved, max_new_tokens=new)
-        plans += [
-            Plan(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
+        resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
+        requests += [
+            Request(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
             for choice in range(wanted.n)
         ]
-    return plans
+    return requests
+
+
+def collect(requests: Iterable[Request]) -> list[Completion]:
+    """One completion per prompt, in order; with n > 1 the first choice, which holds all of them."""
+    choices: dict[int, list[Completion]] = {}
+    for request in requests:
+        if request.completion is None:
+            raise RuntimeError("a request was collected before its end")
+        choices.setdefault(request.index, []).append(request.completion)
+    return [
+        group[0] if len(group) == 1 else replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())
+    ]
 
 
 def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
-    """The longest prompt plus output, in tokens: the user's limit, else the model's.
+    """The longest prompt plus output, in tokens: the user's limit, else the model's own.
+
+    A user's limit may go as far as the model's rotary scaling does (`scaled_context`).
 
     Raises:
-        ConfigError: the user's limit is above the model's.
+        ConfigError: the user's limit is above that.
     """
     limit = checkpoint.max_context
-    rope = getattr(checkpoint.hf_config, "rope_parameters", None) or {}
-    if limit is not None and rope.get("rope_type") == "dynamic":
-        limit = int(limit * rope["factor"])  # NTK scaling starts where max_position_embeddings ends
     if requested is None:
         return limit or UNKNOWN_CONTEXT
-    if limit is not None and requested > limit:
-        raise ConfigError(f"max_context={requested} is above the model's limit of {limit}; lower it")
+    if limit is not None:
+        most = scaled_context(checkpoint.hf_config, limit)
+        if requested > most:
+            scaled = f" ({limit}, which its rotary scaling makes {most})" if most != limit else f" of {limit}"
+            raise ConfigError(f"max_context={requested} is above the model's limit{scaled}; lower it")
     return requested
 
 

@@ -1,4 +1,4 @@
-"""An engine's start: its phases, and what they take from the compile cache."""
+"""An engine's start: how long its phases took, and what it reuses from the compile cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hybridgen.errors import CacheMissError, described
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.fused_executors import compare_with_layers, make_fused, tune_fused
 from hybridgen.execution.warm_up import check_numerics, compile_layers
-from hybridgen.graphs import capture_plan as history
+from hybridgen.graphs import capture_plan
 from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.models import BoundModel
@@ -61,7 +61,7 @@ class Startup:
             self.add(phase, time.perf_counter() - start)
 
     def seconds(self, first_token: float | None) -> dict[str, float]:
-        """All phases that there were, in order; those of other names come last."""
+        """Seconds of each phase that there was, in the order of `PHASES`; phases of other names come last."""
         found = dict(self._seconds)
         if first_token is not None:
             found["first token"] = first_token
@@ -70,7 +70,7 @@ class Startup:
 
 
 class Starter:
-    """What a start takes from an entry of the compile cache, and gives to it."""
+    """Reads from an entry of the compile cache what a start can reuse, and adds what the start made."""
 
     def __init__(self, cache: CompileCache, startup: Startup, counters: Counters) -> None:
         self._cache = cache
@@ -96,7 +96,8 @@ class Starter:
         return self._units
 
     def compile(self, runner: ModelRunner) -> None:
-        """Make the layers ready: from the entry, compared with uncompiled ones, or compiled and kept.
+        """Make the compiled layers ready. Those from the entry are compared with uncompiled ones; the others are
+        compiled and added to the entry.
 
         Raises:
             CacheMissError: `offline_compile=True`, and something is missing or wrong.
@@ -119,8 +120,8 @@ class Starter:
             self._counters.fall_back(problem)
 
     def read_ceiling(self, device: torch.device) -> float | None:
-        """How fast the device's memory can be read, as `kernels.ceiling` has it; measured once per device and driver
-        where there is a store."""
+        """Bytes per second at which the device's memory can be read (`kernels.read_ceiling`); None on a CPU. Where
+        there is a store, they are measured once per device and driver."""
         if device.type != "cuda":
             return None
         store = self._cache.store
@@ -203,7 +204,7 @@ class Starter:
         self.fused = fused.notes
 
     def _kept_kernel(self, key: str, make: Callable[[], bytes]) -> bytes:
-        """Machine code that the entry has, or that is made now and kept."""
+        """A kernel's machine code: the entry's, or made now and added to the entry."""
         path = self._cache.entry.kernels / f"{key}.cubin"
         try:
             return path.read_bytes()
@@ -216,17 +217,17 @@ class Starter:
         return code
 
     def planned(self, runner: ModelRunner, keys: Sequence[GraphKey]) -> list[GraphKey]:
-        """What to record before the first request: all of these on a cold start; on a warm one the buckets that the
-        user named, and of the others what was hot."""
+        """Which graphs to record before the first request. On a cold start all of these; on a warm one the buckets
+        that the user named, and of the others those that earlier processes used."""
         served = runner.router.served
         keys = list(map(served, keys))
         # What another executor serves now than then is not known.
-        plan = history.read(self._cache.read_document(history.DOCUMENT))
+        plan = capture_plan.read(self._cache.read_document(capture_plan.DOCUMENT))
         plan = [graph for graph in plan if served(graph.key) == graph.key]
         runner.graphs.know({graph.key: graph.times for graph in plan if graph.times is not None})
         # Without recording while idle, what is left out now would never be recorded.
         settings = runner.graphs.settings
-        chosen = history.first(keys, plan, named=settings.named) if settings.lazy else list(keys)
+        chosen = capture_plan.first(keys, plan, named=settings.named) if settings.lazy else list(keys)
         chosen = chosen[: settings.max_graphs]
         known = {graph.key for graph in plan}
         hits = sum(key in known for key in chosen)
@@ -234,14 +235,14 @@ class Starter:
         return chosen
 
     def keep_plan(self, runner: ModelRunner) -> None:
-        """Add what was recorded and used to the entry's plan as it is now: other processes write theirs, too. Nothing
-        where nothing is recorded."""
+        """Add the recorded graphs, and how often they were used, to the entry's list. The list is read again first,
+        because other processes add theirs. Does nothing where nothing was recorded."""
 
         def plan(there: dict[str, Any] | None) -> dict[str, Any]:
-            document = self._cache.read_document(history.DOCUMENT) if there is None else there
-            return history.write(runner.graphs, history.read(document))
+            document = self._cache.read_document(capture_plan.DOCUMENT) if there is None else there
+            return capture_plan.write(runner.graphs, capture_plan.read(document))
 
-        self._cache.publish({history.DOCUMENT: plan} if runner.graphs.recordings else None)
+        self._cache.publish({capture_plan.DOCUMENT: plan} if runner.graphs.recordings else None)
 
     def stats(self, runner: ModelRunner | None) -> ArtifactStats:
         """What came from the cache so far."""
@@ -250,7 +251,7 @@ class Starter:
         misses: dict[str, int] = {}
         if cache.store is None or not isinstance(entry, Entry):
             return ArtifactStats(state=cache.state, reason=entry.reason, notes=tuple(cache.notes))
-        documents = [found for name, found in entry.reads.items() if name != history.DOCUMENT]
+        documents = [found for name, found in entry.reads.items() if name != capture_plan.DOCUMENT]
         compiled = runner.compiled.compiles if runner is not None and runner.compiled is not None else 0
         for phase, found, missed in (
             ("artifacts", int(entry.hit), int(not entry.hit)),

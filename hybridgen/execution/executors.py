@@ -22,7 +22,7 @@ class LayersExecutor:
     @property
     def launch(self) -> str:
         """`eager` or `compiled`."""
-        return "eager" if self.compiled is None else "compiled"
+        return "compiled" if self.compiled is not None and self.compiled.routes_any else "eager"
 
     def refuses(self, key: GraphKey) -> str | None:
         """Nothing."""
@@ -33,5 +33,5 @@ class LayersExecutor:
         return self._bound.forward(step.ids, step, keep)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The cache's pages."""
-        return self._bound.pages()
+        """Nothing: what the layers keep is the step's."""
+        return {}

@@ -33,7 +33,7 @@ def make_fused(
 
     fused = build_fused(
         runner.bound,
-        runner.pages,
+        tuple(state.pages for state in runner.states),
         runner.steps.inputs(),
         max_context=max_context,
         max_rows=runner.state.max_batch,

@@ -6,17 +6,18 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 
-from hybridgen.cache import LayerPages
+from hybridgen.cache import KeyValueState
 from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
 from hybridgen.execution.executors import LayersExecutor
+from hybridgen.execution.owner import Following
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.state import DeviceState
@@ -26,6 +27,7 @@ from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import Executor, GraphKey, GraphSettings, GraphStore, Recorder, Recording, Route, Router
 from hybridgen.graphs.recorder import this_thread
 from hybridgen.models import BoundModel
+from hybridgen.models.twin import Twin
 from hybridgen.sampling import SamplerPlan, SamplerState
 from hybridgen.telemetry.statistics import Counters
 
@@ -47,7 +49,7 @@ def on_its_stream(
     @functools.wraps(function)
     def run(runner: ModelRunner, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.inference_mode():
-            if runner._is_here():
+            if runner.is_here():
                 return function(runner, *args, **kwargs)
             with torch.cuda.stream(cast(torch.cuda.Stream, runner.stream)):
                 return function(runner, *args, **kwargs)
@@ -85,6 +87,7 @@ class ModelRunner:
         one_copy: bool = True,
         buffers: int = 2,
         fall_back: Callable[[str], None] = warnings.warn,
+        twin: Twin[Any] | None = None,
     ) -> None:
         """
         Args:
@@ -96,6 +99,7 @@ class ModelRunner:
             units, offline: see `CompiledLayers`.
             one_copy, buffers: see `ModelSteps`.
             fall_back: told when a layer runs eagerly that should not, and why.
+            twin: whose tree the bound model is, where its owner can change it; None: nobody can.
         """
         device = bound.model.device
         self.bound = bound
@@ -106,9 +110,12 @@ class ModelRunner:
         self.max_tokens = min(token_budget, max_context or token_budget)
         """Tokens that one prefill call can have."""
         self.max_batch = max_batch
-        self._fall_back = fall_back
+        self.fall_back = fall_back
+        self.following = Following(bound, twin)
+        """What is known of the model's owner; see `following.begin_call`."""
         self.state = DeviceState(max_batch, max_pages, device, query_len=query_len)
-        self.sampler = SamplerState(max_batch + 1, vocab_size, device)
+        context = {} if max_context is None else {"max_context": max_context}
+        self.sampler = SamplerState(max_batch + 1, vocab_size, device, **context)
         self.ring = TokenRing(max_batch, device, query_len=query_len)
         self._layers = LayersExecutor(bound)
         self.executors: dict[str, Executor] = {self._layers.name: self._layers}
@@ -144,16 +151,22 @@ class ModelRunner:
         """The compiled layers; None where layers run eagerly."""
         return self._layers.compiled
 
-    def attach(self, pages: tuple[LayerPages, ...]) -> None:
-        """Use these pages from now on. Not after something was recorded, or decode was fused."""
-        self.pages = pages
-        self.bound.attach(pages, self.steps.metadata)
+    def attach(self, states: Sequence[KeyValueState]) -> None:
+        """Let the layers keep their state here from now on. Not after something was recorded, or decode was fused.
 
-    def use_fused(self, fused: FusedDecode) -> None:
-        """From now on prefer these fused executors where they serve a step."""
+        Args:
+            states: one a layer, allocated.
+        """
+        self.states = tuple(states)
+        self.bound.attach(states, self.steps.metadata)
+        self.steps.attach(states)
+
+    def use_fused(self, fused: FusedDecode | None) -> None:
+        """From now on prefer these fused executors where they serve a step; None: the layers serve all."""
         self.fused = fused
+        preferred = () if fused is None else fused.executors
         self.executors.clear()
-        self.executors.update({executor.name: executor for executor in (*fused.executors, self._layers)})
+        self.executors.update({executor.name: executor for executor in (*preferred, self._layers)})
         self._route_anew()
 
     def use_graphs(
@@ -189,9 +202,9 @@ class ModelRunner:
     def admit(self, admission: Admission) -> None:
         """Give a slot to a new request."""
         self.state.block_table.assign(admission.slot, admission.pages)
+        for state in self.states:
+            state.reset(admission.slot)
         self.sampler.assign(admission.slot, admission.sampling, admission.prompt_ids, ())
-        if self.fused is not None:
-            self.fused.refresh()
         self._steady = None
 
     @on_its_stream
@@ -213,7 +226,7 @@ class ModelRunner:
         steady = self._steady
         if steady is None or slots is not steady.slots or self.router.version != steady.version:
             return self._decode(slots)
-        if steady.replays and self._is_here():
+        if steady.replays and self.is_here():
             return self._launch(steady.route, len(slots), steady.sampler)
         return self._decode_again(steady)
 
@@ -231,13 +244,14 @@ class ModelRunner:
     def _decode_again(self, steady: Steady) -> LaunchedStep:
         return self._launch(steady.route, len(steady.slots), steady.sampler)
 
-    def _is_here(self) -> bool:
+    def is_here(self) -> bool:
+        """Whether the caller is on the runner's stream."""
         return self.stream is None or _is_current(self.stream)
 
     def _launch(self, route: Route, rows: int, sampler: SamplerPlan) -> LaunchedStep:
         recording = route.recording
         if recording is not None and recording.recorded.thread not in (None, this_thread()):
-            self._fall_back("cudagraph trees replay on the thread that recorded them; steps of others run without")
+            self.fall_back("cudagraph trees replay on the thread that recorded them; steps of others run without")
             route = self.router.without_recording(route, "its cudagraph tree belongs to another thread")
         samples = route.key.rows > 0
         if samples:
@@ -305,7 +319,9 @@ class ModelRunner:
     def _validated(self, route: Route, recording: Recording) -> Route:
         """Run a step whose recording was never replayed for anybody, and compare."""
         mutable = [self.state.table, *self.ring.tensors().values()]
-        mutable += [tensor for tensor in (self.steps.logits, self.sampler.output_counts) if tensor is not None]
+        history = self.sampler.history
+        optional = self.steps.logits, self.sampler.output_counts, None if history is None else history.text
+        mutable += [tensor for tensor in optional if tensor is not None]
         run = functools.partial(self.steps.run, recording.key)
         wrong = compare_first_replay(recording.recorded.replay, run, mutable)  # runs the step, whatever comes out
         recording.checked = True
@@ -350,7 +366,7 @@ class ModelRunner:
         try:
             self.graphs.capture(map(self.router.served, keys), progress)
         finally:
-            self._after_capture()
+            self.after_capture()
 
     @on_its_stream
     def capture_pending(self) -> bool:
@@ -361,9 +377,10 @@ class ModelRunner:
         try:
             return self.graphs.capture_pending()
         finally:
-            self._after_capture()
+            self.after_capture()
 
-    def _after_capture(self) -> None:
+    def after_capture(self) -> None:
+        """What follows a capture: its addresses are noted, and host and device agree again."""
         for recording in self.graphs.recordings:
             if recording.addresses is None and self._check_addresses:
                 recording.addresses = self._addresses()
@@ -384,10 +401,12 @@ class ModelRunner:
                 logger.debug("the device is lost: %s", error)
         self.graphs.close()
         self._steady = None
-        if self.fused is not None:
+        fused = self.fused or self.following.unused
+        if fused is not None:
             with CAPTURING:
-                self.fused.close()
-            self.fused = None
+                fused.close()
+        self.fused = None
+        self.following.forget()
         self.executors.clear()
         self.disable_compilation()
 

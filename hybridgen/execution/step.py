@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hybridgen.cache import LayerState
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.staging import StagedBlock
@@ -24,7 +25,7 @@ from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
-from hybridgen.sampling import SamplerPlan, SamplerState, sample
+from hybridgen.sampling import SamplerPlan, SamplerState, remember, sample
 
 _MAX_PREPARED = 256
 
@@ -86,6 +87,8 @@ class ModelSteps:
             self._decode = {name: torch.zeros_like(field) for name, field in self._decode_block.device.items()}
             self._prefill = {name: torch.zeros_like(field) for name, field in self._prefill_block.device.items()}
         self._zeros = torch.zeros(3, 1, dtype=torch.int64, device=device)
+        self._ones = torch.ones(lines, dtype=torch.int64, device=device)
+        self.attach(())
         self._copies: dict[tuple[Phase, int, int], Callable[[], None]] = {}
         empty = self._prefill["ids"][:1]
         self.metadata = StepMetadata(
@@ -104,6 +107,7 @@ class ModelSteps:
             "state": self._state.table,
             "zeros": self._zeros,
             **self._state.draft_tensors(),
+            "ones": self._ones,
             **self._ring.tensors(),
             **{f"staged {name}": field for name, field in self._decode_block.device.items()},
             **{f"staged prompt {name}": field for name, field in self._prefill_block.device.items()},
@@ -111,10 +115,16 @@ class ModelSteps:
             **{f"prefill {name}": field for name, field in self._prefill.items()},
         }
         logits = {} if self.logits is None else {"logits": self.logits}
-        executors = {
-            name: tensor for executor in self._executors.values() for name, tensor in executor.tensors().items()
-        }
-        return fixed | logits | executors | self._sampler.tensors()
+        layers = {f"{name} of layer {i}": t for i, s in enumerate(self._states) for name, t in s.tensors().items()}
+        tensors = fixed | logits | layers | self._sampler.tensors()
+        for executor in self._executors.values():
+            tensors |= executor.tensors()
+        return tensors
+
+    def attach(self, states: Sequence[LayerState]) -> None:
+        """Say what the layers keep between steps."""
+        self._states = tuple(states)
+        self._to_commit = tuple(state for state in states if not state.rerunnable)
 
     def inputs(self) -> StepInputs:
         """Where a decode step finds its rows."""
@@ -262,11 +272,15 @@ class ModelSteps:
             slots = rows[:, None].expand(-1, query_len).flatten()
             positions, before = ((value[:, None] + places).flatten() for value in (lengths, generated))
         sampled = sample(logits, self._sampler, slots, positions, before, sampler)
+        if sampler.history and self._sampler.history is not None:
+            remember(sampled.tokens, slots, positions, self._sampler.history.text)
         if query_len > 1:
             drafts = self._state.drafts_of(rows, query_len - 1)
             sampled = sampled._replace(tokens=accepted_run(sampled.tokens.view(-1, query_len), drafts))
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts)
+        for state in self._to_commit:
+            state.commit(rows, self._ones[: rows.shape[0]])
 
     def _set(
         self, phase: Phase, ids: Tensor, slots: Tensor, positions: Tensor, rope: Tensor, *, several: bool = False

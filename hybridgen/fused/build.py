@@ -50,7 +50,7 @@ def build_fused(
     tuning, tiles = tuned_parts(tuned)
     try:
         with bound.original_attention(), torch.inference_mode():
-            model = describe(bound.model, bound.sites, max_context)
+            model = describe(bound.model, bound.sites, bound.weights, max_context)
             reference.check(bound.model, model)
             fused.model = model
             fused.refresh()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.device.failures import is_fatal
@@ -44,7 +43,6 @@ class FusedDecode:
     """What serves which sizes, or why nothing does."""
     failures: list[str] = field(default_factory=list)
     """What went wrong that should not have."""
-    _versions: tuple[int | None, ...] = ()
 
     @property
     def executors(self) -> tuple[Executor, ...]:
@@ -67,15 +65,16 @@ class FusedDecode:
         self.notes[size] = f"{how}{f'; {why}' if why else ''}"
 
     def refresh(self) -> None:
-        """Take over norms whose parameters were changed in place since the last call; all other weights are the
-        model's own storage."""
+        """Make the norms' factors again, from the parameters as they are now; all other weights are the model's own
+        storage. No version counter tells whether that is needed: what is written by way of `.data` counts nothing."""
         if self.model is None:
             return
-        versions = tuple(_version(norm.source) for norm in self.model.norms)
-        if versions != self._versions:
-            for norm in self.model.norms:
-                norm.refresh()
-            self._versions = versions
+        pairs = [(norm.scale, norm.source, norm.shift) for norm in self.model.norms if norm.source is not None]
+        if not pairs:
+            return
+        scales, sources, shifts = map(list, zip(*pairs, strict=True))
+        torch._foreach_copy_(scales, sources)
+        torch._foreach_add_(scales, shifts)
 
     def close(self) -> None:
         """Unload what was loaded. Not while a step runs or a graph holds one."""
@@ -139,10 +138,3 @@ class FusedDecode:
         ids, positions = (inputs.state[i, inputs.rows[:rows]] for i in range(2))
         slots = inputs.slots[:rows]
         return StepMetadata(inputs.block_table, slots, positions, slots, positions + 1, ids, Phase.DECODE)
-
-
-def _version(parameter: Tensor | None) -> int | None:
-    try:
-        return None if parameter is None else parameter._version
-    except RuntimeError:  # a tensor made in inference mode does not count
-        return None

@@ -13,8 +13,6 @@ from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """Largest relative error of what a layer adds to its input, by the dtype in which the model computes it."""
 
-_PART = 2**26
-"""Elements of a weight that are in float32 at once."""
 _CHECKED = 8
 """Tokens that a layer is checked on."""
 
@@ -28,14 +26,7 @@ def norm(x: Tensor, by: Norm | None) -> Tensor:
 
 def linear(x: Tensor, by: Linear) -> Tensor:
     """float32 [..., out]."""
-    out = _product(x, by.weight)
-    return out if by.bias is None else out + by.bias.float()
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in float32, by parts of the weight: a float32 copy of all of it may not fit."""
-    rows = max(1, _PART // weight.shape[1])
-    return torch.cat([F.linear(x, part.float()) for part in weight.split(rows)], -1)
+    return by.weight.matmul(x, None if by.bias is None else by.bias.float())
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -83,7 +74,7 @@ def finish_layer(model: Decoder, layer: DecoderLayer, x: Tensor, attended: Tenso
 
 def logits(model: Decoder, x: Tensor) -> Tensor:
     """float32 [T, vocab] of hidden states behind the last layer."""
-    return _product(norm(x, model.norm), model.head) * model.logits_scale
+    return linear(norm(x, model.norm), model.head) * model.logits_scale
 
 
 @torch.inference_mode()

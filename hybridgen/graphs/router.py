@@ -110,6 +110,8 @@ class Router:
     def _decide(self, key: GraphKey) -> Route:
         self._store.check_open()
         settings = self._store.settings
+        if self._store.suspended is not None:
+            return self.plain(key, self._store.suspended)
         if not self._store.records:
             return self.plain(key, self._why_plain)
         if not settings.buckets(key.phase):

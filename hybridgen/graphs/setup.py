@@ -28,13 +28,11 @@ class GraphSetup:
     token_budget: int
     max_tokens: int
     """Prompt tokens that one prefill call can have."""
-    not_recorded: str | None = None
-    """Why a mode that records steps does not."""
 
     @property
     def records(self) -> bool:
         """Whether steps are recorded."""
-        return self.mode.records and self.not_recorded is None
+        return self.mode.records
 
     def settings(self) -> GraphSettings:
         """Buckets and limits."""

@@ -125,6 +125,8 @@ class GraphStore:
         self._evictions = 0
         self._lazy_captures = 0
         self._dropped_hits = Counter[str]()
+        self.suspended: str | None = None
+        """Why no step is recorded or replayed for now."""
         self.version = 0
         """Changes whenever a route may."""
 
@@ -172,7 +174,10 @@ class GraphStore:
         return dict(self._wanted)
 
     def capture(self, keys: Iterable[GraphKey], progress: Callable[[], object] = lambda: None) -> None:
-        """Record these steps, the largest first, so that the smaller ones fit into the memory that it took."""
+        """Record these steps, the largest first, so that the smaller ones fit into the memory that it took; none while
+        recordings are suspended."""
+        if self.suspended is not None:
+            return
         for key in sorted(keys, key=lambda key: key.tokens, reverse=True):
             if key not in self._recordings and key not in self.failed and not self._gave_up(key):
                 self._capture(key, lazy=False)
@@ -199,7 +204,7 @@ class GraphStore:
     @property
     def pending(self) -> list[GraphKey]:
         """What was wanted often enough, the most wanted first."""
-        if not self.settings.lazy or self._recorder is None:
+        if not self.settings.lazy or self._recorder is None or self.suspended is not None:
             return []
         often = [key for key, count in self._wanted.most_common() if count >= self._uses_before_capture(key)]
         missing = [key for key in often if key not in self._recordings and key not in self.failed]
@@ -294,6 +299,25 @@ class GraphStore:
             self.failed[recording.key] = why
             self._counters.fall_back(f"{describe(recording.key)} is not used any more: {why}")
             self._tell(GraphEventKind.FAILED, recording.key, why)
+        self._changed()
+
+    def drop_all(self, why: str) -> None:
+        """Forget what is recorded, because the model changed; all of it is wanted again."""
+        keys = [recording.key for recording in self.recordings]
+        for recording in self.recordings:
+            self.drop(recording)
+            self._tell(GraphEventKind.EVICTED, recording.key, why)
+        if not keys:
+            return
+        self._counters.fall_back(f"{why}; what was recorded is dropped and recorded again")
+        for key in keys:
+            self._wanted[key] = max(self._wanted[key], self._uses_before_capture(key))
+
+    def suspend(self, why: str | None) -> None:
+        """Run every step without a recording for this reason, and record nothing; None: with recordings again."""
+        if why is not None and why != self.suspended and self._recorder is not None:
+            self._counters.fall_back(f"{why}, which a replay does not call; steps are not recorded")
+        self.suspended = why
         self._changed()
 
     def _changed(self) -> None:

@@ -25,6 +25,9 @@ from hybridgen.loading.expectation import check_contents, check_quantisation_fil
 from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_source
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
+from hybridgen.loading.wrappers import unwrapped
+from hybridgen.models.probe import probe_config
+from hybridgen.models.projections import FusedHead
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,11 @@ class LoadedModel:
     """A model whose weights are in memory."""
 
     model: PreTrainedModel
-    """In evaluation mode, on the checkpoint's device."""
+    """On the checkpoint's device; in evaluation mode, but for a live module, which is as its owner has it."""
     seconds: float
     """What reading the weights took, a download included; 0 for a live module."""
     owned: bool
-    """Whether hybridgen loaded it. False for a live module, which stays its caller's: its parameters keep
-    their `requires_grad`."""
-    training: tuple[torch.nn.Module, ...] = ()
-    """Modules of a live module that were in training mode."""
-
-    def restore(self) -> None:
-        """Give a live module back its training mode."""
-        for module in self.training:
-            module.training = True
+    """Whether hybridgen loaded it. False for a live module, which stays its caller's: nothing of it is changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +66,8 @@ class Checkpoint:
     """The validated weight files of a local checkpoint."""
     module: PreTrainedModel | None = field(default=None, repr=False)
     """The live module, if one was given."""
+    given: Any = field(default=None, repr=False, compare=False)
+    """What it was given as: itself, or a PEFT model around it."""
     seconds: float = field(default=0.0, repr=False, compare=False)
     """What opening it took."""
 
@@ -84,8 +81,8 @@ class Checkpoint:
         """Finds the model and checks everything that can be checked without its weights.
 
         Args:
-            model: a directory, a hub id (`owner/name`), a model that is already in memory, or None for the demo
-                model.
+            model: a directory, a hub id (`owner/name`), a model that is already in memory (a PEFT model too), or None
+                for the demo model.
             config: device, dtype and how files may be read.
             tokenizer: used instead of the checkpoint's: an object, or the directory or hub id of one.
 
@@ -108,8 +105,9 @@ class Checkpoint:
     ) -> Checkpoint:
         if model is None:
             model = model_path()
-        if isinstance(model, PreTrainedModel):
-            return cls._open_live(model, config, tokenizer)
+        inside = unwrapped(model)
+        if isinstance(inside, PreTrainedModel):
+            return replace(cls._open_live(inside, config, tokenizer), given=model)
         if not isinstance(model, (str, os.PathLike)):
             raise ConfigError(f"model={model!r}; give a directory, a hub id or a transformers PreTrainedModel")
         device = resolve_device(config.device)
@@ -137,7 +135,7 @@ class Checkpoint:
         if isinstance(source, LocalSource):
             files = validate_directory(source.path, config.allow_pickle, _weights_name(hf_config))
             check_contents(source, files, hf_config, remote_class)
-        return cls(
+        found = cls(
             name=source.name,
             source=source,
             files=tuple(files),
@@ -145,9 +143,16 @@ class Checkpoint:
             hf_config=hf_config,
             device=device,
             dtype=metadata.checkpoint_dtype(hf_config, files, config.dtype),
-            **_generation(hf_config, metadata.read_generation_config(hf_config, source)),
+            **_generation(
+                hf_config,
+                metadata.read_generation_config(hf_config, source),
+                str(source.find("generation_config.json") or f"what the config of {source.name!r} says of generation"),
+            ),
             **_tokenizer(tokenizer, hf_config, source, config),
         )
+        # Last, because it builds the model (on the meta device), which a config that makes no sense would not survive.
+        probe_config(hf_config, config.max_context or found.max_context or 0, remote_class)
+        return found
 
     @classmethod
     def _open_live(cls, module: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> Checkpoint:
@@ -168,9 +173,14 @@ class Checkpoint:
             hf_config=hf_config,
             device=device,
             dtype=_live_dtype(module, config.dtype),
-            **_generation(hf_config, generation_config),
+            **_generation(hf_config, generation_config, f"the generation_config of this {type(module).__name__}"),
             **_tokenizer(tokenizer, hf_config, source, config),
         )
+
+    @property
+    def joins(self) -> bool:
+        """Whether projections may be joined: a live module's are left as they are (they may be joined already)."""
+        return self.module is None or any(isinstance(module, FusedHead) for module in self.module.modules())
 
     def model_class(self) -> type[PreTrainedModel] | None:
         """The class that the model has or will have; None where transformers names none."""
@@ -185,8 +195,7 @@ class Checkpoint:
     def load(self) -> LoadedModel:
         """Reads the weights; those of a hub model are downloaded and checked first.
 
-        A live module is put into evaluation mode (`module.eval()`, undone by `LoadedModel.restore`) and otherwise
-        handed over as it is.
+        A live module is handed over as it is.
 
         Raises:
             CheckpointError: weights are missing, have other shapes than the config says, or cannot be read.
@@ -194,8 +203,7 @@ class Checkpoint:
             OutOfMemoryError: the weights do not fit on the device.
         """
         if self.module is not None:
-            training = tuple(module for module in self.module.modules() if module.training)
-            return LoadedModel(self.module.eval(), 0.0, owned=False, training=training)
+            return LoadedModel(self.module, 0.0, owned=False)
         assert self.source is not None
         start = time.perf_counter()
         files = list(self.files)
@@ -217,12 +225,15 @@ def _weights_name(hf_config: PreTrainedConfig) -> str | None:
     return getattr(hf_config, "transformers_weights", None)
 
 
-def _generation(hf_config: PreTrainedConfig, generation_config: GenerationConfig) -> dict[str, Any]:
+def _generation(hf_config: PreTrainedConfig, generation_config: GenerationConfig, whose: str) -> dict[str, Any]:
+    vocab_size = metadata.vocabulary_size(hf_config)
+    eos = metadata.eos_ids(generation_config, hf_config)
+    metadata.check_generation(generation_config, eos, vocab_size, whose)
     return {
         "generation_config": generation_config,
-        "vocab_size": metadata.vocabulary_size(hf_config),
+        "vocab_size": vocab_size,
         "max_context": metadata.context_limit(hf_config),
-        "eos_token_ids": metadata.eos_ids(generation_config, hf_config),
+        "eos_token_ids": eos,
     }
 
 

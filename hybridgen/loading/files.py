@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -21,9 +22,20 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hybridgen.errors import CheckpointError, HybridgenError, TokenizerError, UnsupportedModelError, shown
+from hybridgen.errors import (
+    CheckpointError,
+    HybridgenError,
+    SamplingError,
+    TokenizerError,
+    UnsupportedModelError,
+    shown,
+)
 from hybridgen.loading.checks import read_header, read_json
 from hybridgen.loading.source import LocalSource, Source, load_errors, short
+from hybridgen.params import SamplingParams
+from hybridgen.sampling import resolve
+
+logger = logging.getLogger(__name__)
 
 _LENGTH_FIELDS = (
     "max_position_embeddings",
@@ -44,6 +56,26 @@ _TOKENIZER_FILES = (
 )
 _COUNTS = re.compile(r"layer|num_labels|block|expert|n_groups?$|depth")
 _MOST = 100_000
+_NOT_APPLIED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,),
+    "num_return_sequences": (1,),
+    "constraints": (),
+    "force_words_ids": (),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "guidance_scale": (1,),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "exponential_decay_length_penalty": (),
+    "remove_invalid_values": (False,),
+    "watermarking_config": (),
+    "token_healing": (False,),
+    "max_time": (),
+    "is_assistant": (False,),
+}
+"""What `generate()` of transformers reads and this library does not, with the values that change nothing."""
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _RUNNABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -214,6 +246,34 @@ def read_generation_config(config: PreTrainedConfig, source: Source) -> Generati
     values = read_json(file)
     with load_errors(source, f"{file} cannot be used"):
         return GenerationConfig.from_dict(values)
+
+
+def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], vocab_size: int, whose: str) -> None:
+    """Refuse what cannot be applied, and name in one warning what is not applied.
+
+    Args:
+        whose: the file or model that it is of, for messages.
+
+    Raises:
+        CheckpointError: a value is out of its range.
+    """
+    try:
+        resolve(SamplingParams(), generation_config, eos_token_ids, vocab_size)
+    except SamplingError as error:
+        raise CheckpointError(f"{whose} cannot be used: {error}") from None
+    found = {
+        name: value
+        for name, off in _NOT_APPLIED.items()
+        if (value := getattr(generation_config, name, None)) is not None and value not in off
+    }
+    top_h = getattr(generation_config, "top_h", None)
+    if top_h is not None and getattr(generation_config, "do_sample", False):
+        found["top_h"] = top_h
+    if getattr(generation_config, "cache_implementation", None) == "quantized":
+        found["cache_implementation"] = "quantized"
+    if found:
+        listed = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
+        logger.warning("%s: not applied here, so that texts can differ from Hugging Face's: %s", whose, listed)
 
 
 def eos_ids(generation_config: GenerationConfig, config: PreTrainedConfig) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from hybridgen.errors import UnsupportedModelError
 
-ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 """Names in `layer_types` that stand for attention over one K and one V per layer."""
 
 _RECURRENT_FIELDS = (
@@ -76,7 +76,6 @@ def unsupported_reason(
         _alibi,
         _latent,
         _indexer,
-        _chunked,
         _shared_kv,
         _recurrent,
         _named,
@@ -176,13 +175,6 @@ def _indexer(config: PreTrainedConfig) -> str | None:
     return f"an indexer picks the tokens that it attends to (sparse attention, {found[0]}); {_INSTEAD}"
 
 
-def _chunked(config: PreTrainedConfig) -> str | None:
-    if "chunked_attention" not in _layer_types(config):
-        return None
-    size = _value(config, "attention_chunk_size")
-    return f"it attends within chunks (chunked_attention layers, attention_chunk_size={size}); {_INSTEAD}"
-
-
 def _shared_kv(config: PreTrainedConfig) -> str | None:
     count = _value(config, "num_kv_shared_layers")
     if not count:
@@ -194,7 +186,7 @@ def _recurrent(config: PreTrainedConfig) -> str | None:
     others = [kind for kind in _layer_types(config) if kind not in ATTENTION_LAYERS]
     if others:
         kinds = ", ".join(others)
-        return f"it has layers other than full and sliding attention (layer_types: {kinds}); {_INSTEAD}"
+        return f"it has layers other than full, sliding and chunked attention (layer_types: {kinds}); {_INSTEAD}"
     fields = [field for field in _RECURRENT_FIELDS if _value(config, field)]
     if fields:
         return f"it has recurrent or convolution layers, which keep a state ({fields[0]}); {_INSTEAD}"

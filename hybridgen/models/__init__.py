@@ -6,6 +6,6 @@ cache object and no mask is ever built.
 """
 
 from hybridgen.models.attention import ATTENTION_NAME, LayerBinding, StepMetadata
-from hybridgen.models.binding import BoundModel, bind, check_free
+from hybridgen.models.binding import BoundModel, bind
 
-__all__ = ["ATTENTION_NAME", "BoundModel", "LayerBinding", "StepMetadata", "bind", "check_free"]
+__all__ = ["ATTENTION_NAME", "BoundModel", "LayerBinding", "StepMetadata", "bind"]

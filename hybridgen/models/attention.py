@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
 from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
+from hybridgen.models.visibility import Visibility
 
 # Hugging Face routes by substring of this name ("flash", "sdpa", "/", "|" each trigger something), so it has none.
 ATTENTION_NAME = "hybridgen"
-PROBE_NAME = "hybridgen_probe"
+SITES_NAME = "hybridgen_sites"
 
 
 class Phase(StrEnum):
@@ -54,13 +55,28 @@ class LayerBinding:
     index, because one would give each layer its own compiled graph.
     """
 
-    __slots__ = ("keys", "step", "values", "window")
+    __slots__ = ("keys", "sees", "step", "values")
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, step: StepMetadata, window: int) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, step: StepMetadata, sees: Visibility) -> None:
         self.keys = keys
         self.values = values
         self.step = step
-        self.window = window
+        self.sees = sees
+
+
+class AttentionCall(NamedTuple):
+    """One attention call of a layer: all that an implementation of attention is given."""
+
+    query: torch.Tensor
+    """[T, num_heads, key_dim]"""
+    new: tuple[torch.Tensor, torch.Tensor]
+    """The tokens' keys [T, num_kv_heads, key_dim] and values [T, num_kv_heads, value_dim]."""
+    scale: float
+    sees: Visibility
+    softcap: float
+    """0 for none."""
+    sinks: torch.Tensor | None
+    """[num_heads] logits that take part in the softmax's denominator only (GPT-OSS)."""
 
 
 def paged_attention(
@@ -70,7 +86,6 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **_: Any,
@@ -80,40 +95,53 @@ def paged_attention(
     Args:
         query: [1, num_heads, T, key_dim], the step's tokens packed in one row.
         key: [1, num_kv_heads, T, key_dim]; value alike with value_dim.
-        attention_mask: always None: without a registered mask function, Hugging Face builds none.
-        sliding_window: positions seen, the own one included.
+        attention_mask: always None: without a registered mask function, Hugging Face builds none. What a query sees
+            is in the module's binding, as the probe read it.
         s_aux: [num_heads] attention-sink logits (GPT-OSS).
 
     Returns:
         [1, T, num_heads, value_dim], None
     """
     binding: LayerBinding = module._hybridgen  # type: ignore[assignment]
-    step = binding.step
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = binding.window if sliding_window is None else sliding_window
+    call = AttentionCall(
+        query[0].transpose(0, 1),
+        (key[0].transpose(0, 1), value[0].transpose(0, 1)),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        binding.sees,
+        softcap or 0.0,
+        s_aux,
+    )
+    return _attend(call, binding).unsqueeze(0), None
+
+
+def _attend(call: AttentionCall, binding: LayerBinding) -> torch.Tensor:
+    """[T, num_heads, value_dim]"""
+    step, (k, v) = binding.step, call.new
     cache = (binding.keys, binding.values, step.block_table, step.slots, step.positions)
-    if step.phase is Phase.DECODE and not step.several:
-        out = decode_attention(q, *cache, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux, k=k, v=v)
-        return out.unsqueeze(0), None
-    write_kv(k, v, *cache)
-    if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
-        out = decode_attention(q, *cache, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux)
-    else:
-        out = prefill_attention(
-            q, *cache, step.query_starts, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux
+    window, chunk = call.sees.window, call.sees.chunk
+    scale, softcap, sinks = call.scale, call.softcap, call.sinks
+    alone = step.phase is Phase.DECODE and not step.several
+    if not alone:
+        write_kv(k, v, *cache)
+    if step.phase is Phase.PREFILL:
+        return prefill_attention(
+            call.query, *cache, step.query_starts, scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks
         )
-    return out.unsqueeze(0), None
+    # Of several tokens a request each is a row of its own, whose position says what it sees.
+    return decode_attention(
+        call.query, *cache, scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks,
+        k=k if alone else None, v=v if alone else None,
+    )  # fmt: skip
 
 
-def probe_attention(
+def note_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Note who attends and with which shapes; return zeros of the right shape."""
-    module._hybridgen_probe(module, query, key, value, kwargs)  # type: ignore[operator]
+    module._hybridgen_note(module, query, key, value, attention_mask, kwargs)  # type: ignore[operator]
     tokens = query.shape[2]
     return query.new_zeros(query.shape[0], tokens, query.shape[1], value.shape[-1]), None
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
-AttentionInterface.register(PROBE_NAME, probe_attention)
+AttentionInterface.register(SITES_NAME, note_attention)

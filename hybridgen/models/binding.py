@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,20 +11,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hybridgen.cache import LayerPages, LayerShape
+from hybridgen.cache import KeyValueState, LayerShape, PagedKV
 from hybridgen.errors import EngineError, UnsupportedModelError
-from hybridgen.models.attention import ATTENTION_NAME, PROBE_NAME, LayerBinding, StepMetadata
+from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, StepMetadata
+from hybridgen.models.interface import AttentionNames, check_functions
+from hybridgen.models.probe import AttentionOptions, check_distinct, probe_model, read_options
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
+from hybridgen.models.visibility import Visibility
+from hybridgen.models.weights import ModuleWeights, WeightProvider
 
-
-class AttentionCall(NamedTuple):
-    """How a module attends."""
-
-    scale: float
-    window: int
-    """Positions seen, the own one included; 0 for all."""
-    softcap: float
-    sinks: bool
+_CONTEXT = 4096
+"""Positions up to which masks are read where neither the caller nor the config says how many."""
 
 
 class AttentionSite(NamedTuple):
@@ -34,9 +31,9 @@ class AttentionSite(NamedTuple):
     layer: nn.Module
     """The decoder layer around it: what is compiled."""
     shape: LayerShape
-    window: int
-    """Sliding window for a model that does not hand one down; 0 for none."""
-    call: AttentionCall
+    sees: Visibility
+    """The positions that it attends to."""
+    options: AttentionOptions
     """What the module hands to attention besides tensors."""
 
 
@@ -48,7 +45,9 @@ class BoundModel:
     sites: tuple[AttentionSite, ...]
     logits_dtype: torch.dtype
     """Of what `forward()` returns; some models compute their logits in float32 whatever their weights are."""
-    _attention: str | None
+    weights: WeightProvider
+    """Gives the weights of the model's projections by their modules' names."""
+    _attention: AttentionNames
     _ropes: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
     @property
@@ -56,10 +55,9 @@ class BoundModel:
         """The decoder layers, in order."""
         return tuple(site.layer for site in self.sites)
 
-    @property
-    def layer_shapes(self) -> tuple[LayerShape, ...]:
-        """What each layer stores per position."""
-        return tuple(site.shape for site in self.sites)
+    def layer_states(self, page_size: int, dtype: torch.dtype) -> tuple[KeyValueState, ...]:
+        """What each layer keeps between steps, as the probe saw it; not allocated yet."""
+        return tuple(PagedKV(site.shape, page_size, dtype) for site in self.sites)
 
     @property
     def reprefill_length(self) -> int | None:
@@ -70,18 +68,12 @@ class BoundModel:
     def _replaced(self) -> list[tuple[nn.Module, str, PerTokenRope]]:
         return [(parent, name, getattr(parent, name)) for parent, name, _ in self._ropes]
 
-    def attach(self, pages: tuple[LayerPages, ...], step: StepMetadata) -> None:
-        """Give every attention module its pages and the step's metadata."""
-        for site, layer in zip(self.sites, pages, strict=True):
-            site.module._hybridgen = LayerBinding(layer.keys, layer.values, step, site.window)  # type: ignore[assignment]
+    def attach(self, states: Sequence[KeyValueState], step: StepMetadata) -> None:
+        """Give every attention module its layer's state, which is allocated, and the step's metadata."""
+        for site, state in zip(self.sites, states, strict=True):
+            site.module._hybridgen = LayerBinding(*state.pages, step, site.sees)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
-
-    def pages(self) -> dict[str, torch.Tensor]:
-        """The attached pages, by name."""
-        bindings: list[Any] = [site.module._hybridgen for site in self.sites]
-        keys = {f"keys of layer {i}": binding.keys for i, binding in enumerate(bindings)}
-        return keys | {f"values of layer {i}": binding.values for i, binding in enumerate(bindings)}
 
     def forward(self, input_ids: torch.Tensor, step: StepMetadata, keep: torch.Tensor | None) -> torch.Tensor:
         """Logits of a step.
@@ -105,13 +97,11 @@ class BoundModel:
     @contextmanager
     def original_attention(self) -> Iterator[None]:
         """Inside, the model attends as it did before `bind()`, without a cache."""
-        if self._attention is None:
-            raise EngineError(f"this {type(self.model).__name__} has no attention of its own to go back to")
-        self.model.set_attn_implementation(self._attention)
+        self._attention.restore()
         try:
             yield
         finally:
-            _set_attention(self.model, ATTENTION_NAME)
+            self._attention.set(ATTENTION_NAME)
 
     def release(self) -> None:
         """Put everything back as it was before `bind()`."""
@@ -119,8 +109,7 @@ class BoundModel:
             vars(site.module).pop("_hybridgen", None)
         restore_rope(self._ropes)
         self._ropes.clear()
-        if self._attention is not None:
-            self.model.set_attn_implementation(self._attention)
+        self._attention.restore()
         vars(self.model).pop("_hybridgen_bound", None)
 
 
@@ -137,19 +126,23 @@ def check_free(model: PreTrainedModel) -> None:
         )
 
 
-def bind(model: PreTrainedModel) -> BoundModel:
+def bind(model: PreTrainedModel, context: int | None = None) -> BoundModel:
     """Route the model's attention to hybridgen.
+
+    Args:
+        context: the longest sequence that will be run, up to which the masks are read; None for what the config says.
 
     Raises:
         EngineError: another engine has the model.
-        UnsupportedModelError: it does not attend once per layer through Hugging Face's attention interface.
+        UnsupportedModelError: it does not attend once per layer through Hugging Face's attention interface, or its
+            attention is not causal, windowed or chunked, or not transformers' own.
     """
     check_free(model)
-    previous = model.config._attn_implementation
-    sites, logits_dtype = _probe(model)
-    bound = BoundModel(model, sites, logits_dtype, previous)
+    attention = AttentionNames(model)
+    sites, logits_dtype = _find_sites(model, attention, context or _context_of(model))
+    bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), attention)
     try:
-        _set_attention(model, ATTENTION_NAME)
+        attention.set(ATTENTION_NAME)
         model._hybridgen_bound = True  # type: ignore[assignment]
         replace_length_dependent_rope(model, bound._ropes)
     except BaseException:
@@ -158,55 +151,76 @@ def bind(model: PreTrainedModel) -> BoundModel:
     return bound
 
 
-def _set_attention(model: PreTrainedModel, name: str) -> None:
-    model.set_attn_implementation(name)
-    # Hugging Face only logs a warning when it refuses.
-    if model.config._attn_implementation != name:
+def _context_of(model: PreTrainedModel) -> int:
+    value = getattr(model.config, "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else _CONTEXT
+
+
+class _Seen(NamedTuple):
+    module: nn.Module
+    shape: LayerShape
+    options: AttentionOptions
+
+
+def _find_sites(
+    model: PreTrainedModel, attention: AttentionNames, context: int
+) -> tuple[tuple[AttentionSite, ...], torch.dtype]:
+    """The model's attention calls, and the dtype of its logits.
+
+    What they see comes from a probe of a copy without weights (`models.probe`). Two tokens through the model itself
+    then show that it makes the same calls: with its hooks, its replaced `forward`s and its devices.
+    """
+    kind = type(model).__name__
+    if not model._can_set_attn_implementation():
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not attend through Hugging Face's attention interface, so hybridgen cannot "
-            "put its paged cache under it"
+            f"{kind} does not attend through Hugging Face's attention interface, so hybridgen cannot put its paged "
+            "cache under it"
         )
-
-
-def _probe(model: PreTrainedModel) -> tuple[tuple[AttentionSite, ...], torch.dtype]:
-    """Run two tokens through the model and note every attention call, and the dtype of the logits."""
-    previous = model.config._attn_implementation
-    seen: list[tuple[nn.Module, LayerShape, int, AttentionCall]] = []
-
-    def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict) -> None:
-        if query.shape[1] % key.shape[1]:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} has {query.shape[1]} attention heads for {key.shape[1]} key-value heads; "
-                "each key-value head serves as many attention heads"
-            )
-        shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-        scale = kwargs.get("scaling")
-        call = AttentionCall(
-            query.shape[-1] ** -0.5 if scale is None else float(scale),
-            int(kwargs.get("sliding_window") or 0) or _config_window(module),
-            float(kwargs.get("softcap") or 0.0),
-            kwargs.get("s_aux") is not None,
+    calls = probe_model(model, context)
+    names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    seen, logits_dtype = _run_two_tokens(model, attention, names)
+    check_distinct(kind, [names[site.module] for site in seen])
+    layers = _decoder_layers(model, [site.module for site in seen])
+    if [names[site.module] for site in seen] != [call.name for call in calls]:
+        raise UnsupportedModelError(
+            f"{kind} attends in other modules than its classes do ({len(seen)} and {len(calls)} calls): a hook or a "
+            "replaced forward changes them; remove it"
         )
-        seen.append((module, shape, 0 if kwargs.get("sliding_window") else call.window, call))
+    check_functions(site.module for site in seen)
+    sites = tuple(
+        AttentionSite(site.module, layer, site.shape, call.sees, site.options)
+        for site, layer, call in zip(seen, layers, calls, strict=True)
+    )
+    return sites, logits_dtype
+
+
+def _run_two_tokens(
+    model: PreTrainedModel, attention: AttentionNames, names: dict[nn.Module, str]
+) -> tuple[list[_Seen], torch.dtype]:
+    """Note every attention call of a forward pass, and the dtype of the logits."""
+    seen: list[_Seen] = []
+
+    def note(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: dict
+    ) -> None:
+        if mask is not None:
+            raise UnsupportedModelError(f"{names[module]} is given a mask by a replaced forward or a hook; remove it")
+        options = read_options(names[module], query, key, kwargs)
+        seen.append(_Seen(module, LayerShape(key.shape[1], key.shape[-1], value.shape[-1]), options))
 
     modules = list(model.modules())
-    _set_attention(model, PROBE_NAME)
+    attention.set(SITES_NAME)
     for module in modules:
-        vars(module)["_hybridgen_probe"] = note
+        vars(module)["_hybridgen_note"] = note
     try:
         with torch.inference_mode():
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
             output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], use_cache=False)
     finally:
         for module in modules:
-            vars(module).pop("_hybridgen_probe", None)
-        model.set_attn_implementation(previous)
-    layers = _decoder_layers(model, [module for module, *_ in seen])
-    sites = tuple(
-        AttentionSite(module, layer, shape, window, call)
-        for (module, shape, window, call), layer in zip(seen, layers, strict=True)
-    )
-    return sites, output.logits.dtype
+            vars(module).pop("_hybridgen_note", None)
+        attention.restore()
+    return seen, output.logits.dtype
 
 
 def _decoder_layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[nn.Module]:
@@ -220,12 +234,3 @@ def _decoder_layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list
         f"{type(model).__name__} made {len(attentions)} attention calls that do not pair up with a list of decoder "
         "layers; hybridgen runs models with one attention per layer"
     )
-
-
-def _config_window(module: nn.Module) -> int:
-    """The window of a layer whose model leaves it to the mask."""
-    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    types = getattr(config, "layer_types", None)
-    if types is None or index is None or index >= len(types) or types[index] != "sliding_attention":
-        return 0
-    return int(getattr(config, "sliding_window", 0) or 0)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybridgen.models.binding import AttentionSite
-from hybridgen.models.projections import FusedHead, has_hooks
+from hybridgen.models.projections import has_hooks
 from hybridgen.models.rope import LENGTH_DEPENDENT
+from hybridgen.models.weights import DenseWeight, Weight, WeightError, WeightProvider
 
 
 class Unfit(Exception):
@@ -37,18 +38,12 @@ class Norm:
     shift: float = 0.0
     """What was added to it."""
 
-    def refresh(self) -> None:
-        """Make `scale` again, from the parameter as it is now."""
-        if self.source is not None:
-            self.scale.copy_(self.source.detach().float() + self.shift)
-
 
 @dataclass(frozen=True, slots=True)
 class Linear:
     """`x @ weight.T + bias`."""
 
-    weight: Tensor
-    """[out, in], the model's own storage."""
+    weight: Weight
     bias: Tensor | None = None
     """[out]."""
 
@@ -95,8 +90,7 @@ class Decoder:
     embedding_scale: float
     layers: tuple[DecoderLayer, ...]
     norm: Norm
-    head: Tensor
-    """[vocab, hidden], the model's own storage."""
+    head: Linear
     logits_scale: float
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin, float32 [max_context, head_dim / 2]: the two halves of a head are rotated against each other."""
@@ -115,17 +109,29 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self.head.device
+        return self.embedding.device
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All projections, the head last."""
+        layers = (linear for x in self.layers for linear in (x.qkv, x.out, x.gate_up, x.down))
+        return (*layers, self.head)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that one step reads: every projection and the head, once each."""
-        layers = sum(
-            linear.weight.numel()
-            for layer in self.layers
-            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
-        )
-        return (layers + self.head.numel()) * self.head.itemsize
+        return sum(linear.weight.bytes_read for linear in self.linears)
+
+
+def dense(linear: Linear) -> Tensor:
+    """The weight [out, in] of a projection, for a kernel that takes dense ones.
+
+    Raises:
+        Unfit: it is stored in another format.
+    """
+    if not isinstance(linear.weight, DenseWeight):
+        raise Unfit(f"a weight is {linear.weight.format}; dense ones are fused")
+    return linear.weight.values
 
 
 _ACTIVATIONS = {
@@ -136,11 +142,14 @@ _ACTIVATIONS = {
 }
 
 
-def describe(model: PreTrainedModel, sites: Sequence[AttentionSite], max_context: int) -> Decoder:
+def describe(
+    model: PreTrainedModel, sites: Sequence[AttentionSite], weights: WeightProvider, max_context: int
+) -> Decoder:
     """Read a model's structure.
 
     Args:
         sites: its attention modules, as `models.bind` found them.
+        weights: gives its projections' weights, by the names of its modules.
         max_context: positions that it may be run at.
 
     Raises:
@@ -153,9 +162,11 @@ def describe(model: PreTrainedModel, sites: Sequence[AttentionSite], max_context
             raise Unfit(f"{name or 'the model'} has hooks or a replaced forward")
     base = model.base_model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
-        raise Unfit("its embedding or head is not a plain nn.Embedding or nn.Linear")
-    if head.bias is not None:
+    if not isinstance(embedding, nn.Embedding) or head is None:
+        raise Unfit("its embedding is not a plain nn.Embedding, or it has no head")
+    projections = _Projections(weights, {module: name for name, module in model.named_modules()})
+    last = projections.of(head)
+    if last.bias is not None:
         raise Unfit("its head has a bias")
     config: Any = model.config
     if getattr(config, "final_logit_softcapping", None):
@@ -164,7 +175,7 @@ def describe(model: PreTrainedModel, sites: Sequence[AttentionSite], max_context
     if len(shapes) > 1 or any(shape.key_dim != shape.value_dim for shape in shapes):
         raise Unfit("its layers differ in their heads, or keys and values in their size")
     (shape,) = shapes
-    layers = tuple(_layer(site) for site in sites)
+    layers = tuple(_layer(site, projections) for site in sites)
     first = layers[0]
     hidden, intermediate = first.out.weight.shape[0], first.down.weight.shape[1]
     head_dim = shape.key_dim
@@ -175,8 +186,8 @@ def describe(model: PreTrainedModel, sites: Sequence[AttentionSite], max_context
     if len(activations) > 1:
         raise Unfit("its layers differ in their activation")
     rotates = any(layer.rotates for layer in layers)
-    dtypes = {t.dtype for layer in layers for t in (layer.qkv.weight, layer.out.weight, layer.down.weight)}
-    dtypes |= {head.weight.dtype, embedding.weight.dtype, *(layer.gate_up.weight.dtype for layer in layers)}
+    linears = (last, *(linear for x in layers for linear in (x.qkv, x.out, x.gate_up, x.down)))
+    dtypes = {embedding.weight.dtype, *(linear.weight.format.dtype for linear in linears)}
     if len(dtypes) > 1:
         raise Unfit(f"its weights have several dtypes ({', '.join(sorted(map(str, dtypes)))})")
     with torch.inference_mode():
@@ -186,24 +197,46 @@ def describe(model: PreTrainedModel, sites: Sequence[AttentionSite], max_context
             kv_heads=shape.num_kv_heads,
             head_dim=head_dim,
             intermediate=intermediate,
-            vocab=head.weight.shape[0],
+            vocab=last.weight.shape[0],
             activation=activations.pop(),
             embedding=embedding.weight,
             embedding_scale=_embedding_scale(embedding, config),
             layers=layers,
             norm=_norm(_module(base, "norm"), hidden),
-            head=head.weight,
+            head=last,
             logits_scale=1 / float(getattr(config, "logits_scaling", 1.0) or 1.0),
             rotary=_rotary(base, head_dim, max_context) if rotates else None,
             max_context=max_context,
-            dtype=head.weight.dtype,
+            dtype=last.weight.format.dtype,
         )
 
 
-def _layer(site: AttentionSite) -> DecoderLayer:
+class _Projections(NamedTuple):
+    """Projections of a model, from where its weights come from."""
+
+    weights: WeightProvider
+    names: dict[nn.Module, str]
+
+    def of(self, *modules: nn.Module) -> Linear:
+        """One projection, or several that share their weight in this order."""
+        names = [self.names[module] for module in modules]
+        try:
+            return Linear(self.weights.get(names), self.weights.bias(names))
+        except WeightError as error:
+            raise Unfit(str(error)) from error
+
+    def joined(self, parent: nn.Module, names: tuple[str, ...], whole: str) -> Linear:
+        """A projection whose members share one weight, in this order: joined by us, or by the model itself."""
+        names = (whole,) if hasattr(parent, whole) else names
+        return self.of(*(_module(parent, name) for name in names))
+
+
+def _layer(site: AttentionSite, projections: _Projections) -> DecoderLayer:
     layer, attention = site.layer, site.module
-    if site.call.softcap or site.call.sinks:
+    if site.options.softcap or site.options.sinks:
         raise Unfit("its attention has a soft cap or sinks")
+    if site.sees.chunk:
+        raise Unfit("it attends within chunks")
     mlp = _module(layer, "mlp")
     gemma = hasattr(layer, "pre_feedforward_layernorm")
     before = getattr(layer, "input_layernorm", None)
@@ -211,24 +244,25 @@ def _layer(site: AttentionSite) -> DecoderLayer:
     closing = getattr(layer, "post_feedforward_layernorm", None)
     # Llama calls the norm before its MLP "post attention"; Gemma and OLMo 2 have one on attention's output, too.
     norms_output = gemma or closing is not None
-    width = _linear(attention, ("o_proj",)).weight.shape[0]
+    out = projections.of(_module(attention, "o_proj"))
+    width = out.weight.shape[0]
     return DecoderLayer(
         before_attention=None if before is None else _norm(before, width),
-        qkv=_joined(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+        qkv=projections.joined(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
         query_norm=_head_norm(attention, "q_norm"),
         key_norm=_head_norm(attention, "k_norm"),
         rotates=bool(getattr(attention, "use_rope", True)),
-        attention_scale=site.call.scale,
-        window=site.call.window,
-        out=_linear(attention, ("o_proj",)),
+        attention_scale=site.options.scale,
+        window=site.sees.window,
+        out=out,
         after_attention=_norm(after, width) if norms_output else None,
         before_mlp=_norm(_module(layer, "pre_feedforward_layernorm"), width)
         if gemma
         else None
         if norms_output
         else _norm(after, width),
-        gate_up=_joined(mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
-        down=_linear(mlp, ("down_proj",)),
+        gate_up=projections.joined(mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
+        down=projections.of(_module(mlp, "down_proj")),
         after_mlp=None if closing is None else _norm(closing, width),
         residual=float(getattr(layer, "residual_multiplier", 1.0)),
     )
@@ -243,9 +277,9 @@ def _check_shapes(layer: DecoderLayer, hidden: int, heads: int, kv_heads: int, h
     }
     for name, shape in expected.items():
         weight = getattr(layer, name).weight
-        if tuple(weight.shape) != shape:
-            raise Unfit(f"a {name} weight has the shape {tuple(weight.shape)} where {shape} was expected")
-        if not weight.is_contiguous():
+        if weight.shape != shape:
+            raise Unfit(f"a {name} weight has the shape {weight.shape} where {shape} was expected")
+        if not all(tensor.is_contiguous() for tensor in weight.tensors().values()):
             raise Unfit(f"a {name} weight is not contiguous")
 
 
@@ -254,26 +288,6 @@ def _module(parent: nn.Module, name: str) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise Unfit(f"a {type(parent).__name__} has no {name}")
     return module
-
-
-def _linear(parent: nn.Module, names: tuple[str, ...]) -> Linear:
-    module = _module(parent, names[0])
-    if type(module) is not nn.Linear:
-        raise Unfit(f"{names[0]} is a {type(module).__name__}, not a plain nn.Linear")
-    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
-
-
-def _joined(parent: nn.Module, names: tuple[str, ...], whole: str) -> Linear:
-    """A projection whose members share one weight, in this order: joined by us, or by the model itself."""
-    if hasattr(parent, whole):
-        return _linear(parent, (whole,))
-    first = _module(parent, names[0])
-    if type(first) is not FusedHead:
-        raise Unfit(f"{'/'.join(names)} are not joined (fuse_projections=False, or they could not be)")
-    if first.fused_members != tuple(getattr(parent, name) for name in names):
-        raise Unfit(f"{'/'.join(names)} are joined in another order")
-    bias = first.fused_bias
-    return Linear(first.fused_weight.detach(), None if bias is None else bias.detach())
 
 
 def _norm(module: nn.Module, width: int) -> Norm:

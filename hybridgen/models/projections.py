@@ -74,7 +74,7 @@ class FusionReport:
         return dict(Counter("+".join(group.names) for group in self.groups))
 
 
-class _Slot:
+class Slot:
     """Carries one slice from the head to a tail; empty between forwards, also inside a compiled graph."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class FusedHead(nn.Linear):
     `Parameter`, so that Dynamo takes its address as static."""
     fused_bias: nn.Parameter | None
     fused_sizes: tuple[int, ...]
-    fused_slots: tuple[_Slot, ...]
+    fused_slots: tuple[Slot, ...]
     fused_members: tuple[nn.Linear, ...]
     """Head and tails, in call order."""
 
@@ -112,7 +112,7 @@ class FusedHead(nn.Linear):
 class FusedTail(nn.Linear):
     """A member that is called later: returns the slice that the head left for the same input tensor."""
 
-    fused_slot: _Slot
+    fused_slot: Slot
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         item = self.fused_slot.item
@@ -308,7 +308,7 @@ def _fuse(candidate: _Candidate) -> FusedGroup:
         if any(m.bias is not None for m in members):
             zeros = weight.new_zeros
             bias = torch.cat([zeros(m.out_features) if m.bias is None else m.bias.detach() for m in members])
-        slots = tuple(_Slot() for _ in tails)
+        slots = tuple(Slot() for _ in tails)
         for tail, slot in zip(tails, slots, strict=True):
             tail.__class__ = FusedTail
             tail.__dict__["fused_slot"] = slot

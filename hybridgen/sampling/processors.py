@@ -32,9 +32,28 @@ def penalize(
     return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
 
 
-def ban_early_end(logits: Tensor, banned: Tensor, generated: Tensor, min_new_tokens: Tensor) -> Tensor:
-    """-inf for `banned` ids (bool [B, V]) while `generated` is below `min_new_tokens` (both int64 [B])."""
-    return logits.masked_fill(banned & (generated < min_new_tokens)[:, None], -_INF)
+EARLY_END, AT_BEGIN, FORCED_FIRST, FORCED_LAST = 1, 2, 4, 8
+"""Bits of an id's rules: banned before the minimum length, banned at the beginning, one of the first, of the last."""
+
+
+def apply_rules(logits: Tensor, rules: Tensor, generated: Tensor, limits: Tensor) -> Tensor:
+    """What is banned or forced by the number of generated tokens, in Hugging Face's order.
+
+    Args:
+        logits: float32 [B, V].
+        rules: uint8 [B, V], the bits of each id.
+        generated: int64 [B].
+        limits: int64 [B, 4]: the minimum length, and which generated token (from 0; below 0: none) has its ids banned
+            at the beginning, is forced as the first, is forced as the last.
+    """
+    least, begin, first, last = limits.unbind(1)
+    early = (generated < least) * EARLY_END
+    logits = logits.masked_fill((rules & early.to(torch.uint8)[:, None]) != 0, -_INF)
+    forced = torch.where(generated == last, FORCED_LAST, (generated == first) * FORCED_FIRST).to(torch.uint8)[:, None]
+    only = torch.where((rules & forced) != 0, 0.0, -_INF)
+    logits = torch.where(forced != 0, only, logits)
+    begins = ((generated == begin) * AT_BEGIN).to(torch.uint8)[:, None]
+    return logits.masked_fill((rules & begins) != 0, -_INF)
 
 
 def temper(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -111,3 +130,44 @@ def drop_unlikely(scaled: Tensor, log_min_p: Tensor) -> Tensor:
         log_min_p: float32 [B], the logarithm of min-p; -inf: off.
     """
     return scaled.masked_fill(scaled < log_min_p[:, None], -_INF)
+
+
+def keep_typical(scaled: Tensor, typical_p: Tensor) -> Tensor:
+    """-inf for what typical sampling leaves out (arXiv:2202.00666).
+
+    The kept tokens are those whose surprisal is nearest to the distribution's entropy, until their probability reaches
+    `typical_p`; ties with the last of them stay.
+
+    Args:
+        scaled: float32 [B, V]; -inf where something was left out before.
+        typical_p: float32 [B]; 1: off.
+    """
+    surprisal = -scaled.log_softmax(-1)
+    probability = (-surprisal).exp()
+    entropy = (surprisal * probability).nansum(-1, keepdim=True)
+    distance = (surprisal - entropy).abs()
+    nearest, order = distance.sort(-1)
+    total = scaled.gather(-1, order).softmax(-1).cumsum(-1)
+    last = (total < typical_p[:, None]).sum(-1, keepdim=True).clamp(max=scaled.shape[-1] - 1)
+    dropped = (distance > nearest.gather(-1, last)) & (typical_p < 1)[:, None]
+    return scaled.masked_fill(dropped, -_INF)
+
+
+def cut_off(scaled: Tensor, epsilon: Tensor, eta: Tensor) -> Tensor:
+    """-inf for tokens below a least probability: first `epsilon`, then, among the rest,
+    `min(eta, sqrt(eta) * exp(-entropy))` (arXiv:2210.15191). The most likely ones stay.
+
+    Args:
+        scaled: float32 [B, V].
+        epsilon, eta: float32 [B]; 0: off.
+    """
+    scaled = _drop_below(scaled, scaled.softmax(-1), epsilon[:, None])
+    logarithm = scaled.log_softmax(-1)
+    probability = logarithm.exp()
+    entropy = -(logarithm * probability).nansum(-1)
+    least = torch.minimum(eta, eta.sqrt() * (-entropy).exp())
+    return _drop_below(scaled, probability, least[:, None])
+
+
+def _drop_below(scaled: Tensor, probability: Tensor, least: Tensor) -> Tensor:
+    return scaled.masked_fill((probability < least) & (scaled < scaled.amax(-1, keepdim=True)), -_INF)

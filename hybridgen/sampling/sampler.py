@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hybridgen.sampling.choice import best_of, choose_greedy, choose_sampled, truncated, with_noise
-from hybridgen.sampling.processors import ban_early_end, penalize
+from hybridgen.sampling.history import apply_history
+from hybridgen.sampling.processors import apply_rules, cut_off, keep_typical, penalize
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
 __all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "sample", "truncate"]
@@ -20,7 +21,7 @@ class SampleOutput(NamedTuple):
     tokens: Tensor
     """int64 [B]; -1 where there was nothing to choose: NaN among the logits, or all of them -inf."""
     logprobs: Tensor | None = None
-    """float32 [B], of the chosen tokens, from the logits before any processor; NaN where the token is -1."""
+    """float32 [B], of the chosen tokens, in the distribution that the row asks for; NaN where the token is -1."""
     top_ids: Tensor | None = None
     """int64 [B, k], most likely first."""
     top_logprobs: Tensor | None = None
@@ -56,34 +57,63 @@ def sample(
     if logits.shape[-1] != state.vocab_size:
         raise ValueError(f"the logits have {logits.shape[-1]} columns and the sampler {state.vocab_size}")
     slots = slots.long()
-    if logits.is_cuda:
-        scores = process(logits.float(), state, slots, generated, plan) if plan.processes else logits
-        tokens = _choose(scores, state, slots, positions, plan)
+    cuda = logits.is_cuda
+    scores = logits if cuda else logits.float()
+    if plan.processes:
+        scores = process(logits.float(), state, slots, positions, generated, plan)
+    exact = plan.cuts or plan.sampled_logprobs
+    scaled = truncate(scores.float(), state, slots, plan) if exact or (plan.sample and not cuda) else None
+    if cuda:
+        tokens = _choose(scores, scaled, state, slots, positions, plan)
+    elif plan.sample and scaled is not None:
+        noisy = with_noise(scores, scaled, state.reals, state.integers, slots, positions, state.noise)
+        tokens = best_of(noisy)
     else:
-        scores = process(logits.float(), state, slots, generated, plan)
-        if plan.sample:
-            scaled = truncate(scores, state, slots, plan)
-            scores = with_noise(scores, scaled, state.reals, state.integers, slots, positions, state.noise)
         tokens = best_of(scores)
-    if plan.min_tokens:
+    if plan.by_length:
         tokens = torch.where(logits.isnan().any(-1), -1, tokens)  # the NaN may be one of the banned ids
-    return _with_logprobs(tokens, logits, plan.logprobs)
+    sampled = state.of_sampled[slots] if plan.sampled_logprobs else None
+    return _with_logprobs(tokens, logits, scaled, sampled, plan.logprobs)
 
 
-def _choose(scores: Tensor, state: SamplerState, slots: Tensor, positions: Tensor, plan: SamplerPlan) -> Tensor:
-    """The tokens, by the ops: scores are read once in their own type, and nothing as wide is written."""
+def _choose(
+    scores: Tensor, scaled: Tensor | None, state: SamplerState, slots: Tensor, positions: Tensor, plan: SamplerPlan
+) -> Tensor:
+    """The tokens, by the ops: scores are read once in their own type, and nothing as wide is written.
+
+    `scaled`: what `truncate` made of them, which rows choose from that have cutoffs or tell its probabilities. Other
+    rows take no notice of it, so that what they get does not depend on whom they run with.
+    """
     if scores.dtype == torch.float64:
         scores = scores.float()
     if not plan.sample:
         return choose_greedy(scores)
-    return choose_sampled(scores, state.reals, state.integers, slots, positions, plan.top_k, plan.nucleus)
+    reals, integers = state.reals, state.integers
+    if scaled is not None:
+        reals, integers = reals[slots], integers[slots]
+        cuts = (state.typical_p[slots] < 1) | (state.epsilon_cutoff[slots] > 0) | (state.eta_cutoff[slots] > 0)
+        exact = (cuts | (state.of_sampled[slots] > 0)) & (reals[:, 0] > 0)
+        scores = scores.masked_fill(exact[:, None] & (scaled == -torch.inf), -torch.inf)
+        reals[:, 1] = torch.where(exact, 1.0, reals[:, 1])
+        integers[:, 1] = torch.where(exact, 0, integers[:, 1])
+        slots = torch.arange(len(slots), device=slots.device)
+    return choose_sampled(scores, reals, integers, slots, positions, plan.top_k, plan.nucleus)
 
 
-def process(raw: Tensor, state: SamplerState, slots: Tensor, generated: Tensor, plan: SamplerPlan) -> Tensor:
-    """Apply what both greedy and sampling rows have: bias, penalties, minimum length; float32 [B, V]."""
+def process(
+    raw: Tensor, state: SamplerState, slots: Tensor, positions: Tensor, generated: Tensor, plan: SamplerPlan
+) -> Tensor:
+    """Apply what both greedy and sampling rows have: bias, penalties, rules by length; float32 [B, V].
+
+    All bans by id or by sequence are in the bias: what follows leaves -inf as it is.
+    """
     scores = raw
-    if plan.bias and state.bias is not None:
-        scores = scores + state.bias[slots]
+    if (plan.bias or plan.history) and state.bias is not None:
+        bias = state.bias[slots]
+        if plan.history and state.history is not None:
+            text, tokens, ends, values = state.history
+            apply_history(bias, text, tokens, ends, values, state.ngrams, slots, positions)
+        scores = scores + bias
     if plan.penalties and state.prompt_seen is not None and state.output_counts is not None:
         scores = penalize(
             scores,
@@ -93,23 +123,36 @@ def process(raw: Tensor, state: SamplerState, slots: Tensor, generated: Tensor, 
             state.presence_penalty[slots],
             state.frequency_penalty[slots],
         )
-    if plan.min_tokens and state.banned is not None:
-        scores = ban_early_end(scores, state.banned[slots], generated, state.min_new_tokens[slots])
+    if plan.by_length and state.rules is not None:
+        scores = apply_rules(scores, state.rules[slots], generated, state.limits[slots])
     return scores
 
 
 def truncate(scores: Tensor, state: SamplerState, slots: Tensor, plan: SamplerPlan) -> Tensor:
-    """Temper, then -inf for what top-k, top-p and min-p leave out; float32 [B, V], each row's maximum 0.
+    """Temper, then -inf for what the filters leave out; float32 [B, V]. Its softmax is what a row draws from.
 
-    Rows with temperature 0 come out with a temperature of 1; nobody reads them.
+    Greedy rows come out with a temperature of 1. In batches where someone asks for that distribution, nothing is left
+    out of it for greedy rows; in others nobody reads it.
     """
-    return truncated(scores, state.reals, state.integers, slots, plan.ranked, plan.nucleus, plan.min_p)
+    scaled = truncated(scores, state.reals, state.integers, slots, plan.ranked, plan.nucleus, plan.min_p)
+    if plan.cuts:
+        scaled = keep_typical(scaled, state.typical_p[slots])
+        scaled = cut_off(scaled, state.epsilon_cutoff[slots], state.eta_cutoff[slots])
+    if plan.sampled_logprobs and (plan.filter or plan.cuts):
+        greedy = state.temperature[slots] == 0
+        scaled = torch.where(greedy[:, None], scores - scores.amax(-1, keepdim=True), scaled)
+    return scaled
 
 
-def _with_logprobs(tokens: Tensor, logits: Tensor, count: int | None) -> SampleOutput:
+def _with_logprobs(
+    tokens: Tensor, logits: Tensor, scaled: Tensor | None, sampled: Tensor | None, count: int | None
+) -> SampleOutput:
+    """`sampled`: which rows want those of `scaled` (above 0); None: no row does."""
     if count is None:
         return SampleOutput(tokens)
     everything = logits.float().log_softmax(-1)
+    if sampled is not None and scaled is not None:
+        everything = torch.where(sampled[:, None] > 0, scaled.log_softmax(-1), everything)
     chosen = everything.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
     chosen = torch.where(tokens < 0, torch.nan, chosen)
     if count == 0:

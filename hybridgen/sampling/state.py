@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridgen.sampling.random import gumbel_noise, signed64
+from hybridgen.sampling.history import History, make_history
+from hybridgen.sampling.processors import AT_BEGIN, EARLY_END, FORCED_FIRST, FORCED_LAST
+from hybridgen.sampling.random import gumbel_noise
 from hybridgen.sampling.resolve import ResolvedSampling
 
 _RANKED = (64, 256, 1024)
@@ -18,6 +20,11 @@ _RANKED = (64, 256, 1024)
 
 _FAR = 1e30
 """Parameters beyond it, or above 0 and below its inverse, act as it does."""
+
+
+_CONTEXT = 4096
+"""Tokens of a sequence, where nobody says how many."""
+_LARGEST = 2**31 - 1
 
 
 class SamplerPlan(NamedTuple):
@@ -35,10 +42,16 @@ class SamplerPlan(NamedTuple):
     """Some row has a repetition, presence or frequency penalty."""
     bias: bool = False
     """Some row has a logit bias."""
-    min_tokens: bool = False
-    """Some row has a minimum length."""
+    by_length: bool = False
+    """Some row bans or forces ids by the number of generated tokens: a minimum length, what it begins or ends with."""
     top_k: bool = False
     """Some row has top-k."""
+    history: bool = False
+    """Some row's logits depend on the order of its tokens: sequences with a bias, bad words, repeated n-grams."""
+    cuts: bool = False
+    """Some row has typical-p, epsilon or eta cutoff."""
+    sampled_logprobs: bool = False
+    """Some row wants log-probabilities of the distribution that it draws from."""
     logprobs: int | None = None
     """The largest number of top log-probabilities that a row wants; None: no row wants any."""
 
@@ -50,7 +63,7 @@ class SamplerPlan(NamedTuple):
     @property
     def processes(self) -> bool:
         """Whether some row's logits are changed before a token is chosen."""
-        return self.penalties or self.bias or self.min_tokens
+        return self.penalties or self.bias or self.by_length or self.history
 
     def covers(self, other: SamplerPlan) -> bool:
         """Whether a step with this plan gives rows that need `other` the tokens that they would get from it."""
@@ -75,16 +88,24 @@ def plan_of(params: ResolvedSampling, vocab_size: int) -> SamplerPlan:
         min_p=draws and params.min_p > 0,
         penalties=params.penalizes,
         bias=bool(params.logit_bias),
-        min_tokens=bool(params.min_new_tokens and params.stop_token_ids),
+        by_length=_goes_by_length(params),
         top_k=draws and params.top_k > 0,
+        history=params.reads_history,
+        cuts=draws and params.cuts,
+        sampled_logprobs=params.logprobs is not None and params.logprobs_of == "sampled",
         logprobs=None if params.logprobs is None else min(params.logprobs, vocab_size),
     )
+
+
+def _goes_by_length(params: ResolvedSampling) -> bool:
+    early = params.min_new_tokens and params.stop_token_ids
+    return bool(early or params.begin_suppress_tokens or params.forced_first or params.forced_last)
 
 
 def every_kind(vocab_size: int) -> list[SamplerPlan]:
     """A plan for each set of kernels that sampling has on CUDA."""
     switches = (False, True)
-    processed = {"penalties": True, "bias": True}
+    processed = {"penalties": True, "bias": True, "history": True}
     plans = [SamplerPlan(), SamplerPlan(**processed)]
     for top_k, nucleus, processes in itertools.product(switches, repeat=3):
         ranked = vocab_size if top_k or nucleus else 0
@@ -102,8 +123,11 @@ def _merge(plans: Sequence[SamplerPlan]) -> SamplerPlan:
         min_p=any(plan.min_p for plan in plans),
         penalties=any(plan.penalties for plan in plans),
         bias=any(plan.bias for plan in plans),
-        min_tokens=any(plan.min_tokens for plan in plans),
+        by_length=any(plan.by_length for plan in plans),
         top_k=any(plan.top_k for plan in plans),
+        history=any(plan.history for plan in plans),
+        cuts=any(plan.cuts for plan in plans),
+        sampled_logprobs=any(plan.sampled_logprobs for plan in plans),
         logprobs=max((plan.logprobs for plan in plans if plan.logprobs is not None), default=None),
     )
 
@@ -111,24 +135,31 @@ def _merge(plans: Sequence[SamplerPlan]) -> SamplerPlan:
 class SamplerState:
     """Sampling parameters and token histories, one row per slot.
 
-    The parameters live in two small tables, so that a new request costs two copies; the attributes are views
-    of their columns. Tensors of the vocabulary's width are allocated when the first request needs them and
-    kept:
+    The parameters live in two small tables, so that a new request costs two copies; the properties are views
+    of their columns. Larger tensors are allocated when the first request needs them and kept:
 
     - `bias` float32 [slots, V]: added to the logits;
-    - `banned` bool [slots, V]: ids that end the request, for its minimum length;
-    - `prompt_seen` bool [slots, V] and `output_counts` int32 [slots, V]: for penalties.
+    - `rules` uint8 [slots, V]: ids that are banned or forced by the number of generated tokens
+      (`processors.apply_rules`);
+    - `prompt_seen` bool [slots, V] and `output_counts` int32 [slots, V]: for penalties;
+    - `history`: the tokens of each slot by position, and the sequences that are looked for in them
+      (`sampling.history`).
     """
 
-    def __init__(self, max_batch: int, vocab_size: int, device: torch.device | str) -> None:
-        """Allocate the rows of `max_batch` slots for logits [B, vocab_size] on a device."""
+    def __init__(
+        self, max_batch: int, vocab_size: int, device: torch.device | str, max_context: int = _CONTEXT
+    ) -> None:
+        """Allocate the rows of `max_batch` slots for logits [B, vocab_size] on a device, and for sequences of
+        `max_context` tokens."""
         self.max_batch = max_batch
         self.vocab_size = vocab_size
+        self.max_context = max_context
         self.device = torch.device(device)
-        self.reals = torch.zeros(max_batch, 6, dtype=torch.float32, device=self.device)
-        self.integers = torch.zeros(max_batch, 3, dtype=torch.int64, device=self.device)
+        self.reals = torch.zeros(max_batch, 9, dtype=torch.float32, device=self.device)
+        self.integers = torch.zeros(max_batch, 8, dtype=torch.int64, device=self.device)
         self.bias: Tensor | None = None
-        self.banned: Tensor | None = None
+        self.rules: Tensor | None = None
+        self.history: History | None = None
         self.prompt_seen: Tensor | None = None
         self.output_counts: Tensor | None = None
         self.noise: Callable[[Tensor, Tensor, int], Tensor] = gumbel_noise
@@ -158,29 +189,35 @@ class SamplerState:
         self.integers[slot].copy_(self._stage(_integer_row(params), torch.int64), non_blocking=True)
         plan = self._plans[slot] = plan_of(params, self.vocab_size)
         self.allocate(plan)
-        for table in (self.bias, self.banned, self.prompt_seen, self.output_counts):
+        for table in (self.bias, self.rules, self.prompt_seen, self.output_counts):
             if table is not None:
                 table[slot].zero_()
+        if self.history is not None:
+            self.history.ends[slot].zero_()
         if plan.bias and self.bias is not None:
             ids = self._on_device([token for token, _ in params.logit_bias], torch.int64)
             values = [bias if bias == -math.inf else _finite(bias) for _, bias in params.logit_bias]
             self.bias[slot].index_copy_(0, ids, self._on_device(values, torch.float32))
-        if plan.min_tokens and self.banned is not None:
-            self.banned[slot].index_fill_(0, self._ids(params.stop_token_ids), True)
+        if plan.by_length and self.rules is not None:
+            self.rules[slot].copy_(self._stage(self._rules_row(params), torch.uint8), non_blocking=True)
         if plan.penalties and self.prompt_seen is not None and self.output_counts is not None:
             self.prompt_seen[slot].index_fill_(0, self._ids(prompt_ids), True)
             generated = self._ids(generated_ids)
             self.output_counts[slot].scatter_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
+        if plan.history and self.history is not None:
+            self._write_history(self.history, slot, params, (*prompt_ids, *generated_ids))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a step may read or write, by name."""
         tables = {
             "bias": self.bias,
-            "banned ids": self.banned,
+            "rules by length": self.rules,
             "prompt tokens": self.prompt_seen,
             "output counts": self.output_counts,
         }
         parameters = {"sampling reals": self.reals, "sampling integers": self.integers}
+        if self.history is not None:
+            tables |= {f"history {name}": table for name, table in self.history._asdict().items()}
         return parameters | {name: table for name, table in tables.items() if table is not None}
 
     def needs(self, slots: Sequence[int]) -> SamplerPlan:
@@ -239,22 +276,75 @@ class SamplerState:
         return self.integers[:, 1]
 
     @property
-    def min_new_tokens(self) -> Tensor:
-        """int64 [slots]."""
-        return self.integers[:, 2]
+    def limits(self) -> Tensor:
+        """int64 [slots, 4], see `processors.apply_rules`."""
+        return self.integers[:, 2:6]
+
+    @property
+    def ngrams(self) -> Tensor:
+        """int64 [slots], the size of n-grams that may not come twice; 0: off."""
+        return self.integers[:, 6]
+
+    @property
+    def of_sampled(self) -> Tensor:
+        """int64 [slots]; 1: log-probabilities are those of the distribution that is drawn from."""
+        return self.integers[:, 7]
+
+    @property
+    def typical_p(self) -> Tensor:
+        """float32 [slots]; 1: off."""
+        return self.reals[:, 6]
+
+    @property
+    def epsilon_cutoff(self) -> Tensor:
+        """float32 [slots]; 0: off."""
+        return self.reals[:, 7]
+
+    @property
+    def eta_cutoff(self) -> Tensor:
+        """float32 [slots]; 0: off."""
+        return self.reals[:, 8]
 
     def allocate(self, plan: SamplerPlan) -> None:
         """Allocate the tables that a plan needs and that are not there yet; they stay where they are."""
         # Requests may be admitted in inference mode; a tensor made there could not be written to outside of
         # it.
         with torch.inference_mode(False):
-            if plan.bias and self.bias is None:
+            if (plan.bias or plan.history) and self.bias is None:
                 self.bias = self._zeros(torch.float32)
-            if plan.min_tokens and self.banned is None:
-                self.banned = self._zeros(torch.bool)
+            if plan.by_length and self.rules is None:
+                self.rules = self._zeros(torch.uint8)
+            if plan.history and self.history is None:
+                self.history = make_history(self.max_batch, self.max_context, self.device)
             if plan.penalties and self.prompt_seen is None:
                 self.prompt_seen = self._zeros(torch.bool)
                 self.output_counts = self._zeros(torch.int32)
+
+    def _write_history(self, history: History, slot: int, params: ResolvedSampling, ids: Sequence[int]) -> None:
+        known = torch.as_tensor(ids, dtype=torch.int64).clamp(max=_LARGEST)  # an id that no sequence has
+        history.text[slot, : len(ids)].copy_(self._stage(known, torch.int32), non_blocking=True)
+        if not params.sequence_bias:
+            return
+        tokens = [token for sequence, _ in params.sequence_bias for token in sequence]
+        ends = [0, *itertools.accumulate(len(sequence) for sequence, _ in params.sequence_bias)]
+        ends += [ends[-1]] * (history.ends.shape[1] - len(ends))
+        values = [value if value == -math.inf else _finite(value) for _, value in params.sequence_bias]
+        history.tokens[slot, : len(tokens)].copy_(self._stage(tokens, torch.int32), non_blocking=True)
+        history.ends[slot].copy_(self._stage(ends, torch.int32), non_blocking=True)
+        history.values[slot, : len(values)].copy_(self._stage(values, torch.float32), non_blocking=True)
+
+    def _rules_row(self, params: ResolvedSampling) -> Tensor:
+        """The bits of each id, on the host."""
+        row = torch.zeros(self.vocab_size, dtype=torch.uint8)
+        groups = (
+            (EARLY_END, params.stop_token_ids),
+            (AT_BEGIN, params.begin_suppress_tokens),
+            (FORCED_FIRST, params.forced_first),
+            (FORCED_LAST, params.forced_last),
+        )
+        for bit, ids in groups:
+            row[list(dict.fromkeys(ids))] |= bit
+        return row
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.max_batch, self.vocab_size, dtype=dtype, device=self.device)
@@ -290,8 +380,20 @@ def _real_row(params: ResolvedSampling) -> list[float]:
         _finite(params.repetition_penalty, 1 / _FAR),
         _finite(params.presence_penalty),
         _finite(params.frequency_penalty),
+        params.typical_p,
+        params.epsilon_cutoff,
+        params.eta_cutoff,
     ]
 
 
 def _integer_row(params: ResolvedSampling) -> list[int]:
-    return [signed64(params.seed), params.top_k, params.min_new_tokens]
+    return [
+        params.seed,
+        params.top_k,
+        params.min_new_tokens,
+        params.begin if params.begin_suppress_tokens else -1,
+        0 if params.forced_first else -1,
+        params.max_new_tokens - 1 if params.forced_last else -1,
+        params.no_repeat_ngram_size,
+        int(params.logprobs_of == "sampled"),
+    ]

@@ -21,7 +21,8 @@ def timed() -> Iterator[None]:
 
 
 def take_seconds() -> float:
-    """What it took, for the first engine of the process; 0 for later ones, and where it was imported by itself."""
+    """Seconds that the imports took, for the first engine of the process. 0 for later engines, and where the caller had
+    imported all of it before."""
     global _seconds
     seconds, _seconds = _seconds, 0.0
     return seconds

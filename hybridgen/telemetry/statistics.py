@@ -31,7 +31,7 @@ class Counters:
     def fall_back(self, reason: str) -> None:
         """Count a fallback; warn the first time that a reason occurs.
 
-        Never raises: it is called in the middle of things. Where warnings are errors, it logs instead.
+        Never raises, because its callers go on after it. Where warnings are errors, it logs instead.
         """
         self.fallbacks[reason] += 1
         if self.fallbacks[reason] > 1:
@@ -63,7 +63,7 @@ class GraphRow:
     padded_hits: int
     bytes: int
     seconds: float
-    """A replay with padding rows only, with its wait (what decides whether padding is worth it)."""
+    """A replay with padding rows only, until the device is done. It decides whether padding is worth its time."""
     plain_seconds: float
     """The same step without the recording."""
 
@@ -113,7 +113,7 @@ class DecodeStats:
     ceiling: float | None = None
     """Bytes per second that the device reads at best, as measured; None on a CPU."""
     mbu: float = math.nan
-    """The one over the other (model bandwidth utilisation)."""
+    """`read_bandwidth` as a share of `ceiling` (model bandwidth utilisation)."""
 
     def summary(self) -> str:
         """One line."""
@@ -128,7 +128,7 @@ class DecodeStats:
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactStats:
-    """What came from the compile cache. A hit is something that was there, a miss something that had to be made."""
+    """What came from the compile cache. A hit was in it, a miss had to be made."""
 
     state: str = "off"
     """`hit`, `miss`, or `off` where nothing is kept."""
@@ -143,7 +143,8 @@ class ArtifactStats:
     graphs)."""
     misses: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    """What is not as it could be: variables that a user set, a store that cannot be written."""
+    """What keeps the cache from working as well as it could: variables that a user set, a store that cannot be
+    written."""
 
 
 class StartupRow(NamedTuple):
@@ -178,7 +179,7 @@ class EngineStats:
     compiled: int
     """Functions that `torch.compile` made at warm-up: one per kind of layer and phase."""
     late_compiles: int
-    """Those made after it, each one a stall."""
+    """Functions made after it. Each of them stopped the engine while it was compiled."""
     graphs: GraphStats
     """Recorded steps."""
     decode: DecodeStats

@@ -7,12 +7,14 @@ once a step, and the keys and values of every row's context (Databricks, "LLM in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from hybridgen.cache import KeyValueState
 from hybridgen.models import BoundModel
+from hybridgen.models.weights import WeightError, WeightProvider
 from hybridgen.telemetry.statistics import DecodeStats
 
 
@@ -23,9 +25,9 @@ class Traffic:
     weights: int
     """Bytes of weights that a step reads, whatever its rows are; 0 where that depends on the tokens (experts)."""
     cache: tuple[tuple[int, int], ...]
-    """(window or 0, bytes of keys and values per position) of the layers, those of equal windows together."""
+    """(window, bytes of keys and values per position) of all layers with that window together; 0 is no window."""
     ceiling: float | None
-    """Bytes per second that the device reads at best (`kernels.ceiling`); None where that is not known."""
+    """Bytes per second that the device reads at best (`kernels.read_ceiling`); None where that is not known."""
 
     def step_bytes(self, rows: int, positions: float) -> float:
         """Bytes of a step.
@@ -46,26 +48,44 @@ class Traffic:
         return bandwidth / self.ceiling if self.ceiling else math.nan
 
 
-def traffic_of(bound: BoundModel, ceiling: float | None) -> Traffic:
-    """Count a model's bytes: all its parameters but the embedding table, of which a step reads a row per token.
+def traffic_of(bound: BoundModel, states: Sequence[KeyValueState], ceiling: float | None) -> Traffic:
+    """Count a model's bytes: all its weights but the embedding table, of which a step reads a row per token.
 
     A tied embedding is the head's weight too, and counts.
+
+    Args:
+        states: what its layers keep, one for each.
     """
     model = bound.model
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and embedding is not None and head.weight is embedding.weight
-    skipped = set() if tied or embedding is None else {id(parameter) for parameter in embedding.parameters()}
-    weights = 0 if _has_experts(model.modules()) else _bytes(model, skipped)
+    weights = 0 if _has_experts(model.modules()) else _bytes(model, bound.weights, model.get_input_embeddings())
     cache: dict[int, int] = {}
-    for site in bound.sites:
-        shape, window = site.shape, site.call.window
-        each = shape.num_kv_heads * (shape.key_dim + shape.value_dim) * model.dtype.itemsize
-        cache[window] = cache.get(window, 0) + each
+    for site, state in zip(bound.sites, states, strict=True):
+        # Within its chunk a row sees between one position and all: half of them on average.
+        window = site.sees.window or site.sees.chunk // 2
+        cache[window] = cache.get(window, 0) + state.bytes_per_position
     return Traffic(weights, tuple(cache.items()), ceiling)
 
 
-def _bytes(model: nn.Module, skipped: set[int]) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skipped)
+def _bytes(model: nn.Module, weights: WeightProvider, skipped: nn.Module | None) -> int:
+    """Bytes of projections as their weights say, and of the parameters of everything else."""
+    total = 0
+    counted: set[int] = set()  # where tensors begin: modules may share them
+    for name, module in model.named_modules():
+        if module is skipped:
+            continue
+        try:
+            weight = weights.get((name,))
+        except WeightError:
+            pass
+        else:
+            stored = {tensor.data_ptr() for tensor in weight.tensors().values()}
+            total += 0 if stored <= counted else weight.bytes_read
+            counted |= stored
+        for parameter in module.parameters(recurse=False):
+            if parameter.data_ptr() not in counted:
+                counted.add(parameter.data_ptr())
+                total += parameter.numel() * parameter.element_size()
+    return total
 
 
 def _has_experts(modules: Iterable[nn.Module]) -> bool:
@@ -96,7 +116,7 @@ class DecodeMeter:
         self._last = now
 
     def pause(self) -> None:
-        """Something else ran: the next step's time is not its own."""
+        """Another call ran, so the time until the next decode step is read is not that step's alone."""
         self._last = None
 
     def stats(self) -> DecodeStats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -14,6 +14,7 @@ _REPLACEMENT = "\ufffd"
 _MAX_PENDING = 64
 """Tokens that may wait for the end of an undecodable run; each further one decodes all of them again."""
 
+_hidden: weakref.WeakKeyDictionary[Any, Mapping[int, str]] = weakref.WeakKeyDictionary()
 _skipped: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
 
 
@@ -177,6 +178,25 @@ def _beyond(old: str, new: str) -> str | None:
     rest = new[len(stem) :]
     marks = len(rest) - len(rest.lstrip(_REPLACEMENT))
     return rest[marks + 1 :]
+
+
+def hidden_texts(tokenizer: Any) -> Mapping[int, str]:
+    """The texts of the tokens that `decode(skip_special_tokens=True)` leaves out, by id; none without a tokenizer."""
+    if tokenizer is None:
+        return {}
+    found = _hidden.get(tokenizer)
+    if found is None:
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token for token, value in added.items() if value.special} | {
+            token for token in getattr(tokenizer, "all_special_ids", ()) if isinstance(token, int)
+        }
+        found = {}
+        for token in special:
+            text = tokenizer.decode([token], skip_special_tokens=False)
+            if text and not tokenizer.decode([token], skip_special_tokens=True):
+                found[token] = text
+        _hidden[tokenizer] = found
+    return found
 
 
 def _last_words(prompt_ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[int]:

@@ -12,6 +12,7 @@ from hybridgen.execution import ModelRunner
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.warm_up import compile_layers
 from hybridgen.graphs.key import GraphKey
+from hybridgen.models.visibility import Visibility
 from hybridgen.sampling import SamplerPlan
 
 
@@ -108,7 +109,7 @@ def test_beyond_the_recompile_limit_a_layer_runs_eagerly() -> None:
     def run_with_windows() -> None:
         with torch.inference_mode():
             for window in range(1, 12):  # each is a constant of the graph
-                binding.window = window
+                binding.sees = Visibility(window=window)
                 run_prefill(runner, 4)
 
     with pytest.warns(RuntimeWarning, match="after warm-up"):

@@ -21,12 +21,13 @@ from transformers import AutoTokenizer
 import hybridgen
 from hybridgen import Engine, FinishReason, api
 from hybridgen.cache import PageAllocator
+from hybridgen.core import TokenLogprob
 from hybridgen.demo import model_path
-from hybridgen.engine.loop import StepLoop, interrupts_deferred
-from hybridgen.engine.output import Response
-from hybridgen.engine.requests import Plan
+from hybridgen.engine.handoff import interrupts_deferred
+from hybridgen.engine.loop import StepLoop
+from hybridgen.engine.requests import Request
 from hybridgen.engine.scheduler import Scheduler
-from hybridgen.execution.plan import PrefillChunk, StepOutput
+from hybridgen.execution.plan import Admission, PrefillChunk, StepOutput
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
 from hybridgen.telemetry.statistics import Counters
@@ -62,10 +63,10 @@ def test_a_stream_keeps_events_that_another_call_produced(engine: Engine, expect
 def test_a_failed_admission_fails_one_request(engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
     admit = engine._runner.admit
 
-    def failing(slot: int, pages: Any, sampling: Any, prompt_ids: Any) -> None:
-        if tuple(prompt_ids) == tuple(PROMPTS[1]):
+    def failing(admission: Admission) -> None:
+        if tuple(admission.prompt_ids) == tuple(PROMPTS[1]):
             raise torch.OutOfMemoryError("no room for the penalties")
-        admit(slot, pages, sampling, prompt_ids)
+        admit(admission)
 
     monkeypatch.setattr(engine._runner, "admit", failing)
     outs = engine.generate(PROMPTS, max_new_tokens=8)
@@ -216,10 +217,10 @@ def test_a_lost_device_fails_everybody_and_the_next_call_loads_again(
 
 def test_a_submission_that_comes_after_the_end_is_refused(llama_path: Path) -> None:
     engine = Engine.load(llama_path, **SETTINGS)
-    loop, plans = engine.open_loop(), engine.plan([PROMPTS[0]], None, {"max_new_tokens": 2})
+    loop, requests = engine.open_loop(), engine.make_requests([PROMPTS[0]], None, {"max_new_tokens": 2})
     engine.close()
     with pytest.raises(hybridgen.EngineError, match="closed"):
-        loop.submit(plans, [])
+        loop.submit(requests)
 
 
 def test_others_fail_when_a_step_is_interrupted(
@@ -281,9 +282,11 @@ class StubRunner:
         self.decoded: list[tuple[int, ...]] = []
         self.reads = 0
         self.fails: Any = lambda slots: False
+        self.accepts: Any = lambda row: 1
+        self.logprobs = False
 
-    def admit(self, slot: int, pages: Any, sampling: Any, prompt_ids: Any) -> None:
-        self.next[slot] = 100 * slot
+    def admit(self, admission: Admission) -> None:
+        self.next[admission.slot] = 100 * admission.slot
 
     def recover(self) -> None:
         """Nothing here can be out of step."""
@@ -298,14 +301,18 @@ class StubRunner:
         return self._launch(slots)
 
     def _launch(self, slots: tuple[int, ...]) -> Any:
-        tokens = [self.next[slot] for slot in slots]
-        for slot in slots:
-            self.next[slot] += 1
+        tokens = []
+        for row, slot in enumerate(slots):
+            count = self.accepts(row)
+            tokens.append([self.next[slot] + i for i in range(count)])
+            self.next[slot] += count
 
         def read() -> StepOutput:
             assert tokens, "a step without rows is not read"
             self.reads += 1
-            return StepOutput(tokens, None)
+            if not self.logprobs:
+                return StepOutput(tokens, None)
+            return StepOutput(tokens, [[TokenLogprob(token, -1.0) for token in row] for row in tokens])
 
         return SimpleNamespace(kind="stub", reason="none", rows=len(tokens), read=read)
 
@@ -318,49 +325,92 @@ def stub_loop(
     return StepLoop(runner, scheduler, Counters(), tokenizer=tokenizer, run_ahead=run_ahead, **options), runner
 
 
-def start(loop: StepLoop, count: int, prompt: int = 3, **fields: Any) -> list[Response]:
+def start(loop: StepLoop, count: int, prompt: int = 3, **fields: Any) -> list[Request]:
     sampling = resolve(SamplingParams(**fields), None, None, 1000)
-    responses: list[Response] = []
-    loop.submit([Plan(tuple(range(prompt)), sampling, index, 0) for index in range(count)], responses)
-    return responses
+    requests = [Request(tuple(range(prompt)), sampling, index) for index in range(count)]
+    loop.submit(requests)
+    return requests
 
 
-def finish(loop: StepLoop, responses: list[Response]) -> None:
-    while any(response.completion is None for response in responses):
+def finish(loop: StepLoop, requests: list[Request]) -> None:
+    while any(request.completion is None for request in requests):
         loop.step()
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
 def test_tokens_steps_and_counts(run_ahead: int) -> None:
     loop, runner = stub_loop(run_ahead)
-    responses = start(loop, 3, max_new_tokens=6)
-    responses += start(loop, 1, prompt=40, max_new_tokens=4)  # in four chunks; only the last samples
-    finish(loop, responses)
-    for index, response in enumerate(responses):
+    requests = start(loop, 3, max_new_tokens=6)
+    requests += start(loop, 1, prompt=40, max_new_tokens=4)  # in four chunks; only the last samples
+    finish(loop, requests)
+    for index, request in enumerate(requests):
         count = 6 if index < 3 else 4
-        assert response.completion.token_ids == tuple(100 * index + i for i in range(count))
-        steps = {(step.phase, step.kind, step.reason): step.count for step in response.completion.steps}
+        assert request.completion.token_ids == tuple(100 * index + i for i in range(count))
+        steps = {(step.phase, step.kind, step.reason): step.count for step in request.completion.steps}
         prefills = 1 if index < 3 else 4
         assert steps == {("prefill", "stub", "none"): prefills, ("decode", "stub", "none"): count - 1}
-        assert response.sequence.launched == count
+        assert request.launched == count
     assert loop._counters.tokens == {"prompt": 49, "generated": 22}
     assert loop._counters.steps["decode", "stub", "none"] == len(runner.decoded)
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_steps_that_bring_several_tokens(run_ahead: int) -> None:
+    """As a step with drafts does: rows get one to three tokens each, and requests end inside a step."""
+    loop, runner = stub_loop(run_ahead)
+    runner.accepts = lambda row: 1 + (row + len(runner.decoded)) % 3
+    limits = (4, 9, 15)
+    requests = [request for limit in limits for request in start(loop, 1, max_new_tokens=limit)]
+    requests += start(loop, 1, max_new_tokens=20, stop_token_ids=[307])
+    while loop.scheduler.busy:
+        loop.step()
+        for request in loop.scheduler.running:
+            in_flight = sum(request in flight.requests for flight in loop._in_flight)
+            assert request.launched == len(request.output.token_ids) + in_flight
+    for slot, count in enumerate((*limits, 8)):
+        assert requests[slot].completion.token_ids == tuple(range(100 * slot, 100 * slot + count))
+    assert loop._counters.tokens["generated"] == sum(limits) + 8
+    steps = [sum(s.count for s in one.completion.steps if s.phase == "decode") for one in requests]
+    assert max(steps) < 14
+    assert len(runner.decoded) <= max(steps) + run_ahead
+
+
+def test_logprobs_of_several_tokens() -> None:
+    loop, runner = stub_loop()
+    runner.accepts, runner.logprobs = (lambda row: 2), True
+    requests = start(loop, 2, max_new_tokens=5, logprobs=0)
+    finish(loop, requests)
+    for request in requests:
+        assert [entry.token_id for entry in request.completion.logprobs] == list(request.completion.token_ids)
+
+
+def test_a_request_is_submitted_once() -> None:
+    loop, _ = stub_loop()
+    requests = start(loop, 1, max_new_tokens=2)
+    fresh = Request((1,), requests[0].sampling)
+    with pytest.raises(ValueError, match="submitted once"):
+        loop.submit([fresh, *requests])
+    assert len(loop.scheduler.waiting) == 1  # all or none
+    loop.cancel([fresh])  # was never submitted: nothing to end
+    assert fresh.completion is None
+    finish(loop, requests)
+    assert loop._counters.requests == {"submitted": 1, "length": 1}
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_first_token_need_not_wait_for_the_next_launch(first: bool) -> None:
     """Where launches take long, a prefill is read before the decode call is launched; later steps run ahead."""
     loop, runner = stub_loop(reads_first_tokens_first=first)
-    (response,) = start(loop, 1, max_new_tokens=5)
+    (request,) = start(loop, 1, max_new_tokens=5)
     decode, when_decoded = runner.decode, []
 
     def noted(slots: tuple[int, ...]) -> Any:
-        when_decoded.append(len(response.sequence.output_ids))
+        when_decoded.append(len(request.output.token_ids))
         return decode(slots)
 
     runner.decode = noted
-    finish(loop, [response])
-    assert response.completion.token_ids == tuple(range(5))
+    finish(loop, [request])
+    assert request.completion.token_ids == tuple(range(5))
     # Tokens that the host had at each launch.
     assert when_decoded == ([1, 1, 2, 3] if first else [0, 1, 2, 3])
 
@@ -375,35 +425,35 @@ def test_the_runner_gets_the_same_slots_object_while_the_batch_is_the_same() -> 
 @pytest.mark.parametrize("run_ahead", [0, 1])
 def test_a_failed_call_counts_its_tokens_once(run_ahead: int) -> None:
     loop, runner = stub_loop(run_ahead)
-    responses = start(loop, 3, max_new_tokens=8)
+    requests = start(loop, 3, max_new_tokens=8)
     runner.fails = lambda slots: len(slots) > 1 or slots == (1,)
     for _ in range(3):
         loop.step()
     runner.fails = lambda slots: False
-    good = [responses[0], responses[2]]
-    for response in good:
-        assert response.completion is None
-        assert response.sequence.launched == 3
-        assert len(response.sequence.output_ids) == 3 - run_ahead
-    finish(loop, responses)
-    assert "injected" in str(responses[1].completion.error)
-    for slot, response in zip((0, 2), good, strict=True):
-        assert response.completion.token_ids == tuple(range(100 * slot, 100 * slot + 8))
-        assert response.sequence.launched == 8
-        assert sum(step.count for step in response.completion.steps) == 8
+    good = [requests[0], requests[2]]
+    for request in good:
+        assert request.completion is None
+        assert request.launched == 3
+        assert len(request.output.token_ids) == 3 - run_ahead
+    finish(loop, requests)
+    assert "injected" in str(requests[1].completion.error)
+    for slot, request in zip((0, 2), good, strict=True):
+        assert request.completion.token_ids == tuple(range(100 * slot, 100 * slot + 8))
+        assert request.launched == 8
+        assert sum(step.count for step in request.completion.steps) == 8
 
 
 def test_decoding_at_the_end_that_fails_fails_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     loop, _ = stub_loop(tokenizer=tokenizer)
-    responses = start(loop, 2, max_new_tokens=5)
+    requests = start(loop, 2, max_new_tokens=5)
 
     def failing(token_ids: Any = ()) -> str:
         raise ValueError("cannot decode")
 
-    monkeypatch.setattr(responses[0]._detokenizer, "flush", failing)
-    finish(loop, responses)
-    bad, good = (response.completion for response in responses)
+    monkeypatch.setattr(requests[0].output._detokenizer, "flush", failing)
+    finish(loop, requests)
+    bad, good = (request.completion for request in requests)
     assert isinstance(bad.error, hybridgen.RequestError)
     assert "its output could not be handled: ValueError: cannot decode" in str(bad.error)
     assert (bad.token_ids, bad.text) == (tuple(range(5)), "")
@@ -420,12 +470,12 @@ def test_idle_work_runs_only_while_nobody_needs_the_device() -> None:
         return True
 
     assert loop.idle(work)
-    responses = start(loop, 1, max_new_tokens=20, stop_token_ids=[4])
+    requests = start(loop, 1, max_new_tokens=20, stop_token_ids=[4])
     assert not loop.idle(work)  # waiting
     loop.step()
     assert not loop.idle(work)  # running
-    responses[0].on_token = lambda token: calls.append(-1 if loop.idle(work) else -2)
-    finish(loop, responses)
+    requests[0].output.listen(lambda token: calls.append(-1 if loop.idle(work) else -2))
+    finish(loop, requests)
     assert runner.reads < 1 + len(runner.decoded)  # a step is in flight that nobody waits for
     assert loop.idle(work)
     assert calls == [0, *[-2] * 5, 1 + len(runner.decoded)]
@@ -467,51 +517,40 @@ def test_idle_work_is_not_interrupted() -> None:
     assert reached == [1]
 
 
-def test_responses_that_ended_are_not_kept() -> None:
+def test_requests_that_ended_are_not_kept() -> None:
     loop, _ = stub_loop(run_ahead=0)
-    responses = start(loop, 2, max_new_tokens=5)
-    watched = weakref.ref(responses[0])
-    finish(loop, responses)
-    del responses
+    requests = start(loop, 2, max_new_tokens=5)
+    watched = weakref.ref(requests[0])
+    finish(loop, requests)
+    del requests
     gc.collect()
     assert watched() is None
 
 
-# ------------------------------------------------------------------ what is given back
+# ------------------------------------------------------------------ what a live model keeps, and what is freed
 
 
 @pytest.mark.parametrize("fields", [{"kv_memory": 10}, {"max_context": 10**6}])
-def test_a_failed_build_gives_the_model_back(fields: dict[str, Any]) -> None:
+def test_a_failed_build_leaves_the_model_as_it_was(fields: dict[str, Any]) -> None:
     model = families.build("llama")
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     expected = families.reference(model, PROMPTS[0], 4)[0]
     for _ in range(2):
-        with pytest.raises(hybridgen.HybridgenError) as caught:
+        with pytest.raises(hybridgen.HybridgenError):
             Engine.load(model, **SETTINGS | fields)
-        assert "in use" not in str(caught.value)
     assert families.reference(model, PROMPTS[0], 4)[0] == expected
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
-def test_training_mode_comes_back() -> None:
-    model = families.build("llama").train()
-    model.model.layers[1].eval()
-    flags = [module.training for module in model.modules()]
-    with Engine.load(model, **SETTINGS) as engine:
-        assert not model.training
-        engine.generate(PROMPTS[0], max_new_tokens=2)
-    assert [module.training for module in model.modules()] == flags
-
-
-def test_an_engine_that_is_dropped_gives_its_model_back() -> None:
+def test_an_engine_that_is_dropped_is_freed_although_its_live_model_stays() -> None:
     model = families.build("llama")
-    expected = families.reference(model, PROMPTS[0], 4)[0]
     engine = Engine.load(model, **SETTINGS | {"mode": "jit", "compile_backend": "aot_eager"})
     engine.generate(PROMPTS[0], max_new_tokens=2)
-    del engine
+    site = engine._runner.bound.sites[0]
+    watched = [weakref.ref(site.module), weakref.ref(site.module._hybridgen.keys)]
+    del engine, site
     gc.collect()
-    assert families.reference(model, PROMPTS[0], 4)[0] == expected
-    Engine.load(model, **SETTINGS).close()
+    assert [reference() for reference in watched] == [None, None]
 
 
 def test_closing_frees_weights_and_cache(llama_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, Phi3Config
 
-from hybridgen import EngineConfig, PromptError, SamplingError, SamplingParams
-from hybridgen.engine.requests import Plan, plan_requests, sampling_list, sampling_per_prompt
+from hybridgen import ConfigError, EngineConfig, PromptError, SamplingError, SamplingParams
+from hybridgen.arguments import sampling_list, sampling_per_prompt
+from hybridgen.engine.output import RequestOutput
+from hybridgen.engine.requests import Request, RequestState, collect, context_limit, make_requests
 from hybridgen.loading import Checkpoint
+from hybridgen.sampling import resolve
 
 
 @pytest.fixture(scope="module")
@@ -16,21 +21,21 @@ def demo() -> Checkpoint:
     return Checkpoint.open(None, EngineConfig(device="cpu"))
 
 
-def plan(checkpoint: Checkpoint, length: int, cache: int | None = None, **fields: Any) -> Plan:
-    return plan_requests([[1] * length], None, fields, checkpoint, 200, cache)[0]
+def make(checkpoint: Checkpoint, length: int, cache: int | None = None, **fields: Any) -> Request:
+    return make_requests([[1] * length], None, fields, checkpoint, 200, cache)[0]
 
 
 def test_a_default_gives_way_to_the_context(demo: Checkpoint) -> None:
-    assert plan(demo, 10).sampling.max_new_tokens == 128
-    assert plan(demo, 150).sampling.max_new_tokens == 50
-    assert plan(demo, 150, cache=160).sampling.max_new_tokens == 10
-    assert plan(demo, 150, min_new_tokens=50).sampling.min_new_tokens == 50
+    assert make(demo, 10).sampling.max_new_tokens == 128
+    assert make(demo, 150).sampling.max_new_tokens == 50
+    assert make(demo, 150, cache=160).sampling.max_new_tokens == 10
+    assert make(demo, 150, min_new_tokens=50).sampling.min_new_tokens == 50
 
 
 @pytest.mark.parametrize(("cache", "room", "knob"), [(None, 50, "max_context"), (160, 10, "kv_memory")])
 def test_a_minimum_that_does_not_fit(demo: Checkpoint, cache: int | None, room: int, knob: str) -> None:
     with pytest.raises(PromptError) as caught:
-        plan(demo, 150, cache, min_new_tokens=room + 1)
+        make(demo, 150, cache, min_new_tokens=room + 1)
     text = str(caught.value)
     assert text.startswith("prompt 0 has 150 tokens, so the ")
     assert f"room for {room} new ones, fewer than min_new_tokens={room + 1}" in text
@@ -39,14 +44,14 @@ def test_a_minimum_that_does_not_fit(demo: Checkpoint, cache: int | None, room: 
 
 def test_a_minimum_above_the_default(demo: Checkpoint) -> None:
     with pytest.raises(SamplingError, match="min_new_tokens=129 is above max_new_tokens=128"):
-        plan(demo, 10, min_new_tokens=129)
+        make(demo, 10, min_new_tokens=129)
 
 
 def test_a_number_that_does_not_fit_is_refused(demo: Checkpoint) -> None:
     with pytest.raises(PromptError, match="150 tokens and max_new_tokens=51: together 201, over the context of 200"):
-        plan(demo, 150, max_new_tokens=51)
+        make(demo, 150, max_new_tokens=51)
     with pytest.raises(PromptError, match="more than the KV cache of 160"):
-        plan(demo, 150, 160, max_new_tokens=11)
+        make(demo, 150, 160, max_new_tokens=11)
 
 
 def test_sampling_can_be_read_twice() -> None:
@@ -79,3 +84,64 @@ def test_what_is_no_sampling(sampling: Any) -> None:
 def test_a_list_that_does_not_fit(sampling: Any, words: str) -> None:
     with pytest.raises(SamplingError, match=words):
         sampling_per_prompt(2, sampling, {})
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("limit", "scaling", "most"),
+    [
+        (128, None, 128),
+        (128, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        (512, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),  # multiplied already
+        (128, {"type": "yarn", "factor": 4.0}, 512),
+        (128, {"type": "linear", "factor": 2.5}, 320),
+        (128, {"type": "dynamic", "factor": 2.0}, 256),
+        (64, LLAMA3 | {"original_max_position_embeddings": 64}, 512),
+        (4096, LLAMA3 | {"original_max_position_embeddings": 64}, 4096),  # Llama 3.1 goes beyond factor x original
+        (64, LONGROPE | {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (256, LONGROPE | {"original_max_position_embeddings": 64}, 256),  # the factor follows from the limit
+    ],
+)
+def test_contexts_of_scaled_rotary_models(demo: Checkpoint, limit: int, scaling: dict | None, most: int) -> None:
+    config = LlamaConfig(
+        max_position_embeddings=limit, rope_scaling=scaling, hidden_size=64, num_attention_heads=4, head_dim=16
+    )
+    checkpoint = replace(demo, hf_config=config, max_context=limit)
+    assert context_limit(checkpoint, None) == limit
+    assert context_limit(checkpoint, most) == most
+    with pytest.raises(ConfigError, match=f"max_context={most + 1} is above the model's limit"):
+        context_limit(checkpoint, most + 1)
+
+
+def test_an_original_length_beside_the_rotary_parameters(demo: Checkpoint) -> None:
+    config = Phi3Config(
+        max_position_embeddings=512,
+        original_max_position_embeddings=128,
+        rope_scaling=LONGROPE | {"factor": 4.0},
+        hidden_size=64,
+        num_attention_heads=4,
+    )
+    checkpoint = replace(demo, hf_config=config, max_context=512)
+    assert context_limit(checkpoint, 512) == 512
+    with pytest.raises(ConfigError):
+        context_limit(checkpoint, 513)
+
+
+def test_choices_are_collected_by_prompt() -> None:
+    requests = []
+    for index, choice, token in ((0, 0, 70), (1, 0, 71), (1, 1, 72)):
+        request = Request((5,), resolve(SamplingParams(max_new_tokens=1), None, None, 100), index, choice)
+        assert request.completion is None
+        with pytest.raises(RuntimeError, match="before its end"):
+            collect([request])
+        request.output = RequestOutput(request.prompt_ids, request.sampling, None, index, choice)
+        request.state = RequestState.RUNNING
+        request.output.take([token], None, 0.0)
+        requests.append(request)
+    first, second = collect(requests)
+    assert (first.token_ids, first.choices) == ((70,), ())
+    assert second.token_ids == (71,)
+    assert [choice.token_ids for choice in second.choices] == [(71,), (72,)]

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from hybridgen.cache import PageAllocator, pages_for_tokens
-from hybridgen.engine.scheduler import Batch, Schedule, Scheduler, Sequence
+from hybridgen.engine.requests import Request, RequestState
+from hybridgen.engine.scheduler import Schedule, Scheduler
+from hybridgen.execution.plan import Admission, PrefillChunk, StepPlan
 
 
 def make(num_pages: int = 101, max_batch: int = 4, budget: int = 32, reprefill: int | None = None) -> Scheduler:
@@ -28,38 +30,52 @@ class Sampling(SimpleNamespace):
     """Unlike its base, this can be referenced weakly."""
 
 
-def sequence(prompt: int, new: int = 8) -> Sequence:
-    return Sequence(tuple(range(prompt)), Sampling(max_new_tokens=new))
+def make_request(prompt: int, new: int = 8) -> Request:
+    request = Request(tuple(range(prompt)), Sampling(max_new_tokens=new))
+    request.output = SimpleNamespace(token_ids=[])
+    return request
 
 
-def add(scheduler: Scheduler, *prompts: int, new: int = 8) -> list[Sequence]:
-    sequences = [sequence(prompt, new) for prompt in prompts]
-    for one in sequences:
-        scheduler.add(one)
-    return sequences
+def add(scheduler: Scheduler, *prompts: int, new: int = 8) -> list[Request]:
+    requests = [make_request(prompt, new) for prompt in prompts]
+    for request in requests:
+        scheduler.add(request)
+    return requests
+
+
+def chunks_of(schedule: Schedule) -> list[tuple[Request, int, int, bool]]:
+    rows = zip(schedule.prefilled, schedule.plan.prefill, strict=True)
+    return [(request, chunk.start, len(chunk.tokens), chunk.last) for request, chunk in rows]
+
+
+def decoded(schedule: Schedule) -> tuple[Request, ...]:
+    """The requests of the decode call; their slots are the plan's."""
+    if schedule.batch is None:
+        assert schedule.plan.decode == ()
+        return ()
+    assert schedule.plan.decode is schedule.batch.slots
+    assert schedule.batch.slots == tuple(request.slot for request in schedule.batch.requests)
+    assert schedule.batch.positions == sum(request.length for request in schedule.batch.requests)
+    return schedule.batch.requests
 
 
 def test_packs_prompts_up_to_the_budget_in_order() -> None:
     scheduler = make(budget=32)
     a, b, c = add(scheduler, 10, 30, 5)
-    plan = scheduler.schedule()
-    assert [(chunk.sequence, chunk.start, chunk.length, chunk.last) for chunk in plan.prefill] == [
-        (a, 0, 10, True),
-        (b, 0, 22, False),
-    ]
-    plan = scheduler.schedule()
-    assert [(chunk.sequence, chunk.start, chunk.length, chunk.last) for chunk in plan.prefill] == [
-        (b, 22, 8, True),
-        (c, 0, 5, True),
-    ]
-    assert plan.decode == Batch((a,), (a.slot,))
+    assert chunks_of(scheduler.schedule()) == [(a, 0, 10, True), (b, 0, 22, False)]
+    schedule = scheduler.schedule()
+    assert chunks_of(schedule) == [(b, 22, 8, True), (c, 0, 5, True)]
+    assert schedule.plan.prefill == (
+        PrefillChunk(b.slot, b.prompt_ids[22:], 22, 30, 0, True),
+        PrefillChunk(c.slot, c.prompt_ids, 0, 5, 0, True),
+    )
+    assert decoded(schedule) == (a,)
 
 
-def test_a_sequence_decodes_until_its_tokens_are_launched() -> None:
+def test_a_request_decodes_until_its_tokens_are_launched() -> None:
     scheduler = make()
     (one,) = add(scheduler, 4, new=3)
-    decoded = [scheduler.schedule().decode for _ in range(5)]
-    assert decoded == [None, Batch((one,), (0,)), Batch((one,), (0,)), None, None]
+    assert [decoded(scheduler.schedule()) for _ in range(5)] == [(), (one,), (one,), (), ()]
     assert one.launched == 3
 
 
@@ -91,7 +107,7 @@ def test_finishing_frees_slot_and_pages_once() -> None:
     assert scheduler.pages.free == scheduler.pages.capacity
 
 
-def test_a_waiting_sequence_can_be_cancelled() -> None:
+def test_a_waiting_request_can_be_cancelled() -> None:
     scheduler = make(max_batch=1)
     _, waiting = add(scheduler, 8, 8)
     scheduler.schedule()
@@ -101,28 +117,28 @@ def test_a_waiting_sequence_can_be_cancelled() -> None:
         scheduler.waiting.remove(waiting)
 
 
-def test_a_sequence_is_prefilled_again_when_its_rotary_table_changes() -> None:
+def test_a_request_is_prefilled_again_when_its_rotary_table_changes() -> None:
     scheduler = make(reprefill=12)
     (one,) = add(scheduler, 10, new=6)
     scheduler.schedule()  # prefill launches token 1: length 11
     scheduler.schedule()  # decode launches token 2: length 12
     assert one.length == 12
-    one.output_ids.append(70)
-    plan = scheduler.schedule()
-    assert plan == ((), (), None)  # the host has not read token 2 yet
-    one.output_ids.append(71)
-    plan = scheduler.schedule()
-    assert [(chunk.start, chunk.length, chunk.last) for chunk in plan.prefill] == [(0, 12, True)]
+    one.output.token_ids.append(70)
+    assert scheduler.schedule() == Schedule(StepPlan())  # the host has not read token 2 yet
+    one.output.token_ids.append(71)
+    schedule = scheduler.schedule()
+    assert chunks_of(schedule) == [(one, 0, 12, True)]
+    assert schedule.plan.prefill[0].generated == 2
     assert one.prefill_ids == (*range(10), 70, 71)
     assert one.launched == 3
-    assert scheduler.schedule().decode.sequences == (one,)
+    assert decoded(scheduler.schedule()) == (one,)
 
 
 def test_a_prompt_already_past_the_change_is_not_prefilled_again() -> None:
     scheduler = make(reprefill=12)
     (one,) = add(scheduler, 12, new=4)
     scheduler.schedule()
-    assert scheduler.schedule().decode.sequences == (one,)
+    assert decoded(scheduler.schedule()) == (one,)
 
 
 class CountingPages(PageAllocator):
@@ -135,25 +151,56 @@ class CountingPages(PageAllocator):
         return super().allocate(count)
 
 
+def test_a_step_that_brought_more_tokens_moves_lengths_and_the_end() -> None:
+    scheduler = make()
+    a, b = add(scheduler, 4, 4, new=9)
+    scheduler.schedule()
+    schedule = scheduler.schedule()
+    assert (a.launched, b.launched) == (2, 2)
+    scheduler.accept(a, 4)  # the step that was launched brought four tokens
+    assert (a.launched, a.length, b.launched) == (5, 9, 2)
+    assert decoded(schedule) == (a, b)  # with the positions of both
+    for _ in range(4):
+        assert scheduler.schedule() is schedule
+    assert (a.launched, b.launched) == (9, 6)
+    assert decoded(scheduler.schedule()) == (b,)
+    scheduler.accept(b, 3)
+    assert b.launched == 9
+    assert decoded(scheduler.schedule()) == ()
+    assert (a.launched, b.launched) == (9, 9)
+
+
+def test_a_request_that_jumps_over_the_change_of_its_rotary_table_is_prefilled_again() -> None:
+    scheduler = make(reprefill=12)
+    (one,) = add(scheduler, 10, new=9)
+    scheduler.schedule()
+    scheduler.schedule()
+    scheduler.accept(one, 3)
+    assert one.length == 14
+    one.output.token_ids += [70, 71, 72, 73]
+    assert chunks_of(scheduler.schedule()) == [(one, 0, 14, True)]
+    assert decoded(scheduler.schedule()) == (one,)
+
+
 def test_a_batch_is_one_object_while_it_stays_the_same() -> None:
     scheduler = make()
     a, b = add(scheduler, 4, 4, new=20)
     scheduler.schedule()
-    batch = scheduler.schedule().decode
-    assert batch == Batch((a, b), (a.slot, b.slot))
+    schedule = scheduler.schedule()
+    assert decoded(schedule) == (a, b)
     for _ in range(5):
-        assert scheduler.schedule() == ((), (), batch)
-        assert scheduler.schedule().decode is batch
-    assert (a.launched, b.launched) == (12, 12)
+        assert scheduler.schedule() is schedule
+        assert decoded(schedule) == (a, b)
+    assert (a.launched, b.launched) == (7, 7)
     (c,) = add(scheduler, 4, new=20)
-    plan = scheduler.schedule()
-    assert plan.admitted == (c,)
-    assert plan.decode is batch  # c is in its prefill
-    joined = scheduler.schedule().decode
-    assert joined.sequences == (a, b, c)
+    joining = scheduler.schedule()
+    assert joining.admitted == (c,)
+    assert joining.plan.admit == (Admission(c.slot, c.pages, c.sampling, c.prompt_ids),)
+    assert joining.plan.decode is schedule.plan.decode  # c is in its prefill
+    assert decoded(scheduler.schedule()) == (a, b, c)
     scheduler.finish(b)
-    assert scheduler.schedule().decode.sequences == (a, c)
-    assert (a.launched, b.launched, c.launched) == (15, 14, 3)
+    assert decoded(scheduler.schedule()) == (a, c)
+    assert (a.launched, b.launched, c.launched) == (10, 9, 3)
 
 
 def test_a_request_that_does_not_fit_waits_without_asking_again() -> None:
@@ -161,10 +208,10 @@ def test_a_request_that_does_not_fit_waits_without_asking_again() -> None:
     scheduler.pages = pages = CountingPages(1 + 4)
     running, big, small = add(scheduler, 4, 56, 8, new=8)  # 1 page, 4 pages, 1 page behind them
     scheduler.schedule()
-    batch = scheduler.schedule().decode
+    schedule = scheduler.schedule()
     asked = pages.asked
     add(scheduler, 4)
-    assert scheduler.schedule().decode is batch
+    assert scheduler.schedule() is schedule
     assert pages.asked == asked
     scheduler.finish(big)  # the one that waited first gives up: who is behind it fits
     assert scheduler.schedule().admitted[0] is small
@@ -241,11 +288,11 @@ class Model:
             self.free_slots.append(one.slot)
 
 
-def described(plan: Schedule, names: dict[Sequence, int]) -> tuple[list, list, list]:
-    rows = () if plan.decode is None else zip(plan.decode.sequences, plan.decode.slots, strict=True)
+def described(schedule: Schedule, names: dict[Request, int]) -> tuple[list, list, list]:
+    rows = zip(decoded(schedule), schedule.plan.decode, strict=True)
     return (
-        [names[one] for one in plan.admitted],
-        [(names[chunk.sequence], chunk.start, chunk.length) for chunk in plan.prefill],
+        [names[one] for one in schedule.admitted],
+        [(names[one], start, length) for one, start, length, _ in chunks_of(schedule)],
         [(names[one], slot) for one, slot in rows],
     )
 
@@ -259,35 +306,35 @@ def test_it_schedules_as_a_model_without_memory(seed: int) -> None:
     scheduler = make(num_pages, max_batch, budget, reprefill)
     model = Model(PageAllocator(num_pages), list(range(max_batch - 1, -1, -1)), budget, reprefill)
     arrivals, lag = rng.choice([0.02, 0.1, 0.5]), rng.randint(0, 1)
-    names: dict[Sequence, int] = {}
-    live: dict[int, Sequence] = {}
-    in_flight: list[list[Sequence]] = []
-    before: Batch | None = None
+    names: dict[Request, int] = {}
+    live: dict[int, Request] = {}
+    in_flight: list[list[Request]] = []
+    before: tuple[Request, ...] = ()
+    slots: tuple[int, ...] = ()
     repeated = 0
     for _ in range(300):
         while rng.random() < arrivals:
-            name, one = len(names), sequence(rng.randint(1, 40), rng.randint(1, 40))
+            name, one = len(names), make_request(rng.randint(1, 40), rng.randint(1, 40))
             names[one] = name
             live[name] = one
             scheduler.add(one)
             model.add(name, len(one.prompt_ids), one.sampling.max_new_tokens)
-        plan = scheduler.schedule()
-        assert described(plan, names) == model.step()
+        schedule = scheduler.schedule()
+        assert described(schedule, names) == model.step()
         expected = {one.name: (one.launched, one.slot, one.pages) for one in model.running}
         assert {names[one]: (one.launched, one.slot, one.pages) for one in scheduler.running} == expected
         assert [names[one] for one in scheduler.waiting] == [one.name for one in model.waiting]
-        if plan.decode is not None and plan.decode == before:
-            assert plan.decode is before
+        if schedule.batch is not None and schedule.batch.requests == before:
+            assert schedule.plan.decode is slots
             repeated += 1
-        before = plan.decode
-        rows = [chunk.sequence for chunk in plan.prefill if chunk.last]
-        in_flight.append(rows + list(plan.decode.sequences if plan.decode else ()))
+        before, slots = decoded(schedule), schedule.plan.decode
+        in_flight.append([one for one, _, _, last in chunks_of(schedule) if last] + list(before))
         done = {one for one in live.values() if rng.random() < 0.01}
         for one in in_flight.pop(0) if len(in_flight) > lag else ():
-            if not one.finished:
-                one.output_ids.append(1)
+            if one.state is not RequestState.FINISHED:
+                one.output.token_ids.append(1)
                 next(m for m in model.running if m.name == names[one]).read += 1
-                if len(one.output_ids) == one.sampling.max_new_tokens:
+                if len(one.output.token_ids) == one.sampling.max_new_tokens:
                     done.add(one)
         for one in sorted(done, key=names.__getitem__):
             launched = one.launched

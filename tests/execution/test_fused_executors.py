@@ -13,6 +13,7 @@ from runners import free_runner, make_runner
 pytest.importorskip("triton")
 
 from hybridgen.execution import ModelRunner, fused_executors
+from hybridgen.execution.following import begin_call
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.warm_up import check_numerics, compile_layers
 from hybridgen.fused import build, tuning
@@ -183,7 +184,6 @@ def test_comparing_leaves_the_runner_as_it_was(
     assert torch.count_nonzero(runner.state.table) == 0
     fused.chain.ran.clear()
     tokens = decode_all(runner, (2,))
-    assert fused.refreshed == 1
     assert [row[0] for row in tokens] == families.reference(families.build("llama"), PROMPT, 7)[0]
     assert fused.chain.ran == []
 
@@ -226,7 +226,7 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
     assert fused_executors.make_fused(runner, 64, tuned={"a": 1}) is runner.fused is fused
     bound, pages, inputs = given.pop("args")
     assert bound is runner.bound
-    assert pages is runner.pages
+    assert pages == tuple(state.pages for state in runner.states)
     assert inputs.state is runner.state.table
     assert given == {"max_context": 64, "max_rows": 8, "tuned": {"a": 1}, "kept": None}
     assert list(runner.executors) == ["chain", "layers"]
@@ -269,3 +269,34 @@ def test_recordings_are_kept_apart_by_executor(runner: ModelRunner, fused: Fused
     fused.chain.ran.clear()
     assert runner.router.route(GraphKey.decode(3, SamplerPlan())).kind == "chain, stand-in"
     assert runner.router.route(GraphKey.decode(1, SamplerPlan())).kind == "layers, stand-in"
+
+
+def test_hooks_put_fused_executors_aside_and_what_changed_makes_them_anew() -> None:
+    model = families.build("llama")
+    runner = make_runner(live=model, max_batch=8)
+    first, second = Fused(runner), Fused(runner)
+    first.chain.most = 4
+    runner.use_fused(first)
+    runner.following.fuse_again = lambda: runner.use_fused(second)
+    reasons: list[str] = []
+    runner.fall_back = reasons.append
+    begin_call(runner)
+    begin_call(runner)
+    assert (runner.fused, first.refreshed) == (first, 2)  # norms are made again for each call
+    handle = model.model.norm.register_forward_hook(lambda *_: None)
+    begin_call(runner)
+    assert runner.fused is None
+    assert list(runner.executors) == ["layers"]
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    begin_call(runner)
+    assert (runner.fused, first.chain is None) == (None, False)
+    handle.remove()
+    begin_call(runner)
+    assert runner.fused is second
+    assert first.chain is None
+    assert second.chain.most == 4  # as it was measured
+    assert reasons == ["the model's tensors or attributes changed; the fused kernels are made anew"]
+    handle = model.model.norm.register_forward_hook(lambda *_: None)
+    begin_call(runner)
+    free_runner(runner)
+    assert second.chain is None  # closed, although it was put aside

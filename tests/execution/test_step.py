@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import families
 import pytest
 import torch
+from runners import attach_cache
 
-from hybridgen.cache import CacheShape, allocate_pages
+from hybridgen.cache import LayerShape, PagedKV, allocate
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.staging import StagedBlock
@@ -28,7 +29,7 @@ def make(**fields: object) -> ModelRunner:
     runner = ModelRunner(
         bound, vocab_size=families.VOCAB, max_batch=MAX_BATCH, max_pages=4, token_budget=BUDGET, **fields
     )
-    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), 9, torch.device("cpu")))
+    attach_cache(runner, bound, 9)
     return runner
 
 
@@ -197,3 +198,37 @@ def test_a_step_in_two_parts_is_the_step(runner: ModelRunner, phase: Phase, kind
         counts = None if runner.sampler.output_counts is None else runner.sampler.output_counts[1].tolist()
         found.append((output, runner.state.table.tolist(), counts))
     assert found[0] == found[1]
+
+
+class Noted(PagedKV):
+    """Pages that ask to be committed, as a state does that a second run of a step would change."""
+
+    def __init__(self, shape: LayerShape, rerunnable: bool) -> None:
+        super().__init__(shape, 16, torch.float32)
+        self.rerunnable = rerunnable  # type: ignore[misc]
+        self.calls: list[tuple[str, list[int], list[int]]] = []
+
+    def reset(self, slot: int) -> None:
+        self.calls.append(("reset", [slot], []))
+
+    def commit(self, slots: torch.Tensor, accepted: torch.Tensor) -> None:
+        self.calls.append(("commit", slots.tolist(), accepted.tolist()))
+
+
+def test_states_are_reset_at_admission_and_committed_by_steps_unless_they_are_rerunnable(runner: ModelRunner) -> None:
+    shapes = [site.shape for site in runner.bound.sites]
+    states = [Noted(shape, rerunnable) for shape, rerunnable in zip(shapes, (True, False), strict=True)]
+    allocate(states, 9, MAX_BATCH + 1, torch.device("cpu"))
+    runner.attach(states)
+    tensors = runner.steps.tensors()
+    assert tensors["keys of layer 1"] is states[1].pages.keys
+    assert tensors["values of layer 0"] is states[0].pages.values
+    sampling = resolve(SamplingParams(), None, frozenset(), families.VOCAB)
+    for slot in (2, 0):
+        runner.admit(Admission(slot, [1 + slot], sampling, [5, 6, 7]))
+        runner.prefill([PrefillChunk(slot, [5, 6, 7], 0, 3, 0, True)])
+    runner.decode((0, 2))
+    resets = [("reset", [2], []), ("reset", [0], [])]
+    assert states[0].calls == resets
+    commits = [("commit", [2], [1]), ("commit", [0], [1]), ("commit", [0, 2], [1, 1])]
+    assert sorted(states[1].calls) == sorted(resets + commits)

@@ -1,20 +1,11 @@
 """The chain's Triton kernels against the float32 reference in Triton's interpreter; run by test_chain.py.
 
-A script of its own because TRITON_INTERPRET is read when Triton is imported. float32 and float16 only: the
-interpreter's `tl.dot` is wrong on bfloat16.
-
-    python chain_checks.py NAME [SEED]
+float32 and float16 only: the interpreter's `tl.dot` is wrong on bfloat16. Checks take a seed.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
-from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import families
 import torch
@@ -28,8 +19,7 @@ from hybridgen.fused.chain.tiles import PROJECTIONS, Tile
 from hybridgen.models.binding import bind
 from hybridgen.models.decoder import Decoder, Unfit, describe
 from hybridgen.models.projections import fuse_projections
-
-torch.set_num_threads(1)
+from hybridgen.models.weights import ModuleWeights
 
 
 def poison(step: ChainStep) -> None:
@@ -168,7 +158,7 @@ def check_families(number: int) -> None:
         sites = bound.sites
         bound.release()
         try:
-            decoder = describe(model, sites, 128)
+            decoder = describe(model, sites, ModuleWeights(model), 128)
             reference.check(model, decoder)
         except Unfit:
             continue
@@ -176,9 +166,3 @@ def check_families(number: int) -> None:
         served.append(name)
     if not {"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3"} <= set(served):
         raise AssertionError(f"only {served} were served")
-
-
-if __name__ == "__main__":
-    {name.removeprefix("check_"): value for name, value in list(globals().items()) if name.startswith("check_")}[
-        sys.argv[1]
-    ](int(sys.argv[2]) if len(sys.argv) > 2 else 0)

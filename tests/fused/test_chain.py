@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from decoders import Shape, make_context, random_decoder
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreter import Interpreter
 
 pytest.importorskip("triton")
 
@@ -20,21 +18,13 @@ from hybridgen.cache import LayerPages
 from hybridgen.fused.chain.attention import cut_contexts, least_tiles
 from hybridgen.fused.chain.step import ChainStep
 from hybridgen.fused.chain.tiles import PROJECTIONS, Tile, as_tiles, candidates, default_tile, variants
-from hybridgen.models.decoder import Unfit
+from hybridgen.models.decoder import Linear, Unfit, dense
+from hybridgen.models.weights import DenseWeight
 
 
 @pytest.mark.parametrize("check", ["shapes", "float16", "merge", "strangers", "families"])
-def test_kernels_in_the_interpreter(check: str) -> None:
-    script = Path(__file__).with_name("chain_checks.py")
-    result = subprocess.run(
-        [sys.executable, str(script), check],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_kernels_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("chain_checks.py"), f"check_{check}", 0)
 
 
 @given(
@@ -153,7 +143,8 @@ def test_a_model_that_does_not_fit(change: dict[str, object], reason: str) -> No
 
 def test_a_weight_that_starts_anywhere() -> None:
     model = random_decoder(Shape())
-    head = torch.empty(model.head.numel() + 1)[1:].view_as(model.head)
+    weight = dense(model.head)
+    head = Linear(DenseWeight(torch.empty(weight.numel() + 1)[1:].view_as(weight)))
     with pytest.raises(Unfit, match="16 bytes"):
         ChainStep(dataclasses.replace(model, head=head))
 

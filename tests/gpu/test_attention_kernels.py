@@ -24,6 +24,7 @@ LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 OPTIONS = {
     "plain": {},
     "window": {"window": 100},
+    "chunk": {"chunk": 100},
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": True},
     "all": {"window": 300, "softcap": 5.0, "sinks": True},
@@ -151,10 +152,10 @@ def test_reference_runs_on_cuda_too(dtype: torch.dtype) -> None:
     cache = make_cache([90, 40], 2, 64, page_size=16, dtype=dtype, device="cuda")
     q = torch.randn(60, 8, 64, device="cuda").to(dtype)
     slots, positions, starts = pack(cache, [50, 10], 2)
-    out = attention_reference.prefill_attention(q, *pages_of(cache), slots, positions, starts, 0.125, 9, 2.0, None)
+    out = attention_reference.prefill_attention(q, *pages_of(cache), slots, positions, starts, 0.125, 9, 0, 2.0, None)
     expected = dense_packed(q, cache, [50, 10], 0.125, window=9, softcap=2.0)
     assert error(out, expected) < max(LIMITS[dtype], 1e-5)
-    out = attention_reference.decode_attention(q, *pages_of(cache), slots, positions, 0.125, 9, 2.0, None)
+    out = attention_reference.decode_attention(q, *pages_of(cache), slots, positions, 0.125, 9, 0, 2.0, None)
     assert error(out, expected) < max(LIMITS[dtype], 1e-5)
 
 

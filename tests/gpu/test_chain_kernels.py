@@ -17,6 +17,7 @@ from hybridgen.fused import reference
 from hybridgen.models.binding import bind
 from hybridgen.models.decoder import Decoder, describe
 from hybridgen.models.projections import fuse_projections
+from hybridgen.models.weights import ModuleWeights
 
 pytestmark = pytest.mark.gpu
 
@@ -240,7 +241,7 @@ def test_closer_to_float32_than_hugging_face() -> None:
     bound = bind(model)
     sites = bound.sites
     bound.release()
-    decoder = describe(model, sites, 64)
+    decoder = describe(model, sites, ModuleWeights(model), 64)
     step = ChainStep(decoder)
     size = 3, decoder.kv_heads, 16, decoder.head_dim
     step.attach(tuple(LayerPages(*torch.zeros(2, *size).cuda().bfloat16()) for _ in decoder.layers))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hybridgen
-from hybridgen.engine.output import Response
+from hybridgen.engine.requests import Request
 from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 
@@ -44,9 +44,9 @@ def poison(engine: hybridgen.Engine) -> None:
     """Everything that only padding may read: NaN in the dummy page, ids and lengths out of range in its slot."""
     runner = engine._runner
     with torch.inference_mode():
-        for name, pages in runner.bound.pages().items():
-            assert "of layer" in name
-            pages[0] = float("nan")
+        for state in runner.states:
+            for pages in state.pages:
+                pages[0] = float("nan")
         runner.state.table[:, -1] = 2**40
 
 
@@ -74,20 +74,22 @@ def run(
 ) -> tuple[list[tuple[int, ...]], int]:
     """Tokens of each request, and the number of steps."""
     loop = engine.open_loop()
-    responses: list[Response] = []
+    submitted: list[Request] = []
     waiting = list(requests)
     step = 0
-    while waiting or any(response.completion is None for response in responses):
+    while waiting or any(request.completion is None for request in submitted):
         while waiting and waiting[0][0] <= step:
             _, prompt, params = waiting.pop(0)
-            loop.submit(engine.plan([prompt], params, {}), responses)
+            new = engine.make_requests([prompt], params, {})
+            loop.submit(new)
+            submitted += new
         loop.step()
         between(step)
         step += 1
-        if not loop.scheduler.running and not loop.scheduler.waiting:
+        if not loop.scheduler.busy:
             engine.idle()
-    assert [str(r.completion.error) for r in responses if r.completion.error] == []
-    return [response.completion.token_ids for response in responses], step
+    assert [str(request.completion.error) for request in submitted if request.completion.error] == []
+    return [request.completion.token_ids for request in submitted], step
 
 
 @pytest.mark.parametrize("mode", ["graph", "hybrid"])
@@ -246,8 +248,8 @@ def test_a_steady_decode_step_is_one_launch_and_waits_for_nothing(path: Path) ->
     """What the driver is asked for in steps whose batch stays the same: a graph launch and an event each."""
     with load(path, mode="hybrid") as engine:
         loop = engine.open_loop()
-        responses: list[Response] = []
-        loop.submit(engine.plan(families.prompts_of((9, 12, 4)), None, {"max_new_tokens": 200}), responses)
+        requests = engine.make_requests(families.prompts_of((9, 12, 4)), None, {"max_new_tokens": 200})
+        loop.submit(requests)
         for _ in range(10):
             loop.step()
         decode = engine._runner.decode
@@ -265,7 +267,7 @@ def test_a_steady_decode_step_is_one_launch_and_waits_for_nothing(path: Path) ->
             for _ in range(50):
                 loop.step()
         calls = Counter(event.name for event in profile.events() if event.name.startswith(("cuda", "cu")))
-        loop.cancel(responses)
+        loop.cancel(requests)
     steps = {name: count / 50 for name, count in calls.items()}
     assert 0.9 <= steps.get("cudaGraphLaunch", 0) <= 1.1, steps
     copies = sum(count for name, count in steps.items() if "Memcpy" in name)

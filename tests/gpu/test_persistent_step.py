@@ -22,6 +22,7 @@ import hybridgen
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
 from hybridgen.models.decoder import Decoder, Unfit
+from hybridgen.models.projections import fuse_projections
 
 pytestmark = pytest.mark.gpu
 
@@ -210,6 +211,7 @@ def test_engines_decode_with_it(name: str) -> None:
     # Phi-3 reads its head size off the heads.
     model = families.build(name, **LAYERS).to("cuda", torch.bfloat16)
     exact = copy.deepcopy(model).float()
+    fuse_projections(model)  # a live module's are left as they are
     prompts = families.prompts_of((7, 120, 33))
     errors = {}
     for fused in (True, False):
@@ -240,6 +242,7 @@ def _worst_error(exact: torch.nn.Module, prompt: list[int], out: hybridgen.Compl
 
 def test_an_engine_mends_a_step_that_was_given_up() -> None:
     model = families.build("llama", **LAYERS).to("cuda", torch.bfloat16)
+    fuse_projections(model)
     prompt = families.prompts_of((20,))[0]
     with hybridgen.Engine.load(model, **OPTIONS) as engine:
         good = engine.generate(prompt, max_new_tokens=12, ignore_eos=True)
@@ -256,6 +259,7 @@ def test_an_engine_mends_a_step_that_was_given_up() -> None:
 def test_the_tuner_keeps_what_is_computed() -> None:
     model = families.build("llama", **LAYERS).to("cuda", torch.bfloat16)
     exact = copy.deepcopy(model).float()
+    fuse_projections(model)
     prompts = families.prompts_of((120, 33))
     errors = {}
     for seconds in (0, 8):
@@ -274,6 +278,7 @@ def test_a_changed_norm_is_taken_over() -> None:
     model = families.build("llama", **LAYERS).to("cuda", torch.bfloat16)
     prompts = families.prompts_of((20, 30))
     exact, before = (copy.deepcopy(model).float() for _ in range(2))
+    fuse_projections(model)
     with hybridgen.Engine.load(model, **OPTIONS) as engine:
         for factor in (1.0, 0.25):
             with torch.no_grad():
@@ -307,8 +312,9 @@ def test_two_processes_on_one_device(tmp_path: Path) -> None:
 _WORKER = """
 import json, sys
 sys.path.insert(0, {tests!r})
-import families, torch, hybridgen
+import families, torch, hybridgen, hybridgen.loading
 model = families.build("llama", **{layers!r}).to("cuda", torch.bfloat16)
+hybridgen.loading.fuse_projections(model)
 prompt = families.prompts_of((20,))[0]
 with hybridgen.Engine.load(model, **{options!r}) as engine:
     tokens = [engine.generate(prompt, max_new_tokens=400, ignore_eos=True).token_ids for _ in range(10)]

@@ -22,7 +22,7 @@ FORCED = torch.tensor([[5, 9, 33, 7], [8, 8, 41, 3], [60, 2, 11, 19]])
 
 
 def make(family: str, query_len: int, backend: str | None):  # type: ignore[no-untyped-def]
-    from hybridgen.cache import CacheShape, allocate_pages
+    from hybridgen.cache import allocate
     from hybridgen.execution import ModelRunner
     from hybridgen.execution.warm_up import compile_layers
     from hybridgen.models import bind
@@ -34,7 +34,9 @@ def make(family: str, query_len: int, backend: str | None):  # type: ignore[no-u
         bound, vocab_size=families.VOCAB, max_batch=4, max_pages=4, token_budget=64, query_len=query_len,
         compile_backend=backend,
     )  # fmt: skip
-    runner.attach(allocate_pages(CacheShape(bound.layer_shapes, 16, torch.float32), 17, device))
+    states = bound.layer_states(16, torch.float32)
+    allocate(states, 17, 5, device)
+    runner.attach(states)
     compile_layers(runner)
     greedy = resolve(SamplingParams(temperature=0.0), None, (), families.VOCAB)
     for index, (slot, prompt) in enumerate(zip(SLOTS, PROMPTS, strict=True)):

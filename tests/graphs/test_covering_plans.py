@@ -38,8 +38,11 @@ plans = st.builds(
     min_p=st.booleans(),
     penalties=st.booleans(),
     bias=st.booleans(),
-    min_tokens=st.booleans(),
+    by_length=st.booleans(),
     top_k=st.booleans(),
+    history=st.booleans(),
+    cuts=st.booleans(),
+    sampled_logprobs=st.booleans(),
     logprobs=st.sampled_from([None, 0, 3, 10]),
 )
 

@@ -357,7 +357,7 @@ def test_a_phase_without_buckets_is_never_recorded(ladders: tuple[tuple[int, ...
 
 
 def test_a_covering_sampler_serves_and_the_own_one_is_wanted() -> None:
-    everything = SamplerPlan(True, 257, True, True, True, True, True, True, 5)
+    everything = SamplerPlan(True, 257, *[True] * 9, 5)
     harness = Harness(capture_after=3)
     harness.store.capture([decode(4, everything)])
     route = harness.use(decode(4), 3)
@@ -370,7 +370,7 @@ def test_a_covering_sampler_serves_and_the_own_one_is_wanted() -> None:
 
 def test_a_plan_that_lacks_something_does_not_serve() -> None:
     for lacking in range(len(GREEDY)):
-        values = [True, 64, True, True, True, True, True, True, 5]
+        values = [True, 64, *[True] * 9, 5]
         full = SamplerPlan(*values)
         values[lacking] = GREEDY[lacking]
         harness = Harness()

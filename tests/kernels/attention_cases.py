@@ -93,6 +93,7 @@ def dense(
     places: Tensor,
     scale: float,
     window: int = 0,
+    chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -107,6 +108,8 @@ def dense(
     hidden = position[None] > places[:, None]
     if window:
         hidden |= position[None] <= places[:, None] - window
+    if chunk:
+        hidden |= position[None] // chunk != places[:, None] // chunk
     weights = torch.exp(scores.masked_fill(hidden[:, None], -torch.inf))
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:

@@ -1,14 +1,9 @@
 """Triton's attention kernels against the dense reference in Triton's interpreter; run by test_attention_triton.py.
 
-A script of its own because TRITON_INTERPRET is read when Triton is imported. float32 only: the interpreter's
-`tl.dot` is wrong on bfloat16.
+float32 only: the interpreter's `tl.dot` is wrong on bfloat16.
 """
 
 from __future__ import annotations
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from attention_cases import Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
@@ -24,6 +19,9 @@ CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new 
     (2, 2, 16, 16, 64, [200, 2], [60, 1], {"window": 37, "softcap": 5.0, "sinks": True}),
     (8, 2, 16, 16, 8, [90, 150], [9, 150], {"window": 9}),
     (2, 1, 16, 16, 32, [33], [33], {"sinks": True}),
+    (4, 2, 16, 16, 16, [200, 2, 150], [60, 1, 150], {"chunk": 37, "sinks": True}),
+    (8, 2, 16, 16, 8, [90, 96], [9, 96], {"chunk": 8}),
+    (2, 1, 16, 16, 32, [130, 64], [130, 1], {"chunk": 64, "softcap": 5.0}),
 ]
 
 
@@ -34,38 +32,35 @@ def _write(cache: Cache, kv_heads: int) -> None:
     write_kv(k, v, cache.k_pages, cache.v_pages, cache.block_table, slots, positions)
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    for heads, kv_heads, dim, value_dim, page_size, lengths, new, named in CASES:
-        options = {"window": 0, "softcap": 0.0, "sinks": None, **named}
-        if options["sinks"]:
-            options["sinks"] = torch.randn(heads)
-        tail = options["window"], options["softcap"], options["sinks"]
-        cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False)
-        _write(cache, kv_heads)
-        pages = cache.k_pages, cache.v_pages, cache.block_table
-        ones = [1] * len(lengths)
-        q = torch.randn(len(lengths), heads, dim)
-        expected = dense_packed(q, cache, ones, 0.3, **options)
-        slots, positions, _ = pack(cache, ones, len(ones))
-        errors = []
-        for programs in (1, 64):
-            tune = DecodeTuning(block=32, warps=4, stages=1, programs=programs, programs_single=programs)
-            out = decode_attention(q, *pages, slots, positions, 0.3, *tail, tune=tune)
-            errors.append(error(out, expected))
-            out = decode_attention(q[:1], *pages, slots[:1], positions[:1], 0.3, *tail, tune=tune)
-            errors.append(error(out, expected[:1]))
-            newest = take_newest(cache)
-            out = decode_attention(q, *pages, slots, positions, 0.3, *tail, **newest, tune=tune)
-            errors.append(error(out, expected))
-            if not all(torch.equal(a, b) for a, b in zip(newest_rows(cache), newest.values(), strict=True)):
-                raise AssertionError("the new K and V are not in the pages")
-        q = torch.randn(heads, sum(new), dim).transpose(0, 1)
-        slots, positions, starts = pack(cache, new, len(new) + 2)
-        out = prefill_attention(q, *pages, slots, positions, starts, 0.3, *tail)
-        errors.append(error(out, dense_packed(q, cache, new, 0.3, **options)))
-        assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)
-
-
-if __name__ == "__main__":
-    main()
+def check_case(number: int) -> None:
+    """Decode, with new tokens and without, and prefill, for one of `CASES`."""
+    torch.manual_seed(number)
+    heads, kv_heads, dim, value_dim, page_size, lengths, new, named = CASES[number]
+    options = {"window": 0, "chunk": 0, "softcap": 0.0, "sinks": None, **named}
+    if options["sinks"]:
+        options["sinks"] = torch.randn(heads)
+    tail = options["window"], options["chunk"], options["softcap"], options["sinks"]
+    cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False)
+    _write(cache, kv_heads)
+    pages = cache.k_pages, cache.v_pages, cache.block_table
+    ones = [1] * len(lengths)
+    q = torch.randn(len(lengths), heads, dim)
+    expected = dense_packed(q, cache, ones, 0.3, **options)
+    slots, positions, _ = pack(cache, ones, len(ones))
+    errors = []
+    for programs in (1, 64):
+        tune = DecodeTuning(block=32, warps=4, stages=1, programs=programs, programs_single=programs)
+        out = decode_attention(q, *pages, slots, positions, 0.3, *tail, tune=tune)
+        errors.append(error(out, expected))
+        out = decode_attention(q[:1], *pages, slots[:1], positions[:1], 0.3, *tail, tune=tune)
+        errors.append(error(out, expected[:1]))
+        newest = take_newest(cache)
+        out = decode_attention(q, *pages, slots, positions, 0.3, *tail, **newest, tune=tune)
+        errors.append(error(out, expected))
+        if not all(torch.equal(a, b) for a, b in zip(newest_rows(cache), newest.values(), strict=True)):
+            raise AssertionError("the new K and V are not in the pages")
+    q = torch.randn(heads, sum(new), dim).transpose(0, 1)
+    slots, positions, starts = pack(cache, new, len(new) + 2)
+    out = prefill_attention(q, *pages, slots, positions, starts, 0.3, *tail)
+    errors.append(error(out, dense_packed(q, cache, new, 0.3, **options)))
+    assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)

@@ -1,7 +1,4 @@
-"""Cases of `copy_metadata`, for its tests; as a script, the Triton kernel on them in Triton's interpreter.
-
-A script because TRITON_INTERPRET is read when Triton is imported: test_metadata.py runs it with that set.
-"""
+"""Cases of `copy_metadata`, for its tests, and the Triton kernel on them in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -119,6 +116,7 @@ def _interpret(sources: list[Tensor], destinations: list[Tensor]) -> None:
         copy_kernel[programs, 1, 1](words, len(words) // 8, BLOCK, False)
 
 
-if __name__ == "__main__":
+def check_kernel() -> None:
+    """The kernel on all cases; only in the interpreter, where test_metadata.py runs it."""
     for case in CASES:
         check(case, "cpu", _interpret)

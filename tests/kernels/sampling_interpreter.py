@@ -1,13 +1,8 @@
-"""Triton's sampling kernels in Triton's interpreter; run by test_sampling_triton.py.
-
-A script of its own because TRITON_INTERPRET is read when Triton is imported.
-"""
+"""Triton's sampling kernels in Triton's interpreter; run by test_sampling_triton.py."""
 
 from __future__ import annotations
 
 import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import triton
@@ -15,10 +10,13 @@ import triton.language as tl
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from sampling_cases import INF, Batch, judge, needs, random_batch, tables
+from sampling_history_cases import random_tables
 
 from hybridgen.kernels.sampling import ops as sampling
 from hybridgen.kernels.sampling.arithmetic import distance, gumbel, key_value, mass_of, ordered, rank_key, stream_key
+from hybridgen.kernels.sampling.history_kernels import launch_history, launch_remember
 from hybridgen.sampling.choice import reference_greedy, reference_sampled
+from hybridgen.sampling.history import apply_history, remember
 from hybridgen.sampling.random import gumbel_noise
 
 _agreed = [0, 0]
@@ -88,6 +86,7 @@ def check_functions() -> None:
 
 def check_ties_across_blocks() -> None:
     """Of equal tokens the first enter: the edge is in the second block of three."""
+    sampling._scratch = _poisoned
     rows, vocab = 24, 150
     reals, integers = tables([{"temperature": 1.0, "top_p": 0.595, "seed": 1}])
     slots, positions = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
@@ -97,19 +96,33 @@ def check_ties_across_blocks() -> None:
     assert 64 <= tokens.max() < 90  # 0.595 * 150 = 89.25
 
 
-def main() -> None:
-    check_functions()
+def check_history() -> None:
+    """Sequences, n-grams and the text they are looked for in."""
+    for case in range(12):
+        tables = random_tables(case)
+        bias, history, *_, slots, lengths = tables
+        launch_history(*tables)
+        expected = torch.zeros_like(bias)
+        apply_history(expected, *tables[1:])
+        assert torch.equal(bias, expected)
+        chosen = torch.arange(-1, len(slots) - 1)
+        written = history.clone()
+        launch_remember(chosen, slots, lengths, written)
+        remember(chosen, slots, lengths, history)
+        assert torch.equal(written, history)
+
+
+def check_batches() -> None:
+    """Random batches, judged; the judge allows for last bits, which are seldom decisive."""
     sampling._scratch = _poisoned
-    check_ties_across_blocks()
     check()
-    # A larger plan than the rows need, and other blocks.
+    assert _agreed[0] >= 0.98 * _agreed[1], _agreed
+
+
+def check_plans() -> None:
+    """A larger plan than the rows need, and other blocks."""
+    sampling._scratch = _poisoned
     batch = random_batch(1, 4, 100, torch.float32)
     batch.reals[:, 1] = 1.0
     small = sampling.launch_sampled(*batch, True, False, block=64)
     assert torch.equal(sampling.launch_sampled(*batch, True, True, block=32), small)
-    # The judge allows for last bits, which are seldom decisive.
-    assert _agreed[0] >= 0.98 * _agreed[1], _agreed
-
-
-if __name__ == "__main__":
-    main()

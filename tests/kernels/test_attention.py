@@ -21,9 +21,13 @@ OPTIONS = {
     "window": {"window": 21},
     "window of one": {"window": 1},
     "wide window": {"window": 4096},
+    "chunk": {"chunk": 21},
+    "chunk of one": {"chunk": 1},
+    "wide chunk": {"chunk": 4096},
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": True},
     "all": {"window": 40, "softcap": 5.0, "sinks": True},
+    "all but a window": {"chunk": 32, "softcap": 5.0, "sinks": True},
 }
 SHAPES = [  # query heads, kv heads, key dim, value dim, page size
     (4, 4, 8, 8, 8),
@@ -130,15 +134,15 @@ def test_queries_may_be_strided_views() -> None:
     assert error(out, dense_packed(q[:2], cache, [1, 1], 0.3)) < 1e-6
 
 
-@pytest.mark.parametrize("window", [0, 24])
-@pytest.mark.parametrize("chunk", [1, 7, 16, 50])
-def test_chunked_prefill_equals_one_prefill(chunk: int, window: int) -> None:
+@pytest.mark.parametrize("options", [{}, {"window": 24}, {"chunk": 24}])
+@pytest.mark.parametrize("step", [1, 7, 16, 50])
+def test_prefill_in_parts_equals_one_prefill(step: int, options: dict) -> None:
     cache = make_cache([100], 2, 16, page_size=8, filled=False)
     table, slot = cache.block_table, cache.slots
     q = torch.randn(100, 4, 16)
     parts = []
-    for begin in range(0, 100, chunk):
-        places = torch.arange(begin, min(begin + chunk, 100))
+    for begin in range(0, 100, step):
+        places = torch.arange(begin, min(begin + step, 100))
         slots = slot.expand(len(places))
         k, v = cache.keys[0][places], cache.values[0][places]
         write_kv(k, v, cache.k_pages, cache.v_pages, table, slots, places)
@@ -153,10 +157,10 @@ def test_chunked_prefill_equals_one_prefill(chunk: int, window: int) -> None:
                 places,
                 starts,
                 scale=0.3,
-                window=window,
+                **options,
             )
         )
-    assert error(torch.cat(parts), dense_packed(q, cache, [100], 0.3, window=window)) < 1e-6
+    assert error(torch.cat(parts), dense_packed(q, cache, [100], 0.3, **options)) < 1e-6
 
 
 def test_sequences_without_tokens() -> None:
@@ -218,7 +222,7 @@ def test_long_rows_are_worked_off_in_groups(monkeypatch: pytest.MonkeyPatch) -> 
     q = torch.randn(3, 4, 16)
     assert error(_decode(q, cache, softcap=2.0), dense_packed(q, cache, [1] * 3, 0.3, softcap=2.0)) < 1e-6
     q = torch.randn(60, 4, 16)
-    for options in ({}, {"softcap": 2.0}, {"window": 9}):
+    for options in ({}, {"softcap": 2.0}, {"window": 9}, {"chunk": 9}):
         out = _prefill(q, cache, [10, 30, 20], **options)
         assert error(out, dense_packed(q, cache, [10, 30, 20], 0.3, **options)) < 1e-6
 
@@ -232,7 +236,7 @@ def test_opcheck() -> None:
     k, v, q = torch.randn(29, 2, 16), torch.randn(29, 2, 16), torch.randn(29, 4, 16)
     ops = torch.ops.hybridgen
     torch.library.opcheck(ops.write_kv.default, (k, v, *pages, slots, positions))
-    options = (0.3, 7, 2.0, torch.randn(4))
+    options = (0.3, 7, 0, 2.0, torch.randn(4))
     torch.library.opcheck(ops.decode_attention.default, (q, *pages, slots, positions, *options))
     torch.library.opcheck(ops.decode_attention.default, (q, *pages, slots, positions, *options, k, v))
     torch.library.opcheck(ops.prefill_attention.default, (q, *pages, slots, positions, starts, *options))

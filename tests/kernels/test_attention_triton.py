@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreter import Interpreter
 
 pytest.importorskip("triton")
 
@@ -17,18 +15,9 @@ from hybridgen.kernels.attention.common import heads_of
 from hybridgen.kernels.attention.decode import _SCRATCH_BYTES, Tuning, plan
 
 
-def test_kernels_in_the_interpreter() -> None:
-    script = Path(__file__).with_name("interpreter_checks.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+@pytest.mark.parametrize("case", range(5))
+def test_kernels_in_the_interpreter(case: int, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_case", case)
 
 
 def _cut(tiles: int, splits: int, chunk_tiles: int, least: int) -> tuple[int, int]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import metadata_cases as cases
 import pytest
 import torch
+from interpreter import Interpreter
 from torch import Tensor
 
 from hybridgen.kernels.step import metadata
@@ -125,17 +123,9 @@ def test_compiled_once_for_all_lengths() -> None:
             _assert_step(compiled, 7, length)
 
 
-def test_the_kernel_in_the_interpreter() -> None:
+def test_the_kernel_in_the_interpreter(triton_interpreter: Interpreter) -> None:
     pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, str(Path(cases.__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    triton_interpreter.run(Path(cases.__file__), "check_kernel")
 
 
 @pytest.mark.parametrize("count", [8, 16, 32])

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreter import Interpreter
 
 pytest.importorskip("triton")
 
 
-def test_kernels_in_the_interpreter() -> None:
-    script = Path(__file__).with_name("sampling_interpreter.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+@pytest.mark.parametrize("check", ["functions", "ties_across_blocks", "history", "batches", "plans"])
+def test_kernels_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("sampling_interpreter.py"), f"check_{check}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cache
 
 import families
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
+from hybridgen.fused.persistent import shape
 from hybridgen.models.binding import bind
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit, describe
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit, dense, describe
 from hybridgen.models.projections import fuse_projections
+from hybridgen.models.weights import WHOLE, DenseWeight, ModuleWeights, Shard, WeightFormat
 
 SERVED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "olmo2", "gemma"}
 """Families that the fused steps are made for."""
@@ -26,7 +30,7 @@ def _described(model: PreTrainedModel, max_context: int = 128) -> Decoder:
     bound = bind(model)
     sites = bound.sites
     bound.release()
-    decoder = describe(model, sites, max_context)
+    decoder = describe(model, sites, ModuleWeights(model), max_context)
     reference.check(model, decoder)
     return decoder
 
@@ -87,10 +91,56 @@ def test_rotary_variants(variant: str) -> None:
 def test_weights_are_the_models_own() -> None:
     model, decoder = _pair("llama")
     layer = model.model.layers[1]
-    assert decoder.layers[1].down.weight.data_ptr() == layer.mlp.down_proj.weight.data_ptr()
-    assert decoder.head.data_ptr() == model.lm_head.weight.data_ptr()
-    sizes = [t.weight for x in decoder.layers for t in (x.qkv, x.out, x.gate_up, x.down)]
-    assert decoder.weight_bytes == 4 * (sum(w.numel() for w in sizes) + decoder.head.numel())
+    assert dense(decoder.layers[1].qkv).data_ptr() == layer.self_attn.q_proj.weight.data_ptr()
+    assert dense(decoder.layers[1].down).data_ptr() == layer.mlp.down_proj.weight.data_ptr()
+    assert dense(decoder.head).data_ptr() == model.lm_head.weight.data_ptr()
+    sizes = [dense(t) for x in decoder.layers for t in (x.qkv, x.out, x.gate_up, x.down)]
+    assert decoder.weight_bytes == 4 * sum(w.numel() for w in (*sizes, dense(decoder.head)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """A weight of another format: values with a scale, here one that loses nothing."""
+
+    values: Tensor
+    bytes_read: int = 7
+
+    @property
+    def format(self) -> WeightFormat:
+        return WeightFormat("scaled", self.values.dtype, (1, 1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.linear(x, self.values * 4, bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.values, "scale": torch.tensor(4.0)}
+
+
+class _ScaledWeights(ModuleWeights):
+    """Gives every projection in that format."""
+
+    def get(self, names: Sequence[str], shard: Shard = WHOLE) -> _Scaled:  # type: ignore[override]
+        return _Scaled(super().get(names, shard).values / 4)
+
+
+def test_weights_of_another_format_are_computed_with_and_refused_where_dense_ones_are_needed() -> None:
+    model, plain = _pair("qwen2")
+    bound = bind(model)
+    sites = bound.sites
+    bound.release()
+    decoder = describe(model, sites, _ScaledWeights(model), 128)
+    reference.check(model, decoder)
+    assert decoder.weight_bytes == 7 * (4 * len(plain.layers) + 1)
+    for linear in (decoder.head, decoder.layers[0].qkv):
+        with pytest.raises(Unfit, match="scaled float32 in blocks of 1x1; dense"):
+            dense(linear)
+    with pytest.raises(Unfit, match="scaled bfloat16"):
+        layers = tuple(dataclasses.replace(x, qkv=Linear(_Scaled(dense(x.qkv).bfloat16()))) for x in plain.layers)
+        shape.check(dataclasses.replace(plain, layers=layers, dtype=torch.bfloat16, head_dim=32), 16, (9, 0))
 
 
 def _with_layer(decoder: Decoder, index: int, **changes: object) -> Decoder:
@@ -100,8 +150,8 @@ def _with_layer(decoder: Decoder, index: int, **changes: object) -> Decoder:
 
 
 def _swapped(linear: Linear) -> Linear:
-    gate, up = linear.weight.chunk(2)
-    return Linear(torch.cat((up, gate)), linear.bias)
+    gate, up = dense(linear).chunk(2)
+    return Linear(DenseWeight(torch.cat((up, gate))), linear.bias)
 
 
 def _shifted(norm: Norm | None) -> Norm:
@@ -126,7 +176,7 @@ def _wrong_layers(layer: DecoderLayer) -> dict[str, dict[str, object]]:
         "residual multiplier": {"residual": 0.9},
         "post-norm": {"after_attention": layer.before_mlp},
         "bias": {"out": Linear(layer.out.weight, torch.full((layer.out.weight.shape[0],), 0.1))},
-        "another layer's weight": {"down": Linear(layer.down.weight.flip(0))},
+        "another layer's weight": {"down": Linear(DenseWeight(dense(layer.down).flip(0)))},
     }
 
 
@@ -174,10 +224,10 @@ def test_what_cannot_be_described() -> None:
     sites = bound.sites
     bound.release()
     with pytest.raises(Unfit, match="not joined"):
-        describe(model, sites, 64)
+        describe(model, sites, ModuleWeights(model), 64)
     with pytest.raises(Unfit, match="no layers"):
-        describe(model, (), 64)
+        describe(model, (), ModuleWeights(model), 64)
     fuse_projections(model)
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
     with pytest.raises(Unfit, match="ReLU"):
-        describe(model, sites, 64)
+        describe(model, sites, ModuleWeights(model), 64)

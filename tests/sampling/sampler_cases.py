@@ -7,6 +7,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -14,6 +16,7 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from hybridgen.kernels.step.advance import advance
@@ -66,6 +69,12 @@ def random_request(rng, seed, vocab=VOCAB):
         min_new_tokens=rng.choice([0, 0, 4]),
         stop_token_ids=rng.choice([(), (9, 17)]),
         logprobs=rng.choice([None, None, 0, 3]),
+        logprobs_of=rng.choice(["model", "sampled"]),
+        typical_p=rng.choice([1.0, 1.0, 0.9, 0.4]),
+        epsilon_cutoff=rng.choice([0.0, 0.0, 0.004, 0.1]),
+        eta_cutoff=rng.choice([0.0, 0.0, 0.004, 0.3]),
+        no_repeat_ngram_size=rng.choice([0, 0, 0, 40]),
+        sequence_bias=rng.choice([[], [], [((3, 4, 5), 2.0)]]),
     )
 
 
@@ -104,6 +113,12 @@ def hugging_face(request, prompt, output, scores):
         steps.append(TopPLogitsWarper(request.top_p))
     if request.min_p:
         steps.append(MinPLogitsWarper(request.min_p))
+    if request.typical_p < 1:
+        steps.append(TypicalLogitsWarper(request.typical_p))
+    if request.epsilon_cutoff:
+        steps.append(EpsilonLogitsWarper(request.epsilon_cutoff))
+    if request.eta_cutoff:
+        steps.append(EtaLogitsWarper(request.eta_cutoff))
     return steps(ids, scores)
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ def chi2(counts, probabilities):
         {"temperature": 1.3, "top_p": 0.8},
         {"temperature": 1.0, "min_p": 0.1},
         {"temperature": 0.9, "top_k": 30, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 1.2, "typical_p": 0.8},
+        {"temperature": 0.9, "top_p": 0.95, "epsilon_cutoff": 0.02, "eta_cutoff": 0.03},
     ],
 )
 def test_draws_follow_the_distribution(fields):
@@ -208,3 +211,37 @@ def test_it_compiles():
     slots = torch.arange(4)
     arguments = (logits, state, slots, slots + 5, slots, state.needs(range(4)))
     assert torch.equal(compiled(*arguments).tokens, sample(*arguments).tokens)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_log_probabilities_of_what_was_drawn_from(seed):
+    """In one batch: of rows that ask for it those of the processed distribution, of others the model's own."""
+    rows = 8
+    requests, prompts, outputs, logits = random_batch(seed + 500, rows)
+    requests = [replace(request, logprobs=request.logprobs or 5) for request in requests]
+    state = state_of(*requests, prompts=prompts, outputs=outputs)
+    generated = [len(output) for output in outputs]
+    out = choose(logits, state, range(rows), positions=[40] * rows, generated=generated)
+    kinds = {request.logprobs_of for request in requests}
+    assert state.needs(range(rows)).sampled_logprobs == ("sampled" in kinds)
+    for row, request in enumerate(requests):
+        expected = logits[row].log_softmax(-1)
+        if request.logprobs_of == "sampled":
+            expected = hugging_face(request, prompts[row], outputs[row], logits[row : row + 1].clone())[0]
+            expected = expected.log_softmax(-1)
+        token = out.tokens[row]
+        torch.testing.assert_close(out.logprobs[row], expected[token], rtol=1e-4, atol=1e-4)
+        assert out.logprobs[row] > -INF
+        top = out.top_logprobs[row, : request.logprobs]
+        torch.testing.assert_close(top, expected.topk(request.logprobs).values, rtol=1e-4, atol=1e-4)
+        assert torch.equal(expected[out.top_ids[row, : request.logprobs]].isfinite(), top.isfinite())
+
+
+def test_what_a_row_tells_changes_no_token():
+    requests, prompts, outputs, logits = random_batch(77, 8)
+    tokens = []
+    for of in ("model", "sampled"):
+        told = [replace(request, logprobs=2, logprobs_of=of) for request in requests]
+        state = state_of(*told, prompts=prompts, outputs=outputs)
+        tokens.append(choose(logits, state, range(8), positions=[40] * 8).tokens)
+    assert torch.equal(*tokens)

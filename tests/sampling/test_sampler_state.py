@@ -48,6 +48,13 @@ def test_assign_leaves_nothing_of_the_former_request():
         presence_penalty=1,
         frequency_penalty=1,
         logit_bias={1: -INF, 2: 9.0},
+        sequence_bias=[((token, token % 5), 20.0) for token in range(VOCAB)],
+        no_repeat_ngram_size=1,
+        begin_suppress_tokens=list(range(50)),
+        forced_eos_token_id=3,
+        typical_p=0.2,
+        epsilon_cutoff=0.5,
+        eta_cutoff=0.5,
         min_new_tokens=50,
         seed=1,
     )
@@ -61,7 +68,9 @@ def test_assign_leaves_nothing_of_the_former_request():
         assert used.needs([0]) == fresh.needs([0])
         assert choose(logits, used, [0]).tokens == choose(logits, fresh, [0]).tokens
         # Also where another row makes the plan ask for all of it.
-        plan = SamplerPlan(True, VOCAB, True, True, True, True, True, True, None)
+        plan = SamplerPlan(True, VOCAB, *[True] * 9, None)
+        used.allocate(plan)
+        fresh.allocate(plan)
         arguments = (torch.tensor([0]), torch.tensor([10]), torch.tensor([0]))
         assert sample(logits, used, *arguments, plan).tokens == sample(logits, fresh, *arguments, plan).tokens
 
@@ -84,17 +93,17 @@ def test_plans():
     assert state.needs([2]) == SamplerPlan(sample=True, ranked=VOCAB, nucleus=True)
     assert state.needs([1, 4]) == SamplerPlan(sample=True, ranked=64, min_p=True, top_k=True, logprobs=3)
     assert state.needs([5, 0]) == SamplerPlan(penalties=True, logprobs=0)
-    assert state.needs((6, 7)) == SamplerPlan(bias=True, min_tokens=True)
+    assert state.needs((6, 7)) == SamplerPlan(bias=True, by_length=True)
     assert [state.needs([i]).filter for i in range(6)] == [False, True, True, False, True, False]
     assert hash(state.needs(range(9))) == hash(state.needs(range(9)))
 
 
 def test_tables_of_the_vocabularys_width_are_allocated_when_needed():
     state = state_of(params(), params(temperature=1, top_k=3))
-    assert (state.bias, state.banned, state.prompt_seen, state.output_counts) == (None,) * 4
+    assert (state.bias, state.rules, state.prompt_seen, state.output_counts, state.history) == (None,) * 5
     state.assign(0, params(logit_bias={1: 1.0}))
     assert state.bias.shape == (2, VOCAB)
-    assert (state.banned, state.prompt_seen) == (None, None)
+    assert (state.rules, state.prompt_seen) == (None, None)
     with torch.inference_mode():
         state.assign(1, params(min_new_tokens=1, repetition_penalty=1.1), [1, VOCAB + 3])
     state.assign(1, params(repetition_penalty=1.1), [1])  # works outside of inference mode too

@@ -174,6 +174,7 @@ def test_an_oversized_frame_is_refused_before_it_is_read(toy: Start) -> None:
     assert server.resident() - before < 2**26
 
 
+@pytest.mark.apart
 def test_half_frames_time_out(toy: Start) -> None:
     server = toy("--limit", "frame_seconds=0.4")
     silent = Raw(server.path, hello=False)
@@ -284,6 +285,7 @@ def test_a_slow_reader_is_cut_off_and_others_go_on(toy: Start) -> None:
     assert "too much unread" in server.log()
 
 
+@pytest.mark.apart
 def test_a_reader_that_stops_is_cut_off_after_a_while(toy: Start) -> None:
     server = toy("--limit", "write_seconds=0.4", "--step", 0.0)
     slow = Raw(server.path)
@@ -370,6 +372,7 @@ def test_a_fatal_error_answers_everybody_before_the_end(toy: Start, bad: int) ->
         server.client()
 
 
+@pytest.mark.apart
 def test_a_step_that_hangs(toy: Start) -> None:
     server = toy("--step-timeout", 0.5)
     with server.client() as client:
@@ -467,6 +470,7 @@ def test_a_drain_has_an_end(toy: Start) -> None:
     assert server.popen.wait(20) == 1
 
 
+@pytest.mark.apart
 def test_sigterm_while_it_loads(toy: Start) -> None:
     server = toy("--load", 30, wait=False)
     until(lambda: (server.path.parent / "x.sock.lock").exists())
@@ -564,6 +568,7 @@ def test_a_drain_waits_for_a_slow_reader(toy: Start) -> None:
     assert server.popen.wait(20) == 0
 
 
+@pytest.mark.apart
 def test_signals_while_it_cleans_up(toy: Start) -> None:
     server = toy("--close", 1.5)
     server.popen.send_signal(signal.SIGTERM)
@@ -588,6 +593,7 @@ def test_what_cannot_be_used_is_found_before_the_model_is_loaded(toy: Start) -> 
     assert "cannot be written" in server.log()
 
 
+@pytest.mark.apart
 def test_idle_time_begins_with_the_end_of_a_request(toy: Start) -> None:
     server = toy("--idle-exit", 1.5, "--step", 0.05, "--limit", "frame_seconds=0.8")
     with server.client() as client:
@@ -597,6 +603,7 @@ def test_idle_time_begins_with_the_end_of_a_request(toy: Start) -> None:
     assert server.popen.wait(20) == 0
 
 
+@pytest.mark.apart
 def test_a_process_that_stood_still_does_not_hang(toy: Start) -> None:
     server = toy("--step", 0.02, "--step-timeout", 1, "--limit", "frame_seconds=1", "--limit", "write_seconds=1")
     half = Raw(server.path)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import families
 import pytest
+import torch
+from torch import nn
 
 import hybridgen
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.models import bind
+from hybridgen.models.weights import WHOLE, DenseWeight, ModuleWeights, Shard
 from hybridgen.telemetry.statistics import DecodeStats
 from hybridgen.telemetry.traffic import DecodeMeter, Traffic, traffic_of
 
@@ -17,7 +21,7 @@ from hybridgen.telemetry.traffic import DecodeMeter, Traffic, traffic_of
 def bytes_of(name: str, **changes: object) -> Traffic:
     bound = bind(families.build(name, **changes))
     try:
-        return traffic_of(bound, None)
+        return traffic_of(bound, bound.layer_states(16, torch.float32), None)
     finally:
         bound.release()
 
@@ -38,6 +42,53 @@ def test_experts_are_not_counted() -> None:
     traffic = bytes_of("mixtral")
     assert traffic.weights == 0
     assert math.isnan(traffic.bandwidth(1, 10, 1.0))
+
+
+def test_a_projection_counts_what_its_weight_reads() -> None:
+    class Eighth(ModuleWeights):
+        def get(self, names: Sequence[str], shard: Shard = WHOLE) -> DenseWeight:
+            return _Eighth(super().get(names, shard).values)
+
+    class _Eighth(DenseWeight):
+        @property
+        def bytes_read(self) -> int:
+            return self.values.numel() // 2
+
+    model = families.build("llama")
+    bound = bind(model)
+    bound.weights = Eighth(model)
+    states = bound.layer_states(16, torch.float32)
+    try:
+        counted = traffic_of(bound, states, None).weights
+    finally:
+        bound.release()
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert counted == linears // 2 + 4 * norms
+
+
+def test_a_weight_of_two_modules_counts_once() -> None:
+    model = families.build("llama")
+    first, second = (model.model.layers[i].mlp.down_proj for i in range(2))
+    second.weight = first.weight
+    bound = bind(model)
+    try:
+        shared = traffic_of(bound, bound.layer_states(16, torch.float32), None).weights
+    finally:
+        bound.release()
+    assert shared == bytes_of("llama").weights - 4 * first.weight.numel()
+
+
+def test_states_say_what_a_position_costs() -> None:
+    bound = bind(families.build("llama"))
+    try:
+        full, half = (
+            traffic_of(bound, bound.layer_states(16, dtype), None) for dtype in (torch.float32, torch.float16)
+        )
+    finally:
+        bound.release()
+    assert full.cache == ((0, 4 * 2 * 2 * 16 * 4),)
+    assert half.cache == ((0, 4 * 2 * 2 * 16 * 2),)
 
 
 def test_windows_bound_what_a_row_reads() -> None:
@@ -80,8 +131,6 @@ def test_what_the_meter_says() -> None:
 
 
 def test_no_ceiling_on_a_cpu() -> None:
-    import torch
-
     assert read_ceiling(torch.device("cpu")) is None
 
 

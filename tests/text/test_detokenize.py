@@ -256,6 +256,7 @@ def test_a_prompt_may_end_inside_a_character(request, name):
         assert "".join(pieces) == 2 * word_text
 
 
+@pytest.mark.apart
 def test_long_undecodable_runs(byte_level):
     """Their cost is bounded, and the text is still that of decode()."""
     half = byte_ids(byte_level, b"\xf0\x9f")

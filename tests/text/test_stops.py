@@ -1,5 +1,6 @@
 import random
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +94,7 @@ def test_after_a_match_nothing_is_left():
     assert checker.flush() == ""
 
 
+@pytest.mark.apart
 def test_long_stop_strings_cost_time_in_proportion():
     rng = random.Random(1)
     stops = ["a" * 999 + chr(99 + i) for i in range(10)] + ["".join(rng.choices("ab", k=1000)) for _ in range(10)]
@@ -102,3 +104,53 @@ def test_long_stop_strings_cost_time_in_proportion():
     given = "".join(checker.push(text[i : i + 7])[0] for i in range(0, len(text), 7))
     assert given + checker.flush() == text
     assert time.perf_counter() - start < 5  # quadratic work would take minutes
+
+
+def reference_hidden(pieces, stops):
+    """The shown text before the first stop string of all pieces, and that string."""
+    text = "".join(piece for piece, _ in pieces)
+    cut, match = reference(text, stops)
+    flags = [shown for piece, shown in pieces for _ in piece]
+    return "".join(char for char, shown in zip(cut, flags, strict=False) if shown), match
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(st.tuples(st.text("ab", max_size=4), st.booleans()), max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=5),
+)
+def test_hidden_pieces_are_seen_and_not_given(pieces, stops):
+    checker, given = StopChecker(stops), ""
+    for piece, shown in pieces:
+        text, match = checker.push(piece, shown=shown)
+        given += text
+        if match is not None:
+            break
+    assert (given + checker.flush(), checker.push("")[1]) == reference_hidden(pieces, stops)
+
+
+def test_stop_strings_cost_what_the_text_has_of_them():
+    """Four megabytes of stop strings: nothing is made of them but a sorted list until a text goes along one."""
+    rng = random.Random(2)
+    stops = ["".join(rng.choices("abcdefgh", k=1_000_000)) for _ in range(4)]
+    tracemalloc.start()
+    try:
+        start = time.perf_counter()
+        checker = StopChecker(stops)
+        text = stops[1][:20_000] + "x" + "".join(rng.choices("abcdefgh", k=20_000))
+        given = "".join(checker.push(text[i : i + 3])[0] for i in range(0, len(text), 3)) + checker.flush()
+        seconds = time.perf_counter() - start
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert given == text
+    assert peak < 20 * 2**20
+    assert seconds < 10  # an automaton of all of them took that for its making
+
+
+def test_many_short_stop_strings():
+    stops = [chr(i) * 2 for i in range(0x4E00, 0x4E00 + 20_000)]
+    checker = StopChecker(stops)
+    text = "".join(chr(i) for i in range(0x4E00, 0x4E00 + 20_000))
+    assert checker.push(text)[1] is None
+    assert checker.push(text[-1]) == ("", text[-1] * 2)

@@ -18,7 +18,7 @@ from hybridgen.comparison.measuring.subjects import EngineSubject, Subject, buil
 from hybridgen.errors import described
 from hybridgen.loading import Checkpoint
 from hybridgen.models.projections import fuse_projections
-from hybridgen.models.sharing import twin
+from hybridgen.models.twin import twin
 from hybridgen.telemetry.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,10 @@ class Builder:
         self._config, self._checkpoint, self._model = config, checkpoint, model
         self._limit, self._load_seconds, self._folder = limit, load_seconds, folder
         self._device = checkpoint.device
-        # Weights are joined once: a twin of the template shares the joined ones too.
+        # Weights are joined once: a twin of the template shares the joined ones too. A live module's stay apart.
         self._template = twin(model)
         self._fuse_seconds = 0.0
-        if config.engine.get("fuse_projections", True):
+        if config.engine.get("fuse_projections", True) and checkpoint.module is None:
             start = time.perf_counter()
             fuse_projections(self._template)
             self._fuse_seconds = time.perf_counter() - start
@@ -129,7 +129,7 @@ class Builder:
         parts = dict(subject.stats().startup)
         other = max(0.0, subject.build_seconds - sum(parts.values()))
         parts |= {"load weights": self._load_seconds}
-        if engine_config.fuse_projections:
+        if self._fuse_seconds and engine_config.fuse_projections:
             parts |= {"fuse projections": self._fuse_seconds}
         result.startup = {**parts, "other": other}
         return subject

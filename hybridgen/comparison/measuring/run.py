@@ -25,7 +25,6 @@ from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, described
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.loading import Checkpoint
-from hybridgen.models import check_free
 
 
 @dataclass
@@ -175,18 +174,15 @@ def measure(model: Any, config: CompareConfig, *, tokenizer: Any, progress: bool
     facts = provenance(checkpoint.device)
     loaded = checkpoint.load()
     bar = tqdm(bar_format="{desc}: {n}/{total}", disable=bar_disabled(progress), leave=False)
-    try:
-        with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
-            builder = Builder(config, checkpoint, loaded.model, limit=limit, load_seconds=loaded.seconds, folder=folder)
-            run = _Run(config, checkpoint, loaded.model, builder, bar)
-            run.pay_once()
-            ceiling = read_ceiling(checkpoint.device)  # before anything of ours takes the memory
-            run.groups()
-            if checkpoint.device.type == "cuda":
-                facts["gpu_state_at_end"] = gpu_state(checkpoint.device)
-            return run.result(model, ceiling, facts)
-    finally:
-        loaded.restore()
+    with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
+        builder = Builder(config, checkpoint, loaded.model, limit=limit, load_seconds=loaded.seconds, folder=folder)
+        run = _Run(config, checkpoint, loaded.model, builder, bar)
+        run.pay_once()
+        ceiling = read_ceiling(checkpoint.device)  # before anything of ours takes the memory
+        run.groups()
+        if checkpoint.device.type == "cuda":
+            facts["gpu_state_at_end"] = gpu_state(checkpoint.device)
+        return run.result(model, ceiling, facts)
 
 
 def _open(model: Any, config: CompareConfig, tokenizer: Any) -> tuple[Checkpoint, int]:
@@ -195,7 +191,6 @@ def _open(model: Any, config: CompareConfig, tokenizer: Any) -> tuple[Checkpoint
     Raises:
         ConfigError: the lengths are above the context, or an engine's fields do not go together.
         DeviceError: this machine cannot run one of the modes.
-        EngineError: an engine has the module.
     """
     opening = EngineConfig.opening_fields()
     checkpoint = Checkpoint.open(
@@ -211,6 +206,4 @@ def _open(model: Any, config: CompareConfig, tokenizer: Any) -> tuple[Checkpoint
         )
     for variant in config.variants.values():
         check_config(checkpoint, config.engine_config(variant, limit))
-    if checkpoint.module is not None:
-        check_free(checkpoint.module)
     return checkpoint, limit

@@ -62,12 +62,14 @@ def key_of(
     device: torch.device,
     dtype: torch.dtype,
     config: EngineConfig,
+    weights: str,
     **resolved: Any,
 ) -> Key:
-    """The key of an engine's entry. Weights are not in it: a fine-tune of the same shape has the same.
+    """The key of an engine's entry. The weights' values are not in it: a fine-tune of the same shape has the same.
 
     Args:
         model_class: the model's class, for the hash of its source; None where it is not known before loading.
+        weights: the formats of the model's weights, as their provider's `identity` says.
         resolved: settings that the config leaves open, as the engine decided them (mode, token budget, context).
     """
     parts: dict[str, Any] = {}
@@ -77,6 +79,7 @@ def key_of(
     parts["hybridgen sources"] = source_hash()
     parts["model class"] = None if model_class is None else f"{model_class.__module__}.{model_class.__qualname__}"
     parts["model sources"] = _class_hash(model_class)
+    parts["weights"] = weights
     parts["dtype"] = str(dtype).removeprefix("torch.")
     parts.update(_architecture(hf_config))
     parts.update({f"config.{name}": _plain(getattr(config, name)) for name in config.key_fields()})

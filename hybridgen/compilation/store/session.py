@@ -20,9 +20,10 @@ from hybridgen.compilation.store.key import Key
 from hybridgen.compilation.store.key_parts import device_name, key_of
 from hybridgen.compilation.store.location import SWITCH
 from hybridgen.compilation.store.store import Explanation, Store, Update
-from hybridgen.config import EngineConfig, GraphOwner, Mode
+from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig
 from hybridgen.errors import CacheMissError
 from hybridgen.loading import Checkpoint
+from hybridgen.models.weights import ModuleWeights
 
 logger = logging.getLogger(__name__)
 
@@ -44,29 +45,25 @@ class CompileCache:
         self._refused: list[str] = []
 
     @classmethod
-    def open(
-        cls, checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_budget: int, max_context: int
-    ) -> CompileCache:
+    def open(cls, checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig) -> CompileCache:
         """Find the entry for what an engine needs, and direct compilers to it. Trouble with the store is a miss.
 
         Raises:
             CacheMissError: `offline_compile=True` and there is none that can be used.
         """
-        cache = cls._find(checkpoint, config, mode=mode, token_budget=token_budget, max_context=max_context)
+        cache = cls._find(checkpoint, config, resolved)
         if checkpoint.device.type == "cuda":
             cache.refuse_kernels()
         return cache
 
     @classmethod
-    def _find(
-        cls, checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_budget: int, max_context: int
-    ) -> CompileCache:
-        start = time.perf_counter()
+    def _find(cls, checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig) -> CompileCache:
+        start, mode = time.perf_counter(), resolved.mode
         off = why_off(config, mode, checkpoint.device.type)
         if off is not None:
             _refuse_if_offline(config, mode, off)
             return cls(MemoryEntry(off), None, config)
-        key = key_for(checkpoint, config, mode=mode, token_budget=token_budget, max_context=max_context)
+        key = key_for(checkpoint, config, resolved)
         store, problems = Store.find(config.compile_cache, device=device_name(checkpoint.device))
         if store is None:
             _refuse_if_offline(config, mode, "; ".join(problems))
@@ -217,7 +214,7 @@ def why_off(config: EngineConfig, mode: Mode, device_type: str) -> str | None:
     return None
 
 
-def key_for(checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_budget: int, max_context: int) -> Key:
+def key_for(checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig) -> Key:
     """The key of an engine's entry."""
     return key_of(
         checkpoint.hf_config,
@@ -225,9 +222,9 @@ def key_for(checkpoint: Checkpoint, config: EngineConfig, *, mode: Mode, token_b
         device=checkpoint.device,
         dtype=checkpoint.dtype,
         config=config,
-        mode=mode,
-        token_budget=token_budget,
-        max_context=max_context,
+        weights=ModuleWeights.identity,
+        fuse_projections=config.fuse_projections and checkpoint.joins,
+        **resolved._asdict(),
     )
 
 

@@ -29,7 +29,7 @@ from hybridgen.fused.chain.attention import Cut, attend_kernel, block_of, cut_co
 from hybridgen.fused.chain.kernels import begin_kernel, close_kernel, project_kernel
 from hybridgen.fused.chain.setup import allocate, attention_counters, check, check_pages
 from hybridgen.fused.chain.tiles import PROJECTIONS, Tile, as_tiles, candidates, default_tile, rows_block
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, dense
 
 MAX_ROWS = 16
 
@@ -60,7 +60,7 @@ class ChainStep:
         check(model)
         self.model = model
         self.max_rows = max_rows
-        self.device = device_of(model.head)
+        self.device = device_of(model.embedding)
         self._scales = model.dtype == torch.float16
         self._launchers: dict[Any, Launcher] = {}
         self._wanted: dict[Any, Callable[[], object]] | None = None
@@ -164,16 +164,14 @@ class ChainStep:
                 "down", layer.down, layer.after_mlp, following, scratch["mlp"], layer, rows, side, parts
             )
             side = 1 - side
-        self._read(
-            "head", Linear(model.head), model.norm, out, out.stride(0), rows, side, parts, factor=model.logits_scale
-        )
+        self._read("head", model.head, model.norm, out, out.stride(0), rows, side, parts, factor=model.logits_scale)
 
     def project_all(self, name: str, rows: int) -> None:
         """Launch one projection of every layer one after another, on whatever scratch holds: for timing tiles."""
         model, scratch = self.model, self._scratch
         if name == "head":
             out = torch.empty(rows, model.vocab, dtype=model.dtype, device=model.device)
-            self._read("head", Linear(model.head), model.norm, out, model.vocab, rows, 0, 1)
+            self._read("head", model.head, model.norm, out, model.vocab, rows, 0, 1)
             return
         for layer in model.layers:
             if name == "qkv":
@@ -328,11 +326,12 @@ class ChainStep:
                 **constants,
             },
         )
-        bias = linear.weight if linear.bias is None else linear.bias
+        weight = dense(linear)
+        bias = weight if linear.bias is None else linear.bias
         scale = scratch["state"] if following is None else following.scale
         maker = scratch["squares"][side], scratch["roots"][side]
         made = scratch["squares"][1 - side], scratch["roots"][1 - side]
-        tensors = source, linear.weight, bias, *maker, scratch["state"], out, scale, *made
+        tensors = source, weight, bias, *maker, scratch["state"], out, scale, *made
         partial, counters = scratch["partial"], scratch["counters"][attention_counters(self.model, self.max_rows) :]
         grid = triton.cdiv(features, tile.features), tile.slices, 1
         launcher(grid, (*tensors, partial if tile.slices > 1 else scratch["state"], counters, rows, eps, factor))
@@ -408,7 +407,7 @@ class ChainStep:
     def _want(self, key: Any, compile_kernel: Callable[[], object]) -> None:
         def on_device() -> None:
             # A thread of a pool starts on the first device.
-            with torch.cuda.device(self.model.device) if self.model.head.is_cuda else nullcontext():
+            with torch.cuda.device(self.model.device) if self.model.embedding.is_cuda else nullcontext():
                 compile_kernel()
 
         if self._wanted is not None:

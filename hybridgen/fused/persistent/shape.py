@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hybridgen.models.decoder import Decoder, Unfit
+from hybridgen.models.decoder import Decoder, Unfit, dense
 
 THREADS = 288
 """Of a block: eight consumer warps and the producer's."""
@@ -88,8 +88,7 @@ def check(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
     for name, width in (("hidden", model.hidden), ("intermediate", model.intermediate)):
         if width % 8:
             raise Unfit(f"its {name} size {width} is no multiple of 8")
-    tensors = [model.embedding, model.head, *(norm.scale for norm in model.norms)]
-    tensors += [part.weight for layer in model.layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    tensors = [model.embedding, *(norm.scale for norm in model.norms), *(dense(linear) for linear in model.linears)]
     if any(not tensor.is_contiguous() or tensor.data_ptr() % 16 for tensor in tensors):
         raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
     if page_size & (page_size - 1):

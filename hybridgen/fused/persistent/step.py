@@ -13,7 +13,7 @@ from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
 from hybridgen.fused.persistent.program import Kernel, compile_cubin, key
 from hybridgen.fused.persistent.shape import THREADS, Tuning, check, default_tuning, shape_of
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, dense
 
 _COUNTERS = 5
 _SECTOR = 32
@@ -103,7 +103,7 @@ class PersistentStep:
         self._kept_alive = (model, pages, rows, state, block_table)
         header = [
             rows.data_ptr(), state.data_ptr(), block_table.data_ptr(), state.stride(0), block_table.stride(0),
-            model.embedding.data_ptr(), model.head.data_ptr(), model.norm.scale.data_ptr(), _address(cos),
+            model.embedding.data_ptr(), dense(model.head).data_ptr(), model.norm.scale.data_ptr(), _address(cos),
             _address(sin), self.logits.data_ptr(), *words, self.counters.data_ptr(), self._fault.data_ptr(),
         ]  # fmt: skip
         packed = struct.pack(f"<{len(header)}Q", *header)
@@ -142,7 +142,7 @@ def _packed_layer(layer: DecoderLayer, pages: LayerPages) -> bytes:
     norms = (layer.before_attention, layer.before_mlp, layer.query_norm, layer.key_norm)
     linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
     addresses = [_scale(norm) for norm in norms]
-    addresses += [linear.weight.data_ptr() for linear in linears] + [_bias(linear) for linear in linears]
+    addresses += [dense(linear).data_ptr() for linear in linears] + [_bias(linear) for linear in linears]
     addresses += [pages.keys.data_ptr(), pages.values.data_ptr()]
     return struct.pack(f"<{len(addresses)}Q2i", *addresses, layer.window, int(layer.rotates))
 

@@ -94,6 +94,26 @@ def tile_pointers(  # type: ignore[no-untyped-def]
         return base + row[:, None] * DIM + dims[None, :]
 
 
+def limit_of(window: int, chunk: int) -> tuple[int, int]:
+    """What kernels know a limit by: its kind for `first_seen` (0 none, 1 window, 2 chunk), and its size.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if window > 0 and chunk > 0:
+        raise ValueError(f"window={window} and chunk={chunk}; give one of them")
+    return (2, chunk) if chunk > 0 else (1, window) if window > 0 else (0, 0)
+
+
+@triton.jit
+def first_seen(position, size, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first position that a query at `position` sees: in its window (LIMIT 1), or in its chunk (LIMIT 2)."""
+    if LIMIT == 2:
+        return position // size * size
+    else:
+        return tl.maximum(position + 1 - size, 0)
+
+
 @triton.jit
 def soft_capped(scores, softcap):  # type: ignore[no-untyped-def]
     """softcap * tanh(scores / softcap)."""

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of, power_of_two
-from hybridgen.kernels.attention.common import Heads, check_layout
+from hybridgen.kernels.attention.common import Heads, check_layout, limit_of
 from hybridgen.kernels.attention.decode_kernels import combine_kernel, rows_kernel, single_kernel
 
 _CHUNK_TOKENS = 1024
@@ -108,7 +108,8 @@ class Variant(NamedTuple):
     heads: Heads
     tune: Tuning
     block_rows: int
-    window: bool
+    limit: int
+    """By `limit_of`."""
     softcap: bool
     sinks: bool
     append: bool
@@ -120,7 +121,7 @@ class Variant(NamedTuple):
             "BLOCK": self.tune.block,
             "BLOCK_VALUE": power_of_two(self.heads.value_dim),
             "LEAST": max(1, _LEAST_TOKENS // self.tune.block),
-            "WINDOW": self.window,
+            "LIMIT": self.limit,
             "OVERLAP": self.device.overlap,
             **({"launch_pdl": True} if self.device.overlap else {}),
         }
@@ -176,7 +177,8 @@ def _prepare(
     heads: Heads,
     tokens: int,
     max_pages: int,
-    window: int,
+    limit: int,
+    reach: int,
     softcap: bool,
     sinks: bool,
     append: bool,
@@ -185,10 +187,10 @@ def _prepare(
 ) -> Call:
     tune = tune or tuning(heads, device.shared_memory)
     max_tiles = triton.cdiv(max_pages * heads.page_size, tune.block)
-    if window > 0:
-        max_tiles = min(max_tiles, window // tune.block + 2)
+    if limit:
+        max_tiles = min(max_tiles, reach // tune.block + 2)
     cut = plan(tokens, heads, max_tiles, device.processors, tune)
-    variant = Variant(heads, tune, _row_block(tokens), window > 0, softcap, sinks, append, device)
+    variant = Variant(heads, tune, _row_block(tokens), limit, softcap, sinks, append, device)
     block = _combine_block(tokens, cut.row_chunks, heads)
     lines = tokens * cut.row_chunks * heads.queries if tokens == 1 or cut.row_chunks > 1 else 0
     return Call(
@@ -209,6 +211,7 @@ def decode_attention(
     positions: Tensor,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
     sinks: Tensor | None,
     k: Tensor | None = None,
@@ -221,6 +224,7 @@ def decode_attention(
     out = torch.empty((tokens, heads.queries, heads.value_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
+    limit, reach = limit_of(window, chunk)
     append = k is not None and v is not None
     if k is None or v is None:
         k = v = q  # never read
@@ -228,14 +232,15 @@ def decode_attention(
         k, v = k.contiguous(), v.contiguous()
     strides = block_table.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
     dtypes = q.dtype, k.dtype, k_pages.dtype, slots.dtype, positions.dtype, None if sinks is None else sinks.dtype
-    key = dtypes, heads, tokens, block_table.shape[1], window, softcap > 0, append, strides, q.device.index, tune
+    key = dtypes, heads, tokens, block_table.shape[1], limit, reach, softcap > 0, append, strides, q.device.index, tune
     call = _calls.get(key)
     if call is None:
         call = _calls[key] = _prepare(
             heads,
             tokens,
             block_table.shape[1],
-            window,
+            limit,
+            reach,
             softcap > 0,
             sinks is not None,
             append,
@@ -246,7 +251,7 @@ def decode_attention(
     partial = torch.empty((call.lines * (heads.value_dim + 1),), dtype=torch.float32, device=q.device)
     lse_start = call.lines * heads.value_dim
     inputs = q, k, v, k_pages, v_pages, block_table, slots, positions, q if sinks is None else sinks
-    options = scale, softcap, window
+    options = scale, softcap, reach
     grid = call.cut.programs, 1, 1
     if tokens == 1:
         call.attend(grid, (*inputs, partial, lse_start, *options, call.cut.splits, *strides))
@@ -254,5 +259,5 @@ def decode_attention(
         call.attend(grid, (*inputs, out, partial, lse_start, *options, tokens, *call.cut[:3], *strides))
     if call.lines:
         grid = tokens, triton.cdiv(heads.queries, call.combine_heads), 1
-        call.combine(grid, (positions, out, partial, lse_start, window, *call.cut[:3]))
+        call.combine(grid, (positions, out, partial, lse_start, reach, *call.cut[:3]))
     return out

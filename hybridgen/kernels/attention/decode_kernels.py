@@ -6,25 +6,25 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridgen.kernels.attention.common import load_pages, soft_capped, tile_pointers
+from hybridgen.kernels.attention.common import first_seen, load_pages, soft_capped, tile_pointers
 
 
 @triton.jit
-def _tiles(position, window, BLOCK: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tiles(position, reach, BLOCK: tl.constexpr, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first tile that a row sees, and the tile after its last."""
     end = position + 1
     low = end * 0
-    if WINDOW:
-        low = tl.maximum(end - window, 0) // BLOCK
+    if LIMIT:
+        low = first_seen(position, reach, LIMIT) // BLOCK
     return low, tl.cdiv(end, BLOCK)
 
 
 @triton.jit
 def _cut(  # type: ignore[no-untyped-def]
-    position, window, splits, chunk_tiles, BLOCK: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr
+    position, reach, splits, chunk_tiles, BLOCK: tl.constexpr, LEAST: tl.constexpr, LIMIT: tl.constexpr
 ):  # fmt: skip
     """A row's first tile, tile after the last, tiles a chunk, and chunks."""
-    low, high = _tiles(position, window, BLOCK, WINDOW)
+    low, high = _tiles(position, reach, BLOCK, LIMIT)
     tiles = high - low
     per = tl.maximum(tl.minimum(tl.cdiv(tiles, splits), chunk_tiles), LEAST)
     per = tl.cdiv(tiles, tl.cdiv(tiles, per))
@@ -45,12 +45,12 @@ def _append(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend_chunk(  # type: ignore[no-untyped-def]
-    q, k, v, k_pages, v_pages, table, sinks, scale, softcap, window,
+    q, k, v, k_pages, v_pages, table, sinks, scale, softcap, reach,
     q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     row, position, first, last, is_last, head, with_sink,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr,
+    LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
     """Softmax and mix of a kv head's queries over the tiles first to last: [BLOCK_GROUP, BLOCK_VALUE], and lse.
 
@@ -82,8 +82,8 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
         start = tile * BLOCK
         place = start + tl.arange(0, BLOCK)
         seen = place < end
-        if WINDOW:
-            seen = seen & (place >= end - window)
+        if LIMIT:
+            seen = seen & (place >= first_seen(position, reach, LIMIT))
         key = tile_pointers(k_pages, pages, start, head, HEADS, PAGE, DIM, BLOCK, BLOCK_DIM)
         key = tl.load(key, mask=seen[:, None] & (dims[None, :] < DIM), other=0.0)
         value = tile_pointers(v_pages, pages, start, head, HEADS, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
@@ -130,16 +130,16 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["window", "splits", "lse_start"],
+    do_not_specialize=["reach", "splits", "lse_start"],
     do_not_specialize_on_alignment=["block_table", "slots", "positions", "sinks"],
 )
 def single_kernel(  # type: ignore[no-untyped-def]
     q, k, v, k_pages, v_pages, block_table, slots, positions, sinks, partial, lse_start,
-    scale, softcap, window, splits, table_stride,
+    scale, softcap, reach, splits, table_stride,
     q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    LEAST: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr,
+    LEAST: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The only row: a program takes one kv head's chunk, or says that it had none (a log-sum of -inf)."""
@@ -151,18 +151,18 @@ def single_kernel(  # type: ignore[no-untyped-def]
     chunk = tl.program_id(0) // HEADS
     position = tl.load(positions).to(tl.int32)
     table = block_table + tl.load(slots).to(tl.int64) * table_stride
-    low, high = _tiles(position, window, BLOCK, WINDOW)
+    low, high = _tiles(position, reach, BLOCK, LIMIT)
     per = tl.maximum(tl.cdiv(high - low, splits), LEAST)
     first = low + chunk * per
     line = (chunk * HEADS + head) * GROUP
     member = tl.arange(0, BLOCK_GROUP)
     if first < high:
         mixed, logsum = _attend_chunk(
-            q, k, v, k_pages, v_pages, table, sinks, scale, softcap, window,
+            q, k, v, k_pages, v_pages, table, sinks, scale, softcap, reach,
             q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
             chunk * 0, position, first, tl.minimum(first + per, high), first + per >= high, head, chunk == 0,
             HEADS, GROUP, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_GROUP, BLOCK_DIM, BLOCK_VALUE,
-            WINDOW, SOFTCAP, SINKS, APPEND,
+            LIMIT, SOFTCAP, SINKS, APPEND,
         )  # fmt: skip
         _store(partial, line, mixed, GROUP, VALUE_DIM, BLOCK_GROUP, BLOCK_VALUE)
         tl.store(partial + lse_start + line + member, logsum, mask=member < GROUP)
@@ -172,17 +172,17 @@ def single_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["window", "tokens", "splits", "chunk_tiles", "row_chunks", "lse_start"],
+    do_not_specialize=["reach", "tokens", "splits", "chunk_tiles", "row_chunks", "lse_start"],
     do_not_specialize_on_alignment=["block_table", "slots", "positions", "sinks"],
 )
 def rows_kernel(  # type: ignore[no-untyped-def]
     q, k, v, k_pages, v_pages, block_table, slots, positions, sinks, out, partial, lse_start,
-    scale, softcap, window, tokens, splits, chunk_tiles, row_chunks, table_stride,
+    scale, softcap, reach, tokens, splits, chunk_tiles, row_chunks, table_stride,
     q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     LEAST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
+    LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Several rows: a program takes one kv head of every n-th chunk. Rows of one chunk are finished here."""
     if OVERLAP:
@@ -190,7 +190,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, BLOCK_ROWS)
     position = tl.load(positions + rows, mask=rows < tokens, other=0).to(tl.int32)
-    _, _, _, chunks = _cut(position, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
+    _, _, _, chunks = _cut(position, reach, splits, chunk_tiles, BLOCK, LEAST, LIMIT)
     chunks = tl.where(rows < tokens, chunks, 0)
     ends = tl.cumsum(chunks, 0)
     for item in range(tl.program_id(0) // HEADS, tl.sum(chunks, 0), tl.num_programs(0) // HEADS):
@@ -198,14 +198,14 @@ def rows_kernel(  # type: ignore[no-untyped-def]
         chunk = item - tl.sum(tl.where(rows < row, chunks, 0), 0)
         place = tl.load(positions + row).to(tl.int32)
         table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
-        low_tile, high_tile, tiles, count = _cut(place, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
+        low_tile, high_tile, tiles, count = _cut(place, reach, splits, chunk_tiles, BLOCK, LEAST, LIMIT)
         first = low_tile + chunk * tiles
         mixed, logsum = _attend_chunk(
-            q, k, v, k_pages, v_pages, table, sinks, scale, softcap, window,
+            q, k, v, k_pages, v_pages, table, sinks, scale, softcap, reach,
             q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
             row, place, first, tl.minimum(first + tiles, high_tile), first + tiles >= high_tile, head, chunk == 0,
             HEADS, GROUP, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_GROUP, BLOCK_DIM, BLOCK_VALUE,
-            WINDOW, SOFTCAP, SINKS, APPEND,
+            LIMIT, SOFTCAP, SINKS, APPEND,
         )  # fmt: skip
         if count == 1:
             _store(out, (row * HEADS + head) * GROUP, mixed, GROUP, VALUE_DIM, BLOCK_GROUP, BLOCK_VALUE)
@@ -217,14 +217,14 @@ def rows_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["window", "splits", "chunk_tiles", "row_chunks", "lse_start"],
+    do_not_specialize=["reach", "splits", "chunk_tiles", "row_chunks", "lse_start"],
     do_not_specialize_on_alignment=["positions"],
 )
 def combine_kernel(  # type: ignore[no-untyped-def]
-    positions, out, partial, lse_start, window, splits, chunk_tiles, row_chunks,
+    positions, out, partial, lse_start, reach, splits, chunk_tiles, row_chunks,
     QUERY_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     LEAST: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    SINGLE: tl.constexpr, WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
+    SINGLE: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: BLOCK_HEADS query heads of a row. SINGLE reads no position: its log-sums say which chunks are."""
     if OVERLAP:
@@ -233,7 +233,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     chunks = row_chunks
     if not SINGLE:
         position = tl.load(positions + row).to(tl.int32)
-        _, _, _, chunks = _cut(position, window, splits, chunk_tiles, BLOCK, LEAST, WINDOW)
+        _, _, _, chunks = _cut(position, reach, splits, chunk_tiles, BLOCK, LEAST, LIMIT)
     if SINGLE or chunks > 1:
         head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         values = tl.arange(0, BLOCK_VALUE)

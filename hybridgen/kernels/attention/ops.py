@@ -36,7 +36,7 @@ from torch import Tensor
 from hybridgen.kernels.attention import reference
 
 _PAGES = "Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor slots, Tensor positions"
-_OPTIONS = "float scale, int window, float softcap, Tensor? sinks"
+_OPTIONS = "float scale, int window, int chunk, float softcap, Tensor? sinks"
 
 _NO_CHANGE = nullcontext()
 
@@ -84,6 +84,7 @@ def decode_attention(
     *,
     scale: float,
     window: int = 0,
+    chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     k: Tensor | None = None,
@@ -100,11 +101,12 @@ def decode_attention(
     Args:
         scale: factor on q.k, above 0.
         window: see only the last `window` positions, the token's own included; 0 is no limit.
+        chunk: see only positions with the token's own `position // chunk` (Llama 4); 0 is no limit. Not with a window.
         softcap: `s = softcap * tanh(s / softcap)` on scaled scores (Gemma 2); 0 is off.
         sinks: [Hq], a logit per head that takes part in the softmax's denominator only (GPT-OSS).
     """
     return torch.ops.hybridgen.decode_attention.default(
-        q, k_pages, v_pages, block_table, slots, positions, scale, window, softcap, sinks, k, v
+        q, k_pages, v_pages, block_table, slots, positions, scale, window, chunk, softcap, sinks, k, v
     )
 
 
@@ -119,6 +121,7 @@ def prefill_attention(
     *,
     scale: float,
     window: int = 0,
+    chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
@@ -132,7 +135,7 @@ def prefill_attention(
     Args: see `decode_attention`.
     """
     return torch.ops.hybridgen.prefill_attention.default(
-        q, k_pages, v_pages, block_table, slots, positions, query_starts, scale, window, softcap, sinks
+        q, k_pages, v_pages, block_table, slots, positions, query_starts, scale, window, chunk, softcap, sinks
     )
 
 

@@ -17,16 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 from hybridgen.device.launcher import Launcher, device_of, power_of_two
-from hybridgen.kernels.attention.common import Heads, check_layout, load_pages, soft_capped, tile_pointers
+from hybridgen.kernels.attention.common import (
+    Heads,
+    check_layout,
+    first_seen,
+    limit_of,
+    load_pages,
+    soft_capped,
+    tile_pointers,
+)
 
 
 @triton.jit
 def _attend_tiles(  # type: ignore[no-untyped-def]
     query, peak, total, mixed, k_pages, v_pages, table, first, last, end, place_of_row,
-    scale, softcap, window, head,
+    scale, softcap, reach, head,
     HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One pass over the tiles first to last; without MASK every row sees all of them."""
     dims = tl.arange(0, BLOCK_DIM)
@@ -39,9 +47,9 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
         value = tile_pointers(v_pages, pages, start, head, HEADS, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
         if MASK:
             written = place < end
-            if WINDOW:
+            if LIMIT:
                 # Pages that no row of the tile sees may be gone already.
-                written = written & (place > tl.min(place_of_row, 0) - window)
+                written = written & (place >= first_seen(tl.min(place_of_row, 0), reach, LIMIT))
             key = tl.load(key, mask=written[:, None] & (dims[None, :] < DIM), other=0.0)
             value = tl.load(value, mask=written[:, None] & (values[None, :] < VALUE_DIM), other=0.0)
         else:
@@ -61,13 +69,13 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             factor = 1.4426950408889634
         if MASK:
             seen = place[None, :] <= place_of_row[:, None]
-            if WINDOW:
-                seen = seen & (place[None, :] > place_of_row[:, None] - window)
+            if LIMIT:
+                seen = seen & (place[None, :] >= first_seen(place_of_row, reach, LIMIT)[:, None])
             scores = tl.where(seen, scores, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
         shift = new_peak
-        if MASK and WINDOW:
-            # A row's window may begin tiles after the first row's: until then its peak is -inf.
+        if MASK and LIMIT:
+            # A row's window or chunk may begin tiles after the first row's: until then its peak is -inf.
             shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         weights = tl.exp2(scores * factor - shift[:, None])
         rescale = tl.exp2(peak - shift)
@@ -79,15 +87,15 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["window", "sequences"],
+    do_not_specialize=["reach", "sequences"],
     do_not_specialize_on_alignment=["block_table", "slots", "positions", "query_starts", "sinks"],
 )
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q, k_pages, v_pages, block_table, slots, positions, query_starts, sinks, out,
-    scale, softcap, window, sequences, table_stride, q_stride_token, q_stride_head,
+    scale, softcap, reach, sequences, table_stride, q_stride_token, q_stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_SEQUENCES: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     # Late tiles have the longest contexts: they start first.
@@ -117,12 +125,12 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         place_of_row = first_place + token
         low_place = first_place + row_start // GROUP
         end = first_place + tl.minimum((row_start + BLOCK_ROWS - 1) // GROUP, tokens - 1) + 1
-        # Tiles from free to middle are seen whole by every row; with a window, some before them in part.
+        # Tiles from free to middle are seen whole by every row; with a window or chunks, some before them in part.
         middle = (low_place + 1) // BLOCK
         free = 0
-        if WINDOW:
-            first = tl.maximum(low_place + 1 - window, 0) // BLOCK
-            free = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BLOCK), tl.cdiv(end, BLOCK))
+        if LIMIT:
+            first = first_seen(low_place, reach, LIMIT) // BLOCK
+            free = tl.minimum(tl.cdiv(first_seen(end - 1, reach, LIMIT), BLOCK), tl.cdiv(end, BLOCK))
             middle = tl.maximum(middle, free)
 
         peak = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
@@ -131,21 +139,21 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             peak = tl.load(sinks + query_head).to(tl.float32) * 1.4426950408889634
             total = total + 1.0
         mixed = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
-        if WINDOW:
+        if LIMIT:
             peak, total, mixed = _attend_tiles(
                 query, peak, total, mixed, k_pages, v_pages, table, first, free, end, place_of_row,
-                scale, softcap, window, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
-                True, WINDOW, SOFTCAP,
+                scale, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
+                True, LIMIT, SOFTCAP,
             )  # fmt: skip
         peak, total, mixed = _attend_tiles(
             query, peak, total, mixed, k_pages, v_pages, table, free, middle, end, place_of_row,
-            scale, softcap, window, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
-            False, WINDOW, SOFTCAP,
+            scale, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
+            False, LIMIT, SOFTCAP,
         )  # fmt: skip
         peak, total, mixed = _attend_tiles(
             query, peak, total, mixed, k_pages, v_pages, table, middle, tl.cdiv(end, BLOCK), end, place_of_row,
-            scale, softcap, window, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
-            True, WINDOW, SOFTCAP,
+            scale, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
+            True, LIMIT, SOFTCAP,
         )  # fmt: skip
         target = out + (line * (HEADS * GROUP) + query_head)[:, None] * VALUE_DIM + values[None, :]
         mask = (token[:, None] < tokens) & (values[None, :] < VALUE_DIM)
@@ -207,6 +215,7 @@ def prefill_attention(
     query_starts: Tensor,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
     sinks: Tensor | None,
     tune: Tuning | None = None,
@@ -218,6 +227,7 @@ def prefill_attention(
     sequences = query_starts.shape[0] - 1
     if tokens == 0 or sequences == 0:
         return out
+    limit, reach = limit_of(window, chunk)
     device = device_of(q)
     if tune is None:
         tune = tuning(heads, device.shared_memory, _load(tokens, heads, device.processors))
@@ -236,7 +246,7 @@ def prefill_attention(
             "BLOCK_DIM": power_of_two(heads.dim),
             "BLOCK_VALUE": power_of_two(heads.value_dim),
             "BLOCK_SEQUENCES": triton.next_power_of_2(sequences),
-            "WINDOW": window > 0,
+            "LIMIT": limit,
             "SOFTCAP": softcap > 0,
             "SINKS": sinks is not None,
             "num_warps": tune.warps,
@@ -250,13 +260,13 @@ def prefill_attention(
         heads,
         tune,
         triton.next_power_of_2(sequences),
-        window > 0,
+        limit,
         softcap > 0,
         sinks is not None,
         device,
         strides,
     )
-    args = *inputs, out, scale, softcap, window, sequences, *strides
+    args = *inputs, out, scale, softcap, reach, sequences, *strides
     launcher = _launchers.get(key)
     if launcher is None:
         launcher = _launchers[key] = Launcher(_prefill_kernel, constants())

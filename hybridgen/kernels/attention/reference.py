@@ -44,6 +44,7 @@ def decode_attention(
     positions: Tensor,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
     sinks: Tensor | None,
     k: Tensor | None = None,
@@ -57,13 +58,14 @@ def decode_attention(
     out = q.new_empty((tokens, heads, value_dim))
     if tokens == 0:
         return out
-    first = (positions - window + 1).clamp(min=0) // page_size if window > 0 else torch.zeros_like(positions)
+    low = _first_seen(positions, window, chunk)
+    first = low // page_size
     columns = int((positions // page_size - first).max()) + 1
     row_bytes = columns * kv_heads * page_size * (head_dim + value_dim) * 4
     for rows in torch.arange(tokens, device=q.device).split(max(1, _GATHER_BYTES // row_bytes)):
         out[rows] = _decode_rows(
-            q[rows], k_pages, v_pages, block_table[slots[rows].long()], positions[rows], first[rows], columns,
-            scale, window, softcap, sinks,
+            q[rows], k_pages, v_pages, block_table[slots[rows].long()], positions[rows], low[rows], columns,
+            scale, softcap, sinks,
         )  # fmt: skip
     return out
 
@@ -74,25 +76,23 @@ def _decode_rows(
     v_pages: Tensor,
     table: Tensor,
     positions: Tensor,
-    first: Tensor,
+    low: Tensor,
     columns: int,
     scale: float,
-    window: int,
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of some rows, each over `columns` pages from its page number `first` on.
+    """Attention of some rows, each over `columns` pages from the page of its first position, `low`, on.
 
     Pages stay a dimension of the products, [rows, columns, Hkv, ...], so that gathered pages need no transpose.
     """
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, value_dim = v_pages.shape
-    column = first[:, None] + torch.arange(columns, device=q.device)
+    column = (low // page_size)[:, None] + torch.arange(columns, device=q.device)
     used = column <= (positions // page_size)[:, None]
     pages = table.gather(1, column.clamp(max=table.shape[1] - 1)).masked_fill(~used, 0).flatten()
     seen = column[:, :, None] * page_size + torch.arange(page_size, device=q.device)
-    place = positions[:, None, None]
-    visible = (seen <= place) & (seen > place - window) if window > 0 else seen <= place
+    visible = (seen <= positions[:, None, None]) & (seen >= low[:, None, None])
     visible = visible[:, :, None, :]  # over kv heads
 
     k = k_pages.index_select(0, pages).view(tokens, columns, kv_heads, page_size, head_dim).float()
@@ -123,6 +123,7 @@ def prefill_attention(
     query_starts: Tensor,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -134,14 +135,21 @@ def prefill_attention(
         if begin == end:
             continue
         first = int(positions[begin])
-        low = max(0, first - window + 1) if window > 0 else 0
+        low = int(_first_seen(positions[begin], window, chunk))
         row = block_table[int(slots[begin])]
         k = _context(k_pages, row, low, first + end - begin)
         v = _context(v_pages, row, low, first + end - begin)
         queries = q[begin:end].float().transpose(0, 1)
-        mixed = _attend(queries, k, v, first - low, scale, window, softcap, sinks)
+        mixed = _attend(queries, k, v, first, low, scale, window, chunk, softcap, sinks)
         out[begin:end] = mixed.transpose(0, 1).to(q.dtype)
     return out
+
+
+def _first_seen(positions: Tensor, window: int, chunk: int) -> Tensor:
+    """The first position that a query at each of `positions` sees."""
+    if chunk > 0:
+        return positions // chunk * chunk
+    return (positions - window + 1).clamp(min=0) if window > 0 else torch.zeros_like(positions)
 
 
 def _context(pages: Tensor, row: Tensor, low: int, high: int) -> Tensor:
@@ -157,28 +165,31 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    offset: int,
+    first: int,
+    low: int,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of q [Hq, n, D] over k and v [Hkv, m, ...]; query i sits at place `offset + i` of the m."""
+    """Attention of q [Hq, n, D] over k and v [Hkv, m, ...]; query i is at position `first + i`, and the m are from
+    `low` on."""
     heads, tokens, _ = q.shape
     length = k.shape[1]
-    limited = 0 < window < length
+    limited = (0 < window < low + length) or (0 < chunk < low + length)
     plain = softcap == 0 and sinks is None
-    if plain and offset == 0 and not limited:
+    if plain and first == low and not limited:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)[
             0
         ]
     parts = []
-    places = torch.arange(offset, offset + tokens, device=q.device)
+    places = torch.arange(first, first + tokens, device=q.device)
     for block in places.split(max(1, _SCORE_ELEMENTS // (heads * length))):
         place = block[:, None]
-        seen = torch.arange(length, device=q.device)
-        visible = (seen <= place) & (seen > place - window) if limited else seen <= place
-        queries = q[:, int(block[0]) - offset : int(block[-1]) - offset + 1]
+        seen = torch.arange(low, low + length, device=q.device)
+        visible = (seen <= place) & (seen >= _first_seen(place, window, chunk)) if limited else seen <= place
+        queries = q[:, int(block[0]) - first : int(block[-1]) - first + 1]
         if plain:
             part = F.scaled_dot_product_attention(
                 queries[None], k[None], v[None], attn_mask=visible, scale=scale, enable_gqa=True

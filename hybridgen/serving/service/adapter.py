@@ -106,19 +106,19 @@ class EngineModel:
         )
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
-        plans = self._engine.plan(prompts, sampling, {})
-        responses: list[Any] = []
-        self._loop.submit(plans, responses, keep_events=events)
-        return responses
+        requests: list[Handle] = self._engine.make_requests(prompts, sampling, {})
+        self._loop.submit(requests, keep_events=events)
+        return requests
 
     def prompt_ids(self, handle: Handle) -> tuple[int, ...]:
-        ids: tuple[int, ...] = handle.sequence.prompt_ids
+        ids: tuple[int, ...] = handle.prompt_ids
         return ids
 
     def events(self, handle: Handle) -> Iterator[TokenEvent]:
-        if handle.keep_events:
-            while handle.events:
-                yield handle.events.popleft()
+        output = handle.output
+        if output.keep_events:
+            while output.events:
+                yield output.events.popleft()
         elif handle.completion is not None:
             yield TokenEvent(
                 token_id=None, text="", index=handle.index, choice=handle.choice, completion=handle.completion
@@ -131,7 +131,7 @@ class EngineModel:
         self._loop.cancel(handles)
 
     def busy(self) -> bool:
-        return bool(self._loop.scheduler.running or self._loop.scheduler.waiting)
+        return bool(self._loop.scheduler.busy)
 
     def idle(self) -> bool:
         more: bool = self._engine.record_missing()

@@ -70,6 +70,8 @@ def sampling_to_wire(params: SamplingParams) -> dict[str, Any]:
             continue
         if field.name == "logit_bias":
             value = {str(token): number(bias) for token, bias in value.items()}
+        elif field.name == "sequence_bias":
+            value = [[list(ids), number(bias)] for ids, bias in value]
         wire[field.name] = list(value) if isinstance(value, tuple) else value
     return wire
 
@@ -90,6 +92,14 @@ def sampling_from_wire(wire: Any) -> SamplingParams:
     bias = values.get("logit_bias", {})
     if isinstance(bias, dict):
         values["logit_bias"] = {_token_id(key): _bias(key, value) for key, value in bias.items()}
+    pairs = values.get("sequence_bias")
+    if isinstance(pairs, list):
+        values["sequence_bias"] = [
+            [pair[0], _bias(shown(pair[0]), pair[1], "sequence_bias")]
+            if isinstance(pair, list) and len(pair) == 2
+            else pair
+            for pair in pairs
+        ]
     return SamplingParams(**values)
 
 
@@ -99,11 +109,11 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
-def _bias(key: str, value: Any) -> float:
+def _bias(key: str, value: Any, name: str = "logit_bias") -> float:
     try:
         return to_float(value)
     except ValueError:
-        raise errors.SamplingError(f'logit_bias[{key}]={shown(value)}; give a number, or "-inf" to ban it') from None
+        raise errors.SamplingError(f'{name}[{key}]={shown(value)}; give a number, or "-inf" to ban it') from None
 
 
 def token_frame(key: int, event: TokenEvent, prompt: tuple[int, ...] | None) -> bytes:

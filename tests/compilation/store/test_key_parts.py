@@ -16,7 +16,7 @@ from hybridgen import EngineConfig
 from hybridgen.compilation.store import Key
 from hybridgen.compilation.store import key_parts as parts
 from hybridgen.compilation.store.session import key_for
-from hybridgen.engine.preflight import cache_settings
+from hybridgen.engine.preflight import resolve_config
 from hybridgen.loading import Checkpoint
 
 CONFIG = EngineConfig(mode="hybrid", device="cpu")
@@ -25,7 +25,8 @@ CONFIG = EngineConfig(mode="hybrid", device="cpu")
 def key(
     hf_config: Any = None, *, model_class: type = LlamaForCausalLM, config: EngineConfig = CONFIG, **kw: Any
 ) -> Key:
-    given: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "mode": "hybrid"} | kw
+    given: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "weights": "dense"}
+    given |= {"mode": "hybrid"} | kw
     return parts.key_of(hf_config or families.build("llama").config, model_class, config=config, **given)
 
 
@@ -56,6 +57,7 @@ def test_what_a_fine_tune_changes_is_not_in_it() -> None:
 
 def test_dtype_quantisation_class_and_settings() -> None:
     assert changed(key(dtype=torch.bfloat16)) == {"dtype"}
+    assert changed(key(weights="int4")) == {"weights"}
     assert changed(key(mode="jit")) == {"config.mode"}
     assert changed(key(model_class=MistralForCausalLM)) == {"model class", "model sources"}
     config = families.build("llama").config
@@ -153,7 +155,8 @@ def test_own_sources(tmp_path: Path) -> None:
 
 
 def test_a_live_model_and_its_files_have_one_key(tmp_path: Path) -> None:
-    """And the weights' values are not in it."""
+    """And the weights' values are not in it. Projections are joined in one of them, if they are."""
+    config = CONFIG.replace(fuse_projections=False)
     path = families.write("llama", tmp_path)
     live = families.build("llama")
     with torch.no_grad():
@@ -161,9 +164,10 @@ def test_a_live_model_and_its_files_have_one_key(tmp_path: Path) -> None:
             parameter.mul_(2)
     keys = []
     for model in (path, live):
-        checkpoint = Checkpoint.open(model, CONFIG)
-        keys.append(key_for(checkpoint, CONFIG, **cache_settings(checkpoint, CONFIG)))
-    assert keys[0].differences(keys[1].parts) == {}
+        checkpoint = Checkpoint.open(model, config)
+        keys += [key_for(checkpoint, each, resolve_config(checkpoint, each)) for each in (config, CONFIG)]
+    assert keys[0].differences(keys[2].parts) == {}
+    assert set(keys[1].differences(keys[3].parts)) == {"config.fuse_projections"}
 
 
 @pytest.mark.parametrize("name", parts._SOURCES)

@@ -99,6 +99,7 @@ def test_errors(toy: Start) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.apart
 def test_calls_that_end_while_it_connects_leave_no_connection(toy: Start) -> None:
     server = toy()
 

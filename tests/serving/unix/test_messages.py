@@ -28,6 +28,7 @@ from hybridgen.serving.unix import messages
 from hybridgen.serving.unix.frames import FrameReader, decode, encode
 
 reals = st.floats(allow_nan=False, allow_infinity=False, width=32)
+sequences = st.lists(st.integers(0, 1000), min_size=1, max_size=3)
 params = st.builds(
     SamplingParams,
     max_new_tokens=st.none() | st.integers(10, 2**40),
@@ -46,7 +47,18 @@ params = st.builds(
     stop_token_ids=st.lists(st.integers(0, 1000), max_size=3),
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 64),
+    logprobs_of=st.sampled_from(["model", "sampled"]),
     skip_special_tokens=st.booleans(),
+    typical_p=st.none() | st.floats(0.01, 1),
+    epsilon_cutoff=st.none() | st.floats(0, 0.9),
+    eta_cutoff=st.none() | st.floats(0, 0.9),
+    begin_suppress_tokens=st.none() | st.lists(st.integers(0, 1000), max_size=3),
+    forced_bos_token_id=st.none() | st.integers(0, 1000) | st.just([]),
+    sequence_bias=st.none() | st.lists(st.tuples(sequences, reals | st.just(-math.inf)), max_size=3),
+    bad_words_ids=st.none() | st.lists(sequences, max_size=3),
+    suppress_tokens=st.none() | st.lists(st.integers(0, 1000), max_size=3),
+    forced_eos_token_id=st.none() | st.integers(0, 1000) | st.just([]),
+    no_repeat_ngram_size=st.none() | st.integers(0, 9),
 )
 
 
@@ -66,7 +78,10 @@ def test_every_sampling_field_was_in_the_strategy() -> None:
     full = SamplingParams(
         max_new_tokens=7, min_new_tokens=1, temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.1,
         presence_penalty=0.1, frequency_penalty=0.2, logit_bias={3: -math.inf}, seed=1, n=2, stop="x",
-        stop_token_ids=[4], ignore_eos=True, logprobs=2, skip_special_tokens=False,
+        stop_token_ids=[4], ignore_eos=True, logprobs=2, logprobs_of="sampled", skip_special_tokens=False,
+        typical_p=0.9, epsilon_cutoff=0.1, eta_cutoff=0.2, sequence_bias={(1, 2): -math.inf, (3,): 0.5},
+        bad_words_ids=[[5, 6]], suppress_tokens=[7], begin_suppress_tokens=[8], no_repeat_ngram_size=3,
+        forced_bos_token_id=9, forced_eos_token_id=[0, 10],
     )  # fmt: skip
     assert all(getattr(full, name) != getattr(default, name) for name in names)
     assert messages.sampling_to_wire(full).keys() == names
@@ -83,6 +98,12 @@ def test_every_sampling_field_was_in_the_strategy() -> None:
         ({"logit_bias": {"1": "inf"}}, "finite number"),
         ({"logit_bias": {"1": []}}, "give a number"),
         ({"logit_bias": [1]}, "not a mapping"),
+        ({"sequence_bias": [[[1], "inf"]]}, "finite number"),
+        ({"sequence_bias": [[[1], []]]}, "give a number"),
+        ({"sequence_bias": [[[], 1]]}, "non-empty lists"),
+        ({"sequence_bias": [1]}, "pairs of token ids"),
+        ({"sequence_bias": {"a": 1}}, "non-empty lists"),
+        ({"bad_words_ids": {"a": 1}}, "not a list"),
         ({"stop": {"a": 1}}, "not a list"),
         ({"stop": [1]}, "non-empty strings"),
         ({"stop_token_ids": "12"}, "not an integer"),

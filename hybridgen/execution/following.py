@@ -1,0 +1,94 @@
+"""Before each call: what the model's owner did to it since the last one is taken over."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from hybridgen.device.capture import CAPTURING
+from hybridgen.execution.runner import ModelRunner, on_its_stream
+from hybridgen.models.twin import Changes, has_global_hooks
+
+logger = logging.getLogger(__name__)
+
+
+def begin_call(runner: ModelRunner) -> None:
+    """What comes before a call's requests: its steps run with the model as its owner has left it.
+
+    Raises:
+        EngineError: that cannot be, see `Twin.follow`.
+    """
+    following = runner.following
+    changes = following.own_hooks if following.twin is None else following.twin.follow()
+    hooks = (has_global_hooks(), changes.hooked)
+    if changes.moved or changes.settings or hooks != following.hooks:
+        _adapt(runner, changes, hooks)
+    if following.twin is not None:
+        if runner.stream is not None and not runner.is_here():
+            # What the caller's stream still writes into the weights comes first.
+            runner.stream.wait_stream(torch.cuda.current_stream(runner.device))
+        _refresh(runner)
+
+
+@on_its_stream
+def _refresh(runner: ModelRunner) -> None:
+    if runner.fused is not None:
+        runner.fused.refresh()
+
+
+@on_its_stream
+def _adapt(runner: ModelRunner, changes: Changes, hooks: tuple[bool, tuple[nn.Module, ...]]) -> None:
+    """Make what is compiled, recorded and fused fit the model again."""
+    following = runner.following
+    runner.ring.drain()
+    if runner.stream is not None:
+        runner.stream.synchronize()  # a graph is not released while it runs
+    if changes.moved or changes.settings:
+        what = "tensors lie elsewhere" if changes.moved else "attributes changed"
+        logger.debug("the model's %s: %s", what, ", ".join((changes.moved or changes.settings)[:8]))
+        again = [recording.key for recording in runner.graphs.recordings]
+        runner.graphs.drop_all(f"the model's {what}")
+        following.stale = True
+        if not runner.graphs.settings.lazy:
+            following.again += again
+    everywhere, modules = hooks
+    kinds = dict.fromkeys(type(module).__name__ for module in modules)
+    why = "all modules have a hook" if everywhere else f"a {next(iter(kinds))} has hooks" if kinds else None
+    if hooks != following.hooks:
+        following.hooks = hooks
+        if runner.compiled is not None or runner.graphs.records:  # else steps run as modules anyway
+            runner.graphs.suspend(why)
+    if runner.compiled is not None:
+        runner.compiled.route()
+        if changes.settings:
+            runner.compiled.forget_units()
+    _use_fused(runner, usable=why is None)
+    if why is None and following.again:
+        again, following.again = following.again, []
+        runner.graphs.capture(map(runner.router.served, again))
+    runner.after_capture()
+
+
+def _use_fused(runner: ModelRunner, *, usable: bool) -> None:
+    """Put the fused executors aside, or use them again, made anew where the model changed."""
+    following = runner.following
+    fused = runner.fused or following.unused
+    if fused is None:
+        return
+    following.unused = None if usable else fused
+    runner.use_fused(fused if usable else None)
+    if not usable or not following.stale:
+        return
+    following.stale = False
+    rows = 0 if fused.chain is None else fused.chain.most
+    runner.use_fused(None)
+    with CAPTURING:
+        fused.close()
+    runner.fall_back("the model's tensors or attributes changed; the fused kernels are made anew")
+    if following.fuse_again is not None:
+        following.fuse_again()
+    made = runner.fused
+    if made is not None and made.chain is not None and rows < made.chain.most:
+        made.use_chain_up_to(rows, "measured before the model changed")

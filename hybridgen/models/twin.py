@@ -1,0 +1,347 @@
+"""A live module's twin: a module tree of its own over the same parameters.
+
+An engine changes the tree that it runs (attention, rotary modules, calls of layers), so for a module that stays its
+owner's it makes a tree of its own. Each module is copied without its `__init__`: same class, same attributes, the same
+parameter and buffer tensors. Only what refers to a module or to a config is made to refer to the twin's.
+
+What the owner does to the module afterwards is followed at the beginning of each call (`Twin.follow`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import is_
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from hybridgen.errors import EngineError
+from hybridgen.models.tree_copy import BACKWARD_TABLES, HOOK_TABLES, TreeCopy
+
+M = TypeVar("M", bound=nn.Module)
+
+_IDLE = frozenset({"transformers.utils.output_capturing", "transformers.modeling_utils"})
+"""transformers leaves hooks of these modules behind: once somebody asked for hidden states, and for training with
+checkpointed activations (`enable_input_require_grads`). They change nothing that a step computes."""
+
+_NOT_FOLLOWED = frozenset(
+    {
+        *HOOK_TABLES,
+        *BACKWARD_TABLES,
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_compiled_call_impl",
+        "_gradient_checkpointing_func",
+        "_hf_peft_config_loaded",
+        "_is_full_backward_hook",
+        "_is_hf_initialized",
+        "_output_capturing_hooks_installed",
+        "_require_grads_hook",
+        "_require_grads_hooks",
+        "config",
+        "generation_config",
+        "gradient_checkpointing",
+        "training",
+        "warnings_issued",
+    }
+)
+"""Attributes that the twin has its own of, or that generating does not read."""
+_NOT_FOLLOWED_IN_CONFIGS = frozenset(
+    {
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "pad_token_id",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""Fields of a config that saving or training sets, and that no layer computes with."""
+_CONTAINERS = (dict, list, set, tuple)
+_FEW = 64
+"""Entries of a container up to which its plain values are compared."""
+
+
+class Changes(NamedTuple):
+    """What the owner of a live module changed since the last look, values of parameters apart."""
+
+    moved: tuple[str, ...] = ()
+    """Names of tensors that lie elsewhere now, or are other ones."""
+    settings: tuple[str, ...] = ()
+    """Names of attributes that have other values now."""
+    hooked: tuple[nn.Module, ...] = ()
+    """Modules that have forward hooks now."""
+
+
+class Twin(Generic[M]):
+    """A module tree over the parameters of another one, which is never changed.
+
+    It calls no hooks before the first `follow()`: what is built meanwhile (probes, compiled layers, recordings) is
+    built without them, and serves when they are gone.
+    """
+
+    model: M
+    """The twin, in evaluation mode."""
+
+    def __init__(self, original: M) -> None:
+        self._original = original
+        self._copy = TreeCopy()
+        self.model = self._copy.module(original)
+        self._configs = [_Config(*pair) for pair in self._copy.configs]
+        self._modules: list[_Module] = []
+        self._moved: list[str] = []
+        self._settings: list[str] = []
+        self._seen: _Seen | None = None
+
+    def settle(self) -> None:
+        """Follow the original as it is now from now on.
+
+        Modules that the engine has put into the twin by then (rotary ones) are its own and follow nothing.
+        """
+        names = {id(module): name for name, module in self._original.named_modules(remove_duplicate=False)}
+        used = {id(module) for module in self.model.modules()}
+        self._modules = [
+            _Module(names.get(id(original), type(original).__name__), original, twin)
+            for original, twin in self._copy.modules
+            if id(twin) in used or id(original) not in names
+        ]
+
+    def follow(self) -> Changes:
+        """Make the twin as the original is now, as far as that can be done.
+
+        New values in the parameters need nothing: they are the same tensors. Other tensors of the same kind, other
+        attributes and other hooks are taken over.
+
+        Raises:
+            EngineError: the tree itself changed, or a tensor has another shape, dtype or device.
+        """
+        if self._seen is not None and self._seen.holds():
+            return Changes()
+        self._seen = None
+        for config in self._configs:
+            self._settings += config.follow()
+        for module in self._modules:
+            self._settings += module.follow_attributes(self._copy)
+            self._moved += module.follow_tensors()
+            module.follow_hooks()
+        hooked = tuple(module.original for module in self._modules if module.hooked)
+        changes = Changes(tuple(self._moved), tuple(self._settings), hooked)
+        # Not before: what was seen before an error is still to be told.
+        self._moved, self._settings = [], []
+        if not hooked:
+            self._seen = _Seen(
+                [module.original for module in self._modules], [config.original for config in self._configs]
+            )
+        return changes
+
+
+def twin(model: M) -> M:
+    """A tree over a module's parameters, with its hooks, that does not follow what becomes of it."""
+    found = Twin(model)
+    found.settle()
+    found.follow()
+    return found.model
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to a module's forward, or changes it."""
+    tables = module._forward_hooks, module._forward_pre_hooks
+    return any(getattr(hook, "__module__", None) not in _IDLE for table in tables if table for hook in table.values())
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody listens to the forwards of all modules of the process."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+class _Seen:
+    """What an owner's modules without hooks were like at the last look, in lists that are compared at once: a look at
+    each module takes a millisecond for a model of 32 layers, which every call would pay."""
+
+    def __init__(self, modules: list[nn.Module], configs: list[Any]) -> None:
+        self._states: list[dict[str, Any]] = [vars(each) for each in (*modules, *configs)]
+        self._tables: list[dict[str, Any]] = [
+            table for module in modules for table in (module._modules, module._parameters, module._buffers) if table
+        ]
+        self._hooks = [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
+        self._containers = [
+            value for state in self._states for value in state.values() if type(value) in _CONTAINERS and _plain(value)
+        ]
+        self._tensors = [
+            tensor
+            for module in modules
+            for table in (module._parameters, module._buffers)
+            for tensor in table.values()
+            if tensor is not None
+        ]
+        # The values are held, so that no new object gets the identity of an old one.
+        self._values = list(chain.from_iterable(map(_values, self._states)))
+        self._members = list(chain.from_iterable(map(_values, self._tables)))
+        self._sizes = self._now()
+
+    def _now(self) -> tuple[Any, ...]:
+        return (
+            list(map(len, self._states)),
+            list(map(len, self._tables)),
+            list(map(_plain, self._containers)),
+            list(map(Tensor.data_ptr, self._tensors)),
+            [tensor.shape for tensor in self._tensors],
+        )
+
+    def holds(self) -> bool:
+        """Whether all of it is the same, and nobody listens."""
+        return (
+            not any(self._hooks)
+            and self._now() == self._sizes
+            and all(map(is_, chain.from_iterable(map(_values, self._states)), self._values))
+            and all(map(is_, chain.from_iterable(map(_values, self._tables)), self._members))
+        )
+
+
+class _Module:
+    """A module of the owner and its twin, with what the original was like at the last look."""
+
+    def __init__(self, name: str, original: nn.Module, twin: nn.Module) -> None:
+        self.name, self.original, self.twin = name, original, twin
+        self.hooked = False
+        self._children = list(original._modules.values())
+        self._keys = [list(original._parameters), list(original._buffers)]
+        self._tensors = [tensor for _, tensor in self._named_tensors()]
+        self._kinds = [_kind(tensor) for tensor in self._tensors]
+        self._addresses = [0 if tensor is None else tensor.data_ptr() for tensor in self._tensors]
+        self._note_attributes()
+
+    def follow_hooks(self) -> None:
+        """Call the original's hooks, if it has any: by its own tables, so that one that removes itself is gone."""
+        hooked = has_forward_hooks(self.original)
+        if hooked or self.hooked:
+            for table in HOOK_TABLES:
+                vars(self.twin)[table] = vars(self.original)[table] if hooked else OrderedDict()
+        self.hooked = hooked
+
+    def _note_attributes(self) -> None:
+        state = vars(self.original)
+        # The values are held, so that no new object gets the identity of an old one.
+        self._attributes = dict(state)
+        self._values = list(state.values())
+        self._plain = {
+            name: _plain(value)
+            for name, value in state.items()
+            if type(value) in _CONTAINERS and name not in _NOT_FOLLOWED and _plain(value)
+        }
+
+    def follow_attributes(self, copy: TreeCopy) -> list[str]:
+        """Take over attributes that changed; returns their names."""
+        state = vars(self.original)
+        if not _same(self.original._modules.values(), self._children):
+            raise EngineError(
+                f"the modules inside of {self.name or 'the model'} are other ones than when the engine took it; close "
+                "this engine and load a new one"
+            )
+        changed = [
+            name
+            for name, plain in self._plain.items()
+            if state.get(name) is self._attributes[name] and _plain(state[name]) != plain
+        ]
+        if not changed and len(state) == len(self._values) and _same(state.values(), self._values):
+            return []
+        before = self._attributes
+        for name in before.keys() | state.keys():
+            if name in _NOT_FOLLOWED or (name in before and name in state and before[name] is state[name]):
+                continue
+            if name not in state:
+                vars(self.twin).pop(name, None)
+            else:
+                vars(self.twin)[name] = copy.value(state[name])
+            if name not in before or name not in state or not _alike(before[name], state[name]):
+                changed.append(name)
+        self._note_attributes()
+        return [_dotted(self.name, name) for name in changed]
+
+    def _named_tensors(self) -> Iterator[tuple[str, Tensor | None]]:
+        yield from self.original._parameters.items()
+        yield from self.original._buffers.items()
+
+    def follow_tensors(self) -> list[str]:
+        """Take over tensors that are other ones or lie elsewhere; returns their names."""
+        original, twin = self.original, self.twin
+        if [list(original._parameters), list(original._buffers)] != self._keys:
+            raise EngineError(
+                f"{self.name or 'the model'} has other parameters than when the engine took it; close this engine and "
+                "load a new one"
+            )
+        moved = []
+        for index, (name, tensor) in enumerate(self._named_tensors()):
+            address = 0 if tensor is None else tensor.data_ptr()
+            same = tensor is self._tensors[index] and address == self._addresses[index]
+            if same and (tensor is None or tensor.shape == self._kinds[index][0]):
+                continue
+            if _kind(tensor) != self._kinds[index] or (tensor is not None and address == 0 and tensor.numel()):
+                what = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                raise EngineError(
+                    f"{_dotted(self.name, name)} is {what} now, another kind of tensor than when the engine took it; "
+                    "put it back, or close this engine and load a new one"
+                )
+            table: dict[str, Any] = twin._parameters if name in twin._parameters else twin._buffers
+            table[name] = tensor
+            self._tensors[index], self._addresses[index] = tensor, address
+            moved.append(_dotted(self.name, name))
+        return moved
+
+
+class _Config:
+    """A config of the owner and the twin's copy of it."""
+
+    def __init__(self, original: Any, twin: Any) -> None:
+        self.original, self.twin = original, twin
+        self._seen = dict(vars(original))
+
+    def follow(self) -> list[str]:
+        """Take over fields that changed; returns their names."""
+        state, changed = vars(self.original), []
+        for name, value in state.items():
+            if name.startswith(("_", "output_")) or name in _NOT_FOLLOWED_IN_CONFIGS:
+                continue
+            if name in self._seen and (value is self._seen[name] or value == self._seen[name]):
+                continue
+            vars(self.twin)[name] = value
+            changed.append(f"config.{name}")
+        if changed or len(state) != len(self._seen):
+            self._seen = dict(state)
+        return changed
+
+
+def _values(table: dict[str, Any]) -> Iterable[Any]:
+    return table.values()
+
+
+def _same(values: Any, others: list[Any]) -> bool:
+    return len(values) == len(others) and all(map(is_, values, others))
+
+
+def _kind(tensor: Tensor | None) -> tuple[Any, ...]:
+    """What recorded and compiled steps know of a tensor besides its address."""
+    return () if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.stride())
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two plain values are the same; others never are."""
+    plain = (bool, int, float, str, type(None))
+    return type(one) is type(other) and isinstance(one, plain) and one == other
+
+
+def _plain(container: Any) -> list[Any]:
+    """Numbers and texts in a container: settings that are changed in place."""
+    if len(container) > _FEW:
+        return []
+    values = container.values() if type(container) is dict else container
+    return [value for value in values if isinstance(value, (bool, int, float, str))]
+
+
+def _dotted(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name

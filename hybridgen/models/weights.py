@@ -1,0 +1,229 @@
+"""The weights of projections, whatever their format, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridgen.models.projections import FusedHead, FusedTail
+
+_PART = 2**26
+"""Elements of a weight that are converted to another dtype at once: a converted copy of all of it may not fit."""
+
+
+class WeightError(LookupError):
+    """A provider does not have a weight as it was asked for; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How the values of a weight are stored."""
+
+    kind: str
+    """`dense`: one number a value."""
+    dtype: torch.dtype
+    """Of the values as they are multiplied with; a dense weight stores them in it."""
+    block: tuple[int, int] | None = None
+    """Outputs and inputs that share a scale, for example (1, 128); None where values have no scale."""
+
+    def __str__(self) -> str:
+        block = f" in blocks of {self.block[0]}x{self.block[1]}" if self.block else ""
+        return f"{self.kind} {str(self.dtype).removeprefix('torch.')}{block}"
+
+
+class Weight(Protocol):
+    """The weight of one projection, or of several that share their input and are stacked along the outputs."""
+
+    @property
+    def format(self) -> WeightFormat:
+        """How its values are stored."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that a product reads, scales included."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight.T + bias`, computed in x's dtype.
+
+        Args:
+            x: [..., inputs], any number of rows, float32 or the format's dtype.
+            bias: [outputs].
+
+        Returns:
+            [..., outputs] in x's dtype.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name: what kernels read and what recorded steps refer to."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseWeight:
+    """A weight whose values are stored as they are multiplied with."""
+
+    values: Tensor
+    """[outputs, inputs]."""
+
+    @property
+    def format(self) -> WeightFormat:
+        """`dense`, in the dtype of the values."""
+        return WeightFormat("dense", self.values.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        outputs, inputs = self.values.shape
+        return outputs, inputs
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the values."""
+        return self.values.numel() * self.values.element_size()
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Weight.matmul`."""
+        if x.dtype == self.values.dtype:
+            return F.linear(x, self.values, bias)
+        rows = max(1, _PART // self.values.shape[1])
+        out = torch.cat([F.linear(x, part.to(x.dtype)) for part in self.values.split(rows)], -1)
+        return out if bias is None else out + bias.to(x.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`values`."""
+        return {"values": self.values}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a weight a rank of a group has; the whole by default."""
+
+    rank: int = 0
+    ranks: int = 1
+    axis: int = 0
+    """What is cut into `ranks` equal parts: 0 the outputs, 1 the inputs."""
+
+
+WHOLE = Shard()
+
+
+class WeightProvider(Protocol):
+    """Where weights come from: a module, or a checkpoint's tensors."""
+
+    @property
+    def identity(self) -> str:
+        """The formats that it gives, for the compile cache's key. Never values: a fine-tune has the same."""
+
+    def get(self, names: Sequence[str], shard: Shard = WHOLE) -> Weight:
+        """The weight of projections, stacked along the outputs in this order.
+
+        Args:
+            names: of projections that read the same input, as `named_modules()` has them.
+            shard: the part wanted; of several projections, that part of each.
+
+        Raises:
+            WeightError: it has no such weight, or not without a copy.
+        """
+
+    def bias(self, names: Sequence[str], shard: Shard = WHOLE) -> Tensor | None:
+        """The biases of the same projections, stacked alike; None where none has one. Raises WeightError, too."""
+
+
+class ModuleWeights:
+    """The weights that a module holds, loaded or the user's own: always the module's own storage.
+
+    Several projections are one weight where `models.projections` has joined them.
+
+    Args:
+        module: what `names` are names in.
+        may_copy: whether what does not lie in one piece (projections that are not joined, some shards) is copied. Else
+            projections that are not joined are refused, and a shard may be a view that is not contiguous.
+    """
+
+    identity = "dense"
+    """Plain dense weights; what else a module may hold is refused. The dtype is in the key by itself."""
+
+    def __init__(self, module: nn.Module, *, may_copy: bool = False) -> None:
+        self._module = module
+        self._may_copy = may_copy
+
+    def get(self, names: Sequence[str], shard: Shard = WHOLE) -> DenseWeight:
+        """See `WeightProvider.get`."""
+        linears = self._linears(names)
+        joined = self._joined(names, linears) if shard.ranks == 1 else None
+        if joined is not None:
+            return DenseWeight(joined.fused_weight.detach())
+        return DenseWeight(self._stacked(names, [_part(each.weight.detach(), shard) for each in linears]))
+
+    def bias(self, names: Sequence[str], shard: Shard = WHOLE) -> Tensor | None:
+        """See `WeightProvider.bias`. Where inputs are cut, each rank has the whole bias; one of them adds it."""
+        linears = self._linears(names)
+        if all(each.bias is None for each in linears):
+            return None
+        joined = self._joined(names, linears) if shard.ranks == 1 else None
+        if joined is not None and joined.fused_bias is not None:
+            return joined.fused_bias.detach()
+        parts = []
+        for each in linears:
+            bias = each.weight.new_zeros(each.out_features) if each.bias is None else each.bias
+            parts.append(bias.detach() if shard.axis else _part(bias.detach(), shard))
+        return self._stacked(names, parts)
+
+    def _linears(self, names: Sequence[str]) -> list[nn.Linear]:
+        found = []
+        for name in names:
+            try:
+                module = self._module.get_submodule(name)
+            except AttributeError as error:
+                raise WeightError(f"there is no {name}") from error
+            if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FusedHead, FusedTail):
+                raise WeightError(f"{name} is a {type(module).__name__}, not a plain nn.Linear")
+            # A class of its own, or none at all: quantised libraries keep the module and change what it holds.
+            weight = vars(module)["_parameters"].get("weight")
+            if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
+                kind = "no weight" if weight is None else f"a weight of class {type(weight).__name__}, {weight.dtype}"
+                raise WeightError(f"{name} has {kind}, not a plain one of floating-point numbers")
+            found.append(module)
+        return found
+
+    def _joined(self, names: Sequence[str], linears: list[nn.Linear]) -> FusedHead | None:
+        """The head of the projections, if they are joined in this order. None for a single one."""
+        first = linears[0]
+        if len(linears) == 1:
+            return None
+        if type(first) is FusedHead and list(first.fused_members) == linears:
+            return first
+        if not self._may_copy:
+            joined = any(type(each) in (FusedHead, FusedTail) for each in linears)
+            why = "joined in another order or with others" if joined else "not joined"
+            raise WeightError(f"{_listed(names)} are {why} (fuse_projections=False, or they could not be)")
+        return None
+
+    def _stacked(self, names: Sequence[str], parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0].contiguous() if self._may_copy else parts[0]
+        if not self._may_copy:
+            raise WeightError(f"a part of {_listed(names)} together does not lie in one piece")
+        return torch.cat(parts)
+
+
+def _part(tensor: Tensor, shard: Shard) -> Tensor:
+    """A rank's part of a weight [outputs, inputs] or a bias [outputs], as a view."""
+    size = tensor.shape[shard.axis]
+    if size % shard.ranks:
+        what = "inputs" if shard.axis else "outputs"
+        raise WeightError(f"{size} {what} cannot be cut into {shard.ranks} equal parts")
+    each = size // shard.ranks
+    return tensor.narrow(shard.axis, shard.rank * each, each)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "/".join(name.rpartition(".")[2] for name in names)
