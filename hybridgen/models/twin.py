@@ -10,8 +10,7 @@ What the owner does to the module afterwards is followed at the beginning of eac
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 from operator import is_
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -159,29 +158,27 @@ def has_global_hooks() -> bool:
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
+_USUAL = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
+"""Attributes that every module has: their tables are looked into, not compared."""
+
+
 class _Seen:
     """What an owner's modules without hooks were like at the last look, in lists that are compared at once: a look at
     each module takes a millisecond for a model of 32 layers, which every call would pay."""
 
     def __init__(self, modules: list[nn.Module], configs: list[Any]) -> None:
         self._states: list[dict[str, Any]] = [vars(each) for each in (*modules, *configs)]
-        self._tables: list[dict[str, Any]] = [
+        self._names = [(state, name) for state in self._states for name in state if name not in _USUAL]
+        tables = [
             table for module in modules for table in (module._modules, module._parameters, module._buffers) if table
         ]
+        self._tables: list[dict[str, Any]] = tables
         self._hooks = [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
-        self._containers = [
-            value for state in self._states for value in state.values() if type(value) in _CONTAINERS and _plain(value)
-        ]
-        self._tensors = [
-            tensor
-            for module in modules
-            for table in (module._parameters, module._buffers)
-            for tensor in table.values()
-            if tensor is not None
-        ]
-        # The values are held, so that no new object gets the identity of an old one.
-        self._values = list(chain.from_iterable(map(_values, self._states)))
-        self._members = list(chain.from_iterable(map(_values, self._tables)))
+        values = self._values = [state[name] for state, name in self._names]
+        """They are held, so that no new object gets the identity of an old one."""
+        self._containers = [value for value in values if type(value) in _CONTAINERS and _plain(value)]
+        self._members = [member for table in tables for member in table.values()]
+        self._tensors = [member for member in self._members if isinstance(member, Tensor)]
         self._sizes = self._now()
 
     def _now(self) -> tuple[Any, ...]:
@@ -198,8 +195,8 @@ class _Seen:
         return (
             not any(self._hooks)
             and self._now() == self._sizes
-            and all(map(is_, chain.from_iterable(map(_values, self._states)), self._values))
-            and all(map(is_, chain.from_iterable(map(_values, self._tables)), self._members))
+            and all(map(is_, [state.get(name) for state, name in self._names], self._values))
+            and all(map(is_, [member for table in self._tables for member in table.values()], self._members))
         )
 
 
@@ -314,10 +311,6 @@ class _Config:
         if changed or len(state) != len(self._seen):
             self._seen = dict(state)
         return changed
-
-
-def _values(table: dict[str, Any]) -> Iterable[Any]:
-    return table.values()
 
 
 def _same(values: Any, others: list[Any]) -> bool:
