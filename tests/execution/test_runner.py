@@ -132,6 +132,22 @@ def test_the_same_batch_is_looked_up_once_until_the_store_changes(
     assert len(looked_up) == 3
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_size_that_was_met_before_is_not_decided_again(
+    runner: ModelRunner, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lookup takes as long with many recordings as with few: it looks at none of them."""
+    record(runner, *(GraphKey.decode(size, SamplerPlan()) for size in range(1, count + 1)))
+    keys = [GraphKey.decode(size, SamplerPlan()) for size in (1, 2)]
+    first = [runner.router.route(key) for key in keys]
+    looked_at: list[object] = []
+    monkeypatch.setattr(runner.graphs, "find", lambda key: looked_at.append(key))
+    monkeypatch.setattr(runner.router, "_larger", lambda key: looked_at.append(key) or iter(()))
+    for _ in range(3):
+        assert [runner.router.route(key) for key in keys] == first
+    assert looked_at == []
+
+
 def test_a_request_in_a_slot_of_the_batch_changes_the_route(runner: ModelRunner) -> None:
     record(runner, GraphKey.decode(1, SamplerPlan()))
     batch = (0,)
