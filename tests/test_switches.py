@@ -185,3 +185,32 @@ def test_the_production_checklist(path: Path, expected: list[tuple[int, ...]], m
         assert not graphs.failures  # 8: every graph that was replayed gave the step's values
         assert outs[0].timing.ttft > 0  # 9: latency from end to end
         assert all(row.seconds > 0 and row.plain_seconds > 0 for row in graphs.graphs)  # 10: profile
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_run_ahead_is_how_many_steps_are_launched_before_one_is_read(
+    path: Path, expected: list[tuple[int, ...]], run_ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.load(path, **SETTINGS, run_ahead=run_ahead) as engine:
+        runner, unread, most = engine._runner, 0, 0
+
+        def counted(launch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def run(what: Any) -> Any:
+                nonlocal unread, most
+                unread += 1
+                most = max(most, unread)
+                return launch(what)
+
+            return run
+
+        def was_read(*where: Any) -> Any:
+            nonlocal unread
+            unread -= 1
+            return read(*where)
+
+        read = runner.ring.read
+        monkeypatch.setattr(runner, "prefill", counted(runner.prefill))
+        monkeypatch.setattr(runner, "decode", counted(runner.decode))
+        monkeypatch.setattr(runner.ring, "read", was_read)
+        assert tokens_of(generate(engine, PROMPTS[:2])) == expected[:2]
+    assert most == 1 + run_ahead
