@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hybridgen.device.timing import graph_seconds
-from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import Options, Places, decode_attention, prefill_attention, write_kv
 
 CAPACITY = 131072
 """Positions that a row of the block table can hold, whatever it holds: the context of Llama 3."""
@@ -111,26 +111,17 @@ def decode_case(shape: Shape, lengths: list[int], device: str, dtype: torch.dtyp
     return DecodeCase(q, k_pages, v_pages, table.to(device), slots, positions, used)
 
 
-def time_decode(
-    case: DecodeCase, device: str, attend: Callable[..., Tensor] = decode_attention, **options: Any
-) -> float:
-    scale = case.q.shape[-1] ** -0.5
+def time_decode(case: DecodeCase, device: str) -> float:
+    options = Options(case.q.shape[-1] ** -0.5)
 
     def call(layer: int) -> Tensor:
-        tensors = case.q[layer], case.k_pages[layer], case.v_pages[layer]
-        return attend(*tensors, case.block_table, case.slots, case.positions, scale=scale, **options)
+        places = Places(case.k_pages[layer], case.v_pages[layer], case.block_table, case.slots, case.positions)
+        return decode_attention(case.q[layer], places, options)
 
     return seconds([lambda layer=layer: call(layer) for layer in range(len(case.q))], device)
 
 
-def time_prefill(
-    shape: Shape,
-    tokens: int,
-    device: str,
-    dtype: torch.dtype,
-    attend: Callable[..., Tensor] = prefill_attention,
-    **options: Any,
-) -> float:
+def time_prefill(shape: Shape, tokens: int, device: str, dtype: torch.dtype) -> float:
     count = -(-tokens // PAGE_SIZE)
     size = count + 1, shape.kv_heads, PAGE_SIZE, shape.dim
     k_pages = torch.empty(size, dtype=dtype, device=device).normal_()
@@ -142,8 +133,8 @@ def time_prefill(
     starts = torch.full((33,), tokens, dtype=torch.int32, device=device)
     starts[0] = 0
     q = torch.randn(tokens, shape.heads, shape.dim, device=device).to(dtype)
-    args = q, k_pages, v_pages, table, slots, positions, starts
-    return seconds([lambda: attend(*args, scale=shape.dim**-0.5, **options)] * 8, device)
+    places, options = Places(k_pages, v_pages, table, slots, positions), Options(shape.dim**-0.5)
+    return seconds([lambda: prefill_attention(q, places, starts, options)] * 8, device)
 
 
 def time_flash(shape: Shape, tokens: int, device: str, dtype: torch.dtype) -> float:
@@ -217,7 +208,8 @@ def run_write(shape: Shape, device: str, dtype: torch.dtype, smoke: bool) -> lis
         projected = torch.randn(tokens, 3 * shape.kv_heads, shape.dim, device=device).to(dtype)
         k, v = projected[:, : shape.kv_heads], projected[:, shape.kv_heads : 2 * shape.kv_heads]
         slots = torch.zeros(tokens, dtype=torch.int32, device=device)
-        args = k, v, case.k_pages[0], case.v_pages[0], case.block_table, slots, torch.arange(tokens, device=device)
+        positions = torch.arange(tokens, device=device)
+        args = k, v, Places(case.k_pages[0], case.v_pages[0], case.block_table, slots, positions)
         took = seconds([lambda args=args: write_kv(*args)] * 16, device)
         rows.append({"model": shape.name, "tokens": tokens, "us": took * 1e6})
         print(f"write   {shape.name:13} tokens {tokens:5} {took * 1e6:9.1f} us", flush=True)
@@ -228,13 +220,13 @@ def run_host(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Host time of a call without a graph: what an eager or compiled step pays for each layer."""
     case = decode_case(shape, [512], device, dtype, 1)
     q, k_pages, v_pages = case.q[0], case.k_pages[0], case.v_pages[0]
-    pages = k_pages, v_pages, case.block_table, case.slots, case.positions
+    places, options = Places(k_pages, v_pages, case.block_table, case.slots, case.positions), Options(0.125)
     k = torch.randn(1, shape.kv_heads, shape.dim, device=device).to(dtype)
     starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
     calls: dict[str, Callable[[], Any]] = {
-        "write_kv": lambda: write_kv(k, k, *pages),
-        "decode_attention": lambda: decode_attention(q, *pages, scale=0.125),
-        "prefill_attention": lambda: prefill_attention(q, *pages, starts, scale=0.125),
+        "write_kv": lambda: write_kv(k, k, places),
+        "decode_attention": lambda: decode_attention(q, places, options),
+        "prefill_attention": lambda: prefill_attention(q, places, starts, options),
     }
     result = {}
     for name, call in calls.items():

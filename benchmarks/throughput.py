@@ -26,7 +26,7 @@ from common import how_it_ran, random_model, release, report, shape_dtype, synch
 from transformers import GenerationConfig, PreTrainedModel
 
 import hybridgen
-from hybridgen.comparison.baselines import batching_config, paged_attention
+from hybridgen.comparison.measuring.baselines import batching_config, paged_attention
 
 HUGGINGFACE = "huggingface"
 ENGINES = ("eager", "jit", "graph", "hybrid", HUGGINGFACE)

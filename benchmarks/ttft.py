@@ -17,7 +17,7 @@ from typing import Any
 from common import random_model, report, shape_dtype, this_device
 
 import hybridgen
-from hybridgen.comparison.config import BASELINES, MODES
+from hybridgen.comparison.data.config import BASELINES, MODES
 
 
 def row_of(cell: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ out = hybridgen.generate("path/or/hub-id", "def quicksort(", max_new_tokens=64)
 print(out.text)
 """
 
+import contextlib as _contextlib
 import importlib as _importlib
 import typing as _typing
 
@@ -34,7 +35,7 @@ from hybridgen.errors import (
 )
 from hybridgen.params import SamplingParams
 from hybridgen.serving.client import Client
-from hybridgen.telemetry import import_time as _importing
+from hybridgen.telemetry import import_time as _import_time
 
 if _typing.TYPE_CHECKING:
     from hybridgen.comparison.results import Comparison
@@ -94,9 +95,8 @@ __all__ = [
 def __getattr__(name: str) -> _typing.Any:
     if name not in _LATER:
         raise AttributeError(f"module 'hybridgen' has no attribute {name!r}")
-    if name == "Engine":
-        _importing.engine()
-    value = getattr(_importlib.import_module(_LATER[name]), name)
+    with _import_time.timed() if name == "Engine" else _contextlib.nullcontext():
+        value = getattr(_importlib.import_module(_LATER[name]), name)
     globals()[name] = value
     return value
 

@@ -17,6 +17,7 @@ from hybridgen.params import SamplingParams
 from hybridgen.serving.client import Client
 from hybridgen.serving.client.exchange import Call
 from hybridgen.serving.unix.address import SCHEME, socket_path
+from hybridgen.telemetry import import_time
 
 # What needs torch is imported where it is used: a call of a server does without.
 if TYPE_CHECKING:
@@ -158,9 +159,9 @@ def compare(
     engine_fields = {name: value for name, value in fields.items() if name not in own}
     if engine_fields:
         own["engine"] = {**config.engine, **own.get("engine", {}), **engine_fields}
-    from hybridgen.comparison.run import compare as run
+    from hybridgen.comparison.run import run_comparison
 
-    return run(model, config.replace(**own), tokenizer=tokenizer, output=output, progress=progress)
+    return run_comparison(model, config.replace(**own), tokenizer=tokenizer, output=output, progress=progress)
 
 
 def _is_server(model: Any) -> TypeGuard[str]:
@@ -221,14 +222,12 @@ def prepare(
 
     An iterator in `sampling` is used up; give what `hybridgen.arguments.sampling_list` makes of it.
     """
-    from hybridgen.telemetry import import_time as importing
-
-    importing.engine()
-    from hybridgen.engine import Engine
-    from hybridgen.engine.preflight import check_config
-    from hybridgen.engine.requests import make_requests
-    from hybridgen.loading import Checkpoint
-    from hybridgen.text.prompts import split_prompts
+    with import_time.timed():
+        from hybridgen.engine import Engine
+        from hybridgen.engine.preflight import check_config
+        from hybridgen.engine.requests import make_requests
+        from hybridgen.loading import Checkpoint
+        from hybridgen.text.prompts import split_prompts
 
     sampling = sampling_list(sampling)
     check_keywords(fields, EngineConfig.field_names() | SamplingParams.field_names())

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -16,21 +16,6 @@ from hybridgen.params import MAX_INT
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_SWITCHES = (
-    "trust_remote_code",
-    "allow_pickle",
-    "local_files_only",
-    "fuse_projections",
-    "fused_decode",
-    "capture_at_start",
-    "sample_in_graph",
-    "lazy_capture",
-    "validate",
-    "check_addresses",
-    "metadata_copy",
-    "double_buffer",
-    "offline_compile",
-)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -76,6 +61,162 @@ class GraphOwner(StrEnum):
     """By hand for the buckets; trees for decode sizes between them, recorded while idle."""
 
 
+Check = Callable[[str, Any], Any]
+"""Takes a field's name and value; returns the value to keep, or raises `ConfigError`."""
+
+
+def about(check: Check, *, in_key: bool = True, opens: bool = False) -> dict[str, Any]:
+    """Metadata of a field of `EngineConfig`: all that the library has to know of it stands where it is declared.
+
+    Args:
+        check: of its value alone; what depends on other fields is checked in `EngineConfig.__post_init__`.
+        in_key: whether it is part of the compile cache's key. Leave out only a field that no compiler sees, or that is
+            in the key under another name: a cold start too many is better than stale code.
+        opens: whether it is needed to open a checkpoint, before an engine is built.
+    """
+    return {"check": check, "in_key": in_key, "opens": opens}
+
+
+def switch(name: str, value: Any) -> bool:
+    """True or False, and nothing that only counts as one of them."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={shown(value)}; give True or False")
+    return value
+
+
+def integer(low: int, high: int = MAX_INT, *, optional: bool = False) -> Check:
+    """An integer in a range; `optional`: or None."""
+
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        bound = f"at least {low}" if high == MAX_INT else f"from {low} to {high}"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name}={shown(value)} is not an integer; give one {bound}")
+        if not low <= value <= high:
+            raise ConfigError(f"{name}={shown(value)} is out of range; give an integer {bound}")
+        return value
+
+    return check
+
+
+def one_of(kind: type[StrEnum]) -> Check:
+    """A member of an enumeration, or its text."""
+
+    def check(name: str, value: Any) -> StrEnum:
+        try:
+            return kind(value)
+        except ValueError:
+            known = ", ".join(member.value for member in kind)
+            raise ConfigError(f"{name}={shown(value)} is unknown; choose one of: {known}") from None
+
+    return check
+
+
+def _dtype(name: str, value: Any) -> str:
+    dtype = str(value).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"{name}={shown(value)} is unknown; choose one of: {', '.join(DTYPES)}")
+    return dtype
+
+
+def _device(name: str, value: Any) -> str:
+    device = str(value)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"{name}={shown(value)} is unknown; choose auto, cpu, cuda or cuda:N")
+    return device
+
+
+def _revision(name: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ConfigError(f"{name}={shown(value)}; give a branch, tag or commit as text, or None")
+    return value
+
+
+def _page_size(name: str, value: Any) -> int:
+    size: int = integer(8, 256)(name, value)
+    if size & (size - 1):
+        raise ConfigError(f"{name}={size} is not a power of two; use 16, 32, 64, 128 or 256")
+    return size
+
+
+def _seconds(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name}={shown(value)}; give a number of at least 0")
+    return value
+
+
+def _ratio(name: str, value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
+        raise ConfigError(f"{name}={shown(value)}; give a number of at least 0, or None to measure")
+    return value
+
+
+def _backend(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(
+            f"{name}={shown(value)} is no name of a backend; give one such as 'inductor', or mode='eager' to compile "
+            "nothing"
+        )
+    return value
+
+
+def _cache(name: str, value: Any) -> bool | str:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, bool) and (not isinstance(value, str) or not value or "\0" in value):
+        raise ConfigError(f"{name}={shown(value)}; give True, False or a directory")
+    return value
+
+
+def _listener(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise ConfigError(f"{name}={shown(value)}; give a function of one GraphEvent")
+    return value
+
+
+def _progress(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{name}={shown(value)}; give True, False or None")
+    return value
+
+
+def _buckets(name: str, sizes: Any) -> tuple[int, ...] | None:
+    """A user's bucket sizes in order, each once."""
+    if sizes is None:
+        return None
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
+        raise ConfigError(f"{name}={shown(sizes)} is no list; give sizes such as [1, 4, 16], or None for the default")
+    listed = list(sizes)
+    for size in listed:
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_INT:
+            raise ConfigError(f"{name} holds {shown(size)}; give integers of at least 1")
+    return tuple(sorted(set(listed)))
+
+
+def parse_bytes(name: str, value: int | str | None) -> int | None:
+    """Bytes from a number or a text such as `"4GiB"`; None stays None.
+
+    Raises:
+        ConfigError: the text is no size, or the number is not positive or beyond any memory.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        match = _SIZE.match(value)
+        if match is None:
+            raise ConfigError(f"{name}={shown(value)} is not a size; write bytes or a size such as 512MiB or 4GiB")
+        size = float(match[1]) * _UNITS[(match[2] or "B").lower()]
+        count: Any = math.floor(size) if math.isfinite(size) else MAX_INT + 1
+    else:
+        count = value
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MAX_INT:
+        raise ConfigError(
+            f"{name}={shown(value)}; give a positive number of bytes that memory can have, or a size such as 4GiB"
+        )
+    return count
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How a model is loaded and run; each field is also a keyword of `generate()` and `stream()`.
@@ -84,114 +225,106 @@ class EngineConfig:
         ConfigError: a value is unknown or out of its range.
     """
 
-    mode: Mode | str = Mode.AUTO
+    mode: Mode | str = field(default=Mode.AUTO, metadata=about(one_of(Mode)))
     """`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA and `eager` on a CPU."""
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata=about(_dtype, in_key=False, opens=True))
     """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=about(_device, in_key=False, opens=True))
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    revision: str | None = None
+    revision: str | None = field(default=None, metadata=about(_revision, in_key=False, opens=True))
     """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, metadata=about(switch, in_key=False, opens=True))
     """Run Python code that a checkpoint brings; reaches config, tokenizer and model alike."""
-    allow_pickle: bool = False
+    allow_pickle: bool = field(default=False, metadata=about(switch, in_key=False, opens=True))
     """Also read `.bin` weights, whose loading can run code; safetensors only otherwise."""
-    local_files_only: bool = False
+    local_files_only: bool = field(default=False, metadata=about(switch, in_key=False, opens=True))
     """Never ask the hub; use what its cache holds."""
-    max_batch: int = 32
+    max_batch: int = field(default=32, metadata=about(integer(1, 4096)))
     """Requests that run at once."""
-    max_context: int | None = None
+    max_context: int | None = field(default=None, metadata=about(integer(2, optional=True)))
     """Longest prompt plus output, in tokens. Else the model's own limit."""
-    page_size: int = 64
+    page_size: int = field(default=64, metadata=about(_page_size))
     """Tokens per KV-cache page; a power of two from 8 to 256."""
-    kv_memory: int | str | None = None
+    kv_memory: int | str | None = field(default=None, metadata=about(parse_bytes, in_key=False))
     """Bytes for the KV cache, or a text such as "4GiB". Else what the device has free, up to what max_batch
     requests of max_context tokens can use (at most 1 GiB on a CPU)."""
-    token_budget: int | None = None
+    token_budget: int | None = field(default=None, metadata=about(integer(2, optional=True)))
     """Prompt tokens in one prefill call; longer prompts run in chunks. Else 8192 on CUDA, 1024 on a CPU."""
-    run_ahead: int | None = None
+    run_ahead: int | None = field(default=None, metadata=about(integer(0, 1, optional=True), in_key=False))
     """Decode steps launched before the host reads the last one's tokens: 0 or 1. Else 1 on CUDA, 0 on a CPU."""
-    fuse_projections: bool = True
+    fuse_projections: bool = field(default=True, metadata=about(switch))
     """Join q/k/v and gate/up weights where the layer allows it (one matrix product each)."""
-    fused_decode: bool = True
+    fused_decode: bool = field(default=True, metadata=about(switch, in_key=False))
     """In mode `hybrid` on CUDA: decode small batches of Llama-like models with fused kernels (`docs/fused-decode.md`)
     in place of the model's compiled layers."""
-    tune_seconds: float = 0.0
+    tune_seconds: float = field(default=0.0, metadata=about(_seconds, in_key=False))
     """Seconds that the fused kernels' tuner may take at warm-up, where its choices for this model and device are not
     kept from an earlier start."""
-    compile_backend: str = "inductor"
+    compile_backend: str = field(default="inductor", metadata=about(_backend))
     """The backend of `torch.compile` in modes `jit` and `hybrid`."""
-    graphs: GraphOwner | str = GraphOwner.MANUAL
+    graphs: GraphOwner | str = field(default=GraphOwner.MANUAL, metadata=about(one_of(GraphOwner)))
     """Who records steps in modes `graph` and `hybrid`: `manual`, or in `hybrid` also `trees` or `both`."""
-    decode_buckets: Sequence[int] | None = None
+    decode_buckets: Sequence[int] | None = field(default=None, metadata=about(_buckets, in_key=False))
     """Batch sizes of decode graphs; other sizes are padded to the next. An empty list: decode is not recorded. Else 1,
     2, 4, 8, then steps of 8 to 64 and of 16 above, up to max_batch."""
-    prefill_buckets: Sequence[int] | None = None
+    prefill_buckets: Sequence[int] | None = field(default=None, metadata=about(_buckets, in_key=False))
     """Prompt lengths of prefill graphs. An empty list: prefill is not recorded. Else steps of 16 to 256
     and of 32 to 512."""
-    capture_at_start: bool = True
+    capture_at_start: bool = field(default=True, metadata=about(switch, in_key=False))
     """Record all buckets for greedy decoding and for the model's own sampling at warm-up; else only while idle. Where
     the compile cache knows what earlier processes used, that alone is recorded at warm-up, and all sizes of
     `decode_buckets` and `prefill_buckets` where they are given; everything is with `lazy_capture=False`."""
-    lazy_capture: bool = True
+    lazy_capture: bool = field(default=True, metadata=about(switch, in_key=False))
     """Record what was missing when nothing runs: at the end of a call, one graph per call."""
-    capture_after: int = 3
+    capture_after: int = field(default=3, metadata=about(integer(1), in_key=False))
     """Steps that a missing graph must have been wanted for before it is recorded."""
-    sample_in_graph: bool = True
+    sample_in_graph: bool = field(default=True, metadata=about(switch))
     """Record sampling and the step's end too. Else, and for sampling that no graph has, a graph ends at the logits."""
-    max_graphs: int = 128
+    max_graphs: int = field(default=128, metadata=about(integer(1), in_key=False))
     """Graphs that are kept; the least recently used is dropped before another is captured."""
-    max_graph_memory: int | str | None = None
+    max_graph_memory: int | str | None = field(default=None, metadata=about(parse_bytes, in_key=False))
     """Bytes that the captures of the graphs kept may have taken, or a text such as "512MiB"; above it the least
     recently used is dropped. Graphs share a pool of memory: what one took from it is for the others when it is dropped,
     and goes back to the device with the last."""
-    max_padding_ratio: float | None = None
+    max_padding_ratio: float | None = field(default=None, metadata=about(_ratio, in_key=False))
     """Padding to a bucket up to this share of a step's size (1 doubles it). Else what the measured times say."""
-    validate: bool = False
+    validate: bool = field(default=False, metadata=about(switch, in_key=False))
     """Compare the first replay of each graph with the step run without it, bit for bit; a graph that differs is not
     used."""
-    check_addresses: bool = False
+    check_addresses: bool = field(default=False, metadata=about(switch, in_key=False))
     """Before each replay, check that no tensor that it reads has moved (for debugging; costs time)."""
-    metadata_copy: bool = True
+    metadata_copy: bool = field(default=True, metadata=about(switch))
     """Copy a step's metadata in one launch (`hybridgen::copy_metadata`); else tensor by tensor."""
-    double_buffer: bool = True
+    double_buffer: bool = field(default=True, metadata=about(switch, in_key=False))
     """Two host blocks of metadata in turn, so that the next is filled while one is copied; else one."""
-    compile_cache: bool | str | os.PathLike[str] = True
+    compile_cache: bool | str | os.PathLike[str] = field(default=True, metadata=about(_cache, in_key=False))
     """Keep what is compiled and measured for later processes: a directory, or True for `$HYBRIDGEN_CACHE_DIR`, the
     checkout's `compile_cache/` or the user's cache directory; False keeps nothing. See docs/compile-cache.md."""
-    offline_compile: bool = False
+    offline_compile: bool = field(default=False, metadata=about(switch, in_key=False))
     """Compile nothing: raise `CacheMissError` where the cache lacks something, at start where it can be known there."""
-    on_graph_event: Callable[[GraphEvent], None] | None = None
+    on_graph_event: Callable[[GraphEvent], None] | None = field(default=None, metadata=about(_listener, in_key=False))
     """Called with each capture, eviction and failure."""
-    progress: bool | None = None
+    progress: bool | None = field(default=None, metadata=about(_progress, in_key=False, opens=True))
     """Progress bars over one second: on, off, or (None) on when standard error is a terminal."""
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "mode", Mode(self.mode))
-        except ValueError:
-            known = ", ".join(m.value for m in Mode)
-            raise ConfigError(f"mode={shown(self.mode)} is unknown; choose one of: {known}") from None
-        dtype = str(self.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype={shown(self.dtype)} is unknown; choose one of: {', '.join(DTYPES)}")
-        object.__setattr__(self, "dtype", dtype)
-        device = str(self.device)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ConfigError(f"device={shown(self.device)} is unknown; choose auto, cpu, cuda or cuda:N")
-        object.__setattr__(self, "device", device)
-        self._check_int("max_batch", low=1, high=4096)
-        self._check_int("max_context", low=2, optional=True)
-        self._check_int("page_size", low=8, high=256)
-        if self.page_size & (self.page_size - 1):
-            raise ConfigError(f"page_size={self.page_size} is not a power of two; use 16, 32, 64, 128 or 256")
-        self._check_int("token_budget", low=2, optional=True)
-        self._check_int("run_ahead", low=0, high=1, optional=True)
-        try:
-            object.__setattr__(self, "graphs", GraphOwner(self.graphs))
-        except ValueError:
-            known = ", ".join(owner.value for owner in GraphOwner)
-            raise ConfigError(f"graphs={shown(self.graphs)} is unknown; choose one of: {known}") from None
+        for each in fields(self):
+            object.__setattr__(self, each.name, each.metadata["check"](each.name, getattr(self, each.name)))
+        self._check_recording()
+        if self.decode_buckets and self.decode_buckets[-1] > self.max_batch:
+            raise ConfigError(
+                f"decode_buckets holds {self.decode_buckets[-1]}, above max_batch={self.max_batch}; raise max_batch or "
+                "leave it out"
+            )
+        if self.offline_compile and self.compile_cache is False:
+            raise ConfigError("offline_compile=True with compile_cache=False: nothing could ever run; set one of them")
+        if self.offline_compile and self.graphs is not GraphOwner.MANUAL:
+            raise ConfigError(
+                f'offline_compile=True with graphs="{self.graphs}": trees compile whole steps, and the cache keeps '
+                'layers; use graphs="manual"'
+            )
+
+    def _check_recording(self) -> None:
         if self.graphs is not GraphOwner.MANUAL and self.mode not in (Mode.HYBRID, Mode.AUTO):
             raise ConfigError(
                 f'graphs="{self.graphs}" with mode="{self.mode}": trees record compiled steps; use mode="hybrid"'
@@ -206,67 +339,21 @@ class EngineConfig:
                 f'mode="{self.mode}" with capture_at_start=False and lazy_capture=False records nothing; set one of '
                 'them, or use mode="eager" or "jit"'
             )
-        self._check_cache()
-        for name in ("decode_buckets", "prefill_buckets"):
-            object.__setattr__(self, name, _checked_buckets(name, getattr(self, name)))
-        if self.decode_buckets and self.decode_buckets[-1] > self.max_batch:
-            raise ConfigError(
-                f"decode_buckets holds {self.decode_buckets[-1]}, above max_batch={self.max_batch}; raise max_batch or "
-                "leave it out"
-            )
-        self._check_int("capture_after", low=1)
-        tune = self.tune_seconds
-        if isinstance(tune, bool) or not isinstance(tune, (int, float)) or not 0 <= tune < math.inf:
-            raise ConfigError(f"tune_seconds={shown(tune)}; give a number of at least 0")
-        self._check_int("max_graphs", low=1)
-        ratio = self.max_padding_ratio
-        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 0):
-            raise ConfigError(f"max_padding_ratio={shown(ratio)}; give a number of at least 0, or None to measure")
-        if self.on_graph_event is not None and not callable(self.on_graph_event):
-            raise ConfigError(f"on_graph_event={shown(self.on_graph_event)}; give a function of one GraphEvent")
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={shown(getattr(self, name))}; give True or False")
-        if self.progress is not None and not isinstance(self.progress, bool):
-            raise ConfigError(f"progress={shown(self.progress)}; give True, False or None")
-        if not isinstance(self.compile_backend, str) or not self.compile_backend.strip():
-            raise ConfigError(
-                f"compile_backend={shown(self.compile_backend)} is no name of a backend; give one such as 'inductor', "
-                "or mode='eager' to compile nothing"
-            )
-        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
-            raise ConfigError(f"revision={shown(self.revision)}; give a branch, tag or commit as text, or None")
-        for name in ("kv_memory", "max_graph_memory"):
-            object.__setattr__(self, name, parse_bytes(name, getattr(self, name)))
-
-    def _check_cache(self) -> None:
-        cache = self.compile_cache
-        if isinstance(cache, os.PathLike):
-            object.__setattr__(self, "compile_cache", os.fspath(cache))
-        elif not isinstance(cache, bool) and (not isinstance(cache, str) or not cache or "\0" in cache):
-            raise ConfigError(f"compile_cache={shown(cache)}; give True, False or a directory")
-        if self.offline_compile is True and cache is False:
-            raise ConfigError("offline_compile=True with compile_cache=False: nothing could ever run; set one of them")
-        if self.offline_compile is True and self.graphs is not GraphOwner.MANUAL:
-            raise ConfigError(
-                f'offline_compile=True with graphs="{self.graphs}": trees compile whole steps, and the cache keeps '
-                'layers; use graphs="manual"'
-            )
-
-    def _check_int(self, name: str, *, low: int, high: int = MAX_INT, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        bound = f"at least {low}" if high == MAX_INT else f"from {low} to {high}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name}={shown(value)} is not an integer; give one {bound}")
-        if not low <= value <= high:
-            raise ConfigError(f"{name}={shown(value)} is out of range; give an integer {bound}")
 
     @classmethod
     def field_names(cls) -> frozenset[str]:
         """The names that `generate()` accepts as keywords for loading and running."""
         return frozenset(f.name for f in fields(cls))
+
+    @classmethod
+    def key_fields(cls) -> tuple[str, ...]:
+        """The names of the fields that are in the compile cache's key as they are."""
+        return tuple(f.name for f in fields(cls) if f.metadata["in_key"])
+
+    @classmethod
+    def opening_fields(cls) -> tuple[str, ...]:
+        """The names of the fields that say how a checkpoint is opened."""
+        return tuple(f.name for f in fields(cls) if f.metadata["opens"])
 
     @classmethod
     def of(cls, config: EngineConfig | None, fields: Mapping[str, Any]) -> EngineConfig:
@@ -309,42 +396,6 @@ class ResolvedConfig(NamedTuple):
     def max_tokens(self) -> int:
         """Tokens of any prefill call at most: one request's, or the budget."""
         return min(self.token_budget, self.max_context)
-
-
-def _checked_buckets(name: str, sizes: Any) -> tuple[int, ...] | None:
-    """A user's bucket sizes in order, each once."""
-    if sizes is None:
-        return None
-    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
-        raise ConfigError(f"{name}={shown(sizes)} is no list; give sizes such as [1, 4, 16], or None for the default")
-    listed = list(sizes)
-    for size in listed:
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_INT:
-            raise ConfigError(f"{name} holds {shown(size)}; give integers of at least 1")
-    return tuple(sorted(set(listed)))
-
-
-def parse_bytes(name: str, value: int | str | None) -> int | None:
-    """Bytes from a number or a text such as `"4GiB"`; None stays None.
-
-    Raises:
-        ConfigError: the text is no size, or the number is not positive or beyond any memory.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        match = _SIZE.match(value)
-        if match is None:
-            raise ConfigError(f"{name}={shown(value)} is not a size; write bytes or a size such as 512MiB or 4GiB")
-        size = float(match[1]) * _UNITS[(match[2] or "B").lower()]
-        count: Any = math.floor(size) if math.isfinite(size) else MAX_INT + 1
-    else:
-        count = value
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MAX_INT:
-        raise ConfigError(
-            f"{name}={shown(value)}; give a positive number of bytes that memory can have, or a size such as 4GiB"
-        )
-    return count
 
 
 def bar_disabled(progress: bool | None) -> bool | None:

@@ -1,11 +1,13 @@
 """EngineConfig."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from hybridgen import ConfigError, EngineConfig, Mode
+from hybridgen.config import about, switch
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,29 @@ def test_extreme_values_are_refused_in_few_words(fields: dict[str, Any]) -> None
     with pytest.raises(ConfigError, match=f"{next(iter(fields))}=") as caught:
         EngineConfig(**fields)
     assert len(str(caught.value)) < 200
+
+
+def test_each_field_says_how_it_is_checked_and_what_it_is_for() -> None:
+    for each in dataclasses.fields(EngineConfig):
+        assert set(each.metadata) == {"check", "in_key", "opens"}, f"declare {each.name} with metadata=about(...)"
+        assert each.metadata["check"](each.name, each.default) == each.default
+
+
+@pytest.mark.parametrize("each", dataclasses.fields(EngineConfig), ids=lambda each: each.name)
+def test_no_field_takes_what_it_is_not(each: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{each.name}="):
+        EngineConfig(**{each.name: -1.5})
+
+
+def test_a_field_that_is_declared_is_in_the_key_with_its_check() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class More(EngineConfig):
+        loud: bool = dataclasses.field(default=False, metadata=about(switch))
+        quiet: bool = dataclasses.field(default=False, metadata=about(switch, in_key=False))
+
+    assert set(More.key_fields()) - set(EngineConfig.key_fields()) == {"loud"}
+    with pytest.raises(ConfigError, match="quiet=1; give True or False"):
+        More(quiet=1)  # type: ignore[arg-type]
 
 
 def test_a_config_and_fields_make_a_config() -> None:

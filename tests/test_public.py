@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -102,3 +103,23 @@ def test_the_usage_page_has_every_field(owner: type) -> None:
     for field in dataclasses.fields(owner):
         if field.name != "prompt_token_ids":
             assert f"`{field.name}`" in text, field.name
+
+
+def documented() -> set[str]:
+    """Dotted names below `hybridgen` in the docs, and in docstrings of the public names."""
+    root = Path(__file__).parents[1]
+    texts = [path.read_text() for path in (root / "README.md", *(root / "docs").glob("*.md"))]
+    texts += [inspect.getdoc(getattr(hybridgen, name)) or "" for name in NAMES]
+    return {name for text in texts for name in re.findall(r"\bhybridgen(?:\.[A-Za-z_]\w*)+", text)}
+
+
+def test_every_documented_path_leads_somewhere() -> None:
+    found = documented()
+    assert {"hybridgen.comparison.config.CompareConfig", "hybridgen.comparison.results.read"} <= found
+    missing = set()
+    for name in found - {"hybridgen.__all__"}:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.add(name)
+    assert sorted(missing) == []

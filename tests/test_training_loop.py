@@ -89,4 +89,4 @@ def test_a_training_loop_is_the_same_with_an_engine(family: str, mode: str, alon
     assert not stats.fallbacks
     assert stats.late_compiles == 0
     kinds = {kind for phase, kind, _ in stats.steps if phase == "decode"}
-    assert kinds == {{"eager": "eager", "jit": "compiled"}.get(mode, "stand-in")}
+    assert kinds == {{"eager": "layers, eager", "jit": "layers, compiled"}.get(mode, "layers, stand-in")}

@@ -8,31 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridgen.cli.options import ENGINE, add_fields, add_model, given
+from hybridgen.cli.output import say
 from hybridgen.compilation.store import Store
 from hybridgen.compilation.store.bundle import export_bundle, import_bundle
 from hybridgen.compilation.store.store import EntryInfo
 from hybridgen.config import EngineConfig, Mode, parse_bytes
 from hybridgen.errors import CacheError, ConfigError
+from hybridgen.telemetry import import_time
 
 if TYPE_CHECKING:
     from hybridgen.compilation.store.key import Key
     from hybridgen.loading import Checkpoint
 
-_OPTIONS = (
-    "mode",
-    "dtype",
-    "device",
-    "revision",
-    "trust_remote_code",
-    "max_batch",
-    "max_context",
-    "kv_memory",
-)
-"""Options of the engine, by their names in `EngineConfig`."""
 
-
-def add_cache_commands(commands: Any, add_engine_options: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Add `cache` and its commands to the parser's commands."""
+def add_command(commands: Any) -> None:
+    """Add `cache`, with commands of its own."""
     cache = commands.add_parser("cache", help="look at, fill and move the compile cache")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
 
@@ -48,8 +39,8 @@ def add_cache_commands(commands: Any, add_engine_options: Callable[[argparse.Arg
         ("warm", _warm, "compile, capture and keep all that a model needs, and exit"),
     ):
         parser = action(name, run, text)
-        parser.add_argument("model", nargs="?", metavar="MODEL", help="local path or hub id (default: the demo model)")
-        add_engine_options(parser)
+        add_model(parser)
+        add_fields(parser, ENGINE)
         parser.add_argument("--token-budget", type=int, help="prompt tokens in one prefill call")
     parser.add_argument("--modes", metavar="LIST", help="modes to warm, such as hybrid,jit (default: --mode)")
     parser.add_argument("--buckets", metavar="LIST", help="decode batch sizes to record, such as 1,2,4,8")
@@ -70,9 +61,9 @@ def add_cache_commands(commands: Any, add_engine_options: Callable[[argparse.Arg
 def _list(arguments: argparse.Namespace) -> int:
     store = _store(arguments)
     infos = store.entries()
-    print(f"{store.root}: {len(infos)} entries, {sum(info.bytes for info in infos) / 2**20:,.1f} MiB")
+    say(f"{store.root}: {len(infos)} entries, {sum(info.bytes for info in infos) / 2**20:,.1f} MiB")
     for info in infos:
-        print(f"{info.digest[:12]}  {info.bytes / 2**20:8.1f} MiB  {_when(info.used)}  {_what(info)}")
+        say(f"{info.digest[:12]}  {info.bytes / 2**20:8.1f} MiB  {_when(info.used)}  {_what(info)}")
     return 0
 
 
@@ -102,12 +93,12 @@ def _explain(arguments: argparse.Namespace) -> int:
     checkpoint, config, key = _opened(arguments)
     off = why_off(config, config.mode_on(checkpoint.device.type), checkpoint.device.type)
     if off is not None:
-        print(f"off: {off}")
+        say(f"off: {off}")
         return 1
     found = explain(checkpoint, config, key)
-    print(f"{'hit' if found.hit else 'miss'}: {key.digest[:12]}: {found.reason}")
+    say(f"{'hit' if found.hit else 'miss'}: {key.digest[:12]}: {found.reason}")
     for part, (here, there) in (found.differences or {}).items():
-        print(f"  {part}\n    here:  {here}\n    there: {there}")
+        say(f"  {part}\n    here:  {here}\n    there: {there}")
     return int(not found.hit)
 
 
@@ -122,11 +113,9 @@ def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, EngineConfig, Ke
 
 
 def _warm(arguments: argparse.Namespace) -> int:
-    from hybridgen.telemetry import import_time as importing
-
-    importing.engine()
-    from hybridgen.compilation.store.session import why_off
-    from hybridgen.engine import Engine
+    with import_time.timed():
+        from hybridgen.compilation.store.session import why_off
+        from hybridgen.engine import Engine
 
     modes = arguments.modes.split(",") if arguments.modes else [arguments.mode or Mode.AUTO]
     for mode in modes:
@@ -142,14 +131,14 @@ def _warm(arguments: argparse.Namespace) -> int:
             problems += [why for why in stats.fallbacks if "compilation failed" in why or "cannot be kept" in why]
             if stats.artifacts.state == "off" or problems:
                 raise CacheError(f"the compile cache was not filled: {'; '.join(problems) or stats.artifacts.reason}")
-            print(f"{stats.artifacts.key[:12]}: {stats.artifacts.state} ({stats.artifacts.reason}), mode {engine.mode}")
+            say(f"{stats.artifacts.key[:12]}: {stats.artifacts.state} ({stats.artifacts.reason}), mode {engine.mode}")
             for row in stats.startup_table:
-                print(f"  {row.phase:<18} {row.seconds:8.2f} s  {row.hits} hits, {row.misses} misses")
+                say(f"  {row.phase:<18} {row.seconds:8.2f} s  {row.hits} hits, {row.misses} misses")
     return 0
 
 
 def _config(arguments: argparse.Namespace) -> EngineConfig:
-    fields = {name: getattr(arguments, name) for name in (*_OPTIONS, "token_budget")}
+    fields: dict[str, Any] = given(arguments, (*ENGINE, "token_budget"))
     fields["decode_buckets"] = _numbers("--buckets", getattr(arguments, "buckets", None))
     fields["prefill_buckets"] = _numbers("--prompt-lengths", getattr(arguments, "prompt_lengths", None))
     fields["compile_cache"] = arguments.dir
@@ -167,29 +156,29 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
 
 def _export(arguments: argparse.Namespace) -> int:
     digests = export_bundle(_store(arguments), arguments.file, arguments.entry)
-    print(f"{len(digests)} entries in {arguments.file}")
+    say(f"{len(digests)} entries in {arguments.file}")
     return 0
 
 
 def _import(arguments: argparse.Namespace) -> int:
     imported, left = import_bundle(_store(arguments), arguments.file, trust=arguments.trust)
     for digest in imported:
-        print(f"{digest[:12]} imported")
+        say(f"{digest[:12]} imported")
     for digest, why in left.items():
-        print(f"{digest[:12]} left out: {why}")
+        say(f"{digest[:12]} left out: {why}")
     return 0
 
 
 def _prune(arguments: argparse.Namespace) -> int:
     limit = parse_bytes("--max-size", arguments.max_size)
     for digest in _store(arguments).prune(limit):
-        print(f"{digest[:12]} deleted")
+        say(f"{digest[:12]} deleted")
     return 0
 
 
 def _clear(arguments: argparse.Namespace) -> int:
     store = _store(arguments)
-    print(f"{store.clear()} entries deleted from {store.root}")
+    say(f"{store.clear()} entries deleted from {store.root}")
     return 0
 
 

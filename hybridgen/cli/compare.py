@@ -7,18 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hybridgen.comparison.config import BASELINES, SMOKE, CompareConfig
+from hybridgen.cli.options import ENGINE, add_fields, add_model, given
+from hybridgen.cli.output import check_output_is_open, say
+from hybridgen.comparison.data.config import BASELINES, SMOKE, CompareConfig
 from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError
 
 _LISTS = ("modes", "prompt_lengths", "batch_sizes", "baselines")
 _NUMBERS = ("new_tokens", "temperature", "budget", "tolerance", "repeats", "min_repeats", "warm_up", "seed")
+_ENGINE = ("dtype", "device", "revision", "trust_remote_code")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options; what is not given has the default of `CompareConfig`, or of the config that is run again."""
+def add_command(commands: Any) -> None:
+    """Add `compare`. What is not given has the default of `CompareConfig`, or of the config that is run again."""
     defaults = CompareConfig()
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="local path or hub id (default: the demo model)")
+    parser = commands.add_parser("compare", help="run the same prompts in every mode, and report")
+    parser.set_defaults(run=run)
+    add_model(parser)
     parser.add_argument("--modes", nargs="+", metavar="MODE", help=f"default: {' '.join(defaults.modes)}")
     parser.add_argument("--prompt-lengths", nargs="+", type=int, metavar="N", help="tokens of a prompt")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="prompts of a call")
@@ -40,10 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of EngineConfig, for every engine"
     )
-    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
-    parser.add_argument("--trust-remote-code", action="store_true", default=None)
+    add_fields(parser, ENGINE, _ENGINE)
     parser.add_argument("--config", type=Path, metavar="JSON", help="run a comparison.json's config and model again")
     parser.add_argument("--smoke", action="store_true", help="a small run: all modes in under two minutes on two cores")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for comparison.{json,csv,md,html} and plots")
@@ -68,8 +70,7 @@ def config_of(arguments: argparse.Namespace) -> tuple[str | None, CompareConfig]
         if model is None and earlier.live:
             raise ConfigError(f"{arguments.config} compared a module in memory ({earlier.model}); name a MODEL")
         model = earlier.source if model is None else model
-    names = (*_LISTS, *_NUMBERS, "ablate")
-    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    changes = given(arguments, (*_LISTS, *_NUMBERS, "ablate"))
     for option, name in (
         ("in_turn", "together"),
         ("shared_compile", "fresh_compile"),
@@ -77,9 +78,7 @@ def config_of(arguments: argparse.Namespace) -> tuple[str | None, CompareConfig]
     ):
         if getattr(arguments, option):
             changes[name] = False
-    given = ("dtype", "device", "revision", "trust_remote_code")
-    fields = {name: getattr(arguments, name) for name in given if getattr(arguments, name) is not None}
-    fields |= dict(_field(text) for text in arguments.engine)
+    fields = given(arguments, _ENGINE) | dict(_field(text) for text in arguments.engine)
     if fields:
         changes["engine"] = {**config.engine, **fields}
     return model, config.replace(**changes)
@@ -96,14 +95,15 @@ def _field(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def run(arguments: argparse.Namespace) -> tuple[str, int]:
-    """Run the comparison; returns what to print and the exit status: 1 when a cell failed.
+def run(arguments: argparse.Namespace) -> int:
+    """Run the comparison and print its tables; returns the exit status: 1 when a cell failed.
 
     Raises:
         HybridgenError: as `hybridgen.compare` does.
     """
-    from hybridgen.comparison.report import check_tabulate
-    from hybridgen.comparison.run import compare
+    check_output_is_open()
+    from hybridgen.comparison.render.report import check_tabulate
+    from hybridgen.comparison.run import run_comparison
 
     check_tabulate()
     model, config = config_of(arguments)
@@ -112,9 +112,10 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
 
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # the demo model is small: threads would only wait for each other
-    comparison = compare(model, config, output=arguments.output)
+    comparison = run_comparison(model, config, output=arguments.output)
     failed = any(cell.status in ("failed", "out of memory") for cell in comparison.cells)
     text = str(comparison)
     if arguments.output is not None:
         text += f"\nWritten to {arguments.output}."
-    return text, int(failed)
+    say(text)
+    return int(failed)

@@ -1,7 +1,8 @@
-"""What this machine can do, and why not what it cannot."""
+"""`hybridgen doctor`: what this machine can do, and why not what it cannot."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -9,8 +10,9 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from hybridgen.cli.output import check_output_is_open, say, say_json
 from hybridgen.errors import described
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "accelerate")
@@ -22,6 +24,25 @@ class Finding(NamedTuple):
     name: str
     ok: bool
     detail: str
+
+
+def add_command(commands: Any) -> None:
+    """Add `doctor`."""
+    parser = commands.add_parser("doctor", help="say what this machine can do, and why not")
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the findings; returns the exit status."""
+    check_output_is_open()
+    findings = examine()
+    if arguments.json:
+        say_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            say(f"{'ok' if finding.ok else 'no':<3} {finding.name:<13} {finding.detail}")
+    return 0
 
 
 def examine() -> list[Finding]:

@@ -1,17 +1,14 @@
 """Comparison runs: the same weights, prompts and sampling in every mode, measured side by side.
 
-The front door is `hybridgen.compare` (and `hybridgen compare` on the command line), which is why the package has
-another name than the function: a submodule's name would take the function's place in `hybridgen`.
+Users call `hybridgen.compare` (or `hybridgen compare` on the command line). This package has another name than that
+function, because a submodule `hybridgen.compare` would take the function's place.
 
-    config        what is compared: `CompareConfig`
-    schedule      the cells and the order of the runs
-    statistics    quantiles, the confidence interval of a median, agreement of tokens
-    subjects      what is measured: an engine in a mode, or a baseline
-    baselines     adapters of other engines
-    measure       warm-up, interleaved runs, faults
-    checks        how far logits are from mode eager's
-    utilisation   how busy the device is
-    provenance    where and with what it was measured
-    results       what comes out: `Comparison`
-    report, plots, html, files    tables, pictures, a page, and writing them
+    data/       what is compared and what comes out, as plain values: config, schedule, statistics, checks, results
+    measuring/  the runs: engines and baselines, warm-up, rounds, what goes wrong meanwhile
+    render/     results as tables, plots, a page, and files
+    run         a comparison from start to end
+    results     `Comparison`, which is a result with its tables, and `read`
+    config      `CompareConfig` under its documented name
+
+Imports go from `measuring` and `render` to `data`; neither of the two knows the other.
 """

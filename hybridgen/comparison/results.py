@@ -1,137 +1,24 @@
-"""What comes out of a comparison."""
+"""The public result of a comparison, and reading it from a file."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from hybridgen.comparison.config import CompareConfig
-from hybridgen.comparison.statistics import Agreement, Summary
-from hybridgen.errors import ConfigError, shown
+from hybridgen.comparison.data.results import CellResult, ComparisonData, SubjectResult
+from hybridgen.comparison.render.files import save
+from hybridgen.comparison.render.report import terminal
+from hybridgen.errors import ConfigError
 
-SCHEMA = 1
-"""Of the JSON; raised when the meaning of a field changes."""
-
-OK, FAILED, OUT_OF_MEMORY, NOT_MEASURED = "ok", "failed", "out of memory", "not measured"
+__all__ = ["CellResult", "Comparison", "SubjectResult", "read"]
 
 
-@dataclass(kw_only=True)
-class CellResult:
-    """One subject at one prompt length and batch size. Times are in seconds, sizes in bytes."""
-
-    subject: str
-    prompt_length: int
-    batch_size: int
-    status: str = OK
-    """`ok`, `failed`, `out of memory` or `not measured`."""
-    error: str | None = None
-    """Why not `ok`."""
-    repeats: int = 0
-    """Measured calls."""
-    stopped: str | None = None
-    """What ended its repeats: `interval` (within the tolerance), `repeats`, `budget` or `interrupted`."""
-    wall: Summary | None = None
-    """Of whole calls."""
-    ttft: Summary | None = None
-    """Time to first token, of every request; the interval is of the calls' medians."""
-    tpot: Summary | None = None
-    """Time per output token after the first, of every token."""
-    tokens_per_s: float | None = None
-    """Generated tokens of a call over its median time, prefill included."""
-    cpu_per_step: float | None = None
-    """CPU seconds of the process per step, all threads; a step generates one token for each request."""
-    gpu_utilisation: float | None = None
-    """Share of a call in which the device was busy."""
-    memory: int | None = None
-    """Device memory: the weights, what the engine took at start-up, and the peak of a call above that."""
-    mbu: float | None = None
-    """Model bandwidth utilisation of decode: bytes that a step has to read, over the median TPOT and the read
-    ceiling."""
-    graphs: Mapping[str, Any] | None = None
-    """`pre_captured`, `lazy`, `padded`, `none`, and steps by `reasons`; None for a baseline."""
-    agreement: Agreement | None = None
-    """With mode eager's tokens, in the call that agreed least."""
-    logit_error: float | None = None
-    """Largest difference to mode eager's log-probabilities, see `checks`."""
-    walls: list[float] = field(default_factory=list)
-    """The calls, in order."""
-    ttfts: list[float] = field(default_factory=list)
-    """Their median TTFTs."""
-
-
-@dataclass(kw_only=True)
-class SubjectResult:
-    """One subject as a whole."""
-
-    name: str
-    kind: str
-    """`mode`, `switch` (mode hybrid with one part off) or `baseline`."""
-    status: str = OK
-    error: str | None = None
-    startup: dict[str, float] = field(default_factory=dict)
-    """Seconds by part. Weights are read and joined once, and stand in every row. `first calls` is by how much the first
-    calls of its cells were longer than the median ones."""
-    compile_cache: str | None = None
-    """`empty` or `shared`: what Inductor found at start-up; None where nothing is compiled at start-up."""
-    cache_bytes: int | None = None
-    """The KV cache."""
-    graph_bytes: int | None = None
-    captured: int | None = None
-    """Graphs at the end."""
-    lazy_captures: int | None = None
-    failures: dict[str, str] = field(default_factory=dict)
-    """Captures that failed."""
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    """What ran another way than asked for."""
-    late_compiles: int | None = None
-
-
-@dataclass(kw_only=True)
-class Comparison:
+class Comparison(ComparisonData):
     """The result of `hybridgen.compare()`; `str()` of it is a table, `save()` writes it to files."""
 
-    config: CompareConfig
-    model: str
-    """Its name for readers."""
-    source: str | None
-    """The path or hub id that a rerun loads; None for the demo model, and for a module in memory."""
-    live: bool
-    """Whether the model was a module in memory; a rerun has to be given it again."""
-    dtype: str
-    device: str
-    subjects: list[SubjectResult]
-    cells: list[CellResult]
-    provenance: dict[str, Any]
-    read_ceiling: float | None = None
-    """Bytes per second that the device's memory was measured to be read at; None on a CPU."""
-    notes: list[str] = field(default_factory=list)
-    """What a reader has to know: why something is missing."""
-    measured_seconds: float = 0.0
-    """Time of the measured calls."""
-
-    def cell(self, subject: str, prompt_length: int, batch_size: int) -> CellResult:
-        """One cell.
-
-        Raises:
-            ConfigError: there is no such cell.
-        """
-        for cell in self.cells:
-            if (cell.subject, cell.prompt_length, cell.batch_size) == (subject, prompt_length, batch_size):
-                return cell
-        raise ConfigError(
-            f"no cell {shown((subject, prompt_length, batch_size))}; subjects are "
-            f"{', '.join(subject.name for subject in self.subjects)}"
-        )
-
     def __str__(self) -> str:
-        from hybridgen.comparison.report import terminal
-
         return terminal(self)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
@@ -143,58 +30,7 @@ class Comparison:
         Raises:
             ConfigError: the directory cannot be written, or matplotlib is not installed.
         """
-        from hybridgen.comparison.files import save
-
         return save(self, Path(folder))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; what is not finite is None."""
-        values = {"schema": SCHEMA, **_plain(self)}
-        return values | {"config": _plain(self.config.as_dict())}
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Comparison:
-        """The comparison that `as_dict()` wrote.
-
-        Raises:
-            ConfigError: it is of another schema, or no comparison.
-        """
-        if values.get("schema") != SCHEMA or "config" not in values:
-            raise ConfigError(
-                f"schema={shown(values.get('schema'))}; give the comparison.json of a run, of schema {SCHEMA}"
-            )
-        rest = {name: value for name, value in values.items() if name not in ("schema", "config", "subjects", "cells")}
-        return cls(
-            config=CompareConfig.of(values["config"]),
-            subjects=[SubjectResult(**subject) for subject in values["subjects"]],
-            cells=[_cell(cell) for cell in values["cells"]],
-            **rest,
-        )
-
-
-def _cell(values: Mapping[str, Any]) -> CellResult:
-    summaries = {
-        name: Summary(**{**values[name], "grid": tuple(values[name]["grid"])})
-        for name in ("wall", "ttft", "tpot")
-        if values[name] is not None
-    }
-    found = values["agreement"]
-    difference = None if found is None or found[1] is None else tuple(found[1])
-    return CellResult(
-        **{**values, **summaries, "agreement": None if found is None else Agreement(found[0], difference)}
-    )
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def read(path: str | os.PathLike[str]) -> Comparison:

@@ -67,7 +67,7 @@ class LayerUnits:
     def load(self) -> str | None:
         """Load what the directory holds; why something in it is not used, or None.
 
-        Artifacts are code: the directory is a working copy that was checked file by file (`artifacts.entry`).
+        Artifacts are code: the directory is a working copy that was checked file by file (`store.entry`).
         """
         path = self.directory / INDEX
         if not path.exists():

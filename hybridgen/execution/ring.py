@@ -52,7 +52,7 @@ class TokenRing:
         table: Tensor,
         counts: Tensor | None = None,
     ) -> None:
-        """Part of a step: publish what was sampled, and make it the rows' state (`kernels.stepping.advance`)."""
+        """Part of a step: publish what was sampled, and make it the rows' state (`kernels.step.advance`)."""
         if sampled.logprobs is not None:
             publish(sampled.logprobs, self.logprobs, self.counter)
         if sampled.top_ids is not None and sampled.top_logprobs is not None:

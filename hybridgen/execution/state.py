@@ -39,7 +39,7 @@ class DeviceState:
         self.max_batch = max_batch
         self.padding_slot = max_batch
         self.table = torch.zeros(3, max_batch + 1, dtype=torch.int64, device=device)
-        """int64 [3, max_batch + 1], in the order of `SlotRows`; `kernels.stepping.advance` writes it."""
+        """int64 [3, max_batch + 1], in the order of `SlotRows`; `kernels.step.advance` writes it."""
         self.block_table = BlockTable(max_batch + 1, max_pages, device)
 
     def read(self, rows: torch.Tensor) -> SlotRows:

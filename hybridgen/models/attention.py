@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import Options, Places, decode_attention, prefill_attention, write_kv
 from hybridgen.models.visibility import Visibility
 
 # Hugging Face routes by substring of this name ("flash", "sdpa", "/", "|" each trigger something), so it has none.
@@ -117,21 +117,14 @@ def paged_attention(
 def _attend(call: AttentionCall, binding: LayerBinding) -> torch.Tensor:
     """[T, num_heads, value_dim]"""
     step, (k, v) = binding.step, call.new
-    cache = (binding.keys, binding.values, step.block_table, step.slots, step.positions)
-    window, chunk = call.sees.window, call.sees.chunk
-    scale, softcap, sinks = call.scale, call.softcap, call.sinks
-    alone = step.phase is Phase.DECODE and not step.several
-    if not alone:
-        write_kv(k, v, *cache)
-    if step.phase is Phase.PREFILL:
-        return prefill_attention(
-            call.query, *cache, step.query_starts, scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks
-        )
-    # Of several tokens a request each is a row of its own, whose position says what it sees.
-    return decode_attention(
-        call.query, *cache, scale=scale, window=window, chunk=chunk, softcap=softcap, sinks=sinks,
-        k=k if alone else None, v=v if alone else None,
-    )  # fmt: skip
+    places = Places(binding.keys, binding.values, step.block_table, step.slots, step.positions)
+    options = Options(call.scale, call.sees.window, call.sees.chunk, call.softcap, call.sinks)
+    if step.phase is Phase.DECODE and not step.several:
+        return decode_attention(call.query, places, options, k=k, v=v)
+    write_kv(k, v, places)
+    if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
+        return decode_attention(call.query, places, options)
+    return prefill_attention(call.query, places, step.query_starts, options)
 
 
 def note_attention(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybridgen.sampling.history import History, make_history
 from hybridgen.sampling.processors import AT_BEGIN, EARLY_END, FORCED_FIRST, FORCED_LAST
-from hybridgen.sampling.random import gumbel_noise, signed64
+from hybridgen.sampling.random import gumbel_noise
 from hybridgen.sampling.resolve import ResolvedSampling
 
 _RANKED = (64, 256, 1024)
@@ -388,7 +388,7 @@ def _real_row(params: ResolvedSampling) -> list[float]:
 
 def _integer_row(params: ResolvedSampling) -> list[int]:
     return [
-        signed64(params.seed),
+        params.seed,
         params.top_k,
         params.min_new_tokens,
         params.begin if params.begin_suppress_tokens else -1,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +9,9 @@ from contextlib import contextmanager
 _seconds = 0.0
 
 
-def engine() -> None:
-    """Import `hybridgen.engine`, and note what that took."""
-    if "hybridgen.engine" in sys.modules:
-        return
-    with timed():
-        importlib.import_module("hybridgen.engine")
-
-
 @contextmanager
 def timed() -> Iterator[None]:
-    """Add what is imported inside."""
+    """Add the time of the imports inside."""
     global _seconds
     start = time.perf_counter()
     try:

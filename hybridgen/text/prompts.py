@@ -152,10 +152,11 @@ def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> lis
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
             raise PromptError(f"prompt {index} has {shown(message)} among its chat messages; each needs a 'role'")
+    # An answer that has begun is gone on with, as Hugging Face's pipeline does.
+    begun = messages[-1]["role"] == "assistant"
+    turn = {"continue_final_message": True} if begun else {"add_generation_prompt": True}
     try:
-        encoded = apply_chat_template(
-            tokenizer, list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        encoded = apply_chat_template(tokenizer, list(messages), **turn, tokenize=True, return_dict=True)
         ids = encoded["input_ids"]
     except Exception as error:  # templates are programs of the checkpoint and raise what they like
         raise PromptError(

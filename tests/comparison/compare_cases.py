@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from hybridgen.comparison.config import CompareConfig
-from hybridgen.comparison.measure import Measurement
-from hybridgen.comparison.results import CellResult, Comparison, SubjectResult
-from hybridgen.comparison.schedule import cells
-from hybridgen.comparison.statistics import Agreement, summarise
-from hybridgen.comparison.subjects import Output
+from hybridgen.comparison.data.config import CompareConfig
+from hybridgen.comparison.data.results import CellResult, SubjectResult
+from hybridgen.comparison.data.schedule import cells
+from hybridgen.comparison.data.statistics import Agreement, summarise
+from hybridgen.comparison.measuring.measure import Measurement
+from hybridgen.comparison.measuring.subjects import Output
+from hybridgen.comparison.results import Comparison
 
 SMALL = CompareConfig(
     modes=("eager", "hybrid"),

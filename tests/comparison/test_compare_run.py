@@ -11,8 +11,8 @@ import pytest
 
 import hybridgen
 from hybridgen.cli.main import main
-from hybridgen.comparison import run as comparison_run
-from hybridgen.comparison.config import ABLATIONS
+from hybridgen.comparison.data.config import ABLATIONS
+from hybridgen.comparison.measuring.measure import Measurement
 from hybridgen.comparison.results import read
 
 TINY: dict[str, Any] = {
@@ -115,7 +115,7 @@ def test_ablation_adds_a_row_for_each_switch(found: Any, monkeypatch: pytest.Mon
         name: ABLATIONS[name]
         for name in ("decode_buckets=[]", "mode=graph", "fuse_projections=False, fused_decode=False")
     }
-    monkeypatch.setattr("hybridgen.comparison.config.ABLATIONS", few)
+    monkeypatch.setattr("hybridgen.comparison.data.config.ABLATIONS", few)
     fields = {**TINY, "prompt_lengths": 5, "batch_sizes": 2, "repeats": 1}
     comparison = hybridgen.compare(found[0], modes=("hybrid",), ablate=True, **fields)
     switches = {subject.name: subject for subject in comparison.subjects if subject.kind == "switch"}
@@ -136,13 +136,13 @@ def test_a_rerun_from_json_has_the_same_config_and_order(
     llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     orders: list[list[Any]] = []
-    measure = comparison_run.Measurement._measure
+    measure = Measurement._measure
 
     def noting(self: Any, subject: Any, record: Any) -> None:
         orders[-1].append(record.cell)
         measure(self, subject, record)
 
-    monkeypatch.setattr(comparison_run.Measurement, "_measure", noting)
+    monkeypatch.setattr(Measurement, "_measure", noting)
     options = [
         "--modes", "eager", "graph", "--prompt-lengths", "5", "9", "--batch-sizes", "1", "2", "--new-tokens", "3",
         "--repeats", "2", "--seed", "7", "--engine", "decode_buckets=[1,2]", "prefill_buckets=[16]", "page_size=16",

@@ -15,6 +15,7 @@ from hybridgen.execution import step as step_module
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.graphs.key import LAYERS, GraphKey
+from hybridgen.kernels.attention.ops import Places
 from hybridgen.kernels.step import metadata
 from hybridgen.models import attention, bind
 from hybridgen.models.attention import Phase
@@ -244,9 +245,10 @@ def test_all_layers_read_one_set_of_metadata(
     name = "decode_attention" if phase is Phase.DECODE else "prefill_attention"
     attend = getattr(attention, name)
 
-    def note(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *where: torch.Tensor, **fields: object):
-        found.append([tensor.data_ptr() for tensor in where])
-        return attend(query, keys, values, *where, **fields)
+    def note(query: torch.Tensor, places: Places, *rest: object, **fields: object) -> torch.Tensor:
+        starts = [each for each in rest if isinstance(each, torch.Tensor)]
+        found.append([each.data_ptr() for each in (places.block_table, places.slots, places.positions, *starts)])
+        return attend(query, places, *rest, **fields)
 
     monkeypatch.setattr(attention, name, note)
     key = GraphKey.decode(3, GREEDY) if phase is Phase.DECODE else GraphKey.prefill(8, 1, GREEDY)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from attention_cases import NO_PAGE, Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
 from hybridgen.kernels.attention import reference as attention_reference
-from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import Options, Places, decode_attention, prefill_attention, write_kv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,16 +70,16 @@ def _decode(q: Tensor, cache: Cache, **options) -> Tensor:
     slots, positions, _ = pack(cache, [1] * len(q), len(q))
     _poison()
     scale = q.shape[2] ** -0.5
-    return decode_attention(
-        q, cache.k_pages, cache.v_pages, cache.block_table, slots, positions, scale=scale, **options
-    )
+    new = {name: options.pop(name) for name in ("k", "v") if name in options}
+    places = Places(cache.k_pages, cache.v_pages, cache.block_table, slots, positions)
+    return decode_attention(q, places, Options(scale, **options), **new)
 
 
 def _prefill(q: Tensor, cache: Cache, new: list[int], **options) -> Tensor:
     slots, positions, starts = pack(cache, new, sequences=len(new) + 2)
     _poison()
     pages = cache.k_pages, cache.v_pages, cache.block_table
-    return prefill_attention(q, *pages, slots, positions, starts, scale=q.shape[2] ** -0.5, **options)
+    return prefill_attention(q, Places(*pages, slots, positions), starts, Options(q.shape[2] ** -0.5, **options))
 
 
 def _strided(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -97,7 +97,7 @@ def test_write_kv(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     k, v = torch.cat(empty.keys), torch.cat(empty.values)
     both = torch.cat([k, v], dim=2).transpose(0, 1).contiguous().transpose(0, 1)
     pages = empty.k_pages, empty.v_pages, empty.block_table
-    write_kv(both[:, :, :dim], both[:, :, dim:], *pages, slots, positions)
+    write_kv(both[:, :, :dim], both[:, :, dim:], Places(*pages, slots, positions))
     page = empty.block_table[slots.long(), positions // page_size].long()
     assert torch.equal(empty.k_pages[page, :, positions % page_size], k)
     assert torch.equal(empty.v_pages[page, :, positions % page_size], v)
@@ -210,7 +210,7 @@ def test_queries_of_other_strides_and_alignments_after_each_other() -> None:
         slots, positions, _ = pack(cache, [70, 10], 2)
         copy = make_cache([70, 300], 2, 64, page_size=16, dtype=torch.bfloat16, device="cuda", filled=False)
         k = q[:, :2]
-        write_kv(k, k, copy.k_pages, copy.v_pages, cache.block_table, slots, positions)
+        write_kv(k, k, Places(copy.k_pages, copy.v_pages, cache.block_table, slots, positions))
         page = cache.block_table[slots.long(), positions // 16].long()
         assert torch.equal(copy.k_pages[page, :, positions % 16], k)
         assert torch.equal(copy.v_pages[page, :, positions % 16], k)
@@ -221,9 +221,9 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
     cache = make_cache(lengths, 2, 64, page_size=16, dtype=torch.bfloat16, device="cuda")
     q = torch.randn(4, 8, 64, device="cuda").bfloat16()
     slots, positions, _ = pack(cache, [1] * 4, 4)
-    first = decode_attention(q, *pages_of(cache), slots, positions, scale=0.125)
+    first = decode_attention(q, Places(*pages_of(cache), slots, positions), Options(0.125))
     order = torch.tensor([3, 1, 1, 0], device="cuda")
-    second = decode_attention(q[order], *pages_of(cache), slots[order], positions[order], scale=0.125)
+    second = decode_attention(q[order], Places(*pages_of(cache), slots[order], positions[order]), Options(0.125))
     assert torch.equal(first[order], second)
 
 
@@ -252,8 +252,9 @@ def test_decode_graph_replays_with_other_lengths_and_tables(tokens: int) -> None
     q, k, v = torch.randn(tokens, 12, 64, device="cuda").to(dtype).split([8, 2, 2], dim=1)
 
     def step() -> Tensor:
-        write_kv(k, v, k_pages, v_pages, table, slots, positions)
-        return decode_attention(q, k_pages, v_pages, table, slots, positions, scale=0.125)
+        places = Places(k_pages, v_pages, table, slots, positions)
+        write_kv(k, v, places)
+        return decode_attention(q, places, Options(0.125))
 
     def fill(cache: Cache) -> None:
         for target, source in ((k_pages, cache.k_pages), (v_pages, cache.v_pages)):
@@ -291,7 +292,7 @@ def test_prefill_graph_replays_with_other_starts() -> None:
 
     def step() -> Tensor:
         slots, positions, starts = buffers
-        return prefill_attention(q, *pages_of(cache), slots, positions, starts, scale=0.125)
+        return prefill_attention(q, Places(*pages_of(cache), slots, positions), starts, Options(0.125))
 
     step()
     torch.cuda.synchronize()
@@ -315,8 +316,9 @@ def test_compiled_write_copies_no_cache() -> None:
 
     def layer(qkv: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         q, k, v = (qkv * 1).view(-1, 12, 64).split([8, 2, 2], dim=1)
-        write_kv(k, v, k_pages, v_pages, cache.block_table, slots, positions)
-        out = prefill_attention(q, k_pages, v_pages, cache.block_table, slots, positions, starts, scale=0.125)
+        places = Places(k_pages, v_pages, cache.block_table, slots, positions)
+        write_kv(k, v, places)
+        out = prefill_attention(q, places, starts, Options(0.125))
         return out + 1
 
     torch._dynamo.reset()

@@ -151,13 +151,13 @@ def test_steering_by_a_hook(mode: str) -> None:
         exact = copy.deepcopy(model).float()
         assert worst(exact, steered) < 1
         assert engine._runner.fused is None
-        assert not {"cuda graph"} & {step.kind for out in steered for step in out.steps}
+        assert not any("cuda graph" in step.kind for out in steered for step in out.steps)
         handle.remove()
         again = run(engine)
         assert [out.token_ids for out in again] == [out.token_ids for out in plain]
         assert engine._runner.fused is fused
         kinds = {step.kind for out in again for step in out.steps if step.phase == "decode"}
-        assert ("compiled" if mode == "jit" else "cuda graph") in kinds
+        assert any(("compiled" if mode == "jit" else "cuda graph") in kind for kind in kinds)
         assert engine.stats().late_compiles == 0
 
 

@@ -14,7 +14,7 @@ from attention_cases import NO_PAGE, dense_packed, error, make_cache, newest_row
 from torch import Tensor
 
 from hybridgen.kernels.attention import reference as attention_reference
-from hybridgen.kernels.attention.ops import decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import Options, Places, decode_attention, prefill_attention, write_kv
 
 OPTIONS = {
     "plain": {},
@@ -54,16 +54,15 @@ def _options(name: str, heads: int) -> dict:
 
 def _decode(q: Tensor, cache, **options) -> Tensor:
     positions = torch.tensor(cache.lengths) - 1
-    return decode_attention(
-        q, cache.k_pages, cache.v_pages, cache.block_table, cache.slots, positions, scale=0.3, **options
-    )
+    new = {name: options.pop(name) for name in ("k", "v") if name in options}
+    places = Places(cache.k_pages, cache.v_pages, cache.block_table, cache.slots, positions)
+    return decode_attention(q, places, Options(0.3, **options), **new)
 
 
 def _prefill(q: Tensor, cache, new: list[int], **options) -> Tensor:
     slots, positions, starts = pack(cache, new, sequences=len(new) + 2)
-    return prefill_attention(
-        q, cache.k_pages, cache.v_pages, cache.block_table, slots, positions, starts, scale=0.3, **options
-    )
+    places = Places(cache.k_pages, cache.v_pages, cache.block_table, slots, positions)
+    return prefill_attention(q, places, starts, Options(0.3, **options))
 
 
 def test_write_kv_puts_each_token_in_its_page() -> None:
@@ -72,7 +71,7 @@ def test_write_kv_puts_each_token_in_its_page() -> None:
     qkv = torch.randn(58, 5 * 3, 24).transpose(0, 1).contiguous().transpose(0, 1)  # heads before tokens in memory
     k, v = qkv[:, 3:6, :16], qkv[:, 6:9, 16:]
     slots, positions, _ = pack(cache, cache.lengths, sequences=3)
-    write_kv(k, v, cache.k_pages, cache.v_pages, cache.block_table, slots, positions)
+    write_kv(k, v, Places(cache.k_pages, cache.v_pages, cache.block_table, slots, positions))
     for token in range(58):
         page = cache.block_table[slots[token], positions[token] // 16]
         assert torch.equal(cache.k_pages[page, :, positions[token] % 16], k[token])
@@ -145,19 +144,14 @@ def test_prefill_in_parts_equals_one_prefill(step: int, options: dict) -> None:
         places = torch.arange(begin, min(begin + step, 100))
         slots = slot.expand(len(places))
         k, v = cache.keys[0][places], cache.values[0][places]
-        write_kv(k, v, cache.k_pages, cache.v_pages, table, slots, places)
+        write_kv(k, v, Places(cache.k_pages, cache.v_pages, table, slots, places))
         starts = torch.tensor([0, len(places), len(places)], dtype=torch.int32)
         parts.append(
             prefill_attention(
                 q[places],
-                cache.k_pages,
-                cache.v_pages,
-                table,
-                slots,
-                places,
+                Places(cache.k_pages, cache.v_pages, table, slots, places),
                 starts,
-                scale=0.3,
-                **options,
+                Options(0.3, **options),
             )
         )
     assert error(torch.cat(parts), dense_packed(q, cache, [100], 0.3, **options)) < 1e-6
@@ -169,14 +163,14 @@ def test_sequences_without_tokens() -> None:
     starts = torch.tensor([0, 0, 20, 20, 29, 29], dtype=torch.int32)
     q = torch.randn(29, 4, 16)
     pages = cache.k_pages, cache.v_pages, cache.block_table
-    out = prefill_attention(q, *pages, slots, positions, starts, scale=0.3)
+    out = prefill_attention(q, Places(*pages, slots, positions), starts, Options(0.3))
     assert error(out, dense_packed(q, cache, [20, 9], 0.3)) < 1e-6
-    assert prefill_attention(q[:0], *pages, slots[:0], positions[:0], starts * 0, scale=0.3).shape == (
+    assert prefill_attention(q[:0], Places(*pages, slots[:0], positions[:0]), starts * 0, Options(0.3)).shape == (
         0,
         4,
         16,
     )
-    assert decode_attention(q[:0], *pages, slots[:0], positions[:0], scale=0.3).shape == (0, 4, 16)
+    assert decode_attention(q[:0], Places(*pages, slots[:0], positions[:0]), Options(0.3)).shape == (0, 4, 16)
 
 
 def test_padding_rows_on_the_dummy_page_touch_no_other_row() -> None:
@@ -188,11 +182,11 @@ def test_padding_rows_on_the_dummy_page_touch_no_other_row() -> None:
     slots = torch.cat([cache.slots, torch.full((3,), padding, dtype=torch.int32)])
     positions = torch.tensor([36, 11, 0, 0, 5])
     pages = cache.k_pages, cache.v_pages, cache.block_table
-    out = decode_attention(q, *pages, slots, positions, scale=0.3)
+    out = decode_attention(q, Places(*pages, slots, positions), Options(0.3))
     assert error(out[:2], dense_packed(q[:2], cache, [1, 1], 0.3)) < 1e-6
     nan = torch.full((5, 2, 16), torch.nan)
     before = cache.k_pages[1:].clone()
-    write_kv(nan[2:], nan[2:], *pages, slots[2:], positions[2:])
+    write_kv(nan[2:], nan[2:], Places(*pages, slots[2:], positions[2:]))
     assert torch.equal(before.nan_to_num(9.0), cache.k_pages[1:].nan_to_num(9.0))
 
 
@@ -209,7 +203,7 @@ def test_pages_before_the_window_may_be_gone() -> None:
         cache.block_table[slot, : lowest // 8] = NO_PAGE
     q = torch.randn(40, 4, 16)
     pages = cache.k_pages, cache.v_pages, cache.block_table
-    out = prefill_attention(q, *pages, slots, positions, starts, scale=0.3, window=window)
+    out = prefill_attention(q, Places(*pages, slots, positions), starts, Options(0.3, window=window))
     assert error(out, dense_packed(q, cache, [30, 10], 0.3, window=window)) < 1e-6
     q = torch.randn(2, 4, 16)
     assert error(_decode(q, cache, window=window), dense_packed(q, cache, [1, 1], 0.3, window=window)) < 1e-6
@@ -245,13 +239,15 @@ def test_opcheck() -> None:
 def _prefill_layer(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
     """A layer's attention as a model calls it."""
     k_pages, v_pages, table, slots, positions, starts = rest
-    write_kv(k, v, k_pages, v_pages, table, slots, positions)
-    return prefill_attention(q * 2, k_pages, v_pages, table, slots, positions, starts, scale=0.3) + 1
+    places = Places(k_pages, v_pages, table, slots, positions)
+    write_kv(k, v, places)
+    return prefill_attention(q * 2, places, starts, Options(0.3)) + 1
 
 
 def _decode_layer(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
     k_pages, v_pages, table, slots, positions, _ = rest
-    return decode_attention(q * 2, k_pages, v_pages, table, slots, positions, scale=0.3, k=k, v=v) + 1
+    places = Places(k_pages, v_pages, table, slots, positions)
+    return decode_attention(q * 2, places, Options(0.3), k=k, v=v) + 1
 
 
 LAYERS = pytest.mark.parametrize("layer", [_prefill_layer, _decode_layer])

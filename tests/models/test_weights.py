@@ -5,12 +5,12 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from hybridgen.models.twin import twin
 from torch import nn
 from transformers import PreTrainedModel
 
 from hybridgen.models import weights as weights_module
 from hybridgen.models.projections import fuse_projections
+from hybridgen.models.twin import twin
 from hybridgen.models.weights import DenseWeight, ModuleWeights, Shard, WeightError, WeightFormat
 
 QKV = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]

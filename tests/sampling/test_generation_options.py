@@ -90,7 +90,7 @@ def test_rows_of_different_options_in_one_batch(path: Path, reference: Any, mode
         if mode in ("graph", "hybrid"):
             engine.idle()
             assert any("history" in row.sampling for row in engine.stats().graphs.graphs)
-            assert any(step.kind == "stand-in" for out in outs for step in out.steps)
+            assert any(step.kind == "layers, stand-in" for out in outs for step in out.steps)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -102,6 +102,24 @@ def test_a_template_that_refuses_is_a_prompt_error() -> None:
         encode([{"role": "bad", "content": ""}], ChatTokenizer())
 
 
+def test_an_answer_that_has_begun_is_gone_on_with() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "x = {"}
+    texts = [
+        tokenizer.decode(encode_prompt(chat, 0, tokenizer=tokenizer, tokenizer_problem=None, vocab_size=4096))
+        for chat in ([question], [question, answer], [question, answer, question])
+    ]
+    assert [text.removeprefix(tokenizer.bos_token or "") for text in texts] == [
+        "[user]q[end][assistant]",
+        "[user]q[end][assistant]x = {",
+        "[user]q[end][assistant]x = {[end][user]q[end][assistant]",
+    ]
+
+
 def test_no_chat_template() -> None:
     tokenizer = ChatTokenizer()
     tokenizer.chat_template = None

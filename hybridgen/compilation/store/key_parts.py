@@ -9,7 +9,6 @@ import inspect
 import os
 import platform
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,6 @@ from hybridgen._version import __version__
 from hybridgen.compilation.store.key import Key
 from hybridgen.config import EngineConfig
 
-_NOT_COMPILED = frozenset(
-    {
-        "allow_pickle",
-        "capture_after",
-        "capture_at_start",
-        "check_addresses",
-        "compile_cache",
-        "decode_buckets",
-        "device",
-        "double_buffer",
-        "dtype",
-        "fused_decode",
-        "kv_memory",
-        "lazy_capture",
-        "local_files_only",
-        "max_graph_memory",
-        "max_graphs",
-        "max_padding_ratio",
-        "offline_compile",
-        "on_graph_event",
-        "prefill_buckets",
-        "progress",
-        "revision",
-        "run_ahead",
-        "trust_remote_code",
-        "tune_seconds",
-        "validate",
-    }
-)
-"""Fields of `EngineConfig` that no compiler sees, or that are in the key under another name. A new field is in the key
-until it is listed here: a cold start too many is better than stale code."""
 _NOT_ARCHITECTURE = frozenset(
     {
         "_name_or_path",
@@ -114,9 +82,7 @@ def key_of(
     parts["weights"] = weights
     parts["dtype"] = str(dtype).removeprefix("torch.")
     parts.update(_architecture(hf_config))
-    for field in fields(config):
-        if field.name not in _NOT_COMPILED:
-            parts[f"config.{field.name}"] = _plain(getattr(config, field.name))
+    parts.update({f"config.{name}": _plain(getattr(config, name)) for name in config.key_fields()})
     parts.update({f"config.{name}": _plain(value) for name, value in resolved.items()})
     parts.update(_compiler_settings())
     return Key(parts)

@@ -28,7 +28,7 @@ mutates its arguments.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,38 +57,42 @@ _library.define(
 )
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-) -> None:
+class Places(NamedTuple):
+    """Where a step's tokens lie in the cache of one layer; shapes are in the module's text."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    block_table: Tensor
+    slots: Tensor
+    positions: Tensor
+
+
+class Options(NamedTuple):
+    """How a layer attends."""
+
+    scale: float
+    """Factor on q.k, above 0."""
+    window: int = 0
+    """See only the last `window` positions, the token's own included; 0 is no limit."""
+    chunk: int = 0
+    """See only positions of the own chunk of so many, counted from 0 (Llama 4); 0 is no limit."""
+    softcap: float = 0.0
+    """`s = softcap * tanh(s / softcap)` on scaled scores (Gemma 2); 0 is off."""
+    sinks: Tensor | None = None
+    """[Hq], a logit per head that takes part in the softmax's denominator only (GPT-OSS)."""
+
+
+def write_kv(k: Tensor, v: Tensor, places: Places) -> None:
     """Write K and V of each token into its page: page `block_table[slot, position // page_size]`, row
     `position % page_size`.
 
     Tokens that share a destination (padding rows on the dummy page) leave one of their values there.
     """
-    torch.ops.hybridgen.write_kv.default(k, v, k_pages, v_pages, block_table, slots, positions)
+    torch.ops.hybridgen.write_kv.default(k, v, *places)
 
 
 def decode_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-    chunk: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
+    q: Tensor, places: Places, options: Options, *, k: Tensor | None = None, v: Tensor | None = None
 ) -> Tensor:
     """Attention of one query token per sequence over its pages: [T, Hq, Dv].
 
@@ -97,46 +101,19 @@ def decode_attention(
     split over programs and combined (flash-decoding, https://pytorch.org/blog/flash-decoding/). How a row is
     split depends on its own length and on shapes, never on other rows: its bits do not change with its
     neighbours.
-
-    Args:
-        scale: factor on q.k, above 0.
-        window: see only the last `window` positions, the token's own included; 0 is no limit.
-        chunk: see only positions with the token's own `position // chunk` (Llama 4); 0 is no limit. Not with a window.
-        softcap: `s = softcap * tanh(s / softcap)` on scaled scores (Gemma 2); 0 is off.
-        sinks: [Hq], a logit per head that takes part in the softmax's denominator only (GPT-OSS).
     """
-    return torch.ops.hybridgen.decode_attention.default(
-        q, k_pages, v_pages, block_table, slots, positions, scale, window, chunk, softcap, sinks, k, v
-    )
+    return torch.ops.hybridgen.decode_attention.default(q, *places, *options, k, v)
 
 
-def prefill_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    query_starts: Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-    chunk: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def prefill_attention(q: Tensor, places: Places, query_starts: Tensor, options: Options) -> Tensor:
     """Causal attention of packed sequences over their pages: [T, Hq, Dv].
 
     Sequence i is tokens `query_starts[i]` to `query_starts[i + 1]`: one slot, consecutive positions. Each token
     sees its sequence's positions up to its own, those of earlier chunks and cached prefixes included; K and V of
     this call's tokens must have been written. `query_starts` ends with T, repeated for sequences without tokens.
     The CUDA kernel follows FlashAttention-2 (arXiv:2307.08691) over pages.
-
-    Args: see `decode_attention`.
     """
-    return torch.ops.hybridgen.prefill_attention.default(
-        q, k_pages, v_pages, block_table, slots, positions, query_starts, scale, window, chunk, softcap, sinks
-    )
+    return torch.ops.hybridgen.prefill_attention.default(q, *places, query_starts, *options)
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:

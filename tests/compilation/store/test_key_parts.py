@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,12 +129,12 @@ def test_switches_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_each_field_of_the_config_is_in_it_or_listed() -> None:
-    names = {field.name for field in dataclasses.fields(EngineConfig)}
-    assert names >= parts._NOT_COMPILED
-    assert {name.removeprefix("config.") for name in key().parts if name.startswith("config.")} == (
-        names - parts._NOT_COMPILED
-    )
+def test_the_fields_of_the_config() -> None:
+    """Another name here makes every entry that exists a miss."""
+    assert {name.removeprefix("config.") for name in key().parts if name.startswith("config.")} == {
+        "compile_backend", "fuse_projections", "graphs", "max_batch", "max_context", "metadata_copy", "mode",
+        "page_size", "sample_in_graph", "token_budget",
+    }  # fmt: skip
     assert changed(key(config=CONFIG.replace(max_batch=3, page_size=16, fuse_projections=False))) == {
         "config.max_batch",
         "config.page_size",

@@ -20,6 +20,7 @@ from hybridgen.compilation.store import Store
 from hybridgen.compilation.store.files import sha256
 from hybridgen.compilation.store.manifest import READY, Manifest
 from hybridgen.execution import numerics
+from hybridgen.execution.warm_up import check_numerics
 from hybridgen.graphs import capture_plan as history
 
 SETTINGS = CONFIG | {"progress": False}
@@ -195,7 +196,7 @@ def test_code_that_computes_something_else_is_found_and_replaced(
 def test_the_numerics_check_sees_a_wrong_layer(warmed: Warmed, tmp_path: Path) -> None:
     with load(warmed, warmed.copy(tmp_path / "store"), offline_compile=True) as engine:
         runner = engine._runner
-        assert runner.check_numerics() is None
+        assert check_numerics(runner) is None
         find = runner.compiled.units.find
 
         def wrong(*arguments: Any) -> Any:
@@ -203,7 +204,7 @@ def test_the_numerics_check_sees_a_wrong_layer(warmed: Warmed, tmp_path: Path) -
             return lambda *args, **kwargs: right(*args, **kwargs) * 1.05
 
         runner.compiled.units.find = wrong
-        assert "differ" in runner.check_numerics()
+        assert "differ" in check_numerics(runner)
         del runner.compiled.units.find
         assert torch.count_nonzero(runner.state.table) == 0
 

@@ -10,7 +10,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hybridgen.comparison.config import CompareConfig
+from hybridgen.comparison.data.config import CompareConfig
+from hybridgen.comparison.data.results import BASELINE, MODE, SWITCH
 
 
 class Cell(NamedTuple):
@@ -19,6 +20,18 @@ class Cell(NamedTuple):
     subject: str
     prompt_length: int
     batch_size: int
+
+
+def names(config: CompareConfig) -> tuple[str, ...]:
+    """All subjects of a comparison, in the order of the tables."""
+    return (*config.variants, *config.baselines)
+
+
+def kind_of(name: str, config: CompareConfig) -> str:
+    """Of a subject: `mode`, `switch` or `baseline`."""
+    if name not in config.variants:
+        return BASELINE
+    return MODE if name in config.modes else SWITCH
 
 
 def cells(config: CompareConfig, subjects: Sequence[str]) -> list[Cell]:

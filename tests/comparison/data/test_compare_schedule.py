@@ -6,9 +6,8 @@ from itertools import pairwise
 
 from compare_cases import SMALL
 
-from hybridgen.comparison.config import CompareConfig
-from hybridgen.comparison.schedule import cells, in_order, prompts
-from hybridgen.comparison.subjects import names
+from hybridgen.comparison.data.config import CompareConfig
+from hybridgen.comparison.data.schedule import cells, in_order, names, prompts
 
 
 def test_every_cell_is_there_once() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import hybridgen
-from hybridgen.comparison.baselines import Unavailable, build_baseline
-from hybridgen.comparison.config import CompareConfig
+from hybridgen.comparison.data.config import CompareConfig
+from hybridgen.comparison.measuring.baselines import Unavailable, build_baseline
 
 CONFIG = CompareConfig(prompt_lengths=(6,), batch_sizes=(1, 2), new_tokens=5)
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]

@@ -74,7 +74,7 @@ def commit() -> str | None:
     told = os.environ.get("HYBRIDGEN_COMMIT")
     if told:
         return told
-    folder = str(Path(__file__).resolve().parents[2])
+    folder = str(Path(__file__).resolve().parents[3])
     if not (Path(folder) / ".git").exists():
         return None
     found = _output("git", "-C", folder, "rev-parse", "--short", "HEAD")

@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from hybridgen.comparison.html import page
-from hybridgen.comparison.plots import check_matplotlib, draw
-from hybridgen.comparison.report import comma_separated, markdown
-from hybridgen.comparison.results import Comparison
+from hybridgen.comparison.data.results import ComparisonData
+from hybridgen.comparison.render.html import page
+from hybridgen.comparison.render.plots import check_matplotlib, draw
+from hybridgen.comparison.render.report import comma_separated, markdown
 from hybridgen.errors import ConfigError
 
 JSON = "comparison.json"
@@ -32,7 +32,7 @@ def check_output(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def save(comparison: Comparison, folder: Path) -> list[Path]:
+def save(comparison: ComparisonData, folder: Path) -> list[Path]:
     """Write everything; the JSON first, which the rest can be made from again.
 
     Raises:

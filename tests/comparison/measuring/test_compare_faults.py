@@ -9,7 +9,7 @@ import torch
 from compare_cases import SMALL, Scripted, measurement
 
 import hybridgen
-from hybridgen.comparison.schedule import cells
+from hybridgen.comparison.data.schedule import cells
 from hybridgen.engine import Engine
 from hybridgen.errors import Interrupted, RequestError
 
@@ -160,3 +160,30 @@ def test_an_engine_that_cannot_be_built_and_a_call_that_fails_are_rows_of_the_re
     text = str(found)
     assert "graph: out of memory: OutOfMemoryError: CUDA out of memory" in text
     assert "hybrid, prompt 4, batch 2: failed: RuntimeError: injected" in text
+
+
+@pytest.mark.parametrize("place", ["build", "warm up"])
+def test_ctrl_c_before_anything_is_measured_gives_a_result_that_says_so(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    load, generate = Engine.load, Engine.generate
+
+    def loading(model: Any, config: Any) -> Engine:
+        if place == "build" and config.mode == "graph":
+            raise KeyboardInterrupt
+        return load(model, config)
+
+    def generating(self: Engine, prompts: Any, sampling: Any) -> Any:
+        if place == "warm up" and self.config.mode == "graph":
+            raise KeyboardInterrupt
+        return generate(self, prompts, sampling)
+
+    monkeypatch.setattr(Engine, "load", loading)
+    monkeypatch.setattr(Engine, "generate", generating)
+    found = hybridgen.compare(
+        tiny, modes=("eager", "graph"), prompt_lengths=4, batch_sizes=(1, 2), new_tokens=3, repeats=2, budget=20,
+        decode_buckets=[1, 2], prefill_buckets=[8], progress=False,
+    )  # fmt: skip
+    assert {cell.status for cell in found.cells} == {"not measured"}
+    assert all("interrupted before" in (cell.error or "") for cell in found.cells)
+    assert "interrupted" in str(found)

@@ -8,8 +8,8 @@ import io
 from collections import Counter
 from typing import Any, NamedTuple
 
-from hybridgen.comparison.results import OK, CellResult, Comparison, SubjectResult
-from hybridgen.comparison.statistics import Summary
+from hybridgen.comparison.data.results import OK, CellResult, ComparisonData, SubjectResult
+from hybridgen.comparison.data.statistics import Summary
 from hybridgen.engine.warm_start import PHASES
 from hybridgen.errors import ConfigError
 
@@ -24,7 +24,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def tables(comparison: Comparison) -> list[Table]:
+def tables(comparison: ComparisonData) -> list[Table]:
     """Everything that a reader compares."""
     cells = comparison.cells
     found = [
@@ -94,14 +94,14 @@ def _resources(cell: CellResult) -> list[str]:
     ]
 
 
-def startup_parts(comparison: Comparison) -> list[str]:
+def startup_parts(comparison: ComparisonData) -> list[str]:
     """The parts of start-up that any subject has, in order."""
     order = [*PHASES, "other", "first calls"]
     found = {part for subject in comparison.subjects for part in subject.startup}
     return [*(part for part in order if part in found), *sorted(found.difference(order))]
 
 
-def startup(comparison: Comparison) -> Table:
+def startup(comparison: ComparisonData) -> Table:
     """Seconds of start-up by part, and what was captured."""
     parts = startup_parts(comparison)
     rows = []
@@ -123,7 +123,7 @@ def startup(comparison: Comparison) -> Table:
     return Table("Start-up", head, rows)
 
 
-def _reasons(comparison: Comparison) -> list[list[str]]:
+def _reasons(comparison: ComparisonData) -> list[list[str]]:
     """Steps of all cells of a subject, by how they ran."""
     counted: dict[str, Counter[str]] = {}
     for cell in comparison.cells:
@@ -136,7 +136,7 @@ def _reasons(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def summary(comparison: Comparison) -> list[str]:
+def summary(comparison: ComparisonData) -> list[str]:
     """Lines on what was run, where, and how it ended."""
     config, facts = comparison.config, comparison.provenance
     where = facts.get("gpu") or f"{facts.get('processor') or 'CPU'}, {facts.get('threads')} thread(s)"
@@ -170,7 +170,7 @@ def summary(comparison: Comparison) -> list[str]:
     return lines + comparison.notes
 
 
-def _failures(comparison: Comparison) -> list[tuple[CellResult, str]]:
+def _failures(comparison: ComparisonData) -> list[tuple[CellResult, str]]:
     """Cells that are not ok, one line for all of a subject that could not be built."""
     told: set[tuple[str, str | None]] = set()
     found = []
@@ -204,7 +204,7 @@ def check_tabulate() -> None:
         raise ConfigError("tables need tabulate, which is not installed; install hybridgen[compare]")
 
 
-def terminal(comparison: Comparison) -> str:
+def terminal(comparison: ComparisonData) -> str:
     """Tables for a terminal.
 
     Raises:
@@ -225,7 +225,7 @@ def _aligned(table: Table) -> list[str]:
     return ["left" if name in left else "right" for name in table.head]
 
 
-def markdown(comparison: Comparison) -> str:
+def markdown(comparison: ComparisonData) -> str:
     """The same as a Markdown page."""
     lines = [f"# Comparison: {comparison.model}", ""]
     for table in tables(comparison):
@@ -243,7 +243,7 @@ def _row(cells: list[str]) -> str:
 _CSV_TIMES = ("count", "mean", "std", "p50", "p95", "p99", "low", "high")
 
 
-def rows_for_csv(comparison: Comparison) -> list[dict[str, Any]]:
+def rows_for_csv(comparison: ComparisonData) -> list[dict[str, Any]]:
     """One flat row per cell; seconds, bytes and shares."""
     rows = []
     for cell in comparison.cells:
@@ -268,7 +268,7 @@ def rows_for_csv(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def comma_separated(comparison: Comparison) -> str:
+def comma_separated(comparison: ComparisonData) -> str:
     """The rows as CSV; empty where nothing is known."""
     rows = rows_for_csv(comparison)
     text = io.StringIO()

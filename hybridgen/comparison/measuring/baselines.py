@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from hybridgen.comparison.config import CompareConfig
-from hybridgen.comparison.subjects import BASELINE, Output
+from hybridgen.comparison.data.config import CompareConfig
+from hybridgen.comparison.data.results import BASELINE
+from hybridgen.comparison.measuring.subjects import Output
 from hybridgen.errors import EngineError
 
 _CPU_BLOCKS = 64

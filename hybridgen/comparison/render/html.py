@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from html import escape
 
-from hybridgen.comparison.report import Table, summary, tables
-from hybridgen.comparison.results import Comparison
+from hybridgen.comparison.data.results import ComparisonData
+from hybridgen.comparison.render.report import Table, summary, tables
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 82rem; margin: 2rem auto; padding: 0 1rem; }
@@ -29,7 +29,7 @@ CAPTIONS = {
 }
 
 
-def page(comparison: Comparison, pictures: Mapping[str, bytes]) -> str:
+def page(comparison: ComparisonData, pictures: Mapping[str, bytes]) -> str:
     """The page, with these PNG pictures."""
     title = f"Comparison: {comparison.model}"
     parts = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import hybridgen
-from hybridgen.comparison.config import ABLATIONS, MOST_PREFILL_TOKENS, SMOKE, CompareConfig
+from hybridgen.comparison.data.config import ABLATIONS, MOST_PREFILL_TOKENS, SMOKE, CompareConfig
 from hybridgen.errors import ConfigError, HybridgenError
 from hybridgen.graphs import buckets as ladder
 

@@ -7,7 +7,15 @@ import random
 
 import pytest
 
-from hybridgen.comparison.statistics import GRID, agreement, median_interval, median_ranks, quantile, settled, summarise
+from hybridgen.comparison.data.statistics import (
+    GRID,
+    agreement,
+    median_interval,
+    median_ranks,
+    quantile,
+    settled,
+    summarise,
+)
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.0, 1), (0.01, 1), (0.5, 50), (0.95, 95), (0.99, 99), (1.0, 100)])

@@ -1,6 +1,6 @@
 """Tables, CSV, JSON, pictures and the page of a made-up result; the texts are kept in `golden/`.
 
-After a wanted change: `HYBRIDGEN_GOLDEN=1 pytest tests/comparison/test_compare_report.py` writes them anew.
+After a wanted change: `HYBRIDGEN_GOLDEN=1 pytest tests/comparison/render/test_compare_report.py` writes them anew.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pytest
 from compare_cases import comparison
 
 import hybridgen
-from hybridgen.comparison import plots, report
-from hybridgen.comparison.html import page
+from hybridgen.comparison.render import plots, report
+from hybridgen.comparison.render.html import page
 from hybridgen.comparison.results import Comparison, read
 from hybridgen.engine.warm_start import PHASES
 from hybridgen.errors import ConfigError

@@ -6,18 +6,18 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
-from hybridgen.comparison import results
-from hybridgen.comparison.config import REFERENCE, CompareConfig
-from hybridgen.comparison.results import CellResult
-from hybridgen.comparison.schedule import Cell, cells, in_order, prompts
-from hybridgen.comparison.statistics import Agreement, agreement, settled, summarise
-from hybridgen.comparison.subjects import GraphUse, Output, Subject
+from hybridgen.comparison.data import results
+from hybridgen.comparison.data.config import REFERENCE, CompareConfig
+from hybridgen.comparison.data.results import CellResult
+from hybridgen.comparison.data.schedule import Cell, cells, in_order, prompts
+from hybridgen.comparison.data.statistics import Agreement, agreement, settled, summarise
+from hybridgen.comparison.measuring.subjects import GraphUse, Output, Subject
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import OutOfMemoryError, described
 
@@ -87,10 +87,20 @@ class Measurement:
         """What a cell generates from."""
         return prompts(self.config, cell.prompt_length, cell.batch_size, self.vocab_size)
 
-    def leave_out(self, subject: str, status: str, why: str) -> None:
+    def leave_out(self, subject: str, status: str, why: str | None) -> None:
         """Report every cell of a subject that could not be built."""
         for cell in cells(self.config, [subject]):
             self.records[cell] = Record(cell, status, why)
+
+    def leave_out_the_rest(self, subjects: Sequence[str], why: str) -> None:
+        """Report the cells of these subjects that were never called."""
+        for cell in cells(self.config, subjects):
+            if cell not in self.records or (self.records[cell].status == results.OK and not self.records[cell].walls):
+                self.records[cell] = Record(cell, results.NOT_MEASURED, why)
+
+    def went_well(self, subject: str) -> list[Cell]:
+        """A subject's cells that were measured."""
+        return [cell for cell in cells(self.config, [subject]) if self.records[cell].status == results.OK]
 
     def run(self, subjects: Mapping[str, Subject], budget: float) -> None:
         """Warm these subjects up and measure their cells in rounds.

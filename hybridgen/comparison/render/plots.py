@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hybridgen.comparison.report import startup_parts
-from hybridgen.comparison.results import OK, CellResult, Comparison
-from hybridgen.comparison.statistics import GRID, Summary
+from hybridgen.comparison.data.results import OK, CellResult, ComparisonData
+from hybridgen.comparison.data.statistics import GRID, Summary
+from hybridgen.comparison.render.report import startup_parts
 from hybridgen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def check_matplotlib() -> None:
         raise ConfigError("plots need matplotlib, which is not installed; install hybridgen[compare]")
 
 
-def draw(comparison: Comparison) -> dict[str, bytes]:
+def draw(comparison: ComparisonData) -> dict[str, bytes]:
     """PNG pictures by name.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     check_matplotlib()
-    pictures: dict[str, Callable[[Comparison], Figure]] = {
+    pictures: dict[str, Callable[[ComparisonData], Figure]] = {
         "ttft": ttft,
         "throughput": throughput,
         "latency": latency,
@@ -55,7 +55,7 @@ def draw(comparison: Comparison) -> dict[str, bytes]:
     return {name: _png(picture(comparison)) for name, picture in pictures.items()}
 
 
-def ttft(comparison: Comparison) -> Figure:
+def ttft(comparison: ComparisonData) -> Figure:
     """TTFT by prompt length: medians above, 99th percentiles below; a column per batch size."""
     from matplotlib.figure import Figure
 
@@ -77,7 +77,7 @@ def ttft(comparison: Comparison) -> Figure:
     return figure
 
 
-def throughput(comparison: Comparison) -> Figure:
+def throughput(comparison: ComparisonData) -> Figure:
     """Tokens per second by batch size; a panel per prompt length."""
     lengths = _spread(comparison.config.prompt_lengths, MOST_PANELS)
     figure, panels = _panels(len(lengths), "Generated tokens per second, whole calls")
@@ -98,7 +98,7 @@ def throughput(comparison: Comparison) -> Figure:
     return figure
 
 
-def latency(comparison: Comparison) -> Figure:
+def latency(comparison: ComparisonData) -> Figure:
     """Boxes of TTFT and TPOT of every row, at the smallest batch and the middle prompt length."""
     from matplotlib.figure import Figure
 
@@ -137,7 +137,7 @@ def latency(comparison: Comparison) -> Figure:
     return figure
 
 
-def startup(comparison: Comparison) -> Figure:
+def startup(comparison: ComparisonData) -> Figure:
     """Seconds of start-up, stacked by part."""
     from matplotlib.figure import Figure
 
@@ -175,12 +175,12 @@ def _box(times: Summary) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _lines(comparison: Comparison) -> list[str]:
+def _lines(comparison: ComparisonData) -> list[str]:
     """Rows that get a line: modes and baselines; switches are in the tables and the boxes."""
     return [subject.name for subject in comparison.subjects if subject.kind != "switch"]
 
 
-def _of(comparison: Comparison, name: str) -> list[CellResult]:
+def _of(comparison: ComparisonData, name: str) -> list[CellResult]:
     return [cell for cell in comparison.cells if cell.subject == name and cell.status == OK]
 
 

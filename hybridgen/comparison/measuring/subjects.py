@@ -6,13 +6,14 @@ import contextlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hybridgen.comparison.config import ABLATIONS, CompareConfig
+from hybridgen.comparison.data.config import CompareConfig
+from hybridgen.comparison.data.results import MODE, SWITCH
 from hybridgen.config import EngineConfig, Mode
 from hybridgen.core import Completion
 from hybridgen.engine import Engine
@@ -22,7 +23,6 @@ from hybridgen.telemetry.statistics import EngineStats
 
 GRAPHS = frozenset({"cuda graph", "cudagraph tree", "stand-in"})
 """How a recording is launched: the last part of `StepSummary.kind`."""
-MODE, SWITCH, BASELINE = "mode", "switch", "baseline"
 
 
 class Output(NamedTuple):
@@ -203,13 +203,3 @@ def compile_something(device: torch.device) -> None:
 
 def _small(x: torch.Tensor) -> torch.Tensor:
     return (x * 2 + 1).sum()
-
-
-def names(config: CompareConfig) -> Sequence[str]:
-    """All subjects of a comparison, in the order of the tables."""
-    return (*config.variants, *config.baselines)
-
-
-def is_switch(name: str) -> bool:
-    """Whether a subject is mode `hybrid` with a switch off."""
-    return name.startswith("hybrid, ") and name.removeprefix("hybrid, ") in ABLATIONS

@@ -1,0 +1,179 @@
+"""What `hybridgen generate` and `hybridgen client` share: prompts are read, run and reported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from hybridgen.cli.jsonl import Job, ResultFile, is_unicode, read_jobs, same_file, settings_of
+from hybridgen.cli.options import SAMPLING, add_fields, given
+from hybridgen.cli.output import check_output_is_open, note
+from hybridgen.cli.report import Report
+from hybridgen.errors import HybridgenError, PromptError, SamplingError, TokenizerError
+from hybridgen.serving.unix.messages import sampling_from_wire
+
+if TYPE_CHECKING:
+    from hybridgen.engine import Engine
+    from hybridgen.serving.client import Client
+
+_REFUSED = (PromptError, SamplingError, TokenizerError)
+"""What a prompt is refused with before it runs."""
+Generator: TypeAlias = "Engine | Client"
+
+
+class Source(NamedTuple):
+    """Where tokens come from."""
+
+    open: Callable[[list[Job], argparse.Namespace], Generator]
+    describe: Callable[[argparse.Namespace], dict[str, Any]]
+    """What a result file says of the model."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `generate` and `client` share: prompts, sampling, files, what is printed."""
+    parser.add_argument("prompt", nargs="*", help="prompts; without any (and without --input), standard input is one")
+    add_fields(parser, SAMPLING)
+    parser.add_argument(
+        "--input", type=Path, help="JSONL file: strings, or objects with prompt or messages, and sampling fields"
+    )
+    parser.add_argument("--output", type=Path, help="JSONL file for the results; finished lines are not redone")
+    parser.add_argument(
+        "--on-error",
+        choices=("skip", "stop"),
+        default="stop",
+        help="a prompt that cannot be run: skip makes it a result with an error (default: stop)",
+    )
+    parser.add_argument("--json", action="store_true", help="print results as JSON lines, also with --output")
+    parser.add_argument(
+        "--stream", action="store_true", help="print the text of one prompt as it comes; with --json, events"
+    )
+    parser.add_argument("--stats", action="store_true", help="print the engine's statistics to standard error")
+
+
+def run_jobs(arguments: argparse.Namespace, source: Source) -> int:
+    """Generate for all prompts; returns the exit status.
+
+    Raises:
+        HybridgenError: input or files cannot be used, or what the source raises.
+    """
+    if arguments.output is None or arguments.json or arguments.stream:
+        check_output_is_open("leave it open" if arguments.output else "name an --output")
+    if not is_unicode(arguments.stop):
+        raise PromptError("--stop is not text in this locale's encoding")
+    jobs = _read_jobs(arguments)
+    if arguments.stream and not arguments.json and len(jobs) > 1:
+        raise PromptError(f"--stream prints the text of one prompt and there are {len(jobs)}; add --json for events")
+    if arguments.output is None:
+        return _complete(jobs, None, {}, arguments, source)
+    # Before a model is loaded: what is wrong with the file should not cost that.
+    with closing(ResultFile(arguments.output)) as results:
+        model = source.describe(arguments)
+        todo = [job for job in jobs if not results.has(job, settings_of(job, model))]
+        if len(todo) < len(jobs):
+            note(f"{len(jobs) - len(todo)} of {len(jobs)} prompts are already in {arguments.output}")
+        return _complete(todo, results, model, arguments, source) if todo else 0
+
+
+def _complete(
+    jobs: list[Job],
+    results: ResultFile | None,
+    model: dict[str, Any],
+    arguments: argparse.Namespace,
+    source: Source,
+) -> int:
+    """Open an engine or a client and generate; returns the exit status."""
+    report = Report(results, model, arguments, many=len(jobs) > 1)
+    for job in jobs:
+        if job.problem is not None:
+            report.failed(job, job.problem)
+    jobs = [job for job in jobs if job.problem is None]
+    if not jobs:
+        return 1
+    engine = source.open(jobs, arguments)
+    with engine:
+        _run(engine, jobs, report, arguments)
+        if arguments.stats:
+            stats = engine.stats()
+            note(json.dumps(stats) if isinstance(stats, dict) else str(stats))
+    return int(report.failures > 0)
+
+
+def _run(engine: Generator, jobs: list[Job], report: Report, arguments: argparse.Namespace) -> None:
+    """Generate and report each completion when it ends."""
+    from tqdm.auto import tqdm
+
+    disable = True if arguments.stream and not arguments.json else None
+    with tqdm(total=len(jobs), desc="generate", unit="request", delay=1, disable=disable) as bar:
+        waiting = [jobs if arguments.on_error == "stop" else _runnable(engine, jobs, report)]
+        while waiting:
+            some = waiting.pop()
+            ended: set[int] = set()
+            try:
+                for event in engine.stream([job.prompt for job in some], [job.sampling for job in some]):
+                    report.event(some[event.index], event)
+                    if event.completion is not None:
+                        ended.add(event.index)
+                        bar.update()
+            except _REFUSED as error:
+                if arguments.on_error == "stop":
+                    raise
+                left = [job for index, job in enumerate(some) if index not in ended]
+                if len(left) == 1:
+                    report.failed(left[0], _about(left[0], error))
+                else:  # a server refuses a request as a whole: look for the prompt
+                    waiting += [left[len(left) // 2 :], left[: len(left) // 2]]
+
+
+def _runnable(engine: Generator, jobs: list[Job], report: Report) -> list[Job]:
+    """The jobs that an engine takes; the others are reported. A server is asked by running them."""
+    plan = getattr(engine, "plan", None)
+    if plan is None:
+        return jobs
+    found = []
+    for job in jobs:
+        try:
+            plan([job.prompt], [job.sampling], {})
+        except _REFUSED as error:
+            report.failed(job, _about(job, error))
+        else:
+            found.append(job)
+    return found
+
+
+def _about(job: Job, error: HybridgenError) -> str:
+    """An error's message; a prompt that was asked for alone is the first there, and has its id here."""
+    text = str(error)
+    return f"prompt {job.id} {text.removeprefix('prompt 0 ')}" if text.startswith("prompt 0 ") else text
+
+
+def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
+    fields = given(arguments, SAMPLING)
+    if arguments.input is not None:
+        if arguments.prompt:
+            raise PromptError("give prompts as arguments or with --input, not both")
+        if arguments.output is not None and same_file(arguments.input, arguments.output):
+            raise PromptError(f"--output {arguments.output} is the --input file; name another")
+        return read_jobs(arguments.input, fields, skip=arguments.on_error == "skip")
+    params = sampling_from_wire(fields)
+    if arguments.prompt:
+        for index, prompt in enumerate(arguments.prompt):
+            if not is_unicode(prompt):
+                raise PromptError(f"prompt {index} is not text in this locale's encoding")
+        return [Job(index, prompt, params) for index, prompt in enumerate(arguments.prompt)]
+    if sys.stdin is None or sys.stdin.isatty():
+        raise PromptError('no prompt; try: hybridgen generate "def fibonacci(n):"')
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not {error.encoding} text: {error}") from error
+    if not is_unicode(text):
+        raise PromptError("standard input is not text in this locale's encoding")
+    text = text.removeprefix("\ufeff")  # an editor's byte order mark
+    if not text:
+        raise PromptError("standard input is empty; give a prompt")
+    return [Job(0, text, params)]

@@ -1,0 +1,70 @@
+"""`hybridgen serve`: a process that keeps a model loaded."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridgen.cli.options import ENGINE, add_fields, add_model, given
+from hybridgen.cli.output import note
+from hybridgen.config import EngineConfig
+
+if TYPE_CHECKING:
+    from hybridgen.engine import Engine
+
+_LIMITS = {
+    "frame": "bytes of one message to the server",
+    "prompt_chars": "characters of one prompt",
+    "n": "completions of one prompt",
+    "batch": "prompts of one request",
+    "queue": "completions that run or wait",
+    "clients": "connections",
+}
+"""Fields of `hybridgen.serving.service.limits.Limits` that are options."""
+
+
+def add_command(commands: Any) -> None:
+    """Add `serve`."""
+    parser = commands.add_parser("serve", help="keep a model loaded for clients on a Unix socket")
+    parser.set_defaults(run=run)
+    add_model(parser)
+    add_fields(parser, ENGINE)
+    parser.add_argument("--socket", metavar="PATH", help="where to listen (default: in $XDG_RUNTIME_DIR/hybridgen)")
+    parser.add_argument("--idle-exit", type=float, metavar="SECONDS", help="end after this long without a request")
+    parser.add_argument("--ready-file", type=Path, metavar="PATH", help="written when it listens, removed when it ends")
+    parser.add_argument(
+        "--metrics", type=int, metavar="PORT", help="Prometheus metrics on localhost (0: any free port)"
+    )
+    parser.add_argument("--drain-timeout", type=float, metavar="SECONDS", help="for requests in flight when it ends")
+    parser.add_argument("--step-timeout", type=float, metavar="SECONDS", help="a step that takes longer hangs")
+    for name, what in _LIMITS.items():
+        parser.add_argument(f"--limit-{name.replace('_', '-')}", type=int, metavar="N", help=what)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until it ends; returns the exit status."""
+    from hybridgen.serving.process import ServeOptions, serve
+    from hybridgen.serving.service.limits import Limits
+
+    config = EngineConfig.of(None, given(arguments, ENGINE))
+    limits = {name: getattr(arguments, f"limit_{name}") for name in _LIMITS}
+    seconds = {"drain_seconds": arguments.drain_timeout, "step_seconds": arguments.step_timeout}
+    options = ServeOptions(
+        socket=arguments.socket,
+        idle_exit=arguments.idle_exit,
+        ready_file=arguments.ready_file,
+        metrics=arguments.metrics,
+        limits=Limits(**{name: value for name, value in limits.items() if value is not None}),
+        **{name: value for name, value in seconds.items() if value is not None},
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("hybridgen").setLevel(logging.INFO)
+
+    def load() -> Engine:
+        from hybridgen.engine import Engine
+
+        return Engine.load(arguments.model, config)
+
+    return serve(load, options, note)

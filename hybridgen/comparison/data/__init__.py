@@ -1,0 +1,1 @@
+"""What is compared and what comes out of it, as plain values; nothing here needs torch to be imported."""

@@ -1,0 +1,213 @@
+"""What a comparison runs; the part of a result that a rerun needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from hybridgen.arguments import check_keywords
+from hybridgen.config import EngineConfig, Mode, switch
+from hybridgen.errors import ConfigError, shown
+
+MOST_PREFILL_TOKENS = 512
+"""The largest default prefill bucket, as `graphs.buckets` has it (which needs torch to be imported)."""
+
+MODES = ("eager", "jit", "graph", "hybrid")
+BASELINES = ("hf-dynamic", "hf-static", "hf-batch", "vllm")
+REFERENCE = "eager"
+"""The mode that the others' tokens are compared with; it is always run."""
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "prefill_buckets=[]": {"prefill_buckets": []},
+    "decode_buckets=[]": {"decode_buckets": []},
+    "mode=graph": {"mode": "graph"},
+    "metadata_copy=False": {"metadata_copy": False},
+    "double_buffer=False": {"double_buffer": False},
+    "run_ahead=0": {"run_ahead": 0},
+    "fused_decode=False": {"fused_decode": False},
+    "fuse_projections=False, fused_decode=False": {"fuse_projections": False, "fused_decode": False},
+    "sample_in_graph=False": {"sample_in_graph": False},
+    "lazy_capture=False": {"lazy_capture": False},
+    "max_padding_ratio=0": {"max_padding_ratio": 0},
+}
+"""Mode `hybrid` with one switch off, or with two where one needs the other: fused decode needs joined projections.
+`mode=graph` is it without compilation and without fused decode."""
+
+_OWN_ENGINE_FIELDS = frozenset({"mode", "max_batch", "max_context", "on_graph_event"})
+"""Set by the comparison itself, or nothing that a file can hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What is compared, and how long. A result holds it, and `hybridgen compare --config` runs it again.
+
+    Raises:
+        ConfigError: a value is unknown or out of its range.
+    """
+
+    modes: Sequence[str] = MODES
+    """Modes of the engine; `eager` is always among them, because the others' tokens are compared with its."""
+    prompt_lengths: Sequence[int] = (10, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500)
+    """Tokens of a prompt."""
+    batch_sizes: Sequence[int] = (1, 4, 8, 16, 32)
+    """Prompts of a call."""
+    new_tokens: int = 64
+    """Tokens that each prompt gets; end-of-sequence tokens are ignored."""
+    temperature: float = 0.0
+    """0 is greedy. Above it, request i draws with seed `seed + i` in every mode; baselines draw otherwise."""
+    baselines: Sequence[str] = ()
+    """Other engines in the same run: `hf-dynamic`, `hf-static` (Hugging Face `generate` with that cache), `hf-batch`
+    (`generate_batch`), `vllm` (if it can be imported)."""
+    ablate: bool = False
+    """Also run mode `hybrid` with each switch off alone."""
+    budget: float = 120.0
+    """Seconds of measured calls after which the run ends; start-up, warm-up and checks are not in them."""
+    tolerance: float = 0.02
+    """A cell is done when the confidence intervals of its medians (time of a call, TTFT) are within this share of
+    them."""
+    confidence: float = 0.95
+    """Of these intervals."""
+    repeats: int = 50
+    """Measured calls of a cell at most."""
+    min_repeats: int = 10
+    """Measured calls of a cell at least, if the budget allows, however soon its medians are known: a 99th percentile
+    needs calls too."""
+    warm_up: int = 2
+    """Calls of a cell that are not measured."""
+    together: bool = True
+    """Keep all engines loaded and take their calls in one random order; else one engine after the other, which needs
+    less memory and does not spread slow changes of the machine evenly."""
+    fresh_compile: bool = True
+    """Compile each mode from an empty Inductor cache, so that start-up times can be compared; else a mode finds what an
+    earlier one compiled."""
+    utilisation: bool = True
+    """Measure on CUDA how busy the device is, in calls of their own under the profiler at the end."""
+    seed: int = 0
+    """Of the prompts, the order of the calls, and draws."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `EngineConfig` for every engine, such as `dtype` or `token_budget`."""
+
+    def __post_init__(self) -> None:
+        given = {REFERENCE, *self._names("modes", MODES)}
+        object.__setattr__(self, "modes", tuple(mode for mode in MODES if mode in given))
+        object.__setattr__(self, "baselines", self._names("baselines", BASELINES))
+        object.__setattr__(self, "prompt_lengths", self._sizes("prompt_lengths"))
+        object.__setattr__(self, "batch_sizes", self._sizes("batch_sizes"))
+        for name, least in (("new_tokens", 1), ("repeats", 1), ("min_repeats", 1), ("warm_up", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={shown(value)}; give an integer of at least {least}")
+        for name, low, high in (
+            ("temperature", 0.0, math.inf),
+            ("budget", 0.0, math.inf),
+            ("tolerance", 0.0, 1.0),
+            ("confidence", 0.5, 0.999),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ConfigError(f"{name}={shown(value)}; give a number from {low:g} to {high:g}")
+        for each in fields(self):
+            if isinstance(each.default, bool):
+                switch(each.name, getattr(self, each.name))
+        if self.ablate and "hybrid" not in self.modes:
+            raise ConfigError("ablate=True switches parts of mode hybrid off; add hybrid to modes")
+        self._check_engine()
+
+    def _names(self, name: str, known: Sequence[str]) -> tuple[str, ...]:
+        given = getattr(self, name)
+        listed = [given] if isinstance(given, str) else list(given)
+        for value in listed:
+            if value not in known:
+                raise ConfigError(f"{name} holds {shown(value)}; choose from: {', '.join(known)}")
+        return tuple(str(Mode(value)) if name == "modes" else value for value in dict.fromkeys(listed))
+
+    def _sizes(self, name: str) -> tuple[int, ...]:
+        given = getattr(self, name)
+        listed = [given] if isinstance(given, int) else list(given)
+        for value in listed:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} holds {shown(value)}; give integers of at least 1")
+        if not listed:
+            raise ConfigError(f"{name} is empty; give at least one size")
+        return tuple(sorted(set(listed)))
+
+    def _check_engine(self) -> None:
+        if not isinstance(self.engine, Mapping):
+            raise ConfigError(f"engine={shown(self.engine)} is no mapping; give fields of EngineConfig")
+        check_keywords(self.engine, EngineConfig.field_names())
+        own = sorted(_OWN_ENGINE_FIELDS & set(self.engine))
+        if own:
+            raise ConfigError(f"{own[0]}= is set by the comparison; leave it out")
+        EngineConfig(**{"mode": "hybrid", "max_batch": max(self.batch_sizes), **self.engine})
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """The engines that are built, by name: the fields of `EngineConfig` that tell them apart."""
+        named: dict[str, dict[str, Any]] = {mode: {"mode": mode} for mode in self.modes}
+        if self.ablate:
+            named |= {f"hybrid, {name}": {"mode": "hybrid", **fields} for name, fields in ABLATIONS.items()}
+        return named
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its output."""
+        return max(self.prompt_lengths) + self.new_tokens
+
+    def engine_config(self, variant: Mapping[str, Any], limit: int) -> EngineConfig:
+        """The config of one engine: as large a batch as the cells need, and a context that holds them and every
+        default prefill bucket, so that several engines fit beside each other and have their usual graphs.
+
+        Args:
+            limit: the longest context of the model.
+
+        Raises:
+            ConfigError: the fields do not go together.
+        """
+        usual: dict[str, Any] = {
+            "max_batch": max(self.batch_sizes),
+            "max_context": max(self.longest, min(limit, MOST_PREFILL_TOKENS + self.new_tokens)),
+            "capture_after": 1,  # what warm-up misses is captured before anything is measured
+            "progress": False,
+        }
+        if self.fresh_compile:  # else a second run would find what the first one compiled, and what was hot in it
+            usual["compile_cache"] = False
+        return EngineConfig(**{**usual, **self.engine, **variant})
+
+    def replace(self, **changes: Any) -> CompareConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def field_names(cls) -> frozenset[str]:
+        """The names of the fields."""
+        return frozenset(f.name for f in fields(cls))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> CompareConfig:
+        """The config that `as_dict()` wrote.
+
+        Raises:
+            ConfigError: a name or a value is unknown.
+        """
+        check_keywords(values, cls.field_names())
+        return cls(**values)
+
+
+SMOKE = CompareConfig(
+    prompt_lengths=(10, 40),
+    batch_sizes=(1, 4),
+    new_tokens=12,
+    baselines=("hf-dynamic", "hf-static"),
+    budget=10.0,
+    repeats=12,
+    warm_up=1,
+    engine={"dtype": "float32", "page_size": 16, "decode_buckets": [1, 4], "prefill_buckets": [16, 64, 160]},
+)
+"""What `hybridgen compare --smoke` runs: all modes in under two minutes on two cores."""

@@ -1,0 +1,1 @@
+"""The measurement: engines and baselines on the same weights, called in turn."""

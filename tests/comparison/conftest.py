@@ -1,0 +1,1 @@
+"""The folders below import `compare_cases` from here."""
