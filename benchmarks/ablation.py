@@ -1,15 +1,20 @@
 """What does each part of mode `hybrid` bring? All of it, and then each part switched off alone.
 
-- decode: time of a step at batch 1 and 8, (time of a call for N new tokens, less the same call for one) / (N - 1).
+- decode: time of a step at batch 1, 8 and 64, (time of a call for N new tokens, less the same call for one) / (N - 1),
+  and which executor ran it.
 - TTFT: of a prompt of 64 tokens at batch 1, median.
 - mixed: 64 requests of random prompt and output lengths, half of them greedy and half sampled, which arrive while the
   others run: after so many steps, drawn at random, so that every variant has the same work. Generated tokens per
   second of the whole run, from the first request to the last token; median of runs after one that is not counted and
   after what it missed was captured.
 
-Every variant is an engine of its own on the same weights. `without compilation` is mode `graph`.
+Every variant is an engine of its own on the same weights. `without compilation` is mode `graph`, `without graphs` is
+mode `jit`. The fused kernels read joined projections, so `fuse_projections=False` alone leaves decode to the layers:
+its row names the refusal (`fused` in the JSON), and what joining brings by itself is the difference of the two rows
+with `fused_decode=False`. Every switch of `EngineConfig` is in VARIANTS, or in NOT_OF_STEPS with why not.
 
-    python benchmarks/ablation.py [--variants all "run_ahead=0"] [--output results.json]
+    python benchmarks/ablation.py --budget 220 --output benchmarks/results/ablation-h200.json
+    python benchmarks/ablation.py --variants all "run_ahead=0"
     python benchmarks/ablation.py --smoke          # a tiny model, anywhere
 """
 
@@ -40,17 +45,39 @@ from hybridgen.models.projections import fuse_projections, unfuse_projections
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
-    "without prefill graphs": {"prefill_buckets": []},
-    "without decode graphs": {"decode_buckets": []},
+    "fused_decode=False": {"fused_decode": False},
+    "fuse_projections=False": {"fuse_projections": False},
+    "fused_decode=False, fuse_projections=False": {"fused_decode": False, "fuse_projections": False},
     "without compilation": {"mode": "graph"},
+    "without graphs": {"mode": "jit"},
     "metadata_copy=False": {"metadata_copy": False},
     "double_buffer=False": {"double_buffer": False},
     "run_ahead=0": {"run_ahead": 0},
-    "fuse_projections=False": {"fuse_projections": False},
     "sample_in_graph=False": {"sample_in_graph": False},
-    "lazy_capture=False": {"lazy_capture": False},
+    "without prefill graphs": {"prefill_buckets": []},
+    "without decode graphs": {"decode_buckets": []},
     "max_padding_ratio=0": {"max_padding_ratio": 0},
+    "lazy_capture=False": {"lazy_capture": False},
+    "capture_at_start=False": {"capture_at_start": False},
+    "validate=True": {"validate": True},
+    "check_addresses=True": {"check_addresses": True},
 }
+"""In the order in which they run: what is left out when the budget ends comes last."""
+
+SMOKE = ["all", "fused_decode=False, fuse_projections=False", "run_ahead=0", "without graphs"]
+
+NOT_OF_STEPS = {
+    "trust_remote_code": "decides which checkpoints load",
+    "allow_pickle": "decides which checkpoints load",
+    "local_files_only": "decides where files come from",
+    "offline_compile": "refuses what would compile; a step that runs is the same",
+    "compile_cache": "decides how long a start takes: warm_start.py measures that",
+    "graphs": "who records: trees.py measures that",
+    "progress": "shows bars while loading",
+}
+"""Switches that have no row, and why."""
+
+BATCHES = (1, 8, 64)
 
 
 class Sizes(NamedTuple):
@@ -58,14 +85,15 @@ class Sizes(NamedTuple):
 
     prompt: int = 128
     """Of the decode steps."""
-    new: int = 128
+    new: int = 64
     repeats: int = 3
-    first_tokens: int = 30
+    first_tokens: int = 20
     """Calls of which the time to the first token is the median."""
     requests: int = 64
     most_prompt: int = 512
     most_new: int = 128
-    runs: int = 3
+    runs: int = 2
+    batches: tuple[int, ...] = BATCHES
 
 
 class Arrival(NamedTuple):
@@ -117,9 +145,11 @@ def mixed_run(engine: hybridgen.Engine, listed: list[Arrival], device: str) -> f
 def measure(model: PreTrainedModel, name: str, options: dict[str, Any], sizes: Sizes, device: str) -> dict[str, Any]:
     vocab = model.config.vocab_size
     row: dict[str, Any] = {"variant": name}
+    begun = time.perf_counter()
     (fuse_projections if options.get("fuse_projections", True) else unfuse_projections)(model)
-    with hybridgen.Engine.load(model, **{"mode": "hybrid", "max_batch": 32, **options}) as engine:
-        for batch in (1, 8):
+    with hybridgen.Engine.load(model, **{"mode": "hybrid", "max_batch": sizes.batches[-1], **options}) as engine:
+        row["start_s"] = time.perf_counter() - begun
+        for batch in sizes.batches:
             prompts = random_prompts(batch, sizes.prompt, vocab, batch)
 
             def generate(count: int, prompts: list[list[int]] = prompts) -> Any:
@@ -127,6 +157,8 @@ def measure(model: PreTrainedModel, name: str, options: dict[str, Any], sizes: S
 
             long, short = (seconds(lambda n=n: generate(n), device, sizes.repeats) for n in (sizes.new, 1))
             row[f"decode_{batch}_us"] = (long - short) / (sizes.new - 1) * 1e6
+            ran = generate(sizes.new)[0].steps
+            row[f"decode_{batch}_by"] = " / ".join(dict.fromkeys(s.kind for s in ran if s.phase == "decode"))
         [prompt] = random_prompts(1, 64, vocab)
         firsts = []
         for _ in range(sizes.first_tokens + 3):
@@ -142,17 +174,19 @@ def measure(model: PreTrainedModel, name: str, options: dict[str, Any], sizes: S
         row["idle_s"] = time.perf_counter() - start
         row["mixed_s"] = statistics.median(mixed_run(engine, listed, device) for _ in range(sizes.runs))
         row["mixed_tokens_per_s"] = tokens / row["mixed_s"]
+        row["fused"] = dict(engine.stats().fused)
         row["engine"] = how_it_ran(engine)
     release()
     return row
 
 
-def show(row: dict[str, Any]) -> None:
+def show(row: dict[str, Any], sizes: Sizes) -> None:
     graphs = row["engine"]["graphs"]
-    startup = sum(row["engine"]["startup"].values())
+    steps = " ".join(f"{row[f'decode_{batch}_us']:10.1f}" for batch in sizes.batches)
+    executors = ", ".join(row[f"decode_{batch}_by"] for batch in sizes.batches)
     print(
-        f"{row['variant']:<24} {row['decode_1_us']:12.1f} {row['decode_8_us']:12.1f} {row['ttft_us']:9.1f} "
-        f"{row['mixed_tokens_per_s']:16.0f} {len(graphs['graphs']):7} {startup:8.1f}",
+        f"{row['variant']:<42} {steps} {row['ttft_us']:9.1f} {row['mixed_tokens_per_s']:16.0f} "
+        f"{len(graphs['graphs']):7} {row['start_s']:8.1f}  {executors}",
         flush=True,
     )
 
@@ -161,25 +195,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.2-1b", help="a shape of common.shape_config")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--budget", type=float, help="seconds after which no other variant is begun")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
     arguments = parser.parse_args()
+    begun = time.perf_counter()
     device = this_device()
     name, sizes, options = arguments.model, Sizes(), {"max_context": 1024}
     if arguments.smoke:
-        name, sizes = "tiny", Sizes(8, 4, 1, 1, 6, 20, 6, 1)
+        name, sizes = "tiny", Sizes(8, 4, 1, 1, 6, 20, 6, 1, (1, 2, 4))
         options = {"max_context": 128, "compile_backend": "eager", "max_batch": 8, "capture_after": 1}
+        if arguments.variants == list(VARIANTS):
+            arguments.variants = SMOKE
     model = random_model(name, shape_dtype(name, device), device)
+    steps = " ".join(f"{f'batch {batch}, us':>12}"[-10:] for batch in sizes.batches)
     print(
-        f"{'':<24} {'batch 1, us':>12} {'batch 8, us':>12} {'TTFT, us':>9} {'mixed, tokens/s':>16} {'graphs':>7} "
-        f"{'start, s':>8}",
+        f"{'':<42} {steps} {'TTFT, us':>9} {'mixed, tokens/s':>16} {'graphs':>7} {'start, s':>8}  decoded by",
         flush=True,
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in arguments.variants:
+        if arguments.budget is not None and rows and time.perf_counter() - begun > arguments.budget:
+            break
         rows.append(measure(model, variant, {**options, **VARIANTS[variant]}, sizes, device))
-        show(rows[-1])
-    report({"benchmark": "ablation", "model": name, "sizes": sizes._asdict(), "rows": rows}, arguments.output)
+        show(rows[-1], sizes)
+    left = arguments.variants[len(rows) :]
+    if left:
+        print(f"not run, the budget of {arguments.budget:g} s is over: {', '.join(left)}", flush=True)
+    results = {"benchmark": "ablation", "model": name, "sizes": sizes._asdict(), "rows": rows, "not_run": left}
+    report(results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ DOCS = ROOT / "docs"
 NOT_MEASURED = "not measured yet"
 _MARKED = re.compile(r"<!-- table: (?P<name>[a-z-]+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
 
+_DECODE = re.compile(r"decode_\d+_us")
+
 Result = dict[str, Any]
 
 
@@ -94,16 +96,31 @@ def unseen(results: list[Result]) -> list[str]:
 
 def ablation(results: list[Result]) -> list[str]:
     """What each part brings."""
-    rows = [
-        [
-            row["variant"] if " " in row["variant"] or row["variant"] == "all" else f"`{row['variant']}`",
-            *(_number(row[name]) for name in ("decode_1_us", "decode_8_us", "ttft_us")),
-            f"{row['mixed_tokens_per_s']:,.0f}",
-        ]
+    batches = sorted({int(name[7:-3]) for r in results for row in r["rows"] for name in row if _DECODE.match(name)})
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            named = " " in row["variant"] and "=" not in row["variant"]
+            executors = [row.get(f"decode_{batch}_by", "").partition(",")[0] for batch in batches]
+            rows.append(
+                [
+                    row["variant"] if named or row["variant"] == "all" else f"`{row['variant']}`",
+                    *(_number(row.get(f"decode_{batch}_us")) for batch in batches),
+                    _number(row["ttft_us"]),
+                    f"{row['mixed_tokens_per_s']:,.0f}",
+                    ", ".join(executors) if any(executors) else "-",
+                ]
+            )
+    steps = [f"decode at batch {batch}, µs" for batch in batches]
+    lines = table(["", *steps, "TTFT of 64 tokens, µs", "mixed, tokens/s", "decoded by"], rows)
+    refused = [
+        f"- `{row['variant']}`: fused decode serves {how}."
         for result in results
         for row in result["rows"]
+        for how in (row.get("fused") or {}).values()
+        if how.startswith("none") and "fused_decode=False" not in how
     ]
-    return table(["", "decode at batch 1, µs", "at batch 8, µs", "TTFT of 64 tokens, µs", "mixed, tokens/s"], rows)
+    return [*lines, *([""] if refused else []), *refused]
 
 
 def metadata_copy(results: list[Result]) -> list[str]:
@@ -118,6 +135,55 @@ def metadata_copy(results: list[Result]) -> list[str]:
         for row in result["rows"]
     ]
     return table(["pairs", "way", "launch, µs", "with a wait, µs", "of 1000 calls, µs", "in a graph, µs"], rows, 2)
+
+
+def preparation(results: list[Result]) -> list[str]:
+    """Ways to prepare a replay."""
+    rows = [
+        [row["part"], row["way"], _number(row["host_us"]), _number(row["step_us"])]
+        for result in results
+        for row in result["rows"]
+    ]
+    return table(["part", "way", "host, a step, µs", "a step, µs"], rows, 2)
+
+
+def trees(results: list[Result]) -> list[str]:
+    """Sizes between the buckets by owner, and what each owner costs."""
+    owners = ("manual", "exact", "both")
+    found = [row for result in results for row in result["rows"]]
+    steps = {(r["model"], r["batch"], r["owner"]): r for r in found if r["what"] == "decode"}
+    rows = []
+    for model, batch in sorted({(model, batch) for model, batch, _ in steps}):
+        of = [steps.get((model, batch, owner)) for owner in owners]
+        ran = "-" if of[2] is None else of[2]["by"][-1][1]
+        rows.append([model, str(batch), *(_number(None if row is None else row["step_us"]) for row in of), ran])
+    lines = table(["µs per step", "batch", "`manual`", "`exact`", "`both`", "`both` ran"], rows)
+    lines += [""]
+    costs = [
+        [
+            row["model"],
+            f"`{row['owner']}`",
+            f"{row['mix_tokens_per_s']:,.0f}",
+            _number(row["start_s"]),
+            _number(row["idle_s"]),
+            str(row["graphs"]),
+            *(_mib(row[name]) for name in ("graph_bytes", "start_bytes", "end_bytes")),
+        ]
+        for row in found
+        if row["what"] == "start and mix"
+    ]
+    head = [
+        "",
+        "owner",
+        "mix, tokens/s",
+        "start, s",
+        "idle, s",
+        "graphs",
+        "their MiB",
+        "taken at start, MiB",
+        "in the end",
+    ]
+    return [*lines, *table(head, costs, 2)]
 
 
 def memory_limit(results: list[Result]) -> list[str]:
@@ -232,6 +298,8 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "replay": replay,
     "unseen": unseen,
     "ablation": ablation,
+    "preparation": preparation,
+    "trees": trees,
     "metadata-copy": metadata_copy,
     "ttft": ttft,
     "throughput": throughput,
@@ -242,6 +310,10 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _mib(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:,.0f}"
 
 
 def _share(value: float | None) -> str:

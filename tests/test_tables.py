@@ -58,8 +58,37 @@ def test_writing_twice_changes_nothing(tables: ModuleType, tmp_path: Path) -> No
     row = {"variant": "run_ahead=0", "decode_1_us": 1, "decode_8_us": 2, "ttft_us": 3, "mixed_tokens_per_s": 4000}
     write(tmp_path, "ablation-x.json", rows=[row])
     once = tables.rewritten(page("ablation"), tmp_path)
-    assert "| `run_ahead=0` | 1.0 | 2.0 | 3.0 | 4,000 |" in once
+    assert "| `run_ahead=0` | 1.0 | 2.0 | 3.0 | 4,000 | - |" in once
     assert tables.rewritten(once, tmp_path) == once
+
+
+def test_a_switch_that_takes_an_executor_away_says_which_one_decodes(tables: ModuleType, tmp_path: Path) -> None:
+    row = {"variant": "fuse_projections=False", "ttft_us": 3, "mixed_tokens_per_s": 4000}
+    row |= {"decode_1_us": 1, "decode_64_us": 2, "decode_1_by": "layers, cuda graph", "decode_64_by": "layers, direct"}
+    write(tmp_path, "ablation-x.json", rows=[{**row, "fused": {"fused decode": "none: q_proj is not joined"}}])
+    text = tables.rewritten(page("ablation"), tmp_path)
+    assert "| decode at batch 1, µs | decode at batch 64, µs |" in text
+    assert "| `fuse_projections=False` | 1.0 | 2.0 | 3.0 | 4,000 | layers, layers |" in text
+    assert "- `fuse_projections=False`: fused decode serves none: q_proj is not joined." in text
+
+
+def test_trees_stand_beside_the_manual_buckets(tables: ModuleType, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for owner, step in (("manual", 10.0), ("both", 9.0)):
+        by = [[1, "layers, compiled", "x"], [9, f"layers, {owner}", "bucket 3"]]
+        rows.append({"model": "m", "owner": owner, "what": "decode", "batch": 3, "step_us": step, "by": by})
+        whole = {"model": "m", "owner": owner, "what": "start and mix", "mix_tokens_per_s": 1234.0, "start_s": 5.5}
+        whole |= {"idle_s": 0.5, "graphs": 7, "graph_bytes": 2**20, "start_bytes": None, "end_bytes": 3 * 2**20}
+        rows.append(whole)
+    write(tmp_path, "trees-x.json", rows=rows)
+    text = tables.rewritten(page("trees"), tmp_path)
+    assert "| m | 3 | 10.0 | - | 9.0 | layers, both |" in text
+    assert "| m | `both` | 1,234 | 5.5 | 0.5 | 7 | 1 | - | 3 |" in text
+
+
+def test_a_way_to_prepare_a_replay_has_its_two_times(tables: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, "preparation-x.json", rows=[{"part": "p", "way": "w", "host_us": 1.25, "step_us": 600.0}])
+    assert "| p | w | 1.2 | 600.0 |" in tables.rewritten(page("preparation"), tmp_path)
 
 
 def test_an_unknown_table_is_an_error(tables: ModuleType, tmp_path: Path) -> None:
@@ -112,7 +141,7 @@ def test_a_start_stands_beside_that_of_mode_eager(tables: ModuleType, tmp_path: 
 
 TABLES = [
     "decode-modes", "replay", "unseen", "ablation", "metadata-copy", "ttft", "throughput", "ceilings", "warm-start",
-    "memory-limit",
+    "memory-limit", "preparation", "trees",
 ]  # fmt: skip
 
 

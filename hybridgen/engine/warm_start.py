@@ -144,8 +144,8 @@ class Starter:
         if not config.fused_decode:
             self.fused = {"fused decode": "none: fused_decode=False"}
             return
-        if config.graphs is not GraphOwner.MANUAL:
-            self.fused = {"fused decode": f'none: graphs="{config.graphs}" records the compiled layers'}
+        if config.graphs is GraphOwner.TREES:
+            self.fused = {"fused decode": 'none: graphs="trees" records the compiled layers'}
             return
         tuned = self._cache.read_document(_TUNING) or {}
 

@@ -251,8 +251,10 @@ class ModelRunner:
     def _launch(self, route: Route, rows: int, sampler: SamplerPlan) -> LaunchedStep:
         recording = route.recording
         if recording is not None and recording.recorded.thread not in (None, this_thread()):
-            self.fall_back("cudagraph trees replay on the thread that recorded them; steps of others run without")
-            route = self.router.without_recording(route, "its cudagraph tree belongs to another thread")
+            self.fall_back(
+                "cudagraph trees replay on the thread that recorded them; steps of others run in another way"
+            )
+            route = self.router.by_any_thread(route, "its cudagraph tree belongs to another thread")
         samples = route.key.rows > 0
         if samples:
             self.ring.reserve()

@@ -107,6 +107,16 @@ class Router:
 
         return Route(plain.key, both, plain.kind, reason)
 
+    def by_any_thread(self, route: Route, reason: str) -> Route:
+        """The same step where its recording belongs to another thread: padded to a recording that any thread replays,
+        else without one. A decode step is staged alike for every size, so that another one can run it."""
+        if route.key.phase is Phase.DECODE and route.finish is None:
+            free = (other for other in self._larger(route.key) if other.recorded.thread is None)
+            best = min(free, key=_preference, default=None)
+            if best is not None and self._why_not(best, route.key) is None:
+                return self._replay(best, f"padded to bucket {best.key.size}, {reason}", route.key)
+        return self.without_recording(route, reason)
+
     def _decide(self, key: GraphKey) -> Route:
         self._store.check_open()
         settings = self._store.settings

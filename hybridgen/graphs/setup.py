@@ -9,7 +9,7 @@ import torch
 
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.graphs.buckets import decode_buckets, prefill_buckets
-from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.stand_in import StandInRecorder
 from hybridgen.graphs.steps import TreeSteps
@@ -88,7 +88,8 @@ class GraphSetup:
         buckets = self.settings().decode
 
         def both(key: GraphKey, lazy: bool) -> Recorder:
-            between = key.phase is Phase.DECODE and key.tokens not in buckets
+            # A tree compiles the layers: what another executor serves is recorded by hand, at its own size.
+            between = key.phase is Phase.DECODE and key.tokens not in buckets and key.executor == LAYERS
             return trees if between and (not lazy or trees.knows(key)) else manual
 
         return both
@@ -108,7 +109,8 @@ def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan], *, any_
     for plan in plans if settings.sample_in_graph else ():
         keys += [GraphKey.decode(size, plan) for size in settings.decode]
         keys += [GraphKey.prefill(size, 1, plan) for size in settings.prefill]
-        if settings.exact_when_lazy and settings.decode:  # one size between the buckets, so that its step is compiled
+        if settings.exact_when_lazy and settings.decode:
+            # One size between the buckets, so that its step is compiled: the largest, which no fused executor serves.
             between = [size for size in range(2, settings.decode[-1]) if size not in settings.decode]
-            keys += [GraphKey.decode(size, plan) for size in between[:1]]
+            keys += [GraphKey.decode(size, plan) for size in between[-1:]]
     return keys[: settings.max_graphs]

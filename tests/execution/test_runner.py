@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import families
 import pytest
@@ -11,6 +12,7 @@ from runners import free_runner, make_runner
 
 from hybridgen.execution import ModelRunner, ring
 from hybridgen.execution.plan import Admission, PrefillChunk
+from hybridgen.execution.ring import LaunchedStep
 from hybridgen.graphs import GraphSettings, StandInRecorder
 from hybridgen.graphs.key import GraphKey
 from hybridgen.params import SamplingParams
@@ -130,6 +132,48 @@ def test_the_same_batch_is_looked_up_once_until_the_store_changes(
     assert looked_up == [key] * 2
     assert runner.decode((*batch,)).kind == "layers, eager"  # an equal batch, but another
     assert len(looked_up) == 3
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_size_that_was_met_before_is_not_decided_again(
+    runner: ModelRunner, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lookup takes as long with many recordings as with few: it looks at none of them."""
+    record(runner, *(GraphKey.decode(size, SamplerPlan()) for size in range(1, count + 1)))
+    keys = [GraphKey.decode(size, SamplerPlan()) for size in (1, 2)]
+    first = [runner.router.route(key) for key in keys]
+    looked_at: list[object] = []
+    monkeypatch.setattr(runner.graphs, "find", lambda key: looked_at.append(key))
+    monkeypatch.setattr(runner.router, "_larger", lambda key: looked_at.append(key) or iter(()))
+    for _ in range(3):
+        assert [runner.router.route(key) for key in keys] == first
+    assert looked_at == []
+
+
+def test_a_step_whose_recording_belongs_to_another_thread_is_padded_to_one_that_does_not(runner: ModelRunner) -> None:
+    def run() -> list[list[int]]:
+        for slot in (0, 1):
+            admit(runner, slot, [1 + 2 * slot, 2 + 2 * slot])
+            runner.prefill([chunk(slot, 0, 21)])
+        batch = (0, 1)
+        steps.extend(runner.decode(batch) for _ in range(3))
+        return [step.read().tokens for step in steps[-3:]]
+
+    steps: list[LaunchedStep] = []
+    expected = run()
+    record(runner, *(GraphKey.decode(size, SamplerPlan()) for size in (2, 4)))
+    exact, bucket = (runner.graphs.find(GraphKey.decode(size, SamplerPlan())) for size in (2, 4))
+    exact.recorded = replace(exact.recorded, thread=object(), replay=lambda: pytest.fail("replayed elsewhere"))
+    with pytest.warns(UserWarning, match="replay on the thread that recorded them"):
+        assert run() == expected
+    assert {step.kind for step in steps[-3:]} == {"layers, stand-in"}
+    why = "its cudagraph tree belongs to another thread"
+    assert {step.reason for step in steps[-3:]} == {f"padded to bucket 4, {why}"}
+    assert (exact.hits, bucket.hits, bucket.padded_hits) == (0, 3, 3)
+    bucket.recorded = replace(bucket.recorded, thread=object())
+    with pytest.warns(UserWarning, match="replay on the thread that recorded them"):
+        assert run() == expected
+    assert {(step.kind, step.reason) for step in steps[-3:]} == {("layers, eager", why)}
 
 
 def test_a_request_in_a_slot_of_the_batch_changes_the_route(runner: ModelRunner) -> None:

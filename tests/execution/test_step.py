@@ -11,11 +11,13 @@ from runners import attach_cache
 
 from hybridgen.cache import LayerShape, PagedKV, allocate
 from hybridgen.execution import ModelRunner
+from hybridgen.execution import step as step_module
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.graphs.key import LAYERS, GraphKey
+from hybridgen.kernels.attention.ops import Places
 from hybridgen.kernels.step import metadata
-from hybridgen.models import bind
+from hybridgen.models import attention, bind
 from hybridgen.models.attention import Phase
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, resolve
@@ -232,3 +234,46 @@ def test_states_are_reset_at_admission_and_committed_by_steps_unless_they_are_re
     assert states[0].calls == resets
     commits = [("commit", [2], [1]), ("commit", [0], [1]), ("commit", [0, 2], [1, 1])]
     assert sorted(states[1].calls) == sorted(resets + commits)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_all_layers_read_one_set_of_metadata(
+    runner: ModelRunner, phase: Phase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed or copied for a layer: each is given the same tensors, where the step has them."""
+    found: list[list[int]] = []
+    name = "decode_attention" if phase is Phase.DECODE else "prefill_attention"
+    attend = getattr(attention, name)
+
+    def note(query: torch.Tensor, places: Places, *rest: object, **fields: object) -> torch.Tensor:
+        starts = [each for each in rest if isinstance(each, torch.Tensor)]
+        found.append([each.data_ptr() for each in (places.block_table, places.slots, places.positions, *starts)])
+        return attend(query, places, *rest, **fields)
+
+    monkeypatch.setattr(attention, name, note)
+    key = GraphKey.decode(3, GREEDY) if phase is Phase.DECODE else GraphKey.prefill(8, 1, GREEDY)
+    runner.steps.stage_padding(key)
+    runner.steps.run(key)
+    first, second = found  # two layers
+    assert len(first) == (3 if phase is Phase.DECODE else 4)
+    assert first == second
+    step = runner.steps.metadata
+    fields = [step.block_table, step.slots, step.positions, step.query_starts]
+    assert first == [tensor.data_ptr() for tensor in fields[: len(first)]]
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_what_is_left_of_a_step_reads_its_logits_where_they_are(
+    runner: ModelRunner, phase: Phase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[torch.Tensor] = []
+    sample = step_module.sample
+    monkeypatch.setattr(step_module, "sample", lambda logits, *rest: found.append(logits) or sample(logits, *rest))
+    key = GraphKey.decode(3, None) if phase is Phase.DECODE else GraphKey.prefill(8, 3, None)
+    runner.prepare(key)
+    runner.steps.run(key)
+    runner.steps.finish(key, GREEDY)
+    [logits] = found
+    kept = runner.steps.logits
+    assert (logits.data_ptr(), logits.shape) == (kept.data_ptr(), (3, families.VOCAB))
+    assert logits.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()

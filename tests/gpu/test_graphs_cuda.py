@@ -188,6 +188,58 @@ def test_a_failed_capture_leaves_the_others_and_torch_usable(path: Path, kind: s
         assert sum(stats.fallbacks.values()) == 1
 
 
+def test_what_another_thread_does_in_a_capture_does_no_harm(path: Path) -> None:
+    """An allocation and a wait elsewhere would invalidate a capture whose errors are global."""
+    prompts = families.prompts_of((9,) * 4)
+    with load(path, mode="eager") as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)]
+    with load(path, mode="graph", decode_buckets=[1], prefill_buckets=[]) as engine:
+        runner, seen = engine._runner, []
+        original = runner.steps.run
+
+        def disturb() -> None:
+            torch.cuda.set_device(0)
+            block = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # more than is cached: the driver is asked
+            block[:16].fill_(7)
+            seen.append(int(block[3].item()))
+
+        def disturbed(key: GraphKey) -> None:
+            original(key)
+            if torch.cuda.is_current_stream_capturing():
+                thread = threading.Thread(target=disturb)
+                thread.start()
+                thread.join()
+
+        runner.steps.run = disturbed
+        key = GraphKey.decode(4, GREEDY)
+        runner.capture([key], lambda: None)
+        runner.steps.run = original
+        assert seen == [7]
+        assert key in {recording.key for recording in runner.graphs.recordings}
+        outs = engine.generate(prompts, max_new_tokens=12)
+        assert [out.token_ids for out in outs] == expected
+        assert not engine.stats().fallbacks
+
+
+def test_a_step_is_warm_before_it_is_captured(path: Path) -> None:
+    """Two runs on the capturing stream, before the first that is timed; the caller's stream sees none of them."""
+    with load(path, mode="graph", decode_buckets=[1], prefill_buckets=[]) as engine:
+        runner, runs = engine._runner, []
+        original = runner.steps.run
+
+        def noted(key: GraphKey) -> None:
+            runs.append((torch.cuda.is_current_stream_capturing(), torch.cuda.current_stream() == runner.stream))
+            original(key)
+
+        runner.steps.run = noted
+        runner.capture([GraphKey.decode(3, GREEDY)], lambda: None)
+        runner.steps.run = original
+    assert runs.count((True, False)) == 1
+    assert runs.index((True, False)) == len(runs) - 1
+    assert set(runs[:-1]) == {(False, False)}
+    assert len(runs) == 2 + 3 + 1  # warm-up, timing, capture
+
+
 def test_manual_graphs_replay_after_trees_have_recorded(path: Path) -> None:
     prompts = families.prompts_of((9,) * 8)
     with load(path, mode="eager") as engine:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from store_cases import GREEDY, SAMPLED, decode, prefill
 
 from hybridgen import EngineConfig, Mode
-from hybridgen.graphs import GraphSettings, StandInRecorder
+from hybridgen.graphs import GraphSettings, StandInRecorder, cuda
+from hybridgen.graphs import trees as tree_recorder
 from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.models.attention import Phase
@@ -110,5 +113,24 @@ def test_without_buckets_nothing() -> None:
 
 
 def test_exact_sizes_need_one_between_the_buckets() -> None:
-    assert set(keys(exact_when_lazy=True)) - set(keys()) == {decode(2)}
+    assert set(keys(exact_when_lazy=True)) - set(keys()) == {decode(3)}
     assert set(keys(exact_when_lazy=True, decode=(1, 2, 3))) == set(keys(decode=(1, 2, 3)))
+
+
+def test_both_records_between_the_buckets_in_trees_and_by_hand_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(Mode.HYBRID, graphs="both", decode_buckets=[1, 8, 32], max_batch=32)
+    plan = replace(plan, device=torch.device("cuda"))
+    known: list[GraphKey] = []
+    trees = SimpleNamespace(knows=known.__contains__)
+    monkeypatch.setattr(cuda, "CudaGraphRecorder", lambda device: "by hand")
+    monkeypatch.setattr(tree_recorder, "TreeRecorder", lambda steps, **_: trees)
+    recorder = plan.recorder(None)
+    between = GraphKey.decode(20, GREEDY)
+    assert recorder(between, False) is trees
+    assert recorder(between, True) == "by hand"  # nothing is compiled while idle
+    known.append(between)
+    assert recorder(between, True) is trees
+    fused = GraphKey.decode(5, GREEDY, executor="chain")
+    known.append(fused)
+    for key in (fused, GraphKey.decode(8, GREEDY), GraphKey.prefill(20, 1, GREEDY)):
+        assert recorder(key, False) == recorder(key, True) == "by hand"

@@ -1,0 +1,46 @@
+"""Every subject of a comparison reads the same weights, not copies of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+from transformers import GenerationMixin
+
+import hybridgen
+from hybridgen.execution import ModelRunner
+
+SHARED = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight", "norm.weight")
+"""What joining projections leaves where it is."""
+
+
+def places(model: Any) -> dict[str, int]:
+    return {name: each.data_ptr() for name, each in model.named_parameters() if name.endswith(SHARED)}
+
+
+def test_no_subject_has_weights_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build("llama")
+    found: list[dict[str, int]] = []
+    make, generate = ModelRunner.__init__, GenerationMixin.generate
+
+    def note_engine(runner: ModelRunner, bound: Any, **fields: Any) -> None:
+        found.append(places(bound.model))
+        make(runner, bound, **fields)
+
+    def note_peer(peer: Any, *args: Any, **fields: Any) -> Any:
+        peers.append(places(peer))
+        return generate(peer, *args, **fields)
+
+    peers: list[dict[str, int]] = []
+    monkeypatch.setattr(ModelRunner, "__init__", note_engine)
+    monkeypatch.setattr(GenerationMixin, "generate", note_peer)
+    options: dict[str, Any] = {"prompt_lengths": (5,), "batch_sizes": (1,), "new_tokens": 2, "repeats": 1, "warm_up": 1}
+    options |= {"budget": 10, "compile_backend": "eager", "decode_buckets": [1], "prefill_buckets": [8]}
+    modes = ("eager", "jit", "graph", "hybrid")
+    hybridgen.compare(model, modes=modes, baselines=("hf-dynamic",), progress=False, **options)
+    assert len(found) == len(modes)
+    assert peers
+    assert len(places(model)) > 4
+    for each in found + peers:
+        assert each == places(model)
