@@ -131,13 +131,13 @@ def _run(engine: Generator, jobs: list[Job], report: Report, arguments: argparse
 
 def _runnable(engine: Generator, jobs: list[Job], report: Report) -> list[Job]:
     """The jobs that an engine takes; the others are reported. A server is asked by running them."""
-    plan = getattr(engine, "plan", None)
-    if plan is None:
+    check = getattr(engine, "make_requests", None)
+    if check is None:
         return jobs
     found = []
     for job in jobs:
         try:
-            plan([job.prompt], [job.sampling], {})
+            check([job.prompt], [job.sampling], {})
         except _REFUSED as error:
             report.failed(job, _about(job, error))
         else:

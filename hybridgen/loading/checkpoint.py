@@ -39,7 +39,8 @@ class LoadedModel:
     seconds: float
     """What reading the weights took, a download included; 0 for a live module."""
     owned: bool
-    """Whether hybridgen loaded it. False for a live module, which stays its caller's: nothing of it is changed."""
+    """Whether nobody else has the module. False for a live module, which stays its caller's: nothing of it is changed,
+    and each call looks at what its owner did to it."""
 
 
 @dataclass(frozen=True, kw_only=True)

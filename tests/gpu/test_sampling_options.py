@@ -61,8 +61,8 @@ def generated(model: PreTrainedModel, prompt: list[int], **options: Any) -> list
 @pytest.mark.parametrize("graphs", ["manual", "trees"])
 @pytest.mark.parametrize("mode", ["eager", "jit", "graph", "hybrid"])
 def test_rows_of_different_options_in_one_batch(mode: str, graphs: str, tmp_path: Path) -> None:
-    if graphs == "trees" and mode in ("eager", "jit"):
-        pytest.skip("no graphs in this mode")
+    if graphs == "trees" and mode != "hybrid":
+        pytest.skip("cudagraph trees are of mode hybrid alone")
     path = families.write("llama", tmp_path, initializer_range=0.2)
     model = families.build("llama", initializer_range=0.2).cuda()
     requests, expected = [], []
@@ -79,7 +79,7 @@ def test_rows_of_different_options_in_one_batch(mode: str, graphs: str, tmp_path
             requests.append((prompt, options))
             expected.append(generated(model, prompt, **options))
     params = [SamplingParams(max_new_tokens=NEW, **options) for _, options in requests]
-    with Engine.load(path, mode=mode, device="cuda", graphs=graphs, validate=True, **SETTINGS) as engine:
+    with Engine.load(path, mode=mode, device="cuda", graphs=graphs, validate=graphs == "manual", **SETTINGS) as engine:
         for _ in range(2):
             outs = engine.generate([prompt for prompt, _ in requests], params)
             assert [list(out.token_ids) for out in outs] == expected
@@ -117,5 +117,10 @@ def test_cutoffs_and_what_they_tell_are_those_of_the_cpu(seed: int) -> None:
             )
             assert alone.tokens.item() == out.tokens[row].item()
     assert torch.equal(outs[0][0], outs[1][0])
-    for ours, theirs in zip(outs[0][1:], outs[1][1:], strict=True):
+    here, there = ([value.double() for value in out] for out in outs)
+    for ours, theirs in zip(here[1:], there[1:], strict=True):
+        if ours.dim() == 2:  # which tokens a row lists after those that it may draw from is nobody's business
+            told = here[-1].isfinite()
+            assert torch.equal(told, there[-1].isfinite())
+            ours, theirs = ours[told], theirs[told]
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -60,10 +60,11 @@ class Builder:
         self._config, self._checkpoint, self._model = config, checkpoint, model
         self._limit, self._load_seconds, self._folder = limit, load_seconds, folder
         self._device = checkpoint.device
+        self._owned = checkpoint.module is None
         # Weights are joined once: a twin of the template shares the joined ones too. A live module's stay apart.
         self._template = twin(model)
         self._fuse_seconds = 0.0
-        if config.engine.get("fuse_projections", True) and checkpoint.module is None:
+        if config.engine.get("fuse_projections", True) and self._owned:
             start = time.perf_counter()
             fuse_projections(self._template)
             self._fuse_seconds = time.perf_counter() - start
@@ -82,7 +83,7 @@ class Builder:
         if self._device.type == "cuda":
             engine_config = config.engine_config({"mode": REFERENCE}, self._limit)
             try:
-                build(REFERENCE, engine_config, twin(self._template), config, None).close()
+                build(REFERENCE, engine_config, twin(self._template), config, None, owned=self._owned).close()
             except Exception as error:  # the row of mode eager will say so
                 logger.debug("the first engine failed: %s", error)
             release(self._device)
@@ -122,7 +123,7 @@ class Builder:
         module = twin(self._template if engine_config.fuse_projections else self._model)
         # A switch is not compared by its start-up: it finds what mode hybrid compiled.
         fresh = config.fresh_compile and result.kind == MODE
-        subject = build(result.name, engine_config, module, config, self._folder if fresh else None)
+        subject = build(result.name, engine_config, module, config, self._folder if fresh else None, owned=self._owned)
         self.traffic = subject.engine.traffic
         if subject.engine.mode.compiles:
             result.compile_cache = "empty" if fresh and engine_config.compile_backend == "inductor" else "shared"

@@ -18,6 +18,7 @@ from hybridgen.config import EngineConfig, Mode
 from hybridgen.core import Completion
 from hybridgen.engine import Engine
 from hybridgen.errors import RequestError
+from hybridgen.loading.checkpoint import Checkpoint, LoadedModel
 from hybridgen.params import SamplingParams
 from hybridgen.telemetry.statistics import EngineStats
 
@@ -168,18 +169,21 @@ class EngineSubject:
 
 
 def build(
-    name: str, engine_config: EngineConfig, model: Any, config: CompareConfig, cache: str | None
+    name: str, engine_config: EngineConfig, model: Any, config: CompareConfig, cache: str | None, *, owned: bool
 ) -> EngineSubject:
-    """An engine around a module that is its alone.
+    """An engine around a module.
 
     Args:
         cache: a directory for an empty Inductor cache of its own; None shares the process's.
+        owned: nobody else has the module: the engine runs it as one that it loaded. A live module's owner may change
+            it, so each call looks at it first, as it does outside of a comparison.
     """
     mode = Mode(engine_config.mode)
     alone = cache is not None and mode.compiles and engine_config.compile_backend == "inductor"
     with empty_compile_cache(cache) if alone and cache is not None else contextlib.nullcontext():
         start = time.perf_counter()
-        engine = Engine.load(model, engine_config)
+        checkpoint = Checkpoint.open(model, engine_config)
+        engine = Engine(checkpoint, LoadedModel(model, 0.0, owned=owned), engine_config)
         return EngineSubject(name, engine, config, time.perf_counter() - start)
 
 

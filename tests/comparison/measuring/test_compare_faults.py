@@ -103,7 +103,8 @@ def test_a_cell_ends_when_its_medians_are_known() -> None:
     found = measurement(CONFIG.replace(repeats=1000, tolerance=1.0))
     found.run({"eager": Scripted("eager")}, 20.0)
     assert {record.stopped for record in found.records.values()} == {"interval"}
-    assert all(len(record.walls) == 10 for record in found.records.values())
+    counts = [len(record.walls) for record in found.records.values()]
+    assert all(10 <= count < 1000 for count in counts), counts  # more than the fewest where the machine is busy
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("Ctrl-C", [])])
