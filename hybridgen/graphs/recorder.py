@@ -62,7 +62,7 @@ class Recorded:
     release: Callable[[], None]
     """Frees what the recording holds; it is not replayed afterwards."""
     owner: str
-    """What replays it: `cuda graph`, `cudagraph tree` or `stand-in`."""
+    """What replays it: `cuda graph`, `cudagraph tree`, `compiled step` or `stand-in`."""
     plain_seconds: float
     """What the same step takes without the recording (a padded batch with short contexts)."""
     seconds: float
@@ -80,8 +80,10 @@ class Recorder(Protocol):
 
     owner: str
 
-    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded | None:
         """Warm up and record a step, staged with padding. What goes wrong is raised, and harms no other recording.
+
+        None: it is being made while steps go on; ask again. `close()` stops that.
 
         Args:
             known: `plain_seconds` and `seconds` of an earlier process on the same device: one run each checks them, and
