@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
+import torch._inductor
 from torch import Tensor
 
 import hybridgen
@@ -52,33 +55,50 @@ class CompileJob:
                 start_new_session=True,
             )
         if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, _PRIORITY)
+            try:
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, _PRIORITY)
+            except ProcessLookupError:  # it has ended
+                pass
+        self._closed = False
+        self._compiled: Callable[..., Any] | None = None
+        self._error: Exception | None = None
+        # Loading what was compiled takes seconds too, and most of them wait.
+        self._thread = threading.Thread(target=self._load, name="hybridgen-compile", daemon=True)
+        self._thread.start()
 
     @property
     def done(self) -> bool:
-        """Whether the process has ended."""
-        return self._process.poll() is not None
+        """Whether there is a result."""
+        return not self._thread.is_alive()
 
     def result(self) -> Callable[..., Any]:
-        """The compiled step. It must be `done`.
+        """The compiled step; waits for it.
 
         Raises:
             RuntimeError: it could not be compiled.
         """
+        self._thread.join()
+        if self._compiled is None:
+            raise RuntimeError(f"the compiling process failed: {self._error}") from self._error
+        return self._compiled
+
+    def _load(self) -> None:
         try:
+            status = self._process.wait()
             artifact = self._folder / ARTIFACT
-            if self._process.returncode != 0 or not artifact.exists():
+            if self._closed:
+                return
+            if status != 0 or not artifact.exists():
                 lines = (self._folder / "log").read_text(errors="replace").strip().splitlines()
-                last = lines[-1][:300] if lines else f"exit status {self._process.returncode}"
-                raise RuntimeError(f"the compiling process failed: {last}")
-            compiled: Callable[..., Any] = torch._inductor.CompiledArtifact.load(path=str(artifact), format="binary")
-            return compiled
+                raise RuntimeError(lines[-1][:300] if lines else f"exit status {status}")
+            self._compiled = torch._inductor.CompiledArtifact.load(path=str(artifact), format="binary")
+        except Exception as error:  # told by `result`
+            self._error = error
         finally:
-            self.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
-        """End the process if it runs, and remove its files."""
+        """End the process if it runs; its files go with it."""
+        self._closed = True
         if self._process.poll() is None:
             self._process.kill()
-            self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)

@@ -7,7 +7,9 @@ nobody wrote is never read. Scores, softmax and sums are float32 whatever the in
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +38,9 @@ def decode_attention(
 ) -> Tensor:
     """See `attention.decode_attention`."""
     places = positions.tolist()
+    see = _Seeing(scale, window, chunk, softcap, sinks)
     if len(places) == 1:
-        place, row = places[0], block_table[int(slots)]
-        if k is not None and v is not None:
-            page, line = int(row[place // k_pages.shape[2]]), place % k_pages.shape[2]
-            k_pages[page, :, line] = k[0]
-            v_pages[page, :, line] = v[0]
-        return _attend(q, k_pages, v_pages, row[None], place, scale, window, chunk, softcap, sinks)
+        return _one(q, k_pages, v_pages, block_table[int(slots)], places[0], see, k, v)
     if k is not None and v is not None:
         write_kv(k, v, k_pages, v_pages, block_table, slots, positions)
     groups: defaultdict[int, list[int]] = defaultdict(list)
@@ -56,53 +54,105 @@ def decode_attention(
         for part in (tokens[i : i + most] for i in range(0, len(tokens), most)):
             # One row, or a run of rows, is a view.
             rows = slice(part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else part
-            out[rows] = _attend(q[rows], k_pages, v_pages, table[rows], place, scale, window, chunk, softcap, sinks)
+            first, last, skipped = see.pages(place, k_pages.shape[2])
+            ids = table[rows, first : last + 1]
+            out[rows] = _gathered(q[rows], k_pages, v_pages, ids, skipped, place, see)
     return out
 
 
-def _attend(
+class _Seeing(NamedTuple):
+    """How a query sees; see `attention.decode_attention`."""
+
+    scale: float
+    window: int
+    chunk: int
+    softcap: float
+    sinks: Tensor | None
+
+    def pages(self, place: int, page_size: int) -> tuple[int, int, int]:
+        """First and last column of the block table that a query at this position sees, and how many positions of the
+        first page it does not."""
+        low = 0
+        if self.chunk > 0:
+            low = place // self.chunk * self.chunk
+        elif self.window > 0:
+            low = max(0, place - self.window + 1)
+        first = low // page_size
+        return first, place // page_size, low - first * page_size
+
+
+def _one(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    table: Tensor,
+    row: Tensor,
     place: int,
-    scale: float,
-    window: int,
-    chunk: int,
-    softcap: float,
-    sinks: Tensor | None,
+    see: _Seeing,
+    k: Tensor | None,
+    v: Tensor | None,
 ) -> Tensor:
-    """Attention of q [R, Hq, D], all of it at one position, over the pages of `table` [R, max_pages]."""
+    """One row, whose write and whose view of a page alone are each one operator on the pages."""
+    page_size = k_pages.shape[2]
+    first, last, skipped = see.pages(place, page_size)
+    ids = row[first : last + 1]
+    page = int(ids[-1])
+    if k is not None and v is not None:
+        for pages, new in ((k_pages, k), (v_pages, v)):
+            _, heads, _, dim = pages.shape
+            stride = page_size * dim
+            at = pages.storage_offset() + page * heads * stride + place % page_size * dim
+            pages.as_strided((1, heads, dim), (heads * stride, stride, 1), at).copy_(new)
+    if first == last:
+        seen = slice(skipped, place % page_size + 1)
+        return _attend(q, k_pages[page, :, seen][None], v_pages[page, :, seen][None], see)
+    return _gathered(q, k_pages, v_pages, ids[None], skipped, place, see)
+
+
+def _gathered(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, ids: Tensor, skipped: int, place: int, see: _Seeing
+) -> Tensor:
+    """Attention of q [R, Hq, D], all of it at one position, over the pages `ids` [R, n]. One copy of K and of V puts
+    the pages of a head next to each other."""
+    count, kv_heads, page_size, _ = k_pages.shape
+    rows, columns = ids.shape
+    if kv_heads > 1:
+        ids = ids[:, None, :] * kv_heads + _heads(kv_heads)
+    ids = ids.flatten()
+    length = (columns - 1) * page_size + place % page_size + 1 - skipped
+    found = []
+    for pages in (k_pages, v_pages):
+        dim = pages.shape[3]
+        run = columns * page_size * dim
+        copy = pages.view(count * kv_heads, page_size * dim).index_select(0, ids)
+        found.append(
+            copy.as_strided((rows, kv_heads, length, dim), (kv_heads * run, run, dim, 1), skipped * dim)
+        )
+    return _attend(q, *found, see)
+
+
+@functools.cache
+def _heads(count: int) -> Tensor:
+    """int32 [count, 1]: 0, 1, ..."""
+    return torch.arange(count, dtype=torch.int32)[:, None]
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, see: _Seeing) -> Tensor:
+    """q [R, Hq, D] over all of keys [R, Hkv, L, D] and values [.., Dv]: [R, Hq, Dv]."""
     rows, heads, head_dim = q.shape
-    _, kv_heads, page_size, value_dim = v_pages.shape
-    low = place // chunk * chunk if chunk > 0 else max(0, place - window + 1) if window > 0 else 0
-    first, last = low // page_size, place // page_size
-    ids = table[:, first : last + 1]
-    seen = slice(low - first * page_size, place + 1 - first * page_size)
-    keys, values = (_gather(pages, ids)[:, :, seen].float() for pages in (k_pages, v_pages))
+    kv_heads, dtype = keys.shape[1], q.dtype
+    if dtype != torch.float32:
+        q, keys, values = q.float(), keys.float(), values.float()
     # The heads of a group are queries of one key head: nothing is repeated.
-    queries = q.float().reshape(rows, kv_heads, heads // kv_heads, head_dim)
-    if softcap == 0 and sinks is None:
-        mixed = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+    queries = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    if see.softcap == 0 and see.sinks is None:
+        mixed = F.scaled_dot_product_attention(queries, keys, values, scale=see.scale)
     else:
-        scores = queries @ keys.transpose(-1, -2) * scale
-        if softcap > 0:
-            scores = torch.tanh(scores / softcap) * softcap
-        if sinks is not None:
-            sink = sinks.float().view(1, kv_heads, -1, 1).expand(rows, -1, -1, 1)
+        scores = queries @ keys.transpose(-1, -2) * see.scale
+        if see.softcap > 0:
+            scores = torch.tanh(scores / see.softcap) * see.softcap
+        if see.sinks is not None:
+            sink = see.sinks.float().view(1, kv_heads, -1, 1).expand(rows, -1, -1, 1)
             scores = torch.cat((scores, sink), dim=-1)
         mixed = scores.softmax(dim=-1)[..., : keys.shape[2]] @ values
-    return mixed.reshape(rows, heads, value_dim).to(q.dtype)
-
-
-def _gather(pages: Tensor, ids: Tensor) -> Tensor:
-    """The pages `ids` [R, n] of each row, one after the other: [R, Hkv, n * page_size, D]. One copy; a page alone is
-    none."""
-    count, kv_heads, page_size, dim = pages.shape
-    rows, columns = ids.shape
-    if rows == columns == 1:
-        return pages[int(ids)][None]
-    if kv_heads > 1:
-        ids = ids[:, None, :] * kv_heads + torch.arange(kv_heads, dtype=ids.dtype, device=ids.device)[:, None]
-    found = pages.view(count * kv_heads, page_size * dim).index_select(0, ids.flatten())
-    return found.view(rows, kv_heads, columns * page_size, dim)
+    mixed = mixed.reshape(rows, heads, values.shape[3])
+    return mixed if dtype == torch.float32 else mixed.to(dtype)
