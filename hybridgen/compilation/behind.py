@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -55,10 +56,8 @@ class CompileJob:
                 start_new_session=True,
             )
         if hasattr(os, "setpriority"):
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.setpriority(os.PRIO_PROCESS, self._process.pid, _PRIORITY)
-            except ProcessLookupError:  # it has ended
-                pass
         self._closed = False
         self._compiled: Callable[..., Any] | None = None
         self._error: Exception | None = None

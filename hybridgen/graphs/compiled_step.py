@@ -14,7 +14,7 @@ import torch
 from hybridgen.compilation.behind import CompileJob
 from hybridgen.compilation.step_graph import record_step
 from hybridgen.graphs.key import GraphKey
-from hybridgen.graphs.recorder import Recorded, checked_seconds
+from hybridgen.graphs.recorder import NotReadyError, Recorded, checked_seconds
 
 OWNER = "compiled step"
 
@@ -27,15 +27,16 @@ class CompiledStepRecorder:
     def __init__(self) -> None:
         self._job: tuple[GraphKey, CompileJob, list[torch.Tensor], list[int]] | None = None
 
-    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded | None:
-        """Start compiling the step, or take what was compiled of it; None: it is not ready, ask again.
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
+        """Start compiling the step, or take what was compiled of it.
 
         Raises:
+            NotReadyError: it is being compiled.
             RuntimeError: the step cannot be recorded, or not compiled.
         """
         job = self._job
         if job is not None and not job[1].done:
-            return None
+            raise NotReadyError
         if job is None or job[0] != key:
             if job is not None:  # nobody wants it any more
                 self.close()
@@ -43,12 +44,12 @@ class CompiledStepRecorder:
             graph, inputs = record_step(step)
             places = [one.data_ptr() for one in inputs]
             self._job = key, CompileJob(graph, inputs), inputs, places
-            return None
+            raise NotReadyError
         self._job = None
         _, process, inputs, places = job
         compiled = process.result()
         if [one.data_ptr() for one in inputs] != places:
-            return None  # its tensors moved meanwhile: again
+            raise RuntimeError("its tensors moved while it was compiled")
         replay = partial(_call, compiled, tuple(inputs))
         replay()
         plain, seconds = (None, None) if known is None else known

@@ -75,19 +75,24 @@ class Recorded:
     """`this_thread()` of the only thread that can replay it; None: any."""
 
 
+class NotReadyError(Exception):
+    """A recording is being made while steps go on."""
+
+
 class Recorder(Protocol):
     """Records steps."""
 
     owner: str
 
-    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded | None:
+    def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         """Warm up and record a step, staged with padding. What goes wrong is raised, and harms no other recording.
-
-        None: it is being made while steps go on; ask again. `close()` stops that.
 
         Args:
             known: `plain_seconds` and `seconds` of an earlier process on the same device: one run each checks them, and
                 what is far from them is measured again.
+
+        Raises:
+            NotReadyError: it is being made while steps go on; ask again. `close()` stops that.
         """
         ...
 

@@ -15,7 +15,7 @@ from hybridgen.core import GraphEvent, GraphEventKind
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import EngineError, described
 from hybridgen.graphs.key import GraphKey
-from hybridgen.graphs.recorder import Recorded, Recorder
+from hybridgen.graphs.recorder import NotReadyError, Recorded, Recorder
 from hybridgen.graphs.steps import CapturedSteps
 from hybridgen.graphs.timings import PlainTimings
 from hybridgen.models.attention import Phase
@@ -242,7 +242,13 @@ class GraphStore:
             known = self._known.pop(key, None)
             recorded = recorder.record(key, partial(steps.run, key), known)
             seconds = time.perf_counter() - start
-            self._behind = (key, recorder) if recorded is None else None
+            self._behind = None
+        except NotReadyError:
+            self._behind = key, recorder
+            self._wanted[key] = uses
+            if known is not None:
+                self._known[key] = known
+            return
         except Exception as error:
             self._behind = None
             if is_fatal(error):  # asking the device tells: after a failed capture it lives
@@ -251,11 +257,6 @@ class GraphStore:
             return
         finally:
             self._changed()
-        if recorded is None:
-            self._wanted[key] = uses
-            if known is not None:
-                self._known[key] = known
-            return
         if known not in (None, (recorded.plain_seconds, recorded.seconds)):
             self._doubt_known()
         self.timings.note(key, recorded.plain_seconds)

@@ -119,15 +119,14 @@ def _gathered(
         ids = ids[:, None, :] * kv_heads + _heads(kv_heads)
     ids = ids.flatten()
     length = (columns - 1) * page_size + place % page_size + 1 - skipped
-    found = []
-    for pages in (k_pages, v_pages):
+
+    def of(pages: Tensor) -> Tensor:
         dim = pages.shape[3]
         run = columns * page_size * dim
         copy = pages.view(count * kv_heads, page_size * dim).index_select(0, ids)
-        found.append(
-            copy.as_strided((rows, kv_heads, length, dim), (kv_heads * run, run, dim, 1), skipped * dim)
-        )
-    return _attend(q, *found, see)
+        return copy.as_strided((rows, kv_heads, length, dim), (kv_heads * run, run, dim, 1), skipped * dim)
+
+    return _attend(q, of(k_pages), of(v_pages), see)
 
 
 @functools.cache

@@ -14,7 +14,9 @@ MOST_ROWS = 32
 """Rows for which this is meant."""
 
 _library = torch.library.Library("hybridgen", "FRAGMENT")
-_library.define("few_rows(Tensor rows, Tensor weight, Tensor? bias=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "few_rows(Tensor rows, Tensor weight, Tensor? bias=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 def few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
