@@ -36,7 +36,7 @@ def test_smoke(
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_result_says_where_it_is_from(path: Path) -> None:
     provenance = json.loads(path.read_text())["provenance"]
-    on_gpu = () if path.stem.endswith("-cpu") else ("gpu", "driver", "triton")
+    on_gpu = () if path.stem.endswith("cpu") else ("gpu", "driver", "triton")
     for name in (*on_gpu, "torch", "commit", "command"):
         assert provenance[name], name
 
