@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import pickle
@@ -61,6 +62,7 @@ class CompileJob:
         self._closed = False
         self._compiled: Callable[..., Any] | None = None
         self._error: Exception | None = None
+        atexit.register(self.close)
         # Loading what was compiled takes seconds too, and most of them wait.
         self._thread = threading.Thread(target=self._load, name="hybridgen-compile", daemon=True)
         self._thread.start()
@@ -94,6 +96,7 @@ class CompileJob:
         except Exception as error:  # told by `result`
             self._error = error
         finally:
+            atexit.unregister(self.close)
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -101,3 +104,5 @@ class CompileJob:
         self._closed = True
         if self._process.poll() is None:
             self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -79,7 +79,10 @@ def test_recorded_operators_give_the_tokens_of_hugging_face(
 def test_a_model_that_looks_at_values_runs_as_it_is(tmp_path: Path) -> None:
     path = families.write("gpt2", tmp_path)
     expected = expected_of(path)
-    with Engine.load(str(path), compile_cache=False, **SETTINGS) as engine, pytest.warns(RuntimeWarning, match="values"):
+    with (
+        Engine.load(str(path), compile_cache=False, **SETTINGS) as engine,
+        pytest.warns(RuntimeWarning, match="values"),
+    ):
         for _ in range(3):
             assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
         assert kinds_of(engine) == {"layers, eager"}
