@@ -79,12 +79,10 @@ def test_recorded_operators_give_the_tokens_of_hugging_face(
 def test_a_model_that_looks_at_values_runs_as_it_is(tmp_path: Path) -> None:
     path = families.write("gpt2", tmp_path)
     expected = expected_of(path)
-    with (
-        Engine.load(str(path), compile_cache=False, **SETTINGS) as engine,
-        pytest.warns(RuntimeWarning, match="values"),
-    ):
-        for _ in range(3):
+    with Engine.load(str(path), compile_cache=False, **SETTINGS) as engine:
+        with pytest.warns(RuntimeWarning, match="values"):
             assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
+        assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
         assert kinds_of(engine) == {"layers, eager"}
         assert engine.stats().graphs.failures
 
@@ -122,7 +120,7 @@ def test_a_step_that_looks_at_values_is_refused() -> None:
         lambda: values[values > 0],
         lambda: torch.rand(2),
     ):
-        with pytest.raises(RuntimeError, match="values|follow"):
+        with pytest.raises(RuntimeError, match="values"):
             record_step(look)
 
 
