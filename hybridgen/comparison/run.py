@@ -9,9 +9,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from hybridgen.comparison import results
@@ -33,9 +33,10 @@ from hybridgen.comparison.subjects import (
     compile_something,
     names,
 )
-from hybridgen.comparison.utilisation import device_busy
+from hybridgen.comparison.utilisation import cuda_probe, device_shares
 from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import Completion
+from hybridgen.device.memory import taken
 from hybridgen.engine.preflight import check_config
 from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, described
@@ -49,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 UTILISATION_TOKENS = 16
 """New tokens of a call under the profiler, whose record of a long one takes long to read."""
-UTILISATION_CALLS = 3
 _LOADING = ("dtype", "device", "revision", "trust_remote_code", "allow_pickle", "local_files_only", "progress")
 """Fields of `EngineConfig` that say how a model is opened."""
 
@@ -60,7 +60,7 @@ class _Built:
 
     result: SubjectResult
     growth: int | None = None
-    """Device memory that building it took."""
+    """Memory that building it took."""
 
 
 @dataclass
@@ -165,7 +165,7 @@ class _Run:
         result = SubjectResult(name=name, kind=_kind(name, self.config))
         self.built[name] = built = _Built(result)
         release(self.device)
-        free = self._free()
+        before = taken(self.device)
         try:
             if variant is None:
                 path = str(self.checkpoint.name) if self.checkpoint.source is not None else None
@@ -183,8 +183,10 @@ class _Run:
             self.measurement.leave_out(name, result.status, result.error)
             error.__traceback__ = None
         release(self.device)
-        if free is not None:
-            built.growth = free - (self._free() or 0)
+        if before is not None:
+            built.growth = (taken(self.device) or 0) - before
+            if self.device.type == "cpu":  # what was released meanwhile is no gain of this subject
+                built.growth = max(0, built.growth)
 
     def _build_engine(self, name: str, variant: dict[str, Any], result: SubjectResult) -> EngineSubject:
         config = self.config
@@ -210,9 +212,6 @@ class _Run:
             result = SubjectResult(name=name, kind=_kind(name, self.config), status=results.NOT_MEASURED, error=why)
             self.built[name] = _Built(result)
             self.measurement.leave_out(name, results.NOT_MEASURED, why)
-
-    def _free(self) -> int | None:
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
     def _measured(self, subject: str) -> list[Cell]:
         """A subject's cells that went well."""
@@ -245,29 +244,16 @@ class _Run:
         """How busy the device is in short calls: their times first, then the profiler, which slows what follows."""
         listed = [(name, cell) for name in self.subjects for cell in self._measured(name)]
         tokens = min(UTILISATION_TOKENS, self.config.new_tokens)
-        took: dict[Cell, float] = {}
+        calls = {
+            cell: partial(self.subjects[name].call, self.measurement.prompts(cell), tokens) for name, cell in listed
+        }
         try:
-            for index, (name, cell) in enumerate(listed):
-                self.show("utilisation: times", index, len(listed))
-                given, subject = self.measurement.prompts(cell), self.subjects[name]
-                subject.call(given, tokens)
-                took[cell] = statistics.median(self._seconds(subject, given, tokens) for _ in range(UTILISATION_CALLS))
-            for index, (name, cell) in enumerate(listed):
-                self.show("utilisation: profiles", index, len(listed))
-                given, subject = self.measurement.prompts(cell), self.subjects[name]
-                busy = device_busy(lambda s=subject, g=given: s.call(g, tokens), self.device)  # type: ignore[misc]
-                self.busy[cell] = min(1.0, busy / took[cell])
+            for cell in device_shares(calls, cuda_probe(self.device), self.busy, self.show):
+                self.notes.append(f"no GPU utilisation of {_place(cell)}: the profiler saw more work than it takes")
         except KeyboardInterrupt:
             raise
         except Exception as error:  # nothing was lost that was measured before
             self.notes.append(f"GPU utilisation is not complete: {described(error)}")
-
-    def _seconds(self, subject: Subject, given: list[list[int]], tokens: int) -> float:
-        torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        subject.call(given, tokens)
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
 
     def _finish(self, name: str, subject: Subject) -> None:
         """Take a subject's statistics and close it."""
@@ -303,7 +289,8 @@ class _Run:
             row.logit_error = self.logit_errors.get(cell)
             row.gpu_utilisation = self.busy.get(cell)
             if growth is not None and growth >= 0 and record.walls:  # below 0: somebody else gave memory back
-                row.memory = weights + growth + record.peak
+                left = sum(r.left for r in self.measurement.records.values() if r.cell.subject == cell.subject)
+                row.memory = weights + growth + left + record.peak
             if ceiling is not None and row.tpot is not None and traffic is not None and traffic.weights:
                 context = cell.prompt_length + self.config.new_tokens / 2
                 row.mbu = traffic.bandwidth(cell.batch_size, context, row.tpot.p50) / ceiling

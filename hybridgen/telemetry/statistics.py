@@ -84,6 +84,14 @@ class PhaseCounts:
         """Hits over steps, from 0 to 1; None before the first step."""
         return hit_rate(self.hits, self.misses)
 
+    def plus(self, after: PhaseCounts, before: PhaseCounts) -> PhaseCounts:
+        """These and the steps between two snapshots."""
+        return PhaseCounts(
+            hits=self.hits + after.hits - before.hits,
+            padded_hits=self.padded_hits + after.padded_hits - before.padded_hits,
+            misses=self.misses + after.misses - before.misses,
+        )
+
 
 def hit_rate(hits: int, misses: int) -> float | None:
     """Steps that a graph ran as a share of all steps, from 0 to 1; None where there was no step."""

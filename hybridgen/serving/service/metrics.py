@@ -92,12 +92,10 @@ class _Now:
         tokens = {(kind,): count for kind, count in stats.get("tokens", {}).items()}
         yield self._counter("tokens", "Tokens that the engine read and made", tokens, ("kind",))
         yield self._counter("steps", "Steps that ended", {(): health["steps"]})
-        yield self._counter(
-            "graph_steps", "Steps by phase and by what CUDA graphs did for them", graph_counts(stats), ("phase", "result")
-        )
-        rates = self._core.GaugeMetricFamily(
-            "hybridgen_graph_hit_rate", "Share of steps that a CUDA graph ran since the start, 0 to 1", labels=("phase",)
-        )
+        steps = graph_counts(stats)
+        yield self._counter("graph_steps", "Steps by what CUDA graphs did for them", steps, ("phase", "result"))
+        text = "Share of steps that a CUDA graph ran since the start, 0 to 1"
+        rates = self._core.GaugeMetricFamily("hybridgen_graph_hit_rate", text, labels=("phase",))
         for phase, rate in hit_rates(stats).items():
             rates.add_metric((phase,), rate)
         yield rates
