@@ -70,6 +70,11 @@ def device_spans(events: Iterable[Any]) -> Iterator[tuple[float, float]]:
             yield event.time_range.start / 1e6, event.time_range.end / 1e6
 
 
+def device_busy(call: Call, probe: Probe) -> float:
+    """Seconds in which the device works during a call, by the profiler. Nothing is to be timed after this."""
+    return busy(device_spans(probe.record(call)))
+
+
 def cpu_share(cpu: Iterable[float], wall: Iterable[float]) -> float | None:
     """CPU seconds of some calls over their wall seconds; 1 is one busy core. None where there was no call."""
     seconds = sum(wall)
@@ -121,7 +126,7 @@ def device_shares(
     wrong = []
     for index, (key, call) in enumerate(calls.items()):
         show("utilisation: profiles", index, len(calls))
-        share = device_share(busy(device_spans(probe.record(call))), took[key])
+        share = device_share(device_busy(call, probe), took[key])
         if share is None:
             wrong.append(key)
         else:

@@ -380,7 +380,7 @@ class GraphStore:
             bytes=self.bytes,
             hits=self._hits.total(),
             padded_hits=self._padded_hits.total(),
-            misses=self._misses_by(lambda phase, reason: reason) if self.records else {},
+            misses=dict(self._misses_by(lambda phase, reason: reason)) if self.records else {},
             phases=self._by_phase() if self.records else {},
             lazy_captures=self._lazy_captures,
             evictions=self._evictions,
