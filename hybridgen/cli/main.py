@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what this machine can do, and why not")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--model", help="also load this model (path or hub id) and go through docs/production.md")
+    _add_engine_options(doctor)
     return parser
 
 
@@ -424,11 +426,13 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from hybridgen.cli.doctor import examine
+    from hybridgen.cli.doctor import examine, examine_model
 
     if sys.stdout is None:
         raise HybridgenError("standard output is closed; leave it open")
     findings = examine()
+    if arguments.model is not None:
+        findings += examine_model(arguments.model, _given(arguments, _ENGINE_OPTIONS))
     if arguments.json:
         _print_json([finding._asdict() for finding in findings])
     else:
