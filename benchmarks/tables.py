@@ -197,19 +197,20 @@ def memory_limit(results: list[Result]) -> list[str]:
             "-" if row.get("mbu") is None else f"{row['mbu']:.1%}",
             f"{row['batch'] / row['step_us'] * 1e6:,.0f}",
             _number(row["first_token_ms"], 2),
+            *(_share(row.get(f"{name}_utilisation")) for name in ("cpu", "gpu")),
         ]
         for result in results
         for row in result["rows"]
     ]
-    head = ["", "", "µs per step", "floor, µs", "MBU", "tokens/s", "a call for 1 token, ms"]
+    head = ["", "", "µs per step", "floor, µs", "MBU", "tokens/s", "a call for 1 token, ms", "CPU", "GPU"]
     return table(head, rows, 2)
 
 
 def ttft(results: list[Result]) -> list[str]:
-    """Time to first token and its 99th percentile, by prompt length and mode, beside the agreement of tokens."""
+    """The table by prompt length: TTFT with its 99th percentile, what graphs ran, memory, utilisation, agreement."""
     rows = []
     for result in results:
-        for row in sorted(result["rows"], key=lambda row: row["prompt"]):
+        for row in [*sorted(result["rows"], key=lambda row: row["prompt"]), *averages(result["rows"])]:
             known = row["status"] == "ok" and row["calls"]
             rows.append(
                 [
@@ -217,6 +218,9 @@ def ttft(results: list[Result]) -> list[str]:
                     f"`{row['mode']}`",
                     *(_number(row[f"ttft_{part}_ms"], 2) for part in ("mean", "std", "p50", "p99")),
                     *(_number(row[f"tpot_{part}_ms"], 2) for part in ("p50", "p99")),
+                    _graphs_used(row.get("graphs")),
+                    _number(None if row.get("memory_bytes") is None else row["memory_bytes"] / 2**30, 2),
+                    *(_share(row.get(f"{name}_utilisation")) for name in ("cpu", "gpu")),
                     _share(row["mbu"]),
                     _share(row["equal_tokens"]),
                     "-" if row["logit_error"] is None else f"{row['logit_error']:.2g}",
@@ -226,9 +230,39 @@ def ttft(results: list[Result]) -> list[str]:
     # A 99th percentile by nearest rank is the largest value below 100 calls.
     few = all(row["calls"] < 100 for result in results for row in result["rows"])
     tail = "worst" if few else "p99"
-    head = ["prompt", "mode", "TTFT mean, ms", "std", "p50", tail, "TPOT p50, ms", tail, "MBU", "= eager"]
-    lines = table([*head, "logit error", "calls (ended by)"], rows, 2)
+    head = ["prompt", "mode", "TTFT mean, ms", "std", "p50", tail, "TPOT p50, ms", tail, _GRAPHS_USED, "memory, GiB"]
+    lines = table([*head, "CPU", "GPU", "MBU", "= eager", "logit error", "calls (ended by)"], rows, 2)
     return [*lines, "", *(line for result in results for line in _lowest(result, tail))]
+
+
+_GRAPHS_USED = "steps by graphs of the start / later ones / none"
+
+
+def _graphs_used(graphs: dict[str, Any] | None) -> str:
+    return "-" if graphs is None else " / ".join(f"{graphs[name]:,}" for name in ("pre_captured", "lazy", "none"))
+
+
+def averages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each mode over its prompt lengths: the mean of every figure that all of them have; of steps and calls
+    the sum. Modes with a row that was not measured have none, since it would be an average of other prompts."""
+    found = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        own = [row for row in rows if row["mode"] == mode]
+        if any(row["status"] != "ok" for row in own):
+            continue
+        average: dict[str, Any] = {"mode": mode, "prompt": "average", "status": "ok", "stopped": f"{len(own)} prompts"}
+        average["calls"] = sum(row["calls"] for row in own)
+        for name in own[0]:
+            if name in average or isinstance(own[0][name], str):
+                continue
+            values = [row.get(name) for row in own]
+            numbers = [value for value in values if isinstance(value, (int, float))]
+            average[name] = sum(numbers) / len(numbers) if len(numbers) == len(values) else None
+        if all(row.get("graphs") is not None for row in own):
+            names = ("pre_captured", "lazy", "none")
+            average["graphs"] = {name: sum(row["graphs"][name] for row in own) for name in names}
+        found.append(average)
+    return found
 
 
 def _lowest(result: Result, tail: str) -> list[str]:

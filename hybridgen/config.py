@@ -284,8 +284,8 @@ class EngineConfig:
     """Graphs that are kept; the least recently used is dropped before another is captured."""
     max_graph_memory: int | str | None = field(default=None, metadata=about(parse_bytes, in_key=False))
     """Bytes that the captures of the graphs kept may have taken, or a text such as "512MiB"; above it the least
-    recently used is dropped. Graphs share a pool of memory: what one took from it is for the others when it is dropped,
-    and goes back to the device with the last."""
+    recently used is dropped. Graphs share a pool of memory: what one took from it is for the others when it is dropped.
+    With the last graph the pool goes, and its memory goes back to the device."""
     max_padding_ratio: float | None = field(default=None, metadata=about(_ratio, in_key=False))
     """Padding to a bucket up to this share of a step's size (1 doubles it). Else what the measured times say."""
     validate: bool = field(default=False, metadata=about(switch, in_key=False))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hybridgen import EngineConfig
+from hybridgen.comparison.measuring.utilisation import Probe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HELPERS = ("common.py", "lookup.py", "tables.py", "requirements.py", "targets.py")
@@ -66,3 +70,58 @@ def test_every_switch_has_a_variant_or_a_reason(monkeypatch: pytest.MonkeyPatch)
     for name, options in ablation.VARIANTS.items():
         config = EngineConfig(**options)
         assert all(getattr(config, field) != getattr(EngineConfig(), field) for field in options), name
+
+
+def test_the_gpu_s_share_of_a_benchmark_is_of_the_call_that_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels cover 0.25 of the 0.5 s that the short call took before; seven times as much is no share."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    memory_limit = importlib.import_module("memory_limit")
+    called: list[int] = []
+
+    def cases(model: object, arguments: object, add: Callable[..., None]) -> None:
+        add("hybrid", 1, None, called.append)
+        add("hybrid", 8, None, called.append)
+
+    def record(call: Callable[[], object]) -> list[object]:
+        call()
+        times = SimpleNamespace(start=0, end=250_000)
+        return [SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, time_range=times)]
+
+    monkeypatch.setattr(memory_limit, "engine_cases", cases)
+    rows = [
+        {"model": "m", "what": "hybrid", "batch": batch, "short_call_s": took} for batch, took in ((1, 0.5), (8, 0.03))
+    ]
+    arguments = SimpleNamespace(new=256)
+    memory_limit.profile_cases(None, rows, arguments, Probe(lambda: None, record))
+    assert [row["gpu_utilisation"] for row in rows] == [0.5, None]
+    assert set(called) == {memory_limit.UTILISATION_TOKENS}
+
+
+def test_the_table_by_prompt_length_is_printed_and_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TTFT, p99, graphs and memory of each prompt, and an average of each mode, in one table, on any machine."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    output = tmp_path / "ttft.json"
+    options = ["--smoke", "--modes", "eager", "hybrid", "--baselines", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["ttft.py", *options])
+    importlib.import_module("ttft").main()
+    result = json.loads(output.read_text())
+    for row in result["rows"]:
+        assert row["ttft_p99_ms"] > 0
+        assert row["memory_bytes"] > 0
+        assert row["cpu_utilisation"] > 0
+        steps = sum(row["graphs"][name] for name in ("pre_captured", "lazy", "none"))
+        assert steps == 2 * 3  # calls of three tokens
+        assert (row["graphs"]["hit_rate"] is None) == (row["mode"] == "eager")
+    assert [row["mode"] for row in result["averages"]] == ["eager", "hybrid"]
+    for average in result["averages"]:
+        own = [row for row in result["rows"] if row["mode"] == average["mode"]]
+        for name in ("ttft_mean_ms", "ttft_p99_ms", "memory_bytes"):
+            assert average[name] == pytest.approx(sum(row[name] for row in own) / 2)
+    printed = capsys.readouterr().out
+    [head] = [line for line in printed.splitlines() if line.startswith("| prompt |")]
+    assert all(name in head for name in ("TTFT mean, ms", "steps by graphs", "memory, GiB", "CPU", "GPU"))
+    assert [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| tiny")] == [
+        "| tiny, 5", "| tiny, 5", "| tiny, 20", "| tiny, 20", "| tiny, average", "| tiny, average",
+    ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import random
 import re
 import warnings
@@ -236,6 +237,11 @@ def test_completions_name_the_stand_in_and_the_bucket(path: Path) -> None:
         stats = engine.stats().graphs
         assert (stats.hits, stats.padded_hits, stats.lazy_captures, stats.evictions) == (7, 4, 0, 0)
         assert stats.misses == {"above the largest bucket, 32": 1}
+        values = json.loads(json.dumps(engine.stats().as_dict()))["graphs"]
+        assert values["misses"] == stats.misses
+        rates = {phase: counts["hit_rate"] for phase, counts in values["phases"].items()}
+        assert rates == {"prefill": 1 / 2, "decode": 1.0}
+        assert stats.hit_rate == 7 / 8
         assert {row.owner for row in stats.graphs} == {"stand-in"}
 
 

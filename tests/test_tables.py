@@ -102,12 +102,47 @@ def test_a_row_that_could_not_be_measured_says_so(tables: ModuleType, tmp_path: 
     row |= {"equal_tokens": None, "logit_error": None, **times}
     good = {**row, "mode": "hybrid", "status": "ok", "calls": 20, "stopped": "interval", "equal_tokens": 1.0}
     good |= {"ttft_mean_ms": 5.125, "ttft_p99_ms": 6.0, "mbu": 0.5, "logit_error": 0.0125}
+    good |= {"graphs": {"pre_captured": 200, "lazy": 3, "none": 1}, "memory_bytes": 2.5 * 2**30}
+    good |= {"cpu_utilisation": 1.25, "gpu_utilisation": 0.8}
     write(tmp_path, "ttft-x.json", model="m", rows=[row, good])
     text = tables.rewritten(page("ttft"), tmp_path)
-    assert "| m, 10 | `jit` | - | - | - | - | - | - | - | - | - | out of memory |" in text
-    assert "| m, 10 | `hybrid` | 5.12 | - | - | 6.00 | - | - | 50.0% | 100.0% | 0.013 | 20 (interval) |" in text
+    assert f"| m, 10 | `jit` |{' - |' * 13} out of memory |" in text
+    known = "200 / 3 / 1 | 2.50 | 125.0% | 80.0% | 50.0% | 100.0% | 0.013"
+    assert f"| m, 10 | `hybrid` | 5.12 | - | - | 6.00 | - | - | {known} | 20 (interval) |" in text
     assert "- m, lowest worst TTFT: `hybrid` at 10." in text
     assert "- m, lowest median TTFT: nothing measured." in text
+
+
+def test_the_average_of_a_mode_is_over_all_of_its_prompts(tables: ModuleType) -> None:
+    def row(mode: str, prompt: int, **figures: Any) -> dict[str, Any]:
+        return {
+            "mode": mode,
+            "prompt": prompt,
+            "batch": 1,
+            "status": "ok",
+            "calls": 50,
+            "stopped": "interval",
+        } | figures
+
+    graphs = {"pre_captured": 10, "lazy": 2, "padded": 1, "none": 3}
+    rows = [
+        row("hybrid", 10, ttft_mean_ms=5.0, mbu=None, graphs=graphs),
+        row("hybrid", 50, ttft_mean_ms=8.0, mbu=0.5, graphs=graphs),
+        row("jit", 10, ttft_mean_ms=9.0, mbu=0.25, graphs=None),
+        row("jit", 50, ttft_mean_ms=None, mbu=None, graphs=None) | {"status": "out of memory"},
+    ]
+    [average] = tables.averages(rows)  # what jit needs for 50 is not known, and so not for both
+    assert (average["mode"], average["prompt"], average["ttft_mean_ms"]) == ("hybrid", "average", 6.5)
+    assert (average["mbu"], average["calls"], average["stopped"]) == (None, 100, "2 prompts")
+    assert average["graphs"] == {"pre_captured": 20, "lazy": 4, "none": 6}
+
+
+def test_decode_steps_have_their_utilisation(tables: ModuleType, tmp_path: Path) -> None:
+    row = {"model": "m", "what": "hybrid", "batch": 2, "step_us": 500.0, "first_token_ms": 3.0}
+    write(tmp_path, "memory-limit-x.json", rows=[row, {**row, "cpu_utilisation": 1.04, "gpu_utilisation": 0.97}])
+    text = tables.rewritten(page("memory-limit"), tmp_path)
+    assert "| m, batch 2 | hybrid | 500.0 | - | - | 4,000 | 3.00 | - | - |" in text
+    assert "| m, batch 2 | hybrid | 500.0 | - | - | 4,000 | 3.00 | 104.0% | 97.0% |" in text
 
 
 def test_throughput_has_the_spread_of_its_runs(tables: ModuleType, tmp_path: Path) -> None:

@@ -8,12 +8,19 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hybridgen.cli import options
 from hybridgen.cli.output import check_output_is_open, say, say_json
-from hybridgen.errors import described
+from hybridgen.errors import HybridgenError, described
+
+if TYPE_CHECKING:
+    from hybridgen.engine import Engine
+    from hybridgen.telemetry.statistics import EngineStats
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "accelerate")
 
@@ -31,12 +38,16 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="say what this machine can do, and why not")
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--model", help="also load this model (path or hub id) and go through docs/production.md")
+    options.add_fields(parser, options.ENGINE)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; returns the exit status."""
     check_output_is_open()
     findings = examine()
+    if arguments.model is not None:
+        findings += examine_model(arguments.model, options.given(arguments, options.ENGINE))
     if arguments.json:
         say_json([finding._asdict() for finding in findings])
     else:
@@ -161,3 +172,197 @@ def _try_compile() -> str | None:
     if not torch.allclose(compiled, double(x)):
         return "torch.compile gave another result than eager; the tool chain is broken"
     return None
+
+
+# What a model in production is looked at for; docs/production.md has the same ten points.
+
+_PROMPTS = (10, 50, 100)
+"""Tokens of the prompts that the checklist runs, each alone and all together."""
+_NEW_TOKENS = 16
+_LEAST_HIT_RATE = 0.9
+"""Share of decode steps that graphs should run."""
+_LARGEST_ERROR = {"float32": 1e-3}
+_LARGEST_ERROR_HALF = 0.25
+"""Largest difference of log-probabilities to mode eager's: half precision rounds otherwise in another kernel."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An engine that ran a few prompts, and what is known of it."""
+
+    engine: Engine
+    stats: EngineStats
+    """After the prompts."""
+    error: float | None
+    """Largest difference of log-probabilities to mode eager's; None where no token could be compared."""
+    share: float
+    """Tokens that equal mode eager's."""
+    events: Counter[str]
+    """Of `on_graph_event`, by kind."""
+    busy: str
+    """How busy processor and device were in a call."""
+
+
+class Point(NamedTuple):
+    """One point of the checklist."""
+
+    name: str
+    call: str
+    """What shows it on a running engine, as Python."""
+    look: Callable[[Checked], tuple[bool, str]]
+    """Whether it is well, and what was seen."""
+
+
+def examine_model(model: str, fields: Mapping[str, Any]) -> list[Finding]:
+    """Load a model, run a few prompts in it and in mode eager, and go through the checklist for production.
+
+    Args:
+        fields: of `EngineConfig`.
+    """
+    try:
+        checked = _run_model(model, fields)
+    except HybridgenError as error:
+        return [Finding("model", False, f"{type(error).__name__}: {error}")]
+    with checked.engine:
+        found = [(point, *point.look(checked)) for point in CHECKLIST]
+    return [Finding(point.name, ok, f"{seen} [{point.call}]") for point, ok, seen in found]
+
+
+def _run_model(model: str, fields: Mapping[str, Any]) -> Checked:
+    from hybridgen.comparison.data.checks import REPORTED, logit_error
+    from hybridgen.comparison.data.statistics import agreement
+    from hybridgen.engine import Engine
+
+    greedy: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    with Engine.load(model, **{**fields, "mode": "eager"}) as engine:
+        prompts = _prompts(engine)
+        expected = engine.generate(prompts, logprobs=REPORTED, **greedy)
+    events: Counter[str] = Counter()
+    given = {**fields, "validate": True, "on_graph_event": lambda event: events.update([str(event.kind)])}
+    engine = Engine.load(model, **given)
+    try:
+        for prompt in prompts:
+            engine.generate(prompt, **greedy)
+        engine.generate(prompts, **greedy)
+        stats = engine.stats()
+        found = engine.generate(prompts, logprobs=REPORTED, **greedy)
+        tokens, reference = ([list(out.token_ids) for out in outs] for outs in (found, expected))
+        error, share = logit_error(found, expected), agreement(tokens, reference).share
+        busy = _busy(engine, lambda: engine.generate(prompts[0], **greedy))
+    except BaseException:
+        engine.close()
+        raise
+    return Checked(engine, stats, error, share, events, busy)
+
+
+def _prompts(engine: Engine) -> list[list[int]]:
+    """Prompts of ids that any vocabulary has, as long as the context allows."""
+    room = min(engine.max_context, engine.cache_tokens // len(_PROMPTS)) - _NEW_TOKENS
+    vocabulary = engine.checkpoint.vocab_size
+    return [[(7 * i + length) % vocabulary for i in range(max(1, min(length, room)))] for length in _PROMPTS]
+
+
+def _busy(engine: Engine, call: Callable[[], object]) -> str:
+    from hybridgen.comparison.measuring.utilisation import cpu_of, cuda_probe, device_shares
+
+    device = engine.checkpoint.device
+    probe = cuda_probe(device)
+    if device.type != "cuda":
+        return f"CPU {cpu_of(call, 3, lambda: None) or 0:.0%} (100 % is one busy core) in a call"
+    cpu = cpu_of(call, 3, probe.wait)
+    found: dict[str, float] = {}
+    device_shares({"call": call}, probe, found)
+    shown = f"{found['call']:.0%}" if found else "unknown"
+    return f"CPU {cpu or 0:.0%} (100 % is one busy core), GPU {shown} in a call"
+
+
+def _capture_sizes(checked: Checked) -> tuple[bool, str]:
+    stats = checked.stats
+    if not stats.graphs.graphs:
+        return not stats.graphs.failures, f"mode {stats.mode} holds no graphs"
+    sizes = {
+        phase: sorted({row.tokens for row in stats.graphs.graphs if row.phase == phase})
+        for phase in ("decode", "prefill")
+    }
+    shown = [f"{phase} {', '.join(map(str, found)) or 'none'}" for phase, found in sizes.items()]
+    return not stats.graphs.failures, "; ".join(shown)
+
+
+def _pool(checked: Checked) -> tuple[bool, str]:
+    graphs, limit = checked.stats.graphs, checked.engine.config.max_graph_memory
+    bound = "no max_graph_memory" if limit is None else f"max_graph_memory={limit}"
+    return not graphs.evictions, f"{graphs.bytes / 2**20:,.1f} MiB for all graphs, {bound}, {graphs.evictions} evicted"
+
+
+def _fallback(checked: Checked) -> tuple[bool, str]:
+    stats = checked.stats
+    missed = [f"{count} steps without a graph: {reason}" for reason, count in stats.graphs.misses.items()]
+    other = [f"{count} times: {reason}" for reason, count in stats.fallbacks.items()]
+    return not other, "; ".join([*missed, *other]) or "nothing ran another way than asked for"
+
+
+def _hit_rate(checked: Checked) -> tuple[bool, str]:
+    phases = checked.stats.graphs.phases
+    if not phases:
+        return True, f"mode {checked.stats.mode} records no steps"
+    decode = phases["decode"].hit_rate if "decode" in phases else None
+    shown = [f"{phase} {counts.hit_rate:.1%}" for phase, counts in phases.items() if counts.hit_rate is not None]
+    return decode is not None and decode >= _LEAST_HIT_RATE, ", ".join(shown)
+
+
+def _alerts(checked: Checked) -> tuple[bool, str]:
+    failures = checked.stats.graphs.capture_failures
+    told = ", ".join(f"{count} {kind}" for kind, count in sorted(checked.events.items())) or "nothing"
+    return not failures, f"{failures} captures failed; on_graph_event told of {told}; hybridgen serve --metrics PORT"
+
+
+def _validation(checked: Checked) -> tuple[bool, str]:
+    graphs = checked.stats.graphs
+    wrong = [what for what, why in graphs.failures.items() if "gave other values" in why]
+    replayed = sum(row.hits > 0 for row in graphs.graphs)
+    return not wrong, f"{replayed} graphs compared at their first replay, {len(wrong)} wrong"
+
+
+def _numerics(checked: Checked) -> tuple[bool, str]:
+    largest = _LARGEST_ERROR.get(checked.stats.dtype, _LARGEST_ERROR_HALF)
+    ok = checked.error is not None and checked.error <= largest
+    error = (
+        "no tokens compared" if checked.error is None else f"log-probabilities differ by at most {checked.error:.2g}"
+    )
+    return ok, f"{checked.share:.1%} of tokens equal mode eager's, {error} (limit {largest:g})"
+
+
+def _profiling(checked: Checked) -> tuple[bool, str]:
+    return True, f"decode: {checked.stats.decode.summary()}; {checked.busy}"
+
+
+def _warm_up(checked: Checked) -> tuple[bool, str]:
+    stats = checked.stats
+    parts = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in stats.startup.items() if seconds >= 0.05)
+    later = f"{stats.late_compiles} functions compiled and {stats.graphs.lazy_captures} graphs captured after it"
+    return not stats.late_compiles, f"{parts or 'at once'}; {later}"
+
+
+def _memory(checked: Checked) -> tuple[bool, str]:
+    from hybridgen.device.memory import taken  # needs torch
+
+    stats = checked.stats
+    used = taken(checked.engine.checkpoint.device)
+    whole = "" if used is None else f"; {used / 2**30:,.2f} GiB taken in all"
+    pages = f"{stats.free_pages} of {stats.pages} pages free after the calls"
+    return stats.free_pages == stats.pages, f"KV cache {stats.cache_bytes / 2**20:,.0f} MiB, {pages}{whole}"
+
+
+CHECKLIST = (
+    Point("capture sizes", "engine.stats().graphs.graphs", _capture_sizes),
+    Point("pool", "engine.stats().graphs.bytes", _pool),
+    Point("fallback", "engine.stats().fallbacks", _fallback),
+    Point("hit rate", "engine.stats().graphs.hit_rate", _hit_rate),
+    Point("alerts", "engine.stats().graphs.capture_failures", _alerts),
+    Point("validation", "engine.stats().graphs.failures", _validation),
+    Point("numerics", "engine.generate(prompts, temperature=0, logprobs=5)", _numerics),
+    Point("profiling", "engine.stats().decode", _profiling),
+    Point("warm-up", "engine.stats().startup", _warm_up),
+    Point("memory", "engine.stats().cache_bytes", _memory),
+)
+"""The ten points, in the order of docs/production.md."""

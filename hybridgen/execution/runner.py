@@ -270,7 +270,7 @@ class ModelRunner:
 
     def _count(self, route: Route) -> None:
         if route.recording is None:
-            self.graphs.count_miss(route.reason)
+            self.graphs.count_miss(route.key.phase, route.reason)
         else:
             self.graphs.count_hit(route.recording, padded=route.padded)
         if route.wanted is not None:

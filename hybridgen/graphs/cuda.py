@@ -19,6 +19,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -36,6 +37,22 @@ _kept: list[object] = []
 _WARM_UPS = 2
 
 
+@dataclass(eq=False)
+class _Pool:
+    """Memory that graphs share, and a graph that stays in it.
+
+    Torch 2.11 gives up its pinned-memory side of a pool with the pool's last graph, and then cannot capture into it
+    again. So the memory goes back to the device when no other graph is left: the anchor and the pool go, and the next
+    capture opens another.
+    """
+
+    memory: torch.cuda.MemPool | None
+    anchor: torch.cuda.CUDAGraph | None
+    """Both None once they were given up."""
+    graphs: int = 0
+    """Captured in it and not released."""
+
+
 class CudaGraphRecorder:
     """Captures steps on a stream of its own."""
 
@@ -44,8 +61,7 @@ class CudaGraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool: torch.cuda.MemPool | None = None
-        self._anchor: torch.cuda.CUDAGraph | None = None
+        self._pool: _Pool | None = None
         self._scratch = torch.zeros(1, device=device)
         self._wait = partial(torch.cuda.synchronize, device)
 
@@ -56,14 +72,16 @@ class CudaGraphRecorder:
             Exception: whatever the step or the capture raises; earlier recordings stay usable.
         """
         with CAPTURING:
-            return self._record(step, known)
+            torch.cuda.synchronize(self._device)
+            pool = self._pool or self._open_pool()
+            try:
+                return self._record(pool, step, known)
+            finally:
+                self._give_back(pool)
 
-    def _record(self, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
-        torch.cuda.synchronize(self._device)
-        if self._pool is None:
-            self._open_pool()
+    def _record(self, pool: _Pool, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         free = torch.cuda.mem_get_info(self._device)[0]
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(cast(Any, self._pool), self._device):
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(cast(Any, pool.memory), self._device):
             for _ in range(_WARM_UPS if known is None else _WARM_UPS - 1):  # the run that checks a time is one, too
                 step()
             plain = checked_seconds(step, self._wait, None if known is None else known[0])
@@ -72,15 +90,16 @@ class CudaGraphRecorder:
         graph = torch.cuda.CUDAGraph()
         try:
             with _no_garbage_collection(), torch.cuda.stream(self._stream):
-                self._capture(graph, step)
+                self._capture(graph, pool, step)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
+        pool.graphs += 1
         graph.replay()  # the first one uploads it: not in a user's step, nor in what is timed
         seconds = checked_seconds(graph.replay, self._wait, None if known is None else known[1])
         used = max(0, free - torch.cuda.mem_get_info(self._device)[0])
         return Recorded(
             replay=graph.replay,
-            release=graph.reset,
+            release=partial(self._release, graph, pool),
             owner=OWNER,
             plain_seconds=plain,
             seconds=seconds,
@@ -89,24 +108,39 @@ class CudaGraphRecorder:
         )
 
     def close(self) -> None:
-        """Give up the pool; its memory is freed with the last graph."""
-        self._anchor = self._pool = None
+        """Give up the pool; its memory goes back to the device with its last graph."""
+        if self._pool is not None:
+            self._give_back(self._pool)
+        self._pool = None
 
-    def _open_pool(self) -> None:
-        """A pool, and a graph that stays in it.
+    def _release(self, graph: torch.cuda.CUDAGraph, pool: _Pool) -> None:
+        """Give up a graph, and with the last of a pool the pool."""
+        graph.reset()
+        pool.graphs -= 1
+        self._give_back(pool)
 
-        Torch 2.11 gives up its pinned-memory side of a pool with the pool's last graph, and then cannot capture into it
-        again.
-        """
-        self._pool = torch.cuda.MemPool()
-        self._anchor = torch.cuda.CUDAGraph()
+    def _give_back(self, pool: _Pool) -> None:
+        """Give a pool's memory back to the device, if no graph is left in it; the next capture opens another."""
+        if pool.graphs or pool.anchor is None:
+            return
+        with CAPTURING:  # nothing is freed while another engine captures
+            if pool is self._pool:
+                self._pool = None
+            torch.cuda.synchronize(self._device)  # nothing that still runs may be in it
+            pool.anchor.reset()
+            pool.anchor = pool.memory = None
+            torch.cuda.empty_cache()
+
+    def _open_pool(self) -> _Pool:
+        pool = self._pool = _Pool(torch.cuda.MemPool(), torch.cuda.CUDAGraph())
         with torch.cuda.stream(self._stream):
-            self._capture(self._anchor, self._scratch.zero_)
+            self._capture(cast(torch.cuda.CUDAGraph, pool.anchor), pool, self._scratch.zero_)
+        return pool
 
-    def _capture(self, graph: torch.cuda.CUDAGraph, step: Callable[[], object]) -> None:
-        pool = cast(torch.cuda.MemPool, self._pool)
+    def _capture(self, graph: torch.cuda.CUDAGraph, pool: _Pool, step: Callable[[], object]) -> None:
+        memory = cast(torch.cuda.MemPool, pool.memory)
         try:
-            graph.capture_begin(pool=cast(Any, pool.id), capture_error_mode="thread_local")
+            graph.capture_begin(pool=cast(Any, memory.id), capture_error_mode="thread_local")
         except BaseException:
             self._recover(graph, pool)
             raise
@@ -117,7 +151,7 @@ class CudaGraphRecorder:
             raise
         self._end(graph, pool, failed=False)
 
-    def _end(self, graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool, *, failed: bool) -> None:
+    def _end(self, graph: torch.cuda.CUDAGraph, pool: _Pool, *, failed: bool) -> None:
         """End a capture, or what is left of one that an error invalidated."""
         try:
             graph.capture_end()
@@ -127,17 +161,20 @@ class CudaGraphRecorder:
                 raise
             logger.debug("the capture was invalid: %s", error)
 
-    def _recover(self, graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool) -> None:
+    def _recover(self, graph: torch.cuda.CUDAGraph, pool: _Pool) -> None:
         """Put right what a failed `capture_end()` leaves behind in torch 2.11.
 
         The allocator still routes to the pool, which can be ended. The pinned-memory allocator does too, which cannot;
         it asks the graph object whether an allocation belongs to it, so that is kept, and the pool is not captured
-        into again. The default generator believes that it is in a capture, until one ends well.
+        into again, nor given back to the device. The default generator believes that it is in a capture, until one ends
+        well.
         """
-        _kept.extend((graph, pool, self._anchor))
+        memory = cast(torch.cuda.MemPool, pool.memory)
+        _kept.extend((graph, memory, pool.anchor))
         self._pool = None
+        pool.anchor = pool.memory = None
         try:
-            torch._C._cuda_endAllocateToPool(cast(int, self._device.index), pool.id)
+            torch._C._cuda_endAllocateToPool(cast(int, self._device.index), memory.id)
         except RuntimeError as error:
             logger.debug("allocations were not routed to the pool any more: %s", error)
         healing = torch.cuda.CUDAGraph()

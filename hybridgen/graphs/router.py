@@ -13,6 +13,8 @@ from hybridgen.graphs.steps import RunSteps
 from hybridgen.graphs.store import FEW_PROMPTS, GraphStore, Recording
 from hybridgen.models.attention import Phase
 
+FAILED = "failed, see GraphStats.failures"
+"""How the reason of a step ends that has no graph because its capture failed, was not tried, or it was wrong."""
 _MOST_ROUTES = 4096
 """Routes that are remembered: prompts have every length."""
 
@@ -182,7 +184,7 @@ class Router:
         if wanted is None:
             return f"above the largest bucket, {self._store.settings.buckets(key.phase)[-1]}"
         if wanted in self._store.failed:
-            return f"bucket {wanted.size} failed, see GraphStats.failures"
+            return f"bucket {wanted.size} {FAILED}"
         alike = (r.key for r in self._store.recordings if r.key.phase is key.phase and r.key.query_len == key.query_len)
         if any(other.tokens >= key.tokens for other in alike):
             return "no graph with this sampling, or with so many prompts"

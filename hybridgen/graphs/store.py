@@ -19,7 +19,7 @@ from hybridgen.graphs.recorder import NotReadyError, Recorded, Recorder
 from hybridgen.graphs.steps import CapturedSteps
 from hybridgen.graphs.timings import PlainTimings
 from hybridgen.models.attention import Phase
-from hybridgen.telemetry.statistics import Counters, GraphRow, GraphStats
+from hybridgen.telemetry.statistics import Counters, GraphRow, GraphStats, PhaseCounts
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,13 @@ class GraphStore:
         self._patience: dict[GraphKey, int] = {}
         """Uses before an evicted step is recorded again: twice as many each time, or more sizes than are kept would be
         captured in turn for ever."""
-        self._misses: Counter[str] = Counter()
+        self._hits: Counter[Phase] = Counter()
+        self._padded_hits: Counter[Phase] = Counter()
+        self._misses: Counter[tuple[Phase, str]] = Counter()
+        """By phase and reason."""
         self._evictions = 0
         self._lazy_captures = 0
-        self._dropped_hits = Counter[str]()
+        self._capture_failures = 0
         self.suspended: str | None = None
         """Why no step is recorded or replayed for now."""
         self.version = 0
@@ -147,10 +150,12 @@ class GraphStore:
         recording.last_used = self._clock
         recording.hits += 1
         recording.padded_hits += padded
+        self._hits[recording.key.phase] += 1
+        self._padded_hits[recording.key.phase] += padded
 
-    def count_miss(self, reason: str) -> None:
-        """Note that a step ran without a recording."""
-        self._misses[reason] += 1
+    def count_miss(self, phase: Phase, reason: str) -> None:
+        """Note that a step of this phase ran without a recording."""
+        self._misses[phase, reason] += 1
 
     def want(self, key: GraphKey) -> None:
         """Note that a step would have been served better by this recording."""
@@ -278,6 +283,7 @@ class GraphStore:
     def _fail(self, key: GraphKey, error: Exception) -> None:
         message = described(error)
         self.failed[key] = message
+        self._capture_failures += 1
         self._counters.fall_back(f"the capture of {describe(key)} failed, such steps run without it: {message}")
         logger.debug("a capture failed", exc_info=error)
         self._tell(GraphEventKind.FAILED, key, message)
@@ -310,8 +316,6 @@ class GraphStore:
         """Forget a recording; with a reason it is not recorded again."""
         self._recordings.pop(recording.key, None)
         recording.recorded.release()
-        self._dropped_hits["hits"] += recording.hits
-        self._dropped_hits["padded"] += recording.padded_hits
         if why is not None:
             self.failed[recording.key] = why
             self._counters.fall_back(f"{describe(recording.key)} is not used any more: {why}")
@@ -397,13 +401,32 @@ class GraphStore:
                 for r in rows
             ),
             bytes=self.bytes,
-            hits=sum(r.hits for r in rows) + self._dropped_hits["hits"],
-            padded_hits=sum(r.padded_hits for r in rows) + self._dropped_hits["padded"],
-            misses=dict(self._misses) if self._recorder is not None else {},
+            hits=self._hits.total(),
+            padded_hits=self._padded_hits.total(),
+            misses=dict(self._misses_by(lambda phase, reason: reason)) if self.records else {},
+            phases=self._by_phase() if self.records else {},
             lazy_captures=self._lazy_captures,
             evictions=self._evictions,
+            capture_failures=self._capture_failures,
             failures={f"{describe(key)} ({describe_sampler(key)})": why for key, why in dict(self.failed).items()},
         )
+
+    def _misses_by(self, name: Callable[[Phase, str], str]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for (phase, reason), count in dict(self._misses).items():  # a copy: steps may count meanwhile
+            found[name(phase, reason)] += count
+        return found
+
+    def _by_phase(self) -> dict[str, PhaseCounts]:
+        """Counts of every phase that had steps."""
+        misses = self._misses_by(lambda phase, reason: str(phase))
+        return {
+            str(phase): PhaseCounts(
+                hits=self._hits[phase], padded_hits=self._padded_hits[phase], misses=misses[str(phase)]
+            )
+            for phase in Phase
+            if self._hits[phase] or misses[str(phase)]
+        }
 
     def close(self) -> None:
         """Release every recording."""

@@ -69,6 +69,36 @@ class GraphRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseCounts:
+    """Steps of one phase, by what graphs did for them. Steps are `hits + misses`."""
+
+    hits: int = 0
+    """Steps that a graph ran."""
+    padded_hits: int = 0
+    """Those of them that were padded to a larger bucket."""
+    misses: int = 0
+    """Steps that ran without a graph."""
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over steps, from 0 to 1; None before the first step."""
+        return hit_rate(self.hits, self.misses)
+
+    def plus(self, after: PhaseCounts, before: PhaseCounts) -> PhaseCounts:
+        """These and the steps between two snapshots."""
+        return PhaseCounts(
+            hits=self.hits + after.hits - before.hits,
+            padded_hits=self.padded_hits + after.padded_hits - before.padded_hits,
+            misses=self.misses + after.misses - before.misses,
+        )
+
+
+def hit_rate(hits: int, misses: int) -> float | None:
+    """Steps that a graph ran as a share of all steps, from 0 to 1; None where there was no step."""
+    return hits / (hits + misses) if hits + misses else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class GraphStats:
     """What the graph store holds and has done."""
 
@@ -81,10 +111,19 @@ class GraphStats:
     """Those of them that were padded to a larger bucket."""
     misses: Mapping[str, int] = field(default_factory=dict)
     """Steps that ran without a graph, by reason; empty in modes without graphs."""
+    phases: Mapping[str, PhaseCounts] = field(default_factory=dict)
+    """The same steps by phase, `prefill` and `decode`; empty in modes without graphs."""
     lazy_captures: int = 0
     evictions: int = 0
+    capture_failures: int = 0
+    """Captures that were tried and failed."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Messages of failed captures and of graphs that were found wrong."""
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Steps that a graph ran as a share of all steps, from 0 to 1; None where there was no step to record."""
+        return hit_rate(self.hits, sum(self.misses.values()))
 
     def summary(self) -> str:
         """One line."""
@@ -94,6 +133,7 @@ class GraphStats:
             f"{held} ({self.bytes / 2**20:,.0f} MiB)",
             f"{self.hits:,} hits, {self.padded_hits:,} of them padded",
             f"{sum(self.misses.values()):,} misses",
+            *(f"{rate:.1%} of {phase} steps" for phase, rate in _rates(self.phases)),
             f"{self.lazy_captures} captured while idle",
             f"{self.evictions} evicted",
             f"{len(self.failures)} failed",
@@ -211,6 +251,10 @@ class EngineStats:
             {"phase": phase, "kind": kind, "reason": reason, "count": count}
             for (phase, kind, reason), count in self.steps.items()
         ]
+        graphs = values["graphs"]
+        graphs["hit_rate"] = self.graphs.hit_rate
+        for phase, counts in self.graphs.phases.items():
+            graphs["phases"][phase]["hit_rate"] = counts.hit_rate
         return values
 
     def __str__(self) -> str:
@@ -236,6 +280,11 @@ class EngineStats:
             ),
         ]
         return "\n".join(f"{name:<24} {value}" for name, value in rows)
+
+
+def _rates(phases: Mapping[str, PhaseCounts]) -> list[tuple[str, float]]:
+    """The hit rate of each phase that had steps."""
+    return [(phase, counts.hit_rate) for phase, counts in phases.items() if counts.hit_rate is not None]
 
 
 def _timed(row: StartupRow) -> str:

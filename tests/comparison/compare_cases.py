@@ -14,6 +14,7 @@ from hybridgen.comparison.data.schedule import cells
 from hybridgen.comparison.data.statistics import Agreement, summarise
 from hybridgen.comparison.measuring.measure import Measurement
 from hybridgen.comparison.measuring.subjects import Output
+from hybridgen.comparison.measuring.utilisation import Clocks
 from hybridgen.comparison.results import Comparison
 
 SMALL = CompareConfig(
@@ -55,8 +56,23 @@ class Scripted:
         pass
 
 
-def measurement(config: CompareConfig) -> Measurement:
-    return Measurement(config, torch.device("cpu"), 100, lambda what, done, total: None)
+class SyntheticTime:
+    """Clocks that move when they are told to."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def pass_by(self, wall: float, cpu: float) -> None:
+        self.wall += wall
+        self.cpu += cpu
+
+    @property
+    def clocks(self) -> Clocks:
+        return Clocks(lambda: self.wall, lambda: self.cpu)
+
+
+def measurement(config: CompareConfig, clocks: Clocks | None = None) -> Measurement:
+    return Measurement(config, torch.device("cpu"), 100, lambda what, done, total: None, clocks or Clocks())
 
 
 def figures(scale: float, count: int = 20) -> list[float]:
@@ -80,6 +96,10 @@ def comparison(**changes: Any) -> Comparison:
             "lazy": 4,
             "padded": 2,
             "none": 1,
+            "failed": 1,
+            "hit_rate": 44 / 45,
+            "capture_failures": 3,
+            "phases": {"decode": {"hits": 44, "padded_hits": 2, "misses": 1, "hit_rate": 44 / 45}},
             "reasons": {"decode, cuda graph: bucket 1": 44},
         }
         found.append(
@@ -92,6 +112,7 @@ def comparison(**changes: Any) -> Comparison:
                 tpot=summarise(figures(step, 40), 0.95, ()),
                 tokens_per_s=cell.batch_size / step,
                 cpu_per_step=step / 2,
+                cpu_utilisation=1.25,
                 gpu_utilisation=0.5 if engine else None,
                 memory=2**30 + 2**20 * cell.batch_size,
                 mbu=0.8 * speed["hybrid"] / speed[cell.subject],

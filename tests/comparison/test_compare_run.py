@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def test_times_are_of_the_calls(found: Any) -> None:
         assert 0 < cell.ttft.p50 <= cell.ttft.p99 <= max(cell.walls)
         assert cell.tokens_per_s == pytest.approx(cell.batch_size * 4 / cell.wall.p50)
         assert cell.cpu_per_step > 0
-        assert (cell.mbu, cell.gpu_utilisation, cell.memory) == (None, None, None)  # a CPU
+        assert 0 < cell.cpu_utilisation < 2 * (os.cpu_count() or 1)
+        assert (cell.mbu, cell.gpu_utilisation) == (None, None)  # a CPU
+        assert cell.memory >= sum(parameter.nbytes for parameter in found[0].parameters())
 
 
 def test_steps_are_counted_by_how_they_ran(found: Any) -> None:
@@ -71,10 +74,16 @@ def test_steps_are_counted_by_how_they_ran(found: Any) -> None:
         steps = sum(cell.graphs["reasons"].values())
         assert steps == cell.repeats * 4
         assert cell.graphs["pre_captured"] + cell.graphs["lazy"] + cell.graphs["none"] == steps
+        assert (cell.graphs["capture_failures"], cell.graphs["failed"]) == (0, 0)
         if cell.subject in ("eager", "jit"):
             assert cell.graphs["none"] == steps
+            assert (cell.graphs["hit_rate"], cell.graphs["phases"]) == (None, {})
         else:
             assert cell.graphs["pre_captured"] + cell.graphs["lazy"] >= 3 * cell.repeats  # all decode steps
+            assert cell.graphs["hit_rate"] == 1 - cell.graphs["none"] / steps
+            assert cell.graphs["phases"]["decode"] == {
+                "hits": 3 * cell.repeats, "padded_hits": 0, "misses": 0, "hit_rate": 1.0,
+            }  # fmt: skip
             assert any("stand-in" in reason for reason in cell.graphs["reasons"])
 
 

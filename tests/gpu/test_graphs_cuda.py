@@ -16,6 +16,7 @@ import torch
 
 import hybridgen
 from hybridgen.engine.requests import Request
+from hybridgen.graphs.cuda import CudaGraphRecorder
 from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 
@@ -385,6 +386,76 @@ def test_the_last_graph_can_be_evicted_and_another_captured(path: Path) -> None:
                 assert [out.token_ids for out in outs] == expected[:size]
         assert engine.stats().graphs.evictions >= 5
         assert not engine.stats().fallbacks
+
+
+def free_memory() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info()[0]
+
+
+def test_the_last_graph_gives_its_memory_back_to_the_device() -> None:
+    """As the device counts it; the others keep theirs, and the next capture works."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    total = torch.zeros((), device=device)
+    size, slack = 256 * 2**20, 48 * 2**20  # a graph itself takes some of the driver's memory, and that stays
+
+    def step() -> None:
+        total.add_(torch.ones(size // 4, device=device)[-1])
+
+    recorder = CudaGraphRecorder(device)
+    recorder.record(GraphKey.decode(1, GREEDY), total.zero_, None).release()  # what is paid once
+    torch.cuda.empty_cache()
+    before = free_memory()
+    for _ in range(3):
+        total.zero_()
+        first = recorder.record(GraphKey.decode(1, GREEDY), step, None)
+        second = recorder.record(GraphKey.decode(2, GREEDY), step, None)
+        assert before - free_memory() > size - slack
+        first.release()
+        assert before - free_memory() > size - slack  # the other's too
+        total.zero_()
+        second.replay()
+        torch.cuda.synchronize()
+        assert total.item() == 1
+        second.release()
+        assert before - free_memory() < slack
+    recorder.close()
+
+
+def test_a_step_that_fails_before_any_graph_leaves_no_pool() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder = CudaGraphRecorder(device)
+    size = 256 * 2**20
+
+    def step() -> None:
+        torch.ones(size // 4, device=device)
+        raise ValueError("injected")
+
+    recorder.record(GraphKey.decode(1, GREEDY), torch.zeros(1, device=device).zero_, None).release()
+    torch.cuda.empty_cache()
+    before = free_memory()
+    with pytest.raises(ValueError, match="injected"):
+        recorder.record(GraphKey.decode(1, GREEDY), step, None)
+    assert before - free_memory() < size / 2
+    recorder.close()
+
+
+def test_an_engine_whose_graphs_are_all_dropped_has_their_memory_back(path: Path) -> None:
+    prompts = families.prompts_of((9,) * 8)
+    settings = {"decode_buckets": [1, 8], "prefill_buckets": [], "lazy_capture": False}
+    with load(path, mode="graph", **settings) as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, max_new_tokens=6)]
+        graphs = engine._runner.graphs
+        keys = [recording.key for recording in graphs.recordings]
+        held, before = torch.cuda.memory_reserved(), free_memory()
+        with pytest.warns(RuntimeWarning, match="the model changed"):
+            graphs.drop_all("the model changed")
+        assert free_memory() > before
+        assert torch.cuda.memory_reserved() < held
+        engine._runner.capture(keys, lambda: None)
+        assert len(graphs.recordings) == len(keys)
+        assert [out.token_ids for out in engine.generate(prompts, max_new_tokens=6)] == expected
+        assert engine.stats().graphs.hits > 0
 
 
 @pytest.mark.parametrize("graphs", ["manual", "trees"])

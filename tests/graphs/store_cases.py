@@ -117,7 +117,7 @@ class Harness:
             route = self.router.route(key)
             route.run()
             if route.recording is None:
-                self.store.count_miss(route.reason)
+                self.store.count_miss(route.key.phase, route.reason)
             else:
                 self.store.count_hit(route.recording, padded=route.padded)
             if route.wanted is not None:

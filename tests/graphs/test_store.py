@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hybridgen.errors import EngineError
 from hybridgen.graphs import describe
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
+from hybridgen.telemetry.statistics import PhaseCounts
 
 BUCKETS = (1, 2, 4, 8)
 
@@ -116,6 +118,37 @@ def test_capturing_more_than_fit_keeps_the_last() -> None:
         ("release", decode(4)),
         ("record", decode(1)),
     ]
+
+
+def test_rates_are_counted_by_phase_and_outlive_their_graphs() -> None:
+    harness = Harness(prefill=(16,), max_padding_ratio=1)
+    assert harness.store.stats().hit_rate is None
+    harness.store.capture([decode(2), decode(8), prefill(16)])
+    for size, times in ((1, 1), (2, 3), (8, 2), (9, 4)):
+        harness.use(decode(size), times)
+    harness.use(prefill(16), 1)
+    harness.use(prefill(12), 2)
+    harness.use(prefill(99), 3)
+    for gone in range(2):  # as counted, whether the graphs are still held or not
+        stats = harness.store.stats()
+        assert stats.phases == {
+            "prefill": PhaseCounts(hits=3, padded_hits=2, misses=3),
+            "decode": PhaseCounts(hits=6, padded_hits=1, misses=4),
+        }, gone
+        assert {phase: counts.hit_rate for phase, counts in stats.phases.items()} == {"prefill": 0.5, "decode": 0.6}
+        assert (stats.hits, stats.padded_hits, stats.hit_rate) == (9, 3, 9 / 16)
+        assert stats.misses == {"above the largest bucket, 8": 4, "above the largest bucket, 16": 3}
+        with nullcontext() if gone else pytest.warns(RuntimeWarning, match="the model changed"):
+            harness.store.drop_all("the model changed")
+    assert not harness.store.recordings
+
+
+def test_only_captures_that_were_tried_count_as_failed_captures() -> None:
+    harness = Harness(max_padding_ratio=0, errors={8: RuntimeError("refused"), 4: RuntimeError("refused")})
+    with pytest.warns(RuntimeWarning):
+        harness.store.capture([decode(size) for size in BUCKETS])
+    stats = harness.store.stats()
+    assert (stats.capture_failures, len(stats.failures)) == (2, 4)
 
 
 # ------------------------------------------------------------------ memory

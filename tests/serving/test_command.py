@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from wire import environment
 
 import hybridgen
 from hybridgen.cli.main import main
-from hybridgen.serving.service.adapter import EngineModel, graph_counts, plain
+from hybridgen.serving.service.adapter import EngineModel, graph_counts, graph_values, hit_rates, plain
 from hybridgen.serving.service.metrics import Metrics
+from hybridgen.telemetry.statistics import EngineStats, GraphStats, PhaseCounts
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
@@ -83,10 +86,65 @@ def test_metrics_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_graph_counts() -> None:
-    graphs = {"hits": 7, "padded_hits": 2, "misses": {"no bucket": 3, "sampling": 1}}
-    assert graph_counts({"graphs": graphs}) == {"hit": 5, "padded_hit": 2, "miss": 4}
+    decode = PhaseCounts(hits=7, padded_hits=2, misses=1)
+    held = GraphStats(
+        phases={"decode": decode, "prefill": PhaseCounts(misses=3)},
+        misses={"no bucket": 4},
+        evictions=5,
+        capture_failures=2,
+        lazy_captures=6,
+        bytes=2**20,
+        failures={"a": "x", "b": "not tried", "c": "wrong"},
+    )
+    stats = {"graphs": plain(_as_dict(held))}
+    assert graph_counts(stats) == {
+        ("prefill", "hit"): 0,
+        ("prefill", "padded_hit"): 0,
+        ("prefill", "miss"): 3,
+        ("decode", "hit"): 5,
+        ("decode", "padded_hit"): 2,
+        ("decode", "miss"): 1,
+    }
+    assert hit_rates(stats) == {"decode": 7 / 8, "prefill": 0.0}
+    assert graph_values(stats) == {
+        "capture_failures": 2, "evictions": 5, "lazy_captures": 6, "bytes": 2**20, "held": 0, "failed": 3,
+    }  # fmt: skip
     for none in ({}, {"graphs": 3}, {"graphs": {}}):
-        assert graph_counts(none) == {"hit": 0, "padded_hit": 0, "miss": 0}
+        assert set(graph_counts(none).values()) == {0}
+        assert len(graph_counts(none)) == 6
+        assert hit_rates(none) == {}
+        assert set(graph_values(none).values()) == {0}
+
+
+def _as_dict(graphs: GraphStats) -> dict[str, Any]:
+    """The graphs of `EngineStats.as_dict()`."""
+    values = {field.name: None for field in dataclasses.fields(EngineStats)}
+    counted: dict[str, Any] = {key: {} for key in ("steps", "startup", "requests", "tokens", "fallbacks", "fused")}
+    return EngineStats(**values | counted | {"graphs": graphs}).as_dict()["graphs"]
+
+
+def test_a_scrape_has_what_an_alert_needs() -> None:
+    graphs = GraphStats(
+        phases={"decode": PhaseCounts(hits=9, padded_hits=3, misses=3)}, evictions=5, capture_failures=2, bytes=2**20
+    )
+    stats = {"graphs": plain(_as_dict(graphs)), "fallbacks": {"one": 2, "two": 1}}
+    health = {"steps": 12, "clients": 0, "in_flight": 0, "work_age": 0.0, "healthy": True}
+    service = SimpleNamespace(health=lambda: health, generator=SimpleNamespace(snapshot=stats), counts={})
+    metrics = Metrics()
+    metrics.watch(service)  # type: ignore[arg-type]
+    lines = dict(line.rsplit(" ", 1) for line in metrics.text("")[0].decode().splitlines() if line[0] != "#")
+    expected = {
+        'graph_hit_rate{phase="decode"}': 0.75,
+        'graph_steps_total{phase="decode",result="hit"}': 6,
+        'graph_steps_total{phase="decode",result="padded_hit"}': 3,
+        'graph_steps_total{phase="decode",result="miss"}': 3,
+        'graph_steps_total{phase="prefill",result="miss"}': 0,
+        "graph_capture_failures_total": 2,
+        "graph_evictions_total": 5,
+        "graph_bytes": 2**20,
+        "fallbacks_total": 3,
+    }
+    assert {name: float(lines[f"hybridgen_{name}"]) for name in expected} == expected
 
 
 def test_plain_values() -> None:

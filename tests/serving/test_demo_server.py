@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
 import socket
@@ -352,8 +353,10 @@ def test_metrics(demo: Process, client: hybridgen.Client) -> None:
     assert after["hybridgen_pages_free"] == after["hybridgen_pages"] > 0
     assert after["hybridgen_in_flight"] == after["hybridgen_running"] == after["hybridgen_waiting"] == 0
     assert after["hybridgen_healthy"] == 1
-    for result in ("hit", "padded_hit", "miss"):
-        assert f'hybridgen_graph_steps_total{{result="{result}"}}' in after
+    for phase, result in itertools.product(("prefill", "decode"), ("hit", "padded_hit", "miss")):
+        assert f'hybridgen_graph_steps_total{{phase="{phase}",result="{result}"}}' in after
+    for name in ("graph_capture_failures_total", "graph_evictions_total", "graph_bytes"):
+        assert after[f"hybridgen_{name}"] == 0
 
 
 def command(demo: Process, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:

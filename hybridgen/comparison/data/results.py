@@ -45,15 +45,19 @@ class CellResult:
     """Generated tokens of a call over its median time, prefill included."""
     cpu_per_step: float | None = None
     """CPU seconds of the process per step, all threads; a step generates one token for each request."""
+    cpu_utilisation: float | None = None
+    """CPU seconds of the process, all threads, over the wall seconds of its calls: 1 is one busy core."""
     gpu_utilisation: float | None = None
     """Share of a call in which the device was busy."""
     memory: int | None = None
-    """Device memory: the weights, what the engine took at start-up, and the peak of a call above that."""
+    """Device memory: the weights, what the engine took at start-up, and the peak of a call above that. On a CPU the
+    same of the process's resident memory (RSS), what warm-up left taken included."""
     mbu: float | None = None
     """Model bandwidth utilisation of decode: bytes that a step has to read, over the median TPOT and the read
     ceiling."""
     graphs: Mapping[str, Any] | None = None
-    """`pre_captured`, `lazy`, `padded`, `none`, and steps by `reasons`; None for a baseline."""
+    """`pre_captured`, `lazy`, `padded`, `none`, `failed` steps, `hit_rate`, `capture_failures`, counts by `phases`, and
+    steps by `reasons`; None for a baseline."""
     agreement: Agreement | None = None
     """With mode eager's tokens, in the call that agreed least."""
     logit_error: float | None = None

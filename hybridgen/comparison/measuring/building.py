@@ -7,14 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hybridgen.comparison.data.config import REFERENCE, CompareConfig
 from hybridgen.comparison.data.results import MODE, NOT_MEASURED, SubjectResult
 from hybridgen.comparison.data.schedule import kind_of
 from hybridgen.comparison.measuring.baselines import Unavailable, build_baseline
 from hybridgen.comparison.measuring.measure import release, status_of
 from hybridgen.comparison.measuring.subjects import EngineSubject, Subject, build, compile_something
+from hybridgen.device.memory import taken
 from hybridgen.errors import described
 from hybridgen.loading import Checkpoint
 from hybridgen.models.projections import fuse_projections
@@ -32,7 +31,7 @@ class Built:
     subject: Subject | None = None
     """None where it could not be built; the result says why."""
     growth: int | None = None
-    """Bytes of device memory that it took; None on a CPU."""
+    """Bytes of memory that it took (`device.memory.taken`); None where the system does not say."""
 
 
 class Builder:
@@ -94,7 +93,7 @@ class Builder:
         result = SubjectResult(name=name, kind=kind_of(name, self._config))
         built = Built(result)
         release(self._device)
-        free = self._free()
+        before = taken(self._device)
         try:
             variant = self._config.variants.get(name)
             built.subject = self._baseline(result) if variant is None else self._engine(variant, result)
@@ -106,8 +105,10 @@ class Builder:
             logger.debug("a subject failed", exc_info=error)
             error.__traceback__ = None  # its frames hold tensors
         release(self._device)
-        if free is not None:
-            built.growth = free - (self._free() or 0)
+        if before is not None:
+            built.growth = (taken(self._device) or 0) - before
+            if self._device.type == "cpu":  # what was released meanwhile is no gain of this subject
+                built.growth = max(0, built.growth)
         return built
 
     def _baseline(self, result: SubjectResult) -> Subject:
@@ -134,6 +135,3 @@ class Builder:
             parts |= {"fuse projections": self._fuse_seconds}
         result.startup = {**parts, "other": other}
         return subject
-
-    def _free(self) -> int | None:
-        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +17,9 @@ from hybridgen.comparison.data.results import CellResult
 from hybridgen.comparison.data.schedule import Cell, cells, in_order, prompts
 from hybridgen.comparison.data.statistics import Agreement, agreement, settled, summarise
 from hybridgen.comparison.measuring.subjects import GraphUse, Output, Subject
+from hybridgen.comparison.measuring.utilisation import Clocks, cpu_share
 from hybridgen.device.failures import is_fatal
+from hybridgen.device.memory import PeakMemory, taken
 from hybridgen.errors import OutOfMemoryError, described
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ class Record:
     gaps: list[float] = field(default_factory=list)
     """Between tokens, of all requests and calls."""
     peak: int = 0
-    """Device memory that a call took above what was allocated before it."""
+    """Memory that a call took above what was taken before it."""
+    left: int = 0
+    """On a CPU, resident memory that its warm-up left taken: caches are paid for when they are first written."""
     agreement: Agreement | None = None
     use: GraphUse = field(default_factory=GraphUse)
     has_use: bool = False
@@ -72,7 +75,14 @@ class Record:
 class Measurement:
     """All cells of a comparison, measured one call at a time."""
 
-    def __init__(self, config: CompareConfig, device: torch.device, vocab_size: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: CompareConfig,
+        device: torch.device,
+        vocab_size: int,
+        progress: Progress,
+        clocks: Clocks = Clocks(),  # noqa: B008
+    ) -> None:
         self.config = config
         self.device = device
         self.vocab_size = vocab_size
@@ -81,6 +91,7 @@ class Measurement:
         """Seconds of measured calls."""
         self.interrupted = False
         self._progress = progress
+        self._clocks = clocks
         self._reference: dict[tuple[int, int], list[list[int]]] = {}
 
     def prompts(self, cell: Cell) -> list[list[int]]:
@@ -131,13 +142,18 @@ class Measurement:
             self._progress("warm up", index, len(listed))
             try:
                 given = self.prompts(cell)
+                before, held = subjects[cell.subject].stats(), self._resident()
                 for call in range(max(1, self.config.warm_up)):
-                    start = time.perf_counter()
+                    start = self._clocks.wall()
                     output = self._call(subjects[cell.subject], given)
                     if call == 0:
-                        record.first_call = time.perf_counter() - start
+                        record.first_call = self._clocks.wall() - start
                     if cell.subject == REFERENCE:
                         self._reference[cell.prompt_length, cell.batch_size] = output.tokens
+                record.left = max(0, self._resident() - held)
+                after = subjects[cell.subject].stats()
+                if before is not None and after is not None:
+                    record.use.add_failures(before, after)
             except KeyboardInterrupt:  # an engine's is an Exception too
                 raise
             except Exception as error:
@@ -164,21 +180,16 @@ class Measurement:
 
     def _measure(self, subject: Subject, record: Record) -> None:
         given = self.prompts(record.cell)
-        on_cuda = self.device.type == "cuda"
         try:
             before = subject.stats()
-            if on_cuda:
-                torch.cuda.synchronize(self.device)
-                torch.cuda.reset_peak_memory_stats(self.device)
-                allocated = torch.cuda.memory_allocated(self.device)
-            cpu = time.process_time()
-            start = time.perf_counter()
+            memory = PeakMemory(self.device)
+            cpu = self._clocks.cpu()
+            start = self._clocks.wall()
             output = self._call(subject, given)
-            wall = time.perf_counter() - start
-            cpu = time.process_time() - cpu
+            wall = self._clocks.wall() - start
+            cpu = self._clocks.cpu() - cpu
             self.spent += wall
-            if on_cuda:
-                record.peak = max(record.peak, torch.cuda.max_memory_allocated(self.device) - allocated)
+            record.peak = max(record.peak, memory.growth())
             after = subject.stats()
         except KeyboardInterrupt:
             raise
@@ -201,6 +212,10 @@ class Measurement:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return output
+
+    def _resident(self) -> int:
+        """Resident memory where the model is on a CPU, else 0."""
+        return 0 if self.device.type == "cuda" else taken(self.device) or 0
 
     def _compare(self, record: Record, output: Output) -> None:
         reference = self._reference.get((record.cell.prompt_length, record.cell.batch_size))
@@ -236,6 +251,7 @@ class Measurement:
             ttft=summarise(firsts, config.confidence, record.ttfts),
             tpot=summarise(record.gaps, config.confidence, ()),
             tokens_per_s=tokens / median if median else None,
+            cpu_utilisation=cpu_share(record.cpus, record.walls),
             cpu_per_step=statistics.median(record.cpus) / config.new_tokens if record.cpus else None,
             graphs=record.use.as_dict() if record.has_use else None,
             agreement=record.agreement,

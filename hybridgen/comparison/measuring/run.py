@@ -147,7 +147,8 @@ class _Run:
             row.logit_error = self.untimed.logit_errors.get(cell)
             row.gpu_utilisation = self.untimed.busy.get(cell)
             if growth is not None and growth >= 0 and record.walls:  # below 0: somebody else gave memory back
-                row.memory = weights + growth + record.peak
+                left = sum(r.left for r in self.measurement.records.values() if r.cell.subject == cell.subject)
+                row.memory = weights + growth + left + record.peak
             if ceiling is not None and row.tpot is not None and traffic is not None and traffic.weights:
                 context = cell.prompt_length + self.config.new_tokens / 2
                 row.mbu = traffic.bandwidth(cell.batch_size, context, row.tpot.p50) / ceiling

@@ -18,9 +18,10 @@ from hybridgen.config import EngineConfig, Mode
 from hybridgen.core import Completion
 from hybridgen.engine import Engine
 from hybridgen.errors import RequestError
+from hybridgen.graphs.router import FAILED
 from hybridgen.loading.checkpoint import Checkpoint, LoadedModel
 from hybridgen.params import SamplingParams
-from hybridgen.telemetry.statistics import EngineStats
+from hybridgen.telemetry.statistics import EngineStats, PhaseCounts, hit_rate
 
 GRAPHS = frozenset({"cuda graph", "cudagraph tree", "stand-in"})
 """How a recording is launched: the last part of `StepSummary.kind`."""
@@ -49,11 +50,21 @@ class GraphUse:
     """Of these two, padded to a larger bucket."""
     none: int = 0
     """Without a graph."""
+    failed: int = 0
+    """Of those without a graph, because its capture failed, was not tried, or it was found wrong."""
+    capture_failures: int = 0
+    """Captures that failed in its calls, those of warm-up too."""
+    phases: dict[str, PhaseCounts] = field(default_factory=dict)
+    """Hits, padded hits and misses by phase; empty where nothing is recorded."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Steps by phase, kind and reason."""
 
     def add(self, before: EngineStats, after: EngineStats) -> None:
         """Count the steps between two snapshots."""
+        self.add_failures(before, after)
+        for phase, counts in after.graphs.phases.items():
+            known = before.graphs.phases.get(phase, PhaseCounts())
+            self.phases[phase] = self.phases.get(phase, PhaseCounts()).plus(counts, known)
         held = {_identity(row): row for row in before.graphs.graphs}
         lazy = sum(
             row.hits - (held[_identity(row)].hits if _identity(row) in held else 0)
@@ -71,11 +82,23 @@ class GraphUse:
                 self.padded += new if reason.startswith("padded") else 0
             else:
                 self.none += new
+                self.failed += new if reason.endswith(FAILED) else 0
         self.pre_captured -= lazy
 
+    def add_failures(self, before: EngineStats, after: EngineStats) -> None:
+        """Count the captures that failed between two snapshots."""
+        self.capture_failures += after.graphs.capture_failures - before.graphs.capture_failures
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of steps that a graph ran, 0 to 1; None where nothing is recorded."""
+        counts = self.phases.values()
+        return hit_rate(sum(count.hits for count in counts), sum(count.misses for count in counts))
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**vars(self), "reasons": dict(self.reasons)}
+        """Plain values, for JSON; `hit_rate` of all steps and of each phase."""
+        phases = {phase: {**vars(counts), "hit_rate": counts.hit_rate} for phase, counts in self.phases.items()}
+        return {**vars(self), "hit_rate": self.hit_rate, "phases": phases, "reasons": dict(self.reasons)}
 
 
 def _identity(row: Any) -> tuple[Any, ...]:

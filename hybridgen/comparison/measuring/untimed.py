@@ -5,25 +5,21 @@ Log-probabilities can bring new graphs, and after the profiler launches in this 
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-import torch
+from functools import partial
 
 from hybridgen.comparison.data.checks import REPORTED, logit_error
 from hybridgen.comparison.data.config import REFERENCE
 from hybridgen.comparison.data.schedule import Cell
 from hybridgen.comparison.measuring.measure import Measurement, Progress
 from hybridgen.comparison.measuring.subjects import EngineSubject, Subject
-from hybridgen.comparison.measuring.utilisation import device_busy
+from hybridgen.comparison.measuring.utilisation import cuda_probe, device_shares
 from hybridgen.core import Completion
 from hybridgen.errors import described
 
 UTILISATION_TOKENS = 16
 """New tokens of a call under the profiler, whose record of a long one takes long to read."""
-UTILISATION_CALLS = 3
 
 
 @dataclass
@@ -66,32 +62,19 @@ class Untimed:
     def measure_utilisation(self, subjects: Mapping[str, Subject]) -> None:
         """How busy a CUDA device is in short calls: first their times, then all calls under the profiler."""
         measurement = self.measurement
-        listed = [(name, cell) for name in subjects for cell in measurement.went_well(name)]
         tokens = min(UTILISATION_TOKENS, measurement.config.new_tokens)
-        took: dict[Cell, float] = {}
+        calls = {
+            cell: partial(subject.call, measurement.prompts(cell), tokens)
+            for name, subject in subjects.items()
+            for cell in measurement.went_well(name)
+        }
         try:
-            for index, (name, cell) in enumerate(listed):
-                self.progress("utilisation: times", index, len(listed))
-                given, subject = measurement.prompts(cell), subjects[name]
-                subject.call(given, tokens)
-                took[cell] = statistics.median(self._seconds(subject, given, tokens) for _ in range(UTILISATION_CALLS))
-            for index, (name, cell) in enumerate(listed):
-                self.progress("utilisation: profiles", index, len(listed))
-                given, subject = measurement.prompts(cell), subjects[name]
-                seconds = device_busy(lambda s=subject, g=given: s.call(g, tokens), measurement.device)  # type: ignore[misc]
-                self.busy[cell] = min(1.0, seconds / took[cell])
+            for cell in device_shares(calls, cuda_probe(measurement.device), self.busy, self.progress):
+                self.notes.append(f"no GPU utilisation of {_place(cell)}: the profiler saw more work than it takes")
         except KeyboardInterrupt:
             raise
         except Exception as error:  # nothing was lost that was measured before
             self.notes.append(f"GPU utilisation is not complete: {described(error)}")
-
-    def _seconds(self, subject: Subject, given: list[list[int]], tokens: int) -> float:
-        device = self.measurement.device
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        subject.call(given, tokens)
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - start
 
 
 def _place(cell: Cell) -> str:

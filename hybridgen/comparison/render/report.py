@@ -75,8 +75,8 @@ def stopped(cell: CellResult) -> str:
 
 
 _RESOURCES = [
-    "", "prompt", "batch", "CPU per step, ms", "GPU busy", "memory, GiB", "MBU", "pre-captured", "lazy", "padded",
-    "no graph",
+    "", "prompt", "batch", "CPU per step, ms", "CPU", "GPU", "memory, GiB", "MBU", "pre-captured", "lazy", "padded",
+    "no graph", "hit rate", "failed captures",
 ]  # fmt: skip
 
 
@@ -87,10 +87,13 @@ def _resources(cell: CellResult) -> list[str]:
         str(cell.prompt_length),
         str(cell.batch_size),
         _number(None if cell.cpu_per_step is None else cell.cpu_per_step * 1e3, ",.2f"),
+        _number(cell.cpu_utilisation, ".0%"),
         NONE if cell.gpu_utilisation is None else _percent(cell.gpu_utilisation),
         _number(None if cell.memory is None else cell.memory / 2**30, ",.2f"),
         NONE if cell.mbu is None else _percent(cell.mbu),
         *(NONE if graphs is None else f"{graphs[name]:,}" for name in ("pre_captured", "lazy", "padded", "none")),
+        _number(None if graphs is None else graphs.get("hit_rate"), ".1%"),
+        NONE if graphs is None or "capture_failures" not in graphs else str(graphs["capture_failures"]),
     ]
 
 
@@ -256,7 +259,15 @@ def rows_for_csv(comparison: ComparisonData) -> list[dict[str, Any]]:
             row |= {f"{name}_{part}": None if found is None else getattr(found, part) for part in _CSV_TIMES}
         row |= {
             name: getattr(cell, name)
-            for name in ("tokens_per_s", "cpu_per_step", "gpu_utilisation", "memory", "mbu", "logit_error")
+            for name in (
+                "tokens_per_s",
+                "cpu_per_step",
+                "cpu_utilisation",
+                "gpu_utilisation",
+                "memory",
+                "mbu",
+                "logit_error",
+            )
         }
         agreement = cell.agreement
         row["equal_tokens"] = None if agreement is None else agreement.share
@@ -264,6 +275,8 @@ def rows_for_csv(comparison: ComparisonData) -> list[dict[str, Any]]:
         row |= {"first_difference_prompt": place and place[0], "first_difference_token": place and place[1]}
         for name in ("pre_captured", "lazy", "padded", "none"):
             row[f"steps_{name}"] = None if cell.graphs is None else cell.graphs[name]
+        for name in ("hit_rate", "capture_failures"):
+            row[name] = None if cell.graphs is None else cell.graphs.get(name)
         rows.append(row)
     return rows
 

@@ -12,6 +12,8 @@ from hybridgen.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+PHASES = ("prefill", "decode")
+"""Phases of steps. All have their counts from the start, so that a rate over them is known."""
 Handle: TypeAlias = Any
 """One running completion, as the model keeps it."""
 
@@ -156,15 +158,35 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
-def graph_counts(stats: Mapping[str, Any]) -> dict[str, int]:
-    """Steps that graphs ran: hits without padding, with padding, and misses; zeros where the engine tells none."""
+def graph_counts(stats: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+    """Steps by phase and by what graphs did for them: `hit` (without padding), `padded_hit` or `miss`; zeros where
+    the engine tells none."""
+    found: dict[tuple[str, str], int] = {}
+    for phase in PHASES:
+        counts = _phases(stats).get(phase, {})
+        hits, padded = int(counts.get("hits", 0)), int(counts.get("padded_hits", 0))
+        found |= {(phase, "hit"): hits - padded, (phase, "padded_hit"): padded}
+        found[phase, "miss"] = int(counts.get("misses", 0))
+    return found
+
+
+def hit_rates(stats: Mapping[str, Any]) -> dict[str, float]:
+    """By phase, the share of steps that a graph ran, from 0 to 1; phases without steps are left out."""
+    rates = {phase: counts.get("hit_rate") for phase, counts in _phases(stats).items()}
+    return {phase: float(rate) for phase, rate in rates.items() if rate is not None}
+
+
+def graph_values(stats: Mapping[str, Any]) -> dict[str, int]:
+    """`capture_failures`, `evictions`, `lazy_captures`, `bytes`, `held` (graphs) and `failed` (sizes that run without
+    one because a capture failed or a graph was wrong); zeros where the engine tells none."""
     graphs = stats.get("graphs")
-    if not isinstance(graphs, Mapping):
-        return {"hit": 0, "padded_hit": 0, "miss": 0}
-    misses = graphs.get("misses", {})
-    padded = int(graphs.get("padded_hits", 0))
-    return {
-        "hit": int(graphs.get("hits", 0)) - padded,
-        "padded_hit": padded,
-        "miss": sum(misses.values()) if isinstance(misses, Mapping) else int(misses),
-    }
+    graphs = graphs if isinstance(graphs, Mapping) else {}
+    names = ("capture_failures", "evictions", "lazy_captures", "bytes")
+    found = {name: int(graphs.get(name, 0)) for name in names}
+    return found | {"held": len(graphs.get("graphs", ())), "failed": len(graphs.get("failures", ()))}
+
+
+def _phases(stats: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    graphs = stats.get("graphs")
+    phases = graphs.get("phases", {}) if isinstance(graphs, Mapping) else {}
+    return phases if isinstance(phases, Mapping) else {}

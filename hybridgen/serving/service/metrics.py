@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hybridgen.errors import ConfigError
-from hybridgen.serving.service.adapter import graph_counts
+from hybridgen.serving.service.adapter import graph_counts, graph_values, hit_rates
 from hybridgen.serving.service.generator import Done
 from hybridgen.serving.service.service import Service
 
@@ -92,8 +92,22 @@ class _Now:
         tokens = {(kind,): count for kind, count in stats.get("tokens", {}).items()}
         yield self._counter("tokens", "Tokens that the engine read and made", tokens, ("kind",))
         yield self._counter("steps", "Steps that ended", {(): health["steps"]})
-        graphs = {(result,): count for result, count in graph_counts(stats).items()}
-        yield self._counter("graph_steps", "Steps by what CUDA graphs did for them", graphs, ("result",))
+        steps = graph_counts(stats)
+        yield self._counter("graph_steps", "Steps by what CUDA graphs did for them", steps, ("phase", "result"))
+        text = "Share of steps that a CUDA graph ran since the start, 0 to 1"
+        rates = self._core.GaugeMetricFamily("hybridgen_graph_hit_rate", text, labels=("phase",))
+        for phase, rate in hit_rates(stats).items():
+            rates.add_metric((phase,), rate)
+        yield rates
+        graphs = graph_values(stats)
+        yield self._counter("graph_capture_failures", "Captures that failed", {(): graphs["capture_failures"]})
+        yield self._counter("graph_lazy_captures", "Captures while idle", {(): graphs["lazy_captures"]})
+        yield self._counter("graph_evictions", "CUDA graphs that were dropped for room", {(): graphs["evictions"]})
+        yield self._gauge("graphs", "CUDA graphs that are held", graphs["held"])
+        yield self._gauge("graphs_failed", "Sizes without a graph, because it failed or was wrong", graphs["failed"])
+        yield self._gauge("graph_bytes", "Device memory that the captures of these graphs took", graphs["bytes"])
+        fallbacks = sum(stats.get("fallbacks", {}).values())
+        yield self._counter("fallbacks", "Times that something ran another way than asked for", {(): fallbacks})
         yield self._gauge("clients", "Connected clients", health["clients"])
         yield self._gauge("in_flight", "Completions that run or wait", health["in_flight"])
         yield self._gauge("running", "Completions that run", stats.get("running", 0))

@@ -7,25 +7,44 @@ from types import SimpleNamespace
 from typing import Any
 
 from hybridgen.comparison.measuring.subjects import GraphUse
+from hybridgen.graphs.router import FAILED
+from hybridgen.telemetry.statistics import PhaseCounts
 
 
-def snapshot(steps: dict[tuple[str, str, str], int], rows: list[tuple[str, bool, int]]) -> Any:
+def snapshot(
+    steps: dict[tuple[str, str, str], int],
+    rows: list[tuple[str, bool, int]],
+    phases: dict[str, PhaseCounts],
+    failures: int = 0,
+) -> Any:
     graphs = [
         SimpleNamespace(phase=phase, tokens=4, rows=4, sampling="greedy", owner="cuda graph", lazy=lazy, hits=hits)
         for phase, lazy, hits in rows
     ]
-    return SimpleNamespace(steps=steps, graphs=SimpleNamespace(graphs=graphs))
+    held = SimpleNamespace(graphs=graphs, phases=phases, capture_failures=failures)
+    return SimpleNamespace(steps=steps, graphs=held)
 
 
 def test_steps_are_sorted_by_the_graph_that_ran_them() -> None:
-    before = snapshot({("decode", "cuda graph", "bucket 4"): 10}, [("decode", False, 10), ("prefill", True, 1)])
+    before = snapshot(
+        {("decode", "cuda graph", "bucket 4"): 10},
+        [("decode", False, 10), ("prefill", True, 1)],
+        {"decode": PhaseCounts(hits=10, misses=7)},
+        failures=1,
+    )
     after = snapshot(
         {
             ("decode", "cuda graph", "bucket 4"): 25,
             ("prefill", "cuda graph", "padded to bucket 16"): 3,
-            ("prefill", "compiled", "above the largest bucket, 512"): 2,
+            ("prefill", "compiled", "above the largest bucket, 512"): 1,
+            ("prefill", "compiled", f"bucket 512 {FAILED}"): 1,
         },
         [("decode", False, 25), ("prefill", True, 4)],
+        {
+            "decode": PhaseCounts(hits=25, misses=7),
+            "prefill": PhaseCounts(hits=3, padded_hits=3, misses=2),
+        },
+        failures=3,
     )
     use = GraphUse()
     use.add(before, after)
@@ -34,6 +53,13 @@ def test_steps_are_sorted_by_the_graph_that_ran_them() -> None:
         {
             "decode, cuda graph: bucket 4": 15,
             "prefill, cuda graph: padded to bucket 16": 3,
-            "prefill, compiled: above the largest bucket, 512": 2,
+            "prefill, compiled: above the largest bucket, 512": 1,
+            f"prefill, compiled: bucket 512 {FAILED}": 1,
         }
     )
+    assert (use.failed, use.capture_failures) == (1, 2)
+    values = use.as_dict()
+    assert values["hit_rate"] == 18 / 20
+    assert {phase: counts["hit_rate"] for phase, counts in values["phases"].items()} == {"decode": 1.0, "prefill": 0.6}
+    use.add_failures(after, before)  # a warm-up call: no steps, its failures alone
+    assert (use.capture_failures, use.hit_rate) == (0, 18 / 20)
