@@ -8,6 +8,7 @@ from enum import Enum, auto
 from typing import Any
 
 from hybridgen.arguments import sampling_per_prompt
+from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
@@ -54,7 +55,7 @@ class Request:
     prefilled: int = field(default=0, init=False)
     """How many of those were launched."""
     slot: int = field(default=-1, init=False)
-    pages: list[int] = field(default_factory=list, init=False)
+    pages: RequestPages = field(default_factory=RequestPages, init=False)
     _launched: int = field(default=0, init=False)
     """Generated tokens, without those of the steps that its current batch has counted."""
     _batch: Batch | None = field(default=None, init=False)
@@ -91,6 +92,16 @@ class Request:
         last = self.prefilled == len(self.prefill_ids)
         self._launched += last
         return last
+
+    def admitted(self, slot: int, pages: RequestPages) -> None:
+        """It gets a slot and pages. What it shares with others is not fed again."""
+        self.state = RequestState.RUNNING
+        self.slot, self.pages, self.prefilled = slot, pages, pages.cached
+
+    def back(self) -> None:
+        """It waits again, and has generated nothing yet."""
+        self.state = RequestState.WAITING
+        self.pages, self.prefilled, self._launched = RequestPages(), 0, 0
 
     def accept(self, count: int) -> None:
         """A step brought `count` tokens; one was counted when it was launched."""

@@ -75,6 +75,7 @@ class ResolvedSampling:
     logprobs: int | None
     logprobs_of: str
     skip_special_tokens: bool
+    cache_salt: str | None
 
     @property
     def greedy(self) -> bool:

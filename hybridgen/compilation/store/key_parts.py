@@ -41,6 +41,7 @@ _NOT_COMPILED = frozenset(
         "offline_compile",
         "on_graph_event",
         "prefill_buckets",
+        "prefix_cache",
         "progress",
         "revision",
         "run_ahead",
