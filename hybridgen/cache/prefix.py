@@ -44,7 +44,7 @@ class RequestPages:
     cached: int = 0
     """Positions at the beginning that it need not compute."""
     nodes: list[_Node] = field(default_factory=list)
-    """Those of its first pages. One can have another page than `table`, where an equal prompt came at the same time."""
+    """Those of its first pages. When it ends, some can have another page than `table`: equal pages of other requests."""
     written: int = 0
     """How many of them are launched."""
     generation: int = 0
@@ -195,6 +195,8 @@ class PageManager:
             node = self._table.get(key)
             if node is None:
                 node = self._table[key] = _Node(key, request.table[len(nodes)], writer)
+            elif writer is not None:  # the page of its last token, which it feeds again into a page of its own
+                break
             else:
                 self._hold([node])
             nodes.append(node)
