@@ -44,7 +44,7 @@ class RequestPages:
     cached: int = 0
     """Positions at the beginning that it need not compute."""
     nodes: list[_Node] = field(default_factory=list)
-    """Those of its first pages. When it ends, some can have another page than `table`: equal pages of other requests."""
+    """Those of its first pages. When it ends, some can have another page than `table`: equal ones of other requests."""
     written: int = 0
     """How many of them are launched."""
     generation: int = 0

@@ -121,7 +121,7 @@ def _attend(call: AttentionCall, binding: LayerBinding) -> torch.Tensor:
     window, chunk = call.sees.window, call.sees.chunk
     scale, softcap, sinks = call.scale, call.softcap, call.sinks
     alone = step.phase is Phase.DECODE and not step.several
-    if not alone:
+    if not alone:  # all of them, before any is read: requests of one prefill call can share pages
         write_kv(k, v, *cache)
     if step.phase is Phase.PREFILL:
         return prefill_attention(

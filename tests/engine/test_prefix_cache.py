@@ -138,13 +138,12 @@ def test_choices_and_equal_prompts_of_a_call_share_their_prompt(engine: Engine, 
 
 
 def test_turns_of_a_chat_share_the_answers_too(engine: Engine, plain: Engine) -> None:
-    history = list(B)
+    history, fed = list(B), 1
     for turn in range(4):
         out = engine.generate(history, max_new_tokens=11, ignore_eos=True)
         assert out.token_ids == plain.generate(history, max_new_tokens=11, ignore_eos=True).token_ids
-        if turn:
-            assert out.cached_tokens == (fed - 1) // PAGE * PAGE
-        fed = len(history) + 11
+        assert out.cached_tokens == fed // PAGE * PAGE
+        fed = len(history) + 10  # the last token was not
         history += [*out.token_ids, *C[: turn + 1]]
 
 
@@ -165,7 +164,7 @@ def test_a_stop_string_or_token_ends_with_pages_that_hold_what_was_fed(engine: E
         {"repetition_penalty": 1.3},
         {"no_repeat_ngram_size": 2},
         {"presence_penalty": 0.5, "frequency_penalty": 0.4},
-        {"bad_words_ids": [A[30:32], A[69:70] + [3]], "sequence_bias": {(A[68], A[69], 17): 20.0}},
+        {"bad_words_ids": [A[30:32], [A[69], 3]], "sequence_bias": {(A[68], A[69], 17): 20.0}},
         {"temperature": 1.0, "seed": 5, "top_k": 40},
     ],
 )
