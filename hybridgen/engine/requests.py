@@ -15,7 +15,7 @@ from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams
-from hybridgen.sampling.resolve import ResolvedSampling, resolve
+from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
 from hybridgen.text.prompts import encode_prompt
 
 SEED_RANGE = 2**63
@@ -162,6 +162,8 @@ def make_requests(
     """
     params = sampling_per_prompt(len(prompts), sampling, fields)
     requests = []
+    known: dict[tuple[int, int], ResolvedSampling] = {}
+    """By parameters and length of the prompt; most prompts of a call have the same parameters."""
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         ids = encode_prompt(
             prompt,
@@ -170,9 +172,14 @@ def make_requests(
             tokenizer_problem=checkpoint.tokenizer_problem,
             vocab_size=checkpoint.vocab_size,
         )
-        resolved = resolve(
-            wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
-        )
+        length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
+        resolved = known.get((id(wanted), length))
+        if resolved is None:
+            resolved = known[id(wanted), length] = resolve(
+                wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
+            )
+        elif wanted.seed is None and not resolved.greedy:
+            resolved = replace(resolved, seed=draw_seed())
         if resolved.stop and checkpoint.tokenizer is None:
             whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
             raise TokenizerError(
@@ -191,10 +198,12 @@ def make_requests(
                 f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
                 f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
             )
-        resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
+        if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
+            resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
+        requests.append(Request(ids, resolved, index))
         requests += [
             Request(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
-            for choice in range(wanted.n)
+            for choice in range(1, wanted.n)
         ]
     return requests
 
