@@ -345,3 +345,34 @@ def test_it_schedules_as_a_model_without_memory(seed: int) -> None:
             model.finish(names[one])
             del live[names[one]]
     assert repeated
+
+
+def test_equal_prompts_are_prefilled_in_one_call_and_fed_once() -> None:
+    scheduler = make(budget=64, shares=True)
+    a, b, c = add(scheduler, 40, 40, 8)
+    schedule = scheduler.schedule()
+    assert chunks_of(schedule) == [(a, 0, 40, True), (b, 32, 8, True), (c, 0, 8, True)]
+    assert b.pages.table[:2] == a.pages.table[:2]
+    for request, chunk in zip(schedule.prefilled, schedule.plan.prefill, strict=True):
+        scheduler.prefill_launched(request, chunk)
+    scheduler.finish(a, fed=range(100, 107))
+    (again,) = add(scheduler, 40)
+    scheduler.schedule()
+    assert again.pages.cached == 32
+    for request in (b, c, again):
+        scheduler.finish(request)
+    assert scheduler.pages.free == scheduler.pages.capacity
+
+
+def test_who_shares_what_was_not_written_waits_again_in_its_place() -> None:
+    scheduler = make(budget=16, shares=True)
+    a, b, c, d, e = add(scheduler, 40, 40, 50, 8, 8)
+    assert scheduler.schedule().admitted == (a, b, c, d)
+    scheduler.finish(a)  # nothing of it was launched
+    assert list(scheduler.waiting) == [b, c, e]
+    assert [request.state for request in (a, b, c)] == [RequestState.FINISHED, *[RequestState.WAITING] * 2]
+    assert scheduler.schedule().admitted == (b, c, e)
+    assert (b.prefilled, c.pages.cached, b.launched) == (8, 32, 0)
+    for request in (b, c, d, e):
+        scheduler.finish(request)
+    assert scheduler.pages.free == scheduler.pages.capacity
