@@ -74,6 +74,7 @@ NOT_OF_STEPS = {
     "compile_cache": "decides how long a start takes: warm_start.py measures that",
     "graphs": "who records: trees.py measures that",
     "progress": "shows bars while loading",
+    "prefix_cache": "nothing is shared here: prompts of a call differ, and a live module starts over at each call",
 }
 """Switches that have no row, and why."""
 

@@ -15,7 +15,7 @@ from typing import Any
 from common import report
 from transformers import AutoTokenizer
 
-from hybridgen.cache import PageAllocator, pages_for_tokens
+from hybridgen.cache import PageManager, pages_for_tokens
 from hybridgen.demo import model_path
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.requests import Request
@@ -68,8 +68,8 @@ def step_seconds(batch: int, steps: int, run_ahead: int, **delivery: Any) -> flo
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     events = delivery.pop("events", False)
     new = WARM_UP + steps + 10
-    pages = PageAllocator(1 + batch * pages_for_tokens(len(PROMPT) + new, PAGE_SIZE))
-    scheduler = Scheduler(pages=pages, page_size=PAGE_SIZE, max_batch=batch, token_budget=8192)
+    pages = PageManager(1 + batch * pages_for_tokens(len(PROMPT) + new, PAGE_SIZE), PAGE_SIZE)
+    scheduler = Scheduler(pages=pages, max_batch=batch, token_budget=8192)
     runner: Any = StubRunner(batch)
     loop = StepLoop(runner, scheduler, Counters(), tokenizer=tokenizer, run_ahead=run_ahead)
     sampling = resolve(SamplingParams(max_new_tokens=new, **delivery), None, [0], 4096)

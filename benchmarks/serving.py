@@ -27,7 +27,13 @@ from hybridgen.params import SamplingParams
 from hybridgen.serving.process import ServeOptions, serve, serve_model
 
 PROMPT = "def read(path):\n"
-ENGINE: dict[str, Any] = {"mode": "eager", "dtype": "float32", "max_batch": 32, "kv_memory": "64MiB"}
+ENGINE: dict[str, Any] = {
+    "mode": "eager",
+    "dtype": "float32",
+    "max_batch": 32,
+    "kv_memory": "64MiB",
+    "prefix_cache": False,
+}
 
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()

@@ -29,7 +29,10 @@ def sampling_per_prompt(
         raise SamplingError(
             f"sampling has {len(given)} entries for {count} prompt(s); give one per prompt, or one for all"
         )
-    return [replace(params, **fields) for params in given] if fields else given
+    if not fields:
+        return given
+    changed = {key: replace(params, **fields) for key, params in {id(params): params for params in given}.items()}
+    return [changed[id(params)] for params in given]
 
 
 def sampling_list(

@@ -250,6 +250,9 @@ class EngineConfig:
     requests of max_context tokens can use (at most 1 GiB on a CPU)."""
     token_budget: int | None = field(default=None, metadata=about(integer(2, optional=True)))
     """Prompt tokens in one prefill call; longer prompts run in chunks. Else 8192 on CUDA, 1024 on a CPU."""
+    prefix_cache: bool = field(default=True, metadata=about(switch, in_key=False))
+    """Requests whose prompts begin as earlier ones did use the keys and values that those left, in whole pages. Off for
+    models whose keys depend on a request's length; see docs/usage.md."""
     run_ahead: int | None = field(default=None, metadata=about(integer(0, 1, optional=True), in_key=False))
     """Decode steps launched before the host reads the last one's tokens: 0 or 1. Else 1 on CUDA, 0 on a CPU."""
     fuse_projections: bool = field(default=True, metadata=about(switch))

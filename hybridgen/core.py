@@ -128,6 +128,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     stop_match: str | int | None = None
     """The stop string or token id that ended it."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were there already (`EngineConfig.prefix_cache`)."""
     error: Exception | None = None
     """Set when `finish_reason` is `error`."""
     choices: tuple[Completion, ...] = ()

@@ -92,6 +92,9 @@ class SamplingParams:
     greedy requests, after all processors."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    cache_salt: str | None = None
+    """Share cached prefixes with requests of the same salt alone. Who can time requests can tell what others have asked
+    before; a salt for each user keeps them apart."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -121,6 +124,8 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise SamplingError(f"{name}={shown(getattr(self, name))}; give True or False")
+        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
+            raise SamplingError(f"cache_salt={shown(self.cache_salt)} is not text; give a string, or None for no salt")
         if self.logprobs_of not in ("model", "sampled"):
             raise SamplingError(f"logprobs_of={shown(self.logprobs_of)}; give 'model' or 'sampled'")
         limit, least = self.max_new_tokens, self.min_new_tokens

@@ -1,6 +1,7 @@
 """What layers keep between steps; first of all the paged KV cache: a pool of fixed-size pages per layer, handed out to
 requests through block tables.
 
+`prefix.PageManager` gives requests their pages, and lets those whose tokens begin alike share them.
 `state.LayerState` is the contract of a layer's state, and `paged_kv.PagedKV` the kind that keeps keys and values.
 
 A *page* holds the keys and values of `page_size` positions of one request. A request's row of the *block table*
@@ -11,6 +12,7 @@ padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et
 from hybridgen.cache.block_table import BlockTable
 from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, PagedKV
 from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
+from hybridgen.cache.prefix import PageManager, RequestPages
 from hybridgen.cache.sizing import pages_for_tokens, plan_pages
 from hybridgen.cache.state import LayerState, allocate, total_bytes
 
@@ -22,7 +24,9 @@ __all__ = [
     "LayerShape",
     "LayerState",
     "PageAllocator",
+    "PageManager",
     "PagedKV",
+    "RequestPages",
     "allocate",
     "pages_for_tokens",
     "plan_pages",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from hybridgen.cache import (
-    PageAllocator,
+    PageManager,
     allocate,
     pages_for_tokens,
     plan_pages,
@@ -46,6 +46,8 @@ class Built(NamedTuple):
     num_pages: int
     """Pages of the KV cache, the dummy page included."""
     cache_bytes: int
+    prefix_state: str
+    """`on`, or why requests share no pages."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,16 @@ class Builder:
         if plan.records and config.capture_at_start and not plan.compiles_steps:
             with timed("capture"):
                 self.capture(runner)
+        prefix_state = self._prefix_state(bound, runner)
+        pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on")
+
+        def before_call() -> None:
+            begin_call(runner)
+            if twin is not None:  # whose values may be other ones now, which cannot be seen
+                pages.clear()
+
         scheduler = Scheduler(
-            pages=PageAllocator(num_pages),
-            page_size=config.page_size,
+            pages=pages,
             max_batch=config.max_batch,
             token_budget=self.resolved.token_budget,
             reprefill_length=bound.reprefill_length,
@@ -127,9 +136,9 @@ class Builder:
             # Without graphs, a launch runs the model's Python code, which takes long.
             reads_first_tokens_first=not plan.settings().decode,
             meter=meter,
-            before_call=partial(begin_call, runner),
+            before_call=before_call,
         )
-        return Built(runner, loop, meter, num_pages, cache_bytes)
+        return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state)
 
     def use_graphs(self, runner: ModelRunner, plan: GraphSetup, not_compiled: str | None) -> None:
         """Record steps as the plan says.
@@ -190,6 +199,20 @@ class Builder:
         allocate(states, num_pages, slots, device)
         runner.attach(states)
         return num_pages, total_bytes(states, num_pages, slots)
+
+    def _prefix_state(self, bound: BoundModel, runner: ModelRunner) -> str:
+        """`on`, or why requests share no pages."""
+        if not self.config.prefix_cache:
+            return "off: prefix_cache=False"
+        fixed, longest = bound.fixed_keys_context, self.resolved.max_context
+        if fixed is not None and fixed < longest:
+            return (
+                f"off: keys of this model depend on a request's length above {fixed} tokens; max_context={fixed} or "
+                "less turns it on"
+            )
+        if any(state.bytes_per_slot or not state.rerunnable for state in runner.states):
+            return "off: layers of this model keep a state that is not in pages"
+        return "on"
 
     def _compile(self, runner: ModelRunner) -> str | None:
         """Compile before the first request. If that fails, steps run eagerly; it is counted and warned of.

@@ -42,7 +42,7 @@ from hybridgen.models.projections import fuse_projections
 from hybridgen.models.twin import Twin
 from hybridgen.params import SamplingParams
 from hybridgen.telemetry import import_time
-from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats
+from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats
 from hybridgen.telemetry.traffic import Traffic
 from hybridgen.text.prompts import Prompts, split_prompts
 
@@ -105,6 +105,7 @@ class Engine:
                 twin.settle()
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
+            self._prefix_state = built.prefix_state
             self.cache.end_start()
             atexit.register(_keep_plan, weakref.ref(self))
         except BaseException:
@@ -333,6 +334,13 @@ class Engine:
             free_pages=pages.free,
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
+            prefix=PrefixStats(
+                state=self._prefix_state,
+                pages=pages.kept,
+                prompt_tokens=pages.asked,
+                cached_tokens=pages.found,
+                evicted=pages.evicted,
+            ),
         )
 
     @property

@@ -102,6 +102,7 @@ class StepLoop:
             outputs = [self._output(request, keep_events) for request in requests]
             for request, output in zip(requests, outputs, strict=True):
                 request.output = output
+            for request in self.scheduler.in_order(requests):
                 self.scheduler.add(request)
             self._counters.requests["submitted"] += len(requests)
 
@@ -219,9 +220,10 @@ class StepLoop:
         launched: list[InFlight] = []
         if admitted:
             for request, admission in zip(admitted, plan.admit, strict=True):
-                self._admit(request, admission)
+                if request.state is RequestState.RUNNING:
+                    self._admit(request, admission)
         if prefilled:
-            # A request whose admission failed has ended.
+            # A request whose admission failed has ended, and one that shares pages with it waits again.
             parts = [
                 (request, chunk)
                 for request, chunk in zip(prefilled, plan.prefill, strict=True)
@@ -246,15 +248,21 @@ class StepLoop:
         except Exception as error:
             if self._can_isolate(parts, error):
                 for part in parts:
-                    self._launch_prefill([part], launched)
+                    if part[0].state is RequestState.RUNNING:  # it counts on none that failed
+                        self._launch_prefill([part], launched)
             else:
                 self._blame(parts[0][0], error)
             return
         kind = ("prefill", step.kind, step.reason)
         self._counters.steps[kind] += 1
         self._counters.tokens["prompt"] += sum(len(chunk.tokens) for _, chunk in parts)
-        for request, _ in parts:
+        for request, chunk in parts:
+            self.scheduler.prefill_launched(request, chunk)
             request.output.prefilled(kind)
+            cached = request.pages.cached
+            if cached and chunk.start == cached:
+                request.output.cached_tokens = cached
+                self._counters.tokens["cached"] += cached
         if step.rows:
             launched.append(InFlight(step, [request for request, chunk in parts if chunk.last], None))
 
@@ -355,8 +363,12 @@ class StepLoop:
 
     def _release(self, request: Request) -> None:
         """Free what a completed request held, and count how it ended; once."""
-        if self.scheduler.finish(request) and request.output.completion is not None:
-            self._counters.requests[str(request.output.completion.finish_reason)] += 1
+        completion = request.output.completion
+        # The last token was chosen and not fed.
+        normal = completion is not None and completion.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        fed = request.output.token_ids[:-1] if normal else ()
+        if self.scheduler.finish(request, fed) and completion is not None:
+            self._counters.requests[str(completion.finish_reason)] += 1
 
     def _recover(self, why: str) -> None:
         """After a step that ended in the middle: make device and host agree, and fail the requests that may have lost

@@ -51,6 +51,8 @@ class RequestOutput:
         """Generated tokens that the host has read."""
         self.events: deque[TokenEvent] = deque()
         self.completion: Completion | None = None
+        self.cached_tokens = 0
+        """Tokens of the prompt that were not computed."""
         self.keep_events = keep_events
         self._prompt_ids = prompt_ids
         self._sampling = sampling
@@ -261,6 +263,7 @@ class RequestOutput:
             steps=tuple(StepSummary(*key, count) for key, count in self._steps.items()),
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
             stop_match=match,
+            cached_tokens=self.cached_tokens,
             error=error,
         )
 

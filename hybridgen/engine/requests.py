@@ -8,13 +8,14 @@ from enum import Enum, auto
 from typing import Any
 
 from hybridgen.arguments import sampling_per_prompt
+from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams
-from hybridgen.sampling.resolve import ResolvedSampling, resolve
+from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
 from hybridgen.text.prompts import encode_prompt
 
 SEED_RANGE = 2**63
@@ -54,7 +55,7 @@ class Request:
     prefilled: int = field(default=0, init=False)
     """How many of those were launched."""
     slot: int = field(default=-1, init=False)
-    pages: list[int] = field(default_factory=list, init=False)
+    pages: RequestPages = field(default_factory=RequestPages, init=False)
     _launched: int = field(default=0, init=False)
     """Generated tokens, without those of the steps that its current batch has counted."""
     _batch: Batch | None = field(default=None, init=False)
@@ -91,6 +92,16 @@ class Request:
         last = self.prefilled == len(self.prefill_ids)
         self._launched += last
         return last
+
+    def admitted(self, slot: int, pages: RequestPages) -> None:
+        """It gets a slot and pages. What it shares with others is not fed again."""
+        self.state = RequestState.RUNNING
+        self.slot, self.pages, self.prefilled = slot, pages, pages.cached
+
+    def back(self) -> None:
+        """It waits again, and has generated nothing yet."""
+        self.state = RequestState.WAITING
+        self.pages, self.prefilled, self._launched = RequestPages(), 0, 0
 
     def accept(self, count: int) -> None:
         """A step brought `count` tokens; one was counted when it was launched."""
@@ -151,6 +162,8 @@ def make_requests(
     """
     params = sampling_per_prompt(len(prompts), sampling, fields)
     requests = []
+    known: dict[tuple[int, int], ResolvedSampling] = {}
+    """By parameters and length of the prompt; most prompts of a call have the same parameters."""
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         ids = encode_prompt(
             prompt,
@@ -159,9 +172,14 @@ def make_requests(
             tokenizer_problem=checkpoint.tokenizer_problem,
             vocab_size=checkpoint.vocab_size,
         )
-        resolved = resolve(
-            wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
-        )
+        length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
+        resolved = known.get((id(wanted), length))
+        if resolved is None:
+            resolved = known[id(wanted), length] = resolve(
+                wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
+            )
+        elif wanted.seed is None and not resolved.greedy:
+            resolved = replace(resolved, seed=draw_seed())
         if resolved.stop and checkpoint.tokenizer is None:
             whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
             raise TokenizerError(
@@ -180,10 +198,12 @@ def make_requests(
                 f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
                 f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
             )
-        resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
+        if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
+            resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
+        requests.append(Request(ids, resolved, index))
         requests += [
             Request(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
-            for choice in range(wanted.n)
+            for choice in range(1, wanted.n)
         ]
     return requests
 

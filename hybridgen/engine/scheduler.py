@@ -1,7 +1,8 @@
 """Which requests run in the next step.
 
 First come, first served. A request is admitted when a slot is free and the pool has pages for its whole prompt and
-output, so a running request is never stopped for want of memory. Each step has at most one prefill call, with prompts
+output, so a running request is never stopped for want of memory; pages that hold its first tokens already are shared
+(`cache.prefix`). Each step has at most one prefill call, with prompts
 packed up to the token budget and long ones in chunks, and one decode call of all requests that are past their prompt.
 
 Most steps decode the same requests as the step before. The scheduler counts how many more of them there will be, and
@@ -11,9 +12,11 @@ returns the same `Schedule` that often without looking at any request.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from hybridgen.cache import PageAllocator, pages_for_tokens
+from hybridgen.cache import PageManager, RequestPages
+from hybridgen.cache.prefix import in_order
 from hybridgen.engine.requests import Batch, Request, RequestState
 from hybridgen.execution.plan import Admission, PrefillChunk, StepPlan
 
@@ -37,21 +40,18 @@ class Scheduler:
     def __init__(
         self,
         *,
-        pages: PageAllocator,
-        page_size: int,
+        pages: PageManager,
         max_batch: int,
         token_budget: int,
         reprefill_length: int | None = None,
     ) -> None:
         """
         Args:
-            page_size: positions that a page holds.
             max_batch: slots.
             token_budget: tokens of a prefill call at most.
             reprefill_length: a request that reaches this length is prefilled again, see `BoundModel`.
         """
         self.pages = pages
-        self._page_size = page_size
         self._token_budget = token_budget
         self._reprefill_length = reprefill_length
         self._free_slots = list(range(max_batch - 1, -1, -1))
@@ -69,6 +69,13 @@ class Scheduler:
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self.running or self.waiting)
+
+    def in_order(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests of a call in the order in which to queue them: where they share pages, next to each other."""
+        if not self.pages.shares or len(requests) < 2:
+            return list(requests)
+        prompts = [(request.sampling.cache_salt, request.prompt_ids) for request in requests]
+        return [requests[index] for index in in_order(prompts, self.pages.page_size)]
 
     def add(self, request: Request) -> None:
         """Queue a new request. The caller has checked that it fits an empty pool."""
@@ -97,7 +104,7 @@ class Scheduler:
             if not chunks and not admitted:
                 return self._batch_alone
         admissions = tuple(
-            Admission(request.slot, request.pages, request.sampling, request.prompt_ids) for request in admitted
+            Admission(request.slot, request.pages.table, request.sampling, request.prompt_ids) for request in admitted
         )
         plan = StepPlan(admissions, tuple(chunks), self._batch_alone.plan.decode)
         return Schedule(plan, tuple(admitted), tuple(prefilled), self._batch)
@@ -107,10 +114,18 @@ class Scheduler:
         request.accept(count)
         self._steady = 0
 
-    def finish(self, request: Request) -> bool:
+    def prefill_launched(self, request: Request, chunk: PrefillChunk) -> None:
+        """A prefill call with this part of the request was launched."""
+        self.pages.launched(request.pages, chunk.start + len(chunk.tokens))
+
+    def finish(self, request: Request, fed: Sequence[int] = ()) -> bool:
         """Take a request out and free what it holds; False if that was done before.
 
-        Steps in flight may still write to its pages; whoever gets them next writes later on the same stream.
+        Steps in flight may still write to its pages, behind the tokens in `fed`; whoever gets those pages next writes
+        later on the same stream.
+
+        Args:
+            fed: generated tokens that were fed, where others may share their pages.
         """
         if request.state in (RequestState.NEW, RequestState.FINISHED):
             return False
@@ -121,26 +136,38 @@ class Scheduler:
         if waited:
             self.waiting.remove(request)
             return True
+        if fed:
+            self.pages.keep(request.pages, (*request.prompt_ids, *fed), request.sampling.cache_salt)
+        self._take_out(request)
+        return True
+
+    def _take_out(self, request: Request) -> None:
+        """Free a running request's slot and pages. Those that count on what it has not written wait again."""
         self.running.remove(request)
         if self._batch is not None and request in self._batch.requests:
             # The batch holds its requests in memory, and there may be no next step that would replace it.
             self._regroup([])
-        self.pages.release(request.pages)
+        pages, request.pages = request.pages, RequestPages()
+        waits = self.pages.release(pages)
         self._free_slots.append(request.slot)
-        return True
+        if waits:
+            for other in reversed([other for other in self.running if self.pages.awaits(other.pages, pages)]):
+                self._take_out(other)
+                other.back()
+                self.waiting.appendleft(other)
 
     def _admit(self) -> list[Request]:
         admitted: list[Request] = []
         while self.waiting and not self._blocked:
             request = self.waiting[0]
-            needed = pages_for_tokens(request.capacity, self._page_size)
-            pages = self.pages.allocate(needed) if self._free_slots else None
+            pages = None
+            if self._free_slots:
+                pages = self.pages.admit(request.prompt_ids, request.capacity, request.sampling.cache_salt)
             if pages is None:
                 self._blocked = True
                 break
             self.waiting.popleft()
-            request.pages, request.slot = pages, self._free_slots.pop()
-            request.state = RequestState.RUNNING
+            request.admitted(self._free_slots.pop(), pages)
             self.running.append(request)
             admitted.append(request)
         return admitted

@@ -121,6 +121,7 @@ def _attend(call: AttentionCall, binding: LayerBinding) -> torch.Tensor:
     options = Options(call.scale, call.sees.window, call.sees.chunk, call.softcap, call.sinks)
     if step.phase is Phase.DECODE and not step.several:
         return decode_attention(call.query, places, options, k=k, v=v)
+    # All of them, before any is read: requests of one prefill call can share pages.
     write_kv(k, v, places)
     if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
         return decode_attention(call.query, places, options)

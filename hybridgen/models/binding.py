@@ -65,6 +65,14 @@ class BoundModel:
         lengths = {rope.switch_length for _, _, rope in self._replaced() if rope.switch_length is not None}
         return min(lengths) if lengths else None
 
+    @property
+    def fixed_keys_context(self) -> int | None:
+        """Up to this length of a request, a key depends on its tokens and its position alone; None: always.
+
+        Beyond it, `dynamic` and `longrope` rotary tables go by the whole request's length.
+        """
+        return min((rope.limit for _, _, rope in self._replaced()), default=None)
+
     def _replaced(self) -> list[tuple[nn.Module, str, PerTokenRope]]:
         return [(parent, name, getattr(parent, name)) for parent, name, _ in self._ropes]
 

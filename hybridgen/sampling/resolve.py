@@ -75,6 +75,7 @@ class ResolvedSampling:
     logprobs: int | None
     logprobs_of: str
     skip_special_tokens: bool
+    cache_salt: str | None
 
     @property
     def greedy(self) -> bool:
@@ -137,9 +138,19 @@ def resolve(
         forced_last=_forced("forced_eos_token_id", params),
         stop_token_ids=tuple(dict.fromkeys((*eos, *params.stop_token_ids))),
         top_k=0 if params.top_k is None or params.top_k >= vocab_size else params.top_k,
-        seed=secrets.randbits(63) if params.seed is None else params.seed,
+        seed=draw_seed() if params.seed is None else params.seed,
     )
     return ResolvedSampling(**values)
+
+
+def draw_seed() -> int:
+    """A seed for a request that has none."""
+    return secrets.randbits(63)
+
+
+def counts_prompt(generation_config: Any) -> bool:
+    """Whether the model has lengths that count the prompt. Else `resolve` asks only whether a prompt has one token."""
+    return any(getattr(generation_config, name, None) is not None for name in ("max_length", "min_length"))
 
 
 def _with_model_defaults(

@@ -20,7 +20,7 @@ class Counters:
     steps: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """(phase, kind, reason) of each launched call."""
     tokens: Counter[str] = field(default_factory=Counter)
-    """`prompt` and `generated`."""
+    """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there) and `generated`."""
     requests: Counter[str] = field(default_factory=Counter)
     """`submitted`, and each finish reason."""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -167,6 +167,36 @@ class DecodeStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrefixStats:
+    """What requests shared with earlier ones."""
+
+    state: str = "on"
+    """`on`, or why nothing is shared."""
+    pages: int = 0
+    """Pages that can be found by their tokens, those in use included."""
+    prompt_tokens: int = 0
+    """Of the requests that were admitted."""
+    cached_tokens: int = 0
+    """How many of them had their keys and values already."""
+    evicted: int = 0
+    """Pages that made room for others."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Cached tokens as a share of all prompt tokens; NaN before the first request."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else math.nan
+
+    def summary(self) -> str:
+        """One line."""
+        if self.state != "on" or not self.prompt_tokens:
+            return self.state
+        return (
+            f"{self.cached_tokens:,} of {self.prompt_tokens:,} prompt tokens ({self.hit_rate:.0%}), "
+            f"{self.pages:,} pages kept, {self.evicted:,} evicted"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArtifactStats:
     """What came from the compile cache. A hit was in it, a miss had to be made."""
 
@@ -211,7 +241,7 @@ class EngineStats:
     requests: Mapping[str, int]
     """`submitted`, and how many ended by each finish reason."""
     tokens: Mapping[str, int]
-    """`prompt` and `generated`."""
+    """`prompt`, `cached` and `generated`, see `Counters`."""
     steps: Mapping[tuple[str, str, str], int]
     """Calls by (phase, kind, reason)."""
     fallbacks: Mapping[str, int]
@@ -231,9 +261,12 @@ class EngineStats:
     pages: int
     """Pages of the KV cache."""
     free_pages: int
+    """Those that no request has; the prefix cache keeps some of them until others need them."""
     page_size: int
     """Positions per page."""
     cache_bytes: int
+    prefix: PrefixStats = field(default_factory=PrefixStats)
+    """The prefix cache."""
 
     @property
     def startup_table(self) -> tuple[StartupRow, ...]:
@@ -278,6 +311,7 @@ class EngineStats:
                 f"{self.free_pages} of {self.pages} pages free, {self.page_size} positions each, "
                 f"{self.cache_bytes / 2**20:,.0f} MiB",
             ),
+            ("prefix cache", self.prefix.summary()),
         ]
         return "\n".join(f"{name:<24} {value}" for name, value in rows)
 

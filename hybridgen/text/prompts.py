@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from operator import countOf
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -92,13 +93,22 @@ def encode_prompt(
         ids = _plain_ids(prompt, index)
     if not ids:
         raise PromptError(f"prompt {index} ({shown(prompt)}) has no tokens; give at least one")
-    wrong = [token for token in ids if not 0 <= token < vocab_size]
-    if wrong:
+    if not _all_inside(ids, vocab_size):
+        wrong = [token for token in ids if not 0 <= token < vocab_size]
         raise PromptError(
             f"prompt {index} holds token id {shown(wrong[0])}, outside the vocabulary of {vocab_size} "
             f"({len(wrong)} such id(s)); was it encoded with another model's tokenizer?"
         )
-    return tuple(ids)
+    return ids
+
+
+def _all_inside(ids: Sequence[int], vocab_size: int) -> bool:
+    """Whether all ids are of the vocabulary. A call can have hundreds of thousands, so numpy looks at them."""
+    try:
+        values = np.fromiter(ids, np.int64, len(ids))
+    except OverflowError:
+        return False
+    return bool(values.view(np.uint64).max() < vocab_size)  # a negative id is a very large one there
 
 
 def _require(tokenizer: Any, problem: str | None) -> Any:
@@ -110,7 +120,7 @@ def _require(tokenizer: Any, problem: str | None) -> Any:
     return tokenizer
 
 
-def _encode_text(text: str, index: int, tokenizer: Any) -> list[int]:
+def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[int, ...]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -127,7 +137,7 @@ def _encode_text(text: str, index: int, tokenizer: Any) -> list[int]:
         ) from error
     plain = _plain_ids(ids, index)
     bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is not None and plain[:2] == [bos, bos]:
+    if bos is not None and plain[:2] == (bos, bos):
         _warn_of_two_beginnings(getattr(tokenizer, "bos_token", None))
     return plain
 
@@ -143,7 +153,7 @@ def _warn_of_two_beginnings(token: Any) -> None:
     )
 
 
-def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> list[int]:
+def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> tuple[int, ...]:
     if not getattr(tokenizer, "chat_template", None):
         raise TokenizerError(
             f"prompt {index} is a list of chat messages and the tokenizer has no chat template; give text, or set "
@@ -166,7 +176,7 @@ def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> lis
     return _plain_ids(ids, index)
 
 
-def _plain_ids(prompt: Any, index: int) -> list[int]:
+def _plain_ids(prompt: Any, index: int) -> tuple[int, ...]:
     if isinstance(prompt, (torch.Tensor, np.ndarray)):
         if prompt.ndim == 2 and prompt.shape[0] == 1:
             prompt = prompt[0]
@@ -174,15 +184,17 @@ def _plain_ids(prompt: Any, index: int) -> list[int]:
         if prompt.ndim != 1 or not kind.startswith(("int", "uint")):
             shape = tuple(prompt.shape)
             raise PromptError(f"prompt {index} is a {kind} tensor of shape {shape}; give integer ids [tokens]")
-        return [int(token) for token in prompt.tolist()]
+        return tuple(prompt.tolist())
     if isinstance(prompt, _BYTES):
         raise PromptError(f"prompt {index} is {shown(prompt)}, {type(prompt).__name__} and not text; {_DECODE}")
     if not isinstance(prompt, Sequence):
         raise PromptError(f"prompt {index} is {shown(prompt)}; give a string, token ids or chat messages")
+    if countOf(map(type, prompt), int) == len(prompt):  # as nearly always
+        return tuple(prompt)
     for token in prompt:
         if not _is_int(token):
             raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
-    return [int(token) for token in prompt]
+    return tuple(int(token) for token in prompt)
 
 
 def _is_int(value: Any) -> bool:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 import hybridgen
 from hybridgen import Engine, FinishReason, api
-from hybridgen.cache import PageAllocator
+from hybridgen.cache import PageManager
 from hybridgen.core import TokenLogprob
 from hybridgen.demo import model_path
 from hybridgen.engine.handoff import interrupts_deferred
@@ -321,7 +321,7 @@ def stub_loop(
     run_ahead: int = 1, tokenizer: Any = None, budget: int = 16, **options: Any
 ) -> tuple[StepLoop, StubRunner]:
     runner = StubRunner()
-    scheduler = Scheduler(pages=PageAllocator(100), page_size=16, max_batch=4, token_budget=budget)
+    scheduler = Scheduler(pages=PageManager(100, 16), max_batch=4, token_budget=budget)
     return StepLoop(runner, scheduler, Counters(), tokenizer=tokenizer, run_ahead=run_ahead, **options), runner
 
 

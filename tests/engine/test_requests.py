@@ -145,3 +145,25 @@ def test_choices_are_collected_by_prompt() -> None:
     assert (first.token_ids, first.choices) == ((70,), ())
     assert second.token_ids == (71,)
     assert [choice.token_ids for choice in second.choices] == [(71,), (72,)]
+
+
+def test_requests_of_a_call_have_the_sampling_that_each_has_alone(demo: Checkpoint) -> None:
+    """Parameters are resolved once for prompts that have them in common, but for what the prompt's length decides."""
+    shared, other = (
+        SamplingParams(temperature=1.0, seed=4, n=2),
+        SamplingParams(forced_bos_token_id=9, max_new_tokens=7),
+    )
+    given = [shared, other, shared, other, shared]
+    prompts = [[5], [5], [5, 6, 7], [5, 6], [5] * 190]
+    made = make_requests(prompts, given, {}, demo, 200, None)
+    alone = [
+        make_requests([prompt], params, {}, demo, 200, None) for prompt, params in zip(prompts, given, strict=True)
+    ]
+    for index, requests in enumerate(alone):
+        assert [request.sampling for request in made if request.index == index] == [
+            replace(request.sampling, seed=mine.sampling.seed)
+            for request, mine in zip(requests, (r for r in made if r.index == index), strict=True)
+        ]
+    assert [request.sampling.seed for request in made if request.index in (0, 2, 4)] == [4, 5] * 3
+    drawn = make_requests([[5]] * 20, SamplingParams(temperature=1.0), {}, demo, 200, None)
+    assert len({request.sampling.seed for request in drawn}) == 20

@@ -7,19 +7,21 @@ import random
 import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from hybridgen.cache import PageAllocator, pages_for_tokens
+from hybridgen.cache import PageAllocator, PageManager, RequestPages, pages_for_tokens
 from hybridgen.engine.requests import Request, RequestState
 from hybridgen.engine.scheduler import Schedule, Scheduler
 from hybridgen.execution.plan import Admission, PrefillChunk, StepPlan
 
 
-def make(num_pages: int = 101, max_batch: int = 4, budget: int = 32, reprefill: int | None = None) -> Scheduler:
+def make(
+    num_pages: int = 101, max_batch: int = 4, budget: int = 32, reprefill: int | None = None, *, shares: bool = False
+) -> Scheduler:
     return Scheduler(
-        pages=PageAllocator(num_pages),
-        page_size=16,
+        pages=PageManager(num_pages, 16, shares=shares),
         max_batch=max_batch,
         token_budget=budget,
         reprefill_length=reprefill,
@@ -31,7 +33,7 @@ class Sampling(SimpleNamespace):
 
 
 def make_request(prompt: int, new: int = 8) -> Request:
-    request = Request(tuple(range(prompt)), Sampling(max_new_tokens=new))
+    request = Request(tuple(range(prompt)), Sampling(max_new_tokens=new, cache_salt=None))
     request.output = SimpleNamespace(token_ids=[])
     return request
 
@@ -141,14 +143,14 @@ def test_a_prompt_already_past_the_change_is_not_prefilled_again() -> None:
     assert decoded(scheduler.schedule()) == (one,)
 
 
-class CountingPages(PageAllocator):
+class CountingPages(PageManager):
     """Counts how often pages are asked for."""
 
-    asked = 0
+    calls = 0
 
-    def allocate(self, count: int) -> list[int] | None:
-        self.asked += 1
-        return super().allocate(count)
+    def admit(self, *args: Any) -> RequestPages | None:
+        self.calls += 1
+        return super().admit(*args)
 
 
 def test_a_step_that_brought_more_tokens_moves_lengths_and_the_end() -> None:
@@ -195,7 +197,7 @@ def test_a_batch_is_one_object_while_it_stays_the_same() -> None:
     (c,) = add(scheduler, 4, new=20)
     joining = scheduler.schedule()
     assert joining.admitted == (c,)
-    assert joining.plan.admit == (Admission(c.slot, c.pages, c.sampling, c.prompt_ids),)
+    assert joining.plan.admit == (Admission(c.slot, c.pages.table, c.sampling, c.prompt_ids),)
     assert joining.plan.decode is schedule.plan.decode  # c is in its prefill
     assert decoded(scheduler.schedule()) == (a, b, c)
     scheduler.finish(b)
@@ -205,14 +207,14 @@ def test_a_batch_is_one_object_while_it_stays_the_same() -> None:
 
 def test_a_request_that_does_not_fit_waits_without_asking_again() -> None:
     scheduler = make(num_pages=1 + 4, max_batch=8)
-    scheduler.pages = pages = CountingPages(1 + 4)
+    scheduler.pages = pages = CountingPages(1 + 4, 16, shares=False)
     running, big, small = add(scheduler, 4, 56, 8, new=8)  # 1 page, 4 pages, 1 page behind them
     scheduler.schedule()
     schedule = scheduler.schedule()
-    asked = pages.asked
+    calls = pages.calls
     add(scheduler, 4)
     assert scheduler.schedule() is schedule
-    assert pages.asked == asked
+    assert pages.calls == calls
     scheduler.finish(big)  # the one that waited first gives up: who is behind it fits
     assert scheduler.schedule().admitted[0] is small
     assert running.launched == 4
@@ -322,7 +324,7 @@ def test_it_schedules_as_a_model_without_memory(seed: int) -> None:
         schedule = scheduler.schedule()
         assert described(schedule, names) == model.step()
         expected = {one.name: (one.launched, one.slot, one.pages) for one in model.running}
-        assert {names[one]: (one.launched, one.slot, one.pages) for one in scheduler.running} == expected
+        assert {names[one]: (one.launched, one.slot, one.pages.table) for one in scheduler.running} == expected
         assert [names[one] for one in scheduler.waiting] == [one.name for one in model.waiting]
         if schedule.batch is not None and schedule.batch.requests == before:
             assert schedule.plan.decode is slots
@@ -343,3 +345,34 @@ def test_it_schedules_as_a_model_without_memory(seed: int) -> None:
             model.finish(names[one])
             del live[names[one]]
     assert repeated
+
+
+def test_equal_prompts_are_prefilled_in_one_call_and_fed_once() -> None:
+    scheduler = make(budget=64, shares=True)
+    a, b, c = add(scheduler, 40, 40, 8)
+    schedule = scheduler.schedule()
+    assert chunks_of(schedule) == [(a, 0, 40, True), (b, 32, 8, True), (c, 0, 8, True)]
+    assert b.pages.table[:2] == a.pages.table[:2]
+    for request, chunk in zip(schedule.prefilled, schedule.plan.prefill, strict=True):
+        scheduler.prefill_launched(request, chunk)
+    scheduler.finish(a, fed=range(100, 107))
+    (again,) = add(scheduler, 40)
+    scheduler.schedule()
+    assert again.pages.cached == 32
+    for request in (b, c, again):
+        scheduler.finish(request)
+    assert scheduler.pages.free == scheduler.pages.capacity
+
+
+def test_who_shares_what_was_not_written_waits_again_in_its_place() -> None:
+    scheduler = make(budget=16, shares=True)
+    a, b, c, d, e = add(scheduler, 40, 40, 50, 8, 8)
+    assert scheduler.schedule().admitted == (a, b, c, d)
+    scheduler.finish(a)  # nothing of it was launched
+    assert list(scheduler.waiting) == [b, c, e]
+    assert [request.state for request in (a, b, c)] == [RequestState.FINISHED, *[RequestState.WAITING] * 2]
+    assert scheduler.schedule().admitted == (b, c, e)
+    assert (b.prefilled, c.pages.cached, b.launched) == (8, 32, 0)
+    for request in (b, c, d, e):
+        scheduler.finish(request)
+    assert scheduler.pages.free == scheduler.pages.capacity

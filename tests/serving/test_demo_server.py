@@ -351,6 +351,10 @@ def test_metrics(demo: Process, client: hybridgen.Client) -> None:
     assert grew("hybridgen_tpot_seconds_sum") > 0
     assert grew("hybridgen_steps_total") == 4
     assert after["hybridgen_pages_free"] == after["hybridgen_pages"] > 0
+    assert after["hybridgen_pages_kept"] >= 0
+    # Prompts of less than a page.
+    assert grew('hybridgen_prefix_tokens_total{result="hit"}') == 0
+    assert grew('hybridgen_prefix_tokens_total{result="miss"}') == grew('hybridgen_tokens_total{kind="prompt"}') > 0
     assert after["hybridgen_in_flight"] == after["hybridgen_running"] == after["hybridgen_waiting"] == 0
     assert after["hybridgen_healthy"] == 1
     for phase, result in itertools.product(("prefill", "decode"), ("hit", "padded_hit", "miss")):

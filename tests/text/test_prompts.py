@@ -64,6 +64,8 @@ def test_ids_of_any_kind(prompt: Any) -> None:
         ("", "empty string"),
         ([], "no tokens"),
         ([1, 100], "token id 100, outside the vocabulary of 100"),
+        ([1, 2**80, 5], "outside the vocabulary of 100 (1 such"),
+        (np.array([3, 2**63 + 1], dtype=np.uint64), "outside the vocabulary of 100 (1 such"),
         ([-1], "token id -1"),
         ([1, "a"], "'a' where a token id should be"),
         ([1, True], "True where a token id"),

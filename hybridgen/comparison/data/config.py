@@ -170,6 +170,7 @@ class CompareConfig:
             "max_context": max(self.longest, min(limit, MOST_PREFILL_TOKENS + self.new_tokens)),
             "capture_after": 1,  # what warm-up misses is captured before anything is measured
             "progress": False,
+            "prefix_cache": False,  # the same prompts come again and again, and their prefill is what is measured
         }
         if self.fresh_compile:  # else a second run would find what the first one compiled, and what was hot in it
             usual["compile_cache"] = False

@@ -110,7 +110,8 @@ def prefill_attention(q: Tensor, places: Places, query_starts: Tensor, options: 
 
     Sequence i is tokens `query_starts[i]` to `query_starts[i + 1]`: one slot, consecutive positions. Each token
     sees its sequence's positions up to its own, those of earlier chunks and cached prefixes included; K and V of
-    this call's tokens must have been written. `query_starts` ends with T, repeated for sequences without tokens.
+    this call's tokens must have been written, those of other sequences too, whose pages it may share. `query_starts`
+    ends with T, repeated for sequences without tokens.
     The CUDA kernel follows FlashAttention-2 (arXiv:2307.08691) over pages.
     """
     return torch.ops.hybridgen.prefill_attention.default(q, *places, query_starts, *options)

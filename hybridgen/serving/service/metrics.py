@@ -114,6 +114,11 @@ class _Now:
         yield self._gauge("waiting", "Completions that wait for a slot or pages", stats.get("waiting", 0))
         yield self._gauge("pages", "Pages of the KV cache", stats.get("pages", 0))
         yield self._gauge("pages_free", "Free pages of the KV cache", stats.get("free_pages", 0))
+        prefix = stats.get("prefix", {})
+        asked, found = prefix.get("prompt_tokens", 0), prefix.get("cached_tokens", 0)
+        tokens = {("hit",): found, ("miss",): asked - found}
+        yield self._counter("prefix_tokens", "Prompt tokens by what the prefix cache had", tokens, ("result",))
+        yield self._gauge("pages_kept", "Pages that the prefix cache can find", prefix.get("pages", 0))
         yield self._gauge("work_age_seconds", "How long the present step has taken", health["work_age"])
         yield self._gauge("healthy", "1, or 0 while a step hangs", int(health["healthy"]))
 

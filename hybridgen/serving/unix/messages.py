@@ -177,6 +177,7 @@ def completion_to_wire(completion: Completion) -> dict[str, Any]:
         "steps": [asdict(step) for step in completion.steps],
         "logprobs": None if completion.logprobs is None else [_logprob(item) for item in completion.logprobs],
         "stop_match": completion.stop_match,
+        "cached_tokens": completion.cached_tokens,
         "error": None if completion.error is None else error_to_wire(completion.error),
     }
 
@@ -200,6 +201,7 @@ def completion_from_wire(wire: Mapping[str, Any]) -> Completion:
         steps=tuple(StepSummary(**step) for step in wire["steps"]),
         logprobs=None if logprobs is None else tuple(map(_logprob_from, logprobs)),
         stop_match=wire["stop_match"],
+        cached_tokens=wire.get("cached_tokens", 0),
         error=None if error is None else error_from_wire(error),
     )
 

@@ -59,6 +59,7 @@ params = st.builds(
     suppress_tokens=st.none() | st.lists(st.integers(0, 1000), max_size=3),
     forced_eos_token_id=st.none() | st.integers(0, 1000) | st.just([]),
     no_repeat_ngram_size=st.none() | st.integers(0, 9),
+    cache_salt=st.none() | st.text(),
 )
 
 
@@ -81,7 +82,7 @@ def test_every_sampling_field_was_in_the_strategy() -> None:
         stop_token_ids=[4], ignore_eos=True, logprobs=2, logprobs_of="sampled", skip_special_tokens=False,
         typical_p=0.9, epsilon_cutoff=0.1, eta_cutoff=0.2, sequence_bias={(1, 2): -math.inf, (3,): 0.5},
         bad_words_ids=[[5, 6]], suppress_tokens=[7], begin_suppress_tokens=[8], no_repeat_ngram_size=3,
-        forced_bos_token_id=9, forced_eos_token_id=[0, 10],
+        forced_bos_token_id=9, forced_eos_token_id=[0, 10], cache_salt="a",
     )  # fmt: skip
     assert all(getattr(full, name) != getattr(default, name) for name in names)
     assert messages.sampling_to_wire(full).keys() == names
@@ -134,6 +135,7 @@ completions = st.builds(
     steps=st.lists(st.builds(StepSummary, st.text(), st.text(), st.text(), st.integers(0, 99)), max_size=2).map(tuple),
     logprobs=st.none() | st.lists(logprobs, max_size=2).map(tuple),
     stop_match=st.none() | st.text() | st.integers(0, 99),
+    cached_tokens=st.integers(0, 999),
 )
 
 
