@@ -62,6 +62,7 @@ def test_ablation_switches_one_thing_off_in_hybrid() -> None:
 def test_an_engine_is_as_large_as_the_cells_need() -> None:
     config = CompareConfig(prompt_lengths=(10, 900), batch_sizes=(3,), new_tokens=20, engine={"dtype": "float32"})
     engine = config.engine_config({"mode": "jit"}, 4096)
+    assert not engine.prefix_cache  # or the prefill of a prompt would be measured once
     assert (engine.max_batch, engine.max_context, engine.dtype) == (3, 920, "float32")
     assert config.replace(prompt_lengths=(10,)).engine_config({}, 4096).max_context == 512 + 20
     assert config.replace(prompt_lengths=(10,)).engine_config({}, 128).max_context == 128
