@@ -128,7 +128,7 @@ def test_a_model_that_is_well_is_well_at_every_point(path: Path) -> None:
     assert list(found) == [point.name for point in doctor.CHECKLIST]
     assert all(finding.ok for finding in found.values()), found
     assert found["capture sizes"].detail.startswith("decode 1, 4; prefill 128 ")
-    assert found["hit rate"].detail.startswith("prefill 75.0%, decode 100.0% ")  # all three prompts in one call are 160
+    assert found["hit rate"].detail.startswith("prefill 100.0%, decode 100.0% ")
     assert "100.0% of tokens equal mode eager's" in found["numerics"].detail
     assert "CPU" in found["profiling"].detail
     assert "[engine.stats().graphs.hit_rate]" in found["hit rate"].detail

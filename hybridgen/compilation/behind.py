@@ -20,7 +20,6 @@ import torch._dynamo
 import torch._inductor
 from torch import Tensor
 
-import hybridgen
 from hybridgen.compilation.step_graph import StepGraph
 
 TASK, ARTIFACT = "task", "artifact"
@@ -44,7 +43,7 @@ class CompileJob:
         self._folder = Path(tempfile.mkdtemp(prefix="hybridgen-compile-"))
         tensors = [OneTensor(tuple(one.shape), tuple(one.stride()), one.dtype) for one in inputs]
         (self._folder / TASK).write_bytes(pickle.dumps((graph, tensors, torch.get_num_threads())))
-        root = str(Path(hybridgen.__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
