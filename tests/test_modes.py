@@ -172,7 +172,10 @@ def test_auto_on_a_cpu_is_eager(path: Path) -> None:
         engine.generate(PROMPTS[:2], max_new_tokens=3)
         stats = engine.stats()
     assert stats.mode == "eager"
-    assert stats.steps == {("prefill", "eager", "mode eager"): 1, ("decode", "eager", "mode eager"): 2}
+    assert stats.steps == {
+        ("prefill", "layers, eager", "mode eager"): 1,
+        ("decode", "layers, eager", "mode eager"): 2,
+    }
     assert (stats.graphs.graphs, stats.graphs.hits, stats.graphs.misses) == ((), 0, {})
 
 
@@ -225,7 +228,7 @@ def test_completions_name_the_stand_in_and_the_bucket(path: Path) -> None:
         for out in outs:
             found = {(step.phase, step.kind, step.reason): step.count for step in out.steps}
             assert found == {
-                ("prefill", "eager", "above the largest bucket, 32"): 1,
+                ("prefill", "layers, eager", "above the largest bucket, 32"): 1,
                 ("decode", "layers, stand-in", "padded to bucket 4"): 3,
             }
         (out,) = engine.generate(PROMPTS[2:3], max_new_tokens=4)
@@ -652,7 +655,7 @@ def test_a_graph_that_gives_other_values(
     assert {event.phase for event in failed} == {"decode"}
     assert {event.message for event in failed} == {"its first replay gave other values than the step without it"}
     assert len(failed) == len(stats.graphs.failures) == len(recorder.released[: len(failed)]) > 0
-    assert stats.steps["decode", "eager", "its graph was found wrong"] == len(failed)
+    assert stats.steps["decode", "layers, eager", "its graph was found wrong"] == len(failed)
     reasons = [reason for reason in stats.fallbacks if "is not used any more" in reason]
     assert sum(stats.fallbacks[reason] for reason in reasons) == len(failed)
     assert len([w for w in caught if "is not used any more" in str(w.message)]) == len(reasons)
@@ -914,7 +917,7 @@ def test_what_is_interrupted_does_not_shift_later_tokens(
             if where == "between":
                 patch.setattr(engine._runner.ring, "launched", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             else:
-                patch.setattr(engine._runner.graphs, "_times", None)  # fails after the step ran for nobody
+                patch.setattr(engine._runner.graphs, "timings", None)  # fails after the step ran for nobody
             with pytest.raises((hybridgen.Interrupted, AttributeError)):
                 engine.generate(PROMPTS[0], max_new_tokens=6)
                 engine.idle()
@@ -989,7 +992,7 @@ def test_a_steady_batch_sends_nothing(path: Path, mode: str, monkeypatch: pytest
         order: list[str] = []
         send, copy, forward, advance = StagedBlock.send, metadata.reference, runner.bound.forward, ring.advance
         monkeypatch.setattr(StagedBlock, "send", lambda block: sent.append(1) or send(block))
-        monkeypatch.setattr(runner.graphs, "route", lambda key: pytest.fail("looked up"))
+        monkeypatch.setattr(runner.router, "route", lambda key: pytest.fail("looked up"))
         monkeypatch.setattr(metadata, "reference", lambda *args: order.append("copy") or copy(*args))
         monkeypatch.setattr(runner.bound, "forward", lambda *args: order.append("forward") or forward(*args))
         monkeypatch.setattr(ring, "advance", lambda *args: order.append("advance") or advance(*args))
