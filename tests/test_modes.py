@@ -687,8 +687,8 @@ def test_a_tensor_that_moved(path: Path, which: str, sample_in_graph: bool) -> N
         elif which == "counter":
             runner.ring.counter = runner.ring.counter.clone()
         elif which == "keys of layer 0":
-            binding = runner.bound.sites[0].module._hybridgen
-            binding.keys = binding.keys.clone()
+            state = runner.states[0]
+            state._pages = state.pages._replace(keys=state.pages.keys.clone())
         else:
             weight = runner.bound.model.get_parameter(which)
             weight.data = weight.data.clone()

@@ -402,6 +402,7 @@ class ModelRunner:
             except torch.AcceleratorError as error:
                 logger.debug("the device is lost: %s", error)
         self.graphs.close()
+        self.router.forget()
         self._steady = None
         fused = self.fused or self.following.unused
         if fused is not None:

@@ -82,6 +82,11 @@ class Router:
             route = self._routes[wanted] = self._decide(wanted)
         return route
 
+    def forget(self) -> None:
+        """Nothing runs any more: let go of steps and recordings, which refer to whoever has the router."""
+        self._routes.clear()
+        self._executors = ()
+
     def served(self, key: GraphKey) -> GraphKey:
         """The same step with the executor that serves it: the first that does not refuse."""
         for executor in self._executors:
