@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import hybridgen
 from hybridgen.engine import Engine
+from hybridgen.fused import reference
+from hybridgen.models.decoder import describe
 
 PROMPTS = families.prompts_of((3, 9))
 MODES = ("eager", "jit", "graph", "hybrid")
@@ -306,3 +308,42 @@ def test_a_window_of_long_prompts_and_a_dynamic_rope_that_the_owner_uses_too() -
             model(input_ids=long)
         assert tokens(engine) == before == expected(model)
         assert not engine.stats().fallbacks
+
+
+def test_fused_kernels_that_are_made_anew_are_checked_against_layers_that_are_not_compiled() -> None:
+    """The check listens to each layer; compiled layers call none of its hooks, and a model would seem to have none."""
+    model = families.build("phi3", num_hidden_layers=2)
+    checked: list[str] = []
+
+    def check() -> None:
+        bound = runner.bound
+        with bound.original_attention(), torch.inference_mode():
+            reference.check(bound.model, describe(bound.model, bound.sites, bound.weights, SETTINGS["max_context"]))
+        checked.append("the same")
+
+    with load(model, "jit") as engine:
+        runner = engine._runner
+        before = tokens(engine)
+        runner.use_fused(Fused())
+        runner.following.fuse_again = check
+        with torch.no_grad():
+            other_data(model)
+        with pytest.warns(RuntimeWarning, match="the fused kernels are made anew"):
+            after = tokens(engine)
+        assert checked == ["the same"]
+        assert after == expected(model)
+        assert engine.stats().late_compiles == 0
+    assert before != after
+
+
+class Fused:
+    """What a runner asks of fused kernels, with none."""
+
+    chain = None
+    executors = ()
+
+    def refresh(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
