@@ -74,7 +74,8 @@ class FusedDecode:
             return
         scales, sources, shifts = map(list, zip(*pairs, strict=True))
         torch._foreach_copy_(scales, sources)
-        torch._foreach_add_(scales, shifts)
+        if any(shifts):
+            torch._foreach_add_(scales, shifts)
 
     def close(self) -> None:
         """Unload what was loaded. Not while a step runs or a graph holds one."""
