@@ -110,7 +110,8 @@ def check_replays(engine: hybridgen.Engine) -> None:
 def make_hybrid(engine: hybridgen.Engine) -> None:
     """Turn an engine of mode jit into one of mode hybrid, as loading does it, with what was compiled."""
     engine.mode = Mode.HYBRID
-    engine.config = engine.config.replace(mode="hybrid", **GRAPHS)
+    # Without lazy capture, or decode steps would be compiled whole, which is tried in graphs/test_compiled_step.py.
+    engine.config = engine.config.replace(mode="hybrid", lazy_capture=False, **GRAPHS)
     builder = Builder(
         engine.checkpoint,
         engine.config,
@@ -119,8 +120,9 @@ def make_hybrid(engine: hybridgen.Engine) -> None:
         engine._startup,
         engine._counters,
     )
-    builder.use_graphs(engine._runner, builder.graph_plan(engine._runner.bound), "mode hybrid")
+    builder.use_graphs(engine._runner, builder.graph_plan(), "mode hybrid")
     builder.capture(engine._runner)
+    engine._loop.scheduler.pages.clear()  # prompts that mode jit has seen would have short prefills
 
 
 def test_eager(checkpoint: Path, expected: list) -> None:
