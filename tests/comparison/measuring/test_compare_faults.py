@@ -134,19 +134,19 @@ def tiny() -> Any:
 def test_an_engine_that_cannot_be_built_and_a_call_that_fails_are_rows_of_the_result(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, generate = Engine.load, Engine.generate
+    make, generate = Engine.__init__, Engine.generate
 
-    def loading(model: Any, config: Any) -> Engine:
+    def making(self: Engine, checkpoint: Any, loaded: Any, config: Any) -> None:
         if config.mode == "graph":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return load(model, config)
+        make(self, checkpoint, loaded, config)
 
     def generating(self: Engine, prompts: Any, sampling: Any) -> Any:
         if self.config.mode == "hybrid" and len(prompts) == 2:
             raise RuntimeError("injected")
         return generate(self, prompts, sampling)
 
-    monkeypatch.setattr(Engine, "load", loading)
+    monkeypatch.setattr(Engine, "__init__", making)
     monkeypatch.setattr(Engine, "generate", generating)
     found = hybridgen.compare(
         tiny, prompt_lengths=4, batch_sizes=(1, 2), new_tokens=3, repeats=2, budget=20, warm_up=1,
@@ -167,19 +167,19 @@ def test_an_engine_that_cannot_be_built_and_a_call_that_fails_are_rows_of_the_re
 def test_ctrl_c_before_anything_is_measured_gives_a_result_that_says_so(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    load, generate = Engine.load, Engine.generate
+    make, generate = Engine.__init__, Engine.generate
 
-    def loading(model: Any, config: Any) -> Engine:
+    def making(self: Engine, checkpoint: Any, loaded: Any, config: Any) -> None:
         if place == "build" and config.mode == "graph":
             raise KeyboardInterrupt
-        return load(model, config)
+        make(self, checkpoint, loaded, config)
 
     def generating(self: Engine, prompts: Any, sampling: Any) -> Any:
         if place == "warm up" and self.config.mode == "graph":
             raise KeyboardInterrupt
         return generate(self, prompts, sampling)
 
-    monkeypatch.setattr(Engine, "load", loading)
+    monkeypatch.setattr(Engine, "__init__", making)
     monkeypatch.setattr(Engine, "generate", generating)
     found = hybridgen.compare(
         tiny, modes=("eager", "graph"), prompt_lengths=4, batch_sizes=(1, 2), new_tokens=3, repeats=2, budget=20,
