@@ -95,7 +95,8 @@ class Engine:
             if config.fuse_projections and loaded.owned:
                 with self._startup.timed("fuse projections"):
                     fuse_projections(model)
-            bound = _bound(model, self.max_context)
+            with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
+                bound = _bound(model, self.max_context)
             undo.callback(bound.release)
             self._starter = Starter(self.cache, self._startup, self._counters)
             builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters)

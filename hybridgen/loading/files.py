@@ -54,7 +54,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-_COUNTS = re.compile(r"layer|num_labels|block|expert|n_groups?$|depth")
+_COUNTS = re.compile(r"^(?!vocab).*(?:layer|num_labels|block|expert|n_groups?$|depth)")
 _MOST = 100_000
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),

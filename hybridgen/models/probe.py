@@ -226,8 +226,7 @@ def _visibility(call: _Call, context: int) -> Visibility:
         raise UnknownMaskError(f"its attention is not causal ({call.not_causal})")
     if call.mask is None:
         raise UnknownMaskError("it attends without a mask, or with one that transformers' mask functions did not make")
-    with torch.device("cpu"):  # whatever device the caller's context makes tensors on
-        return read_visibility(call.mask.predicate, context, call.heads, call.mask.vmapped)
+    return read_visibility(call.mask.predicate, context, call.heads, call.mask.vmapped)
 
 
 @dataclass
