@@ -6,8 +6,10 @@ of a list from all others. Two keys with ` / ` between them are a ratio of two f
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,3 +68,27 @@ def _item(items: Any, fields: str, key: str) -> Any:
     if len(found) != 1:
         raise KeyError(f"{len(found)} items have {fields!r} in {key!r}; one is needed")
     return found[0]
+
+
+def rewrite_pages(description: str | None, folder: Path, rewritten: Callable[[str], str]) -> int:
+    """What a script does that writes figures into pages: `--check` says whether they agree, else they are written.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 when a page is not up to date"
+    )
+    arguments = parser.parse_args()
+    stale = []
+    for page in sorted(folder.glob("*.md")):
+        text = page.read_text()
+        new = rewritten(text)
+        if new != text:
+            stale.append(page.name)
+            if not arguments.check:
+                page.write_text(new)
+    if stale:
+        print(f"{'not up to date' if arguments.check else 'rewritten'}: {', '.join(stale)}")
+    return int(arguments.check and bool(stale))

@@ -8,13 +8,12 @@ A figure stands between `<!-- figure: NAME -->` and `<!-- . -->` in a page of `d
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from lookup import RESULTS, ROOT, figure, result
+from lookup import RESULTS, ROOT, figure, result, rewrite_pages
 
 DOCS = ROOT / "docs"
 _MARKED = re.compile(r"<!-- figure: (?P<name>[a-z0-9-]+) -->(?P<text>.*?)<!-- \. -->", re.DOTALL)
@@ -109,22 +108,7 @@ def without_figures(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 when a page is not up to date"
-    )
-    arguments = parser.parse_args()
-    stale = []
-    for page in sorted(DOCS.glob("*.md")):
-        text = page.read_text()
-        new = rewritten(text)
-        if new != text:
-            stale.append(page.name)
-            if not arguments.check:
-                page.write_text(new)
-    if stale:
-        print(f"{'not up to date' if arguments.check else 'rewritten'}: {', '.join(stale)}")
-    return int(arguments.check and bool(stale))
+    return rewrite_pages(__doc__, DOCS, rewritten)
 
 
 if __name__ == "__main__":

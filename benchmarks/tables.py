@@ -9,13 +9,14 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->` in a page of `d
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from lookup import rewrite_pages
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -382,22 +383,7 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 when a page is not up to date"
-    )
-    arguments = parser.parse_args()
-    stale = []
-    for page in sorted(DOCS.glob("*.md")):
-        text = page.read_text()
-        new = rewritten(text)
-        if new != text:
-            stale.append(page.name)
-            if not arguments.check:
-                page.write_text(new)
-    if stale:
-        print(f"{'not up to date' if arguments.check else 'rewritten'}: {', '.join(stale)}")
-    return int(arguments.check and bool(stale))
+    return rewrite_pages(__doc__, DOCS, rewritten)
 
 
 if __name__ == "__main__":
