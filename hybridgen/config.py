@@ -169,6 +169,16 @@ def _cache(name: str, value: Any) -> bool | str:
     return value
 
 
+def _speculation(name: str, value: Any) -> Any:
+    drafts = all(hasattr(value, part) for part in ("name", "begin", "draft", "tensors"))
+    if value is None or value == "ngram" or (drafts and not isinstance(value, type)):
+        return value
+    raise ConfigError(
+        f'{name}={shown(value)}; give "ngram", None, or a drafter of your own: an object with name, begin(), draft() '
+        "and tensors() (docs/speculation.md)"
+    )
+
+
 def _listener(name: str, value: Any) -> Any:
     if value is not None and not callable(value):
         raise ConfigError(f"{name}={shown(value)}; give a function of one GraphEvent")
@@ -255,6 +265,9 @@ class EngineConfig:
     models whose keys depend on a request's length; see docs/usage.md."""
     run_ahead: int | None = field(default=None, metadata=about(integer(0, 1, optional=True), in_key=False))
     """Decode steps launched before the host reads the last one's tokens: 0 or 1. Else 1 on CUDA, 0 on a CPU."""
+    speculation: Any = field(default=None, metadata=about(_speculation, in_key=False))
+    """Draft tokens and check several in one step, which changes no token: `ngram` (what came behind the same tokens
+    earlier in prompt or output), a drafter of one's own, or None. See docs/speculation.md."""
     fuse_projections: bool = field(default=True, metadata=about(switch))
     """Join q/k/v and gate/up weights where the layer allows it (one matrix product each)."""
     fused_decode: bool = field(default=True, metadata=about(switch, in_key=False))
@@ -337,6 +350,11 @@ class EngineConfig:
                 f'graphs="{self.graphs}" with compile_backend={shown(self.compile_backend)}: trees are Inductor\'s; '
                 'leave compile_backend at "inductor"'
             )
+        if self.graphs is not GraphOwner.MANUAL and self.speculation is not None:
+            raise ConfigError(
+                f'graphs="{self.graphs}" with speculation={shown(self.speculation)}: trees record steps of one token a '
+                'row; use graphs="manual"'
+            )
         if not self.capture_at_start and not self.lazy_capture and self.mode in (Mode.GRAPH, Mode.HYBRID):
             raise ConfigError(
                 f'mode="{self.mode}" with capture_at_start=False and lazy_capture=False records nothing; set one of '
@@ -394,6 +412,8 @@ class ResolvedConfig(NamedTuple):
     """Tokens of a request at most, its prompt and its output together."""
     token_budget: int
     """Prompt tokens of one prefill call at most."""
+    query_len: int = 1
+    """Tokens of a row in a decode step at most: above 1 where drafts are checked."""
 
     @property
     def max_tokens(self) -> int:

@@ -130,6 +130,10 @@ class Completion:
     """The stop string or token id that ended it."""
     cached_tokens: int = 0
     """Tokens of the prompt whose keys and values were there already (`EngineConfig.prefix_cache`)."""
+    drafted_tokens: int = 0
+    """Drafts that its steps checked (`EngineConfig.speculation`)."""
+    accepted_tokens: int = 0
+    """Those of them that were right: so many steps fewer."""
     error: Exception | None = None
     """Set when `finish_reason` is `error`."""
     choices: tuple[Completion, ...] = ()

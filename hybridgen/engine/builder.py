@@ -6,7 +6,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tqdm.auto import tqdm
 
@@ -22,8 +22,9 @@ from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
-from hybridgen.errors import CacheMissError, described
+from hybridgen.errors import CacheMissError, ConfigError, described, shown
 from hybridgen.execution import ModelRunner, warm_up
+from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
@@ -31,6 +32,8 @@ from hybridgen.models import BoundModel
 from hybridgen.models.twin import Twin
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, plan_of, resolve
+from hybridgen.speculation import refusal
+from hybridgen.speculation.ngram import NgramDrafter
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter, traffic_of
 
@@ -83,6 +86,8 @@ class Builder:
             compile_backend=config.compile_backend if self.resolved.mode.compiles else None,
             units=units,
             offline=config.offline_compile,
+            query_len=self.resolved.query_len,
+            drafter=self._drafter(bound),
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
             fall_back=self.counters.fall_back,
@@ -164,6 +169,7 @@ class Builder:
             device=self.checkpoint.device,
             token_budget=self.resolved.token_budget,
             max_tokens=self.resolved.max_tokens,
+            query_len=self.resolved.query_len,
         )
 
     def capture(self, runner: ModelRunner) -> None:
@@ -173,7 +179,8 @@ class Builder:
         plans = dict.fromkeys((SamplerPlan(), plan_of(usual, checkpoint.vocab_size)))
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
-        keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler)
+        query_lens = runner.query_lens
+        keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler, query_lens=query_lens)
         keys = self.starter.planned(runner, keys)
         disable = bar_disabled(self.config.progress)
         with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
@@ -198,6 +205,20 @@ class Builder:
         allocate(states, num_pages, slots, device)
         runner.attach(states)
         return num_pages, total_bytes(states, num_pages, slots)
+
+    def _drafter(self, bound: BoundModel) -> Drafter | None:
+        """Who drafts, if anybody.
+
+        Raises:
+            ConfigError: drafts cannot be checked on this model.
+        """
+        wanted = self.config.speculation
+        if wanted is None:
+            return None
+        why = refusal(bound, self.resolved.max_context, self.config.page_size, self.checkpoint.dtype)
+        if why is not None:
+            raise ConfigError(f"speculation={shown(wanted)} with this model: {why}; leave speculation out")
+        return NgramDrafter() if wanted == "ngram" else cast(Drafter, wanted)
 
     def _prefix_state(self, bound: BoundModel, runner: ModelRunner) -> str:
         """`on`, or why requests share no pages."""

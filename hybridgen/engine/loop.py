@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,7 +18,8 @@ from hybridgen.engine.scheduler import Scheduler
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
 from hybridgen.execution import LaunchedStep, ModelRunner
 from hybridgen.execution.fused_executors import inspect_fused
-from hybridgen.execution.plan import Admission, PrefillChunk
+from hybridgen.execution.plan import Admission, DraftCounts, PrefillChunk
+from hybridgen.speculation.pace import RowPace, choose
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
 
@@ -270,7 +272,7 @@ class StepLoop:
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
     ) -> None:
         try:
-            step = self._runner.decode(slots)
+            step = self._runner.decode(slots, self._query_len(requests, slots))
         except Exception as error:
             if self._can_isolate(requests, error):
                 for request in requests:
@@ -283,6 +285,13 @@ class StepLoop:
             kind = self._decoded_by = ("decode", step.kind, step.reason)
         self._counters.steps[kind] += 1
         launched.append(InFlight(step, requests, kind, positions))
+
+    def _query_len(self, requests: Sequence[Request], slots: tuple[int, ...]) -> int:
+        """Tokens a row of the next decode step."""
+        if self._runner.drafting is None:
+            return 1
+        rows = [request.pace for request in requests if request.pace is not None]
+        return choose(rows, partial(self._runner.decode_seconds, slots))
 
     def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
         """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""
@@ -298,7 +307,7 @@ class StepLoop:
     def _read(self, flight: InFlight) -> None:
         """Wait for a step and hand its tokens to their requests."""
         try:
-            tokens, logprobs = flight.step.read()
+            tokens, logprobs, drafts = flight.step.read()
         except Exception as error:
             self._break(error)
         now = time.perf_counter()
@@ -309,13 +318,23 @@ class StepLoop:
                 self._meter.step(len(tokens), flight.positions, now)
         generated = 0
         unchosen: list[Request] = []
-        rows = zip(flight.requests, tokens, logprobs or repeat(None, len(tokens)), strict=True)
-        for request, accepted, its_logprobs in rows:
+        rows = zip(
+            flight.requests,
+            tokens,
+            logprobs or repeat(None, len(tokens)),
+            drafts or repeat(None, len(tokens)),
+            strict=True,
+        )
+        for request, accepted, its_logprobs, its_drafts in rows:
             output = request.output
             if output.completion is not None:  # it ended while this step was in flight
                 continue
+            if its_drafts is not None:
+                output.drafted_tokens += its_drafts.checked
             taken = output.take(accepted, its_logprobs, now, flight.decoded_by)
             generated += taken
+            if its_drafts is not None:
+                self._count_drafts(request, its_drafts, taken, flight.decoded_by)
             if output.completion is not None:
                 self._release(request)
             elif taken != len(accepted):
@@ -327,6 +346,21 @@ class StepLoop:
         self._counters.tokens["generated"] += generated
         if generated and self._counters.first_token is None:
             self._counters.first_token = now - flight.requests[0].output.submitted
+
+    def _count_drafts(self, request: Request, drafts: DraftCounts, taken: int, decoded_by: StepKind | None) -> None:
+        """Note what became of a row's drafts in a step that brought it `taken` tokens."""
+        if request.pace is None:
+            request.pace = RowPace()
+        request.pace.read(drafts.checked, max(taken - 1, 0), drafts.made)
+        if decoded_by is not None:
+            counted = self._counters.drafts
+            counted["rows"] += 1
+            counted["tokens"] += taken
+            counted["checked"] += drafts.checked
+            counted["accepted"] += max(taken - 1, 0)
+        if drafts.dropped and self._runner.drafting is not None:
+            name = self._runner.drafting.name
+            self._counters.fall_back(f"the drafter {name} gave ids that the model does not have; they are dropped")
 
     def _end_unchosen(self, requests: list[Request]) -> None:
         """Fail the requests for which a step had nothing to choose. A fused step that was given up can be the cause."""

@@ -53,6 +53,10 @@ class RequestOutput:
         self.completion: Completion | None = None
         self.cached_tokens = 0
         """Tokens of the prompt that were not computed."""
+        self.drafted_tokens = 0
+        """Drafts that were checked."""
+        self._accepted_tokens = 0
+        """Drafts that were right: tokens that were not the first of their step."""
         self.keep_events = keep_events
         self._prompt_ids = prompt_ids
         self._sampling = sampling
@@ -131,6 +135,7 @@ class RequestOutput:
                 taken += 1
                 if taken > 1:
                     self._extra_tokens += 1
+                    self._accepted_tokens += 1
                 ids.append(token)
                 self._token_times.append(now)
                 text, matched = "", None
@@ -264,14 +269,17 @@ class RequestOutput:
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
             stop_match=match,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
             error=error,
         )
 
     def _bandwidth(self) -> tuple[float, float]:
         """Bytes per second that its decode steps read, and their share of the device's ceiling."""
         times, traffic = self._token_times, self._traffic
-        if traffic is None or len(times) < 2:
+        steps = len(times) - 1 - self._accepted_tokens
+        if traffic is None or steps < 1:
             return math.nan, math.nan
         positions = len(self._prompt_ids) + len(times) / 2
-        bandwidth = traffic.bandwidth(1, positions, (times[-1] - times[0]) / (len(times) - 1))
+        bandwidth = traffic.bandwidth(1, positions, (times[-1] - times[0]) / steps)
         return bandwidth, traffic.mbu(bandwidth)

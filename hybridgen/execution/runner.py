@@ -16,6 +16,7 @@ from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
+from hybridgen.execution.drafting import DRAFTS, Drafter, Drafting
 from hybridgen.execution.executors import LayersExecutor
 from hybridgen.execution.owner import Following
 from hybridgen.execution.plan import Admission, PrefillChunk
@@ -86,6 +87,7 @@ class ModelRunner:
         offline: bool = False,
         one_copy: bool = True,
         buffers: int = 2,
+        drafter: Drafter | None = None,
         fall_back: Callable[[str], None] = warnings.warn,
         twin: Twin[Any] | None = None,
     ) -> None:
@@ -98,6 +100,7 @@ class ModelRunner:
             compile_backend: None runs every step eagerly.
             units, offline: see `CompiledLayers`.
             one_copy, buffers: see `ModelSteps`.
+            drafter: guesses what comes behind each row, for steps of several tokens; `query_len` is above 1 then.
             fall_back: told when a layer runs eagerly that should not, and why.
             twin: whose tree the bound model is, where its owner can change it; None: nobody can.
         """
@@ -115,8 +118,14 @@ class ModelRunner:
         """What is known of the model's owner; see `following.begin_call`."""
         self.state = DeviceState(max_batch, max_pages, device, query_len=query_len)
         context = {} if max_context is None else {"max_context": max_context}
-        self.sampler = SamplerState(max_batch + 1, vocab_size, device, **context)
-        self.ring = TokenRing(max_batch, device, query_len=query_len)
+        keeps_text = drafter is not None
+        self.sampler = SamplerState(max_batch + 1, vocab_size, device, **context, keeps_text=keeps_text)
+        self.drafting: Drafting | None = None
+        """What drafts at the end of steps; None: nobody does."""
+        if drafter is not None:
+            longest = self.sampler.max_context
+            self.drafting = Drafting(drafter, self.state, vocab_size=vocab_size, context=longest, fall_back=fall_back)
+        self.ring = TokenRing(max_batch, device, query_len=query_len, tells_drafts=keeps_text)
         self._layers = LayersExecutor(bound)
         self.executors: dict[str, Executor] = {self._layers.name: self._layers}
         """By name, in order of preference; the layers, which serve every step, come last."""
@@ -130,6 +139,7 @@ class ModelRunner:
             token_budget=token_budget,
             one_copy=one_copy,
             buffers=buffers,
+            drafting=self.drafting,
         )
         if compile_backend is not None:
             self._layers.compiled = CompiledLayers(
@@ -143,8 +153,14 @@ class ModelRunner:
                 offline=offline,
             )
         self._check_addresses = False
-        self._steady: Steady | None = None
+        self._steady: dict[int, Steady] = {}
+        """By tokens a row, of the batch that is staged."""
         self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
+
+    @property
+    def query_lens(self) -> tuple[int, ...]:
+        """Tokens a row of decode steps that check drafts; none where nobody drafts."""
+        return () if self.drafting is None else tuple(count + 1 for count in DRAFTS if count)
 
     @property
     def compiled(self) -> CompiledLayers | None:
@@ -196,7 +212,7 @@ class ModelRunner:
         executors = tuple(self.executors.values())
         self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note)
         """Decides how each step runs."""
-        self._steady = None
+        self._steady = {}
 
     @on_its_stream
     def admit(self, admission: Admission) -> None:
@@ -205,7 +221,7 @@ class ModelRunner:
         for state in self.states:
             state.reset(admission.slot)
         self.sampler.assign(admission.slot, admission.sampling, admission.prompt_ids, ())
-        self._steady = None
+        self._steady = {}
 
     @on_its_stream
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
@@ -217,28 +233,42 @@ class ModelRunner:
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
         return self._launch(route, len(slots), sampler)
 
-    def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
-        """Run one decode step of these slots and sample a token for each.
+    def decode(self, slots: tuple[int, ...], query_len: int = 1) -> LaunchedStep:
+        """Run one decode step of these slots: sample a token for each, and check `query_len - 1` drafts of each.
 
         While the caller hands in the same tuple, nothing is looked up and nothing is sent to the device: a recorded
         step is replayed, and an event recorded behind it.
         """
-        steady = self._steady
+        steady = self._steady.get(query_len)
         if steady is None or slots is not steady.slots or self.router.version != steady.version:
-            return self._decode(slots)
+            return self._decode(slots, query_len)
         if steady.replays and self.is_here():
             return self._launch(steady.route, len(slots), steady.sampler)
         return self._decode_again(steady)
 
     @on_its_stream
-    def _decode(self, slots: tuple[int, ...]) -> LaunchedStep:
+    def _decode(self, slots: tuple[int, ...], query_len: int) -> LaunchedStep:
+        staged = next(iter(self._steady.values()), None)
         sampler = self.sampler.needs(slots)
         version = self.router.version  # as it is now: the step may drop its own graph
-        route = self.router.route(GraphKey.decode(len(slots), sampler))
-        self.steps.stage_decode(slots)
+        route = self.router.route(GraphKey.decode(len(slots), sampler, query_len=query_len))
+        if staged is None or slots is not staged.slots:
+            self._steady = {}
+            self.steps.stage_decode(slots)
         launched = self._launch(route, len(slots), sampler)
-        self._steady = Steady(slots, version, sampler, route, _only_replays(route))
+        self._steady[query_len] = Steady(slots, version, sampler, route, _only_replays(route))
         return launched
+
+    def decode_seconds(self, slots: tuple[int, ...], query_len: int) -> float | None:
+        """What the recording takes that would run such a step; None where none would. One that is missing is wanted."""
+        steady = next((steady for steady in self._steady.values() if steady.slots is slots), None)
+        sampler = self.sampler.needs(slots) if steady is None else steady.sampler
+        route = self.router.route(GraphKey.decode(len(slots), sampler, query_len=query_len))
+        if route.recording is not None:
+            return route.recording.recorded.seconds
+        if route.wanted is not None:
+            self.graphs.want(route.wanted)
+        return None
 
     @on_its_stream
     def _decode_again(self, steady: Steady) -> LaunchedStep:
@@ -280,7 +310,7 @@ class ModelRunner:
     def recover(self) -> None:
         """After a step that was not launched as a whole: what host and device believe is made the same again."""
         self.ring.resynchronize()
-        self._steady = None
+        self._steady = {}
 
     def _run(self, route: Route) -> Route:
         """Run a step; returns how it ran in the end."""
@@ -320,7 +350,7 @@ class ModelRunner:
 
     def _validated(self, route: Route, recording: Recording) -> Route:
         """Run a step whose recording was never replayed for anybody, and compare."""
-        mutable = [self.state.table, *self.ring.tensors().values()]
+        mutable = [self.state.table, self.state.drafts, *self.ring.tensors().values()]
         history = self.sampler.history
         optional = self.steps.logits, self.sampler.output_counts, None if history is None else history.text
         mutable += [tensor for tensor in optional if tensor is not None]
@@ -347,7 +377,7 @@ class ModelRunner:
         else:
             self.sampler.allocate(key.sampler)
         self.steps.stage_padding(key)
-        self._steady = None
+        self._steady = {}
 
     def run(self, key: GraphKey) -> None:
         """Launch the step that was staged, without a recording."""
@@ -403,7 +433,7 @@ class ModelRunner:
                 logger.debug("the device is lost: %s", error)
         self.graphs.close()
         self.router.forget()
-        self._steady = None
+        self._steady = {}
         fused = self.fused or self.following.unused
         if fused is not None:
             with CAPTURING:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerState
+from hybridgen.execution.drafting import Drafting
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState, SlotRows
-from hybridgen.execution.verification import accepted_run
+from hybridgen.execution.verification import NO_DRAFT, accepted_run
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.graphs.executor import Executor
 from hybridgen.graphs.key import GraphKey
@@ -48,11 +49,13 @@ class ModelSteps:
         token_budget: int,
         one_copy: bool = True,
         buffers: int = 2,
+        drafting: Drafting | None = None,
     ) -> None:
         """
         Args:
             executors: what turns tokens into logits, by name; more may be added later.
             token_budget: tokens of a prefill call at most.
+            drafting: what drafts at the end of steps; None: nobody does. The sampler keeps the text for it.
             one_copy: copy a step's metadata in one launch, else tensor by tensor.
             buffers: how many blocks the host fills in turn.
         """
@@ -65,6 +68,7 @@ class ModelSteps:
         self._sampler = sampler
         self._ring = ring
         self._one_copy = one_copy
+        self._drafting = drafting
         self._decode_block = StagedBlock(
             {"rows": (torch.int64, (lines,)), "slots": (torch.int32, (lines,))}, device, buffers=buffers
         )
@@ -116,6 +120,7 @@ class ModelSteps:
         }
         logits = {} if self.logits is None else {"logits": self.logits}
         layers = {f"{name} of layer {i}": t for i, s in enumerate(self._states) for name, t in s.tensors().items()}
+        fixed |= {} if self._drafting is None else self._drafting.tensors()
         tensors = fixed | logits | layers | self._sampler.tensors()
         for executor in self._executors.values():
             tensors |= executor.tensors()
@@ -218,11 +223,16 @@ class ModelSteps:
             self._sample(logits, rows, lengths, state.generated, key.sampler, key.query_len)
 
     def _set_several(self, count: int, rows: Tensor, slots: Tensor, state: SlotRows) -> None:
-        """Feed each row's last token and the drafts behind it, at the positions that they have then."""
-        ids = torch.cat((state.last_tokens[:, None], self._state.drafts_of(rows, count - 1)), dim=1).flatten()
-        positions = (state.lengths[:, None] + self._state.places[:count]).flatten()
-        slots = slots[:, None].expand(-1, count).flatten()
-        self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
+        """Feed each row's last token and the drafts behind it, at the positions that they have then.
+
+        Where a row has fewer drafts, the places behind them are padding, in the padding slot.
+        """
+        drafts = self._state.drafts_of(rows, count - 1)
+        ids = torch.cat((state.last_tokens[:, None], drafts), dim=1)
+        fed = ids != NO_DRAFT
+        positions = ((state.lengths[:, None] + self._state.places[:count]) * fed).flatten()
+        slots = torch.where(fed, slots[:, None], self._state.padding_slot).flatten()
+        self._set(Phase.DECODE, ids.clamp(min=0).flatten(), slots, positions, positions + 1, several=True)
 
     def _run_prefill(self, key: GraphKey) -> None:
         self._bring_in(key)
@@ -266,19 +276,31 @@ class ModelSteps:
         """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows."""
         if self._always_keeps_logits:
             self._leave(logits)
-        slots, positions, before = rows, lengths, generated
+        slots, positions, before, drafts = rows, lengths, generated, None
+        history = self._sampler.history if sampler.history or self._drafting is not None else None
         if query_len > 1:
+            drafts = self._state.drafts_of(rows, query_len - 1)
             places = self._state.places[:query_len]
             slots = rows[:, None].expand(-1, query_len).flatten()
             positions, before = ((value[:, None] + places).flatten() for value in (lengths, generated))
-        sampled = sample(logits, self._sampler, slots, positions, before, sampler)
-        if sampler.history and self._sampler.history is not None:
-            remember(sampled.tokens, slots, positions, self._sampler.history.text)
-        if query_len > 1:
-            drafts = self._state.drafts_of(rows, query_len - 1)
+            if history is not None:
+                # The text at each place, for what reads it there; those behind the last draft are not looked at.
+                ends = positions.view(-1, query_len)[:, :-1].flatten()
+                remember(drafts.flatten(), rows[:, None].expand_as(drafts).flatten(), ends, history.text)
+        sampled = sample(logits, self._sampler, slots, positions, before, sampler, drafts)
+        if history is not None:
+            remember(sampled.tokens, slots, positions, history.text)
+        if drafts is not None:
             sampled = sampled._replace(tokens=accepted_run(sampled.tokens.view(-1, query_len), drafts))
+        told = None
+        if self._drafting is not None and history is not None:
+            accepted = sampled.tokens.view(rows.shape[0], -1)
+            room = self._sampler.most_new[rows] - generated
+            made = self._drafting.draft(rows, accepted, lengths, room, history.text)
+            checked = made.new_zeros(len(made)) if drafts is None else (drafts != NO_DRAFT).sum(dim=1)
+            told = torch.cat((checked[:, None], made), dim=1)
         counts = self._sampler.output_counts if sampler.penalties else None
-        self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts)
+        self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
         for state in self._to_commit:
             state.commit(rows, self._ones[: rows.shape[0]])
 

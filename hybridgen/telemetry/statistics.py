@@ -23,6 +23,8 @@ class Counters:
     """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there) and `generated`."""
     requests: Counter[str] = field(default_factory=Counter)
     """`submitted`, and each finish reason."""
+    drafts: Counter[str] = field(default_factory=Counter)
+    """Of decode steps, where somebody drafts: `rows`, `tokens` that they brought, drafts `checked` and `accepted`."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Reasons."""
     first_token: float | None = None
@@ -197,6 +199,36 @@ class PrefixStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationStats:
+    """What drafts brought."""
+
+    drafter: str = "off"
+    """Its name, or `off` with the reason."""
+    steps: int = 0
+    """Decode steps, counted for each of their requests."""
+    tokens: int = 0
+    """Tokens that they brought."""
+    drafted: int = 0
+    """Drafts that were checked."""
+    accepted: int = 0
+    """Those of them that were right."""
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean tokens of a request in a decode step; NaN before the first one."""
+        return self.tokens / self.steps if self.steps else math.nan
+
+    def summary(self) -> str:
+        """One line."""
+        if not self.steps:
+            return self.drafter
+        return (
+            f"{self.drafter}: {self.accepted:,} of {self.drafted:,} drafts accepted, {self.tokens_per_step:.2f} tokens "
+            "a step"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArtifactStats:
     """What came from the compile cache. A hit was in it, a miss had to be made."""
 
@@ -267,6 +299,8 @@ class EngineStats:
     cache_bytes: int
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    """Drafts."""
 
     @property
     def startup_table(self) -> tuple[StartupRow, ...]:
@@ -312,6 +346,7 @@ class EngineStats:
                 f"{self.cache_bytes / 2**20:,.0f} MiB",
             ),
             ("prefix cache", self.prefix.summary()),
+            ("speculation", self.speculation.summary()),
         ]
         return "\n".join(f"{name:<24} {value}" for name, value in rows)
 

@@ -98,7 +98,7 @@ def test_recorded_and_padded_they_are_the_same() -> None:
     runner.capture([GraphKey.decode(4, None, query_len=count) for count in (2, 3)], lambda: None)
     for count in (2, 3):
         route = runner.router.route(GraphKey.decode(3, None, query_len=count))
-        assert (route.kind, route.reason) == ("layers, stand-in", "padded to bucket 4")
+        assert (route.kind, route.reason) == ("layers, stand-in", f"padded to bucket 4, {count - 1} drafts a row")
         runner.steps.stage_decode(SLOTS)
         route.run()
         logits = runner.steps.logits[: 3 * count].view(3, count, -1)

@@ -178,6 +178,8 @@ def completion_to_wire(completion: Completion) -> dict[str, Any]:
         "logprobs": None if completion.logprobs is None else [_logprob(item) for item in completion.logprobs],
         "stop_match": completion.stop_match,
         "cached_tokens": completion.cached_tokens,
+        "drafted_tokens": completion.drafted_tokens,
+        "accepted_tokens": completion.accepted_tokens,
         "error": None if completion.error is None else error_to_wire(completion.error),
     }
 
@@ -202,6 +204,8 @@ def completion_from_wire(wire: Mapping[str, Any]) -> Completion:
         logprobs=None if logprobs is None else tuple(map(_logprob_from, logprobs)),
         stop_match=wire["stop_match"],
         cached_tokens=wire.get("cached_tokens", 0),
+        drafted_tokens=wire.get("drafted_tokens", 0),
+        accepted_tokens=wire.get("accepted_tokens", 0),
         error=None if error is None else error_from_wire(error),
     )
 
