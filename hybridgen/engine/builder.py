@@ -141,6 +141,7 @@ class Builder:
             reads_first_tokens_first=not plan.settings().decode,
             meter=meter,
             before_call=before_call,
+            drafter=None if runner.drafting is None else runner.drafting.name,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state)
 

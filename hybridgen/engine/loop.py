@@ -54,6 +54,7 @@ class StepLoop:
         reads_first_tokens_first: bool = False,
         meter: DecodeMeter | None = None,
         before_call: Callable[[], object] = lambda: None,
+        drafter: str | None = None,
     ) -> None:
         """
         Args:
@@ -62,6 +63,7 @@ class StepLoop:
                 the host long: a first token does not wait for it then.
             meter: told of every decode step that was read.
             before_call: called before requests are queued, while no step runs.
+            drafter: who drafts in the runner's steps; None: nobody.
         """
         self.scheduler = scheduler
         self._runner = runner
@@ -71,6 +73,7 @@ class StepLoop:
         self._reads_first_tokens_first = reads_first_tokens_first
         self._meter = meter
         self._before_call = before_call
+        self._drafter = drafter
         self._decoded_by: StepKind = ("decode", "", "")
         """How the last decode step ran. One object while that does not change, so that nobody compares strings."""
         self._in_flight: list[InFlight] = []
@@ -272,7 +275,7 @@ class StepLoop:
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
     ) -> None:
         try:
-            step = self._runner.decode(slots, self._query_len(requests, slots))
+            step = self._decode(requests, slots)
         except Exception as error:
             if self._can_isolate(requests, error):
                 for request in requests:
@@ -286,12 +289,12 @@ class StepLoop:
         self._counters.steps[kind] += 1
         launched.append(InFlight(step, requests, kind, positions))
 
-    def _query_len(self, requests: Sequence[Request], slots: tuple[int, ...]) -> int:
-        """Tokens a row of the next decode step."""
-        if self._runner.drafting is None:
-            return 1
+    def _decode(self, requests: Sequence[Request], slots: tuple[int, ...]) -> LaunchedStep:
+        """Launch a decode step; where somebody drafts, with as many drafts of each row as are worth checking."""
+        if self._drafter is None:
+            return self._runner.decode(slots)
         rows = [request.pace for request in requests if request.pace is not None]
-        return choose(rows, partial(self._runner.decode_seconds, slots))
+        return self._runner.decode(slots, choose(rows, partial(self._runner.decode_seconds, slots)))
 
     def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
         """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""
@@ -358,9 +361,10 @@ class StepLoop:
             counted["tokens"] += taken
             counted["checked"] += drafts.checked
             counted["accepted"] += max(taken - 1, 0)
-        if drafts.dropped and self._runner.drafting is not None:
-            name = self._runner.drafting.name
-            self._counters.fall_back(f"the drafter {name} gave ids that the model does not have; they are dropped")
+        if drafts.dropped:
+            self._counters.fall_back(
+                f"the drafter {self._drafter} gave ids that the model does not have; they are dropped"
+            )
 
     def _end_unchosen(self, requests: list[Request]) -> None:
         """Fail the requests for which a step had nothing to choose. A fused step that was given up can be the cause."""

@@ -51,12 +51,12 @@ class Faulty(OracleDrafter):
 @pytest.mark.parametrize("fault", ["raises", "floats", "narrow", "above", "below", "far"])
 def test_a_fault_costs_drafts_and_no_token(fault: str, mode: str, streams: Streams) -> None:
     path, params, expected = streams
-    drafter = Faulty(sequences(expected[:4]), [7] * 4, fault=fault, at=12 if mode == "eager" else 200)
+    drafter = Faulty(sequences(expected[:4]), [7] * 4, fault=fault, at=12 if mode == "eager" else 60)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with hybridgen.Engine.load(
             path, mode=mode, speculation=drafter, max_batch=4, page_size=16, kv_memory="16MiB", max_context=192,
-            decode_buckets=[1, 4] if mode == "graph" else None, max_padding_ratio=64,
+            decode_buckets=[4] if mode == "graph" else None, prefill_buckets=[], max_padding_ratio=64,
         ) as engine:  # fmt: skip
             while drafter._at > 0:
                 check_equal(engine.generate(PROMPTS[:4], params[:4]), expected[:4])
