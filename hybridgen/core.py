@@ -126,6 +126,9 @@ class Completion:
     timing: Timing
     steps: tuple[StepSummary, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """One entry for each token of the prompt, where they were asked for. None for the first, which nothing comes
+    before; for a prompt with a `completion`, for all tokens before that."""
     stop_match: str | int | None = None
     """The stop string or token id that ended it."""
     cached_tokens: int = 0
@@ -134,6 +137,57 @@ class Completion:
     """Set when `finish_reason` is `error`."""
     choices: tuple[Completion, ...] = ()
     """All `n` completions of the prompt, this one's twin first; empty for n=1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How likely a model finds given tokens behind a prompt."""
+
+    token_ids: tuple[int, ...]
+    """The tokens that were scored."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each, given all tokens before it; of the model's own distribution. Empty where it
+    failed."""
+    is_greedy: tuple[bool, ...]
+    """Whether each was the most likely token, the one that greedy decoding takes."""
+    prompt_token_ids: tuple[int, ...]
+    """The tokens before the first scored one."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were there already (`EngineConfig.prefix_cache`)."""
+    steps: tuple[StepSummary, ...] = ()
+    error: Exception | None = None
+    """Why it failed, in a list; one alone raises it."""
+
+    @property
+    def sum(self) -> float:
+        """Natural-log probability of all scored tokens together; NaN where it failed."""
+        return math.nan if self.error is not None else math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(-sum / number of tokens)`."""
+        if self.error is not None:
+            return math.nan
+        try:
+            return math.exp(-self.sum / len(self.logprobs))
+        except OverflowError:
+            return math.inf
+
+    @classmethod
+    def of(cls, completion: Completion) -> Score:
+        """From a completion whose prompt was scored with `prompt_logprobs` of at least 1."""
+        entries = completion.prompt_logprobs or ()
+        start = sum(item is None for item in entries)
+        found = [item for item in entries if item is not None and completion.error is None]
+        return cls(
+            token_ids=completion.prompt_token_ids[start:],
+            logprobs=tuple(item.logprob for item in found),
+            is_greedy=tuple(item.token_id == item.top[0][0] for item in found),
+            prompt_token_ids=completion.prompt_token_ids[:start],
+            cached_tokens=completion.cached_tokens,
+            steps=completion.steps,
+            error=completion.error,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ NAMES = [
     "RequestError",
     "SamplingError",
     "SamplingParams",
+    "Score",
     "ServerBusyError",
     "ServerError",
     "StepSummary",
@@ -48,6 +49,7 @@ NAMES = [
     "UnsupportedModelError",
     "compare",
     "generate",
+    "score",
     "stream",
     "unload",
 ]

@@ -38,12 +38,14 @@ class RequestOutput:
         index: int = 0,
         choice: int = 0,
         *,
+        scored_from: int | None = None,
         keep_events: bool = False,
         traffic: Traffic | None = None,
     ) -> None:
         """
         Args:
             index, choice: which prompt of its call, and which of the prompt's completions.
+            scored_from: the first token of the prompt whose log-probability is told; None: of no token.
             keep_events: make an event for each token.
             traffic: what a decode step reads, for the completion's bandwidth.
         """
@@ -56,6 +58,8 @@ class RequestOutput:
         self.keep_events = keep_events
         self._prompt_ids = prompt_ids
         self._sampling = sampling
+        self._scored_from = scored_from
+        self._scores: list[TokenLogprob] = []
         self._index = index
         self._choice = choice
         self._traffic = traffic
@@ -160,6 +164,16 @@ class RequestOutput:
             self._extra_tokens -= 1
         return taken
 
+    def take_scores(self, found: Sequence[TokenLogprob]) -> None:
+        """Take the log-probabilities of more of the prompt's tokens. Where nothing is generated, the last end it."""
+        if any(math.isnan(item.logprob) for item in found):
+            message = "the logits of its prompt held NaN; check the weights and the dtype"
+            self.end(FinishReason.ERROR, RequestError(message))
+            return
+        self._scores += found
+        if not self._limit and len(self._scores) == len(self._prompt_ids) - (self._scored_from or 0):
+            self.end(FinishReason.LENGTH)
+
     def end_unchosen(self, why: str | None) -> None:
         """End with an error: a step had nothing to choose for the next token.
 
@@ -262,6 +276,7 @@ class RequestOutput:
             ),
             steps=tuple(StepSummary(*key, count) for key, count in self._steps.items()),
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=None if self._scored_from is None else (*[None] * self._scored_from, *self._scores),
             stop_match=match,
             cached_tokens=self.cached_tokens,
             error=error,

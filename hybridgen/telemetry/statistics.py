@@ -20,7 +20,8 @@ class Counters:
     steps: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """(phase, kind, reason) of each launched call."""
     tokens: Counter[str] = field(default_factory=Counter)
-    """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there) and `generated`."""
+    """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there), `generated` and
+    `scored`."""
     requests: Counter[str] = field(default_factory=Counter)
     """`submitted`, and each finish reason."""
     fallbacks: Counter[str] = field(default_factory=Counter)
