@@ -15,6 +15,7 @@ import pytest
 import hybridgen
 
 ROOMS = (
+    "fields",
     "core",
     "_version",
     "errors",
