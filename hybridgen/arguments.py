@@ -63,7 +63,7 @@ def check_keywords(given: Iterable[str], known: Collection[str]) -> None:
     for name in given:
         if name in known:
             continue
-        for owner, place in ((SamplingParams, "each call of generate()"), (EngineConfig, "Engine.load()")):
+        for owner, place in ((SamplingParams, "each call of generate()"), (EngineConfig, "what loads the model")):
             if name in owner.field_names():
                 raise ConfigError(f"{name}= is a field of {owner.__name__}; give it to {place}, not here")
         raise ConfigError(unknown(name, known))
