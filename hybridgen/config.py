@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from hybridgen.core import GraphEvent
 from hybridgen.errors import ConfigError, shown
 from hybridgen.fields import about, described
+from hybridgen.hints import unknown
 from hybridgen.params import MAX_INT
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
@@ -225,7 +226,7 @@ class EngineConfig:
     """How a model is loaded and run; each field is also a keyword of `generate()` and `stream()`.
 
     Raises:
-        ConfigError: a value is unknown or out of its range.
+        ConfigError: a field or a value is unknown, or a value is out of its range.
     """
 
     mode: Mode | str = field(
@@ -484,6 +485,12 @@ class EngineConfig:
             opens=True,
         ),
     )
+
+    def __new__(cls, *_: Any, **given: Any) -> EngineConfig:
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise ConfigError(unknown(name, cls.field_names()))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -52,6 +52,9 @@ def described(kind: Kind) -> Kind:
             break_on_hyphens=False,
         )
     kind.__doc__ = "\n".join(lines)
+    if "__new__" in vars(kind):  # else help() shows its arguments, not the fields
+        _, *rest = inspect.signature(vars(kind)["__init__"]).parameters.values()
+        setattr(kind, "__signature__", inspect.Signature(rest))  # noqa: B010 - type checkers know no such attribute
     return kind
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from hybridgen.errors import SamplingError, shown
 from hybridgen.fields import about, described
+from hybridgen.hints import unknown
 
 MAX_LOGPROBS = 64
 MAX_INT = 2**63 - 1
@@ -25,7 +26,7 @@ class SamplingParams:
     suppressed tokens, temperature, top-k, top-p, min-p, typical-p, epsilon and eta cutoff.
 
     Raises:
-        SamplingError: a value is out of its range.
+        SamplingError: a value is out of its range, or a field is unknown.
     """
 
     max_new_tokens: int | None = field(
@@ -165,6 +166,12 @@ class SamplingParams:
             "what others have asked before; a salt for each user keeps them apart."
         ),
     )
+
+    def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise SamplingError(unknown(name, cls.field_names()))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

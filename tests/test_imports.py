@@ -19,6 +19,7 @@ ROOMS = (
     "core",
     "_version",
     "errors",
+    "hints",
     "params",
     "config",
     "arguments",

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError
+from hybridgen.hints import HINTS
 from hybridgen.params import SamplingParams
 
 ENGINE = (
@@ -48,7 +49,8 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._inside = False
         if left:
-            self.error(f"unknown: {' '.join(left)}; {self.prog} --help lists all options")
+            hint = HINTS.get(left[0].removeprefix("--").partition("=")[0].replace("-", "_"))
+            self.error(f"unknown: {' '.join(left)}; {hint or f'{self.prog} --help lists all options'}")
         return found, []
 
     def error(self, message: str) -> NoReturn:

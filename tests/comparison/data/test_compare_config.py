@@ -78,7 +78,7 @@ def test_a_config_comes_back_from_its_plain_values(config: CompareConfig) -> Non
 
 def test_unknown_plain_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown keyword"):
-        CompareConfig.of({"mode": "eager"})
+        CompareConfig.of({"modus": "eager"})
 
 
 @pytest.mark.parametrize(
