@@ -15,9 +15,11 @@ import pytest
 import hybridgen
 
 ROOMS = (
+    "fields",
     "core",
     "_version",
     "errors",
+    "hints",
     "params",
     "config",
     "arguments",

@@ -72,7 +72,7 @@ def _show(job: Job, completion: Completion, *, text: bool, many: bool) -> None:
     """The text on standard output and a line about it on standard error."""
     if text:
         if many:
-            say(f"--- {job.id}")
+            say(f"--- {job.id}" if job.choice is None else f"--- {job.id}, choice {job.choice}")
         say(_opening(job) + completion.text)
     else:
         say("")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridgen.cli.jsonl import is_unicode, read_lines, same_file
-from hybridgen.cli.options import ENGINE, add_fields, given
+from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 from hybridgen.cli.output import check_output_is_open, note, say_json
 from hybridgen.errors import HybridgenError, PromptError
 from hybridgen.serving.unix.messages import number
@@ -21,8 +21,7 @@ def add_command(commands: Any) -> None:
     """Add `score`."""
     parser = commands.add_parser("score", help="log-probabilities of given texts")
     parser.set_defaults(run=run)
-    parser.add_argument("--model", help='local path, hub id or "unix:PATH" of a server (default: the demo model)')
-    add_fields(parser, ENGINE)
+    add_model(parser)
     parser.add_argument(
         "--input",
         type=Path,
@@ -31,6 +30,7 @@ def add_command(commands: Any) -> None:
         "scored from its second token on",
     )
     parser.add_argument("--output", type=Path, help="JSONL file for the results (default: standard output)")
+    add_engine(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not rows:
         raise PromptError(f"no prompts in {arguments.input}")
     pairs = [pair for _, pair in rows]
-    scores = api.score(arguments.model, pairs, **given(arguments, ENGINE))
+    scores = api.score(model_of(arguments), pairs, **given(arguments, ENGINE))
     records = [_record(id, score) for (id, _), score in zip(rows, scores, strict=True)]
     if arguments.output is None:
         for record in records:

@@ -11,10 +11,12 @@ from hybridgen.comparison.data.results import CellResult, ComparisonData, Subjec
 from hybridgen.comparison.render.files import save
 from hybridgen.comparison.render.report import terminal
 from hybridgen.errors import ConfigError
+from hybridgen.fields import described
 
 __all__ = ["CellResult", "Comparison", "SubjectResult", "read"]
 
 
+@described
 class Comparison(ComparisonData):
     """The result of `hybridgen.compare()`; `str()` of it is a table, `save()` writes it to files."""
 
