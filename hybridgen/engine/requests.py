@@ -7,18 +7,16 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-from hybridgen.arguments import sampling_per_prompt
+from hybridgen.arguments import is_text, sampling_per_prompt
 from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
 from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
-
-SEED_RANGE = 2**63
 
 UNKNOWN_CONTEXT = 4096
 """Tokens, for a model whose config names no limit."""
@@ -49,6 +47,10 @@ class Request:
     """Which of the prompt's `n` completions."""
     scored_from: int | None = None
     """The first token of the prompt whose log-probability is wanted; None: of no token."""
+    prompt: Any = None
+    """The text or chat that the ids are of."""
+    truncated: int = 0
+    """How many ids were cut from the beginning of the prompt."""
     output: RequestOutput = field(init=False)
     """Its tokens, text, events and completion. `StepLoop.submit` sets it."""
     state: RequestState = field(default=RequestState.NEW, init=False)
@@ -201,6 +203,8 @@ def make_requests(
             ids, start = encode_pair(prompt, index, **how)
         else:
             ids = encode_prompt(prompt, index, **how)
+        cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
+        ids, told = ids[cut:], prompt if is_text(prompt) else None
         length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
         resolved = known.get((id(wanted), length))
         if resolved is None:
@@ -229,32 +233,21 @@ def make_requests(
             )
         if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
             resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
-        scored_from = None if resolved.prompt_logprobs is None else start or 1
-        if start and scored_from is None:
-            raise PromptError(f"prompt {index} has a completion to score; score() does that, or prompt_logprobs=0")
-        if len(ids) == 1 and new == 0:
-            raise PromptError(
-                f"prompt {index} has one token, and none before it to score it by; put one in front, such as the "
-                "tokenizer's beginning of text"
-            )
-        requests.append(Request(ids, resolved, index, scored_from=scored_from))
-        requests += [
-            Request(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
-            for choice in range(1, wanted.n)
-        ]
+        scored_from = _scored_from(index, len(ids), start, cut, resolved)
+        for choice in range(wanted.n):
+            drawn = resolved if choice == 0 else replace(resolved, seed=choice_seed(resolved.seed, choice))
+            requests.append(Request(ids, drawn, index, choice, scored_from, prompt=told, truncated=cut))
     return requests
 
 
 def collect(requests: Iterable[Request]) -> list[Completion]:
-    """One completion per prompt, in order; with n > 1 the first choice, which holds all of them."""
+    """One completion per prompt, in order: the first choice, which holds all of them."""
     choices: dict[int, list[Completion]] = {}
     for request in requests:
         if request.completion is None:
             raise RuntimeError("a request was collected before its end")
         choices.setdefault(request.index, []).append(request.completion)
-    return [
-        group[0] if len(group) == 1 else replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())
-    ]
+    return [replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())]
 
 
 def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
@@ -274,6 +267,30 @@ def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
             scaled = f" ({limit}, which its rotary scaling makes {most})" if most != limit else f" of {limit}"
             raise ConfigError(f"max_context={requested} is above the model's limit{scaled}; lower it")
     return requested
+
+
+def _scored_from(index: int, prompt: int, start: int, cut: int, sampling: ResolvedSampling) -> int | None:
+    """The first token of a prompt that is scored; None where none is.
+
+    Args:
+        start: tokens before its completion; 0 where it has none.
+        cut: tokens that were cut from its beginning.
+    """
+    if sampling.prompt_logprobs is None:
+        if start:
+            raise PromptError(f"prompt {index} has a completion to score; score() does that, or prompt_logprobs=0")
+        return None
+    if start and start <= cut:
+        raise PromptError(
+            f"prompt {index} has {start} tokens before its completion and truncate_prompt cuts {cut}; raise it so that "
+            "one is left to score the completion by"
+        )
+    if prompt == 1 and sampling.max_new_tokens == 0:
+        raise PromptError(
+            f"prompt {index} has one token, and none before it to score it by; put one in front, such as the "
+            "tokenizer's beginning of text"
+        )
+    return max(start - cut, 1)
 
 
 def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None) -> None:

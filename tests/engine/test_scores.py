@@ -165,7 +165,7 @@ def test_prompts_are_scored_while_others_generate(engine: Engine, model: Any) ->
     assert plain.prompt_logprobs is None
     assert scored.token_ids == ()
     assert scored.finish_reason is FinishReason.LENGTH
-    assert math.isnan(scored.timing.ttft)
+    assert scored.timing.ttft is None
     logits = model(input_ids=torch.tensor([A]), use_cache=False).logits[0].detach().log_softmax(-1)
     for out, k in ((scored, 3), (both, 2)):
         assert out.prompt_logprobs[0] is None
@@ -247,6 +247,14 @@ def test_wrong_fields_are_refused(engine: Engine) -> None:
         hybridgen.score(engine, A, B, modus="eager")
     with pytest.raises(hybridgen.PromptError, match="no prompts"):
         hybridgen.score(engine)
+
+
+def test_a_prompt_is_cut_before_its_completion_alone(engine: Engine, model: Any) -> None:
+    fields = {"max_new_tokens": 0, "prompt_logprobs": 1}
+    [out] = engine.generate([{"prompt": A, "completion": C}], truncate_prompt=len(C) + 20, **fields)
+    check(hybridgen.Score.of(out), model, A[-20:], C)
+    with pytest.raises(hybridgen.PromptError, match="70 tokens before its completion and truncate_prompt cuts 70"):
+        engine.generate([{"prompt": A, "completion": C}], truncate_prompt=len(C), **fields)
 
 
 def test_a_failed_call_fails_its_request_alone(engine: Engine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
