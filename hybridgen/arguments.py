@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,13 @@ def sampling_list(
             "prompt, or its fields as keywords"
         )
     return list(sampling)
+
+
+def is_text(prompt: Any) -> bool:
+    """Whether a prompt is text or a chat, so that encoding it takes a tokenizer."""
+    if isinstance(prompt, (str, Mapping)):
+        return True
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def check_keywords(given: Iterable[str], known: Collection[str]) -> None:

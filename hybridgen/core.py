@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
+from hybridgen.display import html_table, short
 from hybridgen.fields import about, described
 
 
@@ -42,42 +44,46 @@ class Timing:
     A token's time is when the host could read it, so a figure includes the run-ahead of the engine.
     """
 
-    queue: float = field(metadata=about("From submission to the launch of its first prefill."))
-    ttft: float = field(metadata=about("From submission to its first token (time to first token)."))
+    queue: float | None = field(
+        metadata=about("From submission to the launch of its first prefill; None where there was none.")
+    )
+    ttft: float | None = field(
+        metadata=about("From submission to its first token (time to first token); None where there was none.")
+    )
     total: float = field(metadata=about("From submission to its end."))
     token_times: tuple[float, ...] = field(default=(), metadata=about("Seconds from submission to each token."))
-    read_bandwidth: float = field(
-        default=math.nan,
+    read_bandwidth: float | None = field(
+        default=None,
         metadata=about(
             "Bytes per second that its decode steps read at least: the weights and this request's own "
-            "keys and values, over the mean time from its first token to its last. NaN with fewer than "
+            "keys and values, over the mean time from its first token to its last. None with fewer than "
             "two tokens, and where the bytes depend on the tokens (experts)."
         ),
     )
-    mbu: float = field(
-        default=math.nan,
+    mbu: float | None = field(
+        default=None,
         metadata=about(
-            "That bandwidth over the fastest read of the device (model bandwidth utilisation); NaN on a CPU."
+            "That bandwidth over the fastest read of the device (model bandwidth utilisation); None on a CPU."
         ),
     )
 
-    def tpot(self, quantile: float = 0.5) -> float:
-        """Time per output token after the first, at a quantile (nearest rank); NaN with fewer than two tokens."""
+    def tpot(self, quantile: float = 0.5) -> float | None:
+        """Time per output token after the first, at a quantile (nearest rank); None with fewer than two tokens."""
         gaps = sorted(b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False))
         if not gaps:
-            return math.nan
+            return None
         return gaps[min(len(gaps) - 1, max(0, math.ceil(quantile * len(gaps)) - 1))]
 
     @property
-    def tpot_p50(self) -> float:
+    def tpot_p50(self) -> float | None:
         return self.tpot(0.50)
 
     @property
-    def tpot_p95(self) -> float:
+    def tpot_p95(self) -> float | None:
         return self.tpot(0.95)
 
     @property
-    def tpot_p99(self) -> float:
+    def tpot_p99(self) -> float | None:
         return self.tpot(0.99)
 
 
@@ -121,7 +127,7 @@ class StepSummary:
 
 
 @described
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Completion:
     """The result of one prompt."""
 
@@ -129,7 +135,13 @@ class Completion:
     token_ids: tuple[int, ...] = field(
         metadata=about("The generated ids, without the prompt; an end-of-sequence or stop token is included.")
     )
+    prompt: Any = field(
+        default=None, metadata=about("The prompt, where it was text or a chat, as it was given; None for token ids.")
+    )
     prompt_token_ids: tuple[int, ...] = field(metadata=about("The prompt's ids, as they were fed."))
+    truncated_tokens: int = field(
+        default=0, metadata=about("Tokens that `SamplingParams.truncate_prompt` cut from the beginning of the prompt.")
+    )
     finish_reason: FinishReason = field(metadata=about("`stop`, `length`, `cancelled` or `error`."))
     seed: int = field(metadata=about("The seed of its draws (unused by greedy requests)."))
     timing: Timing = field(metadata=about("Its times, as its host saw them."))
@@ -143,10 +155,37 @@ class Completion:
         default=0,
         metadata=about("Tokens of the prompt whose keys and values were there already (`EngineConfig.prefix_cache`)."),
     )
-    error: Exception | None = field(default=None, metadata=about("Set when `finish_reason` is `error`."))
-    choices: tuple[Completion, ...] = field(
-        default=(), metadata=about("All `n` completions of the prompt, this one's twin first; empty for n=1.")
+    error: Exception | None = field(
+        default=None,
+        compare=False,  # exceptions are equal to themselves alone, and a pickled completion should equal its original
+        metadata=about("Set when `finish_reason` is `error`."),
     )
+    choices: tuple[Completion, ...] = field(
+        default=(),
+        metadata=about(
+            "All `n` completions of the prompt, this one's twin first; empty in these themselves, and in those of a "
+            "stream, which come one by one."
+        ),
+    )
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Natural-log probability of all generated tokens together; None where `logprobs` was not asked for."""
+        return None if self.logprobs is None else math.fsum(item.logprob for item in self.logprobs)
+
+    def _summary(self) -> list[str]:
+        more = [f"{len(self.choices)} choices"] if len(self.choices) > 1 else []
+        why = [str(self.finish_reason)] if self.error is None else [f"{type(self.error).__name__}: {self.error}"]
+        return [f"{len(self.token_ids)} tokens", *why, f"{self.timing.total:.3g} s", *more]
+
+    def __repr__(self) -> str:
+        return f"Completion({short(self.text)!r}, {', '.join(self._summary())})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the texts, and a line about each."""
+        shown = self.choices or (self,)
+        rows = [(choice.text, ", ".join(choice._summary()[:3])) for choice in shown]
+        return html_table([("prompt", self.prompt), *rows] if isinstance(self.prompt, str) else rows)
 
 
 @described

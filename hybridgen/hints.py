@@ -58,9 +58,10 @@ HINTS: dict[str, str] = {
     "stop_strings": "write stop=[...]",
     "tools": _CHAT % "tools",
     "torch_dtype": "write dtype=",
+    "truncation": "write truncate_prompt=N: the last N tokens of a prompt are kept",
     "use_cache": _ALWAYS,
     # vLLM and OpenAI
-    "best_of": "write n=, and choose by Completion.logprobs",
+    "best_of": "write n=, and choose by Completion.cumulative_logprob",
     "block_size": "write page_size=",
     "enable_prefix_caching": "write prefix_cache=",
     "enforce_eager": 'write mode="eager"',
@@ -86,6 +87,7 @@ HINTS: dict[str, str] = {
     "structured_outputs": _NO_GRAMMAR,
     "tensor_parallel_size": _ONE_DEVICE,
     "top_logprobs": "write logprobs=",
+    "truncate_prompt_tokens": "write truncate_prompt=N: the last N tokens of a prompt are kept",
     "use_tqdm": "write progress=",
     # what people try
     "batch_size": "give all prompts in one call; max_batch= says how many run at once",

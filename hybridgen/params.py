@@ -131,7 +131,17 @@ class SamplingParams:
             "Draws depend on (seed, position) alone. Without one, a seed is drawn and reported in the completion."
         ),
     )
-    n: int = field(default=1, metadata=about("Completions per prompt; choice i draws with `seed + i`."))
+    n: int = field(
+        default=1,
+        metadata=about("Completions per prompt. The first draws with `seed`, each other with a seed made of it."),
+    )
+    truncate_prompt: int | None = field(
+        default=None,
+        metadata=about(
+            "Keep this many tokens at the end of a longer prompt; `Completion.truncated_tokens` says how many were cut "
+            "from its beginning, the tokenizer's own first token among them. Else one that is too long is an error."
+        ),
+    )
     stop: Sequence[str] | None = field(
         default=None,
         metadata=about(
@@ -228,6 +238,7 @@ class SamplingParams:
         _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0, optional=True)
         _check_int("seed", self.seed, low=0, optional=True)
         _check_int("n", self.n, low=1)
+        _check_int("truncate_prompt", self.truncate_prompt, low=1, optional=True)
         _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
 
     def _check_lists(self) -> None:
@@ -248,6 +259,20 @@ class SamplingParams:
     def field_names(cls) -> frozenset[str]:
         """The names that `generate()` accepts as keywords for sampling."""
         return frozenset(f.name for f in fields(cls))
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of a prompt's `n` completions: `seed` itself for the first.
+
+    The others are a hash of both (SplitMix64's finaliser of Steele et al., "Fast splittable pseudorandom number
+    generators", 2014), so that the completions of `seed + 1` are not those of `seed` again.
+    """
+    if choice == 0:
+        return seed
+    value = (seed + choice * 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return (value ^ (value >> 31)) % (MAX_INT + 1)
 
 
 _ID_LISTS = (

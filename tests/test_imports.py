@@ -15,6 +15,7 @@ import pytest
 import hybridgen
 
 ROOMS = (
+    "display",
     "fields",
     "core",
     "_version",

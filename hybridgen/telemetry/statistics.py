@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from hybridgen.display import html_table
 from hybridgen.fields import about, described
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,8 @@ class Counters:
     steps: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """(phase, kind, reason) of each launched call."""
     tokens: Counter[str] = field(default_factory=Counter)
-    """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there) and `generated`."""
+    """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there), `truncated` (cut from
+    prompts, see `SamplingParams.truncate_prompt`) and `generated`."""
     requests: Counter[str] = field(default_factory=Counter)
     """`submitted`, and each finish reason."""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -149,17 +150,17 @@ class DecodeStats:
 
     steps: int = field(default=0, metadata=about("How many there were."))
     seconds: float = field(default=0.0, metadata=about("Wall time of those steps, from read to read."))
-    read_bandwidth: float = field(
-        default=math.nan,
+    read_bandwidth: float | None = field(
+        default=None,
         metadata=about(
-            "Bytes per second: each step's weights and its rows' keys and values, over that time. NaN with experts."
+            "Bytes per second: each step's weights and its rows' keys and values, over that time. None with experts."
         ),
     )
     ceiling: float | None = field(
         default=None, metadata=about("Bytes per second that the device reads at best, as measured; None on a CPU.")
     )
-    mbu: float = field(
-        default=math.nan, metadata=about("`read_bandwidth` as a share of `ceiling` (model bandwidth utilisation).")
+    mbu: float | None = field(
+        default=None, metadata=about("`read_bandwidth` as a share of `ceiling` (model bandwidth utilisation).")
     )
 
     def summary(self) -> str:
@@ -167,9 +168,9 @@ class DecodeStats:
         if not self.steps:
             return "no steps"
         mean = f"{self.steps} steps of {1e3 * self.seconds / self.steps:.3f} ms"
-        if math.isnan(self.read_bandwidth):
+        if self.read_bandwidth is None:
             return mean
-        share = "" if math.isnan(self.mbu) else f", {self.mbu:.0%} of {(self.ceiling or 0) / 1e9:,.0f}"
+        share = "" if self.mbu is None else f", {self.mbu:.0%} of {(self.ceiling or 0) / 1e9:,.0f}"
         return f"{mean}, {self.read_bandwidth / 1e9:,.1f} GB/s{share}"
 
 
@@ -185,9 +186,9 @@ class PrefixStats:
     evicted: int = field(default=0, metadata=about("Pages that made room for others."))
 
     @property
-    def hit_rate(self) -> float:
-        """Cached tokens as a share of all prompt tokens; NaN before the first request."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else math.nan
+    def hit_rate(self) -> float | None:
+        """Cached tokens as a share of all prompt tokens; None before the first request."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
     def summary(self) -> str:
         """One line."""
@@ -235,7 +236,7 @@ class StartupRow(NamedTuple):
 
 
 @described
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineStats:
     """A snapshot of what an engine has done and holds. `str()` of it is a table."""
 
@@ -251,7 +252,11 @@ class EngineStats:
     )
     artifacts: ArtifactStats = field(default_factory=ArtifactStats, metadata=about("What came from the compile cache."))
     requests: Mapping[str, int] = field(metadata=about("`submitted`, and how many ended by each finish reason."))
-    tokens: Mapping[str, int] = field(metadata=about("`prompt`, `cached` and `generated`, see `Counters`."))
+    tokens: Mapping[str, int] = field(
+        metadata=about(
+            "`prompt` (fed), `cached` (of prompts, not fed), `truncated` (cut from prompts) and `generated`."
+        )
+    )
     steps: Mapping[tuple[str, str, str], int] = field(metadata=about("Calls by (phase, kind, reason)."))
     fallbacks: Mapping[str, int] = field(
         metadata=about("How often something ran another way than asked for, by reason.")
@@ -299,8 +304,21 @@ class EngineStats:
             graphs["phases"][phase]["hit_rate"] = counts.hit_rate
         return values
 
+    def __repr__(self) -> str:
+        return (
+            f"EngineStats({self.model!r}, {self.mode} on {self.device}, {_counts(self.requests)}, "
+            f"{self.tokens.get('generated', 0):,} tokens generated)"
+        )
+
     def __str__(self) -> str:
-        rows = [
+        return "\n".join(f"{name:<24} {value}" for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table."""
+        return html_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
             ("model", f"{self.model} ({self.mode}, {self.dtype} on {self.device})"),
             *((f"start: {row.phase}", _timed(row)) for row in self.startup_table),
             ("compile cache", ", ".join(filter(None, (self.artifacts.state, self.artifacts.reason)))),
@@ -322,7 +340,6 @@ class EngineStats:
             ),
             ("prefix cache", self.prefix.summary()),
         ]
-        return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
 
 def _rates(phases: Mapping[str, PhaseCounts]) -> list[tuple[str, float]]:
