@@ -1,6 +1,6 @@
 """Drafts: the tokens that a drafter expects behind a row's own, made at the end of a step for the next one.
 
-A drafter decides how many tokens a step brings, never which (`execution.verification`). So nothing that it does costs a
+A drafter decides how many tokens a step brings, never which (`kernels.step.drafts`). So nothing that it does costs a
 token: one that raises is not asked again, and ids that the model does not have are dropped.
 """
 
@@ -16,8 +16,7 @@ from torch import Tensor
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
 from hybridgen.execution.state import DeviceState
-from hybridgen.execution.verification import NO_DRAFT
-from hybridgen.kernels.step.advance import REJECTED
+from hybridgen.kernels.step.drafts import NO_DRAFT, keep_drafts
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,6 @@ class Drafting:
         self.failure: str | None = None
         """Why it is not asked any more."""
         count = state.query_len - 1
-        self._places = torch.arange(count, device=state.device)
         self._none = torch.full((state.max_batch + 1, count), NO_DRAFT, dtype=torch.int64, device=state.device)
         """What a drafter that failed says."""
         drafter.begin(
@@ -101,32 +99,25 @@ class Drafting:
 
     def tensors(self) -> dict[str, Tensor]:
         """What steps read and write, by name."""
-        own = {"draft places": self._places, "no drafts": self._none}
+        own = {"no drafts": self._none}
         theirs = {} if self._drafter is None else self._drafter.tensors()
         return own | {f"{self.name} {name}": tensor for name, tensor in theirs.items()}
 
-    def draft(self, slots: Tensor, accepted: Tensor, lengths: Tensor, room: Tensor, text: Tensor) -> Tensor:
+    def draft(self, rows: Tensor, lengths: Tensor, room: Tensor, text: Tensor, checked: int) -> Tensor:
         """Part of a step, before its state moves on: draft behind what each row has now.
 
         Args:
-            slots: int64 [B].
-            accepted: int64 [B, Q], the tokens of each row, `REJECTED` behind them.
-            lengths: int64 [B], tokens of each row's sequence before those.
-            room: int64 [B], how many tokens each row could generate behind its text before those. One of them is
-                chosen by the next step itself, the others may be drafted: so no draft lies behind a row's limit.
+            rows: int64 [B], each row's slot.
+            lengths: int64 [B], tokens of each row's sequence, those of the step included.
+            room: int64 [B], how many more each may generate.
             text: see `DraftCall`.
+            checked: drafts of each row that the step had room for.
 
         Returns:
-            int64 [B, 2]: drafts that wait for the next step, and drafts that were dropped.
+            int64 [B, 3], by row `DraftCounts`.
         """
-        brought = (accepted != REJECTED).sum(dim=1)
-        drafts = self._ask(DraftCall(slots, lengths + brought, text, self._places.shape[0]))
-        real = slots[:, None] != self._state.padding_slot
-        known = (drafts >= 0) & (drafts < self._vocab_size) & (self._places < (room - brought - 1)[:, None]) & real
-        kept = known.cumprod(dim=1).bool()
-        self._state.drafts.index_copy_(0, slots, torch.where(kept, drafts, NO_DRAFT))
-        dropped = ((drafts < NO_DRAFT) | (drafts >= self._vocab_size)) & real
-        return torch.stack((kept.sum(dim=1), dropped.sum(dim=1)), dim=1)
+        drafts = self._ask(DraftCall(rows, lengths, text, self._none.shape[1]))
+        return keep_drafts(drafts, self._state.drafts, rows, room, self._vocab_size, checked)
 
     def _ask(self, call: DraftCall) -> Tensor:
         none = self._none[: call.slots.shape[0]]

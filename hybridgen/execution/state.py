@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hybridgen.cache import BlockTable
-from hybridgen.execution.verification import NO_DRAFT
+from hybridgen.kernels.step.drafts import NO_DRAFT
 
 
 class SlotRows(NamedTuple):
@@ -47,10 +47,6 @@ class DeviceState:
     def read(self, rows: torch.Tensor) -> SlotRows:
         """The state of these rows, int64 [B]."""
         return SlotRows(*self.table.index_select(1, rows).unbind(0))
-
-    def drafts_of(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """The first drafts of these rows: int64 [B, count]."""
-        return self.drafts.index_select(0, rows)[:, :count]
 
     def draft_tensors(self) -> dict[str, torch.Tensor]:
         """What steps of several tokens a row read, by name."""

@@ -18,12 +18,12 @@ from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.execution.staging import StagedBlock
-from hybridgen.execution.state import DeviceState, SlotRows
-from hybridgen.execution.verification import NO_DRAFT, accepted_run
+from hybridgen.execution.state import DeviceState
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.graphs.executor import Executor
 from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels import MetadataCopy, copy_metadata
+from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
@@ -217,24 +217,13 @@ class ModelSteps:
         if key.query_len == 1:
             self._set(Phase.DECODE, state.last_tokens, slots, state.lengths, lengths)
         else:
-            self._set_several(key.query_len, rows, slots, state)
+            ids, slots, positions = feed_drafts(self._state.table, self._state.drafts, rows, key.query_len)
+            self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
         logits = self._executors[key.executor].logits(self.metadata, None)
         if key.sampler is None:
             self._leave(logits)
         else:
             self._sample(logits, rows, lengths, state.generated, key.sampler, key.query_len)
-
-    def _set_several(self, count: int, rows: Tensor, slots: Tensor, state: SlotRows) -> None:
-        """Feed each row's last token and the drafts behind it, at the positions that they have then.
-
-        Where a row has fewer drafts, the places behind them are padding, in the padding slot.
-        """
-        drafts = self._state.drafts_of(rows, count - 1)
-        ids = torch.cat((state.last_tokens[:, None], drafts), dim=1)
-        fed = ids != NO_DRAFT
-        positions = ((state.lengths[:, None] + self._state.places[:count]) * fed).flatten()
-        slots = torch.where(fed, slots[:, None], self._state.padding_slot).flatten()
-        self._set(Phase.DECODE, ids.clamp(min=0).flatten(), slots, positions, positions + 1, several=True)
 
     def run_scored(self, key: GraphKey, scored: ScoredTokens) -> None:
         """Launch the prefill that was staged, and leave the log-probabilities of prompts with `scored`."""
@@ -302,26 +291,25 @@ class ModelSteps:
         slots, positions, before, drafts = rows, lengths, generated, None
         history = self._sampler.history if sampler.history or self._drafting is not None else None
         if query_len > 1:
-            drafts = self._state.drafts_of(rows, query_len - 1)
             places = self._state.places[:query_len]
             slots = rows[:, None].expand(-1, query_len).flatten()
             positions, before = ((value[:, None] + places).flatten() for value in (lengths, generated))
-            if history is not None:
-                # The text at each place, for what reads it there; those behind the last draft are not looked at.
-                ends = positions.view(-1, query_len)[:, :-1].flatten()
+            if sampler.penalties or sampler.history:  # the text at each place has the drafts before it
+                drafts = self._state.drafts.index_select(0, rows)[:, : query_len - 1]
+            if drafts is not None and sampler.history and history is not None:
+                ends = (lengths[:, None] + places[:-1]).flatten()
                 remember(drafts.flatten(), rows[:, None].expand_as(drafts).flatten(), ends, history.text)
         sampled = sample(logits, self._sampler, slots, positions, before, sampler, own, drafts)
         if history is not None:
             remember(sampled.tokens, slots, positions, history.text)
-        if drafts is not None:
-            sampled = sampled._replace(tokens=accepted_run(sampled.tokens.view(-1, query_len), drafts))
+        brought: Tensor | int = 1
+        if query_len > 1:
+            tokens, brought = accept_drafts(sampled.tokens.view(-1, query_len), self._state.drafts, rows)
+            sampled = sampled._replace(tokens=tokens)
         told = None
         if self._drafting is not None and history is not None:
-            accepted = sampled.tokens.view(rows.shape[0], -1)
-            room = self._sampler.most_new[rows] - generated
-            made = self._drafting.draft(rows, accepted, lengths, room, history.text)
-            checked = made.new_zeros(len(made)) if drafts is None else (drafts != NO_DRAFT).sum(dim=1)
-            told = torch.cat((checked[:, None], made), dim=1)
+            room = self._sampler.most_new[rows] - (generated + brought)
+            told = self._drafting.draft(rows, lengths + brought, room, history.text, query_len - 1)
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
         for state in self._to_commit:

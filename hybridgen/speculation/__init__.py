@@ -1,4 +1,4 @@
-"""Who drafts, and how many drafts are worth checking. What is accepted: `hybridgen.execution.verification`."""
+"""Who drafts, and how many drafts are worth checking. What is accepted: `hybridgen.kernels.step.drafts`."""
 
 from __future__ import annotations
 
