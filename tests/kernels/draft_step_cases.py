@@ -30,7 +30,7 @@ def random_chosen(seed: int, drafts: Tensor, rows: Tensor, count: int) -> Tensor
     rng = random.Random(seed)
     chosen = torch.tensor([[rng.choice([-1, *range(VOCAB)]) for _ in range(count)] for _ in rows])
     for row, slot in enumerate(rows.tolist()):
-        right = rng.randint(0, count)
+        right = rng.randint(0, min(count, WIDTH))
         chosen[row, :right] = torch.where(drafts[slot, :right] < 0, chosen[row, :right], drafts[slot, :right])
     return chosen
 
