@@ -150,6 +150,8 @@ def test_every_documented_path_leads_somewhere() -> None:
     for name in found - {"hybridgen.__all__"}:
         try:
             pkgutil.resolve_name(name)
+        except hybridgen.ConfigError as error:
+            assert "pip install 'hybridgen[" in str(error)  # an extra that is not installed
         except (ImportError, AttributeError):
             missing.add(name)
     assert sorted(missing) == []
