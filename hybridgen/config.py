@@ -17,6 +17,7 @@ from hybridgen.params import MAX_INT
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("fp8", "int8", "int4")
 
 
 class Mode(StrEnum):
@@ -146,6 +147,12 @@ def _seconds(name: str, value: Any) -> float:
     return value
 
 
+def _quantization(name: str, value: Any) -> str | None:
+    if value is not None and value not in QUANTIZATIONS:
+        raise ConfigError(f"{name}={shown(value)} is unknown; choose one of: {', '.join(QUANTIZATIONS)}, or None")
+    return value
+
+
 def _ratio(name: str, value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
         raise ConfigError(f"{name}={shown(value)}; give a number of at least 0, or None to measure")
@@ -229,6 +236,11 @@ class EngineConfig:
     """`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA and `eager` on a CPU."""
     dtype: str = field(default="auto", metadata=about(_dtype, in_key=False, opens=True))
     """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
+    quantization: str | None = field(default=None, metadata=about(_quantization, opens=True))
+    """Quantise the projections of a 16-bit or float32 checkpoint while it is read: `fp8`, `int8` or `int4`, by rounding
+    to the nearest (docs/quantisation.md). None: as the checkpoint has them. A quantised checkpoint needs no setting."""
+    quantize_head: str | None = field(default=None, metadata=about(_quantization, opens=True))
+    """Quantise the head too, in one of the same formats; also of a quantised checkpoint, which keeps it in 16 bits."""
     device: str = field(default="auto", metadata=about(_device, in_key=False, opens=True))
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
     revision: str | None = field(default=None, metadata=about(_revision, in_key=False, opens=True))

@@ -78,6 +78,8 @@ class Engine:
         """How steps run: `config.mode`, with `auto` decided."""
         self._no_bar = bar_disabled(config.progress)
         self._counters = Counters()
+        for note, count in loaded.notes.items():
+            self._counters.fall_back(note, count)
         self._startup = Startup(import_time.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None

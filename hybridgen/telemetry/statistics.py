@@ -28,13 +28,14 @@ class Counters:
     first_token: float | None = None
     """Seconds from the first request to its first token."""
 
-    def fall_back(self, reason: str) -> None:
-        """Count a fallback; warn the first time that a reason occurs.
+    def fall_back(self, reason: str, count: int = 1) -> None:
+        """Count a fallback, once or several times; warn the first time that a reason occurs.
 
         Never raises, because its callers go on after it. Where warnings are errors, it logs instead.
         """
-        self.fallbacks[reason] += 1
-        if self.fallbacks[reason] > 1:
+        first = reason not in self.fallbacks
+        self.fallbacks[reason] += count
+        if not first:
             return
         try:
             warnings.warn(reason, RuntimeWarning, stacklevel=3)
