@@ -51,7 +51,9 @@ class Written:
 Writer = Callable[[int, int, torch.Generator], Written]
 
 
-def _scales(shape: tuple[int, int], g: torch.Generator, dtype: torch.dtype = torch.bfloat16, size: float = 0.03) -> Tensor:
+def _scales(
+    shape: tuple[int, int], g: torch.Generator, dtype: torch.dtype = torch.bfloat16, size: float = 0.03
+) -> Tensor:
     return ((torch.rand(shape, generator=g) + 0.5) * size).to(dtype)
 
 
@@ -158,7 +160,7 @@ def gptq(bits: int, group: int, version: int = 1, symmetric: bool = True, reorde
         values = (codes - zeros.T[:, order]) * scales.float().T[:, order]
         tensors = {
             ".qweight": words(codes, bits).T.contiguous(),
-            ".qzeros": words(zeros - (version == 1), bits),
+            ".qzeros": words(zeros - int(version == 1), bits),
             ".scales": scales,
             ".g_idx": order.int(),
         }
@@ -305,7 +307,7 @@ def fill(model: PreTrainedModel, plain: Mapping[str, Tensor]) -> None:
 
 def projections(owner: str) -> bool:
     """Whether a name is one of a projection that formats quantise: not the embedding, the head, or a router."""
-    return owner.endswith("_proj")
+    return owner.endswith("_proj") or ".experts." in owner
 
 
 def write_family(path: Path, family: str, name: str, shard: str | None = None, **changes: Any) -> PreTrainedModel:

@@ -43,7 +43,7 @@ from hybridgen.models.twin import Twin
 from hybridgen.params import SamplingParams
 from hybridgen.telemetry import import_time
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats
-from hybridgen.telemetry.traffic import Traffic
+from hybridgen.telemetry.traffic import Traffic, formats_of
 from hybridgen.text.prompts import Prompts, split_prompts
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class Engine:
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self._prefix_state = built.prefix_state
+            self._formats = formats_of(bound.model, bound.weights)
             self.cache.end_start()
             atexit.register(_keep_plan, weakref.ref(self))
         except BaseException:
@@ -337,6 +338,7 @@ class Engine:
             free_pages=pages.free,
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
+            weights=self._formats,
             prefix=PrefixStats(
                 state=self._prefix_state,
                 pages=pages.kept,

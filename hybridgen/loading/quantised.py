@@ -23,7 +23,7 @@ from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.rounding import quantise
 
 INT4_WARNING = (
-    "quantization='int4' rounds to the nearest code: products err by about a tenth, small models the most; for better "
+    "quantization='int4' rounds to the nearest code: products err by a tenth or more, small models the most; for better "
     "texts load a checkpoint that was calibrated (AWQ, GPTQ or compressed-tensors W4A16)"
 )
 
@@ -80,9 +80,9 @@ def load_quantised(
         plan = _Plan(source, model, tensors, device, dtype, notes)
         for each in stored.values():
             plan.add_stored(each)
-        for name in plain:
-            if name in tensors.places:
-                plan.tensors[name] = tensors.lazy(name)
+        targets = {each.target for each in stored.values()}
+        for name in plain.keys() - targets:  # an FP8 weight has the name that it has without being quantised
+            plan.tensors[name] = tensors.lazy(name)
         head = plan.head
         if config.quantization is not None:
             plan.make(config.quantization)

@@ -1,7 +1,7 @@
 """Quantise a weight by rounding to the nearest code.
 
 The simplest way, which looks at no activations. Relative errors of a product with random weights that have outlier
-columns, by `tests/models/test_rounding.py`: about 0.03 for `fp8`, 0.01 for `int8`, 0.12 for `int4`. GPTQ and AWQ
+columns, by `tests/models/test_rounding.py`: about 0.03 for `fp8`, 0.014 for `int8`, 0.17 for `int4`. GPTQ and AWQ
 choose better codes for `int4`.
 """
 

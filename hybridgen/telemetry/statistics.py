@@ -227,6 +227,14 @@ class StartupRow(NamedTuple):
     misses: int
 
 
+class FormatRow(NamedTuple):
+    """The projections whose weights are in one format; what transformers joins (experts) is none of them."""
+
+    projections: int
+    bits: float
+    """Of a weight, with its share of scales and zero points."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """A snapshot of what an engine has done and holds. `str()` of it is a table."""
@@ -268,6 +276,8 @@ class EngineStats:
     cache_bytes: int
     prefix: PrefixStats = field(default_factory=PrefixStats)
     """The prefix cache."""
+    weights: Mapping[str, FormatRow] = field(default_factory=dict)
+    """By format."""
 
     @property
     def startup_table(self) -> tuple[StartupRow, ...]:
@@ -294,6 +304,10 @@ class EngineStats:
     def __str__(self) -> str:
         rows = [
             ("model", f"{self.model} ({self.mode}, {self.dtype} on {self.device})"),
+            *(
+                ("weights", f"{row.projections} projections {name}, {row.bits:.2f} bits a weight")
+                for name, row in self.weights.items()
+            ),
             *((f"start: {row.phase}", _timed(row)) for row in self.startup_table),
             ("compile cache", ", ".join(filter(None, (self.artifacts.state, self.artifacts.reason)))),
             *(("", note) for note in self.artifacts.notes),

@@ -188,11 +188,12 @@ def test_transformers_dequantises_fine_grained_fp8_alike(tmp_path: Path, dtype: 
     oracle = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=dtype, quantization_config=FineGrainedFP8Config(dequantize=True)
     )
+    oracle.to(dtype)
     loaded = Checkpoint.open(tmp_path, hybridgen.EngineConfig(dtype=str(dtype), device="cpu")).load().model
     check_values(loaded, oracle)
 
 
-@pytest.mark.parametrize("name", [name for name in formats.FORMATS if name.startswith("ct")])
+@pytest.mark.parametrize("name", [name for name in formats.FORMATS if name.startswith("ct") and "short" not in name])
 def test_compressed_tensors_dequantises_alike(tmp_path: Path, name: str) -> None:
     pytest.importorskip("compressed_tensors")
     from transformers import CompressedTensorsConfig
@@ -225,7 +226,10 @@ def poison(part: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]
 
 
 def drop(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda tensors: tensors.pop(f"{KEY}.{part}") and None
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[f"{KEY}.{part}"]
+
+    return edit
 
 
 def swap(part: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -237,7 +241,11 @@ def swap(part: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[d
     [
         ("ct w4 group", drop("weight_scale"), "weight_scale' is missing"),
         ("ct w4 group", swap("weight_scale", lambda t: t[:, :1]), r"weight_scale' is \[32, 1\], and must be \[32, 2\]"),
-        ("ct w4 group", swap("weight_scale", lambda t: t.int()), "weight_scale' is I32, and must be BF16 or F16 or F32"),
+        (
+            "ct w4 group",
+            swap("weight_scale", lambda t: t.int()),
+            "weight_scale' is I32, and must be BF16 or F16 or F32",
+        ),
         ("ct w4 group", swap("weight_packed", lambda t: t[:, 1:]), r"weight_shape' holds \[32, 64\]"),
         ("ct w4 group", swap("weight_shape", lambda t: t * 2), r"weight_shape' holds \[64, 128\]"),
         ("ct w4 zeros", drop("weight_zero_point"), "weight_zero_point' is missing"),
@@ -246,7 +254,7 @@ def swap(part: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[d
         ("fp8 block", drop("weight_scale_inv"), "weight_scale_inv' is missing"),
         ("gptq v1", drop("qzeros"), "qzeros' is missing"),
         ("gptq desc_act", drop("g_idx"), "g_idx' is missing"),
-        ("awq", swap("qweight", lambda t: t[:-8]), r"qzeros' is|scales' is|qweight' is"),
+        ("awq", swap("qweight", lambda t: t[:-32]), r"qzeros' is \[2, 4\], and must be \[1, 4\]"),
     ],
 )
 def test_damaged_shapes_are_found_when_a_checkpoint_is_opened(
@@ -295,7 +303,7 @@ def test_codes_that_the_config_does_not_know_of(tmp_path: Path, edit_json: EditJ
     formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     edit_json(tmp_path / "config.json", quantization_config={**config, "ignore": ["lm_head", KEY]})
-    with pytest.raises(CheckpointError, match=rf"{KEY}\.weight_packed' is of a quantised weight, and the config says"):
+    with pytest.raises(CheckpointError, match=rf"{KEY}\.weight_\w+' is of a quantised weight, and the config says"):
         Checkpoint.open(tmp_path)
 
 
@@ -322,7 +330,6 @@ GROUP: dict[str, Any] = W4["config_groups"]["group_0"]
     [
         ({"quant_method": "hqq"}, "method 'hqq'"),
         ({"bits": 4}, "method 'unknown'"),
-        ("text", "method 'unknown'"),
         ({**W4, "format": "marlin-24"}, "the format 'marlin-24'"),
         ({**W4, "config_groups": {}}, "config_groups {}"),
         ({**W4, "quantization_status": "frozen"}, "quantization_status 'frozen'"),
@@ -338,7 +345,7 @@ GROUP: dict[str, Any] = W4["config_groups"]["group_0"]
 )
 def test_what_is_not_known_is_refused_by_name(whole: Path, edit_json: EditJson, config: Any, words: str) -> None:
     edit_json(whole / "config.json", quantization_config=config)
-    with pytest.raises(UnsupportedModelError, match=rf"quantized_config|{words}"):
+    with pytest.raises(UnsupportedModelError, match=words):
         Checkpoint.open(whole)
 
 
@@ -357,5 +364,5 @@ def test_what_a_quantised_model_says_of_itself(tmp_path: Path) -> None:
         projections = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
         others = (64 * families.VOCAB + 5 * 64) * 4
         assert engine.traffic.weights == projections * 4.75 / 8 + others
-        assert stats.weights == {"int4 float32 in blocks of 1x32": (14, 4.75), "float32": (1, 32.0)}
+        assert stats.weights == {"int4 float32 in blocks of 1x32": (14, 4.75), "dense float32": (1, 32.0)}
         assert "14 projections int4 float32 in blocks of 1x32, 4.75 bits a weight" in str(stats)

@@ -5,7 +5,7 @@ inputs; a block of outputs and inputs shares a scale, and the last block of a ro
 
 | kind | data | value of weight[n, k] |
 |---|---|---|
-| `int4` | int32 [N, ceil(K / 8)]: input 8j + i is in bits 4i to 4i + 3 of word j | scale * (code - zero), zero 8 if None |
+| `int4` | int32 [N, ceil(K / 8)]: input 8j + i in bits 4i to 4i + 3 of word j | scale * (code - zero), zero 8 if None |
 | `int8` | int8 [N, K] | scale * (code - zero), zero 0 if None |
 | `fp8` | float8_e4m3fn [N, K] | scale * code |
 | `mxfp4` | uint8 [N, K / 2]: input 2j is in the low bits of byte j | 2 ** (scale - 127) * e2m1(code) |
@@ -92,7 +92,7 @@ def unpack_e2m1(data: Tensor, inputs: int) -> Tensor:
 def power_of_two(scales: Tensor) -> Tensor:
     """uint8 exponents (e8m0) as float32: 2 ** (exponent - 127), down to the subnormal 2 ** -127."""
     exponents = scales.int() - _EXPONENT_BIAS
-    return torch.ldexp(torch.ones((), dtype=torch.float32, device=scales.device), exponents)
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
 
 
 def dequantise(
