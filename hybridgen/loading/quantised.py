@@ -23,8 +23,8 @@ from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.rounding import quantise
 
 INT4_WARNING = (
-    "quantization='int4' rounds to the nearest code: products err by a tenth or more, small models the most; for better "
-    "texts load a checkpoint that was calibrated (AWQ, GPTQ or compressed-tensors W4A16)"
+    "quantization='int4' rounds to the nearest code: products err by a tenth or more, small models the most; for "
+    "better texts load a checkpoint that was calibrated (AWQ, GPTQ or compressed-tensors W4A16)"
 )
 
 

@@ -1,8 +1,7 @@
 """A product with a quantised weight: the op `hybridgen::quantised_linear`.
 
-`x @ dequantised.T + bias` for x of any number of rows. On a CPU the weight is dequantised to x's dtype and multiplied
-by torch: the reference. On CUDA few rows go through a Triton kernel that unpacks in registers, and many through a
-dequantised copy and cuBLAS (`quantised_kernels`). The weight's layout: `hybridgen.kernels.linear.layout`.
+`x @ dequantised.T + bias` for x of any number of rows: the weight is dequantised to x's dtype and multiplied by torch.
+The weight's layout: `hybridgen.kernels.linear.layout`.
 """
 
 from __future__ import annotations
