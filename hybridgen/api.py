@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
-from hybridgen.arguments import check_keywords, end_streamer, sampling_list
+from hybridgen.arguments import check_keywords, end_streamer, prompt_list, sampling_list
 from hybridgen.config import EngineConfig
 from hybridgen.core import TokenEvent
 from hybridgen.demo import model_path
@@ -63,7 +63,8 @@ def generate(
     Args:
         model: a local path, a hub id, a live `PreTrainedModel`, an `Engine`, `"unix:PATH"` for a server on that
             socket (`"unix:"` for the default one), or None for the demo model.
-        prompts: a string, token ids (list or tensor), chat messages, or a list of those.
+        prompts: a string, token ids (list or tensor), chat messages or `{"messages": ..., "tools": ...}`, or any number
+            of those: a list, an array, a column of a table, a generator.
         sampling: for all prompts, or a list with one per prompt.
         config: how to load and run the model; a server has its own.
         tokenizer: for a live model that brings none, or instead of the checkpoint's; an object, or the directory or
@@ -80,7 +81,7 @@ def generate(
     try:
         if prompts is None:
             raise PromptError(_NO_PROMPTS)
-        sampling = sampling_list(sampling)
+        prompts, sampling = prompt_list(prompts), sampling_list(sampling)
         server = model if _is_server(model) else None
         if server is not None:
             _check_server_fields(config, tokenizer, fields)
@@ -109,7 +110,7 @@ def stream(
     """Generate as `generate()` does, and yield each token as it is read. See `Engine.stream`."""
     if prompts is None:
         raise PromptError(_NO_PROMPTS)
-    sampling = sampling_list(sampling)
+    prompts, sampling = prompt_list(prompts), sampling_list(sampling)
     if _is_server(model):
         _check_server_fields(config, tokenizer, fields)
         return _stream_from(socket_path(model), Call(prompts, sampling, fields))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,11 @@ def sampling_list(
             "prompt, or its fields as keywords"
         )
     return list(sampling)
+
+
+def prompt_list(prompts: Any) -> Any:
+    """A call's prompts in a form that can be read twice: an iterator becomes a list; its items are not checked."""
+    return list(prompts) if isinstance(prompts, Iterator) else prompts
 
 
 def is_text(prompt: Any) -> bool:

@@ -183,7 +183,8 @@ class Engine:
         """Generate text for one prompt or a list of them.
 
         Args:
-            prompts: a string, token ids (list or tensor), chat messages, or a list of those.
+            prompts: a string, token ids (list or tensor), chat messages or `{"messages": ..., "tools": ...}`, or any
+                number of those: a list, an array, a column of a table, a generator.
             sampling: for all prompts, or a list with one per prompt.
             streamer: a Hugging Face streamer (`put(ids)`, `end()`), for one prompt.
             fields: single `SamplingParams` fields, for all prompts.

@@ -212,7 +212,7 @@ def split(prompts: Any) -> tuple[list[Any], bool]:
         first = prompts[0]
         if type(first) is int or (isinstance(first, Mapping) and "role" in first):
             return [prompts], True
-        if isinstance(first, str):
+        if all(type(prompt) is str for prompt in prompts):
             return list(prompts), False
     from hybridgen.text.prompts import split_prompts
 

@@ -30,7 +30,7 @@ LONG_CHARS = 2**15
 
 def needs_encoding(prompt: Any) -> bool:
     """Whether a prompt is text or a chat, and not a list of ids."""
-    return isinstance(prompt, str) or bool(prompt and isinstance(prompt[0], dict))
+    return isinstance(prompt, (str, dict)) or bool(prompt and isinstance(prompt[0], dict))
 
 
 @dataclass(eq=False)

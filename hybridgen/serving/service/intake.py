@@ -122,7 +122,7 @@ def _distinct(sampling: list[SamplingParams]) -> Iterable[SamplingParams]:
 
 
 def _check_prompt(index: int, prompt: Any, limits: Limits, max_context: int | None) -> None:
-    if not isinstance(prompt, (str, list)):
+    if not isinstance(prompt, (str, list, dict)):
         raise PromptError(f"prompt {index} is {shown(prompt)}; give text, a list of token ids, or chat messages")
     if isinstance(prompt, list) and max_context is not None and len(prompt) > max_context:
         raise PromptError(f"prompt {index} has {len(prompt)} items, over the context of {max_context}; shorten it")
