@@ -35,6 +35,10 @@ def encode_chat(chat: Any, index: int, tokenizer: Any) -> Any:
         TokenizerError: the tokenizer has no chat template.
     """
     given = dict(chat) if isinstance(chat, Mapping) else {"messages": chat}
+    unknown = sorted(set(given) - CHAT_KEYS)
+    if unknown:
+        known = ", ".join(sorted(CHAT_KEYS))
+        raise PromptError(f"prompt {index} is a chat with {shown(unknown[0])}, which says nothing here; give {known}")
     messages = _messages(given.pop("messages"), index)
     template = given.get("chat_template")
     if template is None and not getattr(tokenizer, "chat_template", None):

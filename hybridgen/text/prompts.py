@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import countOf
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ import torch
 
 from hybridgen.arguments import is_text
 from hybridgen.errors import PromptError, TokenizerError, shown
-from hybridgen.text.chats import CHAT_KEYS, encode_chat
+from hybridgen.text.chats import encode_chat
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
         raise PromptError("the prompt list is empty; give at least one prompt")
     if _is_int(items[0]) or (isinstance(items[0], Mapping) and "role" in items[0]):
         return [items], True
-    return [_item(item, index) for index, item in enumerate(items)], False
+    return [_item(item) for item in items], False
 
 
 def _of_mapping(prompt: Mapping[str, Any]) -> tuple[list[Any], bool]:
@@ -78,10 +78,13 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[list[Any], bool]:
         mask = prompt.get("attention_mask")
         return (items if mask is None else _without_padding(items, [mask] if single else mask)), single
     if "messages" in prompt:
-        _check_keys(prompt, CHAT_KEYS)
         return [prompt], True
     if "prompt" in prompt:
-        _check_keys(prompt, {"prompt"})
+        unknown = next((key for key in prompt if key != "prompt"), None)
+        if unknown is not None:
+            raise PromptError(
+                f"a row has {shown(unknown)} beside 'prompt'; give sampling fields by sampling=, or drop it"
+            )
         return split_prompts(prompt["prompt"])
     raise PromptError(
         f"{shown(prompt)} is not a prompt; a mapping has 'prompt', 'messages' or 'input_ids'; a list of chat messages "
@@ -89,26 +92,15 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[list[Any], bool]:
     )
 
 
-def _item(item: Any, index: int) -> Any:
-    """A prompt of a list, without the mapping around it."""
+def _item(item: Any) -> Any:
+    """A prompt of a list, without the mapping around it; one that is none stays, for `encode_prompt` to refuse."""
     if not isinstance(item, Mapping):
         return item
     try:
         items, single = _of_mapping(item)
-    except PromptError as error:
-        raise PromptError(f"prompt {index}: {error}") from None
-    if not single:
-        raise PromptError(f"prompt {index} ({shown(item)}) holds {len(items)} prompts; give one in each row")
-    return items[0]
-
-
-def _check_keys(prompt: Mapping[str, Any], known: Collection[str]) -> None:
-    unknown = [key for key in prompt if key not in known]
-    if unknown:
-        raise PromptError(
-            f"a prompt has the key {shown(unknown[0])}, which says nothing here; give {', '.join(sorted(known))}, and "
-            "sampling fields by sampling="
-        )
+    except PromptError:
+        return item
+    return items[0] if single else item
 
 
 def encode_prompt(
@@ -127,6 +119,8 @@ def encode_prompt(
         if not prompt:
             raise PromptError(f"prompt {index} is an empty string; give at least one character")
         ids = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
+    elif isinstance(prompt, Mapping) and "messages" not in prompt:
+        raise _no_prompt(prompt, index)
     elif is_text(prompt):
         ids = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
     else:
@@ -142,6 +136,15 @@ def encode_prompt(
     if tokenizer is not None:
         _look_over(ids, tokenizer, text=is_text(prompt))
     return ids
+
+
+def _no_prompt(prompt: Mapping[str, Any], index: int) -> PromptError:
+    """What is wrong with a mapping that `split_prompts` made nothing of."""
+    try:
+        items, _ = _of_mapping(prompt)
+    except PromptError as error:
+        return PromptError(f"prompt {index}: {error}")
+    return PromptError(f"prompt {index} ({shown(prompt)}) holds {len(items)} prompts; give one in each row")
 
 
 def _all_inside(ids: Sequence[int], vocab_size: int) -> bool:

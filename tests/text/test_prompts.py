@@ -1,5 +1,6 @@
 """What counts as a prompt, and what does not."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,15 +78,30 @@ def test_what_is_no_prompt(prompts: Any) -> None:
     ("prompts", "words"),
     [
         (Table(["prompt"]), r"Table is a table; give one of its columns, such as table\['prompt'\]"),
-        ([{"prompt": "a"}, {"prompt": "b", "temperature": 1}], "prompt 1: a prompt has the key 'temperature'"),
-        ({"messages": CHAT, "tool": []}, "a prompt has the key 'tool'"),
-        ([{"text": "a"}], "a mapping has 'prompt', 'messages' or 'input_ids'"),
-        ([{"prompt": ["a", "b"]}], "holds 2 prompts; give one in each row"),
+        ({"prompt": "b", "temperature": 1}, "a row has 'temperature' beside 'prompt'"),
+        ({"text": "a"}, "a mapping has 'prompt', 'messages' or 'input_ids'"),
     ],
 )
 def test_what_is_nearly_a_prompt(prompts: Any, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         split_prompts(prompts)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "b", "temperature": 1}, "prompt 3: a row has 'temperature' beside 'prompt'"),
+        ({"text": "a"}, "prompt 3: {'text': 'a'} is not a prompt"),
+        ({"prompt": ["a", "b"]}, "holds 2 prompts; give one in each row"),
+        ({"messages": CHAT, "tool": []}, "prompt 3 is a chat with 'tool'"),
+        (float("nan"), "prompt 3 is nan; give a string"),
+        (None, "prompt 3 is None; give a string"),
+    ],
+)
+def test_a_bad_row_is_named_when_it_is_encoded(row: Any, words: str) -> None:
+    [_, item], _ = split_prompts(["a", row])
+    with pytest.raises(PromptError, match=re.escape(words)):
+        encode(item, ChatTokenizer())
 
 
 def test_rows_lose_what_is_around_them() -> None:
