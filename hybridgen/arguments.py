@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from hybridgen.config import EngineConfig
+from hybridgen.core import Completion, Score
 from hybridgen.errors import ConfigError, PromptError, SamplingError, TokenizerError, shown
 from hybridgen.hints import unknown
 from hybridgen.params import SamplingParams
@@ -39,6 +40,48 @@ def sampling_per_prompt(count: int, sampling: Sampling, fields: dict[str, Any]) 
         return given
     changed = {key: replace(params, **fields) for key, params in {id(params): params for params in given}.items()}
     return [changed[id(params)] for params in given]
+
+
+SCORES = SamplingParams(max_new_tokens=0, prompt_logprobs=1, temperature=0)
+"""What a call of `score()` asks for: nothing new, and of each token whether it was the most likely."""
+
+
+def scoring_pairs(
+    prompts: tuple[list[Any], bool], completions: tuple[list[Any], bool] | None
+) -> tuple[list[Any], bool]:
+    """The prompts of a call of `score()`, each with its completion, and whether there is one alone.
+
+    Args:
+        prompts, completions: as `split_prompts` gives them: a list, and whether there was only one, not in a list. One
+            prompt goes with each of a list of completions.
+
+    Raises:
+        PromptError: the numbers do not fit.
+    """
+    items, single = prompts
+    if completions is None:
+        return items, single
+    ends, one = completions
+    if single and not one:
+        items = items * len(ends)
+    if len(items) != len(ends) or (one and not single):
+        raise PromptError(
+            f"{'a' if one else len(ends)} completion(s) for {len(items)} prompt(s); give one for each, or one prompt "
+            "for all"
+        )
+    return [{"prompt": item, "completion": end} for item, end in zip(items, ends, strict=True)], single and one
+
+
+def scores_of(completions: list[Completion], single: bool) -> Any:
+    """What `score()` returns.
+
+    Raises:
+        HybridgenError: the one request failed.
+    """
+    if single and completions[0].error is not None:
+        raise completions[0].error
+    scores = [Score.of(completion) for completion in completions]
+    return scores[0] if single else scores
 
 
 def sampling_list(sampling: Sampling) -> SamplingParams | list[SamplingParams] | None:

@@ -30,7 +30,11 @@ class SamplingParams:
     """
 
     max_new_tokens: int | None = field(
-        default=None, metadata=about("Tokens to generate at most. Else the model's `max_new_tokens`, else 128.")
+        default=None,
+        metadata=about(
+            "Tokens to generate at most. Else the model's `max_new_tokens`, else 128. 0 with "
+            "`prompt_logprobs`: none, the prompt is scored alone."
+        ),
     )
     min_new_tokens: int | None = field(
         default=None,
@@ -168,6 +172,13 @@ class SamplingParams:
             "filters (what was left out has -inf); for greedy requests, after all processors."
         ),
     )
+    prompt_logprobs: int | None = field(
+        default=None,
+        metadata=about(
+            "Report the log-probability of each token of the prompt and of this many most likely ones (0: the "
+            "prompt's only), of the model's own distribution; see `Completion.prompt_logprobs`."
+        ),
+    )
     skip_special_tokens: bool = field(default=True, metadata=about("Leave special tokens out of the text."))
     cache_salt: str | None = field(
         default=None,
@@ -218,12 +229,18 @@ class SamplingParams:
         limit, least = self.max_new_tokens, self.min_new_tokens
         if limit is not None and least is not None and least > limit:
             raise SamplingError(f"min_new_tokens={least} is above max_new_tokens={limit}; lower it")
+        if limit == 0 and self.prompt_logprobs is None:
+            raise SamplingError(
+                "max_new_tokens=0 generates nothing; give at least 1, or prompt_logprobs to score prompts"
+            )
+        if self.n > 1 and self.prompt_logprobs is not None:
+            raise SamplingError(f"n={self.n} with prompt_logprobs would score the prompt n times; score it with n=1")
         if self.n > 1 and self.temperature == 0:
             raise SamplingError(f"n={self.n} with temperature=0 gives equal texts; set a temperature or n=1")
 
     def _check_numbers(self) -> None:
         off = "0 switches it off"
-        _check_int("max_new_tokens", self.max_new_tokens, low=1, optional=True)
+        _check_int("max_new_tokens", self.max_new_tokens, low=0, optional=True)
         _check_int("min_new_tokens", self.min_new_tokens, low=0, optional=True)
         _check_real("temperature", self.temperature, low=0.0, what="0 is greedy, 1 the model's own distribution")
         _check_int("top_k", self.top_k, low=0, optional=True)
@@ -238,8 +255,9 @@ class SamplingParams:
         _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0, optional=True)
         _check_int("seed", self.seed, low=0, optional=True)
         _check_int("n", self.n, low=1)
+        for name in ("logprobs", "prompt_logprobs"):
+            _check_int(name, getattr(self, name), low=0, high=MAX_LOGPROBS, optional=True)
         _check_int("truncate_prompt", self.truncate_prompt, low=1, optional=True)
-        _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
 
     def _check_lists(self) -> None:
         for text in self.stop or ():

@@ -8,13 +8,24 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from tqdm.auto import tqdm
 
-from hybridgen.arguments import ManyPrompts, OnePrompt, Sampling, check_keywords, end_streamer, returns_errors
+from hybridgen.arguments import (
+    SCORES,
+    ManyPrompts,
+    OnePrompt,
+    Sampling,
+    check_keywords,
+    end_streamer,
+    returns_errors,
+    scores_of,
+    scoring_pairs,
+)
 from hybridgen.compilation.store.session import CompileCache, preload
 from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import Completion, TokenEvent
@@ -252,6 +263,31 @@ class Engine:
         if failed:
             logger.warning("%d of %d requests failed; see Completion.error", failed, len(completions))
         return completions[0] if single else completions
+
+    def score(self, prompts: Prompts, completions: Any = None, *, cache_salt: str | None = None) -> Any:
+        """How likely the model finds each completion behind its prompt. Nothing is generated.
+
+        Only the positions that tell scored tokens go through the model's head, in parts, so that memory does not grow
+        with the length. What the prefix cache has of a prompt is not computed again.
+
+        Args:
+            prompts: as for `generate()`: one, or a list.
+            completions: text or token ids, one for each prompt; a list of them for one prompt. A text is encoded
+                together with its prompt. None scores every token of the prompts but the first.
+            cache_salt: see `SamplingParams.cache_salt`.
+
+        Returns:
+            A `Score`; for a list of prompts or completions, a list of them in its order.
+
+        Raises:
+            PromptError, TokenizerError: before anything runs.
+            RequestError: the one request failed while it ran.
+            Interrupted: Ctrl-C; holds what was finished.
+        """
+        pairs, single = scoring_pairs(
+            split_prompts(prompts), None if completions is None else split_prompts(completions)
+        )
+        return scores_of(self.generate(pairs, replace(SCORES, cache_salt=cache_salt)), single)
 
     def stream(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class RequestOutput:
         index: int = 0,
         choice: int = 0,
         *,
+        scored_from: int | None = None,
         keep_events: bool = False,
         traffic: Traffic | None = None,
         prompt: Any = None,
@@ -45,6 +47,7 @@ class RequestOutput:
         """
         Args:
             index, choice: which prompt of its call, and which of the prompt's completions.
+            scored_from: the first token of the prompt whose log-probability is told; None: of no token.
             keep_events: make an event for each token.
             traffic: what a decode step reads, for the completion's bandwidth.
             prompt: the text or chat that the ids are of, for the completion.
@@ -60,6 +63,8 @@ class RequestOutput:
         self._prompt_ids = prompt_ids
         self._prompt, self._truncated = prompt, truncated
         self._sampling = sampling
+        self._scored_from = scored_from
+        self._scores: list[TokenLogprob] = []
         self._index = index
         self._choice = choice
         self._traffic = traffic
@@ -164,6 +169,16 @@ class RequestOutput:
             self._extra_tokens -= 1
         return taken
 
+    def take_scores(self, found: Sequence[TokenLogprob]) -> None:
+        """Take the log-probabilities of more of the prompt's tokens. Where nothing is generated, the last end it."""
+        if any(math.isnan(item.logprob) for item in found):
+            message = "the logits of its prompt held NaN; check the weights and the dtype"
+            self.end(FinishReason.ERROR, RequestError(message))
+            return
+        self._scores += found
+        if not self._limit and len(self._scores) == len(self._prompt_ids) - (self._scored_from or 0):
+            self.end(FinishReason.LENGTH)
+
     def end_unchosen(self, why: str | None) -> None:
         """End with an error: a step had nothing to choose for the next token.
 
@@ -267,6 +282,7 @@ class RequestOutput:
             ),
             steps=tuple(StepSummary(*key, count) for key, count in self._steps.items()),
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=None if self._scored_from is None else (*[None] * self._scored_from, *self._scores),
             stop_match=match,
             cached_tokens=self.cached_tokens,
             error=error,

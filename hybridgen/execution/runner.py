@@ -20,6 +20,7 @@ from hybridgen.execution.executors import LayersExecutor
 from hybridgen.execution.owner import Following
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.ring import LaunchedStep, TokenRing
+from hybridgen.execution.scoring import ScoredTokens, score_budget
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.step import ModelSteps
 from hybridgen.execution.validation import compare_first_replay
@@ -209,13 +210,30 @@ class ModelRunner:
 
     @on_its_stream
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
-        """Run the chunks in one call; sample for those that end their prompt."""
+        """Run the chunks in one call; sample for those that end their prompt, score what they have targets for."""
         slots = tuple(chunk.slot for chunk in chunks if chunk.last)
         sampler = self.sampler.needs(slots)
         tokens = sum(len(chunk.tokens) for chunk in chunks)
-        route = self.router.route(GraphKey.prefill(tokens, len(slots), sampler))
+        key = GraphKey.prefill(tokens, len(slots), sampler)
+        if any(chunk.targets for chunk in chunks):
+            return self._prefill_scored(chunks, key)
+        route = self.router.route(key)
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
         return self._launch(route, len(slots), sampler)
+
+    def _prefill_scored(self, chunks: Sequence[PrefillChunk], key: GraphKey) -> LaunchedStep:
+        scored = ScoredTokens(chunks, self.device)
+        route = self.router.plain(key, "it scores prompts")
+        route.run = functools.partial(self.steps.run_scored, route.key, scored)
+        self.steps.stage_prefill(chunks, key.tokens, key.rows)
+        launched = self._launch(route, key.rows, key.sampler or SamplerPlan())
+        launched.scores = scored
+        return launched
+
+    @property
+    def score_budget(self) -> int:
+        """Tokens that one prefill call tells the log-probabilities of at most."""
+        return score_budget(self.sampler.vocab_size, self.bound.logits_dtype)
 
     def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
         """Run one decode step of these slots and sample a token for each.

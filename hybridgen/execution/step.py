@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridgen.cache import LayerState
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
+from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState, SlotRows
 from hybridgen.execution.verification import accepted_run
@@ -224,14 +225,24 @@ class ModelSteps:
         slots = slots[:, None].expand(-1, count).flatten()
         self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
 
-    def _run_prefill(self, key: GraphKey) -> None:
+    def run_scored(self, key: GraphKey, scored: ScoredTokens) -> None:
+        """Launch the prefill that was staged, and leave the log-probabilities of prompts with `scored`."""
+        self._run_prefill(key, scored)
+
+    def _run_prefill(self, key: GraphKey, scored: ScoredTokens | None = None) -> None:
         self._bring_in(key)
         inputs, tokens, rows = self._prefill, key.tokens, key.rows
         # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case.
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
         ids, slots, positions, rope = (inputs[name][:tokens] for name in ("ids", "slots", "positions", "rope"))
         self._set(phase, ids, slots, positions, rope)
-        logits = self._executors[key.executor].logits(self.metadata, inputs["keep"][: max(rows, 1)])
+        keep = inputs["keep"][: max(rows, 1)]
+        if scored is not None:
+            keep = torch.cat((inputs["keep"][:rows], scored.places))
+        logits = self._executors[key.executor].logits(self.metadata, keep)
+        if scored is not None:
+            scored.take(logits[rows:])
+            logits = logits[:rows]
         if rows and key.sampler is None:
             self._leave(logits)
         elif rows and key.sampler is not None:

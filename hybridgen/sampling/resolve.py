@@ -74,6 +74,7 @@ class ResolvedSampling:
     ignore_eos: bool
     logprobs: int | None
     logprobs_of: str
+    prompt_logprobs: int | None
     skip_special_tokens: bool
     cache_salt: str | None
 
@@ -190,7 +191,7 @@ def _with_model_defaults(
         # As in Hugging Face, the model's minimum gives way to the limit.
         replace(SamplingParams(), min_new_tokens=least)
         filled = replace(params, **missing)
-        return replace(filled, min_new_tokens=min(least, filled.max_new_tokens or least))
+        return replace(filled, min_new_tokens=min(least, cast(int, filled.max_new_tokens)))
     except SamplingError as error:
         raise SamplingError(f"{error} (from the model's generation_config where you gave none)") from None
 

@@ -77,7 +77,7 @@ def _of_mapping(prompt: Mapping[str, Any]) -> tuple[list[Any], bool]:
         items, single = split_prompts(prompt["input_ids"])
         mask = prompt.get("attention_mask")
         return (items if mask is None else _without_padding(items, [mask] if single else mask)), single
-    if "messages" in prompt:
+    if "messages" in prompt or is_pair(prompt):
         return [prompt], True
     if "prompt" in prompt:
         unknown = next((key for key in prompt if key != "prompt"), None)
@@ -101,6 +101,64 @@ def _item(item: Any) -> Any:
     except PromptError:
         return item
     return items[0] if single else item
+
+
+def is_pair(prompt: Any) -> bool:
+    """Whether it is a prompt with a completion to score behind it: `{"prompt": ..., "completion": ...}`."""
+    return isinstance(prompt, Mapping) and "completion" in prompt
+
+
+def encode_pair(pair: Mapping[str, Any], index: int, **how: Any) -> tuple[tuple[int, ...], int]:
+    """Token ids of a prompt with its completion behind it, and how many of them are the prompt's.
+
+    Text behind text or a chat is encoded together with it, because that is how a tokenizer sees it; ids are taken as
+    they are.
+
+    Args:
+        how: see `encode_prompt`.
+
+    Raises:
+        PromptError: a part is missing or no text and no ids, or a token of the two texts together has a piece of each.
+        TokenizerError: see `encode_prompt`.
+    """
+    if set(pair) != {"prompt", "completion"}:
+        raise PromptError(f"prompt {index} has {shown(sorted(map(str, pair)))}; give 'prompt' and 'completion'")
+    prompt, completion = pair["prompt"], pair["completion"]
+    if isinstance(completion, Mapping) or (not isinstance(completion, str) and is_text(completion)):
+        raise PromptError(f"prompt {index} has the completion {shown(completion)}; give text or token ids")
+    if isinstance(completion, str) and not completion:
+        raise PromptError(f"prompt {index} has an empty completion; give at least one character")
+    ids = encode_prompt(prompt, index, **how)
+    if not isinstance(completion, str):
+        behind = encode_prompt(completion, index, **how)
+        return ids + behind, len(ids)
+    if not is_text(prompt):
+        raise PromptError(
+            f"prompt {index} is token ids and its completion {shown(completion, 30)} is text; give both as ids, or "
+            "both as text"
+        )
+    whole = encode_prompt(_joined(prompt, completion), index, **how)
+    if whole[: len(ids)] != ids or len(whole) == len(ids):
+        raise PromptError(
+            f"prompt {index}: the tokenizer joins the end of the prompt with the beginning of the completion "
+            f"{shown(completion, 30)}, or adds tokens between them; move a space at the end of the prompt to the "
+            "completion, or give token ids"
+        )
+    return whole, len(ids)
+
+
+def _joined(prompt: Any, completion: str) -> Any:
+    """A text, or the messages of a chat whose answer has begun, with more text behind it."""
+    if isinstance(prompt, str):
+        return prompt + completion
+    if isinstance(prompt, Mapping):
+        return {**prompt, "messages": _joined(prompt["messages"], completion)}
+    last = prompt[-1]
+    if last["role"] == "assistant":
+        if not isinstance(last.get("content"), str):
+            raise PromptError(f"the answer {shown(last)} has parts; give its content as one text to score what follows")
+        return [*prompt[:-1], {**last, "content": last["content"] + completion}]
+    return [*prompt, {"role": "assistant", "content": completion}]
 
 
 def encode_prompt(

@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "ignore_eos": ([], True),
     "logprobs": (["2"], 2),
     "logprobs_of": (["sampled"], "sampled"),
+    "prompt_logprobs": (["2"], 2),
     "skip_special_tokens": ([], False),
     "cache_salt": (["a"], "a"),
 }
