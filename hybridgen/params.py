@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -129,6 +129,27 @@ class SamplingParams:
             "chosen; an empty list: none."
         ),
     )
+    logits_processors: Sequence[Callable[..., Any]] = field(
+        default=(),
+        metadata={
+            **about(
+                "Functions of (token ids so far, int64 [n]; logits, float32 [vocab]) that return logits, called with "
+                "this request's own row, on the device; or transformers' `LogitsProcessor` objects. After all "
+                "processors above, before temperature and filters. Not for a server."
+            ),
+            "functions": True,
+        },
+    )
+    stopping_criteria: Sequence[Callable[..., Any]] = field(
+        default=(),
+        metadata={
+            **about(
+                "transformers' stopping criteria, or functions like them: called after each token with (ids, int64 "
+                "[1, n] on the CPU; None) they return whether the request ends. Not for a server."
+            ),
+            "functions": True,
+        },
+    )
     seed: int | None = field(
         default=None,
         metadata=about(
@@ -203,7 +224,7 @@ class SamplingParams:
                 object.__setattr__(self, name, (value,))
         for name in _LISTS:
             value = getattr(self, name)
-            if value is None and name != "stop_token_ids":
+            if value is None and name not in ("stop_token_ids", *_FUNCTIONS):
                 continue
             if not isinstance(value, Sequence):
                 raise SamplingError(f"{name}={shown(value)} is not a list; give a list")
@@ -263,6 +284,10 @@ class SamplingParams:
         for text in self.stop or ():
             if not isinstance(text, str) or not text:
                 raise SamplingError(f"stop holds {shown(text)}; give non-empty strings (ids go in stop_token_ids)")
+        for name in _FUNCTIONS:
+            for function in getattr(self, name):
+                if not callable(function):
+                    raise SamplingError(f"{name} holds {shown(function)}, which cannot be called; give functions")
         for name in _ID_LISTS:
             for token in getattr(self, name) or ():
                 _check_int(name, token, low=0)
@@ -300,7 +325,8 @@ _ID_LISTS = (
     "forced_bos_token_id",
     "forced_eos_token_id",
 )
-_LISTS = ("stop", "bad_words_ids", *_ID_LISTS)
+_FUNCTIONS = ("logits_processors", "stopping_criteria")
+_LISTS = ("stop", "bad_words_ids", *_ID_LISTS, *_FUNCTIONS)
 
 
 def _sequence_bias(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:

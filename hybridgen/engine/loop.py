@@ -352,7 +352,11 @@ class StepLoop:
         if why is not None:
             self._counters.fall_back(why)
         for request in requests:
-            request.output.end_unchosen(why)
+            failure = request.sampling.logits_processors and self._runner.sampler.failure(request.slot)
+            if failure:
+                request.output.end(FinishReason.ERROR, RequestError(failure))
+            else:
+                request.output.end_unchosen(why)
             self._release(request)
 
     def _output(self, request: Request, keep_events: bool) -> RequestOutput:

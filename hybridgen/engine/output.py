@@ -12,6 +12,7 @@ from typing import Any
 
 from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenEvent, TokenLogprob
 from hybridgen.errors import HybridgenError, RequestError, described
+from hybridgen.sampling.own import criteria_met
 from hybridgen.sampling.resolve import ResolvedSampling
 from hybridgen.telemetry.traffic import Traffic
 from hybridgen.text.detokenize import IncrementalDetokenizer, hidden_texts
@@ -74,7 +75,9 @@ class RequestOutput:
         """Texts of tokens that are left out of the text, which stop strings see all the same."""
         self._decodes_each = keep_events or self._stops is not None or not self._detokenizer.bulk
         self._on_token: Callable[[int], None] | None = None
-        self._watched = self._decodes_each
+        self._criteria = sampling.stopping_criteria
+        self._criterion_met = False
+        self._watched = self._decodes_each or bool(self._criteria)
         """Whether somebody waits for single tokens or their text."""
         self._text: list[str] = []
         self._limit = sampling.max_new_tokens
@@ -150,7 +153,10 @@ class RequestOutput:
                         if matched is None and token in self._hidden:
                             more, matched = self._stops.push(self._hidden[token], shown=False)
                             text += more
-                if matched is not None or token in self._stop_ids or len(ids) >= self._limit:
+                if self._criteria:
+                    self._criterion_met = criteria_met(self._criteria, self._prompt_ids, ids)
+                ends = self._criterion_met or token in self._stop_ids or len(ids) >= self._limit
+                if matched is not None or ends:
                     text += self._finish(token, text, matched)
                 elif text:
                     self._text.append(text)
@@ -214,6 +220,8 @@ class RequestOutput:
                 match = matched
             elif token in self._stop_ids:
                 match = token
+            elif self._criterion_met:
+                reason = FinishReason.STOP
             else:
                 reason = FinishReason.LENGTH
         self._text.append(text + held)

@@ -68,6 +68,8 @@ def sampling_to_wire(params: SamplingParams) -> dict[str, Any]:
         value = getattr(params, field.name)
         if value == getattr(_DEFAULTS, field.name):
             continue
+        if field.metadata.get("functions"):
+            raise errors.SamplingError(f"{field.name} are functions, which cannot be sent to a server; use an Engine")
         if field.name == "logit_bias":
             value = {str(token): number(bias) for token, bias in value.items()}
         elif field.name == "sequence_bias":
