@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from hybridgen.cli.options import add_model, model_of
-from hybridgen.cli.output import note
+from hybridgen.cli.output import note, say_json
 from hybridgen.serving.http.options import DEFAULT, HttpOptions
 
 
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def ready(url: str) -> None:
         if arguments.child:
-            print(json.dumps({"url": url}), flush=True)
+            say_json({"url": url})
         else:
             note(f"hybridgen: OpenAI's protocol at {url}/v1")
 

@@ -172,8 +172,9 @@ class Keys:
                 return False
         elif kind.lower() != b"bearer":
             return False
-        # All of them, so that the time does not tell which one was near.
-        return any([hmac.compare_digest(value.strip(), key) for key in self._keys])
+        # All of them are compared, so that the time does not tell which one was near.
+        found = [hmac.compare_digest(value.strip(), key) for key in self._keys]
+        return any(found)
 
 
 async def body_of(request: Request) -> Body:
@@ -382,5 +383,7 @@ async def _tokenizer_info(door: Door, _: Request) -> Response:
 
 async def _page(door: Door, _: Request) -> Response:
     text = files("hybridgen.serving.http").joinpath("page.html").read_text(encoding="utf-8")
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    )
     return HTMLResponse(text, headers={"content-security-policy": policy, "cache-control": "no-cache"})

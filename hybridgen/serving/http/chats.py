@@ -82,7 +82,7 @@ class ChatJob:
         prompt = encode(served.text, chat_messages(body.items("messages")), self._tools, options)
         self.prompts = [prompt]
         wanted = most_tokens(body, "max_completion_tokens", "max_tokens")
-        self.sampling = sampling_for(served, body, self.prompts, wanted, "max_completion_tokens", logprobs)
+        self.sampling = sampling_for(served, body, self.prompts, wanted, "max_completion_tokens", logprobs=logprobs)
         self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": served.name}
 
     def _message(self, completion: Completion) -> tuple[dict[str, Any], str]:

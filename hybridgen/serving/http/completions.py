@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from hybridgen.core import Completion, TokenEvent, TokenLogprob
 from hybridgen.errors import shown
@@ -26,6 +26,8 @@ from hybridgen.serving.http.text import Text
 FIELDS = frozenset({"prompt", "max_tokens", "logprobs", "echo", "stream", "stream_options", "add_special_tokens"})
 DEFAULT_TOKENS = 16
 """OpenAI's."""
+_Entry: TypeAlias = "tuple[int, TokenLogprob | None]"
+"""A token and its log-probability."""
 
 
 class TextJob:
@@ -46,11 +48,10 @@ class TextJob:
         self._usage_asked = bool(body.table("stream_options").get("include_usage"))
         self._echo = body.switch("echo")
         logprobs = body.number("logprobs", 0, MOST_TOP, whole=True)
-        if self._echo and logprobs is not None:
+        self._scored = self._echo and logprobs is not None
+        if self._scored and self.stream:
             raise ApiError(
-                "echo with logprobs is not supported: log-probabilities of prompts are not computed here; leave one out",
-                param="echo",
-                code="unsupported_parameter",
+                "echo with logprobs comes whole; leave stream out", param="stream", code="unsupported_parameter"
             )
         special = body.switch("add_special_tokens", True)
         self._texts = list(prompts_of(body))
@@ -60,8 +61,17 @@ class TextJob:
         for index, prompt in enumerate(self.prompts):
             if not prompt:
                 raise ApiError(f"prompt {index} has no tokens; send at least one", param="prompt")
-        wanted = most_tokens(body, "max_tokens") or DEFAULT_TOKENS
-        self.sampling = sampling_for(served, body, self.prompts, wanted, "max_tokens", logprobs)
+        wanted = most_tokens(body, "max_tokens", least=int(not self._scored))
+        wanted = DEFAULT_TOKENS if wanted is None else wanted
+        self.sampling = sampling_for(
+            served,
+            body,
+            self.prompts,
+            wanted,
+            "max_tokens",
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if self._scored else None,
+        )
         self._head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -74,14 +84,21 @@ class TextJob:
         prompt = self._texts[index]
         return prompt if isinstance(prompt, str) else self._served.text.decode(prompt)
 
+    def _entries(self, completion: Completion) -> list[_Entry]:
+        """Each token with its log-probability; with `echo`, those of the prompt come first."""
+        entries: list[_Entry] = []
+        if self._scored:
+            entries += zip(completion.prompt_token_ids, completion.prompt_logprobs or (), strict=True)
+        return entries + [(item.token_id, item) for item in completion.logprobs or ()]
+
     def result(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The whole answer."""
         usage, choices, n = Usage(), [], self.sampling.n
         for index, completion in choices_of(completions, n):
             before = self._prompt_text(index // n) if self._echo else ""
             logprobs = None
-            if completion.logprobs is not None:
-                logprobs = legacy_logprobs(self._served.text, completion.logprobs, 0)
+            if self.sampling.logprobs is not None:
+                logprobs = legacy_logprobs(self._served.text, self._entries(completion), 0)
             choices.append(
                 {
                     "index": index,
@@ -106,7 +123,7 @@ class TextJob:
                 text = self._prompt_text(event.index) * self._echo + text
             logprobs = None
             if event.logprob is not None:
-                logprobs = legacy_logprobs(self._served.text, [event.logprob], offsets[index])
+                logprobs = legacy_logprobs(self._served.text, [(event.logprob.token_id, event.logprob)], offsets[index])
                 offsets[index] += len(logprobs["tokens"][0])
             if text or logprobs is not None:
                 choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
@@ -140,20 +157,23 @@ def prompts_of(body: Body) -> list[str | list[int]]:
     return items
 
 
-def legacy_logprobs(text: Text, items: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """Log-probabilities as this route has them.
+def legacy_logprobs(text: Text, entries: Sequence[_Entry], offset: int) -> dict[str, Any]:
+    """Log-probabilities as this route has them; a prompt's first token has none.
 
     Args:
         offset: characters of the tokens before.
     """
-    tokens = [text.token(item.token_id) for item in items]
+    tokens = [text.token(token) for token, _ in entries]
+    items = [item for _, item in entries]
     offsets = []
     for token in tokens:
         offsets.append(offset)
         offset += len(token)
     return {
         "tokens": tokens,
-        "token_logprobs": [finite(item.logprob) for item in items],
-        "top_logprobs": [{text.token(token): finite(value) for token, value in item.top} for item in items],
+        "token_logprobs": [None if item is None else finite(item.logprob) for item in items],
+        "top_logprobs": [
+            None if item is None else {text.token(token): finite(value) for token, value in item.top} for item in items
+        ],
         "text_offset": offsets,
     }

@@ -130,9 +130,7 @@ class Body:
         names = {*known, *SAMPLING}
         for name, idle in REFUSED.items():
             if name in self.values and name not in names and self.values[name] not in (idle, [], {}, ""):
-                raise ApiError(
-                    f"{name} is not supported; leave it out", param=name, code="unsupported_parameter"
-                )
+                raise ApiError(f"{name} is not supported; leave it out", param=name, code="unsupported_parameter")
         ignored.note(self.values.keys() - names - QUIET - REFUSED.keys())
 
     def wrong(self, name: str, wanted: str) -> ApiError:
@@ -201,11 +199,14 @@ class Body:
         return value
 
 
-def sampling_of(body: Body, *, max_new_tokens: int, logprobs: int | None = None) -> SamplingParams:
+def sampling_of(
+    body: Body, *, max_new_tokens: int, logprobs: int | None = None, prompt_logprobs: int | None = None
+) -> SamplingParams:
     """How a request's tokens are chosen. What is left out takes the model's own default.
 
     Args:
         logprobs: log-probabilities of how many tokens besides the chosen one; None: of none.
+        prompt_logprobs: the same for the prompt's tokens.
 
     Raises:
         ApiError: a field has a wrong value.
@@ -237,7 +238,9 @@ def sampling_of(body: Body, *, max_new_tokens: int, logprobs: int | None = None)
     if "cache_salt" in body.values:
         values["cache_salt"] = body.text("cache_salt")
     try:
-        return SamplingParams(max_new_tokens=max_new_tokens, logprobs=logprobs, **values)
+        return SamplingParams(
+            max_new_tokens=max_new_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **values
+        )
     except SamplingError as error:
         raise ApiError(str(error), code="invalid_value") from None
 

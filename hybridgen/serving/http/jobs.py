@@ -74,7 +74,7 @@ def tokens_left(served: Served, prompt: Sequence[int], wanted: int | None, param
         ApiError: there is no room for them, with OpenAI's code.
     """
     left = served.max_context - len(prompt)
-    if (wanted or 1) > left:
+    if (1 if wanted is None else wanted) > left:
         after = "" if wanted is None else f" and {param}={wanted}"
         raise ApiError(
             f"the model's context has {served.max_context} tokens, and the prompt has {len(prompt)}{after}; shorten "
@@ -85,25 +85,28 @@ def tokens_left(served: Served, prompt: Sequence[int], wanted: int | None, param
     return min(left, served.default_tokens) if wanted is None else wanted
 
 
-def most_tokens(body: Body, *names: str) -> int | None:
+def most_tokens(body: Body, *names: str, least: int = 1) -> int | None:
     """The first of these fields that is set: how many tokens to generate at most."""
     for name in names:
-        found = body.number(name, 1, 2**31, whole=True)
+        found = body.number(name, least, 2**31, whole=True)
         if found is not None:
             return int(found)
     return None
 
 
 def sampling_for(
-    served: Served, body: Body, prompts: Sequence[Sequence[int]], wanted: int | None, param: str, logprobs: int | None
+    served: Served, body: Body, prompts: Sequence[Sequence[int]], wanted: int | None, param: str, **logprobs: int | None
 ) -> SamplingParams:
     """The sampling of all prompts of a request.
+
+    Args:
+        logprobs: see `sampling_of`.
 
     Raises:
         ApiError: a field has a wrong value, or a prompt leaves no room.
     """
     most = min(tokens_left(served, prompt, wanted, param) for prompt in prompts)
-    return sampling_of(body, max_new_tokens=most, logprobs=logprobs)
+    return sampling_of(body, max_new_tokens=most, **logprobs)
 
 
 def new_id(kind: str) -> str:

@@ -37,7 +37,9 @@ class _Facts:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         facts, answers, ignored, streams = self._given
-        counted = CounterMetricFamily("hybridgen_http_answers", "Answers by route and status", labels=["path", "status"])
+        counted = CounterMetricFamily(
+            "hybridgen_http_answers", "Answers by route and status", labels=["path", "status"]
+        )
         for (path, status), count in answers.items():
             counted.add_metric([path, str(status)], count)
         yield counted

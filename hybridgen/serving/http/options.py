@@ -39,7 +39,8 @@ class HttpOptions:
         host, _ = self.address()
         if not self.api_key_file and not _is_here(host):
             raise ConfigError(
-                f"listening on {host} lets others in: give --api-key-file with a key in each line, or listen on 127.0.0.1"
+                f"listening on {host} lets others in: give --api-key-file with a key in each line, or listen on "
+                "127.0.0.1"
             )
         if self.default_tokens < 1:
             raise ConfigError(f"default_tokens={self.default_tokens}; give 1 or more")

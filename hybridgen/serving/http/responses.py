@@ -67,7 +67,7 @@ class ResponseJob:
             options.setdefault("reasoning_effort", effort)
         self.prompts = [encode(served.text, chat_messages(messages), self._tools, options)]
         self._wanted = most_tokens(body, "max_output_tokens")
-        self.sampling = sampling_for(served, body, self.prompts, self._wanted, "max_output_tokens", None)
+        self.sampling = sampling_for(served, body, self.prompts, self._wanted, "max_output_tokens")
         self._id, self._created = new_id("resp"), int(time.time())
         self._item = new_id("msg")
 

@@ -97,7 +97,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}; give another HOST:PORT") from None
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; give another HOST:PORT"
+        ) from None
 
 
 def _tokenizer(model: str) -> Any:

@@ -23,7 +23,8 @@ from hybridgen.serving.http.jobs import Served
 from hybridgen.serving.http.text import Text
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'function' %}{{ raise_exception('no functions') }}{% endif %}<{{ m.role }}>{{ m.content }}"
+    "{% for m in messages %}{% if m.role == 'function' %}{{ raise_exception('no functions') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}"
     "{% for c in m.tool_calls or [] %}[{{ c.function.name }}({{ c.function.arguments['x'] }})]{% endfor %}"
     "{{ '\\n' }}{% endfor %}"
     "{% if tools %}tools: {% for t in tools %}{{ t.function.name }} {% endfor %}{{ '\\n' }}{% endif %}"

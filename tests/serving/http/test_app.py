@@ -44,7 +44,8 @@ def test_tokens(url: str, engine: Any) -> None:
     ids = engine.checkpoint.tokenizer(text)["input_ids"]
     found = httpx.post(f"{url}/tokenize", json={"prompt": text, "return_token_strs": True}).json()
     assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), 1024)
-    assert "".join(found["token_strs"]).startswith("def f(x):\n    # é ")
+    assert "".join(found["token_strs"]).startswith("def f(x):\n    #")
+    assert "bytes:\\xc3" in found["token_strs"]  # half of a character, as OpenAI writes it
     assert httpx.post(f"{url}/detokenize", json={"tokens": ids}).json() == {"prompt": text}
     chat = httpx.post(f"{url}/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()["tokens"]
     assert chat == engine.checkpoint.tokenizer("<user>x\n<assistant>")["input_ids"]
@@ -89,8 +90,8 @@ def test_keys(toy: Start, door: Open) -> None:
     for good in ("first", "second"):
         assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {good}"}).status_code == 200
         assert httpx.get(f"{url}/", auth=("anybody", good)).status_code == 200
-    for bad in ("Bearer firs", "Bearer first2", "Bearer ", "first", "Basic first", "Basic !", "Bearer caf\u00e9"):
-        found = httpx.get(f"{url}/v1/models", headers={"authorization": bad.encode()})
+    for bad in ("Bearer firs", "Bearer first2", "Bearer x", "first", "Basic first", "Basic !", b"Bearer caf\xc3\xa9"):
+        found = httpx.get(f"{url}/v1/models", headers={"authorization": bad})
         assert found.status_code == 401, bad
 
 
@@ -111,8 +112,11 @@ def test_other_pages_may_not_call_unless_they_are_named(toy: Start, door: Open) 
 def test_a_full_queue_is_429_with_a_time(toy: Start, door: Open) -> None:
     server = toy("--limit", "queue=2", "--step", 0.02)
     url = door(server.path)
-    with httpx.stream("POST", f"{url}/v1/completions", json={**BODY, "max_tokens": 5000, "n": 2, "stream": True}) as held:
-        next(held.iter_lines())
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={**BODY, "max_tokens": 5000, "n": 2, "stream": True}
+    ) as held:
+        lines = held.iter_lines()
+        next(lines)
         for stream in (False, True):
             busy = httpx.post(f"{url}/v1/completions", json={**BODY, "stream": stream})
             assert busy.status_code == 429
@@ -129,9 +133,7 @@ def test_a_client_that_goes_away_ends_its_request(toy: Start, door: Open, stream
     body = json.dumps({**BODY, "max_tokens": 90_000, "stream": stream}).encode()
     place = urlsplit(url)
     with socket.create_connection((place.hostname, place.port or 0)) as connection:
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-        )
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         if stream:
             assert connection.recv(200).startswith(b"HTTP/1.1 200")
         with server.client() as client:
@@ -140,7 +142,7 @@ def test_a_client_that_goes_away_ends_its_request(toy: Start, door: Open, stream
 
 
 def test_what_fails_while_it_runs(toy: Start, door: Open) -> None:
-    server = toy("--step-seconds", 0.5)
+    server = toy("--step-timeout", 0.5)
     url = door(server.path)
     stuck = httpx.post(f"{url}/v1/completions", json={"prompt": [HANG], "max_tokens": 3}, timeout=20)
     assert stuck.status_code == 503
@@ -246,9 +248,7 @@ def test_a_slow_reader_does_not_hold_others_up(toy: Start, door: Open) -> None:
     body = json.dumps({**BODY, "max_tokens": 60_000, "stream": True}).encode()
     with socket.create_connection((place.hostname, place.port or 0)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-        )
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         time.sleep(0.5)  # it reads nothing
         for _ in range(5):
             assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=10).status_code == 200

@@ -89,7 +89,11 @@ def test_how_many_tokens_a_chat_takes(api: openai.OpenAI) -> None:
 
 def test_variables_of_the_template_and_a_message_to_go_on_with(api: openai.OpenAI, engine: hybridgen.Engine) -> None:
     out = api.chat.completions.create(
-        model="demo", messages=MESSAGES, max_tokens=5, temperature=0, extra_body={"chat_template_kwargs": {"mood": "glad"}}
+        model="demo",
+        messages=MESSAGES,
+        max_tokens=5,
+        temperature=0,
+        extra_body={"chat_template_kwargs": {"mood": "glad"}},
     )
     prompt = "<system>be brief\n<user>def f(x):\nglad\n<assistant>"
     assert out.choices[0].message.content == engine.generate(prompt, max_new_tokens=5, temperature=0).text
@@ -151,7 +155,11 @@ def test_tool_calls(calling: Any, engine: hybridgen.Engine) -> None:
     # What came goes back in: arguments are text there and an object in the template.
     answers = [{"role": "tool", "tool_call_id": call.id, "content": "5"} for call in message.tool_calls]
     again = client.chat.completions.create(
-        model="demo", messages=[*MESSAGES, message.model_dump(), *answers], tools=[TOOL], tool_choice="none", max_tokens=4
+        model="demo",
+        messages=[*MESSAGES, message.model_dump(), *answers],
+        tools=[TOOL],
+        tool_choice="none",
+        max_tokens=4,
     )
     assert again.choices[0].finish_reason == "length"
 
@@ -204,7 +212,7 @@ def test_a_forced_call_is_refused(calling: Any) -> None:
 
 def test_a_template_that_refuses_is_the_callers_error(api: openai.OpenAI) -> None:
     refused: Any = [{"role": "function", "name": "f", "content": "x"}]
-    with pytest.raises(openai.BadRequestError, match="refused the messages: .*no functions"):
+    with pytest.raises(openai.BadRequestError, match=r"refused the messages: .*no functions"):
         api.chat.completions.create(model="demo", messages=refused)
     with pytest.raises(openai.BadRequestError, match="no variable of a template"):
         api.chat.completions.create(

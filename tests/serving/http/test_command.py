@@ -29,7 +29,9 @@ def alive(url: str) -> bool:
 
 def child_of(process: Process) -> int:
     """The pid of the door."""
-    found = subprocess.run(["pgrep", "-P", str(process.popen.pid), "-f", "hybridgen http"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.popen.pid), "-f", "hybridgen http"], capture_output=True, text=True
+    )
     return int(found.stdout.split()[0])
 
 

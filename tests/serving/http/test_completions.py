@@ -59,12 +59,29 @@ def test_log_probabilities(api: openai.OpenAI, engine: hybridgen.Engine, text: T
         assert table == {text.token(token): value for token, value in item.top}
 
 
+def test_a_prompt_is_scored_with_echo(api: openai.OpenAI, engine: hybridgen.Engine, text: Text) -> None:
+    ids = list(engine.checkpoint.tokenizer("def read(path):\n    return")["input_ids"])
+    [scores] = engine.score([ids[:1]], [ids[1:]])
+    for most in (0, 1):  # lm-eval's way: with one token that it drops
+        out = api.completions.create(model="demo", prompt=[ids], max_tokens=most, temperature=0, logprobs=1, echo=True)
+        found: Any = out.choices[0].logprobs
+        assert found.tokens[: len(ids)] == [text.token(each) for each in ids]
+        assert len(found.token_logprobs) == len(ids) + most
+        assert found.token_logprobs[0] is None
+        assert found.top_logprobs[0] is None
+        assert found.token_logprobs[1 : len(ids)] == pytest.approx(scores.logprobs, abs=1e-5)
+        likely = [
+            value == max(top.values())
+            for value, top in zip(found.token_logprobs[1 : len(ids)], found.top_logprobs[1 : len(ids)], strict=True)
+        ]
+        assert likely == list(scores.is_greedy)
+        assert out.choices[0].text.startswith("def read(path):\n    return")
+
+
 def test_stop_strings_echo_and_what_it_bans(api: openai.OpenAI, engine: hybridgen.Engine) -> None:
     whole = engine.generate("import os", max_new_tokens=16, temperature=0)
     stop = whole.text[5:8]
-    out = api.completions.create(
-        model="demo", prompt="import os", max_tokens=16, temperature=0, stop=[stop], echo=True
-    )
+    out = api.completions.create(model="demo", prompt="import os", max_tokens=16, temperature=0, stop=[stop], echo=True)
     assert out.choices[0].text == "import os" + whole.text[: whole.text.index(stop)]
     assert out.choices[0].finish_reason == "stop"
     first = whole.token_ids[0]
@@ -112,7 +129,7 @@ def test_a_stream(api: openai.OpenAI, engine: hybridgen.Engine, n: int) -> None:
     [
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
-        ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "stream", "unsupported_parameter"),
         ({"extra_body": {"guided_json": {}, "guided_regex": "a"}}, "guided_regex", "unsupported_parameter"),
         ({"prompt": "q z " * 2000}, "max_tokens", "context_length_exceeded"),
         ({"max_tokens": 10**6}, "max_tokens", "context_length_exceeded"),
@@ -127,7 +144,9 @@ def test_a_stream(api: openai.OpenAI, engine: hybridgen.Engine, n: int) -> None:
         ({"extra_body": {"stop_token_ids": ["a"]}}, None, "invalid_value"),
     ],
 )
-def test_what_is_wrong_is_named(api: openai.OpenAI, fields: dict[str, Any], param: str | None, code: str | None) -> None:
+def test_what_is_wrong_is_named(
+    api: openai.OpenAI, fields: dict[str, Any], param: str | None, code: str | None
+) -> None:
     values: dict[str, Any] = {"model": "demo", "prompt": "import os", "max_tokens": 4, **fields}
     with pytest.raises(openai.APIStatusError) as caught:
         api.completions.create(**values)
