@@ -8,9 +8,14 @@ from __future__ import annotations
 import torch
 from attention_cases import Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
+from hybridgen.device.launcher import device_of
+from hybridgen.kernels.attention.balanced import Tuning as BalancedTuning
+from hybridgen.kernels.attention.balanced import balanced_attention, shares_of
+from hybridgen.kernels.attention.common import heads_of
 from hybridgen.kernels.attention.decode import Tuning as DecodeTuning
 from hybridgen.kernels.attention.decode import decode_attention
 from hybridgen.kernels.attention.prefill import prefill_attention
+from hybridgen.kernels.attention.schedule import schedule
 from hybridgen.kernels.attention.write import write_kv
 
 CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new tokens, options
@@ -63,4 +68,51 @@ def check_case(number: int) -> None:
     slots, positions, starts = pack(cache, new, len(new) + 2)
     out = prefill_attention(q, *pages, slots, positions, starts, 0.3, *tail)
     errors.append(error(out, dense_packed(q, cache, new, 0.3, **options)))
+    assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)
+
+
+BALANCED = [  # block, chunk, fused, carry_query, programs a multiprocessor
+    (16, 32, False, True, 1),
+    (16, 16, True, False, 3),
+    (32, 64, True, True, 2),
+]
+
+
+def check_balanced(number: int) -> None:
+    """Decode by a schedule, with new tokens and without, for one of `CASES`; and rows alone, with equal bits."""
+    torch.manual_seed(number)
+    heads, kv_heads, dim, value_dim, page_size, lengths, _, named = CASES[number]
+    options = {"window": 0, "chunk": 0, "softcap": 0.0, "sinks": None, **named}
+    if options["sinks"]:
+        options["sinks"] = torch.randn(heads)
+    cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False)
+    _write(cache, kv_heads)
+    ones = [1] * len(lengths)
+    q = torch.randn(len(lengths), heads, dim)
+    expected = dense_packed(q, cache, ones, 0.3, **options)
+    slots, positions, _ = pack(cache, ones, len(ones))
+    columns = cache.block_table.shape[1]
+    errors = []
+    for block, chunk, fused, carry, programs in BALANCED:
+        tune = BalancedTuning(block, 4, 2, programs, chunk, fused, carry)
+        shape = heads_of(heads, kv_heads, dim, value_dim, page_size, 4)
+        shares = shares_of(shape, 2, columns, options["window"], options["chunk"], device_of(q), tune)
+
+        def run(rows: slice, shares=shares, tune=tune, **new) -> torch.Tensor:
+            plan = schedule(cache.block_table, slots[rows], positions[rows], shares)
+            tail = 0.3, options["softcap"], options["sinks"]
+            pages = cache.k_pages, cache.v_pages
+            return balanced_attention(q[rows], *pages, plan, shares, columns, *tail, **new, tune=tune)
+
+        out = run(slice(None))
+        errors.append(error(out, expected))
+        for row in range(len(lengths)):
+            alone = run(slice(row, row + 1))
+            if not torch.equal(alone[0], out[row]):
+                raise AssertionError(f"row {row} has other bits alone: {(alone[0] - out[row]).abs().max()}")
+        newest = take_newest(cache)
+        out = run(slice(None), **newest)
+        errors.append(error(out, expected))
+        if not all(torch.equal(a, b) for a, b in zip(newest_rows(cache), newest.values(), strict=True)):
+            raise AssertionError("the new K and V are not in the pages")
     assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)

@@ -20,6 +20,11 @@ def test_kernels_in_the_interpreter(case: int, triton_interpreter: Interpreter) 
     triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_case", case)
 
 
+@pytest.mark.parametrize("case", range(5))
+def test_decode_by_a_schedule_in_the_interpreter(case: int, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_balanced", case)
+
+
 def _cut(tiles: int, splits: int, chunk_tiles: int, least: int) -> tuple[int, int]:
     """The kernel's `_cut` for a row of some tiles: tiles a chunk, and chunks."""
     per = max(min(-(-tiles // splits), chunk_tiles), least)

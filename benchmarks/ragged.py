@@ -1,0 +1,474 @@
+"""How near the read ceiling is decode attention over ragged contexts, and what are its best launch options?
+
+First each candidate is checked against the reference in float32: random ragged batches, pages and outputs that hold NaN
+where nothing was written, page ids that must not be looked up, windows, chunks, sinks, soft cap, page borders, the new
+K and V in their pages, and equal bits of a row beside other rows. Checks run in several processes, which also compile.
+Then attention of a whole step is timed in CUDA graphs (median of replays; each layer reads another cache), the split
+kernel beside the scheduled one with all candidates, against the read ceiling of the same run.
+
+    python benchmarks/ragged.py [--output results.json] [--part check|ragged|small]
+    python benchmarks/ragged.py --smoke          # tiny, in Triton's interpreter: checks the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if "--smoke" in sys.argv:  # read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from common import report
+from torch import Tensor
+
+from hybridgen.device.launcher import device_of
+from hybridgen.device.timing import graph_seconds
+from hybridgen.kernels.attention import decode, reference
+from hybridgen.kernels.attention.balanced import Tuning, balanced_attention, shares_of
+from hybridgen.kernels.attention.common import heads_of
+from hybridgen.kernels.attention.schedule import Shares, schedule
+from hybridgen.kernels.read_ceiling import read_ceiling
+
+NO_PAGE = 2**30
+"""A page id that must never be looked up."""
+COLUMNS = 72
+"""Pages that a row of the block table can hold: an engine with max_context=4608."""
+LAYERS_IN_MEMORY = 4
+SMALL = (1, 2, 4, 8, 16, 32)
+LARGE = (64, 128, 256)
+"""Rows."""
+CHUNKS = (64, 128, 512, 1024)
+LIMIT = 8e-3
+"""Relative error of bfloat16 outputs."""
+
+
+class Shape(NamedTuple):
+    """The attention of a model's layer."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    layers: int
+    page: int = 64
+
+
+SHAPES = [
+    Shape("Llama-3.1-8B", 32, 8, 128, 32),
+    Shape("Llama-3.2-1B", 32, 8, 64, 16),
+    Shape("Qwen3-0.6B", 16, 8, 128, 28),
+]
+ODD_SHAPES = [
+    Shape("group 7, head 80", 7, 1, 80, 1, 16),
+    Shape("group 12, head 256", 12, 1, 256, 1, 64),
+    Shape("group 1, head 128", 8, 8, 128, 1, 32),
+    Shape("head 8", 4, 2, 8, 1, 8),
+    Shape("page 256", 64, 8, 64, 1, 256),
+]
+OPTIONS: list[dict[str, Any]] = [
+    {"window": 100},
+    {"chunk": 100},
+    {"window": 300, "softcap": 5.0, "sinks": True},
+]
+
+
+def candidates(dim: int) -> list[Tuning]:
+    """Launch options worth timing for a head size; chunks are varied later, they need no other kernel."""
+    if dim == 64:
+        return [
+            Tuning(64, 4, 4, 4, 256),
+            Tuning(64, 4, 4, 4, 256, fused=True, registers=128),
+            Tuning(64, 4, 4, 3, 256, carry_query=False),
+            Tuning(64, 4, 3, 5, 256, registers=96),
+            Tuning(64, 4, 5, 3, 256),
+            Tuning(64, 4, 6, 2, 256),
+            Tuning(64, 8, 4, 2, 256),
+            Tuning(64, 2, 4, 4, 256),
+            Tuning(128, 4, 3, 3, 256, registers=168),
+            Tuning(128, 4, 4, 2, 256),
+            Tuning(128, 4, 4, 2, 256, fused=True),
+            Tuning(128, 8, 4, 2, 256, registers=128),
+        ]
+    return [
+        Tuning(64, 4, 4, 2, 256),
+        Tuning(64, 4, 4, 2, 256, fused=True),
+        Tuning(64, 4, 3, 2, 256, carry_query=False),
+        Tuning(64, 4, 3, 3, 256, registers=168),
+        Tuning(64, 4, 6, 1, 256),
+        Tuning(64, 8, 4, 2, 256, registers=128),
+        Tuning(64, 2, 4, 2, 256),
+        Tuning(32, 4, 4, 4, 256, registers=128),
+        Tuning(32, 4, 6, 2, 256),
+        Tuning(32, 2, 4, 4, 256),
+        Tuning(128, 4, 4, 1, 256),
+        Tuning(128, 8, 4, 1, 256),
+    ]
+
+
+class Step(NamedTuple):
+    """What decode attention of a step over `layers` caches is given."""
+
+    q: Tensor
+    """[layers, T, Hq, D]"""
+    k: Tensor
+    v: Tensor
+    k_pages: Tensor
+    """[layers, pages, Hkv, page_size, D]"""
+    v_pages: Tensor
+    block_table: Tensor
+    slots: Tensor
+    positions: Tensor
+
+    def take(self, rows: Tensor) -> Step:
+        """Some of its rows, the caches shared."""
+        q, k, v = self.q[:, rows], self.k[:, rows], self.v[:, rows]
+        return self._replace(q=q, k=k, v=v, slots=self.slots[rows], positions=self.positions[rows])
+
+
+def make_step(
+    shape: Shape, lengths: list[int], layers: int, columns: int, device: str, dtype: torch.dtype, poison: bool = False
+) -> Step:
+    """Rows of these lengths, the newest position included, in shuffled pages and slots.
+
+    With `poison`, all that is not a position before the newest is NaN, and page ids beyond are NO_PAGE.
+    """
+    page = shape.page
+    counts = [-(-n // page) for n in lengths]
+    pages = sum(counts) + 2
+    table = torch.full((len(lengths) + 1, max(columns, *counts)), NO_PAGE if poison else 0, dtype=torch.int32)
+    slots = torch.randperm(len(lengths) + 1)[: len(lengths)].to(torch.int32)
+    order = torch.randperm(pages - 1).to(torch.int32) + 1
+    begin = 0
+    for slot, count in zip(slots.tolist(), counts, strict=True):
+        table[slot, :count] = order[begin : begin + count]
+        begin += count
+    size = layers, pages, shape.kv_heads, page, shape.dim
+    if poison:
+        k_pages = torch.full(size, torch.nan, dtype=dtype, device=device)
+        v_pages = torch.full(size, torch.nan, dtype=dtype, device=device)
+        places = torch.cat([torch.arange(n - 1) for n in lengths])
+        row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths) - 1)
+        ids = table[slots[row].long(), places // page].long().to(device)
+        lines = (places % page).to(device)
+        for target in (k_pages, v_pages):
+            values = torch.randn(layers, len(places), shape.kv_heads, shape.dim, device=device).to(dtype)
+            for layer in range(layers):
+                target[layer, ids, :, lines] = values[layer]
+    else:
+        k_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+        v_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+    qkv = torch.randn(layers, len(lengths), shape.heads + 2 * shape.kv_heads, shape.dim, device=device).to(dtype)
+    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
+    positions = torch.tensor(lengths, device=device) - 1
+    return Step(q, k, v, k_pages, v_pages, table.to(device), slots.to(device), positions)
+
+
+def shares_for(shape: Shape, step: Step, tune: Tuning, window: int = 0, chunk: int = 0) -> Shares:
+    heads = heads_of(shape.heads, shape.kv_heads, shape.dim, shape.dim, shape.page, step.q.element_size())
+    rows, columns = len(step.positions), step.block_table.shape[1]
+    return shares_of(heads, rows, columns, window, chunk, device_of(step.q), tune)
+
+
+def scheduled(
+    step: Step,
+    layer: int,
+    plan: Tensor,
+    shares: Shares,
+    tune: Tuning,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    append: bool = True,
+) -> Tensor:
+    new = {"k": step.k[layer], "v": step.v[layer]} if append else {}
+    pages = step.k_pages[layer], step.v_pages[layer]
+    scale = step.q.shape[-1] ** -0.5
+    columns = step.block_table.shape[1]
+    return balanced_attention(step.q[layer], *pages, plan, shares, columns, scale, softcap, sinks, **new, tune=tune)
+
+
+def split(step: Step, layer: int) -> Tensor:
+    pages = step.k_pages[layer], step.v_pages[layer]
+    scale = step.q.shape[-1] ** -0.5
+    where = step.block_table, step.slots, step.positions
+    new = {"k": step.k[layer], "v": step.v[layer]}
+    return decode.decode_attention(step.q[layer], *pages, *where, scale, 0, 0, 0.0, None, **new)
+
+
+class Check(NamedTuple):
+    """One candidate under one set of options."""
+
+    shape: Shape
+    tune: Tuning
+    options: dict[str, Any]
+    rows: int
+    seed: int
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    """||out - expected|| / ||expected||, infinite where out has a value that is not finite."""
+    if not out.isfinite().all():
+        return float("inf")
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+def poison_free_memory(device: str) -> None:
+    """Fill freed memory with NaN, so that an output element which nobody writes shows."""
+    blocks = [torch.full((2**22 if device == "cuda" else 2**12,), torch.nan, device=device) for _ in range(8)]
+    del blocks
+
+
+def run_check(check: Check, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What is wrong with a candidate (`wrong` is empty where nothing is)."""
+    torch.manual_seed(check.seed)
+    shape, tune, options = check.shape, check.tune, dict(check.options)
+    window, chunk, softcap = options.get("window", 0), options.get("chunk", 0), options.get("softcap", 0.0)
+    sinks = torch.randn(shape.heads, device=device).to(dtype) if options.get("sinks") else None
+    borders = [1, 2, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513, 4000]
+    top = 3000 if device == "cuda" else 150
+    lengths = [n for n in borders if n <= top or device == "cuda"][: check.rows]
+    lengths += torch.randint(1, top, (check.rows - len(lengths),)).tolist()
+    step = make_step(shape, lengths, 1, COLUMNS if device == "cuda" else 4, device, dtype, poison=True)
+    if window or chunk:  # pages that no row of the window will see again are given back
+        for slot, length in zip(step.slots.tolist(), lengths, strict=True):
+            low = max(0, length - window) if window else (length - 1) // chunk * chunk
+            step.block_table[slot, : low // shape.page] = NO_PAGE
+    single = step._replace(
+        k_pages=step.k_pages.float(), v_pages=step.v_pages.float(), q=step.q.float(), k=step.k.float(), v=step.v.float()
+    )
+    scale = shape.dim**-0.5
+    where = step.block_table, step.slots, step.positions
+    expected = reference.decode_attention(
+        single.q[0], single.k_pages[0], single.v_pages[0], *where, scale, window, chunk, softcap,
+        None if sinks is None else sinks.float(), single.k[0], single.v[0],
+    )  # fmt: skip
+    shares = shares_for(shape, step, tune, window, chunk)
+
+    def run(part: Step, append: bool) -> Tensor:
+        poison_free_memory(device)
+        plan = schedule(part.block_table, part.slots, part.positions, shares)
+        poison_free_memory(device)
+        return scheduled(part, 0, plan, shares, tune, softcap, sinks, append)
+
+    wrong = []
+    out = run(step, append=True)
+    found = error(out, expected)
+    if not found < (LIMIT if dtype == torch.bfloat16 else 1e-5):
+        wrong.append(f"error {found}")
+    page = step.block_table[step.slots.long(), step.positions // shape.page].long()
+    at = step.positions % shape.page
+    if not (
+        torch.equal(step.k_pages[0, page, :, at], step.k[0]) and torch.equal(step.v_pages[0, page, :, at], step.v[0])
+    ):
+        wrong.append("the new K and V are not in the pages")
+    # The same rows beside others, some of them twice: a batch of the same size.
+    order = torch.randint(0, check.rows, (check.rows,), device=device)
+    if not torch.equal(run(step.take(order), append=True), out[order]):
+        wrong.append("bits depend on neighbours")
+    if not torch.equal(run(step, append=True), out):
+        wrong.append("another run has other bits")
+    found_written = error(run(step, append=False), expected)
+    if not found_written < (LIMIT if dtype == torch.bfloat16 else 1e-5):
+        wrong.append(f"error {found_written} with all K and V in the pages")
+    return {"shape": shape.name, "tune": tune._asdict(), "options": check.options, "error": found, "wrong": wrong}
+
+
+def guarded(check: Check) -> dict[str, Any]:
+    """`run_check` in a process of its own; what it raises is what is wrong."""
+    try:
+        with torch.inference_mode():
+            return run_check(check, "cuda", torch.bfloat16)
+    except Exception:
+        wrong = [traceback.format_exc()[-1500:]]
+        return {"shape": check.shape.name, "tune": check.tune._asdict(), "options": check.options, "wrong": wrong}
+
+
+def compile_rest(shape: Shape, rows: int) -> None:
+    """In a process of its own, for its compiled kernels: what checks do not run."""
+    with torch.inference_mode():
+        step = make_step(shape, [100] * rows, 1, COLUMNS, "cuda", torch.bfloat16)
+        split(step, 0)
+        for block in sorted({tune.block for tune in candidates(shape.dim)}):
+            shares = shares_for(shape, step, candidates(shape.dim)[0]._replace(block=block))
+            schedule(step.block_table, step.slots, step.positions, shares)
+        torch.cuda.synchronize()
+
+
+def checks() -> list[Check]:
+    """All candidates of the models' shapes, and other options and shapes with a few."""
+    found = [Check(s, tune, {}, 40, 1) for s in SHAPES for tune in candidates(s.dim)]
+    few = [Tuning(64, 4, 3, 2, 256), Tuning(32, 4, 3, 2, 128, fused=True, carry_query=False)]
+    found += [Check(SHAPES[0], tune, options, 30, 2) for tune in few for options in OPTIONS]
+    found += [Check(s, Tuning(32, 4, 3, 2, 256, fused=f), {}, 25, 3) for s in ODD_SHAPES for f in (False, True)]
+    found += [Check(SHAPES[1], candidates(64)[0], {}, rows, 4) for rows in (1, 2, 256)]
+    return found
+
+
+def run_checks(processes: int) -> list[dict[str, Any]]:
+    rows = []
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        tasks = [pool.submit(guarded, check) for check in checks()]
+        rest = [pool.submit(compile_rest, shape, count) for count in (*SMALL, *LARGE) for shape in SHAPES]
+        for done in as_completed(tasks):
+            row = done.result()
+            rows.append(row)
+            if row["wrong"]:
+                print(f"WRONG   {row['shape']} {row['options']} {short(row['tune'])}: {'; '.join(row['wrong'])}")
+        for compiled in rest:
+            compiled.result()
+    worst = max((row.get("error", 0.0) for row in rows if not row["wrong"]), default=0.0)
+    bad = sum(bool(row["wrong"]) for row in rows)
+    took = time.perf_counter() - begin
+    print(f"checks  {len(rows)} in {took:.0f} s, {bad} wrong, largest error of the others {worst:.1e}", flush=True)
+    return rows
+
+
+def short(tune: dict[str, Any]) -> str:
+    text = "block {block} warps {warps} stages {stages} programs {programs} chunk {chunk}".format(**tune)
+    marks = [name for name in ("fused", "carry_query") if tune[name]]
+    return " ".join([text, *marks, *([f"registers {tune['registers']}"] if tune["registers"] else [])])
+
+
+def time_step(shape: Shape, step: Step, tune: Tuning | None) -> float:
+    """Seconds of a layer's attention: all layers of a step in a graph, and the schedule; None is the split kernel."""
+    if tune is None:
+
+        def whole() -> None:
+            for layer in range(shape.layers):
+                split(step, layer % LAYERS_IN_MEMORY)
+
+    else:
+        shares = shares_for(shape, step, tune)
+
+        def whole() -> None:
+            plan = schedule(step.block_table, step.slots, step.positions, shares)
+            for layer in range(shape.layers):
+                scheduled(step, layer % LAYERS_IN_MEMORY, plan, shares, tune)
+
+    return graph_seconds(whole, 7, 1) / shape.layers
+
+
+def time_schedule(shape: Shape, step: Step, tune: Tuning) -> float:
+    shares = shares_for(shape, step, tune)
+    return graph_seconds(lambda: schedule(step.block_table, step.slots, step.positions, shares), 7, 20)
+
+
+def run_case(
+    shape: Shape, name: str, lengths: list[int], tunes: list[Tuning], ceiling: float, chunks: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """The split kernel, then each of the candidates; and the best two with other chunks."""
+    step = make_step(shape, lengths, LAYERS_IN_MEMORY, COLUMNS, "cuda", torch.bfloat16)
+    bytes_read = sum(lengths) * shape.kv_heads * shape.dim * 2 * step.q.element_size()
+    rows: list[dict[str, Any]] = []
+
+    def measure(tune: Tuning | None) -> None:
+        row: dict[str, Any] = {"model": shape.name, "batch": len(lengths), "contexts": name}
+        row["tune"] = None if tune is None else tune._asdict()
+        try:
+            took = time_step(shape, step, tune)
+        except Exception as error:  # one candidate that cannot run (registers, shared memory) must not end the rest
+            row["failed"] = str(error)[:300]
+            print(f"FAILED  {shape.name} {'' if tune is None else short(tune._asdict())}: {row['failed']}", flush=True)
+            rows.append(row)
+            return
+        row |= {"us": took * 1e6, "percent_of_ceiling": bytes_read / took / ceiling * 100}
+        rows.append(row)
+
+    measure(None)
+    for tune in tunes:
+        measure(tune)
+    timed = sorted((row for row in rows if row["tune"] and "us" in row), key=lambda row: row["us"])
+    for row in timed[:2]:
+        for chunk in chunks:
+            if chunk >= row["tune"]["block"]:
+                measure(Tuning(**row["tune"] | {"chunk": chunk}))
+    timed = sorted((row for row in rows if row["tune"] and "us" in row), key=lambda row: row["us"])
+    old = rows[0]
+    print(
+        f"{shape.name:13} {len(lengths):3} rows {name:9} split {old['us']:7.1f} us {old['percent_of_ceiling']:5.1f} %"
+    )
+    for row in timed[:6] if len(tunes) > 4 else timed[:3]:
+        print(f"{'':29} {row['us']:13.1f} us {row['percent_of_ceiling']:5.1f} %  {short(row['tune'])}")
+    if timed:
+        best = Tuning(**timed[0]["tune"])
+        rows.append({**timed[0], "schedule_us": time_schedule(shape, step, best) * 1e6, "best": True})
+        print(f"{'':29} the schedule {rows[-1]['schedule_us']:.1f} us a step", flush=True)
+    return rows
+
+
+def ragged(count: int) -> list[int]:
+    """Contexts from 100 to 2000."""
+    return torch.randint(100, 2001, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+
+
+def run_ragged(ceiling: float) -> list[dict[str, Any]]:
+    rows = []
+    for shape in SHAPES:
+        for count in LARGE:
+            rows += run_case(shape, "100-2000", ragged(count), candidates(shape.dim), ceiling, CHUNKS)
+    for count in (128, 256):
+        rows += run_case(SHAPES[0], "530", [530] * count, candidates(128)[:4], ceiling)
+    return rows
+
+
+def run_small(ceiling: float) -> list[dict[str, Any]]:
+    """Few rows, where a launch and the combination of chunks are most of the time."""
+    rows = []
+    for shape in SHAPES:
+        for count in SMALL:
+            for name, lengths in (("512", [512] * count), ("100-2000", ragged(count)), ("4096", [4096] * count)):
+                first = [tune for tune in candidates(shape.dim) if tune.block == 64][:2]
+                rows += run_case(shape, name, lengths, [t._replace(chunk=c) for t in first for c in (64, 128)], ceiling)
+    return rows
+
+
+def smoke() -> None:
+    """Two candidates in Triton's interpreter."""
+    shape = Shape("tiny", 4, 2, 16, 2, 16)
+    for options in ({}, {"window": 20, "sinks": True}):
+        for tune in (Tuning(32, 4, 2, 1, 64), Tuning(16, 4, 2, 2, 32, fused=True, carry_query=False)):
+            row = run_check(Check(shape, tune, options, 6, 0), "cpu", torch.float32)
+            print(row)
+            if row["wrong"]:
+                raise SystemExit(f"wrong: {row['wrong']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter")
+    parser.add_argument("--part", action="append", choices=("check", "ragged", "small"), help="all, if left out")
+    parser.add_argument("--processes", type=int, default=12, help="that check and compile")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    if args.smoke:
+        smoke()
+        return
+    parts = args.part or ["check", "ragged", "small"]
+    results: dict[str, Any] = {"benchmark": "ragged"}
+    if "check" in parts:  # before this process holds memory
+        results["check"] = run_checks(args.processes)
+        report(results, args.output)
+    torch.manual_seed(0)
+    ceiling = read_ceiling(torch.device("cuda", 0))
+    if ceiling is None:
+        raise SystemExit("no memory is free to measure the read ceiling with")
+    print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
+    results["read_ceiling_gb_per_s"] = ceiling / 1e9
+    with torch.inference_mode():
+        if "ragged" in parts:
+            results["ragged"] = run_ragged(ceiling)
+        if "small" in parts:
+            results["small"] = run_small(ceiling)
+    report(results, args.output)
+
+
+if __name__ == "__main__":
+    main()
