@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError, SamplingError, shown
+from hybridgen.hints import unknown
 from hybridgen.params import SamplingParams
 
 
@@ -53,18 +54,26 @@ def sampling_list(
     return list(sampling)
 
 
-def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise for the first unknown keyword, naming the nearest known one.
+def is_text(prompt: Any) -> bool:
+    """Whether a prompt is text or a chat, so that encoding it takes a tokenizer."""
+    if isinstance(prompt, (str, Mapping)):
+        return True
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def check_keywords(given: Iterable[str], known: Collection[str]) -> None:
+    """Raise for the first unknown keyword, with what to write instead (`hybridgen.hints`).
 
     Raises:
         ConfigError: a keyword is not known.
     """
-    names = sorted(known)
     for name in given:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
-            raise ConfigError(f"unknown keyword {shown(name)}; {hint}")
+        if name in known:
+            continue
+        for owner, place in ((SamplingParams, "each call of generate()"), (EngineConfig, "what loads the model")):
+            if name in owner.field_names():
+                raise ConfigError(f"{name}= is a field of {owner.__name__}; give it to {place}, not here")
+        raise ConfigError(unknown(name, known))
 
 
 def end_streamer(streamer: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, shown
-from hybridgen.params import MAX_INT, SamplingParams
+from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.serving.unix.messages import sampling_from_wire, sampling_to_wire
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def jobs_of(id: Any, prompt: Any, params: SamplingParams) -> list[Job]:
     """A job for each completion of a prompt."""
     if params.n == 1:
         return [Job(id, prompt, params)]
-    seeds = [None if params.seed is None else (params.seed + i) & MAX_INT for i in range(params.n)]  # as the engine's
+    seeds = [None if params.seed is None else choice_seed(params.seed, i) for i in range(params.n)]  # as the engine's
     return [Job(id, prompt, replace(params, n=1, seed=seed), choice) for choice, seed in enumerate(seeds)]
 
 
@@ -208,7 +208,7 @@ def result(job: Job, completion: Completion, settings: Mapping[str, Any] | None 
         "finish_reason": str(completion.finish_reason),
         "seed": completion.seed,
         "error": None if completion.error is None else str(completion.error),
-        "timing": {name: value for name, value in times.items() if value == value},  # JSON has no NaN
+        "timing": {name: value for name, value in times.items() if value is not None},
         "steps": [asdict(step) for step in completion.steps],
     }
 

@@ -19,6 +19,7 @@ from hybridgen.compilation.store.session import CompileCache, preload
 from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import TokenEvent
 from hybridgen.device.capture import CAPTURING
+from hybridgen.display import html_table
 from hybridgen.engine.builder import Builder
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache
@@ -354,6 +355,14 @@ class Engine:
         if metadata.fallbacks():
             counted["copy_metadata: Triton failed, torch copied (in this process)"] = metadata.fallbacks()
         return dict(counted)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.mode} on {self.checkpoint.device}"
+        return f"<Engine {self.checkpoint.name}: {state}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the statistics."""
+        return html_table([("engine", repr(self))]) if self.closed else self.stats()._repr_html_()
 
     @property
     def closed(self) -> bool:

@@ -105,6 +105,9 @@ class StepLoop:
             for request in self.scheduler.in_order(requests):
                 self.scheduler.add(request)
             self._counters.requests["submitted"] += len(requests)
+            truncated = sum(request.truncated for request in requests)
+            if truncated:
+                self._counters.tokens["truncated"] += truncated
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """End these requests where they are. Those that ended, or were never submitted, stay as they are."""
@@ -347,6 +350,8 @@ class StepLoop:
                 request.choice,
                 keep_events=keep_events,
                 traffic=None if self._meter is None else self._meter.traffic,
+                prompt=request.prompt,
+                truncated=request.truncated,
             )
         except Exception as error:
             raise TokenizerError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -40,12 +39,16 @@ class RequestOutput:
         *,
         keep_events: bool = False,
         traffic: Traffic | None = None,
+        prompt: Any = None,
+        truncated: int = 0,
     ) -> None:
         """
         Args:
             index, choice: which prompt of its call, and which of the prompt's completions.
             keep_events: make an event for each token.
             traffic: what a decode step reads, for the completion's bandwidth.
+            prompt: the text or chat that the ids are of, for the completion.
+            truncated: how many ids were cut from its beginning.
         """
         self.token_ids: list[int] = []
         """Generated tokens that the host has read."""
@@ -55,6 +58,7 @@ class RequestOutput:
         """Tokens of the prompt that were not computed."""
         self.keep_events = keep_events
         self._prompt_ids = prompt_ids
+        self._prompt, self._truncated = prompt, truncated
         self._sampling = sampling
         self._index = index
         self._choice = choice
@@ -242,19 +246,20 @@ class RequestOutput:
     def _complete(self, reason: FinishReason, match: str | int | None, error: HybridgenError | None = None) -> None:
         total = time.perf_counter() - self.submitted
         sampling = self._sampling
-        nan = float("nan")
         token_times = tuple(moment - self.submitted for moment in self._token_times)
         bandwidth, mbu = self._bandwidth()
         self._count_decode_steps()
         self.completion = Completion(
             text="".join(self._text),
             token_ids=tuple(self.token_ids),
+            prompt=self._prompt,
             prompt_token_ids=self._prompt_ids,
+            truncated_tokens=self._truncated,
             finish_reason=reason,
             seed=sampling.seed,
             timing=Timing(
-                queue=nan if self._started is None else self._started - self.submitted,
-                ttft=token_times[0] if token_times else nan,
+                queue=None if self._started is None else self._started - self.submitted,
+                ttft=token_times[0] if token_times else None,
                 total=total,
                 token_times=token_times,
                 read_bandwidth=bandwidth,
@@ -267,11 +272,11 @@ class RequestOutput:
             error=error,
         )
 
-    def _bandwidth(self) -> tuple[float, float]:
+    def _bandwidth(self) -> tuple[float | None, float | None]:
         """Bytes per second that its decode steps read, and their share of the device's ceiling."""
         times, traffic = self._token_times, self._traffic
         if traffic is None or len(times) < 2:
-            return math.nan, math.nan
+            return None, None
         positions = len(self._prompt_ids) + len(times) / 2
         bandwidth = traffic.bandwidth(1, positions, (times[-1] - times[0]) / (len(times) - 1))
         return bandwidth, traffic.mbu(bandwidth)

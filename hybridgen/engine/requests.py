@@ -7,18 +7,16 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-from hybridgen.arguments import sampling_per_prompt
+from hybridgen.arguments import is_text, sampling_per_prompt
 from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
 from hybridgen.text.prompts import encode_prompt
-
-SEED_RANGE = 2**63
 
 UNKNOWN_CONTEXT = 4096
 """Tokens, for a model whose config names no limit."""
@@ -47,6 +45,10 @@ class Request:
     """Which prompt of the call."""
     choice: int = 0
     """Which of the prompt's `n` completions."""
+    prompt: Any = None
+    """The text or chat that the ids are of."""
+    truncated: int = 0
+    """How many ids were cut from the beginning of the prompt."""
     output: RequestOutput = field(init=False)
     """Its tokens, text, events and completion. `StepLoop.submit` sets it."""
     state: RequestState = field(default=RequestState.NEW, init=False)
@@ -172,6 +174,8 @@ def make_requests(
             tokenizer_problem=checkpoint.tokenizer_problem,
             vocab_size=checkpoint.vocab_size,
         )
+        cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
+        ids, told = ids[cut:], prompt if is_text(prompt) else None
         length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
         resolved = known.get((id(wanted), length))
         if resolved is None:
@@ -200,24 +204,20 @@ def make_requests(
             )
         if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
             resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
-        requests.append(Request(ids, resolved, index))
-        requests += [
-            Request(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
-            for choice in range(1, wanted.n)
-        ]
+        for choice in range(wanted.n):
+            drawn = resolved if choice == 0 else replace(resolved, seed=choice_seed(resolved.seed, choice))
+            requests.append(Request(ids, drawn, index, choice, prompt=told, truncated=cut))
     return requests
 
 
 def collect(requests: Iterable[Request]) -> list[Completion]:
-    """One completion per prompt, in order; with n > 1 the first choice, which holds all of them."""
+    """One completion per prompt, in order: the first choice, which holds all of them."""
     choices: dict[int, list[Completion]] = {}
     for request in requests:
         if request.completion is None:
             raise RuntimeError("a request was collected before its end")
         choices.setdefault(request.index, []).append(request.completion)
-    return [
-        group[0] if len(group) == 1 else replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())
-    ]
+    return [replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())]
 
 
 def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:

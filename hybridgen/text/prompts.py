@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from hybridgen.arguments import is_text
 from hybridgen.errors import PromptError, TokenizerError, shown
 from hybridgen.text.chat_templates import ChatTemplateError, apply_chat_template
 
@@ -62,13 +63,6 @@ def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
         raise PromptError("the prompt list is empty; give at least one prompt")
     single = _is_int(prompts[0]) or (isinstance(prompts[0], Mapping) and "role" in prompts[0])
     return ([prompts], True) if single else (list(prompts), False)
-
-
-def is_text(prompt: Any) -> bool:
-    """Whether encoding the prompt takes a tokenizer."""
-    if isinstance(prompt, str):
-        return True
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def encode_prompt(

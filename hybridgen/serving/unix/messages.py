@@ -169,15 +169,16 @@ def completion_to_wire(completion: Completion) -> dict[str, Any]:
         "finish_reason": str(completion.finish_reason),
         "seed": completion.seed,
         "timing": {
-            "queue": number(timing.queue),
-            "ttft": number(timing.ttft),
-            "total": number(timing.total),
-            "token_times": [number(value) for value in timing.token_times],
+            "queue": timing.queue,
+            "ttft": timing.ttft,
+            "total": timing.total,
+            "token_times": list(timing.token_times),
         },
         "steps": [asdict(step) for step in completion.steps],
         "logprobs": None if completion.logprobs is None else [_logprob(item) for item in completion.logprobs],
         "stop_match": completion.stop_match,
         "cached_tokens": completion.cached_tokens,
+        "truncated_tokens": completion.truncated_tokens,
         "error": None if completion.error is None else error_to_wire(completion.error),
     }
 
@@ -193,15 +194,16 @@ def completion_from_wire(wire: Mapping[str, Any]) -> Completion:
         finish_reason=FinishReason(wire["finish_reason"]),
         seed=wire["seed"],
         timing=Timing(
-            queue=to_float(timing["queue"]),
-            ttft=to_float(timing["ttft"]),
-            total=to_float(timing["total"]),
-            token_times=tuple(map(to_float, timing["token_times"])),
+            queue=timing["queue"],
+            ttft=timing["ttft"],
+            total=timing["total"],
+            token_times=tuple(timing["token_times"]),
         ),
         steps=tuple(StepSummary(**step) for step in wire["steps"]),
         logprobs=None if logprobs is None else tuple(map(_logprob_from, logprobs)),
         stop_match=wire["stop_match"],
         cached_tokens=wire.get("cached_tokens", 0),
+        truncated_tokens=wire.get("truncated_tokens", 0),
         error=None if error is None else error_from_wire(error),
     )
 
