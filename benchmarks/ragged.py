@@ -3,8 +3,9 @@
 First each candidate is checked against the reference in float32: random ragged batches, pages and outputs that hold NaN
 where nothing was written, page ids that must not be looked up, windows, chunks, sinks, soft cap, page borders, the new
 K and V in their pages, and equal bits of a row beside other rows. Checks run in several processes, which also compile.
-Then attention of a whole step is timed in CUDA graphs (median of replays; each layer reads another cache), the split
-kernel beside the scheduled one with all candidates, against the read ceiling of the same run.
+Then attention of a whole step is timed in CUDA graphs (median of replays; each layer reads another cache), the kernel
+that cuts row by row ("split") beside the one that goes by a schedule with all candidates, against the read ceiling of
+the same run. Results of the launch options that steps use have the field `used`.
 
     python benchmarks/ragged.py [--output results.json] [--part check|ragged|small]
     python benchmarks/ragged.py --smoke          # tiny, in Triton's interpreter: checks the script
@@ -30,10 +31,9 @@ from torch import Tensor
 
 from hybridgen.device.launcher import device_of
 from hybridgen.device.timing import graph_seconds
-from hybridgen.kernels.attention import decode, reference
-from hybridgen.kernels.attention.balanced import Tuning, balanced_attention, shares_of
+from hybridgen.kernels.attention import balanced, decode, reference
+from hybridgen.kernels.attention.balanced import Tuning
 from hybridgen.kernels.attention.common import heads_of
-from hybridgen.kernels.attention.schedule import Shares, schedule
 from hybridgen.kernels.read_ceiling import read_ceiling
 
 NO_PAGE = 2**30
@@ -44,7 +44,8 @@ LAYERS_IN_MEMORY = 4
 SMALL = (1, 2, 4, 8, 16, 32)
 LARGE = (64, 128, 256)
 """Rows."""
-CHUNKS = (64, 128, 512, 1024)
+CHUNKS = (256, 1024)
+"""Positions of a chunk that are tried besides the usual."""
 LIMIT = 8e-3
 """Relative error of bfloat16 outputs."""
 
@@ -80,35 +81,19 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def candidates(dim: int) -> list[Tuning]:
-    """Launch options worth timing for a head size; chunks are varied later, they need no other kernel."""
+    """Launch options for a head size, those that steps use first; other chunks, which need no other kernel, later."""
     if dim == 64:
         return [
-            Tuning(64, 4, 4, 4, 256),
-            Tuning(64, 4, 4, 4, 256, fused=True, registers=128),
-            Tuning(64, 4, 4, 3, 256, carry_query=False),
-            Tuning(64, 4, 3, 5, 256, registers=96),
-            Tuning(64, 4, 5, 3, 256),
-            Tuning(64, 4, 6, 2, 256),
-            Tuning(64, 8, 4, 2, 256),
-            Tuning(64, 2, 4, 4, 256),
-            Tuning(128, 4, 3, 3, 256, registers=168),
-            Tuning(128, 4, 4, 2, 256),
-            Tuning(128, 4, 4, 2, 256, fused=True),
-            Tuning(128, 8, 4, 2, 256, registers=128),
+            Tuning(64, 2, 4, 4, 512, True),
+            Tuning(64, 4, 4, 4, 512, True),
+            Tuning(64, 4, 4, 3, 512, False),
+            Tuning(128, 4, 4, 2, 512, True),
         ]
     return [
-        Tuning(64, 4, 4, 2, 256),
-        Tuning(64, 4, 4, 2, 256, fused=True),
-        Tuning(64, 4, 3, 2, 256, carry_query=False),
-        Tuning(64, 4, 3, 3, 256, registers=168),
-        Tuning(64, 4, 6, 1, 256),
-        Tuning(64, 8, 4, 2, 256, registers=128),
-        Tuning(64, 2, 4, 2, 256),
-        Tuning(32, 4, 4, 4, 256, registers=128),
-        Tuning(32, 4, 6, 2, 256),
-        Tuning(32, 2, 4, 4, 256),
-        Tuning(128, 4, 4, 1, 256),
-        Tuning(128, 8, 4, 1, 256),
+        Tuning(64, 4, 3, 2, 512, False),
+        Tuning(64, 4, 4, 2, 512, True),
+        Tuning(64, 2, 4, 2, 512, True),
+        Tuning(32, 2, 4, 4, 512, True),
     ]
 
 
@@ -170,27 +155,40 @@ def make_step(
     return Step(q, k, v, k_pages, v_pages, table.to(device), slots.to(device), positions)
 
 
-def shares_for(shape: Shape, step: Step, tune: Tuning, window: int = 0, chunk: int = 0) -> Shares:
-    heads = heads_of(shape.heads, shape.kv_heads, shape.dim, shape.dim, shape.page, step.q.element_size())
+def used(shape: Shape) -> Tuning:
+    """The launch options that steps use."""
+    heads = heads_of(shape.heads, shape.kv_heads, shape.dim, shape.dim, shape.page, 2)
+    return balanced.tuning(heads, device_of(torch.empty(0, device="cuda")).shared_memory)
+
+
+def room(step: Step, tune: Tuning, window: int = 0, chunk: int = 0) -> Tensor:
+    """For a schedule, filled with what no schedule holds."""
     rows, columns = len(step.positions), step.block_table.shape[1]
-    return shares_of(heads, rows, columns, window, chunk, device_of(step.q), tune)
+    pages = step.k_pages[0], step.v_pages[0]
+    words = balanced.words_needed(*pages, step.q.shape[2], rows, columns, window, chunk, tune)
+    return torch.full((words,), -1, dtype=torch.int32, device=step.q.device)
+
+
+def write(step: Step, plan: Tensor, tune: Tuning, window: int = 0, chunk: int = 0) -> None:
+    where = step.k_pages[0], step.v_pages[0], step.block_table, step.slots, step.positions
+    balanced.write_schedule(*where, step.q.shape[2], window, chunk, plan, tune)
 
 
 def scheduled(
     step: Step,
     layer: int,
     plan: Tensor,
-    shares: Shares,
     tune: Tuning,
+    window: int = 0,
+    chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     append: bool = True,
 ) -> Tensor:
-    new = {"k": step.k[layer], "v": step.v[layer]} if append else {}
-    pages = step.k_pages[layer], step.v_pages[layer]
-    scale = step.q.shape[-1] ** -0.5
-    columns = step.block_table.shape[1]
-    return balanced_attention(step.q[layer], *pages, plan, shares, columns, scale, softcap, sinks, **new, tune=tune)
+    new = (step.k[layer], step.v[layer]) if append else (None, None)
+    where = step.k_pages[layer], step.v_pages[layer], step.block_table, step.slots, step.positions
+    options = step.q.shape[-1] ** -0.5, window, chunk, softcap, sinks
+    return balanced.decode_attention(step.q[layer], *where, *options, *new, plan, tune)
 
 
 def split(step: Step, layer: int) -> Tensor:
@@ -248,13 +246,12 @@ def run_check(check: Check, device: str, dtype: torch.dtype) -> dict[str, Any]:
         single.q[0], single.k_pages[0], single.v_pages[0], *where, scale, window, chunk, softcap,
         None if sinks is None else sinks.float(), single.k[0], single.v[0],
     )  # fmt: skip
-    shares = shares_for(shape, step, tune, window, chunk)
 
     def run(part: Step, append: bool) -> Tensor:
+        plan = room(part, tune, window, chunk)
+        write(part, plan, tune, window, chunk)
         poison_free_memory(device)
-        plan = schedule(part.block_table, part.slots, part.positions, shares)
-        poison_free_memory(device)
-        return scheduled(part, 0, plan, shares, tune, softcap, sinks, append)
+        return scheduled(part, 0, plan, tune, window, chunk, softcap, sinks, append)
 
     wrong = []
     out = run(step, append=True)
@@ -294,18 +291,17 @@ def compile_rest(shape: Shape, rows: int) -> None:
     with torch.inference_mode():
         step = make_step(shape, [100] * rows, 1, COLUMNS, "cuda", torch.bfloat16)
         split(step, 0)
-        for block in sorted({tune.block for tune in candidates(shape.dim)}):
-            shares = shares_for(shape, step, candidates(shape.dim)[0]._replace(block=block))
-            schedule(step.block_table, step.slots, step.positions, shares)
+        for tune in {tune.block: tune for tune in candidates(shape.dim)}.values():
+            write(step, room(step, tune), tune)
         torch.cuda.synchronize()
 
 
 def checks() -> list[Check]:
     """All candidates of the models' shapes, and other options and shapes with a few."""
     found = [Check(s, tune, {}, 40, 1) for s in SHAPES for tune in candidates(s.dim)]
-    few = [Tuning(64, 4, 3, 2, 256), Tuning(32, 4, 3, 2, 128, fused=True, carry_query=False)]
+    few = [Tuning(64, 4, 3, 2, 256, False), Tuning(32, 4, 3, 2, 128, True)]
     found += [Check(SHAPES[0], tune, options, 30, 2) for tune in few for options in OPTIONS]
-    found += [Check(s, Tuning(32, 4, 3, 2, 256, fused=f), {}, 25, 3) for s in ODD_SHAPES for f in (False, True)]
+    found += [Check(s, Tuning(32, 4, 3, 2, 256, True), {}, 25, 3) for s in ODD_SHAPES]
     found += [Check(SHAPES[1], candidates(64)[0], {}, rows, 4) for rows in (1, 2, 256)]
     return found
 
@@ -332,8 +328,7 @@ def run_checks(processes: int) -> list[dict[str, Any]]:
 
 def short(tune: dict[str, Any]) -> str:
     text = "block {block} warps {warps} stages {stages} programs {programs} chunk {chunk}".format(**tune)
-    marks = [name for name in ("fused", "carry_query") if tune[name]]
-    return " ".join([text, *marks, *([f"registers {tune['registers']}"] if tune["registers"] else [])])
+    return text + " carry_query" * tune["carry_query"]
 
 
 def time_step(shape: Shape, step: Step, tune: Tuning | None) -> float:
@@ -345,19 +340,19 @@ def time_step(shape: Shape, step: Step, tune: Tuning | None) -> float:
                 split(step, layer % LAYERS_IN_MEMORY)
 
     else:
-        shares = shares_for(shape, step, tune)
+        plan = room(step, tune)
 
         def whole() -> None:
-            plan = schedule(step.block_table, step.slots, step.positions, shares)
+            write(step, plan, tune)
             for layer in range(shape.layers):
-                scheduled(step, layer % LAYERS_IN_MEMORY, plan, shares, tune)
+                scheduled(step, layer % LAYERS_IN_MEMORY, plan, tune)
 
     return graph_seconds(whole, 7, 1) / shape.layers
 
 
-def time_schedule(shape: Shape, step: Step, tune: Tuning) -> float:
-    shares = shares_for(shape, step, tune)
-    return graph_seconds(lambda: schedule(step.block_table, step.slots, step.positions, shares), 7, 20)
+def time_schedule(step: Step, tune: Tuning) -> float:
+    plan = room(step, tune)
+    return graph_seconds(lambda: write(step, plan, tune), 7, 20)
 
 
 def run_case(
@@ -371,6 +366,7 @@ def run_case(
     def measure(tune: Tuning | None) -> None:
         row: dict[str, Any] = {"model": shape.name, "batch": len(lengths), "contexts": name}
         row["tune"] = None if tune is None else tune._asdict()
+        row["used"] = tune == used(shape)
         try:
             took = time_step(shape, step, tune)
         except Exception as error:  # one candidate that cannot run (registers, shared memory) must not end the rest
@@ -394,11 +390,12 @@ def run_case(
     print(
         f"{shape.name:13} {len(lengths):3} rows {name:9} split {old['us']:7.1f} us {old['percent_of_ceiling']:5.1f} %"
     )
-    for row in timed[:6] if len(tunes) > 4 else timed[:3]:
-        print(f"{'':29} {row['us']:13.1f} us {row['percent_of_ceiling']:5.1f} %  {short(row['tune'])}")
+    for row in timed[:6]:
+        mark = " (used)" if row["used"] else ""
+        print(f"{'':29} {row['us']:13.1f} us {row['percent_of_ceiling']:5.1f} %  {short(row['tune'])}{mark}")
     if timed:
         best = Tuning(**timed[0]["tune"])
-        rows.append({**timed[0], "schedule_us": time_schedule(shape, step, best) * 1e6, "best": True})
+        rows.append({**timed[0], "schedule_us": time_schedule(step, best) * 1e6, "best": True, "used": False})
         print(f"{'':29} the schedule {rows[-1]['schedule_us']:.1f} us a step", flush=True)
     return rows
 
@@ -414,7 +411,7 @@ def run_ragged(ceiling: float) -> list[dict[str, Any]]:
         for count in LARGE:
             rows += run_case(shape, "100-2000", ragged(count), candidates(shape.dim), ceiling, CHUNKS)
     for count in (128, 256):
-        rows += run_case(SHAPES[0], "530", [530] * count, candidates(128)[:4], ceiling)
+        rows += run_case(SHAPES[0], "530", [530] * count, candidates(128)[:2], ceiling)
     return rows
 
 
@@ -424,8 +421,8 @@ def run_small(ceiling: float) -> list[dict[str, Any]]:
     for shape in SHAPES:
         for count in SMALL:
             for name, lengths in (("512", [512] * count), ("100-2000", ragged(count)), ("4096", [4096] * count)):
-                first = [tune for tune in candidates(shape.dim) if tune.block == 64][:2]
-                rows += run_case(shape, name, lengths, [t._replace(chunk=c) for t in first for c in (64, 128)], ceiling)
+                tunes = [used(shape)._replace(chunk=chunk) for chunk in (64, 128, 512)]
+                rows += run_case(shape, name, lengths, tunes, ceiling)
     return rows
 
 
@@ -440,7 +437,7 @@ def smoke() -> dict[str, Any]:
     shape = Shape("tiny", 4, 2, 16, 2, 16)
     rows = []
     for options in ({}, {"window": 20, "sinks": True}):
-        for tune in (Tuning(32, 4, 2, 1, 64), Tuning(16, 4, 2, 2, 32, fused=True, carry_query=False)):
+        for tune in (Tuning(32, 4, 2, 1, 64, True), Tuning(16, 4, 2, 2, 32, False)):
             rows.append(run_check(Check(shape, tune, options, 6, 0), "cpu", torch.float32))
             if rows[-1]["wrong"]:
                 raise SystemExit(f"wrong: {rows[-1]['wrong']}")

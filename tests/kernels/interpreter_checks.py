@@ -8,14 +8,10 @@ from __future__ import annotations
 import torch
 from attention_cases import Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
-from hybridgen.device.launcher import device_of
-from hybridgen.kernels.attention.balanced import Tuning as BalancedTuning
-from hybridgen.kernels.attention.balanced import balanced_attention, shares_of
-from hybridgen.kernels.attention.common import heads_of
+from hybridgen.kernels.attention import balanced
 from hybridgen.kernels.attention.decode import Tuning as DecodeTuning
 from hybridgen.kernels.attention.decode import decode_attention
 from hybridgen.kernels.attention.prefill import prefill_attention
-from hybridgen.kernels.attention.schedule import schedule
 from hybridgen.kernels.attention.write import write_kv
 
 CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new tokens, options
@@ -71,10 +67,10 @@ def check_case(number: int) -> None:
     assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)
 
 
-BALANCED = [  # block, chunk, fused, carry_query, programs a multiprocessor
-    (16, 32, False, True, 1),
-    (16, 16, True, False, 3),
-    (32, 64, True, True, 2),
+BALANCED = [  # positions a tile, programs a multiprocessor, positions a chunk, queries carried
+    balanced.Tuning(16, 4, 2, 1, 32, True),
+    balanced.Tuning(16, 4, 2, 3, 16, False),
+    balanced.Tuning(32, 4, 2, 2, 64, True),
 ]
 
 
@@ -91,18 +87,19 @@ def check_balanced(number: int) -> None:
     q = torch.randn(len(lengths), heads, dim)
     expected = dense_packed(q, cache, ones, 0.3, **options)
     slots, positions, _ = pack(cache, ones, len(ones))
-    columns = cache.block_table.shape[1]
+    pages = cache.k_pages, cache.v_pages, cache.block_table
+    limits = options["window"], options["chunk"]
+    tail = 0.3, *limits, options["softcap"], options["sinks"]
     errors = []
-    for block, chunk, fused, carry, programs in BALANCED:
-        tune = BalancedTuning(block, 4, 2, programs, chunk, fused, carry)
-        shape = heads_of(heads, kv_heads, dim, value_dim, page_size, 4)
-        shares = shares_of(shape, 2, columns, options["window"], options["chunk"], device_of(q), tune)
+    for tune in BALANCED:
+        words = balanced.words_needed(*pages[:2], heads, len(lengths), cache.block_table.shape[1], *limits, tune)
+        plan = torch.zeros(words, dtype=torch.int32)
 
-        def run(rows: slice, shares=shares, tune=tune, **new) -> torch.Tensor:
-            plan = schedule(cache.block_table, slots[rows], positions[rows], shares)
-            tail = 0.3, options["softcap"], options["sinks"]
-            pages = cache.k_pages, cache.v_pages
-            return balanced_attention(q[rows], *pages, plan, shares, columns, *tail, **new, tune=tune)
+        def run(rows: slice, plan=plan, tune=tune, k=None, v=None) -> torch.Tensor:
+            plan.fill_(-1)  # what is read of it was written for these rows
+            where = *pages, slots[rows], positions[rows]
+            balanced.write_schedule(*where, heads, *limits, plan, tune)
+            return balanced.decode_attention(q[rows], *where, *tail, k, v, plan, tune)
 
         out = run(slice(None))
         errors.append(error(out, expected))

@@ -2,8 +2,8 @@
 
 Shapes: `hybridgen.kernels.attention.ops`. Each of a fixed number of resident programs goes through its run of tiles
 (`hybridgen.kernels.attention.schedule`) in one loop, with the next tiles already on their way, across the ends of
-chunks and rows. A row's chunks are combined in their order, by the program that finishes the last of them, or by a
-kernel of its own; a row of one chunk is finished where it was computed.
+chunks and rows. A kernel of its own combines a row's chunks in their order; a row of one chunk is finished where it was
+computed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of, power_of_two
 from hybridgen.kernels.attention.balanced_kernels import balanced_kernel, gather_kernel
-from hybridgen.kernels.attention.common import Heads, check_layout, limit_of
-from hybridgen.kernels.attention.schedule import Shares, row_chunks
+from hybridgen.kernels.attention.common import Heads, check_layout, heads_of, limit_of
+from hybridgen.kernels.attention.schedule import Shares, row_chunks, schedule, schedule_words
 
 _SCRATCH_BYTES = 64 * 2**20
 """Scratch of a layer is not larger, unless rows would have a single chunk."""
+_COMBINED = 2048
+"""Values of partial sums that a combining program holds at once, about."""
 
 
 class Tuning(NamedTuple):
@@ -37,28 +39,33 @@ class Tuning(NamedTuple):
     """Programs a multiprocessor."""
     chunk: int
     """Positions of a chunk."""
-    fused: bool = False
-    """The program that finishes a row's last chunk combines them, else a kernel of its own."""
-    carry_query: bool = True
-    """A tile's queries are held in registers, else in shared memory for each tile."""
-    registers: int = 0
-    """Registers of a thread at most; 0 leaves it to the compiler."""
+    carry_query: bool
+    """The next tile's queries are read a tile early and held in registers; else each tile reads its own."""
 
 
 @functools.cache
 def tuning(heads: Heads, shared_memory: int) -> Tuning:
-    """To be measured on an H200 (`benchmarks/attention.py`); other devices get fewer stages where memory is short."""
-    if heads.bytes == 4:
-        return Tuning(block=32, warps=4, stages=2, programs=2, chunk=256)
+    """Measured on an H200 for heads of 64 and 128 in 16 bits (`benchmarks/ragged.py`); for other heads the nearest.
+
+    Chunks of 512 positions are best or within 2 % of it at 64, 128 and 256 rows. Devices with less shared memory get
+    fewer stages.
+    """
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
-    block = 64 if wide <= 128 else 32
-    tile_bytes = block * 2 * wide * heads.bytes
-    stages = 4
-    while stages > 2 and (stages - 1) * tile_bytes > shared_memory // 2 - 16 * 2**10:
-        stages -= 1
-    return Tuning(block, warps=4, stages=stages, programs=4 if wide <= 64 else 2, chunk=256)
+    many = power_of_two(heads.queries // heads.kv) > 32
+    if heads.bytes == 4:
+        return Tuning(block=32, warps=4, stages=2, programs=2, chunk=256, carry_query=True)
+    if wide <= 64:
+        tune = Tuning(block=64, warps=4 if many else 2, stages=4, programs=4, chunk=512, carry_query=True)
+    elif wide == 128:
+        tune = Tuning(block=64, warps=8 if many else 4, stages=3, programs=2, chunk=512, carry_query=False)
+    else:
+        tune = Tuning(block=32, warps=8 if many else 4, stages=3, programs=2, chunk=512, carry_query=True)
+    tile_bytes = tune.block * 2 * wide * heads.bytes
+    room = shared_memory // tune.programs - 8 * 2**10
+    return tune._replace(stages=max(2, min(tune.stages, room // tile_bytes + 1)))
 
 
+@functools.lru_cache(maxsize=4096)
 def shares_of(
     heads: Heads, tokens: int, max_pages: int, window: int, chunk: int, device: Device, tune: Tuning
 ) -> Shares:
@@ -74,11 +81,61 @@ def shares_of(
     )
 
 
+def _shares(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    query_heads: int,
+    tokens: int,
+    max_pages: int,
+    window: int,
+    chunk: int,
+    tune: Tuning | None,
+) -> Shares:
+    _, kv_heads, page_size, dim = k_pages.shape
+    heads = heads_of(query_heads, kv_heads, dim, v_pages.shape[3], page_size, k_pages.element_size())
+    device = device_of(k_pages)
+    return shares_of(heads, tokens, max_pages, window, chunk, device, tune or tuning(heads, device.shared_memory))
+
+
+def words_needed(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    query_heads: int,
+    tokens: int,
+    max_pages: int,
+    window: int,
+    chunk: int,
+    tune: Tuning | None = None,
+) -> int:
+    """Words of a schedule for up to so many rows of up to `max_pages` pages."""
+    shares = _shares(k_pages, v_pages, query_heads, tokens, max_pages, window, chunk, tune)
+    return schedule_words(tokens, max_pages, shares)
+
+
+def write_schedule(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_heads: int,
+    window: int,
+    chunk: int,
+    out: Tensor,
+    tune: Tuning | None = None,
+) -> None:
+    """See `attention.schedule_attention`; `tune` replaces the measured launch options."""
+    tokens, max_pages = positions.shape[0], block_table.shape[1]
+    shares = _shares(k_pages, v_pages, query_heads, tokens, max_pages, window, chunk, tune)
+    schedule(block_table, slots, positions, shares, out)
+
+
 class Call(NamedTuple):
     """All that calls of one shape share."""
 
     attend: Launcher
     gather: Launcher
+    shares: Shares
 
 
 _calls: dict[Hashable, Call] = {}
@@ -95,13 +152,10 @@ def _prepare(
         "GROUP": group,
         "VALUE_DIM": heads.value_dim,
         "BLOCK_VALUE": value,
-        "BLOCK_CHUNKS": min(triton.next_power_of_2(shares.row_chunks), max(1, 2048 // (members * value))),
-        "BLOCK_MEMBERS": members,
         "OVERLAP": device.overlap,
-        "num_warps": tune.warps,
         **({"launch_pdl": True} if device.overlap else {}),
     }
-    constants = {
+    attend = {
         "PAGE": heads.page_size,
         "DIM": heads.dim,
         "BLOCK": tune.block,
@@ -111,39 +165,45 @@ def _prepare(
         "SOFTCAP": softcap,
         "SINKS": sinks,
         "APPEND": append,
-        "FUSED": tune.fused,
         "CARRY_QUERY": tune.carry_query,
+        "num_warps": tune.warps,
         "num_stages": tune.stages,
-        **({"maxnreg": tune.registers} if tune.registers else {}),
         **common,
     }
-    gather = {**common, "num_warps": 4}
-    return Call(Launcher(balanced_kernel, constants), Launcher(gather_kernel, gather))
+    gather = {
+        "BLOCK_CHUNKS": min(triton.next_power_of_2(shares.row_chunks), max(1, _COMBINED // (members * value))),
+        "BLOCK_MEMBERS": members,
+        "num_warps": 4,
+        **common,
+    }
+    return Call(Launcher(balanced_kernel, attend), Launcher(gather_kernel, gather), shares)
 
 
-def balanced_attention(
+def decode_attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    plan: Tensor,
-    shares: Shares,
-    max_pages: int,
+    block_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
     scale: float,
+    window: int,
+    chunk: int,
     softcap: float,
     sinks: Tensor | None,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
+    k: Tensor | None,
+    v: Tensor | None,
+    plan: Tensor,
     tune: Tuning | None = None,
 ) -> Tensor:
-    """`attention.decode_attention` by a schedule.
+    """`attention.decode_attention` by a schedule; at least one row.
 
     Args:
-        plan: by `schedule` for this step's rows and `shares`.
-        max_pages: columns of the block table.
-        tune: replaces the measured launch options; those that `shares` were made with.
+        plan: by `write_schedule` for these rows, with the same options.
+        tune: replaces the measured launch options.
     """
     q, heads = check_layout(q, k_pages, v_pages, scale)
-    tokens = q.shape[0]
+    tokens, max_pages = q.shape[0], block_table.shape[1]
     out = torch.empty((tokens, heads.queries, heads.value_dim), dtype=q.dtype, device=q.device)
     append = k is not None and v is not None
     if k is None or v is None:
@@ -152,14 +212,14 @@ def balanced_attention(
         k, v = k.contiguous(), v.contiguous()
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2]
     dtypes = q.dtype, k.dtype, k_pages.dtype, None if sinks is None else sinks.dtype
-    block = shares.limit, shares.block, min(shares.row_chunks, 2048)
-    key = dtypes, heads, block, softcap > 0, append, strides, q.device.index, tune
+    key = dtypes, heads, tokens, max_pages, window, chunk, softcap > 0, append, strides, q.device.index, tune
     call = _calls.get(key)
     if call is None:
         device = device_of(q)
         tune = tune or tuning(heads, device.shared_memory)
+        shares = shares_of(heads, tokens, max_pages, window, chunk, device, tune)
         call = _calls[key] = _prepare(heads, shares, softcap > 0, sinks is not None, append, device, tune)
-    fused = tune.fused if tune else tuning(heads, device_of(q).shared_memory).fused
+    shares = call.shares
     # Mixed values of each row, chunk and head, then the logarithms of their sums.
     lines = tokens * shares.row_chunks * heads.queries if shares.row_chunks > 1 else 0
     partial = torch.empty((lines * (heads.value_dim + 1),), dtype=torch.float32, device=q.device)
@@ -172,6 +232,6 @@ def balanced_attention(
             lse_start, scale, softcap, tokens, capacity, *strides,
         ),
     )  # fmt: skip
-    if lines and not fused:
+    if lines:
         call.gather((tokens, heads.kv, 1), (plan, out, partial, lse_start, shares.programs))
     return out

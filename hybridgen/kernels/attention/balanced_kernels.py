@@ -8,7 +8,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridgen.kernels.attention.common import soft_capped
 from hybridgen.kernels.attention.schedule_kernels import (
-    arrival_words,
     chunk_words,
     mark_ends_row,
     mark_is_first,
@@ -75,39 +74,6 @@ def _store_new(  # type: ignore[no-untyped-def]
     tl.store(target + line * DIM + dims, new.to(target.dtype.element_ty), mask=(dims < DIM) & is_last)
 
 
-@triton.jit
-def _combine(  # type: ignore[no-untyped-def]
-    out, partial, lse_start, row, head, first, count,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr, BLOCK_MEMBERS: tl.constexpr,
-):  # fmt: skip
-    """The chunks first to first + count of a kv head's queries, in this order, into `out`."""
-    member = tl.arange(0, BLOCK_MEMBERS)
-    values = tl.arange(0, BLOCK_VALUE)
-    inside = (member < GROUP)[:, None] & (values < VALUE_DIM)[None, :]
-    peak = tl.full([BLOCK_MEMBERS], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_MEMBERS], tl.float32)
-    mixed = tl.zeros([BLOCK_MEMBERS, BLOCK_VALUE], tl.float32)
-    for start in range(0, count, BLOCK_CHUNKS):
-        chunk = start + tl.arange(0, BLOCK_CHUNKS)
-        line = ((first + chunk)[:, None] * HEADS + head) * GROUP + member[None, :]
-        mask = (chunk < count)[:, None] & (member < GROUP)[None, :]
-        # Not through the first-level cache: other multiprocessors wrote them.
-        part = tl.load(partial + lse_start + line, mask=mask, other=-float("inf"), cache_modifier=".cg")
-        piece = partial + line[:, :, None] * VALUE_DIM + values[None, None, :]
-        piece = tl.load(piece, mask=mask[:, :, None] & inside[None, :, :], other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, tl.max(part, 0))
-        weights = tl.exp2(part - new_peak[None, :])
-        rescale = tl.exp2(peak - new_peak)
-        total = total * rescale + tl.sum(weights, 0)
-        mixed = mixed * rescale[:, None] + tl.sum(weights[:, :, None] * piece, 0)
-        peak = new_peak
-    target = out + ((row * HEADS + head) * GROUP + member)[:, None] * VALUE_DIM + values[None, :]
-    # A row always has a chunk with a position; heads beyond the last have none.
-    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(target, mixed.to(out.dtype.element_ty), mask=inside)
-
-
 @triton.jit(
     do_not_specialize=["lse_start", "tokens", "capacity"],
     do_not_specialize_on_alignment=["sinks"],
@@ -118,8 +84,8 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
     q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr, BLOCK_MEMBERS: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, APPEND: tl.constexpr, FUSED: tl.constexpr, CARRY_QUERY: tl.constexpr, OVERLAP: tl.constexpr,
+    LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr, CARRY_QUERY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: its run of items. One loop over all of them, so that reading goes on across the ends of chunks.
 
@@ -133,7 +99,7 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
     begin = tl.load(run_words(plan) + tl.program_id(0))
     end = tl.load(run_words(plan) + tl.program_id(0) + 1)
     total_tiles = tl.load(plan)
-    rows_of_tiles = tile_words(plan, programs, tokens, HEADS)
+    rows_of_tiles = tile_words(plan, programs, tokens)
     marks = rows_of_tiles + capacity
     lines = marks + capacity
     pages_of_tiles = lines + capacity
@@ -237,23 +203,6 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
                 part = ((line >> 2) * HEADS + head) * GROUP + member
                 tl.store(partial + part[:, None] * VALUE_DIM + values[None, :], chunk_mixed, mask=mask)
                 tl.store(partial + lse_start + part, chunk_peak + tl.log2(total), mask=member < GROUP)
-                if FUSED:
-                    chunks = chunk_words(plan, programs) + row
-                    first_chunk = tl.load(chunks)
-                    count = tl.load(chunks + 1) - first_chunk
-                    arrivals = arrival_words(plan, programs, tokens) + row * HEADS + head
-                    if OVERLAP:
-                        # All threads have stored before one of them says so. (A barrier that the compiler knows
-                        # of would keep it from pipelining the loop.)
-                        count = tl.inline_asm_elementwise(
-                            "bar.sync 0; mov.b32 $0, $1;", "=r,r", [count], dtype=tl.int32, is_pure=False, pack=1
-                        )
-                    if tl.atomic_add(arrivals, 1, sem="acq_rel") == count - 1:
-                        tl.store(arrivals, 0)
-                        _combine(
-                            out, partial, lse_start, row, head, first_chunk, count,
-                            HEADS, GROUP, VALUE_DIM, BLOCK_VALUE, BLOCK_CHUNKS, BLOCK_MEMBERS,
-                        )  # fmt: skip
         tile = next_tile
         head = next_head
         row = next_row
@@ -269,16 +218,35 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, BLOCK_MEMBERS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: one kv head's queries of a row with several chunks."""
+    """A program: one kv head's queries of a row, whose chunks it combines in their order where there are several."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
-    chunks = chunk_words(plan, programs) + row
-    first_chunk = tl.load(chunks)
-    count = tl.load(chunks + 1) - first_chunk
+    head = tl.program_id(1)
+    first = tl.load(chunk_words(plan, programs) + row)
+    count = tl.load(chunk_words(plan, programs) + row + 1) - first
     if count > 1:
-        _combine(
-            out, partial, lse_start, row, tl.program_id(1), first_chunk, count,
-            HEADS, GROUP, VALUE_DIM, BLOCK_VALUE, BLOCK_CHUNKS, BLOCK_MEMBERS,
-        )  # fmt: skip
+        member = tl.arange(0, BLOCK_MEMBERS)
+        values = tl.arange(0, BLOCK_VALUE)
+        inside = (member < GROUP)[:, None] & (values < VALUE_DIM)[None, :]
+        peak = tl.full([BLOCK_MEMBERS], -1e30, tl.float32)
+        total = tl.zeros([BLOCK_MEMBERS], tl.float32)
+        mixed = tl.zeros([BLOCK_MEMBERS, BLOCK_VALUE], tl.float32)
+        for start in range(0, count, BLOCK_CHUNKS):
+            chunk = start + tl.arange(0, BLOCK_CHUNKS)
+            line = ((first + chunk)[:, None] * HEADS + head) * GROUP + member[None, :]
+            mask = (chunk < count)[:, None] & (member < GROUP)[None, :]
+            part = tl.load(partial + lse_start + line, mask=mask, other=-float("inf"))
+            piece = partial + line[:, :, None] * VALUE_DIM + values[None, None, :]
+            piece = tl.load(piece, mask=mask[:, :, None] & inside[None, :, :], other=0.0)
+            new_peak = tl.maximum(peak, tl.max(part, 0))
+            weights = tl.exp2(part - new_peak[None, :])
+            rescale = tl.exp2(peak - new_peak)
+            total = total * rescale + tl.sum(weights, 0)
+            mixed = mixed * rescale[:, None] + tl.sum(weights[:, :, None] * piece, 0)
+            peak = new_peak
+        target = out + ((row * HEADS + head) * GROUP + member)[:, None] * VALUE_DIM + values[None, :]
+        # A row always has a chunk with a position; heads beyond the last have none.
+        mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(target, mixed.to(out.dtype.element_ty), mask=inside)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
@@ -55,25 +54,30 @@ def row_chunks(max_tiles: int, chunk_tiles: int, line_bytes: int, tokens: int, m
     return max(min(triton.cdiv(max_tiles, chunk_tiles), fits), triton.cdiv(max_tiles, _MOST_CHUNK_TILES))
 
 
-def schedule_words(tokens: int, max_pages: int, shares: Shares) -> tuple[int, int]:
-    """Words of a schedule, and tiles that it has room for."""
-    capacity = tokens * shares.row_tiles(max_pages)
+def schedule_words(tokens: int, max_pages: int, shares: Shares) -> int:
+    """Words of a schedule for so many rows of up to `max_pages` pages."""
     tile_words = 3 + max(1, shares.block // shares.page_size)
-    return HEADER.value + shares.programs + 1 + tokens + 1 + tokens * shares.kv_heads + capacity * tile_words, capacity
+    return HEADER.value + shares.programs + 1 + tokens + 1 + tokens * shares.row_tiles(max_pages) * tile_words
 
 
 _launchers: dict[Hashable, Launcher] = {}
 
 
-def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shares) -> Tensor:
-    """A schedule for these rows: int32, laid out as `schedule_kernels` says.
+def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shares, out: Tensor) -> None:
+    """Write a schedule for these rows, laid out as `schedule_kernels` says.
 
     Args:
         block_table, slots, positions: as in `attention.ops`, at least one row.
+        out: int32, at least `schedule_words`.
+
+    Raises:
+        ValueError: `out` is too small.
     """
     tokens, max_pages = positions.shape[0], block_table.shape[1]
-    words, capacity = schedule_words(tokens, max_pages, shares)
-    out = torch.empty(words, dtype=torch.int32, device=positions.device)
+    capacity = tokens * shares.row_tiles(max_pages)
+    words = schedule_words(tokens, max_pages, shares)
+    if out.numel() < words:
+        raise ValueError(f"a schedule of {out.numel()} words for {tokens} rows of {max_pages} pages; give {words}")
     stripes = min(8, triton.cdiv(shares.row_tiles(max_pages), _STEP))
     dtypes = block_table.dtype, slots.dtype, positions.dtype
     block_rows = max(16, triton.next_power_of_2(tokens))
@@ -86,7 +90,6 @@ def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shar
             "PAGE": shares.page_size,
             "BLOCK": shares.block,
             "BLOCK_ROWS": block_rows,
-            "BLOCK_HEADS": triton.next_power_of_2(shares.kv_heads),
             "STEP": _STEP,
             "RUNS": _RUNS,
             "LIMIT": shares.limit,
@@ -98,4 +101,3 @@ def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shar
     numbers = shares.reach, tokens, shares.chunk_tiles, shares.row_chunks, capacity, shares.programs, stripes
     grid = tokens * stripes + triton.cdiv(shares.programs + 1, _RUNS), 1, 1
     launcher(grid, (block_table, slots, positions, out, *numbers, block_table.stride(0)))
-    return out

@@ -25,19 +25,13 @@ def chunk_words(plan, programs):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def arrival_words(plan, programs, tokens):  # type: ignore[no-untyped-def]
-    """[tokens, kv heads]: chunks that are done; 0 before and after a layer."""
-    return plan + HEADER + programs + 1 + tokens + 1
-
-
-@triton.jit
-def tile_words(plan, programs, tokens, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_words(plan, programs, tokens):  # type: ignore[no-untyped-def]
     """Four parts, each [capacity]: a tile's row, its mark, its line; and last its pages, [capacity, pages of a tile].
 
     A mark says which positions of the tile the row sees, and where the tile lies in its chunk. A line is the chunk's
     place in scratch, with two flags: it is the row's last chunk, and its first.
     """
-    return plan + HEADER + programs + 1 + tokens + 1 + tokens * HEADS
+    return plan + HEADER + programs + 1 + tokens + 1
 
 
 @triton.jit
@@ -76,12 +70,18 @@ def mark_ends_row(mark):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_tiles(position, reach, BLOCK: tl.constexpr, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first tile that a row sees, and how many."""
+def _low_tile(position, reach, BLOCK: tl.constexpr, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first tile that a row sees."""
     low = position * 0
     if LIMIT:
         low = first_seen(position, reach, LIMIT) // BLOCK
-    return low, tl.cdiv(position + 1, BLOCK) - low
+    return low
+
+
+@triton.jit
+def _row_tiles(position, reach, BLOCK: tl.constexpr, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many tiles a row sees."""
+    return tl.cdiv(position + 1, BLOCK) - _low_tile(position, reach, BLOCK, LIMIT)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
     block_table, slots, positions, plan,
     reach, tokens, chunk_tiles, row_chunks, capacity, programs, stripes, table_stride,
     HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, STEP: tl.constexpr, RUNS: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
+    STEP: tl.constexpr, RUNS: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs below tokens * stripes: every n-th STEP tiles of a row. The others: RUNS programs' first items."""
     if OVERLAP:
@@ -108,7 +108,7 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
     rows = tl.arange(0, BLOCK_ROWS)
     inside = rows < tokens
     place = tl.load(positions + rows, mask=inside, other=0).to(tl.int32)
-    _, count = _row_tiles(place, reach, BLOCK, LIMIT)
+    count = _row_tiles(place, reach, BLOCK, LIMIT)
     count = tl.where(inside, count, 0)
     total = tl.sum(count, 0)
     if tl.program_id(0) < tokens * stripes:
@@ -120,7 +120,8 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
         first_tile = tl.sum(tl.where(before, count, 0), 0)
         first_chunk = tl.sum(tl.where(before, chunks, 0), 0)
         position = tl.load(positions + row).to(tl.int32)
-        low_tile, tiles = _row_tiles(position, reach, BLOCK, LIMIT)
+        low_tile = _low_tile(position, reach, BLOCK, LIMIT)
+        tiles = _row_tiles(position, reach, BLOCK, LIMIT)
         per = _chunk_size(tiles, chunk_tiles, row_chunks)
         row_chunk_count = tl.cdiv(tiles, per)
         lowest = position * 0
@@ -128,13 +129,11 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
             lowest = first_seen(position, reach, LIMIT)
         if stripe == 0:
             tl.store(chunk_words(plan, programs) + row, first_chunk)
-            head = tl.arange(0, BLOCK_HEADS)
-            tl.store(arrival_words(plan, programs, tokens) + row * HEADS + head, 0, mask=head < HEADS)
             if row == tokens - 1:
                 tl.store(chunk_words(plan, programs) + tokens, first_chunk + row_chunk_count)
                 tl.store(plan, total)
         table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
-        words = tile_words(plan, programs, tokens, HEADS) + first_tile
+        words = tile_words(plan, programs, tokens) + first_tile
         for start in range(stripe * STEP, tiles, stripes * STEP):
             tile = start + tl.arange(0, STEP)
             mask = tile < tiles
@@ -159,7 +158,7 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
                 at = begin[:, None] + part * PAGE
                 used = mask[:, None] & (at <= position) & (at + PAGE > lowest)
                 page = tl.load(table + at // PAGE, mask=used, other=0)
-                pages = tile_words(plan, programs, tokens, HEADS) + 3 * capacity
+                pages = tile_words(plan, programs, tokens) + 3 * capacity
                 target = (first_tile + tile)[:, None] * (BLOCK // PAGE) + part
                 tl.store(pages + target, page, mask=mask[:, None])
     else:
@@ -172,7 +171,7 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
                 tile = item % total
                 row = tl.minimum(tl.sum((ends <= tile).to(tl.int32), 0), tokens - 1)
                 position = tl.load(positions + row).to(tl.int32)
-                _, tiles = _row_tiles(position, reach, BLOCK, LIMIT)
+                tiles = _row_tiles(position, reach, BLOCK, LIMIT)
                 per = _chunk_size(tiles, chunk_tiles, row_chunks)
                 tile = tile - tl.sum(tl.where(rows < row, count, 0), 0)
                 done = tile % per
