@@ -76,7 +76,9 @@ def by_schedule(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each call that attended by a schedule."""
     found: list[int] = []
     attend = balanced.decode_attention
-    monkeypatch.setattr(balanced, "decode_attention", lambda q, *rest: found.append(len(q)) or attend(q, *rest))
+    monkeypatch.setattr(
+        balanced, "decode_attention", lambda q, *rest, **new: found.append(len(q)) or attend(q, *rest, **new)
+    )
     return found
 
 

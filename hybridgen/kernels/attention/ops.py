@@ -199,16 +199,16 @@ def _schedule_cuda(*args: Any) -> None:
 
 def _decode_cuda(q: Tensor, *args: Any) -> Tensor:
     # The dispatcher leaves out arguments at the end that are None.
-    places_and_options = args[:10]
-    k, v, schedule = (*args[10:], *(None,) * (13 - len(args)))
+    rest = [*args, None, None, None][:13]
+    schedule = rest[-1]
     with _on_device_of(q):
         if schedule is not None and is_balanced(q.shape[0]):
             from hybridgen.kernels.attention.balanced import decode_attention as by_schedule
 
-            return by_schedule(q, *places_and_options, k, v, schedule)
+            return by_schedule(q, *rest)
         from hybridgen.kernels.attention.decode import decode_attention as by_row
 
-        return by_row(q, *places_and_options, k, v)
+        return by_row(q, *rest[:-1])
 
 
 def _prefill_cuda(*args: Any) -> Tensor:
