@@ -410,6 +410,8 @@ def run_ragged(ceiling: float) -> list[dict[str, Any]]:
     for shape in SHAPES:
         for count in LARGE:
             rows += run_case(shape, "100-2000", ragged(count), candidates(shape.dim), ceiling, CHUNKS)
+    for shape in SHAPES[:2]:  # long and equal, where nothing is to be balanced
+        rows += run_case(shape, "4096", [4096] * 64, candidates(shape.dim)[:1], ceiling)
     for count in (128, 256):
         rows += run_case(SHAPES[0], "530", [530] * count, candidates(128)[:2], ceiling)
     return rows

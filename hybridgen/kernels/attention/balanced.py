@@ -47,8 +47,8 @@ class Tuning(NamedTuple):
 def tuning(heads: Heads, shared_memory: int) -> Tuning:
     """Measured on an H200 for heads of 64 and 128 in 16 bits (`benchmarks/ragged.py`); for other heads the nearest.
 
-    Chunks of 512 positions are best or within 2 % of it at 64, 128 and 256 rows. Devices with less shared memory get
-    fewer stages.
+    At 64 and 128 rows chunks of 512 positions were best, or behind by 1 %. Devices with less shared memory get fewer
+    stages.
     """
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
     many = power_of_two(heads.queries // heads.kv) > 32

@@ -99,10 +99,11 @@ def write_kv(k: Tensor, v: Tensor, places: Places) -> None:
 def is_balanced(rows: int) -> bool:
     """Whether a decode step of so many rows attends by a schedule; the only place that decides it.
 
-    From 64 rows on. On an H200, contexts of 100 to 2000, by a schedule 72, 81 and 85 % of the read ceiling for 64, 128
-    and 256 rows of the 8B, and 53, 65 and 64 % cut row by row; 60, 71 and 76 against 54, 51 and 50 % for the 1B. Up to
-    32 rows the balance costs more than it brings (the 8B at 8 rows of 100 to 2000: 28 against 21 us).
-    `benchmarks/ragged.py` has the figures.
+    From 64 rows on. On an H200, over contexts of 100 to 2000, it reaches 72, 81 and 85 % of the read ceiling for 64, 128
+    and 256 rows with the heads of an 8B, and the kernel that cuts row by row 53, 65 and 64 %; with those of a 1B 60 and
+    71 against 54 and 51 % for 64 and 128. Below, the latter is faster nearly everywhere: the 8B takes 21 us for 8 such
+    rows and 28 by a schedule, and 156 and 212 for 32 rows of 4096; only 32 rows of 100 to 2000 gain (63 instead of 68).
+    Measured by `benchmarks/ragged.py`.
     """
     return rows >= 64
 
