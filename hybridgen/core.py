@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -150,6 +150,13 @@ class Completion:
         default=None,
         metadata=about("One entry for each generated token, where `SamplingParams.logprobs` asks for them."),
     )
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = field(
+        default=None,
+        metadata=about(
+            "One entry for each token of the prompt, where they were asked for. None for the first, which nothing "
+            "comes before; for a prompt with a `completion`, for all tokens before that."
+        ),
+    )
     stop_match: str | int | None = field(default=None, metadata=about("The stop string or token id that ended it."))
     cached_tokens: int = field(
         default=0,
@@ -167,6 +174,21 @@ class Completion:
             "stream, which come one by one."
         ),
     )
+
+    @classmethod
+    def refused(cls, error: Exception, prompt: Any = None, seed: int | None = None) -> Completion:
+        """That of a prompt that was not run, with its error; see `errors="return"` of `Engine.generate`."""
+        made = cls(
+            text="",
+            token_ids=(),
+            prompt=prompt,
+            prompt_token_ids=(),
+            finish_reason=FinishReason.ERROR,
+            seed=seed or 0,
+            timing=Timing(queue=None, ttft=None, total=0.0),
+            error=error,
+        )
+        return replace(made, choices=(made,))
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -186,6 +208,61 @@ class Completion:
         shown = self.choices or (self,)
         rows = [(choice.text, ", ".join(choice._summary()[:3])) for choice in shown]
         return html_table([("prompt", self.prompt), *rows] if isinstance(self.prompt, str) else rows)
+
+
+@described
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How likely a model finds given tokens behind a prompt."""
+
+    token_ids: tuple[int, ...] = field(metadata=about("The tokens that were scored."))
+    logprobs: tuple[float, ...] = field(
+        metadata=about(
+            "Natural-log probability of each, given all tokens before it; of the model's own distribution. Empty where "
+            "it failed."
+        )
+    )
+    is_greedy: tuple[bool, ...] = field(
+        metadata=about("Whether each was the most likely token, the one that greedy decoding takes.")
+    )
+    prompt_token_ids: tuple[int, ...] = field(metadata=about("The tokens before the first scored one."))
+    cached_tokens: int = field(
+        default=0,
+        metadata=about("Tokens of the prompt whose keys and values were there already (`EngineConfig.prefix_cache`)."),
+    )
+    steps: tuple[StepSummary, ...] = field(default=(), metadata=about("How its steps ran, with reasons."))
+    error: Exception | None = field(default=None, metadata=about("Why it failed, in a list; one alone raises it."))
+
+    @property
+    def sum(self) -> float:
+        """Natural-log probability of all scored tokens together; NaN where it failed."""
+        return math.nan if self.error is not None else math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(-sum / number of tokens)`; NaN where it failed."""
+        if self.error is not None:
+            return math.nan
+        try:
+            return math.exp(-self.sum / len(self.logprobs))
+        except OverflowError:
+            return math.inf
+
+    @classmethod
+    def of(cls, completion: Completion) -> Score:
+        """From a completion whose prompt was scored with `prompt_logprobs` of at least 1."""
+        entries = completion.prompt_logprobs or ()
+        start = sum(item is None for item in entries)
+        found = [item for item in entries if item is not None and completion.error is None]
+        return cls(
+            token_ids=completion.prompt_token_ids[start:],
+            logprobs=tuple(item.logprob for item in found),
+            is_greedy=tuple(item.token_id == item.top[0][0] for item in found),
+            prompt_token_ids=completion.prompt_token_ids[:start],
+            cached_tokens=completion.cached_tokens,
+            steps=completion.steps,
+            error=completion.error,
+        )
 
 
 @described

@@ -40,6 +40,7 @@ HINTS: dict[str, str] = {
     "length_penalty": _NO_BEAMS,
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
+    "logits_processor": "write logits_processors=[...]",
     "low_cpu_mem_usage": "leave it out: weights are read one by one",
     "max_length": _LENGTHS,
     "max_time": "there is no limit by time; max_new_tokens= limits a completion",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -30,7 +30,11 @@ class SamplingParams:
     """
 
     max_new_tokens: int | None = field(
-        default=None, metadata=about("Tokens to generate at most. Else the model's `max_new_tokens`, else 128.")
+        default=None,
+        metadata=about(
+            "Tokens to generate at most. Else the model's `max_new_tokens`, else 128. 0 with "
+            "`prompt_logprobs`: none, the prompt is scored alone."
+        ),
     )
     min_new_tokens: int | None = field(
         default=None,
@@ -125,6 +129,27 @@ class SamplingParams:
             "chosen; an empty list: none."
         ),
     )
+    logits_processors: Sequence[Callable[..., Any]] = field(
+        default=(),
+        metadata={
+            **about(
+                "Functions of (token ids so far, int64 [n]; logits, float32 [vocab]) that return logits, called with "
+                "this request's own row, on the device; or transformers' `LogitsProcessor` objects. After all "
+                "processors above, before temperature and filters. Not for a server."
+            ),
+            "functions": True,
+        },
+    )
+    stopping_criteria: Sequence[Callable[..., Any]] = field(
+        default=(),
+        metadata={
+            **about(
+                "transformers' stopping criteria, or functions like them: called after each token with (ids, int64 "
+                "[1, n] on the CPU; None) they return whether the request ends. Not for a server."
+            ),
+            "functions": True,
+        },
+    )
     seed: int | None = field(
         default=None,
         metadata=about(
@@ -168,6 +193,13 @@ class SamplingParams:
             "filters (what was left out has -inf); for greedy requests, after all processors."
         ),
     )
+    prompt_logprobs: int | None = field(
+        default=None,
+        metadata=about(
+            "Report the log-probability of each token of the prompt and of this many most likely ones (0: the "
+            "prompt's only), of the model's own distribution; see `Completion.prompt_logprobs`."
+        ),
+    )
     skip_special_tokens: bool = field(default=True, metadata=about("Leave special tokens out of the text."))
     cache_salt: str | None = field(
         default=None,
@@ -192,7 +224,7 @@ class SamplingParams:
                 object.__setattr__(self, name, (value,))
         for name in _LISTS:
             value = getattr(self, name)
-            if value is None and name != "stop_token_ids":
+            if value is None and name not in ("stop_token_ids", *_FUNCTIONS):
                 continue
             if not isinstance(value, Sequence):
                 raise SamplingError(f"{name}={shown(value)} is not a list; give a list")
@@ -218,12 +250,18 @@ class SamplingParams:
         limit, least = self.max_new_tokens, self.min_new_tokens
         if limit is not None and least is not None and least > limit:
             raise SamplingError(f"min_new_tokens={least} is above max_new_tokens={limit}; lower it")
+        if limit == 0 and self.prompt_logprobs is None:
+            raise SamplingError(
+                "max_new_tokens=0 generates nothing; give at least 1, or prompt_logprobs to score prompts"
+            )
+        if self.n > 1 and self.prompt_logprobs is not None:
+            raise SamplingError(f"n={self.n} with prompt_logprobs would score the prompt n times; score it with n=1")
         if self.n > 1 and self.temperature == 0:
             raise SamplingError(f"n={self.n} with temperature=0 gives equal texts; set a temperature or n=1")
 
     def _check_numbers(self) -> None:
         off = "0 switches it off"
-        _check_int("max_new_tokens", self.max_new_tokens, low=1, optional=True)
+        _check_int("max_new_tokens", self.max_new_tokens, low=0, optional=True)
         _check_int("min_new_tokens", self.min_new_tokens, low=0, optional=True)
         _check_real("temperature", self.temperature, low=0.0, what="0 is greedy, 1 the model's own distribution")
         _check_int("top_k", self.top_k, low=0, optional=True)
@@ -238,13 +276,18 @@ class SamplingParams:
         _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0, optional=True)
         _check_int("seed", self.seed, low=0, optional=True)
         _check_int("n", self.n, low=1)
+        for name in ("logprobs", "prompt_logprobs"):
+            _check_int(name, getattr(self, name), low=0, high=MAX_LOGPROBS, optional=True)
         _check_int("truncate_prompt", self.truncate_prompt, low=1, optional=True)
-        _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
 
     def _check_lists(self) -> None:
         for text in self.stop or ():
             if not isinstance(text, str) or not text:
                 raise SamplingError(f"stop holds {shown(text)}; give non-empty strings (ids go in stop_token_ids)")
+        for name in _FUNCTIONS:
+            for function in getattr(self, name):
+                if not callable(function):
+                    raise SamplingError(f"{name} holds {shown(function)}, which cannot be called; give functions")
         for name in _ID_LISTS:
             for token in getattr(self, name) or ():
                 _check_int(name, token, low=0)
@@ -282,7 +325,8 @@ _ID_LISTS = (
     "forced_bos_token_id",
     "forced_eos_token_id",
 )
-_LISTS = ("stop", "bad_words_ids", *_ID_LISTS)
+_FUNCTIONS = ("logits_processors", "stopping_criteria")
+_LISTS = ("stop", "bad_words_ids", *_ID_LISTS, *_FUNCTIONS)
 
 
 def _sequence_bias(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:

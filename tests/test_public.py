@@ -42,6 +42,7 @@ NAMES = [
     "RequestError",
     "SamplingError",
     "SamplingParams",
+    "Score",
     "ServerBusyError",
     "ServerError",
     "StepSummary",
@@ -52,6 +53,7 @@ NAMES = [
     "UnsupportedModelError",
     "compare",
     "generate",
+    "score",
     "stream",
     "unload",
 ]

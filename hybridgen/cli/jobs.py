@@ -15,15 +15,13 @@ from hybridgen.cli.jsonl import Job, ResultFile, is_unicode, jobs_of, read_jobs,
 from hybridgen.cli.options import SAMPLING, add_sampling, given
 from hybridgen.cli.output import check_output_is_open, note
 from hybridgen.cli.report import Report
-from hybridgen.errors import HybridgenError, PromptError, SamplingError, TokenizerError, shown
+from hybridgen.errors import PromptError, SamplingError, shown
 from hybridgen.serving.unix.messages import sampling_from_wire
 
 if TYPE_CHECKING:
     from hybridgen.engine import Engine
     from hybridgen.serving.client import Client
 
-_REFUSED = (PromptError, SamplingError, TokenizerError)
-"""What a prompt is refused with before it runs."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[0-9][\w.-]*")
 """What an owner and a model's name look like; nearly all names have a number."""
 Generator: TypeAlias = "Engine | Client"
@@ -117,46 +115,12 @@ def _run(engine: Generator, jobs: list[Job], report: Report, arguments: argparse
 
     disable = True if arguments.stream and not arguments.json else None
     with tqdm(total=len(jobs), desc="generate", unit="request", delay=1, disable=disable) as bar:
-        waiting = [jobs if arguments.on_error == "stop" else _runnable(engine, jobs, report)]
-        while waiting:
-            some = waiting.pop()
-            ended: set[int] = set()
-            try:
-                for event in engine.stream([job.prompt for job in some], [job.sampling for job in some]):
-                    report.event(some[event.index], event)
-                    if event.completion is not None:
-                        ended.add(event.index)
-                        bar.update()
-            except _REFUSED as error:
-                if arguments.on_error == "stop":
-                    raise
-                left = [job for index, job in enumerate(some) if index not in ended]
-                if len(left) == 1:
-                    report.failed(left[0], _about(left[0], error))
-                else:  # a server refuses a request as a whole: look for the prompt
-                    waiting += [left[len(left) // 2 :], left[: len(left) // 2]]
-
-
-def _runnable(engine: Generator, jobs: list[Job], report: Report) -> list[Job]:
-    """The jobs that an engine takes; the others are reported. A server is asked by running them."""
-    check = getattr(engine, "make_requests", None)
-    if check is None:
-        return jobs
-    found = []
-    for job in jobs:
-        try:
-            check([job.prompt], [job.sampling], {})
-        except _REFUSED as error:
-            report.failed(job, _about(job, error))
-        else:
-            found.append(job)
-    return found
-
-
-def _about(job: Job, error: HybridgenError) -> str:
-    """An error's message; a prompt that was asked for alone is the first there, and has its id here."""
-    text = str(error)
-    return f"prompt {job.id} {text.removeprefix('prompt 0 ')}" if text.startswith("prompt 0 ") else text
+        errors = "return" if arguments.on_error == "skip" else "raise"
+        prompts, sampling = [job.prompt for job in jobs], [job.sampling for job in jobs]
+        for event in engine.stream(prompts, sampling, errors=errors):
+            report.event(jobs[event.index], event)
+            if event.completion is not None:
+                bar.update()
 
 
 def _warn_of_a_path(prompt: str, model: str | None) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, shown
 from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.serving.unix.messages import sampling_from_wire, sampling_to_wire
+from hybridgen.text.chats import CHAT_KEYS
 
 if TYPE_CHECKING:
     from hybridgen.core import Completion
@@ -62,22 +63,9 @@ def read_jobs(path: Path, fields: Mapping[str, Any] | None = None, *, skip: bool
         SamplingError: `fields` has a wrong value.
     """
     shared = sampling_from_wire(dict(fields or {}))
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PromptError(f"--input {path} cannot be read: {error.strerror}") from error
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"--input {path} is not {error.encoding.upper()} text: {error}") from error
     jobs: list[Job] = []
     lines: dict[str, int] = {}
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removeprefix("\ufeff")  # files with marks that were joined
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         try:
             found = _parse(f"{path}:{number}", number, line, fields or {}, shared)
             first = lines.setdefault(_key(found[0].id), number)
@@ -94,6 +82,28 @@ def read_jobs(path: Path, fields: Mapping[str, Any] | None = None, *, skip: bool
     if not jobs:
         raise PromptError(f"no prompts in {path}")
     return jobs
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of an input file that hold something, with their numbers from 1.
+
+    Raises:
+        PromptError: the file cannot be read, or is not text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"--input {path} cannot be read: {error.strerror}") from error
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"--input {path} is not {error.encoding.upper()} text: {error}") from error
+    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # files with marks that were joined
+        if line.strip():
+            yield number, line
 
 
 def _parse(where: str, number: int, line: str, fields: Mapping[str, Any], shared: SamplingParams) -> list[Job]:
@@ -114,14 +124,16 @@ def _parse(where: str, number: int, line: str, fields: Mapping[str, Any], shared
     if not isinstance(value[name], (str, list) if name == "prompt" else list):
         kinds = "a string or a list of token ids" if name == "prompt" else "a list"
         raise PromptError(f"{where}: {name!r} must be {kinds}")
+    chat = {key: value[key] for key in value if key in CHAT_KEYS} if name == "messages" else {}
+    prompt = chat if len(chat) > 1 else value[name]
     if not is_unicode(value):
         raise PromptError(f"{where} has half of a surrogate pair (\\ud800 to \\udfff), which is not text")
-    given = {key: value[key] for key in value if key not in ("id", name)}
+    given = {key: value[key] for key in value if key not in ("id", name, *chat)}
     try:
         params = sampling_from_wire({**fields, **given}) if given else shared
     except SamplingError as error:
         raise PromptError(f"{where}: {error}; besides 'id' and {name!r}, a line has sampling fields") from error
-    return jobs_of(value.get("id", number), value[name], params)
+    return jobs_of(value.get("id", number), prompt, params)
 
 
 def jobs_of(id: Any, prompt: Any, params: SamplingParams) -> list[Job]:
@@ -200,11 +212,12 @@ def result(job: Job, completion: Completion, settings: Mapping[str, Any] | None 
     times = {"queue_s": timing.queue, "ttft_s": timing.ttft, "total_s": timing.total}
     if len(timing.token_times) > 1:
         times |= {"tpot_p50_s": timing.tpot_p50, "tpot_p95_s": timing.tpot_p95, "tpot_p99_s": timing.tpot_p99}
-    logprobs = getattr(completion, "logprobs", None)
+    logprobs, scored = getattr(completion, "logprobs", None), getattr(completion, "prompt_logprobs", None)
     return _record(job, settings) | {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         **({} if logprobs is None else {"logprobs": [asdict(token) for token in logprobs]}),
+        **({} if scored is None else {"prompt_logprobs": [token and asdict(token) for token in scored]}),
         "finish_reason": str(completion.finish_reason),
         "seed": completion.seed,
         "error": None if completion.error is None else str(completion.error),

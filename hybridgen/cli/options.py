@@ -27,8 +27,8 @@ ENGINE = (
     "kv_memory",
 )
 """Fields of `EngineConfig` that are options of every command that loads a model."""
-SAMPLING = tuple(each.name for each in dataclasses.fields(SamplingParams))
-"""Fields of `SamplingParams`: each is an option."""
+SAMPLING = tuple(each.name for each in dataclasses.fields(SamplingParams) if not each.metadata.get("functions"))
+"""Fields of `SamplingParams` that are options: all but those that hold functions."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,7 +153,7 @@ def add_engine(parser: argparse.ArgumentParser, names: Iterable[str] = ENGINE) -
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add an option for every field of `SamplingParams`."""
+    """Add an option for every field of `SamplingParams` that holds no functions."""
     add_fields(parser, SamplingParams, SAMPLING, "sampling")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-from hybridgen.arguments import is_text, sampling_per_prompt
+from hybridgen.arguments import REFUSED, is_text, sampling_per_prompt
 from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
@@ -16,7 +16,7 @@ from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
-from hybridgen.text.prompts import encode_prompt
+from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
 
 UNKNOWN_CONTEXT = 4096
 """Tokens, for a model whose config names no limit."""
@@ -45,6 +45,8 @@ class Request:
     """Which prompt of the call."""
     choice: int = 0
     """Which of the prompt's `n` completions."""
+    scored_from: int | None = None
+    """The first token of the prompt whose log-probability is wanted; None: of no token."""
     prompt: Any = None
     """The text or chat that the ids are of."""
     truncated: int = 0
@@ -53,7 +55,8 @@ class Request:
     """Its tokens, text, events and completion. `StepLoop.submit` sets it."""
     state: RequestState = field(default=RequestState.NEW, init=False)
     prefill_ids: tuple[int, ...] = field(init=False)
-    """What its prefill feeds: the prompt, and when it is prefilled again also what was generated before."""
+    """What its prefill feeds: the prompt, and when it is prefilled again also what was generated before. Without the
+    prompt's last token where nothing is generated behind it."""
     prefilled: int = field(default=0, init=False)
     """How many of those were launched."""
     slot: int = field(default=-1, init=False)
@@ -63,7 +66,7 @@ class Request:
     _batch: Batch | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.prefill_ids = self.prompt_ids
+        self.prefill_ids = self.prompt_ids if self.sampling.max_new_tokens else self.prompt_ids[:-1]
 
     @property
     def completion(self) -> Completion | None:
@@ -91,9 +94,32 @@ class Request:
     def advance(self, tokens: int) -> bool:
         """Note that so many more tokens of its prefill are launched; whether they are the last, which sample one."""
         self.prefilled += tokens
-        last = self.prefilled == len(self.prefill_ids)
+        last = self.prefilled == len(self.prefill_ids) and self.sampling.max_new_tokens > 0
         self._launched += last
         return last
+
+    def targets(self, length: int) -> tuple[int, ...]:
+        """Those scored tokens of the prompt that the next `length` tokens of its prefill tell the probabilities of."""
+        if self.scored_from is None:
+            return ()
+        start = self.prefilled + 1
+        return self.prompt_ids[max(start, self.scored_from) : start + length]
+
+    @property
+    def unscored(self) -> int:
+        """How many of the next tokens of its prefill come before those that tell scored tokens' probabilities."""
+        return 0 if self.scored_from is None else max(0, self.scored_from - 1 - self.prefilled)
+
+    @property
+    def shareable(self) -> int:
+        """Positions at its beginning that need not be computed if they are there already."""
+        return len(self.prefill_ids) - 1 if self.scored_from is None else self.scored_from - 1
+
+    def restart(self, generated: Sequence[int]) -> None:
+        """Prefill the prompt again, with all that was generated behind it. What was scored stays so."""
+        self.prefill_ids = self.prompt_ids + tuple(generated)
+        self.prefilled = 0
+        self.scored_from = None
 
     def admitted(self, slot: int, pages: RequestPages) -> None:
         """It gets a slot and pages. What it shares with others is not fed again."""
@@ -150,6 +176,7 @@ def make_requests(
     checkpoint: Checkpoint,
     max_context: int,
     cache_tokens: int | None,
+    refused: dict[int, Completion] | None = None,
 ) -> list[Request]:
     """Requests for a list of prompts.
 
@@ -158,66 +185,96 @@ def make_requests(
         fields: `SamplingParams` fields that replace those of `sampling`.
         max_context: the longest prompt plus output.
         cache_tokens: positions that the KV cache holds; None while there is no cache yet.
+        refused: takes a completion with the error of each prompt that cannot be run; None: such an error is raised.
 
     Raises:
         SamplingError, PromptError, TokenizerError: the first thing wrong with the call.
     """
     params = sampling_per_prompt(len(prompts), sampling, fields)
-    requests = []
+    requests: list[Request] = []
     known: dict[tuple[int, int], ResolvedSampling] = {}
     """By parameters and length of the prompt; most prompts of a call have the same parameters."""
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        ids = encode_prompt(
-            prompt,
-            index,
-            tokenizer=checkpoint.tokenizer,
-            tokenizer_problem=checkpoint.tokenizer_problem,
-            vocab_size=checkpoint.vocab_size,
-        )
-        cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
-        ids, told = ids[cut:], prompt if is_text(prompt) else None
-        length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
-        resolved = known.get((id(wanted), length))
-        if resolved is None:
-            resolved = known[id(wanted), length] = resolve(
-                wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
-            )
-        elif wanted.seed is None and not resolved.greedy:
-            resolved = replace(resolved, seed=draw_seed())
-        if resolved.stop and checkpoint.tokenizer is None:
-            whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
-            raise TokenizerError(
-                f"stop={shown(list(resolved.stop))}{whose} needs text and the model has no tokenizer "
-                f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
-            )
-        new = resolved.max_new_tokens
-        if wanted.max_new_tokens is None:
-            # A default gives way to the context; a number that the user gave does not.
-            room = min(max_context, cache_tokens or max_context) - len(ids)
-            new = max(1, min(new, room))
-        _check_fits(index, len(ids), new, max_context, cache_tokens)
-        if wanted.min_new_tokens is not None and wanted.min_new_tokens > new:
-            limit, raised = ("context", "max_context") if len(ids) + new == max_context else ("KV cache", "kv_memory")
-            raise PromptError(
-                f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
-                f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
-            )
-        if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
-            resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
-        for choice in range(wanted.n):
-            drawn = resolved if choice == 0 else replace(resolved, seed=choice_seed(resolved.seed, choice))
-            requests.append(Request(ids, drawn, index, choice, prompt=told, truncated=cut))
+        try:
+            requests += _make(index, prompt, wanted, checkpoint, max_context, cache_tokens, known)
+        except REFUSED as error:
+            if refused is None:
+                raise
+            refused[index] = Completion.refused(error, prompt if is_text(prompt) else None, wanted.seed)
     return requests
 
 
-def collect(requests: Iterable[Request]) -> list[Completion]:
-    """One completion per prompt, in order: the first choice, which holds all of them."""
+def _make(
+    index: int,
+    prompt: Any,
+    wanted: SamplingParams,
+    checkpoint: Checkpoint,
+    max_context: int,
+    cache_tokens: int | None,
+    known: dict[tuple[int, int], ResolvedSampling],
+) -> list[Request]:
+    """A request for each completion of a prompt; see `make_requests`."""
+    how: dict[str, Any] = {
+        "tokenizer": checkpoint.tokenizer,
+        "tokenizer_problem": checkpoint.tokenizer_problem,
+        "vocab_size": checkpoint.vocab_size,
+    }
+    start = 0
+    if is_pair(prompt):
+        ids, start = encode_pair(prompt, index, **how)
+    else:
+        ids = encode_prompt(prompt, index, **how)
+    cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
+    ids, told = ids[cut:], prompt if is_text(prompt) else None
+    length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
+    resolved = known.get((id(wanted), length))
+    if resolved is None:
+        resolved = known[id(wanted), length] = resolve(
+            wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
+        )
+    elif wanted.seed is None and not resolved.greedy:
+        resolved = replace(resolved, seed=draw_seed())
+    if resolved.stop and checkpoint.tokenizer is None:
+        whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
+        raise TokenizerError(
+            f"stop={shown(list(resolved.stop))}{whose} needs text and the model has no tokenizer "
+            f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
+        )
+    new = resolved.max_new_tokens
+    if wanted.max_new_tokens is None:
+        # A default gives way to the context; a number that the user gave does not.
+        room = min(max_context, cache_tokens or max_context) - len(ids)
+        new = max(1, min(new, room))
+    _check_fits(index, len(ids), new, max_context, cache_tokens)
+    if wanted.min_new_tokens is not None and wanted.min_new_tokens > new:
+        limit, raised = ("context", "max_context") if len(ids) + new == max_context else ("KV cache", "kv_memory")
+        raise PromptError(
+            f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
+            f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
+        )
+    if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
+        resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
+    scored_from = _scored_from(index, len(ids), start, cut, resolved)
+    drawn = [resolved, *(replace(resolved, seed=choice_seed(resolved.seed, i)) for i in range(1, wanted.n))]
+    return [
+        Request(ids, sampling, index, choice, scored_from, prompt=told, truncated=cut)
+        for choice, sampling in enumerate(drawn)
+    ]
+
+
+def collect(requests: Iterable[Request], refused: Mapping[int, Completion] | None = None) -> list[Completion]:
+    """One completion per prompt, in order: the first choice, which holds all of them.
+
+    Args:
+        refused: those of prompts that were not run.
+    """
     choices: dict[int, list[Completion]] = {}
     for request in requests:
         if request.completion is None:
             raise RuntimeError("a request was collected before its end")
         choices.setdefault(request.index, []).append(request.completion)
-    return [replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())]
+    found = {index: replace(group[0], choices=tuple(group)) for index, group in choices.items()}
+    return [completion for _, completion in sorted({**found, **(refused or {})}.items())]
 
 
 def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
@@ -237,6 +294,30 @@ def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
             scaled = f" ({limit}, which its rotary scaling makes {most})" if most != limit else f" of {limit}"
             raise ConfigError(f"max_context={requested} is above the model's limit{scaled}; lower it")
     return requested
+
+
+def _scored_from(index: int, prompt: int, start: int, cut: int, sampling: ResolvedSampling) -> int | None:
+    """The first token of a prompt that is scored; None where none is.
+
+    Args:
+        start: tokens before its completion; 0 where it has none.
+        cut: tokens that were cut from its beginning.
+    """
+    if sampling.prompt_logprobs is None:
+        if start:
+            raise PromptError(f"prompt {index} has a completion to score; score() does that, or prompt_logprobs=0")
+        return None
+    if start and start <= cut:
+        raise PromptError(
+            f"prompt {index} has {start} tokens before its completion and truncate_prompt cuts {cut}; raise it so that "
+            "one is left to score the completion by"
+        )
+    if prompt == 1 and sampling.max_new_tokens == 0:
+        raise PromptError(
+            f"prompt {index} has one token, and none before it to score it by; put one in front, such as the "
+            "tokenizer's beginning of text"
+        )
+    return max(start - cut, 1)
 
 
 def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None) -> None:

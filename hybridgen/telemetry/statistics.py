@@ -23,7 +23,7 @@ class Counters:
     """(phase, kind, reason) of each launched call."""
     tokens: Counter[str] = field(default_factory=Counter)
     """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there), `truncated` (cut from
-    prompts, see `SamplingParams.truncate_prompt`) and `generated`."""
+    prompts, see `SamplingParams.truncate_prompt`), `generated` and `scored` (of prompts)."""
     requests: Counter[str] = field(default_factory=Counter)
     """`submitted`, and each finish reason."""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -254,7 +254,8 @@ class EngineStats:
     requests: Mapping[str, int] = field(metadata=about("`submitted`, and how many ended by each finish reason."))
     tokens: Mapping[str, int] = field(
         metadata=about(
-            "`prompt` (fed), `cached` (of prompts, not fed), `truncated` (cut from prompts) and `generated`."
+            "`prompt` (fed), `cached` (of prompts, not fed), `truncated` (cut from prompts), `generated` and "
+            "`scored` (of prompts)."
         )
     )
     steps: Mapping[tuple[str, str, str], int] = field(metadata=about("Calls by (phase, kind, reason)."))

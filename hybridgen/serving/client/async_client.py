@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
-from hybridgen.core import TokenEvent
+from hybridgen.arguments import SCORES, ManyPrompts, OnePrompt, Sampling, scores_of, scoring_pairs
+from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import HybridgenError, ServerError
-from hybridgen.params import SamplingParams
-from hybridgen.serving.client.exchange import Call, Exchange, Results
+from hybridgen.serving.client.exchange import Call, Exchange, Results, split
 from hybridgen.serving.client.link import HELLO_SECONDS, MAX_FRAME, check_hello, hello_message
 from hybridgen.serving.unix.address import connect, socket_path
 from hybridgen.serving.unix.frames import FrameError, FrameReader, encode
@@ -168,33 +169,74 @@ class AsyncClient:
                 self._link = link
             return self._link
 
+    @overload
+    async def generate(  # type: ignore[overload-overlap]  # a string is one prompt
+        self,
+        prompts: OnePrompt,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Completion: ...
+
+    @overload
+    async def generate(
+        self,
+        prompts: ManyPrompts,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> list[Completion]: ...
+
+    @overload
     async def generate(
         self,
         prompts: Any,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Any: ...
+
+    async def generate(
+        self,
+        prompts: Any,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
         **fields: Any,
     ) -> Any:
         """Generate as `Client.generate` does. Cancelling the task cancels its requests."""
-        call = Call(prompts, sampling, fields)
+        call = Call(prompts, sampling, fields, errors)
         results = Results(call)
         async for event in self._events(call, stream=False):
             results.add(event)
         return results.result()
 
+    async def score(self, prompts: Any, completions: Any = None, *, cache_salt: str | None = None) -> Any:
+        """Score completions as `Client.score` does."""
+        pairs, single = scoring_pairs(split(prompts), None if completions is None else split(completions))
+        return scores_of(await self.generate(pairs, replace(SCORES, cache_salt=cache_salt)), single)
+
     def stream(
         self,
         prompts: Any,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
         **fields: Any,
     ) -> AsyncIterator[TokenEvent]:
         """Generate as `Client.stream` does. The requests are cancelled when the iterator is closed (`aclose()`)."""
-        return self._events(Call(prompts, sampling, fields), stream=True)
+        return self._events(Call(prompts, sampling, fields, errors), stream=True)
 
     async def _events(self, call: Call, *, stream: bool) -> AsyncIterator[TokenEvent]:
         link = await self._connected()
         exchange = Exchange(call, link.hello["limits"], wait=self._wait, stream=stream)
         box: Box = asyncio.Queue()
         silent_since = time.monotonic()
+        for event in exchange.refused:
+            yield event
         try:
             while not exchange.finished:
                 now = time.monotonic()
@@ -210,9 +252,9 @@ class AsyncClient:
                 silent_since = time.monotonic()
                 if answer["type"] == "error" or answer.get("last"):
                     link.boxes.pop(answer["id"], None)
-                event = exchange.take(answer, silent_since)
-                if event is not None:
-                    yield event
+                taken = exchange.take(answer, silent_since)
+                if taken is not None:
+                    yield taken
         finally:
             for key in exchange.active:
                 link.boxes.pop(key, None)

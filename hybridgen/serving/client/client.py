@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
-from hybridgen.arguments import end_streamer
-from hybridgen.core import TokenEvent
+from hybridgen.arguments import SCORES, ManyPrompts, OnePrompt, Sampling, end_streamer, scores_of, scoring_pairs
+from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import HybridgenError, Interrupted, ServerError
-from hybridgen.params import SamplingParams
-from hybridgen.serving.client.exchange import Call, Exchange, Results
+from hybridgen.serving.client.exchange import Call, Exchange, Results, split
 from hybridgen.serving.client.link import Link, Mailbox
 from hybridgen.serving.unix.address import socket_path
 from hybridgen.serving.unix.messages import error_from_wire
@@ -54,12 +54,46 @@ class Client:
         """What the server said of itself: `model`, `mode`, `max_batch`, `max_context` and its `limits`."""
         return dict(self._link.hello)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a string is one prompt
+        self,
+        prompts: OnePrompt,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: ManyPrompts,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> list[Completion]: ...
+
+    @overload
     def generate(
         self,
         prompts: Any,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
         *,
         streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
         **fields: Any,
     ) -> Any:
         """Generate as `Engine.generate` does.
@@ -75,10 +109,20 @@ class Client:
             Interrupted: Ctrl-C; holds what was finished.
         """
         try:
-            results = self._generate(Call(prompts, sampling, fields), streamer)
+            results = self._generate(Call(prompts, sampling, fields, errors), streamer)
         finally:
             end_streamer(streamer)
         return results.result()
+
+    def score(self, prompts: Any, completions: Any = None, *, cache_salt: str | None = None) -> Any:
+        """Score completions as `Engine.score` does.
+
+        Raises:
+            PromptError, TokenizerError: as the engine does.
+            ServerBusyError, ServerError, RequestError, Interrupted: see `generate()`.
+        """
+        pairs, single = scoring_pairs(split(prompts), None if completions is None else split(completions))
+        return scores_of(self.generate(pairs, replace(SCORES, cache_salt=cache_salt)), single)
 
     def _generate(self, call: Call, streamer: Any) -> Results:
         """Run a call to its end."""
@@ -105,7 +149,9 @@ class Client:
     def stream(
         self,
         prompts: Any,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
         **fields: Any,
     ) -> Iterator[TokenEvent]:
         """Generate as `Engine.stream` does, and yield each token as it comes.
@@ -113,7 +159,7 @@ class Client:
         The requests start with the first `next()` and are cancelled when the iterator is closed. A stream that is not
         read for long is cut off by the server, and with it all that this client has in flight.
         """
-        return self.stream_call(Call(prompts, sampling, fields))
+        return self.stream_call(Call(prompts, sampling, fields, errors))
 
     def stream_call(self, call: Call) -> Iterator[TokenEvent]:
         """`stream()` of arguments that were checked."""
@@ -128,6 +174,7 @@ class Client:
         self, link: Link, exchange: Exchange, box: Mailbox, feeder: _Feeder | None = None
     ) -> Iterator[TokenEvent]:
         silent_since = time.monotonic()
+        yield from exchange.refused
         while not exchange.finished:
             now = time.monotonic()
             while (message := exchange.next_message(now)) is not None:

@@ -76,7 +76,13 @@ def test_sampling_params(given_params: SamplingParams) -> None:
 
 
 def test_every_sampling_field_was_in_the_strategy() -> None:
-    default, names = SamplingParams(), {field.name for field in fields(SamplingParams)}
+    """But for functions, which are refused, and `prompt_logprobs`, which no `n` above 1 goes with."""
+    default = SamplingParams()
+    names = {field.name for field in fields(SamplingParams) if not field.metadata.get("functions")} - {
+        "prompt_logprobs"
+    }
+    scored = SamplingParams(prompt_logprobs=2, max_new_tokens=0)
+    assert messages.sampling_from_wire(over_the_wire(messages.sampling_to_wire(scored))) == scored
     full = SamplingParams(
         max_new_tokens=7, min_new_tokens=1, temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.1,
         presence_penalty=0.1, frequency_penalty=0.2, logit_bias={3: -math.inf}, seed=1, n=2, stop="x",
