@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from hybridgen.cli.chat import chat_of, is_chat
 from hybridgen.cli.jsonl import Job, ResultFile, is_unicode, jobs_of, read_jobs, same_file, settings_of
 from hybridgen.cli.options import SAMPLING, add_sampling, given
 from hybridgen.cli.output import check_output_is_open, note
@@ -42,6 +43,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--input", type=Path, help="JSONL file: strings, or objects with prompt or messages, and sampling fields"
+    )
+    chat = parser.add_argument_group("chat")
+    chat.add_argument("--chat", action="store_true", help="each prompt is what the user says in a chat")
+    chat.add_argument("--system", metavar="TEXT", help="the system message of the chats; prompts are chats then")
+    chat.add_argument(
+        "--messages",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with the messages so far, or an object with messages and tools; a prompt is what the user says "
+        "next; prompts are chats then",
     )
     parser.add_argument("--output", type=Path, help="JSONL file for the results; finished lines are not redone")
     parser.add_argument(
@@ -123,6 +134,13 @@ def _run(engine: Generator, jobs: list[Job], report: Report, arguments: argparse
                 bar.update()
 
 
+def _prompts(arguments: argparse.Namespace) -> list[Any]:
+    """The prompts that were given as arguments, as texts or chats."""
+    if not is_chat(arguments):
+        return list(arguments.prompt)
+    return [chat_of(prompt, arguments) for prompt in arguments.prompt or [None]]
+
+
 def _warn_of_a_path(prompt: str, model: str | None) -> None:
     """Say it where a prompt names a model or a file: other commands take those without a name."""
     try:
@@ -141,18 +159,20 @@ def _warn_of_a_path(prompt: str, model: str | None) -> None:
 def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     fields = given(arguments, SAMPLING)
     if arguments.input is not None:
+        if is_chat(arguments):
+            raise PromptError("--chat, --system and --messages are for prompts; lines of --input have messages")
         if arguments.prompt:
             raise PromptError("give prompts as arguments or with --input, not both")
         if arguments.output is not None and same_file(arguments.input, arguments.output):
             raise PromptError(f"--output {arguments.output} is the --input file; name another")
         return read_jobs(arguments.input, fields, skip=arguments.on_error == "skip")
     params = sampling_from_wire(fields)
-    if arguments.prompt:
+    if arguments.prompt or arguments.messages is not None:
         for index, prompt in enumerate(arguments.prompt):
             _warn_of_a_path(prompt, getattr(arguments, "named_model", None))
             if not is_unicode(prompt):
                 raise PromptError(f"prompt {index} is not text in this locale's encoding")
-        return [job for index, prompt in enumerate(arguments.prompt) for job in jobs_of(index, prompt, params)]
+        return [job for index, prompt in enumerate(_prompts(arguments)) for job in jobs_of(index, prompt, params)]
     if sys.stdin is None or sys.stdin.isatty():
         raise PromptError('no prompt; try: hybridgen generate "def fibonacci(n):"')
     try:
@@ -164,4 +184,4 @@ def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     text = text.removeprefix("\ufeff")  # an editor's byte order mark
     if not text:
         raise PromptError("standard input is empty; give a prompt")
-    return jobs_of(0, text, params)
+    return jobs_of(0, chat_of(text, arguments) if is_chat(arguments) else text, params)

@@ -54,7 +54,7 @@ from hybridgen.models.projections import fuse_projections
 from hybridgen.models.twin import Twin
 from hybridgen.telemetry import import_time
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats
-from hybridgen.telemetry.traffic import Traffic
+from hybridgen.telemetry.traffic import Traffic, formats_of
 from hybridgen.text.prompts import Prompts, split_prompts
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ class Engine:
         """How steps run: `config.mode`, with `auto` decided."""
         self._no_bar = bar_disabled(config.progress)
         self._counters = Counters()
+        for note, count in loaded.notes.items():
+            self._counters.fall_back(note, count)
         self._startup = Startup(import_time.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
@@ -118,6 +120,7 @@ class Engine:
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self._prefix_state = built.prefix_state
+            self._formats = formats_of(bound.model, bound.weights)
             self.cache.end_start()
             atexit.register(_keep_plan, weakref.ref(self))
         except BaseException:
@@ -417,6 +420,7 @@ class Engine:
             free_pages=pages.free,
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
+            weights=self._formats,
             prefix=PrefixStats(
                 state=self._prefix_state,
                 pages=pages.kept,

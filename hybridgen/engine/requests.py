@@ -84,7 +84,8 @@ class Request:
     @property
     def capacity(self) -> int:
         """Positions that it may ever use."""
-        return len(self.prompt_ids) + self.sampling.max_new_tokens
+        new = self.sampling.max_new_tokens
+        return len(self.prompt_ids) + new if new else len(self.prefill_ids)
 
     @property
     def length(self) -> int:
@@ -321,7 +322,7 @@ def _scored_from(index: int, prompt: int, start: int, cut: int, sampling: Resolv
 
 
 def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None) -> None:
-    needed = prompt + new
+    needed = prompt + new if new else prompt - 1  # the last scored token is not fed
     if needed > max_context:
         raise PromptError(
             f"prompt {index} has {prompt} tokens and max_new_tokens={new}: together {needed}, over the context of "

@@ -129,7 +129,12 @@ class AsyncClient:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, timeout: float | None = None, wait: float = 60.0
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float | None = None,
+        wait: float = 60.0,
+        patience: float = 0.0,
     ) -> None:
         """See `Client`; it connects with the first call.
 
@@ -139,6 +144,7 @@ class AsyncClient:
         self.path = socket_path(path)
         self._timeout = timeout
         self._wait = wait
+        self._patience = patience
         self._closed = False
         self._link: _AsyncLink | None = None
         self._connecting = asyncio.Lock()
@@ -157,7 +163,7 @@ class AsyncClient:
                 raise ServerError("this client is closed; make a new one")
             loop = asyncio.get_running_loop()
             if self._link is None or self._link.error is not None or self._link.loop is not loop:
-                connection = await asyncio.to_thread(connect, self.path)
+                connection = await asyncio.to_thread(connect, self.path, self._patience)
                 _, link = await loop.create_connection(_AsyncLink, sock=connection)
                 try:
                     await link.greet()

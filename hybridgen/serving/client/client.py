@@ -29,7 +29,12 @@ class Client:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, timeout: float | None = None, wait: float = 60.0
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float | None = None,
+        wait: float = 60.0,
+        patience: float = 0.0,
     ) -> None:
         """Connect. A later call connects again when the connection was lost.
 
@@ -38,6 +43,8 @@ class Client:
             timeout: seconds without a message from the server after which a call gives up; None: never.
             wait: seconds for which a call tries again while the server's queue is full; 0: it raises
                 `ServerBusyError` at once.
+            patience: seconds for which connecting is tried again while nobody listens there, for a server that is just
+                being started.
 
         Raises:
             ServerError: nobody listens there, or not this user's server.
@@ -47,7 +54,7 @@ class Client:
         self._wait = wait
         self._lock = threading.Lock()
         self._closed = False
-        self._link = Link(self.path)
+        self._link = Link(self.path, patience)
 
     @property
     def server(self) -> dict[str, Any]:
