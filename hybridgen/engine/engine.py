@@ -27,7 +27,7 @@ from hybridgen.arguments import (
     scoring_pairs,
 )
 from hybridgen.compilation.store.session import CompileCache, preload
-from hybridgen.config import EngineConfig, bar_disabled
+from hybridgen.config import EngineConfig, Mode, bar_disabled
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.display import html_table
@@ -51,6 +51,7 @@ from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.models import BoundModel, bind
 from hybridgen.models.projections import fuse_projections
+from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
 from hybridgen.telemetry import import_time
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats
@@ -111,6 +112,8 @@ class Engine:
             with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
                 bound = _bound(model, self.max_context)
             undo.callback(bound.release)
+            for _, module in quantised_modules(model):
+                module.dequantises = self.mode is Mode.EAGER  # the reference
             self._starter = Starter(self.cache, self._startup, self._counters)
             builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters)
             with device_of(checkpoint.device):
