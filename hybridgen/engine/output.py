@@ -64,6 +64,8 @@ class RequestOutput:
         """Drafts that were checked."""
         self._accepted_tokens = 0
         """Drafts that were right: tokens that were not the first of their step."""
+        self.states: list[Any] = []
+        """Hidden states of its prompt, part by part, where they are wanted."""
         self.keep_events = keep_events
         self._prompt_ids = prompt_ids
         self._prompt, self._truncated = prompt, truncated

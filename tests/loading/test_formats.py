@@ -171,6 +171,18 @@ def test_a_quantised_head_and_tied_embeddings(tmp_path: Path) -> None:
             assert tokens(engine) == expected(model)
 
 
+def test_only_eager_steps_dequantise_by_themselves(tmp_path: Path) -> None:
+    """The others go through the op, which has kernels; a live module's are its engine's, not its owner's."""
+    formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
+    owned = Checkpoint.open(tmp_path, hybridgen.EngineConfig(device="cpu")).load().model
+    for source in (tmp_path, owned):
+        for mode in ("eager", "graph"):
+            with hybridgen.Engine.load(source, mode=mode, **SETTINGS) as engine:
+                modules = [module for _, module in quantised_modules(engine._runner.bound.model)]
+                assert {module.dequantises for module in modules} == {mode == "eager"}
+    assert not any(module.dequantises for _, module in quantised_modules(owned))
+
+
 def test_joined_projections_keep_their_values(tmp_path: Path) -> None:
     """Scales of 32 x 32 stay blocks where they fit, and become rows where they do not."""
     for name in ("ct fp8 block", "ct fp8 odd block", "ct fp8 tensor"):

@@ -1,7 +1,8 @@
 """A product with a quantised weight: the op `hybridgen::quantised_linear`.
 
-`x @ dequantised.T + bias` for x of any number of rows: the weight is dequantised to x's dtype and multiplied by torch.
-The weight's layout: `hybridgen.kernels.linear.layout`.
+`x @ dequantised.T + bias` for x of any number of rows. On a CPU the weight is dequantised to x's dtype and multiplied
+by torch: the reference. On CUDA few rows go through a Triton kernel that unpacks in registers, and many through a
+dequantised copy and cuBLAS (`quantised_kernels`). The weight's layout: `hybridgen.kernels.linear.layout`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,22 @@ def _reference(
     return F.linear(x, dequantise(kind, data, scales, zeros, inputs, block, x.dtype), bias)
 
 
+def _cuda(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    inputs: int,
+    block_outputs: int,
+    block_inputs: int,
+) -> Tensor:
+    from hybridgen.kernels.linear.quantised_kernels import linear
+
+    return linear(x, kind, data, scales, zeros, bias, inputs, Block(block_outputs, block_inputs))
+
+
 def _fake(
     x: Tensor,
     data: Tensor,
@@ -76,5 +93,5 @@ def _fake(
 
 
 _library.impl("quantised_linear", _reference, "CPU")
-_library.impl("quantised_linear", _reference, "CUDA")
+_library.impl("quantised_linear", _cuda, "CUDA")
 torch.library.register_fake("hybridgen::quantised_linear", _fake, lib=_library)
