@@ -338,3 +338,38 @@ def test_keys_that_depend_on_the_length_are_shared_below_it(kind: str, fields: d
             else:
                 assert state.startswith(f"off: keys of this model depend on a request's length above {limit} tokens")
                 assert {out.cached_tokens for out in outs} == {0}
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_windowed_models_use_few_pages_in_turn_when_room_is_short(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All four rows run at once in a pool that holds two of them whole, and give the tokens of a large one."""
+    path = families.write("mistral", tmp_path)
+    prompts = [*families.prompts_of((70, 33, 9, 90)), A, A + C]
+    with Engine.load(path, mode="eager", prefix_cache=False, **SETTINGS) as engine:
+        expected = tokens(generate(engine, prompts, max_new_tokens=60))
+    monkeypatch.setattr("hybridgen.engine.builder.plan_pages", lambda *_, **__: 1 + 45)
+    used: list[bool] = []
+    admit = PageManager.admit
+
+    def note(manager: PageManager, *args: Any) -> Any:
+        pages = admit(manager, *args)
+        if pages is not None:
+            used.append(pages.in_turn)
+        return pages
+
+    with Engine.load(path, mode=mode, run_ahead=1, **SETTINGS) as engine:
+        poison(engine, monkeypatch)
+        monkeypatch.setattr(PageManager, "admit", note)
+        for _ in range(2):
+            assert tokens(generate(engine, prompts, max_new_tokens=60)) == expected
+        check_empty(engine)
+    assert any(used)
+    assert not all(used)
+
+
+def test_models_with_a_layer_that_sees_everything_use_no_pages_in_turn(tmp_path: Path) -> None:
+    with Engine.load(families.write("gemma2", tmp_path), mode="eager", **SETTINGS) as engine:
+        generate(engine, [A])
+        assert engine._loop.scheduler.pages.ring_pages is None
