@@ -40,7 +40,7 @@ class Sampling(SimpleNamespace):
 
 
 def make_request(prompt: int, new: int = 8) -> Request:
-    request = Request(tuple(range(prompt)), Sampling(max_new_tokens=new, cache_salt=None))
+    request = Request(tuple(range(prompt)), Sampling(max_new_tokens=new, cache_salt=None, prompt_logprobs=None))
     request.output = SimpleNamespace(token_ids=[])
     return request
 
