@@ -373,3 +373,15 @@ def test_models_with_a_layer_that_sees_everything_use_no_pages_in_turn(tmp_path:
     with Engine.load(families.write("gemma2", tmp_path), mode="eager", **SETTINGS) as engine:
         generate(engine, [A])
         assert engine._loop.scheduler.pages.ring_pages is None
+
+
+def test_the_order_in_which_a_list_starts_changes_no_result(path: Path) -> None:
+    """Two rows, outputs of many lengths, greedy and drawn: completions in the order of the list."""
+    params = [SamplingParams(max_new_tokens=2 + 7 * i % 23, temperature=i % 2, seed=i) for i in range(len(PROMPTS))]
+    found = []
+    for longest_first in (False, True):
+        settings = SETTINGS | {"max_batch": 2, "longest_first": longest_first}
+        with Engine.load(path, mode="eager", **settings) as engine:
+            found.append(tokens(engine.generate(PROMPTS, params)))
+    assert found[0] == found[1]
+    assert [len(out) for out in found[0]] == [each.max_new_tokens for each in params]
