@@ -173,15 +173,15 @@ def test_more_requests_than_slots(streams: Streams) -> None:
 
 
 def test_pages_that_are_used_in_turn(tmp_path: Path) -> None:
-    """A window of 8 and few pages of 8: drafts that are wrong write to none that is still seen."""
-    path = families.write("mistral", tmp_path)
-    settings: dict[str, Any] = {"page_size": 8, "token_budget": 3, "max_batch": 2, "prefix_cache": False}
+    """A window of 7 and few pages of 8: drafts that are wrong write to none that is still seen."""
+    path = families.write("mistral", tmp_path, sliding_window=7)
+    settings: dict[str, Any] = {"page_size": 8, "token_budget": 2, "max_batch": 3, "prefix_cache": False}
     params = each(3, 60, [GREEDY, {"temperature": 1.0}])
     with loaded(path, **settings) as engine:
         expected = engine.generate(PROMPTS[:3], params)
-    few = 6 * 8 * 2 * 4 * 2 * 16 * 4  # five pages and the dummy page: keys and values, 4 layers, 2 heads of 16, float32
-    with loaded(path, **settings, kv_memory=few, speculation=OracleDrafter(sequences(expected), [0, 2, 5])) as engine:
-        assert engine.stats().pages == 5
-        ring = engine._loop.scheduler.pages.ring_pages
-        assert ring == 2  # 8 + 8 - 1 positions
+    page = 8 * 2 * 4 * 2 * 16 * 4  # keys and values, 4 layers, 2 heads of 16, float32
+    settings |= {"kv_memory": 15 * page, "speculation": OracleDrafter(sequences(expected), [0, 2, 5])}
+    with loaded(path, **settings) as engine:
+        assert engine.stats().pages == 14  # the first takes 9 of them, and the others, of 13 and 8, a few in turn
+        assert engine._loop.scheduler.pages.ring_pages == 2  # the window and the drafts: 7 + 8 - 1 positions
         check_equal(engine.generate(PROMPTS[:3], params), expected)
