@@ -261,6 +261,14 @@ def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], voc
         resolve(SamplingParams(), generation_config, eos_token_ids, vocab_size)
     except SamplingError as error:
         raise CheckpointError(f"{whose} cannot be used: {error}") from None
+    found = not_applied(generation_config)
+    if found:
+        listed = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
+        logger.warning("%s: not applied here, so that texts can differ from Hugging Face's: %s", whose, listed)
+
+
+def not_applied(generation_config: Any) -> dict[str, Any]:
+    """What a generation config asks for and this library does not do, with its value."""
     found = {
         name: value
         for name, off in _NOT_APPLIED.items()
@@ -271,9 +279,7 @@ def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], voc
         found["top_h"] = top_h
     if getattr(generation_config, "cache_implementation", None) == "quantized":
         found["cache_implementation"] = "quantized"
-    if found:
-        listed = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
-        logger.warning("%s: not applied here, so that texts can differ from Hugging Face's: %s", whose, listed)
+    return found
 
 
 def eos_ids(generation_config: GenerationConfig, config: PreTrainedConfig) -> tuple[int, ...]:
