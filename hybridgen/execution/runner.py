@@ -164,7 +164,7 @@ class ModelRunner:
             states: one a layer, allocated.
         """
         self.states = tuple(states)
-        self.bound.attach(states, self.steps.metadata)
+        self.bound.attach(states, self.steps.metadata, self.max_batch * self.state.query_len)
         self.steps.attach(states)
 
     def use_fused(self, fused: FusedDecode | None) -> None:
