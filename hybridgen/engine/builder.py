@@ -72,7 +72,8 @@ class Builder:
         starter, timed = self.starter, self.startup.timed
         plan = self.graph_plan()
         with timed("artifacts"):
-            units = starter.load_units() if self.resolved.mode.compiles and switched_off() is None else None
+            compiles_layers = self.resolved.mode.compiles and not plan.compiles_steps
+            units = starter.load_units() if compiles_layers and switched_off() is None else None
         runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
@@ -80,7 +81,7 @@ class Builder:
             max_pages=pages_for_tokens(self.resolved.max_context, config.page_size),
             token_budget=self.resolved.token_budget,
             max_context=self.resolved.max_context,
-            compile_backend=config.compile_backend if self.resolved.mode.compiles else None,
+            compile_backend=config.compile_backend if compiles_layers else None,
             units=units,
             offline=config.offline_compile,
             one_copy=config.metadata_copy,
@@ -97,7 +98,7 @@ class Builder:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()
         not_compiled = None
-        if self.resolved.mode.compiles:
+        if compiles_layers:
             with timed("compile"):
                 not_compiled = self._compile(runner)
         if fuses:
@@ -108,7 +109,7 @@ class Builder:
         self.use_graphs(runner, plan, not_compiled)
         if twin is None:  # hooks that the model's own code put there; a twin has none while it is built
             begin_call(runner)
-        if plan.records and config.capture_at_start:
+        if plan.records and config.capture_at_start and not plan.compiles_steps:
             with timed("capture"):
                 self.capture(runner)
         prefix_state = self._prefix_state(bound, runner)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hybridgen.compilation.layers import switched_off
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.graphs.buckets import decode_buckets, prefill_buckets
 from hybridgen.graphs.key import LAYERS, GraphKey
@@ -34,12 +35,27 @@ class GraphSetup:
         """Whether steps are recorded."""
         return self.mode.records
 
+    @property
+    def compiles_steps(self) -> bool:
+        """Whether decode steps are compiled whole, behind, in place of the layers: on a CPU, with Inductor."""
+        config = self.config
+        return (
+            self.device.type == "cpu"
+            and self.mode is Mode.HYBRID
+            and config.compile_backend == "inductor"
+            and config.lazy_capture
+            and not config.offline_compile
+            and switched_off() is None
+        )
+
     def settings(self) -> GraphSettings:
         """Buckets and limits."""
         config = self.config
         decode, prefill = config.decode_buckets, config.prefill_buckets
         if not self.records:
             decode = prefill = ()
+        elif self.compiles_steps and prefill is None:
+            prefill = ()  # nothing stands in for a compiled prefill, and padding would cost
         max_bytes = parse_bytes("max_graph_memory", config.max_graph_memory)
         return GraphSettings(
             decode=decode_buckets(config.max_batch) if decode is None else tuple(decode),
@@ -73,7 +89,12 @@ class GraphSetup:
             return None
         if self.device.type != "cuda":
             stand_in = StandInRecorder()
-            return lambda key, lazy: stand_in
+            if not self.compiles_steps:
+                return lambda key, lazy: stand_in
+            from hybridgen.graphs.compiled_step import CompiledStepRecorder  # loads part of the compiler
+
+            compiled = CompiledStepRecorder()
+            return lambda key, lazy: compiled if key.phase is Phase.DECODE else stand_in
         # Imported here, because the trees' module takes part of a second and must be imported on this thread.
         from hybridgen.graphs.cuda import CudaGraphRecorder
 
