@@ -16,33 +16,45 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo
-import torch._inductor
 from torch import Tensor
 
-from hybridgen.compilation.step_graph import StepGraph
+from hybridgen.compilation.step_graph import OneTensor, StepGraph
 
-TASK, ARTIFACT = "task", "artifact"
+TASK = "task"
 _PRIORITY = 10
 """What the compiling process adds to its niceness."""
 
 
-class OneTensor(NamedTuple):
-    """What is compiled for, of a tensor."""
+class Task(NamedTuple):
+    """What the compiling process is told."""
 
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    graph: StepGraph
+    inputs: list[OneTensor]
+    threads: int
+    artifact: Path
+    """Where it leaves what it made."""
+
+
+def load_step(path: Path) -> Callable[..., Any]:
+    """What the compiling process made: a function of the step's inputs."""
+    import torch._inductor.compile_fx  # which the artifact needs and does not import
+
+    return torch._inductor.CompiledArtifact.load(path=str(path), format="binary")
 
 
 class CompileJob:
     """One step on its way through Inductor."""
 
-    def __init__(self, graph: StepGraph, inputs: Sequence[Tensor]) -> None:
-        """Start the process. It has this one's environment, and so its compile cache."""
+    def __init__(self, graph: StepGraph, inputs: Sequence[Tensor], keep: Path | None = None) -> None:
+        """Start the process. It has this one's environment, and so its compile cache.
+
+        Args:
+            keep: where what it makes is to stay; None: nowhere.
+        """
         self._folder = Path(tempfile.mkdtemp(prefix="hybridgen-compile-"))
-        tensors = [OneTensor(tuple(one.shape), tuple(one.stride()), one.dtype) for one in inputs]
-        (self._folder / TASK).write_bytes(pickle.dumps((graph, tensors, torch.get_num_threads())))
+        self._artifact = self._folder / "artifact" if keep is None else keep
+        task = Task(graph, graph.described(inputs), torch.get_num_threads(), self._artifact)
+        (self._folder / TASK).write_bytes(pickle.dumps(task))
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         with (self._folder / "log").open("wb") as log:
@@ -85,13 +97,12 @@ class CompileJob:
     def _load(self) -> None:
         try:
             status = self._process.wait()
-            artifact = self._folder / ARTIFACT
             if self._closed:
                 return
-            if status != 0 or not artifact.exists():
+            if status != 0 or not self._artifact.exists():
                 lines = (self._folder / "log").read_text(errors="replace").strip().splitlines()
                 raise RuntimeError(lines[-1][:300] if lines else f"exit status {status}")
-            self._compiled = torch._inductor.CompiledArtifact.load(path=str(artifact), format="binary")
+            self._compiled = load_step(self._artifact)
         except Exception as error:  # told by `result`
             self._error = error
         finally:

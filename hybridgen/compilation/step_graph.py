@@ -7,6 +7,7 @@ size that follows from values, cannot be recorded and is refused.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from hybridgen.sampling import choice
 
 _aten = torch.ops.aten
 _REFUSED_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
+_ATTENTION = "hybridgen::decode_attention."
 _READS = {"tolist", "numpy", "__array__", "__dlpack__", "untyped_storage", "storage"}
 """Methods that hand values to the host without an operator."""
 
@@ -56,11 +58,47 @@ class Operation(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class OneTensor(NamedTuple):
+    """What is compiled for, of an input."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class StepGraph(NamedTuple):
     """A step's operators: inputs have the first places, operations those behind."""
 
     inputs: int
     operations: list[Operation]
+
+    def described(self, inputs: Sequence[Tensor]) -> list[OneTensor]:
+        """The inputs as the compiler sees them. Pages of the cache that only attention reads and writes, whose code is
+        not compiled, are said to be two: how many there are depends on free memory."""
+        seen = self._compiled_inputs()
+        return [
+            OneTensor(tuple(one.shape) if place in seen else (2, *one.shape[1:]), tuple(one.stride()), one.dtype)
+            for place, one in enumerate(inputs)
+        ]
+
+    def digest(self, inputs: Sequence[Tensor]) -> str:
+        """32 hexadecimal digits that are equal for steps that one compiled function serves."""
+        text = repr((self.operations, self.described(inputs)))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _compiled_inputs(self) -> set[int]:
+        """Places of inputs that anything reads but attention its pages."""
+        pages = {
+            one.args[argument].place
+            for one in self.operations
+            if one.name == _ATTENTION
+            for argument in (1, 2)  # k_pages, v_pages
+        }
+        others: set[int] = set()
+        for one in self.operations:
+            args = (*one.args[:1], *one.args[3:]) if one.name == _ATTENTION else one.args
+            _mapped((args, one.kwargs), lambda value: others.add(value.place))
+        return (set(range(self.inputs)) - pages) | others
 
     def module(self) -> fx.GraphModule:
         """A function of the inputs that returns nothing."""

@@ -16,7 +16,8 @@ import torch._inductor
 
 import hybridgen.kernels.attention.ops
 import hybridgen.kernels.step.linear  # noqa: F401
-from hybridgen.compilation.behind import ARTIFACT, TASK, OneTensor
+from hybridgen.compilation.behind import TASK, Task
+from hybridgen.compilation.step_graph import OneTensor
 
 
 def _empty(one: OneTensor) -> torch.Tensor:
@@ -25,19 +26,19 @@ def _empty(one: OneTensor) -> torch.Tensor:
 
 
 def main(folder: Path) -> None:
-    """Compile the folder's task and leave the artifact there."""
-    graph, tensors, threads = pickle.loads((folder / TASK).read_bytes())
-    torch.set_num_threads(threads)
+    """Compile the folder's task and leave the artifact where it says."""
+    task: Task = pickle.loads((folder / TASK).read_bytes())
+    torch.set_num_threads(task.threads)
     with torch.inference_mode():
         compiled = torch._inductor.standalone_compile(
-            graph.module(),
-            [_empty(one) for one in tensors],
+            task.graph.module(),
+            [_empty(one) for one in task.inputs],
             dynamic_shapes="from_example_inputs",
             options={"config_patches": {"size_asserts": False}},
         )
-    unfinished = folder / "unfinished"
+    unfinished = task.artifact.with_name(f".{task.artifact.name}")
     compiled.save(path=str(unfinished), format="binary")
-    os.replace(unfinished, folder / ARTIFACT)
+    os.replace(unfinished, task.artifact)
 
 
 if __name__ == "__main__":

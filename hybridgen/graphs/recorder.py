@@ -69,6 +69,9 @@ class Recorded:
     """What a replay takes, measured alike."""
     bytes: int
     """Device memory that recording it took."""
+    exact: bool = True
+    """Whether a replay gives the bits of the step without it. Else other code computes the same, and rounds elsewhere:
+    its first replay is compared with the step."""
     is_graph: bool = False
     """Whether a replay is one launch of a graph, and runs nothing in Python or in torch."""
     thread: object = None

@@ -50,6 +50,8 @@ class GraphSettings:
     """Record sampling too; else recordings end at the logits."""
     named: frozenset[Phase] = frozenset()
     """Phases whose buckets the user named: all of those are recorded at warm-up, whatever earlier processes used."""
+    improves: bool = True
+    """Record also what would serve steps better that another recording serves."""
     exact_when_lazy: bool = False
     """Record decode sizes between the buckets as they are."""
 
@@ -70,6 +72,8 @@ class Recording:
     """Of every tensor that it reads or writes, where they are checked."""
     checked: bool = True
     """Whether its first replay needs no comparison with the step (any more)."""
+    differed: int = 0
+    """Comparisons in which other tokens came out."""
     capture_seconds: float = 0.0
     """What recording it took."""
     hits: int = 0
@@ -247,15 +251,16 @@ class GraphStore:
             known = self._known.pop(key, None)
             recorded = recorder.record(key, partial(steps.run, key), known)
             seconds = time.perf_counter() - start
-            self._behind = None
+            self._made(key)
         except NotReadyError:
-            self._behind = key, recorder
-            self._wanted[key] = uses
+            if self._behind is None:
+                self._behind = key, recorder
+            self._wanted[key] = max(uses, self._uses_before_capture(key))
             if known is not None:
                 self._known[key] = known
             return
         except Exception as error:
-            self._behind = None
+            self._made(key)
             if is_fatal(error):  # asking the device tells: after a failed capture it lives
                 torch.cuda.synchronize()
             self._fail(key, error)
@@ -271,7 +276,7 @@ class GraphStore:
             recorded,
             recorder,
             lazy,
-            checked=not self._validates,
+            checked=recorded.exact and not self._validates,
             capture_seconds=seconds,
             last_used=self._clock,
         )
@@ -279,6 +284,11 @@ class GraphStore:
         self._lazy_captures += lazy
         self._tell(GraphEventKind.CAPTURED, key, f"{'while idle' if lazy else 'at warm-up'}, {recorded.bytes:,} bytes")
         self._keep_within_bytes(recording)
+
+    def _made(self, key: GraphKey) -> None:
+        """It is not being made any more."""
+        if self._behind_key == key:
+            self._behind = None
 
     def _fail(self, key: GraphKey, error: Exception) -> None:
         message = described(error)

@@ -25,7 +25,7 @@ class InThisProcess:
 
     done = True
 
-    def __init__(self, graph, inputs) -> None:
+    def __init__(self, graph, inputs, keep=None) -> None:
         self.graph = graph
 
     def result(self):
@@ -63,7 +63,7 @@ SETTINGS = {"mode": "hybrid", "device": "cpu", "dtype": "float32", "max_batch": 
 def test_recorded_operators_give_the_tokens_of_hugging_face(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hybridgen.graphs.compiled_step.CompileJob", InThisProcess)
+    monkeypatch.setattr("hybridgen.compilation.steps.CompileJob", InThisProcess)
     path = families.write(family, tmp_path)
     expected = expected_of(path)
     with Engine.load(str(path), compile_cache=False, **SETTINGS) as engine:
