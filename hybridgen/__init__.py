@@ -10,9 +10,9 @@ import importlib as _importlib
 import typing as _typing
 
 from hybridgen._version import __version__ as __version__
-from hybridgen.api import compare, generate, stream, unload
+from hybridgen.api import compare, generate, score, stream, unload
 from hybridgen.config import EngineConfig, Mode
-from hybridgen.core import Completion, FinishReason, GraphEvent, StepSummary, Timing, TokenEvent, TokenLogprob
+from hybridgen.core import Completion, FinishReason, GraphEvent, Score, StepSummary, Timing, TokenEvent, TokenLogprob
 from hybridgen.errors import (
     CacheError,
     CacheMissError,
@@ -77,6 +77,7 @@ __all__ = [
     "RequestError",
     "SamplingError",
     "SamplingParams",
+    "Score",
     "ServerBusyError",
     "ServerError",
     "StepSummary",
@@ -87,6 +88,7 @@ __all__ = [
     "UnsupportedModelError",
     "compare",
     "generate",
+    "score",
     "stream",
     "unload",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
-from hybridgen.arguments import check_keywords, end_streamer, sampling_list
+from hybridgen.arguments import SCORES, check_keywords, end_streamer, sampling_list, scoring_pairs
 from hybridgen.config import EngineConfig
 from hybridgen.core import TokenEvent
 from hybridgen.demo import model_path
@@ -95,6 +95,44 @@ def generate(
         return generator.generate(prompts, sampling, streamer=streamer, **fields)
     with generator as client:
         return client.generate(prompts, sampling, streamer=streamer, **fields)
+
+
+def score(
+    model: str | os.PathLike[str] | PreTrainedModel | Engine | None = None,
+    prompts: Prompts | None = None,
+    completions: Any = None,
+    *,
+    config: EngineConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    cache_salt: str | None = None,
+    **fields: Any,
+) -> Any:
+    """How likely a model finds each completion behind its prompt; see `Engine.score`.
+
+    Args:
+        model, config, tokenizer: as for `generate()`.
+        prompts, completions, cache_salt: as for `Engine.score`.
+        fields: single fields of `EngineConfig`.
+
+    Returns:
+        A `Score`; for a list of prompts or completions, a list of them in its order.
+
+    Raises:
+        HybridgenError: see `hybridgen.errors`; bad input is found before weights are read.
+    """
+    if prompts is None:
+        raise PromptError(_NO_PROMPTS)
+    check_keywords(fields, EngineConfig.field_names())
+    if _is_server(model):
+        _check_server_fields(config, tokenizer, fields)
+        with Client(model) as client:
+            return client.score(prompts, completions, cache_salt=cache_salt)
+    from hybridgen.text.prompts import split_prompts
+
+    split = None if completions is None else split_prompts(completions)
+    pairs, _ = scoring_pairs(split_prompts(prompts), split)
+    engine, _ = prepare(model, pairs, SCORES, config, tokenizer, fields)
+    return engine.score(prompts, completions, cache_salt=cache_salt)
 
 
 def stream(

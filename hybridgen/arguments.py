@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hybridgen.errors import ConfigError, SamplingError, shown
+from hybridgen.config import EngineConfig
+from hybridgen.core import Completion, Score
+from hybridgen.errors import ConfigError, PromptError, SamplingError, shown
+from hybridgen.hints import unknown
 from hybridgen.params import SamplingParams
 
 
@@ -35,6 +37,48 @@ def sampling_per_prompt(
     return [changed[id(params)] for params in given]
 
 
+SCORES = SamplingParams(max_new_tokens=0, prompt_logprobs=1, temperature=0)
+"""What a call of `score()` asks for: nothing new, and of each token whether it was the most likely."""
+
+
+def scoring_pairs(
+    prompts: tuple[list[Any], bool], completions: tuple[list[Any], bool] | None
+) -> tuple[list[Any], bool]:
+    """The prompts of a call of `score()`, each with its completion, and whether there is one alone.
+
+    Args:
+        prompts, completions: as `split_prompts` gives them: a list, and whether there was only one, not in a list. One
+            prompt goes with each of a list of completions.
+
+    Raises:
+        PromptError: the numbers do not fit.
+    """
+    items, single = prompts
+    if completions is None:
+        return items, single
+    ends, one = completions
+    if single and not one:
+        items = items * len(ends)
+    if len(items) != len(ends) or (one and not single):
+        raise PromptError(
+            f"{'a' if one else len(ends)} completion(s) for {len(items)} prompt(s); give one for each, or one prompt "
+            "for all"
+        )
+    return [{"prompt": item, "completion": end} for item, end in zip(items, ends, strict=True)], single and one
+
+
+def scores_of(completions: list[Completion], single: bool) -> Any:
+    """What `score()` returns.
+
+    Raises:
+        HybridgenError: the one request failed.
+    """
+    if single and completions[0].error is not None:
+        raise completions[0].error
+    scores = [Score.of(completion) for completion in completions]
+    return scores[0] if single else scores
+
+
 def sampling_list(
     sampling: SamplingParams | Iterable[SamplingParams] | None,
 ) -> SamplingParams | list[SamplingParams] | None:
@@ -53,18 +97,26 @@ def sampling_list(
     return list(sampling)
 
 
-def check_keywords(given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise for the first unknown keyword, naming the nearest known one.
+def is_text(prompt: Any) -> bool:
+    """Whether a prompt is text or a chat, so that encoding it takes a tokenizer."""
+    if isinstance(prompt, (str, Mapping)):
+        return True
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def check_keywords(given: Iterable[str], known: Collection[str]) -> None:
+    """Raise for the first unknown keyword, with what to write instead (`hybridgen.hints`).
 
     Raises:
         ConfigError: a keyword is not known.
     """
-    names = sorted(known)
     for name in given:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names)}"
-            raise ConfigError(f"unknown keyword {shown(name)}; {hint}")
+        if name in known:
+            continue
+        for owner, place in ((SamplingParams, "each call of generate()"), (EngineConfig, "what loads the model")):
+            if name in owner.field_names():
+                raise ConfigError(f"{name}= is a field of {owner.__name__}; give it to {place}, not here")
+        raise ConfigError(unknown(name, known))
 
 
 def end_streamer(streamer: Any) -> None:

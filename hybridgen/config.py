@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from hybridgen.core import GraphEvent
 from hybridgen.errors import ConfigError, shown
+from hybridgen.fields import about, described
+from hybridgen.hints import unknown
 from hybridgen.params import MAX_INT
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
@@ -65,16 +67,17 @@ Check = Callable[[str, Any], Any]
 """Takes a field's name and value; returns the value to keep, or raises `ConfigError`."""
 
 
-def about(check: Check, *, in_key: bool = True, opens: bool = False) -> dict[str, Any]:
+def setting(text: str, check: Check, *, in_key: bool = True, opens: bool = False) -> dict[str, Any]:
     """Metadata of a field of `EngineConfig`: all that the library has to know of it stands where it is declared.
 
     Args:
+        text: what it is for.
         check: of its value alone; what depends on other fields is checked in `EngineConfig.__post_init__`.
         in_key: whether it is part of the compile cache's key. Leave out only a field that no compiler sees, or that is
             in the key under another name: a cold start too many is better than stale code.
         opens: whether it is needed to open a checkpoint, before an engine is built.
     """
-    return {"check": check, "in_key": in_key, "opens": opens}
+    return {**about(text), "check": check, "in_key": in_key, "opens": opens}
 
 
 def switch(name: str, value: Any) -> bool:
@@ -217,98 +220,277 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
     return count
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How a model is loaded and run; each field is also a keyword of `generate()` and `stream()`.
 
     Raises:
-        ConfigError: a value is unknown or out of its range.
+        ConfigError: a field or a value is unknown, or a value is out of its range.
     """
 
-    mode: Mode | str = field(default=Mode.AUTO, metadata=about(one_of(Mode)))
-    """`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA and `eager` on a CPU."""
-    dtype: str = field(default="auto", metadata=about(_dtype, in_key=False, opens=True))
-    """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
-    device: str = field(default="auto", metadata=about(_device, in_key=False, opens=True))
-    """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`."""
-    revision: str | None = field(default=None, metadata=about(_revision, in_key=False, opens=True))
-    """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = field(default=False, metadata=about(switch, in_key=False, opens=True))
-    """Run Python code that a checkpoint brings; reaches config, tokenizer and model alike."""
-    allow_pickle: bool = field(default=False, metadata=about(switch, in_key=False, opens=True))
-    """Also read `.bin` weights, whose loading can run code; safetensors only otherwise."""
-    local_files_only: bool = field(default=False, metadata=about(switch, in_key=False, opens=True))
-    """Never ask the hub; use what its cache holds."""
-    max_batch: int = field(default=32, metadata=about(integer(1, 4096)))
-    """Requests that run at once."""
-    max_context: int | None = field(default=None, metadata=about(integer(2, optional=True)))
-    """Longest prompt plus output, in tokens. Else the model's own limit."""
-    page_size: int = field(default=64, metadata=about(_page_size))
-    """Tokens per KV-cache page; a power of two from 8 to 256."""
-    kv_memory: int | str | None = field(default=None, metadata=about(parse_bytes, in_key=False))
-    """Bytes for the KV cache, or a text such as "4GiB". Else what the device has free, up to what max_batch
-    requests of max_context tokens can use (at most 1 GiB on a CPU)."""
-    token_budget: int | None = field(default=None, metadata=about(integer(2, optional=True)))
-    """Prompt tokens in one prefill call; longer prompts run in chunks. Else 8192 on CUDA, 1024 on a CPU."""
-    prefix_cache: bool = field(default=True, metadata=about(switch, in_key=False))
-    """Requests whose prompts begin as earlier ones did use the keys and values that those left, in whole pages. Off for
-    models whose keys depend on a request's length; see docs/usage.md."""
-    run_ahead: int | None = field(default=None, metadata=about(integer(0, 1, optional=True), in_key=False))
-    """Decode steps launched before the host reads the last one's tokens: 0 or 1. Else 1 on CUDA, 0 on a CPU."""
-    fuse_projections: bool = field(default=True, metadata=about(switch))
-    """Join q/k/v and gate/up weights where the layer allows it (one matrix product each)."""
-    fused_decode: bool = field(default=True, metadata=about(switch, in_key=False))
-    """In mode `hybrid` on CUDA: decode small batches of Llama-like models with fused kernels (`docs/fused-decode.md`)
-    in place of the model's compiled layers."""
-    tune_seconds: float = field(default=0.0, metadata=about(_seconds, in_key=False))
-    """Seconds that the fused kernels' tuner may take at warm-up, where its choices for this model and device are not
-    kept from an earlier start."""
-    compile_backend: str = field(default="inductor", metadata=about(_backend))
-    """The backend of `torch.compile` in modes `jit` and `hybrid`."""
-    graphs: GraphOwner | str = field(default=GraphOwner.MANUAL, metadata=about(one_of(GraphOwner)))
-    """Who records steps in modes `graph` and `hybrid`: `manual`, or in `hybrid` also `trees` or `both`."""
-    decode_buckets: Sequence[int] | None = field(default=None, metadata=about(_buckets, in_key=False))
-    """Batch sizes of decode graphs; other sizes are padded to the next. An empty list: decode is not recorded. Else 1,
-    2, 4, 8, then steps of 8 to 64 and of 16 above, up to max_batch."""
-    prefill_buckets: Sequence[int] | None = field(default=None, metadata=about(_buckets, in_key=False))
-    """Prompt lengths of prefill graphs. An empty list: prefill is not recorded. Else steps of 16 to 256
-    and of 32 to 512."""
-    capture_at_start: bool = field(default=True, metadata=about(switch, in_key=False))
-    """Record all buckets for greedy decoding and for the model's own sampling at warm-up; else only while idle. Where
-    the compile cache knows what earlier processes used, that alone is recorded at warm-up, and all sizes of
-    `decode_buckets` and `prefill_buckets` where they are given; everything is with `lazy_capture=False`."""
-    lazy_capture: bool = field(default=True, metadata=about(switch, in_key=False))
-    """Record what was missing when nothing runs: at the end of a call, one graph per call."""
-    capture_after: int = field(default=3, metadata=about(integer(1), in_key=False))
-    """Steps that a missing graph must have been wanted for before it is recorded."""
-    sample_in_graph: bool = field(default=True, metadata=about(switch))
-    """Record sampling and the step's end too. Else, and for sampling that no graph has, a graph ends at the logits."""
-    max_graphs: int = field(default=128, metadata=about(integer(1), in_key=False))
-    """Graphs that are kept; the least recently used is dropped before another is captured."""
-    max_graph_memory: int | str | None = field(default=None, metadata=about(parse_bytes, in_key=False))
-    """Bytes that the captures of the graphs kept may have taken, or a text such as "512MiB"; above it the least
-    recently used is dropped. Graphs share a pool of memory: what one took from it is for the others when it is dropped.
-    With the last graph the pool goes, and its memory goes back to the device."""
-    max_padding_ratio: float | None = field(default=None, metadata=about(_ratio, in_key=False))
-    """Padding to a bucket up to this share of a step's size (1 doubles it). Else what the measured times say."""
-    validate: bool = field(default=False, metadata=about(switch, in_key=False))
-    """Compare the first replay of each graph with the step run without it, bit for bit; a graph that differs is not
-    used."""
-    check_addresses: bool = field(default=False, metadata=about(switch, in_key=False))
-    """Before each replay, check that no tensor that it reads has moved (for debugging; costs time)."""
-    metadata_copy: bool = field(default=True, metadata=about(switch))
-    """Copy a step's metadata in one launch (`hybridgen::copy_metadata`); else tensor by tensor."""
-    double_buffer: bool = field(default=True, metadata=about(switch, in_key=False))
-    """Two host blocks of metadata in turn, so that the next is filled while one is copied; else one."""
-    compile_cache: bool | str | os.PathLike[str] = field(default=True, metadata=about(_cache, in_key=False))
-    """Keep what is compiled and measured for later processes: a directory, or True for `$HYBRIDGEN_CACHE_DIR`, the
-    checkout's `compile_cache/` or the user's cache directory; False keeps nothing. See docs/compile-cache.md."""
-    offline_compile: bool = field(default=False, metadata=about(switch, in_key=False))
-    """Compile nothing: raise `CacheMissError` where the cache lacks something, at start where it can be known there."""
-    on_graph_event: Callable[[GraphEvent], None] | None = field(default=None, metadata=about(_listener, in_key=False))
-    """Called with each capture, eviction and failure."""
-    progress: bool | None = field(default=None, metadata=about(_progress, in_key=False, opens=True))
-    """Progress bars over one second: on, off, or (None) on when standard error is a terminal."""
+    mode: Mode | str = field(
+        default=Mode.AUTO,
+        metadata=setting(
+            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA and `eager` on a CPU.", one_of(Mode)
+        ),
+    )
+    dtype: str = field(
+        default="auto",
+        metadata=setting(
+            "`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.", _dtype, in_key=False, opens=True
+        ),
+    )
+    device: str = field(
+        default="auto",
+        metadata=setting(
+            "`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.", _device, in_key=False, opens=True
+        ),
+    )
+    revision: str | None = field(
+        default=None, metadata=setting("Branch, tag or commit of a hub model.", _revision, in_key=False, opens=True)
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata=setting(
+            "Run Python code that a checkpoint brings; reaches config, tokenizer and model alike.",
+            switch,
+            in_key=False,
+            opens=True,
+        ),
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata=setting(
+            "Also read `.bin` weights, whose loading can run code; safetensors only otherwise.",
+            switch,
+            in_key=False,
+            opens=True,
+        ),
+    )
+    local_files_only: bool = field(
+        default=False,
+        metadata=setting("Never ask the hub; use what its cache holds.", switch, in_key=False, opens=True),
+    )
+    max_batch: int = field(default=32, metadata=setting("Requests that run at once.", integer(1, 4096)))
+    max_context: int | None = field(
+        default=None,
+        metadata=setting(
+            "Longest prompt plus output, in tokens. Else the model's own limit.", integer(2, optional=True)
+        ),
+    )
+    page_size: int = field(
+        default=64, metadata=setting("Tokens per KV-cache page; a power of two from 8 to 256.", _page_size)
+    )
+    kv_memory: int | str | None = field(
+        default=None,
+        metadata=setting(
+            'Bytes for the KV cache, or a text such as "4GiB". Else what the device has free, up to what '
+            "max_batch requests of max_context tokens can use (at most 1 GiB on a CPU).",
+            parse_bytes,
+            in_key=False,
+        ),
+    )
+    token_budget: int | None = field(
+        default=None,
+        metadata=setting(
+            "Prompt tokens in one prefill call; longer prompts run in chunks. Else 8192 on CUDA, 1024 on a CPU.",
+            integer(2, optional=True),
+        ),
+    )
+    prefix_cache: bool = field(
+        default=True,
+        metadata=setting(
+            "Requests whose prompts begin as earlier ones did use the keys and values that those left, in "
+            "whole pages. Off for models whose keys depend on a request's length; see docs/usage.md.",
+            switch,
+            in_key=False,
+        ),
+    )
+    run_ahead: int | None = field(
+        default=None,
+        metadata=setting(
+            "Decode steps launched before the host reads the last one's tokens: 0 or 1. Else 1 on CUDA, 0 on a CPU.",
+            integer(0, 1, optional=True),
+            in_key=False,
+        ),
+    )
+    fuse_projections: bool = field(
+        default=True,
+        metadata=setting("Join q/k/v and gate/up weights where the layer allows it (one matrix product each).", switch),
+    )
+    fused_decode: bool = field(
+        default=True,
+        metadata=setting(
+            "In mode `hybrid` on CUDA: decode small batches of Llama-like models with fused kernels "
+            "(`docs/fused-decode.md`) in place of the model's compiled layers.",
+            switch,
+            in_key=False,
+        ),
+    )
+    tune_seconds: float = field(
+        default=0.0,
+        metadata=setting(
+            "Seconds that the fused kernels' tuner may take at warm-up, where its choices for this model "
+            "and device are not kept from an earlier start.",
+            _seconds,
+            in_key=False,
+        ),
+    )
+    compile_backend: str = field(
+        default="inductor", metadata=setting("The backend of `torch.compile` in modes `jit` and `hybrid`.", _backend)
+    )
+    graphs: GraphOwner | str = field(
+        default=GraphOwner.MANUAL,
+        metadata=setting(
+            "Who records steps in modes `graph` and `hybrid`: `manual`, or in `hybrid` also `trees` or `both`.",
+            one_of(GraphOwner),
+        ),
+    )
+    decode_buckets: Sequence[int] | None = field(
+        default=None,
+        metadata=setting(
+            "Batch sizes of decode graphs; other sizes are padded to the next. An empty list: decode is "
+            "not recorded. Else 1, 2, 4, 8, then steps of 8 to 64 and of 16 above, up to max_batch.",
+            _buckets,
+            in_key=False,
+        ),
+    )
+    prefill_buckets: Sequence[int] | None = field(
+        default=None,
+        metadata=setting(
+            "Prompt lengths of prefill graphs. An empty list: prefill is not recorded. Else steps of 16 "
+            "to 256 and of 32 to 512.",
+            _buckets,
+            in_key=False,
+        ),
+    )
+    capture_at_start: bool = field(
+        default=True,
+        metadata=setting(
+            "Record all buckets for greedy decoding and for the model's own sampling at warm-up; else "
+            "only while idle. Where the compile cache knows what earlier processes used, that alone is "
+            "recorded at warm-up, and all sizes of `decode_buckets` and `prefill_buckets` where they are "
+            "given; everything is with `lazy_capture=False`.",
+            switch,
+            in_key=False,
+        ),
+    )
+    lazy_capture: bool = field(
+        default=True,
+        metadata=setting(
+            "Record what was missing when nothing runs: at the end of a call, one graph per call.", switch, in_key=False
+        ),
+    )
+    capture_after: int = field(
+        default=3,
+        metadata=setting(
+            "Steps that a missing graph must have been wanted for before it is recorded.", integer(1), in_key=False
+        ),
+    )
+    sample_in_graph: bool = field(
+        default=True,
+        metadata=setting(
+            "Record sampling and the step's end too. Else, and for sampling that no graph has, a graph "
+            "ends at the logits.",
+            switch,
+        ),
+    )
+    max_graphs: int = field(
+        default=128,
+        metadata=setting(
+            "Graphs that are kept; the least recently used is dropped before another is captured.",
+            integer(1),
+            in_key=False,
+        ),
+    )
+    max_graph_memory: int | str | None = field(
+        default=None,
+        metadata=setting(
+            'Bytes that the captures of the graphs kept may have taken, or a text such as "512MiB"; above '
+            "it the least recently used is dropped. Graphs share a pool of memory: what one took from it "
+            "is for the others when it is dropped. With the last graph the pool goes, and its memory goes "
+            "back to the device.",
+            parse_bytes,
+            in_key=False,
+        ),
+    )
+    max_padding_ratio: float | None = field(
+        default=None,
+        metadata=setting(
+            "Padding to a bucket up to this share of a step's size (1 doubles it). Else what the measured times say.",
+            _ratio,
+            in_key=False,
+        ),
+    )
+    validate: bool = field(
+        default=False,
+        metadata=setting(
+            "Compare the first replay of each graph with the step run without it, bit for bit; a graph "
+            "that differs is not used.",
+            switch,
+            in_key=False,
+        ),
+    )
+    check_addresses: bool = field(
+        default=False,
+        metadata=setting(
+            "Before each replay, check that no tensor that it reads has moved (for debugging; costs time).",
+            switch,
+            in_key=False,
+        ),
+    )
+    metadata_copy: bool = field(
+        default=True,
+        metadata=setting(
+            "Copy a step's metadata in one launch (`hybridgen::copy_metadata`); else tensor by tensor.", switch
+        ),
+    )
+    double_buffer: bool = field(
+        default=True,
+        metadata=setting(
+            "Two host blocks of metadata in turn, so that the next is filled while one is copied; else one.",
+            switch,
+            in_key=False,
+        ),
+    )
+    compile_cache: bool | str | os.PathLike[str] = field(
+        default=True,
+        metadata=setting(
+            "Keep what is compiled and measured for later processes: a directory, or True for "
+            "`$HYBRIDGEN_CACHE_DIR`, the checkout's `compile_cache/` or the user's cache directory; False "
+            "keeps nothing. See docs/compile-cache.md.",
+            _cache,
+            in_key=False,
+        ),
+    )
+    offline_compile: bool = field(
+        default=False,
+        metadata=setting(
+            "Compile nothing: raise `CacheMissError` where the cache lacks something, at start where it "
+            "can be known there.",
+            switch,
+            in_key=False,
+        ),
+    )
+    on_graph_event: Callable[[GraphEvent], None] | None = field(
+        default=None, metadata=setting("Called with each capture, eviction and failure.", _listener, in_key=False)
+    )
+    progress: bool | None = field(
+        default=None,
+        metadata=setting(
+            "Progress bars over one second: on, off, or (None) on when standard error is a terminal.",
+            _progress,
+            in_key=False,
+            opens=True,
+        ),
+    )
+
+    def __new__(cls, *_: Any, **given: Any) -> EngineConfig:
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise ConfigError(unknown(name, cls.field_names()))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for each in fields(self):

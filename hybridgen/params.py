@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hybridgen.errors import SamplingError, shown
+from hybridgen.fields import about, described
+from hybridgen.hints import unknown
 
 MAX_LOGPROBS = 64
 MAX_INT = 2**63 - 1
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it stops.
@@ -23,78 +26,194 @@ class SamplingParams:
     suppressed tokens, temperature, top-k, top-p, min-p, typical-p, epsilon and eta cutoff.
 
     Raises:
-        SamplingError: a value is out of its range.
+        SamplingError: a value is out of its range, or a field is unknown.
     """
 
-    max_new_tokens: int | None = None
-    """Tokens to generate at most. Else the model's `max_new_tokens`, else 128."""
-    min_new_tokens: int | None = None
-    """End-of-sequence and stop token ids cannot be chosen before this many tokens. Else the model's `min_new_tokens`,
-    or what its `min_length` leaves after the prompt."""
-    temperature: float | None = None
-    """0 takes the most likely token (greedy). Else the model's value if it samples, else 0."""
-    top_k: int | None = None
-    """Sample from the k most likely tokens (ties with the k-th stay in). 0: off."""
-    top_p: float | None = None
-    """Sample from the smallest set of most likely tokens whose probability reaches p. 1: off."""
-    min_p: float | None = None
-    """Drop tokens less likely than min_p times the most likely one. 0: off."""
-    typical_p: float | None = None
-    """Of the tokens ordered by how far their surprisal is from the entropy, keep the nearest ones whose probability
-    reaches this (arXiv:2202.00666). 1: off."""
-    epsilon_cutoff: float | None = None
-    """Drop tokens less likely than this; the most likely one stays (arXiv:2210.15191). 0: off."""
-    eta_cutoff: float | None = None
-    """Drop tokens less likely than `min(eta, sqrt(eta) * exp(-entropy))`; the most likely one stays
-    (arXiv:2210.15191). 0: off."""
-    repetition_penalty: float | None = None
-    """Divide positive and multiply negative logits of tokens in prompt and output (CTRL, arXiv:1909.05858). 1: off."""
-    presence_penalty: float = 0.0
-    """Subtract this from the logit of each token that the output already has."""
-    frequency_penalty: float = 0.0
-    """Subtract this from a token's logit for each time that the output has it."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids; -inf bans a token."""
-    sequence_bias: Mapping[Sequence[int], float] | Sequence[tuple[Sequence[int], float]] | None = None
-    """Added to the logit of a sequence's last token where the text (prompt included) ends with the ones before it.
-    Pairs of token ids and a number, or a dict; -inf bans a sequence. An empty list: none."""
-    bad_words_ids: Sequence[Sequence[int]] | None = None
-    """Sequences of token ids that cannot be completed. One that is an end-of-sequence id alone does not count, as in
-    Hugging Face. An empty list: none."""
-    suppress_tokens: Sequence[int] | None = None
-    """Token ids that cannot be chosen. An empty list: none."""
-    begin_suppress_tokens: Sequence[int] | None = None
-    """Token ids that cannot be chosen first. An empty list: none."""
-    no_repeat_ngram_size: int | None = None
-    """No sequence of this many tokens comes twice, the prompt included. 0: off."""
-    forced_bos_token_id: int | Sequence[int] | None = None
-    """The first token, after a prompt of one token. One id, or a list of which one is chosen; an empty list: none."""
-    forced_eos_token_id: int | Sequence[int] | None = None
-    """The last token, where `max_new_tokens` are generated. One id, or a list of which one is chosen; an empty list:
-    none."""
-    seed: int | None = None
-    """Draws depend on (seed, position) alone. Without one, a seed is drawn and reported in the completion."""
-    n: int = 1
-    """Completions per prompt; choice i draws with `seed + i`."""
-    stop: Sequence[str] | None = None
-    """Strings that end the text; the text stops before the first of them. They are looked for in what the model wrote,
-    special tokens included, also where those are left out of the text. One string is taken as a list of one. Else the
-    model's `stop_strings`; an empty list: none."""
-    stop_token_ids: Sequence[int] = ()
-    """Token ids that end the request, besides the model's end-of-sequence ids."""
-    ignore_eos: bool = False
-    """Go on after the model's end-of-sequence ids."""
-    logprobs: int | None = None
-    """Report the log-probability of each chosen token and of this many most likely ones (0: chosen only)."""
-    logprobs_of: str = "model"
-    """`model`: log-probabilities of the model's own distribution, before any processor. `sampled`: of the distribution
-    that the token was drawn from, after all processors, temperature and filters (what was left out has -inf); for
-    greedy requests, after all processors."""
-    skip_special_tokens: bool = True
-    """Leave special tokens out of the text."""
-    cache_salt: str | None = None
-    """Share cached prefixes with requests of the same salt alone. Who can time requests can tell what others have asked
-    before; a salt for each user keeps them apart."""
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata=about(
+            "Tokens to generate at most. Else the model's `max_new_tokens`, else 128. 0 with "
+            "`prompt_logprobs`: none, the prompt is scored alone."
+        ),
+    )
+    min_new_tokens: int | None = field(
+        default=None,
+        metadata=about(
+            "End-of-sequence and stop token ids cannot be chosen before this many tokens. Else the "
+            "model's `min_new_tokens`, or what its `min_length` leaves after the prompt."
+        ),
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata=about("0 takes the most likely token (greedy). Else the model's value if it samples, else 0."),
+    )
+    top_k: int | None = field(
+        default=None, metadata=about("Sample from the k most likely tokens (ties with the k-th stay in). 0: off.")
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata=about("Sample from the smallest set of most likely tokens whose probability reaches p. 1: off."),
+    )
+    min_p: float | None = field(
+        default=None, metadata=about("Drop tokens less likely than min_p times the most likely one. 0: off.")
+    )
+    typical_p: float | None = field(
+        default=None,
+        metadata=about(
+            "Of the tokens ordered by how far their surprisal is from the entropy, keep the nearest ones "
+            "whose probability reaches this (arXiv:2202.00666). 1: off."
+        ),
+    )
+    epsilon_cutoff: float | None = field(
+        default=None,
+        metadata=about("Drop tokens less likely than this; the most likely one stays (arXiv:2210.15191). 0: off."),
+    )
+    eta_cutoff: float | None = field(
+        default=None,
+        metadata=about(
+            "Drop tokens less likely than `min(eta, sqrt(eta) * exp(-entropy))`; the most likely one "
+            "stays (arXiv:2210.15191). 0: off."
+        ),
+    )
+    repetition_penalty: float | None = field(
+        default=None,
+        metadata=about(
+            "Divide positive and multiply negative logits of tokens in prompt and output (CTRL, "
+            "arXiv:1909.05858). 1: off."
+        ),
+    )
+    presence_penalty: float = field(
+        default=0.0, metadata=about("Subtract this from the logit of each token that the output already has.")
+    )
+    frequency_penalty: float = field(
+        default=0.0, metadata=about("Subtract this from a token's logit for each time that the output has it.")
+    )
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata=about("Added to the logits of these token ids; -inf bans a token.")
+    )
+    sequence_bias: Mapping[Sequence[int], float] | Sequence[tuple[Sequence[int], float]] | None = field(
+        default=None,
+        metadata=about(
+            "Added to the logit of a sequence's last token where the text (prompt included) ends with the "
+            "ones before it. Pairs of token ids and a number, or a dict; -inf bans a sequence. An empty "
+            "list: none."
+        ),
+    )
+    bad_words_ids: Sequence[Sequence[int]] | None = field(
+        default=None,
+        metadata=about(
+            "Sequences of token ids that cannot be completed. One that is an end-of-sequence id alone "
+            "does not count, as in Hugging Face. An empty list: none."
+        ),
+    )
+    suppress_tokens: Sequence[int] | None = field(
+        default=None, metadata=about("Token ids that cannot be chosen. An empty list: none.")
+    )
+    begin_suppress_tokens: Sequence[int] | None = field(
+        default=None, metadata=about("Token ids that cannot be chosen first. An empty list: none.")
+    )
+    no_repeat_ngram_size: int | None = field(
+        default=None, metadata=about("No sequence of this many tokens comes twice, the prompt included. 0: off.")
+    )
+    forced_bos_token_id: int | Sequence[int] | None = field(
+        default=None,
+        metadata=about(
+            "The first token, after a prompt of one token. One id, or a list of which one is chosen; an "
+            "empty list: none."
+        ),
+    )
+    forced_eos_token_id: int | Sequence[int] | None = field(
+        default=None,
+        metadata=about(
+            "The last token, where `max_new_tokens` are generated. One id, or a list of which one is "
+            "chosen; an empty list: none."
+        ),
+    )
+    logits_processors: Sequence[Callable[..., Any]] = field(
+        default=(),
+        metadata={
+            **about(
+                "Functions of (token ids so far, int64 [n]; logits, float32 [vocab]) that return logits, called with "
+                "this request's own row, on the device; or transformers' `LogitsProcessor` objects. After all "
+                "processors above, before temperature and filters. Not for a server."
+            ),
+            "functions": True,
+        },
+    )
+    stopping_criteria: Sequence[Callable[..., Any]] = field(
+        default=(),
+        metadata={
+            **about(
+                "transformers' stopping criteria, or functions like them: called after each token with (ids, int64 "
+                "[1, n] on the CPU; None) they return whether the request ends. Not for a server."
+            ),
+            "functions": True,
+        },
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=about(
+            "Draws depend on (seed, position) alone. Without one, a seed is drawn and reported in the completion."
+        ),
+    )
+    n: int = field(
+        default=1,
+        metadata=about("Completions per prompt. The first draws with `seed`, each other with a seed made of it."),
+    )
+    truncate_prompt: int | None = field(
+        default=None,
+        metadata=about(
+            "Keep this many tokens at the end of a longer prompt; `Completion.truncated_tokens` says how many were cut "
+            "from its beginning, the tokenizer's own first token among them. Else one that is too long is an error."
+        ),
+    )
+    stop: Sequence[str] | None = field(
+        default=None,
+        metadata=about(
+            "Strings that end the text; the text stops before the first of them. They are looked for in "
+            "what the model wrote, special tokens included, also where those are left out of the text. "
+            "One string is taken as a list of one. Else the model's `stop_strings`; an empty list: none."
+        ),
+    )
+    stop_token_ids: Sequence[int] = field(
+        default=(), metadata=about("Token ids that end the request, besides the model's end-of-sequence ids.")
+    )
+    ignore_eos: bool = field(default=False, metadata=about("Go on after the model's end-of-sequence ids."))
+    logprobs: int | None = field(
+        default=None,
+        metadata=about(
+            "Report the log-probability of each chosen token and of this many most likely ones (0: chosen only)."
+        ),
+    )
+    logprobs_of: str = field(
+        default="model",
+        metadata=about(
+            "`model`: log-probabilities of the model's own distribution, before any processor. `sampled`: "
+            "of the distribution that the token was drawn from, after all processors, temperature and "
+            "filters (what was left out has -inf); for greedy requests, after all processors."
+        ),
+    )
+    prompt_logprobs: int | None = field(
+        default=None,
+        metadata=about(
+            "Report the log-probability of each token of the prompt and of this many most likely ones (0: the "
+            "prompt's only), of the model's own distribution; see `Completion.prompt_logprobs`."
+        ),
+    )
+    skip_special_tokens: bool = field(default=True, metadata=about("Leave special tokens out of the text."))
+    cache_salt: str | None = field(
+        default=None,
+        metadata=about(
+            "Share cached prefixes with requests of the same salt alone. Who can time requests can tell "
+            "what others have asked before; a salt for each user keeps them apart."
+        ),
+    )
+
+    def __new__(cls, *_: Any, **given: Any) -> SamplingParams:
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                raise SamplingError(unknown(name, cls.field_names()))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -105,7 +224,7 @@ class SamplingParams:
                 object.__setattr__(self, name, (value,))
         for name in _LISTS:
             value = getattr(self, name)
-            if value is None and name != "stop_token_ids":
+            if value is None and name not in ("stop_token_ids", *_FUNCTIONS):
                 continue
             if not isinstance(value, Sequence):
                 raise SamplingError(f"{name}={shown(value)} is not a list; give a list")
@@ -131,12 +250,18 @@ class SamplingParams:
         limit, least = self.max_new_tokens, self.min_new_tokens
         if limit is not None and least is not None and least > limit:
             raise SamplingError(f"min_new_tokens={least} is above max_new_tokens={limit}; lower it")
+        if limit == 0 and self.prompt_logprobs is None:
+            raise SamplingError(
+                "max_new_tokens=0 generates nothing; give at least 1, or prompt_logprobs to score prompts"
+            )
+        if self.n > 1 and self.prompt_logprobs is not None:
+            raise SamplingError(f"n={self.n} with prompt_logprobs would score the prompt n times; score it with n=1")
         if self.n > 1 and self.temperature == 0:
             raise SamplingError(f"n={self.n} with temperature=0 gives equal texts; set a temperature or n=1")
 
     def _check_numbers(self) -> None:
         off = "0 switches it off"
-        _check_int("max_new_tokens", self.max_new_tokens, low=1, optional=True)
+        _check_int("max_new_tokens", self.max_new_tokens, low=0, optional=True)
         _check_int("min_new_tokens", self.min_new_tokens, low=0, optional=True)
         _check_real("temperature", self.temperature, low=0.0, what="0 is greedy, 1 the model's own distribution")
         _check_int("top_k", self.top_k, low=0, optional=True)
@@ -151,12 +276,18 @@ class SamplingParams:
         _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, low=0, optional=True)
         _check_int("seed", self.seed, low=0, optional=True)
         _check_int("n", self.n, low=1)
-        _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            _check_int(name, getattr(self, name), low=0, high=MAX_LOGPROBS, optional=True)
+        _check_int("truncate_prompt", self.truncate_prompt, low=1, optional=True)
 
     def _check_lists(self) -> None:
         for text in self.stop or ():
             if not isinstance(text, str) or not text:
                 raise SamplingError(f"stop holds {shown(text)}; give non-empty strings (ids go in stop_token_ids)")
+        for name in _FUNCTIONS:
+            for function in getattr(self, name):
+                if not callable(function):
+                    raise SamplingError(f"{name} holds {shown(function)}, which cannot be called; give functions")
         for name in _ID_LISTS:
             for token in getattr(self, name) or ():
                 _check_int(name, token, low=0)
@@ -173,6 +304,20 @@ class SamplingParams:
         return frozenset(f.name for f in fields(cls))
 
 
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of a prompt's `n` completions: `seed` itself for the first.
+
+    The others are a hash of both (SplitMix64's finaliser of Steele et al., "Fast splittable pseudorandom number
+    generators", 2014), so that the completions of `seed + 1` are not those of `seed` again.
+    """
+    if choice == 0:
+        return seed
+    value = (seed + choice * 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return (value ^ (value >> 31)) % (MAX_INT + 1)
+
+
 _ID_LISTS = (
     "stop_token_ids",
     "suppress_tokens",
@@ -180,7 +325,8 @@ _ID_LISTS = (
     "forced_bos_token_id",
     "forced_eos_token_id",
 )
-_LISTS = ("stop", "bad_words_ids", *_ID_LISTS)
+_FUNCTIONS = ("logits_processors", "stopping_criteria")
+_LISTS = ("stop", "bad_words_ids", *_ID_LISTS, *_FUNCTIONS)
 
 
 def _sequence_bias(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybridgen import ConfigError, EngineConfig, Mode
-from hybridgen.config import about, switch
+from hybridgen.config import setting, switch
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_extreme_values_are_refused_in_few_words(fields: dict[str, Any]) -> None
 
 def test_each_field_says_how_it_is_checked_and_what_it_is_for() -> None:
     for each in dataclasses.fields(EngineConfig):
-        assert set(each.metadata) == {"check", "in_key", "opens"}, f"declare {each.name} with metadata=about(...)"
+        assert set(each.metadata) == {"about", "check", "in_key", "opens"}, f"declare {each.name} with setting(...)"
         assert each.metadata["check"](each.name, each.default) == each.default
 
 
@@ -112,8 +112,8 @@ def test_no_field_takes_what_it_is_not(each: Any) -> None:
 def test_a_field_that_is_declared_is_in_the_key_with_its_check() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class More(EngineConfig):
-        loud: bool = dataclasses.field(default=False, metadata=about(switch))
-        quiet: bool = dataclasses.field(default=False, metadata=about(switch, in_key=False))
+        loud: bool = dataclasses.field(default=False, metadata=setting("Whether.", switch))
+        quiet: bool = dataclasses.field(default=False, metadata=setting("Whether.", switch, in_key=False))
 
     assert set(More.key_fields()) - set(EngineConfig.key_fields()) == {"loud"}
     with pytest.raises(ConfigError, match="quiet=1; give True or False"):

@@ -127,4 +127,4 @@ def test_tpot_is_of_the_gaps_after_the_first_token() -> None:
 
 
 def test_tpot_of_one_token_is_not_a_number() -> None:
-    assert math.isnan(Timing(queue=0.0, ttft=0.1, total=0.1, token_times=(0.1,)).tpot_p50)
+    assert Timing(queue=0.0, ttft=0.1, total=0.1, token_times=(0.1,)).tpot_p50 is None

@@ -15,9 +15,12 @@ import pytest
 import hybridgen
 
 ROOMS = (
+    "display",
+    "fields",
     "core",
     "_version",
     "errors",
+    "hints",
     "params",
     "config",
     "arguments",

@@ -3,14 +3,18 @@
 import dataclasses
 import inspect
 import pkgutil
+import pydoc
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hybridgen
+from hybridgen.fields import fields_of
 
 NAMES = [
     "AsyncClient",
@@ -38,6 +42,7 @@ NAMES = [
     "RequestError",
     "SamplingError",
     "SamplingParams",
+    "Score",
     "ServerBusyError",
     "ServerError",
     "StepSummary",
@@ -48,6 +53,7 @@ NAMES = [
     "UnsupportedModelError",
     "compare",
     "generate",
+    "score",
     "stream",
     "unload",
 ]
@@ -81,11 +87,35 @@ def test_each_is_documented(name: str) -> None:
                 assert value.__doc__, f"{name}.{member}"
 
 
-@pytest.mark.parametrize("owner", [hybridgen.EngineConfig, hybridgen.SamplingParams])
-def test_each_field_is_described(owner: type) -> None:
-    source = inspect.getsource(owner)
-    for field in dataclasses.fields(owner):
-        assert re.search(rf"^    {field.name}: .*\n    \"\"\"", source, re.MULTILINE), field.name
+def dataclasses_of(thing: Any, found: dict[str, type]) -> dict[str, type]:
+    """The public dataclasses, and those of ours that their fields hold."""
+    if dataclasses.is_dataclass(thing) and thing.__name__ not in found:
+        found[thing.__name__] = thing
+        for kind in typing.get_type_hints(thing).values():
+            for each in (kind, *typing.get_args(kind), *(a for k in typing.get_args(kind) for a in typing.get_args(k))):
+                if inspect.isclass(each) and each.__module__.startswith("hybridgen"):
+                    dataclasses_of(each, found)
+    return found
+
+
+DATACLASSES: dict[str, type] = {}
+for public in NAMES:
+    dataclasses_of(getattr(hybridgen, public), DATACLASSES)
+
+
+def test_all_dataclasses_are_found() -> None:
+    assert {"SamplingParams", "EngineConfig", "Completion", "GraphRow", "CompareConfig", "CellResult"} <= set(
+        DATACLASSES
+    )
+
+
+@pytest.mark.parametrize("owner", DATACLASSES.values(), ids=DATACLASSES)
+def test_help_describes_each_field(owner: type) -> None:
+    text = " ".join(pydoc.render_doc(owner, renderer=pydoc.plaintext).replace(" |  ", " ").split())
+    for field in fields_of(owner):
+        assert len(field.about) > 3
+        assert f"{field.name} ({field.type}" in text
+        assert " ".join(field.about.split()) in text
 
 
 def test_all_errors_are_ours() -> None:

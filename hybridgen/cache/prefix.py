@@ -91,20 +91,23 @@ class PageManager:
         """Pages that can be found by their tokens, whether a request has them or not."""
         return len(self._table)
 
-    def admit(self, ids: Sequence[int], positions: int, salt: str | None = None) -> RequestPages | None:
+    def admit(
+        self, ids: Sequence[int], positions: int, salt: str | None = None, most: int | None = None
+    ) -> RequestPages | None:
         """Pages for a request, or None when too few are free (then nothing is taken).
 
         What it shares is held first, and does not count as free any more. The last token of the prompt is never among
         it, because something has to be computed to choose the next one.
 
         Args:
-            ids: its prompt.
+            ids: what is fed of its prompt.
             positions: that it can ever use.
             salt: requests share pages with those of the same salt alone.
+            most: how many of the first tokens it may share; None: all but the last.
         """
         size = self.page_size
         packed = _packed(ids) if self.shares else b""
-        shared = self._match(packed, salt, (len(ids) - 1) // size)
+        shared = self._match(packed, salt, min(len(ids) - 1, len(ids) - 1 if most is None else most) // size)
         self._hold(shared)
         own = self._take(pages_for_tokens(positions, size) - len(shared))
         if own is None:

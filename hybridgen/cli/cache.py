@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridgen.cli.options import ENGINE, add_fields, add_model, given
+from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 from hybridgen.cli.output import say
 from hybridgen.compilation.store import Store
 from hybridgen.compilation.store.bundle import export_bundle, import_bundle
@@ -40,8 +40,7 @@ def add_command(commands: Any) -> None:
     ):
         parser = action(name, run, text)
         add_model(parser)
-        add_fields(parser, ENGINE)
-        parser.add_argument("--token-budget", type=int, help="prompt tokens in one prefill call")
+        add_engine(parser, (*ENGINE, "token_budget"))
     parser.add_argument("--modes", metavar="LIST", help="modes to warm, such as hybrid,jit (default: --mode)")
     parser.add_argument("--buckets", metavar="LIST", help="decode batch sizes to record, such as 1,2,4,8")
     parser.add_argument("--prompt-lengths", metavar="LIST", help="prompt lengths to record, such as 64,512")
@@ -108,7 +107,7 @@ def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, EngineConfig, Ke
     from hybridgen.loading import Checkpoint
 
     config = _config(arguments)
-    checkpoint = Checkpoint.open(arguments.model, config)
+    checkpoint = Checkpoint.open(model_of(arguments), config)
     return checkpoint, config, key_for(checkpoint, config, resolve_config(checkpoint, config))
 
 
@@ -121,7 +120,7 @@ def _warm(arguments: argparse.Namespace) -> int:
     for mode in modes:
         # Without recording while idle, a start records all buckets, not what earlier processes used.
         config = _config(arguments).replace(mode=mode, lazy_capture=False)
-        with Engine.load(arguments.model, config) as engine:
+        with Engine.load(model_of(arguments), config) as engine:
             off = why_off(config, engine.mode, engine.checkpoint.device.type)
             if off is not None:
                 raise CacheError(f"there is nothing to keep: {off}")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hybridgen.cli.options import ENGINE, add_fields, add_model, given
+from hybridgen.cli.options import add_engine, add_model, given, model_of
 from hybridgen.cli.output import check_output_is_open, say
 from hybridgen.comparison.data.config import BASELINES, SMOKE, CompareConfig
 from hybridgen.config import EngineConfig
@@ -45,7 +45,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--engine", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of EngineConfig, for every engine"
     )
-    add_fields(parser, ENGINE, _ENGINE)
+    add_engine(parser, _ENGINE)
     parser.add_argument("--config", type=Path, metavar="JSON", help="run a comparison.json's config and model again")
     parser.add_argument("--smoke", action="store_true", help="a small run: all modes in under two minutes on two cores")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for comparison.{json,csv,md,html} and plots")
@@ -57,7 +57,7 @@ def config_of(arguments: argparse.Namespace) -> tuple[str | None, CompareConfig]
     Raises:
         ConfigError: options contradict each other, or a value is wrong.
     """
-    model, config = arguments.model, CompareConfig()
+    model, config = model_of(arguments), CompareConfig()
     if arguments.smoke and arguments.config is not None:
         raise ConfigError("--smoke and --config each say what to run; give one of them")
     if arguments.smoke:

@@ -38,16 +38,17 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="say what this machine can do, and why not")
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--model", help="also load this model (path or hub id) and go through docs/production.md")
-    options.add_fields(parser, options.ENGINE)
+    options.add_model(parser, default="no model; with one, also go through docs/production.md")
+    options.add_engine(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; returns the exit status."""
     check_output_is_open()
+    model = options.model_of(arguments)
     findings = examine()
-    if arguments.model is not None:
-        findings += examine_model(arguments.model, options.given(arguments, options.ENGINE))
+    if model is not None:
+        findings += examine_model(model, options.given(arguments, options.ENGINE))
     if arguments.json:
         say_json([finding._asdict() for finding in findings])
     else:

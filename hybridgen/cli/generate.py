@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridgen.cli.jobs import Source, add_options, run_jobs
 from hybridgen.cli.jsonl import Job, model_settings
-from hybridgen.cli.options import ENGINE, add_fields, given
+from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 from hybridgen.telemetry import import_time
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ def add_command(commands: Any) -> None:
     """Add `generate`."""
     parser = commands.add_parser("generate", help="generate text")
     parser.set_defaults(run=run)
-    parser.add_argument("--model", help="local path or hub id (default: the demo model)")
-    add_fields(parser, ENGINE)
+    add_model(parser, positional=False)
     add_options(parser)
+    add_engine(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,12 +33,12 @@ def _load(jobs: list[Job], arguments: argparse.Namespace) -> Engine:
     if arguments.on_error == "skip":  # prompts are checked one by one, once it is loaded
         with import_time.timed():
             from hybridgen.engine import Engine
-        return Engine.load(arguments.model, **fields)
+        return Engine.load(model_of(arguments), **fields)
     from hybridgen.api import prepare
 
     prompts, sampling = [job.prompt for job in jobs], [job.sampling for job in jobs]
-    return prepare(arguments.model, prompts, sampling, None, None, fields)[0]
+    return prepare(model_of(arguments), prompts, sampling, None, None, fields)[0]
 
 
 def _describe(arguments: argparse.Namespace) -> dict[str, Any]:
-    return model_settings(arguments.model, **{name: getattr(arguments, name) for name in ("revision", "dtype")})
+    return model_settings(model_of(arguments), **{name: getattr(arguments, name) for name in ("revision", "dtype")})

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from hybridgen.cli.jsonl import Job, ResultFile, is_unicode, read_jobs, same_file, settings_of
-from hybridgen.cli.options import SAMPLING, add_fields, given
+from hybridgen.cli.jsonl import Job, ResultFile, is_unicode, jobs_of, read_jobs, same_file, settings_of
+from hybridgen.cli.options import SAMPLING, add_sampling, given
 from hybridgen.cli.output import check_output_is_open, note
 from hybridgen.cli.report import Report
-from hybridgen.errors import HybridgenError, PromptError, SamplingError, TokenizerError
+from hybridgen.errors import HybridgenError, PromptError, SamplingError, TokenizerError, shown
 from hybridgen.serving.unix.messages import sampling_from_wire
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _REFUSED = (PromptError, SamplingError, TokenizerError)
 """What a prompt is refused with before it runs."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[0-9][\w.-]*")
+"""What an owner and a model's name look like; nearly all names have a number."""
 Generator: TypeAlias = "Engine | Client"
 
 
@@ -36,8 +39,9 @@ class Source(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what `generate` and `client` share: prompts, sampling, files, what is printed."""
-    parser.add_argument("prompt", nargs="*", help="prompts; without any (and without --input), standard input is one")
-    add_fields(parser, SAMPLING)
+    parser.add_argument(
+        "prompt", nargs="*", metavar="PROMPT", help="prompts; without any (and without --input), standard input is one"
+    )
     parser.add_argument(
         "--input", type=Path, help="JSONL file: strings, or objects with prompt or messages, and sampling fields"
     )
@@ -53,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--stream", action="store_true", help="print the text of one prompt as it comes; with --json, events"
     )
     parser.add_argument("--stats", action="store_true", help="print the engine's statistics to standard error")
+    add_sampling(parser)
 
 
 def run_jobs(arguments: argparse.Namespace, source: Source) -> int:
@@ -66,8 +71,11 @@ def run_jobs(arguments: argparse.Namespace, source: Source) -> int:
     if not is_unicode(arguments.stop):
         raise PromptError("--stop is not text in this locale's encoding")
     jobs = _read_jobs(arguments)
+    if arguments.logprobs is not None and not arguments.json and arguments.output is None:
+        raise SamplingError("--logprobs are in results as JSON, not in plain text; add --json or --output FILE")
     if arguments.stream and not arguments.json and len(jobs) > 1:
-        raise PromptError(f"--stream prints the text of one prompt and there are {len(jobs)}; add --json for events")
+        what = "prompt" if jobs[0].choice is None else "completion"
+        raise PromptError(f"--stream prints the text of one {what} and there are {len(jobs)}; add --json for events")
     if arguments.output is None:
         return _complete(jobs, None, {}, arguments, source)
     # Before a model is loaded: what is wrong with the file should not cost that.
@@ -151,6 +159,21 @@ def _about(job: Job, error: HybridgenError) -> str:
     return f"prompt {job.id} {text.removeprefix('prompt 0 ')}" if text.startswith("prompt 0 ") else text
 
 
+def _warn_of_a_path(prompt: str, model: str | None) -> None:
+    """Say it where a prompt names a model or a file: other commands take those without a name."""
+    try:
+        path = Path(prompt)
+        is_model, is_file = (path / "config.json").is_file(), path.is_file()
+    except (OSError, ValueError):  # too long for a path, or no path at all
+        return
+    if is_model:
+        note(f"hybridgen: warning: the prompt {shown(prompt)} is a model's directory; a model is given as --model PATH")
+    elif is_file:
+        note(f"hybridgen: warning: the prompt {shown(prompt)} is a file's name; prompts are read with --input FILE")
+    elif model is None and _HUB_ID.fullmatch(prompt):
+        note(f"hybridgen: warning: the prompt {shown(prompt)} looks like a hub id; a model is given as --model ID")
+
+
 def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     fields = given(arguments, SAMPLING)
     if arguments.input is not None:
@@ -162,9 +185,10 @@ def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     params = sampling_from_wire(fields)
     if arguments.prompt:
         for index, prompt in enumerate(arguments.prompt):
+            _warn_of_a_path(prompt, getattr(arguments, "named_model", None))
             if not is_unicode(prompt):
                 raise PromptError(f"prompt {index} is not text in this locale's encoding")
-        return [Job(index, prompt, params) for index, prompt in enumerate(arguments.prompt)]
+        return [job for index, prompt in enumerate(arguments.prompt) for job in jobs_of(index, prompt, params)]
     if sys.stdin is None or sys.stdin.isatty():
         raise PromptError('no prompt; try: hybridgen generate "def fibonacci(n):"')
     try:
@@ -176,4 +200,4 @@ def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     text = text.removeprefix("\ufeff")  # an editor's byte order mark
     if not text:
         raise PromptError("standard input is empty; give a prompt")
-    return [Job(0, text, params)]
+    return jobs_of(0, text, params)

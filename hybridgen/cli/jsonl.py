@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, shown
-from hybridgen.params import MAX_INT, SamplingParams
+from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.serving.unix.messages import sampling_from_wire, sampling_to_wire
 
 if TYPE_CHECKING:
@@ -62,22 +62,9 @@ def read_jobs(path: Path, fields: Mapping[str, Any] | None = None, *, skip: bool
         SamplingError: `fields` has a wrong value.
     """
     shared = sampling_from_wire(dict(fields or {}))
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PromptError(f"--input {path} cannot be read: {error.strerror}") from error
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"--input {path} is not {error.encoding.upper()} text: {error}") from error
     jobs: list[Job] = []
     lines: dict[str, int] = {}
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removeprefix("\ufeff")  # files with marks that were joined
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         try:
             found = _parse(f"{path}:{number}", number, line, fields or {}, shared)
             first = lines.setdefault(_key(found[0].id), number)
@@ -94,6 +81,28 @@ def read_jobs(path: Path, fields: Mapping[str, Any] | None = None, *, skip: bool
     if not jobs:
         raise PromptError(f"no prompts in {path}")
     return jobs
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of an input file that hold something, with their numbers from 1.
+
+    Raises:
+        PromptError: the file cannot be read, or is not text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"--input {path} cannot be read: {error.strerror}") from error
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"--input {path} is not {error.encoding.upper()} text: {error}") from error
+    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # files with marks that were joined
+        if line.strip():
+            yield number, line
 
 
 def _parse(where: str, number: int, line: str, fields: Mapping[str, Any], shared: SamplingParams) -> list[Job]:
@@ -128,7 +137,7 @@ def jobs_of(id: Any, prompt: Any, params: SamplingParams) -> list[Job]:
     """A job for each completion of a prompt."""
     if params.n == 1:
         return [Job(id, prompt, params)]
-    seeds = [None if params.seed is None else (params.seed + i) & MAX_INT for i in range(params.n)]  # as the engine's
+    seeds = [None if params.seed is None else choice_seed(params.seed, i) for i in range(params.n)]  # as the engine's
     return [Job(id, prompt, replace(params, n=1, seed=seed), choice) for choice, seed in enumerate(seeds)]
 
 
@@ -200,15 +209,16 @@ def result(job: Job, completion: Completion, settings: Mapping[str, Any] | None 
     times = {"queue_s": timing.queue, "ttft_s": timing.ttft, "total_s": timing.total}
     if len(timing.token_times) > 1:
         times |= {"tpot_p50_s": timing.tpot_p50, "tpot_p95_s": timing.tpot_p95, "tpot_p99_s": timing.tpot_p99}
-    logprobs = getattr(completion, "logprobs", None)
+    logprobs, scored = getattr(completion, "logprobs", None), getattr(completion, "prompt_logprobs", None)
     return _record(job, settings) | {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         **({} if logprobs is None else {"logprobs": [asdict(token) for token in logprobs]}),
+        **({} if scored is None else {"prompt_logprobs": [token and asdict(token) for token in scored]}),
         "finish_reason": str(completion.finish_reason),
         "seed": completion.seed,
         "error": None if completion.error is None else str(completion.error),
-        "timing": {name: value for name, value in times.items() if value == value},  # JSON has no NaN
+        "timing": {name: value for name, value in times.items() if value is not None},
         "steps": [asdict(step) for step in completion.steps],
     }
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
 
-from hybridgen.cli import cache, client, compare, doctor, generate, serve
+from hybridgen._version import __version__
+from hybridgen.cli import cache, client, compare, doctor, generate, score, serve
+from hybridgen.cli.options import Parser
 from hybridgen.cli.output import abandon, note
 from hybridgen.errors import HybridgenError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-_COMMANDS = (generate, serve, client, compare, cache, doctor)
+_COMMANDS = (generate, score, serve, client, compare, cache, doctor)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hybridgen", description="Generate text from Hugging Face causal models.")
+def _parser() -> Parser:
+    parser = Parser(prog="hybridgen", description="Generate text from Hugging Face causal models.")
+    parser.add_argument("--version", action="version", version=f"hybridgen {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_command(commands)

@@ -72,7 +72,7 @@ def _show(job: Job, completion: Completion, *, text: bool, many: bool) -> None:
     """The text on standard output and a line about it on standard error."""
     if text:
         if many:
-            say(f"--- {job.id}")
+            say(f"--- {job.id}" if job.choice is None else f"--- {job.id}, choice {job.choice}")
         say(_opening(job) + completion.text)
     else:
         say("")
@@ -80,7 +80,8 @@ def _show(job: Job, completion: Completion, *, text: bool, many: bool) -> None:
         note(f"hybridgen: prompt {job.id} failed: {completion.error}")
         return
     timing, count = completion.timing, len(completion.token_ids)
+    first = "" if timing.ttft is None else f", first after {timing.ttft * 1e3:.0f} ms"
     note(
-        f"[{count} tokens in {timing.total:.2f} s, {count / timing.total:.1f} tok/s, first after "
-        f"{timing.ttft * 1e3:.0f} ms, finish: {completion.finish_reason}]"
+        f"[{count} tokens in {timing.total:.2f} s, {count / timing.total:.1f} tok/s{first}, "
+        f"finish: {completion.finish_reason}]"
     )

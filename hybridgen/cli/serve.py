@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridgen.cli.options import ENGINE, add_fields, add_model, given
+from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 from hybridgen.cli.output import note
 from hybridgen.config import EngineConfig
 
@@ -30,7 +30,6 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("serve", help="keep a model loaded for clients on a Unix socket")
     parser.set_defaults(run=run)
     add_model(parser)
-    add_fields(parser, ENGINE)
     parser.add_argument("--socket", metavar="PATH", help="where to listen (default: in $XDG_RUNTIME_DIR/hybridgen)")
     parser.add_argument("--idle-exit", type=float, metavar="SECONDS", help="end after this long without a request")
     parser.add_argument("--ready-file", type=Path, metavar="PATH", help="written when it listens, removed when it ends")
@@ -41,6 +40,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--step-timeout", type=float, metavar="SECONDS", help="a step that takes longer hangs")
     for name, what in _LIMITS.items():
         parser.add_argument(f"--limit-{name.replace('_', '-')}", type=int, metavar="N", help=what)
+    add_engine(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hybridgen.serving.process import ServeOptions, serve
     from hybridgen.serving.service.limits import Limits
 
-    config = EngineConfig.of(None, given(arguments, ENGINE))
+    model, config = model_of(arguments), EngineConfig.of(None, given(arguments, ENGINE))
     limits = {name: getattr(arguments, f"limit_{name}") for name in _LIMITS}
     seconds = {"drain_seconds": arguments.drain_timeout, "step_seconds": arguments.step_timeout}
     options = ServeOptions(
@@ -65,6 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
     def load() -> Engine:
         from hybridgen.engine import Engine
 
-        return Engine.load(arguments.model, config)
+        return Engine.load(model, config)
 
     return serve(load, options, note)

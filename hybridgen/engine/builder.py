@@ -126,6 +126,7 @@ class Builder:
             pages=pages,
             max_batch=config.max_batch,
             token_budget=self.resolved.token_budget,
+            score_budget=runner.score_budget,
             reprefill_length=bound.reprefill_length,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead

@@ -8,17 +8,19 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
-from hybridgen.arguments import check_keywords, end_streamer
+from hybridgen.arguments import SCORES, check_keywords, end_streamer, scores_of, scoring_pairs
 from hybridgen.compilation.store.session import CompileCache, preload
 from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import TokenEvent
 from hybridgen.device.capture import CAPTURING
+from hybridgen.display import html_table
 from hybridgen.engine.builder import Builder
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache
@@ -215,6 +217,31 @@ class Engine:
             logger.warning("%d of %d requests failed; see Completion.error", failed, len(completions))
         return completions[0] if single else completions
 
+    def score(self, prompts: Prompts, completions: Any = None, *, cache_salt: str | None = None) -> Any:
+        """How likely the model finds each completion behind its prompt. Nothing is generated.
+
+        Only the positions that tell scored tokens go through the model's head, in parts, so that memory does not grow
+        with the length. What the prefix cache has of a prompt is not computed again.
+
+        Args:
+            prompts: as for `generate()`: one, or a list.
+            completions: text or token ids, one for each prompt; a list of them for one prompt. A text is encoded
+                together with its prompt. None scores every token of the prompts but the first.
+            cache_salt: see `SamplingParams.cache_salt`.
+
+        Returns:
+            A `Score`; for a list of prompts or completions, a list of them in its order.
+
+        Raises:
+            PromptError, TokenizerError: before anything runs.
+            RequestError: the one request failed while it ran.
+            Interrupted: Ctrl-C; holds what was finished.
+        """
+        pairs, single = scoring_pairs(
+            split_prompts(prompts), None if completions is None else split_prompts(completions)
+        )
+        return scores_of(self.generate(pairs, replace(SCORES, cache_salt=cache_salt)), single)
+
     def stream(
         self,
         prompts: Prompts,
@@ -355,6 +382,14 @@ class Engine:
         if metadata.fallbacks():
             counted["copy_metadata: Triton failed, torch copied (in this process)"] = metadata.fallbacks()
         return dict(counted)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.mode} on {self.checkpoint.device}"
+        return f"<Engine {self.checkpoint.name}: {state}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the statistics."""
+        return html_table([("engine", repr(self))]) if self.closed else self.stats()._repr_html_()
 
     @property
     def closed(self) -> bool:

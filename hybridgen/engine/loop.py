@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
-from hybridgen.core import FinishReason
+from hybridgen.core import FinishReason, TokenLogprob
 from hybridgen.device.failures import is_fatal
 from hybridgen.engine.handoff import TurnLock, interrupts_deferred
 from hybridgen.engine.output import RequestOutput, StepKind
@@ -33,6 +33,8 @@ class InFlight(NamedTuple):
     """How a decode step runs; None for a prefill."""
     positions: int = 0
     """Cached positions of a decode step's rows together."""
+    scored: Sequence[Request] = ()
+    """Those of a prefill whose prompts it tells log-probabilities of."""
 
 
 class StepLoop:
@@ -105,6 +107,9 @@ class StepLoop:
             for request in self.scheduler.in_order(requests):
                 self.scheduler.add(request)
             self._counters.requests["submitted"] += len(requests)
+            truncated = sum(request.truncated for request in requests)
+            if truncated:
+                self._counters.tokens["truncated"] += truncated
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """End these requests where they are. Those that ended, or were never submitted, stay as they are."""
@@ -263,8 +268,9 @@ class StepLoop:
             if cached and chunk.start == cached:
                 request.output.cached_tokens = cached
                 self._counters.tokens["cached"] += cached
-        if step.rows:
-            launched.append(InFlight(step, [request for request, chunk in parts if chunk.last], None))
+        if step.rows or step.scores is not None:
+            scored = [request for request, chunk in parts if chunk.targets]
+            launched.append(InFlight(step, [request for request, chunk in parts if chunk.last], None, scored=scored))
 
     def _launch_decode(
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
@@ -298,6 +304,8 @@ class StepLoop:
     def _read(self, flight: InFlight) -> None:
         """Wait for a step and hand its tokens to their requests."""
         try:
+            if flight.step.scores is not None:
+                self._take_scores(flight.scored, flight.step.scores.read())
             tokens, logprobs = flight.step.read()
         except Exception as error:
             self._break(error)
@@ -328,13 +336,27 @@ class StepLoop:
         if generated and self._counters.first_token is None:
             self._counters.first_token = now - flight.requests[0].output.submitted
 
+    def _take_scores(self, requests: Sequence[Request], scores: Sequence[Sequence[TokenLogprob]]) -> None:
+        """Hand the log-probabilities of prompts to their requests."""
+        for request, found in zip(requests, scores, strict=True):
+            if request.output.completion is not None:
+                continue
+            self._counters.tokens["scored"] += len(found)
+            request.output.take_scores(found)
+            if request.output.completion is not None:
+                self._release(request)
+
     def _end_unchosen(self, requests: list[Request]) -> None:
         """Fail the requests for which a step had nothing to choose. A fused step that was given up can be the cause."""
         why = inspect_fused(self._runner)
         if why is not None:
             self._counters.fall_back(why)
         for request in requests:
-            request.output.end_unchosen(why)
+            failure = request.sampling.logits_processors and self._runner.sampler.failure(request.slot)
+            if failure:
+                request.output.end(FinishReason.ERROR, RequestError(failure))
+            else:
+                request.output.end_unchosen(why)
             self._release(request)
 
     def _output(self, request: Request, keep_events: bool) -> RequestOutput:
@@ -345,8 +367,11 @@ class StepLoop:
                 self._tokenizer,
                 request.index,
                 request.choice,
+                scored_from=request.scored_from,
                 keep_events=keep_events,
                 traffic=None if self._meter is None else self._meter.traffic,
+                prompt=request.prompt,
+                truncated=request.truncated,
             )
         except Exception as error:
             raise TokenizerError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenEvent, TokenLogprob
 from hybridgen.errors import HybridgenError, RequestError, described
+from hybridgen.sampling.own import criteria_met
 from hybridgen.sampling.resolve import ResolvedSampling
 from hybridgen.telemetry.traffic import Traffic
 from hybridgen.text.detokenize import IncrementalDetokenizer, hidden_texts
@@ -38,14 +39,20 @@ class RequestOutput:
         index: int = 0,
         choice: int = 0,
         *,
+        scored_from: int | None = None,
         keep_events: bool = False,
         traffic: Traffic | None = None,
+        prompt: Any = None,
+        truncated: int = 0,
     ) -> None:
         """
         Args:
             index, choice: which prompt of its call, and which of the prompt's completions.
+            scored_from: the first token of the prompt whose log-probability is told; None: of no token.
             keep_events: make an event for each token.
             traffic: what a decode step reads, for the completion's bandwidth.
+            prompt: the text or chat that the ids are of, for the completion.
+            truncated: how many ids were cut from its beginning.
         """
         self.token_ids: list[int] = []
         """Generated tokens that the host has read."""
@@ -55,7 +62,10 @@ class RequestOutput:
         """Tokens of the prompt that were not computed."""
         self.keep_events = keep_events
         self._prompt_ids = prompt_ids
+        self._prompt, self._truncated = prompt, truncated
         self._sampling = sampling
+        self._scored_from = scored_from
+        self._scores: list[TokenLogprob] = []
         self._index = index
         self._choice = choice
         self._traffic = traffic
@@ -65,7 +75,9 @@ class RequestOutput:
         """Texts of tokens that are left out of the text, which stop strings see all the same."""
         self._decodes_each = keep_events or self._stops is not None or not self._detokenizer.bulk
         self._on_token: Callable[[int], None] | None = None
-        self._watched = self._decodes_each
+        self._criteria = sampling.stopping_criteria
+        self._criterion_met = False
+        self._watched = self._decodes_each or bool(self._criteria)
         """Whether somebody waits for single tokens or their text."""
         self._text: list[str] = []
         self._limit = sampling.max_new_tokens
@@ -141,7 +153,10 @@ class RequestOutput:
                         if matched is None and token in self._hidden:
                             more, matched = self._stops.push(self._hidden[token], shown=False)
                             text += more
-                if matched is not None or token in self._stop_ids or len(ids) >= self._limit:
+                if self._criteria:
+                    self._criterion_met = criteria_met(self._criteria, self._prompt_ids, ids)
+                ends = self._criterion_met or token in self._stop_ids or len(ids) >= self._limit
+                if matched is not None or ends:
                     text += self._finish(token, text, matched)
                 elif text:
                     self._text.append(text)
@@ -159,6 +174,16 @@ class RequestOutput:
         if taken == 0:
             self._extra_tokens -= 1
         return taken
+
+    def take_scores(self, found: Sequence[TokenLogprob]) -> None:
+        """Take the log-probabilities of more of the prompt's tokens. Where nothing is generated, the last end it."""
+        if any(math.isnan(item.logprob) for item in found):
+            message = "the logits of its prompt held NaN; check the weights and the dtype"
+            self.end(FinishReason.ERROR, RequestError(message))
+            return
+        self._scores += found
+        if not self._limit and len(self._scores) == len(self._prompt_ids) - (self._scored_from or 0):
+            self.end(FinishReason.LENGTH)
 
     def end_unchosen(self, why: str | None) -> None:
         """End with an error: a step had nothing to choose for the next token.
@@ -195,6 +220,8 @@ class RequestOutput:
                 match = matched
             elif token in self._stop_ids:
                 match = token
+            elif self._criterion_met:
+                reason = FinishReason.STOP
             else:
                 reason = FinishReason.LENGTH
         self._text.append(text + held)
@@ -242,19 +269,20 @@ class RequestOutput:
     def _complete(self, reason: FinishReason, match: str | int | None, error: HybridgenError | None = None) -> None:
         total = time.perf_counter() - self.submitted
         sampling = self._sampling
-        nan = float("nan")
         token_times = tuple(moment - self.submitted for moment in self._token_times)
         bandwidth, mbu = self._bandwidth()
         self._count_decode_steps()
         self.completion = Completion(
             text="".join(self._text),
             token_ids=tuple(self.token_ids),
+            prompt=self._prompt,
             prompt_token_ids=self._prompt_ids,
+            truncated_tokens=self._truncated,
             finish_reason=reason,
             seed=sampling.seed,
             timing=Timing(
-                queue=nan if self._started is None else self._started - self.submitted,
-                ttft=token_times[0] if token_times else nan,
+                queue=None if self._started is None else self._started - self.submitted,
+                ttft=token_times[0] if token_times else None,
                 total=total,
                 token_times=token_times,
                 read_bandwidth=bandwidth,
@@ -262,16 +290,17 @@ class RequestOutput:
             ),
             steps=tuple(StepSummary(*key, count) for key, count in self._steps.items()),
             logprobs=None if sampling.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=None if self._scored_from is None else (*[None] * self._scored_from, *self._scores),
             stop_match=match,
             cached_tokens=self.cached_tokens,
             error=error,
         )
 
-    def _bandwidth(self) -> tuple[float, float]:
+    def _bandwidth(self) -> tuple[float | None, float | None]:
         """Bytes per second that its decode steps read, and their share of the device's ceiling."""
         times, traffic = self._token_times, self._traffic
         if traffic is None or len(times) < 2:
-            return math.nan, math.nan
+            return None, None
         positions = len(self._prompt_ids) + len(times) / 2
         bandwidth = traffic.bandwidth(1, positions, (times[-1] - times[0]) / (len(times) - 1))
         return bandwidth, traffic.mbu(bandwidth)

@@ -7,18 +7,16 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-from hybridgen.arguments import sampling_per_prompt
+from hybridgen.arguments import is_text, sampling_per_prompt
 from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
-from hybridgen.text.prompts import encode_prompt
-
-SEED_RANGE = 2**63
+from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
 
 UNKNOWN_CONTEXT = 4096
 """Tokens, for a model whose config names no limit."""
@@ -47,11 +45,18 @@ class Request:
     """Which prompt of the call."""
     choice: int = 0
     """Which of the prompt's `n` completions."""
+    scored_from: int | None = None
+    """The first token of the prompt whose log-probability is wanted; None: of no token."""
+    prompt: Any = None
+    """The text or chat that the ids are of."""
+    truncated: int = 0
+    """How many ids were cut from the beginning of the prompt."""
     output: RequestOutput = field(init=False)
     """Its tokens, text, events and completion. `StepLoop.submit` sets it."""
     state: RequestState = field(default=RequestState.NEW, init=False)
     prefill_ids: tuple[int, ...] = field(init=False)
-    """What its prefill feeds: the prompt, and when it is prefilled again also what was generated before."""
+    """What its prefill feeds: the prompt, and when it is prefilled again also what was generated before. Without the
+    prompt's last token where nothing is generated behind it."""
     prefilled: int = field(default=0, init=False)
     """How many of those were launched."""
     slot: int = field(default=-1, init=False)
@@ -61,7 +66,7 @@ class Request:
     _batch: Batch | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.prefill_ids = self.prompt_ids
+        self.prefill_ids = self.prompt_ids if self.sampling.max_new_tokens else self.prompt_ids[:-1]
 
     @property
     def completion(self) -> Completion | None:
@@ -89,9 +94,32 @@ class Request:
     def advance(self, tokens: int) -> bool:
         """Note that so many more tokens of its prefill are launched; whether they are the last, which sample one."""
         self.prefilled += tokens
-        last = self.prefilled == len(self.prefill_ids)
+        last = self.prefilled == len(self.prefill_ids) and self.sampling.max_new_tokens > 0
         self._launched += last
         return last
+
+    def targets(self, length: int) -> tuple[int, ...]:
+        """Those scored tokens of the prompt that the next `length` tokens of its prefill tell the probabilities of."""
+        if self.scored_from is None:
+            return ()
+        start = self.prefilled + 1
+        return self.prompt_ids[max(start, self.scored_from) : start + length]
+
+    @property
+    def unscored(self) -> int:
+        """How many of the next tokens of its prefill come before those that tell scored tokens' probabilities."""
+        return 0 if self.scored_from is None else max(0, self.scored_from - 1 - self.prefilled)
+
+    @property
+    def shareable(self) -> int:
+        """Positions at its beginning that need not be computed if they are there already."""
+        return len(self.prefill_ids) - 1 if self.scored_from is None else self.scored_from - 1
+
+    def restart(self, generated: Sequence[int]) -> None:
+        """Prefill the prompt again, with all that was generated behind it. What was scored stays so."""
+        self.prefill_ids = self.prompt_ids + tuple(generated)
+        self.prefilled = 0
+        self.scored_from = None
 
     def admitted(self, slot: int, pages: RequestPages) -> None:
         """It gets a slot and pages. What it shares with others is not fed again."""
@@ -162,16 +190,21 @@ def make_requests(
     """
     params = sampling_per_prompt(len(prompts), sampling, fields)
     requests = []
+    how: dict[str, Any] = {
+        "tokenizer": checkpoint.tokenizer,
+        "tokenizer_problem": checkpoint.tokenizer_problem,
+        "vocab_size": checkpoint.vocab_size,
+    }
     known: dict[tuple[int, int], ResolvedSampling] = {}
     """By parameters and length of the prompt; most prompts of a call have the same parameters."""
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        ids = encode_prompt(
-            prompt,
-            index,
-            tokenizer=checkpoint.tokenizer,
-            tokenizer_problem=checkpoint.tokenizer_problem,
-            vocab_size=checkpoint.vocab_size,
-        )
+        start = 0
+        if is_pair(prompt):
+            ids, start = encode_pair(prompt, index, **how)
+        else:
+            ids = encode_prompt(prompt, index, **how)
+        cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
+        ids, told = ids[cut:], prompt if is_text(prompt) else None
         length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
         resolved = known.get((id(wanted), length))
         if resolved is None:
@@ -200,24 +233,21 @@ def make_requests(
             )
         if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
             resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
-        requests.append(Request(ids, resolved, index))
-        requests += [
-            Request(ids, replace(resolved, seed=(resolved.seed + choice) % SEED_RANGE), index, choice)
-            for choice in range(1, wanted.n)
-        ]
+        scored_from = _scored_from(index, len(ids), start, cut, resolved)
+        for choice in range(wanted.n):
+            drawn = resolved if choice == 0 else replace(resolved, seed=choice_seed(resolved.seed, choice))
+            requests.append(Request(ids, drawn, index, choice, scored_from, prompt=told, truncated=cut))
     return requests
 
 
 def collect(requests: Iterable[Request]) -> list[Completion]:
-    """One completion per prompt, in order; with n > 1 the first choice, which holds all of them."""
+    """One completion per prompt, in order: the first choice, which holds all of them."""
     choices: dict[int, list[Completion]] = {}
     for request in requests:
         if request.completion is None:
             raise RuntimeError("a request was collected before its end")
         choices.setdefault(request.index, []).append(request.completion)
-    return [
-        group[0] if len(group) == 1 else replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())
-    ]
+    return [replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())]
 
 
 def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
@@ -237,6 +267,30 @@ def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
             scaled = f" ({limit}, which its rotary scaling makes {most})" if most != limit else f" of {limit}"
             raise ConfigError(f"max_context={requested} is above the model's limit{scaled}; lower it")
     return requested
+
+
+def _scored_from(index: int, prompt: int, start: int, cut: int, sampling: ResolvedSampling) -> int | None:
+    """The first token of a prompt that is scored; None where none is.
+
+    Args:
+        start: tokens before its completion; 0 where it has none.
+        cut: tokens that were cut from its beginning.
+    """
+    if sampling.prompt_logprobs is None:
+        if start:
+            raise PromptError(f"prompt {index} has a completion to score; score() does that, or prompt_logprobs=0")
+        return None
+    if start and start <= cut:
+        raise PromptError(
+            f"prompt {index} has {start} tokens before its completion and truncate_prompt cuts {cut}; raise it so that "
+            "one is left to score the completion by"
+        )
+    if prompt == 1 and sampling.max_new_tokens == 0:
+        raise PromptError(
+            f"prompt {index} has one token, and none before it to score it by; put one in front, such as the "
+            "tokenizer's beginning of text"
+        )
+    return max(start - cut, 1)
 
 
 def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None) -> None:

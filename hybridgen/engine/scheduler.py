@@ -43,16 +43,19 @@ class Scheduler:
         pages: PageManager,
         max_batch: int,
         token_budget: int,
+        score_budget: int = 1024,
         reprefill_length: int | None = None,
     ) -> None:
         """
         Args:
             max_batch: slots.
             token_budget: tokens of a prefill call at most.
+            score_budget: tokens that a prefill call tells the log-probabilities of at most.
             reprefill_length: a request that reaches this length is prefilled again, see `BoundModel`.
         """
         self.pages = pages
         self._token_budget = token_budget
+        self._score_budget = score_budget
         self._reprefill_length = reprefill_length
         self._free_slots = list(range(max_batch - 1, -1, -1))
         self.waiting: deque[Request] = deque()
@@ -162,7 +165,8 @@ class Scheduler:
             request = self.waiting[0]
             pages = None
             if self._free_slots:
-                pages = self.pages.admit(request.prompt_ids, request.capacity, request.sampling.cache_salt)
+                salt = request.sampling.cache_salt
+                pages = self.pages.admit(request.prefill_ids, request.capacity, salt, request.shareable)
             if pages is None:
                 self._blocked = True
                 break
@@ -184,8 +188,7 @@ class Scheduler:
         """Prefill all of its tokens again, once the host has read the last of them; until then it waits."""
         read = request.output.token_ids
         if len(read) == request.launched:
-            request.prefill_ids = request.prompt_ids + tuple(read)
-            request.prefilled = 0
+            request.restart(read)
 
     def _regroup(self, requests: list[Request]) -> None:
         """Make these the batch, unless they are."""
@@ -212,21 +215,32 @@ class Scheduler:
         """The next parts of all unfinished prefills, as far as the token budget goes, and whose they are."""
         requests: list[Request] = []
         chunks: list[PrefillChunk] = []
-        budget = self._token_budget
+        budget, scores = self._token_budget, self._score_budget
         for request in self.running:
             ids, start = request.prefill_ids, request.prefilled
             length = min(budget, len(ids) - start)
-            if length > 0:
-                chunks.append(
-                    PrefillChunk(
-                        slot=request.slot,
-                        tokens=ids[start : start + length],
-                        start=start,
-                        rope_length=len(ids),
-                        generated=len(ids) - len(request.prompt_ids),
-                        last=request.advance(length),
-                    )
+            if length <= 0:
+                continue
+            targets = request.targets(length)
+            if len(targets) > scores:
+                # Those behind it may hold pages that it is to write, so that none of them comes before its rest.
+                length = budget = request.unscored + scores
+                targets = request.targets(length)
+                if not length:
+                    break
+            chunks.append(
+                PrefillChunk(
+                    slot=request.slot,
+                    tokens=ids[start : start + length],
+                    start=start,
+                    rope_length=max(len(ids), len(request.prompt_ids)),
+                    generated=max(0, len(ids) - len(request.prompt_ids)),
+                    last=request.advance(length),
+                    targets=targets,
+                    likely=request.sampling.prompt_logprobs or 0,
                 )
-                requests.append(request)
-                budget -= length
+            )
+            requests.append(request)
+            budget -= length
+            scores -= len(targets)
         return requests, chunks

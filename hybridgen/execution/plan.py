@@ -36,6 +36,10 @@ class PrefillChunk(NamedTuple):
     """Tokens generated before (above 0 when a request is prefilled again)."""
     last: bool
     """Whether the prompt ends here, so that a token is sampled."""
+    targets: Sequence[int] = ()
+    """The tokens behind its last ones, whose log-probabilities are wanted: each follows on one of as many tokens."""
+    likely: int = 0
+    """How many of the most likely tokens are told with each of them."""
 
 
 class StepPlan(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -119,10 +121,17 @@ class TokenRing:
         return StepOutput(tokens, found)
 
 
+class Scores(Protocol):
+    """Log-probabilities on their way to the host."""
+
+    def read(self) -> list[list[TokenLogprob]]:
+        """Wait for them: those of each prompt that has some, in the order of the call."""
+
+
 class LaunchedStep:
     """A step that was launched; `read()` waits for it alone, while later ones run."""
 
-    __slots__ = ("_line", "_logprobs", "_output", "_query_len", "_ring", "kind", "reason", "rows")
+    __slots__ = ("_line", "_logprobs", "_output", "_query_len", "_ring", "kind", "reason", "rows", "scores")
 
     def __init__(
         self,
@@ -145,6 +154,8 @@ class LaunchedStep:
         """How it ran: see `StepSummary.kind`."""
         self.reason = reason
         """Why it ran that way."""
+        self.scores: Scores | None = None
+        """Of a prefill whose prompts it tells log-probabilities of."""
 
     def fetch(self) -> StepOutput:
         """Wait for the step; what it produced is kept from then on."""

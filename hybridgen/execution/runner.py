@@ -20,6 +20,7 @@ from hybridgen.execution.executors import LayersExecutor
 from hybridgen.execution.owner import Following
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.ring import LaunchedStep, TokenRing
+from hybridgen.execution.scoring import ScoredTokens, score_budget
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.step import ModelSteps
 from hybridgen.execution.validation import compare_first_replay, tolerance_of
@@ -29,6 +30,7 @@ from hybridgen.graphs.recorder import this_thread
 from hybridgen.models import BoundModel
 from hybridgen.models.twin import Twin
 from hybridgen.sampling import SamplerPlan, SamplerState
+from hybridgen.sampling.own import OwnRows
 from hybridgen.telemetry.statistics import Counters
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class Steady(NamedTuple):
     route: Route
     replays: bool
     """Whether that is a graph's launch and nothing else, which needs nothing set up around it."""
+    own: OwnRows | None = None
+    """Rows with functions of their own."""
 
 
 class ModelRunner:
@@ -212,13 +216,40 @@ class ModelRunner:
 
     @on_its_stream
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
-        """Run the chunks in one call; sample for those that end their prompt."""
+        """Run the chunks in one call; sample for those that end their prompt, score what they have targets for."""
         slots = tuple(chunk.slot for chunk in chunks if chunk.last)
-        sampler = self.sampler.needs(slots)
+        sampler, own = self.sampler.needs(slots), self.sampler.own(slots)
         tokens = sum(len(chunk.tokens) for chunk in chunks)
-        route = self.router.route(GraphKey.prefill(tokens, len(slots), sampler))
+        key = GraphKey.prefill(tokens, len(slots), self._recorded(sampler, own))
+        if any(chunk.targets for chunk in chunks):
+            return self._prefill_scored(chunks, key, sampler, own)
+        route = self.router.route(key)
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
-        return self._launch(route, len(slots), sampler)
+        return self._launch(route, len(slots), sampler, own)
+
+    def _recorded(self, sampler: SamplerPlan, own: OwnRows | None) -> SamplerPlan | None:
+        """The sampler of a recording that can serve a step: none where rows have functions of their own, so that it
+        ends at the logits."""
+        if own is None:
+            return sampler
+        self.steps.keep_logits()
+        return None
+
+    def _prefill_scored(
+        self, chunks: Sequence[PrefillChunk], key: GraphKey, sampler: SamplerPlan, own: OwnRows | None
+    ) -> LaunchedStep:
+        scored = ScoredTokens(chunks, self.device)
+        route = self.router.plain(key, "it scores prompts")
+        route.run = functools.partial(self.steps.run_scored, route.key, scored)
+        self.steps.stage_prefill(chunks, key.tokens, key.rows)
+        launched = self._launch(route, key.rows, sampler, own)
+        launched.scores = scored
+        return launched
+
+    @property
+    def score_budget(self) -> int:
+        """Tokens that one prefill call tells the log-probabilities of at most."""
+        return score_budget(self.sampler.vocab_size, self.bound.logits_dtype)
 
     def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
         """Run one decode step of these slots and sample a token for each.
@@ -235,23 +266,23 @@ class ModelRunner:
 
     @on_its_stream
     def _decode(self, slots: tuple[int, ...]) -> LaunchedStep:
-        sampler = self.sampler.needs(slots)
+        sampler, own = self.sampler.needs(slots), self.sampler.own(slots)
         version = self.router.version  # as it is now: the step may drop its own graph
-        route = self.router.route(GraphKey.decode(len(slots), sampler))
+        route = self.router.route(GraphKey.decode(len(slots), self._recorded(sampler, own)))
         self.steps.stage_decode(slots)
-        launched = self._launch(route, len(slots), sampler)
-        self._steady = Steady(slots, version, sampler, route, _only_replays(route))
+        launched = self._launch(route, len(slots), sampler, own)
+        self._steady = Steady(slots, version, sampler, route, own is None and _only_replays(route), own)
         return launched
 
     @on_its_stream
     def _decode_again(self, steady: Steady) -> LaunchedStep:
-        return self._launch(steady.route, len(steady.slots), steady.sampler)
+        return self._launch(steady.route, len(steady.slots), steady.sampler, steady.own)
 
     def is_here(self) -> bool:
         """Whether the caller is on the runner's stream."""
         return self.stream is None or _is_current(self.stream)
 
-    def _launch(self, route: Route, rows: int, sampler: SamplerPlan) -> LaunchedStep:
+    def _launch(self, route: Route, rows: int, sampler: SamplerPlan, own: OwnRows | None = None) -> LaunchedStep:
         recording = route.recording
         if recording is not None and recording.recorded.thread not in (None, this_thread()):
             self.fall_back(
@@ -263,6 +294,9 @@ class ModelRunner:
             self.ring.reserve()
         try:
             route = self._run(route)
+            if own is not None:
+                self.steps.finish(route.key, sampler, own)
+                own.launched()
             self._count(route)
             if samples:
                 return self.ring.launched(rows, sampler.logprobs, route.kind, route.reason, route.key.query_len)

@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridgen.cache import LayerState
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
+from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState, SlotRows
 from hybridgen.execution.verification import accepted_run
@@ -26,6 +27,7 @@ from hybridgen.kernels.step.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan, SamplerState, remember, sample
+from hybridgen.sampling.own import OwnRows
 
 _MAX_PREPARED = 256
 
@@ -224,28 +226,42 @@ class ModelSteps:
         slots = slots[:, None].expand(-1, count).flatten()
         self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
 
-    def _run_prefill(self, key: GraphKey) -> None:
+    def run_scored(self, key: GraphKey, scored: ScoredTokens) -> None:
+        """Launch the prefill that was staged, and leave the log-probabilities of prompts with `scored`."""
+        self._run_prefill(key, scored)
+
+    def _run_prefill(self, key: GraphKey, scored: ScoredTokens | None = None) -> None:
         self._bring_in(key)
         inputs, tokens, rows = self._prefill, key.tokens, key.rows
         # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case.
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
         ids, slots, positions, rope = (inputs[name][:tokens] for name in ("ids", "slots", "positions", "rope"))
         self._set(phase, ids, slots, positions, rope)
-        logits = self._executors[key.executor].logits(self.metadata, inputs["keep"][: max(rows, 1)])
+        keep = inputs["keep"][: max(rows, 1)]
+        if scored is not None:
+            keep = torch.cat((inputs["keep"][:rows], scored.places))
+        logits = self._executors[key.executor].logits(self.metadata, keep)
+        if scored is not None:
+            scored.take(logits[rows:])
+            logits = logits[:rows]
         if rows and key.sampler is None:
             self._leave(logits)
         elif rows and key.sampler is not None:
             self._sample(logits, *self._prefilled(rows), key.sampler)
 
-    def finish(self, key: GraphKey, sampler: SamplerPlan) -> None:
-        """What is left of a step that ended at its logits: sample, publish, advance."""
+    def finish(self, key: GraphKey, sampler: SamplerPlan, own: OwnRows | None = None) -> None:
+        """What is left of a step that ended at its logits: sample, publish, advance.
+
+        Args:
+            own: rows with functions of their own, which change their logits.
+        """
         logits = self._kept(key.rows * key.query_len)
         if key.phase is Phase.DECODE:
             rows = self._decode["rows"][: key.rows]
             state = self._state.read(rows)
-            self._sample(logits, rows, state.lengths + 1, state.generated, sampler, key.query_len)
+            self._sample(logits, rows, state.lengths + 1, state.generated, sampler, key.query_len, own)
         else:
-            self._sample(logits, *self._prefilled(key.rows), sampler)
+            self._sample(logits, *self._prefilled(key.rows), sampler, own=own)
 
     def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Slots of the prompts that end in a prefill step, their lengths, and what they generated before."""
@@ -261,7 +277,14 @@ class ModelSteps:
         self._kept(logits.shape[0]).copy_(logits)
 
     def _sample(
-        self, logits: Tensor, rows: Tensor, lengths: Tensor, generated: Tensor, sampler: SamplerPlan, query_len: int = 1
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        lengths: Tensor,
+        generated: Tensor,
+        sampler: SamplerPlan,
+        query_len: int = 1,
+        own: OwnRows | None = None,
     ) -> None:
         """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows."""
         if self._always_keeps_logits:
@@ -271,7 +294,7 @@ class ModelSteps:
             places = self._state.places[:query_len]
             slots = rows[:, None].expand(-1, query_len).flatten()
             positions, before = ((value[:, None] + places).flatten() for value in (lengths, generated))
-        sampled = sample(logits, self._sampler, slots, positions, before, sampler)
+        sampled = sample(logits, self._sampler, slots, positions, before, sampler, own)
         if sampler.history and self._sampler.history is not None:
             remember(sampled.tokens, slots, positions, self._sampler.history.text)
         if query_len > 1:

@@ -115,6 +115,8 @@ def measure_activations(runner: ModelRunner, recorded: int = 0) -> int:
     peak = torch.cuda.max_memory_allocated(runner.device) - before
     # The sampler works on [max_batch, vocab_size] in float32: logits, processed, sorted values and ids, noise.
     sampling = 8 * 4 * runner.max_batch * runner.sampler.vocab_size
+    # Logits of scored tokens, and what some models make of them before they hand them out.
+    sampling += 3 * runner.score_budget * runner.sampler.vocab_size * runner.bound.logits_dtype.itemsize
     with CAPTURING:
         torch.cuda.empty_cache()
     if not recorded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -66,6 +66,8 @@ class ResolvedSampling:
     """The first generated token is one of these; empty: any."""
     forced_last: tuple[int, ...]
     """Token `max_new_tokens` is one of these; empty: any."""
+    logits_processors: tuple[Callable[..., Any], ...]
+    stopping_criteria: tuple[Callable[..., Any], ...]
     seed: int
     n: int
     stop: tuple[str, ...]
@@ -74,6 +76,7 @@ class ResolvedSampling:
     ignore_eos: bool
     logprobs: int | None
     logprobs_of: str
+    prompt_logprobs: int | None
     skip_special_tokens: bool
     cache_salt: str | None
 
@@ -89,7 +92,7 @@ class ResolvedSampling:
     @property
     def reads_history(self) -> bool:
         """Whether its logits depend on the order in which tokens came."""
-        return bool(self.sequence_bias) or self.no_repeat_ngram_size > 0
+        return bool(self.sequence_bias or self.logits_processors) or self.no_repeat_ngram_size > 0
 
     @property
     def cuts(self) -> bool:
@@ -190,7 +193,7 @@ def _with_model_defaults(
         # As in Hugging Face, the model's minimum gives way to the limit.
         replace(SamplingParams(), min_new_tokens=least)
         filled = replace(params, **missing)
-        return replace(filled, min_new_tokens=min(least, filled.max_new_tokens or least))
+        return replace(filled, min_new_tokens=min(least, cast(int, filled.max_new_tokens)))
     except SamplingError as error:
         raise SamplingError(f"{error} (from the model's generation_config where you gave none)") from None
 

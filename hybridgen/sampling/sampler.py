@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybridgen.sampling.choice import best_of, choose_greedy, choose_sampled, truncated, with_noise
 from hybridgen.sampling.history import apply_history
+from hybridgen.sampling.own import OwnRows
 from hybridgen.sampling.processors import apply_rules, cut_off, keep_typical, penalize
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
@@ -35,6 +36,7 @@ def sample(
     positions: Tensor,
     generated: Tensor,
     plan: SamplerPlan,
+    own: OwnRows | None = None,
 ) -> SampleOutput:
     """Choose a token for each row. Runs on the device; the host waits for nothing.
 
@@ -50,6 +52,7 @@ def sample(
         positions: int64 [B], the position that the new token will have in its sequence.
         generated: int64 [B], how many tokens the row's request has generated before.
         plan: `state.needs()` of the slots. What it leaves out is skipped.
+        own: rows with functions of their own, which then decide on the host what is launched.
 
     Raises:
         ValueError: the logits are not as wide as the state.
@@ -61,6 +64,8 @@ def sample(
     scores = logits if cuda else logits.float()
     if plan.processes:
         scores = process(logits.float(), state, slots, positions, generated, plan)
+    if own is not None and state.history is not None:
+        scores = own.apply(state.history.text, scores.float())
     exact = plan.cuts or plan.sampled_logprobs
     scaled = truncate(scores.float(), state, slots, plan) if exact or (plan.sample and not cuda) else None
     if cuda:
@@ -70,7 +75,7 @@ def sample(
         tokens = best_of(noisy)
     else:
         tokens = best_of(scores)
-    if plan.by_length:
+    if plan.by_length or own is not None:
         tokens = torch.where(logits.isnan().any(-1), -1, tokens)  # the NaN may be one of the banned ids
     sampled = state.of_sampled[slots] if plan.sampled_logprobs else None
     return _with_logprobs(tokens, logits, scaled, sampled, plan.logprobs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.sampling.history import History, make_history
+from hybridgen.sampling.own import OwnProcessors, OwnRows
 from hybridgen.sampling.processors import AT_BEGIN, EARLY_END, FORCED_FIRST, FORCED_LAST
 from hybridgen.sampling.random import gumbel_noise
 from hybridgen.sampling.resolve import ResolvedSampling
@@ -166,6 +167,7 @@ class SamplerState:
         """Where the noise comes from on a CPU; on CUDA it is a part of `choice.choose_sampled`. Eagerly it is about 45
         small kernels; `torch.compile` makes one of them, so a runner that compiles may put its function here."""
         self._plans: list[SamplerPlan | None] = [None] * max_batch
+        self._own: dict[int, OwnProcessors] = {}
 
     def assign(
         self,
@@ -188,6 +190,9 @@ class SamplerState:
         self.reals[slot].copy_(self._stage(_real_row(params), torch.float32), non_blocking=True)
         self.integers[slot].copy_(self._stage(_integer_row(params), torch.int64), non_blocking=True)
         plan = self._plans[slot] = plan_of(params, self.vocab_size)
+        self._own.pop(slot, None)
+        if params.logits_processors:
+            self._own[slot] = OwnProcessors(params.logits_processors, len(prompt_ids) + len(generated_ids))
         self.allocate(plan)
         for table in (self.bias, self.rules, self.prompt_seen, self.output_counts):
             if table is not None:
@@ -233,6 +238,18 @@ class SamplerState:
                 raise ValueError(f"slot {slot} was not assigned")
             plans.append(plan)
         return _merge(plans)
+
+    def own(self, slots: Sequence[int]) -> OwnRows | None:
+        """Which rows of a step of these slots have functions of their own; None: no row has."""
+        if not self._own:
+            return None
+        found = [(row, slot, self._own[slot]) for row, slot in enumerate(slots) if slot in self._own]
+        return OwnRows(found) if found else None
+
+    def failure(self, slot: int) -> str | None:
+        """Why a slot's own functions could not choose its next token, if they could not."""
+        own = self._own.get(slot)
+        return None if own is None else own.failure
 
     @property
     def temperature(self) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
+
+from hybridgen.display import html_table
+from hybridgen.fields import about, described
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +22,8 @@ class Counters:
     steps: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """(phase, kind, reason) of each launched call."""
     tokens: Counter[str] = field(default_factory=Counter)
-    """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there) and `generated`."""
+    """`prompt` (fed), `cached` (of prompts, not fed because their keys and values were there), `truncated` (cut from
+    prompts, see `SamplingParams.truncate_prompt`), `generated` and `scored` (of prompts)."""
     requests: Counter[str] = field(default_factory=Counter)
     """`submitted`, and each finish reason."""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -42,42 +45,39 @@ class Counters:
             logger.error("%s", reason)
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class GraphRow:
     """One recorded step."""
 
-    executor: str
-    """`layers`, `chain` or `persistent`."""
-    phase: str
-    tokens: int
-    """Its bucket: tokens of a prefill, rows of a decode step."""
-    rows: int
-    """Rows that it samples."""
-    sampling: str
-    """The parts of the sampler that it has; `greedy` has none, `outside`: it ends at the logits."""
-    owner: str
-    """`cuda graph`, `cudagraph tree` or `stand-in`."""
-    lazy: bool
-    """Captured while idle, not at warm-up."""
-    hits: int
-    padded_hits: int
-    bytes: int
-    seconds: float
-    """A replay with padding rows only, until the device is done. It decides whether padding is worth its time."""
-    plain_seconds: float
-    """The same step without the recording."""
+    executor: str = field(metadata=about("`layers`, `chain` or `persistent`."))
+    phase: str = field(metadata=about("`prefill` or `decode`."))
+    tokens: int = field(metadata=about("Its bucket: tokens of a prefill, rows of a decode step."))
+    rows: int = field(metadata=about("Rows that it samples."))
+    sampling: str = field(
+        metadata=about("The parts of the sampler that it has; `greedy` has none, `outside`: it ends at the logits.")
+    )
+    owner: str = field(metadata=about("`cuda graph`, `cudagraph tree` or `stand-in`."))
+    lazy: bool = field(metadata=about("Captured while idle, not at warm-up."))
+    hits: int = field(metadata=about("Steps that it ran."))
+    padded_hits: int = field(metadata=about("Those of them that were padded to its size."))
+    bytes: int = field(metadata=about("Device memory that its capture took."))
+    seconds: float = field(
+        metadata=about(
+            "A replay with padding rows only, until the device is done. It decides whether padding is worth its time."
+        )
+    )
+    plain_seconds: float = field(metadata=about("The same step without the recording."))
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class PhaseCounts:
     """Steps of one phase, by what graphs did for them. Steps are `hits + misses`."""
 
-    hits: int = 0
-    """Steps that a graph ran."""
-    padded_hits: int = 0
-    """Those of them that were padded to a larger bucket."""
-    misses: int = 0
-    """Steps that ran without a graph."""
+    hits: int = field(default=0, metadata=about("Steps that a graph ran."))
+    padded_hits: int = field(default=0, metadata=about("Those of them that were padded to a larger bucket."))
+    misses: int = field(default=0, metadata=about("Steps that ran without a graph."))
 
     @property
     def hit_rate(self) -> float | None:
@@ -98,27 +98,29 @@ def hit_rate(hits: int, misses: int) -> float | None:
     return hits / (hits + misses) if hits + misses else None
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class GraphStats:
     """What the graph store holds and has done."""
 
-    graphs: tuple[GraphRow, ...] = ()
-    bytes: int = 0
-    """Device memory that their captures took."""
-    hits: int = 0
-    """Steps that a graph ran."""
-    padded_hits: int = 0
-    """Those of them that were padded to a larger bucket."""
-    misses: Mapping[str, int] = field(default_factory=dict)
-    """Steps that ran without a graph, by reason; empty in modes without graphs."""
-    phases: Mapping[str, PhaseCounts] = field(default_factory=dict)
-    """The same steps by phase, `prefill` and `decode`; empty in modes without graphs."""
-    lazy_captures: int = 0
-    evictions: int = 0
-    capture_failures: int = 0
-    """Captures that were tried and failed."""
-    failures: Mapping[str, str] = field(default_factory=dict)
-    """Messages of failed captures and of graphs that were found wrong."""
+    graphs: tuple[GraphRow, ...] = field(default=(), metadata=about("A row for each graph that is kept."))
+    bytes: int = field(default=0, metadata=about("Device memory that their captures took."))
+    hits: int = field(default=0, metadata=about("Steps that a graph ran."))
+    padded_hits: int = field(default=0, metadata=about("Those of them that were padded to a larger bucket."))
+    misses: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=about("Steps that ran without a graph, by reason; empty in modes without graphs."),
+    )
+    phases: Mapping[str, PhaseCounts] = field(
+        default_factory=dict,
+        metadata=about("The same steps by phase, `prefill` and `decode`; empty in modes without graphs."),
+    )
+    lazy_captures: int = field(default=0, metadata=about("Graphs that were captured while idle."))
+    evictions: int = field(default=0, metadata=about("Graphs that were dropped for others."))
+    capture_failures: int = field(default=0, metadata=about("Captures that were tried and failed."))
+    failures: Mapping[str, str] = field(
+        default_factory=dict, metadata=about("Messages of failed captures and of graphs that were found wrong.")
+    )
 
     @property
     def hit_rate(self) -> float | None:
@@ -141,50 +143,52 @@ class GraphStats:
         return ", ".join(parts)
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class DecodeStats:
     """Decode steps that followed one another, over all requests."""
 
-    steps: int = 0
-    seconds: float = 0.0
-    """Wall time of those steps, from read to read."""
-    read_bandwidth: float = math.nan
-    """Bytes per second: each step's weights and its rows' keys and values, over that time. NaN with experts."""
-    ceiling: float | None = None
-    """Bytes per second that the device reads at best, as measured; None on a CPU."""
-    mbu: float = math.nan
-    """`read_bandwidth` as a share of `ceiling` (model bandwidth utilisation)."""
+    steps: int = field(default=0, metadata=about("How many there were."))
+    seconds: float = field(default=0.0, metadata=about("Wall time of those steps, from read to read."))
+    read_bandwidth: float | None = field(
+        default=None,
+        metadata=about(
+            "Bytes per second: each step's weights and its rows' keys and values, over that time. None with experts."
+        ),
+    )
+    ceiling: float | None = field(
+        default=None, metadata=about("Bytes per second that the device reads at best, as measured; None on a CPU.")
+    )
+    mbu: float | None = field(
+        default=None, metadata=about("`read_bandwidth` as a share of `ceiling` (model bandwidth utilisation).")
+    )
 
     def summary(self) -> str:
         """One line."""
         if not self.steps:
             return "no steps"
         mean = f"{self.steps} steps of {1e3 * self.seconds / self.steps:.3f} ms"
-        if math.isnan(self.read_bandwidth):
+        if self.read_bandwidth is None:
             return mean
-        share = "" if math.isnan(self.mbu) else f", {self.mbu:.0%} of {(self.ceiling or 0) / 1e9:,.0f}"
+        share = "" if self.mbu is None else f", {self.mbu:.0%} of {(self.ceiling or 0) / 1e9:,.0f}"
         return f"{mean}, {self.read_bandwidth / 1e9:,.1f} GB/s{share}"
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class PrefixStats:
     """What requests shared with earlier ones."""
 
-    state: str = "on"
-    """`on`, or why nothing is shared."""
-    pages: int = 0
-    """Pages that can be found by their tokens, those in use included."""
-    prompt_tokens: int = 0
-    """Of the requests that were admitted."""
-    cached_tokens: int = 0
-    """How many of them had their keys and values already."""
-    evicted: int = 0
-    """Pages that made room for others."""
+    state: str = field(default="on", metadata=about("`on`, or why nothing is shared."))
+    pages: int = field(default=0, metadata=about("Pages that can be found by their tokens, those in use included."))
+    prompt_tokens: int = field(default=0, metadata=about("Of the requests that were admitted."))
+    cached_tokens: int = field(default=0, metadata=about("How many of them had their keys and values already."))
+    evicted: int = field(default=0, metadata=about("Pages that made room for others."))
 
     @property
-    def hit_rate(self) -> float:
-        """Cached tokens as a share of all prompt tokens; NaN before the first request."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else math.nan
+    def hit_rate(self) -> float | None:
+        """Cached tokens as a share of all prompt tokens; None before the first request."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
     def summary(self) -> str:
         """One line."""
@@ -196,25 +200,30 @@ class PrefixStats:
         )
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class ArtifactStats:
     """What came from the compile cache. A hit was in it, a miss had to be made."""
 
-    state: str = "off"
-    """`hit`, `miss`, or `off` where nothing is kept."""
-    reason: str = ""
-    """Why there was no entry, or where it is from."""
-    key: str = ""
-    """The digest that names the entry."""
-    path: str = ""
-    """The store."""
-    hits: Mapping[str, int] = field(default_factory=dict)
-    """By phase of start-up: `artifacts` (the entry), `tuning` (documents), `compile` (units), `capture` (planned
-    graphs)."""
-    misses: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    """What keeps the cache from working as well as it could: variables that a user set, a store that cannot be
-    written."""
+    state: str = field(default="off", metadata=about("`hit`, `miss`, or `off` where nothing is kept."))
+    reason: str = field(default="", metadata=about("Why there was no entry, or where it is from."))
+    key: str = field(default="", metadata=about("The digest that names the entry."))
+    path: str = field(default="", metadata=about("The store."))
+    hits: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=about(
+            "By phase of start-up: `artifacts` (the entry), `tuning` (documents), `compile` (units), "
+            "`capture` (planned graphs)."
+        ),
+    )
+    misses: Mapping[str, int] = field(default_factory=dict, metadata=about("The same of what had to be made."))
+    notes: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "What keeps the cache from working as well as it could: variables that a user set, a store "
+            "that cannot be written."
+        ),
+    )
 
 
 class StartupRow(NamedTuple):
@@ -226,47 +235,53 @@ class StartupRow(NamedTuple):
     misses: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@described
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EngineStats:
     """A snapshot of what an engine has done and holds. `str()` of it is a table."""
 
-    model: str
-    mode: str
-    device: str
-    dtype: str
-    startup: Mapping[str, float]
-    """Seconds of each phase of start-up, in order; `first token` is that of the first request, once there was one."""
-    artifacts: ArtifactStats = field(default_factory=ArtifactStats)
-    """What came from the compile cache."""
-    requests: Mapping[str, int]
-    """`submitted`, and how many ended by each finish reason."""
-    tokens: Mapping[str, int]
-    """`prompt`, `cached` and `generated`, see `Counters`."""
-    steps: Mapping[tuple[str, str, str], int]
-    """Calls by (phase, kind, reason)."""
-    fallbacks: Mapping[str, int]
-    """How often something ran another way than asked for, by reason."""
-    compiled: int
-    """Functions that `torch.compile` made at warm-up: one per kind of layer and phase."""
-    late_compiles: int
-    """Functions made after it. Each of them stopped the engine while it was compiled."""
-    graphs: GraphStats
-    """Recorded steps."""
-    decode: DecodeStats
-    """How fast decode steps read memory."""
-    fused: Mapping[str, str]
-    """What serves which decode sizes in place of the model's own layers, or why nothing does."""
-    running: int
-    waiting: int
-    pages: int
-    """Pages of the KV cache."""
-    free_pages: int
-    """Those that no request has; the prefix cache keeps some of them until others need them."""
-    page_size: int
-    """Positions per page."""
-    cache_bytes: int
-    prefix: PrefixStats = field(default_factory=PrefixStats)
-    """The prefix cache."""
+    model: str = field(metadata=about("Its path or name."))
+    mode: str = field(metadata=about("How steps run; never `auto`."))
+    device: str = field(metadata=about("Where the model is."))
+    dtype: str = field(metadata=about("Of its weights."))
+    startup: Mapping[str, float] = field(
+        metadata=about(
+            "Seconds of each phase of start-up, in order; `first token` is that of the first request, "
+            "once there was one."
+        )
+    )
+    artifacts: ArtifactStats = field(default_factory=ArtifactStats, metadata=about("What came from the compile cache."))
+    requests: Mapping[str, int] = field(metadata=about("`submitted`, and how many ended by each finish reason."))
+    tokens: Mapping[str, int] = field(
+        metadata=about(
+            "`prompt` (fed), `cached` (of prompts, not fed), `truncated` (cut from prompts), `generated` and "
+            "`scored` (of prompts)."
+        )
+    )
+    steps: Mapping[tuple[str, str, str], int] = field(metadata=about("Calls by (phase, kind, reason)."))
+    fallbacks: Mapping[str, int] = field(
+        metadata=about("How often something ran another way than asked for, by reason.")
+    )
+    compiled: int = field(
+        metadata=about("Functions that `torch.compile` made at warm-up: one per kind of layer and phase.")
+    )
+    late_compiles: int = field(
+        metadata=about("Functions made after it. Each of them stopped the engine while it was compiled.")
+    )
+    graphs: GraphStats = field(metadata=about("Recorded steps."))
+    decode: DecodeStats = field(metadata=about("How fast decode steps read memory."))
+    fused: Mapping[str, str] = field(
+        metadata=about("What serves which decode sizes in place of the model's own layers, or why nothing does.")
+    )
+    running: int = field(metadata=about("Requests that have a slot."))
+    waiting: int = field(metadata=about("Requests that wait for one."))
+    pages: int = field(metadata=about("Pages of the KV cache."))
+    free_pages: int = field(
+        metadata=about("Those that no request has; the prefix cache keeps some of them until others need them.")
+    )
+    page_size: int = field(metadata=about("Positions per page."))
+    cache_bytes: int = field(metadata=about("Of the KV cache."))
+    prefix: PrefixStats = field(default_factory=PrefixStats, metadata=about("The prefix cache."))
 
     @property
     def startup_table(self) -> tuple[StartupRow, ...]:
@@ -290,8 +305,21 @@ class EngineStats:
             graphs["phases"][phase]["hit_rate"] = counts.hit_rate
         return values
 
+    def __repr__(self) -> str:
+        return (
+            f"EngineStats({self.model!r}, {self.mode} on {self.device}, {_counts(self.requests)}, "
+            f"{self.tokens.get('generated', 0):,} tokens generated)"
+        )
+
     def __str__(self) -> str:
-        rows = [
+        return "\n".join(f"{name:<24} {value}" for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table."""
+        return html_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
             ("model", f"{self.model} ({self.mode}, {self.dtype} on {self.device})"),
             *((f"start: {row.phase}", _timed(row)) for row in self.startup_table),
             ("compile cache", ", ".join(filter(None, (self.artifacts.state, self.artifacts.reason)))),
@@ -313,7 +341,6 @@ class EngineStats:
             ),
             ("prefix cache", self.prefix.summary()),
         ]
-        return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
 
 def _rates(phases: Mapping[str, PhaseCounts]) -> list[tuple[str, float]]:

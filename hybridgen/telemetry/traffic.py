@@ -6,7 +6,6 @@ once a step, and the keys and values of every row's context (Databricks, "LLM in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,13 +38,13 @@ class Traffic:
             each * (min(positions, window) if window else positions) for window, each in self.cache
         )
 
-    def bandwidth(self, rows: int, positions: float, seconds: float) -> float:
-        """Bytes per second of steps that take this long; NaN where the bytes are not known."""
-        return self.step_bytes(rows, positions) / seconds if self.weights and seconds > 0 else math.nan
+    def bandwidth(self, rows: int, positions: float, seconds: float) -> float | None:
+        """Bytes per second of steps that take this long; None where the bytes are not known."""
+        return self.step_bytes(rows, positions) / seconds if self.weights and seconds > 0 else None
 
-    def mbu(self, bandwidth: float) -> float:
-        """Share of the ceiling; NaN where it is not known."""
-        return bandwidth / self.ceiling if self.ceiling else math.nan
+    def mbu(self, bandwidth: float | None) -> float | None:
+        """Share of the ceiling; None where one of them is not known."""
+        return bandwidth / self.ceiling if self.ceiling and bandwidth is not None else None
 
 
 def traffic_of(bound: BoundModel, states: Sequence[KeyValueState], ceiling: float | None) -> Traffic:
@@ -121,7 +120,7 @@ class DecodeMeter:
 
     def stats(self) -> DecodeStats:
         """How fast the steps read memory."""
-        bandwidth = self.bytes / self.seconds if self.traffic.weights and self.seconds else math.nan
+        bandwidth = self.bytes / self.seconds if self.traffic.weights and self.seconds else None
         return DecodeStats(
             steps=self.steps,
             seconds=self.seconds,

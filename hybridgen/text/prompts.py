@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from hybridgen.arguments import is_text
 from hybridgen.errors import PromptError, TokenizerError, shown
 from hybridgen.text.chat_templates import ChatTemplateError, apply_chat_template
 
@@ -64,11 +65,58 @@ def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
     return ([prompts], True) if single else (list(prompts), False)
 
 
-def is_text(prompt: Any) -> bool:
-    """Whether encoding the prompt takes a tokenizer."""
+def is_pair(prompt: Any) -> bool:
+    """Whether it is a prompt with a completion to score behind it: `{"prompt": ..., "completion": ...}`."""
+    return isinstance(prompt, Mapping) and "completion" in prompt
+
+
+def encode_pair(pair: Mapping[str, Any], index: int, **how: Any) -> tuple[tuple[int, ...], int]:
+    """Token ids of a prompt with its completion behind it, and how many of them are the prompt's.
+
+    Text behind text or a chat is encoded together with it, because that is how a tokenizer sees it; ids are taken as
+    they are.
+
+    Args:
+        how: see `encode_prompt`.
+
+    Raises:
+        PromptError: a part is missing or no text and no ids, or a token of the two texts together has a piece of each.
+        TokenizerError: see `encode_prompt`.
+    """
+    if set(pair) != {"prompt", "completion"}:
+        raise PromptError(f"prompt {index} has {shown(sorted(map(str, pair)))}; give 'prompt' and 'completion'")
+    prompt, completion = pair["prompt"], pair["completion"]
+    if isinstance(completion, Mapping) or (not isinstance(completion, str) and is_text(completion)):
+        raise PromptError(f"prompt {index} has the completion {shown(completion)}; give text or token ids")
+    if isinstance(completion, str) and not completion:
+        raise PromptError(f"prompt {index} has an empty completion; give at least one character")
+    ids = encode_prompt(prompt, index, **how)
+    if not isinstance(completion, str):
+        behind = encode_prompt(completion, index, **how)
+        return ids + behind, len(ids)
+    if not is_text(prompt):
+        raise PromptError(
+            f"prompt {index} is token ids and its completion {shown(completion, 30)} is text; give both as ids, or "
+            "both as text"
+        )
+    whole = encode_prompt(_joined(prompt, completion), index, **how)
+    if whole[: len(ids)] != ids or len(whole) == len(ids):
+        raise PromptError(
+            f"prompt {index}: the tokenizer joins the end of the prompt with the beginning of the completion "
+            f"{shown(completion, 30)}, or adds tokens between them; move a space at the end of the prompt to the "
+            "completion, or give token ids"
+        )
+    return whole, len(ids)
+
+
+def _joined(prompt: Any, completion: str) -> Any:
+    """A text, or the messages of a chat whose answer has begun, with more text behind it."""
     if isinstance(prompt, str):
-        return True
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+        return prompt + completion
+    last = prompt[-1]
+    if last["role"] == "assistant":
+        return [*prompt[:-1], {**last, "content": last["content"] + completion}]
+    return [*prompt, {"role": "assistant", "content": completion}]
 
 
 def encode_prompt(

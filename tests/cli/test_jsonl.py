@@ -11,11 +11,11 @@ import pytest
 
 from hybridgen.cli.jsonl import Job, ResultFile, failure, model_settings, read_jobs, result, same_file, settings_of
 from hybridgen.errors import HybridgenError, PromptError, SamplingError
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, choice_seed
 
 
 def record(job: Job, error: str | None = None) -> dict[str, Any]:
-    timing = SimpleNamespace(queue=0.1, ttft=float("nan"), total=1.0, token_times=[])
+    timing = SimpleNamespace(queue=0.1, ttft=None, total=1.0, token_times=[])
     completion: Any = SimpleNamespace(
         timing=timing, text="t\u2028é", token_ids=(1, 2), finish_reason="length", seed=0, error=error, steps=[]
     )
@@ -225,7 +225,7 @@ def test_a_lines_sampling_fields_go_before_the_commands(tmp_path: Path) -> None:
     assert first == Job(1, "x", SamplingParams(temperature=0.9, seed=1))
     assert second.sampling == SamplingParams(temperature=0.5, seed=1, logit_bias={3: -1.0}, stop=["z"])
     assert [third.choice, fourth.choice] == [0, 1]
-    assert [third.sampling.seed, fourth.sampling.seed] == [2**63 - 1, 0]
+    assert [third.sampling.seed, fourth.sampling.seed] == [2**63 - 1, choice_seed(2**63 - 1, 1)]
     assert third.key != fourth.key
     with pytest.raises(SamplingError, match="temperature=-1"):
         read_jobs(path, {"temperature": -1})

@@ -14,6 +14,7 @@ import torch
 import hybridgen
 from hybridgen import Engine, FinishReason, SamplingParams
 from hybridgen.models.visibility import Visibility
+from hybridgen.params import choice_seed
 
 SETTINGS: dict[str, Any] = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB"}
 PROMPTS = families.prompts_of((5, 40, 1, 17, 33, 120, 64, 2))
@@ -97,10 +98,11 @@ def test_a_drawn_seed_is_reported_and_repeats(engine: Engine) -> None:
 
 def test_n_completions_of_one_prompt(engine: Engine) -> None:
     out = engine.generate(PROMPTS[0], SAMPLED, seed=5, n=3)
-    assert [choice.seed for choice in out.choices] == [5, 6, 7]
+    assert [choice.seed for choice in out.choices] == [choice_seed(5, choice) for choice in range(3)]
     assert out.token_ids == out.choices[0].token_ids
     assert len({choice.token_ids for choice in out.choices}) == 3
-    assert engine.generate(PROMPTS[0], SAMPLED, seed=6).token_ids == out.choices[1].token_ids
+    assert engine.generate(PROMPTS[0], SAMPLED, seed=out.choices[1].seed).token_ids == out.choices[1].token_ids
+    assert engine.generate(PROMPTS[0], SAMPLED, seed=6).token_ids not in {choice.token_ids for choice in out.choices}
 
 
 def test_stop_token_ids_end_a_request(engine: Engine) -> None:
@@ -168,7 +170,7 @@ def test_ids_outside_the_vocabulary(engine: Engine) -> None:
 
 def test_unknown_keyword_names_the_nearest(engine: Engine) -> None:
     with pytest.raises(hybridgen.ConfigError, match="did you mean 'max_new_tokens'"):
-        engine.generate(PROMPTS[0], max_tokens=3)
+        engine.generate(PROMPTS[0], max_new_tokes=3)
 
 
 def test_context_above_the_models(llama_path: Path) -> None:

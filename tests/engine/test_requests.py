@@ -13,6 +13,7 @@ from hybridgen.arguments import sampling_list, sampling_per_prompt
 from hybridgen.engine.output import RequestOutput
 from hybridgen.engine.requests import Request, RequestState, collect, context_limit, make_requests
 from hybridgen.loading import Checkpoint
+from hybridgen.params import MAX_INT, choice_seed
 from hybridgen.sampling import resolve
 
 
@@ -142,7 +143,8 @@ def test_choices_are_collected_by_prompt() -> None:
         request.output.take([token], None, 0.0)
         requests.append(request)
     first, second = collect(requests)
-    assert (first.token_ids, first.choices) == ((70,), ())
+    assert first.token_ids == (70,)
+    assert [(choice.token_ids, choice.choices) for choice in first.choices] == [((70,), ())]
     assert second.token_ids == (71,)
     assert [choice.token_ids for choice in second.choices] == [(71,), (72,)]
 
@@ -164,6 +166,26 @@ def test_requests_of_a_call_have_the_sampling_that_each_has_alone(demo: Checkpoi
             replace(request.sampling, seed=mine.sampling.seed)
             for request, mine in zip(requests, (r for r in made if r.index == index), strict=True)
         ]
-    assert [request.sampling.seed for request in made if request.index in (0, 2, 4)] == [4, 5] * 3
+    assert [request.sampling.seed for request in made if request.index in (0, 2, 4)] == [4, choice_seed(4, 1)] * 3
     drawn = make_requests([[5]] * 20, SamplingParams(temperature=1.0), {}, demo, 200, None)
     assert len({request.sampling.seed for request in drawn}) == 20
+
+
+def test_seeds_of_choices_do_not_repeat_those_of_the_next_seed() -> None:
+    seeds = [choice_seed(seed, choice) for seed in (*range(50), MAX_INT - 1, MAX_INT) for choice in range(20)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed <= MAX_INT for seed in seeds)
+    assert [choice_seed(seed, 0) for seed in (0, 7, MAX_INT)] == [0, 7, MAX_INT]
+
+
+def test_a_truncated_prompt_keeps_its_end(demo: Checkpoint) -> None:
+    prompt = list(range(1, 301))
+    with pytest.raises(PromptError, match="over the context of 200"):
+        make_requests([prompt], None, {}, demo, 200, None)
+    [request] = make_requests([prompt], None, {"truncate_prompt": 150}, demo, 200, None)
+    assert request.prompt_ids == tuple(range(151, 301))
+    assert (request.truncated, request.sampling.max_new_tokens) == (150, 50)
+    [request] = make_requests([prompt[:9]], None, {"truncate_prompt": 9}, demo, 200, None)
+    assert (request.truncated, len(request.prompt_ids)) == (0, 9)
+    with pytest.raises(PromptError, match="prompt 0 has 190 tokens"):
+        make_requests([prompt], None, {"truncate_prompt": 190, "max_new_tokens": 11}, demo, 200, None)

@@ -312,9 +312,10 @@ def test_two_processes_on_one_device(tmp_path: Path) -> None:
 _WORKER = """
 import json, sys
 sys.path.insert(0, {tests!r})
-import families, torch, hybridgen, hybridgen.loading
+import families, torch, hybridgen
+from hybridgen.models.projections import fuse_projections
 model = families.build("llama", **{layers!r}).to("cuda", torch.bfloat16)
-hybridgen.loading.fuse_projections(model)
+fuse_projections(model)
 prompt = families.prompts_of((20,))[0]
 with hybridgen.Engine.load(model, **{options!r}) as engine:
     tokens = [engine.generate(prompt, max_new_tokens=400, ignore_eos=True).token_ids for _ in range(10)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import families
@@ -41,7 +40,7 @@ def test_a_tied_embedding_is_the_heads_weight() -> None:
 def test_experts_are_not_counted() -> None:
     traffic = bytes_of("mixtral")
     assert traffic.weights == 0
-    assert math.isnan(traffic.bandwidth(1, 10, 1.0))
+    assert traffic.bandwidth(1, 10, 1.0) is None
 
 
 def test_a_projection_counts_what_its_weight_reads() -> None:
@@ -103,7 +102,7 @@ def test_mbu_is_a_share_of_the_ceiling() -> None:
     traffic = Traffic(weights=1000, cache=((0, 10),), ceiling=4000.0)
     assert traffic.bandwidth(2, 50, 0.5) == (1000 + 2 * 50 * 10) / 0.5
     assert traffic.mbu(3000.0) == 0.75
-    assert math.isnan(Traffic(1000, (), None).mbu(3000.0))
+    assert Traffic(1000, (), None).mbu(3000.0) is None
 
 
 def test_the_meter_counts_steps_that_follow_each_other() -> None:
@@ -119,14 +118,14 @@ def test_the_meter_counts_steps_that_follow_each_other() -> None:
 
 def test_what_the_meter_says() -> None:
     meter = DecodeMeter(Traffic(1000, ((0, 10),), 8000.0))
-    assert math.isnan(meter.stats().read_bandwidth)
+    assert meter.stats().read_bandwidth is None
     meter.step(2, 100, 1.0)
     meter.step(2, 100, 1.5)
     assert meter.stats() == DecodeStats(steps=1, seconds=0.5, read_bandwidth=4000.0, ceiling=8000.0, mbu=0.5)
     with_experts = DecodeMeter(Traffic(0, ((0, 10),), 8000.0))
     with_experts.step(2, 100, 1.0)
     with_experts.step(2, 100, 1.5)
-    assert math.isnan(with_experts.stats().read_bandwidth)
+    assert with_experts.stats().read_bandwidth is None
     assert with_experts.stats().steps == 1
 
 
@@ -142,7 +141,7 @@ def test_a_completion_says_what_it_read() -> None:
     times = out.timing.token_times
     traffic = bytes_of("llama")
     assert out.timing.read_bandwidth == pytest.approx(traffic.bandwidth(1, 9 + 3, (times[-1] - times[0]) / 5))
-    assert math.isnan(out.timing.mbu)
+    assert out.timing.mbu is None
     assert stats.decode.steps == 4
     assert stats.decode.read_bandwidth == pytest.approx(
         sum(traffic.step_bytes(1, 10 + i) for i in range(1, 5)) / stats.decode.seconds, rel=0.02

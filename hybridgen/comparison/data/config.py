@@ -10,6 +10,7 @@ from typing import Any
 from hybridgen.arguments import check_keywords
 from hybridgen.config import EngineConfig, Mode, switch
 from hybridgen.errors import ConfigError, shown
+from hybridgen.fields import about, described
 
 MOST_PREFILL_TOKENS = 512
 """The largest default prefill bucket, as `graphs.buckets` has it (which needs torch to be imported)."""
@@ -39,6 +40,7 @@ _OWN_ENGINE_FIELDS = frozenset({"mode", "max_batch", "max_context", "on_graph_ev
 """Set by the comparison itself, or nothing that a file can hold."""
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """What is compared, and how long. A result holds it, and `hybridgen compare --config` runs it again.
@@ -47,47 +49,79 @@ class CompareConfig:
         ConfigError: a value is unknown or out of its range.
     """
 
-    modes: Sequence[str] = MODES
-    """Modes of the engine; `eager` is always among them, because the others' tokens are compared with its."""
-    prompt_lengths: Sequence[int] = (10, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500)
-    """Tokens of a prompt."""
-    batch_sizes: Sequence[int] = (1, 4, 8, 16, 32)
-    """Prompts of a call."""
-    new_tokens: int = 64
-    """Tokens that each prompt gets; end-of-sequence tokens are ignored."""
-    temperature: float = 0.0
-    """0 is greedy. Above it, request i draws with seed `seed + i` in every mode; baselines draw otherwise."""
-    baselines: Sequence[str] = ()
-    """Other engines in the same run: `hf-dynamic`, `hf-static` (Hugging Face `generate` with that cache), `hf-batch`
-    (`generate_batch`), `vllm` (if it can be imported)."""
-    ablate: bool = False
-    """Also run mode `hybrid` with each switch off alone."""
-    budget: float = 120.0
-    """Seconds of measured calls after which the run ends; start-up, warm-up and checks are not in them."""
-    tolerance: float = 0.02
-    """A cell is done when the confidence intervals of its medians (time of a call, TTFT) are within this share of
-    them."""
-    confidence: float = 0.95
-    """Of these intervals."""
-    repeats: int = 50
-    """Measured calls of a cell at most."""
-    min_repeats: int = 10
-    """Measured calls of a cell at least, if the budget allows, however soon its medians are known: a 99th percentile
-    needs calls too."""
-    warm_up: int = 2
-    """Calls of a cell that are not measured."""
-    together: bool = True
-    """Keep all engines loaded and take their calls in one random order; else one engine after the other, which needs
-    less memory and does not spread slow changes of the machine evenly."""
-    fresh_compile: bool = True
-    """Compile each mode from an empty Inductor cache, so that start-up times can be compared; else a mode finds what an
-    earlier one compiled."""
-    utilisation: bool = True
-    """Measure on CUDA how busy the device is, in calls of their own under the profiler at the end."""
-    seed: int = 0
-    """Of the prompts, the order of the calls, and draws."""
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `EngineConfig` for every engine, such as `dtype` or `token_budget`."""
+    modes: Sequence[str] = field(
+        default=MODES,
+        metadata=about(
+            "Modes of the engine; `eager` is always among them, because the others' tokens are compared with its."
+        ),
+    )
+    prompt_lengths: Sequence[int] = field(
+        default=(10, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500), metadata=about("Tokens of a prompt.")
+    )
+    batch_sizes: Sequence[int] = field(default=(1, 4, 8, 16, 32), metadata=about("Prompts of a call."))
+    new_tokens: int = field(
+        default=64, metadata=about("Tokens that each prompt gets; end-of-sequence tokens are ignored.")
+    )
+    temperature: float = field(
+        default=0.0,
+        metadata=about(
+            "0 is greedy. Above it, request i draws with seed `seed + i` in every mode; baselines draw otherwise."
+        ),
+    )
+    baselines: Sequence[str] = field(
+        default=(),
+        metadata=about(
+            "Other engines in the same run: `hf-dynamic`, `hf-static` (Hugging Face `generate` with that "
+            "cache), `hf-batch` (`generate_batch`), `vllm` (if it can be imported)."
+        ),
+    )
+    ablate: bool = field(default=False, metadata=about("Also run mode `hybrid` with each switch off alone."))
+    budget: float = field(
+        default=120.0,
+        metadata=about(
+            "Seconds of measured calls after which the run ends; start-up, warm-up and checks are not in them."
+        ),
+    )
+    tolerance: float = field(
+        default=0.02,
+        metadata=about(
+            "A cell is done when the confidence intervals of its medians (time of a call, TTFT) are "
+            "within this share of them."
+        ),
+    )
+    confidence: float = field(default=0.95, metadata=about("Of these intervals."))
+    repeats: int = field(default=50, metadata=about("Measured calls of a cell at most."))
+    min_repeats: int = field(
+        default=10,
+        metadata=about(
+            "Measured calls of a cell at least, if the budget allows, however soon its medians are known: "
+            "a 99th percentile needs calls too."
+        ),
+    )
+    warm_up: int = field(default=2, metadata=about("Calls of a cell that are not measured."))
+    together: bool = field(
+        default=True,
+        metadata=about(
+            "Keep all engines loaded and take their calls in one random order; else one engine after the "
+            "other, which needs less memory and does not spread slow changes of the machine evenly."
+        ),
+    )
+    fresh_compile: bool = field(
+        default=True,
+        metadata=about(
+            "Compile each mode from an empty Inductor cache, so that start-up times can be compared; else "
+            "a mode finds what an earlier one compiled."
+        ),
+    )
+    utilisation: bool = field(
+        default=True,
+        metadata=about("Measure on CUDA how busy the device is, in calls of their own under the profiler at the end."),
+    )
+    seed: int = field(default=0, metadata=about("Of the prompts, the order of the calls, and draws."))
+    engine: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=about("Fields of `EngineConfig` for every engine, such as `dtype` or `token_budget`."),
+    )
 
     def __post_init__(self) -> None:
         given = {REFERENCE, *self._names("modes", MODES)}

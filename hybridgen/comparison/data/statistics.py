@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from hybridgen.fields import about, described
 
 GRID = tuple(range(0, 101, 2))
 """Percentiles that a summary keeps, for plots."""
@@ -64,22 +66,20 @@ def settled(values: Sequence[float], *, confidence: float, tolerance: float) -> 
     return interval is not None and interval.share(statistics.median(values)) <= tolerance
 
 
+@described
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """A sample in a few numbers, in the sample's unit."""
 
-    count: int
-    mean: float
-    std: float
-    """Standard deviation of the sample; 0 of one value."""
-    p50: float
-    p95: float
-    p99: float
-    low: float | None
-    """The confidence interval of the median; None with too few values."""
-    high: float | None
-    grid: tuple[float, ...] = ()
-    """The percentiles `GRID`."""
+    count: int = field(metadata=about("How many values."))
+    mean: float = field(metadata=about("Their mean."))
+    std: float = field(metadata=about("Standard deviation of the sample; 0 of one value."))
+    p50: float = field(metadata=about("Their median."))
+    p95: float = field(metadata=about("Their 95th percentile."))
+    p99: float = field(metadata=about("Their 99th percentile."))
+    low: float | None = field(metadata=about("The confidence interval of the median; None with too few values."))
+    high: float | None = field(metadata=about("Its other end."))
+    grid: tuple[float, ...] = field(default=(), metadata=about("The percentiles `GRID`."))
 
     @property
     def interval_share(self) -> float | None:

@@ -151,7 +151,8 @@ class _Run:
                 row.memory = weights + growth + left + record.peak
             if ceiling is not None and row.tpot is not None and traffic is not None and traffic.weights:
                 context = cell.prompt_length + self.config.new_tokens / 2
-                row.mbu = traffic.bandwidth(cell.batch_size, context, row.tpot.p50) / ceiling
+                rate = traffic.bandwidth(cell.batch_size, context, row.tpot.p50)
+                row.mbu = None if rate is None else rate / ceiling
             found.append(row)
         return ComparisonData(
             config=self.config,

@@ -51,6 +51,12 @@ def page(comparison: ComparisonData, pictures: Mapping[str, bytes]) -> str:
     return "\n".join([*parts, "</body></html>", ""])
 
 
+def body(comparison: ComparisonData) -> str:
+    """The summary and the tables, to stand in another page."""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in summary(comparison))
+    return "\n".join([f"<ul>{lines}</ul>", *(_table(table) for table in tables(comparison))])
+
+
 def _table(table: Table) -> str:
     words = {index for index, name in enumerate(table.head) if name in ("phase, kind: reason", "compile cache")}
 

@@ -6,13 +6,15 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+from hybridgen.arguments import SCORES, scores_of, scoring_pairs
 from hybridgen.core import TokenEvent
 from hybridgen.errors import HybridgenError, ServerError
 from hybridgen.params import SamplingParams
-from hybridgen.serving.client.exchange import Call, Exchange, Results
+from hybridgen.serving.client.exchange import Call, Exchange, Results, split
 from hybridgen.serving.client.link import HELLO_SECONDS, MAX_FRAME, check_hello, hello_message
 from hybridgen.serving.unix.address import connect, socket_path
 from hybridgen.serving.unix.frames import FrameError, FrameReader, encode
@@ -180,6 +182,11 @@ class AsyncClient:
         async for event in self._events(call, stream=False):
             results.add(event)
         return results.result()
+
+    async def score(self, prompts: Any, completions: Any = None, *, cache_salt: str | None = None) -> Any:
+        """Score completions as `Client.score` does."""
+        pairs, single = scoring_pairs(split(prompts), None if completions is None else split(completions))
+        return scores_of(await self.generate(pairs, replace(SCORES, cache_salt=cache_salt)), single)
 
     def stream(
         self,

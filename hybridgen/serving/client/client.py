@@ -6,14 +6,15 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from hybridgen.arguments import end_streamer
+from hybridgen.arguments import SCORES, end_streamer, scores_of, scoring_pairs
 from hybridgen.core import TokenEvent
 from hybridgen.errors import HybridgenError, Interrupted, ServerError
 from hybridgen.params import SamplingParams
-from hybridgen.serving.client.exchange import Call, Exchange, Results
+from hybridgen.serving.client.exchange import Call, Exchange, Results, split
 from hybridgen.serving.client.link import Link, Mailbox
 from hybridgen.serving.unix.address import socket_path
 from hybridgen.serving.unix.messages import error_from_wire
@@ -79,6 +80,16 @@ class Client:
         finally:
             end_streamer(streamer)
         return results.result()
+
+    def score(self, prompts: Any, completions: Any = None, *, cache_salt: str | None = None) -> Any:
+        """Score completions as `Engine.score` does.
+
+        Raises:
+            PromptError, TokenizerError: as the engine does.
+            ServerBusyError, ServerError, RequestError, Interrupted: see `generate()`.
+        """
+        pairs, single = scoring_pairs(split(prompts), None if completions is None else split(completions))
+        return scores_of(self.generate(pairs, replace(SCORES, cache_salt=cache_salt)), single)
 
     def _generate(self, call: Call, streamer: Any) -> Results:
         """Run a call to its end."""

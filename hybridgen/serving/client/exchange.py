@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from hybridgen.arguments import sampling_per_prompt
+from hybridgen.arguments import is_text, sampling_per_prompt
 from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, ServerBusyError, ServerError, shown
-from hybridgen.params import SamplingParams
+from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.serving.unix.frames import MAX_DEPTH, Shape, measure
 from hybridgen.serving.unix.messages import error_from_wire, event_from_wire, sampling_to_wire
 
@@ -73,6 +73,7 @@ class Exchange:
         Raises:
             PromptError: a prompt is too large for a message, or cannot be sent.
         """
+        self._prompts = call.prompts
         self._waiting = deque(_parts(call, limits, stream=stream, echo=echo))
         self._active: dict[int, _Part] = {}
         self._wait = wait
@@ -132,6 +133,10 @@ class Exchange:
                 del self._active[key]
         else:
             raise ServerError(f"the server answered a request with {shown(message['type'])}; is it of another version?")
+        if event.completion is not None:
+            prompt = self._prompts[event.index + part.start]
+            told = replace(event.completion, prompt=prompt if is_text(prompt) else None)
+            event = replace(event, completion=told)
         return replace(event, index=event.index + part.start) if part.start else event
 
     def _handle(self, error: HybridgenError, part: _Part, now: float) -> None:
@@ -159,14 +164,14 @@ class Results:
             self._choices[event.index][event.choice] = event.completion
 
     def complete(self) -> list[Completion]:
-        """One completion per prompt; with n > 1 the first choice, which holds all of them.
+        """One completion per prompt: the first choice, which holds all of them.
 
         Prompts without an answer (after Ctrl-C) have an empty one that says `cancelled`.
         """
         completions = []
         for params, choices in zip(self._call.sampling, self._choices, strict=True):
             group = tuple(choices.get(choice) or _cancelled(params, choice) for choice in range(params.n))
-            completions.append(group[0] if len(group) == 1 else replace(group[0], choices=group))
+            completions.append(replace(group[0], choices=group))
         return completions
 
     @property
@@ -189,14 +194,13 @@ class Results:
 
 
 def _cancelled(params: SamplingParams, choice: int) -> Completion:
-    nan = math.nan
     return Completion(
         text="",
         token_ids=(),
         prompt_token_ids=(),
         finish_reason=FinishReason.CANCELLED,
-        seed=(params.seed or 0) + choice,
-        timing=Timing(queue=nan, ttft=nan, total=nan),
+        seed=choice_seed(params.seed or 0, choice),
+        timing=Timing(queue=None, ttft=None, total=0.0),
     )
 
 

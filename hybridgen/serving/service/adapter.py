@@ -95,17 +95,20 @@ class EngineModel:
             except ChatTemplateError as error:
                 logger.warning("chats will be refused: %s", error)
 
-    def encode(self, prompt: Any, index: int) -> tuple[int, ...]:
-        from hybridgen.text.prompts import encode_prompt  # imports torch, which the clients do without
+    def encode(self, prompt: Any, index: int) -> Any:
+        # It imports torch, which the clients do without.
+        from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
 
         checkpoint = self._engine.checkpoint
-        return encode_prompt(
-            prompt,
-            index,
-            tokenizer=checkpoint.tokenizer,
-            tokenizer_problem=checkpoint.tokenizer_problem,
-            vocab_size=checkpoint.vocab_size,
-        )
+        how: dict[str, Any] = {
+            "tokenizer": checkpoint.tokenizer,
+            "tokenizer_problem": checkpoint.tokenizer_problem,
+            "vocab_size": checkpoint.vocab_size,
+        }
+        if not is_pair(prompt):
+            return encode_prompt(prompt, index, **how)
+        ids, start = encode_pair(prompt, index, **how)
+        return {"prompt": ids[:start], "completion": ids[start:]}
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
         requests: list[Handle] = self._engine.make_requests(prompts, sampling, {})

@@ -29,7 +29,9 @@ LONG_CHARS = 2**15
 
 
 def needs_encoding(prompt: Any) -> bool:
-    """Whether a prompt is text or a chat, and not a list of ids."""
+    """Whether a prompt is text or a chat, and not a list of ids; one with a completion, whether either part is."""
+    if isinstance(prompt, dict):
+        return any(map(needs_encoding, prompt.values()))
     return isinstance(prompt, str) or bool(prompt and isinstance(prompt[0], dict))
 
 
@@ -104,9 +106,12 @@ class Encoder:
         prompts = [prompt for prompt in submit.prompts if needs_encoding(prompt)]
         if not prompts:
             return False
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        # Of a prompt with its completion, both parts are text as far as they are no chat.
+        parts = [part for prompt in prompts for part in (prompt.values() if isinstance(prompt, dict) else (prompt,))]
+        texts = [part for part in parts if isinstance(part, str)]
+        chats = any(needs_encoding(part) and not isinstance(part, str) for part in parts)
         text = "text" if sum(map(len, texts)) <= LONG_CHARS else "long"
-        lane = self._lanes[text if len(texts) == len(prompts) else "chat"]
+        lane = self._lanes["chat" if chats else text]
         if lane.lost > MAX_LOST:
             raise ServerError("the tokenizer does not end; only prompts of token ids are taken", "stuck")
         lane.put(_Job(submit, time.monotonic()))

@@ -42,8 +42,8 @@ def check_request(request: Request, limits: Limits, max_context: int) -> int:
     prompts, sampling = request.prompts, request.sampling
     if len(prompts) > limits.batch:
         raise ServerError(f"{len(prompts)} prompts are over the limit of {limits.batch}; send more requests", "limit")
-    for index, prompt in enumerate(prompts):
-        _check_prompt(index, prompt, limits, max_context)
+    for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+        _check_prompt(index, prompt, limits, max_context if params.truncate_prompt is None else None)
     stop_chars = check_sampling(map(vars, _distinct(sampling)), limits)
     for params in sampling:
         if params.n > limits.n:
@@ -55,7 +55,7 @@ def check_request(request: Request, limits: Limits, max_context: int) -> int:
             "once",
             "limit",
         )
-    return request.size + sum(8 * len(prompt) for prompt in prompts) + STOP_CHAR_BYTES * stop_chars
+    return request.size + sum(8 * _length(prompt) for prompt in prompts) + STOP_CHAR_BYTES * stop_chars
 
 
 def check_sampling(sampling: Iterable[Mapping[str, Any]], limits: Limits) -> int:
@@ -121,16 +121,23 @@ def _distinct(sampling: list[SamplingParams]) -> Iterable[SamplingParams]:
     return {id(params): params for params in sampling}.values()
 
 
-def _check_prompt(index: int, prompt: Any, limits: Limits, max_context: int) -> None:
-    if not isinstance(prompt, (str, list)):
-        raise PromptError(f"prompt {index} is {shown(prompt)}; give text, a list of token ids, or chat messages")
-    if isinstance(prompt, list) and len(prompt) > max_context:
-        raise PromptError(f"prompt {index} has {len(prompt)} items, over the context of {max_context}; shorten it")
+def _check_prompt(index: int, prompt: Any, limits: Limits, max_context: int | None) -> None:
+    parts = list(prompt.values()) if isinstance(prompt, dict) and "completion" in prompt else [prompt]
+    for part in parts:
+        if not isinstance(part, (str, list)):
+            raise PromptError(f"prompt {index} is {shown(prompt)}; give text, a list of token ids, or chat messages")
+        if isinstance(part, list) and max_context is not None and len(part) > max_context:
+            raise PromptError(f"prompt {index} has {len(part)} items, over the context of {max_context}; shorten it")
     chars = _chars(prompt)
     if chars > limits.prompt_chars:
         raise ServerError(
             f"prompt {index} has {chars} characters, over the limit of {limits.prompt_chars}; shorten it", "limit"
         )
+
+
+def _length(prompt: Any) -> int:
+    """Characters, ids or messages; of a prompt and its completion together."""
+    return sum(map(len, prompt.values())) if isinstance(prompt, dict) else len(prompt)
 
 
 def _chars(value: Any) -> int:

@@ -50,9 +50,9 @@ class Metrics:
             return
         timing, times = completion.timing, completion.timing.token_times
         self._completions.labels(str(completion.finish_reason)).inc()
-        if timing.queue == timing.queue:  # not NaN: it ran
+        if timing.queue is not None:
             self._queue.observe(timing.queue)
-        if times:
+        if timing.ttft is not None:
             self._ttft.observe(timing.ttft)
         if len(times) > 1:
             self._tpot.observe((times[-1] - times[0]) / (len(times) - 1))

@@ -68,6 +68,8 @@ def sampling_to_wire(params: SamplingParams) -> dict[str, Any]:
         value = getattr(params, field.name)
         if value == getattr(_DEFAULTS, field.name):
             continue
+        if field.metadata.get("functions"):
+            raise errors.SamplingError(f"{field.name} are functions, which cannot be sent to a server; use an Engine")
         if field.name == "logit_bias":
             value = {str(token): number(bias) for token, bias in value.items()}
         elif field.name == "sequence_bias":
@@ -169,15 +171,19 @@ def completion_to_wire(completion: Completion) -> dict[str, Any]:
         "finish_reason": str(completion.finish_reason),
         "seed": completion.seed,
         "timing": {
-            "queue": number(timing.queue),
-            "ttft": number(timing.ttft),
-            "total": number(timing.total),
-            "token_times": [number(value) for value in timing.token_times],
+            "queue": timing.queue,
+            "ttft": timing.ttft,
+            "total": timing.total,
+            "token_times": list(timing.token_times),
         },
         "steps": [asdict(step) for step in completion.steps],
         "logprobs": None if completion.logprobs is None else [_logprob(item) for item in completion.logprobs],
+        "prompt_logprobs": None
+        if completion.prompt_logprobs is None
+        else [None if item is None else _logprob(item) for item in completion.prompt_logprobs],
         "stop_match": completion.stop_match,
         "cached_tokens": completion.cached_tokens,
+        "truncated_tokens": completion.truncated_tokens,
         "error": None if completion.error is None else error_to_wire(completion.error),
     }
 
@@ -185,7 +191,7 @@ def completion_to_wire(completion: Completion) -> dict[str, Any]:
 def completion_from_wire(wire: Mapping[str, Any]) -> Completion:
     """What `completion_to_wire()` was given. Its error is of the same class, with the same message."""
     timing = wire["timing"]
-    logprobs, error = wire["logprobs"], wire["error"]
+    logprobs, error, prompt = wire["logprobs"], wire["error"], wire.get("prompt_logprobs")
     return Completion(
         text=wire["text"],
         token_ids=tuple(wire["token_ids"]),
@@ -193,15 +199,19 @@ def completion_from_wire(wire: Mapping[str, Any]) -> Completion:
         finish_reason=FinishReason(wire["finish_reason"]),
         seed=wire["seed"],
         timing=Timing(
-            queue=to_float(timing["queue"]),
-            ttft=to_float(timing["ttft"]),
-            total=to_float(timing["total"]),
-            token_times=tuple(map(to_float, timing["token_times"])),
+            queue=timing["queue"],
+            ttft=timing["ttft"],
+            total=timing["total"],
+            token_times=tuple(timing["token_times"]),
         ),
         steps=tuple(StepSummary(**step) for step in wire["steps"]),
         logprobs=None if logprobs is None else tuple(map(_logprob_from, logprobs)),
+        prompt_logprobs=None
+        if prompt is None
+        else tuple(None if item is None else _logprob_from(item) for item in prompt),
         stop_match=wire["stop_match"],
         cached_tokens=wire.get("cached_tokens", 0),
+        truncated_tokens=wire.get("truncated_tokens", 0),
         error=None if error is None else error_from_wire(error),
     )
 

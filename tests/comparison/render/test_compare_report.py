@@ -176,3 +176,11 @@ def test_a_cell_is_found_by_its_place() -> None:
     assert comparison().cell("hybrid", 8, 2).batch_size == 2
     with pytest.raises(ConfigError, match="no cell"):
         comparison().cell("hybrid", 9, 2)
+
+
+def test_it_is_short_in_a_list_and_a_table_in_a_notebook() -> None:
+    made = comparison()
+    assert repr(made).startswith("Comparison(")
+    assert len(repr(made)) < 200
+    assert "<table>" in made._repr_html_()
+    assert "<html" not in made._repr_html_()

@@ -60,6 +60,7 @@ params = st.builds(
     forced_eos_token_id=st.none() | st.integers(0, 1000) | st.just([]),
     no_repeat_ngram_size=st.none() | st.integers(0, 9),
     cache_salt=st.none() | st.text(),
+    truncate_prompt=st.none() | st.integers(1, 2**40),
 )
 
 
@@ -75,14 +76,20 @@ def test_sampling_params(given_params: SamplingParams) -> None:
 
 
 def test_every_sampling_field_was_in_the_strategy() -> None:
-    default, names = SamplingParams(), {field.name for field in fields(SamplingParams)}
+    """But for functions, which are refused, and `prompt_logprobs`, which no `n` above 1 goes with."""
+    default = SamplingParams()
+    names = {field.name for field in fields(SamplingParams) if not field.metadata.get("functions")} - {
+        "prompt_logprobs"
+    }
+    scored = SamplingParams(prompt_logprobs=2, max_new_tokens=0)
+    assert messages.sampling_from_wire(over_the_wire(messages.sampling_to_wire(scored))) == scored
     full = SamplingParams(
         max_new_tokens=7, min_new_tokens=1, temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=1.1,
         presence_penalty=0.1, frequency_penalty=0.2, logit_bias={3: -math.inf}, seed=1, n=2, stop="x",
         stop_token_ids=[4], ignore_eos=True, logprobs=2, logprobs_of="sampled", skip_special_tokens=False,
         typical_p=0.9, epsilon_cutoff=0.1, eta_cutoff=0.2, sequence_bias={(1, 2): -math.inf, (3,): 0.5},
         bad_words_ids=[[5, 6]], suppress_tokens=[7], begin_suppress_tokens=[8], no_repeat_ngram_size=3,
-        forced_bos_token_id=9, forced_eos_token_id=[0, 10], cache_salt="a",
+        forced_bos_token_id=9, forced_eos_token_id=[0, 10], cache_salt="a", truncate_prompt=5,
     )  # fmt: skip
     assert all(getattr(full, name) != getattr(default, name) for name in names)
     assert messages.sampling_to_wire(full).keys() == names
@@ -120,6 +127,7 @@ def test_bad_sampling_is_a_sampling_error(wire: Any, words: str) -> None:
 
 
 floats = st.floats(allow_nan=False)
+seconds = st.floats(0, 1e9)
 pairs = st.lists(st.tuples(st.integers(0, 99), floats), max_size=3).map(tuple)
 logprobs = st.builds(TokenLogprob, st.integers(0, 99), floats, pairs)
 completions = st.builds(
@@ -130,12 +138,17 @@ completions = st.builds(
     finish_reason=st.sampled_from(FinishReason),
     seed=st.integers(0, 2**63 - 1),
     timing=st.builds(
-        Timing, queue=floats, ttft=floats, total=floats, token_times=st.lists(floats, max_size=3).map(tuple)
+        Timing,
+        queue=st.none() | seconds,
+        ttft=st.none() | seconds,
+        total=seconds,
+        token_times=st.lists(seconds, max_size=3).map(tuple),
     ),
     steps=st.lists(st.builds(StepSummary, st.text(), st.text(), st.text(), st.integers(0, 99)), max_size=2).map(tuple),
     logprobs=st.none() | st.lists(logprobs, max_size=2).map(tuple),
     stop_match=st.none() | st.text() | st.integers(0, 99),
     cached_tokens=st.integers(0, 999),
+    truncated_tokens=st.integers(0, 999),
 )
 
 
@@ -147,7 +160,7 @@ def test_completions(completion: Completion) -> None:
 
 
 def test_nan_and_infinity_survive() -> None:
-    timing = Timing(queue=math.nan, ttft=math.inf, total=1.0)
+    timing = Timing(queue=None, ttft=0.5, total=1.0)
     values = (TokenLogprob(3, -math.inf, ((4, math.nan),)),)
     completion = Completion(
         text="",
@@ -159,8 +172,7 @@ def test_nan_and_infinity_survive() -> None:
         logprobs=values,
     )
     back = messages.completion_from_wire(over_the_wire(messages.completion_to_wire(completion)))
-    assert math.isnan(back.timing.queue)
-    assert back.timing.ttft == math.inf
+    assert back.timing == timing
     assert back.logprobs is not None
     assert back.logprobs[0].logprob == -math.inf
     assert math.isnan(back.logprobs[0].top[0][1])
