@@ -48,7 +48,7 @@ def start(model: Path, store: Path, *, layers: bool = True, **changes: Any) -> s
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What a worker printed."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-3000:]
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
