@@ -101,10 +101,13 @@ def shape_dtype(name: str, device: str) -> torch.dtype:
     return torch.float16 if name == "llama-2-7b" else torch.bfloat16
 
 
-def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def random_model(name: str, dtype: torch.dtype, device: str, join: bool = True) -> PreTrainedModel:
     """A model of that shape with random weights from seed 0, made on the device.
 
     Its projections are joined, as those of a model that an engine loads itself; a live module's are left as they are.
+
+    Args:
+        join: False leaves them apart.
     """
     torch.manual_seed(0)
     config = shape_config(name)
@@ -113,7 +116,8 @@ def random_model(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    fuse_projections(model)
+    if join:
+        fuse_projections(model)
     return model
 
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, overload
 
-from hybridgen.arguments import SCORES, check_keywords, end_streamer, sampling_list, scoring_pairs
+from hybridgen.arguments import (
+    SCORES,
+    ManyPrompts,
+    OnePrompt,
+    Sampling,
+    check_keywords,
+    end_streamer,
+    prompt_list,
+    returns_errors,
+    sampling_list,
+    scoring_pairs,
+)
 from hybridgen.config import EngineConfig
-from hybridgen.core import TokenEvent
+from hybridgen.core import Completion, TokenEvent
 from hybridgen.demo import model_path
 from hybridgen.errors import ConfigError, PromptError, shown
 from hybridgen.params import SamplingParams
@@ -30,6 +41,8 @@ if TYPE_CHECKING:
 
 _NO_PROMPTS = "no prompts were given; call it with (model, prompts), or with prompts= alone for the demo model"
 
+Model: TypeAlias = "str | os.PathLike[str] | PreTrainedModel | Engine | None"
+"""A path, a hub id, `"unix:PATH"`, a live module, an engine, or None for the demo model."""
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase | str | os.PathLike[str]"
 """A tokenizer, or the directory or hub id of one."""
 
@@ -44,14 +57,57 @@ _engines: dict[Any, _Kept] = {}
 _lock = threading.RLock()
 
 
-def generate(
-    model: str | os.PathLike[str] | PreTrainedModel | Engine | None = None,
-    prompts: Prompts | None = None,
-    sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+@overload
+def generate(  # type: ignore[overload-overlap]  # a string is one prompt
+    model: Model = None,
+    prompts: OnePrompt = ...,
+    sampling: Sampling = None,
     *,
     config: EngineConfig | None = None,
     tokenizer: Tokenizer | None = None,
     streamer: Any = None,
+    errors: str = "raise",
+    **fields: Any,
+) -> Completion: ...
+
+
+@overload
+def generate(
+    model: Model = None,
+    prompts: ManyPrompts = ...,
+    sampling: Sampling = None,
+    *,
+    config: EngineConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    streamer: Any = None,
+    errors: str = "raise",
+    **fields: Any,
+) -> list[Completion]: ...
+
+
+@overload
+def generate(
+    model: Model = None,
+    prompts: Any = ...,
+    sampling: Sampling = None,
+    *,
+    config: EngineConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    streamer: Any = None,
+    errors: str = "raise",
+    **fields: Any,
+) -> Any: ...
+
+
+def generate(
+    model: Model = None,
+    prompts: Prompts | None = None,
+    sampling: Sampling = None,
+    *,
+    config: EngineConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    streamer: Any = None,
+    errors: str = "raise",
     **fields: Any,
 ) -> Any:
     """Generate text with a model.
@@ -63,12 +119,15 @@ def generate(
     Args:
         model: a local path, a hub id, a live `PreTrainedModel`, an `Engine`, `"unix:PATH"` for a server on that
             socket (`"unix:"` for the default one), or None for the demo model.
-        prompts: a string, token ids (list or tensor), chat messages, or a list of those.
+        prompts: a string, token ids (list or tensor), chat messages or `{"messages": ..., "tools": ...}`, or any number
+            of those: a list, an array, a column of a table, a generator.
         sampling: for all prompts, or a list with one per prompt.
         config: how to load and run the model; a server has its own.
         tokenizer: for a live model that brings none, or instead of the checkpoint's; an object, or the directory or
             hub id of one.
         streamer: a Hugging Face streamer, for one prompt.
+        errors: `"raise"`, or `"return"`: a prompt that cannot be run becomes a completion with its error, and the
+            others run.
         fields: single fields of `SamplingParams` (for all prompts) or of `EngineConfig`.
 
     Returns:
@@ -80,25 +139,25 @@ def generate(
     try:
         if prompts is None:
             raise PromptError(_NO_PROMPTS)
-        sampling = sampling_list(sampling)
+        prompts, sampling = prompt_list(prompts), sampling_list(sampling)
         server = model if _is_server(model) else None
         if server is not None:
             _check_server_fields(config, tokenizer, fields)
             generator: Any = Client(server)
         else:
-            generator, fields = prepare(model, prompts, sampling, config, tokenizer, fields)
+            generator, fields = prepare(model, prompts, sampling, config, tokenizer, fields, errors)
     except BaseException:
         end_streamer(streamer)
         raise
     # From here on the call ends its streamer.
     if server is None:
-        return generator.generate(prompts, sampling, streamer=streamer, **fields)
+        return generator.generate(prompts, sampling, streamer=streamer, errors=errors, **fields)
     with generator as client:
-        return client.generate(prompts, sampling, streamer=streamer, **fields)
+        return client.generate(prompts, sampling, streamer=streamer, errors=errors, **fields)
 
 
 def score(
-    model: str | os.PathLike[str] | PreTrainedModel | Engine | None = None,
+    model: Model = None,
     prompts: Prompts | None = None,
     completions: Any = None,
     *,
@@ -122,6 +181,7 @@ def score(
     """
     if prompts is None:
         raise PromptError(_NO_PROMPTS)
+    prompts, completions = prompt_list(prompts), prompt_list(completions)
     check_keywords(fields, EngineConfig.field_names())
     if _is_server(model):
         _check_server_fields(config, tokenizer, fields)
@@ -136,23 +196,24 @@ def score(
 
 
 def stream(
-    model: str | os.PathLike[str] | PreTrainedModel | Engine | None = None,
+    model: Model = None,
     prompts: Prompts | None = None,
-    sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+    sampling: Sampling = None,
     *,
     config: EngineConfig | None = None,
     tokenizer: Tokenizer | None = None,
+    errors: str = "raise",
     **fields: Any,
 ) -> Iterator[TokenEvent]:
     """Generate as `generate()` does, and yield each token as it is read. See `Engine.stream`."""
     if prompts is None:
         raise PromptError(_NO_PROMPTS)
-    sampling = sampling_list(sampling)
+    prompts, sampling = prompt_list(prompts), sampling_list(sampling)
     if _is_server(model):
         _check_server_fields(config, tokenizer, fields)
-        return _stream_from(socket_path(model), Call(prompts, sampling, fields))
-    engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields)
-    return engine.stream(prompts, sampling, **sampling_fields)
+        return _stream_from(socket_path(model), Call(prompts, sampling, fields, errors))
+    engine, sampling_fields = prepare(model, prompts, sampling, config, tokenizer, fields, errors)
+    return engine.stream(prompts, sampling, errors=errors, **sampling_fields)
 
 
 def compare(
@@ -254,7 +315,13 @@ def unload(model: str | os.PathLike[str] | PreTrainedModel | Engine | None = Non
 
 
 def prepare(
-    model: Any, prompts: Any, sampling: Any, config: EngineConfig | None, tokenizer: Any, fields: dict[str, Any]
+    model: Any,
+    prompts: Any,
+    sampling: Any,
+    config: EngineConfig | None,
+    tokenizer: Any,
+    fields: dict[str, Any],
+    errors: str = "raise",
 ) -> tuple[Engine, dict[str, Any]]:
     """The engine for a call, and the call's sampling fields.
 
@@ -288,7 +355,7 @@ def prepare(
         # Before any weight is read or a kept engine closed, so that bad input costs nothing; the cache's size is
         # checked by the engine.
         limit = check_config(checkpoint, config).max_context
-        make_requests(items, sampling, sampling_fields, checkpoint, limit, None)
+        make_requests(items, sampling, sampling_fields, checkpoint, limit, None, {} if returns_errors(errors) else None)
         if kept is not None:
             kept.engine.close()
             del _engines[key]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from hybridgen.config import EngineConfig
 from hybridgen.core import Completion, Score
-from hybridgen.errors import ConfigError, PromptError, SamplingError, shown
+from hybridgen.errors import ConfigError, PromptError, SamplingError, TokenizerError, shown
 from hybridgen.hints import unknown
 from hybridgen.params import SamplingParams
 
+OnePrompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]]"
+"""Prompts that a type checker can tell to be one."""
+ManyPrompts: TypeAlias = "Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]]"
+"""Prompts that a type checker can tell to be several. Of tensors, mappings and generators it cannot tell."""
+Sampling: TypeAlias = "SamplingParams | Iterable[SamplingParams] | None"
+"""For all prompts, or one for each."""
 
-def sampling_per_prompt(
-    count: int, sampling: SamplingParams | Iterable[SamplingParams] | None, fields: dict[str, Any]
-) -> list[SamplingParams]:
+
+def sampling_per_prompt(count: int, sampling: Sampling, fields: dict[str, Any]) -> list[SamplingParams]:
     """One `SamplingParams` per prompt, with the fields set in all of them.
 
     Raises:
@@ -79,9 +84,7 @@ def scores_of(completions: list[Completion], single: bool) -> Any:
     return scores[0] if single else scores
 
 
-def sampling_list(
-    sampling: SamplingParams | Iterable[SamplingParams] | None,
-) -> SamplingParams | list[SamplingParams] | None:
+def sampling_list(sampling: Sampling) -> SamplingParams | list[SamplingParams] | None:
     """A call's `sampling=` in a form that can be read twice: an iterator becomes a list; its items are not checked.
 
     Raises:
@@ -95,6 +98,26 @@ def sampling_list(
             "prompt, or its fields as keywords"
         )
     return list(sampling)
+
+
+REFUSED = (PromptError, SamplingError, TokenizerError)
+"""What a prompt is refused with before it runs."""
+
+
+def returns_errors(errors: Any) -> bool:
+    """Whether a call's `errors=` says that a prompt which is refused becomes a completion with its error.
+
+    Raises:
+        ConfigError: it is neither `"raise"` nor `"return"`.
+    """
+    if errors not in ("raise", "return"):
+        raise ConfigError(f"errors={shown(errors)}; give 'raise', or 'return' for completions with their error")
+    return bool(errors == "return")
+
+
+def prompt_list(prompts: Any) -> Any:
+    """A call's prompts in a form that can be read twice: an iterator becomes a list; its items are not checked."""
+    return list(prompts) if isinstance(prompts, Iterator) else prompts
 
 
 def is_text(prompt: Any) -> bool:

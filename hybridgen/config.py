@@ -19,6 +19,7 @@ from hybridgen.params import MAX_INT
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("fp8", "int8", "int4")
 
 
 class Mode(StrEnum):
@@ -149,6 +150,12 @@ def _seconds(name: str, value: Any) -> float:
     return value
 
 
+def _quantization(name: str, value: Any) -> str | None:
+    if value is not None and value not in QUANTIZATIONS:
+        raise ConfigError(f"{name}={shown(value)} is unknown; choose one of: {', '.join(QUANTIZATIONS)}, or None")
+    return value
+
+
 def _ratio(name: str, value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
         raise ConfigError(f"{name}={shown(value)}; give a number of at least 0, or None to measure")
@@ -239,6 +246,24 @@ class EngineConfig:
         default="auto",
         metadata=setting(
             "`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.", _dtype, in_key=False, opens=True
+        ),
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata=setting(
+            "Quantise the projections of a checkpoint while it is read: `fp8`, `int8` or `int4`, by rounding to the "
+            "nearest (docs/quantisation.md). None: as the checkpoint has them; one that is quantised needs no setting.",
+            _quantization,
+            opens=True,
+        ),
+    )
+    quantize_head: str | None = field(
+        default=None,
+        metadata=setting(
+            "Quantise the head too, in one of the same formats; also of a quantised checkpoint, whose head mostly "
+            "has 16 bits.",
+            _quantization,
+            opens=True,
         ),
     )
     device: str = field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -174,6 +174,21 @@ class Completion:
             "stream, which come one by one."
         ),
     )
+
+    @classmethod
+    def refused(cls, error: Exception, prompt: Any = None, seed: int | None = None) -> Completion:
+        """That of a prompt that was not run, with its error; see `errors="return"` of `Engine.generate`."""
+        made = cls(
+            text="",
+            token_ids=(),
+            prompt=prompt,
+            prompt_token_ids=(),
+            finish_reason=FinishReason.ERROR,
+            seed=seed or 0,
+            timing=Timing(queue=None, ttft=None, total=0.0),
+            error=error,
+        )
+        return replace(made, choices=(made,))
 
     @property
     def cumulative_logprob(self) -> float | None:

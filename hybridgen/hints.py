@@ -17,7 +17,7 @@ _ALWAYS = "keys and values are always cached; prefix_cache= says whether request
 _OUTPUTS = "a Completion always has all of it; logprobs= asks for log-probabilities"
 _PADDING = "prompts of a list may have any lengths: nothing is padded"
 _ONE_DEVICE = "a model runs on one device here: device="
-_QUANTISED = "the weights' format is the checkpoint's, dtype= what they are computed in"
+_QUANTISED = 'write quantization="fp8", "int8" or "int4"; a checkpoint that is quantised needs nothing'
 
 HINTS: dict[str, str] = {
     # transformers
@@ -38,8 +38,8 @@ HINTS: dict[str, str] = {
     "input_ids": "give token ids as the prompts: the second argument, prompts=",
     "inputs": "the prompts are the second argument, prompts=",
     "length_penalty": _NO_BEAMS,
-    "load_in_4bit": _QUANTISED,
-    "load_in_8bit": _QUANTISED,
+    "load_in_4bit": 'write quantization="int4"',
+    "load_in_8bit": 'write quantization="int8"',
     "logits_processor": "write logits_processors=[...]",
     "low_cpu_mem_usage": "leave it out: weights are read one by one",
     "max_length": _LENGTHS,
@@ -81,7 +81,6 @@ HINTS: dict[str, str] = {
     "min_tokens": "write min_new_tokens=",
     "prompt": "the prompts are the second argument, prompts=",
     "prompt_token_ids": "give token ids as the prompts: the second argument, prompts=",
-    "quantization": _QUANTISED,
     "response_format": _NO_GRAMMAR,
     "sampling_params": "write sampling=SamplingParams(...), or its fields as keywords",
     "stop_sequences": "write stop=[...]",

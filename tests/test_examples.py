@@ -12,6 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 PRINTED = {
     "best_of_n.py": r"\* *-\d",
+    "evaluate.py": r"accuracy [01]\.\d+",
     "multiple_choice.py": r"of 2 right",
     "perplexity.py": r"tokens in \d+ windows, perplexity \d",
     "rejection.py": r"[1-6] of 6 prompts have an answer",
@@ -19,6 +20,8 @@ PRINTED = {
     "watermark.py": r"without -?[0-3]\.\d, with the watermark [5-9]\.\d",
 }
 """What each prints, among other things."""
+NEEDS = {"evaluate.py": "lm_eval"}
+"""Packages of extras."""
 
 
 def test_every_script_has_its_test() -> None:
@@ -27,6 +30,8 @@ def test_every_script_has_its_test() -> None:
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_it_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert re.search(PRINTED[name], capsys.readouterr().out)

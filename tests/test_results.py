@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import hybridgen
 from hybridgen import Completion, Engine, FinishReason, RequestError, Timing
 
 FAST: dict[str, Any] = {"mode": "eager", "dtype": "float32", "max_batch": 4, "kv_memory": "16MiB", "device": "cpu"}
@@ -90,3 +91,44 @@ def test_notebooks_show_tables(engine: Engine) -> None:
     closed.close()
     assert ": closed" in closed._repr_html_()
     assert repr(closed).endswith(": closed>")
+
+
+BAD = ["import os", "", [10**9], {"messages": "hi"}, [5] * 5000, None, "x"]
+"""Two good prompts among bad ones."""
+
+
+def check_returned(outs: list[Completion]) -> None:
+    assert [out.error is None for out in outs] == [True, False, False, False, False, False, True]
+    assert [len(out.token_ids) for out in outs] == [3, 0, 0, 0, 0, 0, 3]
+    for index, out in enumerate(outs[1:-1], start=1):
+        assert isinstance(out.error, hybridgen.HybridgenError)
+        assert str(out.error).startswith(f"prompt {index}"), str(out.error)
+        assert out.finish_reason is FinishReason.ERROR
+        assert [choice.error for choice in out.choices] == [out.error]
+    assert [outs[0].prompt, outs[1].prompt, outs[3].prompt] == ["import os", "", {"messages": "hi"}]
+
+
+def test_bad_rows_become_completions_with_their_error(engine: Engine) -> None:
+    with pytest.raises(hybridgen.PromptError, match="prompt 1 is an empty string"):
+        engine.generate(BAD, max_new_tokens=3)
+    outs = engine.generate(BAD, max_new_tokens=3, errors="return")
+    check_returned(outs)
+    assert outs[0].token_ids == engine.generate("import os", max_new_tokens=3).token_ids
+    check_returned(hybridgen.generate(engine, iter(BAD), max_new_tokens=3, errors="return"))
+    ended = {e.index: e.completion for e in engine.stream(BAD, max_new_tokens=3, errors="return") if e.completion}
+    assert {index: done.error is None for index, done in ended.items()} == {
+        index: index in (0, 6) for index in range(len(BAD))
+    }
+    assert all(out.error is not None for out in engine.generate(["", ""], errors="return"))
+
+
+def test_one_prompt_too(engine: Engine) -> None:
+    out = engine.generate("", errors="return")
+    assert isinstance(out.error, hybridgen.PromptError)
+    with pytest.raises(hybridgen.ConfigError, match="errors='skip'; give 'raise'"):
+        engine.generate("x", errors="skip")
+    with pytest.raises(hybridgen.SamplingError, match=r"2 entries for 1"):  # of the call, not of a row
+        engine.generate(["x"], [hybridgen.SamplingParams()] * 2, errors="return")
+    with pytest.raises(hybridgen.PromptError):
+        hybridgen.generate(None, [""], **FAST)
+    assert hybridgen.generate(None, [""], errors="return", **FAST)[0].error is not None

@@ -21,6 +21,13 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--socket", metavar="PATH", help="where the server listens (default: as hybridgen serve)")
     parser.add_argument("--ping", action="store_true", help="print whether the server is alive; status 1 if it hangs")
     parser.add_argument("--shutdown", action="store_true", help="end the server when what is in flight has ended")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="try again for so long while no server listens, such as one that is just being started (default: 0)",
+    )
     add_options(parser)
 
 
@@ -28,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate, ask how the server is, or end it; returns the exit status."""
     if not (arguments.ping or arguments.shutdown):
         return run_jobs(arguments, Source(_connect, _describe))
-    if arguments.prompt or arguments.input:
+    if arguments.prompt or arguments.input or arguments.messages:
         raise PromptError("--ping and --shutdown take no prompts")
     with _connect([], arguments) as client:
         health = client.ping() if arguments.ping else {"healthy": True}
@@ -42,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _connect(jobs: list[Job], arguments: argparse.Namespace) -> Client:
     from hybridgen.serving.client import Client
 
-    return Client(arguments.socket)
+    return Client(arguments.socket, patience=arguments.wait)
 
 
 def _describe(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from hybridgen.cli.jobs import Source, add_options, run_jobs
 from hybridgen.cli.jsonl import Job, model_settings
 from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
-from hybridgen.telemetry import import_time
 
 if TYPE_CHECKING:
     from hybridgen.engine import Engine
@@ -30,14 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(jobs: list[Job], arguments: argparse.Namespace) -> Engine:
     fields = given(arguments, ENGINE)
-    if arguments.on_error == "skip":  # prompts are checked one by one, once it is loaded
-        with import_time.timed():
-            from hybridgen.engine import Engine
-        return Engine.load(model_of(arguments), **fields)
     from hybridgen.api import prepare
 
+    errors = "return" if arguments.on_error == "skip" else "raise"
     prompts, sampling = [job.prompt for job in jobs], [job.sampling for job in jobs]
-    return prepare(model_of(arguments), prompts, sampling, None, None, fields)[0]
+    return prepare(model_of(arguments), prompts, sampling, None, None, fields, errors)[0]
 
 
 def _describe(arguments: argparse.Namespace) -> dict[str, Any]:

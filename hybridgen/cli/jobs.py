@@ -11,19 +11,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from hybridgen.cli.chat import chat_of, is_chat
 from hybridgen.cli.jsonl import Job, ResultFile, is_unicode, jobs_of, read_jobs, same_file, settings_of
 from hybridgen.cli.options import SAMPLING, add_sampling, given
 from hybridgen.cli.output import check_output_is_open, note
 from hybridgen.cli.report import Report
-from hybridgen.errors import HybridgenError, PromptError, SamplingError, TokenizerError, shown
+from hybridgen.errors import PromptError, SamplingError, shown
 from hybridgen.serving.unix.messages import sampling_from_wire
 
 if TYPE_CHECKING:
     from hybridgen.engine import Engine
     from hybridgen.serving.client import Client
 
-_REFUSED = (PromptError, SamplingError, TokenizerError)
-"""What a prompt is refused with before it runs."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[0-9][\w.-]*")
 """What an owner and a model's name look like; nearly all names have a number."""
 Generator: TypeAlias = "Engine | Client"
@@ -44,6 +43,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--input", type=Path, help="JSONL file: strings, or objects with prompt or messages, and sampling fields"
+    )
+    chat = parser.add_argument_group("chat")
+    chat.add_argument("--chat", action="store_true", help="each prompt is what the user says in a chat")
+    chat.add_argument("--system", metavar="TEXT", help="the system message of the chats; prompts are chats then")
+    chat.add_argument(
+        "--messages",
+        type=Path,
+        metavar="FILE",
+        help="JSON file with the messages so far, or an object with messages and tools; a prompt is what the user says "
+        "next; prompts are chats then",
     )
     parser.add_argument("--output", type=Path, help="JSONL file for the results; finished lines are not redone")
     parser.add_argument(
@@ -117,46 +126,19 @@ def _run(engine: Generator, jobs: list[Job], report: Report, arguments: argparse
 
     disable = True if arguments.stream and not arguments.json else None
     with tqdm(total=len(jobs), desc="generate", unit="request", delay=1, disable=disable) as bar:
-        waiting = [jobs if arguments.on_error == "stop" else _runnable(engine, jobs, report)]
-        while waiting:
-            some = waiting.pop()
-            ended: set[int] = set()
-            try:
-                for event in engine.stream([job.prompt for job in some], [job.sampling for job in some]):
-                    report.event(some[event.index], event)
-                    if event.completion is not None:
-                        ended.add(event.index)
-                        bar.update()
-            except _REFUSED as error:
-                if arguments.on_error == "stop":
-                    raise
-                left = [job for index, job in enumerate(some) if index not in ended]
-                if len(left) == 1:
-                    report.failed(left[0], _about(left[0], error))
-                else:  # a server refuses a request as a whole: look for the prompt
-                    waiting += [left[len(left) // 2 :], left[: len(left) // 2]]
+        errors = "return" if arguments.on_error == "skip" else "raise"
+        prompts, sampling = [job.prompt for job in jobs], [job.sampling for job in jobs]
+        for event in engine.stream(prompts, sampling, errors=errors):
+            report.event(jobs[event.index], event)
+            if event.completion is not None:
+                bar.update()
 
 
-def _runnable(engine: Generator, jobs: list[Job], report: Report) -> list[Job]:
-    """The jobs that an engine takes; the others are reported. A server is asked by running them."""
-    check = getattr(engine, "make_requests", None)
-    if check is None:
-        return jobs
-    found = []
-    for job in jobs:
-        try:
-            check([job.prompt], [job.sampling], {})
-        except _REFUSED as error:
-            report.failed(job, _about(job, error))
-        else:
-            found.append(job)
-    return found
-
-
-def _about(job: Job, error: HybridgenError) -> str:
-    """An error's message; a prompt that was asked for alone is the first there, and has its id here."""
-    text = str(error)
-    return f"prompt {job.id} {text.removeprefix('prompt 0 ')}" if text.startswith("prompt 0 ") else text
+def _prompts(arguments: argparse.Namespace) -> list[Any]:
+    """The prompts that were given as arguments, as texts or chats."""
+    if not is_chat(arguments):
+        return list(arguments.prompt)
+    return [chat_of(prompt, arguments) for prompt in arguments.prompt or [None]]
 
 
 def _warn_of_a_path(prompt: str, model: str | None) -> None:
@@ -177,18 +159,20 @@ def _warn_of_a_path(prompt: str, model: str | None) -> None:
 def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     fields = given(arguments, SAMPLING)
     if arguments.input is not None:
+        if is_chat(arguments):
+            raise PromptError("--chat, --system and --messages are for prompts; lines of --input have messages")
         if arguments.prompt:
             raise PromptError("give prompts as arguments or with --input, not both")
         if arguments.output is not None and same_file(arguments.input, arguments.output):
             raise PromptError(f"--output {arguments.output} is the --input file; name another")
         return read_jobs(arguments.input, fields, skip=arguments.on_error == "skip")
     params = sampling_from_wire(fields)
-    if arguments.prompt:
+    if arguments.prompt or arguments.messages is not None:
         for index, prompt in enumerate(arguments.prompt):
             _warn_of_a_path(prompt, getattr(arguments, "named_model", None))
             if not is_unicode(prompt):
                 raise PromptError(f"prompt {index} is not text in this locale's encoding")
-        return [job for index, prompt in enumerate(arguments.prompt) for job in jobs_of(index, prompt, params)]
+        return [job for index, prompt in enumerate(_prompts(arguments)) for job in jobs_of(index, prompt, params)]
     if sys.stdin is None or sys.stdin.isatty():
         raise PromptError('no prompt; try: hybridgen generate "def fibonacci(n):"')
     try:
@@ -200,4 +184,4 @@ def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     text = text.removeprefix("\ufeff")  # an editor's byte order mark
     if not text:
         raise PromptError("standard input is empty; give a prompt")
-    return jobs_of(0, text, params)
+    return jobs_of(0, chat_of(text, arguments) if is_chat(arguments) else text, params)

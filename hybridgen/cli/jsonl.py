@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, shown
 from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.serving.unix.messages import sampling_from_wire, sampling_to_wire
+from hybridgen.text.chats import CHAT_KEYS
 
 if TYPE_CHECKING:
     from hybridgen.core import Completion
@@ -123,14 +124,16 @@ def _parse(where: str, number: int, line: str, fields: Mapping[str, Any], shared
     if not isinstance(value[name], (str, list) if name == "prompt" else list):
         kinds = "a string or a list of token ids" if name == "prompt" else "a list"
         raise PromptError(f"{where}: {name!r} must be {kinds}")
+    chat = {key: value[key] for key in value if key in CHAT_KEYS} if name == "messages" else {}
+    prompt = chat if len(chat) > 1 else value[name]
     if not is_unicode(value):
         raise PromptError(f"{where} has half of a surrogate pair (\\ud800 to \\udfff), which is not text")
-    given = {key: value[key] for key in value if key not in ("id", name)}
+    given = {key: value[key] for key in value if key not in ("id", name, *chat)}
     try:
         params = sampling_from_wire({**fields, **given}) if given else shared
     except SamplingError as error:
         raise PromptError(f"{where}: {error}; besides 'id' and {name!r}, a line has sampling fields") from error
-    return jobs_of(value.get("id", number), value[name], params)
+    return jobs_of(value.get("id", number), prompt, params)
 
 
 def jobs_of(id: Any, prompt: Any, params: SamplingParams) -> list[Job]:

@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
     argparse leaves what a command does not know to the parser above it, which then shows the usage of all commands.
     """
 
+    passes_on = False
+    """Whether what is not known is left for another command, as `rest`."""
     _inside = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -48,7 +50,9 @@ class Parser(argparse.ArgumentParser):
             found, left = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._inside = False
-        if left:
+        if self.passes_on:
+            found.rest = left
+        elif left:
             hint = HINTS.get(left[0].removeprefix("--").partition("=")[0].replace("-", "_"))
             self.error(f"unknown: {' '.join(left)}; {hint or f'{self.prog} --help lists all options'}")
         return found, []

@@ -26,6 +26,11 @@ class Report:
 
     def event(self, job: Job, event: TokenEvent) -> None:
         """A token, and with the last one the completion."""
+        completion = event.completion
+        if completion is not None and completion.error is not None and not completion.prompt_token_ids:
+            # It did not run. The error's number is that in the call; here it has an id.
+            self.failed(job, str(completion.error).replace(f"prompt {event.index} ", f"prompt {job.id} ", 1))
+            return
         if self._live:
             say(event.text if self._started else _opening(job) + event.text, end="")
             self._started = True

@@ -6,19 +6,29 @@ import atexit
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from tqdm.auto import tqdm
 
-from hybridgen.arguments import SCORES, check_keywords, end_streamer, scores_of, scoring_pairs
+from hybridgen.arguments import (
+    SCORES,
+    ManyPrompts,
+    OnePrompt,
+    Sampling,
+    check_keywords,
+    end_streamer,
+    returns_errors,
+    scores_of,
+    scoring_pairs,
+)
 from hybridgen.compilation.store.session import CompileCache, preload
-from hybridgen.config import EngineConfig, bar_disabled
-from hybridgen.core import TokenEvent
+from hybridgen.config import EngineConfig, Mode, bar_disabled
+from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.display import html_table
 from hybridgen.engine.builder import Builder
@@ -41,11 +51,11 @@ from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.models import BoundModel, bind
 from hybridgen.models.projections import fuse_projections
+from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
-from hybridgen.params import SamplingParams
 from hybridgen.telemetry import import_time
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats
-from hybridgen.telemetry.traffic import Traffic
+from hybridgen.telemetry.traffic import Traffic, formats_of
 from hybridgen.text.prompts import Prompts, split_prompts
 
 if TYPE_CHECKING:
@@ -80,6 +90,8 @@ class Engine:
         """How steps run: `config.mode`, with `auto` decided."""
         self._no_bar = bar_disabled(config.progress)
         self._counters = Counters()
+        for note, count in loaded.notes.items():
+            self._counters.fall_back(note, count)
         self._startup = Startup(import_time.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
         self._runner: ModelRunner | None = None
@@ -100,6 +112,8 @@ class Engine:
             with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
                 bound = _bound(model, self.max_context)
             undo.callback(bound.release)
+            for _, module in quantised_modules(model):
+                module.dequantises = self.mode is Mode.EAGER  # the reference
             self._starter = Starter(self.cache, self._startup, self._counters)
             builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters)
             with device_of(checkpoint.device):
@@ -109,6 +123,7 @@ class Engine:
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self._prefix_state = built.prefix_state
+            self._formats = formats_of(bound.model, bound.weights)
             self.cache.end_start()
             atexit.register(_keep_plan, weakref.ref(self))
         except BaseException:
@@ -174,20 +189,57 @@ class Engine:
         if self._runner is not None:
             run_all_samplers(self._runner)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a string is one prompt
+        self,
+        prompts: OnePrompt,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: ManyPrompts,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Any,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Any: ...
+
     def generate(
         self,
         prompts: Prompts,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
         *,
         streamer: Any = None,
+        errors: str = "raise",
         **fields: Any,
     ) -> Any:
         """Generate text for one prompt or a list of them.
 
         Args:
-            prompts: a string, token ids (list or tensor), chat messages, or a list of those.
+            prompts: a string, token ids (list or tensor), chat messages or `{"messages": ..., "tools": ...}`, or any
+                number of those: a list, an array, a column of a table, a generator.
             sampling: for all prompts, or a list with one per prompt.
             streamer: a Hugging Face streamer (`put(ids)`, `end()`), for one prompt.
+            errors: `"raise"`: a prompt that cannot be run is an error before anything runs. `"return"`: it becomes a
+                completion with its error, and the others run.
             fields: single `SamplingParams` fields, for all prompts.
 
         Returns:
@@ -196,21 +248,23 @@ class Engine:
 
         Raises:
             PromptError, SamplingError, TokenizerError: before anything runs.
-            RequestError: the one prompt failed while it ran.
+            RequestError: the one prompt failed while it ran (not with `errors="return"`).
             Interrupted: Ctrl-C; holds what was finished.
         """
         try:
+            refused: dict[int, Completion] | None = {} if returns_errors(errors) else None
             items, single = split_prompts(prompts)
-            requests = self.make_requests(items, sampling, fields)
-            if streamer is not None and len(requests) != 1:
+            requests = self.make_requests(items, sampling, fields, refused)
+            if streamer is not None and len(requests) + len(refused or ()) != 1:
                 raise SamplingError(f"streamer= takes one prompt with n=1, not {len(requests)} requests; use stream()")
             if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
                 raise SamplingError(f"streamer={shown(streamer)} has no put() and end(); give a transformers streamer")
-            self._run(requests, streamer)
+            if requests:
+                self._run(requests, streamer)
         finally:
             end_streamer(streamer)
-        completions = collect(requests)
-        if single and completions[0].error is not None:
+        completions = collect(requests, refused)
+        if single and refused is None and completions[0].error is not None:
             raise completions[0].error
         failed = sum(completion.error is not None for completion in completions)
         if failed:
@@ -245,7 +299,9 @@ class Engine:
     def stream(
         self,
         prompts: Prompts,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
         **fields: Any,
     ) -> Iterator[TokenEvent]:
         """Generate as `generate()` does, and yield each token as the host reads it.
@@ -253,11 +309,14 @@ class Engine:
         Arguments are checked at once; the requests start with the first `next()` and are cancelled when the iterator
         is closed. The last event of each request has its `completion`, with an `error` if it failed.
         """
+        refused: dict[int, Completion] | None = {} if returns_errors(errors) else None
         items, _ = split_prompts(prompts)
-        return self._stream(self.make_requests(items, sampling, fields))
+        return self._stream(self.make_requests(items, sampling, fields, refused), refused or {})
 
-    def _stream(self, requests: list[Request]) -> Iterator[TokenEvent]:
+    def _stream(self, requests: list[Request], refused: dict[int, Completion]) -> Iterator[TokenEvent]:
         loop = self.open_loop()
+        for index, completion in refused.items():
+            yield TokenEvent(token_id=None, text="", index=index, completion=completion)
         try:
             loop.submit(requests, keep_events=True)
             active = list(requests)
@@ -276,10 +335,12 @@ class Engine:
         finally:
             loop.cancel(requests)
 
-    def make_requests(self, items: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Request]:
+    def make_requests(
+        self, items: list[Any], sampling: Any, fields: dict[str, Any], refused: dict[int, Completion] | None = None
+    ) -> list[Request]:
         """Check and encode prompts; see `hybridgen.engine.requests.make_requests`."""
         self.open_loop()
-        return make_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens)
+        return make_requests(items, sampling, fields, self.checkpoint, self.max_context, self.cache_tokens, refused)
 
     @property
     def cache_tokens(self) -> int:
@@ -363,6 +424,7 @@ class Engine:
             free_pages=pages.free,
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
+            weights=self._formats,
             prefix=PrefixStats(
                 state=self._prefix_state,
                 pages=pages.kept,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-from hybridgen.arguments import is_text, sampling_per_prompt
+from hybridgen.arguments import REFUSED, is_text, sampling_per_prompt
 from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
@@ -84,7 +84,8 @@ class Request:
     @property
     def capacity(self) -> int:
         """Positions that it may ever use."""
-        return len(self.prompt_ids) + self.sampling.max_new_tokens
+        new = self.sampling.max_new_tokens
+        return len(self.prompt_ids) + new if new else len(self.prefill_ids)
 
     @property
     def length(self) -> int:
@@ -176,6 +177,7 @@ def make_requests(
     checkpoint: Checkpoint,
     max_context: int,
     cache_tokens: int | None,
+    refused: dict[int, Completion] | None = None,
 ) -> list[Request]:
     """Requests for a list of prompts.
 
@@ -184,70 +186,96 @@ def make_requests(
         fields: `SamplingParams` fields that replace those of `sampling`.
         max_context: the longest prompt plus output.
         cache_tokens: positions that the KV cache holds; None while there is no cache yet.
+        refused: takes a completion with the error of each prompt that cannot be run; None: such an error is raised.
 
     Raises:
         SamplingError, PromptError, TokenizerError: the first thing wrong with the call.
     """
     params = sampling_per_prompt(len(prompts), sampling, fields)
-    requests = []
+    requests: list[Request] = []
+    known: dict[tuple[int, int], ResolvedSampling] = {}
+    """By parameters and length of the prompt; most prompts of a call have the same parameters."""
+    for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        try:
+            requests += _make(index, prompt, wanted, checkpoint, max_context, cache_tokens, known)
+        except REFUSED as error:
+            if refused is None:
+                raise
+            refused[index] = Completion.refused(error, prompt if is_text(prompt) else None, wanted.seed)
+    return requests
+
+
+def _make(
+    index: int,
+    prompt: Any,
+    wanted: SamplingParams,
+    checkpoint: Checkpoint,
+    max_context: int,
+    cache_tokens: int | None,
+    known: dict[tuple[int, int], ResolvedSampling],
+) -> list[Request]:
+    """A request for each completion of a prompt; see `make_requests`."""
     how: dict[str, Any] = {
         "tokenizer": checkpoint.tokenizer,
         "tokenizer_problem": checkpoint.tokenizer_problem,
         "vocab_size": checkpoint.vocab_size,
     }
-    known: dict[tuple[int, int], ResolvedSampling] = {}
-    """By parameters and length of the prompt; most prompts of a call have the same parameters."""
-    for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        start = 0
-        if is_pair(prompt):
-            ids, start = encode_pair(prompt, index, **how)
-        else:
-            ids = encode_prompt(prompt, index, **how)
-        cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
-        ids, told = ids[cut:], prompt if is_text(prompt) else None
-        length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
-        resolved = known.get((id(wanted), length))
-        if resolved is None:
-            resolved = known[id(wanted), length] = resolve(
-                wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
-            )
-        elif wanted.seed is None and not resolved.greedy:
-            resolved = replace(resolved, seed=draw_seed())
-        if resolved.stop and checkpoint.tokenizer is None:
-            whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
-            raise TokenizerError(
-                f"stop={shown(list(resolved.stop))}{whose} needs text and the model has no tokenizer "
-                f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
-            )
-        new = resolved.max_new_tokens
-        if wanted.max_new_tokens is None:
-            # A default gives way to the context; a number that the user gave does not.
-            room = min(max_context, cache_tokens or max_context) - len(ids)
-            new = max(1, min(new, room))
-        _check_fits(index, len(ids), new, max_context, cache_tokens)
-        if wanted.min_new_tokens is not None and wanted.min_new_tokens > new:
-            limit, raised = ("context", "max_context") if len(ids) + new == max_context else ("KV cache", "kv_memory")
-            raise PromptError(
-                f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
-                f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
-            )
-        if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
-            resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
-        scored_from = _scored_from(index, len(ids), start, cut, resolved)
-        for choice in range(wanted.n):
-            drawn = resolved if choice == 0 else replace(resolved, seed=choice_seed(resolved.seed, choice))
-            requests.append(Request(ids, drawn, index, choice, scored_from, prompt=told, truncated=cut))
-    return requests
+    start = 0
+    if is_pair(prompt):
+        ids, start = encode_pair(prompt, index, **how)
+    else:
+        ids = encode_prompt(prompt, index, **how)
+    cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
+    ids, told = ids[cut:], prompt if is_text(prompt) else None
+    length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
+    resolved = known.get((id(wanted), length))
+    if resolved is None:
+        resolved = known[id(wanted), length] = resolve(
+            wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
+        )
+    elif wanted.seed is None and not resolved.greedy:
+        resolved = replace(resolved, seed=draw_seed())
+    if resolved.stop and checkpoint.tokenizer is None:
+        whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
+        raise TokenizerError(
+            f"stop={shown(list(resolved.stop))}{whose} needs text and the model has no tokenizer "
+            f"({checkpoint.tokenizer_problem}); use stop_token_ids, or pass tokenizer="
+        )
+    new = resolved.max_new_tokens
+    if wanted.max_new_tokens is None:
+        # A default gives way to the context; a number that the user gave does not.
+        room = min(max_context, cache_tokens or max_context) - len(ids)
+        new = max(1, min(new, room))
+    _check_fits(index, len(ids), new, max_context, cache_tokens)
+    if wanted.min_new_tokens is not None and wanted.min_new_tokens > new:
+        limit, raised = ("context", "max_context") if len(ids) + new == max_context else ("KV cache", "kv_memory")
+        raise PromptError(
+            f"prompt {index} has {len(ids)} tokens, so the {limit} leaves room for {new} new ones, fewer than "
+            f"min_new_tokens={resolved.min_new_tokens}; shorten the prompt, lower min_new_tokens or raise {raised}"
+        )
+    if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
+        resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
+    scored_from = _scored_from(index, len(ids), start, cut, resolved)
+    drawn = [resolved, *(replace(resolved, seed=choice_seed(resolved.seed, i)) for i in range(1, wanted.n))]
+    return [
+        Request(ids, sampling, index, choice, scored_from, prompt=told, truncated=cut)
+        for choice, sampling in enumerate(drawn)
+    ]
 
 
-def collect(requests: Iterable[Request]) -> list[Completion]:
-    """One completion per prompt, in order: the first choice, which holds all of them."""
+def collect(requests: Iterable[Request], refused: Mapping[int, Completion] | None = None) -> list[Completion]:
+    """One completion per prompt, in order: the first choice, which holds all of them.
+
+    Args:
+        refused: those of prompts that were not run.
+    """
     choices: dict[int, list[Completion]] = {}
     for request in requests:
         if request.completion is None:
             raise RuntimeError("a request was collected before its end")
         choices.setdefault(request.index, []).append(request.completion)
-    return [replace(group[0], choices=tuple(group)) for _, group in sorted(choices.items())]
+    found = {index: replace(group[0], choices=tuple(group)) for index, group in choices.items()}
+    return [completion for _, completion in sorted({**found, **(refused or {})}.items())]
 
 
 def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
@@ -294,7 +322,7 @@ def _scored_from(index: int, prompt: int, start: int, cut: int, sampling: Resolv
 
 
 def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None) -> None:
-    needed = prompt + new
+    needed = prompt + new if new else prompt - 1  # the last scored token is not fed
     if needed > max_context:
         raise PromptError(
             f"prompt {index} has {prompt} tokens and max_new_tokens={new}: together {needed}, over the context of "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from hybridgen.loading import files as metadata
 from hybridgen.loading.checks import validate_directory
 from hybridgen.loading.device import resolve_device, without_default_device
 from hybridgen.loading.expectation import check_contents, check_quantisation_files
+from hybridgen.loading.formats import Format, read_format
+from hybridgen.loading.quantised import identity_of
 from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_source
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 from hybridgen.loading.wrappers import unwrapped
 from hybridgen.models.probe import probe_config
 from hybridgen.models.projections import FusedHead
+from hybridgen.models.quantised import QuantisedHead
+from hybridgen.models.weights import ModuleWeights
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class LoadedModel:
     owned: bool
     """Whether nobody else has the module. False for a live module, which stays its caller's: nothing of it is changed,
     and each call looks at what its owner did to it."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """What is not as the checkpoint or the config asks for, counted by reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,10 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     source: Source | None = None
     """Where the files are; None for a live module."""
+    layout: Format | None = field(default=None, repr=False)
+    """How quantised weights are stored; None where there are none."""
+    formats: str = "dense"
+    """The weights' formats as far as they are known before reading, for the compile cache's key."""
     files: tuple[Path, ...] = field(default=(), repr=False)
     """The validated weight files of a local checkpoint."""
     module: PreTrainedModel | None = field(default=None, repr=False)
@@ -125,20 +136,28 @@ class Checkpoint:
     def _open_source(cls, source: Source, device: torch.device, config: EngineConfig, tokenizer: Any) -> Checkpoint:
         trust = config.trust_remote_code
         hf_config = metadata.read_config(source, trust)
+        stored = getattr(hf_config, "quantization_config", None)
+        layout = read_format(stored)
+        if layout is not None:
+            check_quantization(config, layout)
+            del hf_config.quantization_config  # the weights are read here; transformers builds plain layers
         check_supported(hf_config, trust)
         remote_class = metadata.remote_model_class(hf_config, source, trust)
         if remote_class is not None:
             check_supported(hf_config, trust, remote_class)
         metadata.check_heads(hf_config)
         metadata.vocabulary_size(hf_config)
-        check_quantisation_files(source)
+        if layout is None:
+            check_quantisation_files(source)
         files: list[Path] = []
         if isinstance(source, LocalSource):
             files = validate_directory(source.path, config.allow_pickle, _weights_name(hf_config))
-            check_contents(source, files, hf_config, remote_class)
+            check_contents(source, files, hf_config, remote_class, layout)
         found = cls(
             name=source.name,
             source=source,
+            layout=layout,
+            formats=identity_of(layout, stored, config),
             files=tuple(files),
             config=config,
             hf_config=hf_config,
@@ -164,12 +183,19 @@ class Checkpoint:
         metadata.check_heads(hf_config)
         if module.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
+        if config.quantization is not None or config.quantize_head is not None:
+            raise ConfigError(
+                f"quantization={config.quantization!r} and quantize_head={config.quantize_head!r} are for checkpoints, "
+                "and this model is in memory already, with weights that its owner may change; save it with "
+                "save_pretrained() and give the directory"
+            )
         path = Path(name).expanduser()
         source = LocalSource(path, config.local_files_only) if name and path.is_dir() else None
         generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(hf_config)
         return cls(
             name=name or type(module).__name__,
             module=module,
+            formats=ModuleWeights(module).identity,
             config=config,
             hf_config=hf_config,
             device=device,
@@ -181,7 +207,9 @@ class Checkpoint:
     @property
     def joins(self) -> bool:
         """Whether projections may be joined: a live module's are left as they are (they may be joined already)."""
-        return self.module is None or any(isinstance(module, FusedHead) for module in self.module.modules())
+        return self.module is None or any(
+            isinstance(module, (FusedHead, QuantisedHead)) for module in self.module.modules()
+        )
 
     def model_class(self) -> type[PreTrainedModel] | None:
         """The class that the model has or will have; None where transformers names none."""
@@ -214,12 +242,28 @@ class Checkpoint:
                 files = validate_directory(self.source.fetch_weights(pickle, weights_name), pickle, weights_name)
             remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
             with without_default_device():
-                check_contents(self.source, files, self.hf_config, remote)
+                check_contents(self.source, files, self.hf_config, remote, self.layout)
+        else:
+            remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
         with without_default_device():
-            model = read_weights(self.source, files, self.hf_config, self.dtype, self.device, self.config)
+            arguments = self.source, files, self.hf_config, self.dtype, self.device, self.config
+            model, notes = read_weights(*arguments, self.layout, remote)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return LoadedModel(model, time.perf_counter() - start, owned=True)
+        return LoadedModel(model, time.perf_counter() - start, owned=True, notes=notes)
+
+
+def check_quantization(config: EngineConfig, layout: Format) -> None:
+    """Raise if a checkpoint that is quantised is to be quantised again.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if config.quantization is not None:
+        raise ConfigError(
+            f"quantization={config.quantization!r}, and the checkpoint's weights are quantised already "
+            f"({layout.method}); leave quantization out"
+        )
 
 
 def _weights_name(hf_config: PreTrainedConfig) -> str | None:

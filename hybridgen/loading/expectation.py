@@ -26,7 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from hybridgen.errors import CheckpointError, UnsupportedModelError
 from hybridgen.loading.checks import TensorEntry, few, read_header, read_json
 from hybridgen.loading.files import config_value
+from hybridgen.loading.formats import Format
 from hybridgen.loading.source import Source, load_errors
+from hybridgen.loading.stored import TensorFiles, check_files, find_stored
 
 QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where quantisers say what they did, when not in config.json: ModelOpt; AutoGPTQ; AutoAWQ."""
@@ -75,6 +77,7 @@ def check_contents(
     files: list[Path],
     hf_config: PreTrainedConfig,
     model_class: type[PreTrainedModel] | None = None,
+    layout: Format | None = None,
 ) -> None:
     """Check that the weight files hold what the config asks for.
 
@@ -84,20 +87,26 @@ def check_contents(
     Args:
         files: validated.
         model_class: of code that the checkpoint brings; None takes the one that transformers has.
+        layout: how quantised weights are stored; they count as what they become. None: there are none.
 
     Raises:
-        CheckpointError: the config asks for layers, weights or shapes that the files do not have, or cannot be built.
+        CheckpointError: the config asks for layers, weights or shapes that the files do not have, or cannot be built;
+            or a tensor of a quantised weight is missing or of another shape.
         UnsupportedModelError: weights are integers or 8-bit numbers, or have scales beside them.
     """
-    found = _entries(files)
+    if layout is not None:
+        check_files(files, f"they are quantised, {layout.method}")
+        with TensorFiles(files) as tensors:
+            found = find_stored(tensors, layout)[1]
+    else:
+        found = _entries(files)
     if not found:
         return
     _check_layers(source, found, hf_config)
-    with load_errors(source, f"no model can be built from the config of {source.name!r}"):
-        model = _on_meta(source, found, hf_config, model_class)
+    model = skeleton(source, found, hf_config, model_class)
     expected = dict(model.state_dict(keep_vars=True))
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    places = {name: _place(name, expected, prefix) for name in found}
+    places = {name: place_of(name, expected, prefix) for name in found}
     _check_dtypes(source, found, expected, places)
     _check_scales(source, found, expected, places, prefix)
     _check_shapes(source, found, expected, places)
@@ -139,14 +148,20 @@ def _check_layers(source: Source, found: Mapping[str, TensorEntry], hf_config: P
     )
 
 
-def _on_meta(
+def skeleton(
     source: Source,
     found: Mapping[str, TensorEntry],
     hf_config: PreTrainedConfig,
     model_class: type[PreTrainedModel] | None,
 ) -> PreTrainedModel:
+    """A model of the config without memory, on the meta device.
+
+    Raises:
+        CheckpointError: it cannot be built, or has far more parts than the files.
+    """
     config = copy.deepcopy(hf_config)  # building one chooses an attention
-    with torch.device("meta"), _limited(source, len(found)):
+    failed = f"no model can be built from the config of {source.name!r}"
+    with load_errors(source, failed), torch.device("meta"), _limited(source, len(found)):
         return AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
 
 
@@ -180,7 +195,7 @@ def _limited(source: Source, tensors: int) -> Iterator[None]:
             handle.remove()
 
 
-def _place(name: str, expected: Mapping[str, Any], prefix: str) -> str | None:
+def place_of(name: str, expected: Mapping[str, Any], prefix: str) -> str | None:
     """The model's name of a file's tensor."""
     candidates = (name, prefix + name, name.removeprefix(prefix))
     return next((candidate for candidate in candidates if candidate in expected), None)
@@ -233,7 +248,7 @@ def _check_scales(
                 names.append(name)
                 break
         else:  # "a.b.gate_up_proj_blocks", beside no weight but in its place
-            if _place(_PARTS.sub("", name), expected, prefix) is not None and _PARTS.search(name):
+            if place_of(_PARTS.sub("", name), expected, prefix) is not None and _PARTS.search(name):
                 names.append(name)
     if names:
         raise UnsupportedModelError(

@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers.utils import logging as hf_logging
 from hybridgen.config import EngineConfig
 from hybridgen.errors import CheckpointError, OutOfMemoryError
 from hybridgen.loading.checks import few, read_header
+from hybridgen.loading.formats import Format
+from hybridgen.loading.quantised import load_quantised
 from hybridgen.loading.source import Source, load_errors
 
 logger = logging.getLogger(__name__)
@@ -33,8 +36,10 @@ def read_weights(
     dtype: torch.dtype,
     device: torch.device,
     config: EngineConfig,
-) -> PreTrainedModel:
-    """The model, in evaluation mode on the device, its parameters without gradients.
+    layout: Format | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+) -> tuple[PreTrainedModel, Counter[str]]:
+    """The model, in evaluation mode on the device, its parameters without gradients; what is not as asked for, counted.
 
     Args:
         source: the checkpoint, pinned.
@@ -42,17 +47,25 @@ def read_weights(
         hf_config: its config.
         dtype: the dtype to load to.
         device: CPU, or one CUDA device.
-        config: for `allow_pickle`, `trust_remote_code` and `progress`.
+        config: for `allow_pickle`, `trust_remote_code`, `progress`, and what is quantised while it is read.
+        layout: how quantised weights are stored; None: there are none.
+        model_class: of code that the checkpoint brings.
 
     Raises:
         CheckpointError: weights are missing, have other shapes than the config says, or cannot be read.
         OutOfMemoryError: they do not fit.
     """
     problem = None
+    quantised = layout is not None or config.quantization is not None or config.quantize_head is not None
+    notes: Counter[str] = Counter()
     with progress_bars(config.progress), _captured_logs() as logs:
         try:
             with load_errors(source, f"the weights of {source.name!r} cannot be read"):
-                model, info = _from_pretrained(source, hf_config, dtype, device, config)
+                if quantised:
+                    arguments = source, files, hf_config, dtype, device, config, layout, model_class
+                    model, info, notes = load_quantised(*arguments)
+                else:
+                    model, info = _from_pretrained(source, hf_config, dtype, device, config)
         except CheckpointError as error:
             problem = _memory_problem(error, source, files, dtype, device)
             if problem is None:
@@ -66,7 +79,7 @@ def read_weights(
             torch.cuda.empty_cache()
         raise OutOfMemoryError(problem)
     _check_loading_info(source, info)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), notes
 
 
 def _from_pretrained(

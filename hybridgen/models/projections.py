@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hybridgen.errors import EngineError, described
+from hybridgen.models.quantised import QuantisedHead, QuantisedLinear, QuantisedTail, stack, why_not_stacked
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ class _Candidate:
     names: tuple[str, ...]
 
     @property
-    def members(self) -> list[nn.Linear]:
+    def members(self) -> list[Any]:
+        """`nn.Linear` modules, or `QuantisedLinear` ones."""
         return [getattr(self.parent, name) for name in self.names]
 
 
@@ -199,21 +201,26 @@ def unfuse_projections(model: nn.Module) -> int:
     Returns:
         The number of groups taken apart.
     """
-    heads = [module for module in model.modules() if type(module) is FusedHead]
+    heads = [module for module in model.modules() if type(module) in (FusedHead, QuantisedHead)]
     for head in heads:
-        for member in head.fused_members:
+        parts = [member.weight_stored for member in head.fused_members] if isinstance(head, QuantisedHead) else []
+        for member in head.__dict__["fused_members"]:
             for name in [name for name in member.__dict__ if name.startswith("fused_")]:
                 del member.__dict__[name]
-            member.__class__ = nn.Linear
+            member._buffers.pop("fused_bias", None)
+            member.__class__ = QuantisedLinear if parts else nn.Linear
+        if parts:
+            head.fill(parts[0])  # type: ignore[operator]
     return len(heads)
 
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     """Modules that have all attributes of a group, as linear layers of any kind, not fused yet."""
+    fused = (FusedHead, FusedTail, QuantisedHead, QuantisedTail)
     for name, module in model.named_modules():
         for names in GROUPS:
             members = [getattr(module, n, None) for n in names]
-            if all(isinstance(m, nn.Linear) and not isinstance(m, (FusedHead, FusedTail)) for m in members):
+            if all(isinstance(m, (nn.Linear, QuantisedLinear)) and not isinstance(m, fused) for m in members):
                 yield _Candidate(name, module, names)
 
 
@@ -223,6 +230,9 @@ def _static_reason(candidate: _Candidate, uses: Counter[int]) -> str | None:
     head = members[0]
     if len({id(m) for m in members}) < len(members):
         return "two of them are one module"
+    quantised = [member for member in members if isinstance(member, QuantisedLinear)]
+    if quantised:
+        return _quantised_reason(candidate, quantised)
     for name, member in zip(candidate.names, members, strict=True):
         if type(member) is not nn.Linear:
             return f"{name} is a {type(member).__name__}, not a plain nn.Linear"
@@ -239,6 +249,14 @@ def _static_reason(candidate: _Candidate, uses: Counter[int]) -> str | None:
         if member.weight.device.type == "meta":
             return "the weights are not loaded (meta device)"
     return None
+
+
+def _quantised_reason(candidate: _Candidate, quantised: list[QuantisedLinear]) -> str | None:
+    if len(quantised) < len(candidate.names):
+        return "only some of them are quantised"
+    if any(has_hooks(member) for member in quantised):
+        return "one of them has hooks"
+    return why_not_stacked([member.weight_stored for member in quantised])
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -301,6 +319,8 @@ def _order_calls(candidate: _Candidate, calls: _Calls) -> str | None:
 def _fuse(candidate: _Candidate) -> FusedGroup:
     """Joins one group: stacks weight and bias, makes the members views of it, swaps their classes."""
     members = candidate.members
+    if isinstance(members[0], QuantisedLinear):
+        return _fuse_quantised(candidate, members)
     head, tails = members[0], members[1:]
     with torch.inference_mode(False), torch.no_grad():
         weight = torch.cat([m.weight.detach() for m in members])
@@ -318,6 +338,33 @@ def _fuse(candidate: _Candidate) -> FusedGroup:
         head.__dict__["fused_members"] = tuple(members)
         _adopt(head, weight, bias)
     return FusedGroup(candidate.name, candidate.names, weight.numel() + (0 if bias is None else bias.numel()))
+
+
+def _fuse_quantised(candidate: _Candidate, members: list[QuantisedLinear]) -> FusedGroup:
+    """Joins one group of quantised projections: the head's buffers are the stacked weight's, the tails' views of it."""
+    head, tails = members[0], members[1:]
+    with torch.inference_mode(False), torch.no_grad():
+        weight = stack([member.weight_stored for member in members])
+        bias = None
+        given = [member.bias for member in members if member.bias is not None]
+        if given:
+            zeros = given[0].new_zeros
+            bias = torch.cat([zeros(m.out_features) if m.bias is None else m.bias.detach() for m in members])
+        start = head.out_features
+        slots = tuple(Slot() for _ in tails)
+        for tail, slot in zip(tails, slots, strict=True):
+            tail.fill(weight.rows(start, start + tail.out_features))
+            start += tail.out_features
+            tail.__class__ = QuantisedTail
+            tail.__dict__["fused_slot"] = slot
+        head.kind, head.block = weight.kind, weight.block
+        head.data, head.scales, head.zeros = weight.data, weight.scales, weight.zeros
+        head.__class__ = QuantisedHead
+        head.register_buffer("fused_bias", bias, persistent=False)
+        head.__dict__["fused_sizes"] = tuple(m.out_features for m in members)
+        head.__dict__["fused_slots"] = slots
+        head.__dict__["fused_members"] = tuple(members)
+    return FusedGroup(candidate.name, candidate.names, weight.data.numel() + (0 if bias is None else bias.numel()))
 
 
 def _adopt(head: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridgen.models.projections import FusedHead, FusedTail
+from hybridgen.models.quantised import (
+    QuantisedHead,
+    QuantisedLinear,
+    QuantisedTail,
+    QuantisedWeight,
+    WeightFormat,
+    quantised_modules,
+    stack,
+    why_not_stacked,
+)
 
 _PART = 2**26
 """Elements of a weight that are converted to another dtype at once: a converted copy of all of it may not fit."""
@@ -18,22 +29,6 @@ _PART = 2**26
 
 class WeightError(LookupError):
     """A provider does not have a weight as it was asked for; the message is the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFormat:
-    """How the values of a weight are stored."""
-
-    kind: str
-    """`dense`: one number a value."""
-    dtype: torch.dtype
-    """Of the values as they are multiplied with; a dense weight stores them in it."""
-    block: tuple[int, int] | None = None
-    """Outputs and inputs that share a scale, for example (1, 128); None where values have no scale."""
-
-    def __str__(self) -> str:
-        block = f" in blocks of {self.block[0]}x{self.block[1]}" if self.block else ""
-        return f"{self.kind} {str(self.dtype).removeprefix('torch.')}{block}"
 
 
 class Weight(Protocol):
@@ -148,20 +143,29 @@ class ModuleWeights:
             projections that are not joined are refused, and a shard may be a view that is not contiguous.
     """
 
-    identity = "dense"
-    """Plain dense weights; what else a module may hold is refused. The dtype is in the key by itself."""
-
     def __init__(self, module: nn.Module, *, may_copy: bool = False) -> None:
         self._module = module
         self._may_copy = may_copy
 
-    def get(self, names: Sequence[str], shard: Shard = WHOLE) -> DenseWeight:
+    @property
+    def identity(self) -> str:
+        """`dense`, or the formats of quantised projections with their numbers. The dtype is in the key by itself."""
+        return identity_of(module.weight_stored.format for _, module in quantised_modules(self._module))
+
+    def get(self, names: Sequence[str], shard: Shard = WHOLE) -> Weight:
         """See `WeightProvider.get`."""
         linears = self._linears(names)
         joined = self._joined(names, linears) if shard.ranks == 1 else None
-        if joined is not None:
+        if isinstance(joined, QuantisedHead):
+            return joined.stacked
+        if isinstance(joined, FusedHead):
             return DenseWeight(joined.fused_weight.detach())
-        return DenseWeight(self._stacked(names, [_part(each.weight.detach(), shard) for each in linears]))
+        if all(isinstance(each, QuantisedLinear) for each in linears):
+            return self._quantised(names, [each for each in linears if isinstance(each, QuantisedLinear)], shard)
+        if any(isinstance(each, QuantisedLinear) for each in linears):
+            raise WeightError(f"of {_listed(names)} only some are quantised")
+        dense = [each.weight.detach() for each in linears if isinstance(each, nn.Linear)]
+        return DenseWeight(self._stacked(names, [_part(weight, shard) for weight in dense]))
 
     def bias(self, names: Sequence[str], shard: Shard = WHOLE) -> Tensor | None:
         """See `WeightProvider.bias`. Where inputs are cut, each rank has the whole bias; one of them adds it."""
@@ -171,19 +175,24 @@ class ModuleWeights:
         joined = self._joined(names, linears) if shard.ranks == 1 else None
         if joined is not None and joined.fused_bias is not None:
             return joined.fused_bias.detach()
+        given = next(each.bias for each in linears if each.bias is not None)
         parts = []
         for each in linears:
-            bias = each.weight.new_zeros(each.out_features) if each.bias is None else each.bias
+            bias = given.new_zeros(each.out_features) if each.bias is None else each.bias
             parts.append(bias.detach() if shard.axis else _part(bias.detach(), shard))
         return self._stacked(names, parts)
 
-    def _linears(self, names: Sequence[str]) -> list[nn.Linear]:
-        found = []
+    def _linears(self, names: Sequence[str]) -> list[nn.Linear | QuantisedLinear]:
+        found: list[nn.Linear | QuantisedLinear] = []
         for name in names:
             try:
                 module = self._module.get_submodule(name)
             except AttributeError as error:
                 raise WeightError(f"there is no {name}") from error
+            if type(module) in (QuantisedLinear, QuantisedHead, QuantisedTail):
+                assert isinstance(module, QuantisedLinear)
+                found.append(module)
+                continue
             if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FusedHead, FusedTail):
                 raise WeightError(f"{name} is a {type(module).__name__}, not a plain nn.Linear")
             # A class of its own, or none at all: quantised libraries keep the module and change what it holds.
@@ -194,18 +203,32 @@ class ModuleWeights:
             found.append(module)
         return found
 
-    def _joined(self, names: Sequence[str], linears: list[nn.Linear]) -> FusedHead | None:
+    def _joined(
+        self, names: Sequence[str], linears: Sequence[nn.Linear | QuantisedLinear]
+    ) -> FusedHead | QuantisedHead | None:
         """The head of the projections, if they are joined in this order. None for a single one."""
         first = linears[0]
         if len(linears) == 1:
             return None
-        if type(first) is FusedHead and list(first.fused_members) == linears:
+        if isinstance(first, (FusedHead, QuantisedHead)) and list(first.fused_members) == list(linears):
             return first
         if not self._may_copy:
-            joined = any(type(each) in (FusedHead, FusedTail) for each in linears)
+            kinds = (FusedHead, FusedTail, QuantisedHead, QuantisedTail)
+            joined = any(isinstance(each, kinds) for each in linears)
             why = "joined in another order or with others" if joined else "not joined"
             raise WeightError(f"{_listed(names)} are {why} (fuse_projections=False, or they could not be)")
         return None
+
+    def _quantised(self, names: Sequence[str], linears: Sequence[QuantisedLinear], shard: Shard) -> QuantisedWeight:
+        parts = [_quantised_part(each.weight_stored, shard) for each in linears]
+        if len(parts) == 1:
+            return parts[0]
+        if not self._may_copy:
+            raise WeightError(f"a part of {_listed(names)} together does not lie in one piece")
+        reason = why_not_stacked(parts)
+        if reason is not None:
+            raise WeightError(f"{_listed(names)} cannot be stacked: {reason}")
+        return stack(parts)
 
     def _stacked(self, names: Sequence[str], parts: list[Tensor]) -> Tensor:
         if len(parts) == 1:
@@ -213,6 +236,28 @@ class ModuleWeights:
         if not self._may_copy:
             raise WeightError(f"a part of {_listed(names)} together does not lie in one piece")
         return torch.cat(parts)
+
+
+def identity_of(formats: Iterable[WeightFormat]) -> str:
+    """What a provider says of its formats: those of quantised projections, in their order; `dense` where none are."""
+    counted = Counter(f"{each.kind} {each.block}" for each in formats)
+    return "; ".join(f"{name} x{count}" for name, count in sorted(counted.items())) or "dense"
+
+
+def _quantised_part(weight: QuantisedWeight, shard: Shard) -> QuantisedWeight:
+    """A rank's part of a quantised weight, as a view; blocks are not cut."""
+    if shard.ranks == 1:
+        return weight
+    size = weight.shape[shard.axis]
+    each = size // shard.ranks
+    if size % shard.ranks:
+        what = "inputs" if shard.axis else "outputs"
+        raise WeightError(f"{size} {what} cannot be cut into {shard.ranks} equal parts")
+    cut = weight.columns if shard.axis else weight.rows
+    try:
+        return cut(shard.rank * each, (shard.rank + 1) * each)
+    except ValueError as error:
+        raise WeightError(f"a {weight.format} weight cannot be cut into {shard.ranks} parts: {error}") from error
 
 
 def _part(tensor: Tensor, shard: Shard) -> Tensor:

@@ -31,13 +31,14 @@ class Counters:
     first_token: float | None = None
     """Seconds from the first request to its first token."""
 
-    def fall_back(self, reason: str) -> None:
-        """Count a fallback; warn the first time that a reason occurs.
+    def fall_back(self, reason: str, count: int = 1) -> None:
+        """Count a fallback, once or several times; warn the first time that a reason occurs.
 
         Never raises, because its callers go on after it. Where warnings are errors, it logs instead.
         """
-        self.fallbacks[reason] += 1
-        if self.fallbacks[reason] > 1:
+        first = reason not in self.fallbacks
+        self.fallbacks[reason] += count
+        if not first:
             return
         try:
             warnings.warn(reason, RuntimeWarning, stacklevel=3)
@@ -235,6 +236,14 @@ class StartupRow(NamedTuple):
     misses: int
 
 
+class FormatRow(NamedTuple):
+    """The projections whose weights are in one format; what transformers joins (experts) is none of them."""
+
+    projections: int
+    bits: float
+    """Of a weight, with its share of scales and zero points."""
+
+
 @described
 @dataclass(frozen=True, kw_only=True, repr=False)
 class EngineStats:
@@ -282,6 +291,9 @@ class EngineStats:
     page_size: int = field(metadata=about("Positions per page."))
     cache_bytes: int = field(metadata=about("Of the KV cache."))
     prefix: PrefixStats = field(default_factory=PrefixStats, metadata=about("The prefix cache."))
+    weights: Mapping[str, FormatRow] = field(
+        default_factory=dict, metadata=about("Projections and bits of a weight, by format.")
+    )
 
     @property
     def startup_table(self) -> tuple[StartupRow, ...]:
@@ -321,6 +333,10 @@ class EngineStats:
     def _rows(self) -> list[tuple[str, str]]:
         return [
             ("model", f"{self.model} ({self.mode}, {self.dtype} on {self.device})"),
+            *(
+                ("weights", f"{row.projections} projections {name}, {row.bits:.2f} bits a weight")
+                for name, row in self.weights.items()
+            ),
             *((f"start: {row.phase}", _timed(row)) for row in self.startup_table),
             ("compile cache", ", ".join(filter(None, (self.artifacts.state, self.artifacts.reason)))),
             *(("", note) for note in self.artifacts.notes),

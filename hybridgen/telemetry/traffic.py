@@ -6,6 +6,7 @@ once a step, and the keys and values of every row's context (Databricks, "LLM in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import nn
 from hybridgen.cache import KeyValueState
 from hybridgen.models import BoundModel
 from hybridgen.models.weights import WeightError, WeightProvider
-from hybridgen.telemetry.statistics import DecodeStats
+from hybridgen.telemetry.statistics import DecodeStats, FormatRow
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,21 @@ def _bytes(model: nn.Module, weights: WeightProvider, skipped: nn.Module | None)
                 counted.add(parameter.data_ptr())
                 total += parameter.numel() * parameter.element_size()
     return total
+
+
+def formats_of(model: nn.Module, weights: WeightProvider) -> dict[str, FormatRow]:
+    """How the weights of a model's projections are stored: those in the format that most have, first."""
+    counts: dict[str, list[int]] = {}
+    for name, _ in model.named_modules():
+        try:
+            weight = weights.get((name,))
+        except WeightError:
+            continue
+        count = counts.setdefault(str(weight.format), [0, 0, 0])
+        for place, value in enumerate((1, weight.bytes_read, math.prod(weight.shape))):
+            count[place] += value
+    ordered = sorted(counts.items(), key=lambda item: -item[1][0])
+    return {name: FormatRow(number, 8 * size / values) for name, (number, size, values) in ordered}
 
 
 def _has_experts(modules: Iterable[nn.Module]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import countOf
 from typing import Any, TypeAlias
 
@@ -13,16 +13,17 @@ import torch
 
 from hybridgen.arguments import is_text
 from hybridgen.errors import PromptError, TokenizerError, shown
-from hybridgen.text.chat_templates import ChatTemplateError, apply_chat_template
+from hybridgen.text.chats import encode_chat
 
 logger = logging.getLogger(__name__)
 
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: `role`, `content`, and whatever else the tokenizer's chat template reads."""
-Prompt: TypeAlias = "str | Sequence[int] | torch.Tensor | np.ndarray | Sequence[Message]"
-"""Text, token ids, or the messages of a chat."""
-Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
-"""One prompt or a list of prompts."""
+Prompt: TypeAlias = "str | Sequence[int] | torch.Tensor | np.ndarray | Sequence[Message] | Mapping[str, Any]"
+"""Text, token ids, the messages of a chat, or a mapping: `{"prompt": ...}`, `{"messages": ..., "tools": ...}` (see
+`hybridgen.text.chats.CHAT_KEYS`), or what a tokenizer returns."""
+Prompts: TypeAlias = "Prompt | Iterable[Prompt]"
+"""One prompt or any number of them: a list, an array, a column of a table, a generator."""
 
 _BYTES = (bytes, bytearray, memoryview)
 _DECODE = "decode it first, for example with data.decode()"
@@ -31,8 +32,9 @@ _DECODE = "decode it first, for example with data.decode()"
 def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
     """The prompts as a list, and whether there was only one, not in a list.
 
-    A list of ids or of chat messages is one prompt; a two-dimensional tensor or a list of anything else is a list
-    of prompts. Of what a tokenizer returns, the ids that its `attention_mask` leaves out (padding) are dropped.
+    A list of ids or of chat messages is one prompt, as is a mapping; a two-dimensional tensor, an array of strings, or
+    anything else that can be gone through is a list of prompts. Of what a tokenizer returns, the ids that its
+    `attention_mask` leaves out (padding) are dropped; of `{"prompt": ...}`, the value is taken.
 
     Raises:
         PromptError: the value is no prompt, or an empty list.
@@ -41,6 +43,8 @@ def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
         return [prompts], True
     if isinstance(prompts, _BYTES):
         raise PromptError(f"prompts={shown(prompts)} is {type(prompts).__name__}, not text; {_DECODE}")
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 1 and prompts.dtype.kind in "UOT":
+        prompts = prompts.tolist()
     if isinstance(prompts, (torch.Tensor, np.ndarray)):
         if prompts.ndim == 1:
             return [prompts], True
@@ -51,18 +55,52 @@ def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
         raise PromptError(
             f"a prompt tensor of shape {tuple(prompts.shape)} is no prompt; give [tokens] or [prompts, tokens]"
         )
-    if isinstance(prompts, Mapping) and "input_ids" in prompts:  # what a tokenizer returns
-        items, single = split_prompts(prompts["input_ids"])
-        mask = prompts.get("attention_mask")
-        return (items if mask is None else _without_padding(items, [mask] if single else mask)), single
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence):
+    if isinstance(prompts, Mapping):
+        return _of_mapping(prompts)
+    if hasattr(prompts, "columns"):  # going through a data frame gives the names of its columns
+        raise PromptError(f"{type(prompts).__name__} is a table; give one of its columns, such as table['prompt']")
+    if isinstance(prompts, (set, frozenset)) or not isinstance(prompts, Iterable):
         raise PromptError(
             f"{shown(prompts)} is not a prompt; give a string, token ids, a list of chat messages, or a list of those"
         )
-    if not prompts:
+    items = list(prompts)
+    if not items:
         raise PromptError("the prompt list is empty; give at least one prompt")
-    single = _is_int(prompts[0]) or (isinstance(prompts[0], Mapping) and "role" in prompts[0])
-    return ([prompts], True) if single else (list(prompts), False)
+    if _is_int(items[0]) or (isinstance(items[0], Mapping) and "role" in items[0]):
+        return [items], True
+    return [_item(item) for item in items], False
+
+
+def _of_mapping(prompt: Mapping[str, Any]) -> tuple[list[Any], bool]:
+    """What `split_prompts` makes of a mapping: a row, a batch of rows, a chat, or what a tokenizer returns."""
+    if "input_ids" in prompt:
+        items, single = split_prompts(prompt["input_ids"])
+        mask = prompt.get("attention_mask")
+        return (items if mask is None else _without_padding(items, [mask] if single else mask)), single
+    if "messages" in prompt or is_pair(prompt):
+        return [prompt], True
+    if "prompt" in prompt:
+        unknown = next((key for key in prompt if key != "prompt"), None)
+        if unknown is not None:
+            raise PromptError(
+                f"a row has {shown(unknown)} beside 'prompt'; give sampling fields by sampling=, or drop it"
+            )
+        return split_prompts(prompt["prompt"])
+    raise PromptError(
+        f"{shown(prompt)} is not a prompt; a mapping has 'prompt', 'messages' or 'input_ids'; a list of chat messages "
+        "stands in brackets"
+    )
+
+
+def _item(item: Any) -> Any:
+    """A prompt of a list, without the mapping around it; one that is none stays, for `encode_prompt` to refuse."""
+    if not isinstance(item, Mapping):
+        return item
+    try:
+        items, single = _of_mapping(item)
+    except PromptError:
+        return item
+    return items[0] if single else item
 
 
 def is_pair(prompt: Any) -> bool:
@@ -113,8 +151,12 @@ def _joined(prompt: Any, completion: str) -> Any:
     """A text, or the messages of a chat whose answer has begun, with more text behind it."""
     if isinstance(prompt, str):
         return prompt + completion
+    if isinstance(prompt, Mapping):
+        return {**prompt, "messages": _joined(prompt["messages"], completion)}
     last = prompt[-1]
     if last["role"] == "assistant":
+        if not isinstance(last.get("content"), str):
+            raise PromptError(f"the answer {shown(last)} has parts; give its content as one text to score what follows")
         return [*prompt[:-1], {**last, "content": last["content"] + completion}]
     return [*prompt, {"role": "assistant", "content": completion}]
 
@@ -135,8 +177,10 @@ def encode_prompt(
         if not prompt:
             raise PromptError(f"prompt {index} is an empty string; give at least one character")
         ids = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
+    elif isinstance(prompt, Mapping) and "messages" not in prompt:
+        raise _no_prompt(prompt, index)
     elif is_text(prompt):
-        ids = _encode_chat(prompt, index, _require(tokenizer, tokenizer_problem))
+        ids = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
     else:
         ids = _plain_ids(prompt, index)
     if not ids:
@@ -147,7 +191,18 @@ def encode_prompt(
             f"prompt {index} holds token id {shown(wrong[0])}, outside the vocabulary of {vocab_size} "
             f"({len(wrong)} such id(s)); was it encoded with another model's tokenizer?"
         )
+    if tokenizer is not None:
+        _look_over(ids, tokenizer, text=is_text(prompt))
     return ids
+
+
+def _no_prompt(prompt: Mapping[str, Any], index: int) -> PromptError:
+    """What is wrong with a mapping that `split_prompts` made nothing of."""
+    try:
+        items, _ = _of_mapping(prompt)
+    except PromptError as error:
+        return PromptError(f"prompt {index}: {error}")
+    return PromptError(f"prompt {index} ({shown(prompt)}) holds {len(items)} prompts; give one in each row")
 
 
 def _all_inside(ids: Sequence[int], vocab_size: int) -> bool:
@@ -183,11 +238,30 @@ def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[int, ...]:
             f"prompt {index} ({shown(text, 30)}) cannot be encoded by the tokenizer: {_reason(error)}; change the "
             "text, or give token ids"
         ) from error
-    plain = _plain_ids(ids, index)
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is not None and plain[:2] == (bos, bos):
+    return _plain_ids(ids, index)
+
+
+def _look_over(ids: tuple[int, ...], tokenizer: Any, *, text: bool) -> None:
+    """Warn of what is rarely meant: a second beginning, and padding in ids, which the model would read."""
+    bos, pad = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "pad_token_id", None)
+    if bos is not None and ids[:2] == (bos, bos) and bos != pad:
         _warn_of_two_beginnings(getattr(tokenizer, "bos_token", None))
-    return plain
+    if pad is None or text:
+        return
+    # A single one may be an end-of-sequence token where that pads.
+    least = 2 if pad in (bos, getattr(tokenizer, "eos_token_id", None)) else 1
+    if (pad,) * least in (ids[:least], ids[-least:]):
+        _warn_of_padding(pad, getattr(tokenizer, "pad_token", None))
+
+
+@functools.cache
+def _warn_of_padding(pad: int, token: Any) -> None:
+    logger.warning(
+        "a prompt of ids begins or ends with the padding token %s (%d), which the model reads like any other; nothing "
+        'needs padding here: leave it out, or give {"input_ids": ..., "attention_mask": ...} as the tokenizer returns',
+        shown(token),
+        pad,
+    )
 
 
 @functools.cache
@@ -199,29 +273,6 @@ def _warn_of_two_beginnings(token: Any) -> None:
         "the chat's messages as the prompt",
         shown(token),
     )
-
-
-def _encode_chat(messages: Sequence[Message], index: int, tokenizer: Any) -> tuple[int, ...]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise TokenizerError(
-            f"prompt {index} is a list of chat messages and the tokenizer has no chat template; give text, or set "
-            "tokenizer.chat_template"
-        )
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise PromptError(f"prompt {index} has {shown(message)} among its chat messages; each needs a 'role'")
-    # An answer that has begun is gone on with, as Hugging Face's pipeline does.
-    begun = messages[-1]["role"] == "assistant"
-    turn = {"continue_final_message": True} if begun else {"add_generation_prompt": True}
-    try:
-        encoded = apply_chat_template(tokenizer, list(messages), **turn, tokenize=True, return_dict=True)
-        ids = encoded["input_ids"]
-    except Exception as error:  # templates are programs of the checkpoint and raise what they like
-        raise PromptError(
-            f"prompt {index} ({shown(messages, 30)}): the chat template refused the messages: {_reason(error)}; change "
-            "them"
-        ) from error
-    return _plain_ids(ids, index)
 
 
 def _plain_ids(prompt: Any, index: int) -> tuple[int, ...]:
@@ -283,5 +334,4 @@ def _values(row: Any) -> list[Any] | None:
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    name = "" if isinstance(error, ChatTemplateError) else f"{type(error).__name__}: "  # it says what was raised
-    return f"{name}{text if len(text) <= 80 else text[:77] + '...'}"
+    return f"{type(error).__name__}: {text if len(text) <= 80 else text[:77] + '...'}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -50,7 +49,7 @@ class Run:
                 prompt_token_ids=self.prompt,
                 finish_reason=reason,
                 seed=self.params.seed or 0,
-                timing=Timing(queue=math.nan, ttft=0.5, total=1.0, token_times=tuple(map(float, self.tokens))),
+                timing=Timing(queue=None, ttft=0.5, total=1.0, token_times=tuple(map(float, self.tokens))),
                 error=error,
             )
         if self.keep or completion is not None:

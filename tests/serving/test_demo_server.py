@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -429,3 +430,33 @@ def test_half_a_frame_and_then_death(demo: Process, client: hybridgen.Client) ->
     until(lambda: demo.descriptors() == descriptors)
     time.sleep(0.05)
     assert at_rest(client)
+
+
+def test_bad_rows_are_returned_with_their_error(demo: Process, client: hybridgen.Client) -> None:
+    """A server refuses a request as a whole; the client finds which prompts it is."""
+    prompts = ["import os", "", [10**9], {"messages": "hi"}, [5] * 5000, None, b"x", "x" * 300_000, "y"]
+    with pytest.raises(hybridgen.PromptError):
+        client.generate(prompts, max_new_tokens=3)
+    outs = client.generate(prompts, max_new_tokens=3, errors="return")
+    assert [index for index, out in enumerate(outs) if out.error is None] == [0, 8]
+    assert all(str(out.error).startswith(f"prompt {index}") for index, out in enumerate(outs) if out.error), outs
+    assert [out.prompt for out in outs[:2]] == ["import os", ""]
+    assert client.generate("", errors="return").error is not None
+    sampled = client.generate(["", "x"], max_new_tokens=3, n=2, temperature=1.0, errors="return")
+    assert [len(out.choices) for out in sampled] == [1, 2]
+
+    async def wanted() -> list[Completion]:
+        async with hybridgen.AsyncClient(demo.path) as asynchronous:
+            return await asynchronous.generate(prompts, max_new_tokens=3, errors="return")
+
+    again = asyncio.run(wanted())
+    assert [out.token_ids for out in again] == [out.token_ids for out in outs]
+
+
+def test_a_chat_in_a_mapping_and_a_cut_prompt_go_over_the_wire(client: hybridgen.Client) -> None:
+    chat = {"messages": [{"role": "user", "content": "x = "}], "chat_template": "{{ messages[0].content }}1"}
+    out = client.generate(chat, max_new_tokens=2)
+    assert out.prompt == chat
+    assert out.prompt_token_ids == client.generate("x = 1", max_new_tokens=2).prompt_token_ids
+    cut = client.generate([5] * 5000, max_new_tokens=2, truncate_prompt=20)
+    assert (cut.truncated_tokens, len(cut.prompt_token_ids)) == (4980, 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from wire import Process, Raw, until
 
 import hybridgen
 from hybridgen import Client, FinishReason, Interrupted, PromptError, SamplingError, ServerBusyError, ServerError
+from hybridgen.cli.main import main
 from hybridgen.errors import EngineError
 
 Start = Callable[..., Process]
@@ -828,3 +831,30 @@ def test_the_error_of_a_failed_request_is_raised_or_kept(toy: Start) -> None:
     with server.client() as client, pytest.raises(EngineError, match="the device failed: it is at <path>"):
         client.generate([BREAK])
     assert server.popen.wait(20) == 1
+
+
+def test_a_client_waits_for_a_server_that_starts(
+    toy: Callable[..., Process], capsys: pytest.CaptureFixture[str]
+) -> None:
+    starting = toy(wait=False)
+    with starting.client(patience=60.0) as client:
+        assert client.generate([1], max_new_tokens=2).error is None
+    starting = toy(wait=False)
+
+    async def wanted() -> dict[str, Any]:
+        async with hybridgen.AsyncClient(starting.path, patience=60.0) as client:
+            return await client.ping()
+
+    assert asyncio.run(wanted())["healthy"]
+    starting = toy(wait=False)
+    assert main(["client", "--socket", str(starting.path), "--wait", "60", "--ping"]) == 0
+    assert "healthy" in capsys.readouterr().out
+
+
+def test_a_client_does_not_wait_for_what_is_no_server(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(hybridgen.ServerError, match="is not a socket"):
+        hybridgen.Client(file, patience=600.0)
+    with pytest.raises(hybridgen.ServerError, match="no server answers"):
+        hybridgen.Client(tmp_path / "none", patience=0.2)

@@ -1,5 +1,7 @@
 """What counts as a prompt, and what does not."""
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -7,11 +9,28 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BatchEncoding
 
+from hybridgen.arguments import is_text
 from hybridgen.demo import model_path
 from hybridgen.errors import PromptError, TokenizerError
-from hybridgen.text.prompts import encode_prompt, is_text, split_prompts
+from hybridgen.text.prompts import _warn_of_padding, encode_prompt, split_prompts
 
 CHAT = [{"role": "user", "content": "hi"}]
+
+
+class Column:
+    """What a column of a table is: it can be gone through, and is no list."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = values
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.values)
+
+
+class Table(Column):
+    """A data frame: going through it gives the names of its columns."""
+
+    columns = ("prompt",)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +49,16 @@ CHAT = [{"role": "user", "content": "hi"}]
         ([CHAT, CHAT], 2, False),
         (["a", [1, 2], CHAT], 3, False),
         ({"input_ids": [1, 2, 3]}, 1, True),
+        (np.array(["a", "b"]), 2, False),
+        (np.array(["a", "b"], dtype=object), 2, False),
+        ((text for text in ("a", "b")), 2, False),
+        ({"x": "a", "y": "b"}.values(), 2, False),
+        ({"prompt": "a"}, 1, True),
+        ({"prompt": [1, 2]}, 1, True),
+        ({"prompt": ["a", "b"]}, 2, False),
+        ({"messages": CHAT}, 1, True),
+        ([{"prompt": "a"}, {"messages": CHAT}, {"input_ids": [1], "attention_mask": [1]}], 3, False),
+        (Column(["a", "b"]), 2, False),
     ],
 )
 def test_one_prompt_or_a_list(prompts: Any, count: int, single: bool) -> None:
@@ -37,10 +66,69 @@ def test_one_prompt_or_a_list(prompts: Any, count: int, single: bool) -> None:
     assert (len(items), alone) == (count, single)
 
 
-@pytest.mark.parametrize("prompts", [[], 5, None, {"role": "user"}, torch.zeros(1, 2, 3), torch.tensor(3)])
+@pytest.mark.parametrize(
+    "prompts", [[], 5, None, {"role": "user"}, torch.zeros(1, 2, 3), torch.tensor(3), {"a"}, iter(())]
+)
 def test_what_is_no_prompt(prompts: Any) -> None:
     with pytest.raises(PromptError):
         split_prompts(prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (Table(["prompt"]), r"Table is a table; give one of its columns, such as table\['prompt'\]"),
+        ({"prompt": "b", "temperature": 1}, "a row has 'temperature' beside 'prompt'"),
+        ({"text": "a"}, "a mapping has 'prompt', 'messages' or 'input_ids'"),
+    ],
+)
+def test_what_is_nearly_a_prompt(prompts: Any, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        split_prompts(prompts)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "b", "temperature": 1}, "prompt 3: a row has 'temperature' beside 'prompt'"),
+        ({"text": "a"}, "prompt 3: {'text': 'a'} is not a prompt"),
+        ({"prompt": ["a", "b"]}, "holds 2 prompts; give one in each row"),
+        ({"messages": CHAT, "tool": []}, "prompt 3 is a chat with 'tool'"),
+        (float("nan"), "prompt 3 is nan; give a string"),
+        (None, "prompt 3 is None; give a string"),
+    ],
+)
+def test_a_bad_row_is_named_when_it_is_encoded(row: Any, words: str) -> None:
+    [_, item], _ = split_prompts(["a", row])
+    with pytest.raises(PromptError, match=re.escape(words)):
+        encode(item, ChatTokenizer())
+
+
+def test_rows_lose_what_is_around_them() -> None:
+    rows = [{"prompt": "a"}, {"input_ids": [0, 1, 2], "attention_mask": [0, 1, 1]}, {"messages": CHAT}]
+    assert split_prompts(rows)[0] == ["a", [1, 2], {"messages": CHAT}]
+
+
+def test_padding_in_ids_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Padding:
+        pad_token_id, pad_token, eos_token_id, bos_token_id = 7, "[PAD]", 2, 1
+
+    for prompt, warned in (
+        ([1, 5, 7, 5], False),
+        ([7, 7, 1, 5], True),
+        ([1, 5, 7], True),
+        (torch.tensor([7, 5]), True),
+    ):
+        _warn_of_padding.cache_clear()
+        caplog.clear()
+        assert encode(prompt, Padding()) == tuple(map(int, prompt))
+        assert ("padding token '[PAD]' (7)" in caplog.text) == warned
+    Padding.pad_token_id = 2
+    for prompt, warned in (([5, 2], False), ([5, 2, 2], True), ([2, 5], False)):
+        _warn_of_padding.cache_clear()
+        caplog.clear()
+        encode(prompt, Padding())
+        assert bool(caplog.text) == warned
 
 
 def test_only_text_and_chats_need_a_tokenizer() -> None:
@@ -89,7 +177,9 @@ class ChatTokenizer:
     chat_template: str | None = "template"
 
     def apply_chat_template(self, messages: list, **options: Any) -> dict[str, list[int]]:
-        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        assert options == {
+            "add_generation_prompt": True, "continue_final_message": False, "tokenize": True, "return_dict": True,
+        }  # fmt: skip
         if messages[0]["role"] == "bad":
             raise ValueError("roles must alternate")
         return {"input_ids": [len(messages), 9]}

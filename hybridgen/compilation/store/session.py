@@ -24,7 +24,6 @@ from hybridgen.compilation.store.store import Explanation, Store, Update
 from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig
 from hybridgen.errors import CacheMissError
 from hybridgen.loading import Checkpoint
-from hybridgen.models.weights import ModuleWeights
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +222,7 @@ def key_for(checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConf
         device=checkpoint.device,
         dtype=checkpoint.dtype,
         config=config,
-        weights=ModuleWeights.identity,
+        weights=checkpoint.formats,
         fuse_projections=config.fuse_projections and checkpoint.joins,
         **resolved._asdict(),
     )

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
-from hybridgen.arguments import SCORES, scores_of, scoring_pairs
-from hybridgen.core import TokenEvent
+from hybridgen.arguments import SCORES, ManyPrompts, OnePrompt, Sampling, scores_of, scoring_pairs
+from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import HybridgenError, ServerError
-from hybridgen.params import SamplingParams
 from hybridgen.serving.client.exchange import Call, Exchange, Results, split
 from hybridgen.serving.client.link import HELLO_SECONDS, MAX_FRAME, check_hello, hello_message
 from hybridgen.serving.unix.address import connect, socket_path
@@ -130,7 +129,12 @@ class AsyncClient:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, timeout: float | None = None, wait: float = 60.0
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float | None = None,
+        wait: float = 60.0,
+        patience: float = 0.0,
     ) -> None:
         """See `Client`; it connects with the first call.
 
@@ -140,6 +144,7 @@ class AsyncClient:
         self.path = socket_path(path)
         self._timeout = timeout
         self._wait = wait
+        self._patience = patience
         self._closed = False
         self._link: _AsyncLink | None = None
         self._connecting = asyncio.Lock()
@@ -158,7 +163,7 @@ class AsyncClient:
                 raise ServerError("this client is closed; make a new one")
             loop = asyncio.get_running_loop()
             if self._link is None or self._link.error is not None or self._link.loop is not loop:
-                connection = await asyncio.to_thread(connect, self.path)
+                connection = await asyncio.to_thread(connect, self.path, self._patience)
                 _, link = await loop.create_connection(_AsyncLink, sock=connection)
                 try:
                     await link.greet()
@@ -170,14 +175,46 @@ class AsyncClient:
                 self._link = link
             return self._link
 
+    @overload
+    async def generate(  # type: ignore[overload-overlap]  # a string is one prompt
+        self,
+        prompts: OnePrompt,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Completion: ...
+
+    @overload
+    async def generate(
+        self,
+        prompts: ManyPrompts,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> list[Completion]: ...
+
+    @overload
     async def generate(
         self,
         prompts: Any,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Any: ...
+
+    async def generate(
+        self,
+        prompts: Any,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
         **fields: Any,
     ) -> Any:
         """Generate as `Client.generate` does. Cancelling the task cancels its requests."""
-        call = Call(prompts, sampling, fields)
+        call = Call(prompts, sampling, fields, errors)
         results = Results(call)
         async for event in self._events(call, stream=False):
             results.add(event)
@@ -191,17 +228,21 @@ class AsyncClient:
     def stream(
         self,
         prompts: Any,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
         **fields: Any,
     ) -> AsyncIterator[TokenEvent]:
         """Generate as `Client.stream` does. The requests are cancelled when the iterator is closed (`aclose()`)."""
-        return self._events(Call(prompts, sampling, fields), stream=True)
+        return self._events(Call(prompts, sampling, fields, errors), stream=True)
 
     async def _events(self, call: Call, *, stream: bool) -> AsyncIterator[TokenEvent]:
         link = await self._connected()
         exchange = Exchange(call, link.hello["limits"], wait=self._wait, stream=stream)
         box: Box = asyncio.Queue()
         silent_since = time.monotonic()
+        for event in exchange.refused:
+            yield event
         try:
             while not exchange.finished:
                 now = time.monotonic()
@@ -217,9 +258,9 @@ class AsyncClient:
                 silent_since = time.monotonic()
                 if answer["type"] == "error" or answer.get("last"):
                     link.boxes.pop(answer["id"], None)
-                event = exchange.take(answer, silent_since)
-                if event is not None:
-                    yield event
+                taken = exchange.take(answer, silent_since)
+                if taken is not None:
+                    yield taken
         finally:
             for key in exchange.active:
                 link.boxes.pop(key, None)

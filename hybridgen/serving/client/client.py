@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
-from hybridgen.arguments import SCORES, end_streamer, scores_of, scoring_pairs
-from hybridgen.core import TokenEvent
+from hybridgen.arguments import SCORES, ManyPrompts, OnePrompt, Sampling, end_streamer, scores_of, scoring_pairs
+from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import HybridgenError, Interrupted, ServerError
-from hybridgen.params import SamplingParams
 from hybridgen.serving.client.exchange import Call, Exchange, Results, split
 from hybridgen.serving.client.link import Link, Mailbox
 from hybridgen.serving.unix.address import socket_path
@@ -30,7 +29,12 @@ class Client:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, timeout: float | None = None, wait: float = 60.0
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float | None = None,
+        wait: float = 60.0,
+        patience: float = 0.0,
     ) -> None:
         """Connect. A later call connects again when the connection was lost.
 
@@ -39,6 +43,8 @@ class Client:
             timeout: seconds without a message from the server after which a call gives up; None: never.
             wait: seconds for which a call tries again while the server's queue is full; 0: it raises
                 `ServerBusyError` at once.
+            patience: seconds for which connecting is tried again while nobody listens there, for a server that is just
+                being started.
 
         Raises:
             ServerError: nobody listens there, or not this user's server.
@@ -48,19 +54,53 @@ class Client:
         self._wait = wait
         self._lock = threading.Lock()
         self._closed = False
-        self._link = Link(self.path)
+        self._link = Link(self.path, patience)
 
     @property
     def server(self) -> dict[str, Any]:
         """What the server said of itself: `model`, `mode`, `max_batch`, `max_context` and its `limits`."""
         return dict(self._link.hello)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a string is one prompt
+        self,
+        prompts: OnePrompt,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: ManyPrompts,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> list[Completion]: ...
+
+    @overload
     def generate(
         self,
         prompts: Any,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
         *,
         streamer: Any = None,
+        errors: str = "raise",
+        **fields: Any,
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling: Sampling = None,
+        *,
+        streamer: Any = None,
+        errors: str = "raise",
         **fields: Any,
     ) -> Any:
         """Generate as `Engine.generate` does.
@@ -76,7 +116,7 @@ class Client:
             Interrupted: Ctrl-C; holds what was finished.
         """
         try:
-            results = self._generate(Call(prompts, sampling, fields), streamer)
+            results = self._generate(Call(prompts, sampling, fields, errors), streamer)
         finally:
             end_streamer(streamer)
         return results.result()
@@ -116,7 +156,9 @@ class Client:
     def stream(
         self,
         prompts: Any,
-        sampling: SamplingParams | Iterable[SamplingParams] | None = None,
+        sampling: Sampling = None,
+        *,
+        errors: str = "raise",
         **fields: Any,
     ) -> Iterator[TokenEvent]:
         """Generate as `Engine.stream` does, and yield each token as it comes.
@@ -124,7 +166,7 @@ class Client:
         The requests start with the first `next()` and are cancelled when the iterator is closed. A stream that is not
         read for long is cut off by the server, and with it all that this client has in flight.
         """
-        return self.stream_call(Call(prompts, sampling, fields))
+        return self.stream_call(Call(prompts, sampling, fields, errors))
 
     def stream_call(self, call: Call) -> Iterator[TokenEvent]:
         """`stream()` of arguments that were checked."""
@@ -139,6 +181,7 @@ class Client:
         self, link: Link, exchange: Exchange, box: Mailbox, feeder: _Feeder | None = None
     ) -> Iterator[TokenEvent]:
         silent_since = time.monotonic()
+        yield from exchange.refused
         while not exchange.finished:
             now = time.monotonic()
             while (message := exchange.next_message(now)) is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from hybridgen.arguments import is_text, sampling_per_prompt
+from hybridgen.arguments import REFUSED, is_text, returns_errors, sampling_per_prompt
 from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, ServerBusyError, ServerError, shown
 from hybridgen.params import SamplingParams, choice_seed
@@ -32,11 +32,16 @@ class Call:
         prompts: Any,
         sampling: SamplingParams | Iterable[SamplingParams] | None,
         fields: dict[str, Any],
+        errors: str = "raise",
     ) -> None:
         """
+        Args:
+            errors: see `Engine.generate`.
+
         Raises:
             PromptError, SamplingError, ConfigError: a value can be no prompt, or no sampling field.
         """
+        self.returns_errors = returns_errors(errors)
         self.prompts, self.single = split(prompts)
         self.sampling = sampling_per_prompt(len(self.prompts), sampling, fields)
 
@@ -73,8 +78,10 @@ class Exchange:
         Raises:
             PromptError: a prompt is too large for a message, or cannot be sent.
         """
-        self._prompts = call.prompts
-        self._waiting = deque(_parts(call, limits, stream=stream, echo=echo))
+        self._call = call
+        self.refused: list[TokenEvent] = []
+        """The last events of prompts that cannot be sent, where the call wants them returned."""
+        self._waiting = deque(_parts(call, limits, self.refused, stream=stream, echo=echo))
         self._active: dict[int, _Part] = {}
         self._wait = wait
         self._retry_at = -math.inf
@@ -122,8 +129,7 @@ class Exchange:
             return None
         if message["type"] == "error":
             del self._active[key]
-            self._handle(error_from_wire(message), part, now)
-            return None
+            return self._handle(error_from_wire(message), part, now)
         self._give_up_at = None
         if message["type"] == "token":
             event = event_from_wire(message)
@@ -134,13 +140,24 @@ class Exchange:
         else:
             raise ServerError(f"the server answered a request with {shown(message['type'])}; is it of another version?")
         if event.completion is not None:
-            prompt = self._prompts[event.index + part.start]
-            told = replace(event.completion, prompt=prompt if is_text(prompt) else None)
+            told = replace(event.completion, prompt=_told(self._call, event.index + part.start))
             event = replace(event, completion=told)
         return replace(event, index=event.index + part.start) if part.start else event
 
-    def _handle(self, error: HybridgenError, part: _Part, now: float) -> None:
-        """Put a request that met a full queue back, to be tried again; raise any other error."""
+    def _handle(self, error: HybridgenError, part: _Part, now: float) -> TokenEvent | None:
+        """Put a request that met a full queue back, to be tried again; raise any other error.
+
+        A server refuses a request as a whole. Where the call wants errors returned, its halves are sent, until the
+        prompt is found.
+        """
+        if self._call.returns_errors and _refuses(error):
+            if len(part.message["prompts"]) > 1:
+                self._waiting.extendleft(reversed(_halves(part)))
+                return None
+            text = str(error)
+            if text.startswith("prompt 0 "):  # which it was alone in its request
+                error.args = (f"prompt {part.start} {text.removeprefix('prompt 0 ')}", *error.args[1:])
+            return _refused(self._call, part.start, error)
         if not isinstance(error, ServerBusyError):
             raise error
         if self._give_up_at is None:
@@ -149,6 +166,35 @@ class Exchange:
             raise error
         self._retry_at = now + error.retry_after
         self._waiting.appendleft(part)
+        return None
+
+
+def _refuses(error: HybridgenError) -> bool:
+    """Whether an error is of a prompt or its sampling, and not of the server."""
+    return isinstance(error, REFUSED) or (isinstance(error, ServerError) and error.code == "limit")
+
+
+def _halves(part: _Part) -> list[_Part]:
+    message = part.message
+    middle = len(message["prompts"]) // 2
+    halves = []
+    for part_of in (slice(middle), slice(middle, None)):
+        sampling = message["sampling"]
+        own = {"prompts": message["prompts"][part_of]}
+        own["sampling"] = sampling[part_of] if isinstance(sampling, list) else sampling
+        halves.append(_Part(part.start + (part_of.start or 0), {**message, **own}))
+    return halves
+
+
+def _told(call: Call, index: int) -> Any:
+    """What the completion of a prompt says of it, see `Completion.prompt`."""
+    prompt = call.prompts[index]
+    return prompt if is_text(prompt) else None
+
+
+def _refused(call: Call, index: int, error: HybridgenError) -> TokenEvent:
+    completion = Completion.refused(error, _told(call, index), call.sampling[index].seed)
+    return TokenEvent(token_id=None, text="", index=index, completion=completion)
 
 
 class Results:
@@ -170,6 +216,9 @@ class Results:
         """
         completions = []
         for params, choices in zip(self._call.sampling, self._choices, strict=True):
+            if 0 in choices and choices[0].choices:  # refused as a whole
+                completions.append(choices[0])
+                continue
             group = tuple(choices.get(choice) or _cancelled(params, choice) for choice in range(params.n))
             completions.append(replace(group[0], choices=group))
         return completions
@@ -177,7 +226,10 @@ class Results:
     @property
     def ended(self) -> int:
         """Prompts whose completions have all come."""
-        return sum(len(c) == p.n for c, p in zip(self._choices, self._call.sampling, strict=True))
+        return sum(
+            len(c) == p.n or (0 in c and bool(c[0].choices))
+            for c, p in zip(self._choices, self._call.sampling, strict=True)
+        )
 
     def result(self) -> Completion | list[Completion]:
         """What `generate()` returns.
@@ -188,7 +240,7 @@ class Results:
         completions = self.complete()
         if not self._call.single:
             return completions
-        if completions[0].error is not None:
+        if completions[0].error is not None and not self._call.returns_errors:
             raise completions[0].error
         return completions[0]
 
@@ -212,41 +264,43 @@ def split(prompts: Any) -> tuple[list[Any], bool]:
         first = prompts[0]
         if type(first) is int or (isinstance(first, Mapping) and "role" in first):
             return [prompts], True
-        if isinstance(first, str):
+        if all(type(prompt) is str for prompt in prompts):
             return list(prompts), False
     from hybridgen.text.prompts import split_prompts
 
     return split_prompts(prompts)
 
 
-def _parts(call: Call, limits: Mapping[str, Any], *, stream: bool, echo: bool) -> Iterable[_Part]:
-    """The requests that a call takes, in order."""
+def _parts(
+    call: Call, limits: Mapping[str, Any], refused: list[TokenEvent], *, stream: bool, echo: bool
+) -> Iterable[_Part]:
+    """The requests that a call takes, in order.
+
+    Args:
+        refused: takes the prompts that cannot be sent, where the call wants errors returned.
+    """
     base = {"type": "request", "stream": stream} | ({"echo": True} if echo else {})
     parts: list[_Part] = []
     first = call.sampling[0]
     same = all(params is first for params in call.sampling)
     shared = sampling_to_wire(first)
     size = completions = elements = containers = 0
+    gap = False
+    """Whether the prompt before was left out: a request's prompts follow each other."""
     for index, (prompt, params) in enumerate(zip(call.prompts, call.sampling, strict=True)):
-        value, length, shape = _sendable(index, prompt)
         wire = shared if params is first else sampling_to_wire(params)
         text = "" if same and index else json.dumps(wire) + ","
-        length += len(text)
-        extra = measure(text.encode("ascii"))
-        shape = Shape(shape.elements + extra.elements, shape.containers + extra.containers, False)
-        for name, count in (("elements", shape.elements), ("containers", shape.containers)):
-            if count + OVERHEAD > limits[name]:
-                raise PromptError(
-                    f"prompt {index} takes {count} {name} with its sampling, and the server's messages hold "
-                    f"{limits[name]}; shorten it"
-                )
-        if length + OVERHEAD > limits["frame"]:
-            raise PromptError(
-                f"prompt {index} takes {length} bytes with its sampling, and the server's messages hold "
-                f"{limits['frame']}; shorten it or raise the server's limit"
-            )
+        try:
+            value, length, shape = _fitting(index, prompt, text, limits)
+        except PromptError as error:
+            if not call.returns_errors:
+                raise
+            refused.append(_refused(call, index, error))
+            gap = True
+            continue
         full = (
             not parts
+            or gap
             or len(parts[-1].message["prompts"]) >= limits["batch"]
             or size + length + OVERHEAD > limits["frame"]
             or elements + shape.elements + OVERHEAD > limits["elements"]
@@ -254,6 +308,7 @@ def _parts(call: Call, limits: Mapping[str, Any], *, stream: bool, echo: bool) -
             or completions + params.n > limits["queue"]
         )
         if full:
+            gap = False
             size = completions = elements = containers = 0
             parts.append(_Part(index, base | {"prompts": [], "sampling": wire if same else []}))
             size += len(json.dumps(wire)) if same else 0
@@ -266,6 +321,30 @@ def _parts(call: Call, limits: Mapping[str, Any], *, stream: bool, echo: bool) -
         containers += shape.containers
         completions += params.n
     return parts
+
+
+def _fitting(index: int, prompt: Any, sampling: str, limits: Mapping[str, Any]) -> tuple[Any, int, Shape]:
+    """A prompt as JSON values, and what it takes of a message together with its sampling.
+
+    Raises:
+        PromptError: it cannot be sent, or is more than a message holds.
+    """
+    value, length, shape = _sendable(index, prompt)
+    length += len(sampling)
+    extra = measure(sampling.encode("ascii"))
+    shape = Shape(shape.elements + extra.elements, shape.containers + extra.containers, False)
+    for name, count in (("elements", shape.elements), ("containers", shape.containers)):
+        if count + OVERHEAD > limits[name]:
+            raise PromptError(
+                f"prompt {index} takes {count} {name} with its sampling, and the server's messages hold "
+                f"{limits[name]}; shorten it"
+            )
+    if length + OVERHEAD > limits["frame"]:
+        raise PromptError(
+            f"prompt {index} takes {length} bytes with its sampling, and the server's messages hold "
+            f"{limits['frame']}; shorten it or raise the server's limit"
+        )
+    return value, length, shape
 
 
 def _sendable(index: int, prompt: Any) -> tuple[Any, int, Shape]:

@@ -58,14 +58,17 @@ def check_hello(message: dict[str, Any]) -> dict[str, Any]:
 class Link:
     """Sends messages, and reads those of all callers: whoever waits reads, and hands the others theirs."""
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, patience: float = 0.0) -> None:
         """Connect and exchange hellos.
+
+        Args:
+            patience: seconds for which it is tried again while nobody listens there.
 
         Raises:
             ServerError: nobody answers there, or refuses.
         """
         self.pid = os.getpid()
-        self._socket: socket.socket = connect(path)
+        self._socket: socket.socket = connect(path, patience)
         # Seconds and microseconds: a server that takes nothing for so long hangs.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
         self._reader = FrameReader(MAX_FRAME)

@@ -31,8 +31,8 @@ LONG_CHARS = 2**15
 def needs_encoding(prompt: Any) -> bool:
     """Whether a prompt is text or a chat, and not a list of ids; one with a completion, whether either part is."""
     if isinstance(prompt, dict):
-        return any(map(needs_encoding, prompt.values()))
-    return isinstance(prompt, str) or bool(prompt and isinstance(prompt[0], dict))
+        return "messages" in prompt or any(needs_encoding(prompt.get(part)) for part in ("prompt", "completion"))
+    return isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict))
 
 
 @dataclass(eq=False)

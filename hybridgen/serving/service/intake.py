@@ -124,8 +124,8 @@ def _distinct(sampling: list[SamplingParams]) -> Iterable[SamplingParams]:
 def _check_prompt(index: int, prompt: Any, limits: Limits, max_context: int | None) -> None:
     parts = list(prompt.values()) if isinstance(prompt, dict) and "completion" in prompt else [prompt]
     for part in parts:
-        if not isinstance(part, (str, list)):
-            raise PromptError(f"prompt {index} is {shown(prompt)}; give text, a list of token ids, or chat messages")
+        if not isinstance(part, (str, list, dict)):
+            raise PromptError(f"prompt {index} is {shown(prompt)}; give text, a list of token ids, or a chat")
         if isinstance(part, list) and max_context is not None and len(part) > max_context:
             raise PromptError(f"prompt {index} has {len(part)} items, over the context of {max_context}; shorten it")
     chars = _chars(prompt)

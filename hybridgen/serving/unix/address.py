@@ -9,6 +9,7 @@ import stat
 import struct
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from hybridgen.errors import ServerError, shown
@@ -18,6 +19,7 @@ _NAME = "server.sock"
 _MAX_PATH = 107 if sys.platform == "linux" else 103
 """Bytes that a socket's address holds."""
 _CONNECT_SECONDS = 5.0
+_AGAIN_SECONDS = 0.1
 BACKLOG = 128
 """Clients that may wait to be accepted."""
 
@@ -180,12 +182,28 @@ def peer_uid(connection: socket.socket) -> int:
     return int(struct.unpack_from("2I", credentials)[1])
 
 
-def connect(path: str | os.PathLike[str] | None) -> socket.socket:
+def connect(path: str | os.PathLike[str] | None, patience: float = 0.0) -> socket.socket:
     """Connect to the server of this user at a path.
+
+    Args:
+        patience: seconds for which it is tried again while nobody listens there.
 
     Raises:
         ServerError: nobody listens there, or somebody else does.
     """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _connect(path)
+        except ServerError as error:
+            if not isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError)):
+                raise
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_AGAIN_SECONDS)
+
+
+def _connect(path: str | os.PathLike[str] | None) -> socket.socket:
     resolved = socket_path(path)
     found = _lstat(resolved)
     if found is not None and not stat.S_ISSOCK(found.st_mode):

@@ -1,0 +1,305 @@
+"""How fast are products with quantised weights, and steps of a model that has them?
+
+Kernels first against float32 references, at rows of 1 to 512: the largest relative error of a format. Then times of a
+layer's four products of an 8B model (q/k/v and gate/up joined) beside bf16 in cuBLAS and beside what the read ceiling
+allows for the bytes, inside CUDA graphs, over copies of the weight that together exceed the L2 cache. `--sweep` tries
+other tiles. `--steps` builds the whole model with random weights, and times decode steps and prefill in mode `hybrid`.
+
+    python benchmarks/quantised.py [--sweep] [--output quantised.json]
+    python benchmarks/quantised.py --steps [--models llama-3.1-8b] [--kinds none fp8 int4] [--output steps.json]
+    python benchmarks/quantised.py --smoke          # tiny, on the CPU reference: checks the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from common import how_it_ran, random_model, random_prompts, release, report, shape_dtype, synchronize, this_device
+from torch import Tensor, nn
+
+import hybridgen
+from hybridgen.device.timing import graph_seconds
+from hybridgen.kernels.linear.layout import Block
+from hybridgen.kernels.linear.quantised import quantised_linear
+from hybridgen.kernels.read_ceiling import read_ceiling
+from hybridgen.models.projections import fuse_projections
+from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
+from hybridgen.models.rounding import quantise
+
+ROTATE_BYTES = 256 * 2**20
+MOST_COPIES = 24
+ROWS = (1, 8, 64, 512)
+CHECKED_ROWS = (1, 2, 8, 17, 64, 100, 256, 512)
+
+
+class Shape(NamedTuple):
+    """A projection, or several joined."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+
+SHAPES = [
+    Shape("qkv", 6144, 4096),
+    Shape("out", 4096, 4096),
+    Shape("gate_up", 28672, 4096),
+    Shape("down", 4096, 14336),
+]
+FORMATS = ("fp8", "fp8 128x128", "int8", "int4", "int4 symmetric", "mxfp4")
+
+
+def weight_of(name: str, shape: Shape, device: str, dtype: torch.dtype) -> QuantisedWeight:
+    """A random weight in a format."""
+    outputs, inputs = shape.outputs, shape.inputs
+    if name == "mxfp4":
+        data = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
+        scales = torch.randint(118, 122, (outputs, inputs // 32), dtype=torch.uint8, device=device)
+        return QuantisedWeight("mxfp4", data, scales, None, inputs, Block(1, 32), dtype)
+    values = torch.empty(outputs, inputs, dtype=dtype, device=device).normal_(0, inputs**-0.5)
+    if name == "fp8 128x128":
+        size = 128
+        grid = Block(size, size).grid(outputs, inputs)
+        scales = torch.rand(grid, device=device) * 0.01 + 0.01
+        data = (torch.randn(outputs, inputs, device=device)).to(torch.float8_e4m3fn)
+        return QuantisedWeight("fp8", data, scales, None, inputs, Block(size, size), dtype)
+    return quantise(values, name.split()[0], dtype, symmetric="symmetric" in name)
+
+
+def times(calls: list[Callable[[], Any]], device: str) -> float:
+    """Seconds of one call: all of them in one CUDA graph, replayed."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - begin) / len(calls)
+
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    return graph_seconds(all_of_them, 9, 1) / len(calls)
+
+
+def copies_of(tensors: list[Tensor], device: str) -> int:
+    size = sum(tensor.nbytes for tensor in tensors)
+    return 2 if device == "cpu" else max(2, min(MOST_COPIES, -(-ROTATE_BYTES // size)))
+
+
+def product(weight: QuantisedWeight, x: Tensor) -> Tensor:
+    return quantised_linear(x, weight.kind, weight.data, weight.scales, weight.zeros, None, weight.inputs, weight.block)
+
+
+def copy(weight: QuantisedWeight) -> QuantisedWeight:
+    zeros = None if weight.zeros is None else weight.zeros.clone()
+    return QuantisedWeight(
+        weight.kind, weight.data.clone(), weight.scales.clone(), zeros, weight.inputs, weight.block, weight.dtype
+    )
+
+
+def check(device: str, dtype: torch.dtype, smoke: bool) -> list[dict[str, Any]]:
+    """The largest error of each format over shapes and rows, relative to the product of its values in float64."""
+    shapes = [Shape("tiny", 96, 256)] if smoke else [Shape("small", 1536, 2048), Shape("odd", 1000, 2080)]
+    found = []
+    for name in FORMATS:
+        worst = 0.0
+        for shape in shapes:
+            weight = weight_of(name, shape, device, dtype)
+            values = weight.dequantise(torch.float32).double()
+            for rows in (1, 3) if smoke else CHECKED_ROWS:
+                x = torch.randn(rows, shape.inputs, device=device).to(dtype)
+                wanted = x.double() @ values.T
+                worst = max(worst, float((product(weight, x).double() - wanted).norm() / wanted.norm()))
+        limit = 1e-5 if dtype == torch.float32 else 6e-3
+        found.append({"format": name, "largest_error": worst, "fits": worst < limit})
+        print(f"error   {name:15} {worst:.2e} {'' if worst < limit else 'TOO LARGE'}", flush=True)
+    return found
+
+
+def run_products(device: str, dtype: torch.dtype, ceiling: float, smoke: bool) -> list[dict[str, Any]]:
+    """Times of every shape, format and number of rows."""
+    found = []
+    for shape in [Shape("tiny", 96, 256)] if smoke else SHAPES:
+        dense = torch.empty(shape.outputs, shape.inputs, dtype=dtype, device=device).normal_(0, shape.inputs**-0.5)
+        denses = [dense.clone() for _ in range(copies_of([dense], device))]
+        base: dict[int, float] = {}
+        for name in ("bf16", *FORMATS):
+            weights = []
+            if name != "bf16":
+                first = weight_of(name, shape, device, dtype)
+                weights = [copy(first) for _ in range(copies_of(list(first.tensors().values()), device))]
+            size = dense.nbytes if name == "bf16" else weights[0].bytes_read
+            for rows in (1, 3) if smoke else ROWS:
+                x = torch.randn(rows, shape.inputs, device=device).to(dtype)
+                calls: list[Callable[[], Tensor]]
+                if name == "bf16":
+                    calls = [lambda w=w, x=x: F.linear(x, w) for w in denses]  # type: ignore[misc]
+                else:
+                    calls = [lambda w=w, x=x: product(w, x) for w in weights]  # type: ignore[misc]
+                took = times(calls, device)
+                base.setdefault(rows, took)
+                row = {
+                    "shape": shape.name,
+                    "format": name,
+                    "rows": rows,
+                    "us": took * 1e6,
+                    "over_bf16": took / base[rows],
+                    "percent_of_ceiling": size / took / ceiling * 100,
+                }
+                found.append(row)
+                print(
+                    f"product {shape.name:8} {name:15} rows {rows:4} {row['us']:9.1f} us, {row['over_bf16']:5.2f} of "
+                    f"bf16, {row['percent_of_ceiling']:5.1f} % of the ceiling",
+                    flush=True,
+                )
+            del weights
+    return found
+
+
+def sweep(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The default tile beside others, for two formats and two numbers of rows."""
+    from hybridgen.device.launcher import device_of
+    from hybridgen.kernels.linear.quantised_kernels import Tile, default_tile, layout_of
+    from hybridgen.kernels.linear.quantised_kernels import product as cut
+
+    found = []
+    for shape in SHAPES:
+        for name in ("fp8", "int4"):
+            first = weight_of(name, shape, device, dtype)
+            weights = [copy(first) for _ in range(copies_of(list(first.tensors().values()), device))]
+            layout = layout_of(first.kind, first.zeros is not None, shape.inputs, first.block, first.scales.shape[1])
+            assert layout is not None
+            for rows in (8, 64):
+                x = torch.randn(rows, shape.inputs, device=device).to(dtype)
+                height = 16 if rows <= 16 else 64
+                usual = default_tile(rows, shape.outputs, shape.inputs, layout.step, device_of(x).processors)
+                tiles = [usual] + [
+                    Tile(outputs, height, 128, splits, warps, stages)
+                    for outputs, warps in ((64, 4), (128, 4), (128, 8))
+                    for stages in (3, 4, 6)
+                    for splits in (1, 2, 4, 8)
+                ]
+                results = []
+                for tile in dict.fromkeys(tiles):
+                    try:
+                        calls = [
+                            lambda w=w, x=x, tile=tile, layout=layout: cut(  # type: ignore[misc]
+                                x, w.data, w.scales, w.zeros, None, layout, w.inputs, tile
+                            )
+                            for w in weights
+                        ]
+                        results.append((times(calls, device) * 1e6, tile))
+                    except Exception as error:  # more shared memory than there is
+                        print(f"sweep   {tile}: {type(error).__name__}", flush=True)
+                default = next((took for took, tile in results if tile == usual), None)
+                best = sorted(results)[:4]
+                found.append(
+                    {
+                        "shape": shape.name,
+                        "format": name,
+                        "rows": rows,
+                        "default": [default, usual._asdict()],
+                        "best": [[took, tile._asdict()] for took, tile in best],
+                    }
+                )
+                print(
+                    f"sweep   {shape.name:8} {name:5} rows {rows:3} default {default:.1f} us {tuple(usual)}, best "
+                    + ", ".join(f"{took:.1f} {tuple(tile)}" for took, tile in best),
+                    flush=True,
+                )
+    return found
+
+
+def quantise_model(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
+    """Quantise the projections of a model in place, but for the head, and join them."""
+    for name, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and name != "lm_head":
+            place = QuantisedLinear(linear.in_features, linear.out_features, bias=False)
+            place.bias = linear.bias
+            place.fill(quantise(linear.weight.detach(), kind, dtype))
+            model.set_submodule(name, place)
+    fuse_projections(model)
+
+
+def run_steps(models: list[str], kinds: list[str], batches: list[int], device: str) -> list[dict[str, Any]]:
+    """Milliseconds of a decode step, and of the prefill of 32 prompts of 512 tokens."""
+    found = []
+    for name in models:
+        for kind in kinds:
+            dtype = shape_dtype(name, device)
+            model = random_model(name, dtype, device, join=kind == "none")
+            if kind != "none":
+                quantise_model(model, kind, dtype)
+            release()
+            small = name == "tiny"
+            prompts, length, new = (4, 16, 8) if small else (32, 512, 128)
+            options: dict[str, Any] = {"mode": "eager" if device == "cpu" else "hybrid", "decode_buckets": batches}
+            options |= {"max_batch": max(prompts, *batches), "max_context": 1024, "prefill_buckets": []}
+            with hybridgen.Engine.load(model, **options) as engine:
+                vocab = model.config.vocab_size
+                row: dict[str, Any] = {"model": name, "kind": kind, "weights": engine.stats().weights}
+                for batch in batches:
+                    ids = random_prompts(batch, length // 8, vocab)
+                    took = []
+                    for _ in range(3):
+                        outs = engine.generate(ids, max_new_tokens=new, ignore_eos=True)
+                        took.append(statistics.median(out.timing.tpot() for out in outs))
+                    row[f"step_ms_{batch}"] = statistics.median(took[1:]) * 1e3
+                ids = random_prompts(prompts, length, vocab, seed=1)
+                took = []
+                for seed in range(4):
+                    ids = random_prompts(prompts, length, vocab, seed=seed + 1)
+                    synchronize(device)
+                    begin = time.perf_counter()
+                    engine.generate(ids, max_new_tokens=1, ignore_eos=True)
+                    synchronize(device)
+                    took.append(time.perf_counter() - begin)
+                row["prefill_ms"] = statistics.median(took[1:]) * 1e3
+                row["how"] = how_it_ran(engine)
+            base = next((each for each in found if each["model"] == name and each["kind"] == "none"), row)
+            row["prefill_over_16_bits"] = row["prefill_ms"] / base["prefill_ms"]
+            found.append(row)
+            steps = ", ".join(f"{batch} rows {row[f'step_ms_{batch}']:.2f} ms" for batch in batches)
+            print(f"steps   {name} {kind}: {steps}, prefill {row['prefill_ms']:.0f} ms", flush=True)
+            del model, engine
+            release()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--sweep", action="store_true", help="also try other tiles")
+    parser.add_argument("--steps", action="store_true", help="time whole models instead of products")
+    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"], help="shapes for --steps")
+    parser.add_argument("--kinds", nargs="+", default=["none", "fp8", "int4"], help="none, fp8, int8, int4")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="rows of decode steps")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    device = "cpu" if args.smoke else this_device()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    results: dict[str, Any] = {"benchmark": "quantised", "dtype": str(dtype)}
+    with torch.inference_mode(False), torch.no_grad():
+        if args.steps or args.smoke:
+            models, batches = (["tiny"], [1, 2]) if args.smoke else (args.models, args.batches)
+            results["steps"] = run_steps(models, args.kinds, batches, device)
+        if not args.steps:
+            ceiling = read_ceiling(torch.device(device)) or 1e9
+            results["read_ceiling_gb_per_s"] = ceiling / 1e9
+            results["errors"] = check(device, dtype, args.smoke)
+            results["products"] = run_products(device, dtype, ceiling, args.smoke)
+            if args.sweep and device != "cpu":
+                results["sweep"] = sweep(device, dtype)
+    report(results, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""A product with a quantised weight: the op `hybridgen::quantised_linear`.
+
+`x @ dequantised.T + bias` for x of any number of rows. On a CPU the weight is dequantised to x's dtype and multiplied
+by torch: the reference. On CUDA few rows go through a Triton kernel that unpacks in registers, and many through a
+dequantised copy and cuBLAS (`quantised_kernels`). The weight's layout: `hybridgen.kernels.linear.layout`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridgen.kernels.linear.layout import Block, dequantise
+
+_library = torch.library.Library("hybridgen", "FRAGMENT")
+_library.define(
+    "quantised_linear(Tensor x, Tensor data, Tensor scales, Tensor? zeros, Tensor? bias, str kind, int inputs, "
+    "int block_outputs, int block_inputs) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def quantised_linear(
+    x: Tensor,
+    kind: str,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    inputs: int,
+    block: Block,
+) -> Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16; what the values are rounded to before they are multiplied.
+        kind: with `data`, `scales`, `zeros` and `block`, a weight [N, K] as `layout` has it.
+        bias: [N] in x's dtype.
+        inputs: K.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    return torch.ops.hybridgen.quantised_linear.default(
+        x, data, scales, zeros, bias, kind, inputs, block.outputs, block.inputs
+    )
+
+
+def _reference(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    inputs: int,
+    block_outputs: int,
+    block_inputs: int,
+) -> Tensor:
+    block = Block(block_outputs, block_inputs)
+    return F.linear(x, dequantise(kind, data, scales, zeros, inputs, block, x.dtype), bias)
+
+
+def _cuda(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    inputs: int,
+    block_outputs: int,
+    block_inputs: int,
+) -> Tensor:
+    from hybridgen.kernels.linear.quantised_kernels import linear
+
+    return linear(x, kind, data, scales, zeros, bias, inputs, Block(block_outputs, block_inputs))
+
+
+def _fake(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    inputs: int,
+    block_outputs: int,
+    block_inputs: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], data.shape[0])
+
+
+_library.impl("quantised_linear", _reference, "CPU")
+_library.impl("quantised_linear", _cuda, "CUDA")
+torch.library.register_fake("hybridgen::quantised_linear", _fake, lib=_library)

@@ -1,0 +1,344 @@
+"""Triton: products with quantised weights of a few hundred rows, and dequantised copies for more.
+
+What they compute: `hybridgen.kernels.linear.quantised`. The product of a tile is made the other way round,
+`weight[N, K] @ x.T[K, M]`, so that the tensor cores' long side holds outputs, of which there are many, and their short
+side rows, of which there are few (as in SGLang's and vLLM's swapped small-batch products). Codes are loaded as they are
+and become numbers in registers. A scale is applied where it costs least: to the finished sum where it is a row's, to a
+block's sum where blocks are as long as the loop's steps, else to each value, which is what the reference does.
+
+Imports Triton; only the CUDA implementations import this module.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hybridgen.device.launcher import Launcher, device_of
+from hybridgen.kernels.linear.layout import Block, dequantise
+
+MOST_ROWS = 256
+"""Rows of a product by this kernel; more are multiplied with a dequantised copy by cuBLAS."""
+ROW, BLOCK, VALUE = 0, 1, 2
+"""Where scales are applied: to a row's sum, to the sum of a step, to each value."""
+
+
+class Tile(NamedTuple):
+    """How a product is cut."""
+
+    outputs: int
+    rows: int
+    inputs: int
+    """A step of the loop."""
+    splits: int
+    """Parts of the inputs, whose sums are added by a second kernel in their order."""
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _numbers(  # type: ignore[no-untyped-def]
+    data, offsets, mask, at, inputs, KIND: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr
+):  # fmt: skip
+    """Codes of a tile as float32 numbers [OUTPUTS, INPUTS]; 0 for `int4` codes of 0.
+
+    offsets: [OUTPUTS] int64, where rows of the data begin; at: first input.
+    """
+    if KIND == "int4":
+        item = at // 8 + tl.arange(0, INPUTS // 8)
+        mask = mask[:, None] if EVEN else mask[:, None] & (item * 8 < inputs)[None, :]
+        words = tl.load(data + offsets[:, None] + item[None, :], mask=mask, other=0)
+        # Each join is within a thread, so that it ends up with the eight codes of its words side by side.
+        halves = tl.join(words, words >> 16)
+        quarters = tl.join(halves, halves >> 8)
+        codes = tl.join(quarters, quarters >> 4) & 15
+        return tl.reshape(codes, [OUTPUTS, INPUTS]).to(tl.float32)
+    elif KIND == "mxfp4":
+        item = at // 2 + tl.arange(0, INPUTS // 2)
+        mask = mask[:, None] if EVEN else mask[:, None] & (item * 2 < inputs)[None, :]
+        pairs = tl.load(data + offsets[:, None] + item[None, :], mask=mask, other=0)
+        code = tl.reshape(tl.join(pairs & 15, pairs >> 4), [OUTPUTS, INPUTS]).to(tl.int32)
+        # The bits of e2m1 are those of a float32 with another bias; 0 and 0.5 have no leading one.
+        size = code & 7
+        exponent, half = size >> 1, size & 1
+        big = tl.where(half == 1, 1.5, 1.0) * tl.where(exponent == 1, 1.0, tl.where(exponent == 2, 2.0, 4.0))
+        number = tl.where(exponent == 0, half.to(tl.float32) * 0.5, big)
+        return tl.where(code >= 8, -number, number)
+    else:
+        item = at + tl.arange(0, INPUTS)
+        mask = mask[:, None] if EVEN else mask[:, None] & (item < inputs)[None, :]
+        return tl.load(data + offsets[:, None] + item[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scale(scales, places, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    raw = tl.load(scales + places, mask=mask, other=0)
+    if KIND == "mxfp4":
+        # 2 ** (raw - 127), of which the bits are the exponent's alone; 2 ** -127 is a subnormal number.
+        return tl.where(raw == 0, 0x00400000, raw.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    else:
+        return raw.to(tl.float32)
+
+
+@triton.jit
+def _zero(zeros, places, mask, KIND: tl.constexpr, ZEROS: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ZEROS:
+        return tl.load(zeros + places, mask=mask, other=0).to(tl.float32)
+    elif KIND == "int4":
+        return tl.zeros_like(places).to(tl.float32) + 8.0
+    else:
+        return tl.zeros_like(places).to(tl.float32)
+
+
+@triton.jit
+def _values(  # type: ignore[no-untyped-def]
+    data, scales, zeros, n, at, outputs, inputs, width, columns,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, WHERE: tl.constexpr, BLOCK_OUT: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """Values of a tile, float32 [OUTPUTS, INPUTS]; only with `WHERE` VALUE multiplied by their scales."""
+    inside = n < outputs
+    numbers = _numbers(data, n.to(tl.int64) * width, inside, at, inputs, KIND, EVEN, OUTPUTS, INPUTS)
+    first = (n // BLOCK_OUT) * columns
+    if WHERE == 2:
+        COUNT: tl.constexpr = INPUTS // GROUP
+        group = at // GROUP + tl.arange(0, COUNT)
+        places = first[:, None] + group[None, :]
+        mask = inside[:, None] & (group < columns)[None, :]
+        scale, zero = _scale(scales, places, mask, KIND), _zero(zeros, places, mask, KIND, ZEROS)
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [OUTPUTS, COUNT, GROUP]), [OUTPUTS, INPUTS])
+        zero = tl.reshape(tl.broadcast_to(zero[:, :, None], [OUTPUTS, COUNT, GROUP]), [OUTPUTS, INPUTS])
+        return (numbers - zero) * scale
+    else:
+        if ZEROS or KIND == "int4":
+            places = first if WHERE == 0 else first + at // GROUP
+            numbers = numbers - _zero(zeros, places, inside, KIND, ZEROS)[:, None]
+        return numbers
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["bias", "zeros"])
+def _product_kernel(  # type: ignore[no-untyped-def]
+    x, data, scales, zeros, bias, out, rows, outputs, inputs, width, columns,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, WHERE: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(2)
+    steps = tl.cdiv(inputs, INPUTS)
+    per = tl.cdiv(steps, tl.num_programs(2))
+    begin, end = split * per, tl.minimum((split + 1) * per, steps)
+    sums = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
+    for step in range(begin, end):
+        at = step * INPUTS
+        k = at + tl.arange(0, INPUTS)
+        real = (m < rows)[None, :] if EVEN else (m < rows)[None, :] & (k < inputs)[:, None]
+        xt = tl.load(x + m.to(tl.int64)[None, :] * inputs + k[:, None], mask=real, other=0.0)
+        values = _values(
+            data, scales, zeros, n, at, outputs, inputs, width, columns,
+            KIND, ZEROS, WHERE, BLOCK_OUT, GROUP, EVEN, OUTPUTS, INPUTS,
+        ).to(xt.dtype)  # fmt: skip
+        if WHERE == 1:
+            scale = _scale(scales, (n // BLOCK_OUT) * columns + at // GROUP, n < outputs, KIND)
+            sums += tl.dot(values, xt, input_precision=PRECISION) * scale[:, None]
+        else:
+            sums = tl.dot(values, xt, sums, input_precision=PRECISION)
+    if WHERE == 0:
+        sums *= _scale(scales, (n // BLOCK_OUT) * columns, n < outputs, KIND)[:, None]
+    if BIAS:
+        sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+    places = (split.to(tl.int64) * rows + m.to(tl.int64))[None, :] * outputs + n[:, None]
+    tl.store(out + places, sums.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["bias"])
+def _add_splits_kernel(  # type: ignore[no-untyped-def]
+    parts, bias, out, count, outputs, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + count.to(tl.int64) * split + place, mask=mask, other=0.0)
+    if BIAS:
+        total += tl.load(bias + place % outputs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["zeros"])
+def _dequantise_kernel(  # type: ignore[no-untyped-def]
+    data, scales, zeros, out, outputs, inputs, width, columns,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BLOCK_OUT: tl.constexpr, GROUP: tl.constexpr, WHERE: tl.constexpr,
+    EVEN: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    at = tl.program_id(0) * INPUTS
+    values = _values(
+        data, scales, zeros, n, at, outputs, inputs, width, columns,
+        KIND, ZEROS, WHERE, BLOCK_OUT, GROUP, EVEN, OUTPUTS, INPUTS,
+    )  # fmt: skip
+    if WHERE != 2:
+        places = (n // BLOCK_OUT) * columns + (at // GROUP if WHERE == 1 else 0)
+        values *= _scale(scales, places, n < outputs, KIND)[:, None]
+    k = at + tl.arange(0, INPUTS)
+    mask = (n < outputs)[:, None] & (k < inputs)[None, :]
+    tl.store(out + n.to(tl.int64)[:, None] * inputs + k[None, :], values.to(out.dtype.element_ty), mask=mask)
+
+
+class Layout(NamedTuple):
+    """What a launch has to know of a weight besides its sizes."""
+
+    kind: str
+    zeros: bool
+    where: int
+    block_out: int
+    group: int
+    step: int
+    """Inputs of a step of the loop."""
+
+
+@functools.cache
+def layout_of(kind: str, zeros: bool, inputs: int, block: Block, columns: int) -> Layout | None:
+    """How a weight's scales are applied; None where its blocks do not go into steps of 128, 64 or 32 inputs."""
+    if columns == 1:
+        return Layout(kind, zeros, ROW, block.outputs, max(inputs, 1), 128)
+    for step in (128, 64, 32):
+        if block.inputs % step == 0:
+            return Layout(kind, zeros, BLOCK, block.outputs, block.inputs, step)
+        if step % block.inputs == 0:
+            return Layout(kind, zeros, VALUE, block.outputs, block.inputs, step)
+    return None
+
+
+def default_tile(rows: int, outputs: int, inputs: int, step: int, processors: int) -> Tile:
+    """How a product of this size is cut: enough programs for two on each multiprocessor."""
+    height = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    tiles = -(-outputs // 64) * -(-rows // height)
+    steps = -(-inputs // step)
+    splits = max(1, min(8, 3 * processors // max(1, tiles), steps // 8))
+    return Tile(64, height, step, splits, 4, 4 if height <= 64 else 3)
+
+
+@functools.cache
+def _product_launcher(
+    layout: Layout, tile: Tile, bias: bool, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], index: int
+) -> Launcher:
+    constants = {
+        "KIND": layout.kind,
+        "ZEROS": layout.zeros,
+        "BIAS": bias,
+        "WHERE": layout.where,
+        "BLOCK_OUT": layout.block_out,
+        "GROUP": layout.group,
+        "EVEN": sizes[1] % tile.inputs == 0,
+        "OUTPUTS": tile.outputs,
+        "ROWS": tile.rows,
+        "INPUTS": tile.inputs,
+        "PRECISION": "ieee" if dtypes[0] == torch.float32 else "tf32",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    return Launcher(_product_kernel, constants)
+
+
+@functools.cache
+def _adder(splits: int, bias: bool, dtype: torch.dtype, outputs: int, index: int) -> Launcher:
+    constants = {"BIAS": bias, "SPLITS": splits, "BLOCK": 1024, "num_warps": 4}
+    return Launcher(_add_splits_kernel, constants)
+
+
+@functools.cache
+def _dequantiser(layout: Layout, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], index: int) -> Launcher:
+    constants = {
+        "KIND": layout.kind,
+        "ZEROS": layout.zeros,
+        "BLOCK_OUT": layout.block_out,
+        "GROUP": layout.group,
+        "WHERE": layout.where,
+        "EVEN": sizes[1] % layout.step == 0,
+        "OUTPUTS": 16,
+        "INPUTS": layout.step,
+        "num_warps": 4,
+    }
+    return Launcher(_dequantise_kernel, constants)
+
+
+def linear(
+    x: Tensor,
+    kind: str,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    inputs: int,
+    block: Block,
+) -> Tensor:
+    """See `quantised.quantised_linear`; on CUDA."""
+    layout = layout_of(kind, zeros is not None, inputs, block, scales.shape[1])
+    rows = x.reshape(-1, inputs)
+    if layout is not None and rows.shape[0] <= MOST_ROWS and x.element_size() == 2:
+        out = product(rows.contiguous(), data, scales, zeros, bias, layout, inputs)
+        return out.view(*x.shape[:-1], data.shape[0])
+    if layout is None:
+        values = dequantise(kind, data, scales, zeros, inputs, block, x.dtype)
+    else:
+        values = dequantised(data, scales, zeros, layout, inputs, x.dtype)
+    return F.linear(x, values, bias)
+
+
+def product(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    layout: Layout,
+    inputs: int,
+    tile: Tile | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias` of x [M, K], contiguous; [M, N] in x's dtype.
+
+    Args:
+        layout: what `layout_of` says of the weight.
+        tile: how it is cut; None for the default.
+    """
+    rows, outputs, columns = x.shape[0], data.shape[0], scales.shape[1]
+    device = device_of(x)
+    if tile is None:
+        tile = default_tile(rows, outputs, inputs, layout.step, device.processors)
+    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    parts = out
+    if tile.splits > 1:
+        parts = torch.empty(tile.splits, rows, outputs, dtype=torch.float32, device=x.device)
+    grid = -(-outputs // tile.outputs), -(-rows // tile.rows), tile.splits
+    sizes = outputs, inputs, data.shape[1], columns
+    dtypes = x.dtype, scales.dtype
+    adds_bias = bias is not None and tile.splits == 1  # else the second kernel does
+    launch = _product_launcher(layout, tile, adds_bias, dtypes, sizes, device.ordinal)
+    tensors = x, data, scales, scales if zeros is None else zeros, x if bias is None else bias
+    launch(grid, (*tensors, parts, rows, *sizes))
+    if tile.splits > 1:
+        count = rows * outputs
+        add = _adder(tile.splits, bias is not None, x.dtype, outputs, device.ordinal)
+        add((-(-count // 1024), 1, 1), (parts, x if bias is None else bias, out, count, outputs))
+    return out
+
+
+def dequantised(
+    data: Tensor, scales: Tensor, zeros: Tensor | None, layout: Layout, inputs: int, dtype: torch.dtype
+) -> Tensor:
+    """The values [N, K] of a weight, as the reference rounds them."""
+    outputs, columns = data.shape[0], scales.shape[1]
+    out = torch.empty(outputs, inputs, dtype=dtype, device=data.device)
+    sizes = outputs, inputs, data.shape[1], columns
+    launch = _dequantiser(layout, (dtype, scales.dtype), sizes, device_of(data).ordinal)
+    grid = -(-inputs // layout.step), -(-outputs // 16), 1
+    launch(grid, (data, scales, scales if zeros is None else zeros, out, *sizes))
+    return out

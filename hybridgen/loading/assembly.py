@@ -1,0 +1,81 @@
+"""Builds a model whose projections get their weights apart: quantised ones, as they are stored or made while loading.
+
+transformers builds the model and reads everything else, with its own renaming, joining and tying. It is handed the
+class with `QuantisedLinear` modules in place of the projections, and a dictionary of tensors that are read when it asks
+for them, one at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
+
+Reader = Callable[[torch.device, torch.dtype], QuantisedWeight]
+"""Gives a projection's weight on a device, to be multiplied in a dtype."""
+
+
+def assemble(
+    model_class: type[PreTrainedModel],
+    hf_config: PreTrainedConfig,
+    tensors: Mapping[str, Any],
+    apart: Mapping[str, Reader],
+    dtype: torch.dtype,
+    device: torch.device,
+    unties_head: bool = False,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model on its device, and transformers' account of what it loaded.
+
+    Args:
+        tensors: all others of the checkpoint, by its names: tensors, or what gives them when indexed with `...`.
+        apart: readers by the names that the model has for its projections, all of them `nn.Linear`.
+        unties_head: the head has a weight of its own though the config says that it shares the embedding's.
+
+    Raises:
+        Exception: whatever transformers and the readers raise.
+    """
+    own = copy.deepcopy(hf_config)
+    tied = getattr(own, "tie_word_embeddings", False)
+    if unties_head and tied:
+        own.tie_word_embeddings = False
+    loader: Any = _with_places(model_class, apart).from_pretrained
+    model, info = loader(
+        None,
+        config=own,
+        state_dict=dict(tensors),
+        dtype=dtype,
+        device_map=None if device.type == "cpu" else {"": device},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    model.__class__ = model_class
+    for name, read in apart.items():
+        place = model.get_submodule(name)
+        assert isinstance(place, QuantisedLinear)
+        place.fill(read(device, dtype))
+    return model, info
+
+
+def _with_places(model_class: type[PreTrainedModel], names: Iterable[str]) -> type[PreTrainedModel]:
+    """The class, whose models have empty `QuantisedLinear` modules from the beginning.
+
+    transformers asks classes for their names and modules, which are the original's.
+    """
+
+    def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        for name in names:
+            linear = self.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            place = QuantisedLinear(linear.in_features, linear.out_features, linear.bias is not None)
+            place.bias = linear.bias
+            self.set_submodule(name, place)
+
+    attributes = {"__init__": build, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    return type(model_class.__name__, (model_class,), attributes)

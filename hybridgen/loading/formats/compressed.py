@@ -1,0 +1,307 @@
+"""compressed-tensors: what llm-compressor writes (https://github.com/vllm-project/compressed-tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridgen.errors import UnsupportedModelError, shown
+from hybridgen.kernels.linear.layout import Block, unpack_int4
+from hybridgen.loading.checks import TensorEntry
+from hybridgen.loading.formats.scheme import (
+    FLOATS,
+    Damaged,
+    Part,
+    Scheme,
+    check_codes,
+    check_scales,
+    compiled,
+    dense_2d,
+    dot_weight,
+    full_block,
+    need,
+    split_at_dot,
+)
+from hybridgen.models.quantised import QuantisedWeight
+
+METHOD = "compressed-tensors"
+_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_PLAIN = ("float-quantized", "int-quantized", "naive-quantized")
+_KNOWN = ("pack-quantized", "mxfp4-pack-quantized", *_PLAIN)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`pack-quantized`: integers of 4 or 8 bits in int32 words, along the inputs."""
+
+    bits: int
+    group: int | None
+    """Inputs that share a scale; None for all."""
+    symmetric: bool
+
+    def sizes(self, entries: Mapping[str, TensorEntry], small: Mapping[str, Tensor]) -> tuple[int, int]:
+        """See `Scheme`. The last word of a row need not be full: `weight_shape` says so."""
+        outputs, words = need(entries, "weight_packed", 2).shape
+        each = 32 // self.bits
+        if "weight_shape" not in small:
+            return outputs, words * each
+        shape = small["weight_shape"].tolist()
+        if len(shape) != 2 or shape[0] != outputs or -(-shape[1] // each) != words:
+            raise Damaged("weight_shape", f"holds {shape}, and weight_packed is {[outputs, words]}")
+        return outputs, shape[1]
+
+    def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
+        """See `Scheme`."""
+        groups = 1 if self.group is None else -(-inputs // self.group)
+        each = 32 // self.bits
+        found = {
+            "weight_packed": Part(("I32",), (outputs, -(-inputs // each)), small=False),
+            "weight_scale": Part(FLOATS, (outputs, groups)),
+            "weight_shape": Part(("I64", "I32"), (2,), optional=True),
+        }
+        if not self.symmetric:
+            found["weight_zero_point"] = Part(("I32",), (-(-outputs // each), groups))
+        return found
+
+    def check(self, small: Mapping[str, Tensor], outputs: int, inputs: int) -> str | None:
+        """See `Scheme`."""
+        check_scales("weight_scale", small["weight_scale"])
+        return None
+
+    def weight(
+        self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
+    ) -> QuantisedWeight | Tensor:
+        """See `Scheme`. Zero points lie along the outputs, as codes do along the inputs."""
+        block = Block(1, self.group or inputs)
+        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        zeros = tensors.get("weight_zero_point")
+        if self.bits == 4:
+            if zeros is not None:
+                zeros = unpack_int4(zeros.T.contiguous(), outputs).T.to(torch.uint8).contiguous()
+            return QuantisedWeight("int4", packed, scales, zeros, inputs, block, dtype)
+        if zeros is not None:
+            zeros = _bytes(zeros.T.contiguous(), outputs).T.to(torch.int16).contiguous()
+        return QuantisedWeight("int8", _bytes(packed, inputs), scales, zeros, inputs, block, dtype)
+
+
+def _bytes(packed: Tensor, count: int) -> Tensor:
+    """Four codes of 8 bits with offset 128 in each word, as int8 [rows, count]."""
+    return (packed.contiguous().view(torch.uint8)[:, :count] ^ 128).view(torch.int8).contiguous()
+
+
+@dataclass(frozen=True)
+class Plain:
+    """`float-quantized` and `int-quantized`: one code of 8 bits an item."""
+
+    kind: str
+    """`fp8` or `int8`."""
+    strategy: str
+    """`tensor`, `channel`, `group` or `block`."""
+    shape: tuple[int, int] | None
+    """Outputs and inputs of a block or group."""
+    symmetric: bool
+
+    def sizes(self, entries: Mapping[str, TensorEntry], small: Mapping[str, Tensor]) -> tuple[int, int]:
+        """See `Scheme`."""
+        outputs, inputs = need(entries, "weight", 2).shape
+        return outputs, inputs
+
+    def _block(self, outputs: int, inputs: int) -> Block:
+        if self.strategy == "tensor":
+            return full_block(outputs, inputs)
+        return Block(1, inputs) if self.shape is None else Block(*self.shape)
+
+    def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
+        """See `Scheme`."""
+        grid = self._block(outputs, inputs).grid(outputs, inputs)
+        found = {
+            "weight": Part(("F8_E4M3",) if self.kind == "fp8" else ("I8",), (outputs, inputs), small=False),
+            # One scale for all is written as [1] or as a number.
+            "weight_scale": Part(FLOATS, None if self.strategy == "tensor" else grid),
+        }
+        if self.kind == "int8":
+            zeros = None if self.strategy == "tensor" else grid
+            found["weight_zero_point"] = Part(("I8",), zeros, optional=self.symmetric)
+        return found
+
+    def check(self, small: Mapping[str, Tensor], outputs: int, inputs: int) -> str | None:
+        """See `Scheme`."""
+        check_scales("weight_scale", small["weight_scale"])
+        count = self._block(outputs, inputs).grid(outputs, inputs)
+        for part in ("weight_scale", "weight_zero_point"):
+            if part in small and small[part].numel() != count[0] * count[1]:
+                raise Damaged(part, f"holds {small[part].numel()} values, not {count[0] * count[1]}")
+        if self.symmetric and "weight_zero_point" in small and bool(small["weight_zero_point"].any()):
+            raise Damaged("weight_zero_point", "holds zero points, and the config says that the weight has none")
+        return None
+
+    def weight(
+        self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
+    ) -> QuantisedWeight | Tensor:
+        """See `Scheme`."""
+        if self.kind == "fp8":
+            check_codes("weight", tensors["weight"])
+        block = self._block(outputs, inputs)
+        scales = tensors["weight_scale"].reshape(block.grid(outputs, inputs))
+        zeros = None if self.symmetric else tensors["weight_zero_point"].reshape(scales.shape).to(torch.int16)
+        return QuantisedWeight(self.kind, tensors["weight"], scales, zeros, inputs, block, dtype)
+
+
+@dataclass(frozen=True)
+class PackedMxfp4:
+    """`mxfp4-pack-quantized`: e2m1 codes, and an exponent for 32 of them."""
+
+    def sizes(self, entries: Mapping[str, TensorEntry], small: Mapping[str, Tensor]) -> tuple[int, int]:
+        """See `Scheme`."""
+        outputs, items = need(entries, "weight_packed", 2).shape
+        return outputs, items * 2
+
+    def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
+        """See `Scheme`."""
+        return {
+            "weight_packed": Part(("U8",), (outputs, inputs // 2), small=False),
+            "weight_scale": Part(("U8", "F8_E8M0"), (outputs, -(-inputs // 32))),
+        }
+
+    def check(self, small: Mapping[str, Tensor], outputs: int, inputs: int) -> str | None:
+        """See `Scheme`."""
+        if bool((small["weight_scale"].view(torch.uint8) == 255).any()):
+            raise Damaged("weight_scale", "holds the exponent 255, which is no number")
+        return None
+
+    def weight(
+        self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
+    ) -> QuantisedWeight | Tensor:
+        """See `Scheme`."""
+        scales = tensors["weight_scale"].view(torch.uint8)
+        return QuantisedWeight("mxfp4", tensors["weight_packed"], scales, None, inputs, Block(1, 32), dtype)
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """A checkpoint of compressed-tensors."""
+
+    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    """Targets and scheme of each group of the config."""
+    ignore: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    method: str = METHOD
+    target = staticmethod(dot_weight)
+    dense_shape = staticmethod(dense_2d)
+    _known: dict[str, Scheme | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """See `Format`."""
+        return split_at_dot(name, _PARTS)
+
+    def scheme(self, projection: str) -> Scheme | None:
+        """The first group that names the projection: by its name, by a pattern, by `Linear`; if `ignore` does not."""
+        if projection not in self._known:
+            self._known[projection] = self._find(projection)
+        return self._known[projection]
+
+    def _find(self, projection: str) -> Scheme | None:
+        if any(_names(entry, projection) for entry in self.ignore):
+            return None
+        found = [(target, scheme) for targets, scheme in self.groups for target in targets]
+        for kind in (lambda t: not t.startswith("re:") and t != "Linear", lambda t: t.startswith("re:")):
+            for target, scheme in found:
+                if kind(target) and _names(target, projection):
+                    return scheme
+        return next((scheme for target, scheme in found if target == "Linear"), None)
+
+
+def _names(target: str, projection: str) -> bool:
+    """Whether a target or an entry of `ignore` means a projection; patterns match from its beginning."""
+    if target.startswith("re:"):
+        return compiled(target.removeprefix("re:"), "quantization_config").match(projection) is not None
+    return target == projection
+
+
+def read(values: Mapping[str, Any]) -> CompressedTensors:
+    """The format that a `quantization_config` describes.
+
+    Raises:
+        UnsupportedModelError: something in it is not known here.
+    """
+    if values.get("sparsity_config"):
+        sparse = values["sparsity_config"]
+        kind = sparse.get("format") if isinstance(sparse, Mapping) else sparse
+        if kind not in (None, "dense"):
+            raise _unknown(f"sparsity_config.format {shown(kind)}")
+    if values.get("transform_config"):
+        raise _unknown("transform_config (weights that are rotated)")
+    status = values.get("quantization_status", "compressed")
+    if status != "compressed":
+        raise _unknown(f"quantization_status {shown(status)}")
+    groups = values.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise _unknown(f"config_groups {shown(groups)}")
+    notes = []
+    found = []
+    for name, group in groups.items():
+        if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
+            raise _unknown(f"config_groups.{name} {shown(group)}")
+        targets = tuple(str(target) for target in group["targets"])
+        for target in targets:
+            if target != "Linear" and not target.startswith("re:") and "." not in target and target[:1].isupper():
+                raise _unknown(f"config_groups.{name}.targets {shown(target)}")
+            _names(target, "")  # a pattern that is none is found before files are read
+        found.append((targets, _scheme(name, group, group.get("format") or values.get("format"))))
+        if group.get("input_activations") is not None:
+            notes.append("activations are not quantised, as the checkpoint's config asks for: weights alone are")
+        if group.get("output_activations") is not None:
+            raise _unknown(f"config_groups.{name}.output_activations")
+    if values.get("kv_cache_scheme") is not None:
+        notes.append("the KV cache is not quantised, as the checkpoint's config asks for (kv_cache_scheme)")
+    ignore = values.get("ignore") or []
+    if not isinstance(ignore, list):
+        raise _unknown(f"ignore {shown(ignore)}")
+    for entry in ignore:
+        _names(str(entry), "")
+    return CompressedTensors(tuple(found), tuple(str(entry) for entry in ignore), tuple(dict.fromkeys(notes)))
+
+
+def _scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
+    weights = group.get("weights")
+    if layout not in _KNOWN:
+        raise _unknown(f"the format {shown(layout)} of config_groups.{name}")
+    if not isinstance(weights, Mapping):
+        raise _unknown(f"config_groups.{name}.weights {shown(weights)}")
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
+    group_size, symmetric = weights.get("group_size"), weights.get("symmetric", True)
+    what = f"config_groups.{name}.weights: {shown(kind)} of {shown(bits)} bits, strategy {shown(strategy)}"
+    if not isinstance(symmetric, bool):
+        raise _unknown(what)
+    if layout == "mxfp4-pack-quantized":
+        if (bits, kind, group_size, symmetric) != (4, "float", 32, True):
+            raise _unknown(what)
+        return PackedMxfp4()
+    if strategy == "group" and not (isinstance(group_size, int) and group_size > 0):
+        raise _unknown(f"{what}, group_size {shown(group_size)}")
+    size = group_size if strategy == "group" else None
+    if layout == "pack-quantized":
+        if kind != "int" or bits not in (4, 8) or strategy not in ("group", "channel"):
+            raise _unknown(what)
+        return Packed(bits, size, symmetric)
+    stored = {("float", 8): "fp8", ("int", 8): "int8"}.get((kind, bits))  # type: ignore[arg-type]
+    if stored is None or strategy not in ("tensor", "channel", "group", "block") or (stored == "fp8" and not symmetric):
+        raise _unknown(what)
+    block = None if size is None else (1, size)
+    if strategy == "block":
+        given = weights.get("block_structure")
+        if not (isinstance(given, list) and len(given) == 2 and all(isinstance(n, int) and n > 0 for n in given)):
+            raise _unknown(f"{what}, block_structure {shown(given)}")
+        block = (given[0], given[1])
+    return Plain(stored, strategy, block, symmetric)
+
+
+def _unknown(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"its weights are quantised in a way that is not known here (quantization_config, method {METHOD!r}: {what}); "
+        "load a checkpoint in one of the formats of docs/quantisation.md, or a float32, bfloat16 or float16 one"
+    )

@@ -1,0 +1,115 @@
+"""FP8 with a scale for each block of 128 x 128 values: DeepSeek-V3 and Qwen3-FP8, and transformers' own `fp8`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridgen.errors import UnsupportedModelError, shown
+from hybridgen.kernels.linear.layout import Block, power_of_two
+from hybridgen.loading.checks import TensorEntry
+from hybridgen.loading.formats.scheme import (
+    FLOATS,
+    Damaged,
+    Part,
+    Scheme,
+    check_codes,
+    check_scales,
+    dense_2d,
+    dot_weight,
+    full_block,
+    need,
+    split_at_dot,
+)
+from hybridgen.models.quantised import QuantisedWeight
+
+METHOD = "fp8"
+_PARTS = ("weight", "weight_scale_inv")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """e4m3 values with a scale for each block; they are multiplied, despite the name `weight_scale_inv`."""
+
+    block: tuple[int, int] | None
+    """None: one scale for all."""
+
+    def sizes(self, entries: Mapping[str, TensorEntry], small: Mapping[str, Tensor]) -> tuple[int, int]:
+        """See `Scheme`."""
+        outputs, inputs = need(entries, "weight", 2).shape
+        return outputs, inputs
+
+    def _block(self, outputs: int, inputs: int) -> Block:
+        return full_block(outputs, inputs) if self.block is None else Block(*self.block)
+
+    def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
+        """See `Scheme`."""
+        grid = self._block(outputs, inputs).grid(outputs, inputs)
+        return {
+            "weight": Part(("F8_E4M3",), (outputs, inputs), small=False),
+            "weight_scale_inv": Part((*FLOATS, "U8", "F8_E8M0"), None if self.block is None else grid),
+        }
+
+    def check(self, small: Mapping[str, Tensor], outputs: int, inputs: int) -> str | None:
+        """See `Scheme`."""
+        scales = small["weight_scale_inv"]
+        if self.block is None and scales.numel() != 1:
+            raise Damaged("weight_scale_inv", f"holds {scales.numel()} values, not 1")
+        if scales.element_size() == 1:
+            if bool((scales.view(torch.uint8) == 255).any()):
+                raise Damaged("weight_scale_inv", "holds the exponent 255, which is no number")
+        else:
+            check_scales("weight_scale_inv", scales)
+        return None
+
+    def weight(
+        self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
+    ) -> QuantisedWeight | Tensor:
+        """See `Scheme`. Exponents (ue8m0) become float32 numbers, which they are exactly."""
+        check_codes("weight", tensors["weight"])
+        scales, block = tensors["weight_scale_inv"], self._block(outputs, inputs)
+        if scales.element_size() == 1:
+            scales = power_of_two(scales.view(torch.uint8))
+        scales = scales.reshape(block.grid(outputs, inputs))
+        return QuantisedWeight("fp8", tensors["weight"], scales, None, inputs, block, dtype)
+
+
+@dataclass(frozen=True)
+class FineGrained:
+    """A checkpoint of `quant_method` fp8. Which projections have codes is seen in the files."""
+
+    blocks: Blocks
+    notes: tuple[str, ...] = ()
+    method: str = METHOD
+    target = staticmethod(dot_weight)
+    dense_shape = staticmethod(dense_2d)
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """See `Format`."""
+        return split_at_dot(name, _PARTS)
+
+    def scheme(self, projection: str) -> Scheme | None:
+        """The same for all; those that are not converted have no scales."""
+        return self.blocks
+
+
+def read(values: Mapping[str, Any]) -> FineGrained:
+    """The format that a `quantization_config` describes.
+
+    Raises:
+        UnsupportedModelError: something in it is not known here.
+    """
+    kind, block = values.get("fmt", "e4m3"), values.get("weight_block_size", [128, 128])
+    fits = isinstance(block, (list, tuple)) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+    if kind not in ("e4m3", "float8_e4m3fn") or not (block is None or fits):
+        raise UnsupportedModelError(
+            "its weights are quantised in a way that is not known here (quantization_config, method 'fp8': fmt "
+            f"{shown(kind)}, weight_block_size {shown(block)}); load a checkpoint in one of the formats of "
+            "docs/quantisation.md, or a float32, bfloat16 or float16 one"
+        )
+    notes = ("activations are not quantised, as the checkpoint's config asks for: weights alone are",)
+    return FineGrained(Blocks(None if block is None else (block[0], block[1])), notes)

@@ -1,0 +1,213 @@
+"""Reads a model with quantised weights: as its checkpoint stores them, or made of 16-bit ones while they are read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hybridgen.config import EngineConfig
+from hybridgen.errors import CheckpointError
+from hybridgen.loading.assembly import Reader, assemble
+from hybridgen.loading.expectation import place_of, skeleton
+from hybridgen.loading.formats import Format
+from hybridgen.loading.source import Source
+from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
+from hybridgen.models.quantised import QuantisedWeight
+from hybridgen.models.rounding import quantise
+
+INT4_WARNING = (
+    "quantization='int4' rounds to the nearest code: products err by a tenth or more, small models the most; for "
+    "better texts load a checkpoint that was calibrated (AWQ, GPTQ or compressed-tensors W4A16)"
+)
+
+
+def identity_of(layout: Format | None, stored: Any, config: EngineConfig) -> str:
+    """What is known of the weights' formats before they are read, for the compile cache's key.
+
+    Args:
+        stored: the `quantization_config` that the layout was read from.
+    """
+    made = f"{config.quantization}, head {config.quantize_head}"
+    if layout is None:
+        return "dense" if config.quantization is None and config.quantize_head is None else f"dense, made {made}"
+    return f"{layout.method}, made {made}: {json.dumps(stored, sort_keys=True, default=str)}"
+
+
+def load_quantised(
+    source: Source,
+    files: list[Path],
+    hf_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: EngineConfig,
+    layout: Format | None,
+    model_class: type[PreTrainedModel] | None,
+) -> tuple[PreTrainedModel, dict[str, Any], Counter[str]]:
+    """The model, transformers' account of what it loaded, and what is not as asked for, counted.
+
+    Scales, zero points and orders of all projections are read and checked before anything of size is.
+
+    Args:
+        files: safetensors files.
+        layout: how the checkpoint is stored; None: not quantised.
+
+    Raises:
+        CheckpointError: a tensor is damaged; names it and its file.
+        UnsupportedModelError: the files are no safetensors files.
+        Exception: whatever transformers raises.
+    """
+    notes: Counter[str] = Counter()
+    check_files(files, "quantised while they are read" if layout is None else layout.method)
+    with TensorFiles(files) as tensors:
+        stored: Mapping[str, Stored] = {}
+        plain = tensors.entries
+        if layout is not None:
+            stored, plain, left_out = find_stored(tensors, layout)
+            stored = {name: each.checked(tensors) for name, each in stored.items()}
+            notes.update(layout.notes)
+            if left_out:
+                notes["scales of activations or of the KV cache are left out: both are kept in 16 bits"] += len(
+                    left_out
+                )
+        model = skeleton(source, plain, hf_config, model_class)
+        plan = _Plan(source, model, tensors, device, dtype, notes)
+        for each in stored.values():
+            plan.add_stored(each)
+        targets = {each.target for each in stored.values()}
+        for name in plain.keys() - targets:  # an FP8 weight has the name that it has without being quantised
+            plan.tensors[name] = tensors.lazy(name)
+        head = plan.head
+        if config.quantization is not None:
+            plan.make(config.quantization)
+        if config.quantize_head is not None and head is not None and head not in plan.apart:
+            plan.make_head(head, config.quantize_head)
+        if "int4" in (config.quantization, config.quantize_head):
+            notes[INT4_WARNING] += 1
+        loaded, info = assemble(
+            type(model),
+            hf_config,
+            plan.tensors,
+            plan.apart,
+            dtype,
+            device,
+            unties_head=head in plan.apart,
+        )
+    loaded.config.name_or_path = loaded.name_or_path = source.name
+    return loaded, info, notes
+
+
+class _Plan:
+    """Which projections are read apart, and where all other tensors come from."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: PreTrainedModel,
+        files: TensorFiles,
+        device: torch.device,
+        dtype: torch.dtype,
+        notes: Counter[str],
+    ) -> None:
+        self._source, self._files, self._device, self._dtype, self._notes = source, files, device, dtype, notes
+        self._model = model
+        self._expected = dict(model.state_dict(keep_vars=True))
+        self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        self.apart: dict[str, Reader] = {}
+        """By the model's names."""
+        self.tensors: dict[str, Any] = {}
+        """By the files' names."""
+
+    @property
+    def head(self) -> str | None:
+        """The name of the head, if it is an `nn.Linear`."""
+        head = self._model.get_output_embeddings()
+        return next((name for name, module in self._linears.items() if module is head), None)
+
+    def add_stored(self, stored: Stored) -> None:
+        """Run a projection as it is stored, or dequantise it where that cannot be done."""
+        place = place_of(stored.target, self._expected, self._prefix)
+        name = None if place is None else place.removesuffix(".weight")
+        linear = self._linears.get(name or "")
+        reason = stored.dequantised
+        if linear is None and reason is None:
+            reason = "transformers joins or renames them while loading, or they are no nn.Linear (experts, embeddings)"
+        if reason is not None or name is None or linear is None:
+            kind = str(self._dtype).removeprefix("torch.")
+            self._notes[f"quantised weights are dequantised to {kind}: {reason}"] += 1
+            self.tensors[stored.target] = Lazy(stored, self._files, self._device, self._dtype)
+            return
+        if (linear.out_features, linear.in_features) != (stored.outputs, stored.inputs):
+            raise CheckpointError(
+                f"weights of {self._source.name!r} have other shapes than its config: {stored.name} is "
+                f"{[stored.outputs, stored.inputs]}, the config says {[linear.out_features, linear.in_features]}"
+            )
+        self.apart[name] = _stored_reader(stored, self._files)
+
+    def make(self, kind: str) -> None:
+        """Quantise all projections but the head while they are read.
+
+        Routers stay as they are: which experts a token gets must not change.
+        """
+        routers = {
+            id(child) for module in self._model.modules() if hasattr(module, "experts") for child in module.children()
+        }
+        experts = sum(1 for name, tensor in self._expected.items() if ".experts." in name and tensor.dim() == 3)
+        if experts:
+            self._notes["experts' weights stay in 16 bits: transformers' code multiplies them itself"] += experts
+        names = {place_of(name, self._expected, self._prefix): name for name in self.tensors}
+        for name, linear in self._linears.items():
+            if name == self.head or id(linear) in routers:
+                continue
+            stored = names.get(f"{name}.weight")
+            if stored is None:
+                self._notes[f"projections stay in 16 bits: the files have none of their names ({_last(name)})"] += 1
+                continue
+            self.apart[name] = self._maker(self.tensors.pop(stored), stored, kind)
+
+    def make_head(self, head: str, kind: str) -> None:
+        """Quantise the head while it is read; a tied one is a copy of the embedding, which stays as it is."""
+        names = {place_of(name, self._expected, self._prefix): name for name in self.tensors}
+        stored = names.get(f"{head}.weight")
+        if stored is not None:
+            self.apart[head] = self._maker(self.tensors.pop(stored), stored, kind)
+            return
+        embedding = self._model.get_input_embeddings()
+        shared = next((name for name, module in self._model.named_modules() if module is embedding), "")
+        stored = names.get(f"{shared}.weight")
+        if stored is None or not getattr(self._model.config, "tie_word_embeddings", False):
+            self._notes["the head stays in 16 bits: the files have no weight of its name"] += 1
+            return
+        self.apart[head] = self._maker(self.tensors[stored], stored, kind)
+
+    def _maker(self, tensor: Any, name: str, kind: str) -> Reader:
+        file = self._files.places.get(name)
+
+        def read(device: torch.device, dtype: torch.dtype) -> QuantisedWeight:
+            values: Tensor = tensor[...].to(device)
+            try:
+                return quantise(values, kind, dtype)
+            except ValueError as error:
+                raise CheckpointError(f"{file}: {name!r} cannot be quantised: {error}") from None
+
+        return read
+
+
+def _stored_reader(stored: Stored, files: TensorFiles) -> Reader:
+    def read(device: torch.device, dtype: torch.dtype) -> QuantisedWeight:
+        weight = stored.read(files, device, dtype)
+        assert isinstance(weight, QuantisedWeight)
+        return weight
+
+    return read
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,142 @@
+"""`quantization=` and `quantize_head=`: what is quantised while a checkpoint is read, and what is not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import quantised_formats as formats
+import torch
+from transformers import PreTrainedModel
+
+import hybridgen
+from hybridgen.errors import CheckpointError, ConfigError, UnsupportedModelError
+from hybridgen.loading import Checkpoint
+from hybridgen.models.quantised import QuantisedLinear, quantised_modules
+from hybridgen.models.rounding import quantise
+
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "max_batch": 4,
+    "page_size": 16,
+    "token_budget": 96,
+    "kv_memory": "16MiB",
+    "max_context": 96,
+}
+LENGTHS = (7, 33, 1)
+
+
+def load(path: Path, **fields: Any) -> PreTrainedModel:
+    return Checkpoint.open(path, hybridgen.EngineConfig(device="cpu", **fields)).load().model
+
+
+def by_hand(model: PreTrainedModel, kind: str, names: list[str]) -> PreTrainedModel:
+    """The model with the values of its quantised projections."""
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_submodule(name).weight
+            weight.copy_(quantise(weight, kind, torch.float32).dequantise())
+    return model
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_every_mode_generates_the_tokens_of_the_rounded_weights(kind: str, family: str, tmp_path: Path) -> None:
+    path = families.write(family, tmp_path)
+    found = dict(quantised_modules(load(path, quantization=kind)))
+    model = families.build(family)
+    assert sorted(found) == sorted(name for name, _ in model.named_modules() if name.endswith("_proj"))
+    by_hand(model, kind, list(found))
+    wanted = [families.reference(model, prompt, 12)[0] for prompt in families.prompts_of(LENGTHS)]
+    modes = ("eager", "graph", "jit", "hybrid") if (kind, family) == ("int4", "llama") else ("eager", "graph")
+    for mode in modes:
+        with hybridgen.Engine.load(path, mode=mode, quantization=kind, **SETTINGS) as engine:
+            outs = engine.generate(families.prompts_of(LENGTHS), max_new_tokens=12)
+            assert [list(out.token_ids) for out in outs] == wanted, mode
+            assert next(iter(engine.stats().weights)).startswith(kind)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_quantised_on_request(tied: bool, tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path, tie_word_embeddings=tied)
+    assert not isinstance(load(path, quantization="int8").get_output_embeddings(), QuantisedLinear)
+    loaded = load(path, quantize_head="fp8")
+    assert [name for name, _ in quantised_modules(loaded)] == ["lm_head"]
+    model = families.build("llama", tie_word_embeddings=tied)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    head = loaded.get_output_embeddings()
+    assert torch.equal(
+        head.weight_stored.dequantise(), quantise(model.lm_head.weight, "fp8", torch.float32).dequantise()
+    )
+    if tied:  # the copies in Hugging Face's model are to differ too
+        model.lm_head = copy.deepcopy(model.lm_head)
+    by_hand(model, "fp8", ["lm_head"])
+    with hybridgen.Engine.load(path, quantize_head="fp8", **SETTINGS) as engine:
+        [out] = engine.generate(families.prompts_of((7,)), max_new_tokens=12)
+    assert list(out.token_ids) == families.reference(model, families.prompts_of((7,))[0], 12)[0]
+
+
+def test_the_head_of_a_quantised_checkpoint(tmp_path: Path) -> None:
+    formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
+    kinds = {name: module.kind for name, module in quantised_modules(load(tmp_path, quantize_head="int8"))}
+    assert kinds.pop("lm_head") == "int8"
+    assert set(kinds.values()) == {"int4"}
+
+
+def test_routers_and_experts_stay_as_they_are(tmp_path: Path) -> None:
+    path = families.write("qwen2_moe", tmp_path)
+    opened = Checkpoint.open(path, hybridgen.EngineConfig(device="cpu", quantization="int8"))
+    loaded = opened.load()
+    names = [name for name, _ in quantised_modules(loaded.model)]
+    assert any("shared_expert.up_proj" in name for name in names)
+    assert not any("gate" in name.rpartition(".")[2] and "gate_proj" not in name for name in names)
+    assert any("experts' weights stay in 16 bits" in note for note in loaded.notes)
+
+
+def test_int4_warns_of_its_error(tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
+    with (
+        pytest.warns(RuntimeWarning, match="calibrated"),
+        hybridgen.Engine.load(path, quantization="int4", **SETTINGS) as engine,
+    ):
+        assert any("calibrated" in reason for reason in engine.stats().fallbacks)
+
+
+def test_the_compile_caches_key_knows(tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
+    asked: list[dict[str, Any]] = [{}, {"quantization": "fp8"}, {"quantization": "int8"}, {"quantize_head": "fp8"}]
+    found = {Checkpoint.open(path, hybridgen.EngineConfig(device="cpu", **fields)).formats for fields in asked}
+    assert len(found) == len(asked)
+    assert {"quantization", "quantize_head"} <= set(hybridgen.EngineConfig.key_fields())
+    for name in ("ct w4 group", "ct w4 zeros"):
+        formats.write_family(tmp_path / name, "llama", name, num_hidden_layers=2)
+        found.add(Checkpoint.open(tmp_path / name, hybridgen.EngineConfig(device="cpu")).formats)
+    assert len(found) == len(asked) + 2
+
+
+def test_what_cannot_be_quantised(tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
+    with pytest.raises(ConfigError, match="quantization='int2' is unknown; choose one of: fp8, int8, int4"):
+        hybridgen.EngineConfig(quantization="int2")
+    with pytest.raises(ConfigError, match="are for checkpoints, and this model is in memory already"):
+        Checkpoint.open(families.build("llama"), hybridgen.EngineConfig(quantization="fp8"))
+    model = families.build("llama", num_hidden_layers=2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(path)
+    with pytest.raises(CheckpointError, match=r"safetensors: 'model.layers.1.mlp.up_proj.weight' cannot be quantised"):
+        load(path, quantization="int8")
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModelError, match="safetensors files alone"):
+        load(path, quantization="int8", allow_pickle=True)
+
+
+def test_a_config_keeps_its_quantization_config_out_of_the_model(tmp_path: Path) -> None:
+    formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
+    assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
+    assert not hasattr(load(tmp_path).config, "quantization_config")
