@@ -35,12 +35,17 @@ def _operators() -> dict[Any, Callable[..., Any]]:
     ours = torch.ops.hybridgen
     return {
         ours.write_kv.default: attention.write_kv,
+        ours.schedule_attention.default: _nothing,
         ours.publish.default: advance.publish_on_cpu,
         ours.advance.default: advance.advance_on_cpu,
         ours.copy_metadata.default: metadata.reference,
         ours.choose_greedy.default: choice.reference_greedy,
         ours.choose_sampled.default: choice.reference_sampled,
     }
+
+
+def _nothing(*_: Any) -> None:
+    """What a CPU does for an op that prepares something for a GPU's kernels."""
 
 
 class Reference(NamedTuple):

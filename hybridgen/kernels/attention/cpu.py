@@ -34,8 +34,9 @@ def decode_attention(
     sinks: Tensor | None,
     k: Tensor | None = None,
     v: Tensor | None = None,
+    schedule: Tensor | None = None,
 ) -> Tensor:
-    """See `attention.decode_attention`."""
+    """See `attention.decode_attention`; a schedule is not read."""
     see = _Seeing(scale, window, chunk, softcap, sinks)
     places = positions.tolist()
     if len(places) == 1:
@@ -118,7 +119,8 @@ def _one(
             at = pages.storage_offset() + page * heads * stride + place % page_size * dim
             pages.as_strided((1, heads, dim), (heads * stride, stride, 1), at).copy_(new)
     if first == last:
-        return _attend(q, *(_of_page(pages, page, skipped, place) for pages in (k_pages, v_pages)), see)
+        keys, values = (_of_page(pages, page, skipped, place) for pages in (k_pages, v_pages))
+        return _attend(q, keys, values, see)
     return _gathered(q, k_pages, v_pages, ids[None], skipped, place, see)
 
 
