@@ -332,6 +332,15 @@ class EngineConfig:
             in_key=False,
         ),
     )
+    longest_first: bool = field(
+        default=True,
+        metadata=setting(
+            "Of a list that is given at once and not streamed, requests that may generate the most start first, so "
+            "that few are left alone at the end. Completions come in the order of the list.",
+            switch,
+            in_key=False,
+        ),
+    )
     run_ahead: int | None = field(
         default=None,
         metadata=setting(

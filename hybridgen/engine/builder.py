@@ -14,6 +14,7 @@ from hybridgen.cache import (
     PageManager,
     allocate,
     pages_for_tokens,
+    pages_in_turn,
     plan_pages,
     total_bytes,
 )
@@ -115,7 +116,10 @@ class Builder:
             with timed("capture"):
                 self.capture(runner, plan)
         prefix_state = self._prefix_state(bound, runner)
-        pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on")
+        ring_pages = None
+        if bound.reach is not None:
+            ring_pages = pages_in_turn(bound.reach, self.resolved.token_budget, config.page_size)
+        pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on", ring_pages=ring_pages)
 
         def before_call() -> None:
             begin_call(runner)
@@ -128,6 +132,7 @@ class Builder:
             token_budget=self.resolved.token_budget,
             score_budget=runner.score_budget,
             reprefill_length=bound.reprefill_length,
+            longest_first=config.longest_first,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
         loop = StepLoop(

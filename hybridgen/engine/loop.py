@@ -106,7 +106,7 @@ class StepLoop:
             outputs = [self._output(request, keep_events) for request in requests]
             for request, output in zip(requests, outputs, strict=True):
                 request.output = output
-            for request in self.scheduler.in_order(requests):
+            for request in self.scheduler.in_order(requests, streamed=keep_events):
                 self.scheduler.add(request)
             self._counters.requests["submitted"] += len(requests)
             truncated = sum(request.truncated for request in requests)
