@@ -185,6 +185,7 @@ def completion_to_wire(completion: Completion) -> dict[str, Any]:
         "cached_tokens": completion.cached_tokens,
         "drafted_tokens": completion.drafted_tokens,
         "accepted_tokens": completion.accepted_tokens,
+        "weights_version": completion.weights_version,
         "truncated_tokens": completion.truncated_tokens,
         "error": None if completion.error is None else error_to_wire(completion.error),
     }
@@ -215,6 +216,7 @@ def completion_from_wire(wire: Mapping[str, Any]) -> Completion:
         cached_tokens=wire.get("cached_tokens", 0),
         drafted_tokens=wire.get("drafted_tokens", 0),
         accepted_tokens=wire.get("accepted_tokens", 0),
+        weights_version=wire.get("weights_version", 0),
         truncated_tokens=wire.get("truncated_tokens", 0),
         error=None if error is None else error_from_wire(error),
     )
