@@ -176,7 +176,8 @@ class Engine:
         """
         cache = open_cache(checkpoint, config)
         try:
-            wait = preload(cache, config, config.mode_on(checkpoint.device.type))
+            device_type = checkpoint.device.type
+            wait = preload(cache, config, config.mode_on(device_type), device_type)
             loaded = checkpoint.load()
             wait()
             return cls(checkpoint, loaded, config, cache)
