@@ -48,6 +48,7 @@ from hybridgen.errors import (
     shown,
 )
 from hybridgen.execution import ModelRunner
+from hybridgen.execution.following import release_cache, resume_cache
 from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
@@ -168,7 +169,8 @@ class Engine:
         """
         cache = open_cache(checkpoint, config)
         try:
-            wait = preload(cache, config, config.mode_on(checkpoint.device.type))
+            device_type = checkpoint.device.type
+            wait = preload(cache, config, config.mode_on(device_type), device_type)
             loaded = checkpoint.load()
             wait()
             return cls(checkpoint, loaded, config, cache)
@@ -418,6 +420,50 @@ class Engine:
                 raise  # else every request has ended, and its completion has the error
         finally:
             loop.cancel(requests)
+
+    def weights_changed(self) -> None:
+        """Say that the model's weights have other values now: cached prefixes are forgotten, casts and repacked copies
+        made anew, and results count it (`Completion.weights_version`). What is compiled and recorded stays. A live
+        module need not be followed so: every call looks for itself.
+
+        Raises:
+            EngineError: the engine is closed, or this was called from inside a step.
+        """
+        self.open_loop().weights_changed()
+
+    def release_cache(self) -> None:
+        """Give the KV cache's memory back to torch's allocator, for others in this process. Calls are refused until
+        `resume()`. Releasing twice is fine.
+
+        Raises:
+            EngineError: the engine is closed, or requests wait or run.
+        """
+        loop = self.open_loop()
+        if self._runner is None or self._runner.following.released:
+            return
+
+        def work() -> None:
+            if self._runner is not None:
+                loop.scheduler.pages.clear()
+                release_cache(self._runner)
+
+        loop.pause(work, EngineError("the KV cache is released; call resume() first"))
+
+    def resume(self) -> None:
+        """Take the KV cache's memory again, after `release_cache()`. Where it lies elsewhere than before, recordings
+        are made anew; else they are kept. Without a release it does nothing.
+
+        Raises:
+            EngineError: the engine is closed.
+            OutOfMemoryError: there is too little memory now; free some and call it again.
+        """
+        loop, runner = self.open_loop(), self._runner
+        if runner is not None and runner.following.released:
+            loop.pause(lambda: resume_cache(runner), None)
+
+    def fall_back(self, reason: str) -> None:
+        """Count something that ran another way than asked for; warned of once. For those who call in its place."""
+        self._counters.fall_back(reason)
 
     def record_missing(self) -> bool:
         """`idle()` for callers that must not fail with it: a failure is counted, and warned of once.
