@@ -131,6 +131,12 @@ def _device(name: str, value: Any) -> str:
     return device
 
 
+def _adapter(name: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
+        return None if value is None else os.fspath(value)
+    raise ConfigError(f"{name}={shown(value)}; give a directory or hub id of a PEFT adapter, or None")
+
+
 def _revision(name: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise ConfigError(f"{name}={shown(value)}; give a branch, tag or commit as text, or None")
@@ -274,6 +280,15 @@ class EngineConfig:
     )
     revision: str | None = field(
         default=None, metadata=setting("Branch, tag or commit of a hub model.", _revision, in_key=False, opens=True)
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata=setting(
+            "A directory or hub id of a PEFT adapter, which is merged into the weights (extra `lora`); see "
+            "`Engine.set_adapter`.",
+            _adapter,
+            in_key=False,
+        ),
     )
     trust_remote_code: bool = field(
         default=False,

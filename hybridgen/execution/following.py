@@ -11,6 +11,7 @@ from torch import nn
 from hybridgen.device.capture import CAPTURING
 from hybridgen.errors import OutOfMemoryError
 from hybridgen.execution.runner import ModelRunner, on_its_stream
+from hybridgen.loading.adapters import Adapters
 from hybridgen.models.twin import Changes, has_global_hooks
 
 logger = logging.getLogger(__name__)
@@ -150,3 +151,16 @@ def _state_tensors(runner: ModelRunner) -> list[torch.Tensor]:
         tensor.untyped_storage().data_ptr(): tensor for state in runner.states for tensor in state.tensors().values()
     }
     return list(found.values())
+
+
+@on_its_stream
+def use_adapter(runner: ModelRunner, adapters: Adapters, name: str | None) -> None:
+    """Change the adapter in the weights, and what was repacked of them. Not while anything is in flight."""
+    runner.ring.drain()
+    try:
+        adapters.set(name)
+    finally:
+        if runner.fused is not None:
+            runner.fused.refresh()
+        if runner.stream is not None:
+            runner.stream.synchronize()  # the host's copies are read until then
