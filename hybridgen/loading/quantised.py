@@ -103,6 +103,20 @@ def load_quantised(
     return loaded, info, notes
 
 
+def quantisable(model: PreTrainedModel) -> list[str]:
+    """Names of the projections that can be quantised: all but the head, and routers.
+
+    Which experts a token gets must not change; a router is an `nn.Linear` beside the experts.
+    """
+    head = model.get_output_embeddings()
+    routers = {id(child) for module in model.modules() if hasattr(module, "experts") for child in module.children()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and id(module) not in routers
+    ]
+
+
 class _Plan:
     """Which projections are read apart, and where all other tensors come from."""
 
@@ -152,20 +166,12 @@ class _Plan:
         self.apart[name] = _stored_reader(stored, self._files)
 
     def make(self, kind: str) -> None:
-        """Quantise all projections but the head while they are read.
-
-        Routers stay as they are: which experts a token gets must not change.
-        """
-        routers = {
-            id(child) for module in self._model.modules() if hasattr(module, "experts") for child in module.children()
-        }
+        """Quantise projections while they are read (`quantisable`)."""
         experts = sum(1 for name, tensor in self._expected.items() if ".experts." in name and tensor.dim() == 3)
         if experts:
             self._notes["experts' weights stay in 16 bits: transformers' code multiplies them itself"] += experts
         names = {place_of(name, self._expected, self._prefix): name for name in self.tensors}
-        for name, linear in self._linears.items():
-            if name == self.head or id(linear) in routers:
-                continue
+        for name in quantisable(self._model):
             stored = names.get(f"{name}.weight")
             if stored is None:
                 self._notes[f"projections stay in 16 bits: the files have none of their names ({_last(name)})"] += 1
