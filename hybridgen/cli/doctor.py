@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hybridgen._version import __version__
 from hybridgen.cli import options
 from hybridgen.cli.output import check_output_is_open, say, say_json
 from hybridgen.errors import HybridgenError, described
@@ -59,10 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Look at everything; takes a few seconds, because it compiles and runs one small function."""
-    return [*_packages(), _cuda(), _compiler(), _cache_directory(), *_modes()]
+    return [*_packages(), _cuda(), _compiler(), _compile_cache(), *_modes()]
 
 
 def _packages() -> Iterator[Finding]:
+    yield Finding("hybridgen", True, f"{__version__} in {Path(__file__).parents[1]}")
     yield Finding("python", True, f"{platform.python_version()} on {platform.machine()}")
     for name in PACKAGES:
         try:
@@ -102,14 +104,20 @@ def _compiler() -> Finding:
     return Finding("compiler", True, found)
 
 
-def _cache_directory() -> Finding:
-    """Where Inductor keeps what it compiles."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+def _compile_cache() -> Finding:
+    """Where what is compiled is kept for later processes, as an engine of this process would find it."""
+    from hybridgen.compilation.store import Store
+    from hybridgen.compilation.store.location import SWITCH
 
-    path = Path(cache_dir())
-    if os.access(path, os.W_OK):
-        return Finding("cache", True, f"{path} (TORCHINDUCTOR_CACHE_DIR)")
-    return Finding("cache", False, f"{path} is not writable; set TORCHINDUCTOR_CACHE_DIR to a directory that is")
+    if os.environ.get(SWITCH) == "0":
+        return Finding("compile cache", False, f"off: {SWITCH}=0; nothing is kept for later processes")
+    store, problems = Store.find(True)
+    if store is None:
+        return Finding("compile cache", False, "; ".join(problems))
+    entries = store.entries()
+    size = sum(entry.bytes for entry in entries) / 2**20
+    unused = "".join(f"; not used: {problem}" for problem in problems)
+    return Finding("compile cache", not problems, f"{store.root}, {len(entries)} entries, {size:,.1f} MiB{unused}")
 
 
 def _modes() -> Iterator[Finding]:

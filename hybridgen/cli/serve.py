@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridgen.cli import http
 from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 from hybridgen.cli.output import note
 from hybridgen.config import EngineConfig
@@ -38,6 +39,8 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--drain-timeout", type=float, metavar="SECONDS", help="for requests in flight when it ends")
     parser.add_argument("--step-timeout", type=float, metavar="SECONDS", help="a step that takes longer hangs")
+    parser.add_argument("--http", metavar="HOST:PORT", help="speak OpenAI's protocol there too (port 0: any free one)")
+    http.add_options(parser)
     for name, what in _LIMITS.items():
         parser.add_argument(f"--limit-{name.replace('_', '-')}", type=int, metavar="N", help=what)
     add_engine(parser)
@@ -56,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         idle_exit=arguments.idle_exit,
         ready_file=arguments.ready_file,
         metrics=arguments.metrics,
+        http=None if arguments.http is None else http.options_of(arguments, arguments.http),
+        model=model,
         limits=Limits(**{name: value for name, value in limits.items() if value is not None}),
         **{name: value for name, value in seconds.items() if value is not None},
     )

@@ -81,7 +81,7 @@ class Starter:
         self.fused: dict[str, str] = {}
         """What serves which decode sizes in place of the model's own layers, or why nothing does."""
         for note in cache.notes:
-            counters.fallbacks[f"compile cache: {note}"] += 1
+            counters.fall_back(f"compile cache: {note}")
 
     def load_units(self) -> LayerUnits | None:
         """The entry's compiled layer functions; None where nothing is kept."""

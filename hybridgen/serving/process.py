@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridgen.errors import ConfigError, ServerError, shown
+from hybridgen.serving.http.child import HttpChild
+from hybridgen.serving.http.options import HttpOptions
 from hybridgen.serving.lifecycle.descriptors import require_descriptors
 from hybridgen.serving.lifecycle.endpoint import DESCRIPTORS as ENDPOINT_DESCRIPTORS
 from hybridgen.serving.lifecycle.endpoint import Endpoint
@@ -59,6 +61,10 @@ class ServeOptions:
     step_seconds: float = 300.0
     """A step that takes longer hangs. A step may compile something."""
     limits: Limits = field(default_factory=Limits)
+    http: HttpOptions | None = None
+    """How OpenAI's HTTP is spoken, by a process beside this one; None: it is not."""
+    model: str | None = None
+    """Whose tokenizer the HTTP door reads; None: the demo model's."""
 
     def __post_init__(self) -> None:
         for name in ("idle_exit", "drain_seconds", "step_seconds"):
@@ -85,6 +91,7 @@ def serve(load: Callable[[], Any], options: ServeOptions, note: Callable[[str], 
 def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable[[str], None]) -> int:
     """`serve()` with any `Model`."""
     metrics = None if options.metrics is None else Metrics()
+    http: HttpChild | None = None
     endpoint: Endpoint | None = None
     handlers: dict[int, Any] = {}
     more = 0 if metrics is None else ENDPOINT_DESCRIPTORS
@@ -93,6 +100,8 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
     try:
         if options.ready_file is not None:
             check_ready_file(options.ready_file)
+        if options.http is not None:
+            http = HttpChild(options.model, options.http, lease.path)
         service = Service(
             load,
             limits=options.limits,
@@ -109,8 +118,10 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
             drain_seconds=options.drain_seconds,
             idle_exit=options.idle_exit,
             endpoint=endpoint,
-            on_ready=lambda: _announce(service, lease, options, endpoint, note),
+            on_ready=lambda: _announce(service, lease, options, endpoint, http, note),
         )
+        if http is not None:
+            http.watch(life.drain_soon)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, which is then meant
                 # Not the loop's handlers, which go with it: another signal must not stop the cleaning up below.
@@ -119,6 +130,8 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
         error = asyncio.run(life.run())
         service.generator.join(JOIN_SECONDS if service.description else 0.1)
     finally:
+        if http is not None:
+            http.close()
         if endpoint is not None:
             endpoint.close()
         if options.ready_file is not None:
@@ -142,12 +155,20 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
 
 
 def _announce(
-    service: Service, lease: Lease, options: ServeOptions, endpoint: Endpoint | None, note: Callable[[str], None]
+    service: Service,
+    lease: Lease,
+    options: ServeOptions,
+    endpoint: Endpoint | None,
+    http: HttpChild | None,
+    note: Callable[[str], None],
 ) -> None:
     facts: dict[str, Any] = {"socket": str(lease.path), "pid": os.getpid()}
     if endpoint is not None:
         facts["metrics_port"] = endpoint.port
         note(f"hybridgen: metrics at http://127.0.0.1:{endpoint.port}/metrics")
+    if http is not None:
+        facts["http"] = http.url
+        note(f"hybridgen: OpenAI's protocol at {http.url}/v1")
     if options.ready_file is not None:
         write_ready_file(options.ready_file, json.dumps(facts) + "\n")
     note(f"hybridgen: serving {service.description['model']} at {lease.path}")

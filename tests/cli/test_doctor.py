@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,16 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     assert "install g++ or set CXX" in doctor._compiler().detail
+
+
+def test_the_compile_cache_is_the_one_that_engines_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HYBRIDGEN_COMPILE_CACHE")
+    monkeypatch.setenv("HYBRIDGEN_CACHE_DIR", str(tmp_path / "store"))
+    finding = doctor._compile_cache()
+    assert finding == ("compile cache", True, f"{tmp_path / 'store'}, 0 entries, 0.0 MiB")
+    (tmp_path / "store").chmod(0o755)
+    finding = doctor._compile_cache()
+    assert not finding.ok
+    assert f"chmod 700 {tmp_path / 'store'}" in finding.detail
+    monkeypatch.setenv("HYBRIDGEN_COMPILE_CACHE", "0")
+    assert "off: HYBRIDGEN_COMPILE_CACHE=0" in doctor._compile_cache().detail

@@ -268,7 +268,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert findings["torch"]["ok"]
     assert findings["mode eager"]["ok"]
-    assert {"cuda", "compiler", "cache", "mode jit", "triton"} <= set(findings)
+    assert {"hybridgen", "cuda", "compiler", "compile cache", "mode jit", "triton"} <= set(findings)
     assert all(finding["detail"] for finding in findings.values())
 
 

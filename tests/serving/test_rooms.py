@@ -17,7 +17,8 @@ BELOW = {
     "unix": {"service", "unix"},
     "client": {"client", "unix.address", "unix.frames", "unix.messages"},
     "lifecycle": {"service", "unix", "lifecycle"},
-    "process": {"service", "unix", "lifecycle"},
+    "http": {"http", "async_client", "client", "service.adapter", "unix.frames"},
+    "process": {"service", "unix", "lifecycle", "http.child", "http.options"},
     "async_client": {"client"},
     "__init__": set(),
 }

@@ -149,6 +149,12 @@ class Lifecycle:
             with suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self._handle_signals)
 
+    def drain_soon(self, why: str) -> None:
+        """`drain()`, from any thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self.drain, why)
+
     def _handle_signals(self) -> None:
         while self._signals_handled < self._signals:
             self._signals_handled += 1

@@ -19,7 +19,9 @@ from hybridgen.compilation.store import store as store_module
 from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import Mode
 from hybridgen.engine.preflight import open_cache
+from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.loading import Checkpoint
+from hybridgen.telemetry.statistics import Counters
 
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 MARKS = tuple(f"_HYBRIDGEN_SET_{variable}" for variable in VARIABLES)
@@ -188,6 +190,16 @@ def test_a_store_that_others_can_write_to_is_not_used(tmp_path: Path, llama_path
     assert "can be written by others" in cache.notes[0]
     cache.close()
     assert list((tmp_path / "open").iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_used_is_warned_of(tmp_path: Path, llama_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store").chmod(0o755)
+    cache, counters = opened(tmp_path / "store", llama_path), Counters()
+    with pytest.warns(RuntimeWarning, match=f"compile cache: {tmp_path / 'store'} is open to others.*chmod 700"):
+        Starter(cache, Startup(0.0, 0.0), counters)
+    assert sum(counters.fallbacks.values()) == 1
+    cache.close()
 
 
 def test_what_is_imported_ahead_is_waited_for_and_counted(

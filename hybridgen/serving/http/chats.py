@@ -1,0 +1,260 @@
+"""`/v1/chat/completions`: the next message of a chat, with tool calls where the tokenizer can read them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from hybridgen.core import Completion, TokenEvent
+from hybridgen.errors import shown
+from hybridgen.serving.http.errors import ApiError
+from hybridgen.serving.http.fields import Body
+from hybridgen.serving.http.jobs import (
+    MOST_TOP,
+    Served,
+    Usage,
+    chat_logprob,
+    choices_of,
+    most_tokens,
+    new_id,
+    reason,
+    sampling_for,
+)
+from hybridgen.serving.http.text import Text, chat_messages
+
+logger = logging.getLogger(__name__)
+
+FIELDS = frozenset(
+    {
+        "messages",
+        "max_tokens",
+        "max_completion_tokens",
+        "logprobs",
+        "top_logprobs",
+        "stream",
+        "stream_options",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "response_format",
+        "modalities",
+        "reasoning_effort",
+        "chat_template_kwargs",
+        "add_generation_prompt",
+        "continue_final_message",
+    }
+)
+
+
+class ChatJob:
+    """A request to `/v1/chat/completions`."""
+
+    ends_with_done = True
+
+    def __init__(self, served: Served, body: Body) -> None:
+        """Check a request and encode its messages. It takes long: call it in another thread.
+
+        Raises:
+            ApiError: a field is wrong.
+            HybridgenError: the chat cannot be encoded.
+        """
+        served.check_model(body)
+        body.check_known(FIELDS, served.ignored)
+        check_format(body.table("response_format"))
+        if body.values.get("modalities", ["text"]) != ["text"]:
+            raise body.wrong("modalities", '["text"]')
+        self._served = served
+        self.stream = body.switch("stream")
+        self._usage_asked = bool(body.table("stream_options").get("include_usage"))
+        self._tools = tools_of(served.text, body)
+        logprobs = None
+        if body.switch("logprobs"):
+            logprobs = body.number("top_logprobs", 0, MOST_TOP, whole=True) or 0
+        elif "top_logprobs" in body.values:
+            raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
+        go_on = body.switch("continue_final_message")
+        options = body.table("chat_template_kwargs") | turn(body.switch("add_generation_prompt", not go_on), go_on)
+        if "reasoning_effort" in body.values:
+            options.setdefault("reasoning_effort", body.text("reasoning_effort"))
+        prompt = encode(served.text, chat_messages(body.items("messages")), self._tools, options)
+        self.prompts = [prompt]
+        wanted = most_tokens(body, "max_completion_tokens", "max_tokens")
+        self.sampling = sampling_for(served, body, self.prompts, wanted, "max_completion_tokens", logprobs=logprobs)
+        self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": served.name}
+
+    def _message(self, completion: Completion) -> tuple[dict[str, Any], str]:
+        """The message of a completion, and why it ended."""
+        ended = reason(completion)
+        if not self._tools:
+            return {"role": "assistant", "content": completion.text}, ended
+        message = parsed(self._served.text, completion, self.prompts[0], self._tools)
+        return message, "tool_calls" if "tool_calls" in message else ended
+
+    def result(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """The whole answer."""
+        usage, choices = Usage(), []
+        for index, completion in choices_of(completions, self.sampling.n):
+            message, ended = self._message(completion)
+            logprobs = None
+            if completion.logprobs is not None:
+                logprobs = {"content": [chat_logprob(self._served.text, item) for item in completion.logprobs]}
+            choices.append(
+                {
+                    "index": index,
+                    "message": {"refusal": None, **message},
+                    "logprobs": logprobs,
+                    "finish_reason": ended,
+                }
+            )
+            usage.add(completion, first=index == 0)
+        return self._head | {"object": "chat.completion", "choices": choices, "usage": usage.as_dict()}
+
+    async def chunks(self, events: AsyncIterator[TokenEvent]) -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
+        """The answer in parts. With tools, a message comes when it is complete: only then it is known what it is."""
+        usage, begun = Usage(), set()
+        head = self._head | {"object": "chat.completion.chunk"}
+        more: dict[str, Any] = {"usage": None} if self._usage_asked else {}
+
+        def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, ended: str | None = None) -> Any:
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": ended}
+            return None, head | {"choices": [choice]} | more
+
+        async for event in events:
+            index = event.choice
+            if index not in begun:
+                begun.add(index)
+                yield chunk(index, {"role": "assistant", "content": ""})
+            logprobs = None
+            if event.logprob is not None:
+                logprobs = {"content": [chat_logprob(self._served.text, event.logprob)]}
+            text = "" if self._tools else event.text
+            if text or logprobs is not None:
+                yield chunk(index, {"content": text}, logprobs)
+            if event.completion is None:
+                continue
+            usage.add(event.completion, first=index == 0)
+            message, ended = self._message(event.completion)
+            if self._tools:
+                for part in message_parts(message):
+                    yield chunk(index, part)
+            yield chunk(index, {}, ended=ended)
+        if self._usage_asked:
+            yield None, head | {"choices": [], "usage": usage.as_dict()}
+
+
+def turn(generation_prompt: bool, go_on: bool) -> dict[str, Any]:
+    """How the template ends the prompt.
+
+    Raises:
+        ApiError: both ways are asked for.
+    """
+    if generation_prompt and go_on:
+        raise ApiError("continue_final_message and add_generation_prompt exclude each other; give one of them")
+    return {"continue_final_message": True} if go_on else {"add_generation_prompt": generation_prompt}
+
+
+def encode(
+    text: Text, messages: list[dict[str, Any]], tools: list[dict[str, Any]], options: dict[str, Any]
+) -> list[int]:
+    """Ids of a chat.
+
+    Raises:
+        ApiError: the options of the template have a name that is not for it.
+        HybridgenError: the chat cannot be encoded.
+    """
+    for name in ("messages", "tokenize", "return_dict", "tools", "chat_template", "return_tensors", "conversation"):
+        if name in options:
+            raise ApiError(f"chat_template_kwargs has {name}, which is no variable of a template; leave it out")
+    return text.encode_chat(messages, **options, **({"tools": tools} if tools else {}))
+
+
+def check_format(wanted: dict[str, Any]) -> None:
+    """
+    Raises:
+        ApiError: another format than text is asked for.
+    """
+    kind = wanted.get("type", "text")
+    if kind != "text":
+        raise ApiError(
+            f"response_format of type {shown(kind)} is not supported: this server does not constrain its text yet",
+            param="response_format",
+            code="unsupported_parameter",
+        )
+
+
+def tools_of(text: Text, body: Body) -> list[dict[str, Any]]:
+    """The functions that the model is told of; none where it must not call any.
+
+    Raises:
+        ApiError: one has no such form, or calls could not be read or promised.
+    """
+    tools = body.items("tools")
+    choice = body.values.get("tool_choice", "auto")
+    for index, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ApiError(f"tools[{index}] is {shown(tool, 60)}; give functions with a name", param="tools")
+    if not tools or choice == "none":
+        return []
+    if choice != "auto":
+        raise ApiError(
+            f"tool_choice={shown(choice)} is not supported: calls are not enforced yet; give auto or none",
+            param="tool_choice",
+            code="unsupported_parameter",
+        )
+    if getattr(text.tokenizer, "response_template", None) is None:
+        raise ApiError(
+            "the model's tokenizer has no response_template, so its tool calls cannot be read; leave tools out",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    return tools
+
+
+def parsed(text: Text, completion: Completion, prompt: list[int], tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """The message in a completion, read by the tokenizer's own template; plain text where it cannot be."""
+    plain = {"role": "assistant", "content": completion.text}
+    try:
+        found = text.tokenizer.parse_response(list(completion.token_ids), prefix=list(prompt), tools=tools)
+    except Exception as error:  # the checkpoint's template meets whatever the model wrote
+        logger.warning("a message could not be read by the response template: %s", type(error).__name__)
+        return plain
+    if not isinstance(found, dict):
+        return plain
+    message: dict[str, Any] = {"role": "assistant", "content": found.get("content")}
+    for name in ("reasoning_content", "thinking"):
+        if found.get(name):
+            message["reasoning_content"] = found[name]
+    calls = [call for call in found.get("tool_calls") or () if isinstance(call, dict)]
+    if calls:
+        message["tool_calls"] = [_call(each) for each in calls]
+    elif message["content"] is None:
+        message["content"] = ""
+    return message
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {
+        "id": new_id("call"),
+        "type": "function",
+        "function": {"name": str(function.get("name", "")), "arguments": arguments},
+    }
+
+
+def message_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message as the deltas of a stream: each call is one, with its index."""
+    parts: list[dict[str, Any]] = []
+    if message.get("reasoning_content"):
+        parts.append({"reasoning_content": message["reasoning_content"]})
+    if message.get("content"):
+        parts.append({"content": message["content"]})
+    for index, call in enumerate(message.get("tool_calls", ())):
+        parts.append({"tool_calls": [{"index": index, **call}]})
+    return parts

@@ -1,0 +1,261 @@
+"""The application itself: keys, limits, clients that go away, and bodies that are no requests."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import openai
+import pytest
+from fake_server import BREAK, HANG
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from places import short_directory
+from wire import Process, until
+
+Start = Callable[..., Process]
+Open = Callable[..., str]
+BODY = {"prompt": [5], "max_tokens": 3}
+
+
+def at_rest(process: Process) -> bool:
+    with process.client() as client:
+        return bool(client.stats()["server"]["in_flight"] == 0)
+
+
+def test_models_and_health(url: str) -> None:
+    [card] = httpx.get(f"{url}/v1/models").json()["data"]
+    assert (card["id"], card["object"], card["max_model_len"]) == ("demo", "model", 1024)
+    assert httpx.get(f"{url}/v1/models/demo").json() == card
+    assert httpx.get(f"{url}/v1/models/other").status_code == 404
+    health = httpx.get(f"{url}/health")
+    assert (health.status_code, health.json()["status"]) == (200, "ok")
+
+
+def test_tokens(url: str, engine: Any) -> None:
+    text = "def f(x):\n    # é 漢字"
+    ids = engine.checkpoint.tokenizer(text)["input_ids"]
+    found = httpx.post(f"{url}/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), 1024)
+    assert "".join(found["token_strs"]).startswith("def f(x):\n    #")
+    assert "bytes:\\xc3" in found["token_strs"]  # half of a character, as OpenAI writes it
+    assert httpx.post(f"{url}/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+    chat = httpx.post(f"{url}/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()["tokens"]
+    assert chat == engine.checkpoint.tokenizer("<user>x\n<assistant>")["input_ids"]
+    info = httpx.get(f"{url}/tokenizer_info").json()
+    assert info["vocab_size"] == len(engine.checkpoint.tokenizer)
+    assert httpx.post(f"{url}/detokenize", json={"tokens": [10**9]}).status_code == 400
+
+
+def test_metrics(url: str) -> None:
+    httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 1, "never_heard_of": 1})
+    text = httpx.get(f"{url}/metrics").text
+    assert "hybridgen_up 1.0" in text
+    assert 'hybridgen_http_answers_total{path="/v1/completions",status="200"}' in text
+    assert 'hybridgen_http_ignored_fields_total{field="never_heard_of"}' in text
+    assert 'hybridgen_graph_steps_total{phase="decode",result="miss"}' in text
+
+
+def test_the_page_is_whole(url: str) -> None:
+    page = httpx.get(f"{url}/")
+    assert page.status_code == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "://" not in page.text.replace("http://www.w3.org", "")  # nothing comes from elsewhere
+
+
+def test_without_a_page(toy: Start, door: Open) -> None:
+    url = door(toy().path, page=False)
+    answer = httpx.get(f"{url}/")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
+    assert httpx.get(f"{url}/v1/completions").status_code == 404
+
+
+def test_keys(toy: Start, door: Open) -> None:
+    url = door(toy().path, keys=["first", "second"])
+    assert httpx.get(f"{url}/health").status_code == 200
+    for path in ("/", "/v1/models", "/metrics", "/tokenizer_info", "/nowhere"):
+        refused = httpx.get(url + path)
+        assert refused.status_code == 401, path
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+    for path in ("/tokenize", "/v1/completions"):
+        assert httpx.post(url + path, json=BODY).status_code == 401
+    for good in ("first", "second"):
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {good}"}).status_code == 200
+        assert httpx.get(f"{url}/", auth=("anybody", good)).status_code == 200
+    for bad in ("Bearer firs", "Bearer first2", "Bearer x", "first", "Basic first", "Basic !", b"Bearer caf\xc3\xa9"):
+        found = httpx.get(f"{url}/v1/models", headers={"authorization": bad})
+        assert found.status_code == 401, bad
+
+
+def test_other_pages_may_not_call_unless_they_are_named(toy: Start, door: Open) -> None:
+    origin = {"origin": "https://page.example"}
+    path = toy().path
+    closed = httpx.get(f"{door(path)}/v1/models", headers=origin)
+    assert "access-control-allow-origin" not in closed.headers
+    url = door(path, origins=["https://page.example"], keys=["k"])
+    asked = httpx.options(f"{url}/v1/models", headers=origin | {"access-control-request-method": "GET"})
+    assert asked.status_code == 200
+    named = httpx.get(f"{url}/v1/models", headers=origin | {"authorization": "Bearer k"})
+    assert named.headers["access-control-allow-origin"] == "https://page.example"
+    other = httpx.get(f"{url}/v1/models", headers={"origin": "https://other.example", "authorization": "Bearer k"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_full_queue_is_429_with_a_time(toy: Start, door: Open) -> None:
+    server = toy("--limit", "queue=2", "--step", 0.02)
+    url = door(server.path)
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json={**BODY, "max_tokens": 5000, "n": 2, "stream": True}
+    ) as held:
+        lines = held.iter_lines()
+        next(lines)
+        for stream in (False, True):
+            busy = httpx.post(f"{url}/v1/completions", json={**BODY, "stream": stream})
+            assert busy.status_code == 429
+            assert int(busy.headers["retry-after"]) >= 1
+            assert busy.json()["error"]["code"] == "rate_limit_exceeded"
+    until(lambda: at_rest(server))
+    assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_ends_its_request(toy: Start, door: Open, stream: bool) -> None:
+    server = toy("--step", 0.01)
+    url = door(server.path)
+    body = json.dumps({**BODY, "max_tokens": 90_000, "stream": stream}).encode()
+    place = urlsplit(url)
+    with socket.create_connection((place.hostname, place.port or 0)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        if stream:
+            assert connection.recv(200).startswith(b"HTTP/1.1 200")
+        with server.client() as client:
+            until(lambda: client.stats()["server"]["in_flight"] == 1)
+    until(lambda: at_rest(server))
+
+
+def test_what_fails_while_it_runs(toy: Start, door: Open) -> None:
+    server = toy("--step-timeout", 0.5)
+    url = door(server.path)
+    stuck = httpx.post(f"{url}/v1/completions", json={"prompt": [HANG], "max_tokens": 3}, timeout=20)
+    assert stuck.status_code == 503
+    assert stuck.json()["error"]["code"] == "stuck"
+    assert httpx.get(f"{url}/health").status_code == 503
+    until(lambda: httpx.get(f"{url}/health").status_code == 200)
+
+
+def test_an_error_inside_a_stream_is_an_event(toy: Start, door: Open) -> None:
+    url = door(toy("--step", 0.02).path)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+        stream = client.completions.create(model="demo", prompt=[1], max_tokens=5000, stream=True)
+        next(iter(stream))
+        broken = httpx.post(f"{url}/v1/completions", json={"prompt": [BREAK]}, timeout=20)
+        assert broken.status_code in (500, 503)
+        assert "/secret" not in broken.text
+        with pytest.raises(openai.APIError):
+            list(stream)
+
+
+def test_without_a_server_it_is_503(door: Open) -> None:
+    url = door(short_directory() / "s" / "none.sock")
+    assert httpx.get(f"{url}/health").status_code == 503
+    answer = httpx.post(f"{url}/v1/completions", json=BODY)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+    assert "hybridgen_up 0.0" in httpx.get(f"{url}/metrics").text
+
+
+def test_a_server_that_comes_back_is_found_again(toy: Start, door: Open) -> None:
+    first = toy()
+    url = door(first.path)
+    assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200
+    first.kill()
+    until(lambda: httpx.post(f"{url}/v1/completions", json=BODY).status_code == 503)
+    toy(at=first.directory)
+    until(lambda: httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"", 400),
+        (b"[]", 400),
+        (b"{", 400),
+        (b'{"prompt": NaN}', 400),
+        (b"\xff\xfe", 400),
+        (b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}", 413),
+        (b'{"prompt": [' + b"[]," * 2_000_000 + b"[]]}", 413),
+        (b'{"prompt": "' + b"x" * 9_000_000 + b'"}', 413),
+    ],
+)
+def test_bodies_that_are_no_requests(url: str, data: bytes, status: int) -> None:
+    begun = time.monotonic()
+    answer = httpx.post(f"{url}/v1/completions", content=data, timeout=30)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+    assert time.monotonic() - begun < 10
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=5), inside, max_size=3),
+    max_leaves=5,
+)
+NAMES = (
+    "model", "prompt", "messages", "input", "max_tokens", "temperature", "top_p", "n", "stop", "stream", "seed",
+    "stream_options", "logprobs", "top_logprobs", "echo", "logit_bias", "tools", "tool_choice", "response_format",
+    "top_k", "min_p", "stop_token_ids", "cache_salt", "ignore_eos", "instructions", "text", "reasoning", "tokens",
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]),
+    body=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5),
+)
+def test_hostile_fields_are_answered_in_form(url: str, path: str, body: dict[str, Any]) -> None:
+    if path == "/v1/completions" and body.get("max_tokens") is None:
+        body["max_tokens"] = 1
+    answer = httpx.post(url + path, json=body, timeout=60)
+    assert answer.status_code < 500
+    if answer.status_code != 200:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_mutated_requests_are_answered_in_form(url: str) -> None:
+    draw = random.Random(0)
+    good = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}).encode()
+    with httpx.Client() as client:
+        for _ in range(300):
+            data = bytearray(good)
+            for _ in range(draw.randint(1, 4)):
+                data[draw.randrange(len(data))] = draw.randrange(256)
+            answer = client.post(f"{url}/v1/chat/completions", content=bytes(data), timeout=60)
+            assert answer.status_code < 500
+            assert answer.status_code == 200 or answer.json()["error"]["message"]
+
+
+def test_a_slow_reader_does_not_hold_others_up(toy: Start, door: Open) -> None:
+    server = toy("--step", 0.0005)
+    url = door(server.path)
+    place = urlsplit(url)
+    body = json.dumps({**BODY, "max_tokens": 60_000, "stream": True}).encode()
+    with socket.create_connection((place.hostname, place.port or 0)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        time.sleep(0.5)  # it reads nothing
+        for _ in range(5):
+            assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=10).status_code == 200
+    until(lambda: at_rest(server))
+
+
+def test_paths_are_not_told(url: str) -> None:
+    answer = httpx.get(f"{url}/v1/models")
+    assert str(Path.home()) not in answer.text
+    assert "/hybridgen" not in answer.text

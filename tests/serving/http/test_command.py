@@ -1,0 +1,156 @@
+"""`hybridgen serve --http` and `hybridgen http`: processes that start and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from places import short_directory
+from wire import Process, environment, until
+
+from hybridgen.cli.main import main
+from hybridgen.errors import ConfigError
+from hybridgen.serving.http.options import HttpOptions, public_name
+
+
+def alive(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code in (200, 503)
+    except httpx.TransportError:
+        return False
+
+
+def child_of(process: Process) -> int:
+    """The pid of the door."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.popen.pid), "-f", "hybridgen http"], capture_output=True, text=True
+    )
+    return int(found.stdout.split()[0])
+
+
+def test_it_speaks_http_and_ends_with_the_server(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    options = ["--http", "127.0.0.1:0", "--chat-template", str(template), "--api-key-file", str(keys), "--name", "toy"]
+    server = Process(short_directory(), *options)
+    try:
+        url = server.facts["http"]
+        with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=30) as client:
+            assert client.get("/v1/models").json()["data"][0]["id"] == "toy"
+            body: dict[str, Any] = {"messages": [{"role": "user", "content": "import os"}], "max_tokens": 3}
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            assert server.end() == 0
+        assert not alive(url)
+        assert "Traceback" not in server.log()
+    finally:
+        server.kill()
+
+
+def test_either_one_that_is_killed_takes_the_other_along() -> None:
+    first = Process(short_directory(), "--http", "127.0.0.1:0")
+    try:
+        os.kill(child_of(first), signal.SIGKILL)
+        assert first.popen.wait(30) == 0  # drained
+        assert "the HTTP door ended" in first.log()
+    finally:
+        first.kill()
+    second = Process(short_directory(), "--http", "127.0.0.1:0")
+    url = second.facts["http"]
+    assert alive(url)
+    second.kill()
+    until(lambda: not alive(url))
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_loads(door: Any) -> None:
+    taken = door(short_directory() / "none.sock").rpartition("/")[2]
+    command = [sys.executable, "-m", "hybridgen", "serve", "/no/such/model", "--http", taken]
+    command += ["--socket", str(short_directory() / "s")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 2
+    assert f"cannot listen on {taken}" in done.stderr
+
+
+def test_beside_a_server_that_runs(demo: Process) -> None:
+    command = [sys.executable, "-m", "hybridgen", "http", "--socket", str(demo.path), "--listen", "127.0.0.1:0"]
+    door = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert door.stderr is not None
+        line = door.stderr.readline()
+        url = line.split()[-1].removesuffix("/v1")
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "import os", "max_tokens": 2}, timeout=30)
+        assert answer.json()["model"] == "demo"
+        door.send_signal(signal.SIGTERM)
+        assert door.wait(20) in (0, -signal.SIGTERM)
+    finally:
+        door.kill()
+        door.wait()
+
+
+def test_without_a_server_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["http", "--socket", str(short_directory() / "none.sock")]) == 2
+    assert "hybridgen serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"listen": "0.0.0.0:80"}, "lets others in"),
+        ({"listen": "example.org:80"}, "lets others in"),
+        ({"listen": "127.0.0.1:x"}, "give HOST:PORT"),
+        ({"listen": "127.0.0.1:99999"}, "give HOST:PORT"),
+        ({"default_tokens": 0}, "give 1 or more"),
+    ],
+)
+def test_bad_options(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        HttpOptions(**fields)
+
+
+def test_addresses_and_names(tmp_path: Path) -> None:
+    assert HttpOptions(listen="8000").address() == ("127.0.0.1", 8000)
+    assert HttpOptions(listen=":0").address() == ("127.0.0.1", 0)
+    assert HttpOptions(listen="[::1]:80").address() == ("::1", 80)
+    assert HttpOptions(listen="localhost:80").address() == ("localhost", 80)
+    assert public_name("org/model") == "org/model"
+    assert public_name(str(tmp_path / "deep" / "model")) == "model"
+
+
+def test_files_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("a\n b \n\n")
+    assert HttpOptions(listen="0.0.0.0:80", api_key_file=path).keys() == ["a", "b"]
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="no API key"):
+        HttpOptions(api_key_file=path).keys()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        HttpOptions(api_key_file=tmp_path / "none").keys()
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["http", "--socket", "/none"]) == 2
+    assert "pip install 'hybridgen[http]'" in capsys.readouterr().err
+
+
+def test_the_ready_line_of_a_child_is_json(demo: Process) -> None:
+    command = [sys.executable, "-m", "hybridgen", "http", "--child", "--socket", str(demo.path), "--listen", ":0"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        url = json.loads(child.stdout.readline())["url"]
+        until(lambda: alive(url))
+        child.stdin.close()
+        assert child.wait(20) == 0
+    finally:
+        child.kill()
+        child.wait()
