@@ -7,6 +7,8 @@ choose better codes for `int4`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,18 @@ def quantise(
         data = data.view(torch.float8_e4m3fn)
     scales = torch.cat([part.scales for part in parts])
     return QuantisedWeight(kind, data, scales, zeros, inputs, parts[0].block, dtype)
+
+
+def relative_error(weight: QuantisedWeight, values: Tensor) -> float:
+    """The norm of what rounding changed over the norm of the values [outputs, inputs] that the weight was made of."""
+    rows = max(1, _PART // values.shape[1])
+    changed = total = 0.0
+    for start in range(0, values.shape[0], rows):
+        stop = min(start + rows, values.shape[0])
+        part = values[start:stop].float()
+        changed += float((weight.rows(start, stop).dequantise(torch.float32) - part).square().sum())
+        total += float(part.square().sum())
+    return math.sqrt(changed / total) if total else 0.0
 
 
 def _part(values: Tensor, kind: str, dtype: torch.dtype, group: int, symmetric: bool) -> QuantisedWeight:

@@ -19,9 +19,12 @@ def test_the_op_multiplies_with_the_values(case: object) -> None:
     weight = make(case)
     values = dequantise(case.kind, weight.data, weight.scales, weight.zeros, case.inputs, case.block, torch.float32)
     x, bias = torch.randn(2, 3, case.inputs), torch.randn(case.outputs)
-    for added in (None, bias):
-        out = quantised_linear(x, case.kind, *weight, added, case.inputs, case.block)
-        assert torch.equal(out, torch.nn.functional.linear(x, values, added))
+    for rows, added in ((x, None), (x, bias), (x[0], bias), (x[:0], bias)):
+        out = quantised_linear(rows, case.kind, *weight, added, case.inputs, case.block)
+        wanted = torch.nn.functional.linear(rows, values, added)
+        # torch's product of few rows with 8-bit weights adds in another order.
+        tolerance = 1e-5 if rows is not x and case.kind == "int8" else 0.0
+        torch.testing.assert_close(out, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_the_op_is_one_that_compilers_can_trace() -> None:
