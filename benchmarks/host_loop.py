@@ -33,7 +33,7 @@ WARM_UP = 50
 class ReadyStep:
     """A launched step whose tokens have arrived."""
 
-    kind, reason, scores = "stub", "nothing runs", None
+    kind, reason, scores, hidden = "stub", "nothing runs", None, None
 
     def __init__(self, tokens: list[int]) -> None:
         self._output = StepOutput([[token] for token in tokens], None)

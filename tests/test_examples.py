@@ -17,6 +17,7 @@ PRINTED = {
     "perplexity.py": r"tokens in \d+ windows, perplexity \d",
     "rejection.py": r"[1-6] of 6 prompts have an answer",
     "self_consistency.py": r"with \d+ of 16 votes",
+    "steering.py": r"projection without .* with the hook",
     "watermark.py": r"without -?[0-3]\.\d, with the watermark [5-9]\.\d",
 }
 """What each prints, among other things."""

@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -31,10 +31,12 @@ from hybridgen.config import EngineConfig, Mode, bar_disabled
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.display import html_table
+from hybridgen.engine import hidden
+from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.builder import Builder
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache
-from hybridgen.engine.requests import Request, collect, make_requests
+from hybridgen.engine.requests import Request, collect, make_requests, results
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import (
     EngineError,
@@ -94,6 +96,7 @@ class Engine:
             self._counters.fall_back(note, count)
         self._startup = Startup(import_time.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
+        self._calls: AsyncCalls | None = None
         self._runner: ModelRunner | None = None
         # Undone in reverse order by close(), and also when the engine is dropped without it.
         undo = ExitStack()
@@ -262,13 +265,52 @@ class Engine:
                 self._run(requests, streamer)
         finally:
             end_streamer(streamer)
-        completions = collect(requests, refused)
-        if single and refused is None and completions[0].error is not None:
-            raise completions[0].error
-        failed = sum(completion.error is not None for completion in completions)
-        if failed:
-            logger.warning("%d of %d requests failed; see Completion.error", failed, len(completions))
-        return completions[0] if single else completions
+        return results(requests, single, refused)
+
+    async def agenerate(
+        self, prompts: Prompts, sampling: Sampling = None, *, errors: str = "raise", **fields: Any
+    ) -> Any:
+        """`generate()` for coroutines: any number of them share the batch. Cancelling the task cancels its requests."""
+        return await self._async_calls().generate(prompts, sampling, errors, fields)
+
+    def astream(
+        self, prompts: Prompts, sampling: Sampling = None, *, errors: str = "raise", **fields: Any
+    ) -> AsyncIterator[TokenEvent]:
+        """`stream()` for coroutines. Arguments are checked by the first `anext()`; closing it (`aclose()`) cancels its
+        requests."""
+        return self._async_calls().stream(prompts, sampling, errors, fields)
+
+    def _async_calls(self) -> AsyncCalls:
+        loop = self.open_loop()
+        if self._calls is None:
+            self._calls = AsyncCalls(loop, self.make_requests, self._end_call)
+        return self._calls
+
+    def hidden_states(self, prompts: Prompts, layers: int | Iterable[int] = -1, *, pool: str | None = None) -> Any:
+        """Hidden states of prompts, as transformers' `output_hidden_states` numbers them. Nothing is generated.
+
+        Args:
+            prompts: as for `generate()`: one, or a list.
+            layers: which states, from 0 (what goes into the first layer) to the number of layers (what comes behind the
+                last norm), or from the end with -1.
+            pool: `mean` over the prompt's tokens (float32), its `last` token alone, or None for every token.
+
+        Returns:
+            A tensor [layers, tokens, hidden] on the CPU, or [layers, hidden] if pooled; for a list, a list of them.
+
+        Raises:
+            ConfigError, PromptError, TokenizerError: before anything runs.
+            RequestError: a request failed while it ran.
+        """
+        self.open_loop()
+        if self._runner is None:
+            raise EngineError("this engine is closed; load a new one with Engine.load()")
+        wanted = hidden.wanted(layers, pool, len(self._runner.bound.layers))
+        items, single = split_prompts(prompts)
+        requests = hidden.hidden_requests(items, wanted, self.checkpoint, self.max_context, self.cache_tokens)
+        self._run(requests, None)
+        states = [hidden.joined(request) for request in requests]
+        return states[0] if single else states
 
     def score(self, prompts: Prompts, completions: Any = None, *, cache_salt: str | None = None) -> Any:
         """How likely the model finds each completion behind its prompt. Nothing is generated.

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
+from torch import Tensor
+
 from hybridgen.core import FinishReason, TokenLogprob
 from hybridgen.device.failures import is_fatal
 from hybridgen.engine.handoff import TurnLock, interrupts_deferred
@@ -33,8 +35,8 @@ class InFlight(NamedTuple):
     """How a decode step runs; None for a prefill."""
     positions: int = 0
     """Cached positions of a decode step's rows together."""
-    scored: Sequence[Request] = ()
-    """Those of a prefill whose prompts it tells log-probabilities of."""
+    parts: Sequence[tuple[Request, PrefillChunk]] = ()
+    """What a prefill fed."""
 
 
 class StepLoop:
@@ -268,9 +270,8 @@ class StepLoop:
             if cached and chunk.start == cached:
                 request.output.cached_tokens = cached
                 self._counters.tokens["cached"] += cached
-        if step.rows or step.scores is not None:
-            scored = [request for request, chunk in parts if chunk.targets]
-            launched.append(InFlight(step, [request for request, chunk in parts if chunk.last], None, scored=scored))
+        if step.rows or step.scores is not None or step.hidden is not None:
+            launched.append(InFlight(step, [request for request, chunk in parts if chunk.last], None, parts=parts))
 
     def _launch_decode(
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
@@ -305,7 +306,11 @@ class StepLoop:
         """Wait for a step and hand its tokens to their requests."""
         try:
             if flight.step.scores is not None:
-                self._take_scores(flight.scored, flight.step.scores.read())
+                scored = [request for request, chunk in flight.parts if chunk.targets]
+                self._take_scores(scored, flight.step.scores.read())
+            if flight.step.hidden is not None:
+                asked = [(request, chunk) for request, chunk in flight.parts if chunk.hidden]
+                self._take_hidden(asked, flight.step.hidden.read())
             tokens, logprobs = flight.step.read()
         except Exception as error:
             self._break(error)
@@ -345,6 +350,15 @@ class StepLoop:
             request.output.take_scores(found)
             if request.output.completion is not None:
                 self._release(request)
+
+    def _take_hidden(self, parts: Sequence[tuple[Request, PrefillChunk]], states: Sequence[Tensor]) -> None:
+        """Hand hidden states to the requests that asked for them."""
+        for (request, chunk), found in zip(parts, states, strict=True):
+            if request.output.completion is None:
+                request.output.states.append(found)
+                if chunk.start + len(chunk.tokens) == len(request.prefill_ids):
+                    request.output.end(FinishReason.LENGTH)
+                    self._release(request)
 
     def _end_unchosen(self, requests: list[Request]) -> None:
         """Fail the requests for which a step had nothing to choose. A fused step that was given up can be the cause."""

@@ -60,6 +60,8 @@ class RequestOutput:
         self.completion: Completion | None = None
         self.cached_tokens = 0
         """Tokens of the prompt that were not computed."""
+        self.states: list[Any] = []
+        """Hidden states of its prompt, part by part, where they are wanted."""
         self.keep_events = keep_events
         self._prompt_ids = prompt_ids
         self._prompt, self._truncated = prompt, truncated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -12,11 +13,14 @@ from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
+from hybridgen.execution.plan import Hidden
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
 from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN_CONTEXT = 4096
 """Tokens, for a model whose config names no limit."""
@@ -51,6 +55,8 @@ class Request:
     """The text or chat that the ids are of."""
     truncated: int = 0
     """How many ids were cut from the beginning of the prompt."""
+    hidden: Hidden | None = None
+    """Hidden states of its prompt that are wanted; such a request generates nothing."""
     output: RequestOutput = field(init=False)
     """Its tokens, text, events and completion. `StepLoop.submit` sets it."""
     state: RequestState = field(default=RequestState.NEW, init=False)
@@ -66,7 +72,8 @@ class Request:
     _batch: Batch | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.prefill_ids = self.prompt_ids if self.sampling.max_new_tokens else self.prompt_ids[:-1]
+        feeds_all = self.sampling.max_new_tokens or self.hidden is not None
+        self.prefill_ids = self.prompt_ids if feeds_all else self.prompt_ids[:-1]
 
     @property
     def completion(self) -> Completion | None:
@@ -114,6 +121,8 @@ class Request:
     @property
     def shareable(self) -> int:
         """Positions at its beginning that need not be computed if they are there already."""
+        if self.hidden is not None:
+            return 0
         return len(self.prefill_ids) - 1 if self.scored_from is None else self.scored_from - 1
 
     def restart(self, generated: Sequence[int]) -> None:
@@ -246,7 +255,7 @@ def _make(
         # A default gives way to the context; a number that the user gave does not.
         room = min(max_context, cache_tokens or max_context) - len(ids)
         new = max(1, min(new, room))
-    _check_fits(index, len(ids), new, max_context, cache_tokens)
+    check_fits(index, len(ids), new, max_context, cache_tokens)
     if wanted.min_new_tokens is not None and wanted.min_new_tokens > new:
         limit, raised = ("context", "max_context") if len(ids) + new == max_context else ("KV cache", "kv_memory")
         raise PromptError(
@@ -276,6 +285,25 @@ def collect(requests: Iterable[Request], refused: Mapping[int, Completion] | Non
         choices.setdefault(request.index, []).append(request.completion)
     found = {index: replace(group[0], choices=tuple(group)) for index, group in choices.items()}
     return [completion for _, completion in sorted({**found, **(refused or {})}.items())]
+
+
+def results(requests: list[Request], single: bool, refused: dict[int, Completion] | None) -> Any:
+    """What `generate()` returns.
+
+    Args:
+        single: there is one prompt alone.
+        refused: prompts that could not be run, where their errors are returned.
+
+    Raises:
+        HybridgenError: the one prompt failed, and errors are not returned.
+    """
+    completions = collect(requests, refused)
+    if single and refused is None and completions[0].error is not None:
+        raise completions[0].error
+    failed = sum(completion.error is not None for completion in completions)
+    if failed:
+        logger.warning("%d of %d requests failed; see Completion.error", failed, len(completions))
+    return completions[0] if single else completions
 
 
 def context_limit(checkpoint: Checkpoint, requested: int | None) -> int:
@@ -321,8 +349,18 @@ def _scored_from(index: int, prompt: int, start: int, cut: int, sampling: Resolv
     return max(start - cut, 1)
 
 
-def _check_fits(index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None) -> None:
-    needed = prompt + new if new else prompt - 1  # the last scored token is not fed
+def check_fits(
+    index: int, prompt: int, new: int, max_context: int, cache_tokens: int | None, *, fed: int | None = None
+) -> None:
+    """Check that a prompt and its output fit.
+
+    Args:
+        fed: positions that are used; None: all, but for a last one behind which nothing is generated.
+
+    Raises:
+        PromptError: they do not.
+    """
+    needed = (prompt + new if new else prompt - 1) if fed is None else fed
     if needed > max_context:
         raise PromptError(
             f"prompt {index} has {prompt} tokens and max_new_tokens={new}: together {needed}, over the context of "

@@ -238,6 +238,7 @@ class Scheduler:
                     last=request.advance(length),
                     targets=targets,
                     likely=request.sampling.prompt_logprobs or 0,
+                    hidden=request.hidden,
                 )
             )
             requests.append(request)

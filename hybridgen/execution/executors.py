@@ -33,5 +33,5 @@ class LayersExecutor:
         return self._bound.forward(step.ids, step, keep)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing: what the layers keep is the step's."""
-        return {}
+        """The attention schedules; what the layers keep between steps is the step's."""
+        return self._bound.tensors()

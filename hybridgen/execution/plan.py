@@ -23,6 +23,15 @@ class Admission(NamedTuple):
     prompt_ids: Sequence[int]
 
 
+class Hidden(NamedTuple):
+    """Which hidden states of a prompt are wanted."""
+
+    layers: tuple[int, ...]
+    """0: what goes into the first layer; the number of layers: what comes behind the last norm."""
+    pool: str | None = None
+    """`mean` or `last`; None: those of every token."""
+
+
 class PrefillChunk(NamedTuple):
     """A run of consecutive prompt tokens of one request."""
 
@@ -40,6 +49,8 @@ class PrefillChunk(NamedTuple):
     """The tokens behind its last ones, whose log-probabilities are wanted: each follows on one of as many tokens."""
     likely: int = 0
     """How many of the most likely tokens are told with each of them."""
+    hidden: Hidden | None = None
+    """Hidden states of its tokens that are wanted."""
 
 
 class StepPlan(NamedTuple):

@@ -128,10 +128,17 @@ class Scores(Protocol):
         """Wait for them: those of each prompt that has some, in the order of the call."""
 
 
+class States(Protocol):
+    """Hidden states on their way to the host."""
+
+    def read(self) -> list[Tensor]:
+        """Wait for them: those of each prompt that wants some, in the order of the call."""
+
+
 class LaunchedStep:
     """A step that was launched; `read()` waits for it alone, while later ones run."""
 
-    __slots__ = ("_line", "_logprobs", "_output", "_query_len", "_ring", "kind", "reason", "rows", "scores")
+    __slots__ = ("_line", "_logprobs", "_output", "_query_len", "_ring", "hidden", "kind", "reason", "rows", "scores")
 
     def __init__(
         self,
@@ -156,6 +163,8 @@ class LaunchedStep:
         """Why it ran that way."""
         self.scores: Scores | None = None
         """Of a prefill whose prompts it tells log-probabilities of."""
+        self.hidden: States | None = None
+        """Of a prefill that hidden states are wanted of."""
 
     def fetch(self) -> StepOutput:
         """Wait for the step; what it produced is kept from then on."""

@@ -6,6 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from hybridgen.device.capture import CAPTURING
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
 from hybridgen.execution.executors import LayersExecutor
+from hybridgen.execution.hidden import CapturedStates
 from hybridgen.execution.owner import Following
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.ring import LaunchedStep, TokenRing
@@ -162,7 +164,7 @@ class ModelRunner:
             states: one a layer, allocated.
         """
         self.states = tuple(states)
-        self.bound.attach(states, self.steps.metadata)
+        self.bound.attach(states, self.steps.metadata, self.max_batch * self.state.query_len)
         self.steps.attach(states)
 
     def use_fused(self, fused: FusedDecode | None) -> None:
@@ -218,8 +220,8 @@ class ModelRunner:
         sampler, own = self.sampler.needs(slots), self.sampler.own(slots)
         tokens = sum(len(chunk.tokens) for chunk in chunks)
         key = GraphKey.prefill(tokens, len(slots), self._recorded(sampler, own))
-        if any(chunk.targets for chunk in chunks):
-            return self._prefill_scored(chunks, key, sampler, own)
+        if any(chunk.targets or chunk.hidden for chunk in chunks):
+            return self._prefill_told(chunks, key, sampler, own)
         route = self.router.route(key)
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
         return self._launch(route, len(slots), sampler, own)
@@ -232,15 +234,18 @@ class ModelRunner:
         self.steps.keep_logits()
         return None
 
-    def _prefill_scored(
+    def _prefill_told(
         self, chunks: Sequence[PrefillChunk], key: GraphKey, sampler: SamplerPlan, own: OwnRows | None
     ) -> LaunchedStep:
-        scored = ScoredTokens(chunks, self.device)
-        route = self.router.plain(key, "it scores prompts")
-        route.run = functools.partial(self.steps.run_scored, route.key, scored)
+        scored = ScoredTokens(chunks, self.device) if any(chunk.targets for chunk in chunks) else None
+        route = self.router.plain(key, "it scores prompts" if scored else "its hidden states are wanted")
+        if scored is not None:
+            route.run = functools.partial(self.steps.run_scored, route.key, scored)
+        hidden = CapturedStates(chunks, self.bound) if any(chunk.hidden for chunk in chunks) else None
         self.steps.stage_prefill(chunks, key.tokens, key.rows)
-        launched = self._launch(route, key.rows, sampler, own)
-        launched.scores = scored
+        with nullcontext() if hidden is None else hidden.listening():
+            launched = self._launch(route, key.rows, sampler, own)
+        launched.scores, launched.hidden = scored, hidden
         return launched
 
     @property

@@ -237,7 +237,8 @@ class ModelSteps:
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
         ids, slots, positions, rope = (inputs[name][:tokens] for name in ("ids", "slots", "positions", "rope"))
         self._set(phase, ids, slots, positions, rope)
-        keep = inputs["keep"][: max(rows, 1)]
+        # Where no prompt ends, the head still needs a token; what was staged before can lie behind this call's last.
+        keep = inputs["keep"][:rows] if rows else self._zeros[0]
         if scored is not None:
             keep = torch.cat((inputs["keep"][:rows], scored.places))
         logits = self._executors[key.executor].logits(self.metadata, keep)

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from hybridgen.kernels.attention.ops import Options, Places, decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import (
+    Options,
+    Places,
+    decode_attention,
+    prefill_attention,
+    schedule_attention,
+    write_kv,
+)
 from hybridgen.models.visibility import Visibility
 
 # Hugging Face routes by substring of this name ("flash", "sdpa", "/", "|" each trigger something), so it has none.
@@ -55,13 +62,26 @@ class LayerBinding:
     index, because one would give each layer its own compiled graph.
     """
 
-    __slots__ = ("keys", "sees", "step", "values")
+    __slots__ = ("keys", "schedule", "sees", "step", "values")
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, step: StepMetadata, sees: Visibility) -> None:
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, step: StepMetadata, sees: Visibility, schedule: torch.Tensor
+    ) -> None:
+        """`schedule` is shared by the layers that are alike; see `kernels.attention.ops.make_schedule`."""
         self.keys = keys
         self.values = values
         self.step = step
         self.sees = sees
+        self.schedule = schedule
+
+    def places(self) -> Places:
+        """Where the step's tokens lie in this layer's cache."""
+        step = self.step
+        return Places(self.keys, self.values, step.block_table, step.slots, step.positions)
+
+    def write_schedule(self, query_heads: int) -> None:
+        """Schedule decode attention of the step, for all layers that share the schedule."""
+        schedule_attention(self.places(), query_heads, self.sees.window, self.sees.chunk, self.schedule)
 
 
 class AttentionCall(NamedTuple):
@@ -117,14 +137,14 @@ def paged_attention(
 def _attend(call: AttentionCall, binding: LayerBinding) -> torch.Tensor:
     """[T, num_heads, value_dim]"""
     step, (k, v) = binding.step, call.new
-    places = Places(binding.keys, binding.values, step.block_table, step.slots, step.positions)
+    places = binding.places()
     options = Options(call.scale, call.sees.window, call.sees.chunk, call.softcap, call.sinks)
     if step.phase is Phase.DECODE and not step.several:
-        return decode_attention(call.query, places, options, k=k, v=v)
+        return decode_attention(call.query, places, options, k=k, v=v, schedule=binding.schedule)
     # All of them, before any is read: requests of one prefill call can share pages.
     write_kv(k, v, places)
     if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
-        return decode_attention(call.query, places, options)
+        return decode_attention(call.query, places, options, schedule=binding.schedule)
     return prefill_attention(call.query, places, step.query_starts, options)
 
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from hybridgen.cache import KeyValueState, LayerShape, PagedKV
 from hybridgen.errors import EngineError, UnsupportedModelError
-from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, StepMetadata
+from hybridgen.kernels.attention.ops import make_schedule
+from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase, StepMetadata
 from hybridgen.models.interface import AttentionNames, check_functions
 from hybridgen.models.probe import AttentionOptions, check_distinct, probe_model, read_options
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
@@ -30,6 +31,7 @@ class AttentionSite(NamedTuple):
     module: nn.Module
     layer: nn.Module
     """The decoder layer around it: what is compiled."""
+    query_heads: int
     shape: LayerShape
     sees: Visibility
     """The positions that it attends to."""
@@ -49,6 +51,8 @@ class BoundModel:
     """Gives the weights of the model's projections by their modules' names."""
     _attention: AttentionNames
     _ropes: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    _schedules: tuple[tuple[LayerBinding, int], ...] = ()
+    """Of the layers that share an attention schedule the first, and its query heads."""
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
@@ -76,10 +80,24 @@ class BoundModel:
     def _replaced(self) -> list[tuple[nn.Module, str, PerTokenRope]]:
         return [(parent, name, getattr(parent, name)) for parent, name, _ in self._ropes]
 
-    def attach(self, states: Sequence[KeyValueState], step: StepMetadata) -> None:
-        """Give every attention module its layer's state, which is allocated, and the step's metadata."""
+    def attach(self, states: Sequence[KeyValueState], step: StepMetadata, rows: int) -> None:
+        """Give every attention module its layer's state, which is allocated, and the step's metadata.
+
+        Args:
+            rows: tokens of a decode step at most.
+        """
+        first: dict[tuple[int, LayerShape, Visibility], LayerBinding] = {}
         for site, state in zip(self.sites, states, strict=True):
-            site.module._hybridgen = LayerBinding(*state.pages, step, site.sees)  # type: ignore[assignment]
+            kind = site.query_heads, site.shape, site.sees
+            if kind in first:
+                schedule = first[kind].schedule
+            else:
+                limits = site.sees.window, site.sees.chunk
+                schedule = make_schedule(*state.pages, step.block_table, site.query_heads, rows, *limits)
+            binding = LayerBinding(*state.pages, step, site.sees, schedule)
+            first.setdefault(kind, binding)
+            site.module._hybridgen = binding  # type: ignore[assignment]
+        self._schedules = tuple((binding, query_heads) for (query_heads, _, _), binding in first.items())
         for _, _, rope in self._replaced():
             rope.step = step
 
@@ -93,6 +111,9 @@ class BoundModel:
         Returns:
             [K, vocab_size] in `logits_dtype`.
         """
+        if step.phase is Phase.DECODE:
+            for binding, query_heads in self._schedules:
+                binding.write_schedule(query_heads)
         output = self.model(
             input_ids=input_ids[None],
             position_ids=step.positions[None],
@@ -101,6 +122,10 @@ class BoundModel:
             logits_to_keep=0 if keep is None else keep,
         )
         return output.logits[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What steps leave for their own layers alone, by name: the attention schedules."""
+        return {f"attention schedule {i}": binding.schedule for i, (binding, _) in enumerate(self._schedules)}
 
     @contextmanager
     def original_attention(self) -> Iterator[None]:
@@ -115,6 +140,7 @@ class BoundModel:
         """Put everything back as it was before `bind()`."""
         for site in self.sites:
             vars(site.module).pop("_hybridgen", None)
+        self._schedules = ()
         restore_rope(self._ropes)
         self._ropes.clear()
         self._attention.restore()
@@ -166,6 +192,7 @@ def _context_of(model: PreTrainedModel) -> int:
 
 class _Seen(NamedTuple):
     module: nn.Module
+    query_heads: int
     shape: LayerShape
     options: AttentionOptions
 
@@ -196,7 +223,7 @@ def _find_sites(
         )
     check_functions(site.module for site in seen)
     sites = tuple(
-        AttentionSite(site.module, layer, site.shape, call.sees, site.options)
+        AttentionSite(site.module, layer, site.query_heads, site.shape, call.sees, site.options)
         for site, layer, call in zip(seen, layers, calls, strict=True)
     )
     return sites, logits_dtype
@@ -214,7 +241,8 @@ def _run_two_tokens(
         if mask is not None:
             raise UnsupportedModelError(f"{names[module]} is given a mask by a replaced forward or a hook; remove it")
         options = read_options(names[module], query, key, kwargs)
-        seen.append(_Seen(module, LayerShape(key.shape[1], key.shape[-1], value.shape[-1]), options))
+        shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        seen.append(_Seen(module, query.shape[1], shape, options))
 
     modules = list(model.modules())
     attention.set(SITES_NAME)

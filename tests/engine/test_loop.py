@@ -314,7 +314,7 @@ class StubRunner:
                 return StepOutput(tokens, None)
             return StepOutput(tokens, [[TokenLogprob(token, -1.0) for token in row] for row in tokens])
 
-        return SimpleNamespace(kind="stub", reason="none", scores=None, rows=len(tokens), read=read)
+        return SimpleNamespace(kind="stub", reason="none", scores=None, hidden=None, rows=len(tokens), read=read)
 
 
 def stub_loop(

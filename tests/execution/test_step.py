@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import families
 import pytest
 import torch
-from runners import attach_cache
+from runners import attach_cache, free_runner, make_runner
 
 from hybridgen.cache import LayerShape, PagedKV, allocate
 from hybridgen.execution import ModelRunner
@@ -15,7 +15,7 @@ from hybridgen.execution import step as step_module
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.graphs.key import LAYERS, GraphKey
-from hybridgen.kernels.attention.ops import Places
+from hybridgen.kernels.attention.ops import Options, Places
 from hybridgen.kernels.step import metadata
 from hybridgen.models import attention, bind
 from hybridgen.models.attention import Phase
@@ -277,3 +277,55 @@ def test_what_is_left_of_a_step_reads_its_logits_where_they_are(
     kept = runner.steps.logits
     assert (logits.data_ptr(), logits.shape) == (kept.data_ptr(), (3, families.VOCAB))
     assert logits.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
+
+
+def schedules_in_the_order_of_attention(runner: ModelRunner, key: GraphKey, monkeypatch: pytest.MonkeyPatch) -> list:
+    """What a step asks of attention: ("schedule" or "attend", window, the schedule's address)."""
+    found: list[tuple[str, int, int]] = []
+    schedule, attend = attention.schedule_attention, attention.decode_attention
+
+    def note_schedule(places: Places, query_heads: int, window: int, chunk: int, out: torch.Tensor) -> None:
+        step = runner.steps.metadata
+        assert [each.data_ptr() for each in places[2:]] == [
+            each.data_ptr() for each in (step.block_table, step.slots, step.positions)
+        ]
+        assert query_heads == 4
+        found.append(("schedule", window, id(out)))
+        schedule(places, query_heads, window, chunk, out)
+
+    def note_attention(query: torch.Tensor, places: Places, options: Options, **fields: torch.Tensor) -> torch.Tensor:
+        found.append(("attend", options.window, id(fields["schedule"])))
+        return attend(query, places, options, **fields)
+
+    monkeypatch.setattr(attention, "schedule_attention", note_schedule)
+    monkeypatch.setattr(attention, "decode_attention", note_attention)
+    runner.steps.stage_padding(key)
+    runner.steps.run(key)
+    return found
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_layers_alike_share_one_attention_schedule(query_len: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written once a step for each window, before the first layer reads it."""
+    runner = make_runner("gemma2", query_len=query_len, num_hidden_layers=4)
+    with torch.inference_mode():
+        key = GraphKey.decode(3, GREEDY, query_len=query_len)
+        found = schedules_in_the_order_of_attention(runner, key, monkeypatch)
+    schedules, layers = found[:2], found[2:]
+    assert [what for what, _, _ in found] == ["schedule"] * 2 + ["attend"] * 4
+    of_window = {window: schedule for _, window, schedule in schedules}
+    assert len(of_window) == len(set(of_window.values())) == 2
+    assert [schedule for _, _, schedule in layers] == [of_window[window] for _, window, _ in layers]
+    assert {window for _, window, _ in layers} == set(of_window)
+    free_runner(runner)
+
+
+def test_prefill_needs_no_attention_schedule(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not schedules_in_the_order_of_attention(runner, GraphKey.prefill(8, 1, GREEDY), monkeypatch)
+
+
+def test_attention_schedules_are_among_what_must_not_move(runner: ModelRunner) -> None:
+    kept = runner.steps.tensors()
+    binding = next(m._hybridgen for m in runner.bound.model.modules() if hasattr(m, "_hybridgen"))
+    assert kept["attention schedule 0"] is binding.schedule
+    assert "attention schedule 1" not in kept

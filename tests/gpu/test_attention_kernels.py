@@ -12,8 +12,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from attention_cases import NO_PAGE, Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
+from hybridgen.kernels.attention import balanced
 from hybridgen.kernels.attention import reference as attention_reference
-from hybridgen.kernels.attention.ops import Options, Places, decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import (
+    Options,
+    Places,
+    decode_attention,
+    make_schedule,
+    prefill_attention,
+    schedule_attention,
+    write_kv,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +50,15 @@ SHAPES = [  # query heads, kv heads, key dim, value dim, page size
     (64, 8, 64, 64, 256),
     (4, 2, 8, 8, 16),
 ]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    # Each shape as most layers are, and with everything at once; each option alone; the other dtypes.
+    *[(shape, name, BF16) for shape in SHAPES for name in ("plain", "all")],
+    *[(shape, name, BF16) for shape in SHAPES[1:3] for name in ("window", "chunk", "softcap", "sinks")],
+    *[(shape, name, FP32) for shape, name in zip(SHAPES[2:8], OPTIONS, strict=True)],
+    *[(shape, name, FP16) for shape, name in zip(SHAPES[4:], OPTIONS, strict=True)],
+]
+EACH_CASE = pytest.mark.parametrize(("shape", "name", "dtype"), CASES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +66,20 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=LIMITS, ids=str)
+@pytest.fixture(params=[FP32, BF16], ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+@pytest.fixture
+def by_schedule(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each call that attended by a schedule."""
+    found: list[int] = []
+    attend = balanced.decode_attention
+    monkeypatch.setattr(
+        balanced, "decode_attention", lambda q, *rest, **new: found.append(len(q)) or attend(q, *rest, **new)
+    )
+    return found
 
 
 def _options(name: str, heads: int, dtype: torch.dtype) -> dict:
@@ -67,12 +96,19 @@ def _poison() -> None:
 
 
 def _decode(q: Tensor, cache: Cache, **options) -> Tensor:
+    """As a step does it: with a schedule, of which steps of few rows make no use."""
     slots, positions, _ = pack(cache, [1] * len(q), len(q))
-    _poison()
-    scale = q.shape[2] ** -0.5
     new = {name: options.pop(name) for name in ("k", "v") if name in options}
-    places = Places(cache.k_pages, cache.v_pages, cache.block_table, slots, positions)
-    return decode_attention(q, places, Options(scale, **options), **new)
+    return _attend(q, Places(*pages_of(cache), slots, positions), Options(q.shape[2] ** -0.5, **options), **new)
+
+
+def _attend(q: Tensor, places: Places, options: Options, **new) -> Tensor:
+    limits = options.window, options.chunk
+    schedule = make_schedule(*places[:3], q.shape[1], len(q) + 9, *limits)
+    schedule.fill_(-1)  # what is read of it was written for these rows
+    schedule_attention(places, q.shape[1], *limits, schedule)
+    _poison()
+    return decode_attention(q, places, options, schedule=schedule, **new)
 
 
 def _prefill(q: Tensor, cache: Cache, new: list[int], **options) -> Tensor:
@@ -88,7 +124,9 @@ def _strided(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
     return wide.view(tokens, heads + 3, dim)[:, 2 : 2 + heads]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*[(shape, BF16) for shape in SHAPES], (SHAPES[6], FP32), (SHAPES[7], FP16)], ids=str
+)
 def test_write_kv(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     _, kv_heads, dim, value_dim, page_size = shape
     lengths = [1, 300, 77]
@@ -105,8 +143,7 @@ def test_write_kv(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert empty.v_pages.isfinite().sum() == v.numel()
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@EACH_CASE
 def test_decode(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> None:
     heads, kv_heads, dim, value_dim, page_size = shape
     lengths = [1, 16, 17, 1300, 63, 64, 65, 5000, 128, 129]
@@ -125,6 +162,61 @@ def test_decode(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> None:
     assert error(_decode(q, cache, **options, **newest), expected) < LIMITS[dtype]
     for written, given in zip(newest_rows(cache), newest.values(), strict=True):
         assert torch.equal(written, given)
+
+
+BORDERS = [1, 2, 16, 17, 63, 64, 65, 128, 129, 255, 256, 257, 511, 512, 513, 1024, 1025, 4000]
+
+
+def _ragged(rows: int, top: int) -> list[int]:
+    return [*BORDERS, *torch.randint(1, top, (rows - len(BORDERS),)).tolist()]
+
+
+@EACH_CASE
+def test_decode_by_a_schedule(shape: tuple[int, ...], name: str, dtype: torch.dtype, by_schedule: list[int]) -> None:
+    heads, kv_heads, dim, value_dim, page_size = shape
+    cache = make_cache(_ragged(70, 1200), kv_heads, dim, value_dim, page_size, dtype, "cuda")
+    options = _options(name, heads, dtype)
+    q = _strided(70, heads, dim, dtype)
+    expected = dense_packed(q, cache, [1] * 70, dim**-0.5, **options)
+    assert error(_decode(q, cache, **options), expected) < LIMITS[dtype]
+    newest = take_newest(cache)
+    assert error(_decode(q, cache, **options, **newest), expected) < LIMITS[dtype]
+    for written, given in zip(newest_rows(cache), newest.values(), strict=True):
+        assert torch.equal(written, given)
+    assert by_schedule == [70, 70]
+
+
+@pytest.mark.parametrize("rows", [64, 256, 700])
+def test_decode_of_many_rows_by_a_schedule(rows: int, by_schedule: list[int]) -> None:
+    cache = make_cache(_ragged(rows, 300), 2, 64, page_size=64, dtype=BF16, device="cuda")
+    q = torch.randn(rows, 8, 64, device="cuda").bfloat16()
+    assert error(_decode(q, cache), dense_packed(q, cache, [1] * rows, 0.125)) < LIMITS[BF16]
+    assert by_schedule == [rows]
+
+
+def test_a_very_long_row_among_others_by_a_schedule(by_schedule: list[int]) -> None:
+    """Also chunks that are longer than usual, so that their sums fit in scratch."""
+    lengths = [131_072, *_ragged(63, 300)]
+    cache = make_cache(lengths, 1, 128, page_size=64, dtype=BF16, device="cuda")
+    q = torch.randn(64, 32, 128, device="cuda").bfloat16()
+    assert error(_decode(q, cache), dense_packed(q, cache, [1] * 64, 128**-0.5)) < LIMITS[BF16]
+    assert by_schedule == [64]
+
+
+def test_few_rows_are_not_attended_by_a_schedule(by_schedule: list[int]) -> None:
+    cache = make_cache([100] * 63, 2, 64, page_size=16, dtype=BF16, device="cuda")
+    q = torch.randn(63, 8, 64, device="cuda").bfloat16()
+    assert error(_decode(q, cache), dense_packed(q, cache, [1] * 63, 0.125)) < LIMITS[BF16]
+    assert not by_schedule
+
+
+def test_a_schedule_needs_room() -> None:
+    cache = make_cache([100] * 64, 2, 64, page_size=16, dtype=BF16, device="cuda")
+    slots, positions, _ = pack(cache, [1] * 64, 64)
+    places = Places(*pages_of(cache), slots, positions)
+    schedule = make_schedule(*pages_of(cache), 8, 64, 0, 0)
+    with pytest.raises(ValueError, match="for 64 rows"):
+        schedule_attention(places, 8, 0, 0, schedule[:-1])
 
 
 def pages_of(cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,41 +251,42 @@ def test_reference_runs_on_cuda_too(dtype: torch.dtype) -> None:
     assert error(out, expected) < max(LIMITS[dtype], 1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("new", [[300, 1, 130, 64], [65, 1, 100, 1]], ids=["fresh", "continued"])
-def test_prefill(shape: tuple[int, ...], name: str, new: list[int], dtype: torch.dtype) -> None:
+@EACH_CASE
+def test_prefill(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> None:
     heads, kv_heads, dim, value_dim, page_size = shape
     cache = make_cache([300, 1, 130, 64], kv_heads, dim, value_dim, page_size, dtype, "cuda")
     options = _options(name, heads, dtype)
-    q = _strided(sum(new), heads, dim, dtype)
-    expected = dense_packed(q, cache, new, dim**-0.5, **options)
-    assert error(_prefill(q, cache, new, **options), expected) < LIMITS[dtype]
+    for new in ([300, 1, 130, 64], [65, 1, 100, 1]):  # all of the prompts, and their ends
+        q = _strided(sum(new), heads, dim, dtype)
+        expected = dense_packed(q, cache, new, dim**-0.5, **options)
+        assert error(_prefill(q, cache, new, **options), expected) < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("new", [[2500, 600], [2100, 33]], ids=["fresh", "continued"])
-def test_prefill_large_tiles(dim: int, new: list[int], dtype: torch.dtype) -> None:
+def test_prefill_large_tiles(dim: int, dtype: torch.dtype) -> None:
     cache = make_cache([2500, 600], 8, dim, page_size=64, dtype=dtype, device="cuda")
-    q = torch.randn(sum(new), 32, dim, device="cuda").to(dtype)
-    expected = dense_packed(q, cache, new, dim**-0.5)
-    assert error(_prefill(q, cache, new), expected) < LIMITS[dtype]
+    for new in ([2500, 600], [2100, 33]):
+        q = torch.randn(sum(new), 32, dim, device="cuda").to(dtype)
+        expected = dense_packed(q, cache, new, dim**-0.5)
+        assert error(_prefill(q, cache, new), expected) < LIMITS[dtype]
 
 
-def test_freed_pages_before_the_window(dtype: torch.dtype) -> None:
-    cache = make_cache([1000, 600], 2, 64, page_size=16, dtype=dtype, device="cuda")
-    window, new = 200, [300, 100]
+@pytest.mark.parametrize("rows", [2, 66])
+def test_freed_pages_before_the_window(rows: int, dtype: torch.dtype) -> None:
+    cache = make_cache([1000, 600] * (rows // 2), 2, 64, page_size=16, dtype=dtype, device="cuda")
+    window, new = 200, [300, 100] * (rows // 2)
     for slot, length, count in zip(cache.slots.tolist(), cache.lengths, new, strict=True):
         lowest = length - count - window + 1
         page = cache.block_table[slot, lowest // 16]
         cache.k_pages[page, :, : lowest % 16] = torch.nan
         cache.v_pages[page, :, : lowest % 16] = torch.nan
         cache.block_table[slot, : lowest // 16] = NO_PAGE
-    q = torch.randn(400, 8, 64, device="cuda").to(dtype)
-    expected = dense_packed(q, cache, new, 0.125, window=window)
-    assert error(_prefill(q, cache, new, window=window), expected) < LIMITS[dtype]
-    q = q[:2]
-    expected = dense_packed(q, cache, [1, 1], 0.125, window=window)
+    if rows == 2:
+        q = torch.randn(400, 8, 64, device="cuda").to(dtype)
+        expected = dense_packed(q, cache, new, 0.125, window=window)
+        assert error(_prefill(q, cache, new, window=window), expected) < LIMITS[dtype]
+    q = torch.randn(rows, 8, 64, device="cuda").to(dtype)
+    expected = dense_packed(q, cache, [1] * rows, 0.125, window=window)
     assert error(_decode(q, cache, window=window), expected) < LIMITS[dtype]
 
 
@@ -216,18 +309,26 @@ def test_queries_of_other_strides_and_alignments_after_each_other() -> None:
         assert torch.equal(copy.v_pages[page, :, positions % 16], k)
 
 
-def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
-    lengths = [700, 9000, 3, 64]
-    cache = make_cache(lengths, 2, 64, page_size=16, dtype=torch.bfloat16, device="cuda")
-    q = torch.randn(4, 8, 64, device="cuda").bfloat16()
-    slots, positions, _ = pack(cache, [1] * 4, 4)
-    first = decode_attention(q, Places(*pages_of(cache), slots, positions), Options(0.125))
-    order = torch.tensor([3, 1, 1, 0], device="cuda")
-    second = decode_attention(q[order], Places(*pages_of(cache), slots[order], positions[order]), Options(0.125))
+@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_a_rows_bits_do_not_depend_on_its_neighbours(rows: int, name: str) -> None:
+    lengths = [700, 9000, 3, 64, *torch.randint(1, 3000, (rows - 4,)).tolist()]
+    cache = make_cache(lengths, 2, 64, page_size=16, dtype=BF16, device="cuda")
+    q = torch.randn(rows, 8, 64, device="cuda").bfloat16()
+    slots, positions, _ = pack(cache, [1] * rows, rows)
+    options = Options(0.125, **_options(name, 8, BF16))
+    first = _attend(q, Places(*pages_of(cache), slots, positions), options)
+    order = torch.tensor([3, 1, 1, 0] * (rows // 4), device="cuda")
+    second = _attend(q[order], Places(*pages_of(cache), slots[order], positions[order]), options)
     assert torch.equal(first[order], second)
+    # One row, and padding.
+    positions[2:] = positions[0] = 0
+    cache.block_table[slots[2:].long(), 0] = cache.block_table[slots[0].long(), 0]
+    third = _attend(q, Places(*pages_of(cache), slots, positions), options)
+    assert torch.equal(first[1], third[1])
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 8, 80])
 def test_decode_graph_replays_with_other_lengths_and_tables(tokens: int) -> None:
     dtype = torch.bfloat16
     caches = [
@@ -251,10 +352,14 @@ def test_decode_graph_replays_with_other_lengths_and_tables(tokens: int) -> None
     positions = torch.zeros(tokens, dtype=torch.int64, device="cuda")
     q, k, v = torch.randn(tokens, 12, 64, device="cuda").to(dtype).split([8, 2, 2], dim=1)
 
-    def step() -> Tensor:
+    schedule = make_schedule(k_pages, v_pages, table, 8, tokens, 0, 0)
+
+    def step() -> tuple[Tensor, Tensor]:
         places = Places(k_pages, v_pages, table, slots, positions)
         write_kv(k, v, places)
-        return decode_attention(q, places, Options(0.125))
+        schedule_attention(places, 8, 0, 0, schedule)
+        layers = [decode_attention(q, places, Options(0.125), schedule=schedule) for _ in range(2)]
+        return layers[0], layers[1]
 
     def fill(cache: Cache) -> None:
         for target, source in ((k_pages, cache.k_pages), (v_pages, cache.v_pages)):
@@ -273,15 +378,17 @@ def test_decode_graph_replays_with_other_lengths_and_tables(tokens: int) -> None
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step()
+        outs = step()
     for cache in caches:
         fill(cache)
         for i in range(tokens):
             cache.keys[i][-1] = k[i]
             cache.values[i][-1] = v[i]
-        out.fill_(torch.nan)
+        for out in outs:
+            out.fill_(torch.nan)
         graph.replay()
-        assert error(out, dense_packed(q, cache, [1] * tokens, 0.125)) < LIMITS[dtype]
+        for out in outs:
+            assert error(out, dense_packed(q, cache, [1] * tokens, 0.125)) < LIMITS[dtype]
 
 
 def test_prefill_graph_replays_with_other_starts() -> None:

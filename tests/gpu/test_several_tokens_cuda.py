@@ -21,7 +21,7 @@ SLOTS = (2, 0, 3)
 FORCED = torch.tensor([[5, 9, 33, 7], [8, 8, 41, 3], [60, 2, 11, 19]])
 
 
-def make(family: str, query_len: int, backend: str | None):  # type: ignore[no-untyped-def]
+def make(family: str, query_len: int, backend: str | None, *, prompts=PROMPTS, slots=SLOTS):  # type: ignore[no-untyped-def]
     from hybridgen.cache import allocate
     from hybridgen.execution import ModelRunner
     from hybridgen.execution.warm_up import compile_layers
@@ -30,20 +30,21 @@ def make(family: str, query_len: int, backend: str | None):  # type: ignore[no-u
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cuda", 0)
     bound = bind(families.build(family).to(device))
+    rows = max(4, len(slots))
     runner = ModelRunner(
-        bound, vocab_size=families.VOCAB, max_batch=4, max_pages=4, token_budget=64, query_len=query_len,
+        bound, vocab_size=families.VOCAB, max_batch=rows, max_pages=4, token_budget=64, query_len=query_len,
         compile_backend=backend,
     )  # fmt: skip
     states = bound.layer_states(16, torch.float32)
-    allocate(states, 17, 5, device)
+    allocate(states, 1 + 4 * rows, 1 + rows, device)
     runner.attach(states)
     compile_layers(runner)
     greedy = resolve(SamplingParams(temperature=0.0), None, (), families.VOCAB)
-    for index, (slot, prompt) in enumerate(zip(SLOTS, PROMPTS, strict=True)):
+    for index, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
         runner.admit(Admission(slot, [1 + 4 * index + page for page in range(4)], greedy, prompt))
         runner.prefill([PrefillChunk(slot, prompt, 0, len(prompt), 0, True)]).read()
-        runner.state.table[0, slot] = int(FORCED[index, 0])
-        runner.state.drafts[slot] = FORCED[index, 1:query_len].to(device)
+        runner.state.table[0, slot] = int(FORCED[index % 3, 0])
+        runner.state.drafts[slot] = FORCED[index % 3, 1:query_len].to(device)
     runner.steps.keep_logits()
     return runner
 
@@ -106,3 +107,26 @@ def test_recorded_steps_have_the_registered_op_in_them() -> None:
     ) as engine:  # fmt: skip
         assert engine.stats().graphs.graphs
     assert "hybridgen.copy_metadata.default" in seen
+
+
+@torch.inference_mode()
+def test_many_rows_of_several_tokens_attend_by_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 rows at once, 16 of 4 tokens, give the logits of the same rows in steps of few rows."""
+    from hybridgen.kernels.attention import balanced
+
+    found: list[int] = []
+    attend = balanced.decode_attention
+    monkeypatch.setattr(balanced, "decode_attention", lambda q, *rest: found.append(len(q)) or attend(q, *rest))
+    prompts = families.prompts_of(tuple(3 + 3 * i for i in range(16)))
+    runner = make("gemma2", 4, None, prompts=prompts, slots=tuple(range(16)))
+    runner.steps.stage_decode(tuple(range(16)))
+    runner.run(GraphKey.decode(16, None, query_len=4))
+    together = runner.steps.logits[:64].view(16, 4, -1).clone()
+    assert set(found) == {64}
+    for first in range(0, 16, 4):
+        runner.steps.stage_decode(tuple(range(first, first + 4)))
+        runner.run(GraphKey.decode(4, None, query_len=4))
+        part = runner.steps.logits[:16].view(4, 4, -1)
+        torch.testing.assert_close(part, together[first : first + 4], atol=1e-3, rtol=1e-3)
+    assert set(found) == {64}
+    runner.close()

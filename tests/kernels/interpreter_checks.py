@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from attention_cases import Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
+from hybridgen.kernels.attention import balanced
 from hybridgen.kernels.attention.decode import Tuning as DecodeTuning
 from hybridgen.kernels.attention.decode import decode_attention
 from hybridgen.kernels.attention.prefill import prefill_attention
@@ -63,4 +64,52 @@ def check_case(number: int) -> None:
     slots, positions, starts = pack(cache, new, len(new) + 2)
     out = prefill_attention(q, *pages, slots, positions, starts, 0.3, *tail)
     errors.append(error(out, dense_packed(q, cache, new, 0.3, **options)))
+    assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)
+
+
+BALANCED = [  # positions a tile, programs a multiprocessor, positions a chunk, queries carried
+    balanced.Tuning(16, 4, 2, 1, 32, True),
+    balanced.Tuning(16, 4, 2, 3, 16, False),
+    balanced.Tuning(32, 4, 2, 2, 64, True),
+]
+
+
+def check_balanced(number: int) -> None:
+    """Decode by a schedule, with new tokens and without, for one of `CASES`; and rows alone, with equal bits."""
+    torch.manual_seed(number)
+    heads, kv_heads, dim, value_dim, page_size, lengths, _, named = CASES[number]
+    options = {"window": 0, "chunk": 0, "softcap": 0.0, "sinks": None, **named}
+    if options["sinks"]:
+        options["sinks"] = torch.randn(heads)
+    cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False)
+    _write(cache, kv_heads)
+    ones = [1] * len(lengths)
+    q = torch.randn(len(lengths), heads, dim)
+    expected = dense_packed(q, cache, ones, 0.3, **options)
+    slots, positions, _ = pack(cache, ones, len(ones))
+    pages = cache.k_pages, cache.v_pages, cache.block_table
+    limits = options["window"], options["chunk"]
+    tail = 0.3, *limits, options["softcap"], options["sinks"]
+    errors = []
+    for tune in BALANCED:
+        words = balanced.words_needed(*pages[:2], heads, len(lengths), cache.block_table.shape[1], *limits, tune)
+        plan = torch.zeros(words, dtype=torch.int32)
+
+        def run(rows: slice, plan=plan, tune=tune, k=None, v=None) -> torch.Tensor:
+            plan.fill_(-1)  # what is read of it was written for these rows
+            where = *pages, slots[rows], positions[rows]
+            balanced.write_schedule(*where, heads, *limits, plan, tune)
+            return balanced.decode_attention(q[rows], *where, *tail, k, v, plan, tune)
+
+        out = run(slice(None))
+        errors.append(error(out, expected))
+        for row in range(len(lengths)):
+            alone = run(slice(row, row + 1))
+            if not torch.equal(alone[0], out[row]):
+                raise AssertionError(f"row {row} has other bits alone: {(alone[0] - out[row]).abs().max()}")
+        newest = take_newest(cache)
+        out = run(slice(None), **newest)
+        errors.append(error(out, expected))
+        if not all(torch.equal(a, b) for a, b in zip(newest_rows(cache), newest.values(), strict=True)):
+            raise AssertionError("the new K and V are not in the pages")
     assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)

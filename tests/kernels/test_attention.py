@@ -14,7 +14,16 @@ from attention_cases import NO_PAGE, dense_packed, error, make_cache, newest_row
 from torch import Tensor
 
 from hybridgen.kernels.attention import reference as attention_reference
-from hybridgen.kernels.attention.ops import Options, Places, decode_attention, prefill_attention, write_kv
+from hybridgen.kernels.attention.ops import (
+    Options,
+    Places,
+    decode_attention,
+    is_balanced,
+    make_schedule,
+    prefill_attention,
+    schedule_attention,
+    write_kv,
+)
 
 OPTIONS = {
     "plain": {},
@@ -233,6 +242,9 @@ def test_opcheck() -> None:
     options = (0.3, 7, 0, 2.0, torch.randn(4))
     torch.library.opcheck(ops.decode_attention.default, (q, *pages, slots, positions, *options))
     torch.library.opcheck(ops.decode_attention.default, (q, *pages, slots, positions, *options, k, v))
+    schedule = torch.zeros(9, dtype=torch.int32)
+    torch.library.opcheck(ops.decode_attention.default, (q, *pages, slots, positions, *options, k, v, schedule))
+    torch.library.opcheck(ops.schedule_attention.default, (*pages, slots, positions, 4, 7, 0, schedule))
     torch.library.opcheck(ops.prefill_attention.default, (q, *pages, slots, positions, starts, *options))
 
 
@@ -297,3 +309,20 @@ def test_compiled_write_copies_no_cache(layer: Callable[..., Tensor]) -> None:
 def test_import_without_triton() -> None:
     script = "import sys; sys.modules['triton'] = None; import hybridgen.kernels"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_the_reference_attends_whatever_the_schedule_holds() -> None:
+    cache = make_cache([20, 9], 2, 16)
+    slots, positions, _ = pack(cache, [1, 1], sequences=2)
+    places = Places(cache.k_pages, cache.v_pages, cache.block_table, slots, positions)
+    schedule = make_schedule(*places[:3], 4, 200, 0, 0)
+    assert (schedule.numel(), schedule.dtype) == (0, torch.int32)  # nobody reads it here
+    schedule_attention(places, 4, 0, 0, schedule)
+    q = torch.randn(2, 4, 16)
+    out = decode_attention(q, places, Options(0.3), schedule=torch.full((9,), -1, dtype=torch.int32))
+    assert error(out, dense_packed(q, cache, [1, 1], 0.3)) < 1e-6
+
+
+def test_steps_of_many_rows_are_balanced() -> None:
+    assert not any(map(is_balanced, range(64)))
+    assert all(map(is_balanced, (64, 65, 128, 4096)))

@@ -11,6 +11,8 @@ from interpreter import Interpreter
 
 pytest.importorskip("triton")
 
+from hybridgen.device.launcher import Device
+from hybridgen.kernels.attention import balanced
 from hybridgen.kernels.attention.common import heads_of
 from hybridgen.kernels.attention.decode import _SCRATCH_BYTES, Tuning, plan
 
@@ -18,6 +20,11 @@ from hybridgen.kernels.attention.decode import _SCRATCH_BYTES, Tuning, plan
 @pytest.mark.parametrize("case", range(5))
 def test_kernels_in_the_interpreter(case: int, triton_interpreter: Interpreter) -> None:
     triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_case", case)
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_decode_by_a_schedule_in_the_interpreter(case: int, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_balanced", case)
 
 
 def _cut(tiles: int, splits: int, chunk_tiles: int, least: int) -> tuple[int, int]:
@@ -51,3 +58,41 @@ def test_a_rows_chunks_fit_their_scratch(
     else:
         scratch = tokens * cut.row_chunks * heads.queries * heads.value_dim * 4
         assert scratch <= _SCRATCH_BYTES or cut.row_chunks == cut.splits
+
+
+@given(
+    dim=st.sampled_from([8, 64, 80, 128, 256]),
+    group=st.sampled_from([1, 4, 7, 71]),
+    element=st.sampled_from([2, 4]),
+    memory=st.sampled_from([99, 163, 227]),
+)
+def test_tiles_of_all_programs_fit_shared_memory(dim: int, group: int, element: int, memory: int) -> None:
+    """Or as few of them are asked for as can be."""
+    tune = balanced.tuning(heads_of(group, 1, dim, dim, 64, element), memory * 2**10)
+    tiles = (tune.stages - 1) * tune.block * 2 * max(16, dim) * element
+    assert tune.stages == 2 or tune.programs * tiles <= memory * 2**10
+    assert tune.chunk % tune.block == 0
+
+
+@given(
+    rows=st.integers(1, 700),
+    kv_heads=st.sampled_from([1, 8, 32]),
+    max_pages=st.integers(1, 4000),
+    window=st.sampled_from([0, 100, 4096]),
+    length=st.integers(1, 200_000),
+)
+def test_a_rows_chunks_fit_the_scratch_of_a_schedule(
+    rows: int, kv_heads: int, max_pages: int, window: int, length: int
+) -> None:
+    heads = heads_of(4 * kv_heads, kv_heads, 128, 128, 64, 2)
+    tune = balanced.tuning(heads, 227 * 2**10)
+    device = Device(processors=132, shared_memory=227 * 2**10, overlap=True)
+    shares = balanced.shares_of(heads, rows, max_pages, window, 0, device, tune)
+    tiles = min(-(-length // 64), shares.row_tiles(max_pages))
+    per = max(shares.chunk_tiles, -(-tiles // shares.row_chunks))  # as `_chunk_size` of the kernel
+    per = -(-tiles // -(-tiles // per))
+    chunks = -(-tiles // per)
+    assert chunks <= shares.row_chunks
+    assert per <= 4095  # what a mark can count
+    if rows * shares.row_chunks * heads.queries * 129 * 4 > balanced._SCRATCH_BYTES:
+        assert shares.row_chunks <= 2

@@ -1,4 +1,4 @@
-"""Paged attention: the ops `hybridgen::write_kv`, `decode_attention` and `prefill_attention`.
+"""Paged attention: the ops `hybridgen::write_kv`, `schedule_attention`, `decode_attention` and `prefill_attention`.
 
 All tokens of a step are packed: T tokens, each with a slot (its row of the block table) and a position.
 
@@ -11,13 +11,14 @@ All tokens of a step are packed: T tokens, each with a slot (its row of the bloc
 | slots, positions | [T] | int32, int64 (0 or more) |
 | query_starts | [max_batch + 1] | int32 |
 | sinks | [Hq] | any float |
+| schedule | by `make_schedule` | int32 |
 
 Hq is a multiple of Hkv; D and Dv are multiples of 8 up to 256; page_size is a power of two from 8 to 256.
 q, k and v may be views with any strides over tokens and heads. Every output is contiguous. Page ids of a row
 beyond its last position, and cache positions that no query sees, are never used, whatever they hold.
 
-The CPU implementations (`attention_reference`) are plain torch and may read lengths on the host. The CUDA
-implementations (`attention_write`, `attention_decode`, `attention_prefill`) are Triton and never do: launch grids
+The CPU implementations (`reference`) are plain torch and may read lengths on the host. The CUDA
+implementations (`write`, `balanced`, `decode`, `prefill`) are Triton and never do: launch grids
 and scratch sizes follow from shapes, so a captured graph replays with other lengths and block tables. The first
 call of a kind compiles its kernels: call once before a capture.
 
@@ -48,7 +49,11 @@ _library.define(
 )
 _library.define(
     "decode_attention(Tensor q, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor slots, "
-    f"Tensor positions, {_OPTIONS}, Tensor? k=None, Tensor? v=None) -> Tensor",
+    f"Tensor positions, {_OPTIONS}, Tensor? k=None, Tensor? v=None, Tensor? schedule=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"schedule_attention({_PAGES}, int query_heads, int window, int chunk, Tensor(a!) schedule) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -91,18 +96,67 @@ def write_kv(k: Tensor, v: Tensor, places: Places) -> None:
     torch.ops.hybridgen.write_kv.default(k, v, *places)
 
 
+def is_balanced(rows: int) -> bool:
+    """Whether a decode step of so many rows attends by a schedule; the only place that decides it.
+
+    From 64 rows on. On an H200, over contexts of 100 to 2000, it reaches 72, 81 and 85 % of the read ceiling for 64,
+    128 and 256 rows with the heads of an 8B, and the kernel that cuts row by row 53, 65 and 64 %; with those of a 1B 60
+    and 71 against 54 and 51 % for 64 and 128. Below, the latter is faster nearly everywhere: the 8B takes 21 us for 8
+    such rows and 28 by a schedule, and 156 and 212 for 32 rows of 4096; only 32 rows of 100 to 2000 gain (63, not 68).
+    Measured by `benchmarks/ragged.py`.
+    """
+    return rows >= 64
+
+
+def make_schedule(
+    k_pages: Tensor, v_pages: Tensor, block_table: Tensor, query_heads: int, rows: int, window: int, chunk: int
+) -> Tensor:
+    """Room for the schedules of steps of up to `rows` rows: int32, empty where none of them needs one.
+
+    Layers whose pages are alike in shape and dtype, and that agree in heads, window and chunk, share it.
+    """
+    words = 0
+    if k_pages.is_cuda and is_balanced(rows):
+        from hybridgen.kernels.attention.balanced import words_needed
+
+        words = words_needed(k_pages, v_pages, query_heads, rows, block_table.shape[1], window, chunk)
+    return torch.zeros(words, dtype=torch.int32, device=k_pages.device)
+
+
+def schedule_attention(places: Places, query_heads: int, window: int, chunk: int, schedule: Tensor) -> None:
+    """Say which program attends to what in a decode step, before its first layer: writes `schedule`.
+
+    Nothing is done where nobody reads it: on the CPU, and for steps that are not balanced.
+
+    Args:
+        places: of one of the layers that share the schedule.
+        schedule: by `make_schedule`.
+    """
+    torch.ops.hybridgen.schedule_attention.default(*places, query_heads, window, chunk, schedule)
+
+
 def decode_attention(
-    q: Tensor, places: Places, options: Options, *, k: Tensor | None = None, v: Tensor | None = None
+    q: Tensor,
+    places: Places,
+    options: Options,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    schedule: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query token per sequence over its pages: [T, Hq, Dv].
 
     Token t sees positions 0 to `positions[t]`. Its own K and V are written to its page first if they are given as
     `k` and `v` (as `write_kv` would, without its launch), else they must have been written. On CUDA the context is
-    split over programs and combined (flash-decoding, https://pytorch.org/blog/flash-decoding/). How a row is
-    split depends on its own length and on shapes, never on other rows: its bits do not change with its
-    neighbours.
+    cut into chunks that programs attend to and that are then combined (flash-decoding,
+    https://pytorch.org/blog/flash-decoding/). Where a row is cut depends on its own length and on shapes, never on
+    other rows: its bits do not change with its neighbours.
+
+    Args:
+        schedule: by `schedule_attention` for these rows and options. None: the step is not balanced, however many rows
+            it has.
     """
-    return torch.ops.hybridgen.decode_attention.default(q, *places, *options, k, v)
+    return torch.ops.hybridgen.decode_attention.default(q, *places, *options, k, v, schedule)
 
 
 def prefill_attention(q: Tensor, places: Places, query_starts: Tensor, options: Options) -> Tensor:
@@ -130,11 +184,32 @@ def _write_kv_cuda(*args: Any) -> None:
         launch(*args)
 
 
-def _decode_cuda(*args: Any) -> Tensor:
-    from hybridgen.kernels.attention.decode import decode_attention as launch
+def _schedule_cpu(*args: Any) -> None:
+    return None
 
-    with _on_device_of(args[0]):
-        return launch(*args)
+
+def _schedule_cuda(*args: Any) -> None:
+    positions = args[4]
+    if not is_balanced(positions.shape[0]):
+        return
+    from hybridgen.kernels.attention.balanced import write_schedule
+
+    with _on_device_of(positions):
+        write_schedule(*args)
+
+
+def _decode_cuda(q: Tensor, *args: Any) -> Tensor:
+    # The dispatcher leaves out arguments at the end that are None.
+    rest = [*args, None, None, None][:13]
+    schedule = rest[-1]
+    with _on_device_of(q):
+        if schedule is not None and is_balanced(q.shape[0]):
+            from hybridgen.kernels.attention.balanced import decode_attention as by_schedule
+
+            return by_schedule(q, *rest)
+        from hybridgen.kernels.attention.decode import decode_attention as by_row
+
+        return by_row(q, *rest[:-1])
 
 
 def _prefill_cuda(*args: Any) -> Tensor:
@@ -153,11 +228,14 @@ def _attention_fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: Any) -> 
 
 
 _library.impl("write_kv", reference.write_kv, "CPU")
+_library.impl("schedule_attention", _schedule_cpu, "CPU")
 _library.impl("decode_attention", reference.decode_attention, "CPU")
 _library.impl("prefill_attention", reference.prefill_attention, "CPU")
 _library.impl("write_kv", _write_kv_cuda, "CUDA")
+_library.impl("schedule_attention", _schedule_cuda, "CUDA")
 _library.impl("decode_attention", _decode_cuda, "CUDA")
 _library.impl("prefill_attention", _prefill_cuda, "CUDA")
 torch.library.register_fake("hybridgen::write_kv", _write_kv_fake, lib=_library)
+torch.library.register_fake("hybridgen::schedule_attention", _schedule_cpu, lib=_library)
 torch.library.register_fake("hybridgen::decode_attention", _attention_fake, lib=_library)
 torch.library.register_fake("hybridgen::prefill_attention", _attention_fake, lib=_library)

@@ -49,8 +49,9 @@ def decode_attention(
     sinks: Tensor | None,
     k: Tensor | None = None,
     v: Tensor | None = None,
+    schedule: Tensor | None = None,
 ) -> Tensor:
-    """See `attention.decode_attention`."""
+    """See `attention.decode_attention`; whatever the schedule."""
     if k is not None and v is not None:
         write_kv(k, v, k_pages, v_pages, block_table, slots, positions)
     tokens, heads, head_dim = q.shape

@@ -1,0 +1,479 @@
+"""How near the read ceiling is decode attention over ragged contexts, and what are its best launch options?
+
+First each candidate is checked against the reference in float32: random ragged batches, pages and outputs that hold NaN
+where nothing was written, page ids that must not be looked up, windows, chunks, sinks, soft cap, page borders, the new
+K and V in their pages, and equal bits of a row beside other rows. Checks run in several processes, which also compile.
+Then attention of a whole step is timed in CUDA graphs (median of replays; each layer reads another cache), the kernel
+that cuts row by row ("split") beside the one that goes by a schedule with all candidates, against the read ceiling of
+the same run. Results of the launch options that steps use have the field `used`.
+
+    python benchmarks/ragged.py [--output results.json] [--part check|ragged|small]
+    python benchmarks/ragged.py --smoke          # tiny, in Triton's interpreter: checks the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from common import report
+from torch import Tensor
+
+from hybridgen.device.launcher import device_of
+from hybridgen.device.timing import graph_seconds
+from hybridgen.kernels.attention import balanced, decode, reference
+from hybridgen.kernels.attention.balanced import Tuning
+from hybridgen.kernels.attention.common import heads_of
+from hybridgen.kernels.read_ceiling import read_ceiling
+
+NO_PAGE = 2**30
+"""A page id that must never be looked up."""
+COLUMNS = 72
+"""Pages that a row of the block table can hold: an engine with max_context=4608."""
+LAYERS_IN_MEMORY = 4
+SMALL = (1, 2, 4, 8, 16, 32)
+LARGE = (64, 128, 256)
+"""Rows."""
+CHUNKS = (256, 1024)
+"""Positions of a chunk that are tried besides the usual."""
+LIMIT = 8e-3
+"""Relative error of bfloat16 outputs."""
+
+
+class Shape(NamedTuple):
+    """The attention of a model's layer."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    layers: int
+    page: int = 64
+
+
+SHAPES = [
+    Shape("Llama-3.1-8B", 32, 8, 128, 32),
+    Shape("Llama-3.2-1B", 32, 8, 64, 16),
+    Shape("Qwen3-0.6B", 16, 8, 128, 28),
+]
+ODD_SHAPES = [
+    Shape("group 7, head 80", 7, 1, 80, 1, 16),
+    Shape("group 12, head 256", 12, 1, 256, 1, 64),
+    Shape("group 1, head 128", 8, 8, 128, 1, 32),
+    Shape("head 8", 4, 2, 8, 1, 8),
+    Shape("page 256", 64, 8, 64, 1, 256),
+]
+OPTIONS: list[dict[str, Any]] = [
+    {"window": 100},
+    {"chunk": 100},
+    {"window": 300, "softcap": 5.0, "sinks": True},
+]
+
+
+def candidates(dim: int) -> list[Tuning]:
+    """Launch options for a head size, those that steps use first; other chunks, which need no other kernel, later."""
+    if dim == 64:
+        return [
+            Tuning(64, 2, 4, 4, 512, True),
+            Tuning(64, 4, 4, 4, 512, True),
+            Tuning(64, 4, 4, 3, 512, False),
+            Tuning(128, 4, 4, 2, 512, True),
+        ]
+    return [
+        Tuning(64, 4, 3, 2, 512, False),
+        Tuning(64, 4, 4, 2, 512, True),
+        Tuning(64, 2, 4, 2, 512, True),
+        Tuning(32, 2, 4, 4, 512, True),
+    ]
+
+
+class Step(NamedTuple):
+    """What decode attention of a step over `layers` caches is given."""
+
+    q: Tensor
+    """[layers, T, Hq, D]"""
+    k: Tensor
+    v: Tensor
+    k_pages: Tensor
+    """[layers, pages, Hkv, page_size, D]"""
+    v_pages: Tensor
+    block_table: Tensor
+    slots: Tensor
+    positions: Tensor
+
+    def take(self, rows: Tensor) -> Step:
+        """Some of its rows, the caches shared."""
+        q, k, v = self.q[:, rows], self.k[:, rows], self.v[:, rows]
+        return self._replace(q=q, k=k, v=v, slots=self.slots[rows], positions=self.positions[rows])
+
+
+def make_step(
+    shape: Shape, lengths: list[int], layers: int, columns: int, device: str, dtype: torch.dtype, poison: bool = False
+) -> Step:
+    """Rows of these lengths, the newest position included, in shuffled pages and slots.
+
+    With `poison`, all that is not a position before the newest is NaN, and page ids beyond are NO_PAGE.
+    """
+    page = shape.page
+    counts = [-(-n // page) for n in lengths]
+    pages = sum(counts) + 2
+    table = torch.full((len(lengths) + 1, max(columns, *counts)), NO_PAGE if poison else 0, dtype=torch.int32)
+    slots = torch.randperm(len(lengths) + 1)[: len(lengths)].to(torch.int32)
+    order = torch.randperm(pages - 1).to(torch.int32) + 1
+    begin = 0
+    for slot, count in zip(slots.tolist(), counts, strict=True):
+        table[slot, :count] = order[begin : begin + count]
+        begin += count
+    size = layers, pages, shape.kv_heads, page, shape.dim
+    if poison:
+        k_pages = torch.full(size, torch.nan, dtype=dtype, device=device)
+        v_pages = torch.full(size, torch.nan, dtype=dtype, device=device)
+        places = torch.cat([torch.arange(n - 1) for n in lengths])
+        row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths) - 1)
+        ids = table[slots[row].long(), places // page].long().to(device)
+        lines = (places % page).to(device)
+        for target in (k_pages, v_pages):
+            values = torch.randn(layers, len(places), shape.kv_heads, shape.dim, device=device).to(dtype)
+            for layer in range(layers):
+                target[layer, ids, :, lines] = values[layer]
+    else:
+        k_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+        v_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+    qkv = torch.randn(layers, len(lengths), shape.heads + 2 * shape.kv_heads, shape.dim, device=device).to(dtype)
+    q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
+    positions = torch.tensor(lengths, device=device) - 1
+    return Step(q, k, v, k_pages, v_pages, table.to(device), slots.to(device), positions)
+
+
+def used(shape: Shape) -> Tuning:
+    """The launch options that steps use."""
+    heads = heads_of(shape.heads, shape.kv_heads, shape.dim, shape.dim, shape.page, 2)
+    return balanced.tuning(heads, device_of(torch.empty(0, device="cuda")).shared_memory)
+
+
+def room(step: Step, tune: Tuning, window: int = 0, chunk: int = 0) -> Tensor:
+    """For a schedule, filled with what no schedule holds."""
+    rows, columns = len(step.positions), step.block_table.shape[1]
+    pages = step.k_pages[0], step.v_pages[0]
+    words = balanced.words_needed(*pages, step.q.shape[2], rows, columns, window, chunk, tune)
+    return torch.full((words,), -1, dtype=torch.int32, device=step.q.device)
+
+
+def write(step: Step, plan: Tensor, tune: Tuning, window: int = 0, chunk: int = 0) -> None:
+    where = step.k_pages[0], step.v_pages[0], step.block_table, step.slots, step.positions
+    balanced.write_schedule(*where, step.q.shape[2], window, chunk, plan, tune)
+
+
+def scheduled(
+    step: Step,
+    layer: int,
+    plan: Tensor,
+    tune: Tuning,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    append: bool = True,
+) -> Tensor:
+    new = (step.k[layer], step.v[layer]) if append else (None, None)
+    where = step.k_pages[layer], step.v_pages[layer], step.block_table, step.slots, step.positions
+    options = step.q.shape[-1] ** -0.5, window, chunk, softcap, sinks
+    return balanced.decode_attention(step.q[layer], *where, *options, *new, plan, tune)
+
+
+def split(step: Step, layer: int) -> Tensor:
+    pages = step.k_pages[layer], step.v_pages[layer]
+    scale = step.q.shape[-1] ** -0.5
+    where = step.block_table, step.slots, step.positions
+    new = {"k": step.k[layer], "v": step.v[layer]}
+    return decode.decode_attention(step.q[layer], *pages, *where, scale, 0, 0, 0.0, None, **new)
+
+
+class Check(NamedTuple):
+    """One candidate under one set of options."""
+
+    shape: Shape
+    tune: Tuning
+    options: dict[str, Any]
+    rows: int
+    seed: int
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    """||out - expected|| / ||expected||, infinite where out has a value that is not finite."""
+    if not out.isfinite().all():
+        return float("inf")
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+def poison_free_memory(device: str) -> None:
+    """Fill freed memory with NaN, so that an output element which nobody writes shows."""
+    blocks = [torch.full((2**22 if device == "cuda" else 2**12,), torch.nan, device=device) for _ in range(8)]
+    del blocks
+
+
+def run_check(check: Check, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What is wrong with a candidate (`wrong` is empty where nothing is)."""
+    torch.manual_seed(check.seed)
+    shape, tune, options = check.shape, check.tune, dict(check.options)
+    window, chunk, softcap = options.get("window", 0), options.get("chunk", 0), options.get("softcap", 0.0)
+    sinks = torch.randn(shape.heads, device=device).to(dtype) if options.get("sinks") else None
+    borders = [1, 2, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513, 4000]
+    top = 3000 if device == "cuda" else 150
+    lengths = [n for n in borders if n <= top or device == "cuda"][: check.rows]
+    lengths += torch.randint(1, top, (check.rows - len(lengths),)).tolist()
+    step = make_step(shape, lengths, 1, COLUMNS if device == "cuda" else 4, device, dtype, poison=True)
+    if window or chunk:  # pages that no row of the window will see again are given back
+        for slot, length in zip(step.slots.tolist(), lengths, strict=True):
+            low = max(0, length - window) if window else (length - 1) // chunk * chunk
+            step.block_table[slot, : low // shape.page] = NO_PAGE
+    single = step._replace(
+        k_pages=step.k_pages.float(), v_pages=step.v_pages.float(), q=step.q.float(), k=step.k.float(), v=step.v.float()
+    )
+    scale = shape.dim**-0.5
+    where = step.block_table, step.slots, step.positions
+    expected = reference.decode_attention(
+        single.q[0], single.k_pages[0], single.v_pages[0], *where, scale, window, chunk, softcap,
+        None if sinks is None else sinks.float(), single.k[0], single.v[0],
+    )  # fmt: skip
+
+    def run(part: Step, append: bool) -> Tensor:
+        plan = room(part, tune, window, chunk)
+        write(part, plan, tune, window, chunk)
+        poison_free_memory(device)
+        return scheduled(part, 0, plan, tune, window, chunk, softcap, sinks, append)
+
+    wrong = []
+    out = run(step, append=True)
+    found = error(out, expected)
+    if not found < (LIMIT if dtype == torch.bfloat16 else 1e-5):
+        wrong.append(f"error {found}")
+    page = step.block_table[step.slots.long(), step.positions // shape.page].long()
+    at = step.positions % shape.page
+    if not (
+        torch.equal(step.k_pages[0, page, :, at], step.k[0]) and torch.equal(step.v_pages[0, page, :, at], step.v[0])
+    ):
+        wrong.append("the new K and V are not in the pages")
+    # The same rows beside others, some of them twice: a batch of the same size.
+    order = torch.randint(0, check.rows, (check.rows,), device=device)
+    if not torch.equal(run(step.take(order), append=True), out[order]):
+        wrong.append("bits depend on neighbours")
+    if not torch.equal(run(step, append=True), out):
+        wrong.append("another run has other bits")
+    found_written = error(run(step, append=False), expected)
+    if not found_written < (LIMIT if dtype == torch.bfloat16 else 1e-5):
+        wrong.append(f"error {found_written} with all K and V in the pages")
+    return {"shape": shape.name, "tune": tune._asdict(), "options": check.options, "error": found, "wrong": wrong}
+
+
+def guarded(check: Check) -> dict[str, Any]:
+    """`run_check` in a process of its own; what it raises is what is wrong."""
+    try:
+        with torch.inference_mode():
+            return run_check(check, "cuda", torch.bfloat16)
+    except Exception:
+        wrong = [traceback.format_exc()[-1500:]]
+        return {"shape": check.shape.name, "tune": check.tune._asdict(), "options": check.options, "wrong": wrong}
+
+
+def compile_rest(shape: Shape, rows: int) -> None:
+    """In a process of its own, for its compiled kernels: what checks do not run."""
+    with torch.inference_mode():
+        step = make_step(shape, [100] * rows, 1, COLUMNS, "cuda", torch.bfloat16)
+        split(step, 0)
+        for tune in {tune.block: tune for tune in candidates(shape.dim)}.values():
+            write(step, room(step, tune), tune)
+        torch.cuda.synchronize()
+
+
+def checks() -> list[Check]:
+    """All candidates of the models' shapes, and other options and shapes with a few."""
+    found = [Check(s, tune, {}, 40, 1) for s in SHAPES for tune in candidates(s.dim)]
+    few = [Tuning(64, 4, 3, 2, 256, False), Tuning(32, 4, 3, 2, 128, True)]
+    found += [Check(SHAPES[0], tune, options, 30, 2) for tune in few for options in OPTIONS]
+    found += [Check(s, Tuning(32, 4, 3, 2, 256, True), {}, 25, 3) for s in ODD_SHAPES]
+    found += [Check(SHAPES[1], candidates(64)[0], {}, rows, 4) for rows in (1, 2, 256)]
+    return found
+
+
+def run_checks(processes: int) -> list[dict[str, Any]]:
+    rows = []
+    begin = time.perf_counter()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        tasks = [pool.submit(guarded, check) for check in checks()]
+        rest = [pool.submit(compile_rest, shape, count) for count in (*SMALL, *LARGE) for shape in SHAPES]
+        for done in as_completed(tasks):
+            row = done.result()
+            rows.append(row)
+            if row["wrong"]:
+                print(f"WRONG   {row['shape']} {row['options']} {short(row['tune'])}: {'; '.join(row['wrong'])}")
+        for compiled in rest:
+            compiled.result()
+    worst = max((row.get("error", 0.0) for row in rows if not row["wrong"]), default=0.0)
+    bad = sum(bool(row["wrong"]) for row in rows)
+    took = time.perf_counter() - begin
+    print(f"checks  {len(rows)} in {took:.0f} s, {bad} wrong, largest error of the others {worst:.1e}", flush=True)
+    return rows
+
+
+def short(tune: dict[str, Any]) -> str:
+    text = "block {block} warps {warps} stages {stages} programs {programs} chunk {chunk}".format(**tune)
+    return text + " carry_query" * tune["carry_query"]
+
+
+def time_step(shape: Shape, step: Step, tune: Tuning | None) -> float:
+    """Seconds of a layer's attention: all layers of a step in a graph, and the schedule; None is the split kernel."""
+    if tune is None:
+
+        def whole() -> None:
+            for layer in range(shape.layers):
+                split(step, layer % LAYERS_IN_MEMORY)
+
+    else:
+        plan = room(step, tune)
+
+        def whole() -> None:
+            write(step, plan, tune)
+            for layer in range(shape.layers):
+                scheduled(step, layer % LAYERS_IN_MEMORY, plan, tune)
+
+    return graph_seconds(whole, 7, 1) / shape.layers
+
+
+def time_schedule(step: Step, tune: Tuning) -> float:
+    plan = room(step, tune)
+    return graph_seconds(lambda: write(step, plan, tune), 7, 20)
+
+
+def run_case(
+    shape: Shape, name: str, lengths: list[int], tunes: list[Tuning], ceiling: float, chunks: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """The split kernel, then each of the candidates; and the best two with other chunks."""
+    step = make_step(shape, lengths, LAYERS_IN_MEMORY, COLUMNS, "cuda", torch.bfloat16)
+    bytes_read = sum(lengths) * shape.kv_heads * shape.dim * 2 * step.q.element_size()
+    rows: list[dict[str, Any]] = []
+
+    def measure(tune: Tuning | None) -> None:
+        row: dict[str, Any] = {"model": shape.name, "batch": len(lengths), "contexts": name}
+        row["tune"] = None if tune is None else tune._asdict()
+        row["used"] = tune == used(shape)
+        try:
+            took = time_step(shape, step, tune)
+        except Exception as error:  # one candidate that cannot run (registers, shared memory) must not end the rest
+            row["failed"] = str(error)[:300]
+            print(f"FAILED  {shape.name} {'' if tune is None else short(tune._asdict())}: {row['failed']}", flush=True)
+            rows.append(row)
+            return
+        row |= {"us": took * 1e6, "percent_of_ceiling": bytes_read / took / ceiling * 100}
+        rows.append(row)
+
+    measure(None)
+    for tune in tunes:
+        measure(tune)
+    timed = sorted((row for row in rows if row["tune"] and "us" in row), key=lambda row: row["us"])
+    for row in timed[:2]:
+        for chunk in chunks:
+            if chunk >= row["tune"]["block"]:
+                measure(Tuning(**row["tune"] | {"chunk": chunk}))
+    timed = sorted((row for row in rows if row["tune"] and "us" in row), key=lambda row: row["us"])
+    old = rows[0]
+    print(
+        f"{shape.name:13} {len(lengths):3} rows {name:9} split {old['us']:7.1f} us {old['percent_of_ceiling']:5.1f} %"
+    )
+    for row in timed[:6]:
+        mark = " (used)" if row["used"] else ""
+        print(f"{'':29} {row['us']:13.1f} us {row['percent_of_ceiling']:5.1f} %  {short(row['tune'])}{mark}")
+    if timed:
+        best = Tuning(**timed[0]["tune"])
+        rows.append({**timed[0], "schedule_us": time_schedule(step, best) * 1e6, "best": True, "used": False})
+        print(f"{'':29} the schedule {rows[-1]['schedule_us']:.1f} us a step", flush=True)
+    return rows
+
+
+def ragged(count: int) -> list[int]:
+    """Contexts from 100 to 2000."""
+    return torch.randint(100, 2001, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+
+
+def run_ragged(ceiling: float) -> list[dict[str, Any]]:
+    rows = []
+    for shape in SHAPES:
+        for count in LARGE:
+            rows += run_case(shape, "100-2000", ragged(count), candidates(shape.dim), ceiling, CHUNKS)
+    for shape in SHAPES[:2]:  # long and equal, where nothing is to be balanced
+        rows += run_case(shape, "4096", [4096] * 64, candidates(shape.dim)[:1], ceiling)
+    for count in (128, 256):
+        rows += run_case(SHAPES[0], "530", [530] * count, candidates(128)[:2], ceiling)
+    return rows
+
+
+def run_small(ceiling: float) -> list[dict[str, Any]]:
+    """Few rows, where a launch and the combination of chunks are most of the time."""
+    rows = []
+    for shape in SHAPES:
+        for count in SMALL:
+            for name, lengths in (("512", [512] * count), ("100-2000", ragged(count)), ("4096", [4096] * count)):
+                tunes = [used(shape)._replace(chunk=chunk) for chunk in (64, 128, 512)]
+                rows += run_case(shape, name, lengths, tunes, ceiling)
+    return rows
+
+
+def smoke() -> dict[str, Any]:
+    """Two candidates, tiny, in Triton's interpreter, for which TRITON_INTERPRET is set before Triton is imported."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        command = [sys.executable, __file__, "--smoke"]
+        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    shape = Shape("tiny", 4, 2, 16, 2, 16)
+    rows = []
+    for options in ({}, {"window": 20, "sinks": True}):
+        for tune in (Tuning(32, 4, 2, 1, 64, True), Tuning(16, 4, 2, 2, 32, False)):
+            rows.append(run_check(Check(shape, tune, options, 6, 0), "cpu", torch.float32))
+            if rows[-1]["wrong"]:
+                raise SystemExit(f"wrong: {rows[-1]['wrong']}")
+    return {"benchmark": "ragged", "check": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter")
+    parser.add_argument("--part", action="append", choices=("check", "ragged", "small"), help="all, if left out")
+    parser.add_argument("--processes", type=int, default=12, help="that check and compile")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    if args.smoke:
+        report(smoke(), args.output)
+        return
+    parts = args.part or ["check", "ragged", "small"]
+    results: dict[str, Any] = {"benchmark": "ragged"}
+    if "check" in parts:  # before this process holds memory
+        results["check"] = run_checks(args.processes)
+        report(results, args.output)
+    torch.manual_seed(0)
+    ceiling = read_ceiling(torch.device("cuda", 0))
+    if ceiling is None:
+        raise SystemExit("no memory is free to measure the read ceiling with")
+    print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
+    results["read_ceiling_gb_per_s"] = ceiling / 1e9
+    with torch.inference_mode():
+        if "ragged" in parts:
+            results["ragged"] = run_ragged(ceiling)
+        if "small" in parts:
+            results["small"] = run_small(ceiling)
+    report(results, args.output)
+
+
+if __name__ == "__main__":
+    main()
