@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hybridgen.config import EngineConfig
 from hybridgen.errors import CheckpointError, ConfigError, shown
+from hybridgen.kernels.linear.layout import IN_ORDER, pack_int4, unpack_int4
 from hybridgen.loading.checkpoint import Checkpoint
 from hybridgen.loading.checks import few, read_json
 from hybridgen.loading.expectation import place_of, skeleton
@@ -129,7 +130,7 @@ def _parts(values: Tensor, form: str, group: int | None) -> dict[str, Tensor]:
     assert group is not None
     weight = quantise(values, "int4", dtype, group, symmetric=True)
     return {
-        "weight_packed": weight.data,
+        "weight_packed": pack_int4(unpack_int4(weight.data, weight.inputs), IN_ORDER),
         "weight_scale": weight.scales,
         "weight_shape": torch.tensor(values.shape, dtype=torch.int64),
     }

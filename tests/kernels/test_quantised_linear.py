@@ -48,6 +48,9 @@ def test_where_scales_are_applied() -> None:
     assert kernels.layout_of("fp8", False, 4096, Block(48, 48), 86) is None
     for rows in (1, 8, 64, 256):
         for outputs, inputs in ((4096, 14336), (28672, 4096), (64, 64)):
-            tile = kernels.default_tile(rows, outputs, inputs, 128, 132)
-            assert tile.rows >= min(rows, 128)
-            assert 1 <= tile.splits <= max(1, inputs // 128)
+            for kind in ("int4", "fp8"):
+                layout = kernels.layout_of(kind, False, inputs, Block(1, 128), -(-inputs // 128))
+                tile = kernels.default_tile(layout, rows, outputs, inputs, 132)
+                assert tile.rows >= min(rows, 128)
+                assert tile.inputs == 128
+                assert 1 <= tile.splits <= max(1, inputs // 128)

@@ -404,5 +404,8 @@ def test_what_a_quantised_model_says_of_itself(tmp_path: Path) -> None:
         projections = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
         others = (64 * families.VOCAB + 5 * 64) * 4
         assert engine.traffic.weights == projections * 4.75 / 8 + others
-        assert stats.weights == {"int4 float32 in blocks of 1x32": (14, 4.75), "dense float32": (1, 32.0)}
+        assert stats.weights == {
+            "int4 float32 in blocks of 1x32": (14, 4.75, None),
+            "dense float32": (1, 32.0, None),
+        }
         assert "14 projections int4 float32 in blocks of 1x32, 4.75 bits a weight" in str(stats)

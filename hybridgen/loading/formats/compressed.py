@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.errors import UnsupportedModelError, shown
-from hybridgen.kernels.linear.layout import Block, expand, unpack_e2m1, unpack_int4
+from hybridgen.kernels.linear.layout import IN_ORDER, Block, expand, interleave, unpack_e2m1, unpack_int4
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
@@ -90,8 +90,8 @@ class Packed:
         zeros = tensors.get("weight_zero_point")
         if self.bits == 4:
             if zeros is not None:
-                zeros = unpack_int4(zeros.T.contiguous(), outputs).T.to(torch.uint8).contiguous()
-            return QuantisedWeight("int4", packed, scales, zeros, inputs, block, dtype)
+                zeros = unpack_int4(zeros.T.contiguous(), outputs, IN_ORDER).T.to(torch.uint8).contiguous()
+            return QuantisedWeight("int4", interleave(packed), scales, zeros, inputs, block, dtype)
         if zeros is not None:
             zeros = _bytes(zeros.T.contiguous(), outputs).T.to(torch.int16).contiguous()
         return QuantisedWeight("int8", _bytes(packed, inputs), scales, zeros, inputs, block, dtype)
