@@ -114,6 +114,12 @@ class SamplingParams:
     suppress_tokens: Sequence[int] | None = field(
         default=None, metadata=about("Token ids that cannot be chosen. An empty list: none.")
     )
+    allowed_token_ids: Sequence[int] | None = field(
+        default=None,
+        metadata=about(
+            "Only these token ids can be chosen, of which an end-of-sequence id is one only if it is named. None: any."
+        ),
+    )
     begin_suppress_tokens: Sequence[int] | None = field(
         default=None, metadata=about("Token ids that cannot be chosen first. An empty list: none.")
     )
@@ -265,6 +271,8 @@ class SamplingParams:
             raise SamplingError(f"cache_salt={shown(self.cache_salt)} is not text; give a string, or None for no salt")
         if self.logprobs_of not in ("model", "sampled"):
             raise SamplingError(f"logprobs_of={shown(self.logprobs_of)}; give 'model' or 'sampled'")
+        if self.allowed_token_ids == ():
+            raise SamplingError("allowed_token_ids=[] leaves no token; give at least one id, or None for any")
         limit, least = self.max_new_tokens, self.min_new_tokens
         if limit is not None and least is not None and least > limit:
             raise SamplingError(f"min_new_tokens={least} is above max_new_tokens={limit}; lower it")
@@ -357,6 +365,7 @@ def choice_seed(seed: int, choice: int) -> int:
 _ID_LISTS = (
     "stop_token_ids",
     "suppress_tokens",
+    "allowed_token_ids",
     "begin_suppress_tokens",
     "forced_bos_token_id",
     "forced_eos_token_id",

@@ -132,3 +132,24 @@ def test_one_prompt_too(engine: Engine) -> None:
     with pytest.raises(hybridgen.PromptError):
         hybridgen.generate(None, [""], **FAST)
     assert hybridgen.generate(None, [""], errors="return", **FAST)[0].error is not None
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_only_allowed_tokens_are_chosen_and_others_rows_are_as_before(mode: str) -> None:
+    allowed = [70, 71, 200]
+    with Engine.load(None, **FAST | {"mode": mode}) as engine:
+        free = engine.generate("import os", max_new_tokens=6, temperature=0)
+        wanted = [{"allowed_token_ids": allowed, "temperature": 1.0, "seed": 3}, {"temperature": 0}]
+        params = [hybridgen.SamplingParams(max_new_tokens=6, ignore_eos=True, **fields) for fields in wanted]
+        kept, other = engine.generate(["import os"] * 2, params)
+        assert set(kept.token_ids) <= set(allowed)
+        assert len(set(kept.token_ids)) > 1
+        assert other.token_ids == free.token_ids
+        # The most likely of the allowed ones, and a slot that had them is free of them afterwards.
+        scored = engine.generate("import os", max_new_tokens=1, temperature=0, logprobs=64)
+        first = engine.generate(
+            "import os", max_new_tokens=1, temperature=0, allowed_token_ids=[5, scored.token_ids[0]]
+        )
+        assert first.token_ids == scored.token_ids
+        for _ in range(4):
+            assert engine.generate("import os", max_new_tokens=6, temperature=0).token_ids == free.token_ids

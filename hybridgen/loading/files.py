@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -76,6 +77,19 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "is_assistant": (False,),
 }
 """What `generate()` of transformers reads and this library does not, with the values that change nothing."""
+_APPLIED: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "sequence_bias": ({}, []),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": ([],),
+    "forced_eos_token_id": ([],),
+}
+"""What a model's `generation_config` changes besides how it samples, with the values that change nothing."""
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _RUNNABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -271,9 +285,26 @@ def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], voc
         found["top_h"] = top_h
     if getattr(generation_config, "cache_implementation", None) == "quantized":
         found["cache_implementation"] = "quantized"
+    applied = {
+        name: value
+        for name, off in _APPLIED.items()
+        if (value := getattr(generation_config, name, None)) is not None and value not in off
+    }
+    if applied:
+        _tell_of_applied(whose, ", ".join(f"{name}={shown(value)}" for name, value in applied.items()))
     if found:
         listed = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
         logger.warning("%s: not applied here, so that texts can differ from Hugging Face's: %s", whose, listed)
+
+
+@functools.cache
+def _tell_of_applied(whose: str, listed: str) -> None:
+    """Once for each model: whoever compares texts with another library's should know."""
+    logger.warning(
+        "%s: applied where a call does not say otherwise: %s; SamplingParams says how each is switched off",
+        whose,
+        listed,
+    )
 
 
 def eos_ids(generation_config: GenerationConfig, config: PreTrainedConfig) -> tuple[int, ...]:

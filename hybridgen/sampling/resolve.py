@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-from hybridgen.errors import SamplingError
+from hybridgen.errors import SamplingError, shown
 from hybridgen.params import SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -55,6 +55,8 @@ class ResolvedSampling:
     frequency_penalty: float
     logit_bias: tuple[tuple[int, float], ...]
     """All that is added to logits whatever the text is: bias of ids and of sequences of one, bans as -inf."""
+    allowed_token_ids: tuple[int, ...]
+    """All other ids are banned, and have no bias; empty: none is."""
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...]
     """Sequences of two ids and more, bad words with -inf."""
     no_repeat_ngram_size: int
@@ -135,6 +137,7 @@ def resolve(
     values: dict[str, Any] = {f.name: getattr(params, f.name, None) for f in fields(ResolvedSampling)}
     values.update(
         logit_bias=tuple(bias.items()),
+        allowed_token_ids=tuple(dict.fromkeys(params.allowed_token_ids or ())),
         sequence_bias=sequences,
         begin=1 if first else 0,
         forced_first=first,
@@ -216,6 +219,14 @@ def _biases(
         if len(ids) == 1:
             bias[ids[0]] = bias.get(ids[0], 0.0) + value
     bias |= dict.fromkeys(params.suppress_tokens or (), _BAN)
+    if params.allowed_token_ids is not None:
+        allowed = set(params.allowed_token_ids)
+        bias = {token: value for token, value in bias.items() if token in allowed}
+        if all(bias.get(token) == _BAN for token in allowed):
+            raise SamplingError(
+                f"allowed_token_ids={shown(list(params.allowed_token_ids))} are all banned by suppress_tokens, "
+                "bad_words_ids or logit_bias, so that no token is left; allow another"
+            )
     longer = tuple((tuple(ids), value) for ids, value in sequences if len(ids) > 1)
     total = sum(len(ids) for ids, _ in longer)
     if total > MAX_SEQUENCE_TOKENS:
@@ -232,19 +243,23 @@ def _pairs(params: SamplingParams) -> tuple[tuple[tuple[int, ...], float], ...]:
 
 
 def _forced(name: str, params: SamplingParams) -> tuple[int, ...]:
-    """The ids that are forced, without those that are suppressed, which comes after."""
+    """The ids that are forced, without those that are suppressed, which comes after, or not allowed."""
     ids = tuple(getattr(params, name) or ())
     suppressed = set(params.suppress_tokens or ())
     left = tuple(token for token in ids if token not in suppressed)
     if ids and not left:
         raise SamplingError(f"{name}={list(ids)} is in suppress_tokens too, so that no token is left; leave one out")
+    if params.allowed_token_ids is not None:
+        left = tuple(token for token in left if token in params.allowed_token_ids)
+        if ids and not left:
+            raise SamplingError(f"{name}={list(ids)} is not in allowed_token_ids, so that no token is left; add it")
     return left
 
 
 def _check_all_ids(params: SamplingParams, vocab_size: int) -> None:
     for name in (
         "stop_token_ids", "logit_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
-        "forced_eos_token_id",
+        "forced_eos_token_id", "allowed_token_ids",
     ):  # fmt: skip
         _check_ids(name, getattr(params, name) or (), vocab_size)
     _check_ids("sequence_bias", (i for ids, _ in _pairs(params) for i in ids), vocab_size)

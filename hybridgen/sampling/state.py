@@ -88,7 +88,7 @@ def plan_of(params: ResolvedSampling, vocab_size: int) -> SamplerPlan:
         nucleus=nucleus,
         min_p=draws and params.min_p > 0,
         penalties=params.penalizes,
-        bias=bool(params.logit_bias),
+        bias=bool(params.logit_bias or params.allowed_token_ids),
         by_length=_goes_by_length(params),
         top_k=draws and params.top_k > 0,
         history=params.reads_history,
@@ -200,6 +200,8 @@ class SamplerState:
         if self.history is not None:
             self.history.ends[slot].zero_()
         if plan.bias and self.bias is not None:
+            if params.allowed_token_ids:
+                self.bias[slot].fill_(-math.inf).index_fill_(0, self._ids(params.allowed_token_ids), 0.0)
             ids = self._on_device([token for token, _ in params.logit_bias], torch.int64)
             values = [bias if bias == -math.inf else _finite(bias) for _, bias in params.logit_bias]
             self.bias[slot].index_copy_(0, ids, self._on_device(values, torch.float32))

@@ -107,3 +107,19 @@ def test_errors_name_the_value(model, fields, words):
         resolved(model, **fields)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_only_allowed_tokens_are_left() -> None:
+    found = resolved(None, allowed_token_ids=[3, 5, 3], logit_bias={5: 1.0, 7: 2.0}, suppress_tokens=[3, 9])
+    assert found.allowed_token_ids == (3, 5)
+    assert dict(found.logit_bias) == {5: 1.0, 3: -float("inf")}
+    assert resolved(None).allowed_token_ids == ()
+    for fields, words in (
+        ({"allowed_token_ids": [3], "suppress_tokens": [3]}, "are all banned"),
+        ({"allowed_token_ids": [3], "forced_eos_token_id": 4}, "is not in allowed_token_ids"),
+        ({"allowed_token_ids": [10**9]}, "allowed_token_ids holds"),
+    ):
+        with pytest.raises(SamplingError, match=words):
+            resolved(None, **fields)
+    with pytest.raises(SamplingError, match=r"allowed_token_ids=\[\] leaves no token"):
+        SamplingParams(allowed_token_ids=[])

@@ -23,6 +23,9 @@ from hybridgen.errors import EngineError
 _CPU_BLOCKS = 64
 """Pages of `generate_batch`'s cache on a CPU, of 256 positions each."""
 
+_NO_TOKEN = 2**31 - 1
+"""An id that no vocabulary has, so that nothing ends a text. transformers warns of a negative one at every call."""
+
 
 class Unavailable(EngineError):
     """A baseline that this machine or this model does not have; the message says why."""
@@ -71,7 +74,7 @@ class HuggingFaceGenerate:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
-            eos_token_id=-1,  # ignored, not forbidden: a minimum length would add processors to every step
+            eos_token_id=_NO_TOKEN,  # ignored, not forbidden: a minimum length would add processors to every step
             pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([clock]),  # type: ignore[list-item]
             **options,
@@ -126,7 +129,7 @@ class HuggingFaceBatch:
         found = self._model.generate_batch(
             prompts,
             generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0
+                do_sample=False, max_new_tokens=new_tokens, eos_token_id=_NO_TOKEN, pad_token_id=0
             ),
             continuous_batching_config=batching_config(),
             record_timestamps=True,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from html import escape
 
 from hybridgen.comparison.data.results import ComparisonData
-from hybridgen.comparison.render.report import Table, summary, tables
+from hybridgen.comparison.render.report import Table, summary, tables, warnings
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 82rem; margin: 2rem auto; padding: 0 1rem; }
@@ -37,6 +37,7 @@ def page(comparison: ComparisonData, pictures: Mapping[str, bytes]) -> str:
         '<html lang="en"><head><meta charset="utf-8">',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
+        *(f"<p><strong>{escape(line)}</strong></p>" for line in warnings(comparison)),
         "<ul>",
         *(f"<li>{escape(line)}</li>" for line in summary(comparison)),
         "</ul>",
@@ -54,7 +55,8 @@ def page(comparison: ComparisonData, pictures: Mapping[str, bytes]) -> str:
 def body(comparison: ComparisonData) -> str:
     """The summary and the tables, to stand in another page."""
     lines = "".join(f"<li>{escape(line)}</li>" for line in summary(comparison))
-    return "\n".join([f"<ul>{lines}</ul>", *(_table(table) for table in tables(comparison))])
+    careful = [f"<p><strong>{escape(line)}</strong></p>" for line in warnings(comparison)]
+    return "\n".join([*careful, f"<ul>{lines}</ul>", *(_table(table) for table in tables(comparison))])
 
 
 def _table(table: Table) -> str:

@@ -61,7 +61,7 @@ def _times(cell: CellResult) -> list[str]:
         NONE if agreement is None else _percent(agreement.share),
         difference,
         _number(cell.logit_error, ".2g"),
-        str(cell.repeats),
+        "1*" if cell.repeats == 1 else str(cell.repeats),
         stopped(cell),
     ]
 
@@ -136,6 +136,18 @@ def _reasons(comparison: ComparisonData) -> list[list[str]]:
         [subject, f"{count:,}", reason]
         for subject, reasons in counted.items()
         for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def warnings(comparison: ComparisonData) -> list[str]:
+    """What a reader has to know before the figures; it stands above them."""
+    ok = [cell for cell in comparison.cells if cell.status == OK]
+    alone = sum(cell.repeats == 1 for cell in ok)
+    if not alone:
+        return []
+    return [
+        f"{alone} of {len(ok)} rows are of one call (calls 1*): their times say little. A larger budget "
+        f"(--budget, here {comparison.config.budget:g} s) gives more."
     ]
 
 
@@ -216,7 +228,7 @@ def terminal(comparison: ComparisonData) -> str:
     check_tabulate()
     from tabulate import tabulate
 
-    parts = []
+    parts = warnings(comparison)
     for table in tables(comparison):
         text = tabulate(table.rows, table.head, tablefmt="simple", disable_numparse=True, colalign=_aligned(table))
         parts.append(f"{table.title}\n\n{text}")
@@ -231,6 +243,8 @@ def _aligned(table: Table) -> list[str]:
 def markdown(comparison: ComparisonData) -> str:
     """The same as a Markdown page."""
     lines = [f"# Comparison: {comparison.model}", ""]
+    for line in warnings(comparison):
+        lines += [f"**{line}**", ""]
     for table in tables(comparison):
         rules = ["---" if side == "left" else "---:" for side in _aligned(table)]
         rows = [table.head, rules, *table.rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers
 
 import hybridgen
 from hybridgen.comparison.data.config import CompareConfig
@@ -31,6 +33,25 @@ def test_hugging_face_gives_the_tokens_of_generate_and_a_time_for_each(name: str
             assert all(0 < times[0] < times[-1] for times in output.times)
     finally:
         baseline.close()
+
+
+@pytest.mark.parametrize("name", ["hf-dynamic", "hf-static"])
+def test_calls_have_hugging_face_warn_of_nothing(name: str) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    logger.addHandler(handler)
+    try:
+        baseline = build_baseline(name, families.build("llama"), None, CONFIG)
+        baseline.call(PROMPTS, 3)
+        baseline.close()
+    finally:
+        logger.removeHandler(handler)
+        transformers.logging.set_verbosity(before)
+    assert said == []
 
 
 def test_static_caches_are_one_per_batch_size() -> None:

@@ -184,3 +184,15 @@ def test_it_is_short_in_a_list_and_a_table_in_a_notebook() -> None:
     assert len(repr(made)) < 200
     assert "<table>" in made._repr_html_()
     assert "<html" not in made._repr_html_()
+
+
+def test_rows_of_one_call_are_marked_and_told_of_first() -> None:
+    made = comparison()
+    assert "one call" not in made.__str__()
+    made.cells[0].repeats = made.cells[1].repeats = 1
+    text = str(made)
+    assert text.startswith("2 of ")
+    assert "rows are of one call (calls 1*)" in text.splitlines()[0]
+    assert text.count("  1*  ") == 2
+    page = made._repr_html_()
+    assert page.index("rows are of one call") < page.index("<table>")

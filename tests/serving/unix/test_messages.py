@@ -61,6 +61,7 @@ params = st.builds(
     no_repeat_ngram_size=st.none() | st.integers(0, 9),
     cache_salt=st.none() | st.text(),
     truncate_prompt=st.none() | st.integers(1, 2**40),
+    allowed_token_ids=st.none() | st.lists(st.integers(0, 1000), min_size=1, max_size=3),
 )
 
 
@@ -89,7 +90,7 @@ def test_every_sampling_field_was_in_the_strategy() -> None:
         stop_token_ids=[4], ignore_eos=True, logprobs=2, logprobs_of="sampled", skip_special_tokens=False,
         typical_p=0.9, epsilon_cutoff=0.1, eta_cutoff=0.2, sequence_bias={(1, 2): -math.inf, (3,): 0.5},
         bad_words_ids=[[5, 6]], suppress_tokens=[7], begin_suppress_tokens=[8], no_repeat_ngram_size=3,
-        forced_bos_token_id=9, forced_eos_token_id=[0, 10], cache_salt="a", truncate_prompt=5,
+        forced_bos_token_id=9, forced_eos_token_id=[0, 10], cache_salt="a", truncate_prompt=5, allowed_token_ids=[9],
     )  # fmt: skip
     assert all(getattr(full, name) != getattr(default, name) for name in names)
     assert messages.sampling_to_wire(full).keys() == names
