@@ -131,6 +131,12 @@ def _device(name: str, value: Any) -> str:
     return device
 
 
+def _adapter(name: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
+        return None if value is None else os.fspath(value)
+    raise ConfigError(f"{name}={shown(value)}; give a directory or hub id of a PEFT adapter, or None")
+
+
 def _revision(name: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise ConfigError(f"{name}={shown(value)}; give a branch, tag or commit as text, or None")
@@ -275,6 +281,15 @@ class EngineConfig:
     revision: str | None = field(
         default=None, metadata=setting("Branch, tag or commit of a hub model.", _revision, in_key=False, opens=True)
     )
+    adapter: str | None = field(
+        default=None,
+        metadata=setting(
+            "A directory or hub id of a PEFT adapter, which is merged into the weights (extra `lora`); see "
+            "`Engine.set_adapter`.",
+            _adapter,
+            in_key=False,
+        ),
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata=setting(
@@ -328,6 +343,15 @@ class EngineConfig:
         metadata=setting(
             "Requests whose prompts begin as earlier ones did use the keys and values that those left, in "
             "whole pages. Off for models whose keys depend on a request's length; see docs/usage.md.",
+            switch,
+            in_key=False,
+        ),
+    )
+    longest_first: bool = field(
+        default=True,
+        metadata=setting(
+            "Of a list that is given at once and not streamed, requests that may generate the most start first, so "
+            "that few are left alone at the end. Completions come in the order of the list.",
             switch,
             in_key=False,
         ),

@@ -162,6 +162,9 @@ class Completion:
         default=0,
         metadata=about("Tokens of the prompt whose keys and values were there already (`EngineConfig.prefix_cache`)."),
     )
+    weights_version: int = field(
+        default=0, metadata=about("How often `Engine.weights_changed()` had been called when it began.")
+    )
     error: Exception | None = field(
         default=None,
         compare=False,  # exceptions are equal to themselves alone, and a pickled completion should equal its original

@@ -49,7 +49,7 @@ def test_a_result_says_where_it_is_from(path: Path) -> None:
         for name in ("engine", "version", "torch", "gpu", "date", "source", "ran"):
             assert provenance[name], name
         return
-    on_gpu = () if path.stem.endswith("-cpu") else ("gpu", "driver", "triton")
+    on_gpu = () if path.stem.endswith("cpu") else ("gpu", "driver", "triton")
     for name in (*on_gpu, "torch", "commit", "command"):
         assert provenance[name], name
 

@@ -110,8 +110,8 @@ def check_replays(engine: hybridgen.Engine) -> None:
 def make_hybrid(engine: hybridgen.Engine) -> None:
     """Turn an engine of mode jit into one of mode hybrid, as loading does it, with what was compiled."""
     engine.mode = Mode.HYBRID
-    # Without lazy capture, or decode steps would be compiled whole, which is tried in graphs/test_compiled_step.py.
-    engine.config = engine.config.replace(mode="hybrid", lazy_capture=False, **GRAPHS)
+    # With Inductor decode steps would be compiled whole, which is tried in graphs/test_compiled_step.py.
+    engine.config = engine.config.replace(mode="hybrid", compile_backend="eager", **GRAPHS)
     builder = Builder(
         engine.checkpoint,
         engine.config,
@@ -120,8 +120,9 @@ def make_hybrid(engine: hybridgen.Engine) -> None:
         engine._startup,
         engine._counters,
     )
-    builder.use_graphs(engine._runner, builder.graph_plan(), "mode hybrid")
-    builder.capture(engine._runner)
+    plan = builder.graph_plan()
+    builder.use_graphs(engine._runner, plan, "mode hybrid")
+    builder.capture(engine._runner, plan)
     engine._loop.scheduler.pages.clear()  # prompts that mode jit has seen would have short prefills
 
 

@@ -13,7 +13,7 @@ from hybridgen.cache.block_table import BlockTable
 from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, PagedKV
 from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
 from hybridgen.cache.prefix import PageManager, RequestPages
-from hybridgen.cache.sizing import pages_for_tokens, plan_pages
+from hybridgen.cache.sizing import pages_for_tokens, pages_in_turn, plan_pages
 from hybridgen.cache.state import LayerState, allocate, total_bytes
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "RequestPages",
     "allocate",
     "pages_for_tokens",
+    "pages_in_turn",
     "plan_pages",
     "total_bytes",
 ]

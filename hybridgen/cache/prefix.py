@@ -5,6 +5,10 @@ prompts are never taken for one. Nothing is copied: a shared page lies in the bl
 written by the request that met its tokens first, and read by those that are admitted later: within a prefill call, keys
 and values of all tokens are written before any are read, and calls follow one another on one stream.
 
+Where every layer sees only the last positions, a request that finds too few pages for all of its positions can have a
+few that it uses in turn (`ring_pages`): a page is written again once no query sees what it holds. Others never find
+these.
+
 Pages that nobody uses stay in the trie until a request needs them; the one that was given back first goes first.
 Radix trees of this kind are SGLang's (Zheng et al. 2023, arXiv:2312.07104); whole pages and counts are vLLM's.
 """
@@ -40,7 +44,7 @@ class RequestPages:
     """The pages of one request, from `PageManager.admit` to `release`."""
 
     table: list[int] = field(default_factory=list)
-    """Its pages in order: its row of the block table."""
+    """Its pages in order: its row of the block table. Where it uses some in turn they are there several times."""
     cached: int = 0
     """Positions at the beginning that it need not compute."""
     nodes: list[_Node] = field(default_factory=list)
@@ -49,20 +53,25 @@ class RequestPages:
     """How many of them are launched."""
     generation: int = 0
     """How often the cache had been cleared when it came."""
+    in_turn: bool = False
+    """It writes to its pages again and again, so that no other request can have them."""
 
 
 class PageManager:
     """Gives requests their pages and takes them back; keeps those that others may share."""
 
-    def __init__(self, num_pages: int, page_size: int, *, shares: bool = True) -> None:
+    def __init__(self, num_pages: int, page_size: int, *, shares: bool = True, ring_pages: int | None = None) -> None:
         """
         Args:
             num_pages: of the pool, the dummy page included.
             page_size: positions that a page holds.
             shares: whether requests share pages at all.
+            ring_pages: by `pages_in_turn`, how many pages a request can do with that uses them in turn; None: it needs
+                all of its positions to its end.
         """
         self.shares = shares
         self.page_size = page_size
+        self.ring_pages = ring_pages
         self.asked = 0
         """Prompt tokens of the requests that were admitted."""
         self.found = 0
@@ -97,7 +106,8 @@ class PageManager:
         """Pages for a request, or None when too few are free (then nothing is taken).
 
         What it shares is held first, and does not count as free any more. The last token of the prompt is never among
-        it, because something has to be computed to choose the next one.
+        it, because something has to be computed to choose the next one. Where too few pages are free for all positions,
+        it gets `ring_pages` in turn.
 
         Args:
             ids: what is fed of its prompt.
@@ -109,14 +119,18 @@ class PageManager:
         packed = _packed(ids) if self.shares else b""
         shared = self._match(packed, salt, min(len(ids) - 1, len(ids) - 1 if most is None else most) // size)
         self._hold(shared)
-        own = self._take(pages_for_tokens(positions, size) - len(shared))
+        count = pages_for_tokens(positions, size) - len(shared)
+        own = self._take(count)
+        in_turn = own is None and self.ring_pages is not None and self.ring_pages < count
+        if in_turn and self.ring_pages is not None:
+            own = self._take(self.ring_pages)
         if own is None:
             self._let_go(shared)
             return None
-        request = RequestPages(
-            [node.page for node in shared] + own, len(shared) * size, shared, generation=self._generation
-        )
-        self._enter(request, packed, salt, request)
+        table = [node.page for node in shared] + [own[index % len(own)] for index in range(count)]
+        request = RequestPages(table, len(shared) * size, shared, generation=self._generation, in_turn=in_turn)
+        if not in_turn:
+            self._enter(request, packed, salt, request)
         self.asked += len(ids)
         self.found += request.cached
         return request
@@ -135,7 +149,7 @@ class PageManager:
         Args:
             ids: all tokens that were fed, from the first on.
         """
-        if self.shares and request.generation == self._generation:
+        if self.shares and request.generation == self._generation and not request.in_turn:
             known = len(request.nodes) * self.page_size
             self._enter(request, _packed(ids[known:]), salt, None)
 
@@ -154,7 +168,7 @@ class PageManager:
         for node in unwritten:
             if self._table.get(node.key) is node:
                 del self._table[node.key]
-        self._allocator.release(own)
+        self._allocator.release(list(dict.fromkeys(own)))
         self._let_go(request.nodes)
         return any(node.holders for node in unwritten)
 

@@ -21,6 +21,17 @@ def pages_for_tokens(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
+def pages_in_turn(reach: int, tokens: int, page_size: int) -> int:
+    """Pages that are enough for a request of any length that uses them in turn.
+
+    Args:
+        reach: positions that a query sees at most in any layer, its own included.
+        tokens: of the request that one call feeds at most; all of them are written before any layer reads.
+    """
+    # The first query of such a call sees the position reach + tokens - 2 before the last one that is written.
+    return pages_for_tokens(reach + tokens - 1, page_size)
+
+
 def plan_pages(
     states: Sequence[LayerState],
     *,

@@ -128,6 +128,8 @@ def _warm(arguments: argparse.Namespace) -> int:
             stats = engine.stats()
             problems = [note for note in stats.artifacts.notes if "cannot keep" in note or "cannot be written" in note]
             problems += [why for why in stats.fallbacks if "compilation failed" in why or "cannot be kept" in why]
+            if not stats.graphs.graphs and not stats.compiled:
+                problems += stats.graphs.failures.values()
             if stats.artifacts.state == "off" or problems:
                 raise CacheError(f"the compile cache was not filled: {'; '.join(problems) or stats.artifacts.reason}")
             say(f"{stats.artifacts.key[:12]}: {stats.artifacts.state} ({stats.artifacts.reason}), mode {engine.mode}")

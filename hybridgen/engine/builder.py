@@ -14,10 +14,12 @@ from hybridgen.cache import (
     PageManager,
     allocate,
     pages_for_tokens,
+    pages_in_turn,
     plan_pages,
     total_bytes,
 )
 from hybridgen.compilation.layers import switched_off
+from hybridgen.compilation.steps import CompiledSteps
 from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.scheduler import Scheduler
@@ -72,7 +74,9 @@ class Builder:
         starter, timed = self.starter, self.startup.timed
         plan = self.graph_plan()
         with timed("artifacts"):
-            units = starter.load_units() if self.resolved.mode.compiles and switched_off() is None else None
+            compiles_layers = self.resolved.mode.compiles and not plan.compiles_steps
+            units = starter.load_units() if compiles_layers and switched_off() is None else None
+            steps = starter.find_steps(config.offline_compile) if plan.compiles_steps else None
         runner = ModelRunner(
             bound,
             vocab_size=checkpoint.vocab_size,
@@ -80,7 +84,7 @@ class Builder:
             max_pages=pages_for_tokens(self.resolved.max_context, config.page_size),
             token_budget=self.resolved.token_budget,
             max_context=self.resolved.max_context,
-            compile_backend=config.compile_backend if self.resolved.mode.compiles else None,
+            compile_backend=config.compile_backend if compiles_layers else None,
             units=units,
             offline=config.offline_compile,
             one_copy=config.metadata_copy,
@@ -97,7 +101,7 @@ class Builder:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()
         not_compiled = None
-        if self.resolved.mode.compiles:
+        if compiles_layers:
             with timed("compile"):
                 not_compiled = self._compile(runner)
         if fuses:
@@ -105,14 +109,17 @@ class Builder:
         if device.type == "cuda":
             with timed("tuning"):
                 warm_up.run_all_sizes(runner)
-        self.use_graphs(runner, plan, not_compiled)
+        self.use_graphs(runner, plan, not_compiled, steps)
         if twin is None:  # hooks that the model's own code put there; a twin has none while it is built
             begin_call(runner)
         if plan.records and config.capture_at_start:
             with timed("capture"):
-                self.capture(runner)
+                self.capture(runner, plan)
         prefix_state = self._prefix_state(bound, runner)
-        pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on")
+        ring_pages = None
+        if bound.reach is not None:
+            ring_pages = pages_in_turn(bound.reach, self.resolved.token_budget, config.page_size)
+        pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on", ring_pages=ring_pages)
 
         def before_call() -> None:
             begin_call(runner)
@@ -125,6 +132,7 @@ class Builder:
             token_budget=self.resolved.token_budget,
             score_budget=runner.score_budget,
             reprefill_length=bound.reprefill_length,
+            longest_first=config.longest_first,
         )
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
         loop = StepLoop(
@@ -140,15 +148,22 @@ class Builder:
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state)
 
-    def use_graphs(self, runner: ModelRunner, plan: GraphSetup, not_compiled: str | None) -> None:
+    def use_graphs(
+        self,
+        runner: ModelRunner,
+        plan: GraphSetup,
+        not_compiled: str | None,
+        steps: CompiledSteps | None = None,
+    ) -> None:
         """Record steps as the plan says.
 
         Args:
             not_compiled: why a mode that compiles does not.
+            steps: those that are kept, where steps are compiled whole.
         """
         runner.use_graphs(
             plan.settings(),
-            recorder=plan.recorder(runner.steps),
+            recorder=plan.recorder(runner.steps, steps),
             why_plain=not_compiled or f"mode {plan.mode}",
             note=", layers not compiled" if not_compiled else "",
             counters=self.counters,
@@ -167,18 +182,29 @@ class Builder:
             max_tokens=self.resolved.max_tokens,
         )
 
-    def capture(self, runner: ModelRunner) -> None:
-        """Record all buckets, for greedy decoding and for the sampling that a request gets by default."""
+    def capture(self, runner: ModelRunner, plan: GraphSetup) -> None:
+        """Record all buckets, for greedy decoding and for the sampling that a request gets by default.
+
+        Of steps that are compiled whole, those that the compile cache has; others are compiled behind, or here where
+        nothing is recorded later.
+
+        Raises:
+            CacheMissError: `offline_compile=True`, and a compiled step is not there.
+        """
         checkpoint = self.checkpoint
         usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
-        plans = dict.fromkeys((SamplerPlan(), plan_of(usual, checkpoint.vocab_size)))
+        plans = {SamplerPlan(): None}
+        if not plan.compiles_steps:  # each takes half a minute: one that ends at the logits serves all other samplers
+            plans[plan_of(usual, checkpoint.vocab_size)] = None
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
         keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler)
-        keys = self.starter.planned(runner, keys)
+        keys = self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
         disable = bar_disabled(self.config.progress)
         with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
             runner.capture(keys, bar.update)
+        if plan.compiles_steps:
+            self.starter.check_steps()
 
     def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes."""

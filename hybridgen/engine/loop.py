@@ -85,6 +85,9 @@ class StepLoop:
         self._disturbed = False
         """Whether that happened, and host and device were not made to agree again yet."""
         self._end: EngineError | None = None
+        self._paused: EngineError | None = None
+        self.weights_version = 0
+        """How often `weights_changed()` was called."""
 
     def submit(self, requests: Sequence[Request], *, keep_events: bool = False) -> None:
         """Queue new requests, all or none; `step()` runs them.
@@ -99,6 +102,8 @@ class StepLoop:
         """
         with self._lock, interrupts_deferred():
             self.check()
+            if self._paused is not None:
+                raise self._paused
             if any(request.state is not RequestState.NEW for request in requests):
                 raise ValueError("a request can be submitted once; make a new one")
             if not self._stepping:
@@ -106,7 +111,7 @@ class StepLoop:
             outputs = [self._output(request, keep_events) for request in requests]
             for request, output in zip(requests, outputs, strict=True):
                 request.output = output
-            for request in self.scheduler.in_order(requests):
+            for request in self.scheduler.in_order(requests, streamed=keep_events):
                 self.scheduler.add(request)
             self._counters.requests["submitted"] += len(requests)
             truncated = sum(request.truncated for request in requests)
@@ -129,6 +134,39 @@ class StepLoop:
             self._in_flight = []
             for request in [*self.scheduler.running, *self.scheduler.waiting]:
                 self._finish(request, FinishReason.ERROR, self._end)
+
+    def weights_changed(self) -> None:
+        """The model's weights have other values from now on. Requests that run go on with them.
+
+        Raises:
+            EngineError: the loop has ended, or this was called from inside a step.
+        """
+        with self._lock, interrupts_deferred():
+            self.check()
+            if self._stepping:
+                raise EngineError("weights_changed() was called from inside a step; call it between two calls")
+            self._before_call()
+            self.scheduler.pages.clear()
+            self.weights_version += 1
+
+    def pause(self, work: Callable[[], None], why: EngineError | None) -> None:
+        """Do something to what requests need, while none waits or runs.
+
+        Args:
+            why: what later calls are refused with; None: they are taken again.
+
+        Raises:
+            EngineError: the loop has ended, or requests wait or run.
+        """
+        with self._lock, interrupts_deferred():
+            self.check()
+            if self._stepping or self.scheduler.busy:
+                raise EngineError("requests wait or run; let them end first")
+            flights, self._in_flight = self._in_flight, []
+            for flight in flights:
+                self._read(flight)
+            work()
+            self._paused = why
 
     @property
     def ended(self) -> bool:
@@ -382,6 +420,7 @@ class StepLoop:
                 request.index,
                 request.choice,
                 scored_from=request.scored_from,
+                weights_version=self.weights_version,
                 keep_events=keep_events,
                 traffic=None if self._meter is None else self._meter.traffic,
                 prompt=request.prompt,

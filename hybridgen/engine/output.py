@@ -40,6 +40,7 @@ class RequestOutput:
         choice: int = 0,
         *,
         scored_from: int | None = None,
+        weights_version: int = 0,
         keep_events: bool = False,
         traffic: Traffic | None = None,
         prompt: Any = None,
@@ -49,6 +50,7 @@ class RequestOutput:
         Args:
             index, choice: which prompt of its call, and which of the prompt's completions.
             scored_from: the first token of the prompt whose log-probability is told; None: of no token.
+            weights_version: how often the weights had changed.
             keep_events: make an event for each token.
             traffic: what a decode step reads, for the completion's bandwidth.
             prompt: the text or chat that the ids are of, for the completion.
@@ -67,6 +69,7 @@ class RequestOutput:
         self._prompt, self._truncated = prompt, truncated
         self._sampling = sampling
         self._scored_from = scored_from
+        self._weights_version = weights_version
         self._scores: list[TokenLogprob] = []
         self._index = index
         self._choice = choice
@@ -295,6 +298,7 @@ class RequestOutput:
             prompt_logprobs=None if self._scored_from is None else (*[None] * self._scored_from, *self._scores),
             stop_match=match,
             cached_tokens=self.cached_tokens,
+            weights_version=self._weights_version,
             error=error,
         )
 

@@ -9,6 +9,7 @@ from hybridgen.config import EngineConfig, GraphOwner, ResolvedConfig
 from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, DeviceError
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.adapters import check_adapter
 from hybridgen.telemetry import import_time
 
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
@@ -49,6 +50,10 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             above what one call takes.
         DeviceError: the machine cannot run the mode.
     """
+    if config.adapter is not None:
+        if checkpoint.module is not None:
+            raise ConfigError("adapter= is not for a live module; merge it there, or give the PEFT model")
+        check_adapter(config.adapter)
     device = checkpoint.device.type
     mode = config.mode_on(device)
     if mode.compiles:

@@ -1,9 +1,10 @@
 """Which requests run in the next step.
 
-First come, first served. A request is admitted when a slot is free and the pool has pages for its whole prompt and
-output, so a running request is never stopped for want of memory; pages that hold its first tokens already are shared
-(`cache.prefix`). Each step has at most one prefill call, with prompts
-packed up to the token budget and long ones in chunks, and one decode call of all requests that are past their prompt.
+First come, first served; the requests of one list in the order of `Scheduler.in_order`. A request is admitted when a
+slot is free and the pool has pages for its whole prompt and output, so a running request is never stopped for want of
+memory; pages that hold its first tokens already are shared (`cache.prefix`). Each step has at most one prefill call,
+with prompts packed up to the token budget and long ones in chunks, and one decode call of all requests that are past
+their prompt.
 
 Most steps decode the same requests as the step before. The scheduler counts how many more of them there will be, and
 returns the same `Schedule` that often without looking at any request.
@@ -12,7 +13,8 @@ returns the same `Schedule` that often without looking at any request.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import chain, groupby
 from typing import NamedTuple
 
 from hybridgen.cache import PageManager, RequestPages
@@ -45,6 +47,7 @@ class Scheduler:
         token_budget: int,
         score_budget: int = 1024,
         reprefill_length: int | None = None,
+        longest_first: bool = True,
     ) -> None:
         """
         Args:
@@ -52,8 +55,10 @@ class Scheduler:
             token_budget: tokens of a prefill call at most.
             score_budget: tokens that a prefill call tells the log-probabilities of at most.
             reprefill_length: a request that reaches this length is prefilled again, see `BoundModel`.
+            longest_first: whether `in_order` puts requests first that may generate the most.
         """
         self.pages = pages
+        self._longest_first = longest_first
         self._token_budget = token_budget
         self._score_budget = score_budget
         self._reprefill_length = reprefill_length
@@ -73,12 +78,33 @@ class Scheduler:
         """Whether a request waits or runs."""
         return bool(self.running or self.waiting)
 
-    def in_order(self, requests: Sequence[Request]) -> list[Request]:
-        """The requests of a call in the order in which to queue them: where they share pages, next to each other."""
-        if not self.pages.shares or len(requests) < 2:
+    def in_order(self, requests: Sequence[Request], *, streamed: bool) -> list[Request]:
+        """The requests of a call in the order in which to queue them.
+
+        Those that share pages are next to each other. Among these groups and all others, those that may generate the
+        most come first: at the end, the device then has many short requests left rather than a few long ones (Graham
+        1969, "Bounds on multiprocessing timing anomalies"). Not where tokens are waited for one by one.
+
+        Args:
+            streamed: whether somebody waits for each token.
+        """
+        if len(requests) < 2:
             return list(requests)
-        prompts = [(request.sampling.cache_salt, request.prompt_ids) for request in requests]
-        return [requests[index] for index in in_order(prompts, self.pages.page_size)]
+        if self.pages.shares:
+            prompts = [(request.sampling.cache_salt, request.prompt_ids) for request in requests]
+            requests = [requests[index] for index in in_order(prompts, self.pages.page_size)]
+        if streamed or not self._longest_first:
+            return list(requests)
+        groups = [list(group) for _, group in groupby(requests, self._beginning)]
+        groups.sort(key=lambda group: -max(request.sampling.max_new_tokens for request in group))
+        return list(chain.from_iterable(groups))
+
+    def _beginning(self, request: Request) -> Hashable:
+        """What requests have in common that may share pages; a request that can share none has only itself."""
+        size = self.pages.page_size
+        if not self.pages.shares or len(request.prompt_ids) <= size:
+            return request
+        return request.sampling.cache_salt, request.prompt_ids[:size]
 
     def add(self, request: Request) -> None:
         """Queue a new request. The caller has checked that it fits an empty pool."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hybridgen.compilation.aot import LayerUnits
+from hybridgen.compilation.steps import CompiledSteps
 from hybridgen.compilation.store import Entry
 from hybridgen.compilation.store.files import write_whole
 from hybridgen.compilation.store.session import CompileCache
@@ -77,6 +78,7 @@ class Starter:
         self._startup = startup
         self._counters = counters
         self._units: LayerUnits | None = None
+        self._steps: CompiledSteps | None = None
         self._planned = (0, 0)
         self.fused: dict[str, str] = {}
         """What serves which decode sizes in place of the model's own layers, or why nothing does."""
@@ -94,6 +96,29 @@ class Starter:
             self._counters.fall_back(f"compile cache: {problem}")
             self._cache.distrust(problem)
         return self._units
+
+    def find_steps(self, offline: bool) -> CompiledSteps:
+        """The entry's compiled steps; where nothing is kept, none and a place for none."""
+        entry = self._cache.entry
+        directory = entry.aot if isinstance(entry, Entry) else None
+        self._steps = CompiledSteps(directory, offline=offline, fall_back=self._counters.fall_back)
+        return self._steps
+
+    def check_steps(self) -> None:
+        """What follows the start's captures of compiled steps.
+
+        Raises:
+            CacheMissError: `offline_compile=True`, and one of them is not there, or none is.
+        """
+        steps = self._steps
+        if steps is None or not steps.offline:
+            return
+        if steps.missing or steps.empty:
+            lacks = f"{steps.missing} compiled steps that this start needs" if steps.missing else "any compiled step"
+            raise CacheMissError(
+                f"offline_compile=True, and the compile cache does not hold {lacks}; run hybridgen cache warm with the "
+                "same config, or allow compiling"
+            )
 
     def compile(self, runner: ModelRunner) -> None:
         """Make the compiled layers ready. Those from the entry are compared with uncompiled ones; the others are
@@ -216,9 +241,13 @@ class Starter:
             self._counters.fall_back(f"compile cache: the fused kernel is not kept: {error.strerror or error}")
         return code
 
-    def planned(self, runner: ModelRunner, keys: Sequence[GraphKey]) -> list[GraphKey]:
+    def planned(self, runner: ModelRunner, keys: Sequence[GraphKey], *, only_kept: bool = False) -> list[GraphKey]:
         """Which graphs to record before the first request. On a cold start all of these; on a warm one the buckets
-        that the user named, and of the others those that earlier processes used."""
+        that the user named, and of the others those that earlier processes used.
+
+        Args:
+            only_kept: on a cold start only the buckets that the user named, because each is compiled.
+        """
         served = runner.router.served
         keys = list(map(served, keys))
         # What another executor serves now than then is not known.
@@ -227,7 +256,12 @@ class Starter:
         runner.graphs.know({graph.key: graph.times for graph in plan if graph.times is not None})
         # Without recording while idle, what is left out now would never be recorded.
         settings = runner.graphs.settings
-        chosen = capture_plan.first(keys, plan, named=settings.named) if settings.lazy else list(keys)
+        if not settings.lazy:
+            chosen = list(keys)
+        elif only_kept and not plan:
+            chosen = [key for key in keys if key.phase in settings.named]
+        else:
+            chosen = capture_plan.first(keys, plan, named=settings.named)
         chosen = chosen[: settings.max_graphs]
         known = {graph.key for graph in plan}
         hits = sum(key in known for key in chosen)
@@ -253,10 +287,13 @@ class Starter:
             return ArtifactStats(state=cache.state, reason=entry.reason, notes=tuple(cache.notes))
         documents = [found for name, found in entry.reads.items() if name != capture_plan.DOCUMENT]
         compiled = runner.compiled.compiles if runner is not None and runner.compiled is not None else 0
+        loaded = self._units.loaded if self._units is not None else 0
+        if self._steps is not None:
+            loaded, compiled = self._steps.loaded, self._steps.compiled
         for phase, found, missed in (
             ("artifacts", int(entry.hit), int(not entry.hit)),
             ("tuning", sum(documents), len(documents) - sum(documents)),
-            ("compile", self._units.loaded if self._units is not None else 0, compiled),
+            ("compile", loaded, compiled),
             ("capture", *self._planned),
         ):
             hits[phase], misses[phase] = found, missed

@@ -7,11 +7,9 @@ import torch
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.runner import ModelRunner
+from hybridgen.execution.validation import tolerance_of
 from hybridgen.graphs.key import GraphKey
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""Largest norm of the difference of logits over their norm. Compiled and uncompiled layers round in different places:
-in half precision each is about a hundredth from float32."""
 _PROMPT = 7
 _ROWS = 3
 
@@ -31,7 +29,7 @@ def compare(runner: ModelRunner, compiled: CompiledLayers) -> str | None:
     for name, left, right in zip(("a prompt", "decoding one row", "decoding rows"), ours, theirs, strict=False):
         if not bool(torch.isfinite(right).all()):
             continue  # a model whose logits are not finite says nothing about code
-        tolerance = TOLERANCE.get(runner.bound.model.dtype, TOLERANCE[torch.bfloat16])
+        tolerance = tolerance_of(runner.bound.model.dtype)
         error = float((left - right).norm() / right.norm().clamp_min(1e-12))
         if not error <= tolerance:
             return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,7 +164,7 @@ class ModelSteps:
             run = slice(total, total + len(chunk.tokens))
             block["ids"][run] = chunk.tokens
             block["slots"][run] = chunk.slot
-            block["positions"][run] = range(chunk.start, chunk.start + len(chunk.tokens))
+            block["positions"][run] = np.arange(chunk.start, chunk.start + len(chunk.tokens))
             block["rope"][run] = chunk.rope_length
             total = run.stop
             starts.append(total)
@@ -172,7 +173,7 @@ class ModelSteps:
         padding = slice(total, tokens)
         block["ids"][padding] = 0
         block["slots"][padding] = self._state.padding_slot
-        block["positions"][padding] = range(tokens - total)
+        block["positions"][padding] = np.arange(tokens - total)
         block["rope"][padding] = tokens - total
         block["starts"][: len(starts)] = starts
         block["starts"][len(starts) :] = tokens
@@ -321,7 +322,7 @@ class ModelSteps:
         """
         phase, rows = key.phase, key.rows
         tokens = rows if phase is Phase.DECODE else key.tokens
-        if torch.compiler.is_compiling() or _is_capturing(self._state.device):
+        if torch.compiler.is_compiling() or _is_recording() or _is_capturing(self._state.device):
             copy_pairs = copy_metadata if self._one_copy else copy_one_by_one
             copy_pairs(*self._pair(phase, tokens, rows))
             return
@@ -347,6 +348,11 @@ class ModelSteps:
             sources.append(field[:size])
             destinations.append(inputs[name][:size])
         return sources, destinations
+
+
+def _is_recording() -> bool:
+    """Whether the operators of the step are being recorded (`compilation.step_graph`)."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -62,17 +62,24 @@ class Recorded:
     release: Callable[[], None]
     """Frees what the recording holds; it is not replayed afterwards."""
     owner: str
-    """What replays it: `cuda graph`, `cudagraph tree` or `stand-in`."""
+    """What replays it: `cuda graph`, `cudagraph tree`, `compiled step` or `stand-in`."""
     plain_seconds: float
     """What the same step takes without the recording (a padded batch with short contexts)."""
     seconds: float
     """What a replay takes, measured alike."""
     bytes: int
     """Device memory that recording it took."""
+    exact: bool = True
+    """Whether a replay gives the bits of the step without it. Else other code computes the same, and rounds elsewhere:
+    its first replay is compared with the step."""
     is_graph: bool = False
     """Whether a replay is one launch of a graph, and runs nothing in Python or in torch."""
     thread: object = None
     """`this_thread()` of the only thread that can replay it; None: any."""
+
+
+class NotReadyError(Exception):
+    """A recording is being made while steps go on."""
 
 
 class Recorder(Protocol):
@@ -86,6 +93,9 @@ class Recorder(Protocol):
         Args:
             known: `plain_seconds` and `seconds` of an earlier process on the same device: one run each checks them, and
                 what is far from them is measured again.
+
+        Raises:
+            NotReadyError: it is being made while steps go on; ask again. `close()` stops that.
         """
         ...
 

@@ -147,7 +147,7 @@ class Router:
         return self._replay(best, f"{padded}bucket {best.key.size}", key, wanted)
 
     def _replay(self, recording: Recording, reason: str, key: GraphKey, wanted: GraphKey | None = None) -> Route:
-        if wanted == recording.key:
+        if wanted == recording.key or not self._store.settings.improves:
             wanted = None
         reason += self._note
         recorded, ran = recording.recorded, recording.key

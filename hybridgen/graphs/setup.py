@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from hybridgen.compilation.steps import CompiledSteps, compiles_whole
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.graphs.buckets import decode_buckets, prefill_buckets
+from hybridgen.graphs.compiled_step import CompiledStepRecorder
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.stand_in import StandInRecorder
@@ -34,12 +36,19 @@ class GraphSetup:
         """Whether steps are recorded."""
         return self.mode.records
 
+    @property
+    def compiles_steps(self) -> bool:
+        """Whether decode steps are compiled whole, in place of the layers."""
+        return compiles_whole(self.config, self.mode, self.device.type)
+
     def settings(self) -> GraphSettings:
         """Buckets and limits."""
         config = self.config
         decode, prefill = config.decode_buckets, config.prefill_buckets
         if not self.records:
             decode = prefill = ()
+        elif self.compiles_steps and prefill is None:
+            prefill = ()  # nothing stands in for a compiled prefill, and padding would cost
         max_bytes = parse_bytes("max_graph_memory", config.max_graph_memory)
         return GraphSettings(
             decode=decode_buckets(config.max_batch) if decode is None else tuple(decode),
@@ -56,6 +65,8 @@ class GraphSetup:
                 for phase, sizes in ((Phase.DECODE, config.decode_buckets), (Phase.PREFILL, config.prefill_buckets))
                 if sizes is not None and self.mode.records
             ),
+            # Nothing is compiled: what is not kept would be asked for in vain.
+            improves=not (self.compiles_steps and config.offline_compile),
             exact_when_lazy=config.graphs is GraphOwner.BOTH,
         )
 
@@ -64,8 +75,13 @@ class GraphSetup:
         settings = self.settings()
         return max((*settings.decode[-1:], *settings.prefill[-1:]), default=0) if self.records else 0
 
-    def recorder(self, steps: TreeSteps) -> Callable[[GraphKey, bool], Recorder | None] | None:
+    def recorder(
+        self, steps: TreeSteps, compiled: CompiledSteps | None = None
+    ) -> Callable[[GraphKey, bool], Recorder | None] | None:
         """Who records a step (the flag: while idle, not at warm-up).
+
+        Args:
+            compiled: those that are kept, where steps are compiled whole.
 
         Trees record while idle only what needs no compilation, which takes seconds to minutes.
         """
@@ -73,7 +89,10 @@ class GraphSetup:
             return None
         if self.device.type != "cuda":
             stand_in = StandInRecorder()
-            return lambda key, lazy: stand_in
+            if compiled is None:
+                return lambda key, lazy: stand_in
+            whole = CompiledStepRecorder(compiled, waits=not self.config.lazy_capture)
+            return lambda key, lazy: whole if key.phase is Phase.DECODE else stand_in
         # Imported here, because the trees' module takes part of a second and must be imported on this thread.
         from hybridgen.graphs.cuda import CudaGraphRecorder
 

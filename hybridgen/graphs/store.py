@@ -15,7 +15,7 @@ from hybridgen.core import GraphEvent, GraphEventKind
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import EngineError, described
 from hybridgen.graphs.key import GraphKey
-from hybridgen.graphs.recorder import Recorded, Recorder
+from hybridgen.graphs.recorder import NotReadyError, Recorded, Recorder
 from hybridgen.graphs.steps import CapturedSteps
 from hybridgen.graphs.timings import PlainTimings
 from hybridgen.models.attention import Phase
@@ -50,6 +50,8 @@ class GraphSettings:
     """Record sampling too; else recordings end at the logits."""
     named: frozenset[Phase] = frozenset()
     """Phases whose buckets the user named: all of those are recorded at warm-up, whatever earlier processes used."""
+    improves: bool = True
+    """Record also what would serve steps better that another recording serves."""
     exact_when_lazy: bool = False
     """Record decode sizes between the buckets as they are."""
 
@@ -70,6 +72,8 @@ class Recording:
     """Of every tensor that it reads or writes, where they are checked."""
     checked: bool = True
     """Whether its first replay needs no comparison with the step (any more)."""
+    differed: int = 0
+    """Comparisons in which other tokens came out."""
     capture_seconds: float = 0.0
     """What recording it took."""
     hits: int = 0
@@ -118,6 +122,8 @@ class GraphStore:
         """Whether a step took another time than an earlier process measured."""
         self.failed: dict[GraphKey, str] = {}
         """What is not recorded (again), and why."""
+        self._behind: tuple[GraphKey, Recorder] | None = None
+        """What is being made while steps go on, and by whom."""
         self._patience: dict[GraphKey, int] = {}
         """Uses before an evicted step is recorded again: twice as many each time, or more sizes than are kept would be
         captured in turn for ever."""
@@ -213,24 +219,31 @@ class GraphStore:
             return []
         often = [key for key, count in self._wanted.most_common() if count >= self._uses_before_capture(key)]
         missing = [key for key in often if key not in self._recordings and key not in self.failed]
+        if self._behind is not None:
+            missing.sort(key=lambda key: key != self._behind_key)
         return [key for key in missing if self._recorder(key, True) is not None]
+
+    @property
+    def _behind_key(self) -> GraphKey | None:
+        return None if self._behind is None else self._behind[0]
 
     def _uses_before_capture(self, key: GraphKey) -> int:
         return self._patience.get(key, self.settings.capture_after)
 
     def capture_pending(self) -> bool:
-        """Record what was wanted most; returns whether more is left. Not to be called while requests run."""
+        """Record what was wanted most; returns whether more is left that can be recorded now. Not to be called while
+        requests run."""
         pending = self.pending
         if pending:
             self._capture(pending[0], lazy=True)
-        return len(pending) > 1
+        return len(pending) > 1 and self._behind is None
 
     def _capture(self, key: GraphKey, *, lazy: bool) -> None:
         recorder = None if self._recorder is None else self._recorder(key, lazy)
         if recorder is None:
             return
         self._make_room()
-        self._wanted.pop(key, None)
+        uses = self._wanted.pop(key, 0)
         try:
             start = time.perf_counter()
             steps = self.check_open()
@@ -238,7 +251,16 @@ class GraphStore:
             known = self._known.pop(key, None)
             recorded = recorder.record(key, partial(steps.run, key), known)
             seconds = time.perf_counter() - start
+            self._made(key)
+        except NotReadyError:
+            if self._behind is None:
+                self._behind = key, recorder
+            self._wanted[key] = max(uses, self._uses_before_capture(key))
+            if known is not None:
+                self._known[key] = known
+            return
         except Exception as error:
+            self._made(key)
             if is_fatal(error):  # asking the device tells: after a failed capture it lives
                 torch.cuda.synchronize()
             self._fail(key, error)
@@ -254,7 +276,7 @@ class GraphStore:
             recorded,
             recorder,
             lazy,
-            checked=not self._validates,
+            checked=recorded.exact and not self._validates,
             capture_seconds=seconds,
             last_used=self._clock,
         )
@@ -262,6 +284,11 @@ class GraphStore:
         self._lazy_captures += lazy
         self._tell(GraphEventKind.CAPTURED, key, f"{'while idle' if lazy else 'at warm-up'}, {recorded.bytes:,} bytes")
         self._keep_within_bytes(recording)
+
+    def _made(self, key: GraphKey) -> None:
+        """It is not being made any more."""
+        if self._behind_key == key:
+            self._behind = None
 
     def _fail(self, key: GraphKey, error: Exception) -> None:
         message = described(error)
@@ -307,6 +334,7 @@ class GraphStore:
 
     def drop_all(self, why: str) -> None:
         """Forget what is recorded, because the model changed; all of it is wanted again."""
+        self._stop_behind()
         keys = [recording.key for recording in self.recordings]
         for recording in self.recordings:
             self.drop(recording)
@@ -316,6 +344,11 @@ class GraphStore:
         self._counters.fall_back(f"{why}; what was recorded is dropped and recorded again")
         for key in keys:
             self._wanted[key] = max(self._wanted[key], self._uses_before_capture(key))
+
+    def _stop_behind(self) -> None:
+        behind, self._behind = self._behind, None
+        if behind is not None:
+            behind[1].close()
 
     def suspend(self, why: str | None) -> None:
         """Run every step without a recording for this reason, and record nothing; None: with recordings again."""
@@ -407,6 +440,7 @@ class GraphStore:
 
     def close(self) -> None:
         """Release every recording."""
+        self._stop_behind()
         recorders = {id(r.recorder): r.recorder for r in self._recordings.values()}
         for recording in self.recordings:
             recording.recorded.release()

@@ -64,6 +64,12 @@ class BoundModel:
         return tuple(PagedKV(site.shape, page_size, dtype) for site in self.sites)
 
     @property
+    def reach(self) -> int | None:
+        """Positions that a query sees at most in any layer; None where a layer sees all of them."""
+        reaches = [site.sees.reach for site in self.sites]
+        return max(reaches) if all(reaches) else None
+
+    @property
     def reprefill_length(self) -> int | None:
         """The length at which a request must be prefilled again, because its rotary table changes (longrope)."""
         lengths = {rope.switch_length for _, _, rope in self._replaced() if rope.switch_length is not None}

@@ -173,13 +173,14 @@ def encode_prompt(
         PromptError: it is empty, of no known kind, refused by the tokenizer, or has ids outside the vocabulary.
         TokenizerError: it is text or a chat and the model has no tokenizer or no chat template.
     """
+    text = is_text(prompt)
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError(f"prompt {index} is an empty string; give at least one character")
         ids = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
     elif isinstance(prompt, Mapping) and "messages" not in prompt:
         raise _no_prompt(prompt, index)
-    elif is_text(prompt):
+    elif text:
         ids = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
     else:
         ids = _plain_ids(prompt, index)
@@ -192,7 +193,7 @@ def encode_prompt(
             f"({len(wrong)} such id(s)); was it encoded with another model's tokenizer?"
         )
     if tokenizer is not None:
-        _look_over(ids, tokenizer, text=is_text(prompt))
+        _look_over(ids, tokenizer, text=text)
     return ids
 
 
@@ -242,14 +243,18 @@ def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _look_over(ids: tuple[int, ...], tokenizer: Any, *, text: bool) -> None:
-    """Warn of what is rarely meant: a second beginning, and padding in ids, which the model would read."""
-    bos, pad = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "pad_token_id", None)
-    if bos is not None and ids[:2] == (bos, bos) and bos != pad:
+    """Warn of what is rarely meant: a second beginning, and padding in ids, which the model would read.
+
+    A tokenizer takes some microseconds for each of its special tokens, so it is asked only where one is needed.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if ids[:1] == ids[1:2] and ids[0] != pad and ids[0] == getattr(tokenizer, "bos_token_id", None):
         _warn_of_two_beginnings(getattr(tokenizer, "bos_token", None))
-    if pad is None or text:
+    if pad is None or text or pad not in (ids[0], ids[-1]):
         return
     # A single one may be an end-of-sequence token where that pads.
-    least = 2 if pad in (bos, getattr(tokenizer, "eos_token_id", None)) else 1
+    others = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    least = 2 if pad in others else 1
     if (pad,) * least in (ids[:least], ids[-least:]):
         _warn_of_padding(pad, getattr(tokenizer, "pad_token", None))
 

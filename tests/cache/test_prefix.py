@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from hybridgen.cache import DUMMY_PAGE, PageManager, RequestPages, pages_for_tokens
+from hybridgen.cache import DUMMY_PAGE, PageManager, RequestPages, pages_for_tokens, pages_in_turn
 from hybridgen.cache.prefix import in_order
 
 SIZE = 4
@@ -160,6 +160,76 @@ def test_without_sharing_every_request_has_its_own_pages() -> None:
     manager.keep(first, [1] * 10)
     manager.release(first)
     assert manager.kept == 0
+
+
+def test_pages_are_used_in_turn_where_too_few_are_free() -> None:
+    manager = PageManager(1 + 10, SIZE, ring_pages=3)
+    first = admit(manager, "aaaabbbbc", new=15)
+    assert not first.in_turn
+    second = admit(manager, "aaaabbbbd", new=15)
+    assert not second.in_turn  # four pages beside the two that it shares
+    assert manager.admit([1] * 9, 24) is None
+    manager.release(second)
+    third = admit(manager, "ddddeeeef", new=15)
+    assert (third.in_turn, len(third.table), len(set(third.table))) == (True, 6, 3)
+    assert third.table[:3] == third.table[3:]
+    assert not set(third.table) & set(first.table)
+    manager.keep(third, [1] * 24)
+    manager.release(third)
+    assert manager.free == 4
+    assert admit(manager, "ddddeeeef", new=0).cached == 0  # what it wrote is not there any more
+    manager.release(first)
+
+
+def test_short_requests_do_not_use_pages_in_turn() -> None:
+    manager = PageManager(1 + 3, SIZE, ring_pages=3)
+    assert not admit(manager, "aaaabbbbc").in_turn
+    assert manager.admit([1], 12) is None
+
+
+@settings(deadline=None)
+@given(
+    size=st.sampled_from([1, 2, 4, 8]),
+    reach=st.integers(1, 20),
+    most=st.integers(1, 20),
+    requests=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.booleans()), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_no_query_sees_a_position_that_was_written_over(
+    size: int, reach: int, most: int, requests: list[tuple[int, int, bool]], data: st.DataObject
+) -> None:
+    """Requests, some of which begin alike, are fed in turn by calls of up to `most` tokens."""
+    ring = pages_in_turn(reach, most, size)
+    room = data.draw(st.integers(ring, 3 * ring))
+    manager = PageManager(1 + room, size, ring_pages=ring)
+    pool: dict[tuple[int, int], tuple[int, ...]] = {}
+    """What each place of a page holds: all tokens up to that position."""
+    running: list[tuple[list[int], RequestPages, int]] = []
+    for number, (prompt, new, alike) in enumerate(requests):
+        ids = [0 if alike else number + 1] * (prompt - 1) + [number + 1] * (new + 1)
+        pages = manager.admit(ids[:prompt], len(ids))
+        if pages is not None:
+            # As the scheduler does it: a prompt that others share is fed before they are.
+            running.append((ids, pages, prompt))
+    fed = [pages.cached for _, pages, _ in running]
+    while any(done < len(ids) for done, (ids, _, _) in zip(fed, running, strict=True)):
+        behind = [i for i, (_, _, prompt) in enumerate(running) if fed[i] < prompt]
+        open_ = [i for i, (ids, _, _) in enumerate(running) if fed[i] < len(ids)]
+        chosen = behind[0] if behind else data.draw(st.sampled_from(open_))
+        ids, pages, prompt = running[chosen]
+        count = data.draw(st.sampled_from([1, most]))
+        end = min(fed[chosen] + count, prompt if fed[chosen] < prompt else len(ids))
+        for position in range(fed[chosen], end):
+            pool[pages.table[position // size], position % size] = tuple(ids[: position + 1])
+        for query in range(fed[chosen], end):
+            for seen in range(max(0, query + 1 - reach), query + 1):
+                assert pool[pages.table[seen // size], seen % size] == tuple(ids[: seen + 1])
+        manager.launched(pages, end)
+        fed[chosen] = end
+    for ids, pages, _ in running:
+        manager.keep(pages, ids)
+        manager.release(pages)
+    assert manager.free == room
 
 
 @pytest.mark.parametrize(

@@ -338,3 +338,50 @@ def test_keys_that_depend_on_the_length_are_shared_below_it(kind: str, fields: d
             else:
                 assert state.startswith(f"off: keys of this model depend on a request's length above {limit} tokens")
                 assert {out.cached_tokens for out in outs} == {0}
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_windowed_models_use_few_pages_in_turn_when_room_is_short(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All four rows run at once in a pool that holds two of them whole, and give the tokens of a large one."""
+    path = families.write("mistral", tmp_path)
+    prompts = [*families.prompts_of((70, 33, 9, 90)), A, A + C]
+    with Engine.load(path, mode="eager", prefix_cache=False, **SETTINGS) as engine:
+        expected = tokens(generate(engine, prompts, max_new_tokens=60))
+    monkeypatch.setattr("hybridgen.engine.builder.plan_pages", lambda *_, **__: 1 + 45)
+    used: list[bool] = []
+    admit = PageManager.admit
+
+    def note(manager: PageManager, *args: Any) -> Any:
+        pages = admit(manager, *args)
+        if pages is not None:
+            used.append(pages.in_turn)
+        return pages
+
+    with Engine.load(path, mode=mode, run_ahead=1, **SETTINGS) as engine:
+        poison(engine, monkeypatch)
+        monkeypatch.setattr(PageManager, "admit", note)
+        for _ in range(2):
+            assert tokens(generate(engine, prompts, max_new_tokens=60)) == expected
+        check_empty(engine)
+    assert any(used)
+    assert not all(used)
+
+
+def test_models_with_a_layer_that_sees_everything_use_no_pages_in_turn(tmp_path: Path) -> None:
+    with Engine.load(families.write("gemma2", tmp_path), mode="eager", **SETTINGS) as engine:
+        generate(engine, [A])
+        assert engine._loop.scheduler.pages.ring_pages is None
+
+
+def test_the_order_in_which_a_list_starts_changes_no_result(path: Path) -> None:
+    """Two rows, outputs of many lengths, greedy and drawn: completions in the order of the list."""
+    params = [SamplingParams(max_new_tokens=2 + 7 * i % 23, temperature=i % 2, seed=i) for i in range(len(PROMPTS))]
+    found = []
+    for longest_first in (False, True):
+        settings = SETTINGS | {"max_batch": 2, "decode_buckets": (2,), "longest_first": longest_first}
+        with Engine.load(path, mode="eager", **settings) as engine:
+            found.append(tokens(engine.generate(PROMPTS, params)))
+    assert found[0] == found[1]
+    assert [len(out) for out in found[0]] == [each.max_new_tokens for each in params]

@@ -18,13 +18,20 @@ from hybridgen.execution.plan import Admission, PrefillChunk, StepPlan
 
 
 def make(
-    num_pages: int = 101, max_batch: int = 4, budget: int = 32, reprefill: int | None = None, *, shares: bool = False
+    num_pages: int = 101,
+    max_batch: int = 4,
+    budget: int = 32,
+    reprefill: int | None = None,
+    *,
+    shares: bool = False,
+    longest_first: bool = True,
 ) -> Scheduler:
     return Scheduler(
         pages=PageManager(num_pages, 16, shares=shares),
         max_batch=max_batch,
         token_budget=budget,
         reprefill_length=reprefill,
+        longest_first=longest_first,
     )
 
 
@@ -33,7 +40,7 @@ class Sampling(SimpleNamespace):
 
 
 def make_request(prompt: int, new: int = 8) -> Request:
-    request = Request(tuple(range(prompt)), Sampling(max_new_tokens=new, cache_salt=None))
+    request = Request(tuple(range(prompt)), Sampling(max_new_tokens=new, cache_salt=None, prompt_logprobs=None))
     request.output = SimpleNamespace(token_ids=[])
     return request
 
@@ -376,3 +383,43 @@ def test_who_shares_what_was_not_written_waits_again_in_its_place() -> None:
     for request in (b, c, d, e):
         scheduler.finish(request)
     assert scheduler.pages.free == scheduler.pages.capacity
+
+
+def queued(scheduler: Scheduler, requests: list[Request], *, streamed: bool = False) -> list[int]:
+    return [requests.index(request) for request in scheduler.in_order(requests, streamed=streamed)]
+
+
+def test_the_longest_outputs_of_a_list_start_first() -> None:
+    scheduler = make(shares=True)
+    requests = [make_request(4, new) for new in (3, 9, 3, 12, 9)]
+    assert queued(scheduler, requests) == [3, 1, 4, 0, 2]
+    assert queued(scheduler, requests, streamed=True) == [0, 1, 2, 3, 4]
+    assert queued(make(longest_first=False), requests) == [0, 1, 2, 3, 4]
+    assert queued(make(shares=False), requests) == [3, 1, 4, 0, 2]
+
+
+def test_requests_that_share_pages_stay_together_however_long_their_outputs_are() -> None:
+    requests = [make_request(17, new) for new in (2, 5, 9, 7)]
+    for index, prompt in ((1, [7] * 20), (3, [8] * 20)):
+        requests[index].prompt_ids = tuple(prompt)
+    assert queued(make(shares=True), requests) == [0, 2, 3, 1]
+    assert queued(make(shares=True), requests, streamed=True) == [0, 2, 1, 3]
+    assert queued(make(shares=False), requests) == [2, 3, 1, 0]
+
+
+def test_a_list_takes_fewer_steps_with_its_longest_outputs_first() -> None:
+    def steps(longest_first: bool) -> int:
+        scheduler = make(max_batch=4, num_pages=1000, longest_first=longest_first)
+        requests = [make_request(4, new) for new in (5, 5, 5, 5, 9, 9, 5, 5, 40)]
+        for one in scheduler.in_order(requests, streamed=False):
+            scheduler.add(one)
+        count = 0
+        while scheduler.busy:
+            scheduler.schedule()
+            count += 1
+            for one in [each for each in scheduler.running if each.launched == each.sampling.max_new_tokens]:
+                scheduler.finish(one)
+        return count
+
+    assert steps(True) == 40
+    assert steps(False) > 48

@@ -130,9 +130,9 @@ def test_each_recording_is_compared_once(runner: ModelRunner, monkeypatch: pytes
     compared: list[int] = []
     compare = validation.compare_first_replay
 
-    def counted(*args: object) -> str | None:
+    def counted(*args: object, **tolerance: float) -> str | None:
         compared.append(1)
-        return compare(*args)
+        return compare(*args, **tolerance)
 
     monkeypatch.setattr("hybridgen.execution.runner.compare_first_replay", counted)
     record(runner, lambda runner: None, *keys_for(False))

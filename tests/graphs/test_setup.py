@@ -11,6 +11,7 @@ import torch
 from store_cases import GREEDY, SAMPLED, decode, prefill
 
 from hybridgen import EngineConfig, Mode
+from hybridgen.compilation.steps import CompiledSteps
 from hybridgen.graphs import GraphSettings, StandInRecorder, cuda
 from hybridgen.graphs import trees as tree_recorder
 from hybridgen.graphs.key import GraphKey
@@ -77,11 +78,25 @@ def test_modes_that_record_nothing(mode: Mode) -> None:
     assert keys_at_start(plan.settings(), [GREEDY], any_sampler=True) == []
 
 
-@pytest.mark.parametrize("mode", [Mode.GRAPH, Mode.HYBRID])
-def test_a_cpu_has_the_stand_in(mode: Mode) -> None:
-    recorder = plan_of(mode).recorder(None)
+@pytest.mark.parametrize(
+    ("mode", "fields"),
+    [(Mode.GRAPH, {}), (Mode.HYBRID, {"compile_backend": "eager"})],
+)
+def test_a_cpu_has_the_stand_in(mode: Mode, fields: dict[str, Any]) -> None:
+    recorder = plan_of(mode, **fields).recorder(None)
     assert isinstance(recorder(decode(4), False), StandInRecorder)
     assert recorder(decode(4), True) is recorder(prefill(16), False)
+
+
+def test_hybrid_on_a_cpu_compiles_decode_steps_whole() -> None:
+    plan = plan_of(Mode.HYBRID)
+    recorder = plan.recorder(None, CompiledSteps(None, offline=False, fall_back=print))
+    assert recorder(decode(4), True).owner == "compiled step"
+    assert isinstance(recorder(prefill(16), True), StandInRecorder)
+    assert plan.settings().decode
+    assert plan.settings().prefill == ()
+    assert plan_of(Mode.HYBRID, prefill_buckets=[16]).settings().prefill == (16,)
+    assert not plan_of(Mode.JIT).compiles_steps
 
 
 def keys(*, any_sampler: bool = False, plans: tuple = (GREEDY,), **fields: Any) -> list[GraphKey]:

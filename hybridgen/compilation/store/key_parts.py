@@ -47,6 +47,8 @@ _SOURCES = (
     "models",
     "compilation/layers.py",
     "compilation/aot.py",
+    "compilation/step_graph.py",
+    "compilation/worker.py",
     "fused",
     "execution",
 )

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from hybridgen.compilation.steps import compiles_whole, import_loader
 from hybridgen.compilation.store import environment, refusal
 from hybridgen.compilation.store.entry import Entry, MemoryEntry
 from hybridgen.compilation.store.key import Key
@@ -243,16 +244,19 @@ def _refuse_if_offline(config: EngineConfig, mode: Mode, reason: str) -> None:
         )
 
 
-def preload(cache: CompileCache, config: EngineConfig, mode: Mode) -> Callable[[], None]:
+def preload(cache: CompileCache, config: EngineConfig, mode: Mode, device_type: str) -> Callable[[], None]:
     """Import what loading compiled code needs, on a thread, while weights are read; returns what waits for it.
 
     What it is waited for is part of the cache's seconds. Not with cudagraph trees: up to torch 2.11 they work only on
-    the thread that imported them.
+    the thread that imported them. Nor where whole steps are compiled and none is kept: that waits for no start.
     """
     if not mode.compiles or config.compile_backend != "inductor" or config.graphs is not GraphOwner.MANUAL:
         return lambda: None
+    whole = compiles_whole(config, mode, device_type)
+    if whole and not cache.hit:
+        return lambda: None
     # With this thread's context: torch keeps some settings in it.
-    work = partial(contextvars.copy_context().run, _import_compiler)
+    work = partial(contextvars.copy_context().run, _import_compiler, import_loader if whole else _import_code_cache)
     thread = threading.Thread(target=work, name="hybridgen-preload", daemon=True)
     thread.start()
 
@@ -264,8 +268,12 @@ def preload(cache: CompileCache, config: EngineConfig, mode: Mode) -> Callable[[
     return wait
 
 
-def _import_compiler() -> None:
+def _import_code_cache() -> None:
+    importlib.import_module("torch._inductor.codecache").torch_key()
+
+
+def _import_compiler(load: Callable[[], object]) -> None:
     try:
-        importlib.import_module("torch._inductor.codecache").torch_key()
+        load()
     except Exception as error:  # it will be raised again where it is needed
         logger.debug("compiler modules could not be imported ahead: %s", error)

@@ -17,8 +17,13 @@ Hq is a multiple of Hkv; D and Dv are multiples of 8 up to 256; page_size is a p
 q, k and v may be views with any strides over tokens and heads. Every output is contiguous. Page ids of a row
 beyond its last position, and cache positions that no query sees, are never used, whatever they hold.
 
+<<<<<<< HEAD
+The CPU implementations (`cpu` for decode, else `reference`) are plain torch and may read lengths on the host. The CUDA
+implementations (`attention_write`, `attention_decode`, `attention_prefill`) are Triton and never do: launch grids
+=======
 The CPU implementations (`reference`) are plain torch and may read lengths on the host. The CUDA
 implementations (`write`, `balanced`, `decode`, `prefill`) are Triton and never do: launch grids
+>>>>>>> main
 and scratch sizes follow from shapes, so a captured graph replays with other lengths and block tables. The first
 call of a kind compiles its kernels: call once before a capture.
 
@@ -34,7 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybridgen.kernels.attention import reference
+from hybridgen.kernels.attention import cpu, reference
 
 _PAGES = "Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor slots, Tensor positions"
 _OPTIONS = "float scale, int window, int chunk, float softcap, Tensor? sinks"
@@ -229,7 +234,7 @@ def _attention_fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: Any) -> 
 
 _library.impl("write_kv", reference.write_kv, "CPU")
 _library.impl("schedule_attention", _schedule_cpu, "CPU")
-_library.impl("decode_attention", reference.decode_attention, "CPU")
+_library.impl("decode_attention", cpu.decode_attention, "CPU")
 _library.impl("prefill_attention", reference.prefill_attention, "CPU")
 _library.impl("write_kv", _write_kv_cuda, "CUDA")
 _library.impl("schedule_attention", _schedule_cuda, "CUDA")

@@ -62,13 +62,13 @@ def advance(
     torch.ops.hybridgen.advance.default(tokens, rows, lengths, generated, table, ring, counter, counts)
 
 
-def _publish_cpu(values: Tensor, ring: Tensor, counter: Tensor) -> None:
-    line = ring[int(counter) % ring.shape[0]]
-    window = line[: values.shape[0]] if values.dim() == 1 else line[: values.shape[0], : values.shape[1]]
-    window.copy_(values)
+def publish_on_cpu(values: Tensor, ring: Tensor, counter: Tensor) -> None:
+    """`publish` in torch operators."""
+    window = ring[:, : values.shape[0]] if values.dim() == 1 else ring[:, : values.shape[0], : values.shape[1]]
+    window.index_copy_(0, counter % ring.shape[0], values[None])
 
 
-def _advance_cpu(
+def advance_on_cpu(
     tokens: Tensor,
     rows: Tensor,
     lengths: Tensor,
@@ -78,7 +78,9 @@ def _advance_cpu(
     counter: Tensor,
     counts: Tensor | None = None,
 ) -> None:
-    _publish_cpu(tokens.flatten(), ring, counter)
+    """`advance` in torch operators."""
+    # No value is read on the host and no shape depends on one, so that a step's operators can be recorded.
+    publish_on_cpu(tokens.flatten(), ring, counter)
     accepted: Tensor | int = 1
     last = tokens
     if tokens.dim() == 2:
@@ -86,12 +88,12 @@ def _advance_cpu(
         last = tokens.gather(1, accepted[:, None] - 1)[:, 0]
     real = rows < table.shape[1] - 1
     state = torch.stack((last.clamp(min=0), lengths + accepted - 1, generated + accepted))
-    table[:, rows[real]] = state[:, real]
+    table.index_copy_(1, rows, torch.where(real, state, table.index_select(1, rows)))
     if counts is not None:
         several = tokens.view(rows.shape[0], -1) if tokens.numel() else tokens[:, None]
         chosen = real[:, None] & (several >= 0)
-        cells = rows[:, None].expand_as(several)[chosen], several[chosen]
-        counts.index_put_(cells, torch.ones_like(cells[0], dtype=counts.dtype), accumulate=True)
+        cells = rows[:, None].expand_as(several), several.clamp(min=0)
+        counts.index_put_(cells, chosen.to(counts.dtype), accumulate=True)
     counter += 1
 
 
@@ -120,9 +122,9 @@ def _no_output(*_: Tensor | None) -> None:
     return None
 
 
-_library.impl("publish", _publish_cpu, "CPU")
+_library.impl("publish", publish_on_cpu, "CPU")
 _library.impl("publish", _publish_cuda, "CUDA")
-_library.impl("advance", _advance_cpu, "CPU")
+_library.impl("advance", advance_on_cpu, "CPU")
 _library.impl("advance", _advance_cuda, "CUDA")
 torch.library.register_fake("hybridgen::publish", _no_output, lib=_library)
 torch.library.register_fake("hybridgen::advance", _no_output, lib=_library)

@@ -211,20 +211,28 @@ def test_what_is_imported_ahead_is_waited_for_and_counted(
         ready.wait(30)
         done.append("imported")
 
-    monkeypatch.setattr(session, "_import_compiler", load)
+    monkeypatch.setattr(session, "_import_code_cache", load)
+    monkeypatch.setattr(session, "import_loader", load)
     cache = opened(tmp_path / "store", llama_path)
     before = cache.seconds
-    wait = session.preload(cache, EngineConfig(mode="hybrid"), Mode.HYBRID)
+    wait = session.preload(cache, EngineConfig(mode="jit"), Mode.JIT, "cpu")
     threading.Timer(0.05, ready.set).start()
     wait()
     assert done == ["imported"]
     assert cache.seconds > before
-    for config, mode in ((EngineConfig(), Mode.EAGER), (EngineConfig(graphs="trees", mode="hybrid"), Mode.HYBRID)):
-        session.preload(cache, config, mode)()
+    for config, mode, device in (
+        (EngineConfig(), Mode.EAGER, "cpu"),
+        (EngineConfig(graphs="trees", mode="hybrid"), Mode.HYBRID, "cuda"),
+        (EngineConfig(mode="hybrid"), Mode.HYBRID, "cpu"),  # no step is kept: nothing is loaded
+    ):
+        session.preload(cache, config, mode, device)()
     assert done == ["imported"]
+    cache.entry.hit = True
+    session.preload(cache, EngineConfig(mode="hybrid"), Mode.HYBRID, "cpu")()
+    assert done == ["imported", "imported"]
     cache.close()
 
 
 def test_modules_that_compiled_code_needs_are_there_ahead() -> None:
-    session._import_compiler()
+    session._import_code_cache()
     assert "torch._inductor.codecache" in sys.modules

@@ -1,4 +1,7 @@
-"""Cold and warm starts in fresh processes: same tokens, and nothing is compiled the second time."""
+"""Cold and warm starts in fresh processes: same tokens, and nothing is compiled the second time.
+
+Of compiled layers, with the stand-in for graphs: mode hybrid as it is on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,15 @@ from hybridgen.compilation.store.manifest import READY, Manifest
 from hybridgen.execution import numerics
 from hybridgen.execution.warm_up import check_numerics
 from hybridgen.graphs import capture_plan as history
+from hybridgen.graphs.setup import GraphSetup
 
 SETTINGS = CONFIG | {"progress": False}
 PROMPTS = families.prompts_of((5, 33, 1, 17))
+
+
+@pytest.fixture(autouse=True)
+def _layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphSetup, "compiles_steps", False)
 
 
 def only_entry(store: Path) -> Path:

@@ -25,9 +25,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def start(model: Path, store: Path, **changes: Any) -> subprocess.Popen[str]:
-    """A worker on this store."""
-    given = {"model": str(model), "config": CONFIG | changes}
+def start(model: Path, store: Path, *, layers: bool = True, **changes: Any) -> subprocess.Popen[str]:
+    """A worker on this store.
+
+    Args:
+        layers: compile the layers, as mode hybrid does on CUDA; else whole steps.
+    """
+    given = {"model": str(model), "config": CONFIG | changes, "layers": layers}
     environment = os.environ | {
         "HYBRIDGEN_CACHE_DIR": str(store),
         "HYBRIDGEN_COMPILE_CACHE": "1",
@@ -44,7 +48,7 @@ def start(model: Path, store: Path, **changes: Any) -> subprocess.Popen[str]:
 
 def result(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What a worker printed."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err[-3000:]
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found

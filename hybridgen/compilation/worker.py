@@ -1,0 +1,45 @@
+"""The process that compiles a recorded step for another: `python -m hybridgen.compilation.worker FOLDER`.
+
+Inductor holds Python's lock for seconds to minutes; in a process of its own it disturbs no step.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch._dynamo
+import torch._inductor
+
+import hybridgen.kernels.attention.ops
+import hybridgen.kernels.step.linear  # noqa: F401
+from hybridgen.compilation.behind import TASK, Task
+from hybridgen.compilation.step_graph import OneTensor
+
+
+def _empty(one: OneTensor) -> torch.Tensor:
+    # Not written to, so a weight takes no memory here.
+    return torch.empty_strided(one.shape, one.stride, dtype=one.dtype)
+
+
+def main(folder: Path) -> None:
+    """Compile the folder's task and leave the artifact where it says."""
+    task: Task = pickle.loads((folder / TASK).read_bytes())
+    torch.set_num_threads(task.threads)
+    with torch.inference_mode():
+        compiled = torch._inductor.standalone_compile(
+            task.graph.module(),
+            [_empty(one) for one in task.inputs],
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": {"size_asserts": False}},
+        )
+    unfinished = task.artifact.with_name(f".{task.artifact.name}")
+    compiled.save(path=str(unfinished), format="binary")
+    os.replace(unfinished, task.artifact)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

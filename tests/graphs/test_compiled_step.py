@@ -1,0 +1,142 @@
+"""Decode steps of a CPU that are recorded as operators and compiled whole, in another process."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hybridgen import Engine
+from hybridgen.compilation import behind
+from hybridgen.compilation.step_graph import record_step
+
+NEW = 12
+PROMPTS = families.prompts_of((9, 5, 7))
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+
+
+class InThisProcess:
+    """A job whose graph is run as it is: what is recorded, without Inductor."""
+
+    done = True
+
+    def __init__(self, graph, inputs, keep=None) -> None:
+        self.graph = graph
+
+    def result(self):
+        return self.graph.module()
+
+    def close(self) -> None:
+        return None
+
+
+def tokens_of(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    outs = engine.generate(prompts, max_new_tokens=NEW, temperature=0, ignore_eos=True)
+    return [list(out.token_ids) for out in outs]
+
+
+def kinds_of(engine: Engine) -> set[str]:
+    return {kind for phase, kind, _ in engine.stats().steps if phase == "decode"}
+
+
+def expected_of(path: Path) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+SETTINGS = {"mode": "hybrid", "device": "cpu", "dtype": "float32", "max_batch": 4, "max_context": 64}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
+def test_recorded_operators_give_the_tokens_of_hugging_face(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybridgen.compilation.steps.CompileJob", InThisProcess)
+    path = families.write(family, tmp_path)
+    expected = expected_of(path)
+    with Engine.load(str(path), compile_cache=False, **SETTINGS) as engine:
+        for _ in range(4):  # three rows are padded to four
+            assert tokens_of(engine, PROMPTS) == expected
+        for _ in range(3):
+            assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
+        assert "layers, compiled step" in kinds_of(engine)
+        assert {row.rows for row in engine.stats().graphs.graphs} == {1, 4}
+        assert not engine.stats().fallbacks
+
+
+def test_a_model_that_looks_at_values_runs_as_it_is(tmp_path: Path) -> None:
+    path = families.write("gpt2", tmp_path)
+    expected = expected_of(path)
+    with Engine.load(str(path), compile_cache=False, **SETTINGS) as engine:
+        with pytest.warns(RuntimeWarning, match="values"):
+            assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
+        assert tokens_of(engine, PROMPTS[:1]) == expected[:1]
+        assert kinds_of(engine) == {"layers, eager"}
+        assert engine.stats().graphs.failures
+
+
+@needs_compiler
+def test_a_step_is_compiled_behind(tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path)
+    expected = expected_of(path)
+    with Engine.load(str(path), **SETTINGS) as engine:
+        end = time.monotonic() + 240
+        while "layers, compiled step" not in kinds_of(engine):
+            assert time.monotonic() < end, "it is never ready"
+            assert tokens_of(engine, PROMPTS) == expected
+            time.sleep(0.5)
+        assert not engine.stats().fallbacks
+
+
+def test_closing_ends_the_process() -> None:
+    left = torch.zeros(2)
+    graph, inputs = record_step(lambda: left.add_(1))
+    job = behind.CompileJob(graph, inputs)
+    job.close()
+    job._thread.join(20)
+    assert job.done
+    assert not job._folder.exists()
+
+
+def test_a_step_that_looks_at_values_is_refused() -> None:
+    values = torch.tensor([1.0, 0.0])
+    for look in (
+        lambda: values.sum().item(),
+        lambda: values.tolist(),
+        lambda: bool(values[0] > 0),
+        lambda: values.nonzero(),
+        lambda: values[values > 0],
+        lambda: torch.rand(2),
+    ):
+        with pytest.raises(RuntimeError, match="values"):
+            record_step(look)
+
+
+def test_a_graph_is_a_function_of_what_the_step_used() -> None:
+    state, other = torch.zeros(3), torch.arange(3.0)
+
+    def step() -> None:
+        first, second = torch.stack((state, other)).unbind(0)
+        state[1:].add_((first + second + 1)[1:])
+
+    graph, inputs = record_step(step)
+    state.zero_()
+    module = graph.module()
+    for _ in range(2):
+        module(*inputs)
+    expected = torch.zeros(3)
+    for _ in range(2):
+        expected[1:] += (expected + torch.arange(3.0) + 1)[1:]
+    assert torch.equal(state, expected)
