@@ -185,6 +185,16 @@ def _cache(name: str, value: Any) -> bool | str:
     return value
 
 
+def _speculation(name: str, value: Any) -> Any:
+    drafts = all(hasattr(value, part) for part in ("name", "begin", "draft", "tensors"))
+    if value is None or value == "ngram" or (drafts and not isinstance(value, type)):
+        return value
+    raise ConfigError(
+        f'{name}={shown(value)}; give "ngram", None, or a drafter of your own: an object with name, begin(), draft() '
+        "and tensors() (docs/speculation.md)"
+    )
+
+
 def _listener(name: str, value: Any) -> Any:
     if value is not None and not callable(value):
         raise ConfigError(f"{name}={shown(value)}; give a function of one GraphEvent")
@@ -361,6 +371,16 @@ class EngineConfig:
         metadata=setting(
             "Decode steps launched before the host reads the last one's tokens: 0 or 1. Else 1 on CUDA, 0 on a CPU.",
             integer(0, 1, optional=True),
+            in_key=False,
+        ),
+    )
+    speculation: Any = field(
+        default=None,
+        metadata=setting(
+            "Draft tokens and check several in one step, which changes no token: `ngram` (what came behind "
+            "the same tokens earlier in prompt or output), a drafter of one's own, or None. See "
+            "docs/speculation.md.",
+            _speculation,
             in_key=False,
         ),
     )
@@ -568,6 +588,11 @@ class EngineConfig:
                 f'graphs="{self.graphs}" with compile_backend={shown(self.compile_backend)}: trees are Inductor\'s; '
                 'leave compile_backend at "inductor"'
             )
+        if self.graphs is not GraphOwner.MANUAL and self.speculation is not None:
+            raise ConfigError(
+                f'graphs="{self.graphs}" with speculation={shown(self.speculation)}: trees record steps of one token a '
+                'row; use graphs="manual"'
+            )
         if not self.capture_at_start and not self.lazy_capture and self.mode in (Mode.GRAPH, Mode.HYBRID):
             raise ConfigError(
                 f'mode="{self.mode}" with capture_at_start=False and lazy_capture=False records nothing; set one of '
@@ -625,6 +650,8 @@ class ResolvedConfig(NamedTuple):
     """Tokens of a request at most, its prompt and its output together."""
     token_budget: int
     """Prompt tokens of one prefill call at most."""
+    query_len: int = 1
+    """Tokens of a row in a decode step at most: above 1 where drafts are checked."""
 
     @property
     def max_tokens(self) -> int:

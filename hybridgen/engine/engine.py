@@ -59,7 +59,7 @@ from hybridgen.models.projections import fuse_projections
 from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
 from hybridgen.telemetry import import_time
-from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats
+from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats, SpeculationStats
 from hybridgen.telemetry.traffic import Traffic, formats_of
 from hybridgen.text.prompts import Prompts, split_prompts
 
@@ -560,6 +560,20 @@ class Engine:
                 cached_tokens=pages.found,
                 evicted=pages.evicted,
             ),
+            speculation=self._speculation(),
+        )
+
+    def _speculation(self) -> SpeculationStats:
+        drafting = None if self._runner is None else self._runner.drafting
+        if drafting is None:
+            return SpeculationStats()
+        counted = self._counters.drafts
+        return SpeculationStats(
+            drafter=drafting.name if drafting.failure is None else f"off: {drafting.failure}",
+            steps=counted["rows"],
+            tokens=counted["tokens"],
+            drafted=counted["checked"],
+            accepted=counted["accepted"],
         )
 
     @property

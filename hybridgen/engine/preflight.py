@@ -8,6 +8,7 @@ from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import EngineConfig, GraphOwner, ResolvedConfig
 from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, DeviceError
+from hybridgen.execution.drafting import DRAFTS
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.adapters import check_adapter
 from hybridgen.telemetry import import_time
@@ -30,6 +31,7 @@ def resolve_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConf
         mode=config.mode_on(device),
         max_context=context_limit(checkpoint, config.max_context),
         token_budget=config.token_budget or TOKEN_BUDGET[device],
+        query_len=1 if config.speculation is None else 1 + DRAFTS[-1],
     )
 
 

@@ -19,6 +19,7 @@ from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.sampling.grammar import constraint_of
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
+from hybridgen.speculation.pace import RowPace
 from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class Request:
     """How many of those were launched."""
     slot: int = field(default=-1, init=False)
     pages: RequestPages = field(default_factory=RequestPages, init=False)
+    pace: RowPace | None = field(default=None, init=False)
+    """What its drafts have shown; None where nobody drafts."""
     _launched: int = field(default=0, init=False)
     """Generated tokens, without those of the steps that its current batch has counted."""
     _batch: Batch | None = field(default=None, init=False)
