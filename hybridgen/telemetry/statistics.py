@@ -270,6 +270,13 @@ class FormatRow(NamedTuple):
     projections: int
     bits: float
     """Of a weight, with its share of scales and zero points."""
+    error: float | None = None
+    """Root mean square of their distances from the weights that they were made of, each relative to its weight; None
+    where those were not there."""
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f", rounded with a relative error of {self.error:.2g}"
+        return f"{self.bits:.2f} bits a weight{error}"
 
 
 @described
@@ -362,10 +369,7 @@ class EngineStats:
     def _rows(self) -> list[tuple[str, str]]:
         return [
             ("model", f"{self.model} ({self.mode}, {self.dtype} on {self.device})"),
-            *(
-                ("weights", f"{row.projections} projections {name}, {row.bits:.2f} bits a weight")
-                for name, row in self.weights.items()
-            ),
+            *(("weights", f"{row.projections} projections {name}, {row}") for name, row in self.weights.items()),
             *((f"start: {row.phase}", _timed(row)) for row in self.startup_table),
             ("compile cache", ", ".join(filter(None, (self.artifacts.state, self.artifacts.reason)))),
             *(("", note) for note in self.artifacts.notes),
