@@ -17,6 +17,7 @@ from hybridgen.execution.plan import Hidden
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams, choice_seed
+from hybridgen.sampling.grammar import constraint_of
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
 from hybridgen.speculation.pace import RowPace
 from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
@@ -242,9 +243,12 @@ def _make(
     length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
     resolved = known.get((id(wanted), length))
     if resolved is None:
-        resolved = known[id(wanted), length] = resolve(
-            wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
-        )
+        eos, vocab = checkpoint.eos_token_ids, checkpoint.vocab_size
+        resolved = resolve(wanted, checkpoint.generation_config, eos, vocab, len(ids))
+        constraint = constraint_of(wanted, checkpoint.tokenizer, checkpoint.tokenizer_problem, vocab, eos)
+        if constraint is not None:
+            resolved = replace(resolved, logits_processors=(*resolved.logits_processors, constraint))
+        known[id(wanted), length] = resolved
     elif wanted.seed is None and not resolved.greedy:
         resolved = replace(resolved, seed=draw_seed())
     if resolved.stop and checkpoint.tokenizer is None:

@@ -23,6 +23,7 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from hybridgen.demo import model_path
 from hybridgen.errors import (
     CheckpointError,
     HybridgenError,
@@ -280,7 +281,7 @@ def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], voc
         for name, off in _APPLIED.items()
         if (value := getattr(generation_config, name, None)) is not None and value not in off
     }
-    if applied:
+    if applied and os.path.dirname(whose) != str(model_path()):  # the demo model is compared with nothing
         _tell_of_applied(whose, ", ".join(f"{name}={shown(value)}" for name, value in applied.items()))
     found = not_applied(generation_config)
     if found:

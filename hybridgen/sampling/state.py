@@ -201,7 +201,7 @@ class SamplerState:
         plan = self._plans[slot] = plan_of(params, self.vocab_size)
         self._own.pop(slot, None)
         if params.logits_processors:
-            self._own[slot] = OwnProcessors(params.logits_processors, len(prompt_ids) + len(generated_ids))
+            self._own[slot] = OwnProcessors(params.logits_processors, len(prompt_ids), len(generated_ids))
         self.allocate(plan)
         for table in (self.bias, self.rules, self.prompt_seen, self.output_counts):
             if table is not None:
