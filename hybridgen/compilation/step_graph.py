@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from hybridgen.kernels.attention import reference as attention
 from hybridgen.kernels.step import advance, metadata
-from hybridgen.kernels.step.linear import MOST_ROWS, has_onednn
+from hybridgen.kernels.step.linear import takes
 from hybridgen.sampling import choice
 
 _aten = torch.ops.aten
@@ -176,7 +176,7 @@ class _Recording(TorchDispatchMode):
             with self:
                 return through(*args, **kwargs)
         _check(func, args)
-        if func is _aten.linear.default and _takes(args):
+        if func is _aten.linear.default and (_is_one_row(*args[:2]) or takes(*args[:2])):
             return self._linear(*args)
         return self._run(func, args, kwargs)
 
@@ -241,12 +241,10 @@ def _check(func: Any, args: tuple[Any, ...]) -> None:
     raise RuntimeError(f"the step's sizes or choices follow from values on the device ({func})")
 
 
-def _takes(args: Sequence[Any]) -> bool:
-    rows, weight = args[0], args[1]
-    count = rows.numel() // max(1, rows.shape[-1])
-    if rows.dtype is not torch.float32 or weight.dtype is not torch.float32 or not rows.is_contiguous():
-        return False
-    return count == 1 or (1 < count <= MOST_ROWS and has_onednn())
+def _is_one_row(rows: Tensor, weight: Tensor) -> bool:
+    """Whether it is a product of one row in float32."""
+    floats = rows.dtype is torch.float32 and weight.dtype is torch.float32
+    return floats and rows.is_contiguous() and rows.numel() == rows.shape[-1]
 
 
 def _operator(name: str) -> Any:

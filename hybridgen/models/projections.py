@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hybridgen.errors import EngineError, described
+from hybridgen.kernels.step.linear import product
 from hybridgen.models.quantised import QuantisedHead, QuantisedLinear, QuantisedTail, stack, why_not_stacked
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class FusedHead(nn.Linear):
     """Head and tails, in call order."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = F.linear(input, self.fused_weight, self.fused_bias)
+        output = product(input, self.fused_weight, self.fused_bias)
         first, *others = output.split(self.fused_sizes, dim=-1)
         for slot, part in zip(self.fused_slots, others, strict=True):
             slot.item = (input, part)

@@ -6,6 +6,8 @@ oneDNN's kernel where torch has it: with 2 to 16 rows it takes about two thirds 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +27,26 @@ def few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return found
 
 
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, by `few_rows` where that is meant for it. Compilers see `F.linear`.
+
+    Args:
+        rows: [..., in]; weight [out, in], bias [out].
+    """
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or not takes(rows, weight):
+        return F.linear(rows, weight, bias)
+    return few_rows(rows.view(-1, rows.shape[-1]), weight, bias).view(*rows.shape[:-1], -1)
+
+
+def takes(rows: Tensor, weight: Tensor) -> bool:
+    """Whether `few_rows` is meant for such a product."""
+    count = rows.numel() // max(1, rows.shape[-1])
+    if rows.dtype is not torch.float32 or weight.dtype is not torch.float32 or not rows.is_contiguous():
+        return False
+    return 1 < count <= MOST_ROWS and has_onednn()
+
+
+@functools.cache
 def has_onednn() -> bool:
     """Whether this torch has oneDNN's product."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
