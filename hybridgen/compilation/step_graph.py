@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from hybridgen.kernels.attention import reference as attention
 from hybridgen.kernels.step import advance, metadata
-from hybridgen.kernels.step.linear import takes
+from hybridgen.kernels.step.linear import has_onednn, takes
 from hybridgen.sampling import choice
 
 _aten = torch.ops.aten
@@ -167,6 +167,7 @@ class _Recording(TorchDispatchMode):
         self._alive: list[Tensor] = []
         """What has a place is kept, so that its identity is not given to another tensor."""
         self._see_through = _operators()
+        self._onednn = torch.ops.mkldnn._linear_pointwise.default if has_onednn() else None
         self._count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -178,6 +179,8 @@ class _Recording(TorchDispatchMode):
         _check(func, args)
         if func is _aten.linear.default and (_is_one_row(*args[:2]) or takes(*args[:2])):
             return self._linear(*args)
+        if func is self._onednn:  # `models.projections`
+            return self._linear(*args[:3])
         return self._run(func, args, kwargs)
 
     def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

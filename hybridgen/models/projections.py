@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hybridgen.errors import EngineError, described
-from hybridgen.kernels.step.linear import product
 from hybridgen.models.quantised import QuantisedHead, QuantisedLinear, QuantisedTail, stack, why_not_stacked
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,12 @@ GROUPS = (
     ("w1", "w3"),
 )
 """Attribute names that are looked at; the probe decides."""
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_MOST_ROWS = 32
+_LEAST = 2**19
+"""Elements of a weight for which finding oneDNN's kernel, tens of microseconds each time, is worth it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,16 @@ class Slot:
         self.item: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` of rows [..., in], by oneDNN where that takes less on most processors. Compilers see `F.linear`."""
+    few = rows.numel() <= _MOST_ROWS * rows.shape[-1] and rows.is_contiguous() and weight.numel() >= _LEAST
+    floats = rows.dtype is torch.float32 and weight.dtype is torch.float32
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or not (few and floats and _HAS_ONEDNN):
+        return F.linear(rows, weight, bias)
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
+    return found
+
+
 class FusedHead(nn.Linear):
     """The member that is called first: input `[..., in]` -> its output `[..., out]`, others into slots."""
 
@@ -95,7 +111,7 @@ class FusedHead(nn.Linear):
     """Head and tails, in call order."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = product(input, self.fused_weight, self.fused_bias)
+        output = _product(input, self.fused_weight, self.fused_bias)
         first, *others = output.split(self.fused_sizes, dim=-1)
         for slot, part in zip(self.fused_slots, others, strict=True):
             slot.item = (input, part)
@@ -133,7 +149,7 @@ class RowsLinear(nn.Linear):
     """A projection of its own, by the product that is meant for a few rows on a CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return product(input, self.weight, self.bias)
+        return _product(input, self.weight, self.bias)
 
 
 def use_rows(model: nn.Module) -> int:

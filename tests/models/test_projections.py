@@ -61,9 +61,10 @@ def same_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2"])
-def test_products_of_a_few_rows_are_the_same(family: str) -> None:
+def test_products_of_a_few_rows_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = families.build(family)
     before, state = logits(model), copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("hybridgen.models.projections._LEAST", 0)  # these weights are small
     plain = sum(type(module) is nn.Linear for module in model.modules())
     assert use_rows(model) == plain > 0
     assert sum(type(module) is RowsLinear for module in model.modules()) == plain

@@ -1,7 +1,7 @@
 """The product of a few rows with a weight on a CPU: the op `hybridgen::few_rows`.
 
 oneDNN's kernel where torch has it: with 2 to 16 rows it takes about two thirds of the time of the BLAS behind
-`torch.mm` on processors that BLAS is not made for.
+`torch.mm` on processors that BLAS is not made for, and with one row nine tenths.
 """
 
 from __future__ import annotations
@@ -27,23 +27,12 @@ def few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return found
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, by `few_rows` where that is meant for it. Compilers see `F.linear`.
-
-    Args:
-        rows: [..., in]; weight [out, in], bias [out].
-    """
-    if torch.compiler.is_compiling() or rows.device.type != "cpu" or not takes(rows, weight):
-        return F.linear(rows, weight, bias)
-    return few_rows(rows.view(-1, rows.shape[-1]), weight, bias).view(*rows.shape[:-1], -1)
-
-
 def takes(rows: Tensor, weight: Tensor) -> bool:
-    """Whether `few_rows` is meant for such a product."""
+    """Whether oneDNN is meant for such a product."""
     count = rows.numel() // max(1, rows.shape[-1])
     if rows.dtype is not torch.float32 or weight.dtype is not torch.float32 or not rows.is_contiguous():
         return False
-    return 1 < count <= MOST_ROWS and has_onednn()
+    return 0 < count <= MOST_ROWS and has_onednn()
 
 
 @functools.cache
@@ -52,11 +41,15 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
+    return found
+
+
 def _few_rows_cpu(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not has_onednn():
         return F.linear(rows, weight, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
-    return found
+    return _onednn(rows, weight, bias)
 
 
 def _few_rows_fake(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
