@@ -61,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "capture_at_start=False": {"capture_at_start": False},
     "validate=True": {"validate": True},
     "check_addresses=True": {"check_addresses": True},
+    "speculation=ngram": {"speculation": "ngram"},
 }
 """In the order in which they run: what is left out when the budget ends comes last."""
 

@@ -179,7 +179,7 @@ def sweep(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
             for rows in (8, 64):
                 x = torch.randn(rows, shape.inputs, device=device).to(dtype)
                 height = 16 if rows <= 16 else 64
-                usual = default_tile(rows, shape.outputs, shape.inputs, layout.step, device_of(x).processors)
+                usual = default_tile(layout, rows, shape.outputs, shape.inputs, device_of(x).processors)
                 tiles = [usual] + [
                     Tile(outputs, height, 128, splits, warps, stages)
                     for outputs, warps in ((64, 4), (128, 4), (128, 8))

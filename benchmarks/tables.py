@@ -327,6 +327,40 @@ def warm_start(results: list[Result]) -> list[str]:
     return [*table(head, rows, 3), *([""] if notes else []), *notes]
 
 
+def speculation_text(results: list[Result]) -> list[str]:
+    """Tokens a step on the demo model, by prompts."""
+    rows = [
+        [
+            row["what"],
+            f"{row['repetition_penalty']:g}",
+            str(row["requests"]),
+            str(row["new"]),
+            _number(row["tokens_per_step"], 2),
+            " / ".join(_number(row[name], 2) for name in ("least", "median", "most")),
+            _share(row["accepted"]),
+            f"{row['equal']} of {row['requests']}",
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    head = ["prompts", "repetition penalty", "requests", "tokens each", "tokens a step"]
+    return table([*head, "least / median / most", "drafts accepted", "equal to plain"], rows)
+
+
+def speculation_machinery(results: list[Result]) -> list[str]:
+    """Whole calls with so many right drafts, beside plain ones of the same run."""
+    rows = []
+    for result in results:
+        plain = {
+            (row["what"].rpartition(",")[2], row["batch"]): row for row in result["rows"] if "plain" in row["what"]
+        }
+        for row in result["rows"]:
+            beside = plain["plain" if "right" in row else row["what"].rpartition(",")[2], row["batch"]]
+            rate = [_number(row["tokens_per_s"], 0), _number(row["tokens_per_s"] / beside["tokens_per_s"], 3)]
+            rows.append([row["model"], row["what"], str(row["batch"]), _number(row.get("tokens_per_step"), 2), *rate])
+    return table(["shape", "", "batch", "tokens a step", "tokens/s", "over plain"], rows, 2)
+
+
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
     "memory-limit": memory_limit,
@@ -340,6 +374,8 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "throughput": throughput,
     "ceilings": ceilings,
     "warm-start": warm_start,
+    "speculation-text": speculation_text,
+    "speculation-machinery": speculation_machinery,
 }
 
 

@@ -40,6 +40,7 @@ from hybridgen.telemetry import import_time as _import_time
 if _typing.TYPE_CHECKING:
     from hybridgen.comparison.results import Comparison
     from hybridgen.engine import Engine
+    from hybridgen.integrations.attached import attach
     from hybridgen.serving.async_client import AsyncClient
     from hybridgen.telemetry.statistics import EngineStats
 
@@ -49,6 +50,7 @@ _LATER = {
     "Engine": "hybridgen.engine",
     "EngineStats": "hybridgen.telemetry.statistics",
     "AsyncClient": "hybridgen.serving.async_client",
+    "attach": "hybridgen.integrations.attached",
 }
 
 __all__ = [
@@ -86,6 +88,7 @@ __all__ = [
     "TokenLogprob",
     "TokenizerError",
     "UnsupportedModelError",
+    "attach",
     "compare",
     "generate",
     "score",

@@ -131,6 +131,12 @@ def _device(name: str, value: Any) -> str:
     return device
 
 
+def _adapter(name: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
+        return None if value is None else os.fspath(value)
+    raise ConfigError(f"{name}={shown(value)}; give a directory or hub id of a PEFT adapter, or None")
+
+
 def _revision(name: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise ConfigError(f"{name}={shown(value)}; give a branch, tag or commit as text, or None")
@@ -177,6 +183,16 @@ def _cache(name: str, value: Any) -> bool | str:
     if not isinstance(value, bool) and (not isinstance(value, str) or not value or "\0" in value):
         raise ConfigError(f"{name}={shown(value)}; give True, False or a directory")
     return value
+
+
+def _speculation(name: str, value: Any) -> Any:
+    drafts = all(hasattr(value, part) for part in ("name", "begin", "draft", "tensors"))
+    if value is None or value == "ngram" or (drafts and not isinstance(value, type)):
+        return value
+    raise ConfigError(
+        f'{name}={shown(value)}; give "ngram", None, or a drafter of your own: an object with name, begin(), draft() '
+        "and tensors() (docs/speculation.md)"
+    )
 
 
 def _listener(name: str, value: Any) -> Any:
@@ -275,6 +291,15 @@ class EngineConfig:
     revision: str | None = field(
         default=None, metadata=setting("Branch, tag or commit of a hub model.", _revision, in_key=False, opens=True)
     )
+    adapter: str | None = field(
+        default=None,
+        metadata=setting(
+            "A directory or hub id of a PEFT adapter, which is merged into the weights (extra `lora`); see "
+            "`Engine.set_adapter`.",
+            _adapter,
+            in_key=False,
+        ),
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata=setting(
@@ -346,6 +371,16 @@ class EngineConfig:
         metadata=setting(
             "Decode steps launched before the host reads the last one's tokens: 0 or 1. Else 1 on CUDA, 0 on a CPU.",
             integer(0, 1, optional=True),
+            in_key=False,
+        ),
+    )
+    speculation: Any = field(
+        default=None,
+        metadata=setting(
+            "Draft tokens and check several in one step, which changes no token: `ngram` (what came behind "
+            "the same tokens earlier in prompt or output), a drafter of one's own, or None. See "
+            "docs/speculation.md.",
+            _speculation,
             in_key=False,
         ),
     )
@@ -553,6 +588,11 @@ class EngineConfig:
                 f'graphs="{self.graphs}" with compile_backend={shown(self.compile_backend)}: trees are Inductor\'s; '
                 'leave compile_backend at "inductor"'
             )
+        if self.graphs is not GraphOwner.MANUAL and self.speculation is not None:
+            raise ConfigError(
+                f'graphs="{self.graphs}" with speculation={shown(self.speculation)}: trees record steps of one token a '
+                'row; use graphs="manual"'
+            )
         if not self.capture_at_start and not self.lazy_capture and self.mode in (Mode.GRAPH, Mode.HYBRID):
             raise ConfigError(
                 f'mode="{self.mode}" with capture_at_start=False and lazy_capture=False records nothing; set one of '
@@ -610,6 +650,8 @@ class ResolvedConfig(NamedTuple):
     """Tokens of a request at most, its prompt and its output together."""
     token_budget: int
     """Prompt tokens of one prefill call at most."""
+    query_len: int = 1
+    """Tokens of a row in a decode step at most: above 1 where drafts are checked."""
 
     @property
     def max_tokens(self) -> int:

@@ -162,6 +162,13 @@ class Completion:
         default=0,
         metadata=about("Tokens of the prompt whose keys and values were there already (`EngineConfig.prefix_cache`)."),
     )
+    drafted_tokens: int = field(
+        default=0, metadata=about("Drafts that its steps checked (`EngineConfig.speculation`).")
+    )
+    accepted_tokens: int = field(default=0, metadata=about("Those of them that were right: so many steps fewer."))
+    weights_version: int = field(
+        default=0, metadata=about("How often `Engine.weights_changed()` had been called when it began.")
+    )
     error: Exception | None = field(
         default=None,
         compare=False,  # exceptions are equal to themselves alone, and a pickled completion should equal its original

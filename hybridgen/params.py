@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,10 @@ from hybridgen.hints import unknown
 
 MAX_LOGPROBS = 64
 MAX_INT = 2**63 - 1
+MAX_GRAMMAR = 2**16
+"""Characters of a grammar."""
+GRAMMARS = ("json_schema", "regex", "grammar", "choice")
+"""Fields that say which texts are allowed; a request has one of them at most."""
 
 
 @described
@@ -206,6 +211,18 @@ class SamplingParams:
             "prompt's only), of the model's own distribution; see `Completion.prompt_logprobs`."
         ),
     )
+    json_schema: Mapping[str, Any] | str | None = field(
+        default=None,
+        metadata=about(
+            "The text is JSON that this schema allows (an object, or its text). Needs the extra `grammar`, as the "
+            "next three fields do; at most one of the four is given. The text ends where it is complete."
+        ),
+    )
+    regex: str | None = field(default=None, metadata=about("The whole text matches this regular expression."))
+    grammar: str | None = field(
+        default=None, metadata=about("The text follows this grammar, in llguidance's form of Lark.")
+    )
+    choice: Sequence[str] | None = field(default=None, metadata=about("The text is one of these."))
     skip_special_tokens: bool = field(default=True, metadata=about("Leave special tokens out of the text."))
     cache_salt: str | None = field(
         default=None,
@@ -249,6 +266,7 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise SamplingError(f"{name}={shown(getattr(self, name))}; give True or False")
+        self._check_grammars()
         if self.cache_salt is not None and not isinstance(self.cache_salt, str):
             raise SamplingError(f"cache_salt={shown(self.cache_salt)} is not text; give a string, or None for no salt")
         if self.logprobs_of not in ("model", "sampled"):
@@ -287,6 +305,24 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             _check_int(name, getattr(self, name), low=0, high=MAX_LOGPROBS, optional=True)
         _check_int("truncate_prompt", self.truncate_prompt, low=1, optional=True)
+
+    def _check_grammars(self) -> None:
+        given = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SamplingError(f"{' and '.join(given)} are given; give one of {', '.join(GRAMMARS)}")
+        for name in given:
+            value = getattr(self, name)
+            text = value
+            if name == "choice":
+                if not value or not all(isinstance(each, str) and each for each in value):
+                    raise SamplingError(f"choice={shown(value)}; give a list of texts that are not empty")
+                text = "".join(value)
+            elif name == "json_schema":
+                text = _json_text(name, value)
+            elif not isinstance(value, str) or not value:
+                raise SamplingError(f"{name}={shown(value)}; give a text that is not empty")
+            if len(text) > MAX_GRAMMAR:
+                raise SamplingError(f"{name} has {len(text)} characters, over the limit of {MAX_GRAMMAR}; shorten it")
 
     def _check_lists(self) -> None:
         for text in self.stop or ():
@@ -335,7 +371,18 @@ _ID_LISTS = (
     "forced_eos_token_id",
 )
 _FUNCTIONS = ("logits_processors", "stopping_criteria")
-_LISTS = ("stop", "bad_words_ids", *_ID_LISTS, *_FUNCTIONS)
+_LISTS = ("stop", "choice", "bad_words_ids", *_ID_LISTS, *_FUNCTIONS)
+
+
+def _json_text(name: str, value: Any) -> str:
+    """A JSON schema as text."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("it is no object")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SamplingError(f"{name}={shown(value)} is no JSON schema: {error}") from None
+    return text
 
 
 def _sequence_bias(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:

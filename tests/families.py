@@ -228,6 +228,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "phimoe": _with(num_local_experts=4, num_experts_per_tok=2, **_SHORT),
     "solar_open": _with(head_dim=16, **_ROUTED, **_SHORT),
     "vaultgemma": _with(head_dim=16, query_pre_attn_scalar=16, **_TWO),
+    "gptj": _GPT | {"n_layer": 2, "rotary_dim": 8},
 }
 """Configs by model type, of two layers: each in one sweep over the modes. A few are newer than the oldest transformers
 that is supported."""
@@ -260,9 +261,9 @@ ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def is_absent(name: str) -> bool:
-    """Whether the installed transformers lacks a family, or has it with a config of another form."""
-    old = Version(transformers.__version__) < Version("5.23")
-    return name not in CONFIG_MAPPING or (name == "cohere_compass_text" and old)
+    """Whether the installed transformers lacks a family, or has it in a form that does not run yet."""
+    since = {"cohere_compass_text": "5.23", "gptj": "5.24"}.get(name, "0")
+    return name not in CONFIG_MAPPING or Version(transformers.__version__) < Version(since)
 
 
 def layer_kinds(name: str) -> int:

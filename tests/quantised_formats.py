@@ -18,6 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""QLoRA (Dettmers et al., 2023), appendix E."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word is output 8c + AWQ_ORDER[i]."""
 
@@ -115,6 +121,52 @@ def ct_mxfp4(outputs: int, inputs: int, g: torch.Generator) -> Written:
     """compressed-tensors mxfp4-pack-quantized."""
     packed, scales, values = _mxfp4((outputs,), inputs, g)
     return Written({".weight_packed": packed, ".weight_scale": scales}, values)
+
+
+def ct_nvfp4(outputs: int, inputs: int, g: torch.Generator) -> Written:
+    """compressed-tensors nvfp4-pack-quantized."""
+    codes = torch.randint(0, 16, (outputs, inputs), generator=g, dtype=torch.uint8)
+    scales = (torch.rand((outputs, inputs // 16), generator=g) * 300 + 50).to(torch.float8_e4m3fn)
+    whole = torch.tensor([4096.0])
+    values = E2M1[codes.long()] * (scales.float() / whole).repeat_interleave(16, 1)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    tensors = {".weight_packed": packed, ".weight_scale": scales, ".weight_global_scale": whole}
+    return Written(tensors | {".input_global_scale": torch.tensor([100.0])}, values)
+
+
+def bnb_int8(outputs: int, inputs: int, g: torch.Generator) -> Written:
+    """bitsandbytes LLM.int8."""
+    codes = torch.randint(-127, 128, (outputs, inputs), generator=g, dtype=torch.int8)
+    largest = torch.rand(outputs, generator=g) + 0.2
+    tensors = {".weight": codes, ".SCB": largest, ".weight_format": torch.zeros((), dtype=torch.uint8)}
+    return Written(tensors, codes.float() * (largest / 127)[:, None])
+
+
+def bnb_4bit(nested: bool) -> Writer:
+    """bitsandbytes nf4, with scales that are quantised too (`nested`) or not; blocks of 64 run on from row to row."""
+
+    def write(outputs: int, inputs: int, g: torch.Generator) -> Written:
+        count = outputs * inputs
+        blocks = -(-count // 64)
+        codes = torch.randint(0, 16, (count,), generator=g, dtype=torch.uint8)
+        table = torch.tensor(NF4)
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [outputs, inputs]}
+        tensors = {".weight": (codes[::2] << 4 | codes[1::2])[:, None], ".weight.quant_map": table}
+        scales = torch.rand(blocks, generator=g) * 0.3 + 0.3
+        if nested:
+            places = torch.randint(0, 256, (blocks,), generator=g, dtype=torch.uint8)
+            second, each = torch.rand(256, generator=g) - 0.5, torch.rand(-(-blocks // 256), generator=g) * 0.2
+            scales = second[places.long()] * each.repeat_interleave(256)[:blocks] + 0.4
+            tensors |= {".weight.absmax": places, ".weight.nested_absmax": each, ".weight.nested_quant_map": second}
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.4}
+        else:
+            tensors[".weight.absmax"] = scales
+        written = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors[".weight.quant_state.bitsandbytes__nf4"] = written
+        values = table[codes.long()] * scales.repeat_interleave(64)[:count]
+        return Written(tensors, values.view(outputs, inputs))
+
+    return write
 
 
 def _mxfp4(lead: tuple[int, ...], inputs: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,6 +279,7 @@ def _gptq(bits: int, group: int, **options: Any) -> tuple[Writer, dict[str, Any]
 
 
 _FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
+_BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 _MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
 
 FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
@@ -243,6 +296,10 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "ct int8 channel": _plain("int8", "channel"),
     "ct int8 zeros": _plain("int8", "channel", symmetric=False),
     "ct mxfp4": (ct_mxfp4, ct_config("mxfp4-pack-quantized", _MXFP4)),
+    "ct nvfp4": (ct_nvfp4, ct_config("nvfp4-pack-quantized", {**_MXFP4, "strategy": "tensor_group", "group_size": 16})),
+    "bnb int8": (bnb_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}),
+    "bnb nf4": (bnb_4bit(False), _BNB),
+    "bnb nested nf4": (bnb_4bit(True), _BNB),
     "fp8 block": (fine_grained((32, 32)), {**_FP8, "weight_block_size": [32, 32]}),
     "fp8 exponents": (fine_grained((32, 32), exponents=True), {**_FP8, "weight_block_size": [32, 32]}),
     "fp8 tensor": (fine_grained(None), {**_FP8, "weight_block_size": None}),

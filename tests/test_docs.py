@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -111,6 +112,35 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
                 value.close()
 
 
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_run_and_have_no_outputs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells run one after the other; what the last line of one is can be shown."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads(path.read_text())
+    names: dict[str, Any] = {}
+    shown = 0
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] != "code":
+            continue
+        assert (cell["outputs"], cell["execution_count"]) == ([], None), "clear the outputs"
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"{path.name} cell {number}", "exec"), names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), f"{path.name} cell {number}", "eval"), names)
+            shown += "<table" in value._repr_html_() if hasattr(value, "_repr_html_") else bool(repr(value))
+    assert shown >= 2
+
+
+def test_a_page_links_to_each_notebook() -> None:
+    text = (DOCS / "recipes.md").read_text()
+    assert len(NOTEBOOKS) <= 3
+    assert [path.name for path in NOTEBOOKS if f"notebooks/{path.name}" not in text] == []
+
+
 def shell_blocks() -> list[Any]:
     return [
         pytest.param(block, id=f"{page.name}:{block.line}")
@@ -152,7 +182,7 @@ def test_shell_blocks_run(block: Block, tmp_path: Path) -> None:
 
 def test_what_is_not_run_is_little_and_says_why() -> None:
     left = [(page.name, block.line) for page in PAGES for block in blocks(page) if block.why_not is not None]
-    assert len(left) <= 12, left
+    assert len(left) <= 14, left
 
 
 def test_a_block_that_fails_is_found(tmp_path: Path) -> None:

@@ -13,15 +13,17 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 PRINTED = {
     "best_of_n.py": r"\* *-\d",
     "evaluate.py": r"accuracy [01]\.\d+",
+    "grpo.py": r"2 steps, \d+ tokens generated",
     "multiple_choice.py": r"of 2 right",
     "perplexity.py": r"tokens in \d+ windows, perplexity \d",
     "rejection.py": r"[1-6] of 6 prompts have an answer",
+    "sampling_callback.py": r"step 3: 'import ' -> ",
     "self_consistency.py": r"with \d+ of 16 votes",
     "steering.py": r"projection without .* with the hook",
     "watermark.py": r"without -?[0-3]\.\d, with the watermark [5-9]\.\d",
 }
 """What each prints, among other things."""
-NEEDS = {"evaluate.py": "lm_eval"}
+NEEDS = {"evaluate.py": "lm_eval", "grpo.py": "trl"}
 """Packages of extras."""
 
 

@@ -17,6 +17,7 @@ RECIPES = (
     "A sampling option",
     "A kernel",
     "An executor",
+    "A drafter",
     "A kind of state",
     "A weight format",
     "A command",

@@ -51,6 +51,7 @@ NAMES = [
     "TokenLogprob",
     "TokenizerError",
     "UnsupportedModelError",
+    "attach",
     "compare",
     "generate",
     "score",

@@ -176,7 +176,7 @@ def test_a_start_stands_beside_that_of_mode_eager(tables: ModuleType, tmp_path: 
 
 TABLES = [
     "decode-modes", "replay", "unseen", "ablation", "metadata-copy", "ttft", "throughput", "ceilings", "warm-start",
-    "memory-limit", "preparation", "trees",
+    "memory-limit", "preparation", "trees", "speculation-text", "speculation-machinery",
 ]  # fmt: skip
 
 

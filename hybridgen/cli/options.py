@@ -19,6 +19,8 @@ from hybridgen.params import SamplingParams
 ENGINE = (
     "mode",
     "dtype",
+    "quantization",
+    "quantize_head",
     "device",
     "revision",
     "trust_remote_code",

@@ -26,10 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 def compiles_whole(config: EngineConfig, mode: Mode, device_type: str) -> bool:
-    """Whether decode steps are compiled whole, in place of the layers: mode hybrid on a CPU, by Inductor."""
-    return (
-        device_type == "cpu" and mode is Mode.HYBRID and config.compile_backend == "inductor" and switched_off() is None
-    )
+    """Whether decode steps are compiled whole, in place of the layers: mode hybrid on a CPU, by Inductor.
+
+    Not where somebody drafts: a drafter of the user's is no code that another process could be told of.
+    """
+    whole = device_type == "cpu" and mode is Mode.HYBRID and config.compile_backend == "inductor"
+    return whole and config.speculation is None and switched_off() is None
 
 
 CompiledStep = Callable[..., object]

@@ -6,7 +6,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tqdm.auto import tqdm
 
@@ -24,8 +24,9 @@ from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
-from hybridgen.errors import CacheMissError, described
+from hybridgen.errors import CacheMissError, ConfigError, described, shown
 from hybridgen.execution import ModelRunner, warm_up
+from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
@@ -33,6 +34,8 @@ from hybridgen.models import BoundModel
 from hybridgen.models.twin import Twin
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, plan_of, resolve
+from hybridgen.speculation import refusal
+from hybridgen.speculation.ngram import NgramDrafter
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter, traffic_of
 
@@ -87,6 +90,8 @@ class Builder:
             compile_backend=config.compile_backend if compiles_layers else None,
             units=units,
             offline=config.offline_compile,
+            query_len=self.resolved.query_len,
+            drafter=self._drafter(bound),
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
             fall_back=self.counters.fall_back,
@@ -118,7 +123,8 @@ class Builder:
         prefix_state = self._prefix_state(bound, runner)
         ring_pages = None
         if bound.reach is not None:
-            ring_pages = pages_in_turn(bound.reach, self.resolved.token_budget, config.page_size)
+            most = max(self.resolved.token_budget, self.resolved.query_len)
+            ring_pages = pages_in_turn(bound.reach, most, config.page_size)
         pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on", ring_pages=ring_pages)
 
         def before_call() -> None:
@@ -145,6 +151,7 @@ class Builder:
             reads_first_tokens_first=not plan.settings().decode,
             meter=meter,
             before_call=before_call,
+            drafter=None if runner.drafting is None else runner.drafting.name,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state)
 
@@ -180,6 +187,7 @@ class Builder:
             device=self.checkpoint.device,
             token_budget=self.resolved.token_budget,
             max_tokens=self.resolved.max_tokens,
+            query_len=self.resolved.query_len,
         )
 
     def capture(self, runner: ModelRunner, plan: GraphSetup) -> None:
@@ -198,7 +206,7 @@ class Builder:
             plans[plan_of(usual, checkpoint.vocab_size)] = None
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
-        keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler)
+        keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler, query_lens=runner.query_lens)
         keys = self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
         disable = bar_disabled(self.config.progress)
         with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
@@ -225,6 +233,20 @@ class Builder:
         allocate(states, num_pages, slots, device)
         runner.attach(states)
         return num_pages, total_bytes(states, num_pages, slots)
+
+    def _drafter(self, bound: BoundModel) -> Drafter | None:
+        """Who drafts, if anybody.
+
+        Raises:
+            ConfigError: drafts cannot be checked on this model.
+        """
+        wanted = self.config.speculation
+        if wanted is None:
+            return None
+        why = refusal(bound, self.resolved.max_context, self.config.page_size, self.checkpoint.dtype)
+        if why is not None:
+            raise ConfigError(f"speculation={shown(wanted)} with this model: {why}; leave speculation out")
+        return NgramDrafter() if wanted == "ngram" else cast(Drafter, wanted)
 
     def _prefix_state(self, bound: BoundModel, runner: ModelRunner) -> str:
         """`on`, or why requests share no pages."""

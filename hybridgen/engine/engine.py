@@ -39,6 +39,7 @@ from hybridgen.engine.preflight import check_config, open_cache
 from hybridgen.engine.requests import Request, collect, make_requests, results
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import (
+    ConfigError,
     EngineError,
     HybridgenError,
     Interrupted,
@@ -48,15 +49,17 @@ from hybridgen.errors import (
     shown,
 )
 from hybridgen.execution import ModelRunner
+from hybridgen.execution.following import release_cache, resume_cache, use_adapter
 from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
+from hybridgen.loading.adapters import Adapters, check_adapter
 from hybridgen.models import BoundModel, bind
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
 from hybridgen.telemetry import import_time
-from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats
+from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats, SpeculationStats
 from hybridgen.telemetry.traffic import Traffic, formats_of
 from hybridgen.text.prompts import Prompts, split_prompts
 
@@ -97,6 +100,7 @@ class Engine:
         self._startup = Startup(import_time.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
         self._loop: StepLoop | None = None
         self._calls: AsyncCalls | None = None
+        self._adapters: Adapters | None = None
         self._runner: ModelRunner | None = None
         # Undone in reverse order by close(), and also when the engine is dropped without it.
         undo = ExitStack()
@@ -125,9 +129,13 @@ class Engine:
             if twin is not None:
                 twin.settle()
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
+            self._adapters = None if twin is not None else Adapters(bound.model)
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self._prefix_state = built.prefix_state
             self._formats = formats_of(bound.model, bound.weights)
+            if config.adapter is not None:
+                with self._startup.timed("adapter"):
+                    self.set_adapter(config.adapter)
             self.cache.end_start()
             atexit.register(_keep_plan, weakref.ref(self))
         except BaseException:
@@ -421,6 +429,84 @@ class Engine:
         finally:
             loop.cancel(requests)
 
+    def weights_changed(self) -> None:
+        """Say that the model's weights have other values now: cached prefixes are forgotten, casts and repacked copies
+        made anew, and results count it (`Completion.weights_version`). What is compiled and recorded stays. A live
+        module need not be followed so: every call looks for itself.
+
+        Raises:
+            EngineError: the engine is closed, or this was called from inside a step.
+        """
+        self.open_loop().weights_changed()
+
+    @property
+    def adapter(self) -> str | None:
+        """The path or id of the adapter that is merged into the weights; None: none is."""
+        return None if self._adapters is None else self._adapters.current
+
+    def set_adapter(self, adapter: str | os.PathLike[str] | None) -> None:
+        """Merge another PEFT adapter into the weights in place of the present one; None takes it out, exactly.
+
+        Nothing is compiled or recorded again, because the weights stay where they are. Cached prefixes are forgotten,
+        and `Completion.weights_version` counts it.
+
+        Raises:
+            ConfigError: it cannot be read, or does not fit the model (which then has none); or the model is a live
+                module, whose owner merges adapters.
+            UnsupportedModelError: it works outside of the weights, or changes a weight that is tied to another.
+            EngineError: the engine is closed, or requests wait or run.
+        """
+        loop, runner, adapters = self.open_loop(), self._runner, self._adapters
+        if adapters is None or runner is None:
+            raise ConfigError("the engine's model is a live module; merge the adapter there, or give the PEFT model")
+        if runner.following.released:
+            raise EngineError("the KV cache is released; call resume() first")
+        name = None if adapter is None else check_adapter(adapter)
+        if name is None and adapters.current is None:
+            return
+
+        def work() -> None:
+            try:
+                use_adapter(runner, adapters, name)
+            finally:
+                loop.weights_changed()
+
+        loop.pause(work, None)
+
+    def release_cache(self) -> None:
+        """Give the KV cache's memory back to torch's allocator, for others in this process. Calls are refused until
+        `resume()`. Releasing twice is fine.
+
+        Raises:
+            EngineError: the engine is closed, or requests wait or run.
+        """
+        loop = self.open_loop()
+        if self._runner is None or self._runner.following.released:
+            return
+
+        def work() -> None:
+            if self._runner is not None:
+                loop.scheduler.pages.clear()
+                release_cache(self._runner)
+
+        loop.pause(work, EngineError("the KV cache is released; call resume() first"))
+
+    def resume(self) -> None:
+        """Take the KV cache's memory again, after `release_cache()`. Where it lies elsewhere than before, recordings
+        are made anew; else they are kept. Without a release it does nothing.
+
+        Raises:
+            EngineError: the engine is closed.
+            OutOfMemoryError: there is too little memory now; free some and call it again.
+        """
+        loop, runner = self.open_loop(), self._runner
+        if runner is not None and runner.following.released:
+            loop.pause(lambda: resume_cache(runner), None)
+
+    def fall_back(self, reason: str) -> None:
+        """Count something that ran another way than asked for; warned of once. For those who call in its place."""
+        self._counters.fall_back(reason)
+
     def record_missing(self) -> bool:
         """`idle()` for callers that must not fail with it: a failure is counted, and warned of once.
 
@@ -475,6 +561,20 @@ class Engine:
                 cached_tokens=pages.found,
                 evicted=pages.evicted,
             ),
+            speculation=self._speculation(),
+        )
+
+    def _speculation(self) -> SpeculationStats:
+        drafting = None if self._runner is None else self._runner.drafting
+        if drafting is None:
+            return SpeculationStats()
+        counted = self._counters.drafts
+        return SpeculationStats(
+            drafter=drafting.name if drafting.failure is None else f"off: {drafting.failure}",
+            steps=counted["rows"],
+            tokens=counted["tokens"],
+            drafted=counted["checked"],
+            accepted=counted["accepted"],
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,7 +20,8 @@ from hybridgen.engine.scheduler import Scheduler
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
 from hybridgen.execution import LaunchedStep, ModelRunner
 from hybridgen.execution.fused_executors import inspect_fused
-from hybridgen.execution.plan import Admission, PrefillChunk
+from hybridgen.execution.plan import Admission, DraftCounts, PrefillChunk
+from hybridgen.speculation.pace import RowPace, choose
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
 
@@ -56,6 +58,7 @@ class StepLoop:
         reads_first_tokens_first: bool = False,
         meter: DecodeMeter | None = None,
         before_call: Callable[[], object] = lambda: None,
+        drafter: str | None = None,
     ) -> None:
         """
         Args:
@@ -64,6 +67,7 @@ class StepLoop:
                 the host long: a first token does not wait for it then.
             meter: told of every decode step that was read.
             before_call: called before requests are queued, while no step runs.
+            drafter: who drafts in the runner's steps; None: nobody.
         """
         self.scheduler = scheduler
         self._runner = runner
@@ -73,6 +77,7 @@ class StepLoop:
         self._reads_first_tokens_first = reads_first_tokens_first
         self._meter = meter
         self._before_call = before_call
+        self._drafter = drafter
         self._decoded_by: StepKind = ("decode", "", "")
         """How the last decode step ran. One object while that does not change, so that nobody compares strings."""
         self._in_flight: list[InFlight] = []
@@ -85,6 +90,9 @@ class StepLoop:
         self._disturbed = False
         """Whether that happened, and host and device were not made to agree again yet."""
         self._end: EngineError | None = None
+        self._paused: EngineError | None = None
+        self.weights_version = 0
+        """How often `weights_changed()` was called."""
 
     def submit(self, requests: Sequence[Request], *, keep_events: bool = False) -> None:
         """Queue new requests, all or none; `step()` runs them.
@@ -99,6 +107,8 @@ class StepLoop:
         """
         with self._lock, interrupts_deferred():
             self.check()
+            if self._paused is not None:
+                raise self._paused
             if any(request.state is not RequestState.NEW for request in requests):
                 raise ValueError("a request can be submitted once; make a new one")
             if not self._stepping:
@@ -129,6 +139,39 @@ class StepLoop:
             self._in_flight = []
             for request in [*self.scheduler.running, *self.scheduler.waiting]:
                 self._finish(request, FinishReason.ERROR, self._end)
+
+    def weights_changed(self) -> None:
+        """The model's weights have other values from now on. Requests that run go on with them.
+
+        Raises:
+            EngineError: the loop has ended, or this was called from inside a step.
+        """
+        with self._lock, interrupts_deferred():
+            self.check()
+            if self._stepping:
+                raise EngineError("weights_changed() was called from inside a step; call it between two calls")
+            self._before_call()
+            self.scheduler.pages.clear()
+            self.weights_version += 1
+
+    def pause(self, work: Callable[[], None], why: EngineError | None) -> None:
+        """Do something to what requests need, while none waits or runs.
+
+        Args:
+            why: what later calls are refused with; None: they are taken again.
+
+        Raises:
+            EngineError: the loop has ended, or requests wait or run.
+        """
+        with self._lock, interrupts_deferred():
+            self.check()
+            if self._stepping or self.scheduler.busy:
+                raise EngineError("requests wait or run; let them end first")
+            flights, self._in_flight = self._in_flight, []
+            for flight in flights:
+                self._read(flight)
+            work()
+            self._paused = why
 
     @property
     def ended(self) -> bool:
@@ -277,7 +320,7 @@ class StepLoop:
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
     ) -> None:
         try:
-            step = self._runner.decode(slots)
+            step = self._decode(requests, slots)
         except Exception as error:
             if self._can_isolate(requests, error):
                 for request in requests:
@@ -290,6 +333,13 @@ class StepLoop:
             kind = self._decoded_by = ("decode", step.kind, step.reason)
         self._counters.steps[kind] += 1
         launched.append(InFlight(step, requests, kind, positions))
+
+    def _decode(self, requests: Sequence[Request], slots: tuple[int, ...]) -> LaunchedStep:
+        """Launch a decode step; where somebody drafts, with as many drafts of each row as are worth checking."""
+        if self._drafter is None:
+            return self._runner.decode(slots)
+        rows = [request.pace for request in requests if request.pace is not None]
+        return self._runner.decode(slots, choose(rows, partial(self._runner.decode_seconds, slots)))
 
     def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
         """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""
@@ -311,7 +361,7 @@ class StepLoop:
             if flight.step.hidden is not None:
                 asked = [(request, chunk) for request, chunk in flight.parts if chunk.hidden]
                 self._take_hidden(asked, flight.step.hidden.read())
-            tokens, logprobs = flight.step.read()
+            tokens, logprobs, drafts = flight.step.read()
         except Exception as error:
             self._break(error)
         now = time.perf_counter()
@@ -322,13 +372,23 @@ class StepLoop:
                 self._meter.step(len(tokens), flight.positions, now)
         generated = 0
         unchosen: list[Request] = []
-        rows = zip(flight.requests, tokens, logprobs or repeat(None, len(tokens)), strict=True)
-        for request, accepted, its_logprobs in rows:
+        rows = zip(
+            flight.requests,
+            tokens,
+            logprobs or repeat(None, len(tokens)),
+            drafts or repeat(None, len(tokens)),
+            strict=True,
+        )
+        for request, accepted, its_logprobs, its_drafts in rows:
             output = request.output
             if output.completion is not None:  # it ended while this step was in flight
                 continue
+            if its_drafts is not None:
+                output.drafted_tokens += its_drafts.checked
             taken = output.take(accepted, its_logprobs, now, flight.decoded_by)
             generated += taken
+            if its_drafts is not None:
+                self._count_drafts(request, its_drafts, taken, flight.decoded_by)
             if output.completion is not None:
                 self._release(request)
             elif taken != len(accepted):
@@ -340,6 +400,22 @@ class StepLoop:
         self._counters.tokens["generated"] += generated
         if generated and self._counters.first_token is None:
             self._counters.first_token = now - flight.requests[0].output.submitted
+
+    def _count_drafts(self, request: Request, drafts: DraftCounts, taken: int, decoded_by: StepKind | None) -> None:
+        """Note what became of a row's drafts in a step that brought it `taken` tokens."""
+        if request.pace is None:
+            request.pace = RowPace()
+        request.pace.read(drafts.checked, max(taken - 1, 0), drafts.made)
+        if decoded_by is not None:
+            counted = self._counters.drafts
+            counted["rows"] += 1
+            counted["tokens"] += taken
+            counted["checked"] += drafts.checked
+            counted["accepted"] += max(taken - 1, 0)
+        if drafts.dropped:
+            self._counters.fall_back(
+                f"the drafter {self._drafter} gave ids that the model does not have; they are dropped"
+            )
 
     def _take_scores(self, requests: Sequence[Request], scores: Sequence[Sequence[TokenLogprob]]) -> None:
         """Hand the log-probabilities of prompts to their requests."""
@@ -382,6 +458,7 @@ class StepLoop:
                 request.index,
                 request.choice,
                 scored_from=request.scored_from,
+                weights_version=self.weights_version,
                 keep_events=keep_events,
                 traffic=None if self._meter is None else self._meter.traffic,
                 prompt=request.prompt,

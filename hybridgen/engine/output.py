@@ -40,6 +40,7 @@ class RequestOutput:
         choice: int = 0,
         *,
         scored_from: int | None = None,
+        weights_version: int = 0,
         keep_events: bool = False,
         traffic: Traffic | None = None,
         prompt: Any = None,
@@ -49,6 +50,7 @@ class RequestOutput:
         Args:
             index, choice: which prompt of its call, and which of the prompt's completions.
             scored_from: the first token of the prompt whose log-probability is told; None: of no token.
+            weights_version: how often the weights had changed.
             keep_events: make an event for each token.
             traffic: what a decode step reads, for the completion's bandwidth.
             prompt: the text or chat that the ids are of, for the completion.
@@ -60,6 +62,10 @@ class RequestOutput:
         self.completion: Completion | None = None
         self.cached_tokens = 0
         """Tokens of the prompt that were not computed."""
+        self.drafted_tokens = 0
+        """Drafts that were checked."""
+        self._accepted_tokens = 0
+        """Drafts that were right: tokens that were not the first of their step."""
         self.states: list[Any] = []
         """Hidden states of its prompt, part by part, where they are wanted."""
         self.keep_events = keep_events
@@ -67,6 +73,7 @@ class RequestOutput:
         self._prompt, self._truncated = prompt, truncated
         self._sampling = sampling
         self._scored_from = scored_from
+        self._weights_version = weights_version
         self._scores: list[TokenLogprob] = []
         self._index = index
         self._choice = choice
@@ -145,6 +152,7 @@ class RequestOutput:
                 taken += 1
                 if taken > 1:
                     self._extra_tokens += 1
+                    self._accepted_tokens += 1
                 ids.append(token)
                 self._token_times.append(now)
                 text, matched = "", None
@@ -295,14 +303,18 @@ class RequestOutput:
             prompt_logprobs=None if self._scored_from is None else (*[None] * self._scored_from, *self._scores),
             stop_match=match,
             cached_tokens=self.cached_tokens,
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
+            weights_version=self._weights_version,
             error=error,
         )
 
     def _bandwidth(self) -> tuple[float | None, float | None]:
         """Bytes per second that its decode steps read, and their share of the device's ceiling."""
         times, traffic = self._token_times, self._traffic
-        if traffic is None or len(times) < 2:
+        steps = len(times) - 1 - self._accepted_tokens
+        if traffic is None or steps < 1:
             return None, None
         positions = len(self._prompt_ids) + len(times) / 2
-        bandwidth = traffic.bandwidth(1, positions, (times[-1] - times[0]) / (len(times) - 1))
+        bandwidth = traffic.bandwidth(1, positions, (times[-1] - times[0]) / steps)
         return bandwidth, traffic.mbu(bandwidth)

@@ -8,7 +8,9 @@ from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import EngineConfig, GraphOwner, ResolvedConfig
 from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, DeviceError
+from hybridgen.execution.drafting import DRAFTS
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.adapters import check_adapter
 from hybridgen.telemetry import import_time
 
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
@@ -29,6 +31,7 @@ def resolve_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConf
         mode=config.mode_on(device),
         max_context=context_limit(checkpoint, config.max_context),
         token_budget=config.token_budget or TOKEN_BUDGET[device],
+        query_len=1 if config.speculation is None else 1 + DRAFTS[-1],
     )
 
 
@@ -49,6 +52,10 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             above what one call takes.
         DeviceError: the machine cannot run the mode.
     """
+    if config.adapter is not None:
+        if checkpoint.module is not None:
+            raise ConfigError("adapter= is not for a live module; merge it there, or give the PEFT model")
+        check_adapter(config.adapter)
     device = checkpoint.device.type
     mode = config.mode_on(device)
     if mode.compiles:

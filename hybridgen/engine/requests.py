@@ -17,7 +17,9 @@ from hybridgen.execution.plan import Hidden
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
 from hybridgen.params import SamplingParams, choice_seed
+from hybridgen.sampling.grammar import constraint_of
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
+from hybridgen.speculation.pace import RowPace
 from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,8 @@ class Request:
     """How many of those were launched."""
     slot: int = field(default=-1, init=False)
     pages: RequestPages = field(default_factory=RequestPages, init=False)
+    pace: RowPace | None = field(default=None, init=False)
+    """What its drafts have shown; None where nobody drafts."""
     _launched: int = field(default=0, init=False)
     """Generated tokens, without those of the steps that its current batch has counted."""
     _batch: Batch | None = field(default=None, init=False)
@@ -239,9 +243,12 @@ def _make(
     length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
     resolved = known.get((id(wanted), length))
     if resolved is None:
-        resolved = known[id(wanted), length] = resolve(
-            wanted, checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size, len(ids)
-        )
+        eos, vocab = checkpoint.eos_token_ids, checkpoint.vocab_size
+        resolved = resolve(wanted, checkpoint.generation_config, eos, vocab, len(ids))
+        constraint = constraint_of(wanted, checkpoint.tokenizer, checkpoint.tokenizer_problem, vocab, eos)
+        if constraint is not None:
+            resolved = replace(resolved, logits_processors=(*resolved.logits_processors, constraint))
+        known[id(wanted), length] = resolved
     elif wanted.seed is None and not resolved.greedy:
         resolved = replace(resolved, seed=draw_seed())
     if resolved.stop and checkpoint.tokenizer is None:

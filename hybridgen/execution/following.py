@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from hybridgen.device.capture import CAPTURING
+from hybridgen.errors import OutOfMemoryError
 from hybridgen.execution.runner import ModelRunner, on_its_stream
+from hybridgen.loading.adapters import Adapters
 from hybridgen.models.twin import Changes, has_global_hooks
 
 logger = logging.getLogger(__name__)
@@ -40,17 +42,23 @@ def _refresh(runner: ModelRunner) -> None:
 
 
 @on_its_stream
-def _adapt(runner: ModelRunner, changes: Changes, hooks: tuple[bool, tuple[nn.Module, ...]]) -> None:
-    """Make what is compiled, recorded and fused fit the model again."""
+def _adapt(
+    runner: ModelRunner, changes: Changes, hooks: tuple[bool, tuple[nn.Module, ...]], whose: str = "the model's tensors"
+) -> None:
+    """Make what is compiled, recorded and fused fit the model again.
+
+    Args:
+        whose: what lies elsewhere now, for messages.
+    """
     following = runner.following
     runner.ring.drain()
     if runner.stream is not None:
         runner.stream.synchronize()  # a graph is not released while it runs
     if changes.moved or changes.settings:
-        what = "tensors lie elsewhere" if changes.moved else "attributes changed"
-        logger.debug("the model's %s: %s", what, ", ".join((changes.moved or changes.settings)[:8]))
+        what = f"{whose} lie elsewhere" if changes.moved else "the model's attributes changed"
+        logger.debug("%s: %s", what, ", ".join((changes.moved or changes.settings)[:8]))
         again = [recording.key for recording in runner.graphs.recordings]
-        runner.graphs.drop_all(f"the model's {what}")
+        runner.graphs.drop_all(what)
         following.stale = True
         if not runner.graphs.settings.lazy:
             following.again += again
@@ -95,3 +103,64 @@ def _use_fused(runner: ModelRunner, *, usable: bool) -> None:
     made = runner.fused
     if made is not None and made.chain is not None and rows < made.chain.most:
         made.use_chain_up_to(rows, "measured before the model changed")
+
+
+@on_its_stream
+def release_cache(runner: ModelRunner) -> None:
+    """Give the memory of the layers' states back to torch's allocator; the tensors stay where recordings refer to them,
+    without memory. Not while anything is in flight."""
+    runner.ring.drain()
+    if runner.stream is not None:
+        runner.stream.synchronize()
+    for tensor in _state_tensors(runner):
+        runner.following.released.append(
+            (tensor.untyped_storage(), tensor.untyped_storage().nbytes(), tensor.data_ptr())
+        )
+        tensor.untyped_storage().resize_(0)
+
+
+@on_its_stream
+def resume_cache(runner: ModelRunner) -> None:
+    """Take memory for the layers' states again. Where it lies elsewhere than before, what is recorded is made anew.
+
+    Raises:
+        OutOfMemoryError: there is too little; nothing is taken.
+    """
+    released = runner.following.released
+    try:
+        for storage, size, _ in released:
+            storage.resize_(size)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        for storage, _, _ in released:
+            storage.resize_(0)
+        total = sum(size for _, size, _ in released)
+        raise OutOfMemoryError(f"the KV cache of {total:,} bytes does not fit any more; free memory first") from error
+    runner.following.released = []
+    tensors = _state_tensors(runner)
+    for tensor in tensors:
+        tensor.zero_()
+    if any(storage.data_ptr() != address for storage, _, address in released):
+        following = runner.following
+        moved = Changes(("keys and values",), (), following.hooks[1])
+        _adapt(runner, moved, following.hooks, "the pages of the KV cache")
+
+
+def _state_tensors(runner: ModelRunner) -> list[torch.Tensor]:
+    """The tensors of all layers' states, one for each storage."""
+    found = {
+        tensor.untyped_storage().data_ptr(): tensor for state in runner.states for tensor in state.tensors().values()
+    }
+    return list(found.values())
+
+
+@on_its_stream
+def use_adapter(runner: ModelRunner, adapters: Adapters, name: str | None) -> None:
+    """Change the adapter in the weights, and what was repacked of them. Not while anything is in flight."""
+    runner.ring.drain()
+    try:
+        adapters.set(name)
+    finally:
+        if runner.fused is not None:
+            runner.fused.refresh()
+        if runner.stream is not None:
+            runner.stream.synchronize()  # the host's copies are read until then

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from hybridgen.fused.decode import FusedDecode
@@ -30,6 +31,8 @@ class Following:
         """Whether they were made for tensors or settings that are not the model's any more."""
         self.again: list[GraphKey] = []
         """What to record at once when hooks are gone, because nothing is recorded while idle."""
+        self.released: list[tuple[torch.UntypedStorage, int, int]] = []
+        """Storages of layers' states that have no memory now, their sizes in bytes and where they lay."""
         self.fuse_again: Callable[[], None] | None = None
         """Makes the fused kernels anew."""
 

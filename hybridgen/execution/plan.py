@@ -64,6 +64,17 @@ class StepPlan(NamedTuple):
     again."""
 
 
+class DraftCounts(NamedTuple):
+    """What became of a row's drafts in a step."""
+
+    checked: int
+    """Drafts that the step fed."""
+    made: int
+    """Drafts that wait for the row's next step."""
+    dropped: int
+    """Drafts that were no ids of the model."""
+
+
 class StepOutput(NamedTuple):
     """What a step produced, by row."""
 
@@ -72,3 +83,5 @@ class StepOutput(NamedTuple):
     could be chosen."""
     logprobs: list[list[TokenLogprob]] | None
     """Of those tokens; None where no row wants any."""
+    drafts: list[DraftCounts] | None = None
+    """None where nobody drafts."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybridgen.core import TokenLogprob
 from hybridgen.device.mapped import host_mapped
-from hybridgen.execution.plan import StepOutput
+from hybridgen.execution.plan import DraftCounts, StepOutput
 from hybridgen.kernels.step.advance import REJECTED, advance, publish
 from hybridgen.params import MAX_LOGPROBS
 from hybridgen.sampling import SampleOutput
@@ -25,8 +25,12 @@ class TokenRing:
     event behind the step says when its line can be read.
     """
 
-    def __init__(self, max_batch: int, device: torch.device, *, query_len: int = 1) -> None:
-        """`query_len`: tokens of a row in a step at most."""
+    def __init__(self, max_batch: int, device: torch.device, *, query_len: int = 1, tells_drafts: bool = False) -> None:
+        """
+        Args:
+            query_len: tokens of a row in a step at most.
+            tells_drafts: steps say what became of drafts.
+        """
         self.device = device
         width = max_batch * query_len + 1  # never a step's size: see `ModelSteps`
         self.tokens, self._host_tokens = host_mapped((LINES, width), torch.int64, device)
@@ -34,6 +38,9 @@ class TokenRing:
         top = (LINES, width, MAX_LOGPROBS)
         self.top_ids, self._host_top_ids = host_mapped(top, torch.int64, device)
         self.top_logprobs, self._host_top_logprobs = host_mapped(top, torch.float32, device)
+        counts = LINES, max_batch + 1, len(DraftCounts._fields)
+        self.drafts, self._host_drafts = host_mapped(counts, torch.int64, device)
+        self._tells_drafts = tells_drafts
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         """int64 [1]: steps that ran, on the device."""
         self._launched = 0
@@ -43,6 +50,7 @@ class TokenRing:
     def tensors(self) -> dict[str, Tensor]:
         """What steps read and write, by name."""
         tops = {"ring of top ids": self.top_ids, "ring of top log-probabilities": self.top_logprobs}
+        tops |= {"ring of drafts": self.drafts} if self._tells_drafts else {}
         return {"ring": self.tokens, "ring of log-probabilities": self.logprobs, **tops, "counter": self.counter}
 
     def finish(
@@ -53,13 +61,20 @@ class TokenRing:
         generated: Tensor,
         table: Tensor,
         counts: Tensor | None = None,
+        drafts: Tensor | None = None,
     ) -> None:
-        """Part of a step: publish what was sampled, and make it the rows' state (`kernels.step.advance`)."""
+        """Part of a step: publish what was sampled, and make it the rows' state (`kernels.step.advance`).
+
+        Args:
+            drafts: int64 [B, 3], by row `DraftCounts`.
+        """
         if sampled.logprobs is not None:
             publish(sampled.logprobs, self.logprobs, self.counter)
         if sampled.top_ids is not None and sampled.top_logprobs is not None:
             publish(sampled.top_ids, self.top_ids, self.counter)
             publish(sampled.top_logprobs, self.top_logprobs, self.counter)
+        if drafts is not None:
+            publish(drafts, self.drafts, self.counter)
         advance(sampled.tokens, rows, lengths, generated, table, self.tokens, self.counter, counts)
 
     def reserve(self) -> None:
@@ -104,8 +119,11 @@ class TokenRing:
         tokens = self._host_tokens[line, :count].reshape(rows, query_len).tolist()
         if query_len > 1:
             tokens = [[token for token in row if token != REJECTED] for row in tokens]
+        drafts = None
+        if self._tells_drafts:
+            drafts = [DraftCounts(*row) for row in self._host_drafts[line, :rows].tolist()]
         if logprobs is None:
-            return StepOutput(tokens, None)
+            return StepOutput(tokens, None, drafts)
         values = self._host_logprobs[line, :count].tolist()
         ids = self._host_top_ids[line, :count, :logprobs].tolist()
         tops = self._host_top_logprobs[line, :count, :logprobs].tolist()
@@ -118,7 +136,7 @@ class TokenRing:
                     for i, token in enumerate(accepted, first)
                 ]
             )
-        return StepOutput(tokens, found)
+        return StepOutput(tokens, found, drafts)
 
 
 class Scores(Protocol):

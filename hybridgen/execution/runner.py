@@ -17,6 +17,7 @@ from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
+from hybridgen.execution.drafting import DRAFTS, Drafter, Drafting
 from hybridgen.execution.executors import LayersExecutor
 from hybridgen.execution.hidden import CapturedStates
 from hybridgen.execution.owner import Following
@@ -95,6 +96,7 @@ class ModelRunner:
         offline: bool = False,
         one_copy: bool = True,
         buffers: int = 2,
+        drafter: Drafter | None = None,
         fall_back: Callable[[str], None] = warnings.warn,
         twin: Twin[Any] | None = None,
     ) -> None:
@@ -107,6 +109,7 @@ class ModelRunner:
             compile_backend: None runs every step eagerly.
             units, offline: see `CompiledLayers`.
             one_copy, buffers: see `ModelSteps`.
+            drafter: guesses what comes behind each row, for steps of several tokens; `query_len` is above 1 then.
             fall_back: told when a layer runs eagerly that should not, and why.
             twin: whose tree the bound model is, where its owner can change it; None: nobody can.
         """
@@ -124,8 +127,14 @@ class ModelRunner:
         """What is known of the model's owner; see `following.begin_call`."""
         self.state = DeviceState(max_batch, max_pages, device, query_len=query_len)
         context = {} if max_context is None else {"max_context": max_context}
-        self.sampler = SamplerState(max_batch + 1, vocab_size, device, **context)
-        self.ring = TokenRing(max_batch, device, query_len=query_len)
+        keeps_text = drafter is not None
+        self.sampler = SamplerState(max_batch + 1, vocab_size, device, **context, keeps_text=keeps_text)
+        self.drafting: Drafting | None = None
+        """What drafts at the end of steps; None: nobody does."""
+        if drafter is not None:
+            longest = self.sampler.max_context
+            self.drafting = Drafting(drafter, self.state, vocab_size=vocab_size, context=longest, fall_back=fall_back)
+        self.ring = TokenRing(max_batch, device, query_len=query_len, tells_drafts=keeps_text)
         self._layers = LayersExecutor(bound)
         self.executors: dict[str, Executor] = {self._layers.name: self._layers}
         """By name, in order of preference; the layers, which serve every step, come last."""
@@ -139,6 +148,7 @@ class ModelRunner:
             token_budget=token_budget,
             one_copy=one_copy,
             buffers=buffers,
+            drafting=self.drafting,
         )
         if compile_backend is not None:
             self._layers.compiled = CompiledLayers(
@@ -152,8 +162,14 @@ class ModelRunner:
                 offline=offline,
             )
         self._check_addresses = False
-        self._steady: Steady | None = None
+        self._steady: dict[int, Steady] = {}
+        """By tokens a row, of the batch that is staged."""
         self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
+
+    @property
+    def query_lens(self) -> tuple[int, ...]:
+        """Tokens a row of decode steps that check drafts; none where nobody drafts."""
+        return () if self.drafting is None else tuple(count + 1 for count in DRAFTS if count)
 
     @property
     def compiled(self) -> CompiledLayers | None:
@@ -205,7 +221,7 @@ class ModelRunner:
         executors = tuple(self.executors.values())
         self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note)
         """Decides how each step runs."""
-        self._steady = None
+        self._steady = {}
 
     @on_its_stream
     def admit(self, admission: Admission) -> None:
@@ -214,7 +230,7 @@ class ModelRunner:
         for state in self.states:
             state.reset(admission.slot)
         self.sampler.assign(admission.slot, admission.sampling, admission.prompt_ids, ())
-        self._steady = None
+        self._steady = {}
 
     @on_its_stream
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
@@ -256,28 +272,44 @@ class ModelRunner:
         """Tokens that one prefill call tells the log-probabilities of at most."""
         return score_budget(self.sampler.vocab_size, self.bound.logits_dtype)
 
-    def decode(self, slots: tuple[int, ...]) -> LaunchedStep:
-        """Run one decode step of these slots and sample a token for each.
+    def decode(self, slots: tuple[int, ...], query_len: int = 1) -> LaunchedStep:
+        """Run one decode step of these slots: sample a token for each, and check `query_len - 1` drafts of each.
 
         While the caller hands in the same tuple, nothing is looked up and nothing is sent to the device: a recorded
         step is replayed, and an event recorded behind it.
         """
-        steady = self._steady
+        steady = self._steady.get(query_len)
         if steady is None or slots is not steady.slots or self.router.version != steady.version:
-            return self._decode(slots)
+            return self._decode(slots, query_len)
         if steady.replays and self.is_here():
             return self._launch(steady.route, len(slots), steady.sampler)
         return self._decode_again(steady)
 
     @on_its_stream
-    def _decode(self, slots: tuple[int, ...]) -> LaunchedStep:
+    def _decode(self, slots: tuple[int, ...], query_len: int) -> LaunchedStep:
+        staged = next(iter(self._steady.values()), None)
         sampler, own = self.sampler.needs(slots), self.sampler.own(slots)
         version = self.router.version  # as it is now: the step may drop its own graph
-        route = self.router.route(GraphKey.decode(len(slots), self._recorded(sampler, own)))
-        self.steps.stage_decode(slots)
+        # Functions of a row are called with its text, whose length the host must know: no drafts beside them.
+        key = GraphKey.decode(len(slots), self._recorded(sampler, own), query_len=query_len if own is None else 1)
+        route = self.router.route(key)
+        if staged is None or slots is not staged.slots:
+            self._steady = {}
+            self.steps.stage_decode(slots)
         launched = self._launch(route, len(slots), sampler, own)
-        self._steady = Steady(slots, version, sampler, route, own is None and _only_replays(route), own)
+        self._steady[query_len] = Steady(slots, version, sampler, route, own is None and _only_replays(route), own)
         return launched
+
+    def decode_seconds(self, slots: tuple[int, ...], query_len: int) -> float | None:
+        """What the recording takes that would run such a step; None where none would. One that is missing is wanted."""
+        steady = next((steady for steady in self._steady.values() if steady.slots is slots), None)
+        sampler = self.sampler.needs(slots) if steady is None else steady.sampler
+        route = self.router.route(GraphKey.decode(len(slots), sampler, query_len=query_len))
+        if route.recording is not None:
+            return route.recording.recorded.seconds
+        if route.wanted is not None:
+            self.graphs.want(route.wanted)
+        return None
 
     @on_its_stream
     def _decode_again(self, steady: Steady) -> LaunchedStep:
@@ -322,7 +354,7 @@ class ModelRunner:
     def recover(self) -> None:
         """After a step that was not launched as a whole: what host and device believe is made the same again."""
         self.ring.resynchronize()
-        self._steady = None
+        self._steady = {}
 
     def _run(self, route: Route) -> Route:
         """Run a step; returns how it ran in the end."""
@@ -366,7 +398,7 @@ class ModelRunner:
         Where other code rounds elsewhere, another token can come out without a fault, if two are that close: one such
         step says nothing, and the next is compared again.
         """
-        mutable = [self.state.table, *self.ring.tensors().values()]
+        mutable = [self.state.table, self.state.drafts, *self.ring.tensors().values()]
         history = self.sampler.history
         optional = self.steps.logits, self.sampler.output_counts, None if history is None else history.text
         mutable += [tensor for tensor in optional if tensor is not None]
@@ -397,7 +429,7 @@ class ModelRunner:
         else:
             self.sampler.allocate(key.sampler)
         self.steps.stage_padding(key)
-        self._steady = None
+        self._steady = {}
 
     def run(self, key: GraphKey) -> None:
         """Launch the step that was staged, without a recording."""
@@ -453,7 +485,7 @@ class ModelRunner:
                 logger.debug("the device is lost: %s", error)
         self.graphs.close()
         self.router.forget()
-        self._steady = None
+        self._steady = {}
         fused = self.fused or self.following.unused
         if fused is not None:
             with CAPTURING:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hybridgen.cache import BlockTable
+from hybridgen.kernels.step.drafts import NO_DRAFT
 
 
 class SlotRows(NamedTuple):
@@ -34,8 +35,9 @@ class DeviceState:
         with torch.inference_mode():  # as what a step computes is: a compiled layer is specialised to that
             self.places = torch.arange(query_len, device=device)
             """int64 [query_len]: 0, 1, ..."""
-        self.drafts = torch.zeros(max_batch + 1, query_len - 1, dtype=torch.int64, device=device)
-        """int64 [max_batch + 1, query_len - 1]: by slot, what was drafted behind its last token."""
+        self.drafts = torch.full((max_batch + 1, query_len - 1), NO_DRAFT, dtype=torch.int64, device=device)
+        """int64 [max_batch + 1, query_len - 1]: by slot, what was drafted behind its last token; `NO_DRAFT` behind
+        that."""
         self.max_batch = max_batch
         self.padding_slot = max_batch
         self.table = torch.zeros(3, max_batch + 1, dtype=torch.int64, device=device)
@@ -45,10 +47,6 @@ class DeviceState:
     def read(self, rows: torch.Tensor) -> SlotRows:
         """The state of these rows, int64 [B]."""
         return SlotRows(*self.table.index_select(1, rows).unbind(0))
-
-    def drafts_of(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """The first drafts of these rows: int64 [B, count]."""
-        return self.drafts.index_select(0, rows)[:, :count]
 
     def draft_tensors(self) -> dict[str, torch.Tensor]:
         """What steps of several tokens a row read, by name."""

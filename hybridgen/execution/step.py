@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerState
+from hybridgen.execution.drafting import Drafting
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.execution.staging import StagedBlock
-from hybridgen.execution.state import DeviceState, SlotRows
-from hybridgen.execution.verification import accepted_run
+from hybridgen.execution.state import DeviceState
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.graphs.executor import Executor
 from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels import MetadataCopy, copy_metadata
+from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase
@@ -51,11 +52,13 @@ class ModelSteps:
         token_budget: int,
         one_copy: bool = True,
         buffers: int = 2,
+        drafting: Drafting | None = None,
     ) -> None:
         """
         Args:
             executors: what turns tokens into logits, by name; more may be added later.
             token_budget: tokens of a prefill call at most.
+            drafting: what drafts at the end of steps; None: nobody does. The sampler keeps the text for it.
             one_copy: copy a step's metadata in one launch, else tensor by tensor.
             buffers: how many blocks the host fills in turn.
         """
@@ -68,6 +71,7 @@ class ModelSteps:
         self._sampler = sampler
         self._ring = ring
         self._one_copy = one_copy
+        self._drafting = drafting
         self._decode_block = StagedBlock(
             {"rows": (torch.int64, (lines,)), "slots": (torch.int32, (lines,))}, device, buffers=buffers
         )
@@ -119,6 +123,7 @@ class ModelSteps:
         }
         logits = {} if self.logits is None else {"logits": self.logits}
         layers = {f"{name} of layer {i}": t for i, s in enumerate(self._states) for name, t in s.tensors().items()}
+        fixed |= {} if self._drafting is None else self._drafting.tensors()
         tensors = fixed | logits | layers | self._sampler.tensors()
         for executor in self._executors.values():
             tensors |= executor.tensors()
@@ -213,19 +218,13 @@ class ModelSteps:
         if key.query_len == 1:
             self._set(Phase.DECODE, state.last_tokens, slots, state.lengths, lengths)
         else:
-            self._set_several(key.query_len, rows, slots, state)
+            ids, slots, positions = feed_drafts(self._state.table, self._state.drafts, rows, key.query_len)
+            self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
         logits = self._executors[key.executor].logits(self.metadata, None)
         if key.sampler is None:
             self._leave(logits)
         else:
             self._sample(logits, rows, lengths, state.generated, key.sampler, key.query_len)
-
-    def _set_several(self, count: int, rows: Tensor, slots: Tensor, state: SlotRows) -> None:
-        """Feed each row's last token and the drafts behind it, at the positions that they have then."""
-        ids = torch.cat((state.last_tokens[:, None], self._state.drafts_of(rows, count - 1)), dim=1).flatten()
-        positions = (state.lengths[:, None] + self._state.places[:count]).flatten()
-        slots = slots[:, None].expand(-1, count).flatten()
-        self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
 
     def run_scored(self, key: GraphKey, scored: ScoredTokens) -> None:
         """Launch the prefill that was staged, and leave the log-probabilities of prompts with `scored`."""
@@ -291,19 +290,30 @@ class ModelSteps:
         """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows."""
         if self._always_keeps_logits:
             self._leave(logits)
-        slots, positions, before = rows, lengths, generated
+        slots, positions, before, drafts = rows, lengths, generated, None
+        history = self._sampler.history if sampler.history or self._drafting is not None else None
         if query_len > 1:
             places = self._state.places[:query_len]
             slots = rows[:, None].expand(-1, query_len).flatten()
             positions, before = ((value[:, None] + places).flatten() for value in (lengths, generated))
-        sampled = sample(logits, self._sampler, slots, positions, before, sampler, own)
-        if sampler.history and self._sampler.history is not None:
-            remember(sampled.tokens, slots, positions, self._sampler.history.text)
+            if sampler.penalties or sampler.history:  # the text at each place has the drafts before it
+                drafts = self._state.drafts.index_select(0, rows)[:, : query_len - 1]
+            if drafts is not None and sampler.history and history is not None:
+                ends = (lengths[:, None] + places[:-1]).flatten()
+                remember(drafts.flatten(), rows[:, None].expand_as(drafts).flatten(), ends, history.text)
+        sampled = sample(logits, self._sampler, slots, positions, before, sampler, own, drafts)
+        if history is not None:
+            remember(sampled.tokens, slots, positions, history.text)
+        brought: Tensor | int = 1
         if query_len > 1:
-            drafts = self._state.drafts_of(rows, query_len - 1)
-            sampled = sampled._replace(tokens=accepted_run(sampled.tokens.view(-1, query_len), drafts))
+            tokens, brought = accept_drafts(sampled.tokens.view(-1, query_len), self._state.drafts, rows)
+            sampled = sampled._replace(tokens=tokens)
+        told = None
+        if self._drafting is not None and history is not None:
+            room = self._sampler.most_new[rows] - (generated + brought)
+            told = self._drafting.draft(rows, lengths + brought, room, history.text, query_len - 1)
         counts = self._sampler.output_counts if sampler.penalties else None
-        self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts)
+        self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
         for state in self._to_commit:
             state.commit(rows, self._ones[: rows.shape[0]])
 

@@ -59,7 +59,8 @@ def _compile(runner: ModelRunner, compiled: CompiledLayers, runs: Sequence[int],
     # executor serves.
     keys += [GraphKey.decode(size, sampler) for size in sizes]
     if runner.state.query_len > 1:
-        keys += [GraphKey.decode(size, sampler, query_len=runner.state.query_len) for size in sizes[:1]]
+        several = sizes[:1] if compiled.strict else sizes
+        keys += [GraphKey.decode(size, sampler, query_len=runner.state.query_len) for size in several]
     with compiled.warming_up():
         for key in keys:
             runner.run_padding(key)
@@ -85,7 +86,8 @@ def run_all_sizes(runner: ModelRunner) -> None:
     for tokens in _spread(runner.max_tokens):
         runner.run_padding(runner.router.served(GraphKey.prefill(tokens, 1, sampler)))
     for rows in _spread(runner.max_batch):
-        runner.run_padding(runner.router.served(GraphKey.decode(rows, sampler)))
+        for query_len in (1, *runner.query_lens):
+            runner.run_padding(runner.router.served(GraphKey.decode(rows, sampler, query_len=query_len)))
     torch.cuda.synchronize(runner.device)
 
 
@@ -94,7 +96,8 @@ def run_all_samplers(runner: ModelRunner) -> None:
     """Run a decode step with each kind of sampler, as `run_all_sizes()` does for sizes."""
     runner.ring.drain()
     for sampler in every_kind(runner.sampler.vocab_size):
-        runner.run_padding(runner.router.served(GraphKey.decode(1, sampler)))
+        for query_len in (1, *runner.query_lens):
+            runner.run_padding(runner.router.served(GraphKey.decode(1, sampler, query_len=query_len)))
     runner.recover()
 
 
@@ -113,8 +116,8 @@ def measure_activations(runner: ModelRunner, recorded: int = 0) -> int:
     before = torch.cuda.memory_allocated(runner.device)
     runner.run_padding(key)
     peak = torch.cuda.max_memory_allocated(runner.device) - before
-    # The sampler works on [max_batch, vocab_size] in float32: logits, processed, sorted values and ids, noise.
-    sampling = 8 * 4 * runner.max_batch * runner.sampler.vocab_size
+    # The sampler works on [rows, vocab_size] in float32: logits, processed, sorted values and ids, noise.
+    sampling = 8 * 4 * runner.max_batch * runner.state.query_len * runner.sampler.vocab_size
     # Logits of scored tokens, and what some models make of them before they hand them out.
     sampling += 3 * runner.score_budget * runner.sampler.vocab_size * runner.bound.logits_dtype.itemsize
     with CAPTURING:

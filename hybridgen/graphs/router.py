@@ -99,7 +99,7 @@ class Router:
         key = self.served(key)
         executor = next(executor for executor in self._executors if executor.name == key.executor)
         kind = f"{key.executor}, {executor.launch}"
-        return Route(key, partial(self._steps.run, key), kind, reason, wanted=wanted)
+        return Route(key, partial(self._steps.run, key), kind, reason + _with_drafts(key), wanted=wanted)
 
     def without_recording(self, route: Route, reason: str) -> Route:
         """The same step, padding and all, without its recording."""
@@ -112,7 +112,7 @@ class Router:
             run()
             finish()
 
-        return Route(plain.key, both, plain.kind, reason)
+        return Route(plain.key, both, plain.kind, plain.reason)
 
     def by_any_thread(self, route: Route, reason: str) -> Route:
         """The same step where its recording belongs to another thread: padded to a recording that any thread replays,
@@ -149,7 +149,7 @@ class Router:
     def _replay(self, recording: Recording, reason: str, key: GraphKey, wanted: GraphKey | None = None) -> Route:
         if wanted == recording.key or not self._store.settings.improves:
             wanted = None
-        reason += self._note
+        reason += _with_drafts(recording.key) + self._note
         recorded, ran = recording.recorded, recording.key
         padded = ran.tokens != key.tokens
         kind = f"{ran.executor}, {recorded.owner}"
@@ -209,6 +209,11 @@ class Router:
         while rows < key.rows:
             rows *= 2
         return self.served(GraphKey.prefill(size, min(rows, settings.max_rows), sampler))
+
+
+def _with_drafts(key: GraphKey) -> str:
+    """How a reason goes on where drafts are checked."""
+    return f", {key.query_len - 1} drafts a row" if key.query_len > 1 else ""
 
 
 def _preference(recording: Recording) -> tuple[int, int, bool, float]:

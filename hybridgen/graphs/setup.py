@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ class GraphSetup:
     token_budget: int
     max_tokens: int
     """Prompt tokens that one prefill call can have."""
+    query_len: int = 1
+    """Tokens of a row in a decode step at most."""
 
     @property
     def records(self) -> bool:
@@ -73,7 +75,8 @@ class GraphSetup:
     def largest(self) -> int:
         """Tokens of the largest step that may be recorded; 0 where nothing is."""
         settings = self.settings()
-        return max((*settings.decode[-1:], *settings.prefill[-1:]), default=0) if self.records else 0
+        decode = [self.query_len * size for size in settings.decode[-1:]]
+        return max((*decode, *settings.prefill[-1:]), default=0) if self.records else 0
 
     def recorder(
         self, steps: TreeSteps, compiled: CompiledSteps | None = None
@@ -114,19 +117,26 @@ class GraphSetup:
         return both
 
 
-def keys_at_start(settings: GraphSettings, plans: Iterable[SamplerPlan], *, any_sampler: bool) -> list[GraphKey]:
+def keys_at_start(
+    settings: GraphSettings,
+    plans: Iterable[SamplerPlan],
+    *,
+    any_sampler: bool,
+    query_lens: Sequence[int] = (),
+) -> list[GraphKey]:
     """What is recorded before the first request; no more than may be kept, what serves the most first.
 
     Every bucket with each of these samplers, prefill for one prompt. And, where `any_sampler` says so or sampling is
-    not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers.
+    not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers. Decode buckets with
+    drafts, of `query_lens` tokens a row, come behind those without.
     """
     keys: list[GraphKey] = []
     if any_sampler or not settings.sample_in_graph:
         few = min(FEW_PROMPTS, settings.max_rows)
-        keys += [GraphKey.decode(size, None) for size in settings.decode]
+        keys += [GraphKey.decode(size, None, query_len=count) for count in (1, *query_lens) for size in settings.decode]
         keys += [GraphKey.prefill(size, few, None) for size in settings.prefill]
     for plan in plans if settings.sample_in_graph else ():
-        keys += [GraphKey.decode(size, plan) for size in settings.decode]
+        keys += [GraphKey.decode(size, plan, query_len=count) for count in (1, *query_lens) for size in settings.decode]
         keys += [GraphKey.prefill(size, 1, plan) for size in settings.prefill]
         if settings.exact_when_lazy and settings.decode:
             # One size between the buckets, so that its step is compiled: the largest, which no fused executor serves.

@@ -221,6 +221,24 @@ class Checkpoint:
                 return remote
         return metadata.known_model_class(self.hf_config)
 
+    def fetch(self) -> list[Path]:
+        """The weight files, checked; those of a hub model are downloaded first.
+
+        Raises:
+            CheckpointError: they are broken, or do not belong to the config.
+            ModelNotFoundError: the hub cannot be reached.
+        """
+        files = list(self.files)
+        if files or self.source is None:
+            return files
+        pickle, weights_name = self.config.allow_pickle, _weights_name(self.hf_config)
+        with progress_bars(self.config.progress):
+            files = validate_directory(self.source.fetch_weights(pickle, weights_name), pickle, weights_name)
+        remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
+        with without_default_device():
+            check_contents(self.source, files, self.hf_config, remote, self.layout)
+        return files
+
     def load(self) -> LoadedModel:
         """Reads the weights; those of a hub model are downloaded and checked first.
 
@@ -235,16 +253,8 @@ class Checkpoint:
             return LoadedModel(self.module, 0.0, owned=False)
         assert self.source is not None
         start = time.perf_counter()
-        files = list(self.files)
-        if not files:
-            pickle, weights_name = self.config.allow_pickle, _weights_name(self.hf_config)
-            with progress_bars(self.config.progress):
-                files = validate_directory(self.source.fetch_weights(pickle, weights_name), pickle, weights_name)
-            remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
-            with without_default_device():
-                check_contents(self.source, files, self.hf_config, remote, self.layout)
-        else:
-            remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
+        files = self.fetch()
+        remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
         with without_default_device():
             arguments = self.source, files, self.hf_config, self.dtype, self.device, self.config
             model, notes = read_weights(*arguments, self.layout, remote)

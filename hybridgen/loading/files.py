@@ -23,6 +23,7 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from hybridgen.demo import model_path
 from hybridgen.errors import (
     CheckpointError,
     HybridgenError,
@@ -275,6 +276,21 @@ def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], voc
         resolve(SamplingParams(), generation_config, eos_token_ids, vocab_size)
     except SamplingError as error:
         raise CheckpointError(f"{whose} cannot be used: {error}") from None
+    applied = {
+        name: value
+        for name, off in _APPLIED.items()
+        if (value := getattr(generation_config, name, None)) is not None and value not in off
+    }
+    if applied and os.path.dirname(whose) != str(model_path()):  # the demo model is compared with nothing
+        _tell_of_applied(whose, ", ".join(f"{name}={shown(value)}" for name, value in applied.items()))
+    found = not_applied(generation_config)
+    if found:
+        listed = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
+        logger.warning("%s: not applied here, so that texts can differ from Hugging Face's: %s", whose, listed)
+
+
+def not_applied(generation_config: Any) -> dict[str, Any]:
+    """What a generation config asks for and this library does not do, with its value."""
     found = {
         name: value
         for name, off in _NOT_APPLIED.items()
@@ -285,16 +301,7 @@ def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], voc
         found["top_h"] = top_h
     if getattr(generation_config, "cache_implementation", None) == "quantized":
         found["cache_implementation"] = "quantized"
-    applied = {
-        name: value
-        for name, off in _APPLIED.items()
-        if (value := getattr(generation_config, name, None)) is not None and value not in off
-    }
-    if applied:
-        _tell_of_applied(whose, ", ".join(f"{name}={shown(value)}" for name, value in applied.items()))
-    if found:
-        listed = ", ".join(f"{name}={shown(value)}" for name, value in found.items())
-        logger.warning("%s: not applied here, so that texts can differ from Hugging Face's: %s", whose, listed)
+    return found
 
 
 @functools.cache

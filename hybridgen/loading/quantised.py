@@ -20,7 +20,7 @@ from hybridgen.loading.formats import Format
 from hybridgen.loading.source import Source
 from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
 from hybridgen.models.quantised import QuantisedWeight
-from hybridgen.models.rounding import quantise
+from hybridgen.models.rounding import quantise, relative_error
 
 INT4_WARNING = (
     "quantization='int4' rounds to the nearest code: products err by a tenth or more, small models the most; for "
@@ -99,8 +99,24 @@ def load_quantised(
             device,
             unties_head=head in plan.apart,
         )
+        for name, error in plan.errors.items():
+            loaded.get_submodule(name).error = error  # type: ignore[assignment]
     loaded.config.name_or_path = loaded.name_or_path = source.name
     return loaded, info, notes
+
+
+def quantisable(model: PreTrainedModel) -> list[str]:
+    """Names of the projections that can be quantised: all but the head, and routers.
+
+    Which experts a token gets must not change; a router is an `nn.Linear` beside the experts.
+    """
+    head = model.get_output_embeddings()
+    routers = {id(child) for module in model.modules() if hasattr(module, "experts") for child in module.children()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and id(module) not in routers
+    ]
 
 
 class _Plan:
@@ -124,6 +140,8 @@ class _Plan:
         """By the model's names."""
         self.tensors: dict[str, Any] = {}
         """By the files' names."""
+        self.errors: dict[str, float] = {}
+        """What rounding changed in a projection that was quantised while it was read, by the model's names."""
 
     @property
     def head(self) -> str | None:
@@ -152,32 +170,24 @@ class _Plan:
         self.apart[name] = _stored_reader(stored, self._files)
 
     def make(self, kind: str) -> None:
-        """Quantise all projections but the head while they are read.
-
-        Routers stay as they are: which experts a token gets must not change.
-        """
-        routers = {
-            id(child) for module in self._model.modules() if hasattr(module, "experts") for child in module.children()
-        }
+        """Quantise projections while they are read (`quantisable`)."""
         experts = sum(1 for name, tensor in self._expected.items() if ".experts." in name and tensor.dim() == 3)
         if experts:
             self._notes["experts' weights stay in 16 bits: transformers' code multiplies them itself"] += experts
         names = {place_of(name, self._expected, self._prefix): name for name in self.tensors}
-        for name, linear in self._linears.items():
-            if name == self.head or id(linear) in routers:
-                continue
+        for name in quantisable(self._model):
             stored = names.get(f"{name}.weight")
             if stored is None:
                 self._notes[f"projections stay in 16 bits: the files have none of their names ({_last(name)})"] += 1
                 continue
-            self.apart[name] = self._maker(self.tensors.pop(stored), stored, kind)
+            self.apart[name] = self._maker(name, self.tensors.pop(stored), stored, kind)
 
     def make_head(self, head: str, kind: str) -> None:
         """Quantise the head while it is read; a tied one is a copy of the embedding, which stays as it is."""
         names = {place_of(name, self._expected, self._prefix): name for name in self.tensors}
         stored = names.get(f"{head}.weight")
         if stored is not None:
-            self.apart[head] = self._maker(self.tensors.pop(stored), stored, kind)
+            self.apart[head] = self._maker(head, self.tensors.pop(stored), stored, kind)
             return
         embedding = self._model.get_input_embeddings()
         shared = next((name for name, module in self._model.named_modules() if module is embedding), "")
@@ -185,17 +195,19 @@ class _Plan:
         if stored is None or not getattr(self._model.config, "tie_word_embeddings", False):
             self._notes["the head stays in 16 bits: the files have no weight of its name"] += 1
             return
-        self.apart[head] = self._maker(self.tensors[stored], stored, kind)
+        self.apart[head] = self._maker(head, self.tensors[stored], stored, kind)
 
-    def _maker(self, tensor: Any, name: str, kind: str) -> Reader:
+    def _maker(self, place: str, tensor: Any, name: str, kind: str) -> Reader:
         file = self._files.places.get(name)
 
         def read(device: torch.device, dtype: torch.dtype) -> QuantisedWeight:
             values: Tensor = tensor[...].to(device)
             try:
-                return quantise(values, kind, dtype)
+                weight = quantise(values, kind, dtype)
             except ValueError as error:
                 raise CheckpointError(f"{file}: {name!r} cannot be quantised: {error}") from None
+            self.errors[place] = relative_error(weight, values)
+            return weight
 
         return read
 

@@ -167,6 +167,8 @@ class QuantisedLinear(nn.Module):
         """Empty until there is a weight."""
         self.block = Block(1, inputs)
         self.dtype = torch.float32
+        self.error: float | None = None
+        """How far the weight is from the one that it was made of, relative to that; None where that is not known."""
         self.dequantises = False
         """Whether a call multiplies with dequantised values, whatever kernels there are: the reference."""
         for name in ("data", "scales", "zeros"):  # not in the state dict: nothing looks for them in files by name

@@ -7,6 +7,8 @@ choose better codes for `int4`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ def quantise(
 
     Args:
         values: floating-point numbers; not changed.
-        dtype: what the weight will be multiplied in.
+        dtype: what the weight will be multiplied in, and of the scales of `int8` and `int4`; codes are made for the
+            rounded scales.
         group: inputs that share a scale, of `int8` and `int4`.
         symmetric: `int4` without zero points.
 
@@ -49,6 +52,18 @@ def quantise(
     return QuantisedWeight(kind, data, scales, zeros, inputs, parts[0].block, dtype)
 
 
+def relative_error(weight: QuantisedWeight, values: Tensor) -> float:
+    """The norm of what rounding changed over the norm of the values [outputs, inputs] that the weight was made of."""
+    rows = max(1, _PART // values.shape[1])
+    changed = total = 0.0
+    for start in range(0, values.shape[0], rows):
+        stop = min(start + rows, values.shape[0])
+        part = values[start:stop].float()
+        changed += float((weight.rows(start, stop).dequantise(torch.float32) - part).square().sum())
+        total += float(part.square().sum())
+    return math.sqrt(changed / total) if total else 0.0
+
+
 def _part(values: Tensor, kind: str, dtype: torch.dtype, group: int, symmetric: bool) -> QuantisedWeight:
     if not bool(torch.isfinite(values).all()):
         raise ValueError("it holds values that are infinite or no numbers")
@@ -61,11 +76,9 @@ def _part(values: Tensor, kind: str, dtype: torch.dtype, group: int, symmetric: 
     padded = values.new_zeros(values.shape[0], groups * group)
     padded[:, :inputs] = values
     grouped = padded.view(values.shape[0], groups, group)
-    # What scales are rounded to is what codes are made for.
-    stored = torch.float16 if dtype == torch.float16 else torch.bfloat16
     if kind == "int8" or symmetric:
         largest = 127 if kind == "int8" else 7
-        scales = _scale(grouped.abs().amax(2), largest, stored)
+        scales = _scale(grouped.abs().amax(2), largest, dtype)
         codes = (grouped / scales.float()[..., None]).round().clamp(-largest - 1, largest)
         if kind == "int8":
             data = codes.flatten(1)[:, :inputs].to(torch.int8).contiguous()
@@ -73,7 +86,7 @@ def _part(values: Tensor, kind: str, dtype: torch.dtype, group: int, symmetric: 
         data = pack_int4((codes + 8).flatten(1)[:, :inputs].int())
         return QuantisedWeight("int4", data, scales, None, inputs, Block(1, group), dtype)
     low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-    scales = _scale(high - low, 15, stored)
+    scales = _scale(high - low, 15, dtype)
     zeros = (-low / scales.float()).round().clamp(0, 15)
     codes = (grouped / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 15)
     data = pack_int4(codes.flatten(1)[:, :inputs].int())

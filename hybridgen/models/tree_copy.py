@@ -113,8 +113,9 @@ class TreeCopy:
             made = self.value(target) if isinstance(target, nn.Module) else target
             return value if made is target else weakref.ref(made)
         if isinstance(value, types.MethodType):
-            owner = self.value(value.__self__)
-            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+            owner, function = self.value(value.__self__), self.value(value.__func__)
+            same = owner is value.__self__ and function is value.__func__
+            return value if same else types.MethodType(function, owner)
         if isinstance(value, functools.partial):
             return self._partial(value)
         if isinstance(value, types.FunctionType):

@@ -42,6 +42,8 @@ _NOT_FOLLOWED = frozenset(
         "_require_grads_hook",
         "_require_grads_hooks",
         "config",
+        "generate",
+        "generate_batch",
         "generation_config",
         "gradient_checkpointing",
         "training",

@@ -8,19 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridgen.errors import RequestError, described, shown
+from hybridgen.errors import RequestError, SamplingError, described, shown
+from hybridgen.sampling.grammar import Constraint
 
 
 class OwnProcessors:
     """The functions of one request, and how many tokens it has."""
 
-    def __init__(self, functions: Sequence[Callable[..., Any]], length: int) -> None:
-        """`length`: tokens of the prompt, and what was generated before."""
+    def __init__(self, functions: Sequence[Callable[..., Any]], prompt: int, generated: int) -> None:
+        """
+        Args:
+            prompt: tokens of the prompt.
+            generated: what was generated before.
+        """
         from transformers import LogitsProcessor
 
+        begun = [each.begin(prompt) if isinstance(each, Constraint) else each for each in functions]
         # transformers' own see a batch of one row.
-        self._functions = [(function, isinstance(function, LogitsProcessor)) for function in functions]
-        self.length = length
+        self._functions = [(function, isinstance(function, LogitsProcessor)) for function in begun]
+        self.length = prompt + generated
         self.failure: str | None = None
         """Why the next token could not be chosen."""
 
@@ -37,6 +43,9 @@ class OwnProcessors:
             try:
                 made = function(ids[None], scores[None]) if batched else function(ids, scores)
                 scores = self._checked(made[0] if batched and isinstance(made, Tensor) else made, scores)
+            except SamplingError as error:
+                self.failure = self.failure or str(error)
+                return torch.full_like(scores, torch.nan)
             except Exception as error:  # anybody's code
                 self.failure = self.failure or f"its logits processor {shown(function)} failed: {described(error)}"
                 return torch.full_like(scores, torch.nan)

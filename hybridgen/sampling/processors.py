@@ -32,6 +32,21 @@ def penalize(
     return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
 
 
+def count_drafted(counts: Tensor, drafts: Tensor) -> None:
+    """Count, for each place of a row that has several, the drafts before it as its output.
+
+    Args:
+        counts: int32 [B * Q, V], how often each row's output has each token, the same for all places of a row; added
+            to.
+        drafts: int64 [B, Q - 1], the token fed at each place but the first; -1: none.
+    """
+    count = drafts.shape[1]
+    places = torch.arange(count + 1, device=drafts.device)
+    before = (places[:count] < places[:, None]) & (drafts >= 0)[:, None]
+    ids = drafts.clamp(min=0)[:, None].expand_as(before)
+    counts.scatter_add_(1, ids.reshape(-1, count), before.reshape(-1, count).to(counts.dtype))
+
+
 EARLY_END, AT_BEGIN, FORCED_FIRST, FORCED_LAST = 1, 2, 4, 8
 """Bits of an id's rules: banned before the minimum length, banned at the beginning, one of the first, of the last."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hybridgen.sampling.choice import best_of, choose_greedy, choose_sampled, truncated, with_noise
 from hybridgen.sampling.history import apply_history
 from hybridgen.sampling.own import OwnRows
-from hybridgen.sampling.processors import apply_rules, cut_off, keep_typical, penalize
+from hybridgen.sampling.processors import apply_rules, count_drafted, cut_off, keep_typical, penalize
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
 __all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "sample", "truncate"]
@@ -37,6 +37,7 @@ def sample(
     generated: Tensor,
     plan: SamplerPlan,
     own: OwnRows | None = None,
+    drafts: Tensor | None = None,
 ) -> SampleOutput:
     """Choose a token for each row. Runs on the device; the host waits for nothing.
 
@@ -53,6 +54,8 @@ def sample(
         generated: int64 [B], how many tokens the row's request has generated before.
         plan: `state.needs()` of the slots. What it leaves out is skipped.
         own: rows with functions of their own, which then decide on the host what is launched.
+        drafts: int64 [B / Q, Q - 1], where Q rows follow each other for each request: the tokens that are the text
+            behind the first of them, -1 for none. The history has them already.
 
     Raises:
         ValueError: the logits are not as wide as the state.
@@ -63,7 +66,7 @@ def sample(
     cuda = logits.is_cuda
     scores = logits if cuda else logits.float()
     if plan.processes:
-        scores = process(logits.float(), state, slots, positions, generated, plan)
+        scores = process(logits.float(), state, slots, positions, generated, plan, drafts)
     if own is not None and state.history is not None:
         scores = own.apply(state.history.text, scores.float())
     exact = plan.cuts or plan.sampled_logprobs
@@ -106,7 +109,13 @@ def _choose(
 
 
 def process(
-    raw: Tensor, state: SamplerState, slots: Tensor, positions: Tensor, generated: Tensor, plan: SamplerPlan
+    raw: Tensor,
+    state: SamplerState,
+    slots: Tensor,
+    positions: Tensor,
+    generated: Tensor,
+    plan: SamplerPlan,
+    drafts: Tensor | None = None,
 ) -> Tensor:
     """Apply what both greedy and sampling rows have: bias, penalties, rules by length; float32 [B, V].
 
@@ -120,10 +129,13 @@ def process(
             apply_history(bias, text, tokens, ends, values, state.ngrams, slots, positions)
         scores = scores + bias
     if plan.penalties and state.prompt_seen is not None and state.output_counts is not None:
+        counts = state.output_counts[slots]
+        if drafts is not None:
+            count_drafted(counts, drafts)
         scores = penalize(
             scores,
             state.prompt_seen[slots],
-            state.output_counts[slots],
+            counts,
             state.repetition_penalty[slots],
             state.presence_penalty[slots],
             state.frequency_penalty[slots],

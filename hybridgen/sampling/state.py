@@ -148,16 +148,22 @@ class SamplerState:
     """
 
     def __init__(
-        self, max_batch: int, vocab_size: int, device: torch.device | str, max_context: int = _CONTEXT
+        self,
+        max_batch: int,
+        vocab_size: int,
+        device: torch.device | str,
+        max_context: int = _CONTEXT,
+        *,
+        keeps_text: bool = False,
     ) -> None:
         """Allocate the rows of `max_batch` slots for logits [B, vocab_size] on a device, and for sequences of
-        `max_context` tokens."""
+        `max_context` tokens. `keeps_text`: every request's tokens are in the history, for those who draft."""
         self.max_batch = max_batch
         self.vocab_size = vocab_size
         self.max_context = max_context
         self.device = torch.device(device)
         self.reals = torch.zeros(max_batch, 9, dtype=torch.float32, device=self.device)
-        self.integers = torch.zeros(max_batch, 8, dtype=torch.int64, device=self.device)
+        self.integers = torch.zeros(max_batch, 9, dtype=torch.int64, device=self.device)
         self.bias: Tensor | None = None
         self.rules: Tensor | None = None
         self.history: History | None = None
@@ -168,6 +174,9 @@ class SamplerState:
         small kernels; `torch.compile` makes one of them, so a runner that compiles may put its function here."""
         self._plans: list[SamplerPlan | None] = [None] * max_batch
         self._own: dict[int, OwnProcessors] = {}
+        self._keeps_text = keeps_text
+        if keeps_text:
+            self.allocate(SamplerPlan(history=True))
 
     def assign(
         self,
@@ -192,7 +201,7 @@ class SamplerState:
         plan = self._plans[slot] = plan_of(params, self.vocab_size)
         self._own.pop(slot, None)
         if params.logits_processors:
-            self._own[slot] = OwnProcessors(params.logits_processors, len(prompt_ids) + len(generated_ids))
+            self._own[slot] = OwnProcessors(params.logits_processors, len(prompt_ids), len(generated_ids))
         self.allocate(plan)
         for table in (self.bias, self.rules, self.prompt_seen, self.output_counts):
             if table is not None:
@@ -211,7 +220,7 @@ class SamplerState:
             self.prompt_seen[slot].index_fill_(0, self._ids(prompt_ids), True)
             generated = self._ids(generated_ids)
             self.output_counts[slot].scatter_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
-        if plan.history and self.history is not None:
+        if (plan.history or self._keeps_text) and self.history is not None:
             self._write_history(self.history, slot, params, (*prompt_ids, *generated_ids))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -308,6 +317,11 @@ class SamplerState:
     def of_sampled(self) -> Tensor:
         """int64 [slots]; 1: log-probabilities are those of the distribution that is drawn from."""
         return self.integers[:, 7]
+
+    @property
+    def most_new(self) -> Tensor:
+        """int64 [slots]: tokens that each request may generate."""
+        return self.integers[:, 8]
 
     @property
     def typical_p(self) -> Tensor:
@@ -415,4 +429,5 @@ def _integer_row(params: ResolvedSampling) -> list[int]:
         params.max_new_tokens - 1 if params.forced_last else -1,
         params.no_repeat_ngram_size,
         int(params.logprobs_of == "sampled"),
+        params.max_new_tokens,
     ]

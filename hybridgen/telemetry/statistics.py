@@ -26,6 +26,8 @@ class Counters:
     prompts, see `SamplingParams.truncate_prompt`), `generated` and `scored` (of prompts)."""
     requests: Counter[str] = field(default_factory=Counter)
     """`submitted`, and each finish reason."""
+    drafts: Counter[str] = field(default_factory=Counter)
+    """Of decode steps, where somebody drafts: `rows`, `tokens` that they brought, drafts `checked` and `accepted`."""
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Reasons."""
     first_token: float | None = None
@@ -203,6 +205,32 @@ class PrefixStats:
 
 @described
 @dataclass(frozen=True, kw_only=True)
+class SpeculationStats:
+    """What drafts brought."""
+
+    drafter: str = field(default="off", metadata=about("Its name, or `off` with the reason."))
+    steps: int = field(default=0, metadata=about("Decode steps, counted for each of their requests."))
+    tokens: int = field(default=0, metadata=about("Tokens that they brought."))
+    drafted: int = field(default=0, metadata=about("Drafts that were checked."))
+    accepted: int = field(default=0, metadata=about("Those of them that were right."))
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Mean tokens of a request in a decode step; None before the first one."""
+        return self.tokens / self.steps if self.steps else None
+
+    def summary(self) -> str:
+        """One line."""
+        if not self.steps:
+            return self.drafter
+        return (
+            f"{self.drafter}: {self.accepted:,} of {self.drafted:,} drafts accepted, {self.tokens_per_step:.2f} tokens "
+            "a step"
+        )
+
+
+@described
+@dataclass(frozen=True, kw_only=True)
 class ArtifactStats:
     """What came from the compile cache. A hit was in it, a miss had to be made."""
 
@@ -242,6 +270,13 @@ class FormatRow(NamedTuple):
     projections: int
     bits: float
     """Of a weight, with its share of scales and zero points."""
+    error: float | None = None
+    """Root mean square of their distances from the weights that they were made of, each relative to its weight; None
+    where those were not there."""
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f", rounded with a relative error of {self.error:.2g}"
+        return f"{self.bits:.2f} bits a weight{error}"
 
 
 @described
@@ -291,6 +326,7 @@ class EngineStats:
     page_size: int = field(metadata=about("Positions per page."))
     cache_bytes: int = field(metadata=about("Of the KV cache."))
     prefix: PrefixStats = field(default_factory=PrefixStats, metadata=about("The prefix cache."))
+    speculation: SpeculationStats = field(default_factory=SpeculationStats, metadata=about("What drafts brought."))
     weights: Mapping[str, FormatRow] = field(
         default_factory=dict, metadata=about("Projections and bits of a weight, by format.")
     )
@@ -333,10 +369,7 @@ class EngineStats:
     def _rows(self) -> list[tuple[str, str]]:
         return [
             ("model", f"{self.model} ({self.mode}, {self.dtype} on {self.device})"),
-            *(
-                ("weights", f"{row.projections} projections {name}, {row.bits:.2f} bits a weight")
-                for name, row in self.weights.items()
-            ),
+            *(("weights", f"{row.projections} projections {name}, {row}") for name, row in self.weights.items()),
             *((f"start: {row.phase}", _timed(row)) for row in self.startup_table),
             ("compile cache", ", ".join(filter(None, (self.artifacts.state, self.artifacts.reason)))),
             *(("", note) for note in self.artifacts.notes),
@@ -356,6 +389,7 @@ class EngineStats:
                 f"{self.cache_bytes / 2**20:,.0f} MiB",
             ),
             ("prefix cache", self.prefix.summary()),
+            ("speculation", self.speculation.summary()),
         ]
 
 

@@ -91,7 +91,8 @@ def _bytes(model: nn.Module, weights: WeightProvider, skipped: nn.Module | None)
 def formats_of(model: nn.Module, weights: WeightProvider) -> dict[str, FormatRow]:
     """How the weights of a model's projections are stored: those in the format that most have, first."""
     counts: dict[str, list[int]] = {}
-    for name, _ in model.named_modules():
+    errors: dict[str, list[float]] = {}
+    for name, module in model.named_modules():
         try:
             weight = weights.get((name,))
         except WeightError:
@@ -99,8 +100,15 @@ def formats_of(model: nn.Module, weights: WeightProvider) -> dict[str, FormatRow
         count = counts.setdefault(str(weight.format), [0, 0, 0])
         for place, value in enumerate((1, weight.bytes_read, math.prod(weight.shape))):
             count[place] += value
+        error = getattr(module, "error", None)
+        if isinstance(error, float):
+            errors.setdefault(str(weight.format), []).append(error)
     ordered = sorted(counts.items(), key=lambda item: -item[1][0])
-    return {name: FormatRow(number, 8 * size / values) for name, (number, size, values) in ordered}
+    return {
+        name: FormatRow(number, 8 * size / values, math.hypot(*found) / len(found) ** 0.5 if found else None)
+        for name, (number, size, values) in ordered
+        for found in (errors.get(name, []),)
+    }
 
 
 def _has_experts(modules: Iterable[nn.Module]) -> bool:

@@ -24,7 +24,7 @@ def test_tokens_come_back() -> None:
     ring = TokenRing(4, CPU)
     step = finish(ring, SampleOutput(torch.tensor([3, -1])))
     assert (step.rows, step.kind, step.reason) == (2, "eager", "why")
-    assert step.read() == ([[3], [-1]], None)
+    assert step.read() == ([[3], [-1]], None, None)
 
 
 def test_logprobs_come_back() -> None:

@@ -80,7 +80,7 @@ def test_forced_tokens_give_the_logits_of_single_steps(family: str, backend: str
         plain = runner.steps.logits[: 3 * count].view(3, count, -1).clone()
         torch.testing.assert_close(plain, singles[:, :count], atol=1e-3, rtol=1e-3)
         route = runner.router.route(GraphKey.decode(3, None, query_len=count))
-        assert (route.kind, route.reason) == ("layers, cuda graph", "padded to bucket 4")
+        assert (route.kind, route.reason) == ("layers, cuda graph", f"padded to bucket 4, {count - 1} drafts a row")
         for _ in range(3):
             route.run()
         replayed = runner.steps.logits[: 3 * count].view(3, count, -1)

@@ -30,13 +30,13 @@ SETTINGS: dict[str, Any] = {
 }
 LENGTHS = (7, 33, 1)
 NEW_TOKENS = 12
-DEQUANTISED = {"gptq desc_act"}
+DEQUANTISED = {"gptq desc_act", "ct nvfp4", "bnb nf4", "bnb nested nf4"}
 ODD = {"intermediate_size": 100}
 """No multiple of 8, nor of a group."""
 
 
 def sizes(name: str) -> dict[str, int]:
-    fits = name.startswith("ct") and name != "ct mxfp4"
+    fits = name.startswith("ct") and name not in ("ct mxfp4", "ct nvfp4")
     return {"num_hidden_layers": 2, **(ODD if fits else {})}
 
 
@@ -205,6 +205,19 @@ def test_transformers_dequantises_fine_grained_fp8_alike(tmp_path: Path, dtype: 
     check_values(loaded, oracle)
 
 
+@pytest.mark.parametrize("name", ["bnb nf4", "bnb nested nf4"])
+def test_bitsandbytes_dequantises_alike(tmp_path: Path, name: str) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model = formats.write_family(tmp_path, "llama", name, num_hidden_layers=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    start = "model.layers.0.mlp.up_proj.weight"
+    parts = {at.removeprefix(f"{start}."): tensor for at, tensor in tensors.items() if at.startswith(f"{start}.")}
+    state = functional.QuantState.from_dict(parts, torch.device("cpu"))
+    state.dtype = torch.float32
+    values = functional.dequantize_4bit(tensors[start], state)
+    torch.testing.assert_close(model.get_parameter(start), values, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", [name for name in formats.FORMATS if name.startswith("ct") and "short" not in name])
 def test_compressed_tensors_dequantises_alike(tmp_path: Path, name: str) -> None:
     pytest.importorskip("compressed_tensors")
@@ -266,6 +279,12 @@ def swap(part: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[d
         ("fp8 block", drop("weight_scale_inv"), "weight_scale_inv' is missing"),
         ("gptq v1", drop("qzeros"), "qzeros' is missing"),
         ("gptq desc_act", drop("g_idx"), "g_idx' is missing"),
+        ("bnb nf4", drop("weight.quant_state.bitsandbytes__nf4"), "weight.quant_state.bitsandbytes__nf4' is missing"),
+        (
+            "bnb nf4",
+            swap("weight.quant_state.bitsandbytes__nf4", lambda t: t[3:]),
+            "weight.quant_state.bitsandbytes__nf4' holds no JSON",
+        ),
         ("awq", swap("qweight", lambda t: t[:-32]), r"qzeros' is \[2, 4\], and must be \[1, 4\]"),
     ],
 )
@@ -291,6 +310,14 @@ def test_damaged_shapes_are_found_when_a_checkpoint_is_opened(
         ("gptq v1", poison("g_idx", 1), "g_idx' puts inputs into other groups, and the config says desc_act=false"),
         ("gptq desc_act", poison("g_idx", 7), "g_idx' names groups outside of the 2 that there are"),
         ("awq", poison("scales", float("inf")), "scales' holds scales that are infinite or no"),
+        (
+            "ct nvfp4",
+            swap("weight_global_scale", lambda t: t * 0),
+            "weight_global_scale' holds scales that are not above",
+        ),
+        ("bnb int8", swap("weight_format", lambda t: t + 1), "weight_format' is not 0"),
+        ("bnb nf4", swap("weight.absmax", lambda t: t[1:]), "weight.absmax' holds 31 values, not 32"),
+        ("bnb nested nf4", drop("weight.nested_quant_map"), "weight.nested_quant_map' is missing"),
     ],
 )
 def test_damaged_values_are_found_before_any_codes_are_read(
@@ -351,6 +378,7 @@ GROUP: dict[str, Any] = W4["config_groups"]["group_0"]
         ({**W4, "config_groups": {"a": {**GROUP, "targets": ["re:("]}}}, "pattern '\\('"),
         ({**W4, "config_groups": {"a": {**GROUP, "weights": {**GROUP["weights"], "num_bits": 3}}}}, "of 3 bits"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
+        ({"quant_method": "bitsandbytes"}, "load_in_4bit False, load_in_8bit False"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits 3"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "version 'gemv'"),
     ],
@@ -376,5 +404,8 @@ def test_what_a_quantised_model_says_of_itself(tmp_path: Path) -> None:
         projections = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
         others = (64 * families.VOCAB + 5 * 64) * 4
         assert engine.traffic.weights == projections * 4.75 / 8 + others
-        assert stats.weights == {"int4 float32 in blocks of 1x32": (14, 4.75), "dense float32": (1, 32.0)}
+        assert stats.weights == {
+            "int4 float32 in blocks of 1x32": (14, 4.75, None),
+            "dense float32": (1, 32.0, None),
+        }
         assert "14 projections int4 float32 in blocks of 1x32, 4.75 bits a weight" in str(stats)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import GenerationConfig
 
+from hybridgen.config import EngineConfig
 from hybridgen.errors import CheckpointError
+from hybridgen.loading import Checkpoint
 from hybridgen.loading.files import _tell_of_applied, check_generation
 
 
@@ -30,3 +32,8 @@ def test_what_is_not_applied_is_named(caplog: pytest.LogCaptureFixture) -> None:
     assert "not applied here, so that texts can differ from Hugging Face's: num_beams=4" in caplog.text
     with pytest.raises(CheckpointError, match="a/model cannot be used"):
         check_generation(GenerationConfig(repetition_penalty=-1.0), (), 100, "a/model")
+
+
+def test_the_demo_model_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    Checkpoint.open(None, EngineConfig(device="cpu"))
+    assert caplog.records == []

@@ -57,7 +57,10 @@ def test_every_mode_generates_the_tokens_of_the_rounded_weights(kind: str, famil
         with hybridgen.Engine.load(path, mode=mode, quantization=kind, **SETTINGS) as engine:
             outs = engine.generate(families.prompts_of(LENGTHS), max_new_tokens=12)
             assert [list(out.token_ids) for out in outs] == wanted, mode
-            assert next(iter(engine.stats().weights)).startswith(kind)
+            name, row = next(iter(engine.stats().weights.items()))
+            assert name.startswith(kind)
+            assert row.error == pytest.approx({"fp8": 0.026, "int8": 0.006, "int4": 0.09}[kind], rel=0.3)
+            assert f"relative error of {row.error:.2g}" in str(engine.stats())
 
 
 @pytest.mark.parametrize("tied", [False, True])

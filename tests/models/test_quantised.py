@@ -56,7 +56,8 @@ def test_values_are_those_of_the_definition(kind: str) -> None:
         at = n // weight.block.outputs, k // weight.block.inputs
         zero = 0 if weight.zeros is None else int(weight.zeros[at])
         if kind == "int4":
-            code: float = (int(weight.data[n, k // 8]) >> 4 * (k % 8)) & 15
+            place = k % 8 // 2 + 4 * (k % 2)
+            code: float = (int(weight.data[n, k // 8]) >> 4 * place) & 15
         elif kind == "mxfp4":
             code = table[(int(weight.data[n, k // 2]) >> 4 * (k % 2)) & 15]
         else:
@@ -80,6 +81,9 @@ def test_int4_survives_packing() -> None:
     assert packed.dtype == torch.int32
     assert packed.shape == (5, 3)
     assert torch.equal(layout.unpack_int4(packed, 21), codes.int())
+    ordered = layout.pack_int4(codes, layout.IN_ORDER)
+    assert int(ordered[0, 0]) & 0xFF == int(codes[0, 0]) + 16 * int(codes[0, 1])
+    assert torch.equal(layout.interleave(ordered), packed)
 
 
 @pytest.mark.parametrize("kind", layout.KINDS)

@@ -32,9 +32,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "sample_in_graph=False": {"sample_in_graph": False},
     "lazy_capture=False": {"lazy_capture": False},
     "max_padding_ratio=0": {"max_padding_ratio": 0},
+    "speculation=ngram": {"speculation": "ngram"},
 }
-"""Mode `hybrid` with one switch off, or with two where one needs the other: fused decode needs joined projections.
-`mode=graph` is it without compilation and without fused decode."""
+"""Mode `hybrid` with one switch the other way, or with two where one needs the other: fused decode needs joined
+projections. `mode=graph` is it without compilation and without fused decode."""
 
 _OWN_ENGINE_FIELDS = frozenset({"mode", "max_batch", "max_context", "on_graph_event"})
 """Set by the comparison itself, or nothing that a file can hold."""

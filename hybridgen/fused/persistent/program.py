@@ -29,7 +29,9 @@ def _bindings() -> tuple[Any, Any]:
 
         nvrtc.nvrtcVersion()
     except Exception as error:  # ImportError, or what loading the library raised
-        raise Unfit(f"NVIDIA's cuda-bindings with NVRTC cannot be loaded ({described(error)})") from error
+        raise Unfit(
+            f"NVIDIA's cuda-bindings with NVRTC cannot be loaded ({described(error)}): pip install 'hybridgen[cuda]'"
+        ) from error
     return driver, nvrtc
 
 

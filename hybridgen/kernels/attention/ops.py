@@ -17,13 +17,8 @@ Hq is a multiple of Hkv; D and Dv are multiples of 8 up to 256; page_size is a p
 q, k and v may be views with any strides over tokens and heads. Every output is contiguous. Page ids of a row
 beyond its last position, and cache positions that no query sees, are never used, whatever they hold.
 
-<<<<<<< HEAD
 The CPU implementations (`cpu` for decode, else `reference`) are plain torch and may read lengths on the host. The CUDA
-implementations (`attention_write`, `attention_decode`, `attention_prefill`) are Triton and never do: launch grids
-=======
-The CPU implementations (`reference`) are plain torch and may read lengths on the host. The CUDA
 implementations (`write`, `balanced`, `decode`, `prefill`) are Triton and never do: launch grids
->>>>>>> main
 and scratch sizes follow from shapes, so a captured graph replays with other lengths and block tables. The first
 call of a kind compiles its kernels: call once before a capture.
 

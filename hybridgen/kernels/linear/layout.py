@@ -5,13 +5,16 @@ inputs; a block of outputs and inputs shares a scale, and the last block of a ro
 
 | kind | data | value of weight[n, k] |
 |---|---|---|
-| `int4` | int32 [N, ceil(K / 8)]: input 8j + i in bits 4i to 4i + 3 of word j | scale * (code - zero), zero 8 if None |
+| `int4` | int32 [N, ceil(K / 8)], a word for 8 inputs; see below | scale * (code - zero), zero 8 if None |
 | `int8` | int8 [N, K] | scale * (code - zero), zero 0 if None |
 | `fp8` | float8_e4m3fn [N, K] | scale * code |
 | `mxfp4` | uint8 [N, K / 2]: input 2j is in the low bits of byte j | 2 ** (scale - 127) * e2m1(code) |
 
 `scales` are [ceil(N / block outputs), ceil(K / block inputs)]: float32, bfloat16 or float16, and uint8 for `mxfp4`.
 `zeros` have the shape of the scales, or are None: uint8 for `int4`, int16 for `int8`.
+
+In a word of `int4`, input 2i of its eight is in bits 4i to 4i + 3, and input 2i + 1 sixteen bits higher: so a shift and
+a mask give two neighbours in the halves of a register, where 16-bit products want them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ KINDS = ("int4", "int8", "fp8", "mxfp4")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The values of the codes 0 to 7; 8 to 15 are the same with a minus sign (OCP Microscaling Formats 1.0)."""
 INT4_ZERO = 8
+INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which four bits of a word each of eight neighbours has, in `int4` data."""
+IN_ORDER = tuple(range(8))
+"""The same in most files."""
 _EXPONENT_BIAS = 127
 _DATA = {"int4": torch.int32, "int8": torch.int8, "fp8": torch.float8_e4m3fn, "mxfp4": torch.uint8}
 _ZEROS = {"int4": torch.uint8, "int8": torch.int16}
@@ -65,21 +72,31 @@ def problem(kind: str, data: Tensor, scales: Tensor, zeros: Tensor | None, input
     return None
 
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """Codes 0 to 15, integers [N, K], as `int4` data; a last word that is not full is filled with zeros."""
+def pack_int4(codes: Tensor, places: tuple[int, ...] = INTERLEAVED) -> Tensor:
+    """Codes 0 to 15, integers [N, K], as words of eight; a last word that is not full is filled with zeros."""
     outputs, inputs = codes.shape
     words = -(-inputs // 8)
     padded = torch.zeros(outputs, words * 8, dtype=torch.int32, device=codes.device)
     padded[:, :inputs] = codes
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
-    # Bits do not overlap, so that the sum is the bitwise or; int32 wraps where the last code is above 7.
-    return (padded.view(outputs, words, 8) << shifts).sum(-1, dtype=torch.int32)
+    # Bits do not overlap, so that the sum is the bitwise or; int32 wraps where the highest code is above 7.
+    return (padded.view(outputs, words, 8) << _shifts(places, codes.device)).sum(-1, dtype=torch.int32)
 
 
-def unpack_int4(data: Tensor, inputs: int) -> Tensor:
-    """`int4` data as codes 0 to 15, int32 [N, K]."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=data.device)
-    return ((data[..., None] >> shifts) & 15).flatten(-2)[:, :inputs]
+def unpack_int4(data: Tensor, inputs: int, places: tuple[int, ...] = INTERLEAVED) -> Tensor:
+    """Words of eight as codes 0 to 15, int32 [N, K]."""
+    return ((data[..., None] >> _shifts(places, data.device)) & 15).flatten(-2)[:, :inputs]
+
+
+def interleave(words: Tensor) -> Tensor:
+    """Words of eight codes in their order, as `int4` data."""
+    out = torch.zeros_like(words)
+    for place, target in enumerate(INTERLEAVED):
+        out |= ((words >> 4 * place) & 15) << 4 * target
+    return out
+
+
+def _shifts(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([4 * place for place in places], dtype=torch.int32, device=device)
 
 
 def unpack_e2m1(data: Tensor, inputs: int) -> Tensor:

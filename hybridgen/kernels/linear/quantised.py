@@ -1,8 +1,9 @@
 """A product with a quantised weight: the op `hybridgen::quantised_linear`.
 
 `x @ dequantised.T + bias` for x of any number of rows. On a CPU the weight is dequantised to x's dtype and multiplied
-by torch: the reference. On CUDA few rows go through a Triton kernel that unpacks in registers, and many through a
-dequantised copy and cuBLAS (`quantised_kernels`). The weight's layout: `hybridgen.kernels.linear.layout`.
+by torch, which is the reference; few rows of 8-bit weights go through torch's own product. On CUDA few rows go through
+a Triton kernel that unpacks in registers, and many through a dequantised copy and cuBLAS (`quantised_kernels`). The
+weight's layout: `hybridgen.kernels.linear.layout`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridgen.kernels.linear.layout import Block, dequantise
+
+_FEW_ROWS = 4
+"""Rows that torch's product with 8-bit weights takes on a CPU: its time grows with them, that of unpacking does not."""
 
 _library = torch.library.Library("hybridgen", "FRAGMENT")
 _library.define(
@@ -62,6 +66,27 @@ def _reference(
     return F.linear(x, dequantise(kind, data, scales, zeros, inputs, block, x.dtype), bias)
 
 
+def _cpu(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    inputs: int,
+    block_outputs: int,
+    block_inputs: int,
+) -> Tensor:
+    rows = x.numel() // max(1, inputs)
+    plain = kind == "int8" and zeros is None and block_outputs == 1 and scales.shape[1] == 1
+    exact = x.dtype in (scales.dtype, torch.float32)
+    if not plain or not exact or not 0 < rows <= _FEW_ROWS or not data.is_contiguous():
+        return _reference(x, data, scales, zeros, bias, kind, inputs, block_outputs, block_inputs)
+    out = torch._weight_int8pack_mm(x.reshape(rows, inputs).contiguous(), data, scales[:, 0].to(x.dtype))
+    out = out.view(*x.shape[:-1], data.shape[0])
+    return out if bias is None else out + bias
+
+
 def _cuda(
     x: Tensor,
     data: Tensor,
@@ -92,6 +117,6 @@ def _fake(
     return x.new_empty(*x.shape[:-1], data.shape[0])
 
 
-_library.impl("quantised_linear", _reference, "CPU")
+_library.impl("quantised_linear", _cpu, "CPU")
 _library.impl("quantised_linear", _cuda, "CUDA")
 torch.library.register_fake("hybridgen::quantised_linear", _fake, lib=_library)

@@ -25,6 +25,10 @@ from hybridgen.kernels.linear.layout import Block, dequantise
 
 MOST_ROWS = 256
 """Rows of a product by this kernel; more are multiplied with a dequantised copy by cuBLAS."""
+_WIDTH = 64
+"""Outputs of a tile: what one group of four warps multiplies at once."""
+_SHARED_BYTES = 227 * 2**10
+"""Of a multiprocessor of compute capability 9."""
 ROW, BLOCK, VALUE = 0, 1, 2
 """Where scales are applied: to a row's sum, to the sum of a step, to each value."""
 
@@ -55,25 +59,79 @@ def _numbers(  # type: ignore[no-untyped-def]
         mask = mask[:, None] if EVEN else mask[:, None] & (item * 8 < inputs)[None, :]
         words = tl.load(data + offsets[:, None] + item[None, :], mask=mask, other=0)
         # Each join is within a thread, so that it ends up with the eight codes of its words side by side.
-        halves = tl.join(words, words >> 16)
-        quarters = tl.join(halves, halves >> 8)
-        codes = tl.join(quarters, quarters >> 4) & 15
+        halves = tl.join(words, words >> 8)
+        quarters = tl.join(halves, halves >> 4)
+        codes = tl.join(quarters, quarters >> 16) & 15
         return tl.reshape(codes, [OUTPUTS, INPUTS]).to(tl.float32)
     elif KIND == "mxfp4":
         item = at // 2 + tl.arange(0, INPUTS // 2)
         mask = mask[:, None] if EVEN else mask[:, None] & (item * 2 < inputs)[None, :]
         pairs = tl.load(data + offsets[:, None] + item[None, :], mask=mask, other=0)
         code = tl.reshape(tl.join(pairs & 15, pairs >> 4), [OUTPUTS, INPUTS]).to(tl.int32)
-        # The bits of e2m1 are those of a float32 with another bias; 0 and 0.5 have no leading one.
-        size = code & 7
-        exponent, half = size >> 1, size & 1
-        big = tl.where(half == 1, 1.5, 1.0) * tl.where(exponent == 1, 1.0, tl.where(exponent == 2, 2.0, 4.0))
-        number = tl.where(exponent == 0, half.to(tl.float32) * 0.5, big)
-        return tl.where(code >= 8, -number, number)
+        # The bits of e2m1 are those of a float32 with another bias, subnormal numbers too: 2 ** 126 is between them.
+        return (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37
     else:
         item = at + tl.arange(0, INPUTS)
         mask = mask[:, None] if EVEN else mask[:, None] & (item < inputs)[None, :]
         return tl.load(data + offsets[:, None] + item[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+_PAIR = (
+    "lop3.b32 pair, word, 0x000f000f, {magic}, 0xEA; fma.rn.{kind}x2 pair, pair, one, $9; "
+    "mov.b32 {{${low}, ${high}}}, pair;"
+)
+"""Two codes of a word in the halves of a register, as numbers: `(word & mask) | magic`, less the zero."""
+
+
+def _unpack(kind: str, magic: str, one: str) -> tl.constexpr:
+    """PTX that makes eight 16-bit numbers of a word ($8), and adds the two in a register ($9) to each pair."""
+    lines = [f"{{ .reg .b32 word, pair, one; mov.b32 word, $8; mov.b32 one, {one};"]
+    for pair in range(4):
+        lines += ["shr.u32 word, word, 4;"] * (pair > 0)
+        lines.append(_PAIR.format(kind=kind, magic=magic, low=2 * pair, high=2 * pair + 1))
+    return tl.constexpr("\n".join([*lines, "}"]))
+
+
+_UNPACK_BF16 = _unpack("bf16", "0x43004300", "0x3f803f80")
+_UNPACK_F16 = _unpack("f16", "0x64006400", "0x3c003c00")
+
+
+@triton.jit
+def _int4_values(  # type: ignore[no-untyped-def]
+    data, zeros, n, at, outputs, inputs, width, first, columns,
+    ZEROS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    FLOAT16: tl.constexpr,
+):  # fmt: skip
+    """Codes less their zeros, exact in bfloat16 or float16 [OUTPUTS, INPUTS]: two at once in a register.
+
+    The bits of a code below those of 128 are the bfloat16 number 128 + code, below those of 1024 the float16 number
+    1024 + code; so are those of a zero, which is subtracted (FasterTransformer's conversion of 4-bit weights).
+    """
+    WORDS: tl.constexpr = INPUTS // 8
+    inside = n < outputs
+    item = at // 8 + tl.arange(0, WORDS)
+    mask = inside[:, None] if EVEN else inside[:, None] & (item * 8 < inputs)[None, :]
+    words = tl.load(data + (n.to(tl.int64) * width)[:, None] + item[None, :], mask=mask, other=0)
+    # What is added: the numbers of the zero, with their signs.
+    base: tl.constexpr = -0x1BFF1C00 if FLOAT16 else -0x3CFF3D00
+    if ZEROS:
+        # A group is a step or several: the zero of an output is that of all its words here.
+        zero = tl.load(zeros + first + at // GROUP, mask=inside, other=0).to(tl.int32)
+        shift = (base | zero | (zero << 16))[:, None] + tl.zeros_like(words)
+    else:
+        shift = tl.zeros_like(words) + (base | 0x00080008)
+    o0, o1, o2, o3, o4, o5, o6, o7 = tl.inline_asm_elementwise(
+        _UNPACK_F16 if FLOAT16 else _UNPACK_BF16,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [words, shift],
+        dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+        is_pure=True,
+        pack=1,
+    )
+    low = tl.join(tl.join(o0, o4), tl.join(o2, o6))
+    high = tl.join(tl.join(o1, o5), tl.join(o3, o7))
+    values = tl.reshape(tl.join(low, high), [OUTPUTS, INPUTS])
+    return values.to(tl.float16, bitcast=True) if FLOAT16 else values.to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -127,7 +185,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     x, data, scales, zeros, bias, out, rows, outputs, inputs, width, columns,
     KIND: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, WHERE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -141,10 +199,16 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         k = at + tl.arange(0, INPUTS)
         real = (m < rows)[None, :] if EVEN else (m < rows)[None, :] & (k < inputs)[:, None]
         xt = tl.load(x + m.to(tl.int64)[None, :] * inputs + k[:, None], mask=real, other=0.0)
-        values = _values(
-            data, scales, zeros, n, at, outputs, inputs, width, columns,
-            KIND, ZEROS, WHERE, BLOCK_OUT, GROUP, EVEN, OUTPUTS, INPUTS,
-        ).to(xt.dtype)  # fmt: skip
+        if PAIRS:
+            values = _int4_values(
+                data, zeros, n, at, outputs, inputs, width, (n // BLOCK_OUT) * columns, columns,
+                ZEROS, GROUP, EVEN, OUTPUTS, INPUTS, x.dtype.element_ty == tl.float16,
+            )  # fmt: skip
+        else:
+            values = _values(
+                data, scales, zeros, n, at, outputs, inputs, width, columns,
+                KIND, ZEROS, WHERE, BLOCK_OUT, GROUP, EVEN, OUTPUTS, INPUTS,
+            ).to(xt.dtype)  # fmt: skip
         if WHERE == 1:
             scale = _scale(scales, (n // BLOCK_OUT) * columns + at // GROUP, n < outputs, KIND)
             sums += tl.dot(values, xt, input_precision=PRECISION) * scale[:, None]
@@ -217,13 +281,19 @@ def layout_of(kind: str, zeros: bool, inputs: int, block: Block, columns: int) -
     return None
 
 
-def default_tile(rows: int, outputs: int, inputs: int, step: int, processors: int) -> Tile:
-    """How a product of this size is cut: enough programs for two on each multiprocessor."""
+def default_tile(layout: Layout, rows: int, outputs: int, inputs: int, processors: int) -> Tile:
+    """How a product of this size is cut: into as many programs as run at once, by memory and registers."""
     height = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
-    tiles = -(-outputs // 64) * -(-rows // height)
-    steps = -(-inputs // step)
-    splits = max(1, min(8, 3 * processors // max(1, tiles), steps // 8))
-    return Tile(64, height, step, splits, 4, 4 if height <= 64 else 3)
+    high = -(-rows // height)
+    stages = 4 if height < 64 else 3
+    bits = {"int4": 4, "mxfp4": 4}.get(layout.kind, 8)
+    unpacked = _WIDTH * layout.step * 2 if layout.kind == "int4" else 0
+    shared = stages * layout.step * (height * 2 + _WIDTH * bits // 8) + unpacked + 1024
+    resident = min(_SHARED_BYTES // shared, 5 if height == 16 else 3)
+    tiles, steps = -(-outputs // _WIDTH) * high, -(-inputs // layout.step)
+    most = 8 if height <= 16 else 4
+    splits = max(1, min(most, max(1, resident) * processors // tiles, steps // 8))
+    return Tile(_WIDTH, height, layout.step, splits, 4, stages)
 
 
 @functools.cache
@@ -241,6 +311,7 @@ def _product_launcher(
         "OUTPUTS": tile.outputs,
         "ROWS": tile.rows,
         "INPUTS": tile.inputs,
+        "PAIRS": layout.kind == "int4" and layout.where != VALUE and dtypes[0] != torch.float32,
         "PRECISION": "ieee" if dtypes[0] == torch.float32 else "tf32",
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -312,7 +383,7 @@ def product(
     rows, outputs, columns = x.shape[0], data.shape[0], scales.shape[1]
     device = device_of(x)
     if tile is None:
-        tile = default_tile(rows, outputs, inputs, layout.step, device.processors)
+        tile = default_tile(layout, rows, outputs, inputs, device.processors)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     parts = out
     if tile.splits > 1:

@@ -26,13 +26,11 @@ from hybridgen.models.quantised import QuantisedWeight
 
 METHOD = "awq"
 _PARTS = ("qweight", "qzeros", "scales")
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word each of eight neighbouring outputs is."""
 
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Codes and zero points of eight outputs in an int32 word."""
+    """Codes and zero points of eight outputs in an int32 word, in the order that `int4` data has along the inputs."""
 
     group: int | None
     has_zeros: bool
@@ -64,17 +62,11 @@ class Interleaved:
         data = torch.empty(outputs, -(-inputs // 8), dtype=torch.int32, device=qweight.device)
         step = max(8, 2**24 // outputs // 8 * 8)
         for start in range(0, inputs, step):
-            part = pack_int4(_ordered(qweight[start : start + step], outputs).T)
+            part = pack_int4(unpack_int4(qweight[start : start + step], outputs).T)
             data[:, start // 8 : start // 8 + part.shape[1]] = part
-        zeros = _ordered(tensors["qzeros"], outputs).T.to(torch.uint8).contiguous() if self.has_zeros else None
+        zeros = unpack_int4(tensors["qzeros"], outputs).T.to(torch.uint8).contiguous() if self.has_zeros else None
         block = Block(1, self.group or inputs)
         return QuantisedWeight("int4", data, tensors["scales"].T.contiguous(), zeros, inputs, block, dtype)
-
-
-def _ordered(packed: Tensor, outputs: int) -> Tensor:
-    """Words [rows, outputs / 8] as codes [rows, outputs] in the order of the outputs."""
-    codes = unpack_int4(packed, outputs).view(packed.shape[0], -1, 8)
-    return codes[:, :, list(_PLACES)].flatten(1)
 
 
 @dataclass(frozen=True)

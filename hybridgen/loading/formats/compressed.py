@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.errors import UnsupportedModelError, shown
-from hybridgen.kernels.linear.layout import Block, unpack_int4
+from hybridgen.kernels.linear.layout import IN_ORDER, Block, expand, interleave, unpack_e2m1, unpack_int4
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
@@ -29,9 +29,18 @@ from hybridgen.loading.formats.scheme import (
 from hybridgen.models.quantised import QuantisedWeight
 
 METHOD = "compressed-tensors"
-_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_global_scale",
+)
 _PLAIN = ("float-quantized", "int-quantized", "naive-quantized")
-_KNOWN = ("pack-quantized", "mxfp4-pack-quantized", *_PLAIN)
+_KNOWN = ("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized", *_PLAIN)
+_TWO_SCALES = "nvfp4 has two levels of scales, for which there is no kernel"
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,8 @@ class Packed:
         zeros = tensors.get("weight_zero_point")
         if self.bits == 4:
             if zeros is not None:
-                zeros = unpack_int4(zeros.T.contiguous(), outputs).T.to(torch.uint8).contiguous()
-            return QuantisedWeight("int4", packed, scales, zeros, inputs, block, dtype)
+                zeros = unpack_int4(zeros.T.contiguous(), outputs, IN_ORDER).T.to(torch.uint8).contiguous()
+            return QuantisedWeight("int4", interleave(packed), scales, zeros, inputs, block, dtype)
         if zeros is not None:
             zeros = _bytes(zeros.T.contiguous(), outputs).T.to(torch.int16).contiguous()
         return QuantisedWeight("int8", _bytes(packed, inputs), scales, zeros, inputs, block, dtype)
@@ -179,6 +188,37 @@ class PackedMxfp4:
         """See `Scheme`."""
         scales = tensors["weight_scale"].view(torch.uint8)
         return QuantisedWeight("mxfp4", tensors["weight_packed"], scales, None, inputs, Block(1, 32), dtype)
+
+
+@dataclass(frozen=True)
+class PackedNvfp4:
+    """`nvfp4-pack-quantized`: e2m1 codes, an e4m3 scale for 16 of them, and one number that divides the scales."""
+
+    def sizes(self, entries: Mapping[str, TensorEntry], small: Mapping[str, Tensor]) -> tuple[int, int]:
+        """See `Scheme`."""
+        outputs, items = need(entries, "weight_packed", 2).shape
+        return outputs, items * 2
+
+    def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
+        """See `Scheme`."""
+        return {
+            "weight_packed": Part(("U8",), (outputs, inputs // 2), small=False),
+            "weight_scale": Part(("F8_E4M3",), (outputs, -(-inputs // 16))),
+            "weight_global_scale": Part(FLOATS, (1,)),
+        }
+
+    def check(self, small: Mapping[str, Tensor], outputs: int, inputs: int) -> str | None:
+        """See `Scheme`."""
+        check_scales("weight_scale", small["weight_scale"])
+        check_scales("weight_global_scale", small["weight_global_scale"], positive=True)
+        return _TWO_SCALES
+
+    def weight(
+        self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
+    ) -> QuantisedWeight | Tensor:
+        """See `Scheme`."""
+        scales = tensors["weight_scale"].float() / tensors["weight_global_scale"].float()
+        return (unpack_e2m1(tensors["weight_packed"], inputs) * expand(scales, outputs, inputs, Block(1, 16))).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -281,6 +321,10 @@ def _scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
         if (bits, kind, group_size, symmetric) != (4, "float", 32, True):
             raise _unknown(what)
         return PackedMxfp4()
+    if layout == "nvfp4-pack-quantized":
+        if (bits, kind, group_size, symmetric) != (4, "float", 16, True):
+            raise _unknown(what)
+        return PackedNvfp4()
     if strategy == "group" and not (isinstance(group_size, int) and group_size > 0):
         raise _unknown(f"{what}, group_size {shown(group_size)}")
     size = group_size if strategy == "group" else None

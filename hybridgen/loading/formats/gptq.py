@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.errors import UnsupportedModelError, shown
-from hybridgen.kernels.linear.layout import Block, unpack_int4
+from hybridgen.kernels.linear.layout import IN_ORDER, Block, interleave, unpack_int4
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
@@ -98,14 +98,14 @@ class Transposed:
     def weight(
         self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
     ) -> QuantisedWeight | Tensor:
-        """See `Scheme`. Transposed, the words are those of the common layout."""
+        """See `Scheme`. Transposed, the words are those of compressed-tensors."""
         words = tensors["qweight"].T.contiguous()
         zeros = self._zeros(tensors["qzeros"], outputs)
         scales = tensors["scales"].T.contiguous()
         block = Block(1, self.group or inputs)
         order = tensors.get("g_idx")
         if self.bits == 4:
-            kind, data = "int4", words
+            kind, data = "int4", interleave(words)
             zeros = None if zeros is None else zeros.T.to(torch.uint8).contiguous()
         else:
             kind, data = "int8", (words.view(torch.uint8) ^ 128).view(torch.int8)
@@ -120,7 +120,7 @@ class Transposed:
 def _codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """Words [rows, words] as codes, int32 [rows, count]."""
     if bits == 4:
-        return unpack_int4(packed, count)
+        return unpack_int4(packed, count, IN_ORDER)
     return packed.contiguous().view(torch.uint8)[:, :count].int()
 
 

@@ -77,7 +77,7 @@ class Scheme(Protocol):
         """
 
 
-TINY = ("weight_shape",)
+TINY = ("weight_shape", "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 """Tensors of a few numbers that sizes follow from."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import shown
 from hybridgen.serving.http.errors import ApiError
-from hybridgen.serving.http.fields import Body
+from hybridgen.serving.http.fields import Body, schema_of
 from hybridgen.serving.http.jobs import (
     MOST_TOP,
     Served,
@@ -63,7 +63,7 @@ class ChatJob:
         """
         served.check_model(body)
         body.check_known(FIELDS, served.ignored)
-        check_format(body.table("response_format"))
+        form = schema_of(body, body.table("response_format"), "response_format")
         if body.values.get("modalities", ["text"]) != ["text"]:
             raise body.wrong("modalities", '["text"]')
         self._served = served
@@ -82,7 +82,9 @@ class ChatJob:
         prompt = encode(served.text, chat_messages(body.items("messages")), self._tools, options)
         self.prompts = [prompt]
         wanted = most_tokens(body, "max_completion_tokens", "max_tokens")
-        self.sampling = sampling_for(served, body, self.prompts, wanted, "max_completion_tokens", logprobs=logprobs)
+        self.sampling = sampling_for(
+            served, body, self.prompts, wanted, "max_completion_tokens", logprobs=logprobs, **form
+        )
         self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": served.name}
 
     def _message(self, completion: Completion) -> tuple[dict[str, Any], str]:
@@ -169,20 +171,6 @@ def encode(
         if name in options:
             raise ApiError(f"chat_template_kwargs has {name}, which is no variable of a template; leave it out")
     return text.encode_chat(messages, **options, **({"tools": tools} if tools else {}))
-
-
-def check_format(wanted: dict[str, Any]) -> None:
-    """
-    Raises:
-        ApiError: another format than text is asked for.
-    """
-    kind = wanted.get("type", "text")
-    if kind != "text":
-        raise ApiError(
-            f"response_format of type {shown(kind)} is not supported: this server does not constrain its text yet",
-            param="response_format",
-            code="unsupported_parameter",
-        )
 
 
 def tools_of(text: Text, body: Body) -> list[dict[str, Any]]:

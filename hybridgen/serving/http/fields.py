@@ -43,8 +43,21 @@ _NUMBERS = {
     "min_tokens": _Number("min_new_tokens", 0, 2**31, True),
     "no_repeat_ngram_size": _Number("no_repeat_ngram_size", 0, 2**31, True),
 }
+_GRAMMARS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+"""How vLLM's clients name what the text keeps to, inside `structured_outputs` or behind `guided_`."""
 _SWITCHES = {"ignore_eos": "ignore_eos", "skip_special_tokens": "skip_special_tokens"}
-SAMPLING = frozenset({*_NUMBERS, *_SWITCHES, "stop", "stop_token_ids", "logit_bias", "cache_salt"})
+SAMPLING = frozenset(
+    {
+        *_NUMBERS,
+        *_SWITCHES,
+        *(f"guided_{name}" for name in _GRAMMARS),
+        "structured_outputs",
+        "stop",
+        "stop_token_ids",
+        "logit_bias",
+        "cache_salt",
+    }
+)
 """Fields that `sampling_of` reads."""
 
 REFUSED: dict[str, Any] = {
@@ -53,11 +66,6 @@ REFUSED: dict[str, Any] = {
     "use_beam_search": False,
     "length_penalty": 1,
     "early_stopping": False,
-    "structured_outputs": None,
-    "guided_json": None,
-    "guided_regex": None,
-    "guided_choice": None,
-    "guided_grammar": None,
     "functions": None,
     "function_call": None,
     "audio": None,
@@ -199,19 +207,62 @@ class Body:
         return value
 
 
+def schema_of(body: Body, wanted: dict[str, Any], param: str) -> dict[str, Any]:
+    """The sampling field that a format of OpenAI's asks for; none for text.
+
+    Args:
+        wanted: `response_format`, or the `format` of a response's text.
+
+    Raises:
+        ApiError: it is of no such form.
+    """
+    kind = wanted.get("type", "text")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    inside = wanted.get("json_schema", wanted)
+    schema = inside.get("schema") if isinstance(inside, dict) else None
+    if kind != "json_schema" or not isinstance(schema, dict):
+        raise body.wrong(param, "text, json_object, or json_schema with a schema")
+    return {"json_schema": schema}
+
+
+def _grammar_of(body: Body) -> dict[str, Any]:
+    table = body.table("structured_outputs")
+    found = {name: value for name, value in table.items() if value is not None}
+    found |= {name: body.values[f"guided_{name}"] for name in _GRAMMARS if f"guided_{name}" in body.values}
+    unknown = found.keys() - _GRAMMARS.keys()
+    if unknown:
+        raise ApiError(
+            f"structured_outputs has {shown(min(unknown))}; give one of {', '.join(_GRAMMARS)}",
+            param="structured_outputs",
+            code="unsupported_parameter",
+        )
+    return {_GRAMMARS[name]: value for name, value in found.items()}
+
+
 def sampling_of(
-    body: Body, *, max_new_tokens: int, logprobs: int | None = None, prompt_logprobs: int | None = None
+    body: Body,
+    *,
+    max_new_tokens: int,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    json_schema: Any = None,
 ) -> SamplingParams:
     """How a request's tokens are chosen. What is left out takes the model's own default.
 
     Args:
         logprobs: log-probabilities of how many tokens besides the chosen one; None: of none.
         prompt_logprobs: the same for the prompt's tokens.
+        json_schema: what a format of OpenAI's asks for, see `schema_of`.
 
     Raises:
         ApiError: a field has a wrong value.
     """
-    values: dict[str, Any] = {}
+    values = _grammar_of(body)
+    if json_schema is not None:
+        values["json_schema"] = json_schema
     for name, number in _NUMBERS.items():
         found = body.number(name, number.low, number.high, whole=number.whole)
         if found is not None:

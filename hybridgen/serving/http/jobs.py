@@ -95,18 +95,18 @@ def most_tokens(body: Body, *names: str, least: int = 1) -> int | None:
 
 
 def sampling_for(
-    served: Served, body: Body, prompts: Sequence[Sequence[int]], wanted: int | None, param: str, **logprobs: int | None
+    served: Served, body: Body, prompts: Sequence[Sequence[int]], wanted: int | None, param: str, **more: Any
 ) -> SamplingParams:
     """The sampling of all prompts of a request.
 
     Args:
-        logprobs: see `sampling_of`.
+        more: see `sampling_of`.
 
     Raises:
         ApiError: a field has a wrong value, or a prompt leaves no room.
     """
     most = min(tokens_left(served, prompt, wanted, param) for prompt in prompts)
-    return sampling_of(body, max_new_tokens=most, **logprobs)
+    return sampling_of(body, max_new_tokens=most, **more)
 
 
 def new_id(kind: str) -> str:

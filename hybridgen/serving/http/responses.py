@@ -8,9 +8,9 @@ from typing import Any
 
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import shown
-from hybridgen.serving.http.chats import check_format, encode, parsed, tools_of
+from hybridgen.serving.http.chats import encode, parsed, tools_of
 from hybridgen.serving.http.errors import ApiError
-from hybridgen.serving.http.fields import Body
+from hybridgen.serving.http.fields import Body, schema_of
 from hybridgen.serving.http.jobs import Served, Usage, most_tokens, new_id, reason, sampling_for
 from hybridgen.serving.http.text import chat_messages
 
@@ -51,7 +51,7 @@ class ResponseJob:
         if body.text("truncation", "disabled") != "disabled":
             raise body.wrong("truncation", "disabled: no input is cut without a word")
         form = body.table("text").get("format") or {}
-        check_format(form if isinstance(form, dict) else {"type": form})
+        schema = schema_of(body, form if isinstance(form, dict) else {"type": form}, "text")
         self._served = served
         self.stream = body.switch("stream")
         self._given_tools = body.items("tools")
@@ -67,7 +67,7 @@ class ResponseJob:
             options.setdefault("reasoning_effort", effort)
         self.prompts = [encode(served.text, chat_messages(messages), self._tools, options)]
         self._wanted = most_tokens(body, "max_output_tokens")
-        self.sampling = sampling_for(served, body, self.prompts, self._wanted, "max_output_tokens")
+        self.sampling = sampling_for(served, body, self.prompts, self._wanted, "max_output_tokens", **schema)
         self._id, self._created = new_id("resp"), int(time.time())
         self._item = new_id("msg")
 

@@ -183,6 +183,9 @@ def completion_to_wire(completion: Completion) -> dict[str, Any]:
         else [None if item is None else _logprob(item) for item in completion.prompt_logprobs],
         "stop_match": completion.stop_match,
         "cached_tokens": completion.cached_tokens,
+        "drafted_tokens": completion.drafted_tokens,
+        "accepted_tokens": completion.accepted_tokens,
+        "weights_version": completion.weights_version,
         "truncated_tokens": completion.truncated_tokens,
         "error": None if completion.error is None else error_to_wire(completion.error),
     }
@@ -211,6 +214,9 @@ def completion_from_wire(wire: Mapping[str, Any]) -> Completion:
         else tuple(None if item is None else _logprob_from(item) for item in prompt),
         stop_match=wire["stop_match"],
         cached_tokens=wire.get("cached_tokens", 0),
+        drafted_tokens=wire.get("drafted_tokens", 0),
+        accepted_tokens=wire.get("accepted_tokens", 0),
+        weights_version=wire.get("weights_version", 0),
         truncated_tokens=wire.get("truncated_tokens", 0),
         error=None if error is None else error_from_wire(error),
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import jsonschema
 import openai
+import pydantic
 import pytest
 from wire import Process
 
@@ -188,7 +191,8 @@ def test_tool_calls_of_a_stream(calling: Any) -> None:
     [
         ({"tools": [TOOL]}, "tools"),  # nothing reads its calls
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
@@ -202,6 +206,62 @@ def test_what_is_wrong_is_named(api: openai.OpenAI, fields: dict[str, Any], para
     with pytest.raises(openai.BadRequestError) as caught:
         api.chat.completions.create(**{"model": "demo", "messages": MESSAGES, **fields})
     assert caught.value.param == param
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+def test_formats_of_a_chat(api: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "it", "strict": True, "schema": SCHEMA}}
+    out = api.chat.completions.create(
+        model="demo", messages=MESSAGES, response_format=form, temperature=2, seed=1, n=3, max_tokens=40
+    )
+    for choice in out.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content or ""), SCHEMA)
+    whole = api.chat.completions.create(
+        model="demo", messages=MESSAGES, response_format={"type": "json_object"}, temperature=0, max_tokens=30
+    )
+    assert (whole.choices[0].message.content or "").startswith("{")
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        bad: Any = {
+            "type": "json_schema",
+            "json_schema": {"name": "it", "schema": {"type": "array", "uniqueItems": True}},
+        }
+        api.chat.completions.create(model="demo", messages=MESSAGES, response_format=bad)
+
+
+def test_a_model_of_pydantic(api: openai.OpenAI) -> None:
+    class Answer(pydantic.BaseModel):
+        city: Literal["Rome", "Oslo"]
+        warm: bool
+
+    out = api.chat.completions.parse(
+        model="demo", messages=MESSAGES, response_format=Answer, temperature=0, max_tokens=60
+    )
+    assert isinstance(out.choices[0].message.parsed, Answer)
+    found = api.responses.parse(model="demo", input="x", text_format=Answer, temperature=0, max_output_tokens=60)
+    assert isinstance(found.output_parsed, Answer)
+
+
+@pytest.mark.parametrize(
+    ("extra", "pattern"),
+    [
+        ({"structured_outputs": {"regex": "[ab]{3}"}}, "[ab]{3}"),
+        ({"structured_outputs": {"choice": ["left", "right"]}}, "left|right"),
+        ({"guided_regex": "[0-9]{2}"}, "[0-9]{2}"),
+        ({"guided_json": {"const": "é"}}, '"é"'),
+        ({"structured_outputs": {"grammar": 'start: "<" /[xy]/ ">"'}}, "<[xy]>"),
+    ],
+)
+def test_what_other_servers_clients_send(api: openai.OpenAI, extra: dict[str, Any], pattern: str) -> None:
+    out = api.completions.create(model="demo", prompt="x", temperature=2, seed=0, max_tokens=20, extra_body=extra)
+    assert re.fullmatch(pattern, out.choices[0].text)
 
 
 def test_a_forced_call_is_refused(calling: Any) -> None:
@@ -275,7 +335,7 @@ def test_calls_in_a_response(calling: Any) -> None:
         {"input": [{"type": "input_image", "image_url": "x"}]},
         {"tools": [{"type": "web_search"}]},
         {"truncation": "auto"},
-        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}},
+        {"text": {"format": {"type": "yaml"}}},
     ],
 )
 def test_what_a_response_cannot_have(api: openai.OpenAI, fields: dict[str, Any]) -> None:

@@ -130,7 +130,12 @@ def test_a_stream(api: openai.OpenAI, engine: hybridgen.Engine, n: int) -> None:
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
         ({"echo": True, "logprobs": 1, "stream": True}, "stream", "unsupported_parameter"),
-        ({"extra_body": {"guided_json": {}, "guided_regex": "a"}}, "guided_regex", "unsupported_parameter"),
+        ({"extra_body": {"guided_json": {}, "guided_regex": "a"}}, None, "invalid_value"),
+        (
+            {"extra_body": {"structured_outputs": {"structural_tag": "a"}}},
+            "structured_outputs",
+            "unsupported_parameter",
+        ),
         ({"prompt": "q z " * 2000}, "max_tokens", "context_length_exceeded"),
         ({"max_tokens": 10**6}, "max_tokens", "context_length_exceeded"),
         ({"model": "gpt-9"}, "model", "model_not_found"),

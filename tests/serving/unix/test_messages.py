@@ -149,6 +149,8 @@ completions = st.builds(
     logprobs=st.none() | st.lists(logprobs, max_size=2).map(tuple),
     stop_match=st.none() | st.text() | st.integers(0, 99),
     cached_tokens=st.integers(0, 999),
+    drafted_tokens=st.integers(0, 999),
+    accepted_tokens=st.integers(0, 999),
     truncated_tokens=st.integers(0, 999),
 )
 

@@ -1,0 +1,205 @@
+"""What does checking drafts bring, and what does it cost?
+
+`machinery`: random weights of a shape, made to say one token for ever, so that no rounding changes what is right. An
+oracle drafts 3 tokens a step, of which the first j are right: then a step brings j + 1. Tokens per second are of whole
+calls: (time of a call for N new tokens, less the same call for one), against the same without drafts. Before that,
+with weights that say anything (temperature 1), the n-gram drafter finds nothing: what it costs a step then.
+
+`text`: the demo model in float32, greedy without penalty, on files of the standard library that it was not trained on:
+the first tokens of a file are continued; and a file with its beginning again, where its commonest word was renamed, is
+continued as an edit would. Tokens a step of all requests, and whether the tokens are those without drafts.
+
+    python benchmarks/speculation.py machinery --model llama-3.1-8b [--output results.json]
+    python benchmarks/speculation.py text [--output results.json]
+    python benchmarks/speculation.py --smoke          # both, a tiny model and a few tokens, anywhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import how_it_ran, random_model, random_prompts, release, report, seconds, shape_dtype, this_device
+from transformers import PreTrainedModel
+
+import hybridgen
+from hybridgen import Engine
+from hybridgen.demo import model_path
+from hybridgen.speculation.oracle import OracleDrafter
+
+DRAFTS = 3
+SAID = 7
+"""The token that the model is made to say."""
+
+
+def say_one_token(model: PreTrainedModel) -> None:
+    """Change the weights so that the same token is by far the most likely behind any text."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[:, 0] = 0.0
+        embedding[:, 0] = 20.0  # the residual stream has it in all positions, whatever layers add
+        head[SAID, 0] = 40.0
+
+
+class Calls:
+    """Whole calls of an engine, timed."""
+
+    def __init__(self, engine: Engine, prompts: list[list[int]], new: int, device: str, repeats: int) -> None:
+        self._engine, self._prompts, self._new, self._device, self._repeats = engine, prompts, new, device, repeats
+
+    def step(self, **sampling: Any) -> float:
+        """Seconds for one more token of each prompt."""
+
+        def call(count: int) -> Any:
+            return self._engine.generate(self._prompts, max_new_tokens=count, ignore_eos=True, **sampling)
+
+        call(self._new)  # what it missed is recorded
+        long = seconds(lambda: call(self._new), self._device, self._repeats)
+        return (long - seconds(lambda: call(1), self._device, self._repeats)) / (self._new - 1)
+
+
+def machinery(
+    name: str, batches: list[int], prompt: int, new: int, repeats: int, options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of a shape, and how the engines ran them."""
+    device = this_device()
+    model = random_model(name, shape_dtype(name, device), device)
+    vocab = model.config.vocab_size
+    prompts = random_prompts(batches[-1], prompt, vocab)
+    for index, ids in enumerate(prompts):
+        ids[0] = 100 + index  # the oracle knows them by it
+    options = {
+        "max_batch": batches[-1], "max_context": prompt + new, "token_budget": batches[-1] * prompt,
+        "decode_buckets": batches, "prefill_buckets": [], "kv_memory": "2GiB", **options,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    engines: dict[str, Any] = {}
+
+    def add(what: str, batch: int, step: float, **more: Any) -> None:
+        row = {"model": name, "what": what, "batch": batch, "prompt": prompt, "new": new, "token_us": step * 1e6}
+        rows.append(row | {"tokens_per_s": batch / step} | more)
+        print(f"{name:<14} {what:<28} {batch:3} {step * 1e6:10.1f} {batch / step:10.0f} {more or ''}", flush=True)
+
+    oracle = OracleDrafter([[*ids, *[SAID] * new] for ids in prompts], [DRAFTS] * len(prompts), most=DRAFTS)
+    drafters = {"plain": None, "ngram": "ngram", "oracle": oracle}
+    for what, drafter in drafters.items():
+        with Engine.load(model, speculation=drafter, **options) as engine:
+            if what == "oracle":
+                say_one_token(model)
+            for batch in batches:
+                calls = Calls(engine, prompts[:batch], new, device, repeats)
+                if what == "oracle":
+                    for right in range(DRAFTS + 1):
+                        oracle.tell([right] * len(prompts))
+                        before = engine.stats().speculation
+                        step = calls.step(temperature=0)
+                        after = engine.stats().speculation
+                        brought = (after.tokens - before.tokens) / (after.steps - before.steps)
+                        add(f"oracle, {right} right", batch, step, right=right, tokens_per_step=brought)
+                else:
+                    add(f"{what}, nothing matches", batch, calls.step(temperature=1.0, seed=1))
+                    if what == "plain":
+                        add("plain", batch, calls.step(temperature=0))
+            engines[what] = how_it_ran(engine)
+        release()
+    return rows, engines
+
+
+def held_out_files() -> list[str]:
+    """Texts of the library's files that the demo model was not trained on, of those that this Python has."""
+    names = json.loads((model_path() / "training.json").read_text())["corpus"]["held_out_files"]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return [(library / name).read_text() for name in names if (library / name).exists()]
+
+
+def edited(tokenizer: Any, text: str, length: int, again: int) -> list[int] | None:
+    """A file's first tokens, and then the first of them again with its commonest word renamed."""
+    ids = tokenizer(text[: 8 * length])["input_ids"][:length]
+    words = re.findall(r"[a-z_]{5,}", tokenizer.decode(ids))
+    if len(ids) < length or not words:
+        return None
+    word = max(sorted(set(words)), key=words.count)
+    return [*ids, *tokenizer(tokenizer.decode(ids).replace(word, f"{word}_new"))["input_ids"][:again]]
+
+
+def on_text(files: int | None, lengths: tuple[int, int, int], new: tuple[int, int]) -> list[dict[str, Any]]:
+    """Tokens a step on the demo model.
+
+    Args:
+        files: how many files; None: all that there are.
+        lengths: tokens of a continued prompt, of an edited file, and of its second beginning.
+        new: tokens that are generated behind each.
+    """
+    this_device()
+    options = {"mode": "eager", "device": "cpu", "dtype": "float32", "max_batch": 16}
+    texts = held_out_files()[:files]
+    greedy = {"temperature": 0.0, "ignore_eos": True}
+    rows = []
+    with Engine.load(None, **options) as plain:
+        tokenizer = plain.tokenizer
+        ids_of = [tokenizer(text[: 8 * lengths[0]])["input_ids"][: lengths[0]] for text in texts]
+        begun = [ids for ids in ids_of if len(ids) == lengths[0]]
+        edits = [ids for text in texts if (ids := edited(tokenizer, text, lengths[1], lengths[2])) is not None]
+        for what, prompts, count, penalty in (
+            ("held-out files", begun, new[0], 1.0),
+            ("held-out files", begun, new[0], 1.2),
+            ("editing", edits, new[1], 1.0),
+        ):
+            sampling = {**greedy, "max_new_tokens": count, "repetition_penalty": penalty}
+            expected = plain.generate(prompts, **sampling)
+            with Engine.load(None, speculation="ngram", **options) as engine:
+                found = engine.generate(prompts, **sampling)
+                stats = engine.stats().speculation
+            steps = [sum(step.count for step in out.steps if step.phase == "decode") for out in found]
+            each = sorted((count - 1) / number for number in steps)
+            rows.append(
+                {
+                    "what": what,
+                    "repetition_penalty": penalty,
+                    "drafter": "ngram",
+                    "requests": len(prompts),
+                    "new": count,
+                    "tokens_per_step": stats.tokens_per_step,
+                    "least": each[0],
+                    "median": each[len(each) // 2],
+                    "most": each[-1],
+                    "accepted": stats.accepted / max(stats.drafted, 1),
+                    "equal": sum(a.token_ids == b.token_ids for a, b in zip(found, expected, strict=True)),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=["machinery", "text"], default="machinery")
+    parser.add_argument("--model", default="llama-3.2-1b")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=129)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="both parts, tiny, anywhere")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"benchmark": "speculation", "hybridgen": hybridgen.__version__}
+    if arguments.smoke:
+        rows, engines = machinery("tiny", [1, 2], 16, 9, 1, {"mode": "eager", "kv_memory": "16MiB"})
+        results |= {"rows": rows + on_text(2, (32, 32, 8), (8, 8)), "engines": engines}
+    elif arguments.part == "text":
+        results["rows"] = on_text(None, (256, 400, 80), (128, 192))
+    else:
+        rows, engines = machinery(
+            arguments.model, sorted(arguments.batches), arguments.prompt, arguments.new, arguments.repeats, {}
+        )
+        results |= {"rows": rows, "engines": engines}
+    report(results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

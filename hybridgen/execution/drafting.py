@@ -1,0 +1,139 @@
+"""Drafts: the tokens that a drafter expects behind a row's own, made at the end of a step for the next one.
+
+A drafter decides how many tokens a step brings, never which (`kernels.step.drafts`). So nothing that it does costs a
+token: one that raises is not asked again, and ids that the model does not have are dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hybridgen.device.failures import is_fatal
+from hybridgen.errors import described
+from hybridgen.execution.state import DeviceState
+from hybridgen.kernels.step.drafts import NO_DRAFT, keep_drafts
+
+logger = logging.getLogger(__name__)
+
+DRAFTS = (0, 3, 7)
+"""How many drafts of each row a decode step can check. Few, because each is a set of recordings of its own."""
+
+
+class DraftCall(NamedTuple):
+    """What a drafter is asked at the end of a step, by row; tensors on the device."""
+
+    slots: Tensor
+    """int64 [B]: each row's slot; rows of padding have the last one."""
+    lengths: Tensor
+    """int64 [B]: tokens of each row's sequence, those included that the step brought."""
+    text: Tensor
+    """int32 [slots, context]: each slot's tokens by position. What lies behind a row's length is not its text."""
+    most: int
+    """Drafts of a row at most."""
+
+
+class Drafter(Protocol):
+    """Guesses what comes behind each row's text. Part of a step that can be recorded: all that it does runs on the
+    device, the host waits for nothing, and what it keeps stays where it is."""
+
+    @property
+    def name(self) -> str:
+        """As statistics show it."""
+        ...
+
+    def begin(self, *, slots: int, context: int, vocab_size: int, count: int, device: torch.device) -> None:
+        """Allocate what it keeps. Called once, before the first step.
+
+        Args:
+            slots: rows of the text, the padding slot's included.
+            context: tokens of a sequence at most.
+            count: drafts of a row at most.
+        """
+        ...
+
+    def draft(self, call: DraftCall) -> Tensor:
+        """int64 [B, count]: the drafts of each row, -1 from the first place on where it has none."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What outlives a step, by name."""
+        ...
+
+
+class Drafting:
+    """Asks the drafter at the end of steps, and keeps what it says for the next ones."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        state: DeviceState,
+        *,
+        vocab_size: int,
+        context: int,
+        fall_back: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            vocab_size: ids that the model's logits have.
+            context: tokens of a sequence at most.
+            fall_back: told why there are no drafts any more.
+        """
+        self._drafter: Drafter | None = drafter
+        self._state = state
+        self._vocab_size = vocab_size
+        self._fall_back = fall_back
+        self.name = drafter.name
+        self.failure: str | None = None
+        """Why it is not asked any more."""
+        count = state.query_len - 1
+        self._none = torch.full((state.max_batch + 1, count), NO_DRAFT, dtype=torch.int64, device=state.device)
+        """What a drafter that failed says."""
+        drafter.begin(
+            slots=state.max_batch + 1, context=context, vocab_size=vocab_size, count=count, device=state.device
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What steps read and write, by name."""
+        own = {"no drafts": self._none}
+        theirs = {} if self._drafter is None else self._drafter.tensors()
+        return own | {f"{self.name} {name}": tensor for name, tensor in theirs.items()}
+
+    def draft(self, rows: Tensor, lengths: Tensor, room: Tensor, text: Tensor, checked: int) -> Tensor:
+        """Part of a step, before its state moves on: draft behind what each row has now.
+
+        Args:
+            rows: int64 [B], each row's slot.
+            lengths: int64 [B], tokens of each row's sequence, those of the step included.
+            room: int64 [B], how many more each may generate.
+            text: see `DraftCall`.
+            checked: drafts of each row that the step had room for.
+
+        Returns:
+            int64 [B, 3], by row `DraftCounts`.
+        """
+        drafts = self._ask(DraftCall(rows, lengths, text, self._none.shape[1]))
+        return keep_drafts(drafts, self._state.drafts, rows, room, self._vocab_size, checked)
+
+    def _ask(self, call: DraftCall) -> Tensor:
+        none = self._none[: call.slots.shape[0]]
+        if self._drafter is None:
+            return none
+        try:
+            drafts = self._drafter.draft(call)
+            if drafts.shape == none.shape and drafts.dtype is torch.int64:
+                return drafts
+            failure = f"gave {drafts.dtype} {list(drafts.shape)}, not {none.dtype} {list(none.shape)}"
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            logger.debug("a drafter failed", exc_info=error)
+            failure = f"raised {described(error)}"
+        self._drafter = None
+        self.failure = f"the drafter {self.name} {failure}; steps run without drafts"
+        self._fall_back(self.failure)
+        return none

@@ -1,0 +1,147 @@
+"""Adapters of PEFT merged into a model's weights, and taken out again: the extra `lora`.
+
+Merging is peft's own code, one module at a time, on a copy in float32, so that whatever it can merge is merged as it
+does it (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; rsLoRA, arXiv:2312.03732). The sum is cast once and written
+where the weight lies, which is where compiled and recorded steps read it. The weight from before is kept on the host,
+so that another adapter begins from it, and no adapter leaves a trace.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridgen.errors import ConfigError, UnsupportedModelError, described, shown
+from hybridgen.models.tree_copy import TreeCopy
+
+_OUTSIDE = frozenset({"POLY", "XLORA"})
+"""Kinds that run code around the model's forward."""
+
+
+def _peft() -> Any:
+    """The package.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("adapters need peft; pip install 'hybridgen[lora]'") from error
+    return peft
+
+
+def check_adapter(adapter: Any) -> str:
+    """The adapter's path or hub id as text; checked as far as it takes no model.
+
+    Raises:
+        ConfigError: it is no path or id, cannot be read, or peft is not installed.
+        UnsupportedModelError: it cannot be merged into weights.
+    """
+    if not isinstance(adapter, (str, os.PathLike)):
+        raise ConfigError(f"adapter={shown(adapter)}; give a directory or hub id of a PEFT adapter, or None")
+    name = os.fspath(adapter)
+    peft = _peft()
+    try:
+        config = peft.PeftConfig.from_pretrained(name)
+    except Exception as error:  # of peft, the hub and the file system
+        raise ConfigError(f"adapter={shown(name)} cannot be read: {described(error)}") from error
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning or kind in _OUTSIDE or getattr(config, "alora_invocation_tokens", None):
+        raise UnsupportedModelError(f"an adapter of type {kind} that works outside of the weights cannot be merged")
+    if getattr(config, "bias", "none") != "none":
+        raise UnsupportedModelError(
+            f"an adapter with bias={config.bias!r} changes more than it merges; train it with bias='none'"
+        )
+    return name
+
+
+class Adapters:
+    """The adapter of one model that nobody else has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: dict[str, Tensor] = {}
+        """Weights as they were before any adapter, on the host, by name; of those that one has touched."""
+        self._touched: set[str] = set()
+        """Those that the present adapter changed."""
+        self.current: str | None = None
+
+    def set(self, adapter: str | None) -> None:
+        """Take the present adapter out, and merge another one; None: none.
+
+        Raises:
+            ConfigError: it does not fit the model; the model is then without an adapter.
+            UnsupportedModelError: it changes a weight that is tied to one that it leaves.
+        """
+        self._take_out()
+        if adapter is None:
+            return
+        try:
+            with torch.no_grad():
+                for name, value in self._merged(adapter):
+                    weight = self._model.get_parameter(name)
+                    self._check_tie(name)
+                    if name not in self._kept:
+                        host = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda)
+                        self._kept[name] = host.copy_(weight.detach())
+                    self._touched.add(name)
+                    weight.copy_(value)
+        except BaseException:
+            self._take_out()
+            raise
+        self.current = adapter
+
+    def _take_out(self) -> None:
+        with torch.no_grad():
+            for name in self._touched:
+                self._model.get_parameter(name).copy_(self._kept[name], non_blocking=True)
+        self._touched.clear()
+        self.current = None
+
+    def _merged(self, adapter: str) -> Iterator[tuple[str, Tensor]]:
+        """The weights that an adapter changes, one by one, with their names, in the model's dtype."""
+        peft = _peft()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        # A tree of its own over the same weights: peft puts its modules there.
+        tree: Any = TreeCopy().module(self._model)
+        grads = {name: parameter.requires_grad for name, parameter in self._model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        try:
+            with_adapter = peft.PeftModel.from_pretrained(tree, adapter, is_trainable=False)
+        except Exception as error:  # peft says what it misses in the model
+            raise ConfigError(f"adapter={shown(adapter)} does not fit the model: {described(error)}") from error
+        finally:
+            for name, parameter in self._model.named_parameters():
+                parameter.requires_grad_(grads[name])
+        for module in with_adapter.modules():
+            if isinstance(module, BaseTunerLayer):
+                base = module.get_base_layer()
+                layer = copy.deepcopy(module).float()
+                layer.merge(safe_merge=True)
+                changed = layer.get_base_layer()
+            elif isinstance(module, ModulesToSaveWrapper):
+                base, changed = module.original_module, module.modules_to_save[with_adapter.active_adapter]
+            else:
+                continue
+            for before, after in zip(base.parameters(), changed.parameters(), strict=True):
+                value = after.detach().to(before.dtype)
+                if id(before) in names and not torch.equal(value, before):
+                    yield names[id(before)], value
+
+    def _check_tie(self, name: str) -> None:
+        """Refuse to change a weight that another module has too, and would get what is not meant for it."""
+        weight = self._model.get_parameter(name)
+        every = self._model.named_parameters(remove_duplicate=False)
+        tied = [other for other, parameter in every if parameter is weight and other != name]
+        if tied:
+            raise UnsupportedModelError(
+                f"the adapter changes {name}, which is tied to {tied[0]}; merge it with peft and save the model untied"
+            )

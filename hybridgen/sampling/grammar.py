@@ -1,0 +1,233 @@
+"""Text that keeps to a grammar: a JSON schema, a regular expression, a Lark grammar, or one of some texts.
+
+The library llguidance (extra `grammar`) says which tokens may come next; a row's logits get -inf everywhere else. Masks
+are made on the host from the tokens so far, behind the forward of the step, as a logits processor is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hybridgen.errors import ConfigError, SamplingError, TokenizerError, shown
+from hybridgen.params import GRAMMARS, SamplingParams
+
+_NAMES = ("properties", "$defs", "definitions", "dependentSchemas")
+"""Keys of a schema whose value has names of the user's as its keys."""
+_VALUES = ("const", "enum", "default", "examples")
+"""Keys of a schema whose value is data."""
+COMPILED = 128
+"""Grammars that are kept ready."""
+
+
+class Matcher(Protocol):
+    """What follows one text through a grammar. A library that does these four can take the place of llguidance."""
+
+    done: bool
+    """Whether the text has ended."""
+
+    def accept(self, token_ids: list[int]) -> None:
+        """Go on with tokens.
+
+        Raises:
+            SamplingError: they do not fit, or following them takes too much.
+        """
+
+    def fill(self, bits: Tensor) -> None:
+        """Write a bit for each token that may come next, int32 [1, ceil(V / 32)], the lowest bit first.
+
+        Raises:
+            SamplingError: that takes too much.
+        """
+
+    def copy(self) -> Matcher:
+        """Another one at the same place."""
+
+
+class _Wanted(NamedTuple):
+    """A grammar as the caller gave it: the field's name and its text."""
+
+    kind: str
+    text: str
+
+
+class Constraint:
+    """The grammar of a request. Each of its completions follows it on its own."""
+
+    def __init__(self, start: Matcher, vocab_size: int) -> None:
+        self._start, self._vocab_size = start, vocab_size
+
+    def begin(self, prompt: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A logits processor for one completion.
+
+        Args:
+            prompt: tokens of the prompt, which the grammar does not see.
+        """
+        return _Row(self._start.copy(), prompt, self._vocab_size)
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        raise TypeError("a grammar is followed by what begin() returns")
+
+
+class _Row:
+    """One completion's way through a grammar."""
+
+    def __init__(self, matcher: Matcher, prompt: int, vocab_size: int) -> None:
+        self._matcher, self._seen = matcher, prompt
+        self._bits = torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device="cpu")
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """The row's logits, float32 [V], with -inf for tokens that do not fit.
+
+        Raises:
+            SamplingError: no token is left, or following the text takes too much.
+        """
+        matcher = self._matcher
+        if not matcher.done:
+            matcher.accept(ids[self._seen :].tolist())
+            self._seen = len(ids)
+        if matcher.done:
+            return logits  # a step more for a request that has ended
+        matcher.fill(self._bits)
+        bits = self._bits[0].to(logits.device)
+        places = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = ((bits[:, None] >> places) & 1).bool().flatten()[: len(logits)]
+        kept = logits.masked_fill(~allowed, -torch.inf)
+        if not bool(torch.isfinite(kept).any()):
+            raise SamplingError("no token is left that the grammar and the request's other fields allow")
+        return kept
+
+
+def constraint_of(
+    params: SamplingParams, tokenizer: Any, problem: str | None, vocab_size: int, eos_token_ids: Iterable[int] | None
+) -> Constraint | None:
+    """The grammar that a request asks for, ready to be followed; None if it asks for none.
+
+    Args:
+        problem: why there is no tokenizer.
+        vocab_size: columns of the logits.
+        eos_token_ids: the model's; the first of them ends a text that is complete.
+
+    Raises:
+        SamplingError: the grammar cannot be read or kept to, or is too large.
+        TokenizerError: the model has no tokenizer that llguidance reads.
+        ConfigError: llguidance is not installed.
+    """
+    wanted = _wanted(params)
+    if wanted is None:
+        return None
+    if tokenizer is None:
+        raise TokenizerError(
+            f"{wanted.kind} needs a tokenizer and the model has none ({problem or 'none was given'}); pass tokenizer="
+        )
+    end = next(iter(eos_token_ids or ()), None)
+    if params.ignore_eos or end is None:
+        why = "ignore_eos=True" if params.ignore_eos else "a model without an end-of-sequence id"
+        raise SamplingError(f"{wanted.kind} with {why} would never end; leave one of them out")
+    return Constraint(_compiled(tokenizer, vocab_size, end, wanted), vocab_size)
+
+
+def _wanted(params: SamplingParams) -> _Wanted | None:
+    for kind in GRAMMARS:
+        value = getattr(params, kind)
+        if value is not None:
+            if kind == "json_schema" and not isinstance(value, str):
+                value = json.dumps(value)
+            return _Wanted(kind, json.dumps(value) if kind == "choice" else value)
+    return None
+
+
+@functools.lru_cache(4)
+def _vocabulary(tokenizer: Any, vocab_size: int, end: int) -> Any:
+    """The tokenizer as llguidance reads it: it takes up to a second.
+
+    Raises:
+        ConfigError: llguidance is not installed.
+        TokenizerError: it cannot read this tokenizer.
+    """
+    try:
+        import llguidance.hf
+    except ImportError as error:
+        raise ConfigError(
+            "text that keeps to a grammar needs the package llguidance; pip install 'hybridgen[grammar]'"
+        ) from error
+    try:
+        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=end)
+    except Exception as error:  # it reads files of the checkpoint
+        raise TokenizerError(f"the model's tokenizer cannot be used with a grammar: {error}") from error
+
+
+@functools.lru_cache(COMPILED)
+def _compiled(tokenizer: Any, vocab_size: int, end: int, wanted: _Wanted) -> Matcher:
+    vocabulary = _vocabulary(tokenizer, vocab_size, end)
+    from llguidance import LLMatcher
+
+    if wanted.kind == "json_schema":
+        schema = json.loads(wanted.text)
+        found = _unkept(schema)
+        if found is not None:
+            raise SamplingError(f"json_schema has {found}, which cannot be kept to; leave it out")
+        grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+    elif wanted.kind == "regex":
+        grammar = LLMatcher.grammar_from_regex(wanted.text)
+    elif wanted.kind == "choice":
+        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in json.loads(wanted.text))
+        grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
+    else:
+        grammar = LLMatcher.grammar_from_lark(wanted.text)
+    matcher = LLMatcher(vocabulary, grammar, log_level=0)
+    if matcher.is_error():
+        raise SamplingError(f"{wanted.kind}={shown(wanted.text, 60)} cannot be kept to: {_said(matcher)}")
+    return _Guidance(matcher, end)
+
+
+class _Guidance:
+    """llguidance's matcher. It has limits of its own for what a grammar and a step of it may take."""
+
+    def __init__(self, matcher: Any, end: int) -> None:
+        """`end`: the token that ends a text."""
+        self._matcher, self._end = matcher, end
+        self.done = False
+
+    def accept(self, token_ids: list[int]) -> None:
+        self.done = self._end in token_ids
+        if token_ids and not self._matcher.consume_tokens(token_ids):
+            raise SamplingError(f"the text left its grammar: {_said(self._matcher)}")
+
+    def fill(self, bits: Tensor) -> None:
+        import llguidance.torch
+
+        llguidance.torch.fill_next_token_bitmask(self._matcher, bits, 0)
+        if self._matcher.is_error():
+            raise SamplingError(f"the grammar cannot be followed any further: {_said(self._matcher)}")
+
+    def copy(self) -> Matcher:
+        return _Guidance(self._matcher.deep_copy(), self._end)
+
+
+def _said(matcher: Any) -> str:
+    """What llguidance says is wrong, on one line."""
+    return shown(" ".join(str(matcher.get_error()).split()), 200)
+
+
+def _unkept(schema: Any) -> str | None:
+    """A key that the library takes and does not keep to."""
+    if isinstance(schema, list):
+        return next(filter(None, map(_unkept, schema)), None)
+    if not isinstance(schema, Mapping):
+        return None
+    if "patternProperties" in schema:
+        return "patternProperties"
+    for key, value in schema.items():
+        if key in _VALUES:
+            continue
+        inside = list(value.values()) if key in _NAMES and isinstance(value, Mapping) else value
+        found = _unkept(inside)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,75 @@
+"""How many drafts of each row the next decode step checks.
+
+All rows of a step check as many, so that it can be recorded. The more are checked, the longer a step takes; how many of
+them are right is known only afterwards. So the choice goes by what each row has shown, and by what recorded steps were
+measured to take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hybridgen.execution.drafting import DRAFTS
+
+_WEIGHT = 0.125
+"""Of a step's drafts in what is known of a row."""
+_HOPE = 0.5
+"""How likely a draft is to be right in a row that has shown nothing yet."""
+_RETURN = 0.02
+"""How far a row comes back to that with each step whose drafts were not checked: its text may repeat itself by now."""
+_WORTH = 1.05
+"""Tokens of a step over those of a plain one from which on drafts are checked where no times were measured."""
+
+
+@dataclass(eq=False, slots=True)
+class RowPace:
+    """What one request has shown."""
+
+    likely: float = _HOPE
+    """How often a draft was right, when all before it were; the last steps count most."""
+    waiting: int = 0
+    """Drafts that wait for its next step, as far as the host has read."""
+
+    def expected(self, most: int) -> float:
+        """Drafts that are accepted, of so many that are checked at most."""
+        total, chance = 0.0, 1.0
+        for _ in range(min(most, self.waiting)):
+            chance *= self.likely
+            total += chance
+        return total
+
+    def read(self, checked: int, accepted: int, waiting: int) -> None:
+        """A step was read: so many drafts were checked, so many of them were right, so many wait now."""
+        if checked:
+            self.likely += _WEIGHT * (accepted / min(accepted + 1, checked) - self.likely)
+        elif self.waiting and self.likely < _HOPE:
+            self.likely += _RETURN
+        self.waiting = waiting
+
+
+def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> int:
+    """Tokens a row of the next decode step: 1, or 1 and the drafts that are checked.
+
+    The one that brings the most tokens in a second. Where a plain step was measured and one with drafts was not, it is
+    not taken: it would run without its recording.
+
+    Args:
+        seconds: what a step of so many tokens a row takes; None where that was not measured.
+    """
+    longest = max((row.waiting for row in rows), default=0)
+    if not longest:
+        return 1
+    plain = seconds(1)
+    best, best_rate = 1, float(len(rows)) * (_WORTH if plain is None else 1.0)
+    for count in DRAFTS[1:]:
+        tokens = len(rows) + sum(row.expected(count) for row in rows)
+        took = seconds(count + 1)
+        if plain is not None and took is None:
+            continue
+        rate = tokens if plain is None or took is None else tokens * plain / took
+        if rate > best_rate:
+            best, best_rate = count + 1, rate
+        if count >= longest:
+            break
+    return best

@@ -1,0 +1,86 @@
+"""Drafts on a GPU: the kernels against the CPU, and in float32 the tokens of plain steps, recorded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+
+from hybridgen import Engine
+from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts, keep_drafts
+from hybridgen.kernels.step.ngrams import draft_ngrams
+from hybridgen.speculation.oracle import OracleDrafter
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "kernels"), str(TESTS / "speculation")]
+from draft_cases import PROMPTS, RIGHT, check_counts, check_equal, each, sequences  # noqa: E402
+from draft_step_cases import VOCAB, WIDTH, random_chosen, random_made, random_tables  # noqa: E402
+from ngram_cases import random_case  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+SETTINGS: dict[str, Any] = {
+    "max_batch": 8, "page_size": 16, "token_budget": 64, "kv_memory": "64MiB", "max_context": 192,
+    "decode_buckets": [1, 8], "prefill_buckets": [64], "max_padding_ratio": 64, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ngrams(seed: int) -> None:
+    text, slots, lengths, *sizes = random_case(seed)
+    found = draft_ngrams(text.cuda(), slots.cuda(), lengths.cuda(), *sizes)
+    assert torch.equal(found.cpu(), draft_ngrams(text, slots, lengths, *sizes))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_fed_accepted_and_kept(seed: int) -> None:
+    table, drafts, rows = random_tables(seed)
+    for count in (1, 4, WIDTH + 1):
+        chosen, (made, room) = random_chosen(seed, drafts, rows, count), random_made(seed, rows)
+        kept = drafts.clone()
+        theirs = [*feed_drafts(table, drafts, rows, count), *accept_drafts(chosen, drafts, rows)]
+        theirs += [keep_drafts(made, kept, rows, room, VOCAB, count - 1), kept]
+        table_, drafts_, rows_, chosen_, made_, room_ = (x.cuda() for x in (table, drafts, rows, chosen, made, room))
+        ours = [*feed_drafts(table_, drafts_, rows_, count), *accept_drafts(chosen_, drafts_, rows_)]
+        ours += [keep_drafts(made_, drafts_, rows_, room_, VOCAB, count - 1), drafts_]
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["graph", "hybrid"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2"])
+def test_the_tokens_of_plain_steps(family: str, mode: str, tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    path = families.write(family, tmp_path)
+    params = each(8, 40)
+    with Engine.load(path, mode=mode, device="cuda", **SETTINGS) as engine:
+        expected = engine.generate(PROMPTS[:8], params)
+        alone = engine.generate(PROMPTS[0], params[0])
+    oracle = OracleDrafter(sequences(expected), RIGHT[:8])
+    with Engine.load(path, mode=mode, device="cuda", speculation=oracle, validate=True, **SETTINGS) as engine:
+        for _ in range(3):  # graphs of other samplers come between calls
+            found = engine.generate(PROMPTS[:8], params)
+            check_equal(found, expected)
+            check_counts(found)
+            check_equal([engine.generate(PROMPTS[0], params[0])], [alone])
+        stats = engine.stats()
+    steps = [(kind, reason) for (phase, kind, reason) in stats.steps if phase == "decode"]
+    assert any(kind == "layers, cuda graph" and "drafts a row" in reason for kind, reason in steps), steps
+    assert stats.speculation.accepted > 0
+    assert not stats.fallbacks
+
+
+def test_ngrams_in_the_demo_model() -> None:
+    prompt = "def add(a, b):\n    return a + b\n\n\n" * 4
+    options: dict[str, Any] = {"device": "cuda", "dtype": "float32", "max_batch": 2, "decode_buckets": [1]}
+    sampling: dict[str, Any] = {"max_new_tokens": 120, "temperature": 0.0, "repetition_penalty": 1.0}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with Engine.load(None, **options) as engine:
+        expected = engine.generate(prompt, **sampling)
+    with Engine.load(None, speculation="ngram", **options) as engine:
+        found = engine.generate(prompt, **sampling)
+        assert engine.stats().speculation.tokens_per_step > 1.5
+    check_equal([found], [expected])

@@ -1,0 +1,222 @@
+"""Text that keeps to a grammar: every finished output is checked by another library, whatever the model would write."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hybridgen
+from hybridgen import ConfigError, FinishReason, SamplingError, TokenizerError
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}, "tags": {"type": "array"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[hybridgen.Engine]:
+    with hybridgen.Engine.load(mode="eager", dtype="float32", device="cpu", max_batch=8) as loaded:
+        yield loaded
+
+
+def finished(outs: Any) -> list[str]:
+    """The texts that ended by themselves; at temperature 2 some meet their limit first."""
+    return [out.text for each in outs for out in each.choices if out.finish_reason is FinishReason.STOP]
+
+
+SCALARS = st.sampled_from(
+    [
+        {"type": "integer"},
+        {"type": "integer", "minimum": 3, "maximum": 40},
+        {"type": "number"},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"type": "string", "maxLength": 6},
+        {"type": "string", "pattern": "^[ab]{2,3}$"},
+        {"enum": ["red", 3, None]},
+        {"const": {"a": [1, "two"]}},
+    ]
+)
+
+
+def _objects(inside: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    fields = st.dictionaries(st.sampled_from(["a", "b c", "é"]), inside, min_size=1, max_size=3)
+    return st.tuples(fields, st.booleans()).map(
+        lambda pair: {
+            "type": "object",
+            "properties": pair[0],
+            "required": list(pair[0]) if pair[1] else [],
+            "additionalProperties": False,
+        }
+    )
+
+
+SCHEMAS = st.recursive(
+    SCALARS,
+    lambda inside: (
+        _objects(inside)
+        | inside.map(lambda item: {"type": "array", "items": item, "maxItems": 3})
+        | st.lists(inside, min_size=1, max_size=2).map(lambda items: {"anyOf": items})
+    ),
+    max_leaves=4,
+)
+
+
+def check_schemas(engine: hybridgen.Engine, schemas: list[Any]) -> None:
+    sampling = [
+        hybridgen.SamplingParams(json_schema={"anyOf": [schema]}, temperature=2.0, seed=place, max_new_tokens=80)
+        for place, schema in enumerate(schemas)
+    ]
+    outs = engine.generate(["x ="] * len(schemas), sampling)
+    for schema, out in zip(schemas, outs, strict=True):
+        assert out.error is None
+        assert not re.search(r"\s{3,}", re.sub(r'"(\\.|[^"\\])*"', '""', out.text))  # none that has no end
+        if out.finish_reason is FinishReason.STOP:
+            jsonschema.validate(json.loads(out.text), schema)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schemas=st.lists(SCHEMAS, min_size=8, max_size=8))
+def test_every_finished_text_is_of_its_schema(engine: hybridgen.Engine, schemas: list[Any]) -> None:
+    check_schemas(engine, schemas)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(schemas=st.lists(SCHEMAS, min_size=8, max_size=8))
+def test_three_hundred_schemas(engine: hybridgen.Engine, schemas: list[Any]) -> None:
+    check_schemas(engine, schemas)
+
+
+@pytest.mark.parametrize("pattern", [r"[0-9]{3}-[a-f]{1,6}", r"(yes|no), \w{2,8}!", r"é{1,3}漢?\n"])
+def test_regexes(engine: hybridgen.Engine, pattern: str) -> None:
+    outs = engine.generate(["def f", "x"], regex=pattern, temperature=2.0, seed=1, n=3, max_new_tokens=60)
+    texts = finished(outs)
+    assert texts
+    assert all(re.fullmatch(pattern, text) for text in texts)
+
+
+def test_choices_and_a_lark_grammar(engine: hybridgen.Engine) -> None:
+    texts = ['a "quoted" one', "def g():\n    pass", "漢字 \\ done"]
+    outs = engine.generate(["def f"] * 2, choice=texts, temperature=2.0, seed=1, n=4, max_new_tokens=60)
+    assert len(finished(outs)) == 8
+    assert set(finished(outs)) <= set(texts)
+    out = engine.generate("x", grammar='start: "<" /[a-c]{2}/ ">"', temperature=2.0, seed=1)
+    assert re.fullmatch("<[a-c]{2}>", out.text)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_rows_without_a_grammar_keep_their_results(mode: str) -> None:
+    with hybridgen.Engine.load(mode=mode, dtype="float32", device="cpu", max_batch=4, max_context=256) as engine:
+        plain = hybridgen.SamplingParams(temperature=0.9, seed=3, max_new_tokens=24)
+        alone = engine.generate("def read(path):", plain)
+        bound = hybridgen.SamplingParams(json_schema=PERSON, temperature=1.5, seed=4, max_new_tokens=60)
+        both = engine.generate(["def read(path):", "def read(path):"], [plain, bound])
+        assert both[0].token_ids == alone.token_ids
+        if both[1].finish_reason is FinishReason.STOP:
+            jsonschema.validate(json.loads(both[1].text), PERSON)
+        assert both[1].text.startswith('{"name"')
+        again = engine.generate("def read(path):", bound)
+        assert again.token_ids == both[1].token_ids
+
+
+def test_each_of_n_completions_follows_it_alone(engine: hybridgen.Engine) -> None:
+    out = engine.generate("x =", json_schema=PERSON, temperature=1.2, seed=0, n=4, max_new_tokens=90)
+    assert len({each.token_ids for each in out.choices}) > 1
+    for text in finished([out]):
+        jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_with_stop_strings_and_a_least_length(engine: hybridgen.Engine) -> None:
+    out = engine.generate("x", choice=["alpha beta"], stop=" ", temperature=0)
+    assert out.text == "alpha"
+    short = engine.generate("x", choice=["a"], min_new_tokens=9, temperature=0, errors="return")
+    assert short.error is not None  # neither can be kept: nothing is left to choose
+    assert "no token is left" in str(short.error)
+
+
+def test_a_stream_joins_to_the_text(engine: hybridgen.Engine) -> None:
+    whole = engine.generate("x", json_schema=PERSON, temperature=0, max_new_tokens=40)
+    assert "".join(
+        event.text for event in engine.stream("x", json_schema=PERSON, temperature=0, max_new_tokens=40)
+    ) == (whole.text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"json_schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"json_schema": {"not": {"type": "null"}}}, "cannot be kept to"),
+        ({"json_schema": {"properties": {"a": {"patternProperties": {"^x": {}}}}}}, "patternProperties"),
+        ({"json_schema": "{"}, "is no JSON schema"),
+        ({"json_schema": {"a": {1}}}, "is no JSON schema"),
+        ({"json_schema": [1]}, "is no JSON schema"),
+        ({"regex": "a("}, "unclosed group"),
+        ({"regex": ""}, "not empty"),
+        ({"grammar": "begin: x"}, "cannot be kept to"),
+        ({"choice": []}, "not empty"),
+        ({"choice": ["a", 3]}, "not empty"),
+        ({"regex": "a", "choice": ["a"]}, "regex and choice"),
+        ({"regex": "a", "ignore_eos": True}, "would never end"),
+        ({"regex": "a" * 70_000}, "over the limit of 65536"),
+    ],
+)
+def test_what_cannot_be_kept_to_is_said_before_it_runs(
+    engine: hybridgen.Engine, fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SamplingError, match=words):
+        engine.generate("x", **fields)
+
+
+def test_names_that_look_like_keys_are_names(engine: hybridgen.Engine) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"patternProperties": {"const": {"patternProperties": 1}}},
+        "required": ["patternProperties"],
+        "additionalProperties": False,
+    }
+    out = engine.generate("x", json_schema=schema, temperature=0, max_new_tokens=60)
+    assert json.loads(out.text) == {"patternProperties": {"patternProperties": 1}}
+
+
+HOSTILE: list[dict[str, Any]] = [
+    {"regex": "(a|a)*" * 200 + "b"},
+    {"regex": "(((((a{1,50}){1,50}){1,50}){1,50}){1,50})"},
+    {"regex": ".*" * 3000},
+    {"grammar": "start: " + "(" * 3000 + '"a"' + ")" * 3000},
+    {"json_schema": {"anyOf": [{"type": "object", "properties": {f"k{i}": {}}} for i in range(1000)]}},
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_grammars_fail_or_run_and_hold_nobody_up(engine: hybridgen.Engine, fields: dict[str, Any]) -> None:
+    begun = time.process_time()
+    out = engine.generate(["x", "x"], [
+        hybridgen.SamplingParams(max_new_tokens=4, temperature=0),
+        hybridgen.SamplingParams(max_new_tokens=4, temperature=0, **fields),
+    ], errors="return")  # fmt: skip
+    assert out[0].error is None
+    assert time.process_time() - begun < 20
+
+
+def test_without_a_tokenizer_or_the_package(engine: hybridgen.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridgen.sampling import grammar
+
+    with pytest.raises(TokenizerError, match="regex needs a tokenizer"):
+        grammar.constraint_of(hybridgen.SamplingParams(regex="a"), None, None, 10, [0])
+    grammar._compiled.cache_clear()
+    grammar._vocabulary.cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "llguidance.hf", None)
+    with pytest.raises(ConfigError, match=r"hybridgen\[grammar\]"):
+        engine.generate("x", regex="a")

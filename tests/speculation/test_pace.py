@@ -1,0 +1,84 @@
+"""How many drafts are checked, from what rows have shown and what steps take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from hybridgen.speculation.pace import RowPace, choose
+
+
+def row(*steps: tuple[int, int], waiting: int = 7) -> RowPace:
+    """A row after steps of (checked, accepted) drafts, for which so many wait."""
+    pace = RowPace()
+    for checked, accepted in steps:
+        pace.read(checked, accepted, waiting)
+    pace.waiting = waiting
+    return pace
+
+
+def unknown(query_len: int) -> None:
+    return None
+
+
+def taking(**seconds: float | None) -> Callable[[int], float | None]:
+    """Seconds of steps of one, four and eight tokens a row."""
+    return lambda query_len: seconds[f"t{query_len}"]
+
+
+RIGHT, WRONG = (7, 7), (7, 0)
+
+
+def test_without_drafts_a_step_is_plain() -> None:
+    assert choose([], unknown) == 1
+    assert choose([row(waiting=0), row(RIGHT, waiting=0)], unknown) == 1
+
+
+@pytest.mark.parametrize(("waiting", "query_len"), [(1, 4), (3, 4), (4, 8), (7, 8)])
+def test_no_more_places_than_drafts(waiting: int, query_len: int) -> None:
+    assert choose([row(*[RIGHT] * 20, waiting=waiting)], unknown) == query_len
+
+
+def test_drafts_that_are_never_right_are_not_checked_and_tried_again_later() -> None:
+    pace = row(*[WRONG] * 40)
+    assert choose([pace], unknown) == 1
+    steps = 0
+    while choose([pace], unknown) == 1:
+        pace.read(0, 0, 7)
+        steps += 1
+    assert 2 < steps < 20
+
+
+def test_a_row_that_is_right_carries_others() -> None:
+    rows = [row(*[WRONG] * 40), row(*[RIGHT] * 40)]
+    assert choose(rows, unknown) == 8
+    assert choose([rows[0]] * 30 + [rows[1]], taking(t1=1.0, t4=1.2, t8=1.5)) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "query_len"),
+    [
+        ({"t1": 1.0, "t4": 1.1, "t8": 1.2}, 8),
+        ({"t1": 1.0, "t4": 1.1, "t8": 3.0}, 4),
+        ({"t1": 1.0, "t4": 4.1, "t8": 8.1}, 1),
+        ({"t1": 1.0, "t4": None, "t8": None}, 1),  # they would run without a recording
+        ({"t1": 1.0, "t4": None, "t8": 1.2}, 8),
+        ({"t1": None, "t4": 1.2, "t8": 1.4}, 8),
+    ],
+)
+def test_the_most_tokens_in_a_second(seconds: dict[str, float | None], query_len: int) -> None:
+    assert choose([row(*[RIGHT] * 40)], taking(**seconds)) == query_len
+
+
+def test_what_a_row_has_shown() -> None:
+    """The second draft was only judged where the first was right."""
+    pace = RowPace()
+    for _ in range(200):
+        pace.read(3, 1, 3)
+    assert pace.likely == pytest.approx(0.5)
+    for _ in range(200):
+        pace.read(3, 3, 3)
+    assert pace.likely == pytest.approx(1.0)
+    assert pace.expected(7) == pytest.approx(3.0)
+    assert pace.expected(2) == pytest.approx(2.0)
