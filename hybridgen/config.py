@@ -374,7 +374,7 @@ class EngineConfig:
             in_key=False,
         ),
     )
-    speculation: Any = field(
+    speculation: str | Any | None = field(
         default=None,
         metadata=setting(
             "Draft tokens and check several in one step, which changes no token: `ngram` (what came behind "

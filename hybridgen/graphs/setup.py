@@ -128,12 +128,14 @@ def keys_at_start(
 
     Every bucket with each of these samplers, prefill for one prompt. And, where `any_sampler` says so or sampling is
     not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers. Decode buckets with
-    drafts, of `query_lens` tokens a row, come behind those without.
+    drafts, of `query_lens` tokens a row, come behind those without; for other samplers they are left to be wanted, or
+    there would be too many.
     """
     keys: list[GraphKey] = []
     if any_sampler or not settings.sample_in_graph:
         few = min(FEW_PROMPTS, settings.max_rows)
-        keys += [GraphKey.decode(size, None, query_len=count) for count in (1, *query_lens) for size in settings.decode]
+        lengths = (1,) if settings.sample_in_graph else (1, *query_lens)
+        keys += [GraphKey.decode(size, None, query_len=count) for count in lengths for size in settings.decode]
         keys += [GraphKey.prefill(size, few, None) for size in settings.prefill]
     for plan in plans if settings.sample_in_graph else ():
         keys += [GraphKey.decode(size, plan, query_len=count) for count in (1, *query_lens) for size in settings.decode]

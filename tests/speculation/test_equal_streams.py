@@ -20,6 +20,7 @@ from draft_cases import (
     steps_of,
 )
 
+from hybridgen import Engine
 from hybridgen.graphs import stand_in
 from hybridgen.speculation.oracle import OracleDrafter
 
@@ -185,3 +186,23 @@ def test_pages_that_are_used_in_turn(tmp_path: Path) -> None:
         assert engine.stats().pages == 14  # the first takes 9 of them, and the others, of 13 and 8, a few in turn
         assert engine._loop.scheduler.pages.ring_pages == 2  # the window and the drafts: 7 + 8 - 1 positions
         check_equal(engine.generate(PROMPTS[:3], params), expected)
+
+
+def test_stop_strings_and_text_inside_an_accepted_run() -> None:
+    """The demo model repeats its prompt; a stop string ends it in the middle of a run, streamed and not."""
+    prompt = "def add(a, b):\n    return a + b\n\n\n" * 6
+    settings: dict[str, Any] = {"mode": "eager", "device": "cpu", "dtype": "float32", "max_batch": 2}
+    options: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0, "repetition_penalty": 1.0, "ignore_eos": True}
+    stops = [None, ["+ b"], ["a + b\n\n\ndef add(a, b)"]]
+    with Engine.load(None, **settings) as engine:
+        expected = [engine.generate(prompt, **options, stop=stop) for stop in stops]
+    with Engine.load(None, **settings, speculation="ngram") as engine:
+        found = [engine.generate(prompt, **options, stop=stop) for stop in stops]
+        check_equal(found, expected)
+        for stop, other in zip(stops, expected, strict=True):
+            events = list(engine.stream(prompt, **options, stop=stop))
+            assert "".join(event.text for event in events) == other.text
+            assert tuple(event.token_id for event in events if event.token_id is not None) == other.token_ids
+    assert expected[1].stop_match == "+ b"
+    assert found[0].accepted_tokens > 30
+    assert found[2].accepted_tokens > 3

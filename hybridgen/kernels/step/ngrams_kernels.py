@@ -37,7 +37,7 @@ def find_kernel(text, slots, lengths, found, context, blocks, shortest, longest,
     i = block * BLOCK + tl.arange(0, BLOCK)
     going = (i > 0) & (i < length)
     agree = tl.zeros_like(i)
-    back = tl.full([], 1, tl.int32)
+    back = block * 0 + 1
     left = tl.max(going.to(tl.int32), 0)
     while (back <= longest) & (left > 0):
         going = going & (i >= back)

@@ -1,0 +1,58 @@
+"""Sampled tokens have the model's distribution, whoever drafts: chi-square over whole sequences."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from draft_cases import loaded
+
+from hybridgen import SamplingParams
+from hybridgen.speculation.oracle import OracleDrafter
+
+ALLOWED = (30, 31, 32)
+NEW, REQUESTS = 4, 2550
+PROMPT = [40, *ALLOWED, 31, 30, 32, 30, 31, 30]
+TEMPERATURE = 2.0
+QUANTILE = 118.6
+"""0.995 of chi-square with 81 - 1 degrees of freedom; the seeds are fixed."""
+
+
+@torch.no_grad()
+def probabilities() -> dict[tuple[int, ...], float]:
+    """Of each sequence of allowed tokens, by Hugging Face's forward."""
+    model = families.build("llama")
+    found = {}
+    for sequence in itertools.product(ALLOWED, repeat=NEW):
+        logits = model(torch.tensor([[*PROMPT, *sequence]])).logits[0, len(PROMPT) - 1 : -1, list(ALLOWED)]
+        each = (logits.double() / TEMPERATURE).softmax(-1)
+        found[sequence] = float(torch.stack([each[i, ALLOWED.index(token)] for i, token in enumerate(sequence)]).prod())
+    return found
+
+
+@pytest.mark.parametrize("drafter", ["oracle", "ngram"])
+def test_chi_square(drafter: str, tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path)
+    speculation: Any = "ngram"
+    if drafter == "oracle":  # says the same behind every text, which is right now and then
+        speculation = OracleDrafter([[*PROMPT, 30, 31, 32, 30, 30]], [7])
+    with loaded(path, max_batch=64, max_context=32, speculation=speculation) as engine:
+        sampling: dict[str, Any] = {"max_new_tokens": NEW, "temperature": TEMPERATURE, "allowed_token_ids": ALLOWED}
+        params = [SamplingParams(seed=seed, **sampling) for seed in range(REQUESTS)]
+        outs = engine.generate([PROMPT] * REQUESTS, params)
+        stats = engine.stats().speculation
+    counts = Counter(out.token_ids for out in outs)
+    expected = {sequence: REQUESTS * chance for sequence, chance in probabilities().items()}
+    assert set(counts) <= set(expected)
+    assert sum(expected.values()) == pytest.approx(REQUESTS)
+    assert stats.accepted > REQUESTS / 4  # some sequences were drafted right, others were not
+    assert stats.accepted < stats.drafted * 0.9
+    small = sum(count for count in expected.values() if count < 5)
+    cells = [(counts[sequence], count) for sequence, count in expected.items() if count >= 5]
+    cells.append((REQUESTS - sum(found for found, _ in cells), small))
+    assert sum((found - count) ** 2 / count for found, count in cells if count) < QUANTILE
