@@ -15,6 +15,7 @@ import torch._dynamo
 import torch._inductor
 
 import hybridgen.kernels.attention.ops
+import hybridgen.kernels.linear.quantised
 import hybridgen.kernels.step.linear  # noqa: F401
 from hybridgen.compilation.behind import TASK, Task
 from hybridgen.compilation.step_graph import OneTensor
