@@ -22,7 +22,9 @@ _QUANTISED = 'write quantization="fp8", "int8" or "int4"; a checkpoint that is q
 HINTS: dict[str, str] = {
     # transformers
     "add_generation_prompt": _CHAT % "continue_final_message",
-    "assistant_model": "a second model that drafts tokens is not taken",
+    "assistant_model": 'a second model that drafts tokens is not taken; speculation="ngram" drafts without one',
+    "prompt_lookup_num_tokens": 'write speculation="ngram"',
+    "speculative_config": 'write speculation="ngram"',
     "attention_mask": 'give what the tokenizer returned as the prompt: {"input_ids": ..., "attention_mask": ...}',
     "attn_implementation": "attention is hybridgen's own in every mode",
     "cache_implementation": f"the cache is always paged; {_MEMORY}",

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from hybridgen.kernels.attention import reference as attention
 from hybridgen.kernels.step import advance, metadata
-from hybridgen.kernels.step.linear import MOST_ROWS, has_onednn
+from hybridgen.kernels.step.linear import has_onednn, takes
 from hybridgen.sampling import choice
 
 _aten = torch.ops.aten
@@ -167,6 +167,7 @@ class _Recording(TorchDispatchMode):
         self._alive: list[Tensor] = []
         """What has a place is kept, so that its identity is not given to another tensor."""
         self._see_through = _operators()
+        self._onednn = torch.ops.mkldnn._linear_pointwise.default if has_onednn() else None
         self._count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -176,8 +177,10 @@ class _Recording(TorchDispatchMode):
             with self:
                 return through(*args, **kwargs)
         _check(func, args)
-        if func is _aten.linear.default and _takes(args):
+        if func is _aten.linear.default and (_is_one_row(*args[:2]) or takes(*args[:2])):
             return self._linear(*args)
+        if func is self._onednn:  # `models.projections`
+            return self._linear(*args[:3])
         return self._run(func, args, kwargs)
 
     def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -241,12 +244,10 @@ def _check(func: Any, args: tuple[Any, ...]) -> None:
     raise RuntimeError(f"the step's sizes or choices follow from values on the device ({func})")
 
 
-def _takes(args: Sequence[Any]) -> bool:
-    rows, weight = args[0], args[1]
-    count = rows.numel() // max(1, rows.shape[-1])
-    if rows.dtype is not torch.float32 or weight.dtype is not torch.float32 or not rows.is_contiguous():
-        return False
-    return count == 1 or (1 < count <= MOST_ROWS and has_onednn())
+def _is_one_row(rows: Tensor, weight: Tensor) -> bool:
+    """Whether it is a product of one row in float32."""
+    floats = rows.dtype is torch.float32 and weight.dtype is torch.float32
+    return floats and rows.is_contiguous() and rows.numel() == rows.shape[-1]
 
 
 def _operator(name: str) -> Any:

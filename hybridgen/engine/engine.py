@@ -55,7 +55,7 @@ from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
 from hybridgen.models import BoundModel, bind
-from hybridgen.models.projections import fuse_projections
+from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
 from hybridgen.telemetry import import_time
@@ -116,6 +116,7 @@ class Engine:
             if config.fuse_projections and loaded.owned:
                 with self._startup.timed("fuse projections"):
                     fuse_projections(model)
+                    use_rows(model)
             with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
                 bound = _bound(model, self.max_context)
             undo.callback(bound.release)

@@ -303,6 +303,8 @@ class ModelRunner:
     def decode_seconds(self, slots: tuple[int, ...], query_len: int) -> float | None:
         """What the recording takes that would run such a step; None where none would. One that is missing is wanted."""
         steady = next((steady for steady in self._steady.values() if steady.slots is slots), None)
+        if steady is not None and steady.own is not None:  # no drafts are checked beside functions of a row
+            return None
         sampler = self.sampler.needs(slots) if steady is None else steady.sampler
         route = self.router.route(GraphKey.decode(len(slots), sampler, query_len=query_len))
         if route.recording is not None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridgen.models.projections import FusedHead, FusedTail
+from hybridgen.models.projections import FusedHead, FusedTail, RowsLinear
 from hybridgen.models.quantised import (
     QuantisedHead,
     QuantisedLinear,
@@ -193,7 +193,7 @@ class ModuleWeights:
                 assert isinstance(module, QuantisedLinear)
                 found.append(module)
                 continue
-            if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FusedHead, FusedTail):
+            if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FusedHead, FusedTail, RowsLinear):
                 raise WeightError(f"{name} is a {type(module).__name__}, not a plain nn.Linear")
             # A class of its own, or none at all: quantised libraries keep the module and change what it holds.
             weight = vars(module)["_parameters"].get("weight")

@@ -14,7 +14,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hybridgen.errors import EngineError
-from hybridgen.models.projections import FusedHead, FusedTail, FusionReport, fuse_projections, unfuse_projections
+from hybridgen.models.projections import (
+    FusedHead,
+    FusedTail,
+    FusionReport,
+    RowsLinear,
+    fuse_projections,
+    unfuse_projections,
+    use_rows,
+)
 
 QKV, GATE_UP = "q_proj+k_proj+v_proj", "gate_proj+up_proj"
 
@@ -50,6 +58,19 @@ def storage_bytes(model: nn.Module) -> int:
 
 def same_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2"])
+def test_products_of_a_few_rows_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = families.build(family)
+    before, state = logits(model), copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("hybridgen.models.projections._LEAST", 0)  # these weights are small
+    plain = sum(type(module) is nn.Linear for module in model.modules())
+    assert use_rows(model) == plain > 0
+    assert sum(type(module) is RowsLinear for module in model.modules()) == plain
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    assert same_states(model.state_dict(), state)
+    assert use_rows(model.to(torch.bfloat16)) == 0
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -20,7 +20,7 @@ from draft_cases import (
     steps_of,
 )
 
-from hybridgen import Engine
+from hybridgen import Engine, SamplingParams
 from hybridgen.graphs import stand_in
 from hybridgen.speculation.oracle import OracleDrafter
 
@@ -206,3 +206,27 @@ def test_stop_strings_and_text_inside_an_accepted_run() -> None:
     assert expected[1].stop_match == "+ b"
     assert found[0].accepted_tokens > 30
     assert found[2].accepted_tokens > 3
+
+
+def test_functions_of_a_row_see_its_own_text(streams: Streams) -> None:
+    """Steps with such a row check no drafts; those of the others go on once it has ended."""
+    path, params, _ = streams
+    seen: list[int] = []
+
+    def no_repeats(ids: Any, logits: Any) -> Any:
+        seen.append(len(ids))
+        logits[ids] = -float("inf")
+        return logits
+
+    mixed = [
+        params[0],
+        SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True, logits_processors=[no_repeats]),
+    ]
+    with loaded(path) as engine:
+        expected = engine.generate(PROMPTS[:2], mixed)
+    lengths, seen[:] = seen[:], []
+    with loaded(path, speculation=OracleDrafter(sequences(expected), [7, 7])) as engine:
+        found = engine.generate(PROMPTS[:2], mixed)
+    check_equal(found, expected)
+    assert seen == lengths
+    assert found[1].drafted_tokens == 0 < found[0].accepted_tokens

@@ -1,10 +1,12 @@
 """The product of a few rows with a weight on a CPU: the op `hybridgen::few_rows`.
 
 oneDNN's kernel where torch has it: with 2 to 16 rows it takes about two thirds of the time of the BLAS behind
-`torch.mm` on processors that BLAS is not made for.
+`torch.mm` on processors that BLAS is not made for, and with one row nine tenths.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -25,16 +27,29 @@ def few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return found
 
 
+def takes(rows: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is meant for such a product."""
+    count = rows.numel() // max(1, rows.shape[-1])
+    if rows.dtype is not torch.float32 or weight.dtype is not torch.float32 or not rows.is_contiguous():
+        return False
+    return 0 < count <= MOST_ROWS and has_onednn()
+
+
+@functools.cache
 def has_onednn() -> bool:
     """Whether this torch has oneDNN's product."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
+    return found
+
+
 def _few_rows_cpu(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not has_onednn():
         return F.linear(rows, weight, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
-    return found
+    return _onednn(rows, weight, bias)
 
 
 def _few_rows_fake(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
