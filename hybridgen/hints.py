@@ -11,7 +11,7 @@ _NO_BEAMS = "there is no beam search; n= draws several completions of a prompt"
 _GREEDY = "write temperature=0 for greedy, another temperature= to sample"
 _LENGTHS = "max_new_tokens= counts generated tokens; max_context= is the longest prompt and output together"
 _CHAT = 'put it into the prompt: {"messages": [...], "%s": ...}'
-_NO_GRAMMAR = "output that follows a grammar or a schema is not there; check the text, and draw again"
+_GRAMMARS = "write json_schema=, regex=, grammar= or choice="
 _MEMORY = "kv_memory= is the size of the KV cache, such as kv_memory='4GiB'"
 _ALWAYS = "keys and values are always cached; prefix_cache= says whether requests share them"
 _OUTPUTS = "a Completion always has all of it; logprobs= asks for log-probabilities"
@@ -22,7 +22,9 @@ _QUANTISED = 'write quantization="fp8", "int8" or "int4"; a checkpoint that is q
 HINTS: dict[str, str] = {
     # transformers
     "add_generation_prompt": _CHAT % "continue_final_message",
-    "assistant_model": "a second model that drafts tokens is not taken",
+    "assistant_model": 'a second model that drafts tokens is not taken; speculation="ngram" drafts without one',
+    "prompt_lookup_num_tokens": 'write speculation="ngram"',
+    "speculative_config": 'write speculation="ngram"',
     "attention_mask": 'give what the tokenizer returned as the prompt: {"input_ids": ..., "attention_mask": ...}',
     "attn_implementation": "attention is hybridgen's own in every mode",
     "cache_implementation": f"the cache is always paged; {_MEMORY}",
@@ -67,11 +69,11 @@ HINTS: dict[str, str] = {
     "enable_prefix_caching": "write prefix_cache=",
     "enforce_eager": 'write mode="eager"',
     "gpu_memory_utilization": _MEMORY,
-    "guided_choice": _NO_GRAMMAR,
-    "guided_decoding": _NO_GRAMMAR,
-    "guided_grammar": _NO_GRAMMAR,
-    "guided_json": _NO_GRAMMAR,
-    "guided_regex": _NO_GRAMMAR,
+    "guided_choice": "write choice=",
+    "guided_decoding": _GRAMMARS,
+    "guided_grammar": "write grammar=",
+    "guided_json": "write json_schema=",
+    "guided_regex": "write regex=",
     "max_completion_tokens": "write max_new_tokens=",
     "max_model_len": "write max_context=",
     "max_num_batched_tokens": "write token_budget=",
@@ -81,10 +83,10 @@ HINTS: dict[str, str] = {
     "min_tokens": "write min_new_tokens=",
     "prompt": "the prompts are the second argument, prompts=",
     "prompt_token_ids": "give token ids as the prompts: the second argument, prompts=",
-    "response_format": _NO_GRAMMAR,
+    "response_format": _GRAMMARS,
     "sampling_params": "write sampling=SamplingParams(...), or its fields as keywords",
     "stop_sequences": "write stop=[...]",
-    "structured_outputs": _NO_GRAMMAR,
+    "structured_outputs": _GRAMMARS,
     "tensor_parallel_size": _ONE_DEVICE,
     "top_logprobs": "write logprobs=",
     "truncate_prompt_tokens": "write truncate_prompt=N: the last N tokens of a prompt are kept",

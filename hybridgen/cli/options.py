@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
@@ -57,6 +58,8 @@ class Parser(argparse.ArgumentParser):
             found.rest = left
         elif left:
             hint = HINTS.get(left[0].removeprefix("--").partition("=")[0].replace("-", "_"))
+            if hint is not None:
+                hint = re.sub(r"\b([a-z_]+)=", lambda found: f"--{found[1].replace('_', '-')} ", hint).strip()
             self.error(f"unknown: {' '.join(left)}; {hint or f'{self.prog} --help lists all options'}")
         return found, []
 

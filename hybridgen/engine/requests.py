@@ -16,7 +16,7 @@ from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.execution.plan import Hidden
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
-from hybridgen.params import SamplingParams, choice_seed
+from hybridgen.params import GRAMMARS, SamplingParams, choice_seed
 from hybridgen.sampling.grammar import constraint_of
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
 from hybridgen.speculation.pace import RowPace
@@ -245,7 +245,9 @@ def _make(
     if resolved is None:
         eos, vocab = checkpoint.eos_token_ids, checkpoint.vocab_size
         resolved = resolve(wanted, checkpoint.generation_config, eos, vocab, len(ids))
-        constraint = constraint_of(wanted, checkpoint.tokenizer, checkpoint.tokenizer_problem, vocab, eos)
+        asked = any(getattr(wanted, kind) is not None for kind in GRAMMARS)
+        problem = checkpoint.tokenizer_problem
+        constraint = constraint_of(wanted, checkpoint.tokenizer, problem, vocab, eos) if asked else None
         if constraint is not None:
             resolved = replace(resolved, logits_processors=(*resolved.logits_processors, constraint))
         known[id(wanted), length] = resolved
