@@ -53,7 +53,7 @@ def compile_layers(runner: ModelRunner) -> None:
 
 def _compile(runner: ModelRunner, compiled: CompiledLayers, runs: Sequence[int], rows: Sequence[int]) -> None:
     sampler = SamplerPlan()
-    keys = [GraphKey.prefill(size, 1, sampler) for size in dict.fromkeys(min(run, runner.token_budget) for run in runs)]
+    keys = [GraphKey.prefill(size, 1, sampler) for size in dict.fromkeys(min(run, runner.max_tokens) for run in runs)]
     sizes = list(dict.fromkeys(min(row, runner.max_batch) for row in rows))
     # The executor is the layers: a prefill of one token runs them as decode does, and so does a step that no fused
     # executor serves.

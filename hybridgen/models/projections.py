@@ -90,9 +90,11 @@ class Slot:
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` of rows [..., in], by oneDNN where that takes less on most processors. Compilers see `F.linear`."""
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or not _HAS_ONEDNN:
+        # First: what is asked of a size while a graph is traced would bind the graph to it.
+        return F.linear(rows, weight, bias)
     few = rows.numel() <= _MOST_ROWS * rows.shape[-1] and rows.is_contiguous() and weight.numel() >= _LEAST
-    floats = rows.dtype is torch.float32 and weight.dtype is torch.float32
-    if torch.compiler.is_compiling() or rows.device.type != "cpu" or not (few and floats and _HAS_ONEDNN):
+    if not few or rows.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return F.linear(rows, weight, bias)
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
     return found
