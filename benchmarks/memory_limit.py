@@ -68,7 +68,8 @@ def engine_rows(
         rate = traffic.bandwidth(batch, prompt + new / 2, step / 1e6)
         row = {"model": name, "what": what, "batch": batch, "step_us": step, "first_token_ms": first}
         row |= {"floor_us": traffic.weights / traffic.ceiling * 1e6 if traffic.ceiling else None}
-        row |= {"gb_per_s": rate / 1e9, "mbu": traffic.mbu(rate) if traffic.ceiling else None}
+        row |= {"gb_per_s": None if rate is None else rate / 1e9}
+        row |= {"mbu": traffic.mbu(rate) if traffic.ceiling and rate is not None else None}
         row["cpu_utilisation"] = cpu_of(lambda: call(new), arguments.repeats, lambda: synchronize(device))
         row["short_call_s"] = seconds(lambda: call(min(UTILISATION_TOKENS, new)), device, arguments.repeats)
         row["gpu_utilisation"] = None

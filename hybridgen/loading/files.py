@@ -281,7 +281,9 @@ def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], voc
         for name, off in _APPLIED.items()
         if (value := getattr(generation_config, name, None)) is not None and value not in off
     }
-    if applied and os.path.dirname(whose) != str(model_path()):  # the demo model is compared with nothing
+    if applied and os.path.realpath(os.path.dirname(whose)) != str(
+        model_path()
+    ):  # the demo model is compared with nothing
         _tell_of_applied(whose, ", ".join(f"{name}={shown(value)}" for name, value in applied.items()))
     found = not_applied(generation_config)
     if found:

@@ -24,6 +24,7 @@ from hybridgen import (
     TokenEvent,
     TokenLogprob,
 )
+from hybridgen.params import GRAMMARS
 from hybridgen.serving.unix import messages
 from hybridgen.serving.unix.frames import FrameReader, decode, encode
 
@@ -77,11 +78,20 @@ def test_sampling_params(given_params: SamplingParams) -> None:
 
 
 def test_every_sampling_field_was_in_the_strategy() -> None:
-    """But for functions, which are refused, and `prompt_logprobs`, which no `n` above 1 goes with."""
+    """But for functions, which are refused, `prompt_logprobs`, which no `n` above 1 goes with, and grammars, of which a
+    request has one."""
     default = SamplingParams()
     names = {field.name for field in fields(SamplingParams) if not field.metadata.get("functions")} - {
-        "prompt_logprobs"
+        "prompt_logprobs",
+        *GRAMMARS,
     }
+    for bound in (
+        SamplingParams(json_schema={"type": "array", "items": {"enum": [1, "é"]}}),
+        SamplingParams(regex="a+"),
+        SamplingParams(grammar='start: "a"'),
+        SamplingParams(choice=["a", "b"]),
+    ):
+        assert messages.sampling_from_wire(over_the_wire(messages.sampling_to_wire(bound))) == bound
     scored = SamplingParams(prompt_logprobs=2, max_new_tokens=0)
     assert messages.sampling_from_wire(over_the_wire(messages.sampling_to_wire(scored))) == scored
     full = SamplingParams(
