@@ -614,7 +614,7 @@ class Engine:
                     self._starter.keep_plan(self._runner)
             finally:
                 loop.close()
-        self._runner = None
+        self._runner = self._adapters = None  # both hold the model
         self._undo()
         if self.checkpoint.device.type == "cuda":
             del loop

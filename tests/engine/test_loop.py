@@ -553,7 +553,6 @@ def test_an_engine_that_is_dropped_is_freed_although_its_live_model_stays() -> N
     assert [reference() for reference in watched] == [None, None]
 
 
-@pytest.mark.xfail(reason="something holds the modules of a closed engine since its layers are followed anew")
 def test_closing_frees_weights_and_cache(llama_path: Path) -> None:
     engine = Engine.load(llama_path, **SETTINGS)
     engine.generate(PROMPTS[0], max_new_tokens=2)

@@ -21,7 +21,7 @@ from draft_cases import (
 )
 
 from hybridgen import Engine, SamplingParams
-from hybridgen.graphs import stand_in
+from hybridgen.graphs import recorder, stand_in
 from hybridgen.speculation.oracle import OracleDrafter
 
 
@@ -54,15 +54,17 @@ def test_every_kind_of_family(family: str, tmp_path: Path) -> None:
 def test_every_mode_and_batch(mode: str, run_ahead: int, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of 1 to 17 whose rows accept differently; the host reads a step late with run_ahead."""
     path, params, expected = streams
-    monkeypatch.setattr(stand_in, "median_seconds", lambda *_: 1.0)  # or drafts may not be worth their time here
+    for module in (stand_in, recorder):  # or drafts may not be worth their time here
+        monkeypatch.setattr(module, "median_seconds", lambda *_: 1.0)
     oracle = OracleDrafter(sequences(expected), RIGHT)
     with loaded(path, mode, speculation=oracle, run_ahead=run_ahead) as engine:
         for count in (1, 2, 5, 17):
+            engine.generate(PROMPTS[:count], params[:count])  # steps with drafts that it wants are recorded behind it
+            while engine.record_missing():
+                pass
             found = engine.generate(PROMPTS[:count], params[:count])
             check_equal(found, expected[:count])
             check_counts(found)
-            if mode in ("graph", "hybrid") and not found[0].accepted_tokens:
-                pytest.xfail("no drafts are tried in graph and hybrid on a CPU since whole steps are compiled there")
             assert found[0].accepted_tokens > 20
         kinds = {(step.kind, step.reason) for step in found[0].steps if step.phase == "decode"}
         if mode in ("graph", "hybrid"):
