@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.errors import ConfigError, UnsupportedModelError, described, shown
+from hybridgen.models.text_part import TextPart
 from hybridgen.models.tree_copy import TreeCopy
 
 _OUTSIDE = frozenset({"POLY", "XLORA"})
@@ -111,7 +112,8 @@ class Adapters:
         from peft.utils import ModulesToSaveWrapper
 
         # A tree of its own over the same weights: peft puts its modules there.
-        tree: Any = TreeCopy().module(self._model)
+        whole = self._model.whole if isinstance(self._model, TextPart) else self._model
+        tree: Any = TreeCopy().module(whole)
         grads = {name: parameter.requires_grad for name, parameter in self._model.named_parameters()}
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         try:
