@@ -12,14 +12,19 @@ from typing import Any
 import families
 import multimodal
 import pytest
+import quantised_formats
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hybridgen
 from hybridgen.errors import CheckpointError, ConfigError, PromptError, UnsupportedModelError
+from hybridgen.fused import reference
 from hybridgen.loading.export import write_quantised
-from hybridgen.models.text_part import LeftOut, TextPart
+from hybridgen.models.binding import bind
+from hybridgen.models.decoder import describe
+from hybridgen.models.projections import fuse_projections
+from hybridgen.models.text_part import LeftOut, TextPart, text_part
 
 LENGTHS = (7, 110, 1, 33)
 NEW_TOKENS = 18
@@ -172,6 +177,58 @@ def test_quantised_while_loading(name: str, tmp_path: Path) -> None:
         assert "int8" in str(engine.stats().weights)
     with pytest.raises(ConfigError, match="multimodal"):
         write_quantised(str(path), tmp_path / "out", "ct-fp8", hybridgen.EngineConfig())
+
+
+@pytest.mark.parametrize("stored", ["awq", "fp8 block", "ct w4 group"])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_quantised_checkpoints(name: str, stored: str, tmp_path: Path) -> None:
+    """Projections of the text run as they are stored; tokens are those of the values that the codes stand for."""
+    writer, config = quantised_formats.FORMATS[stored]
+    model = multimodal.build(name)
+
+    def of_text(owner: str) -> Any:
+        return writer if quantised_formats.projections(owner) and "vis" not in owner else None
+
+    path = quantised_formats.write(tmp_path / name, model, of_text, config)
+    expected = [families.reference(model, prompt, NEW_TOKENS)[0] for prompt in prompts()]
+    with hybridgen.Engine.load(path, mode="eager", dtype="float32", **SETTINGS) as engine:
+        outs = engine.generate(prompts(), max_new_tokens=NEW_TOKENS)
+        assert [list(out.token_ids) for out in outs] == expected
+        rows = engine.stats().weights
+        assert sum(row.projections for kind, row in rows.items() if "dense" not in kind) == 14, rows
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_llama_like_text_is_read_as_data_and_joined(name: str) -> None:
+    """What fused decode on a GPU starts from, M-RoPE included."""
+    model = text_part(multimodal.build(name))
+    report = fuse_projections(model)
+    assert not [group for group in report.skipped if group.module.startswith("model.")]  # encoders never run
+    assert [group.module for group in report.groups[:2]] == ["model.layers.0.self_attn", "model.layers.0.mlp"]
+    bound = bind(model, 352)
+    with bound.original_attention(), torch.inference_mode():
+        reference.check(bound.model, describe(bound.model, bound.sites, bound.weights, 352))
+
+
+def test_an_adapter_of_the_whole_model_is_merged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra lora")
+    path = multimodal.write("llava", tmp_path)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    adapted = peft.get_peft_model(multimodal.build("llava"), config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([prompts()[0]])
+    expected = adapted.generate(input_ids=ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :].tolist()
+    with hybridgen.Engine.load(path, mode="eager", **SETTINGS) as engine:
+        plain = engine.generate(prompts()[0], max_new_tokens=10).token_ids
+        engine.set_adapter(tmp_path / "adapter")
+        assert list(engine.generate(prompts()[0], max_new_tokens=10).token_ids) == expected != list(plain)
+        engine.set_adapter(None)
+        assert engine.generate(prompts()[0], max_new_tokens=10).token_ids == plain
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,12 @@ class Adapters:
     def _check_tie(self, name: str) -> None:
         """Refuse to change a weight that another module has too, and would get what is not meant for it."""
         weight = self._model.get_parameter(name)
-        every = self._model.named_parameters(remove_duplicate=False)
-        tied = [other for other, parameter in every if parameter is weight and other != name]
+        tied = [
+            f"{owner}.{own}"
+            for owner, module in self._model.named_modules()
+            for own, parameter in module._parameters.items()
+            if parameter is weight and f"{owner}.{own}" != name
+        ]
         if tied:
             raise UnsupportedModelError(
                 f"the adapter changes {name}, which is tied to {tied[0]}; merge it with peft and save the model untied"
