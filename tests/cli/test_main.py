@@ -256,7 +256,7 @@ def test_output_that_goes_nowhere(target: str, words: str) -> None:
 
 
 def test_python_m_hybridgen_in_a_pipe(tmp_path: Path) -> None:
-    """Away from the checkout: `-m` would take the checkout's package, whose demo model is another than the installed."""
+    """Away from the checkout, whose package `-m` would take: its demo model is another than the installed one."""
     command = [sys.executable, "-m", "hybridgen", "generate", "import os", "--model", str(model_path()), *FAST]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=tmp_path)
     assert done.returncode == 0
