@@ -62,6 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": _with(head_dim=16),
     "gemma2": _with(head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
     "gemma3_text": _with(head_dim=16, query_pre_attn_scalar=16, **_MIXED),
+    "lfm2": _with(layer_types=["conv", "full_attention", "conv", "conv"], block_auto_adjust_ff_dim=False),
     "phi3": _with(),
     "phi": _with(partial_rotary_factor=0.5),
     "olmo2": _with(),
@@ -204,6 +205,14 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         **_TWO_MLPS,
         **_TWO_ROPES,
     ),
+    "lfm2_moe": _with(
+        layer_types=["conv", "full_attention", "conv"],
+        num_hidden_layers=3,
+        moe_intermediate_size=48,
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
     "llama4_text": _with(
         head_dim=16,
         intermediate_size_mlp=96,
@@ -272,6 +281,11 @@ def layer_kinds(name: str) -> int:
     if "layer_types" in config or name in ("qwen2", "gemma2", "smollm3", "glm4_moe"):
         return 2
     return 1
+
+
+def state_kinds(name: str) -> int:
+    """How many of them keep a state by slot, so that their prefill is not compiled."""
+    return len({"conv", "linear_attention", "mamba", "hybrid"} & set(FAMILIES[name].get("layer_types", ())))
 
 
 def build(name: str, **changes: Any) -> PreTrainedModel:

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function
 
 from hybridgen.errors import UnsupportedModelError
+from hybridgen.models.mixers import check_mixers
 from hybridgen.models.visibility import Predicate, UnknownMaskError, Visibility, read_visibility
 
 PROBE_NAME = "hybridgen_probe"
@@ -136,10 +137,12 @@ def probe_model(model: PreTrainedModel, context: int) -> tuple[ProbedCall, ...]:
         context: the longest sequence that will be run.
 
     Raises:
-        UnsupportedModelError: an attention module is used twice, or sees more or other positions than the kernels
+        UnsupportedModelError: a module keeps a state in a way that is not known here, an attention module is used
+            twice, or sees more or other positions than the kernels
             can run, or is called in a way that is not known here.
     """
     kind = type(model).__name__
+    check_mixers(model)
     recorder = _run(model)
     check_distinct(kind, [call.name for call in recorder.calls])
     read: dict[tuple[int, int, str], Visibility] = {}
