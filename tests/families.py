@@ -120,6 +120,23 @@ _SHORT: dict[str, Any] = {"num_hidden_layers": 2}
 _TWO: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], **_SHORT}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _ROUTED: dict[str, Any] = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **_EXPERTS}
+_THREE: dict[str, Any] = {"num_hidden_layers": 3}
+_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    **_THREE,
+}
+_ROUTED_DELTA: dict[str, Any] = {"num_experts": 4, "shared_expert_intermediate_size": 48, **_EXPERTS}
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 16,
+}
 _TWO_MLPS: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
 _TWO_ROPES: dict[str, Any] = {
     "rope_parameters": {
@@ -204,6 +221,29 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         **_TWO,
         **_TWO_MLPS,
         **_TWO_ROPES,
+    ),
+    "qwen3_next": _with(**_DELTA, head_dim=16, partial_rotary_factor=0.5, **_ROUTED_DELTA),
+    "qwen3_5_text": _with(**_DELTA, head_dim=16),
+    "qwen3_5_moe_text": _with(**_DELTA, head_dim=16, **_ROUTED_DELTA),
+    "olmo_hybrid": _with(**_DELTA),
+    "bamba": _with(**_MAMBA, attn_layer_indices=[1], **_THREE),
+    "granitemoehybrid": _with(
+        **_MAMBA,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=4,
+        shared_intermediate_size=48,
+        **_THREE,
+    ),
+    "falcon_h1": _with(**_MAMBA, mamba_d_ssm=128, **_SHORT),
+    "nemotron_h": _without(
+        "num_hidden_layers",
+        layers_block_type=["mamba", "attention", "mlp", "mamba"],
+        head_dim=16,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=1,
+        chunk_size=16,
     ),
     "lfm2_moe": _with(
         layer_types=["conv", "full_attention", "conv"],

@@ -19,10 +19,23 @@ from hybridgen.errors import UnsupportedModelError
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 """Names in `layer_types` that stand for attention over one K and one V per layer."""
 
-STATE_LAYERS = frozenset({"conv", "linear_attention", "mamba", "hybrid"})
-"""Names in `layer_types` that stand for a state of one size for each request."""
+STATE_LAYERS = frozenset({"conv", "linear_attention", "mamba", "hybrid", "mlp", "moe"})
+"""Names in `layer_types` that stand for a state of one size for each request, or for no state at all."""
 
-STATES_BY_SLOT = frozenset({"lfm2", "lfm2_moe"})
+STATES_BY_SLOT = frozenset(
+    {
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "lfm2",
+        "lfm2_moe",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+    }
+)
 """Types whose states run, by comparison with transformers' own generate (`tests/families.py`). Which modules keep them
 is read off their code; that another family's are computed alike has to be seen first."""
 
