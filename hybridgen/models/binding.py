@@ -19,6 +19,7 @@ from hybridgen.models.interface import AttentionNames, check_functions
 from hybridgen.models.mixers import (
     MixerBinding,
     MixerSite,
+    check_claimed,
     check_mixers,
     read_shapes,
     use_own_cache,
@@ -268,10 +269,11 @@ def _find_sites(
         AttentionSite(site.module, _around(site.module, layers), site.query_heads, site.shape, call.sees, site.options)
         for site, call in zip(seen, calls, strict=True)
     )
-    states = (
-        MixerSite(mixer, _around(mixer, layers), read_shapes(mixer, cache)) for mixer in mixers if cache is not None
-    )
-    return sites, tuple(states), layers, logits_dtype
+    if cache is None:
+        return sites, (), layers, logits_dtype
+    check_claimed(mixers, cache)
+    states = tuple(MixerSite(mixer, _around(mixer, layers), read_shapes(mixer, cache)) for mixer in mixers)
+    return sites, states, layers, logits_dtype
 
 
 def _run_two_tokens(

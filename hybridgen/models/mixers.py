@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -203,6 +203,21 @@ def _cache_name(kind: Any) -> str:
             "and one cache"
         )
     return found[0]
+
+
+def check_claimed(mixers: Sequence[nn.Module], cache: DynamicCache) -> None:
+    """Raise if a layer keeps a state in transformers' cache that none of the mixers is there for.
+
+    Raises:
+        UnsupportedModelError: one does.
+    """
+    claimed: set[Any] = {mixer.layer_idx for mixer in mixers}
+    other = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "conv_states")]
+    if claimed != set(other):
+        raise UnsupportedModelError(
+            f"layers {sorted(set(other) ^ claimed)} keep a state in transformers' cache and have no module whose code "
+            "updates it, or the other way round; hybridgen cannot give them theirs"
+        )
 
 
 def read_shapes(mixer: nn.Module, cache: DynamicCache) -> MixerShapes:

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.models import bind
-from hybridgen.models.mixers import SlotCache, SlotMixer, check_mixers, find_mixers
+from hybridgen.models.mixers import SlotCache, SlotMixer, check_claimed, check_mixers, find_mixers
 from hybridgen.models.probe import probe_model
 
 
@@ -69,6 +69,13 @@ def test_a_mixer_with_unknown_arguments_is_refused(kind: type[Strange]) -> None:
     model.model.layers[0].mlp = kind()
     with pytest.raises(UnsupportedModelError, match="takes hidden_states, cache_params, other"):
         probe_model(model, 64)
+
+
+def test_a_state_without_a_mixer_is_refused() -> None:
+    model = families.build("lfm2")
+    mixers = list(find_mixers(model))
+    with pytest.raises(UnsupportedModelError, match=r"layers \[3\] keep a state"):
+        check_claimed(mixers[:-1], DynamicCache(config=model.config))
 
 
 def test_two_states_of_one_layer_are_refused() -> None:
