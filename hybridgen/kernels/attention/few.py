@@ -2,8 +2,7 @@
 
 A step of a small model is dozens of such calls, and each of torch's operators costs several microseconds before it
 computes; numpy's cost one or two. Scores of all pages of a row lie in one array, so that the softmax is the
-reference's.
-One thread computes: where there are several, and work for them, `kernels.attention.cpu` gives it to torch.
+reference's. One thread computes: where there are several, and work for them, `kernels.attention.cpu` takes torch.
 """
 
 from __future__ import annotations
