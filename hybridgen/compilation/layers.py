@@ -225,15 +225,20 @@ class CompiledLayers:
         if self._step.phase is Phase.PREFILL and layer in self._keep_states:
             return run_layer(layer, *args, **kwargs)
         tokens = self._step.slots.shape[0]
-        if self._warming and tokens > 1:
-            most = self._most_tokens[self._step.phase]
-            mark_tokens_dynamic((args, kwargs, self._step), tokens, most, strict=self.strict)
         if self._step.phase is Phase.PREFILL:
             name = "prefill_layer"
         elif self._step.several:
             name = "decode_several_layer"
         else:
             name = "decode_one_layer" if tokens == 1 else "decode_layer"
+        if not self._warming or tokens == 1:
+            return self._run(name, layer, args, kwargs, tokens)
+        most = self._most_tokens[self._step.phase]
+        mark_tokens_dynamic((args, kwargs, self._step), tokens, most, strict=self.strict)
+        with cached_for(most):
+            return self._run(name, layer, args, kwargs, tokens)
+
+    def _run(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
         if self._units is not None:
             unit = self._units.find(name, layer, args, kwargs, tokens) or self._made(name, layer, args, kwargs, tokens)
             if unit is not None:
@@ -298,6 +303,18 @@ class CompiledLayers:
 def _is_watched(module: nn.Module) -> bool:
     """Whether a module's call is more than its class's forward."""
     return "forward" in vars(module) or has_forward_hooks(module)
+
+
+@contextmanager
+def cached_for(*most: int) -> Iterator[None]:
+    """Inductor's cache has what is compiled here under the largest numbers of tokens and rows.
+
+    The range is a guard of what that cache keeps, and no part of its key: an engine for 32 tokens would hand its graph
+    to one for 96, whose range it cuts (seen with torch 2.13; a constraint violation, then more graphs than one).
+    """
+    tag = torch.compiler.config.cache_key_tag
+    with torch.compiler.config.patch(cache_key_tag=f"{tag} up to {most}"):  # type: ignore[attr-defined]
+        yield
 
 
 @contextmanager
