@@ -22,10 +22,11 @@ from hybridgen.serving.unix.messages import sampling_from_wire
 if TYPE_CHECKING:
     from hybridgen.engine import Engine
     from hybridgen.serving.client import Client
+    from hybridgen.serving.replicas.replicas import Replicas
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[0-9][\w.-]*")
 """What an owner and a model's name look like; nearly all names have a number."""
-Generator: TypeAlias = "Engine | Client"
+Generator: TypeAlias = "Engine | Client | Replicas"
 
 
 class Source(NamedTuple):
