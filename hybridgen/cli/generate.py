@@ -23,6 +23,11 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--replicas", metavar="N", help="generate with N processes, one for each GPU (all: as many as there are GPUs)"
     )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only the prompts of one share of N, into a file of its own in the directory --output",
+    )
     add_engine(parser)
 
 
