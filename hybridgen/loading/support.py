@@ -15,6 +15,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hybridgen.errors import UnsupportedModelError
+from hybridgen.loading.multimodal import whole_class
+from hybridgen.models.text_part import is_multimodal, text_config
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 """Names in `layer_types` that stand for attention over one K and one V per layer."""
@@ -34,6 +36,7 @@ _BY_NAME = {
     "diffllama": "each layer calls its attention twice, with different values (differential attention)",
     "doge": "its attention mask is computed from the values (dynamic mask attention)",
     "hrm_text": "it runs its layers several times for each token (H_cycles, L_cycles)",
+    "kosmos_2_5_text_model": "it counts its positions itself, from behind the id of its padding token on",
     "rwkv": "it keeps a recurrent state instead of keys and values",
     "xlstm": "it keeps a recurrent state instead of keys and values",
 }
@@ -69,23 +72,14 @@ def unsupported_reason(
     model_class: type[PreTrainedModel] | None = None,
 ) -> str | None:
     """The reason that `check_supported` raises with, or None. Arguments as there."""
-    for check in (
-        _quantised,
-        _encoder,
-        _composite,
-        _alibi,
-        _latent,
-        _indexer,
-        _shared_kv,
-        _recurrent,
-        _named,
-    ):
+    if is_multimodal(hf_config):
+        return _text_part_reason(hf_config, model_class)
+    for check in _CHECKS:
         reason = check(hf_config)
         if reason is not None:
             return reason
     if model_class is None:
-        auto_map = getattr(hf_config, "auto_map", None) or {}
-        remote = "AutoModelForCausalLM" in auto_map
+        remote = _brings_code(hf_config)
         if remote and trust_remote_code:
             return None
         model_class = _native_class(hf_config)
@@ -94,6 +88,30 @@ def unsupported_reason(
         if model_class is None:
             return f"transformers has no causal language model for {type(hf_config).__name__}; {_INSTEAD}"
     return _class_reason(model_class)
+
+
+def _brings_code(hf_config: PreTrainedConfig) -> bool:
+    return "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
+
+
+def _text_part_reason(whole: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> str | None:
+    """Why the text part of a multimodal model cannot run; None if it can, as far as its config tells."""
+    kind = getattr(whole, "model_type", "") or type(whole).__name__
+    for check in (_quantised, _encoder):
+        reason = check(whole)
+        if reason is not None:
+            return reason
+    model_class = model_class or whole_class(whole)
+    if model_class is None:
+        return f"transformers has no class that generates text with a multimodal model of type {kind!r}; {_INSTEAD}"
+    text = text_config(whole)
+    for check in _CHECKS:
+        reason = check(text)
+        if reason is not None:
+            return f"of its text part: {reason}"
+    if getattr(model_class, "_is_stateful", False):
+        return f"{model_class.__name__} keeps a recurrent state besides keys and values; {_INSTEAD}"
+    return None
 
 
 def _native_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -136,8 +154,9 @@ def _encoder(config: PreTrainedConfig) -> str | None:
     if _value(config, "model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         role = f"is_decoder={bool(_value(config, 'is_decoder'))}"
         return f"it is of an encoder-only family trained on masked tokens ({role}); choose a causal decoder"
-    if _value(config, "add_cross_attention"):
-        return f"it attends to an encoder (add_cross_attention=True); {_INSTEAD}"
+    for field in ("add_cross_attention", "cross_attention_layers"):
+        if _value(config, field):
+            return f"it attends to an encoder ({field}={_value(config, field)}); {_INSTEAD}"
     return None
 
 
@@ -196,6 +215,19 @@ def _recurrent(config: PreTrainedConfig) -> str | None:
 def _named(config: PreTrainedConfig) -> str | None:
     reason = _BY_NAME.get(_value(config, "model_type"))
     return None if reason is None else f"{reason}; {_INSTEAD}"
+
+
+_CHECKS = (
+    _quantised,
+    _encoder,
+    _composite,
+    _alibi,
+    _latent,
+    _indexer,
+    _shared_kv,
+    _recurrent,
+    _named,
+)
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:

@@ -16,7 +16,7 @@ from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase, StepMetadata
 from hybridgen.models.interface import AttentionNames, check_functions
-from hybridgen.models.probe import AttentionOptions, check_distinct, probe_model, read_options
+from hybridgen.models.probe import AttentionOptions, check_distinct, check_interface, kind_of, probe_model, read_options
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
 from hybridgen.models.visibility import Visibility
 from hybridgen.models.weights import ModuleWeights, WeightProvider
@@ -211,12 +211,8 @@ def _find_sites(
     What they see comes from a probe of a copy without weights (`models.probe`). Two tokens through the model itself
     then show that it makes the same calls: with its hooks, its replaced `forward`s and its devices.
     """
-    kind = type(model).__name__
-    if not model._can_set_attn_implementation():
-        raise UnsupportedModelError(
-            f"{kind} does not attend through Hugging Face's attention interface, so hybridgen cannot put its paged "
-            "cache under it"
-        )
+    kind = kind_of(model)
+    check_interface(model)
     calls = probe_model(model, context)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     seen, logits_dtype = _run_two_tokens(model, attention, names)

@@ -255,9 +255,10 @@ def test_output_that_goes_nowhere(target: str, words: str) -> None:
     assert len(done.stderr.splitlines()) <= 1
 
 
-def test_python_m_hybridgen_in_a_pipe() -> None:
+def test_python_m_hybridgen_in_a_pipe(tmp_path: Path) -> None:
+    """Away from the checkout, whose package `-m` would take: its demo model is another than the installed one."""
     command = [sys.executable, "-m", "hybridgen", "generate", "import os", "--model", str(model_path()), *FAST]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("import os")
     assert len(done.stderr.splitlines()) == 1, "no progress bars and no warnings in a pipe"

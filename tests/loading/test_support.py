@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import families
+import multimodal
 import pytest
 import torch
 from torch import nn
@@ -92,12 +93,33 @@ def test_falcon_with_alibi_names_alibi() -> None:
     assert "ALiBi" in str(unsupported_reason(CONFIG_MAPPING["falcon"](**SMALL, alibi=True)))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama4", "mllama"])
-def test_multi_modal_wrappers_are_told_to_load_the_text_model(family: str) -> None:
-    reason = str(unsupported_reason(CONFIG_MAPPING[family]()))
-    assert "text_config" in reason
+def test_composite_models_without_a_text_part_are_told_to_load_the_text_model() -> None:
+    reason = str(unsupported_reason(CONFIG_MAPPING["git"]()))
     assert "vision_config" in reason
     assert "text model" in reason
+
+
+@pytest.mark.parametrize("name", multimodal.WHOLES)
+def test_the_text_part_of_multimodal_models_is_let_in(name: str) -> None:
+    if multimodal.is_absent(name):
+        pytest.skip(f"this transformers has no {name}")
+    assert unsupported_reason(multimodal.config_of(name)) is None
+
+
+def test_what_keeps_a_text_part_out_is_said() -> None:
+    assert "attends to an encoder (cross_attention_layers" in str(unsupported_reason(CONFIG_MAPPING["mllama"]()))
+    kosmos = CONFIG_MAPPING["kosmos-2.5"]()
+    assert "of its text part: it counts its positions itself" in str(unsupported_reason(kosmos))
+    quantised = multimodal.config_of("llava")
+    quantised.quantization_config = {"quant_method": "gptq", "bits": 4}
+    assert "quantised" in str(unsupported_reason(quantised))
+
+
+def test_a_multimodal_config_without_a_class_that_generates() -> None:
+    shield = CONFIG_MAPPING["shieldgemma2"]()
+    assert "no class that generates text with a multimodal model of type 'shieldgemma2'" in str(
+        unsupported_reason(shield)
+    )
 
 
 def test_a_text_config_set_from_a_file_counts_too() -> None:

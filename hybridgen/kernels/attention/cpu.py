@@ -2,19 +2,21 @@
 
 `reference` masks all rows to one length. Here lengths are read on the host, which costs a CPU nothing: rows of one
 length are attended to together, each over exactly the positions that it sees, so that nothing is masked and what
-nobody wrote is never read. Scores, softmax and sums are float32 whatever the inputs are.
+nobody wrote is never read. Scores, softmax and sums are float32 whatever the inputs are. Little work is done by numpy
+(`few`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hybridgen.kernels.attention import few
 from hybridgen.kernels.attention.reference import write_kv
+from hybridgen.kernels.attention.seeing import Seeing
 
 _GATHER_BYTES = 256 * 2**20
 """Upper bound for gathered K and V of some rows, so that long contexts do not exhaust memory."""
@@ -37,10 +39,10 @@ def decode_attention(
     schedule: Tensor | None = None,
 ) -> Tensor:
     """See `attention.decode_attention`; a schedule is not read."""
-    see = _Seeing(scale, window, chunk, softcap, sinks)
+    see = Seeing(scale, window, chunk, softcap, sinks)
     places = positions.tolist()
-    if len(places) == 1:
-        return _one(q, k_pages, v_pages, block_table[int(slots)], places[0], see, k, v)
+    if few.is_for_numpy(q, k_pages, v_pages, places):
+        return few.attend(q, k_pages, v_pages, block_table, slots, places, see, k, v)
     table = block_table.index_select(0, slots)
     if k is not None and v is not None:
         if places.count(places[0]) != len(places):
@@ -76,64 +78,8 @@ def _write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
         pages.view(-1, dim).index_copy_(0, where, new.reshape(-1, dim).to(pages.dtype))
 
 
-class _Seeing(NamedTuple):
-    """How a query sees; see `attention.decode_attention`."""
-
-    scale: float
-    window: int
-    chunk: int
-    softcap: float
-    sinks: Tensor | None
-
-    def pages(self, place: int, page_size: int) -> tuple[int, int, int]:
-        """First and last column of the block table that a query at this position sees, and how many positions of the
-        first page it does not."""
-        low = 0
-        if self.chunk > 0:
-            low = place // self.chunk * self.chunk
-        elif self.window > 0:
-            low = max(0, place - self.window + 1)
-        first = low // page_size
-        return first, place // page_size, low - first * page_size
-
-
-def _one(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    row: Tensor,
-    place: int,
-    see: _Seeing,
-    k: Tensor | None,
-    v: Tensor | None,
-) -> Tensor:
-    """One row, whose write and whose view of a page alone are each one operator on the pages."""
-    page_size = k_pages.shape[2]
-    first, last, skipped = see.pages(place, page_size)
-    ids = row[first : last + 1]
-    page = int(ids[-1])
-    if k is not None and v is not None:
-        for pages, new in ((k_pages, k), (v_pages, v)):
-            _, heads, _, dim = pages.shape
-            stride = page_size * dim
-            at = pages.storage_offset() + page * heads * stride + place % page_size * dim
-            pages.as_strided((1, heads, dim), (heads * stride, stride, 1), at).copy_(new)
-    if first == last:
-        keys, values = (_of_page(pages, page, skipped, place) for pages in (k_pages, v_pages))
-        return _attend(q, keys, values, see)
-    return _gathered(q, k_pages, v_pages, ids[None], skipped, place, see)
-
-
-def _of_page(pages: Tensor, page: int, skipped: int, place: int) -> Tensor:
-    """A view of what one page alone has for a query at this position: [Hkv, L, D]."""
-    _, heads, page_size, dim = pages.shape
-    stride = page_size * dim
-    at = pages.storage_offset() + page * heads * stride + skipped * dim
-    return pages.as_strided((heads, place % page_size + 1 - skipped, dim), (stride, dim, 1), at)
-
-
 def _gathered(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, ids: Tensor, skipped: int, place: int, see: _Seeing
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, ids: Tensor, skipped: int, place: int, see: Seeing
 ) -> Tensor:
     """Attention of q [R, Hq, D], all of it at one position, over the pages `ids` [R, n]. One copy of K and of V puts
     the pages of a head next to each other; of one page only what is seen is copied."""
@@ -169,7 +115,7 @@ def _heads(count: int) -> Tensor:
     return torch.arange(count)[:, None]
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, see: _Seeing) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, see: Seeing) -> Tensor:
     """q [R, Hq, D] over all of keys [R * Hkv, L, D] and values [.., Dv]: [R, Hq, Dv].
 
     Two products and a softmax: for one query a head they take less than `scaled_dot_product_attention`.

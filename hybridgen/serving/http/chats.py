@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from hybridgen.core import Completion, TokenEvent
-from hybridgen.errors import shown
 from hybridgen.serving.http.errors import ApiError
 from hybridgen.serving.http.fields import Body, schema_of
 from hybridgen.serving.http.jobs import (
@@ -24,8 +21,7 @@ from hybridgen.serving.http.jobs import (
     sampling_for,
 )
 from hybridgen.serving.http.text import Text, chat_messages
-
-logger = logging.getLogger(__name__)
+from hybridgen.serving.http.tools import Tools, message_parts
 
 FIELDS = frozenset(
     {
@@ -69,7 +65,8 @@ class ChatJob:
         self._served = served
         self.stream = body.switch("stream")
         self._usage_asked = bool(body.table("stream_options").get("include_usage"))
-        self._tools = tools_of(served.text, body)
+        self._tools = Tools(served.text, body)
+        form |= self._tools.form(form, "response_format")
         logprobs = None
         if body.switch("logprobs"):
             logprobs = body.number("top_logprobs", 0, MOST_TOP, whole=True) or 0
@@ -79,7 +76,7 @@ class ChatJob:
         options = body.table("chat_template_kwargs") | turn(body.switch("add_generation_prompt", not go_on), go_on)
         if "reasoning_effort" in body.values:
             options.setdefault("reasoning_effort", body.text("reasoning_effort"))
-        prompt = encode(served.text, chat_messages(body.items("messages")), self._tools, options)
+        prompt = encode(served.text, chat_messages(body.items("messages")), self._tools.told, options)
         self.prompts = [prompt]
         wanted = most_tokens(body, "max_completion_tokens", "max_tokens")
         self.sampling = sampling_for(
@@ -90,9 +87,7 @@ class ChatJob:
     def _message(self, completion: Completion) -> tuple[dict[str, Any], str]:
         """The message of a completion, and why it ended."""
         ended = reason(completion)
-        if not self._tools:
-            return {"role": "assistant", "content": completion.text}, ended
-        message = parsed(self._served.text, completion, self.prompts[0], self._tools)
+        message = self._tools.message(completion, self.prompts[0])
         return message, "tool_calls" if "tool_calls" in message else ended
 
     def result(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -132,14 +127,14 @@ class ChatJob:
             logprobs = None
             if event.logprob is not None:
                 logprobs = {"content": [chat_logprob(self._served.text, event.logprob)]}
-            text = "" if self._tools else event.text
+            text = "" if self._tools.read else event.text
             if text or logprobs is not None:
                 yield chunk(index, {"content": text}, logprobs)
             if event.completion is None:
                 continue
             usage.add(event.completion, first=index == 0)
             message, ended = self._message(event.completion)
-            if self._tools:
+            if self._tools.read:
                 for part in message_parts(message):
                     yield chunk(index, part)
             yield chunk(index, {}, ended=ended)
@@ -171,78 +166,3 @@ def encode(
         if name in options:
             raise ApiError(f"chat_template_kwargs has {name}, which is no variable of a template; leave it out")
     return text.encode_chat(messages, **options, **({"tools": tools} if tools else {}))
-
-
-def tools_of(text: Text, body: Body) -> list[dict[str, Any]]:
-    """The functions that the model is told of; none where it must not call any.
-
-    Raises:
-        ApiError: one has no such form, or calls could not be read or promised.
-    """
-    tools = body.items("tools")
-    choice = body.values.get("tool_choice", "auto")
-    for index, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ApiError(f"tools[{index}] is {shown(tool, 60)}; give functions with a name", param="tools")
-    if not tools or choice == "none":
-        return []
-    if choice != "auto":
-        raise ApiError(
-            f"tool_choice={shown(choice)} is not supported: calls are not enforced yet; give auto or none",
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
-    if getattr(text.tokenizer, "response_template", None) is None:
-        raise ApiError(
-            "the model's tokenizer has no response_template, so its tool calls cannot be read; leave tools out",
-            param="tools",
-            code="unsupported_parameter",
-        )
-    return tools
-
-
-def parsed(text: Text, completion: Completion, prompt: list[int], tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """The message in a completion, read by the tokenizer's own template; plain text where it cannot be."""
-    plain = {"role": "assistant", "content": completion.text}
-    try:
-        found = text.tokenizer.parse_response(list(completion.token_ids), prefix=list(prompt), tools=tools)
-    except Exception as error:  # the checkpoint's template meets whatever the model wrote
-        logger.warning("a message could not be read by the response template: %s", type(error).__name__)
-        return plain
-    if not isinstance(found, dict):
-        return plain
-    message: dict[str, Any] = {"role": "assistant", "content": found.get("content")}
-    for name in ("reasoning_content", "thinking"):
-        if found.get(name):
-            message["reasoning_content"] = found[name]
-    calls = [call for call in found.get("tool_calls") or () if isinstance(call, dict)]
-    if calls:
-        message["tool_calls"] = [_call(each) for each in calls]
-    elif message["content"] is None:
-        message["content"] = ""
-    return message
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function", call)
-    arguments = function.get("arguments", {})
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {
-        "id": new_id("call"),
-        "type": "function",
-        "function": {"name": str(function.get("name", "")), "arguments": arguments},
-    }
-
-
-def message_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A message as the deltas of a stream: each call is one, with its index."""
-    parts: list[dict[str, Any]] = []
-    if message.get("reasoning_content"):
-        parts.append({"reasoning_content": message["reasoning_content"]})
-    if message.get("content"):
-        parts.append({"content": message["content"]})
-    for index, call in enumerate(message.get("tool_calls", ())):
-        parts.append({"tool_calls": [{"index": index, **call}]})
-    return parts

@@ -8,11 +8,12 @@ from typing import Any
 
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import shown
-from hybridgen.serving.http.chats import encode, parsed, tools_of
+from hybridgen.serving.http.chats import encode
 from hybridgen.serving.http.errors import ApiError
 from hybridgen.serving.http.fields import Body, schema_of
 from hybridgen.serving.http.jobs import Served, Usage, most_tokens, new_id, reason, sampling_for
 from hybridgen.serving.http.text import chat_messages
+from hybridgen.serving.http.tools import Tools
 
 FIELDS = frozenset(
     {
@@ -56,7 +57,8 @@ class ResponseJob:
         self.stream = body.switch("stream")
         self._given_tools = body.items("tools")
         nested = [_nested(index, each) for index, each in enumerate(self._given_tools)]
-        self._tools = tools_of(served.text, Body({**body.values, "tools": nested}))
+        self._tools = Tools(served.text, Body({**body.values, "tools": nested}))
+        schema |= self._tools.form(schema, "text")
         self._instructions = body.text("instructions") or None
         messages = input_messages(body.values.get("input"))
         if self._instructions:
@@ -65,7 +67,7 @@ class ResponseJob:
         effort = body.table("reasoning").get("effort")
         if effort is not None:
             options.setdefault("reasoning_effort", effort)
-        self.prompts = [encode(served.text, chat_messages(messages), self._tools, options)]
+        self.prompts = [encode(served.text, chat_messages(messages), self._tools.told, options)]
         self._wanted = most_tokens(body, "max_output_tokens")
         self.sampling = sampling_for(served, body, self.prompts, self._wanted, "max_output_tokens", **schema)
         self._id, self._created = new_id("resp"), int(time.time())
@@ -101,7 +103,7 @@ class ResponseJob:
             "previous_response_id": None,
             "store": False,
             "temperature": self.sampling.temperature,
-            "tool_choice": "auto",
+            "tool_choice": self._tools.choice,
             "tools": self._given_tools,
             "top_p": self.sampling.top_p,
             "truncation": "disabled",
@@ -116,9 +118,7 @@ class ResponseJob:
     def _output(self, completion: Completion) -> list[dict[str, Any]]:
         """The items of a completion."""
         reason(completion)  # it may have ended with an error
-        if not self._tools:
-            return [self._text_item(completion.text)]
-        message = parsed(self._served.text, completion, self.prompts[0], self._tools)
+        message = self._tools.message(completion, self.prompts[0])
         items = []
         if message.get("content"):
             items.append(self._text_item(message["content"]))
@@ -149,10 +149,10 @@ class ResponseJob:
                 begun = True
                 yield event("response.created", response=self._response("in_progress", [], None))
                 yield event("response.in_progress", response=self._response("in_progress", [], None))
-                if not self._tools:
+                if not self._tools.read:
                     for kind, values in self._opening(0):
                         yield event(kind, **values)
-            if each.text and not self._tools:
+            if each.text and not self._tools.read:
                 where = {"item_id": self._item, "output_index": 0, "content_index": 0}
                 yield event("response.output_text.delta", **where, delta=each.text, logprobs=[])
             if each.completion is None:
@@ -160,7 +160,7 @@ class ResponseJob:
             output = self._output(each.completion)
             for index, item in enumerate(output):
                 if item["type"] == "message":
-                    if self._tools:
+                    if self._tools.read:
                         for kind, values in self._opening(index):
                             yield event(kind, **values)
                     for kind, values in self._closing(index, item):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -44,7 +45,11 @@ def main() -> int:
 
         return Engine.load(order["model"], EngineConfig.of(None, order["fields"]))
 
+    serving = logging.getLogger("hybridgen.serving")
+    serving.setLevel(logging.CRITICAL)  # the parent tells why a model cannot be loaded; once is enough
+
     def note(line: str) -> None:
+        serving.setLevel(logging.NOTSET)
         if line.startswith("hybridgen: serving "):
             _answer(answers, {"ready": True})
 

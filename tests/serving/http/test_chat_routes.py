@@ -264,10 +264,81 @@ def test_what_other_servers_clients_send(api: openai.OpenAI, extra: dict[str, An
     assert re.fullmatch(pattern, out.choices[0].text)
 
 
-def test_a_forced_call_is_refused(calling: Any) -> None:
-    client, _ = calling
-    with pytest.raises(openai.BadRequestError, match="tool_choice"):
-        client.chat.completions.create(model="demo", messages=MESSAGES, tools=[TOOL], tool_choice="required")
+WEIGH: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "weigh", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+}
+STRICT = {
+    "type": "object",
+    "properties": {"x": {"enum": [1, 22]}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
+LOOK: dict[str, Any] = {"type": "function", "function": {"name": "look", "parameters": STRICT}}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_call_is_forced(api: openai.OpenAI, parallel: bool) -> None:
+    """The demo model's tokenizer reads no calls: forced ones need none that does."""
+    out = api.chat.completions.create(
+        model="demo",
+        messages=MESSAGES,
+        tools=[LOOK, WEIGH],
+        tool_choice="required",
+        parallel_tool_calls=parallel,
+        temperature=2,
+        seed=1,
+        max_tokens=200,
+    )
+    [choice] = out.choices
+    assert choice.finish_reason == "tool_calls"
+    calls: Any = choice.message.tool_calls
+    assert parallel or len(calls) == 1
+    for call in calls:
+        schema = {"look": STRICT, "weigh": WEIGH["function"]["parameters"]}[call.function.name]
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+
+
+def test_a_call_of_one_function_is_forced(api: openai.OpenAI) -> None:
+    one: Any = {"type": "function", "function": {"name": "look"}}
+    fields: Any = {"model": "demo", "tools": [WEIGH, LOOK], "temperature": 2, "max_tokens": 60}
+    stream = api.chat.completions.create(messages=MESSAGES, tool_choice=one, stream=True, **fields)
+    parts = [chunk.choices[0] for chunk in stream]
+    [call] = [call for part in parts for call in part.delta.tool_calls or ()]
+    assert call.function is not None
+    assert call.function.name == "look"
+    jsonschema.validate(json.loads(call.function.arguments or ""), STRICT)
+    assert [part.finish_reason for part in parts if part.finish_reason] == ["tool_calls"]
+    flat: Any = {"type": "function", **LOOK["function"]}
+    answer = api.responses.create(
+        model="demo", input="x", tools=[flat], tool_choice={"type": "function", "name": "look"}, temperature=2
+    )
+    assert [item.type for item in answer.output] == ["function_call"]
+
+
+def test_a_forced_call_that_is_cut_is_text(api: openai.OpenAI) -> None:
+    out = api.chat.completions.create(
+        model="demo", messages=MESSAGES, tools=[LOOK], tool_choice="required", max_tokens=3
+    )
+    assert out.choices[0].finish_reason == "length"
+    assert out.choices[0].message.tool_calls is None
+    assert out.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [LOOK], "tool_choice": "sometimes"},
+        {"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "weigh"}}},
+        {"tools": [LOOK], "tool_choice": {"type": "allowed_tools"}},
+        {"tools": [], "tool_choice": "required"},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}], "tool_choice": "required"},
+        {"tools": [LOOK], "tool_choice": "required", "response_format": {"type": "json_object"}},
+    ],
+)
+def test_a_call_that_cannot_be_forced(api: openai.OpenAI, fields: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError):
+        api.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=4, **fields)
 
 
 def test_a_template_that_refuses_is_the_callers_error(api: openai.OpenAI) -> None:
