@@ -26,6 +26,7 @@ from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.fingerprint import token_dimension
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError, described
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
+from hybridgen.models.mixers import SlotMixer
 from hybridgen.models.twin import has_forward_hooks, has_global_hooks
 
 
@@ -125,6 +126,8 @@ class CompiledLayers:
         }
         self._replaced: dict[nn.Module, Any] = {}
         self._plain: set[nn.Module] = set()
+        # Their prefill goes run by run, and how many runs there are is the host's.
+        self._keep_states = {layer for layer in layers if any(isinstance(x, SlotMixer) for x in layer.modules())}
         self._hook: Any = None
         self._warming = False
         self.strict = True
@@ -218,6 +221,8 @@ class CompiledLayers:
 
     def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside a step that is compiled whole
+            return run_layer(layer, *args, **kwargs)
+        if self._step.phase is Phase.PREFILL and layer in self._keep_states:
             return run_layer(layer, *args, **kwargs)
         tokens = self._step.slots.shape[0]
         if self._warming and tokens > 1:
@@ -333,7 +338,8 @@ def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = T
             else:
                 torch._dynamo.maybe_mark_dynamic(values, dim)
     elif isinstance(values, StepMetadata):
-        mark_tokens_dynamic([values.slots, values.positions, values.rope_lengths], tokens, most, strict=strict)
+        inputs = [values.slots, values.positions, values.rope_lengths, values.state_places]
+        mark_tokens_dynamic(inputs, tokens, most, strict=strict)
     elif isinstance(values, dict):
         mark_tokens_dynamic(list(values.values()), tokens, most, strict=strict)
     elif isinstance(values, (tuple, list)):

@@ -1,9 +1,9 @@
 """Decides from a config alone, before weights are read, whether the engine can run the architecture.
 
-The engine replaces the attention function and the KV cache and calls everything else as Hugging Face wrote
-it. So it needs a decoder whose attention layers reach their function through `AttentionInterface`, and whose
-only memory of earlier tokens is one K and one V per layer. The checks look for what breaks that, not for a
-list of names; the few names are families that do not say it in their config.
+The engine replaces the attention function and the cache and calls everything else as Hugging Face wrote it. So
+it needs a decoder whose attention layers reach their function through `AttentionInterface`, and whose only
+memory of earlier tokens is one K and one V per layer, or a state of one size for each request. The checks look
+for what breaks that, not for a list of names; the few names are families that do not say it in their config.
 """
 
 from __future__ import annotations
@@ -20,6 +20,26 @@ from hybridgen.models.text_part import is_multimodal, text_config
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 """Names in `layer_types` that stand for attention over one K and one V per layer."""
+
+STATE_LAYERS = frozenset({"conv", "linear_attention", "mamba", "hybrid", "mlp", "moe"})
+"""Names in `layer_types` that stand for a state of one size for each request, or for no state at all."""
+
+STATES_BY_SLOT = frozenset(
+    {
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "lfm2",
+        "lfm2_moe",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+    }
+)
+"""Types whose states run, by comparison with transformers' own generate (`tests/families.py`). Which modules keep them
+is read off their code; that another family's are computed alike has to be seen first."""
 
 _RECURRENT_FIELDS = (
     "conv_L_cache",
@@ -128,7 +148,8 @@ def _native_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 def _class_reason(model_class: type[PreTrainedModel]) -> str | None:
     name = model_class.__name__
-    if getattr(model_class, "_is_stateful", False):
+    kind = getattr(model_class.config_class, "model_type", "")
+    if getattr(model_class, "_is_stateful", False) and kind not in STATES_BY_SLOT:
         return f"{name} keeps a recurrent state besides keys and values; {_INSTEAD}"
     if not model_class._can_set_attn_implementation():
         return f"{name} does not call its attention through transformers' AttentionInterface; {_INSTEAD}"
@@ -202,6 +223,8 @@ def _shared_kv(config: PreTrainedConfig) -> str | None:
 
 
 def _recurrent(config: PreTrainedConfig) -> str | None:
+    if _value(config, "model_type") in STATES_BY_SLOT and set(_layer_types(config)) <= ATTENTION_LAYERS | STATE_LAYERS:
+        return None
     others = [kind for kind in _layer_types(config) if kind not in ATTENTION_LAYERS]
     if others:
         kinds = ", ".join(others)

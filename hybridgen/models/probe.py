@@ -32,6 +32,7 @@ from transformers.masking_utils import causal_mask_function
 
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.models.interface import configs_of
+from hybridgen.models.mixers import check_mixers
 from hybridgen.models.text_part import TextPart, as_text_part
 from hybridgen.models.visibility import Predicate, UnknownMaskError, Visibility, read_visibility
 
@@ -158,10 +159,12 @@ def probe_model(model: PreTrainedModel, context: int) -> tuple[ProbedCall, ...]:
         context: the longest sequence that will be run.
 
     Raises:
-        UnsupportedModelError: an attention module is used twice, or sees more or other positions than the kernels
+        UnsupportedModelError: a module keeps a state in a way that is not known here, an attention module is used
+            twice, or sees more or other positions than the kernels
             can run, or is called in a way that is not known here.
     """
     kind = kind_of(model)
+    check_mixers(model)
     recorder = _run(model)
     check_distinct(kind, [call.name for call in recorder.calls])
     read: dict[tuple[int, int, str], Visibility] = {}

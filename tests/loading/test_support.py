@@ -25,7 +25,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 LATENT = {
     **SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
@@ -40,13 +39,9 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "glm_moe_dsa": (LATENT | {"index_topk": 8, "index_n_heads": 2}, "kv_lora_rank=16"),
     "gemma3n_text": (SIZES | WINDOW | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1"),
     "gemma4_text": (SIZES | WINDOW | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1"),
-    "lfm2": (SIZES | {"layer_types": ["conv", "full_attention"]}, "conv"),
     "mamba": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
     "mamba2": (IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}, "linear"),
     "jamba": (SIZES | {"attn_layer_offset": 1, "attn_layer_period": 2}, "mamba"),
-    "bamba": (SIZES | MAMBA | {"attn_layer_indices": [1]}, "linear_attention"),
-    "falcon_h1": (SIZES | MAMBA | {"mamba_d_ssm": 64}, "hybrid"),
-    "qwen3_next": (SIZES | {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
     "recurrent_gemma": ({**IDS, "hidden_size": 32, "num_hidden_layers": 3}, "recurrent"),
     "rwkv": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "recurrent state"),
     "bloom": ({**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
