@@ -38,7 +38,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--all-inductor`: compile every family with Inductor, not only a handful (about half an hour)."""
+    """`--all-inductor`: what tests of families compile, compile with Inductor (with `-m ""` about half an hour)."""
     parser.addoption("--all-inductor", action="store_true")
 
 
