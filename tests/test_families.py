@@ -48,23 +48,14 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def depth(family: str) -> dict[str, int]:
-    """Fields of its config for two layers, where all layers are of one kind: more of them show nothing new."""
-    config = families.FAMILIES[family]
-    listed = any(isinstance(value, list | tuple) for value in config.values())
-    if families.layer_kinds(family) > 1 or listed or "num_hidden_layers" not in config:
-        return {}
-    return {"num_hidden_layers": 2}
-
-
 @pytest.fixture(scope="module")
 def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return families.write(family, tmp_path_factory.mktemp("families"), **depth(family))
+    return families.write(family, tmp_path_factory.mktemp("families"), **families.depth(family))
 
 
 @pytest.fixture(scope="module")
 def expected(family: str) -> list[tuple[list[int], torch.Tensor]]:
-    model = families.build(family, **depth(family))
+    model = families.build(family, **families.depth(family))
     return [families.reference(model, prompt, NEW_TOKENS) for prompt in families.prompts_of(LENGTHS)]
 
 

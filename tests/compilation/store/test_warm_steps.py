@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from workers import CONFIG, Warmed, result, start
 
 from hybridgen import CacheMissError, Engine, EngineConfig
+from hybridgen.cli import cache as cache_command
 from hybridgen.cli.main import main as run_command
 from hybridgen.compilation import steps as compiled_steps
 from hybridgen.compilation.store import session
@@ -178,7 +179,9 @@ def test_code_that_computes_something_else_is_found(
         assert any("first replay gave other values" in why for why in engine.stats().graphs.failures.values())
 
 
-def test_the_command_line_knows_it(warmed: Warmed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_knows_it(
+    warmed: Warmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     store, bundle = warmed.copy(tmp_path / "store"), tmp_path / "bundle"
     config = EngineConfig(**SETTINGS | {"compile_cache": store})
     checkpoint = Checkpoint.open(warmed.model, config)
@@ -188,6 +191,9 @@ def test_the_command_line_knows_it(warmed: Warmed, tmp_path: Path, capsys: pytes
     assert run_command(["cache", "import", str(bundle), "--trust", "--dir", str(tmp_path / "other")]) == 0
     assert run_command(["cache", "list", "--dir", str(tmp_path / "other")]) == 0
     assert "mode hybrid" in capsys.readouterr().out
+    monkeypatch.setattr(cache_command, "_config", lambda arguments: config)  # page_size is no option
+    assert run_command(["cache", "warm", str(warmed.model), "--mode", "hybrid"]) == 0  # which would fill it, if it were not
+    assert ": hit (" in capsys.readouterr().out
     with load(warmed, tmp_path / "other", offline_compile=True) as engine:
         assert tokens_of(engine) == warmed.tokens
         assert engine.stats().artifacts.misses["compile"] == 0
