@@ -192,7 +192,8 @@ def test_the_command_line_knows_it(
     assert run_command(["cache", "list", "--dir", str(tmp_path / "other")]) == 0
     assert "mode hybrid" in capsys.readouterr().out
     monkeypatch.setattr(cache_command, "_config", lambda arguments: config)  # page_size is no option
-    assert run_command(["cache", "warm", str(warmed.model), "--mode", "hybrid"]) == 0  # which would fill it, if it were not
+    # Which would fill it, if it were not full.
+    assert run_command(["cache", "warm", str(warmed.model), "--mode", "hybrid"]) == 0
     assert ": hit (" in capsys.readouterr().out
     with load(warmed, tmp_path / "other", offline_compile=True) as engine:
         assert tokens_of(engine) == warmed.tokens
