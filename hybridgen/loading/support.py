@@ -76,7 +76,6 @@ def unsupported_reason(
         _alibi,
         _latent,
         _indexer,
-        _shared_kv,
         _recurrent,
         _named,
     ):
@@ -173,13 +172,6 @@ def _indexer(config: PreTrainedConfig) -> str | None:
     if not found:
         return None
     return f"an indexer picks the tokens that it attends to (sparse attention, {found[0]}); {_INSTEAD}"
-
-
-def _shared_kv(config: PreTrainedConfig) -> str | None:
-    count = _value(config, "num_kv_shared_layers")
-    if not count:
-        return None
-    return f"layers share keys and values (num_kv_shared_layers={count}); {_INSTEAD}"
 
 
 def _recurrent(config: PreTrainedConfig) -> str | None:

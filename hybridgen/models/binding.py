@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hybridgen.cache import KeyValueState, LayerShape, PagedKV
+from hybridgen.cache import KeyValueState, LayerShape, PagedKV, SharedKV
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase, StepMetadata
@@ -37,6 +37,8 @@ class AttentionSite(NamedTuple):
     """The positions that it attends to."""
     options: AttentionOptions
     """What the module hands to attention besides tensors."""
+    producer: int | None = None
+    """The earlier site whose keys and values it is given; None where it has its own."""
 
 
 @dataclass(eq=False)
@@ -61,7 +63,13 @@ class BoundModel:
 
     def layer_states(self, page_size: int, dtype: torch.dtype) -> tuple[KeyValueState, ...]:
         """What each layer keeps between steps, as the probe saw it; not allocated yet."""
-        return tuple(PagedKV(site.shape, page_size, dtype) for site in self.sites)
+        states: list[KeyValueState] = []
+        for site in self.sites:
+            if site.producer is None:
+                states.append(PagedKV(site.shape, page_size, dtype))
+            else:
+                states.append(SharedKV(states[site.producer]))
+        return tuple(states)
 
     @property
     def reach(self) -> int | None:
@@ -100,7 +108,7 @@ class BoundModel:
             else:
                 limits = site.sees.window, site.sees.chunk
                 schedule = make_schedule(*state.pages, step.block_table, site.query_heads, rows, *limits)
-            binding = LayerBinding(*state.pages, step, site.sees, schedule)
+            binding = LayerBinding(*state.pages, step, site.sees, schedule, site.producer is not None)
             first.setdefault(kind, binding)
             site.module._hybridgen = binding  # type: ignore[assignment]
         self._schedules = tuple((binding, query_heads) for (query_heads, _, _), binding in first.items())
@@ -201,6 +209,7 @@ class _Seen(NamedTuple):
     query_heads: int
     shape: LayerShape
     options: AttentionOptions
+    producer: int | None
 
 
 def _find_sites(
@@ -229,7 +238,7 @@ def _find_sites(
         )
     check_functions(site.module for site in seen)
     sites = tuple(
-        AttentionSite(site.module, layer, site.query_heads, site.shape, call.sees, site.options)
+        AttentionSite(site.module, layer, site.query_heads, site.shape, call.sees, site.options, site.producer)
         for site, layer, call in zip(seen, layers, calls, strict=True)
     )
     return sites, logits_dtype
@@ -240,6 +249,7 @@ def _run_two_tokens(
 ) -> tuple[list[_Seen], torch.dtype]:
     """Note every attention call of a forward pass, and the dtype of the logits."""
     seen: list[_Seen] = []
+    stored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def note(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: dict
@@ -248,7 +258,10 @@ def _run_two_tokens(
             raise UnsupportedModelError(f"{names[module]} is given a mask by a replaced forward or a hook; remove it")
         options = read_options(names[module], query, key, kwargs)
         shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-        seen.append(_Seen(module, query.shape[1], shape, options))
+        # A layer that shares is handed the very tensors that an earlier one attended to.
+        same = (i for i, (k, v) in enumerate(stored) if k is key and v is value)
+        seen.append(_Seen(module, query.shape[1], shape, options, next(same, None)))
+        stored.append((key, value))
 
     modules = list(model.modules())
     attention.set(SITES_NAME)

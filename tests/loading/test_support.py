@@ -37,8 +37,6 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v3": (LATENT, "kv_lora_rank=16"),
     "minicpm3": (LATENT, "kv_lora_rank=16"),
     "glm_moe_dsa": (LATENT | {"index_topk": 8, "index_n_heads": 2}, "kv_lora_rank=16"),
-    "gemma3n_text": (SIZES | WINDOW | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1"),
-    "gemma4_text": (SIZES | WINDOW | {"num_kv_shared_layers": 1}, "num_kv_shared_layers=1"),
     "lfm2": (SIZES | {"layer_types": ["conv", "full_attention"]}, "conv"),
     "mamba": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
     "mamba2": (IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}, "linear"),
