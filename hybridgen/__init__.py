@@ -42,6 +42,7 @@ if _typing.TYPE_CHECKING:
     from hybridgen.engine import Engine
     from hybridgen.integrations.attached import attach
     from hybridgen.serving.async_client import AsyncClient
+    from hybridgen.serving.replicas.replicas import Replicas
     from hybridgen.telemetry.statistics import EngineStats
 
 # Imported when they are first used: most bring torch, which a client does without.
@@ -50,6 +51,7 @@ _LATER = {
     "Engine": "hybridgen.engine",
     "EngineStats": "hybridgen.telemetry.statistics",
     "AsyncClient": "hybridgen.serving.async_client",
+    "Replicas": "hybridgen.serving.replicas.replicas",
     "attach": "hybridgen.integrations.attached",
 }
 
@@ -76,6 +78,7 @@ __all__ = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "PromptError",
+    "Replicas",
     "RequestError",
     "SamplingError",
     "SamplingParams",

@@ -17,6 +17,7 @@ _ALWAYS = "keys and values are always cached; prefix_cache= says whether request
 _OUTPUTS = "a Completion always has all of it; logprobs= asks for log-probabilities"
 _PADDING = "prompts of a list may have any lengths: nothing is padded"
 _ONE_DEVICE = "a model runs on one device here: device="
+_REPLICAS = "write hybridgen.Replicas(model, n) for n engines, each on a GPU of its own"
 _QUANTISED = 'write quantization="fp8", "int8" or "int4"; a checkpoint that is quantised needs nothing'
 
 HINTS: dict[str, str] = {
@@ -25,6 +26,7 @@ HINTS: dict[str, str] = {
     "assistant_model": 'a second model that drafts tokens is not taken; speculation="ngram" drafts without one',
     "prompt_lookup_num_tokens": 'write speculation="ngram"',
     "speculative_config": 'write speculation="ngram"',
+    "data_parallel_size": _REPLICAS,
     "attention_mask": 'give what the tokenizer returned as the prompt: {"input_ids": ..., "attention_mask": ...}',
     "attn_implementation": "attention is hybridgen's own in every mode",
     "cache_implementation": f"the cache is always paged; {_MEMORY}",
@@ -83,6 +85,7 @@ HINTS: dict[str, str] = {
     "min_tokens": "write min_new_tokens=",
     "prompt": "the prompts are the second argument, prompts=",
     "prompt_token_ids": "give token ids as the prompts: the second argument, prompts=",
+    "replicas": _REPLICAS,
     "response_format": _GRAMMARS,
     "sampling_params": "write sampling=SamplingParams(...), or its fields as keywords",
     "stop_sequences": "write stop=[...]",

@@ -62,6 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": _with(head_dim=16),
     "gemma2": _with(head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
     "gemma3_text": _with(head_dim=16, query_pre_attn_scalar=16, **_MIXED),
+    "lfm2": _with(layer_types=["conv", "full_attention", "conv", "conv"], block_auto_adjust_ff_dim=False),
     "phi3": _with(),
     "phi": _with(partial_rotary_factor=0.5),
     "olmo2": _with(),
@@ -119,6 +120,23 @@ _SHORT: dict[str, Any] = {"num_hidden_layers": 2}
 _TWO: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], **_SHORT}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _ROUTED: dict[str, Any] = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **_EXPERTS}
+_THREE: dict[str, Any] = {"num_hidden_layers": 3}
+_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    **_THREE,
+}
+_ROUTED_DELTA: dict[str, Any] = {"num_experts": 4, "shared_expert_intermediate_size": 48, **_EXPERTS}
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 16,
+}
 _TWO_MLPS: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
 _TWO_ROPES: dict[str, Any] = {
     "rope_parameters": {
@@ -170,6 +188,17 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_text": _with(
         head_dim=16, global_head_dim=32, num_kv_shared_layers=0, hidden_size_per_layer_input=0, **_TWO
     ),
+    "gemma3n_text": _with(
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        intermediate_size=[96] * 4,
+        activation_sparsity_pattern=[0.0] * 4,
+        laurel_rank=8,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+    ),
     "gemma4_unified_text": _with(head_dim=16, global_head_dim=32, num_kv_shared_layers=0, **_TWO),
     "gpt-sw3": _GPT | {"n_layer": 2},
     "granite_swa": _with(layer_rope_theta=[10000.0, 50000.0], **_GRANITE, **_TWO),
@@ -204,6 +233,37 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         **_TWO_MLPS,
         **_TWO_ROPES,
     ),
+    "qwen3_next": _with(**_DELTA, head_dim=16, partial_rotary_factor=0.5, **_ROUTED_DELTA),
+    "qwen3_5_text": _with(**_DELTA, head_dim=16),
+    "qwen3_5_moe_text": _with(**_DELTA, head_dim=16, **_ROUTED_DELTA),
+    "olmo_hybrid": _with(**_DELTA),
+    "bamba": _with(**_MAMBA, attn_layer_indices=[1], **_THREE),
+    "granitemoehybrid": _with(
+        **_MAMBA,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=4,
+        shared_intermediate_size=48,
+        **_THREE,
+    ),
+    "falcon_h1": _with(**_MAMBA, mamba_d_ssm=128, **_SHORT),
+    "nemotron_h": _without(
+        "num_hidden_layers",
+        layers_block_type=["mamba", "attention", "mlp", "mamba"],
+        head_dim=16,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=8,
+        n_groups=1,
+        chunk_size=16,
+    ),
+    "lfm2_moe": _with(
+        layer_types=["conv", "full_attention", "conv"],
+        num_hidden_layers=3,
+        moe_intermediate_size=48,
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ),
     "llama4_text": _with(
         head_dim=16,
         intermediate_size_mlp=96,
@@ -235,8 +295,9 @@ that is supported."""
 
 CONFIGS = FAMILIES | MORE_FAMILIES
 
-UNCOMPILED = {"dbrx"}
-"""Families whose layers Dynamo cannot trace (experts in a loop over values); they run uncompiled, counted."""
+UNCOMPILED = {"dbrx", "gemma3n_text"}
+"""Families whose layers run uncompiled, counted: Dynamo cannot trace them (experts in a loop over values), or they hand
+on keys and values that they share."""
 
 ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("llama", _rope("linear", factor=2.0)),
@@ -272,6 +333,11 @@ def layer_kinds(name: str) -> int:
     if "layer_types" in config or name in ("qwen2", "gemma2", "smollm3", "glm4_moe"):
         return 2
     return 1
+
+
+def state_kinds(name: str) -> int:
+    """How many of them keep a state by slot, so that their prefill is not compiled."""
+    return len({"conv", "linear_attention", "mamba", "hybrid"} & set(FAMILIES[name].get("layer_types", ())))
 
 
 def build(name: str, **changes: Any) -> PreTrainedModel:

@@ -24,5 +24,8 @@ class PerSlot:
     def reset(self, slot: int) -> None:
         self.sums[slot] = 0
 
+    def marks(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
     def commit(self, slots: torch.Tensor, accepted: torch.Tensor) -> None:
         self.committed.append((slots.tolist(), accepted.tolist()))

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hybridgen
 from hybridgen.demo import model_path
+from hybridgen.loading.support import unsupported_reason
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -42,9 +46,9 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(found["kind"], found["text"], text.count("\n", 0, found.start("text")), found["why"])
 
 
-def made() -> Any:
-    """The script that writes the reference."""
-    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+def made(name: str = "make_reference") -> Any:
+    """A script that writes a part of the docs."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -58,6 +62,38 @@ def test_what_the_script_writes_is_up_to_date() -> None:
     for page in PAGES[1:]:
         assert script.page(page.read_text()) == page.read_text(), f"{page.name}: {advice}"
     assert "<!-- fields of SamplingParams -->\n\n| field | default | |" in (DOCS / "usage.md").read_text()
+
+
+def test_the_table_of_model_types_has_what_is_tested_and_nothing_else_as_running() -> None:
+    script, text = made("make_models"), (DOCS / "models.md").read_text()
+    rows = text.partition(script.BEGIN)[2].partition(script.END)[0].splitlines()
+    for how, names in script.RUNS.items():
+        (row,) = (row for row in rows if row.startswith(f"| runs: {how} |"))
+        assert re.findall(r"`([\w.-]+)`", row.rpartition("|")[0].rpartition("| ")[2]) == sorted(names), (
+            "run python docs/make_models.py"
+        )
+    assert sum(row.startswith("| runs:") for row in rows) == len(script.RUNS)
+
+
+def test_every_causal_type_that_the_checks_let_in_is_compared() -> None:
+    """So that none runs untried: add it to `tests/families.py`, or refuse it."""
+    script = made("make_models")
+    tested = {name for names in script.RUNS.values() for name in names}
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - tested:
+        try:
+            config = CONFIG_MAPPING[name]()
+        except Exception:
+            continue
+        assert unsupported_reason(config) or script.probed(config), name
+
+
+@pytest.mark.slow
+def test_the_table_of_model_types_is_up_to_date() -> None:
+    """For the transformers that it was made with."""
+    script, text = made("make_models"), (DOCS / "models.md").read_text()
+    if f"(transformers {transformers.__version__})" not in text:
+        pytest.skip("the table was made with another transformers")
+    assert script.page(text) == text, "run python docs/make_models.py"
 
 
 def test_the_reference_has_every_public_name() -> None:
@@ -184,7 +220,7 @@ def test_shell_blocks_run(block: Block, tmp_path: Path) -> None:
 
 def test_what_is_not_run_is_little_and_says_why() -> None:
     left = [(page.name, block.line) for page in PAGES for block in blocks(page) if block.why_not is not None]
-    assert len(left) <= 16, left
+    assert len(left) <= 18, left
 
 
 def test_a_block_that_fails_is_found(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ NAMES = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "PromptError",
+    "Replicas",
     "RequestError",
     "SamplingError",
     "SamplingParams",

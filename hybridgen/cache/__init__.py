@@ -2,7 +2,8 @@
 requests through block tables.
 
 `prefix.PageManager` gives requests their pages, and lets those whose tokens begin alike share them.
-`state.LayerState` is the contract of a layer's state, and `paged_kv.PagedKV` the kind that keeps keys and values.
+`state.LayerState` is the contract of a layer's state. `paged_kv.PagedKV` is the kind that keeps keys and values,
+`slot_state.SlotState` the kind that has one size whatever the request's length.
 
 A *page* holds the keys and values of `page_size` positions of one request. A request's row of the *block table*
 (its *slot*) lists its pages in order. Page 0 belongs to nobody: unused block-table entries point to it, so that
@@ -14,6 +15,7 @@ from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, Page
 from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
 from hybridgen.cache.prefix import PageManager, RequestPages
 from hybridgen.cache.sizing import pages_for_tokens, pages_in_turn, plan_pages
+from hybridgen.cache.slot_state import MixerShapes, MixerTensors, SlotShape, SlotState
 from hybridgen.cache.state import LayerState, allocate, total_bytes
 
 __all__ = [
@@ -23,11 +25,15 @@ __all__ = [
     "LayerPages",
     "LayerShape",
     "LayerState",
+    "MixerShapes",
+    "MixerTensors",
     "PageAllocator",
     "PageManager",
     "PagedKV",
     "RequestPages",
     "SharedKV",
+    "SlotShape",
+    "SlotState",
     "allocate",
     "pages_for_tokens",
     "pages_in_turn",

@@ -88,6 +88,10 @@ class PagedKV:
     def reset(self, slot: int) -> None:
         """Nothing: see the class."""
 
+    def marks(self) -> tuple[torch.Tensor, ...]:
+        """Nothing."""
+        return ()
+
     def commit(self, slots: torch.Tensor, accepted: torch.Tensor) -> None:
         """Nothing: a position that was not accepted is written again before it is read."""
 
@@ -122,6 +126,10 @@ class SharedKV:
 
     def reset(self, slot: int) -> None:
         """Nothing: see `PagedKV`."""
+
+    def marks(self) -> tuple[torch.Tensor, ...]:
+        """Nothing."""
+        return ()
 
     def commit(self, slots: torch.Tensor, accepted: torch.Tensor) -> None:
         """Nothing: see `PagedKV`."""

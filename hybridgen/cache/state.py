@@ -11,10 +11,10 @@ from hybridgen.errors import OutOfMemoryError
 
 
 class LayerState(Protocol):
-    """The state of one layer.
+    """The state of one layer, or of several that change together (`SlotState`).
 
     It grows with a request's positions (pages), has one size whatever the request (slots), or both.
-    The engine makes one object per layer, sizes the pool from their bytes, and allocates them together.
+    The engine makes the objects, sizes the pool from their bytes, and allocates them together.
     """
 
     @property
@@ -46,6 +46,9 @@ class LayerState(Protocol):
 
     def reset(self, slot: int) -> None:
         """Forget what a slot's last request left, before a new one gets the slot."""
+
+    def marks(self) -> tuple[torch.Tensor, ...]:
+        """What `commit()` changes; with that as it was before a step, the step can run again."""
 
     def commit(self, slots: torch.Tensor, accepted: torch.Tensor) -> None:
         """Keep what a step wrote. Runs on the device behind `advance`, and only where the state is not rerunnable.
@@ -90,6 +93,12 @@ def allocate(states: Sequence[LayerState], pages: int, slots: int, device: torch
         for state in states:
             state.allocate(0, 0, device)
         raise OutOfMemoryError(
-            f"the KV cache of {total_bytes(states, pages, slots):,} bytes ({pages} pages) does not fit on {device}; "
-            "lower kv_memory, max_batch or max_context"
+            f"the KV cache of {total_bytes(states, pages, slots):,} bytes ({pages} pages{_by_slot(states, slots)}) "
+            f"does not fit on {device}; lower kv_memory, max_batch or max_context"
         ) from error
+
+
+def _by_slot(states: Sequence[LayerState], slots: int) -> str:
+    """What of it the slots take, in words."""
+    size = slots * bytes_per_slot(states)
+    return f", and {size:,} bytes for the states of {slots} slots" if size else ""

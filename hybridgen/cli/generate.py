@@ -11,6 +11,7 @@ from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 
 if TYPE_CHECKING:
     from hybridgen.engine import Engine
+    from hybridgen.serving.replicas.replicas import Replicas
 
 
 def add_command(commands: Any) -> None:
@@ -19,6 +20,14 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=run)
     add_model(parser, positional=False)
     add_options(parser)
+    parser.add_argument(
+        "--replicas", metavar="N", help="generate with N processes, one for each GPU (all: as many as there are GPUs)"
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only the prompts of one share of N, into a file of its own in the directory --output",
+    )
     add_engine(parser)
 
 
@@ -27,8 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     return run_jobs(arguments, Source(_load, _describe))
 
 
-def _load(jobs: list[Job], arguments: argparse.Namespace) -> Engine:
+def _load(jobs: list[Job], arguments: argparse.Namespace) -> Engine | Replicas:
     fields = given(arguments, ENGINE)
+    if arguments.replicas is not None:
+        from hybridgen.serving.replicas.replicas import Replicas, replicas_of
+
+        return Replicas(model_of(arguments), replicas_of(arguments.replicas), **fields)
     from hybridgen.api import prepare
 
     errors = "return" if arguments.on_error == "skip" else "raise"

@@ -16,16 +16,18 @@ from hybridgen.cli.jsonl import Job, ResultFile, is_unicode, jobs_of, read_jobs,
 from hybridgen.cli.options import SAMPLING, add_sampling, given
 from hybridgen.cli.output import check_output_is_open, note
 from hybridgen.cli.report import Report
+from hybridgen.cli.shards import Shard, finish, open_directory, seeded
 from hybridgen.errors import PromptError, SamplingError, shown
 from hybridgen.serving.unix.messages import sampling_from_wire
 
 if TYPE_CHECKING:
     from hybridgen.engine import Engine
     from hybridgen.serving.client import Client
+    from hybridgen.serving.replicas.replicas import Replicas
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[0-9][\w.-]*")
 """What an owner and a model's name look like; nearly all names have a number."""
-Generator: TypeAlias = "Engine | Client"
+Generator: TypeAlias = "Engine | Client | Replicas"
 
 
 class Source(NamedTuple):
@@ -42,7 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "prompt", nargs="*", metavar="PROMPT", help="prompts; without any (and without --input), standard input is one"
     )
     parser.add_argument(
-        "--input", type=Path, help="JSONL file: strings, or objects with prompt or messages, and sampling fields"
+        "--input",
+        type=Path,
+        help="JSONL or Parquet file: strings, or objects with prompt or messages, and sampling fields",
     )
     chat = parser.add_argument_group("chat")
     chat.add_argument("--chat", action="store_true", help="each prompt is what the user says in a chat")
@@ -85,14 +89,37 @@ def run_jobs(arguments: argparse.Namespace, source: Source) -> int:
     if arguments.stream and not arguments.json and len(jobs) > 1:
         what = "prompt" if jobs[0].choice is None else "completion"
         raise PromptError(f"--stream prints the text of one {what} and there are {len(jobs)}; add --json for events")
+    if getattr(arguments, "shard", None) is not None:
+        return _run_shard(jobs, arguments, source)
     if arguments.output is None:
         return _complete(jobs, None, {}, arguments, source)
+    return _resume(jobs, arguments.output, arguments, source)
+
+
+def _run_shard(jobs: list[Job], arguments: argparse.Namespace, source: Source) -> int:
+    """Generate a shard's share of the prompts into its file; returns the exit status."""
+    shard, directory = Shard.parse(arguments.shard), arguments.output
+    if arguments.input is None or directory is None:
+        raise PromptError("--shard is for a file of prompts: give --input FILE and --output DIR")
+    open_directory(directory)
+    if shard.finished(directory).exists():
+        note(f"{shard.finished(directory)} is there already")
+        return 0
+    own = [seeded(job, arguments.seed) for job in jobs if shard.has(job)]
+    status = _resume(own, shard.part(directory), arguments, source)
+    if status == 0 or arguments.on_error == "skip":  # an error is then a result, and the shard is done with it
+        finish(shard, directory)
+    return status
+
+
+def _resume(jobs: list[Job], output: Path, arguments: argparse.Namespace, source: Source) -> int:
+    """Generate what a file of results lacks; returns the exit status."""
     # Before a model is loaded: what is wrong with the file should not cost that.
-    with closing(ResultFile(arguments.output)) as results:
+    with closing(ResultFile(output)) as results:
         model = source.describe(arguments)
         todo = [job for job in jobs if not results.has(job, settings_of(job, model))]
         if len(todo) < len(jobs):
-            note(f"{len(jobs) - len(todo)} of {len(jobs)} prompts are already in {arguments.output}")
+            note(f"{len(jobs) - len(todo)} of {len(jobs)} prompts are already in {output}")
         return _complete(todo, results, model, arguments, source) if todo else 0
 
 
@@ -158,6 +185,9 @@ def _warn_of_a_path(prompt: str, model: str | None) -> None:
 
 def _read_jobs(arguments: argparse.Namespace) -> list[Job]:
     fields = given(arguments, SAMPLING)
+    if getattr(arguments, "shard", None) is not None:
+        Shard.parse(arguments.shard)  # what is wrong with it should not cost reading a large file
+        fields.pop("seed", None)  # each prompt gets one made of it
     if arguments.input is not None:
         if is_chat(arguments):
             raise PromptError("--chat, --system and --messages are for prompts; lines of --input have messages")

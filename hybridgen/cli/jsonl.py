@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+from hybridgen.cli.parquet import read_rows
 from hybridgen.errors import HybridgenError, PromptError, SamplingError, shown
 from hybridgen.params import SamplingParams, choice_seed
 from hybridgen.serving.unix.messages import sampling_from_wire, sampling_to_wire
@@ -65,9 +66,12 @@ def read_jobs(path: Path, fields: Mapping[str, Any] | None = None, *, skip: bool
     shared = sampling_from_wire(dict(fields or {}))
     jobs: list[Job] = []
     lines: dict[str, int] = {}
-    for number, line in read_lines(path):
+    parquet = path.suffix == ".parquet"
+    for number, line in read_rows(path) if parquet else read_lines(path):
         try:
-            found = _parse(f"{path}:{number}", number, line, fields or {}, shared)
+            where = f"{path}:{number}"
+            value = line if not isinstance(line, str) else _decoded(where, line)
+            found = _parse(where, number, value, fields or {}, shared)
             first = lines.setdefault(_key(found[0].id), number)
             if first != number:
                 raise PromptError(
@@ -106,16 +110,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _parse(where: str, number: int, line: str, fields: Mapping[str, Any], shared: SamplingParams) -> list[Job]:
+def _decoded(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{where} is not JSON: {error}") from error
+
+
+def _parse(where: str, number: int, value: Any, fields: Mapping[str, Any], shared: SamplingParams) -> list[Job]:
     """The jobs of a line: one for each of its completions.
 
     Args:
         shared: what `fields` are, as one object for all lines that set none: a client sends it once.
     """
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{where} is not JSON: {error}") from error
     if isinstance(value, str):
         value = {"prompt": value}
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):

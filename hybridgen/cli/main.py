@@ -7,14 +7,14 @@ import os
 import sys
 
 from hybridgen._version import __version__
-from hybridgen.cli import cache, client, compare, doctor, generate, http, lm_eval, quantize, score, serve
+from hybridgen.cli import cache, client, compare, doctor, generate, http, lm_eval, quantize, score, serve, shards
 from hybridgen.cli.options import Parser
 from hybridgen.cli.output import abandon, note
 from hybridgen.errors import HybridgenError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-_COMMANDS = (generate, score, serve, http, client, compare, lm_eval, quantize, cache, doctor)
+_COMMANDS = (generate, score, serve, http, client, compare, lm_eval, quantize, cache, shards, doctor)
 
 
 def main(argv: list[str] | None = None) -> int:

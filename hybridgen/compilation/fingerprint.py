@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybridgen.models.attention import LayerBinding, StepMetadata
+from hybridgen.models.mixers import MixerBinding
 
 _TORCH_INTERNALS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
 
@@ -50,6 +51,10 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
             lines.append(f"{path}.{name}: {_tensor(value, ())}")
         elif isinstance(value, LayerBinding):
             _describe_binding(f"{path}.{name}", value, tokens, lines)
+        elif isinstance(value, MixerBinding):
+            for state in ("convolution", "recurrent"):
+                _describe(f"{path}.{name}.{state}", getattr(value, state), 1, lines)
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
             lines.append(f"{path}.{name}: {value.__module__}.{value.__qualname__} {_code(value)}")
     for name, child in module._modules.items():
@@ -91,7 +96,7 @@ def _describe(path: str, value: Any, tokens: int, lines: list[str]) -> None:
         # Not among the sizes that are compared with the number of tokens: they have the same length in every step.
         for name in ("block_table", "query_starts"):
             lines.append(f"{path}.{name}: {_tensor(getattr(value, name), ())}")
-        for name in ("slots", "positions", "rope_lengths"):
+        for name in ("slots", "positions", "rope_lengths", "state_places"):
             _describe(f"{path}.{name}", getattr(value, name), tokens, lines)
     elif isinstance(value, nn.Module):
         _describe_module(path, value, tokens, lines)

@@ -26,6 +26,7 @@ from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.fingerprint import token_dimension
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError, described
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
+from hybridgen.models.mixers import SlotMixer
 from hybridgen.models.twin import has_forward_hooks, has_global_hooks
 
 
@@ -125,6 +126,8 @@ class CompiledLayers:
         }
         self._replaced: dict[nn.Module, Any] = {}
         self._plain: set[nn.Module] = set()
+        # Their prefill goes run by run, and how many runs there are is the host's.
+        self._keep_states = {layer for layer in layers if any(isinstance(x, SlotMixer) for x in layer.modules())}
         self._hook: Any = None
         self._warming = False
         self.strict = True
@@ -225,16 +228,23 @@ class CompiledLayers:
     def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside a step that is compiled whole
             return run_layer(layer, *args, **kwargs)
+        if self._step.phase is Phase.PREFILL and layer in self._keep_states:
+            return run_layer(layer, *args, **kwargs)
         tokens = self._step.slots.shape[0]
-        if self._warming and tokens > 1:
-            most = self._most_tokens[self._step.phase]
-            mark_tokens_dynamic((args, kwargs, self._step), tokens, most, strict=self.strict)
         if self._step.phase is Phase.PREFILL:
             name = "prefill_layer"
         elif self._step.several:
             name = "decode_several_layer"
         else:
             name = "decode_one_layer" if tokens == 1 else "decode_layer"
+        if not self._warming or tokens == 1:
+            return self._run(name, layer, args, kwargs, tokens)
+        most = self._most_tokens[self._step.phase]
+        mark_tokens_dynamic((args, kwargs, self._step), tokens, most, strict=self.strict)
+        with cached_for(most):
+            return self._run(name, layer, args, kwargs, tokens)
+
+    def _run(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
         if self._units is not None:
             unit = self._units.find(name, layer, args, kwargs, tokens) or self._made(name, layer, args, kwargs, tokens)
             if unit is not None:
@@ -302,6 +312,18 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 @contextmanager
+def cached_for(*most: int) -> Iterator[None]:
+    """Inductor's cache has what is compiled here under the largest numbers of tokens and rows.
+
+    The range is a guard of what that cache keeps, and no part of its key: an engine for 32 tokens would hand its graph
+    to one for 96, whose range it cuts (seen with torch 2.13; a constraint violation, then more graphs than one).
+    """
+    tag = torch.compiler.config.cache_key_tag
+    with torch.compiler.config.patch(cache_key_tag=f"{tag} up to {most}"):  # type: ignore[attr-defined]
+        yield
+
+
+@contextmanager
 def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
     """The number of pages, which depends on free memory, is no constant of what is compiled here."""
     pages = _pages(layer)
@@ -343,7 +365,8 @@ def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = T
             else:
                 torch._dynamo.maybe_mark_dynamic(values, dim)
     elif isinstance(values, StepMetadata):
-        mark_tokens_dynamic([values.slots, values.positions, values.rope_lengths], tokens, most, strict=strict)
+        inputs = [values.slots, values.positions, values.rope_lengths, values.state_places]
+        mark_tokens_dynamic(inputs, tokens, most, strict=strict)
     elif isinstance(values, dict):
         mark_tokens_dynamic(list(values.values()), tokens, most, strict=strict)
     elif isinstance(values, (tuple, list)):

@@ -75,7 +75,7 @@ class Builder:
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         starter, timed = self.starter, self.startup.timed
-        plan = self.graph_plan()
+        plan = self.graph_plan(bound)
         with timed("artifacts"):
             compiles_layers = self.resolved.mode.compiles and not plan.compiles_steps
             units = starter.load_units() if compiles_layers and switched_off() is None else None
@@ -179,7 +179,7 @@ class Builder:
             validates=self.config.validate and plan.records,
         )
 
-    def graph_plan(self) -> GraphSetup:
+    def graph_plan(self, bound: BoundModel) -> GraphSetup:
         """What decides about the engine's graphs."""
         return GraphSetup(
             config=self.config,
@@ -188,6 +188,7 @@ class Builder:
             token_budget=self.resolved.token_budget,
             max_tokens=self.resolved.max_tokens,
             query_len=self.resolved.query_len,
+            keeps_states=bool(bound.mixers),
         )
 
     def capture(self, runner: ModelRunner, plan: GraphSetup) -> None:

@@ -58,13 +58,7 @@ def hidden_requests(
     sampling = resolve(SCORES, checkpoint.generation_config, (), vocab)
     requests = []
     for index, prompt in enumerate(prompts):
-        ids = encode_prompt(
-            prompt,
-            index,
-            tokenizer=checkpoint.tokenizer,
-            tokenizer_problem=checkpoint.tokenizer_problem,
-            vocab_size=vocab,
-        )
+        ids = encode_prompt(prompt, index, **checkpoint.encoding)
         check_fits(index, len(ids), 0, max_context, cache_tokens, fed=len(ids))
         requests.append(Request(ids, sampling, index, hidden=hidden))
     return requests

@@ -228,11 +228,7 @@ def _make(
     known: dict[tuple[int, int], ResolvedSampling],
 ) -> list[Request]:
     """A request for each completion of a prompt; see `make_requests`."""
-    how: dict[str, Any] = {
-        "tokenizer": checkpoint.tokenizer,
-        "tokenizer_problem": checkpoint.tokenizer_problem,
-        "vocab_size": checkpoint.vocab_size,
-    }
+    how = checkpoint.encoding
     start = 0
     if is_pair(prompt):
         ids, start = encode_pair(prompt, index, **how)

@@ -10,6 +10,7 @@ from typing import Any
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import LAYERS, GraphKey, Recorder
+from hybridgen.models.binding import paged
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def make_fused(
 
     fused = build_fused(
         runner.bound,
-        tuple(state.pages for state in runner.states),
+        tuple(state.pages for state in paged(runner.states)),
         runner.steps.inputs(),
         max_context=max_context,
         max_rows=runner.state.max_batch,

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 
-from hybridgen.cache import KeyValueState
+from hybridgen.cache import LayerState
 from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
@@ -176,11 +176,11 @@ class ModelRunner:
         """The compiled layers; None where layers run eagerly."""
         return self._layers.compiled
 
-    def attach(self, states: Sequence[KeyValueState]) -> None:
+    def attach(self, states: Sequence[LayerState]) -> None:
         """Let the layers keep their state here from now on. Not after something was recorded, or decode was fused.
 
         Args:
-            states: one a layer, allocated.
+            states: what `BoundModel.layer_states()` gave, allocated.
         """
         self.states = tuple(states)
         self.bound.attach(states, self.steps.metadata, self.max_batch * self.state.query_len)
@@ -404,6 +404,7 @@ class ModelRunner:
         history = self.sampler.history
         optional = self.steps.logits, self.sampler.output_counts, None if history is None else history.text
         mutable += [tensor for tensor in optional if tensor is not None]
+        mutable += self.steps.marks()
         run = functools.partial(self.steps.run, recording.key)
         exact = recording.recorded.exact
         tolerance = 0.0 if exact else tolerance_of(self.bound.model.dtype)

@@ -78,6 +78,7 @@ class ModelSteps:
         self._prefill_block = StagedBlock(
             {
                 "starts": (torch.int32, (lines + 1,)),
+                "fed": (torch.int64, (lines,)),
                 "keep": (torch.int64, (lines,)),
                 "rows": (torch.int64, (lines,)),
                 "lengths": (torch.int64, (lines,)),
@@ -99,7 +100,13 @@ class ModelSteps:
         self._copies: dict[tuple[Phase, int, int], Callable[[], None]] = {}
         empty = self._prefill["ids"][:1]
         self.metadata = StepMetadata(
-            state.block_table.tensor, self._prefill["slots"][:1], empty, self._prefill["starts"], empty, empty
+            state.block_table.tensor,
+            self._prefill["slots"][:1],
+            empty,
+            self._prefill["starts"],
+            empty,
+            empty,
+            fed=self._prefill["fed"],
         )
         """What the model's attention reads; set by each step."""
         self._always_keeps_logits = False
@@ -133,6 +140,15 @@ class ModelSteps:
         """Say what the layers keep between steps."""
         self._states = tuple(states)
         self._to_commit = tuple(state for state in states if not state.rerunnable)
+
+    def marks(self) -> list[Tensor]:
+        """What a step changes of the layers' states so that it cannot run again."""
+        return [tensor for state in self._to_commit for tensor in state.marks()]
+
+    def _commit(self, slots: Tensor) -> None:
+        """Keep what the step wrote for these slots, int64; the last that a step does."""
+        for state in self._to_commit:
+            state.commit(slots, self._ones[: slots.shape[0]])
 
     def inputs(self) -> StepInputs:
         """Where a decode step finds its rows."""
@@ -180,6 +196,10 @@ class ModelSteps:
         block["slots"][padding] = self._state.padding_slot
         block["positions"][padding] = np.arange(tokens - total)
         block["rope"][padding] = tokens - total
+        padded = ((tokens - total, True),) if tokens > total else ()
+        self.metadata.runs = (*((len(chunk.tokens), chunk.start == 0) for chunk in chunks), *padded)
+        block["fed"][: len(chunks)] = [chunk.slot for chunk in chunks]
+        block["fed"][len(chunks) :] = self._state.padding_slot
         block["starts"][: len(starts)] = starts
         block["starts"][len(starts) :] = tokens
         count = len(ends)
@@ -225,6 +245,7 @@ class ModelSteps:
             self._leave(logits)
         else:
             self._sample(logits, rows, lengths, state.generated, key.sampler, key.query_len)
+            self._commit(rows)
 
     def run_scored(self, key: GraphKey, scored: ScoredTokens) -> None:
         """Launch the prefill that was staged, and leave the log-probabilities of prompts with `scored`."""
@@ -247,8 +268,10 @@ class ModelSteps:
             logits = logits[:rows]
         if rows and key.sampler is None:
             self._leave(logits)
-        elif rows and key.sampler is not None:
+            return
+        if key.sampler is not None and rows:
             self._sample(logits, *self._prefilled(rows), key.sampler)
+        self._commit(inputs["fed"])
 
     def finish(self, key: GraphKey, sampler: SamplerPlan, own: OwnRows | None = None) -> None:
         """What is left of a step that ended at its logits: sample, publish, advance.
@@ -261,8 +284,10 @@ class ModelSteps:
             rows = self._decode["rows"][: key.rows]
             state = self._state.read(rows)
             self._sample(logits, rows, state.lengths + 1, state.generated, sampler, key.query_len, own)
+            self._commit(rows)
         else:
             self._sample(logits, *self._prefilled(key.rows), sampler, own=own)
+            self._commit(self._prefill["fed"])
 
     def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Slots of the prompts that end in a prefill step, their lengths, and what they generated before."""
@@ -314,8 +339,6 @@ class ModelSteps:
             told = self._drafting.draft(rows, lengths + brought, room, history.text, query_len - 1)
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
-        for state in self._to_commit:
-            state.commit(rows, self._ones[: rows.shape[0]])
 
     def _set(
         self, phase: Phase, ids: Tensor, slots: Tensor, positions: Tensor, rope: Tensor, *, several: bool = False

@@ -22,7 +22,7 @@ from hybridgen.fused.inputs import StepInputs
 from hybridgen.fused.persistent.shape import Tuning
 from hybridgen.fused.persistent.step import PersistentStep
 from hybridgen.models import BoundModel
-from hybridgen.models.decoder import Decoder, describe
+from hybridgen.models.decoder import Decoder, Unfit, describe
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ def build_fused(
     fused = FusedDecode(inputs, pages=pages)
     tuning, tiles = tuned_parts(tuned)
     try:
+        if bound.mixers:
+            raise Unfit("its layers keep a state besides keys and values")
         with bound.original_attention(), torch.inference_mode():
             model = describe(bound.model, bound.sites, bound.weights, max_context)
             reference.check(bound.model, model)

@@ -132,7 +132,8 @@ class Router:
         if not self._store.records:
             return self.plain(key, self._why_plain)
         if not settings.buckets(key.phase):
-            return self.plain(key, f"{key.phase} is not recorded: it has no buckets")
+            why = settings.no_prefill if key.phase is Phase.PREFILL else "it has no buckets"
+            return self.plain(key, f"{key.phase} is not recorded: {why}")
         exact = self._store.find(self.served(key))
         if exact is not None:
             return self._replay(exact, f"bucket {exact.key.size}", key)

@@ -39,6 +39,8 @@ class GraphSettings:
     """Buckets of decode rows; empty: decode is not recorded."""
     prefill: tuple[int, ...] = ()
     """Buckets of prefill tokens; empty: prefill is not recorded."""
+    no_prefill: str = "it has no buckets"
+    """Why, where it is not."""
     max_rows: int
     """Rows that a step samples at most."""
     max_graphs: int = 128

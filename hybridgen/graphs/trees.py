@@ -19,6 +19,7 @@ import torch._inductor.cudagraph_trees
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from hybridgen.compilation.layers import cached_for
 from hybridgen.device.capture import CAPTURING
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.recorder import Recorded, checked_seconds, this_thread
@@ -66,7 +67,8 @@ class TreeRecorder:
         Raises:
             RuntimeError: the tree refused to record it.
         """
-        with CAPTURING, torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+        limits = torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)
+        with CAPTURING, limits, cached_for(*self._most.values()):
             return self._record(key, step, known)
 
     def _record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:

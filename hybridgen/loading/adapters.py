@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.errors import ConfigError, UnsupportedModelError, described, shown
+from hybridgen.models.text_part import TextPart
 from hybridgen.models.tree_copy import TreeCopy
 
 _OUTSIDE = frozenset({"POLY", "XLORA"})
@@ -111,7 +112,8 @@ class Adapters:
         from peft.utils import ModulesToSaveWrapper
 
         # A tree of its own over the same weights: peft puts its modules there.
-        tree: Any = TreeCopy().module(self._model)
+        whole = self._model.whole if isinstance(self._model, TextPart) else self._model
+        tree: Any = TreeCopy().module(whole)
         grads = {name: parameter.requires_grad for name, parameter in self._model.named_parameters()}
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         try:
@@ -139,8 +141,12 @@ class Adapters:
     def _check_tie(self, name: str) -> None:
         """Refuse to change a weight that another module has too, and would get what is not meant for it."""
         weight = self._model.get_parameter(name)
-        every = self._model.named_parameters(remove_duplicate=False)
-        tied = [other for other, parameter in every if parameter is weight and other != name]
+        tied = [
+            f"{owner}.{own}"
+            for owner, module in self._model.named_modules()
+            for own, parameter in module._parameters.items()
+            if parameter is weight and f"{owner}.{own}" != name
+        ]
         if tied:
             raise UnsupportedModelError(
                 f"the adapter changes {name}, which is tied to {tied[0]}; merge it with peft and save the model untied"

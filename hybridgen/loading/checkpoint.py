@@ -24,6 +24,7 @@ from hybridgen.loading.checks import validate_directory
 from hybridgen.loading.device import resolve_device, without_default_device
 from hybridgen.loading.expectation import check_contents, check_quantisation_files
 from hybridgen.loading.formats import Format, read_format
+from hybridgen.loading.multimodal import placeholders, whole_class
 from hybridgen.loading.quantised import identity_of
 from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_source
 from hybridgen.loading.support import check_supported
@@ -32,6 +33,7 @@ from hybridgen.loading.wrappers import unwrapped
 from hybridgen.models.probe import probe_config
 from hybridgen.models.projections import FusedHead
 from hybridgen.models.quantised import QuantisedHead
+from hybridgen.models.text_part import TextPart, is_multimodal, text_config, text_part, without_encoders
 from hybridgen.models.weights import ModuleWeights
 
 
@@ -58,6 +60,7 @@ class Checkpoint:
     """The directory, hub id or name shown to users."""
     config: EngineConfig
     hf_config: PreTrainedConfig = field(repr=False)
+    """Of the language model; of a multimodal one its text part's."""
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
     tokenizer_problem: str | None
     """Why there is no tokenizer; None if there is one."""
@@ -68,6 +71,10 @@ class Checkpoint:
     max_context: int | None
     """The longest sequence that the model was made for, if its config says so."""
     eos_token_ids: tuple[int, ...]
+    whole_config: PreTrainedConfig | None = field(default=None, repr=False)
+    """Of the multimodal model whose text part is run; None for a language model."""
+    placeholders: Mapping[int, str] = field(default_factory=dict)
+    """Tokens that stand for images, video or sound, with the names of their fields in the config."""
     source: Source | None = None
     """Where the files are; None for a live module."""
     layout: Format | None = field(default=None, repr=False)
@@ -142,17 +149,18 @@ class Checkpoint:
             check_quantization(config, layout)
             del hf_config.quantization_config  # the weights are read here; transformers builds plain layers
         check_supported(hf_config, trust)
-        remote_class = metadata.remote_model_class(hf_config, source, trust)
-        if remote_class is not None:
-            check_supported(hf_config, trust, remote_class)
+        whole, hf_config = hf_config, text_config(hf_config)
+        model_class = _built_class(whole, source, trust)
+        if model_class is not None:
+            check_supported(whole, trust, model_class)
         metadata.check_heads(hf_config)
         metadata.vocabulary_size(hf_config)
         if layout is None:
             check_quantisation_files(source)
         files: list[Path] = []
         if isinstance(source, LocalSource):
-            files = validate_directory(source.path, config.allow_pickle, _weights_name(hf_config))
-            check_contents(source, files, hf_config, remote_class, layout)
+            files = validate_directory(source.path, config.allow_pickle, _weights_name(whole))
+            check_contents(source, files, whole, model_class, layout)
         found = cls(
             name=source.name,
             source=source,
@@ -161,25 +169,26 @@ class Checkpoint:
             files=tuple(files),
             config=config,
             hf_config=hf_config,
+            **_whole(whole),
             device=device,
-            dtype=metadata.checkpoint_dtype(hf_config, files, config.dtype),
+            dtype=metadata.checkpoint_dtype(whole if whole.dtype is not None else hf_config, files, config.dtype),
             **_generation(
                 hf_config,
-                metadata.read_generation_config(hf_config, source),
+                metadata.read_generation_config(whole, source),
                 str(source.find("generation_config.json") or f"what the config of {source.name!r} says of generation"),
             ),
-            **_tokenizer(tokenizer, hf_config, source, config),
+            **_tokenizer(tokenizer, whole, source, config),
         )
         # Last, because it builds the model (on the meta device), which a config that makes no sense would not survive.
-        probe_config(hf_config, config.max_context or found.max_context or 0, remote_class)
+        probe_config(whole, config.max_context or found.max_context or 0, model_class)
         return found
 
     @classmethod
     def _open_live(cls, module: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> Checkpoint:
-        hf_config = module.config
+        whole, hf_config = module.config, text_config(module.config)
         name = str(getattr(module, "name_or_path", "") or getattr(hf_config, "_name_or_path", "") or "")
         device = _live_device(module, config.device)
-        check_supported(hf_config, config.trust_remote_code, type(module))
+        check_supported(whole, config.trust_remote_code, type(module))
         metadata.check_heads(hf_config)
         if module.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
@@ -191,17 +200,20 @@ class Checkpoint:
             )
         path = Path(name).expanduser()
         source = LocalSource(path, config.local_files_only) if name and path.is_dir() else None
-        generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(hf_config)
+        generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(whole)
+        kind = type(module).__name__
+        module = text_part(module)
         return cls(
-            name=name or type(module).__name__,
+            name=name or kind,
             module=module,
             formats=ModuleWeights(module).identity,
             config=config,
             hf_config=hf_config,
+            **_whole(whole),
             device=device,
             dtype=_live_dtype(module, config.dtype),
-            **_generation(hf_config, generation_config, f"the generation_config of this {type(module).__name__}"),
-            **_tokenizer(tokenizer, hf_config, source, config),
+            **_generation(hf_config, generation_config, f"the generation_config of this {kind}"),
+            **_tokenizer(tokenizer, whole, source, config),
         )
 
     @property
@@ -212,14 +224,29 @@ class Checkpoint:
         )
 
     def model_class(self) -> type[PreTrainedModel] | None:
-        """The class that the model has or will have; None where transformers names none."""
+        """The class that the model has or will have; None where transformers names none. Of the text part of a
+        multimodal model, that model's."""
+        if isinstance(self.module, TextPart):
+            return type(self.module.whole)
         if self.module is not None:
             return type(self.module)
+        if self.whole_config is not None:
+            return whole_class(self.whole_config)
         if self.source is not None:
             remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
             if remote is not None:
                 return remote
         return metadata.known_model_class(self.hf_config)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """What `encode_prompt` has to know of the model."""
+        return {
+            "tokenizer": self.tokenizer,
+            "tokenizer_problem": self.tokenizer_problem,
+            "vocab_size": self.vocab_size,
+            "placeholders": self.placeholders,
+        }
 
     def fetch(self) -> list[Path]:
         """The weight files, checked; those of a hub model are downloaded first.
@@ -231,12 +258,13 @@ class Checkpoint:
         files = list(self.files)
         if files or self.source is None:
             return files
-        pickle, weights_name = self.config.allow_pickle, _weights_name(self.hf_config)
+        whole = self.whole_config or self.hf_config
+        pickle, weights_name = self.config.allow_pickle, _weights_name(whole)
         with progress_bars(self.config.progress):
             files = validate_directory(self.source.fetch_weights(pickle, weights_name), pickle, weights_name)
-        remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
         with without_default_device():
-            check_contents(self.source, files, self.hf_config, remote, self.layout)
+            model_class = _built_class(whole, self.source, self.config.trust_remote_code)
+            check_contents(self.source, files, whole, model_class, self.layout)
         return files
 
     def load(self) -> LoadedModel:
@@ -254,10 +282,11 @@ class Checkpoint:
         assert self.source is not None
         start = time.perf_counter()
         files = self.fetch()
-        remote = metadata.remote_model_class(self.hf_config, self.source, self.config.trust_remote_code)
+        whole = self.whole_config or self.hf_config
         with without_default_device():
-            arguments = self.source, files, self.hf_config, self.dtype, self.device, self.config
-            model, notes = read_weights(*arguments, self.layout, remote)
+            model_class = _built_class(whole, self.source, self.config.trust_remote_code)
+            arguments = self.source, files, whole, self.dtype, self.device, self.config
+            model, notes = read_weights(*arguments, self.layout, model_class)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return LoadedModel(model, time.perf_counter() - start, owned=True, notes=notes)
@@ -274,6 +303,20 @@ def check_quantization(config: EngineConfig, layout: Format) -> None:
             f"quantization={config.quantization!r}, and the checkpoint's weights are quantised already "
             f"({layout.method}); leave quantization out"
         )
+
+
+def _whole(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields about a multimodal model."""
+    return {"whole_config": config, "placeholders": placeholders(config)} if is_multimodal(config) else {}
+
+
+def _built_class(config: PreTrainedConfig, source: Source, trust: bool) -> type[PreTrainedModel] | None:
+    """The class to build the model with: a multimodal one's without its encoders, or of code that the checkpoint
+    brings; None for the one that transformers has."""
+    if is_multimodal(config):
+        found = whole_class(config)
+        return None if found is None else without_encoders(found)
+    return metadata.remote_model_class(config, source, trust)
 
 
 def _weights_name(hf_config: PreTrainedConfig) -> str | None:

@@ -27,8 +27,10 @@ from hybridgen.errors import CheckpointError, UnsupportedModelError
 from hybridgen.loading.checks import TensorEntry, few, read_header, read_json
 from hybridgen.loading.files import config_value
 from hybridgen.loading.formats import Format
+from hybridgen.loading.places import Places
 from hybridgen.loading.source import Source, load_errors
 from hybridgen.loading.stored import TensorFiles, check_files, find_stored
+from hybridgen.models.text_part import text_config
 
 QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where quantisers say what they did, when not in config.json: ModelOpt; AutoGPTQ; AutoAWQ."""
@@ -81,12 +83,13 @@ def check_contents(
 ) -> None:
     """Check that the weight files hold what the config asks for.
 
-    Names are taken as they are, or with and without the model's prefix, as transformers does. What it converts while it
-    loads (experts joined, projections split) has other names: there, the number of elements in all must do.
+    Names go by `Places`. What transformers converts while it loads (experts joined, projections split) has other names:
+    there, the number of elements in all must do.
 
     Args:
         files: validated.
-        model_class: of code that the checkpoint brings; None takes the one that transformers has.
+        model_class: of code that the checkpoint brings, or of a multimodal model without its encoders; None takes the
+            one that transformers has.
         layout: how quantised weights are stored; they count as what they become. None: there are none.
 
     Raises:
@@ -102,13 +105,12 @@ def check_contents(
         found = _entries(files)
     if not found:
         return
-    _check_layers(source, found, hf_config)
+    _check_layers(source, found, text_config(hf_config))
     model = skeleton(source, found, hf_config, model_class)
-    expected = dict(model.state_dict(keep_vars=True))
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    places = {name: place_of(name, expected, prefix) for name in found}
+    names = Places(model)
+    expected, places = names.expected, {name: names.of(name) for name in found}
     _check_dtypes(source, found, expected, places)
-    _check_scales(source, found, expected, places, prefix)
+    _check_scales(source, found, names, places)
     _check_shapes(source, found, expected, places)
     _check_total(source, found, model, set(places.values()))
 
@@ -195,12 +197,6 @@ def _limited(source: Source, tensors: int) -> Iterator[None]:
             handle.remove()
 
 
-def place_of(name: str, expected: Mapping[str, Any], prefix: str) -> str | None:
-    """The model's name of a file's tensor."""
-    candidates = (name, prefix + name, name.removeprefix(prefix))
-    return next((candidate for candidate in candidates if candidate in expected), None)
-
-
 def _check_dtypes(
     source: Source,
     found: Mapping[str, TensorEntry],
@@ -231,11 +227,11 @@ def _is_weight(name: str, expected: torch.Tensor | None) -> bool:
 def _check_scales(
     source: Source,
     found: Mapping[str, TensorEntry],
-    expected: Mapping[str, torch.Tensor],
+    known_names: Places,
     places: Mapping[str, str | None],
-    prefix: str,
 ) -> None:
     """Refuse what a quantiser keeps beside a weight."""
+    expected, prefix = known_names.expected, known_names.prefix
     # Those of the files too: an expert's weight has another name in the model.
     weights = {name.removesuffix(".weight") for name in (*expected, *found) if name.endswith(".weight")}
     names = []
@@ -248,7 +244,7 @@ def _check_scales(
                 names.append(name)
                 break
         else:  # "a.b.gate_up_proj_blocks", beside no weight but in its place
-            if place_of(_PARTS.sub("", name), expected, prefix) is not None and _PARTS.search(name):
+            if known_names.of(_PARTS.sub("", name)) is not None and _PARTS.search(name):
                 names.append(name)
     if names:
         raise UnsupportedModelError(

@@ -17,7 +17,8 @@ from hybridgen.errors import CheckpointError, ConfigError, shown
 from hybridgen.kernels.linear.layout import IN_ORDER, pack_int4, unpack_int4
 from hybridgen.loading.checkpoint import Checkpoint
 from hybridgen.loading.checks import few, read_json
-from hybridgen.loading.expectation import place_of, skeleton
+from hybridgen.loading.expectation import skeleton
+from hybridgen.loading.places import Places
 from hybridgen.loading.quantised import quantisable
 from hybridgen.loading.stored import TensorFiles, check_files
 from hybridgen.models.rounding import quantise
@@ -71,14 +72,18 @@ def write_quantised(
     checkpoint = Checkpoint.open(model, config)
     if checkpoint.source is None or checkpoint.layout is not None:
         raise ConfigError(f"{model} is quantised already; give the checkpoint that it was made of")
+    if checkpoint.whole_config is not None:
+        raise ConfigError(
+            f"{model} is a multimodal checkpoint, of which only the text part is read here; save its text model with "
+            "save_pretrained() and give that"
+        )
     files = checkpoint.fetch()
     check_files(files, "quantised while they are read")
     with TensorFiles(files) as tensors:
         shape = skeleton(checkpoint.source, tensors.entries, checkpoint.hf_config, checkpoint.model_class())
         linears = quantisable(shape)
-        expected = dict(shape.state_dict(keep_vars=True))
-        prefix = f"{shape.base_model_prefix}." if shape.base_model_prefix else ""
-        places = {name: place_of(name, expected, prefix) for name in tensors.entries}
+        known = Places(shape)
+        places = {name: known.of(name) for name in tensors.entries}
         chosen = {name for name, place in places.items() if place and place.removesuffix(".weight") in linears}
         group = _group(form, {tensors.entries[name].shape[1] for name in chosen})
         output.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,7 @@ def write_quantised(
     source = checkpoint.source.find("config.json")
     assert source is not None
     values = read_json(source)
-    values["quantization_config"] = _config(form, group, _ignored(shape, names, prefix))
+    values["quantization_config"] = _config(form, group, _ignored(shape, names, known.prefix))
     (output / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     for file in sorted(source.parent.iterdir()):
         wanted = file.is_file() and file.suffix in _COPIED and not file.name.endswith(".index.json")

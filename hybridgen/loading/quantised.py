@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hybridgen.config import EngineConfig
 from hybridgen.errors import CheckpointError
 from hybridgen.loading.assembly import Reader, assemble
-from hybridgen.loading.expectation import place_of, skeleton
+from hybridgen.loading.expectation import skeleton
 from hybridgen.loading.formats import Format
+from hybridgen.loading.places import Places
 from hybridgen.loading.source import Source
 from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
 from hybridgen.models.quantised import QuantisedWeight
@@ -133,8 +134,7 @@ class _Plan:
     ) -> None:
         self._source, self._files, self._device, self._dtype, self._notes = source, files, device, dtype, notes
         self._model = model
-        self._expected = dict(model.state_dict(keep_vars=True))
-        self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        self._places = Places(model)
         self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
         self.apart: dict[str, Reader] = {}
         """By the model's names."""
@@ -151,7 +151,7 @@ class _Plan:
 
     def add_stored(self, stored: Stored) -> None:
         """Run a projection as it is stored, or dequantise it where that cannot be done."""
-        place = place_of(stored.target, self._expected, self._prefix)
+        place = self._places.of(stored.target)
         name = None if place is None else place.removesuffix(".weight")
         linear = self._linears.get(name or "")
         reason = stored.dequantised
@@ -171,10 +171,10 @@ class _Plan:
 
     def make(self, kind: str) -> None:
         """Quantise projections while they are read (`quantisable`)."""
-        experts = sum(1 for name, tensor in self._expected.items() if ".experts." in name and tensor.dim() == 3)
+        experts = sum(1 for name, tensor in self._places.expected.items() if ".experts." in name and tensor.dim() == 3)
         if experts:
             self._notes["experts' weights stay in 16 bits: transformers' code multiplies them itself"] += experts
-        names = {place_of(name, self._expected, self._prefix): name for name in self.tensors}
+        names = {self._places.of(name): name for name in self.tensors}
         for name in quantisable(self._model):
             stored = names.get(f"{name}.weight")
             if stored is None:
@@ -184,7 +184,7 @@ class _Plan:
 
     def make_head(self, head: str, kind: str) -> None:
         """Quantise the head while it is read; a tied one is a copy of the embedding, which stays as it is."""
-        names = {place_of(name, self._expected, self._prefix): name for name in self.tensors}
+        names = {self._places.of(name): name for name in self.tensors}
         stored = names.get(f"{head}.weight")
         if stored is not None:
             self.apart[head] = self._maker(head, self.tensors.pop(stored), stored, kind)

@@ -1,9 +1,9 @@
 """Decides from a config alone, before weights are read, whether the engine can run the architecture.
 
-The engine replaces the attention function and the KV cache and calls everything else as Hugging Face wrote
-it. So it needs a decoder whose attention layers reach their function through `AttentionInterface`, and whose
-only memory of earlier tokens is one K and one V per layer. The checks look for what breaks that, not for a
-list of names; the few names are families that do not say it in their config.
+The engine replaces the attention function and the cache and calls everything else as Hugging Face wrote it. So
+it needs a decoder whose attention layers reach their function through `AttentionInterface`, and whose only
+memory of earlier tokens is one K and one V per layer, or a state of one size for each request. The checks look
+for what breaks that, not for a list of names; the few names are families that do not say it in their config.
 """
 
 from __future__ import annotations
@@ -15,9 +15,31 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hybridgen.errors import UnsupportedModelError
+from hybridgen.loading.multimodal import whole_class
+from hybridgen.models.text_part import is_multimodal, text_config
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 """Names in `layer_types` that stand for attention over one K and one V per layer."""
+
+STATE_LAYERS = frozenset({"conv", "linear_attention", "mamba", "hybrid", "mlp", "moe"})
+"""Names in `layer_types` that stand for a state of one size for each request, or for no state at all."""
+
+STATES_BY_SLOT = frozenset(
+    {
+        "bamba",
+        "falcon_h1",
+        "granitemoehybrid",
+        "lfm2",
+        "lfm2_moe",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+    }
+)
+"""Types whose states run, by comparison with transformers' own generate (`tests/families.py`). Which modules keep them
+is read off their code; that another family's are computed alike has to be seen first."""
 
 _RECURRENT_FIELDS = (
     "conv_L_cache",
@@ -33,7 +55,12 @@ _BY_NAME = {
     "bloom": "its attention adds ALiBi position biases",
     "diffllama": "each layer calls its attention twice, with different values (differential attention)",
     "doge": "its attention mask is computed from the values (dynamic mask attention)",
+    "gemma3n": (
+        "its forward looks every token up in the embedders of its encoders, which are not loaded; save its language "
+        "model (Gemma3nForCausalLM) as a checkpoint and load that"
+    ),
     "hrm_text": "it runs its layers several times for each token (H_cycles, L_cycles)",
+    "kosmos_2_5_text_model": "it counts its positions itself, from behind the id of its padding token on",
     "rwkv": "it keeps a recurrent state instead of keys and values",
     "xlstm": "it keeps a recurrent state instead of keys and values",
 }
@@ -69,22 +96,14 @@ def unsupported_reason(
     model_class: type[PreTrainedModel] | None = None,
 ) -> str | None:
     """The reason that `check_supported` raises with, or None. Arguments as there."""
-    for check in (
-        _quantised,
-        _encoder,
-        _composite,
-        _alibi,
-        _latent,
-        _indexer,
-        _recurrent,
-        _named,
-    ):
+    if is_multimodal(hf_config):
+        return _text_part_reason(hf_config, model_class)
+    for check in _CHECKS:
         reason = check(hf_config)
         if reason is not None:
             return reason
     if model_class is None:
-        auto_map = getattr(hf_config, "auto_map", None) or {}
-        remote = "AutoModelForCausalLM" in auto_map
+        remote = _brings_code(hf_config)
         if remote and trust_remote_code:
             return None
         model_class = _native_class(hf_config)
@@ -93,6 +112,30 @@ def unsupported_reason(
         if model_class is None:
             return f"transformers has no causal language model for {type(hf_config).__name__}; {_INSTEAD}"
     return _class_reason(model_class)
+
+
+def _brings_code(hf_config: PreTrainedConfig) -> bool:
+    return "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
+
+
+def _text_part_reason(whole: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> str | None:
+    """Why the text part of a multimodal model cannot run; None if it can, as far as its config tells."""
+    kind = getattr(whole, "model_type", "") or type(whole).__name__
+    for check in (_quantised, _encoder, _named):
+        reason = check(whole)
+        if reason is not None:
+            return reason
+    model_class = model_class or whole_class(whole)
+    if model_class is None:
+        return f"transformers has no class that generates text with a multimodal model of type {kind!r}; {_INSTEAD}"
+    text = text_config(whole)
+    for check in _CHECKS:
+        reason = check(text)
+        if reason is not None:
+            return f"of its text part: {reason}"
+    if getattr(model_class, "_is_stateful", False):
+        return f"{model_class.__name__} keeps a recurrent state besides keys and values; {_INSTEAD}"
+    return None
 
 
 def _native_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -109,7 +152,8 @@ def _native_class(hf_config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 def _class_reason(model_class: type[PreTrainedModel]) -> str | None:
     name = model_class.__name__
-    if getattr(model_class, "_is_stateful", False):
+    kind = getattr(model_class.config_class, "model_type", "")
+    if getattr(model_class, "_is_stateful", False) and kind not in STATES_BY_SLOT:
         return f"{name} keeps a recurrent state besides keys and values; {_INSTEAD}"
     if not model_class._can_set_attn_implementation():
         return f"{name} does not call its attention through transformers' AttentionInterface; {_INSTEAD}"
@@ -135,8 +179,9 @@ def _encoder(config: PreTrainedConfig) -> str | None:
     if _value(config, "model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         role = f"is_decoder={bool(_value(config, 'is_decoder'))}"
         return f"it is of an encoder-only family trained on masked tokens ({role}); choose a causal decoder"
-    if _value(config, "add_cross_attention"):
-        return f"it attends to an encoder (add_cross_attention=True); {_INSTEAD}"
+    for field in ("add_cross_attention", "cross_attention_layers"):
+        if _value(config, field):
+            return f"it attends to an encoder ({field}={_value(config, field)}); {_INSTEAD}"
     return None
 
 
@@ -175,6 +220,8 @@ def _indexer(config: PreTrainedConfig) -> str | None:
 
 
 def _recurrent(config: PreTrainedConfig) -> str | None:
+    if _value(config, "model_type") in STATES_BY_SLOT and set(_layer_types(config)) <= ATTENTION_LAYERS | STATE_LAYERS:
+        return None
     others = [kind for kind in _layer_types(config) if kind not in ATTENTION_LAYERS]
     if others:
         kinds = ", ".join(others)
@@ -188,6 +235,18 @@ def _recurrent(config: PreTrainedConfig) -> str | None:
 def _named(config: PreTrainedConfig) -> str | None:
     reason = _BY_NAME.get(_value(config, "model_type"))
     return None if reason is None else f"{reason}; {_INSTEAD}"
+
+
+_CHECKS = (
+    _quantised,
+    _encoder,
+    _composite,
+    _alibi,
+    _latent,
+    _indexer,
+    _recurrent,
+    _named,
+)
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:

@@ -23,6 +23,7 @@ from hybridgen.loading.checks import few, read_header
 from hybridgen.loading.formats import Format
 from hybridgen.loading.quantised import load_quantised
 from hybridgen.loading.source import Source, load_errors
+from hybridgen.models.text_part import as_text_part, is_multimodal, left_out_names
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def read_weights(
         device: CPU, or one CUDA device.
         config: for `allow_pickle`, `trust_remote_code`, `progress`, and what is quantised while it is read.
         layout: how quantised weights are stored; None: there are none.
-        model_class: of code that the checkpoint brings.
+        model_class: of code that the checkpoint brings, or of a multimodal model without its encoders, whose weights
+            are not read then.
 
     Raises:
         CheckpointError: weights are missing, have other shapes than the config says, or cannot be read.
@@ -65,7 +67,7 @@ def read_weights(
                     arguments = source, files, hf_config, dtype, device, config, layout, model_class
                     model, info, notes = load_quantised(*arguments)
                 else:
-                    model, info = _from_pretrained(source, hf_config, dtype, device, config)
+                    model, info = _from_pretrained(source, hf_config, dtype, device, config, model_class)
         except CheckpointError as error:
             problem = _memory_problem(error, source, files, dtype, device)
             if problem is None:
@@ -78,8 +80,10 @@ def read_weights(
         if device.type == "cuda":
             torch.cuda.empty_cache()
         raise OutOfMemoryError(problem)
+    left_out = left_out_names(model)
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(left_out)]
     _check_loading_info(source, info)
-    return model.eval().requires_grad_(False), notes
+    return as_text_part(model).eval().requires_grad_(False), notes
 
 
 def _from_pretrained(
@@ -88,9 +92,12 @@ def _from_pretrained(
     dtype: torch.dtype,
     device: torch.device,
     config: EngineConfig,
+    model_class: type[PreTrainedModel] | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     # The stubs do not know that output_loading_info=True makes it a pair.
     loader: Any = AutoModelForCausalLM.from_pretrained
+    if model_class is not None and is_multimodal(hf_config):
+        loader = model_class.from_pretrained
     return loader(
         source.name,
         config=hf_config,

@@ -51,6 +51,14 @@ class StepMetadata:
     ids: torch.Tensor
     """int64 [T]: the tokens."""
     phase: Phase = Phase.DECODE
+    fed: torch.Tensor | None = None
+    """int64 [max_batch + 1]: in prefill the slot of each run, then the padding slot. Read by models whose layers keep a
+    state by slot, as the two below are."""
+    runs: tuple[tuple[int, bool], ...] = ()
+    """In prefill the length of each run, and whether it is its request's first; known to the host."""
+    state_places: tuple[torch.Tensor, torch.Tensor] | None = None
+    """int64 each: where states are read and written (`cache.slot_state`), of each token in decode, of each slot in
+    `fed` in prefill."""
     several: bool = False
     """Whether a decode step has several tokens a request: then the keys of all are written before any is read."""
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from hybridgen.cache import KeyValueState, LayerShape, PagedKV, SharedKV
+from hybridgen.cache import KeyValueState, LayerShape, LayerState, PagedKV, SharedKV, SlotState
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase, StepMetadata
 from hybridgen.models.interface import AttentionNames, check_functions
-from hybridgen.models.probe import AttentionOptions, check_distinct, probe_model, read_options
+from hybridgen.models.mixers import (
+    MixerBinding,
+    MixerSite,
+    check_claimed,
+    check_mixers,
+    read_shapes,
+    use_own_cache,
+    use_slots,
+)
+from hybridgen.models.probe import AttentionOptions, check_distinct, check_interface, kind_of, probe_model, read_options
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
 from hybridgen.models.visibility import Visibility
 from hybridgen.models.weights import ModuleWeights, WeightProvider
@@ -51,31 +60,35 @@ class BoundModel:
     """Of what `forward()` returns; some models compute their logits in float32 whatever their weights are."""
     weights: WeightProvider
     """Gives the weights of the model's projections by their modules' names."""
+    layers: tuple[nn.Module, ...]
+    """The decoder layers, in order."""
+    mixers: tuple[MixerSite, ...]
+    """What keeps a state of one size for each request: convolutions and recurrences."""
     _attention: AttentionNames
+    _slots: SlotState | None = None
     _ropes: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     _schedules: tuple[tuple[LayerBinding, int], ...] = ()
     """Of the layers that share an attention schedule the first, and its query heads."""
 
-    @property
-    def layers(self) -> tuple[nn.Module, ...]:
-        """The decoder layers, in order."""
-        return tuple(site.layer for site in self.sites)
+    def layer_states(self, page_size: int, dtype: torch.dtype) -> tuple[LayerState, ...]:
+        """What the layers keep between steps, as the probe saw it; not allocated yet.
 
-    def layer_states(self, page_size: int, dtype: torch.dtype) -> tuple[KeyValueState, ...]:
-        """What each layer keeps between steps, as the probe saw it; not allocated yet."""
-        states: list[KeyValueState] = []
+        Keys and values of each layer that attends come first (`KeyValueState`), then one `SlotState` of all layers that
+        have a state by slot, if any.
+        """
+        pages: list[KeyValueState] = []
         for site in self.sites:
             if site.producer is None:
-                states.append(PagedKV(site.shape, page_size, dtype))
+                pages.append(PagedKV(site.shape, page_size, dtype))
             else:
-                states.append(SharedKV(states[site.producer]))
-        return tuple(states)
+                pages.append(SharedKV(pages[site.producer]))
+        return (*pages, SlotState([mixer.shapes for mixer in self.mixers])) if self.mixers else tuple(pages)
 
     @property
     def reach(self) -> int | None:
         """Positions that a query sees at most in any layer; None where a layer sees all of them."""
         reaches = [site.sees.reach for site in self.sites]
-        return max(reaches) if all(reaches) else None
+        return max(reaches) if reaches and all(reaches) else None
 
     @property
     def reprefill_length(self) -> int | None:
@@ -94,14 +107,15 @@ class BoundModel:
     def _replaced(self) -> list[tuple[nn.Module, str, PerTokenRope]]:
         return [(parent, name, getattr(parent, name)) for parent, name, _ in self._ropes]
 
-    def attach(self, states: Sequence[KeyValueState], step: StepMetadata, rows: int) -> None:
-        """Give every attention module its layer's state, which is allocated, and the step's metadata.
+    def attach(self, states: Sequence[LayerState], step: StepMetadata, rows: int) -> None:
+        """Give every attention module and mixer its layer's state, which is allocated, and the step's metadata.
 
         Args:
+            states: what `layer_states()` gave.
             rows: tokens of a decode step at most.
         """
         first: dict[tuple[int, LayerShape, Visibility], LayerBinding] = {}
-        for site, state in zip(self.sites, states, strict=True):
+        for site, state in zip(self.sites, paged(states), strict=True):
             kind = site.query_heads, site.shape, site.sees
             if kind in first:
                 schedule = first[kind].schedule
@@ -112,6 +126,9 @@ class BoundModel:
             first.setdefault(kind, binding)
             site.module._hybridgen = binding  # type: ignore[assignment]
         self._schedules = tuple((binding, query_heads) for (query_heads, _, _), binding in first.items())
+        self._slots = next((state for state in states if isinstance(state, SlotState)), None)
+        for mixer, tensors in zip(self.mixers, self._slots.mixers if self._slots else (), strict=True):
+            mixer.module._hybridgen = MixerBinding(tensors, step)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
 
@@ -128,6 +145,9 @@ class BoundModel:
         if step.phase is Phase.DECODE:
             for binding, query_heads in self._schedules:
                 binding.write_schedule(query_heads)
+        if self._slots is not None:
+            slots = step.slots if step.phase is Phase.DECODE or step.fed is None else step.fed
+            step.state_places = self._slots.places(slots)
         output = self.model(
             input_ids=input_ids[None],
             position_ids=step.positions[None],
@@ -145,20 +165,32 @@ class BoundModel:
     def original_attention(self) -> Iterator[None]:
         """Inside, the model attends as it did before `bind()`, without a cache."""
         self._attention.restore()
+        for mixer in self.mixers:
+            use_own_cache(mixer.module)
         try:
             yield
         finally:
+            for mixer in self.mixers:
+                use_slots(mixer.module)
             self._attention.set(ATTENTION_NAME)
 
     def release(self) -> None:
         """Put everything back as it was before `bind()`."""
-        for site in self.sites:
-            vars(site.module).pop("_hybridgen", None)
+        for module in (*(site.module for site in self.sites), *(mixer.module for mixer in self.mixers)):
+            vars(module).pop("_hybridgen", None)
+        for mixer in self.mixers:
+            use_own_cache(mixer.module)
+        self._slots = None
         self._schedules = ()
         restore_rope(self._ropes)
         self._ropes.clear()
         self._attention.restore()
         vars(self.model).pop("_hybridgen_bound", None)
+
+
+def paged(states: Sequence[LayerState]) -> tuple[KeyValueState, ...]:
+    """Of what `layer_states()` gave, the states that attention reads, one for each site."""
+    return tuple(cast(KeyValueState, state) for state in states if not isinstance(state, SlotState))
 
 
 def check_free(model: PreTrainedModel) -> None:
@@ -187,10 +219,12 @@ def bind(model: PreTrainedModel, context: int | None = None) -> BoundModel:
     """
     check_free(model)
     attention = AttentionNames(model)
-    sites, logits_dtype = _find_sites(model, attention, context or _context_of(model))
-    bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), attention)
+    sites, mixers, layers, logits_dtype = _find_sites(model, attention, context or _context_of(model))
+    bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), layers, mixers, attention)
     try:
         attention.set(ATTENTION_NAME)
+        for mixer in mixers:
+            use_slots(mixer.module)
         model._hybridgen_bound = True  # type: ignore[assignment]
         replace_length_dependent_rope(model, bound._ropes)
     except BaseException:
@@ -214,40 +248,74 @@ class _Seen(NamedTuple):
 
 def _find_sites(
     model: PreTrainedModel, attention: AttentionNames, context: int
-) -> tuple[tuple[AttentionSite, ...], torch.dtype]:
-    """The model's attention calls, and the dtype of its logits.
+) -> tuple[tuple[AttentionSite, ...], tuple[MixerSite, ...], tuple[nn.Module, ...], torch.dtype]:
+    """The model's attention calls, its mixers, its decoder layers, and the dtype of its logits.
 
     What they see comes from a probe of a copy without weights (`models.probe`). Two tokens through the model itself
     then show that it makes the same calls: with its hooks, its replaced `forward`s and its devices.
     """
-    kind = type(model).__name__
-    if not model._can_set_attn_implementation():
-        raise UnsupportedModelError(
-            f"{kind} does not attend through Hugging Face's attention interface, so hybridgen cannot put its paged "
-            "cache under it"
-        )
+    kind = kind_of(model)
+    check_interface(model)
     calls = probe_model(model, context)
+    mixers = check_mixers(model)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    seen, logits_dtype = _run_two_tokens(model, attention, names)
+    cache = DynamicCache(config=model.config) if mixers else None
+    seen, logits_dtype = _run_two_tokens(model, attention, names, cache)
     check_distinct(kind, [names[site.module] for site in seen])
-    layers = _decoder_layers(model, [site.module for site in seen])
+    layers = _decoder_layers(model, [site.module for site in seen], mixers)
     if [names[site.module] for site in seen] != [call.name for call in calls]:
         raise UnsupportedModelError(
             f"{kind} attends in other modules than its classes do ({len(seen)} and {len(calls)} calls): a hook or a "
             "replaced forward changes them; remove it"
         )
     check_functions(site.module for site in seen)
+    _check_shared(model, [names[site.module] for site in seen if site.producer is not None])
     sites = tuple(
-        AttentionSite(site.module, layer, site.query_heads, site.shape, call.sees, site.options, site.producer)
-        for site, layer, call in zip(seen, layers, calls, strict=True)
+        AttentionSite(
+            site.module,
+            _around(site.module, layers),
+            site.query_heads,
+            site.shape,
+            call.sees,
+            site.options,
+            site.producer,
+        )
+        for site, call in zip(seen, calls, strict=True)
     )
-    return sites, logits_dtype
+    if cache is None:
+        return sites, (), layers, logits_dtype
+    check_claimed(mixers, cache)
+    states = tuple(MixerSite(mixer, _around(mixer, layers), read_shapes(mixer, cache)) for mixer in mixers)
+    return sites, states, layers, logits_dtype
+
+
+def _check_shared(model: PreTrainedModel, readers: Sequence[str]) -> None:
+    """Raise unless as many layers read an earlier one's keys and values as the config says.
+
+    Args:
+        readers: names of the attention modules that were given an earlier one's tensors.
+
+    Raises:
+        UnsupportedModelError: a layer that is to share got tensors of its own, such as copies on its device, or the
+            other way round.
+    """
+    count = getattr(model.config, "num_kv_shared_layers", None) or 0
+    if len(readers) != count:
+        raise UnsupportedModelError(
+            f"num_kv_shared_layers={count}, but {len(readers)} attention modules of {kind_of(model)} are given the "
+            f"keys and values of an earlier one ({', '.join(readers) or 'none'}); hybridgen cannot tell which pages "
+            "the others read. Run it with transformers' own generate()"
+        )
 
 
 def _run_two_tokens(
-    model: PreTrainedModel, attention: AttentionNames, names: dict[nn.Module, str]
+    model: PreTrainedModel, attention: AttentionNames, names: dict[nn.Module, str], cache: DynamicCache | None
 ) -> tuple[list[_Seen], torch.dtype]:
-    """Note every attention call of a forward pass, and the dtype of the logits."""
+    """Note every attention call of a forward pass, and the dtype of the logits.
+
+    Args:
+        cache: gets what mixers keep; None where there are none.
+    """
     seen: list[_Seen] = []
     stored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -270,7 +338,8 @@ def _run_two_tokens(
     try:
         with torch.inference_mode():
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], use_cache=False)
+            keeps = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+            output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], **keeps)
     finally:
         for module in modules:
             vars(module).pop("_hybridgen_note", None)
@@ -278,14 +347,27 @@ def _run_two_tokens(
     return seen, output.logits.dtype
 
 
-def _decoder_layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[nn.Module]:
-    """The element of the model's layer list around each attention module."""
+def _decoder_layers(
+    model: PreTrainedModel, attentions: Sequence[nn.Module], mixers: Sequence[nn.Module] = ()
+) -> tuple[nn.Module, ...]:
+    """The model's layer list: each attention module and each mixer is in an element of its own kind's own.
+
+    An element without attention is for models with mixers alone: others have one attention a layer.
+    """
     for candidate in model.modules():
-        if isinstance(candidate, nn.ModuleList) and len(candidate) == len(attentions) > 0:
-            members = [set(layer.modules()) for layer in candidate]
-            if all(attention in inside for attention, inside in zip(attentions, members, strict=True)):
-                return list(candidate)
+        if not isinstance(candidate, nn.ModuleList) or not len(candidate):
+            continue
+        members = [set(layer.modules()) for layer in candidate]
+        counts = [[sum(module in inside for module in kind) for inside in members] for kind in (attentions, mixers)]
+        together = all(sum(count) == len(kind) for count, kind in zip(counts, (attentions, mixers), strict=True))
+        if together and max(map(max, counts)) == 1 and (mixers or min(counts[0]) == 1):
+            return tuple(candidate)
+    beside = f" and has {len(mixers)} modules that keep a state" if mixers else ""
     raise UnsupportedModelError(
-        f"{type(model).__name__} made {len(attentions)} attention calls that do not pair up with a list of decoder "
-        "layers; hybridgen runs models with one attention per layer"
+        f"{type(model).__name__} made {len(attentions)} attention calls{beside} that do not pair up with a list of "
+        "decoder layers; hybridgen runs models with one attention per layer"
     )
+
+
+def _around(module: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
+    return next(layer for layer in layers if module in set(layer.modules()))

@@ -23,7 +23,7 @@ class AttentionNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        configs = {id(config): config for module in model.modules() for config in _config_of(module)}
+        configs = {id(config): config for module in model.modules() for config in configs_of(module)}
         self._previous = [(config, config._attn_implementation) for config in configs.values()]
 
     def set(self, name: str) -> None:
@@ -42,9 +42,13 @@ def _set_name(config: PreTrainedConfig, name: str | None) -> None:
     config._attn_implementation_internal = name
 
 
-def _config_of(module: nn.Module) -> list[PreTrainedConfig]:
-    config = getattr(module, "config", None)
-    return [config] if isinstance(config, PreTrainedConfig) else []
+def configs_of(module: nn.Module) -> list[PreTrainedConfig]:
+    """A module's config and those inside of it, by which a multimodal model makes its decoder's masks."""
+    found = [getattr(module, "config", None)]
+    for config in found:
+        if isinstance(config, PreTrainedConfig):
+            found += [inner for inner in vars(config).values() if isinstance(inner, PreTrainedConfig)]
+    return [config for config in found if isinstance(config, PreTrainedConfig)]
 
 
 def check_functions(modules: Iterable[nn.Module]) -> None:

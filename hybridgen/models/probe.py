@@ -31,6 +31,9 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function
 
 from hybridgen.errors import UnsupportedModelError
+from hybridgen.models.interface import configs_of
+from hybridgen.models.mixers import check_mixers
+from hybridgen.models.text_part import TextPart, as_text_part
 from hybridgen.models.visibility import Predicate, UnknownMaskError, Visibility, read_visibility
 
 PROBE_NAME = "hybridgen_probe"
@@ -124,7 +127,27 @@ def probe_config(
         raise UnsupportedModelError(
             f"a model of this config cannot be built: {type(error).__name__}: {error}; correct the config"
         ) from error
-    return probe_model(model.eval(), context)
+    model = as_text_part(model.eval())
+    check_interface(model)
+    return probe_model(model, context)
+
+
+def check_interface(model: PreTrainedModel) -> None:
+    """Raise if a model does not look its attention function up.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    if not model._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{kind_of(model)} does not attend through Hugging Face's attention interface, so hybridgen cannot put its "
+            "paged cache under it"
+        )
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """The name of a model's class, as its owner knows it."""
+    return type(model.whole if isinstance(model, TextPart) else model).__name__
 
 
 def probe_model(model: PreTrainedModel, context: int) -> tuple[ProbedCall, ...]:
@@ -136,10 +159,12 @@ def probe_model(model: PreTrainedModel, context: int) -> tuple[ProbedCall, ...]:
         context: the longest sequence that will be run.
 
     Raises:
-        UnsupportedModelError: an attention module is used twice, or sees more or other positions than the kernels
+        UnsupportedModelError: a module keeps a state in a way that is not known here, an attention module is used
+            twice, or sees more or other positions than the kernels
             can run, or is called in a way that is not known here.
     """
-    kind = type(model).__name__
+    kind = kind_of(model)
+    check_mixers(model)
     recorder = _run(model)
     check_distinct(kind, [call.name for call in recorder.calls])
     read: dict[tuple[int, int, str], Visibility] = {}
@@ -161,7 +186,7 @@ def _run(model: PreTrainedModel) -> _Recorder:
     Raises:
         UnsupportedModelError: neither runs, or the model numbers its tokens itself.
     """
-    kind = type(model).__name__
+    kind = kind_of(model)
     for meta in (True, False):
         recorder = _Recorder()
         weightless = _copy_without_weights(model, recorder, meta)
@@ -311,8 +336,7 @@ def _copy_without_weights(model: PreTrainedModel, recorder: _Recorder, meta: boo
         if vars(module).get("forward", ...) is None:
             del module.forward
         vars(module)["_hybridgen_recorder"] = recorder
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
+        for config in configs_of(module):
             vars(config)["_hybridgen_recorder"] = recorder
             config._attn_implementation = PROBE_NAME
             if hasattr(config, "_experts_implementation"):

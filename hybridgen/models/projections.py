@@ -190,7 +190,8 @@ def fuse_projections(model: nn.Module) -> FusionReport:
     Returns:
         The groups joined and the candidates left apart, each with the reason.
     """
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    # By modules: one that hangs in the tree twice shows in its calls.
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     fit: list[_Candidate] = []
     skipped: list[SkippedGroup] = []
     for candidate in _candidates(model):

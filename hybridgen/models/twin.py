@@ -46,6 +46,7 @@ _NOT_FOLLOWED = frozenset(
         "generate_batch",
         "generation_config",
         "gradient_checkpointing",
+        "rope_deltas",  # what images added to positions in a multimodal model's own last call; ours are given
         "training",
         "warnings_issued",
     }

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hybridgen.cache import KeyValueState
+from hybridgen.cache import LayerState
+from hybridgen.cache.state import bytes_per_slot
 from hybridgen.models import BoundModel
+from hybridgen.models.binding import paged
 from hybridgen.models.weights import WeightError, WeightProvider
 from hybridgen.telemetry.statistics import DecodeStats, FormatRow
 
@@ -28,6 +30,8 @@ class Traffic:
     """(window, bytes of keys and values per position) of all layers with that window together; 0 is no window."""
     ceiling: float | None
     """Bytes per second that the device reads at best (`kernels.read_ceiling`); None where that is not known."""
+    states: int = 0
+    """Bytes of the states that a row's layers keep whatever its length."""
 
     def step_bytes(self, rows: int, positions: float) -> float:
         """Bytes of a step.
@@ -35,9 +39,8 @@ class Traffic:
         Args:
             positions: cached positions of a row, on average.
         """
-        return self.weights + rows * sum(
-            each * (min(positions, window) if window else positions) for window, each in self.cache
-        )
+        context = sum(each * (min(positions, window) if window else positions) for window, each in self.cache)
+        return self.weights + rows * (context + self.states)
 
     def bandwidth(self, rows: int, positions: float, seconds: float) -> float | None:
         """Bytes per second of steps that take this long; None where the bytes are not known."""
@@ -48,22 +51,23 @@ class Traffic:
         return bandwidth / self.ceiling if self.ceiling and bandwidth is not None else None
 
 
-def traffic_of(bound: BoundModel, states: Sequence[KeyValueState], ceiling: float | None) -> Traffic:
+def traffic_of(bound: BoundModel, states: Sequence[LayerState], ceiling: float | None) -> Traffic:
     """Count a model's bytes: all its weights but the embedding table, of which a step reads a row per token.
 
     A tied embedding is the head's weight too, and counts.
 
     Args:
-        states: what its layers keep, one for each.
+        states: what its layers keep, as `BoundModel.layer_states()` gives it.
     """
     model = bound.model
     weights = 0 if _has_experts(model.modules()) else _bytes(model, bound.weights, model.get_input_embeddings())
     cache: dict[int, int] = {}
-    for site, state in zip(bound.sites, states, strict=True):
+    for site, state in zip(bound.sites, paged(states), strict=True):
         # Within its chunk a row sees between one position and all: half of them on average.
         window = site.sees.window or site.sees.chunk // 2
         cache[window] = cache.get(window, 0) + state.bytes_per_position
-    return Traffic(weights, tuple(cache.items()), ceiling)
+    # A slot has two places for each state, of which a step reads one.
+    return Traffic(weights, tuple(cache.items()), ceiling, bytes_per_slot(states) // 2)
 
 
 def _bytes(model: nn.Module, weights: WeightProvider, skipped: nn.Module | None) -> int:

@@ -162,15 +162,25 @@ def _joined(prompt: Any, completion: str) -> Any:
 
 
 def encode_prompt(
-    prompt: Any, index: int, *, tokenizer: Any, tokenizer_problem: str | None, vocab_size: int
+    prompt: Any,
+    index: int,
+    *,
+    tokenizer: Any,
+    tokenizer_problem: str | None,
+    vocab_size: int,
+    placeholders: Mapping[int, str] | None = None,
 ) -> tuple[int, ...]:
     """Token ids of one prompt.
 
     Text is encoded with the tokenizer's own special tokens; chat messages through its chat template with the
     generation prompt added.
 
+    Args:
+        placeholders: tokens that stand for images, video or sound, with their names; such a prompt is refused.
+
     Raises:
-        PromptError: it is empty, of no known kind, refused by the tokenizer, or has ids outside the vocabulary.
+        PromptError: it is empty, of no known kind, refused by the tokenizer, or has ids outside the vocabulary or that
+            stand for what is no text.
         TokenizerError: it is text or a chat and the model has no tokenizer or no chat template.
     """
     text = is_text(prompt)
@@ -186,6 +196,12 @@ def encode_prompt(
         ids = _plain_ids(prompt, index)
     if not ids:
         raise PromptError(f"prompt {index} ({shown(prompt)}) has no tokens; give at least one")
+    for token, name in (placeholders or {}).items():
+        if token in ids:
+            raise PromptError(
+                f"prompt {index} holds token {token} ({name}), which stands for what is no text; hybridgen runs this "
+                "model's text part alone: leave it out"
+            )
     if not _all_inside(ids, vocab_size):
         wrong = [token for token in ids if not 0 <= token < vocab_size]
         raise PromptError(

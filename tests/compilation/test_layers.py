@@ -48,6 +48,17 @@ def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: 
     runner.bound.release()
 
 
+def test_a_cached_graph_for_fewer_tokens_does_not_cut_the_range() -> None:
+    """Inductor's cache has the range of what it keeps as a guard, not in its key."""
+    for budget in (32, 96):
+        runner = make_runner("llama", compile_backend="inductor", token_budget=budget)
+        compile_layers(runner)
+        assert runner.compiled.compiles == 3, budget
+        assert runner.compiled.strict
+        runner.disable_compilation()
+        runner.bound.release()
+
+
 def test_removing_restores_the_layers() -> None:
     runner = make("llama")
     compile_layers(runner)

@@ -232,7 +232,8 @@ def test_states_are_reset_at_admission_and_committed_by_steps_unless_they_are_re
     runner.decode((0, 2))
     resets = [("reset", [2], []), ("reset", [0], [])]
     assert states[0].calls == resets
-    commits = [("commit", [2], [1]), ("commit", [0], [1]), ("commit", [0, 2], [1, 1])]
+    padding, lines = [MAX_BATCH] * MAX_BATCH, [1] * (MAX_BATCH + 1)  # a prefill's slots, chunks in the middle included
+    commits = [("commit", [slot, *padding], lines) for slot in (2, 0)] + [("commit", [0, 2], [1, 1])]
     assert sorted(states[1].calls) == sorted(resets + commits)
 
 

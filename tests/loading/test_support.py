@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import families
+import multimodal
 import pytest
 import torch
 from torch import nn
@@ -24,7 +25,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 LATENT = {
     **SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
@@ -37,13 +37,9 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v3": (LATENT, "kv_lora_rank=16"),
     "minicpm3": (LATENT, "kv_lora_rank=16"),
     "glm_moe_dsa": (LATENT | {"index_topk": 8, "index_n_heads": 2}, "kv_lora_rank=16"),
-    "lfm2": (SIZES | {"layer_types": ["conv", "full_attention"]}, "conv"),
     "mamba": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
     "mamba2": (IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}, "linear"),
     "jamba": (SIZES | {"attn_layer_offset": 1, "attn_layer_period": 2}, "mamba"),
-    "bamba": (SIZES | MAMBA | {"attn_layer_indices": [1]}, "linear_attention"),
-    "falcon_h1": (SIZES | MAMBA | {"mamba_d_ssm": 64}, "hybrid"),
-    "qwen3_next": (SIZES | {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
     "recurrent_gemma": ({**IDS, "hidden_size": 32, "num_hidden_layers": 3}, "recurrent"),
     "rwkv": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "recurrent state"),
     "bloom": ({**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
@@ -90,12 +86,34 @@ def test_falcon_with_alibi_names_alibi() -> None:
     assert "ALiBi" in str(unsupported_reason(CONFIG_MAPPING["falcon"](**SMALL, alibi=True)))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama4", "mllama"])
-def test_multi_modal_wrappers_are_told_to_load_the_text_model(family: str) -> None:
-    reason = str(unsupported_reason(CONFIG_MAPPING[family]()))
-    assert "text_config" in reason
+def test_composite_models_without_a_text_part_are_told_to_load_the_text_model() -> None:
+    reason = str(unsupported_reason(CONFIG_MAPPING["git"]()))
     assert "vision_config" in reason
     assert "text model" in reason
+
+
+@pytest.mark.parametrize("name", multimodal.WHOLES)
+def test_the_text_part_of_multimodal_models_is_let_in(name: str) -> None:
+    if multimodal.is_absent(name):
+        pytest.skip(f"this transformers has no {name}")
+    assert unsupported_reason(multimodal.config_of(name)) is None
+
+
+def test_what_keeps_a_text_part_out_is_said() -> None:
+    assert "attends to an encoder (cross_attention_layers" in str(unsupported_reason(CONFIG_MAPPING["mllama"]()))
+    kosmos = CONFIG_MAPPING["kosmos-2.5"]()
+    assert "embedders of its encoders" in str(unsupported_reason(CONFIG_MAPPING["gemma3n"]()))
+    assert "of its text part: it counts its positions itself" in str(unsupported_reason(kosmos))
+    quantised = multimodal.config_of("llava")
+    quantised.quantization_config = {"quant_method": "gptq", "bits": 4}
+    assert "quantised" in str(unsupported_reason(quantised))
+
+
+def test_a_multimodal_config_without_a_class_that_generates() -> None:
+    shield = CONFIG_MAPPING["shieldgemma2"]()
+    assert "no class that generates text with a multimodal model of type 'shieldgemma2'" in str(
+        unsupported_reason(shield)
+    )
 
 
 def test_a_text_config_set_from_a_file_counts_too() -> None:

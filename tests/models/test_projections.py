@@ -29,6 +29,7 @@ QKV, GATE_UP = "q_proj+k_proj+v_proj", "gate_proj+up_proj"
 # Groups in four layers. GPT-2, GPT-NeoX, Phi-3 and the like have one fused projection already; MoE blocks
 # keep their experts in one tensor.
 GROUPS = {
+    "lfm2": {"k_proj+q_proj+v_proj": 1, "w1+w3": 4},
     "phi3": {}, "gpt2": {}, "gpt_bigcode": {}, "gpt_neox": {},
     "phi": {QKV: 4}, "starcoder2": {QKV: 4}, "nemotron": {QKV: 4}, "glm": {QKV: 4}, "glm4": {QKV: 4},
     "mixtral": {QKV: 4}, "qwen2_moe": {QKV: 4, GATE_UP: 4}, "qwen3_moe": {QKV: 4}, "olmoe": {QKV: 4},

@@ -20,6 +20,7 @@ BELOW = {
     "http": {"http", "async_client", "client", "service.adapter", "unix.frames"},
     "process": {"service", "unix", "lifecycle", "http.child", "http.options"},
     "async_client": {"client"},
+    "replicas": {"replicas", "client", "unix.messages", "process", "service.limits"},
     "__init__": set(),
 }
 """What each room may import of the others."""

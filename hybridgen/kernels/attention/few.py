@@ -2,8 +2,7 @@
 
 A step of a small model is dozens of such calls, and each of torch's operators costs several microseconds before it
 computes; numpy's cost one or two. Scores of all pages of a row lie in one array, so that the softmax is the
-reference's.
-One thread computes: where there are several, and work for them, `kernels.attention.cpu` gives it to torch.
+reference's. One thread computes: where there are several, and work for them, `kernels.attention.cpu` takes torch.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ def attend(
     v: Tensor | None,
 ) -> Tensor:
     """`attention.decode_attention` of float32 tensors; `places` are the positions on the host."""
-    keys, values, queries = k_pages.numpy(), v_pages.numpy(), q.numpy()
+    # Tensor.numpy() would end that their memory can be given back (`Engine.release_cache`).
+    keys, values, queries = np.from_dlpack(k_pages), np.from_dlpack(v_pages), q.numpy()
     kv_heads, page_size = keys.shape[1:3]
     group = q.shape[1] // kv_heads
     out = q.new_empty((*q.shape[:2], v_pages.shape[3]))

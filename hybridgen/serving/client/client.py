@@ -278,6 +278,10 @@ class Client:
             raise error_from_wire(answer)
         return {name: value for name, value in answer.items() if name not in ("type", "id")}
 
+    def link(self) -> Link:
+        """The connection that there is; it is not made anew."""
+        return self._link
+
     def _connected(self) -> Link:
         """The connection; a new one if it was lost, or if this process was forked from the one that made it."""
         with self._lock:

@@ -75,6 +75,7 @@ class Tools:
             "type": "array",
             "minItems": 1,
             "items": {"anyOf": [_call_schema(name, parameters) for name, parameters in self._forced]},
+            **_definitions(self._forced),
         }
         return {"json_schema": calls if self._most is None else {**calls, "maxItems": self._most}}
 
@@ -129,6 +130,25 @@ def _forced(functions: list[tuple[str, dict[str, Any]]], choice: Any) -> list[tu
     if not found:
         raise ApiError(f"tool_choice names {shown(name)}, which is none of tools", param="tool_choice")
     return found[:1]
+
+
+def _definitions(functions: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What the schemas refer to (`#/$defs/...`), for the root of the one that holds them all.
+
+    Raises:
+        ApiError: two of them mean different things by one name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in ("$defs", "definitions"):
+        for function, parameters in functions:
+            for name, schema in (parameters.get(key) or {}).items():
+                if found.setdefault(key, {}).setdefault(name, schema) != schema:
+                    raise ApiError(
+                        f"the function {shown(function)} has another {key}/{name} than one before it; rename it, or "
+                        "force one function by its name",
+                        param="tools",
+                    )
+    return found
 
 
 def _call_schema(name: str, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -99,12 +99,7 @@ class EngineModel:
         # It imports torch, which the clients do without.
         from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
 
-        checkpoint = self._engine.checkpoint
-        how: dict[str, Any] = {
-            "tokenizer": checkpoint.tokenizer,
-            "tokenizer_problem": checkpoint.tokenizer_problem,
-            "vocab_size": checkpoint.vocab_size,
-        }
+        how = self._engine.checkpoint.encoding
         if not is_pair(prompt):
             return encode_prompt(prompt, index, **how)
         ids, start = encode_pair(prompt, index, **how)

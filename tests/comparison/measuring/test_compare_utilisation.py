@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -139,11 +140,16 @@ def test_what_cannot_be_is_named_and_what_is_known_stays() -> None:
 # ------------------------------------------------------------------ memory of a CPU
 
 
+def take(size: int) -> torch.Tensor:
+    """So many bytes of memory that the process did not have: `malloc` would give again what other tests have freed."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).fill_(1)
+
+
 def test_resident_memory_is_what_the_process_has() -> None:
     before = taken(CPU)
     if before is None:
         pytest.skip("this system does not say what is resident")
-    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    block = take(64 * 2**20)
     assert 60 * 2**20 < (taken(CPU) or 0) - before < 80 * 2**20
     del block
     assert (taken(CPU) or 0) - before < 16 * 2**20
@@ -153,7 +159,7 @@ def test_a_peak_is_seen_after_it_is_gone_and_only_once() -> None:
     memory = PeakMemory(CPU)
     if not memory._resets:
         pytest.skip("this system does not let the peak be reset")
-    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    block = take(64 * 2**20)
     del block
     assert 60 * 2**20 < memory.growth() < 80 * 2**20
     assert PeakMemory(CPU).growth() < 16 * 2**20
@@ -166,8 +172,8 @@ def test_a_cell_knows_the_memory_of_its_calls() -> None:
     def act(prompts: list[list[int]]) -> None:
         if len(prompts) == 2:
             if not kept:  # what a first call takes for good
-                kept.append(torch.ones(96 * 2**20, dtype=torch.uint8))
-            torch.ones(32 * 2**20, dtype=torch.uint8)
+                kept.append(take(96 * 2**20))
+            take(32 * 2**20)
 
     found = measurement(config)
     found.run({"eager": Scripted("eager", act)}, 5.0)

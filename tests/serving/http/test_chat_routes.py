@@ -316,6 +316,25 @@ def test_a_call_of_one_function_is_forced(api: openai.OpenAI) -> None:
     assert [item.type for item in answer.output] == ["function_call"]
 
 
+def test_a_forced_call_of_a_schema_with_references(api: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"at": {"$ref": "#/$defs/Point"}},
+        "required": ["at"],
+        "additionalProperties": False,
+        "$defs": {"Point": STRICT},
+    }
+    tool: Any = {"type": "function", "function": {"name": "go", "parameters": parameters}}
+    fields: Any = {"model": "demo", "messages": MESSAGES, "parallel_tool_calls": False, "temperature": 2}
+    out = api.chat.completions.create(tools=[tool], tool_choice="required", max_tokens=90, seed=1, **fields)
+    [call] = out.choices[0].message.tool_calls or ()
+    jsonschema.validate(json.loads(call.function.arguments), parameters)  # type: ignore[union-attr]
+    other = copy.deepcopy(tool)
+    other["function"]["parameters"]["$defs"]["Point"] = {"type": "null"}
+    with pytest.raises(openai.BadRequestError, match="Point"):
+        api.chat.completions.create(tools=[tool, other], tool_choice="required", max_tokens=9, **fields)
+
+
 def test_a_forced_call_that_is_cut_is_text(api: openai.OpenAI) -> None:
     out = api.chat.completions.create(
         model="demo", messages=MESSAGES, tools=[LOOK], tool_choice="required", max_tokens=3

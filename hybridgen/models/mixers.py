@@ -1,0 +1,289 @@
+"""Layers that keep a state of one size: short convolutions, gated delta nets, Mamba.
+
+transformers' mixers (as it calls the modules in the place of attention) ask a cache object for the state of their layer
+and give it the new one. Here a mixer of the engine's own tree gets such an object for each call (`SlotCache`), over the
+pool in `cache.slot_state`; what it computes stays transformers' own code.
+
+- *Decode*: one call with a row for each token, [T, 1, hidden]. It decides nothing on the host, so that it can be
+  compiled and recorded.
+- *Prefill*: one call for each run of tokens, [1, length, hidden], because transformers' functions start every row of a
+  batch at the same state. `_prefill` is the place for a function that takes packed runs.
+
+The mixer's class is changed, not its `forward` attribute, so that layers of a kind still share a compiled graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from hybridgen.cache.slot_state import MixerShapes, MixerTensors, SlotShape
+from hybridgen.errors import UnsupportedModelError
+from hybridgen.models.attention import Phase, StepMetadata
+
+_VERBS = frozenset({"update_conv_state", "update_recurrent_state"})
+"""What a mixer calls on its cache, by which it is recognised."""
+_CACHE_NAMES = ("cache_params", "past_key_values", "past_key_value", "cache")
+_NOT_NEEDED = frozenset({"attention_mask", "position_ids", "position_embeddings", "cache_position", "seq_idx"})
+"""Arguments of mixers that are None for packed tokens without padding, or that only attention reads."""
+
+
+class SlotMixer(nn.Module):
+    """What the class of every mixer is also, once it reads its state from slots."""
+
+
+class MixerSite(NamedTuple):
+    """One mixer as the probe saw it."""
+
+    module: nn.Module
+    layer: nn.Module
+    """The decoder layer around it."""
+    shapes: MixerShapes
+
+
+class MixerBinding:
+    """What one mixer needs beyond its inputs; an attribute of the module."""
+
+    __slots__ = ("convolution", "recurrent", "step")
+
+    def __init__(self, tensors: MixerTensors, step: StepMetadata) -> None:
+        self.convolution = tensors.convolution
+        self.recurrent = tensors.recurrent
+        self.step = step
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Where the step reads and writes."""
+        places = self.step.state_places
+        if places is None:
+            raise RuntimeError("the step does not say where states are; BoundModel.forward() sets it")
+        return places
+
+    def read(self, places: Tensor, fresh: bool) -> SlotCache:
+        """A copy of the states in these places, int64 [B]; `fresh` has none before."""
+        convolution, recurrent = self.convolution, self.recurrent
+        kernel = 0 if convolution is None else convolution.shape[-1]
+        return SlotCache(
+            None if fresh or convolution is None else convolution.index_select(0, places),
+            None if fresh or recurrent is None else recurrent.index_select(0, places),
+            kernel,
+            not fresh,
+        )
+
+    def write(self, places: Tensor, cache: SlotCache) -> None:
+        """Put the states that a mixer left into these places, int64 [B]."""
+        for pool, new in ((self.convolution, cache.conv_states[0]), (self.recurrent, cache.recurrent_states[0])):
+            if pool is not None:
+                pool.index_copy_(0, places, new.to(pool.dtype))
+
+
+class SlotCache:
+    """What a mixer takes for its cache, in one call.
+
+    It has what transformers' `Cache` offers mixers from 5.17 on: `has_previous_state()` and `layers[i].conv_states`
+    there, `get_conv_state()` and `get_recurrent_state()` later.
+    """
+
+    record_past = False
+
+    def __init__(self, convolution: Tensor | None, recurrent: Tensor | None, kernel: int, previous: bool) -> None:
+        """
+        Args:
+            convolution: [B, channels, kernel], which the mixer may change in place; `recurrent` alike.
+            previous: whether tokens came before.
+        """
+        self.conv_states: list[Any] = [convolution]
+        self.recurrent_states: list[Any] = [recurrent]
+        self._kernel = kernel
+        self._previous = previous
+
+    @property
+    def layers(self) -> _Everywhere:
+        """The same whatever the layer."""
+        return _Everywhere(self)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether tokens came before."""
+        return self._previous
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """No: nothing is taken back."""
+        return False
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """[B, channels, kernel], or None before the first token."""
+        return self.conv_states[0] if self._previous else None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """[B, ...], or None before the first token."""
+        return self.recurrent_states[0] if self._previous else None
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """Keep the last inputs; returns those that were kept and the new ones, [B, channels, at least kernel]."""
+        if self._previous:
+            conv_states = torch.cat([self.conv_states[0].to(conv_states.dtype), conv_states], dim=-1)
+        elif conv_states.shape[-1] < self._kernel:
+            conv_states = nn.functional.pad(conv_states, (self._kernel - conv_states.shape[-1], 0))
+        self.conv_states[0] = conv_states[..., -self._kernel :]
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """Keep a new state."""
+        self.recurrent_states[0] = recurrent_states
+        return recurrent_states
+
+
+class _Everywhere:
+    def __init__(self, layer: SlotCache) -> None:
+        self._layer = layer
+
+    def __getitem__(self, index: int) -> SlotCache:
+        return self._layer
+
+
+def find_mixers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose own code updates a convolution or recurrent state."""
+    for module in model.modules():
+        if _VERBS & _names_in(_class_of(module)):
+            yield module
+
+
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
+
+
+@functools.cache
+def _names_in(kind: Any) -> frozenset[str]:
+    """The names that the code of a class's methods has."""
+    members = [value for base in kind.__mro__ if base is not nn.Module for value in vars(base).values()]
+    functions = [inspect.unwrap(value) for value in members if callable(value)]
+    codes = [function.__code__ for function in functions if inspect.isfunction(function)]
+    return frozenset(name for code in codes for name in code.co_names)
+
+
+def check_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The model's mixers, each of which can be given its state by slot.
+
+    Raises:
+        UnsupportedModelError: one of them takes its cache, or something else, in a way that is not known here.
+    """
+    names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    mixers = tuple(find_mixers(model))
+    indices = [getattr(mixer, "layer_idx", None) for mixer in mixers]
+    for mixer, index in zip(mixers, indices, strict=True):
+        if not isinstance(index, int) or indices.count(index) > 1:
+            raise UnsupportedModelError(
+                f"{names[mixer]} keeps a state of layer {index}, as another module does, or of none; hybridgen runs "
+                "models with one state a layer"
+            )
+        _cache_name(_class_of(mixer))
+    return mixers
+
+
+@functools.cache
+def _cache_name(kind: Any) -> str:
+    """The name of a mixer's argument for its cache."""
+    parameters = inspect.signature(kind.forward).parameters
+    found = [name for name in _CACHE_NAMES if name in parameters]
+    needed = [
+        name
+        for name, parameter in list(parameters.items())[1:]
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    unknown = [name for name in needed if name not in (*found, "hidden_states", *_NOT_NEEDED)]
+    if len(found) != 1 or unknown or "hidden_states" not in parameters:
+        raise UnsupportedModelError(
+            f"{kind.__name__} takes {', '.join(list(parameters)[1:])}; hybridgen knows mixers that take hidden_states "
+            "and one cache"
+        )
+    return found[0]
+
+
+def check_claimed(mixers: Sequence[nn.Module], cache: DynamicCache) -> None:
+    """Raise if a layer keeps a state in transformers' cache that none of the mixers is there for.
+
+    Raises:
+        UnsupportedModelError: one does.
+    """
+    claimed: set[Any] = {mixer.layer_idx for mixer in mixers}
+    other = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "conv_states")]
+    if claimed != set(other):
+        raise UnsupportedModelError(
+            f"layers {sorted(set(other) ^ claimed)} keep a state in transformers' cache and have no module whose code "
+            "updates it, or the other way round; hybridgen cannot give them theirs"
+        )
+
+
+def read_shapes(mixer: nn.Module, cache: DynamicCache) -> MixerShapes:
+    """What a mixer left in a cache of transformers' own, for a batch of one.
+
+    Raises:
+        UnsupportedModelError: nothing, or more than one state of a kind.
+    """
+    layer: Any = cache.layers[mixer.layer_idx]  # type: ignore[index]
+    found = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
+    kinds = [[] if states is None else list(states.values()) for states in found]
+    if any(len(states) != 1 for states in kinds) or all(states == [None] for states in kinds):
+        raise UnsupportedModelError(
+            f"{type(mixer).__name__} of layer {mixer.layer_idx} keeps several states, or none, in transformers' cache; "
+            "hybridgen runs mixers with one convolution and one recurrence"
+        )
+    shapes = (None if state is None else SlotShape(tuple(state.shape[1:]), state.dtype) for (state,) in kinds)
+    return MixerShapes(*shapes)
+
+
+def use_slots(mixer: nn.Module) -> None:
+    """From now on the mixer reads its state where its `_hybridgen` attribute says."""
+    mixer.__class__ = _with_slots(_class_of(mixer))
+
+
+def use_own_cache(mixer: nn.Module) -> None:
+    """Undo `use_slots()`."""
+    if isinstance(mixer, SlotMixer):
+        mixer.__class__ = type(mixer).__bases__[0]
+
+
+@functools.cache
+def _with_slots(kind: Any) -> type[nn.Module]:
+    name = _cache_name(kind)
+    own: Callable[..., Tensor] = kind.forward
+
+    @functools.wraps(own)
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        binding: MixerBinding = self._hybridgen
+        if binding.step.phase is Phase.DECODE:
+            return _decode(own, name, self, hidden_states, binding)
+        return _prefill(own, name, self, hidden_states, binding)
+
+    # What is compiled is kept with its classes' names, by which another process finds them here, once it has bound.
+    title = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")
+    made = type(title, (kind, SlotMixer), {"forward": forward, "__module__": __name__})
+    globals()[title] = made
+    return made
+
+
+def _decode(own: Callable[..., Tensor], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Tensor:
+    """[1, T, hidden]: every token is a row, with the state of its slot."""
+    reads, writes = binding.places()
+    cache = binding.read(reads, fresh=False)
+    output = own(mixer, hidden.transpose(0, 1), **{name: cache})
+    binding.write(writes, cache)
+    return output.transpose(0, 1)
+
+
+def _prefill(own: Callable[..., Tensor], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Tensor:
+    """[1, T, hidden]: runs of tokens, each with the state of its slot."""
+    reads, writes = binding.places()
+    outputs, start = [], 0
+    for index, (length, fresh) in enumerate(binding.step.runs):
+        cache = binding.read(reads[index : index + 1], fresh)
+        outputs.append(own(mixer, hidden[:, start : start + length], **{name: cache}))
+        binding.write(writes[index : index + 1], cache)
+        start += length
+    return torch.cat(outputs, dim=1)

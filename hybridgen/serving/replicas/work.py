@@ -1,0 +1,321 @@
+"""The prompts of one call, and which replica runs which."""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hybridgen.core import Completion, TokenEvent
+from hybridgen.errors import HybridgenError, RequestError, ServerBusyError, ServerError
+from hybridgen.params import SamplingParams
+from hybridgen.serving.client.client import Client
+from hybridgen.serving.client.exchange import Call, Exchange
+from hybridgen.serving.client.link import Link, Mailbox
+from hybridgen.serving.replicas.member import Member
+
+TRIES = 3
+"""Replicas that may die under a prompt. With the last of them it is alone, so that no other prompt is blamed."""
+TURN_SECONDS = 0.05
+"""How long a replica's thread waits for an answer before it looks for more prompts."""
+
+JOIN_SECONDS = 1.0
+"""How long a call that ends waits for its threads: one of them may be starting a replica."""
+
+
+@dataclass
+class Job:
+    """One prompt of a call."""
+
+    index: int
+    prompt: Any
+    sampling: SamplingParams
+    """With a seed, so that a second try draws what the first drew."""
+    deaths: int = 0
+    given: dict[int, int] = field(default_factory=dict)
+    """Tokens of each choice that the caller has had."""
+    ended: set[int] = field(default_factory=set)
+    """Choices whose completion the caller has had."""
+
+
+class Work:
+    """One call: its prompts are pulled by whichever replica has room, and its events come out of `events()`."""
+
+    def __init__(self, call: Call, members: list[Member], depth: int, *, stream: bool) -> None:
+        """
+        Args:
+            depth: completions that one replica has at once.
+            stream: whether every token is an event, or completions alone.
+        """
+        self._call = call
+        self._members = members
+        self._depth = depth
+        self._stream = stream
+        jobs = [
+            Job(index, prompt, params if params.seed is not None else replace(params, seed=secrets.randbits(63)))
+            for index, (prompt, params) in enumerate(zip(call.prompts, call.sampling, strict=True))
+        ]
+        # The longest first: one that begins last would keep one replica busy while the others have nothing.
+        self._waiting = deque(sorted(jobs, key=_length, reverse=True))
+        self._left = len(jobs)
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._working = len(members)
+        self._out: queue.SimpleQueue[TokenEvent | HybridgenError | None] = queue.SimpleQueue()
+
+    def events(self) -> Iterator[TokenEvent]:
+        """Run it. Closing the iterator cancels what is left.
+
+        Raises:
+            HybridgenError: a prompt is refused (unless the call wants that returned), or no replica can be kept alive.
+        """
+        threads = [
+            threading.Thread(target=self._serve, args=(member,), daemon=True, name=f"hybridgen-replica-{member.number}")
+            for member in self._members
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while (event := self._out.get()) is not None:
+                if isinstance(event, HybridgenError):
+                    raise event
+                yield event
+        finally:
+            self.stop()
+            for thread in threads:
+                thread.join(JOIN_SECONDS)
+
+    def stop(self) -> None:
+        """Cancel what is left."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _serve(self, member: Member) -> None:
+        """Keep one replica busy until nothing is left; in a thread of its own."""
+        lost: HybridgenError | None = None
+        try:
+            while self._more():
+                client = member.client()
+                _Runner(self, member, client).run()
+        except HybridgenError as error:
+            lost = error
+        except BaseException as error:  # a mistake of ours must not leave the caller waiting
+            lost = ServerError(f"replica {member.number} cannot be used: {type(error).__name__}: {error}")
+        with self._changed:
+            self._working -= 1
+            if lost is not None and self._working == 0 and self._left and not self._stopped:
+                self._out.put(lost)
+            elif lost is None and self._working == 0 and self._left and not self._stopped:
+                self._out.put(ServerError("all replicas ended with prompts left; this is a bug"))
+
+    def _more(self) -> bool:
+        """Wait for a prompt, one that is given back included; False when there will be none."""
+        with self._changed:
+            while not self._waiting and self._left and not self._stopped:
+                self._changed.wait()
+            return bool(self._left) and not self._stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether what runs is to be cancelled."""
+        return self._stopped
+
+    def pull(self, running: list[Job]) -> Job | None:
+        """The next prompt for a replica that runs these; None when it shall have no more now."""
+        with self._changed:
+            if not self._waiting or self._stopped:
+                return None
+            job = self._waiting[0]
+            alone = job.deaths >= TRIES - 1 or any(each.deaths >= TRIES - 1 for each in running)
+            full = sum(each.sampling.n for each in running) + job.sampling.n > self._depth
+            if running and (alone or full):
+                return None
+            return self._waiting.popleft()
+
+    def give_back(self, jobs: list[Job], why: str | None) -> None:
+        """Put back what a replica had.
+
+        Args:
+            why: it died, and of what; None: it only had no room.
+        """
+        with self._changed:
+            for job in sorted(jobs, key=_length):
+                job.deaths += why is not None
+                if job.deaths < TRIES:
+                    self._waiting.appendleft(job)
+                    continue
+                error = RequestError(
+                    f"prompt {job.index} ran on {job.deaths} replicas that died, the last time alone ({why}); leave it "
+                    "out, or run it with one engine to see what it does"
+                )
+                for choice in range(job.sampling.n):
+                    if choice not in job.ended:
+                        job.ended.add(choice)
+                        failed = Completion.refused(error, _text(job.prompt), job.sampling.seed)
+                        failed = replace(failed, choices=())
+                        self._out.put(
+                            TokenEvent(token_id=None, text="", index=job.index, choice=choice, completion=failed)
+                        )
+                self._ended(job)
+            self._changed.notify_all()
+
+    def event(self, job: Job, event: TokenEvent) -> None:
+        """Hand an event on, unless the caller has had it from a replica that died."""
+        with self._changed:
+            choice = event.choice
+            if choice in job.ended:
+                return
+            if event.completion is not None:
+                job.ended.add(choice)
+            self._out.put(replace(event, index=job.index))
+
+    def done(self, job: Job) -> None:
+        """A prompt has all its completions."""
+        with self._changed:
+            self._ended(job)
+
+    def _ended(self, job: Job) -> None:
+        self._left -= 1
+        if not self._left:
+            self._out.put(None)
+        self._changed.notify_all()
+
+    def fail(self, error: HybridgenError) -> None:
+        """End the call with an error."""
+        self._out.put(error)
+        self.stop()
+
+    def exchange(self, job: Job, link: Link) -> Exchange:
+        """The messages of one prompt."""
+        part = Call([job.prompt], [job.sampling], {}, "return" if self._call.returns_errors else "raise")
+        # A full queue gives the prompt to another replica.
+        return Exchange(part, link.hello["limits"], wait=0.0, stream=self._stream)
+
+
+class _Runner:
+    """A replica while it lives: what it has of a call."""
+
+    def __init__(self, work: Work, member: Member, client: Client) -> None:
+        self._work = work
+        self._member = member
+        self._link = client.link()
+        self._box = Mailbox()
+        self._running: dict[int, tuple[Job, Exchange, dict[int, int]]] = {}
+        self._seen: dict[int, dict[int, int]] = {}
+
+    def run(self) -> None:
+        """Pull prompts and hand on their events until nothing is left, or the replica dies."""
+        job: Job | None = None
+        try:
+            while not self._work.stopped:
+                while (job := self._work.pull([each for each, *_ in self._running.values()])) is not None:
+                    self._send(job)
+                if not self._running:
+                    return
+                answer = self._link.receive(self._box, TURN_SECONDS)
+                if answer is not None:
+                    self._take(answer)
+        except ServerError as error:
+            if not self._link.closed:
+                self._work.fail(error)
+                return
+            if not self._member.dead():
+                self._member.kill()  # it lives and does not talk
+            jobs = {id(each): each for each, *_ in self._running.values()}
+            if job is not None:
+                jobs[id(job)] = job
+            self._running.clear()
+            self._work.give_back(list(jobs.values()), str(error).partition(";")[0] + self._member.last_words())
+        except HybridgenError as error:
+            self._work.fail(error)
+        finally:
+            self._cancel()
+
+    def _send(self, job: Job) -> None:
+        exchange = self._work.exchange(job, self._link)
+        for event in exchange.refused:
+            self._work.event(job, event)
+        if exchange.finished:
+            self._work.done(job)
+        self._post(job, exchange)
+
+    def _post(self, job: Job, exchange: Exchange) -> None:
+        while (message := exchange.next_message(time.monotonic())) is not None:
+
+            def begun(key: int) -> None:
+                exchange.sent(key)
+                self._running[key] = (job, exchange, {})
+
+            self._link.post(message, self._box, begun)
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        key = answer["id"]
+        if key not in self._running:
+            return
+        job, exchange, seen = self._running[key]
+        over = answer["type"] == "error" or bool(answer.get("last"))
+        if over:
+            self._link.forget(key)
+            del self._running[key]
+        try:
+            event = exchange.take(answer, time.monotonic())
+        except ServerBusyError as error:
+            self._work.give_back([job], None)
+            time.sleep(min(error.retry_after, 1.0))
+            return
+        except HybridgenError as error:
+            error.args = (_numbered(str(error), job.index), *error.args[1:])
+            raise
+        if event is not None:
+            self._hand_on(job, event, seen)
+        if over:
+            if exchange.finished:
+                self._work.done(job)
+            else:
+                self._post(job, exchange)
+
+    def _hand_on(self, job: Job, event: TokenEvent, seen: dict[int, int]) -> None:
+        completion = event.completion
+        if completion is not None and completion.error is not None:
+            completion.error.args = (_numbered(str(completion.error), job.index), *completion.error.args[1:])
+        if event.token_id is not None:
+            seen[event.choice] = seen.get(event.choice, 0) + 1
+            if seen[event.choice] <= job.given.get(event.choice, 0):
+                if completion is None:
+                    return  # the caller had it from a replica that died
+                event = replace(event, token_id=None, text="")
+            else:
+                job.given[event.choice] = seen[event.choice]
+        self._work.event(job, event)
+
+    def _cancel(self) -> None:
+        """Cancel what is left behind."""
+        for key in list(self._running):
+            self._link.forget(key)
+            if not self._link.closed:
+                try:
+                    self._link.cancel(key)
+                except ServerError:
+                    return
+
+
+def _length(job: Job) -> tuple[int, int]:
+    """By what prompts are put in order: the tokens that they may have, then the size of the prompt."""
+    prompt = job.prompt
+    size = len(prompt) if isinstance(prompt, str | list) else len(str(prompt))
+    return job.sampling.max_new_tokens or 0, size
+
+
+def _text(prompt: Any) -> str | None:
+    return prompt if isinstance(prompt, str) else None
+
+
+def _numbered(text: str, index: int) -> str:
+    """An error of a call of one prompt, with the prompt's number in the caller's."""
+    return f"prompt {index} {text.removeprefix('prompt 0 ')}" if text.startswith("prompt 0 ") else text

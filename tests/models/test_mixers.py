@@ -1,0 +1,85 @@
+"""Modules that keep a state by slot: how they are found, given their state, and refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from hybridgen.errors import UnsupportedModelError
+from hybridgen.models import bind
+from hybridgen.models.mixers import SlotCache, SlotMixer, check_claimed, check_mixers, find_mixers
+from hybridgen.models.probe import probe_model
+
+
+@pytest.mark.parametrize(
+    ("name", "recurrent"), [("lfm2", None), ("qwen3_5_text", torch.float32), ("bamba", torch.float32)]
+)
+def test_states_have_the_shapes_and_dtypes_that_transformers_keeps(name: str, recurrent: Any) -> None:
+    model = families.build(name).to(torch.bfloat16)
+    bound = bind(model)
+    try:
+        assert [site.layer for site in bound.mixers] == [layer for layer in bound.layers if list(find_mixers(layer))]
+        assert bound.layers == tuple(model.model.layers)
+        for site in bound.mixers:
+            assert isinstance(site.module, SlotMixer)
+            assert site.shapes.convolution is not None
+            assert site.shapes.convolution.dtype is torch.bfloat16
+            assert (site.shapes.recurrent and site.shapes.recurrent.dtype) == recurrent
+    finally:
+        bound.release()
+    assert not any(isinstance(module, SlotMixer) or "_hybridgen" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("runs", [(7,), (2, 1, 4), (1, 1, 1, 4)])
+def test_a_mixer_computes_the_same_with_either_cache(runs: tuple[int, ...]) -> None:
+    model = families.build("qwen3_5_text")
+    mixer = next(find_mixers(model))
+    theirs = DynamicCache(config=model.config)
+    hidden = torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(0))
+    ours = SlotCache(None, None, 4, previous=False)
+    with torch.inference_mode():
+        for part in hidden.split(runs, dim=1):
+            wanted = mixer(part, cache_params=theirs)
+            torch.testing.assert_close(mixer(part, cache_params=ours), wanted)
+            ours = SlotCache(ours.conv_states[0], ours.recurrent_states[0], 4, previous=True)
+    assert torch.equal(ours.conv_states[0], theirs.layers[mixer.layer_idx].conv_states[0])
+    torch.testing.assert_close(ours.recurrent_states[0], theirs.layers[mixer.layer_idx].recurrent_states[0])
+
+
+class Strange(nn.Module):
+    layer_idx = 0
+
+    def forward(self, hidden_states: torch.Tensor, cache_params: Any, other: torch.Tensor) -> torch.Tensor:
+        cache_params.update_recurrent_state(other, 0)
+        return hidden_states
+
+
+class StrangeShortConv(Strange):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Strange, StrangeShortConv])
+def test_a_mixer_with_unknown_arguments_is_refused(kind: type[Strange]) -> None:
+    model = families.build("llama")
+    model.model.layers[0].mlp = kind()
+    with pytest.raises(UnsupportedModelError, match="takes hidden_states, cache_params, other"):
+        probe_model(model, 64)
+
+
+def test_a_state_without_a_mixer_is_refused() -> None:
+    model = families.build("lfm2")
+    mixers = list(find_mixers(model))
+    with pytest.raises(UnsupportedModelError, match=r"layers \[3\] keep a state"):
+        check_claimed(mixers[:-1], DynamicCache(config=model.config))
+
+
+def test_two_states_of_one_layer_are_refused() -> None:
+    model = families.build("lfm2")
+    model.model.layers[2].conv.layer_idx = 0
+    with pytest.raises(UnsupportedModelError, match="one state a layer"):
+        check_mixers(model)

@@ -1,0 +1,162 @@
+"""Tiny random multimodal checkpoints, whose text part hybridgen runs, for tests to write to disk and load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from hybridgen.loading.multimodal import whole_class
+from hybridgen.models.text_part import text_config
+
+IMAGE = 250
+"""The token that stands for images, video or sound."""
+
+_ENCODERS: dict[str, Any] = {
+    "hidden_size": 32, "embed_dim": 32, "d_model": 32, "intermediate_size": 48, "encoder_ffn_dim": 48, "mlp_dim": 48,
+    "num_hidden_layers": 1, "depth": 1, "encoder_layers": 1, "num_layers": 1, "num_attention_heads": 2, "num_heads": 2,
+    "encoder_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "projection_dim": 32,
+    "image_size": 32, "patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0], "global_attn_indexes": [0], "num_mel_bins": 16, "vocab_size": 64,
+}  # fmt: skip
+"""Fields of encoders, where they have them."""
+
+
+def _text(name: str, *without: str, **fields: Any) -> dict[str, Any]:
+    """A family's config of two layers."""
+    config = families.CONFIGS[name] | fields
+    kinds = config.get("layer_types")
+    two: dict[str, Any] = {"num_hidden_layers": 2} | ({"layer_types": kinds[:2]} if kinds else {})
+    return {key: value for key, value in (config | two).items() if key not in without}
+
+
+def _mrope(*sections: int) -> dict[str, Any]:
+    values = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    return {"rope_parameters": values}
+
+
+_QWEN = _text("qwen2", **_mrope(2, 3, 3))
+_QWEN3 = _text("qwen3", **_mrope(2, 3, 3))
+_GLM = _text("glm4", **_mrope(1, 1, 2))
+
+WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (_text("gemma3_text"), {"mm_tokens_per_image": 4}),
+    "mistral3": (_text("mistral"), {}),
+    "llava": (_text("llama"), {}),
+    "llava_next": (_text("llama"), {}),
+    "llava_next_video": (_text("llama"), {}),
+    "llava_onevision": (_text("qwen2"), {}),
+    "vipllava": (_text("llama"), {}),
+    "video_llava": (_text("llama"), {}),
+    "internvl": (_text("qwen2"), {}),
+    "idefics2": (_text("mistral"), {}),
+    "idefics3": (_text("llama"), {}),
+    "smolvlm": (_text("llama"), {}),
+    "aya_vision": (_text("cohere2"), {}),
+    "cohere2_vision": (_text("cohere2"), {}),
+    "qwen2_vl": (_QWEN, {}),
+    "qwen2_5_vl": (_QWEN, {}),
+    "qwen3_vl": (_QWEN3, {}),
+    "qwen3_vl_moe": (_text("qwen3_moe", **_mrope(2, 3, 3)), {}),
+    "glm4v": (_GLM, {}),
+    "glm46v": (_GLM, {}),
+    "glm4v_moe": (_text("glm4_moe", **_mrope(1, 1, 2)), {}),
+    "glm_ocr": (_GLM, {}),
+    "gemma4": (_text("gemma4_text"), {}),
+    "exaone4_5": (_text("exaone4"), {}),
+    "aria": (_text("aria_text"), {}),
+    "ovis2": (_text("qwen2"), {"hidden_size": 64, "vocab_size": families.VOCAB}),
+    "ernie4_5_vl_moe": (_text("ernie4_5_moe", moe_intermediate_size=[48, 48], **_mrope(2, 2, 4)), {}),
+    "paddleocr_vl": (_text("ernie4_5", **_mrope(2, 3, 3)), {}),
+    "lighton_ocr": (_text("qwen3"), {}),
+    "granite_docling": (_text("granite"), {"vision_config": {"out_hidden_size": 64}}),
+    "qwen2_5_omni_thinker": (_QWEN, {"vision_start_token_id": 249}),
+    "qwen3_omni_moe_thinker": (_text("qwen3_moe", **_mrope(2, 3, 3)), {"vision_start_token_id": 249}),
+    "hyperclovax_vision_v2": (_text("hyperclovax"), {}),
+    "cohere_compass": (_text("cohere_compass_text"), {}),
+    "molmo2": (_text("qwen3"), {"adapter_config": {"vision_feature_layer": [0]}}),
+    "voxtral": (_text("llama"), {}),
+    "qwen3_asr": (_text("qwen3"), {}),
+    "glmasr": (_text("llama"), {}),
+    "fuyu": (_text("persimmon"), {}),
+    "deepseek_vl": (_text("llama"), {}),
+    "janus": (_text("llama"), {}),
+    "got_ocr2": (_text("qwen2"), {}),
+    "granite_speech": (_text("granite"), {}),
+    "video_llama_3": (_text("qwen2"), {}),
+    "qianfan_ocr": (_text("qwen3"), {}),
+    "cosmos3_edge": (_text("llama"), {}),
+    "cosmos3_omni": (_QWEN3, {}),
+    "fun_asr_nano": (_text("qwen3"), {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}}),
+    "muse_glimmer": (_text("llama"), {"vision_config": {"layer_types": ["full_attention"]}}),
+    "moss_transcribe_diarize": (_text("qwen3"), {}),
+    "llama4": (_text("llama4_text"), {}),
+}
+"""By model type: the text config, and other fields of the whole one."""
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"paligemma": (_text("gemma"), {})}
+"""Prompts are seen both ways (prefix attention)."""
+
+
+def config_of(name: str, **changes: Any) -> PreTrainedConfig:
+    """A tiny config of a multimodal model."""
+    kind = CONFIG_MAPPING[name]
+    default = kind()
+    text, others = (WHOLES | REFUSED)[name]
+    fields: dict[str, Any] = {key: value for key, value in others.items() if not isinstance(value, dict)}
+    for part in kind.sub_configs:
+        inner = getattr(default, part, None)
+        if not isinstance(inner, PreTrainedConfig):
+            continue
+        if inner is text_config(default):
+            fields[part] = {"model_type": inner.model_type, **text, **changes}
+            continue
+        known = inner.to_dict()
+        fields[part] = {
+            key: value for key, value in known.items() if not isinstance(value, dict) and key != "transformers_version"
+        } | {key: value for key, value in _ENCODERS.items() if key in known and isinstance(known[key], type(value))}
+        fields[part] |= others.get(part, {})
+    for token, field in enumerate(("image_token_id", "image_token_index", "video_token_id", "audio_token_id"), IMAGE):
+        if hasattr(default, field):
+            fields.setdefault(field, token)
+    config = kind(**fields)
+    config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
+    text_config(config).eos_token_id = None
+    return config
+
+
+def build(name: str, **changes: Any) -> PreTrainedModel:
+    """A random float32 model in eval mode whose norms and biases are not trivial either.
+
+    Args:
+        changes: fields of the text config.
+    """
+    torch.manual_seed(0)
+    config = config_of(name, **changes)
+    model_class = whole_class(config)
+    assert model_class is not None
+    config._attn_implementation = "eager"
+    model = model_class._from_config(config, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def write(name: str, directory: Path, **changes: Any) -> Path:
+    """Write such a checkpoint to `directory/name`."""
+    path = directory / name
+    build(name, **changes).save_pretrained(path)
+    return path
+
+
+def is_absent(name: str) -> bool:
+    """Whether the installed transformers lacks it, or has another form of it."""
+    return name not in CONFIG_MAPPING

@@ -1,0 +1,163 @@
+"""Two replicas on a CPU: the tokens of one engine, whatever becomes of the processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import hybridgen
+from hybridgen import ConfigError, DeviceError, ModelNotFoundError, PromptError, Replicas, RequestError
+from hybridgen.serving.client.exchange import Call
+from hybridgen.serving.replicas import replicas as module
+from hybridgen.serving.replicas.work import Work
+
+CONFIG = {"mode": "eager", "dtype": "float32", "device": "cpu", "kv_memory": "32MiB", "max_batch": 4}
+PROMPTS = [f"def f{number}(x):" for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Replicas]:
+    with Replicas(None, 2, **CONFIG) as replicas:
+        yield replicas
+    assert not any(alive(pid) for pid in replicas.pids)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def ids(completions: list[hybridgen.Completion]) -> list[tuple[int, ...]]:
+    return [tuple(choice.token_ids) for completion in completions for choice in completion.choices]
+
+
+def test_the_tokens_are_those_of_one_engine(two: Replicas, engine: hybridgen.Engine) -> None:
+    how = {"max_new_tokens": 6, "temperature": 0.9, "seed": 5, "n": 2}
+    assert ids(two.generate(PROMPTS, **how)) == ids(engine.generate(PROMPTS, **how))
+    stats = two.stats()
+    assert stats["engine"]["requests"]["submitted"] == 2 * len(PROMPTS)
+    assert [each["engine"]["requests"]["submitted"] > 0 for each in stats["replicas"]] == [True, True]
+
+
+def test_scores_are_those_of_one_engine(two: Replicas, engine: hybridgen.Engine) -> None:
+    there, here = two.score(PROMPTS[:3], ["\n"] * 3), engine.score(PROMPTS[:3], ["\n"] * 3)
+    assert [score.sum for score in there] == pytest.approx([score.sum for score in here], abs=1e-4)
+
+
+def test_a_killed_replica_loses_and_doubles_nothing(two: Replicas, engine: hybridgen.Engine) -> None:
+    how = {"max_new_tokens": 24, "temperature": 0.9, "seed": 7, "ignore_eos": True}
+    expected = ids(engine.generate(PROMPTS, **how))
+    victim, restarts = two.pids[0], two.stats()["restarts"]
+    tokens: dict[int, list[int]] = {}
+    ended = []
+    for count, event in enumerate(two.stream(PROMPTS, **how)):
+        if count == 20:
+            os.kill(victim, signal.SIGKILL)
+        if event.token_id is not None:
+            tokens.setdefault(event.index, []).append(event.token_id)
+        if event.completion is not None:
+            ended.append((event.index, tuple(event.completion.token_ids)))
+    assert [found for _, found in sorted(ended)] == expected
+    assert [tuple(tokens[index]) for index in range(len(PROMPTS))] == expected
+    assert len(two.generate(PROMPTS, max_new_tokens=1)) == len(PROMPTS)
+    assert two.stats()["restarts"] == restarts + 1
+
+
+def test_a_prompt_that_cannot_be_run(two: Replicas) -> None:
+    with pytest.raises(PromptError, match="prompt 1 "):
+        two.generate(["a", ""], max_new_tokens=2)
+    good, bad = two.generate(["a", ""], max_new_tokens=2, errors="return")
+    assert len(good.token_ids) == 2
+    assert isinstance(bad.error, PromptError)
+    assert str(bad.error).startswith("prompt 1 ")
+
+
+def test_a_closed_stream_cancels(two: Replicas) -> None:
+    stream = two.stream(PROMPTS, max_new_tokens=200, ignore_eos=True)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 10
+    while two.stats()["engine"]["running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert two.stats()["engine"]["running"] == 0
+
+
+def test_a_prompt_under_which_replicas_die_is_run_alone_and_then_named() -> None:
+    work = Work(Call(["aaa", "bb", "c"], None, {"max_new_tokens": 2}), [], 8, stream=False)
+    jobs = [work.pull([]) for _ in range(3)]
+    assert [job and job.prompt for job in jobs] == ["aaa", "bb", "c"]
+    bad, *others = [job for job in jobs if job is not None]
+    work.give_back([bad, *others], "it died")
+    assert work.pull([]) is bad
+    work.give_back([bad], "it died")
+    assert work.pull([others[0]]) is None  # it has one chance left, and must not take others with it
+    assert work.pull([]) is bad
+    assert work.pull([bad]) is None
+    work.give_back([bad], "it died")
+    assert [work.pull([]), work.pull([others[0]])] == others
+    for job in others:
+        work.done(job)
+    event = next(work.events())
+    assert event.index == 0
+    assert event.completion is not None
+    assert isinstance(event.completion.error, RequestError)
+    assert "prompt 0 ran on 3 replicas" in str(event.completion.error)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "some"])
+def test_a_number_that_is_none(count: object) -> None:
+    with pytest.raises(ConfigError, match="from 1"):
+        Replicas(None, count)  # type: ignore[arg-type]
+
+
+def test_all_without_gpus() -> None:
+    with pytest.raises(ConfigError, match="give a number"):
+        Replicas(None, "all", device="cpu")
+
+
+def test_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_gpus", lambda: ["3", "5"])
+    with pytest.raises(DeviceError, match="there are 2 GPUs"):
+        Replicas(None, 3)
+    assert module._environments("all", "auto") == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+
+
+def test_what_cannot_go_to_another_process() -> None:
+    with pytest.raises(ConfigError, match="on_graph_event"):
+        Replicas(None, 1, device="cpu", on_graph_event=print)
+
+
+def test_a_model_that_is_not_there_leaves_no_process() -> None:
+    with pytest.raises(ModelNotFoundError):
+        Replicas("/no/such/model", 1, device="cpu")
+    found = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
+    assert "/no/such/model" not in found
+
+
+def test_the_end_of_the_parent_is_the_end_of_the_replicas() -> None:
+    code = (
+        "import hybridgen, time\n"
+        f"r = hybridgen.Replicas(None, 1, **{CONFIG!r})\n"
+        "print(*r.pids, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 15
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert pids
+    assert not any(alive(pid) for pid in pids)
