@@ -188,7 +188,7 @@ class Builder:
             token_budget=self.resolved.token_budget,
             max_tokens=self.resolved.max_tokens,
             query_len=self.resolved.query_len,
-            keeps_states=bool(bound.mixers),
+            no_prefill=_no_prefill(bound),
         )
 
     def capture(self, runner: ModelRunner, plan: GraphSetup) -> None:
@@ -289,3 +289,10 @@ class Builder:
             runner.disable_compilation()
             return reason
         return None
+
+
+def _no_prefill(bound: BoundModel) -> str:
+    """Why no prefill of a model is recorded; empty if nothing keeps it from that."""
+    if bound.mixers:  # each prefill has other runs, and the host goes through them
+        return "layers that keep a state take prompts one by one"
+    return "attention to latents reads the lengths of prompts on the host" if bound.latents else ""
