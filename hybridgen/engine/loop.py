@@ -78,7 +78,6 @@ class StepLoop:
         self._meter = meter
         self._before_call = before_call
         self._drafter = drafter
-        self._wrong = "" if runner.drafting is None else runner.drafting.wrong
         self._decoded_by: StepKind = ("decode", "", "")
         """How the last decode step ran. One object while that does not change, so that nobody compares strings."""
         self._in_flight: list[InFlight] = []
@@ -413,8 +412,9 @@ class StepLoop:
             counted["tokens"] += taken
             counted["checked"] += drafts.checked
             counted["accepted"] += max(taken - 1, 0)
-        if drafts.dropped:
-            self._counters.fall_back(f"the drafter {self._drafter} gave {self._wrong}; they are dropped")
+        drafting = self._runner.drafting
+        if drafts.dropped and drafting is not None:
+            self._counters.fall_back(f"the drafter {drafting.name} gave {drafting.wrong}; they are dropped")
 
     def _take_scores(self, requests: Sequence[Request], scores: Sequence[Sequence[TokenLogprob]]) -> None:
         """Hand the log-probabilities of prompts to their requests."""
