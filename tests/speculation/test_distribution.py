@@ -35,13 +35,15 @@ def probabilities() -> dict[tuple[int, ...], float]:
     return found
 
 
-@pytest.mark.parametrize("drafter", ["oracle", "ngram"])
+@pytest.mark.parametrize("drafter", ["oracle", "ngram", "model"])
 def test_chi_square(drafter: str, tmp_path: Path) -> None:
     path = families.write("llama", tmp_path)
-    speculation: Any = "ngram"
+    drafts: dict[str, Any] = {"speculation": "ngram"}
     if drafter == "oracle":  # says the same behind every text, which is right now and then
-        speculation = OracleDrafter([[*PROMPT, 30, 31, 32, 30, 30]], [7])
-    with loaded(path, max_batch=64, max_context=32, speculation=speculation) as engine:
+        drafts = {"speculation": OracleDrafter([[*PROMPT, 30, 31, 32, 30, 30]], [7])}
+    elif drafter == "model":  # draws from another distribution, with the same noise
+        drafts = {"drafter": families.build("llama", hidden_act="gelu")}
+    with loaded(path, max_batch=64, max_context=32, **drafts) as engine:
         sampling: dict[str, Any] = {"max_new_tokens": NEW, "temperature": TEMPERATURE, "allowed_token_ids": ALLOWED}
         params = [SamplingParams(seed=seed, **sampling) for seed in range(REQUESTS)]
         outs = engine.generate([PROMPT] * REQUESTS, params)
