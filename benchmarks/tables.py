@@ -328,11 +328,13 @@ def warm_start(results: list[Result]) -> list[str]:
 
 
 def speculation_text(results: list[Result]) -> list[str]:
-    """Tokens a step on the demo model, by prompts."""
+    """Tokens a step on the demo model, by prompts and drafter."""
     rows = [
         [
             row["what"],
+            row["drafter"],
             f"{row['repetition_penalty']:g}",
+            f"{row['temperature']:g}",
             str(row["requests"]),
             str(row["new"]),
             _number(row["tokens_per_step"], 2),
@@ -343,8 +345,8 @@ def speculation_text(results: list[Result]) -> list[str]:
         for result in results
         for row in result["rows"]
     ]
-    head = ["prompts", "repetition penalty", "requests", "tokens each", "tokens a step"]
-    return table([*head, "least / median / most", "drafts accepted", "equal to plain"], rows)
+    head = ["prompts", "drafter", "repetition penalty", "temperature", "requests", "tokens each", "tokens a step"]
+    return table([*head, "least / median / most", "drafts accepted", "equal to plain"], rows, 2)
 
 
 def speculation_machinery(results: list[Result]) -> list[str]:

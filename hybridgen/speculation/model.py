@@ -117,7 +117,7 @@ class ModelDrafter:
         step.rope_lengths = step.positions + 1
         logits = self._bound.forward(step.ids, step, keep)
         missing = self._columns - logits.shape[1]
-        return pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, : self._columns]
+        return pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, : self._columns].contiguous()
 
     def _known(self, ids: Tensor) -> Tensor:
         """Ids that it has: a model's embedding may have more rows than that of the one that drafts for it."""
