@@ -9,6 +9,7 @@ import torch
 
 from hybridgen.config import EngineConfig, Mode, ResolvedConfig
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.files import generation_untold
 from hybridgen.models import bind
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
@@ -51,7 +52,8 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
         quantization=None,
         quantize_head=None,
     )
-    found = Checkpoint.open(given, own)
+    with generation_untold():  # requests choose as the model's own config and they themselves say
+        found = Checkpoint.open(given, own)
     check_drafter(found, model, resolved.max_context)
     return found
 

@@ -268,6 +268,16 @@ def test_a_config_that_is_wrong(fields: dict[str, Any], message: str) -> None:
         hybridgen.EngineConfig(**fields)
 
 
+def test_nothing_is_said_of_its_generation_config(streams: Streams, caplog: pytest.LogCaptureFixture) -> None:
+    """Requests go by the model's own."""
+    model = families.build("llama")
+    model.generation_config.repetition_penalty = 1.75
+    with loaded(streams[0], drafter=model):
+        assert "1.75" not in caplog.text
+    with loaded(model):
+        assert "repetition_penalty=1.75" in caplog.text
+
+
 def test_a_model_that_is_not_there(streams: Streams) -> None:
     with pytest.raises(hybridgen.ModelNotFoundError, match="nowhere"):
         Engine.load(streams[0], mode="eager", drafter="/nowhere/at/all")
