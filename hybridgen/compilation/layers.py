@@ -41,6 +41,8 @@ def check_backend(backend: str) -> None:
     Raises:
         ConfigError: it does not.
     """
+    if backend == "inductor":  # torch's own; looking it up imports what a start on a CPU may never need
+        return
     try:
         torch._dynamo.lookup_backend(backend)
     except torch._dynamo.exc.InvalidBackend as error:

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.loading.multimodal import whole_class
@@ -172,6 +171,8 @@ def _encoder(config: PreTrainedConfig) -> str | None:
     if _value(config, "is_encoder_decoder"):
         return f"it is an encoder-decoder (is_encoder_decoder=True), not a causal decoder; {_INSTEAD}"
     # GPT-NeoX says is_decoder=False too, so the field alone proves nothing; masked LMs are encoders.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # as the first, it takes 0.2 s
+
     if _value(config, "model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         role = f"is_decoder={bool(_value(config, 'is_decoder'))}"
         return f"it is of an encoder-only family trained on masked tokens ({role}); choose a causal decoder"
