@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybridgen
 from hybridgen import Engine
+from hybridgen.demo import model_path
 from hybridgen.speculation.oracle import OracleDrafter
 
 DRAFTS = 3
