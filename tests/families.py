@@ -362,6 +362,15 @@ def layer_kinds(name: str) -> int:
     return 1
 
 
+def depth(name: str) -> dict[str, int]:
+    """Fields of its config for two layers, where all layers are of one kind: more of them show nothing new."""
+    config = FAMILIES[name]
+    listed = any(isinstance(value, list | tuple) for value in config.values())
+    if layer_kinds(name) > 1 or listed or "num_hidden_layers" not in config:
+        return {}
+    return {"num_hidden_layers": 2}
+
+
 def state_kinds(name: str) -> int:
     """How many of them keep a state by slot, so that their prefill is not compiled."""
     return len({"conv", "linear_attention", "mamba", "hybrid"} & set(FAMILIES[name].get("layer_types", ())))
