@@ -26,6 +26,7 @@ from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.fingerprint import token_dimension
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError, described
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
+from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import SlotMixer
 from hybridgen.models.twin import has_forward_hooks, has_global_hooks
 
@@ -154,6 +155,12 @@ class CompiledLayers:
         if self._hook is None:
             return
         plain = {layer for layer in self._layers if has_global_hooks() or any(map(_is_watched, layer.modules()))}
+        if any(binding.reads_only for layer in self._layers for binding in _bindings(layer)):
+            # Their layers hand on a mapping that grows from layer to layer: each would be a graph of its own.
+            if not self._plain:
+                self._fall_back("layers share keys and values (num_kv_shared_layers); they run eagerly")
+            self._plain = set(self._layers)
+            return
         for layer in self._layers:
             # Layers of a kind share a function, which would leave out what only some of them have.
             if layer in plain:
@@ -335,8 +342,14 @@ def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
 
 
 def _pages(layer: nn.Module) -> list[torch.Tensor]:
-    bindings = [vars(module).get("_hybridgen") for module in layer.modules()]
-    return [tensor for b in bindings if isinstance(b, LayerBinding) for tensor in (b.keys, b.values)]
+    found = (vars(module).get("_hybridgen") for module in layer.modules())
+    latents = [binding.latents for binding in found if isinstance(binding, LatentBinding)]
+    return latents + [tensor for binding in _bindings(layer) for tensor in (binding.keys, binding.values)]
+
+
+def _bindings(layer: nn.Module) -> list[LayerBinding]:
+    found = (vars(module).get("_hybridgen") for module in layer.modules())
+    return [binding for binding in found if isinstance(binding, LayerBinding)]
 
 
 def _mark_pages(pages: Sequence[torch.Tensor]) -> None:

@@ -54,6 +54,10 @@ _BY_NAME = {
     "bloom": "its attention adds ALiBi position biases",
     "diffllama": "each layer calls its attention twice, with different values (differential attention)",
     "doge": "its attention mask is computed from the values (dynamic mask attention)",
+    "gemma3n": (
+        "its forward looks every token up in the embedders of its encoders, which are not loaded; save its language "
+        "model (Gemma3nForCausalLM) as a checkpoint and load that"
+    ),
     "hrm_text": "it runs its layers several times for each token (H_cycles, L_cycles)",
     "kosmos_2_5_text_model": "it counts its positions itself, from behind the id of its padding token on",
     "rwkv": "it keeps a recurrent state instead of keys and values",
@@ -116,7 +120,7 @@ def _brings_code(hf_config: PreTrainedConfig) -> bool:
 def _text_part_reason(whole: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> str | None:
     """Why the text part of a multimodal model cannot run; None if it can, as far as its config tells."""
     kind = getattr(whole, "model_type", "") or type(whole).__name__
-    for check in (_quantised, _encoder):
+    for check in (_quantised, _encoder, _named):
         reason = check(whole)
         if reason is not None:
             return reason
@@ -201,26 +205,11 @@ def _alibi(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _latent(config: PreTrainedConfig) -> str | None:
-    rank = _value(config, "kv_lora_rank")
-    if not rank:
-        return None
-    kind = f"multi-head latent attention, kv_lora_rank={rank}"
-    return f"it caches latents instead of keys and values ({kind}); {_INSTEAD}"
-
-
 def _indexer(config: PreTrainedConfig) -> str | None:
     found = [field for field in _INDEXER_FIELDS if _value(config, field)]
     if not found:
         return None
     return f"an indexer picks the tokens that it attends to (sparse attention, {found[0]}); {_INSTEAD}"
-
-
-def _shared_kv(config: PreTrainedConfig) -> str | None:
-    count = _value(config, "num_kv_shared_layers")
-    if not count:
-        return None
-    return f"layers share keys and values (num_kv_shared_layers={count}); {_INSTEAD}"
 
 
 def _recurrent(config: PreTrainedConfig) -> str | None:
@@ -246,9 +235,7 @@ _CHECKS = (
     _encoder,
     _composite,
     _alibi,
-    _latent,
     _indexer,
-    _shared_kv,
     _recurrent,
     _named,
 )
