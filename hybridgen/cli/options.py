@@ -29,6 +29,7 @@ ENGINE = (
     "max_context",
     "kv_memory",
     "speculation",
+    "tensor_parallel",
 )
 """Fields of `EngineConfig` that are options of every command that loads a model."""
 SAMPLING = tuple(each.name for each in dataclasses.fields(SamplingParams) if not each.metadata.get("functions"))

@@ -35,7 +35,7 @@ from hybridgen.engine import hidden
 from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.builder import Builder
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.preflight import check_config, open_cache
+from hybridgen.engine.preflight import check_config, open_cache, resolve_config
 from hybridgen.engine.requests import Request, collect, make_requests, results
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import (
@@ -58,6 +58,9 @@ from hybridgen.models import BoundModel, bind
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
+from hybridgen.parallel.lead import Lead
+from hybridgen.parallel.start import start as start_ranks
+from hybridgen.parallel.weights import load_share
 from hybridgen.telemetry import import_time
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats, SpeculationStats
 from hybridgen.telemetry.traffic import Traffic, formats_of
@@ -78,12 +81,18 @@ class Engine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, loaded: LoadedModel, config: EngineConfig, cache: CompileCache | None = None
+        self,
+        checkpoint: Checkpoint,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        cache: CompileCache | None = None,
+        lead: Lead | None = None,
     ) -> None:
         """Build an engine around a loaded model; most callers want `Engine.load()`.
 
         Args:
             cache: what `open_cache()` gave before the weights were read; None opens it here.
+            lead: the group of processes that have the model's other parts, which ends with the engine.
         """
         self.config = config
         self.checkpoint = checkpoint
@@ -106,26 +115,30 @@ class Engine:
         undo = ExitStack()
         self._undo = weakref.finalize(self, undo.close)
         self._undo.atexit = False
+        if lead is not None:
+            undo.callback(lead.close)
         try:
             self.cache = open_cache(checkpoint, config) if cache is None else cache
             """The engine's entry of the compile cache: documents, kernels, compiled units."""
             undo.callback(self.cache.close)
             self._startup.add("artifacts", self.cache.seconds)
-            twin = None if loaded.owned else Twin(loaded.model)
-            model = loaded.model if twin is None else twin.model
-            if config.fuse_projections and loaded.owned:
-                with self._startup.timed("fuse projections"):
-                    fuse_projections(model)
-                    use_rows(model)
-            with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
-                bound = _bound(model, self.max_context)
-            undo.callback(bound.release)
-            for _, module in quantised_modules(model):
-                module.dequantises = self.mode is Mode.EAGER  # the reference
-            self._starter = Starter(self.cache, self._startup, self._counters)
-            builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters)
-            with device_of(checkpoint.device):
-                built = builder.build(bound, undo, twin)
+            # Its reason is found before the group is closed.
+            with nullcontext() if lead is None else lead.together():
+                twin = None if loaded.owned else Twin(loaded.model)
+                model = loaded.model if twin is None else twin.model
+                if config.fuse_projections and loaded.owned:
+                    with self._startup.timed("fuse projections"):
+                        fuse_projections(model)
+                        use_rows(model)
+                with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
+                    bound = bound_model(model, self.max_context)
+                undo.callback(bound.release)
+                for _, module in quantised_modules(model):
+                    module.dequantises = self.mode is Mode.EAGER  # the reference
+                self._starter = Starter(self.cache, self._startup, self._counters)
+                builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters, lead)
+                with device_of(checkpoint.device):
+                    built = builder.build(bound, undo, twin)
             if twin is not None:
                 twin.settle()
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
@@ -179,9 +192,18 @@ class Engine:
         try:
             device_type = checkpoint.device.type
             wait = preload(cache, config, config.mode_on(device_type), device_type)
-            loaded = checkpoint.load()
-            wait()
-            return cls(checkpoint, loaded, config, cache)
+            lead = start_ranks(checkpoint, config, resolve_config(checkpoint, config))
+            if lead is None:
+                loaded = checkpoint.load()
+                wait()
+                return cls(checkpoint, loaded, config, cache)
+            try:
+                with lead.together():
+                    loaded = load_share(checkpoint, lead.group)
+                return cls(checkpoint, loaded, config, cache, lead)
+            except BaseException:
+                lead.close()
+                raise
         except BaseException:
             cache.close()
             raise
@@ -457,6 +479,8 @@ class Engine:
             EngineError: the engine is closed, or requests wait or run.
         """
         loop, runner, adapters = self.open_loop(), self._runner, self._adapters
+        if self.config.tensor_parallel > 1:
+            raise ConfigError("adapters are not merged into parts of weights yet; leave tensor_parallel out")
         if adapters is None or runner is None:
             raise ConfigError("the engine's model is a live module; merge the adapter there, or give the PEFT model")
         if runner.following.released:
@@ -479,8 +503,11 @@ class Engine:
 
         Raises:
             EngineError: the engine is closed, or requests wait or run.
+            ConfigError: it has `tensor_parallel`.
         """
         loop = self.open_loop()
+        if self.config.tensor_parallel > 1:
+            raise ConfigError("the cache of other processes is not released yet; close() the engine, or leave it")
         if self._runner is None or self._runner.following.released:
             return
 
@@ -642,7 +669,7 @@ class Engine:
         return loop
 
 
-def _bound(model: PreTrainedModel, context: int) -> BoundModel:
+def bound_model(model: PreTrainedModel, context: int) -> BoundModel:
     """`bind(model, context)`, where a model whose own code fails is refused.
 
     Raises:
