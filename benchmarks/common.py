@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 import hybridgen
+from hybridgen.demo import model_path
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
 from hybridgen.models.projections import fuse_projections
 from hybridgen.models.weights import DenseWeight
@@ -178,6 +180,13 @@ def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int)
         max_context=max_context,
         dtype=dtype,
     )
+
+
+def held_out_files() -> list[str]:
+    """Texts of the library's files that the demo model was not trained on, of those that this Python has."""
+    names = json.loads((model_path() / "training.json").read_text())["corpus"]["held_out_files"]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return [(library / name).read_text() for name in names if (library / name).exists()]
 
 
 def this_device() -> str:

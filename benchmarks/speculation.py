@@ -17,19 +17,26 @@ continued as an edit would. Tokens a step of all requests, and whether the token
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import how_it_ran, random_model, random_prompts, release, report, seconds, shape_dtype, this_device
+from common import (
+    held_out_files,
+    how_it_ran,
+    random_model,
+    random_prompts,
+    release,
+    report,
+    seconds,
+    shape_dtype,
+    this_device,
+)
 from transformers import PreTrainedModel
 
 import hybridgen
 from hybridgen import Engine
-from hybridgen.demo import model_path
 from hybridgen.speculation.oracle import OracleDrafter
 
 DRAFTS = 3
@@ -108,13 +115,6 @@ def machinery(
             engines[what] = how_it_ran(engine)
         release()
     return rows, engines
-
-
-def held_out_files() -> list[str]:
-    """Texts of the library's files that the demo model was not trained on, of those that this Python has."""
-    names = json.loads((model_path() / "training.json").read_text())["corpus"]["held_out_files"]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    return [(library / name).read_text() for name in names if (library / name).exists()]
 
 
 def edited(tokenizer: Any, text: str, length: int, again: int) -> list[int] | None:

@@ -347,6 +347,18 @@ def speculation_text(results: list[Result]) -> list[str]:
     return table([*head, "least / median / most", "drafts accepted", "equal to plain"], rows)
 
 
+def demo_model(results: list[Result]) -> list[str]:
+    """The demo model's loss by format."""
+    rows = []
+    for result in results:
+        for name, row in result["losses"].items():
+            # Its embedding, which is the head too, stays as it is.
+            sizes = [one["bits"] for kind, one in row["formats"].items() if not kind.startswith("dense")]
+            bits = max(sizes, default=32.0 if name == "float32" else 16.0)
+            rows.append([f"`{name}`", f"{bits:.1f}", f"{row['nats_per_token']:.4f}", f"{row['over_float32']:.4f}"])
+    return table(["demo model", "bits of a weight", "nats a token", "over float32"], rows)
+
+
 def speculation_machinery(results: list[Result]) -> list[str]:
     """Whole calls with so many right drafts, beside plain ones of the same run."""
     rows = []
@@ -375,6 +387,7 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "ceilings": ceilings,
     "warm-start": warm_start,
     "speculation-text": speculation_text,
+    "demo-model": demo_model,
     "speculation-machinery": speculation_machinery,
 }
 

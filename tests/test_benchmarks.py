@@ -18,7 +18,7 @@ from hybridgen import EngineConfig
 from hybridgen.comparison.measuring.utilisation import Probe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-HELPERS = ("common.py", "lookup.py", "tables.py", "requirements.py", "targets.py")
+HELPERS = ("common.py", "http_clients.py", "lookup.py", "tables.py", "requirements.py", "targets.py")
 """What measures nothing."""
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in HELPERS)
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))

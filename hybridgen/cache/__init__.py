@@ -11,7 +11,7 @@ padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et
 """
 
 from hybridgen.cache.block_table import BlockTable
-from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, PagedKV
+from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, PagedKV, SharedKV
 from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
 from hybridgen.cache.prefix import PageManager, RequestPages
 from hybridgen.cache.sizing import pages_for_tokens, pages_in_turn, plan_pages
@@ -31,6 +31,7 @@ __all__ = [
     "PageManager",
     "PagedKV",
     "RequestPages",
+    "SharedKV",
     "SlotShape",
     "SlotState",
     "allocate",

@@ -94,3 +94,42 @@ class PagedKV:
 
     def commit(self, slots: torch.Tensor, accepted: torch.Tensor) -> None:
         """Nothing: a position that was not accepted is written again before it is read."""
+
+
+class SharedKV:
+    """A layer that attends to the keys and values of an earlier one, and stores none itself (Gemma 3n, Gemma 4)."""
+
+    rerunnable = True
+    bytes_per_page = 0
+    bytes_per_slot = 0
+
+    def __init__(self, producer: KeyValueState) -> None:
+        """`producer` is the earlier layer's state."""
+        self.producer = producer
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that attention reads for each position: the producer's."""
+        return self.producer.bytes_per_position
+
+    @property
+    def pages(self) -> LayerPages:
+        """The producer's pages. Raises RuntimeError before it is allocated."""
+        return self.producer.pages
+
+    def allocate(self, pages: int, slots: int, device: torch.device) -> None:
+        """Nothing: the producer has the pages."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """None of its own."""
+        return {}
+
+    def reset(self, slot: int) -> None:
+        """Nothing: see `PagedKV`."""
+
+    def marks(self) -> tuple[torch.Tensor, ...]:
+        """Nothing."""
+        return ()
+
+    def commit(self, slots: torch.Tensor, accepted: torch.Tensor) -> None:
+        """Nothing: see `PagedKV`."""

@@ -41,6 +41,8 @@ def check_backend(backend: str) -> None:
     Raises:
         ConfigError: it does not.
     """
+    if backend == "inductor":  # torch's own; looking it up imports what a start on a CPU may never need
+        return
     try:
         torch._dynamo.lookup_backend(backend)
     except torch._dynamo.exc.InvalidBackend as error:
@@ -152,6 +154,12 @@ class CompiledLayers:
         if self._hook is None:
             return
         plain = {layer for layer in self._layers if has_global_hooks() or any(map(_is_watched, layer.modules()))}
+        if any(binding.reads_only for layer in self._layers for binding in _bindings(layer)):
+            # Their layers hand on a mapping that grows from layer to layer: each would be a graph of its own.
+            if not self._plain:
+                self._fall_back("layers share keys and values (num_kv_shared_layers); they run eagerly")
+            self._plain = set(self._layers)
+            return
         for layer in self._layers:
             # Layers of a kind share a function, which would leave out what only some of them have.
             if layer in plain:
@@ -333,8 +341,12 @@ def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
 
 
 def _pages(layer: nn.Module) -> list[torch.Tensor]:
-    bindings = [vars(module).get("_hybridgen") for module in layer.modules()]
-    return [tensor for b in bindings if isinstance(b, LayerBinding) for tensor in (b.keys, b.values)]
+    return [tensor for binding in _bindings(layer) for tensor in (binding.keys, binding.values)]
+
+
+def _bindings(layer: nn.Module) -> list[LayerBinding]:
+    found = (vars(module).get("_hybridgen") for module in layer.modules())
+    return [binding for binding in found if isinstance(binding, LayerBinding)]
 
 
 def _mark_pages(pages: Sequence[torch.Tensor]) -> None:

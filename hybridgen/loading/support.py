@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.loading.multimodal import whole_class
@@ -55,6 +54,10 @@ _BY_NAME = {
     "bloom": "its attention adds ALiBi position biases",
     "diffllama": "each layer calls its attention twice, with different values (differential attention)",
     "doge": "its attention mask is computed from the values (dynamic mask attention)",
+    "gemma3n": (
+        "its forward looks every token up in the embedders of its encoders, which are not loaded; save its language "
+        "model (Gemma3nForCausalLM) as a checkpoint and load that"
+    ),
     "hrm_text": "it runs its layers several times for each token (H_cycles, L_cycles)",
     "kosmos_2_5_text_model": "it counts its positions itself, from behind the id of its padding token on",
     "rwkv": "it keeps a recurrent state instead of keys and values",
@@ -117,7 +120,7 @@ def _brings_code(hf_config: PreTrainedConfig) -> bool:
 def _text_part_reason(whole: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> str | None:
     """Why the text part of a multimodal model cannot run; None if it can, as far as its config tells."""
     kind = getattr(whole, "model_type", "") or type(whole).__name__
-    for check in (_quantised, _encoder):
+    for check in (_quantised, _encoder, _named):
         reason = check(whole)
         if reason is not None:
             return reason
@@ -172,6 +175,8 @@ def _encoder(config: PreTrainedConfig) -> str | None:
     if _value(config, "is_encoder_decoder"):
         return f"it is an encoder-decoder (is_encoder_decoder=True), not a causal decoder; {_INSTEAD}"
     # GPT-NeoX says is_decoder=False too, so the field alone proves nothing; masked LMs are encoders.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # as the first, it takes 0.2 s
+
     if _value(config, "model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         role = f"is_decoder={bool(_value(config, 'is_decoder'))}"
         return f"it is of an encoder-only family trained on masked tokens ({role}); choose a causal decoder"
@@ -215,13 +220,6 @@ def _indexer(config: PreTrainedConfig) -> str | None:
     return f"an indexer picks the tokens that it attends to (sparse attention, {found[0]}); {_INSTEAD}"
 
 
-def _shared_kv(config: PreTrainedConfig) -> str | None:
-    count = _value(config, "num_kv_shared_layers")
-    if not count:
-        return None
-    return f"layers share keys and values (num_kv_shared_layers={count}); {_INSTEAD}"
-
-
 def _recurrent(config: PreTrainedConfig) -> str | None:
     if _value(config, "model_type") in STATES_BY_SLOT and set(_layer_types(config)) <= ATTENTION_LAYERS | STATE_LAYERS:
         return None
@@ -247,7 +245,6 @@ _CHECKS = (
     _alibi,
     _latent,
     _indexer,
-    _shared_kv,
     _recurrent,
     _named,
 )

@@ -70,17 +70,29 @@ class LayerBinding:
     index, because one would give each layer its own compiled graph.
     """
 
-    __slots__ = ("keys", "schedule", "sees", "step", "values")
+    __slots__ = ("keys", "reads_only", "schedule", "sees", "step", "values")
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, step: StepMetadata, sees: Visibility, schedule: torch.Tensor
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        step: StepMetadata,
+        sees: Visibility,
+        schedule: torch.Tensor,
+        reads_only: bool = False,
     ) -> None:
-        """`schedule` is shared by the layers that are alike; see `kernels.attention.ops.make_schedule`."""
+        """See the arguments.
+
+        Args:
+            schedule: shared by the layers that are alike; see `kernels.attention.ops.make_schedule`.
+            reads_only: the pages are an earlier layer's, which wrote the step's keys and values already.
+        """
         self.keys = keys
         self.values = values
         self.step = step
         self.sees = sees
         self.schedule = schedule
+        self.reads_only = reads_only
 
     def places(self) -> Places:
         """Where the step's tokens lie in this layer's cache."""
@@ -147,10 +159,11 @@ def _attend(call: AttentionCall, binding: LayerBinding) -> torch.Tensor:
     step, (k, v) = binding.step, call.new
     places = binding.places()
     options = Options(call.scale, call.sees.window, call.sees.chunk, call.softcap, call.sinks)
-    if step.phase is Phase.DECODE and not step.several:
+    if step.phase is Phase.DECODE and not step.several and not binding.reads_only:
         return decode_attention(call.query, places, options, k=k, v=v, schedule=binding.schedule)
     # All of them, before any is read: requests of one prefill call can share pages.
-    write_kv(k, v, places)
+    if not binding.reads_only:
+        write_kv(k, v, places)
     if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
         return decode_attention(call.query, places, options, schedule=binding.schedule)
     return prefill_attention(call.query, places, step.query_starts, options)

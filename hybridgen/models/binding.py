@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from hybridgen.cache import KeyValueState, LayerShape, LayerState, PagedKV, SlotState
+from hybridgen.cache import KeyValueState, LayerShape, LayerState, PagedKV, SharedKV, SlotState
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase, StepMetadata
@@ -46,6 +46,8 @@ class AttentionSite(NamedTuple):
     """The positions that it attends to."""
     options: AttentionOptions
     """What the module hands to attention besides tensors."""
+    producer: int | None = None
+    """The earlier site whose keys and values it is given; None where it has its own."""
 
 
 @dataclass(eq=False)
@@ -74,8 +76,13 @@ class BoundModel:
         Keys and values of each layer that attends come first (`KeyValueState`), then one `SlotState` of all layers that
         have a state by slot, if any.
         """
-        pages: tuple[LayerState, ...] = tuple(PagedKV(site.shape, page_size, dtype) for site in self.sites)
-        return (*pages, SlotState([mixer.shapes for mixer in self.mixers])) if self.mixers else pages
+        pages: list[KeyValueState] = []
+        for site in self.sites:
+            if site.producer is None:
+                pages.append(PagedKV(site.shape, page_size, dtype))
+            else:
+                pages.append(SharedKV(pages[site.producer]))
+        return (*pages, SlotState([mixer.shapes for mixer in self.mixers])) if self.mixers else tuple(pages)
 
     @property
     def reach(self) -> int | None:
@@ -115,7 +122,7 @@ class BoundModel:
             else:
                 limits = site.sees.window, site.sees.chunk
                 schedule = make_schedule(*state.pages, step.block_table, site.query_heads, rows, *limits)
-            binding = LayerBinding(*state.pages, step, site.sees, schedule)
+            binding = LayerBinding(*state.pages, step, site.sees, schedule, site.producer is not None)
             first.setdefault(kind, binding)
             site.module._hybridgen = binding  # type: ignore[assignment]
         self._schedules = tuple((binding, query_heads) for (query_heads, _, _), binding in first.items())
@@ -236,6 +243,7 @@ class _Seen(NamedTuple):
     query_heads: int
     shape: LayerShape
     options: AttentionOptions
+    producer: int | None
 
 
 def _find_sites(
@@ -261,8 +269,17 @@ def _find_sites(
             "replaced forward changes them; remove it"
         )
     check_functions(site.module for site in seen)
+    _check_shared(model, [names[site.module] for site in seen if site.producer is not None])
     sites = tuple(
-        AttentionSite(site.module, _around(site.module, layers), site.query_heads, site.shape, call.sees, site.options)
+        AttentionSite(
+            site.module,
+            _around(site.module, layers),
+            site.query_heads,
+            site.shape,
+            call.sees,
+            site.options,
+            site.producer,
+        )
         for site, call in zip(seen, calls, strict=True)
     )
     if cache is None:
@@ -270,6 +287,25 @@ def _find_sites(
     check_claimed(mixers, cache)
     states = tuple(MixerSite(mixer, _around(mixer, layers), read_shapes(mixer, cache)) for mixer in mixers)
     return sites, states, layers, logits_dtype
+
+
+def _check_shared(model: PreTrainedModel, readers: Sequence[str]) -> None:
+    """Raise unless as many layers read an earlier one's keys and values as the config says.
+
+    Args:
+        readers: names of the attention modules that were given an earlier one's tensors.
+
+    Raises:
+        UnsupportedModelError: a layer that is to share got tensors of its own, such as copies on its device, or the
+            other way round.
+    """
+    count = getattr(model.config, "num_kv_shared_layers", None) or 0
+    if len(readers) != count:
+        raise UnsupportedModelError(
+            f"num_kv_shared_layers={count}, but {len(readers)} attention modules of {kind_of(model)} are given the "
+            f"keys and values of an earlier one ({', '.join(readers) or 'none'}); hybridgen cannot tell which pages "
+            "the others read. Run it with transformers' own generate()"
+        )
 
 
 def _run_two_tokens(
@@ -281,6 +317,7 @@ def _run_two_tokens(
         cache: gets what mixers keep; None where there are none.
     """
     seen: list[_Seen] = []
+    stored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def note(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: dict
@@ -289,7 +326,10 @@ def _run_two_tokens(
             raise UnsupportedModelError(f"{names[module]} is given a mask by a replaced forward or a hook; remove it")
         options = read_options(names[module], query, key, kwargs)
         shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-        seen.append(_Seen(module, query.shape[1], shape, options))
+        # A layer that shares is handed the very tensors that an earlier one attended to.
+        same = (i for i, (k, v) in enumerate(stored) if k is key and v is value)
+        seen.append(_Seen(module, query.shape[1], shape, options, next(same, None)))
+        stored.append((key, value))
 
     modules = list(model.modules())
     attention.set(SITES_NAME)

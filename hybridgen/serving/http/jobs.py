@@ -77,8 +77,9 @@ def tokens_left(served: Served, prompt: Sequence[int], wanted: int | None, param
     if (1 if wanted is None else wanted) > left:
         after = "" if wanted is None else f" and {param}={wanted}"
         raise ApiError(
-            f"the model's context has {served.max_context} tokens, and the prompt has {len(prompt)}{after}; shorten "
-            "the prompt or ask for less",
+            # The words that clients look for, beside the code.
+            f"this model's maximum context length is {served.max_context} tokens, and the prompt has "
+            f"{len(prompt)}{after}; shorten the prompt or ask for less",
             param=param,
             code="context_length_exceeded",
         )

@@ -1,0 +1,149 @@
+"""How good is the demo model: its loss in each format that the library quantises to, and how often its Python parses?
+
+python benchmarks/demo_model.py --output benchmarks/results/demo-model-cpu.json
+
+Both on files of the standard library that it was not trained on. The loss is the mean over all tokens but the first of
+each window. For parsing, a prompt is a class or a function of such a file, up to and with the head of a function. What
+is generated is kept up to the first line that no longer belongs to that function, or to the last whole line, and
+`ast.parse` judges prompt and answer together. Prompts that do not parse with `pass` as the answer are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import math
+import random
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import held_out_files, report
+
+import hybridgen
+from hybridgen.config import EngineConfig
+from hybridgen.demo import model_path
+from hybridgen.loading.export import write_quantised
+
+ENGINE: dict[str, Any] = {"mode": "eager", "device": "cpu", "max_batch": 32, "kv_memory": "512MiB"}
+HEAD = re.compile(r"^( *)def \w+\([^()\n]*\):\n", re.MULTILINE)
+LEAST = 20
+"""Tokens of a prompt at least."""
+
+
+def windows(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+    """All files as rows of so many tokens; what is left of a file is left out."""
+    rows = []
+    for text in texts:
+        ids = tokenizer.backend_tokenizer.encode(text).ids
+        rows += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    return rows
+
+
+def loss(model: Any, rows: list[list[int]], **options: Any) -> dict[str, Any]:
+    """Nats a token of a model, loaded with these options."""
+    with hybridgen.Engine.load(model, **{**ENGINE, "dtype": "float32", **options}) as engine:
+        scores = engine.score(rows)
+        formats = {name: row._asdict() for name, row in engine.stats().weights.items()}
+    tokens = sum(len(score.logprobs) for score in scores)
+    nats = -sum(score.sum for score in scores) / tokens
+    return {"nats_per_token": nats, "perplexity": math.exp(nats), "tokens": tokens, "formats": formats}
+
+
+def losses(rows: list[list[int]]) -> dict[str, Any]:
+    """By format: quantised while loading, and read from checkpoints that `hybridgen quantize` writes."""
+    found = {"float32": loss(None, rows), "bfloat16": loss(None, rows, dtype="bfloat16")}
+    for name in ("fp8", "int8", "int4"):
+        found[f"quantization={name}"] = loss(None, rows, quantization=name)
+    with tempfile.TemporaryDirectory() as place:
+        for name in ("ct-fp8", "ct-w4a16"):
+            path = Path(place, name)
+            write_quantised(str(model_path()), path, name, EngineConfig(device="cpu"), lambda line: None)
+            found[f"hybridgen quantize --format {name}"] = loss(str(path), rows)
+    base = found["float32"]["nats_per_token"]
+    for row in found.values():
+        row["over_float32"] = row["nats_per_token"] / base
+    return found
+
+
+def heads(tokenizer: Any, texts: list[str], count: int, most: int) -> list[tuple[str, int]]:
+    """Prompts that end with a function's head, and the indentation of its `def`; drawn with a fixed seed."""
+    found = []
+    for text in texts:
+        lines = text.splitlines(keepends=True)
+        starts = list(itertools.accumulate((len(line) for line in lines), initial=0))
+        for node in ast.parse(text).body:
+            begin = starts[min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1]
+            for match in HEAD.finditer(text, begin, starts[node.end_lineno or node.lineno]):
+                prompt = text[begin : match.end()]
+                tokens = len(tokenizer.backend_tokenizer.encode(prompt).ids)
+                if parses(f"{prompt}{match[1]}    pass\n") and LEAST <= tokens <= most:
+                    found.append((prompt, len(match[1])))
+    random.Random(0).shuffle(found)
+    return found[:count]
+
+
+def body(text: str, indent: int, *, ended: bool) -> str:
+    """The lines of an answer that belong to the function: whole ones, unless the model ended by itself."""
+    lines = text.splitlines(keepends=True)
+    if not ended:
+        lines = lines[:-1]
+    kept = []
+    for line in lines:
+        if line.strip() and len(line) - len(line.lstrip(" ")) <= indent:
+            break
+        kept.append(line)
+    return "".join(kept)
+
+
+def parses(text: str) -> bool:
+    """Whether it is Python."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def parsing(texts: list[str], count: int, new: int) -> list[dict[str, Any]]:
+    """How often prompt and answer parse, greedy and sampled."""
+    rows = []
+    with hybridgen.Engine.load(None, dtype="float32", **ENGINE) as engine:
+        found = heads(engine.tokenizer, texts, count, 1024 - new)
+        for temperature in (0.0, 0.8):
+            outs = engine.generate([p for p, _ in found], temperature=temperature, seed=0, max_new_tokens=new)
+            answers = [
+                body(out.text, indent, ended=out.finish_reason.value == "stop")
+                for out, (_, indent) in zip(outs, found, strict=True)
+            ]
+            good = sum(parses(prompt + answer) for (prompt, _), answer in zip(found, answers, strict=True))
+            lines = sum(answer.count("\n") for answer in answers)
+            rows.append({"temperature": temperature, "prompts": len(found), "new": new, "parse": good, "lines": lines})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--smoke", action="store_true", help="two files, few prompts")
+    arguments = parser.parse_args()
+    texts = held_out_files()[: 2 if arguments.smoke else None]
+    with hybridgen.Engine.load(None, **ENGINE) as engine:
+        rows = windows(engine.tokenizer, texts, 128 if arguments.smoke else 512)[: 2 if arguments.smoke else None]
+    begun = time.time()
+    results: dict[str, Any] = {"files": len(texts), "losses": losses(rows)}
+    for name, row in results["losses"].items():
+        print(f"{name:36} {row['nats_per_token']:.4f} nats a token, {row['over_float32']:.4f} of float32's", flush=True)
+    results["parsing"] = parsing(texts, 4 if arguments.smoke else arguments.prompts, 16 if arguments.smoke else 160)
+    for row in results["parsing"]:
+        print(f"temperature {row['temperature']}: {row['parse']} of {row['prompts']} parse, {row['lines']} lines")
+    print(f"{time.time() - begun:.0f} s")
+    report(results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
