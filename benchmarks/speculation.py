@@ -6,8 +6,9 @@ calls: (time of a call for N new tokens, less the same call for one), against th
 with weights that say anything (temperature 1), the n-gram drafter finds nothing: what it costs a step then.
 
 `text`: the demo model in float32, greedy without penalty, on files of the standard library that it was not trained on:
-the first tokens of a file are continued; and a file with its beginning again, where its commonest word was renamed, is
-continued as an edit would. Tokens a step of all requests, and whether the tokens are those without drafts.
+the first tokens of a file are continued (with a penalty and sampled too), and a file with its beginning again, where
+its commonest word was renamed, is continued as an edit would. Tokens a step of all requests by drafter, and whether the
+tokens are those without drafts.
 
     python benchmarks/speculation.py machinery --model llama-3.1-8b [--output results.json]
     python benchmarks/speculation.py text [--output results.json]
@@ -33,13 +34,16 @@ from common import (
     shape_dtype,
     this_device,
 )
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybridgen
 from hybridgen import Engine
+from hybridgen.demo import model_path
 from hybridgen.speculation.oracle import OracleDrafter
 
 DRAFTS = 3
+FIRST_LAYERS = 3
+"""Of the demo model's 6, as a drafter."""
 SAID = 7
 """The token that the model is made to say."""
 
@@ -138,42 +142,60 @@ def on_text(files: int | None, lengths: tuple[int, int, int], new: tuple[int, in
     this_device()
     options = {"mode": "eager", "device": "cpu", "dtype": "float32", "max_batch": 16}
     texts = held_out_files()[:files]
-    greedy = {"temperature": 0.0, "ignore_eos": True}
     rows = []
     with Engine.load(None, **options) as plain:
         tokenizer = plain.tokenizer
         ids_of = [tokenizer(text[: 8 * lengths[0]])["input_ids"][: lengths[0]] for text in texts]
         begun = [ids for ids in ids_of if len(ids) == lengths[0]]
         edits = [ids for text in texts if (ids := edited(tokenizer, text, lengths[1], lengths[2])) is not None]
-        for what, prompts, count, penalty in (
-            ("held-out files", begun, new[0], 1.0),
-            ("held-out files", begun, new[0], 1.2),
-            ("editing", edits, new[1], 1.0),
+        for what, prompts, sampling in (
+            ("held-out files", begun, {"temperature": 0.0, "max_new_tokens": new[0], "repetition_penalty": 1.0}),
+            ("held-out files", begun, {"temperature": 0.0, "max_new_tokens": new[0], "repetition_penalty": 1.2}),
+            ("held-out files", begun, {"temperature": 0.8, "max_new_tokens": new[0], "repetition_penalty": 1.0}),
+            ("editing", edits, {"temperature": 0.0, "max_new_tokens": new[1], "repetition_penalty": 1.0}),
         ):
-            sampling = {**greedy, "max_new_tokens": count, "repetition_penalty": penalty}
+            sampling |= {"seed": 1, "ignore_eos": True}
             expected = plain.generate(prompts, **sampling)
-            with Engine.load(None, speculation="ngram", **options) as engine:
-                found = engine.generate(prompts, **sampling)
-                stats = engine.stats().speculation
-            steps = [sum(step.count for step in out.steps if step.phase == "decode") for out in found]
-            each = sorted((count - 1) / number for number in steps)
-            rows.append(
-                {
-                    "what": what,
-                    "repetition_penalty": penalty,
-                    "drafter": "ngram",
-                    "requests": len(prompts),
-                    "new": count,
-                    "tokens_per_step": stats.tokens_per_step,
-                    "least": each[0],
-                    "median": each[len(each) // 2],
-                    "most": each[-1],
-                    "accepted": stats.accepted / max(stats.drafted, 1),
-                    "equal": sum(a.token_ids == b.token_ids for a, b in zip(found, expected, strict=True)),
-                }
-            )
-            print(rows[-1], flush=True)
+            for drafter, field in drafters_on_text().items():
+                with Engine.load(None, **field, **options) as engine:
+                    rows.append(
+                        {"what": what, "drafter": drafter} | text_row(engine, prompts, sampling, expected),
+                    )
+                print(rows[-1], flush=True)
     return rows
+
+
+def drafters_on_text() -> dict[str, dict[str, Any]]:
+    """Fields of the config that draft for the demo model, by name: n-grams; the first layers of the model with its norm
+    and head, which nobody trained to draft; and the whole model, all of whose drafts are right."""
+    first = AutoModelForCausalLM.from_pretrained(model_path(), dtype="float32")
+    del first.model.layers[FIRST_LAYERS:]
+    first.config.num_hidden_layers = FIRST_LAYERS
+    return {
+        "ngram": {"speculation": "ngram"},
+        f"its first {FIRST_LAYERS} layers": {"drafter": first},
+        "itself": {"drafter": model_path()},
+    }
+
+
+def text_row(engine: Engine, prompts: list[Any], sampling: dict[str, Any], expected: list[Any]) -> dict[str, Any]:
+    """Tokens a step of a call, and whether its tokens are the expected ones."""
+    found = engine.generate(prompts, **sampling)
+    stats = engine.stats().speculation
+    steps = [sum(step.count for step in out.steps if step.phase == "decode") for out in found]
+    each = sorted((sampling["max_new_tokens"] - 1) / number for number in steps)
+    return {
+        "repetition_penalty": sampling["repetition_penalty"],
+        "temperature": sampling["temperature"],
+        "requests": len(prompts),
+        "new": sampling["max_new_tokens"],
+        "tokens_per_step": stats.tokens_per_step,
+        "least": each[0],
+        "median": each[len(each) // 2],
+        "most": each[-1],
+        "accepted": stats.accepted / max(stats.drafted, 1),
+        "equal": sum(a.token_ids == b.token_ids for a, b in zip(found, expected, strict=True)),
+    }
 
 
 def main() -> None:

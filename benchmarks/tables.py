@@ -328,11 +328,13 @@ def warm_start(results: list[Result]) -> list[str]:
 
 
 def speculation_text(results: list[Result]) -> list[str]:
-    """Tokens a step on the demo model, by prompts."""
+    """Tokens a step on the demo model, by prompts and drafter."""
     rows = [
         [
             row["what"],
+            row["drafter"],
             f"{row['repetition_penalty']:g}",
+            f"{row['temperature']:g}",
             str(row["requests"]),
             str(row["new"]),
             _number(row["tokens_per_step"], 2),
@@ -343,8 +345,25 @@ def speculation_text(results: list[Result]) -> list[str]:
         for result in results
         for row in result["rows"]
     ]
-    head = ["prompts", "repetition penalty", "requests", "tokens each", "tokens a step"]
-    return table([*head, "least / median / most", "drafts accepted", "equal to plain"], rows)
+    head = ["prompts", "drafter", "repetition penalty", "temperature", "requests", "tokens each", "tokens a step"]
+    return table([*head, "least / median / most", "drafts accepted", "equal to plain"], rows, 2)
+
+
+def speculation_search(results: list[Result]) -> list[str]:
+    """Tokens a step and accepted drafts of ways to look for the end of a text in it, by prompts."""
+    found: dict[tuple[int, int, str], dict[tuple[str, float], str]] = {}
+    for result in results:
+        for row in result["rows"]:
+            cell = f"{_number(row['tokens_per_step'], 2)} ({row['accepted']:.0%})"
+            how = row["shortest"], row["longest"], row["drafter"]
+            found.setdefault(how, {})[row["what"], row["repetition_penalty"]] = cell
+    kinds = list(dict.fromkeys(kind for cells in found.values() for kind in cells))
+    head = ["tokens that agree", "drafter", *(f"{what}, penalty {penalty:g}" for what, penalty in kinds)]
+    rows = [
+        [f"{shortest} to {longest}", drafter, *(cells.get(kind, "-") for kind in kinds)]
+        for (shortest, longest, drafter), cells in sorted(found.items())
+    ]
+    return table(head, rows, 2)
 
 
 def demo_model(results: list[Result]) -> list[str]:
@@ -387,6 +406,7 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "ceilings": ceilings,
     "warm-start": warm_start,
     "speculation-text": speculation_text,
+    "speculation-search": speculation_search,
     "demo-model": demo_model,
     "speculation-machinery": speculation_machinery,
 }

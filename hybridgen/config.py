@@ -195,6 +195,18 @@ def _speculation(name: str, value: Any) -> Any:
     )
 
 
+def _drafter(name: str, value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    module = hasattr(value, "named_parameters") and not isinstance(value, type)
+    if value is None or module or (isinstance(value, str) and value and "\0" not in value):
+        return value
+    raise ConfigError(
+        f"{name}={shown(value)}; give a smaller model of the same vocabulary: a directory, a hub id or a live module. "
+        "What drafts without a model is speculation="
+    )
+
+
 def _listener(name: str, value: Any) -> Any:
     if value is not None and not callable(value):
         raise ConfigError(f"{name}={shown(value)}; give a function of one GraphEvent")
@@ -392,6 +404,15 @@ class EngineConfig:
             "Processes that share one model, each with a part of its weights: on CUDA one for each of the first "
             "GPUs, on a CPU on its cores. In modes `eager` and `graph`. See docs/scale.md.",
             integer(1, 64),
+        ),
+    )
+    drafter: str | os.PathLike[str] | Any | None = field(
+        default=None,
+        metadata=setting(
+            "A smaller model of the same vocabulary that drafts, which changes no token: a local path, a hub id or a "
+            "live module. Its keys and values lie beside the model's, in the same pages. See docs/speculation.md.",
+            _drafter,
+            in_key=False,
         ),
     )
     fuse_projections: bool = field(
@@ -598,16 +619,26 @@ class EngineConfig:
                 f'graphs="{self.graphs}" with compile_backend={shown(self.compile_backend)}: trees are Inductor\'s; '
                 'leave compile_backend at "inductor"'
             )
-        if self.graphs is not GraphOwner.MANUAL and self.speculation is not None:
+        if self.speculation is not None and self.drafter is not None:
             raise ConfigError(
-                f'graphs="{self.graphs}" with speculation={shown(self.speculation)}: trees record steps of one token a '
-                'row; use graphs="manual"'
+                f"speculation={shown(self.speculation)} and drafter={shown(self.drafter)}: one of them drafts; leave "
+                "the other out"
+            )
+        if self.graphs is not GraphOwner.MANUAL and self.drafts:
+            raise ConfigError(
+                f'graphs="{self.graphs}" with {self.drafts}: trees record steps of one token a row; use graphs="manual"'
             )
         if not self.capture_at_start and not self.lazy_capture and self.mode in (Mode.GRAPH, Mode.HYBRID):
             raise ConfigError(
                 f'mode="{self.mode}" with capture_at_start=False and lazy_capture=False records nothing; set one of '
                 'them, or use mode="eager" or "jit"'
             )
+
+    @property
+    def drafts(self) -> str:
+        """The field that says who drafts, with its value, in words; empty where nobody does."""
+        given = {"speculation": self.speculation, "drafter": self.drafter}
+        return next((f"{name}={shown(value)}" for name, value in given.items() if value is not None), "")
 
     @classmethod
     def field_names(cls) -> frozenset[str]:

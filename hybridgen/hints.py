@@ -23,9 +23,10 @@ _QUANTISED = 'write quantization="fp8", "int8" or "int4"; a checkpoint that is q
 HINTS: dict[str, str] = {
     # transformers
     "add_generation_prompt": _CHAT % "continue_final_message",
-    "assistant_model": 'a second model that drafts tokens is not taken; speculation="ngram" drafts without one',
+    "assistant_model": 'write drafter=, a path, hub id or live module; speculation="ngram" drafts without one',
     "prompt_lookup_num_tokens": 'write speculation="ngram"',
-    "speculative_config": 'write speculation="ngram"',
+    "speculative_config": 'write speculation="ngram", or drafter= with a smaller model',
+    "speculative_model": "write drafter=, a path, hub id or live module",
     "data_parallel_size": _REPLICAS,
     "attention_mask": 'give what the tokenizer returned as the prompt: {"input_ids": ..., "attention_mask": ...}',
     "attn_implementation": "attention is hybridgen's own in every mode",

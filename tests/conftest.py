@@ -38,7 +38,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--all-inductor`: compile every family with Inductor, not only a handful (about half an hour)."""
+    """`--all-inductor`: what tests of families compile, compile with Inductor (with `-m ""` about half an hour)."""
     parser.addoption("--all-inductor", action="store_true")
 
 
@@ -61,18 +61,30 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector what importing made: it would look at all of it hundreds of times."""
+def spare_the_collector() -> None:
+    """Have the garbage collector look no more at what is alive now.
+
+    What imports and torch.compile leave is millions of objects after a few hundred tests; every full collection would
+    look at all of them, for seconds.
+    """
     gc.collect()
     gc.freeze()
 
 
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what importing made."""
+    spare_the_collector()
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Run a test beside those of other processes, or alone if it is marked so."""
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Run a test beside those of other processes, or alone if it is marked so. After a file, look at what it left."""
     turns = item.config.stash.get(TURNS, None)
     with nullcontext() if turns is None else turns.take(alone="apart" in item.keywords):
-        return (yield)
+        result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        spare_the_collector()
+    return result
 
 
 def pytest_unconfigure() -> None:

@@ -151,11 +151,22 @@ _GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.2,
 }
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_LATENT_ROUTED: dict[str, Any] = {"first_k_dense_replace": 1, **_LATENT, **_ROUTED, **_SHORT}
+
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "afmoe": _with(head_dim=16, num_experts=4, num_shared_experts=1, num_dense_layers=1, **_EXPERTS, **_TWO),
     "apertus": _with(**_SHORT),
     "arcee": _with(head_dim=16, **_SHORT),
     "aria_text": _with(head_dim=16, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, **_SHORT),
+    "axk1": _with(**_LATENT_ROUTED),
     "beam": _with(head_dim=16, num_experts=4, n_group=1, topk_group=1, **_EXPERTS, **_TWO, **_TWO_MLPS)
     | {"rope_parameters": _TWO_ROPES["rope_parameters"] | {"full_attention": None}},
     "biogpt": _without("num_key_value_heads", **_SHORT),
@@ -174,6 +185,8 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v2": _with(topk_method="greedy", **_LATENT_ROUTED),
+    "deepseek_v3": _with(**_LATENT_ROUTED),
     "dots1": _with(head_dim=16, first_k_dense_replace=1, **_ROUTED, **_TWO),
     "ernie4_5_moe": _with(
         moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_intermediate_size=48, moe_layer_end_index=1, **_SHORT
@@ -200,6 +213,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         hidden_size_per_layer_input=8,
     ),
     "gemma4_unified_text": _with(head_dim=16, global_head_dim=32, num_kv_shared_layers=0, **_TWO),
+    "glm4_moe_lite": _with(**_LATENT, **_ROUTED, **_SHORT, **_TWO_MLPS),
     "gpt-sw3": _GPT | {"n_layer": 2},
     "granite_swa": _with(layer_rope_theta=[10000.0, 50000.0], **_GRANITE, **_TWO),
     "granitemoe": _with(num_local_experts=4, num_experts_per_tok=2, **_GRANITE, **_SHORT),
@@ -276,8 +290,20 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         interleave_moe_layer_step=2,
         **_SHORT,
     ),
+    "longcat_flash": _without(
+        "num_hidden_layers",
+        num_layers=2,
+        ffn_hidden_size=96,
+        expert_ffn_hidden_size=48,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+        head_dim=8,
+        **_LATENT,
+    ),
     "mellum": _with(head_dim=16, num_local_experts=4, **_EXPERTS, **_TWO, **_TWO_ROPES),
     "mimo_v2_flash": _with(head_dim=24, v_head_dim=16, **_ROUTED, **_TWO, **_TWO_MLPS),
+    "minicpm3": _with(scale_emb=3.0, **_LATENT, **_SHORT),
     "minimax_m2": _with(head_dim=16, num_local_experts=4, num_experts_per_tok=2, **_SHORT),
     "ministral": _with(head_dim=16, **_TWO),
     "modernbert-decoder": _without("num_key_value_heads", local_attention=16, **_TWO),
@@ -287,6 +313,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "persimmon": _without("num_key_value_heads", **_SHORT),
     "phimoe": _with(num_local_experts=4, num_experts_per_tok=2, **_SHORT),
     "solar_open": _with(head_dim=16, **_ROUTED, **_SHORT),
+    "youtu": _with(**_LATENT, **_SHORT),
     "vaultgemma": _with(head_dim=16, query_pre_attn_scalar=16, **_TWO),
     "gptj": _GPT | {"n_layer": 2, "rotary_dim": 8},
 }
@@ -295,7 +322,7 @@ that is supported."""
 
 CONFIGS = FAMILIES | MORE_FAMILIES
 
-UNCOMPILED = {"dbrx", "gemma3n_text"}
+UNCOMPILED = {"dbrx", "gemma3n_text", "longcat_flash"}
 """Families whose layers run uncompiled, counted: Dynamo cannot trace them (experts in a loop over values), or they hand
 on keys and values that they share."""
 
@@ -333,6 +360,15 @@ def layer_kinds(name: str) -> int:
     if "layer_types" in config or name in ("qwen2", "gemma2", "smollm3", "glm4_moe"):
         return 2
     return 1
+
+
+def depth(name: str) -> dict[str, int]:
+    """Fields of its config for two layers, where all layers are of one kind: more of them show nothing new."""
+    config = FAMILIES[name]
+    listed = any(isinstance(value, list | tuple) for value in config.values())
+    if layer_kinds(name) > 1 or listed or "num_hidden_layers" not in config:
+        return {}
+    return {"num_hidden_layers": 2}
 
 
 def state_kinds(name: str) -> int:

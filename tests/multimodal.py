@@ -94,6 +94,7 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "muse_glimmer": (_text("llama"), {"vision_config": {"layer_types": ["full_attention"]}}),
     "moss_transcribe_diarize": (_text("qwen3"), {}),
     "llama4": (_text("llama4_text"), {}),
+    "kimi_k25": (_text("deepseek_v3"), {}),
 }
 """By model type: the text config, and other fields of the whole one."""
 

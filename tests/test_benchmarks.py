@@ -21,20 +21,36 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HELPERS = ("common.py", "http_clients.py", "lookup.py", "tables.py", "requirements.py", "targets.py")
 """What measures nothing."""
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in HELPERS)
+LONG = ("accuracy.py", "first_text.py", "ragged.py", "serving.py", "serving_http.py", "unseen.py", "warm_start.py")
+"""Of which a smoke run takes ten seconds or more: processes of their own, or all modes compiled by Inductor."""
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def run(script: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / script), option])
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.mark.parametrize("script", LONG)
+def test_a_script_of_which_the_smoke_is_slow_can_be_called(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it imports is there, and it takes its options."""
+    with pytest.raises(SystemExit) as ended:
+        run(script, "--help", monkeypatch)
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(script, marks=pytest.mark.slow if script in LONG else ()) for script in SCRIPTS]
+)
 def test_smoke(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As `python benchmarks/SCRIPT --smoke`, in this process: what importing torch takes is most of a smoke run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / script), "--smoke"])
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     threads = torch.get_num_threads()
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        run(script, "--smoke", monkeypatch)
     finally:
         torch.set_num_threads(threads)
         torch.compiler.reset()

@@ -180,8 +180,13 @@ def test_a_page_links_to_each_notebook() -> None:
 
 
 def shell_blocks() -> list[Any]:
+    """Filling a compile cache is slow: `tests/compilation/store` has its commands."""
     return [
-        pytest.param(block, id=f"{page.name}:{block.line}")
+        pytest.param(
+            block,
+            id=f"{page.name}:{block.line}",
+            marks=pytest.mark.slow if "hybridgen cache warm" in block.text else (),
+        )
         for page in PAGES
         for block in blocks(page)
         if block.kind in ("sh", "bash") and block.why_not is None

@@ -28,6 +28,13 @@ FUNCTIONALISED = (
     "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 """Compiled with `aot_eager`: what Inductor does before it generates code. The others are traced by Dynamo alone."""
+STRUCTURES = (
+    *INDUCTOR, "cohere2", "gemma2", "glm4_moe", "gpt_neox", "gpt_oss", "lfm2", "nemotron", "opt", "phi3", "qwen2",
+    "smollm3",
+)  # fmt: skip
+"""Compiled in the usual run: one family of each structure of a layer. The others are with `-m slow`: what they generate
+in modes eager and graph is compared in every run, and their layers differ from one of these in sizes, norms or
+factors."""
 SETTINGS = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB", "max_context": 352}
 # Every batch and most prompts are padded, whatever the stand-in's times say.
 GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4, 8), "prefill_buckets": (16, 40, 96), "max_padding_ratio": 64}
@@ -41,23 +48,14 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def depth(family: str) -> dict[str, int]:
-    """Fields of its config for two layers, where all layers are of one kind: more of them show nothing new."""
-    config = families.FAMILIES[family]
-    listed = any(isinstance(value, list | tuple) for value in config.values())
-    if families.layer_kinds(family) > 1 or listed or "num_hidden_layers" not in config:
-        return {}
-    return {"num_hidden_layers": 2}
-
-
 @pytest.fixture(scope="module")
 def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return families.write(family, tmp_path_factory.mktemp("families"), **depth(family))
+    return families.write(family, tmp_path_factory.mktemp("families"), **families.depth(family))
 
 
 @pytest.fixture(scope="module")
 def expected(family: str) -> list[tuple[list[int], torch.Tensor]]:
-    model = families.build(family, **depth(family))
+    model = families.build(family, **families.depth(family))
     return [families.reference(model, prompt, NEW_TOKENS) for prompt in families.prompts_of(LENGTHS)]
 
 
@@ -144,6 +142,12 @@ def test_graph(checkpoint: Path, expected: list) -> None:
         check_replays(engine)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in STRUCTURES else pytest.mark.slow) for name in sorted(families.FAMILIES)],
+    indirect=True,
+    scope="module",
+)
 def test_jit_and_hybrid(family: str, checkpoint: Path, expected: list, pytestconfig: pytest.Config) -> None:
     """Both with the same compiled layers, because most of the time goes into compiling them."""
     everywhere = pytestconfig.getoption("--all-inductor")
@@ -202,11 +206,11 @@ def scaled(variant: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("variant", sorted(families.ROPE_VARIANTS))
-@pytest.mark.parametrize("mode", ["eager", "jit", "graph", "hybrid"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("jit", marks=pytest.mark.slow), "graph", "hybrid"])
 def test_rope_scaling(variant: str, mode: str, tmp_path: Path) -> None:
     """Prompts below, at and above the length where the scaling changes, together in one batch.
 
-    The prompts of 64 and 65 tokens cross longrope's 80 while they decode.
+    The prompts of 64 and 65 tokens cross longrope's 80 while they decode. Mode hybrid runs the compiled layers of jit.
     """
     name, changes = families.ROPE_VARIANTS[variant]
     path = families.write(name, tmp_path, **changes)

@@ -176,7 +176,7 @@ def test_a_start_stands_beside_that_of_mode_eager(tables: ModuleType, tmp_path: 
 
 TABLES = [
     "decode-modes", "replay", "unseen", "ablation", "metadata-copy", "ttft", "throughput", "ceilings", "warm-start",
-    "memory-limit", "preparation", "trees", "speculation-text", "speculation-machinery",
+    "memory-limit", "preparation", "trees", "speculation-text", "speculation-search", "speculation-machinery",
 ]  # fmt: skip
 
 
@@ -184,3 +184,12 @@ TABLES = [
 def test_each_table_is_in_the_docs(name: str) -> None:
     pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
     assert sum(f"<!-- table: {name} -->" in text for text in pages) == 1
+
+
+def test_each_plot_is_what_its_file_says() -> None:
+    script = SCRIPT.with_name("plots.py")
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}; run python benchmarks/plots.py"
+    rows = json.loads((ROOT / "benchmarks" / "results" / "speculation-text-cpu.json").read_text())["rows"]
+    drawn = (ROOT / "docs" / "speculation.svg").read_text()
+    assert all(f">{row['tokens_per_step']:.2f}<" in drawn and f">{row['accepted']:.0%}<" in drawn for row in rows)

@@ -11,7 +11,8 @@ padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et
 """
 
 from hybridgen.cache.block_table import BlockTable
-from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, PagedKV, SharedKV
+from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, PagedKV, PagedState, SharedKV
+from hybridgen.cache.paged_latent import LatentShape, PagedLatent
 from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
 from hybridgen.cache.prefix import PageManager, RequestPages
 from hybridgen.cache.sizing import pages_for_tokens, pages_in_turn, plan_pages
@@ -22,6 +23,7 @@ __all__ = [
     "DUMMY_PAGE",
     "BlockTable",
     "KeyValueState",
+    "LatentShape",
     "LayerPages",
     "LayerShape",
     "LayerState",
@@ -30,6 +32,8 @@ __all__ = [
     "PageAllocator",
     "PageManager",
     "PagedKV",
+    "PagedLatent",
+    "PagedState",
     "RequestPages",
     "SharedKV",
     "SlotShape",

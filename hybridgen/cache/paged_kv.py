@@ -27,16 +27,20 @@ class LayerPages(NamedTuple):
     values: torch.Tensor
 
 
-class KeyValueState(LayerState, Protocol):
+class PagedState(LayerState, Protocol):
+    """A state that attention reads in pages."""
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that attention reads for each position that it sees, whoever stores them."""
+
+
+class KeyValueState(PagedState, Protocol):
     """A state that attention reads as keys and values in pages."""
 
     @property
     def pages(self) -> LayerPages:
         """The pages. Raises RuntimeError before `allocate()`."""
-
-    @property
-    def bytes_per_position(self) -> int:
-        """Bytes that attention reads for each position that it sees, whoever stores them."""
 
 
 class PagedKV:

@@ -30,6 +30,7 @@ ENGINE = (
     "kv_memory",
     "speculation",
     "tensor_parallel",
+    "drafter",
 )
 """Fields of `EngineConfig` that are options of every command that loads a model."""
 SAMPLING = tuple(each.name for each in dataclasses.fields(SamplingParams) if not each.metadata.get("functions"))

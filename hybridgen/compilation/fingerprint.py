@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybridgen.models.attention import LayerBinding, StepMetadata
+from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import MixerBinding
 
 _TORCH_INTERNALS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
@@ -51,6 +52,9 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
             lines.append(f"{path}.{name}: {_tensor(value, ())}")
         elif isinstance(value, LayerBinding):
             _describe_binding(f"{path}.{name}", value, tokens, lines)
+        elif isinstance(value, LatentBinding):
+            lines.append(f"{path}.{name}.latents: {_tensor(value.latents, (0,))}")
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, MixerBinding):
             for state in ("convolution", "recurrent"):
                 _describe(f"{path}.{name}.{state}", getattr(value, state), 1, lines)

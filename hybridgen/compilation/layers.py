@@ -26,6 +26,7 @@ from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.fingerprint import token_dimension
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError, described
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
+from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import SlotMixer
 from hybridgen.models.twin import has_forward_hooks, has_global_hooks
 
@@ -341,7 +342,9 @@ def _pages_dynamic(layer: nn.Module) -> Iterator[None]:
 
 
 def _pages(layer: nn.Module) -> list[torch.Tensor]:
-    return [tensor for binding in _bindings(layer) for tensor in (binding.keys, binding.values)]
+    found = (vars(module).get("_hybridgen") for module in layer.modules())
+    latents = [binding.latents for binding in found if isinstance(binding, LatentBinding)]
+    return latents + [tensor for binding in _bindings(layer) for tensor in (binding.keys, binding.values)]
 
 
 def _bindings(layer: nn.Module) -> list[LayerBinding]:

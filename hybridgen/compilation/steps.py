@@ -31,7 +31,7 @@ def compiles_whole(config: EngineConfig, mode: Mode, device_type: str) -> bool:
     Not where somebody drafts: a drafter of the user's is no code that another process could be told of.
     """
     whole = device_type == "cpu" and mode is Mode.HYBRID and config.compile_backend == "inductor"
-    return whole and config.speculation is None and switched_off() is None
+    return whole and not config.drafts and switched_off() is None
 
 
 CompiledStep = Callable[..., object]

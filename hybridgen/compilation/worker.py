@@ -14,6 +14,7 @@ import torch
 import torch._dynamo
 import torch._inductor
 
+import hybridgen.kernels.attention.latent
 import hybridgen.kernels.attention.ops
 import hybridgen.kernels.linear.quantised
 import hybridgen.kernels.step.linear  # noqa: F401

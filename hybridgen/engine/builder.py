@@ -21,10 +21,11 @@ from hybridgen.cache import (
 from hybridgen.compilation.layers import switched_off
 from hybridgen.compilation.steps import CompiledSteps
 from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
+from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
-from hybridgen.errors import CacheMissError, ConfigError, described, shown
+from hybridgen.errors import CacheMissError, ConfigError, described
 from hybridgen.execution import ModelRunner, warm_up
 from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
@@ -69,12 +70,15 @@ class Builder:
     lead: Lead | None = None
     """The group, where other processes have parts of the model."""
 
-    def build(self, bound: BoundModel, undo: ExitStack, twin: Twin[Any] | None) -> Built:
+    def build(
+        self, bound: BoundModel, undo: ExitStack, twin: Twin[Any] | None, drafter: LoadedDrafter | None = None
+    ) -> Built:
         """Build everything. The model's device must be the current one.
 
         Args:
             twin: whose tree the bound model is, for a live module.
             undo: gets what frees the device again, so that a build that fails leaves nothing behind.
+            drafter: the model that drafts; None: none does.
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
         starter, timed = self.starter, self.startup.timed
@@ -95,15 +99,18 @@ class Builder:
             units=units,
             offline=config.offline_compile,
             query_len=self.resolved.query_len,
-            drafter=self._drafter(bound),
+            drafter=self._drafter(bound, drafter),
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
             fall_back=self.counters.fall_back,
             twin=twin,
         )
         undo.callback(runner.close)
+        twins = [each for each in (twin, None if drafter is None else drafter.twin) if each is not None]
+        if drafter is not None:
+            runner.following.drafters_twin = drafter.twin
         with timed("allocate cache"):
-            num_pages, cache_bytes = self._allocate_cache(bound, runner, plan)
+            num_pages, cache_bytes = self._allocate_cache(bound, runner, plan, drafter)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
         fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
@@ -126,16 +133,17 @@ class Builder:
                 self.capture(runner, plan)
         prefix_state = self._prefix_state(bound, runner)
         ring_pages = None
-        if bound.reach is not None:
+        reaches = [bound.reach] if drafter is None else [bound.reach, drafter.drafter.reach]
+        if None not in reaches:
             most = max(self.resolved.token_budget, self.resolved.query_len)
-            ring_pages = pages_in_turn(bound.reach, most, config.page_size)
+            ring_pages = pages_in_turn(max(filter(None, reaches)), most, config.page_size)
         pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on", ring_pages=ring_pages)
 
         def before_call() -> None:
             if self.lead is not None:
                 self.lead.check()
             begin_call(runner)
-            if twin is not None:  # whose values may be other ones now, which cannot be seen
+            if twins:  # whose values may be other ones now, which cannot be seen
                 pages.clear()
 
         scheduler = Scheduler(
@@ -195,7 +203,7 @@ class Builder:
             token_budget=self.resolved.token_budget,
             max_tokens=self.resolved.max_tokens,
             query_len=self.resolved.query_len,
-            keeps_states=bool(bound.mixers),
+            no_prefill=_no_prefill(bound),
         )
 
     def capture(self, runner: ModelRunner, plan: GraphSetup) -> None:
@@ -222,12 +230,21 @@ class Builder:
         if plan.compiles_steps:
             self.starter.check_steps()
 
-    def _allocate_cache(self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup) -> tuple[int, int]:
-        """Size and allocate the KV cache; returns its pages and bytes."""
+    def _allocate_cache(
+        self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup, drafter: LoadedDrafter | None
+    ) -> tuple[int, int]:
+        """Size and allocate the KV cache; returns its pages and bytes. A page has room for both models."""
         config, device = self.config, self.checkpoint.device
-        states, slots = bound.layer_states(config.page_size, self.checkpoint.dtype), config.max_batch + 1
-        allocate(states, 1, slots, device)
-        runner.attach(states)
+        own, slots = bound.layer_states(config.page_size, self.checkpoint.dtype), config.max_batch + 1
+        states = own if drafter is None else (*own, *drafter.drafter.states)
+
+        def allocated(pages: int) -> None:
+            allocate(states, pages, slots, device)
+            runner.attach(own)
+            if drafter is not None:
+                drafter.drafter.attach(runner.state.block_table.tensor, config.max_batch * self.resolved.query_len)
+
+        allocated(1)
         measure = config.kv_memory is None
         num_pages = plan_pages(
             states,
@@ -238,22 +255,24 @@ class Builder:
             device=device,
             activation_bytes=warm_up.measure_activations(runner, plan.largest()) if measure else 0,
         )
-        allocate(states, num_pages, slots, device)
-        runner.attach(states)
+        allocated(num_pages)
         return num_pages, total_bytes(states, num_pages, slots)
 
-    def _drafter(self, bound: BoundModel) -> Drafter | None:
+    def _drafter(self, bound: BoundModel, model: LoadedDrafter | None) -> Drafter | None:
         """Who drafts, if anybody.
 
         Raises:
             ConfigError: drafts cannot be checked on this model.
         """
         wanted = self.config.speculation
-        if wanted is None:
+        if not self.config.drafts:
             return None
         why = refusal(bound, self.resolved.max_context, self.config.page_size, self.checkpoint.dtype)
         if why is not None:
-            raise ConfigError(f"speculation={shown(wanted)} with this model: {why}; leave speculation out")
+            name = self.config.drafts
+            raise ConfigError(f"{name} with this model: {why}; leave {name.partition('=')[0]} out")
+        if model is not None:
+            return model.drafter
         return NgramDrafter() if wanted == "ngram" else cast(Drafter, wanted)
 
     def _prefix_state(self, bound: BoundModel, runner: ModelRunner) -> str:
@@ -296,3 +315,10 @@ class Builder:
             runner.disable_compilation()
             return reason
         return None
+
+
+def _no_prefill(bound: BoundModel) -> str:
+    """Why no prefill of a model is recorded; empty if nothing keeps it from that."""
+    if bound.mixers:  # each prefill has other runs, and the host goes through them
+        return "layers that keep a state take prompts one by one"
+    return "attention to latents reads the lengths of prompts on the host" if bound.latents else ""

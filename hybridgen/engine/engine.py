@@ -26,14 +26,16 @@ from hybridgen.arguments import (
     scores_of,
     scoring_pairs,
 )
+from hybridgen.cache import total_bytes
 from hybridgen.compilation.store.session import CompileCache, preload
-from hybridgen.config import EngineConfig, Mode, bar_disabled
+from hybridgen.config import EngineConfig, Mode, ResolvedConfig, bar_disabled
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.display import html_table
 from hybridgen.engine import hidden
 from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.builder import Builder
+from hybridgen.engine.drafter import LoadedDrafter, load_drafter, open_drafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache, resolve_config
 from hybridgen.engine.requests import Request, collect, make_requests, results
@@ -87,12 +89,14 @@ class Engine:
         config: EngineConfig,
         cache: CompileCache | None = None,
         lead: Lead | None = None,
+        drafter: Checkpoint | None = None,
     ) -> None:
         """Build an engine around a loaded model; most callers want `Engine.load()`.
 
         Args:
             cache: what `open_cache()` gave before the weights were read; None opens it here.
             lead: the group of processes that have the model's other parts, which ends with the engine.
+            drafter: what `open_drafter()` gave before the weights were read; None opens it here, if there is one.
         """
         self.config = config
         self.checkpoint = checkpoint
@@ -111,6 +115,7 @@ class Engine:
         self._calls: AsyncCalls | None = None
         self._adapters: Adapters | None = None
         self._runner: ModelRunner | None = None
+        self._drafter: LoadedDrafter | None = None
         # Undone in reverse order by close(), and also when the engine is dropped without it.
         undo = ExitStack()
         self._undo = weakref.finalize(self, undo.close)
@@ -138,7 +143,8 @@ class Engine:
                 self._starter = Starter(self.cache, self._startup, self._counters)
                 builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters, lead)
                 with device_of(checkpoint.device):
-                    built = builder.build(bound, undo, twin)
+                    self._drafter = self._load_drafter(drafter, resolved, undo)
+                    built = builder.build(bound, undo, twin, self._drafter)
             if twin is not None:
                 twin.settle()
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
@@ -155,6 +161,18 @@ class Engine:
             self.close()
             raise
         logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, self.mode)
+
+    def _load_drafter(
+        self, checkpoint: Checkpoint | None, resolved: ResolvedConfig, undo: ExitStack
+    ) -> LoadedDrafter | None:
+        opened = checkpoint or open_drafter(self.checkpoint, self.config, resolved)
+        if opened is None:
+            return None
+        found = load_drafter(opened, self.config, resolved, undo)
+        self._startup.add("drafter", found.seconds)
+        for note, count in found.notes.items():
+            self._counters.fall_back(note, count)
+        return found
 
     @classmethod
     def load(
@@ -188,6 +206,7 @@ class Engine:
         Raises:
             LoadError, DeviceError, EngineError, CacheMissError: see `hybridgen.errors`.
         """
+        drafter = open_drafter(checkpoint, config, resolve_config(checkpoint, config))
         cache = open_cache(checkpoint, config)
         try:
             device_type = checkpoint.device.type
@@ -196,11 +215,11 @@ class Engine:
             if lead is None:
                 loaded = checkpoint.load()
                 wait()
-                return cls(checkpoint, loaded, config, cache)
+                return cls(checkpoint, loaded, config, cache, drafter=drafter)
             try:
                 with lead.together():
                     loaded = load_share(checkpoint, lead.group)
-                return cls(checkpoint, loaded, config, cache, lead)
+                return cls(checkpoint, loaded, config, cache, lead=lead)
             except BaseException:
                 lead.close()
                 raise
@@ -602,6 +621,8 @@ class Engine:
             tokens=counted["tokens"],
             drafted=counted["checked"],
             accepted=counted["accepted"],
+            weight_bytes=0 if self._drafter is None else self._drafter.weight_bytes,
+            cache_bytes=total_bytes(drafting.states, self._num_pages, self.config.max_batch + 1),
         )
 
     @property
@@ -641,7 +662,7 @@ class Engine:
                     self._starter.keep_plan(self._runner)
             finally:
                 loop.close()
-        self._runner = self._adapters = None  # both hold the model
+        self._runner = self._adapters = self._drafter = None  # all hold models
         self._undo()
         if self.checkpoint.device.type == "cuda":
             del loop

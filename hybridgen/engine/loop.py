@@ -412,10 +412,9 @@ class StepLoop:
             counted["tokens"] += taken
             counted["checked"] += drafts.checked
             counted["accepted"] += max(taken - 1, 0)
-        if drafts.dropped:
-            self._counters.fall_back(
-                f"the drafter {self._drafter} gave ids that the model does not have; they are dropped"
-            )
+        drafting = self._runner.drafting
+        if drafts.dropped and drafting is not None:
+            self._counters.fall_back(f"the drafter {drafting.name} gave {drafting.wrong}; they are dropped")
 
     def _take_scores(self, requests: Sequence[Request], scores: Sequence[Sequence[TokenLogprob]]) -> None:
         """Hand the log-probabilities of prompts to their requests."""

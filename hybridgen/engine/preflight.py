@@ -32,8 +32,15 @@ def resolve_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConf
         mode=config.mode_on(device),
         max_context=context_limit(checkpoint, config.max_context),
         token_budget=config.token_budget or TOKEN_BUDGET[device],
-        query_len=1 if config.speculation is None else 1 + DRAFTS[-1],
+        query_len=_query_len(config),
     )
+
+
+def _query_len(config: EngineConfig) -> int:
+    """Tokens of a row in a decode step at most. Each draft of a model is a pass of it: few are made."""
+    if config.drafter is not None:
+        return 1 + DRAFTS[1]
+    return 1 if config.speculation is None else 1 + DRAFTS[-1]
 
 
 def open_cache(checkpoint: Checkpoint, config: EngineConfig) -> CompileCache:

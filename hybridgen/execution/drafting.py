@@ -7,16 +7,18 @@ token: one that raises is not asked again, and ids that the model does not have 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from hybridgen.cache import LayerState
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
 from hybridgen.execution.state import DeviceState
 from hybridgen.kernels.step.drafts import NO_DRAFT, keep_drafts
+from hybridgen.models import StepMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,12 @@ class DraftCall(NamedTuple):
     """int32 [slots, context]: each slot's tokens by position. What lies behind a row's length is not its text."""
     most: int
     """Drafts of a row at most."""
+    room: Tensor
+    """int64 [B]: how many more tokens each row may generate, and so how many more positions its pages hold."""
+    choose: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    """What the rows' requests would take from logits [B, V] behind their text and the drafts before (int64 [B] each):
+    int64 [B], by their own temperature, filters, penalties and noise of that position; -1 where nothing can be chosen.
+    V is that of the model whose drafts these are."""
 
 
 class Drafter(Protocol):
@@ -65,6 +73,20 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class CachedDrafter(Drafter, Protocol):
+    """A drafter with keys and values of its own, at the places of the model's: in pages of the same numbers."""
+
+    @property
+    def states(self) -> Sequence[LayerState]:
+        """What its layers keep; it has as many pages as the model's."""
+        ...
+
+    def follow(self, step: StepMetadata) -> None:
+        """Part of a prefill: read the tokens that the model was fed."""
+        ...
+
+
 class Drafting:
     """Asks the drafter at the end of steps, and keeps what it says for the next ones."""
 
@@ -88,6 +110,10 @@ class Drafting:
         self._vocab_size = vocab_size
         self._fall_back = fall_back
         self.name = drafter.name
+        self.wrong = str(getattr(drafter, "wrong", "ids that the model does not have"))
+        """What its drafts are that are dropped, in words."""
+        self.states: tuple[LayerState, ...] = tuple(drafter.states) if isinstance(drafter, CachedDrafter) else ()
+        """What it keeps in pages."""
         self.failure: str | None = None
         """Why it is not asked any more."""
         count = state.query_len - 1
@@ -103,20 +129,37 @@ class Drafting:
         theirs = {} if self._drafter is None else self._drafter.tensors()
         return own | {f"{self.name} {name}": tensor for name, tensor in theirs.items()}
 
-    def draft(self, rows: Tensor, lengths: Tensor, room: Tensor, text: Tensor, checked: int) -> Tensor:
+    def follow(self, step: StepMetadata) -> None:
+        """Part of a prefill: a drafter with a cache of its own reads the same tokens."""
+        drafter = self._drafter
+        if isinstance(drafter, CachedDrafter):
+            try:
+                drafter.follow(step)
+            except Exception as error:
+                self._give_up_on(error)
+
+    def draft(
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        room: Tensor,
+        text: Tensor,
+        choose: Callable[[Tensor, Sequence[Tensor]], Tensor],
+        checked: int,
+    ) -> Tensor:
         """Part of a step, before its state moves on: draft behind what each row has now.
 
         Args:
             rows: int64 [B], each row's slot.
             lengths: int64 [B], tokens of each row's sequence, those of the step included.
             room: int64 [B], how many more each may generate.
-            text: see `DraftCall`.
+            text, choose: see `DraftCall`.
             checked: drafts of each row that the step had room for.
 
         Returns:
             int64 [B, 3], by row `DraftCounts`.
         """
-        drafts = self._ask(DraftCall(rows, lengths, text, self._none.shape[1]))
+        drafts = self._ask(DraftCall(rows, lengths, text, self._none.shape[1], room, choose))
         return keep_drafts(drafts, self._state.drafts, rows, room, self._vocab_size, checked)
 
     def _ask(self, call: DraftCall) -> Tensor:
@@ -127,13 +170,18 @@ class Drafting:
             drafts = self._drafter.draft(call)
             if drafts.shape == none.shape and drafts.dtype is torch.int64:
                 return drafts
-            failure = f"gave {drafts.dtype} {list(drafts.shape)}, not {none.dtype} {list(none.shape)}"
+            self._give_up(f"gave {drafts.dtype} {list(drafts.shape)}, not {none.dtype} {list(none.shape)}")
         except Exception as error:
-            if is_fatal(error):
-                raise
-            logger.debug("a drafter failed", exc_info=error)
-            failure = f"raised {described(error)}"
-        self._drafter = None
-        self.failure = f"the drafter {self.name} {failure}; steps run without drafts"
-        self._fall_back(self.failure)
+            self._give_up_on(error)
         return none
+
+    def _give_up_on(self, error: Exception) -> None:
+        if is_fatal(error):
+            raise error
+        logger.debug("a drafter failed", exc_info=error)
+        self._give_up(f"raised {described(error)}")
+
+    def _give_up(self, why: str) -> None:
+        self._drafter = None
+        self.failure = f"the drafter {self.name} {why}; steps run without drafts"
+        self._fall_back(self.failure)

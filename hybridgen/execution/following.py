@@ -25,10 +25,12 @@ def begin_call(runner: ModelRunner) -> None:
     """
     following = runner.following
     changes = following.own_hooks if following.twin is None else following.twin.follow()
+    if following.drafters_twin is not None:
+        changes = changes.beside(following.drafters_twin.follow())
     hooks = (has_global_hooks(), changes.hooked)
     if changes.moved or changes.settings or hooks != following.hooks:
         _adapt(runner, changes, hooks)
-    if following.twin is not None:
+    if following.twin is not None or following.drafters_twin is not None:
         if runner.stream is not None and not runner.is_here():
             # What the caller's stream still writes into the weights comes first.
             runner.stream.wait_stream(torch.cuda.current_stream(runner.device))
@@ -148,7 +150,9 @@ def resume_cache(runner: ModelRunner) -> None:
 def _state_tensors(runner: ModelRunner) -> list[torch.Tensor]:
     """The tensors of all layers' states, one for each storage."""
     found = {
-        tensor.untyped_storage().data_ptr(): tensor for state in runner.states for tensor in state.tensors().values()
+        tensor.untyped_storage().data_ptr(): tensor
+        for state in runner.all_states
+        for tensor in state.tensors().values()
     }
     return list(found.values())
 

@@ -10,7 +10,7 @@ from typing import Any
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import LAYERS, GraphKey, Recorder
-from hybridgen.models.binding import paged
+from hybridgen.models.binding import key_value_pages
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def make_fused(
 
     fused = build_fused(
         runner.bound,
-        tuple(state.pages for state in paged(runner.states)),
+        key_value_pages(runner.states),
         runner.steps.inputs(),
         max_context=max_context,
         max_rows=runner.state.max_batch,

@@ -20,6 +20,8 @@ class Following:
     def __init__(self, bound: BoundModel, twin: Twin[Any] | None) -> None:
         """`twin`: whose tree the bound model is, where its owner can change it; None: nobody can."""
         self.twin = twin
+        self.drafters_twin: Twin[Any] | None = None
+        """The same of a live module that drafts."""
         own = () if twin is not None else tuple(filter(has_forward_hooks, bound.model.modules()))
         self.own_hooks = Changes(hooked=own)
         """Of a model without an owner: the hooks that its own code put there."""

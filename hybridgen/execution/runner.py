@@ -169,12 +169,17 @@ class ModelRunner:
     @property
     def query_lens(self) -> tuple[int, ...]:
         """Tokens a row of decode steps that check drafts; none where nobody drafts."""
-        return () if self.drafting is None else tuple(count + 1 for count in DRAFTS if count)
+        return () if self.drafting is None else tuple(n + 1 for n in DRAFTS if 0 < n < self.state.query_len)
 
     @property
     def compiled(self) -> CompiledLayers | None:
         """The compiled layers; None where layers run eagerly."""
         return self._layers.compiled
+
+    @property
+    def all_states(self) -> tuple[LayerState, ...]:
+        """What the model's layers keep between steps, and then those of the model that drafts, if one does."""
+        return self.states if self.drafting is None else (*self.states, *self.drafting.states)
 
     def attach(self, states: Sequence[LayerState]) -> None:
         """Let the layers keep their state here from now on. Not after something was recorded, or decode was fused.

@@ -263,6 +263,8 @@ class ModelSteps:
         if scored is not None:
             keep = torch.cat((inputs["keep"][:rows], scored.places))
         logits = self._executors[key.executor].logits(self.metadata, keep)
+        if self._drafting is not None:
+            self._drafting.follow(self.metadata)
         if scored is not None:
             scored.take(logits[rows:])
             logits = logits[:rows]
@@ -335,10 +337,37 @@ class ModelSteps:
             sampled = sampled._replace(tokens=tokens)
         told = None
         if self._drafting is not None and history is not None:
-            room = self._sampler.most_new[rows] - (generated + brought)
-            told = self._drafting.draft(rows, lengths + brought, room, history.text, query_len - 1)
+            ends, count = lengths + brought, generated + brought
+            room = self._sampler.most_new[rows] - count
+            last = sampled.tokens.view(rows.shape[0], -1)
+            choose = partial(self._expect, rows, ends, count, last, sampler)
+            told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1)
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
+
+    def _expect(
+        self,
+        rows: Tensor,
+        lengths: Tensor,
+        generated: Tensor,
+        last: Tensor,
+        sampler: SamplerPlan,
+        logits: Tensor,
+        drafts: Sequence[Tensor],
+    ) -> Tensor:
+        """The tokens that rows would take from a drafter's logits, behind so many drafts; see `DraftCall.choose`.
+
+        Args:
+            last: int64 [B, Q], what the step brought; below 0: nothing.
+        """
+        positions = (lengths + len(drafts)).clamp(max=self._sampler.max_context)  # no draft there is kept
+        before, behind = generated + len(drafts), None
+        if sampler.penalties:
+            behind = torch.cat((last, *(draft[:, None] for draft in drafts)), dim=1)
+        if sampler.history and drafts and self._sampler.history is not None:
+            remember(drafts[-1], rows, positions - 1, self._sampler.history.text)
+        plan = sampler._replace(logprobs=None, sampled_logprobs=False)
+        return sample(logits, self._sampler, rows, positions, before, plan, behind=behind).tokens
 
     def _set(
         self, phase: Phase, ids: Tensor, slots: Tensor, positions: Tensor, rope: Tensor, *, several: bool = False

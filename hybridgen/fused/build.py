@@ -51,6 +51,8 @@ def build_fused(
     try:
         if bound.mixers:
             raise Unfit("its layers keep a state besides keys and values")
+        if bound.latents:
+            raise Unfit("its layers cache latents instead of keys and values")
         with bound.original_attention(), torch.inference_mode():
             model = describe(bound.model, bound.sites, bound.weights, max_context)
             reference.check(bound.model, model)

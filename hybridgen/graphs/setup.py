@@ -32,8 +32,8 @@ class GraphSetup:
     """Prompt tokens that one prefill call can have."""
     query_len: int = 1
     """Tokens of a row in a decode step at most."""
-    keeps_states: bool = False
-    """Whether layers keep a state by slot, so that a prefill goes run by run."""
+    no_prefill: str = ""
+    """Why no prefill is recorded, whatever the config says; empty if nothing keeps it from that."""
 
     @property
     def records(self) -> bool:
@@ -54,8 +54,8 @@ class GraphSetup:
         elif self.compiles_steps and prefill is None:
             prefill = ()  # nothing stands in for a compiled prefill, and padding would cost
         why = {}
-        if self.keeps_states:  # each prefill has other runs, and the host goes through them
-            prefill, why = (), {"no_prefill": "layers that keep a state take prompts one by one"}
+        if self.no_prefill:
+            prefill, why = (), {"no_prefill": self.no_prefill}
         max_bytes = parse_bytes("max_graph_memory", config.max_graph_memory)
         return GraphSettings(
             decode=decode_buckets(config.max_batch) if decode is None else tuple(decode),

@@ -6,6 +6,9 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +266,19 @@ def read_generation_config(config: PreTrainedConfig, source: Source) -> Generati
         return GenerationConfig.from_dict(values)
 
 
+_TELLS = ContextVar("_TELLS", default=True)
+
+
+@contextmanager
+def generation_untold() -> Iterator[None]:
+    """Inside, nothing is said of generation configs: the model that is opened does not go by its own."""
+    token = _TELLS.set(False)
+    try:
+        yield
+    finally:
+        _TELLS.reset(token)
+
+
 def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], vocab_size: int, whose: str) -> None:
     """Refuse what cannot be applied, and name in one warning what is not applied.
 
@@ -276,6 +292,8 @@ def check_generation(generation_config: Any, eos_token_ids: tuple[int, ...], voc
         resolve(SamplingParams(), generation_config, eos_token_ids, vocab_size)
     except SamplingError as error:
         raise CheckpointError(f"{whose} cannot be used: {error}") from None
+    if not _TELLS.get():
+        return
     applied = {
         name: value
         for name, off in _APPLIED.items()

@@ -20,6 +20,7 @@ from hybridgen.loading.formats import Format
 from hybridgen.loading.places import Places
 from hybridgen.loading.source import Source
 from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
+from hybridgen.models.latent import latent_projections
 from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.rounding import quantise, relative_error
 
@@ -107,16 +108,18 @@ def load_quantised(
 
 
 def quantisable(model: PreTrainedModel) -> list[str]:
-    """Names of the projections that can be quantised: all but the head, and routers.
+    """Names of the projections that can be quantised: all but the head, routers, and what expands latents.
 
-    Which experts a token gets must not change; a router is an `nn.Linear` beside the experts.
+    Which experts a token gets must not change; a router is an `nn.Linear` beside the experts. What expands latents is
+    taken apart by attention (`models.latent`).
     """
     head = model.get_output_embeddings()
     routers = {id(child) for module in model.modules() if hasattr(module, "experts") for child in module.children()}
+    others = routers | {id(projection) for projection in latent_projections(model)}
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and id(module) not in routers
+        if type(module) is nn.Linear and module is not head and id(module) not in others
     ]
 
 
@@ -136,6 +139,7 @@ class _Plan:
         self._model = model
         self._places = Places(model)
         self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        self._latents = {id(projection) for projection in latent_projections(model)}
         self.apart: dict[str, Reader] = {}
         """By the model's names."""
         self.tensors: dict[str, Any] = {}
@@ -157,6 +161,8 @@ class _Plan:
         reason = stored.dequantised
         if linear is None and reason is None:
             reason = "transformers joins or renames them while loading, or they are no nn.Linear (experts, embeddings)"
+        elif reason is None and id(linear) in self._latents:
+            reason = "attention to latents takes their projections apart"
         if reason is not None or name is None or linear is None:
             kind = str(self._dtype).removeprefix("torch.")
             self._notes[f"quantised weights are dequantised to {kind}: {reason}"] += 1

@@ -205,14 +205,6 @@ def _alibi(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _latent(config: PreTrainedConfig) -> str | None:
-    rank = _value(config, "kv_lora_rank")
-    if not rank:
-        return None
-    kind = f"multi-head latent attention, kv_lora_rank={rank}"
-    return f"it caches latents instead of keys and values ({kind}); {_INSTEAD}"
-
-
 def _indexer(config: PreTrainedConfig) -> str | None:
     found = [field for field in _INDEXER_FIELDS if _value(config, field)]
     if not found:
@@ -243,7 +235,6 @@ _CHECKS = (
     _encoder,
     _composite,
     _alibi,
-    _latent,
     _indexer,
     _recurrent,
     _named,

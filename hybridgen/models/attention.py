@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -63,6 +63,31 @@ class StepMetadata:
     """Whether a decode step has several tokens a request: then the keys of all are written before any is read."""
 
 
+class AttentionCall(NamedTuple):
+    """One attention call of a layer: all that an implementation of attention is given."""
+
+    query: torch.Tensor
+    """[T, num_heads, key_dim]"""
+    new: tuple[torch.Tensor, torch.Tensor]
+    """The tokens' keys [T, num_kv_heads, key_dim] and values [T, num_kv_heads, value_dim]; or their latents
+    [T, 1, rank] and rotary keys [T, 1, rope] (`models.latent`)."""
+    scale: float
+    sees: Visibility
+    softcap: float
+    """0 for none."""
+    sinks: torch.Tensor | None
+    """[num_heads] logits that take part in the softmax's denominator only (GPT-OSS)."""
+
+
+class StateBinding(Protocol):
+    """What hangs on an attention module: its layer's state, and how to attend to it."""
+
+    sees: Visibility
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> torch.Tensor:
+        """Write what is new and attend: [T, num_heads, value_dim]."""
+
+
 class LayerBinding:
     """What one attention module needs beyond its inputs; an attribute of the module.
 
@@ -99,24 +124,23 @@ class LayerBinding:
         step = self.step
         return Places(self.keys, self.values, step.block_table, step.slots, step.positions)
 
+    def attend(self, module: nn.Module, call: AttentionCall) -> torch.Tensor:
+        """Write the step's keys and values, unless the pages are another layer's, and attend to them."""
+        step, (k, v) = self.step, call.new
+        places = self.places()
+        options = Options(call.scale, call.sees.window, call.sees.chunk, call.softcap, call.sinks)
+        if step.phase is Phase.DECODE and not step.several and not self.reads_only:
+            return decode_attention(call.query, places, options, k=k, v=v, schedule=self.schedule)
+        # All of them, before any is read: requests of one prefill call can share pages.
+        if not self.reads_only:
+            write_kv(k, v, places)
+        if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
+            return decode_attention(call.query, places, options, schedule=self.schedule)
+        return prefill_attention(call.query, places, step.query_starts, options)
+
     def write_schedule(self, query_heads: int) -> None:
         """Schedule decode attention of the step, for all layers that share the schedule."""
         schedule_attention(self.places(), query_heads, self.sees.window, self.sees.chunk, self.schedule)
-
-
-class AttentionCall(NamedTuple):
-    """One attention call of a layer: all that an implementation of attention is given."""
-
-    query: torch.Tensor
-    """[T, num_heads, key_dim]"""
-    new: tuple[torch.Tensor, torch.Tensor]
-    """The tokens' keys [T, num_kv_heads, key_dim] and values [T, num_kv_heads, value_dim]."""
-    scale: float
-    sees: Visibility
-    softcap: float
-    """0 for none."""
-    sinks: torch.Tensor | None
-    """[num_heads] logits that take part in the softmax's denominator only (GPT-OSS)."""
 
 
 def paged_attention(
@@ -134,7 +158,8 @@ def paged_attention(
 
     Args:
         query: [1, num_heads, T, key_dim], the step's tokens packed in one row.
-        key: [1, num_kv_heads, T, key_dim]; value alike with value_dim.
+        key: [1, num_kv_heads, T, key_dim]; value alike with value_dim. From modules that hand on their latents, these
+            and the rotary keys, [1, 1, T, ...].
         attention_mask: always None: without a registered mask function, Hugging Face builds none. What a query sees
             is in the module's binding, as the probe read it.
         s_aux: [num_heads] attention-sink logits (GPT-OSS).
@@ -142,7 +167,7 @@ def paged_attention(
     Returns:
         [1, T, num_heads, value_dim], None
     """
-    binding: LayerBinding = module._hybridgen  # type: ignore[assignment]
+    binding: StateBinding = module._hybridgen  # type: ignore[assignment]
     call = AttentionCall(
         query[0].transpose(0, 1),
         (key[0].transpose(0, 1), value[0].transpose(0, 1)),
@@ -151,22 +176,7 @@ def paged_attention(
         softcap or 0.0,
         s_aux,
     )
-    return _attend(call, binding).unsqueeze(0), None
-
-
-def _attend(call: AttentionCall, binding: LayerBinding) -> torch.Tensor:
-    """[T, num_heads, value_dim]"""
-    step, (k, v) = binding.step, call.new
-    places = binding.places()
-    options = Options(call.scale, call.sees.window, call.sees.chunk, call.softcap, call.sinks)
-    if step.phase is Phase.DECODE and not step.several and not binding.reads_only:
-        return decode_attention(call.query, places, options, k=k, v=v, schedule=binding.schedule)
-    # All of them, before any is read: requests of one prefill call can share pages.
-    if not binding.reads_only:
-        write_kv(k, v, places)
-    if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
-        return decode_attention(call.query, places, options, schedule=binding.schedule)
-    return prefill_attention(call.query, places, step.query_starts, options)
+    return binding.attend(module, call).unsqueeze(0), None
 
 
 def note_attention(

@@ -11,11 +11,23 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from hybridgen.cache import KeyValueState, LayerShape, LayerState, PagedKV, SharedKV, SlotState
+from hybridgen.cache import KeyValueState, LayerPages, LayerShape, LayerState, PagedKV, PagedState, SharedKV, SlotState
+from hybridgen.cache.paged_latent import LatentShape, PagedLatent
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase, StepMetadata
 from hybridgen.models.interface import AttentionNames, check_functions
+from hybridgen.models.latent import (
+    LatentBinding,
+    check_expansion,
+    check_latents,
+    check_unwatched,
+    expanded,
+    noting_expansion,
+    use_expansion,
+    use_latents,
+)
+from hybridgen.models.layer_list import decoder_layers, layer_around
 from hybridgen.models.mixers import (
     MixerBinding,
     MixerSite,
@@ -27,7 +39,7 @@ from hybridgen.models.mixers import (
 )
 from hybridgen.models.probe import AttentionOptions, check_distinct, check_interface, kind_of, probe_model, read_options
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
-from hybridgen.models.visibility import Visibility
+from hybridgen.models.visibility import CAUSAL, Visibility
 from hybridgen.models.weights import ModuleWeights, WeightProvider
 
 _CONTEXT = 4096
@@ -48,6 +60,8 @@ class AttentionSite(NamedTuple):
     """What the module hands to attention besides tensors."""
     producer: int | None = None
     """The earlier site whose keys and values it is given; None where it has its own."""
+    latent: LatentShape | None = None
+    """What it stores instead of the keys and values of `shape`; None where it stores these."""
 
 
 @dataclass(eq=False)
@@ -69,19 +83,26 @@ class BoundModel:
     _ropes: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     _schedules: tuple[tuple[LayerBinding, int], ...] = ()
     """Of the layers that share an attention schedule the first, and its query heads."""
+    latents: tuple[nn.Module, ...] = field(init=False)
+    """The attention modules that cache latents."""
+
+    def __post_init__(self) -> None:
+        self.latents = tuple(site.module for site in self.sites if site.latent is not None)
 
     def layer_states(self, page_size: int, dtype: torch.dtype) -> tuple[LayerState, ...]:
         """What the layers keep between steps, as the probe saw it; not allocated yet.
 
-        Keys and values of each layer that attends come first (`KeyValueState`), then one `SlotState` of all layers that
+        Pages of each layer that attends come first (`PagedState`), then one `SlotState` of all layers that
         have a state by slot, if any.
         """
-        pages: list[KeyValueState] = []
+        pages: list[PagedState] = []
         for site in self.sites:
-            if site.producer is None:
+            if site.latent is not None:
+                pages.append(PagedLatent(site.latent, page_size, dtype))
+            elif site.producer is None:
                 pages.append(PagedKV(site.shape, page_size, dtype))
             else:
-                pages.append(SharedKV(pages[site.producer]))
+                pages.append(SharedKV(cast(KeyValueState, pages[site.producer])))
         return (*pages, SlotState([mixer.shapes for mixer in self.mixers])) if self.mixers else tuple(pages)
 
     @property
@@ -116,13 +137,17 @@ class BoundModel:
         """
         first: dict[tuple[int, LayerShape, Visibility], LayerBinding] = {}
         for site, state in zip(self.sites, paged(states), strict=True):
+            if isinstance(state, PagedLatent):
+                site.module._hybridgen = LatentBinding(state.latents, step)  # type: ignore[assignment]
+                continue
+            pages = cast(KeyValueState, state).pages
             kind = site.query_heads, site.shape, site.sees
             if kind in first:
                 schedule = first[kind].schedule
             else:
                 limits = site.sees.window, site.sees.chunk
-                schedule = make_schedule(*state.pages, step.block_table, site.query_heads, rows, *limits)
-            binding = LayerBinding(*state.pages, step, site.sees, schedule, site.producer is not None)
+                schedule = make_schedule(*pages, step.block_table, site.query_heads, rows, *limits)
+            binding = LayerBinding(*pages, step, site.sees, schedule, site.producer is not None)
             first.setdefault(kind, binding)
             site.module._hybridgen = binding  # type: ignore[assignment]
         self._schedules = tuple((binding, query_heads) for (query_heads, _, _), binding in first.items())
@@ -142,6 +167,8 @@ class BoundModel:
         Returns:
             [K, vocab_size] in `logits_dtype`.
         """
+        if self.latents and not torch.compiler.is_compiling():
+            check_unwatched(self.latents)
         if step.phase is Phase.DECODE:
             for binding, query_heads in self._schedules:
                 binding.write_schedule(query_heads)
@@ -165,21 +192,31 @@ class BoundModel:
     def original_attention(self) -> Iterator[None]:
         """Inside, the model attends as it did before `bind()`, without a cache."""
         self._attention.restore()
-        for mixer in self.mixers:
-            use_own_cache(mixer.module)
+        self._use_own()
         try:
             yield
         finally:
-            for mixer in self.mixers:
-                use_slots(mixer.module)
+            self._use_states()
             self._attention.set(ATTENTION_NAME)
+
+    def _use_states(self) -> None:
+        """Mixers and modules with latents go by their bindings."""
+        for mixer in self.mixers:
+            use_slots(mixer.module)
+        for module in self.latents:
+            use_latents(module)
+
+    def _use_own(self) -> None:
+        for mixer in self.mixers:
+            use_own_cache(mixer.module)
+        for module in self.latents:
+            use_expansion(module)
 
     def release(self) -> None:
         """Put everything back as it was before `bind()`."""
         for module in (*(site.module for site in self.sites), *(mixer.module for mixer in self.mixers)):
             vars(module).pop("_hybridgen", None)
-        for mixer in self.mixers:
-            use_own_cache(mixer.module)
+        self._use_own()
         self._slots = None
         self._schedules = ()
         restore_rope(self._ropes)
@@ -188,9 +225,15 @@ class BoundModel:
         vars(self.model).pop("_hybridgen_bound", None)
 
 
-def paged(states: Sequence[LayerState]) -> tuple[KeyValueState, ...]:
+def paged(states: Sequence[LayerState]) -> tuple[PagedState, ...]:
     """Of what `layer_states()` gave, the states that attention reads, one for each site."""
-    return tuple(cast(KeyValueState, state) for state in states if not isinstance(state, SlotState))
+    return tuple(cast(PagedState, state) for state in states if not isinstance(state, SlotState))
+
+
+def key_value_pages(states: Sequence[LayerState]) -> tuple[LayerPages, ...]:
+    """Of what `layer_states()` gave, the pages of keys and values."""
+    kinds = (PagedLatent, SlotState)
+    return tuple(cast(KeyValueState, state).pages for state in states if not isinstance(state, kinds))
 
 
 def check_free(model: PreTrainedModel) -> None:
@@ -223,8 +266,7 @@ def bind(model: PreTrainedModel, context: int | None = None) -> BoundModel:
     bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), layers, mixers, attention)
     try:
         attention.set(ATTENTION_NAME)
-        for mixer in mixers:
-            use_slots(mixer.module)
+        bound._use_states()
         model._hybridgen_bound = True  # type: ignore[assignment]
         replace_length_dependent_rope(model, bound._ropes)
     except BaseException:
@@ -244,6 +286,7 @@ class _Seen(NamedTuple):
     shape: LayerShape
     options: AttentionOptions
     producer: int | None
+    latent: LatentShape | None
 
 
 def _find_sites(
@@ -262,7 +305,7 @@ def _find_sites(
     cache = DynamicCache(config=model.config) if mixers else None
     seen, logits_dtype = _run_two_tokens(model, attention, names, cache)
     check_distinct(kind, [names[site.module] for site in seen])
-    layers = _decoder_layers(model, [site.module for site in seen], mixers)
+    layers = decoder_layers(model, [site.module for site in seen], mixers)
     if [names[site.module] for site in seen] != [call.name for call in calls]:
         raise UnsupportedModelError(
             f"{kind} attends in other modules than its classes do ({len(seen)} and {len(calls)} calls): a hook or a "
@@ -270,23 +313,41 @@ def _find_sites(
         )
     check_functions(site.module for site in seen)
     _check_shared(model, [names[site.module] for site in seen if site.producer is not None])
+    for site, call in zip(seen, calls, strict=True):
+        if site.latent is not None:
+            _check_latent(names[site.module], site, call.sees)
     sites = tuple(
         AttentionSite(
             site.module,
-            _around(site.module, layers),
+            layer_around(site.module, layers),
             site.query_heads,
             site.shape,
             call.sees,
             site.options,
             site.producer,
+            site.latent,
         )
         for site, call in zip(seen, calls, strict=True)
     )
     if cache is None:
         return sites, (), layers, logits_dtype
     check_claimed(mixers, cache)
-    states = tuple(MixerSite(mixer, _around(mixer, layers), read_shapes(mixer, cache)) for mixer in mixers)
+    states = tuple(MixerSite(mixer, layer_around(mixer, layers), read_shapes(mixer, cache)) for mixer in mixers)
     return sites, states, layers, logits_dtype
+
+
+def _check_latent(name: str, site: _Seen, sees: Visibility) -> None:
+    """Raise unless attention to a site's latents is what its module computes.
+
+    Raises:
+        UnsupportedModelError: it is not.
+    """
+    if sees != CAUSAL or site.options.softcap or site.options.sinks or site.latent is None:
+        raise UnsupportedModelError(
+            f"{name} caches latents and attends with a window, a soft cap or sinks ({sees}, {site.options}); hybridgen "
+            "attends to latents without them"
+        )
+    check_expansion(name, site.module, site.latent, site.query_heads, site.shape.key_dim)
 
 
 def _check_shared(model: PreTrainedModel, readers: Sequence[str]) -> None:
@@ -328,7 +389,8 @@ def _run_two_tokens(
         shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
         # A layer that shares is handed the very tensors that an earlier one attended to.
         same = (i for i, (k, v) in enumerate(stored) if k is key and v is value)
-        seen.append(_Seen(module, query.shape[1], shape, options, next(same, None)))
+        latent = expanded(names[module], module, key, value)
+        seen.append(_Seen(module, query.shape[1], shape, options, next(same, None), latent))
         stored.append((key, value))
 
     modules = list(model.modules())
@@ -336,7 +398,7 @@ def _run_two_tokens(
     for module in modules:
         vars(module)["_hybridgen_note"] = note
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), noting_expansion(check_latents(model)):
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
             keeps = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
             output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], **keeps)
@@ -345,29 +407,3 @@ def _run_two_tokens(
             vars(module).pop("_hybridgen_note", None)
         attention.restore()
     return seen, output.logits.dtype
-
-
-def _decoder_layers(
-    model: PreTrainedModel, attentions: Sequence[nn.Module], mixers: Sequence[nn.Module] = ()
-) -> tuple[nn.Module, ...]:
-    """The model's layer list: each attention module and each mixer is in an element of its own kind's own.
-
-    An element without attention is for models with mixers alone: others have one attention a layer.
-    """
-    for candidate in model.modules():
-        if not isinstance(candidate, nn.ModuleList) or not len(candidate):
-            continue
-        members = [set(layer.modules()) for layer in candidate]
-        counts = [[sum(module in inside for module in kind) for inside in members] for kind in (attentions, mixers)]
-        together = all(sum(count) == len(kind) for count, kind in zip(counts, (attentions, mixers), strict=True))
-        if together and max(map(max, counts)) == 1 and (mixers or min(counts[0]) == 1):
-            return tuple(candidate)
-    beside = f" and has {len(mixers)} modules that keep a state" if mixers else ""
-    raise UnsupportedModelError(
-        f"{type(model).__name__} made {len(attentions)} attention calls{beside} that do not pair up with a list of "
-        "decoder layers; hybridgen runs models with one attention per layer"
-    )
-
-
-def _around(module: nn.Module, layers: Sequence[nn.Module]) -> nn.Module:
-    return next(layer for layer in layers if module in set(layer.modules()))

@@ -32,6 +32,7 @@ from transformers.masking_utils import causal_mask_function
 
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.models.interface import configs_of
+from hybridgen.models.latent import check_latents
 from hybridgen.models.mixers import check_mixers
 from hybridgen.models.text_part import TextPart, as_text_part
 from hybridgen.models.visibility import Predicate, UnknownMaskError, Visibility, read_visibility
@@ -165,6 +166,7 @@ def probe_model(model: PreTrainedModel, context: int) -> tuple[ProbedCall, ...]:
     """
     kind = kind_of(model)
     check_mixers(model)
+    check_latents(model)
     recorder = _run(model)
     check_distinct(kind, [call.name for call in recorder.calls])
     read: dict[tuple[int, int, str], Visibility] = {}

@@ -79,6 +79,10 @@ class Changes(NamedTuple):
     hooked: tuple[nn.Module, ...] = ()
     """Modules that have forward hooks now."""
 
+    def beside(self, other: Changes) -> Changes:
+        """These, and those of another module."""
+        return Changes(self.moved + other.moved, self.settings + other.settings, self.hooked + other.hooked)
+
 
 class Twin(Generic[M]):
     """A module tree over the parameters of another one, which is never changed.

@@ -12,6 +12,7 @@ from hybridgen.parallel.weights import whole
 
 _NOT_YET = {
     "speculation": "drafts are not checked over several processes yet",
+    "drafter": "drafts are not checked over several processes yet",
     "adapter": "adapters are not merged into parts of weights yet",
     "quantization": "weights are not quantised in parts yet",
     "quantize_head": "weights are not quantised in parts yet",

@@ -141,7 +141,8 @@ class LeadRunner(ModelRunner):
     def attach(self, states: Sequence[LayerState]) -> None:
         """See `ModelRunner.attach`; the other ranks allocate as many pages."""
         super().attach(states)
-        self._tell(pack(Kind.ALLOCATE, paged(states)[0].pages[0].shape[0]))
+        first = next(iter(paged(states)[0].tensors().values()))
+        self._tell(pack(Kind.ALLOCATE, first.shape[0]))
 
     def admit(self, admission: Admission) -> None:
         """See `ModelRunner.admit`."""

@@ -47,6 +47,16 @@ def count_drafted(counts: Tensor, drafts: Tensor) -> None:
     counts.scatter_add_(1, ids.reshape(-1, count), before.reshape(-1, count).to(counts.dtype))
 
 
+def count_behind(counts: Tensor, tokens: Tensor) -> None:
+    """Count tokens as a row's output that are not in its counts yet.
+
+    Args:
+        counts: int32 [B, V]; added to.
+        tokens: int64 [B, N]; below 0: none.
+    """
+    counts.scatter_add_(1, tokens.clamp(min=0), (tokens >= 0).to(counts.dtype))
+
+
 EARLY_END, AT_BEGIN, FORCED_FIRST, FORCED_LAST = 1, 2, 4, 8
 """Bits of an id's rules: banned before the minimum length, banned at the beginning, one of the first, of the last."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hybridgen.sampling.choice import best_of, choose_greedy, choose_sampled, truncated, with_noise
 from hybridgen.sampling.history import apply_history
 from hybridgen.sampling.own import OwnRows
-from hybridgen.sampling.processors import apply_rules, count_drafted, cut_off, keep_typical, penalize
+from hybridgen.sampling.processors import apply_rules, count_behind, count_drafted, cut_off, keep_typical, penalize
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
 __all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "sample", "truncate"]
@@ -38,6 +38,7 @@ def sample(
     plan: SamplerPlan,
     own: OwnRows | None = None,
     drafts: Tensor | None = None,
+    behind: Tensor | None = None,
 ) -> SampleOutput:
     """Choose a token for each row. Runs on the device; the host waits for nothing.
 
@@ -56,6 +57,8 @@ def sample(
         own: rows with functions of their own, which then decide on the host what is launched.
         drafts: int64 [B / Q, Q - 1], where Q rows follow each other for each request: the tokens that are the text
             behind the first of them, -1 for none. The history has them already.
+        behind: int64 [B, N]: the last tokens of each row's text, below 0 for none, that the counts of its output do not
+            have yet. The history has them already.
 
     Raises:
         ValueError: the logits are not as wide as the state.
@@ -66,7 +69,7 @@ def sample(
     cuda = logits.is_cuda
     scores = logits if cuda else logits.float()
     if plan.processes:
-        scores = process(logits.float(), state, slots, positions, generated, plan, drafts)
+        scores = process(logits.float(), state, slots, positions, generated, plan, drafts, behind)
     if own is not None and state.history is not None:
         scores = own.apply(state.history.text, scores.float())
     exact = plan.cuts or plan.sampled_logprobs
@@ -116,6 +119,7 @@ def process(
     generated: Tensor,
     plan: SamplerPlan,
     drafts: Tensor | None = None,
+    behind: Tensor | None = None,
 ) -> Tensor:
     """Apply what both greedy and sampling rows have: bias, penalties, rules by length; float32 [B, V].
 
@@ -132,6 +136,8 @@ def process(
         counts = state.output_counts[slots]
         if drafts is not None:
             count_drafted(counts, drafts)
+        if behind is not None:
+            count_behind(counts, behind)
         scores = penalize(
             scores,
             state.prompt_seen[slots],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hybridgen.execution.drafting import DRAFTS
 
@@ -62,7 +63,8 @@ def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> i
         return 1
     plain = seconds(1)
     best, best_rate = 1, float(len(rows)) * (_WORTH if plain is None else 1.0)
-    for count in DRAFTS[1:]:
+    # Those that hold the drafts that wait, up to the first that holds all of them.
+    for count in [n for below, n in pairwise(DRAFTS) if below < longest]:
         tokens = len(rows) + sum(row.expected(count) for row in rows)
         took = seconds(count + 1)
         if plain is not None and took is None:
@@ -70,6 +72,4 @@ def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> i
         rate = tokens if plain is None or took is None else tokens * plain / took
         if rate > best_rate:
             best, best_rate = count + 1, rate
-        if count >= longest:
-            break
     return best

@@ -213,6 +213,8 @@ class SpeculationStats:
     tokens: int = field(default=0, metadata=about("Tokens that they brought."))
     drafted: int = field(default=0, metadata=about("Drafts that were checked."))
     accepted: int = field(default=0, metadata=about("Those of them that were right."))
+    weight_bytes: int = field(default=0, metadata=about("Of the weights of the model that drafts, if one does."))
+    cache_bytes: int = field(default=0, metadata=about("Of its keys and values; `EngineStats.cache_bytes` has them."))
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -221,11 +223,14 @@ class SpeculationStats:
 
     def summary(self) -> str:
         """One line."""
+        own = ""
+        if self.weight_bytes:
+            own = f" ({self.weight_bytes / 2**20:,.0f} MiB, and {self.cache_bytes / 2**20:,.0f} MiB of the KV cache)"
         if not self.steps:
-            return self.drafter
+            return f"{self.drafter}{own}"
         return (
-            f"{self.drafter}: {self.accepted:,} of {self.drafted:,} drafts accepted, {self.tokens_per_step:.2f} tokens "
-            "a step"
+            f"{self.drafter}{own}: {self.accepted:,} of {self.drafted:,} drafts accepted, "
+            f"{self.tokens_per_step:.2f} tokens a step"
         )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from layer_states import PerSlot
 
-from hybridgen.cache import LayerShape, LayerState, PagedKV, allocate, total_bytes
+from hybridgen.cache import LatentShape, LayerShape, LayerState, PagedKV, PagedLatent, allocate, total_bytes
 from hybridgen.errors import OutOfMemoryError
 
 CPU = torch.device("cpu")
@@ -33,6 +33,16 @@ def test_bytes_are_what_is_allocated() -> None:
     states: tuple[LayerState, ...] = (*paged(), PerSlot(12))
     allocate(states, 3, 5, CPU)
     assert bytes_of(states) == total_bytes(states, 3, 5) == 3 * 16 * 2 * (2 * 24 + 16) + 5 * 12
+
+
+def test_latents_are_stored_once_for_all_heads() -> None:
+    state = PagedLatent(LatentShape(16, 8), 8, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="allocate"):
+        state.tensors()
+    allocate((state,), 3, 5, CPU)
+    assert state.latents.shape == (3, 1, 8, 24)
+    assert bytes_of((state,)) == total_bytes((state,), 3, 5) == 3 * state.bytes_per_page == 3 * 8 * 24 * 2
+    assert state.bytes_per_position == 24 * 2
 
 
 def test_a_position_is_its_share_of_a_page() -> None:

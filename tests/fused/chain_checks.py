@@ -90,7 +90,7 @@ def check_shapes(number: int) -> None:
     """Any shape, rows, lengths, page size and tiles."""
 
     @seed(number)
-    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(shapes(), lengths, st.sampled_from([8, 16, 64, 128]), st.lists(tiles, min_size=5, max_size=5), slices)
     def run(shape: Shape, lengths: list[int], page_size: int, cuts: list[tuple[int, ...]], most: int) -> None:
         model = random_decoder(shape, seed=number)
@@ -152,7 +152,7 @@ def check_families(number: int) -> None:
     """Every family that a `Decoder` describes."""
     served = []
     for name in families.FAMILIES:
-        model = families.build(name)
+        model = families.build(name, **families.depth(name))
         fuse_projections(model)
         bound = bind(model)
         sites = bound.sites

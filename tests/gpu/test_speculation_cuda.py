@@ -50,17 +50,20 @@ def test_what_is_fed_accepted_and_kept(seed: int) -> None:
         assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("drafter", ["oracle", "model"])
 @pytest.mark.parametrize("mode", ["graph", "hybrid"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2"])
-def test_the_tokens_of_plain_steps(family: str, mode: str, tmp_path: Path) -> None:
+def test_the_tokens_of_plain_steps(family: str, mode: str, drafter: str, tmp_path: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     path = families.write(family, tmp_path)
     params = each(8, 40)
     with Engine.load(path, mode=mode, device="cuda", **SETTINGS) as engine:
         expected = engine.generate(PROMPTS[:8], params)
         alone = engine.generate(PROMPTS[0], params[0])
-    oracle = OracleDrafter(sequences(expected), RIGHT[:8])
-    with Engine.load(path, mode=mode, device="cuda", speculation=oracle, validate=True, **SETTINGS) as engine:
+    drafts: dict[str, Any] = {"drafter": path}
+    if drafter == "oracle":
+        drafts = {"speculation": OracleDrafter(sequences(expected), RIGHT[:8])}
+    with Engine.load(path, mode=mode, device="cuda", validate=True, **drafts, **SETTINGS) as engine:
         for _ in range(3):  # graphs of other samplers come between calls
             found = engine.generate(PROMPTS[:8], params)
             check_equal(found, expected)

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -594,16 +593,14 @@ def test_cached_weights_that_are_broken_are_named(cached: str, hub_cache: Path) 
         open_cpu(cached).load()
 
 
-@pytest.mark.apart
+@pytest.mark.timeout(60)  # a network that is not there is not waited for
 @pytest.mark.parametrize("name", ["owner/name", "name"])
 def test_offline_and_not_cached(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    start = time.perf_counter()
     with pytest.raises(ModelNotFoundError, match=rf"'{name}' cannot be loaded.*HF_HUB_OFFLINE.*local checkpoint"):
         open_cpu(name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ModelNotFoundError, match=r"local_files_only=True"):
         open_cpu(name, local_files_only=True)
-    assert time.perf_counter() - start < 5
 
 
 def test_a_revision_that_is_not_cached(cached: str) -> None:

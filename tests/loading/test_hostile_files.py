@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hybridgen import Engine, HybridgenError
 
-EXAMPLES = int(os.environ.get("HYBRIDGEN_MUTATIONS", "60"))
+EXAMPLES = int(os.environ.get("HYBRIDGEN_MUTATIONS", "25"))
 FILES = (
     "config.json",
     "tokenizer.json",

@@ -33,10 +33,7 @@ LATENT = {
 SMALL = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 REJECTED: dict[str, tuple[dict[str, Any], str]] = {
-    "deepseek_v2": (LATENT, "kv_lora_rank=16"),
-    "deepseek_v3": (LATENT, "kv_lora_rank=16"),
-    "minicpm3": (LATENT, "kv_lora_rank=16"),
-    "glm_moe_dsa": (LATENT | {"index_topk": 8, "index_n_heads": 2}, "kv_lora_rank=16"),
+    "glm_moe_dsa": (LATENT | {"index_topk": 8, "index_n_heads": 2}, "index_topk"),
     "mamba": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
     "mamba2": (IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}, "linear"),
     "jamba": (SIZES | {"attn_layer_offset": 1, "attn_layer_period": 2}, "mamba"),

@@ -10,7 +10,7 @@ from torch import nn
 from hybridgen.cache import LayerShape
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.models import bind
-from hybridgen.models.binding import _decoder_layers
+from hybridgen.models.layer_list import decoder_layers
 
 
 def test_finds_every_layer_and_its_shape() -> None:
@@ -59,9 +59,9 @@ def test_a_model_has_one_engine_at_a_time() -> None:
 def test_attention_outside_a_layer_list_is_refused() -> None:
     model = families.build("llama")
     with pytest.raises(UnsupportedModelError, match="one attention per layer"):
-        _decoder_layers(model, [nn.Linear(1, 1)])
+        decoder_layers(model, [nn.Linear(1, 1)])
     with pytest.raises(UnsupportedModelError):
-        _decoder_layers(model, [])
+        decoder_layers(model, [])
 
 
 def test_a_failed_probe_restores_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,9 @@ def options_for(plain: list[int], prompt: list[int]) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_rows_of_different_options_in_one_batch(path: Path, reference: Any, mode: str) -> None:
+@pytest.fixture(scope="module")
+def rows(reference: Any) -> tuple[list[tuple[list[int], dict[str, Any]]], list[list[int]]]:
+    """Prompts with the options of a row each, and what transformers generates."""
     requests, expected, changed = [], [], 0
     for prompt in PROMPTS:
         plain = generated(reference, prompt)
@@ -80,6 +81,12 @@ def test_rows_of_different_options_in_one_batch(path: Path, reference: Any, mode
         requests.append((prompt, {}))
         expected.append(plain)
     assert changed > 20
+    return requests, expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_different_options_in_one_batch(path: Path, rows: Any, mode: str) -> None:
+    requests, expected = rows
     params = [SamplingParams(max_new_tokens=NEW, **options) for _, options in requests]
     with Engine.load(path, **settings(mode)) as engine:
         engine.checkpoint.generation_config.eos_token_id = EOS
@@ -93,7 +100,7 @@ def test_rows_of_different_options_in_one_batch(path: Path, reference: Any, mode
             assert any(step.kind == "layers, stand-in" for out in outs for step in out.steps)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["eager", "graph", "hybrid"])  # which runs the compiled layers of jit
 def test_the_file_decides_where_the_caller_says_nothing(
     path: Path, reference: Any, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

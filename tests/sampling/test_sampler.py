@@ -245,3 +245,22 @@ def test_what_a_row_tells_changes_no_token():
         state = state_of(*told, prompts=prompts, outputs=outputs)
         tokens.append(choose(logits, state, range(8), positions=[40] * 8).tokens)
     assert torch.equal(*tokens)
+
+
+def test_tokens_behind_the_counted_ones_are_penalised_alike():
+    """What a row's output ends with, and its counts do not have yet; below 0: nothing."""
+    wanted = [params(temperature=0, repetition_penalty=1.9), params(seed=3, temperature=1.0, frequency_penalty=1.5)]
+    outputs, behind = [[5, 5, 7], [9]], [[11, 5, -1], [9, -2, 30]]
+    joined = [[*output, *(token for token in more if token >= 0)] for output, more in zip(outputs, behind, strict=True)]
+    slots, positions, generated = torch.arange(2), torch.tensor([10, 10]), torch.zeros(2, dtype=torch.int64)
+    for seed in range(20):
+        logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(seed))
+        logits[:, [5, 7, 9, 11, 30]] += 3
+        whole, part = state_of(*wanted, outputs=joined), state_of(*wanted, outputs=outputs)
+        before = part.output_counts.clone()
+        expected = choose(logits, whole, range(2)).tokens
+        found = sample(
+            logits, part, slots, positions, generated, part.needs([0, 1]), behind=torch.tensor(behind)
+        ).tokens
+        assert torch.equal(found, expected)
+        assert torch.equal(part.output_counts, before)

@@ -42,7 +42,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 @contextmanager
-def loaded(path: Path, mode: str = "eager", **fields: Any) -> Iterator[Engine]:
+def loaded(path: Any, mode: str = "eager", **fields: Any) -> Iterator[Engine]:
     """An engine; at the end nothing is in use and nothing went another way."""
     with Engine.load(path, mode=mode, **SETTINGS | (PADS if mode in ("graph", "hybrid") else {}) | fields) as engine:
         yield engine

@@ -16,43 +16,44 @@ from hybridgen import SamplingParams
 from hybridgen.speculation.oracle import OracleDrafter
 
 ALLOWED = (30, 31, 32)
-NEW, REQUESTS = 4, 2550
 PROMPT = [40, *ALLOWED, 31, 30, 32, 30, 31, 30]
 TEMPERATURE = 2.0
-QUANTILE = 118.6
-"""0.995 of chi-square with 81 - 1 degrees of freedom; the seeds are fixed."""
+QUANTILES = {3: 48.3, 4: 118.6}
+"""0.995 of chi-square with 3^n - 1 degrees of freedom, by tokens of a sequence; the seeds are fixed."""
 
 
 @torch.no_grad()
-def probabilities() -> dict[tuple[int, ...], float]:
-    """Of each sequence of allowed tokens, by Hugging Face's forward."""
+def probabilities(new: int) -> dict[tuple[int, ...], float]:
+    """Of each sequence of so many allowed tokens, by Hugging Face's forward."""
     model = families.build("llama")
     found = {}
-    for sequence in itertools.product(ALLOWED, repeat=NEW):
+    for sequence in itertools.product(ALLOWED, repeat=new):
         logits = model(torch.tensor([[*PROMPT, *sequence]])).logits[0, len(PROMPT) - 1 : -1, list(ALLOWED)]
         each = (logits.double() / TEMPERATURE).softmax(-1)
         found[sequence] = float(torch.stack([each[i, ALLOWED.index(token)] for i, token in enumerate(sequence)]).prod())
     return found
 
 
-@pytest.mark.parametrize("drafter", ["oracle", "ngram"])
-def test_chi_square(drafter: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("drafter", "new", "requests"), [("oracle", 4, 2550), ("ngram", 4, 2550), ("model", 3, 850)])
+def test_chi_square(drafter: str, new: int, requests: int, tmp_path: Path) -> None:
     path = families.write("llama", tmp_path)
-    speculation: Any = "ngram"
+    drafts: dict[str, Any] = {"speculation": "ngram"}
     if drafter == "oracle":  # says the same behind every text, which is right now and then
-        speculation = OracleDrafter([[*PROMPT, 30, 31, 32, 30, 30]], [7])
-    with loaded(path, max_batch=64, max_context=32, speculation=speculation) as engine:
-        sampling: dict[str, Any] = {"max_new_tokens": NEW, "temperature": TEMPERATURE, "allowed_token_ids": ALLOWED}
-        params = [SamplingParams(seed=seed, **sampling) for seed in range(REQUESTS)]
-        outs = engine.generate([PROMPT] * REQUESTS, params)
+        drafts = {"speculation": OracleDrafter([[*PROMPT, 30, 31, 32, 30, 30]], [7])}
+    elif drafter == "model":  # draws from another distribution, with the same noise
+        drafts = {"drafter": families.build("llama", num_hidden_layers=2)}
+    with loaded(path, max_batch=64, max_context=32, **drafts) as engine:
+        sampling: dict[str, Any] = {"max_new_tokens": new, "temperature": TEMPERATURE, "allowed_token_ids": ALLOWED}
+        params = [SamplingParams(seed=seed, **sampling) for seed in range(requests)]
+        outs = engine.generate([PROMPT] * requests, params)
         stats = engine.stats().speculation
     counts = Counter(out.token_ids for out in outs)
-    expected = {sequence: REQUESTS * chance for sequence, chance in probabilities().items()}
+    expected = {sequence: requests * chance for sequence, chance in probabilities(new).items()}
     assert set(counts) <= set(expected)
-    assert sum(expected.values()) == pytest.approx(REQUESTS)
-    assert stats.accepted > REQUESTS / 4  # some sequences were drafted right, others were not
+    assert sum(expected.values()) == pytest.approx(requests)
+    assert stats.accepted > requests / 4  # some sequences were drafted right, others were not
     assert stats.accepted < stats.drafted * 0.9
     small = sum(count for count in expected.values() if count < 5)
     cells = [(counts[sequence], count) for sequence, count in expected.items() if count >= 5]
-    cells.append((REQUESTS - sum(found for found, _ in cells), small))
-    assert sum((found - count) ** 2 / count for found, count in cells if count) < QUANTILE
+    cells.append((requests - sum(found for found, _ in cells), small))
+    assert sum((found - count) ** 2 / count for found, count in cells if count) < QUANTILES[new]

@@ -49,8 +49,19 @@ def test_every_kind_of_family(family: str, tmp_path: Path) -> None:
     assert found[1].accepted_tokens == 0 < found[1].drafted_tokens
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
-@pytest.mark.parametrize("mode", ["eager", "jit", "graph", "hybrid"])
+@pytest.mark.parametrize(
+    ("mode", "run_ahead"),
+    [
+        ("eager", 0),
+        ("eager", 1),
+        ("graph", 0),
+        ("graph", 1),
+        pytest.param("jit", 0, marks=pytest.mark.slow),
+        ("jit", 1),
+        ("hybrid", 0),
+        pytest.param("hybrid", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_every_mode_and_batch(mode: str, run_ahead: int, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of 1 to 17 whose rows accept differently; the host reads a step late with run_ahead."""
     path, params, expected = streams

@@ -30,6 +30,18 @@ def taking(**seconds: float | None) -> Callable[[int], float | None]:
 RIGHT, WRONG = (7, 7), (7, 0)
 
 
+def test_nothing_is_asked_of_more_places_than_drafts() -> None:
+    """A step that is asked for is recorded when it was missing."""
+    asked: list[int] = []
+
+    def seconds(query_len: int) -> float | None:
+        asked.append(query_len)
+        return 1.0 if query_len == 1 else None
+
+    assert choose([row(waiting=3)], seconds) == 1
+    assert asked == [1, 4]
+
+
 def test_without_drafts_a_step_is_plain() -> None:
     assert choose([], unknown) == 1
     assert choose([row(waiting=0), row(RIGHT, waiting=0)], unknown) == 1

@@ -1,5 +1,4 @@
 import random
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -256,7 +255,7 @@ def test_a_prompt_may_end_inside_a_character(request, name):
         assert "".join(pieces) == 2 * word_text
 
 
-@pytest.mark.apart
+@pytest.mark.timeout(120)  # without the bound: minutes
 def test_long_undecodable_runs(byte_level):
     """Their cost is bounded, and the text is still that of decode()."""
     half = byte_ids(byte_level, b"\xf0\x9f")
@@ -268,10 +267,8 @@ def test_long_undecodable_runs(byte_level):
         for tokenizer in both_kinds(byte_level):
             pieces, _ = run(tokenizer, word, generated, False)
             assert "".join(pieces) == expected(tokenizer, word, generated, False)
-    start = time.perf_counter()
     pieces, _ = run(byte_level, word, half[:1] * 20_000, False)
     assert "".join(pieces) == "\ufffd" * 20_000
-    assert time.perf_counter() - start < 10  # without the bound: minutes
 
 
 def test_long_undecodable_runs_of_byte_fallback(sentencepiece_like):

@@ -94,16 +94,14 @@ def test_after_a_match_nothing_is_left():
     assert checker.flush() == ""
 
 
-@pytest.mark.apart
+@pytest.mark.timeout(60)  # quadratic work would take minutes
 def test_long_stop_strings_cost_time_in_proportion():
     rng = random.Random(1)
     stops = ["a" * 999 + chr(99 + i) for i in range(10)] + ["".join(rng.choices("ab", k=1000)) for _ in range(10)]
     text = "a" * 50_000 + "".join(rng.choices("ab", k=50_000))
-    start = time.perf_counter()
     checker = StopChecker(stops)
     given = "".join(checker.push(text[i : i + 7])[0] for i in range(0, len(text), 7))
     assert given + checker.flush() == text
-    assert time.perf_counter() - start < 5  # quadratic work would take minutes
 
 
 def reference_hidden(pieces, stops):

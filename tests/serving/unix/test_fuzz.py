@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from wire import Process, Raw, until
 
-FRAMES = 10_000
 WORDS: list[Any] = [
     None, True, 0, 1, -1, 2**53, 2**64, 1.5, 1e300, "", "x", "-inf", "nan", "\ud800", [], {}, [[]], [1, 2], ["x"],
     {"type": "ping"}, "request", "cancel", "stats", "ping", "shut", "hello", {"n": 3}, {"logit_bias": {"1": "-inf"}},
@@ -53,14 +52,14 @@ def closed(raw: Raw) -> None:
     raw.close()
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_fuzz(demo: Process, seed: int) -> None:
-    chance = random.Random(seed)
+@pytest.mark.parametrize("frames", [3_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_fuzz(demo: Process, frames: int) -> None:
+    chance = random.Random(frames)
     with demo.client() as client:
         descriptors, memory = demo.descriptors(), demo.resident()
         answered = 0
         raw: Raw | None = None
-        for number in range(FRAMES):
+        for number in range(frames):
             if raw is None:
                 raw = Raw(demo.path, hello=chance.random() < 0.95)
             try:
@@ -77,7 +76,7 @@ def test_fuzz(demo: Process, seed: int) -> None:
                 assert len(client.generate([5, 6], max_new_tokens=2).token_ids) == 2
         if raw is not None:
             raw.close()
-        assert answered > FRAMES / 4
+        assert answered > frames / 4
         until(lambda: client.stats()["engine"]["running"] == client.stats()["engine"]["waiting"] == 0)
         until(lambda: client.ping()["in_flight"] == 0)
         stats = client.stats()

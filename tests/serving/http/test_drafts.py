@@ -1,0 +1,88 @@
+"""A server that checks drafts: by its socket and by HTTP, streamed or not, what plain runs in this process give."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from places import short_directory
+from wire import Process
+
+import hybridgen
+from hybridgen.demo import model_path
+
+REPEATED = "def add(a, b):\n    return a + b\n\n\n" * 4
+PROMPTS = [REPEATED, "import os\n", "x = [1, 2, 1, 2, 1, 2, 1,"]
+FIELDS: list[dict[str, Any]] = [
+    {"max_new_tokens": 40, "temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True},
+    {"max_new_tokens": 24, "temperature": 0.8, "seed": 5, "n": 2},
+    {"max_new_tokens": 40, "temperature": 0.0, "repetition_penalty": 1.0, "stop": ["+ b\n\n\ndef add(a"]},
+]
+
+
+@pytest.fixture(scope="module", params=["ngram", "model"])
+def drafting(request: pytest.FixtureRequest) -> Iterator[Process]:
+    """A server with drafts; at the end some were right."""
+    options = ("--speculation", "ngram") if request.param == "ngram" else ("--drafter", str(model_path()))
+    process = Process(short_directory(), *options)
+    yield process
+    with process.client() as client:
+        stats = client.stats()["engine"]
+    assert stats["speculation"]["accepted"] > 30
+    assert stats["free_pages"] == stats["pages"]
+    assert process.end() == 0, process.log()
+    assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_by_the_socket(drafting: Process, engine: hybridgen.Engine, fields: dict[str, Any]) -> None:
+    expected = engine.generate(PROMPTS, **fields)
+    with drafting.client() as client:
+        found = client.generate(PROMPTS, **fields)
+        assert [
+            [(choice.token_ids, choice.text, choice.finish_reason, choice.stop_match) for choice in each.choices]
+            for each in found
+        ] == [
+            [(choice.token_ids, choice.text, choice.finish_reason, choice.stop_match) for choice in each.choices]
+            for each in expected
+        ]
+        tokens: dict[tuple[int, int], list[int]] = {}
+        texts: dict[tuple[int, int], str] = {}
+        for event in client.stream(PROMPTS, **fields):
+            whose = event.index, event.choice
+            tokens.setdefault(whose, []).extend([] if event.token_id is None else [event.token_id])
+            texts[whose] = texts.get(whose, "") + event.text
+        for index, each in enumerate(expected):
+            for choice, other in enumerate(each.choices):
+                assert tuple(tokens[index, choice]) == other.token_ids
+                assert texts[index, choice] == other.text
+    if "stop" in fields:
+        assert expected[0].stop_match == fields["stop"][0]
+        assert found[0].accepted_tokens > 3
+
+
+def test_by_http(drafting: Process, engine: hybridgen.Engine, door: Callable[..., str]) -> None:
+    """A stream of several tokens a step: its parts, joined, are the text, in the order of the choices' own tokens."""
+    url = door(drafting.path)
+    for fields in FIELDS:
+        body = {"model": "demo", "prompt": REPEATED, "stream": True, **fields}
+        body["max_tokens"] = body.pop("max_new_tokens")
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        texts: dict[int, str] = {}
+        reasons: dict[int, str] = {}
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            lines = [line[6:] for line in answer.read().decode().splitlines() if line.startswith("data: ")]
+        assert lines.pop() == "[DONE]"
+        for line in lines:
+            for choice in json.loads(line)["choices"]:
+                texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+                if choice["finish_reason"]:
+                    reasons[choice["index"]] = choice["finish_reason"]
+        expected = engine.generate(REPEATED, **fields).choices
+        assert [texts[index] for index in range(len(expected))] == [each.text for each in expected]
+        assert [reasons[index] for index in range(len(expected))] == [str(each.finish_reason) for each in expected]
