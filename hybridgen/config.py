@@ -267,7 +267,9 @@ class EngineConfig:
     mode: Mode | str = field(
         default=Mode.AUTO,
         metadata=setting(
-            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA and `eager` on a CPU.", one_of(Mode)
+            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA (`graph` with `tensor_parallel`) and "
+            "`eager` on a CPU.",
+            one_of(Mode),
         ),
     )
     dtype: str = field(
@@ -394,6 +396,14 @@ class EngineConfig:
             "docs/speculation.md.",
             _speculation,
             in_key=False,
+        ),
+    )
+    tensor_parallel: int = field(
+        default=1,
+        metadata=setting(
+            "Processes that share one model, each with a part of its weights: on CUDA one for each of the first "
+            "GPUs, on a CPU on its cores. In modes `eager` and `graph`. See docs/scale.md.",
+            integer(1, 64),
         ),
     )
     drafter: str | os.PathLike[str] | Any | None = field(
@@ -665,6 +675,8 @@ class EngineConfig:
 
     def mode_on(self, device_type: str) -> Mode:
         """The mode that runs on such a device: what `auto` stands for, else the one given."""
+        if self.mode is Mode.AUTO and self.tensor_parallel > 1:
+            return Mode.GRAPH if device_type == "cuda" else Mode.EAGER
         return Mode(self.mode).on(device_type)
 
     def replace(self, **changes: Any) -> EngineConfig:

@@ -91,7 +91,7 @@ HINTS: dict[str, str] = {
     "sampling_params": "write sampling=SamplingParams(...), or its fields as keywords",
     "stop_sequences": "write stop=[...]",
     "structured_outputs": _GRAMMARS,
-    "tensor_parallel_size": _ONE_DEVICE,
+    "tensor_parallel_size": "write tensor_parallel=n (docs/scale.md)",
     "top_logprobs": "write logprobs=",
     "truncate_prompt_tokens": "write truncate_prompt=N: the last N tokens of a prompt are kept",
     "use_tqdm": "write progress=",

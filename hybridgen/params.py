@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -360,6 +361,13 @@ def choice_seed(seed: int, choice: int) -> int:
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
     return (value ^ (value >> 31)) % (MAX_INT + 1)
+
+
+def row_seed(seed: int | None, id: Any) -> int:
+    """The seed of a row of a data set, made of the run's seed (None: 0) and the row's id, a JSON value: the same on
+    every machine, in every share and at every try."""
+    text = json.dumps([seed or 0, id], sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 _ID_LISTS = (

@@ -29,6 +29,7 @@ ENGINE = (
     "max_context",
     "kv_memory",
     "speculation",
+    "tensor_parallel",
     "drafter",
 )
 """Fields of `EngineConfig` that are options of every command that loads a model."""

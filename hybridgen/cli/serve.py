@@ -14,6 +14,7 @@ from hybridgen.config import EngineConfig
 
 if TYPE_CHECKING:
     from hybridgen.engine import Engine
+    from hybridgen.serving.process import ServeOptions
 
 _LIMITS = {
     "frame": "bytes of one message to the server",
@@ -43,6 +44,9 @@ def add_command(commands: Any) -> None:
     http.add_options(parser)
     for name, what in _LIMITS.items():
         parser.add_argument(f"--limit-{name.replace('_', '-')}", type=int, metavar="N", help=what)
+    parser.add_argument(
+        "--replicas", metavar="N", help="serve with N processes, one for each GPU (all: as many as there are GPUs)"
+    )
     add_engine(parser)
 
 
@@ -67,9 +71,23 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("hybridgen").setLevel(logging.INFO)
 
+    if arguments.replicas is not None:
+        return _serve_replicas(arguments, model, config, options)
+
     def load() -> Engine:
         from hybridgen.engine import Engine
 
         return Engine.load(model, config)
 
     return serve(load, options, note)
+
+
+def _serve_replicas(
+    arguments: argparse.Namespace, model: str | None, config: EngineConfig, options: ServeOptions
+) -> int:
+    from hybridgen.serving.process import serve_model
+    from hybridgen.serving.replicas.model import ReplicasModel
+    from hybridgen.serving.replicas.replicas import Replicas, replicas_of
+
+    count = replicas_of(arguments.replicas)
+    return serve_model(lambda: ReplicasModel(lambda: Replicas(model, count, config)), options, note)

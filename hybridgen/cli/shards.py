@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from hybridgen.cli.jsonl import Job
 from hybridgen.cli.output import note
 from hybridgen.errors import PromptError, shown
-from hybridgen.params import choice_seed
+from hybridgen.params import choice_seed, row_seed
 
 _SHARD = re.compile(r"([0-9]{1,6})/([0-9]{1,6})", re.A)
 _FINISHED = re.compile(r"shard-([0-9]+)-of-([0-9]+)\.jsonl", re.A)
@@ -64,7 +64,7 @@ def seeded(job: Job, seed: int | None) -> Job:
     """
     if job.sampling.seed is not None or job.problem is not None:
         return job
-    own = choice_seed(_hash(0 if seed is None else seed, job.id) >> 1, job.choice or 0)
+    own = choice_seed(row_seed(seed, job.id), job.choice or 0)
     return job._replace(sampling=replace(job.sampling, seed=own))
 
 

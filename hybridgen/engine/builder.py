@@ -33,6 +33,7 @@ from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
 from hybridgen.models.twin import Twin
+from hybridgen.parallel.lead import Lead, LeadRunner
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, plan_of, resolve
 from hybridgen.speculation import refusal
@@ -66,6 +67,8 @@ class Builder:
     starter: Starter
     startup: Startup
     counters: Counters
+    lead: Lead | None = None
+    """The group, where other processes have parts of the model."""
 
     def build(
         self, bound: BoundModel, undo: ExitStack, twin: Twin[Any] | None, drafter: LoadedDrafter | None = None
@@ -84,7 +87,8 @@ class Builder:
             compiles_layers = self.resolved.mode.compiles and not plan.compiles_steps
             units = starter.load_units() if compiles_layers and switched_off() is None else None
             steps = starter.find_steps(config.offline_compile) if plan.compiles_steps else None
-        runner = ModelRunner(
+        kind = ModelRunner if self.lead is None else partial(LeadRunner, lead=self.lead)
+        runner = kind(
             bound,
             vocab_size=checkpoint.vocab_size,
             max_batch=config.max_batch,
@@ -136,6 +140,8 @@ class Builder:
         pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on", ring_pages=ring_pages)
 
         def before_call() -> None:
+            if self.lead is not None:
+                self.lead.check()
             begin_call(runner)
             if twins:  # whose values may be other ones now, which cannot be seen
                 pages.clear()
@@ -176,9 +182,10 @@ class Builder:
             not_compiled: why a mode that compiles does not.
             steps: those that are kept, where steps are compiled whole.
         """
+        recorder = plan.recorder(runner.steps, steps)
         runner.use_graphs(
             plan.settings(),
-            recorder=plan.recorder(runner.steps, steps),
+            recorder=recorder if self.lead is None else self.lead.recorder(recorder),
             why_plain=not_compiled or f"mode {plan.mode}",
             note=", layers not compiled" if not_compiled else "",
             counters=self.counters,

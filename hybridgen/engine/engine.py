@@ -60,6 +60,9 @@ from hybridgen.models import BoundModel, bind
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
+from hybridgen.parallel.lead import Lead
+from hybridgen.parallel.start import start as start_ranks
+from hybridgen.parallel.weights import load_share
 from hybridgen.telemetry import import_time
 from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats, SpeculationStats
 from hybridgen.telemetry.traffic import Traffic, formats_of
@@ -85,12 +88,14 @@ class Engine:
         loaded: LoadedModel,
         config: EngineConfig,
         cache: CompileCache | None = None,
+        lead: Lead | None = None,
         drafter: Checkpoint | None = None,
     ) -> None:
         """Build an engine around a loaded model; most callers want `Engine.load()`.
 
         Args:
             cache: what `open_cache()` gave before the weights were read; None opens it here.
+            lead: the group of processes that have the model's other parts, which ends with the engine.
             drafter: what `open_drafter()` gave before the weights were read; None opens it here, if there is one.
         """
         self.config = config
@@ -115,27 +120,31 @@ class Engine:
         undo = ExitStack()
         self._undo = weakref.finalize(self, undo.close)
         self._undo.atexit = False
+        if lead is not None:
+            undo.callback(lead.close)
         try:
             self.cache = open_cache(checkpoint, config) if cache is None else cache
             """The engine's entry of the compile cache: documents, kernels, compiled units."""
             undo.callback(self.cache.close)
             self._startup.add("artifacts", self.cache.seconds)
-            twin = None if loaded.owned else Twin(loaded.model)
-            model = loaded.model if twin is None else twin.model
-            if config.fuse_projections and loaded.owned:
-                with self._startup.timed("fuse projections"):
-                    fuse_projections(model)
-                    use_rows(model)
-            with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
-                bound = _bound(model, self.max_context)
-            undo.callback(bound.release)
-            for _, module in quantised_modules(model):
-                module.dequantises = self.mode is Mode.EAGER  # the reference
-            self._starter = Starter(self.cache, self._startup, self._counters)
-            builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters)
-            with device_of(checkpoint.device):
-                self._drafter = self._load_drafter(drafter, resolved, undo)
-                built = builder.build(bound, undo, twin, self._drafter)
+            # Its reason is found before the group is closed.
+            with nullcontext() if lead is None else lead.together():
+                twin = None if loaded.owned else Twin(loaded.model)
+                model = loaded.model if twin is None else twin.model
+                if config.fuse_projections and loaded.owned:
+                    with self._startup.timed("fuse projections"):
+                        fuse_projections(model)
+                        use_rows(model)
+                with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
+                    bound = bound_model(model, self.max_context)
+                undo.callback(bound.release)
+                for _, module in quantised_modules(model):
+                    module.dequantises = self.mode is Mode.EAGER  # the reference
+                self._starter = Starter(self.cache, self._startup, self._counters)
+                builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters, lead)
+                with device_of(checkpoint.device):
+                    self._drafter = self._load_drafter(drafter, resolved, undo)
+                    built = builder.build(bound, undo, twin, self._drafter)
             if twin is not None:
                 twin.settle()
             self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
@@ -202,9 +211,18 @@ class Engine:
         try:
             device_type = checkpoint.device.type
             wait = preload(cache, config, config.mode_on(device_type), device_type)
-            loaded = checkpoint.load()
-            wait()
-            return cls(checkpoint, loaded, config, cache, drafter)
+            lead = start_ranks(checkpoint, config, resolve_config(checkpoint, config))
+            if lead is None:
+                loaded = checkpoint.load()
+                wait()
+                return cls(checkpoint, loaded, config, cache, drafter=drafter)
+            try:
+                with lead.together():
+                    loaded = load_share(checkpoint, lead.group)
+                return cls(checkpoint, loaded, config, cache, lead=lead)
+            except BaseException:
+                lead.close()
+                raise
         except BaseException:
             cache.close()
             raise
@@ -480,6 +498,8 @@ class Engine:
             EngineError: the engine is closed, or requests wait or run.
         """
         loop, runner, adapters = self.open_loop(), self._runner, self._adapters
+        if self.config.tensor_parallel > 1:
+            raise ConfigError("adapters are not merged into parts of weights yet; leave tensor_parallel out")
         if adapters is None or runner is None:
             raise ConfigError("the engine's model is a live module; merge the adapter there, or give the PEFT model")
         if runner.following.released:
@@ -502,8 +522,11 @@ class Engine:
 
         Raises:
             EngineError: the engine is closed, or requests wait or run.
+            ConfigError: it has `tensor_parallel`.
         """
         loop = self.open_loop()
+        if self.config.tensor_parallel > 1:
+            raise ConfigError("the cache of other processes is not released yet; close() the engine, or leave it")
         if self._runner is None or self._runner.following.released:
             return
 
@@ -667,7 +690,7 @@ class Engine:
         return loop
 
 
-def _bound(model: PreTrainedModel, context: int) -> BoundModel:
+def bound_model(model: PreTrainedModel, context: int) -> BoundModel:
     """`bind(model, context)`, where a model whose own code fails is refused.
 
     Raises:

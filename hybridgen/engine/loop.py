@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor
 
 from hybridgen.core import FinishReason, TokenLogprob
-from hybridgen.device.failures import is_fatal
+from hybridgen.device.failures import LostRanks, is_fatal
 from hybridgen.engine.handoff import TurnLock, interrupts_deferred
 from hybridgen.engine.output import RequestOutput, StepKind
 from hybridgen.engine.requests import Request, RequestState
@@ -499,6 +499,9 @@ class StepLoop:
 
     def _break(self, error: Exception) -> NoReturn:
         """The device failed for good: everybody gets an error, now and later."""
-        self._end = EngineError(f"the device failed: {first_line(error)}; load a new engine in a new process")
+        if isinstance(error, LostRanks):
+            self._end = EngineError(str(error))
+        else:
+            self._end = EngineError(f"the device failed: {first_line(error)}; load a new engine in a new process")
         self.close()
         raise self._end from error

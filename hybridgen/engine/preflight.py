@@ -11,6 +11,7 @@ from hybridgen.errors import ConfigError, DeviceError
 from hybridgen.execution.drafting import DRAFTS
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.adapters import check_adapter
+from hybridgen.parallel.checks import check_parallel
 from hybridgen.telemetry import import_time
 
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
@@ -88,4 +89,5 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             f"page_size={config.page_size} takes a table of over {MOST_TABLE_BYTES >> 30} GiB; set max_context "
             "(without it, the limit is the model's own)"
         )
+    check_parallel(checkpoint, config)
     return resolved

@@ -12,7 +12,7 @@ from hybridgen.arguments import REFUSED, is_text, sampling_per_prompt
 from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.output import RequestOutput
-from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
+from hybridgen.errors import ConfigError, PromptError, SamplingError, TokenizerError, shown
 from hybridgen.execution.plan import Hidden
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
@@ -246,6 +246,11 @@ def _make(
         constraint = constraint_of(wanted, checkpoint.tokenizer, problem, vocab, eos) if asked else None
         if constraint is not None:
             resolved = replace(resolved, logits_processors=(*resolved.logits_processors, constraint))
+        if resolved.logits_processors and checkpoint.config.tensor_parallel > 1:
+            raise SamplingError(
+                "grammars and logits_processors run on one process, and with tensor_parallel all of them choose each "
+                "token; leave one of them out"
+            )
         known[id(wanted), length] = resolved
     elif wanted.seed is None and not resolved.greedy:
         resolved = replace(resolved, seed=draw_seed())

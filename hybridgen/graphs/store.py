@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from hybridgen.core import GraphEvent, GraphEventKind
-from hybridgen.device.failures import is_fatal
+from hybridgen.device.failures import LostRanks, is_fatal
 from hybridgen.errors import EngineError, described
 from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import NotReadyError, Recorded, Recorder
@@ -263,6 +263,8 @@ class GraphStore:
             return
         except Exception as error:
             self._made(key)
+            if isinstance(error, LostRanks):
+                raise
             if is_fatal(error):  # asking the device tells: after a failed capture it lives
                 torch.cuda.synchronize()
             self._fail(key, error)

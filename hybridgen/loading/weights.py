@@ -82,7 +82,7 @@ def read_weights(
         raise OutOfMemoryError(problem)
     left_out = left_out_names(model)
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(left_out)]
-    _check_loading_info(source, info)
+    check_loading_info(source, info)
     return as_text_part(model).eval().requires_grad_(False), notes
 
 
@@ -114,7 +114,7 @@ def _from_pretrained(
     )
 
 
-def _check_loading_info(source: Source, info: dict[str, Any]) -> None:
+def check_loading_info(source: Source, info: dict[str, Any]) -> None:
     """Raises for what transformers fills with random values. Tied weights and keys that a model class calls
     ignorable are not on its lists.
     """

@@ -88,7 +88,7 @@ class Slot:
         self.item: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` of rows [..., in], by oneDNN where that takes less on most processors. Compilers see `F.linear`."""
     if torch.compiler.is_compiling() or rows.device.type != "cpu" or not _HAS_ONEDNN:
         # First: what is asked of a size while a graph is traced would bind the graph to it.
@@ -113,7 +113,7 @@ class FusedHead(nn.Linear):
     """Head and tails, in call order."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = _product(input, self.fused_weight, self.fused_bias)
+        output = product(input, self.fused_weight, self.fused_bias)
         first, *others = output.split(self.fused_sizes, dim=-1)
         for slot, part in zip(self.fused_slots, others, strict=True):
             slot.item = (input, part)
@@ -151,7 +151,7 @@ class RowsLinear(nn.Linear):
     """A projection of its own, by the product that is meant for a few rows on a CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _product(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)
 
 
 def use_rows(model: nn.Module) -> int:

@@ -57,6 +57,7 @@ def test_a_killed_replica_loses_and_doubles_nothing(two: Replicas, engine: hybri
     how = {"max_new_tokens": 24, "temperature": 0.9, "seed": 7, "ignore_eos": True}
     expected = ids(engine.generate(PROMPTS, **how))
     victim, restarts = two.pids[0], two.stats()["restarts"]
+    before = two.stats()["engine"]["requests"]["submitted"]
     tokens: dict[int, list[int]] = {}
     ended = []
     for count, event in enumerate(two.stream(PROMPTS, **how)):
@@ -69,12 +70,17 @@ def test_a_killed_replica_loses_and_doubles_nothing(two: Replicas, engine: hybri
     assert [found for _, found in sorted(ended)] == expected
     assert [tuple(tokens[index]) for index in range(len(PROMPTS))] == expected
     assert len(two.generate(PROMPTS, max_new_tokens=1)) == len(PROMPTS)
-    assert two.stats()["restarts"] == restarts + 1
+    stats = two.stats()
+    assert stats["restarts"] == restarts + 1
+    # What the process that died had reported still counts.
+    assert stats["engine"]["requests"]["submitted"] >= before + len(PROMPTS) * 2
 
 
 def test_a_prompt_that_cannot_be_run(two: Replicas) -> None:
+    submitted = two.stats()["engine"]["requests"]["submitted"]
     with pytest.raises(PromptError, match="prompt 1 "):
         two.generate(["a", ""], max_new_tokens=2)
+    assert two.stats()["engine"]["requests"]["submitted"] == submitted  # nothing ran
     good, bad = two.generate(["a", ""], max_new_tokens=2, errors="return")
     assert len(good.token_ids) == 2
     assert isinstance(bad.error, PromptError)

@@ -17,6 +17,10 @@ from hybridgen.errors import HybridgenError, ServerError
 from hybridgen.serving.client.client import Client
 from hybridgen.serving.unix.messages import CODES
 
+_COUNTS = ("requests", "tokens", "fallbacks", "compiled", "late_compiles")
+"""Statistics that only grow."""
+_PRESENT = ("running", "waiting", "pages", "free_pages")
+"""Statistics of the moment that can be added up."""
 END_SECONDS = 10.0
 """For a process to end once it was told to; then it is killed."""
 LOG_LINES = 5
@@ -45,6 +49,10 @@ class Member:
         self._lock = threading.Lock()
         self._client: Client | None = None
         self._closed = False
+        self._before: dict[str, Any] = {}
+        """What its processes had counted that died, by their last reports."""
+        self._last: dict[str, Any] = {}
+        """The last report of the process that runs."""
         self._process = self._start()
 
     @property
@@ -89,6 +97,7 @@ class Member:
                 return self._client
             if self._client is not None:  # it ran before
                 self._drop()
+                self._before, self._last = added(self._before, counts(self._last)), {}
                 self._process = self._start()
             self._client = self._wait()
             return self._client
@@ -106,6 +115,18 @@ class Member:
             raise plain(message)
         status = self._process.wait()
         raise ServerError(f"replica {self.number} ended with status {status} before it was ready{self.last_words()}")
+
+    def report(self) -> None:
+        """Ask for the statistics, so that they are known should the process die; nothing while it is being started."""
+        client = self._client
+        if client is not None and self._process.poll() is None:
+            with suppress(HybridgenError):
+                self._last = client.stats()
+
+    def stats(self) -> dict[str, Any]:
+        """The last report, whose counts (`engine`) have those of the processes that ran here before."""
+        last = self._last
+        return {**last, "engine": {**last.get("engine", {}), **added(self._before, counts(last))}}
 
     def last_words(self) -> str:
         """The end of what the process printed, to be appended to an error."""
@@ -154,3 +175,20 @@ class Member:
             self._process.wait()
         with self._lock:  # a thread that waited for it to be ready has been told by now
             self._drop()
+
+
+def counts(stats: Mapping[str, Any], *, present: bool = False) -> dict[str, Any]:
+    """What can be added up of `Client.stats()`; `present`: what is of the moment too."""
+    engine = stats.get("engine", {})
+    return {name: engine[name] for name in (*_COUNTS, *(_PRESENT if present else ())) if name in engine}
+
+
+def added(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two sets of counts as one, those inside others included."""
+    total = dict(first)
+    for name, value in second.items():
+        if isinstance(value, Mapping):
+            total[name] = added(total.get(name, {}), value)
+        else:
+            total[name] = total.get(name, 0) + value
+    return total

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,12 @@ from typing import Any
 from hybridgen.arguments import SCORES, Sampling, check_keywords, scores_of, scoring_pairs
 from hybridgen.config import EngineConfig
 from hybridgen.core import TokenEvent
+from hybridgen.engine.requests import Request, make_requests
 from hybridgen.errors import ConfigError, DeviceError, HybridgenError, Interrupted, shown
+from hybridgen.loading import Checkpoint
+from hybridgen.params import SamplingParams
 from hybridgen.serving.client.exchange import Call, Results, split
-from hybridgen.serving.replicas.member import Member
+from hybridgen.serving.replicas.member import Member, added, counts
 from hybridgen.serving.replicas.work import Work
 
 AHEAD = 2
@@ -81,13 +84,24 @@ class Replicas:
                 self._undo.callback(member.close)
             for member in reversed(self._members):  # told first, so that they end at the same time
                 self._undo.callback(member.tell_end)
+            # What is checked here needs no GPU, and its weights are not read.
+            self.checkpoint = Checkpoint.open(model, self.config.replace(device="cpu", adapter=None))
+            """What is known of the model: prompts are checked with it before any of them runs."""
             for member in self._members:
                 member.client()
+            self._size(self.last_stats(again=True)["replicas"])
         except BaseException:
             self._undo.close()
             raise
         # At exit too. Where this process is killed, its replicas see the end of their standard input.
         self._finalizer = weakref.finalize(self, self._undo.close)
+
+    def _size(self, each: list[dict[str, Any]]) -> None:
+        self.max_context = min(member.client().server["max_context"] for member in self._members)
+        """The longest prompt plus output, in tokens."""
+        self._cache_tokens = min(stats["engine"]["pages"] * stats["engine"]["page_size"] for stats in each)
+        self.description = {**self._members[0].client().server, "max_batch": len(self) * self.config.max_batch}
+        """What a replica tells of itself, and how many requests all of them run at once."""
 
     def __len__(self) -> int:
         return len(self._members)
@@ -100,11 +114,8 @@ class Replicas:
     def generate(self, prompts: Any, sampling: Sampling = None, *, errors: str = "raise", **fields: Any) -> Any:
         """Generate as `Engine.generate` does.
 
-        A prompt that cannot be run is found when its turn comes: with `errors="raise"` the call then ends with its
-        error, and what others had is lost.
-
         Raises:
-            PromptError, SamplingError, TokenizerError: see above; ConfigError: an unknown keyword.
+            PromptError, SamplingError, TokenizerError: before anything runs; ConfigError: an unknown keyword.
             RequestError: the one prompt failed while it ran.
             ServerError: no replica can be kept alive.
             Interrupted: Ctrl-C; holds what was finished, and nothing of prompts that ran.
@@ -130,7 +141,21 @@ class Replicas:
     def _events(self, call: Call, *, stream: bool) -> Iterator[TokenEvent]:
         if not call.prompts:
             return iter(())
+        if not call.returns_errors:
+            self.check(call.prompts, call.sampling)
         return Work(call, self._members, AHEAD * self.config.max_batch, stream=stream).events()
+
+    def check(self, prompts: list[Any], sampling: list[SamplingParams]) -> list[Request]:
+        """Check prompts as a replica would; returns the requests that an engine would make of them.
+
+        Raises:
+            PromptError, SamplingError, TokenizerError: the first thing wrong.
+        """
+        return make_requests(prompts, sampling, {}, self.checkpoint, self.max_context, self._cache_tokens)
+
+    def work(self) -> Work:
+        """A way to run prompts one by one; see `Work.add`."""
+        return Work(None, self._members, AHEAD * self.config.max_batch, report=False)
 
     def score(self, prompts: Any, completions: Any = None, *, cache_salt: str | None = None) -> Any:
         """Score completions as `Engine.score` does."""
@@ -139,11 +164,25 @@ class Replicas:
 
     def stats(self) -> dict[str, Any]:
         """`engine`: counts of all replicas added up; `replicas`: each one's `Client.stats()`; `restarts`: how often one
-        was started again. What a replica had counted goes with it."""
-        each = [member.client().stats() for member in self._members]
+        was started again. Of a process that died they are those of its last report, at the end of a call or at the
+        last `stats()`."""
+        for member in self._members:
+            member.client()
+        return self.last_stats(again=True)
+
+    def last_stats(self, *, again: bool = False) -> dict[str, Any]:
+        """`stats()` as the processes last reported, without waiting for one that is being started.
+
+        Args:
+            again: ask those that run.
+        """
+        if again:
+            for member in self._members:
+                member.report()
+        each = [member.stats() for member in self._members]
         total: dict[str, Any] = {}
         for stats in each:
-            total = _added(total, {name: stats["engine"][name] for name in _COUNTS if name in stats["engine"]})
+            total = added(total, counts(stats, present=True))
         return {"engine": total, "replicas": each, "restarts": sum(member.restarts for member in self._members)}
 
     def close(self) -> None:
@@ -157,21 +196,6 @@ class Replicas:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-_COUNTS = ("requests", "tokens", "fallbacks", "compiled", "late_compiles", "running", "waiting", "pages", "free_pages")
-"""Statistics that can be added up."""
-
-
-def _added(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Two sets of counts as one, those inside others included."""
-    total = dict(first)
-    for name, value in second.items():
-        if isinstance(value, Mapping):
-            total[name] = _added(total.get(name, {}), value)
-        else:
-            total[name] = total.get(name, 0) + value
-    return total
 
 
 def _plain(config: EngineConfig) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class Job:
     prompt: Any
     sampling: SamplingParams
     """With a seed, so that a second try draws what the first drew."""
+    stream: bool = False
+    """Whether every token is an event, or completions alone."""
+    cancelled: bool = False
+    """Whether nobody wants it any more."""
     deaths: int = 0
     given: dict[int, int] = field(default_factory=dict)
     """Tokens of each choice that the caller has had."""
@@ -46,20 +50,29 @@ class Job:
 class Work:
     """One call: its prompts are pulled by whichever replica has room, and its events come out of `events()`."""
 
-    def __init__(self, call: Call, members: list[Member], depth: int, *, stream: bool) -> None:
+    def __init__(
+        self, call: Call | None, members: list[Member], depth: int, *, stream: bool = False, report: bool = True
+    ) -> None:
         """
         Args:
+            call: whose prompts are run; None: those that `add()` brings, until `stop()`.
             depth: completions that one replica has at once.
             stream: whether every token is an event, or completions alone.
+            report: ask each replica for its statistics when it has nothing more to do.
         """
-        self._call = call
         self._members = members
         self._depth = depth
-        self._stream = stream
-        jobs = [
-            Job(index, prompt, params if params.seed is not None else replace(params, seed=secrets.randbits(63)))
-            for index, (prompt, params) in enumerate(zip(call.prompts, call.sampling, strict=True))
-        ]
+        self._report = report
+        self._open = call is None
+        self._errors = "return" if call is None or call.returns_errors else "raise"
+        jobs = (
+            []
+            if call is None
+            else [
+                job_of(index, prompt, params, stream)
+                for index, (prompt, params) in enumerate(zip(call.prompts, call.sampling, strict=True))
+            ]
+        )
         # The longest first: one that begins last would keep one replica busy while the others have nothing.
         self._waiting = deque(sorted(jobs, key=_length, reverse=True))
         self._left = len(jobs)
@@ -74,12 +87,7 @@ class Work:
         Raises:
             HybridgenError: a prompt is refused (unless the call wants that returned), or no replica can be kept alive.
         """
-        threads = [
-            threading.Thread(target=self._serve, args=(member,), daemon=True, name=f"hybridgen-replica-{member.number}")
-            for member in self._members
-        ]
-        for thread in threads:
-            thread.start()
+        threads = self.start()
         try:
             while (event := self._out.get()) is not None:
                 if isinstance(event, HybridgenError):
@@ -89,6 +97,40 @@ class Work:
             self.stop()
             for thread in threads:
                 thread.join(JOIN_SECONDS)
+
+    def start(self) -> list[threading.Thread]:
+        """Begin to run what waits, and what is added; returns the threads that do, one for each replica."""
+        threads = [
+            threading.Thread(target=self._serve, args=(member,), daemon=True, name=f"hybridgen-replica-{member.number}")
+            for member in self._members
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def add(self, jobs: list[Job]) -> None:
+        """Run more prompts, behind those that wait."""
+        with self._changed:
+            self._waiting.extend(jobs)
+            self._left += len(jobs)
+            self._changed.notify_all()
+
+    def take(self, timeout: float) -> TokenEvent | HybridgenError | None:
+        """The next event, of the prompt whose number is its `index`, or what ended all; None: none came in time."""
+        try:
+            return self._out.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def cancel(self, job: Job) -> bool:
+        """End a prompt where it is; True if it waits and nothing more comes of it, else its last events come."""
+        with self._changed:
+            job.cancelled = True
+            if job not in self._waiting:
+                return False
+            self._waiting.remove(job)
+            self._ended(job)
+            return True
 
     def stop(self) -> None:
         """Cancel what is left."""
@@ -109,7 +151,7 @@ class Work:
             lost = ServerError(f"replica {member.number} cannot be used: {type(error).__name__}: {error}")
         with self._changed:
             self._working -= 1
-            if lost is not None and self._working == 0 and self._left and not self._stopped:
+            if lost is not None and self._working == 0 and (self._left or self._open) and not self._stopped:
                 self._out.put(lost)
             elif lost is None and self._working == 0 and self._left and not self._stopped:
                 self._out.put(ServerError("all replicas ended with prompts left; this is a bug"))
@@ -117,9 +159,9 @@ class Work:
     def _more(self) -> bool:
         """Wait for a prompt, one that is given back included; False when there will be none."""
         with self._changed:
-            while not self._waiting and self._left and not self._stopped:
+            while not self._waiting and (self._left or self._open) and not self._stopped:
                 self._changed.wait()
-            return bool(self._left) and not self._stopped
+            return bool(self._left or self._open) and not self._stopped
 
     @property
     def stopped(self) -> bool:
@@ -157,11 +199,7 @@ class Work:
                 for choice in range(job.sampling.n):
                     if choice not in job.ended:
                         job.ended.add(choice)
-                        failed = Completion.refused(error, _text(job.prompt), job.sampling.seed)
-                        failed = replace(failed, choices=())
-                        self._out.put(
-                            TokenEvent(token_id=None, text="", index=job.index, choice=choice, completion=failed)
-                        )
+                        self._out.put(_refused(job, choice, error))
                 self._ended(job)
             self._changed.notify_all()
 
@@ -178,11 +216,15 @@ class Work:
     def done(self, job: Job) -> None:
         """A prompt has all its completions."""
         with self._changed:
+            for choice in range(job.sampling.n) if self._open else ():
+                if choice not in job.ended:  # the prompt was refused as a whole, and told once
+                    job.ended.add(choice)
+                    self._out.put(_refused(job, choice, RequestError("its prompt was refused by the replica")))
             self._ended(job)
 
     def _ended(self, job: Job) -> None:
         self._left -= 1
-        if not self._left:
+        if not self._left and not self._open:
             self._out.put(None)
         self._changed.notify_all()
 
@@ -193,9 +235,26 @@ class Work:
 
     def exchange(self, job: Job, link: Link) -> Exchange:
         """The messages of one prompt."""
-        part = Call([job.prompt], [job.sampling], {}, "return" if self._call.returns_errors else "raise")
+        part = Call([job.prompt], [job.sampling], {}, self._errors)
         # A full queue gives the prompt to another replica.
-        return Exchange(part, link.hello["limits"], wait=0.0, stream=self._stream)
+        return Exchange(part, link.hello["limits"], wait=0.0, stream=job.stream)
+
+    def reported(self, member: Member) -> None:
+        """A replica has nothing to do for now."""
+        if self._report:
+            member.report()
+
+
+def _refused(job: Job, choice: int, error: RequestError) -> TokenEvent:
+    """The last event of a completion that was not made."""
+    failed = replace(Completion.refused(error, _text(job.prompt), job.sampling.seed), choices=())
+    return TokenEvent(token_id=None, text="", index=job.index, choice=choice, completion=failed)
+
+
+def job_of(index: int, prompt: Any, params: SamplingParams, stream: bool) -> Job:
+    """A prompt, with a seed if it has none."""
+    params = params if params.seed is not None else replace(params, seed=secrets.randbits(63))
+    return Job(index, prompt, params, stream)
 
 
 class _Runner:
@@ -207,7 +266,8 @@ class _Runner:
         self._link = client.link()
         self._box = Mailbox()
         self._running: dict[int, tuple[Job, Exchange, dict[int, int]]] = {}
-        self._seen: dict[int, dict[int, int]] = {}
+        self._told: set[int] = set()
+        """Requests that the replica was told to cancel."""
 
     def run(self) -> None:
         """Pull prompts and hand on their events until nothing is left, or the replica dies."""
@@ -217,10 +277,13 @@ class _Runner:
                 while (job := self._work.pull([each for each, *_ in self._running.values()])) is not None:
                     self._send(job)
                 if not self._running:
-                    return
+                    break
+                self._cancel_unwanted()
                 answer = self._link.receive(self._box, TURN_SECONDS)
                 if answer is not None:
                     self._take(answer)
+            if not self._running:
+                self._work.reported(self._member)
         except ServerError as error:
             if not self._link.closed:
                 self._work.fail(error)
@@ -293,6 +356,12 @@ class _Runner:
             else:
                 job.given[event.choice] = seen[event.choice]
         self._work.event(job, event)
+
+    def _cancel_unwanted(self) -> None:
+        for key, (job, *_) in self._running.items():
+            if job.cancelled and key not in self._told:
+                self._told.add(key)
+                self._link.cancel(key)
 
     def _cancel(self) -> None:
         """Cancel what is left behind."""

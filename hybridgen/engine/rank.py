@@ -1,0 +1,132 @@
+"""The process of one of the ranks 1 and up: it loads its share of a model, and runs what rank 0 tells it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import shutil
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from hybridgen.cache import pages_for_tokens
+from hybridgen.config import EngineConfig
+from hybridgen.engine.engine import bound_model, device_of
+from hybridgen.engine.preflight import resolve_config
+from hybridgen.errors import HybridgenError
+from hybridgen.execution import ModelRunner
+from hybridgen.graphs.setup import GraphSetup
+from hybridgen.loading import Checkpoint
+from hybridgen.models.projections import fuse_projections, use_rows
+from hybridgen.parallel.channel import Channel, arrivals
+from hybridgen.parallel.follow import Follower
+from hybridgen.parallel.group import Group
+from hybridgen.parallel.ranks import MEMORY, ORDER, STORE
+from hybridgen.parallel.weights import load_share
+from hybridgen.parallel.wire import unpack
+
+_BEAT_SECONDS = 0.25
+_GONE_MILLISECONDS = 200
+"""Between the end of rank 0's connections and that of its pipe, at most."""
+_ORPHAN_SECONDS = 2.0
+"""Once rank 0 has closed the pipe, or is gone; then this process ends, whatever it does."""
+
+
+def main(directory: str, rank: int) -> int:
+    """Run as a rank until rank 0 ends it, or ends itself; returns the exit status.
+
+    Args:
+        directory: the group's, with what there is to do in `order.json`.
+    """
+    answers = os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    logging.basicConfig(level=logging.WARNING)
+    place = Path(directory)
+    order = json.loads((place / ORDER).read_text())
+    channel = Channel(place / MEMORY, order["size"], order["ring_bytes"])
+    threading.Thread(target=_beat, args=(channel, rank, place), daemon=True, name="hybridgen-pulse").start()
+    try:
+        device = order["device"] if order["device"] == "cpu" else f"{order['device']}:{rank}"
+        config = EngineConfig(device=device, **order["config"])
+        checkpoint = Checkpoint.open(order["model"], config)
+    except HybridgenError as error:
+        _answer(answers, {"error": {"kind": type(error).__name__, "message": str(error)}})
+        return 2
+    _answer(answers, {"ready": True})
+    try:
+        group = Group(rank, order["size"], place / STORE, checkpoint.device)
+        _follow(channel, rank, group, checkpoint, config)
+    except BaseException:
+        traceback.print_exc()  # into the log, which rank 0 quotes
+        sys.stderr.flush()
+    return _end_alone(place)
+
+
+def _follow(channel: Channel, rank: int, group: Group, checkpoint: Checkpoint, config: EngineConfig) -> None:
+    """Do what rank 0 says until it is gone."""
+    with device_of(checkpoint.device):
+        follower = _follower(checkpoint, config, group)
+        for _ in arrivals(0):
+            if not follower.do(unpack(channel.read(rank))):
+                os._exit(0)  # orderly: nothing is under way, and rank 0 removes the files
+
+
+def _follower(checkpoint: Checkpoint, config: EngineConfig, group: Group) -> Follower:
+    """What `Engine` and `Builder` make on rank 0, as far as other ranks have it; in the same order, because the model
+    is called in between."""
+    resolved = resolve_config(checkpoint, config)
+    model = load_share(checkpoint, group).model
+    if config.fuse_projections:
+        fuse_projections(model)
+        use_rows(model)
+    with torch.device("cpu"):
+        bound = bound_model(model, resolved.max_context)
+    runner = ModelRunner(
+        bound,
+        vocab_size=checkpoint.vocab_size,
+        max_batch=config.max_batch,
+        max_pages=pages_for_tokens(resolved.max_context, config.page_size),
+        token_budget=resolved.token_budget,
+        max_context=resolved.max_context,
+        one_copy=config.metadata_copy,
+        buffers=2 if config.double_buffer else 1,
+    )
+    setup = GraphSetup(
+        config=config,
+        mode=resolved.mode,
+        device=checkpoint.device,
+        token_budget=resolved.token_budget,
+        max_tokens=resolved.max_tokens,
+    )
+    return Follower(runner, group, setup.recorder(runner.steps), config.page_size, checkpoint.dtype)
+
+
+def _answer(descriptor: int, value: dict[str, Any]) -> None:
+    os.write(descriptor, (json.dumps(value) + "\n").encode())
+
+
+def _beat(channel: Channel, rank: int, place: Path) -> None:
+    """Show that this process lives, and end it with rank 0; in a thread of its own: steps may take long."""
+    pipe = select.poll()
+    pipe.register(0, 0)  # its end is reported whatever is asked for
+    while not pipe.poll(0):
+        channel.beat(rank)
+        time.sleep(_BEAT_SECONDS)
+    time.sleep(_ORPHAN_SECONDS)
+    _end_alone(place)
+
+
+def _end_alone(place: Path) -> NoReturn:
+    """End with an error, and remove the group's files if rank 0 is gone, which would do it."""
+    pipe = select.poll()
+    pipe.register(0, 0)
+    if pipe.poll(_GONE_MILLISECONDS):
+        shutil.rmtree(place, ignore_errors=True)
+    os._exit(1)

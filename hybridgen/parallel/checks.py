@@ -1,0 +1,82 @@
+"""What cannot be spread over processes, found before weights are read and processes started."""
+
+from __future__ import annotations
+
+import torch
+
+from hybridgen.config import EngineConfig
+from hybridgen.errors import ConfigError, DeviceError, UnsupportedModelError, shown
+from hybridgen.loading import Checkpoint
+from hybridgen.parallel.plan import shard
+from hybridgen.parallel.weights import whole
+
+_NOT_YET = {
+    "speculation": "drafts are not checked over several processes yet",
+    "drafter": "drafts are not checked over several processes yet",
+    "adapter": "adapters are not merged into parts of weights yet",
+    "quantization": "weights are not quantised in parts yet",
+    "quantize_head": "weights are not quantised in parts yet",
+    "validate": "replays are not compared over several processes yet",
+    "check_addresses": "addresses are not checked over several processes yet",
+}
+"""Fields that must be as they are by default, and why."""
+
+
+def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
+    """Refuse what `tensor_parallel` cannot be combined with.
+
+    Raises:
+        ConfigError: a field, a mode or a live module.
+        DeviceError: there are too few GPUs, or this build of torch has no collectives.
+        UnsupportedModelError: the model cannot be spread over so many processes; names the reason.
+    """
+    size = config.tensor_parallel
+    if size == 1:
+        return
+    mode = config.mode_on(checkpoint.device.type)
+    if mode.compiles:
+        raise ConfigError(
+            f'tensor_parallel={size} with mode="{mode}": layers are not compiled over several processes yet; use '
+            'mode="graph" or "eager"'
+        )
+    for name, why in _NOT_YET.items():
+        value = getattr(config, name)
+        if value not in (None, False):
+            raise ConfigError(f"tensor_parallel={size} with {name}={shown(value)}: {why}; leave one of them out")
+    if checkpoint.module is not None:
+        raise ConfigError(
+            f"tensor_parallel={size}, and the model is a live module, which is whole on one device; give the directory "
+            "or hub id of its checkpoint"
+        )
+    if not torch.distributed.is_available():
+        raise DeviceError(f"tensor_parallel={size}, and this build of PyTorch has no torch.distributed")
+    if checkpoint.device.type == "cuda":
+        _check_gpus(config, size)
+    if checkpoint.layout is not None:
+        raise UnsupportedModelError(
+            f"tensor_parallel={size}: {checkpoint.name!r} has quantised weights, which are not read in parts yet; give "
+            "a checkpoint in 16 or 32 bits, or leave tensor_parallel out"
+        )
+    if checkpoint.whole_config is not None:
+        raise UnsupportedModelError(
+            f"tensor_parallel={size}: {checkpoint.name!r} is a multimodal model, whose text part is not read in parts "
+            "yet; leave tensor_parallel out"
+        )
+    found = checkpoint.model_class()
+    if found is None or not found.__module__.startswith("transformers."):
+        raise UnsupportedModelError(
+            f"tensor_parallel={size}: {checkpoint.name!r} brings code of its own, and what it computes with parts of "
+            "its weights is not known; leave tensor_parallel out"
+        )
+    shard(whole(checkpoint), checkpoint.hf_config, 0, size)
+
+
+def _check_gpus(config: EngineConfig, size: int) -> None:
+    if config.device not in ("auto", "cuda", "cuda:0"):
+        raise ConfigError(
+            f"tensor_parallel={size} uses the first {size} GPUs, and device={config.device!r} names one; leave device "
+            "out, and choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    count = torch.cuda.device_count()
+    if count < size:
+        raise DeviceError(f"tensor_parallel={size}, but there are {count} GPUs; give at most that many")

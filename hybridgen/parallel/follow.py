@@ -1,0 +1,149 @@
+"""Ranks 1 and up: they run what rank 0 tells them, and decide nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from hybridgen.cache import allocate
+from hybridgen.execution import ModelRunner
+from hybridgen.execution.runner import on_its_stream
+from hybridgen.execution.scoring import ScoredTokens
+from hybridgen.graphs import GraphKey, Recorder
+from hybridgen.graphs.recorder import Recorded
+from hybridgen.models.attention import Phase
+from hybridgen.parallel.group import FAILED, Group
+from hybridgen.parallel.recording import OutOfStepError, record_together
+from hybridgen.parallel.wire import Kind, Message, Told, read_admission, read_key, read_step
+
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """A runner of a rank that is told what to run."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        group: Group,
+        recorder: Callable[[GraphKey, bool], Recorder | None] | None,
+        page_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """
+        Args:
+            recorder: who records steps, as on rank 0.
+            page_size, dtype: of the KV cache.
+        """
+        self._runner, self._group, self._recorder = runner, group, recorder
+        self._page_size, self._dtype = page_size, dtype
+        self._recordings: dict[GraphKey, Recorded] = {}
+        self._again: Callable[[], None] | None = None
+        """Runs the last decode step once more."""
+
+    def do(self, message: Message) -> bool:
+        """Do what a message asks for; False if it is the last."""
+        kind = message.kind
+        if kind is Kind.END:
+            return False
+        if kind is Kind.REPEAT:
+            assert self._again is not None
+            self._again()
+            return True
+        self._again = None
+        if kind is Kind.STEP:
+            _step(self._runner, self, message)
+        elif kind is Kind.ADMIT:
+            self._runner.admit(read_admission(message))
+        elif kind is Kind.PADDING:
+            _padding(self._runner, read_key(message.head))
+        elif kind is Kind.RECORD:
+            _record(self._runner, self, read_key(message.head))
+        elif kind is Kind.RELEASE:
+            self._recordings.pop(read_key(message.head)).release()
+        else:
+            self._allocate(message.head)
+        return True
+
+    def _allocate(self, pages: int) -> None:
+        runner = self._runner
+        states = runner.bound.layer_states(self._page_size, self._dtype)
+        allocate(states, pages, runner.max_batch + 1, runner.device)
+        runner.attach(states)
+
+    def run(self, message: Message) -> None:
+        """Stage and run a step."""
+        runner = self._runner
+        told, slots, chunks = read_step(message)
+        for sampler in (told.key.sampler, told.finish):
+            if sampler is not None:
+                runner.sampler.allocate(sampler)
+        if told.key.sampler is None and told.key.rows:
+            runner.steps.keep_logits()
+        if told.key.phase is Phase.DECODE:
+            runner.steps.stage_decode(slots)
+            self._again = partial(_launch, runner, self, told, None)
+        else:
+            runner.steps.stage_prefill(chunks, told.key.tokens, told.key.rows)
+        scored = ScoredTokens(chunks, runner.device) if any(chunk.targets for chunk in chunks) else None
+        self.launch(told, scored)
+
+    def launch(self, told: Told, scored: ScoredTokens | None) -> None:
+        """Run the step that is staged. Nobody reads its tokens here: rank 0 does."""
+        steps, ring = self._runner.steps, self._runner.ring
+        if scored is not None:
+            steps.run_scored(told.key, scored)
+        elif told.recorded:
+            self._recordings[told.key].replay()
+        else:
+            steps.run(told.key)
+        if told.finish is not None:
+            steps.finish(told.key, told.finish)
+        if told.key.rows:
+            ring.launched(told.rows, None, "", "")
+
+    def record(self, key: GraphKey) -> None:
+        """Record a step, if all ranks can."""
+        runner = self._runner
+        recorder = None if self._recorder is None else self._recorder(key, False)
+        if recorder is None:
+            raise OutOfStepError("rank 0 records steps, and this rank does not")
+        try:
+            self._prepare(key)
+            self._recordings[key] = record_together(recorder, self._group, key, partial(runner.steps.run, key))
+        except OutOfStepError:
+            raise
+        except Exception as error:
+            logger.warning("a step is not recorded: %s: %s", type(error).__name__, error)
+        finally:
+            runner.ring.resynchronize()
+
+    def _prepare(self, key: GraphKey) -> None:
+        try:
+            self._runner.prepare(key)
+        except Exception:
+            self._group.say(FAILED)
+            raise
+
+
+@on_its_stream
+def _step(runner: ModelRunner, follower: Follower, message: Message) -> None:
+    follower.run(message)
+
+
+@on_its_stream
+def _launch(runner: ModelRunner, follower: Follower, told: Told, scored: ScoredTokens | None) -> None:
+    follower.launch(told, scored)
+
+
+@on_its_stream
+def _padding(runner: ModelRunner, key: GraphKey) -> None:
+    runner.run_padding(key)
+
+
+@on_its_stream
+def _record(runner: ModelRunner, follower: Follower, key: GraphKey) -> None:
+    follower.record(key)

@@ -1,0 +1,104 @@
+"""What cannot be spread over processes is refused before weights are read and processes started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+
+import hybridgen
+from hybridgen import ConfigError, DeviceError, Engine, SamplingError, UnsupportedModelError
+from hybridgen.loading import Checkpoint
+from hybridgen.parallel import ranks, start
+from hybridgen.parallel.channel import Channel
+
+
+@pytest.fixture(autouse=True)
+def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: Any) -> None:
+        raise AssertionError("it was started")
+
+    monkeypatch.setattr(start, "Ranks", begin)
+    monkeypatch.setattr(Checkpoint, "load", begin)
+
+
+def write(path: Path, family: str = "llama", **changes: Any) -> Path:
+    families.build(family, num_hidden_layers=2, **changes).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "match"),
+    [
+        (3, {}, "does not divide the 4 attention heads"),
+        (
+            4,
+            {"num_attention_heads": 12, "num_key_value_heads": 6, "hidden_size": 96},
+            "neither divides the 6 key and value",
+        ),
+        (4, {"intermediate_size": 98}, r"does not divide the size 98 of model\.layers\.0\.mlp\.gate_proj"),
+    ],
+)
+def test_sizes_that_do_not_divide(size: int, changes: dict[str, int], match: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=match):
+        Engine.load(write(tmp_path, **changes), device="cpu", tensor_parallel=size)
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [("gpt2", "has no tensor-parallel plan for gpt2"), ("olmo2", "olmo2 was not compared with one process")],
+)
+def test_models_without_a_plan_or_a_comparison(family: str, match: str, tmp_path: Path) -> None:
+    families.build(family).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=match):
+        Engine.load(tmp_path, device="cpu", tensor_parallel=2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mode": "jit"},
+        {"mode": "hybrid"},
+        {"speculation": "ngram"},
+        {"quantization": "int8"},
+        {"quantize_head": "int8"},
+        {"validate": True},
+        {"check_addresses": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_is_not_done_over_processes_yet(fields: dict[str, Any], llama_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel=2 with"):
+        Engine.load(llama_path, device="cpu", tensor_parallel=2, **fields)
+
+
+def test_live_modules_and_more_gpus_than_there_are(llama_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="is a live module"):
+        Engine.load(families.build("llama"), device="cpu", tensor_parallel=2)
+    with pytest.raises(ConfigError, match="give an integer from 1 to 64"):
+        Engine.load(llama_path, device="cpu", tensor_parallel=0)
+
+
+def test_shared_memory_that_cannot_be_had(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"shared memory in .* cannot be had"):
+        Channel(tmp_path / "memory", 2, 2**60, create=True)
+
+
+def test_a_process_that_cannot_be_started_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ranks.sys, "executable", str(tmp_path / "none"))
+    monkeypatch.setattr(ranks.tempfile, "mkdtemp", lambda **_: str(tmp_path / "group"))
+    (tmp_path / "group").mkdir()
+    with pytest.raises(DeviceError, match="a process cannot be started"):
+        ranks.Ranks({}, 2, 4096)
+    assert not (tmp_path / "group").exists()
+
+
+def test_grammars_and_functions_of_a_request(llama_path: Path) -> None:
+    from hybridgen.engine.requests import make_requests
+
+    checkpoint = Checkpoint.open(llama_path, hybridgen.EngineConfig(device="cpu", tensor_parallel=2))
+    fields = {"logits_processors": [lambda ids, scores: scores]}
+    with pytest.raises(SamplingError, match="grammars and logits_processors run on one process"):
+        make_requests([[1, 2]], None, fields, checkpoint, 64, None)
