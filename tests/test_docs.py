@@ -225,7 +225,7 @@ def test_shell_blocks_run(block: Block, tmp_path: Path) -> None:
 
 def test_what_is_not_run_is_little_and_says_why() -> None:
     left = [(page.name, block.line) for page in PAGES for block in blocks(page) if block.why_not is not None]
-    assert len(left) <= 18, left
+    assert len(left) <= 20, left
 
 
 def test_a_block_that_fails_is_found(tmp_path: Path) -> None:
