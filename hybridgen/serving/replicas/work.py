@@ -142,9 +142,12 @@ class Work:
         """Keep one replica busy until nothing is left; in a thread of its own."""
         lost: HybridgenError | None = None
         try:
-            while self._more():
-                client = member.client()
-                _Runner(self, member, client).run()
+            while True:
+                if self._open:  # one that died is started again at once, not only when there is work for it
+                    member.client()
+                if not self._more():
+                    break
+                _Runner(self, member, member.client()).run()
         except HybridgenError as error:
             lost = error
         except BaseException as error:  # a mistake of ours must not leave the caller waiting
