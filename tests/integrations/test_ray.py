@@ -76,7 +76,7 @@ def test_rows_get_what_one_engine_gives(tmp_path: Path) -> None:
 
 
 def actors() -> list[int]:
-    listed = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in listed.splitlines() if "ray::" in line and "EngineActor" in line]
 
 

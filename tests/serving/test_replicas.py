@@ -145,7 +145,9 @@ def test_what_cannot_go_to_another_process() -> None:
 def test_a_model_that_is_not_there_leaves_no_process() -> None:
     with pytest.raises(ModelNotFoundError):
         Replicas("/no/such/model", 1, device="cpu")
-    found = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
+    found = subprocess.run(
+        ["ps", "-ww", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True
+    ).stdout
     assert "/no/such/model" not in found
 
 

@@ -33,7 +33,7 @@ def two() -> Iterator[Process]:
 def replicas(process: Process) -> list[int]:
     """Process ids of the generator processes behind the door."""
     listed = subprocess.run(
-        ["ps", "--ppid", str(process.facts["pid"]), "-o", "pid=,args="], capture_output=True, text=True
+        ["ps", "-ww", "--ppid", str(process.facts["pid"]), "-o", "pid=,args="], capture_output=True, text=True
     ).stdout
     return [int(line.split()[0]) for line in listed.splitlines() if "replicas.child" in line]
 
