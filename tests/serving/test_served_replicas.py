@@ -21,10 +21,12 @@ DRAWN = {"max_new_tokens": 12, "temperature": 0.9, "seed": 5, "n": 2, "ignore_eo
 @pytest.fixture(scope="module")
 def two() -> Iterator[Process]:
     process = Process(short_directory(), "--replicas", "2", "--max-batch", "4")
-    yield process
-    pids = replicas(process)
+    try:
+        yield process
+        pids = replicas(process)
+    finally:
+        status = process.end()
     assert len(pids) == 2
-    status = process.end()
     assert status == 0, process.log()
     assert "Traceback" not in process.log()
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
