@@ -46,7 +46,7 @@ def run_http(
     from hybridgen.serving.http.text import Text
 
     keys, template = options.keys(), options.template()
-    listener = _listen(*options.address())
+    listener = listen(*options.address())
     tokenizer = _tokenizer(model)
     if template is not None:
         tokenizer.chat_template = template
@@ -92,14 +92,23 @@ def check_extra() -> None:
     del prometheus_client, starlette, uvicorn
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; give another HOST:PORT"
         ) from None
+    # Connections inherit it. asyncio sets it only on sockets that name their protocol, which these do not: an answer's
+    # body then waits 40 ms for the acknowledgement of its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _tokenizer(model: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from wire import Process, environment, until
 from hybridgen.cli.main import main
 from hybridgen.errors import ConfigError
 from hybridgen.serving.http.options import HttpOptions, public_name
+from hybridgen.serving.http.run import listen
 
 
 def alive(url: str) -> bool:
@@ -68,6 +70,13 @@ def test_either_one_that_is_killed_takes_the_other_along() -> None:
     assert alive(url)
     second.kill()
     until(lambda: not alive(url))
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_loads(door: Any) -> None:
