@@ -19,6 +19,8 @@ from hybridgen.serving.client.exchange import Call, Exchange
 from hybridgen.serving.client.link import Link, Mailbox
 from hybridgen.serving.replicas.member import Member
 
+IDLE_SECONDS = 1.0
+"""Between two looks at a replica that has nothing to do."""
 TRIES = 3
 """Replicas that may die under a prompt. With the last of them it is alone, so that no other prompt is blamed."""
 TURN_SECONDS = 0.05
@@ -143,9 +145,12 @@ class Work:
         lost: HybridgenError | None = None
         try:
             while True:
-                if self._open:  # one that died is started again at once, not only when there is work for it
+                if self._open:  # one that died is started again soon, not only when there is work for it
                     member.client()
-                if not self._more():
+                more = self._more(IDLE_SECONDS if self._open else None)
+                if more is None:
+                    continue
+                if not more:
                     break
                 _Runner(self, member, member.client()).run()
         except HybridgenError as error:
@@ -159,11 +164,12 @@ class Work:
             elif lost is None and self._working == 0 and self._left and not self._stopped:
                 self._out.put(ServerError("all replicas ended with prompts left; this is a bug"))
 
-    def _more(self) -> bool:
-        """Wait for a prompt, one that is given back included; False when there will be none."""
+    def _more(self, seconds: float | None) -> bool | None:
+        """Wait for a prompt, one that is given back included; False when there will be none, None when none came."""
         with self._changed:
             while not self._waiting and (self._left or self._open) and not self._stopped:
-                self._changed.wait()
+                if not self._changed.wait(seconds):
+                    return None
             return bool(self._left or self._open) and not self._stopped
 
     @property
