@@ -88,6 +88,14 @@ def test_a_killed_replica_loses_and_doubles_nothing(two: Process, engine: hybrid
                 os.kill(replicas(two)[0], signal.SIGKILL)
             if event.token_id is not None:
                 found.setdefault(event.index, []).append(event.token_id)
-        until(lambda: client.stats()["engine"]["restarts"] == 1)
-        until(lambda: len(replicas(two)) == 2)
+        until(lambda: client.stats()["engine"]["restarts"] == 1, 60)
+        until(lambda: len(replicas(two)) == 2, 60)
     assert [found[index] for index in range(len(PROMPTS))] == expected
+
+
+def test_a_replica_that_dies_with_nothing_to_do_is_started_again(two: Process) -> None:
+    with two.client() as client:
+        before = client.stats()["engine"]["restarts"]
+        until(lambda: client.stats()["server"]["in_flight"] == 0)
+        os.kill(replicas(two)[0], signal.SIGKILL)
+        until(lambda: client.stats()["engine"]["restarts"] == before + 1 and len(replicas(two)) == 2, 60)
