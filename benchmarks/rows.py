@@ -199,48 +199,56 @@ def timed(step: Any, cache: Cache, columns: list[int], positions: list[int], cei
     return lines
 
 
-def run(name: str, form: str, tunings: list[dict[str, int]], args: argparse.Namespace, ceiling: float) -> list[Any]:
+@dataclasses.dataclass
+class Variant:
+    """A kernel for a model, and what was found of it."""
+
+    cache: Cache
+    step: Future[Any]
+    line: dict[str, Any]
+    first: bool
+    """Whether it has the default tuning."""
+
+
+def variants(
+    name: str, form: str, tunings: list[dict[str, int]], half: bool, pool: ThreadPoolExecutor
+) -> list[Variant]:
+    """The kernels of a model; they are compiled meanwhile."""
     from hybridgen.fused.rows.shape import default_tuning
     from hybridgen.fused.rows.step import RowsStep
 
-    dtype = torch.float16 if args.half else shape_dtype(name, "cuda")
+    dtype = torch.float16 if half else shape_dtype(name, "cuda")
     model = in_format(random_decoder(name, dtype, "cuda", ROOM), form)
     release()
     cache = Cache(model)
-    results: list[Any] = []
+    torch.cuda.synchronize()
 
     def make(changes: dict[str, int]) -> Any:
         tuning = dataclasses.replace(default_tuning(model), **changes)
-        return RowsStep(model, cache.pages, block_table=cache.block_table, tuning=tuning, kept=args.kept)
+        step = RowsStep(model, cache.pages, block_table=cache.block_table, tuning=tuning)
+        torch.cuda.synchronize()
+        return step
 
-    with ThreadPoolExecutor(8) as pool:  # compiled together
-        futures: list[Future[Any]] = [pool.submit(make, changes) for changes in tunings]
-    for index, future in enumerate(futures):
-        begin = time.monotonic()
-        line: dict[str, Any] = {"model": name, "format": form, "dtype": str(dtype)}
-        try:
-            step = future.result()
-            line["tuning"] = dataclasses.asdict(step.tuning)
-            line |= {n.lower(): step.kernel.attribute(n) for n in ("NUM_REGS", "LOCAL_SIZE_BYTES")}
-            line["errors"] = check(step, cache)
-            line["ok"] = all(error < TOLERANCE[dtype] for error in line["errors"].values())
-            if line["ok"]:
-                line["repeats"] = repeat(step, cache, args.repeats if index == 0 else args.repeats // 10)
-                columns = args.columns if index == 0 else args.columns[-1:]
-                line["times"] = timed(step, cache, columns, args.positions if index == 0 else [512], ceiling)
-            step.kernel.close()
-        except Exception as error:
-            line["error"] = f"{type(error).__name__}: {error}"[:500]
-        line["seconds"] = time.monotonic() - begin
-        results.append(line)
-        errors = {case: round(error, 4) for case, error in line.get("errors", {}).items()}
-        print(name, form, line.get("tuning"), line.get("num_regs"), line.get("local_size_bytes"), line.get("error", ""))
-        print("  ", "ok" if line.get("ok") else "WRONG", errors, line.get("repeats"), f"{line['seconds']:.1f} s")
-        for each in line.get("times", ()):
-            print(f"    {each}", flush=True)
-        if "error" in line and "CUDA" in line["error"]:
-            break
-    return results
+    line = {"model": name, "format": form, "dtype": str(dtype)}
+    return [Variant(cache, pool.submit(make, each), dict(line), not index) for index, each in enumerate(tunings)]
+
+
+def try_out(variant: Variant, times: int) -> None:
+    """Compare with the reference, and repeat."""
+    begin, line = time.monotonic(), variant.line
+    try:
+        step = variant.step.result()
+        line["tuning"] = dataclasses.asdict(step.tuning)
+        line |= {n.lower(): step.kernel.attribute(n) for n in ("NUM_REGS", "LOCAL_SIZE_BYTES")}
+        line["errors"] = check(step, variant.cache)
+        line["ok"] = all(error < TOLERANCE[variant.cache.model.dtype] for error in line["errors"].values())
+        if line["ok"]:
+            line["repeats"] = repeat(step, variant.cache, times if variant.first else times // 10)
+    except Exception as error:
+        line["error"] = f"{type(error).__name__}: {error}"[:500]
+    errors = {case: round(error, 4) for case, error in line.get("errors", {}).items()}
+    sizes = [line.get(each) for each in ("model", "format", "tuning", "num_regs", "local_size_bytes", "error")]
+    print(*sizes, "ok" if line.get("ok") else "WRONG", errors, line.get("repeats"), f"{time.monotonic() - begin:.1f} s")
 
 
 def smoke() -> list[Any]:
@@ -269,30 +277,45 @@ def main() -> None:
     parser.add_argument("--positions", nargs="+", type=int, default=[64, 512])
     parser.add_argument("--repeats", type=int, default=10_000, help="of one fixed step; a tenth for other tunings")
     parser.add_argument("--tunings", nargs="*", default=[], help="others to try, for example piece=1024,in_flight=3")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--half", action="store_true", help="float16 models")
     parser.add_argument("--smoke", action="store_true", help="plans only, on any machine")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    args.kept = None
     results: dict[str, Any] = {"benchmark": "rows"}
     if args.smoke:
         report(results | {"plans": smoke()}, args.output)
         return
     from hybridgen.kernels.read_ceiling import read_ceiling
 
+    begin = time.monotonic()
     torch.manual_seed(0)
     ceiling = read_ceiling(torch.device("cuda"))
     release()
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
+    results["read_ceiling_gb_per_s"] = ceiling / 1e9
     others = [{k: int(v) for k, v in (pair.split("=") for pair in text.split(","))} for text in args.tunings]
-    lines: list[Any] = []
-    for name in args.models:
-        for form in args.formats:
-            lines += run(name, form, [{}, *others], args, ceiling)
-            release()
-    report(results | {"read_ceiling_gb_per_s": ceiling / 1e9, "variants": lines}, args.output)
+    found: list[Variant] = []
+    with ThreadPoolExecutor(12) as pool:
+        for name in args.models:
+            for form in args.formats:
+                found += variants(name, form, [{}, *others], args.half, pool)
+        for variant in found:
+            if time.monotonic() - begin < args.seconds:
+                try_out(variant, args.repeats)
+    lines = results["variants"] = [variant.line for variant in found]
+    good = [variant for variant in found if variant.line.get("ok")]
+    for variant in sorted(good, key=lambda each: not each.first):
+        if time.monotonic() - begin > args.seconds:
+            break
+        columns, positions = (args.columns, args.positions) if variant.first else (args.columns[-1:], [512])
+        variant.line["times"] = timed(variant.step.result(), variant.cache, columns, positions, ceiling)
+        print(variant.line["model"], variant.line["format"], variant.line["tuning"])
+        for each in variant.line["times"]:
+            print(f"    {each}", flush=True)
+    report(results, args.output)
     if not all(line.get("ok") and not line["repeats"]["different"] for line in lines):
-        raise SystemExit("a variant computes something else, or not the same each time")
+        raise SystemExit("a variant was not run, computes something else, or not the same each time")
 
 
 if __name__ == "__main__":
