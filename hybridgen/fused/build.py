@@ -37,6 +37,7 @@ def build_fused(
     max_context: int,
     max_rows: int,
     query_len: int = 1,
+    several: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
@@ -47,6 +48,7 @@ def build_fused(
     Args:
         max_rows: rows of a step at most.
         query_len: tokens of a row in a step at most.
+        several: also build the persistent kernel for several rows. Not by default: it has not run on a GPU yet.
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
@@ -68,12 +70,13 @@ def build_fused(
     few = min(MAX_ROWS, max_rows)
     with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
         # The kernels for several rows are compiled while the one for one row is.
-        several = pool.submit(_rows_step, fused, model, kept)
+        making = pool.submit(_rows_step, fused, model, kept) if several else None
         compiling: list[Future[object]] | Exception = []
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
         _make_persistent(fused, model, kept, tuning)
-        _make_rows(fused, several, max_rows * query_len)
+        if making is not None:
+            _make_rows(fused, making, max_rows * query_len)
         nobody = fused.persistent is None and fused.rows is None
         if few == 1 and nobody:
             compiling = _begin_chain(fused, few, tiles, pool)
@@ -94,11 +97,11 @@ def _rows_step(
     return step
 
 
-def _make_rows(fused: FusedDecode, several: Future[RowsStep], tokens: int) -> None:
+def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> None:
     """Try the step for several rows, and say in the notes whether it serves."""
     tokens = min(COLUMNS, tokens)
     try:
-        rows = fused.rows = RowsExecutor(several.result(), tokens)
+        rows = fused.rows = RowsExecutor(making.result(), tokens)
         rows.least = fused.first_of_several
         if rows.least > tokens:
             rows.close()

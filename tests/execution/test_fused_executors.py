@@ -289,7 +289,14 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
     assert bound is runner.bound
     assert pages == tuple(state.pages for state in runner.states)
     assert inputs.state is runner.state.table
-    assert given == {"max_context": 64, "max_rows": 8, "query_len": 1, "tuned": {"a": 1}, "kept": None}
+    assert given == {
+        "max_context": 64,
+        "max_rows": 8,
+        "query_len": 1,
+        "several": False,
+        "tuned": {"a": 1},
+        "kept": None,
+    }
     assert list(runner.executors) == ["chain", "layers"]
 
 
