@@ -78,6 +78,7 @@ def options(defines: Mapping[str, Any], architecture: str) -> list[str]:
     return [
         f"--gpu-architecture={architecture}",
         "--std=c++17",
+        "--device-as-default-execution-space",  # generic lambdas: NVRTC before 13.1 takes them for host functions
         *(f"-D{name}={value}" for name, value in sorted(defines.items())),
     ]
 
