@@ -82,20 +82,23 @@ DEVICE float load_scale(u32 a) {
   return __uint_as_float((u32)h << 16);
 }
 
-// One stage: 16 rows by this warp's inputs, times the activations of the chunk's `index`-th stage.
-template <class T> DEVICE void multiply_stage(float (&sum)[2][4], const Activations<T>& a, const Offsets<T>& offsets, const int index, u32 tile) {
+// One stage: 16 rows by this warp's inputs, times the activations of the chunk's `index`-th stage. Returns bits of all
+// its reads, for `Ring::done`.
+template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activations<T>& a, const Offsets<T>& offsets, const int index, u32 tile) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 base = tile + (lane & 15) * T::PITCH + (lane >> 4) * 16 + warp * T::BYTES_OF_WARP;
-  u32 q[4];
+  u32 q[4], read = 0;
   if (T::F == 16) {
     UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
       load_matrix(q, base + 32 * i);
+      read |= q[0];
       const int o = index * T::WORDS_OF_STAGE + 2 * i;
       multiply<HALF>(sum[i & 1], q[0], q[1], q[2], q[3], a.words[o], a.words[o + 1]);
     }
   } else if (T::F == 8) {
     UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
       load_matrix(q, base + 32 * i);
+      read |= q[0];
       const int o = index * T::WORDS_OF_STAGE + 4 * i;
       multiply<true>(sum[0], fp8_low(q[0]), fp8_low(q[1]), fp8_high(q[0]), fp8_high(q[1]), a.words[o], a.words[o + 1]);
       multiply<true>(sum[1], fp8_low(q[2]), fp8_low(q[3]), fp8_high(q[2]), fp8_high(q[3]), a.words[o + 2], a.words[o + 3]);
@@ -107,17 +110,19 @@ template <class T> DEVICE void multiply_stage(float (&sum)[2][4], const Activati
       float c[2][4] = {{offsets.of[at][0], offsets.of[at][1], offsets.of[at][0], offsets.of[at][1]}, {0.f, 0.f, 0.f, 0.f}};
       UNROLL for (int j = 0; j < PARTS; j++) {
         const int part = g * PARTS + j, k = part & 1, o = index * T::WORDS_OF_STAGE + 4 * part;
-        if (!k) load_matrix(q, base + 16 * part);
+        if (!k) { load_matrix(q, base + 16 * part); read |= q[0]; }
         const u32 p = q[2 * k], r = q[2 * k + 1];
         multiply<true>(c[0], int4_low(p), int4_low(r), int4_high(p), int4_high(r), a.words[o], a.words[o + 1]);
         multiply<true>(c[1], int4_low(p >> 8), int4_low(r >> 8), int4_high(p >> 8), int4_high(r >> 8), a.words[o + 2], a.words[o + 3]);
       }
       UNROLL for (int h = 0; h < 2; h++) {   // rows lane / 4 and lane / 4 + 8
         const float scale = load_scale(tile + ((lane >> 2) + 8 * h) * T::PITCH + T::DATA + (warp * GROUPS + g) * SCALE_BYTES);
+        read |= __float_as_uint(scale);
         UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) sum[0][e] = fmaf(scale, c[0][e] + c[1][e], sum[0][e]);
       }
     }
   }
+  return read;
 }
 template <class T> DEVICE void keep(const float (&sum)[2][4], u32 side, int t) {
   Shared* s = shared_state();
@@ -189,8 +194,7 @@ template <class T, class Finish> DEVICE void project(const Activations<T>& a, co
       float sum[2][4] = {};
       UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
         const u32 tile = ring.wait();
-        multiply_stage<T>(sum, a, offsets, i, tile);
-        ring.done();
+        ring.done(multiply_stage<T>(sum, a, offsets, i, tile));
       }
       keep<T>(sum, side, t);
     }
@@ -214,8 +218,7 @@ template <class T, class Finish> DEVICE void project_in_chunks(const u32* x, u32
     UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count)
       UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
         const u32 tile = ring.wait();
-        multiply_stage<T>(sums[t], a, offsets, i, tile);
-        ring.done();
+        ring.done(multiply_stage<T>(sums[t], a, offsets, i, tile));
       }
   };
   even.ask(x, 0, mark, columns);
