@@ -20,14 +20,12 @@ def make_fused(
     runner: ModelRunner,
     max_context: int,
     *,
-    several: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
     """From now on decode small batches with fused executors, where the model and the device allow it.
 
     Args:
-        several: also with the persistent kernel for several rows, see `build_fused`.
         tuned: what `tune_fused()` returned for this model and device.
         kept: gives machine code kept under a key, or makes and keeps it.
     """
@@ -41,7 +39,6 @@ def make_fused(
         max_context=max_context,
         max_rows=runner.state.max_batch,
         query_len=runner.state.query_len,
-        several=several,
         tuned=tuned,
         kept=kept,
     )

@@ -37,7 +37,6 @@ def build_fused(
     max_context: int,
     max_rows: int,
     query_len: int = 1,
-    several: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
@@ -48,7 +47,6 @@ def build_fused(
     Args:
         max_rows: rows of a step at most.
         query_len: tokens of a row in a step at most.
-        several: also build the persistent kernel for several rows. Not by default: it has not run on a GPU yet.
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
@@ -70,13 +68,12 @@ def build_fused(
     few = min(MAX_ROWS, max_rows)
     with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
         # The kernels for several rows are compiled while the one for one row is.
-        making = pool.submit(_rows_step, fused, model, kept) if several else None
+        making = pool.submit(_rows_step, fused, model, kept)
         compiling: list[Future[object]] | Exception = []
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
         _make_persistent(fused, model, kept, tuning)
-        if making is not None:
-            _make_rows(fused, making, max_rows * query_len)
+        _make_rows(fused, making, max_rows * query_len)
         nobody = fused.persistent is None and fused.rows is None
         if few == 1 and nobody:
             compiling = _begin_chain(fused, few, tiles, pool)

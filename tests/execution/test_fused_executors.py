@@ -293,7 +293,6 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
         "max_context": 64,
         "max_rows": 8,
         "query_len": 1,
-        "several": False,
         "tuned": {"a": 1},
         "kept": None,
     }
