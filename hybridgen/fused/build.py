@@ -21,6 +21,7 @@ from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExe
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.fused.persistent.shape import Tuning
 from hybridgen.fused.persistent.step import PersistentStep
+from hybridgen.fused.rows.formats import stored
 from hybridgen.fused.rows.shape import COLUMNS
 from hybridgen.fused.rows.step import RowsStep
 from hybridgen.models import BoundModel
@@ -87,7 +88,13 @@ def build_fused(
 def _rows_step(
     fused: FusedDecode, model: Decoder, kept: Callable[[str, Callable[[], bytes]], bytes] | None
 ) -> RowsStep:
-    """The step for several rows; called on a thread of its own, which has a stream of its own."""
+    """The step for several rows; called on a thread of its own, which has a stream of its own.
+
+    Raises:
+        Unfit: it does not serve the model, or its weights are in a format whose bits were not the same each time.
+    """
+    if any(stored(linear).format.bits == 4 for linear in model.linears):
+        raise Unfit("int4: a fixed step that was repeated 3,000 times on an H200 gave other bits twice")
     with torch.inference_mode():
         step = RowsStep(model, fused.pages, block_table=fused.inputs.block_table, kept=kept)
     torch.cuda.synchronize(model.device)

@@ -105,16 +105,12 @@ struct Attention {
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
       const int n = min(Cut::POSITIONS, unit.high - t0), skip = max(0, unit.first - t0);
       const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
-      u32 read = 0;
 #pragma unroll 1
       for (int i = skip & ~15; i < n; i += 16, tile++) if (tile % WARPS == warp) {
         float c[2][4] = {};
         UNROLL for (int d = 0; d < PARTS; d++) {
           uint4 k[2];
-          UNROLL for (int a = 0; a < 2; a++) {
-            k[a] = load_shared(keys + (i + 8 * a + g) * (HEAD * 2) + d * 64 + t * 16);
-            read |= k[a].x;
-          }
+          UNROLL for (int a = 0; a < 2; a++) k[a] = load_shared(keys + (i + 8 * a + g) * (HEAD * 2) + d * 64 + t * 16);
           UNROLL for (int a = 0; a < 2; a++) {
             multiply<HALF>(c[a], query[d][0], 0u, query[d][1], 0u, k[a].x, k[a].y);
             multiply<HALF>(c[a], query[d][2], 0u, query[d][3], 0u, k[a].z, k[a].w);
@@ -137,7 +133,6 @@ struct Attention {
           UNROLL for (int a = 0; a < 4; a++) {
             const int at = i + 2 * t + (a & 1) + 8 * (a >> 1);
             v[a] = at < n ? load_shared(values + at * (HEAD * 2) + h * 128 + g * 16) : make_uint4(0, 0, 0, 0);
-            read |= v[a].x;
           }
           UNROLL for (int j = 0; j < 8; j++) {
             const u32 a0 = (&v[0].x)[j / 2], a1 = (&v[1].x)[j / 2], a2 = (&v[2].x)[j / 2], a3 = (&v[3].x)[j / 2];
@@ -146,7 +141,7 @@ struct Attention {
           }
         }
       }
-      ring.done(read);
+      ring.done();
     }
     total += __shfl_xor_sync(~0u, total, 1); total += __shfl_xor_sync(~0u, total, 2);
     float* shared_out = &s->part[0][0][0][0][0];   // [WARPS][G][HEAD]; nobody else uses it between two meetings

@@ -82,8 +82,8 @@ DEVICE float load_scale(u32 a) {
   return __uint_as_float((u32)h << 16);
 }
 
-// One stage: 16 rows by this warp's inputs, times the activations of the chunk's `index`-th stage. Returns bits of all
-// its reads, for `Ring::done`.
+// One stage: 16 rows by this warp's inputs, times the activations of the chunk's `index`-th stage. Returns bits of the
+// scales that it read, for `Ring::done`: products use the codes at once, and scales last.
 template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activations<T>& a, const Offsets<T>& offsets, const int index, u32 tile) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 base = tile + (lane & 15) * T::PITCH + (lane >> 4) * 16 + warp * T::BYTES_OF_WARP;
@@ -91,14 +91,12 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
   if (T::F == 16) {
     UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
       load_matrix(q, base + 32 * i);
-      read |= q[0];
       const int o = index * T::WORDS_OF_STAGE + 2 * i;
       multiply<HALF>(sum[i & 1], q[0], q[1], q[2], q[3], a.words[o], a.words[o + 1]);
     }
   } else if (T::F == 8) {
     UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
       load_matrix(q, base + 32 * i);
-      read |= q[0];
       const int o = index * T::WORDS_OF_STAGE + 4 * i;
       multiply<true>(sum[0], fp8_low(q[0]), fp8_low(q[1]), fp8_high(q[0]), fp8_high(q[1]), a.words[o], a.words[o + 1]);
       multiply<true>(sum[1], fp8_low(q[2]), fp8_low(q[3]), fp8_high(q[2]), fp8_high(q[3]), a.words[o + 2], a.words[o + 3]);
@@ -110,7 +108,7 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
       float c[2][4] = {{offsets.of[at][0], offsets.of[at][1], offsets.of[at][0], offsets.of[at][1]}, {0.f, 0.f, 0.f, 0.f}};
       UNROLL for (int j = 0; j < PARTS; j++) {
         const int part = g * PARTS + j, k = part & 1, o = index * T::WORDS_OF_STAGE + 4 * part;
-        if (!k) { load_matrix(q, base + 16 * part); read |= q[0]; }
+        if (!k) load_matrix(q, base + 16 * part);
         const u32 p = q[2 * k], r = q[2 * k + 1];
         multiply<true>(c[0], int4_low(p), int4_low(r), int4_high(p), int4_high(r), a.words[o], a.words[o + 1]);
         multiply<true>(c[1], int4_low(p >> 8), int4_low(r >> 8), int4_high(p >> 8), int4_high(r >> 8), a.words[o + 2], a.words[o + 3]);

@@ -200,11 +200,12 @@ struct Ring {   // the consumers' side
     barrier_wait(shared_address(&shared_state()->full[slot]), (turn / STAGES) & 1);
     return shared_address(stages) + slot * STAGE;
   }
-  // Give the stage back. `read`: of everything that this warp read from it, a bit at least. An arrival does not wait for
-  // reads that are on their way, and neither does a fence: where the compiler put it between a read and its first use,
-  // stages were overwritten under late reads in a few of a thousand steps. An address that needs what was read waits.
-  DEVICE void done(u32 read) {
+  // Give the stage back. `read`: bits of reads that nothing has used yet, 0 for none. An arrival does not wait for reads
+  // that are on their way: without the fence stages were overwritten under late ones in a few of a thousand steps. Where
+  // the compiler moves a read behind its use's neighbours all the same, an address that needs what was read waits for it.
+  DEVICE void done(u32 read = 0) {
     __syncwarp();
+    __threadfence_block();
     const u32 nothing = read & blockIdx.y;   // 0, which the compiler does not know: the grid has one dimension
     if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared_state()->empty[turn % STAGES]) + nothing);
     turn++;
