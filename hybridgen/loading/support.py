@@ -25,9 +25,11 @@ STATE_LAYERS = frozenset({"conv", "linear_attention", "mamba", "hybrid", "mlp", 
 
 STATES_BY_SLOT = frozenset(
     {
+        "bailing_hybrid",
         "bamba",
         "falcon_h1",
         "granitemoehybrid",
+        "kimi_linear",
         "lfm2",
         "lfm2_moe",
         "nemotron_h",
@@ -35,6 +37,7 @@ STATES_BY_SLOT = frozenset(
         "qwen3_5_moe_text",
         "qwen3_5_text",
         "qwen3_next",
+        "zamba2",
     }
 )
 """Types whose states run, by comparison with transformers' own generate (`tests/families.py`). Which modules keep them
