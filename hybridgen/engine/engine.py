@@ -141,7 +141,9 @@ class Engine:
                 for _, module in quantised_modules(model):
                     module.dequantises = self.mode is Mode.EAGER  # the reference
                 self._starter = Starter(self.cache, self._startup, self._counters)
-                builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters, lead)
+                builder = Builder(
+                    checkpoint, config, resolved, self._starter, self._startup, self._counters, loaded.kv_scales, lead
+                )
                 with device_of(checkpoint.device):
                     self._drafter = self._load_drafter(drafter, resolved, undo)
                     built = builder.build(bound, undo, twin, self._drafter)
@@ -151,6 +153,7 @@ class Engine:
             self._adapters = None if twin is not None else Adapters(bound.model)
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self._prefix_state = built.prefix_state
+            self._kv_scales = loaded.kv_scales
             self._formats = formats_of(bound.model, bound.weights)
             if config.adapter is not None:
                 with self._startup.timed("adapter"):
@@ -599,6 +602,7 @@ class Engine:
             free_pages=pages.free,
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
+            kv_dtype=self._kv_dtype(),
             weights=self._formats,
             prefix=PrefixStats(
                 state=self._prefix_state,
@@ -609,6 +613,14 @@ class Engine:
             ),
             speculation=self._speculation(),
         )
+
+    def _kv_dtype(self) -> str:
+        """The dtype of cached keys and values, and what their scales are."""
+        own = str(self.checkpoint.dtype).removeprefix("torch.")
+        if self.config.kv_dtype is None:
+            return own
+        scaled = len(self._kv_scales)
+        return f"fp8, {f'scales of {scaled} layers from the checkpoint' if scaled else 'scales of 1'}"
 
     def _speculation(self) -> SpeculationStats:
         drafting = None if self._runner is None else self._runner.drafting

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hybridgen.cache import KVScales
 from hybridgen.config import EngineConfig
 from hybridgen.demo import model_path
 from hybridgen.errors import CheckpointError, ConfigError, DeviceError, UnsupportedModelError
@@ -24,12 +25,14 @@ from hybridgen.loading.checks import validate_directory
 from hybridgen.loading.device import resolve_device, without_default_device
 from hybridgen.loading.expectation import check_contents, check_quantisation_files
 from hybridgen.loading.formats import Format, read_format
+from hybridgen.loading.kv_scales import check_kv_dtype, read_kv_scales
 from hybridgen.loading.multimodal import placeholders, whole_class
 from hybridgen.loading.quantised import identity_of
 from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_source
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 from hybridgen.loading.wrappers import unwrapped
+from hybridgen.models.latent import find_latents
 from hybridgen.models.probe import probe_config
 from hybridgen.models.projections import FusedHead
 from hybridgen.models.quantised import QuantisedHead
@@ -50,6 +53,8 @@ class LoadedModel:
     and each call looks at what its owner did to it."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What is not as the checkpoint or the config asks for, counted by reason."""
+    kv_scales: Mapping[str, KVScales] = field(default_factory=dict)
+    """Of cached keys and values in 8 bits, by the names of attention modules; where they are cached so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,8 @@ class Checkpoint:
     """How quantised weights are stored; None where there are none."""
     formats: str = "dense"
     """The weights' formats as far as they are known before reading, for the compile cache's key."""
+    attention: tuple[str, ...] = field(default=(), repr=False)
+    """The names of a checkpoint's attention modules."""
     files: tuple[Path, ...] = field(default=(), repr=False)
     """The validated weight files of a local checkpoint."""
     module: PreTrainedModel | None = field(default=None, repr=False)
@@ -180,8 +187,9 @@ class Checkpoint:
             **_tokenizer(tokenizer, whole, source, config),
         )
         # Last, because it builds the model (on the meta device), which a config that makes no sense would not survive.
-        probe_config(whole, config.max_context or found.max_context or 0, model_class)
-        return found
+        calls = probe_config(whole, config.max_context or found.max_context or 0, model_class)
+        check_kv_dtype(config.kv_dtype, device, [call.name for call in calls if call.latent])
+        return replace(found, attention=tuple(call.name for call in calls))
 
     @classmethod
     def _open_live(cls, module: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> Checkpoint:
@@ -198,6 +206,8 @@ class Checkpoint:
                 "and this model is in memory already, with weights that its owner may change; save it with "
                 "save_pretrained() and give the directory"
             )
+        latents = set(find_latents(module))
+        check_kv_dtype(config.kv_dtype, device, [name for name, each in module.named_modules() if each in latents])
         path = Path(name).expanduser()
         source = LocalSource(path, config.local_files_only) if name and path.is_dir() else None
         generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(whole)
@@ -283,13 +293,14 @@ class Checkpoint:
         start = time.perf_counter()
         files = self.fetch()
         whole = self.whole_config or self.hf_config
+        scales = {} if self.config.kv_dtype is None else read_kv_scales(files, self.attention)
         with without_default_device():
             model_class = _built_class(whole, self.source, self.config.trust_remote_code)
             arguments = self.source, files, whole, self.dtype, self.device, self.config
             model, notes = read_weights(*arguments, self.layout, model_class)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return LoadedModel(model, time.perf_counter() - start, owned=True, notes=notes)
+        return LoadedModel(model, time.perf_counter() - start, owned=True, notes=notes, kv_scales=scales)
 
 
 def check_quantization(config: EngineConfig, layout: Format) -> None:

@@ -28,6 +28,9 @@ from hybridgen.loading.formats.scheme import (
 )
 from hybridgen.models.quantised import QuantisedWeight
 
+KV_NOTE = (
+    "the KV cache has 16 bits, though the checkpoint's config asks for 8 (kv_cache_scheme): kv_dtype='fp8' does it"
+)
 METHOD = "compressed-tensors"
 _PARTS = (
     "weight",
@@ -297,7 +300,7 @@ def read(values: Mapping[str, Any]) -> CompressedTensors:
         if group.get("output_activations") is not None:
             raise _unknown(f"config_groups.{name}.output_activations")
     if values.get("kv_cache_scheme") is not None:
-        notes.append("the KV cache is not quantised, as the checkpoint's config asks for (kv_cache_scheme)")
+        notes.append(KV_NOTE)
     ignore = values.get("ignore") or []
     if not isinstance(ignore, list):
         raise _unknown(f"ignore {shown(ignore)}")
