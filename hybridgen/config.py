@@ -305,6 +305,14 @@ class EngineConfig:
             opens=True,
         ),
     )
+    fp8_activations: bool = field(
+        default=False,
+        metadata=setting(
+            "Round activations to FP8 too, a row by a scale of its own, where FP8 weights multiply more than 256 rows: "
+            "prefill and large batches (docs/quantisation.md).",
+            switch,
+        ),
+    )
     device: str = field(
         default="auto",
         metadata=setting(

@@ -51,6 +51,7 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
         adapter=None,
         quantization=None,
         quantize_head=None,
+        fp8_activations=False,
         kv_dtype=None,
     )
     with generation_untold():  # requests choose as the model's own config and they themselves say

@@ -58,7 +58,7 @@ from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
 from hybridgen.models import BoundModel, bind
 from hybridgen.models.projections import fuse_projections, use_rows
-from hybridgen.models.quantised import quantised_modules
+from hybridgen.models.quantised import quantised_modules, round_activations
 from hybridgen.models.twin import Twin
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.start import start as start_ranks
@@ -140,6 +140,8 @@ class Engine:
                 undo.callback(bound.release)
                 for _, module in quantised_modules(model):
                     module.dequantises = self.mode is Mode.EAGER  # the reference
+                if config.fp8_activations:
+                    self._round_activations(model)
                 self._starter = Starter(self.cache, self._startup, self._counters)
                 builder = Builder(
                     checkpoint, config, resolved, self._starter, self._startup, self._counters, loaded.kv_scales, lead
@@ -164,6 +166,17 @@ class Engine:
             self.close()
             raise
         logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, self.mode)
+
+    def _round_activations(self, model: PreTrainedModel) -> None:
+        count, others = round_activations(model)
+        if not count:
+            raise ConfigError(
+                f"fp8_activations=True: no projection of {self.checkpoint.name!r} has FP8 weights with a scale for "
+                f"each output ({', '.join(others) or 'none is quantised'}); give quantization='fp8' or such a "
+                "checkpoint, or leave it out"
+            )
+        for note, number in others.items():
+            self._counters.fall_back(note, number)
 
     def _load_drafter(
         self, checkpoint: Checkpoint | None, resolved: ResolvedConfig, undo: ExitStack

@@ -14,6 +14,7 @@ from hybridgen.kernels.attention.decode import Tuning as DecodeTuning
 from hybridgen.kernels.attention.decode import decode_attention
 from hybridgen.kernels.attention.prefill import prefill_attention
 from hybridgen.kernels.attention.write import write_kv
+from hybridgen.kernels.linear import rounded_rows_kernels
 
 CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new tokens, options
     (4, 2, 8, 8, 8, [5, 17, 40], [5, 3, 1], {}),
@@ -133,3 +134,17 @@ def check_balanced(number: int, kept: torch.dtype | None = None) -> None:
         if not _same(newest_rows(cache), cache):
             raise AssertionError("the new K and V are not in the pages")
     assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)
+
+
+def check_rounded_rows() -> None:
+    """Rows of numbers that have codes, by scales that are powers of two: the interpreter rounds others wrongly."""
+    torch.manual_seed(0)
+    codes = (torch.randn(5, 96) * 100).to(FP8)
+    codes[:, 3] = torch.tensor([448.0, -448.0, 448.0, -448.0, 0.0]).to(FP8)
+    codes[4] = 0.0
+    scales = torch.tensor([1.0, 2.0**-20, 2.0**9, 0.5, 0.0])[:, None]
+    found, scale = rounded_rows_kernels.round_rows(codes.float() * scales)
+    assert torch.equal(found.float(), codes.float())
+    assert torch.equal(scale[:4], scales[:4])
+    _, scale = rounded_rows_kernels.round_rows(torch.tensor([[1.0, torch.nan] * 8]))
+    assert bool(scale.isnan().all())
