@@ -3,10 +3,12 @@
 Kernels first against float32 references, at rows of 1 to 512: the largest relative error of a format. Then times of a
 layer's four products of an 8B model (q/k/v and gate/up joined) beside bf16 in cuBLAS and beside what the read ceiling
 allows for the bytes, inside CUDA graphs, over copies of the weight that together exceed the L2 cache. `--sweep` tries
-other tiles. `--steps` builds the whole model with random weights, and times decode steps and prefill in mode `hybrid`.
+other tiles. `--steps` builds the whole model with random weights, and times decode steps and prefill in mode `hybrid`;
+`fp8-w8a8` is FP8 with `fp8_activations`. Experts (gpt-oss-20b) have 16 bits, as those of MXFP4 checkpoints get.
 
     python benchmarks/quantised.py [--sweep] [--output quantised.json]
     python benchmarks/quantised.py --steps [--models llama-3.1-8b] [--kinds none fp8 int4] [--output steps.json]
+    python benchmarks/quantised.py --steps --models llama-3.1-70b --kinds int4 --batches 1 --no-prefill
     python benchmarks/quantised.py --smoke          # tiny, on the CPU reference: checks the script
 """
 
@@ -22,15 +24,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from common import how_it_ran, random_model, random_prompts, release, report, shape_dtype, synchronize, this_device
-from torch import Tensor, nn
+from torch import Tensor
 
 import hybridgen
 from hybridgen.device.timing import graph_seconds
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.quantised import quantised_linear
 from hybridgen.kernels.read_ceiling import read_ceiling
-from hybridgen.models.projections import fuse_projections
-from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
+from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.rounding import quantise
 
 ROTATE_BYTES = 256 * 2**20
@@ -217,31 +218,20 @@ def sweep(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     return found
 
 
-def quantise_model(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
-    """Quantise the projections of a model in place, but for the head, and join them."""
-    for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and name != "lm_head":
-            place = QuantisedLinear(linear.in_features, linear.out_features, bias=False)
-            place.bias = linear.bias
-            place.fill(quantise(linear.weight.detach(), kind, dtype))
-            model.set_submodule(name, place)
-    fuse_projections(model)
-
-
-def run_steps(models: list[str], kinds: list[str], batches: list[int], device: str) -> list[dict[str, Any]]:
+def run_steps(args: argparse.Namespace, models: list[str], batches: list[int], device: str) -> list[dict[str, Any]]:
     """Milliseconds of a decode step, and of the prefill of 32 prompts of 512 tokens."""
     found = []
     for name in models:
-        for kind in kinds:
-            dtype = shape_dtype(name, device)
-            model = random_model(name, dtype, device, join=kind == "none")
-            if kind != "none":
-                quantise_model(model, kind, dtype)
+        for kind in args.kinds:
+            # `fp8-w8a8`: FP8 weights, and activations of many rows in FP8 too.
+            weights = None if kind == "none" else kind.partition("-")[0]
+            model = random_model(name, shape_dtype(name, device), device, quantised=weights)
             release()
             small = name == "tiny"
-            prompts, length, new = (4, 16, 8) if small else (32, 512, 128)
+            prompts, length, new = (4, 80, 8) if small else (32, 512, 128)
             options: dict[str, Any] = {"mode": "eager" if device == "cpu" else "hybrid", "decode_buckets": batches}
             options |= {"max_batch": max(prompts, *batches), "max_context": 1024, "prefill_buckets": []}
+            options |= {"fp8_activations": kind == "fp8-w8a8", "kv_dtype": args.kv_dtype}
             with hybridgen.Engine.load(model, **options) as engine:
                 vocab = model.config.vocab_size
                 row: dict[str, Any] = {"model": name, "kind": kind, "weights": engine.stats().weights}
@@ -252,25 +242,32 @@ def run_steps(models: list[str], kinds: list[str], batches: list[int], device: s
                         outs = engine.generate(ids, max_new_tokens=new, ignore_eos=True)
                         took.append(statistics.median(out.timing.tpot() for out in outs))
                     row[f"step_ms_{batch}"] = statistics.median(took[1:]) * 1e3
-                ids = random_prompts(prompts, length, vocab, seed=1)
-                took = []
-                for seed in range(4):
-                    ids = random_prompts(prompts, length, vocab, seed=seed + 1)
-                    synchronize(device)
-                    begin = time.perf_counter()
-                    engine.generate(ids, max_new_tokens=1, ignore_eos=True)
-                    synchronize(device)
-                    took.append(time.perf_counter() - begin)
-                row["prefill_ms"] = statistics.median(took[1:]) * 1e3
+                steps = ", ".join(f"{batch} rows {row[f'step_ms_{batch}']:.2f} ms" for batch in batches)
+                print(f"steps   {name} {kind}: {steps}", flush=True)
+                if not args.no_prefill:
+                    row["prefill_ms"] = prefill_ms(engine, prompts, length, vocab, device)
+                    base = next((each for each in found if each["model"] == name and each["kind"] == "none"), row)
+                    row["prefill_over_16_bits"] = row["prefill_ms"] / base["prefill_ms"]
+                    print(f"prefill {name} {kind}: {row['prefill_ms']:.0f} ms", flush=True)
+                if device == "cuda":
+                    row["device_bytes"] = torch.cuda.memory_allocated()
                 row["how"] = how_it_ran(engine)
-            base = next((each for each in found if each["model"] == name and each["kind"] == "none"), row)
-            row["prefill_over_16_bits"] = row["prefill_ms"] / base["prefill_ms"]
             found.append(row)
-            steps = ", ".join(f"{batch} rows {row[f'step_ms_{batch}']:.2f} ms" for batch in batches)
-            print(f"steps   {name} {kind}: {steps}, prefill {row['prefill_ms']:.0f} ms", flush=True)
             del model, engine
             release()
     return found
+
+
+def prefill_ms(engine: hybridgen.Engine, prompts: int, length: int, vocab: int, device: str) -> float:
+    took = []
+    for seed in range(4):
+        ids = random_prompts(prompts, length, vocab, seed=seed + 1)
+        synchronize(device)
+        begin = time.perf_counter()
+        engine.generate(ids, max_new_tokens=1, ignore_eos=True)
+        synchronize(device)
+        took.append(time.perf_counter() - begin)
+    return statistics.median(took[1:]) * 1e3
 
 
 def main() -> None:
@@ -279,7 +276,10 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="also try other tiles")
     parser.add_argument("--steps", action="store_true", help="time whole models instead of products")
     parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"], help="shapes for --steps")
-    parser.add_argument("--kinds", nargs="+", default=["none", "fp8", "int4"], help="none, fp8, int8, int4")
+    kinds = ["none", "fp8", "fp8-w8a8", "int4"]
+    parser.add_argument("--kinds", nargs="+", default=kinds, help="none, fp8, fp8-w8a8, int8, int4")
+    parser.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits, with --steps")
+    parser.add_argument("--no-prefill", action="store_true", help="with --steps, decode alone")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="rows of decode steps")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -290,7 +290,7 @@ def main() -> None:
     with torch.inference_mode(False), torch.no_grad():
         if args.steps or args.smoke:
             models, batches = (["tiny"], [1, 2]) if args.smoke else (args.models, args.batches)
-            results["steps"] = run_steps(models, args.kinds, batches, device)
+            results["steps"] = run_steps(args, models, batches, device)
         if not args.steps:
             ceiling = read_ceiling(torch.device(device)) or 1e9
             results["read_ceiling_gb_per_s"] = ceiling / 1e9
