@@ -11,6 +11,7 @@ from hybridgen.config import EngineConfig, Mode, ResolvedConfig
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.files import generation_untold
 from hybridgen.models import bind
+from hybridgen.models.live_quantised import read_live
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
@@ -75,6 +76,8 @@ def load_drafter(
     loaded = checkpoint.load()
     twin = None if loaded.owned else Twin(loaded.model)
     model = loaded.model if twin is None else twin.model
+    if twin is not None:
+        read_live(twin, checkpoint.dtype)
     if config.fuse_projections and loaded.owned:
         fuse_projections(model)
         use_rows(model)

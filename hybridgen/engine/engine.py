@@ -57,6 +57,7 @@ from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
 from hybridgen.models import BoundModel, bind
+from hybridgen.models.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules, round_activations
 from hybridgen.models.twin import Twin
@@ -131,6 +132,8 @@ class Engine:
             with nullcontext() if lead is None else lead.together():
                 twin = None if loaded.owned else Twin(loaded.model)
                 model = loaded.model if twin is None else twin.model
+                if twin is not None and read_live(twin, checkpoint.dtype):
+                    self._counters.fall_back(ACTIVATIONS)
                 if config.fuse_projections and loaded.owned:
                     with self._startup.timed("fuse projections"):
                         fuse_projections(model)

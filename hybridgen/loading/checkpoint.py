@@ -32,6 +32,7 @@ from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_s
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 from hybridgen.loading.wrappers import unwrapped
+from hybridgen.models import live_quantised
 from hybridgen.models.latent import find_latents
 from hybridgen.models.probe import probe_config
 from hybridgen.models.projections import FusedHead
@@ -196,7 +197,8 @@ class Checkpoint:
         whole, hf_config = module.config, text_config(module.config)
         name = str(getattr(module, "name_or_path", "") or getattr(hf_config, "_name_or_path", "") or "")
         device = _live_device(module, config.device)
-        check_supported(whole, config.trust_remote_code, type(module))
+        quantised = _method(whole) in live_quantised.METHODS
+        check_supported(whole, config.trust_remote_code, type(module), quantised=quantised)
         metadata.check_heads(hf_config)
         if module.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
@@ -213,15 +215,16 @@ class Checkpoint:
         generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(whole)
         kind = type(module).__name__
         module = text_part(module)
+        dtype = _live_dtype(module, config.dtype)
         return cls(
             name=name or kind,
             module=module,
-            formats=ModuleWeights(module).identity,
+            formats=_live_formats(module, dtype),
             config=config,
             hf_config=hf_config,
             **_whole(whole),
             device=device,
-            dtype=_live_dtype(module, config.dtype),
+            dtype=dtype,
             **_generation(hf_config, generation_config, f"the generation_config of this {kind}"),
             **_tokenizer(tokenizer, whole, source, config),
         )
@@ -355,6 +358,25 @@ def _tokenizer(given: Any, hf_config: PreTrainedConfig, source: Source | None, c
         return {"tokenizer": None, "tokenizer_problem": problem}
     tokenizer, why = metadata.read_tokenizer(hf_config, source, config.trust_remote_code)
     return {"tokenizer": tokenizer, "tokenizer_problem": why}
+
+
+def _method(config: PreTrainedConfig) -> str | None:
+    """The `quant_method` of a live module's config."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def _live_formats(module: PreTrainedModel, dtype: torch.dtype) -> str:
+    """What is known of the formats of a live module's weights, for the compile cache's key.
+
+    Raises:
+        UnsupportedModelError: some are quantised in a way that is not read from live modules.
+    """
+    identity = ModuleWeights(module).identity
+    if _method(module.config) not in live_quantised.METHODS:
+        return identity
+    return f"{identity}, live {sorted(live_quantised.formats_of_live(module, dtype).items())}"
 
 
 def _live_device(module: PreTrainedModel, asked: str) -> torch.device:

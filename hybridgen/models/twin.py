@@ -10,7 +10,7 @@ What the owner does to the module afterwards is followed at the beginning of eac
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -103,6 +103,15 @@ class Twin(Generic[M]):
         self._moved: list[str] = []
         self._settings: list[str] = []
         self._seen: _Seen | None = None
+        self._refills: dict[int, Callable[[], None]] = {}
+
+    def replaced(self, module: nn.Module, refill: Callable[[], None]) -> None:
+        """Say that something else has the place of one of the twin's modules, and holds its tensors.
+
+        Args:
+            refill: called when the module has other tensors.
+        """
+        self._refills[id(module)] = refill
 
     def settle(self) -> None:
         """Follow the original as it is now from now on.
@@ -114,7 +123,7 @@ class Twin(Generic[M]):
         self._modules = [
             _Module(names.get(id(original), type(original).__name__), original, twin)
             for original, twin in self._copy.modules
-            if id(twin) in used or id(original) not in names
+            if id(twin) in used or id(original) not in names or id(twin) in self._refills
         ]
 
     def follow(self) -> Changes:
@@ -133,8 +142,19 @@ class Twin(Generic[M]):
             self._settings += config.follow()
         for module in self._modules:
             self._settings += module.follow_attributes(self._copy)
-            self._moved += module.follow_tensors()
-            module.follow_hooks()
+            moved = module.follow_tensors()
+            self._moved += moved
+            refill = self._refills.get(id(module.twin))
+            if refill is None:
+                module.follow_hooks()
+                continue
+            if has_forward_hooks(module.original):
+                raise EngineError(
+                    f"{module.name} is a quantised layer with forward hooks, which are not called here; remove them, "
+                    "or run the model with transformers' own generate()"
+                )
+            if moved:
+                refill()
         hooked = tuple(module.original for module in self._modules if module.hooked)
         changes = Changes(tuple(self._moved), tuple(self._settings), hooked)
         # Not before: what was seen before an error is still to be told.
