@@ -6,6 +6,7 @@ from typing import Any
 
 import families
 import pytest
+import quantised_formats
 import torch
 from torch import Tensor, nn
 from transformers import FineGrainedFP8Config, PreTrainedModel
@@ -135,3 +136,29 @@ def test_torchaos_tensors(kind: str, tmp_path: Any) -> None:
     with hybridgen.Engine.load(model, mode="graph", **SETTINGS) as engine:
         assert generated(engine) == tokens_of(dense)
         assert len(quantised_modules(engine._runner.bound.model)) == 14
+
+
+@pytest.mark.parametrize("stored", ["ct w4 group", "ct fp8 channel"])
+def test_compressed_tensors_before_their_first_forward(stored: str, tmp_path: Any) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    dense = quantised_formats.write_family(tmp_path, "llama", stored, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).requires_grad_(False)
+    with hybridgen.Engine.load(model, mode="graph", **SETTINGS) as engine:
+        before = generated(engine)
+        assert before == tokens_of(dense)
+        assert len(quantised_modules(engine._runner.bound.model)) == 14
+        with torch.no_grad():
+            layer, other = model.model.layers[0].mlp.down_proj, dense.model.layers[0].mlp.down_proj
+            layer.weight_scale.mul_(-2)
+            other.weight.mul_(-2)
+            if stored == "ct w4 group":  # of which the codes lie in another order here
+                layer.weight_packed[3].copy_(layer.weight_packed[5])
+                layer.weight_scale[3].copy_(layer.weight_scale[5])
+                other.weight[3].copy_(other.weight[5])
+        assert tokens_of(dense) != before
+        assert generated(engine) == tokens_of(dense)
+    model(torch.tensor([[1, 2, 3]]))  # which decompresses
+    with pytest.raises(UnsupportedModelError, match="have not been decompressed"):
+        hybridgen.Engine.load(model, **SETTINGS)

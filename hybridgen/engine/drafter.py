@@ -10,8 +10,8 @@ import torch
 from hybridgen.config import EngineConfig, Mode, ResolvedConfig
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.files import generation_untold
+from hybridgen.loading.live_quantised import read_live
 from hybridgen.models import bind
-from hybridgen.models.live_quantised import read_live
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin

@@ -56,8 +56,8 @@ from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
+from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models import BoundModel, bind
-from hybridgen.models.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules, round_activations
 from hybridgen.models.twin import Twin

@@ -21,6 +21,7 @@ from hybridgen.config import EngineConfig
 from hybridgen.demo import model_path
 from hybridgen.errors import CheckpointError, ConfigError, DeviceError, UnsupportedModelError
 from hybridgen.loading import files as metadata
+from hybridgen.loading import live_quantised
 from hybridgen.loading.checks import validate_directory
 from hybridgen.loading.device import resolve_device, without_default_device
 from hybridgen.loading.expectation import check_contents, check_quantisation_files
@@ -32,7 +33,6 @@ from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_s
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 from hybridgen.loading.wrappers import unwrapped
-from hybridgen.models import live_quantised
 from hybridgen.models.latent import find_latents
 from hybridgen.models.probe import probe_config
 from hybridgen.models.projections import FusedHead

@@ -22,9 +22,16 @@ from hybridgen.models.tree_copy import BACKWARD_TABLES, HOOK_TABLES, TreeCopy
 
 M = TypeVar("M", bound=nn.Module)
 
-_IDLE = frozenset({"transformers.utils.output_capturing", "transformers.modeling_utils"})
+_IDLE = frozenset(
+    {
+        "transformers.utils.output_capturing",
+        "transformers.modeling_utils",
+        "compressed_tensors.compressors.model_compressors.model_compressor",
+    }
+)
 """transformers leaves hooks of these modules behind: once somebody asked for hidden states, and for training with
-checkpointed activations (`enable_input_require_grads`). They change nothing that a step computes."""
+checkpointed activations (`enable_input_require_grads`). They change nothing that a step computes. Nor does
+compressed-tensors' hook, which decompresses its layers before their first forward: here they are read as they are."""
 
 _NOT_FOLLOWED = frozenset(
     {
@@ -104,14 +111,18 @@ class Twin(Generic[M]):
         self._settings: list[str] = []
         self._seen: _Seen | None = None
         self._refills: dict[int, Callable[[], None]] = {}
+        self._followers: list[Callable[[], None]] = []
 
-    def replaced(self, module: nn.Module, refill: Callable[[], None]) -> None:
+    def replaced(self, module: nn.Module, refill: Callable[[], None], follow: Callable[[], None] | None = None) -> None:
         """Say that something else has the place of one of the twin's modules, and holds its tensors.
 
         Args:
             refill: called when the module has other tensors.
+            follow: called at each look, where the tensors were copied, so that new values are not seen by themselves.
         """
         self._refills[id(module)] = refill
+        if follow is not None:
+            self._followers.append(follow)
 
     def settle(self) -> None:
         """Follow the original as it is now from now on.
@@ -135,6 +146,8 @@ class Twin(Generic[M]):
         Raises:
             EngineError: the tree itself changed, or a tensor has another shape, dtype or device.
         """
+        for follow in self._followers:
+            follow()
         if self._seen is not None and self._seen.holds():
             return Changes()
         self._seen = None

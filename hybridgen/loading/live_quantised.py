@@ -1,7 +1,8 @@
 """Quantised weights of a live module, read as they are: the same storage, under a `QuantisedLinear` of the twin.
 
-Known are transformers' `FP8Linear` (fine-grained FP8, or one scale for all) and `nn.Linear` layers whose weight is an
-`Int8Tensor` or a `Float8Tensor` of torchao. Their own layers also round activations, or may; here weights alone are.
+Known are transformers' `FP8Linear` (fine-grained FP8, or one scale for all), `nn.Linear` layers whose weight is an
+`Int8Tensor` or a `Float8Tensor` of torchao, and those that compressed-tensors has not decompressed yet, which it does
+in their first forward. Their own layers also round activations, or may; here weights alone are.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.kernels.linear.layout import Block, power_of_two
+from hybridgen.loading.formats import compressed
 from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 from hybridgen.models.twin import Twin
 
-METHODS = ("fp8", "torchao")
+METHODS = ("fp8", "torchao", compressed.METHOD)
 """`quant_method` of configs of models that may have such layers."""
 ACTIVATIONS = "activations are not quantised, as the model's own layers may do: weights alone are"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +32,8 @@ def weight_of(module: nn.Module, dtype: torch.dtype) -> QuantisedWeight | None:
     Args:
         dtype: what it is multiplied in.
     """
+    if hasattr(module, "quantization_scheme"):
+        return _compressed(module, dtype)
     weight = module._parameters.get("weight")
     if weight is None:
         return None
@@ -39,6 +43,25 @@ def weight_of(module: nn.Module, dtype: torch.dtype) -> QuantisedWeight | None:
     if type(module) is nn.Linear and type(weight).__module__.startswith("torchao."):
         return _torchao(weight, dtype)
     return None
+
+
+def _compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | None:
+    status = getattr(module, "quantization_status", None)
+    if type(module) is not nn.Linear or getattr(status, "value", status) != "compressed":
+        return None
+    scheme: Any = module.quantization_scheme
+    if scheme.weights is None:
+        return None
+    group = {"weights": scheme.weights.model_dump(mode="json")}
+    layout = compressed.scheme_of(type(module).__name__, group, getattr(scheme.format, "value", scheme.format))
+    outputs, inputs = module.out_features, module.in_features
+    tensors = {
+        part: tensor.detach()
+        for part in layout.parts(outputs, inputs)
+        if (tensor := module._parameters.get(part)) is not None
+    }
+    found = layout.weight(tensors, outputs, inputs, dtype)
+    return found if isinstance(found, QuantisedWeight) else None
 
 
 def _fine_grained(module: Any, weight: Tensor, dtype: torch.dtype) -> QuantisedWeight:
@@ -79,6 +102,13 @@ def formats_of_live(model: nn.Module, dtype: torch.dtype) -> Counter[str]:
         if weight is not None:
             found[str(weight.format)] += 1
             continue
+        if hasattr(module, "quantization_scheme"):
+            status = getattr(module, "quantization_status", None)
+            raise UnsupportedModelError(
+                f"{name} ({type(module).__name__}, quantization_status {getattr(status, 'value', status)!r}) cannot "
+                "be read: of layers of compressed-tensors those are whose weights have not been decompressed, as a "
+                "forward does, and are not of nvfp4; give the checkpoint's directory"
+            )
         for part, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or isinstance(module, QuantisedLinear):
                 continue
@@ -107,7 +137,9 @@ def read_live(twin: Twin[Any], dtype: torch.dtype) -> int:
             place = places[id(module)] = QuantisedLinear(weight.inputs, weight.shape[0], bias=False)
             place.eval()
             _fill(module, place, dtype)
-            twin.replaced(module, partial(_fill, module, place, dtype))
+            copied = place.data.data_ptr() not in {tensor.data_ptr() for tensor in _tensors(module)}
+            follow = _Copied(module, place, dtype) if copied else None
+            twin.replaced(module, partial(_fill, module, place, dtype), follow)
         twin.model.set_submodule(name, place)
     return len(places)
 
@@ -118,3 +150,31 @@ def _fill(module: nn.Module, place: QuantisedLinear, dtype: torch.dtype) -> None
         raise UnsupportedModelError(f"a {type(module).__name__} has no quantised weight any more; load a new engine")
     place.fill(weight)
     place.bias = module.bias  # type: ignore[assignment]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Where a module's weight has its values."""
+    found = [tensor for tensor in module._parameters.values() if tensor is not None]
+    return [getattr(tensor, "qdata", tensor) for tensor in found]
+
+
+class _Copied:
+    """Takes over what was written into tensors whose codes lie in another order here."""
+
+    def __init__(self, module: nn.Module, place: QuantisedLinear, dtype: torch.dtype) -> None:
+        self._module, self._place, self._dtype = module, place, dtype
+        self._seen = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [0 if tensor.is_inference() else tensor._version for tensor in _tensors(self._module)]
+
+    def __call__(self) -> None:
+        now = self._versions()
+        if now == self._seen:
+            return
+        self._seen = now
+        weight = weight_of(self._module, self._dtype)
+        if weight is None or weight.data.shape != self._place.data.shape:
+            return  # other tensors, which the twin finds
+        for name, tensor in weight.tensors().items():
+            getattr(self._place, name).copy_(tensor)
