@@ -172,6 +172,14 @@ def run_kv(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: float,
             for took, options_of in row.get("sweep", [])[:6]:
                 print(f"        {took:8.1f} us {options_of}", flush=True)
             del case, packed
+        for tokens in (70,) if args.smoke else (512, 4096):
+            plain, packed_us = (
+                time_prefill(shape, tokens, device, dtype, kept) * 1e6 for kept in (None, torch.float8_e4m3fn)
+            )
+            rows.append({"model": shape.name, "prefill": tokens, "us": plain, "fp8_us": packed_us})
+            print(
+                f"kv      {shape.name:13} prefill of {tokens}: bf16 {plain:.1f} us, fp8 {packed_us:.1f} us", flush=True
+            )
     return rows
 
 
@@ -199,11 +207,14 @@ def sweep_kv(case: DecodeCase, new: dict[str, Tensor], device: str) -> list[tupl
     return sorted(found, key=lambda each: each[0])
 
 
-def time_prefill(shape: Shape, tokens: int, device: str, dtype: torch.dtype) -> float:
+def time_prefill(shape: Shape, tokens: int, device: str, dtype: torch.dtype, kept: torch.dtype | None = None) -> float:
+    """`kept` is the dtype of the pages, if it is another."""
     count = -(-tokens // PAGE_SIZE)
     size = count + 1, shape.kv_heads, PAGE_SIZE, shape.dim
     k_pages = torch.empty(size, dtype=dtype, device=device).normal_()
     v_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+    if kept is not None:
+        k_pages, v_pages = k_pages.to(kept), v_pages.to(kept)
     table = torch.zeros(32, CAPACITY // PAGE_SIZE, dtype=torch.int32, device=device)
     table[0, :count] = torch.randperm(count, device=device) + 1
     slots = torch.zeros(tokens, dtype=torch.int32, device=device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.kernels.linear.layout import Block, power_of_two
 from hybridgen.loading.formats import compressed
+from hybridgen.loading.formats.scheme import Damaged
 from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 from hybridgen.models.twin import Twin
 
@@ -60,7 +61,13 @@ def _compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | None:
         for part in layout.parts(outputs, inputs)
         if (tensor := module._parameters.get(part)) is not None
     }
-    found = layout.weight(tensors, outputs, inputs, dtype)
+    try:
+        found = layout.weight(tensors, outputs, inputs, dtype)
+    except (Damaged, KeyError) as error:
+        raise UnsupportedModelError(
+            f"a quantised layer of the live module is not as its quantization_scheme says ({error!r}); give the "
+            "checkpoint's directory"
+        ) from error
     return found if isinstance(found, QuantisedWeight) else None
 
 
