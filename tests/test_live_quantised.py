@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import families
@@ -48,7 +49,9 @@ def with_fp8(model: PreTrainedModel) -> PreTrainedModel:
     for name, linear in list(model.named_modules()):
         if type(linear) is not nn.Linear or not name.endswith("_proj"):
             continue
-        place = FP8Linear(linear.in_features, linear.out_features, BLOCK, has_bias=linear.bias is not None)
+        bias = "has_bias" if "has_bias" in inspect.signature(FP8Linear.__init__).parameters else "bias"
+        sizes = linear.in_features, linear.out_features
+        place = FP8Linear(*sizes, block_size=BLOCK, **{bias: linear.bias is not None})
         with torch.no_grad():
             place.weight.copy_(torch.randn(linear.weight.shape, generator=g).to(torch.float8_e4m3fn))
             place.weight_scale_inv.copy_(torch.rand(place.weight_scale_inv.shape, generator=g) * 0.05 + 0.05)
