@@ -58,6 +58,8 @@ def build_fused(
             raise Unfit("its layers keep a state besides keys and values")
         if bound.latents:
             raise Unfit("its layers cache latents instead of keys and values")
+        if any(each.keys.dtype == torch.float8_e4m3fn for each in pages):
+            raise Unfit("keys and values are cached in 8 bits (kv_dtype), which the fused kernels do not read")
         with bound.original_attention(), torch.inference_mode():
             model = describe(bound.model, bound.sites, bound.weights, max_context)
             reference.check(bound.model, model)
