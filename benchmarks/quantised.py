@@ -293,8 +293,8 @@ def run_steps(args: argparse.Namespace, models: list[str], batches: list[int], d
                 print(f"steps   {name} {kind}: {steps}", flush=True)
                 if not args.no_prefill:
                     row["prefill_ms"] = prefill_ms(engine, prompts, length, vocab, device)
-                    base = next((each for each in found if each["model"] == name and each["kind"] == "none"), row)
-                    row["prefill_over_16_bits"] = row["prefill_ms"] / base["prefill_ms"]
+                    for base in (each for each in found if each["model"] == name and each["kind"] == "none"):
+                        row["prefill_over_16_bits"] = row["prefill_ms"] / base["prefill_ms"]
                     print(f"prefill {name} {kind}: {row['prefill_ms']:.0f} ms", flush=True)
                 if device == "cuda":
                     row["device_bytes"] = torch.cuda.memory_allocated()
