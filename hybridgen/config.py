@@ -34,7 +34,7 @@ class Mode(StrEnum):
     HYBRID = "hybrid"
     """The compiled layer, recorded in CUDA graphs."""
     AUTO = "auto"
-    """`hybrid` on CUDA, `eager` on a CPU."""
+    """`hybrid` on CUDA. On a CPU what has been compiled, while the rest is compiled behind; see docs/modes.md."""
 
     @property
     def compiles(self) -> bool:
@@ -47,7 +47,8 @@ class Mode(StrEnum):
         return self in (Mode.GRAPH, Mode.HYBRID)
 
     def on(self, device_type: str) -> Mode:
-        """The mode that runs on such a device: what `auto` stands for, else itself."""
+        """The mode that runs on such a device: what `auto` stands for, else itself. For `auto` on a CPU, where nothing
+        can be compiled behind (`compilation.store.session.mode_of`)."""
         if self is not Mode.AUTO:
             return self
         return Mode.HYBRID if device_type == "cuda" else Mode.EAGER
@@ -267,8 +268,8 @@ class EngineConfig:
     mode: Mode | str = field(
         default=Mode.AUTO,
         metadata=setting(
-            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA (`graph` with `tensor_parallel`) and "
-            "`eager` on a CPU.",
+            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA (`graph` with `tensor_parallel`); on a CPU "
+            "`hybrid` whose start and first call are those of `eager`, or `eager` (docs/modes.md).",
             one_of(Mode),
         ),
     )

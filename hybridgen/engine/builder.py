@@ -29,6 +29,7 @@ from hybridgen.errors import CacheMissError, ConfigError, described
 from hybridgen.execution import ModelRunner, warm_up
 from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
@@ -55,6 +56,8 @@ class Built(NamedTuple):
     cache_bytes: int
     prefix_state: str
     """`on`, or why requests share no pages."""
+    spares_first_call: bool
+    """See `GraphSetup`."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,9 @@ class Builder:
         self.use_graphs(runner, plan, not_compiled, steps)
         if twin is None:  # hooks that the model's own code put there; a twin has none while it is built
             begin_call(runner)
-        if plan.records and config.capture_at_start:
+        if plan.spares_first_call:
+            self.want_planned(runner, plan)
+        elif plan.records and config.capture_at_start:
             with timed("capture"):
                 self.capture(runner, plan)
         prefix_state = self._prefix_state(bound, runner)
@@ -167,7 +172,7 @@ class Builder:
             before_call=before_call,
             drafter=None if runner.drafting is None else runner.drafting.name,
         )
-        return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state)
+        return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)
 
     def use_graphs(
         self,
@@ -215,6 +220,20 @@ class Builder:
         Raises:
             CacheMissError: `offline_compile=True`, and a compiled step is not there.
         """
+        keys = self._planned(runner, plan)
+        disable = bar_disabled(self.config.progress)
+        with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
+            runner.capture(keys, bar.update)
+        if plan.compiles_steps:
+            self.starter.check_steps()
+
+    def want_planned(self, runner: ModelRunner, plan: GraphSetup) -> None:
+        """Have the steps that a start would load be loaded between calls."""
+        for key in self._planned(runner, plan):
+            runner.graphs.want(key, self.config.capture_after)
+
+    def _planned(self, runner: ModelRunner, plan: GraphSetup) -> list[GraphKey]:
+        """What a start records."""
         checkpoint = self.checkpoint
         usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
         plans = {SamplerPlan(): None}
@@ -223,12 +242,7 @@ class Builder:
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
         keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler, query_lens=runner.query_lens)
-        keys = self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
-        disable = bar_disabled(self.config.progress)
-        with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
-            runner.capture(keys, bar.update)
-        if plan.compiles_steps:
-            self.starter.check_steps()
+        return self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
 
     def _allocate_cache(
         self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup, drafter: LoadedDrafter | None

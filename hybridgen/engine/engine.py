@@ -27,7 +27,7 @@ from hybridgen.arguments import (
     scoring_pairs,
 )
 from hybridgen.cache import total_bytes
-from hybridgen.compilation.store.session import CompileCache, preload
+from hybridgen.compilation.store.session import CompileCache, mode_of, preload
 from hybridgen.config import EngineConfig, Mode, ResolvedConfig, bar_disabled
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
@@ -151,6 +151,7 @@ class Engine:
             self._adapters = None if twin is not None else Adapters(bound.model)
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self._prefix_state = built.prefix_state
+            self._spares_call = built.spares_first_call
             self._formats = formats_of(bound.model, bound.weights)
             if config.adapter is not None:
                 with self._startup.timed("adapter"):
@@ -210,7 +211,7 @@ class Engine:
         cache = open_cache(checkpoint, config)
         try:
             device_type = checkpoint.device.type
-            wait = preload(cache, config, config.mode_on(device_type), device_type)
+            wait = preload(cache, config, mode_of(checkpoint, config), device_type)
             lead = start_ranks(checkpoint, config, resolve_config(checkpoint, config))
             if lead is None:
                 loaded = checkpoint.load()
@@ -569,6 +570,9 @@ class Engine:
 
     def _end_call(self) -> None:
         """After a call, whose results are complete: record a graph that it missed."""
+        if self._spares_call:  # a process that makes one call would do it for nobody
+            self._spares_call = False
+            return
         with suppress(EngineError):  # closed meanwhile
             self.record_missing()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hybridgen.cache import pages_for_tokens
 from hybridgen.compilation.layers import check_backend, check_toolchain
-from hybridgen.compilation.store.session import CompileCache
-from hybridgen.config import EngineConfig, GraphOwner, ResolvedConfig
+from hybridgen.compilation.store.session import CompileCache, mode_of
+from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig
 from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, DeviceError
 from hybridgen.execution.drafting import DRAFTS
@@ -29,7 +29,7 @@ def resolve_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConf
     """
     device = checkpoint.device.type
     return ResolvedConfig(
-        mode=config.mode_on(device),
+        mode=mode_of(checkpoint, config),
         max_context=context_limit(checkpoint, config.max_context),
         token_budget=config.token_budget or TOKEN_BUDGET[device],
         query_len=_query_len(config),
@@ -65,8 +65,8 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             raise ConfigError("adapter= is not for a live module; merge it there, or give the PEFT model")
         check_adapter(config.adapter)
     device = checkpoint.device.type
-    mode = config.mode_on(device)
-    if mode.compiles:
+    mode = mode_of(checkpoint, config)
+    if mode.compiles and not (config.mode is Mode.AUTO and device == "cpu"):
         with import_time.timed():  # it imports the first part of the compiler
             check_backend(config.compile_backend)
             check_toolchain(mode, config.compile_backend, device)
