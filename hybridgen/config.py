@@ -337,7 +337,11 @@ class EngineConfig:
         default=False,
         metadata=setting("Never ask the hub; use what its cache holds.", switch, in_key=False, opens=True),
     )
-    max_batch: int = field(default=32, metadata=setting("Requests that run at once.", integer(1, 4096)))
+    max_batch: int = field(
+        default=32,
+        # What a compiler sees of it is `ResolvedConfig.slots`.
+        metadata=setting("Requests that run at once.", integer(1, 4096), in_key=False),
+    )
     max_context: int | None = field(
         default=None,
         metadata=setting(
@@ -696,6 +700,8 @@ class ResolvedConfig(NamedTuple):
     """Prompt tokens of one prefill call at most."""
     query_len: int = 1
     """Tokens of a row in a decode step at most: above 1 where drafts are checked."""
+    slots: int = 32
+    """Requests that the step's buffers have room for; at least `max_batch`. Compiled code knows it."""
 
     @property
     def max_tokens(self) -> int:

@@ -25,7 +25,7 @@ from hybridgen.sampling import choice
 
 _aten = torch.ops.aten
 _REFUSED_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
-_ATTENTION = "hybridgen::decode_attention."
+_ATTENTION = "hybridgen::decode_attention.default"
 _READS = {"tolist", "numpy", "__array__", "__dlpack__", "untyped_storage", "storage"}
 """Methods that hand values to the host without an operator."""
 

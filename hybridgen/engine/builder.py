@@ -94,7 +94,7 @@ class Builder:
         runner = kind(
             bound,
             vocab_size=checkpoint.vocab_size,
-            max_batch=config.max_batch,
+            max_batch=self.resolved.slots,
             max_pages=pages_for_tokens(self.resolved.max_context, config.page_size),
             token_budget=self.resolved.token_budget,
             max_context=self.resolved.max_context,
@@ -249,14 +249,14 @@ class Builder:
     ) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes. A page has room for both models."""
         config, device = self.config, self.checkpoint.device
-        own, slots = bound.layer_states(config.page_size, self.checkpoint.dtype), config.max_batch + 1
+        own, slots = bound.layer_states(config.page_size, self.checkpoint.dtype), self.resolved.slots + 1
         states = own if drafter is None else (*own, *drafter.drafter.states)
 
         def allocated(pages: int) -> None:
             allocate(states, pages, slots, device)
             runner.attach(own)
             if drafter is not None:
-                drafter.drafter.attach(runner.state.block_table.tensor, config.max_batch * self.resolved.query_len)
+                drafter.drafter.attach(runner.state.block_table.tensor, self.resolved.slots * self.resolved.query_len)
 
         allocated(1)
         measure = config.kv_memory is None
@@ -264,6 +264,7 @@ class Builder:
             states,
             page_size=config.page_size,
             max_batch=config.max_batch,
+            slots=slots,
             max_context=self.resolved.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,

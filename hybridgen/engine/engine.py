@@ -104,6 +104,7 @@ class Engine:
         resolved = check_config(checkpoint, config)
         self.max_context = resolved.max_context
         """The longest prompt plus output, in tokens."""
+        self._slots = resolved.slots
         self.mode = resolved.mode
         """How steps run: `config.mode`, with `auto` decided."""
         self._no_bar = bar_disabled(config.progress)
@@ -626,7 +627,7 @@ class Engine:
             drafted=counted["checked"],
             accepted=counted["accepted"],
             weight_bytes=0 if self._drafter is None else self._drafter.weight_bytes,
-            cache_bytes=total_bytes(drafting.states, self._num_pages, self.config.max_batch + 1),
+            cache_bytes=total_bytes(drafting.states, self._num_pages, self._slots + 1),
         )
 
     @property

@@ -165,7 +165,7 @@ def test_offline_a_miss_is_an_error(warmed: Warmed, tmp_path: Path) -> None:
     with pytest.raises(CacheMissError, match="the store is empty"):
         load(warmed, tmp_path / "empty", offline_compile=True)
     store = warmed.copy(tmp_path / "store")
-    with pytest.raises(CacheMissError, match=r"config\.max_batch: 5 here, 4 there"):
+    with pytest.raises(CacheMissError, match=r"config\.slots: 5 here, 4 there"):
         load(warmed, store, offline_compile=True, max_batch=5)
     with pytest.raises(hybridgen.ConfigError, match="nothing could ever run"):
         load(warmed, store, offline_compile=True, compile_cache=False)
