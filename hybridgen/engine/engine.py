@@ -57,6 +57,7 @@ from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
 from hybridgen.models import BoundModel, bind
+from hybridgen.models.probe import ProbedCall
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
@@ -137,7 +138,8 @@ class Engine:
                         fuse_projections(model)
                         use_rows(model)
                 with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
-                    bound = bound_model(model, self.max_context)
+                    known = checkpoint.probed(self.max_context) if loaded.owned else None
+                    bound = bound_model(model, self.max_context, known)
                 undo.callback(bound.release)
                 for _, module in quantised_modules(model):
                     module.dequantises = self.mode is Mode.EAGER  # the reference
@@ -695,14 +697,14 @@ class Engine:
         return loop
 
 
-def bound_model(model: PreTrainedModel, context: int) -> BoundModel:
-    """`bind(model, context)`, where a model whose own code fails is refused.
+def bound_model(model: PreTrainedModel, context: int, calls: tuple[ProbedCall, ...] | None = None) -> BoundModel:
+    """`bind(model, context, calls)`, where a model whose own code fails is refused.
 
     Raises:
         UnsupportedModelError: a forward pass of a few tokens fails, or see `bind`.
     """
     try:
-        return bind(model, context)
+        return bind(model, context, calls)
     except HybridgenError:
         raise
     except Exception as error:  # what a model's own code raises for a config that it cannot run

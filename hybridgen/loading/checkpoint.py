@@ -30,7 +30,7 @@ from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_s
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 from hybridgen.loading.wrappers import unwrapped
-from hybridgen.models.probe import probe_config
+from hybridgen.models.probe import ProbedCall, probe_config
 from hybridgen.models.projections import FusedHead
 from hybridgen.models.quantised import QuantisedHead
 from hybridgen.models.text_part import TextPart, is_multimodal, text_config, text_part, without_encoders
@@ -89,6 +89,8 @@ class Checkpoint:
     """What it was given as: itself, or a PEFT model around it."""
     seconds: float = field(default=0.0, repr=False, compare=False)
     """What opening it took."""
+    _probed: tuple[int, tuple[ProbedCall, ...]] | None = field(default=None, repr=False, compare=False)
+    """What the attention calls see up to a context, as read off the config."""
 
     @classmethod
     def open(
@@ -180,8 +182,8 @@ class Checkpoint:
             **_tokenizer(tokenizer, whole, source, config),
         )
         # Last, because it builds the model (on the meta device), which a config that makes no sense would not survive.
-        probe_config(whole, config.max_context or found.max_context or 0, model_class)
-        return found
+        context = config.max_context or found.max_context or 0
+        return replace(found, _probed=(context, probe_config(whole, context, model_class)))
 
     @classmethod
     def _open_live(cls, module: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> Checkpoint:
@@ -215,6 +217,13 @@ class Checkpoint:
             **_generation(hf_config, generation_config, f"the generation_config of this {kind}"),
             **_tokenizer(tokenizer, whole, source, config),
         )
+
+    def probed(self, context: int) -> tuple[ProbedCall, ...] | None:
+        """What the attention calls see, for the model that is loaded from it; None where that model has to be probed
+        again: another context, or code that the checkpoint brings."""
+        if self._probed is None or self._probed[0] != context or self.config.trust_remote_code:
+            return None
+        return self._probed[1]
 
     @property
     def joins(self) -> bool:
