@@ -165,8 +165,8 @@ def test_offline_a_miss_is_an_error(warmed: Warmed, tmp_path: Path) -> None:
     with pytest.raises(CacheMissError, match="the store is empty"):
         load(warmed, tmp_path / "empty", offline_compile=True)
     store = warmed.copy(tmp_path / "store")
-    with pytest.raises(CacheMissError, match=r"config\.slots: 5 here, 4 there"):
-        load(warmed, store, offline_compile=True, max_batch=5)
+    with pytest.raises(CacheMissError, match=r"config\.slots: 64 here, 32 there"):
+        load(warmed, store, offline_compile=True, max_batch=33)
     with pytest.raises(hybridgen.ConfigError, match="nothing could ever run"):
         load(warmed, store, offline_compile=True, compile_cache=False)
     with pytest.raises(CacheMissError, match="what the backend aot_eager makes is not kept"):
