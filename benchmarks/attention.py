@@ -2,9 +2,12 @@
 
 Decode: bytes of K and V over time, against a read ceiling measured in the same run. Prefill: time against torch's
 flash attention on the same fresh prompt (contiguous K and V, one sequence). All times are of calls inside CUDA
-graphs (events around replays, median); decode rotates over caches that together exceed the L2 cache.
+graphs (events around replays, median); decode rotates over caches that together exceed the L2 cache. `--kv` times
+decode over keys and values of 8 bits beside bf16 instead, with and without the step's own keys and values, after
+comparing the two; with `--sweep` under other launch options too.
 
     python benchmarks/attention.py [--output results.json]
+    python benchmarks/attention.py --kv [--sweep] [--output kv.json]
     python benchmarks/attention.py --smoke          # tiny, on the CPU reference: checks the script
 """
 
@@ -111,21 +114,107 @@ def decode_case(shape: Shape, lengths: list[int], device: str, dtype: torch.dtyp
     return DecodeCase(q, k_pages, v_pages, table.to(device), slots, positions, used)
 
 
-def time_decode(case: DecodeCase, device: str) -> float:
+def places_of(case: DecodeCase, layer: int) -> Places:
+    return Places(case.k_pages[layer], case.v_pages[layer], case.block_table, case.slots, case.positions)
+
+
+def time_decode(case: DecodeCase, device: str, **new: Tensor) -> float:
     options = Options(case.q.shape[-1] ** -0.5)
 
     def call(layer: int) -> Tensor:
-        places = Places(case.k_pages[layer], case.v_pages[layer], case.block_table, case.slots, case.positions)
-        return decode_attention(case.q[layer], places, options)
+        return decode_attention(case.q[layer], places_of(case, layer), options, **new)
 
     return seconds([lambda layer=layer: call(layer) for layer in range(len(case.q))], device)
 
 
-def time_prefill(shape: Shape, tokens: int, device: str, dtype: torch.dtype) -> float:
+def in_8_bits(case: DecodeCase) -> DecodeCase:
+    """The same keys and values, rounded."""
+    k_pages, v_pages = (pages.to(torch.float8_e4m3fn) for pages in (case.k_pages, case.v_pages))
+    return case._replace(k_pages=k_pages, v_pages=v_pages, bytes=case.bytes // case.k_pages.element_size())
+
+
+def run_kv(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: float, args: Any) -> list[dict[str, Any]]:
+    """Decode over keys and values of 8 bits beside those of `dtype`."""
+    rows = []
+    for shape in shapes:
+        for batch, context in [(3, 40)] if args.smoke else [(1, 32768), (8, 4096), (8, 32768), (64, 4096)]:
+            case = decode_case(shape, [context] * batch, device, dtype, 1 if args.smoke else ROTATE_BYTES)
+            packed = in_8_bits(case)
+            new = {name: torch.randn(batch, shape.kv_heads, shape.dim, device=device).to(dtype) for name in ("k", "v")}
+            # What rounding changes alone: the same numbers in pages of the dtype.
+            numbers = case._replace(k_pages=packed.k_pages.to(dtype), v_pages=packed.v_pages.to(dtype))
+            options = Options(shape.dim**-0.5)
+            found, wanted = (
+                decode_attention(each.q[0], places_of(each, 0), options).float() for each in (packed, numbers)
+            )
+            del numbers
+            row: dict[str, Any] = {
+                "model": shape.name,
+                "batch": batch,
+                "context": context,
+                "error": float((found - wanted).norm() / wanted.norm()),
+            }
+            for name, each in (("", case), ("fp8_", packed)):
+                row[f"{name}us"] = time_decode(each, device) * 1e6
+                row[f"{name}append_us"] = time_decode(each, device, **new) * 1e6
+            row["over_bf16"] = row["fp8_us"] / row["us"]
+            row["append_over_bf16"] = row["fp8_append_us"] / row["append_us"]
+            row["percent_of_ceiling"] = packed.bytes / (row["fp8_us"] * 1e-6) / ceiling * 100
+            if args.sweep and device == "cuda" and batch < 64:
+                row["sweep"] = sweep_kv(packed, new, device)
+            rows.append(row)
+            print(
+                f"kv      {shape.name:13} batch {batch:3} context {context:>6} bf16 {row['us']:8.1f} us, fp8 "
+                f"{row['fp8_us']:8.1f} us, {row['over_bf16']:.3f} of bf16 ({row['append_over_bf16']:.3f} with the "
+                f"step's own), {row['percent_of_ceiling']:.1f} % of the ceiling, error {row['error']:.1e}",
+                flush=True,
+            )
+            for took, options_of in row.get("sweep", [])[:6]:
+                print(f"        {took:8.1f} us {options_of}", flush=True)
+            del case, packed
+        for tokens in (70,) if args.smoke else (512, 4096):
+            plain, packed_us = (
+                time_prefill(shape, tokens, device, dtype, kept) * 1e6 for kept in (None, torch.float8_e4m3fn)
+            )
+            rows.append({"model": shape.name, "prefill": tokens, "us": plain, "fp8_us": packed_us})
+            print(
+                f"kv      {shape.name:13} prefill of {tokens}: bf16 {plain:.1f} us, fp8 {packed_us:.1f} us", flush=True
+            )
+    return rows
+
+
+def sweep_kv(case: DecodeCase, new: dict[str, Tensor], device: str) -> list[tuple[float, dict[str, int]]]:
+    """Microseconds with the step's own keys and values under other launch options, fastest first."""
+    from hybridgen.kernels.attention import decode
+
+    scale = case.q.shape[-1] ** -0.5
+    found = []
+    for block, warps in ((64, 4), (128, 4), (128, 8), (32, 4), (64, 8), (64, 2)):
+        for stages in (2, 3, 4):
+            for programs in (2, 3, 4, 6):
+                tune = decode.Tuning(block, warps, stages, programs, programs)
+
+                def call(layer: int, tune: Any = tune) -> Tensor:
+                    places = places_of(case, layer)
+                    return decode.decode_attention(case.q[layer], *places, scale, 0, 0, 0.0, None, **new, tune=tune)
+
+                try:
+                    took = seconds([lambda layer=layer: call(layer) for layer in range(len(case.q))], device, 5)
+                except Exception as error:  # more shared memory than there is
+                    print(f"        {tuple(tune)}: {type(error).__name__}", flush=True)
+                    continue
+                found.append((took * 1e6, tune._asdict()))
+    return sorted(found, key=lambda each: each[0])
+
+
+def time_prefill(shape: Shape, tokens: int, device: str, dtype: torch.dtype, kept: torch.dtype | None = None) -> float:
+    """`kept` is the dtype of the pages, if it is another."""
     count = -(-tokens // PAGE_SIZE)
     size = count + 1, shape.kv_heads, PAGE_SIZE, shape.dim
     k_pages = torch.empty(size, dtype=dtype, device=device).normal_()
     v_pages = torch.empty(size, dtype=dtype, device=device).normal_()
+    if kept is not None:
+        k_pages, v_pages = k_pages.to(kept), v_pages.to(kept)
     table = torch.zeros(32, CAPACITY // PAGE_SIZE, dtype=torch.int32, device=device)
     table[0, :count] = torch.randperm(count, device=device) + 1
     slots = torch.zeros(tokens, dtype=torch.int32, device=device)
@@ -245,6 +334,8 @@ def run_host(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--kv", action="store_true", help="time keys and values of 8 bits instead")
+    parser.add_argument("--sweep", action="store_true", help="with --kv, other launch options too")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     device = "cpu" if args.smoke else "cuda"
@@ -253,16 +344,19 @@ def main() -> None:
     torch.manual_seed(0)
     ceiling = read_ceiling(device)
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
-    results = {
+    results: dict[str, Any] = {
         "benchmark": "attention",
         "dtype": str(dtype),
         "page_size": PAGE_SIZE,
         "read_ceiling_gb_per_s": ceiling / 1e9,
-        "decode": run_decode(shapes, device, dtype, ceiling, args.smoke),
-        "prefill": run_prefill(shapes, device, dtype, args.smoke),
-        "write": run_write(shapes[0], device, dtype, args.smoke),
-        "host_us": run_host(shapes[0], device, dtype),
     }
+    if args.kv or args.smoke:
+        results["kv"] = run_kv(shapes, device, dtype, ceiling, args)
+    if not args.kv:
+        results["decode"] = run_decode(shapes, device, dtype, ceiling, args.smoke)
+        results["prefill"] = run_prefill(shapes, device, dtype, args.smoke)
+        results["write"] = run_write(shapes[0], device, dtype, args.smoke)
+        results["host_us"] = run_host(shapes[0], device, dtype)
     report(results, args.output)
 
 

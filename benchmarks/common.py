@@ -22,12 +22,22 @@ os.environ.setdefault("HYBRIDGEN_COMPILE_CACHE", "0")
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 import hybridgen
 from hybridgen.demo import model_path
+from hybridgen.kernels.linear.layout import Block
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
 from hybridgen.models.projections import fuse_projections
+from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 from hybridgen.models.weights import DenseWeight
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +54,18 @@ def shape_config(name: str) -> PretrainedConfig:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=1024,
+        )
+    if name == "small":  # what kernels need that cut rows into pieces
+        return LlamaConfig(
+            vocab_size=512,
+            hidden_size=1024,
+            intermediate_size=2048,
+            num_hidden_layers=1,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            head_dim=64,
+            max_position_embeddings=1024,
+            rope_theta=500000.0,
         )
     if name == "llama-3.2-1b":
         return LlamaConfig(
@@ -83,6 +105,31 @@ def shape_config(name: str) -> PretrainedConfig:
             max_position_embeddings=131072,
             rope_theta=500000.0,
         )
+    if name == "llama-3.1-70b":
+        return LlamaConfig(
+            vocab_size=128256,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+        )
+    if name == "gpt-oss-20b":
+        return GptOssConfig(
+            vocab_size=201088,
+            hidden_size=2880,
+            intermediate_size=2880,
+            num_hidden_layers=24,
+            num_local_experts=32,
+            num_experts_per_tok=4,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            head_dim=64,
+            sliding_window=128,
+        )
     if name == "llama-2-7b":
         return LlamaConfig(
             vocab_size=32000,
@@ -93,7 +140,8 @@ def shape_config(name: str) -> PretrainedConfig:
             num_key_value_heads=32,
             max_position_embeddings=4096,
         )
-    raise SystemExit(f"unknown shape {name!r}; choose tiny, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b or llama-2-7b")
+    known = "tiny, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, gpt-oss-20b or llama-2-7b"
+    raise SystemExit(f"unknown shape {name!r}; choose {known}")
 
 
 def shape_dtype(name: str, device: str) -> torch.dtype:
@@ -103,18 +151,59 @@ def shape_dtype(name: str, device: str) -> torch.dtype:
     return torch.float16 if name == "llama-2-7b" else torch.bfloat16
 
 
-def random_model(name: str, dtype: torch.dtype, device: str, join: bool = True) -> PreTrainedModel:
+def random_weight(kind: str, outputs: int, inputs: int, dtype: torch.dtype, device: str) -> QuantisedWeight:
+    """Random codes as `quantization=` makes them: values of about inputs ** -0.5."""
+    size, groups = inputs**-0.5, -(-inputs // 128)
+    if kind == "fp8":
+        data = torch.empty(outputs, inputs, dtype=dtype, device=device).normal_().to(torch.float8_e4m3fn)
+        scales = torch.full((outputs, 1), size, device=device)
+        return QuantisedWeight(kind, data, scales, None, inputs, Block(1, inputs), dtype)
+    if kind == "int8":
+        data = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
+        scales = torch.full((outputs, groups), size / 73, dtype=dtype, device=device)
+        return QuantisedWeight(kind, data, scales, None, inputs, Block(1, 128), dtype)
+    words = torch.randint(-(2**31), 2**31, (outputs, -(-inputs // 8)), dtype=torch.int32, device=device)
+    scales = torch.full((outputs, groups), size / 4.6, dtype=dtype, device=device)
+    zeros = torch.full((outputs, groups), 8, dtype=torch.uint8, device=device)
+    return QuantisedWeight("int4", words, scales, zeros, inputs, Block(1, 128), dtype)
+
+
+@contextmanager
+def quantised_from_the_beginning(kind: str | None, dtype: torch.dtype, device: str) -> Iterator[None]:
+    """Projections of models that are built meanwhile, but for heads and routers, get random quantised weights; each
+    takes the place of its linear layer at once, so that the whole model is never there in 16 bits."""
+
+    def replaced(_: torch.nn.Module, name: str, linear: torch.nn.Module | None) -> torch.nn.Module | None:
+        if type(linear) is not torch.nn.Linear or not name.endswith("_proj"):
+            return None
+        place = QuantisedLinear(linear.in_features, linear.out_features, linear.bias is not None)
+        place.bias = linear.bias
+        place.fill(random_weight(str(kind), linear.out_features, linear.in_features, dtype, device))
+        return place
+
+    hook = None if kind is None else register_module_module_registration_hook(replaced)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def random_model(
+    name: str, dtype: torch.dtype, device: str, join: bool = True, quantised: str | None = None
+) -> PreTrainedModel:
     """A model of that shape with random weights from seed 0, made on the device.
 
     Its projections are joined, as those of a model that an engine loads itself; a live module's are left as they are.
 
     Args:
         join: False leaves them apart.
+        quantised: the kind of its projections' weights; None: 16 bits.
     """
     torch.manual_seed(0)
     config = shape_config(name)
     config.eos_token_id = None
-    with torch.device(device):
+    with torch.device(device), quantised_from_the_beginning(quantised, dtype, device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

@@ -3,10 +3,14 @@
 Kernels first against float32 references, at rows of 1 to 512: the largest relative error of a format. Then times of a
 layer's four products of an 8B model (q/k/v and gate/up joined) beside bf16 in cuBLAS and beside what the read ceiling
 allows for the bytes, inside CUDA graphs, over copies of the weight that together exceed the L2 cache. `--sweep` tries
-other tiles. `--steps` builds the whole model with random weights, and times decode steps and prefill in mode `hybrid`.
+other tiles instead. `--steps` builds the whole model with random weights, and times decode steps and prefill in mode
+`hybrid`; `fp8-w8a8` is FP8 with `fp8_activations`. Experts (gpt-oss-20b) have 16 bits, as those of MXFP4 checkpoints
+get.
 
-    python benchmarks/quantised.py [--sweep] [--output quantised.json]
+    python benchmarks/quantised.py [--output quantised.json]
+    python benchmarks/quantised.py --sweep [--sweep-rows 64] [--output sweep.json]
     python benchmarks/quantised.py --steps [--models llama-3.1-8b] [--kinds none fp8 int4] [--output steps.json]
+    python benchmarks/quantised.py --steps --models llama-3.1-70b --kinds int4 --batches 1 --no-prefill
     python benchmarks/quantised.py --smoke          # tiny, on the CPU reference: checks the script
 """
 
@@ -16,6 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,85 +168,117 @@ def run_products(device: str, dtype: torch.dtype, ceiling: float, smoke: bool) -
     return found
 
 
-def sweep(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The default tile beside others, for two formats and two numbers of rows."""
+FORMS = (
+    (64, 128, 4, 3),
+    (64, 128, 4, 4),
+    (64, 64, 4, 4),
+    (64, 64, 4, 6),
+    (128, 64, 8, 4),
+    (128, 64, 8, 6),
+    (128, 128, 8, 3),
+    (128, 128, 8, 4),
+    (128, 64, 4, 4),
+    (256, 64, 8, 4),
+)
+"""Outputs, inputs, warps and stages of the tiles that `--sweep` tries. A program reads the rows for its own outputs: of
+64 rows they are four times the bytes of its int4 codes with 64 outputs, and come out of the L2 cache; with 128 half."""
+
+
+def sweep(device: str, dtype: torch.dtype, rows_of: list[int]) -> list[dict[str, Any]]:
+    """The default tile beside others; for each format and number of rows, the tiles by their time over all shapes."""
     from hybridgen.device.launcher import device_of
     from hybridgen.kernels.linear.quantised_kernels import Tile, default_tile, layout_of
     from hybridgen.kernels.linear.quantised_kernels import product as cut
 
     found = []
-    for shape in SHAPES:
-        for name in ("fp8", "int4"):
+    for name in ("fp8", "int4"):
+        sums: dict[Any, float] = {}
+        for shape in SHAPES:
             first = weight_of(name, shape, device, dtype)
             weights = [copy(first) for _ in range(copies_of(list(first.tensors().values()), device))]
             layout = layout_of(first.kind, first.zeros is not None, shape.inputs, first.block, first.scales.shape[1])
             assert layout is not None
-            for rows in (8, 64):
+            for rows in rows_of:
                 x = torch.randn(rows, shape.inputs, device=device).to(dtype)
-                height = 16 if rows <= 16 else 64
-                usual = default_tile(layout, rows, shape.outputs, shape.inputs, device_of(x).processors)
-                tiles = [usual] + [
-                    Tile(outputs, height, 128, splits, warps, stages)
-                    for outputs, warps in ((64, 4), (128, 4), (128, 8))
-                    for stages in (3, 4, 6)
-                    for splits in (1, 2, 4, 8)
-                ]
-                results = []
-                for tile in dict.fromkeys(tiles):
+                height = max(16, 1 << (rows - 1).bit_length())
+                processors = device_of(x).processors
+                usual = default_tile(layout, rows, shape.outputs, shape.inputs, processors)
+                tiles: dict[Any, list[Any]] = {usual: ["default"]}
+                for form in FORMS:
+                    outputs, inputs, warps, stages = form
+                    programs = -(-shape.outputs // outputs)
+                    most = [n for n in (1, 2, 3, 4, 6, 8) if 0.7 * processors <= n * programs <= 3.2 * processors]
+                    for splits in most or [1]:
+                        tiles.setdefault(Tile(outputs, height, inputs, splits, warps, stages), []).append(form)
+
+                def call(weight: QuantisedWeight, tile: Tile, x: Tensor = x, layout: Any = layout) -> Tensor:
+                    return cut(x, weight.data, weight.scales, weight.zeros, None, layout, weight.inputs, tile)
+
+                def compiled(tile: Tile, call: Any = call, first: QuantisedWeight = first) -> str | None:
                     try:
-                        calls = [
-                            lambda w=w, x=x, tile=tile, layout=layout: cut(  # type: ignore[misc]
-                                x, w.data, w.scales, w.zeros, None, layout, w.inputs, tile
-                            )
-                            for w in weights
-                        ]
-                        results.append((times(calls, device) * 1e6, tile))
+                        call(first, tile)
                     except Exception as error:  # more shared memory than there is
-                        print(f"sweep   {tile}: {type(error).__name__}", flush=True)
-                default = next((took for took, tile in results if tile == usual), None)
-                best = sorted(results)[:4]
-                found.append(
-                    {
-                        "shape": shape.name,
-                        "format": name,
-                        "rows": rows,
-                        "default": [default, usual._asdict()],
-                        "best": [[took, tile._asdict()] for took, tile in best],
-                    }
+                        return type(error).__name__
+                    return None
+
+                with ThreadPoolExecutor(8) as pool:
+                    problems = dict(zip(tiles, pool.map(compiled, tiles), strict=True))
+                results = sorted(
+                    (times([lambda w=w, tile=tile: call(w, tile) for w in weights], device) * 1e6, tile)  # type: ignore[misc]
+                    for tile in tiles
+                    if problems[tile] is None
                 )
+                best: dict[Any, float] = {}
+                for took, tile in results:
+                    for form in tiles[tile]:
+                        best.setdefault(form, took)
+                for form, took in best.items():
+                    sums[rows, form] = sums.get((rows, form), 0.0) + took
+                row = {"shape": shape.name, "format": name, "rows": rows, "default": [best.get("default"), usual]}
+                found.append(row | {"times": [[took, tile] for took, tile in results]})
                 print(
-                    f"sweep   {shape.name:8} {name:5} rows {rows:3} default {default:.1f} us {tuple(usual)}, best "
-                    + ", ".join(f"{took:.1f} {tuple(tile)}" for took, tile in best),
+                    f"sweep   {shape.name:8} {name:5} rows {rows:3} default {best['default']:.1f} us {tuple(usual)}, "
+                    "best " + ", ".join(f"{took:.1f} {tuple(tile)}" for took, tile in results[:4]),
                     flush=True,
                 )
+            del weights
+        for rows in rows_of:
+            print(
+                f"sweep   {name} rows {rows}: all four products by (outputs, inputs, warps, stages), best splits each"
+            )
+            whole = sorted((took, str(form)) for (count, form), took in sums.items() if count == rows)
+            for took, form in whole:
+                print(f"        {took:8.1f} us {form}", flush=True)
+            found.append({"format": name, "rows": rows, "whole": whole})
     return found
 
 
-def quantise_model(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
-    """Quantise the projections of a model in place, but for the head, and join them."""
+def quantise_model(model: nn.Module, kind: str, dtype: torch.dtype, head: str | None = None) -> None:
+    """Quantise the projections of a model in place, and join them; the head only where its format is given."""
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and name != "lm_head":
+        form = head if name == "lm_head" else kind
+        if type(linear) is nn.Linear and form is not None:
             place = QuantisedLinear(linear.in_features, linear.out_features, bias=False)
             place.bias = linear.bias
-            place.fill(quantise(linear.weight.detach(), kind, dtype))
+            place.fill(quantise(linear.weight.detach(), form, dtype))
             model.set_submodule(name, place)
     fuse_projections(model)
 
 
-def run_steps(models: list[str], kinds: list[str], batches: list[int], device: str) -> list[dict[str, Any]]:
+def run_steps(args: argparse.Namespace, models: list[str], batches: list[int], device: str) -> list[dict[str, Any]]:
     """Milliseconds of a decode step, and of the prefill of 32 prompts of 512 tokens."""
     found = []
     for name in models:
-        for kind in kinds:
-            dtype = shape_dtype(name, device)
-            model = random_model(name, dtype, device, join=kind == "none")
-            if kind != "none":
-                quantise_model(model, kind, dtype)
+        for kind in args.kinds:
+            # `fp8-w8a8`: FP8 weights, and activations of many rows in FP8 too.
+            weights = None if kind == "none" else kind.partition("-")[0]
+            model = random_model(name, shape_dtype(name, device), device, quantised=weights)
             release()
             small = name == "tiny"
-            prompts, length, new = (4, 16, 8) if small else (32, 512, 128)
+            prompts, length, new = (4, 80, 8) if small else (32, 512, 128)
             options: dict[str, Any] = {"mode": "eager" if device == "cpu" else "hybrid", "decode_buckets": batches}
             options |= {"max_batch": max(prompts, *batches), "max_context": 1024, "prefill_buckets": []}
+            options |= {"fp8_activations": kind == "fp8-w8a8", "kv_dtype": args.kv_dtype}
             with hybridgen.Engine.load(model, **options) as engine:
                 vocab = model.config.vocab_size
                 row: dict[str, Any] = {"model": name, "kind": kind, "weights": engine.stats().weights}
@@ -252,34 +289,45 @@ def run_steps(models: list[str], kinds: list[str], batches: list[int], device: s
                         outs = engine.generate(ids, max_new_tokens=new, ignore_eos=True)
                         took.append(statistics.median(out.timing.tpot() for out in outs))
                     row[f"step_ms_{batch}"] = statistics.median(took[1:]) * 1e3
-                ids = random_prompts(prompts, length, vocab, seed=1)
-                took = []
-                for seed in range(4):
-                    ids = random_prompts(prompts, length, vocab, seed=seed + 1)
-                    synchronize(device)
-                    begin = time.perf_counter()
-                    engine.generate(ids, max_new_tokens=1, ignore_eos=True)
-                    synchronize(device)
-                    took.append(time.perf_counter() - begin)
-                row["prefill_ms"] = statistics.median(took[1:]) * 1e3
+                steps = ", ".join(f"{batch} rows {row[f'step_ms_{batch}']:.2f} ms" for batch in batches)
+                print(f"steps   {name} {kind}: {steps}", flush=True)
+                if not args.no_prefill:
+                    row["prefill_ms"] = prefill_ms(engine, prompts, length, vocab, device)
+                    base = next((each for each in found if each["model"] == name and each["kind"] == "none"), row)
+                    row["prefill_over_16_bits"] = row["prefill_ms"] / base["prefill_ms"]
+                    print(f"prefill {name} {kind}: {row['prefill_ms']:.0f} ms", flush=True)
+                if device == "cuda":
+                    row["device_bytes"] = torch.cuda.memory_allocated()
                 row["how"] = how_it_ran(engine)
-            base = next((each for each in found if each["model"] == name and each["kind"] == "none"), row)
-            row["prefill_over_16_bits"] = row["prefill_ms"] / base["prefill_ms"]
             found.append(row)
-            steps = ", ".join(f"{batch} rows {row[f'step_ms_{batch}']:.2f} ms" for batch in batches)
-            print(f"steps   {name} {kind}: {steps}, prefill {row['prefill_ms']:.0f} ms", flush=True)
             del model, engine
             release()
     return found
 
 
+def prefill_ms(engine: hybridgen.Engine, prompts: int, length: int, vocab: int, device: str) -> float:
+    took = []
+    for seed in range(4):
+        ids = random_prompts(prompts, length, vocab, seed=seed + 1)
+        synchronize(device)
+        begin = time.perf_counter()
+        engine.generate(ids, max_new_tokens=1, ignore_eos=True)
+        synchronize(device)
+        took.append(time.perf_counter() - begin)
+    return statistics.median(took[1:]) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--sweep", action="store_true", help="also try other tiles")
+    parser.add_argument("--sweep", action="store_true", help="try other tiles instead")
+    parser.add_argument("--sweep-rows", nargs="+", type=int, default=[64], help="rows of --sweep")
     parser.add_argument("--steps", action="store_true", help="time whole models instead of products")
     parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"], help="shapes for --steps")
-    parser.add_argument("--kinds", nargs="+", default=["none", "fp8", "int4"], help="none, fp8, int8, int4")
+    kinds = ["none", "fp8", "fp8-w8a8", "int4"]
+    parser.add_argument("--kinds", nargs="+", default=kinds, help="none, fp8, fp8-w8a8, int8, int4")
+    parser.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits, with --steps")
+    parser.add_argument("--no-prefill", action="store_true", help="with --steps, decode alone")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="rows of decode steps")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -290,14 +338,14 @@ def main() -> None:
     with torch.inference_mode(False), torch.no_grad():
         if args.steps or args.smoke:
             models, batches = (["tiny"], [1, 2]) if args.smoke else (args.models, args.batches)
-            results["steps"] = run_steps(models, args.kinds, batches, device)
-        if not args.steps:
+            results["steps"] = run_steps(args, models, batches, device)
+        if args.sweep:
+            results["sweep"] = sweep(device, dtype, args.sweep_rows)
+        elif not args.steps:
             ceiling = read_ceiling(torch.device(device)) or 1e9
             results["read_ceiling_gb_per_s"] = ceiling / 1e9
             results["errors"] = check(device, dtype, args.smoke)
             results["products"] = run_products(device, dtype, ceiling, args.smoke)
-            if args.sweep and device != "cpu":
-                results["sweep"] = sweep(device, dtype)
     report(results, args.output)
 
 

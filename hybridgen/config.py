@@ -20,6 +20,7 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IG
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("fp8", "int8", "int4")
+KV_DTYPES = ("fp8",)
 
 
 class Mode(StrEnum):
@@ -163,6 +164,14 @@ def _quantization(name: str, value: Any) -> str | None:
     return value
 
 
+def _kv_dtype(name: str, value: Any) -> str | None:
+    if value is not None and value not in KV_DTYPES:
+        raise ConfigError(
+            f"{name}={shown(value)} is unknown; choose one of: {', '.join(KV_DTYPES)}, or None for that of the weights"
+        )
+    return value
+
+
 def _ratio(name: str, value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
         raise ConfigError(f"{name}={shown(value)}; give a number of at least 0, or None to measure")
@@ -297,6 +306,14 @@ class EngineConfig:
             opens=True,
         ),
     )
+    fp8_activations: bool = field(
+        default=False,
+        metadata=setting(
+            "Round activations to FP8 too, a row by a scale of its own, where FP8 weights multiply more than 256 rows: "
+            "prefill and large batches (docs/quantisation.md).",
+            switch,
+        ),
+    )
     device: str = field(
         default="auto",
         metadata=setting(
@@ -358,6 +375,15 @@ class EngineConfig:
             "max_batch requests of max_context tokens can use (at most 1 GiB on a CPU).",
             parse_bytes,
             in_key=False,
+        ),
+    )
+    kv_dtype: str | None = field(
+        default=None,
+        metadata=setting(
+            "`fp8`: keys and values are cached in 8 bits (e4m3), with the scales of the checkpoint where it has some; "
+            "half the bytes, twice the tokens. None: in the dtype of the weights. See docs/quantisation.md.",
+            _kv_dtype,
+            opens=True,
         ),
     )
     token_budget: int | None = field(

@@ -65,6 +65,7 @@ HINTS: dict[str, str] = {
     "tools": _CHAT % "tools",
     "torch_dtype": "write dtype=",
     "truncation": "write truncate_prompt=N: the last N tokens of a prompt are kept",
+    "kv_cache_dtype": 'write kv_dtype="fp8", or nothing for keys and values in the dtype of the weights',
     "use_cache": _ALWAYS,
     # vLLM and OpenAI
     "best_of": "write n=, and choose by Completion.cumulative_logprob",

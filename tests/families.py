@@ -130,6 +130,20 @@ _DELTA: dict[str, Any] = {
     **_THREE,
 }
 _ROUTED_DELTA: dict[str, Any] = {"num_experts": 4, "shared_expert_intermediate_size": 48, **_EXPERTS}
+_KDA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "num_local_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    **_EXPERTS,
+    **_THREE,
+}
 _MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
@@ -270,6 +284,19 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         n_groups=1,
         chunk_size=16,
     ),
+    "zamba2": _with(
+        layers_block_type=["mamba", "hybrid", "mamba"],
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        mamba_headdim=16,
+        mamba_ngroups=2,
+        chunk_size=16,
+        num_mem_blocks=1,
+        adapter_rank=8,
+        **_THREE,
+    ),
+    "kimi_linear": _with(**_KDA, linear_head_dim=16, linear_num_heads=4),
+    "bailing_hybrid": _with(**_KDA | {"n_group": 2}, head_dim=16, num_mtp_layers=0),
     "lfm2_moe": _with(
         layer_types=["conv", "full_attention", "conv"],
         num_hidden_layers=3,

@@ -237,6 +237,29 @@ def awq(group: int) -> Writer:
     return write
 
 
+def torchao(kind: str, group: int | None = None, zeros: bool = False) -> Writer:
+    """torchao's Int8Tensor and Float8Tensor, as transformers saves them."""
+
+    def write(outputs: int, inputs: int, g: torch.Generator) -> Written:
+        size = group or inputs
+        fp8 = kind == "fp8"
+        codes = _fp8_codes((outputs, inputs), g) if fp8 else torch.randint(-128, 128, (outputs, inputs), generator=g)
+        scales = _scales((outputs, inputs // size), g, torch.float32, 0.03 if fp8 else 0.002)
+        shifts = torch.randint(-9, 10, tuple(scales.shape), generator=g) * zeros
+        block = (1, size)
+        values = (codes.float() - spread(shifts, block, (outputs, inputs))) * spread(scales, block, (outputs, inputs))
+        tensors = {"._weight_qdata": codes if fp8 else codes.to(torch.int8), "._weight_scale": scales}
+        return Written(tensors if fp8 else {**tensors, "._weight_zero_point": shifts.to(torch.int8)}, values)
+
+    return write
+
+
+def torchao_config(kind: str) -> dict[str, Any]:
+    """What transformers 5.23 writes with torchao 0.18, without the type's own fields."""
+    default = {"_type": kind, "_version": 2, "_data": {"set_inductor_config": True}}
+    return {"quant_method": "torchao", "quant_type": {"default": default}, "modules_to_not_convert": None}
+
+
 def ct_config(format_: str, weights: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """A `quantization_config` of compressed-tensors with one group."""
     group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": None}
@@ -300,6 +323,10 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "bnb int8": (bnb_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}),
     "bnb nf4": (bnb_4bit(False), _BNB),
     "bnb nested nf4": (bnb_4bit(True), _BNB),
+    "torchao int8": (torchao("int8"), torchao_config("Int8WeightOnlyConfig")),
+    "torchao int8 groups": (torchao("int8", 32), torchao_config("Int8WeightOnlyConfig")),
+    "torchao int8 zeros": (torchao("int8", zeros=True), torchao_config("Int8WeightOnlyConfig")),
+    "torchao fp8": (torchao("fp8"), torchao_config("Float8WeightOnlyConfig")),
     "fp8 block": (fine_grained((32, 32)), {**_FP8, "weight_block_size": [32, 32]}),
     "fp8 exponents": (fine_grained((32, 32), exponents=True), {**_FP8, "weight_block_size": [32, 32]}),
     "fp8 tensor": (fine_grained(None), {**_FP8, "weight_block_size": None}),

@@ -19,7 +19,17 @@ from hybridgen.engine.requests import make_requests
 NEW_TOKENS = 40
 # Across page borders (16), chunk borders (96), and what a window or a rotary scaling may do with length.
 LENGTHS = (7, 300, 1, 33, 64, 65, 130, 2)
-COMPILED = ("dbrx", "llama4_text", "mimo_v2_flash", "nanochat", "qwen3_5_text", "granitemoehybrid", "falcon_h1")
+COMPILED = (
+    "dbrx",
+    "llama4_text",
+    "mimo_v2_flash",
+    "nanochat",
+    "qwen3_5_text",
+    "granitemoehybrid",
+    "falcon_h1",
+    "kimi_linear",
+    "zamba2",
+)
 """Of the families in one sweep."""
 INDUCTOR = ("llama", "gemma3_text", "gpt2", "qwen3_moe")
 FUNCTIONALISED = (

@@ -11,7 +11,7 @@ padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et
 """
 
 from hybridgen.cache.block_table import BlockTable
-from hybridgen.cache.paged_kv import KeyValueState, LayerPages, LayerShape, PagedKV, PagedState, SharedKV
+from hybridgen.cache.paged_kv import KeyValueState, KVScales, LayerPages, LayerShape, PagedKV, PagedState, SharedKV
 from hybridgen.cache.paged_latent import LatentShape, PagedLatent
 from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
 from hybridgen.cache.prefix import PageManager, RequestPages
@@ -22,6 +22,7 @@ from hybridgen.cache.state import LayerState, allocate, total_bytes
 __all__ = [
     "DUMMY_PAGE",
     "BlockTable",
+    "KVScales",
     "KeyValueState",
     "LatentShape",
     "LayerPages",

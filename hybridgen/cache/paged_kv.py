@@ -17,6 +17,13 @@ class LayerShape(NamedTuple):
     value_dim: int
 
 
+class KVScales(NamedTuple):
+    """What cached keys and values of 8 bits are multiplied by: float32, [num_kv_heads] or [1]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 class LayerPages(NamedTuple):
     """One layer's cache: `keys` [num_pages, num_kv_heads, page_size, key_dim], `values` alike with value_dim.
 
@@ -42,6 +49,10 @@ class KeyValueState(PagedState, Protocol):
     def pages(self) -> LayerPages:
         """The pages. Raises RuntimeError before `allocate()`."""
 
+    @property
+    def scales(self) -> KVScales | None:
+        """What is in the pages is keys and values divided by these; None: as they are."""
+
 
 class PagedKV:
     """Keys and values of one layer, in pages of `page_size` positions.
@@ -53,10 +64,17 @@ class PagedKV:
     rerunnable = True
     bytes_per_slot = 0
 
-    def __init__(self, shape: LayerShape, page_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: LayerShape, page_size: int, dtype: torch.dtype, scales: KVScales | None = None) -> None:
+        """See the arguments.
+
+        Args:
+            dtype: of the pages: the activations', or float8_e4m3fn.
+            scales: keys and values are divided by them when they are written; None: by nothing.
+        """
         self.shape = shape
         self.page_size = page_size
         self.dtype = dtype
+        self.scales = scales
         self._pages: LayerPages | None = None
 
     @property
@@ -120,6 +138,11 @@ class SharedKV:
     def pages(self) -> LayerPages:
         """The producer's pages. Raises RuntimeError before it is allocated."""
         return self.producer.pages
+
+    @property
+    def scales(self) -> KVScales | None:
+        """The producer's."""
+        return self.producer.scales
 
     def allocate(self, pages: int, slots: int, device: torch.device) -> None:
         """Nothing: the producer has the pages."""

@@ -28,6 +28,7 @@ ENGINE = (
     "max_batch",
     "max_context",
     "kv_memory",
+    "kv_dtype",
     "speculation",
     "tensor_parallel",
     "drafter",

@@ -84,6 +84,7 @@ def _describe_binding(path: str, binding: LayerBinding, tokens: int, lines: list
     # How many pages there are depends on free memory; it is marked as dynamic (`CompiledLayers`).
     lines.append(f"{path}.keys: {_tensor(binding.keys, (0,))}")
     lines.append(f"{path}.values: {_tensor(binding.values, (0,))}")
+    lines.append(f"{path}.factors: {binding.factors is not None}")
     lines.append(f"{path}.sees: {binding.sees}")
     lines.append(f"{path}.schedule: {_tensor(binding.schedule, ())}")
     _describe(f"{path}.step", binding.step, tokens, lines)

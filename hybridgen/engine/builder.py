@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import torch
 from tqdm.auto import tqdm
 
 from hybridgen.cache import (
+    KVScales,
     PageManager,
     allocate,
     pages_for_tokens,
@@ -70,6 +73,8 @@ class Builder:
     starter: Starter
     startup: Startup
     counters: Counters
+    kv_scales: Mapping[str, KVScales] = field(default_factory=dict)
+    """Of cached keys and values, by the names of attention modules."""
     lead: Lead | None = None
     """The group, where other processes have parts of the model."""
 
@@ -249,7 +254,8 @@ class Builder:
     ) -> tuple[int, int]:
         """Size and allocate the KV cache; returns its pages and bytes. A page has room for both models."""
         config, device = self.config, self.checkpoint.device
-        own, slots = bound.layer_states(config.page_size, self.checkpoint.dtype), self.resolved.slots + 1
+        dtype = self.checkpoint.dtype if config.kv_dtype is None else torch.float8_e4m3fn
+        own, slots = bound.layer_states(config.page_size, dtype, self.kv_scales), self.resolved.slots + 1
         states = own if drafter is None else (*own, *drafter.drafter.states)
 
         def allocated(pages: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from hybridgen.config import EngineConfig, Mode, ResolvedConfig
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.files import generation_untold
+from hybridgen.loading.live_quantised import read_live
 from hybridgen.models import bind
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
@@ -51,6 +52,8 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
         adapter=None,
         quantization=None,
         quantize_head=None,
+        fp8_activations=False,
+        kv_dtype=None,
     )
     with generation_untold():  # requests choose as the model's own config and they themselves say
         found = Checkpoint.open(given, own)
@@ -73,6 +76,8 @@ def load_drafter(
     loaded = checkpoint.load()
     twin = None if loaded.owned else Twin(loaded.model)
     model = loaded.model if twin is None else twin.model
+    if twin is not None:
+        read_live(twin, checkpoint.dtype)
     if config.fuse_projections and loaded.owned:
         fuse_projections(model)
         use_rows(model)

@@ -56,10 +56,11 @@ from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
+from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models import BoundModel, bind
 from hybridgen.models.probe import ProbedCall
 from hybridgen.models.projections import fuse_projections, use_rows
-from hybridgen.models.quantised import quantised_modules
+from hybridgen.models.quantised import quantised_modules, round_activations
 from hybridgen.models.twin import Twin
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.start import start as start_ranks
@@ -133,6 +134,8 @@ class Engine:
             with nullcontext() if lead is None else lead.together():
                 twin = None if loaded.owned else Twin(loaded.model)
                 model = loaded.model if twin is None else twin.model
+                if twin is not None and read_live(twin, checkpoint.dtype):
+                    self._counters.fall_back(ACTIVATIONS)
                 if config.fuse_projections and loaded.owned:
                     with self._startup.timed("fuse projections"):
                         fuse_projections(model)
@@ -143,8 +146,12 @@ class Engine:
                 undo.callback(bound.release)
                 for _, module in quantised_modules(model):
                     module.dequantises = self.mode is Mode.EAGER  # the reference
+                if config.fp8_activations:
+                    self._round_activations(model)
                 self._starter = Starter(self.cache, self._startup, self._counters)
-                builder = Builder(checkpoint, config, resolved, self._starter, self._startup, self._counters, lead)
+                builder = Builder(
+                    checkpoint, config, resolved, self._starter, self._startup, self._counters, loaded.kv_scales, lead
+                )
                 with device_of(checkpoint.device):
                     self._drafter = self._load_drafter(drafter, resolved, undo)
                     built = builder.build(bound, undo, twin, self._drafter)
@@ -155,6 +162,7 @@ class Engine:
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self._prefix_state = built.prefix_state
             self._spares_call = built.spares_first_call
+            self._kv_scales = loaded.kv_scales
             self._formats = formats_of(bound.model, bound.weights)
             if config.adapter is not None:
                 with self._startup.timed("adapter"):
@@ -165,6 +173,17 @@ class Engine:
             self.close()
             raise
         logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, self.mode)
+
+    def _round_activations(self, model: PreTrainedModel) -> None:
+        count, others = round_activations(model)
+        if not count:
+            raise ConfigError(
+                f"fp8_activations=True: no projection of {self.checkpoint.name!r} has FP8 weights with a scale for "
+                f"each output ({', '.join(others) or 'none is quantised'}); give quantization='fp8' or such a "
+                "checkpoint, or leave it out"
+            )
+        for note, number in others.items():
+            self._counters.fall_back(note, number)
 
     def _load_drafter(
         self, checkpoint: Checkpoint | None, resolved: ResolvedConfig, undo: ExitStack
@@ -606,6 +625,7 @@ class Engine:
             free_pages=pages.free,
             page_size=self.config.page_size,
             cache_bytes=self._cache_bytes,
+            kv_dtype=self._kv_dtype(),
             weights=self._formats,
             prefix=PrefixStats(
                 state=self._prefix_state,
@@ -616,6 +636,14 @@ class Engine:
             ),
             speculation=self._speculation(),
         )
+
+    def _kv_dtype(self) -> str:
+        """The dtype of cached keys and values, and what their scales are."""
+        own = str(self.checkpoint.dtype).removeprefix("torch.")
+        if self.config.kv_dtype is None:
+            return own
+        scaled = len(self._kv_scales)
+        return f"fp8, {f'scales of {scaled} layers from the checkpoint' if scaled else 'scales of 1'}"
 
     def _speculation(self) -> SpeculationStats:
         drafting = None if self._runner is None else self._runner.drafting

@@ -88,6 +88,11 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             f'graphs="{config.graphs}" needs CUDA, and the model is on {checkpoint.device}; leave it at '
             '"manual", which has a stand-in there'
         )
+    if config.fp8_activations and checkpoint.formats == "dense":
+        raise ConfigError(
+            f"fp8_activations=True, and {checkpoint.name!r} has no FP8 weights; give quantization='fp8' or an FP8 "
+            "checkpoint, or leave it out"
+        )
     resolved = resolve_config(checkpoint, config)
     most = resolved.max_tokens
     if config.prefill_buckets and config.prefill_buckets[-1] > most:

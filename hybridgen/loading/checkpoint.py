@@ -16,20 +16,24 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hybridgen.cache import KVScales
 from hybridgen.config import EngineConfig
 from hybridgen.demo import model_path
 from hybridgen.errors import CheckpointError, ConfigError, DeviceError, UnsupportedModelError
 from hybridgen.loading import files as metadata
+from hybridgen.loading import live_quantised
 from hybridgen.loading.checks import validate_directory
 from hybridgen.loading.device import resolve_device, without_default_device
 from hybridgen.loading.expectation import check_contents, check_quantisation_files
 from hybridgen.loading.formats import Format, read_format
+from hybridgen.loading.kv_scales import check_kv_dtype, read_kv_scales
 from hybridgen.loading.multimodal import placeholders, whole_class
 from hybridgen.loading.quantised import identity_of
 from hybridgen.loading.source import LocalSource, Source, load_errors, resolve_source
 from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 from hybridgen.loading.wrappers import unwrapped
+from hybridgen.models.latent import find_latents
 from hybridgen.models.probe import ProbedCall, probe_config
 from hybridgen.models.projections import FusedHead
 from hybridgen.models.quantised import QuantisedHead
@@ -50,6 +54,8 @@ class LoadedModel:
     and each call looks at what its owner did to it."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What is not as the checkpoint or the config asks for, counted by reason."""
+    kv_scales: Mapping[str, KVScales] = field(default_factory=dict)
+    """Of cached keys and values in 8 bits, by the names of attention modules; where they are cached so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,8 @@ class Checkpoint:
     """How quantised weights are stored; None where there are none."""
     formats: str = "dense"
     """The weights' formats as far as they are known before reading, for the compile cache's key."""
+    attention: tuple[str, ...] = field(default=(), repr=False)
+    """The names of a checkpoint's attention modules."""
     files: tuple[Path, ...] = field(default=(), repr=False)
     """The validated weight files of a local checkpoint."""
     module: PreTrainedModel | None = field(default=None, repr=False)
@@ -183,14 +191,17 @@ class Checkpoint:
         )
         # Last, because it builds the model (on the meta device), which a config that makes no sense would not survive.
         context = config.max_context or found.max_context or 0
-        return replace(found, _probed=(context, probe_config(whole, context, model_class)))
+        calls = probe_config(whole, context, model_class)
+        check_kv_dtype(config.kv_dtype, device, [call.name for call in calls if call.latent])
+        return replace(found, attention=tuple(call.name for call in calls), _probed=(context, calls))
 
     @classmethod
     def _open_live(cls, module: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> Checkpoint:
         whole, hf_config = module.config, text_config(module.config)
         name = str(getattr(module, "name_or_path", "") or getattr(hf_config, "_name_or_path", "") or "")
         device = _live_device(module, config.device)
-        check_supported(whole, config.trust_remote_code, type(module))
+        quantised = _method(whole) in live_quantised.METHODS
+        check_supported(whole, config.trust_remote_code, type(module), quantised=quantised)
         metadata.check_heads(hf_config)
         if module.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
@@ -200,20 +211,23 @@ class Checkpoint:
                 "and this model is in memory already, with weights that its owner may change; save it with "
                 "save_pretrained() and give the directory"
             )
+        latents = set(find_latents(module))
+        check_kv_dtype(config.kv_dtype, device, [name for name, each in module.named_modules() if each in latents])
         path = Path(name).expanduser()
         source = LocalSource(path, config.local_files_only) if name and path.is_dir() else None
         generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(whole)
         kind = type(module).__name__
         module = text_part(module)
+        dtype = _live_dtype(module, config.dtype)
         return cls(
             name=name or kind,
             module=module,
-            formats=ModuleWeights(module).identity,
+            formats=_live_formats(module, dtype),
             config=config,
             hf_config=hf_config,
             **_whole(whole),
             device=device,
-            dtype=_live_dtype(module, config.dtype),
+            dtype=dtype,
             **_generation(hf_config, generation_config, f"the generation_config of this {kind}"),
             **_tokenizer(tokenizer, whole, source, config),
         )
@@ -292,13 +306,14 @@ class Checkpoint:
         start = time.perf_counter()
         files = self.fetch()
         whole = self.whole_config or self.hf_config
+        scales = {} if self.config.kv_dtype is None else read_kv_scales(files, self.attention)
         with without_default_device():
             model_class = _built_class(whole, self.source, self.config.trust_remote_code)
             arguments = self.source, files, whole, self.dtype, self.device, self.config
             model, notes = read_weights(*arguments, self.layout, model_class)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return LoadedModel(model, time.perf_counter() - start, owned=True, notes=notes)
+        return LoadedModel(model, time.perf_counter() - start, owned=True, notes=notes, kv_scales=scales)
 
 
 def check_quantization(config: EngineConfig, layout: Format) -> None:
@@ -353,6 +368,25 @@ def _tokenizer(given: Any, hf_config: PreTrainedConfig, source: Source | None, c
         return {"tokenizer": None, "tokenizer_problem": problem}
     tokenizer, why = metadata.read_tokenizer(hf_config, source, config.trust_remote_code)
     return {"tokenizer": tokenizer, "tokenizer_problem": why}
+
+
+def _method(config: PreTrainedConfig) -> str | None:
+    """The `quant_method` of a live module's config."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def _live_formats(module: PreTrainedModel, dtype: torch.dtype) -> str:
+    """What is known of the formats of a live module's weights, for the compile cache's key.
+
+    Raises:
+        UnsupportedModelError: some are quantised in a way that is not read from live modules.
+    """
+    identity = ModuleWeights(module).identity
+    if _method(module.config) not in live_quantised.METHODS:
+        return identity
+    return f"{identity}, live {sorted(live_quantised.formats_of_live(module, dtype).items())}"
 
 
 def _live_device(module: PreTrainedModel, asked: str) -> torch.device:

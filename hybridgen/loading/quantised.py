@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from hybridgen.errors import CheckpointError
 from hybridgen.loading.assembly import Reader, assemble
 from hybridgen.loading.expectation import skeleton
 from hybridgen.loading.formats import Format
+from hybridgen.loading.formats.compressed import KV_NOTE
+from hybridgen.loading.kv_scales import is_scale
 from hybridgen.loading.places import Places
 from hybridgen.loading.source import Source
 from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
@@ -74,10 +76,11 @@ def load_quantised(
             stored, plain, left_out = find_stored(tensors, layout)
             stored = {name: each.checked(tensors) for name, each in stored.items()}
             notes.update(layout.notes)
+            if config.kv_dtype is not None:
+                del notes[KV_NOTE]
+                left_out = tuple(name for name in left_out if not is_scale(name))
             if left_out:
-                notes["scales of activations or of the KV cache are left out: both are kept in 16 bits"] += len(
-                    left_out
-                )
+                notes[f"scales of {_left_out(left_out)} are left out: 16 bits are kept"] += len(left_out)
         model = skeleton(source, plain, hf_config, model_class)
         plan = _Plan(source, model, tensors, device, dtype, notes)
         for each in stored.values():
@@ -121,6 +124,14 @@ def quantisable(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and id(module) not in others
     ]
+
+
+def _left_out(names: Sequence[str]) -> str:
+    """What such scales are of, in words."""
+    kinds = {is_scale(name) for name in names}
+    return " and of ".join(
+        ["activations"] * (False in kinds) + ['the KV cache (kv_dtype="fp8" uses them)'] * (True in kinds)
+    )
 
 
 class _Plan:

@@ -25,9 +25,11 @@ STATE_LAYERS = frozenset({"conv", "linear_attention", "mamba", "hybrid", "mlp", 
 
 STATES_BY_SLOT = frozenset(
     {
+        "bailing_hybrid",
         "bamba",
         "falcon_h1",
         "granitemoehybrid",
+        "kimi_linear",
         "lfm2",
         "lfm2_moe",
         "nemotron_h",
@@ -35,6 +37,7 @@ STATES_BY_SLOT = frozenset(
         "qwen3_5_moe_text",
         "qwen3_5_text",
         "qwen3_next",
+        "zamba2",
     }
 )
 """Types whose states run, by comparison with transformers' own generate (`tests/families.py`). Which modules keep them
@@ -70,6 +73,8 @@ def check_supported(
     hf_config: PreTrainedConfig,
     trust_remote_code: bool = False,
     model_class: type[PreTrainedModel] | None = None,
+    *,
+    quantised: bool = False,
 ) -> None:
     """Returns if the engine can run a model of this config.
 
@@ -79,11 +84,12 @@ def check_supported(
         model_class: the model's class where it is known (a live model, or remote code); else it is looked up
             from the config's type, without building the model. With remote code trusted and no class given,
             the checks that need the class are left to the caller.
+        quantised: weights may be, as the caller has checked.
 
     Raises:
         UnsupportedModelError: the reason, with the config field that shows it.
     """
-    reason = unsupported_reason(hf_config, trust_remote_code, model_class)
+    reason = unsupported_reason(hf_config, trust_remote_code, model_class, quantised=quantised)
     if reason is not None:
         kind = getattr(hf_config, "model_type", "") or type(hf_config).__name__
         raise UnsupportedModelError(f"a model of type {kind!r} cannot run here: {reason}")
@@ -93,12 +99,14 @@ def unsupported_reason(
     hf_config: PreTrainedConfig,
     trust_remote_code: bool = False,
     model_class: type[PreTrainedModel] | None = None,
+    *,
+    quantised: bool = False,
 ) -> str | None:
     """The reason that `check_supported` raises with, or None. Arguments as there."""
     if is_multimodal(hf_config):
-        return _text_part_reason(hf_config, model_class)
+        return _text_part_reason(hf_config, model_class, quantised)
     for check in _CHECKS:
-        reason = check(hf_config)
+        reason = None if quantised and check is _quantised else check(hf_config)
         if reason is not None:
             return reason
     if model_class is None:
@@ -117,11 +125,13 @@ def _brings_code(hf_config: PreTrainedConfig) -> bool:
     return "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
 
 
-def _text_part_reason(whole: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> str | None:
+def _text_part_reason(
+    whole: PreTrainedConfig, model_class: type[PreTrainedModel] | None, quantised: bool
+) -> str | None:
     """Why the text part of a multimodal model cannot run; None if it can, as far as its config tells."""
     kind = getattr(whole, "model_type", "") or type(whole).__name__
     for check in (_quantised, _encoder, _named):
-        reason = check(whole)
+        reason = None if quantised and check is _quantised else check(whole)
         if reason is not None:
             return reason
     model_class = model_class or whole_class(whole)
@@ -129,7 +139,7 @@ def _text_part_reason(whole: PreTrainedConfig, model_class: type[PreTrainedModel
         return f"transformers has no class that generates text with a multimodal model of type {kind!r}; {_INSTEAD}"
     text = text_config(whole)
     for check in _CHECKS:
-        reason = check(text)
+        reason = None if quantised and check is _quantised else check(text)
         if reason is not None:
             return f"of its text part: {reason}"
     if getattr(model_class, "_is_stateful", False) and _value(text, "model_type") not in STATES_BY_SLOT:

@@ -21,6 +21,7 @@ from hybridgen.config import EngineConfig
 from hybridgen.errors import CheckpointError, OutOfMemoryError
 from hybridgen.loading.checks import few, read_header
 from hybridgen.loading.formats import Format
+from hybridgen.loading.kv_scales import is_scale
 from hybridgen.loading.quantised import load_quantised
 from hybridgen.loading.source import Source, load_errors
 from hybridgen.models.text_part import as_text_part, is_multimodal, left_out_names
@@ -81,7 +82,9 @@ def read_weights(
             torch.cuda.empty_cache()
         raise OutOfMemoryError(problem)
     left_out = left_out_names(model)
-    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(left_out)]
+    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(left_out)]
+    # Scales of the KV cache have been read already.
+    info["unexpected_keys"] = [name for name in unexpected if config.kv_dtype is None or not is_scale(name)]
     check_loading_info(source, info)
     return as_text_part(model).eval().requires_grad_(False), notes
 

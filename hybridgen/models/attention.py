@@ -88,6 +88,16 @@ class StateBinding(Protocol):
         """Write what is new and attend: [T, num_heads, value_dim]."""
 
 
+class KVFactors(NamedTuple):
+    """By which a layer's queries, keys, values and results are multiplied, so that its pages hold scaled ones: float32
+    [num_heads, 1] or [num_kv_heads, 1] each. A factor on keys is one on queries; one on values is one on results."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    result: torch.Tensor
+
+
 class LayerBinding:
     """What one attention module needs beyond its inputs; an attribute of the module.
 
@@ -95,7 +105,7 @@ class LayerBinding:
     index, because one would give each layer its own compiled graph.
     """
 
-    __slots__ = ("keys", "reads_only", "schedule", "sees", "step", "values")
+    __slots__ = ("factors", "keys", "reads_only", "schedule", "sees", "step", "values")
 
     def __init__(
         self,
@@ -105,12 +115,14 @@ class LayerBinding:
         sees: Visibility,
         schedule: torch.Tensor,
         reads_only: bool = False,
+        factors: KVFactors | None = None,
     ) -> None:
         """See the arguments.
 
         Args:
             schedule: shared by the layers that are alike; see `kernels.attention.ops.make_schedule`.
             reads_only: the pages are an earlier layer's, which wrote the step's keys and values already.
+            factors: of pages that hold scaled keys and values.
         """
         self.keys = keys
         self.values = values
@@ -118,6 +130,7 @@ class LayerBinding:
         self.sees = sees
         self.schedule = schedule
         self.reads_only = reads_only
+        self.factors = factors
 
     def places(self) -> Places:
         """Where the step's tokens lie in this layer's cache."""
@@ -126,6 +139,16 @@ class LayerBinding:
 
     def attend(self, module: nn.Module, call: AttentionCall) -> torch.Tensor:
         """Write the step's keys and values, unless the pages are another layer's, and attend to them."""
+        factors = self.factors
+        if factors is None:
+            return self._attend(call)
+        # The dtype stays: what is added by rounding here is little beside the pages' 8 bits.
+        (k, v), dtype = call.new, call.query.dtype
+        query = (call.query * factors.query).to(dtype)
+        new = (k * factors.key).to(dtype), (v * factors.value).to(dtype)
+        return (self._attend(call._replace(query=query, new=new)) * factors.result).to(dtype)
+
+    def _attend(self, call: AttentionCall) -> torch.Tensor:
         step, (k, v) = self.step, call.new
         places = self.places()
         options = Options(call.scale, call.sees.window, call.sees.chunk, call.softcap, call.sinks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -11,11 +11,21 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from hybridgen.cache import KeyValueState, LayerPages, LayerShape, LayerState, PagedKV, PagedState, SharedKV, SlotState
+from hybridgen.cache import (
+    KeyValueState,
+    KVScales,
+    LayerPages,
+    LayerShape,
+    LayerState,
+    PagedKV,
+    PagedState,
+    SharedKV,
+    SlotState,
+)
 from hybridgen.cache.paged_latent import LatentShape, PagedLatent
-from hybridgen.errors import EngineError, UnsupportedModelError
+from hybridgen.errors import CheckpointError, EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
-from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase, StepMetadata
+from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, KVFactors, LayerBinding, Phase, StepMetadata
 from hybridgen.models.interface import AttentionNames, check_functions
 from hybridgen.models.latent import (
     LatentBinding,
@@ -97,18 +107,32 @@ class BoundModel:
     def __post_init__(self) -> None:
         self.latents = tuple(site.module for site in self.sites if site.latent is not None)
 
-    def layer_states(self, page_size: int, dtype: torch.dtype) -> tuple[LayerState, ...]:
+    def layer_states(
+        self, page_size: int, dtype: torch.dtype, scales: Mapping[str, KVScales] | None = None
+    ) -> tuple[LayerState, ...]:
         """What the layers keep between steps, as the probe saw it; not allocated yet.
 
         Pages of each layer that attends come first (`PagedState`), then one `SlotState` of all layers that
         have a state by slot, if any.
+
+        Args:
+            dtype: of pages.
+            scales: of keys and values in pages of 8 bits, by the names of attention modules.
+
+        Raises:
+            CheckpointError: scales are for another number of heads.
         """
         pages: list[PagedState] = []
+        names = {module: name for name, module in self.model.named_modules()} if scales else {}
         for site in self.sites:
             if site.latent is not None:
                 pages.append(PagedLatent(site.latent, page_size, dtype))
             elif site.producer is None:
-                pages.append(PagedKV(site.shape, page_size, dtype))
+                name = names.get(site.module, "")
+                found = (scales or {}).get(name)
+                if found is not None:
+                    _check_scales(name, found, site.shape.num_kv_heads)
+                pages.append(PagedKV(site.shape, page_size, dtype, found))
             else:
                 pages.append(SharedKV(cast(KeyValueState, pages[site.producer])))
         return (*pages, SlotState([mixer.shapes for mixer in self.mixers])) if self.mixers else tuple(pages)
@@ -155,7 +179,8 @@ class BoundModel:
             else:
                 limits = site.sees.window, site.sees.chunk
                 schedule = make_schedule(*pages, step.block_table, site.query_heads, rows, *limits)
-            binding = LayerBinding(*pages, step, site.sees, schedule, site.producer is not None)
+            factors = _factors(cast(KeyValueState, state).scales, site, pages.keys.device)
+            binding = LayerBinding(*pages, step, site.sees, schedule, site.producer is not None, factors)
             first.setdefault(kind, binding)
             site.module._hybridgen = binding  # type: ignore[assignment]
         self._schedules = tuple((binding, query_heads) for (query_heads, _, _), binding in first.items())
@@ -231,6 +256,29 @@ class BoundModel:
         self._ropes.clear()
         self._attention.restore()
         vars(self.model).pop("_hybridgen_bound", None)
+
+
+def _check_scales(name: str, scales: KVScales, heads: int) -> None:
+    for each in scales:
+        if each.numel() not in (1, heads):
+            raise CheckpointError(
+                f"{name} has {each.numel()} scales of keys or values in its checkpoint, and {heads} key/value heads; "
+                "give a checkpoint with one for a layer or one for a head, or leave kv_dtype out"
+            )
+
+
+def _factors(scales: KVScales | None, site: AttentionSite, device: torch.device) -> KVFactors | None:
+    """What a layer multiplies by; None where all scales are 1."""
+    if scales is None or all(bool((each == 1).all()) for each in scales):
+        return None
+    heads = site.shape.num_kv_heads
+    keys, values = (each.to(device, torch.float32).flatten().expand(heads) for each in scales)
+    group = site.query_heads // heads
+
+    def of_queries(each: torch.Tensor) -> torch.Tensor:
+        return each.repeat_interleave(group)[:, None]
+
+    return KVFactors(of_queries(keys), 1 / keys[:, None], 1 / values[:, None], of_queries(values))
 
 
 def paged(states: Sequence[LayerState]) -> tuple[PagedState, ...]:

@@ -66,6 +66,8 @@ class ProbedCall(NamedTuple):
     name: str
     """The attention module's name in the model."""
     sees: Visibility
+    latent: bool = False
+    """Whether it caches latents."""
 
 
 class AttentionOptions(NamedTuple):
@@ -166,7 +168,7 @@ def probe_model(model: PreTrainedModel, context: int) -> tuple[ProbedCall, ...]:
     """
     kind = kind_of(model)
     check_mixers(model)
-    check_latents(model)
+    latents = set(check_latents(model))
     recorder = _run(model)
     check_distinct(kind, [call.name for call in recorder.calls])
     read: dict[tuple[int, int, str], Visibility] = {}
@@ -178,7 +180,7 @@ def probe_model(model: PreTrainedModel, context: int) -> tuple[ProbedCall, ...]:
                 read[same] = _visibility(call, context)
             except UnknownMaskError as error:
                 raise UnsupportedModelError(f"{kind} cannot run here, because of {call.name}: {error}") from error
-        result.append(ProbedCall(call.name, read[same]))
+        result.append(ProbedCall(call.name, read[same], model.get_submodule(call.name) in latents))
     return tuple(result)
 
 

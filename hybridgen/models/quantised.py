@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridgen.errors import EngineError
-from hybridgen.kernels.linear import layout
+from hybridgen.kernels.linear import layout, rounded_rows
 from hybridgen.kernels.linear.layout import Block
-from hybridgen.kernels.linear.quantised import quantised_linear
+from hybridgen.kernels.linear.quantised import quantised_linear, reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,8 @@ class QuantisedLinear(nn.Module):
         """How far the weight is from the one that it was made of, relative to that; None where that is not known."""
         self.dequantises = False
         """Whether a call multiplies with dequantised values, whatever kernels there are: the reference."""
+        self.rounds_rows = False
+        """Whether many rows are rounded to FP8 before they are multiplied (`EngineConfig.fp8_activations`)."""
         for name in ("data", "scales", "zeros"):  # not in the state dict: nothing looks for them in files by name
             self.register_buffer(name, None, persistent=False)
 
@@ -258,10 +261,28 @@ class QuantisedTail(QuantisedLinear):
 
 def _product(module: QuantisedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
     kind, data, scales, zeros = module.kind, module.data, module.scales, module.zeros
+    inputs, block, rounds = module.in_features, module.block, module.rounds_rows
     if module.dequantises:
-        values = layout.dequantise(kind, data, scales, zeros, module.in_features, module.block, x.dtype)
-        return F.linear(x, values, bias)
-    return quantised_linear(x, kind, data, scales, zeros, bias, module.in_features, module.block)
+        return reference(x, data, scales, zeros, bias, kind, inputs, *block, rounds)
+    return quantised_linear(x, kind, data, scales, zeros, bias, inputs, block, rounds_rows=rounds)
+
+
+def round_activations(model: nn.Module) -> tuple[int, Counter[str]]:
+    """From now on a model's FP8 projections round many rows to FP8, those that can.
+
+    Returns:
+        How many do, and why others do not, counted.
+    """
+    count, others = 0, Counter[str]()
+    for _, module in quantised_modules(model):
+        if isinstance(module, QuantisedTail):
+            continue
+        reason = rounded_rows.takes(module.data, module.scales)
+        module.rounds_rows = reason is None
+        count += reason is None
+        if reason is not None:
+            others[f"fp8_activations: some projections take 16-bit activations, because {reason}"] += 1
+    return count, others
 
 
 def quantised_modules(model: nn.Module) -> list[tuple[str, QuantisedLinear]]:

@@ -20,8 +20,9 @@ GROUP = 128
 """Inputs that share a scale in `int8` and `int4`. `fp8` has one for each output: its error is its mantissa's, which
 finer scales do not make smaller."""
 _LARGEST_E4M3 = 448.0
-_PART = 2**24
-"""Values that are float32 at once."""
+_PART = 2**22
+"""Values that are float32 at once: what is made of them on the way has several times their size, and is to be little
+beside the weight."""
 
 
 def quantise(

@@ -10,7 +10,7 @@ What the owner does to the module afterwards is followed at the beginning of eac
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -22,9 +22,16 @@ from hybridgen.models.tree_copy import BACKWARD_TABLES, HOOK_TABLES, TreeCopy
 
 M = TypeVar("M", bound=nn.Module)
 
-_IDLE = frozenset({"transformers.utils.output_capturing", "transformers.modeling_utils"})
+_IDLE = frozenset(
+    {
+        "transformers.utils.output_capturing",
+        "transformers.modeling_utils",
+        "compressed_tensors.compressors.model_compressors.model_compressor",
+    }
+)
 """transformers leaves hooks of these modules behind: once somebody asked for hidden states, and for training with
-checkpointed activations (`enable_input_require_grads`). They change nothing that a step computes."""
+checkpointed activations (`enable_input_require_grads`). They change nothing that a step computes. Nor does
+compressed-tensors' hook, which decompresses its layers before their first forward: here they are read as they are."""
 
 _NOT_FOLLOWED = frozenset(
     {
@@ -103,6 +110,19 @@ class Twin(Generic[M]):
         self._moved: list[str] = []
         self._settings: list[str] = []
         self._seen: _Seen | None = None
+        self._refills: dict[int, Callable[[], None]] = {}
+        self._followers: list[Callable[[], None]] = []
+
+    def replaced(self, module: nn.Module, refill: Callable[[], None], follow: Callable[[], None] | None = None) -> None:
+        """Say that something else has the place of one of the twin's modules, and holds its tensors.
+
+        Args:
+            refill: called when the module has other tensors.
+            follow: called at each look, where the tensors were copied, so that new values are not seen by themselves.
+        """
+        self._refills[id(module)] = refill
+        if follow is not None:
+            self._followers.append(follow)
 
     def settle(self) -> None:
         """Follow the original as it is now from now on.
@@ -114,7 +134,7 @@ class Twin(Generic[M]):
         self._modules = [
             _Module(names.get(id(original), type(original).__name__), original, twin)
             for original, twin in self._copy.modules
-            if id(twin) in used or id(original) not in names
+            if id(twin) in used or id(original) not in names or id(twin) in self._refills
         ]
 
     def follow(self) -> Changes:
@@ -126,6 +146,8 @@ class Twin(Generic[M]):
         Raises:
             EngineError: the tree itself changed, or a tensor has another shape, dtype or device.
         """
+        for follow in self._followers:
+            follow()
         if self._seen is not None and self._seen.holds():
             return Changes()
         self._seen = None
@@ -133,8 +155,19 @@ class Twin(Generic[M]):
             self._settings += config.follow()
         for module in self._modules:
             self._settings += module.follow_attributes(self._copy)
-            self._moved += module.follow_tensors()
-            module.follow_hooks()
+            moved = module.follow_tensors()
+            self._moved += moved
+            refill = self._refills.get(id(module.twin))
+            if refill is None:
+                module.follow_hooks()
+                continue
+            if has_forward_hooks(module.original):
+                raise EngineError(
+                    f"{module.name} is a quantised layer with forward hooks, which are not called here; remove them, "
+                    "or run the model with transformers' own generate()"
+                )
+            if moved:
+                refill()
         hooked = tuple(module.original for module in self._modules if module.hooked)
         changes = Changes(tuple(self._moved), tuple(self._settings), hooked)
         # Not before: what was seen before an error is still to be told.

@@ -16,6 +16,8 @@ _NOT_YET = {
     "adapter": "adapters are not merged into parts of weights yet",
     "quantization": "weights are not quantised in parts yet",
     "quantize_head": "weights are not quantised in parts yet",
+    "fp8_activations": "weights are not quantised in parts yet",
+    "kv_dtype": "keys and values of 8 bits are not cached in parts yet",
     "validate": "replays are not compared over several processes yet",
     "check_addresses": "addresses are not checked over several processes yet",
 }

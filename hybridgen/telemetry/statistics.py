@@ -335,6 +335,7 @@ class EngineStats:
     )
     page_size: int = field(metadata=about("Positions per page."))
     cache_bytes: int = field(metadata=about("Of the KV cache."))
+    kv_dtype: str = field(default="", metadata=about("In what keys and values are cached, and by which scales."))
     prefix: PrefixStats = field(default_factory=PrefixStats, metadata=about("The prefix cache."))
     speculation: SpeculationStats = field(default_factory=SpeculationStats, metadata=about("What drafts brought."))
     weights: Mapping[str, FormatRow] = field(
@@ -396,7 +397,7 @@ class EngineStats:
             (
                 "KV cache",
                 f"{self.free_pages} of {self.pages} pages free, {self.page_size} positions each, "
-                f"{self.cache_bytes / 2**20:,.0f} MiB",
+                f"{self.cache_bytes / 2**20:,.0f} MiB{f', {self.kv_dtype}' if self.kv_dtype else ''}",
             ),
             ("prefix cache", self.prefix.summary()),
             ("speculation", self.speculation.summary()),

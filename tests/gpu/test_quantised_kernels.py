@@ -10,8 +10,10 @@ import families
 import pytest
 import quantised_formats as formats
 import torch
+import torch.nn.functional as F
 
 import hybridgen
+from hybridgen.kernels.linear import rounded_rows
 from hybridgen.kernels.linear.layout import Block, dequantise
 from hybridgen.kernels.linear.quantised import quantised_linear
 
@@ -119,3 +121,29 @@ def test_memory_while_quantising(kind: str, tmp_path: Path) -> None:
     assert loaded.model.device.type == "cuda"
     # One projection of 512 x 2048 in float32, with what rounding makes of it.
     assert peak < final + 20 * 512 * 2048 * 4
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="products of FP8 rows"
+)
+@pytest.mark.parametrize("rows", [257, 1000, 4096])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1536, 2048), (4096, 14336), (48, 80)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows_rounded_to_8_bits(rows: int, outputs: int, inputs: int, biased: bool) -> None:
+    from hybridgen.kernels.linear import rounded_rows_kernels
+
+    torch.manual_seed(0)
+    data = torch.randn(outputs, inputs, device="cuda").to(torch.float8_e4m3fn)
+    scales = torch.rand(outputs, 1, device="cuda") + 0.5
+    bias = torch.randn(outputs, device="cuda").bfloat16() if biased else None
+    x = (torch.randn(rows, inputs, device="cuda") * torch.logspace(-4, 3, rows, device="cuda")[:, None]).bfloat16()
+    codes, row_scales = rounded_rows_kernels.round_rows(x)
+    wanted_codes, wanted_scales = rounded_rows.round_rows(x)
+    assert torch.allclose(row_scales, wanted_scales, rtol=1e-6)
+    # A quotient in the last bit of float32 may be on the other side of a middle.
+    assert (codes.view(torch.uint8) != wanted_codes.view(torch.uint8)).float().mean() < 1e-3
+    wanted = F.linear(codes.double(), data.double()) * row_scales.double() * scales[:, 0].double()
+    wanted = wanted if bias is None else wanted + bias.double()
+    found = quantised_linear(x, "fp8", data, scales, None, bias, inputs, Block(1, inputs), rounds_rows=True)
+    assert float((found.double() - wanted).norm() / wanted.norm()) < 6e-3
+    assert bool(rounded_rows_kernels.round_rows(x.fill_(torch.nan))[1].isnan().all())

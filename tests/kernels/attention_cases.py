@@ -22,6 +22,8 @@ class Cache:
     block_table: Tensor
     slots: Tensor
     """[sequences] the slot of each."""
+    fed: tuple[list[Tensor], list[Tensor]]
+    """What keys and values are rounded from, in the dtype of a step's own; of pages that do not round, themselves."""
 
     @property
     def lengths(self) -> list[int]:
@@ -38,23 +40,36 @@ def make_cache(
     device: str = "cpu",
     spare_pages: int = 2,
     filled: bool = True,
+    kept: torch.dtype | None = None,
+    exact: bool = False,
 ) -> Cache:
-    """Sequences of random K and V in shuffled pages and slots; `filled=False` leaves the pages unwritten."""
+    """Sequences of random K and V in shuffled pages and slots; `filled=False` leaves the pages unwritten.
+
+    `kept` is the dtype of the pages if it is another: keys and values are those of `dtype`, rounded to it by hand;
+    with `exact` they are numbers that it has.
+    """
     value_dim = dim if value_dim is None else value_dim
     counts = [-(-length // page_size) for length in lengths]
     pages = sum(counts) + 3
-    k_pages = torch.full((pages, kv_heads, page_size, dim), torch.nan, dtype=dtype, device=device)
-    v_pages = torch.full((pages, kv_heads, page_size, value_dim), torch.nan, dtype=dtype, device=device)
+    k_pages = torch.full((pages, kv_heads, page_size, dim), torch.nan, dtype=kept or dtype, device=device)
+    v_pages = torch.full((pages, kv_heads, page_size, value_dim), torch.nan, dtype=kept or dtype, device=device)
     table = torch.full((len(lengths) + 2, max(counts) + spare_pages), NO_PAGE, dtype=torch.int32)
     slots = torch.randperm(len(lengths) + 2)[: len(lengths)].to(torch.int32)
     order = (torch.randperm(pages - 1) + 1).to(torch.int32)
     keys, values, used = [], [], 0
+    fed: tuple[list[Tensor], list[Tensor]] = [], []
     for slot, length, count in zip(slots.tolist(), lengths, counts, strict=True):
         ids = order[used : used + count]
         used += count
         table[slot, :count] = ids
         k = torch.randn(length, kv_heads, dim, device=device).to(dtype)
         v = torch.randn(length, kv_heads, value_dim, device=device).to(dtype)
+        if exact:
+            k, v = by_hand(k).to(dtype), by_hand(v).to(dtype)
+        fed[0].append(k)
+        fed[1].append(v)
+        if kept is not None:
+            k, v = by_hand(k), by_hand(v)
         keys.append(k)
         values.append(v)
         if filled:
@@ -63,7 +78,20 @@ def make_cache(
             for head in range(kv_heads):
                 k_pages[page, head, places % page_size] = k[:, head]
                 v_pages[page, head, places % page_size] = v[:, head]
-    return Cache(keys, values, k_pages, v_pages, table.to(device), slots.to(device))
+    return Cache(keys, values, k_pages, v_pages, table.to(device), slots.to(device), fed)
+
+
+def by_hand(values: Tensor) -> Tensor:
+    """The nearest numbers of float8_e4m3fn, ties to even codes, by looking for them in the list of all."""
+    codes = torch.arange(127, device=values.device)  # 127 is no number
+    exponent, mantissa = (codes // 8).double(), (codes % 8).double()
+    numbers = torch.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
+    size = values.double().abs().clamp(max=448.0)
+    above = torch.searchsorted(numbers, size).clamp(max=126)
+    below = (above - 1).clamp(min=0)
+    up, down = numbers[above] - size, size - numbers[below]
+    code = torch.where((up < down) | ((up == down) & (above % 2 == 0)), above, below)
+    return (numbers[code] * values.double().sign()).to(torch.float8_e4m3fn)
 
 
 def newest_rows(cache: Cache) -> tuple[Tensor, Tensor]:
@@ -76,7 +104,7 @@ def newest_rows(cache: Cache) -> tuple[Tensor, Tensor]:
 
 def take_newest(cache: Cache) -> dict[str, Tensor]:
     """The last K and V of each sequence, as views of one wide buffer, taken out of the pages (NaN is left there)."""
-    k, v = newest_rows(cache)
+    k, v = (torch.stack([one[-1] for one in fed]) for fed in cache.fed)
     both = torch.cat([k, v], dim=2).transpose(0, 1).contiguous().transpose(0, 1)
     page_size = cache.k_pages.shape[2]
     for slot, length in zip(cache.slots.tolist(), cache.lengths, strict=True):

@@ -1,6 +1,7 @@
 """Triton's attention kernels against the dense reference in Triton's interpreter; run by test_attention_triton.py.
 
-float32 only: the interpreter's `tl.dot` is wrong on bfloat16.
+float32 only: the interpreter's `tl.dot` is wrong on bfloat16. Pages of 8 bits get numbers that they have: its rounding
+to them is wrong.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from hybridgen.kernels.attention.decode import Tuning as DecodeTuning
 from hybridgen.kernels.attention.decode import decode_attention
 from hybridgen.kernels.attention.prefill import prefill_attention
 from hybridgen.kernels.attention.write import write_kv
+from hybridgen.kernels.linear import rounded_rows_kernels
 
 CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new tokens, options
     (4, 2, 8, 8, 8, [5, 17, 40], [5, 3, 1], {}),
@@ -28,12 +30,31 @@ CASES = [  # query heads, kv heads, key dim, value dim, page size, lengths, new 
 
 def _write(cache: Cache, kv_heads: int) -> None:
     slots, positions, _ = pack(cache, cache.lengths, len(cache.lengths))
-    both = torch.cat([torch.cat(cache.keys), torch.cat(cache.values)], dim=2).transpose(0, 1).contiguous()
+    both = torch.cat([torch.cat(fed) for fed in cache.fed], dim=2).transpose(0, 1).contiguous()
     k, v = both.transpose(0, 1).split([cache.keys[0].shape[2], cache.values[0].shape[2]], dim=2)
     write_kv(k, v, cache.k_pages, cache.v_pages, cache.block_table, slots, positions)
 
 
-def check_case(number: int) -> None:
+FP8 = torch.float8_e4m3fn
+
+
+def _same(found: tuple[torch.Tensor, ...], cache: Cache) -> bool:
+    """Whether the pages hold each sequence's last K and V."""
+    wanted = [torch.stack([one[-1].float() for one in each]) for each in (cache.keys, cache.values)]
+    return all(torch.equal(a.float(), b) for a, b in zip(found, wanted, strict=True))
+
+
+def check_case_fp8(number: int) -> None:
+    """`check_case` with pages of 8 bits."""
+    check_case(number, FP8)
+
+
+def check_balanced_fp8(number: int) -> None:
+    """`check_balanced` with pages of 8 bits."""
+    check_balanced(number, FP8)
+
+
+def check_case(number: int, kept: torch.dtype | None = None) -> None:
     """Decode, with new tokens and without, and prefill, for one of `CASES`."""
     torch.manual_seed(number)
     heads, kv_heads, dim, value_dim, page_size, lengths, new, named = CASES[number]
@@ -41,7 +62,7 @@ def check_case(number: int) -> None:
     if options["sinks"]:
         options["sinks"] = torch.randn(heads)
     tail = options["window"], options["chunk"], options["softcap"], options["sinks"]
-    cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False)
+    cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False, kept=kept, exact=kept is not None)
     _write(cache, kv_heads)
     pages = cache.k_pages, cache.v_pages, cache.block_table
     ones = [1] * len(lengths)
@@ -58,7 +79,7 @@ def check_case(number: int) -> None:
         newest = take_newest(cache)
         out = decode_attention(q, *pages, slots, positions, 0.3, *tail, **newest, tune=tune)
         errors.append(error(out, expected))
-        if not all(torch.equal(a, b) for a, b in zip(newest_rows(cache), newest.values(), strict=True)):
+        if not _same(newest_rows(cache), cache):
             raise AssertionError("the new K and V are not in the pages")
     q = torch.randn(heads, sum(new), dim).transpose(0, 1)
     slots, positions, starts = pack(cache, new, len(new) + 2)
@@ -74,14 +95,14 @@ BALANCED = [  # positions a tile, programs a multiprocessor, positions a chunk, 
 ]
 
 
-def check_balanced(number: int) -> None:
+def check_balanced(number: int, kept: torch.dtype | None = None) -> None:
     """Decode by a schedule, with new tokens and without, for one of `CASES`; and rows alone, with equal bits."""
     torch.manual_seed(number)
     heads, kv_heads, dim, value_dim, page_size, lengths, _, named = CASES[number]
     options = {"window": 0, "chunk": 0, "softcap": 0.0, "sinks": None, **named}
     if options["sinks"]:
         options["sinks"] = torch.randn(heads)
-    cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False)
+    cache = make_cache(lengths, kv_heads, dim, value_dim, page_size, filled=False, kept=kept, exact=kept is not None)
     _write(cache, kv_heads)
     ones = [1] * len(lengths)
     q = torch.randn(len(lengths), heads, dim)
@@ -110,6 +131,20 @@ def check_balanced(number: int) -> None:
         newest = take_newest(cache)
         out = run(slice(None), **newest)
         errors.append(error(out, expected))
-        if not all(torch.equal(a, b) for a, b in zip(newest_rows(cache), newest.values(), strict=True)):
+        if not _same(newest_rows(cache), cache):
             raise AssertionError("the new K and V are not in the pages")
     assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)
+
+
+def check_rounded_rows() -> None:
+    """Rows of numbers that have codes, by scales that are powers of two: the interpreter rounds others wrongly."""
+    torch.manual_seed(0)
+    codes = (torch.randn(5, 96) * 100).to(FP8)
+    codes[:, 3] = torch.tensor([448.0, -448.0, 448.0, -448.0, 0.0]).to(FP8)
+    codes[4] = 0.0
+    scales = torch.tensor([1.0, 2.0**-20, 2.0**9, 0.5, 0.0])[:, None]
+    found, scale = rounded_rows_kernels.round_rows(codes.float() * scales)
+    assert torch.equal(found.float(), codes.float())
+    assert torch.equal(scale[:4], scales[:4])
+    _, scale = rounded_rows_kernels.round_rows(torch.tensor([[1.0, torch.nan] * 8]))
+    assert bool(scale.isnan().all())

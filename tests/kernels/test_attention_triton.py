@@ -27,6 +27,12 @@ def test_decode_by_a_schedule_in_the_interpreter(case: int, triton_interpreter: 
     triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_balanced", case)
 
 
+@pytest.mark.parametrize("case", [2, *(pytest.param(case, marks=pytest.mark.slow) for case in (0, 5))])
+@pytest.mark.parametrize("check", ["check_case_fp8", "check_balanced_fp8"])
+def test_pages_of_8_bits_in_the_interpreter(check: str, case: int, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), check, case)
+
+
 def _cut(tiles: int, splits: int, chunk_tiles: int, least: int) -> tuple[int, int]:
     """The kernel's `_cut` for a row of some tiles: tiles a chunk, and chunks."""
     per = max(min(-(-tiles // splits), chunk_tiles), least)

@@ -12,7 +12,7 @@ import pytest
 import quantised_formats as formats
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel, TorchAoConfig
 
 import hybridgen
 from hybridgen.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -94,6 +94,23 @@ def test_compiled_modes_generate_the_same(mode: str, name: str, tmp_path: Path) 
         else:  # whole decode steps, which another process compiles
             assert "compiled step" in {row.owner for row in stats.graphs.graphs}
             assert any("compiled step" in kind for phase, kind, _ in stats.steps if phase == "decode")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8 groups", "fp8"])
+def test_what_torchao_writes(kind: str, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    config = {
+        "int8": lambda: quantization.Int8WeightOnlyConfig(),
+        "int8 groups": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(32)),
+        "fp8": lambda: quantization.Float8WeightOnlyConfig(),
+    }[kind]()
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
+    theirs = AutoModelForCausalLM.from_pretrained(path, quantization_config=TorchAoConfig(config), dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "quantised")
+    found = dict(quantised_modules(Checkpoint.open(tmp_path / "quantised").load().model))
+    assert len(found) == 14
+    for name, module in found.items():
+        assert torch.equal(module.weight_stored.dequantise(), theirs.get_submodule(name).weight.dequantize()), name
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen2", "qwen3_moe", "mixtral", "phi3"])

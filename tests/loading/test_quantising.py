@@ -143,3 +143,36 @@ def test_a_config_keeps_its_quantization_config_out_of_the_model(tmp_path: Path)
     formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
     assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
     assert not hasattr(load(tmp_path).config, "quantization_config")
+
+
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+def test_activations_are_rounded_where_there_are_many(mode: str, tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path)
+    settings = SETTINGS | {"mode": mode, "quantization": "fp8", "token_budget": 400, "max_context": 400}
+    prompts = families.prompts_of((300, 20))
+    model = by_hand(families.build("llama"), "fp8", list(dict(quantised_modules(load(path, quantization="fp8")))))
+    plain = [families.reference(model, prompt, 8)[0] for prompt in prompts]
+
+    def rounded(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
+        (x,) = inputs
+        if x.shape[1] <= 256:
+            return None
+        scales = x.abs().amax(-1, keepdim=True) / 448
+        return (x / scales).to(torch.float8_e4m3fn).float() * scales
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(rounded)
+    wanted = [families.reference(model, prompt, 8)[0] for prompt in prompts]
+    assert wanted[0] != plain[0]  # else nothing is shown
+    with hybridgen.Engine.load(path, fp8_activations=True, **settings) as engine:
+        assert [list(engine.generate(prompt, max_new_tokens=8).token_ids) for prompt in prompts] == wanted
+        assert not engine.stats().fallbacks
+
+
+def test_activations_need_weights_that_take_them(tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path)
+    with pytest.raises(ConfigError, match="has no FP8 weights"):
+        hybridgen.Engine.load(path, fp8_activations=True, **SETTINGS)
+    with pytest.raises(ConfigError, match="because they are not FP8"):
+        hybridgen.Engine.load(path, fp8_activations=True, quantization="int8", **SETTINGS)

@@ -203,6 +203,7 @@ def decode_attention(
         tune: replaces the measured launch options.
     """
     q, heads = check_layout(q, k_pages, v_pages, scale)
+    heads = heads._replace(bytes=k_pages.element_size())  # as the schedule, which knows no queries
     tokens, max_pages = q.shape[0], block_table.shape[1]
     out = torch.empty((tokens, heads.queries, heads.value_dim), dtype=q.dtype, device=q.device)
     append = k is not None and v is not None

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridgen.kernels.attention.common import soft_capped
+from hybridgen.kernels.attention.common import packed_query, score_factor, soft_capped, stored, unpacked
 from hybridgen.kernels.attention.schedule_kernels import (
     chunk_words,
     mark_ends_row,
@@ -21,14 +21,15 @@ from hybridgen.kernels.attention.schedule_kernels import (
 
 @triton.jit
 def _load_query(  # type: ignore[no-untyped-def]
-    q, row, head, stride_token, stride_head,
+    q, pages, row, head, stride_token, stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """A kv head's queries of a row: [BLOCK_GROUP, BLOCK_DIM]; zeros for a head beyond the last."""
+    """A kv head's queries of a row for keys in `pages`: [BLOCK_GROUP, BLOCK_DIM]; zeros for a head beyond the last."""
     member = tl.arange(0, BLOCK_GROUP)
     dims = tl.arange(0, BLOCK_DIM)
     query = q + row.to(tl.int64) * stride_token + (head * GROUP + member)[:, None] * stride_head + dims[None, :]
-    return tl.load(query, mask=(member[:, None] < GROUP) & (dims[None, :] < DIM) & (head < HEADS), other=0.0)
+    query = tl.load(query, mask=(member[:, None] < GROUP) & (dims[None, :] < DIM) & (head < HEADS), other=0.0)
+    return packed_query(query, pages)
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def _store_new(  # type: ignore[no-untyped-def]
         line = rows + place
     else:
         line = tl.sum(tl.where(tl.arange(0, BLOCK) == place, rows, 0), 0)
-    tl.store(target + line * DIM + dims, new.to(target.dtype.element_ty), mask=(dims < DIM) & is_last)
+    tl.store(target + line * DIM + dims, stored(new, target), mask=(dims < DIM) & is_last)
 
 
 @triton.jit(
@@ -95,6 +96,7 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+    scale = score_factor(scale, q, k_pages)
     programs = tl.num_programs(0)
     begin = tl.load(run_words(plan) + tl.program_id(0))
     end = tl.load(run_words(plan) + tl.program_id(0) + 1)
@@ -117,7 +119,9 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
     mark = tl.load(marks + tile)
     pages = _tile_pages(pages_of_tiles, tile, PAGE, BLOCK)
     if CARRY_QUERY:
-        query = _load_query(q, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM)
+        query = _load_query(
+            q, k_pages, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM
+        )
     for _ in range(begin, end):
         valid = mark_valid(mark)
         if APPEND:
@@ -126,12 +130,16 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         if LIMIT:
             seen = seen & (local >= mark_low(mark))
         if not CARRY_QUERY:
-            query = _load_query(q, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM)
+            query = _load_query(
+                q, k_pages, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM
+            )
         place = _rows_of_tile(pages, head, HEADS, PAGE, BLOCK)
         key = _tile(k_pages, place, PAGE, DIM, BLOCK, BLOCK_DIM)
         key = tl.load(key, mask=seen[:, None] & (dims[None, :] < DIM), other=0.0)
+        key = unpacked(key, query)
         value = _tile(v_pages, place, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
         value = tl.load(value, mask=seen[:, None] & (values[None, :] < VALUE_DIM), other=0.0)
+        value = unpacked(value, query)
         # The next tile's words, a tile early: its K and V are requested as soon as a buffer is free.
         next_tile = tile + 1
         next_head = head + (next_tile == total_tiles).to(tl.int32)
@@ -141,7 +149,17 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         next_pages = _tile_pages(pages_of_tiles, next_tile, PAGE, BLOCK)
         if CARRY_QUERY:
             next_query = _load_query(
-                q, next_row, next_head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM
+                q,
+                k_pages,
+                next_row,
+                next_head,
+                q_stride_token,
+                q_stride_head,
+                HEADS,
+                GROUP,
+                DIM,
+                BLOCK_GROUP,
+                BLOCK_DIM,
             )
 
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
@@ -173,8 +191,8 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
                 new_v = tl.load(new_v, mask=(values < VALUE_DIM) & is_last_chunk, other=0.0)
                 _store_new(new_k, k_pages, place, valid, is_last_chunk, PAGE, DIM, BLOCK, BLOCK_DIM)
                 _store_new(new_v, v_pages, place, valid, is_last_chunk, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
-                new_k = new_k.to(k_pages.dtype.element_ty).to(tl.float32)
-                new_v = new_v.to(v_pages.dtype.element_ty).to(tl.float32)
+                new_k = stored(new_k, k_pages).to(tl.float32)
+                new_v = stored(new_v, v_pages).to(tl.float32)
                 score = tl.sum(query.to(tl.float32) * new_k[None, :], 1) * scale
                 if SOFTCAP:
                     score = soft_capped(score, softcap)

@@ -22,7 +22,7 @@ class Heads(NamedTuple):
     value_dim: int
     page_size: int
     bytes: int
-    """Bytes of an element."""
+    """Bytes of an element of the pages; 4 in calls with float32 queries, whatever the pages are."""
 
 
 @functools.cache
@@ -53,7 +53,8 @@ def check_layout(q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float) -> t
     if scale <= 0:
         raise ValueError(f"scale={scale}; give a number above 0")
     _, kv_heads, page_size, dim = k_pages.shape
-    heads = heads_of(q.shape[1], kv_heads, dim, v_pages.shape[3], page_size, q.element_size())
+    element = 4 if q.element_size() == 4 else k_pages.element_size()
+    heads = heads_of(q.shape[1], kv_heads, dim, v_pages.shape[3], page_size, element)
     return (q if q.stride(2) == 1 else q.contiguous()), heads
 
 
@@ -92,6 +93,43 @@ def tile_pointers(  # type: ignore[no-untyped-def]
     else:
         row = (pages.to(tl.int64) * HEADS + head) * PAGE + ((start + rows) & (PAGE - 1))
         return base + row[:, None] * DIM + dims[None, :]
+
+
+@triton.jit
+def stored(values, pages):  # type: ignore[no-untyped-def]
+    """Values as `pages` keep them: in 8 bits those beyond 448 are 448, and what is no number stays none."""
+    if pages.dtype.element_ty == tl.float8e4nv:
+        values = values.to(tl.float32)
+        values = tl.where(values > 448.0, 448.0, tl.where(values < -448.0, -448.0, values))
+    return values.to(pages.dtype.element_ty)
+
+
+@triton.jit
+def packed_query(query, pages):  # type: ignore[no-untyped-def]
+    """A query as it is multiplied with keys of these pages: a bfloat16 one becomes float16 beside keys of 8 bits.
+
+    Those become float16 by one instruction for two, and bfloat16 by three more. A 64th of the query is taken, so that
+    numbers up to 4 million fit (larger ones are infinite, and make their row NaN); `score_factor` is the other half.
+    """
+    if pages.dtype.element_ty == tl.float8e4nv and query.dtype == tl.bfloat16:
+        query = (query.to(tl.float32) * 0.015625).to(tl.float16)
+    return query
+
+
+@triton.jit
+def score_factor(scale, q, pages):  # type: ignore[no-untyped-def]
+    """The factor on scores of a `packed_query`, of queries at `q`."""
+    if pages.dtype.element_ty == tl.float8e4nv and q.dtype.element_ty == tl.bfloat16:
+        scale = scale * 64.0
+    return scale
+
+
+@triton.jit
+def unpacked(values, query):  # type: ignore[no-untyped-def]
+    """Keys or values of pages as products take them: those of 8 bits in the dtype of a `packed_query`."""
+    if values.dtype == tl.float8e4nv:
+        values = values.to(query.dtype)
+    return values
 
 
 def limit_of(window: int, chunk: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels.attention import few
-from hybridgen.kernels.attention.reference import write_kv
+from hybridgen.kernels.attention.reference import as_bytes, stored, write_kv
 from hybridgen.kernels.attention.seeing import Seeing
 
 _GATHER_BYTES = 256 * 2**20
@@ -75,7 +75,7 @@ def _write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor
     where = (heads * page_size + place % page_size).flatten()
     for pages, new in ((k_pages, k), (v_pages, v)):
         dim = pages.shape[3]
-        pages.view(-1, dim).index_copy_(0, where, new.reshape(-1, dim).to(pages.dtype))
+        as_bytes(pages).view(-1, dim).index_copy_(0, where, as_bytes(stored(new.reshape(-1, dim), pages.dtype)))
 
 
 def _gathered(
@@ -94,15 +94,15 @@ def _gathered(
     # back to the system, and each page of it costs microseconds when it is touched again.
     positions = length if columns == 1 else columns * page_size
     sizes = [ids.shape[0] // columns * positions * pages.shape[3] for pages in (k_pages, v_pages)]
-    flat = q.new_empty(1 << (sum(sizes) - 1).bit_length())[: sum(sizes)]
+    flat = as_bytes(k_pages.new_empty(1 << (sum(sizes) - 1).bit_length()))[: sum(sizes)]
     for pages, part in zip((k_pages, v_pages), flat.split(sizes), strict=True):
-        source = pages.view(count * kv_heads, -1)
+        source = as_bytes(pages).view(count * kv_heads, -1)
         if columns == 1:
             source = source.narrow(1, skipped * pages.shape[3], part.shape[0] // ids.shape[0])
         torch.index_select(source, 0, ids, out=part.view(ids.shape[0], -1))
     keys, values = (
         part.view(rows * kv_heads, positions, pages.shape[3])
-        for pages, part in zip((k_pages, v_pages), flat.float().split(sizes), strict=True)
+        for pages, part in zip((k_pages, v_pages), flat.view(k_pages.dtype).float().split(sizes), strict=True)
     )
     if columns > 1:
         keys, values = keys.narrow(1, skipped, length), values.narrow(1, skipped, length)

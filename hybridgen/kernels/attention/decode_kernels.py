@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridgen.kernels.attention.common import first_seen, load_pages, soft_capped, tile_pointers
+from hybridgen.kernels.attention.common import (
+    first_seen,
+    load_pages,
+    packed_query,
+    score_factor,
+    soft_capped,
+    stored,
+    tile_pointers,
+    unpacked,
+)
 
 
 @triton.jit
@@ -40,7 +49,7 @@ def _append(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, BLOCK_DIM)
     page = tl.load(table + position // PAGE).to(tl.int64)
     target = ((page * HEADS + head) * PAGE + position % PAGE) * DIM + dims
-    tl.store(pages + target, new.to(pages.dtype.element_ty), mask=dims < DIM)
+    tl.store(pages + target, stored(new, pages), mask=dims < DIM)
 
 
 @triton.jit
@@ -55,8 +64,10 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
     """Softmax and mix of a kv head's queries over the tiles first to last: [BLOCK_GROUP, BLOCK_VALUE], and lse.
 
     With APPEND the row's newest K and V come from `k` and `v`, not from its page; the chunk that ends the row
-    writes them there, and nobody else looks at that place.
+    writes them there, and nobody else looks at that place. With pages of 8 bits they are added behind the loop: to
+    choose between them and each tile's would take longer than all that is saved by reading less.
     """
+    BEHIND: tl.constexpr = APPEND and k_pages.dtype.element_ty == tl.float8e4nv
     end = position + 1
     pages = load_pages(table, first * BLOCK, end, PAGE, BLOCK)
     member = tl.arange(0, BLOCK_GROUP)
@@ -65,6 +76,8 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
     query_head = head * GROUP + member
     query = q + row.to(tl.int64) * q_stride_token + query_head[:, None] * q_stride_head + dims[None, :]
     query = tl.load(query, mask=(member[:, None] < GROUP) & (dims[None, :] < DIM), other=0.0)
+    query = packed_query(query, k_pages)
+    scale = score_factor(scale, q, k_pages)
 
     if APPEND:
         new_k = k + row.to(tl.int64) * k_stride_token + head * k_stride_head + dims
@@ -82,13 +95,17 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
         start = tile * BLOCK
         place = start + tl.arange(0, BLOCK)
         seen = place < end
+        if BEHIND:
+            seen = place < position
         if LIMIT:
             seen = seen & (place >= first_seen(position, reach, LIMIT))
         key = tile_pointers(k_pages, pages, start, head, HEADS, PAGE, DIM, BLOCK, BLOCK_DIM)
         key = tl.load(key, mask=seen[:, None] & (dims[None, :] < DIM), other=0.0)
+        key = unpacked(key, query)
         value = tile_pointers(v_pages, pages, start, head, HEADS, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
         value = tl.load(value, mask=seen[:, None] & (values[None, :] < VALUE_DIM), other=0.0)
-        if APPEND:
+        value = unpacked(value, query)
+        if APPEND and not BEHIND:
             newest = (place == position)[:, None]
             key = tl.where(newest, new_k[None, :], key)
             value = tl.where(newest, new_v[None, :], value)
@@ -100,11 +117,27 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
         scores = tl.where(seen[None, :], scores * 1.4426950408889634, -float("inf"))
         # Every tile of a chunk has a visible position, so the peak is finite from the first tile on.
         new_peak = tl.maximum(peak, tl.max(scores, 1))
+        if BEHIND:
+            new_peak = tl.maximum(new_peak, -1e30)  # but one that holds the newest alone
         weights = tl.exp2(scores - new_peak[:, None])
         rescale = tl.exp2(peak - new_peak)
         total = total * rescale + tl.sum(weights, 1)
         mixed = mixed * rescale[:, None]
         mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision="ieee")
+        peak = new_peak
+    if BEHIND:
+        # As later steps will read them.
+        new_k = stored(new_k, k_pages).to(tl.float32)
+        new_v = stored(new_v, v_pages).to(tl.float32)
+        score = tl.sum(query.to(tl.float32) * new_k[None, :], 1) * scale
+        if SOFTCAP:
+            score = soft_capped(score, softcap)
+        score = tl.where(is_last, score * 1.4426950408889634, -float("inf"))
+        new_peak = tl.maximum(peak, score)
+        rescale = tl.exp2(peak - new_peak)
+        weight = tl.exp2(score - new_peak)
+        total = total * rescale + weight
+        mixed = mixed * rescale[:, None] + weight[:, None] * new_v[None, :]
         peak = new_peak
     if SINKS:
         sink = tl.load(sinks + query_head, mask=(member < GROUP) & with_sink, other=-float("inf")).to(tl.float32)

@@ -6,7 +6,7 @@ All tokens of a step are packed: T tokens, each with a slot (its row of the bloc
 |---|---|---|
 | q | [T, Hq, D] | float32, bfloat16 or float16 |
 | k, v | [T, Hkv, D], [T, Hkv, Dv] | as q |
-| k_pages, v_pages | [pages, Hkv, page_size, D], [.., Dv], contiguous | as q |
+| k_pages, v_pages | [pages, Hkv, page_size, D], [.., Dv], contiguous | as q, or float8_e4m3fn |
 | block_table | [max_batch, max_pages], rows contiguous | int32 page ids; page 0 is the dummy page |
 | slots, positions | [T] | int32, int64 (0 or more) |
 | query_starts | [max_batch + 1] | int32 |
@@ -16,6 +16,11 @@ All tokens of a step are packed: T tokens, each with a slot (its row of the bloc
 Hq is a multiple of Hkv; D and Dv are multiples of 8 up to 256; page_size is a power of two from 8 to 256.
 q, k and v may be views with any strides over tokens and heads. Every output is contiguous. Page ids of a row
 beyond its last position, and cache positions that no query sees, are never used, whatever they hold.
+
+Pages of float8_e4m3fn halve what is read. K and V are rounded to it when they are written, those beyond 448 to 448, and
+unpacked where they are multiplied: products and sums are those of 16-bit (or float32) numbers. A decode step that
+writes its own K and V attends to them as they are rounded, as later steps do. Scales are the caller's: a factor on K is
+one on q, a factor on V one on the result.
 
 The CPU implementations (`cpu` for decode, else `reference`) are plain torch and may read lengths on the host. The CUDA
 implementations (`write`, `balanced`, `decode`, `prefill`) are Triton and never do: launch grids

@@ -23,8 +23,11 @@ from hybridgen.kernels.attention.common import (
     first_seen,
     limit_of,
     load_pages,
+    packed_query,
+    score_factor,
     soft_capped,
     tile_pointers,
+    unpacked,
 )
 
 
@@ -61,6 +64,8 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
                 value = tl.load(value)
             else:
                 value = tl.load(value, mask=values[None, :] < VALUE_DIM, other=0.0)
+        key = unpacked(key, query)
+        value = unpacked(value, query)
         pages = load_pages(table, start + BLOCK, end, PAGE, BLOCK)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         factor = scale * 1.4426950408889634
@@ -119,6 +124,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         line = (begin + token).to(tl.int64)
         query = q + (line * q_stride_token + query_head * q_stride_head)[:, None] + dims[None, :]
         query = tl.load(query, mask=(token[:, None] < tokens) & (dims[None, :] < DIM), other=0.0)
+        query = packed_query(query, k_pages)
+        scale = score_factor(scale, q, k_pages)
 
         first_place = tl.load(positions + begin).to(tl.int32)
         table = block_table + tl.load(slots + begin).to(tl.int64) * table_stride
@@ -189,7 +196,7 @@ def tuning(heads: Heads, shared_memory: int, load: int) -> Tuning:
         rows, warps, stages = 128, 8, 3
     elif load == 1 and wide == 128:
         stages = 3
-    fixed = rows * wide * heads.bytes
+    fixed = rows * wide * max(2, heads.bytes)
     while stages > 1 and fixed + stages * block * 2 * wide * heads.bytes > shared_memory - 8 * 2**10:
         stages -= 1
     return Tuning(rows, block, warps, stages)

@@ -31,8 +31,25 @@ def write_kv(
     page_size = k_pages.shape[2]
     pages = block_table[slots.long(), positions // page_size].long()
     rows = positions % page_size
-    k_pages[pages, :, rows] = k.to(k_pages.dtype)
-    v_pages[pages, :, rows] = v.to(v_pages.dtype)
+    as_bytes(k_pages)[pages, :, rows] = as_bytes(stored(k, k_pages.dtype))
+    as_bytes(v_pages)[pages, :, rows] = as_bytes(stored(v, v_pages.dtype))
+
+
+def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as pages of this dtype keep them: in 8 bits those beyond 448 are 448, and what is no number stays none."""
+    if dtype == torch.float8_e4m3fn:
+        values = values.float().clamp(-448.0, 448.0)
+    return values.to(dtype)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor of 8-bit numbers as uint8, for which there are all operators that move values; others as they are."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def taken(pages: Tensor, ids: Tensor) -> Tensor:
+    """Some of the pages, in their dtype."""
+    return as_bytes(pages).index_select(0, ids).view(pages.dtype)
 
 
 def decode_attention(
@@ -96,7 +113,7 @@ def _decode_rows(
     visible = (seen <= positions[:, None, None]) & (seen >= low[:, None, None])
     visible = visible[:, :, None, :]  # over kv heads
 
-    k = k_pages.index_select(0, pages).view(tokens, columns, kv_heads, page_size, head_dim).float()
+    k = taken(k_pages, pages).view(tokens, columns, kv_heads, page_size, head_dim).float()
     queries = q.float().view(tokens, 1, kv_heads, heads // kv_heads, head_dim)
     scores = _cap(queries @ k.transpose(-1, -2) * scale, softcap)
     scores.masked_fill_(~visible[:, :, :, None], -torch.inf)
@@ -108,7 +125,7 @@ def _decode_rows(
     total = weights.sum(dim=(1, 4), keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sink - peak)
-    v = v_pages.index_select(0, pages).view(tokens, columns, kv_heads, page_size, value_dim).float()
+    v = taken(v_pages, pages).view(tokens, columns, kv_heads, page_size, value_dim).float()
     v = v.masked_fill(~visible[..., None], 0.0)  # what nobody wrote may be NaN, and 0 * NaN is NaN
     mixed = (weights @ v).sum(dim=1, keepdim=True) / total
     return mixed.view(tokens, heads, value_dim).to(q.dtype)
@@ -158,7 +175,7 @@ def _context(pages: Tensor, row: Tensor, low: int, high: int) -> Tensor:
     page_size = pages.shape[2]
     first = low // page_size
     ids = row[first : -(-high // page_size)]
-    rows = pages.index_select(0, ids).transpose(0, 1).flatten(1, 2)
+    rows = taken(pages, ids).transpose(0, 1).flatten(1, 2)
     return rows[:, low - first * page_size : high - first * page_size].float()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from hybridgen.device.launcher import Launcher, device_of
-from hybridgen.kernels.attention.common import heads_of
+from hybridgen.kernels.attention.common import heads_of, stored
 
 _ELEMENTS = 4096
 """Elements of K (and of V) that one program moves at most."""
@@ -37,7 +37,7 @@ def _copy_heads(  # type: ignore[no-untyped-def]
     line = source + token.to(tl.int64) * stride_token
     values = tl.load(line + head[:, None] * stride_head + dims[None, :] * stride_dim, mask=mask)
     target = ((page * HEADS + head[:, None]) * PAGE + row) * DIM + dims[None, :]
-    tl.store(pages + target, values.to(pages.dtype.element_ty), mask=mask)
+    tl.store(pages + target, stored(values, pages), mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["block_table", "slots", "positions"])

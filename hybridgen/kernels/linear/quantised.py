@@ -2,8 +2,8 @@
 
 `x @ dequantised.T + bias` for x of any number of rows. On a CPU the weight is dequantised to x's dtype and multiplied
 by torch, which is the reference; few rows of 8-bit weights go through torch's own product. On CUDA few rows go through
-a Triton kernel that unpacks in registers, and many through a dequantised copy and cuBLAS (`quantised_kernels`). The
-weight's layout: `hybridgen.kernels.linear.layout`.
+a Triton kernel that unpacks in registers, and many through a dequantised copy and cuBLAS (`quantised_kernels`). On
+request many rows are rounded to FP8 too (`rounded_rows`). The weight's layout: `hybridgen.kernels.linear.layout`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridgen.kernels.linear import rounded_rows
 from hybridgen.kernels.linear.layout import Block, dequantise
 
 _FEW_ROWS = 4
 """Rows that torch's product with 8-bit weights takes on a CPU: its time grows with them, that of unpacking does not."""
 
+MANY_ROWS = 256
+"""Above so many, rows are rounded where that is asked for; up to so many, the weight's bytes bound a product's time."""
+
 _library = torch.library.Library("hybridgen", "FRAGMENT")
 _library.define(
     "quantised_linear(Tensor x, Tensor data, Tensor scales, Tensor? zeros, Tensor? bias, str kind, int inputs, "
-    "int block_outputs, int block_inputs) -> Tensor",
+    "int block_outputs, int block_inputs, bool rounds_rows=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -34,6 +38,8 @@ def quantised_linear(
     bias: Tensor | None,
     inputs: int,
     block: Block,
+    *,
+    rounds_rows: bool = False,
 ) -> Tensor:
     """`x @ weight.T + bias`.
 
@@ -42,16 +48,22 @@ def quantised_linear(
         kind: with `data`, `scales`, `zeros` and `block`, a weight [N, K] as `layout` has it.
         bias: [N] in x's dtype.
         inputs: K.
+        rounds_rows: more than `MANY_ROWS` rows are rounded to FP8; of a weight that `rounded_rows.takes`.
 
     Returns:
         [..., N] in x's dtype.
     """
     return torch.ops.hybridgen.quantised_linear.default(
-        x, data, scales, zeros, bias, kind, inputs, block.outputs, block.inputs
+        x, data, scales, zeros, bias, kind, inputs, block.outputs, block.inputs, rounds_rows
     )
 
 
-def _reference(
+def are_many(x: Tensor) -> bool:
+    """Whether x has more than `MANY_ROWS` rows."""
+    return x.numel() > MANY_ROWS * x.shape[-1]
+
+
+def reference(
     x: Tensor,
     data: Tensor,
     scales: Tensor,
@@ -61,7 +73,12 @@ def _reference(
     inputs: int,
     block_outputs: int,
     block_inputs: int,
+    rounds_rows: bool = False,
 ) -> Tensor:
+    """With dequantised values, in plain torch."""
+    if rounds_rows and are_many(x):
+        rows = x.reshape(-1, inputs)
+        return rounded_rows.reference(rows, data, scales, bias, block_outputs).view(*x.shape[:-1], data.shape[0])
     block = Block(block_outputs, block_inputs)
     return F.linear(x, dequantise(kind, data, scales, zeros, inputs, block, x.dtype), bias)
 
@@ -76,12 +93,13 @@ def _cpu(
     inputs: int,
     block_outputs: int,
     block_inputs: int,
+    rounds_rows: bool = False,
 ) -> Tensor:
     rows = x.numel() // max(1, inputs)
     plain = kind == "int8" and zeros is None and block_outputs == 1 and scales.shape[1] == 1
     exact = x.dtype in (scales.dtype, torch.float32)
     if not plain or not exact or not 0 < rows <= _FEW_ROWS or not data.is_contiguous():
-        return _reference(x, data, scales, zeros, bias, kind, inputs, block_outputs, block_inputs)
+        return reference(x, data, scales, zeros, bias, kind, inputs, block_outputs, block_inputs, rounds_rows)
     out = torch._weight_int8pack_mm(x.reshape(rows, inputs).contiguous(), data, scales[:, 0].to(x.dtype))
     out = out.view(*x.shape[:-1], data.shape[0])
     return out if bias is None else out + bias
@@ -97,7 +115,14 @@ def _cuda(
     inputs: int,
     block_outputs: int,
     block_inputs: int,
+    rounds_rows: bool = False,
 ) -> Tensor:
+    if rounds_rows and are_many(x):
+        from hybridgen.kernels.linear import rounded_rows_kernels as rounding
+
+        rows = x.reshape(-1, inputs)
+        product = rounding.product if rounding.fits(rows) else rounded_rows.reference
+        return product(rows, data, scales, bias, block_outputs).view(*x.shape[:-1], data.shape[0])
     from hybridgen.kernels.linear.quantised_kernels import linear
 
     return linear(x, kind, data, scales, zeros, bias, inputs, Block(block_outputs, block_inputs))
@@ -113,6 +138,7 @@ def _fake(
     inputs: int,
     block_outputs: int,
     block_inputs: int,
+    rounds_rows: bool = False,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], data.shape[0])
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybridgen.errors import UnsupportedModelError
-from hybridgen.loading.formats import awq, bitsandbytes, compressed, fine_grained, gptq, mxfp4
+from hybridgen.loading.formats import awq, bitsandbytes, compressed, fine_grained, gptq, mxfp4, torchao
 from hybridgen.loading.formats.scheme import Format
 
 __all__ = ["METHODS", "Format", "read_format"]
@@ -18,6 +18,7 @@ _READERS: dict[str, Any] = {
     awq.METHOD: awq.read,
     mxfp4.METHOD: mxfp4.read,
     bitsandbytes.METHOD: bitsandbytes.read,
+    torchao.METHOD: torchao.read,
 }
 METHODS = tuple(_READERS)
 """Values of `quant_method` that are read."""

@@ -28,6 +28,9 @@ from hybridgen.loading.formats.scheme import (
 )
 from hybridgen.models.quantised import QuantisedWeight
 
+KV_NOTE = (
+    "the KV cache has 16 bits, though the checkpoint's config asks for 8 (kv_cache_scheme): kv_dtype='fp8' does it"
+)
 METHOD = "compressed-tensors"
 _PARTS = (
     "weight",
@@ -291,13 +294,13 @@ def read(values: Mapping[str, Any]) -> CompressedTensors:
             if target != "Linear" and not target.startswith("re:") and "." not in target and target[:1].isupper():
                 raise _unknown(f"config_groups.{name}.targets {shown(target)}")
             _names(target, "")  # a pattern that is none is found before files are read
-        found.append((targets, _scheme(name, group, group.get("format") or values.get("format"))))
+        found.append((targets, scheme_of(name, group, group.get("format") or values.get("format"))))
         if group.get("input_activations") is not None:
             notes.append("activations are not quantised, as the checkpoint's config asks for: weights alone are")
         if group.get("output_activations") is not None:
             raise _unknown(f"config_groups.{name}.output_activations")
     if values.get("kv_cache_scheme") is not None:
-        notes.append("the KV cache is not quantised, as the checkpoint's config asks for (kv_cache_scheme)")
+        notes.append(KV_NOTE)
     ignore = values.get("ignore") or []
     if not isinstance(ignore, list):
         raise _unknown(f"ignore {shown(ignore)}")
@@ -306,7 +309,16 @@ def read(values: Mapping[str, Any]) -> CompressedTensors:
     return CompressedTensors(tuple(found), tuple(str(entry) for entry in ignore), tuple(dict.fromkeys(notes)))
 
 
-def _scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
+def scheme_of(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
+    """How a group of a config stores its weights.
+
+    Args:
+        name: of the group, for messages.
+        layout: its `format`.
+
+    Raises:
+        UnsupportedModelError: something in it is not known here.
+    """
     weights = group.get("weights")
     if layout not in _KNOWN:
         raise _unknown(f"the format {shown(layout)} of config_groups.{name}")

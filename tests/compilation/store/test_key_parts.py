@@ -132,8 +132,9 @@ def test_switches_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fields_of_the_config() -> None:
     """Another name here makes every entry that exists a miss."""
     assert {name.removeprefix("config.") for name in key().parts if name.startswith("config.")} == {
-        "compile_backend", "fuse_projections", "graphs", "max_context", "metadata_copy", "mode",
-        "page_size", "quantization", "quantize_head", "sample_in_graph", "tensor_parallel", "token_budget",
+        "compile_backend", "fp8_activations", "fuse_projections", "graphs", "kv_dtype", "max_context",
+        "metadata_copy", "mode", "page_size", "quantization", "quantize_head", "sample_in_graph", "tensor_parallel",
+        "token_budget",
     }  # fmt: skip
     assert changed(key(config=CONFIG.replace(page_size=16, fuse_projections=False))) == {
         "config.page_size",
