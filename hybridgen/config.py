@@ -35,7 +35,7 @@ class Mode(StrEnum):
     HYBRID = "hybrid"
     """The compiled layer, recorded in CUDA graphs."""
     AUTO = "auto"
-    """`hybrid` on CUDA, `eager` on a CPU."""
+    """`hybrid` on CUDA. On a CPU what has been compiled, while the rest is compiled behind; see docs/modes.md."""
 
     @property
     def compiles(self) -> bool:
@@ -48,7 +48,8 @@ class Mode(StrEnum):
         return self in (Mode.GRAPH, Mode.HYBRID)
 
     def on(self, device_type: str) -> Mode:
-        """The mode that runs on such a device: what `auto` stands for, else itself."""
+        """The mode that runs on such a device: what `auto` stands for, else itself. For `auto` on a CPU, where nothing
+        can be compiled behind (`compilation.store.session.mode_of`)."""
         if self is not Mode.AUTO:
             return self
         return Mode.HYBRID if device_type == "cuda" else Mode.EAGER
@@ -276,8 +277,8 @@ class EngineConfig:
     mode: Mode | str = field(
         default=Mode.AUTO,
         metadata=setting(
-            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA (`graph` with `tensor_parallel`) and "
-            "`eager` on a CPU.",
+            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA (`graph` with `tensor_parallel`); on a CPU "
+            "`hybrid` whose start and first call are those of `eager`, or `eager` (docs/modes.md).",
             one_of(Mode),
         ),
     )
@@ -353,7 +354,11 @@ class EngineConfig:
         default=False,
         metadata=setting("Never ask the hub; use what its cache holds.", switch, in_key=False, opens=True),
     )
-    max_batch: int = field(default=32, metadata=setting("Requests that run at once.", integer(1, 4096)))
+    max_batch: int = field(
+        default=32,
+        # What a compiler sees of it is `ResolvedConfig.slots`.
+        metadata=setting("Requests that run at once.", integer(1, 4096), in_key=False),
+    )
     max_context: int | None = field(
         default=None,
         metadata=setting(
@@ -721,6 +726,8 @@ class ResolvedConfig(NamedTuple):
     """Prompt tokens of one prefill call at most."""
     query_len: int = 1
     """Tokens of a row in a decode step at most: above 1 where drafts are checked."""
+    slots: int = 32
+    """Requests that the step's buffers have room for; at least `max_batch`. Compiled code knows it."""
 
     @property
     def max_tokens(self) -> int:

@@ -37,6 +37,7 @@ def plan_pages(
     *,
     page_size: int,
     max_batch: int,
+    slots: int | None = None,
     max_context: int,
     kv_memory: int | None,
     device: torch.device,
@@ -46,7 +47,10 @@ def plan_pages(
 
     Never more than `max_batch` requests of `max_context` tokens can use. Within that, `kv_memory` bytes where given;
     else on CUDA what is free less `activation_bytes` (the measured peak of a step) and a headroom, and on a CPU
-    `CPU_DEFAULT_BYTES`. What the layers keep by slot, for `max_batch` requests and padding, is taken off first.
+    `CPU_DEFAULT_BYTES`. What the layers keep by slot is taken off first.
+
+    Args:
+        slots: that are allocated, padding's included; None: one more than `max_batch`.
 
     Raises:
         OutOfMemoryError: not even one page and the dummy page fit beside the slots.
@@ -60,7 +64,7 @@ def plan_pages(
         source = f"{free:,} bytes free on {device}, less {activation_bytes:,} for a step and headroom,"
     else:
         available, source = CPU_DEFAULT_BYTES, f"the default of {CPU_DEFAULT_BYTES:,} bytes on a CPU"
-    each, fixed = bytes_per_page(states), (max_batch + 1) * bytes_per_slot(states)
+    each, fixed = bytes_per_page(states), (slots or max_batch + 1) * bytes_per_slot(states)
     # A model whose layers keep nothing in pages has as many as its requests can name.
     affordable = (available - fixed) // each if each else useful * (available >= fixed)
     if affordable < 2:

@@ -87,10 +87,10 @@ def _when(seconds: float) -> str:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from hybridgen.compilation.store.session import explain, why_off
+    from hybridgen.compilation.store.session import explain, mode_of, why_off
 
     checkpoint, config, key = _opened(arguments)
-    off = why_off(config, config.mode_on(checkpoint.device.type), checkpoint.device.type)
+    off = why_off(config, mode_of(checkpoint, config), checkpoint.device.type)
     if off is not None:
         say(f"off: {off}")
         return 1

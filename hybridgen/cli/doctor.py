@@ -94,7 +94,9 @@ def _cuda() -> Finding:
 
 def _compiler() -> Finding:
     """The C++ compiler that Inductor's CPU kernels, and Triton's launchers, are built with."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "gcc"]
+    from hybridgen.compilation.store.session import COMPILERS
+
+    names = [os.environ["CXX"]] if "CXX" in os.environ else COMPILERS
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None and "CXX" in os.environ:
         why = "is not found" if len(names[0].split()) == 1 else "is not one program, and Inductor runs it as one"
@@ -127,6 +129,22 @@ def _modes() -> Iterator[Finding]:
     recorded, how = _try_capture()
     yield Finding("mode graph", recorded, how)
     yield Finding("mode hybrid", recorded and cannot_compile is None, cannot_compile or how)
+    yield Finding("mode auto", True, _auto())
+
+
+def _auto() -> str:
+    """What mode auto runs here."""
+    import torch
+
+    from hybridgen.compilation.store.session import why_not_behind
+    from hybridgen.config import EngineConfig, Mode
+
+    if torch.cuda.is_available():
+        return f"{Mode.AUTO.on('cuda')} on CUDA"
+    why = why_not_behind(EngineConfig())
+    if why is not None:
+        return f"eager: {why}"
+    return "hybrid: runs as eager at first; steps are compiled in another process, kept, and taken between calls"
 
 
 def _try_capture() -> tuple[bool, str]:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ class CompileJob:
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "hybridgen.compilation.worker", str(self._folder)],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # whose end tells it that this process has ended, however it did
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": path},
@@ -77,6 +78,11 @@ class CompileJob:
         # Loading what was compiled takes seconds too, and most of them wait.
         self._thread = threading.Thread(target=self._load, name="hybridgen-compile", daemon=True)
         self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that compiles."""
+        return self._process.pid
 
     @property
     def done(self) -> bool:
@@ -106,6 +112,8 @@ class CompileJob:
         except Exception as error:  # told by `result`
             self._error = error
         finally:
+            if self._process.stdin is not None:
+                self._process.stdin.close()
             atexit.unregister(self.close)
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -113,6 +121,7 @@ class CompileJob:
         """End the process if it runs; its files go with it."""
         self._closed = True
         if self._process.poll() is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # the C++ compiler with it
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from hybridgen.sampling import choice
 
 _aten = torch.ops.aten
 _REFUSED_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
-_ATTENTION = "hybridgen::decode_attention."
+_ATTENTION = "hybridgen::decode_attention.default"
 _READS = {"tolist", "numpy", "__array__", "__dlpack__", "untyped_storage", "storage"}
 """Methods that hand values to the host without an operator."""
 
@@ -185,10 +185,15 @@ class _Recording(TorchDispatchMode):
 
     def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product of one row as a sum: Inductor's loop over it, fused with what is around, reads weights faster
-        than `torch.mm` does (up to 2 times on a server's processor). The product of a few rows is oneDNN's."""
+        than `torch.mm` does (up to 2 times on a server's processor). Of a weight that lies by columns
+        (`models.projections`) it is the BLAS's, and the product of a few rows is oneDNN's."""
         shape = rows.shape
         flat = self._run(_aten.view.default, (rows, [-1, shape[-1]]), {})
-        if flat.shape[0] == 1:
+        if flat.shape[0] == 1 and weight.stride(1) != 1:
+            found = self._run(_aten.mm.default, (flat, self._run(_aten.t.default, (weight,), {})), {})
+            if bias is not None:
+                found = self._run(_aten.add.Tensor, (found, bias), {})
+        elif flat.shape[0] == 1:
             found = self._run(_aten.sum.dim_IntList, (self._run(_aten.mul.Tensor, (weight, flat), {}), [1]), {})
             if bias is not None:
                 found = self._run(_aten.add.Tensor, (found, bias), {})

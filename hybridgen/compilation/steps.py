@@ -8,9 +8,12 @@ be traced; the weights' values and the number of the cache's pages are not in it
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,11 @@ def compiles_whole(config: EngineConfig, mode: Mode, device_type: str) -> bool:
     """
     whole = device_type == "cpu" and mode is Mode.HYBRID and config.compile_backend == "inductor"
     return whole and not config.drafts and switched_off() is None
+
+
+def compiles_behind(config: EngineConfig, mode: Mode, device_type: str) -> bool:
+    """Whether compiled steps are made while steps run as they are, and no start waits for one that has to be made."""
+    return config.lazy_capture and compiles_whole(config, mode, device_type)
 
 
 CompiledStep = Callable[..., object]
@@ -101,6 +109,22 @@ class CompiledSteps:
 
 def _name(digest: str) -> str:
     return f"step-{digest}.bin"
+
+
+class Loader:
+    """Imports what loading a step needs, on a thread of its own that the first question starts."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def ready(self) -> bool:
+        """Whether it is imported."""
+        if self._thread is None:
+            # With this thread's context: torch keeps some settings in it.
+            work = partial(contextvars.copy_context().run, import_loader)
+            self._thread = threading.Thread(target=work, name="hybridgen-loader", daemon=True)
+            self._thread.start()
+        return not self._thread.is_alive()
 
 
 def import_loader() -> None:

@@ -32,6 +32,7 @@ from hybridgen.errors import CacheMissError, ConfigError, described
 from hybridgen.execution import ModelRunner, warm_up
 from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
+from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
@@ -58,6 +59,8 @@ class Built(NamedTuple):
     cache_bytes: int
     prefix_state: str
     """`on`, or why requests share no pages."""
+    spares_first_call: bool
+    """See `GraphSetup`."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Builder:
         runner = kind(
             bound,
             vocab_size=checkpoint.vocab_size,
-            max_batch=config.max_batch,
+            max_batch=self.resolved.slots,
             max_pages=pages_for_tokens(self.resolved.max_context, config.page_size),
             token_budget=self.resolved.token_budget,
             max_context=self.resolved.max_context,
@@ -133,7 +136,9 @@ class Builder:
         self.use_graphs(runner, plan, not_compiled, steps)
         if twin is None:  # hooks that the model's own code put there; a twin has none while it is built
             begin_call(runner)
-        if plan.records and config.capture_at_start:
+        if plan.spares_first_call:
+            self.want_planned(runner, plan)
+        elif plan.records and config.capture_at_start:
             with timed("capture"):
                 self.capture(runner, plan)
         prefix_state = self._prefix_state(bound, runner)
@@ -172,7 +177,7 @@ class Builder:
             before_call=before_call,
             drafter=None if runner.drafting is None else runner.drafting.name,
         )
-        return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state)
+        return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)
 
     def use_graphs(
         self,
@@ -220,6 +225,20 @@ class Builder:
         Raises:
             CacheMissError: `offline_compile=True`, and a compiled step is not there.
         """
+        keys = self._planned(runner, plan)
+        disable = bar_disabled(self.config.progress)
+        with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
+            runner.capture(keys, bar.update)
+        if plan.compiles_steps:
+            self.starter.check_steps()
+
+    def want_planned(self, runner: ModelRunner, plan: GraphSetup) -> None:
+        """Have the steps that a start would load be loaded between calls."""
+        for key in self._planned(runner, plan):
+            runner.graphs.want(key, self.config.capture_after)
+
+    def _planned(self, runner: ModelRunner, plan: GraphSetup) -> list[GraphKey]:
+        """What a start records."""
         checkpoint = self.checkpoint
         usual = resolve(SamplingParams(), checkpoint.generation_config, checkpoint.eos_token_ids, checkpoint.vocab_size)
         plans = {SamplerPlan(): None}
@@ -228,12 +247,7 @@ class Builder:
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
         keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler, query_lens=runner.query_lens)
-        keys = self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
-        disable = bar_disabled(self.config.progress)
-        with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
-            runner.capture(keys, bar.update)
-        if plan.compiles_steps:
-            self.starter.check_steps()
+        return self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
 
     def _allocate_cache(
         self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup, drafter: LoadedDrafter | None
@@ -241,14 +255,14 @@ class Builder:
         """Size and allocate the KV cache; returns its pages and bytes. A page has room for both models."""
         config, device = self.config, self.checkpoint.device
         dtype = self.checkpoint.dtype if config.kv_dtype is None else torch.float8_e4m3fn
-        own, slots = bound.layer_states(config.page_size, dtype, self.kv_scales), config.max_batch + 1
+        own, slots = bound.layer_states(config.page_size, dtype, self.kv_scales), self.resolved.slots + 1
         states = own if drafter is None else (*own, *drafter.drafter.states)
 
         def allocated(pages: int) -> None:
             allocate(states, pages, slots, device)
             runner.attach(own)
             if drafter is not None:
-                drafter.drafter.attach(runner.state.block_table.tensor, config.max_batch * self.resolved.query_len)
+                drafter.drafter.attach(runner.state.block_table.tensor, self.resolved.slots * self.resolved.query_len)
 
         allocated(1)
         measure = config.kv_memory is None
@@ -256,6 +270,7 @@ class Builder:
             states,
             page_size=config.page_size,
             max_batch=config.max_batch,
+            slots=slots,
             max_context=self.resolved.max_context,
             kv_memory=parse_bytes("kv_memory", config.kv_memory),
             device=device,

@@ -27,7 +27,7 @@ from hybridgen.arguments import (
     scoring_pairs,
 )
 from hybridgen.cache import total_bytes
-from hybridgen.compilation.store.session import CompileCache, preload
+from hybridgen.compilation.store.session import CompileCache, mode_of, preload
 from hybridgen.config import EngineConfig, Mode, ResolvedConfig, bar_disabled
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
@@ -58,6 +58,7 @@ from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
 from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models import BoundModel, bind
+from hybridgen.models.probe import ProbedCall
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules, round_activations
 from hybridgen.models.twin import Twin
@@ -105,6 +106,7 @@ class Engine:
         resolved = check_config(checkpoint, config)
         self.max_context = resolved.max_context
         """The longest prompt plus output, in tokens."""
+        self._slots = resolved.slots
         self.mode = resolved.mode
         """How steps run: `config.mode`, with `auto` decided."""
         self._no_bar = bar_disabled(config.progress)
@@ -139,7 +141,8 @@ class Engine:
                         fuse_projections(model)
                         use_rows(model)
                 with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
-                    bound = bound_model(model, self.max_context)
+                    known = checkpoint.probed(self.max_context) if loaded.owned else None
+                    bound = bound_model(model, self.max_context, known)
                 undo.callback(bound.release)
                 for _, module in quantised_modules(model):
                     module.dequantises = self.mode is Mode.EAGER  # the reference
@@ -158,6 +161,7 @@ class Engine:
             self._adapters = None if twin is not None else Adapters(bound.model)
             self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
             self._prefix_state = built.prefix_state
+            self._spares_call = built.spares_first_call
             self._kv_scales = loaded.kv_scales
             self._formats = formats_of(bound.model, bound.weights)
             if config.adapter is not None:
@@ -229,7 +233,7 @@ class Engine:
         cache = open_cache(checkpoint, config)
         try:
             device_type = checkpoint.device.type
-            wait = preload(cache, config, config.mode_on(device_type), device_type)
+            wait = preload(cache, config, mode_of(checkpoint, config), device_type)
             lead = start_ranks(checkpoint, config, resolve_config(checkpoint, config))
             if lead is None:
                 loaded = checkpoint.load()
@@ -588,6 +592,9 @@ class Engine:
 
     def _end_call(self) -> None:
         """After a call, whose results are complete: record a graph that it missed."""
+        if self._spares_call:  # a process that makes one call would do it for nobody
+            self._spares_call = False
+            return
         with suppress(EngineError):  # closed meanwhile
             self.record_missing()
 
@@ -650,7 +657,7 @@ class Engine:
             drafted=counted["checked"],
             accepted=counted["accepted"],
             weight_bytes=0 if self._drafter is None else self._drafter.weight_bytes,
-            cache_bytes=total_bytes(drafting.states, self._num_pages, self.config.max_batch + 1),
+            cache_bytes=total_bytes(drafting.states, self._num_pages, self._slots + 1),
         )
 
     @property
@@ -718,14 +725,14 @@ class Engine:
         return loop
 
 
-def bound_model(model: PreTrainedModel, context: int) -> BoundModel:
-    """`bind(model, context)`, where a model whose own code fails is refused.
+def bound_model(model: PreTrainedModel, context: int, calls: tuple[ProbedCall, ...] | None = None) -> BoundModel:
+    """`bind(model, context, calls)`, where a model whose own code fails is refused.
 
     Raises:
         UnsupportedModelError: a forward pass of a few tokens fails, or see `bind`.
     """
     try:
-        return bind(model, context)
+        return bind(model, context, calls)
     except HybridgenError:
         raise
     except Exception as error:  # what a model's own code raises for a config that it cannot run

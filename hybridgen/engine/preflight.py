@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hybridgen.cache import pages_for_tokens
 from hybridgen.compilation.layers import check_backend, check_toolchain
-from hybridgen.compilation.store.session import CompileCache
-from hybridgen.config import EngineConfig, GraphOwner, ResolvedConfig
+from hybridgen.compilation.steps import compiles_whole
+from hybridgen.compilation.store.session import CompileCache, mode_of
+from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig
 from hybridgen.engine.requests import context_limit
 from hybridgen.errors import ConfigError, DeviceError
 from hybridgen.execution.drafting import DRAFTS
@@ -17,6 +18,9 @@ from hybridgen.telemetry import import_time
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
 """Prompt tokens in one prefill call when the config says none."""
 
+_LEAST_SLOTS = 32
+"""Room of the smallest buffers of steps that are compiled whole."""
+
 MOST_TABLE_BYTES = 2**30
 """For the numbers of the pages of all requests (int32), on the host and on the device."""
 
@@ -27,13 +31,22 @@ def resolve_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConf
     Raises:
         ConfigError: the context is above the model's limit.
     """
-    device = checkpoint.device.type
+    device, mode = checkpoint.device.type, mode_of(checkpoint, config)
     return ResolvedConfig(
-        mode=config.mode_on(device),
+        mode=mode,
         max_context=context_limit(checkpoint, config.max_context),
         token_budget=config.token_budget or TOKEN_BUDGET[device],
         query_len=_query_len(config),
+        slots=_slots(config, mode, device),
     )
+
+
+def _slots(config: EngineConfig, mode: Mode, device_type: str) -> int:
+    """Requests that the step's buffers have room for. A step that is compiled whole has their strides in its code: few
+    sizes for all `max_batch`, so that a step that is kept serves most of them."""
+    if not compiles_whole(config, mode, device_type):
+        return config.max_batch
+    return max(_LEAST_SLOTS, 1 << (config.max_batch - 1).bit_length())
 
 
 def _query_len(config: EngineConfig) -> int:
@@ -65,8 +78,8 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             raise ConfigError("adapter= is not for a live module; merge it there, or give the PEFT model")
         check_adapter(config.adapter)
     device = checkpoint.device.type
-    mode = config.mode_on(device)
-    if mode.compiles:
+    mode = mode_of(checkpoint, config)
+    if mode.compiles and not (config.mode is Mode.AUTO and device == "cpu"):
         with import_time.timed():  # it imports the first part of the compiler
             check_backend(config.compile_backend)
             check_toolchain(mode, config.compile_backend, device)
@@ -88,7 +101,7 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             "(token_budget, max_context); leave it out"
         )
     pages = pages_for_tokens(resolved.max_context, config.page_size)
-    if 4 * pages * (config.max_batch + 1) > MOST_TABLE_BYTES:
+    if 4 * pages * (resolved.slots + 1) > MOST_TABLE_BYTES:
         raise ConfigError(
             f"a context of {resolved.max_context} tokens with max_batch={config.max_batch} and "
             f"page_size={config.page_size} takes a table of over {MOST_TABLE_BYTES >> 30} GiB; set max_context "

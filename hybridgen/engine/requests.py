@@ -17,7 +17,7 @@ from hybridgen.execution.plan import Hidden
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
 from hybridgen.params import GRAMMARS, SamplingParams, choice_seed
-from hybridgen.sampling.grammar import constraint_of
+from hybridgen.sampling.grammar import Constraint, constraint_of
 from hybridgen.sampling.resolve import ResolvedSampling, counts_prompt, draw_seed, resolve
 from hybridgen.speculation.pace import RowPace
 from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
@@ -218,6 +218,19 @@ def make_requests(
     return requests
 
 
+def read_grammar(wanted: SamplingParams, checkpoint: Checkpoint) -> Constraint | None:
+    """The grammar that parameters ask for, if any. One that was read is kept for a while, so that a server reads it on
+    another thread than that of its steps, before it makes the requests.
+
+    Raises:
+        SamplingError, TokenizerError, ConfigError: see `constraint_of`.
+    """
+    if all(getattr(wanted, kind) is None for kind in GRAMMARS):
+        return None
+    eos, vocab = checkpoint.eos_token_ids, checkpoint.vocab_size
+    return constraint_of(wanted, checkpoint.tokenizer, checkpoint.tokenizer_problem, vocab, eos)
+
+
 def _make(
     index: int,
     prompt: Any,
@@ -241,9 +254,7 @@ def _make(
     if resolved is None:
         eos, vocab = checkpoint.eos_token_ids, checkpoint.vocab_size
         resolved = resolve(wanted, checkpoint.generation_config, eos, vocab, len(ids))
-        asked = any(getattr(wanted, kind) is not None for kind in GRAMMARS)
-        problem = checkpoint.tokenizer_problem
-        constraint = constraint_of(wanted, checkpoint.tokenizer, problem, vocab, eos) if asked else None
+        constraint = read_grammar(wanted, checkpoint)
         if constraint is not None:
             resolved = replace(resolved, logits_processors=(*resolved.logits_processors, constraint))
         if resolved.logits_processors and checkpoint.config.tensor_parallel > 1:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerState
+from hybridgen.device.watched import is_watched
 from hybridgen.execution.drafting import Drafting
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
@@ -384,7 +385,7 @@ class ModelSteps:
         """
         phase, rows = key.phase, key.rows
         tokens = rows if phase is Phase.DECODE else key.tokens
-        if torch.compiler.is_compiling() or _is_recording() or _is_capturing(self._state.device):
+        if is_watched() or _is_capturing(self._state.device):
             copy_pairs = copy_metadata if self._one_copy else copy_one_by_one
             copy_pairs(*self._pair(phase, tokens, rows))
             return
@@ -410,11 +411,6 @@ class ModelSteps:
             sources.append(field[:size])
             destinations.append(inputs[name][:size])
         return sources, destinations
-
-
-def _is_recording() -> bool:
-    """Whether the operators of the step are being recorded (`compilation.step_graph`)."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_capturing(device: torch.device) -> bool:

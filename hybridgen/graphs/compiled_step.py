@@ -14,7 +14,7 @@ import torch
 
 from hybridgen.compilation.behind import CompileJob
 from hybridgen.compilation.step_graph import record_step
-from hybridgen.compilation.steps import CompiledStep, CompiledSteps
+from hybridgen.compilation.steps import CompiledStep, CompiledSteps, Loader
 from hybridgen.errors import CacheMissError
 from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import NotReadyError, Recorded, checked_seconds
@@ -27,13 +27,15 @@ class CompiledStepRecorder:
 
     owner = OWNER
 
-    def __init__(self, steps: CompiledSteps, *, waits: bool) -> None:
+    def __init__(self, steps: CompiledSteps, *, waits: bool, loader: Loader | None = None) -> None:
         """
         Args:
             waits: wait for what is compiled, while idle too; else steps go on meanwhile.
+            loader: what is waited for likewise before a kept step is loaded; None: nothing is.
         """
         self._steps = steps
         self._waits = waits
+        self._loader = loader
         self._job: tuple[GraphKey, CompileJob, list[torch.Tensor], list[int]] | None = None
 
     def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
@@ -44,6 +46,8 @@ class CompiledStepRecorder:
             CacheMissError: `offline_compile=True`, and it is not kept.
             RuntimeError: the step cannot be recorded, or not compiled.
         """
+        if self._loader is not None and not self._steps.empty and not self._loader.ready():
+            raise NotReadyError
         if self._job is None or self._job[0] != key:
             step()  # what the first run sets up is no part of it
             graph, inputs = record_step(step)
@@ -69,6 +73,13 @@ class CompiledStepRecorder:
         if [one.data_ptr() for one in inputs] != places:
             raise RuntimeError("its tensors moved while it was compiled")
         return _recorded(compiled, inputs, step, known)
+
+    @property
+    def behind(self) -> str:
+        """What is waited for, in words."""
+        if self._job is None:
+            return "what loads it is imported"
+        return "compiled" if self._job[1].done else f"being compiled by process {self._job[1].pid}"
 
     def close(self) -> None:
         """Stop what is being compiled."""

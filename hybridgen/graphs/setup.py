@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hybridgen.compilation.steps import CompiledSteps, compiles_whole
+from hybridgen.compilation.steps import CompiledSteps, Loader, compiles_whole
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
 from hybridgen.graphs.buckets import decode_buckets, prefill_buckets
 from hybridgen.graphs.compiled_step import CompiledStepRecorder
@@ -44,6 +44,12 @@ class GraphSetup:
     def compiles_steps(self) -> bool:
         """Whether decode steps are compiled whole, in place of the layers."""
         return compiles_whole(self.config, self.mode, self.device.type)
+
+    @property
+    def spares_first_call(self) -> bool:
+        """Whether compiled steps are neither loaded at the start nor recorded at the end of the first call: `auto` on a
+        CPU, whose first call takes no longer than that of `eager`."""
+        return self.config.mode is Mode.AUTO and self.compiles_steps and self.config.lazy_capture
 
     def settings(self) -> GraphSettings:
         """Buckets and limits."""
@@ -100,7 +106,8 @@ class GraphSetup:
             stand_in = StandInRecorder()
             if compiled is None:
                 return lambda key, lazy: stand_in
-            whole = CompiledStepRecorder(compiled, waits=not self.config.lazy_capture)
+            loader = Loader() if self.spares_first_call else None
+            whole = CompiledStepRecorder(compiled, waits=not self.config.lazy_capture, loader=loader)
             return lambda key, lazy: whole if key.phase is Phase.DECODE else stand_in
         # Imported here, because the trees' module takes part of a second and must be imported on this thread.
         from hybridgen.graphs.cuda import CudaGraphRecorder

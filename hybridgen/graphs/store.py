@@ -163,9 +163,9 @@ class GraphStore:
         """Note that a step of this phase ran without a recording."""
         self._misses[phase, reason] += 1
 
-    def want(self, key: GraphKey) -> None:
-        """Note that a step would have been served better by this recording."""
-        self._wanted[key] += 1
+    def want(self, key: GraphKey, times: int = 1) -> None:
+        """Note that so many steps would have been served better by this recording."""
+        self._wanted[key] += times
 
     def know(self, times: Mapping[GraphKey, tuple[float, float]]) -> None:
         """Use times that an earlier process measured on the same device, of steps without and with their recording."""
@@ -421,9 +421,14 @@ class GraphStore:
             phases=self._by_phase() if self.records else {},
             lazy_captures=self._lazy_captures,
             evictions=self._evictions,
+            behind=self._made_behind(),
             capture_failures=self._capture_failures,
             failures={f"{describe(key)} ({describe_sampler(key)})": why for key, why in dict(self.failed).items()},
         )
+
+    def _made_behind(self) -> dict[str, str]:
+        behind = self._behind
+        return {} if behind is None else {describe(behind[0]): getattr(behind[1], "behind", "being made")}
 
     def _misses_by(self, name: Callable[[Phase, str], str]) -> Counter[str]:
         found: Counter[str] = Counter()

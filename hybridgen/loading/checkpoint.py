@@ -34,7 +34,7 @@ from hybridgen.loading.support import check_supported
 from hybridgen.loading.weights import progress_bars, read_weights
 from hybridgen.loading.wrappers import unwrapped
 from hybridgen.models.latent import find_latents
-from hybridgen.models.probe import probe_config
+from hybridgen.models.probe import ProbedCall, probe_config
 from hybridgen.models.projections import FusedHead
 from hybridgen.models.quantised import QuantisedHead
 from hybridgen.models.text_part import TextPart, is_multimodal, text_config, text_part, without_encoders
@@ -97,6 +97,8 @@ class Checkpoint:
     """What it was given as: itself, or a PEFT model around it."""
     seconds: float = field(default=0.0, repr=False, compare=False)
     """What opening it took."""
+    _probed: tuple[int, tuple[ProbedCall, ...]] | None = field(default=None, repr=False, compare=False)
+    """What the attention calls see up to a context, as read off the config."""
 
     @classmethod
     def open(
@@ -188,9 +190,10 @@ class Checkpoint:
             **_tokenizer(tokenizer, whole, source, config),
         )
         # Last, because it builds the model (on the meta device), which a config that makes no sense would not survive.
-        calls = probe_config(whole, config.max_context or found.max_context or 0, model_class)
+        context = config.max_context or found.max_context or 0
+        calls = probe_config(whole, context, model_class)
         check_kv_dtype(config.kv_dtype, device, [call.name for call in calls if call.latent])
-        return replace(found, attention=tuple(call.name for call in calls))
+        return replace(found, attention=tuple(call.name for call in calls), _probed=(context, calls))
 
     @classmethod
     def _open_live(cls, module: PreTrainedModel, config: EngineConfig, tokenizer: Any) -> Checkpoint:
@@ -228,6 +231,13 @@ class Checkpoint:
             **_generation(hf_config, generation_config, f"the generation_config of this {kind}"),
             **_tokenizer(tokenizer, whole, source, config),
         )
+
+    def probed(self, context: int) -> tuple[ProbedCall, ...] | None:
+        """What the attention calls see, for the model that is loaded from it; None where that model has to be probed
+        again: another context, or code that the checkpoint brings."""
+        if self._probed is None or self._probed[0] != context or self.config.trust_remote_code:
+            return None
+        return self._probed[1]
 
     @property
     def joins(self) -> bool:

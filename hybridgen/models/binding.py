@@ -47,7 +47,15 @@ from hybridgen.models.mixers import (
     use_own_cache,
     use_slots,
 )
-from hybridgen.models.probe import AttentionOptions, check_distinct, check_interface, kind_of, probe_model, read_options
+from hybridgen.models.probe import (
+    AttentionOptions,
+    ProbedCall,
+    check_distinct,
+    check_interface,
+    kind_of,
+    probe_model,
+    read_options,
+)
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
 from hybridgen.models.visibility import CAUSAL, Visibility
 from hybridgen.models.weights import ModuleWeights, WeightProvider
@@ -297,11 +305,12 @@ def check_free(model: PreTrainedModel) -> None:
         )
 
 
-def bind(model: PreTrainedModel, context: int | None = None) -> BoundModel:
+def bind(model: PreTrainedModel, context: int | None = None, calls: tuple[ProbedCall, ...] | None = None) -> BoundModel:
     """Route the model's attention to hybridgen.
 
     Args:
         context: the longest sequence that will be run, up to which the masks are read; None for what the config says.
+        calls: what a probe of the same class and config found, if there was one.
 
     Raises:
         EngineError: another engine has the model.
@@ -310,7 +319,7 @@ def bind(model: PreTrainedModel, context: int | None = None) -> BoundModel:
     """
     check_free(model)
     attention = AttentionNames(model)
-    sites, mixers, layers, logits_dtype = _find_sites(model, attention, context or _context_of(model))
+    sites, mixers, layers, logits_dtype = _find_sites(model, attention, context or _context_of(model), calls)
     bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), layers, mixers, attention)
     try:
         attention.set(ATTENTION_NAME)
@@ -338,7 +347,10 @@ class _Seen(NamedTuple):
 
 
 def _find_sites(
-    model: PreTrainedModel, attention: AttentionNames, context: int
+    model: PreTrainedModel,
+    attention: AttentionNames,
+    context: int,
+    calls: tuple[ProbedCall, ...] | None,
 ) -> tuple[tuple[AttentionSite, ...], tuple[MixerSite, ...], tuple[nn.Module, ...], torch.dtype]:
     """The model's attention calls, its mixers, its decoder layers, and the dtype of its logits.
 
@@ -347,7 +359,7 @@ def _find_sites(
     """
     kind = kind_of(model)
     check_interface(model)
-    calls = probe_model(model, context)
+    calls = probe_model(model, context) if calls is None else calls
     mixers = check_mixers(model)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     cache = DynamicCache(config=model.config) if mixers else None

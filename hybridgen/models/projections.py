@@ -40,6 +40,11 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 _MOST_ROWS = 32
 _LEAST = 2**19
 """Elements of a weight for which finding oneDNN's kernel, tens of microseconds each time, is worth it."""
+_WIDE = 2
+"""Outputs for each input from which on a weight lies by columns."""
+_PAGE, _FEW_IN = 1024, 256
+"""Floats in 4 KiB: columns that far apart meet in the same lines of the processor's first cache, which up to so many
+inputs does no harm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +95,20 @@ class Slot:
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` of rows [..., in], by oneDNN where that takes less on most processors. Compilers see `F.linear`."""
-    if torch.compiler.is_compiling() or rows.device.type != "cpu" or not _HAS_ONEDNN:
-        # First: what is asked of a size while a graph is traced would bind the graph to it.
-        return F.linear(rows, weight, bias)
-    few = rows.numel() <= _MOST_ROWS * rows.shape[-1] and rows.is_contiguous() and weight.numel() >= _LEAST
-    if not few or rows.dtype is not torch.float32 or weight.dtype is not torch.float32:
+    # The compiler is asked first: what is asked of a size while a graph is traced would bind the graph to it.
+    if torch.compiler.is_compiling() or not rows.is_cpu or weight.numel() < _LEAST or not _is_for_onednn(rows, weight):
         return F.linear(rows, weight, bias)
     found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
     return found
+
+
+def _is_for_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    count = rows.numel() // rows.shape[-1]
+    if not _HAS_ONEDNN or count > _MOST_ROWS or not rows.is_contiguous():
+        return False
+    if count == 1 and weight.stride(1) != 1:  # a sum of columns: the BLAS reads those one after another
+        return False
+    return rows.dtype is torch.float32 and weight.dtype is torch.float32
 
 
 class FusedHead(nn.Linear):
@@ -156,13 +167,39 @@ class RowsLinear(nn.Linear):
 
 def use_rows(model: nn.Module) -> int:
     """Let every plain `nn.Linear` of a float32 model on a CPU use the product that is meant for a few rows; returns how
-    many do. Weights and names stay as they are."""
+    many do. Wide weights are put down by columns (`_by_columns`). Names, shapes and values stay as they are."""
     count = 0
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype is torch.float32:
+        if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":
+            continue
+        if module.weight.dtype is not torch.float32:
+            continue
+        if type(module) is FusedHead:
+            weight = _by_columns(module.fused_weight)
+            if weight is not None:
+                _adopt(module, weight, module.fused_bias)
+        elif type(module) is nn.Linear:
             module.__class__ = RowsLinear
             count += 1
+            weight = _by_columns(module.weight)  # an embedding with the same weight looks up few rows a step
+            if weight is not None:
+                module.weight.data = weight
     return count
+
+
+def _by_columns(weight: torch.Tensor) -> torch.Tensor | None:
+    """The same weight with its columns next to each other in memory; None where that is no gain.
+
+    The product of one row is then a sum of columns, which the BLAS reads at memory's speed, and takes a third to two
+    thirds of the time where there are more outputs than inputs (1408 x 256 on a server's processor: 80 and 170 us).
+    oneDNN's product of a few rows gains a fifth.
+    """
+    outputs, inputs = weight.shape
+    wide = outputs >= _WIDE * inputs and (outputs % _PAGE or inputs <= _FEW_IN)
+    if not wide or not weight.is_contiguous() or not _HAS_ONEDNN:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        return weight.detach().t().contiguous().t()
 
 
 @dataclass(slots=True)

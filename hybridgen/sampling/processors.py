@@ -28,8 +28,9 @@ def penalize(
         repetition, presence, frequency: float32 [B].
     """
     repeated = torch.where(logits < 0, logits * repetition[:, None], logits / repetition[:, None])
-    logits = torch.where(seen | (counts > 0), repeated, logits)
-    return logits - presence[:, None] * (counts > 0) - frequency[:, None] * counts
+    told = counts > 0
+    logits = torch.where(seen | told, repeated, logits)
+    return logits - presence[:, None] * told - frequency[:, None] * counts
 
 
 def count_drafted(counts: Tensor, drafts: Tensor) -> None:

@@ -133,18 +133,18 @@ def process(
             apply_history(bias, text, tokens, ends, values, state.ngrams, slots, positions)
         scores = scores + bias
     if plan.penalties and state.prompt_seen is not None and state.output_counts is not None:
-        counts = state.output_counts[slots]
+        counts = state.output_counts.index_select(0, slots)
         if drafts is not None:
             count_drafted(counts, drafts)
         if behind is not None:
             count_behind(counts, behind)
         scores = penalize(
             scores,
-            state.prompt_seen[slots],
+            state.prompt_seen.index_select(0, slots),
             counts,
-            state.repetition_penalty[slots],
-            state.presence_penalty[slots],
-            state.frequency_penalty[slots],
+            state.repetition_penalty.index_select(0, slots),
+            state.presence_penalty.index_select(0, slots),
+            state.frequency_penalty.index_select(0, slots),
         )
     if plan.by_length and state.rules is not None:
         scores = apply_rules(scores, state.rules[slots], generated, state.limits[slots])

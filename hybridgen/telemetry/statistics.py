@@ -120,6 +120,10 @@ class GraphStats:
     )
     lazy_captures: int = field(default=0, metadata=about("Graphs that were captured while idle."))
     evictions: int = field(default=0, metadata=about("Graphs that were dropped for others."))
+    behind: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata=about("What is made while steps run without it, and by whom, such as a process that compiles."),
+    )
     capture_failures: int = field(default=0, metadata=about("Captures that were tried and failed."))
     failures: Mapping[str, str] = field(
         default_factory=dict, metadata=about("Messages of failed captures and of graphs that were found wrong.")
@@ -141,6 +145,7 @@ class GraphStats:
             *(f"{rate:.1%} of {phase} steps" for phase, rate in _rates(self.phases)),
             f"{self.lazy_captures} captured while idle",
             f"{self.evictions} evicted",
+            *(f"{name}: {what}" for name, what in self.behind.items()),
             f"{len(self.failures)} failed",
         ]
         return ", ".join(parts)

@@ -40,7 +40,7 @@ def test_explain_names_what_differs_without_reading_weights(capsys: pytest.Captu
     code, out, _ = run(capsys, "explain", "--dir", store.root, "--mode", "hybrid", "--device", "cpu")
     assert code == 1
     assert out.startswith("miss: ")
-    for part in ("GPU", "dtype", "model.hidden_size", "config.max_batch"):
+    for part in ("GPU", "dtype", "model.hidden_size", "config.slots"):
         assert f"\n  {part}\n    here:  " in out
     code, out, _ = run(capsys, "explain", "--dir", store.root, "--mode", "eager", "--device", "cpu")
     assert (code, out) == (1, "off: mode eager on a CPU compiles nothing\n")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,9 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybridgen import Engine
+from hybridgen import Engine, EngineConfig
 from hybridgen.compilation import behind
 from hybridgen.compilation.step_graph import record_step
+from hybridgen.compilation.store.session import mode_of, why_not_behind
+from hybridgen.loading import Checkpoint
 
 NEW = 12
 PROMPTS = families.prompts_of((9, 5, 7))
@@ -24,6 +29,7 @@ class InThisProcess:
     """A job whose graph is run as it is: what is recorded, without Inductor."""
 
     done = True
+    pid = 0
 
     def __init__(self, graph, inputs, keep=None) -> None:
         self.graph = graph
@@ -98,6 +104,57 @@ def test_a_step_is_compiled_behind(tmp_path: Path) -> None:
             assert tokens_of(engine, PROMPTS) == expected
             time.sleep(0.5)
         assert not engine.stats().fallbacks
+
+
+@needs_compiler
+def test_auto_takes_what_is_compiled_behind_its_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridgen.compilation.steps.CompileJob", InThisProcess)
+    path = families.write("llama", tmp_path)
+    expected = expected_of(path)
+    store = tmp_path / "store"
+    settings = SETTINGS | {"mode": "auto", "compile_cache": store}
+    with Engine.load(str(path), **settings) as engine:
+        assert engine.mode == "hybrid"
+        for calls in range(3):
+            assert engine.stats().graphs.lazy_captures == max(0, calls - 1)  # nothing is recorded after the first
+            assert tokens_of(engine, PROMPTS) == expected
+        assert kinds_of(engine) == {"layers, eager", "layers, compiled step"}
+        assert not engine.stats().fallbacks
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [
+        ({}, "hybrid"),
+        ({"compile_cache": False}, "eager"),
+        ({"offline_compile": True}, "eager"),
+        ({"speculation": "ngram"}, "eager"),
+        ({"compile_backend": "eager"}, "eager"),
+        ({"graphs": "trees"}, "eager"),
+        ({"mode": "eager"}, "eager"),
+    ],
+)
+def test_what_auto_is_on_a_cpu(changes: dict, mode: str, tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path)
+    config = EngineConfig(**{"device": "cpu", "compile_cache": str(tmp_path / "store")} | changes)
+    assert mode_of(Checkpoint.open(str(path), config), config) == mode
+    live = Checkpoint.open(AutoModelForCausalLM.from_pretrained(path), config)
+    assert mode_of(live, config) == "eager"
+
+
+def test_without_a_compiler_auto_is_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "C++ compiler" in str(why_not_behind(EngineConfig(device="cpu", compile_cache=str(tmp_path))))
+
+
+def test_the_compiling_process_ends_with_its_parent() -> None:
+    # All that the parent does for it is to end, so that its end of the pipe is closed.
+    code = "from hybridgen.compilation.worker import end_with_parent; end_with_parent()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(120) == -signal.SIGKILL
 
 
 def test_closing_ends_the_process() -> None:

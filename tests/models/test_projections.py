@@ -20,6 +20,7 @@ from hybridgen.models.projections import (
     FusionReport,
     RowsLinear,
     fuse_projections,
+    product,
     unfuse_projections,
     use_rows,
 )
@@ -72,6 +73,30 @@ def test_products_of_a_few_rows_are_the_same(family: str, monkeypatch: pytest.Mo
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
     assert same_states(model.state_dict(), state)
     assert use_rows(model.to(torch.bfloat16)) == 0
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="only where oneDNN is")
+def test_wide_weights_lie_by_columns_once_and_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridgen.models.projections._LEAST", 0)
+    model = families.build("llama")
+    before, state, size = logits(model), copy.deepcopy(model.state_dict()), storage_bytes(model)
+    fuse_projections(model)
+    use_rows(model)
+    heads = [module for module in model.modules() if type(module) is FusedHead]
+    assert heads
+    for head in heads:
+        wide = head.fused_weight.shape[0] >= 2 * head.fused_weight.shape[1]
+        assert head.fused_weight.is_contiguous() != wide
+        for member in head.fused_members:  # views of it still
+            assert member.weight.untyped_storage().data_ptr() == head.fused_weight.untyped_storage().data_ptr()
+    assert any(not head.fused_weight.is_contiguous() for head in heads)
+    assert storage_bytes(model) == size
+    assert same_states(model.state_dict(), state)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    for rows in (1, 2, 40):
+        inputs = torch.randn(1, rows, heads[0].in_features)
+        expected = torch.nn.functional.linear(inputs, heads[0].fused_weight.contiguous())
+        torch.testing.assert_close(product(inputs, heads[0].fused_weight, None), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

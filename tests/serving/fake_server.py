@@ -69,6 +69,9 @@ class ToyModel:
         self.unload = unload
         self.runs: list[Run] = []
 
+    def read_grammar(self, params: Any) -> None:
+        """Nothing: no grammar is asked for."""
+
     def encode(self, prompt: Any, index: int) -> Any:
         if isinstance(prompt, list):
             raise PromptError("this chat is refused")

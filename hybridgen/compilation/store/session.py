@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from hybridgen.compilation.steps import compiles_whole, import_loader
+from hybridgen.compilation.layers import switched_off
+from hybridgen.compilation.steps import compiles_behind, compiles_whole, import_loader
 from hybridgen.compilation.store import environment, refusal
 from hybridgen.compilation.store.entry import Entry, MemoryEntry
 from hybridgen.compilation.store.key import Key
@@ -26,6 +27,9 @@ from hybridgen.errors import CacheMissError
 from hybridgen.loading import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+COMPILERS = ["g++", "clang++", "c++", "gcc"]
+"""Of C++, as Inductor looks for them."""
 
 
 class CompileCache:
@@ -70,7 +74,9 @@ class CompileCache:
             cache = cls(MemoryEntry("; ".join(problems)), None, config)
             cache.notes += problems
             return cache
-        cache = cls._open(store, key, config)
+        # Where nothing is compiled before the first request, nobody who compiles is waited for.
+        waits = not config.offline_compile and not compiles_behind(config, mode, checkpoint.device.type)
+        cache = cls._open(store, key, config, waits=waits)
         cache.notes += problems
         if not cache.entry.hit:
             try:
@@ -82,10 +88,10 @@ class CompileCache:
         return cache
 
     @classmethod
-    def _open(cls, store: Store, key: Key, config: EngineConfig) -> CompileCache:
+    def _open(cls, store: Store, key: Key, config: EngineConfig, *, waits: bool) -> CompileCache:
         build = ExitStack()
         try:
-            entry = build.enter_context(store.open(key, wait=not config.offline_compile))
+            entry = build.enter_context(store.open(key, wait=waits))
         except OSError as error:  # a full disk, mostly
             cache = cls(MemoryEntry(f"no working copy can be written ({error.strerror})"), None, config)
             cache.notes.append(cache.entry.reason)
@@ -201,6 +207,39 @@ class CompileCache:
         self.entry.close()
 
 
+def mode_of(checkpoint: Checkpoint, config: EngineConfig) -> Mode:
+    """The mode that an engine of this checkpoint and config runs: what `auto` stands for, else the one that is given.
+
+    On a CPU `auto` is `hybrid` where steps can be compiled behind and kept: it starts and runs as `eager` does until a
+    step is there, and takes it between calls.
+    """
+    mode = config.mode_on(checkpoint.device.type)
+    if config.mode is Mode.AUTO and checkpoint.device.type == "cpu" and why_not_behind(config, checkpoint) is None:
+        return Mode.HYBRID
+    return mode
+
+
+def why_not_behind(config: EngineConfig, checkpoint: Checkpoint | None = None) -> str | None:
+    """Why `auto` on a CPU stays `eager`, in words; None where it compiles steps behind."""
+    if config.tensor_parallel > 1:
+        return "tensor_parallel"
+    if config.offline_compile:
+        return "offline_compile=True"
+    if config.graphs is not GraphOwner.MANUAL:
+        return f'graphs="{config.graphs}"'
+    off = why_off(config, Mode.HYBRID, "cpu")
+    if off is not None:
+        return off
+    if not compiles_whole(config, Mode.HYBRID, "cpu"):
+        return switched_off() or "steps with drafts are not compiled whole"
+    if checkpoint is not None and checkpoint.module is not None:
+        return "the model is a live module, whose weights its owner changes"
+    if checkpoint is not None and checkpoint.formats != "dense":
+        return "eager computes quantised weights in another way"
+    names = [os.environ["CXX"]] if "CXX" in os.environ else COMPILERS
+    return None if any(map(shutil.which, names)) else f"there is no C++ compiler ({' or '.join(names)})"
+
+
 def why_off(config: EngineConfig, mode: Mode, device_type: str) -> str | None:
     """Why nothing is kept, or None."""
     if config.compile_cache is False:
@@ -248,12 +287,13 @@ def preload(cache: CompileCache, config: EngineConfig, mode: Mode, device_type: 
     """Import what loading compiled code needs, on a thread, while weights are read; returns what waits for it.
 
     What it is waited for is part of the cache's seconds. Not with cudagraph trees: up to torch 2.11 they work only on
-    the thread that imported them. Nor where whole steps are compiled and none is kept: that waits for no start.
+    the thread that imported them. Nor where whole steps are compiled and none is kept, or mode
+    `auto` loads them between calls: no start waits for that.
     """
     if not mode.compiles or config.compile_backend != "inductor" or config.graphs is not GraphOwner.MANUAL:
         return lambda: None
     whole = compiles_whole(config, mode, device_type)
-    if whole and not cache.hit:
+    if whole and (not cache.hit or config.mode is Mode.AUTO):
         return lambda: None
     # With this thread's context: torch keeps some settings in it.
     work = partial(contextvars.copy_context().run, _import_compiler, import_loader if whole else _import_code_cache)

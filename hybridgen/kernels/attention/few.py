@@ -44,23 +44,22 @@ def attend(
     # Tensor.numpy() would end that their memory can be given back (`Engine.release_cache`).
     keys, values, queries = np.from_dlpack(k_pages), np.from_dlpack(v_pages), q.numpy()
     kv_heads, page_size = keys.shape[1:3]
-    group = q.shape[1] // kv_heads
-    out = q.new_empty((*q.shape[:2], v_pages.shape[3]))
-    result = out.numpy().reshape(len(places), kv_heads, group, v_pages.shape[3])
+    count, heads, dim = queries.shape
+    result = np.empty((count, kv_heads, heads // kv_heads, values.shape[3]), np.float32)
     table = block_table.numpy()
     rows = [table[slot] for slot in slots.tolist()]
     if k is not None and v is not None:  # all of them first: rows can be tokens of one request
-        new = k.numpy(), v.numpy()
-        for token, (row, place) in enumerate(zip(rows, places, strict=True)):
-            page, at = row[place // page_size], place % page_size
-            keys[page, :, at] = new[0][token]
-            values[page, :, at] = new[1][token]
-    for token, (row, place) in enumerate(zip(rows, places, strict=True)):
+        new_keys, new_values = k.numpy(), v.numpy()
+        for token, place in enumerate(places):
+            page, at = rows[token][place // page_size], place % page_size
+            keys[page, :, at] = new_keys[token]
+            values[page, :, at] = new_values[token]
+    for token, place in enumerate(places):
         first, last, skipped = see.pages(place, page_size)
-        pages = row[first : last + 1].tolist()
-        query = queries[token].reshape(kv_heads, group, queries.shape[2])
+        pages = rows[token][first : last + 1].tolist()
+        query = queries[token].reshape(kv_heads, heads // kv_heads, dim)
         _row(query, keys, values, pages, skipped, place % page_size + 1, see, result[token])
-    return out
+    return torch.from_numpy(result.reshape(count, heads, values.shape[3]))
 
 
 def _row(
@@ -70,29 +69,32 @@ def _row(
     `filled` are written; out [Hkv, G, Dv]."""
     page_size = keys.shape[2]
     heads, group, _ = query.shape
-    length = (len(pages) - 1) * page_size + filled - skipped
-    runs = []
-    start = 0
-    for number, page in enumerate(pages):
-        low = 0 if number else skipped
-        high = filled if number == len(pages) - 1 else page_size
-        runs.append((page, slice(low, high), slice(start, start + high - low)))
-        start += high - low
+    last = len(pages) - 1
+    length = last * page_size + filled - skipped
     sinks = 0 if see.sinks is None else 1
     scores = np.empty((heads, group, length + sinks), np.float32)
     scaled = query * np.float32(see.scale)
-    for page, inside, where in runs:
-        np.matmul(scaled, keys[page, :, inside].swapaxes(1, 2), out=scores[:, :, where])
+    start = 0
+    for number, page in enumerate(pages):
+        seen = keys[page, :, 0 if number else skipped : filled if number == last else page_size]
+        end = start + seen.shape[1]
+        np.matmul(scaled, seen.swapaxes(1, 2), out=scores[:, :, start:end])
+        start = end
     if see.softcap > 0:
         cap = np.float32(see.softcap)
         scores[:] = np.tanh(scores / cap) * cap
     if see.sinks is not None:
         scores[:, :, length] = see.sinks.detach().float().numpy().reshape(heads, group)
-    scores -= scores.max(axis=-1, keepdims=True)
+    # The ufuncs' own reductions: `max()` and `sum()` go through two functions of Python.
+    scores -= np.maximum.reduce(scores, axis=2, keepdims=True)
     np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    for number, (page, inside, where) in enumerate(runs):
+    scores /= np.add.reduce(scores, axis=2, keepdims=True)
+    start = 0
+    for number, page in enumerate(pages):
+        seen = values[page, :, 0 if number else skipped : filled if number == last else page_size]
+        end = start + seen.shape[1]
         if number == 0:
-            np.matmul(scores[:, :, where], values[page, :, inside], out=out)
+            np.matmul(scores[:, :, :end], seen, out=out)
         else:
-            out += np.matmul(scores[:, :, where], values[page, :, inside])
+            out += np.matmul(scores[:, :, start:end], seen)
+        start = end

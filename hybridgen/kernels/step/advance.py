@@ -21,6 +21,7 @@ rows must not share a slot.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def advance_on_cpu(
     counter: Tensor,
     counts: Tensor | None = None,
 ) -> None:
-    """`advance` in torch operators."""
+    """`advance` in torch operators, for compilers."""
     # No value is read on the host and no shape depends on one, so that a step's operators can be recorded.
     publish_on_cpu(tokens.flatten(), ring, counter)
     accepted: Tensor | int = 1
@@ -95,6 +96,33 @@ def advance_on_cpu(
         cells = rows[:, None].expand_as(several), several.clamp(min=0)
         counts.index_put_(cells, chosen.to(counts.dtype), accumulate=True)
     counter += 1
+
+
+def _advance_on_host(
+    tokens: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    generated: Tensor,
+    table: Tensor,
+    ring: Tensor,
+    counter: Tensor,
+    counts: Tensor | None = None,
+) -> None:
+    """`advance` by numpy: the same writes without two dozen operators, each of which costs several microseconds."""
+    if tokens.dim() == 2:
+        advance_on_cpu(tokens, rows, lengths, generated, table, ring, counter, counts)
+        return
+    chosen, cells, state = tokens.numpy(), rows.numpy(), table.numpy()
+    ring.numpy()[int(counter) % ring.shape[0], : chosen.shape[0]] = chosen
+    real = cells < table.shape[1] - 1
+    cells = cells[real]
+    state[0, cells] = np.maximum(chosen[real], 0)
+    state[1, cells] = lengths.numpy()[real]
+    state[2, cells] = generated.numpy()[real] + 1
+    if counts is not None:
+        told = chosen[real] >= 0
+        counts.numpy()[cells[told], chosen[real][told]] += 1
+    counter.numpy()[:] += 1
 
 
 def _publish_cuda(values: Tensor, ring: Tensor, counter: Tensor) -> None:
@@ -124,7 +152,7 @@ def _no_output(*_: Tensor | None) -> None:
 
 _library.impl("publish", publish_on_cpu, "CPU")
 _library.impl("publish", _publish_cuda, "CUDA")
-_library.impl("advance", advance_on_cpu, "CPU")
+_library.impl("advance", _advance_on_host, "CPU")
 _library.impl("advance", _advance_cuda, "CUDA")
 torch.library.register_fake("hybridgen::publish", _no_output, lib=_library)
 torch.library.register_fake("hybridgen::advance", _no_output, lib=_library)

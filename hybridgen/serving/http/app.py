@@ -8,8 +8,9 @@ import json
 import logging
 from base64 import b64decode
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -277,9 +278,12 @@ class EventStream(Response):
         async def write(text: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
-        async with aclosing(self._events) as events:  # type: ignore[type-var]
+        async with (
+            aclosing(self._events) as events,  # type: ignore[type-var]
+            aclosing(together(self._first, events)) as joined,
+        ):
             try:
-                async for name, value in self._job.chunks(_after(self._first, events)):
+                async for name, value in self._job.chunks(joined):
                     await write(_event(name, value))
             except OSError:
                 raise
@@ -295,10 +299,50 @@ def _event(name: str | None, value: dict[str, Any]) -> str:
     return ("" if name is None else f"event: {name}\n") + f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-async def _after(first: TokenEvent, rest: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
-    yield first
-    async for event in rest:
-        yield event
+async def together(first: TokenEvent, rest: AsyncIterator[TokenEvent]) -> AsyncGenerator[TokenEvent, None]:
+    """The events, in which tokens that are there at the same time are one: a step that accepted drafts brings several,
+    and so does a reader that is slow. Tokens with log-probabilities stay apart."""
+    box: asyncio.Queue[TokenEvent | BaseException | None] = asyncio.Queue()
+
+    async def pump() -> None:
+        try:
+            async for event in rest:
+                box.put_nowait(event)
+        except Exception as error:
+            box.put_nowait(error)
+        else:
+            box.put_nowait(None)
+
+    pumping = asyncio.ensure_future(pump())
+    try:
+        yield first
+        while True:
+            came = [await box.get()]
+            await asyncio.sleep(0)  # what one message of the server brought is there then
+            while not box.empty():
+                came.append(box.get_nowait())
+            waiting: TokenEvent | None = None
+            for event in came:
+                if waiting is not None and not (isinstance(event, TokenEvent) and _joins(waiting, event)):
+                    yield waiting
+                    waiting = None
+                if isinstance(event, BaseException):
+                    raise event
+                if event is None:
+                    return
+                text = event.text if waiting is None else waiting.text + event.text
+                waiting = replace(event, text=text)
+            if waiting is not None:
+                yield waiting
+    finally:
+        pumping.cancel()
+        with suppress(asyncio.CancelledError):
+            await pumping
+
+
+def _joins(one: TokenEvent, other: TokenEvent) -> bool:
+    same = (one.index, one.choice) == (other.index, other.choice)
+    return same and one.completion is None and one.logprob is None and other.logprob is None
 
 
 async def _health(door: Door, _: Request) -> Response:

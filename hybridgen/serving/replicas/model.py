@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from hybridgen.core import Completion, FinishReason, TokenEvent
+from hybridgen.engine.requests import read_grammar
 from hybridgen.errors import EngineError, HybridgenError
 from hybridgen.params import SamplingParams
 from hybridgen.serving.replicas.replicas import Replicas
@@ -60,6 +61,9 @@ class ReplicasModel:
             return encode_prompt(prompt, index, **how)
         ids, start = encode_pair(prompt, index, **how)
         return {"prompt": ids[:start], "completion": ids[start:]}
+
+    def read_grammar(self, params: SamplingParams) -> None:
+        read_grammar(params, self._replicas.checkpoint)
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Running]:
         checked = self._replicas.check(prompts, sampling)  # all or none, before any of them is handed on

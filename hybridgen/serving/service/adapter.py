@@ -31,6 +31,9 @@ class Model(Protocol):
             index: the prompt's place in its request, for errors.
         """
 
+    def read_grammar(self, params: SamplingParams) -> None:
+        """Make ready what a request's grammar needs, so that `submit` takes no time for it. From other threads, too."""
+
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
         """Check and queue prompts, all or none. Without `events`, only the last event is kept."""
 
@@ -104,6 +107,11 @@ class EngineModel:
             return encode_prompt(prompt, index, **how)
         ids, start = encode_pair(prompt, index, **how)
         return {"prompt": ids[:start], "completion": ids[start:]}
+
+    def read_grammar(self, params: SamplingParams) -> None:
+        from hybridgen.engine.requests import read_grammar
+
+        read_grammar(params, self._engine.checkpoint)
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
         requests: list[Handle] = self._engine.make_requests(prompts, sampling, {})

@@ -1,9 +1,10 @@
-"""Threads that make token ids of text and chats, so that no step waits for a tokenizer or a chat template.
+"""Threads that make token ids of text and chats and read grammars, so that no step waits for a tokenizer, a chat
+template or a schema.
 
-Short texts, long ones and chats have a thread each. Within one, clients take turns, so that one with a thousand texts
-does not have the others wait for all of them. A text's length is limited by the intake, what a chat template may take
-by `text.chat_templates`; a tokenizer runs in this process and cannot be stopped, so one that takes too long is
-left behind with its thread, and another thread goes on.
+Short texts, long ones, chats and requests with a grammar have a thread each. Within one, clients take turns, so that
+one with a thousand texts does not have the others wait for all of them. A text's length is limited by the intake, what
+a chat template may take by `text.chat_templates`; a tokenizer runs in this process and cannot be stopped, so one that
+takes too long is left behind with its thread, and another thread goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybridgen.errors import HybridgenError, ServerError
+from hybridgen.params import GRAMMARS, SamplingParams
 from hybridgen.serving.service.generator import Key, Submit
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,11 @@ def needs_encoding(prompt: Any) -> bool:
     if isinstance(prompt, dict):
         return "messages" in prompt or any(needs_encoding(prompt.get(part)) for part in ("prompt", "completion"))
     return isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict))
+
+
+def has_grammar(params: SamplingParams) -> bool:
+    """Whether the text is to keep to something that has to be read first."""
+    return any(getattr(params, kind) is not None for kind in GRAMMARS)
 
 
 @dataclass(eq=False)
@@ -77,6 +84,7 @@ class Encoder:
     def __init__(
         self,
         encode: Callable[[Any, int], Any],
+        read_grammar: Callable[[SamplingParams], None],
         ready: Callable[[Submit], None],
         failed: Callable[[Key, BaseException], None],
         seconds: float,
@@ -84,36 +92,42 @@ class Encoder:
         """
         Args:
             encode: `Model.encode`.
+            read_grammar: `Model.read_grammar`.
             ready: takes a request whose prompts are encoded; called from another thread.
             failed: takes the key of one that could not be, and why; called from any thread.
             seconds: a request that is not encoded after this time fails.
         """
         self._encode = encode
+        self._read_grammar = read_grammar
         self._ready = ready
         self._failed = failed
         self._seconds = seconds
         self._stopped = False
-        self._lanes = {name: _Lane(name) for name in ("text", "long", "chat")}
+        self._lanes = {name: _Lane(name) for name in ("text", "long", "chat", "grammar")}
         for lane in self._lanes.values():
             self._start(lane)
 
     def put(self, submit: Submit) -> bool:
-        """Encode a request's prompts; False when there are none of text, so that it is ready as it is.
+        """Encode a request's prompts and read its grammars; False when there are neither texts nor grammars, so that it
+        is ready as it is.
 
         Raises:
             ServerError: the tokenizer does not come back.
         """
         prompts = [prompt for prompt in submit.prompts if needs_encoding(prompt)]
-        if not prompts:
+        grammars = any(map(has_grammar, submit.sampling))
+        if not prompts and not grammars:
             return False
         # Of a prompt with its completion, both parts are text as far as they are no chat.
         parts = [part for prompt in prompts for part in (prompt.values() if isinstance(prompt, dict) else (prompt,))]
         texts = [part for part in parts if isinstance(part, str)]
         chats = any(needs_encoding(part) and not isinstance(part, str) for part in parts)
         text = "text" if sum(map(len, texts)) <= LONG_CHARS else "long"
-        lane = self._lanes["chat" if chats else text]
+        lane = self._lanes["grammar" if grammars else "chat" if chats else text]
         if lane.lost > MAX_LOST:
-            raise ServerError("the tokenizer does not end; only prompts of token ids are taken", "stuck")
+            raise ServerError(
+                "the tokenizer does not end; only prompts of token ids without grammars are taken", "stuck"
+            )
         lane.put(_Job(submit, time.monotonic()))
         return True
 
@@ -202,6 +216,9 @@ class Encoder:
                 self._encode(prompt, index) if needs_encoding(prompt) else prompt
                 for index, prompt in enumerate(submit.prompts)
             ]
+            for params in submit.sampling:
+                if has_grammar(params):
+                    self._read_grammar(params)
         except Exception as error:
             if not isinstance(error, HybridgenError):
                 logger.exception("a prompt could not be encoded")

@@ -89,6 +89,8 @@ class Ready(NamedTuple):
     description: dict[str, Any]
     encode: Callable[[Any, int], Any]
     """`Model.encode`, for other threads."""
+    read_grammar: Callable[[SamplingParams], None]
+    """`Model.read_grammar`, for other threads."""
 
 
 class Done(NamedTuple):
@@ -188,7 +190,7 @@ class Generator(threading.Thread):
             model = self._load()
             self._look(model)
             self.pulse = Pulse(0, time.monotonic(), None)
-            self._outcomes.append(Ready(model.description, model.encode))
+            self._outcomes.append(Ready(model.description, model.encode, model.read_grammar))
             while not self._stopping:
                 self._flush()
                 self._take_in(model)

@@ -377,7 +377,9 @@ class Service:
 
     def _open(self, ready: Ready) -> None:
         self.description = ready.description
-        self._encoder = Encoder(ready.encode, self._encoded, self._not_encoded, self.limits.encode_seconds)
+        self._encoder = Encoder(
+            ready.encode, ready.read_grammar, self._encoded, self._not_encoded, self.limits.encode_seconds
+        )
         if self._owner is not None:
             self._owner.ready()
 

@@ -132,16 +132,15 @@ def test_switches_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fields_of_the_config() -> None:
     """Another name here makes every entry that exists a miss."""
     assert {name.removeprefix("config.") for name in key().parts if name.startswith("config.")} == {
-        "compile_backend", "fp8_activations", "fuse_projections", "graphs", "kv_dtype", "max_batch", "max_context",
+        "compile_backend", "fp8_activations", "fuse_projections", "graphs", "kv_dtype", "max_context",
         "metadata_copy", "mode", "page_size", "quantization", "quantize_head", "sample_in_graph", "tensor_parallel",
         "token_budget",
     }  # fmt: skip
-    assert changed(key(config=CONFIG.replace(max_batch=3, page_size=16, fuse_projections=False))) == {
-        "config.max_batch",
+    assert changed(key(config=CONFIG.replace(page_size=16, fuse_projections=False))) == {
         "config.page_size",
         "config.fuse_projections",
     }
-    assert changed(key(config=CONFIG.replace(kv_memory="1GiB", progress=False, offline_compile=True))) == set()
+    assert changed(key(config=CONFIG.replace(kv_memory="1GiB", progress=False, max_batch=3))) == set()
 
 
 def test_own_sources(tmp_path: Path) -> None:

@@ -100,6 +100,13 @@ def test_every_sampler_runs_from_it(warmed: Warmed, tmp_path: Path) -> None:
         assert engine.stats().fallbacks == {}
 
 
+def test_steps_are_the_same_whatever_max_batch_is(warmed: Warmed, tmp_path: Path) -> None:
+    with load(warmed, warmed.copy(tmp_path / "store"), offline_compile=True, max_batch=31) as engine:
+        assert tokens_of(engine) == warmed.tokens
+        assert kinds_of(engine) == {"layers, compiled step"}
+        assert engine.stats().artifacts.hits["compile"] == 2
+
+
 def test_offline_what_is_not_kept_is_an_error(warmed: Warmed, tmp_path: Path) -> None:
     with pytest.raises(CacheMissError, match="the store is empty"):
         load(warmed, tmp_path / "empty", offline_compile=True)

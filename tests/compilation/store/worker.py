@@ -41,9 +41,10 @@ def main() -> None:
 
 def compile_layers() -> None:
     """Let mode hybrid compile layers here, as it does on CUDA, and not whole steps."""
-    from hybridgen.graphs.setup import GraphSetup
+    from hybridgen.compilation.steps import compiles_whole
 
-    GraphSetup.compiles_steps = property(lambda self: False)
+    # Whoever asks has a name of its own for the function.
+    compiles_whole.__code__ = (lambda config, mode, device_type: False).__code__
 
 
 def count_compilers() -> list[str]:

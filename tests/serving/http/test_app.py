@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import short_directory
 from wire import Process, until
+
+from hybridgen import ServerError
+from hybridgen.core import TokenEvent, TokenLogprob
+from hybridgen.serving.http.app import together
 
 Start = Callable[..., Process]
 Open = Callable[..., str]
@@ -288,3 +293,30 @@ def test_paths_are_not_told(url: str) -> None:
     answer = httpx.get(f"{url}/v1/models")
     assert str(Path.home()) not in answer.text
     assert "/hybridgen" not in answer.text
+
+
+def test_tokens_that_are_there_together_are_one_event() -> None:
+    def token(number: int, *, choice: int = 0, **more: Any) -> TokenEvent:
+        return TokenEvent(token_id=number, text=str(number), index=0, choice=choice, **more)
+
+    logprob = TokenLogprob(7, -1.0, ())
+
+    async def rest() -> AsyncIterator[TokenEvent]:
+        for number in (1, 2):  # of one step
+            yield token(number)
+        yield token(3, choice=1)
+        await asyncio.sleep(0.05)
+        yield token(4, choice=1)
+        yield token(5, choice=1, logprob=logprob)
+        yield token(6, choice=1, logprob=logprob)
+        raise ServerError("it ended")
+
+    async def found() -> list[TokenEvent]:
+        came: list[TokenEvent] = []
+        with pytest.raises(ServerError, match="it ended"):
+            async for event in together(token(0), rest()):
+                came.append(event)
+        return came
+
+    texts = [(event.choice, event.text) for event in asyncio.run(found())]
+    assert texts == [(0, "0"), (0, "12"), (1, "3"), (1, "4"), (1, "5"), (1, "6")]

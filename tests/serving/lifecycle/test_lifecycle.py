@@ -25,6 +25,9 @@ class Quiet:
 
     description: ClassVar[dict[str, Any]] = {"max_context": 100}
 
+    def read_grammar(self, params: Any) -> None:
+        """Nothing: no grammar is asked for."""
+
     def encode(self, prompt: Any, index: int) -> Any:
         return prompt
 

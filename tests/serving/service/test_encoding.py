@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from wire import until
 
-from hybridgen import PromptError, SamplingParams, ServerError
+from hybridgen import PromptError, SamplingError, SamplingParams, ServerError
 from hybridgen.serving.service.encoding import LONG_CHARS, MAX_LOST, Encoder
 from hybridgen.serving.service.generator import Key, Submit
 
@@ -22,7 +22,8 @@ class Slow:
         self.failed: list[tuple[Key, BaseException]] = []
         self.order: list[str] = []
         self.gate = threading.Event()
-        self.encoder = Encoder(self.encode, self.ready.append, lambda *pair: self.failed.append(pair), seconds)
+        failed = lambda *pair: self.failed.append(pair)  # noqa: E731
+        self.encoder = Encoder(self.encode, self.read_grammar, self.ready.append, failed, seconds)
 
     def encode(self, prompt: Any, index: int) -> tuple[int, ...]:
         self.order.append(prompt[:1])
@@ -31,6 +32,11 @@ class Slow:
         if prompt[:1] == "r":
             raise PromptError(f"prompt {index} is refused")
         return (len(prompt), index)
+
+    def read_grammar(self, params: SamplingParams) -> None:
+        if params.regex == "(":
+            raise SamplingError("it cannot be read")
+        assert self.gate.wait(30)
 
     def put(self, client: int, key: int, *prompts: Any) -> bool:
         return self.encoder.put(Submit(Key(client, key), list(prompts), [SamplingParams()], False, False))
@@ -46,6 +52,21 @@ def test_text_becomes_ids() -> None:
     until(lambda: slow.failed)
     assert slow.failed[0][0] == Key(1, 2)
     assert "prompt 1 is refused" in str(slow.failed[0][1])
+    slow.encoder.stop()
+
+
+def test_a_grammar_is_read_beside_texts_and_steps() -> None:
+    slow = Slow()
+    wanted = SamplingParams(regex="a+")
+    assert slow.encoder.put(Submit(Key(1, 0), [[1, 2]], [wanted], False, False))
+    assert slow.encoder.put(Submit(Key(1, 1), [[1, 2]], [SamplingParams(regex="(")], False, False))
+    slow.put(1, 2, "abc")  # texts do not wait for it
+    until(lambda: slow.ready)
+    assert [one.key for one in slow.ready] == [Key(1, 2)]
+    slow.gate.set()
+    until(lambda: len(slow.ready) == 2 and slow.failed)
+    assert slow.ready[1].sampling == [wanted]
+    assert slow.failed[0][0] == Key(1, 1)
     slow.encoder.stop()
 
 

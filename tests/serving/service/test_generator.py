@@ -21,6 +21,9 @@ class Broken:
         self.runs = 0
         self.closed = False
 
+    def read_grammar(self, params: Any) -> None:
+        """Nothing: no grammar is asked for."""
+
     def encode(self, prompt: Any, index: int) -> Any:
         return prompt
 
