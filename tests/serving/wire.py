@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
+
 import hybridgen
 
 FAKE = Path(__file__).with_name("fake_server.py")
@@ -40,7 +42,8 @@ class Process:
         command = [sys.executable, *start, "--socket", str(self.path), "--ready-file", str(self.ready), *arguments]
         self.log_path = directory / "log"
         self._log = self.log_path.open("ab")
-        self.popen = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment())
+        start_process = subprocess.Popen if fake else forks.Popen  # the toy starts fast as it is
+        self.popen = start_process(command, stdout=self._log, stderr=self._log, env=environment() | {forks.INSIDE: "1"})
         if wait:
             until(lambda: self.ready.exists() or self.popen.poll() is not None, 60)
             assert self.ready.exists(), self.log()
