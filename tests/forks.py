@@ -135,7 +135,8 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             and server().serves(environment)
         )
         if not plain:
-            return super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
+            super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
+            return
         request = {
             "args": [os.fsdecode(arg) for arg in args[1:]],
             "cwd": os.getcwd() if cwd is None else os.fsdecode(cwd),
@@ -301,7 +302,7 @@ def _with_own_server(request: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _attend(connection: socket.socket, pid: int) -> None:
-    """Stand between a shell's command and its fork: signals go down, the status goes up; it ends if the command does."""
+    """Stand between a shell's command and its fork: signals go down, the status up; one ends with the other."""
     for file in os.listdir("/proc/self/fd"):
         if int(file) != connection.fileno():
             with suppress(OSError):
