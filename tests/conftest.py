@@ -31,7 +31,7 @@ from interpreter import Interpreter
 
 import hybridgen
 from hybridgen.loading import checkpoint
-from hybridgen.models import binding, probe
+from hybridgen.models import probe
 
 # The models are tiny: more threads only get into each other's way.
 torch.set_num_threads(1)
@@ -104,12 +104,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _probe_once() -> Iterator[None]:
-    """Have models of the same classes and config probed once, and not twice for every engine.
-
-    The probe runs a copy without weights, hooks and replaced methods, so that its result follows from these.
-    `tests/models/test_probe.py` has the function itself.
-    """
+def _configs_are_probed_once() -> Iterator[None]:
+    """Opening checkpoints of one config takes its probe from the first; `tests/models/test_probe.py` has the function
+    itself."""
     known: dict[Any, Any] = {}
 
     def of_config(config: Any, context: int, model_class: Any = None) -> Any:
@@ -118,16 +115,8 @@ def _probe_once() -> Iterator[None]:
             known[key] = probe.probe_config(config, context, model_class)
         return known[key]
 
-    def of_model(model: Any, context: int) -> Any:
-        parts = tuple((name, type(part)) for name, part in model.named_modules())
-        key = parts, model.config.to_json_string(use_diff=False), context
-        if key not in known:
-            known[key] = probe.probe_model(model, context)
-        return known[key]
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "probe_config", of_config)
-        patch.setattr(binding, "probe_model", of_model)
         yield
 
 
