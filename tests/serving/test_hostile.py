@@ -258,7 +258,7 @@ def test_a_signal_that_is_ignored_stays_ignored(toy: Start) -> None:
 
 
 def test_the_owner_comes_in_while_others_hold_the_port_of_the_metrics(toy: Start) -> None:
-    server = toy("--metrics", 0)
+    server = toy("--metrics", 0, "--scrape-seconds", 1)
     before = server.descriptors()
     held = []
     for _ in range(100):
