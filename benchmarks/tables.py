@@ -296,6 +296,37 @@ def throughput(results: list[Result]) -> list[str]:
     return table(["model", "engine", "requests", "temperature", "tokens", "seconds", "tokens/s"], rows, 2)
 
 
+def prefill(results: list[Result]) -> list[str]:
+    """Prefill of many prompts, and decode of many rows."""
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            for key in row:
+                if key.startswith("prefill_ms_"):
+                    batch = key.rpartition("_")[2]
+                    cells = [row["model"], f"{batch} x {row['prompt']}", _number(row[key])]
+                    rate = _number(row[f"prefill_tokens_per_s_{batch}"], 0)
+                    rows.append([*cells, rate, _number(row.get(f"step_ms_{batch}"), 2)])
+    return table(["shape", "prompts", "ms", "tokens/s", "decode of as many rows, ms a step"], rows, 2)
+
+
+def prefix_cache(results: list[Result]) -> list[str]:
+    """Questions over one context, and the last turn of a chat."""
+    rows = [
+        [
+            result["model"],
+            row["what"],
+            _number(row["seconds_without"] * 1e3),
+            _number(row["seconds"] * 1e3),
+            _number(row["over_without"], 3),
+            _share(row["cached_share"]),
+        ]
+        for result in results
+        for row in result["rows"]
+    ]
+    return table(["shape", "", "without, ms", "with, ms", "with over without", "of the prompts found"], rows, 2)
+
+
 def ceilings(results: list[Result]) -> list[str]:
     """What the device reaches at most."""
     rows = [
@@ -403,6 +434,8 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "metadata-copy": metadata_copy,
     "ttft": ttft,
     "throughput": throughput,
+    "prefill": prefill,
+    "prefix-cache": prefix_cache,
     "ceilings": ceilings,
     "warm-start": warm_start,
     "speculation-text": speculation_text,

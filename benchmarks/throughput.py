@@ -8,7 +8,7 @@ of the whole call, synchronised, after a warm-up call of a few requests; the med
 - huggingface: Hugging Face's continuous batching (`generate_batch`'s manager), with a limit per request. With SDPA,
   the attention that torch brings, it is a weak peer: it is made for flash attention.
 
-    python benchmarks/throughput.py --models qwen3-0.6b llama-3.2-1b [--temperature 0.6] [--output results.json]
+    python benchmarks/throughput.py --models qwen3-0.6b llama-3.2-1b [--temperatures 0 0.6] [--output results.json]
     python benchmarks/throughput.py --smoke          # a tiny model, anywhere
 """
 
@@ -18,7 +18,8 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,14 +72,20 @@ def timed(call: Callable[[Work], int], work: Work, device: str, runs: int) -> tu
 
 
 def ours(
-    model: PreTrainedModel, mode: str, work: Work, temperature: float, device: str, runs: int, options: dict[str, Any]
-) -> tuple[list[float], int, dict[str, Any]]:
-    """Seconds of the runs, generated tokens, and how the engine ran them."""
+    model: PreTrainedModel,
+    mode: str,
+    work: Work,
+    temperatures: list[float],
+    device: str,
+    runs: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[list[float], int, dict[str, Any]]]:
+    """For each temperature, in one engine: seconds of the runs, generated tokens, and how the engine ran them."""
     longest = max(len(prompt) + new for prompt, new in zip(*work, strict=True))
     sizes = {"max_batch": len(work.prompts), "max_context": longest}
     with hybridgen.Engine.load(model, **{"mode": mode, **sizes, **options}) as engine:
 
-        def generate(part: Work) -> int:
+        def generate(part: Work, temperature: float) -> int:
             sampling = [
                 hybridgen.SamplingParams(max_new_tokens=new, temperature=temperature, ignore_eos=True, seed=index)
                 for index, new in enumerate(part.new)
@@ -89,11 +96,12 @@ def ours(
                 raise failed[0]
             return sum(len(completion.token_ids) for completion in completions)
 
-        for _ in range(2):  # what this sampling lacks is captured at the end of a call
-            generate(work.head(WARM_UP))
-            while engine.idle():
-                pass
-        return *timed(generate, work, device, runs), how_it_ran(engine)
+        for temperature in temperatures:
+            for _ in range(2):  # what this sampling lacks is captured at the end of a call
+                generate(work.head(WARM_UP), temperature)
+                while engine.idle():
+                    pass
+            yield *timed(partial(generate, temperature=temperature), work, device, runs), how_it_ran(engine)
 
 
 def huggingface(
@@ -137,26 +145,38 @@ def huggingface(
 
 
 def measure(
-    name: str, engines: list[str], work: Work, temperature: float, device: str, runs: int, options: dict[str, Any]
+    name: str,
+    engines: list[str],
+    work: Work,
+    temperatures: list[float],
+    device: str,
+    runs: int,
+    options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     model = random_model(name, shape_dtype(name, device), device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for engine in engines:
-        row: dict[str, Any] = {"model": name, "engine": engine, "requests": len(work.prompts)}
-        row |= {"prompt_tokens": sum(map(len, work.prompts)), "temperature": temperature}
+        facts: dict[str, Any] = {"model": name, "engine": engine, "requests": len(work.prompts)}
+        facts |= {"prompt_tokens": sum(map(len, work.prompts))}
+        rates: list[float] = []
         try:
             if engine == HUGGINGFACE:
-                seconds, tokens, ran = huggingface(model, work, temperature, device, runs)
+                found = (huggingface(model, work, temperature, device, runs) for temperature in temperatures)
             else:
-                seconds, tokens, ran = ours(model, engine, work, temperature, device, runs, options)
+                found = ours(model, engine, work, temperatures, device, runs, options)
+            for temperature, (seconds, tokens, ran) in zip(temperatures, found, strict=True):
+                took = statistics.median(seconds)
+                rates.append(tokens / took)
+                row = facts | {"temperature": temperature, "generated_tokens": tokens, "seconds": seconds}
+                rows.append(row | {"tokens_per_s": rates[-1], "over_the_first": rates[-1] / rates[0], "ran": ran})
+                print(
+                    f"{name:<14} {engine:<12} {temperature:>4} {tokens:>9,} {took:>9.2f} {rates[-1]:>12,.0f}",
+                    flush=True,
+                )
         except Exception as error:  # whatever an engine raises: the others are still worth having
-            row |= {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-            print(f"{name:<14} {engine:<12} {row['error']}", flush=True)
-        else:
-            took = statistics.median(seconds)
-            row |= {"generated_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / took, "ran": ran}
-            print(f"{name:<14} {engine:<12} {tokens:>9,} {took:>9.2f} {tokens / took:>12,.0f}", flush=True)
-        rows.append(row)
+            first = str(error).splitlines()[0] if str(error) else ""
+            rows.append(facts | {"error": f"{type(error).__name__}: {first}"})
+            print(f"{name:<14} {engine:<12} {rows[-1]['error']}", flush=True)
         release()
     return rows
 
@@ -165,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "llama-3.2-1b"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["hybrid", HUGGINGFACE])
-    parser.add_argument("--temperature", type=float, default=0.0, help="small engines quote 0.6")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0], help="small engines quote 0.6")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--output", type=Path)
@@ -176,10 +196,10 @@ def main() -> None:
     work, options = requests(arguments.requests, 100, 1024, 10000), {}
     if arguments.smoke:
         models, runs, work, options = ["tiny"], 1, requests(6, 4, 12, 500), {"compile_backend": "eager"}
-    print(f"{'model':<14} {'engine':<12} {'tokens':>9} {'seconds':>9} {'tokens / s':>12}", flush=True)
+    print(f"{'model':<14} {'engine':<12} {'T':>4} {'tokens':>9} {'seconds':>9} {'tokens / s':>12}", flush=True)
     rows = []
     for name in models:
-        rows += measure(name, engines, work, arguments.temperature, device, runs, options)
+        rows += measure(name, engines, work, arguments.temperatures, device, runs, options)
     report({"benchmark": "throughput", "rows": rows}, arguments.output)
 
 

@@ -122,6 +122,8 @@ def prompt_list(prompts: Any) -> Any:
 
 def is_text(prompt: Any) -> bool:
     """Whether a prompt is text or a chat, so that encoding it takes a tokenizer."""
+    if type(prompt) in (list, tuple) and prompt and type(prompt[0]) is int:  # ids, as in most large calls
+        return False
     if isinstance(prompt, (str, Mapping)):
         return True
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)

@@ -42,6 +42,8 @@ _QWEN = _text("qwen2", **_mrope(2, 3, 3))
 _QWEN3 = _text("qwen3", **_mrope(2, 3, 3))
 _GLM = _text("glm4", **_mrope(1, 1, 2))
 
+_DELTA_ROPE = {"rope_parameters": {**_mrope(2, 1, 1)["rope_parameters"], "partial_rotary_factor": 0.5}}
+
 WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": (_text("gemma3_text"), {"mm_tokens_per_image": 4}),
     "mistral3": (_text("mistral"), {}),
@@ -95,6 +97,9 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "moss_transcribe_diarize": (_text("qwen3"), {}),
     "llama4": (_text("llama4_text"), {}),
     "kimi_k25": (_text("deepseek_v3"), {}),
+    "qwen3_5": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
+    "qwen3_5_moe": (families.CONFIGS["qwen3_5_moe_text"] | _DELTA_ROPE, {}),
+    "lfm2_vl": (families.CONFIGS["lfm2"], {}),
 }
 """By model type: the text config, and other fields of the whole one."""
 

@@ -132,7 +132,7 @@ def _text_part_reason(whole: PreTrainedConfig, model_class: type[PreTrainedModel
         reason = check(text)
         if reason is not None:
             return f"of its text part: {reason}"
-    if getattr(model_class, "_is_stateful", False):
+    if getattr(model_class, "_is_stateful", False) and _value(text, "model_type") not in STATES_BY_SLOT:
         return f"{model_class.__name__} keeps a recurrent state besides keys and values; {_INSTEAD}"
     return None
 

@@ -14,11 +14,14 @@ from itertools import pairwise
 from hybridgen.execution.drafting import DRAFTS
 
 _WEIGHT = 0.125
-"""Of a step's drafts in what is known of a row."""
-_HOPE = 0.5
-"""How likely a draft is to be right in a row that has shown nothing yet."""
+"""The least that a step's drafts have in what is known of a row; the first ones have more, because little is known."""
+_HOPE = 0.75
+"""How likely a draft is to be right in a row that has shown nothing yet. More than most drafters reach: a row whose
+drafts were never checked would never show that they are right."""
 _RETURN = 0.02
 """How far a row comes back to that with each step whose drafts were not checked: its text may repeat itself by now."""
+_SLOWEST = 4
+"""How many times slower a row comes back that was wrong each time it was tried."""
 _WORTH = 1.05
 """Tokens of a step over those of a plain one from which on drafts are checked where no times were measured."""
 
@@ -31,6 +34,10 @@ class RowPace:
     """How often a draft was right, when all before it were; the last steps count most."""
     waiting: int = 0
     """Drafts that wait for its next step, as far as the host has read."""
+    steps: int = 0
+    """In which its drafts were checked."""
+    missed: int = 0
+    """The last of these, in which not one was right."""
 
     def expected(self, most: int) -> float:
         """Drafts that are accepted, of so many that are checked at most."""
@@ -43,9 +50,12 @@ class RowPace:
     def read(self, checked: int, accepted: int, waiting: int) -> None:
         """A step was read: so many drafts were checked, so many of them were right, so many wait now."""
         if checked:
-            self.likely += _WEIGHT * (accepted / min(accepted + 1, checked) - self.likely)
+            self.steps += 1
+            self.missed = 0 if accepted else self.missed + 1
+            weight = max(_WEIGHT, 1 / (self.steps + 1))
+            self.likely += weight * (accepted / min(accepted + 1, checked) - self.likely)
         elif self.waiting and self.likely < _HOPE:
-            self.likely += _RETURN
+            self.likely += _RETURN / min(1 + self.missed, _SLOWEST)
         self.waiting = waiting
 
 

@@ -187,13 +187,13 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError(f"prompt {index} is an empty string; give at least one character")
-        ids = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
+        ids, values = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
     elif isinstance(prompt, Mapping) and "messages" not in prompt:
         raise _no_prompt(prompt, index)
     elif text:
-        ids = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
+        ids, values = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
     else:
-        ids = _plain_ids(prompt, index)
+        ids, values = _plain_ids(prompt, index)
     if not ids:
         raise PromptError(f"prompt {index} ({shown(prompt)}) has no tokens; give at least one")
     for token, name in (placeholders or {}).items():
@@ -202,7 +202,7 @@ def encode_prompt(
                 f"prompt {index} holds token {token} ({name}), which stands for what is no text; hybridgen runs this "
                 "model's text part alone: leave it out"
             )
-    if not _all_inside(ids, vocab_size):
+    if not _all_inside(values, vocab_size):
         wrong = [token for token in ids if not 0 <= token < vocab_size]
         raise PromptError(
             f"prompt {index} holds token id {shown(wrong[0])}, outside the vocabulary of {vocab_size} "
@@ -222,13 +222,12 @@ def _no_prompt(prompt: Mapping[str, Any], index: int) -> PromptError:
     return PromptError(f"prompt {index} ({shown(prompt)}) holds {len(items)} prompts; give one in each row")
 
 
-def _all_inside(ids: Sequence[int], vocab_size: int) -> bool:
-    """Whether all ids are of the vocabulary. A call can have hundreds of thousands, so numpy looks at them."""
-    try:
-        values = np.fromiter(ids, np.int64, len(ids))
-    except OverflowError:
+def _all_inside(values: np.ndarray | None, vocab_size: int) -> bool:
+    if values is None:
         return False
-    return bool(values.view(np.uint64).max() < vocab_size)  # a negative id is a very large one there
+    if values.dtype == np.int64 and values.flags.c_contiguous:  # one look: a negative id is a very large one there
+        return bool(values.view(np.uint64).max() < vocab_size)
+    return bool(values.min() >= 0 and values.max() < vocab_size)
 
 
 def _require(tokenizer: Any, problem: str | None) -> Any:
@@ -240,7 +239,7 @@ def _require(tokenizer: Any, problem: str | None) -> Any:
     return tokenizer
 
 
-def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[int, ...]:
+def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[tuple[int, ...], np.ndarray | None]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -296,25 +295,35 @@ def _warn_of_two_beginnings(token: Any) -> None:
     )
 
 
-def _plain_ids(prompt: Any, index: int) -> tuple[int, ...]:
+def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | None]:
+    """The ids of a prompt, and the same as an array to look at; None where one is too large for any vocabulary.
+
+    A call can have hundreds of thousands of them, so that Python looks at none of them on its own.
+    """
     if isinstance(prompt, (torch.Tensor, np.ndarray)):
         if prompt.ndim == 2 and prompt.shape[0] == 1:
             prompt = prompt[0]
-        kind = str(prompt.dtype).rpartition(".")[2]
+        kind = str(prompt.dtype).rpartition(".")[2] if isinstance(prompt, torch.Tensor) else prompt.dtype.name
         if prompt.ndim != 1 or not kind.startswith(("int", "uint")):
             shape = tuple(prompt.shape)
             raise PromptError(f"prompt {index} is a {kind} tensor of shape {shape}; give integer ids [tokens]")
-        return tuple(prompt.tolist())
+        values = prompt.cpu().numpy() if isinstance(prompt, torch.Tensor) else prompt
+        return tuple(values.tolist()), values
     if isinstance(prompt, _BYTES):
         raise PromptError(f"prompt {index} is {shown(prompt)}, {type(prompt).__name__} and not text; {_DECODE}")
     if not isinstance(prompt, Sequence):
         raise PromptError(f"prompt {index} is {shown(prompt)}; give a string, token ids or chat messages")
     if countOf(map(type, prompt), int) == len(prompt):  # as nearly always
-        return tuple(prompt)
-    for token in prompt:
-        if not _is_int(token):
-            raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
-    return tuple(int(token) for token in prompt)
+        ids = tuple(prompt)
+    else:
+        for token in prompt:
+            if not _is_int(token):
+                raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
+        ids = tuple(int(token) for token in prompt)
+    try:
+        return ids, np.fromiter(ids, np.int64, len(ids))
+    except OverflowError:
+        return ids, None
 
 
 def _is_int(value: Any) -> bool:

@@ -26,7 +26,7 @@ SETTINGS = {
 CASES = [
     ("llama", {"mode": "eager"}),
     ("llama", {"mode": "hybrid"}),
-    ("llama", {"mode": "graph", "graphs": "trees"}),
+    ("llama", {"mode": "hybrid", "graphs": "trees"}),
     ("gemma2", {"mode": "jit"}),
     ("gemma2", {"mode": "graph"}),
     ("gemma2", {"mode": "hybrid"}),

@@ -62,6 +62,34 @@ def test_drafts_that_are_never_right_are_not_checked_and_tried_again_later() -> 
     assert 2 < steps < 20
 
 
+@pytest.mark.parametrize("t4", [1.1, 1.5, 1.92, 2.5])
+def test_a_new_row_is_tried_once_where_right_drafts_would_bring_more(t4: float) -> None:
+    """Also where a step with drafts takes twice as long as a plain one, as beside the fused kernel of one row."""
+    times = taking(t1=1.0, t4=t4)
+    pace = row(waiting=3)
+    assert choose([pace], times) == 4
+    pace.read(3, 3, 3)
+    assert choose([pace], times) == 4
+    wrong = row((3, 0), waiting=3)
+    if t4 > 1.6:
+        assert choose([wrong], times) == 1
+
+
+def test_a_row_that_is_never_right_is_tried_less_and_less() -> None:
+    times = taking(t1=1.0, t4=1.92)
+    pace, tried, plain = row(waiting=3), [], 0
+    for _ in range(400):
+        if choose([pace], times) == 4:
+            tried.append(plain)
+            plain = 0
+            pace.read(3, 0, 3)
+        else:
+            plain += 1
+            pace.read(0, 0, 3)
+    assert len(tried) < 400 / 15
+    assert tried[2] > tried[1] > 5
+
+
 def test_a_row_that_is_right_carries_others() -> None:
     rows = [row(*[WRONG] * 40), row(*[RIGHT] * 40)]
     assert choose(rows, unknown) == 8
