@@ -90,6 +90,33 @@ def until(true: Callable[[], Any], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+def request(key: int, *prompts: Any, **sampling: Any) -> dict[str, Any]:
+    """A request as it is sent, for a raw client."""
+    stream = sampling.pop("stream", False)
+    return {"type": "request", "id": key, "prompts": list(prompts), "sampling": sampling, "stream": stream}
+
+
+def at_rest(client: hybridgen.Client) -> bool:
+    """Whether nothing is in flight and every page is free."""
+    stats = client.stats()
+    return stats["engine"]["free_pages"] == stats["engine"]["pages"] and stats["server"]["in_flight"] == 0
+
+
+def ping(server: Process) -> dict[str, Any]:
+    """What a new connection gets for a ping."""
+    with server.client() as client:
+        return client.ping()
+
+
+def joins(server: Process) -> bool:
+    """Whether a new client is let in."""
+    try:
+        server.client().close()
+    except hybridgen.ServerError:
+        return False
+    return True
+
+
 class Raw:
     """A socket that speaks frames, right or wrong ones."""
 
