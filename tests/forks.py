@@ -79,15 +79,16 @@ class Server:
             )
         atexit.register(self.close)
         assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n", "the server of forks did not start"
+        self.runs = self._process.stdout.readline() == b"ready\n"
+        """Whether it could start. Where libraries have threads as soon as they are imported, nothing can be forked."""
 
     def serves(self, environment: Mapping[str, str]) -> bool:
-        """Whether what it has imported is as this environment would have it."""
+        """Whether it runs, and what it has imported is as this environment would have it."""
 
         def read(values: Mapping[str, str]) -> dict[str, str]:
             return {k: v for k, v in values.items() if k.startswith(_AT_IMPORT) and k not in _LATER}
 
-        return read(environment) == read(self._environment)
+        return self.runs and read(environment) == read(self._environment)
 
     def close(self) -> None:
         """End it, if this process started it; what it forked goes on."""
@@ -111,6 +112,8 @@ def server() -> Server:
 
 def command() -> list[str]:
     """What a shell starts instead of `python`."""
+    if sys.platform != "linux" or not server().runs:
+        return [_PYTHON]
     return [_PYTHON, "-I", "-S", __file__, "run", server().path]
 
 
@@ -231,7 +234,8 @@ def serve(path: str, life: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose these threads"
+    if len(os.listdir("/proc/self/task")) > 1:
+        sys.exit("a fork would lose the threads that there are")
     listener = _listener(path)
     os.write(1, b"ready\n")
     return _serve(listener, life)
@@ -295,7 +299,7 @@ def _with_own_server(request: dict[str, Any], path: str) -> dict[str, Any]:
     listener.close()
     theirs.close()
     _server = Server.__new__(Server)
-    _server.path, _server.owner, _server._life = path, os.getpid(), ours
+    _server.path, _server.owner, _server._life, _server.runs = path, os.getpid(), ours, True
     _server._environment = request["env"]
     subprocess.Popen = Popen  # type: ignore[misc]
     return request
