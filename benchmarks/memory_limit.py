@@ -11,6 +11,7 @@ core), and the profiler's record of the device over the time that the same call 
 down, so that all models are loaded again for it, after everything else is measured (`--no-utilisation`: not at all).
 
     python benchmarks/memory_limit.py --models llama-3.2-1b llama-3.1-8b [--peers dynamic static] [--output FILE]
+    python benchmarks/memory_limit.py --format int4 --only-decode --backend eager     # weights in int4, the head in fp8
     python benchmarks/memory_limit.py --smoke          # a tiny model, anywhere
 """
 
@@ -34,6 +35,7 @@ from common import (
     synchronize,
     this_device,
 )
+from quantised import quantise_model
 from transformers import PreTrainedModel
 
 import hybridgen
@@ -55,6 +57,16 @@ Add = Callable[[str, int, hybridgen.Engine, Callable[[int], Any]], None]
 """Told of a case: what it is, its batch, the engine, and a call for so many tokens."""
 
 
+def made(name: str, arguments: argparse.Namespace, device: str) -> PreTrainedModel:
+    """The model of a shape, in the format that was asked for; quantised ones have their head in fp8."""
+    dtype = shape_dtype(name, device)
+    model = random_model(name, dtype, device, join=arguments.format == "none")
+    if arguments.format != "none":
+        quantise_model(model, arguments.format, dtype, head="fp8")
+        release()
+    return model
+
+
 def engine_rows(
     model: PreTrainedModel, name: str, arguments: argparse.Namespace, device: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -66,7 +78,8 @@ def engine_rows(
         step, first = step_us(call, new, device, arguments.repeats)
         traffic = engine.traffic
         rate = traffic.bandwidth(batch, prompt + new / 2, step / 1e6)
-        row = {"model": name, "what": what, "batch": batch, "step_us": step, "first_token_ms": first}
+        row = {"model": name, "format": arguments.format, "what": what, "batch": batch}
+        row |= {"step_us": step, "first_token_ms": first}
         row |= {"floor_us": traffic.weights / traffic.ceiling * 1e6 if traffic.ceiling else None}
         row |= {"gb_per_s": None if rate is None else rate / 1e9}
         row |= {"mbu": traffic.mbu(rate) if traffic.ceiling and rate is not None else None}
@@ -178,6 +191,7 @@ def main() -> None:
     parser.add_argument("--only-decode", action="store_true", help="greedy alone")
     parser.add_argument("--backend", default="inductor", help="eager: decode alone matters, and all of it is fused")
     parser.add_argument("--peers", nargs="*", default=(), choices=("dynamic", "static"), help="caches of Hugging Face")
+    parser.add_argument("--format", default="none", choices=("none", "fp8", "int4"), help="of the weights; head fp8")
     parser.add_argument("--no-utilisation", action="store_true", help="do not load the models again for the profiler")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
@@ -193,7 +207,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     engines: dict[str, Any] = {}
     for name in arguments.models:
-        model = random_model(name, shape_dtype(name, device), device)
+        model = made(name, arguments, device)
         if arguments.peers:
             rows += peer_rows(model, name, arguments, device)
         of_model, engines[name] = engine_rows(model, name, arguments, device)
@@ -202,7 +216,7 @@ def main() -> None:
         release()
     if device == "cuda" and not arguments.no_utilisation:
         for name in arguments.models:
-            model = random_model(name, shape_dtype(name, device), device)
+            model = made(name, arguments, device)
             own = [row for row in rows if row["model"] == name and "short_call_s" in row]
             profile_cases(model, own, arguments, cuda_probe(torch.device(device)))
             del model

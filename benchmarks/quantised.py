@@ -217,13 +217,14 @@ def sweep(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     return found
 
 
-def quantise_model(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
-    """Quantise the projections of a model in place, but for the head, and join them."""
+def quantise_model(model: nn.Module, kind: str, dtype: torch.dtype, head: str | None = None) -> None:
+    """Quantise the projections of a model in place, and join them; the head only where its format is given."""
     for name, linear in list(model.named_modules()):
-        if type(linear) is nn.Linear and name != "lm_head":
+        form = head if name == "lm_head" else kind
+        if type(linear) is nn.Linear and form is not None:
             place = QuantisedLinear(linear.in_features, linear.out_features, bias=False)
             place.bias = linear.bias
-            place.fill(quantise(linear.weight.detach(), kind, dtype))
+            place.fill(quantise(linear.weight.detach(), form, dtype))
             model.set_submodule(name, place)
     fuse_projections(model)
 

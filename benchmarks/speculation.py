@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=129)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backend", default="inductor", help="eager: rows that the fused kernels serve matter alone")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="both parts, tiny, anywhere")
     arguments = parser.parse_args()
@@ -217,7 +218,12 @@ def main() -> None:
         results["rows"] = on_text(None, (256, 400, 80), (128, 192))
     else:
         rows, engines = machinery(
-            arguments.model, sorted(arguments.batches), arguments.prompt, arguments.new, arguments.repeats, {}
+            arguments.model,
+            sorted(arguments.batches),
+            arguments.prompt,
+            arguments.new,
+            arguments.repeats,
+            {"compile_backend": arguments.backend},
         )
         results |= {"rows": rows, "engines": engines}
     report(results, arguments.output)

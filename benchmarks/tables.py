@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs"
 NOT_MEASURED = "not measured yet"
-_MARKED = re.compile(r"<!-- table: (?P<name>[a-z-]+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
+_MARKED = re.compile(r"<!-- table: (?P<name>[a-z0-9-]+) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
 
 _DECODE = re.compile(r"decode_\d+_us")
 
@@ -409,6 +409,28 @@ def demo_model(results: list[Result]) -> list[str]:
     return table(["demo model", "bits of a weight", "nats a token", "over float32"], rows)
 
 
+def rows(results: list[Result]) -> list[str]:
+    """The kernel for several columns, by shape and format of the weights."""
+    lines = []
+    for result in results:
+        for variant in result["variants"]:
+            times = {(time["columns"], time["position"], "one_request" in time): time for time in variant["times"]}
+            found = [times.get((columns, 512, False)) for columns in (1, 2, 4, 8)]
+            drafts = times.get((4, 512, True))
+            lines.append(
+                [
+                    variant["model"],
+                    variant["format"],
+                    *("-" if time is None else f"{time['us']:,.0f}" for time in (*found, drafts)),
+                    _share(found[0] and found[0]["of_ceiling"]),
+                    _share(found[-1] and found[-1]["of_ceiling"]),
+                    f"{variant['repeats']['different']} of {variant['repeats']['steps']:,}",
+                ]
+            )
+    head = ["shape", "weights", "1 column, µs", "2", "4", "8", "4 tokens of one request", "of the ceiling, 1", "8"]
+    return table([*head, "repeats with other bits"], lines, 2)
+
+
 def speculation_machinery(results: list[Result]) -> list[str]:
     """Whole calls with so many right drafts, beside plain ones of the same run."""
     rows = []
@@ -442,6 +464,9 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "speculation-search": speculation_search,
     "demo-model": demo_model,
     "speculation-machinery": speculation_machinery,
+    "speculation-rows": speculation_machinery,
+    "memory-fp8": memory_limit,
+    "rows": rows,
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
+from hybridgen.kernels.linear.layout import Block
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.weights import DenseWeight
 
 
@@ -148,3 +150,35 @@ def make_context(model: Decoder, lengths: list[int], page_size: int = 16, seed: 
     return Context(
         tuple(pages), tokens.to(device), positions.to(device), slots.to(torch.int32).to(device), table.to(device)
     )
+
+
+def quantised_decoder(model: Decoder, kind: str, group: int = 128, head: str = "fp8") -> Decoder:
+    """The same shape with projections of random codes: `fp8` with a scale for each output, or symmetric `int4`.
+
+    Args:
+        group: inputs that share a scale of int4.
+        head: `fp8`, or `dense` for the head as it is.
+    """
+    device = model.device
+    generator = torch.Generator(device).manual_seed(1)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator, device=device) * 0.5 + 0.75
+
+    def quantised(linear: Linear, kind: str) -> Linear:
+        outputs, inputs = linear.weight.shape
+        if kind == "fp8":
+            data = torch.randn(outputs, inputs, generator=generator, device=device) * 64
+            scales = uniform(outputs, 1) / (64 * inputs**0.5)
+            codes, block = data.to(torch.float8_e4m3fn), Block(1, inputs)
+        else:
+            codes = torch.randint(-(2**31), 2**31, (outputs, inputs // 8), generator=generator, device=device).int()
+            scales = (uniform(outputs, inputs // group) / (4.7 * inputs**0.5)).to(model.dtype)
+            block = Block(1, group)
+        return Linear(QuantisedWeight(kind, codes, scales, None, inputs, block, model.dtype), linear.bias)
+
+    names = ("qkv", "out", "gate_up", "down")
+    layers = tuple(
+        replace(layer, **{name: quantised(getattr(layer, name), kind) for name in names}) for layer in model.layers
+    )
+    return replace(model, layers=layers, head=model.head if head == "dense" else quantised(model.head, "fp8"))

@@ -100,6 +100,13 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_5": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
     "qwen3_5_moe": (families.CONFIGS["qwen3_5_moe_text"] | _DELTA_ROPE, {}),
     "lfm2_vl": (families.CONFIGS["lfm2"], {}),
+    "minicpm_ocr": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
+    "minicpmv4_6": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
+    "minicpmv4_7": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
+    "nemo_speechlm": (families.CONFIGS["nemotron_h"], {"word_timestamp_config": {"blank_token_id": 1}}),
+    "deepseek_vl_hybrid": (_text("llama"), {}),
+    "granite_speech_plus": (_text("granite"), {}),
+    "vibevoice_asr": (_text("qwen2"), {}),
 }
 """By model type: the text config, and other fields of the whole one."""
 

@@ -18,8 +18,9 @@ from hybridgen.config import EngineConfig, GraphOwner
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import CacheMissError, described
 from hybridgen.execution import ModelRunner
-from hybridgen.execution.fused_executors import compare_with_layers, make_fused, tune_fused
+from hybridgen.execution.fused_executors import compare_rows, compare_with_layers, make_fused, tune_fused
 from hybridgen.execution.warm_up import check_numerics, compile_layers
+from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import capture_plan
 from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels.read_ceiling import read_ceiling
@@ -200,12 +201,15 @@ class Starter:
                     self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
 
     def choose_decode(self, runner: ModelRunner, sizes: Sequence[int], *, compiled: bool) -> None:
-        """Decode with the chain of fused kernels where it is faster than the compiled layers, measured once.
+        """Decode with fused kernels for several rows where they are faster than what else would serve, measured once:
+        the persistent one against the chain, the chain against the compiled layers.
 
         Args:
             sizes: batch sizes to measure at.
-            compiled: whether the layers are compiled; else the chain is used as it is.
+            compiled: whether the layers are compiled; else the kernels are used as they are.
         """
+        if compiled and runner.fused is not None and runner.fused.rows is not None:
+            self._choose_rows(runner, runner.fused, list(sizes))
         fused = runner.fused
         if fused is None or fused.chain is None or not compiled:
             return
@@ -226,6 +230,26 @@ class Starter:
                 else:
                     chosen = {"chain_rows": chain.most, "chain_why": why, "chain_sizes": sizes}
                     self._cache.keep_document(_TUNING, {**tuned, **chosen})
+        self.fused = fused.notes
+
+    def _choose_rows(self, runner: ModelRunner, fused: FusedDecode, sizes: list[int]) -> None:
+        rows = fused.rows
+        if rows is None:
+            return
+        tuned = self._cache.read_document(_TUNING) or {}
+        kept = tuned.get("rows")
+        if isinstance(kept, dict) and kept.get("sizes") == sizes and kept.get("most", 0) <= rows.most:
+            if kept["why"]:
+                fused.use_rows(kept["least"], kept["most"], kept["why"])
+        else:
+            with self._startup.timed("tuning"):
+                try:
+                    why = compare_rows(runner, sizes)
+                except Exception as error:
+                    self._counters.fall_back(f"fused and compiled decode were not compared: {described(error)}")
+                else:
+                    chosen = {"least": rows.least, "most": rows.most, "why": why, "sizes": sizes}
+                    self._cache.keep_document(_TUNING, {**tuned, "rows": chosen})
         self.fused = fused.notes
 
     def _kept_kernel(self, key: str, make: Callable[[], bytes]) -> bytes:

@@ -93,7 +93,8 @@ def _use_fused(runner: ModelRunner, *, usable: bool) -> None:
     if not usable or not following.stale:
         return
     following.stale = False
-    rows = 0 if fused.chain is None else fused.chain.most
+    chained = 0 if fused.chain is None else fused.chain.most
+    few = None if fused.rows is None else (fused.rows.least, fused.rows.most)
     runner.use_fused(None)
     with CAPTURING:
         fused.close()
@@ -103,8 +104,10 @@ def _use_fused(runner: ModelRunner, *, usable: bool) -> None:
         with nullcontext() if runner.compiled is None else runner.compiled.bypassed():
             following.fuse_again()
     made = runner.fused
-    if made is not None and made.chain is not None and rows < made.chain.most:
-        made.use_chain_up_to(rows, "measured before the model changed")
+    if made is not None and made.chain is not None and chained < made.chain.most:
+        made.use_chain_up_to(chained, "measured before the model changed")
+    if made is not None and made.rows is not None and few not in (None, (made.rows.least, made.rows.most)):
+        made.use_rows(*few, "measured before the model changed")
 
 
 @on_its_stream

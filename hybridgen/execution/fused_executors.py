@@ -38,6 +38,7 @@ def make_fused(
         runner.steps.inputs(),
         max_context=max_context,
         max_rows=runner.state.max_batch,
+        query_len=runner.state.query_len,
         tuned=tuned,
         kept=kept,
     )
@@ -60,10 +61,54 @@ def tune_fused(runner: ModelRunner, seconds: float) -> dict[str, Any]:
 
 
 @on_its_stream
+def compare_rows(runner: ModelRunner, sizes: Sequence[int]) -> str:
+    """Use the persistent kernel for several rows at the sizes where it is faster than what would serve else.
+
+    That is the chain, or the model's own layers. Both are recorded and timed at these sizes, with padding. Not while
+    requests run.
+
+    Returns:
+        Where it is not used and why; empty where it is used at all of them.
+    """
+    fused = runner.fused
+    rows = None if fused is None else fused.rows
+    if fused is None or rows is None:
+        return ""
+    from hybridgen.graphs.cuda import CudaGraphRecorder
+
+    recorder = CudaGraphRecorder(runner.device)
+    slower, faster = {}, []
+    try:
+        for size in sorted(size for size in sizes if rows.least <= size <= rows.most):
+            other = LAYERS
+            if fused.chain is not None and fused.chain.refuses(GraphKey.decode(size, None)) is None:
+                other = fused.chain.name
+            ours, theirs = (_recorded_seconds(runner, recorder, size, by) for by in (rows.name, other))
+            logger.info("decode of %d rows: %s %.1f us, %s %.1f us", size, rows.name, ours * 1e6, other, theirs * 1e6)
+            if ours < theirs:
+                faster.append(size)
+            else:
+                slower[size] = f"{size} rows take it {ours * 1e3:.2f} ms, and the {other} {theirs * 1e3:.2f} ms"
+        if not slower:
+            return ""
+        # One run of sizes: from behind the largest at which it is slower, or up to that one.
+        above = [size for size in faster if size > max(slower)]
+        below = [size for size in faster if size < min(slower)]
+        least = max(slower) + 1 if above else rows.least
+        most = rows.most if above else max(below, default=rows.least - 1)
+        fused.use_rows(least, most, why := "; ".join(slower.values()))
+        return why
+    finally:
+        recorder.close()
+        runner.recover()
+
+
+@on_its_stream
 def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
     """Use the chain of fused kernels up to the size where the model's own layers are faster.
 
-    Both are recorded and timed at these sizes, with padding. Not while requests run.
+    Both are recorded and timed at these sizes, with padding, but for those that the kernel for several rows serves. Not
+    while requests run.
 
     Returns:
         Why it is not used beyond that; empty where it is used at all of them.
@@ -77,6 +122,8 @@ def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
     used = chain.least - 1
     try:
         for rows in sorted(size for size in sizes if chain.least <= size <= chain.most):
+            if runner.fused.rows is not None and runner.fused.rows.refuses(GraphKey.decode(rows, None)) is None:
+                continue
             ours, theirs = (_recorded_seconds(runner, recorder, rows, by) for by in (chain.name, LAYERS))
             logger.info("decode of %d rows: chain %.1f us, layers %.1f us", rows, ours * 1e6, theirs * 1e6)
             if ours >= theirs:

@@ -17,10 +17,13 @@ from hybridgen.fused import reference
 from hybridgen.fused.chain.search import COMPILED_AT_ONCE
 from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
 from hybridgen.fused.decode import FusedDecode
-from hybridgen.fused.executors import ChainExecutor, PersistentExecutor
+from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExecutor
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.fused.persistent.shape import Tuning
 from hybridgen.fused.persistent.step import PersistentStep
+from hybridgen.fused.rows.formats import stored
+from hybridgen.fused.rows.shape import COLUMNS
+from hybridgen.fused.rows.step import RowsStep
 from hybridgen.models import BoundModel
 from hybridgen.models.decoder import Decoder, Unfit, describe
 
@@ -34,6 +37,7 @@ def build_fused(
     *,
     max_context: int,
     max_rows: int,
+    query_len: int = 1,
     tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
@@ -43,6 +47,7 @@ def build_fused(
 
     Args:
         max_rows: rows of a step at most.
+        query_len: tokens of a row in a step at most.
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
@@ -63,18 +68,57 @@ def build_fused(
         return fused
     few = min(MAX_ROWS, max_rows)
     with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
-        # The chain's kernels are compiled while the persistent one is.
+        # The kernels for several rows are compiled while the one for one row is.
+        making = pool.submit(_rows_step, fused, model, kept)
         compiling: list[Future[object]] | Exception = []
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
         _make_persistent(fused, model, kept, tuning)
-        if few == 1 and fused.persistent is None:
+        _make_rows(fused, making, max_rows * query_len)
+        nobody = fused.persistent is None and fused.rows is None
+        if few == 1 and nobody:
             compiling = _begin_chain(fused, few, tiles, pool)
-    if few > 1 or fused.persistent is None:
+    if few > 1 or nobody:
         _finish_chain(fused, few, compiling)
     for size, how in fused.notes.items():
         logger.info("%s: %s", size, how)
     return fused
+
+
+def _rows_step(
+    fused: FusedDecode, model: Decoder, kept: Callable[[str, Callable[[], bytes]], bytes] | None
+) -> RowsStep:
+    """The step for several rows; called on a thread of its own, which has a stream of its own.
+
+    Raises:
+        Unfit: it does not serve the model, or its weights are in a format whose bits were not the same each time.
+    """
+    if any(stored(linear).format.bits == 4 for linear in model.linears):
+        raise Unfit("int4: a fixed step that was repeated 3,000 times on an H200 gave other bits twice")
+    with torch.inference_mode():
+        step = RowsStep(model, fused.pages, block_table=fused.inputs.block_table, kept=kept)
+    torch.cuda.synchronize(model.device)
+    return step
+
+
+def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> None:
+    """Try the step for several rows, and say in the notes whether it serves."""
+    tokens = min(COLUMNS, tokens)
+    try:
+        rows = fused.rows = RowsExecutor(making.result(), tokens)
+        rows.least = fused.first_of_several
+        if rows.least > tokens:
+            rows.close()
+            fused.rows = None
+            return
+        fused.try_step(rows, tokens)
+        fused.note_rows(rows, "")
+    except Exception as error:
+        reason = fused.reason_of(error)
+        if fused.rows is not None:
+            fused.rows.close()
+            fused.rows = None
+        fused.notes["decode of a few tokens"] = f"no persistent kernel for several rows: {reason}"
 
 
 def _make_persistent(
@@ -133,13 +177,12 @@ def _finish_chain(fused: FusedDecode, rows: int, compiling: list[Future[object]]
             future.result()
         if fused.chain is None:
             raise RuntimeError("there is no chain to try")
-        fused.chain.least = 1 if fused.persistent is None else 2
+        fused.chain.least = fused.first_of_several
         fused.try_step(fused.chain, rows)
         fused.note_chain(fused.chain, "")
     except Exception as error:
         fused.chain = None
-        least = 1 if fused.persistent is None else 2
-        fused.notes[f"decode of {least} to {rows} rows"] = f"no chain: {fused.reason_of(error)}"
+        fused.notes[f"decode of {fused.first_of_several} to {rows} rows"] = f"no chain: {fused.reason_of(error)}"
 
 
 def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:

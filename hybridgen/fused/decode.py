@@ -12,7 +12,7 @@ from hybridgen.cache import LayerPages
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import CacheMissError, described
 from hybridgen.fused import reference
-from hybridgen.fused.executors import ChainExecutor, PersistentExecutor
+from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExecutor
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.graphs import Executor
 from hybridgen.models import StepMetadata
@@ -34,8 +34,10 @@ class FusedDecode:
     model: Decoder | None = None
     persistent: PersistentExecutor | None = None
     """For one row."""
+    rows: RowsExecutor | None = None
+    """For a few tokens."""
     chain: ChainExecutor | None = None
-    """For a few."""
+    """For a few rows."""
     build: Callable[..., PersistentExecutor] | None = None
     """Makes the persistent executor again, with another `tuning=`."""
     pages: tuple[LayerPages, ...] = ()
@@ -47,7 +49,25 @@ class FusedDecode:
     @property
     def executors(self) -> tuple[Executor, ...]:
         """In order of preference."""
-        return tuple(executor for executor in (self.persistent, self.chain) if executor is not None)
+        return tuple(executor for executor in (self.persistent, self.rows, self.chain) if executor is not None)
+
+    def use_rows(self, least: int, most: int, why: str) -> None:
+        """Use the kernel for several rows for steps of so many tokens, and leave others to what comes after it."""
+        if self.rows is not None:
+            self.rows.least, self.rows.most = least, most
+            self.note_rows(self.rows, why)
+
+    @property
+    def first_of_several(self) -> int:
+        """Rows from which on something else than the kernel for one row serves."""
+        return 1 if self.persistent is None else 2
+
+    def note_rows(self, rows: RowsExecutor, why: str) -> None:
+        """Say in `notes` what the kernel for several rows serves, and why nothing beyond that."""
+        self.notes = {size: how for size, how in self.notes.items() if "several rows" not in how}
+        size = f"decode of {rows.least} to {rows.most} tokens" if rows.most >= rows.least else "decode of a few tokens"
+        how = "one persistent kernel for several rows" if rows.most >= rows.least else "not the kernel for several rows"
+        self.notes[size] = f"{how}{f'; {why}' if why else ''}"
 
     def use_chain_up_to(self, rows: int, why: str) -> None:
         """Leave steps of more rows to the model's own layers."""
@@ -79,19 +99,21 @@ class FusedDecode:
 
     def close(self) -> None:
         """Unload what was loaded. Not while a step runs or a graph holds one."""
-        if self.persistent is not None:
-            self.persistent.close()
-        self.persistent = self.chain = None
+        for executor in (self.persistent, self.rows):
+            if executor is not None:
+                executor.close()
+        self.persistent = self.rows = self.chain = None
 
     def stopped(self) -> bool:
         """Whether a step that has run was given up by its watchdog; what it leaves behind is mended.
 
         Such a step's logits are NaN. Waits for the device if there was one.
         """
-        if self.persistent is None or not self.persistent.step.faulted:
-            return False
-        self.persistent.step.repair()
-        return True
+        steps = [executor.step for executor in (self.persistent, self.rows) if executor is not None]
+        stopped = [step for step in steps if step.faulted]
+        for step in stopped:
+            step.repair()
+        return bool(stopped)
 
     def reason_of(self, error: Exception) -> str:
         """Why something does not serve; what is no rule of ours is a failure, too. A lost device is raised."""

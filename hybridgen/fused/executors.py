@@ -1,4 +1,4 @@
-"""The fused executors: how the persistent kernel and the chain serve steps."""
+"""The fused executors: how the persistent kernels and the chain serve steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hybridgen.models.attention import Phase
 if TYPE_CHECKING:  # they import Triton and CUDA's bindings, which are not there everywhere
     from hybridgen.fused.chain.step import ChainStep
     from hybridgen.fused.persistent.step import PersistentStep
+    from hybridgen.fused.rows.step import RowsStep
 
 
 class PersistentExecutor:
@@ -33,6 +34,39 @@ class PersistentExecutor:
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Launch it. It finds its row in the inputs that it was built with."""
         return self.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What outlives a launch, by name."""
+        return self.step.tensors()
+
+    def close(self) -> None:
+        """Unload the kernel."""
+        self.step.kernel.close()
+
+
+class RowsExecutor:
+    """One persistent kernel for a decode step of a few columns: tokens of several rows, or several tokens of a row."""
+
+    name = "rows"
+    launch = "direct"
+
+    def __init__(self, step: RowsStep, columns: int) -> None:
+        """`columns`: tokens of a step at most."""
+        self.step = step
+        self.least = 2
+        """Tokens from which on it is used."""
+        self.most = columns
+        """Tokens up to which it is used."""
+
+    def refuses(self, key: GraphKey) -> str | None:
+        """Anything but a decode step of a few tokens."""
+        if key.phase is Phase.DECODE and self.least <= key.rows * key.query_len <= self.most:
+            return None
+        return f"the persistent kernel for several rows decodes {self.least} to {self.most} tokens"
+
+    def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
+        """Launch it; the next call overwrites what it returns."""
+        return self.step(step.ids, step.positions, step.slots)
 
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a launch, by name."""

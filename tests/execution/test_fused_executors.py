@@ -47,18 +47,29 @@ class Chain:
         return {}
 
 
+class Rows(Chain):
+    """Serves 1 to 8 tokens as the persistent kernel for several rows would."""
+
+    name = "rows"
+
+    def refuses(self, key: GraphKey) -> str | None:
+        decodes = key.phase is Phase.DECODE and self.least <= key.rows * key.query_len <= self.most
+        return None if decodes else "not these"
+
+
 class Fused:
     """What a runner asks of fused decode."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.chain: Chain | None = Chain(runner)
+        self.rows: Rows | None = None
         self.why: str | None = None
         self.is_stopped = False
         self.refreshed = 0
 
     @property
     def executors(self) -> tuple[Any, ...]:
-        return () if self.chain is None else (self.chain,)
+        return tuple(executor for executor in (self.rows, self.chain) if executor is not None)
 
     def refresh(self) -> None:
         self.refreshed += 1
@@ -66,11 +77,14 @@ class Fused:
     def use_chain_up_to(self, rows: int, why: str) -> None:
         self.chain.most, self.why = rows, why
 
+    def use_rows(self, least: int, most: int, why: str) -> None:
+        self.rows.least, self.rows.most, self.why = least, most, why
+
     def stopped(self) -> bool:
         return self.is_stopped
 
     def close(self) -> None:
-        self.chain = None
+        self.chain = self.rows = None
 
 
 class Captures:
@@ -78,6 +92,7 @@ class Captures:
 
     def __init__(self, chain: dict[int, float], fault: Exception | None = None) -> None:
         self.chain = chain
+        self.rows: dict[int, float] = {}
         self.fault = fault
         self.recorded: list[tuple[int, str]] = []
         self.released = 0
@@ -90,7 +105,7 @@ class Captures:
             raise self.fault
         return Recorded(
             replay=step, release=self._release, owner="", plain_seconds=9.0,
-            seconds=self.chain[key.rows] if key.executor == "chain" else 2e-3, bytes=0,
+            seconds={"chain": self.chain, "rows": self.rows}.get(key.executor, {}).get(key.rows, 2e-3), bytes=0,
         )  # fmt: skip
 
     def _release(self) -> None:
@@ -202,6 +217,52 @@ def test_without_a_chain_nothing_is_measured(runner: ModelRunner, fused: Fused, 
     assert captures.recorded == []
 
 
+@pytest.mark.parametrize(
+    ("rows", "chain", "least", "most", "why"),
+    [
+        ({2: 0.9e-3, 4: 0.9e-3, 8: 0.9e-3}, True, 2, 8, None),
+        ({2: 1.1e-3, 4: 0.9e-3, 8: 0.9e-3}, True, 3, 8, "2 rows take it 1.10 ms, and the chain 1.00 ms"),
+        ({2: 0.9e-3, 4: 0.9e-3, 8: 2.6e-3}, True, 2, 4, "8 rows take it 2.60 ms, and the chain 2.50 ms"),
+        ({2: 1.5e-3, 4: 1.9e-3, 8: 2.6e-3}, False, 2, 4, "8 rows take it 2.60 ms, and the layers 2.00 ms"),
+        ({2: 3e-3, 4: 3e-3, 8: 3e-3}, False, 2, 1, "2 rows take it 3.00 ms"),
+    ],
+)
+def test_the_kernel_for_several_rows_is_used_where_it_is_faster(
+    runner: ModelRunner,
+    fused: Fused,
+    captures: Captures,
+    rows: dict[int, float],
+    chain: bool,
+    least: int,
+    most: int,
+    why: str | None,
+) -> None:
+    fused.rows = Rows(runner)
+    if not chain:
+        fused.chain = None
+    runner.use_fused(fused)
+    captures.rows = rows
+    said = fused_executors.compare_rows(runner, [8, 1, 4, 2, 16])
+    assert (fused.rows.least, fused.rows.most) == (least, most)
+    assert said.startswith(why or "")
+    assert (said == "") == (why is None)
+    assert captures.closed == 1
+    captures.recorded.clear()
+    fused_executors.compare_with_layers(runner, [2, 4, 8])
+    assert not {size for size, _ in captures.recorded} & set(range(least, most + 1))
+    after = "chain" if chain else "layers"
+    served = {size: runner.router.served(GraphKey.decode(size, None)).executor for size in (2, 4, 8)}
+    assert all(by == "rows" if least <= size <= most else by in (after, "layers") for size, by in served.items())
+
+
+def test_tokens_of_one_row_run_in_the_kernel_for_several(runner: ModelRunner, fused: Fused) -> None:
+    fused.rows = Rows(runner)
+    runner.use_fused(fused)
+    assert runner.router.served(GraphKey.decode(1, None, query_len=4)).executor == "rows"
+    assert runner.router.served(GraphKey.decode(2, None, query_len=4)).executor == "rows"
+    assert runner.router.served(GraphKey.decode(3, None, query_len=4)).executor == "layers"
+
+
 def test_what_is_tuned(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_executors.tune_fused(runner, 1.0) == {}
     calls: list[Any] = []
@@ -228,7 +289,13 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
     assert bound is runner.bound
     assert pages == tuple(state.pages for state in runner.states)
     assert inputs.state is runner.state.table
-    assert given == {"max_context": 64, "max_rows": 8, "tuned": {"a": 1}, "kept": None}
+    assert given == {
+        "max_context": 64,
+        "max_rows": 8,
+        "query_len": 1,
+        "tuned": {"a": 1},
+        "kept": None,
+    }
     assert list(runner.executors) == ["chain", "layers"]
 
 

@@ -7,14 +7,29 @@ import functools
 import hashlib
 import importlib.resources
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hybridgen.errors import DeviceError, described
 from hybridgen.models.decoder import Unfit
 
-SOURCE = "step.cu"
-HEADERS = ("words.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh")
-KERNEL = b"decode_step"
+
+@dataclass(frozen=True)
+class Program:
+    """A kernel's files: `folders` are packages, and a file is in the first that has it."""
+
+    folders: tuple[str, ...]
+    source: str
+    headers: tuple[str, ...]
+    kernel: str
+
+
+ONE_ROW = Program(
+    (__package__ or "",),
+    "step.cu",
+    ("words.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh"),
+    "decode_step",
+)
 
 
 @functools.cache
@@ -48,10 +63,14 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
 
 
 @functools.cache
-def sources() -> dict[str, bytes]:
+def sources(program: Program = ONE_ROW) -> dict[str, bytes]:
     """The kernel's files by name."""
-    folder = importlib.resources.files(__package__)
-    return {name: (folder / name).read_bytes() for name in (SOURCE, *HEADERS)}
+    folders = [importlib.resources.files(folder) for folder in program.folders]
+    found = {}
+    for name in (program.source, *program.headers):
+        folder = next(folder for folder in folders if (folder / name).is_file())
+        found[name] = (folder / name).read_bytes()
+    return found
 
 
 def options(defines: Mapping[str, Any], architecture: str) -> list[str]:
@@ -59,58 +78,59 @@ def options(defines: Mapping[str, Any], architecture: str) -> list[str]:
     return [
         f"--gpu-architecture={architecture}",
         "--std=c++17",
+        "--device-as-default-execution-space",  # generic lambdas: NVRTC before 13.1 takes them for host functions
         *(f"-D{name}={value}" for name, value in sorted(defines.items())),
     ]
 
 
-def key(defines: Mapping[str, Any], architecture: str) -> str:
+def key(defines: Mapping[str, Any], architecture: str, program: Program = ONE_ROW) -> str:
     """What distinguishes two compiled kernels: sources, constants, architecture and compiler."""
     _, nvrtc = _bindings()
     version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
     text = b"\0".join(
-        [*sources().values(), *(o.encode() for o in options(defines, architecture)), str(version).encode()]
+        [*sources(program).values(), *(o.encode() for o in options(defines, architecture)), str(version).encode()]
     )
     return hashlib.sha256(text).hexdigest()[:32]
 
 
-def compile_cubin(defines: Mapping[str, Any], architecture: str) -> bytes:
-    """Machine code of the kernel for these constants; takes 2 to 6 s.
+def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Program = ONE_ROW) -> bytes:
+    """Machine code of the kernel for these constants; takes 2 to 9 s.
 
     Raises:
         Unfit: the compiler refuses, for example because a static rule of the kernel does not hold.
     """
     _, nvrtc = _bindings()
-    files = sources()
-    headers = [files[name] for name in HEADERS]
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(
-            files[SOURCE], SOURCE.encode(), len(headers), headers, [name.encode() for name in HEADERS]
-        ),
+    files = sources(program)
+    headers, names = [files[name] for name in program.headers], [name.encode() for name in program.headers]
+    compiling = _checked(
+        nvrtc.nvrtcCreateProgram(files[program.source], program.source.encode(), len(headers), headers, names),
         "nvrtcCreateProgram",
     )
     try:
         arguments = [option.encode() for option in options(defines, architecture)]
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+        (status,) = nvrtc.nvrtcCompileProgram(compiling, len(arguments), arguments)
         if int(status) != 0:
-            log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize"))
-            nvrtc.nvrtcGetProgramLog(program, log)
+            log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(compiling), "nvrtcGetProgramLogSize"))
+            nvrtc.nvrtcGetProgramLog(compiling, log)
             lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
             raise Unfit(f"the kernel does not compile for this shape: {lines[0] if lines else status.name}")
-        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize"))
-        _checked(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(compiling), "nvrtcGetCUBINSize"))
+        _checked(nvrtc.nvrtcGetCUBIN(compiling, code), "nvrtcGetCUBIN")
     finally:
-        nvrtc.nvrtcDestroyProgram(program)
+        nvrtc.nvrtcDestroyProgram(compiling)
     return bytes(code)
 
 
 class Kernel:
     """A loaded kernel; the device's context must be current."""
 
-    def __init__(self, cubin: bytes, shared_bytes: int) -> None:
+    def __init__(self, cubin: bytes, shared_bytes: int, program: Program = ONE_ROW) -> None:
         driver, _ = _bindings()
         self._driver = driver
         self._module = _checked(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
-        self._function = _checked(driver.cuModuleGetFunction(self._module, KERNEL), "cuModuleGetFunction")
+        self._function = _checked(
+            driver.cuModuleGetFunction(self._module, program.kernel.encode()), "cuModuleGetFunction"
+        )
         dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, dynamic, shared_bytes), "cuFuncSetAttribute")
         self._shared_bytes = shared_bytes

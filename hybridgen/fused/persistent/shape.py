@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridgen.models.decoder import Decoder, Unfit, dense
 
@@ -64,6 +66,22 @@ def check(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
     Raises:
         Unfit: with the first reason found.
     """
+    check_structure(model, page_size, capability)
+    check_places([model.embedding, *(norm.scale for norm in model.norms), *map(dense, model.linears)])
+
+
+def check_places(tensors: Iterable[Tensor]) -> None:
+    """Raise Unfit if tensors do not lie as bulk copies and 16-byte loads want them."""
+    if any(not tensor.is_contiguous() or tensor.data_ptr() % 16 for tensor in tensors):
+        raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
+
+
+def check_structure(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
+    """Raise if a model has parts that no persistent kernel computes, or the device is too old.
+
+    Raises:
+        Unfit: with the first reason found.
+    """
     if capability[0] < 9:
         raise Unfit(f"compute capability {capability[0]}.{capability[1]}; bulk copies need 9.0 or newer")
     if model.dtype not in (torch.bfloat16, torch.float16):
@@ -88,9 +106,6 @@ def check(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
     for name, width in (("hidden", model.hidden), ("intermediate", model.intermediate)):
         if width % 8:
             raise Unfit(f"its {name} size {width} is no multiple of 8")
-    tensors = [model.embedding, *(norm.scale for norm in model.norms), *(dense(linear) for linear in model.linears)]
-    if any(not tensor.is_contiguous() or tensor.data_ptr() % 16 for tensor in tensors):
-        raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
     if page_size & (page_size - 1):
         raise Unfit(f"page_size={page_size} is no power of two")
 

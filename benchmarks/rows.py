@@ -1,0 +1,322 @@
+"""How long is a decode step of one to eight columns in the persistent kernel for them, by format of the weights?
+
+Random weights of published shapes, quantised ones as random codes with scales. Each variant is compared with the
+float32 reference on exactly dequantised weights first: fresh inputs, stale words of the step before, unwritten places
+of the cache that are no numbers; requests of one token, one request of several, and a mix. Then one fixed step is
+repeated in a CUDA graph and all logits are compared bit for bit on the device, with steps of fewer columns in between.
+Then replays are timed, against a read ceiling measured in the same run.
+
+    python benchmarks/rows.py [--models llama-3.2-1b llama-3.1-8b] [--formats bf16 fp8 int4] [--output results.json]
+    python benchmarks/rows.py --smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import random_decoder, release, report, shape_dtype
+from torch import Tensor
+
+from hybridgen.cache import LayerPages
+from hybridgen.fused import reference
+from hybridgen.kernels.linear.layout import Block
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear
+from hybridgen.models.quantised import QuantisedWeight
+
+PAGE_SIZE = 64
+ROOM = 1024
+"""Positions of each request."""
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
+FORMATS = {"bf16": (16, 16, 128), "fp8": (8, 8, 128), "fp8-head16": (8, 16, 128), "int4": (4, 8, 128),
+           "int4-g64": (4, 8, 64), "int4-g32": (4, 8, 32), "int4-head16": (4, 16, 128)}  # fmt: skip
+"""Bits of the layers' weights and of the head's, and the inputs that share a scale of int4."""
+
+
+def quantised(linear: Linear, bits: int, group: int) -> Linear:
+    """A weight of the same shape in a format, with random codes."""
+    outputs, inputs = linear.weight.shape
+    device = next(iter(linear.weight.tensors().values())).device
+    dtype = linear.weight.format.dtype
+    if bits == 16:
+        return linear
+    if bits == 8:
+        data = torch.empty(outputs, inputs, device=device).normal_(0, 64).to(torch.float8_e4m3fn)
+        scales = (torch.rand(outputs, 1, device=device) * 0.5 + 0.75) / (64 * inputs**0.5)
+        return Linear(QuantisedWeight("fp8", data, scales, None, inputs, Block(1, inputs), dtype), linear.bias)
+    words = torch.randint(-(2**31), 2**31, (outputs, inputs // 8), device=device).to(torch.int32)
+    scales = (torch.rand(outputs, inputs // group, device=device) * 0.5 + 0.75) / (4.7 * inputs**0.5)
+    return Linear(QuantisedWeight("int4", words, scales.to(dtype), None, inputs, Block(1, group), dtype), linear.bias)
+
+
+def in_format(model: Decoder, name: str) -> Decoder:
+    """The model with its projections in a format."""
+    bits, head_bits, group = FORMATS[name]
+    if bits == 16:
+        return model
+
+    def layer(of: DecoderLayer) -> DecoderLayer:
+        names = ("qkv", "out", "gate_up", "down")
+        return dataclasses.replace(of, **{each: quantised(getattr(of, each), bits, group) for each in names})
+
+    head = quantised(model.head, head_bits, group)
+    return dataclasses.replace(model, layers=tuple(map(layer, model.layers)), head=head)
+
+
+class Cache:
+    """Pages of eight requests, and steps of columns over them."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model, device = model, model.device
+        count = ROOM // PAGE_SIZE
+        size = 8 * count + 1, model.kv_heads, PAGE_SIZE, model.head_dim
+        self.pages = tuple(
+            LayerPages(*(torch.empty(size, dtype=model.dtype, device=device) for _ in range(2))) for _ in model.layers
+        )
+        self.block_table = (torch.randperm(8 * count, device=device) + 1).view(8, count).to(torch.int32)
+        self.ids = torch.zeros(8, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(8, dtype=torch.int64, device=device)
+        self.slots = torch.zeros(8, dtype=torch.int32, device=device)
+
+    def fill(self, columns: list[tuple[int, int]], numbers: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """New keys and values before each column's request, and none behind; the inputs of a step.
+
+        Args:
+            numbers: places behind are numbers, too: the step will be timed at other positions.
+        """
+        lengths: dict[int, int] = {}
+        for slot, position in columns:
+            lengths[slot] = min(position, lengths.get(slot, position))
+        for part in (part for layer in self.pages for part in layer):
+            part.normal_()
+            if numbers:
+                continue
+            part[0] = torch.nan
+            for slot in range(8):
+                length = lengths.get(slot, 0)
+                pages = self.block_table[slot].long()
+                part[pages[-(-length // PAGE_SIZE) :]] = torch.nan
+                if length % PAGE_SIZE:
+                    part[pages[length // PAGE_SIZE], :, length % PAGE_SIZE :] = torch.nan
+        n = len(columns)
+        self.ids[:n] = torch.randint(0, self.model.vocab, (n,), device=self.ids.device)
+        self.slots[:n] = torch.tensor([slot for slot, _ in columns], device=self.ids.device)
+        self.positions[:n] = torch.tensor([position for _, position in columns], device=self.ids.device)
+        return self.ids[:n], self.positions[:n], self.slots[:n]
+
+
+CASES = {
+    "eight rows": [(row, (37 * row + 61) % 700) for row in range(8)],
+    "three rows": [(5, 0), (2, 64), (7, 901)],
+    "one row": [(3, 511)],
+    "five tokens of one": [(4, position) for position in range(126, 131)],
+    "eight tokens of one": [(1, position) for position in range(700, 708)],
+    "a mix": [(6, 300), (6, 301), (6, 302), (0, 63), (2, 0), (2, 1), (5, 640)],
+}
+
+
+def poison(step: Any, model: Decoder) -> None:
+    """Stale words: the numbers of the last write, with values that would show."""
+    from hybridgen.fused.rows.formats import stored
+
+    half = model.dtype is torch.float16
+    for name, part in step.parts.items():
+        weight = model.head if name == "last" else model.layers[0].qkv
+        mask, value = (0x00010001, 0x7BFE7BFE) if half or stored(weight).format.bits < 16 else (0x20002000, 0x5F005F00)
+        if name == "qkv" or "squares" in name:
+            mask, value = 0xFF, 0x7FC00000
+        part.bitwise_and_(mask).bitwise_or_(value & ~mask)
+    step.logits.fill_(torch.nan)
+
+
+def check(step: Any, cache: Cache) -> dict[str, float]:
+    """Relative error of the logits of each case; the new cache rows are compared, too."""
+    errors = {}
+    for name, columns in CASES.items():
+        inputs = cache.fill(columns)
+        ids, positions, slots = inputs
+        pages = tuple(LayerPages(layer.keys.clone(), layer.values.clone()) for layer in cache.pages)
+        expected = reference.step(cache.model, pages, ids, positions, cache.block_table[slots.long()])
+        poison(step, cache.model)
+        logits = step(*inputs)
+        torch.cuda.synchronize()
+        worst = float(((logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+        for ours, theirs in zip(cache.pages, pages, strict=True):
+            for actual, wanted in zip(ours, theirs, strict=True):
+                written = ~wanted.isnan()
+                if not torch.equal(actual.isnan(), ~written):
+                    worst = float("nan")
+                off = (actual.float() - wanted.float())[written].norm() / wanted.float()[written].norm()
+                worst = max(worst, float(off)) if worst == worst else worst
+        errors[name] = float("nan") if step.faulted else worst
+    return errors
+
+
+def repeat(step: Any, cache: Cache, times: int) -> dict[str, int]:
+    """Replays of one fixed step whose logits were not those of the first, bit for bit."""
+    inputs = cache.fill(CASES["eight rows"], numbers=True)
+    step(*inputs)
+    first = step.logits.clone().view(torch.int16)
+    few = cache.ids[:3], cache.positions[:3], cache.slots[:3]
+    different = torch.zeros(1, dtype=torch.int64, device=first.device)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    with torch.cuda.graph(graphs[0]):
+        step(*inputs)
+        different += (step.logits.view(torch.int16) != first).any()
+    with torch.cuda.graph(graphs[1]):
+        step(*few)
+        different += (step.logits[:3].view(torch.int16) != first[:3]).any()
+    different.zero_()
+    for index in range(times):
+        graphs[index % 5 == 4].replay()
+    torch.cuda.synchronize()
+    return {"steps": times, "different": int(different), "gave_up": int(step.faulted)}
+
+
+def timed(step: Any, cache: Cache, columns: list[int], positions: list[int], ceiling: float) -> list[dict[str, Any]]:
+    from hybridgen.device.timing import graph_seconds
+
+    model, lines = cache.model, []
+    cache.fill([(row, 0) for row in range(8)], numbers=True)
+    for position in positions:
+        for count in columns:
+            cache.positions.fill_(position)
+            inputs = cache.ids[:count], cache.positions[:count], cache.slots[:count]
+            took = graph_seconds(lambda inputs=inputs: step(*inputs), calls=20)
+            cached = 2 * count * position * model.kv_heads * model.head_dim * len(model.layers) * model.dtype.itemsize
+            share = (model.weight_bytes + cached) / took / ceiling
+            lines.append({"columns": count, "position": position, "us": took * 1e6, "of_ceiling": share})
+    cache.positions.copy_(torch.arange(512, 520))
+    cache.slots.zero_()
+    inputs = cache.ids[:4], cache.positions[:4], cache.slots[:4]
+    took = graph_seconds(lambda: step(*inputs), calls=20)
+    lines.append({"columns": 4, "position": 512, "us": took * 1e6, "one_request": True})
+    return lines
+
+
+@dataclasses.dataclass
+class Variant:
+    """A kernel for a model, and what was found of it."""
+
+    cache: Cache
+    step: Future[Any]
+    line: dict[str, Any]
+    first: bool
+    """Whether it has the default tuning."""
+
+
+def variants(
+    name: str, form: str, tunings: list[dict[str, int]], half: bool, pool: ThreadPoolExecutor
+) -> list[Variant]:
+    """The kernels of a model; they are compiled meanwhile."""
+    from hybridgen.fused.rows.shape import default_tuning
+    from hybridgen.fused.rows.step import RowsStep
+
+    dtype = torch.float16 if half else shape_dtype(name, "cuda")
+    model = in_format(random_decoder(name, dtype, "cuda", ROOM), form)
+    release()
+    cache = Cache(model)
+    torch.cuda.synchronize()
+
+    def make(changes: dict[str, int]) -> Any:
+        tuning = dataclasses.replace(default_tuning(model), **changes)
+        step = RowsStep(model, cache.pages, block_table=cache.block_table, tuning=tuning)
+        torch.cuda.synchronize()
+        return step
+
+    line = {"model": name, "format": form, "dtype": str(dtype)}
+    return [Variant(cache, pool.submit(make, each), dict(line), not index) for index, each in enumerate(tunings)]
+
+
+def try_out(variant: Variant, times: int) -> None:
+    """Compare with the reference, and repeat."""
+    begin, line = time.monotonic(), variant.line
+    try:
+        step = variant.step.result()
+        line["tuning"] = dataclasses.asdict(step.tuning)
+        line |= {n.lower(): step.kernel.attribute(n) for n in ("NUM_REGS", "LOCAL_SIZE_BYTES")}
+        line["errors"] = check(step, variant.cache)
+        line["ok"] = all(error < TOLERANCE[variant.cache.model.dtype] for error in line["errors"].values())
+        if line["ok"]:
+            line["repeats"] = repeat(step, variant.cache, times if variant.first else times // 10)
+    except Exception as error:
+        line["error"] = f"{type(error).__name__}: {error}"[:500]
+    errors = {case: round(error, 4) for case, error in line.get("errors", {}).items()}
+    sizes = [line.get(each) for each in ("model", "format", "tuning", "num_regs", "local_size_bytes", "error")]
+    print(*sizes, "ok" if line.get("ok") else "WRONG", errors, line.get("repeats"), f"{time.monotonic() - begin:.1f} s")
+
+
+def smoke() -> list[Any]:
+    """What the kernel would be compiled with, and the reference on quantised weights; on any machine."""
+    from hybridgen.fused.rows.formats import format_of, stored
+    from hybridgen.fused.rows.shape import default_tuning, shape_of
+
+    lines = []
+    for form in FORMATS:
+        model = in_format(random_decoder("small", torch.bfloat16, "cpu", 80), form)
+        layers = format_of(stored(linear) for linear in model.linears[:-1])
+        shape = shape_of(
+            model, layers, stored(model.head).format, default_tuning(model), page_size=PAGE_SIZE, blocks=132,
+            shared_memory=227 * 1024,
+        )  # fmt: skip
+        lines.append({"format": form, "weight_bytes": model.weight_bytes, "stages": shape.defines["STAGES"]})
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"])
+    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "int4"], choices=FORMATS)
+    parser.add_argument("--columns", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--positions", nargs="+", type=int, default=[64, 512])
+    parser.add_argument("--repeats", type=int, default=10_000, help="of one fixed step; a tenth for other tunings")
+    parser.add_argument("--tunings", nargs="*", default=[], help="others to try, for example piece=1024,in_flight=3")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
+    parser.add_argument("--half", action="store_true", help="float16 models")
+    parser.add_argument("--smoke", action="store_true", help="plans only, on any machine")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    results: dict[str, Any] = {"benchmark": "rows"}
+    if args.smoke:
+        report(results | {"plans": smoke()}, args.output)
+        return
+    from hybridgen.kernels.read_ceiling import read_ceiling
+
+    begin = time.monotonic()
+    torch.manual_seed(0)
+    ceiling = read_ceiling(torch.device("cuda"))
+    release()
+    print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
+    results["read_ceiling_gb_per_s"] = ceiling / 1e9
+    others = [{k: int(v) for k, v in (pair.split("=") for pair in text.split(","))} for text in args.tunings]
+    found: list[Variant] = []
+    with ThreadPoolExecutor(12) as pool:
+        for name in args.models:
+            for form in args.formats:
+                found += variants(name, form, [{}, *others], args.half, pool)
+        for variant in found:
+            if time.monotonic() - begin < args.seconds:
+                try_out(variant, args.repeats)
+    lines = results["variants"] = [variant.line for variant in found]
+    good = [variant for variant in found if variant.line.get("ok")]
+    for variant in sorted(good, key=lambda each: not each.first):
+        if time.monotonic() - begin > args.seconds:
+            break
+        columns, positions = (args.columns, args.positions) if variant.first else (args.columns[-1:], [512])
+        variant.line["times"] = timed(variant.step.result(), variant.cache, columns, positions, ceiling)
+        print(variant.line["model"], variant.line["format"], variant.line["tuning"])
+        for each in variant.line["times"]:
+            print(f"    {each}", flush=True)
+    report(results, args.output)
+    if not all(line.get("ok") and not line["repeats"]["different"] for line in lines):
+        raise SystemExit("a variant was not run, computes something else, or not the same each time")
+
+
+if __name__ == "__main__":
+    main()

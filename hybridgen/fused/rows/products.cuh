@@ -1,0 +1,231 @@
+// Products of a tile of weights with the activations of up to eight columns: mma.sync m16n8k16, the tile as its 16 rows.
+//
+// The warps split the inputs: each needs other activations, keeps them in registers, and nothing is read twice by a
+// block. The order of the inputs inside a product is free as long as both operands agree, so one ldmatrix feeds one
+// product of bf16 weights, two of fp8 and four of int4, without shuffles.
+#pragma once
+#include "tiles.cuh"
+
+DEVICE void load_matrix(u32 (&r)[4], u32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
+template <bool AS_HALF> DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if (AS_HALF)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Activations as right operands. Words are asked for and checked apart, so that a chunk travels during the one before.
+template <class T> struct Activations {
+  typedef Pairs<T::F> P;
+  u32 words[T::WORDS];
+  static DEVICE int block(int tid, int chunk, int i) {   // the i-th 32 inputs of this warp
+    return ((chunk * T::STAGES_OF_CHUNK + i / (T::WORDS_OF_STAGE / 4)) * T::INPUTS + (tid >> 5) * T::OF_WARP) / 32 + i % (T::WORDS_OF_STAGE / 4);
+  }
+  DEVICE void ask(const u32* x, int chunk, u32 mark, int columns) {
+    const int tid = thread_index(), lane = tid & 31, column = lane >> 2;
+    const bool on = column < columns;
+    UNROLL for (int i = 0; i < T::WORDS / 4; i++) {
+      uint4 v = make_uint4(mark, mark, mark, mark);
+      if (on) v = Words::load4(x + (block(tid, chunk, i) * COLUMNS + column) * 16 + (lane & 3) * 4);
+      words[4 * i] = v.x; words[4 * i + 1] = v.y; words[4 * i + 2] = v.z; words[4 * i + 3] = v.w;
+    }
+  }
+  DEVICE u32 stale(u32 mark) const {
+    u32 r = 0;
+    UNROLL for (int i = 0; i < T::WORDS; i++) r |= words[i] ^ mark;
+    return r & P::MASK;
+  }
+  DEVICE void check(const u32* x, int chunk, u32 mark, int columns, Watch& watch) {
+    u32 tries = 0;
+    while (stale(mark) && !watch.dead && !watch.gives_up(tries)) ask(x, chunk, mark, columns);
+    __syncwarp();   // products want whole warps
+  }
+  DEVICE void decode(const u32 (&raw)[T::WORDS], int columns) {
+    const bool on = (int)(threadIdx.x & 31) < 4 * columns;
+    UNROLL for (int i = 0; i < T::WORDS; i++) {
+      u32 w = P::number(raw[i]);
+      if (T::F == 4 && (i & 1)) asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(w) : "r"(0x2c002c00u));   // upper codes count 16 times
+      words[i] = on ? w : 0;
+    }
+  }
+  DEVICE void load(const u32* x, u32 number, int columns, Watch& watch) {
+    const u32 mark = P::mark(number);
+    ask(x, 0, mark, columns);
+    check(x, 0, mark, columns, watch);
+    decode(words, columns);
+  }
+};
+
+// int4: codes are multiplied as 1024 + q and 1024 + 16 q, which takes a single instruction; what that and the zero point
+// of 8 add to a product is the same for all rows, so a group's sum begins at minus it, for this lane's two columns.
+template <class T> struct Offsets {
+  static constexpr int PER_GROUP = GROUP / 8, COUNT = T::F == 4 ? T::WORDS / PER_GROUP : 1;
+  float of[COUNT][2];
+  DEVICE void set(const Activations<T>& a) {
+    if (T::F == 4) UNROLL for (int i = 0; i < COUNT; i++) {
+      float c[4] = {};   // -(1024 + 8), and -(1024 + 16 * 8) of what is a sixteenth
+      UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(c, 0xe408e408u, 0xe408e408u, 0xe480e480u, 0xe480e480u, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
+      of[i][0] = c[0]; of[i][1] = c[1];
+    }
+  }
+};
+DEVICE u32 fp8_low(u32 q) { u32 r; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l; }" : "=r"(r) : "r"(q)); return r; }
+DEVICE u32 fp8_high(u32 q) { u32 r; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(r) : "r"(q)); return r; }
+DEVICE u32 int4_low(u32 q) { return lop3<0xEA>(q, 0x000f000fu, 0x64006400u); }    // (q & mask) | magic: 1024 + q
+DEVICE u32 int4_high(u32 q) { return lop3<0xEA>(q, 0x00f000f0u, 0x64006400u); }   // 1024 + 16 q
+DEVICE float load_scale(u32 a) {
+  float f;
+  u16 h;
+  if (SCALE_BYTES == 4) { asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(a)); return f; }
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(h) : "r"(a));
+  if (SCALE_HALF) { asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
+  return __uint_as_float((u32)h << 16);
+}
+
+// One stage: 16 rows by this warp's inputs, times the activations of the chunk's `index`-th stage. Returns bits of the
+// scales that it read, for `Ring::done`: products use the codes at once, and scales last.
+template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activations<T>& a, const Offsets<T>& offsets, const int index, u32 tile) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const u32 base = tile + (lane & 15) * T::PITCH + (lane >> 4) * 16 + warp * T::BYTES_OF_WARP;
+  u32 q[4], read = 0;
+  if (T::F == 16) {
+    UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
+      load_matrix(q, base + 32 * i);
+      const int o = index * T::WORDS_OF_STAGE + 2 * i;
+      multiply<HALF>(sum[i & 1], q[0], q[1], q[2], q[3], a.words[o], a.words[o + 1]);
+    }
+  } else if (T::F == 8) {
+    UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
+      load_matrix(q, base + 32 * i);
+      const int o = index * T::WORDS_OF_STAGE + 4 * i;
+      multiply<true>(sum[0], fp8_low(q[0]), fp8_low(q[1]), fp8_high(q[0]), fp8_high(q[1]), a.words[o], a.words[o + 1]);
+      multiply<true>(sum[1], fp8_low(q[2]), fp8_low(q[3]), fp8_high(q[2]), fp8_high(q[3]), a.words[o + 2], a.words[o + 3]);
+    }
+  } else {
+    constexpr int GROUPS = T::OF_WARP / GROUP, PARTS = GROUP / 32;   // a part: 16 bytes of a row
+    UNROLL for (int g = 0; g < GROUPS; g++) {
+      const int at = index * GROUPS + g;
+      float c[2][4] = {{offsets.of[at][0], offsets.of[at][1], offsets.of[at][0], offsets.of[at][1]}, {0.f, 0.f, 0.f, 0.f}};
+      UNROLL for (int j = 0; j < PARTS; j++) {
+        const int part = g * PARTS + j, k = part & 1, o = index * T::WORDS_OF_STAGE + 4 * part;
+        if (!k) load_matrix(q, base + 16 * part);
+        const u32 p = q[2 * k], r = q[2 * k + 1];
+        multiply<true>(c[0], int4_low(p), int4_low(r), int4_high(p), int4_high(r), a.words[o], a.words[o + 1]);
+        multiply<true>(c[1], int4_low(p >> 8), int4_low(r >> 8), int4_high(p >> 8), int4_high(r >> 8), a.words[o + 2], a.words[o + 3]);
+      }
+      UNROLL for (int h = 0; h < 2; h++) {   // rows lane / 4 and lane / 4 + 8
+        const float scale = load_scale(tile + ((lane >> 2) + 8 * h) * T::PITCH + T::DATA + (warp * GROUPS + g) * SCALE_BYTES);
+        read |= __float_as_uint(scale);
+        UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) sum[0][e] = fmaf(scale, c[0][e] + c[1][e], sum[0][e]);
+      }
+    }
+  }
+  return read;
+}
+template <class T> DEVICE void keep(const float (&sum)[2][4], u32 side, int t) {
+  Shared* s = shared_state();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = (lane & 3) * 2;
+  *(float2*)&s->part[side][warp][t][g][c] = make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
+  *(float2*)&s->part[side][warp][t][g + 8][c] = make_float2(sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
+}
+
+struct Outputs {   // two neighbouring rows of one column; of a gated projection those of the gate and of up
+  int at, column;   // the first one's place in the share
+  bool on;
+  float y0, y1, up0, up1;
+};
+// What belongs to this thread's outputs of a batch of tiles, asked for before the batch: scales of fp8, and biases.
+template <class T> struct Constants {
+  int at;
+  bool on;
+  float2 scale, up_scale;
+  float bias0, bias1, up_bias0, up_bias1;
+  DEVICE void ask(const Matrix& m, const Share& share, int batch, i64 twin) {
+    constexpr int PAIRS = T::ROWS / 2;
+    const int p = thread_index() >> 3;
+    at = batch + p / PAIRS * T::ROWS + p % PAIRS * 2;
+    on = p < BATCH * PAIRS && at < share.count;
+    bias0 = bias1 = up_bias0 = up_bias1 = 0.f;
+    scale = up_scale = make_float2(1.f, 1.f);
+    if (!on) return;
+    const i64 row = share.first + at;
+    if (T::F == 8) {
+      scale = __ldg((const float2*)((const float*)m.scales + row));
+      if (T::GATED) up_scale = __ldg((const float2*)((const float*)m.scales + twin + row));
+    }
+    if (m.bias) {
+      const u32 b = __ldg((const u32*)(m.bias + row));
+      bias0 = low(b); bias1 = high(b);
+      if (T::GATED) { const u32 u = __ldg((const u32*)(m.bias + twin + row)); up_bias0 = low(u); up_bias1 = high(u); }
+    }
+  }
+};
+// Behind a batch of tiles: sums over the warps in their order.
+template <class T, class Finish> DEVICE void finish_batch(const Constants<T>& k, u32& side, Finish finish) {
+  constexpr int PAIRS = T::ROWS / 2;
+  static_assert(BATCH * PAIRS <= THREADS / 8, "a pair of rows a thread");
+  const Shared* s = shared_state();
+  const int tid = thread_index(), column = tid & 7, p = tid >> 3;
+  consumers_meet();
+  Outputs o = {k.at, column, k.on, 0.f, 0.f, 0.f, 0.f};
+  if (k.on) {
+    const int t = p / PAIRS, r = p % PAIRS * 2;
+    UNROLL for (int i = 0; i < WARPS; i++) {
+      o.y0 += s->part[side][i][t][r][column];
+      o.y1 += s->part[side][i][t][r + 1][column];
+      if (T::GATED) { o.up0 += s->part[side][i][t][8 + r][column]; o.up1 += s->part[side][i][t][9 + r][column]; }
+    }
+    if (T::F == 8) { o.y0 *= k.scale.x; o.y1 *= k.scale.y; o.up0 *= k.up_scale.x; o.up1 *= k.up_scale.y; }
+  }
+  finish(o, k);
+  side ^= 1;
+}
+// A projection whose activations are all in registers.
+template <class T, class Finish> DEVICE void project(const Activations<T>& a, const Matrix& m, const Share& share, i64 twin, Ring& ring, u32& side, Finish finish) {
+  static_assert(T::CHUNKS == 1, "the launcher checks sizes");
+  Offsets<T> offsets;
+  offsets.set(a);
+  for (int batch = 0; batch < share.count; batch += BATCH * T::ROWS) {
+    Constants<T> constants;
+    constants.ask(m, share, batch, twin);
+    for (int t = 0; t < BATCH && batch + t * T::ROWS < share.count; t++) {
+      float sum[2][4] = {};
+      UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
+        const u32 tile = ring.wait();
+        ring.done(multiply_stage<T>(sum, a, offsets, i, tile));
+      }
+      keep<T>(sum, side, t);
+    }
+    finish_batch<T>(constants, side, finish);
+  }
+}
+// A projection of few rows (a batch of tiles at most) whose activations come in chunks. Two buffers take turns: copying
+// words that are on their way would wait for them.
+template <class T, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Matrix& m, const Share& share, Ring& ring, u32& side, Watch& watch, Finish finish) {
+  const u32 mark = Pairs<T::F>::mark(number);
+  float sums[BATCH][2][4] = {};
+  Activations<T> even, odd, a;
+  Offsets<T> offsets;
+  Constants<T> constants;
+  constants.ask(m, share, 0, 0);
+  auto chunk = [&](Activations<T>& raw, int c) {
+    raw.check(x, c, mark, columns, watch);
+    a.decode(raw.words, columns);
+    offsets.set(a);
+    if (c + 2 < T::CHUNKS) raw.ask(x, c + 2, mark, columns);
+    UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count)
+      UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
+        const u32 tile = ring.wait();
+        ring.done(multiply_stage<T>(sums[t], a, offsets, i, tile));
+      }
+  };
+  even.ask(x, 0, mark, columns);
+  if (T::CHUNKS > 1) odd.ask(x, 1, mark, columns);
+#pragma unroll 1
+  for (int c = 0; c < T::CHUNKS; c += 2) {
+    chunk(even, c);
+    if (c + 1 < T::CHUNKS) chunk(odd, c + 1);
+  }
+  UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count) keep<T>(sums[t], side, t);
+  finish_batch<T>(constants, side, finish);
+}

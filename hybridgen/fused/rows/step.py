@@ -1,0 +1,186 @@
+"""The persistent kernel for a few columns as a step: its buffers, its launch, and what mends it."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hybridgen.cache import LayerPages
+from hybridgen.device.mapped import host_mapped
+from hybridgen.fused.persistent.program import Kernel, Program, compile_cubin, key
+from hybridgen.fused.persistent.shape import check_places
+from hybridgen.fused.rows.formats import Stored, format_of, stored
+from hybridgen.fused.rows.shape import COLUMNS, THREADS, Tuning, check, default_tuning, shape_of, shares
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
+
+ROWS = Program(
+    (__package__ or "", "hybridgen.fused.persistent"),
+    "rows.cu",
+    ("words.cuh", "pairs.cuh", "tiles.cuh", "products.cuh", "columns.cuh"),
+    "decode_columns",
+)
+_COUNTERS = 4
+_SECTOR = 32
+"""Counters lie this many integers apart, so that polling one does not slow another."""
+
+
+class RowsStep:
+    """One decode step of up to eight columns: appends to the cache, leaves logits.
+
+    A column is a slot and a position. Several columns may be of one slot, at neighbouring positions: each sees those
+    before it. Everything that blocks exchange outlives a launch, so only one launch of a step may run at a time.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        pages: tuple[LayerPages, ...],
+        *,
+        block_table: Tensor,
+        tuning: Tuning | None = None,
+        patience: int = 1 << 22,
+        kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+    ) -> None:
+        """Compile (or fetch) and load the kernel for these tensors, which must stay where they are.
+
+        Args:
+            block_table: int32 [slots, max_pages].
+            tuning: what only speed depends on; else the defaults for the shape.
+            patience: times that a block asks for an activation before the step is given up (a few seconds).
+            kept: gives the machine code kept under a key, or makes and keeps it.
+
+        Raises:
+            Unfit: the model or the device is not one that the kernel serves.
+            DeviceError: the driver refuses the kernel.
+        """
+        device = model.device
+        properties = torch.cuda.get_device_properties(device)
+        capability = properties.major, properties.minor
+        page_size, blocks = pages[0].keys.shape[2], properties.multi_processor_count
+        check(model, page_size, capability)
+        if pages[0].keys.dtype is not model.dtype:
+            raise Unfit(f"its cache is {pages[0].keys.dtype}; for several rows that of its weights is fused")
+        weights = [tuple(map(stored, _linears(layer))) for layer in model.layers]
+        head = stored(model.head)
+        flat = [weight for layer in weights for weight in layer]
+        check_places([model.embedding, *(norm.scale for norm in model.norms)])
+        check_places(tensor for weight in (*flat, head) for tensor in weight.tensors())
+        self.tuning = tuning or default_tuning(model)
+        shape = shape_of(
+            model,
+            format_of(flat),
+            head.format,
+            self.tuning,
+            page_size=page_size,
+            blocks=blocks,
+            shared_memory=getattr(properties, "shared_memory_per_block_optin", 99 * 2**10),
+            patience=patience,
+        )
+        architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
+
+        def make() -> bytes:
+            return compile_cubin(shape.defines, architecture, ROWS)
+
+        cubin = make() if kept is None else kept(key(shape.defines, architecture, ROWS), make)
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
+            self.kernel = Kernel(cubin, shape.shared_bytes, ROWS)
+        self._blocks, self._device = blocks, device
+        width, keys, dim = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.head_dim
+        pairs = {"x": model.hidden, "middle": model.hidden, "mixed": width, "hidden": model.intermediate}
+        sizes = {name: COLUMNS * size // 2 for name, size in {**pairs, "last": model.hidden}.items()}
+        sizes |= {"qkv": COLUMNS * (width + 2 * keys)}
+        sizes |= dict.fromkeys(("squares", "middle squares", "last squares"), COLUMNS * blocks)
+        splits = COLUMNS * (-(-model.max_context // shape.split) + 1)
+        with torch.inference_mode(False):
+            self.words = torch.zeros(sum(-(-n // 32) * 32 for n in sizes.values()), dtype=torch.int32, device=device)
+            self.partial = torch.zeros(splits, model.heads, dim + 2, dtype=torch.float32, device=device)
+            self.tickets = torch.zeros(COLUMNS * model.heads, dtype=torch.int32, device=device)
+            self.counters = torch.zeros(_COUNTERS * _SECTOR, dtype=torch.int32, device=device)
+            self.logits = torch.zeros(COLUMNS, model.vocab, dtype=model.dtype, device=device)
+            self.shares = torch.tensor(shares(model, blocks), dtype=torch.int32, device=device)
+            self._fault, self._host_fault = host_mapped((1,), torch.int32, device)
+        offset = 0
+        self.parts: dict[str, Tensor] = {}
+        """The words of each exchange, by name; views."""
+        for name, size in sizes.items():
+            self.parts[name] = self.words[offset : offset + size]
+            offset += -(-size // 32) * 32
+        words = [part.data_ptr() for part in self.parts.values()]
+        cos, sin = model.rotary or (None, None)
+        self._kept_alive = (model, pages, block_table, weights, head)
+        header = [
+            0, 0, 0, block_table.data_ptr(), 0, block_table.stride(0), model.embedding.data_ptr(),
+            *_matrix(head, None), model.norm.scale.data_ptr(), _address(cos), _address(sin), self.logits.data_ptr(),
+            *words, self.partial.data_ptr(), self.tickets.data_ptr(), self.shares.data_ptr(),
+            self.counters.data_ptr(), self._fault.data_ptr(),
+        ]  # fmt: skip
+        packed = struct.pack(f"<{len(header)}Q", *header)
+        packed += b"".join(map(_packed_layer, model.layers, weights, pages))
+        self._parameters = ctypes.create_string_buffer(packed, len(packed))
+
+    def __call__(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """Launch on the current stream; returns where the logits will be, [columns, vocab].
+
+        Args:
+            ids, positions: int64 [columns], one to eight of them.
+            slots: int32 [columns]. Columns of one slot are at neighbouring positions, or padding.
+        """
+        columns = ids.shape[0]
+        struct.pack_into("<3Q", self._parameters, 0, ids.data_ptr(), positions.data_ptr(), slots.data_ptr())
+        struct.pack_into("<Q", self._parameters, 32, columns)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self.kernel.launch(self._blocks, THREADS, self._parameters, stream)
+        return self.logits[:columns]
+
+    @property
+    def faulted(self) -> bool:
+        """Whether a block gave up waiting in a step that has run; its logits, and later ones', are not usable."""
+        return bool(self._host_fault[0])
+
+    def repair(self) -> None:
+        """Make the buffers as new, after a step that was given up or never ended. Waits for the device."""
+        torch.cuda.synchronize(self._device)
+        for tensor in (self.words, self.tickets, self.counters):
+            tensor.zero_()
+        self._host_fault[0] = 0
+        torch.cuda.synchronize(self._device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What outlives a launch, by name."""
+        return {
+            "rows words": self.words,
+            "rows splits": self.partial,
+            "rows tickets": self.tickets,
+            "rows counters": self.counters,
+            "rows logits": self.logits,
+        }
+
+
+def _linears(layer: DecoderLayer) -> tuple[Linear, ...]:
+    return layer.qkv, layer.out, layer.gate_up, layer.down
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(weight: Stored, bias: Tensor | None) -> tuple[int, int, int]:
+    return weight.data.data_ptr(), _address(weight.scales), _address(bias)
+
+
+def _packed_layer(layer: DecoderLayer, weights: tuple[Stored, ...], pages: LayerPages) -> bytes:
+    norms = (layer.before_attention, layer.before_mlp, layer.query_norm, layer.key_norm)
+    values = [_scale(norm) for norm in norms]
+    for weight, linear in zip(weights, _linears(layer), strict=True):
+        values += _matrix(weight, linear.bias)
+    values += [pages.keys.data_ptr(), pages.values.data_ptr(), layer.window, int(layer.rotates)]
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def _scale(norm: Norm | None) -> int:
+    return _address(None if norm is None else norm.scale)

@@ -1,0 +1,213 @@
+// The ring of tiles: four producer threads stream this block's share of every weight and of the cache, in the order of
+// use, and never wait for activations.
+//
+// A stage is a tile of 16 rows of a weight by some of their inputs, a bulk copy a row (and one for the scales of int4).
+// Rows lie an odd multiple of 16 bytes apart in shared memory, so that ldmatrix meets no bank twice; in global memory a
+// weight stays as the checkpoint's loader left it, so that any row can begin a share and prefill reads the same bytes.
+// One thread issues a copy in about 46 ns, too slow for pieces of 1 or 2 KB: hence four.
+#pragma once
+#include "pairs.cuh"
+
+#define PRODUCERS 4
+#define QUERIES (HEADS * HEAD)
+#define KEYS (KV_HEADS * HEAD)
+#define PER_KV (HEADS / KV_HEADS)
+#define BATCH 2   // tiles that meet at once
+
+__host__ __device__ constexpr int largest(int unit, int most, int of) {   // multiple of `unit` that divides `of`
+  int found = unit;
+  for (int i = unit; i <= most && i <= of; i += unit) if (of % i == 0) found = i;
+  return found;
+}
+
+// How a weight of K inputs in F bits goes through the ring; a gated one has eight rows of the gate and eight of up a tile.
+template <int K_, int F_, bool GATED_> struct Tiles {
+  static constexpr int K = K_, F = F_;
+  static constexpr bool GATED = GATED_;
+  static constexpr int UNIT = F == 4 && GROUP > 32 ? 8 * GROUP : 256;          // inputs: eight warps, whole groups each
+  static constexpr int CHUNK = K <= 4096 ? K : largest(UNIT, 2048, K);         // inputs whose activations are in registers at once
+  static constexpr int CHUNKS = K / CHUNK;
+  static constexpr int DATA = largest(UNIT * F / 8, PIECE, CHUNK * F / 8);     // bytes of a row in a stage
+  static constexpr int INPUTS = DATA * 8 / F;                                  // of a stage
+  static constexpr int SCALES = F == 4 ? INPUTS / GROUP * SCALE_BYTES : 0;     // bytes
+  static constexpr int PITCH = DATA + SCALES + ((DATA + SCALES) / 16 % 2 ? 0 : 16);
+  static constexpr int STAGES_OF_CHUNK = CHUNK / INPUTS;
+  static constexpr int OF_WARP = INPUTS / WARPS, BYTES_OF_WARP = DATA / WARPS;
+  static constexpr int WORDS_OF_STAGE = OF_WARP / 8, WORDS = WORDS_OF_STAGE * STAGES_OF_CHUNK;   // a lane's activations
+  static constexpr int ROWS = GATED ? 8 : 16;                                  // outputs of a tile
+  static constexpr i64 ROW_BYTES = (i64)K * F / 8, SCALE_ROW = F == 4 ? (i64)K / GROUP * SCALE_BYTES : 0;
+  static_assert(K % UNIT == 0 && CHUNK % INPUTS == 0 && 16 * PITCH <= STAGE, "the launcher checks sizes");
+  static_assert(PITCH / 16 % 2 == 1 && SCALES % 16 == 0 && OF_WARP % 32 == 0, "shape of a stage");
+};
+typedef Tiles<HIDDEN, FORMAT, false> QkvTiles;
+typedef Tiles<QUERIES, FORMAT, false> OutTiles;
+typedef Tiles<HIDDEN, FORMAT, true> GateTiles;
+typedef Tiles<INTERMEDIATE, FORMAT, false> DownTiles;
+typedef Tiles<HIDDEN, HEAD_FORMAT, false> HeadTiles;
+
+struct Matrix {
+  const u8* data;
+  const u8* scales;   // fp8: float32 [rows]; int4: [rows, K / GROUP]
+  const u16* bias;
+};
+struct Layer {
+  const float *norm_1, *norm_2, *q_norm, *k_norm;
+  Matrix qkv, out, gate_up, down;
+  u16 *keys, *values;
+  i64 window, rotates;
+};
+
+DEVICE void barrier_init(u32 a, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(a), "r"(n) : "memory"); }
+DEVICE void barrier_arrive(u32 a) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(a) : "memory"); }
+DEVICE void barrier_expect(u32 a, u32 bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(a), "r"(bytes) : "memory"); }
+DEVICE void barrier_wait(u32 a, u32 parity) {
+  u32 done = 0;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(a), "r"(parity) : "memory");
+  } while (!done);
+}
+DEVICE void copy_in(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+
+struct Shared {   // beside the stages
+  u64 full[STAGES], empty[STAGES];
+  const int* table[COLUMNS];                  // the pages of each column's request
+  int position[COLUMNS], cached[COLUMNS];     // of a column; positions of its request before this step
+  u32 peers[COLUMNS];                         // columns of the same request that it sees, itself included
+  float factor[COLUMNS], scale[COLUMNS];      // see Norms
+  float squares[4][COLUMNS];
+  float softmax[WARPS][UNIT_HEADS][2], fresh_scores[COLUMNS][UNIT_HEADS];
+  u32 given_up, is_last;
+  __align__(16) float cos[HEAD / 2], sin[HEAD / 2], gains[2][HEAD];
+  __align__(16) float fresh_values[COLUMNS][HEAD];
+  __align__(16) float part[2][WARPS][BATCH][16][COLUMNS];
+};
+static_assert(sizeof(Shared) <= SHARED, "the launcher reserves SHARED bytes beside the stages");
+static_assert(WARPS * UNIT_HEADS * HEAD <= 2 * WARPS * BATCH * 16 * COLUMNS, "attention shares the partial sums");
+extern __shared__ __align__(128) u8 stages[];
+DEVICE Shared* shared_state() { return (Shared*)(stages + (i64)STAGES * STAGE); }
+
+// This block's rows of a projection, an even number of them from an even one on; the launcher spreads them so that each
+// block reads as many bytes as the others.
+struct Share {
+  int first, count;
+  DEVICE Share(const int* table, int which) {
+    const int* at = table + which * (BLOCKS + 1) + blockIdx.x;
+    first = __ldg(at);
+    count = __ldg(at + 1) - first;
+  }
+};
+struct Shares {
+  Share qkv, hidden, inner, head;
+  DEVICE Shares(const int* table) : qkv(table, 0), hidden(table, 1), inner(table, 2), head(table, 3) {}
+};
+
+// Attention is cut into units: a column, UNIT_HEADS query heads of one kv head, SPLIT positions. How a column is cut
+// depends on its own length alone, so that its numbers are the same in any company. Columns that a step does not have
+// are units too, without positions: their words are rewritten with all others.
+struct Unit {
+  int column, split, splits, head, low, high, first;   // cached positions [low, high), of which those from `first` on are seen
+};
+#define HEAD_GROUPS (HEADS / UNIT_HEADS)
+struct Cut {
+  static constexpr int FIT = STAGE / (4 * HEAD);
+  static constexpr int POSITIONS = FIT >= 128 ? 128 : FIT >= 64 ? 64 : FIT >= 32 ? 32 : 16;   // of a stage
+  static constexpr int COPIED = POSITIONS < PAGE ? POSITIONS : PAGE;
+  static_assert(PAGE % COPIED == 0 && POSITIONS % COPIED == 0 && SPLIT % POSITIONS == 0, "pages and stages divide each other");
+  static DEVICE int splits(int column, int window, int& first, int& begin) {
+    const Shared* s = shared_state();
+    first = window > 0 ? max(0, s->position[column] + 1 - window) : 0;
+    begin = first / POSITIONS * POSITIONS;
+    return max(1, (s->cached[column] - begin + SPLIT - 1) / SPLIT);
+  }
+  static DEVICE int count(int window) {
+    int first, begin, n = 0;
+    for (int c = 0; c < COLUMNS; c++) n += splits(c, window, first, begin);
+    return n * HEAD_GROUPS;
+  }
+  static DEVICE Unit find(int u, int window) {
+    int first, begin, n, c = 0;
+    for (;; c++) {
+      n = splits(c, window, first, begin) * HEAD_GROUPS;
+      if (u < n || c == COLUMNS - 1) break;
+      u -= n;
+    }
+    const int split = u / HEAD_GROUPS, cached = shared_state()->cached[c], low = min(begin + split * SPLIT, cached);
+    return Unit{c, split, n / HEAD_GROUPS, u % HEAD_GROUPS * UNIT_HEADS, low, min(low + SPLIT, cached), first};
+  }
+};
+
+struct Producer {
+  u32 turn;
+  int which;
+  u64 policy;
+  DEVICE u32 begin(u32 bytes) {   // bytes of this producer
+    Shared* s = shared_state();
+    const u32 slot = turn % STAGES;
+    barrier_wait(shared_address(&s->empty[slot]), ((turn / STAGES) & 1) ^ 1);
+    if (IN_FLIGHT < STAGES && turn >= IN_FLIGHT) {   // deep queues in the memory system would only delay the activations
+      const u32 earlier = turn - IN_FLIGHT;
+      barrier_wait(shared_address(&s->full[earlier % STAGES]), (earlier / STAGES) & 1);
+    }
+    barrier_expect(shared_address(&s->full[slot]), bytes);
+    turn++;
+    return slot;
+  }
+  template <class T> DEVICE void stage(const Matrix& m, int first, int rows, i64 twin, int index) {
+    constexpr int OWN = 16 / PRODUCERS;   // rows of a tile that this producer copies
+    const int at = which * OWN, row = T::GATED ? at & 7 : at, n = max(0, min(OWN, rows - row));
+    const u32 slot = begin(n * (T::DATA + T::SCALES));
+    const u32 barrier = shared_address(&shared_state()->full[slot]), to = shared_address(stages) + slot * STAGE + at * T::PITCH;
+    const i64 from = first + row + (T::GATED && at >= 8 ? twin : 0);
+    const u8* data = m.data + from * T::ROW_BYTES + (i64)index * T::DATA;
+    const u8* scales = m.scales + from * T::SCALE_ROW + (i64)index * T::SCALES;
+    UNROLL for (int i = 0; i < OWN; i++) if (i < n) {
+      copy_in(to + i * T::PITCH, data + i * T::ROW_BYTES, T::DATA, barrier, policy);
+      if (T::F == 4) copy_in(to + i * T::PITCH + T::DATA, scales + i * T::SCALE_ROW, T::SCALES, barrier, policy);
+    }
+  }
+  template <class T> DEVICE void projection(const Matrix& m, const Share& share, i64 twin) {
+#pragma unroll 1
+    for (int c = 0; c < T::CHUNKS; c++)
+#pragma unroll 1
+      for (int t = 0; t < share.count; t += T::ROWS)
+#pragma unroll 1
+        for (int i = 0; i < T::STAGES_OF_CHUNK; i++)
+          stage<T>(m, share.first + t, min(T::ROWS, share.count - t), twin, c * T::STAGES_OF_CHUNK + i);
+  }
+  DEVICE void cache(const Layer& y, const Unit& unit) {   // the first producer copies keys, the second values
+    const int* table = shared_state()->table[unit.column];
+    for (int t = unit.low; t < unit.high; t += Cut::POSITIONS) {
+      const int n = min(Cut::POSITIONS, unit.high - t);
+      const u32 slot = begin(which < 2 ? n * HEAD * 2 : 0);
+      if (which >= 2) continue;
+      const u32 barrier = shared_address(&shared_state()->full[slot]);
+      const u32 to = shared_address(stages) + slot * STAGE + which * Cut::POSITIONS * HEAD * 2;
+      const u16* from = which ? y.values : y.keys;
+      for (int i = 0; i < n; i += Cut::COPIED) {
+        const int at = t + i, page = __ldg(table + at / PAGE);
+        copy_in(to + i * HEAD * 2, from + (((i64)page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE) * HEAD, min(Cut::COPIED, n - i) * HEAD * 2, barrier, policy);
+      }
+    }
+  }
+};
+
+struct Ring {   // the consumers' side
+  u32 turn;
+  DEVICE u32 wait() {
+    const u32 slot = turn % STAGES;
+    barrier_wait(shared_address(&shared_state()->full[slot]), (turn / STAGES) & 1);
+    return shared_address(stages) + slot * STAGE;
+  }
+  // Give the stage back. `read`: bits of reads that nothing has used yet, 0 for none. An arrival does not wait for reads
+  // that are on their way: without the fence stages were overwritten under late ones in a few of a thousand steps. Where
+  // the compiler moves a read behind its use's neighbours all the same, an address that needs what was read waits for it.
+  DEVICE void done(u32 read = 0) {
+    __syncwarp();
+    __threadfence_block();
+    const u32 nothing = read & blockIdx.y;   // 0, which the compiler does not know: the grid has one dimension
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared_state()->empty[turn % STAGES]) + nothing);
+    turn++;
+  }
+};

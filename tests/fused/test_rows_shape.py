@@ -1,0 +1,205 @@
+"""Which models and formats the kernel for several columns takes, how it cuts them, and that it compiles for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import Shape, quantised_decoder, random_decoder
+
+from hybridgen.fused.persistent import program
+from hybridgen.fused.rows.formats import Format, format_of, stored
+from hybridgen.fused.rows.shape import Tuning, as_document, check, default_tuning, largest, shape_of, shares, tiles
+from hybridgen.fused.rows.step import ROWS
+from hybridgen.kernels.linear.layout import Block, pack_int4
+from hybridgen.models.decoder import Decoder, Linear, Unfit
+from hybridgen.models.quantised import QuantisedWeight
+
+SHAPE = Shape(hidden=1024, heads=16, kv_heads=4, head_dim=64, intermediate=1024, vocab=256, layers=1, max_context=8)
+H200: dict[str, Any] = {"page_size": 64, "blocks": 132, "shared_memory": 227 * 1024}
+DENSE = Format(16)
+GROUP = Block(1, 128)
+
+
+def decoder(**changes: Any) -> Decoder:
+    return random_decoder(dataclasses.replace(SHAPE, **changes), torch.bfloat16)
+
+
+def weight(kind: str, outputs: int = 8, inputs: int = 256, block: Block = GROUP, **changes: Any) -> Linear:
+    data = torch.zeros(outputs, inputs // 8 if kind == "int4" else inputs, dtype=torch.int32)
+    data = data if kind == "int4" else data.to(torch.float8_e4m3fn if kind == "fp8" else torch.int8)
+    made = QuantisedWeight(kind, data, torch.rand(block.grid(outputs, inputs)), None, inputs, block, torch.bfloat16)
+    return Linear(dataclasses.replace(made, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_dim": 32}, "32 dimensions; for several rows"),
+        ({"hidden": 4352}, "hidden size 4352 is above 4096"),
+        ({"heads": 68}, "attention size 4352 is above 4096"),
+        ({"vocab": 257}, "vocabulary of 257 is odd"),
+        ({"post_norms": True}, "what they add"),
+    ],
+)
+def test_what_is_not_served_has_a_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unfit, match=reason):
+        check(decoder(**changes), 64, (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("linear", "reason"),
+    [
+        (weight("int8"), "dense, fp8 and int4"),
+        (weight("int4", zeros=torch.zeros(8, 2, dtype=torch.uint8)), "zero points"),
+        (weight("fp8", block=Block(128, 128)), "a scale for each output"),
+        (weight("int4", block=Block(1, 256)), "groups of 32, 64 or 128"),
+    ],
+)
+def test_a_format_that_is_not_multiplied_has_a_reason(linear: Linear, reason: str) -> None:
+    with pytest.raises(Unfit, match=reason):
+        stored(linear)
+
+
+def test_formats_are_not_mixed() -> None:
+    with pytest.raises(Unfit, match="several formats"):
+        format_of([stored(weight("int4")), stored(weight("fp8", block=Block(1, 256)))])
+
+
+def test_weights_stay_where_they_are() -> None:
+    model = quantised_decoder(decoder(), "int4")
+    found = stored(model.layers[0].qkv)
+    assert found.format == Format(4, 128, torch.bfloat16)
+    assert found.data is model.layers[0].qkv.weight.data
+    assert found.scales is model.layers[0].qkv.weight.scales
+    assert stored(model.head).format == Format(8)
+
+
+def test_scales_of_fp8_are_one_for_each_output() -> None:
+    for block in (Block(1, 256), Block(4, 256), Block(8, 256)):
+        linear = weight("fp8", block=block)
+        scales = stored(linear).scales
+        assert scales.dtype is torch.float32
+        assert torch.equal(scales, linear.weight.scales[:, 0].repeat_interleave(block.outputs))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "form", "reason"),
+    [
+        (896, DENSE, "multiple of 256"),
+        (11008, Format(4, 128), "multiple of 1024"),
+        (4864, Format(4, 32), "pieces of 128 bytes"),
+    ],
+)
+def test_sizes_that_the_warps_cannot_share_have_a_reason(inputs: int, form: Format, reason: str) -> None:
+    with pytest.raises(Unfit, match=reason):
+        tiles("intermediate", inputs, form, 2048)
+
+
+@pytest.mark.parametrize("inputs", [1024, 2048, 3072, 4096, 8192, 14336])
+@pytest.mark.parametrize("form", [DENSE, Format(8), Format(4), Format(4, 64), Format(4, 32, torch.float32)])
+def test_rows_lie_an_odd_multiple_of_16_bytes_apart(inputs: int, form: Format) -> None:
+    cut = tiles("hidden", inputs, form, 2048)
+    assert inputs * form.bits // 8 % cut.data == 0
+    assert cut.stage // 16 // 16 % 2 == 1
+    assert cut.scales % 16 == 0
+
+
+def test_the_largest_part() -> None:
+    assert [largest(256, 2048, size) for size in (14336, 8192, 11008, 5120)] == [2048, 2048, 256, 1280]
+
+
+@pytest.mark.parametrize("blocks", [132, 144])
+def test_shares_cover_all_rows_evenly(blocks: int) -> None:
+    model = dataclasses.replace(
+        decoder(), hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336, vocab=128256
+    )
+    found = shares(model, blocks)
+    assert [starts[-1] for starts in found] == [6144, 4096, 14336, 128256]
+    counts = [np.diff(starts) for starts in found]
+    assert all((each % 2 == 0).all() and each.max() - each.min() <= 2 for each in counts)
+    assert counts[1].max() <= 32
+    read = sum(each * cost for each, cost in zip(counts, (4096, 14336 + 4096, 2 * 4096), strict=False))
+    assert read.max() < 1.01 * read.mean()
+
+
+def test_a_device_may_be_too_small() -> None:
+    model = decoder()
+    with pytest.raises(Unfit, match="rows for each of 8 blocks"):
+        shape_of(model, DENSE, DENSE, Tuning(), **{**H200, "blocks": 8})
+    with pytest.raises(Unfit, match="stages"):
+        shape_of(model, DENSE, DENSE, Tuning(), **{**H200, "shared_memory": 48 * 1024})
+    with pytest.raises(Unfit, match="head is int4"):
+        shape_of(model, DENSE, Format(4), Tuning(), **H200)
+
+
+def test_a_tuning_is_a_document() -> None:
+    tuning = default_tuning(decoder())
+    assert Tuning(**as_document(tuning)) == tuning
+
+
+def place(bits: int, pair: int) -> int:
+    """`Pairs::place` of `pairs.cuh`."""
+    if bits == 16:
+        return (pair & 3) << 2 | pair >> 2
+    return ((pair >> 1) & 3) << 2 | (pair >> 3) << 1 | pair & 1 if bits == 8 else pair
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_codes_meet_the_activations_of_their_inputs(bits: int) -> None:
+    """The order in which ldmatrix and the conversions hand out inputs is the one in which activations lie."""
+    inputs = torch.arange(256)
+    words = pack_int4(inputs[None] % 16).view(torch.uint8).reshape(-1, 4)  # a word has eight inputs
+    for lane in range(4):
+        for block in range(256 // 32):  # four words of activations a lane
+            first = 32 * block
+            theirs = [2 * pair for spot in range(4) for pair in range(16) if place(bits, pair) == 4 * lane + spot]
+            if bits == 16:  # 16 bytes have eight inputs, of which a lane gets two
+                ours = [8 * part + 2 * lane for part in range(4)]
+            elif bits == 8:  # 16 inputs, of which it gets four: the halves of a register
+                ours = [16 * part + 4 * lane + half for part in range(2) for half in (0, 2)]
+            else:  # 32 inputs, of which it gets a word: codes 0 and 4, 1 and 5, then those eight bits higher
+                ours = [8 * lane + 2 * code for code in range(4)]
+                word = int.from_bytes(bytes(words[first // 8 + lane].tolist()), "little")
+                for code, at in enumerate(ours):
+                    assert word >> 4 * code & 15 == (first + at) % 16
+                    assert word >> 4 * (code + 4) & 15 == (first + at + 1) % 16
+            assert theirs == ours
+
+
+def _has_compiler() -> bool:
+    try:
+        program._bindings()
+    except Unfit:
+        return False
+    return True
+
+
+CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
+    ({}, torch.bfloat16, "dense"),
+    ({"biases": ("qkv", "out", "gate_up", "down"), "activation": "gelu_tanh"}, torch.float16, "fp8"),
+    ({"head_norm": "head", "head_dim": 128, "heads": 8, "kv_heads": 2, "intermediate": 5120}, torch.bfloat16, "int4"),
+]
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+@pytest.mark.parametrize(
+    ("changes", "dtype", "kind"),
+    [pytest.param(*case, marks=pytest.mark.slow if i else ()) for i, case in enumerate(CASES)],
+)
+def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, kind: str) -> None:
+    model = dataclasses.replace(decoder(**changes), dtype=dtype)
+    if kind != "dense":
+        model = quantised_decoder(model, kind)
+    form = format_of(stored(linear) for linear in model.linears[:-1])
+    shape = shape_of(model, form, stored(model.head).format, default_tuning(model), **H200)
+    assert shape.shared_bytes <= H200["shared_memory"]
+    assert program.compile_cubin(shape.defines, "sm_90a", ROWS).startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+def test_kernels_have_keys_of_their_own() -> None:
+    assert program.key({"A": 1}, "sm_90a", ROWS) != program.key({"A": 1}, "sm_90a")

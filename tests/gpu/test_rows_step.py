@@ -1,0 +1,171 @@
+"""The persistent kernel for several columns on a GPU, against the float32 reference, in every format of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from decoders import Shape, make_context, quantised_decoder, random_decoder
+from torch import Tensor
+
+from hybridgen.cache import LayerPages
+from hybridgen.fused import reference
+from hybridgen.models.decoder import Decoder, Unfit
+
+pytestmark = pytest.mark.gpu
+
+if torch.cuda.is_available():
+    from hybridgen.fused.rows.shape import Tuning
+    from hybridgen.fused.rows.step import RowsStep
+
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+BASE = Shape(hidden=1024, heads=16, kv_heads=4, head_dim=64, intermediate=2048, vocab=1000, max_context=2048)
+BASE.attention_scale = 0.125
+ALL = {"biases": ("qkv", "out", "gate_up", "down"), "head_norm": "head", "activation": "gelu_tanh"}
+SCALED = {"embedding_scale": 12.0, "residual": 0.25, "logits_scale": 0.125, "rotates": (True, False)}
+WINDOWS = {"windows": (0, 1, 100, 300), "layers": 4}
+LARGE = {"hidden": 4096, "intermediate": 5120, "heads": 32, "kv_heads": 8, "head_dim": 128, "layers": 1}
+CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] = {
+    "plain": ({}, torch.bfloat16, "bf16", 64, {}),
+    "parts": (ALL, torch.bfloat16, "bf16", 16, {}),
+    "scales": (SCALED, torch.bfloat16, "bf16", 256, {"unit_heads": 4}),
+    "windows": (WINDOWS, torch.bfloat16, "bf16", 32, {"split": 128}),
+    "windows, whole": ({**WINDOWS, "head_dim": 128, "heads": 8}, torch.bfloat16, "bf16", 8, {}),
+    "float16": (ALL, torch.float16, "bf16", 64, {"split": 256}),
+    "large": (LARGE, torch.bfloat16, "bf16", 64, {}),
+    "no groups": ({"kv_heads": 16}, torch.bfloat16, "bf16", 64, {}),
+    "fp8": ({**ALL, **SCALED}, torch.bfloat16, "fp8", 64, {"split": 256}),
+    "fp8, float16": ({}, torch.float16, "fp8", 64, {}),
+    "int4": (ALL, torch.bfloat16, "int4", 64, {}),
+    "int4, large": (LARGE, torch.bfloat16, "int4", 64, {"piece": 1024}),
+    "int4 in groups of 64": ({}, torch.bfloat16, "int4-64", 64, {}),
+    "int4 in groups of 32": ({"hidden": 1536, "intermediate": 2304}, torch.float16, "int4-32", 64, {}),
+}
+"""By name: changes of the shape, dtype, format, page size, tuning."""
+COLUMNS = {
+    "one row": [700],
+    "two rows": [0, 1],
+    "eight rows": [3, 64, 1500, 700, 63, 0, 129, 1000],
+    "five tokens": [(100, 5)],
+    "eight tokens": [(1021, 8)],
+    "a mix": [(299, 3), 64, (0, 2), 1500],
+}
+"""Lengths of the requests; with how many tokens each brings, one by default."""
+
+
+@functools.cache
+def _model(name: str) -> Decoder:
+    changes, dtype, form, _, _ = CASES[name]
+    model = random_decoder(dataclasses.replace(BASE, **changes), dtype, "cuda")
+    kind, _, group = form.partition("-")
+    return model if kind == "bf16" else quantised_decoder(model, kind, int(group or 128))
+
+
+_codes: dict[str, Future[bytes]] = {}
+_pool = ThreadPoolExecutor(8)
+
+
+def _kept(key: str, make: Any) -> bytes:
+    if key not in _codes:
+        _codes[key] = _pool.submit(make)
+    return _codes[key].result()
+
+
+class Run:
+    """A step with a cache in which places are no numbers until they are written."""
+
+    def __init__(self, model: Decoder, lengths: list[Any], page_size: int, **options: Any) -> None:
+        self.model = model
+        pairs = [length if isinstance(length, tuple) else (length, 1) for length in lengths]
+        context = make_context(model, [length + count - 1 for length, count in pairs], page_size, seed=len(lengths))
+        self.pages, self.table = context.pages, context.block_table
+        slots = context.slots.tolist()
+        columns = [(slot, length + i) for slot, (length, count) in zip(slots, pairs, strict=True) for i in range(count)]
+        self.slots = torch.tensor([slot for slot, _ in columns], dtype=torch.int32, device="cuda")
+        self.positions = torch.tensor([position for _, position in columns], device="cuda")
+        self.ids = torch.randint(0, model.vocab, (len(columns),), device="cuda")
+        for slot, (length, count) in zip(slots, pairs, strict=True):
+            for position in range(length, length + count - 1):  # are fed by this step
+                page = int(self.table[slot, position // page_size])
+                for part in (part for layer in self.pages for part in layer):
+                    part[page, :, position % page_size] = torch.nan
+        self.step = RowsStep(model, self.pages, block_table=self.table, kept=_kept, **options)
+
+    def __call__(self) -> Tensor:
+        return self.step(self.ids, self.positions, self.slots)
+
+    def check(self) -> Tensor:
+        """Compare with the reference: logits, and what is written to the cache. Returns the logits."""
+        pages = tuple(LayerPages(layer.keys.clone(), layer.values.clone()) for layer in self.pages)
+        expected = reference.step(self.model, pages, self.ids, self.positions, self.table[self.slots.long()])
+        self.step.logits.fill_(torch.nan)
+        logits = self()
+        torch.cuda.synchronize()
+        assert not self.step.faulted
+        errors = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert float(errors.max()) < TOLERANCE[self.model.dtype], errors
+        for ours, theirs in zip(self.pages, pages, strict=True):
+            for actual, wanted in zip(ours, theirs, strict=True):
+                written = ~wanted.isnan()
+                assert torch.equal(actual.isnan(), ~written)
+                assert (actual.float() - wanted.float())[written].norm() <= 2e-2 * wanted.float()[written].norm()
+        return logits.clone()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_columns_of_every_kind(name: str) -> None:
+    _, _, _, page_size, tuning = CASES[name]
+    for columns in COLUMNS.values():
+        Run(_model(name), columns, page_size, tuning=Tuning(**tuning)).check()
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+def test_a_column_has_the_same_bits_in_any_company(form: str) -> None:
+    run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight rows"], 64, tuning=Tuning(split=256))
+    together = run.check()
+    for columns in ([0], [3, 1], [7, 2, 5], [6, 5, 4, 3, 2, 1, 0]):
+        index = torch.tensor(columns, device="cuda")
+        alone = run.step(run.ids[index], run.positions[index], run.slots[index])
+        assert torch.equal(alone, together[index])
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+def test_replays_repeat_bit_for_bit(form: str) -> None:
+    run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight rows"], 64, tuning=Tuning(split=256))
+    first = run().clone().view(torch.int16)
+    different = torch.zeros(1, dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        different += (run().view(torch.int16) != first).any()
+    for _ in range(2000):
+        graph.replay()
+    assert int(different) == 0
+
+
+def test_the_watchdog_ends_a_step_that_waits_in_vain() -> None:
+    run = Run(_model("plain"), [100, 7], 64, patience=2000)
+    good = run().clone()
+    torch.cuda.synchronize()
+    run.step.counters[2 * 32] = -100_000  # arrivals that never come
+    logits = run()
+    torch.cuda.synchronize()
+    assert run.step.faulted
+    assert logits.isnan().any()
+    run()  # what was launched behind it ends too
+    torch.cuda.synchronize()
+    run.step.repair()
+    again = run()
+    torch.cuda.synchronize()
+    assert not run.step.faulted
+    assert torch.equal(again, good)
+
+
+def test_what_it_does_not_serve_is_said() -> None:
+    model = _model("plain")
+    context = make_context(model, [3])
+    with pytest.raises(Unfit, match="is no multiple of 256"):
+        RowsStep(dataclasses.replace(model, intermediate=2056), context.pages, block_table=context.block_table)
