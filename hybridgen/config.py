@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from hybridgen.core import GraphEvent
 from hybridgen.errors import ConfigError, shown
-from hybridgen.fields import about, described
+from hybridgen.fields import described
 from hybridgen.hints import unknown
-from hybridgen.params import MAX_INT
-
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|KIB|MIB|GIB)?\s*$", re.IGNORECASE)
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("fp8", "int8", "int4")
-KV_DTYPES = ("fp8",)
+from hybridgen.settings import (
+    check_adapter,
+    check_backend,
+    check_buckets,
+    check_compile_cache,
+    check_device,
+    check_drafter,
+    check_dtype,
+    check_kv_dtype,
+    check_listener,
+    check_page_size,
+    check_progress,
+    check_quantization,
+    check_ratio,
+    check_revision,
+    check_seconds,
+    check_speculation,
+    integer,
+    one_of,
+    parse_bytes,
+    setting,
+    switch,
+)
 
 
 class Mode(StrEnum):
@@ -66,205 +80,6 @@ class GraphOwner(StrEnum):
     """By hand for the buckets; trees for decode sizes between them, recorded while idle."""
 
 
-Check = Callable[[str, Any], Any]
-"""Takes a field's name and value; returns the value to keep, or raises `ConfigError`."""
-
-
-def setting(text: str, check: Check, *, in_key: bool = True, opens: bool = False) -> dict[str, Any]:
-    """Metadata of a field of `EngineConfig`: all that the library has to know of it stands where it is declared.
-
-    Args:
-        text: what it is for.
-        check: of its value alone; what depends on other fields is checked in `EngineConfig.__post_init__`.
-        in_key: whether it is part of the compile cache's key. Leave out only a field that no compiler sees, or that is
-            in the key under another name: a cold start too many is better than stale code.
-        opens: whether it is needed to open a checkpoint, before an engine is built.
-    """
-    return {**about(text), "check": check, "in_key": in_key, "opens": opens}
-
-
-def switch(name: str, value: Any) -> bool:
-    """True or False, and nothing that only counts as one of them."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}={shown(value)}; give True or False")
-    return value
-
-
-def integer(low: int, high: int = MAX_INT, *, optional: bool = False) -> Check:
-    """An integer in a range; `optional`: or None."""
-
-    def check(name: str, value: Any) -> int | None:
-        if value is None and optional:
-            return None
-        bound = f"at least {low}" if high == MAX_INT else f"from {low} to {high}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name}={shown(value)} is not an integer; give one {bound}")
-        if not low <= value <= high:
-            raise ConfigError(f"{name}={shown(value)} is out of range; give an integer {bound}")
-        return value
-
-    return check
-
-
-def one_of(kind: type[StrEnum]) -> Check:
-    """A member of an enumeration, or its text."""
-
-    def check(name: str, value: Any) -> StrEnum:
-        try:
-            return kind(value)
-        except ValueError:
-            known = ", ".join(member.value for member in kind)
-            raise ConfigError(f"{name}={shown(value)} is unknown; choose one of: {known}") from None
-
-    return check
-
-
-def _dtype(name: str, value: Any) -> str:
-    dtype = str(value).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"{name}={shown(value)} is unknown; choose one of: {', '.join(DTYPES)}")
-    return dtype
-
-
-def _device(name: str, value: Any) -> str:
-    device = str(value)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ConfigError(f"{name}={shown(value)} is unknown; choose auto, cpu, cuda or cuda:N")
-    return device
-
-
-def _adapter(name: str, value: Any) -> str | None:
-    if value is None or (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
-        return None if value is None else os.fspath(value)
-    raise ConfigError(f"{name}={shown(value)}; give a directory or hub id of a PEFT adapter, or None")
-
-
-def _revision(name: str, value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise ConfigError(f"{name}={shown(value)}; give a branch, tag or commit as text, or None")
-    return value
-
-
-def _page_size(name: str, value: Any) -> int:
-    size: int = integer(8, 256)(name, value)
-    if size & (size - 1):
-        raise ConfigError(f"{name}={size} is not a power of two; use 16, 32, 64, 128 or 256")
-    return size
-
-
-def _seconds(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ConfigError(f"{name}={shown(value)}; give a number of at least 0")
-    return value
-
-
-def _quantization(name: str, value: Any) -> str | None:
-    if value is not None and value not in QUANTIZATIONS:
-        raise ConfigError(f"{name}={shown(value)} is unknown; choose one of: {', '.join(QUANTIZATIONS)}, or None")
-    return value
-
-
-def _kv_dtype(name: str, value: Any) -> str | None:
-    if value is not None and value not in KV_DTYPES:
-        raise ConfigError(
-            f"{name}={shown(value)} is unknown; choose one of: {', '.join(KV_DTYPES)}, or None for that of the weights"
-        )
-    return value
-
-
-def _ratio(name: str, value: Any) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0):
-        raise ConfigError(f"{name}={shown(value)}; give a number of at least 0, or None to measure")
-    return value
-
-
-def _backend(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(
-            f"{name}={shown(value)} is no name of a backend; give one such as 'inductor', or mode='eager' to compile "
-            "nothing"
-        )
-    return value
-
-
-def _cache(name: str, value: Any) -> bool | str:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, bool) and (not isinstance(value, str) or not value or "\0" in value):
-        raise ConfigError(f"{name}={shown(value)}; give True, False or a directory")
-    return value
-
-
-def _speculation(name: str, value: Any) -> Any:
-    drafts = all(hasattr(value, part) for part in ("name", "begin", "draft", "tensors"))
-    if value is None or value == "ngram" or (drafts and not isinstance(value, type)):
-        return value
-    raise ConfigError(
-        f'{name}={shown(value)}; give "ngram", None, or a drafter of your own: an object with name, begin(), draft() '
-        "and tensors() (docs/speculation.md)"
-    )
-
-
-def _drafter(name: str, value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    module = hasattr(value, "named_parameters") and not isinstance(value, type)
-    if value is None or module or (isinstance(value, str) and value and "\0" not in value):
-        return value
-    raise ConfigError(
-        f"{name}={shown(value)}; give a smaller model of the same vocabulary: a directory, a hub id or a live module. "
-        "What drafts without a model is speculation="
-    )
-
-
-def _listener(name: str, value: Any) -> Any:
-    if value is not None and not callable(value):
-        raise ConfigError(f"{name}={shown(value)}; give a function of one GraphEvent")
-    return value
-
-
-def _progress(name: str, value: Any) -> bool | None:
-    if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"{name}={shown(value)}; give True, False or None")
-    return value
-
-
-def _buckets(name: str, sizes: Any) -> tuple[int, ...] | None:
-    """A user's bucket sizes in order, each once."""
-    if sizes is None:
-        return None
-    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
-        raise ConfigError(f"{name}={shown(sizes)} is no list; give sizes such as [1, 4, 16], or None for the default")
-    listed = list(sizes)
-    for size in listed:
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_INT:
-            raise ConfigError(f"{name} holds {shown(size)}; give integers of at least 1")
-    return tuple(sorted(set(listed)))
-
-
-def parse_bytes(name: str, value: int | str | None) -> int | None:
-    """Bytes from a number or a text such as `"4GiB"`; None stays None.
-
-    Raises:
-        ConfigError: the text is no size, or the number is not positive or beyond any memory.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        match = _SIZE.match(value)
-        if match is None:
-            raise ConfigError(f"{name}={shown(value)} is not a size; write bytes or a size such as 512MiB or 4GiB")
-        size = float(match[1]) * _UNITS[(match[2] or "B").lower()]
-        count: Any = math.floor(size) if math.isfinite(size) else MAX_INT + 1
-    else:
-        count = value
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= MAX_INT:
-        raise ConfigError(
-            f"{name}={shown(value)}; give a positive number of bytes that memory can have, or a size such as 4GiB"
-        )
-    return count
-
-
 @described
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -285,7 +100,7 @@ class EngineConfig:
     dtype: str = field(
         default="auto",
         metadata=setting(
-            "`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.", _dtype, in_key=False, opens=True
+            "`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.", check_dtype, in_key=False, opens=True
         ),
     )
     quantization: str | None = field(
@@ -293,7 +108,7 @@ class EngineConfig:
         metadata=setting(
             "Quantise the projections of a checkpoint while it is read: `fp8`, `int8` or `int4`, by rounding to the "
             "nearest (docs/quantisation.md). None: as the checkpoint has them; one that is quantised needs no setting.",
-            _quantization,
+            check_quantization,
             opens=True,
         ),
     )
@@ -302,7 +117,7 @@ class EngineConfig:
         metadata=setting(
             "Quantise the head too, in one of the same formats; also of a quantised checkpoint, whose head mostly "
             "has 16 bits.",
-            _quantization,
+            check_quantization,
             opens=True,
         ),
     )
@@ -317,18 +132,19 @@ class EngineConfig:
     device: str = field(
         default="auto",
         metadata=setting(
-            "`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.", _device, in_key=False, opens=True
+            "`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.", check_device, in_key=False, opens=True
         ),
     )
     revision: str | None = field(
-        default=None, metadata=setting("Branch, tag or commit of a hub model.", _revision, in_key=False, opens=True)
+        default=None,
+        metadata=setting("Branch, tag or commit of a hub model.", check_revision, in_key=False, opens=True),
     )
     adapter: str | None = field(
         default=None,
         metadata=setting(
             "A directory or hub id of a PEFT adapter, which is merged into the weights (extra `lora`); see "
             "`Engine.set_adapter`.",
-            _adapter,
+            check_adapter,
             in_key=False,
         ),
     )
@@ -366,7 +182,7 @@ class EngineConfig:
         ),
     )
     page_size: int = field(
-        default=64, metadata=setting("Tokens per KV-cache page; a power of two from 8 to 256.", _page_size)
+        default=64, metadata=setting("Tokens per KV-cache page; a power of two from 8 to 256.", check_page_size)
     )
     kv_memory: int | str | None = field(
         default=None,
@@ -382,7 +198,7 @@ class EngineConfig:
         metadata=setting(
             "`fp8`: keys and values are cached in 8 bits (e4m3), with the scales of the checkpoint where it has some; "
             "half the bytes, twice the tokens. None: in the dtype of the weights. See docs/quantisation.md.",
-            _kv_dtype,
+            check_kv_dtype,
             opens=True,
         ),
     )
@@ -425,7 +241,7 @@ class EngineConfig:
             "Draft tokens and check several in one step, which changes no token: `ngram` (what came behind "
             "the same tokens earlier in prompt or output), a drafter of one's own, or None. See "
             "docs/speculation.md.",
-            _speculation,
+            check_speculation,
             in_key=False,
         ),
     )
@@ -442,7 +258,7 @@ class EngineConfig:
         metadata=setting(
             "A smaller model of the same vocabulary that drafts, which changes no token: a local path, a hub id or a "
             "live module. Its keys and values lie beside the model's, in the same pages. See docs/speculation.md.",
-            _drafter,
+            check_drafter,
             in_key=False,
         ),
     )
@@ -464,12 +280,13 @@ class EngineConfig:
         metadata=setting(
             "Seconds that the fused kernels' tuner may take at warm-up, where its choices for this model "
             "and device are not kept from an earlier start.",
-            _seconds,
+            check_seconds,
             in_key=False,
         ),
     )
     compile_backend: str = field(
-        default="inductor", metadata=setting("The backend of `torch.compile` in modes `jit` and `hybrid`.", _backend)
+        default="inductor",
+        metadata=setting("The backend of `torch.compile` in modes `jit` and `hybrid`.", check_backend),
     )
     graphs: GraphOwner | str = field(
         default=GraphOwner.MANUAL,
@@ -483,7 +300,7 @@ class EngineConfig:
         metadata=setting(
             "Batch sizes of decode graphs; other sizes are padded to the next. An empty list: decode is "
             "not recorded. Else 1, 2, 4, 8, then steps of 8 to 64 and of 16 above, up to max_batch.",
-            _buckets,
+            check_buckets,
             in_key=False,
         ),
     )
@@ -492,7 +309,7 @@ class EngineConfig:
         metadata=setting(
             "Prompt lengths of prefill graphs. An empty list: prefill is not recorded. Else steps of 16 "
             "to 256 and of 32 to 512.",
-            _buckets,
+            check_buckets,
             in_key=False,
         ),
     )
@@ -550,7 +367,7 @@ class EngineConfig:
         default=None,
         metadata=setting(
             "Padding to a bucket up to this share of a step's size (1 doubles it). Else what the measured times say.",
-            _ratio,
+            check_ratio,
             in_key=False,
         ),
     )
@@ -591,7 +408,7 @@ class EngineConfig:
             "Keep what is compiled and measured for later processes: a directory, or True for "
             "`$HYBRIDGEN_CACHE_DIR`, the checkout's `compile_cache/` or the user's cache directory; False "
             "keeps nothing. See docs/compile-cache.md.",
-            _cache,
+            check_compile_cache,
             in_key=False,
         ),
     )
@@ -605,13 +422,13 @@ class EngineConfig:
         ),
     )
     on_graph_event: Callable[[GraphEvent], None] | None = field(
-        default=None, metadata=setting("Called with each capture, eviction and failure.", _listener, in_key=False)
+        default=None, metadata=setting("Called with each capture, eviction and failure.", check_listener, in_key=False)
     )
     progress: bool | None = field(
         default=None,
         metadata=setting(
             "Progress bars over one second: on, off, or (None) on when standard error is a terminal.",
-            _progress,
+            check_progress,
             in_key=False,
             opens=True,
         ),

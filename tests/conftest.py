@@ -30,6 +30,8 @@ import transformers
 from interpreter import Interpreter
 
 import hybridgen
+from hybridgen.loading import checkpoint
+from hybridgen.models import probe
 
 # The models are tiny: more threads only get into each other's way.
 torch.set_num_threads(1)
@@ -99,6 +101,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configs_are_probed_once() -> Iterator[None]:
+    """Opening checkpoints of one config takes its probe from the first; `tests/models/test_probe.py` has the function
+    itself."""
+    known: dict[Any, Any] = {}
+
+    def of_config(config: Any, context: int, model_class: Any = None) -> Any:
+        key = type(config), config.to_json_string(use_diff=False), context, model_class
+        if key not in known:
+            known[key] = probe.probe_config(config, context, model_class)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "probe_config", of_config)
+        yield
 
 
 @pytest.fixture(scope="session")

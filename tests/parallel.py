@@ -1,4 +1,4 @@
-"""How `pytest -n 2` divides the tests: by file, and those marked `apart` while nothing else runs.
+"""How `pytest -n 3` divides the tests: by file, and those marked `apart` while nothing else runs.
 
 conftest.py imports it where pytest-xdist runs, and nowhere else.
 """

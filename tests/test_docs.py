@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forks
 import pytest
 import transformers
 from transformers import CONFIG_MAPPING
@@ -198,7 +200,7 @@ def test_shell_blocks_run(block: Block, tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, command in {
-        "hybridgen": f'exec "{sys.executable}" -m hybridgen "$@"',
+        "hybridgen": f'exec {shlex.join(forks.command())} -m hybridgen "$@"',
         "pip": "exit 0",  # what it would install is what is tested
         "pytest": "exit 0",  # that is this very run
     }.items():

@@ -22,6 +22,7 @@ ROOMS = (
     "errors",
     "hints",
     "params",
+    "settings",
     "config",
     "arguments",
     "demo",

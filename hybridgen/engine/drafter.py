@@ -5,15 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import torch
-
-from hybridgen.config import EngineConfig, Mode, ResolvedConfig
+from hybridgen.config import EngineConfig, ResolvedConfig
+from hybridgen.engine.ready import make_ready
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.files import generation_untold
-from hybridgen.loading.live_quantised import read_live
-from hybridgen.models import bind
-from hybridgen.models.projections import fuse_projections, use_rows
-from hybridgen.models.quantised import quantised_modules
 from hybridgen.models.twin import Twin
 from hybridgen.speculation.model import ModelDrafter, check_drafter, check_states
 
@@ -74,29 +69,17 @@ def load_drafter(
         LoadError: see `Checkpoint.load`.
     """
     loaded = checkpoint.load()
-    twin = None if loaded.owned else Twin(loaded.model)
-    model = loaded.model if twin is None else twin.model
-    if twin is not None:
-        read_live(twin, checkpoint.dtype)
-    if config.fuse_projections and loaded.owned:
-        fuse_projections(model)
-        use_rows(model)
-    with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
-        bound = bind(model, resolved.max_context)
-    undo.callback(bound.release)
-    for _, module in quantised_modules(model):
-        module.dequantises = resolved.mode is Mode.EAGER
+    bound, twin = make_ready(checkpoint, loaded, config, resolved, undo)
     if twin is not None:
         twin.settle()
     check_states(checkpoint.name, bound, resolved.max_context, config.page_size, checkpoint.dtype)
     states = bound.layer_states(config.page_size, checkpoint.dtype)
-    tensors = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
-    }
+    stored = [tensor.untyped_storage() for tensor in (*bound.model.parameters(), *bound.model.buffers())]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in stored}
     return LoadedDrafter(
         ModelDrafter(checkpoint.name, bound, checkpoint.vocab_size, states),
         twin,
-        sum(tensors.values()),
+        sum(sizes.values()),
         checkpoint.seconds + loaded.seconds,
         dict(loaded.notes),
     )

@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -28,7 +28,7 @@ from hybridgen.arguments import (
 )
 from hybridgen.cache import total_bytes
 from hybridgen.compilation.store.session import CompileCache, mode_of, preload
-from hybridgen.config import EngineConfig, Mode, ResolvedConfig, bar_disabled
+from hybridgen.config import EngineConfig, ResolvedConfig, bar_disabled
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.display import html_table
@@ -38,15 +38,14 @@ from hybridgen.engine.builder import Builder
 from hybridgen.engine.drafter import LoadedDrafter, load_drafter, open_drafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache, resolve_config
+from hybridgen.engine.ready import device_of, make_ready
 from hybridgen.engine.requests import Request, collect, make_requests, results
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import (
     ConfigError,
     EngineError,
-    HybridgenError,
     Interrupted,
     SamplingError,
-    UnsupportedModelError,
     described,
     shown,
 )
@@ -56,12 +55,7 @@ from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
-from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
-from hybridgen.models import BoundModel, bind
-from hybridgen.models.probe import ProbedCall
-from hybridgen.models.projections import fuse_projections, use_rows
-from hybridgen.models.quantised import quantised_modules, round_activations
-from hybridgen.models.twin import Twin
+from hybridgen.models.quantised import round_activations
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.start import start as start_ranks
 from hybridgen.parallel.weights import load_share
@@ -132,22 +126,17 @@ class Engine:
             self._startup.add("artifacts", self.cache.seconds)
             # Its reason is found before the group is closed.
             with nullcontext() if lead is None else lead.together():
-                twin = None if loaded.owned else Twin(loaded.model)
-                model = loaded.model if twin is None else twin.model
-                if twin is not None and read_live(twin, checkpoint.dtype):
-                    self._counters.fall_back(ACTIVATIONS)
-                if config.fuse_projections and loaded.owned:
-                    with self._startup.timed("fuse projections"):
-                        fuse_projections(model)
-                        use_rows(model)
-                with torch.device("cpu"):  # what a probe makes is not to go by the caller's default device
-                    known = checkpoint.probed(self.max_context) if loaded.owned else None
-                    bound = bound_model(model, self.max_context, known)
-                undo.callback(bound.release)
-                for _, module in quantised_modules(model):
-                    module.dequantises = self.mode is Mode.EAGER  # the reference
+                bound, twin = make_ready(
+                    checkpoint,
+                    loaded,
+                    config,
+                    resolved,
+                    undo,
+                    fusing=self._startup.timed("fuse projections"),
+                    fall_back=self._counters.fall_back,
+                )
                 if config.fp8_activations:
-                    self._round_activations(model)
+                    self._round_activations(bound.model)
                 self._starter = Starter(self.cache, self._startup, self._counters)
                 builder = Builder(
                     checkpoint, config, resolved, self._starter, self._startup, self._counters, loaded.kv_scales, lead
@@ -725,33 +714,11 @@ class Engine:
         return loop
 
 
-def bound_model(model: PreTrainedModel, context: int, calls: tuple[ProbedCall, ...] | None = None) -> BoundModel:
-    """`bind(model, context, calls)`, where a model whose own code fails is refused.
-
-    Raises:
-        UnsupportedModelError: a forward pass of a few tokens fails, or see `bind`.
-    """
-    try:
-        return bind(model, context, calls)
-    except HybridgenError:
-        raise
-    except Exception as error:  # what a model's own code raises for a config that it cannot run
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot run: a forward pass of two tokens raises "
-            f"{described(error)}; does its config fit its code?"
-        ) from error
-
-
 def _keep_plan(reference: weakref.ref[Engine]) -> None:
     """At the end of the process, for an engine that nobody closed: note for the next process what was recorded."""
     engine = reference()
     if engine is not None and engine._runner is not None and not engine.closed:
         engine._starter.keep_plan(engine._runner)
-
-
-def device_of(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which this is the current CUDA device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _complete(requests: list[Request]) -> int:

@@ -11,20 +11,18 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from hybridgen.cache import pages_for_tokens
 from hybridgen.config import EngineConfig
-from hybridgen.engine.engine import bound_model, device_of
 from hybridgen.engine.preflight import resolve_config
+from hybridgen.engine.ready import device_of, make_ready
 from hybridgen.errors import HybridgenError
 from hybridgen.execution import ModelRunner
 from hybridgen.graphs.setup import GraphSetup
 from hybridgen.loading import Checkpoint
-from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.parallel.channel import Channel, arrivals
 from hybridgen.parallel.follow import Follower
 from hybridgen.parallel.group import Group
@@ -82,12 +80,7 @@ def _follower(checkpoint: Checkpoint, config: EngineConfig, group: Group) -> Fol
     """What `Engine` and `Builder` make on rank 0, as far as other ranks have it; in the same order, because the model
     is called in between."""
     resolved = resolve_config(checkpoint, config)
-    model = load_share(checkpoint, group).model
-    if config.fuse_projections:
-        fuse_projections(model)
-        use_rows(model)
-    with torch.device("cpu"):
-        bound = bound_model(model, resolved.max_context)
+    bound, _ = make_ready(checkpoint, load_share(checkpoint, group), config, resolved, ExitStack())
     runner = ModelRunner(
         bound,
         vocab_size=checkpoint.vocab_size,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from hybridgen.cli.main import main
@@ -248,8 +250,9 @@ def test_closed_streams(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 @pytest.mark.parametrize(("target", "words"), [("| head -c 1", ""), ("> /dev/full", "cannot be written: No space")])
 def test_output_that_goes_nowhere(target: str, words: str) -> None:
-    command = f"set -o pipefail; {sys.executable} -m hybridgen generate 'import os' --stream {' '.join(FAST)} {target}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    command = shlex.join([*forks.command(), "-m", "hybridgen", "generate", "import os", "--stream", *FAST])
+    shell = ["bash", "-c", f"set -o pipefail; {command} {target}"]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) <= 1
@@ -258,7 +261,7 @@ def test_output_that_goes_nowhere(target: str, words: str) -> None:
 def test_python_m_hybridgen_in_a_pipe(tmp_path: Path) -> None:
     """Away from the checkout, whose package `-m` would take: its demo model is another than the installed one."""
     command = [sys.executable, "-m", "hybridgen", "generate", "import os", "--model", str(model_path()), *FAST]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=tmp_path)
+    done = forks.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("import os")
     assert len(done.stderr.splitlines()) == 1, "no progress bars and no warnings in a pipe"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from hybridgen.cli import main
@@ -62,9 +63,7 @@ def test_a_killed_shard_goes_on(tmp_path: Path) -> None:
     file, directory = prompts(tmp_path, 12), tmp_path / "out"
     command = ["generate", "--input", str(file), "--output", str(directory), "--shard", "0/1", *MODEL, *HOW]
     # Not from the checkout, whose demo model would be another one than that of the installed package.
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *command], cwd=tmp_path, stderr=subprocess.DEVNULL, timeout=120
-    )
+    done = forks.run([sys.executable, "-c", KILLED, *command], cwd=tmp_path, stderr=subprocess.DEVNULL, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert not (directory / "shard-00000-of-00001.jsonl").exists()
     part = directory / "shard-00000-of-00001.part"

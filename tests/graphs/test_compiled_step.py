@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import families
+import forks
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -94,7 +95,8 @@ def test_a_model_that_looks_at_values_runs_as_it_is(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_step_is_compiled_behind(tmp_path: Path) -> None:
+def test_a_step_is_compiled_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", forks.Popen)
     path = families.write("llama", tmp_path)
     expected = expected_of(path)
     with Engine.load(str(path), **SETTINGS) as engine:

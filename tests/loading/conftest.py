@@ -10,7 +10,7 @@ from typing import Any
 import families
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +56,13 @@ def edit_json() -> Callable[..., None]:
         file.write_text(json.dumps(values))
 
     return edit
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if weights are asked for."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)

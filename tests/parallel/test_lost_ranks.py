@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import forks
 import pytest
 
 from hybridgen import Engine, EngineError, HybridgenError
@@ -220,7 +221,8 @@ def test_the_end_of_rank_zero_is_the_end_of_all(path: Path) -> None:
         "print('ready', flush=True)\n"
         "while True: engine.generate([[1, 2]], max_new_tokens=50)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, forks.INSIDE: "1"}
+    parent = forks.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     pid, directory = parent.stdout.readline().split()
     assert parent.stdout.readline() == "ready\n"

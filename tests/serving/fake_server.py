@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
 from hybridgen.errors import EngineError, HybridgenError, LoadError, PromptError
 from hybridgen.params import SamplingParams
+from hybridgen.serving.lifecycle import endpoint
 from hybridgen.serving.process import ServeOptions, serve_model
 from hybridgen.serving.service.limits import Limits
 
@@ -151,11 +152,13 @@ def main() -> int:
     parser.add_argument("--drain-timeout", type=float, default=60.0)
     parser.add_argument("--idle-exit", type=float)
     parser.add_argument("--metrics", type=int)
+    parser.add_argument("--scrape-seconds", type=float, default=endpoint.SECONDS)
     parser.add_argument("--load", type=float, default=0.0)
     parser.add_argument("--close", type=float, default=0.0)
     parser.add_argument("--load-error", action="store_true")
     parser.add_argument("--limit", action="append", default=[])
     arguments = parser.parse_args()
+    endpoint.SECONDS = arguments.scrape_seconds
     logging.basicConfig(level=logging.INFO)
     limits = dict(item.split("=") for item in arguments.limit)
     options = ServeOptions(

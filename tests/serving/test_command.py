@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 from places import short_directory
 from wire import environment
@@ -57,7 +57,7 @@ def test_bad_places(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_a_model_that_is_not_there() -> None:
     directory = short_directory()
     command = [sys.executable, "-m", "hybridgen", "serve", "/no/such/model", "--socket", str(directory / "x")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    done = forks.run(command, capture_output=True, text=True, env=environment(), timeout=60)
     assert done.returncode == 2
     assert "hybridgen: " in done.stderr
     assert "/no/such/model" in done.stderr

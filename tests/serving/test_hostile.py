@@ -17,16 +17,12 @@ from typing import Any
 
 import pytest
 from places import short_directory
-from wire import FAKE, Process, Raw, environment, until
+from wire import FAKE, Process, Raw, environment, joins, ping, request, until
 
 from hybridgen import FinishReason, PromptError, ServerError
 
 Start = Callable[..., Process]
 FRAME = 4 * 2**20 - 200
-
-
-def request(key: int, *prompts: Any, **sampling: Any) -> dict[str, Any]:
-    return {"type": "request", "id": key, "prompts": list(prompts), "sampling": sampling}
 
 
 def body(piece: bytes, last: bytes = b"1") -> bytes:
@@ -91,11 +87,6 @@ def test_what_waits_weighs_as_much_as_its_frame(toy: Start, prompt: Any, samplin
     assert codes == ["busy"] * (20 - most)
 
 
-def _ping(server: Process) -> dict[str, Any]:
-    with server.client() as client:
-        return client.ping()
-
-
 def test_a_client_splits_what_has_too_many_values(toy: Start) -> None:
     with toy("--limit", "elements=3000", "--limit", "containers=600").client() as client:
         prompts = [[number] * 500 for number in range(1, 20)]
@@ -137,9 +128,9 @@ def test_cancelled_and_dropped_while_they_are_encoded(toy: Start) -> None:
     raw, gone = Raw(server.path), Raw(server.path)
     gone.send(request(1, "sleep for 1", max_new_tokens=10**6))
     gone.send(request(2, "sleep for 1", max_new_tokens=10**6))
-    until(lambda: _ping(server)["in_flight"] == 2)
+    until(lambda: ping(server)["in_flight"] == 2)
     raw.send(request(1, "sleep for 0.2", max_new_tokens=10**6))
-    until(lambda: _ping(server)["in_flight"] == 3)
+    until(lambda: ping(server)["in_flight"] == 3)
     raw.send({"type": "cancel", "id": 1})
     gone.close()  # one of its texts is being encoded, and one waits
     assert raw.receive()["completion"]["finish_reason"] == FinishReason.CANCELLED
@@ -155,7 +146,7 @@ def test_a_drain_waits_for_what_is_encoded(toy: Start) -> None:
     server = toy()
     raw = Raw(server.path)
     raw.send(request(1, "sleep for 0.5", max_new_tokens=2))
-    until(lambda: _ping(server)["in_flight"] == 1)
+    until(lambda: ping(server)["in_flight"] == 1)
     server.popen.send_signal(signal.SIGHUP)  # as SIGTERM does
     assert raw.receive()["completion"]["token_ids"] == [6, 7]
     assert raw.ended()
@@ -167,7 +158,7 @@ def test_a_flood_of_long_messages_does_not_move_the_end_of_a_drain(toy: Start) -
     server = toy("--drain-timeout", 1, "--step-timeout", 1, "--step", 0.01)
     raw = Raw(server.path)
     raw.send(request(1, [1], max_new_tokens=10**6))
-    until(lambda: _ping(server)["in_flight"] == 1)
+    until(lambda: ping(server)["in_flight"] == 1)
 
     def flood() -> None:
         attacker = Raw(server.path)
@@ -202,7 +193,7 @@ def test_many_refused_clients_hold_no_descriptors(toy: Start) -> None:
     first.close()
     refused = []
     for _ in range(40):  # they never read what they were told, and more waits for them than a socket holds
-        until(lambda: _joins(server))
+        until(lambda: joins(server))
         refused.append(Raw(server.path))
         refused[-1].socket.sendall(pings)
         time.sleep(0.1)  # a wrong frame that came with them would be refused before they are answered
@@ -212,14 +203,6 @@ def test_many_refused_clients_hold_no_descriptors(toy: Start) -> None:
     assert second.receive()["healthy"]
     for raw in refused:
         raw.close()
-
-
-def _joins(server: Process) -> bool:
-    try:
-        server.client().close()
-    except ServerError:
-        return False
-    return True
 
 
 def run_with_limit(files: int, *options: str) -> tuple[int, str]:
@@ -253,19 +236,19 @@ def test_a_signal_that_is_ignored_stays_ignored(toy: Start) -> None:
         signal.signal(signal.SIGHUP, before)
     server.popen.send_signal(signal.SIGHUP)
     time.sleep(0.3)
-    assert _ping(server)["state"] == "ready"
+    assert ping(server)["state"] == "ready"
     assert server.end() == 0
 
 
 def test_the_owner_comes_in_while_others_hold_the_port_of_the_metrics(toy: Start) -> None:
-    server = toy("--metrics", 0)
+    server = toy("--metrics", 0, "--scrape-seconds", 1)
     before = server.descriptors()
     held = []
     for _ in range(100):
         held.append(socket.create_connection(("127.0.0.1", server.facts["metrics_port"])))
     until(lambda: server.descriptors() <= before + 12)
-    assert _ping(server)["healthy"]
-    assert len(json.dumps(_ping(server))) > 2
+    assert ping(server)["healthy"]
+    assert len(json.dumps(ping(server))) > 2
     for connection in held:
         connection.close()
     assert os.path.getsize(server.log_path) < 10_000

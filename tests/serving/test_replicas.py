@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import forks
 import pytest
 
 import hybridgen
@@ -19,6 +20,13 @@ from hybridgen.serving.replicas.work import Work
 
 CONFIG = {"mode": "eager", "dtype": "float32", "device": "cpu", "kv_memory": "32MiB", "max_batch": 4}
 PROMPTS = [f"def f{number}(x):" for number in range(12)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", forks.Popen)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +166,8 @@ def test_the_end_of_the_parent_is_the_end_of_the_replicas() -> None:
         "print(*r.pids, flush=True)\n"
         "time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, forks.INSIDE: "1"}
+    parent = forks.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     parent.kill()

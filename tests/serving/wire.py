@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
+
 import hybridgen
 
 FAKE = Path(__file__).with_name("fake_server.py")
@@ -40,7 +42,8 @@ class Process:
         command = [sys.executable, *start, "--socket", str(self.path), "--ready-file", str(self.ready), *arguments]
         self.log_path = directory / "log"
         self._log = self.log_path.open("ab")
-        self.popen = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment())
+        start_process = subprocess.Popen if fake else forks.Popen  # the toy starts fast as it is
+        self.popen = start_process(command, stdout=self._log, stderr=self._log, env=environment() | {forks.INSIDE: "1"})
         if wait:
             until(lambda: self.ready.exists() or self.popen.poll() is not None, 60)
             assert self.ready.exists(), self.log()
@@ -85,6 +88,33 @@ def until(true: Callable[[], Any], seconds: float = 20.0) -> None:
     while not true():
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.01)
+
+
+def request(key: int, *prompts: Any, **sampling: Any) -> dict[str, Any]:
+    """A request as it is sent, for a raw client."""
+    stream = sampling.pop("stream", False)
+    return {"type": "request", "id": key, "prompts": list(prompts), "sampling": sampling, "stream": stream}
+
+
+def at_rest(client: hybridgen.Client) -> bool:
+    """Whether nothing is in flight and every page is free."""
+    stats = client.stats()
+    return stats["engine"]["free_pages"] == stats["engine"]["pages"] and stats["server"]["in_flight"] == 0
+
+
+def ping(server: Process) -> dict[str, Any]:
+    """What a new connection gets for a ping."""
+    with server.client() as client:
+        return client.ping()
+
+
+def joins(server: Process) -> bool:
+    """Whether a new client is let in."""
+    try:
+        server.client().close()
+    except hybridgen.ServerError:
+        return False
+    return True
 
 
 class Raw:

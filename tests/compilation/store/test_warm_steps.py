@@ -34,7 +34,7 @@ PROMPTS = families.prompts_of((5, 33, 1, 17))
 def warmed(tmp_path_factory: pytest.TempPathFactory) -> Warmed:
     """What a process left that waits for its compiler, as `hybridgen cache warm` does."""
     directory = tmp_path_factory.mktemp("steps")
-    model = families.write("llama", directory, num_hidden_layers=2)  # a step is compiled with all of them
+    model = families.write("llama", directory, num_hidden_layers=1)  # a step is compiled with all of them
     store = directory / "store"
     filled = result(start(model, store, layers=False, lazy_capture=False, **CHANGES))
     return Warmed(model, store, (filled,))

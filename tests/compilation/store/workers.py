@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
+
 WORKER = Path(__file__).with_name("worker.py")
 CONFIG: dict[str, Any] = {
     "mode": "hybrid",
@@ -35,9 +37,10 @@ def start(model: Path, store: Path, *, layers: bool = True, **changes: Any) -> s
     environment = os.environ | {
         "HYBRIDGEN_CACHE_DIR": str(store),
         "HYBRIDGEN_COMPILE_CACHE": "1",
+        forks.INSIDE: "1",
         "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *sys.path]),
     }
-    return subprocess.Popen(
+    return forks.Popen(
         [sys.executable, str(WORKER), json.dumps(given)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import httpx2 as httpx
 import pytest
 from places import short_directory
@@ -83,14 +84,14 @@ def test_a_port_that_is_taken_is_told_before_the_model_loads(door: Any) -> None:
     taken = door(short_directory() / "none.sock").rpartition("/")[2]
     command = [sys.executable, "-m", "hybridgen", "serve", "/no/such/model", "--http", taken]
     command += ["--socket", str(short_directory() / "s")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    done = forks.run(command, capture_output=True, text=True, env=environment(), timeout=60)
     assert done.returncode == 2
     assert f"cannot listen on {taken}" in done.stderr
 
 
 def test_beside_a_server_that_runs(demo: Process) -> None:
     command = [sys.executable, "-m", "hybridgen", "http", "--socket", str(demo.path), "--listen", "127.0.0.1:0"]
-    door = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    door = forks.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     try:
         assert door.stderr is not None
         line = door.stderr.readline()
@@ -152,7 +153,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_the_ready_line_of_a_child_is_json(demo: Process) -> None:
     command = [sys.executable, "-m", "hybridgen", "http", "--child", "--socket", str(demo.path), "--listen", ":0"]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+    child = forks.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     try:
         assert child.stdout is not None
         assert child.stdin is not None
