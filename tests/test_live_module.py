@@ -339,7 +339,7 @@ def test_fused_kernels_that_are_made_anew_are_checked_against_layers_that_are_no
 class Fused:
     """What a runner asks of fused kernels, with none."""
 
-    chain = None
+    chain = rows = None
     executors = ()
 
     def refresh(self) -> None:

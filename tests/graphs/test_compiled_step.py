@@ -64,6 +64,8 @@ def expected_of(path: Path) -> list[list[int]]:
 
 
 SETTINGS = {"mode": "hybrid", "device": "cpu", "dtype": "float32", "max_batch": 4, "max_context": 64}
+# A graph that is run as it is takes as long as the layers: rows are padded whatever its time says.
+SETTINGS |= {"max_padding_ratio": 64}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
