@@ -34,6 +34,11 @@ SETTINGS: dict[str, Any] = {
 GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4), "prefill_buckets": (16, 96), "max_padding_ratio": 64}
 EVERY_MODE = ("gemma3", "qwen2_vl")
 """In the usual run; the others in the modes that compile and record only with `-m slow`."""
+ALIKE = (
+    "deepseek_vl_hybrid", "granite_speech_plus", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemo_speechlm",
+    "vibevoice_asr",
+)  # fmt: skip
+"""Their text part is one of another wrapper's, or of `test_families.py`: with `-m slow`."""
 
 
 def prompts() -> list[list[int]]:
@@ -53,7 +58,10 @@ def check(engine: hybridgen.Engine, expected: list[list[int]]) -> None:
     assert not engine.stats().fallbacks
 
 
-@pytest.mark.parametrize("name", sorted(multimodal.WHOLES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(multimodal.WHOLES)],
+)
 def test_eager(name: str, tmp_path: Path) -> None:
     if multimodal.is_absent(name):
         pytest.skip(f"this transformers has no {name}")
