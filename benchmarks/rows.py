@@ -157,9 +157,9 @@ def check(step: Any, cache: Cache) -> dict[str, float]:
     return errors
 
 
-def repeat(step: Any, cache: Cache, times: int) -> dict[str, int]:
+def repeat(step: Any, cache: Cache, times: int, case: str = "eight rows") -> dict[str, int]:
     """Replays of one fixed step whose logits were not those of the first, bit for bit."""
-    inputs = cache.fill(CASES["eight rows"], numbers=True)
+    inputs = cache.fill(CASES[case], numbers=True)
     step(*inputs)
     first = step.logits.clone().view(torch.int16)
     few = cache.ids[:3], cache.positions[:3], cache.slots[:3]
@@ -243,7 +243,11 @@ def try_out(variant: Variant, times: int) -> None:
         line["errors"] = check(step, variant.cache)
         line["ok"] = all(error < TOLERANCE[variant.cache.model.dtype] for error in line["errors"].values())
         if line["ok"]:
-            line["repeats"] = repeat(step, variant.cache, times if variant.first else times // 10)
+            times = times if variant.first else times // 10
+            line["repeats"] = repeat(step, variant.cache, times)
+            line["repeats_of_several_tokens"] = {
+                case: repeat(step, variant.cache, times, case) for case in ("eight tokens of one", "a mix")
+            }
     except Exception as error:
         line["error"] = f"{type(error).__name__}: {error}"[:500]
     errors = {case: round(error, 4) for case, error in line.get("errors", {}).items()}

@@ -37,7 +37,6 @@ def build_fused(
     *,
     max_context: int,
     max_rows: int,
-    query_len: int = 1,
     tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
@@ -47,7 +46,6 @@ def build_fused(
 
     Args:
         max_rows: rows of a step at most.
-        query_len: tokens of a row in a step at most.
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
@@ -76,7 +74,7 @@ def build_fused(
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
         _make_persistent(fused, model, kept, tuning)
-        _make_rows(fused, making, max_rows * query_len)
+        _make_rows(fused, making, max_rows)
         nobody = fused.persistent is None and fused.rows is None
         if few == 1 and nobody:
             compiling = _begin_chain(fused, few, tiles, pool)
@@ -103,24 +101,24 @@ def _rows_step(
     return step
 
 
-def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> None:
+def _make_rows(fused: FusedDecode, making: Future[RowsStep], rows_at_most: int) -> None:
     """Try the step for several rows, and say in the notes whether it serves."""
-    tokens = min(COLUMNS, tokens)
+    most = min(COLUMNS, rows_at_most)
     try:
-        rows = fused.rows = RowsExecutor(making.result(), tokens)
+        rows = fused.rows = RowsExecutor(making.result(), most)
         rows.least = fused.first_of_several
-        if rows.least > tokens:
+        if rows.least > most:
             rows.close()
             fused.rows = None
             return
-        fused.try_step(rows, tokens)
+        fused.try_step(rows, most)
         fused.note_rows(rows, "")
     except Exception as error:
         reason = fused.reason_of(error)
         if fused.rows is not None:
             fused.rows.close()
             fused.rows = None
-        fused.notes["decode of a few tokens"] = f"no persistent kernel for several rows: {reason}"
+        fused.notes["decode of a few rows"] = f"no persistent kernel for several rows: {reason}"
 
 
 def _make_persistent(

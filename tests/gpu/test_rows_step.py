@@ -133,9 +133,10 @@ def test_a_column_has_the_same_bits_in_any_company(form: str) -> None:
         assert torch.equal(alone, together[index])
 
 
+@pytest.mark.parametrize("columns", ["eight rows", "eight tokens", "a mix"])
 @pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
-def test_replays_repeat_bit_for_bit(form: str) -> None:
-    run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight rows"], 64, tuning=Tuning(split=256))
+def test_replays_repeat_bit_for_bit(form: str, columns: str) -> None:
+    run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS[columns], 64, tuning=Tuning(split=256))
     first = run().clone().view(torch.int16)
     different = torch.zeros(1, dtype=torch.int64, device="cuda")
     graph = torch.cuda.CUDAGraph()

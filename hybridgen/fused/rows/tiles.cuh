@@ -201,8 +201,8 @@ struct Ring {   // the consumers' side
     return shared_address(stages) + slot * STAGE;
   }
   // Give the stage back. `read`: bits of reads that nothing has used yet, 0 for none. An arrival does not wait for reads
-  // that are on their way: without the fence stages were overwritten under late ones in a few of a thousand steps. Where
-  // the compiler moves a read behind its use's neighbours all the same, an address that needs what was read waits for it.
+  // that are on their way: without the fence stages were overwritten under late ones in a few of a thousand steps. The
+  // compiler can put the arrival before the first use of a read. Then `read` makes the arrival's address depend on it.
   DEVICE void done(u32 read = 0) {
     __syncwarp();
     __threadfence_block();
