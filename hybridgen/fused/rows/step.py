@@ -20,7 +20,7 @@ from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
 ROWS = Program(
     (__package__ or "", "hybridgen.fused.persistent"),
     "rows.cu",
-    ("words.cuh", "pairs.cuh", "tiles.cuh", "products.cuh", "columns.cuh"),
+    ("words.cuh", "barriers.cuh", "pairs.cuh", "tiles.cuh", "products.cuh", "columns.cuh"),
     "decode_columns",
 )
 _COUNTERS = 4
