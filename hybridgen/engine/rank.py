@@ -59,7 +59,7 @@ def main(directory: str, rank: int) -> int:
         return 2
     _answer(answers, {"ready": True})
     try:
-        group = Group(rank, order["size"], place / STORE, checkpoint.device)
+        group = Group(rank, order["size"], place / STORE, checkpoint.device, checkpoint.dtype)
         _follow(channel, rank, group, checkpoint, config)
     except BaseException:
         traceback.print_exc()  # into the log, which rank 0 quotes

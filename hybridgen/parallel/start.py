@@ -30,7 +30,8 @@ def start(checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig
     checkpoint.fetch()  # what is on the hub is downloaded once
     pages = pages_for_tokens(resolved.max_context, config.page_size)
     largest = 8 * (pages + resolved.max_context + 16 * resolved.token_budget + 16 * config.max_batch)
-    return Lead(Ranks(_order(checkpoint, config), config.tensor_parallel, _RING_BYTES + 2 * largest), checkpoint.device)
+    ranks = Ranks(_order(checkpoint, config), config.tensor_parallel, _RING_BYTES + 2 * largest)
+    return Lead(ranks, checkpoint.device, checkpoint.dtype)
 
 
 def _order(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
