@@ -15,6 +15,7 @@ from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.graphs import GraphKey, Recorder
 from hybridgen.graphs.recorder import Recorded
 from hybridgen.models.attention import Phase
+from hybridgen.parallel.digest import digest
 from hybridgen.parallel.group import FAILED, Group
 from hybridgen.parallel.recording import OutOfStepError, record_together
 from hybridgen.parallel.wire import Kind, Message, Told, read_admission, read_key, read_step
@@ -62,6 +63,8 @@ class Follower:
             _padding(self._runner, read_key(message.head))
         elif kind is Kind.RECORD:
             _record(self._runner, self, read_key(message.head))
+        elif kind is Kind.COMPARE:
+            self._group.exchange(digest(self._runner))
         elif kind is Kind.RELEASE:
             self._recordings.pop(read_key(message.head)).release()
         else:

@@ -18,6 +18,7 @@ from hybridgen.execution.ring import Scores
 from hybridgen.graphs import GraphKey, Recorder, Route
 from hybridgen.models.attention import Phase
 from hybridgen.models.binding import paged
+from hybridgen.parallel.digest import digest
 from hybridgen.parallel.group import Group
 from hybridgen.parallel.ranks import STORE, Ranks
 from hybridgen.parallel.recording import LeadRecorder, OtherRankError
@@ -198,6 +199,16 @@ class LeadRunner(ModelRunner):
         self._tell(pack(Kind.PADDING, key_head(key)))
         with self._lead.together():
             super().run_padding(key)
+
+    def ranks_agree(self) -> bool:
+        """Whether all ranks have the same tokens, positions and texts in their slots. Not while requests run.
+
+        Raises:
+            LostRanks: the group has ended.
+        """
+        self._tell(pack(Kind.COMPARE))
+        with self._lead.together():
+            return len(set(self._lead.group.exchange(digest(self)))) == 1
 
     def _launch(self, route: Route, rows: int, sampler: SamplerPlan, own: OwnRows | None = None) -> LaunchedStep:
         if self._told is not None and route is self._told[0] and self._slots is self._told[1]:

@@ -10,6 +10,7 @@
 | `RECORD` | key, whether while idle | |
 | `RELEASE` | key | |
 | `END` | | |
+| `COMPARE` | | |
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Kind(IntEnum):
     RECORD = 6
     RELEASE = 7
     END = 8
+    COMPARE = 9
 
 
 class Message(NamedTuple):
