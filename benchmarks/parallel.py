@@ -20,12 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,9 @@ class Part:
     @property
     def whole(self) -> Path:
         """The checkpoint that has values."""
-        return (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else self.folder) / f"whole-{self.folder.name}"
+        memory = Path("/dev/shm")
+        has_room = os.access(memory, os.W_OK) and (self.smoke or shutil.disk_usage(memory).total > 40e9)
+        return (memory if has_room else self.folder) / f"whole-{self.folder.name}"
 
 
 def all_reduce(part: Part) -> None:
@@ -83,9 +87,10 @@ def all_reduce(part: Part) -> None:
     cuda = part.device == "cuda"
     device = torch.device("cuda", part.rank) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
-    group = Group(part.rank, 2, part.folder / "store", device, dtype)
     if cuda:
         torch.cuda.set_device(device)
+    group = Group(part.rank, 2, part.folder / "store", device, dtype)
+    if cuda:
         part.add(what="one shot", serves=group.one_shot is not None, why_not=group.why_not)
     generator = torch.Generator(device).manual_seed(part.rank)
     with torch.inference_mode():
@@ -185,17 +190,20 @@ def steps_of(part: Part, engine: hybridgen.Engine, batches: list[int], vocab: in
 def sizes_for(part: Part, batches: list[int]) -> dict[str, Any]:
     """Fields of an engine for these batches."""
     most, prompt, new = batches[-1], 32, 129
-    sizes = {"max_batch": most, "max_context": prompt + new + 3, "token_budget": max(64, most * prompt)}
+    sizes: dict[str, Any] = {"kv_memory": "16MiB" if part.smoke else "8GiB"}
+    sizes |= {"max_batch": most, "max_context": prompt + new + 3, "token_budget": max(64, most * prompt)}
     return {**sizes, "decode_buckets": batches, "prefill_buckets": [], "prefix_cache": False, "progress": False}
 
 
 def tensor_parallel(part: Part) -> None:
     batches = [1, 2] if part.smoke else [1, 8, 64]
-    path = "tiny" if part.smoke else SHAPE
+    name = "tiny" if part.smoke else SHAPE
+    path = write(name, shape_dtype(name, part.device), part.folder / "parallel", values=False)
+    install_everywhere()
     for mode in part.modes:
         fields = sizes_for(part, batches)
-        with hybridgen.Engine.load(part.whole, mode=mode, tensor_parallel=2, **fields) as engine:
-            found = {"model": path, "mode": mode, "ranks": 2, "notes": engine.stats().fused}
+        with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **fields) as engine:
+            found = {"model": name, "mode": mode, "ranks": 2, "notes": dict(engine.stats().fused)}
             steps_of(part, engine, batches, 500, **found)
 
 
@@ -322,7 +330,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     failed: dict[str, str] = {}
     end = time.monotonic() + arguments.seconds
     order = {"folder": str(folder), "smoke": arguments.smoke, "modes": arguments.modes}
-    needs_whole = {"tensor-parallel", "one", "replicas"} & set(arguments.parts)
+    needs_whole = {"one", "replicas"} & set(arguments.parts)
     before = Process({**order, "part": "whole", "seconds": 60}, 1) if needs_whole else None
     processes = {}
     for name in arguments.parts:
@@ -361,7 +369,13 @@ def run_part(order: dict[str, Any]) -> None:
         write(name, torch.float32 if part.device == "cpu" else torch.bfloat16, part.whole, values=True)
         print(f"{time.strftime('%X')} the checkpoint is written", flush=True)
         return
-    PARTS[part.name](part)
+    try:
+        PARTS[part.name](part)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # what NCCL does at the end of a process may wait for another
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> None:

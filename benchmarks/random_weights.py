@@ -77,6 +77,8 @@ class Made:
 
     def __init__(self, name: str, shape: list[int], dtype: str) -> None:
         self._name, self._shape, self._dtype = name, shape, dtype
+        cuda = torch.cuda.is_available()  # asked for on other threads, whose current device is another
+        self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
     def get_shape(self) -> list[int]:
         return self._shape
@@ -86,7 +88,7 @@ class Made:
 
     def __getitem__(self, place: Any) -> torch.Tensor:
         shape = list(torch.empty(self._shape, device="meta")[place].shape)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        device = self._device
         if "norm" in self._name:
             return torch.ones(shape, dtype=_DTYPES[self._dtype], device=device)
         generator = torch.Generator(device).manual_seed(zlib.crc32(self._name.encode()))

@@ -93,7 +93,8 @@ class Builder:
         plan = self.graph_plan(bound)
         with timed("artifacts"):
             compiles_layers = self.resolved.mode.compiles and not plan.compiles_steps
-            units = starter.load_units() if compiles_layers and switched_off() is None else None
+            keeps_units = compiles_layers and self.lead is None and switched_off() is None
+            units = starter.load_units() if keeps_units else None
             steps = starter.find_steps(config.offline_compile) if plan.compiles_steps else None
         kind = ModelRunner if self.lead is None else partial(LeadRunner, lead=self.lead)
         runner = kind(
@@ -120,7 +121,7 @@ class Builder:
         with timed("allocate cache"):
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan, drafter)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
-        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda"
+        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda" and self.lead is None
         if fuses:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()

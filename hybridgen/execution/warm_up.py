@@ -42,6 +42,8 @@ def compile_layers(runner: ModelRunner) -> None:
         return
     compiled.install()
     try:
+        if not compiled.strict:
+            raise ConstraintViolationError("a graph may serve a part of the range")
         _compile(runner, compiled, [WARM_UP_RUN], [WARM_UP_ROWS, 1])
     except ConstraintViolationError as error:
         logger.debug("not one graph for all sizes: %s", error)

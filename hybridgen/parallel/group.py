@@ -93,7 +93,8 @@ class Group:
                 "are ports free?"
             ) from error
         if device.type == "cuda" and dtype in DTYPES:
-            self._find_one_shot(device, dtype)
+            with torch.cuda.device(device):
+                self._find_one_shot(device, dtype)
         _groups[self.number] = self
 
     def _find_one_shot(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -161,8 +162,9 @@ class Group:
     def abort(self) -> None:
         """Let nothing wait for other ranks any more, which are gone: what runs ends, with values that nobody may use.
         From any thread."""
-        if self.one_shot is not None:
-            self.one_shot.end()
+        one_shot = self.one_shot
+        if one_shot is not None:
+            one_shot.end()
         device = self._device
         if device is not None and device is not self._host:
             with suppress(RuntimeError):

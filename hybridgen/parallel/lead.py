@@ -158,6 +158,8 @@ class LeadRunner(ModelRunner):
         """The decode step that was sent last, if nothing came after it."""
         super().__init__(*arguments, **keywords)
         self.ring.check = self._check
+        if self.compiled is not None:
+            self.compiled.strict = False  # what one rank alone finds out while compiling would leave the others waiting
 
     def _check(self) -> None:
         """After a wait for a step: what ran while a rank was lost is not to be used.
@@ -196,7 +198,8 @@ class LeadRunner(ModelRunner):
 
     def run_padding(self, key: GraphKey) -> None:
         """See `ModelRunner.run_padding`."""
-        self._tell(pack(Kind.PADDING, key_head(key)))
+        warming = self.compiled is not None and self.compiled.warming
+        self._tell(pack(Kind.PADDING, [key_head(key), warming]))
         with self._lead.together():
             super().run_padding(key)
 

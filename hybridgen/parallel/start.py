@@ -15,7 +15,7 @@ from hybridgen.parallel.ranks import Ranks
 
 _RING_BYTES = 2**20
 """Of the messages' ring, besides room for some of the largest ones."""
-_LEFT_OUT = ("device", "tensor_parallel", "on_graph_event", "progress", "compile_cache", "revision", "offline_compile")
+_LEFT_OUT = ("device", "on_graph_event", "progress", "compile_cache", "revision", "offline_compile")
 """Fields that the other ranks do not need, or have another value of."""
 
 

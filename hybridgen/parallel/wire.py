@@ -6,7 +6,7 @@
 | `ADMIT` | slot, sampling | pages, prompt |
 | `STEP` | how it runs: `Told` | of a decode step its slots; of a prefill chunks [n, 8], tokens, targets |
 | `REPEAT` | | |
-| `PADDING` | key | |
+| `PADDING` | key, whether layers are compiled by it | |
 | `RECORD` | key, whether while idle | |
 | `RELEASE` | key | |
 | `END` | | |
