@@ -180,7 +180,7 @@ def steps_of(part: Part, engine: hybridgen.Engine, batches: list[int], vocab: in
             return engine.generate(prompts, max_new_tokens=count, ignore_eos=True, temperature=0)
 
         generate(4)
-        step = step_seconds(generate, new, part.device, 1 if part.smoke else 5)
+        step = step_seconds(generate, new, part.device, 1 if part.smoke else 3)
         ran = how_it_ran(engine) if batch == batches[-1] else {}
         decoded = [f"{s['kind']} ({s['reason']})" for s in how_it_ran(engine)["steps"] if s["phase"] == "decode"]
         facts |= {"batch": batch, "step_us": step * 1e6, "tokens_per_s": batch / step, "decode": decoded}

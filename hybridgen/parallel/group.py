@@ -1,8 +1,8 @@
 """The processes of a group as torch's collectives see them, and the two collectives that a model calls as ops.
 
 `hybridgen::all_reduce` and `hybridgen::all_gather` are opaque to compilers. They go by a process group of the engine's
-own: gloo on a CPU, NCCL on CUDA. What is small goes by a kernel of our own there (`one_shot`). All of it can be captured
-in CUDA graphs. torch's default process group is the caller's and is neither made nor used.
+own: gloo on a CPU, NCCL on CUDA. What is small goes by a kernel of our own there (`one_shot`). All of it can be
+captured in CUDA graphs. torch's default process group is the caller's and is neither made nor used.
 
 The sum of an all-reduce has the same bits on all ranks: each part of it is added up on one rank and copied to the
 others, or on all of them in the same order. So all ranks choose the same tokens.
@@ -44,8 +44,8 @@ _NCCL = {
     "NCCL_GRAPH_MIXING_SUPPORT": "0",
 }
 """Read when a process group is made. torch's threads would end the process, which is the user's, where a collective
-takes long: `Ranks` ends the group instead. A graph and a collective outside one never run at once here: all steps are on
-one stream."""
+takes long: `Ranks` ends the group instead. A graph and a collective outside one never run at once here: all steps are
+on one stream."""
 
 _groups: dict[int, Group] = {}
 _numbers = itertools.count()

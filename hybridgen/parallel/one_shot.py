@@ -125,7 +125,7 @@ class OneShot:
     def try_out(self) -> str | None:
         """Add up and gather numbers whose result is known; why it is not to be used, or None. On all ranks at once."""
         event = torch.cuda.Event()
-        wrong = 0
+        wrong = torch.zeros((), dtype=torch.int64, device=self._device)
         with torch.inference_mode(), torch.cuda.device(self._device):
             for count in (4, 4 * THREADS, MOST_BYTES // 4 // 3 * 2, 4 * THREADS + 4):
                 ramp = torch.arange(count, device=self._device) % 97
@@ -133,7 +133,7 @@ class OneShot:
                 total, parts = self.reduce(mine), self.gather(mine)
                 everybody = torch.arange(self._size, device=self._device)
                 expected = ramp[None] + everybody[:, None]
-                wrong = wrong + (parts != expected).sum() + (total != expected.sum(0).to(self.dtype)).sum()
+                wrong += (parts != expected).sum() + (total != expected.sum(0).to(self.dtype)).sum()
             event.record()
             until = time.monotonic() + _TRIAL_SECONDS
             while not event.query() and time.monotonic() < until:
