@@ -91,7 +91,8 @@ def all_reduce(part: Part) -> None:
         torch.cuda.set_device(device)
     group = Group(part.rank, 2, part.folder / "store", device, dtype)
     if cuda:
-        part.add(what="one shot", serves=group.one_shot is not None, why_not=group.why_not)
+        peers = torch.cuda.can_device_access_peer(part.rank, 1 - part.rank)
+        part.add(what="one shot", peers=peers, serves=group.one_shot is not None, why_not=group.why_not)
     generator = torch.Generator(device).manual_seed(part.rank)
     with torch.inference_mode():
         for size in SIZES[:1] if part.smoke else SIZES:
@@ -202,9 +203,13 @@ def tensor_parallel(part: Part) -> None:
     install_everywhere()
     for mode in part.modes:
         fields = sizes_for(part, batches)
-        with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **fields) as engine:
-            found = {"model": name, "mode": mode, "ranks": 2, "notes": dict(engine.stats().fused)}
-            steps_of(part, engine, batches, 500, **found)
+        try:
+            with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **fields) as engine:
+                found = {"model": name, "mode": mode, "ranks": 2, "notes": dict(engine.stats().fused)}
+                steps_of(part, engine, batches, 500, **found)
+        except hybridgen.HybridgenError as error:  # the other modes are still worth having
+            traceback.print_exc()
+            part.add(what="steps", model=name, mode=mode, error=f"{type(error).__name__}: {error}")
 
 
 def large(part: Part) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of published shapes with random weights: whole files, or files that are empty but for their headers.
 
-Of the latter the ranks of an engine make their values themselves, on their devices, so that a model of any size is there
-within seconds: `install()` in each of their processes.
+Of the latter the ranks of an engine make the values themselves, on their devices, so that a model of any size is
+there within seconds: `install()` in each of their processes.
 """
 
 from __future__ import annotations
