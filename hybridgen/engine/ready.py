@@ -62,6 +62,8 @@ def make_ready(
         known = checkpoint.probed(resolved.max_context) if loaded.owned else None
         bound = bound_model(model, resolved.max_context, known)
     undo.callback(bound.release)
+    if resolved.mode is not Mode.EAGER:  # the reference
+        bound.use_experts()
     for _, module in quantised_modules(model):
         module.dequantises = resolved.mode is Mode.EAGER  # the reference
     return Ready(bound, twin)
