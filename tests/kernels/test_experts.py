@@ -65,3 +65,36 @@ def test_many_pairs_of_one_expert_in_the_interpreter(triton_interpreter: Interpr
     path = Path(__file__).with_name("experts_interpreter.py")
     triton_interpreter.run(path, "check_many_of_one_expert", 4)
     triton_interpreter.run(path, "check_plan", 0)
+
+
+def test_mxfp4_codes_go_from_registers_to_the_product_on_hopper() -> None:
+    """Loads are asynchronous and of 16 bytes, and nothing spills: what makes it fast, and what a change loses easily."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hybridgen.kernels.linear.experts_form import Projection
+    from hybridgen.kernels.linear.experts_kernels import down_kernel
+    from hybridgen.kernels.linear.experts_launch import constants_of, default_tile, shape_of
+
+    scales = torch.empty(32, 2880, 92, dtype=torch.uint8, device="meta")[..., :90]
+    stored = Projection(torch.empty(32, 2880, 1440, dtype=torch.uint8, device="meta"), scales)
+    shape = shape_of(stored, "mxfp4", 2880, (1, 32), False)
+    tile = default_tile(shape, 4, False, torch.bfloat16, 132, cuts=True)
+    constants = {"PLANNED": False, "PAIRS": 4, "OVERLAP": False, **constants_of(shape, tile, torch.bfloat16)}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    types = {"x": "*bf16", "ids": "*i64", "order": "*i64", "blocks": "*i64", "data": "*i32", "scales": "*i32"}
+    types |= {"zeros": "*bf16", "out": "*fp32", "pairs": "i32"}
+    names = down_kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
+    source = ASTSource(down_kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    try:
+        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except RuntimeError as error:  # a Triton without this backend
+        pytest.skip(str(error))
+    ptx = kernel.asm["ptx"]
+    assert "cp.async.cg.shared.global" in ptx
+    assert "ld.local" not in ptx
+    assert ptx.count("st.shared") < 16  # of the ends alone
+    assert "ld.global.b8" not in ptx

@@ -132,14 +132,21 @@ def _loaded(OUTPUTS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _of_tile(i, tile, ALL: tl.constexpr, OUTPUTS: tl.constexpr, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The outputs of places in a tile, ALL where there is none. HALVES: of gates, and behind them of the others."""
+    """The outputs of places in a tile; ALL and above where there is none. HALVES: gates, and behind them the others.
+
+    Without a choice where there need be none: the compiler sees then which outputs lie side by side.
+    """
     if HALVES:
         HALF: tl.constexpr = OUTPUTS // 2
         TRUE: tl.constexpr = ALL // 2
         place = tile * HALF + i % HALF
-        return tl.where(place < TRUE, (i // HALF) * TRUE + place, ALL)
+        n = (i // HALF) * TRUE + place
+        if TRUE % HALF == 0:
+            return n
+        else:
+            return tl.where(place < TRUE, n, ALL)
     else:
-        return tl.minimum(tile * OUTPUTS + i, ALL)
+        return tile * OUTPUTS + i
 
 
 @triton.jit
@@ -194,9 +201,12 @@ def _product(  # type: ignore[no-untyped-def]
         if WHERE == 1:  # asked for a step before it is needed; the compiler does so only for what it multiplies
             block_scale = next_scale
             next_scale = _step_scales(scales, n, step + 1, ALL, BLOCK_OUT, GROUP, COLUMNS, STEP, KIND)
-        mask = real[None, :] if EVEN else real[None, :] & (at // 2 + half < (INPUTS + 1) // 2)[:, None]
-        if INPUTS % 2 == 1:
-            mask = mask & (k < INPUTS)[:, None]
+        if EVEN:
+            mask = real[None, :]
+        elif UNPACKS and INPUTS % 2 == 0:  # by pairs, as far as the compiler sees inputs side by side
+            mask = real[None, :] & (at // 2 + half < INPUTS // 2)[:, None]
+        else:
+            mask = real[None, :] & (k < INPUTS)[:, None]
         xt = tl.load(rows + k[:, None], mask=mask, other=0.0)
         if KIND == "dense":
             mask = inside[:, None] if EVEN else inside[:, None] & (k < INPUTS)[None, :]
