@@ -1,4 +1,4 @@
-"""Triton's kernels of experts against the reference, in Triton's interpreter; run by test_experts.py.
+"""Triton's kernels of experts against the reference, in Triton's interpreter; run by test_experts_op.py.
 
 float32 only: the interpreter's `tl.dot` is wrong on bfloat16.
 """

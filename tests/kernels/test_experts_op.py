@@ -68,7 +68,7 @@ def test_many_pairs_of_one_expert_in_the_interpreter(triton_interpreter: Interpr
 
 
 def test_mxfp4_codes_go_from_registers_to_the_product_on_hopper() -> None:
-    """Loads are asynchronous and of 16 bytes, and nothing spills: what makes it fast, and what a change loses easily."""
+    """Loads are asynchronous and of 16 bytes, and nothing spills: what a change loses easily."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
