@@ -230,7 +230,9 @@ def experts_on_cuda(
             default_tile(second, chosen, many, x.dtype, device.processors, cuts=True),
         )
     order = blocks = ids
-    programs, most = pairs, triton.next_power_of_2(pairs)
+    # Not a kernel for each number of tokens.
+    most = next(size for size in (1, 8, FEW_ROWS, tokens) if tokens <= size)
+    programs, most = pairs, triton.next_power_of_2(most * chosen)
     if many:
         order, blocks = plan(ids, gate_up.shape[0], tiles[0].rows)
         programs, most = blocks.shape[0], 1
