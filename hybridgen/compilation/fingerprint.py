@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybridgen.models.attention import LayerBinding, StepMetadata
+from hybridgen.models.experts import ExpertsBinding
 from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import MixerBinding
 
@@ -58,6 +59,9 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
         elif isinstance(value, MixerBinding):
             for state in ("convolution", "recurrent"):
                 _describe(f"{path}.{name}.{state}", getattr(value, state), 1, lines)
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
+        elif isinstance(value, ExpertsBinding):
+            lines.append(f"{path}.{name}.form: {value.form}")
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
             lines.append(f"{path}.{name}: {value.__module__}.{value.__qualname__} {_code(value)}")

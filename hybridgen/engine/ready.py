@@ -13,6 +13,7 @@ from hybridgen.errors import HybridgenError, UnsupportedModelError, described
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models import BoundModel, bind
+from hybridgen.models.packed_experts import packed_experts
 from hybridgen.models.probe import ProbedCall
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
@@ -62,8 +63,12 @@ def make_ready(
         known = checkpoint.probed(resolved.max_context) if loaded.owned else None
         bound = bound_model(model, resolved.max_context, known)
     undo.callback(bound.release)
+    if resolved.mode is not Mode.EAGER:  # the reference
+        bound.use_experts()
     for _, module in quantised_modules(model):
         module.dequantises = resolved.mode is Mode.EAGER  # the reference
+    for experts in packed_experts(model):
+        experts.dequantises = resolved.mode is Mode.EAGER
     return Ready(bound, twin)
 
 
