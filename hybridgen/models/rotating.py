@@ -225,9 +225,8 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
     hooks += [module.register_forward_hook(after, with_kwargs=True) for module in found]
     for site in bound.sites:
         vars(site.module)["_hybridgen_note"] = note
-    ids = (
-        torch.arange(len(positions), device=positions.device) * 37 % bound.model.get_input_embeddings().weight.shape[0]
-    )
+    words = cast(nn.Embedding, bound.model.get_input_embeddings()).num_embeddings
+    ids = torch.arange(len(positions), device=positions.device) * 37 % words
     try:
         with bound.attending_by(SITES_NAME):
             bound.model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
