@@ -72,7 +72,7 @@ def test_engines_generate_what_hugging_face_does(name: str, mode: str) -> None:
     expected = [families.reference(model, prompt, 12)[0] for prompt in prompts]
     model.cuda()
     options = {"max_batch": 4, "max_context": 96, "page_size": 16, "kv_memory": "16MiB", "progress": False}
-    with Engine.load(model, mode=mode, dtype="float32", compile_cache=False, **options) as engine:
+    with Engine.load(model, mode=mode, compile_cache=False, **options) as engine:
         assert any(isinstance(module, RotatingAttention) for module in engine._runner.bound.model.modules())
         outs = engine.generate(prompts, max_new_tokens=12, temperature=0)
         assert [list(out.token_ids) for out in outs] == [list(ids) for ids in expected]
