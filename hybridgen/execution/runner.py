@@ -221,7 +221,8 @@ class ModelRunner:
     def _route_anew(self) -> None:
         why_plain, note = self._why
         executors = tuple(self.executors.values())
-        self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note)
+        keeps = self.fused is not None and self.fused.equal_bits
+        self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note, keeps_executor=keeps)
         """Decides how each step runs."""
         self._steady = {}
 
