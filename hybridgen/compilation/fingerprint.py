@@ -43,7 +43,8 @@ def token_dimension(tensor: torch.Tensor) -> int | None:
 
 def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]) -> None:
     kind = type(module)
-    lines.append(f"{path}: {kind.__module__}.{kind.__qualname__} {_code(kind.forward)} {'training' * module.training}")
+    forwards = _code(kind.forward), _code(getattr(kind, "_hybridgen_forward", None))
+    lines.append(f"{path}: {kind.__module__}.{kind.__qualname__} {forwards} {'training' * module.training}")
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         lines.append(f"{path}.{name}: {'None' if tensor is None else _tensor(tensor, ())}")
     for name, value in sorted(vars(module).items()):

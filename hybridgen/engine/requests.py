@@ -206,11 +206,12 @@ def make_requests(
     """
     params = sampling_per_prompt(len(prompts), sampling, fields)
     requests: list[Request] = []
+    how, counts = checkpoint.encoding, counts_prompt(checkpoint.generation_config)
     known: dict[tuple[int, int], ResolvedSampling] = {}
     """By parameters and length of the prompt; most prompts of a call have the same parameters."""
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         try:
-            requests += _make(index, prompt, wanted, checkpoint, max_context, cache_tokens, known)
+            requests += _make(index, prompt, wanted, checkpoint, how, counts, max_context, cache_tokens, known)
         except REFUSED as error:
             if refused is None:
                 raise
@@ -236,20 +237,27 @@ def _make(
     prompt: Any,
     wanted: SamplingParams,
     checkpoint: Checkpoint,
+    how: dict[str, Any],
+    counts: bool,
     max_context: int,
     cache_tokens: int | None,
     known: dict[tuple[int, int], ResolvedSampling],
 ) -> list[Request]:
-    """A request for each completion of a prompt; see `make_requests`."""
-    how = checkpoint.encoding
-    start = 0
-    if is_pair(prompt):
+    """A request for each completion of a prompt; see `make_requests`.
+
+    Args:
+        how: what `encode_prompt` has to know.
+        counts: whether the model has lengths that count the prompt.
+        known: parameters that were resolved before in this call.
+    """
+    start, text = 0, is_text(prompt)
+    if text and is_pair(prompt):
         ids, start = encode_pair(prompt, index, **how)
     else:
         ids = encode_prompt(prompt, index, **how)
     cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
-    ids, told = ids[cut:], prompt if is_text(prompt) else None
-    length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
+    ids, told = ids[cut:], prompt if text else None
+    length = len(ids) if counts else min(len(ids), 2)
     resolved = known.get((id(wanted), length))
     if resolved is None:
         eos, vocab = checkpoint.eos_token_ids, checkpoint.vocab_size
@@ -286,6 +294,8 @@ def _make(
     if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
         resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
     scored_from = _scored_from(index, len(ids), start, cut, resolved)
+    if wanted.n == 1:
+        return [Request(ids, resolved, index, 0, scored_from, prompt=told, truncated=cut)]
     drawn = [resolved, *(replace(resolved, seed=choice_seed(resolved.seed, i)) for i in range(1, wanted.n))]
     return [
         Request(ids, sampling, index, choice, scored_from, prompt=told, truncated=cut)

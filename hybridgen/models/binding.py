@@ -226,6 +226,20 @@ class BoundModel:
         """What steps leave for their own layers alone, by name: the attention schedules."""
         return {f"attention schedule {i}": binding.schedule for i, (binding, _) in enumerate(self._schedules)}
 
+    @property
+    def length_dependent(self) -> bool:
+        """Whether rotary tables depend on the lengths of requests."""
+        return bool(self._ropes)
+
+    @contextmanager
+    def attending_by(self, name: str) -> Iterator[None]:
+        """Inside, the model's modules look up their attention function by another name."""
+        self._attention.set(name)
+        try:
+            yield
+        finally:
+            self._attention.set(ATTENTION_NAME)
+
     @contextmanager
     def original_attention(self) -> Iterator[None]:
         """Inside, the model attends as it did before `bind()`, without a cache."""
