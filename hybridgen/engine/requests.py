@@ -256,8 +256,8 @@ def _make(
         resolved = resolve(wanted, checkpoint.generation_config, eos, vocab, len(ids))
         constraint = read_grammar(wanted, checkpoint)
         if constraint is not None:
-            resolved = replace(resolved, logits_processors=(*resolved.logits_processors, constraint))
-        if resolved.logits_processors and checkpoint.config.tensor_parallel > 1:
+            resolved = replace(resolved, constraint=constraint)
+        if resolved.has_own and checkpoint.config.tensor_parallel > 1:
             raise SamplingError(
                 "grammars and logits_processors run on one process, and with tensor_parallel all of them choose each "
                 "token; leave one of them out"
