@@ -4,8 +4,8 @@ The requests of `throughput.py`: 256 prompts of ids with 100 to 1024 tokens and 
 ignored, weights random. First one `generate()` call of an engine in this process; then the same requests at once
 through `hybridgen serve --http`, each on a connection of its own, from processes of their own: whole answers, as a
 batch client asks, and streams. Both load the same checkpoint, which this script writes; its tokenizer has a text for
-each id. Generated tokens over the time from the first request to the last answer; the median of the runs. No run finds pages
-of an earlier one in the prefix cache (`cache_salt`).
+each id. Generated tokens over the time from the first request to the last answer; the median of the runs. No run finds
+pages of an earlier one in the prefix cache (`cache_salt`).
 
     python benchmarks/serving_mix.py [--model llama-3.2-1b] [--runs 3] [--output results.json]
     python benchmarks/serving_mix.py --smoke      # a tiny model, anywhere
