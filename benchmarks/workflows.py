@@ -40,9 +40,10 @@ class Data:
         files = held_out_files() or [inspect.getsource(argparse)]
         lines = [line for text in files for line in text.splitlines() if len(line) > 20]
         count = 4 if small else 32
-        self.text = files[0][: 4000 if small else 20000]
-        self.documents = [files[0][start : start + 600] for start in range(0, 600 * count // 2, 600)]
-        self.prompts = [line[: 12 + index % 30] for index, line in enumerate(lines[:count])]
+        whole = "".join(files)
+        self.text = whole[: 4000 if small else 20000]
+        self.documents = [whole[start : start + 600] for start in range(0, 600 * count // 2, 600)]
+        self.prompts = [line.strip()[: 12 + index % 30] for index, line in enumerate(lines[:count])]
         examples = "".join(f"# {line}\n" for line in lines[40:55])
         self.questions = [examples + f"# {line}\n#" for line in lines[60 : 60 + count // 2]]
         self.context = examples
