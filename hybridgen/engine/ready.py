@@ -11,6 +11,7 @@ import torch
 from hybridgen.config import EngineConfig, Mode, ResolvedConfig
 from hybridgen.errors import HybridgenError, UnsupportedModelError, described
 from hybridgen.loading import Checkpoint, LoadedModel
+from hybridgen.loading.live_adapters import merge_live
 from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models import BoundModel, bind
 from hybridgen.models.packed_experts import packed_experts
@@ -55,6 +56,8 @@ def make_ready(
     model = loaded.model if twin is None else twin.model
     if twin is not None and read_live(twin, checkpoint.dtype) and fall_back is not None:
         fall_back(ACTIVATIONS)
+    if twin is not None and config.merge_adapters:
+        merge_live(twin)
     if config.fuse_projections and loaded.owned:
         with fusing or nullcontext():
             fuse_projections(model)

@@ -340,10 +340,13 @@ class ModelRunner:
             route = self._run(route)
             if own is not None:
                 self.steps.finish(route.key, sampler, own)
-                own.launched()
             self._count(route)
             if samples:
-                return self.ring.launched(rows, sampler.logprobs, route.kind, route.reason, route.key.query_len)
+                logprobs, tokens = sampler.logprobs, route.key.query_len
+                launched = self.ring.launched(rows, logprobs, route.kind, route.reason, tokens)
+                if own is not None:
+                    own.launched(launched)
+                return launched
         except BaseException:
             self.recover()
             raise

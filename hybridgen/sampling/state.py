@@ -224,8 +224,9 @@ class SamplerState:
         """What the host knows of a slot."""
         plan = self._plans[slot] = plan_of(params, self.vocab_size)
         self._own.pop(slot, None)
-        if params.logits_processors:
-            self._own[slot] = OwnProcessors(params.logits_processors, len(prompt_ids), len(generated_ids))
+        if params.has_own:
+            lengths = len(prompt_ids), len(generated_ids)
+            self._own[slot] = OwnProcessors(params.logits_processors, params.constraint, *lengths)
         return plan
 
     def _fill_tables(
@@ -276,14 +277,14 @@ class SamplerState:
         return _merge(plans)
 
     def own(self, slots: Sequence[int]) -> OwnRows | None:
-        """Which rows of a step of these slots have functions of their own; None: no row has."""
+        """Which rows of a step of these slots have functions or a grammar of their own; None: no row has."""
         if not self._own:
             return None
         found = [(row, slot, self._own[slot]) for row, slot in enumerate(slots) if slot in self._own]
         return OwnRows(found) if found else None
 
     def failure(self, slot: int) -> str | None:
-        """Why a slot's own functions could not choose its next token, if they could not."""
+        """Why a slot's own functions or its grammar left nothing to choose, if they did."""
         own = self._own.get(slot)
         return None if own is None else own.failure
 
