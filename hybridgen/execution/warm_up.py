@@ -51,6 +51,8 @@ def compile_layers(runner: ModelRunner) -> None:
     compiled.install()
     run, several = shown_sizes(runner)
     try:
+        if not compiled.strict:
+            raise ConstraintViolationError("a graph may serve a part of the range")
         _compile(runner, compiled, [run], [several, 1])
     except ConstraintViolationError as error:
         logger.debug("not one graph for all sizes: %s", error)

@@ -6,10 +6,11 @@
 | `ADMIT` | slot, sampling | pages, prompt |
 | `STEP` | how it runs: `Told` | of a decode step its slots; of a prefill chunks [n, 8], tokens, targets |
 | `REPEAT` | | |
-| `PADDING` | key | |
+| `PADDING` | key, whether layers are compiled by it | |
 | `RECORD` | key, whether while idle | |
 | `RELEASE` | key | |
 | `END` | | |
+| `COMPARE` | | |
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Kind(IntEnum):
     RECORD = 6
     RELEASE = 7
     END = 8
+    COMPARE = 9
 
 
 class Message(NamedTuple):
