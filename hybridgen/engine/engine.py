@@ -35,7 +35,7 @@ from hybridgen.display import html_table
 from hybridgen.engine import hidden
 from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.builder import Builder
-from hybridgen.engine.drafter import LoadedDrafter, load_drafter, open_drafter
+from hybridgen.engine.drafter import LoadedDrafter, OpenedHead, load_drafter, open_drafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache, resolve_config
 from hybridgen.engine.ready import device_of, make_ready
@@ -55,6 +55,7 @@ from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters, check_adapter
+from hybridgen.models import BoundModel
 from hybridgen.models.quantised import round_activations
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.start import start as start_ranks
@@ -85,7 +86,7 @@ class Engine:
         config: EngineConfig,
         cache: CompileCache | None = None,
         lead: Lead | None = None,
-        drafter: Checkpoint | None = None,
+        drafter: Checkpoint | OpenedHead | None = None,
     ) -> None:
         """Build an engine around a loaded model; most callers want `Engine.load()`.
 
@@ -142,7 +143,7 @@ class Engine:
                     checkpoint, config, resolved, self._starter, self._startup, self._counters, loaded.kv_scales, lead
                 )
                 with device_of(checkpoint.device):
-                    self._drafter = self._load_drafter(drafter, resolved, undo)
+                    self._drafter = self._load_drafter(drafter, bound, resolved, undo)
                     built = builder.build(bound, undo, twin, self._drafter)
             if twin is not None:
                 twin.settle()
@@ -175,12 +176,12 @@ class Engine:
             self._counters.fall_back(note, number)
 
     def _load_drafter(
-        self, checkpoint: Checkpoint | None, resolved: ResolvedConfig, undo: ExitStack
+        self, checkpoint: Checkpoint | OpenedHead | None, bound: BoundModel, resolved: ResolvedConfig, undo: ExitStack
     ) -> LoadedDrafter | None:
         opened = checkpoint or open_drafter(self.checkpoint, self.config, resolved)
         if opened is None:
             return None
-        found = load_drafter(opened, self.config, resolved, undo)
+        found = load_drafter(opened, self.checkpoint, bound, self.config, resolved, undo)
         self._startup.add("drafter", found.seconds)
         for note, count in found.notes.items():
             self._counters.fall_back(note, count)

@@ -134,6 +134,7 @@ class ModelRunner:
         if drafter is not None:
             longest = self.sampler.max_context
             self.drafting = Drafting(drafter, self.state, vocab_size=vocab_size, context=longest, fall_back=fall_back)
+            bound.note_inputs(self.drafting.layers)
         self.ring = TokenRing(max_batch, device, query_len=query_len, tells_drafts=keeps_text)
         self._layers = LayersExecutor(bound)
         self.executors: dict[str, Executor] = {self._layers.name: self._layers}
