@@ -121,12 +121,15 @@ class EagleHead(nn.Module):
         return hidden + linear(silu(gate) * up, self.down)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """[T, draft vocabulary]."""
+        return linear(self._normed(hidden, self.norm), self.lm_head)
+
+    def spread(self, logits: Tensor) -> Tensor:
         """[T, vocabulary of the model], -inf for ids that it cannot draft."""
-        own = linear(self._normed(hidden, self.norm), self.lm_head)
         if self.ids is None:
-            return own
-        whole = own.new_full((len(own), self.shape.vocab), -torch.inf)
-        return whole.index_copy_(1, self.ids, own)
+            return logits
+        whole = logits.new_full((len(logits), self.shape.vocab), -torch.inf)
+        return whole.index_copy_(1, self.ids, logits)
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(hidden, (self.shape.hidden,), weight, self.shape.eps)
@@ -195,9 +198,10 @@ class EagleDrafter:
         states = _states(call.states)
         fed = len(states) // rows
         joined = head.joined(states).view(rows, fed, -1)
-        first = call.lengths - call.brought - 1
-        known = self._places[:fed] < call.brought[:, None]  # what was fed and not accepted has no place
-        positions = (first[:, None] + self._places[:fed]) * known
+        positions = (call.lengths - call.brought - 1)[:, None] + self._places[:fed]
+        # What was fed and not accepted has no place, nor have rows of padding.
+        known = (self._places[:fed] < call.brought[:, None]) & (positions >= 0)
+        positions = positions * known
         ids = call.text[call.slots[:, None], (positions + 1).clamp(max=call.text.shape[1] - 1)]
         slots = torch.where(known, call.slots[:, None], self._padding_slot).to(torch.int32)
         flat = joined.flatten(0, 1)
@@ -209,7 +213,8 @@ class EagleDrafter:
         drafts: list[Tensor] = []
         ends = call.lengths + call.room
         while True:
-            drafts.append(call.choose(self._widened(head.logits(hidden)), drafts))
+            logits = head.logits(hidden)
+            drafts.append(call.choose(self._widened(head.spread(logits)), drafts))
             if len(drafts) == call.most:
                 break
             places = call.lengths + (len(drafts) - 2)
@@ -219,7 +224,9 @@ class EagleDrafter:
             query, key, value = head.projected(self._embedded(drafts[-1]), hidden, places)
             hidden = self._attended(query, hidden, at, key, value)
         made = torch.stack(drafts, dim=1)
-        made = made.masked_fill(made < 0, _NO_NUMBER)
+        # Else what can be drafted is banned. What is no number stays so from draft to draft.
+        broken = logits.isnan().any(dim=-1, keepdim=True)
+        made = made.masked_fill((made < 0) & broken, _NO_NUMBER)
         return made.masked_fill(self._places[: call.most] >= call.room[:, None], NO_DRAFT)
 
     def _attended(

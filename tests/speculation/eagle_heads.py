@@ -163,3 +163,51 @@ class Reference:
         turn = torch.polar(torch.ones_like(angles), angles)
         turned = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+COUNT = 64
+"""Ids of the model that counts, and its width: each id is a direction of its own."""
+
+
+def counting_model(directory: Path) -> Path:
+    """A model that says the next number. Its layers add nothing, so that all hidden states are the embedding."""
+    model = families.build("llama", num_hidden_layers=LAYERS, vocab_size=COUNT, hidden_size=COUNT)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+        model.get_input_embeddings().weight.copy_(torch.eye(COUNT))
+        model.get_output_embeddings().weight.copy_(_next() * 0.6)
+    model.save_pretrained(directory)
+    return directory
+
+
+def counting_head(left_out: tuple[int, ...] = (9, 30)) -> dict[str, Tensor]:
+    """A head that counts too: each pass turns the state of a number into that of the next one. It can draft all numbers
+    but a few."""
+    tensors = random_head(vocab=COUNT, draft_vocab=COUNT - len(left_out))
+    ids = torch.tensor([i for i in range(COUNT) if i not in left_out])
+    tensors |= {name: torch.ones(HIDDEN) for name in tensors if "norm" in name}
+    one, root = torch.eye(COUNT), COUNT**0.5  # what the norm makes of a direction
+    inside = torch.zeros(INSIDE, HIDDEN)
+    inside[:COUNT] = one
+    size = root / (1 + torch.exp(torch.tensor(-root))) * root
+    down = torch.zeros(HIDDEN, INSIDE)
+    down[:, :COUNT] = (_next() - one) / size
+    return tensors | {
+        "fc.weight": torch.cat((one, 0 * one, 0 * one), dim=1),
+        "midlayer.self_attn.o_proj.weight": torch.zeros(HIDDEN, HIDDEN),
+        "midlayer.mlp.gate_proj.weight": inside,
+        "midlayer.mlp.up_proj.weight": inside.clone(),
+        "midlayer.mlp.down_proj.weight": down,
+        "lm_head.weight": (_next() * 0.6)[ids],
+        "d2t": ids - torch.arange(len(ids)),
+        "t2d": torch.zeros(COUNT, dtype=torch.bool).index_fill_(0, ids, True),
+    }
+
+
+def _next() -> Tensor:
+    """Turns the direction of each number into that of the next."""
+    return torch.eye(COUNT).roll(1, dims=0)
