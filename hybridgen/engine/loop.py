@@ -21,7 +21,7 @@ from hybridgen.errors import EngineError, HybridgenError, RequestError, Tokenize
 from hybridgen.execution import LaunchedStep, ModelRunner
 from hybridgen.execution.fused_executors import inspect_fused
 from hybridgen.execution.plan import Admission, DraftCounts, PrefillChunk
-from hybridgen.speculation.pace import RowPace, choose
+from hybridgen.speculation.pace import RowPace, choose, choose_or_pause
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
 
@@ -39,6 +39,8 @@ class InFlight(NamedTuple):
     """Cached positions of a decode step's rows together."""
     parts: Sequence[tuple[Request, PrefillChunk]] = ()
     """What a prefill fed."""
+    quiet: bool = False
+    """Whether nobody drafted in a decode step, though somebody could."""
 
 
 class StepLoop:
@@ -320,7 +322,7 @@ class StepLoop:
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
     ) -> None:
         try:
-            step = self._decode(requests, slots)
+            step, quiet = self._decode(requests, slots)
         except Exception as error:
             if self._can_isolate(requests, error):
                 for request in requests:
@@ -332,14 +334,23 @@ class StepLoop:
         if kind[1] != step.kind or kind[2] != step.reason:
             kind = self._decoded_by = ("decode", step.kind, step.reason)
         self._counters.steps[kind] += 1
-        launched.append(InFlight(step, requests, kind, positions))
+        launched.append(InFlight(step, requests, kind, positions, quiet=quiet))
 
-    def _decode(self, requests: Sequence[Request], slots: tuple[int, ...]) -> LaunchedStep:
-        """Launch a decode step; where somebody drafts, with as many drafts of each row as are worth checking."""
+    def _decode(self, requests: Sequence[Request], slots: tuple[int, ...]) -> tuple[LaunchedStep, bool]:
+        """Launch a decode step; where somebody drafts, with as many drafts of each row as are worth checking. And
+        whether drafting paused."""
         if self._drafter is None:
-            return self._runner.decode(slots)
+            return self._runner.decode(slots), False
         rows = [request.pace for request in requests if request.pace is not None]
-        return self._runner.decode(slots, choose(rows, partial(self._runner.decode_seconds, slots)))
+        runner, drafting = self._runner, self._runner.drafting
+        if drafting is None or not drafting.can_pause:
+            return runner.decode(slots, choose(rows, partial(runner.decode_seconds, slots))), False
+        if drafting.failure is not None:  # its recordings go on, and it is for nothing
+            return runner.decode(slots, quiet=True), True
+        chosen = choose_or_pause(
+            rows, drafting.most, lambda kind: runner.decode_seconds(slots, kind.query_len, quiet=kind.quiet)
+        )
+        return runner.decode(slots, chosen.query_len, quiet=chosen.quiet), chosen.quiet
 
     def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
         """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""
@@ -388,7 +399,7 @@ class StepLoop:
             taken = output.take(accepted, its_logprobs, now, flight.decoded_by)
             generated += taken
             if its_drafts is not None:
-                self._count_drafts(request, its_drafts, taken, flight.decoded_by)
+                self._count_drafts(request, its_drafts, taken, flight)
             if output.completion is not None:
                 self._release(request)
             elif taken != len(accepted):
@@ -401,12 +412,12 @@ class StepLoop:
         if generated and self._counters.first_token is None:
             self._counters.first_token = now - flight.requests[0].output.submitted
 
-    def _count_drafts(self, request: Request, drafts: DraftCounts, taken: int, decoded_by: StepKind | None) -> None:
+    def _count_drafts(self, request: Request, drafts: DraftCounts, taken: int, flight: InFlight) -> None:
         """Note what became of a row's drafts in a step that brought it `taken` tokens."""
         if request.pace is None:
             request.pace = RowPace()
-        request.pace.read(drafts.checked, max(taken - 1, 0), drafts.made)
-        if decoded_by is not None:
+        request.pace.read(drafts.checked, max(taken - 1, 0), drafts.made, quiet=flight.quiet)
+        if flight.decoded_by is not None:
             counted = self._counters.drafts
             counted["rows"] += 1
             counted["tokens"] += taken

@@ -173,11 +173,6 @@ class Starter:
         if config.graphs is GraphOwner.TREES:
             self.fused = {"fused decode": 'none: graphs="trees" records the compiled layers'}
             return
-        if runner.drafting is not None and runner.drafting.layers:
-            self.fused = {
-                "fused decode": f"none: {runner.drafting.name} reads hidden states, which kernels do not leave"
-            }
-            return
         tuned = self._cache.read_document(_TUNING) or {}
 
         def kept(key: str, make: Callable[[], bytes]) -> bytes:

@@ -145,6 +145,8 @@ class Drafting:
         """What its drafts are that are dropped, in words."""
         self.states: tuple[LayerState, ...] = tuple(drafter.states) if isinstance(drafter, CachedDrafter) else ()
         """What it keeps in pages."""
+        self.can_pause = bool(self.states)
+        """Whether steps can leave it out, and it misses what they bring. One without states costs little."""
         reader = drafter if isinstance(drafter, StateReader) else None
         self.layers: tuple[int, ...] = () if reader is None else reader.layers
         """The model's layers whose inputs it reads."""
@@ -152,7 +154,8 @@ class Drafting:
         """Values of a token's hidden states that it reads."""
         self.failure: str | None = None
         """Why it is not asked any more."""
-        count = state.query_len - 1
+        count = self.most = state.query_len - 1
+        """Drafts of a row at most."""
         self._none = torch.full((state.max_batch + 1, count), NO_DRAFT, dtype=torch.int64, device=state.device)
         """What a drafter that failed says."""
         drafter.begin(
@@ -219,6 +222,12 @@ class Drafting:
         """
         drafts = self._ask(DraftCall(rows, lengths, text, self._none.shape[1], room, choose, brought, states))
         return keep_drafts(drafts, self._state.drafts, rows, room, self._vocab_size, checked)
+
+    def skip(self, rows: Tensor, room: Tensor) -> Tensor:
+        """Part of a step in which nobody drafts: what was drafted before is forgotten. Arguments and result as of
+        `draft`."""
+        none = self._none[: rows.shape[0]]
+        return keep_drafts(none, self._state.drafts, rows, room, self._vocab_size, 0)
 
     def _ask(self, call: DraftCall) -> Tensor:
         none = self._none[: call.slots.shape[0]]

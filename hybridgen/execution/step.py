@@ -23,7 +23,7 @@ from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.graphs.executor import Executor
-from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
@@ -248,11 +248,13 @@ class ModelSteps:
             ids, slots, positions = feed_drafts(self._state.table, self._state.drafts, rows, key.query_len)
             self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
         logits = self._executors[key.executor].logits(self.metadata, None)
-        hidden = self._read_layers()
+        # A fused executor calls no layer; it serves steps in which nobody drafts.
+        hidden = None if key.quiet or key.executor != LAYERS else self._read_layers()
         if key.sampler is None:
             self._leave(logits, hidden)
         else:
-            self._sample(logits, rows, lengths, state.generated, key.sampler, key.query_len, hidden=hidden)
+            before = lengths, state.generated
+            self._sample(logits, rows, *before, key.sampler, key.query_len, hidden=hidden, quiet=key.quiet)
             self._commit(rows)
 
     def run_scored(self, key: GraphKey, scored: ScoredTokens) -> None:
@@ -297,7 +299,8 @@ class ModelSteps:
         if key.phase is Phase.DECODE:
             rows = self._decode["rows"][: key.rows]
             state = self._state.read(rows)
-            self._sample(logits, rows, state.lengths + 1, state.generated, sampler, key.query_len, own, hidden)
+            before = state.lengths + 1, state.generated
+            self._sample(logits, rows, *before, sampler, key.query_len, own, hidden, quiet=key.quiet)
             self._commit(rows)
         else:
             self._sample(logits, *self._prefilled(key.rows), sampler, own=own, hidden=hidden)
@@ -332,11 +335,13 @@ class ModelSteps:
         query_len: int = 1,
         own: OwnRows | None = None,
         hidden: Tensor | None = None,
+        quiet: bool = False,
     ) -> None:
         """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows.
 
         Args:
             hidden: what the drafter reads of the model's layers, of each row of the logits.
+            quiet: nobody drafts.
         """
         if self._always_keeps_logits:
             self._leave(logits)
@@ -363,9 +368,12 @@ class ModelSteps:
             brought = torch.ones_like(lengths) if brought is None else brought
             ends, count = lengths + brought, generated + brought
             room = self._sampler.most_new[rows] - count
-            last = sampled.tokens.view(rows.shape[0], -1)
-            choose = partial(self._expect, rows, ends, count, last, sampler)
-            told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, hidden)
+            if quiet:
+                told = self._drafting.skip(rows, room)
+            else:
+                last = sampled.tokens.view(rows.shape[0], -1)
+                choose = partial(self._expect, rows, ends, count, last, sampler)
+                told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, hidden)
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from hybridgen.graphs.buckets import round_up
 from hybridgen.graphs.executor import Executor
-from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.steps import RunSteps
 from hybridgen.graphs.store import FEW_PROMPTS, GraphStore, Recording
 from hybridgen.models.attention import Phase
@@ -48,18 +48,22 @@ class Router:
         *,
         why_plain: str,
         note: str = "",
+        reads_layers: bool = False,
     ) -> None:
         """
         Args:
             executors: in order of preference; the last one serves every step.
             why_plain: the reason of a step without a recording where nothing is recorded.
             note: what else to say of every recorded step.
+            reads_layers: whoever drafts goes on from what the model's layers compute: where somebody drafts, the layers
+                run.
         """
         self._store = store
         self._executors = tuple(executors)
         self._steps = steps
         self._why_plain = why_plain
         self._note = note
+        self._reads_layers = reads_layers
         self._routes: dict[GraphKey, Route] = {}
         self._version = -1
 
@@ -90,6 +94,8 @@ class Router:
     def served(self, key: GraphKey) -> GraphKey:
         """The same step with the executor that serves it: the first that does not refuse."""
         for executor in self._executors:
+            if self._reads_layers and not key.quiet and executor.name != LAYERS:
+                continue
             if executor.refuses(key) is None:
                 return key._replace(executor=executor.name)
         raise RuntimeError(f"no executor serves {key}; the last one must serve every step")
@@ -169,7 +175,7 @@ class Router:
         """Recordings that can run the step with padding."""
         for recording in self._store.recordings:
             other = recording.key
-            alike = other.phase is key.phase and other.query_len == key.query_len
+            alike = (other.phase, other.query_len, other.quiet) == (key.phase, key.query_len, key.quiet)
             enough = other.tokens >= key.tokens and other.rows >= key.rows
             samples = other.sampler is None or (key.sampler is not None and other.sampler.covers(key.sampler))
             if alike and enough and samples:
@@ -191,7 +197,8 @@ class Router:
             return f"above the largest bucket, {self._store.settings.buckets(key.phase)[-1]}"
         if wanted in self._store.failed:
             return f"bucket {wanted.size} {FAILED}"
-        alike = (r.key for r in self._store.recordings if r.key.phase is key.phase and r.key.query_len == key.query_len)
+        kind = key.phase, key.query_len, key.quiet
+        alike = (r.key for r in self._store.recordings if (r.key.phase, r.key.query_len, r.key.quiet) == kind)
         if any(other.tokens >= key.tokens for other in alike):
             return "no graph with this sampling, or with so many prompts"
         return f"bucket {wanted.size} is not captured"
@@ -205,7 +212,7 @@ class Router:
         sampler = key.sampler if settings.sample_in_graph else None
         if key.phase is Phase.DECODE:
             rows = key.rows if settings.exact_when_lazy else size
-            return self.served(GraphKey.decode(rows, sampler, query_len=key.query_len))
+            return self.served(GraphKey.decode(rows, sampler, query_len=key.query_len, quiet=key.quiet))
         rows = 1 if sampler is not None else FEW_PROMPTS
         while rows < key.rows:
             rows *= 2
@@ -213,7 +220,9 @@ class Router:
 
 
 def _with_drafts(key: GraphKey) -> str:
-    """How a reason goes on where drafts are checked."""
+    """How a reason goes on where drafts are checked, or none are made."""
+    if key.quiet:
+        return ", drafting pauses"
     return f", {key.query_len - 1} drafts a row" if key.query_len > 1 else ""
 
 

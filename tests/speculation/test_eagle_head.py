@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 import hybridgen
 from hybridgen import Engine, SamplingParams
 from hybridgen.execution.drafting import DraftCall, PrefillCall
+from hybridgen.execution.runner import ModelRunner
 from hybridgen.graphs import recorder, stand_in
 from hybridgen.loading import Checkpoint
 from hybridgen.speculation.eagle import EagleDrafter
@@ -175,6 +176,40 @@ def test_models_of_other_families(family: str, tmp_path: Path) -> None:
     with loaded(path, drafter=head) as engine:
         check_equal(engine.generate(PROMPTS[:3], params), expected)
         assert engine.stats().speculation.drafted > 0
+
+
+@pytest.mark.parametrize("drafter", ["head", "model"])
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_drafting_ends_where_it_costs_more_than_it_brings(
+    drafter: str, run_ahead: int, counting: tuple[Path, Path], counted: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By measured times, as of a batch that is large; it begins again with new requests where times are others."""
+    path, params, expected = counted
+    times = {"quiet": 1.0, "checks": 5.0}
+
+    def seconds(runner: Any, slots: tuple[int, ...], query_len: int, *, quiet: bool = False) -> float:
+        return times["quiet" if quiet else "checks"] if quiet or query_len > 1 else 1.1
+
+    monkeypatch.setattr(ModelRunner, "decode_seconds", seconds)
+    with loaded(path, drafter=counting[1] if drafter == "head" else path, run_ahead=run_ahead) as engine:
+        found = engine.generate(NUMBERS, params)
+        check_equal(found, expected)
+        assert {step.reason for step in found[0].steps if step.phase == "decode"} == {"mode eager, drafting pauses"}
+        assert engine.stats().speculation.drafted == 0
+        times["checks"] = 1.2
+        found = engine.generate(NUMBERS, params)
+        check_equal(found, expected)
+        assert found[0].accepted_tokens > 20
+        stream = engine.stream(NUMBERS[0], max_new_tokens=60, temperature=0, ignore_eos=True)
+        tokens = []
+        for place, event in enumerate(stream):  # in the middle of a request, which is drafted for behind that too
+            times["checks"] = 9.0 if 20 <= place < 40 else 1.2
+            tokens.append(event.token_id)
+            ended = event.completion
+    assert [(tokens[0] + i) % COUNT for i in range(60)] == tokens
+    reasons = {step.reason: step.count for step in ended.steps if step.phase == "decode"}
+    assert reasons["mode eager, drafting pauses"] > 9
+    assert 15 < ended.accepted_tokens < 42
 
 
 def test_cancelled_beside_others_and_a_slot_that_is_used_again(counting: tuple[Path, Path], counted: Streams) -> None:
