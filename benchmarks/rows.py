@@ -49,7 +49,11 @@ def quantised(linear: Linear, bits: int, group: int) -> Linear:
         data = torch.empty(outputs, inputs, device=device).normal_(0, 64).to(torch.float8_e4m3fn)
         scales = (torch.rand(outputs, 1, device=device) * 0.5 + 0.75) / (64 * inputs**0.5)
         return Linear(QuantisedWeight("fp8", data, scales, None, inputs, Block(1, inputs), dtype), linear.bias)
-    words = torch.randint(-(2**31), 2**31, (outputs, inputs // 8), device=device).to(torch.int32)
+    # Codes 1 to 15 stand for -7 to 7. With 0 (-8) among them the mean would not be zero: all outputs would share one
+    # large part, attention would choose between nearly equal scores of neighbours, and the check would tell little.
+    words = torch.zeros(outputs, inputs // 8, dtype=torch.int32, device=device)
+    for shift in range(0, 32, 4):
+        words |= torch.randint(1, 16, words.shape, device=device, dtype=torch.int32) << shift
     scales = (torch.rand(outputs, inputs // group, device=device) * 0.5 + 0.75) / (4.7 * inputs**0.5)
     return Linear(QuantisedWeight("int4", words, scales.to(dtype), None, inputs, Block(1, group), dtype), linear.bias)
 

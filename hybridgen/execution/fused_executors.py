@@ -38,6 +38,7 @@ def make_fused(
         runner.steps.inputs(),
         max_context=max_context,
         max_rows=runner.state.max_batch,
+        query_len=runner.state.query_len,
         tuned=tuned,
         kept=kept,
     )

@@ -35,7 +35,7 @@ class FusedDecode:
     persistent: PersistentExecutor | None = None
     """For one row."""
     rows: RowsExecutor | None = None
-    """For a few rows."""
+    """For a few tokens."""
     chain: ChainExecutor | None = None
     """For a few rows."""
     build: Callable[..., PersistentExecutor] | None = None
@@ -52,7 +52,7 @@ class FusedDecode:
         return tuple(executor for executor in (self.persistent, self.rows, self.chain) if executor is not None)
 
     def use_rows(self, least: int, most: int, why: str) -> None:
-        """Use the kernel for several rows for steps of so many rows, and leave others to what comes after it."""
+        """Use the kernel for several rows for steps of so many tokens, and leave others to what comes after it."""
         if self.rows is not None:
             self.rows.least, self.rows.most = least, most
             self.note_rows(self.rows, why)
@@ -65,7 +65,7 @@ class FusedDecode:
     def note_rows(self, rows: RowsExecutor, why: str) -> None:
         """Say in `notes` what the kernel for several rows serves, and why nothing beyond that."""
         self.notes = {size: how for size, how in self.notes.items() if "several rows" not in how}
-        size = f"decode of {rows.least} to {rows.most} rows" if rows.most >= rows.least else "decode of a few rows"
+        size = f"decode of {rows.least} to {rows.most} tokens" if rows.most >= rows.least else "decode of a few tokens"
         how = "one persistent kernel for several rows" if rows.most >= rows.least else "not the kernel for several rows"
         self.notes[size] = f"{how}{f'; {why}' if why else ''}"
 

@@ -133,6 +133,15 @@ def test_a_column_has_the_same_bits_in_any_company(form: str) -> None:
         assert torch.equal(alone, together[index])
 
 
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+def test_a_token_has_the_same_bits_as_a_draft_and_as_a_row(form: str) -> None:
+    run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight tokens"], 64, tuning=Tuning(split=256))
+    together = run.check()
+    for index in range(len(run.ids)):  # one after the other, each with what the ones before it left in the cache
+        one = slice(index, index + 1)
+        assert torch.equal(run.step(run.ids[one], run.positions[one], run.slots[one])[0], together[index])
+
+
 @pytest.mark.parametrize("columns", ["eight rows", "eight tokens", "a mix"])
 @pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
 def test_replays_repeat_bit_for_bit(form: str, columns: str) -> None:
