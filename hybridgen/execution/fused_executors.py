@@ -39,6 +39,7 @@ def make_fused(
         max_context=max_context,
         max_rows=runner.state.max_batch,
         query_len=runner.state.query_len,
+        reads=() if runner.drafting is None else runner.drafting.layers,
         tuned=tuned,
         kept=kept,
     )

@@ -22,7 +22,7 @@ from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState
 from hybridgen.fused.inputs import StepInputs
-from hybridgen.graphs.executor import Executor
+from hybridgen.graphs.executor import Executor, StateExecutor
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts
@@ -248,8 +248,7 @@ class ModelSteps:
             ids, slots, positions = feed_drafts(self._state.table, self._state.drafts, rows, key.query_len)
             self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
         logits = self._executors[key.executor].logits(self.metadata, None)
-        # A fused executor calls no layer; it serves steps in which nobody drafts.
-        hidden = None if key.quiet or key.executor != LAYERS else self._read_layers()
+        hidden = self._read_layers(key)
         if key.sampler is None:
             self._leave(logits, hidden)
         else:
@@ -273,7 +272,7 @@ class ModelSteps:
         if scored is not None:
             keep = torch.cat((inputs["keep"][:rows], scored.places))
         logits = self._executors[key.executor].logits(self.metadata, keep)
-        hidden = self._read_layers()
+        hidden = self._read_layers(key)
         history = self._sampler.history
         if self._drafting is not None and history is not None:
             self._drafting.follow(PrefillCall(self.metadata, history.text, hidden))
@@ -321,9 +320,16 @@ class ModelSteps:
         if hidden is not None and self._hidden is not None:
             self._hidden[: hidden.shape[0]].copy_(hidden)
 
-    def _read_layers(self) -> Tensor | None:
-        """What the drafter reads of the model's layers in this step."""
-        return None if self._drafting is None else self._drafting.joined(self._bound.take_inputs())
+    def _read_layers(self, key: GraphKey) -> Tensor | None:
+        """What the drafter reads of the model's layers in this step; None where nobody does, or the executor runs none
+        and leaves nothing (then nobody drafts in such a step)."""
+        if self._drafting is None or not self._drafting.layers:
+            return None
+        if key.executor == LAYERS:
+            inputs = self._bound.take_inputs()
+            return None if key.quiet else self._drafting.joined(inputs)
+        executor = self._executors[key.executor]
+        return executor.states(key.tokens) if isinstance(executor, StateExecutor) else None
 
     def _sample(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hybridgen.graphs.buckets import round_up
-from hybridgen.graphs.executor import Executor
+from hybridgen.graphs.executor import Executor, StateExecutor
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.steps import RunSteps
 from hybridgen.graphs.store import FEW_PROMPTS, GraphStore, Recording
@@ -55,8 +55,8 @@ class Router:
             executors: in order of preference; the last one serves every step.
             why_plain: the reason of a step without a recording where nothing is recorded.
             note: what else to say of every recorded step.
-            reads_layers: whoever drafts goes on from what the model's layers compute: where somebody drafts, the layers
-                run.
+            reads_layers: whoever drafts goes on from what the model's layers compute: where somebody drafts, they run,
+                or an executor that leaves it.
         """
         self._store = store
         self._executors = tuple(executors)
@@ -94,7 +94,8 @@ class Router:
     def served(self, key: GraphKey) -> GraphKey:
         """The same step with the executor that serves it: the first that does not refuse."""
         for executor in self._executors:
-            if self._reads_layers and not key.quiet and executor.name != LAYERS:
+            leaves = executor.name == LAYERS or isinstance(executor, StateExecutor)
+            if self._reads_layers and not key.quiet and not leaves:
                 continue
             if executor.refuses(key) is None:
                 return key._replace(executor=executor.name)

@@ -57,6 +57,7 @@ class EagleHead(nn.Module):
     ids: Tensor | None
     """The model's ids that it can draft; None: each is its own."""
     inverse_frequencies: Tensor
+    rotary_scale: Tensor
 
     def __init__(self, shape: HeadShape, weights: dict[str, Tensor], rotary: LlamaRotaryEmbedding) -> None:
         """
@@ -71,6 +72,11 @@ class EagleHead(nn.Module):
             value = torch.cat([weights.pop(part) for part in parts]) if len(parts) > 1 else weights.pop(parts[0])
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
+        # A rotation turns values half a head apart against each other. Here they lie side by side, as the parts of
+        # complex numbers: scores do not change where queries and keys are reordered alike.
+        for name in ("q_proj", "k_proj"):
+            full = f"layer.self_attn.{name}.weight"
+            weights[full] = weights[full].unflatten(0, (-1, 2, shape.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         keep("fc", "fc.weight")
         for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
             keep(name, f"layer.{name}.weight")
@@ -86,7 +92,8 @@ class EagleHead(nn.Module):
             self.register_parameter("embedding", None)
         self.register_buffer("ids", weights.pop("ids", None))
         self.register_buffer("inverse_frequencies", rotary.inv_freq.to(self.fc.device))
-        self._rotary_scale = float(rotary.attention_scaling)
+        scale = torch.full_like(rotary.inv_freq, float(rotary.attention_scaling))
+        self.register_buffer("rotary_scale", scale.to(self.fc.device))
 
     def joined(self, states: Tensor) -> Tensor:
         """The model's hidden states [..., 3 * H of the model] as one [..., H]."""
@@ -107,18 +114,17 @@ class EagleHead(nn.Module):
         pair = torch.cat((self._normed(embedded, self.input_layernorm), self._normed(hidden, self.hidden_norm)), dim=-1)
         heads = linear(pair, self.qkv).view(len(pair), -1, shape.head_dim)
         rotated, values = heads.split([shape.heads + shape.kv_heads, shape.kv_heads], dim=1)
-        angles = positions[:, None].float() * self.inverse_frequencies
-        cos, sin = ((f(angles) * self._rotary_scale).to(pair.dtype)[:, None] for f in (torch.cos, torch.sin))
-        one, two = rotated.chunk(2, dim=-1)
-        rotated = torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1)
+        turns = torch.polar(self.rotary_scale, positions[:, None] * self.inverse_frequencies)[:, None]
+        turned = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2))) * turns
+        rotated = torch.view_as_real(turned).flatten(-2).to(pair.dtype)
         queries, keys = rotated.split([shape.heads, shape.kv_heads], dim=1)
         return queries.contiguous(), keys.contiguous(), values.contiguous()
 
     def finished(self, attended: Tensor, around: Tensor) -> Tensor:
         """The rest of the layer, from what attention gave [T, heads, D]: [T, H], the state of the next draft."""
-        hidden = around + linear(attended.flatten(1), self.out)
+        hidden = torch.addmm(around, attended.flatten(1), self.out.T)
         gate, up = linear(self._normed(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, dim=-1)
-        return hidden + linear(silu(gate) * up, self.down)
+        return torch.addmm(hidden, silu(gate) * up, self.down.T)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, draft vocabulary]."""

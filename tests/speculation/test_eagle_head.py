@@ -241,7 +241,7 @@ def test_prefixes_that_are_cached_and_pages_given_back(counting: tuple[Path, Pat
     assert all(out.cached_tokens for out in again)
     assert min(out.accepted_tokens for out in again) > 9
     tensors = sum(t.numel() * 4 for name, t in counting_head().items() if name not in ("d2t", "t2d"))
-    assert stats.speculation.weight_bytes == tensors + 8 * (COUNT - 2) + 4 * HIDDEN // 4 // 2
+    assert stats.speculation.weight_bytes == tensors + 8 * (COUNT - 2) + 2 * 4 * (HIDDEN // 4 // 2)
     assert stats.speculation.cache_bytes * (LAYERS + 1) == stats.cache_bytes
 
 
