@@ -148,14 +148,6 @@ class Builder:
             most = max(self.resolved.token_budget, self.resolved.query_len)
             ring_pages = pages_in_turn(max(filter(None, reaches)), most, config.page_size)
         pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on", ring_pages=ring_pages)
-
-        def before_call() -> None:
-            if self.lead is not None:
-                self.lead.check()
-            begin_call(runner)
-            if twins:  # whose values may be other ones now, which cannot be seen
-                pages.clear()
-
         scheduler = Scheduler(
             pages=pages,
             max_batch=config.max_batch,
@@ -174,7 +166,12 @@ class Builder:
             # Without graphs, a launch runs the model's Python code, which takes long.
             reads_first_tokens_first=not plan.settings().decode,
             meter=meter,
-            before_call=before_call,
+            before_call=partial(
+                begin_call,
+                runner,
+                check=None if self.lead is None else self.lead.check,
+                forget=pages.clear if twins else None,
+            ),
             drafter=None if runner.drafting is None else runner.drafting.name,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)

@@ -151,14 +151,14 @@ class Starter:
         if device.type != "cuda":
             return None
         store = self._cache.store
-        known = None if store is None else store.read_device_document(_CEILING)
+        known = None if store is None else store.documents.read(_CEILING)
         if known is not None and isinstance(known.get("bytes_per_second"), (int, float)):
             return float(known["bytes_per_second"])
         measured = None
         with self._startup.timed("tuning"), self._cache.unless_refused():
             measured = read_ceiling(device)
         if measured is not None and store is not None:
-            store.write_device_document(_CEILING, {"bytes_per_second": measured})
+            store.documents.write(_CEILING, {"bytes_per_second": measured})
         return measured
 
     def fuse_decode(self, runner: ModelRunner, bound: BoundModel, config: EngineConfig, max_context: int) -> None:
