@@ -162,7 +162,9 @@ def test_every_mode(
         assert any(kind == "layers, stand-in" and "drafts a row" in reason for kind, reason in kinds), kinds
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_oss", "gpt2")), "gemma2"]
+)
 def test_models_of_other_families(family: str, tmp_path: Path) -> None:
     """Windows, experts, learned positions, an embedding that is scaled."""
     changes = {} if family == "gpt2" else {"num_hidden_layers": LAYERS}
@@ -178,8 +180,7 @@ def test_models_of_other_families(family: str, tmp_path: Path) -> None:
         assert engine.stats().speculation.drafted > 0
 
 
-@pytest.mark.parametrize("drafter", ["head", "model"])
-@pytest.mark.parametrize("run_ahead", [0, 1])
+@pytest.mark.parametrize(("drafter", "run_ahead"), [("head", 1), ("model", 0)])
 def test_drafting_ends_where_it_costs_more_than_it_brings(
     drafter: str, run_ahead: int, counting: tuple[Path, Path], counted: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,8 +291,14 @@ def test_functions_of_a_row_beside_it(counting: tuple[Path, Path]) -> None:
                 assert found[0].accepted_tokens > 9
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("fault", ["prefill", "decode", "ids", "nan", "states"])
+@pytest.mark.parametrize(
+    ("fault", "mode"),
+    [
+        *((fault, "eager") for fault in ("prefill", "decode", "ids", "nan", "states")),
+        ("decode", "graph"),
+        *(pytest.param(fault, "graph", marks=pytest.mark.slow) for fault in ("prefill", "ids", "nan", "states")),
+    ],
+)
 def test_a_fault_costs_drafts_and_no_token(
     fault: str,
     mode: str,
