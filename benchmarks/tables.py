@@ -481,6 +481,7 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "speculation-rows": speculation_machinery,
     "speculation-head": speculation_head,
     "memory-fp8": memory_limit,
+    "memory-bf16": memory_limit,
     "rows": rows,
 }
 

@@ -23,7 +23,7 @@ from hybridgen.cache import (
 )
 from hybridgen.compilation.layers import switched_off
 from hybridgen.compilation.steps import CompiledSteps
-from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
+from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.scheduler import Scheduler
@@ -128,7 +128,7 @@ class Builder:
         if compiles_layers:
             with timed("compile"):
                 not_compiled = self._compile(runner)
-        if fuses:
+        if fuses and not config.equal_bits:
             starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
         if device.type == "cuda":
             with timed("tuning"):
@@ -173,6 +173,7 @@ class Builder:
                 forget=pages.clear if twins else None,
             ),
             drafter=None if runner.drafting is None else runner.drafting.name,
+            most_checked=EQUAL_BITS_ROWS if config.equal_bits else None,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)
 

@@ -42,6 +42,7 @@ class StepLoop:
         meter: DecodeMeter | None = None,
         before_call: Callable[[], object] = lambda: None,
         drafter: str | None = None,
+        most_checked: int | None = None,
     ) -> None:
         """
         Args:
@@ -51,6 +52,7 @@ class StepLoop:
             meter: told of every decode step that was read.
             before_call: called before requests are queued, while no step runs.
             drafter: who drafts in the runner's steps; None: nobody.
+            most_checked: tokens of a step that checks drafts at most; None: any number.
         """
         self.scheduler = scheduler
         self._runner = runner
@@ -62,6 +64,7 @@ class StepLoop:
         self._reader = Reader(runner, scheduler, counters, meter)
         self._before_call = before_call
         self._drafter = drafter
+        self._most_checked = most_checked
         self._decoded_by: StepKind = ("decode", "", "")
         """How the last decode step ran. One object while that does not change, so that nobody compares strings."""
         self._in_flight: list[InFlight] = []
@@ -326,13 +329,17 @@ class StepLoop:
         rows = [request.pace for request in requests if request.pace is not None]
         runner, drafting = self._runner, self._runner.drafting
         if drafting is None or not drafting.can_pause:
-            return runner.decode(slots, choose(rows, partial(runner.decode_seconds, slots))), False
+            chosen = choose(rows, partial(runner.decode_seconds, slots), self._most_checked)
+            return runner.decode(slots, chosen), False
         if drafting.failure is not None:  # its recordings go on, and it is for nothing
             return runner.decode(slots, quiet=True), True
-        chosen = choose_or_pause(
-            rows, drafting.most, lambda kind: runner.decode_seconds(slots, kind.query_len, quiet=kind.quiet)
+        kind = choose_or_pause(
+            rows,
+            drafting.most,
+            lambda kind: runner.decode_seconds(slots, kind.query_len, quiet=kind.quiet),
+            self._most_checked,
         )
-        return runner.decode(slots, chosen.query_len, quiet=chosen.quiet), chosen.quiet
+        return runner.decode(slots, kind.query_len, quiet=kind.quiet), kind.quiet
 
     def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
         """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""

@@ -222,9 +222,14 @@ class ModelRunner:
     def _route_anew(self) -> None:
         why_plain, note = self._why
         executors = tuple(self.executors.values())
-        reads_layers = self.drafting is not None and bool(self.drafting.layers)
         self.router = Router(
-            self.graphs, executors, self.steps, why_plain=why_plain, note=note, reads_layers=reads_layers
+            self.graphs,
+            executors,
+            self.steps,
+            why_plain=why_plain,
+            note=note,
+            reads_layers=self.drafting is not None and bool(self.drafting.layers),
+            keeps_executor=self.fused is not None and self.fused.equal_bits,
         )
         """Decides how each step runs."""
         self._steady = {}

@@ -49,6 +49,7 @@ class Router:
         why_plain: str,
         note: str = "",
         reads_layers: bool = False,
+        keeps_executor: bool = False,
     ) -> None:
         """
         Args:
@@ -57,6 +58,7 @@ class Router:
             note: what else to say of every recorded step.
             reads_layers: whoever drafts goes on from what the model's layers compute: where somebody drafts, they run,
                 or an executor that leaves it.
+            keeps_executor: never pad a decode step to a size that another executor serves: that one rounds otherwise.
         """
         self._store = store
         self._executors = tuple(executors)
@@ -64,6 +66,7 @@ class Router:
         self._why_plain = why_plain
         self._note = note
         self._reads_layers = reads_layers
+        self._keeps_executor = keeps_executor
         self._routes: dict[GraphKey, Route] = {}
         self._version = -1
 
@@ -174,12 +177,13 @@ class Router:
 
     def _larger(self, key: GraphKey) -> Iterator[Recording]:
         """Recordings that can run the step with padding."""
+        only = self.served(key).executor if self._keeps_executor and key.phase is Phase.DECODE else None
         for recording in self._store.recordings:
             other = recording.key
             alike = (other.phase, other.query_len, other.quiet) == (key.phase, key.query_len, key.quiet)
             enough = other.tokens >= key.tokens and other.rows >= key.rows
             samples = other.sampler is None or (key.sampler is not None and other.sampler.covers(key.sampler))
-            if alike and enough and samples:
+            if alike and enough and samples and only in (None, other.executor):
                 yield recording
 
     def _why_not(self, best: Recording, key: GraphKey) -> str | None:

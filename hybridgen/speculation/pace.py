@@ -78,29 +78,34 @@ class Choice(NamedTuple):
     """Whether nobody drafts at its end."""
 
 
-def choose_or_pause(rows: Sequence[RowPace], most: int, seconds: Callable[[Choice], float | None]) -> Choice:
+def choose_or_pause(
+    rows: Sequence[RowPace], drafts: int, seconds: Callable[[Choice], float | None], most: int | None = None
+) -> Choice:
     """`choose`, for a drafter that costs more than it is to be asked for nothing.
 
     Where times are known it drafts as long as steps with all of its drafts are expected to bring more tokens in a
     second than quiet ones; else in every step.
 
     Args:
-        most: drafts of a row that it makes.
+        drafts: of a row, that it makes.
         seconds: what a step takes; None where that was not measured.
+        most: see `choose`.
     """
-    quiet, checks = seconds(Choice(1, quiet=True)), seconds(Choice(1 + most))
+    quiet, checks = seconds(Choice(1, quiet=True)), seconds(Choice(1 + drafts))
     if quiet is None or checks is None:
-        return Choice(choose(rows, lambda count: seconds(Choice(count))))
+        return Choice(choose(rows, lambda count: seconds(Choice(count)), most))
+    if most is not None and len(rows) * (1 + drafts) > most:
+        return Choice(1, quiet=True)
     waiting = any(row.waiting for row in rows)
     # Where no drafts wait, a step that makes some is for those behind it.
-    tokens = len(rows) + sum(row.expected(most, None if waiting else most) for row in rows)
+    tokens = len(rows) + sum(row.expected(drafts, None if waiting else drafts) for row in rows)
     if tokens * quiet <= len(rows) * checks:
         return Choice(1, quiet=True)
     unrecorded = seconds(Choice(1)) is None
-    return Choice(1 + most if waiting or unrecorded else 1)
+    return Choice(1 + drafts if waiting or unrecorded else 1)
 
 
-def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> int:
+def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None], most: int | None = None) -> int:
     """Tokens a row of the next decode step: 1, or 1 and the drafts that are checked.
 
     The one that brings the most tokens in a second. Where a plain step was measured and one with drafts was not, it is
@@ -108,6 +113,7 @@ def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> i
 
     Args:
         seconds: what a step of so many tokens a row takes; None where that was not measured.
+        most: tokens of a step at most; None: any number.
     """
     longest = max((row.waiting for row in rows), default=0)
     if not longest:
@@ -117,6 +123,8 @@ def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> i
     # Those that hold the drafts that wait, up to the first that holds all of them.
     for count in [n for below, n in pairwise(DRAFTS) if below < longest]:
         tokens = len(rows) + sum(row.expected(count) for row in rows)
+        if most is not None and len(rows) * (count + 1) > most:
+            break
         took = seconds(count + 1)
         if plain is not None and took is None:
             continue

@@ -164,3 +164,13 @@ def test_quiet_rows_are_tried_again_now_and_then() -> None:
             pace.read(0, 0, 0 if chosen.quiet else 3, quiet=chosen.quiet)
     assert 3 < len(tried) < 600 / 9
     assert min(tried[2:]) > 5
+
+
+def test_a_step_has_no_more_tokens_than_it_may() -> None:
+    rows = [row(*[RIGHT] * 20) for _ in range(2)]
+    assert choose(rows, unknown) == 8
+    assert choose(rows, unknown, most=8) == 4
+    assert choose(rows * 2, unknown, most=8) == 1
+    assert choose(rows[:1], unknown, most=8) == 8
+    assert choose_or_pause(rows, 3, costing(1.0, 1.0), 8) == Choice(4)
+    assert choose_or_pause(rows * 2, 3, costing(1.0, 1.0), 8) == Choice(1, quiet=True)
