@@ -252,7 +252,13 @@ class Builder:
             plans[plan_of(usual, checkpoint.vocab_size)] = None
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
-        keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler, query_lens=runner.query_lens)
+        keys = keys_at_start(
+            runner.graphs.settings,
+            plans,
+            any_sampler=any_sampler,
+            query_lens=runner.query_lens,
+            quiet=runner.drafting is not None and runner.drafting.can_pause,
+        )
         return self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
 
     def _allocate_cache(

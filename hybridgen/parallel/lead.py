@@ -192,10 +192,10 @@ class LeadRunner(ModelRunner):
             launched.scores = _Checked(launched.scores, self._check)
         return launched
 
-    def decode(self, slots: tuple[int, ...], query_len: int = 1) -> LaunchedStep:
+    def decode(self, slots: tuple[int, ...], query_len: int = 1, *, quiet: bool = False) -> LaunchedStep:
         """See `ModelRunner.decode`."""
         self._slots = slots
-        return super().decode(slots, query_len)
+        return super().decode(slots, query_len, quiet=quiet)
 
     def run_padding(self, key: GraphKey) -> None:
         """See `ModelRunner.run_padding`."""

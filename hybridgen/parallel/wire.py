@@ -111,7 +111,8 @@ def _tuples(value: Any) -> Any:
 
 def key_head(key: GraphKey) -> list[Any]:
     """A key as JSON has it."""
-    return [*key[:-1], None if key.sampler is None else list(key.sampler)]
+    plan = None if key.sampler is None else list(key.sampler)
+    return [key.executor, key.phase, key.rows, key.tokens, key.query_len, plan]  # nobody drafts over several processes
 
 
 def read_key(head: Sequence[Any]) -> GraphKey:
