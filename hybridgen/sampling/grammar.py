@@ -200,9 +200,8 @@ class _Guidance:
             raise SamplingError(f"the text left its grammar: {_said(self._matcher)}")
 
     def fill(self, bits: Tensor) -> None:
-        import llguidance.torch
-
-        llguidance.torch.fill_next_token_bitmask(self._matcher, bits, 0)
+        # Not by llguidance.torch: its import brings torch's compiler, seconds in which no step runs.
+        self._matcher.unsafe_compute_mask_ptr(bits.data_ptr(), bits.numel() * bits.element_size())
         if self._matcher.is_error():
             raise SamplingError(f"the grammar cannot be followed any further: {_said(self._matcher)}")
 
