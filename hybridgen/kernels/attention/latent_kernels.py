@@ -94,6 +94,27 @@ def _queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _request(pages, table, first, last, end, PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask the L2 cache for tiles of whole pages in 16 bits, 128 threads for a part each.
+
+    A hint that promises nothing, so that the page with the newest position may be among them.
+    """
+    lane = tl.arange(0, 128)
+    size: tl.constexpr = PAGE * WIDTH * 2 // 128
+    for tile in range(first, last):
+        ids = load_pages(table, tile * BLOCK, end, PAGE, BLOCK)
+        address = (pages + ids.to(tl.int64) * (PAGE * WIDTH)).to(tl.int64) + lane * size
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [address, lane * 0 + size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def _append(new, target, ends_row, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write SIZE numbers to a page, where the chunk is a row's last."""
     columns = tl.arange(0, BLOCK_SIZE)
@@ -121,7 +142,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, new_stride, new_rotary_stride,
     HEADS: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, AHEAD: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: every n-th chunk of all rows, for BLOCK_HEADS heads; rows of one chunk are finished here.
 
@@ -134,19 +155,35 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     parts: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     heads = tl.program_id(0) % parts * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     inside = heads < HEADS
-    rows = tl.arange(0, BLOCK_ROWS)
-    places = tl.load(positions + rows, mask=rows < tokens, other=0).to(tl.int32)
-    _low, _high, _tiles, chunks = _cut(places, 0, splits, chunk_tiles, BLOCK, 1, 0)
-    chunks = tl.where(rows < tokens, chunks, 0)
-    ends = tl.cumsum(chunks, 0)
-    for item in range(tl.program_id(0) // parts, tl.sum(chunks, 0), tl.num_programs(0) // parts):
-        row = tl.sum((ends <= item).to(tl.int32), 0)
-        chunk = item - tl.sum(tl.where(rows < row, chunks, 0), 0)
-        position = tl.load(positions + row).to(tl.int32)
-        table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
-        low, high, tiles, count = _cut(position, 0, splits, chunk_tiles, BLOCK, 1, 0)
+    if BLOCK_ROWS == 1:
+        place = tl.load(positions).to(tl.int32)
+        low, high, tiles, items = _cut(place, 0, splits, chunk_tiles, BLOCK, 1, 0)
+    else:
+        rows = tl.arange(0, BLOCK_ROWS)
+        places = tl.load(positions + rows, mask=rows < tokens, other=0).to(tl.int32)
+        _low, _high, _tiles, chunks = _cut(places, 0, splits, chunk_tiles, BLOCK, 1, 0)
+        chunks = tl.where(rows < tokens, chunks, 0)
+        ends = tl.cumsum(chunks, 0)
+        items = tl.sum(chunks, 0)
+    for item in range(tl.program_id(0) // parts, items, tl.num_programs(0) // parts):
+        if BLOCK_ROWS == 1:
+            row = item * 0
+            chunk = item
+            position = place
+            count = items
+            table = block_table + tl.load(slots).to(tl.int64) * table_stride
+        else:
+            row = tl.sum((ends <= item).to(tl.int32), 0)
+            chunk = item - tl.sum(tl.where(rows < row, chunks, 0), 0)
+            position = tl.load(positions + row).to(tl.int32)
+            table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
+            low, high, tiles, count = _cut(position, 0, splits, chunk_tiles, BLOCK, 1, 0)
         first = low + chunk * tiles
         last = tl.minimum(first + tiles, high)
+        if AHEAD:
+            _request(
+                pages, table, first, tl.minimum(first + AHEAD, last), position + 1, PAGE, RANK + ROPE, BLOCK
+            )  # fmt: skip
         if APPEND:
             page = tl.load(table + position // PAGE).to(tl.int64)
             target = pages + (page * PAGE + position % PAGE) * (RANK + ROPE)

@@ -51,6 +51,8 @@ class Tuning(NamedTuple):
     """Tiles of latents in shared memory."""
     chunk: int = _CHUNK_TOKENS
     """Positions of a chunk at most, with several rows."""
+    ahead: int = 0
+    """Tiles of a chunk that the L2 cache is asked for before the queries are read; only for pages of one tile."""
 
 
 def shape_of(q: Tensor, pages: Tensor, rank: int) -> Shape:
@@ -167,6 +169,12 @@ def _sizes(shape: Shape) -> dict[str, Any]:
     return {"HEADS": shape.heads, "PAGE": shape.page_size, "RANK": shape.rank, "ROPE": shape.rope}
 
 
+def _is_requested_whole(shape: Shape, tune: Tuning) -> bool:
+    """Whether 128 threads can ask for a tile: bytes of a thread are a multiple of 16."""
+    page_bytes = shape.page_size * (shape.rank + shape.rope) * shape.bytes
+    return shape.bytes == 2 and tune.block == shape.page_size and page_bytes % 2**11 == 0
+
+
 def _prepare(shape: Shape, tokens: int, max_pages: int, append: bool, device: Device, tune: Tuning) -> Call:
     max_tiles = triton.cdiv(max_pages * shape.page_size, tune.block)
     cut = plan(tokens, shape, max_tiles, device.processors, tune)
@@ -179,6 +187,7 @@ def _prepare(shape: Shape, tokens: int, max_pages: int, append: bool, device: De
         "BLOCK_RANK": power_of_two(shape.rank),
         "BLOCK_ROPE": power_of_two(shape.rope),
         "BLOCK_ROWS": _row_block(tokens),
+        "AHEAD": tune.ahead if device.overlap and _is_requested_whole(shape, tune) else 0,
         "APPEND": append,
         "num_warps": tune.warps,
         "num_stages": tune.stages,
