@@ -18,7 +18,16 @@ from hybridgen import EngineConfig
 from hybridgen.comparison.measuring.utilisation import Probe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-HELPERS = ("common.py", "http_clients.py", "lookup.py", "plots.py", "tables.py", "requirements.py", "targets.py")
+HELPERS = (
+    "common.py",
+    "http_clients.py",
+    "lookup.py",
+    "plots.py",
+    "tables.py",
+    "requirements.py",
+    "shapes.py",
+    "targets.py",
+)
 """What measures nothing."""
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in HELPERS)
 LONG = ("accuracy.py", "first_text.py", "ragged.py", "serving.py", "serving_http.py", "unseen.py", "warm_start.py")
