@@ -130,8 +130,8 @@ def make_hybrid(engine: hybridgen.Engine) -> None:
         engine.checkpoint,
         engine.config,
         resolve_config(engine.checkpoint, engine.config),
-        engine._starter,
-        engine._startup,
+        engine._parts.starter,
+        engine._parts.startup,
         engine._counters,
     )
     plan = builder.graph_plan(engine._runner.bound)

@@ -22,7 +22,6 @@ ROOMS = (
     "errors",
     "hints",
     "params",
-    "settings",
     "config",
     "arguments",
     "demo",

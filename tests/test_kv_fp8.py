@@ -172,7 +172,7 @@ def test_scales_beside_quantised_weights(tmp_path: Path) -> None:
         with hybridgen.Engine.load(path, mode="eager", kv_dtype=kv_dtype, **SETTINGS) as engine:
             notes = [note for note in engine.stats().fallbacks if "KV cache" in note]
             assert bool(notes) == (kv_dtype is None)
-            assert len(engine._kv_scales) == (kv_dtype is not None)
+            assert len(engine._parts.kv_scales) == (kv_dtype is not None)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et
 from hybridgen.cache.block_table import BlockTable
 from hybridgen.cache.paged_kv import KeyValueState, KVScales, LayerPages, LayerShape, PagedKV, PagedState, SharedKV
 from hybridgen.cache.paged_latent import LatentShape, PagedLatent
-from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator
+from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator, pages_for_tokens
 from hybridgen.cache.prefix import PageManager, RequestPages
-from hybridgen.cache.sizing import pages_for_tokens, pages_in_turn, plan_pages
+from hybridgen.cache.sizing import pages_in_turn, plan_pages
 from hybridgen.cache.slot_state import MixerShapes, MixerTensors, SlotShape, SlotState
 from hybridgen.cache.state import LayerState, allocate, total_bytes
 

@@ -8,6 +8,11 @@ DUMMY_PAGE = 0
 """Never handed out; the target of unused block-table entries and of padding rows."""
 
 
+def pages_for_tokens(tokens: int, page_size: int) -> int:
+    """Pages that hold `tokens` positions."""
+    return -(-tokens // page_size)
+
+
 class PageAllocator:
     """Hands out page ids 1 to `num_pages - 1`.
 

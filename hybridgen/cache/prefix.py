@@ -20,8 +20,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hybridgen.cache.pages import PageAllocator
-from hybridgen.cache.sizing import pages_for_tokens
+from hybridgen.cache.pages import PageAllocator, pages_for_tokens
 
 _ID_BYTES = 8
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hybridgen.cache.pages import pages_for_tokens
 from hybridgen.cache.state import LayerState, bytes_per_page, bytes_per_slot
 from hybridgen.errors import OutOfMemoryError
 
@@ -14,11 +15,6 @@ CPU_DEFAULT_BYTES = 2**30
 
 CUDA_HEADROOM = 0.06
 """Share of the device's memory left free: other libraries and fragmentation need some."""
-
-
-def pages_for_tokens(tokens: int, page_size: int) -> int:
-    """Pages that hold `tokens` positions."""
-    return -(-tokens // page_size)
 
 
 def pages_in_turn(reach: int, tokens: int, page_size: int) -> int:

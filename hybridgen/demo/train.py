@@ -11,167 +11,42 @@ checkpoint kept is the one with the least loss on them. DIR gets a Hugging Face 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import math
 import platform
-import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hybridgen.demo.corpus import (
+    batches,
+    encode,
+    line_starts,
+    read_corpus,
+    split_spaces,
+    standard_library,
+    train_tokenizer,
+)
+from hybridgen.demo.recipe import SMALL, Recipe
 from hybridgen.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-END = "<|endoftext|>"
-PAD = "<|pad|>"
 MAX_BYTES = 11_500_000
 """The checkpoint's files together may take this many bytes, since they ship inside the package."""
 PROMPTS = ("def fibonacci(n):", "class ", "import ", "def read_lines(path):\n    ")
-TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
-SKIPPED = (
-    "site-packages/*",
-    "dist-packages/*",
-    "config-*/*",
-    "_sysconfigdata*",  # generated at the build, with the paths of the machine that built it
-    "encodings/*",  # mostly generated tables, near copies of each other
-    "pydoc_data/*",  # generated from the documentation
-    "lib2to3/*",  # copies of other modules; held-out files would not be unseen
-)
-
-# Pieces that no token crosses: line ends; a line's indentation, whole; words with the underscores before
-# them; numbers of up to three digits; other characters. Line end and indentation are apart so that a prompt
-# may end after either and still be split as in training.
-PIECES = (
-    r"[\r\n]+|(?<![^\r\n])[ \t]+(?=\S|$)| ?_*\p{L}[\p{L}\p{M}]*| ?\p{N}{1,3}| ?_+| ?[^\s\p{L}\p{N}_]+"
-    r"|[ \t]+(?=[\r\n]|$)|\s+(?!\S)|\s+"
-)
-
-
-_MAY_BE_ZERO = ("minutes", "weight_decay", "space_share", "aligned_share", "tests", "seed", "compile")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is trained, and how.
-
-    Raises:
-        ConfigError: a value cannot work.
-    """
-
-    vocab_size: int = 4096
-    """Tokens in the vocabulary, the 256 bytes and two special tokens included."""
-    hidden_size: int = 256
-    layers: int = 6
-    heads: int = 4
-    kv_heads: int = 2
-    intermediate_size: int = 704
-    max_positions: int = 1024
-    """The context length that the checkpoint's config states."""
-    seq_len: int = 1024
-    """Tokens per training sequence."""
-    batch_size: int = 32
-    """Sequences per step."""
-    steps: int = 6000
-    """Optimizer steps; the learning rate reaches its end at the last of them."""
-    minutes: float | None = None
-    """Wall-clock limit of the training loop. The schedule follows time where that is ahead of the steps."""
-    learning_rate: float = 3e-3
-    """The highest rate, after the warm-up; a cosine takes it to a fiftieth."""
-    warmup_steps: int = 200
-    weight_decay: float = 1.0
-    """On the matrices; vectors (norms) have none."""
-    clip: float = 1.0
-    """The gradient's norm at most."""
-    eval_every: int = 200
-    """Steps between two looks at the held-out loss."""
-    patience: int = 15
-    """Looks without a better held-out loss after which training ends."""
-    held_out_share: float = 0.05
-    """Share of the library's files held out."""
-    space_share: float = 0.02
-    """Share of the training tokens with a leading space that are split into the space and the rest, so that
-    the model knows how to go on after a prompt that ends with a space."""
-    aligned_share: float = 0.5
-    """Share of the training sequences that begin at an unindented line, as prompts do; the others begin
-    anywhere."""
-    tests: bool = True
-    """Also train on the files of the library's test packages."""
-    seed: int = 0
-    compile: bool = False
-    """Compile the decoder layer and the loss with `torch.compile`."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name not in _MAY_BE_ZERO and value <= 0:
-                raise ConfigError(f"{f.name}={value} is not positive; give a number above 0")
-        if self.vocab_size < 258:
-            raise ConfigError(f"vocab_size={self.vocab_size} cannot hold 256 bytes and 2 special tokens; raise it")
-        if self.hidden_size % (2 * self.heads) or self.heads % self.kv_heads:
-            raise ConfigError(
-                f"heads={self.heads} must divide hidden_size={self.hidden_size} into even sizes, "
-                f"and kv_heads={self.kv_heads} must divide heads"
-            )
-        if self.seq_len > self.max_positions:
-            raise ConfigError(f"seq_len={self.seq_len} is above max_positions={self.max_positions}; lower it")
-        for name in ("held_out_share", "space_share", "aligned_share"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{name}={value} is no share; give a number from 0 to 1")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"minutes={self.minutes} leaves no time to train; give a number above 0")
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "layers": 2,
-    "heads": 4,
-    "kv_heads": 2,
-    "intermediate_size": 128,
-    "max_positions": 128,
-    "seq_len": 64,
-    "batch_size": 16,
-    "steps": 60,
-    "warmup_steps": 5,
-    "learning_rate": 1e-2,
-    "eval_every": 30,
-    "held_out_share": 0.02,
-    "tests": False,
-}
-"""Changes to the recipe under `--small`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One source file; `name` is its path inside the corpus, with forward slashes."""
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """Source files, in the order of their names' hashes."""
-
-    train: tuple[Document, ...]
-    held_out: tuple[Document, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,120 +75,6 @@ class Trained:
     """Mean training loss of the last fifty steps."""
     best_step: int
     """Step of the weights that were kept."""
-
-
-def standard_library() -> Path:
-    """Where this Python keeps the source of its standard library."""
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _is_test(name: str) -> bool:
-    return not TEST_FOLDERS.isdisjoint(PurePosixPath(name).parts[:-1])
-
-
-def read_documents(root: Path) -> Iterator[Document]:
-    """The Python files under `root` that are UTF-8 and not in `SKIPPED`, by name; equal files once."""
-    seen = set()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if any(fnmatchcase(name, pattern) for pattern in SKIPPED):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        digest = _hash(text)
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            yield Document(name, text)
-
-
-def read_corpus(root: Path, recipe: Recipe) -> Corpus:
-    """Split the source under `root`; the library files (not tests) whose names hash lowest are held out.
-
-    Raises:
-        ConfigError: fewer than two library files, or none left to train on.
-    """
-    documents = sorted(read_documents(root), key=lambda d: _hash(d.name))
-    library = [d for d in documents if not _is_test(d.name)]
-    if len(library) < 2:
-        raise ConfigError(f"the corpus {root} has {len(library)} usable .py files; give a folder with at least 2")
-    held_out = tuple(library[: math.ceil(len(library) * recipe.held_out_share)])
-    unseen = {d.name for d in held_out}
-    kept = tuple(d for d in (documents if recipe.tests else library) if d.name not in unseen)
-    if not kept:
-        raise ConfigError(f"held_out_share={recipe.held_out_share} leaves no file to train on; lower it")
-    return Corpus(kept, held_out)
-
-
-def train_tokenizer(documents: Sequence[Document], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; any text encodes and decodes to itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((d.text for d in documents), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END,
-        eos_token=END,
-        pad_token=PAD,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> torch.Tensor:
-    """All documents as one row of token ids, `<|endoftext|>` before each and after the last."""
-    end = tokenizer.convert_tokens_to_ids(END)
-    ids = [end]
-    for encoding in tokenizer.backend_tokenizer.encode_batch([d.text for d in documents]):
-        ids += encoding.ids
-        ids.append(end)
-    return torch.tensor(ids, dtype=torch.long)
-
-
-def split_spaces(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """`ids` with a random share of the tokens that begin with a space split into the space and the rest.
-
-    The text stays the same. A token whose rest is no token itself stays whole.
-    """
-    vocabulary = tokenizer.get_vocab()
-    space = vocabulary["Ġ"]  # byte-level BPE's spelling of a space
-    rest = torch.full((len(tokenizer),), -1)
-    for token, index in vocabulary.items():
-        if token.startswith("Ġ") and not token.startswith("ĠĠ"):
-            rest[index] = vocabulary.get(token[1:], -1)
-    chance = torch.rand(len(ids), generator=torch.Generator().manual_seed(seed))
-    split = (rest[ids] >= 0) & (chance < share)
-    out = torch.full((len(ids), 2), -1)
-    out[:, 0] = torch.where(split, space, ids)
-    out[:, 1] = torch.where(split, rest[ids], -1)
-    return out[out >= 0]
-
-
-def line_starts(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> torch.Tensor:
-    """Positions in `ids` where an unindented line begins, ascending."""
-    ends, begins = torch.zeros(2, len(tokenizer), dtype=torch.bool)
-    for token, index in tokenizer.get_vocab().items():
-        # In byte-level BPE's spelling Ċ is a line feed, č a carriage return, Ġ a space, ĉ a tab.
-        ends[index] = token == END or token[-1] == "Ċ"
-        begins[index] = token != END and token[0] not in "ĊčĠĉ"
-    return (ends[ids[:-1]] & begins[ids[1:]]).nonzero().squeeze(1) + 1
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -348,33 +109,6 @@ def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
     warm = min(1.0, (step + 1) / recipe.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return recipe.learning_rate * warm * (0.02 + 0.98 * cosine)
-
-
-def batches(stream: torch.Tensor, aligned: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
-    """Endless batches of `seq_len + 1` ids; each epoch cuts the stream at a new offset, in a new order.
-
-    `aligned_share` of the cuts are moved back to the nearest of the positions in `aligned`.
-
-    Raises:
-        ConfigError: the stream has fewer than two sequences.
-    """
-    length = recipe.seq_len
-    if len(stream) < 2 * length + 1:
-        raise ConfigError(f"the corpus has {len(stream)} tokens, under 2 sequences of {length}; lower seq_len")
-    generator = torch.Generator().manual_seed(recipe.seed)
-    span = torch.arange(length + 1, device=stream.device)
-    aligned = torch.cat([torch.zeros(1, dtype=torch.long), aligned])
-    while True:
-        offset = int(torch.randint(0, length, (), generator=generator))
-        count = (len(stream) - 1 - offset) // length
-        starts = torch.randperm(count, generator=generator) * length + offset
-        moved = aligned[torch.searchsorted(aligned, starts, right=True) - 1]
-        move = torch.rand(count, generator=generator) < recipe.aligned_share
-        starts = torch.where(move, moved, starts).to(stream.device)
-        # Whole batches only, where there is one: torch.compile would compile each other size anew.
-        size = min(recipe.batch_size, count)
-        for first in range(0, count - size + 1, size):
-            yield stream[starts[first : first + size, None] + span]
 
 
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from hybridgen.cache import (
 )
 from hybridgen.compilation.layers import switched_off
 from hybridgen.compilation.steps import CompiledSteps
-from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
+from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.scheduler import Scheduler
@@ -128,7 +128,7 @@ class Builder:
         if compiles_layers:
             with timed("compile"):
                 not_compiled = self._compile(runner)
-        if fuses:
+        if fuses and not config.equal_bits:
             starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
         if device.type == "cuda":
             with timed("tuning"):
@@ -148,14 +148,6 @@ class Builder:
             most = max(self.resolved.token_budget, self.resolved.query_len)
             ring_pages = pages_in_turn(max(filter(None, reaches)), most, config.page_size)
         pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on", ring_pages=ring_pages)
-
-        def before_call() -> None:
-            if self.lead is not None:
-                self.lead.check()
-            begin_call(runner)
-            if twins:  # whose values may be other ones now, which cannot be seen
-                pages.clear()
-
         scheduler = Scheduler(
             pages=pages,
             max_batch=config.max_batch,
@@ -174,8 +166,14 @@ class Builder:
             # Without graphs, a launch runs the model's Python code, which takes long.
             reads_first_tokens_first=not plan.settings().decode,
             meter=meter,
-            before_call=before_call,
+            before_call=partial(
+                begin_call,
+                runner,
+                check=None if self.lead is None else self.lead.check,
+                forget=pages.clear if twins else None,
+            ),
             drafter=None if runner.drafting is None else runner.drafting.name,
+            most_checked=EQUAL_BITS_ROWS if config.equal_bits else None,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)
 

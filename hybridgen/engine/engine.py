@@ -7,13 +7,12 @@ import logging
 import os
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from tqdm.auto import tqdm
 
 from hybridgen.arguments import (
     SCORES,
@@ -26,48 +25,37 @@ from hybridgen.arguments import (
     scores_of,
     scoring_pairs,
 )
-from hybridgen.cache import total_bytes
 from hybridgen.compilation.store.session import CompileCache, mode_of, preload
-from hybridgen.config import EngineConfig, ResolvedConfig, bar_disabled
+from hybridgen.config import EngineConfig, bar_disabled
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.display import html_table
-from hybridgen.engine import hidden
+from hybridgen.engine import hidden, upkeep
+from hybridgen.engine.assembly import Parts, assemble
 from hybridgen.engine.asynchronous import AsyncCalls
-from hybridgen.engine.builder import Builder
-from hybridgen.engine.drafter import LoadedDrafter, load_drafter, open_drafter
+from hybridgen.engine.calls import run_requests, stream_requests
+from hybridgen.engine.drafter import open_drafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache, resolve_config
-from hybridgen.engine.ready import device_of, make_ready
-from hybridgen.engine.requests import Request, collect, make_requests, results
-from hybridgen.engine.warm_start import Starter, Startup
-from hybridgen.errors import (
-    ConfigError,
-    EngineError,
-    Interrupted,
-    SamplingError,
-    described,
-    shown,
-)
+from hybridgen.engine.report import engine_stats
+from hybridgen.engine.requests import Request, make_requests, results
+from hybridgen.errors import EngineError, SamplingError, described, shown
 from hybridgen.execution import ModelRunner
-from hybridgen.execution.following import release_cache, resume_cache, use_adapter
 from hybridgen.execution.warm_up import run_all_samplers
-from hybridgen.kernels.step import metadata
 from hybridgen.loading import Checkpoint, LoadedModel
-from hybridgen.loading.adapters import Adapters, check_adapter
-from hybridgen.models.quantised import round_activations
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.start import start as start_ranks
 from hybridgen.parallel.weights import load_share
-from hybridgen.telemetry import import_time
-from hybridgen.telemetry.statistics import Counters, EngineStats, GraphStats, PrefixStats, SpeculationStats
-from hybridgen.telemetry.traffic import Traffic, formats_of
+from hybridgen.telemetry.statistics import Counters, EngineStats
+from hybridgen.telemetry.traffic import Traffic
 from hybridgen.text.prompts import Prompts, split_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+CLOSED = "this engine is closed; load a new one with Engine.load()"
 
 
 class Engine:
@@ -100,19 +88,14 @@ class Engine:
         resolved = check_config(checkpoint, config)
         self.max_context = resolved.max_context
         """The longest prompt plus output, in tokens."""
-        self._slots = resolved.slots
         self.mode = resolved.mode
         """How steps run: `config.mode`, with `auto` decided."""
-        self._no_bar = bar_disabled(config.progress)
         self._counters = Counters()
-        for note, count in loaded.notes.items():
-            self._counters.fall_back(note, count)
-        self._startup = Startup(import_time.take_seconds(), loaded.seconds, opening=checkpoint.seconds)
+        self._no_bar = bar_disabled(config.progress)
+        self._parts: Parts | None = None
+        self._runner: ModelRunner | None = None
         self._loop: StepLoop | None = None
         self._calls: AsyncCalls | None = None
-        self._adapters: Adapters | None = None
-        self._runner: ModelRunner | None = None
-        self._drafter: LoadedDrafter | None = None
         # Undone in reverse order by close(), and also when the engine is dropped without it.
         undo = ExitStack()
         self._undo = weakref.finalize(self, undo.close)
@@ -123,38 +106,12 @@ class Engine:
             self.cache = open_cache(checkpoint, config) if cache is None else cache
             """The engine's entry of the compile cache: documents, kernels, compiled units."""
             undo.callback(self.cache.close)
-            self._startup.add("artifacts", self.cache.seconds)
-            # Its reason is found before the group is closed.
-            with nullcontext() if lead is None else lead.together():
-                bound, twin = make_ready(
-                    checkpoint,
-                    loaded,
-                    config,
-                    resolved,
-                    undo,
-                    fusing=self._startup.timed("fuse projections"),
-                    fall_back=self._counters.fall_back,
-                )
-                if config.fp8_activations:
-                    self._round_activations(bound.model)
-                self._starter = Starter(self.cache, self._startup, self._counters)
-                builder = Builder(
-                    checkpoint, config, resolved, self._starter, self._startup, self._counters, loaded.kv_scales, lead
-                )
-                with device_of(checkpoint.device):
-                    self._drafter = self._load_drafter(drafter, resolved, undo)
-                    built = builder.build(bound, undo, twin, self._drafter)
-            if twin is not None:
-                twin.settle()
-            self._runner, self._loop, self._meter = built.runner, built.loop, built.meter
-            self._adapters = None if twin is not None else Adapters(bound.model)
-            self._num_pages, self._cache_bytes = built.num_pages, built.cache_bytes
-            self._prefix_state = built.prefix_state
-            self._spares_call = built.spares_first_call
-            self._kv_scales = loaded.kv_scales
-            self._formats = formats_of(bound.model, bound.weights)
+            parts = assemble(checkpoint, loaded, config, resolved, self.cache, self._counters, undo, lead, drafter)
+            built = parts.built
+            self._parts, self._runner, self._loop, self._meter = parts, built.runner, built.loop, built.meter
+            self._num_pages, self._spares_call = built.num_pages, built.spares_first_call
             if config.adapter is not None:
-                with self._startup.timed("adapter"):
+                with parts.startup.timed("adapter"):
                     self.set_adapter(config.adapter)
             self.cache.end_start()
             atexit.register(_keep_plan, weakref.ref(self))
@@ -162,29 +119,6 @@ class Engine:
             self.close()
             raise
         logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, self.mode)
-
-    def _round_activations(self, model: PreTrainedModel) -> None:
-        count, others = round_activations(model)
-        if not count:
-            raise ConfigError(
-                f"fp8_activations=True: no projection of {self.checkpoint.name!r} has FP8 weights with a scale for "
-                f"each output ({', '.join(others) or 'none is quantised'}); give quantization='fp8' or such a "
-                "checkpoint, or leave it out"
-            )
-        for note, number in others.items():
-            self._counters.fall_back(note, number)
-
-    def _load_drafter(
-        self, checkpoint: Checkpoint | None, resolved: ResolvedConfig, undo: ExitStack
-    ) -> LoadedDrafter | None:
-        opened = checkpoint or open_drafter(self.checkpoint, self.config, resolved)
-        if opened is None:
-            return None
-        found = load_drafter(opened, self.config, resolved, undo)
-        self._startup.add("drafter", found.seconds)
-        for note, count in found.notes.items():
-            self._counters.fall_back(note, count)
-        return found
 
     @classmethod
     def load(
@@ -365,10 +299,7 @@ class Engine:
             ConfigError, PromptError, TokenizerError: before anything runs.
             RequestError: a request failed while it ran.
         """
-        self.open_loop()
-        if self._runner is None:
-            raise EngineError("this engine is closed; load a new one with Engine.load()")
-        wanted = hidden.wanted(layers, pool, len(self._runner.bound.layers))
+        wanted = hidden.wanted(layers, pool, len(self._open_parts().built.runner.bound.layers))
         items, single = split_prompts(prompts)
         requests = hidden.hidden_requests(items, wanted, self.checkpoint, self.max_context, self.cache_tokens)
         self._run(requests, None)
@@ -418,26 +349,7 @@ class Engine:
         return self._stream(self.make_requests(items, sampling, fields, refused), refused or {})
 
     def _stream(self, requests: list[Request], refused: dict[int, Completion]) -> Iterator[TokenEvent]:
-        loop = self.open_loop()
-        for index, completion in refused.items():
-            yield TokenEvent(token_id=None, text="", index=index, completion=completion)
-        try:
-            loop.submit(requests, keep_events=True)
-            active = list(requests)
-            while active:
-                for request in list(active):
-                    events = request.output.events
-                    while events:
-                        event = events.popleft()
-                        if event.completion is not None:
-                            active.remove(request)
-                        yield event
-                # Other calls step the loop too, so that events may be there already.
-                if active and not any(request.output.events for request in active):
-                    loop.step()
-            self._end_call()
-        finally:
-            loop.cancel(requests)
+        yield from stream_requests(self.open_loop(), requests, refused, self._end_call)
 
     def make_requests(
         self, items: list[Any], sampling: Any, fields: dict[str, Any], refused: dict[int, Completion] | None = None
@@ -453,34 +365,7 @@ class Engine:
 
     def _run(self, requests: list[Request], streamer: Any) -> None:
         """Run requests to their end."""
-        loop = self.open_loop()
-        bar = tqdm(total=len(requests), desc="generate", unit="request", delay=1, disable=self._no_bar)
-        try:
-            with bar:
-                loop.submit(requests)
-                if streamer is not None:
-                    _attach_streamer(requests[0], streamer)
-                active = list(requests)
-                while active:
-                    if not bar.disable:
-                        bar.update(_complete(requests) - bar.n)
-                    loop.step()
-                    while active and active[-1].completion is not None:
-                        active.pop()
-                bar.update(len(requests) - bar.n)
-            self._end_call()
-        except KeyboardInterrupt:
-            done = _complete(requests)
-            loop.cancel(requests)
-            raise Interrupted(
-                f"interrupted with {done} of {len(requests)} requests finished; they are in .completions",
-                collect(request for request in requests if request.completion is not None),
-            ) from None
-        except EngineError:
-            if _complete(requests) < len(requests):
-                raise  # else every request has ended, and its completion has the error
-        finally:
-            loop.cancel(requests)
+        run_requests(self.open_loop(), requests, streamer, self._end_call, self._no_bar)
 
     def weights_changed(self) -> None:
         """Say that the model's weights have other values now: cached prefixes are forgotten, casts and repacked copies
@@ -495,7 +380,8 @@ class Engine:
     @property
     def adapter(self) -> str | None:
         """The path or id of the adapter that is merged into the weights; None: none is."""
-        return None if self._adapters is None else self._adapters.current
+        adapters = None if self._parts is None else self._parts.adapters
+        return None if adapters is None else adapters.current
 
     def set_adapter(self, adapter: str | os.PathLike[str] | None) -> None:
         """Merge another PEFT adapter into the weights in place of the present one; None takes it out, exactly.
@@ -509,24 +395,7 @@ class Engine:
             UnsupportedModelError: it works outside of the weights, or changes a weight that is tied to another.
             EngineError: the engine is closed, or requests wait or run.
         """
-        loop, runner, adapters = self.open_loop(), self._runner, self._adapters
-        if self.config.tensor_parallel > 1:
-            raise ConfigError("adapters are not merged into parts of weights yet; leave tensor_parallel out")
-        if adapters is None or runner is None:
-            raise ConfigError("the engine's model is a live module; merge the adapter there, or give the PEFT model")
-        if runner.following.released:
-            raise EngineError("the KV cache is released; call resume() first")
-        name = None if adapter is None else check_adapter(adapter)
-        if name is None and adapters.current is None:
-            return
-
-        def work() -> None:
-            try:
-                use_adapter(runner, adapters, name)
-            finally:
-                loop.weights_changed()
-
-        loop.pause(work, None)
+        upkeep.set_adapter(self._open_parts(), adapter)
 
     def release_cache(self) -> None:
         """Give the KV cache's memory back to torch's allocator, for others in this process. Calls are refused until
@@ -536,18 +405,7 @@ class Engine:
             EngineError: the engine is closed, or requests wait or run.
             ConfigError: it has `tensor_parallel`.
         """
-        loop = self.open_loop()
-        if self.config.tensor_parallel > 1:
-            raise ConfigError("the cache of other processes is not released yet; close() the engine, or leave it")
-        if self._runner is None or self._runner.following.released:
-            return
-
-        def work() -> None:
-            if self._runner is not None:
-                loop.scheduler.pages.clear()
-                release_cache(self._runner)
-
-        loop.pause(work, EngineError("the KV cache is released; call resume() first"))
+        upkeep.release(self._open_parts())
 
     def resume(self) -> None:
         """Take the KV cache's memory again, after `release_cache()`. Where it lies elsewhere than before, recordings
@@ -557,9 +415,7 @@ class Engine:
             EngineError: the engine is closed.
             OutOfMemoryError: there is too little memory now; free some and call it again.
         """
-        loop, runner = self.open_loop(), self._runner
-        if runner is not None and runner.following.released:
-            loop.pause(lambda: resume_cache(runner), None)
+        upkeep.resume(self._open_parts())
 
     def fall_back(self, reason: str) -> None:
         """Count something that ran another way than asked for; warned of once. For those who call in its place."""
@@ -589,76 +445,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine has done and holds; `print()` shows it as a table."""
-        loop = self.open_loop()
-        compiled = self._runner.compiled if self._runner is not None else None
-        pages = loop.scheduler.pages
-        return EngineStats(
-            model=self.checkpoint.name,
-            mode=str(self.mode),
-            device=str(self.checkpoint.device),
-            dtype=str(self.checkpoint.dtype).removeprefix("torch."),
-            startup=self._startup.seconds(self._counters.first_token),
-            artifacts=self._starter.stats(self._runner),
-            requests=dict(self._counters.requests),
-            tokens=dict(self._counters.tokens),
-            steps=dict(self._counters.steps),
-            fallbacks=self._fallbacks(),
-            compiled=compiled.compiles if compiled else 0,
-            late_compiles=compiled.late_compiles if compiled else 0,
-            graphs=self._runner.graphs.stats() if self._runner is not None else GraphStats(),
-            decode=self._meter.stats(),
-            fused=self._starter.fused,
-            running=len(loop.scheduler.running),
-            waiting=len(loop.scheduler.waiting),
-            pages=pages.capacity,
-            free_pages=pages.free,
-            page_size=self.config.page_size,
-            cache_bytes=self._cache_bytes,
-            kv_dtype=self._kv_dtype(),
-            weights=self._formats,
-            prefix=PrefixStats(
-                state=self._prefix_state,
-                pages=pages.kept,
-                prompt_tokens=pages.asked,
-                cached_tokens=pages.found,
-                evicted=pages.evicted,
-            ),
-            speculation=self._speculation(),
-        )
-
-    def _kv_dtype(self) -> str:
-        """The dtype of cached keys and values, and what their scales are."""
-        own = str(self.checkpoint.dtype).removeprefix("torch.")
-        if self.config.kv_dtype is None:
-            return own
-        scaled = len(self._kv_scales)
-        return f"fp8, {f'scales of {scaled} layers from the checkpoint' if scaled else 'scales of 1'}"
-
-    def _speculation(self) -> SpeculationStats:
-        drafting = None if self._runner is None else self._runner.drafting
-        if drafting is None:
-            return SpeculationStats()
-        counted = self._counters.drafts
-        return SpeculationStats(
-            drafter=drafting.name if drafting.failure is None else f"off: {drafting.failure}",
-            steps=counted["rows"],
-            tokens=counted["tokens"],
-            drafted=counted["checked"],
-            accepted=counted["accepted"],
-            weight_bytes=0 if self._drafter is None else self._drafter.weight_bytes,
-            cache_bytes=total_bytes(drafting.states, self._num_pages, self._slots + 1),
-        )
+        return engine_stats(self._open_parts())
 
     @property
     def traffic(self) -> Traffic:
         """What a decode step reads, and how fast the device can."""
         return self._meter.traffic
-
-    def _fallbacks(self) -> dict[str, int]:
-        counted = self._counters.fallbacks.copy()
-        if metadata.fallbacks():
-            counted["copy_metadata: Triton failed, torch copied (in this process)"] = metadata.fallbacks()
-        return dict(counted)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.mode} on {self.checkpoint.device}"
@@ -682,11 +474,11 @@ class Engine:
         loop, self._loop = self._loop, None
         if loop is not None:
             try:
-                if self._runner is not None and not loop.ended:
-                    self._starter.keep_plan(self._runner)
+                if self._parts is not None and not loop.ended:
+                    self._parts.keep_plan()
             finally:
                 loop.close()
-        self._runner = self._adapters = self._drafter = None  # all hold models
+        self._runner = self._parts = None  # both hold models
         self._undo()
         if self.checkpoint.device.type == "cuda":
             del loop
@@ -709,23 +501,20 @@ class Engine:
         """
         loop = self._loop  # another thread may close the engine
         if loop is None:
-            raise EngineError("this engine is closed; load a new one with Engine.load()")
+            raise EngineError(CLOSED)
         loop.check()
         return loop
+
+    def _open_parts(self) -> Parts:
+        self.open_loop()
+        parts = self._parts  # another thread may close the engine
+        if parts is None:
+            raise EngineError(CLOSED)
+        return parts
 
 
 def _keep_plan(reference: weakref.ref[Engine]) -> None:
     """At the end of the process, for an engine that nobody closed: note for the next process what was recorded."""
     engine = reference()
-    if engine is not None and engine._runner is not None and not engine.closed:
-        engine._starter.keep_plan(engine._runner)
-
-
-def _complete(requests: list[Request]) -> int:
-    return sum(request.completion is not None for request in requests)
-
-
-def _attach_streamer(request: Request, streamer: Any) -> None:
-    """Feed a Hugging Face streamer: the prompt's ids [1, P] first, then each token's id [1], on the CPU."""
-    streamer.put(torch.tensor([request.prompt_ids], device="cpu"))
-    request.output.listen(lambda token: streamer.put(torch.tensor([token], device="cpu")))
+    if engine is not None and engine._parts is not None and not engine.closed:
+        engine._parts.keep_plan()

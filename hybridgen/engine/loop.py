@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import repeat
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from torch import Tensor
-
-from hybridgen.core import FinishReason, TokenLogprob
+from hybridgen.core import FinishReason
 from hybridgen.device.failures import LostRanks, is_fatal
 from hybridgen.engine.handoff import TurnLock, interrupts_deferred
 from hybridgen.engine.output import RequestOutput, StepKind
+from hybridgen.engine.reading import InFlight, Reader
 from hybridgen.engine.requests import Request, RequestState
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
 from hybridgen.execution import LaunchedStep, ModelRunner
-from hybridgen.execution.fused_executors import inspect_fused
-from hybridgen.execution.plan import Admission, DraftCounts, PrefillChunk
-from hybridgen.speculation.pace import RowPace, choose
+from hybridgen.execution.plan import Admission, PrefillChunk
+from hybridgen.speculation.pace import choose
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
 
 logger = logging.getLogger(__name__)
-
-
-class InFlight(NamedTuple):
-    """A launched step, and the requests whose tokens it brings, by row."""
-
-    step: LaunchedStep
-    requests: Sequence[Request]
-    decoded_by: StepKind | None
-    """How a decode step runs; None for a prefill."""
-    positions: int = 0
-    """Cached positions of a decode step's rows together."""
-    parts: Sequence[tuple[Request, PrefillChunk]] = ()
-    """What a prefill fed."""
 
 
 class StepLoop:
@@ -59,6 +42,7 @@ class StepLoop:
         meter: DecodeMeter | None = None,
         before_call: Callable[[], object] = lambda: None,
         drafter: str | None = None,
+        most_checked: int | None = None,
     ) -> None:
         """
         Args:
@@ -68,6 +52,7 @@ class StepLoop:
             meter: told of every decode step that was read.
             before_call: called before requests are queued, while no step runs.
             drafter: who drafts in the runner's steps; None: nobody.
+            most_checked: tokens of a step that checks drafts at most; None: any number.
         """
         self.scheduler = scheduler
         self._runner = runner
@@ -76,8 +61,10 @@ class StepLoop:
         self._run_ahead = run_ahead
         self._reads_first_tokens_first = reads_first_tokens_first
         self._meter = meter
+        self._reader = Reader(runner, scheduler, counters, meter)
         self._before_call = before_call
         self._drafter = drafter
+        self._most_checked = most_checked
         self._decoded_by: StepKind = ("decode", "", "")
         """How the last decode step ran. One object while that does not change, so that nobody compares strings."""
         self._in_flight: list[InFlight] = []
@@ -339,7 +326,7 @@ class StepLoop:
         if self._drafter is None:
             return self._runner.decode(slots)
         rows = [request.pace for request in requests if request.pace is not None]
-        return self._runner.decode(slots, choose(rows, partial(self._runner.decode_seconds, slots)))
+        return self._runner.decode(slots, choose(rows, partial(self._runner.decode_seconds, slots), self._most_checked))
 
     def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
         """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""
@@ -353,100 +340,12 @@ class StepLoop:
         self._finish(request, FinishReason.ERROR, RequestError(f"a step failed: {described(error)}"))
 
     def _read(self, flight: InFlight) -> None:
-        """Wait for a step and hand its tokens to their requests."""
+        """Wait for a step and hand what it brings to its requests."""
         try:
-            if flight.step.scores is not None:
-                scored = [request for request, chunk in flight.parts if chunk.targets]
-                self._take_scores(scored, flight.step.scores.read())
-            if flight.step.hidden is not None:
-                asked = [(request, chunk) for request, chunk in flight.parts if chunk.hidden]
-                self._take_hidden(asked, flight.step.hidden.read())
-            tokens, logprobs, drafts = flight.step.read()
+            brought = self._reader.fetch(flight)
         except Exception as error:
             self._break(error)
-        now = time.perf_counter()
-        if self._meter is not None:
-            if flight.decoded_by is None:
-                self._meter.pause()
-            else:
-                self._meter.step(len(tokens), flight.positions, now)
-        generated = 0
-        unchosen: list[Request] = []
-        rows = zip(
-            flight.requests,
-            tokens,
-            logprobs or repeat(None, len(tokens)),
-            drafts or repeat(None, len(tokens)),
-            strict=True,
-        )
-        for request, accepted, its_logprobs, its_drafts in rows:
-            output = request.output
-            if output.completion is not None:  # it ended while this step was in flight
-                continue
-            if its_drafts is not None:
-                output.drafted_tokens += its_drafts.checked
-            taken = output.take(accepted, its_logprobs, now, flight.decoded_by)
-            generated += taken
-            if its_drafts is not None:
-                self._count_drafts(request, its_drafts, taken, flight.decoded_by)
-            if output.completion is not None:
-                self._release(request)
-            elif taken != len(accepted):
-                unchosen.append(request)
-            elif taken != 1:
-                self.scheduler.accept(request, taken)
-        if unchosen:
-            self._end_unchosen(unchosen)
-        self._counters.tokens["generated"] += generated
-        if generated and self._counters.first_token is None:
-            self._counters.first_token = now - flight.requests[0].output.submitted
-
-    def _count_drafts(self, request: Request, drafts: DraftCounts, taken: int, decoded_by: StepKind | None) -> None:
-        """Note what became of a row's drafts in a step that brought it `taken` tokens."""
-        if request.pace is None:
-            request.pace = RowPace()
-        request.pace.read(drafts.checked, max(taken - 1, 0), drafts.made)
-        if decoded_by is not None:
-            counted = self._counters.drafts
-            counted["rows"] += 1
-            counted["tokens"] += taken
-            counted["checked"] += drafts.checked
-            counted["accepted"] += max(taken - 1, 0)
-        drafting = self._runner.drafting
-        if drafts.dropped and drafting is not None:
-            self._counters.fall_back(f"the drafter {drafting.name} gave {drafting.wrong}; they are dropped")
-
-    def _take_scores(self, requests: Sequence[Request], scores: Sequence[Sequence[TokenLogprob]]) -> None:
-        """Hand the log-probabilities of prompts to their requests."""
-        for request, found in zip(requests, scores, strict=True):
-            if request.output.completion is not None:
-                continue
-            self._counters.tokens["scored"] += len(found)
-            request.output.take_scores(found)
-            if request.output.completion is not None:
-                self._release(request)
-
-    def _take_hidden(self, parts: Sequence[tuple[Request, PrefillChunk]], states: Sequence[Tensor]) -> None:
-        """Hand hidden states to the requests that asked for them."""
-        for (request, chunk), found in zip(parts, states, strict=True):
-            if request.output.completion is None:
-                request.output.states.append(found)
-                if chunk.start + len(chunk.tokens) == len(request.prefill_ids):
-                    request.output.end(FinishReason.LENGTH)
-                    self._release(request)
-
-    def _end_unchosen(self, requests: list[Request]) -> None:
-        """Fail the requests for which a step had nothing to choose. A fused step that was given up can be the cause."""
-        why = inspect_fused(self._runner)
-        if why is not None:
-            self._counters.fall_back(why)
-        for request in requests:
-            failure = request.sampling.logits_processors and self._runner.sampler.failure(request.slot)
-            if failure:
-                request.output.end(FinishReason.ERROR, RequestError(failure))
-            else:
-                request.output.end_unchosen(why)
-            self._release(request)
+        self._reader.hand_out(flight, brought)
 
     def _output(self, request: Request, keep_events: bool) -> RequestOutput:
         try:
@@ -474,16 +373,7 @@ class StepLoop:
             return
         if request.output.completion is None:
             request.output.end(reason, error)
-        self._release(request)
-
-    def _release(self, request: Request) -> None:
-        """Free what a completed request held, and count how it ended; once."""
-        completion = request.output.completion
-        # The last token was chosen and not fed.
-        normal = completion is not None and completion.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        fed = request.output.token_ids[:-1] if normal else ()
-        if self.scheduler.finish(request, fed) and completion is not None:
-            self._counters.requests[str(completion.finish_reason)] += 1
+        self._reader.release(request)
 
     def _recover(self, why: str) -> None:
         """After a step that ended in the middle: make device and host agree, and fail the requests that may have lost

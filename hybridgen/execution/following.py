@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -17,12 +18,20 @@ from hybridgen.models.twin import Changes, has_global_hooks
 logger = logging.getLogger(__name__)
 
 
-def begin_call(runner: ModelRunner) -> None:
+def begin_call(
+    runner: ModelRunner, check: Callable[[], object] | None = None, forget: Callable[[], object] | None = None
+) -> None:
     """What comes before a call's requests: its steps run with the model as its owner has left it.
+
+    Args:
+        check: raises where other processes that the steps need are gone.
+        forget: called where the weights may have other values now, which cannot be seen.
 
     Raises:
         EngineError: that cannot be, see `Twin.follow`.
     """
+    if check is not None:
+        check()
     following = runner.following
     changes = following.own_hooks if following.twin is None else following.twin.follow()
     if following.drafters_twin is not None:
@@ -35,6 +44,8 @@ def begin_call(runner: ModelRunner) -> None:
             # What the caller's stream still writes into the weights comes first.
             runner.stream.wait_stream(torch.cuda.current_stream(runner.device))
         _refresh(runner)
+    if forget is not None:
+        forget()
 
 
 @on_its_stream

@@ -26,7 +26,7 @@ from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.scoring import ScoredTokens, score_budget
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.step import ModelSteps
-from hybridgen.execution.validation import compare_first_replay, tolerance_of
+from hybridgen.execution.validation import distrust
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import Executor, GraphKey, GraphSettings, GraphStore, Recorder, Recording, Route, Router
 from hybridgen.graphs.recorder import this_thread
@@ -37,9 +37,6 @@ from hybridgen.sampling.own import OwnRows
 from hybridgen.telemetry.statistics import Counters
 
 logger = logging.getLogger(__name__)
-
-_ALLOWED_TO_DIFFER = 1
-"""First replays with another token than the step, where other code rounds elsewhere."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -224,7 +221,8 @@ class ModelRunner:
     def _route_anew(self) -> None:
         why_plain, note = self._why
         executors = tuple(self.executors.values())
-        self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note)
+        keeps = self.fused is not None and self.fused.equal_bits
+        self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note, keeps_executor=keeps)
         """Decides how each step runs."""
         self._steady = {}
 
@@ -400,26 +398,12 @@ class ModelRunner:
         return [name for name, address in addresses.items() if now.get(name) != address]
 
     def _validated(self, route: Route, recording: Recording) -> Route:
-        """Run a step whose recording was never replayed for anybody, and compare.
-
-        Where other code rounds elsewhere, another token can come out without a fault, if two are that close: one such
-        step says nothing, and the next is compared again.
-        """
-        mutable = [self.state.table, self.state.drafts, *self.ring.tensors().values()]
-        history = self.sampler.history
-        optional = self.steps.logits, self.sampler.output_counts, None if history is None else history.text
-        mutable += [tensor for tensor in optional if tensor is not None]
-        mutable += self.steps.marks()
+        """Run a step whose recording was never replayed for anybody, and compare."""
         run = functools.partial(self.steps.run, recording.key)
-        exact = recording.recorded.exact
-        tolerance = 0.0 if exact else tolerance_of(self.bound.model.dtype)
-        # Runs the step, whatever comes out.
-        wrong = compare_first_replay(recording.recorded.replay, run, mutable, tolerance=tolerance)
-        recording.differed += wrong is not None
-        recording.checked = wrong is None or exact
+        wrong = distrust(recording, run, self.steps.mutable(), self.bound.model.dtype)
         if route.finish is not None:
             route.finish()
-        if wrong is None or not (exact or recording.differed > _ALLOWED_TO_DIFFER):
+        if wrong is None:
             return route
         self.graphs.drop(recording, wrong)
         return self.router.without_recording(route, "its graph was found wrong")

@@ -142,9 +142,17 @@ class ModelSteps:
         self._states = tuple(states)
         self._to_commit = tuple(state for state in states if not state.rerunnable)
 
-    def marks(self) -> list[Tensor]:
-        """What a step changes of the layers' states so that it cannot run again."""
-        return [tensor for state in self._to_commit for tensor in state.marks()]
+    def mutable(self) -> list[Tensor]:
+        """What a step changes, but pages of the cache: with these put back, it can run again."""
+        history = self._sampler.history
+        optional = self.logits, self._sampler.output_counts, None if history is None else history.text
+        return [
+            self._state.table,
+            self._state.drafts,
+            *self._ring.tensors().values(),
+            *(tensor for tensor in optional if tensor is not None),
+            *(tensor for state in self._to_commit for tensor in state.marks()),
+        ]
 
     def _commit(self, slots: Tensor) -> None:
         """Keep what the step wrote for these slots, int64; the last that a step does."""

@@ -21,7 +21,6 @@ from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExe
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.fused.persistent.shape import Tuning
 from hybridgen.fused.persistent.step import PersistentStep
-from hybridgen.fused.rows.formats import stored
 from hybridgen.fused.rows.shape import COLUMNS
 from hybridgen.fused.rows.step import RowsStep
 from hybridgen.models import BoundModel
@@ -37,6 +36,8 @@ def build_fused(
     *,
     max_context: int,
     max_rows: int,
+    query_len: int = 1,
+    equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
@@ -46,10 +47,12 @@ def build_fused(
 
     Args:
         max_rows: rows of a step at most.
+        query_len: tokens of a row in a step at most.
+        equal_bits: build the kernel for several columns alone, and use it for a single row, too.
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
-    fused = FusedDecode(inputs, pages=pages)
+    fused = FusedDecode(inputs, pages=pages, equal_bits=equal_bits)
     tuning, tiles = tuned_parts(tuned)
     try:
         if bound.mixers:
@@ -71,15 +74,22 @@ def build_fused(
         # The kernels for several rows are compiled while the one for one row is.
         making = pool.submit(_rows_step, fused, model, kept)
         compiling: list[Future[object]] | Exception = []
+        if equal_bits:
+            _make_rows(fused, making, max_rows * query_len)
+            return _logged(fused)
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
         _make_persistent(fused, model, kept, tuning)
-        _make_rows(fused, making, max_rows)
+        _make_rows(fused, making, max_rows * query_len)
         nobody = fused.persistent is None and fused.rows is None
         if few == 1 and nobody:
             compiling = _begin_chain(fused, few, tiles, pool)
     if few > 1 or nobody:
         _finish_chain(fused, few, compiling)
+    return _logged(fused)
+
+
+def _logged(fused: FusedDecode) -> FusedDecode:
     for size, how in fused.notes.items():
         logger.info("%s: %s", size, how)
     return fused
@@ -91,27 +101,24 @@ def _rows_step(
     """The step for several rows; called on a thread of its own, which has a stream of its own.
 
     Raises:
-        Unfit: it does not serve the model, or its weights are in a format whose bits were not the same each time.
+        Unfit: it does not serve the model.
     """
-    if any(stored(linear).format.bits == 4 for linear in model.linears):
-        raise Unfit("int4: a fixed step that was repeated 3,000 times on an H200 gave other bits twice")
     with torch.inference_mode():
         step = RowsStep(model, fused.pages, block_table=fused.inputs.block_table, kept=kept)
     torch.cuda.synchronize(model.device)
     return step
 
 
-def _make_rows(fused: FusedDecode, making: Future[RowsStep], rows_at_most: int) -> None:
-    """Try the step for several rows, and say in the notes whether it serves."""
-    most = min(COLUMNS, rows_at_most)
+def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> None:
+    """Try the step for several columns, and say in the notes whether it serves."""
+    columns = min(COLUMNS, tokens)
     try:
-        rows = fused.rows = RowsExecutor(making.result(), most)
-        rows.least = fused.first_of_several
-        if rows.least > most:
+        rows = fused.rows = RowsExecutor(making.result(), columns, fused.first_of_several)
+        if rows.least > columns:
             rows.close()
             fused.rows = None
             return
-        fused.try_step(rows, most)
+        fused.try_step(rows, columns)
         fused.note_rows(rows, "")
     except Exception as error:
         reason = fused.reason_of(error)

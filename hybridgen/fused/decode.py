@@ -35,7 +35,7 @@ class FusedDecode:
     persistent: PersistentExecutor | None = None
     """For one row."""
     rows: RowsExecutor | None = None
-    """For a few rows."""
+    """For a few tokens."""
     chain: ChainExecutor | None = None
     """For a few rows."""
     build: Callable[..., PersistentExecutor] | None = None
@@ -43,6 +43,8 @@ class FusedDecode:
     pages: tuple[LayerPages, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     """What serves which sizes, or why nothing does."""
+    equal_bits: bool = False
+    """Whether one kernel serves all decode steps, so that their bits are equal."""
     failures: list[str] = field(default_factory=list)
     """What went wrong that should not have."""
 
@@ -52,7 +54,7 @@ class FusedDecode:
         return tuple(executor for executor in (self.persistent, self.rows, self.chain) if executor is not None)
 
     def use_rows(self, least: int, most: int, why: str) -> None:
-        """Use the kernel for several rows for steps of so many rows, and leave others to what comes after it."""
+        """Use the kernel for several rows for steps of so many tokens, and leave others to what comes after it."""
         if self.rows is not None:
             self.rows.least, self.rows.most = least, most
             self.note_rows(self.rows, why)
@@ -65,8 +67,10 @@ class FusedDecode:
     def note_rows(self, rows: RowsExecutor, why: str) -> None:
         """Say in `notes` what the kernel for several rows serves, and why nothing beyond that."""
         self.notes = {size: how for size, how in self.notes.items() if "several rows" not in how}
-        size = f"decode of {rows.least} to {rows.most} rows" if rows.most >= rows.least else "decode of a few rows"
-        how = "one persistent kernel for several rows" if rows.most >= rows.least else "not the kernel for several rows"
+        least, most = rows.least, rows.most
+        serves = f"{least} row{'s' * (least != 1)}" if least == most else f"{least} to {most} rows"
+        size = f"decode of {serves}" if most >= least else "decode of a few rows"
+        how = "one persistent kernel for several rows" if most >= least else "not the kernel for several rows"
         self.notes[size] = f"{how}{f'; {why}' if why else ''}"
 
     def use_chain_up_to(self, rows: int, why: str) -> None:

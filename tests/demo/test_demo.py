@@ -15,6 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hybridgen.demo
 from hybridgen.demo import model_path, train
+from hybridgen.demo.corpus import (
+    END,
+    Document,
+    batches,
+    encode,
+    line_starts,
+    read_corpus,
+    split_spaces,
+    train_tokenizer,
+)
+from hybridgen.demo.recipe import SMALL, Recipe
 from hybridgen.errors import ConfigError, LoadError, ModelNotFoundError
 
 SNIPPET = '''\
@@ -123,7 +134,7 @@ def test_shipped_checkpoint_loads(model, tokenizer):
     assert config.max_position_embeddings == tokenizer.model_max_length == 1024
     assert str(config.dtype) in ("torch.bfloat16", "torch.float32")
     assert json.loads((model_path() / "config.json").read_text())["dtype"] == "bfloat16"
-    assert tokenizer.eos_token == tokenizer.bos_token == train.END
+    assert tokenizer.eos_token == tokenizer.bos_token == END
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     assert not model.generation_config.do_sample
@@ -224,13 +235,13 @@ def corpus(tmp_path) -> Path:
     return root
 
 
-def small(**changes) -> train.Recipe:
-    return train.Recipe(**{**train.SMALL, **changes})
+def small(**changes) -> Recipe:
+    return Recipe(**{**SMALL, **changes})
 
 
 def test_corpus_skips_and_splits(corpus):
-    with_tests = train.read_corpus(corpus, small(tests=True, held_out_share=0.25))
-    library = train.read_corpus(corpus, small(tests=False, held_out_share=0.25))
+    with_tests = read_corpus(corpus, small(tests=True, held_out_share=0.25))
+    library = read_corpus(corpus, small(tests=False, held_out_share=0.25))
     modules = {f"module_{n}.py" for n in range(8)}
     assert with_tests.held_out == library.held_out
     assert len(library.held_out) == 2
@@ -243,18 +254,18 @@ def test_corpus_skips_and_splits(corpus):
 
 def test_held_out_files_do_not_depend_on_where_the_corpus_lies(corpus, tmp_path):
     moved = tmp_path / "elsewhere"
-    before = train.read_corpus(corpus, small())
+    before = read_corpus(corpus, small())
     corpus.rename(moved)
-    assert train.read_corpus(moved, small()) == before
+    assert read_corpus(moved, small()) == before
 
 
 def test_too_small_a_corpus_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="0 usable"):
-        train.read_corpus(tmp_path, small())
+        read_corpus(tmp_path, small())
     (tmp_path / "a.py").write_text("a = 1\n")
     (tmp_path / "b.py").write_text("b = 1\n")
     with pytest.raises(ConfigError, match="no file to train on"):
-        train.read_corpus(tmp_path, small(held_out_share=0.9))
+        read_corpus(tmp_path, small(held_out_share=0.9))
     with pytest.raises(ConfigError, match="lower seq_len"):
         train.run(small(), tmp_path / "out", corpus=tmp_path)
 
@@ -265,7 +276,7 @@ def test_recipe_runs_and_learns(corpus, tmp_path):
     train.main([*where, "--small", "--steps", "45"])
     record = json.loads((output / "training.json").read_text(encoding="utf-8"))
     assert record["recipe"]["steps"] == record["training"]["steps"] == 45
-    assert record["recipe"]["hidden_size"] == train.SMALL["hidden_size"]
+    assert record["recipe"]["hidden_size"] == SMALL["hidden_size"]
     assert record["training"]["first_loss"] > 5  # near the uniform log(384) = 5.95
     assert record["training"]["last_loss"] < record["training"]["first_loss"] - 1.5
     assert record["held_out"]["nats_per_token"] < record["training"]["first_loss"] - 1.5
@@ -274,7 +285,7 @@ def test_recipe_runs_and_learns(corpus, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     assert model.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(output)
-    held_out = "".join(d.text for d in train.read_corpus(corpus, small()).held_out)
+    held_out = "".join(d.text for d in read_corpus(corpus, small()).held_out)
     assert nats_per_token(model.float(), tokenizer, held_out[:300]) < 4
 
 
@@ -286,9 +297,9 @@ def test_checkpoint_over_the_limit_is_refused(corpus, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny():
-    documents = [train.Document(f"{n}.py", source(n)) for n in range(3)]
-    tokenizer = train.train_tokenizer(documents, 320, 128)
-    return tokenizer, train.encode(tokenizer, documents)
+    documents = [Document(f"{n}.py", source(n)) for n in range(3)]
+    tokenizer = train_tokenizer(documents, 320, 128)
+    return tokenizer, encode(tokenizer, documents)
 
 
 def test_training_keeps_the_best_weights_and_stops(tiny):
@@ -301,7 +312,7 @@ def test_training_keeps_the_best_weights_and_stops(tiny):
         seen.append(model.lm_head.weight.detach().clone())
         return float(len(seen))
 
-    data = train.batches(ids, train.line_starts(tokenizer, ids), recipe)
+    data = batches(ids, line_starts(tokenizer, ids), recipe)
     trained = train.train(model, data, recipe, evaluate)
     assert (trained.steps, trained.best_step) == (6, 2)
     assert trained.tokens == 6 * 2 * recipe.seq_len
@@ -312,7 +323,7 @@ def test_training_keeps_the_best_weights_and_stops(tiny):
 def test_time_limit_ends_training(tiny):
     tokenizer, ids = tiny
     recipe = small(minutes=1e-9, batch_size=2)
-    data = train.batches(ids, train.line_starts(tokenizer, ids), recipe)
+    data = batches(ids, line_starts(tokenizer, ids), recipe)
     trained = train.train(train.build_model(recipe, tokenizer), data, recipe, lambda: 1.0)
     assert trained.steps == trained.best_step == 1
 
@@ -338,24 +349,24 @@ def test_held_out_loss_counts_every_token_once(tiny):
 
 def test_split_spaces_keeps_the_text(tiny):
     tokenizer, ids = tiny
-    split = train.split_spaces(tokenizer, ids, 0.5, 0)
+    split = split_spaces(tokenizer, ids, 0.5, 0)
     assert len(split) > len(ids)
     assert tokenizer.decode(split) == tokenizer.decode(ids)
-    assert torch.equal(train.split_spaces(tokenizer, ids, 0.0, 0), ids)
+    assert torch.equal(split_spaces(tokenizer, ids, 0.0, 0), ids)
 
 
 def test_sequences_begin_at_unindented_lines(tiny):
     tokenizer, ids = tiny
-    starts = train.line_starts(tokenizer, ids)
+    starts = line_starts(tokenizer, ids)
     text = "".join(source(n) for n in range(3))
     lines = [line for line in text.split("\n") if line and not line.startswith(" ")]
     assert len(starts) == len(lines)
     recipe = small(aligned_share=1.0, batch_size=4)
-    data = train.batches(ids, starts, recipe)
+    data = batches(ids, starts, recipe)
     for _ in range(20):
         for row in next(data):
             assert row.shape == (recipe.seq_len + 1,)
-            assert tokenizer.decode(row).removeprefix(train.END).startswith(("def", "import"))
+            assert tokenizer.decode(row).removeprefix(END).startswith(("def", "import"))
 
 
 def test_learning_rate_rises_then_falls():
@@ -379,4 +390,4 @@ def test_learning_rate_rises_then_falls():
 )
 def test_recipe_refuses(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
-        train.Recipe(**changes)
+        Recipe(**changes)

@@ -17,7 +17,6 @@ from hybridgen.execution.following import begin_call
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.warm_up import check_numerics, compile_layers
 from hybridgen.fused import build, tuning
-from hybridgen.fused.executors import RowsExecutor
 from hybridgen.graphs import GraphKey, Recorded, cuda
 from hybridgen.models.attention import Phase
 from hybridgen.params import SamplingParams
@@ -49,17 +48,20 @@ class Chain:
 
 
 class Rows(Chain):
-    """Serves 1 to 8 rows as the persistent kernel for several rows would."""
+    """Serves 1 to 8 tokens as the persistent kernel for several rows would."""
 
     name = "rows"
 
     def refuses(self, key: GraphKey) -> str | None:
-        decodes = key.phase is Phase.DECODE and key.query_len == 1 and self.least <= key.rows <= self.most
-        return None if decodes else "not these"
+        several = key.query_len > 1 and key.rows * key.query_len <= 8
+        one = key.query_len == 1 and self.least <= key.rows <= self.most
+        return None if key.phase is Phase.DECODE and (several or one) else "not these"
 
 
 class Fused:
     """What a runner asks of fused decode."""
+
+    equal_bits = False
 
     def __init__(self, runner: ModelRunner) -> None:
         self.chain: Chain | None = Chain(runner)
@@ -256,12 +258,35 @@ def test_the_kernel_for_several_rows_is_used_where_it_is_faster(
     assert all(by == "rows" if least <= size <= most else by in (after, "layers") for size, by in served.items())
 
 
-def test_several_tokens_of_a_row_are_refused() -> None:
-    """No step of that kind has been repeated on a GPU yet."""
-    rows = RowsExecutor(None, 8)  # type: ignore[arg-type]
-    assert rows.refuses(GraphKey.decode(8, None)) is None
-    assert "2 to 8 rows of one token" in str(rows.refuses(GraphKey.decode(1, None, query_len=4)))
-    assert rows.refuses(GraphKey.decode(2, None, query_len=4)) is not None
+def test_tokens_of_one_row_run_in_the_kernel_for_several(runner: ModelRunner, fused: Fused) -> None:
+    fused.rows = Rows(runner)
+    runner.use_fused(fused)
+    assert runner.router.served(GraphKey.decode(1, None, query_len=4)).executor == "rows"
+    assert runner.router.served(GraphKey.decode(2, None, query_len=4)).executor == "rows"
+    assert runner.router.served(GraphKey.decode(3, None, query_len=4)).executor == "layers"
+
+
+def test_a_step_is_not_padded_to_what_another_kernel_serves_where_bits_are_equal(
+    runner: ModelRunner, fused: Fused
+) -> None:
+    from hybridgen.graphs import GraphSettings, StandInRecorder
+    from hybridgen.telemetry.statistics import Counters
+
+    stand_in = StandInRecorder()
+    fused.rows, fused.chain = Rows(runner), None
+    fused.rows.least, fused.rows.most = 1, 2
+    for equal, kind in ((False, "layers, stand-in"), (True, "rows, direct")):
+        fused.equal_bits = equal
+        runner.use_fused(fused)
+        runner.use_graphs(
+            GraphSettings(decode=(8,), max_rows=8, max_padding_ratio=64),
+            recorder=lambda key, lazy: stand_in,
+            why_plain="",
+            counters=Counters(),
+        )
+        runner.capture([GraphKey.decode(8, SamplerPlan())], lambda: None)
+        assert runner.router.route(GraphKey.decode(2, SamplerPlan())).kind == kind
+        assert runner.router.route(GraphKey.decode(3, SamplerPlan())).kind == "layers, stand-in"
 
 
 def test_what_is_tuned(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +318,8 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
     assert given == {
         "max_context": 64,
         "max_rows": 8,
+        "query_len": 1,
+        "equal_bits": False,
         "tuned": {"a": 1},
         "kept": None,
     }

@@ -134,7 +134,7 @@ def test_each_recording_is_compared_once(runner: ModelRunner, monkeypatch: pytes
         compared.append(1)
         return compare(*args, **tolerance)
 
-    monkeypatch.setattr("hybridgen.execution.runner.compare_first_replay", counted)
+    monkeypatch.setattr("hybridgen.execution.validation.compare_first_replay", counted)
     record(runner, lambda runner: None, *keys_for(False))
     run(runner)
     run(runner)

@@ -19,7 +19,8 @@ from typing import Any, cast
 from hybridgen.compilation.store.files import UnusableError, regular_files
 from hybridgen.compilation.store.locks import locked
 from hybridgen.compilation.store.manifest import MANIFEST, READY, Manifest
-from hybridgen.compilation.store.store import DIGEST, Store, size_cap
+from hybridgen.compilation.store.store import Store, size_cap
+from hybridgen.compilation.store.versions import DIGEST
 from hybridgen.errors import CacheError, shown
 
 _HEADER = "hybridgen-cache.json"

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-import re
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridgen.compilation.store.devices import DeviceDocuments
 from hybridgen.compilation.store.entry import (
-    Changes,
     Entry,
     Identity,
     Version,
@@ -26,12 +23,12 @@ from hybridgen.compilation.store.entry import (
     copy_checked,
     sweep,
 )
-from hybridgen.compilation.store.files import UnusableError, read_json, sha256, tree_bytes, write_json
+from hybridgen.compilation.store.files import UnusableError, tree_bytes
 from hybridgen.compilation.store.key import Key, describe
 from hybridgen.compilation.store.location import candidates, make_private
 from hybridgen.compilation.store.locks import FileLock, locked
 from hybridgen.compilation.store.manifest import READY, Manifest
-from hybridgen.compilation.store.relocation import portable
+from hybridgen.compilation.store.versions import DIGEST, Versions, identity, remove
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +38,8 @@ _WAIT_SECONDS = 600.0
 """For another process that compiles the same."""
 _LOCK_SECONDS = 60.0
 """For another process that copies or publishes an entry."""
-_LEFTOVER_SECONDS = 3600.0
 _QUARANTINED = 4
 """Entries that are kept after they were moved aside."""
-_OLD = ".old-"
-"""Before an entry's digest: the version that a new one replaces, as long as both are there."""
-DIGEST = re.compile(r"[0-9a-f]{32}")
-
 Update = Callable[[dict[str, Any] | None], dict[str, Any]]
 """A document, made of what the store has under its name."""
 
@@ -84,7 +76,7 @@ class Store:
     def __init__(self, root: Path, *, device: str = "cpu") -> None:
         """
         Args:
-            device: what documents of `write_device_document` are about: the GPU's name and driver.
+            device: what `documents` are about: the GPU's name and driver.
 
         Raises:
             UnusableError: the directory is not private and cannot be made so.
@@ -92,7 +84,10 @@ class Store:
         make_private(root)
         self.root = root
         self.device = device
+        self.documents = DeviceDocuments(root, device)
+        """What is known about this GPU with this driver."""
         self.entries_directory, self.work, self._locks = (root / name for name in ("entries", "work", "locks"))
+        self._versions = Versions(self.entries_directory)
         self.writable = os.access(root, os.W_OK)
         for directory in (self.entries_directory, self.work, self._locks):
             try:
@@ -169,8 +164,8 @@ class Store:
         directory = self.path_of(key.digest)
         with locked(self.lock_of(key.digest), shared=True, wait_seconds=_LOCK_SECONDS) as held:
             if held:
-                self._put_back(key.digest)
-            seen = _identity(directory)
+                self._versions.put_back(key.digest)
+            seen = identity(directory)
             if seen is None:
                 return self.explain(key).reason
             try:
@@ -189,7 +184,7 @@ class Store:
 
     def path_of(self, digest: str) -> Path:
         """The directory of an entry."""
-        return self.entries_directory / digest
+        return self._versions.path_of(digest)
 
     def lock_of(self, digest: str) -> Path:
         """The lock of an entry: shared to copy it, alone to change it."""
@@ -212,32 +207,17 @@ class Store:
         if not updates and (not entry.changed or not entry.files()):
             return 0
         key, directory = entry.key, self.path_of(entry.key.digest)
-        self._delete_leftovers()
+        self._versions.delete_leftovers()
         with locked(self.lock_of(key.digest), shared=False, wait_seconds=_LOCK_SECONDS) as held:
             if not held:
                 raise OSError(0, "the store is read-only, or another process holds the entry's lock")
-            self._put_back(key.digest)
+            self._versions.put_back(key.digest)
             there = self._version_there(key.digest)
             for name, make in updates.items():
                 entry.write_document(name, make(self._document_of(there, directory, name)))
             changes = entry.changes()
-            stage = self.entries_directory / f".new-{uuid.uuid4().hex[:12]}"
-            stage.mkdir(mode=0o700)
-            try:
-                try:
-                    written, theirs = self._stage(changes, entry, stage, there, directory)
-                except UnusableError as error:
-                    logger.debug("nothing is kept of %s: %s", directory, error)
-                    shutil.rmtree(stage)
-                    stage.mkdir(mode=0o700)
-                    written, theirs = self._stage(changes, entry, stage, None, directory)
-                manifest = Manifest(key, {**written, **theirs})
-                manifest.write(stage)
-                self._swap(stage, directory)
-            except BaseException:
-                shutil.rmtree(stage, ignore_errors=True)
-                raise
-            entry.note_published(changes, written, _identity(directory))
+            manifest, written = self._versions.replace(key, changes, entry.directory, there)
+            entry.note_published(changes, written, identity(directory))
         self.prune(keep=key.digest)
         return manifest.size
 
@@ -260,71 +240,6 @@ class Store:
             return None
         return value if isinstance(value, dict) else None
 
-    @staticmethod
-    def _stage(
-        changes: Changes, entry: Entry, stage: Path, there: Manifest | None, directory: Path
-    ) -> tuple[dict[str, tuple[int, str]], dict[str, tuple[int, str]]]:
-        """Write the files of a new version; returns those of the working copy, and those of the version there.
-
-        Raises:
-            UnusableError: a file of the version there is not what was written.
-        """
-        files = {} if there is None else there.files
-        written: dict[str, tuple[int, str]] = {}
-        theirs: dict[str, tuple[int, str]] = {}
-        for name in changes.files:
-            if name in files and changes.is_behind(name, files[name]):
-                continue
-            try:
-                data = portable(name, (entry.directory / name).read_bytes())
-            except FileNotFoundError:  # a compiler's temporary file
-                continue
-            written[name] = _put(stage / name, data)
-        if there is not None:
-            for name in files.keys() - written.keys():
-                theirs[name] = _put(stage / name, there.read_file(directory, name))
-        return written, theirs
-
-    def _swap(self, stage: Path, directory: Path) -> None:
-        old = self.entries_directory / f"{_OLD}{directory.name}-{uuid.uuid4().hex[:12]}"
-        self._forget_old(directory.name)
-        if os.path.lexists(directory):
-            os.rename(directory, old)
-        os.rename(stage, directory)  # killed before this, `_put_back` finds the old one
-        _remove(old)
-
-    def _put_back(self, digest: str) -> None:
-        """Where a process was killed between the two steps of `_swap`: the old version is the entry again.
-
-        Under the entry's lock, shared or not: nobody is between them now.
-        """
-        directory = self.path_of(digest)
-        if os.path.lexists(directory):
-            return
-        for old in sorted(self.entries_directory.glob(f"{_OLD}{digest}-*"), key=_changed_at, reverse=True):
-            try:
-                os.rename(old, directory)
-                logger.info("%s: a process was killed while it published; what was there is used", digest)
-                return
-            except OSError as error:  # read-only, or another reader was first
-                logger.debug("%s stays where it is: %s", old, error)
-
-    def _forget_old(self, digest: str) -> None:
-        """Delete versions of an entry that were replaced by a process that was killed after it. Under the entry's lock,
-        alone."""
-        for old in self.entries_directory.glob(f"{_OLD}{digest}-*"):
-            _remove(old)
-
-    def _delete_leftovers(self) -> None:
-        """Delete what processes that were killed while they published left here, apart from the only version of an
-        entry."""
-        for path in self.entries_directory.glob(".*"):
-            digest = path.name.removeprefix(_OLD)[:32]
-            if DIGEST.fullmatch(digest) and not os.path.lexists(self.path_of(digest)):
-                continue
-            if time.time() - _changed_at(path) > _LEFTOVER_SECONDS:
-                _remove(path)
-
     def move_aside(self, digest: str, reason: str, *, only: Identity | None = None) -> None:
         """Put an entry where nobody uses it, if it can be moved; the oldest of those there are deleted.
 
@@ -334,17 +249,17 @@ class Store:
         aside = self.root / "quarantine"
         target = aside / f"{digest}.{time.time_ns():x}"
         with locked(self.lock_of(digest), shared=False, wait_seconds=_LOCK_SECONDS) as held:
-            if not held or (only is not None and _identity(self.path_of(digest)) != only):
+            if not held or (only is not None and identity(self.path_of(digest)) != only):
                 logger.debug("%s stays where it is: it is in use, or another version by now", digest)
                 return
-            self._forget_old(digest)
+            self._versions.forget_old(digest)
             try:
                 aside.mkdir(mode=0o700, exist_ok=True)
                 os.rename(self.path_of(digest), target)
                 if target.is_dir() and not target.is_symlink():
                     (target / "reason.txt").write_text(reason + "\n")
                 for path in sorted(aside.iterdir(), key=lambda path: path.name.rpartition(".")[2])[:-_QUARANTINED]:
-                    _remove(path)
+                    remove(path)
             except OSError as error:  # read-only: it is a miss all the same
                 logger.debug("%s stays where it is: %s", digest, error)
 
@@ -391,7 +306,7 @@ class Store:
         directory = self.path_of(key.digest)
         with locked(self.lock_of(key.digest), shared=True, wait_seconds=_LOCK_SECONDS) as held:
             if held:
-                self._put_back(key.digest)
+                self._versions.put_back(key.digest)
             found = self.explain(key)
             if not found.hit:
                 return found
@@ -422,70 +337,19 @@ class Store:
         with locked(self.lock_of(digest), shared=False, wait_seconds=1.0) as held:
             if not held:
                 return False
-            self._forget_old(digest)  # it would be put back
-            gone = self.entries_directory / f".gone-{uuid.uuid4().hex[:12]}"
             try:
-                os.rename(self.path_of(digest), gone)
+                self._versions.delete(digest)
             except OSError as error:
                 logger.debug("%s is not deleted: %s", digest, error)
                 return False
-            _remove(gone)
         return True
 
     def clear(self) -> int:
         """Delete all entries, device documents and what was moved aside; returns how many entries that were."""
         count = sum(self.delete(info.digest) for info in self.entries())
         for path in (*self.entries_directory.glob(".*"), self.root / "quarantine", self.root / "devices"):
-            _remove(path)
+            remove(path)
         return count
-
-    def read_device_document(self, name: str) -> dict[str, Any] | None:
-        """What is known about this GPU with this driver, under a name; None where nothing is.
-
-        Raises:
-            ValueError: the name is none.
-        """
-        path = self._device_document(name)
-        try:
-            document = read_json(path, str(path))
-        except UnusableError as error:
-            if os.path.lexists(path):
-                logger.warning("the compile cache's %s is not used: %s", path, error)
-            return None
-        return document.get("document") if document.get("device") == self.device else None
-
-    def write_device_document(self, name: str, document: dict[str, Any]) -> None:
-        """Keep a JSON document about this GPU with this driver. Nothing where the store cannot be written.
-
-        Raises:
-            ValueError: the name is none.
-        """
-        path = self._device_document(name)
-        try:
-            for directory in (path.parent.parent, path.parent):
-                directory.mkdir(mode=0o700, exist_ok=True)
-            write_json(path, {"device": self.device, "document": document})
-        except OSError as error:
-            logger.warning("the compile cache does not keep %s: %s", name, error)
-
-    def _device_document(self, name: str) -> Path:
-        return self.root / "devices" / sha256(self.device.encode())[:16] / f"{checked_name(name)}.json"
-
-
-def _identity(directory: Path) -> Identity | None:
-    """What tells the versions of an entry apart; None where there is none."""
-    try:
-        info = os.lstat(directory)
-    except FileNotFoundError:
-        return None
-    return info.st_ino, info.st_mtime_ns
-
-
-def _changed_at(path: Path) -> float:
-    try:
-        return os.lstat(path).st_mtime
-    except FileNotFoundError:
-        return math.inf
 
 
 def size_cap() -> int:
@@ -494,24 +358,8 @@ def size_cap() -> int:
     return int(text) if text.isdigit() else MAX_BYTES
 
 
-def _put(path: Path, data: bytes) -> tuple[int, str]:
-    """Write a file of a version that nobody sees yet. Not synced: what a power cut leaves of it fails its check."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    return len(data), sha256(data)
-
-
 def _touch(directory: Path) -> None:
     try:
         os.utime(directory / READY)
     except OSError as error:
         logger.debug("%s: its last use is not noted: %s", directory, error)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)

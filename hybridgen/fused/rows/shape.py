@@ -88,7 +88,7 @@ def tiles(what: str, inputs: int, form: Format, piece: int) -> Tiles:
     data = largest(unit * form.bits // 8, piece, chunk * form.bits // 8)
     if data < _LEAST_PIECE:
         raise Unfit(f"its {what} size {inputs} can only be cut in pieces of {data} bytes")
-    scales = data * 8 // form.bits // form.group * form.scales.itemsize if form.bits == 4 else 0
+    scales = data * 8 // form.bits // form.group * form.scale_bytes if form.bits == 4 else 0
     return Tiles(data, scales)
 
 
@@ -182,7 +182,8 @@ def shape_of(
         "FORMAT": layers.bits,
         "HEAD_FORMAT": head.bits,
         "GROUP": layers.group,
-        "SCALE_BYTES": layers.scales.itemsize,
+        "SCALE_BYTES": layers.scale_bytes,
+        "ZEROS": int(layers.zeros),
         "SCALE_HALF": int(layers.scales is torch.float16),
         "BLOCKS": blocks,
         "PIECE": tuning.piece,

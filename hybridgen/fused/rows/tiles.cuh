@@ -48,7 +48,7 @@ typedef Tiles<HIDDEN, HEAD_FORMAT, false> HeadTiles;
 
 struct Matrix {
   const u8* data;
-  const u8* scales;   // fp8: float32 [rows]; int4: [rows, K / GROUP]
+  const u8* scales;   // fp8: float32 [rows]; int4: [rows, K / GROUP], with ZEROS pairs of a scale and 8 less the zero point
   const u16* bias;
 };
 struct Layer {

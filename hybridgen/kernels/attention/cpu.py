@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from hybridgen.kernels.attention import few
 from hybridgen.kernels.attention.reference import as_bytes, stored, write_kv
 from hybridgen.kernels.attention.seeing import Seeing
+
+_LITTLE = 2**19
+"""Elements of K that are read, from which on several threads are worth their start."""
 
 _GATHER_BYTES = 256 * 2**20
 """Upper bound for gathered K and V of some rows, so that long contexts do not exhaust memory."""
@@ -41,7 +45,7 @@ def decode_attention(
     """See `attention.decode_attention`; a schedule is not read."""
     see = Seeing(scale, window, chunk, softcap, sinks)
     places = positions.tolist()
-    if few.is_for_numpy(q, k_pages, v_pages, places):
+    if _is_for_numpy(q, k_pages, v_pages, places):
         return few.attend(q, k_pages, v_pages, block_table, slots, places, see, k, v)
     table = block_table.index_select(0, slots)
     if k is not None and v is not None:
@@ -65,6 +69,15 @@ def decode_attention(
                 return found
             out[rows] = found
     return out
+
+
+def _is_for_numpy(q: Tensor, k_pages: Tensor, v_pages: Tensor, places: Sequence[int]) -> bool:
+    """Whether `few.attend` takes this call: float32 throughout, no gradient, too little work for several threads."""
+    if not q.dtype == k_pages.dtype == v_pages.dtype == torch.float32 or q.requires_grad:
+        return False
+    if torch.get_num_threads() == 1:
+        return True
+    return k_pages.shape[1] * k_pages.shape[3] * (sum(places) + len(places)) <= _LITTLE
 
 
 def _write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, place: int) -> None:

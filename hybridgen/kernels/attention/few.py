@@ -16,18 +16,6 @@ from torch import Tensor
 
 from hybridgen.kernels.attention.seeing import Seeing
 
-_LITTLE = 2**19
-"""Elements of K that are read, from which on several threads are worth their start."""
-
-
-def is_for_numpy(q: Tensor, k_pages: Tensor, v_pages: Tensor, places: Sequence[int]) -> bool:
-    """Whether `attend` takes this call: float32 throughout, no gradient, and too little work for several threads."""
-    if not q.dtype == k_pages.dtype == v_pages.dtype == torch.float32 or q.requires_grad:
-        return False
-    if torch.get_num_threads() == 1:
-        return True
-    return k_pages.shape[1] * k_pages.shape[3] * (sum(places) + len(places)) <= _LITTLE
-
 
 def attend(
     q: Tensor,

@@ -189,10 +189,10 @@ def test_an_entry_for_something_else_is_a_miss_that_names_it(store: Store, part:
 
 
 def test_device_documents(store: Store) -> None:
-    assert store.read_device_document("ceiling") is None
-    store.write_device_document("ceiling", {"bytes_per_second": 4e12})
-    assert Store(store.root, device=store.device).read_device_document("ceiling") == {"bytes_per_second": 4e12}
-    assert Store(store.root, device="H200, driver 580").read_device_document("ceiling") is None
+    assert store.documents.read("ceiling") is None
+    store.documents.write("ceiling", {"bytes_per_second": 4e12})
+    assert Store(store.root, device=store.device).documents.read("ceiling") == {"bytes_per_second": 4e12}
+    assert Store(store.root, device="H200, driver 580").documents.read("ceiling") is None
 
 
 def test_documents_in_memory() -> None:
@@ -209,7 +209,7 @@ def test_documents_in_memory() -> None:
 
 def test_a_full_disk_while_publishing_leaves_what_was_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(store)
-    from hybridgen.compilation.store import store as module
+    from hybridgen.compilation.store import versions as module
 
     def full(path: Path, data: bytes) -> tuple[int, str]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -431,7 +431,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from hybridgen.compilation.store import Key, Store
-from hybridgen.compilation.store import store as module
+from hybridgen.compilation.store import versions as module
 store, place = Store(Path(sys.argv[1])), sys.argv[2]
 calls = 0
 def dying(name):
@@ -463,7 +463,7 @@ with store.open(Key({"k": 1})) as entry:
         ("before rename 1", False),
         ("after rename 1", False),  # neither version has the entry's name
         ("after rename 2", True),
-        ("before _remove 1", True),
+        ("before remove 1", True),
     ],
 )
 def test_killed_while_it_publishes(tmp_path: Path, place: str, published: bool) -> None:

@@ -14,7 +14,7 @@ import pytest
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from hybridgen import CacheMissError, EngineConfig
-from hybridgen.compilation.store import Entry, MemoryEntry, Store, environment, session
+from hybridgen.compilation.store import Entry, MemoryEntry, Store, environment, session, versions
 from hybridgen.compilation.store import store as store_module
 from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import Mode
@@ -160,7 +160,7 @@ def test_a_full_disk_costs_the_cache_and_nothing_else(
     monkeypatch.undo()
     cache = opened(tmp_path / "store", llama_path)
     (cache.entry.inductor / "code").write_bytes(b"x")
-    monkeypatch.setattr(store_module, "_put", full)
+    monkeypatch.setattr(versions, "_put", full)
     cache.end_start()
     assert cache.notes == ["the compile cache cannot keep what was made: No space left on device"]
     cache.close()

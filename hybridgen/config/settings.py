@@ -231,3 +231,8 @@ def parse_bytes(name: str, value: int | str | None) -> int | None:
             f"{name}={shown(value)}; give a positive number of bytes that memory can have, or a size such as 4GiB"
         )
     return count
+
+
+def bar_disabled(progress: bool | None) -> bool | None:
+    """tqdm's `disable` for a `progress`: None switches a bar off where standard error is no terminal."""
+    return None if progress is None else not progress
