@@ -166,18 +166,18 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         ends = tl.cumsum(chunks, 0)
         items = tl.sum(chunks, 0)
     for item in range(tl.program_id(0) // parts, items, tl.num_programs(0) // parts):
-        if BLOCK_ROWS == 1:
-            row = item * 0
-            chunk = item
-            position = place
-            count = items
-            table = block_table + tl.load(slots).to(tl.int64) * table_stride
-        else:
+        if BLOCK_ROWS > 1:
             row = tl.sum((ends <= item).to(tl.int32), 0)
             chunk = item - tl.sum(tl.where(rows < row, chunks, 0), 0)
             position = tl.load(positions + row).to(tl.int32)
             table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
             low, high, tiles, count = _cut(position, 0, splits, chunk_tiles, BLOCK, 1, 0)
+        else:
+            row = item * 0
+            chunk = item
+            position = place
+            table = block_table + tl.load(slots).to(tl.int64) * table_stride
+            count = items
         first = low + chunk * tiles
         last = tl.minimum(first + tiles, high)
         if AHEAD:
