@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybridgen.device.timing import graph_seconds
-from hybridgen.kernels.attention.latent import latent_decode, latent_prefill
+from hybridgen.kernels.attention.latent import latent_decode, latent_prefill, through_keys
 from hybridgen.kernels.read_ceiling import read_ceiling
 
 PAGE_SIZE = 64
@@ -210,7 +211,25 @@ def by_keys_and_values(
     return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)[0].transpose(0, 1)
 
 
-def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool) -> list[dict[str, Any]]:
+def sweep_prefill(
+    q: Tensor, q_rotary: Tensor, at: tuple[Tensor, ...], weight: Tensor, scale: float
+) -> list[dict[str, Any]]:
+    """Microseconds of attention alone under other launch options, fastest first."""
+    from hybridgen.kernels.attention import latent_launches
+
+    query = through_keys(q, weight)
+    found = []
+    for rows, warps, stages in ((64, 8, 2), (32, 8, 2), (32, 4, 2), (16, 4, 3)):
+        tune = latent_launches.Tuning(64, rows, warps, stages)
+        call = partial(latent_launches.prefill, query, q_rotary, *at, scale, tune=tune)
+        try:
+            found.append({"us": seconds([call] * 4, "cuda") * 1e6, **tune._asdict()})
+        except Exception as error:  # more shared memory than there is
+            print(f"        {tuple(tune)}: {type(error).__name__}", flush=True)
+    return sorted(found, key=lambda each: each["us"])
+
+
+def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool, sweeps: bool) -> list[dict[str, Any]]:
     rows = []
     for tokens in (10, 70) if smoke else PROMPTS:
         count = -(-tokens // PAGE_SIZE)
@@ -252,12 +271,16 @@ def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool) -> l
         row: dict[str, Any] = {"model": shape.name, "tokens": tokens}
         row["difference"] = float((attend() - wanted).abs().max() / wanted.abs().max())
         row |= {"us": seconds([attend] * 4, device) * 1e6, "keys_and_values_us": seconds([other] * 4, device) * 1e6}
+        if sweeps and device == "cuda":
+            row["sweep"] = sweep_prefill(q, q_rotary, (pages, table, slots, places, starts), weight, scale)
         rows.append(row)
         print(
             f"prefill {shape.name:16} tokens {tokens:5} {row['us']:9.1f} us, by keys and values "
             f"{row['keys_and_values_us']:9.1f} us, difference {row['difference']:.1e}",
             flush=True,
         )
+        for each in row.get("sweep", ()):
+            print(f"        {each}", flush=True)
     return rows
 
 
@@ -279,7 +302,9 @@ def main() -> None:
     print(f"read ceiling {results['read_ceiling_gb_per_s']} GB/s", flush=True)
     with torch.inference_mode():
         results["decode"] = [row for shape in shapes for row in run_decode(shape, device, dtype, ceiling, args)]
-        results["prefill"] = [row for shape in shapes for row in run_prefill(shape, device, dtype, args.smoke)]
+        results["prefill"] = [
+            row for shape in shapes for row in run_prefill(shape, device, dtype, args.smoke, args.sweep)
+        ]
     report(results, args.output)
 
 
