@@ -102,6 +102,19 @@ def shape_config(name: str) -> PretrainedConfig:
             head_dim=64,
             sliding_window=128,
         )
+    if name == "tiny-moe":
+        return GptOssConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=128,
+        )
     if name == "llama-2-7b":
         return LlamaConfig(
             vocab_size=32000,
@@ -178,7 +191,7 @@ def shape_config(name: str) -> PretrainedConfig:
             sizes |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 2}
         return DeepseekV2Config(q_lora_rank=None, n_shared_experts=2, first_k_dense_replace=1, **sizes)
     known = (
-        "tiny, tiny-latent, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, gpt-oss-20b, llama-2-7b, "
+        "tiny, tiny-moe, tiny-latent, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, gpt-oss-20b, llama-2-7b, "
         "qwen3-30b-a3b, qwen3.5-4b, lfm2-2.6b or deepseek-v2-lite"
     )
     raise SystemExit(f"unknown shape {name!r}; choose {known}")

@@ -256,9 +256,7 @@ class StepLoop:
         plan, admitted, prefilled, batch = self.scheduler.schedule()
         launched: list[InFlight] = []
         if admitted:
-            for request, admission in zip(admitted, plan.admit, strict=True):
-                if request.state is RequestState.RUNNING:
-                    self._admit(request, admission)
+            self._admit(list(zip(admitted, plan.admit, strict=True)))
         if prefilled:
             # A request whose admission failed has ended, and one that shares pages with it waits again.
             parts = [
@@ -272,12 +270,17 @@ class StepLoop:
             self._launch_decode(batch.requests, plan.decode, batch.positions, launched)
         return launched
 
-    def _admit(self, request: Request, admission: Admission) -> None:
-        """Give a request its slot on the device; it ends if that fails."""
+    def _admit(self, parts: list[tuple[Request, Admission]]) -> None:
+        """Give requests their slots on the device; one with which that fails ends."""
         try:
-            self._runner.admit(admission)
+            self._runner.admit(*(admission for _, admission in parts))
         except Exception as error:
-            self._blame(request, error)
+            if self._can_isolate(parts, error):
+                for part in parts:
+                    if part[0].state is RequestState.RUNNING:  # it counts on none that failed
+                        self._admit([part])
+            else:
+                self._blame(parts[0][0], error)
 
     def _launch_prefill(self, parts: list[tuple[Request, PrefillChunk]], launched: list[InFlight]) -> None:
         try:

@@ -150,8 +150,8 @@ def shape_of(
     dim = model.head_dim
     state = (
         8 * COLUMNS + 4 * COLUMNS * 5 + 16 * COLUMNS
-        + 4 * unit_heads * (2 * WARPS + COLUMNS) + 8
-        + 4 * dim * 3 + 4 * dim * COLUMNS
+        + 4 * unit_heads * (2 * WARPS + 1) + 8
+        + 4 * dim * 4 + 2 * 2 * dim * COLUMNS
         + 2 * WARPS * _BATCH * _TILE * COLUMNS * 4 + 128
     )  # fmt: skip
     stages = min(32, (shared_memory - state) // (stage + 16))

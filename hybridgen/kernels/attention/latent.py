@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybridgen.kernels.attention import cpu, reference
-from hybridgen.kernels.attention.ops import _on_device_of
+from hybridgen.kernels.attention.ops import on_device_of
 
 _BYTES = 256 * 2**20
 """Upper bound for what is projected or scored at a time on a CPU."""
@@ -136,7 +136,7 @@ def _decode_cpu(
 def _decode_cuda(q: Tensor, *args: Any) -> Tensor:
     from hybridgen.kernels.attention.latent_launches import decode
 
-    with _on_device_of(q):
+    with on_device_of(q):
         return decode(q, *args)
 
 
@@ -196,7 +196,7 @@ def _prefill_cuda(
 ) -> Tensor:
     from hybridgen.kernels.attention.latent_launches import prefill
 
-    with _on_device_of(q):
+    with on_device_of(q):
         places = pages, block_table, slots, positions
         mixed = prefill(through_keys(q, weight), q_rotary, *places, query_starts, scale)
     return through_values(mixed, weight, q.shape[2]).contiguous()
