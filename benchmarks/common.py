@@ -22,15 +22,13 @@ os.environ.setdefault("HYBRIDGEN_COMPILE_CACHE", "0")
 
 import torch
 import transformers
+from shapes import shape_config, shorten
+from shapes import shape_dtype as shape_dtype  # as others of the benchmarks take it from here
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     AutoModelForCausalLM,
-    GptOssConfig,
-    LlamaConfig,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 import hybridgen
@@ -45,145 +43,6 @@ from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 from hybridgen.models.weights import DenseWeight
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def shape_config(name: str) -> PretrainedConfig:
-    """The config of a published model, for random weights of its shape; `tiny` runs anywhere."""
-    if name == "tiny":
-        return LlamaConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
-    if name == "small":  # what kernels need that cut rows into pieces
-        return LlamaConfig(
-            vocab_size=512,
-            hidden_size=1024,
-            intermediate_size=2048,
-            num_hidden_layers=1,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            head_dim=64,
-            max_position_embeddings=1024,
-            rope_theta=500000.0,
-        )
-    if name == "llama-3.2-1b":
-        return LlamaConfig(
-            vocab_size=128256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=64,
-            max_position_embeddings=131072,
-            rope_theta=500000.0,
-            tie_word_embeddings=True,
-        )
-    if name == "qwen3-0.6b":
-        return Qwen3Config(
-            vocab_size=151936,
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=40960,
-            rope_theta=1000000.0,
-            tie_word_embeddings=True,
-        )
-    if name == "llama-3.1-8b":
-        return LlamaConfig(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=131072,
-            rope_theta=500000.0,
-        )
-    if name == "llama-3.1-70b":
-        return LlamaConfig(
-            vocab_size=128256,
-            hidden_size=8192,
-            intermediate_size=28672,
-            num_hidden_layers=80,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=131072,
-            rope_theta=500000.0,
-        )
-    if name == "gpt-oss-20b":
-        return GptOssConfig(
-            vocab_size=201088,
-            hidden_size=2880,
-            intermediate_size=2880,
-            num_hidden_layers=24,
-            num_local_experts=32,
-            num_experts_per_tok=4,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            head_dim=64,
-            sliding_window=128,
-        )
-    if name == "tiny-moe":
-        return GptOssConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=128,
-        )
-    if name == "qwen3-30b-a3b":
-        return Qwen3MoeConfig(
-            vocab_size=151936,
-            hidden_size=2048,
-            intermediate_size=6144,
-            moe_intermediate_size=768,
-            num_hidden_layers=48,
-            num_experts=128,
-            num_experts_per_tok=8,
-            norm_topk_prob=True,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            max_position_embeddings=40960,
-            rope_theta=1000000.0,
-        )
-    if name == "llama-2-7b":
-        return LlamaConfig(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            max_position_embeddings=4096,
-        )
-    known = (
-        "tiny, tiny-moe, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, gpt-oss-20b, qwen3-30b-a3b, llama-2-7b"
-    )
-    raise SystemExit(f"unknown shape {name!r}; choose {known}")
-
-
-def shape_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype that a published model has; float32 on a CPU."""
-    if device == "cpu":
-        return torch.float32
-    return torch.float16 if name == "llama-2-7b" else torch.bfloat16
 
 
 def random_weight(kind: str, outputs: int, inputs: int, dtype: torch.dtype, device: str) -> QuantisedWeight:
@@ -247,7 +106,12 @@ def quantised_from_the_beginning(kind: str | None, dtype: torch.dtype, device: s
 
 
 def random_model(
-    name: str, dtype: torch.dtype, device: str, join: bool = True, quantised: str | None = None
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    join: bool = True,
+    quantised: str | None = None,
+    layers: int | None = None,
 ) -> PreTrainedModel:
     """A model of that shape with random weights from seed 0, made on the device.
 
@@ -256,10 +120,13 @@ def random_model(
     Args:
         join: False leaves them apart.
         quantised: the kind of its projections' weights; None: 16 bits.
+        layers: only the first of them.
     """
     torch.manual_seed(0)
     config = shape_config(name)
     config.eos_token_id = None
+    if layers is not None:
+        shorten(config, layers)
     with torch.device(device), quantised_from_the_beginning(quantised, dtype, device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None

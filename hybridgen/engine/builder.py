@@ -357,6 +357,5 @@ class Builder:
 
 def _no_prefill(bound: BoundModel) -> str:
     """Why no prefill of a model is recorded; empty if nothing keeps it from that."""
-    if bound.mixers:  # each prefill has other runs, and the host goes through them
-        return "layers that keep a state take prompts one by one"
-    return "attention to latents reads the lengths of prompts on the host" if bound.latents else ""
+    # Each prefill has other runs, and the host goes through them.
+    return "layers that keep a state take prompts one by one" if bound.mixers else ""
