@@ -173,9 +173,10 @@ def expanded(name: str, module: nn.Module, key: Tensor, value: Tensor) -> Latent
 
 
 def use_latents(module: nn.Module) -> None:
-    """From now on the module hands its latents to its attention function."""
-    kind: Any = type(module)
-    module.__class__ = _with_latents(kind)
+    """From now on the module hands its latents to its attention function, if it does not yet."""
+    if not isinstance(module, LatentAttention):
+        kind: Any = type(module)
+        module.__class__ = _with_latents(kind)
 
 
 def use_expansion(module: nn.Module) -> None:
