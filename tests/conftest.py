@@ -126,7 +126,7 @@ def _configs_are_probed_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiling_processes_are_forks() -> Iterator[None]:
-    """What compiles a step behind starts within milliseconds. `tests/graphs/test_compiled_step.py` starts a fresh one."""
+    """What compiles a step behind starts within milliseconds; one of `tests/graphs/test_compiled_step.py` is fresh."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(behind, "subprocess", SimpleNamespace(Popen=forks.Popen, PIPE=subprocess.PIPE))
         yield
