@@ -30,12 +30,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 import hybridgen
 from hybridgen.demo import model_path
+from hybridgen.kernels.linear.experts_form import Projection
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.experts import sizes_of
+from hybridgen.models.packed_experts import PackedExperts, PackedWeights, pad_rows
 from hybridgen.models.projections import fuse_projections
 from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 from hybridgen.models.weights import DenseWeight
@@ -130,6 +134,35 @@ def shape_config(name: str) -> PretrainedConfig:
             head_dim=64,
             sliding_window=128,
         )
+    if name == "tiny-moe":
+        return GptOssConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=128,
+        )
+    if name == "qwen3-30b-a3b":
+        return Qwen3MoeConfig(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            moe_intermediate_size=768,
+            num_hidden_layers=48,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=True,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            max_position_embeddings=40960,
+            rope_theta=1000000.0,
+        )
     if name == "llama-2-7b":
         return LlamaConfig(
             vocab_size=32000,
@@ -140,7 +173,9 @@ def shape_config(name: str) -> PretrainedConfig:
             num_key_value_heads=32,
             max_position_embeddings=4096,
         )
-    known = "tiny, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, gpt-oss-20b or llama-2-7b"
+    known = (
+        "tiny, tiny-moe, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, gpt-oss-20b, qwen3-30b-a3b, llama-2-7b"
+    )
     raise SystemExit(f"unknown shape {name!r}; choose {known}")
 
 
@@ -168,12 +203,34 @@ def random_weight(kind: str, outputs: int, inputs: int, dtype: torch.dtype, devi
     return QuantisedWeight("int4", words, scales, zeros, inputs, Block(1, 128), dtype)
 
 
+def random_experts(own: torch.nn.Module, device: str) -> PackedExperts:
+    """Experts in MXFP4 with random codes in the place of a module of 16 bits."""
+    packed, sizes = PackedExperts(own), sizes_of(own)
+    assert sizes is not None
+
+    def projection(outputs: int, inputs: int) -> Projection:
+        data = torch.randint(0, 256, (sizes.experts, outputs, inputs // 2), dtype=torch.uint8, device=device)
+        # 2 ** (exponent - 127) times codes of about 2.9 are values of about inputs ** -0.5.
+        exponent = round(127 + math.log2(inputs**-0.5 / 2.9))
+        grid = sizes.experts, outputs, inputs // 32
+        return Projection(data, pad_rows(torch.full(grid, exponent, dtype=torch.uint8, device=device)))
+
+    gate_up, down = projection(2 * sizes.width, sizes.hidden), projection(sizes.hidden, sizes.width)
+    packed.fill(PackedWeights(gate_up, down, "mxfp4", Block(1, 32)))
+    for bias in packed.parameters():  # transformers initialises those of its own classes
+        torch.nn.init.zeros_(bias)
+    return packed
+
+
 @contextmanager
 def quantised_from_the_beginning(kind: str | None, dtype: torch.dtype, device: str) -> Iterator[None]:
     """Projections of models that are built meanwhile, but for heads and routers, get random quantised weights; each
-    takes the place of its linear layer at once, so that the whole model is never there in 16 bits."""
+    takes the place of its linear layer at once, so that the whole model is never there in 16 bits. With `mxfp4` experts
+    do, and projections keep 16 bits, as in gpt-oss's checkpoints."""
 
     def replaced(_: torch.nn.Module, name: str, linear: torch.nn.Module | None) -> torch.nn.Module | None:
+        if kind == "mxfp4":
+            return None if linear is None or sizes_of(linear) is None else random_experts(linear, device)
         if type(linear) is not torch.nn.Linear or not name.endswith("_proj"):
             return None
         place = QuantisedLinear(linear.in_features, linear.out_features, linear.bias is not None)

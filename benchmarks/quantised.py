@@ -4,8 +4,7 @@ Kernels first against float32 references, at rows of 1 to 512: the largest relat
 layer's four products of an 8B model (q/k/v and gate/up joined) beside bf16 in cuBLAS and beside what the read ceiling
 allows for the bytes, inside CUDA graphs, over copies of the weight that together exceed the L2 cache. `--sweep` tries
 other tiles instead. `--steps` builds the whole model with random weights, and times decode steps and prefill in mode
-`hybrid`; `fp8-w8a8` is FP8 with `fp8_activations`. Experts (gpt-oss-20b) have 16 bits, as those of MXFP4 checkpoints
-get.
+`hybrid`; `fp8-w8a8` is FP8 with `fp8_activations`. Experts (gpt-oss-20b) have 16 bits; `experts.py` times packed ones.
 
     python benchmarks/quantised.py [--output quantised.json]
     python benchmarks/quantised.py --sweep [--sweep-rows 64] [--output sweep.json]

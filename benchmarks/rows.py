@@ -34,11 +34,12 @@ ROOM = 1024
 """Positions of each request."""
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 FORMATS = {"bf16": (16, 16, 128), "fp8": (8, 8, 128), "fp8-head16": (8, 16, 128), "int4": (4, 8, 128),
-           "int4-g64": (4, 8, 64), "int4-g32": (4, 8, 32), "int4-head16": (4, 16, 128)}  # fmt: skip
+           "int4-zeros": (4, 8, 128), "int4-g64": (4, 8, 64), "int4-g32": (4, 8, 32),
+           "int4-head16": (4, 16, 128)}  # fmt: skip
 """Bits of the layers' weights and of the head's, and the inputs that share a scale of int4."""
 
 
-def quantised(linear: Linear, bits: int, group: int) -> Linear:
+def quantised(linear: Linear, bits: int, group: int, with_zeros: bool = False) -> Linear:
     """A weight of the same shape in a format, with random codes."""
     outputs, inputs = linear.weight.shape
     device = next(iter(linear.weight.tensors().values())).device
@@ -55,18 +56,20 @@ def quantised(linear: Linear, bits: int, group: int) -> Linear:
     for shift in range(0, 32, 4):
         words |= torch.randint(1, 16, words.shape, device=device, dtype=torch.int32) << shift
     scales = (torch.rand(outputs, inputs // group, device=device) * 0.5 + 0.75) / (4.7 * inputs**0.5)
-    return Linear(QuantisedWeight("int4", words, scales.to(dtype), None, inputs, Block(1, group), dtype), linear.bias)
+    zeros = torch.randint(7, 10, scales.shape, device=device, dtype=torch.uint8) if with_zeros else None
+    return Linear(QuantisedWeight("int4", words, scales.to(dtype), zeros, inputs, Block(1, group), dtype), linear.bias)
 
 
 def in_format(model: Decoder, name: str) -> Decoder:
     """The model with its projections in a format."""
     bits, head_bits, group = FORMATS[name]
+    zeros = name == "int4-zeros"
     if bits == 16:
         return model
 
     def layer(of: DecoderLayer) -> DecoderLayer:
-        names = ("qkv", "out", "gate_up", "down")
-        return dataclasses.replace(of, **{each: quantised(getattr(of, each), bits, group) for each in names})
+        parts = {each: getattr(of, each) for each in ("qkv", "out", "gate_up", "down")}
+        return dataclasses.replace(of, **{each: quantised(part, bits, group, zeros) for each, part in parts.items()})
 
     head = quantised(model.head, head_bits, group)
     return dataclasses.replace(model, layers=tuple(map(layer, model.layers)), head=head)

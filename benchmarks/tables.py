@@ -466,6 +466,7 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "speculation-machinery": speculation_machinery,
     "speculation-rows": speculation_machinery,
     "memory-fp8": memory_limit,
+    "memory-bf16": memory_limit,
     "rows": rows,
 }
 

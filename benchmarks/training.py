@@ -3,7 +3,8 @@ adapters?
 
 `rollout` rows: prompts, each several times, sampled by an engine that loaded the weights itself; by one that is
 attached to a live module in train mode (`attach`, weights shared), after a step that changed every weight in place; and
-by the module's own `generate`, once, all of them in one batch. Medians of whole calls.
+by the module's own `generate`, once, all of them in one batch. Medians of whole calls, none of which finds a prefix of
+an earlier one: a step of training forgets them, and the plain engine is told to.
 
 `adapter` rows, where peft is installed: seconds of `Engine.set_adapter` with adapters of all projections, each way.
 
@@ -27,11 +28,17 @@ from common import random_model, random_prompts, release, report, shape_dtype, s
 import hybridgen
 
 
-def tokens_per_second(call: Any, device: str, repeats: int) -> float:
-    """Median rate of calls that return how many tokens they made, after one that is not counted."""
+def tokens_per_second(call: Any, device: str, repeats: int, before: Any) -> float:
+    """Median rate of calls that return how many tokens they made, after one that is not counted.
+
+    Args:
+        before: called ahead of each, and not timed.
+    """
+    before()
     call()
     rates = []
     for _ in range(repeats):
+        before()
         synchronize(device)
         start = time.perf_counter()
         made = call()
@@ -53,7 +60,10 @@ def rollouts(
         model.save_pretrained(directory)
         with hybridgen.Engine.load(directory, **options) as engine:
             rate = tokens_per_second(
-                lambda: sum(len(o.token_ids) for o in engine.generate(prompts, **fields)), device, repeats
+                lambda: sum(len(o.token_ids) for o in engine.generate(prompts, **fields)),
+                device,
+                repeats,
+                engine.weights_changed,
             )
             rows.append({"what": "plain engine", "tokens_per_s": rate})
     release()
@@ -64,14 +74,15 @@ def rollouts(
         shared = {p.data_ptr() for p in model.parameters()}
         assert {p.data_ptr() for p in attached.engine._runner.bound.model.parameters()} <= shared
 
-        def rollout() -> int:
+        def update() -> None:
             with torch.no_grad():
                 torch._foreach_mul_(list(model.parameters()), 0.9999)  # every weight, in place, as an optimiser does
+
+        def rollout() -> int:
             return int(model.generate(batch, **asked).shape[1] - batch.shape[1]) * len(batch)
 
-        rows.append(
-            {"what": "attached", "tokens_per_s": tokens_per_second(rollout, device, repeats), "weights": "shared"}
-        )
+        rate = tokens_per_second(rollout, device, repeats, update)
+        rows.append({"what": "attached", "tokens_per_s": rate, "weights": "shared"})
         fallbacks = dict(attached.engine.stats().fallbacks)
     release()
     model.eval()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
-from hybridgen.kernels.linear.layout import Block
+from hybridgen.kernels.linear.layout import Block, pack_int4
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
 from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.weights import DenseWeight
@@ -152,11 +152,12 @@ def make_context(model: Decoder, lengths: list[int], page_size: int = 16, seed: 
     )
 
 
-def quantised_decoder(model: Decoder, kind: str, group: int = 128, head: str = "fp8") -> Decoder:
-    """The same shape with projections of random codes: `fp8` with a scale for each output, or symmetric `int4`.
+def quantised_decoder(model: Decoder, kind: str, group: int = 128, head: str = "fp8", zeros: bool = False) -> Decoder:
+    """The same shape with projections of random codes: `fp8` with a scale for each output, or `int4`.
 
     Args:
         group: inputs that share a scale of int4.
+        zeros: int4 has zero points; else it is symmetric.
         head: `fp8`, or `dense` for the head as it is.
     """
     device = model.device
@@ -172,10 +173,15 @@ def quantised_decoder(model: Decoder, kind: str, group: int = 128, head: str = "
             scales = uniform(outputs, 1) / (64 * inputs**0.5)
             codes, block = data.to(torch.float8_e4m3fn), Block(1, inputs)
         else:
-            codes = torch.randint(-(2**31), 2**31, (outputs, inputs // 8), generator=generator, device=device).int()
+            # Their mean is zero, or outputs would have one large part in common, and be alike whatever else is wrong.
+            values = torch.randint(1, 16, (outputs, inputs), generator=generator, device=device)
+            codes = pack_int4(values)
             scales = (uniform(outputs, inputs // group) / (4.7 * inputs**0.5)).to(model.dtype)
             block = Block(1, group)
-        return Linear(QuantisedWeight(kind, codes, scales, None, inputs, block, model.dtype), linear.bias)
+        points = None
+        if zeros and kind == "int4":
+            points = torch.randint(6, 11, scales.shape, generator=generator, device=device).to(torch.uint8)
+        return Linear(QuantisedWeight(kind, codes, scales, points, inputs, block, model.dtype), linear.bias)
 
     names = ("qkv", "out", "gate_up", "down")
     layers = tuple(

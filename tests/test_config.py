@@ -195,3 +195,18 @@ def test_what_auto_stands_for() -> None:
     assert EngineConfig().mode is Mode.AUTO
     assert EngineConfig().mode_on("cpu") is Mode.EAGER
     assert EngineConfig().mode_on("cuda") is Mode.HYBRID
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mode": "jit"}, 'mode="jit"'),
+        ({"fused_decode": False}, "fused_decode=False"),
+        ({"graphs": "both", "mode": "hybrid"}, 'graphs="both"'),
+        ({"max_batch": 9}, "set max_batch=8 or less"),
+    ],
+)
+def test_what_equal_bits_needs(given: dict[str, Any], message: str) -> None:
+    assert EngineConfig(equal_bits=True, max_batch=8).equal_bits
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**{"equal_bits": True, "max_batch": 8, **given})

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybridgen.models.attention import LayerBinding, StepMetadata
+from hybridgen.models.experts import ExpertsBinding
 from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import MixerBinding
 
@@ -42,7 +43,8 @@ def token_dimension(tensor: torch.Tensor) -> int | None:
 
 def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]) -> None:
     kind = type(module)
-    lines.append(f"{path}: {kind.__module__}.{kind.__qualname__} {_code(kind.forward)} {'training' * module.training}")
+    forwards = _code(kind.forward), _code(getattr(kind, "_hybridgen_forward", None))
+    lines.append(f"{path}: {kind.__module__}.{kind.__qualname__} {forwards} {'training' * module.training}")
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         lines.append(f"{path}.{name}: {'None' if tensor is None else _tensor(tensor, ())}")
     for name, value in sorted(vars(module).items()):
@@ -58,6 +60,9 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
         elif isinstance(value, MixerBinding):
             for state in ("convolution", "recurrent"):
                 _describe(f"{path}.{name}.{state}", getattr(value, state), 1, lines)
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
+        elif isinstance(value, ExpertsBinding):
+            lines.append(f"{path}.{name}.form: {value.form}")
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
             lines.append(f"{path}.{name}: {value.__module__}.{value.__qualname__} {_code(value)}")

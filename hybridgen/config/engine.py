@@ -17,6 +17,9 @@ from hybridgen.errors import ConfigError, shown
 from hybridgen.fields import described
 from hybridgen.hints import unknown
 
+EQUAL_BITS_ROWS = 8
+"""Rows of a step at most with `equal_bits=True`."""
+
 
 # A dataclass has the fields of its last base first.
 @described
@@ -81,6 +84,22 @@ class EngineConfig(RecordingFields, RunningFields, LoadingFields):
             raise ConfigError(
                 f'offline_compile=True with graphs="{self.graphs}": trees compile whole steps, and the cache keeps '
                 'layers; use graphs="manual"'
+            )
+
+        if self.equal_bits:
+            self._check_equal_bits()
+
+    def _check_equal_bits(self) -> None:
+        hybrid = self.mode in (Mode.HYBRID, Mode.AUTO)
+        if not hybrid or not self.fused_decode or self.graphs is not GraphOwner.MANUAL:
+            raise ConfigError(
+                f'equal_bits=True with mode="{self.mode}", fused_decode={self.fused_decode}, graphs="{self.graphs}": '
+                'it is a fused kernel that has equal bits; use mode="hybrid" and leave the other two out'
+            )
+        if self.max_batch > EQUAL_BITS_ROWS:
+            raise ConfigError(
+                f"equal_bits=True with max_batch={self.max_batch}: bits are equal in steps of up to "
+                f"{EQUAL_BITS_ROWS} tokens; set max_batch={EQUAL_BITS_ROWS} or less"
             )
 
     def _check_recording(self) -> None:

@@ -80,6 +80,15 @@ class LoadingFields:
             in_key=False,
         ),
     )
+    merge_adapters: bool = field(
+        default=True,
+        metadata=setting(
+            "Merge the adapters of a live PEFT model into copies of the weights that they change, made anew at each "
+            "call; off: they run as modules in the layers, without copies.",
+            switch,
+            in_key=False,
+        ),
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata=setting(

@@ -129,6 +129,16 @@ class RunningFields:
             in_key=False,
         ),
     )
+    equal_bits: bool = field(
+        default=False,
+        metadata=setting(
+            "In mode `hybrid` on CUDA: decode with one kernel, whatever is drafted and however many rows decode, so "
+            "that the bits of a token depend on neither. For at most 8 tokens in a step (`max_batch`; drafts are cut "
+            "to that), and models that the kernel serves; the others are refused. See docs/speculation.md.",
+            switch,
+            in_key=False,
+        ),
+    )
     tune_seconds: float = field(
         default=0.0,
         metadata=setting(

@@ -23,7 +23,7 @@ from hybridgen.cache import (
 )
 from hybridgen.compilation.layers import switched_off
 from hybridgen.compilation.steps import CompiledSteps
-from hybridgen.config import EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
+from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.scheduler import Scheduler
@@ -36,6 +36,7 @@ from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
+from hybridgen.models.rotating import make_classes, use_one_op, use_own_rotation
 from hybridgen.models.twin import Twin
 from hybridgen.parallel.lead import Lead, LeadRunner
 from hybridgen.params import SamplingParams
@@ -93,6 +94,9 @@ class Builder:
         plan = self.graph_plan(bound)
         with timed("artifacts"):
             compiles_layers = self.resolved.mode.compiles and not plan.compiles_steps
+            rotates = compiles_layers and self._rotates_in_one_op()
+            if rotates:
+                make_classes(bound)
             units = starter.load_units() if compiles_layers and switched_off() is None else None
             steps = starter.find_steps(config.offline_compile) if plan.compiles_steps else None
         kind = ModelRunner if self.lead is None else partial(LeadRunner, lead=self.lead)
@@ -119,6 +123,9 @@ class Builder:
             runner.following.drafters_twin = drafter.twin
         with timed("allocate cache"):
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan, drafter)
+        if rotates:
+            undo.callback(use_own_rotation, bound)
+            use_one_op(bound, self.resolved.max_context)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
         fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda"
         if fuses:
@@ -128,7 +135,7 @@ class Builder:
         if compiles_layers:
             with timed("compile"):
                 not_compiled = self._compile(runner)
-        if fuses:
+        if fuses and not config.equal_bits:
             starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
         if device.type == "cuda":
             with timed("tuning"):
@@ -173,6 +180,7 @@ class Builder:
                 forget=pages.clear if twins else None,
             ),
             drafter=None if runner.drafting is None else runner.drafting.name,
+            most_checked=EQUAL_BITS_ROWS if config.equal_bits else None,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)
 
@@ -275,6 +283,11 @@ class Builder:
         )
         allocated(num_pages)
         return num_pages, total_bytes(states, num_pages, slots)
+
+    def _rotates_in_one_op(self) -> bool:
+        """Whether attention modules are looked at for `use_one_op`. Not those of a model that is cut, whose parts would
+        have to run their forwards together."""
+        return self.checkpoint.device.type == "cuda" and self.lead is None
 
     def _drafter(self, bound: BoundModel, model: LoadedDrafter | None) -> Drafter | None:
         """Who drafts, if anybody.

@@ -42,6 +42,7 @@ class StepLoop:
         meter: DecodeMeter | None = None,
         before_call: Callable[[], object] = lambda: None,
         drafter: str | None = None,
+        most_checked: int | None = None,
     ) -> None:
         """
         Args:
@@ -51,6 +52,7 @@ class StepLoop:
             meter: told of every decode step that was read.
             before_call: called before requests are queued, while no step runs.
             drafter: who drafts in the runner's steps; None: nobody.
+            most_checked: tokens of a step that checks drafts at most; None: any number.
         """
         self.scheduler = scheduler
         self._runner = runner
@@ -62,6 +64,7 @@ class StepLoop:
         self._reader = Reader(runner, scheduler, counters, meter)
         self._before_call = before_call
         self._drafter = drafter
+        self._most_checked = most_checked
         self._decoded_by: StepKind = ("decode", "", "")
         """How the last decode step ran. One object while that does not change, so that nobody compares strings."""
         self._in_flight: list[InFlight] = []
@@ -253,9 +256,7 @@ class StepLoop:
         plan, admitted, prefilled, batch = self.scheduler.schedule()
         launched: list[InFlight] = []
         if admitted:
-            for request, admission in zip(admitted, plan.admit, strict=True):
-                if request.state is RequestState.RUNNING:
-                    self._admit(request, admission)
+            self._admit(list(zip(admitted, plan.admit, strict=True)))
         if prefilled:
             # A request whose admission failed has ended, and one that shares pages with it waits again.
             parts = [
@@ -269,12 +270,17 @@ class StepLoop:
             self._launch_decode(batch.requests, plan.decode, batch.positions, launched)
         return launched
 
-    def _admit(self, request: Request, admission: Admission) -> None:
-        """Give a request its slot on the device; it ends if that fails."""
+    def _admit(self, parts: list[tuple[Request, Admission]]) -> None:
+        """Give requests their slots on the device; one with which that fails ends."""
         try:
-            self._runner.admit(admission)
+            self._runner.admit(*(admission for _, admission in parts))
         except Exception as error:
-            self._blame(request, error)
+            if self._can_isolate(parts, error):
+                for part in parts:
+                    if part[0].state is RequestState.RUNNING:  # it counts on none that failed
+                        self._admit([part])
+            else:
+                self._blame(parts[0][0], error)
 
     def _launch_prefill(self, parts: list[tuple[Request, PrefillChunk]], launched: list[InFlight]) -> None:
         try:
@@ -323,7 +329,7 @@ class StepLoop:
         if self._drafter is None:
             return self._runner.decode(slots)
         rows = [request.pace for request in requests if request.pace is not None]
-        return self._runner.decode(slots, choose(rows, partial(self._runner.decode_seconds, slots)))
+        return self._runner.decode(slots, choose(rows, partial(self._runner.decode_seconds, slots), self._most_checked))
 
     def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
         """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""

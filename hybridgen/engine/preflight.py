@@ -88,6 +88,8 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             f'graphs="{config.graphs}" needs CUDA, and the model is on {checkpoint.device}; leave it at '
             '"manual", which has a stand-in there'
         )
+    if config.equal_bits and device != "cuda":
+        raise DeviceError(f"equal_bits=True needs CUDA, and the model is on {checkpoint.device}; leave it out there")
     if config.fp8_activations and checkpoint.formats == "dense":
         raise ConfigError(
             f"fp8_activations=True, and {checkpoint.name!r} has no FP8 weights; give quantization='fp8' or an FP8 "

@@ -137,7 +137,7 @@ class Reader:
         if why is not None:
             self._counters.fall_back(why)
         for request in requests:
-            failure = request.sampling.logits_processors and self._runner.sampler.failure(request.slot)
+            failure = request.sampling.has_own and self._runner.sampler.failure(request.slot)
             if failure:
                 request.output.end(FinishReason.ERROR, RequestError(failure))
             else:

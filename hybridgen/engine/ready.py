@@ -11,8 +11,10 @@ import torch
 from hybridgen.config import EngineConfig, Mode, ResolvedConfig
 from hybridgen.errors import HybridgenError, UnsupportedModelError, described
 from hybridgen.loading import Checkpoint, LoadedModel
+from hybridgen.loading.live_adapters import merge_live
 from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models import BoundModel, bind
+from hybridgen.models.packed_experts import packed_experts
 from hybridgen.models.probe import ProbedCall
 from hybridgen.models.projections import fuse_projections, use_rows
 from hybridgen.models.quantised import quantised_modules
@@ -54,6 +56,8 @@ def make_ready(
     model = loaded.model if twin is None else twin.model
     if twin is not None and read_live(twin, checkpoint.dtype) and fall_back is not None:
         fall_back(ACTIVATIONS)
+    if twin is not None and config.merge_adapters:
+        merge_live(twin)
     if config.fuse_projections and loaded.owned:
         with fusing or nullcontext():
             fuse_projections(model)
@@ -62,8 +66,12 @@ def make_ready(
         known = checkpoint.probed(resolved.max_context) if loaded.owned else None
         bound = bound_model(model, resolved.max_context, known)
     undo.callback(bound.release)
+    if resolved.mode is not Mode.EAGER:  # the reference
+        bound.use_experts()
     for _, module in quantised_modules(model):
         module.dequantises = resolved.mode is Mode.EAGER  # the reference
+    for experts in packed_experts(model):
+        experts.dequantises = resolved.mode is Mode.EAGER
     return Ready(bound, twin)
 
 

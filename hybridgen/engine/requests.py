@@ -206,11 +206,11 @@ def make_requests(
     """
     params = sampling_per_prompt(len(prompts), sampling, fields)
     requests: list[Request] = []
-    known: dict[tuple[int, int], ResolvedSampling] = {}
-    """By parameters and length of the prompt; most prompts of a call have the same parameters."""
+    how, counts = checkpoint.encoding, counts_prompt(checkpoint.generation_config)
+    known = _Known()
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         try:
-            requests += _make(index, prompt, wanted, checkpoint, max_context, cache_tokens, known)
+            requests += _make(index, prompt, wanted, checkpoint, how, counts, max_context, cache_tokens, known)
         except REFUSED as error:
             if refused is None:
                 raise
@@ -231,40 +231,69 @@ def read_grammar(wanted: SamplingParams, checkpoint: Checkpoint) -> Constraint |
     return constraint_of(wanted, checkpoint.tokenizer, checkpoint.tokenizer_problem, vocab, eos)
 
 
+class _Known:
+    """What parameters of a call were resolved to, by them and the length of the prompt: most prompts have the same
+    parameters, or others in their seeds alone."""
+
+    def __init__(self) -> None:
+        self._by_identity: dict[tuple[int, int], ResolvedSampling] = {}
+        self._last: dict[int, tuple[dict[str, Any], ResolvedSampling]] = {}
+
+    def get(self, wanted: SamplingParams, length: int) -> ResolvedSampling | None:
+        """Resolved parameters with the seed that they ask for, or one that is drawn."""
+        resolved = self._by_identity.get((id(wanted), length))
+        if resolved is None:
+            before, resolved = self._last.get(length, (None, None))
+            if before is None or resolved is None or vars(wanted) | {"seed": None} != before:
+                return None
+        elif wanted.seed is not None or resolved.greedy:
+            return resolved
+        return replace(resolved, seed=draw_seed() if wanted.seed is None else wanted.seed)
+
+    def add(self, wanted: SamplingParams, length: int, resolved: ResolvedSampling) -> None:
+        self._by_identity[id(wanted), length] = resolved
+        self._last[length] = vars(wanted) | {"seed": None}, resolved
+
+
 def _make(
     index: int,
     prompt: Any,
     wanted: SamplingParams,
     checkpoint: Checkpoint,
+    how: dict[str, Any],
+    counts: bool,
     max_context: int,
     cache_tokens: int | None,
-    known: dict[tuple[int, int], ResolvedSampling],
+    known: _Known,
 ) -> list[Request]:
-    """A request for each completion of a prompt; see `make_requests`."""
-    how = checkpoint.encoding
-    start = 0
-    if is_pair(prompt):
+    """A request for each completion of a prompt; see `make_requests`.
+
+    Args:
+        how: what `encode_prompt` has to know.
+        counts: whether the model has lengths that count the prompt.
+        known: parameters that were resolved before in this call.
+    """
+    start, text = 0, is_text(prompt)
+    if text and is_pair(prompt):
         ids, start = encode_pair(prompt, index, **how)
     else:
         ids = encode_prompt(prompt, index, **how)
     cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
-    ids, told = ids[cut:], prompt if is_text(prompt) else None
-    length = len(ids) if counts_prompt(checkpoint.generation_config) else min(len(ids), 2)
-    resolved = known.get((id(wanted), length))
+    ids, told = ids[cut:], prompt if text else None
+    length = len(ids) if counts else min(len(ids), 2)
+    resolved = known.get(wanted, length)
     if resolved is None:
         eos, vocab = checkpoint.eos_token_ids, checkpoint.vocab_size
         resolved = resolve(wanted, checkpoint.generation_config, eos, vocab, len(ids))
         constraint = read_grammar(wanted, checkpoint)
         if constraint is not None:
-            resolved = replace(resolved, logits_processors=(*resolved.logits_processors, constraint))
-        if resolved.logits_processors and checkpoint.config.tensor_parallel > 1:
+            resolved = replace(resolved, constraint=constraint)
+        if resolved.has_own and checkpoint.config.tensor_parallel > 1:
             raise SamplingError(
                 "grammars and logits_processors run on one process, and with tensor_parallel all of them choose each "
                 "token; leave one of them out"
             )
-        known[id(wanted), length] = resolved
-    elif wanted.seed is None and not resolved.greedy:
-        resolved = replace(resolved, seed=draw_seed())
+        known.add(wanted, length, resolved)
     if resolved.stop and checkpoint.tokenizer is None:
         whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"
         raise TokenizerError(
@@ -286,6 +315,8 @@ def _make(
     if new != resolved.max_new_tokens or new < resolved.min_new_tokens:
         resolved = replace(resolved, max_new_tokens=new, min_new_tokens=min(resolved.min_new_tokens, new))
     scored_from = _scored_from(index, len(ids), start, cut, resolved)
+    if wanted.n == 1:
+        return [Request(ids, resolved, index, 0, scored_from, prompt=told, truncated=cut)]
     drawn = [resolved, *(replace(resolved, seed=choice_seed(resolved.seed, i)) for i in range(1, wanted.n))]
     return [
         Request(ids, sampling, index, choice, scored_from, prompt=told, truncated=cut)

@@ -16,7 +16,7 @@ from hybridgen.compilation.store.files import write_whole
 from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import EngineConfig, GraphOwner
 from hybridgen.device.failures import is_fatal
-from hybridgen.errors import CacheMissError, described
+from hybridgen.errors import CacheMissError, UnsupportedModelError, described
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.fused_executors import compare_rows, compare_with_layers, make_fused, tune_fused
 from hybridgen.execution.warm_up import check_numerics, compile_layers
@@ -166,6 +166,7 @@ class Starter:
 
         Raises:
             CacheMissError: `offline_compile=True`, and a kernel is not kept.
+            UnsupportedModelError: `equal_bits=True`, and the kernel for that does not serve the model or the device.
         """
         if not config.fused_decode:
             self.fused = {"fused decode": "none: fused_decode=False"}
@@ -184,11 +185,13 @@ class Starter:
             return self._kept_kernel(key, make)
 
         with self._startup.timed("compile"):
-            fused = make_fused(runner, max_context, tuned=tuned, kept=kept)
+            fused = make_fused(runner, max_context, equal_bits=config.equal_bits, tuned=tuned, kept=kept)
         for failure in fused.failures:
             self._counters.fall_back(failure)
         self.fused = fused.notes
-        if config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
+        if config.equal_bits:
+            _check_equal_bits(fused)
+        elif config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
             with self._startup.timed("tuning"):
                 try:
                     chosen = tune_fused(runner, config.tune_seconds)
@@ -329,4 +332,12 @@ class Starter:
             hits=hits,
             misses=misses,
             notes=tuple(cache.notes),
+        )
+
+
+def _check_equal_bits(fused: FusedDecode) -> None:
+    if fused.rows is None:
+        raise UnsupportedModelError(
+            "equal_bits=True needs the persistent kernel for several columns, which does not serve this model here: "
+            f"{'; '.join(fused.notes.values())}; leave equal_bits out"
         )

@@ -20,12 +20,14 @@ def make_fused(
     runner: ModelRunner,
     max_context: int,
     *,
+    equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
     """From now on decode small batches with fused executors, where the model and the device allow it.
 
     Args:
+        equal_bits: decode with the kernel for several columns alone.
         tuned: what `tune_fused()` returned for this model and device.
         kept: gives machine code kept under a key, or makes and keeps it.
     """
@@ -39,6 +41,7 @@ def make_fused(
         max_context=max_context,
         max_rows=runner.state.max_batch,
         query_len=runner.state.query_len,
+        equal_bits=equal_bits,
         tuned=tuned,
         kept=kept,
     )

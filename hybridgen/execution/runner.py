@@ -221,17 +221,20 @@ class ModelRunner:
     def _route_anew(self) -> None:
         why_plain, note = self._why
         executors = tuple(self.executors.values())
-        self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note)
+        keeps = self.fused is not None and self.fused.equal_bits
+        self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note, keeps_executor=keeps)
         """Decides how each step runs."""
         self._steady = {}
 
     @on_its_stream
-    def admit(self, admission: Admission) -> None:
-        """Give a slot to a new request."""
-        self.state.block_table.assign(admission.slot, admission.pages)
+    def admit(self, *admissions: Admission) -> None:
+        """Give slots to new requests; all of them in a few launches."""
+        slots = [admission.slot for admission in admissions]
+        self.state.block_table.assign_all(slots, [admission.pages for admission in admissions])
         for state in self.states:
-            state.reset(admission.slot)
-        self.sampler.assign(admission.slot, admission.sampling, admission.prompt_ids, ())
+            for slot in slots:
+                state.reset(slot)
+        self.sampler.assign_all([(each.slot, each.sampling, each.prompt_ids, ()) for each in admissions])
         self._steady = {}
 
     @on_its_stream
@@ -337,10 +340,13 @@ class ModelRunner:
             route = self._run(route)
             if own is not None:
                 self.steps.finish(route.key, sampler, own)
-                own.launched()
             self._count(route)
             if samples:
-                return self.ring.launched(rows, sampler.logprobs, route.kind, route.reason, route.key.query_len)
+                logprobs, tokens = sampler.logprobs, route.key.query_len
+                launched = self.ring.launched(rows, logprobs, route.kind, route.reason, tokens)
+                if own is not None:
+                    own.launched(launched)
+                return launched
         except BaseException:
             self.recover()
             raise

@@ -22,9 +22,13 @@ from hybridgen.sampling.state import every_kind
 logger = logging.getLogger(__name__)
 
 WARM_UP_RUN = 7
-"""Tokens of the warm-up prefill: few enough for the first page, and no dimension of a model."""
+"""Tokens of the warm-up prefill on a CPU: few enough for the first page, and no dimension of a model."""
 
 WARM_UP_ROWS = 3
+
+_SIZES = (4099, 2053, 1031, 521, 251, 127, 61, 31, 13, WARM_UP_RUN, WARM_UP_ROWS, 2)
+"""What layers are compiled at on CUDA: primes, which no dimension of a model is likely to be."""
+_MOST_COMPILED_ROWS = 251
 
 _NODE_BYTES = 128 * 2**20
 """For the nodes of all graphs; a 1B model's took 1 to 6 MiB each on an H200."""
@@ -36,19 +40,33 @@ def compile_layers(runner: ModelRunner) -> None:
 
     Where a backend's choices depend on the number of tokens (grouped matrix products of experts in bfloat16 do, in
     torch 2.11), there is a graph for each part of the range that the sizes tried here meet.
+
+    One graph serves all sizes, but Inductor cuts its kernels for the one that it is shown: for 7 tokens it takes blocks
+    of 256 elements, 2 a thread, whose loads of 4 bytes reach a quarter of the memory's speed in a call of 8192. So on
+    CUDA it is shown a large one, at which it also measures which blocks are faster.
     """
     compiled = runner.compiled
     if compiled is None:
         return
     compiled.install()
+    run, several = shown_sizes(runner)
     try:
-        _compile(runner, compiled, [WARM_UP_RUN], [WARM_UP_ROWS, 1])
+        _compile(runner, compiled, [run], [several, 1])
     except ConstraintViolationError as error:
         logger.debug("not one graph for all sizes: %s", error)
         compiled.strict = False
         rows = [2**i for i in range(runner.max_batch.bit_length())]
-        runs = [WARM_UP_RUN, *(2**i for i in range(4, 14))]
-        _compile(runner, compiled, runs, [WARM_UP_ROWS, *rows, runner.max_batch])
+        runs = [run, *(2**i for i in range(4, 14))]
+        _compile(runner, compiled, runs, [several, *rows, runner.max_batch])
+
+
+def shown_sizes(runner: ModelRunner) -> tuple[int, int]:
+    """Tokens of the prefill, and rows of the decode step, that layers are compiled at."""
+    if runner.device.type != "cuda":
+        return WARM_UP_RUN, WARM_UP_ROWS
+    most = max(2, runner.max_tokens), max(2, min(_MOST_COMPILED_ROWS, runner.max_batch))
+    run, several = (next(size for size in _SIZES if size <= limit) for limit in most)
+    return run, several
 
 
 def _compile(runner: ModelRunner, compiled: CompiledLayers, runs: Sequence[int], rows: Sequence[int]) -> None:

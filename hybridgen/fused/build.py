@@ -37,6 +37,7 @@ def build_fused(
     max_context: int,
     max_rows: int,
     query_len: int = 1,
+    equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
 ) -> FusedDecode:
@@ -47,10 +48,11 @@ def build_fused(
     Args:
         max_rows: rows of a step at most.
         query_len: tokens of a row in a step at most.
+        equal_bits: build the kernel for several columns alone, and use it for a single row, too.
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
     """
-    fused = FusedDecode(inputs, pages=pages)
+    fused = FusedDecode(inputs, pages=pages, equal_bits=equal_bits)
     tuning, tiles = tuned_parts(tuned)
     try:
         if bound.mixers:
@@ -72,6 +74,9 @@ def build_fused(
         # The kernels for several rows are compiled while the one for one row is.
         making = pool.submit(_rows_step, fused, model, kept)
         compiling: list[Future[object]] | Exception = []
+        if equal_bits:
+            _make_rows(fused, making, max_rows * query_len)
+            return _logged(fused)
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
         _make_persistent(fused, model, kept, tuning)
@@ -81,6 +86,10 @@ def build_fused(
             compiling = _begin_chain(fused, few, tiles, pool)
     if few > 1 or nobody:
         _finish_chain(fused, few, compiling)
+    return _logged(fused)
+
+
+def _logged(fused: FusedDecode) -> FusedDecode:
     for size, how in fused.notes.items():
         logger.info("%s: %s", size, how)
     return fused
@@ -101,23 +110,22 @@ def _rows_step(
 
 
 def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> None:
-    """Try the step for several rows, and say in the notes whether it serves."""
-    tokens = min(COLUMNS, tokens)
+    """Try the step for several columns, and say in the notes whether it serves."""
+    columns = min(COLUMNS, tokens)
     try:
-        rows = fused.rows = RowsExecutor(making.result(), tokens)
-        rows.least = fused.first_of_several
-        if rows.least > tokens:
+        rows = fused.rows = RowsExecutor(making.result(), columns, fused.first_of_several)
+        if rows.least > columns:
             rows.close()
             fused.rows = None
             return
-        fused.try_step(rows, tokens)
+        fused.try_step(rows, columns)
         fused.note_rows(rows, "")
     except Exception as error:
         reason = fused.reason_of(error)
         if fused.rows is not None:
             fused.rows.close()
             fused.rows = None
-        fused.notes["decode of a few tokens"] = f"no persistent kernel for several rows: {reason}"
+        fused.notes["decode of a few rows"] = f"no persistent kernel for several rows: {reason}"
 
 
 def _make_persistent(

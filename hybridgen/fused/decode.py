@@ -43,6 +43,8 @@ class FusedDecode:
     pages: tuple[LayerPages, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     """What serves which sizes, or why nothing does."""
+    equal_bits: bool = False
+    """Whether one kernel serves all decode steps, so that their bits are equal."""
     failures: list[str] = field(default_factory=list)
     """What went wrong that should not have."""
 
@@ -65,8 +67,10 @@ class FusedDecode:
     def note_rows(self, rows: RowsExecutor, why: str) -> None:
         """Say in `notes` what the kernel for several rows serves, and why nothing beyond that."""
         self.notes = {size: how for size, how in self.notes.items() if "several rows" not in how}
-        size = f"decode of {rows.least} to {rows.most} tokens" if rows.most >= rows.least else "decode of a few tokens"
-        how = "one persistent kernel for several rows" if rows.most >= rows.least else "not the kernel for several rows"
+        least, most = rows.least, rows.most
+        serves = f"{least} row{'s' * (least != 1)}" if least == most else f"{least} to {most} rows"
+        size = f"decode of {serves}" if most >= least else "decode of a few rows"
+        how = "one persistent kernel for several rows" if most >= least else "not the kernel for several rows"
         self.notes[size] = f"{how}{f'; {why}' if why else ''}"
 
     def use_chain_up_to(self, rows: int, why: str) -> None:

@@ -50,19 +50,27 @@ class RowsExecutor:
     name = "rows"
     launch = "direct"
 
-    def __init__(self, step: RowsStep, columns: int) -> None:
-        """`columns`: tokens of a step at most."""
+    def __init__(self, step: RowsStep, columns: int, least: int) -> None:
+        """`columns`: tokens of a step at most; `least`: rows from which on it is used."""
         self.step = step
-        self.least = 2
-        """Tokens from which on it is used."""
+        self.columns = columns
+        """Tokens of a step at most. Steps with several tokens of a row have no other kernel than this one."""
+        self.least = least
+        """Rows of one token from which on it is used."""
         self.most = columns
-        """Tokens up to which it is used."""
+        """Rows of one token up to which it is used."""
 
     def refuses(self, key: GraphKey) -> str | None:
         """Anything but a decode step of a few tokens."""
-        if key.phase is Phase.DECODE and self.least <= key.rows * key.query_len <= self.most:
-            return None
-        return f"the persistent kernel for several rows decodes {self.least} to {self.most} tokens"
+        if key.phase is Phase.DECODE:
+            if key.query_len == 1 and self.least <= key.rows <= self.most:
+                return None
+            if key.query_len > 1 and key.rows * key.query_len <= self.columns:
+                return None
+        return (
+            f"the persistent kernel for several rows decodes {self.least} to {self.most} rows of one token, and "
+            f"{self.columns} tokens in steps with several of a row"
+        )
 
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Launch it; the next call overwrites what it returns."""

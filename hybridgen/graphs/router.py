@@ -48,18 +48,21 @@ class Router:
         *,
         why_plain: str,
         note: str = "",
+        keeps_executor: bool = False,
     ) -> None:
         """
         Args:
             executors: in order of preference; the last one serves every step.
             why_plain: the reason of a step without a recording where nothing is recorded.
             note: what else to say of every recorded step.
+            keeps_executor: never pad a decode step to a size that another executor serves: that one rounds otherwise.
         """
         self._store = store
         self._executors = tuple(executors)
         self._steps = steps
         self._why_plain = why_plain
         self._note = note
+        self._keeps_executor = keeps_executor
         self._routes: dict[GraphKey, Route] = {}
         self._version = -1
 
@@ -167,12 +170,13 @@ class Router:
 
     def _larger(self, key: GraphKey) -> Iterator[Recording]:
         """Recordings that can run the step with padding."""
+        only = self.served(key).executor if self._keeps_executor and key.phase is Phase.DECODE else None
         for recording in self._store.recordings:
             other = recording.key
             alike = other.phase is key.phase and other.query_len == key.query_len
             enough = other.tokens >= key.tokens and other.rows >= key.rows
             samples = other.sampler is None or (key.sampler is not None and other.sampler.covers(key.sampler))
-            if alike and enough and samples:
+            if alike and enough and samples and only in (None, other.executor):
                 yield recording
 
     def _why_not(self, best: Recording, key: GraphKey) -> str | None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import compress
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +21,7 @@ from hybridgen.core import Completion
 from hybridgen.engine import Engine
 from hybridgen.errors import ConfigError, EngineError, shown
 from hybridgen.loading.files import eos_ids, not_applied
+from hybridgen.loading.wrappers import unwrapped
 from hybridgen.params import SamplingParams
 from hybridgen.sampling.resolve import resolve
 
@@ -40,6 +43,7 @@ class Attached:
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig, tokenizer: Any = None) -> None:
         """See `attach()`."""
+        model = unwrapped(model)
         if not isinstance(model, PreTrainedModel):
             raise ConfigError(f"attach() takes a live PreTrainedModel, not {shown(model)}; load one first")
         taken = [name for name in _TAKEN if name in vars(model)]
@@ -96,12 +100,15 @@ class Attached:
         if params is None:
             self.engine.fall_back(f"model.generate ran as transformers': {why}")
             return self._originals["generate"](ids, generation_config=generation_config, **given)
-        prompts = [row if mask is None else row[mask[i].bool()] for i, row in enumerate(ids.cpu())]
-        completions = self._run([row.tolist() for row in prompts], params)
+        prompts = ids.tolist()
+        if mask is not None:
+            kept = mask.bool().tolist()
+            prompts = [list(compress(row, its)) for row, its in zip(prompts, kept, strict=True)]
+        completions = self._run(prompts, params)
         pad = self._padding(generation_config, given)
         rows = [choice.token_ids for completion in completions for choice in completion.choices]
         longest = max(map(len, rows))
-        tails = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device="cpu")
+        tails = torch.from_numpy(np.array([[*row, *[pad] * (longest - len(row))] for row in rows], dtype=np.int64))
         return torch.cat((ids.repeat_interleave(params.n, 0), tails.to(ids.device)), dim=1)
 
     def _generate_batch(self, inputs: list[list[int]], generation_config: Any = None, **given: Any) -> Any:
@@ -205,7 +212,7 @@ def attach(model: Any, config: EngineConfig | None = None, *, tokenizer: Any = N
     with its reason in `engine.stats().fallbacks` and warned of once.
 
     Args:
-        model: a live `PreTrainedModel`.
+        model: a live `PreTrainedModel`, or a PEFT model around one.
         tokenizer: for calls of `engine.generate` with text.
         config: how to run it; `fields` set single fields of it.
 

@@ -15,10 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hybridgen.models.packed_experts import PackedExperts, PackedWeights
 from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 
 Reader = Callable[[torch.device, torch.dtype], QuantisedWeight]
 """Gives a projection's weight on a device, to be multiplied in a dtype."""
+ExpertsReader = Callable[[torch.device], PackedWeights]
+"""Gives the weights of a layer's experts on a device."""
 
 
 def assemble(
@@ -29,12 +32,14 @@ def assemble(
     dtype: torch.dtype,
     device: torch.device,
     unties_head: bool = False,
+    experts: Mapping[str, ExpertsReader] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model on its device, and transformers' account of what it loaded.
 
     Args:
         tensors: all others of the checkpoint, by its names: tensors, or what gives them when indexed with `...`.
         apart: readers by the names that the model has for its projections, all of them `nn.Linear`.
+        experts: readers by the model's names of modules of experts that compute what our op does.
         unties_head: the head has a weight of its own though the config says that it shares the embedding's.
 
     Raises:
@@ -44,7 +49,8 @@ def assemble(
     tied = getattr(own, "tie_word_embeddings", False)
     if unties_head and tied:
         own.tie_word_embeddings = False
-    loader: Any = _with_places(model_class, apart).from_pretrained
+    experts = experts or {}
+    loader: Any = _with_places(model_class, apart, experts).from_pretrained
     model, info = loader(
         None,
         config=own,
@@ -59,11 +65,17 @@ def assemble(
         place = model.get_submodule(name)
         assert isinstance(place, QuantisedLinear)
         place.fill(read(device, dtype))
+    for name, read_experts in experts.items():
+        packed = model.get_submodule(name)
+        assert isinstance(packed, PackedExperts)
+        packed.fill(read_experts(device))
     return model, info
 
 
-def _with_places(model_class: type[PreTrainedModel], names: Iterable[str]) -> type[PreTrainedModel]:
-    """The class, whose models have empty `QuantisedLinear` modules from the beginning.
+def _with_places(
+    model_class: type[PreTrainedModel], names: Iterable[str], experts: Iterable[str]
+) -> type[PreTrainedModel]:
+    """The class, whose models have empty `QuantisedLinear` and `PackedExperts` modules from the beginning.
 
     transformers asks classes for their names and modules, which are the original's.
     """
@@ -76,6 +88,8 @@ def _with_places(model_class: type[PreTrainedModel], names: Iterable[str]) -> ty
             place = QuantisedLinear(linear.in_features, linear.out_features, linear.bias is not None)
             place.bias = linear.bias
             self.set_submodule(name, place)
+        for name in experts:
+            self.set_submodule(name, PackedExperts(self.get_submodule(name)))
 
     attributes = {"__init__": build, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
     return type(model_class.__name__, (model_class,), attributes)

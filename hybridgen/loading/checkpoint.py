@@ -269,6 +269,7 @@ class Checkpoint:
             "tokenizer_problem": self.tokenizer_problem,
             "vocab_size": self.vocab_size,
             "placeholders": self.placeholders,
+            "pad": getattr(self.tokenizer, "pad_token_id", None),
         }
 
     def fetch(self) -> list[Path]:

@@ -14,15 +14,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hybridgen.config import EngineConfig
 from hybridgen.errors import CheckpointError
-from hybridgen.loading.assembly import Reader, assemble
+from hybridgen.kernels.linear.experts_form import Projection
+from hybridgen.kernels.linear.layout import Block
+from hybridgen.loading.assembly import ExpertsReader, Reader, assemble
 from hybridgen.loading.expectation import skeleton
 from hybridgen.loading.formats import Format
 from hybridgen.loading.formats.compressed import KV_NOTE
+from hybridgen.loading.formats.mxfp4 import Experts
 from hybridgen.loading.kv_scales import is_scale
 from hybridgen.loading.places import Places
 from hybridgen.loading.source import Source
 from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
+from hybridgen.models.experts import probe
 from hybridgen.models.latent import latent_projections
+from hybridgen.models.packed_experts import PackedWeights
 from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.rounding import quantise, relative_error
 
@@ -83,8 +88,10 @@ def load_quantised(
                 notes[f"scales of {_left_out(left_out)} are left out: 16 bits are kept"] += len(left_out)
         model = skeleton(source, plain, hf_config, model_class)
         plan = _Plan(source, model, tensors, device, dtype, notes)
-        for each in stored.values():
-            plan.add_stored(each)
+        experts = plan.add_experts(stored)
+        for name, each in stored.items():
+            if name not in experts:
+                plan.add_stored(each)
         targets = {each.target for each in stored.values()}
         for name in plain.keys() - targets:  # an FP8 weight has the name that it has without being quantised
             plan.tensors[name] = tensors.lazy(name)
@@ -103,6 +110,7 @@ def load_quantised(
             dtype,
             device,
             unties_head=head in plan.apart,
+            experts=plan.experts,
         )
         for name, error in plan.errors.items():
             loaded.get_submodule(name).error = error  # type: ignore[assignment]
@@ -153,6 +161,8 @@ class _Plan:
         self._latents = {id(projection) for projection in latent_projections(model)}
         self.apart: dict[str, Reader] = {}
         """By the model's names."""
+        self.experts: dict[str, ExpertsReader] = {}
+        """By the model's names of modules."""
         self.tensors: dict[str, Any] = {}
         """By the files' names."""
         self.errors: dict[str, float] = {}
@@ -185,6 +195,21 @@ class _Plan:
                 f"{[stored.outputs, stored.inputs]}, the config says {[linear.out_features, linear.in_features]}"
             )
         self.apart[name] = _stored_reader(stored, self._files)
+
+    def add_experts(self, stored: Mapping[str, Stored]) -> set[str]:
+        """Run experts as they are stored where their module computes what our op does; the names of those."""
+        taken: set[str] = set()
+        for name, each in stored.items():
+            place = self._places.of(each.target)
+            if not isinstance(each.scheme, Experts) or place is None or not place.endswith(".gate_up_proj"):
+                continue
+            down = stored.get(f"{name.removesuffix('gate_up_proj')}down_proj")
+            owner = place.removesuffix(".gate_up_proj")
+            if down is None or not isinstance(down.scheme, Experts) or probe(self._model.get_submodule(owner)) is None:
+                continue
+            self.experts[owner] = _experts_reader(each, down, self._files)
+            taken |= {name, down.name}
+        return taken
 
     def make(self, kind: str) -> None:
         """Quantise projections while they are read (`quantisable`)."""
@@ -227,6 +252,17 @@ class _Plan:
             return weight
 
         return read
+
+
+def _experts_reader(gate_up: Stored, down: Stored, files: TensorFiles) -> ExpertsReader:
+    def part(one: Stored, device: torch.device) -> Projection:
+        assert isinstance(one.scheme, Experts)
+        return one.scheme.packed(one.tensors(files, device))
+
+    def read(device: torch.device) -> PackedWeights:
+        return PackedWeights(part(gate_up, device), part(down, device), "mxfp4", Block(1, 32))
+
+    return read
 
 
 def _stored_reader(stored: Stored, files: TensorFiles) -> Reader:

@@ -114,14 +114,17 @@ class Stored:
         Raises:
             CheckpointError: codes are out of their range; names tensor and file.
         """
-        tensors = {
+        try:
+            return self.scheme.weight(self.tensors(files, device), self.outputs, self.inputs, dtype)
+        except Damaged as damaged:
+            raise self.damaged(damaged, files) from None
+
+    def tensors(self, files: TensorFiles, device: torch.device) -> dict[str, Tensor]:
+        """Its tensors on a device, by part."""
+        return {
             part: self.small[part].to(device) if part in self.small else files.read(name, device)
             for part, name in self.names.items()
         }
-        try:
-            return self.scheme.weight(tensors, self.outputs, self.inputs, dtype)
-        except Damaged as damaged:
-            raise self.damaged(damaged, files) from None
 
     def damaged(self, damaged: Damaged, files: TensorFiles) -> CheckpointError:
         """The error for a tensor of this projection."""

@@ -18,6 +18,7 @@ from hybridgen.kernels.attention.ops import (
     schedule_attention,
     write_kv,
 )
+from hybridgen.kernels.attention.rotary import HeadNorms, rotate_and_write
 from hybridgen.models.visibility import Visibility
 
 # Hugging Face routes by substring of this name ("flash", "sdpa", "/", "|" each trigger something), so it has none.
@@ -161,6 +162,24 @@ class LayerBinding:
             return decode_attention(call.query, places, options, schedule=self.schedule)
         return prefill_attention(call.query, places, step.query_starts, options)
 
+    def rotate_and_attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norms: HeadNorms,
+        scale: float,
+        softcap: float,
+    ) -> torch.Tensor:
+        """In prefill: normalise and rotate heads, write keys and values, and attend; see `kernels.attention.rotary`."""
+        places = self.places()
+        options = Options(scale, self.sees.window, self.sees.chunk, softcap)
+        return prefill_attention(
+            rotate_and_write(q, k, v, cos, sin, norms, places), places, self.step.query_starts, options
+        )
+
     def write_schedule(self, query_heads: int) -> None:
         """Schedule decode attention of the step, for all layers that share the schedule."""
         schedule_attention(self.places(), query_heads, self.sees.window, self.sees.chunk, self.schedule)
@@ -205,8 +224,10 @@ def paged_attention(
 def note_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """Note who attends and with which shapes; return zeros of the right shape."""
-    module._hybridgen_note(module, query, key, value, attention_mask, kwargs)  # type: ignore[operator]
+    """Note who attends and with which shapes; return zeros of the right shape, or what the note returns."""
+    noted = module._hybridgen_note(module, query, key, value, attention_mask, kwargs)  # type: ignore[operator]
+    if noted is not None:
+        return noted, None
     tokens = query.shape[2]
     return query.new_zeros(query.shape[0], tokens, query.shape[1], value.shape[-1]), None
 

@@ -26,6 +26,7 @@ from hybridgen.cache.paged_latent import LatentShape, PagedLatent
 from hybridgen.errors import CheckpointError, EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, KVFactors, LayerBinding, Phase, StepMetadata
+from hybridgen.models.experts import ExpertsBinding, ExpertsSite, find_experts, use_op, use_own_code
 from hybridgen.models.interface import AttentionNames, check_functions
 from hybridgen.models.latent import (
     LatentBinding,
@@ -103,6 +104,8 @@ class BoundModel:
     """Of the layers that share an attention schedule the first, and its query heads."""
     latents: tuple[nn.Module, ...] = field(init=False)
     """The attention modules that cache latents."""
+    experts: tuple[ExpertsSite, ...] = ()
+    """The modules of experts that decode by the op of `kernels.linear.experts`."""
 
     def __post_init__(self) -> None:
         self.latents = tuple(site.module for site in self.sites if site.latent is not None)
@@ -187,6 +190,8 @@ class BoundModel:
         self._slots = next((state for state in states if isinstance(state, SlotState)), None)
         for mixer, tensors in zip(self.mixers, self._slots.mixers if self._slots else (), strict=True):
             mixer.module._hybridgen = MixerBinding(tensors, step)  # type: ignore[assignment]
+        for expert in self.experts:
+            expert.module._hybridgen = ExpertsBinding(expert.form, step)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
 
@@ -221,6 +226,20 @@ class BoundModel:
         """What steps leave for their own layers alone, by name: the attention schedules."""
         return {f"attention schedule {i}": binding.schedule for i, (binding, _) in enumerate(self._schedules)}
 
+    @property
+    def length_dependent(self) -> bool:
+        """Whether rotary tables depend on the lengths of requests."""
+        return bool(self._ropes)
+
+    @contextmanager
+    def attending_by(self, name: str) -> Iterator[None]:
+        """Inside, the model's modules look up their attention function by another name."""
+        self._attention.set(name)
+        try:
+            yield
+        finally:
+            self._attention.set(ATTENTION_NAME)
+
     @contextmanager
     def original_attention(self) -> Iterator[None]:
         """Inside, the model attends as it did before `bind()`, without a cache."""
@@ -232,22 +251,32 @@ class BoundModel:
             self._use_states()
             self._attention.set(ATTENTION_NAME)
 
+    def use_experts(self) -> None:
+        """From now on, experts whose code computes what our op does decode by that. Call it before `attach()`."""
+        self.experts = tuple(find_experts(self.model))
+        self._use_states()
+
     def _use_states(self) -> None:
-        """Mixers and modules with latents go by their bindings."""
+        """Mixers, modules with latents and experts go by their bindings."""
         for mixer in self.mixers:
             use_slots(mixer.module)
         for module in self.latents:
             use_latents(module)
+        for site in self.experts:
+            use_op(site)
 
     def _use_own(self) -> None:
         for mixer in self.mixers:
             use_own_cache(mixer.module)
         for module in self.latents:
             use_expansion(module)
+        for site in self.experts:
+            use_own_code(site)
 
     def release(self) -> None:
         """Put everything back as it was before `bind()`."""
-        for module in (*(site.module for site in self.sites), *(mixer.module for mixer in self.mixers)):
+        modules = [site.module for site in self.sites] + [mixer.module for mixer in self.mixers]
+        for module in (*modules, *(site.module for site in self.experts)):
             vars(module).pop("_hybridgen", None)
         self._use_own()
         self._slots = None

@@ -249,8 +249,8 @@ def _layer(site: AttentionSite, projections: _Projections) -> DecoderLayer:
     return DecoderLayer(
         before_attention=None if before is None else _norm(before, width),
         qkv=projections.joined(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-        query_norm=_head_norm(attention, "q_norm"),
-        key_norm=_head_norm(attention, "k_norm"),
+        query_norm=head_norm(attention, "q_norm"),
+        key_norm=head_norm(attention, "k_norm"),
         rotates=bool(getattr(attention, "use_rope", True)),
         attention_scale=site.options.scale,
         window=site.sees.window,
@@ -310,7 +310,12 @@ def _norm(module: nn.Module, width: int) -> Norm:
     return Norm(scale, float(eps), weight.detach(), shift)
 
 
-def _head_norm(attention: nn.Module, name: str) -> Norm | None:
+def head_norm(attention: nn.Module, name: str) -> Norm | None:
+    """A norm over heads, by its name; None where there is none.
+
+    Raises:
+        Unfit: it is no RMSNorm.
+    """
     module = getattr(attention, name, None)
     if module is None or isinstance(module, nn.Identity):
         return None

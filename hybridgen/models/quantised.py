@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,14 +203,21 @@ class QuantisedLinear(nn.Module):
         return f"{sizes}, {self.weight_stored.format}, {bits:.2f} bits a weight"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantisedLinear:
-        # A cast is for what is multiplied in that dtype; codes and scales stay as they are, and move with the rest.
-        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in buffers.items():
-            moved = self._buffers[name]
-            assert moved is not None
-            self._buffers[name] = buffer if moved.device == buffer.device else buffer.to(moved.device)
+        with keeping_buffers(self):
+            super()._apply(fn, recurse)
         return self
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """While a module is cast or moved: a cast is for what is multiplied in that dtype; codes and scales stay as they
+    are, and move with the rest."""
+    buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    yield
+    for name, buffer in buffers.items():
+        moved = module._buffers[name]
+        assert moved is not None
+        module._buffers[name] = buffer if moved.device == buffer.device else buffer.to(moved.device)
 
 
 class QuantisedHead(QuantisedLinear):

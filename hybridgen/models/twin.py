@@ -113,6 +113,11 @@ class Twin(Generic[M]):
         self._refills: dict[int, Callable[[], None]] = {}
         self._followers: list[Callable[[], None]] = []
 
+    @property
+    def modules(self) -> list[tuple[nn.Module, Any]]:
+        """(the owner's, the twin's) of each module that the twin was made with."""
+        return self._copy.modules
+
     def replaced(self, module: nn.Module, refill: Callable[[], None], follow: Callable[[], None] | None = None) -> None:
         """Say that something else has the place of one of the twin's modules, and holds its tensors.
 
@@ -123,6 +128,10 @@ class Twin(Generic[M]):
         self._refills[id(module)] = refill
         if follow is not None:
             self._followers.append(follow)
+
+    def at_each_look(self, follow: Callable[[], None]) -> None:
+        """Say that something has the place of a module and looks after itself: what is called at each look, first."""
+        self._followers.append(follow)
 
     def settle(self) -> None:
         """Follow the original as it is now from now on.

@@ -144,10 +144,11 @@ class LeadRunner(ModelRunner):
         first = next(iter(paged(states)[0].tensors().values()))
         self._tell(pack(Kind.ALLOCATE, first.shape[0]))
 
-    def admit(self, admission: Admission) -> None:
+    def admit(self, *admissions: Admission) -> None:
         """See `ModelRunner.admit`."""
-        super().admit(admission)  # first here: what is wrong with a request is its own error
-        self._tell(admission_message(admission))
+        super().admit(*admissions)  # first here: what is wrong with a request is its own error
+        for admission in admissions:
+            self._tell(admission_message(admission))
 
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
         """See `ModelRunner.prefill`."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -90,8 +90,8 @@ def unpack(message: bytes) -> Message:
 
 
 def admission_message(admission: Admission) -> bytes:
-    """A request gets a slot. Functions of its own stay behind."""
-    sampling = asdict(admission.sampling) | {"logits_processors": (), "stopping_criteria": ()}
+    """A request gets a slot. What is its own stays behind."""
+    sampling = asdict(replace(admission.sampling, logits_processors=(), stopping_criteria=(), constraint=None))
     head = {"slot": admission.slot, "sampling": sampling}
     return pack(Kind.ADMIT, head, (list(admission.pages), list(admission.prompt_ids)))
 

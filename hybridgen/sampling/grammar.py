@@ -1,17 +1,17 @@
 """Text that keeps to a grammar: a JSON schema, a regular expression, a Lark grammar, or one of some texts.
 
 The library llguidance (extra `grammar`) says which tokens may come next; a row's logits get -inf everywhere else. Masks
-are made on the host from the tokens so far, behind the forward of the step, as a logits processor is called.
+of all rows of a step are made on the host, from the tokens of the step before, while the device runs the forward.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from hybridgen.errors import ConfigError, SamplingError, TokenizerError, shown
@@ -23,6 +23,10 @@ _VALUES = ("const", "enum", "default", "examples")
 """Keys of a schema whose value is data."""
 COMPILED = 128
 """Grammars that are kept ready."""
+_ALONE = 4
+"""Up to so many rows one thread makes the masks."""
+_THREADS = 8
+"""At most, for more rows."""
 
 
 class Matcher(Protocol):
@@ -38,8 +42,8 @@ class Matcher(Protocol):
             SamplingError: they do not fit, or following them takes too much.
         """
 
-    def fill(self, bits: Tensor) -> None:
-        """Write a bit for each token that may come next, int32 [1, ceil(V / 32)], the lowest bit first.
+    def fill(self, bits: Tensor, line: int) -> None:
+        """Write a bit for each token that may come next to a line of int32 [G, ceil(V / 32)], the lowest bit first.
 
         Raises:
             SamplingError: that takes too much.
@@ -59,48 +63,72 @@ class _Wanted(NamedTuple):
 class Constraint:
     """The grammar of a request. Each of its completions follows it on its own."""
 
-    def __init__(self, start: Matcher, vocab_size: int) -> None:
-        self._start, self._vocab_size = start, vocab_size
+    def __init__(self, start: Matcher) -> None:
+        self._start = start
 
-    def begin(self, prompt: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """A logits processor for one completion.
-
-        Args:
-            prompt: tokens of the prompt, which the grammar does not see.
-        """
-        return _Row(self._start.copy(), prompt, self._vocab_size)
-
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        raise TypeError("a grammar is followed by what begin() returns")
+    def begin(self) -> GrammarRow:
+        """The way of one completion, at its first token."""
+        return GrammarRow(self._start.copy())
 
 
-class _Row:
+class GrammarRow:
     """One completion's way through a grammar."""
 
-    def __init__(self, matcher: Matcher, prompt: int, vocab_size: int) -> None:
-        self._matcher, self._seen = matcher, prompt
-        self._bits = torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device="cpu")
+    def __init__(self, matcher: Matcher) -> None:
+        self.matcher = matcher
+        self.failure: str | None = None
+        """Why it cannot be followed any further."""
 
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """The row's logits, float32 [V], with -inf for tokens that do not fit.
+    def accept(self, token_id: int) -> None:
+        """Go on with the token that was chosen last."""
+        if self.matcher.done or self.failure is not None:  # a step more for a request that has ended
+            return
+        try:
+            self.matcher.accept([token_id])
+        except SamplingError as error:
+            self.failure = str(error)
 
-        Raises:
-            SamplingError: no token is left, or following the text takes too much.
-        """
-        matcher = self._matcher
-        if not matcher.done:
-            matcher.accept(ids[self._seen :].tolist())
-            self._seen = len(ids)
-        if matcher.done:
-            return logits  # a step more for a request that has ended
-        matcher.fill(self._bits)
-        bits = self._bits[0].to(logits.device)
-        places = torch.arange(32, dtype=torch.int32, device=logits.device)
-        allowed = ((bits[:, None] >> places) & 1).bool().flatten()[: len(logits)]
-        kept = logits.masked_fill(~allowed, -torch.inf)
-        if not bool(torch.isfinite(kept).any()):
-            raise SamplingError("no token is left that the grammar and the request's other fields allow")
-        return kept
+
+def fill(rows: Sequence[GrammarRow], bits: Tensor) -> None:
+    """Write which tokens may come next in each row: all of them where the text has ended, none where it failed.
+
+    Args:
+        bits: int32 [G, ceil(V / 32)], on the CPU; a line for each row.
+    """
+    open_rows = []
+    for line, row in enumerate(rows):
+        if row.matcher.done or row.failure is not None:
+            bits[line].fill_(-1 if row.failure is None else 0)
+        else:
+            open_rows.append((row, line))
+    together = [(row.matcher, line) for row, line in open_rows if isinstance(row.matcher, _Guidance)]
+    filled = len(together) > _ALONE
+    if filled:
+        _fill_together([(matcher.inner, line) for matcher, line in together], bits)
+    for row, line in open_rows:
+        try:
+            if filled and isinstance(row.matcher, _Guidance):
+                row.matcher.check()
+            else:
+                row.matcher.fill(bits, line)
+        except SamplingError as error:
+            row.failure = str(error)
+            bits[line].zero_()
+
+
+def _fill_together(matchers: list[tuple[Any, int]], bits: Tensor) -> None:
+    """llguidance's masks, on several threads."""
+    import llguidance.torch
+
+    llguidance.torch.fill_next_token_bitmask_par(_threads(os.getpid()), matchers, bits)
+
+
+@functools.lru_cache(1)
+def _threads(process: int) -> Any:
+    """Threads of this process: a forked one has none of its parent's."""
+    from llguidance import LLExecutor
+
+    return LLExecutor(max(1, min(_THREADS, (os.cpu_count() or 1) - 1)))
 
 
 def constraint_of(
@@ -129,7 +157,7 @@ def constraint_of(
     if params.ignore_eos or end is None:
         why = "ignore_eos=True" if params.ignore_eos else "a model without an end-of-sequence id"
         raise SamplingError(f"{wanted.kind} with {why} would never end; leave one of them out")
-    return Constraint(_compiled(tokenizer, vocab_size, end, wanted), vocab_size)
+    return Constraint(_compiled(tokenizer, vocab_size, end, wanted))
 
 
 def _wanted(params: SamplingParams) -> _Wanted | None:
@@ -191,23 +219,30 @@ class _Guidance:
 
     def __init__(self, matcher: Any, end: int) -> None:
         """`end`: the token that ends a text."""
-        self._matcher, self._end = matcher, end
+        self.inner, self._end = matcher, end
         self.done = False
 
     def accept(self, token_ids: list[int]) -> None:
         self.done = self._end in token_ids
-        if token_ids and not self._matcher.consume_tokens(token_ids):
-            raise SamplingError(f"the text left its grammar: {_said(self._matcher)}")
+        if token_ids and not self.inner.consume_tokens(token_ids):
+            raise SamplingError(f"the text left its grammar: {_said(self.inner)}")
 
-    def fill(self, bits: Tensor) -> None:
+    def fill(self, bits: Tensor, line: int) -> None:
         import llguidance.torch
 
-        llguidance.torch.fill_next_token_bitmask(self._matcher, bits, 0)
-        if self._matcher.is_error():
-            raise SamplingError(f"the grammar cannot be followed any further: {_said(self._matcher)}")
+        llguidance.torch.fill_next_token_bitmask(self.inner, bits, line)
+        self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            SamplingError: the last mask took too much.
+        """
+        if self.inner.is_error():
+            raise SamplingError(f"the grammar cannot be followed any further: {_said(self.inner)}")
 
     def copy(self) -> Matcher:
-        return _Guidance(self._matcher.deep_copy(), self._end)
+        return _Guidance(self.inner.deep_copy(), self._end)
 
 
 def _said(matcher: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from hybridgen.errors import SamplingError, shown
 from hybridgen.params import SamplingParams
+from hybridgen.sampling.grammar import Constraint
 
 DEFAULT_MAX_NEW_TOKENS = 128
 MAX_SEQUENCE_TOKENS = 8192
@@ -69,6 +70,8 @@ class ResolvedSampling:
     forced_last: tuple[int, ...]
     """Token `max_new_tokens` is one of these; empty: any."""
     logits_processors: tuple[Callable[..., Any], ...]
+    constraint: Constraint | None = None
+    """What the text keeps to."""
     stopping_criteria: tuple[Callable[..., Any], ...]
     seed: int
     n: int
@@ -95,6 +98,11 @@ class ResolvedSampling:
     def reads_history(self) -> bool:
         """Whether its logits depend on the order in which tokens came."""
         return bool(self.sequence_bias or self.logits_processors) or self.no_repeat_ngram_size > 0
+
+    @property
+    def has_own(self) -> bool:
+        """Whether it brings functions that change its logits, or a grammar."""
+        return bool(self.logits_processors) or self.constraint is not None
 
     @property
     def cuts(self) -> bool:

@@ -70,8 +70,8 @@ def sample(
     scores = logits if cuda else logits.float()
     if plan.processes:
         scores = process(logits.float(), state, slots, positions, generated, plan, drafts, behind)
-    if own is not None and state.history is not None:
-        scores = own.apply(state.history.text, scores.float())
+    if own is not None:
+        scores = own.apply(None if state.history is None else state.history.text, scores)
     exact = plan.cuts or plan.sampled_logprobs
     scaled = truncate(scores.float(), state, slots, plan) if exact or (plan.sample and not cuda) else None
     if cuda:
@@ -81,7 +81,7 @@ def sample(
         tokens = best_of(noisy)
     else:
         tokens = best_of(scores)
-    if plan.by_length or own is not None:
+    if plan.by_length or (own is not None and own.calls):
         tokens = torch.where(logits.isnan().any(-1), -1, tokens)  # the NaN may be one of the banned ids
     sampled = state.of_sampled[slots] if plan.sampled_logprobs else None
     return _with_logprobs(tokens, logits, scaled, sampled, plan.logprobs)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybridgen.device.rows import write_rows
 from hybridgen.sampling.history import History, make_history
 from hybridgen.sampling.own import OwnProcessors, OwnRows
 from hybridgen.sampling.processors import AT_BEGIN, EARLY_END, FORCED_FIRST, FORCED_LAST
@@ -194,20 +195,45 @@ class SamplerState:
         Raises:
             ValueError: there is no such slot.
         """
-        if not 0 <= slot < self.max_batch:
-            raise ValueError(f"slot {slot} is not one of 0 to {self.max_batch - 1}")
-        self.reals[slot].copy_(self._stage(_real_row(params), torch.float32), non_blocking=True)
-        self.integers[slot].copy_(self._stage(_integer_row(params), torch.int64), non_blocking=True)
+        self.assign_all([(slot, params, prompt_ids, generated_ids)])
+
+    def assign_all(self, requests: Sequence[tuple[int, ResolvedSampling, Sequence[int], Sequence[int]]]) -> None:
+        """`assign` for several slots, each once, in hardly more launches than for one."""
+        slots = [slot for slot, *_ in requests]
+        for slot in slots:
+            if not 0 <= slot < self.max_batch:
+                raise ValueError(f"slot {slot} is not one of 0 to {self.max_batch - 1}")
+        reals = torch.tensor([_real_row(params) for _, params, *_ in requests], dtype=torch.float32, device="cpu")
+        integers = torch.tensor([_integer_row(params) for _, params, *_ in requests], dtype=torch.int64, device="cpu")
+        write_rows(slots, (self.reals, reals), (self.integers, integers))
+        for slot, params, prompt_ids, generated_ids in requests:
+            self.allocate(self._note(slot, params, prompt_ids, generated_ids))
+        tables = [self.bias, self.rules, self.prompt_seen, self.output_counts]
+        tables += [None if self.history is None else self.history.ends]
+        cleared = [table for table in tables if table is not None]
+        if cleared:
+            index = self._on_device(slots, torch.int64)
+            for table in cleared:
+                table.index_fill_(0, index, 0)
+            for request in requests:
+                self._fill_tables(*request)
+
+    def _note(
+        self, slot: int, params: ResolvedSampling, prompt_ids: Sequence[int], generated_ids: Sequence[int]
+    ) -> SamplerPlan:
+        """What the host knows of a slot."""
         plan = self._plans[slot] = plan_of(params, self.vocab_size)
         self._own.pop(slot, None)
-        if params.logits_processors:
-            self._own[slot] = OwnProcessors(params.logits_processors, len(prompt_ids), len(generated_ids))
-        self.allocate(plan)
-        for table in (self.bias, self.rules, self.prompt_seen, self.output_counts):
-            if table is not None:
-                table[slot].zero_()
-        if self.history is not None:
-            self.history.ends[slot].zero_()
+        if params.has_own:
+            lengths = len(prompt_ids), len(generated_ids)
+            self._own[slot] = OwnProcessors(params.logits_processors, params.constraint, *lengths)
+        return plan
+
+    def _fill_tables(
+        self, slot: int, params: ResolvedSampling, prompt_ids: Sequence[int], generated_ids: Sequence[int]
+    ) -> None:
+        """A slot's rows of the larger tables, which are zero."""
+        plan = plan_of(params, self.vocab_size)
         if plan.bias and self.bias is not None:
             if params.allowed_token_ids:
                 self.bias[slot].fill_(-math.inf).index_fill_(0, self._ids(params.allowed_token_ids), 0.0)
@@ -251,14 +277,14 @@ class SamplerState:
         return _merge(plans)
 
     def own(self, slots: Sequence[int]) -> OwnRows | None:
-        """Which rows of a step of these slots have functions of their own; None: no row has."""
+        """Which rows of a step of these slots have functions or a grammar of their own; None: no row has."""
         if not self._own:
             return None
         found = [(row, slot, self._own[slot]) for row, slot in enumerate(slots) if slot in self._own]
         return OwnRows(found) if found else None
 
     def failure(self, slot: int) -> str | None:
-        """Why a slot's own functions could not choose its next token, if they could not."""
+        """Why a slot's own functions or its grammar left nothing to choose, if they did."""
         own = self._own.get(slot)
         return None if own is None else own.failure
 

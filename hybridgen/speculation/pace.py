@@ -59,7 +59,7 @@ class RowPace:
         self.waiting = waiting
 
 
-def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> int:
+def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None], most: int | None = None) -> int:
     """Tokens a row of the next decode step: 1, or 1 and the drafts that are checked.
 
     The one that brings the most tokens in a second. Where a plain step was measured and one with drafts was not, it is
@@ -67,6 +67,7 @@ def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> i
 
     Args:
         seconds: what a step of so many tokens a row takes; None where that was not measured.
+        most: tokens of a step at most; None: any number.
     """
     longest = max((row.waiting for row in rows), default=0)
     if not longest:
@@ -76,6 +77,8 @@ def choose(rows: Sequence[RowPace], seconds: Callable[[int], float | None]) -> i
     # Those that hold the drafts that wait, up to the first that holds all of them.
     for count in [n for below, n in pairwise(DRAFTS) if below < longest]:
         tokens = len(rows) + sum(row.expected(count) for row in rows)
+        if most is not None and len(rows) * (count + 1) > most:
+            break
         took = seconds(count + 1)
         if plain is not None and took is None:
             continue

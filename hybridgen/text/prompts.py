@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import marshal
 from collections.abc import Iterable, Mapping, Sequence
-from operator import countOf
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -169,6 +169,7 @@ def encode_prompt(
     tokenizer_problem: str | None,
     vocab_size: int,
     placeholders: Mapping[int, str] | None = None,
+    pad: int | None = None,
 ) -> tuple[int, ...]:
     """Token ids of one prompt.
 
@@ -177,6 +178,7 @@ def encode_prompt(
 
     Args:
         placeholders: tokens that stand for images, video or sound, with their names; such a prompt is refused.
+        pad: the tokenizer's padding token. Asking for it takes some microseconds, so it is asked for once a call.
 
     Raises:
         PromptError: it is empty, of no known kind, refused by the tokenizer, or has ids outside the vocabulary or that
@@ -188,7 +190,7 @@ def encode_prompt(
         if not prompt:
             raise PromptError(f"prompt {index} is an empty string; give at least one character")
         ids, values = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
-    elif isinstance(prompt, Mapping) and "messages" not in prompt:
+    elif text and isinstance(prompt, Mapping) and "messages" not in prompt:
         raise _no_prompt(prompt, index)
     elif text:
         ids, values = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
@@ -209,7 +211,7 @@ def encode_prompt(
             f"({len(wrong)} such id(s)); was it encoded with another model's tokenizer?"
         )
     if tokenizer is not None:
-        _look_over(ids, tokenizer, text=text)
+        _look_over(ids, tokenizer, pad, text=text)
     return ids
 
 
@@ -225,6 +227,8 @@ def _no_prompt(prompt: Mapping[str, Any], index: int) -> PromptError:
 def _all_inside(values: np.ndarray | None, vocab_size: int) -> bool:
     if values is None:
         return False
+    if values.dtype.kind == "u":
+        return bool(values.max() < vocab_size)
     if values.dtype == np.int64 and values.flags.c_contiguous:  # one look: a negative id is a very large one there
         return bool(values.view(np.uint64).max() < vocab_size)
     return bool(values.min() >= 0 and values.max() < vocab_size)
@@ -257,12 +261,11 @@ def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[tuple[int, ...]
     return _plain_ids(ids, index)
 
 
-def _look_over(ids: tuple[int, ...], tokenizer: Any, *, text: bool) -> None:
+def _look_over(ids: tuple[int, ...], tokenizer: Any, pad: int | None, *, text: bool) -> None:
     """Warn of what is rarely meant: a second beginning, and padding in ids, which the model would read.
 
     A tokenizer takes some microseconds for each of its special tokens, so it is asked only where one is needed.
     """
-    pad = getattr(tokenizer, "pad_token_id", None)
     if ids[:1] == ids[1:2] and ids[0] != pad and ids[0] == getattr(tokenizer, "bos_token_id", None):
         _warn_of_two_beginnings(getattr(tokenizer, "bos_token", None))
     if pad is None or text or pad not in (ids[0], ids[-1]):
@@ -300,7 +303,7 @@ def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | N
 
     A call can have hundreds of thousands of them, so that Python looks at none of them on its own.
     """
-    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+    if type(prompt) not in (list, tuple) and isinstance(prompt, (torch.Tensor, np.ndarray)):
         if prompt.ndim == 2 and prompt.shape[0] == 1:
             prompt = prompt[0]
         kind = str(prompt.dtype).rpartition(".")[2] if isinstance(prompt, torch.Tensor) else prompt.dtype.name
@@ -313,17 +316,38 @@ def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | N
         raise PromptError(f"prompt {index} is {shown(prompt)}, {type(prompt).__name__} and not text; {_DECODE}")
     if not isinstance(prompt, Sequence):
         raise PromptError(f"prompt {index} is {shown(prompt)}; give a string, token ids or chat messages")
-    if countOf(map(type, prompt), int) == len(prompt):  # as nearly always
-        ids = tuple(prompt)
-    else:
-        for token in prompt:
-            if not _is_int(token):
-                raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
-        ids = tuple(int(token) for token in prompt)
+    ids = tuple(prompt)
+    values = _written(ids)
+    if values is not None:  # as nearly always
+        return ids, values
+    for token in ids:
+        if not _is_int(token):
+            raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
+    ids = tuple(int(token) for token in ids)
     try:
         return ids, np.fromiter(ids, np.int64, len(ids))
     except OverflowError:
         return ids, None
+
+
+_WRITTEN = np.dtype([("kind", "u1"), ("value", "<u4")])
+"""An int of up to 32 bits as `marshal` writes it: the letter i, then its value."""
+
+
+def _written(ids: tuple[Any, ...]) -> np.ndarray | None:
+    """The ids as an array, negative ones as very large numbers; None unless all are of the class `int` and of 32 bits.
+
+    `marshal` looks at the class and the value of each in one loop in C, in half of the time that two loops by Python's
+    iterators take. What it writes begins with 5 bytes for the tuple, then has 5 for each such int. Nothing else is
+    written with that letter, so where every fifth byte is one, each began where the one before ended.
+    """
+    try:
+        data = marshal.dumps(ids, 2)  # of later versions, equal objects may be written as references
+    except ValueError:  # an object of another class
+        return None
+    if len(data) != 5 + 5 * len(ids) or data[5::5].count(b"i") != len(ids):
+        return None
+    return np.frombuffer(data, _WRITTEN, offset=5)["value"]
 
 
 def _is_int(value: Any) -> bool:

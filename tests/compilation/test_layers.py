@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from runners import make_runner
@@ -10,7 +13,7 @@ from hybridgen.compilation.layers import check_backend, mark_tokens_dynamic
 from hybridgen.errors import ConfigError
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.plan import PrefillChunk
-from hybridgen.execution.warm_up import compile_layers
+from hybridgen.execution.warm_up import compile_layers, shown_sizes
 from hybridgen.graphs.key import GraphKey
 from hybridgen.models.visibility import Visibility
 from hybridgen.sampling import SamplerPlan
@@ -46,6 +49,22 @@ def test_the_smallest_settings_compile_too(max_batch: int, budget: int, graphs: 
     assert runner.compiled.late_compiles == 0
     runner.disable_compilation()
     runner.bound.release()
+
+
+@pytest.mark.parametrize(
+    ("device", "max_batch", "budget", "sizes"),
+    [
+        ("cuda", 256, 8192, (4099, 251)),
+        ("cuda", 8, 600, (521, 7)),
+        ("cuda", 1, 1, (2, 2)),
+        ("cpu", 256, 8192, (7, 3)),
+    ],
+)
+def test_cuda_is_shown_sizes_that_kernels_are_to_be_fast_at(
+    device: str, max_batch: int, budget: int, sizes: tuple[int, int]
+) -> None:
+    runner = SimpleNamespace(device=torch.device(device), max_batch=max_batch, max_tokens=budget)
+    assert shown_sizes(cast(ModelRunner, runner)) == sizes
 
 
 def test_a_cached_graph_for_fewer_tokens_does_not_cut_the_range() -> None:

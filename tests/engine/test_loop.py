@@ -63,10 +63,10 @@ def test_a_stream_keeps_events_that_another_call_produced(engine: Engine, expect
 def test_a_failed_admission_fails_one_request(engine: Engine, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
     admit = engine._runner.admit
 
-    def failing(admission: Admission) -> None:
-        if tuple(admission.prompt_ids) == tuple(PROMPTS[1]):
+    def failing(*admissions: Admission) -> None:
+        if any(tuple(admission.prompt_ids) == tuple(PROMPTS[1]) for admission in admissions):
             raise torch.OutOfMemoryError("no room for the penalties")
-        admit(admission)
+        admit(*admissions)
 
     monkeypatch.setattr(engine._runner, "admit", failing)
     outs = engine.generate(PROMPTS, max_new_tokens=8)
@@ -285,8 +285,8 @@ class StubRunner:
         self.accepts: Any = lambda row: 1
         self.logprobs = False
 
-    def admit(self, admission: Admission) -> None:
-        self.next[admission.slot] = 100 * admission.slot
+    def admit(self, *admissions: Admission) -> None:
+        self.next |= {admission.slot: 100 * admission.slot for admission in admissions}
 
     def recover(self) -> None:
         """Nothing here can be out of step."""

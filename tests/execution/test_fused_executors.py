@@ -53,12 +53,15 @@ class Rows(Chain):
     name = "rows"
 
     def refuses(self, key: GraphKey) -> str | None:
-        decodes = key.phase is Phase.DECODE and self.least <= key.rows * key.query_len <= self.most
-        return None if decodes else "not these"
+        several = key.query_len > 1 and key.rows * key.query_len <= 8
+        one = key.query_len == 1 and self.least <= key.rows <= self.most
+        return None if key.phase is Phase.DECODE and (several or one) else "not these"
 
 
 class Fused:
     """What a runner asks of fused decode."""
+
+    equal_bits = False
 
     def __init__(self, runner: ModelRunner) -> None:
         self.chain: Chain | None = Chain(runner)
@@ -263,6 +266,29 @@ def test_tokens_of_one_row_run_in_the_kernel_for_several(runner: ModelRunner, fu
     assert runner.router.served(GraphKey.decode(3, None, query_len=4)).executor == "layers"
 
 
+def test_a_step_is_not_padded_to_what_another_kernel_serves_where_bits_are_equal(
+    runner: ModelRunner, fused: Fused
+) -> None:
+    from hybridgen.graphs import GraphSettings, StandInRecorder
+    from hybridgen.telemetry.statistics import Counters
+
+    stand_in = StandInRecorder()
+    fused.rows, fused.chain = Rows(runner), None
+    fused.rows.least, fused.rows.most = 1, 2
+    for equal, kind in ((False, "layers, stand-in"), (True, "rows, direct")):
+        fused.equal_bits = equal
+        runner.use_fused(fused)
+        runner.use_graphs(
+            GraphSettings(decode=(8,), max_rows=8, max_padding_ratio=64),
+            recorder=lambda key, lazy: stand_in,
+            why_plain="",
+            counters=Counters(),
+        )
+        runner.capture([GraphKey.decode(8, SamplerPlan())], lambda: None)
+        assert runner.router.route(GraphKey.decode(2, SamplerPlan())).kind == kind
+        assert runner.router.route(GraphKey.decode(3, SamplerPlan())).kind == "layers, stand-in"
+
+
 def test_what_is_tuned(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_executors.tune_fused(runner, 1.0) == {}
     calls: list[Any] = []
@@ -293,6 +319,7 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
         "max_context": 64,
         "max_rows": 8,
         "query_len": 1,
+        "equal_bits": False,
         "tuned": {"a": 1},
         "kept": None,
     }

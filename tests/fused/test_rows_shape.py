@@ -54,7 +54,7 @@ def test_what_is_not_served_has_a_reason(changes: dict[str, Any], reason: str) -
     ("linear", "reason"),
     [
         (weight("int8"), "dense, fp8 and int4"),
-        (weight("int4", zeros=torch.zeros(8, 2, dtype=torch.uint8)), "zero points"),
+        (weight("int4", zeros=torch.zeros(8, 2, dtype=torch.uint8)), "zero points and float32 scales"),
         (weight("fp8", block=Block(128, 128)), "a scale for each output"),
         (weight("int4", block=Block(1, 256)), "groups of 32, 64 or 128"),
     ],
@@ -76,6 +76,15 @@ def test_weights_stay_where_they_are() -> None:
     assert found.data is model.layers[0].qkv.weight.data
     assert found.scales is model.layers[0].qkv.weight.scales
     assert stored(model.head).format == Format(8)
+
+
+def test_zero_points_lie_beside_scales() -> None:
+    linear = quantised_decoder(decoder(), "int4", zeros=True).layers[0].qkv
+    found = stored(linear)
+    assert found.format == Format(4, 128, torch.bfloat16, zeros=True)
+    assert found.format.scale_bytes == 4
+    assert torch.equal(found.scales[..., 0], linear.weight.scales)
+    assert torch.equal(8 - found.scales[..., 1], linear.weight.zeros.to(torch.bfloat16))
 
 
 def test_scales_of_fp8_are_one_for_each_output() -> None:
@@ -100,7 +109,9 @@ def test_sizes_that_the_warps_cannot_share_have_a_reason(inputs: int, form: Form
 
 
 @pytest.mark.parametrize("inputs", [1024, 2048, 3072, 4096, 8192, 14336])
-@pytest.mark.parametrize("form", [DENSE, Format(8), Format(4), Format(4, 64), Format(4, 32, torch.float32)])
+@pytest.mark.parametrize(
+    "form", [DENSE, Format(8), Format(4), Format(4, 64), Format(4, 32, torch.float32), Format(4, zeros=True)]
+)
 def test_rows_lie_an_odd_multiple_of_16_bytes_apart(inputs: int, form: Format) -> None:
     cut = tiles("hidden", inputs, form, 2048)
     assert inputs * form.bits // 8 % cut.data == 0
@@ -182,6 +193,7 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
     ({}, torch.bfloat16, "dense"),
     ({"biases": ("qkv", "out", "gate_up", "down"), "activation": "gelu_tanh"}, torch.float16, "fp8"),
     ({"head_norm": "head", "head_dim": 128, "heads": 8, "kv_heads": 2, "intermediate": 5120}, torch.bfloat16, "int4"),
+    ({"head_dim": 128, "heads": 8, "kv_heads": 2, "intermediate": 5120}, torch.float16, "int4-zeros"),
 ]
 
 
@@ -193,7 +205,7 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
 def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, kind: str) -> None:
     model = dataclasses.replace(decoder(**changes), dtype=dtype)
     if kind != "dense":
-        model = quantised_decoder(model, kind)
+        model = quantised_decoder(model, kind.partition("-")[0], zeros="zeros" in kind)
     form = format_of(stored(linear) for linear in model.linears[:-1])
     shape = shape_of(model, form, stored(model.head).format, default_tuning(model), **H200)
     assert shape.shared_bytes <= H200["shared_memory"]

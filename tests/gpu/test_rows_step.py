@@ -44,6 +44,15 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
     "int4, large": (LARGE, torch.bfloat16, "int4", 64, {"piece": 1024}),
     "int4 in groups of 64": ({}, torch.bfloat16, "int4-64", 64, {}),
     "int4 in groups of 32": ({"hidden": 1536, "intermediate": 2304}, torch.float16, "int4-32", 64, {}),
+    "int4 with zero points": (ALL, torch.bfloat16, "int4-zeros", 64, {}),
+    "int4 with zero points, large": (LARGE, torch.bfloat16, "int4-zeros", 64, {"piece": 1024}),
+    "int4 with zero points in groups of 32": (
+        {"hidden": 1536, "intermediate": 2304},
+        torch.float16,
+        "int4-32-zeros",
+        64,
+        {},
+    ),
 }
 """By name: changes of the shape, dtype, format, page size, tuning."""
 COLUMNS = {
@@ -61,8 +70,9 @@ COLUMNS = {
 def _model(name: str) -> Decoder:
     changes, dtype, form, _, _ = CASES[name]
     model = random_decoder(dataclasses.replace(BASE, **changes), dtype, "cuda")
-    kind, _, group = form.partition("-")
-    return model if kind == "bf16" else quantised_decoder(model, kind, int(group or 128))
+    kind, *more = form.split("-")
+    group = next((int(each) for each in more if each.isdigit()), 128)
+    return model if kind == "bf16" else quantised_decoder(model, kind, group, zeros="zeros" in more)
 
 
 _codes: dict[str, Future[bytes]] = {}
@@ -123,7 +133,7 @@ def test_columns_of_every_kind(name: str) -> None:
         Run(_model(name), columns, page_size, tuning=Tuning(**tuning)).check()
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points"])
 def test_a_column_has_the_same_bits_in_any_company(form: str) -> None:
     run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight rows"], 64, tuning=Tuning(split=256))
     together = run.check()
@@ -133,7 +143,7 @@ def test_a_column_has_the_same_bits_in_any_company(form: str) -> None:
         assert torch.equal(alone, together[index])
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points"])
 def test_a_token_has_the_same_bits_as_a_draft_and_as_a_row(form: str) -> None:
     run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight tokens"], 64, tuning=Tuning(split=256))
     together = run.check()
@@ -143,7 +153,7 @@ def test_a_token_has_the_same_bits_as_a_draft_and_as_a_row(form: str) -> None:
 
 
 @pytest.mark.parametrize("columns", ["eight rows", "eight tokens", "a mix"])
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points"])
 def test_replays_repeat_bit_for_bit(form: str, columns: str) -> None:
     run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS[columns], 64, tuning=Tuning(split=256))
     first = run().clone().view(torch.int16)

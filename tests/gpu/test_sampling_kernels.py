@@ -13,6 +13,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from sampling_cases import Batch, judge, needs, random_batch, tables
 
+from hybridgen.kernels.sampling.allowed import keep_allowed
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerState, resolve, sample
 from hybridgen.sampling.choice import choose_greedy, choose_sampled, reference_greedy, reference_sampled
@@ -213,3 +214,17 @@ def test_the_ops_are_custom_ops_as_torch_wants_them() -> None:
     batch = random_batch(1, 3, 100, torch.float32).to("cuda")
     torch.library.opcheck(torch.ops.hybridgen.choose_greedy.default, (batch.logits,))
     torch.library.opcheck(torch.ops.hybridgen.choose_sampled.default, (*batch, True, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 5), (32, 128256), (7, 4097)])
+def test_masks_of_grammars_are_those_of_the_reference(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, vocab, generator=generator).to(dtype)
+    logits[0, 2] = math.nan
+    named = torch.randperm(rows, generator=generator)[: rows - rows // 3]
+    bits = torch.randint(-(2**31), 2**31, (len(named), -(-vocab // 32)), generator=generator).int()
+    expected, found = logits.clone(), logits.cuda()
+    keep_allowed(expected, named, bits)
+    keep_allowed(found, named.cuda(), bits.cuda())
+    assert torch.equal(found.cpu().nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))

@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 
-from hybridgen import Engine
+from hybridgen import Engine, SamplingParams
 from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts, keep_drafts
 from hybridgen.kernels.step.ngrams import draft_ngrams
 from hybridgen.speculation.oracle import OracleDrafter
@@ -76,6 +76,32 @@ def test_the_tokens_of_plain_steps(family: str, mode: str, drafter: str, tmp_pat
         return  # in float32 transformers' product of experts copies from the host, which no capture can hold
     steps = [(kind, reason) for (phase, kind, reason) in stats.steps if phase == "decode"]
     assert any(kind == "layers, cuda graph" and "drafts a row" in reason for kind, reason in steps), steps
+
+
+FUSED: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+"""A size that the fused kernels serve."""
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_equal_bits_in_bfloat16(rows: int, temperature: float, tmp_path: Path) -> None:
+    """Drafts change no bit where one kernel decodes: right ones, wrong ones, and none."""
+    path = families.write("llama", tmp_path, **FUSED)
+    settings = SETTINGS | {"dtype": "bfloat16", "decode_buckets": None, "equal_bits": True, "max_padding_ratio": None}
+    params = [SamplingParams(max_new_tokens=40, temperature=temperature, seed=5, ignore_eos=True, logprobs=2)] * rows
+    with Engine.load(path, mode="hybrid", device="cuda", **settings) as engine:
+        expected = engine.generate(PROMPTS[:rows], params)
+        assert "one persistent kernel for several rows" in engine.stats().fused["decode of 1 to 8 rows"]
+    drafts = OracleDrafter(sequences(expected), RIGHT[:rows])
+    with Engine.load(path, mode="hybrid", device="cuda", speculation=drafts, **settings) as engine:
+        for _ in range(3):
+            found = engine.generate(PROMPTS[:rows], params)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.token_ids == theirs.token_ids
+                assert ours.logprobs == theirs.logprobs
+        stats = engine.stats()
+    assert (stats.speculation.accepted > 0) == (rows < 8)  # at 8 rows there is no room for drafts
+    assert all(kind.startswith("rows") for (phase, kind, _) in stats.steps if phase == "decode")
 
 
 def test_ngrams_in_the_demo_model() -> None:

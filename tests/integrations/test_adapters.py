@@ -136,3 +136,115 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, llama_
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(hybridgen.ConfigError, match=r"pip install 'hybridgen\[lora\]'"):
         Engine.load(llama_path, adapter="x", **SETTINGS)
+
+
+LIVE: dict[str, tuple[str, dict[str, Any]]] = {
+    **KINDS,
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "k_proj"]}),
+    "both of the experts": (
+        "qwen3_moe",
+        {"target_modules": ["k_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+}
+
+
+def adapted(kind: str) -> Any:
+    """A live PEFT model with random weights in its adapter."""
+    peft = pytest.importorskip("peft", reason="needs the extra lora")
+    family, fields = LIVE[kind]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(families.build(family), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **fields))
+    shake(model)
+    return model
+
+
+def shake(model: Any) -> None:
+    """Other values in its adapter, as a step of training leaves them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+
+
+def expected(model: Any) -> list[int]:
+    model.eval()
+    ids = model.generate(input_ids=torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False, pad_token_id=0)
+    model.train()
+    return ids[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("lora", mode) for mode in MODES] + [(kind, MODES[0]) for kind in LIVE if kind != "lora"],
+    ids=lambda value: value["mode"] if isinstance(value, dict) else value,
+)
+def test_a_live_model_s_adapters_are_merged_for_the_engine_alone(kind: str, mode: dict[str, Any]) -> None:
+    model = adapted(kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with Engine.load(model, **mode, **SETTINGS) as engine:
+        kinds = {type(module).__module__ for module in engine._runner.bound.model.modules()}
+        if kind != "saved":  # a head that is trained whole stays in peft's module
+            assert not any(name.startswith("peft") for name in kinds)
+        assert tokens(engine) == expected(model)
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+        shake(model)
+        first = expected(model)
+        for _ in range(2):
+            assert tokens(engine) == first
+        with model.disable_adapter():
+            plain = expected(model)
+            assert plain != first
+            assert tokens(engine) == plain
+        assert tokens(engine) == first
+        stats = engine.stats()
+        assert not stats.late_compiles
+        assert kind == "saved" or not stats.fallbacks  # a switch there is a setting of a module that runs
+
+
+def test_adapters_of_a_live_model_as_its_owner_switches_and_merges_them() -> None:
+    import peft
+
+    model = adapted("lora")
+    model.add_adapter(
+        "other", peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=LIVE["lora"][1]["target_modules"])
+    )
+    shake(model)
+    with Engine.load(model, mode="eager", **SETTINGS) as engine:
+        both = []
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            both.append(expected(model))
+            assert tokens(engine) == both[-1]
+        assert both[0] != both[1]
+        model.merge_adapter()
+        assert tokens(engine) == expected(model)
+        model.unmerge_adapter()
+        hook = model.get_base_model().model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+        with pytest.raises(hybridgen.EngineError, match="merge_adapters=False"):
+            tokens(engine)
+        hook.remove()
+        assert tokens(engine) == both[1]
+    with Engine.load(model, mode="eager", merge_adapters=False, **SETTINGS) as engine:
+        assert any(type(module).__module__.startswith("peft") for module in engine._runner.bound.model.modules())
+        assert tokens(engine) == both[1]
+
+
+def test_generate_of_a_live_peft_model_runs_on_an_attached_engine() -> None:
+    model = adapted("lora")
+    wanted = expected(model)
+    ids = torch.tensor([PROMPT])
+    with hybridgen.attach(model, mode="eager", **SETTINGS) as attached:
+        made = model.generate(input_ids=ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
+        assert made[0, len(PROMPT) :].tolist() == wanted
+        assert attached.engine.stats().tokens["generated"] == 10
+    assert expected(model) == wanted
+
+
+def test_a_merged_copy_is_the_float32_sum_cast_once() -> None:
+    model = adapted("rslora").to(torch.bfloat16)
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    whole = layer.base_layer.weight.float() + layer.scaling["default"] * (b.float() @ a.float())
+    with Engine.load(model, mode="eager", **SETTINGS) as engine:
+        mine = engine._runner.bound.model.model.layers[1].mlp.up_proj.weight
+        assert torch.equal(mine, whole.bfloat16())

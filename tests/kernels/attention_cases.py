@@ -83,9 +83,12 @@ def make_cache(
 
 def by_hand(values: Tensor) -> Tensor:
     """The nearest numbers of float8_e4m3fn, ties to even codes, by looking for them in the list of all."""
-    codes = torch.arange(127, device=values.device)  # 127 is no number
+    codes = torch.arange(127)  # 127 is no number
     exponent, mantissa = (codes // 8).double(), (codes % 8).double()
     numbers = torch.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
+    numbers = numbers.to(
+        values.device
+    )  # made on the CPU: a GPU's powers of two are not all exact, and ties would be none
     size = values.double().abs().clamp(max=448.0)
     above = torch.searchsorted(numbers, size).clamp(max=126)
     below = (above - 1).clamp(min=0)

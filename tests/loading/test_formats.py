@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedM
 
 import hybridgen
 from hybridgen.errors import CheckpointError, ConfigError, UnsupportedModelError
+from hybridgen.kernels.linear.experts import expert_values
 from hybridgen.loading import Checkpoint
+from hybridgen.models.packed_experts import PackedExperts
 from hybridgen.models.quantised import QuantisedLinear, quantised_modules
 
 EditJson = Callable[..., None]
@@ -126,9 +128,9 @@ def test_families(family: str, name: str, tmp_path: Path) -> None:
             assert tokens(engine) == wanted, mode
 
 
-def test_experts_in_mxfp4(tmp_path: Path) -> None:
+def write_mxfp4_experts(path: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A gpt-oss checkpoint as OpenAI writes it; the model with its values, and these by name."""
     model = families.build("gpt_oss")
-    path = tmp_path / "gpt_oss"
     model.save_pretrained(path)
     g = torch.Generator().manual_seed(0)
     out, plain = {}, {}
@@ -145,11 +147,38 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
     values = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
     formats.fill(model, plain)
-    loaded = Checkpoint.open(path).load()
+    return model, plain
+
+
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    """They stay as they are stored, and every mode generates what their values do."""
+    model, plain = write_mxfp4_experts(tmp_path)
+    loaded = Checkpoint.open(tmp_path).load()
+    check_values(loaded.model, model)
+    assert not loaded.notes
+    packed = {name: one for name, one in loaded.model.named_modules() if isinstance(one, PackedExperts)}
+    assert len(packed) == 4
+    for name, module in packed.items():
+        stored = module.weights_stored
+        for part, one, inputs in (("gate_up", stored.gate_up, 64), ("down", stored.down, 96)):
+            wanted = plain[f"{name}.{part}_proj"]
+            for expert in range(4):
+                values = expert_values(one, expert, "mxfp4", inputs, stored.block, False, torch.float32)
+                assert torch.equal(values, wanted[expert].t())
+    wanted_tokens = expected(model)
+    for mode in ("eager", "graph", "jit"):
+        with hybridgen.Engine.load(tmp_path, mode=mode, compile_backend="aot_eager", **SETTINGS) as engine:
+            assert tokens(engine) == wanted_tokens, mode
+            assert not engine.stats().fallbacks
+            assert not engine.stats().late_compiles
+
+
+def test_experts_whose_code_is_another_are_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = write_mxfp4_experts(tmp_path)
+    monkeypatch.setattr("hybridgen.loading.quantised.probe", lambda module: None)
+    loaded = Checkpoint.open(tmp_path).load()
     check_values(loaded.model, model)
     assert sum(count for note, count in loaded.notes.items() if "experts" in note) == 8
-    with hybridgen.Engine.load(path, mode="graph", **SETTINGS) as engine:
-        assert tokens(engine) == expected(model)
 
 
 def test_shards_and_groups_of_several_formats(tmp_path: Path) -> None:

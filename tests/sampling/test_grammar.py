@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -129,6 +130,22 @@ def test_rows_without_a_grammar_keep_their_results(mode: str) -> None:
         assert both[1].text.startswith('{"name"')
         again = engine.generate("def read(path):", bound)
         assert again.token_ids == both[1].token_ids
+
+
+def test_beside_speculation_and_functions() -> None:
+    """No drafts are checked beside a grammar, and a row's functions come before it."""
+    settings = {"mode": "eager", "dtype": "float32", "device": "cpu", "max_batch": 6}
+    wanted = {"json_schema": PERSON, "temperature": 1.2, "seed": 1, "n": 6, "max_new_tokens": 40}
+
+    def favour(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits + 4.0 * (torch.arange(len(logits)) % 2)
+
+    with hybridgen.Engine.load(**settings) as plain, hybridgen.Engine.load(speculation="ngram", **settings) as drafting:
+        for fields in (wanted, wanted | {"logits_processors": [favour]}):
+            outs = [engine.generate("def f(x):", **fields).choices for engine in (plain, drafting)]
+            assert [out.token_ids for out in outs[0]] == [out.token_ids for out in outs[1]]
+            for text in finished([each for out in outs for each in out]):
+                jsonschema.validate(json.loads(text), PERSON)
 
 
 def test_each_of_n_completions_follows_it_alone(engine: hybridgen.Engine) -> None:

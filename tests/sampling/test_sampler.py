@@ -1,11 +1,12 @@
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from sampler_cases import EOS, INF, VOCAB, choose, hugging_face, params, random_batch, state_of
+from sampler_cases import EOS, INF, VOCAB, choose, hugging_face, params, random_batch, random_request, state_of
 
-from hybridgen.sampling import gumbel_noise, sample
+from hybridgen.sampling import SamplerState, gumbel_noise, sample
 
 
 def chi2_limit(cells, z=4.0):
@@ -264,3 +265,23 @@ def test_tokens_behind_the_counted_ones_are_penalised_alike():
         ).tokens
         assert torch.equal(found, expected)
         assert torch.equal(part.output_counts, before)
+
+
+@pytest.mark.parametrize("slots", [[2], [0, 1, 2, 3], [5, 1, 3]])
+def test_several_slots_at_once_equal_one_after_the_other(slots):
+    rng = random.Random(len(slots))
+    one, all_ = (SamplerState(6, VOCAB, "cpu", keeps_text=True) for _ in range(2))
+    # Every table is there, and each slot had another request before.
+    for state in (one, all_):
+        for slot in range(6):
+            state.assign(slot, params(seed=1, repetition_penalty=2.0, min_new_tokens=3, logit_bias={5: 1.0}), [3], [4])
+    requests = [
+        (slot, random_request(rng, seed), [rng.randrange(VOCAB)] * 3, [seed]) for seed, slot in enumerate(slots)
+    ]
+    for request in requests:
+        one.assign(*request)
+    all_.assign_all(requests)
+    assert one.tensors().keys() == all_.tensors().keys()
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, all_.tensors()[name]), name
+    assert one.needs(range(6)) == all_.needs(range(6))

@@ -122,3 +122,11 @@ def test_what_a_row_has_shown() -> None:
     assert pace.likely == pytest.approx(1.0)
     assert pace.expected(7) == pytest.approx(3.0)
     assert pace.expected(2) == pytest.approx(2.0)
+
+
+def test_a_step_has_no_more_tokens_than_it_may() -> None:
+    rows = [row(*[RIGHT] * 20) for _ in range(2)]
+    assert choose(rows, unknown) == 8
+    assert choose(rows, unknown, most=8) == 4
+    assert choose(rows * 2, unknown, most=8) == 1
+    assert choose(rows[:1], unknown, most=8) == 8

@@ -1,5 +1,6 @@
 """What counts as a prompt, and what does not."""
 
+import enum
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -138,12 +139,32 @@ def test_only_text_and_chats_need_a_tokenizer() -> None:
 
 
 def encode(prompt: Any, tokenizer: Any = None) -> tuple[int, ...]:
-    return encode_prompt(prompt, 3, tokenizer=tokenizer, tokenizer_problem="no file", vocab_size=100)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return encode_prompt(prompt, 3, tokenizer=tokenizer, tokenizer_problem="no file", vocab_size=100, pad=pad)
 
 
-@pytest.mark.parametrize("prompt", [[1, 2], torch.tensor([1, 2]), torch.tensor([[1, 2]]), np.array([1, 2]), (1, 2)])
+class Token(enum.IntEnum):
+    """Ids with names."""
+
+    ONE = 1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [1, 2],
+        torch.tensor([1, 2]),
+        torch.tensor([[1, 2]]),
+        np.array([1, 2]),
+        (1, 2),
+        list(np.array([1, 2], dtype=np.int32)),
+        [Token.ONE, 2],
+    ],
+)
 def test_ids_of_any_kind(prompt: Any) -> None:
-    assert encode(prompt) == (1, 2)
+    ids = encode(prompt)
+    assert ids == (1, 2)
+    assert {type(token) for token in ids} == {int}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +178,12 @@ def test_ids_of_any_kind(prompt: Any) -> None:
         ([-1], "token id -1"),
         ([1, "a"], "'a' where a token id should be"),
         ([1, True], "True where a token id"),
+        ([True, 1.5, None], "True where a token id"),
+        ([1, None, b"iiiiiiiii"], "None where a token id"),
+        ([1, [105] * 5], "[105, 105, 105, 105, 105] where a token id"),
+        ([1, 2**31], "token id 2147483648"),
+        ([1, 2**32 + 5], "token id 4294967301"),
+        ([1, -(2**31)], "token id -2147483648"),
         (torch.tensor([1.0]), "float32 tensor"),
         (5, "give a string"),
     ],

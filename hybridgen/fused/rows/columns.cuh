@@ -4,8 +4,9 @@
 // Scores are Q K^T as m16n8k16 products: the query heads are rows (eight at most, the others are zero), positions are
 // columns, and keys are the right operand as they lie: a lane's 16 bytes are eight of the dimensions of two products.
 // Scores are, as they come, the left operand of P V; there a lane has eight neighbouring dimensions of its positions, and
-// column n of the j-th product is dimension 8 n + j. Tokens of this step that the column sees, its own and those of its
-// request before it, come from words instead of the cache.
+// column n of the j-th product is dimension 8 n + j. Keys and values of this step come from words: the column's own is added
+// behind all others; those of its request before it lie in shared memory as the cache would have them, and take the same
+// way as cached ones, so that a token's bits do not depend on which steps fed the ones before it.
 #pragma once
 #include "products.cuh"
 
@@ -66,15 +67,16 @@ struct Attention {
     Shared* s = shared_state();
     const int tid = thread_index(), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, kv = unit.head / PER_KV;
     const int column = unit.column;
-    const u32 low8 = number & 255u, peers = unit.split == 0 ? s->peers[column] : 0u;
-    const int fresh = __popc(peers);
+    const int cached = s->cached[column];
+    const u32 low8 = number & 255u, others = others_of(unit), takes = others | (unit.split == 0 ? 1u << column : 0u);
+    const int fresh = __popc(takes);
     float out[HALVES][8][4], top = -1e30f, total = 0.f;
     u32 query[PARTS][4];
     {
       Words x[PARTS], own[PARTS];
       float placed[PARTS][8];
       // Two warps take a token of this step, one its key and one its value, from the last warps down.
-      int nth = (WARPS - 1 - warp) / 2, source = column_of(peers, nth);
+      int nth = (WARPS - 1 - warp) / 2, source = column_of(takes, nth);
       const bool takes_value = (WARPS - 1 - warp) & 1;
       const u32* from = to.qkv + QUERIES + (takes_value ? KEYS : 0) + kv * HEAD + t * 8;
       u32 stale;
@@ -90,27 +92,31 @@ struct Attention {
       UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int e = 0; e < 4; e++) query[c][e] = pack(placed[c][2 * e] * by, placed[c][2 * e + 1] * by);
 #pragma unroll 1
       while (nth < fresh) {
-        take(y, to, unit, own, query, nth, source, takes_value);
+        take(y, to, unit, own, query, source, takes_value);
         nth += WARPS / 2;
         if (nth >= fresh) break;
-        source = column_of(peers, nth);
+        source = column_of(takes, nth);
         ASK(watch,
           stale = 0;
           UNROLL for (int c = 0; c < PARTS; c++) { own[c].load(from + source * (QUERIES + 2 * KEYS) + c * 32); stale |= own[c].stale(low8); }, stale)
         __syncwarp();
       }
     }
+    if (others) consumers_meet();
     UNROLL for (int h = 0; h < HALVES; h++) UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 4; e++) out[h][j][e] = 0.f;
     int tile = 0;
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
       const int n = min(Cut::POSITIONS, unit.high - t0), skip = max(0, unit.first - t0);
       const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
+      const int here = cached - t0;   // of the stage's positions those that are in the cache
+      auto row = [&](u32 stage, int which, int at) { return at < here ? stage + at * (HEAD * 2) : shared_address(&s->fresh[which][at - here]); };
 #pragma unroll 1
       for (int i = skip & ~15; i < n; i += 16, tile++) if (tile % WARPS == warp) {
         float c[2][4] = {};
+        const u32 rows[2] = {row(keys, 0, i + g), row(keys, 0, i + 8 + g)};
         UNROLL for (int d = 0; d < PARTS; d++) {
           uint4 k[2];
-          UNROLL for (int a = 0; a < 2; a++) k[a] = load_shared(keys + (i + 8 * a + g) * (HEAD * 2) + d * 64 + t * 16);
+          UNROLL for (int a = 0; a < 2; a++) k[a] = load_shared(rows[a] + d * 64 + t * 16);
           UNROLL for (int a = 0; a < 2; a++) {
             multiply<HALF>(c[a], query[d][0], 0u, query[d][1], 0u, k[a].x, k[a].y);
             multiply<HALF>(c[a], query[d][2], 0u, query[d][3], 0u, k[a].z, k[a].w);
@@ -132,7 +138,7 @@ struct Attention {
           uint4 v[4];
           UNROLL for (int a = 0; a < 4; a++) {
             const int at = i + 2 * t + (a & 1) + 8 * (a >> 1);
-            v[a] = at < n ? load_shared(values + at * (HEAD * 2) + h * 128 + g * 16) : make_uint4(0, 0, 0, 0);
+            v[a] = at < n ? load_shared(row(values, 1, at) + h * 128 + g * 16) : make_uint4(0, 0, 0, 0);
           }
           UNROLL for (int j = 0; j < 8; j++) {
             const u32 a0 = (&v[0].x)[j / 2], a1 = (&v[1].x)[j / 2], a2 = (&v[2].x)[j / 2], a3 = (&v[3].x)[j / 2];
@@ -155,11 +161,11 @@ struct Attention {
     float* partial = to.partial + (i64)index * G * (HEAD + 2);
     each_pair([&](int h, int d) {
       float higher = -1e30f, sum = 0.f, o0 = 0.f, o1 = 0.f;
-      for (int i = 0; i < fresh; i++) higher = fmaxf(higher, s->fresh_scores[i][h]);
+      if (unit.split == 0) higher = s->own_scores[h];
       UNROLL for (int i = 0; i < WARPS; i++) higher = fmaxf(higher, s->softmax[i][h][0]);
-      for (int i = 0; i < fresh; i++) {
-        const float w = s->fresh_scores[i][h] > -1e29f ? exp2f(s->fresh_scores[i][h] - higher) : 0.f;
-        sum += w; o0 = fmaf(w, s->fresh_values[i][d], o0); o1 = fmaf(w, s->fresh_values[i][d + 1], o1);
+      if (unit.split == 0) {
+        sum = exp2f(s->own_scores[h] - higher);
+        o0 = sum * s->own_value[d]; o1 = sum * s->own_value[d + 1];
       }
       UNROLL for (int i = 0; i < WARPS; i++) {
         const float w = exp2f(s->softmax[i][h][0] - higher);
@@ -175,16 +181,23 @@ struct Attention {
   }
 
  private:
-  static DEVICE int column_of(u32 peers, int nth) {   // of the nth token of this step that a column sees
-    for (int i = 0; i < nth; i++) peers &= peers - 1;
-    return max(0, __ffs(peers) - 1);
+  static DEVICE u32 others_of(const Unit& unit) {   // columns of the same request at this unit's positions
+    const Shared* s = shared_state();
+    u32 found = s->peers[unit.column] & ~(1u << unit.column);
+    if (found) UNROLL for (int j = 0; j < COLUMNS; j++) if (s->position[j] < unit.low || s->position[j] >= unit.high) found &= ~(1u << j);
+    return found;
   }
-  // The key or the value of a token of this step: its score against this unit's queries, or the value for all to weigh.
-  // The unit of the token's own column, of the kv head's first group, writes it to the cache, as all others round it.
-  static DEVICE void take(const Layer& y, const Buffers& to, const Unit& unit, const Words (&own)[PARTS], const u32 (&query)[PARTS][4], int nth, int source, bool takes_value) {
+  static DEVICE int column_of(u32 takes, int nth) {   // of the nth token that a unit takes from words
+    for (int i = 0; i < nth; i++) takes &= takes - 1;
+    return max(0, __ffs(takes) - 1);
+  }
+  // The key or the value of a token of this step. The column's own: its score against this unit's queries, or the value for
+  // all to weigh; the unit of the kv head's first group writes it to the cache. Another's: rounded as that one writes it.
+  static DEVICE void take(const Layer& y, const Buffers& to, const Unit& unit, const Words (&own)[PARTS], const u32 (&query)[PARTS][4], int source, bool takes_value) {
     Shared* s = shared_state();
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, kv = unit.head / PER_KV, position = s->position[source];
-    const bool writes = g == 0 && source == unit.column && unit.head % PER_KV == 0;
+    const bool is_own = source == unit.column, writes = g == 0 && is_own && unit.head % PER_KV == 0;
+    const int place_of = position - s->cached[unit.column];
     const i64 at = (((i64)__ldg(s->table[source] + position / PAGE) * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD + t * 8;
     float x[PARTS][8];
     u32 packed[4];
@@ -193,14 +206,15 @@ struct Attention {
         own[c].values(x[c]);
         UNROLL for (int e = 0; e < 4; e++) {
           packed[e] = pack(x[c][2 * e], x[c][2 * e + 1]);
-          if (g == 0) *(float2*)&s->fresh_values[nth][c * 32 + t * 8 + 2 * e] = make_float2(low(packed[e]), high(packed[e]));
+          if (g == 0 && is_own) *(float2*)&s->own_value[c * 32 + t * 8 + 2 * e] = make_float2(low(packed[e]), high(packed[e]));
         }
+        if (g == 0 && !is_own) *(uint4*)&s->fresh[1][place_of][c * 32 + t * 8] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
         if (writes) *(uint4*)(y.values + at + c * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
       return;
     }
     const i64 turn = (i64)position * HALF_HEAD;
-    if (source == unit.column) place(own, 1, s->cos, s->sin, x);
+    if (is_own) place(own, 1, s->cos, s->sin, x);
     else place(own, 1, y.rotates ? to.cos + turn : nullptr, to.sin + turn, x);
     float score = 0.f;
     UNROLL for (int c = 0; c < PARTS; c++) {
@@ -209,11 +223,12 @@ struct Attention {
         score = fmaf(low(query[c][e]), low(packed[e]), score);
         score = fmaf(high(query[c][e]), high(packed[e]), score);
       }
+      if (g == 0 && !is_own) *(uint4*)&s->fresh[0][place_of][c * 32 + t * 8] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       if (writes) *(uint4*)(y.keys + at + c * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
     }
     score += __shfl_xor_sync(~0u, score, 1);
     score += __shfl_xor_sync(~0u, score, 2);
-    if (g < G && t == 0) s->fresh_scores[nth][g] = position >= unit.first ? score : -1e30f;
+    if (g < G && t == 0 && is_own) s->own_scores[g] = score;
   }
   // Who is the last of a column's splits puts them together, in their order. Only here are fences needed: how many splits
   // there are changes from step to step, so that words could not tell what is new.

@@ -57,15 +57,21 @@ template <class T> struct Activations {
 };
 
 // int4: codes are multiplied as 1024 + q and 1024 + 16 q, which takes a single instruction; what that and the zero point
-// of 8 add to a product is the same for all rows, so a group's sum begins at minus it, for this lane's two columns.
+// of 8 add to a product is the same for all rows, so a group's sum begins at minus it, for this lane's two columns. Where
+// groups have zero points of their own, a row adds what 8 is above its own, times the sum of the group's activations.
 template <class T> struct Offsets {
   static constexpr int PER_GROUP = GROUP / 8, COUNT = T::F == 4 ? T::WORDS / PER_GROUP : 1;
-  float of[COUNT][2];
+  float of[COUNT][2], sums[ZEROS ? COUNT : 1][2];
   DEVICE void set(const Activations<T>& a) {
     if (T::F == 4) UNROLL for (int i = 0; i < COUNT; i++) {
       float c[4] = {};   // -(1024 + 8), and -(1024 + 16 * 8) of what is a sixteenth
       UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(c, 0xe408e408u, 0xe408e408u, 0xe480e480u, 0xe480e480u, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
       of[i][0] = c[0]; of[i][1] = c[1];
+      if (ZEROS) {
+        float d[4] = {};   // 1, and 16 of what is a sixteenth
+        UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(d, 0x3c003c00u, 0x3c003c00u, 0x4c004c00u, 0x4c004c00u, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
+        sums[i][0] = d[0]; sums[i][1] = d[1];
+      }
     }
   }
 };
@@ -73,13 +79,19 @@ DEVICE u32 fp8_low(u32 q) { u32 r; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cv
 DEVICE u32 fp8_high(u32 q) { u32 r; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(r) : "r"(q)); return r; }
 DEVICE u32 int4_low(u32 q) { return lop3<0xEA>(q, 0x000f000fu, 0x64006400u); }    // (q & mask) | magic: 1024 + q
 DEVICE u32 int4_high(u32 q) { return lop3<0xEA>(q, 0x00f000f0u, 0x64006400u); }   // 1024 + 16 q
-DEVICE float load_scale(u32 a) {
-  float f;
+// What a group of a row is multiplied with, and 8 less its zero point.
+struct Scale {
+  float by, above;
+};
+DEVICE float of_half(u32 h) { float f; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(f) : "r"(h)); return f; }
+DEVICE Scale load_scale(u32 a) {
+  u32 w;
   u16 h;
-  if (SCALE_BYTES == 4) { asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(a)); return f; }
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(h) : "r"(a));
-  if (SCALE_HALF) { asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
-  return __uint_as_float((u32)h << 16);
+  if (SCALE_BYTES == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w) : "r"(a));
+  else { asm volatile("ld.shared.u16 %0, [%1];" : "=h"(h) : "r"(a)); w = h; }
+  if (SCALE_BYTES == 4 && !ZEROS) return {__uint_as_float(w), 0.f};
+  if (SCALE_HALF) return {of_half(w), ZEROS ? of_half(w >> 16) : 0.f};
+  return {__uint_as_float(w << 16), ZEROS ? __uint_as_float(w & 0xffff0000u) : 0.f};
 }
 
 // One stage: 16 rows by this warp's inputs, times the activations of the chunk's `index`-th stage. Returns bits of the
@@ -114,9 +126,13 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
         multiply<true>(c[1], int4_low(p >> 8), int4_low(r >> 8), int4_high(p >> 8), int4_high(r >> 8), a.words[o + 2], a.words[o + 3]);
       }
       UNROLL for (int h = 0; h < 2; h++) {   // rows lane / 4 and lane / 4 + 8
-        const float scale = load_scale(tile + ((lane >> 2) + 8 * h) * T::PITCH + T::DATA + (warp * GROUPS + g) * SCALE_BYTES);
-        read |= __float_as_uint(scale);
-        UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) sum[0][e] = fmaf(scale, c[0][e] + c[1][e], sum[0][e]);
+        const Scale scale = load_scale(tile + ((lane >> 2) + 8 * h) * T::PITCH + T::DATA + (warp * GROUPS + g) * SCALE_BYTES);
+        read |= __float_as_uint(scale.by);
+        UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
+          float group = c[0][e] + c[1][e];
+          if (ZEROS) group = fmaf(scale.above, offsets.sums[at][e & 1], group);
+          sum[0][e] = fmaf(scale.by, group, sum[0][e]);
+        }
       }
     }
   }

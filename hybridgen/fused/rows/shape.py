@@ -88,7 +88,7 @@ def tiles(what: str, inputs: int, form: Format, piece: int) -> Tiles:
     data = largest(unit * form.bits // 8, piece, chunk * form.bits // 8)
     if data < _LEAST_PIECE:
         raise Unfit(f"its {what} size {inputs} can only be cut in pieces of {data} bytes")
-    scales = data * 8 // form.bits // form.group * form.scales.itemsize if form.bits == 4 else 0
+    scales = data * 8 // form.bits // form.group * form.scale_bytes if form.bits == 4 else 0
     return Tiles(data, scales)
 
 
@@ -150,8 +150,8 @@ def shape_of(
     dim = model.head_dim
     state = (
         8 * COLUMNS + 4 * COLUMNS * 5 + 16 * COLUMNS
-        + 4 * unit_heads * (2 * WARPS + COLUMNS) + 8
-        + 4 * dim * 3 + 4 * dim * COLUMNS
+        + 4 * unit_heads * (2 * WARPS + 1) + 8
+        + 4 * dim * 4 + 2 * 2 * dim * COLUMNS
         + 2 * WARPS * _BATCH * _TILE * COLUMNS * 4 + 128
     )  # fmt: skip
     stages = min(32, (shared_memory - state) // (stage + 16))
@@ -182,7 +182,8 @@ def shape_of(
         "FORMAT": layers.bits,
         "HEAD_FORMAT": head.bits,
         "GROUP": layers.group,
-        "SCALE_BYTES": layers.scales.itemsize,
+        "SCALE_BYTES": layers.scale_bytes,
+        "ZEROS": int(layers.zeros),
         "SCALE_HALF": int(layers.scales is torch.float16),
         "BLOCKS": blocks,
         "PIECE": tuning.piece,

@@ -48,7 +48,7 @@ typedef Tiles<HIDDEN, HEAD_FORMAT, false> HeadTiles;
 
 struct Matrix {
   const u8* data;
-  const u8* scales;   // fp8: float32 [rows]; int4: [rows, K / GROUP]
+  const u8* scales;   // fp8: float32 [rows]; int4: [rows, K / GROUP], with ZEROS pairs of a scale and 8 less the zero point
   const u16* bias;
 };
 struct Layer {
@@ -65,10 +65,11 @@ struct Shared {   // beside the stages
   u32 peers[COLUMNS];                         // columns of the same request that it sees, itself included
   float factor[COLUMNS], scale[COLUMNS];      // see Norms
   float squares[4][COLUMNS];
-  float softmax[WARPS][UNIT_HEADS][2], fresh_scores[COLUMNS][UNIT_HEADS];
+  float softmax[WARPS][UNIT_HEADS][2], own_scores[UNIT_HEADS];
   u32 given_up, is_last;
   __align__(16) float cos[HEAD / 2], sin[HEAD / 2], gains[2][HEAD];
-  __align__(16) float fresh_values[COLUMNS][HEAD];
+  __align__(16) float own_value[HEAD];
+  __align__(16) u16 fresh[2][COLUMNS][HEAD];  // keys and values of a column's request that this step makes, from `cached` on
   __align__(16) float part[2][WARPS][BATCH][16][COLUMNS];
 };
 static_assert(sizeof(Shared) <= SHARED, "the launcher reserves SHARED bytes beside the stages");
@@ -95,7 +96,7 @@ struct Shares {
 // depends on its own length alone, so that its numbers are the same in any company. Columns that a step does not have
 // are units too, without positions: their words are rewritten with all others.
 struct Unit {
-  int column, split, splits, head, low, high, first;   // cached positions [low, high), of which those from `first` on are seen
+  int column, split, splits, head, low, high, first;   // positions [low, high), of which those from `first` on are seen
 };
 #define HEAD_GROUPS (HEADS / UNIT_HEADS)
 struct Cut {
@@ -107,7 +108,7 @@ struct Cut {
     const Shared* s = shared_state();
     first = window > 0 ? max(0, s->position[column] + 1 - window) : 0;
     begin = first / POSITIONS * POSITIONS;
-    return max(1, (s->cached[column] - begin + SPLIT - 1) / SPLIT);
+    return max(1, (s->position[column] - begin + SPLIT - 1) / SPLIT);
   }
   static DEVICE int count(int window) {
     int first, begin, n = 0;
@@ -121,8 +122,8 @@ struct Cut {
       if (u < n || c == COLUMNS - 1) break;
       u -= n;
     }
-    const int split = u / HEAD_GROUPS, cached = shared_state()->cached[c], low = min(begin + split * SPLIT, cached);
-    return Unit{c, split, n / HEAD_GROUPS, u % HEAD_GROUPS * UNIT_HEADS, low, min(low + SPLIT, cached), first};
+    const int split = u / HEAD_GROUPS, position = shared_state()->position[c], low = min(begin + split * SPLIT, position);
+    return Unit{c, split, n / HEAD_GROUPS, u % HEAD_GROUPS * UNIT_HEADS, low, min(low + SPLIT, position), first};
   }
 };
 
@@ -166,8 +167,9 @@ struct Producer {
   }
   DEVICE void cache(const Layer& y, const Unit& unit) {   // the first producer copies keys, the second values
     const int* table = shared_state()->table[unit.column];
+    const int cached = shared_state()->cached[unit.column];   // what comes behind is made by this step
     for (int t = unit.low; t < unit.high; t += Cut::POSITIONS) {
-      const int n = min(Cut::POSITIONS, unit.high - t);
+      const int n = max(0, min(Cut::POSITIONS, min(unit.high, cached) - t));
       const u32 slot = begin(which < 2 ? n * HEAD * 2 : 0);
       if (which >= 2) continue;
       const u32 barrier = shared_address(&shared_state()->full[slot]);

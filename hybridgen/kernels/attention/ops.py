@@ -181,7 +181,7 @@ def prefill_attention(q: Tensor, places: Places, query_starts: Tensor, options: 
     return torch.ops.hybridgen.prefill_attention.default(q, *places, query_starts, *options)
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's."""
     index = tensor.get_device()
     return _NO_CHANGE if index == torch.cuda.current_device() else torch.cuda.device(index)
@@ -190,7 +190,7 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 def _write_kv_cuda(*args: Any) -> None:
     from hybridgen.kernels.attention.write import write_kv as launch
 
-    with _on_device_of(args[0]):
+    with on_device_of(args[0]):
         launch(*args)
 
 
@@ -204,7 +204,7 @@ def _schedule_cuda(*args: Any) -> None:
         return
     from hybridgen.kernels.attention.balanced import write_schedule
 
-    with _on_device_of(positions):
+    with on_device_of(positions):
         write_schedule(*args)
 
 
@@ -212,7 +212,7 @@ def _decode_cuda(q: Tensor, *args: Any) -> Tensor:
     # The dispatcher leaves out arguments at the end that are None.
     rest = [*args, None, None, None][:13]
     schedule = rest[-1]
-    with _on_device_of(q):
+    with on_device_of(q):
         if schedule is not None and is_balanced(q.shape[0]):
             from hybridgen.kernels.attention.balanced import decode_attention as by_schedule
 
@@ -225,7 +225,7 @@ def _decode_cuda(q: Tensor, *args: Any) -> Tensor:
 def _prefill_cuda(*args: Any) -> Tensor:
     from hybridgen.kernels.attention.prefill import prefill_attention as launch
 
-    with _on_device_of(args[0]):
+    with on_device_of(args[0]):
         return launch(*args)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridgen.kernels.linear.experts_form import Projection
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import Damaged, Part, Scheme, need
+from hybridgen.models.packed_experts import pad_rows
 from hybridgen.models.quantised import QuantisedWeight
 
 METHOD = "mxfp4"
-_JOINED = "the experts' projections are one tensor in transformers' code, which multiplies it itself"
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,23 @@ class Experts:
             raise Damaged("scales", f"is {list(scales.shape)}, not one for 32 of {outputs} x {inputs} values")
         if bool((scales.view(torch.uint8) == 255).any()):
             raise Damaged("scales", "holds the exponent 255, which is no number")
-        return _JOINED
+        return None
 
     def weight(
         self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
     ) -> QuantisedWeight | Tensor:
-        """See `Scheme`: values [experts, inputs, outputs of one], as the parameter has them."""
+        """See `Scheme`: values [experts, inputs, outputs of one], as the parameter has them, for modules whose code
+        multiplies these itself."""
         blocks, scales = tensors["blocks"], tensors["scales"].view(torch.uint8)
         experts = blocks.shape[0]
         flat = blocks.reshape(outputs, inputs // 2), scales.reshape(outputs, inputs // 32)
         values = QuantisedWeight("mxfp4", *flat, None, inputs, Block(1, 32), dtype).dequantise()
         return values.view(experts, outputs // experts, inputs).transpose(1, 2).contiguous()
+
+    def packed(self, tensors: Mapping[str, Tensor]) -> Projection:
+        """The weights as they are stored, in the layout of `kernels.linear.experts`."""
+        blocks, scales = tensors["blocks"], tensors["scales"].view(torch.uint8)
+        return Projection(blocks.flatten(2), pad_rows(scales))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hybridgen.serving.service.adapter import graph_counts, graph_values, hit_rates
+from hybridgen.serving.service.adapter import graph_counts, graph_values, hit_rates, read_share
 
 
 def exposition(
@@ -69,5 +69,8 @@ class _Facts:
         for phase, rate in hit_rates(engine).items():
             rates.add_metric([phase], rate)
         yield rates
+        share = read_share(engine)
+        if share is not None:
+            yield GaugeMetricFamily("hybridgen_read_share", "Decode's reads, of the device's best", value=share)
         for name, value in graph_values(engine).items():
             yield GaugeMetricFamily(f"hybridgen_graphs_{name}", f"Graphs: {name.replace('_', ' ')}", value=value)

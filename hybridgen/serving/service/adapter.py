@@ -182,6 +182,13 @@ def hit_rates(stats: Mapping[str, Any]) -> dict[str, float]:
     return {phase: float(rate) for phase, rate in rates.items() if rate is not None}
 
 
+def read_share(stats: Mapping[str, Any]) -> float | None:
+    """Bytes that decode steps read as a share of what the device reads at best, 0 to 1; None where nobody measures."""
+    decode = stats.get("decode")
+    share = decode.get("mbu") if isinstance(decode, Mapping) else None
+    return float(share) if isinstance(share, (int, float)) else None
+
+
 def graph_values(stats: Mapping[str, Any]) -> dict[str, int]:
     """`capture_failures`, `evictions`, `lazy_captures`, `bytes`, `held` (graphs) and `failed` (sizes that run without
     one because a capture failed or a graph was wrong); zeros where the engine tells none."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hybridgen.errors import ConfigError
-from hybridgen.serving.service.adapter import graph_counts, graph_values, hit_rates
+from hybridgen.serving.service.adapter import graph_counts, graph_values, hit_rates, read_share
 from hybridgen.serving.service.generator import Done
 from hybridgen.serving.service.service import Service
 
@@ -99,6 +99,9 @@ class _Now:
         for phase, rate in hit_rates(stats).items():
             rates.add_metric((phase,), rate)
         yield rates
+        share = read_share(stats)
+        if share is not None:
+            yield self._gauge("read_share", "Decode's reads as a share of the device's best, 0 to 1", share)
         graphs = graph_values(stats)
         yield self._counter("graph_capture_failures", "Captures that failed", {(): graphs["capture_failures"]})
         yield self._counter("graph_lazy_captures", "Captures while idle", {(): graphs["lazy_captures"]})

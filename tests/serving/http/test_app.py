@@ -24,6 +24,7 @@ from wire import Process, until
 from hybridgen import ServerError
 from hybridgen.core import TokenEvent, TokenLogprob
 from hybridgen.serving.http.app import together
+from hybridgen.serving.http.metrics import exposition
 
 Start = Callable[..., Process]
 Open = Callable[..., str]
@@ -320,3 +321,9 @@ def test_tokens_that_are_there_together_are_one_event() -> None:
 
     texts = [(event.choice, event.text) for event in asyncio.run(found())]
     assert texts == [(0, "0"), (0, "12"), (1, "3"), (1, "4"), (1, "5"), (1, "6")]
+
+
+def test_the_share_of_the_read_ceiling_is_told_where_it_is_measured() -> None:
+    engine = {"decode": {"mbu": 0.87, "steps": 3}}
+    assert "hybridgen_read_share 0.87" in exposition({"server": {}, "engine": engine}, {}, {}, 0)
+    assert "read_share" not in exposition({"server": {}, "engine": {"decode": {"mbu": None}}}, {}, {}, 0)

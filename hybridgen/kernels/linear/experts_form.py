@@ -1,0 +1,36 @@
+"""How experts of a mixture compute, and their tensors: see `hybridgen.kernels.linear.experts`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+DENSE = "dense"
+FEW_ROWS = 64
+"""Tokens up to which a result does not depend on the number of tokens."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped")
+"""What is done to the gate before it is multiplied with the other half; see `experts.activate`."""
+
+
+class Form(NamedTuple):
+    """How experts compute, besides their numbers."""
+
+    activation: str
+    """One of `ACTIVATIONS`."""
+    interleaved: bool = False
+    """Gate and up take turns; else all gates come first."""
+    transposed: bool = False
+    """Dense weights lie as [E, inputs, outputs]."""
+    alpha: float = 1.0
+    limit: float = 0.0
+    """Of the activation `clamped`."""
+
+
+class Projection(NamedTuple):
+    """One projection of all experts."""
+
+    data: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    bias: Tensor | None = None

@@ -1,0 +1,277 @@
+"""Attention modules whose prefill normalises, rotates and writes heads in one op.
+
+What a Llama-like attention module does between its projections and its attention function is known by the attribute
+names that Hugging Face's families share, and proved for each module: its own forward hands an attention function the
+same queries, keys, values and options, and makes the same of what that returns. Such a module's class gets a subclass
+with a forward of ours for prefill; in decode, and whenever the model attends by itself, its own forward runs. Modules
+that compute something else are left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from hybridgen.errors import described
+from hybridgen.kernels.attention.rotary import HeadNorms, turned
+from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase
+from hybridgen.models.binding import AttentionSite, BoundModel
+from hybridgen.models.decoder import Unfit, head_norm
+from hybridgen.models.projections import has_hooks
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Largest relative error of a head, by the dtype in which the model computes it."""
+_CHECKED = 8
+"""Tokens that a module is checked on."""
+_LARGE = 1000.0
+"""By which a module's input is multiplied to see whether it cuts large numbers off, as OLMo's `clip_qkv` does."""
+
+
+class Rotation(NamedTuple):
+    """What the forward of ours knows of a module beside its projections and norms; plain values."""
+
+    dim: int
+    """Of queries and keys."""
+    value_dim: int
+    norms_query: bool
+    norms_key: bool
+    query_eps: float
+    key_eps: float
+    shift: float
+    """What is added to the norms' weights."""
+    scale: float
+    softcap: float
+
+
+class RotatingAttention(nn.Module):
+    """A base of attention modules that `use_one_op()` changed."""
+
+
+def use_one_op(bound: BoundModel, max_context: int) -> int:
+    """From now on prefill normalises, rotates and writes in one op, in the modules for which that is proved; returns
+    how many these are. The layers' states must be attached.
+
+    Args:
+        max_context: positions that the model may be run at; modules are checked early and late in them.
+    """
+    found = {}
+    for site in () if bound.mixers else bound.sites:  # with mixers, no prefill is compiled
+        try:
+            found[site.module] = _read(bound, site)
+        except Unfit as reason:
+            logger.debug("%s rotates by itself: %s", type(site.module).__name__, reason)
+    if not found:
+        return 0
+    try:
+        for start in dict.fromkeys((0, max(0, max_context - _CHECKED))):
+            _prove(bound, found, torch.arange(start, min(start + _CHECKED, max_context), device=bound.model.device))
+    except Exception as error:  # any model code runs here, and a model that stays as it was still works
+        logger.debug("no module was proved: %s", described(error), exc_info=True)
+        return 0
+    for module, rotation in found.items():
+        module._hybridgen_rotation = rotation  # type: ignore[assignment]
+    allow_one_op(bound, True)
+    return len(found)
+
+
+def make_classes(bound: BoundModel) -> None:
+    """Make the classes that `use_one_op()` may give modules: what is compiled is kept with them, and loaded first."""
+    for site in bound.sites:
+        kind: Any = type(site.module)
+        _rotating(kind, kind.forward)
+
+
+def allow_one_op(bound: BoundModel, allowed: bool) -> None:
+    """Whether modules that were proved run so. Not while somebody listens to them: their norms are not called."""
+    for site in bound.sites:
+        kind: Any = type(site.module)
+        if "_hybridgen_rotation" not in vars(site.module) or issubclass(kind, RotatingAttention) is allowed:
+            continue
+        site.module.__class__ = _rotating(kind, kind.forward) if allowed else kind.__bases__[0]
+
+
+def use_own_rotation(bound: BoundModel) -> None:
+    """Undo `use_one_op()`."""
+    allow_one_op(bound, False)
+    for site in bound.sites:
+        vars(site.module).pop("_hybridgen_rotation", None)
+
+
+def _read(bound: BoundModel, site: AttentionSite) -> Rotation:
+    """What a module seems to do.
+
+    Raises:
+        Unfit: something is missing, or of another kind.
+    """
+    module = site.module
+    binding = vars(module).get("_hybridgen")
+    if not isinstance(binding, LayerBinding) or binding.reads_only or binding.factors is not None:
+        raise Unfit("its layer keeps no keys and values of its own, or scaled ones")
+    if site.options.sinks:
+        raise Unfit("it has sinks")
+    if bound.length_dependent:
+        raise Unfit("its rotary positions depend on the length")
+    for inner in module.modules():
+        if "forward" in vars(inner) or has_hooks(inner):
+            raise Unfit("it has hooks or a replaced forward")
+    if not hasattr(getattr(module, "config", None), "_attn_implementation"):
+        raise Unfit("it has no config")
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        if not isinstance(getattr(module, name, None), nn.Module):
+            raise Unfit(f"it has no {name}")
+    norms = head_norm(module, "q_norm"), head_norm(module, "k_norm")
+    if any(norm is not None and norm.scale.shape[0] != site.shape.key_dim for norm in norms):
+        raise Unfit("it normalises all heads together")
+    shifts = {norm.shift for norm in norms if norm is not None}
+    if len(shifts) > 1:
+        raise Unfit("its norms are of two kinds")
+    query_eps, key_eps = (0.0 if norm is None else norm.eps for norm in norms)
+    return Rotation(
+        site.shape.key_dim,
+        site.shape.value_dim,
+        norms[0] is not None,
+        norms[1] is not None,
+        query_eps,
+        key_eps,
+        shifts.pop() if shifts else 0.0,
+        site.options.scale,
+        site.options.softcap,
+    )
+
+
+def _heads(module: Any, rotation: Rotation, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, HeadNorms]:
+    """Queries, keys and values [T, heads, size] of hidden states [1, T, width], and how they are normalised."""
+    shape = hidden.shape[1], -1, rotation.dim
+    q, k = module.q_proj(hidden).view(shape), module.k_proj(hidden).view(shape)
+    v = module.v_proj(hidden).view(hidden.shape[1], -1, rotation.value_dim)
+    norms = HeadNorms(
+        module.q_norm.weight if rotation.norms_query else None,
+        module.k_norm.weight if rotation.norms_key else None,
+        rotation.query_eps,
+        rotation.key_eps,
+        rotation.shift,
+    )
+    return q, k, v, norms
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """In prefill the module's own forward with one op between its projections and its attention; else just that."""
+    binding = getattr(self, "_hybridgen", None)
+    # The name says whether the model attends by itself, for a comparison.
+    if binding is None or binding.step.phase is not Phase.PREFILL or self.config._attn_implementation != ATTENTION_NAME:
+        return self._hybridgen_forward(*args, **kwargs)
+    rotation = self._hybridgen_rotation
+    hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+    q, k, v, norms = _heads(self, rotation, hidden)
+    out = binding.rotate_and_attend(q, k, v, cos[0], sin[0], norms, rotation.scale, rotation.softcap)
+    return self.o_proj(out.flatten(1)[None]), None
+
+
+@functools.cache
+def _rotating(kind: Any, forward: Any) -> type[nn.Module]:
+    # What is compiled is kept with its classes' names, by which another process finds them here, once it has bound.
+    title = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")
+    members = {"forward": _forward, "_hybridgen_forward": forward, "__module__": __name__}
+    made = type(title, (kind, RotatingAttention), members)
+    globals()[title] = made
+    return made
+
+
+class _Call(NamedTuple):
+    """A call of a module, as far as its own forward has come."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@torch.inference_mode()
+def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tensor) -> None:
+    """Take out of `found` the modules whose own forward does something else, on tokens at these positions.
+
+    Raises:
+        Exception: whatever the model's code raises.
+    """
+    handed: dict[nn.Module, tuple[Tensor, ...]] = {}
+    calls: dict[nn.Module, _Call] = {}
+    wrong: dict[nn.Module, str] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+        returned = torch.randn(1, query.shape[2], query.shape[1], value.shape[-1], generator=generator)
+        returned = returned.to(query)
+        handed[module] = query, key, value, returned
+        return returned
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[module] = _Call(args, dict(kwargs))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        why = _difference(module, found[module], calls.get(module), handed.get(module), out)
+        if why is None:
+            large = _Call((), {**kwargs, "hidden_states": kwargs["hidden_states"] * _LARGE})
+            forward: Any = type(module).forward
+            out = forward(module, **large.kwargs)
+            why = _difference(module, found[module], large, handed.get(module), out)
+        if why is not None:
+            wrong[module] = why
+
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in found]
+    hooks += [module.register_forward_hook(after, with_kwargs=True) for module in found]
+    for site in bound.sites:
+        vars(site.module)["_hybridgen_note"] = note
+    words = cast(nn.Embedding, bound.model.get_input_embeddings()).num_embeddings
+    ids = torch.arange(len(positions), device=positions.device) * 37 % words
+    try:
+        with bound.attending_by(SITES_NAME):
+            bound.model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for site in bound.sites:
+            vars(site.module).pop("_hybridgen_note", None)
+    for module in list(found):
+        if module not in calls or module in wrong:
+            logger.debug("%s rotates by itself: %s", type(module).__name__, wrong.get(module, "it was not called"))
+            del found[module]
+
+
+def _difference(
+    module: nn.Module, rotation: Rotation, call: _Call | None, handed: tuple[Tensor, ...] | None, out: Any
+) -> str | None:
+    """Why a module's own forward is not that of ours; None if it is."""
+    if call is None or handed is None:
+        return "it was not seen to attend"
+    rotary = call.kwargs.get("position_embeddings")
+    hidden = call.kwargs.get("hidden_states")
+    if call.args or not isinstance(hidden, Tensor) or not isinstance(rotary, tuple) or len(rotary) != 2:
+        return "it is called with other arguments"
+    cos, sin = rotary
+    tables = isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.dim() == 3 == sin.dim()
+    if not tables or cos.shape[-1] % 2 or cos.shape[-1] > rotation.dim or cos.shape != sin.shape:
+        return "its rotary table is of another kind"
+    query, key, value, returned = handed
+    q, k, v, norms = _heads(module, rotation, hidden)
+    q = turned(q, cos[0], sin[0], norms.q_weight, norms.q_eps, norms.shift)
+    k = turned(k, cos[0], sin[0], norms.k_weight, norms.k_eps, norms.shift)
+    tolerance = _TOLERANCE.get(hidden.dtype, 2e-2)
+    for name, ours, own in (("queries", q, query), ("keys", k, key)):
+        theirs = own[0].transpose(0, 1)
+        if ours.shape != theirs.shape or not _close(ours.float(), theirs.float(), tolerance):
+            return f"its {name} are other ones"
+    if not torch.equal(v, value[0].transpose(0, 1)):
+        return "its values are other ones"
+    if not isinstance(out, tuple) or len(out) != 2 or out[1] is not None:
+        return "it returns something else than attention's output"
+    expected = cast(Any, module).o_proj(returned[0].flatten(1)[None])
+    return None if torch.equal(out[0], expected) else "it makes something else of attention's output"
+
+
+def _close(ours: Tensor, own: Tensor, tolerance: float) -> bool:
+    error, size = (ours - own).norm(dim=-1), own.norm(dim=-1)
+    return bool((error <= tolerance * size + 1e-30).all())

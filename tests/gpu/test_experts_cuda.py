@@ -1,0 +1,155 @@
+"""Experts of a mixture on a GPU: the op against float32 references, and models that decode by it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import quantised_formats as formats
+import torch
+from safetensors.torch import load_file, save_file
+
+import hybridgen
+from hybridgen.kernels.linear.experts import experts, reference
+from hybridgen.kernels.linear.experts_form import FEW_ROWS
+from hybridgen.kernels.linear.layout import Block
+from hybridgen.models.packed_experts import pad_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from experts_cases import CASES, CLAMPED, SILU, Case, Made, arguments, choices, make
+
+pytestmark = pytest.mark.gpu
+
+LARGE = [
+    Case(16, 4, 512, 384, SILU),
+    Case(8, 4, 720, 400, CLAMPED._replace(transposed=True), biased=True),
+    Case(8, 4, 576, 544, CLAMPED, "mxfp4", Block(1, 32), biased=True),
+    Case(16, 8, 512, 256, SILU, "fp8", Block(128, 128)),
+    Case(16, 8, 512, 256, SILU, "fp8", Block(1, 0)),
+    Case(16, 8, 512, 256, SILU, "int4", Block(1, 128)),
+    Case(16, 8, 512, 256, SILU, "int4", Block(1, 128), zeros=True),
+]
+ROWS = (1, 2, 7, 16, 17, 40, 64, 65, 200)
+
+
+def made_for(case: Case, dtype: torch.dtype) -> Made:
+    """On the device; exponents lie as loading puts them."""
+    made = make(case, "cuda", dtype)
+    if case.kind != "mxfp4":
+        return made
+    gate_up, down = (one._replace(scales=pad_rows(one.scales)) for one in (made.gate_up, made.down))  # type: ignore[arg-type]
+    return made._replace(gate_up=gate_up, down=down)
+
+
+def check_results(case: Case, dtype: torch.dtype, row_counts: tuple[int, ...]) -> None:
+    """Errors are those of rounding operands to the dtype; freed memory that the op may get is poisoned before."""
+    made = made_for(case, dtype)
+    for rows in row_counts:
+        x, ids, weights = choices(case, rows, rows, "cuda", dtype)
+        sizes = (rows, case.hidden), (rows * case.chosen, case.width), (rows * case.chosen, case.hidden)
+        poison = [torch.full(s, torch.nan, device="cuda", dtype=d) for s in sizes for d in (dtype, torch.float32)]
+        del poison
+        out = experts(x, ids, weights, *made)
+        wanted = reference(x.double(), ids, weights.double(), *arguments(made))
+        error = float((out.double() - wanted).norm() / wanted.norm())
+        limit = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 3e-6}[dtype]
+        assert error < limit, (rows, error)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_ones(case: Case) -> None:
+    check_results(case, torch.bfloat16, ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("case", [LARGE[0], LARGE[2], LARGE[3]], ids=str)
+def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
+    check_results(case, dtype, (3, 200))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_odd_ones(case: Case) -> None:
+    check_results(case, torch.bfloat16, (3, 70))
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_a_row_gets_the_same_bits_again_in_a_graph_and_in_any_company(case: Case) -> None:
+    made = made_for(case, torch.bfloat16)
+    x, ids, weights = choices(case, FEW_ROWS, 0, "cuda", torch.bfloat16)
+    first = experts(x, ids, weights, *made)
+    for rows in (slice(0, 1), slice(5, 6), slice(63, 64), slice(3, 11), slice(20, 53)):
+        assert torch.equal(experts(x[rows], ids[rows], weights[rows], *made), first[rows])
+    shuffled = torch.randperm(FEW_ROWS, device="cuda")
+    assert torch.equal(experts(x[shuffled], ids[shuffled], weights[shuffled], *made), first[shuffled])
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = experts(x, ids, weights, *made)
+    for _ in range(200):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, first)
+
+
+def test_ids_are_read_on_the_device() -> None:
+    """A recorded call goes by the ids that are there when it is replayed; equal ids of padding do no harm."""
+    case = LARGE[0]
+    made = made_for(case, torch.bfloat16)
+    x, ids, weights = choices(case, 8, 0, "cuda", torch.bfloat16)
+    experts(x, ids, weights, *made)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = experts(x, ids, weights, *made)
+    for seed in range(1, 20):
+        other = choices(case, 8, seed, "cuda", torch.bfloat16)
+        for tensor, value in zip((x, ids, weights), other, strict=True):
+            tensor.copy_(value)
+        if seed % 2:
+            ids[5:] = seed % case.experts
+        graph.replay()
+        assert torch.equal(out, experts(x, ids, weights, *made))
+
+
+SETTINGS: dict[str, Any] = {"device": "cuda", "max_batch": 4, "page_size": 16, "kv_memory": "64MiB", "max_context": 128}
+
+
+def write_mxfp4(path: Path) -> Path:
+    """A tiny gpt-oss with packed experts."""
+    families.build("gpt_oss").save_pretrained(path)
+    g = torch.Generator().manual_seed(0)
+    out = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            out[name] = tensor
+            continue
+        count, inputs, outputs = tensor.shape
+        packed, scales, _ = formats._mxfp4((count, outputs), inputs, g)
+        out[f"{name}_blocks"], out[f"{name}_scales"] = packed.view(count, outputs, inputs // 32, 16), scales
+    save_file(out, path / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
+    return path
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "gpt_oss in mxfp4"])
+def test_every_mode_generates_what_eager_does(name: str, tmp_path: Path) -> None:
+    """In float32 token for token; in bfloat16 first logits are close to eager's."""
+    path = write_mxfp4(tmp_path / "packed") if "mxfp4" in name else families.write(name, tmp_path)
+    prompts = families.prompts_of((7, 33, 1))
+    found = {}
+    for mode in ("eager", "jit", "graph", "hybrid"):
+        with hybridgen.Engine.load(path, mode=mode, dtype="float32", **SETTINGS) as engine:
+            outs = engine.generate(prompts, max_new_tokens=12)
+            found[mode] = [list(out.token_ids) for out in outs]
+        with hybridgen.Engine.load(path, mode=mode, dtype="bfloat16", **SETTINGS) as engine:
+            out = engine.generate(prompts[0], max_new_tokens=3, logprobs=5)
+            found[f"{mode} in bfloat16"] = out.logprobs[0].logprob
+            assert mode == "eager" or not any("compilation failed" in reason for reason in engine.stats().fallbacks)
+    assert len({str(found[mode]) for mode in ("eager", "jit", "graph", "hybrid")}) == 1
+    for mode in ("jit", "graph", "hybrid"):
+        assert abs(found[f"{mode} in bfloat16"] - found["eager in bfloat16"]) < 0.3

@@ -1,0 +1,207 @@
+"""Prefill with one op between projections and attention, and for which modules that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import families
+import pytest
+import torch
+from runners import free_runner, make_runner
+from torch import Tensor, nn
+
+from hybridgen.execution import ModelRunner
+from hybridgen.execution.following import begin_call
+from hybridgen.execution.plan import PrefillChunk
+from hybridgen.execution.warm_up import compile_layers
+from hybridgen.graphs.key import GraphKey
+from hybridgen.models import rotating
+from hybridgen.models.rotating import RotatingAttention, use_one_op, use_own_rotation
+
+CONTEXT = 64
+
+
+@pytest.fixture
+def runners() -> Iterator[list[ModelRunner]]:
+    made: list[ModelRunner] = []
+    yield made
+    for runner in made:
+        free_runner(runner)
+
+
+def _prefill(runner: ModelRunner, sizes: tuple[int, ...] = (20, 9)) -> Tensor:
+    """Logits of a call of a few prompts."""
+    runner.steps.keep_logits()
+    chunks = []
+    for slot, count in enumerate(sizes):
+        runner.state.block_table.assign(slot, [1 + 2 * slot, 2 + 2 * slot])
+        ids = [(17 * i + 3 * slot) % families.VOCAB for i in range(count)]
+        chunks.append(PrefillChunk(slot, ids, 0, count, 0, True))
+    key = GraphKey.prefill(sum(sizes), len(sizes), None)
+    runner.steps.stage_prefill(chunks, key.tokens, key.rows)
+    with torch.inference_mode():
+        runner.steps.run(key)
+    assert runner.steps.logits is not None
+    return runner.steps.logits[: key.rows].clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "proved", "sites"),
+    [
+        ("llama", 4, 4),
+        ("qwen3", 4, 4),
+        ("gemma2", 4, 4),
+        ("gemma3_text", 4, 4),
+        ("stablelm", 4, 4),  # rotates a part of each head
+        ("smollm3", 3, 4),  # a layer does not rotate
+        ("glm", 0, 4),  # rotates neighbours
+        ("olmo2", 0, 4),  # normalises all heads together
+        ("gpt_oss", 0, 4),  # has sinks
+        ("phi3", 0, 4),
+        ("lfm2", 0, 1),
+        ("llama4_text", 0, 2),
+    ],
+)
+def test_which_modules_are_proved(name: str, proved: int, sites: int, runners: list[ModelRunner]) -> None:
+    runner = make_runner(name)
+    runners.append(runner)
+    own = _prefill(runner)
+    assert len(runner.bound.sites) == sites
+    assert use_one_op(runner.bound, CONTEXT) == proved
+    assert sum(isinstance(site.module, RotatingAttention) for site in runner.bound.sites) == proved
+    torch.testing.assert_close(_prefill(runner), own, rtol=1e-5, atol=1e-5)
+    with runner.bound.original_attention(), torch.inference_mode():  # it attends by itself, whatever the last step was
+        ids = torch.arange(9)[None]
+        expected = runner.bound.model(input_ids=ids, use_cache=False).logits
+        use_own_rotation(runner.bound)
+        torch.testing.assert_close(runner.bound.model(input_ids=ids, use_cache=False).logits, expected)
+    assert not any(isinstance(site.module, RotatingAttention) for site in runner.bound.sites)
+    assert not any("_hybridgen_rotation" in vars(site.module) for site in runner.bound.sites)
+
+
+def _of_output(change: Any) -> Any:
+    def forward(own: Any, self: nn.Module, **kwargs: Any) -> Any:
+        out, weights = own(self, **kwargs)
+        return change(out), weights
+
+    return forward
+
+
+def _of_queries(change: Any) -> Any:
+    def forward(own: Any, self: Any, **kwargs: Any) -> Any:
+        project = self.q_proj
+        self.q_proj = nn.Sequential(project, change)
+        try:
+            return own(self, **kwargs)
+        finally:
+            self.q_proj = project
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        _of_output(lambda out: out * 1.01),
+        _of_output(lambda out: out + 1e-3),
+        _of_queries(nn.Hardtanh(-30.0, 30.0)),  # which only large numbers show
+        lambda own, self, **kwargs: own(self, **{**kwargs, "hidden_states": kwargs["hidden_states"] + 1e-3}),
+        lambda own, self, **kwargs: own(self, **{**kwargs, "position_embeddings": kwargs["position_embeddings"][::-1]}),
+    ],
+)
+def test_a_module_that_does_something_else_is_left_alone(
+    forward: Any, runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner("llama")
+    runners.append(runner)
+    kind = type(runner.bound.sites[0].module)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, **kwargs: forward(own, self, **kwargs))
+    assert use_one_op(runner.bound, CONTEXT) == 0
+
+
+def test_late_positions_are_looked_at_too(runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = make_runner("llama")
+    runners.append(runner)
+    kind = type(runner.bound.sites[0].module)
+    own = kind.forward
+
+    def forward(self: nn.Module, **kwargs: Any) -> Any:
+        late = (kwargs["position_ids"] >= CONTEXT - 2)[..., None]
+        return own(self, **{**kwargs, "hidden_states": kwargs["hidden_states"] * torch.where(late, 2.0, 1.0)})
+
+    monkeypatch.setattr(kind, "forward", forward)
+    assert use_one_op(runner.bound, CONTEXT) == 0
+    assert use_one_op(runner.bound, CONTEXT - 2) == 4
+
+
+def test_hooks_keep_a_module_as_it_is(runners: list[ModelRunner]) -> None:
+    runner = make_runner("llama")
+    runners.append(runner)
+    runner.bound.sites[1].module.k_proj.register_forward_hook(lambda *_: None)
+    assert use_one_op(runner.bound, CONTEXT) == 3
+
+
+def test_what_a_models_code_raises_keeps_all_as_they_are(
+    runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner("llama")
+    runners.append(runner)
+
+    def raising(*_: Any) -> None:
+        raise RuntimeError("not on this device")
+
+    monkeypatch.setattr(rotating, "turned", raising)
+    assert use_one_op(runner.bound, CONTEXT) == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+def test_it_compiles_as_one_graph_for_each_kind_of_layer(name: str, runners: list[ModelRunner]) -> None:
+    plain = make_runner(name, compile_backend="aot_eager")
+    runners.append(plain)
+    compile_layers(plain)
+    expected = _prefill(plain)
+    runner = make_runner(name, compile_backend="aot_eager")
+    runners.append(runner)
+    assert use_one_op(runner.bound, CONTEXT) == len(runner.bound.sites)
+    compile_layers(runner)
+    found = _prefill(runner)
+    assert runner.compiled is not None
+    assert plain.compiled is not None
+    assert runner.compiled.compiles == plain.compiled.compiles
+    assert _prefill(runner, (5, 3)).shape == expected.shape
+    assert runner.compiled.late_compiles == 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nobody_is_left_out_who_listens_to_a_norm(runners: list[ModelRunner]) -> None:
+    live: Any = families.build("qwen3")
+    runner = make_runner(live=live)
+    runners.append(runner)
+    assert use_one_op(runner.bound, CONTEXT) == 4
+    module: Any = runner.bound.sites[0].module
+    seen: list[int] = []
+    handle = live.model.layers[0].self_attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
+    begin_call(runner)
+    own = _prefill(runner)
+    assert seen
+    handle.remove()
+    begin_call(runner)
+    assert isinstance(module, RotatingAttention)
+    seen.clear()
+    torch.testing.assert_close(_prefill(runner), own, rtol=1e-5, atol=1e-5)
+    assert not seen
+
+
+def test_an_owners_other_attributes_end_it(runners: list[ModelRunner]) -> None:
+    live: Any = families.build("llama")
+    runner = make_runner(live=live)
+    runners.append(runner)
+    assert use_one_op(runner.bound, CONTEXT) == 4
+    before = _prefill(runner)
+    for layer in live.model.layers:
+        layer.self_attn.scaling *= 3
+    begin_call(runner)
+    assert not any(isinstance(site.module, RotatingAttention) for site in runner.bound.sites)
+    assert not torch.allclose(_prefill(runner), before)
