@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Before anything of torch: no test touches the user's compile cache or the checkout's. Processes that tests start
@@ -24,12 +26,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import families
+import forks
 import pytest
 import torch
 import transformers
 from interpreter import Interpreter
 
 import hybridgen
+from hybridgen.compilation import behind
 from hybridgen.loading import checkpoint
 from hybridgen.models import probe
 
@@ -117,6 +121,14 @@ def _configs_are_probed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "probe_config", of_config)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiling_processes_are_forks() -> Iterator[None]:
+    """What compiles a step behind starts within milliseconds; one of `tests/graphs/test_compiled_step.py` is fresh."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(behind, "subprocess", SimpleNamespace(Popen=forks.Popen, PIPE=subprocess.PIPE))
         yield
 
 

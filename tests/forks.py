@@ -33,10 +33,13 @@ from typing import Any
 
 IMPORTS = (
     "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch._inductor.standalone_compile",
     "transformers.generation.utils",
     "transformers.models.llama.modeling_llama",
     "hybridgen.api",
     "hybridgen.cli.main",
+    "hybridgen.compilation.worker",
     "hybridgen.engine",
     "hybridgen.engine.rank",
     "hybridgen.graphs.store",

@@ -9,6 +9,7 @@ chat      prompts that are chats
 report    what they print and write of a run
 jsonl     their files
 output    printing
+imports   what an engine needs, for those that load a model
 """
 
 from hybridgen.cli.main import main

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridgen.cli.imports import import_engine
 from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 from hybridgen.cli.output import say
 from hybridgen.compilation.store import Store
@@ -15,7 +16,6 @@ from hybridgen.compilation.store.bundle import export_bundle, import_bundle
 from hybridgen.compilation.store.store import EntryInfo
 from hybridgen.config import EngineConfig, Mode, parse_bytes
 from hybridgen.errors import CacheError, ConfigError
-from hybridgen.telemetry import import_time
 
 if TYPE_CHECKING:
     from hybridgen.compilation.store.key import Key
@@ -112,9 +112,9 @@ def _opened(arguments: argparse.Namespace) -> tuple[Checkpoint, EngineConfig, Ke
 
 
 def _warm(arguments: argparse.Namespace) -> int:
-    with import_time.timed():
-        from hybridgen.compilation.store.session import why_off
-        from hybridgen.engine import Engine
+    import_engine()
+    from hybridgen.compilation.store.session import why_off
+    from hybridgen.engine import Engine
 
     modes = arguments.modes.split(",") if arguments.modes else [arguments.mode or Mode.AUTO]
     for mode in modes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from hybridgen.cli.imports import import_engine
 from hybridgen.cli.jobs import Source, add_options, run_jobs
 from hybridgen.cli.jsonl import Job, model_settings
 from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
@@ -42,6 +43,7 @@ def _load(jobs: list[Job], arguments: argparse.Namespace) -> Engine | Replicas:
         from hybridgen.serving.replicas.replicas import Replicas, replicas_of
 
         return Replicas(model_of(arguments), replicas_of(arguments.replicas), **fields)
+    import_engine()
     from hybridgen.api import prepare
 
     errors = "return" if arguments.on_error == "skip" else "raise"

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridgen.cli.imports import import_engine
 from hybridgen.cli.jsonl import is_unicode, read_lines, same_file
 from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 from hybridgen.cli.output import check_output_is_open, note, say_json
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not rows:
         raise PromptError(f"no prompts in {arguments.input}")
     pairs = [pair for _, pair in rows]
+    import_engine()
     scores = api.score(model_of(arguments), pairs, **given(arguments, ENGINE))
     records = [_record(id, score) for (id, _), score in zip(rows, scores, strict=True)]
     if arguments.output is None:

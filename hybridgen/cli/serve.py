@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridgen.cli import http
+from hybridgen.cli.imports import import_engine
 from hybridgen.cli.options import ENGINE, add_engine, add_model, given, model_of
 from hybridgen.cli.output import note
 from hybridgen.config import EngineConfig
@@ -75,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _serve_replicas(arguments, model, config, options)
 
     def load() -> Engine:
+        import_engine()
         from hybridgen.engine import Engine
 
         return Engine.load(model, config)

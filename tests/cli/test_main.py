@@ -322,3 +322,13 @@ def test_another_model_or_sampling_is_not_mixed_in(capsys: pytest.CaptureFixture
         assert code == 2
         assert words in err
         assert output.read_bytes() == before
+
+
+def test_the_collector_goes_on_after_imports_and_passes_over_what_they_made() -> None:
+    code = (
+        "import gc; from hybridgen.cli.imports import import_engine; import_engine(); "
+        "print(gc.isenabled(), gc.get_freeze_count())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert out[0] == "True"
+    assert int(out[1]) > 100_000

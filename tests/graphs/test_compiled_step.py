@@ -97,8 +97,19 @@ def test_a_model_that_looks_at_values_runs_as_it_is(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_step_is_compiled_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "Popen", forks.Popen)
+def test_a_fresh_process_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In other tests it is a fork, with everything imported."""
+    monkeypatch.setattr(behind, "subprocess", subprocess)
+    left = torch.zeros(2)
+    graph, inputs = record_step(lambda: left.add_(1))
+    left.zero_()
+    with torch.inference_mode():
+        behind.CompileJob(graph, inputs).result()(*inputs)
+    assert left.tolist() == [1, 1]
+
+
+@needs_compiler
+def test_a_step_is_compiled_behind(tmp_path: Path) -> None:
     path = families.write("llama", tmp_path)
     expected = expected_of(path)
     with Engine.load(str(path), **SETTINGS) as engine:
@@ -155,7 +166,7 @@ def test_without_a_compiler_auto_is_eager(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_compiling_process_ends_with_its_parent() -> None:
     # All that the parent does for it is to end, so that its end of the pipe is closed.
     code = "from hybridgen.compilation.worker import end_with_parent; end_with_parent()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True) as process:
+    with forks.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(120) == -signal.SIGKILL

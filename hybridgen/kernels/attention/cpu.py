@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels.attention import few
-from hybridgen.kernels.attention.reference import as_bytes, stored, write_kv
-from hybridgen.kernels.attention.seeing import Seeing
+from hybridgen.kernels.attention.reference import Seeing, as_bytes, stored, write_kv
 
 _LITTLE = 2**19
 """Elements of K that are read, from which on several threads are worth their start."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridgen.kernels.attention.seeing import Seeing
+from hybridgen.kernels.attention.reference import Seeing
 
 
 def attend(

@@ -7,6 +7,7 @@ inputs are.
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,6 +162,27 @@ def prefill_attention(
         mixed = _attend(queries, k, v, first, low, scale, window, chunk, softcap, sinks)
         out[begin:end] = mixed.transpose(0, 1).to(q.dtype)
     return out
+
+
+class Seeing(NamedTuple):
+    """How a query of decode attention sees, where positions are known on the host."""
+
+    scale: float
+    window: int
+    chunk: int
+    softcap: float
+    sinks: Tensor | None
+
+    def pages(self, place: int, page_size: int) -> tuple[int, int, int]:
+        """First and last column of the block table that a query at this position sees, and how many positions of the
+        first page it does not."""
+        low = 0
+        if self.chunk > 0:
+            low = place // self.chunk * self.chunk
+        elif self.window > 0:
+            low = max(0, place - self.window + 1)
+        first = low // page_size
+        return first, place // page_size, low - first * page_size
 
 
 def _first_seen(positions: Tensor, window: int, chunk: int) -> Tensor:
