@@ -73,7 +73,7 @@ def test_the_tokens_of_plain_steps(family: str, mode: str, drafter: str, tmp_pat
         stats = engine.stats()
     assert stats.speculation.accepted > 0
     if family == "qwen3_moe":
-        # In float32 transformers' product of experts, which prefill keeps, copies from the host: no capture can hold it.
+        # In float32 transformers' product of experts, which prefill keeps, copies from the host: none is captured.
         assert all("capture" in each for each in stats.fallbacks)
         return
     assert not stats.fallbacks
