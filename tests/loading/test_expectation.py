@@ -165,6 +165,18 @@ def test_loads_families_whose_names_on_disk_are_others(tmp_path: Path, family: s
     Checkpoint.open(families.write(family, tmp_path)).load()
 
 
+def test_loads_nothing_whose_names_have_a_wrappers_before_them(whole: Path) -> None:
+    rewrite(whole, lambda t: {f"module.{name}": value for name, value in t.items()})
+    with pytest.raises(CheckpointError, match="lacks 21 weights"):
+        Checkpoint.open(whole).load()
+
+
+def test_a_base_model_without_its_head(whole: Path) -> None:
+    rewrite(whole, lambda t: {name: value for name, value in t.items() if name != "lm_head.weight"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights that its config asks for: lm_head\.weight"):
+        Checkpoint.open(whole)
+
+
 def test_loads_the_first_gpt2s_file(tmp_path: Path) -> None:
     """Its keys lack the prefix, it has the masks of its attention, and no head."""
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
