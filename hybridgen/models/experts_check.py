@@ -23,9 +23,10 @@ from hybridgen.kernels.linear.layout import Block
 from hybridgen.models.experts import ExpertsSite, projections_of
 from hybridgen.models.packed_experts import PackedExperts
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3}
+_TOLERANCE = {torch.float32: 5e-3, torch.float16: 5e-3}
 _OF_BFLOAT16 = 2e-2
-"""Of the norm of the results. Rounding states and results between the projections gives a third of a percent."""
+"""Of the norm of the results. In bfloat16 rounding what is between the projections gives a third of a percent; of
+float32 the reference may be in TF32, if the user has asked torch for that."""
 _TRIED = 4
 """Experts that are chosen from, at both ends of the list: the reference dequantises each of them."""
 
