@@ -88,6 +88,11 @@ def copy_rate(device: str) -> float:
     return 2 * source.nbytes / timed([lambda: target.copy_(source)], device)
 
 
+def anew(device: str) -> Any:
+    """A context in which compilers hand out nothing that was made before; where nothing is timed, they may."""
+    return torch._inductor.config.patch(force_disable_caches=device == "cuda")
+
+
 def compiled(function: Callable[..., Any], inputs: Callable[[int], tuple[Any, ...]], shown: int, most: int) -> Any:
     """A function for any number of tokens, compiled at `shown` of them."""
     torch._dynamo.reset()
@@ -96,7 +101,7 @@ def compiled(function: Callable[..., Any], inputs: Callable[[int], tuple[Any, ..
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.shape[:1] == (shown,):
             torch._dynamo.mark_dynamic(argument, 0, min=2, max=most)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with anew(this_device()):
         made(*arguments)
 
     def run(*arguments: Any) -> Any:
@@ -270,8 +275,7 @@ def calls(
     seeds = iter(range(1000))
     try:
         model = random_model(name, shape_dtype(name, device), device)
-        anew = torch._inductor.config.patch(force_disable_caches=True)
-        with anew, Engine.load(model, prefix_cache=False, **options) as engine:
+        with anew(device), Engine.load(model, prefix_cache=False, **options) as engine:
 
             def call(batch: int) -> float:
                 ids = random_prompts(batch, prompt, model.config.vocab_size, seed=next(seeds))
