@@ -310,6 +310,29 @@ def prefill(results: list[Result]) -> list[str]:
     return table(["shape", "prompts", "ms", "tokens/s", "decode of as many rows, ms a step"], rows, 2)
 
 
+def prefill_ops(results: list[Result]) -> list[str]:
+    """What runs between the products of a prefill call, and its share of the copy rate."""
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            figures = [_number(row["bytes"] / 1e6), _number(row["us"]), _share(row["share"])]
+            rows.append([row["model"], row["op"], row["how"], *figures])
+    return table(["shape", "", "by", "bytes, MB", "µs", "of the copy rate"], rows, 3)
+
+
+def prefill_calls(results: list[Result]) -> list[str]:
+    """One-token calls for many prompts, and the kernels of the smallest of them."""
+    rows = []
+    for result in results:
+        for row in result["calls"]:
+            batches = [key.removeprefix("ms_") for key in row if key.startswith("ms_")]
+            for batch in batches:
+                busy = _number(row["kernels_us"] / 1e3) if batch == batches[0] and "kernels_us" in row else "-"
+                cells = [row["model"], row["variant"], f"{batch} x {row['prompt']}"]
+                rows.append([*cells, _number(row[f"ms_{batch}"]), busy])
+    return table(["shape", "", "prompts", "ms", "of which kernels run"], rows, 3)
+
+
 def prefix_cache(results: list[Result]) -> list[str]:
     """Questions over one context, and the last turn of a chat."""
     rows = [
@@ -471,6 +494,8 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "ttft": ttft,
     "throughput": throughput,
     "prefill": prefill,
+    "prefill-ops": prefill_ops,
+    "prefill-calls": prefill_calls,
     "prefix-cache": prefix_cache,
     "ceilings": ceilings,
     "warm-start": warm_start,
@@ -507,7 +532,11 @@ def render(name: str, results: Path = RESULTS) -> str:
     """A table from its files, with where they are from."""
     if name not in TABLES:
         raise SystemExit(f"unknown table {name!r}; there are: {', '.join(TABLES)}")
-    paths = sorted(results.glob(f"{name}-*.json"))
+    # A file belongs to the table with the longest name that it begins with.
+    others = [other for other in TABLES if other.startswith(f"{name}-")]
+    paths = sorted(
+        path for path in results.glob(f"{name}-*.json") if not path.name.startswith(tuple(f"{o}-" for o in others))
+    )
     if not paths:
         return f"{NOT_MEASURED}\n"
     found = [json.loads(path.read_text()) for path in paths]
