@@ -497,6 +497,7 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "speculation-head": speculation_head,
     "memory-fp8": memory_limit,
     "memory-bf16": memory_limit,
+    "memory-int4": memory_limit,
     "rows": rows,
 }
 

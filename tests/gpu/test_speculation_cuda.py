@@ -72,14 +72,16 @@ def test_the_tokens_of_plain_steps(family: str, mode: str, drafter: str, tmp_pat
             check_equal([engine.generate(PROMPTS[0], params[0])], [alone])
         stats = engine.stats()
     assert stats.speculation.accepted > 0
-    assert not stats.fallbacks
     if family == "qwen3_moe":
-        return  # in float32 transformers' product of experts copies from the host, which no capture can hold
+        # In float32 transformers' product of experts, which prefill keeps, copies from the host: none is captured.
+        assert all("capture" in each for each in stats.fallbacks)
+        return
+    assert not stats.fallbacks
     steps = [(kind, reason) for (phase, kind, reason) in stats.steps if phase == "decode"]
     assert any(kind == "layers, cuda graph" and "drafts a row" in reason for kind, reason in steps), steps
 
 
-FUSED: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+FUSED: dict[str, Any] = {"vocab_size": 258, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
 """A size that the fused kernels serve."""
 
 
