@@ -35,6 +35,20 @@ def table(head: list[str], rows: Iterable[list[str]], words: int = 1) -> list[st
     return [f"| {' | '.join(cells)} |" for cells in (head, line, *rows)]
 
 
+def workflows(results: list[Result]) -> list[str]:
+    """Lines and seconds of what research scripts do, here and with transformers alone."""
+    rows = []
+    for row in (row for result in results for row in result["rows"]):
+        ours, theirs, same = row["ours"], row["theirs"], row["same"]
+        found = "drawn" if same is None else "all" if same in (True, 1) else f"{float(same):.0%}"
+        lines, times = (
+            [str(each["lines"]) for each in (ours, theirs)],
+            [f"{row['seconds']:.2f}" for row in (ours, theirs)],
+        )
+        rows.append([row["task"], *lines, *times, f"{row['times as fast']:.1f}", found])
+    return table(["task", "lines", "transformers'", "seconds", "transformers'", "times as fast", "same results"], rows)
+
+
 def decode_modes(results: list[Result]) -> list[str]:
     """Microseconds of a decode step, by model, batch and mode."""
     found = {(r["model"], r["batch"], r["mode"]): r["step_us"] for result in results for r in result["rows"]}
@@ -484,6 +498,7 @@ def speculation_head(results: list[Result]) -> list[str]:
 
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
+    "workflows": workflows,
     "memory-limit": memory_limit,
     "replay": replay,
     "unseen": unseen,
