@@ -4,13 +4,14 @@ Parts, each for the shapes of `--models`:
 
 - `ops`: residual add with the norm behind it, silu * up, and heads normalised, rotated and written to their pages, for
   calls of `--tokens` tokens: our op (`hybridgen.kernels.attention.rotary`), and what Inductor makes of transformers'
-  code where it is shown 7 tokens (as engines did until then) and 4,099. Bytes are those that such an op has to move, in
-  and out; the share is of the rate at which a large tensor is copied, measured in the same run. Inputs are taken in
-  turn, so that no cache holds them. Results are compared.
+  code where it is shown 7 tokens (as engines did until then) and 4,099, each compiled anew: Inductor's caches tell
+  functions apart by the names of their sizes, so that they hand out what was made for another size. Bytes are those
+  that such an op has to move, in and out; the share is of the rate at which a large tensor is copied, measured in the
+  same run. Inputs are taken in turn, so that no cache holds them. Results are compared.
 - `tune`: our op with other launch options.
 - `calls`: one-token calls for 64 and 256 prompts of 512 random ids by an engine in mode `hybrid`: wall time, and the
-  time of each kernel in one of them, by torch's profiler. `small` has layers that were shown 7 tokens, `apart` is
-  without the op for heads.
+  time of each kernel in one of them, by torch's profiler. `launched` is without prefill graphs, `apart` also without
+  the op for heads, `small` has layers that were shown 7 tokens, too. Layers are compiled anew for each.
 
     python benchmarks/prefill_kernels.py --models qwen3-0.6b llama-3.2-1b llama-3.1-8b [--output results.json]
     python benchmarks/prefill_kernels.py --smoke          # tiny, anywhere
@@ -55,7 +56,7 @@ SHOWN = {"small": 7, "large": 4099}
 """Tokens that Inductor is shown."""
 TURNS = 400 * 2**20
 """Bytes of inputs that are taken in turn."""
-VARIANTS = ("as it is", "apart", "small")
+VARIANTS = ("as it is", "launched", "apart", "small")
 
 
 class Heads(NamedTuple):
@@ -87,6 +88,11 @@ def copy_rate(device: str) -> float:
     return 2 * source.nbytes / timed([lambda: target.copy_(source)], device)
 
 
+def anew(device: str) -> Any:
+    """A context in which compilers hand out nothing that was made before; where nothing is timed, they may."""
+    return torch._inductor.config.patch(force_disable_caches=device == "cuda")
+
+
 def compiled(function: Callable[..., Any], inputs: Callable[[int], tuple[Any, ...]], shown: int, most: int) -> Any:
     """A function for any number of tokens, compiled at `shown` of them."""
     torch._dynamo.reset()
@@ -95,7 +101,8 @@ def compiled(function: Callable[..., Any], inputs: Callable[[int], tuple[Any, ..
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.shape[:1] == (shown,):
             torch._dynamo.mark_dynamic(argument, 0, min=2, max=most)
-    made(*arguments)
+    with anew(this_device()):
+        made(*arguments)
 
     def run(*arguments: Any) -> Any:
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -261,12 +268,14 @@ def calls(
     if variant == "small":
         warm_up.shown_sizes = lambda runner: (warm_up.WARM_UP_RUN, warm_up.WARM_UP_ROWS)
     if variant != "as it is":
+        options = {**options, "prefill_buckets": []}
+    if variant not in ("as it is", "launched"):
         Builder._rotates_in_one_op = lambda self: False  # type: ignore[method-assign]
     row: dict[str, Any] = {"model": name, "variant": variant, "prompt": prompt}
     seeds = iter(range(1000))
     try:
         model = random_model(name, shape_dtype(name, device), device)
-        with Engine.load(model, prefix_cache=False, **options) as engine:
+        with anew(device), Engine.load(model, prefix_cache=False, **options) as engine:
 
             def call(batch: int) -> float:
                 ids = random_prompts(batch, prompt, model.config.vocab_size, seed=next(seeds))

@@ -35,6 +35,20 @@ def table(head: list[str], rows: Iterable[list[str]], words: int = 1) -> list[st
     return [f"| {' | '.join(cells)} |" for cells in (head, line, *rows)]
 
 
+def workflows(results: list[Result]) -> list[str]:
+    """Lines and seconds of what research scripts do, here and with transformers alone."""
+    rows = []
+    for row in (row for result in results for row in result["rows"]):
+        ours, theirs, same = row["ours"], row["theirs"], row["same"]
+        found = "drawn" if same is None else "all" if same in (True, 1) else f"{float(same):.0%}"
+        lines, times = (
+            [str(each["lines"]) for each in (ours, theirs)],
+            [f"{row['seconds']:.2f}" for row in (ours, theirs)],
+        )
+        rows.append([row["task"], *lines, *times, f"{row['times as fast']:.1f}", found])
+    return table(["task", "lines", "transformers'", "seconds", "transformers'", "times as fast", "same results"], rows)
+
+
 def decode_modes(results: list[Result]) -> list[str]:
     """Microseconds of a decode step, by model, batch and mode."""
     found = {(r["model"], r["batch"], r["mode"]): r["step_us"] for result in results for r in result["rows"]}
@@ -310,6 +324,29 @@ def prefill(results: list[Result]) -> list[str]:
     return table(["shape", "prompts", "ms", "tokens/s", "decode of as many rows, ms a step"], rows, 2)
 
 
+def prefill_ops(results: list[Result]) -> list[str]:
+    """What runs between the products of a prefill call, and its share of the copy rate."""
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            figures = [_number(row["bytes"] / 1e6), _number(row["us"]), _share(row["share"])]
+            rows.append([row["model"], row["op"], row["how"], *figures])
+    return table(["shape", "", "by", "bytes, MB", "µs", "of the copy rate"], rows, 3)
+
+
+def prefill_calls(results: list[Result]) -> list[str]:
+    """One-token calls for many prompts, and the kernels of the smallest of them."""
+    rows = []
+    for result in results:
+        for row in result["calls"]:
+            batches = [key.removeprefix("ms_") for key in row if key.startswith("ms_")]
+            for batch in batches:
+                busy = _number(row["kernels_us"] / 1e3) if batch == batches[0] and "kernels_us" in row else "-"
+                cells = [row["model"], row["variant"], f"{batch} x {row['prompt']}"]
+                rows.append([*cells, _number(row[f"ms_{batch}"]), busy])
+    return table(["shape", "", "prompts", "ms", "of which kernels run"], rows, 3)
+
+
 def prefix_cache(results: list[Result]) -> list[str]:
     """Questions over one context, and the last turn of a chat."""
     rows = [
@@ -461,6 +498,7 @@ def speculation_head(results: list[Result]) -> list[str]:
 
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
+    "workflows": workflows,
     "memory-limit": memory_limit,
     "replay": replay,
     "unseen": unseen,
@@ -471,6 +509,8 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "ttft": ttft,
     "throughput": throughput,
     "prefill": prefill,
+    "prefill-ops": prefill_ops,
+    "prefill-calls": prefill_calls,
     "prefix-cache": prefix_cache,
     "ceilings": ceilings,
     "warm-start": warm_start,
@@ -507,7 +547,11 @@ def render(name: str, results: Path = RESULTS) -> str:
     """A table from its files, with where they are from."""
     if name not in TABLES:
         raise SystemExit(f"unknown table {name!r}; there are: {', '.join(TABLES)}")
-    paths = sorted(results.glob(f"{name}-*.json"))
+    # A file belongs to the table with the longest name that it begins with.
+    others = [other for other in TABLES if other.startswith(f"{name}-")]
+    paths = sorted(
+        path for path in results.glob(f"{name}-*.json") if not path.name.startswith(tuple(f"{o}-" for o in others))
+    )
     if not paths:
         return f"{NOT_MEASURED}\n"
     found = [json.loads(path.read_text()) for path in paths]

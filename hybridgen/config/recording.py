@@ -41,7 +41,8 @@ class RecordingFields:
         default=None,
         metadata=setting(
             "Prompt lengths of prefill graphs. An empty list: prefill is not recorded. Else steps of 16 "
-            "to 256 and of 32 to 512.",
+            "to 256 and of 32 to 512, and on CUDA 1024, 2048, 4096 and the token budget's size, as far as launches "
+            "can keep the device waiting there: more for small models.",
             check_buckets,
             in_key=False,
         ),

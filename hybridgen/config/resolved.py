@@ -23,5 +23,5 @@ class ResolvedConfig(NamedTuple):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of any prefill call at most: one request's, or the budget."""
-        return min(self.token_budget, self.max_context)
+        """Tokens of any prefill call at most: those of all requests, or the budget."""
+        return min(self.token_budget, self.slots * self.max_context)

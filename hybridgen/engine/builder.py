@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from hybridgen.cache import (
@@ -220,6 +221,7 @@ class Builder:
             max_tokens=self.resolved.max_tokens,
             query_len=self.resolved.query_len,
             no_prefill=_no_prefill(bound),
+            layer_weights=_numbers(bound.layers[len(bound.layers) // 2]) if bound.layers else 0,
         )
 
     def capture(self, runner: ModelRunner, plan: GraphSetup) -> None:
@@ -353,6 +355,12 @@ class Builder:
             runner.disable_compilation()
             return reason
         return None
+
+
+def _numbers(layer: nn.Module) -> int:
+    """Numbers in the weights of a layer. Integers of quantised ones are taken for packed, two in a byte."""
+    weights = (*layer.parameters(), *layer.buffers())
+    return sum(weight.numel() if weight.is_floating_point() else 2 * weight.nbytes for weight in weights)
 
 
 def _no_prefill(bound: BoundModel) -> str:

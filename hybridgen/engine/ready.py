@@ -14,6 +14,7 @@ from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.live_adapters import merge_live
 from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models import BoundModel, bind
+from hybridgen.models.experts_check import ExpertsCheck, check_packed, checked_sites, chosen_of
 from hybridgen.models.packed_experts import packed_experts
 from hybridgen.models.probe import ProbedCall
 from hybridgen.models.projections import fuse_projections, use_rows
@@ -47,10 +48,11 @@ def make_ready(
     Args:
         undo: gets what gives a live module back.
         fusing: entered while projections are joined.
-        fall_back: told what of a live module's own way is not kept.
+        fall_back: told what of a live module's own way is not kept, and what cannot run as it should.
 
     Raises:
         UnsupportedModelError: see `bound_model`.
+        EngineError: packed experts compute something else on their device than they should.
     """
     twin = None if loaded.owned else Twin(loaded.model)
     model = loaded.model if twin is None else twin.model
@@ -67,7 +69,9 @@ def make_ready(
         bound = bound_model(model, resolved.max_context, known)
     undo.callback(bound.release)
     if resolved.mode is not Mode.EAGER:  # the reference
-        bound.use_experts()
+        check = ExpertsCheck(chosen_of(model), checkpoint.dtype)
+        bound.use_experts(checked_sites(check, fall_back))
+        check_packed(check, packed_experts(model))
     for _, module in quantised_modules(model):
         module.dequantises = resolved.mode is Mode.EAGER  # the reference
     for experts in packed_experts(model):

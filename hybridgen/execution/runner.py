@@ -116,7 +116,7 @@ class ModelRunner:
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         """Where all steps run."""
         self.token_budget = token_budget
-        self.max_tokens = min(token_budget, max_context or token_budget)
+        self.max_tokens = min(token_budget, max_batch * (max_context or token_budget))
         """Tokens that one prefill call can have."""
         self.max_batch = max_batch
         self.fall_back = fall_back
@@ -147,6 +147,7 @@ class ModelRunner:
             one_copy=one_copy,
             buffers=buffers,
             drafting=self.drafting,
+            **context,
         )
         if compile_backend is not None:
             self._layers.compiled = CompiledLayers(
@@ -255,6 +256,8 @@ class ModelRunner:
         if any(chunk.targets or chunk.hidden for chunk in chunks):
             return self._prefill_told(chunks, key, sampler, own)
         route = self.router.route(key)
+        if not self.steps.has_room(len(chunks), route.key.tokens - tokens):
+            route = self.router.plain(key, f"the padding to bucket {route.key.tokens} has no room")
         self.steps.stage_prefill(chunks, route.key.tokens, route.key.rows)
         return self._launch(route, len(slots), sampler, own)
 

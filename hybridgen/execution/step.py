@@ -51,6 +51,7 @@ class ModelSteps:
         sampler: SamplerState,
         ring: TokenRing,
         token_budget: int,
+        max_context: int | None = None,
         one_copy: bool = True,
         buffers: int = 2,
         drafting: Drafting | None = None,
@@ -59,6 +60,7 @@ class ModelSteps:
         Args:
             executors: what turns tokens into logits, by name; more may be added later.
             token_budget: tokens of a prefill call at most.
+            max_context: tokens of a request at most; None: as many as a call has.
             drafting: what drafts at the end of steps; None: nobody does. The sampler keeps the text for it.
             one_copy: copy a step's metadata in one launch, else tensor by tensor.
             buffers: how many blocks the host fills in turn.
@@ -72,6 +74,8 @@ class ModelSteps:
         self._sampler = sampler
         self._ring = ring
         self._one_copy = one_copy
+        self._longest_run = max_context or token_budget
+        """The block table has columns for no more, those of padding included."""
         self._drafting = drafting
         self._decode_block = StagedBlock(
             {"rows": (torch.int64, (lines,)), "slots": (torch.int32, (lines,))}, device, buffers=buffers
@@ -190,7 +194,8 @@ class ModelSteps:
         self._decode_block.send()
 
     def stage_prefill(self, chunks: Sequence[PrefillChunk], tokens: int, rows: int) -> None:
-        """Set what the next prefill step of this size feeds: the chunks, packed, then a run of padding."""
+        """Set what the next prefill step of this size feeds: the chunks, packed, then padding, in one run or, where
+        that would be longer than a request can be, in several; see `has_room`."""
         block = self._prefill_block.open()
         total = 0
         ends = [chunk for chunk in chunks if chunk.last]
@@ -206,12 +211,13 @@ class ModelSteps:
             starts.append(total)
             if chunk.last:
                 keep.append(total - 1)
-        padding = slice(total, tokens)
+        padding, count, longest = slice(total, tokens), tokens - total, self._longest_run
         block["ids"][padding] = 0
         block["slots"][padding] = self._state.padding_slot
-        block["positions"][padding] = np.arange(tokens - total)
-        block["rope"][padding] = tokens - total
-        padded = ((tokens - total, True),) if tokens > total else ()
+        block["positions"][padding] = np.arange(count) % longest
+        block["rope"][padding] = min(count, longest)
+        starts += range(total + longest, tokens, longest)
+        padded = ((min(longest, count - first), True) for first in range(0, count, longest))
         self.metadata.runs = (*((len(chunk.tokens), chunk.start == 0) for chunk in chunks), *padded)
         block["fed"][: len(chunks)] = [chunk.slot for chunk in chunks]
         block["fed"][len(chunks) :] = self._state.padding_slot
@@ -225,6 +231,10 @@ class ModelSteps:
         for name, value in (("keep", 0), ("rows", self._state.padding_slot), ("lengths", 0), ("generated", 0)):
             block[name][count:] = value
         self._prefill_block.send()
+
+    def has_room(self, chunks: int, padding: int) -> bool:
+        """Whether a prefill call can have so many chunks and so many tokens of padding behind them."""
+        return chunks + -(-padding // self._longest_run) <= self._state.max_batch + 1
 
     def stage_padding(self, key: GraphKey) -> None:
         """Set a step's metadata to padding alone, for warm-up and capture."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 
-MOST_PREFILL_TOKENS = 512
-"""Longer prompts keep the device busy for longer than their launches take."""
+USUAL_PROMPT = 512
+"""Prefill buckets are close together up to here. Above it there are few, whose recordings end at the logits and are for
+many prompts: such calls have several, and what is launched behind them costs nothing beside them."""
+_LARGE = (1024, 2048, 4096)
 
 
 def decode_buckets(max_batch: int) -> tuple[int, ...]:
@@ -15,10 +17,16 @@ def decode_buckets(max_batch: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_batch), max_batch)
 
 
-def prefill_buckets(most: int) -> tuple[int, ...]:
-    """In steps of 16 to 256 and of 32 to 512, as far as `most` tokens allow."""
-    sizes = (*range(16, 256, 16), *range(256, MOST_PREFILL_TOKENS + 1, 32))
-    return tuple(size for size in sizes if size <= most)
+def prefill_buckets(most: int, worth: int = 0) -> tuple[int, ...]:
+    """In steps of 16 to 256 and of 32 to 512; then 1024, 2048, 4096 and `most` itself.
+
+    Args:
+        most: tokens that a call can have.
+        worth: above 512, the largest for which a recording is worth while.
+    """
+    small = (*range(16, 256, 16), *range(256, USUAL_PROMPT + 1, 32))
+    large = sorted({size for size in (*_LARGE, most) if USUAL_PROMPT < size <= worth})
+    return tuple(size for size in (*small, *large) if size <= most)
 
 
 def checked_buckets(sizes: Iterable[int], most: int) -> tuple[int, ...]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from hybridgen.graphs.buckets import round_up
+from hybridgen.graphs.buckets import USUAL_PROMPT, round_up
 from hybridgen.graphs.executor import Executor, StateExecutor
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.steps import RunSteps
-from hybridgen.graphs.store import FEW_PROMPTS, GraphStore, Recording
+from hybridgen.graphs.store import FEW_PROMPTS, MANY_PROMPTS, GraphStore, Recording
 from hybridgen.models.attention import Phase
 
 FAILED = "failed, see GraphStats.failures"
@@ -214,11 +214,12 @@ class Router:
         size = round_up(key.size, settings.buckets(key.phase))
         if size is None:
             return None
-        sampler = key.sampler if settings.sample_in_graph else None
+        large = key.phase is Phase.PREFILL and size > USUAL_PROMPT
+        sampler = key.sampler if settings.sample_in_graph and not large else None
         if key.phase is Phase.DECODE:
             rows = key.rows if settings.exact_when_lazy else size
             return self.served(GraphKey.decode(rows, sampler, query_len=key.query_len, quiet=key.quiet))
-        rows = 1 if sampler is not None else FEW_PROMPTS
+        rows = 1 if sampler is not None else MANY_PROMPTS if large else FEW_PROMPTS
         while rows < key.rows:
             rows *= 2
         return self.served(GraphKey.prefill(size, min(rows, settings.max_rows), sampler))

@@ -9,15 +9,20 @@ import torch
 
 from hybridgen.compilation.steps import CompiledSteps, Loader, compiles_whole
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
-from hybridgen.graphs.buckets import decode_buckets, prefill_buckets
+from hybridgen.graphs.buckets import USUAL_PROMPT, decode_buckets, prefill_buckets
 from hybridgen.graphs.compiled_step import CompiledStepRecorder
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.stand_in import StandInRecorder
 from hybridgen.graphs.steps import TreeSteps
-from hybridgen.graphs.store import FEW_PROMPTS, GraphSettings
+from hybridgen.graphs.store import FEW_PROMPTS, MANY_PROMPTS, GraphSettings
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
+
+_MOST_LAYER_FLOPS = 1.1e12
+"""Of a decoder layer in a prefill call: above it its products alone take 1.5 ms and more (700 TFLOP/s), and its
+launches 0.8 ms or less, on an H200 and its host. Then a graph makes nothing faster, and its memory and its capture are
+saved."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class GraphSetup:
     """Tokens of a row in a decode step at most."""
     no_prefill: str = ""
     """Why no prefill is recorded, whatever the config says; empty if nothing keeps it from that."""
+    layer_weights: int = 0
+    """Numbers in the weights of a decoder layer; 0: not known."""
 
     @property
     def records(self) -> bool:
@@ -65,7 +72,7 @@ class GraphSetup:
         max_bytes = parse_bytes("max_graph_memory", config.max_graph_memory)
         return GraphSettings(
             decode=decode_buckets(config.max_batch) if decode is None else tuple(decode),
-            prefill=prefill_buckets(self.max_tokens) if prefill is None else tuple(prefill),
+            prefill=prefill_buckets(self.max_tokens, self._worth_recording) if prefill is None else tuple(prefill),
             **why,
             max_rows=config.max_batch,
             max_graphs=config.max_graphs,
@@ -83,6 +90,16 @@ class GraphSetup:
             improves=not (self.compiles_steps and config.offline_compile),
             exact_when_lazy=config.graphs is GraphOwner.BOTH,
         )
+
+    @property
+    def _worth_recording(self) -> int:
+        """Tokens of the largest prefill call that launches may keep waiting; 0 where that is not known.
+
+        A CPU has no launches, and trees compile each size for minutes.
+        """
+        if self.device.type != "cuda" or self.config.graphs is GraphOwner.TREES or not self.layer_weights:
+            return 0
+        return int(_MOST_LAYER_FLOPS / (2 * self.layer_weights))
 
     def largest(self) -> int:
         """Tokens of the largest step that may be recorded; 0 where nothing is."""
@@ -141,20 +158,23 @@ def keys_at_start(
     """What is recorded before the first request; no more than may be kept, what serves the most first.
 
     Every bucket with each of these samplers, prefill for one prompt. And, where `any_sampler` says so or sampling is
-    not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers. Decode buckets with
+    not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers. Prefill above 512
+    tokens is recorded up to the logits alone, for many prompts. Decode buckets with
     drafts, of `query_lens` tokens a row, come behind those without; for other samplers they are left to be wanted, or
     there would be too many. Where drafting can pause, as `quiet` says, so do decode buckets in which it does.
     """
-    keys: list[GraphKey] = []
+    prefill = [size for size in settings.prefill if size <= USUAL_PROMPT]
+    many = min(MANY_PROMPTS, settings.max_rows)
+    keys = [GraphKey.prefill(size, many, None) for size in settings.prefill if size > USUAL_PROMPT]
     if any_sampler or not settings.sample_in_graph:
         few = min(FEW_PROMPTS, settings.max_rows)
         lengths = (1,) if settings.sample_in_graph else (1, *query_lens)
         keys += [GraphKey.decode(size, None, query_len=count) for count in lengths for size in settings.decode]
-        keys += [GraphKey.prefill(size, few, None) for size in settings.prefill]
+        keys += [GraphKey.prefill(size, few, None) for size in prefill]
     for plan in plans if settings.sample_in_graph else ():
         keys += [GraphKey.decode(size, plan, query_len=count) for count in (1, *query_lens) for size in settings.decode]
         keys += [GraphKey.decode(size, plan, quiet=True) for size in settings.decode if quiet]
-        keys += [GraphKey.prefill(size, 1, plan) for size in settings.prefill]
+        keys += [GraphKey.prefill(size, 1, plan) for size in prefill]
         if settings.exact_when_lazy and settings.decode:
             # One size between the buckets, so that its step is compiled: the largest, which no fused executor serves.
             between = [size for size in range(2, settings.decode[-1]) if size not in settings.decode]

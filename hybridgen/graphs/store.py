@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 FEW_PROMPTS = 8
 """Prompts that a prefill graph with its sampler outside can have: their logits cost little more than one's."""
+MANY_PROMPTS = 64
+"""The same of a graph of more than 512 tokens: calls of 8192 often have 16 prompts and more."""
 
 _NOT_TRIED = "not tried"
 _FAILURES_ALIKE = 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -263,9 +263,13 @@ class BoundModel:
             self._use_states()
             self._attention.set(ATTENTION_NAME)
 
-    def use_experts(self) -> None:
-        """From now on, experts whose code computes what our op does decode by that. Call it before `attach()`."""
-        self.experts = tuple(find_experts(self.model))
+    def use_experts(self, serves: Callable[[ExpertsSite], bool]) -> None:
+        """From now on, experts whose code computes what our op does decode by that. Call it before `attach()`.
+
+        Args:
+            serves: asked of each module that it is right to use the op for on its device.
+        """
+        self.experts = tuple(site for site in find_experts(self.model) if serves(site))
         self._use_states()
 
     def _use_states(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridgen.errors import ConfigError, SamplingError, TokenizerError, shown
 from hybridgen.params import GRAMMARS, SamplingParams
+from hybridgen.sampling.grammar_trial import needs_trial, try_apart
 
 _NAMES = ("properties", "$defs", "definitions", "dependentSchemas")
 """Keys of a schema whose value has names of the user's as its keys."""
@@ -27,6 +28,8 @@ _ALONE = 4
 """Up to so many rows one thread makes the masks."""
 _THREADS = 8
 """At most, for more rows."""
+_LIMITS: dict[str, Any] = {"initial_lexer_fuel": 200_000, "max_items_in_row": 1000}
+"""Below llguidance's own, which let a first mask take a second."""
 
 
 class Matcher(Protocol):
@@ -192,8 +195,10 @@ def _vocabulary(tokenizer: Any, vocab_size: int, end: int) -> Any:
 @functools.lru_cache(COMPILED)
 def _compiled(tokenizer: Any, vocab_size: int, end: int, wanted: _Wanted) -> Matcher:
     vocabulary = _vocabulary(tokenizer, vocab_size, end)
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLParserLimits
 
+    if needs_trial(wanted.kind, wanted.text):
+        try_apart(wanted.kind, wanted.text)
     if wanted.kind == "json_schema":
         schema = json.loads(wanted.text)
         found = _unkept(schema)
@@ -207,7 +212,7 @@ def _compiled(tokenizer: Any, vocab_size: int, end: int, wanted: _Wanted) -> Mat
         grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
     else:
         grammar = LLMatcher.grammar_from_lark(wanted.text)
-    matcher = LLMatcher(vocabulary, grammar, log_level=0)
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
     if matcher.is_error():
         raise SamplingError(f"{wanted.kind}={shown(wanted.text, 60)} cannot be kept to: {_said(matcher)}")
     return _Guidance(matcher, end)
@@ -224,7 +229,7 @@ class _Guidance:
     def accept(self, token_ids: list[int]) -> None:
         self.done = self._end in token_ids
         if token_ids and not self.inner.consume_tokens(token_ids):
-            raise SamplingError(f"the text left its grammar: {_said(self.inner)}")
+            raise SamplingError(f"the grammar cannot be followed by the chosen token: {_said(self.inner)}")
 
     def fill(self, bits: Tensor, line: int) -> None:
         # Not by llguidance.torch: its import brings torch's compiler, seconds in which no step runs.

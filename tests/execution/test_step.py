@@ -94,6 +94,21 @@ def test_a_padded_prefill(runner: ModelRunner) -> None:
     assert device["generated"][:2] == [2, 0]
 
 
+def test_padding_is_cut_into_runs_that_a_request_can_have() -> None:
+    """The block table has no columns behind the longest context."""
+    runner = make(max_context=10)
+    runner.steps.stage_prefill([PrefillChunk(3, [7, 8], 4, 9, 1, True)], 25, 1)
+    device = {name: field.tolist() for name, field in runner.steps._prefill_block.device.items()}
+    assert device["positions"][:25] == [4, 5, *range(10), *range(10), *range(3)]
+    assert device["slots"][:25] == [3, 3, *[4] * 23]
+    assert device["rope"][:25] == [9, 9, *[10] * 23]
+    assert device["starts"] == [0, 2, 12, 22, 25, 25]
+    assert runner.steps.metadata.runs == ((2, False), (10, True), (10, True), (3, True))
+    rooms = [(0, 40, True), (1, 40, True), (1, 41, False), (4, 10, True), (4, 11, False), (5, 0, True), (4, 0, True)]
+    assert [(*room[:2], runner.steps.has_room(*room[:2])) for room in rooms] == rooms
+    runner.bound.release()
+
+
 def test_as_many_prompts_as_there_are_slots_and_padding(runner: ModelRunner) -> None:
     chunks = [PrefillChunk(slot, [slot + 5] * 7, 0, 7, 0, True) for slot in range(MAX_BATCH)]
     runner.steps.stage_prefill(chunks, BUDGET, MAX_BATCH)

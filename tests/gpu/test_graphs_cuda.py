@@ -137,6 +137,43 @@ def test_survivors_of_evictions_replay(path: Path, order: tuple[int, ...]) -> No
         assert not engine.stats().fallbacks
 
 
+@pytest.mark.parametrize("mode", ["graph", "hybrid"])
+def test_large_prefill_calls_replay(path: Path, mode: str) -> None:
+    """Many prompts, chunks, shared prefixes, all samplers; padding longer than a context, and pages of padding NaN."""
+    settings = {"token_budget": 2000, "max_batch": 32, "decode_buckets": [1, 32]}
+    prompts = families.prompts_of((300,) * 9 + (3, 90, 200) + (61,) * 11)
+    prompts += [[*prompts[0][:200], 7, 9, 11], [*prompts[3][:128], *prompts[4]][:300]]
+    kinds = [{}, {"temperature": 0.9}, {"temperature": 0.8, "top_p": 0.9}, {"repetition_penalty": 1.2, "logprobs": 2}]
+    params = [
+        hybridgen.SamplingParams(max_new_tokens=4, seed=i, ignore_eos=True, **kinds[i % len(kinds)])
+        for i in range(len(prompts))
+    ]
+
+    def tokens(engine: hybridgen.Engine, count: int) -> list[tuple[int, ...]]:
+        outs = engine.generate(prompts[:count], params[:count])
+        assert [str(out.error) for out in outs if out.error] == []
+        return [out.token_ids for out in outs]
+
+    counts = (25, 25, 7, 4, 3)
+    with load(path, mode="eager", **settings) as engine:
+        expected = [tokens(engine, count) for count in counts]
+    with load(path, mode=mode, max_padding_ratio=64, prefix_cache=False, **settings) as engine:
+        large = [row for row in engine.stats().graphs.graphs if row.tokens > 512]
+        assert [(row.tokens, row.rows, row.sampling) for row in large] == [(2000, 32, "outside"), (1024, 32, "outside")]
+        poison(engine)
+        assert [tokens(engine, count) for count in counts] == expected
+        stats = engine.stats()
+        hits = {row.tokens: row.hits for row in stats.graphs.graphs if row.phase == "prefill" and row.hits}
+        assert hits[2000] >= 3
+        assert hits[1024] >= 1
+        assert "prefill" in stats.graphs.phases
+        assert stats.graphs.phases["prefill"].misses == 0
+        assert not stats.fallbacks
+    with load(path, mode=mode, validate=True, max_padding_ratio=64, **settings) as engine:  # later calls are cached
+        assert [tokens(engine, count) for count in counts] == expected
+        assert not engine.stats().fallbacks
+
+
 def fault(kind: str) -> Callable[[], None]:
     device = torch.device("cuda")
     if kind == "exception":

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from hybridgen.graphs import checked_buckets, decode_buckets, prefill_buckets
 from hybridgen.graphs.buckets import round_up
 
+SMALL = (*range(16, 257, 16), *range(288, 513, 32))
+
 
 @pytest.mark.parametrize(
     ("max_batch", "sizes"),
@@ -39,17 +41,23 @@ def test_every_batch_has_a_bucket(max_batch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "sizes"),
+    ("most", "worth", "sizes"),
     [
-        (1, ()),
-        (15, ()),
-        (16, (16,)),
-        (100, (16, 32, 48, 64, 80, 96)),
-        (8192, (*range(16, 257, 16), *range(288, 513, 32))),
+        (1, 0, ()),
+        (15, 0, ()),
+        (16, 0, (16,)),
+        (100, 8192, (16, 32, 48, 64, 80, 96)),
+        (8192, 0, SMALL),
+        (8192, 512, SMALL),
+        (8192, 2500, (*SMALL, 1024, 2048)),
+        (8192, 8192, (*SMALL, 1024, 2048, 4096, 8192)),
+        (3000, 8192, (*SMALL, 1024, 2048, 3000)),
+        (2048, 8192, (*SMALL, 1024, 2048)),
+        (600, 8192, (*SMALL, 600)),
     ],
 )
-def test_prefill_sizes(most: int, sizes: tuple[int, ...]) -> None:
-    assert prefill_buckets(most) == sizes
+def test_prefill_sizes(most: int, worth: int, sizes: tuple[int, ...]) -> None:
+    assert prefill_buckets(most, worth) == sizes
 
 
 def test_a_users_sizes() -> None:

@@ -127,6 +127,33 @@ def test_without_buckets_nothing() -> None:
     assert keys(decode=(), prefill=(), any_sampler=True, exact_when_lazy=True) == []
 
 
+def test_large_prefill_is_recorded_up_to_the_logits_alone() -> None:
+    large = {prefill(1024, 64, None), prefill(8192, 64, None)}
+    found = keys(any_sampler=True, plans=(GREEDY, SAMPLED), prefill=(16, 1024, 8192), max_rows=256)
+    assert {key for key in found if key.tokens > 512} == large
+    assert set(found[:2]) == large  # before what max_graphs cuts off
+    assert set(keys(prefill=(16, 1024), max_rows=4)) - set(keys(prefill=(16,))) == {prefill(1024, 4, None)}
+
+
+@pytest.mark.parametrize(
+    ("device", "fields", "weights", "sizes"),
+    [
+        ("cuda", {}, 15_730_000, (1024, 2048, 4096, 8192)),
+        ("cuda", {}, 218_000_000, (1024, 2048)),
+        ("cuda", {}, 2_000_000_000, ()),
+        ("cuda", {}, 0, ()),
+        ("cuda", {"graphs": "trees"}, 15_730_000, ()),
+        ("cuda", {"prefill_buckets": [16, 6000]}, 218_000_000, (6000,)),
+        ("cpu", {"compile_backend": "eager"}, 15_730_000, ()),
+    ],
+)
+def test_large_prefill_is_recorded_where_launches_can_keep_the_device_waiting(
+    device: str, fields: dict[str, Any], weights: int, sizes: tuple[int, ...]
+) -> None:
+    plan = replace(plan_of(Mode.HYBRID, 8192, **fields), device=torch.device(device), layer_weights=weights)
+    assert tuple(size for size in plan.settings().prefill if size > 512) == sizes
+
+
 def test_exact_sizes_need_one_between_the_buckets() -> None:
     assert set(keys(exact_when_lazy=True)) - set(keys()) == {decode(3)}
     assert set(keys(exact_when_lazy=True, decode=(1, 2, 3))) == set(keys(decode=(1, 2, 3)))

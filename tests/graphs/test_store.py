@@ -432,6 +432,19 @@ def test_prompts_of_a_prefill_graph_are_a_power_of_two_or_all(rows: int, recorde
     assert (route.key, route.padded) == (prefill(16, recorded), True)
 
 
+@pytest.mark.parametrize(("rows", "recorded"), [(0, 64), (1, 64), (16, 64), (65, 100)])
+def test_large_prefill_graphs_end_at_the_logits_of_many_prompts(rows: int, recorded: int) -> None:
+    harness = Harness((), (16, 1024), max_rows=100)
+    harness.use(prefill(700, rows))
+    assert harness.store.pending == [prefill(1024, recorded, None)]
+    harness.settle()
+    harness.take()
+    route = harness.use(prefill(700, rows))
+    assert (route.key, route.padded) == (prefill(1024, recorded, None), True)
+    assert [name for name, _ in harness.take()] == ["replay", "finish"]
+    assert harness.store.pending == []
+
+
 # ------------------------------------------------------------------ sampler outside
 
 

@@ -202,7 +202,7 @@ def test_a_live_model_s_adapters_are_merged_for_the_engine_alone(kind: str, mode
 
 
 def test_adapters_of_a_live_model_as_its_owner_switches_and_merges_them() -> None:
-    import peft
+    peft = pytest.importorskip("peft", reason="needs the extra lora")
 
     model = adapted("lora")
     model.add_adapter(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from experts_cases import CASES, arguments, choices, make
 from interpreter import Interpreter
+from torch import Tensor
 
 from hybridgen.kernels.linear import experts as op
 from hybridgen.kernels.linear.experts_form import Form
-from hybridgen.kernels.linear.layout import Block
+from hybridgen.kernels.linear.layout import Block, unpack_e2m1
+from hybridgen.models.packed_experts import pad_rows
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -67,34 +71,150 @@ def test_many_pairs_of_one_expert_in_the_interpreter(triton_interpreter: Interpr
     triton_interpreter.run(path, "check_plan", 0)
 
 
-def test_mxfp4_codes_go_from_registers_to_the_product_on_hopper() -> None:
-    """Loads are asynchronous and of 16 bytes, and nothing spills: what a change loses easily."""
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, hidden: int, width: int, tokens: int) -> list[tuple[Any, ...]]:
+    """Kernel, constants and arguments of each launch for gpt-oss's experts in MXFP4, as an H200 would get them."""
+    from hybridgen.device.launcher import Device
+    from hybridgen.kernels.linear import experts_launch
+
+    found: list[tuple[Any, ...]] = []
+
+    class Noted:
+        def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+            self.launched = kernel, constants
+
+        def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+            found.append((*self.launched, args))
+
+    monkeypatch.setattr(experts_launch, "Launcher", Noted)
+    monkeypatch.setattr(experts_launch, "device_of", lambda tensor: Device(132, 227 * 2**10, True))
+    kept = experts_launch._gate_up, experts_launch._down, experts_launch._combine
+    for each in kept:
+        each.cache_clear()
+    try:
+        with torch.device("meta"):
+            bf16 = partial(torch.empty, dtype=torch.bfloat16)
+            packed = partial(torch.empty, dtype=torch.uint8)
+            scales = [pad_rows(packed(32, outputs, k // 32)) for outputs, k in ((2 * width, hidden), (hidden, width))]
+            experts_launch.experts_on_cuda(
+                bf16(tokens, hidden), torch.empty(tokens, 4, dtype=torch.int64), bf16(tokens, 4),
+                packed(32, 2 * width, hidden // 2), scales[0], None, bf16(32, 2 * width),
+                packed(32, hidden, width // 2), scales[1], None, bf16(32, hidden),
+                "mxfp4", 1, 32, False, True, "clamped", 1.702, 7.0,
+            )  # fmt: skip
+    finally:
+        for each in kept:
+            each.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize(("hidden", "width", "tokens"), [(2880, 2880, 1), (576, 544, 70)])
+def test_mxfp4_is_read_by_words(hidden: int, width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and exponents both: the kernel counts in words, so that bytes would be others' exponents."""
+    pytest.importorskip("triton")
+    for kernel, constants, args in launches(monkeypatch, hidden, width, tokens)[:2]:
+        given = dict(zip(kernel.arg_names, args, strict=False))
+        assert constants["UNPACKS"]
+        assert given["data"].dtype == given["scales"].dtype == torch.int32
+        assert given["data"].shape == (32, constants["ALL"], constants["WIDTH"])
+        assert given["scales"].shape == (32, constants["LINES"], constants["COLUMNS"])
+        assert given["scales"].is_contiguous()
+        assert constants["COLUMNS"] * 4 * 32 >= constants["INPUTS"]
+
+
+def test_mxfp4_codes_go_from_registers_to_the_product_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads are asynchronous, of codes by 16 bytes, and nothing spills: what a change loses easily."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hybridgen.kernels.linear.experts_form import Projection
-    from hybridgen.kernels.linear.experts_kernels import down_kernel
-    from hybridgen.kernels.linear.experts_launch import constants_of, default_tile, shape_of
-
-    scales = torch.empty(32, 2880, 92, dtype=torch.uint8, device="meta")[..., :90]
-    stored = Projection(torch.empty(32, 2880, 1440, dtype=torch.uint8, device="meta"), scales)
-    shape = shape_of(stored, "mxfp4", 2880, (1, 32), False)
-    tile = default_tile(shape, 4, False, torch.bfloat16, 132, cuts=True)
-    constants = {"PLANNED": False, "PAIRS": 4, "OVERLAP": False, **constants_of(shape, tile, torch.bfloat16)}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    types = {"x": "*bf16", "ids": "*i64", "order": "*i64", "blocks": "*i64", "data": "*i32", "scales": "*i32"}
-    types |= {"zeros": "*bf16", "out": "*fp32", "pairs": "i32"}
-    names = down_kernel.arg_names
-    signature = {name: types.get(name, "constexpr") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
-    source = ASTSource(down_kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    kernel, constants, args = launches(monkeypatch, 2880, 2880, 1)[1]
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "launch_pdl")}
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr")
+    for name, arg in zip(names, args, strict=False):
+        signature[name] = _POINTERS[arg.dtype] if isinstance(arg, torch.Tensor) else "i32"
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name][0] == "*"}
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
     try:
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     except RuntimeError as error:  # a Triton without this backend
         pytest.skip(str(error))
-    ptx = kernel.asm["ptx"]
+    ptx = compiled.asm["ptx"]
     assert "cp.async.cg.shared.global" in ptx
     assert "ld.local" not in ptx
     assert ptx.count("st.shared") < 16  # of the ends alone
     assert "ld.global.b8" not in ptx
+
+
+def bfloat16_pairs(registers: Tensor) -> Tensor:
+    """Registers int64 [N] as the two bfloat16 numbers in each, [N, 2]."""
+    return registers.to(torch.uint32).view(torch.int32).view(torch.bfloat16).view(-1, 2)
+
+
+def run_ptx(text: str, words: Tensor, powers: Tensor) -> Tensor:
+    """What the eight results of `_UNPACK_MXFP4` hold, bfloat16 [N, 8], by the manual's words for each instruction."""
+    registers = {"$8": words, "$9": powers}
+    body = text.strip().strip("{}")
+
+    def value(operand: str) -> Tensor:
+        return registers[operand] if operand in registers else torch.full_like(words, int(operand, 0))
+
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        name, rest = line.split(maxsplit=1)
+        if name == ".reg":
+            continue
+        if name == "mov.b32" and rest.startswith("{"):
+            halves, source = rest[1:].split("}")
+            low, high = halves.split(",")
+            number = value(source.strip(", "))
+            registers[low.strip()], registers[high.strip()] = number & 0xFFFF, number >> 16
+            continue
+        to, *operands = (each.strip() for each in rest.split(","))
+        given = [value(each) for each in operands]
+        if name == "mov.b32":
+            result = given[0]
+        elif name == "and.b32":
+            result = given[0] & given[1]
+        elif name == "or.b32":
+            result = given[0] | given[1]
+        elif name == "shr.u32":
+            result = given[0] >> given[1]
+        elif name == "prmt.b32":
+            both = given[0] | (given[1] << 32)
+            result = torch.zeros_like(words)
+            for byte in range(4):
+                choice = (given[2] >> (4 * byte)) & 15
+                assert int(choice.max()) < 8  # else a sign is repeated
+                result |= ((both >> (8 * choice)) & 255) << (8 * byte)
+        else:
+            assert name == "fma.rn.bf16x2"
+            a, b, c = (bfloat16_pairs(each).double() for each in given)
+            result = (a * b + c).bfloat16().view(torch.int32).view(torch.uint32).to(torch.int64).flatten()
+        registers[to] = result
+    halves = torch.stack([registers[f"${place}"] for place in range(8)], 1)
+    return halves.to(torch.uint16).view(torch.bfloat16)
+
+
+def test_words_of_mxfp4_become_numbers() -> None:
+    """Every code at every place, with every exponent: the instructions, run here, give what the layout says."""
+    pytest.importorskip("triton")
+    from hybridgen.kernels.linear.experts_kernels import _UNPACK_MXFP4
+
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (4096, 4), generator=g, dtype=torch.uint8)
+    codes[:16] = torch.arange(16, dtype=torch.uint8)[:, None] * 17
+    exponents = torch.arange(4096) % 253
+    words = codes.view(torch.uint32).flatten().to(torch.int64)
+    powers = torch.where(exponents == 0, 0x00400040, exponents * 0x00800080)
+    found = run_ptx(_UNPACK_MXFP4.value, words, powers)
+    wanted = unpack_e2m1(codes, 8).double() * torch.ldexp(torch.ones(4096, 1).double(), exponents[:, None] - 127)
+    assert torch.equal(found.view(torch.int16), wanted.bfloat16().view(torch.int16))

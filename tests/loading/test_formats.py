@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel, TorchAoConfig
 
 import hybridgen
-from hybridgen.errors import CheckpointError, ConfigError, UnsupportedModelError
-from hybridgen.kernels.linear.experts import expert_values
+from hybridgen.errors import CheckpointError, ConfigError, EngineError, UnsupportedModelError
+from hybridgen.kernels.linear.experts import expert_values, experts
 from hybridgen.loading import Checkpoint
+from hybridgen.models import experts_check
 from hybridgen.models.packed_experts import PackedExperts
 from hybridgen.models.quantised import QuantisedLinear, quantised_modules
 
@@ -171,6 +172,28 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
             assert tokens(engine) == wanted_tokens, mode
             assert not engine.stats().fallbacks
             assert not engine.stats().late_compiles
+
+
+def test_experts_in_mxfp4_are_refused_where_their_kernel_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mxfp4_experts(tmp_path)
+    rows: list[int] = []
+
+    def right(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return experts(x, *others)
+
+    monkeypatch.setattr(experts_check, "wants_check", lambda device: True)
+    monkeypatch.setattr(experts_check, "experts", right)
+    with hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS) as engine:
+        assert rows == [1, 8, 65]  # layers of a kind are checked once
+        assert not engine.stats().fallbacks
+    monkeypatch.setattr(experts_check, "experts", lambda x, *others: experts(x, *others) * 1.1)
+    with pytest.raises(EngineError, match=r"experts in mxfp4 do not run on cpu: of 1 random tokens .* off by 0.1;"):
+        hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS)
+    with hybridgen.Engine.load(tmp_path, mode="eager", **SETTINGS) as engine:
+        assert not engine.stats().fallbacks
 
 
 def test_experts_whose_code_is_another_are_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

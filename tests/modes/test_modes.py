@@ -122,7 +122,7 @@ def test_trees_need_cuda(path: Path, graphs: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "most"), [({}, 48), ({"max_context": 40}, 40), ({"token_budget": 1024, "max_context": None}, 512)]
+    ("fields", "most"), [({}, 48), ({"max_context": 40}, 48), ({"max_context": 40, "max_batch": 1}, 40)]
 )
 def test_prefill_buckets_above_what_a_call_takes(path: Path, fields: dict[str, Any], most: int) -> None:
     settings = SETTINGS | fields
@@ -130,6 +130,24 @@ def test_prefill_buckets_above_what_a_call_takes(path: Path, fields: dict[str, A
         Engine.load(path, mode="graph", prefill_buckets=[4, most + 1], **settings)
     with Engine.load(path, mode="graph", prefill_buckets=[most], decode_buckets=[], **settings) as engine:
         assert {row.tokens for row in engine.stats().graphs.graphs} == {most}
+
+
+def test_large_prefill_buckets_give_the_same_tokens(path: Path) -> None:
+    """Many prompts a call, those that are cut at its end, pages that are shared, and padding longer than a context."""
+    prompts = families.prompts_of([60] * 15 + [3])
+    prompts.append([*prompts[0][:40], 7, 9, 11])
+    fields: dict[str, Any] = {"token_budget": 800, "max_context": 80, "decode_buckets": ()}
+    wanted = mixed(len(prompts), 4)
+    with loaded(path, "eager", **fields) as engine:
+        expected = [tokens_of(engine.generate(prompts, wanted)) for _ in range(2)]
+    with loaded(path, prefill_buckets=(8, 800), **fields) as engine:
+        assert [tokens_of(engine.generate(prompts, wanted)) for _ in range(2)] == expected
+        stats = engine.stats()
+        large = next(row for row in stats.graphs.graphs if row.tokens == 800)
+        assert (large.sampling, large.rows) == ("outside", 17)
+        assert large.hits >= 2
+        reasons = {reason for phase, _, reason in stats.steps if phase == "prefill"}
+    assert {"bucket 800, sampler outside", "padded to bucket 800, sampler outside"} <= reasons
 
 
 @pytest.mark.parametrize(

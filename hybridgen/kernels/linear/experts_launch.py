@@ -179,9 +179,14 @@ def plan(ids: Tensor, experts: int, height: int) -> tuple[Tensor, Tensor]:
     return order.int(), torch.stack((torch.where(expert < experts, expert, -1), first, stop), 1).int()
 
 
-def _items(data: Tensor, shape: Shape, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """The data as the kernel reads it: MXFP4 by words of eight codes."""
-    return data.view(torch.int32) if shape.kind == "mxfp4" and unpacks(shape, tile, dtype) else data
+def _read_as(one: Projection, shape: Shape, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Data and scales as the kernel reads them: of MXFP4 words of eight codes, and words of four exponents."""
+    data, scales = one.data, one.scales
+    if shape.kind != "mxfp4" or scales is None or not unpacks(shape, tile, dtype):
+        return data, scales
+    # With what lies behind each row up to a multiple of four bytes, which no code is multiplied with.
+    size, stride = (data.shape[0], shape.lines, shape.padded), (shape.lines * shape.padded, shape.padded, 1)
+    return data.view(torch.int32), scales.as_strided(size, stride).view(torch.int32)
 
 
 def experts_on_cuda(
@@ -237,18 +242,20 @@ def experts_on_cuda(
         order, blocks = plan(ids, gate_up.shape[0], tiles[0].rows)
         programs, most = blocks.shape[0], 1
     acts = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
-    tensors = [x if each is None else each for each in (gate_up_scales, gate_up_zeros, gate_up_bias)]
+    data, scales = _read_as(up_part, first, tiles[0], x.dtype)
+    tensors = [x if each is None else each for each in (scales, gate_up_zeros, gate_up_bias)]
     dtypes = x.dtype, tensors[0].dtype, ids.dtype, weights.dtype
     grid = -(-width // (tiles[0].outputs // 2)), programs, 1
     launch = _gate_up(first, tiles[0], form, chosen, many, most, dtypes, device)
-    launch(grid, (x, ids, order, blocks, _items(gate_up, first, tiles[0], x.dtype), *tensors, acts, pairs))
+    launch(grid, (x, ids, order, blocks, data, *tensors, acts, pairs))
     splits = tiles[1].splits
     part_dtype = x.dtype if many else torch.float32
     parts = torch.empty(splits, pairs, hidden, dtype=part_dtype, device=x.device)
-    tensors = [x if each is None else each for each in (down_scales, down_zeros)]
+    data, scales = _read_as(down_part, second, tiles[1], x.dtype)
+    tensors = [x if each is None else each for each in (scales, down_zeros)]
     grid = -(-hidden // tiles[1].outputs), programs, splits
     launch = _down(second, tiles[1], many, most, dtypes, device)
-    launch(grid, (acts, ids, order, blocks, _items(down, second, tiles[1], x.dtype), *tensors, parts, pairs))
+    launch(grid, (acts, ids, order, blocks, data, *tensors, parts, pairs))
     out = torch.empty_like(x)
     launch = _combine(hidden, chosen, splits, down_bias is not None, (*dtypes, part_dtype), device)
     launch(

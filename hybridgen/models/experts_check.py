@@ -1,0 +1,148 @@
+"""Whether the kernels of experts compute on this device what the reference does: tried before an engine uses them.
+
+A probe tells how a module computes on a copy of it on the CPU; this is about the kernel that the device runs. Random
+states go through the first module of each kind, with its own weights, and the results are compared with
+`kernels.linear.experts.reference` in float32. Where they are not equal up to rounding, a module of 16 bits keeps its
+own code, and one with packed weights is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridgen.device.failures import is_fatal
+from hybridgen.errors import EngineError, described
+from hybridgen.kernels.linear.experts import experts, reference
+from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection
+from hybridgen.kernels.linear.layout import Block
+from hybridgen.models.experts import ExpertsSite, projections_of
+from hybridgen.models.packed_experts import PackedExperts
+
+_TOLERANCE = {torch.float32: 5e-3, torch.float16: 5e-3}
+_OF_BFLOAT16 = 2e-2
+"""Of the norm of the results. In bfloat16 rounding what is between the projections gives a third of a percent; of
+float32 the reference may be in TF32, if the user has asked torch for that."""
+_TRIED = 4
+"""Experts that are chosen from, at both ends of the list: the reference dequantises each of them."""
+
+
+def wants_check(device: torch.device) -> bool:
+    """Whether the op has kernels on a device; on others it is the reference."""
+    return device.type == "cuda"
+
+
+class ExpertsCheck:
+    """Tries modules of experts; those of one kind once.
+
+    Args:
+        chosen: experts of a token.
+        dtype: of the states.
+    """
+
+    def __init__(self, chosen: int, dtype: torch.dtype) -> None:
+        self._chosen, self._dtype = chosen, dtype
+        self._known: dict[Any, str | None] = {}
+
+    def problem_of_site(self, site: ExpertsSite) -> str | None:
+        """Why a module of 16 bits is not to decode by the op, or None."""
+        return self._problem(*projections_of(site.module), site.form, DENSE, None, (1, 8))
+
+    def problem_of_packed(self, module: PackedExperts) -> str | None:
+        """Why a module with packed weights cannot run by the op, or None."""
+        gate_up, down, kind, block = module.weights_stored
+        # Prefill runs by the op as well.
+        return self._problem(gate_up, down, module.form, kind, block, (1, 8, FEW_ROWS + 1))
+
+    def _problem(
+        self, gate_up: Projection, down: Projection, form: Form, kind: str, block: Block | None, rows: tuple[int, ...]
+    ) -> str | None:
+        device = gate_up.data.device
+        if not wants_check(device):
+            return None
+        tensors = [tensor for tensor in (*gate_up, *down) if tensor is not None]
+        key = device, form, kind, block, rows, tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+        if key not in self._known:
+            try:
+                with _on(device):
+                    self._known[key] = self._difference(gate_up, down, form, kind, block, rows)
+            except Exception as error:  # whatever Triton raises
+                if is_fatal(error):
+                    raise
+                self._known[key] = f"its kernel failed: {described(error)}"
+            if device.type == "cuda":  # the memory is counted next
+                torch.cuda.empty_cache()
+        return self._known[key]
+
+    @torch.inference_mode()
+    def _difference(
+        self, gate_up: Projection, down: Projection, form: Form, kind: str, block: Block | None, rows: tuple[int, ...]
+    ) -> str | None:
+        """How far the op is from the reference at some numbers of tokens, if further than rounding; else None."""
+        dtype = gate_up.data.dtype if kind == DENSE else self._dtype
+        hidden = down.data.shape[2] if form.transposed else down.data.shape[1]
+        count, device = gate_up.data.shape[0], gate_up.data.device
+        chosen = min(self._chosen, count)
+        tried = max(chosen, min(_TRIED, count))
+        ends = torch.cat((torch.arange(tried // 2), torch.arange(count - tried + tried // 2, count)))
+        limit = _TOLERANCE.get(dtype, _OF_BFLOAT16)
+        outputs, inputs = block or Block(0, 0)
+        for number in rows:
+            g = torch.Generator().manual_seed(number)
+            x = torch.randn(number, hidden, generator=g).to(device, dtype)
+            ids = torch.stack([ends[torch.randperm(tried, generator=g)[:chosen]] for _ in range(number)]).to(device)
+            weights = torch.rand(number, chosen, generator=g).to(device, dtype)
+            out = experts(x, ids, weights, gate_up, down, form, kind, block).float()
+            wanted = reference(
+                x.float(), ids, weights.float(), *gate_up, *down, kind, outputs, inputs,
+                form.transposed, form.interleaved, form.activation, form.alpha, form.limit,
+            )  # fmt: skip
+            size, error = float(wanted.norm()), float((out - wanted).norm())
+            if not error <= limit * size:
+                off = error / size if size else error
+                return f"of {number} random tokens its kernel's results are off by {off:.3g}; rounding is {limit:.3g}"
+        return None
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def chosen_of(model: nn.Module) -> int:
+    """How many experts a token chooses, by the names that configs have for it; 2 where none is there."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), 2)
+
+
+def checked_sites(check: ExpertsCheck, fall_back: Callable[[str], None] | None) -> Callable[[ExpertsSite], bool]:
+    """A test of sites, which tells `fall_back` of each that is not to use the op."""
+
+    def serves(site: ExpertsSite) -> bool:
+        problem = check.problem_of_site(site)
+        if problem is not None and fall_back is not None:
+            fall_back(f"experts decode by the model's own code: {problem}")
+        return problem is None
+
+    return serves
+
+
+def check_packed(check: ExpertsCheck, modules: list[PackedExperts]) -> None:
+    """Raise unless packed experts compute what they should.
+
+    Raises:
+        EngineError: the kernel's results are others than the reference's.
+    """
+    for module in modules:
+        problem = check.problem_of_packed(module)
+        if problem is not None:
+            raise EngineError(
+                f"experts in {module.kind} do not run on {module.weights_stored.gate_up.data.device}: {problem}; use "
+                "mode='eager', which dequantises them"
+            )
