@@ -88,7 +88,7 @@ def test_two_states_of_one_layer_are_refused() -> None:
 def test_a_mixer_beside_experts_is_given_slots_once() -> None:
     bound = bind(families.build("lfm2_moe"))
     before = [type(mixer.module) for mixer in bound.mixers]
-    bound.use_experts()
+    bound.use_experts(lambda site: True)
     assert bound.experts
     assert [type(mixer.module) for mixer in bound.mixers] == before
     with bound.original_attention():
