@@ -59,6 +59,12 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def anomalies() -> Iterator[None]:
+    with torch.no_grad(), torch.autograd.set_detect_anomaly(True):
+        yield
+
+
 STATES: dict[str, Callable[[], Any]] = {
     "device": lambda: default_device("meta"),
     "context": lambda: torch.device("meta"),
@@ -67,6 +73,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "deterministic": deterministic,
     "inference": torch.inference_mode,
     "grad": torch.enable_grad,
+    "anomalies": anomalies,
 }
 
 
@@ -98,6 +105,17 @@ def test_a_call(path: Path, wanted: list[Any], state: str) -> None:
 def test_a_start(path: Path, wanted: list[Any], state: str, mode: str) -> None:
     with STATES[state](), Engine.load(path, mode=mode, decode_buckets=[1, 2], prefill_buckets=[]) as engine:
         assert results(engine) == wanted
+
+
+def test_the_scripts_noise_and_threads_are_its_own(path: Path) -> None:
+    torch.manual_seed(5)
+    wanted, threads, dtype = torch.rand(3), torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(5)
+    with Engine.load(path, mode="eager") as engine:
+        engine.generate(PROMPTS[0], max_new_tokens=3, temperature=1.0)
+        engine.generate(PROMPTS[0], max_new_tokens=3, temperature=1.0, seed=3)
+    assert torch.equal(torch.rand(3), wanted)
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
 
 
 def test_compiled_steps(path: Path, wanted: list[Any]) -> None:
@@ -191,3 +209,32 @@ def test_a_streamer_without_an_end_is_refused_as_such(path: Path) -> None:
     end_streamer(None)
     with Engine.load(path, mode="eager") as engine, pytest.raises(hybridgen.SamplingError, match="has no put"):
         engine.generate([1], streamer=object())
+
+
+class Raising(Streamer):
+    """Raises at one of its puts, counted from 1, or in `end` (0)."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        self.puts = 0
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.puts += 1
+        if self.puts == self.at:
+            raise OSError("put")
+
+    def end(self) -> None:
+        super().end()
+        if self.at == 0:
+            raise OSError("end")
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_streamer_that_raises_ends_once_and_the_engine_goes_on(path: Path, at: int) -> None:
+    with Engine.load(path, mode="eager") as engine:
+        streamer = Raising(at)
+        with pytest.raises((hybridgen.HybridgenError, OSError)):
+            engine.generate([1, 2], max_new_tokens=3, ignore_eos=True, streamer=streamer)
+        assert streamer.ends == 1
+        assert len(engine.generate([1, 2], max_new_tokens=3, ignore_eos=True).token_ids) == 3

@@ -35,7 +35,12 @@ def structure_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def token_dimension(tensor: torch.Tensor) -> int | None:
-    """Where a layer's input has the step's tokens: dim 1 of [1, T, ...], dim 0 of [T]; None where it has none."""
+    """Where a layer's input has the step's tokens; None where it has none.
+
+    Dim 1 of [1, T, ...], dim 0 of [T], and dim 2 of [1, 1, T, ...], a factor for the queries of all heads (Beam).
+    """
+    if tensor.dim() > 3 and tensor.shape[0] == tensor.shape[1] == 1:
+        return 2
     if tensor.dim() > 1:
         return 1 if tensor.shape[0] == 1 else None
     return 0 if tensor.dim() == 1 else None

@@ -365,7 +365,7 @@ def _mark_pages(pages: Sequence[torch.Tensor]) -> None:
 def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = True) -> None:
     """Mark the token dimension of every tensor in nested containers as any number from 2 to `most`.
 
-    It is dim 1 of [1, T, ...] and dim 0 of [T]. Strictly, a graph for a part of the range is an error.
+    `token_dimension` says which it is. Strictly, a graph for a part of the range is an error.
     """
     if isinstance(values, torch.Tensor):
         dim = token_dimension(values)

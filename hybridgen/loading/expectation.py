@@ -236,8 +236,8 @@ def _check_scales(
     weights = {name.removesuffix(".weight") for name in (*expected, *found) if name.endswith(".weight")}
     names = []
     for name in sorted(name for name, place in places.items() if place is None):
-        # "a.b.weight_scale", and "a.b.weight.absmax"
-        for parts in (1, 2):
+        # "a.b.weight_scale", "a.b.weight.absmax" and "a.b.weight.quant_state.bitsandbytes__nf4"
+        for parts in (1, 2, 3):
             owner, _, rest = _split(name, parts)
             known = {owner, prefix + owner, owner.removeprefix(prefix)}
             if known & weights and _SCALES.fullmatch(rest):

@@ -132,5 +132,5 @@ def _text_of(part: Any, index: int) -> str:
         return str(part["text"])
     raise PromptError(
         f"prompt {index} has {shown(part)} in a message; models read text here: give the text, or "
-        '{{"type": "text", "text": ...}}'
+        '{"type": "text", "text": ...}'
     )

@@ -197,6 +197,8 @@ BOM = "\ufeff"
         f'{BOM}{{"prompt": "x"}}\r\n"y"\r\n'.encode(),
         f'{BOM}{{"prompt": "x"}}\r\n{BOM}"y"\r\n'.encode(),
         '{"prompt": "x"}\r\n"y"\r\n'.encode("utf-16"),
+        f'{BOM}{{"prompt": "x"}}\r\n"y"\r\n'.encode("utf-16-le"),
+        f'{BOM}{{"prompt": "x"}}\n"y"'.encode(),
         f'{BOM}{{"prompt": "x"}}\r\n"y"\r\n'.encode("utf-16-be"),
     ],
 )

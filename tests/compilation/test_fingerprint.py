@@ -97,6 +97,8 @@ def test_arguments_count() -> None:
 
 def test_where_the_tokens_are() -> None:
     assert token_dimension(torch.zeros(1, 5, 3)) == 1
+    assert token_dimension(torch.zeros(1, 1, 5, 1)) == 2  # a factor for the queries of all heads
+    assert token_dimension(torch.zeros(1, 1, 5)) == 1
     assert token_dimension(torch.zeros(5)) == 0
     assert token_dimension(torch.zeros(5, 3)) is None
     assert token_dimension(torch.zeros(())) is None

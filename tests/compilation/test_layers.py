@@ -153,9 +153,11 @@ def test_beyond_the_recompile_limit_a_layer_runs_eagerly() -> None:
 def test_only_the_token_dimension_is_marked() -> None:
     hidden, table, scalar = torch.zeros(1, 7, 7), torch.zeros(7, 3), torch.zeros(())
     pair = (torch.zeros(1, 7, 4), {"ids": torch.zeros(7)})
-    mark_tokens_dynamic([hidden, table, scalar, pair], 7, 64)
+    factor = torch.zeros(1, 1, 7, 1)
+    mark_tokens_dynamic([hidden, table, scalar, pair, factor], 7, 64)
     assert hidden._dynamo_dynamic_indices == {1}
     assert pair[0]._dynamo_dynamic_indices == {1}
     assert pair[1]["ids"]._dynamo_dynamic_indices == {0}
+    assert factor._dynamo_dynamic_indices == {2}
     assert not hasattr(table, "_dynamo_dynamic_indices")
     assert not hasattr(scalar, "_dynamo_dynamic_indices")

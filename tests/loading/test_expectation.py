@@ -33,13 +33,25 @@ def _nothing_is_read(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool]
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool]
 )
 def test_codes_in_place_of_weights(whole: Path, dtype: torch.dtype) -> None:
     rewrite(whole, lambda t: {name: value.to(dtype) if "proj" in name else value for name, value in t.items()})
     with pytest.raises(
         UnsupportedModelError, match=r"quantised or broken: model\.layers\.0\.mlp\.down_proj\.weight is"
     ):
+        Checkpoint.open(whole)
+
+
+def test_codes_in_place_of_the_embedding(whole: Path) -> None:
+    rewrite(whole, lambda t: {name: value.to(torch.int16) if "embed" in name else value for name, value in t.items()})
+    with pytest.raises(UnsupportedModelError, match=r"quantised or broken: model\.embed_tokens\.weight is"):
+        Checkpoint.open(whole)
+
+
+def test_packed_names_in_place_of_weights(whole: Path) -> None:
+    rewrite(whole, lambda t: {name.replace("q_proj.weight", "q_proj.weight_packed"): t[name] for name in t})
+    with pytest.raises(UnsupportedModelError, match=r"q_proj\.weight_packed"):
         Checkpoint.open(whole)
 
 
@@ -53,6 +65,7 @@ def test_codes_in_place_of_weights(whole: Path, dtype: torch.dtype) -> None:
         "qweight",
         "SCB",
         "weight.absmax",
+        "weight.quant_state.bitsandbytes__nf4",
         "weight_zero_point",
     ],
 )
@@ -124,6 +137,12 @@ def test_loads_what_is_quantised_for_another_engines_cache_alone(whole: Path) ->
         ({"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000 is more than any model has"),
         ({"num_hidden_layers": 3}, "lacks 9 weights that its config asks for: model.layers.2"),
         ({"hidden_size": 2**62}, "no model can be built|other shapes"),
+        ({"hidden_size": 0}, "other shapes"),
+        ({"vocab_size": -5}, "vocab_size=-5"),
+        ({"head_dim": 10**9}, "other shapes"),
+        ({"num_attention_heads": 10**8, "num_key_value_heads": 10**8}, "config.json"),
+        ({"num_key_value_heads": 0}, "no multiple of num_key_value_heads=0"),
+        ({"num_key_value_heads": -2}, "no multiple of num_key_value_heads=-2"),
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
     ],
 )
@@ -144,6 +163,18 @@ def test_a_model_of_far_more_parts_than_the_files_have_is_not_built_on(tmp_path:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "phi3", "gpt2", "opt", "gpt_neox"])
 def test_loads_families_whose_names_on_disk_are_others(tmp_path: Path, family: str) -> None:
     Checkpoint.open(families.write(family, tmp_path)).load()
+
+
+def test_loads_nothing_whose_names_have_a_wrappers_before_them(whole: Path) -> None:
+    rewrite(whole, lambda t: {f"module.{name}": value for name, value in t.items()})
+    with pytest.raises(CheckpointError, match="lacks 21 weights"):
+        Checkpoint.open(whole).load()
+
+
+def test_a_base_model_without_its_head(whole: Path) -> None:
+    rewrite(whole, lambda t: {name: value for name, value in t.items() if name != "lm_head.weight"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights that its config asks for: lm_head\.weight"):
+        Checkpoint.open(whole)
 
 
 def test_loads_the_first_gpt2s_file(tmp_path: Path) -> None:

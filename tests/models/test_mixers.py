@@ -83,3 +83,15 @@ def test_two_states_of_one_layer_are_refused() -> None:
     model.model.layers[2].conv.layer_idx = 0
     with pytest.raises(UnsupportedModelError, match="one state a layer"):
         check_mixers(model)
+
+
+def test_a_mixer_beside_experts_is_given_slots_once() -> None:
+    bound = bind(families.build("lfm2_moe"))
+    before = [type(mixer.module) for mixer in bound.mixers]
+    bound.use_experts(lambda site: True)
+    assert bound.experts
+    assert [type(mixer.module) for mixer in bound.mixers] == before
+    with bound.original_attention():
+        assert not any(isinstance(mixer.module, SlotMixer) for mixer in bound.mixers)
+    bound.release()
+    assert not any(isinstance(mixer.module, SlotMixer) for mixer in bound.mixers)

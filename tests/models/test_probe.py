@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
 
 from hybridgen import Engine, EngineConfig
 from hybridgen.errors import UnsupportedModelError
@@ -70,6 +71,10 @@ def attention_twice(model: PreTrainedModel) -> None:
     model.model.layers[3].self_attn = model.model.layers[0].self_attn
 
 
+def one_layer_everywhere(model: PreTrainedModel) -> None:
+    model.model.layers = nn.ModuleList([model.model.layers[0]] * 4)
+
+
 def attention_hands_down_a_bias(model: PreTrainedModel) -> None:
     original = modeling_llama.LlamaAttention.forward
 
@@ -92,6 +97,7 @@ def heads_that_do_not_divide(model: PreTrainedModel) -> None:
         (modules_not_causal, r"layers.2.self_attn: its attention is not causal \(is_causal=False\)"),
         (layer_twice, "uses model.layers.1.self_attn 2 times in one forward pass"),
         (attention_twice, "uses model.layers.0.self_attn 2 times in one forward pass"),
+        (one_layer_everywhere, "uses model.layers.0.self_attn 4 times in one forward pass"),
         (attention_hands_down_a_bias, "hands its attention function position_bias"),
         (heads_that_do_not_divide, "4 attention heads over 3 key/value heads"),
     ],
@@ -130,6 +136,14 @@ def test_mask_functions_of_a_models_own(monkeypatch: pytest.MonkeyPatch) -> None
     windowed = functools.partial(original, and_mask_function=lambda b, h, q, kv: kv > q - 6)
     monkeypatch.setattr(modeling_llama, "create_causal_mask", windowed)
     assert seen("llama") == ["window 6"] * 4
+    for rule in (
+        lambda b, h, q, kv: kv % 2 == 0,
+        lambda b, h, q, kv: (kv > q - 6) | (kv < 2),  # a window, and the first tokens
+        lambda b, h, q, kv: (kv < q) | (q < 20),  # itself, at the first positions alone
+    ):
+        monkeypatch.setattr(modeling_llama, "create_causal_mask", functools.partial(original, and_mask_function=rule))
+        with pytest.raises(UnsupportedModelError, match="position"):
+            bind(model)
     for made in (None, torch.zeros(1, 1, 29, 29)):
         monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda *_, made=made, **__: made)
         with pytest.raises(UnsupportedModelError, match="without a mask, or with one that transformers'"):
@@ -169,6 +183,27 @@ def test_attention_functions_of_a_users_own(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", halved)
     model.set_attn_implementation("eager")
     with pytest.raises(UnsupportedModelError, match="'eager' is not one of transformers' own"):
+        bind(model)
+
+
+def test_the_eager_attention_of_another_family_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = modeling_qwen2.eager_attention_forward
+    monkeypatch.setattr(
+        modeling_qwen2,
+        "eager_attention_forward",
+        lambda module, query, *args, **kwargs: original(module, query * 2, *args, **kwargs),
+    )
+    model = families.build("qwen2")
+    model.set_attn_implementation("eager")
+    with pytest.raises(UnsupportedModelError, match="'eager' is not one of transformers' own"):
+        bind(model)
+    bind(families.build("llama")).release()
+
+
+def test_one_layer_of_several_kinds_is_not_causal() -> None:
+    model = families.build("gemma3_text")
+    model.model.layers[0].self_attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn.*not causal"):
         bind(model)
 
 

@@ -11,8 +11,11 @@ import families
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.prune import l1_unstructured, random_unstructured
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hybridgen import Engine
 from hybridgen.errors import EngineError
 from hybridgen.models.projections import (
     FusedHead,
@@ -445,3 +448,27 @@ def test_on_cuda() -> None:
         assert fuse_projections(model).by_names == BOTH
         after = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(after, before, rtol=0, atol=0.1 * float(before.abs().max()))
+
+
+def weight_normed(model: PreTrainedModel) -> None:
+    weight_norm(model.model.layers[0].mlp.down_proj)
+
+
+def spectrally_normed(model: PreTrainedModel) -> None:
+    spectral_norm(model.model.layers[1].self_attn.k_proj)
+    model.eval()
+
+
+def pruned(model: PreTrainedModel) -> None:
+    l1_unstructured(model.lm_head, "weight", 0.3)
+    random_unstructured(model.model.layers[0].mlp.gate_proj, "weight", 0.5)
+
+
+@pytest.mark.parametrize("change", [weight_normed, spectrally_normed, pruned])
+def test_a_live_module_with_weights_that_are_computed(change: Any) -> None:
+    model = families.build("llama")
+    change(model)
+    (prompt,) = families.prompts_of((9,))
+    expected, _ = families.reference(model, prompt, 8)
+    with Engine.load(model, mode="eager", page_size=16, kv_memory="4MiB") as engine:
+        assert list(engine.generate(prompt, max_new_tokens=8).token_ids) == expected

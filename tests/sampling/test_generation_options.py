@@ -157,6 +157,18 @@ def test_lengths_of_the_file_count_the_prompt(tmp_path: Path, reference: Any) ->
         assert len(engine.generate(PROMPTS[2]).token_ids) == 1  # longer than max_length: one token, not none
 
 
+def test_suppressed_ids_that_the_model_does_not_have_change_nothing(tmp_path: Path, reference: Any) -> None:
+    """As in transformers: published files of a family are written for its largest vocabulary."""
+    families.build("llama", initializer_range=0.2).save_pretrained(tmp_path)
+    plain = generated(reference, PROMPTS[1], eos_token_id=None)
+    options = {"suppress_tokens": [plain[0], 10**9]}
+    expected = generated(reference, PROMPTS[1], eos_token_id=None, **options)
+    assert expected != plain
+    (tmp_path / "generation_config.json").write_text(json.dumps(options | {"max_new_tokens": NEW}))
+    with Engine.load(tmp_path, **settings("eager")) as engine:
+        assert list(engine.generate(PROMPTS[1]).token_ids) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -169,7 +181,10 @@ def test_lengths_of_the_file_count_the_prompt(tmp_path: Path, reference: Any) ->
         ({"min_length": "long"}, ["long"]),
         ({"do_sample": True, "typical_p": 0}, ["typical_p=0"]),
         ({"do_sample": True, "eta_cutoff": 1.0}, ["eta_cutoff=1.0"]),
+        ({"do_sample": True, "typical_p": 2.5}, ["typical_p=2.5"]),
         ({"stop_strings": [5]}, ["stop", "5"]),
+        ({"stop_strings": 5}, ["stop", "5"]),
+        ({"sequence_bias": "x"}, ["sequence_bias"]),
         ({"repetition_penalty": -1.0}, ["repetition_penalty=-1.0"]),
     ],
 )

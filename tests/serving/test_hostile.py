@@ -45,6 +45,40 @@ def test_frames_of_many_values_are_refused(toy: Start, piece: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    "message",
+    [
+        b'{"type":"ping","id":' + b"1" * FRAME + b"}",  # one number
+        b'{"type":"ping",' + b'"a":1,' * (FRAME // 6) + b'"id":1}',  # one key again and again
+        b'{"type":"ping","x":"' + b"\\\\" * (FRAME // 2),  # a string without an end
+        b'{"type":"ping","id":1' + b" " * FRAME + b"}",
+    ],
+)
+def test_frames_that_take_long_to_read_are_answered_at_once(toy: Start, message: bytes) -> None:
+    server = toy()
+    other, raw = Raw(server.path), Raw(server.path)
+    start = time.monotonic()
+    raw.send_body(message)
+    assert raw.receive()["type"] in ("error", "ping")
+    other.send({"type": "ping", "id": 1})
+    assert other.receive()["healthy"]
+    assert time.monotonic() - start < 10  # reading such a number takes minutes without a limit of its digits
+
+
+def test_halves_of_a_length_hold_nobody_up(toy: Start) -> None:
+    server = toy()
+    before = server.descriptors()
+    halves = []
+    for _ in range(40):
+        halves.append(socket.socket(socket.AF_UNIX))
+        halves[-1].connect(str(server.path))
+        halves[-1].sendall(b"\x00\x3f")
+    assert ping(server)["healthy"]
+    for half in halves:
+        half.close()
+    until(lambda: server.descriptors() <= before)
+
+
+@pytest.mark.parametrize(
     ("sampling", "words"),
     [
         ({"stop": ["x" * 10**6] * 4}, "characters, the limit"),

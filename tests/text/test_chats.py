@@ -49,6 +49,8 @@ def look(city: str) -> str:
         ({"messages": [USER], "add_generation_prompt": False}, "[user]q[end]"),
         ({"messages": [USER], "continue_final_message": True}, "[user]q"),
         ([USER, BEGUN], "[user]q[end][assistant]x ="),
+        ([USER, BEGUN | {"content": '  {"a": '}], '[user]q[end][assistant]  {"a": '),
+        ([USER, BEGUN | {"content": ""}], "[user]q[end][assistant]"),
         ({"messages": [USER, BEGUN], "continue_final_message": False}, "[user]q[end][assistant]x =[end][assistant]"),
         ({"messages": [USER, BEGUN], "add_generation_prompt": True}, "[user]q[end][assistant]x =[end][assistant]"),
         ({"messages": [USER], "tools": [{"function": {"name": "f"}}]}, "tools:f,[user]q[end][assistant]"),
@@ -89,6 +91,7 @@ def test_it_is_what_transformers_makes_of_it(tokenizer: Any) -> None:
         ({"messages": [USER], "tools": [lambda x: x]}, "has no schema"),
         ({"messages": [USER], "chat_template": "{{ raise_exception('no') }}"}, "the chat template refused"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "models read text here"),
+        ([{"role": "user", "content": [{"type": "image"}, "x"]}], 'or {"type": "text", "text": ...}'),
     ],
 )
 def test_what_is_refused(tokenizer: Any, chat: Any, words: str) -> None:

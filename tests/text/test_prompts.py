@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BatchEncoding
 from hybridgen.arguments import is_text
 from hybridgen.demo import model_path
 from hybridgen.errors import PromptError, TokenizerError
-from hybridgen.text.prompts import _warn_of_padding, encode_prompt, split_prompts
+from hybridgen.text.prompts import _warn_of_padding, _warn_of_two_beginnings, encode_prompt, split_prompts
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -108,6 +108,23 @@ def test_a_bad_row_is_named_when_it_is_encoded(row: Any, words: str) -> None:
 def test_rows_lose_what_is_around_them() -> None:
     rows = [{"prompt": "a"}, {"input_ids": [0, 1, 2], "attention_mask": [0, 1, 1]}, {"messages": CHAT}]
     assert split_prompts(rows)[0] == ["a", [1, 2], {"messages": CHAT}]
+
+
+@pytest.mark.parametrize(
+    ("ids", "warned"), [([1, 1, 9], True), ([1, 9, 1], False), ([9, 9, 1], False), ([1], False), ([2, 2, 9], False)]
+)
+def test_a_second_beginning_is_warned_of_and_kept(
+    ids: list[int], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Adding:
+        bos_token_id, bos_token, pad_token_id = 1, "[BOS]", None
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": ids}
+
+    _warn_of_two_beginnings.cache_clear()
+    assert encode_prompt("[BOS]x", 0, tokenizer=Adding(), tokenizer_problem=None, vocab_size=10) == tuple(ids)
+    assert ("begins with '[BOS]' twice" in caplog.text) == warned
 
 
 def test_padding_in_ids_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

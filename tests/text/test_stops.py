@@ -127,6 +127,25 @@ def test_hidden_pieces_are_seen_and_not_given(pieces, stops):
     assert (given + checker.flush(), checker.push("")[1]) == reference_hidden(pieces, stops)
 
 
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ("<|im_end|>x", ("hi", "<|im_end|>x")),  # a special token and what follows it
+        ("im_end", ("hi", "im_end")),  # a part of a special token
+        ("i<|im", ("h", "i<|im")),
+        ("<|im_end|><|im_end|>", ("hixhix", None)),
+    ],
+)
+def test_special_tokens_that_are_not_shown(stop, expected):
+    checker, given = StopChecker([stop]), ""
+    for piece, shown in [("h", True), ("i", True), ("<|im_end|>", False), ("x", True)] * 2:
+        text, match = checker.push(piece, shown=shown)
+        given += text
+        if match is not None:
+            break
+    assert (given + checker.flush(), match) == expected
+
+
 def test_stop_strings_cost_what_the_text_has_of_them():
     """Four megabytes of stop strings: nothing is made of them but a sorted list until a text goes along one."""
     rng = random.Random(2)

@@ -524,20 +524,22 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["inductor/ab/kernel", "manifest.json", "ready"])
-@pytest.mark.parametrize("kind", ["directory", "fifo"])
+@pytest.mark.parametrize("kind", ["directory", "fifo", "a link to itself", "a link out"])
 def test_what_is_no_file_is_moved_aside(store: Store, name: str, kind: str) -> None:
     path = fill(store) / name
     path.unlink()
     if kind == "directory":
         path.mkdir()
-    else:
+    elif kind == "fifo":
         os.mkfifo(path)
+    else:
+        path.symlink_to(path.name if kind == "a link to itself" else "/etc/passwd")
     before = len(os.listdir("/proc/self/fd"))
     assert not store.check(KEY).hit
     assert len(store.entries()) == 1
     with store.open(KEY) as opened:
         assert not opened.hit
-        assert "is not a regular file" in opened.reason
+        assert f"{name} is {'a symbolic link' if 'link' in kind else 'not a regular file'}" in opened.reason
         opened.close()
     assert store.entries() == []
     assert len(list((store.root / "quarantine").iterdir())) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -93,6 +94,23 @@ def test_members_that_no_bundle_has(store: Store, tmp_path: Path, member: str) -
     assert store.entries() == []
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE])
+def test_members_that_are_no_files(tmp_path: Path, kind: bytes) -> None:
+    digest = KEYS[0].digest
+    header = f'{{"format": 1, "entries": ["{digest}"]}}'.encode()
+    with tarfile.open(tmp_path / "b.tgz", "w:gz") as bundle:
+        info = tarfile.TarInfo("hybridgen-cache.json")
+        info.size = len(header)
+        bundle.addfile(info, io.BytesIO(header))
+        info = tarfile.TarInfo(f"{digest}/ready")
+        info.type, info.linkname = kind, "/etc/passwd" if kind == tarfile.LNKTYPE else ""
+        bundle.addfile(info)
+    other = Store(tmp_path / "other")
+    with pytest.raises(CacheError):
+        import_bundle(other, tmp_path / "b.tgz", trust=True)
+    assert list(other.entries_directory.iterdir()) == []
+
+
 def test_a_bundle_comes_in_whatever_the_umask(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "bundle.tar.gz"
     export_bundle(store, path)
@@ -179,6 +197,28 @@ def test_a_header_of_a_member_is_read_with_a_limit(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
+
+
+def test_a_manifest_of_zeros_is_read_with_a_limit(tmp_path: Path) -> None:
+    """256 MiB of a member that says it has 2 GiB; 256 KiB in a bundle."""
+    info = tarfile.TarInfo("hybridgen-cache.json")
+    info.size = len(HEADER)
+    with gzip.open(tmp_path / "b.tgz", "wb", 1) as file:
+        file.write(info.tobuf() + HEADER + bytes(-len(HEADER) % 512))
+        info = tarfile.TarInfo(f"{KEYS[0].digest}/manifest.json")
+        info.size = 2**31
+        file.write(info.tobuf())
+        for _ in range(64):
+            file.write(bytes(2**22))
+    other = Store(tmp_path / "other")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CacheError):
+            import_bundle(other, tmp_path / "b.tgz", trust=True)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+    assert list(other.entries_directory.iterdir()) == []
 
 
 def test_no_more_comes_in_than_the_store_may_hold(
