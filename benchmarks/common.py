@@ -47,136 +47,52 @@ from hybridgen.models.weights import DenseWeight
 RESULTS = Path(__file__).parent / "results"
 
 
+_LONG = {"max_position_embeddings": 131072, "rope_theta": 500000.0}
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+SHAPES: dict[str, tuple[type[PretrainedConfig], tuple[int, ...], dict[str, Any]]] = {
+    # Vocabulary, hidden and intermediate size, layers, heads, kv heads, size of a head; and what else there is.
+    "tiny": (LlamaConfig, (512, 64, 128, 2, 4, 2, 16), {"max_position_embeddings": 1024}),
+    "tiny-moe": (GptOssConfig, (512, 64, 96, 2, 4, 2, 16), {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # What kernels need that cut rows into pieces.
+    "small": (LlamaConfig, (512, 1024, 2048, 1, 16, 4, 64), {**_LONG, "max_position_embeddings": 1024}),
+    "llama-3.2-1b": (LlamaConfig, (128256, 2048, 8192, 16, 32, 8, 64), {**_LONG, "tie_word_embeddings": True}),
+    "qwen3-0.6b": (
+        Qwen3Config,
+        (151936, 1024, 3072, 28, 16, 8, 128),
+        {"max_position_embeddings": 40960, "rope_theta": 1000000.0, "tie_word_embeddings": True},
+    ),
+    "llama-3.1-8b": (LlamaConfig, (128256, 4096, 14336, 32, 32, 8, 128), _LONG),
+    "llama-3.1-70b": (LlamaConfig, (128256, 8192, 28672, 80, 64, 8, 128), _LONG),
+    "llama-2-7b": (LlamaConfig, (32000, 4096, 11008, 32, 32, 32, 128), {"max_position_embeddings": 4096}),
+    "gpt-oss-20b": (
+        GptOssConfig,
+        (201088, 2880, 2880, 24, 64, 8, 64),
+        {"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128},
+    ),
+    "qwen3-30b-a3b": (
+        Qwen3MoeConfig,
+        (151936, 2048, 6144, 48, 32, 4, 128),
+        {**_EXPERTS, "max_position_embeddings": 40960, "rope_theta": 1000000.0},
+    ),
+}
+"""Published models, for random weights of their shapes; `tiny` and `tiny-moe` run anywhere."""
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
 def shape_config(name: str) -> PretrainedConfig:
-    """The config of a published model, for random weights of its shape; `tiny` runs anywhere."""
-    if name == "tiny":
-        return LlamaConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-        )
-    if name == "small":  # what kernels need that cut rows into pieces
-        return LlamaConfig(
-            vocab_size=512,
-            hidden_size=1024,
-            intermediate_size=2048,
-            num_hidden_layers=1,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            head_dim=64,
-            max_position_embeddings=1024,
-            rope_theta=500000.0,
-        )
-    if name == "llama-3.2-1b":
-        return LlamaConfig(
-            vocab_size=128256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=64,
-            max_position_embeddings=131072,
-            rope_theta=500000.0,
-            tie_word_embeddings=True,
-        )
-    if name == "qwen3-0.6b":
-        return Qwen3Config(
-            vocab_size=151936,
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=40960,
-            rope_theta=1000000.0,
-            tie_word_embeddings=True,
-        )
-    if name == "llama-3.1-8b":
-        return LlamaConfig(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=131072,
-            rope_theta=500000.0,
-        )
-    if name == "llama-3.1-70b":
-        return LlamaConfig(
-            vocab_size=128256,
-            hidden_size=8192,
-            intermediate_size=28672,
-            num_hidden_layers=80,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            head_dim=128,
-            max_position_embeddings=131072,
-            rope_theta=500000.0,
-        )
-    if name == "gpt-oss-20b":
-        return GptOssConfig(
-            vocab_size=201088,
-            hidden_size=2880,
-            intermediate_size=2880,
-            num_hidden_layers=24,
-            num_local_experts=32,
-            num_experts_per_tok=4,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            head_dim=64,
-            sliding_window=128,
-        )
-    if name == "tiny-moe":
-        return GptOssConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=128,
-        )
-    if name == "qwen3-30b-a3b":
-        return Qwen3MoeConfig(
-            vocab_size=151936,
-            hidden_size=2048,
-            intermediate_size=6144,
-            moe_intermediate_size=768,
-            num_hidden_layers=48,
-            num_experts=128,
-            num_experts_per_tok=8,
-            norm_topk_prob=True,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            max_position_embeddings=40960,
-            rope_theta=1000000.0,
-        )
-    if name == "llama-2-7b":
-        return LlamaConfig(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=32,
-            max_position_embeddings=4096,
-        )
-    known = (
-        "tiny, tiny-moe, llama-3.2-1b, qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, gpt-oss-20b, qwen3-30b-a3b, llama-2-7b"
-    )
-    raise SystemExit(f"unknown shape {name!r}; choose {known}")
+    """A new config of a shape in `SHAPES`."""
+    if name not in SHAPES:
+        raise SystemExit(f"unknown shape {name!r}; choose {', '.join(SHAPES)}")
+    kind, sizes, more = SHAPES[name]
+    return kind(**dict(zip(_SIZES, sizes, strict=True)), **more)
 
 
 def shape_dtype(name: str, device: str) -> torch.dtype:
@@ -247,7 +163,12 @@ def quantised_from_the_beginning(kind: str | None, dtype: torch.dtype, device: s
 
 
 def random_model(
-    name: str, dtype: torch.dtype, device: str, join: bool = True, quantised: str | None = None
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    join: bool = True,
+    quantised: str | None = None,
+    quantised_head: str | None = None,
 ) -> PreTrainedModel:
     """A model of that shape with random weights from seed 0, made on the device.
 
@@ -256,6 +177,7 @@ def random_model(
     Args:
         join: False leaves them apart.
         quantised: the kind of its projections' weights; None: 16 bits.
+        quantised_head: the same of its head.
     """
     torch.manual_seed(0)
     config = shape_config(name)
@@ -264,6 +186,11 @@ def random_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    if quantised_head is not None:  # which may be tied to the embedding, so that it is there first
+        head = model.get_output_embeddings()
+        place = QuantisedLinear(head.in_features, head.out_features, bias=False)
+        place.fill(random_weight(quantised_head, head.out_features, head.in_features, dtype, device))
+        model.set_output_embeddings(place)
     if join:
         fuse_projections(model)
     return model
