@@ -9,9 +9,10 @@
   after what it missed was captured.
 
 Every variant is an engine of its own on the same weights. `without compilation` is mode `graph`, `without graphs` is
-mode `jit`. The fused kernels read joined projections, so `fuse_projections=False` alone leaves decode to the layers:
-its row names the refusal (`fused` in the JSON), and what joining brings by itself is the difference of the two rows
-with `fused_decode=False`. Every switch of `EngineConfig` is in VARIANTS, or in NOT_OF_STEPS with why not.
+mode `jit`. The fused kernels for one row and the chain read projections whether they are joined or not, the kernel for
+several columns joined ones; what joining brings by itself is the difference of the two rows with `fused_decode=False`,
+and `fused` in the JSON says what served a row. Every switch of `EngineConfig` is in VARIANTS, or in NOT_OF_STEPS with
+why not.
 
     python benchmarks/ablation.py --budget 220 --output benchmarks/results/ablation-h200.json
     python benchmarks/ablation.py --variants all "run_ahead=0"

@@ -22,15 +22,13 @@ os.environ.setdefault("HYBRIDGEN_COMPILE_CACHE", "0")
 
 import torch
 import transformers
+from shapes import shape_config, shorten
+from shapes import shape_dtype as shape_dtype  # as others of the benchmarks take it from here
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     AutoModelForCausalLM,
-    GptOssConfig,
-    LlamaConfig,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 import hybridgen
@@ -45,61 +43,6 @@ from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 from hybridgen.models.weights import DenseWeight
 
 RESULTS = Path(__file__).parent / "results"
-
-
-_LONG = {"max_position_embeddings": 131072, "rope_theta": 500000.0}
-_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
-SHAPES: dict[str, tuple[type[PretrainedConfig], tuple[int, ...], dict[str, Any]]] = {
-    # Vocabulary, hidden and intermediate size, layers, heads, kv heads, size of a head; and what else there is.
-    "tiny": (LlamaConfig, (512, 64, 128, 2, 4, 2, 16), {"max_position_embeddings": 1024}),
-    "tiny-moe": (GptOssConfig, (512, 64, 96, 2, 4, 2, 16), {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    # What kernels need that cut rows into pieces.
-    "small": (LlamaConfig, (512, 1024, 2048, 1, 16, 4, 64), {**_LONG, "max_position_embeddings": 1024}),
-    "llama-3.2-1b": (LlamaConfig, (128256, 2048, 8192, 16, 32, 8, 64), {**_LONG, "tie_word_embeddings": True}),
-    "qwen3-0.6b": (
-        Qwen3Config,
-        (151936, 1024, 3072, 28, 16, 8, 128),
-        {"max_position_embeddings": 40960, "rope_theta": 1000000.0, "tie_word_embeddings": True},
-    ),
-    "llama-3.1-8b": (LlamaConfig, (128256, 4096, 14336, 32, 32, 8, 128), _LONG),
-    "llama-3.1-70b": (LlamaConfig, (128256, 8192, 28672, 80, 64, 8, 128), _LONG),
-    "llama-2-7b": (LlamaConfig, (32000, 4096, 11008, 32, 32, 32, 128), {"max_position_embeddings": 4096}),
-    "gpt-oss-20b": (
-        GptOssConfig,
-        (201088, 2880, 2880, 24, 64, 8, 64),
-        {"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128},
-    ),
-    "qwen3-30b-a3b": (
-        Qwen3MoeConfig,
-        (151936, 2048, 6144, 48, 32, 4, 128),
-        {**_EXPERTS, "max_position_embeddings": 40960, "rope_theta": 1000000.0},
-    ),
-}
-"""Published models, for random weights of their shapes; `tiny` and `tiny-moe` run anywhere."""
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-
-
-def shape_config(name: str) -> PretrainedConfig:
-    """A new config of a shape in `SHAPES`."""
-    if name not in SHAPES:
-        raise SystemExit(f"unknown shape {name!r}; choose {', '.join(SHAPES)}")
-    kind, sizes, more = SHAPES[name]
-    return kind(**dict(zip(_SIZES, sizes, strict=True)), **more)
-
-
-def shape_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype that a published model has; float32 on a CPU."""
-    if device == "cpu":
-        return torch.float32
-    return torch.float16 if name == "llama-2-7b" else torch.bfloat16
 
 
 def random_weight(kind: str, outputs: int, inputs: int, dtype: torch.dtype, device: str) -> QuantisedWeight:
@@ -169,6 +112,7 @@ def random_model(
     join: bool = True,
     quantised: str | None = None,
     quantised_head: str | None = None,
+    layers: int | None = None,
 ) -> PreTrainedModel:
     """A model of that shape with random weights from seed 0, made on the device.
 
@@ -178,10 +122,13 @@ def random_model(
         join: False leaves them apart.
         quantised: the kind of its projections' weights; None: 16 bits.
         quantised_head: the same of its head.
+        layers: only the first of them.
     """
     torch.manual_seed(0)
     config = shape_config(name)
     config.eos_token_id = None
+    if layers is not None:
+        shorten(config, layers)
     with torch.device(device), quantised_from_the_beginning(quantised, dtype, device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None

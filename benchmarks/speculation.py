@@ -5,20 +5,31 @@ oracle drafts 3 tokens a step, of which the first j are right: then a step bring
 calls: (time of a call for N new tokens, less the same call for one), against the same without drafts. Before that,
 with weights that say anything (temperature 1), the n-gram drafter finds nothing: what it costs a step then.
 
+`head`: the same weights and an EAGLE-3 head of random weights that says that token too, so that all of its 3 drafts are
+right: a step checks 3 drafts and makes the next 3. `oracle` checks as many and makes them for nothing; `plain` drafts
+nothing. Each has an engine on the same weights, and their calls take turns. A step is the time of a token by the tokens
+a step.
+
 `text`: the demo model in float32, greedy without penalty, on files of the standard library that it was not trained on:
 the first tokens of a file are continued (with a penalty and sampled too), and a file with its beginning again, where
 its commonest word was renamed, is continued as an edit would. Tokens a step of all requests by drafter, and whether the
 tokens are those without drafts.
 
     python benchmarks/speculation.py machinery --model llama-3.1-8b [--output results.json]
+    python benchmarks/speculation.py head --model llama-3.1-8b [--output results.json]
     python benchmarks/speculation.py text [--output results.json]
-    python benchmarks/speculation.py --smoke          # both, a tiny model and a few tokens, anywhere
+    python benchmarks/speculation.py --smoke          # all, a tiny model and a few tokens, anywhere
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +43,10 @@ from common import (
     report,
     seconds,
     shape_dtype,
+    synchronize,
     this_device,
 )
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hybridgen
@@ -121,6 +134,110 @@ def machinery(
     return rows, engines
 
 
+def write_head(directory: Path, config: Any, dtype: torch.dtype, device: str) -> Path:
+    """An EAGLE-3 head of random weights for a model of this shape, with the sizes of published heads. What
+    `say_one_token` put into the hidden states goes through it, and decides its drafts too."""
+    hidden, inside, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    drafted, dim = min(32000, vocab), config.head_dim
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    make = torch.Generator(device).manual_seed(1)
+
+    def values(rows: int, columns: int) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, columns**-0.5, generator=make)
+
+    norms = ("midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm", "norm")
+    tensors = {
+        "fc.weight": values(hidden, 3 * hidden),
+        "midlayer.self_attn.q_proj.weight": values(queries, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": values(keys, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": values(keys, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": values(hidden, queries),
+        "midlayer.mlp.gate_proj.weight": values(inside, hidden),
+        "midlayer.mlp.up_proj.weight": values(inside, hidden),
+        "midlayer.mlp.down_proj.weight": values(hidden, inside),
+        "lm_head.weight": values(drafted, hidden),
+        "d2t": torch.arange(drafted) * (vocab // drafted - 1),
+    } | {f"{name}.weight": torch.ones(hidden, dtype=dtype) for name in norms}
+    d2t = tensors["d2t"] + torch.arange(drafted)
+    said = int((d2t <= SAID).sum()) - 1
+    tensors["d2t"] += (SAID - d2t[said]) * (torch.arange(drafted) == said)
+    tensors["fc.weight"][0] = 0.0
+    tensors["fc.weight"][0, 0] = 1.0
+    tensors["lm_head.weight"][:, 0] = 0.0
+    tensors["lm_head.weight"][said, 0] = 40.0
+    count = config.num_hidden_layers
+    fields = {
+        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
+        "hidden_size": hidden, "intermediate_size": inside, "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads, "head_dim": dim, "vocab_size": vocab,
+        "draft_vocab_size": drafted, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    if count < 6:  # the layers that heads read by default are not there
+        fields["eagle_aux_hidden_state_layer_ids"] = [0, count // 2, count - 1]
+    (directory / "config.json").write_text(json.dumps(fields))
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def head(
+    name: str, batches: list[int], prompt: int, new: int, repeats: int, options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Steps that check 3 drafts of an EAGLE-3 head and make 3, beside plain ones; and how the engines ran them."""
+    device = this_device()
+    dtype = shape_dtype(name, device)
+    model = random_model(name, dtype, device)
+    say_one_token(model)
+    prompts = random_prompts(batches[-1], prompt, model.config.vocab_size)
+    for index, ids in enumerate(prompts):
+        ids[0] = 100 + index
+    options = {
+        "max_batch": batches[-1], "max_context": prompt + new, "token_budget": batches[-1] * prompt,
+        "decode_buckets": batches, "prefill_buckets": [], "kv_memory": "2GiB", **options,
+    }  # fmt: skip
+    oracle = OracleDrafter([[*ids, *[SAID] * new] for ids in prompts], [DRAFTS] * len(prompts), most=DRAFTS)
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        drafter = write_head(directory, model.config, dtype, device)
+        fields: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "oracle": {"speculation": oracle},
+            "head": {"drafter": drafter},
+        }
+        engines = {what: stack.enter_context(Engine.load(model, **own, **options)) for what, own in fields.items()}
+
+        def call(what: str, batch: int, count: int) -> float:
+            synchronize(device)
+            start = time.perf_counter()
+            engines[what].generate(prompts[:batch], max_new_tokens=count, ignore_eos=True, temperature=0)
+            synchronize(device)
+            return time.perf_counter() - start
+
+        for batch in batches:
+            for what in (*engines, *engines):  # the first records, the second is not counted
+                call(what, batch, new)
+                call(what, batch, 1)
+                while engines[what].record_missing():
+                    pass
+            before = {what: engine.stats().speculation for what, engine in engines.items()}
+            taken: dict[str, list[float]] = {what: [] for what in engines}
+            for _ in range(repeats):
+                for what in engines:
+                    taken[what].append((call(what, batch, new) - call(what, batch, 1)) / (new - 1))
+            for what, engine in engines.items():
+                token, after = statistics.median(taken[what]), engine.stats().speculation
+                steps = after.steps - before[what].steps
+                brought = (after.tokens - before[what].tokens) / steps if steps else 1.0
+                row = {"model": name, "what": what, "batch": batch, "prompt": prompt, "new": new}
+                row |= {"step_us": token * brought * 1e6, "tokens_per_step": brought, "tokens_per_s": batch / token}
+                row |= {"drafter_bytes": after.weight_bytes, "token_us": token * 1e6}
+                rows.append(row)
+                print(f"{name:<14} {what:<8} {batch:3} {row['step_us']:10.1f} {brought:6.2f}", flush=True)
+        ran = {what: how_it_ran(engine) for what, engine in engines.items()}
+    release()
+    return rows, ran
+
+
 def edited(tokenizer: Any, text: str, length: int, again: int) -> list[int] | None:
     """A file's first tokens, and then the first of them again with its commonest word renamed."""
     ids = tokenizer(text[: 8 * length])["input_ids"][:length]
@@ -200,7 +317,7 @@ def text_row(engine: Engine, prompts: list[Any], sampling: dict[str, Any], expec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=["machinery", "text"], default="machinery")
+    parser.add_argument("part", nargs="?", choices=["machinery", "head", "text"], default="machinery")
     parser.add_argument("--model", default="llama-3.2-1b")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt", type=int, default=512)
@@ -208,16 +325,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backend", default="inductor", help="eager: rows that the fused kernels serve matter alone")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="both parts, tiny, anywhere")
+    parser.add_argument("--smoke", action="store_true", help="all parts, tiny, anywhere")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"benchmark": "speculation", "hybridgen": hybridgen.__version__}
     if arguments.smoke:
         rows, engines = machinery("tiny", [1, 2], 16, 9, 1, {"mode": "eager", "kv_memory": "16MiB"})
-        results |= {"rows": rows + on_text(2, (32, 32, 8), (8, 8)), "engines": engines}
+        more, others = head("tiny", [1, 2], 16, 9, 1, {"mode": "eager", "kv_memory": "16MiB"})
+        results |= {"rows": rows + more + on_text(2, (32, 32, 8), (8, 8)), "engines": engines | {"head": others}}
     elif arguments.part == "text":
         results["rows"] = on_text(None, (256, 400, 80), (128, 192))
     else:
-        rows, engines = machinery(
+        measure = head if arguments.part == "head" else machinery
+        rows, engines = measure(
             arguments.model,
             sorted(arguments.batches),
             arguments.prompt,

@@ -445,6 +445,20 @@ def speculation_machinery(results: list[Result]) -> list[str]:
     return table(["shape", "", "batch", "tokens a step", "tokens/s", "over plain"], rows, 2)
 
 
+def speculation_head(results: list[Result]) -> list[str]:
+    """Steps that check 3 drafts, by who made them, beside plain ones of the same run."""
+    rows = []
+    for result in results:
+        plain = {row["batch"]: row for row in result["rows"] if row["what"] == "plain"}
+        names = {"head": "EAGLE-3 head", "oracle": "oracle, 3 drafts checked and none made"}
+        for row in result["rows"]:
+            over = row["step_us"] / plain[row["batch"]]["step_us"]
+            what = names.get(row["what"], row["what"])
+            figures = [_number(row["step_us"], 0), _number(over, 3), _number(row["tokens_per_step"], 2)]
+            rows.append([row["model"], what, str(row["batch"]), *figures, _number(row["tokens_per_s"], 0)])
+    return table(["shape", "", "batch", "a step, us", "over plain", "tokens a step", "tokens/s"], rows, 2)
+
+
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
     "memory-limit": memory_limit,
@@ -465,8 +479,10 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "demo-model": demo_model,
     "speculation-machinery": speculation_machinery,
     "speculation-rows": speculation_machinery,
+    "speculation-head": speculation_head,
     "memory-fp8": memory_limit,
     "memory-bf16": memory_limit,
+    "memory-int4": memory_limit,
     "rows": rows,
 }
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.kernels.linear.layout import Block, pack_int4
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, cut
 from hybridgen.models.quantised import QuantisedWeight
-from hybridgen.models.weights import DenseWeight
+from hybridgen.models.weights import DenseWeight, SeparateWeights
 
 
 @dataclass
@@ -188,3 +188,19 @@ def quantised_decoder(model: Decoder, kind: str, group: int = 128, head: str = "
         replace(layer, **{name: quantised(getattr(layer, name), kind) for name in names}) for layer in model.layers
     )
     return replace(model, layers=layers, head=model.head if head == "dense" else quantised(model.head, "fp8"))
+
+
+def in_parts(model: Decoder) -> Decoder:
+    """The same decoder with q, k, v and gate, up in tensors of their own, as a live module has them."""
+    width, keys, inner = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.intermediate
+
+    def apart(linear: Linear, sizes: list[int]) -> Linear:
+        pieces = [(weight.clone(), None if bias is None else bias.clone()) for weight, bias in cut(linear, sizes)]
+        parts = tuple(Linear(DenseWeight(weight), bias) for weight, bias in pieces)
+        return Linear(SeparateWeights(tuple(DenseWeight(weight) for weight, _ in pieces)), parts=parts)
+
+    layers = tuple(
+        replace(layer, qkv=apart(layer.qkv, [width, keys, keys]), gate_up=apart(layer.gate_up, [inner, inner]))
+        for layer in model.layers
+    )
+    return replace(model, layers=layers)

@@ -19,14 +19,14 @@ from hybridgen.comparison.measuring.utilisation import Probe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HELPERS = (
-    "checkpoints.py", "common.py", "http_clients.py", "http_load.py", "lookup.py", "plots.py", "tables.py",
-    "requirements.py", "targets.py",
+    "checkpoints.py", "common.py", "http_clients.py", "http_load.py", "lookup.py", "plots.py", "random_weights.py",
+    "tables.py", "requirements.py", "shapes.py", "targets.py",
 )  # fmt: skip
 """What measures nothing."""
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in HELPERS)
 LONG = (
-    "accuracy.py", "first_text.py", "ragged.py", "serving.py", "serving_http.py", "serving_mix.py", "unseen.py",
-    "warm_start.py", "workflows.py",
+    "accuracy.py", "first_text.py", "parallel.py", "ragged.py", "serving.py", "serving_http.py", "serving_mix.py",
+    "unseen.py", "warm_start.py", "workflows.py",
 )  # fmt: skip
 """Of which a smoke run takes ten seconds or more: processes of their own, or all modes compiled by Inductor."""
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))

@@ -185,26 +185,39 @@ def test_more_families(name: str, tmp_path: Path, pytestconfig: pytest.Config) -
     Of two layers, and traced without a code generator, because most of the time goes into compiling.
     """
     everywhere = pytestconfig.getoption("--all-inductor")
+    modes = ["eager", "graph", *(["hybrid"] if everywhere or name in COMPILED else [])]
+    check_modes(name, tmp_path, modes, "inductor" if everywhere else "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(families.MORE_FAMILIES))
+def test_more_families_compiled(name: str, tmp_path: Path) -> None:
+    """The other modes: `jit`, and `hybrid` where the usual run leaves it out."""
+    check_modes(name, tmp_path, ["jit", *([] if name in COMPILED else ["hybrid"])], "eager")
+
+
+def check_modes(name: str, directory: Path, modes: list[str], backend: str) -> None:
+    """In these modes, the tokens of Hugging Face."""
     if families.is_absent(name):
         pytest.skip(f"this transformers has no {name}")
     model = families.build(name)
     prompts = families.prompts_of(FEW_LENGTHS)
     expected = [families.reference(model, prompt, FEW_TOKENS)[0] for prompt in prompts]
-    path = families.write(name, tmp_path)
-    graphs = GRAPHS | {"decode_buckets": (2, 4), "prefill_buckets": (16, 96)}
-    modes: list[dict[str, Any]] = [{"mode": "eager"}, {"mode": "graph", **graphs}]
-    if everywhere or name in COMPILED:
-        backend = "inductor" if everywhere else "eager"
-        modes.append({"mode": "hybrid", "compile_backend": backend, "run_ahead": 1, **graphs})
-    for fields in modes:
-        with hybridgen.Engine.load(path, **(SETTINGS | {"max_batch": 4}), **fields) as engine:
+    path = families.write(name, directory)
+    for mode in modes:
+        fields: dict[str, Any] = {**SETTINGS, "max_batch": 4, "mode": mode}
+        if mode in ("jit", "hybrid"):
+            fields |= {"compile_backend": backend, "run_ahead": 1}
+        if mode in ("graph", "hybrid"):
+            fields |= GRAPHS | {"decode_buckets": (2, 4), "prefill_buckets": (16, 96)}
+        with hybridgen.Engine.load(path, **fields) as engine:
             outs = engine.generate(prompts, max_new_tokens=FEW_TOKENS)
-            assert [list(out.token_ids) for out in outs] == expected, fields["mode"]
+            assert [list(out.token_ids) for out in outs] == expected, mode
             assert list(engine.generate(prompts[1], max_new_tokens=FEW_TOKENS).token_ids) == expected[1]
             stats = engine.stats()
-            assert bool(stats.fallbacks) == (fields["mode"] == "hybrid" and name in families.UNCOMPILED)
+            assert bool(stats.fallbacks) == (mode in ("jit", "hybrid") and name in families.UNCOMPILED)
             assert stats.late_compiles == 0
-            assert (stats.graphs.padded_hits > 0) == (fields["mode"] != "eager")
+            assert (stats.graphs.padded_hits > 0) == (mode in ("graph", "hybrid"))
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def test_tokens(name: str, mode: str, tmp_path: Path) -> None:
         assert (stats.graphs.padded_hits > 0) == ("decode_buckets" in fields)
         if "decode_buckets" in fields:
             why = {reason for phase, _, reason in stats.steps if phase == "prefill" and "not recorded" in reason}
-            assert why == {"prefill is not recorded: attention to latents reads the lengths of prompts on the host"}
+            assert not why
         assert stats.free_pages == stats.pages
 
 

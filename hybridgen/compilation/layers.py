@@ -211,6 +211,11 @@ class CompiledLayers:
             self._hook.remove()
             self._hook = None
 
+    @property
+    def warming(self) -> bool:
+        """Whether `warming_up()` is entered."""
+        return self._warming
+
     @contextmanager
     def warming_up(self) -> Iterator[None]:
         """Compile here, with the number of tokens marked dynamic."""

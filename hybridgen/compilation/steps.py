@@ -31,10 +31,11 @@ logger = logging.getLogger(__name__)
 def compiles_whole(config: EngineConfig, mode: Mode, device_type: str) -> bool:
     """Whether decode steps are compiled whole, in place of the layers: mode hybrid on a CPU, by Inductor.
 
-    Not where somebody drafts: a drafter of the user's is no code that another process could be told of.
+    Not where somebody drafts: a drafter of the user's is no code that another process could be told of. Not where
+    several processes run each step together: they compile layers, at the same moment.
     """
     whole = device_type == "cpu" and mode is Mode.HYBRID and config.compile_backend == "inductor"
-    return whole and not config.drafts and switched_off() is None
+    return whole and not config.drafts and config.tensor_parallel == 1 and switched_off() is None
 
 
 def compiles_behind(config: EngineConfig, mode: Mode, device_type: str) -> bool:

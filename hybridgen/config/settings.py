@@ -171,15 +171,15 @@ def check_speculation(name: str, value: Any) -> Any:
 
 
 def check_drafter(name: str, value: Any) -> Any:
-    """A model that drafts: a path, an id, a live module, or None."""
+    """A model or a head that drafts: a path, an id, a live module, or None."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     module = hasattr(value, "named_parameters") and not isinstance(value, type)
     if value is None or module or (isinstance(value, str) and value and "\0" not in value):
         return value
     raise ConfigError(
-        f"{name}={shown(value)}; give a smaller model of the same vocabulary: a directory, a hub id or a live module. "
-        "What drafts without a model is speculation="
+        f"{name}={shown(value)}; give a smaller model of the same vocabulary: a directory, a hub id, a live module; "
+        "or an EAGLE-3 head. What drafts without a model is speculation="
     )
 
 

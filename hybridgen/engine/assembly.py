@@ -11,12 +11,13 @@ from hybridgen.cache import KVScales
 from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import EngineConfig, ResolvedConfig
 from hybridgen.engine.builder import Builder, Built
-from hybridgen.engine.drafter import LoadedDrafter, load_drafter, open_drafter
+from hybridgen.engine.drafter import LoadedDrafter, OpenedHead, load_drafter, open_drafter
 from hybridgen.engine.ready import device_of, make_ready
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import ConfigError
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.adapters import Adapters
+from hybridgen.models import BoundModel
 from hybridgen.models.quantised import round_activations
 from hybridgen.parallel.lead import Lead
 from hybridgen.telemetry import import_time
@@ -60,7 +61,7 @@ def assemble(
     counters: Counters,
     undo: ExitStack,
     lead: Lead | None = None,
-    drafter: Checkpoint | None = None,
+    drafter: Checkpoint | OpenedHead | None = None,
 ) -> Parts:
     """Make a loaded model ready, and build what runs it.
 
@@ -89,7 +90,8 @@ def assemble(
         starter = Starter(cache, startup, counters)
         builder = Builder(checkpoint, config, resolved, starter, startup, counters, loaded.kv_scales, lead)
         with device_of(checkpoint.device):
-            its_drafter = _load_drafter(drafter or open_drafter(checkpoint, config, resolved), builder, undo)
+            opened = drafter or open_drafter(checkpoint, config, resolved)
+            its_drafter = _load_drafter(opened, bound, builder, undo)
             built = builder.build(bound, undo, twin, its_drafter)
     if twin is not None:
         twin.settle()
@@ -120,10 +122,12 @@ def _round_activations(model: PreTrainedModel, name: str, counters: Counters) ->
         counters.fall_back(note, number)
 
 
-def _load_drafter(opened: Checkpoint | None, builder: Builder, undo: ExitStack) -> LoadedDrafter | None:
+def _load_drafter(
+    opened: Checkpoint | OpenedHead | None, bound: BoundModel, builder: Builder, undo: ExitStack
+) -> LoadedDrafter | None:
     if opened is None:
         return None
-    found = load_drafter(opened, builder.config, builder.resolved, undo)
+    found = load_drafter(opened, builder.checkpoint, bound, builder.config, builder.resolved, undo)
     builder.startup.add("drafter", found.seconds)
     for note, count in found.notes.items():
         builder.counters.fall_back(note, count)

@@ -97,7 +97,8 @@ class Builder:
             rotates = compiles_layers and self._rotates_in_one_op()
             if rotates:
                 make_classes(bound)
-            units = starter.load_units() if compiles_layers and switched_off() is None else None
+            keeps_units = compiles_layers and self.lead is None and switched_off() is None
+            units = starter.load_units() if keeps_units else None
             steps = starter.find_steps(config.offline_compile) if plan.compiles_steps else None
         kind = ModelRunner if self.lead is None else partial(LeadRunner, lead=self.lead)
         runner = kind(
@@ -127,7 +128,7 @@ class Builder:
             undo.callback(use_own_rotation, bound)
             use_one_op(bound, self.resolved.max_context)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
-        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda"
+        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda" and self.lead is None
         if fuses:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()
@@ -251,7 +252,13 @@ class Builder:
             plans[plan_of(usual, checkpoint.vocab_size)] = None
         # Trees compile every kind of step, which takes seconds to minutes each.
         any_sampler = self.config.graphs is not GraphOwner.TREES
-        keys = keys_at_start(runner.graphs.settings, plans, any_sampler=any_sampler, query_lens=runner.query_lens)
+        keys = keys_at_start(
+            runner.graphs.settings,
+            plans,
+            any_sampler=any_sampler,
+            query_lens=runner.query_lens,
+            quiet=runner.drafting is not None and runner.drafting.can_pause,
+        )
         return self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
 
     def _allocate_cache(
@@ -350,6 +357,5 @@ class Builder:
 
 def _no_prefill(bound: BoundModel) -> str:
     """Why no prefill of a model is recorded; empty if nothing keeps it from that."""
-    if bound.mixers:  # each prefill has other runs, and the host goes through them
-        return "layers that keep a state take prompts one by one"
-    return "attention to latents reads the lengths of prompts on the host" if bound.latents else ""
+    # Each prefill has other runs, and the host goes through them.
+    return "layers that keep a state take prompts one by one" if bound.mixers else ""

@@ -1,22 +1,31 @@
-"""The model that drafts for an engine's model: opened and checked before weights are read, then loaded and bound."""
+"""The model or head that drafts for an engine's model: opened and checked before weights are read, then loaded."""
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
 from hybridgen.config import EngineConfig, ResolvedConfig
 from hybridgen.engine.ready import make_ready
+from hybridgen.errors import ConfigError
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.eagle import EagleFiles, find_head, read_head
 from hybridgen.loading.files import generation_untold
+from hybridgen.models import BoundModel
 from hybridgen.models.twin import Twin
+from hybridgen.speculation.eagle import EagleDrafter, EagleHead, check_head
 from hybridgen.speculation.model import ModelDrafter, check_drafter, check_states
 
 
 class LoadedDrafter(NamedTuple):
-    """A model that drafts, on the device."""
+    """A model or a head that drafts, on the device."""
 
-    drafter: ModelDrafter
+    drafter: ModelDrafter | EagleDrafter
     twin: Twin[Any] | None
     """Whose tree it is, for a live module."""
     weight_bytes: int
@@ -27,12 +36,22 @@ class LoadedDrafter(NamedTuple):
     """What is not as its checkpoint asks for, counted by reason."""
 
 
-def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConfig) -> Checkpoint | None:
-    """Find the model that drafts, and check that it can for this one; None where none is to.
+class OpenedHead(NamedTuple):
+    """A head that drafts, whose files were checked."""
+
+    files: EagleFiles
+    layers: tuple[int, ...]
+    """The model's layers whose inputs it reads."""
+    seconds: float
+    """What finding and checking them took."""
+
+
+def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConfig) -> Checkpoint | OpenedHead | None:
+    """Find the model or the head that drafts, and check that it can for this one; None where none is to.
 
     Raises:
-        ConfigError: it has another vocabulary, a shorter context, or is on another device.
-        LoadError, DeviceError: see `Checkpoint.open`.
+        ConfigError: it has another vocabulary, a shorter context, or is on another device; a head is for another model.
+        LoadError, DeviceError: see `Checkpoint.open` and `find_head`.
     """
     given = config.drafter
     if given is None:
@@ -50,6 +69,10 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
         fp8_activations=False,
         kv_dtype=None,
     )
+    start = time.perf_counter()
+    head = find_head(given, own)
+    if head is not None:
+        return OpenedHead(head, check_head(head, model), time.perf_counter() - start)
     with generation_untold():  # requests choose as the model's own config and they themselves say
         found = Checkpoint.open(given, own)
     check_drafter(found, model, resolved.max_context)
@@ -57,29 +80,56 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
 
 
 def load_drafter(
-    checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig, undo: ExitStack
+    checkpoint: Checkpoint | OpenedHead,
+    model: Checkpoint,
+    target: BoundModel,
+    config: EngineConfig,
+    resolved: ResolvedConfig,
+    undo: ExitStack,
 ) -> LoadedDrafter:
     """Read its weights and bind it.
 
     Args:
+        model, target: whom it drafts for.
         undo: gets what gives a live module back.
 
     Raises:
         ConfigError: its layers keep what cannot be taken back.
-        LoadError: see `Checkpoint.load`.
+        LoadError: see `Checkpoint.load` and `read_head`.
     """
+    if isinstance(checkpoint, OpenedHead):
+        return _load_head(checkpoint, model, target, config)
     loaded = checkpoint.load()
     bound, twin = make_ready(checkpoint, loaded, config, resolved, undo)
     if twin is not None:
         twin.settle()
     check_states(checkpoint.name, bound, resolved.max_context, config.page_size, checkpoint.dtype)
     states = bound.layer_states(config.page_size, checkpoint.dtype)
-    stored = [tensor.untyped_storage() for tensor in (*bound.model.parameters(), *bound.model.buffers())]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in stored}
     return LoadedDrafter(
         ModelDrafter(checkpoint.name, bound, checkpoint.vocab_size, states),
         twin,
-        sum(sizes.values()),
+        _bytes_of(bound.model),
         checkpoint.seconds + loaded.seconds,
         dict(loaded.notes),
     )
+
+
+def _load_head(opened: OpenedHead, model: Checkpoint, target: BoundModel, config: EngineConfig) -> LoadedDrafter:
+    start = time.perf_counter()
+    files, layers = opened.files, opened.layers
+    if max(layers) >= len(target.layers):
+        raise ConfigError(
+            f"drafter={files.name!r} reads what goes into the layers {layers}, and {model.name!r} has "
+            f"{len(target.layers)} of them"
+        )
+    weights = read_head(files, model.dtype, model.device)
+    with torch.device("cpu"):  # not the caller's default device
+        rotary = LlamaRotaryEmbedding(files.rotary)
+    head = EagleHead(files.shape, weights, rotary)
+    drafter = EagleDrafter(files.name, head, target, layers, config.page_size)
+    return LoadedDrafter(drafter, None, _bytes_of(head), opened.seconds + time.perf_counter() - start, {})
+
+
+def _bytes_of(module: nn.Module) -> int:
+    stored = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())

@@ -17,7 +17,7 @@ from hybridgen.engine.scheduler import Scheduler
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
 from hybridgen.execution import LaunchedStep, ModelRunner
 from hybridgen.execution.plan import Admission, PrefillChunk
-from hybridgen.speculation.pace import choose
+from hybridgen.speculation.pace import choose, choose_or_pause
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
 
@@ -310,7 +310,7 @@ class StepLoop:
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
     ) -> None:
         try:
-            step = self._decode(requests, slots)
+            step, quiet = self._decode(requests, slots)
         except Exception as error:
             if self._can_isolate(requests, error):
                 for request in requests:
@@ -322,14 +322,27 @@ class StepLoop:
         if kind[1] != step.kind or kind[2] != step.reason:
             kind = self._decoded_by = ("decode", step.kind, step.reason)
         self._counters.steps[kind] += 1
-        launched.append(InFlight(step, requests, kind, positions))
+        launched.append(InFlight(step, requests, kind, positions, quiet=quiet))
 
-    def _decode(self, requests: Sequence[Request], slots: tuple[int, ...]) -> LaunchedStep:
-        """Launch a decode step; where somebody drafts, with as many drafts of each row as are worth checking."""
+    def _decode(self, requests: Sequence[Request], slots: tuple[int, ...]) -> tuple[LaunchedStep, bool]:
+        """Launch a decode step; where somebody drafts, with as many drafts of each row as are worth checking. And
+        whether drafting paused."""
         if self._drafter is None:
-            return self._runner.decode(slots)
+            return self._runner.decode(slots), False
         rows = [request.pace for request in requests if request.pace is not None]
-        return self._runner.decode(slots, choose(rows, partial(self._runner.decode_seconds, slots), self._most_checked))
+        runner, drafting = self._runner, self._runner.drafting
+        if drafting is None or not drafting.can_pause:
+            chosen = choose(rows, partial(runner.decode_seconds, slots), self._most_checked)
+            return runner.decode(slots, chosen), False
+        if drafting.failure is not None:  # its recordings go on, and it is for nothing
+            return runner.decode(slots, quiet=True), True
+        kind = choose_or_pause(
+            rows,
+            drafting.most,
+            lambda kind: runner.decode_seconds(slots, kind.query_len, quiet=kind.quiet),
+            self._most_checked,
+        )
+        return runner.decode(slots, kind.query_len, quiet=kind.quiet), kind.quiet
 
     def _can_isolate(self, rows: Sequence[Any], error: Exception) -> bool:
         """Whether to run the rows of a failed call one by one, so that only the one to blame fails."""

@@ -15,7 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from hybridgen.cache import pages_for_tokens
+from hybridgen.compilation.layers import switched_off
 from hybridgen.config import EngineConfig
 from hybridgen.engine.preflight import resolve_config
 from hybridgen.engine.ready import device_of, make_ready
@@ -57,9 +60,11 @@ def main(directory: str, rank: int) -> int:
     except HybridgenError as error:
         _answer(answers, {"error": {"kind": type(error).__name__, "message": str(error)}})
         return 2
+    if checkpoint.device.type == "cuda":
+        torch.cuda.set_device(checkpoint.device)  # pinned memory belongs to the device that is current
     _answer(answers, {"ready": True})
     try:
-        group = Group(rank, order["size"], place / STORE, checkpoint.device)
+        group = Group(rank, order["size"], place / STORE, checkpoint.device, checkpoint.dtype)
         _follow(channel, rank, group, checkpoint, config)
     except BaseException:
         traceback.print_exc()  # into the log, which rank 0 quotes
@@ -83,6 +88,7 @@ def _follower(checkpoint: Checkpoint, config: EngineConfig, group: Group) -> Fol
     bound, _ = make_ready(checkpoint, load_share(checkpoint, group), config, resolved, ExitStack())
     runner = ModelRunner(
         bound,
+        compile_backend=config.compile_backend if resolved.mode.compiles and switched_off() is None else None,
         vocab_size=checkpoint.vocab_size,
         max_batch=config.max_batch,
         max_pages=pages_for_tokens(resolved.max_context, config.page_size),

@@ -33,6 +33,8 @@ class InFlight(NamedTuple):
     """Cached positions of a decode step's rows together."""
     parts: Sequence[tuple[Request, PrefillChunk]] = ()
     """What a prefill fed."""
+    quiet: bool = False
+    """Whether nobody drafted in a decode step, though somebody could."""
 
 
 class Reader:
@@ -84,7 +86,7 @@ class Reader:
             taken = output.take(accepted, its_logprobs, now, flight.decoded_by)
             generated += taken
             if its_drafts is not None:
-                self._count_drafts(request, its_drafts, taken, flight.decoded_by)
+                self._count_drafts(request, its_drafts, taken, flight)
             if output.completion is not None:
                 self.release(request)
             elif taken != len(accepted):
@@ -97,12 +99,12 @@ class Reader:
         if generated and self._counters.first_token is None:
             self._counters.first_token = now - flight.requests[0].output.submitted
 
-    def _count_drafts(self, request: Request, drafts: DraftCounts, taken: int, decoded_by: StepKind | None) -> None:
+    def _count_drafts(self, request: Request, drafts: DraftCounts, taken: int, flight: InFlight) -> None:
         """Note what became of a row's drafts in a step that brought it `taken` tokens."""
         if request.pace is None:
             request.pace = RowPace()
-        request.pace.read(drafts.checked, max(taken - 1, 0), drafts.made)
-        if decoded_by is not None:
+        request.pace.read(drafts.checked, max(taken - 1, 0), drafts.made, quiet=flight.quiet)
+        if flight.decoded_by is not None:
             counted = self._counters.drafts
             counted["rows"] += 1
             counted["tokens"] += taken

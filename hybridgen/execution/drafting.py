@@ -43,6 +43,22 @@ class DraftCall(NamedTuple):
     """What the rows' requests would take from logits [B, V] behind their text and the drafts before (int64 [B] each):
     int64 [B], by their own temperature, filters, penalties and noise of that position; -1 where nothing can be chosen.
     V is that of the model whose drafts these are."""
+    brought: Tensor
+    """int64 [B]: tokens that the step brought to each row, the last ones of its sequence."""
+    states: Tensor | None = None
+    """[B * Q, width], for a drafter that reads `layers`: what went into these layers for the tokens that the step fed,
+    Q of each row, of which the first `brought` are in the row's text. Of a prefill, each prompt's last token alone."""
+
+
+class PrefillCall(NamedTuple):
+    """What a prefill fed; tensors on the device."""
+
+    step: StepMetadata
+    """Its T tokens, by slot and position."""
+    text: Tensor
+    """As in `DraftCall`; each prompt's tokens are there, also those that are not fed yet."""
+    states: Tensor | None = None
+    """[T, width], as in `DraftCall`."""
 
 
 class Drafter(Protocol):
@@ -82,8 +98,23 @@ class CachedDrafter(Drafter, Protocol):
         """What its layers keep; it has as many pages as the model's."""
         ...
 
-    def follow(self, step: StepMetadata) -> None:
+    def follow(self, call: PrefillCall) -> None:
         """Part of a prefill: read the tokens that the model was fed."""
+        ...
+
+
+@runtime_checkable
+class StateReader(CachedDrafter, Protocol):
+    """A drafter that goes on from the model's own hidden states."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose inputs it reads, side by side in this order."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Values of all of them together, by token."""
         ...
 
 
@@ -114,9 +145,17 @@ class Drafting:
         """What its drafts are that are dropped, in words."""
         self.states: tuple[LayerState, ...] = tuple(drafter.states) if isinstance(drafter, CachedDrafter) else ()
         """What it keeps in pages."""
+        self.can_pause = bool(self.states)
+        """Whether steps can leave it out, and it misses what they bring. One without states costs little."""
+        reader = drafter if isinstance(drafter, StateReader) else None
+        self.layers: tuple[int, ...] = () if reader is None else reader.layers
+        """The model's layers whose inputs it reads."""
+        self.width = 0 if reader is None else reader.width
+        """Values of a token's hidden states that it reads."""
         self.failure: str | None = None
         """Why it is not asked any more."""
-        count = state.query_len - 1
+        count = self.most = state.query_len - 1
+        """Drafts of a row at most."""
         self._none = torch.full((state.max_batch + 1, count), NO_DRAFT, dtype=torch.int64, device=state.device)
         """What a drafter that failed says."""
         drafter.begin(
@@ -129,12 +168,32 @@ class Drafting:
         theirs = {} if self._drafter is None else self._drafter.tensors()
         return own | {f"{self.name} {name}": tensor for name, tensor in theirs.items()}
 
-    def follow(self, step: StepMetadata) -> None:
+    def joined(self, inputs: Sequence[Tensor | None]) -> Tensor | None:
+        """Part of a step: what went into the layers, [T, width]; None where nobody reads it.
+
+        Args:
+            inputs: [T, hidden] of each of `layers`; None: that layer was not called.
+        """
+        if self._drafter is None or not self.layers:
+            return None
+        try:
+            missing = [layer for layer, value in zip(self.layers, inputs, strict=True) if value is None]
+            if missing:
+                raise RuntimeError(f"layer {missing[0]} of the model was not called")
+            states = torch.cat([value for value in inputs if value is not None], dim=-1)
+            if states.dim() != 2 or states.shape[1] != self.width:
+                raise RuntimeError(f"the model's hidden states are {list(states.shape)}, not [tokens, {self.width}]")
+            return states
+        except Exception as error:
+            self._give_up_on(error)
+            return None
+
+    def follow(self, call: PrefillCall) -> None:
         """Part of a prefill: a drafter with a cache of its own reads the same tokens."""
         drafter = self._drafter
         if isinstance(drafter, CachedDrafter):
             try:
-                drafter.follow(step)
+                drafter.follow(call)
             except Exception as error:
                 self._give_up_on(error)
 
@@ -146,6 +205,8 @@ class Drafting:
         text: Tensor,
         choose: Callable[[Tensor, Sequence[Tensor]], Tensor],
         checked: int,
+        brought: Tensor,
+        states: Tensor | None = None,
     ) -> Tensor:
         """Part of a step, before its state moves on: draft behind what each row has now.
 
@@ -153,14 +214,20 @@ class Drafting:
             rows: int64 [B], each row's slot.
             lengths: int64 [B], tokens of each row's sequence, those of the step included.
             room: int64 [B], how many more each may generate.
-            text, choose: see `DraftCall`.
+            text, choose, brought, states: see `DraftCall`.
             checked: drafts of each row that the step had room for.
 
         Returns:
             int64 [B, 3], by row `DraftCounts`.
         """
-        drafts = self._ask(DraftCall(rows, lengths, text, self._none.shape[1], room, choose))
+        drafts = self._ask(DraftCall(rows, lengths, text, self._none.shape[1], room, choose, brought, states))
         return keep_drafts(drafts, self._state.drafts, rows, room, self._vocab_size, checked)
+
+    def skip(self, rows: Tensor, room: Tensor) -> Tensor:
+        """Part of a step in which nobody drafts: what was drafted before is forgotten. Arguments and result as of
+        `draft`."""
+        none = self._none[: rows.shape[0]]
+        return keep_drafts(none, self._state.drafts, rows, room, self._vocab_size, 0)
 
     def _ask(self, call: DraftCall) -> Tensor:
         none = self._none[: call.slots.shape[0]]

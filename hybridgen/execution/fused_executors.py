@@ -42,6 +42,7 @@ def make_fused(
         max_context=max_context,
         max_rows=runner.state.max_batch,
         query_len=runner.state.query_len,
+        reads=() if runner.drafting is None else runner.drafting.layers,
         equal_bits=equal_bits,
         tuned=tuned,
         kept=kept,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -43,6 +44,8 @@ class TokenRing:
         self._tells_drafts = tells_drafts
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         """int64 [1]: steps that ran, on the device."""
+        self.check: Callable[[], object] = _nothing
+        """Called after each wait for a step; raises where what it left is not to be used."""
         self._launched = 0
         self._steps: list[LaunchedStep | None] = [None] * LINES
         self._events = [torch.cuda.Event() for _ in range(LINES)] if device.type == "cuda" else None
@@ -112,6 +115,7 @@ class TokenRing:
         """Wait until the step of this line has run."""
         if self._events is not None:
             self._events[line].synchronize()
+        self.check()
 
     def read(self, line: int, rows: int, logprobs: int | None, query_len: int = 1) -> StepOutput:
         """What the step of this line left; it must have run."""
@@ -137,6 +141,10 @@ class TokenRing:
                 ]
             )
         return StepOutput(tokens, found, drafts)
+
+
+def _nothing() -> None:
+    return None
 
 
 class Scores(Protocol):

@@ -131,6 +131,7 @@ class ModelRunner:
         if drafter is not None:
             longest = self.sampler.max_context
             self.drafting = Drafting(drafter, self.state, vocab_size=vocab_size, context=longest, fall_back=fall_back)
+            bound.note_inputs(self.drafting.layers)
         self.ring = TokenRing(max_batch, device, query_len=query_len, tells_drafts=keeps_text)
         self._layers = LayersExecutor(bound)
         self.executors: dict[str, Executor] = {self._layers.name: self._layers}
@@ -159,8 +160,8 @@ class ModelRunner:
                 offline=offline,
             )
         self._check_addresses = False
-        self._steady: dict[int, Steady] = {}
-        """By tokens a row, of the batch that is staged."""
+        self._steady: dict[tuple[int, bool], Steady] = {}
+        """By tokens a row and whether drafting pauses, of the batch that is staged."""
         self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
 
     @property
@@ -221,8 +222,15 @@ class ModelRunner:
     def _route_anew(self) -> None:
         why_plain, note = self._why
         executors = tuple(self.executors.values())
-        keeps = self.fused is not None and self.fused.equal_bits
-        self.router = Router(self.graphs, executors, self.steps, why_plain=why_plain, note=note, keeps_executor=keeps)
+        self.router = Router(
+            self.graphs,
+            executors,
+            self.steps,
+            why_plain=why_plain,
+            note=note,
+            reads_layers=self.drafting is not None and bool(self.drafting.layers),
+            keeps_executor=self.fused is not None and self.fused.equal_bits,
+        )
         """Decides how each step runs."""
         self._steady = {}
 
@@ -277,41 +285,47 @@ class ModelRunner:
         """Tokens that one prefill call tells the log-probabilities of at most."""
         return score_budget(self.sampler.vocab_size, self.bound.logits_dtype)
 
-    def decode(self, slots: tuple[int, ...], query_len: int = 1) -> LaunchedStep:
+    def decode(self, slots: tuple[int, ...], query_len: int = 1, *, quiet: bool = False) -> LaunchedStep:
         """Run one decode step of these slots: sample a token for each, and check `query_len - 1` drafts of each.
 
         While the caller hands in the same tuple, nothing is looked up and nothing is sent to the device: a recorded
         step is replayed, and an event recorded behind it.
+
+        Args:
+            quiet: nobody drafts at its end.
         """
-        steady = self._steady.get(query_len)
+        steady = self._steady.get((query_len, quiet))
         if steady is None or slots is not steady.slots or self.router.version != steady.version:
-            return self._decode(slots, query_len)
+            return self._decode(slots, query_len, quiet)
         if steady.replays and self.is_here():
             return self._launch(steady.route, len(slots), steady.sampler)
         return self._decode_again(steady)
 
     @on_its_stream
-    def _decode(self, slots: tuple[int, ...], query_len: int) -> LaunchedStep:
+    def _decode(self, slots: tuple[int, ...], query_len: int, quiet: bool) -> LaunchedStep:
         staged = next(iter(self._steady.values()), None)
         sampler, own = self.sampler.needs(slots), self.sampler.own(slots)
         version = self.router.version  # as it is now: the step may drop its own graph
         # Functions of a row are called with its text, whose length the host must know: no drafts beside them.
-        key = GraphKey.decode(len(slots), self._recorded(sampler, own), query_len=query_len if own is None else 1)
+        several = query_len if own is None else 1
+        key = GraphKey.decode(len(slots), self._recorded(sampler, own), query_len=several, quiet=quiet)
         route = self.router.route(key)
         if staged is None or slots is not staged.slots:
             self._steady = {}
             self.steps.stage_decode(slots)
         launched = self._launch(route, len(slots), sampler, own)
-        self._steady[query_len] = Steady(slots, version, sampler, route, own is None and _only_replays(route), own)
+        self._steady[query_len, quiet] = Steady(
+            slots, version, sampler, route, own is None and _only_replays(route), own
+        )
         return launched
 
-    def decode_seconds(self, slots: tuple[int, ...], query_len: int) -> float | None:
+    def decode_seconds(self, slots: tuple[int, ...], query_len: int, *, quiet: bool = False) -> float | None:
         """What the recording takes that would run such a step; None where none would. One that is missing is wanted."""
         steady = next((steady for steady in self._steady.values() if steady.slots is slots), None)
         if steady is not None and steady.own is not None:  # no drafts are checked beside functions of a row
             return None
         sampler = self.sampler.needs(slots) if steady is None else steady.sampler
-        route = self.router.route(GraphKey.decode(len(slots), sampler, query_len=query_len))
+        route = self.router.route(GraphKey.decode(len(slots), sampler, query_len=query_len, quiet=quiet))
         if route.recording is not None:
             return route.recording.recorded.seconds
         if route.wanted is not None:

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from hybridgen.cache import LayerState
 from hybridgen.device.watched import is_watched
-from hybridgen.execution.drafting import Drafting
+from hybridgen.execution.drafting import Drafting, PrefillCall
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.execution.staging import StagedBlock
 from hybridgen.execution.state import DeviceState
 from hybridgen.fused.inputs import StepInputs
-from hybridgen.graphs.executor import Executor
-from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.executor import Executor, StateExecutor
+from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
@@ -114,6 +114,8 @@ class ModelSteps:
         self.logits: Tensor | None = None
         """[max_batch * query_len + 1, vocab_size]: where steps that end at the logits leave them, once `keep_logits()`
         ran."""
+        self._hidden: Tensor | None = None
+        """[max_batch * query_len + 1, width]: where they leave what a drafter reads of the model's layers."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, the model's parameters and buffers apart, by name."""
@@ -130,6 +132,7 @@ class ModelSteps:
             **{f"prefill {name}": field for name, field in self._prefill.items()},
         }
         logits = {} if self.logits is None else {"logits": self.logits}
+        logits |= {} if self._hidden is None else {"hidden states": self._hidden}
         layers = {f"{name} of layer {i}": t for i, s in enumerate(self._states) for name, t in s.tensors().items()}
         fixed |= {} if self._drafting is None else self._drafting.tensors()
         tensors = fixed | logits | layers | self._sampler.tensors()
@@ -174,6 +177,9 @@ class ModelSteps:
         if self.logits is None:
             shape = self._state.max_batch * self._state.query_len + 1, self._sampler.vocab_size
             self.logits = torch.zeros(shape, dtype=self._bound.logits_dtype, device=self._state.device)
+            if self._drafting is not None and self._drafting.layers:
+                wide, dtype = (shape[0], self._drafting.width), self._bound.model.dtype
+                self._hidden = torch.zeros(wide, dtype=dtype, device=self._state.device)
 
     def stage_decode(self, slots: tuple[int, ...]) -> None:
         """Say which slots are the rows of the decode steps that follow."""
@@ -250,10 +256,12 @@ class ModelSteps:
             ids, slots, positions = feed_drafts(self._state.table, self._state.drafts, rows, key.query_len)
             self._set(Phase.DECODE, ids, slots, positions, positions + 1, several=True)
         logits = self._executors[key.executor].logits(self.metadata, None)
+        hidden = self._read_layers(key)
         if key.sampler is None:
-            self._leave(logits)
+            self._leave(logits, hidden)
         else:
-            self._sample(logits, rows, lengths, state.generated, key.sampler, key.query_len)
+            before = lengths, state.generated
+            self._sample(logits, rows, *before, key.sampler, key.query_len, hidden=hidden, quiet=key.quiet)
             self._commit(rows)
 
     def run_scored(self, key: GraphKey, scored: ScoredTokens) -> None:
@@ -272,16 +280,19 @@ class ModelSteps:
         if scored is not None:
             keep = torch.cat((inputs["keep"][:rows], scored.places))
         logits = self._executors[key.executor].logits(self.metadata, keep)
-        if self._drafting is not None:
-            self._drafting.follow(self.metadata)
+        hidden = self._read_layers(key)
+        history = self._sampler.history
+        if self._drafting is not None and history is not None:
+            self._drafting.follow(PrefillCall(self.metadata, history.text, hidden))
+            hidden = None if hidden is None else hidden.index_select(0, inputs["keep"][:rows])
         if scored is not None:
             scored.take(logits[rows:])
             logits = logits[:rows]
         if rows and key.sampler is None:
-            self._leave(logits)
+            self._leave(logits, hidden)
             return
         if key.sampler is not None and rows:
-            self._sample(logits, *self._prefilled(rows), key.sampler)
+            self._sample(logits, *self._prefilled(rows), key.sampler, hidden=hidden)
         self._commit(inputs["fed"])
 
     def finish(self, key: GraphKey, sampler: SamplerPlan, own: OwnRows | None = None) -> None:
@@ -290,14 +301,16 @@ class ModelSteps:
         Args:
             own: rows with functions of their own, which change their logits.
         """
-        logits = self._kept(key.rows * key.query_len)
+        count = key.rows * key.query_len
+        logits, hidden = self._kept(count), None if self._hidden is None else self._hidden[:count]
         if key.phase is Phase.DECODE:
             rows = self._decode["rows"][: key.rows]
             state = self._state.read(rows)
-            self._sample(logits, rows, state.lengths + 1, state.generated, sampler, key.query_len, own)
+            before = state.lengths + 1, state.generated
+            self._sample(logits, rows, *before, sampler, key.query_len, own, hidden, quiet=key.quiet)
             self._commit(rows)
         else:
-            self._sample(logits, *self._prefilled(key.rows), sampler, own=own)
+            self._sample(logits, *self._prefilled(key.rows), sampler, own=own, hidden=hidden)
             self._commit(self._prefill["fed"])
 
     def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,8 +323,21 @@ class ModelSteps:
             raise RuntimeError("no step has left its logits; keep_logits() comes first")
         return self.logits[:rows]
 
-    def _leave(self, logits: Tensor) -> None:
+    def _leave(self, logits: Tensor, hidden: Tensor | None = None) -> None:
         self._kept(logits.shape[0]).copy_(logits)
+        if hidden is not None and self._hidden is not None:
+            self._hidden[: hidden.shape[0]].copy_(hidden)
+
+    def _read_layers(self, key: GraphKey) -> Tensor | None:
+        """What the drafter reads of the model's layers in this step; None where nobody does, or the executor runs none
+        and leaves nothing (then nobody drafts in such a step)."""
+        if self._drafting is None or not self._drafting.layers:
+            return None
+        if key.executor == LAYERS:
+            inputs = self._bound.take_inputs()
+            return None if key.quiet else self._drafting.joined(inputs)
+        executor = self._executors[key.executor]
+        return executor.states(key.tokens) if isinstance(executor, StateExecutor) else None
 
     def _sample(
         self,
@@ -322,8 +348,15 @@ class ModelSteps:
         sampler: SamplerPlan,
         query_len: int = 1,
         own: OwnRows | None = None,
+        hidden: Tensor | None = None,
+        quiet: bool = False,
     ) -> None:
-        """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows."""
+        """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows.
+
+        Args:
+            hidden: what the drafter reads of the model's layers, of each row of the logits.
+            quiet: nobody drafts.
+        """
         if self._always_keeps_logits:
             self._leave(logits)
         slots, positions, before, drafts = rows, lengths, generated, None
@@ -340,17 +373,21 @@ class ModelSteps:
         sampled = sample(logits, self._sampler, slots, positions, before, sampler, own, drafts)
         if history is not None:
             remember(sampled.tokens, slots, positions, history.text)
-        brought: Tensor | int = 1
+        brought = None
         if query_len > 1:
             tokens, brought = accept_drafts(sampled.tokens.view(-1, query_len), self._state.drafts, rows)
             sampled = sampled._replace(tokens=tokens)
         told = None
         if self._drafting is not None and history is not None:
+            brought = torch.ones_like(lengths) if brought is None else brought
             ends, count = lengths + brought, generated + brought
             room = self._sampler.most_new[rows] - count
-            last = sampled.tokens.view(rows.shape[0], -1)
-            choose = partial(self._expect, rows, ends, count, last, sampler)
-            told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1)
+            if quiet:
+                told = self._drafting.skip(rows, room)
+            else:
+                last = sampled.tokens.view(rows.shape[0], -1)
+                choose = partial(self._expect, rows, ends, count, last, sampler)
+                told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, hidden)
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
 

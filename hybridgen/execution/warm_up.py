@@ -51,6 +51,8 @@ def compile_layers(runner: ModelRunner) -> None:
     compiled.install()
     run, several = shown_sizes(runner)
     try:
+        if not compiled.strict:
+            raise ConstraintViolationError("a graph may serve a part of the range")
         _compile(runner, compiled, [run], [several, 1])
     except ConstraintViolationError as error:
         logger.debug("not one graph for all sizes: %s", error)
@@ -104,8 +106,8 @@ def run_all_sizes(runner: ModelRunner) -> None:
     for tokens in _spread(runner.max_tokens):
         runner.run_padding(runner.router.served(GraphKey.prefill(tokens, 1, sampler)))
     for rows in _spread(runner.max_batch):
-        for query_len in (1, *runner.query_lens):
-            runner.run_padding(runner.router.served(GraphKey.decode(rows, sampler, query_len=query_len)))
+        for key in _decode_kinds(runner, rows, sampler):
+            runner.run_padding(runner.router.served(key))
     torch.cuda.synchronize(runner.device)
 
 
@@ -114,8 +116,8 @@ def run_all_samplers(runner: ModelRunner) -> None:
     """Run a decode step with each kind of sampler, as `run_all_sizes()` does for sizes."""
     runner.ring.drain()
     for sampler in every_kind(runner.sampler.vocab_size):
-        for query_len in (1, *runner.query_lens):
-            runner.run_padding(runner.router.served(GraphKey.decode(1, sampler, query_len=query_len)))
+        for key in _decode_kinds(runner, 1, sampler):
+            runner.run_padding(runner.router.served(key))
     runner.recover()
 
 
@@ -145,6 +147,13 @@ def measure_activations(runner: ModelRunner, recorded: int = 0) -> int:
     # In a graph: activations, sampler and kept logits, and the nodes.
     in_graphs = peak * min(1.0, recorded / runner.max_tokens) + sampling * 5 // 4 + _NODE_BYTES
     return peak + sampling + int(in_graphs)
+
+
+def _decode_kinds(runner: ModelRunner, rows: int, sampler: SamplerPlan) -> list[GraphKey]:
+    """Decode steps of so many rows: without drafts, with them, and where drafting pauses."""
+    keys = [GraphKey.decode(rows, sampler, query_len=count) for count in (1, *runner.query_lens)]
+    pauses = runner.drafting is not None and runner.drafting.can_pause
+    return [*keys, GraphKey.decode(rows, sampler, quiet=True)] if pauses else keys
 
 
 def _spread(most: int) -> list[int]:

@@ -38,6 +38,7 @@ def build_fused(
     max_context: int,
     max_rows: int,
     query_len: int = 1,
+    reads: tuple[int, ...] = (),
     equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Keeper | None = None,
@@ -49,6 +50,7 @@ def build_fused(
     Args:
         max_rows: rows of a step at most.
         query_len: tokens of a row in a step at most.
+        reads: layers whose inputs whoever drafts goes on from.
         equal_bits: build the kernel for several columns alone, and use it for a single row, too.
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
@@ -73,7 +75,7 @@ def build_fused(
     few = min(MAX_ROWS, max_rows)
     with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
         # The kernels for several rows are compiled while the one for one row is.
-        making = pool.submit(_rows_step, fused, model, kept)
+        making = pool.submit(_rows_step, fused, model, kept, reads)
         compiling: list[Future[object]] | Exception = []
         if equal_bits:
             _make_rows(fused, making, max_rows * query_len)
@@ -96,14 +98,19 @@ def _logged(fused: FusedDecode) -> FusedDecode:
     return fused
 
 
-def _rows_step(fused: FusedDecode, model: Decoder, kept: Keeper | None) -> RowsStep:
+def _rows_step(
+    fused: FusedDecode,
+    model: Decoder,
+    kept: Keeper | None,
+    reads: tuple[int, ...],
+) -> RowsStep:
     """The step for several rows; called on a thread of its own, which has a stream of its own.
 
     Raises:
         Unfit: it does not serve the model.
     """
     with torch.inference_mode():
-        step = RowsStep(model, fused.pages, block_table=fused.inputs.block_table, kept=kept)
+        step = RowsStep(model, fused.pages, block_table=fused.inputs.block_table, reads=reads, kept=kept)
     torch.cuda.synchronize(model.device)
     return step
 

@@ -76,6 +76,10 @@ class RowsExecutor:
         """Launch it; the next call overwrites what it returns."""
         return self.step(step.ids, step.positions, step.slots)
 
+    def states(self, tokens: int) -> Tensor:
+        """What went into the layers that whoever drafts reads, [tokens, width]; the next call overwrites it."""
+        return self.step.states[:tokens]
+
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a launch, by name."""
         return self.step.tensors()

@@ -26,6 +26,8 @@ def norm(x: Tensor, by: Norm | None) -> Tensor:
 
 def linear(x: Tensor, by: Linear) -> Tensor:
     """float32 [..., out]."""
+    if by.parts:
+        return torch.cat([linear(x, part) for part in by.parts], -1)
     return by.weight.matmul(x, None if by.bias is None else by.bias.float())
 
 

@@ -42,9 +42,9 @@ def read(document: Mapping[str, Any] | None) -> list[PlannedGraph]:
         for row in document["graphs"]:
             sampling = row["sampling"]
             plan = None if sampling is None else SamplerPlan(**sampling)
-            key = GraphKey(
-                row["executor"], Phase(row["phase"]), int(row["rows"]), int(row["tokens"]), int(row["query_len"]), plan
-            )
+            rows, tokens, query_len = (int(row[name]) for name in ("rows", "tokens", "query_len"))
+            quiet = bool(row.get("quiet", False))
+            key = GraphKey(row["executor"], Phase(row["phase"]), rows, tokens, query_len, plan, quiet)
             measured = [row[name] for name in ("plain_seconds", "seconds")]
             times = None if None in measured else (float(measured[0]), float(measured[1]))
             found.append(PlannedGraph(key, float(row["uses"]), times, float(row["capture_seconds"])))
@@ -77,6 +77,7 @@ def _row(graph: PlannedGraph) -> dict[str, Any]:
         "executor": key.executor,
         "phase": str(key.phase),
         "query_len": key.query_len,
+        "quiet": key.quiet,
         "tokens": key.tokens,
         "rows": key.rows,
         "sampling": None if key.sampler is None else key.sampler._asdict(),

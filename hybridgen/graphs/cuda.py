@@ -59,6 +59,8 @@ class CudaGraphRecorder:
     owner = OWNER
 
     def __init__(self, device: torch.device) -> None:
+        self.captured: Callable[[], object] = _nothing
+        """Called between a capture and its first replay; what it raises costs the recording."""
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool: _Pool | None = None
@@ -94,6 +96,12 @@ class CudaGraphRecorder:
         finally:
             torch._C._cuda_clearCublasWorkspaces()
         pool.graphs += 1
+        try:
+            self.captured()
+        except BaseException:
+            graph.reset()
+            pool.graphs -= 1
+            raise
         graph.replay()  # the first one uploads it: not in a user's step, nor in what is timed
         seconds = checked_seconds(graph.replay, self._wait, None if known is None else known[1])
         used = max(0, free - torch.cuda.mem_get_info(self._device)[0])
@@ -182,6 +190,10 @@ class CudaGraphRecorder:
         self._scratch.zero_()
         healing.capture_end()
         _kept.append(healing)
+
+
+def _nothing() -> None:
+    return None
 
 
 @contextmanager

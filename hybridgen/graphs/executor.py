@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -38,4 +38,13 @@ class Executor(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a step, the model's parameters and buffers apart, by name."""
+        ...
+
+
+@runtime_checkable
+class StateExecutor(Executor, Protocol):
+    """An executor that runs no layers, and leaves what would have gone into some of them."""
+
+    def states(self, tokens: int) -> Tensor:
+        """What went into the layers that whoever drafts reads, side by side, in the last step: [tokens, width]."""
         ...

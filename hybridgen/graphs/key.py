@@ -25,6 +25,8 @@ class GraphKey(NamedTuple):
     """Tokens a row in decode, 1 without drafts; 1 in prefill, whose runs have any length."""
     sampler: SamplerPlan | None
     """The sampler's parts; None: the step ends at the logits, and `ModelSteps.finish` runs after it."""
+    quiet: bool = False
+    """Whether nobody drafts at the end of a decode step, though somebody could; False where nobody can."""
 
     @property
     def size(self) -> int:
@@ -37,6 +39,14 @@ class GraphKey(NamedTuple):
         return cls(LAYERS, Phase.PREFILL, rows, tokens, 1, sampler)
 
     @classmethod
-    def decode(cls, rows: int, sampler: SamplerPlan | None, *, query_len: int = 1, executor: str = LAYERS) -> GraphKey:
+    def decode(
+        cls,
+        rows: int,
+        sampler: SamplerPlan | None,
+        *,
+        query_len: int = 1,
+        executor: str = LAYERS,
+        quiet: bool = False,
+    ) -> GraphKey:
         """A decode step of so many rows."""
-        return cls(executor, Phase.DECODE, rows, rows * query_len, query_len, sampler)
+        return cls(executor, Phase.DECODE, rows, rows * query_len, query_len, sampler, quiet)

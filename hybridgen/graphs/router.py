@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from hybridgen.graphs.buckets import round_up
-from hybridgen.graphs.executor import Executor
-from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.executor import Executor, StateExecutor
+from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.steps import RunSteps
 from hybridgen.graphs.store import FEW_PROMPTS, GraphStore, Recording
 from hybridgen.models.attention import Phase
@@ -48,6 +48,7 @@ class Router:
         *,
         why_plain: str,
         note: str = "",
+        reads_layers: bool = False,
         keeps_executor: bool = False,
     ) -> None:
         """
@@ -55,6 +56,8 @@ class Router:
             executors: in order of preference; the last one serves every step.
             why_plain: the reason of a step without a recording where nothing is recorded.
             note: what else to say of every recorded step.
+            reads_layers: whoever drafts goes on from what the model's layers compute: where somebody drafts, they run,
+                or an executor that leaves it.
             keeps_executor: never pad a decode step to a size that another executor serves: that one rounds otherwise.
         """
         self._store = store
@@ -62,6 +65,7 @@ class Router:
         self._steps = steps
         self._why_plain = why_plain
         self._note = note
+        self._reads_layers = reads_layers
         self._keeps_executor = keeps_executor
         self._routes: dict[GraphKey, Route] = {}
         self._version = -1
@@ -93,6 +97,9 @@ class Router:
     def served(self, key: GraphKey) -> GraphKey:
         """The same step with the executor that serves it: the first that does not refuse."""
         for executor in self._executors:
+            leaves = executor.name == LAYERS or isinstance(executor, StateExecutor)
+            if self._reads_layers and not key.quiet and not leaves:
+                continue
             if executor.refuses(key) is None:
                 return key._replace(executor=executor.name)
         raise RuntimeError(f"no executor serves {key}; the last one must serve every step")
@@ -173,7 +180,7 @@ class Router:
         only = self.served(key).executor if self._keeps_executor and key.phase is Phase.DECODE else None
         for recording in self._store.recordings:
             other = recording.key
-            alike = other.phase is key.phase and other.query_len == key.query_len
+            alike = (other.phase, other.query_len, other.quiet) == (key.phase, key.query_len, key.quiet)
             enough = other.tokens >= key.tokens and other.rows >= key.rows
             samples = other.sampler is None or (key.sampler is not None and other.sampler.covers(key.sampler))
             if alike and enough and samples and only in (None, other.executor):
@@ -195,7 +202,8 @@ class Router:
             return f"above the largest bucket, {self._store.settings.buckets(key.phase)[-1]}"
         if wanted in self._store.failed:
             return f"bucket {wanted.size} {FAILED}"
-        alike = (r.key for r in self._store.recordings if r.key.phase is key.phase and r.key.query_len == key.query_len)
+        kind = key.phase, key.query_len, key.quiet
+        alike = (r.key for r in self._store.recordings if (r.key.phase, r.key.query_len, r.key.quiet) == kind)
         if any(other.tokens >= key.tokens for other in alike):
             return "no graph with this sampling, or with so many prompts"
         return f"bucket {wanted.size} is not captured"
@@ -209,7 +217,7 @@ class Router:
         sampler = key.sampler if settings.sample_in_graph else None
         if key.phase is Phase.DECODE:
             rows = key.rows if settings.exact_when_lazy else size
-            return self.served(GraphKey.decode(rows, sampler, query_len=key.query_len))
+            return self.served(GraphKey.decode(rows, sampler, query_len=key.query_len, quiet=key.quiet))
         rows = 1 if sampler is not None else FEW_PROMPTS
         while rows < key.rows:
             rows *= 2
@@ -217,7 +225,9 @@ class Router:
 
 
 def _with_drafts(key: GraphKey) -> str:
-    """How a reason goes on where drafts are checked."""
+    """How a reason goes on where drafts are checked, or none are made."""
+    if key.quiet:
+        return ", drafting pauses"
     return f", {key.query_len - 1} drafts a row" if key.query_len > 1 else ""
 
 

@@ -136,13 +136,14 @@ def keys_at_start(
     *,
     any_sampler: bool,
     query_lens: Sequence[int] = (),
+    quiet: bool = False,
 ) -> list[GraphKey]:
     """What is recorded before the first request; no more than may be kept, what serves the most first.
 
     Every bucket with each of these samplers, prefill for one prompt. And, where `any_sampler` says so or sampling is
     not recorded, every bucket up to the logits, prefill for a few prompts: for all other samplers. Decode buckets with
     drafts, of `query_lens` tokens a row, come behind those without; for other samplers they are left to be wanted, or
-    there would be too many.
+    there would be too many. Where drafting can pause, as `quiet` says, so do decode buckets in which it does.
     """
     keys: list[GraphKey] = []
     if any_sampler or not settings.sample_in_graph:
@@ -152,6 +153,7 @@ def keys_at_start(
         keys += [GraphKey.prefill(size, few, None) for size in settings.prefill]
     for plan in plans if settings.sample_in_graph else ():
         keys += [GraphKey.decode(size, plan, query_len=count) for count in (1, *query_lens) for size in settings.decode]
+        keys += [GraphKey.decode(size, plan, quiet=True) for size in settings.decode if quiet]
         keys += [GraphKey.prefill(size, 1, plan) for size in settings.prefill]
         if settings.exact_when_lazy and settings.decode:
             # One size between the buckets, so that its step is compiled: the largest, which no fused executor serves.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -38,6 +38,7 @@ from hybridgen.models.latent import (
     use_expansion,
     use_latents,
 )
+from hybridgen.models.layer_inputs import LayerInputs
 from hybridgen.models.layer_list import decoder_layers, layer_around
 from hybridgen.models.mixers import (
     MixerBinding,
@@ -104,6 +105,8 @@ class BoundModel:
     """Of the layers that share an attention schedule the first, and its query heads."""
     latents: tuple[nn.Module, ...] = field(init=False)
     """The attention modules that cache latents."""
+    _noted: LayerInputs | None = None
+    """What goes into some layers; None: nobody reads it."""
     experts: tuple[ExpertsSite, ...] = ()
     """The modules of experts that decode by the op of `kernels.linear.experts`."""
 
@@ -195,6 +198,14 @@ class BoundModel:
         for _, _, rope in self._replaced():
             rope.step = step
 
+    def note_inputs(self, layers: Sequence[int]) -> None:
+        """From now on keep what goes into these layers, until `take_inputs()`."""
+        self._noted = LayerInputs([self.layers[layer] for layer in layers]) if layers else None
+
+    def take_inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """What went into these layers in the last `forward()`, [T, hidden] each; None: a layer was not called."""
+        return () if self._noted is None else self._noted.take()
+
     def forward(self, input_ids: torch.Tensor, step: StepMetadata, keep: torch.Tensor | None) -> torch.Tensor:
         """Logits of a step.
 
@@ -213,13 +224,14 @@ class BoundModel:
         if self._slots is not None:
             slots = step.slots if step.phase is Phase.DECODE or step.fed is None else step.fed
             step.state_places = self._slots.places(slots)
-        output = self.model(
-            input_ids=input_ids[None],
-            position_ids=step.positions[None],
-            use_cache=False,
-            # An int above 0 is not the same thing in every model; a tensor and 0 are.
-            logits_to_keep=0 if keep is None else keep,
-        )
+        with nullcontext() if self._noted is None else self._noted.listening():
+            output = self.model(
+                input_ids=input_ids[None],
+                position_ids=step.positions[None],
+                use_cache=False,
+                # An int above 0 is not the same thing in every model; a tensor and 0 are.
+                logits_to_keep=0 if keep is None else keep,
+            )
         return output.logits[0]
 
     def tensors(self) -> dict[str, torch.Tensor]:

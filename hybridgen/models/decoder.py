@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 from hybridgen.models.binding import AttentionSite
 from hybridgen.models.projections import has_hooks
 from hybridgen.models.rope import LENGTH_DEPENDENT
-from hybridgen.models.weights import DenseWeight, Weight, WeightError, WeightProvider
+from hybridgen.models.weights import (
+    DenseWeight,
+    NotJoinedError,
+    SeparateWeights,
+    Weight,
+    WeightError,
+    WeightProvider,
+)
 
 
 class Unfit(Exception):
@@ -46,6 +53,9 @@ class Linear:
     weight: Weight
     bias: Tensor | None = None
     """[out]."""
+    parts: tuple[Linear, ...] = ()
+    """Projections of the same input that are not joined, in the order of their outputs. `weight` is all of theirs, and
+    they have the biases: all of them, or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +128,11 @@ class Decoder:
         return (*layers, self.head)
 
     @property
+    def separate(self) -> bool:
+        """Whether projections that read the same input lie apart in some layer, as a live module's do."""
+        return any(layer.qkv.parts or layer.gate_up.parts for layer in self.layers)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that one step reads: every projection and the head, once each."""
         return sum(linear.weight.bytes_read for linear in self.linears)
@@ -127,11 +142,38 @@ def dense(linear: Linear) -> Tensor:
     """The weight [out, in] of a projection, for a kernel that takes dense ones.
 
     Raises:
-        Unfit: it is stored in another format.
+        Unfit: it is stored in another format, or made of parts.
     """
+    if linear.parts:
+        raise Unfit("projections that read the same input are not joined")
     if not isinstance(linear.weight, DenseWeight):
         raise Unfit(f"a weight is {linear.weight.format}; dense ones are fused")
     return linear.weight.values
+
+
+def dense_parts(linear: Linear) -> list[Tensor]:
+    """The weights [out of each, in] of a projection's parts, for a kernel that takes each where it is; of one that has
+    none its whole weight.
+
+    Raises:
+        Unfit: they are stored in another format.
+    """
+    return [dense(part) for part in linear.parts or (linear,)]
+
+
+def cut(linear: Linear, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+    """Weights [size, in] and biases [size] of so many outputs each, where they are, whether they are joined or not.
+
+    Args:
+        sizes: outputs of each part, all of the projection's together.
+
+    Raises:
+        Unfit: they are stored in another format.
+    """
+    if linear.parts:
+        return [(dense(part), part.bias) for part in linear.parts]
+    biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(list(sizes))
+    return list(zip(dense(linear).split(list(sizes)), biases, strict=True))
 
 
 _ACTIVATIONS = {
@@ -218,15 +260,27 @@ class _Projections(NamedTuple):
     names: dict[nn.Module, str]
 
     def of(self, *modules: nn.Module) -> Linear:
-        """One projection, or several that share their weight in this order."""
+        """One projection, or several in this order: with one weight if they share it, else made of parts."""
         names = [self.names[module] for module in modules]
         try:
             return Linear(self.weights.get(names), self.weights.bias(names))
+        except NotJoinedError as error:
+            return self._separate([self.of(module) for module in modules], error)
         except WeightError as error:
             raise Unfit(str(error)) from error
 
+    def _separate(self, parts: list[Linear], error: NotJoinedError) -> Linear:
+        weights = tuple(part.weight for part in parts if isinstance(part.weight, DenseWeight))
+        if len(weights) < len(parts):
+            raise Unfit(str(error)) from error
+        if len({(weight.values.dtype, weight.shape[1]) for weight in weights}) > 1:
+            raise Unfit(f"{error}, and differ in their dtypes or inputs") from error
+        if len({part.bias is None for part in parts}) > 1:
+            raise Unfit(f"{error}, and only some have a bias") from error
+        return Linear(SeparateWeights(weights), parts=tuple(parts))
+
     def joined(self, parent: nn.Module, names: tuple[str, ...], whole: str) -> Linear:
-        """A projection whose members share one weight, in this order: joined by us, or by the model itself."""
+        """A projection of several members, in this order: joined by us, by the model itself, or not at all."""
         names = (whole,) if hasattr(parent, whole) else names
         return self.of(*(_module(parent, name) for name in names))
 
@@ -281,6 +335,11 @@ def _check_shapes(layer: DecoderLayer, hidden: int, heads: int, kv_heads: int, h
             raise Unfit(f"a {name} weight has the shape {weight.shape} where {shape} was expected")
         if not all(tensor.is_contiguous() for tensor in weight.tensors().values()):
             raise Unfit(f"a {name} weight is not contiguous")
+    keys = kv_heads * head_dim
+    for name, sizes in (("qkv", [heads * head_dim, keys, keys]), ("gate_up", [width, width])):
+        found = [part.weight.shape[0] for part in getattr(layer, name).parts]
+        if found and found != sizes:
+            raise Unfit(f"the parts of a {name} weight have {found} outputs where {sizes} were expected")
 
 
 def _module(parent: nn.Module, name: str) -> nn.Module:

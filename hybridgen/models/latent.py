@@ -6,7 +6,8 @@ attention function gets latents, keeps them in pages (`cache.paged_latent`), and
 
 - *Decode* attends to latents. A head's score q.(W c) is (q W).c, so the keys' part of the projection goes into the
   query, and the values' part behind the sum (absorbed).
-- *Prefill* projects the latents of each run, those of earlier chunks and shared pages included.
+- *Prefill* projects the latents of each run, those of earlier chunks and shared pages included; on CUDA it attends to
+  latents too.
 
 Both read the weight of `kv_b_proj` at each step. That they compute what the module's own method and a plain softmax do
 is tried at loading, with its weights (`check_expansion`). The module's class is changed, not its attributes, so that
@@ -25,13 +26,19 @@ from torch import Tensor, nn
 
 from hybridgen.cache.paged_latent import LatentShape
 from hybridgen.errors import UnsupportedModelError
-from hybridgen.kernels.attention.latent import latent_decode, latent_prefill, write_latent
+from hybridgen.kernels.attention.latent import (
+    latent_decode,
+    latent_prefill,
+    through_keys,
+    through_values,
+    write_latent,
+)
 from hybridgen.models.attention import AttentionCall, Phase, StepMetadata
 from hybridgen.models.projections import RowsLinear
 from hybridgen.models.twin import has_forward_hooks
 from hybridgen.models.visibility import CAUSAL
 
-_TRIED = 5
+_TRIED = 11
 """Tokens that `check_expansion` attends with."""
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 """Of the largest value, where a GPU may multiply in tensorfloat32; half precision gets 4e-2."""
@@ -57,16 +64,17 @@ class LatentBinding:
         (latent, rotary), query, scale = call.new, call.query, call.scale
         step, pages = self.step, self.latents
         places = step.block_table, step.slots, step.positions
-        # All of them, before any is read: requests of one prefill call can share pages.
-        write_latent(torch.cat((latent, rotary), dim=-1), pages, *places)
         weight: Tensor = module.kv_b_proj.weight  # type: ignore[assignment, union-attr]
+        nope = query.shape[-1] - rotary.shape[-1]
+        plain, turned = query[..., :nope], query[..., nope:]
+        appends = step.phase is Phase.DECODE and not step.several
+        if not appends:  # all of them, before any is read: requests of one prefill call can share pages
+            write_latent(latent, rotary, pages, *places)
         if step.phase is Phase.PREFILL:
-            return latent_prefill(query, pages, *places, step.query_starts, weight, scale)
-        rank, nope = latent.shape[-1], query.shape[-1] - rotary.shape[-1]
-        by_head = weight.view(query.shape[1], -1, rank)
-        absorbed = torch.bmm(query[..., :nope].transpose(0, 1), by_head[:, :nope]).transpose(0, 1)
-        mixed = latent_decode(torch.cat((absorbed, query[..., nope:]), dim=-1), pages, *places, rank, scale)
-        return torch.bmm(mixed.transpose(0, 1), by_head[:, nope:].transpose(1, 2)).transpose(0, 1)
+            return latent_prefill(plain, turned, pages, *places, step.query_starts, weight, scale)
+        new = (latent, rotary) if appends else (None, None)
+        mixed = latent_decode(through_keys(plain, weight), turned, pages, *places, scale, *new)
+        return through_values(mixed, weight, nope)
 
 
 def find_latents(model: nn.Module) -> Iterator[nn.Module]:
@@ -165,9 +173,10 @@ def expanded(name: str, module: nn.Module, key: Tensor, value: Tensor) -> Latent
 
 
 def use_latents(module: nn.Module) -> None:
-    """From now on the module hands its latents to its attention function."""
-    kind: Any = type(module)
-    module.__class__ = _with_latents(kind)
+    """From now on the module hands its latents to its attention function, if it does not yet."""
+    if not isinstance(module, LatentAttention):
+        kind: Any = type(module)
+        module.__class__ = _with_latents(kind)
 
 
 def use_expansion(module: nn.Module) -> None:
@@ -224,7 +233,7 @@ def check_expansion(name: str, module: nn.Module, shape: LatentShape, heads: int
         rope_lengths=torch.zeros_like(places),
         ids=torch.zeros_like(places),
     )
-    binding = LatentBinding(latent.new_zeros(3, 1, 4, sum(shape)), step)
+    binding = LatentBinding(latent.new_zeros(3, 1, 8, sum(shape)), step)
     new = latent[0, 0, :, None], rotary[0, 0, :, None]
     call = AttentionCall(query, new, scale, CAUSAL, 0.0, None)
     for phase in (Phase.PREFILL, Phase.DECODE):

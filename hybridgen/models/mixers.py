@@ -239,8 +239,9 @@ def read_shapes(mixer: nn.Module, cache: DynamicCache) -> MixerShapes:
 
 
 def use_slots(mixer: nn.Module) -> None:
-    """From now on the mixer reads its state where its `_hybridgen` attribute says."""
-    mixer.__class__ = _with_slots(_class_of(mixer))
+    """From now on the mixer reads its state where its `_hybridgen` attribute says, if it does not yet."""
+    if not isinstance(mixer, SlotMixer):
+        mixer.__class__ = _with_slots(_class_of(mixer))
 
 
 def use_own_cache(mixer: nn.Module) -> None:

@@ -31,6 +31,10 @@ class WeightError(LookupError):
     """A provider does not have a weight as it was asked for; the message is the reason."""
 
 
+class NotJoinedError(WeightError):
+    """Several projections were asked for as one, and each lies by itself."""
+
+
 class Weight(Protocol):
     """The weight of one projection, or of several that share their input and are stacked along the outputs."""
 
@@ -97,6 +101,38 @@ class DenseWeight:
         return {"values": self.values}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SeparateWeights:
+    """Dense weights of projections that read the same input, stacked along the outputs, each where it is."""
+
+    parts: tuple[DenseWeight, ...]
+    """Of one dtype and as many inputs."""
+
+    @property
+    def format(self) -> WeightFormat:
+        """`dense`, in the dtype of the values."""
+        return self.parts[0].format
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs of all, and inputs."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the values."""
+        return sum(part.bytes_read for part in self.parts)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Weight.matmul`."""
+        out = torch.cat([part.matmul(x) for part in self.parts], -1)
+        return out if bias is None else out + bias.to(x.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`values 0` and so on."""
+        return {f"values {index}": part.values for index, part in enumerate(self.parts)}
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Which part of a weight a rank of a group has; the whole by default."""
@@ -125,6 +161,7 @@ class WeightProvider(Protocol):
             shard: the part wanted; of several projections, that part of each.
 
         Raises:
+            NotJoinedError: they do not lie in one piece, and it does not copy.
             WeightError: it has no such weight, or not without a copy.
         """
 
@@ -216,7 +253,7 @@ class ModuleWeights:
             kinds = (FusedHead, FusedTail, QuantisedHead, QuantisedTail)
             joined = any(isinstance(each, kinds) for each in linears)
             why = "joined in another order or with others" if joined else "not joined"
-            raise WeightError(f"{_listed(names)} are {why} (fuse_projections=False, or they could not be)")
+            raise NotJoinedError(f"{_listed(names)} are {why} (fuse_projections=False, or they could not be)")
         return None
 
     def _quantised(self, names: Sequence[str], linears: Sequence[QuantisedLinear], shard: Shard) -> QuantisedWeight:

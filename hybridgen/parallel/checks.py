@@ -35,12 +35,6 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
     size = config.tensor_parallel
     if size == 1:
         return
-    mode = config.mode_on(checkpoint.device.type)
-    if mode.compiles:
-        raise ConfigError(
-            f'tensor_parallel={size} with mode="{mode}": layers are not compiled over several processes yet; use '
-            'mode="graph" or "eager"'
-        )
     for name, why in _NOT_YET.items():
         value = getattr(config, name)
         if value not in (None, False):

@@ -15,6 +15,7 @@ from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.graphs import GraphKey, Recorder
 from hybridgen.graphs.recorder import Recorded
 from hybridgen.models.attention import Phase
+from hybridgen.parallel.digest import digest
 from hybridgen.parallel.group import FAILED, Group
 from hybridgen.parallel.recording import OutOfStepError, record_together
 from hybridgen.parallel.wire import Kind, Message, Told, read_admission, read_key, read_step
@@ -59,9 +60,12 @@ class Follower:
         elif kind is Kind.ADMIT:
             self._runner.admit(read_admission(message))
         elif kind is Kind.PADDING:
-            _padding(self._runner, read_key(message.head))
+            key, warming = message.head
+            _padding(self._runner, read_key(key), warming)
         elif kind is Kind.RECORD:
             _record(self._runner, self, read_key(message.head))
+        elif kind is Kind.COMPARE:
+            self._group.exchange(digest(self._runner))
         elif kind is Kind.RELEASE:
             self._recordings.pop(read_key(message.head)).release()
         else:
@@ -140,8 +144,13 @@ def _launch(runner: ModelRunner, follower: Follower, told: Told, scored: ScoredT
 
 
 @on_its_stream
-def _padding(runner: ModelRunner, key: GraphKey) -> None:
-    runner.run_padding(key)
+def _padding(runner: ModelRunner, key: GraphKey, warming: bool) -> None:
+    if not warming or runner.compiled is None:
+        runner.run_padding(key)
+        return
+    runner.compiled.install()
+    with runner.compiled.warming_up():
+        runner.run_padding(key)
 
 
 @on_its_stream

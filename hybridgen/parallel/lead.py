@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from hybridgen.cache import LayerState
+from hybridgen.core import TokenLogprob
 from hybridgen.device.failures import LostRanks
 from hybridgen.errors import EngineError, HybridgenError, described
 from hybridgen.execution import LaunchedStep, ModelRunner
 from hybridgen.execution.plan import Admission, PrefillChunk
+from hybridgen.execution.ring import Scores
 from hybridgen.graphs import GraphKey, Recorder, Route
 from hybridgen.models.attention import Phase
 from hybridgen.models.binding import paged
+from hybridgen.parallel.digest import digest
 from hybridgen.parallel.group import Group
 from hybridgen.parallel.ranks import STORE, Ranks
 from hybridgen.parallel.recording import LeadRecorder, OtherRankError
@@ -27,8 +30,11 @@ from hybridgen.sampling.own import OwnRows
 class Lead:
     """The group as rank 0 has it."""
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
         """Wait until all ranks are there.
+
+        Args:
+            dtype: the model's.
 
         Raises:
             HybridgenError: one is not.
@@ -37,7 +43,8 @@ class Lead:
         try:
             ranks.wait_until_open()
             with self.together():
-                self.group = Group(0, ranks.size, ranks.directory / STORE, device)
+                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype)
+            ranks.on_loss(self.group.abort)
         except BaseException:
             ranks.close(at_once=True)
             raise
@@ -126,6 +133,19 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+class _Checked:
+    """Scores that nobody gets if a rank was lost meanwhile."""
+
+    def __init__(self, scores: Scores, check: Callable[[], None]) -> None:
+        self._scores, self._check = scores, check
+
+    def read(self) -> list[list[TokenLogprob]]:
+        """See `Scores.read`."""
+        found = self._scores.read()
+        self._check()
+        return found
+
+
 class LeadRunner(ModelRunner):
     """The runner of rank 0: what it runs, the others run too, in the same order and by the routes found here."""
 
@@ -137,6 +157,20 @@ class LeadRunner(ModelRunner):
         self._told: tuple[Route, tuple[int, ...]] | None = None
         """The decode step that was sent last, if nothing came after it."""
         super().__init__(*arguments, **keywords)
+        self.ring.check = self._check
+        if self.compiled is not None:
+            self.compiled.strict = False  # what one rank alone finds out while compiling would leave the others waiting
+
+    def _check(self) -> None:
+        """After a wait for a step: what ran while a rank was lost is not to be used.
+
+        Raises:
+            LostRanks: the group has ended.
+        """
+        try:
+            self._lead.check()
+        except EngineError as error:
+            raise LostRanks(str(error)) from None
 
     def attach(self, states: Sequence[LayerState]) -> None:
         """See `ModelRunner.attach`; the other ranks allocate as many pages."""
@@ -153,18 +187,32 @@ class LeadRunner(ModelRunner):
     def prefill(self, chunks: Sequence[PrefillChunk]) -> LaunchedStep:
         """See `ModelRunner.prefill`."""
         self._chunks = chunks
-        return super().prefill(chunks)
+        launched = super().prefill(chunks)
+        if launched.scores is not None:
+            launched.scores = _Checked(launched.scores, self._check)
+        return launched
 
-    def decode(self, slots: tuple[int, ...], query_len: int = 1) -> LaunchedStep:
+    def decode(self, slots: tuple[int, ...], query_len: int = 1, *, quiet: bool = False) -> LaunchedStep:
         """See `ModelRunner.decode`."""
         self._slots = slots
-        return super().decode(slots, query_len)
+        return super().decode(slots, query_len, quiet=quiet)
 
     def run_padding(self, key: GraphKey) -> None:
         """See `ModelRunner.run_padding`."""
-        self._tell(pack(Kind.PADDING, key_head(key)))
+        warming = self.compiled is not None and self.compiled.warming
+        self._tell(pack(Kind.PADDING, [key_head(key), warming]))
         with self._lead.together():
             super().run_padding(key)
+
+    def ranks_agree(self) -> bool:
+        """Whether all ranks have the same tokens, positions and texts in their slots. Not while requests run.
+
+        Raises:
+            LostRanks: the group has ended.
+        """
+        self._tell(pack(Kind.COMPARE))
+        with self._lead.together():
+            return len(set(self._lead.group.exchange(digest(self)))) == 1
 
     def _launch(self, route: Route, rows: int, sampler: SamplerPlan, own: OwnRows | None = None) -> LaunchedStep:
         if self._told is not None and route is self._told[0] and self._slots is self._told[1]:

@@ -33,7 +33,8 @@ class HeadShard(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         logits = product(input, self.weight, self.bias)
-        logits = nn.functional.pad(logits, (0, self.padded - logits.shape[-1]))
+        if logits.shape[-1] < self.padded:
+            logits = nn.functional.pad(logits, (0, self.padded - logits.shape[-1]))
         return all_gather(logits, self.group, self.vocab_size)
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Ranks:
         self.lost: str | None = None
         """Why the group has ended; None while it lives."""
         self._closing = False
+        self._on_loss: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._processes: list[subprocess.Popen[str]] = []
         place = str(_SHM) if os.access(_SHM, os.W_OK) else None
@@ -137,7 +138,18 @@ class Ranks:
         with self._lock:
             if self.lost is None:
                 self.lost = f"the tensor-parallel group ended: {why}; load the engine again"
+            stop = list(self._on_loss)
         self._kill()
+        for call in stop:
+            call()
+
+    def on_loss(self, call: Callable[[], None]) -> None:
+        """Have something called when the group ends, in whichever thread notices it; at once if it has ended."""
+        with self._lock:
+            self._on_loss.append(call)
+            ended = self.lost is not None
+        if ended:
+            call()
 
     def _watch(self) -> None:
         """Notice a process that died or stands still; in a thread of its own."""

@@ -10,8 +10,9 @@ import torch
 
 from hybridgen.errors import first_line
 from hybridgen.graphs import GraphKey, Recorder
+from hybridgen.graphs.cuda import CudaGraphRecorder
 from hybridgen.graphs.recorder import Recorded
-from hybridgen.parallel.group import DONE, FAILED, STEP, Group
+from hybridgen.parallel.group import CAPTURED, DONE, FAILED, STEP, Group
 
 
 class OtherRankError(RuntimeError):
@@ -25,29 +26,38 @@ class OutOfStepError(RuntimeError):
 def record_together(recorder: Recorder, group: Group, key: GraphKey, step: Callable[[], None]) -> Recorded:
     """Record a step on this rank while the others do the same. All of them get a recording, or none.
 
-    Before each run of the step, and at the end, each rank says whether it goes on. So one that cannot record it, say
-    because its device has no memory left, does not leave the others waiting in the step's collectives.
+    Before each run of the step, between a capture and its first replay, and at the end, each rank says whether it goes
+    on. So one that cannot record it, say because its device has no memory left, does not leave the others waiting in
+    the step's collectives. In a capture these are only noted, so that a rank which fails there leaves nobody waiting.
 
     Raises:
         OtherRankError: another rank could not.
-        OutOfStepError: this rank failed inside a step, whose collectives the others wait in, or runs it more often.
+        OutOfStepError: this rank failed where the others wait in a step's collectives, or runs it more often.
         Exception: whatever the recorder raises on this rank; the others know.
     """
-    inside = False
+    waits = False
+    """Whether the others may be waiting for this rank in a collective."""
 
     def run() -> None:
-        nonlocal inside
+        nonlocal waits
         _agree(group, STEP)
-        inside = True
+        waits = not _is_capturing()
         step()
-        inside = False
+        waits = False
 
+    def captured() -> None:
+        nonlocal waits
+        _agree(group, CAPTURED)
+        waits = True
+
+    if isinstance(recorder, CudaGraphRecorder):
+        recorder.captured = captured
     try:
         recorded = recorder.record(key, run, None)  # times known from before would be checked with more or fewer runs
     except (OtherRankError, OutOfStepError):
         raise
     except Exception as error:
-        if inside and not _is_capturing():
+        if waits:
             raise OutOfStepError(f"a step failed on rank {group.rank} alone: {error}") from error
         _say(group, FAILED)
         raise

@@ -15,7 +15,7 @@ from hybridgen.parallel.ranks import Ranks
 
 _RING_BYTES = 2**20
 """Of the messages' ring, besides room for some of the largest ones."""
-_LEFT_OUT = ("device", "tensor_parallel", "on_graph_event", "progress", "compile_cache", "revision", "offline_compile")
+_LEFT_OUT = ("device", "on_graph_event", "progress", "compile_cache", "revision", "offline_compile")
 """Fields that the other ranks do not need, or have another value of."""
 
 
@@ -30,7 +30,8 @@ def start(checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig
     checkpoint.fetch()  # what is on the hub is downloaded once
     pages = pages_for_tokens(resolved.max_context, config.page_size)
     largest = 8 * (pages + resolved.max_context + 16 * resolved.token_budget + 16 * config.max_batch)
-    return Lead(Ranks(_order(checkpoint, config), config.tensor_parallel, _RING_BYTES + 2 * largest), checkpoint.device)
+    ranks = Ranks(_order(checkpoint, config), config.tensor_parallel, _RING_BYTES + 2 * largest)
+    return Lead(ranks, checkpoint.device, checkpoint.dtype)
 
 
 def _order(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:

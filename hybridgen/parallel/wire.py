@@ -6,10 +6,11 @@
 | `ADMIT` | slot, sampling | pages, prompt |
 | `STEP` | how it runs: `Told` | of a decode step its slots; of a prefill chunks [n, 8], tokens, targets |
 | `REPEAT` | | |
-| `PADDING` | key | |
+| `PADDING` | key, whether layers are compiled by it | |
 | `RECORD` | key, whether while idle | |
 | `RELEASE` | key | |
 | `END` | | |
+| `COMPARE` | | |
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Kind(IntEnum):
     RECORD = 6
     RELEASE = 7
     END = 8
+    COMPARE = 9
 
 
 class Message(NamedTuple):
@@ -109,7 +111,8 @@ def _tuples(value: Any) -> Any:
 
 def key_head(key: GraphKey) -> list[Any]:
     """A key as JSON has it."""
-    return [*key[:-1], None if key.sampler is None else list(key.sampler)]
+    plan = None if key.sampler is None else list(key.sampler)
+    return [key.executor, key.phase, key.rows, key.tokens, key.query_len, plan]  # nobody drafts over several processes
 
 
 def read_key(head: Sequence[Any]) -> GraphKey:

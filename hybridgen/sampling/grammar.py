@@ -117,10 +117,9 @@ def fill(rows: Sequence[GrammarRow], bits: Tensor) -> None:
 
 
 def _fill_together(matchers: list[tuple[Any, int]], bits: Tensor) -> None:
-    """llguidance's masks, on several threads."""
-    import llguidance.torch
-
-    llguidance.torch.fill_next_token_bitmask_par(_threads(os.getpid()), matchers, bits)
+    """llguidance's masks, on several threads. Not by llguidance.torch, see `_Guidance.fill`."""
+    lines, width = bits.shape
+    _threads(os.getpid()).unsafe_compute_mask_ptr(matchers, bits.data_ptr(), width * bits.element_size(), lines)
 
 
 @functools.lru_cache(1)
@@ -228,9 +227,9 @@ class _Guidance:
             raise SamplingError(f"the text left its grammar: {_said(self.inner)}")
 
     def fill(self, bits: Tensor, line: int) -> None:
-        import llguidance.torch
-
-        llguidance.torch.fill_next_token_bitmask(self.inner, bits, line)
+        # Not by llguidance.torch: its import brings torch's compiler, seconds in which no step runs.
+        row = bits[line]
+        self.inner.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())
         self.check()
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from hybridgen.cache import LayerState
 from hybridgen.errors import ConfigError
-from hybridgen.execution.drafting import DraftCall
+from hybridgen.execution.drafting import DraftCall, PrefillCall
 from hybridgen.kernels.step.drafts import NO_DRAFT
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel, StepMetadata
@@ -77,9 +77,9 @@ class ModelDrafter:
         self._step = StepMetadata(block_table, slots, nothing, slots, nothing, nothing)
         self._bound.attach(self.states, self._step, rows)
 
-    def follow(self, step: StepMetadata) -> None:
+    def follow(self, call: PrefillCall) -> None:
         """Read what a prefill fed; nobody looks at the logits, of which there is one row."""
-        own = self._step
+        own, step = self._step, call.step
         own.phase, own.several, own.slots, own.positions = step.phase, step.several, step.slots, step.positions
         own.query_starts, own.rope_lengths, own.ids = step.query_starts, step.rope_lengths, self._known(step.ids)
         own.runs = step.runs

@@ -319,6 +319,7 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
         "max_context": 64,
         "max_rows": 8,
         "query_len": 1,
+        "reads": (),
         "equal_bits": False,
         "tuned": {"a": 1},
         "kept": None,

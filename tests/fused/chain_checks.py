@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import families
 import torch
-from decoders import Context, Shape, make_context, random_decoder
+from decoders import Context, Shape, in_parts, make_context, random_decoder
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -131,6 +131,33 @@ def check_merge(number: int) -> None:
             raise AssertionError("a step gave other logits the second time")
         if step.tensors()["counters"][: len(positions)].any():
             raise AssertionError("a counter is not back at 0")
+
+
+def check_parts(number: int) -> None:
+    """Projections that lie apart give the same bits as joined ones: tiles across two or three parts, biases, slices."""
+    for index, (biases, tile) in enumerate(
+        (
+            ((), [16, 16, 1, 4, 3, 0, 0]),
+            (("qkv", "gate_up"), [64, 16, 2, 4, 3, 1, 0]),
+            (("qkv",), [32, 16, 1, 4, 3, 0, 0, 2]),
+        )
+    ):
+        shape = Shape(heads=5, kv_heads=1, head_dim=8, hidden=72, intermediate=40, biases=biases, head_norm="head")
+        model = random_decoder(shape, seed=number)
+        apart = in_parts(model)
+        tiles = {f"{name}.8": tile for name in ("qkv", "gate_up")}
+        results = []
+        for each in (model, apart):
+            context = make_context(model, [5, 0, 40], seed=number)
+            step = ChainStep(each, max_rows=8, tiles=tiles)
+            poison(step)
+            step.attach(context.pages)
+            out = torch.full((3, model.vocab), torch.nan)
+            step(*context.args, out)
+            results.append((out, *(part.nan_to_num() for layer in context.pages for part in layer)))
+        if results[0][0].isnan().any() or not all(map(torch.equal, *results)):
+            raise AssertionError(f"parts give other bits (case {index})")
+        compare(apart, make_context(model, [5, 0, 40], seed=number), 2e-5)
 
 
 def check_strangers(number: int) -> None:

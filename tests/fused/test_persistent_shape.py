@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from typing import Any
 
 import pytest
 import torch
-from decoders import Shape, random_decoder
+from decoders import Shape, in_parts, random_decoder
 
+from hybridgen.cache import LayerPages
 from hybridgen.fused.persistent import program
 from hybridgen.fused.persistent.shape import Tuning, as_document, check, default_tuning, shape_of
-from hybridgen.models.decoder import Decoder, Norm, Unfit
+from hybridgen.fused.persistent.step import _packed_layer
+from hybridgen.models.decoder import Decoder, Norm, Unfit, dense
 
 SHAPE = Shape(hidden=256, heads=8, kv_heads=2, head_dim=64, intermediate=512, max_context=8)
 H200 = {"page_size": 64, "blocks": 132, "shared_memory": 227 * 1024}
@@ -75,6 +78,29 @@ def test_stages_hold_a_row_and_fit_the_shared_memory() -> None:
         assert shape.defines["STAGE"] >= 2 * changes.get("intermediate", 512)
 
 
+def test_a_packed_layer_names_every_part_where_it_lies() -> None:
+    model = decoder(biases=("qkv", "gate_up"))
+    apart = in_parts(model)
+    pages = LayerPages(torch.zeros(1), torch.zeros(1))
+    joined, parts = (
+        struct.unpack(f"<14Q2i{6 if each.separate else 0}Q", _packed_layer(each, each.layers[0], pages))
+        for each in (model, apart)
+    )
+    layer = apart.layers[0]
+    (q, k, v), (gate, up) = layer.qkv.parts, layer.gate_up.parts
+    assert [parts[4], parts[6], *parts[16:19]] == [x.weight.tensors()["values"].data_ptr() for x in (q, gate, k, v, up)]
+    assert [parts[8], parts[10], *parts[19:]] == [x.bias.data_ptr() for x in (q, gate, k, v, up)]  # type: ignore[union-attr]
+    others = [i for i in range(16) if i not in (4, 6, 8, 10)]
+    assert [joined[i] for i in others] == [parts[i] for i in others]
+    # In a model of which only some layers' projections lie apart, joined ones are named by where each begins.
+    mixed = dataclasses.replace(model, layers=(model.layers[0], apart.layers[1]))
+    check(mixed, 64, (9, 0))
+    packed = struct.unpack("<14Q2i6Q", _packed_layer(mixed, mixed.layers[0], pages))
+    qkv, gate_up = dense(model.layers[0].qkv), dense(model.layers[0].gate_up)
+    assert packed[:16] == joined
+    assert packed[16:19] == (qkv[512:].data_ptr(), qkv[640:].data_ptr(), gate_up[512:].data_ptr())
+
+
 def test_the_long_way_needs_heads_that_share_keys() -> None:
     assert shape_of(decoder(), Tuning(), **H200).has_long
     assert not shape_of(decoder(kv_heads=8), Tuning(), **H200).has_long
@@ -109,6 +135,15 @@ def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype) 
     model = dataclasses.replace(decoder(**changes), dtype=dtype)
     shape = shape_of(model, default_tuning(model, 132), **H200)
     assert program.machine_code(shape.defines, (9, 0)).startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+def test_projections_that_lie_apart_compile_to_another_kernel() -> None:
+    model = decoder(biases=("qkv", "gate_up"))
+    shapes = [shape_of(each, default_tuning(each, 132), **H200) for each in (model, in_parts(model))]
+    assert [shape.defines["SEPARATE"] for shape in shapes] == [0, 1]
+    cubins = [program.compile_cubin(shape.defines, "sm_90a") for shape in shapes]
+    assert cubins[0] != cubins[1]
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from decoders import Context, Shape, make_context, random_decoder
+from decoders import Context, Shape, in_parts, make_context, random_decoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -223,6 +223,22 @@ def test_tune() -> None:
     context = make_context(model, [30, 7, 100])
     step = _compare(model, context, tiles=chosen)
     assert {key: list(tile) for key, tile in step.tiles.items()} == chosen
+
+
+@pytest.mark.parametrize("biases", [(), ("qkv", "gate_up")])
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b"])
+def test_projections_that_lie_apart_give_the_same_bits(name: str, biases: tuple[str, ...]) -> None:
+    model = random_decoder(Shape(**REAL[name], vocab=1000, biases=biases), torch.bfloat16, "cuda")
+    apart = in_parts(model)
+    for rows in (1, 2, 8, 16):
+        results = []
+        for each in (model, apart):
+            context = make_context(model, [70] * rows, seed=rows)
+            step = _poisoned(ChainStep(each))
+            step.attach(context.pages)
+            results.append(_run(step, context))
+        assert not results[0].isnan().any()
+        assert torch.equal(*results), rows
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from decoders import Shape, make_context, random_decoder
+from decoders import Shape, in_parts, make_context, random_decoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -133,6 +133,29 @@ def _kept(key: str, make: Any) -> bytes:
     if key not in _compiled:
         _compiled[key] = make()
     return _compiled[key]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(hidden=2048, heads=32, kv_heads=8, head_dim=64, intermediate=8192, vocab=4096),
+        Shape(hidden=1024, heads=16, kv_heads=8, head_dim=128, intermediate=3072, vocab=1000, head_norm="head"),
+        # Fewer rows of keys than a stage holds: one stage has rows of queries, keys and values.
+        Shape(hidden=256, heads=3, kv_heads=1, head_dim=32, intermediate=264, biases=("qkv", "gate_up", "down")),
+    ],
+)
+def test_projections_that_lie_apart_give_the_same_bits(shape: Shape) -> None:
+    model = random_decoder(shape, torch.bfloat16, "cuda")
+    apart = in_parts(model)
+    mixed = dataclasses.replace(model, layers=(model.layers[0], *apart.layers[1:]))
+    for position in (0, 65, 200):
+        results = []
+        for each in (model, apart, mixed):
+            run = Run(each, position, 64, kept=_kept)
+            run.check()
+            results.append(run.step.logits.clone())
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("position", [32767, 100_000, 131_071])

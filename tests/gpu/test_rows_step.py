@@ -166,6 +166,30 @@ def test_replays_repeat_bit_for_bit(form: str, columns: str) -> None:
     assert int(different) == 0
 
 
+@pytest.mark.parametrize("columns", ["one row", "eight rows", "a mix"])
+@pytest.mark.parametrize("name", ["scales", "float16", "int4"])
+def test_what_goes_into_layers_is_left(name: str, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For who drafts; a layer may be asked for twice. The logits have the same bits without."""
+    model, inputs = _model(name), []
+    project = reference.queries_keys_values
+
+    def noted(model: Decoder, layer: Any, x: Tensor, positions: Tensor) -> Any:
+        inputs.append(x)
+        return project(model, layer, x, positions)
+
+    monkeypatch.setattr(reference, "queries_keys_values", noted)
+    reads = (0, len(model.layers) - 1, len(model.layers) - 1)
+    run = Run(model, COLUMNS[columns], 64, reads=reads)
+    run.step.states.fill_(torch.nan)
+    logits = run.check()
+    expected = torch.cat([inputs[layer] for layer in reads], dim=-1)
+    found = run.step.states[: len(run.ids)].float()
+    assert run.step.states[len(run.ids) :].isnan().all()
+    assert (found - expected).norm() < TOLERANCE[model.dtype] * expected.norm()
+    plain = RowsStep(model, run.pages, block_table=run.table, kept=_kept)
+    assert torch.equal(plain(run.ids, run.positions, run.slots), logits)
+
+
 def test_the_watchdog_ends_a_step_that_waits_in_vain() -> None:
     run = Run(_model("plain"), [100, 7], 64, patience=2000)
     good = run().clone()

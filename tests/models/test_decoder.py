@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import families
@@ -16,7 +16,7 @@ from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
 from hybridgen.fused.persistent import shape
 from hybridgen.models.binding import bind
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit, dense, describe
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit, dense, dense_parts, describe
 from hybridgen.models.projections import fuse_projections
 from hybridgen.models.weights import WHOLE, DenseWeight, ModuleWeights, Shard, WeightFormat
 
@@ -223,11 +223,53 @@ def test_what_cannot_be_described() -> None:
     bound = bind(model)
     sites = bound.sites
     bound.release()
-    with pytest.raises(Unfit, match="not joined"):
-        describe(model, sites, ModuleWeights(model), 64)
     with pytest.raises(Unfit, match="no layers"):
         describe(model, (), ModuleWeights(model), 64)
     fuse_projections(model)
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
     with pytest.raises(Unfit, match="ReLU"):
         describe(model, sites, ModuleWeights(model), 64)
+
+
+def _read_apart(model: PreTrainedModel, change: Callable[[], object] = lambda: None) -> Decoder:
+    """The same as `_described`, of a model whose projections are left alone; `change` is called before it is read."""
+    bound = bind(model)
+    sites = bound.sites
+    bound.release()
+    change()
+    return describe(model, sites, ModuleWeights(model), 64)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "granite", "gemma", "olmo2"])
+def test_projections_that_are_not_joined_are_read_where_they_are(name: str) -> None:
+    model = families.build(name)
+    decoder = _read_apart(model)
+    reference.check(model, decoder)
+    assert decoder.separate
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    layer = decoder.layers[1]
+    for linear, modules in (
+        (layer.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
+        (layer.gate_up, (mlp.gate_proj, mlp.up_proj)),
+    ):
+        for part, weight, module in zip(linear.parts, dense_parts(linear), modules, strict=True):
+            assert weight.data_ptr() == module.weight.data_ptr()
+            assert (part.bias is None) == (module.bias is None)
+            assert part.bias is None or part.bias.data_ptr() == module.bias.data_ptr()
+    with pytest.raises(Unfit, match="not joined"):
+        dense(layer.qkv)
+    joined = _pair(name)[1]
+    assert not joined.separate
+    assert decoder.weight_bytes == joined.weight_bytes
+    prompt = families.prompts_of((9,))[0]
+    assert _greedy(decoder, prompt, 6) == _greedy(joined, prompt, 6)
+
+
+def test_projections_that_lie_apart_and_differ_are_refused() -> None:
+    model = families.build("qwen2")
+    model.model.layers[0].self_attn.k_proj.bias = None
+    with pytest.raises(Unfit, match="only some have a bias"):
+        _read_apart(model)
+    model = families.build("llama")
+    with pytest.raises(Unfit, match="differ in their dtypes"):
+        _read_apart(model, lambda: model.model.layers[0].mlp.up_proj.to(torch.bfloat16))

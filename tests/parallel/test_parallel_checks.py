@@ -59,8 +59,6 @@ def test_models_without_a_plan_or_a_comparison(family: str, match: str, tmp_path
 @pytest.mark.parametrize(
     "fields",
     [
-        {"mode": "jit"},
-        {"mode": "hybrid"},
         {"speculation": "ngram"},
         {"quantization": "int8"},
         {"quantize_head": "int8"},

@@ -24,17 +24,23 @@ PROMPTS = [[5, 6, 7, 8], [100] * 20 + list(range(30)), [3], [9, 8, 7]]
 DRAWN = {"temperature": 0.8, "seed": 4, "top_p": 0.9, "repetition_penalty": 1.2, "logprobs": 2}
 
 
-def compare(path: Path, mode: str, size: int) -> None:
+def compare(path: Path, mode: str, size: int, **fields: Any) -> None:
     """Greedy and drawn tokens, scores and hidden states of one process and of `size`."""
-    with Engine.load(path, mode=mode, **CONFIG) as engine:
+    with Engine.load(path, mode="graph" if mode == "hybrid" else "eager", **CONFIG) as engine:
         expected = outcome(engine)
-    with Engine.load(path, mode=mode, tensor_parallel=size, **CONFIG) as engine:
+    with Engine.load(path, mode=mode, tensor_parallel=size, **CONFIG, **fields) as engine:
         found = outcome(engine)
-        kinds = {kind for _, kind, _ in engine.stats().steps}
+        stats = engine.stats()
+        kinds = {kind for _, kind, _ in stats.steps}
+        runner: Any = engine._runner
+        assert runner.ranks_agree()
     assert found[0] == expected[0]
     assert found[1] == pytest.approx(expected[1], abs=1e-3)
     assert (found[2] - expected[2]).abs().max() < 1e-3
-    assert ("layers, stand-in" in kinds) == (mode == "graph")
+    assert ("layers, stand-in" in kinds) == (mode in ("graph", "hybrid"))
+    assert ("layers, compiled" in kinds) == (mode in ("jit", "hybrid"))
+    assert stats.late_compiles == 0
+    assert not stats.fallbacks
 
 
 def outcome(engine: Engine) -> tuple[list[list[int]], list[float], Any]:
@@ -48,6 +54,19 @@ def outcome(engine: Engine) -> tuple[list[list[int]], list[float], Any]:
 def test_tokens_are_those_of_one_process(family: str, tmp_path: Path) -> None:
     families.build(family, num_hidden_layers=2, **_types(family, 2)).save_pretrained(tmp_path)
     compare(tmp_path, "graph", 2)
+
+
+@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "hybrid"])
+def test_layers_are_compiled_on_all_ranks(mode: str, tmp_path: Path) -> None:
+    families.build("llama", num_hidden_layers=2).save_pretrained(tmp_path)
+    compare(tmp_path, mode, 2, compile_backend="eager", compile_cache=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_layers_are_compiled_by_inductor(family: str, tmp_path: Path) -> None:
+    families.build(family, num_hidden_layers=2, **_types(family, 2)).save_pretrained(tmp_path)
+    compare(tmp_path, "hybrid", 2, compile_cache=False)
 
 
 @pytest.mark.slow

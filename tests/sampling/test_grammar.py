@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import forks
 import jsonschema
 import pytest
 import torch
@@ -29,6 +31,26 @@ PERSON = {
 def engine() -> Iterator[hybridgen.Engine]:
     with hybridgen.Engine.load(mode="eager", dtype="float32", device="cpu", max_batch=8) as loaded:
         yield loaded
+
+
+def test_following_a_grammar_imports_nothing_more() -> None:
+    """What a step imports holds up everybody's: the first grammar of a server stopped all streams for two seconds."""
+    script = """
+import sys
+import hybridgen
+from hybridgen.sampling.grammar import constraint_of
+import torch
+engine = hybridgen.Engine.load(mode="eager", device="cpu")
+engine.generate("a", max_new_tokens=1)
+checkpoint = engine.checkpoint
+row = constraint_of(
+    hybridgen.SamplingParams(regex="ab+"), checkpoint.tokenizer, None, checkpoint.vocab_size, checkpoint.eos_token_ids
+).begin(1)
+before = set(sys.modules)
+row(torch.tensor([1]), torch.zeros(checkpoint.vocab_size))
+assert not set(sys.modules) - before, sorted(set(sys.modules) - before)[:9]
+"""
+    forks.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def finished(outs: Any) -> list[str]:

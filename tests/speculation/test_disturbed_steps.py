@@ -26,11 +26,11 @@ def test_a_step_that_fails(drafts: str, run_ahead: int, streams: Streams, monkey
         assert runner is not None
         decode, calls = runner.decode, []
 
-        def failing(slots: tuple[int, ...], query_len: int = 1) -> Any:
+        def failing(slots: tuple[int, ...], query_len: int = 1, **kind: Any) -> Any:
             calls.append(query_len)
             if len(calls) > 4 and 2 in slots:
                 raise ArithmeticError("of the third request")
-            return decode(slots, query_len)
+            return decode(slots, query_len, **kind)
 
         monkeypatch.setattr(runner, "decode", failing)
         found = engine.generate(PROMPTS[:5], params[:5])

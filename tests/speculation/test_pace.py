@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hybridgen.speculation.pace import RowPace, choose
+from hybridgen.speculation.pace import Choice, RowPace, choose, choose_or_pause
 
 
 def row(*steps: tuple[int, int], waiting: int = 7) -> RowPace:
@@ -124,9 +124,53 @@ def test_what_a_row_has_shown() -> None:
     assert pace.expected(2) == pytest.approx(2.0)
 
 
+def costing(quiet: float | None, checks: float | None, drafts: float | None = 1.0) -> Callable[[Choice], float | None]:
+    """Seconds of steps of one token: quiet, and with drafts made; and of four tokens."""
+    return lambda kind: quiet if kind.quiet else checks if kind.query_len == 4 else drafts
+
+
+@pytest.mark.parametrize(
+    ("checks", "chosen"),
+    [(1.2, Choice(4)), (2.7, Choice(4)), (2.8, Choice(1, quiet=True)), (9.0, Choice(1, quiet=True))],
+)
+def test_drafting_pauses_where_new_rows_could_not_gain(checks: float, chosen: Choice) -> None:
+    """Three drafts of a row that has shown nothing are expected to bring 1.73 tokens more."""
+    assert choose_or_pause([row(waiting=3)] * 8, 3, costing(1.0, checks)) == chosen
+
+
+def test_drafting_begins_again_where_none_wait() -> None:
+    """By a step that makes drafts, or by one that could check some where the other is not recorded."""
+    assert choose_or_pause([row(waiting=0)], 3, costing(1.0, 1.5, 1.2)) == Choice(1)
+    assert choose_or_pause([row(waiting=0)], 3, costing(1.0, 1.5, None)) == Choice(4)
+    assert choose_or_pause([row(*[WRONG] * 9, waiting=0)], 3, costing(1.0, 1.5)) == Choice(1, quiet=True)
+    assert choose_or_pause([], 3, costing(1.0, 1.5)) == Choice(1, quiet=True)
+
+
+def test_without_times_it_drafts_in_each_step() -> None:
+    assert choose_or_pause([row(waiting=3)], 3, costing(None, None, None)) == Choice(4)
+    assert choose_or_pause([row(*[WRONG] * 40, waiting=3)], 3, costing(1.0, None)) == Choice(1)
+
+
+def test_quiet_rows_are_tried_again_now_and_then() -> None:
+    times, pace, tried, quiet = costing(1.0, 1.5), row(waiting=3), [], 0
+    for _ in range(600):
+        chosen = choose_or_pause([pace], 3, times)
+        if chosen == Choice(4):
+            tried.append(quiet)
+            quiet = 0
+            pace.read(3, 0, 3)
+        else:
+            quiet += chosen.quiet
+            pace.read(0, 0, 0 if chosen.quiet else 3, quiet=chosen.quiet)
+    assert 3 < len(tried) < 600 / 9
+    assert min(tried[2:]) > 5
+
+
 def test_a_step_has_no_more_tokens_than_it_may() -> None:
     rows = [row(*[RIGHT] * 20) for _ in range(2)]
     assert choose(rows, unknown) == 8
     assert choose(rows, unknown, most=8) == 4
     assert choose(rows * 2, unknown, most=8) == 1
     assert choose(rows[:1], unknown, most=8) == 8
+    assert choose_or_pause(rows, 3, costing(1.0, 1.0), 8) == Choice(4)
+    assert choose_or_pause(rows * 2, 3, costing(1.0, 1.0), 8) == Choice(1, quiet=True)

@@ -56,14 +56,29 @@ def _activated(gate, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _prefetch(weight, feature, first, FEATURES: tl.constexpr, INNER: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _lines(weight, keys, values, feature, INNER: tl.constexpr, QUERIES: tl.constexpr, ENDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the features' lines of INNER numbers begin: in one tensor, or, if QUERIES is not 0, in three. `weight` has
+    the first QUERIES features then, `keys` those up to ENDS, and `values` the rest."""
+    line = feature.to(tl.int64)
+    if QUERIES > 0:
+        behind = tl.where(feature < ENDS, keys + (line - QUERIES) * INNER, values + (line - ENDS) * INNER)
+        return tl.where(feature < QUERIES, weight + line * INNER, behind)
+    else:
+        return weight + line * INNER
+
+
+@triton.jit
+def _prefetch(  # type: ignore[no-untyped-def]
+    weight, keys, values, feature, first,
+    FEATURES: tl.constexpr, INNER: tl.constexpr, LENGTH: tl.constexpr, QUERIES: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
     """Ask the L2 cache for LENGTH columns from `first` on of some features' weights."""
     LINE: tl.constexpr = 128 // (weight.dtype.element_ty.primitive_bitwidth // 8)
     column = first + tl.arange(0, LENGTH // LINE) * LINE
     # A prefetch has no mask: what lies outside goes to the last column of the last feature instead.
     column = tl.minimum(column, INNER - 1)
-    row = tl.minimum(feature, FEATURES - 1).to(tl.int64)
-    pointers = weight + row[:, None] * INNER + column[None, :]
+    row = tl.minimum(feature, FEATURES - 1)
+    pointers = _lines(weight, keys, values, row[:, None], INNER, QUERIES, ENDS) + column[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -100,9 +115,10 @@ def _dot(a, b, total, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["rows"])
 def project_kernel(  # type: ignore[no-untyped-def]
     source, weight, bias, squares_in, handed_in, state, out, scale, squares_out, handed_out, partial, counters,
-    rows, eps, factor,
+    rows, eps, factor, second_weight, third_weight, second_bias, third_bias,
     FEATURES: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
     SLICES: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
+    SEPARATE: tl.constexpr, QUERIES: tl.constexpr, ENDS: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, RELEASE: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, SCALES_IN: tl.constexpr, SCALES_OUT: tl.constexpr,
@@ -112,6 +128,8 @@ def project_kernel(  # type: ignore[no-untyped-def]
 
     NORM: `source` is what a maker handed on; its norm's factor, from `squares_in`, multiplies the product.
     GATED: weight is [2 * FEATURES, INNER], gate first; out = activation(gate) * up.
+    SEPARATE: up lies in `second_weight` [FEATURES, INNER], or, if QUERIES is not 0, keys (features up to ENDS) there
+    and values in `third_weight`, and their biases alike.
     RESIDUAL: state += factor * product, in place; out = state * scale (SCALED) in its dtype, and the program's sum of
     squares goes to its line of `squares_out`. Otherwise out = factor * product, with STRIDE between rows.
 
@@ -133,29 +151,40 @@ def project_kernel(  # type: ignore[no-untyped-def]
     begin = tl.program_id(1) * LENGTH
     limit = INNER - begin
     length = tl.minimum(limit, LENGTH)
-    pointers = weight + wide.to(tl.int64) * INNER + (begin + column)
+    pointers = _lines(weight, second_weight, third_weight, wide, INNER, QUERIES, ENDS) + (begin + column)
+    if GATED:
+        if SEPARATE:
+            seconds = second_weight + wide.to(tl.int64) * INNER + (begin + column)
+        else:
+            seconds = pointers + FEATURES * INNER
     inputs = source + row * INNER + (begin + inner)
 
     product = tl.zeros([SPLITS, BLOCK, ROWS], tl.float32)
     second = product
     # What the end needs is asked for at the beginning, and nothing waits for it before the end.
     if BIAS:
-        offset = tl.load(bias + feature, mask=feature < FEATURES, other=0.0)
+        places = _lines(bias, second_bias, third_bias, feature, 1, QUERIES, ENDS)
+        offset = tl.load(places, mask=feature < FEATURES, other=0.0)
         if GATED:
-            second_offset = tl.load(bias + FEATURES + feature, mask=feature < FEATURES, other=0.0)
+            places = second_bias + feature if SEPARATE else bias + FEATURES + feature
+            second_offset = tl.load(places, mask=feature < FEATURES, other=0.0)
     if SCALED:
         following = tl.load(scale + feature, mask=feature < FEATURES, other=0.0)
     if EARLY:
         first_weights = _weights(pointers, column, wide, limit, FEATURES, INNER, EVEN)
         if GATED:
-            first_seconds = _weights(pointers + FEATURES * INNER, column, wide, limit, FEATURES, INNER, EVEN)
+            first_seconds = _weights(seconds, column, wide, limit, FEATURES, INNER, EVEN)
     if OVERLAP:
         if RELEASE == 0:
             gdc_launch_dependents()
         if AHEAD > 0:
-            _prefetch(weight, feature, begin + EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
+            first = begin + EARLY * STEP
+            _prefetch(
+                weight, second_weight, third_weight, feature, first, FEATURES, INNER, AHEAD * STEP, QUERIES, ENDS
+            )  # fmt: skip
             if GATED:
-                _prefetch(weight + FEATURES * INNER, feature, begin + EARLY * STEP, FEATURES, INNER, AHEAD * STEP)
+                up_weight = second_weight if SEPARATE else weight + FEATURES * INNER
+                _prefetch(up_weight, up_weight, up_weight, feature, first, FEATURES, INNER, AHEAD * STEP, 0, 0)
         gdc_wait()
         if RELEASE == 1:
             gdc_launch_dependents()
@@ -178,7 +207,7 @@ def project_kernel(  # type: ignore[no-untyped-def]
         w = _weights(pointers + start, column, wide, limit - start, FEATURES, INNER, EVEN)
         product = _dot(w, x, product, NATIVE)
         if GATED:
-            u = _weights(pointers + FEATURES * INNER + start, column, wide, limit - start, FEATURES, INNER, EVEN)
+            u = _weights(seconds + start, column, wide, limit - start, FEATURES, INNER, EVEN)
             second = _dot(u, x, second, NATIVE)
     if OVERLAP and RELEASE == 2:
         gdc_launch_dependents()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.kernels.attention.common import heads_of
-from hybridgen.models.decoder import Decoder, Unfit, dense
+from hybridgen.models.decoder import Decoder, Unfit, dense_parts
 
 _LARGEST_HIDDEN = 16384
 """One program holds a row of the embedding."""
@@ -41,7 +41,7 @@ def check(model: Decoder) -> None:
     ):
         if size % unit:
             raise Unfit(f"its {what} {size} is no multiple of {unit}: rows of a weight would not start at 16 bytes")
-    weights = [dense(linear) for linear in model.linears]
+    weights = [weight for linear in model.linears for weight in dense_parts(linear)]
     if any(not weight.is_contiguous() or weight.data_ptr() % 16 for weight in weights):
         raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
     if any(layer.attention_scale <= 0 for layer in model.layers):

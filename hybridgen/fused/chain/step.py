@@ -29,7 +29,7 @@ from hybridgen.fused.chain.attention import Cut, attend_kernel, block_of, cut_co
 from hybridgen.fused.chain.kernels import begin_kernel, close_kernel, project_kernel
 from hybridgen.fused.chain.setup import allocate, attention_counters, check, check_pages
 from hybridgen.fused.chain.tiles import PROJECTIONS, Tile, as_tiles, candidates, default_tile, rows_block
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, dense
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, dense_parts
 
 MAX_ROWS = 16
 
@@ -301,6 +301,7 @@ class ChainStep:
         scratch = self._scratch
         features, inner, _ = self.shape(name)
         tile = self.tiles[f"{name}.{rows_block(rows)}"]
+        weights, biases = dense_parts(linear), [part.bias for part in linear.parts or (linear,)]
         flags = ("NORM", "GATED", "GELU", "RESIDUAL", "SCALED", "SCALES_IN", "SCALES_OUT")
         launcher = self._launcher(
             project_kernel,
@@ -319,22 +320,29 @@ class ChainStep:
                 "RELEASE": tile.release,
                 "EVEN": inner % (tile.columns * tile.splits) == 0,
                 "BLOCK_PARTS": triton.next_power_of_2(constants["PARTS"]),
-                "BIAS": linear.bias is not None,
+                "BIAS": biases[0] is not None,
+                "SEPARATE": bool(linear.parts),
+                # Keys begin, and end, behind so many features; a gated projection's parts are its halves.
+                "QUERIES": len(weights[0]) if len(weights) > 2 else 0,
+                "ENDS": len(weights[0]) + len(weights[1]) if len(weights) > 2 else 0,
                 "NATIVE": self.model.dtype != torch.float32,
                 "num_warps": tile.warps,
                 **dict.fromkeys(flags, False),
                 **constants,
             },
         )
-        weight = dense(linear)
-        bias = weight if linear.bias is None else linear.bias
+        # Where there is nothing, something else stands that is not read.
+        weights += weights[:1] * (3 - len(weights))
+        biases = [weights[0] if bias is None else bias for bias in biases]
+        biases += biases[:1] * (3 - len(biases))
         scale = scratch["state"] if following is None else following.scale
         maker = scratch["squares"][side], scratch["roots"][side]
         made = scratch["squares"][1 - side], scratch["roots"][1 - side]
-        tensors = source, weight, bias, *maker, scratch["state"], out, scale, *made
+        tensors = source, weights[0], biases[0], *maker, scratch["state"], out, scale, *made
         partial, counters = scratch["partial"], scratch["counters"][attention_counters(self.model, self.max_rows) :]
         grid = triton.cdiv(features, tile.features), tile.slices, 1
-        launcher(grid, (*tensors, partial if tile.slices > 1 else scratch["state"], counters, rows, eps, factor))
+        partial = partial if tile.slices > 1 else scratch["state"]
+        launcher(grid, (*tensors, partial, counters, rows, eps, factor, *weights[1:], *biases[1:]))
 
     def _cut(self, rows: int, max_pages: int) -> tuple[Cut, Tensor]:
         """How attention cuts contexts, and scratch for what its chunks give: values, then log-sums."""

@@ -2,8 +2,6 @@
 #pragma once
 #include "projection.cuh"
 
-#define QUERIES (HEADS * HEAD)
-#define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define LOG2E 1.4426950408889634f
 

@@ -65,6 +65,17 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def driver_call(name: str, *arguments: Any) -> Any:
+    """Call a function of the driver; returns what it gives beside its status.
+
+    Raises:
+        Unfit: the bindings are not installed.
+        DeviceError: the status is not success.
+    """
+    driver, _ = _bindings()
+    return _checked(getattr(driver, name)(*arguments), name)
+
+
 @functools.cache
 def sources(program: Program = ONE_ROW) -> dict[str, bytes]:
     """The kernel's files by name."""
@@ -173,6 +184,18 @@ class Kernel:
             self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(pointers)
         )
         _checked(result, "cuLaunchCooperativeKernel")
+
+    def launch_any(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+        """As `launch`, with blocks whenever there is room for them.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        result = self._driver.cuLaunchKernel(
+            self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(pointers), 0
+        )
+        _checked(result, "cuLaunchKernel")
 
     def close(self) -> None:
         """Unload it. Not while it runs or a graph holds it."""

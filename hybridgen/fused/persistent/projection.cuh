@@ -120,3 +120,17 @@ template <int K> struct Normed {
   }
 };
 DEVICE float bias_of(const u16* bias, int row) { return bias ? widened(__ldg(bias + row)) : 0.f; }
+DEVICE float qkv_bias_of(const Layer& y, int row) {
+#if SEPARATE
+  if (row >= QUERIES + KEYS) return bias_of(y.v_bias, row - QUERIES - KEYS);
+  if (row >= QUERIES) return bias_of(y.k_bias, row - QUERIES);
+#endif
+  return bias_of(y.qkv_bias, row);
+}
+DEVICE float up_bias_of(const Layer& y, int row) {
+#if SEPARATE
+  return bias_of(y.up_bias, row);
+#else
+  return bias_of(y.gate_up_bias, INTERMEDIATE + row);
+#endif
+}

@@ -4,6 +4,8 @@
 #include "barriers.cuh"
 
 #define BATCH 64   // rows of a projection that a block finishes at once
+#define QUERIES (HEADS * HEAD)
+#define KEYS (KV_HEADS * HEAD)
 
 struct Shared {   // beside the stages
   u64 full[STAGES], empty[STAGES];
@@ -46,6 +48,9 @@ struct Layer {
   const u16 *qkv_bias, *out_bias, *gate_up_bias, *down_bias;
   u16 *keys, *values;
   int window, rotates;
+#if SEPARATE   // projections of the same input that lie apart: `qkv` is that of queries, `gate_up` the gate
+  const u16 *k, *v, *up, *k_bias, *v_bias, *up_bias;
+#endif
 };
 
 // Positions that a block attends to in a layer.
@@ -72,8 +77,8 @@ struct Producer {
   DEVICE void copy(u32 slot, u32 offset, const void* from, u32 bytes) {
     copy_in(shared_address(stages) + slot * STAGE + offset, from, bytes, shared_address(&shared_state()->full[slot]), policy);
   }
-  // Rows of a [rows, K] weight; a gated projection takes each row's twin `twin` rows below as well.
-  template <int K, bool GATED> DEVICE void projection(const u16* weight, int rows, i64 twin) {
+  // Rows of a [rows, K] weight; a gated projection takes the same rows of `twin` as well.
+  template <int K, bool GATED> DEVICE void projection(const u16* weight, int rows, const u16* twin) {
     constexpr int STEP = GATED ? Layout<K>::ROWS / 2 : Layout<K>::ROWS;
     static_assert(STEP > 0, "a stage holds a row of both halves of a gated weight");
     const int first = first_row(rows), count = row_count(rows);
@@ -82,9 +87,30 @@ struct Producer {
       const u32 slot = begin(GATED ? 2 * bytes : bytes);
       const u16* from = weight + (i64)(first + r) * K;
       copy(slot, 0, from, bytes);
-      if (GATED) copy(slot, STEP * K * 2, from + twin * K, bytes);
+      if (GATED) copy(slot, STEP * K * 2, twin + (i64)(first + r) * K, bytes);
     }
   }
+#if SEPARATE
+  // The same for rows of queries, keys and values in a weight each: a stage may hold rows of several.
+  template <int K> DEVICE void projection_of_three(const Layer& y) {
+    constexpr int STEP = Layout<K>::ROWS, ALL = QUERIES + 2 * KEYS;
+    const int first = first_row(ALL), count = row_count(ALL);
+    for (int r = 0; r < count; r += STEP) {
+      const int last = first + min(r + STEP, count);
+      const u32 slot = begin((last - first - r) * K * 2);
+      u32 offset = 0;
+      for (int row = first + r; row < last;) {
+        const bool query = row < QUERIES, key = row < QUERIES + KEYS;
+        const int start = query ? 0 : key ? QUERIES : QUERIES + KEYS;
+        const u16* weight = query ? y.qkv : key ? y.k : y.v;
+        const int rows = min(last, query ? QUERIES : key ? QUERIES + KEYS : ALL) - row;
+        copy(slot, offset, weight + (i64)(row - start) * K, rows * K * 2);
+        offset += rows * K * 2;
+        row += rows;
+      }
+    }
+  }
+#endif
   // Keys and values of a span: a stage has POSITIONS of both, from one page or from several.
   static constexpr int POSITIONS = STAGE / (4 * HEAD);
   static constexpr int PIECE = POSITIONS < PAGE ? POSITIONS : PAGE;

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridgen.models.decoder import Decoder, Unfit, dense
+from hybridgen.models.decoder import Decoder, Unfit, dense_parts
 
 THREADS = 288
 """Of a block: eight consumer warps and the producer's."""
@@ -67,7 +67,8 @@ def check(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
         Unfit: with the first reason found.
     """
     check_structure(model, page_size, capability)
-    check_places([model.embedding, *(norm.scale for norm in model.norms), *map(dense, model.linears)])
+    weights = [weight for linear in model.linears for weight in dense_parts(linear)]
+    check_places([model.embedding, *(norm.scale for norm in model.norms), *weights])
 
 
 def check_places(tensors: Iterable[Tensor]) -> None:
@@ -163,6 +164,7 @@ def shape_of(
         "RESIDUAL_SCALE": _float(first.residual),
         "EMBEDDING_SCALE": _float(model.embedding_scale),
         "LOGITS_SCALE": _float(model.logits_scale),
+        "SEPARATE": int(model.separate),
         "BLOCKS": blocks,
         "STAGE": stage,
         "STAGES": stages,

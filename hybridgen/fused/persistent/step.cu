@@ -33,13 +33,21 @@ DEVICE void produce(const Parameters& p, const Step& t) {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(from.policy));
   for (int l = 0; l < LAYERS; l++) {
     const Layer& y = p.layers[l];
-    from.projection<HIDDEN, false>(y.qkv, QUERIES + 2 * KEYS, 0);
+#if SEPARATE
+    from.projection_of_three<HIDDEN>(y);
+#else
+    from.projection<HIDDEN, false>(y.qkv, QUERIES + 2 * KEYS, nullptr);
+#endif
     from.cache(y, t.table, Plan(t.position, y.window).span(t.position));
-    from.projection<QUERIES, false>(y.out, HIDDEN, 0);
-    from.projection<HIDDEN, true>(y.gate_up, INTERMEDIATE, INTERMEDIATE);
-    from.projection<INTERMEDIATE, false>(y.down, HIDDEN, 0);
+    from.projection<QUERIES, false>(y.out, HIDDEN, nullptr);
+#if SEPARATE
+    from.projection<HIDDEN, true>(y.gate_up, INTERMEDIATE, y.up);
+#else
+    from.projection<HIDDEN, true>(y.gate_up, INTERMEDIATE, y.gate_up + (i64)INTERMEDIATE * HIDDEN);
+#endif
+    from.projection<INTERMEDIATE, false>(y.down, HIDDEN, nullptr);
   }
-  from.projection<HIDDEN, false>(p.head, VOCAB, 0);
+  from.projection<HIDDEN, false>(p.head, VOCAB, nullptr);
 }
 
 DEVICE float activated(float gate) {
@@ -112,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
       norm.apply(x);
       const int first = first_row(QUERIES + 2 * KEYS);
       project<HIDDEN, false>(x, QUERIES + 2 * KEYS, turn, side, arrivals, [&](int r, float a, float) {
-        store_word(p.qkv + first + r, a * norm.factor() + bias_of(y.qkv_bias, first + r), now);
+        store_word(p.qkv + first + r, a * norm.factor() + qkv_bias_of(y, first + r), now);
       });
       arrivals.target += PROJECTION_ARRIVALS;
     }
@@ -147,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
       project<HIDDEN, true>(x, INTERMEDIATE, turn, side, arrivals, [&](int r, float gate, float up) {
         const float factor = norm.factor();
         gate = gate * factor + bias_of(y.gate_up_bias, first + r);
-        up = up * factor + bias_of(y.gate_up_bias, INTERMEDIATE + first + r);
+        up = up * factor + up_bias_of(y, first + r);
         store_word(p.hidden + first + r, activated(gate) * up, now);
       });
       arrivals.target += PROJECTION_ARRIVALS;

@@ -12,7 +12,7 @@ from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
 from hybridgen.fused.persistent.program import Keeper, Kernel, machine_code
 from hybridgen.fused.persistent.shape import THREADS, Tuning, check, default_tuning, shape_of
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, dense
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, cut, dense
 
 _COUNTERS = 5
 _SECTOR = 32
@@ -101,7 +101,7 @@ class PersistentStep:
             _address(sin), self.logits.data_ptr(), *words, self.counters.data_ptr(), self._fault.data_ptr(),
         ]  # fmt: skip
         packed = struct.pack(f"<{len(header)}Q", *header)
-        packed += b"".join(map(_packed_layer, model.layers, pages))
+        packed += b"".join(_packed_layer(model, *each) for each in zip(model.layers, pages, strict=True))
         self._parameters = ctypes.create_string_buffer(packed, len(packed))
 
     def __call__(self) -> Tensor:
@@ -132,18 +132,28 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _packed_layer(layer: DecoderLayer, pages: LayerPages) -> bytes:
+def _packed_layer(model: Decoder, layer: DecoderLayer, pages: LayerPages) -> bytes:
+    """`Layer` of `ring.cuh`. Where some layer's projections lie apart, the parts behind the first follow, those of
+    joined ones by where they begin."""
+    width, keys, inner = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.intermediate
     norms = (layer.before_attention, layer.before_mlp, layer.query_norm, layer.key_norm)
-    linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    first, *others = cut(layer.qkv, [width, keys, keys])
+    gate, up = cut(layer.gate_up, [inner, inner])
+    pairs = [first, _whole(layer.out), gate, _whole(layer.down)]
     addresses = [_scale(norm) for norm in norms]
-    addresses += [dense(linear).data_ptr() for linear in linears] + [_bias(linear) for linear in linears]
+    addresses += [weight.data_ptr() for weight, _ in pairs] + [_address(bias) for _, bias in pairs]
     addresses += [pages.keys.data_ptr(), pages.values.data_ptr()]
-    return struct.pack(f"<{len(addresses)}Q2i", *addresses, layer.window, int(layer.rotates))
+    packed = struct.pack(f"<{len(addresses)}Q2i", *addresses, layer.window, int(layer.rotates))
+    if model.separate:
+        others.append(up)
+        parts = [weight.data_ptr() for weight, _ in others] + [_address(bias) for _, bias in others]
+        packed += struct.pack(f"<{len(parts)}Q", *parts)
+    return packed
 
 
 def _scale(norm: Norm | None) -> int:
     return _address(None if norm is None else norm.scale)
 
 
-def _bias(linear: Linear) -> int:
-    return _address(linear.bias)
+def _whole(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    return dense(linear), linear.bias

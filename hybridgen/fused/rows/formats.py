@@ -59,6 +59,8 @@ def stored(linear: Linear) -> Stored:
         Unfit: it is in a format that the kernel does not multiply with.
     """
     weight = linear.weight
+    if linear.parts:
+        raise Unfit("projections that read the same input are not joined; for several rows joined ones are fused")
     if isinstance(weight, DenseWeight):
         return Stored(Format(16), weight.values, None)
     if not isinstance(weight, QuantisedWeight) or weight.kind not in ("fp8", "int4"):

@@ -24,6 +24,9 @@ struct Parameters {
   const int* shares;                            // [4, BLOCKS + 1]: first rows of qkv, hidden, intermediate, vocab
   u32* counters;                                // layers run; steps run; arrivals; finished blocks: a sector apart
   u32* fault;
+#ifdef READS
+  u16* states;                                  // [COLUMNS, layers that are read, HIDDEN]
+#endif
   Layer layers[LAYERS];
 };
 #define COUNTER(i) (p.counters + 32 * (i))
@@ -171,6 +174,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
   for (int l = 0; l < LAYERS; l++) {
     const Layer& y = p.layers[l];
     number++;
+#ifdef READS   // what goes into some layers, for who drafts
+    if (here) {
+      constexpr int reads[] = {READS}, count = sizeof(reads) / sizeof(int);
+      UNROLL for (int i = 0; i < count; i++)
+        if (l == reads[i]) *(u32*)(p.states + ((i64)column * count + i) * HIDDEN + shares.hidden.first + own) = pack(residual0, residual1);
+    }
+#endif
     {
       arrivals.wait(watch);
       Activations<QkvTiles> a;

@@ -118,6 +118,7 @@ def shape_of(
     blocks: int,
     shared_memory: int,
     patience: int = 1 << 22,
+    reads: tuple[int, ...] = (),
 ) -> Shape:
     """The constants for a model.
 
@@ -126,6 +127,7 @@ def shape_of(
         blocks: multiprocessors of the device.
         shared_memory: bytes of it that a block can have.
         patience: times that a block asks for an activation before the step is given up.
+        reads: layers whose inputs are left behind.
 
     Raises:
         Unfit: its sizes do not fit the ring, or there are too few multiprocessors.
@@ -195,6 +197,8 @@ def shape_of(
         "SPLIT": split,
         "PATIENCE": f"{patience}u",
     }
+    if reads:
+        defines["READS"] = ",".join(map(str, reads))
     return Shape(defines, blocks, stages * stage + shared, unit_heads, split)
 
 

@@ -42,6 +42,7 @@ class RowsStep:
         block_table: Tensor,
         tuning: Tuning | None = None,
         patience: int = 1 << 22,
+        reads: tuple[int, ...] = (),
         kept: Keeper | None = None,
     ) -> None:
         """Compile (or fetch) and load the kernel for these tensors, which must stay where they are.
@@ -50,6 +51,7 @@ class RowsStep:
             block_table: int32 [slots, max_pages].
             tuning: what only speed depends on; else the defaults for the shape.
             patience: times that a block asks for an activation before the step is given up (a few seconds).
+            reads: layers whose inputs are left in `states`.
             kept: gives the machine code kept under a key, or makes and keeps it.
 
         Raises:
@@ -78,6 +80,7 @@ class RowsStep:
             blocks=blocks,
             shared_memory=getattr(properties, "shared_memory_per_block_optin", 99 * 2**10),
             patience=patience,
+            reads=reads,
         )
         cubin = machine_code(shape.defines, capability, kept, ROWS)
         with torch.cuda.device(device):
@@ -96,6 +99,8 @@ class RowsStep:
             self.tickets = torch.zeros(COLUMNS * model.heads, dtype=torch.int32, device=device)
             self.counters = torch.zeros(_COUNTERS * _SECTOR, dtype=torch.int32, device=device)
             self.logits = torch.zeros(COLUMNS, model.vocab, dtype=model.dtype, device=device)
+            self.states = torch.zeros(COLUMNS, len(reads) * model.hidden, dtype=model.dtype, device=device)
+            """What went into the layers of `reads`, side by side, by column."""
             self.shares = torch.tensor(shares(model, blocks), dtype=torch.int32, device=device)
             self._fault, self._host_fault = host_mapped((1,), torch.int32, device)
         offset = 0
@@ -111,7 +116,7 @@ class RowsStep:
             0, 0, 0, block_table.data_ptr(), 0, block_table.stride(0), model.embedding.data_ptr(),
             *_matrix(head, None), model.norm.scale.data_ptr(), _address(cos), _address(sin), self.logits.data_ptr(),
             *words, self.partial.data_ptr(), self.tickets.data_ptr(), self.shares.data_ptr(),
-            self.counters.data_ptr(), self._fault.data_ptr(),
+            self.counters.data_ptr(), self._fault.data_ptr(), *([self.states.data_ptr()] if reads else []),
         ]  # fmt: skip
         packed = struct.pack(f"<{len(header)}Q", *header)
         packed += b"".join(map(_packed_layer, model.layers, weights, pages))
@@ -152,6 +157,7 @@ class RowsStep:
             "rows tickets": self.tickets,
             "rows counters": self.counters,
             "rows logits": self.logits,
+            **({"rows states": self.states} if self.states.numel() else {}),
         }
 
 

@@ -1,0 +1,278 @@
+"""How fast do models of many kinds decode and prefill, in each mode and in Hugging Face `generate`?
+
+Random weights of published shapes: hybrids of attention with recurrent or convolution layers, latent attention and
+experts. Greedy, random prompts of one length, whole calls, wall time, medians.
+
+- step: (time of a call for N new tokens, less the same call for one) / (N - 1). N is as many as `--budget-s` allows
+  for, up to `--new`.
+- prefill: the call for one token.
+- share: bytes that a step must read over its time, of the read ceiling that is measured in the same run. Of experts,
+  those that tokens choose: k for one row, and as many as are expected of even choices for several.
+- p99 over p50: of the gaps between tokens in the long calls.
+- agreement: how many tokens are Hugging Face's before the first other one, of all. Random weights in 16 bits leave
+  tokens close to each other, so that it says little below 1.
+
+One engine a mode runs all batches. A cell that fails is reported with its reason, and the others go on.
+`HYBRIDGEN_COMPILE_CACHE=DIRECTORY` lets `hybrid` load what `jit` compiled.
+
+    python benchmarks/model_shapes.py [--models lfm2-2.6b] [--modes hybrid] [--layers 8] [--output results.json]
+    python benchmarks/model_shapes.py --smoke          # tiny models, anywhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    how_it_ran,
+    quantiles,
+    random_model,
+    random_prompts,
+    release,
+    report,
+    shape_config,
+    shape_dtype,
+    synchronize,
+    this_device,
+)
+from shapes import shorten
+from transformers import AutoModelForCausalLM
+
+import hybridgen
+from hybridgen.kernels.read_ceiling import read_ceiling
+
+MODELS = ["qwen3.5-4b", "lfm2-2.6b", "deepseek-v2-lite", "gpt-oss-20b", "qwen3-30b-a3b"]
+HUGGINGFACE = "huggingface"
+MODES = [HUGGINGFACE, "eager", "jit", "graph", "hybrid"]
+REPEATS = 3
+FEW = 5
+"""New tokens of the call by which N is chosen."""
+
+
+class Weights:
+    """Bytes of a shape's weights that a decode step reads."""
+
+    def __init__(self, name: str, layers: int | None, dtype: torch.dtype) -> None:
+        config = shape_config(name)
+        if layers is not None:
+            shorten(config, layers)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        embedding = model.get_input_embeddings()
+        tied = model.get_output_embeddings().weight is embedding.weight
+        self.experts = 0
+        self.count = self.chosen = 1
+        self.others = 0
+        for module_name, module in model.named_modules():
+            size = sum(each.numel() * each.element_size() for each in module.parameters(recurse=False))
+            if module is embedding and not tied:
+                continue
+            if module_name.endswith(".experts"):
+                self.experts += size
+            elif module is not model.get_output_embeddings() or not tied:
+                self.others += size
+        if self.experts:
+            named = "num_local_experts", "num_experts", "n_routed_experts"
+            self.count = next(getattr(config, each) for each in named if getattr(config, each, None))
+            self.chosen = config.num_experts_per_tok
+
+    def step(self, rows: int) -> float:
+        """Of a step of so many rows."""
+        read = 1 - (1 - self.chosen / self.count) ** rows
+        return self.others + self.experts * read
+
+
+class Cell:
+    """Times of one subject at one batch."""
+
+    def __init__(self, call: Callable[[int], Any], arguments: argparse.Namespace, device: str) -> None:
+        """`call(n)` generates n tokens for each row."""
+        self.results: list[Any] = []
+
+        def timed(new: int) -> float:
+            synchronize(device)
+            start = time.perf_counter()
+            self.last = call(new)
+            synchronize(device)
+            return time.perf_counter() - start
+
+        budget = arguments.budget_s
+        timed(1)
+        timed(FEW)  # what it missed is recorded at its end
+        one = timed(1)
+        step = max((timed(FEW) - one) / (FEW - 1), 1e-6)
+        repeats = max(1, min(REPEATS, int(budget / 3 / one)))
+        self.prefill = statistics.median(timed(1) for _ in range(repeats))
+        self.new = max(FEW, min(arguments.new, int((budget / (2 * repeats) - one) / step)))
+        long = []
+        for _ in range(repeats):
+            long.append(timed(self.new))
+            self.results.append(self.last)
+        self.step = (statistics.median(long) - self.prefill) / (self.new - 1)
+
+
+def agreement(found: list[list[int]], wanted: list[list[int]]) -> float:
+    """Share of tokens before a row's first other one; of as many as both have."""
+    same = total = 0
+    for ours, theirs in zip(found, wanted, strict=True):
+        compared = min(len(ours), len(theirs))
+        total += compared
+        same += next((i for i in range(compared) if ours[i] != theirs[i]), compared)
+    return same / total
+
+
+def row_of(cell: Cell, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    row: dict[str, Any] = {"step_us": cell.step * 1e6, "tokens_per_s": batch / cell.step, "new": cell.new}
+    row |= {"prefill_ms": cell.prefill * 1e3, "prefill_tokens_per_s": batch * arguments.prompt / cell.prefill}
+    return row
+
+
+class Model:
+    """A shape's rows."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, device: str, ceiling: float | None) -> None:
+        self.name, self.arguments, self.device, self.ceiling = name, arguments, device, ceiling
+        dtype = shape_dtype(name, device)
+        self.weights = Weights(name, arguments.layers, dtype)
+        start = time.perf_counter()
+        self.model = random_model(name, dtype, device, layers=arguments.layers)
+        synchronize(device)
+        print(f"{name}: weights made in {time.perf_counter() - start:.1f} s", flush=True)
+        self.rows: list[dict[str, Any]] = []
+        self.engines: dict[str, Any] = {}
+        self.tokens: dict[int, list[list[int]]] = {}
+        """Hugging Face's, by batch."""
+        self.steps: dict[int, float] = {}
+
+    def prompts(self, batch: int) -> list[list[int]]:
+        return random_prompts(batch, self.arguments.prompt, self.model.config.vocab_size, batch)
+
+    def add(self, mode: str, batch: int, measured: Callable[[], dict[str, Any]]) -> None:
+        """A row, or why there is none."""
+        row: dict[str, Any] = {"model": self.name, "layers": self.model.config.num_hidden_layers, "mode": mode}
+        row |= {"batch": batch, "prompt": self.arguments.prompt}
+        try:
+            row |= measured()
+        except (hybridgen.HybridgenError, RuntimeError, ValueError, TypeError) as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+            print(f"{self.name:<17} {mode:<12} {batch:4} failed: {row['error']}", flush=True)
+            self.rows.append(row)
+            return
+        if mode == HUGGINGFACE:
+            self.steps[batch] = row["step_us"]
+        row["times_huggingface"] = self.steps[batch] / row["step_us"] if batch in self.steps else None
+        self.rows.append(row)
+        shown = [row["step_us"], row["prefill_ms"]]
+        named = ("share_of_ceiling", "p99_over_p50", "times_huggingface", "agreement")
+        rest = " ".join("       -" if row.get(each) is None else f"{row[each]:8.3f}" for each in named)
+        print(f"{self.name:<17} {mode:<12} {batch:4} {shown[0]:10.1f} {shown[1]:10.1f} {rest}", flush=True)
+
+    def huggingface(self) -> None:
+        arguments = self.arguments
+        for batch in arguments.batches:
+            ids = torch.tensor(self.prompts(batch), device=self.device)
+            mask = torch.ones_like(ids)
+
+            def generate(new: int, ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> torch.Tensor:
+                asked = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+                return self.model.generate(ids, attention_mask=mask, **asked)
+
+            def measured(batch: int = batch, generate: Callable[[int], torch.Tensor] = generate) -> dict[str, Any]:
+                cell = Cell(generate, arguments, self.device)
+                self.tokens[batch] = cell.results[-1][:, arguments.prompt :].tolist()
+                return row_of(cell, batch, arguments)
+
+            with torch.inference_mode():
+                self.add(HUGGINGFACE, batch, measured)
+        release()
+
+    def ours(self, mode: str, options: dict[str, Any]) -> None:
+        arguments = self.arguments
+        most = max(arguments.batches)
+        options = {"max_batch": most, "max_context": arguments.prompt + arguments.new, **options}
+        options |= {"mode": mode, "token_budget": most * arguments.prompt, "prefix_cache": False, "progress": False}
+        if mode in ("graph", "hybrid"):
+            options |= {"decode_buckets": arguments.batches, "prefill_buckets": [arguments.prompt]}
+        try:
+            with hybridgen.Engine.load(self.model, **options) as engine:
+                for batch in arguments.batches:
+                    self.add(mode, batch, lambda batch=batch, engine=engine: self._engine_cell(engine, batch))
+                self.engines[mode] = how_it_ran(engine)
+        except (hybridgen.HybridgenError, RuntimeError) as error:
+            self.engines[mode] = {"error": f"{type(error).__name__}: {error}"}
+            print(f"{self.name:<17} {mode:<12} failed: {error}", flush=True)
+        release()
+
+    def _engine_cell(self, engine: hybridgen.Engine, batch: int) -> dict[str, Any]:
+        arguments, prompts = self.arguments, self.prompts(batch)
+
+        def generate(new: int) -> Any:
+            outs = engine.generate(prompts, max_new_tokens=new, ignore_eos=True, temperature=0)
+            if new > 1:
+                while engine.idle():  # graphs that were missing
+                    pass
+            return outs
+
+        cell = Cell(generate, arguments, self.device)
+        traffic = engine.traffic
+        context = traffic.step_bytes(batch, arguments.prompt + cell.new / 2) - traffic.weights
+        row = row_of(cell, batch, arguments)
+        rate = (self.weights.step(batch) + context) / cell.step
+        row |= {"gb_per_s": rate / 1e9, "share_of_ceiling": None if self.ceiling is None else rate / self.ceiling}
+        gaps = [(after - before) for outs in cell.results for before, after in pairwise(outs[0].timing.token_times)]
+        times = quantiles(gaps)
+        row |= {"p50_us": times["p50_us"], "p99_us": times["p99_us"], "gaps": len(gaps)}
+        row["p99_over_p50"] = times["p99_us"] / times["p50_us"]
+        if batch in self.tokens:
+            row["agreement"] = agreement([list(out.token_ids) for out in cell.results[-1]], self.tokens[batch])
+        return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--layers", type=int, help="only so many of each model")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=128, help="tokens of a long call at most")
+    parser.add_argument("--budget-s", type=float, default=6.0, help="seconds of a cell, about")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny models, anywhere")
+    arguments = parser.parse_args()
+    options: dict[str, Any] = {}
+    if arguments.smoke:
+        arguments.models, arguments.batches, arguments.budget_s = ["tiny", "tiny-latent"], [1, 2], 0.2
+        arguments.prompt, arguments.new = 16, 8
+        arguments.modes = [HUGGINGFACE, "eager", "hybrid"]
+        options = {"compile_backend": "eager", "kv_memory": "16MiB"}
+    device = this_device()
+    ceiling = read_ceiling(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    head = ("us / step", "prefill ms", "share", "p99/p50", "times HF", "agrees")
+    print(f"{'model':<17} {'mode':<12} {'rows':>4} {head[0]:>10} {head[1]:>10} {' '.join(f'{h:>8}' for h in head[2:])}")
+    rows: list[dict[str, Any]] = []
+    engines: dict[str, Any] = {}
+    for name in arguments.models:
+        model = Model(name, arguments, device, ceiling)
+        for mode in arguments.modes:
+            if mode == HUGGINGFACE:
+                model.huggingface()
+            else:
+                model.ours(mode, options)
+        rows += model.rows
+        engines[name] = model.engines
+        del model
+        release()
+    results = {"benchmark": "model_shapes", "read_ceiling_gb_per_s": None if ceiling is None else ceiling / 1e9}
+    report({**results, "rows": rows, "engines": engines}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,412 @@
+"""What do two GPUs bring: small sums over ranks, tensor parallel steps, replicas?
+
+Each part runs in processes of its own, with so many seconds; what it has measured by then is kept. Weights are random.
+
+| part | what it measures |
+|---|---|
+| all-reduce | microseconds of an all-reduce in a CUDA graph, by bytes: our kernel, NCCL, torch's symmetric memory |
+| tensor-parallel | decode steps of the 8B with `tensor_parallel=2`: (call for N tokens less call for one) / (N - 1) |
+| large | the same of the 70B's shape, batch 1; each rank makes its slices on its device |
+| agree | 10,000 sampled steps of a tiny model, after which all ranks must have the same tokens |
+| one | the 8B on one GPU: decode steps, and the mix of `throughput.py` with 256 requests |
+| replicas | the mix with 256 requests for each of two replicas; needs `one` before it |
+
+    python benchmarks/parallel.py [--parts all-reduce tensor-parallel] [--seconds 200] --output results.json
+    python benchmarks/parallel.py --smoke          # tiny models, two processes on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import how_it_ran, random_prompts, report, shape_dtype, this_device
+from decode import step_seconds
+from random_weights import install_everywhere, write
+from throughput import WARM_UP, Work, requests
+
+import hybridgen
+from hybridgen.parallel.group import Group
+
+SECONDS = {"all-reduce": 60, "tensor-parallel": 90, "large": 80, "agree": 60, "one": 110, "replicas": 90}
+"""Of each part at most, the imports left out."""
+SIZES = [8 * 2**10, 16 * 2**10, 64 * 2**10, 128 * 2**10, 512 * 2**10, 4 * 2**20]
+"""Bytes of an all-reduce."""
+CALLS = 50
+"""Of a graph."""
+SHAPE, LARGE = "llama-3.1-8b", "llama-3.1-70b"
+
+
+class Part:
+    """What a part is given, and where it leaves its rows."""
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        self.folder = Path(order["folder"])
+        self.smoke: bool = order["smoke"]
+        self.modes: list[str] = order["modes"]
+        self.rank: int = order["rank"]
+        self.name: str = order["part"]
+        self.device = this_device()
+        self.end = time.monotonic() + order["seconds"]
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        """Keep a row, whatever becomes of this process."""
+        if self.rank:
+            return
+        self._rows.append({"part": self.name, **row})
+        place = self.folder / f"{self.name}.json"
+        place.with_suffix(".new").write_text(json.dumps(self._rows))
+        place.with_suffix(".new").replace(place)
+        shown = {key: value for key, value in self._rows[-1].items() if key != "ran"}
+        print(f"{time.strftime('%X')} {json.dumps(shown)}", flush=True)
+
+    @property
+    def whole(self) -> Path:
+        """The checkpoint that has values."""
+        memory = Path("/dev/shm")
+        has_room = os.access(memory, os.W_OK) and (self.smoke or shutil.disk_usage(memory).total > 40e9)
+        return (memory if has_room else self.folder) / f"whole-{self.folder.name}"
+
+
+def all_reduce(part: Part) -> None:
+    """Both ranks call it."""
+    cuda = part.device == "cuda"
+    device = torch.device("cuda", part.rank) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    if cuda:
+        torch.cuda.set_device(device)
+    group = Group(part.rank, 2, part.folder / "store", device, dtype)
+    if cuda:
+        peers = torch.cuda.can_device_access_peer(part.rank, 1 - part.rank)
+        part.add(what="one shot", peers=peers, serves=group.one_shot is not None, why_not=group.why_not)
+    generator = torch.Generator(device).manual_seed(part.rank)
+    with torch.inference_mode():
+        for size in SIZES[:1] if part.smoke else SIZES:
+            x = torch.randn(size // dtype.itemsize, device=device, generator=generator).to(dtype)
+            ours, theirs = group.reduce(x), group._sum(x.clone())
+            same = len(set(group.exchange(ours.cpu().view(torch.uint8).numpy().tobytes()[:4096]))) == 1
+            difference = float((ours.float() - theirs.float()).abs().max())
+            row: dict[str, Any] = {"bytes": size, "same_bits_on_ranks": same, "largest_difference_to_nccl": difference}
+            total = torch.empty_like(x)
+            for way, call in {"ours": lambda: group.reduce(x), "nccl": lambda: group._sum(total)}.items():  # noqa: B023
+                row[f"{way}_us"] = slowest(group, microseconds(call, cuda, group))
+            part.add(what="all-reduce", **row)
+        if cuda:
+            logits = torch.randn(1, 128256 // 2, device=device).to(dtype)
+            took = slowest(group, microseconds(lambda: group.gather(logits, 128256), cuda, group))
+            part.add(what="gather of a row of logits", bytes=logits.numel() * dtype.itemsize, ours_us=took)
+    group.exchange(b"done")
+    if cuda:
+        symmetric_memory(part, device, dtype, group)
+    group.exchange(b"done")
+
+
+def symmetric_memory(part: Part, device: torch.device, dtype: torch.dtype, group: Group) -> None:
+    """torch's own kernel over symmetric memory, to compare with."""
+    import torch.distributed as dist
+    import torch.distributed._symmetric_memory as symm_mem
+
+    row: dict[str, Any] = {"what": "torch's one-shot all-reduce", "bytes": SIZES[0]}
+    try:
+        store = dist.FileStore(str(part.folder / "default store"), 2)
+        dist.init_process_group("nccl", store=store, rank=part.rank, world_size=2, device_id=device)
+        buffer = symm_mem.empty(SIZES[0] // dtype.itemsize, dtype=dtype, device=device)
+        symm_mem.rendezvous(buffer, dist.group.WORLD)
+        buffer.zero_()
+        name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+
+        def call() -> None:
+            torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name)
+
+        row["torch_us"] = slowest(group, microseconds(call, True, group))
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    part.add(**row)
+
+
+def slowest(group: Group, value: float) -> float:
+    """The largest of what the ranks measured."""
+    return max(float(each) for each in group.exchange(f"{value:020.6f}".encode()))
+
+
+def microseconds(call: Callable[[], object], cuda: bool, group: Group) -> float:
+    """Of a call in a CUDA graph of many; on a CPU of a call."""
+    call()
+    if not cuda:
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        return (time.perf_counter() - start) / CALLS * 1e6
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(CALLS):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(15):
+        group.exchange(b"now")
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / CALLS)
+    graph.reset()
+    return statistics.median(times)
+
+
+def steps_of(part: Part, engine: hybridgen.Engine, batches: list[int], vocab: int, **facts: Any) -> None:
+    """Rows of decode steps."""
+    new, prompt = (12, 4) if part.smoke else (129, 32)
+    for batch in batches:
+        prompts = random_prompts(batch, prompt, vocab, batch)
+
+        def generate(count: int, prompts: list[list[int]] = prompts) -> Any:
+            return engine.generate(prompts, max_new_tokens=count, ignore_eos=True, temperature=0)
+
+        generate(4)
+        step = step_seconds(generate, new, part.device, 1 if part.smoke else 3)
+        ran = how_it_ran(engine) if batch == batches[-1] else {}
+        decoded = [f"{s['kind']} ({s['reason']})" for s in how_it_ran(engine)["steps"] if s["phase"] == "decode"]
+        facts |= {"batch": batch, "step_us": step * 1e6, "tokens_per_s": batch / step, "decode": decoded}
+        part.add(what="steps", **facts, ran=ran)
+
+
+def sizes_for(part: Part, batches: list[int]) -> dict[str, Any]:
+    """Fields of an engine for these batches."""
+    most, prompt, new = batches[-1], 32, 129
+    sizes: dict[str, Any] = {"kv_memory": "16MiB" if part.smoke else "8GiB"}
+    sizes |= {"max_batch": most, "max_context": prompt + new + 3, "token_budget": max(64, most * prompt)}
+    return {**sizes, "decode_buckets": batches, "prefill_buckets": [], "prefix_cache": False, "progress": False}
+
+
+def tensor_parallel(part: Part) -> None:
+    batches = [1, 2] if part.smoke else [1, 8, 64]
+    name = "tiny" if part.smoke else SHAPE
+    path = write(name, shape_dtype(name, part.device), part.folder / "parallel", values=False)
+    install_everywhere()
+    for mode in part.modes:
+        fields = sizes_for(part, batches)
+        try:
+            with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **fields) as engine:
+                found = {"model": name, "mode": mode, "ranks": 2, "notes": dict(engine.stats().fused)}
+                steps_of(part, engine, batches, 500, **found)
+        except hybridgen.HybridgenError as error:  # the other modes are still worth having
+            traceback.print_exc()
+            part.add(what="steps", model=name, mode=mode, error=f"{type(error).__name__}: {error}")
+
+
+def large(part: Part) -> None:
+    name = "tiny" if part.smoke else LARGE
+    path = write(name, shape_dtype(name, part.device), part.folder / "large", values=False)
+    install_everywhere()
+    for mode in part.modes[-1:]:
+        with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **sizes_for(part, [1])) as engine:
+            steps_of(part, engine, [1], 500, model=name, mode=mode, ranks=2)
+
+
+def agree(part: Part) -> None:
+    wanted, each = (40, 20) if part.smoke else (10_000, 200)
+    path = write("tiny", shape_dtype("tiny", part.device), part.folder / "agree", values=True)
+    fields = {"max_batch": 4, "max_context": 512, "prefill_buckets": [], "progress": False, "kv_memory": "64MiB"}
+    steps = wrong = 0
+    start = time.monotonic()
+    with hybridgen.Engine.load(path, mode=part.modes[-1], tensor_parallel=2, **fields) as engine:
+        runner: Any = engine._runner
+        while steps < wanted and time.monotonic() < part.end - 3:
+            sampling = {"temperature": 1.0, "seed": steps, "repetition_penalty": 1.1, "ignore_eos": True}
+            engine.generate(random_prompts(3, 5, 500, steps), max_new_tokens=each, **sampling)
+            steps += each
+            wrong += not runner.ranks_agree()
+        took = time.monotonic() - start
+        part.add(what="agreement", steps=steps, calls_that_differ=wrong, seconds=took, ran=how_it_ran(engine))
+
+
+def mix(count: int, smoke: bool) -> Work:
+    return requests(8, 4, 12, 500) if smoke else requests(count, 100, 1024, 10000)
+
+
+def timed_mix(part: Part, generate: Callable[[Work], Any], work: Work, **facts: Any) -> None:
+    """A row of the mix."""
+    for _ in range(2):  # what the first of them lacks is recorded behind it
+        generate(work.head(WARM_UP))
+        time.sleep(0.2 if part.smoke else 1.0)
+    start = time.perf_counter()
+    done = generate(work)
+    took = time.perf_counter() - start
+    tokens = sum(len(completion.token_ids) for completion in done)
+    part.add(what="mix", **facts, requests=len(work.prompts), tokens=tokens, seconds=took, tokens_per_s=tokens / took)
+
+
+def many(part: Part) -> dict[str, Any]:
+    """Fields of an engine for the mix."""
+    found = {"max_batch": 256, "max_context": 2048, "progress": False, "compile_cache": str(part.folder / "compiled")}
+    if part.smoke:
+        found |= {"max_batch": 4, "max_context": 64, "kv_memory": "16MiB"}
+    return {"mode": part.modes[-1] if part.smoke else "hybrid", **found}
+
+
+def samplings(work: Work) -> list[hybridgen.SamplingParams]:
+    made = hybridgen.SamplingParams
+    return [made(max_new_tokens=new, temperature=0, ignore_eos=True, seed=i) for i, new in enumerate(work.new)]
+
+
+def one(part: Part) -> None:
+    name = "tiny" if part.smoke else SHAPE
+    device = "cuda:0" if part.device == "cuda" else "cpu"
+    with hybridgen.Engine.load(part.whole, device=device, **many(part)) as engine:
+        steps_of(part, engine, [1, 2] if part.smoke else [1, 8, 64], 500, model=name, mode=str(engine.mode), ranks=1)
+        work = mix(256, part.smoke)
+        timed_mix(part, lambda some: engine.generate(some.prompts, samplings(some)), work, model=name, engines=1)
+
+
+def replicas(part: Part) -> None:
+    name = "tiny" if part.smoke else SHAPE
+    device = {} if part.device == "cuda" else {"device": "cpu"}
+    with hybridgen.Replicas(part.whole, 2, **many(part), **device) as both:
+        work = mix(512, part.smoke)
+        timed_mix(part, lambda some: both.generate(some.prompts, samplings(some)), work, model=name, engines=2)
+
+
+PARTS: dict[str, Callable[[Part], None]] = {
+    "all-reduce": all_reduce,
+    "tensor-parallel": tensor_parallel,
+    "large": large,
+    "agree": agree,
+    "one": one,
+    "replicas": replicas,
+}
+
+
+class Process:
+    """A part's processes: they import at once, and begin when they are told to."""
+
+    def __init__(self, order: dict[str, Any], ranks: int) -> None:
+        self.seconds = order["seconds"]
+        self._all = []
+        for rank in range(ranks):
+            command = [sys.executable, __file__, "--order", json.dumps({**order, "rank": rank})]
+            self._all.append(subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True))
+
+    def begin(self) -> None:
+        for process in self._all:
+            if process.stdin is not None:
+                process.stdin.write("now\n")
+                process.stdin.flush()
+
+    def finish(self, until: float) -> str:
+        """Wait; what went wrong, or nothing."""
+        wrong = ""
+        for process in self._all:
+            try:
+                status = process.wait(max(0.1, until - time.monotonic()))
+                wrong = wrong or (f"ended with status {status}" if status else "")
+            except subprocess.TimeoutExpired:
+                wrong = "took too long"
+        self.kill()
+        return wrong
+
+    def kill(self) -> None:
+        for process in self._all:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run the parts one after another; the rows that they left, and what went wrong."""
+    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    end = time.monotonic() + arguments.seconds
+    order = {"folder": str(folder), "smoke": arguments.smoke, "modes": arguments.modes}
+    needs_whole = {"one", "replicas"} & set(arguments.parts)
+    before = Process({**order, "part": "whole", "seconds": 60}, 1) if needs_whole else None
+    processes = {}
+    for name in arguments.parts:
+        limit = min(SECONDS[name], arguments.seconds)
+        processes[name] = Process({**order, "part": name, "seconds": limit}, 2 if name == "all-reduce" else 1)
+    if before is not None:
+        before.begin()
+    try:
+        for name, process in processes.items():
+            if before is not None and name in needs_whole:
+                before.finish(time.monotonic() + 60)
+                before = None
+            if time.monotonic() > end - 10:
+                failed[name] = "no time was left"
+                continue
+            start = time.monotonic()
+            process.begin()
+            wrong = process.finish(min(end, start + process.seconds + 30))
+            if wrong:
+                failed[name] = wrong
+            print(f"{name}: {time.monotonic() - start:.1f} s {wrong}", flush=True)
+            place = folder / f"{name}.json"
+            rows += json.loads(place.read_text()) if place.exists() else []
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {"rows": rows, "failed": failed}
+
+
+def run_part(order: dict[str, Any]) -> None:
+    """In a process of its own."""
+    sys.stdin.readline()
+    part = Part(order)
+    if part.name == "whole":
+        name = "tiny" if part.smoke else SHAPE
+        write(name, torch.float32 if part.device == "cpu" else torch.bfloat16, part.whole, values=True)
+        print(f"{time.strftime('%X')} the checkpoint is written", flush=True)
+        return
+    try:
+        PARTS[part.name](part)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # what NCCL does at the end of a process may wait for another
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--modes", nargs="+", choices=("eager", "graph", "jit", "hybrid"), default=["graph"])
+    parser.add_argument("--seconds", type=float, default=600, help="of all parts together")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny models, two processes, anywhere")
+    parser.add_argument("--order", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.order is not None:
+        run_part(json.loads(arguments.order))
+        return
+    with tempfile.TemporaryDirectory(prefix="parallel-") as folder:
+        try:
+            found = measure(arguments, Path(folder))
+        finally:
+            for place in Path("/dev/shm").glob(f"whole-{Path(folder).name}/*"):
+                place.unlink()
+            for place in Path("/dev/shm").glob(f"whole-{Path(folder).name}"):
+                place.rmdir()
+    report({"benchmark": "parallel", **found}, arguments.output)
+    if arguments.smoke and found["failed"]:
+        raise SystemExit(f"failed: {found['failed']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Small sums and gathers over the GPUs of a host, in one kernel of our own: `one_shot.cu` says how.
+
+Each rank maps the memory of the others (CUDA IPC). NCCL does the same in 10 to 12 us for a few KB; on the way there are
+its own barriers and rounds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridgen.device.mapped import host_mapped
+from hybridgen.errors import DeviceError
+from hybridgen.fused.persistent.program import Kernel, Program, compile_cubin, driver_call
+
+PROGRAM = Program((__package__ or "",), "one_shot.cu", (), "one_shot")
+THREADS, BLOCKS = 256, 256
+_GROUP = 8
+"""Bytes that one thread sends."""
+MOST_BYTES = BLOCKS * THREADS * _GROUP
+"""Of a tensor, at most; of a gather, what one rank has."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1
+_TRIAL_SECONDS = 5.0
+
+
+def defines(size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Constants of the kernel for so many ranks."""
+    return {"SIZE": size, "THREADS": THREADS, "BLOCKS": BLOCKS, "DTYPE": DTYPES[dtype]}
+
+
+class OneShot:
+    """The kernel and the memory of all ranks, as one of them has it."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        exchange: Callable[[bytes], list[bytes]],
+    ) -> None:
+        """Allocate, and map what the others have.
+
+        Args:
+            dtype: of what is added up.
+            exchange: gives what each rank handed in, by rank; called once, whatever happens, and empty bytes say that
+                this rank has nothing.
+
+        Raises:
+            DeviceError: the kernel or the memory cannot be had, here or on another rank.
+        """
+        self.dtype = dtype
+        self._rank, self._size, self._device = rank, size, device
+        self._mapped: list[int] = []
+        self._inbox = 0
+        own = b""
+        try:
+            with torch.cuda.device(device):
+                torch.cuda.current_stream(device).synchronize()  # the driver's context is there and current
+                capability = torch.cuda.get_device_capability(device)
+                architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
+                self._kernel = Kernel(compile_cubin(defines(size, dtype), architecture, PROGRAM), 0, PROGRAM)
+                count = 2 * BLOCKS * size * THREADS * 16
+                self._inbox = int(driver_call("cuMemAlloc", count))
+                driver_call("cuMemsetD8", self._inbox, 0, count)
+                handle: Any = driver_call("cuIpcGetMemHandle", self._inbox)
+                own = ctypes.string_at(handle.getPtr(), _HANDLE_BYTES)
+            with torch.inference_mode(False):
+                self._numbers = torch.zeros(BLOCKS, dtype=torch.int32, device=device)
+                self._ended, self._host_ended = host_mapped((1,), torch.int32, device)
+            torch.cuda.synchronize(device)
+        finally:
+            handles = exchange(own)
+        missing = [other for other, found in enumerate(handles) if not found]
+        if missing:
+            self._free()
+            raise DeviceError(f"rank {missing[0]} has no memory that others could map")
+        inboxes = [self._inbox if other == rank else self._map(found) for other, found in enumerate(handles)]
+        values = [0, 0, self._numbers.data_ptr(), self._ended.data_ptr(), 0, rank, 0, *inboxes]
+        packed = struct.pack(f"<{len(values)}Q", *values)
+        self._parameters = ctypes.create_string_buffer(packed, len(packed))
+
+    def _map(self, found: bytes) -> int:
+        from cuda.bindings import driver
+
+        handle = driver.CUipcMemHandle()
+        ctypes.memmove(handle.getPtr(), found, _HANDLE_BYTES)
+        with torch.cuda.device(self._device):
+            address = int(driver_call("cuIpcOpenMemHandle", handle, _LAZY_PEER_ACCESS))
+        self._mapped.append(address)
+        return address
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether it takes a tensor; goes by what is the same on all ranks."""
+        size = x.numel() * x.element_size()
+        return x.dtype is self.dtype and 0 < size <= MOST_BYTES and size % _GROUP == 0
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, added up in float32 in the order of the ranks; a new tensor of the same shape."""
+        return self._launch(x, torch.empty_like(x, memory_format=torch.contiguous_format), gathers=False)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks: [ranks, *x.shape]."""
+        return self._launch(x, x.new_empty((self._size, *x.shape)), gathers=True)
+
+    def _launch(self, x: Tensor, out: Tensor, *, gathers: bool) -> Tensor:
+        x = x.contiguous()
+        if x.data_ptr() % _GROUP:  # a view that begins in between
+            x = x.clone()
+        groups = x.numel() * x.element_size() // _GROUP
+        struct.pack_into("<2Q", self._parameters, 0, x.data_ptr(), out.data_ptr())
+        struct.pack_into("<3Q", self._parameters, 32, groups, self._rank, int(gathers))
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._kernel.launch_any(-(-groups // THREADS), THREADS, self._parameters, stream)
+        return out
+
+    def try_out(self) -> str | None:
+        """Add up and gather numbers whose result is known; why it is not to be used, or None. On all ranks at once."""
+        event = torch.cuda.Event()
+        wrong = torch.zeros((), dtype=torch.int64, device=self._device)
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            for count in (4, 4 * THREADS, MOST_BYTES // 4 // 3 * 2, 4 * THREADS + 4):
+                ramp = torch.arange(count, device=self._device) % 97
+                mine = (ramp + self._rank).to(self.dtype)
+                total, parts = self.reduce(mine), self.gather(mine)
+                everybody = torch.arange(self._size, device=self._device)
+                expected = ramp[None] + everybody[:, None]
+                wrong += (parts != expected).sum() + (total != expected.sum(0).to(self.dtype)).sum()
+            event.record()
+            until = time.monotonic() + _TRIAL_SECONDS
+            while not event.query() and time.monotonic() < until:
+                time.sleep(0.0005)
+            if not event.query():
+                self.end()
+                torch.cuda.synchronize(self._device)
+                return f"nothing came from another rank within {_TRIAL_SECONDS:.0f} seconds"
+            if int(wrong):
+                return f"{int(wrong)} wrong values in a trial"
+        return None
+
+    def end(self) -> None:
+        """Let nobody wait any more: what runs ends, with values that nobody may use. From any thread."""
+        self._host_ended[0] = 1
+
+    def close(self) -> None:
+        """Free the memory. Nothing may run, and no graph may hold it."""
+        self._free()
+        with torch.cuda.device(self._device):
+            self._kernel.close()
+
+    def _free(self) -> None:
+        with torch.cuda.device(self._device):
+            for address in self._mapped:
+                driver_call("cuIpcCloseMemHandle", address)
+            if self._inbox:
+                driver_call("cuMemFree", self._inbox)
+        self._mapped, self._inbox = [], 0

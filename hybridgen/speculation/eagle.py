@@ -1,0 +1,303 @@
+"""An EAGLE-3 head that drafts (Li, Wei, Zhang and Zhang, arXiv:2503.01840; what its files hold: `loading.eagle`).
+
+The head goes on from what the model itself computed. Position p of its own sequence has the hidden states that three
+of the model's layers were given there, joined by `fc`, beside the embedding of the token at p + 1. One decoder layer
+attends over these pairs, and a small head says which token follows. A further draft takes the layer's own output in
+place of hidden states that the model has not computed yet: k drafts are a chain of k passes.
+
+Its keys and values lie in pages of the same numbers as the model's, as those of `ModelDrafter` do. A position's pair is
+known once the token behind it is: a prefill writes all but that of the prompt's last token, and each step those of the
+tokens that it brought, over what its drafts had left there. Where a prompt's first pages come from the prefix cache,
+the pair at their end has the token with which another prompt went on; that can cost a draft.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, silu
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from hybridgen.cache import LayerShape, LayerState, PagedKV
+from hybridgen.errors import ConfigError
+from hybridgen.execution.drafting import DraftCall, PrefillCall
+from hybridgen.kernels.attention.ops import (
+    Options,
+    Places,
+    decode_attention,
+    make_schedule,
+    schedule_attention,
+    write_kv,
+)
+from hybridgen.kernels.step.drafts import NO_DRAFT
+from hybridgen.loading import Checkpoint
+from hybridgen.loading.eagle import EagleFiles, HeadShape
+from hybridgen.models import BoundModel
+
+_NO_NUMBER = -2
+"""A draft where the logits held no number that could be chosen: it is counted as dropped."""
+
+
+class EagleHead(nn.Module):
+    """The weights of a head, and what they compute."""
+
+    fc: Tensor
+    hidden_norm: Tensor
+    input_layernorm: Tensor
+    post_attention_layernorm: Tensor
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+    norm: Tensor
+    lm_head: Tensor
+    embedding: Tensor | None
+    ids: Tensor | None
+    """The model's ids that it can draft; None: each is its own."""
+    inverse_frequencies: Tensor
+    rotary_scale: Tensor
+
+    def __init__(self, shape: HeadShape, weights: dict[str, Tensor], rotary: LlamaRotaryEmbedding) -> None:
+        """
+        Args:
+            weights: by the names of `loading.eagle.read_head`; they are emptied into the head.
+            rotary: gives the frequencies.
+        """
+        super().__init__()
+        self.shape = shape
+
+        def keep(name: str, *parts: str) -> None:
+            value = torch.cat([weights.pop(part) for part in parts]) if len(parts) > 1 else weights.pop(parts[0])
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+        # A rotation turns values half a head apart against each other. Here they lie side by side, as the parts of
+        # complex numbers: scores do not change where queries and keys are reordered alike.
+        for name in ("q_proj", "k_proj"):
+            full = f"layer.self_attn.{name}.weight"
+            weights[full] = weights[full].unflatten(0, (-1, 2, shape.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        keep("fc", "fc.weight")
+        for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+            keep(name, f"layer.{name}.weight")
+        keep("qkv", *(f"layer.self_attn.{each}_proj.weight" for each in "qkv"))
+        keep("out", "layer.self_attn.o_proj.weight")
+        keep("gate_up", "layer.mlp.gate_proj.weight", "layer.mlp.up_proj.weight")
+        keep("down", "layer.mlp.down_proj.weight")
+        keep("norm", "norm.weight")
+        keep("lm_head", "lm_head.weight")
+        if "embed_tokens.weight" in weights:
+            keep("embedding", "embed_tokens.weight")
+        else:
+            self.register_parameter("embedding", None)
+        self.register_buffer("ids", weights.pop("ids", None))
+        self.register_buffer("inverse_frequencies", rotary.inv_freq.to(self.fc.device))
+        scale = torch.full_like(rotary.inv_freq, float(rotary.attention_scaling))
+        self.register_buffer("rotary_scale", scale.to(self.fc.device))
+
+    def joined(self, states: Tensor) -> Tensor:
+        """The model's hidden states [..., 3 * H of the model] as one [..., H]."""
+        return linear(states, self.fc)
+
+    def around(self, hidden: Tensor) -> Tensor:
+        """What goes around attention, [T, H]."""
+        return self._normed(hidden, self.hidden_norm) if self.shape.norm_before_residual else hidden
+
+    def projected(self, embedded: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, heads, D], keys and values [T, kv_heads, D] of pairs, rotated.
+
+        Args:
+            embedded, hidden: [T, H].
+            positions: int64 [T].
+        """
+        shape = self.shape
+        pair = torch.cat((self._normed(embedded, self.input_layernorm), self._normed(hidden, self.hidden_norm)), dim=-1)
+        heads = linear(pair, self.qkv).view(len(pair), -1, shape.head_dim)
+        rotated, values = heads.split([shape.heads + shape.kv_heads, shape.kv_heads], dim=1)
+        turns = torch.polar(self.rotary_scale, positions[:, None] * self.inverse_frequencies)[:, None]
+        turned = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2))) * turns
+        rotated = torch.view_as_real(turned).flatten(-2).to(pair.dtype)
+        queries, keys = rotated.split([shape.heads, shape.kv_heads], dim=1)
+        return queries.contiguous(), keys.contiguous(), values.contiguous()
+
+    def finished(self, attended: Tensor, around: Tensor) -> Tensor:
+        """The rest of the layer, from what attention gave [T, heads, D]: [T, H], the state of the next draft."""
+        hidden = torch.addmm(around, attended.flatten(1), self.out.T)
+        gate, up = linear(self._normed(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, dim=-1)
+        return torch.addmm(hidden, silu(gate) * up, self.down.T)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, draft vocabulary]."""
+        return linear(self._normed(hidden, self.norm), self.lm_head)
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """[T, vocabulary of the model], -inf for ids that it cannot draft."""
+        if self.ids is None:
+            return logits
+        whole = logits.new_full((len(logits), self.shape.vocab), -torch.inf)
+        return whole.index_copy_(1, self.ids, logits)
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(hidden, (self.shape.hidden,), weight, self.shape.eps)
+
+
+class EagleDrafter:
+    """Drafts with a head, by each request's own temperature, filters, penalties and noise."""
+
+    wrong = "logits that hold no number"
+    reach = None
+    """It sees all positions."""
+
+    def __init__(self, name: str, head: EagleHead, bound: BoundModel, layers: tuple[int, ...], page_size: int) -> None:
+        """
+        Args:
+            name: as statistics show it.
+            bound: the model, whose embedding is used if the head has none.
+            layers: of the model, whose inputs are read.
+        """
+        shape = head.shape
+        self.name = name
+        self.layers = layers
+        self.width = len(layers) * shape.model_hidden
+        """Values of each token's hidden states."""
+        self._head = head
+        self._bound = bound
+        self._pages = PagedKV(LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim), page_size, head.fc.dtype)
+        self._options = Options(shape.head_dim**-0.5)
+
+    @property
+    def states(self) -> tuple[LayerState, ...]:
+        """The pages of its layer."""
+        return (self._pages,)
+
+    def begin(self, *, slots: int, context: int, vocab_size: int, count: int, device: torch.device) -> None:
+        """Allocate what is the same in each step."""
+        self._padding_slot = slots - 1
+        self._columns = vocab_size
+        with torch.inference_mode():  # as what a step computes is
+            self._places = torch.arange(count + 1, device=device)
+            self._rows = torch.arange(slots, device=device)
+
+    def attach(self, block_table: Tensor, rows: int) -> None:
+        """Use the pages, which are allocated.
+
+        Args:
+            block_table: the engine's, int32 [slots, pages].
+            rows: tokens of a decode step at most.
+        """
+        self._table = block_table
+        self._schedule = make_schedule(*self._pages.pages, block_table, self._head.shape.heads, rows, 0, 0)
+
+    def follow(self, call: PrefillCall) -> None:
+        """Write the keys and values of a prefill's tokens. Those of each prompt's last one are written again by
+        `draft`, when the token behind it is known."""
+        step = call.step
+        behind = (step.positions + 1).clamp(max=call.text.shape[1] - 1)
+        ids = call.text[step.slots.long(), behind]
+        hidden = self._head.joined(_states(call.states))
+        _, keys, values = self._head.projected(self._embedded(ids), hidden, step.positions)
+        write_kv(keys, values, self._at(step.slots, step.positions))
+
+    def draft(self, call: DraftCall) -> Tensor:
+        """int64 [B, count]: what each request would take from the head's logits, one after the other."""
+        rows, head = len(call.slots), self._head
+        states = _states(call.states)
+        fed = len(states) // rows
+        joined = head.joined(states).view(rows, fed, -1)
+        positions = (call.lengths - call.brought - 1)[:, None] + self._places[:fed]
+        # What was fed and not accepted has no place, nor have rows of padding.
+        known = (self._places[:fed] < call.brought[:, None]) & (positions >= 0)
+        positions = positions * known
+        ids = call.text[call.slots[:, None], (positions + 1).clamp(max=call.text.shape[1] - 1)]
+        slots = torch.where(known, call.slots[:, None], self._padding_slot).to(torch.int32)
+        flat = joined.flatten(0, 1)
+        queries, keys, values = head.projected(self._embedded(ids.flatten()), flat, positions.flatten())
+        write_kv(keys, values, self._at(slots.flatten(), positions.flatten()))
+        last = self._rows[:rows] * fed + call.brought - 1
+        at = self._at(slots.flatten()[last], positions.flatten()[last])
+        hidden = self._attended(queries[last], flat[last], at)
+        drafts: list[Tensor] = []
+        ends = call.lengths + call.room
+        while True:
+            logits = head.logits(hidden)
+            drafts.append(call.choose(self._widened(head.spread(logits)), drafts))
+            if len(drafts) == call.most:
+                break
+            places = call.lengths + (len(drafts) - 2)
+            inside = places < ends
+            places = places * inside
+            at = self._at(torch.where(inside, call.slots, self._padding_slot).to(torch.int32), places)
+            query, key, value = head.projected(self._embedded(drafts[-1]), hidden, places)
+            hidden = self._attended(query, hidden, at, key, value)
+        made = torch.stack(drafts, dim=1)
+        # Else what can be drafted is banned. What is no number stays so from draft to draft.
+        broken = logits.isnan().any(dim=-1, keepdim=True)
+        made = made.masked_fill((made < 0) & broken, _NO_NUMBER)
+        return made.masked_fill(self._places[: call.most] >= call.room[:, None], NO_DRAFT)
+
+    def _attended(
+        self, query: Tensor, hidden: Tensor, at: Places, key: Tensor | None = None, value: Tensor | None = None
+    ) -> Tensor:
+        """The layer's output for one pair of each row, whose keys and values are written first if they are given."""
+        schedule_attention(at, self._head.shape.heads, 0, 0, self._schedule)
+        attended = decode_attention(query, at, self._options, k=key, v=value, schedule=self._schedule)
+        return self._head.finished(attended, self._head.around(hidden))
+
+    def _at(self, slots: Tensor, positions: Tensor) -> Places:
+        return Places(*self._pages.pages, self._table, slots, positions)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """[T, H]; ids int [T], of which some may be no tokens."""
+        ids = ids.long().clamp(0, self._head.shape.vocab - 1)
+        if self._head.embedding is not None:
+            return self._head.embedding[ids]
+        return cast(nn.Module, self._bound.model.get_input_embeddings())(ids)
+
+    def _widened(self, logits: Tensor) -> Tensor:
+        """As wide as the model's own logits, which may have columns that are no ids."""
+        missing = self._columns - logits.shape[1]
+        return nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights and pages."""
+        own = {"places": self._places, "rows": self._rows, "schedule": self._schedule}
+        pages = {f"{name} of its layer": tensor for name, tensor in self._pages.tensors().items()}
+        return own | pages | dict(self._head.named_parameters()) | dict(self._head.named_buffers())
+
+
+def _states(states: Tensor | None) -> Tensor:
+    if states is None:
+        raise RuntimeError("no hidden states came with the step")
+    return states
+
+
+def check_head(head: EagleFiles, model: Checkpoint) -> tuple[int, ...]:
+    """The model's layers whose inputs a head reads.
+
+    Raises:
+        ConfigError: the head is for another model.
+    """
+    config: Any = model.hf_config
+    shape, whose = head.shape, f"drafter={head.name!r}"
+    for what, own, theirs in (
+        ("a vocabulary of", shape.vocab, getattr(config, "vocab_size", None)),
+        ("hidden states of", shape.model_hidden, getattr(config, "hidden_size", None)),
+    ):
+        if own != theirs:
+            raise ConfigError(
+                f"{whose} is a head for {what} {own}, and {model.name!r} has {theirs}; give one that was trained for it"
+            )
+    count = int(getattr(config, "num_hidden_layers", 0))
+    layers = shape.layers or (2, count // 2, count - 3)
+    if min(layers) < 0 or max(layers) >= count:
+        raise ConfigError(
+            f"{whose} reads what goes into the layers {layers}, and {model.name!r} has {count} of them; give a head "
+            "that was trained for it"
+        )
+    own = "embed_tokens.weight" in head.names
+    if not own and shape.hidden != shape.model_hidden:
+        raise ConfigError(
+            f"{whose} is {shape.hidden} wide and brings no embed_tokens.weight, and the embedding of {model.name!r} is "
+            f"{shape.model_hidden} wide; give the head with its own"
+        )
+    return layers

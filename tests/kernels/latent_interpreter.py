@@ -1,0 +1,81 @@
+"""Triton's kernels for latents against dense attention, in Triton's interpreter; run by test_latent_triton.py.
+
+float32 only: the interpreter's `tl.dot` is wrong on bfloat16.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from latent_cases import error, make_latents, mean_latents
+
+from hybridgen.kernels.attention import latent_launches
+from hybridgen.kernels.attention.latent_launches import Tuning
+
+CASES = [  # heads, rank, rope, page size, lengths, fed to prefill
+    (3, 24, 8, 8, [1, 8, 9, 50], [1, 2, 1, 20]),
+    (16, 32, 16, 16, [33, 1, 100], [9, 1, 3]),
+    (40, 16, 8, 64, [130, 2], [2, 2]),
+    (20, 16, 8, 32, [70], [5]),
+]
+TUNES = [  # positions a tile, heads (or rows), warps, stages, positions a chunk
+    Tuning(16, 16, 4, 1, 16),
+    Tuning(32, 16, 4, 1, 64),
+    Tuning(16, 64, 4, 1, 4096),
+]
+
+
+def _strided(*size: int) -> torch.Tensor:
+    """As a product by heads leaves it: heads outermost, and part of a wider row."""
+    tokens, heads, width = size
+    return torch.randn(heads, tokens, width + 8).transpose(0, 1)[..., 8:]
+
+
+def check_case(number: int) -> None:
+    """Decode, with new tokens and without, rows alone with equal bits, and prefill, for one of `CASES`."""
+    torch.manual_seed(number)
+    heads, rank, rope, page_size, lengths, fed = CASES[number]
+    check(heads, rank, rope, page_size, lengths, fed)
+
+
+def check_random(seed: int) -> None:
+    """The same for a random case."""
+    torch.manual_seed(seed)
+    chosen = random.Random(seed)
+    lengths = [chosen.randint(1, 100) for _ in range(chosen.randint(1, 3))]
+    fed = [chosen.randint(1, min(length, 9)) for length in lengths]
+    rank, rope = chosen.choice([8, 16, 40, 64]), chosen.choice([8, 16, 24])
+    check(chosen.choice([1, 5, 16, 24]), rank, rope, chosen.choice([8, 16, 64]), lengths, fed)
+
+
+def check(heads: int, rank: int, rope: int, page_size: int, lengths: list[int], fed: list[int]) -> None:
+    ones, scale = [1] * len(lengths), 0.3
+    errors = []
+    for tune in TUNES:
+        cache = make_latents(lengths, rank, rope, page_size)
+        q, q_rotary = _strided(len(lengths), heads, rank), _strided(len(lengths), heads, rope)
+        wanted = mean_latents(q, q_rotary, cache, ones, scale)
+        places = cache.places(ones)
+        found = latent_launches.decode(q, q_rotary, *places, scale, tune=tune)
+        errors.append(error(found, wanted))
+        if len(lengths) > 1:
+            last = torch.full_like(cache.slots, len(lengths) - 1).long()
+            other = latent_launches.decode(
+                q[last], q_rotary[last], *places[:2], *(each[last] for each in places[2:]), scale, tune=tune
+            )
+            assert torch.equal(other, found[last]), "the last row has other bits beside other rows"
+        alone = latent_launches.decode(
+            q[:1], q_rotary[:1], *places[:2], *(each[:1] for each in places[2:]), scale, tune=tune
+        )
+        errors.append(error(alone, wanted[:1]))
+        new = cache.take_newest()
+        found = latent_launches.decode(q, q_rotary, *places, scale, *new, tune=tune)
+        errors.append(error(found, wanted))
+        assert torch.equal(cache.newest(), torch.stack([each[-1] for each in cache.sequences]))
+        q, q_rotary = _strided(sum(fed), heads, rank), _strided(sum(fed), heads, rope)
+        found = latent_launches.prefill(
+            q, q_rotary, *cache.places(fed), cache.starts(fed, len(fed) + 2), scale, tune=tune
+        )
+        errors.append(error(found, mean_latents(q, q_rotary, cache, fed, scale)))
+    assert max(errors) < 2e-6, (heads, rank, rope, page_size, lengths, fed, errors)
