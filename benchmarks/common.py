@@ -111,6 +111,7 @@ def random_model(
     device: str,
     join: bool = True,
     quantised: str | None = None,
+    quantised_head: str | None = None,
     layers: int | None = None,
 ) -> PreTrainedModel:
     """A model of that shape with random weights from seed 0, made on the device.
@@ -120,6 +121,7 @@ def random_model(
     Args:
         join: False leaves them apart.
         quantised: the kind of its projections' weights; None: 16 bits.
+        quantised_head: the same of its head.
         layers: only the first of them.
     """
     torch.manual_seed(0)
@@ -131,6 +133,11 @@ def random_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    if quantised_head is not None:  # which may be tied to the embedding, so that it is there first
+        head = model.get_output_embeddings()
+        place = QuantisedLinear(head.in_features, head.out_features, bias=False)
+        place.fill(random_weight(quantised_head, head.out_features, head.in_features, dtype, device))
+        model.set_output_embeddings(place)
     if join:
         fuse_projections(model)
     return model

@@ -35,7 +35,6 @@ from common import (
     synchronize,
     this_device,
 )
-from quantised import quantise_model
 from transformers import PreTrainedModel
 
 import hybridgen
@@ -60,11 +59,9 @@ Add = Callable[[str, int, hybridgen.Engine, Callable[[int], Any]], None]
 def made(name: str, arguments: argparse.Namespace, device: str) -> PreTrainedModel:
     """The model of a shape, in the format that was asked for; quantised ones have their head in fp8."""
     dtype = shape_dtype(name, device)
-    model = random_model(name, dtype, device, join=arguments.format == "none")
-    if arguments.format != "none":
-        quantise_model(model, arguments.format, dtype, head="fp8")
-        release()
-    return model
+    if arguments.format == "none":
+        return random_model(name, dtype, device)
+    return random_model(name, dtype, device, quantised=arguments.format, quantised_head="fp8")
 
 
 def engine_rows(

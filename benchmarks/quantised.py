@@ -26,15 +26,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from common import how_it_ran, random_model, random_prompts, release, report, shape_dtype, synchronize, this_device
-from torch import Tensor, nn
+from torch import Tensor
 
 import hybridgen
 from hybridgen.device.timing import graph_seconds
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.quantised import quantised_linear
 from hybridgen.kernels.read_ceiling import read_ceiling
-from hybridgen.models.projections import fuse_projections
-from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
+from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.rounding import quantise
 
 ROTATE_BYTES = 256 * 2**20
@@ -250,18 +249,6 @@ def sweep(device: str, dtype: torch.dtype, rows_of: list[int]) -> list[dict[str,
                 print(f"        {took:8.1f} us {form}", flush=True)
             found.append({"format": name, "rows": rows, "whole": whole})
     return found
-
-
-def quantise_model(model: nn.Module, kind: str, dtype: torch.dtype, head: str | None = None) -> None:
-    """Quantise the projections of a model in place, and join them; the head only where its format is given."""
-    for name, linear in list(model.named_modules()):
-        form = head if name == "lm_head" else kind
-        if type(linear) is nn.Linear and form is not None:
-            place = QuantisedLinear(linear.in_features, linear.out_features, bias=False)
-            place.bias = linear.bias
-            place.fill(quantise(linear.weight.detach(), form, dtype))
-            model.set_submodule(name, place)
-    fuse_projections(model)
 
 
 def run_steps(args: argparse.Namespace, models: list[str], batches: list[int], device: str) -> list[dict[str, Any]]:

@@ -211,9 +211,9 @@ class Completion:
         return f"Completion({short(self.text)!r}, {', '.join(self._summary())})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the texts, and a line about each."""
+        """What a notebook shows: the prompt and the texts below each other, with a line about each."""
         shown = self.choices or (self,)
-        rows = [(choice.text, ", ".join(choice._summary()[:3])) for choice in shown]
+        rows = [(", ".join(choice._summary()[:3]), choice.text) for choice in shown]
         return html_table([("prompt", self.prompt), *rows] if isinstance(self.prompt, str) else rows)
 
 

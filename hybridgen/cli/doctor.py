@@ -94,7 +94,7 @@ def _cuda() -> Finding:
 
 def _compiler() -> Finding:
     """The C++ compiler that Inductor's CPU kernels, and Triton's launchers, are built with."""
-    from hybridgen.compilation.store.session import COMPILERS
+    from hybridgen.compilation.layers import COMPILERS
 
     names = [os.environ["CXX"]] if "CXX" in os.environ else COMPILERS
     found = next((path for path in map(shutil.which, names) if path), None)

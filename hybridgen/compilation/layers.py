@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,9 @@ from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
 from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import SlotMixer
 from hybridgen.models.twin import has_forward_hooks, has_global_hooks
+
+COMPILERS = ["g++", "clang++", "c++", "gcc"]
+"""Of C++, as Inductor looks for them."""
 
 
 def run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +59,7 @@ def check_toolchain(mode: str, backend: str, device_type: str) -> None:
     """Raise if this machine lacks what a mode's compilation needs.
 
     Raises:
-        DeviceError: Inductor has no Triton on CUDA, or no C++ compiler on a CPU.
+        DeviceError: Inductor finds no Triton on CUDA, or no C++ compiler on a CPU.
     """
     if backend != "inductor":
         return
@@ -63,15 +67,21 @@ def check_toolchain(mode: str, backend: str, device_type: str) -> None:
         if importlib.util.find_spec("triton") is None:
             raise DeviceError(f'mode="{mode}" on CUDA needs Triton, which is not installed; install it or use "eager"')
         return
-    from torch._inductor import cpp_builder
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except Exception as error:  # InvalidCxxCompiler, or what running CXX raised
+    missing = missing_compiler()
+    if missing is not None:
         raise DeviceError(
-            f'mode="{mode}" on a CPU needs a C++ compiler and finds none ({type(error).__name__}); install g++ or set '
-            'CXX, or use mode="eager"'
-        ) from error
+            f'mode="{mode}" on a CPU needs a C++ compiler, and {missing}; install g++ or set CXX, or use mode="eager"'
+        )
+
+
+def missing_compiler() -> str | None:
+    """Why Inductor can compile no C++ here; None where it finds a compiler.
+
+    None is run, because that takes a good part of a small model's start; one that does not work is found when a
+    compilation fails.
+    """
+    names = [os.environ["CXX"]] if "CXX" in os.environ else COMPILERS
+    return None if any(map(shutil.which, names)) else f"there is no C++ compiler ({' or '.join(names)})"
 
 
 def switched_off() -> str | None:

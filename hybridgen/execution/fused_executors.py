@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.fused.decode import FusedDecode
+from hybridgen.fused.persistent.program import Keeper
 from hybridgen.graphs import LAYERS, GraphKey, Recorder
 from hybridgen.models.binding import key_value_pages
 
@@ -22,7 +23,7 @@ def make_fused(
     *,
     equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
-    kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+    kept: Keeper | None = None,
 ) -> FusedDecode:
     """From now on decode small batches with fused executors, where the model and the device allow it.
 

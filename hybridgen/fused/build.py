@@ -6,7 +6,7 @@ Imports Triton; import it only where that is there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExecutor
 from hybridgen.fused.inputs import StepInputs
+from hybridgen.fused.persistent.program import Keeper
 from hybridgen.fused.persistent.shape import Tuning
 from hybridgen.fused.persistent.step import PersistentStep
 from hybridgen.fused.rows.shape import COLUMNS
@@ -40,7 +41,7 @@ def build_fused(
     reads: tuple[int, ...] = (),
     equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
-    kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+    kept: Keeper | None = None,
 ) -> FusedDecode:
     """Build what serves this model on its device; whatever does not leaves its reason in `notes`.
 
@@ -100,7 +101,7 @@ def _logged(fused: FusedDecode) -> FusedDecode:
 def _rows_step(
     fused: FusedDecode,
     model: Decoder,
-    kept: Callable[[str, Callable[[], bytes]], bytes] | None,
+    kept: Keeper | None,
     reads: tuple[int, ...],
 ) -> RowsStep:
     """The step for several rows; called on a thread of its own, which has a stream of its own.
@@ -136,7 +137,7 @@ def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> Non
 def _make_persistent(
     fused: FusedDecode,
     model: Decoder,
-    kept: Callable[[str, Callable[[], bytes]], bytes] | None,
+    kept: Keeper | None,
     tuning: Tuning | None,
 ) -> None:
     """Build and try the persistent step, and say in the notes whether it serves."""

@@ -134,7 +134,7 @@ def _has_compiler() -> bool:
 def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype) -> None:
     model = dataclasses.replace(decoder(**changes), dtype=dtype)
     shape = shape_of(model, default_tuning(model, 132), **H200)
-    assert program.compile_cubin(shape.defines, "sm_90a").startswith(b"\x7fELF")
+    assert program.machine_code(shape.defines, (9, 0)).startswith(b"\x7fELF")
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
@@ -163,3 +163,12 @@ def test_a_key_names_constants_and_architecture() -> None:
     }
     assert len(keys) == 3
     assert program.key(dict(reversed(shape.defines.items())), "sm_90a") in keys
+
+
+def test_machine_code_is_asked_for_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "compile_cubin", lambda *arguments: repr(arguments).encode())
+    monkeypatch.setattr(program, "key", lambda *arguments: repr(arguments))
+    assert program.machine_code({"A": 1}, (8, 0)) == repr(({"A": 1}, "sm_80", program.ONE_ROW)).encode()
+    made = program.machine_code({"A": 1}, (9, 0), lambda key, make: key.encode() + b" " + make())
+    assert made.split(b" Program")[0] == b"({'A': 1}, 'sm_90a',"
+    assert made.count(b"sm_90a") == 2

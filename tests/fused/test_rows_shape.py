@@ -209,7 +209,7 @@ def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, 
     form = format_of(stored(linear) for linear in model.linears[:-1])
     shape = shape_of(model, form, stored(model.head).format, default_tuning(model), **H200)
     assert shape.shared_bytes <= H200["shared_memory"]
-    assert program.compile_cubin(shape.defines, "sm_90a", ROWS).startswith(b"\x7fELF")
+    assert program.machine_code(shape.defines, (9, 0), program=ROWS).startswith(b"\x7fELF")
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")

@@ -219,6 +219,9 @@ def _style(index: int) -> dict[str, Any]:
 def _finish(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    # The margin above the points is a share of what is shown, from zero on: else the highest would be cut.
+    axes.update_datalim([(0, 0)], updatex=False)
+    axes.autoscale_view()
     axes.set_ylim(bottom=0)
     axes.grid(True, alpha=0.3)
 

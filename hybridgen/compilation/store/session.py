@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from hybridgen.compilation.layers import switched_off
+from hybridgen.compilation.layers import missing_compiler, switched_off
 from hybridgen.compilation.steps import compiles_behind, compiles_whole, import_loader
 from hybridgen.compilation.store import environment, refusal
 from hybridgen.compilation.store.entry import Entry, MemoryEntry
@@ -27,9 +27,6 @@ from hybridgen.errors import CacheMissError
 from hybridgen.loading import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-COMPILERS = ["g++", "clang++", "c++", "gcc"]
-"""Of C++, as Inductor looks for them."""
 
 
 class CompileCache:
@@ -236,8 +233,7 @@ def why_not_behind(config: EngineConfig, checkpoint: Checkpoint | None = None) -
         return "the model is a live module, whose weights its owner changes"
     if checkpoint is not None and checkpoint.formats != "dense":
         return "eager computes quantised weights in another way"
-    names = [os.environ["CXX"]] if "CXX" in os.environ else COMPILERS
-    return None if any(map(shutil.which, names)) else f"there is no C++ compiler ({' or '.join(names)})"
+    return missing_compiler()
 
 
 def why_off(config: EngineConfig, mode: Mode, device_type: str) -> str | None:

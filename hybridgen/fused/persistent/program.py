@@ -6,12 +6,15 @@ import ctypes
 import functools
 import hashlib
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hybridgen.errors import DeviceError, described
 from hybridgen.models.decoder import Unfit
+
+Keeper = Callable[[str, Callable[[], bytes]], bytes]
+"""Gives the machine code that is kept under a key, or makes and keeps it."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,22 @@ def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Progra
     finally:
         nvrtc.nvrtcDestroyProgram(compiling)
     return bytes(code)
+
+
+def machine_code(
+    defines: Mapping[str, Any], capability: tuple[int, int], kept: Keeper | None = None, program: Program = ONE_ROW
+) -> bytes:
+    """The program for a device of this compute capability, compiled where it is not kept.
+
+    Raises:
+        Unfit: see `compile_cubin`.
+    """
+    architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
+
+    def make() -> bytes:
+        return compile_cubin(defines, architecture, program)
+
+    return make() if kept is None else kept(key(defines, architecture, program), make)
 
 
 class Kernel:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
-from hybridgen.fused.persistent.program import Kernel, compile_cubin, key
+from hybridgen.fused.persistent.program import Keeper, Kernel, machine_code
 from hybridgen.fused.persistent.shape import THREADS, Tuning, check, default_tuning, shape_of
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, cut, dense
 
@@ -36,7 +35,7 @@ class PersistentStep:
         block_table: Tensor,
         tuning: Tuning | None = None,
         patience: int = 1 << 22,
-        kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+        kept: Keeper | None = None,
     ) -> None:
         """Compile (or fetch) and load the kernel for these tensors, which must stay where they are.
 
@@ -67,12 +66,7 @@ class PersistentStep:
             shared_memory=getattr(properties, "shared_memory_per_block_optin", 99 * 2**10),
             patience=patience,
         )
-        architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
-
-        def make() -> bytes:
-            return compile_cubin(shape.defines, architecture)
-
-        cubin = make() if kept is None else kept(key(shape.defines, architecture), make)
+        cubin = machine_code(shape.defines, capability, kept)
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
             self.kernel = Kernel(cubin, shape.shared_bytes)

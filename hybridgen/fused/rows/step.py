@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
-from hybridgen.fused.persistent.program import Kernel, Program, compile_cubin, key
+from hybridgen.fused.persistent.program import Keeper, Kernel, Program, machine_code
 from hybridgen.fused.persistent.shape import check_places
 from hybridgen.fused.rows.formats import Stored, format_of, stored
 from hybridgen.fused.rows.shape import COLUMNS, THREADS, Tuning, check, default_tuning, shape_of, shares
@@ -44,7 +43,7 @@ class RowsStep:
         tuning: Tuning | None = None,
         patience: int = 1 << 22,
         reads: tuple[int, ...] = (),
-        kept: Callable[[str, Callable[[], bytes]], bytes] | None = None,
+        kept: Keeper | None = None,
     ) -> None:
         """Compile (or fetch) and load the kernel for these tensors, which must stay where they are.
 
@@ -83,12 +82,7 @@ class RowsStep:
             patience=patience,
             reads=reads,
         )
-        architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
-
-        def make() -> bytes:
-            return compile_cubin(shape.defines, architecture, ROWS)
-
-        cubin = make() if kept is None else kept(key(shape.defines, architecture, ROWS), make)
+        cubin = machine_code(shape.defines, capability, kept, ROWS)
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
             self.kernel = Kernel(cubin, shape.shared_bytes, ROWS)
