@@ -76,6 +76,7 @@ NOT_OF_STEPS = {
     "compile_cache": "decides how long a start takes: warm_start.py measures that",
     "graphs": "who records: trees.py measures that",
     "progress": "shows bars while loading",
+    "merge_adapters": "there is no adapter here",
     "equal_bits": "refused at 64 rows; which kernels it leaves out is measured by memory_limit.py",
     "prefix_cache": "nothing is shared here: prompts of a call differ, and a live module starts over at each call",
     "fp8_activations": "the weights are in 16 bits here: quantised.py measures the kind fp8-w8a8",

@@ -341,6 +341,7 @@ class Fused:
 
     chain = rows = None
     executors = ()
+    equal_bits = False
 
     def refresh(self) -> None:
         pass

@@ -12,8 +12,8 @@ from hybridgen.config import EngineConfig, Mode, switch
 from hybridgen.errors import ConfigError, shown
 from hybridgen.fields import about, described
 
-MOST_PREFILL_TOKENS = 512
-"""The largest default prefill bucket, as `graphs.buckets` has it (which needs torch to be imported)."""
+USUAL_PROMPT = 512
+"""Tokens up to which default prefill buckets lie close together, as `graphs.buckets` has it (which imports torch)."""
 
 MODES = ("eager", "jit", "graph", "hybrid")
 BASELINES = ("hf-dynamic", "hf-static", "hf-batch", "vllm")
@@ -202,7 +202,7 @@ class CompareConfig:
         """
         usual: dict[str, Any] = {
             "max_batch": max(self.batch_sizes),
-            "max_context": max(self.longest, min(limit, MOST_PREFILL_TOKENS + self.new_tokens)),
+            "max_context": max(self.longest, min(limit, USUAL_PROMPT + self.new_tokens)),
             "capture_after": 1,  # what warm-up misses is captured before anything is measured
             "progress": False,
             "prefix_cache": False,  # the same prompts come again and again, and their prefill is what is measured

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import hybridgen
-from hybridgen.comparison.data.config import ABLATIONS, MOST_PREFILL_TOKENS, SMOKE, CompareConfig
+from hybridgen.comparison.data.config import ABLATIONS, SMOKE, USUAL_PROMPT, CompareConfig
 from hybridgen.errors import ConfigError, HybridgenError
 from hybridgen.graphs import buckets as ladder
 
@@ -68,7 +68,7 @@ def test_an_engine_is_as_large_as_the_cells_need() -> None:
 
 
 def test_the_largest_bucket_is_that_of_the_ladder() -> None:
-    assert MOST_PREFILL_TOKENS == ladder.MOST_PREFILL_TOKENS
+    assert USUAL_PROMPT == ladder.USUAL_PROMPT
 
 
 @pytest.mark.parametrize("config", [CompareConfig(), SMOKE, CompareConfig(ablate=True, engine={"page_size": 32})])
