@@ -496,6 +496,26 @@ def speculation_head(results: list[Result]) -> list[str]:
     return table(["shape", "", "batch", "a step, us", "over plain", "tokens a step", "tokens/s"], rows, 2)
 
 
+def experts(results: list[Result]) -> list[str]:
+    """A layer's experts by our op and by transformers' ways, against reading the chosen experts' weights."""
+    rows = []
+    for result in results:
+        for row in result["times"]:
+            figures = [_number(row["active_experts"]), _number(row["us"]), f"{row['percent_of_ceiling']:.1f}%"]
+            rows.append([row["shape"], str(row["rows"]), f"`{row['way']}`", *figures])
+    return table(["shape", "rows", "way", "experts read", "µs a layer", "of the ceiling"], rows, 3)
+
+
+def structured(results: list[Result]) -> list[str]:
+    """Tokens per second with a schema beside those without, of one engine."""
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            for what, rate in row["tokens_per_s"].items():
+                rows.append([str(row["batch"]), what, _number(rate, 0), _number(row["of_plain"][what], 3)])
+    return table(["batch", "text", "tokens/s", "of plain"], rows, 2)
+
+
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
     "workflows": workflows,
@@ -523,6 +543,9 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "memory-fp8": memory_limit,
     "memory-bf16": memory_limit,
     "memory-int4": memory_limit,
+    "utilisation": memory_limit,
+    "experts": experts,
+    "structured": structured,
     "rows": rows,
 }
 
