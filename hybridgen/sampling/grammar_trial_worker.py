@@ -1,6 +1,6 @@
 """The process that reads a grammar first. Run as a file, with the kind of the grammar; its text comes from stdin.
 
-What it says is nothing: that it ends by itself, and in time, is all that is asked.
+It prints nothing. Its parent looks only at whether it ends by itself and in time.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of, power_of_two
+from hybridgen.kernels.attention.decode import Plan
 from hybridgen.kernels.attention.latent_kernels import combine_kernel, decode_kernel, prefill_kernel
 
 _CHUNK_TOKENS = 2048
@@ -102,18 +103,6 @@ def tuning(shape: Shape, shared_memory: int, prefill: bool = False) -> Tuning:
                 warps = 4 if rows * power_of_two(shape.rank) <= 2**13 else 8
                 return Tuning(block, rows, warps, stages)
     return Tuning(16, 16, warps=4, stages=1)
-
-
-class Plan(NamedTuple):
-    """How the rows of a call are cut, from shapes alone."""
-
-    splits: int
-    """Chunks of a row, as long as chunks stay below `chunk_tiles`."""
-    chunk_tiles: int
-    """Tiles of a chunk at most."""
-    row_chunks: int
-    """Chunks that a row of any length can have."""
-    programs: int
 
 
 @functools.lru_cache(maxsize=4096)
