@@ -112,7 +112,7 @@ def test_a_training_loop_with_the_persistent_kernel_and_the_chain(family: str) -
     """Phi-3 joins its projections itself; the others' are read where they lie."""
     model = families.build(family, **LAYERS).to("cuda", torch.bfloat16).train()
     alone = copy.deepcopy(model)
-    ours, theirs = (torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, alone))
+    ours, theirs = (torch.optim.AdamW(each.parameters(), lr=3e-4) for each in (model, alone))
     before = copy.deepcopy(model).float().eval()
     with hybridgen.Engine.load(model, mode="hybrid", **SETTINGS) as engine:
         assert engine.stats().fused["decode of 1 row"] == "one persistent kernel", engine.stats().fused
@@ -124,7 +124,8 @@ def test_a_training_loop_with_the_persistent_kernel_and_the_chain(family: str) -
             exact = copy.deepcopy(model).float().eval()
             outs = run(engine)
             model.eval()
-            allowed = min(1, 2 * worst(model, outs, of=exact) + 0.1)  # about its own layers' error
+            # About the error of its own layers. A larger learning rate than this one makes that more than 1.
+            allowed = 2 * worst(model, outs, of=exact) + 0.1
             model.train()
             assert worst(exact, outs) < allowed, step
             assert behind(exact, outs) < 2 * allowed, step  # the tokens of float32, but where two are as likely
