@@ -92,8 +92,8 @@ def test_rows_that_come_and_go_meet_no_mask_of_others(expected: list[Completion]
         plain = SamplingParams(temperature=0.9, seed=3, max_new_tokens=8, logprobs=1)
         alone = run(engine, [plain] * 4)
         assert alone[0].token_ids == expected[0].token_ids
-        # Now the last two rows have a grammar, and then the first one.
-        for places in ((2, 3), (0,)):
+        # Now the last two rows have a grammar, then the first one, then the last two again.
+        for places in ((2, 3), (0,), (2, 3)):
             batch = [BATCH[2] if row in places else plain for row in range(4)]
             outs = run(engine, batch)
             assert [outs[row].token_ids for row in range(4) if row not in places] == [
