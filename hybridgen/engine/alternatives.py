@@ -21,7 +21,7 @@ class Alternative(NamedTuple):
 
     last: int
     """That token."""
-    index: int
+    place: int
     """Which prompt of the call it is."""
     prompt: Any
     """The text or chat that its ids are of."""
@@ -57,10 +57,10 @@ def completions_of(
         scores: of the alternatives' last tokens; none where the request ended before they were read.
     """
     found = {}
-    for place, each in enumerate(alternatives):
+    for number, each in enumerate(alternatives):
         ids, logprobs = (*completion.prompt_token_ids[:-1], each.last), completion.prompt_logprobs
         if scores and logprobs is not None:
-            logprobs = (*logprobs[:-1], scores[place])
+            logprobs = (*logprobs[:-1], scores[number])
         one = replace(
             completion,
             prompt=each.prompt,
@@ -68,5 +68,5 @@ def completions_of(
             prompt_logprobs=logprobs,
             cached_tokens=len(ids) - 1,  # none of it was computed for this prompt
         )
-        found[each.index] = replace(one, choices=(one,))
+        found[each.place] = replace(one, choices=(one,))
     return found
