@@ -48,6 +48,9 @@ class ChainStep:
         ValueError: `max_rows` or `tiles` is wrong.
     """
 
+    projections: tuple[str, ...] = PROJECTIONS
+    """What `shape` knows."""
+
     def __init__(
         self,
         model: Decoder,
@@ -69,7 +72,7 @@ class ChainStep:
             f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors).fitted(
                 rows, name == "gate_up", model.dtype.itemsize, self.device.shared_memory
             )
-            for name in PROJECTIONS
+            for name in self.projections
             for rows in ((8,) if max_rows <= 8 else (8, 16))
         }
         self._scratch = allocate(model, max_rows)
@@ -357,8 +360,10 @@ class ChainStep:
         return cut, torch.empty(lines * (model.head_dim + 1), dtype=torch.float32, device=model.device)
 
     def _attend(
-        self, index: int, positions: Tensor, slots: Tensor, block_table: Tensor, rows: int, cut: Cut, partial: Tensor
-    ) -> None:
+        self, index: int, positions: Tensor, slots: Tensor, block_table: Tensor, rows: int, cut: Cut, partial: Tensor,
+        overlap: bool = True,
+    ) -> None:  # fmt: skip
+        """Attention of a layer. `overlap` False: it asks for nothing before the kernel before it has ended."""
         model, scratch, layer = self.model, self._scratch, self.model.layers[index]
         keys, values = self._pages[index]
         dim, rotary, group = model.head_dim, model.rotary, model.heads // model.kv_heads
@@ -391,6 +396,7 @@ class ChainStep:
                 "num_warps": 8 if wide >= 128 else 4,
                 "num_stages": 2,
             },
+            overlap,
         )
         inputs = scratch["qkv"], cos, sin, *scales, keys, values, block_table, slots, positions
         lines = rows * cut.row_chunks * model.heads
@@ -400,11 +406,11 @@ class ChainStep:
         launcher(grid, (*inputs, *outputs, *options, block_table.stride(0)))
 
     def _launcher(
-        self, kernel: Any, constants: dict[str, Any]
+        self, kernel: Any, constants: dict[str, Any], overlap: bool = True
     ) -> Callable[[tuple[int, int, int], tuple[Any, ...]], Any]:
-        overlap = self.device.overlap
+        overlap = overlap and self.device.overlap
         options = {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
-        key = kernel, *constants.items()
+        key = kernel, overlap, *constants.items()
         if self._wanted is not None:
             return lambda grid, args: self._want(key, lambda: kernel.warmup(*args, grid=grid, **constants, **options))
         launcher = self._launchers.get(key)
