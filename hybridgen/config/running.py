@@ -11,6 +11,7 @@ from hybridgen.config.settings import (
     check_drafter,
     check_kv_dtype,
     check_page_size,
+    check_quantization,
     check_seconds,
     check_speculation,
     integer,
@@ -114,6 +115,15 @@ class RunningFields:
             "live module; or the path or hub id of an EAGLE-3 head. Its keys and values lie beside the model's, in the "
             "same pages. See docs/speculation.md.",
             check_drafter,
+            in_key=False,
+        ),
+    )
+    quantize_drafter: str | None = field(
+        default=None,
+        metadata=setting(
+            "Quantise the drafter's projections while it is read: a head's `fp8`, a model's `fp8`, `int8` or `int4`. "
+            "What it drafts changes no token, and its passes read half the bytes. None: as they are stored.",
+            check_quantization,
             in_key=False,
         ),
     )

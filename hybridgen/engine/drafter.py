@@ -64,7 +64,8 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
         max_context=None,
         revision=None,
         adapter=None,
-        quantization=None,
+        quantization=config.quantize_drafter,
+        quantize_drafter=None,
         quantize_head=None,
         fp8_activations=False,
         kv_dtype=None,
@@ -72,6 +73,11 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
     start = time.perf_counter()
     head = find_head(given, own)
     if head is not None:
+        if config.quantize_drafter not in (None, "fp8"):
+            raise ConfigError(
+                f"quantize_drafter={config.quantize_drafter!r}: {head.name!r} is a head, whose passes read fp8 or what "
+                'is stored; use "fp8" or leave it out'
+            )
         return OpenedHead(head, check_head(head, model), time.perf_counter() - start)
     with generation_untold():  # requests choose as the model's own config and they themselves say
         found = Checkpoint.open(given, own)
@@ -125,7 +131,7 @@ def _load_head(opened: OpenedHead, model: Checkpoint, target: BoundModel, config
     weights = read_head(files, model.dtype, model.device)
     with torch.device("cpu"):  # not the caller's default device
         rotary = LlamaRotaryEmbedding(files.rotary)
-    head = EagleHead(files.shape, weights, rotary)
+    head = EagleHead(files.shape, weights, rotary, fp8=config.quantize_drafter is not None)
     drafter = EagleDrafter(files.name, head, target, layers, config.page_size)
     return LoadedDrafter(drafter, None, _bytes_of(head), opened.seconds + time.perf_counter() - start, {})
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm, silu
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hybridgen.cache import LayerPages, LayerShape, LayerState, PagedKV
@@ -37,7 +37,10 @@ from hybridgen.loading import Checkpoint
 from hybridgen.loading.eagle import EagleFiles, HeadShape
 from hybridgen.models import BoundModel
 from hybridgen.models.decoder import Unfit
+from hybridgen.models.quantised import product
+from hybridgen.models.rounding import quantise
 from hybridgen.models.twin import has_forward_hooks, has_global_hooks
+from hybridgen.models.weights import DenseWeight, Weight
 from hybridgen.sampling.choice import choose_greedy
 
 if TYPE_CHECKING:  # it imports Triton, which is not there everywhere
@@ -52,34 +55,42 @@ _NO_NUMBER = -2
 class EagleHead(nn.Module):
     """The weights of a head, and what they compute."""
 
-    fc: Tensor
     hidden_norm: Tensor
     input_layernorm: Tensor
     post_attention_layernorm: Tensor
-    qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
     norm: Tensor
-    lm_head: Tensor
     embedding: Tensor | None
     ids: Tensor | None
     """The model's ids that it can draft; None: each is its own."""
     inverse_frequencies: Tensor
     rotary_scale: Tensor
 
-    def __init__(self, shape: HeadShape, weights: dict[str, Tensor], rotary: LlamaRotaryEmbedding) -> None:
+    def __init__(
+        self, shape: HeadShape, weights: dict[str, Tensor], rotary: LlamaRotaryEmbedding, *, fp8: bool = False
+    ) -> None:
         """
         Args:
             weights: by the names of `loading.eagle.read_head`; they are emptied into the head.
             rotary: gives the frequencies.
+            fp8: keep the matrices but the embedding as FP8 codes with a scale for each output.
         """
         super().__init__()
         self.shape = shape
+        self.dtype = weights["fc.weight"].dtype
+        self.weights: dict[str, Weight] = {}
+        """`fc`, `qkv`, `out`, `gate_up`, `down` and `lm_head`."""
 
         def keep(name: str, *parts: str) -> None:
             value = torch.cat([weights.pop(part) for part in parts]) if len(parts) > 1 else weights.pop(parts[0])
+            if value.dim() == 2 and fp8 and name != "embedding":
+                coded = quantise(value, "fp8", value.dtype)
+                self.register_buffer(name, coded.data)
+                self.register_buffer(f"{name}_scales", coded.scales)
+                self.weights[name] = coded
+                return
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            if value.dim() == 2:
+                self.weights[name] = DenseWeight(value)
 
         keep("fc", "fc.weight")
         for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
@@ -95,13 +106,14 @@ class EagleHead(nn.Module):
         else:
             self.register_parameter("embedding", None)
         self.register_buffer("ids", weights.pop("ids", None))
-        self.register_buffer("inverse_frequencies", rotary.inv_freq.to(self.fc.device))
+        device = self.norm.device
+        self.register_buffer("inverse_frequencies", rotary.inv_freq.to(device))
         scale = torch.full_like(rotary.inv_freq, float(rotary.attention_scaling))
-        self.register_buffer("rotary_scale", scale.to(self.fc.device))
+        self.register_buffer("rotary_scale", scale.to(device))
 
     def joined(self, states: Tensor) -> Tensor:
         """The model's hidden states [..., 3 * H of the model] as one [..., H]."""
-        return linear(states, self.fc)
+        return product(states, self.weights["fc"])
 
     def around(self, hidden: Tensor) -> Tensor:
         """What goes around attention, [T, H]."""
@@ -116,7 +128,7 @@ class EagleHead(nn.Module):
         """
         shape = self.shape
         pair = torch.cat((self._normed(embedded, self.input_layernorm), self._normed(hidden, self.hidden_norm)), dim=-1)
-        heads = linear(pair, self.qkv).view(len(pair), -1, shape.head_dim)
+        heads = product(pair, self.weights["qkv"]).view(len(pair), -1, shape.head_dim)
         rotated, values = heads.split([shape.heads + shape.kv_heads, shape.kv_heads], dim=1)
         cos, sin = self.turns(positions[:, None])
         first, second = rotated.float().chunk(2, dim=-1)
@@ -131,13 +143,14 @@ class EagleHead(nn.Module):
 
     def finished(self, attended: Tensor, around: Tensor) -> Tensor:
         """The rest of the layer, from what attention gave [T, heads, D]: [T, H], the state of the next draft."""
-        hidden = torch.addmm(around, attended.flatten(1), self.out.T)
-        gate, up = linear(self._normed(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, dim=-1)
-        return torch.addmm(hidden, silu(gate) * up, self.down.T)
+        hidden = self._added(around, attended.flatten(1), "out")
+        normed = self._normed(hidden, self.post_attention_layernorm)
+        gate, up = product(normed, self.weights["gate_up"]).chunk(2, dim=-1)
+        return self._added(hidden, silu(gate) * up, "down")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, draft vocabulary]."""
-        return linear(self._normed(hidden, self.norm), self.lm_head)
+        return product(self._normed(hidden, self.norm), self.weights["lm_head"])
 
     def spread(self, logits: Tensor) -> Tensor:
         """[T, vocabulary of the model], -inf for ids that it cannot draft."""
@@ -151,6 +164,12 @@ class EagleHead(nn.Module):
         if self.ids is None:
             return columns
         return torch.where(columns < 0, columns, self.ids[columns.clamp(min=0)])
+
+    def _added(self, hidden: Tensor, x: Tensor, name: str) -> Tensor:
+        weight = self.weights[name]
+        if isinstance(weight, DenseWeight):
+            return torch.addmm(hidden, x, weight.values.T)
+        return hidden + product(x, weight)
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(hidden, (self.shape.hidden,), weight, self.shape.eps)
@@ -177,7 +196,7 @@ class EagleDrafter:
         """Values of each token's hidden states."""
         self.head = head
         self._bound = bound
-        self._pages = PagedKV(LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim), page_size, head.fc.dtype)
+        self._pages = PagedKV(LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim), page_size, head.dtype)
         self._options = Options(shape.head_dim**-0.5)
         self._chain: HeadChain | None = None
 
@@ -322,8 +341,8 @@ class EagleDrafter:
             raise Unfit(f"the model's embedding is a {type(module).__name__}, which computes more than a look-up")
         if has_global_hooks() or has_forward_hooks(module) or "forward" in vars(module):
             raise Unfit("the model's embedding has hooks or a replaced forward")
-        if module.weight.dtype != self.head.fc.dtype or not module.weight.is_contiguous():
-            raise Unfit(f"the model's embedding is {module.weight.dtype}, and the head {self.head.fc.dtype}")
+        if module.weight.dtype != self.head.dtype or not module.weight.is_contiguous():
+            raise Unfit(f"the model's embedding is {module.weight.dtype}, and the head {self.head.dtype}")
         return module.weight.detach()
 
     def _attended(

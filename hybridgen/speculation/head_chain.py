@@ -13,8 +13,8 @@ from torch import Tensor
 from hybridgen.execution.drafting import DraftCall
 from hybridgen.fused.chain.draft_head import HeadChain, HeadParts
 from hybridgen.fused.chain.search import COMPILED_AT_ONCE
+from hybridgen.loading.eagle import LAYERS_READ
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
-from hybridgen.models.weights import DenseWeight
 from hybridgen.speculation.eagle import EagleDrafter, EagleHead
 
 _TOLERANCE = 5e-2
@@ -56,26 +56,26 @@ def make_chain(head: EagleHead, context: int, *, rows: int, fed: int, most: int)
     def norm(weight: Tensor) -> Norm:
         return Norm(weight.detach().float(), shape.eps)
 
-    def linear(weight: Tensor) -> Linear:
-        return Linear(DenseWeight(weight.detach()))
+    def linear(name: str) -> Linear:
+        return Linear(head.weights[name])
 
     layer = DecoderLayer(
         before_attention=None,
-        qkv=linear(head.qkv),
+        qkv=linear("qkv"),
         query_norm=None,
         key_norm=None,
         rotates=True,
         attention_scale=shape.head_dim**-0.5,
         window=0,
-        out=linear(head.out),
+        out=linear("out"),
         after_attention=None,
         before_mlp=norm(head.post_attention_layernorm),
-        gate_up=linear(head.gate_up),
-        down=linear(head.down),
+        gate_up=linear("gate_up"),
+        down=linear("down"),
         after_mlp=None,
         residual=1.0,
     )
-    cos, sin = head.turns(torch.arange(context, device=head.fc.device))
+    cos, sin = head.turns(torch.arange(context, device=head.norm.device))
     model = Decoder(
         hidden=shape.hidden,
         heads=shape.heads,
@@ -84,18 +84,18 @@ def make_chain(head: EagleHead, context: int, *, rows: int, fed: int, most: int)
         intermediate=shape.intermediate,
         vocab=shape.draft_vocab,
         activation="silu",
-        embedding=head.lm_head.detach(),
+        embedding=head.norm.detach(),
         embedding_scale=1.0,
         layers=(layer,),
         norm=norm(head.norm),
-        head=linear(head.lm_head),
+        head=linear("lm_head"),
         logits_scale=1.0,
         rotary=(cos.contiguous(), sin.contiguous()),
         max_context=context,
-        dtype=head.fc.dtype,
+        dtype=head.dtype,
     )
     parts = HeadParts(
-        join=linear(head.fc),
+        join=linear("fc"),
         token_norm=norm(head.input_layernorm),
         hidden_norm=norm(head.hidden_norm),
         normed_residual=shape.norm_before_residual,
@@ -113,14 +113,14 @@ def _try(drafter: EagleDrafter, chain: HeadChain) -> None:
     """
     head, block_table = drafter.head, drafter.block_table
     padding_slot = drafter.padding_slot
-    device, dtype, most = head.fc.device, head.fc.dtype, chain.most
+    device, dtype, most = head.norm.device, head.dtype, chain.most
     if device.type == "cuda":
         sizes = sorted({1, min(2, chain.most_rows), chain.most_rows})
         with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool, torch.inference_mode():
             list(pool.map(lambda compile_kernel: compile_kernel(), chain.prepared(sizes, (1, most + 1), block_table)))
     make = torch.Generator(device).manual_seed(0)
     text = torch.randint(head.shape.vocab, (padding_slot + 1, most + 6), generator=make, device=device).to(torch.int32)
-    states = torch.randn(most + 1, head.fc.shape[1], generator=make, device=device).to(dtype)
+    states = torch.randn(most + 1, LAYERS_READ * head.shape.model_hidden, generator=make, device=device).to(dtype)
 
     def line(value: int) -> Tensor:
         return torch.tensor([value], device=device)

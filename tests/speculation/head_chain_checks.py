@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hybridgen.execution.drafting import DraftCall
+from hybridgen.fused.chain.draft_head import HeadChain
 from hybridgen.loading.eagle import HeadShape
 from hybridgen.speculation.eagle import EagleDrafter, EagleHead
 from hybridgen.speculation.head_chain import fuse_head, make_chain
@@ -21,7 +22,9 @@ from hybridgen.speculation.head_chain import fuse_head, make_chain
 MOST, PAGE, CONTEXT = 3, 16, 96
 
 
-def random_head(make: torch.Generator, dtype: torch.dtype, **changes: Any) -> EagleHead:
+def random_head(
+    make: torch.Generator, dtype: torch.dtype, *, fp8: bool = False, device: str = "cpu", **changes: Any
+) -> EagleHead:
     sizes = {
         "hidden": 64,
         "heads": 4,
@@ -54,25 +57,28 @@ def random_head(make: torch.Generator, dtype: torch.dtype, **changes: Any) -> Ea
         weights[f"{name}.weight"] = (1 + 0.2 * torch.randn(hidden, generator=make)).to(dtype)
     if shape.draft_vocab < shape.vocab:
         weights["ids"] = torch.randperm(shape.vocab, generator=make)[: shape.draft_vocab].sort().values
+    weights = {name: value.to(device) for name, value in weights.items()}
     config = LlamaConfig(hidden_size=hidden, num_attention_heads=shape.heads, head_dim=shape.head_dim)
-    return EagleHead(shape, weights, LlamaRotaryEmbedding(config))
+    return EagleHead(shape, weights, LlamaRotaryEmbedding(config), fp8=fp8)
 
 
 def drafter_of(head: EagleHead, slots: int, make: torch.Generator) -> EagleDrafter:
     """One whose pages hold random keys and values of earlier positions."""
-    embedding = nn.Embedding(head.shape.vocab, head.shape.hidden, dtype=head.fc.dtype)
+    embedding = nn.Embedding(head.shape.vocab, head.shape.hidden, dtype=head.dtype)
     with torch.no_grad():
         embedding.weight.copy_(torch.randn(embedding.weight.shape, generator=make))
+    device = head.norm.device
+    embedding.to(device)
     bound: Any = SimpleNamespace(model=SimpleNamespace(get_input_embeddings=lambda: embedding))
     drafter = EagleDrafter("head", head, bound, (0, 1, 2), PAGE)
-    drafter.begin(slots=slots, context=CONTEXT, vocab_size=head.shape.vocab, count=MOST, device=torch.device("cpu"))
+    drafter.begin(slots=slots, context=CONTEXT, vocab_size=head.shape.vocab, count=MOST, device=device)
     columns = CONTEXT // PAGE
     table = torch.randperm((slots - 1) * columns, generator=make).view(-1, columns) + 1
     table = torch.cat((table, torch.zeros(1, columns, dtype=torch.int64))).to(torch.int32)
-    drafter.states[0].allocate((slots - 1) * columns + 1, slots, torch.device("cpu"))
+    drafter.states[0].allocate((slots - 1) * columns + 1, slots, device)
     for part in drafter.pages:
         part.copy_(torch.randn(part.shape, generator=make))
-    drafter.attach(table, slots * (MOST + 1))
+    drafter.attach(table.to(device), slots * (MOST + 1))
     return drafter
 
 
@@ -87,21 +93,37 @@ def random_call(make: torch.Generator, drafter: EagleDrafter, rows: int, fed: in
     chosen = torch.randperm(slots - 1, generator=make)[:rows]
     if rows > 2:  # a row of padding
         chosen[1], lengths[1], brought[1] = drafter.padding_slot, 1, 1
-    states = torch.randn(rows * fed, 3 * shape.model_hidden, generator=make).to(drafter.head.fc.dtype)
+    states = torch.randn(rows * fed, 3 * shape.model_hidden, generator=make).to(drafter.head.dtype)
     text = numbers(0, shape.vocab, slots, CONTEXT).to(torch.int32)
     room = torch.minimum(numbers(0, 6, rows), CONTEXT - lengths)
 
     def choose(logits: Tensor, drafts: object) -> Tensor:
         return logits.float().argmax(-1)
 
+    device = drafter.head.norm.device
+    chosen, lengths, text, room, brought, states = (
+        tensor.to(device) for tensor in (chosen, lengths, text, room, brought, states)
+    )
     return DraftCall(chosen, lengths, text, MOST, room, choose, brought, states, greedy)
+
+
+def logits_by(drafter: EagleDrafter, chain: HeadChain | None, call: DraftCall) -> Tensor:
+    """[MOST, B, V] of each pass, -inf as 0, where the same tokens are drafted whatever they are."""
+    found: list[Tensor] = []
+
+    def choose(logits: Tensor, drafts: object) -> Tensor:
+        found.append(logits.float().masked_fill(logits == -torch.inf, 0.0))
+        return call.lengths + len(found)
+
+    drafter.draft_by(chain, call._replace(choose=choose, greedy=False))
+    return torch.stack(found)
 
 
 @torch.inference_mode()
 def check_passes(number: int) -> None:
     """Rows of which several tokens were fed, or one; some accepted; padding; page borders; both ways to choose."""
     odd = {"hidden": 72, "heads": 6, "kv_heads": 3, "head_dim": 24, "intermediate": 40, "model_hidden": 72}
-    whole = {"norm_before_residual": True, "draft_vocab": 90}
+    whole = {"norm_before_residual": True, "draft_vocab": 90, "fp8": True}
     for case, (changes, rows, fed) in enumerate(((odd, 2, 4), (whole, 3, 1), ({}, 5, 4))):
         make = torch.Generator().manual_seed(number + case)
         head = random_head(make, torch.float32, **changes)

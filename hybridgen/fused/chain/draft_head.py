@@ -24,13 +24,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hybridgen.device.launcher import power_of_two
 from hybridgen.fused.chain.draft_kernels import name_kernel, pair_kernel, place_kernel, settle_kernel
+from hybridgen.fused.chain.setup import check_places, stored
 from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
 from hybridgen.fused.chain.tiles import PROJECTIONS
-from hybridgen.models.decoder import Decoder, Linear, Norm, Unfit, dense_parts
+from hybridgen.models.decoder import Decoder, Linear, Norm, Unfit
+from hybridgen.models.quantised import product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class HeadChain(ChainStep):
     """A head's passes for up to 16 rows, of which a step fed up to `fed` tokens each."""
 
     projections = (*PROJECTIONS, "join")
+    takes_codes = True
 
     def __init__(self, model: Decoder, parts: HeadParts, *, max_rows: int, fed: int, most: int) -> None:
         """
@@ -72,9 +74,14 @@ class HeadChain(ChainStep):
         self.most_rows = min(max_rows, MAX_ROWS)
         """Rows of a call at most."""
         super().__init__(model, max_rows=min(self.most_rows * fed, MAX_ROWS))
-        for weight in dense_parts(parts.join):
-            if not weight.is_contiguous() or weight.data_ptr() % 16 or weight.shape[1] % (16 // weight.element_size()):
-                raise Unfit("fc is not contiguous or does not start at a multiple of 16 bytes")
+        for name, weights in self._linears().items():
+            if stored(weights, codes=True)[1] is not None:
+                for rows in (8, 16):
+                    self._widen(name, rows)
+        [join], _ = stored(parts.join, codes=True)
+        check_places([join])
+        if parts.join.weight.shape[1] % (16 // join.element_size()):
+            raise Unfit(f"its fc has {parts.join.weight.shape[1]} inputs: its rows would not start at 16 bytes")
         tokens, rows, hidden = self.most_rows * fed, self.most_rows, model.hidden
         heads = model.heads + 2 * model.kv_heads
 
@@ -94,6 +101,23 @@ class HeadChain(ChainStep):
             "place slots": zeros(most, rows, dtype=torch.int32),
             "made": zeros(rows, most, dtype=torch.int64),
         }
+
+    def _linears(self) -> dict[str, Linear]:
+        layer, head = self.model.layers[0], self.model.head
+        projections = {"qkv": layer.qkv, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down}
+        return projections | {"head": head, "join": self._parts.join}
+
+    def _widen(self, name: str, rows: int) -> None:
+        """Have a program ask for as many bytes of codes as it would of 16-bit numbers: the defaults are for these."""
+        tile = self.tiles.get(f"{name}.{rows}")
+        if tile is None:
+            return
+        _, inner, gated = self.shape(name)
+        most = triton.next_power_of_2(triton.cdiv(inner, tile.splits))
+        columns = max(32, min(2 * tile.columns, most))
+        iterations = triton.next_power_of_2(triton.cdiv(inner, columns * tile.splits))
+        tile = tile._replace(columns=columns, ahead=min(tile.ahead, iterations))
+        self.tiles[f"{name}.{rows}"] = tile.fitted(rows, gated, self.model.dtype.itemsize, self.device.shared_memory)
 
     def shape(self, name: str) -> tuple[int, int, bool]:
         """See `ChainStep.shape`."""
@@ -143,7 +167,7 @@ class HeadChain(ChainStep):
         if total <= MAX_ROWS:
             self._plain("join", self._parts.join, states, joined, total)
         else:
-            joined.copy_(linear(states, dense_parts(self._parts.join)[0]))
+            joined.copy_(product(states, self._parts.join.weight))
         single = fed == 1
         around = scratch["state" if single else "around"]
         self._pair(joined, tokens, embedding, around, total, named=False, squares=single)
@@ -153,7 +177,7 @@ class HeadChain(ChainStep):
         if total <= MAX_ROWS:
             self._plain("qkv", qkv, pair, projected, total)
         else:
-            projected[:total].flatten(1).copy_(linear(pair, dense_parts(qkv)[0]))
+            projected[:total].flatten(1).copy_(product(pair, qkv.weight))
         if not single:
             self._settle(brought, positions, token_slots, block_table, rows, fed)
         return self._rest(0, rows, block_table, overlap=single)
