@@ -112,8 +112,9 @@ class RunningFields:
         default=None,
         metadata=setting(
             "A smaller model of the same vocabulary that drafts, which changes no token: a local path, a hub id or a "
-            "live module; or the path or hub id of an EAGLE-3 head. Its keys and values lie beside the model's, in the "
-            "same pages. See docs/speculation.md.",
+            "live module; the path or hub id of an EAGLE-3 head; or `mtp`, the head for multi-token prediction that "
+            "the checkpoint carries. Its keys and values lie beside the model's, in the same pages. See "
+            "docs/speculation.md.",
             check_drafter,
             in_key=False,
         ),

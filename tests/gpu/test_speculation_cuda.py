@@ -17,6 +17,7 @@ from hybridgen.speculation.oracle import OracleDrafter
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "kernels"), str(TESTS / "speculation")]
+import mtp_heads  # noqa: E402
 from draft_cases import PROMPTS, RIGHT, check_counts, check_equal, each, sequences  # noqa: E402
 from draft_step_cases import VOCAB, WIDTH, random_chosen, random_made, random_tables  # noqa: E402
 from eagle_heads import COUNT, counting_head, counting_model, random_head, write_specforge  # noqa: E402
@@ -182,6 +183,27 @@ def test_a_head_by_the_chain(quantize: str | None, tmp_path: Path) -> None:
     assert stats.fused["passes of the drafting head"] == "a chain of Triton kernels"
     assert stats.speculation.accepted > 20
     assert not stats.fallbacks
+
+
+@pytest.mark.parametrize("mode", ["eager", "hybrid"])
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_a_head_that_a_checkpoint_carries(family: str, mode: str, tmp_path: Path) -> None:
+    """For multi-token prediction: its passes, with experts and latents, are recorded with the step."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    path = mtp_heads.write(tmp_path, family)
+    params = each(8, 24)
+    with Engine.load(path, mode=mode, device="cuda", **SETTINGS) as engine:
+        expected = engine.generate(PROMPTS[:8], params)
+    with Engine.load(path, mode=mode, device="cuda", validate=True, drafter="mtp", **SETTINGS) as engine:
+        for _ in range(3):
+            found = engine.generate(PROMPTS[:8], params)
+            check_equal(found, expected)
+            check_counts(found)
+        stats = engine.stats()
+    assert stats.speculation.drafter == "mtp"
+    assert stats.speculation.drafted > 0
+    # In float32 transformers' product of experts, which prefill keeps, copies from the host: none is captured.
+    assert all("capture" in each for each in stats.fallbacks)
 
 
 def test_ngrams_in_the_demo_model() -> None:

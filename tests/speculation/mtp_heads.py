@@ -13,16 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-LAYERS = {"glm4_moe": 2, "deepseek_v3": 2}
+LAYERS = {"glm4_moe": 2, "deepseek_v3": 2, "glm4_moe_lite": 2}
 """Of the model, behind which the head is one more."""
 
 
 def write(directory: Path, family: str, *, hidden: int = 64) -> Path:
     """A checkpoint whose last layer has become its head's."""
     count = LAYERS[family]
-    path = families.write(family, directory, num_hidden_layers=count + 1)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+    kinds = {"mlp_layer_types": ["dense", "sparse", "sparse"]} if family == "glm4_moe_lite" else {}
+    path = families.write(family, directory, num_hidden_layers=count + 1, **kinds)
+    config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": count}
+    config |= {name: value[:count] for name, value in kinds.items()}
+    (path / "config.json").write_text(json.dumps(config))
     tensors = load_file(path / "model.safetensors")
     make = torch.Generator().manual_seed(7)
     prefix = f"model.layers.{count}."

@@ -24,7 +24,9 @@ from hybridgen.loading import Checkpoint
 from hybridgen.speculation.mtp import MtpDrafter
 
 
-@pytest.fixture(scope="module", params=["glm4_moe", "deepseek_v3"])
+@pytest.fixture(
+    scope="module", params=["glm4_moe", "deepseek_v3", pytest.param("glm4_moe_lite", marks=pytest.mark.slow)]
+)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, write(tmp_path_factory.mktemp(request.param), request.param)
 
