@@ -426,7 +426,8 @@ class ModelSteps:
             else:
                 last = sampled.tokens.view(rows.shape[0], -1)
                 choose = partial(self._expect, rows, ends, count, last, sampler)
-                told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, hidden)
+                more = hidden, sampler.greedy
+                told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, *more)
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
 

@@ -198,9 +198,23 @@ class BoundModel:
         for _, _, rope in self._replaced():
             rope.step = step
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the layers.
+
+        Raises:
+            UnsupportedModelError: the decoder has none that is called `norm`.
+        """
+        found = getattr(self.model.get_decoder(), "norm", None)
+        if not isinstance(found, nn.Module):
+            raise UnsupportedModelError(f"the decoder of a {kind_of(self.model)} has no final norm that is called norm")
+        return found
+
     def note_inputs(self, layers: Sequence[int]) -> None:
-        """From now on keep what goes into these layers, until `take_inputs()`."""
-        self._noted = LayerInputs([self.layers[layer] for layer in layers]) if layers else None
+        """From now on keep what goes into these layers, until `take_inputs()`; behind the last: into the final norm."""
+        count = len(self.layers)
+        modules = [self.layers[layer] if layer < count else self.final_norm for layer in layers]
+        self._noted = LayerInputs(modules) if layers else None
 
     def take_inputs(self) -> tuple[torch.Tensor | None, ...]:
         """What went into these layers in the last `forward()`, [T, hidden] each; None: a layer was not called."""
