@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ from hybridgen.models.mixers import (
     MixerSite,
     check_claimed,
     check_mixers,
-    read_shapes,
+    mixer_sites,
     use_own_cache,
     use_slots,
 )
@@ -192,7 +193,7 @@ class BoundModel:
         self._schedules = tuple((binding, query_heads) for (query_heads, _, _), binding in first.items())
         self._slots = next((state for state in states if isinstance(state, SlotState)), None)
         for mixer, tensors in zip(self.mixers, self._slots.mixers if self._slots else (), strict=True):
-            mixer.module._hybridgen = MixerBinding(tensors, step)  # type: ignore[assignment]
+            mixer.module._hybridgen = MixerBinding(tensors, step, mixer.continues)  # type: ignore[assignment]
         for expert in self.experts:
             expert.module._hybridgen = ExpertsBinding(expert.form, step)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
@@ -408,7 +409,9 @@ def _find_sites(
     mixers = check_mixers(model)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     cache = DynamicCache(config=model.config) if mixers else None
-    seen, logits_dtype = _run_two_tokens(model, attention, names, cache)
+    inputs = LayerInputs(mixers)
+    with inputs.listening():
+        seen, logits_dtype = _run_two_tokens(model, attention, names, cache)
     check_distinct(kind, [names[site.module] for site in seen])
     layers = decoder_layers(model, [site.module for site in seen], mixers)
     if [names[site.module] for site in seen] != [call.name for call in calls]:
@@ -437,7 +440,7 @@ def _find_sites(
     if cache is None:
         return sites, (), layers, logits_dtype
     check_claimed(mixers, cache)
-    states = tuple(MixerSite(mixer, layer_around(mixer, layers), read_shapes(mixer, cache)) for mixer in mixers)
+    states = mixer_sites(mixers, layers, cache, inputs)
     return sites, states, layers, logits_dtype
 
 
@@ -474,6 +477,11 @@ def _check_shared(model: PreTrainedModel, readers: Sequence[str]) -> None:
         )
 
 
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward calls its cache; models of mixers alone have their mixers' word."""
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _run_two_tokens(
     model: PreTrainedModel, attention: AttentionNames, names: dict[nn.Module, str], cache: DynamicCache | None
 ) -> tuple[list[_Seen], torch.dtype]:
@@ -505,7 +513,7 @@ def _run_two_tokens(
     try:
         with torch.inference_mode(), noting_expansion(check_latents(model)):
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            keeps = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+            keeps = {"use_cache": False} if cache is None else {_cache_argument(model): cache, "use_cache": True}
             output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], **keeps)
     finally:
         for module in modules:

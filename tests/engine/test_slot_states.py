@@ -176,7 +176,7 @@ def test_scored_prompts_and_several_completions(engine: Engine, expected: list[l
 def test_what_cannot_be_is_refused(path: Path) -> None:
     with pytest.raises(ConfigError, match="state that cannot be taken back"):
         Engine.load(path, mode="eager", speculation="ngram", **SETTINGS)
-    with pytest.raises(OutOfMemoryError, match="for 3 requests"):
+    with pytest.raises(OutOfMemoryError, match="for the states of 3 requests, and at least"):
         Engine.load(path, mode="eager", **(SETTINGS | {"kv_memory": "1KiB"}))
 
 
