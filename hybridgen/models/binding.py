@@ -151,6 +151,15 @@ class BoundModel:
         return max(reaches) if reaches and all(reaches) else None
 
     @property
+    def shortest_run(self) -> int:
+        """Tokens at least of a prompt's runs behind its first.
+
+        A mixer computes a token that comes alone as it does in decode. Mamba 2 limits its time step in runs only
+        (`time_step_limit`, `time_step_min`), so that a prompt's last token would get another state than in one run.
+        """
+        return 2 if any(mixer.continues and mixer.shapes.recurrent for mixer in self.mixers) else 1
+
+    @property
     def reprefill_length(self) -> int | None:
         """The length at which a request must be prefilled again, because its rotary table changes (longrope)."""
         lengths = {rope.switch_length for _, _, rope in self._replaced() if rope.switch_length is not None}

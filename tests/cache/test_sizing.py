@@ -52,8 +52,8 @@ def test_a_model_without_pages_needs_only_its_slots() -> None:
     with pytest.raises(OutOfMemoryError) as caught:
         plan(5 * 1000 - 1, states=(PerSlot(1000),))
     assert str(caught.value).startswith(
-        "kv_memory=4,999 holds fewer than 5,000 bytes for the states of 4 requests, and at least 5,000 bytes are needed; "
-        "raise kv_memory, lower max_batch, "
+        "kv_memory=4,999 holds fewer than 5,000 bytes for the states of 4 requests, and at least 5,000 bytes are "
+        "needed; raise kv_memory, lower max_batch, "
     )
 
 
