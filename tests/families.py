@@ -320,6 +320,14 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         mamba_d_state=8,
         **_THREE,
     ),
+    "zamba": _with(
+        layers_block_type=["linear_attention", "hybrid", "linear_attention"],
+        mamba_d_state=8,
+        n_mamba_heads=2,
+        num_key_value_heads=4,
+        **_THREE,
+    ),
+    "lfm3": _with(head_dim=16, sliding_window=8, layer_types=["conv", "full_attention", "sliding_attention", "conv"]),
     "kimi_linear": _with(**_KDA, linear_head_dim=16, linear_num_heads=4),
     "bailing_hybrid": _with(**_KDA | {"n_group": 2}, head_dim=16, num_mtp_layers=0),
     "lfm2_moe": _with(

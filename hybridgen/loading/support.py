@@ -34,6 +34,7 @@ STATES_BY_SLOT = frozenset(
         "kimi_linear",
         "lfm2",
         "lfm2_moe",
+        "lfm3",
         "mamba",
         "mamba2",
         "nemotron_h",
@@ -41,6 +42,7 @@ STATES_BY_SLOT = frozenset(
         "qwen3_5_moe_text",
         "qwen3_5_text",
         "qwen3_next",
+        "zamba",
         "zamba2",
     }
 )

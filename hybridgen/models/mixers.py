@@ -160,6 +160,14 @@ def find_mixers(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def projections_read(model: nn.Module) -> Iterator[nn.Module]:
+    """The projections whose weights mixers multiply by themselves: Mamba 1 adds the bias of its time step later."""
+    for mixer in find_mixers(model):
+        projection = getattr(mixer, "dt_proj", None)
+        if projection is not None:
+            yield projection
+
+
 def _class_of(module: nn.Module) -> Any:
     return type(module)
 
