@@ -164,6 +164,7 @@ class Builder:
             token_budget=self.resolved.token_budget,
             score_budget=runner.score_budget,
             shortest_run=bound.shortest_run,
+            whole_prompts=not bound.continues_runs,
             reprefill_length=bound.reprefill_length,
             longest_first=config.longest_first,
         )

@@ -47,6 +47,7 @@ class Scheduler:
         token_budget: int,
         score_budget: int = 1024,
         shortest_run: int = 1,
+        whole_prompts: bool = False,
         reprefill_length: int | None = None,
         longest_first: bool = True,
     ) -> None:
@@ -57,6 +58,7 @@ class Scheduler:
             score_budget: tokens that a prefill call tells the log-probabilities of at most.
             shortest_run: tokens of a prefill at least that goes on where an earlier call ended; at most 2, and then
                 `token_budget` is at least 3.
+            whole_prompts: whether a prefill that one call can take is not cut for the room that others leave in it.
             reprefill_length: a request that reaches this length is prefilled again, see `BoundModel`.
             longest_first: whether `in_order` puts requests first that may generate the most.
         """
@@ -65,6 +67,7 @@ class Scheduler:
         self._token_budget = token_budget
         self._score_budget = score_budget
         self._shortest_run = shortest_run
+        self._whole_prompts = whole_prompts
         self._reprefill_length = reprefill_length
         self._free_slots = list(range(max_batch - 1, -1, -1))
         self.waiting: deque[Request] = deque()
@@ -243,6 +246,8 @@ class Scheduler:
 
     def _run(self, budget: int, start: int, left: int) -> int:
         """How many of the tokens that are left of a prefill behind `start` to feed; 0: rather in a later call."""
+        if self._whole_prompts and budget < left <= self._token_budget:
+            return 0
         length = min(budget, left)
         if self._shortest_run > 1 and left > 1:
             length -= left - length == 1  # the last one would come alone

@@ -160,6 +160,11 @@ class BoundModel:
         return 2 if any(mixer.continues and mixer.shapes.recurrent for mixer in self.mixers) else 1
 
     @property
+    def continues_runs(self) -> bool:
+        """Whether every layer takes a later run of a prompt at once; some take it token by token (`models.mixers`)."""
+        return all(mixer.continues for mixer in self.mixers)
+
+    @property
     def reprefill_length(self) -> int | None:
         """The length at which a request must be prefilled again, because its rotary table changes (longrope)."""
         lengths = {rope.switch_length for _, _, rope in self._replaced() if rope.switch_length is not None}
