@@ -109,6 +109,32 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "deepseek_vl_hybrid": (_text("llama"), {}),
     "granite_speech_plus": (_text("granite"), {}),
     "vibevoice_asr": (_text("qwen2"), {}),
+    "gemma4_unified": (_text("gemma4_unified_text"), {}),
+    "granite4_vision": (
+        _text("granite"),
+        {
+            "deepstack_layer_map": [[0, 0]],
+            "downsample_rate": "1/2",
+            "spatial_target_layers": [0],
+            "vision_config": {"hidden_size": 64},
+            "qformer_config": {"model_type": "blip_2_qformer"},
+        },
+    ),
+    "hunyuan_vl": (_text("hunyuan_v1_dense", **_mrope(2, 2, 2, 2)), {}),
+    "nemotron_h_omni": (families.CONFIGS["nemotron_h"], {}),
+    "qwen2_audio": (_text("qwen2"), {}),
+    "step3p7": (
+        _text(
+            "gpt_oss",
+            "num_local_experts",
+            mlp_layer_types=["dense", "sparse"],
+            moe_intermediate_size=48,
+            n_routed_experts=4,
+            num_sliding_attention_heads=2,
+            share_expert_dim=48,
+        ),
+        {},
+    ),
     "muse_spark": (
         _text("gpt_oss", mlp_layer_types=["dense", "sparse"], moe_intermediate_size=48, moe_hidden_size=32, **_NOPE),
         {
@@ -123,6 +149,9 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """By model type: the text config, and other fields of the whole one."""
+
+UNCOMPILED = {"step3p7"}
+"""Their layers run uncompiled, counted: experts in a loop over values."""
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"paligemma": (_text("gemma"), {})}
 """Prompts are seen both ways (prefix attention)."""

@@ -13,6 +13,7 @@ real; where they meet weights, they become meta tensors too (`_Weightless`).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -255,7 +256,23 @@ def _visibility(call: _Call, context: int) -> Visibility:
         raise UnknownMaskError(f"its attention is not causal ({call.not_causal})")
     if call.mask is None:
         raise UnknownMaskError("it attends without a mask, or with one that transformers' mask functions did not make")
+    _lengthen(call.mask.predicate, context)
     return read_visibility(call.mask.predicate, context, call.heads, call.mask.vmapped)
+
+
+def _lengthen(predicate: Any, context: int) -> None:
+    """Let what a predicate keeps of the probe's tokens stand for a text of any length.
+
+    A multimodal model's predicate looks each position up in a tensor that says which image it belongs to. One value for
+    all of the probe's tokens, which are text, is every text's.
+    """
+    for cell in getattr(predicate, "__closure__", None) or ():
+        kept = cell.cell_contents
+        if isinstance(kept, Tensor) and kept.shape == (1, TOKENS) and not kept.is_meta and len(kept.unique()) == 1:
+            cell.cell_contents = kept[:, :1].expand(1, context)
+        for inner in kept if isinstance(kept, tuple) else (kept,):
+            if inspect.isfunction(inner):
+                _lengthen(inner, context)
 
 
 @dataclass
