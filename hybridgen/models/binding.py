@@ -27,6 +27,7 @@ from hybridgen.cache.paged_latent import LatentShape, PagedLatent
 from hybridgen.errors import CheckpointError, EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, KVFactors, LayerBinding, Phase, StepMetadata
+from hybridgen.models.counting import counts_tokens, use_own_numbers, use_positions
 from hybridgen.models.experts import ExpertsBinding, ExpertsSite, find_experts, use_op, use_own_code
 from hybridgen.models.interface import AttentionNames, check_functions
 from hybridgen.models.latent import (
@@ -106,6 +107,8 @@ class BoundModel:
     """Of the layers that share an attention schedule the first, and its query heads."""
     latents: tuple[nn.Module, ...] = field(init=False)
     """The attention modules that cache latents."""
+    counting: tuple[nn.Module, ...] = field(init=False)
+    """The attention modules that number a call's tokens."""
     _noted: LayerInputs | None = None
     """What goes into some layers; None: nobody reads it."""
     experts: tuple[ExpertsSite, ...] = ()
@@ -113,6 +116,7 @@ class BoundModel:
 
     def __post_init__(self) -> None:
         self.latents = tuple(site.module for site in self.sites if site.latent is not None)
+        self.counting = tuple(site.module for site in self.sites if counts_tokens(site.module))
 
     def layer_states(
         self, page_size: int, dtype: torch.dtype, scales: Mapping[str, KVScales] | None = None
@@ -293,6 +297,8 @@ class BoundModel:
             use_slots(mixer.module)
         for module in self.latents:
             use_latents(module)
+        for module in self.counting:
+            use_positions(module)
         for site in self.experts:
             use_op(site)
 
@@ -301,6 +307,8 @@ class BoundModel:
             use_own_cache(mixer.module)
         for module in self.latents:
             use_expansion(module)
+        for module in self.counting:
+            use_own_numbers(module)
         for site in self.experts:
             use_own_code(site)
 
