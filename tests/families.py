@@ -151,6 +151,18 @@ _MAMBA: dict[str, Any] = {
     "mamba_d_state": 8,
     "mamba_chunk_size": 16,
 }
+_MAMBA_1: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+"""Models without attention: Mamba, and with more fields Mamba 2."""
 _TWO_MLPS: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
 _TWO_ROPES: dict[str, Any] = {
     "rope_parameters": {
@@ -295,6 +307,27 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         adapter_rank=8,
         **_THREE,
     ),
+    "mamba": _MAMBA_1,
+    "falcon_mamba": _MAMBA_1,
+    "mamba2": _MAMBA_1 | {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16},
+    "jamba": _with(
+        num_experts=4,
+        num_experts_per_tok=2,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+        **_THREE,
+    ),
+    "zamba": _with(
+        layers_block_type=["linear_attention", "hybrid", "linear_attention"],
+        mamba_d_state=8,
+        n_mamba_heads=2,
+        num_key_value_heads=4,
+        **_THREE,
+    ),
+    "lfm3": _with(head_dim=16, sliding_window=8, layer_types=["conv", "full_attention", "sliding_attention", "conv"]),
     "kimi_linear": _with(**_KDA, linear_head_dim=16, linear_num_heads=4),
     "bailing_hybrid": _with(**_KDA | {"n_group": 2}, head_dim=16, num_mtp_layers=0),
     "lfm2_moe": _with(
@@ -313,7 +346,9 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         attention_chunk_size=24,
         layer_types=["chunked_attention", "full_attention"],
         no_rope_layers=[1, 0],
-        attn_temperature_tuning=False,
+        attn_temperature_tuning=True,
+        attn_scale=0.5,
+        floor_scale=16,
         interleave_moe_layer_step=2,
         **_SHORT,
     ),

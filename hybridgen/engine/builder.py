@@ -91,6 +91,7 @@ class Builder:
             drafter: the model that drafts; None: none does.
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
+        self._check_runs(bound)
         starter, timed = self.starter, self.startup.timed
         plan = self.graph_plan(bound)
         with timed("artifacts"):
@@ -165,6 +166,8 @@ class Builder:
             max_batch=config.max_batch,
             token_budget=self.resolved.token_budget,
             score_budget=runner.score_budget,
+            shortest_run=bound.shortest_run,
+            whole_prompts=not bound.continues_runs,
             reprefill_length=bound.reprefill_length,
             longest_first=config.longest_first,
         )
@@ -265,6 +268,14 @@ class Builder:
             quiet=runner.drafting is not None and runner.drafting.can_pause,
         )
         return self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
+
+    def _check_runs(self, bound: BoundModel) -> None:
+        least = 2 * bound.shortest_run - 1  # so that neither a run nor what it leaves has to be shorter
+        if self.resolved.token_budget < least:
+            raise ConfigError(
+                f"token_budget={self.resolved.token_budget}, and layers of this model keep a state that needs prompts "
+                f"in runs of {bound.shortest_run} tokens or more; give token_budget={least} or more"
+            )
 
     def _allocate_cache(
         self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup, drafter: LoadedDrafter | None
