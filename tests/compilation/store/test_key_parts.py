@@ -9,7 +9,6 @@ from typing import Any
 import families
 import pytest
 import torch
-import transformers
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 import hybridgen
@@ -72,7 +71,7 @@ def test_dtype_quantisation_class_and_settings() -> None:
         (torch, "__version__", "torch"),
         (torch.version, "cuda", "CUDA"),
         (parts, "__version__", "hybridgen"),
-        (transformers, "__version__", "transformers"),
+        (parts.transformers, "__version__", "transformers"),  # a lazy module: not always the one that is imported here
     ],
 )
 def test_versions(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, part: str) -> None:
