@@ -113,6 +113,8 @@ class BoundModel:
     """What goes into some layers; None: nobody reads it."""
     experts: tuple[ExpertsSite, ...] = ()
     """The modules of experts that decode by the op of `kernels.linear.experts`."""
+    vocab_size: int = 0
+    """Ids that the model takes. A head may have rows of the first of them alone (Apertus 1.5)."""
 
     def __post_init__(self) -> None:
         self.latents = tuple(site.module for site in self.sites if site.latent is not None)
@@ -247,7 +249,7 @@ class BoundModel:
             keep: int64 [K], the tokens whose logits are wanted; None for all.
 
         Returns:
-            [K, vocab_size] in `logits_dtype`.
+            [K, vocab_size] in `logits_dtype`; -inf for ids that the model takes and its head cannot give.
         """
         if self.latents and not torch.compiler.is_compiling():
             check_unwatched(self.latents)
@@ -265,7 +267,9 @@ class BoundModel:
                 # An int above 0 is not the same thing in every model; a tensor and 0 are.
                 logits_to_keep=0 if keep is None else keep,
             )
-        return output.logits[0]
+        logits = output.logits[0]
+        lacking = self.vocab_size - logits.shape[-1]
+        return nn.functional.pad(logits, (0, lacking), value=-torch.inf) if lacking > 0 else logits
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What steps leave for their own layers alone, by name: the attention schedules."""
@@ -403,6 +407,7 @@ def bind(model: PreTrainedModel, context: int | None = None, calls: tuple[Probed
     attention = AttentionNames(model)
     sites, mixers, layers, logits_dtype = _find_sites(model, attention, context or _context_of(model), calls)
     bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), layers, mixers, attention)
+    bound.vocab_size = getattr(model.config, "vocab_size", 0)
     try:
         attention.set(ATTENTION_NAME)
         bound._use_states()
