@@ -45,8 +45,8 @@ SECONDS = {"all-reduce": 60, "tensor-parallel": 90, "large": 80, "agree": 60, "o
 """Of each part at most, the imports left out."""
 SIZES = [8 * 2**10, 16 * 2**10, 64 * 2**10, 128 * 2**10, 512 * 2**10, 4 * 2**20]
 """Bytes of an all-reduce."""
-CALLS = 50
-"""Of a graph."""
+CALLS = {"cpu": 50, "cuda": 500}
+"""Of a graph: so many that what the ranks begin apart, some tens of microseconds, is little for each."""
 SHAPE, LARGE = "llama-3.1-8b", "llama-3.1-70b"
 
 
@@ -117,6 +117,7 @@ def all_reduce(part: Part) -> None:
 
 def symmetric_memory(part: Part, device: torch.device, dtype: torch.dtype, group: Group) -> None:
     """torch's own kernel over symmetric memory, to compare with."""
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not every host has it, and this needs none
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symm_mem
 
@@ -148,13 +149,13 @@ def microseconds(call: Callable[[], object], cuda: bool, group: Group) -> float:
     call()
     if not cuda:
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(CALLS["cpu"]):
             call()
-        return (time.perf_counter() - start) / CALLS * 1e6
+        return (time.perf_counter() - start) / CALLS["cpu"] * 1e6
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(CALLS):
+        for _ in range(CALLS["cuda"]):
             call()
     graph.replay()
     torch.cuda.synchronize()
@@ -166,7 +167,7 @@ def microseconds(call: Callable[[], object], cuda: bool, group: Group) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / CALLS)
+        times.append(begin.elapsed_time(end) * 1e3 / CALLS["cuda"])
     graph.reset()
     return statistics.median(times)
 

@@ -78,7 +78,9 @@ def _follow(channel: Channel, rank: int, group: Group, checkpoint: Checkpoint, c
         follower = _follower(checkpoint, config, group)
         for _ in arrivals(0):
             if not follower.do(unpack(channel.read(rank))):
-                os._exit(0)  # orderly: nothing is under way, and rank 0 removes the files
+                if checkpoint.device.type == "cuda":
+                    torch.cuda.synchronize()  # what this rank launched last, others may still wait for
+                os._exit(0)  # orderly: rank 0 removes the files
 
 
 def _follower(checkpoint: Checkpoint, config: EngineConfig, group: Group) -> Follower:

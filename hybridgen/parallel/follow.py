@@ -44,6 +44,10 @@ class Follower:
         self._recordings: dict[GraphKey, Recorded] = {}
         self._again: Callable[[], None] | None = None
         """Runs the last decode step once more."""
+        if runner.compiled is not None:
+            runner.compiled.strict = (
+                False  # as on rank 0, which has layers compiled at sizes that one graph may not serve
+            )
 
     def do(self, message: Message) -> bool:
         """Do what a message asks for; False if it is the last."""
