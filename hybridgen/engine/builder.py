@@ -129,15 +129,17 @@ class Builder:
             undo.callback(use_own_rotation, bound)
             use_one_op(bound, self.resolved.max_context)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
-        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda" and self.lead is None
-        if fuses:
+        fuses = fuses_decode(self.resolved.mode, device)
+        if fuses and isinstance(runner, LeadRunner):
+            starter.fuse_decode(runner, bound, config, self.resolved.max_context, runner.begin_fusing)
+        elif fuses:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()
         not_compiled = None
         if compiles_layers:
             with timed("compile"):
                 not_compiled = self._compile(runner)
-        if fuses and not config.equal_bits:
+        if fuses and self.lead is None and not config.equal_bits:
             starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
         if device.type == "cuda":
             with timed("tuning"):
@@ -355,6 +357,11 @@ class Builder:
             runner.disable_compilation()
             return reason
         return None
+
+
+def fuses_decode(mode: Mode, device: torch.device) -> bool:
+    """Whether fused executors are built."""
+    return mode is Mode.HYBRID and device.type == "cuda"
 
 
 def _numbers(layer: nn.Module) -> int:

@@ -25,6 +25,7 @@ from hybridgen.graphs import capture_plan
 from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.models import BoundModel
+from hybridgen.models.share import Share
 from hybridgen.telemetry.statistics import ArtifactStats, Counters
 
 _CEILING = "read-ceiling"
@@ -161,8 +162,18 @@ class Starter:
             store.documents.write(_CEILING, {"bytes_per_second": measured})
         return measured
 
-    def fuse_decode(self, runner: ModelRunner, bound: BoundModel, config: EngineConfig, max_context: int) -> None:
+    def fuse_decode(
+        self,
+        runner: ModelRunner,
+        bound: BoundModel,
+        config: EngineConfig,
+        max_context: int,
+        begin: Callable[[int, bool], Share] | None = None,
+    ) -> None:
         """Make the fused decode kernels, with the choices of an earlier start or of the tuner.
+
+        Args:
+            begin: has the other ranks do the same, where the model is a rank's share, for which nothing is tuned.
 
         Raises:
             CacheMissError: `offline_compile=True`, and a kernel is not kept.
@@ -174,7 +185,7 @@ class Starter:
         if config.graphs is GraphOwner.TREES:
             self.fused = {"fused decode": 'none: graphs="trees" records the compiled layers'}
             return
-        tuned = self._cache.read_document(_TUNING) or {}
+        tuned = (self._cache.read_document(_TUNING) or {}) if begin is None else {}
 
         def kept(key: str, make: Callable[[], bytes]) -> bytes:
             if config.offline_compile and not (self._cache.entry.kernels / f"{key}.cubin").exists():
@@ -185,13 +196,15 @@ class Starter:
             return self._kept_kernel(key, make)
 
         with self._startup.timed("compile"):
-            fused = make_fused(runner, max_context, equal_bits=config.equal_bits, tuned=tuned, kept=kept)
+            share = None if begin is None else begin(max_context, config.equal_bits)
+            equal_bits = config.equal_bits
+            fused = make_fused(runner, max_context, equal_bits=equal_bits, tuned=tuned, kept=kept, share=share)
         for failure in fused.failures:
             self._counters.fall_back(failure)
         self.fused = fused.notes
         if config.equal_bits:
             _check_equal_bits(fused)
-        elif config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
+        elif begin is None and config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
             with self._startup.timed("tuning"):
                 try:
                     chosen = tune_fused(runner, config.tune_seconds)

@@ -7,11 +7,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybridgen.device.failures import LostRanks
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.fused.persistent.program import Keeper
 from hybridgen.graphs import LAYERS, GraphKey, Recorder
 from hybridgen.models.binding import key_value_pages
+from hybridgen.models.share import Share
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ def make_fused(
     equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Keeper | None = None,
+    share: Share | None = None,
 ) -> FusedDecode:
     """From now on decode small batches with fused executors, where the model and the device allow it.
 
@@ -31,6 +34,7 @@ def make_fused(
         equal_bits: decode with the kernel for several columns alone.
         tuned: what `tune_fused()` returned for this model and device.
         kept: gives machine code kept under a key, or makes and keeps it.
+        share: the other ranks, which do the same, where the model is a rank's share.
     """
     # Imported here: Triton and NVRTC are not there everywhere.
     from hybridgen.fused.build import build_fused
@@ -46,7 +50,10 @@ def make_fused(
         equal_bits=equal_bits,
         tuned=tuned,
         kept=kept,
+        share=share,
     )
+    if share is not None:
+        share.on_end(fused.give_up)
     runner.use_fused(fused)
     return fused
 
@@ -153,7 +160,14 @@ def _recorded_seconds(runner: ModelRunner, recorder: Recorder, rows: int, execut
 
 @on_its_stream
 def inspect_fused(runner: ModelRunner) -> str | None:
-    """Look for the cause of logits without numbers; mend it and say what it was, if it was a fused step's."""
+    """Look for the cause of logits without numbers; mend it and say what it was, if it was a fused step's.
+
+    Raises:
+        LostRanks: it was one of several ranks.
+    """
     if runner.fused is None or not runner.fused.stopped():
         return None
-    return "a fused decode step waited in vain and was given up"
+    why = "a fused decode step waited in vain and was given up"
+    if runner.fused.share is not None:
+        raise LostRanks(why)  # the ranks' kernels do not count alike any more
+    return why

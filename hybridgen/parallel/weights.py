@@ -58,7 +58,8 @@ class Slice:
         before = (slice(None),) * (len(self.shape) + cut.dim)
         starts = [piece * cut.full for piece in range(cut.packed if self._packed else 1)]
         parts = [self._lazy[(*before, slice(start + cut.start, start + cut.stop))] for start in starts]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
+        # A slice of the inputs can be a view of the file's whole tensor, which kernels would read with gaps.
+        found = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
         return found if place is Ellipsis else found[place]
 
 

@@ -11,6 +11,7 @@
 | `RELEASE` | key | |
 | `END` | | |
 | `COMPARE` | | |
+| `FUSE` | longest context, whether with equal bits | |
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Kind(IntEnum):
     RELEASE = 7
     END = 8
     COMPARE = 9
+    FUSE = 10
 
 
 class Message(NamedTuple):

@@ -44,6 +44,8 @@ def check(model: Decoder) -> None:
     weights = [weight for linear in model.linears for weight in dense_parts(linear)]
     if any(not weight.is_contiguous() or weight.data_ptr() % 16 for weight in weights):
         raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
+    if model.share is not None and any(each.bias is not None for x in model.layers for each in (x.out, x.down)):
+        raise Unfit("its output projections have biases, which each rank would add")
     if any(layer.attention_scale <= 0 for layer in model.layers):
         raise Unfit("its attention scale is not above 0")
     try:
@@ -97,6 +99,8 @@ def allocate(model: Decoder, rows: int) -> dict[str, Tensor]:
         "squares": zeros(2, parts, _SQUARES_ROWS),
         "roots": zeros(2, _SQUARES_ROWS),
     }
-    if any(layer.after_attention or layer.after_mlp for layer in model.layers):
+    if model.share is not None:  # as the ranks add it up
+        scratch["product"] = zeros(rows, model.hidden, dtype=model.dtype)
+    elif any(layer.after_attention or layer.after_mlp for layer in model.layers):
         scratch["product"] = zeros(rows, model.hidden)
     return scratch

@@ -30,7 +30,7 @@ class Program:
 ONE_ROW = Program(
     (__package__ or "",),
     "step.cu",
-    ("words.cuh", "barriers.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh"),
+    ("words.cuh", "barriers.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh", "peers.cuh"),
     "decode_step",
 )
 

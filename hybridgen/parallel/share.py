@@ -1,0 +1,59 @@
+"""A rank's share of a model, for the fused kernels: `models.share.Share` over a `Group`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hybridgen.parallel.group import Group
+from hybridgen.parallel.modules import HeadShard
+
+_REASON_BYTES = 400
+"""Of what a rank tells the others, at most."""
+
+
+class GroupShare:
+    """The other ranks of a model."""
+
+    def __init__(self, group: Group, model: PreTrainedModel) -> None:
+        """`model`: a rank's part, as `modules.join` left it."""
+        self._group = group
+        head = model.get_output_embeddings()
+        assert isinstance(head, HeadShard)
+        self._padded, self._vocab_size = head.padded, head.vocab_size
+
+    @property
+    def rank(self) -> int:
+        """See `Share.rank`."""
+        return self._group.rank
+
+    @property
+    def size(self) -> int:
+        """See `Share.size`."""
+        return self._group.size
+
+    def agree(self, reason: str) -> str:
+        """See `Share.agree`."""
+        given = reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES) if reason else b""
+        said = [each.decode(errors="replace").strip() for each in self._group.exchange(given)]
+        found = next((rank for rank, each in enumerate(said) if each), None)
+        return "" if found is None else f"rank {found}: {said[found]}"
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """See `Share.add_up`."""
+        return self._group.reduce(x)
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """See `Share.gather`."""
+        lacks = self._padded - logits.shape[-1]
+        return self._group.gather(nn.functional.pad(logits, (0, lacks)) if lacks else logits, self._vocab_size)
+
+    def memory(self, size: int) -> list[int]:
+        """See `Share.memory`."""
+        return self._group.memory(size)
+
+    def on_end(self, call: Callable[[], None]) -> None:
+        """See `Share.on_end`."""
+        self._group.endings.append(call)
