@@ -34,6 +34,7 @@ from hybridgen.execution import ModelRunner, warm_up
 from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
 from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
@@ -139,8 +140,9 @@ class Builder:
         if compiles_layers:
             with timed("compile"):
                 not_compiled = self._compile(runner)
-        if fuses and self.lead is None and not config.equal_bits:
-            starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
+        if fuses and not config.equal_bits:
+            sizes, recorder = plan.settings().decode, partial(self._recorder_of_all_ranks, runner, plan)
+            starter.choose_decode(runner, sizes, compiled=not_compiled is None, recorder=recorder)
         if device.type == "cuda":
             with timed("tuning"):
                 warm_up.run_all_sizes(runner)
@@ -187,6 +189,11 @@ class Builder:
             most_checked=EQUAL_BITS_ROWS if config.equal_bits else None,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)
+
+    def _recorder_of_all_ranks(self, runner: ModelRunner, plan: GraphSetup) -> Recorder | None:
+        """Who records decode steps where all ranks have to; None where there is one process."""
+        found = None if self.lead is None else self.lead.recorder(plan.recorder(runner.steps))
+        return None if found is None else found(GraphKey.decode(1, None), False)
 
     def use_graphs(
         self,

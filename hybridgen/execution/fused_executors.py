@@ -73,11 +73,14 @@ def tune_fused(runner: ModelRunner, seconds: float) -> dict[str, Any]:
 
 
 @on_its_stream
-def compare_rows(runner: ModelRunner, sizes: Sequence[int]) -> str:
+def compare_rows(runner: ModelRunner, sizes: Sequence[int], recorder: Recorder | None = None) -> str:
     """Use the persistent kernel for several rows at the sizes where it is faster than what would serve else.
 
     That is the chain, or the model's own layers. Both are recorded and timed at these sizes, with padding. Not while
     requests run.
+
+    Args:
+        recorder: who records; closed in the end. By default CUDA graphs of this process alone.
 
     Returns:
         Where it is not used and why; empty where it is used at all of them.
@@ -86,9 +89,7 @@ def compare_rows(runner: ModelRunner, sizes: Sequence[int]) -> str:
     rows = None if fused is None else fused.rows
     if fused is None or rows is None:
         return ""
-    from hybridgen.graphs.cuda import CudaGraphRecorder
-
-    recorder = CudaGraphRecorder(runner.device)
+    recorder = recorder or _cuda_graphs(runner)
     slower, faster = {}, []
     try:
         for size in sorted(size for size in sizes if rows.least <= size <= rows.most):
@@ -116,11 +117,14 @@ def compare_rows(runner: ModelRunner, sizes: Sequence[int]) -> str:
 
 
 @on_its_stream
-def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
+def compare_with_layers(runner: ModelRunner, sizes: Sequence[int], recorder: Recorder | None = None) -> str:
     """Use the chain of fused kernels up to the size where the model's own layers are faster.
 
     Both are recorded and timed at these sizes, with padding, but for those that the kernel for several rows serves. Not
     while requests run.
+
+    Args:
+        recorder: who records; closed in the end. By default CUDA graphs of this process alone.
 
     Returns:
         Why it is not used beyond that; empty where it is used at all of them.
@@ -128,9 +132,7 @@ def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
     chain = None if runner.fused is None else runner.fused.chain
     if runner.fused is None or chain is None:
         return ""
-    from hybridgen.graphs.cuda import CudaGraphRecorder
-
-    recorder = CudaGraphRecorder(runner.device)
+    recorder = recorder or _cuda_graphs(runner)
     used = chain.least - 1
     try:
         for rows in sorted(size for size in sizes if chain.least <= size <= chain.most):
@@ -147,6 +149,12 @@ def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
         recorder.close()
         runner.recover()
     return ""
+
+
+def _cuda_graphs(runner: ModelRunner) -> Recorder:
+    from hybridgen.graphs.cuda import CudaGraphRecorder
+
+    return CudaGraphRecorder(runner.device)
 
 
 def _recorded_seconds(runner: ModelRunner, recorder: Recorder, rows: int, executor: str) -> float:
