@@ -173,10 +173,10 @@ def _rows_step(
     Raises:
         Unfit: it does not serve the model.
     """
-    with torch.inference_mode():
-        step = RowsStep(
-            model, fused.pages, block_table=fused.inputs.block_table, reads=reads, inboxes=inboxes, kept=kept
-        )
+    # A new thread is on the first device, and pinned memory belongs to the device that is current.
+    with torch.cuda.device(model.device), torch.inference_mode():
+        table = fused.inputs.block_table
+        step = RowsStep(model, fused.pages, block_table=table, reads=reads, inboxes=inboxes, kept=kept)
     torch.cuda.synchronize(model.device)
     return step
 
