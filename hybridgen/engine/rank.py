@@ -29,6 +29,7 @@ from hybridgen.loading import Checkpoint
 from hybridgen.parallel.channel import Channel, arrivals
 from hybridgen.parallel.follow import Follower
 from hybridgen.parallel.group import Group
+from hybridgen.parallel.progress import Progress, State, Worked
 from hybridgen.parallel.ranks import MEMORY, ORDER, STORE
 from hybridgen.parallel.weights import load_share
 from hybridgen.parallel.wire import unpack
@@ -52,7 +53,9 @@ def main(directory: str, rank: int) -> int:
     place = Path(directory)
     order = json.loads((place / ORDER).read_text())
     channel = Channel(place / MEMORY, order["size"], order["ring_bytes"])
-    threading.Thread(target=_beat, args=(channel, rank, place), daemon=True, name="hybridgen-pulse").start()
+    progress = channel.progress(rank)
+    progress.enter(State.LONG)
+    threading.Thread(target=_beat, args=(channel, rank, place, progress), daemon=True, name="hybridgen-pulse").start()
     try:
         device = order["device"] if order["device"] == "cpu" else f"{order['device']}:{rank}"
         config = EngineConfig(device=device, **order["config"])
@@ -64,7 +67,7 @@ def main(directory: str, rank: int) -> int:
         torch.cuda.set_device(checkpoint.device)  # pinned memory belongs to the device that is current
     _answer(answers, {"ready": True})
     try:
-        group = Group(rank, order["size"], place / STORE, checkpoint.device, checkpoint.dtype)
+        group = Group(rank, order["size"], place / STORE, checkpoint.device, checkpoint.dtype, progress)
         _follow(channel, rank, group, checkpoint, config)
     except BaseException:
         traceback.print_exc()  # into the log, which rank 0 quotes
@@ -76,6 +79,7 @@ def _follow(channel: Channel, rank: int, group: Group, checkpoint: Checkpoint, c
     """Do what rank 0 says until it is gone."""
     with device_of(checkpoint.device):
         follower = _follower(checkpoint, config, group)
+        group.progress.enter(State.AWAY)
         for _ in arrivals(0):
             if not follower.do(unpack(channel.read(rank))):
                 if checkpoint.device.type == "cuda":
@@ -113,12 +117,15 @@ def _answer(descriptor: int, value: dict[str, Any]) -> None:
     os.write(descriptor, (json.dumps(value) + "\n").encode())
 
 
-def _beat(channel: Channel, rank: int, place: Path) -> None:
+def _beat(channel: Channel, rank: int, place: Path, progress: Progress) -> None:
     """Show that this process lives, and end it with rank 0; in a thread of its own: steps may take long."""
     pipe = select.poll()
     pipe.register(0, 0)  # its end is reported whatever is asked for
+    worked = Worked()
     while not pipe.poll(0):
         channel.beat(rank)
+        if worked() and progress.state is State.LONG:
+            progress.move()
         time.sleep(_BEAT_SECONDS)
     time.sleep(_ORPHAN_SECONDS)
     _end_alone(place)

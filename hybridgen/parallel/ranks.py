@@ -18,11 +18,14 @@ from typing import Any
 from hybridgen import errors
 from hybridgen.errors import DeviceError, EngineError, HybridgenError
 from hybridgen.parallel.channel import Channel
+from hybridgen.parallel.progress import Watch
 
 COMMAND = "import sys; from hybridgen.engine.rank import main; sys.exit(main(sys.argv[1], int(sys.argv[2])))"
 """What a rank's process runs, with the group's directory and its rank."""
 STILL_SECONDS = 10.0
 """Without a pulse for so long, a process counts as one that stands still."""
+BEGIN_SECONDS = 300.0
+"""For a process to have imported what it needs, and to have a pulse."""
 END_SECONDS = 5.0
 """For an orderly end; then a process is killed."""
 _TURN_SECONDS = 0.1
@@ -153,21 +156,31 @@ class Ranks:
 
     def _watch(self) -> None:
         """Notice a process that died or stands still; in a thread of its own."""
-        pulses = [(-1, time.monotonic())] * self.size
+        pulses = [(0, time.monotonic())] * self.size
+        watch = Watch(self.size)
         while not self._closing and self.lost is None:
-            for rank, process in enumerate(self._processes, 1):
-                now = time.monotonic()
-                status = process.poll()
-                if status is not None and not self._closing:
-                    self.fail(f"rank {rank} {_ended(status)}{self._last_words(rank)}")
-                    return
-                pulse = self.channel.pulse(rank)
-                if pulse != pulses[rank][0]:
-                    pulses[rank] = pulse, now
-                elif pulse and now - pulses[rank][1] > STILL_SECONDS:
-                    self.fail(f"rank {rank} has stood still for {STILL_SECONDS:.0f} seconds")
-                    return
+            why = self._look(pulses, watch)
+            if why is not None and not self._closing:
+                self.fail(why)
             time.sleep(_TURN_SECONDS)
+
+    def _look(self, pulses: list[tuple[int, float]], watch: Watch) -> str | None:
+        """What is wrong with a rank; None: nothing is.
+
+        Args:
+            pulses: by rank the last one and since when; changed here.
+        """
+        for rank, process in enumerate(self._processes, 1):
+            status = process.poll()
+            if status is not None:
+                return f"rank {rank} {_ended(status)}{self._last_words(rank)}"
+            now, pulse = time.monotonic(), self.channel.pulse(rank)
+            if pulse != pulses[rank][0]:
+                pulses[rank] = pulse, now
+            elif now - pulses[rank][1] > (STILL_SECONDS if pulse else BEGIN_SECONDS):
+                still = now - pulses[rank][1]
+                return f"rank {rank} has stood still for {still:.0f} seconds{self._last_words(rank)}"
+        return watch.look(self.channel.states(), time.monotonic())
 
     def _last_words(self, rank: int) -> str:
         """The end of what a process printed, or the error that it sent."""
