@@ -7,12 +7,13 @@ what it is doing, and a count that changes whenever it goes on, at each message 
 |---|---|---|
 | `AWAY` | nothing to do | for ever, while nobody waits for it |
 | `STEP` | runs what it has run before | a few seconds more than the longest stretch so far |
-| `LONG` | loads, compiles, records, or runs a size for the first time | two minutes without using the processor |
+| `LONG` | loads, compiles, records, or runs a size for the first time | two minutes without using processor or disk |
 | `WAITS` | in a collective, or waits for its device | while another one is in `STEP` or `LONG` |
 """
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Sequence
 from enum import IntEnum
@@ -86,23 +87,27 @@ class Progress:
 
 
 class Worked:
-    """Whether a process uses the processor: looked at by its thread that beats, because compilers say nothing."""
+    """Whether a process works: looked at by its thread that beats, because compilers and readers say nothing."""
 
-    _SHARE = 0.1
-    """Of a core: more than threads that only look around take."""
+    _SHARE = 0.02
+    """Of a core: more than threads take that only look around."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic(), time.process_time()
+        self._last = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, int]:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return time.monotonic(), used.ru_utime + used.ru_stime, used.ru_majflt + used.ru_inblock
 
     def __call__(self) -> bool:
-        """Since the last call that was a second ago or more."""
-        now, used = time.monotonic(), time.process_time()
-        took = now - self._last[0]
+        """Whether it used the processor or read from a disk since the last call that was a second ago or more."""
+        now, before = self._now(), self._last
+        took = now[0] - before[0]
         if took < 1.0:
             return False
-        share = (used - self._last[1]) / took
-        self._last = now, used
-        return share > self._SHARE
+        self._last = now
+        return now[1] - before[1] > self._SHARE * took or now[2] > before[2]
 
 
 class _Seen(NamedTuple):
