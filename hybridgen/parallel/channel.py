@@ -8,6 +8,7 @@ there, so that nobody spins while nothing is to be done, and the pipe's end tell
 | 0 | bytes that it has read |
 | 1 | its pulse: changes while the process lives and is not stopped |
 | 2, 3 | its progress: see `Progress` |
+| 4 | calls that it has begun to serve, where its program makes them |
 
 Behind the words comes the ring: messages one behind the other, each with its length before it, padded to words. A
 length of -1 says that the next message is at the beginning.
@@ -27,8 +28,8 @@ from hybridgen.errors import DeviceError
 from hybridgen.parallel.progress import Progress
 
 _WORD = 8
-_READ, _PULSE, _PROGRESS = 0, 1, slice(2, 4)
-_WORDS = 4
+_READ, _PULSE, _PROGRESS, _CALLS = 0, 1, slice(2, 4), 4
+_WORDS = 5
 """Of each rank."""
 _WAIT_SECONDS = 0.0005
 
@@ -82,6 +83,14 @@ class Channel:
     def states(self) -> list[tuple[int, int]]:
         """What all ranks say, by rank: a `State` and a count."""
         return [(state, count) for state, count in self._words[:, _PROGRESS].tolist()]
+
+    def serve(self, rank: int, calls: int) -> None:
+        """Say that this rank serves so many calls from the first one on."""
+        self._words[rank, _CALLS] = calls
+
+    def served_by_all(self) -> int:
+        """Calls from the first one on that all other ranks serve."""
+        return int(self._words[1:, _CALLS].min())
 
     def write(self, message: bytes, check: Callable[[], object]) -> None:
         """Write a message, as soon as all ranks have read what it overwrites.

@@ -95,6 +95,14 @@ class Lead:
         """
         self.ranks.check()
 
+    def begin(self) -> None:
+        """Before a call: wait until all ranks serve.
+
+        Raises:
+            EngineError: the group has ended, with the reason.
+        """
+        self.ranks.wait_for_calls()
+
     def recorder(
         self, recorder: Callable[[GraphKey, bool], Recorder | None] | None
     ) -> Callable[[GraphKey, bool], Recorder | None] | None:

@@ -11,6 +11,7 @@
 | `RELEASE` | key | |
 | `END` | | |
 | `COMPARE` | | |
+| `RESULT` | a part of a call's result as JSON text, and whether more follows | |
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Kind(IntEnum):
     RELEASE = 7
     END = 8
     COMPARE = 9
+    RESULT = 10
 
 
 class Message(NamedTuple):
