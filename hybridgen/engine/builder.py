@@ -182,7 +182,7 @@ class Builder:
             before_call=partial(
                 begin_call,
                 runner,
-                check=None if self.lead is None else self.lead.check,
+                check=None if self.lead is None else self.lead.begin,
                 forget=pages.clear if twins else None,
             ),
             drafter=None if runner.drafting is None else runner.drafting.name,

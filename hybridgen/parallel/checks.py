@@ -7,6 +7,7 @@ import torch
 from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError, DeviceError, UnsupportedModelError, shown
 from hybridgen.loading import Checkpoint
+from hybridgen.parallel.launched import find_place
 from hybridgen.parallel.plan import shard
 from hybridgen.parallel.weights import whole
 
@@ -47,7 +48,7 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
     if not torch.distributed.is_available():
         raise DeviceError(f"tensor_parallel={size}, and this build of PyTorch has no torch.distributed")
     if checkpoint.device.type == "cuda":
-        _check_gpus(config, size)
+        _check_gpus(checkpoint, config, size)
     if checkpoint.layout is not None:
         raise UnsupportedModelError(
             f"tensor_parallel={size}: {checkpoint.name!r} has quantised weights, which are not read in parts yet; give "
@@ -67,7 +68,15 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
     shard(whole(checkpoint), checkpoint.hf_config, 0, size)
 
 
-def _check_gpus(config: EngineConfig, size: int) -> None:
+def _check_gpus(checkpoint: Checkpoint, config: EngineConfig, size: int) -> None:
+    place = find_place(size)
+    if place is not None:
+        if checkpoint.device.index != place.local:
+            raise ConfigError(
+                f"tensor_parallel={size} under torchrun, and local rank {place.local} is on {checkpoint.device}: load "
+                "with Engine.load() and leave device out"
+            )
+        return
     if config.device not in ("auto", "cuda", "cuda:0"):
         raise ConfigError(
             f"tensor_parallel={size} uses the first {size} GPUs, and device={config.device!r} names one; leave device "

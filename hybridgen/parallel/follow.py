@@ -24,6 +24,9 @@ from hybridgen.parallel.wire import Kind, Message, Told, read_admission, read_ke
 
 logger = logging.getLogger(__name__)
 
+_LONG = frozenset({Kind.ALLOCATE, Kind.PADDING, Kind.RECORD, Kind.FUSE})
+"""What may compile, record, or wait for memory."""
+
 
 class Follower:
     """A runner of a rank that is told what to run."""
@@ -46,20 +49,36 @@ class Follower:
         self._recordings: dict[GraphKey, Recorded] = {}
         self._again: Callable[[], None] | None = None
         """Runs the last decode step once more."""
+        self._known: set[GraphKey] = set()
+        """Steps of which some like them ran before."""
         if runner.compiled is not None:
-            runner.compiled.strict = (
-                False  # as on rank 0, which has layers compiled at sizes that one graph may not serve
-            )
+            # As on rank 0: what one rank alone finds out while compiling would leave the others waiting.
+            runner.compiled.strict = False
+            self._note_compilations()
+
+    def _note_compilations(self) -> None:
+        """Have all that is compiled late counted as what may take long."""
+        from torch._dynamo import callback
+
+        long = self._group.progress.long
+        callback.on_compile_start(lambda *_: long.__enter__())
+        callback.on_compile_end(lambda *_: long.__exit__())
 
     def do(self, message: Message) -> bool:
         """Do what a message asks for; False if it is the last."""
-        kind = message.kind
-        if kind is Kind.END:
+        progress = self._group.progress
+        if message.kind is Kind.END:
             return False
+        with progress.long if message.kind in _LONG else progress.step:
+            self._do(message)
+        return True
+
+    def _do(self, message: Message) -> None:
+        kind = message.kind
         if kind is Kind.REPEAT:
             assert self._again is not None
             self._again()
-            return True
+            return
         self._again = None
         if kind is Kind.STEP:
             _step(self._runner, self, message)
@@ -78,7 +97,6 @@ class Follower:
             self._recordings.pop(read_key(message.head)).release()
         else:
             self._allocate(message.head)
-        return True
 
     def _allocate(self, pages: int) -> None:
         runner = self._runner
@@ -101,7 +119,13 @@ class Follower:
         else:
             runner.steps.stage_prefill(chunks, told.key.tokens, told.key.rows)
         scored = ScoredTokens(chunks, runner.device) if any(chunk.targets for chunk in chunks) else None
-        self.launch(told, scored)
+        kind = _kind(told)
+        if kind in self._known:
+            self.launch(told, scored)
+            return
+        with self._group.progress.long:  # kernels may be compiled, and libraries choose theirs
+            self.launch(told, scored)
+        self._known.add(kind)
 
     def launch(self, told: Told, scored: ScoredTokens | None) -> None:
         """Run the step that is staged. Nobody reads its tokens here: rank 0 does."""
@@ -144,6 +168,14 @@ class Follower:
 def _fuse(runner: ModelRunner, group: Group, max_context: int, equal_bits: bool) -> None:
     """Have the fused executors that all ranks can have; why others are not there is for rank 0 to tell."""
     make_fused(runner, max_context, equal_bits=equal_bits, share=GroupShare(group, runner.bound.model))
+
+
+def _kind(told: Told) -> GraphKey:
+    """Steps of a kind take about as long: of prefills those of up to twice the tokens."""
+    key = told.key
+    if key.phase is Phase.DECODE:
+        return key
+    return key._replace(tokens=key.tokens.bit_length(), rows=key.rows.bit_length())
 
 
 @on_its_stream

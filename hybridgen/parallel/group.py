@@ -26,13 +26,14 @@ from torch import Tensor
 from hybridgen.errors import DeviceError, described, first_line
 from hybridgen.parallel.memory import PeerMemory
 from hybridgen.parallel.one_shot import DTYPES, OneShot
+from hybridgen.parallel.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120.0
 """For all ranks to find each other."""
-STEP_SECONDS = 120.0
-"""For a collective, which waits for the slowest rank. `Ranks` notices within seconds one that died or stands still."""
+STEP_SECONDS = 3600.0
+"""For a collective, which waits for the slowest rank, which may compile. `Ranks` notices one that stands still."""
 
 FAILED, STEP, CAPTURED, DONE = 1, 2, 3, 4
 """What a rank says when it agrees with the others: that it cannot go on, that it runs a step now, that it captured one
@@ -59,19 +60,29 @@ _library.define("all_gather(Tensor x, int group, int size) -> Tensor", tags=(tor
 class Group:
     """The ranks of one engine."""
 
-    def __init__(self, rank: int, size: int, store: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+    ) -> None:
         """Join; waits for the others.
 
         Args:
             store: a file in a directory of the user's own, through which the ranks find each other.
             device: where this rank's share of the model is.
             dtype: the model's.
+            progress: where this rank says what it does; None: nobody looks.
 
         Raises:
             DeviceError: the others cannot be reached.
         """
         self.rank = rank
         self.size = size
+        self.progress = progress or Progress()
         self.number = next(_numbers)
         """By which the ops find it."""
         self.one_shot: OneShot | None = None
@@ -147,9 +158,10 @@ class Group:
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, a new tensor of the same shape."""
-        if self.one_shot is not None and self.one_shot.serves(x):
-            return self.one_shot.reduce(x)
-        return self._sum(x.clone(memory_format=torch.contiguous_format))
+        with self.progress.waits:
+            if self.one_shot is not None and self.one_shot.serves(x):
+                return self.one_shot.reduce(x)
+            return self._sum(x.clone(memory_format=torch.contiguous_format))
 
     def _sum(self, total: Tensor) -> Tensor:
         options = dist.AllreduceOptions()
@@ -159,13 +171,14 @@ class Group:
 
     def gather(self, x: Tensor, size: int) -> Tensor:
         """The parts of all ranks one behind the other along the last dimension, which is then cut to `size`."""
-        if self.one_shot is not None and self.one_shot.serves(x):
-            parts = self.one_shot.gather(x)
-        else:
-            parts = x.new_empty((self.size, *x.shape))
-            options = dist.distributed_c10d.AllgatherOptions()
-            options.asyncOp = False
-            _wait(self._device._allgather_base(parts.view(-1), x.reshape(-1).contiguous(), options))
+        with self.progress.waits:
+            if self.one_shot is not None and self.one_shot.serves(x):
+                parts = self.one_shot.gather(x)
+            else:
+                parts = x.new_empty((self.size, *x.shape))
+                options = dist.distributed_c10d.AllgatherOptions()
+                options.asyncOp = False
+                _wait(self._device._allgather_base(parts.view(-1), x.reshape(-1).contiguous(), options))
         return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)[..., :size]
 
     def exchange(self, value: bytes) -> list[bytes]:
@@ -176,7 +189,8 @@ class Group:
             own[0] = 1
             own[1:] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
         found = [torch.empty_like(own) for _ in range(self.size)]
-        self._host.allgather([found], [own]).wait()
+        with self.progress.waits:
+            self._host.allgather([found], [own]).wait()
         return [bytes(each[1:].tolist()) if each[0] else b"" for each in found]
 
     def say(self, word: int) -> list[int]:
@@ -186,7 +200,8 @@ class Group:
     def _counts(self, value: int) -> list[int]:
         values = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         values[self.rank] = value
-        self._host.allreduce([values]).wait()
+        with self.progress.waits:
+            self._host.allreduce([values]).wait()
         return values.tolist()
 
     def abort(self) -> None:

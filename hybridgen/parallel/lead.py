@@ -42,10 +42,11 @@ class Lead:
             HybridgenError: one is not.
         """
         self.ranks = ranks
+        self.progress = ranks.channel.progress(0)
         try:
             ranks.wait_until_open()
             with self.together():
-                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype)
+                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype, self.progress)
             ranks.on_loss(self.group.abort)
         except BaseException:
             ranks.close(at_once=True)
@@ -60,7 +61,8 @@ class Lead:
             HybridgenError: it failed here, for a reason of ours.
         """
         try:
-            yield
+            with self.progress.step:
+                yield
         except OtherRankError:  # the ranks agreed on that
             raise
         except Exception as error:
@@ -94,6 +96,14 @@ class Lead:
             EngineError: it has, with the reason.
         """
         self.ranks.check()
+
+    def begin(self) -> None:
+        """Before a call: wait until all ranks serve.
+
+        Raises:
+            EngineError: the group has ended, with the reason.
+        """
+        self.ranks.wait_for_calls()
 
     def recorder(
         self, recorder: Callable[[GraphKey, bool], Recorder | None] | None
@@ -160,6 +170,7 @@ class LeadRunner(ModelRunner):
         """The decode step that was sent last, if nothing came after it."""
         super().__init__(*arguments, **keywords)
         self.ring.check = self._check
+        self.ring.waiting = lead.progress.waits
         if self.compiled is not None:
             self.compiled.strict = False  # what one rank alone finds out while compiling would leave the others waiting
 

@@ -12,6 +12,7 @@
 | `END` | | |
 | `COMPARE` | | |
 | `FUSE` | longest context, whether with equal bits | |
+| `RESULT` | a part of a call's result as JSON text, and whether more follows | |
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Kind(IntEnum):
     RELEASE = 7
     END = 8
     COMPARE = 9
-    FUSE = 10
+    RESULT = 10
+    FUSE = 11
 
 
 class Message(NamedTuple):

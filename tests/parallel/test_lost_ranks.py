@@ -17,7 +17,7 @@ import forks
 import pytest
 
 from hybridgen import Engine, EngineError, HybridgenError
-from hybridgen.parallel import ranks
+from hybridgen.parallel import progress, ranks
 from hybridgen.parallel.ranks import Ranks
 
 CONFIG: dict[str, Any] = {
@@ -153,6 +153,45 @@ def test_a_rank_that_dies_or_stands_still_between_calls(
         assert len(engine.generate(PROMPTS, max_new_tokens=2)) == 2
         os.kill(started[0].pids[0], signal.SIGSTOP)
         assert all("rank 1 has stood still" in error for error in errors_of(engine, 2))
+        with pytest.raises(EngineError, match="rank 1 has stood still"):
+            engine.generate(PROMPTS, max_new_tokens=2)
+
+
+STUCK = {
+    "asleep inside a layer": "time.sleep(600)",
+    "before a sum": "group.reduce = lambda x: time.sleep(600)",
+    "stopped": "os.kill(os.getpid(), 19)",
+}
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["asleep inside a layer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("before a sum", "stopped"))],
+)
+def test_a_rank_whose_step_hangs_while_its_process_lives(how: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first steps take long, as where kernels are compiled, and harm nobody."""
+    on_rank_one(
+        monkeypatch,
+        "import time",
+        "from hybridgen.parallel.follow import Follower as owner",
+        "real, count = owner.launch, 0",
+        "def launch(self, told, scored):",
+        "    global count",
+        "    count += 1",
+        "    if count == 2: time.sleep(2)",
+        "    group = self._group",
+        "    def hang(*_):",
+        f"        {STUCK[how]}",
+        "    if count == 8: self._runner.bound.layers[1].register_forward_pre_hook(hang)",
+        "    return real(self, told, scored)",
+        "owner.launch = launch",
+    )
+    monkeypatch.setattr(progress, "STEP_SECONDS", 1.0)
+    monkeypatch.setattr(ranks, "STILL_SECONDS", 2.0)
+    with Engine.load(path, mode="eager", **CONFIG) as engine:
+        start = time.monotonic()
+        assert all("rank 1 has stood still" in error for error in errors_of(engine, 20))
+        assert time.monotonic() - start < 12
         with pytest.raises(EngineError, match="rank 1 has stood still"):
             engine.generate(PROMPTS, max_new_tokens=2)
 
