@@ -154,7 +154,8 @@ class FusedDecode:
         reason = self.share.agree(told)
         if failure is not None:
             raise failure
-        if reason:
+        if reason:  # this rank can, so it is no rule of ours
+            self.failures.append(f"fused decode: another rank cannot what this one can: {reason}")
             raise Unfit(reason)
         return found[0]
 

@@ -28,8 +28,15 @@ SHAPE: dict[str, Any] = {
     "intermediate_size": 2048,
     "num_hidden_layers": 3,
     "vocab_size": 512,
+    "max_position_embeddings": 8192,
 }
-FIELDS: dict[str, Any] = {"dtype": "bfloat16", "max_context": 512, "kv_memory": "256MiB", "compile_cache": False}
+FIELDS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "max_context": 512,
+    "kv_memory": "256MiB",
+    "compile_cache": False,
+    "prefix_cache": False,  # a cached beginning is computed with other bits
+}
 PROMPTS = families.prompts_of((5, 130, 33, 1, 64, 7, 300, 20))
 
 
