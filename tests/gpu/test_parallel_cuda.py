@@ -29,6 +29,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "vocab_size": 512,
     "max_position_embeddings": 8192,
+    "initializer_range": 0.03,
 }
 FIELDS: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -51,7 +52,7 @@ def check_logprobs(path: Path, done: list[Any]) -> None:
             tokens = list(each.token_ids)
             expected = torch.tensor(engine.score(prompt + tokens).logprobs[-len(tokens) :])
             found = torch.tensor([entry.logprob for entry in each.logprobs])
-            assert float((found - expected).abs().mean()) < 0.03, each
+            assert float((found - expected).abs().mean()) < 0.06, each
 
 
 def test_persistent_kernels_wait_for_the_words_of_other_ranks(tmp_path: Path) -> None:
@@ -93,7 +94,9 @@ def test_the_chain_adds_up_over_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
     from hybridgen.engine.warm_start import Starter
 
     monkeypatch.setattr(Starter, "choose_decode", lambda *arguments, **keywords: None)
-    path = families.write("llama", tmp_path)  # its heads are too small for the persistent kernels
+    path = families.write(
+        "llama", tmp_path, initializer_range=0.1
+    )  # its heads are too small for the persistent kernels
     with Engine.load(path, mode="hybrid", tensor_parallel=2, max_batch=8, decode_buckets=[1, 8], **FIELDS) as engine:
         done = engine.generate(PROMPTS, max_new_tokens=20, ignore_eos=True, logprobs=0)
         assert any(kind.startswith("chain") for kind in ran(engine)), engine.stats().fused
