@@ -167,7 +167,7 @@ class Follower:
 
 def _fuse(runner: ModelRunner, group: Group, max_context: int, equal_bits: bool) -> None:
     """Have the fused executors that all ranks can have; why others are not there is for rank 0 to tell."""
-    make_fused(runner, max_context, equal_bits=equal_bits, share=GroupShare(group, runner.bound.model))
+    make_fused(runner, max_context, equal_bits=equal_bits, share=GroupShare.of(group, runner.bound.model))
 
 
 def _kind(told: Told) -> GraphKey:

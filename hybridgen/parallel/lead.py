@@ -220,7 +220,7 @@ class LeadRunner(ModelRunner):
     def begin_fusing(self, max_context: int, equal_bits: bool) -> Share:
         """Have the other ranks make the fused executors, as this one is to do with what is returned."""
         self._tell(pack(Kind.FUSE, [max_context, equal_bits]))
-        return GroupShare(self._lead.group, self.bound.model)
+        return GroupShare.of(self._lead.group, self.bound.model)
 
     def ranks_agree(self) -> bool:
         """Whether all ranks have the same tokens, positions and texts in their slots. Not while requests run.

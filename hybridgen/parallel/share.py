@@ -17,12 +17,17 @@ _REASON_BYTES = 400
 class GroupShare:
     """The other ranks of a model."""
 
-    def __init__(self, group: Group, model: PreTrainedModel) -> None:
-        """`model`: a rank's part, as `modules.join` left it."""
-        self._group = group
+    def __init__(self, group: Group, vocab_size: int) -> None:
+        """`vocab_size`: of all ranks together."""
+        self._group, self._vocab_size = group, vocab_size
+        self._padded = -(-vocab_size // group.size)
+
+    @classmethod
+    def of(cls, group: Group, model: PreTrainedModel) -> GroupShare:
+        """That of a rank's part of a model, as `modules.join` left it."""
         head = model.get_output_embeddings()
         assert isinstance(head, HeadShard)
-        self._padded, self._vocab_size = head.padded, head.vocab_size
+        return cls(group, head.vocab_size)
 
     @property
     def rank(self) -> int:
