@@ -151,6 +151,11 @@ class Group:
                 _wait(self._device._allgather_base(parts.view(-1), x.reshape(-1).contiguous(), options))
         return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)[..., :size]
 
+    def of_rank_zero(self, x: Tensor) -> Tensor:
+        """Rank 0's tensor on all ranks, which have one of its shape; integers."""
+        with self.progress.waits:
+            return self._sum(x.clone() if self.rank == 0 else torch.zeros_like(x))
+
     def exchange(self, value: bytes) -> list[bytes]:
         """What each rank hands in, by rank; on the host. All of one length, or empty."""
         longest = max(self._counts(len(value)))

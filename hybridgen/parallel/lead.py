@@ -169,6 +169,7 @@ class LeadRunner(ModelRunner):
         super().__init__(*arguments, **keywords)
         self.ring.check = self._check
         self.ring.waiting = lead.progress.waits
+        self.steps.agree = lead.group.of_rank_zero
         if self.compiled is not None:
             self.compiled.strict = False  # what one rank alone finds out while compiling would leave the others waiting
 
@@ -229,8 +230,8 @@ class LeadRunner(ModelRunner):
         if self._told is not None and route is self._told[0] and self._slots is self._told[1]:
             self._lead.tell(pack(Kind.REPEAT))
         else:
-            finish = sampler if route.finish is not None else None
-            told = Told(route.key, route.recording is not None, finish, rows)
+            finish = sampler if route.finish is not None or own is not None else None
+            told = Told(route.key, route.recording is not None, finish, rows, own is not None)
             self._tell(step_message(told, self._slots, self._chunks))
             if route.key.phase is Phase.DECODE:
                 self._told = route, self._slots

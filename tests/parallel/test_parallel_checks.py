@@ -8,8 +8,7 @@ from typing import Any
 import families
 import pytest
 
-import hybridgen
-from hybridgen import ConfigError, DeviceError, Engine, SamplingError, UnsupportedModelError
+from hybridgen import ConfigError, DeviceError, Engine, UnsupportedModelError
 from hybridgen.loading import Checkpoint
 from hybridgen.parallel import ranks, start
 from hybridgen.parallel.channel import Channel
@@ -56,10 +55,18 @@ def test_models_without_a_plan_or_a_comparison(family: str, match: str, tmp_path
         Engine.load(tmp_path, device="cpu", tensor_parallel=2)
 
 
+class Guess:
+    """A drafter of one's own."""
+
+    name = "guess"
+    begin = draft = tensors = None
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        {"speculation": "ngram"},
+        {"drafter": "path/or/id"},
+        {"speculation": Guess()},
         {"quantization": "int8"},
         {"quantize_head": "int8"},
         {"validate": True},
@@ -91,12 +98,3 @@ def test_a_process_that_cannot_be_started_leaves_nothing(monkeypatch: pytest.Mon
     with pytest.raises(DeviceError, match="a process cannot be started"):
         ranks.Ranks({}, 2, 4096)
     assert not (tmp_path / "group").exists()
-
-
-def test_grammars_and_functions_of_a_request(llama_path: Path) -> None:
-    from hybridgen.engine.requests import make_requests
-
-    checkpoint = Checkpoint.open(llama_path, hybridgen.EngineConfig(device="cpu", tensor_parallel=2))
-    fields = {"logits_processors": [lambda ids, scores: scores]}
-    with pytest.raises(SamplingError, match="grammars and logits_processors run on one process"):
-        make_requests([[1, 2]], None, fields, checkpoint, 64, None)
