@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,8 @@ JOIN_SECONDS = 120.0
 """For all ranks to find each other."""
 STEP_SECONDS = 3600.0
 """For a collective, which waits for the slowest rank, which may compile. `Ranks` notices one that stands still."""
+
+_TURN_SECONDS = 0.005
 
 FAILED, STEP, CAPTURED, DONE = 1, 2, 3, 4
 """What a rank says when it agrees with the others: that it cannot go on, that it runs a step now, that it captured one
@@ -67,6 +70,7 @@ class Group:
         device: torch.device,
         dtype: torch.dtype,
         progress: Progress | None = None,
+        check: Callable[[], object] | None = None,
     ) -> None:
         """Join; waits for the others.
 
@@ -75,6 +79,7 @@ class Group:
             device: where this rank's share of the model is.
             dtype: the model's.
             progress: where this rank says what it does; None: nobody looks.
+            check: called while others are not there yet; raises where they never will be.
 
         Raises:
             DeviceError: the others cannot be reached.
@@ -90,6 +95,10 @@ class Group:
         """Why it cannot be had on CUDA."""
         file = dist.FileStore(str(store), size)
         file.set_timeout(timedelta(seconds=JOIN_SECONDS))
+        file.set(f"rank {rank}", "is there")
+        while check is not None and not file.check([f"rank {other}" for other in range(size)]):
+            check()  # what comes next cannot be called back
+            time.sleep(_TURN_SECONDS)
         try:
             self._host: Any = _gloo(dist.PrefixStore("host", file), rank, size)
             self._device: Any = self._host
@@ -229,8 +238,10 @@ def _gloo(store: dist.Store, rank: int, size: int) -> Any:
     kind: Any = dist.ProcessGroupGloo
     options = kind._Options()
     options._devices = [kind.create_device(hostname="127.0.0.1")]  # nobody else can connect
-    options._timeout = timedelta(seconds=STEP_SECONDS)
-    return kind(store, rank, size, options)
+    options._timeout = timedelta(seconds=JOIN_SECONDS)
+    group = kind(store, rank, size, options)
+    group._set_default_timeout(timedelta(seconds=STEP_SECONDS))
+    return group
 
 
 def all_reduce(x: Tensor, group: int) -> Tensor:

@@ -44,7 +44,7 @@ class Lead:
         try:
             ranks.wait_until_open()
             with self.together():
-                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype, self.progress)
+                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype, self.progress, ranks.check)
             ranks.on_loss(self.group.abort)
         except BaseException:
             ranks.close(at_once=True)
