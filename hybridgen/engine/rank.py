@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +35,7 @@ from hybridgen.parallel.progress import State, Worked
 from hybridgen.parallel.ranks import MEMORY, ORDER, STORE
 from hybridgen.parallel.weights import load_share
 from hybridgen.parallel.wire import unpack
+from hybridgen.speculation.ngram import NgramDrafter
 
 _BEAT_SECONDS = 0.25
 _GONE_MILLISECONDS = 200
@@ -98,15 +100,18 @@ def make_follower(checkpoint: Checkpoint, config: EngineConfig, group: Group, un
         undo: gets what gives back what it has.
     """
     resolved = resolve_config(checkpoint, config)
-    bound, _ = make_ready(checkpoint, load_share(checkpoint, group), config, resolved, undo)
+    loaded = load_share(checkpoint, group)
+    bound, _ = make_ready(checkpoint, loaded, config, resolved, undo)
     runner = ModelRunner(
         bound,
         compile_backend=config.compile_backend if resolved.mode.compiles and switched_off() is None else None,
         vocab_size=checkpoint.vocab_size,
-        max_batch=config.max_batch,
+        max_batch=resolved.slots,
         max_pages=pages_for_tokens(resolved.max_context, config.page_size),
         token_budget=resolved.token_budget,
         max_context=resolved.max_context,
+        query_len=resolved.query_len,
+        drafter=NgramDrafter() if config.speculation == "ngram" else None,
         one_copy=config.metadata_copy,
         buffers=2 if config.double_buffer else 1,
     )
@@ -117,8 +122,11 @@ def make_follower(checkpoint: Checkpoint, config: EngineConfig, group: Group, un
         device=checkpoint.device,
         token_budget=resolved.token_budget,
         max_tokens=resolved.max_tokens,
+        query_len=resolved.query_len,
     )
-    return Follower(runner, group, setup.recorder(runner.steps), config.page_size, checkpoint.dtype)
+    dtype = checkpoint.dtype if config.kv_dtype is None else torch.float8_e4m3fn
+    states = partial(bound.layer_states, config.page_size, dtype, loaded.kv_scales)
+    return Follower(runner, group, setup.recorder(runner.steps), states)
 
 
 def _answer(descriptor: int, value: dict[str, Any]) -> None:

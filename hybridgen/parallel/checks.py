@@ -12,13 +12,11 @@ from hybridgen.parallel.plan import shard
 from hybridgen.parallel.weights import whole
 
 _NOT_YET = {
-    "speculation": "drafts are not checked over several processes yet",
-    "drafter": "drafts are not checked over several processes yet",
+    "drafter": "a model that drafts is not loaded on several processes yet",
     "adapter": "adapters are not merged into parts of weights yet",
     "quantization": "weights are not quantised in parts yet",
     "quantize_head": "weights are not quantised in parts yet",
     "fp8_activations": "weights are not quantised in parts yet",
-    "kv_dtype": "keys and values of 8 bits are not cached in parts yet",
     "validate": "replays are not compared over several processes yet",
     "check_addresses": "addresses are not checked over several processes yet",
 }
@@ -40,6 +38,11 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
         value = getattr(config, name)
         if value not in (None, False):
             raise ConfigError(f"tensor_parallel={size} with {name}={shown(value)}: {why}; leave one of them out")
+    if config.speculation not in (None, "ngram"):
+        raise ConfigError(
+            f"tensor_parallel={size} with speculation={shown(config.speculation)}: a drafter of one's own is code, "
+            'which other processes do not get; give "ngram", or leave one of them out'
+        )
     if checkpoint.module is not None:
         raise ConfigError(
             f"tensor_parallel={size}, and the model is a live module, which is whole on one device; give the directory "

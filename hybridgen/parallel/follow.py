@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
-
-from hybridgen.cache import allocate
+from hybridgen.cache import LayerState, allocate
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.fused_executors import make_fused
 from hybridgen.execution.runner import on_its_stream
@@ -36,16 +34,16 @@ class Follower:
         runner: ModelRunner,
         group: Group,
         recorder: Callable[[GraphKey, bool], Recorder | None] | None,
-        page_size: int,
-        dtype: torch.dtype,
+        states: Callable[[], Sequence[LayerState]],
     ) -> None:
         """
         Args:
             recorder: who records steps, as on rank 0.
-            page_size, dtype: of the KV cache.
+            states: what layers keep between steps, not allocated yet.
         """
         self._runner, self._group, self._recorder = runner, group, recorder
-        self._page_size, self._dtype = page_size, dtype
+        self._states = states
+        runner.steps.agree = group.of_rank_zero
         self._recordings: dict[GraphKey, Recorded] = {}
         self._again: Callable[[], None] | None = None
         """Runs the last decode step once more."""
@@ -100,7 +98,7 @@ class Follower:
 
     def _allocate(self, pages: int) -> None:
         runner = self._runner
-        states = runner.bound.layer_states(self._page_size, self._dtype)
+        states = self._states()
         allocate(states, pages, runner.max_batch + 1, runner.device)
         runner.attach(states)
 
@@ -137,7 +135,7 @@ class Follower:
         else:
             steps.run(told.key)
         if told.finish is not None:
-            steps.finish(told.key, told.finish)
+            steps.finish(told.key, told.finish, is_told=told.own)
         if told.key.rows:
             ring.launched(told.rows, None, "", "")
 

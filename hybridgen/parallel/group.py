@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -34,6 +35,8 @@ JOIN_SECONDS = 120.0
 """For all ranks to find each other."""
 STEP_SECONDS = 3600.0
 """For a collective, which waits for the slowest rank, which may compile. `Ranks` notices one that stands still."""
+
+_TURN_SECONDS = 0.005
 
 FAILED, STEP, CAPTURED, DONE = 1, 2, 3, 4
 """What a rank says when it agrees with the others: that it cannot go on, that it runs a step now, that it captured one
@@ -68,6 +71,7 @@ class Group:
         device: torch.device,
         dtype: torch.dtype,
         progress: Progress | None = None,
+        check: Callable[[], object] | None = None,
     ) -> None:
         """Join; waits for the others.
 
@@ -76,6 +80,7 @@ class Group:
             device: where this rank's share of the model is.
             dtype: the model's.
             progress: where this rank says what it does; None: nobody looks.
+            check: called while others are not there yet; raises where they never will be.
 
         Raises:
             DeviceError: the others cannot be reached.
@@ -95,6 +100,10 @@ class Group:
         self._memories: list[PeerMemory] = []
         file = dist.FileStore(str(store), size)
         file.set_timeout(timedelta(seconds=JOIN_SECONDS))
+        file.set(f"rank {rank}", "is there")
+        while check is not None and not file.check([f"rank {other}" for other in range(size)]):
+            check()  # what comes next cannot be called back
+            time.sleep(_TURN_SECONDS)
         try:
             self._host: Any = _gloo(dist.PrefixStore("host", file), rank, size)
             self._device: Any = self._host
@@ -181,6 +190,11 @@ class Group:
                 _wait(self._device._allgather_base(parts.view(-1), x.reshape(-1).contiguous(), options))
         return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)[..., :size]
 
+    def of_rank_zero(self, x: Tensor) -> Tensor:
+        """Rank 0's tensor on all ranks, which have one of its shape; integers."""
+        with self.progress.waits:
+            return self._sum(x.clone() if self.rank == 0 else torch.zeros_like(x))
+
     def exchange(self, value: bytes) -> list[bytes]:
         """What each rank hands in, by rank; on the host. All of one length, or empty."""
         longest = max(self._counts(len(value)))
@@ -260,8 +274,10 @@ def _gloo(store: dist.Store, rank: int, size: int) -> Any:
     kind: Any = dist.ProcessGroupGloo
     options = kind._Options()
     options._devices = [kind.create_device(hostname="127.0.0.1")]  # nobody else can connect
-    options._timeout = timedelta(seconds=STEP_SECONDS)
-    return kind(store, rank, size, options)
+    options._timeout = timedelta(seconds=JOIN_SECONDS)
+    group = kind(store, rank, size, options)
+    group._set_default_timeout(timedelta(seconds=STEP_SECONDS))
+    return group
 
 
 def all_reduce(x: Tensor, group: int) -> Tensor:

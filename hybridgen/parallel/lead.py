@@ -46,7 +46,7 @@ class Lead:
         try:
             ranks.wait_until_open()
             with self.together():
-                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype, self.progress)
+                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype, self.progress, ranks.check)
             ranks.on_loss(self.group.abort)
         except BaseException:
             ranks.close(at_once=True)
@@ -171,6 +171,7 @@ class LeadRunner(ModelRunner):
         super().__init__(*arguments, **keywords)
         self.ring.check = self._check
         self.ring.waiting = lead.progress.waits
+        self.steps.agree = lead.group.of_rank_zero
         if self.compiled is not None:
             self.compiled.strict = False  # what one rank alone finds out while compiling would leave the others waiting
 
@@ -236,8 +237,8 @@ class LeadRunner(ModelRunner):
         if self._told is not None and route is self._told[0] and self._slots is self._told[1]:
             self._lead.tell(pack(Kind.REPEAT))
         else:
-            finish = sampler if route.finish is not None else None
-            told = Told(route.key, route.recording is not None, finish, rows)
+            finish = sampler if route.finish is not None or own is not None else None
+            told = Told(route.key, route.recording is not None, finish, rows, own is not None)
             self._tell(step_message(told, self._slots, self._chunks))
             if route.key.phase is Phase.DECODE:
                 self._told = route, self._slots

@@ -16,8 +16,8 @@ import families
 import forks
 import pytest
 
-from hybridgen import Engine, EngineError, HybridgenError
-from hybridgen.parallel import progress, ranks
+from hybridgen import DeviceError, Engine, EngineError, HybridgenError
+from hybridgen.parallel import group, progress, ranks, start
 from hybridgen.parallel.ranks import Ranks
 
 CONFIG: dict[str, Any] = {
@@ -51,9 +51,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ranks]]:
 
     monkeypatch.setattr(Ranks, "__init__", note)
     yield groups
-    for group in groups:
-        assert not any(map(alive, group.pids))
-        assert not group.directory.exists()
+    for each in groups:
+        assert not any(map(alive, each.pids))
+        assert not each.directory.exists()
 
 
 def alive(pid: int) -> bool:
@@ -247,6 +247,40 @@ def test_a_checkpoint_that_only_another_rank_cannot_open(path: Path, monkeypatch
     )
     with pytest.raises(HybridgenError, match="it is not mounted there"):
         Engine.load(path, mode="eager", **CONFIG)
+
+
+def test_shared_memory_that_cannot_be_had_leaves_nothing(
+    path: Path, started: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(Path(ranks._SHM).glob("hybridgen-ranks-*"))
+    monkeypatch.setattr(start, "_RING_BYTES", 2**60)
+    with pytest.raises(DeviceError, match=r"bytes of shared memory in .* cannot be had"):
+        Engine.load(path, mode="eager", **CONFIG)
+    assert not started
+    assert set(Path(ranks._SHM).glob("hybridgen-ranks-*")) <= before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ports_that_cannot_be_had_leave_nothing(
+    rank: int, path: Path, started: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rank:
+        on_rank_one(
+            monkeypatch,
+            "from hybridgen.parallel import group",
+            "def fail(*a): raise RuntimeError('bind: Address already in use')",
+            "group._gloo = fail",
+        )
+        monkeypatch.setattr(group, "JOIN_SECONDS", 2.0)
+    else:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("bind: Address already in use")
+
+        monkeypatch.setattr(group, "_gloo", fail)
+    with pytest.raises(HybridgenError, match=f"rank {rank} of 2 cannot join the group: bind: Address already in use"):
+        Engine.load(path, mode="eager", **CONFIG)
+    assert len(started) == 1
 
 
 def test_the_end_of_rank_zero_is_the_end_of_all(path: Path) -> None:
