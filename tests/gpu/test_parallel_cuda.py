@@ -103,6 +103,18 @@ def test_the_chain_adds_up_over_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
     check_logprobs(path, done)
 
 
+def test_drafts_are_checked_by_the_kernel_for_several_columns(tmp_path: Path) -> None:
+    path = families.write("llama", tmp_path, **SHAPE)
+    prompts = [prompt * 3 for prompt in PROMPTS[:2]]  # what repeats is drafted
+    fields = {**FIELDS, "max_batch": 2, "decode_buckets": [1, 2]}
+    with Engine.load(path, mode="hybrid", tensor_parallel=2, speculation="ngram", **fields) as engine:
+        done = engine.generate(prompts, max_new_tokens=60, ignore_eos=True)
+        runner: Any = engine._runner
+        assert runner.ranks_agree()
+        assert any(kind.startswith("rows") for kind in ran(engine)), engine.stats().steps
+    assert [len(each.token_ids) for each in done] == [60, 60]
+
+
 def test_a_rank_that_dies_in_a_persistent_step_ends_the_group(tmp_path: Path) -> None:
     path = families.write("llama", tmp_path, **SHAPE)
     fields = {**FIELDS, "max_context": 8192}
