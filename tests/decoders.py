@@ -244,8 +244,10 @@ def share_of(model: Decoder, share: Share) -> Decoder:
 class Turns:
     """Ranks as threads of this process, of which one runs at a time, until it waits for the others."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, adds_to_state: bool = False) -> None:
+        """`adds_to_state`: whether a sum and what follows it are one call."""
         self.size = size
+        self.adds_to_state = adds_to_state
         self._given: list[Tensor | None] = [None] * size
         self._turn = threading.Condition()
         self._whose = 0
@@ -310,6 +312,20 @@ class _Rank:
     def add_up(self, x: Tensor) -> Tensor:
         """See `Share`."""
         return torch.stack(self.turns.meet(self.rank, x)).float().sum(0).to(x.dtype)
+
+    def parts(self, rows: int, width: int) -> int:
+        """As a kernel has them that takes 32 numbers a block."""
+        return -(-width // 32) if self.turns.adds_to_state else 0
+
+    def add_to_state(
+        self, product: Tensor, state: Tensor, handed: Tensor, gain: Tensor | None, squares: Tensor, factor: float
+    ) -> None:
+        """See `Share`."""
+        rows, width = product.shape
+        state[:rows] += factor * self.add_up(product).float()
+        handed[:rows] = state[:rows] if gain is None else state[:rows] * gain
+        for part in range(self.parts(rows, width)):
+            squares[part, :rows] = state[:rows, 32 * part : 32 * part + 32].square().sum(-1)
 
     def gather(self, logits: Tensor) -> Tensor:
         """See `Share`."""

@@ -33,6 +33,22 @@ class Share(Protocol):
     def add_up(self, x: Tensor) -> Tensor:
         """The sum over all ranks, a tensor of the same shape and dtype, with the same bits on all of them."""
 
+    def parts(self, rows: int, width: int) -> int:
+        """Parts of a row in `add_to_state` for so many rows of this width; 0 if that is not there."""
+
+    def add_to_state(
+        self, product: Tensor, state: Tensor, handed: Tensor, gain: Tensor | None, squares: Tensor, factor: float
+    ) -> None:
+        """`state += factor * product`, added up over all ranks first; then what a norm and a projection read of it.
+
+        Args:
+            product: [rows, width] in the model's dtype.
+            state: float32 [>= rows, width].
+            handed: [>= rows, width] in the model's dtype; gets `state * gain`.
+            gain: float32 [width], or None for 1.
+            squares: float32 [>= parts, 16]; gets the sum of squares of each part of each row's state.
+        """
+
     def gather(self, logits: Tensor) -> Tensor:
         """[..., this rank's part of the vocabulary] -> [..., vocabulary]."""
 

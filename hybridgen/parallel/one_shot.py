@@ -19,6 +19,7 @@ from hybridgen.fused.persistent.program import Kernel, Program, compile_cubin
 from hybridgen.parallel.memory import PeerMemory
 
 PROGRAM = Program((__package__ or "",), "one_shot.cu", (), "one_shot")
+ADDS = Program((__package__ or "",), "one_shot.cu", (), "one_shot_add")
 THREADS, BLOCKS = 256, 256
 _GROUP = 8
 """Bytes that one thread sends."""
@@ -60,14 +61,16 @@ class OneShot:
         def load() -> None:
             capability = torch.cuda.get_device_capability(device)
             architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
-            self._kernel = Kernel(compile_cubin(defines(size, dtype), architecture, PROGRAM), 0, PROGRAM)
+            cubin = compile_cubin(defines(size, dtype), architecture, PROGRAM)
+            self._kernel, self._adds = Kernel(cubin, 0, PROGRAM), Kernel(cubin, 0, ADDS)
+            self._overlaps = capability[0] >= 9
             with torch.inference_mode(False):
                 self._numbers = torch.zeros(BLOCKS, dtype=torch.int32, device=device)
                 self._ended, self._host_ended = host_mapped((1,), torch.int32, device)
 
         self._memory = PeerMemory(rank, device, 2 * BLOCKS * size * THREADS * 16, exchange, load)
         inboxes = self._memory.addresses
-        values = [0, 0, self._numbers.data_ptr(), self._ended.data_ptr(), 0, rank, 0, *inboxes]
+        values = [0, 0, self._numbers.data_ptr(), self._ended.data_ptr(), 0, rank, 0, *inboxes, *[0] * 7]
         packed = struct.pack(f"<{len(values)}Q", *values)
         self._parameters = ctypes.create_string_buffer(packed, len(packed))
 
@@ -83,6 +86,25 @@ class OneShot:
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks: [ranks, *x.shape]."""
         return self._launch(x, x.new_empty((self._size, *x.shape)), gathers=True)
+
+    def parts(self, rows: int, width: int) -> int:
+        """Parts of a row in `add_to_state`, or 0 if it does not take so many rows of this width."""
+        found = -(-width * self.dtype.itemsize // (_GROUP * THREADS))
+        return found if rows * found <= BLOCKS and width * self.dtype.itemsize % _GROUP == 0 else 0
+
+    def add_to_state(
+        self, product: Tensor, state: Tensor, handed: Tensor, gain: Tensor | None, squares: Tensor, factor: float
+    ) -> None:
+        """See `Share.add_to_state`. Added up in float32 in the order of the ranks."""
+        rows, width = product.shape
+        parts = self.parts(rows, width)
+        groups = width * self.dtype.itemsize // _GROUP
+        places = [state.data_ptr(), handed.data_ptr(), 0 if gain is None else gain.data_ptr(), squares.data_ptr()]
+        struct.pack_into("<Q", self._parameters, 0, product.data_ptr())
+        struct.pack_into("<6Qd", self._parameters, 8 * (7 + self._size), *places, groups, parts, factor)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        launch = self._adds.launch_early if self._overlaps else self._adds.launch_any
+        launch(rows * parts, THREADS, self._parameters, stream)
 
     def _launch(self, x: Tensor, out: Tensor, *, gathers: bool) -> Tensor:
         x = x.contiguous()
@@ -128,3 +150,4 @@ class OneShot:
         self._memory.close()
         with torch.cuda.device(self._device):
             self._kernel.close()
+            self._adds.close()

@@ -50,6 +50,20 @@ class GroupShare:
         """See `Share.add_up`."""
         return self._group.reduce(x)
 
+    def parts(self, rows: int, width: int) -> int:
+        """See `Share.parts`."""
+        one_shot = self._group.one_shot
+        return 0 if one_shot is None else one_shot.parts(rows, width)
+
+    def add_to_state(
+        self, product: Tensor, state: Tensor, handed: Tensor, gain: Tensor | None, squares: Tensor, factor: float
+    ) -> None:
+        """See `Share.add_to_state`."""
+        one_shot = self._group.one_shot
+        assert one_shot is not None  # or there are no parts
+        with self._group.progress.waits:
+            one_shot.add_to_state(product, state, handed, gain, squares, factor)
+
     def gather(self, logits: Tensor) -> Tensor:
         """See `Share.gather`."""
         lacks = self._padded - logits.shape[-1]

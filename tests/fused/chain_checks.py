@@ -199,7 +199,7 @@ def check_families(number: int) -> None:
 
 def check_ranks(number: int) -> None:
     """Two ranks' shares, whose sums meet, give what the whole model gives: logits, and the cache of its heads."""
-    for post_norms in (False, True):
+    for post_norms, adds in ((False, False), (False, True), (True, True)):
         shape = Shape(heads=4, kv_heads=2, biases=("qkv", "gate_up"), post_norms=post_norms, residual=0.5)
         model = random_decoder(shape, seed=number)
         context = make_context(model, [5, 0, 40], seed=number)
@@ -227,7 +227,7 @@ def check_ranks(number: int) -> None:
             step(*context.args, out)
             found[share.rank] = [plain, share.gather(out), *(each for layer in cached for each in layer)]
 
-        turns = Turns(2)
+        turns = Turns(2, adds)
         turns.run(rank)
         # Of each layer two sums; of the reference and of the chain; and the logits of both.
         if turns.calls != 2 * (2 * 2 * len(model.layers) + 2):

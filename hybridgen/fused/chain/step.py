@@ -281,8 +281,17 @@ class ChainStep:
             plain = {"PARTS": 1, "STRIDE": hidden}
             product = scratch["product"]
             self._project(name, linear, source, product, None, rows, side, 0.0, 1.0, plain)
+            # Float16 is handed on with a scale of its own.
+            fused = 0 if share is None or after is not None or self._scales else share.parts(rows, hidden)
             if share is not None and self._wanted is None:
+                if fused:
+                    gain = None if following is None else following.scale
+                    places = scratch["state"], scratch["handed"], gain, scratch["squares"][1 - side]
+                    share.add_to_state(product[:rows], *places, layer.residual)
+                    return fused
                 product = share.add_up(product[:rows])
+            if fused:
+                return fused
             launcher = self._launcher(close_kernel, {"NORM": after is not None, **self._row_constants(following)})
             scale, own_scale = (scratch["state"] if norm is None else norm.scale for norm in (following, after))
             tensors = product, own_scale, scratch["state"], scratch["handed"], scale
