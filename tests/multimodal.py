@@ -153,18 +153,6 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ),
         {},
     ),
-    "muse_spark": (
-        _text("gpt_oss", mlp_layer_types=["dense", "sparse"], moe_intermediate_size=48, moe_hidden_size=32, **_NOPE),
-        {
-            "vision_config": {"layer_types": ["full_attention"]},
-            "audio_config": {
-                "num_hidden_layers": 4,
-                "hidden_sizes": [8, 8, 16, 16],
-                "depths": [1, 1, 1, 1],
-                "out_hidden_size": 64,
-            },
-        },
-    ),
 }
 """By model type: the text config, and other fields of the whole one."""
 
