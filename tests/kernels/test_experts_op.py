@@ -116,7 +116,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, hidden: int, width: int, tokens: i
     return found
 
 
-@pytest.mark.parametrize(("hidden", "width", "tokens"), [(2880, 2880, 1), (576, 544, 70)])
+@pytest.mark.parametrize(("hidden", "width", "tokens"), [(2880, 2880, 65), (576, 544, 70)])
 def test_mxfp4_is_read_by_words(hidden: int, width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes and exponents both: the kernel counts in words, so that bytes would be others' exponents."""
     pytest.importorskip("triton")
@@ -136,7 +136,7 @@ def test_mxfp4_codes_go_from_registers_to_the_product_on_hopper(monkeypatch: pyt
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, constants, args = launches(monkeypatch, 2880, 2880, 1)[1]
+    kernel, constants, args = launches(monkeypatch, 2880, 2880, 65)[1]
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "launch_pdl")}
     names = kernel.arg_names
     signature = dict.fromkeys(names, "constexpr")
