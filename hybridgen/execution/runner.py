@@ -375,7 +375,7 @@ class ModelRunner:
         """
         if own.guided:
             self.steps.stage_masks(own)
-        if own.calls:  # which the host runs
+        if own.calls or self.steps.agree is not None:  # which the host runs; other ranks are told what it chose
             self.steps.finish(route.key, sampler, own)
             return route.reason
         rest = self._run(self.router.rest(route, sampler))

@@ -115,6 +115,9 @@ class ModelSteps:
             fed=self._prefill["fed"],
         )
         """What the model's attention reads; set by each step."""
+        self.agree: Callable[[Tensor], Tensor] | None = None
+        """Gives all ranks of a group the tokens that rank 0 chose for rows whose functions it alone has; None where
+        there is one process."""
         self._always_keeps_logits = False
         self.logits: Tensor | None = None
         """[max_batch * query_len + 1, vocab_size]: where steps that end at the logits leave them, once `keep_logits()`
@@ -328,12 +331,13 @@ class ModelSteps:
             self._sample(logits, *self._prefilled(rows), key.sampler, hidden=hidden)
         self._commit(inputs["fed"])
 
-    def finish(self, key: GraphKey, sampler: SamplerPlan, own: OwnRows | None = None) -> None:
+    def finish(self, key: GraphKey, sampler: SamplerPlan, own: OwnRows | None = None, *, is_told: bool = False) -> None:
         """What is left of a step that ended at its logits: sample, publish, advance. Masks that were staged hold where
         there are rows of their own, or the key is of such a rest.
 
         Args:
             own: rows with functions of their own, which change their logits.
+            is_told: another rank has such functions, and says which tokens came out.
         """
         allowed = None
         if self.masks is not None and (key.is_rest or (own is not None and own.guided)):
@@ -344,10 +348,11 @@ class ModelSteps:
             rows = self._decode["rows"][: key.rows]
             state = self._state.read(rows)
             before = state.lengths + 1, state.generated
-            self._sample(logits, rows, *before, sampler, key.query_len, own, hidden, quiet=key.quiet, allowed=allowed)
+            self._sample(logits, rows, *before, sampler, key.query_len, own, hidden, key.quiet, allowed, is_told)
             self._commit(rows)
         else:
-            self._sample(logits, *self._prefilled(key.rows), sampler, own=own, hidden=hidden, allowed=allowed)
+            prefilled = self._prefilled(key.rows)
+            self._sample(logits, *prefilled, sampler, own=own, hidden=hidden, allowed=allowed, is_told=is_told)
             self._commit(self._prefill["fed"])
 
     def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,6 +393,7 @@ class ModelSteps:
         hidden: Tensor | None = None,
         quiet: bool = False,
         allowed: tuple[Tensor, Tensor] | None = None,
+        is_told: bool = False,
     ) -> None:
         """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows.
 
@@ -395,6 +401,7 @@ class ModelSteps:
             hidden: what the drafter reads of the model's layers, of each row of the logits.
             quiet: nobody drafts.
             allowed: see `sampling.sample`.
+            is_told: see `finish`.
         """
         if self._always_keeps_logits:
             self._leave(logits)
@@ -410,6 +417,8 @@ class ModelSteps:
                 ends = (lengths[:, None] + places[:-1]).flatten()
                 remember(drafts.flatten(), rows[:, None].expand_as(drafts).flatten(), ends, history.text)
         sampled = sample(logits, self._sampler, slots, positions, before, sampler, own, drafts, allowed=allowed)
+        if self.agree is not None and (is_told or own is not None):
+            sampled = sampled._replace(tokens=self.agree(sampled.tokens))
         if history is not None:
             remember(sampled.tokens, slots, positions, history.text)
         brought = None
@@ -426,7 +435,8 @@ class ModelSteps:
             else:
                 last = sampled.tokens.view(rows.shape[0], -1)
                 choose = partial(self._expect, rows, ends, count, last, sampler)
-                told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, hidden)
+                more = hidden, sampler.greedy
+                told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, *more)
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
 
