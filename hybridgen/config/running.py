@@ -104,7 +104,7 @@ class RunningFields:
         default=1,
         metadata=setting(
             "Processes that share one model, each with a part of its weights: on CUDA one for each of the first "
-            "GPUs, on a CPU on its cores. In modes `eager` and `graph`. See docs/scale.md.",
+            "GPUs, on a CPU on its cores. See docs/scale.md.",
             integer(1, 64),
         ),
     )

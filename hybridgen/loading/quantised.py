@@ -27,6 +27,7 @@ from hybridgen.loading.source import Source
 from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
 from hybridgen.models.experts import probe
 from hybridgen.models.latent import latent_projections
+from hybridgen.models.mixers import projections_read
 from hybridgen.models.packed_experts import PackedWeights
 from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.rounding import quantise, relative_error
@@ -119,14 +120,14 @@ def load_quantised(
 
 
 def quantisable(model: PreTrainedModel) -> list[str]:
-    """Names of the projections that can be quantised: all but the head, routers, and what expands latents.
+    """Names of the projections that can be quantised: all but the head, routers, and those whose weights are read.
 
     Which experts a token gets must not change; a router is an `nn.Linear` beside the experts. What expands latents is
-    taken apart by attention (`models.latent`).
+    taken apart by attention (`models.latent`), and mixers multiply by some weights themselves (`models.mixers`).
     """
     head = model.get_output_embeddings()
     routers = {id(child) for module in model.modules() if hasattr(module, "experts") for child in module.children()}
-    others = routers | {id(projection) for projection in latent_projections(model)}
+    others = routers | {id(projection) for projection in (*latent_projections(model), *projections_read(model))}
     return [
         name
         for name, module in model.named_modules()
@@ -158,7 +159,14 @@ class _Plan:
         self._model = model
         self._places = Places(model)
         self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        self._latents = {id(projection) for projection in latent_projections(model)}
+        self._read = {
+            id(projection): why
+            for projections, why in (
+                (latent_projections(model), "attention to latents takes their projections apart"),
+                (projections_read(model), "layers that keep a state multiply by their weights themselves"),
+            )
+            for projection in projections
+        }
         self.apart: dict[str, Reader] = {}
         """By the model's names."""
         self.experts: dict[str, ExpertsReader] = {}
@@ -182,8 +190,8 @@ class _Plan:
         reason = stored.dequantised
         if linear is None and reason is None:
             reason = "transformers joins or renames them while loading, or they are no nn.Linear (experts, embeddings)"
-        elif reason is None and id(linear) in self._latents:
-            reason = "attention to latents takes their projections apart"
+        elif reason is None:
+            reason = self._read.get(id(linear))
         if reason is not None or name is None or linear is None:
             kind = str(self._dtype).removeprefix("torch.")
             self._notes[f"quantised weights are dequantised to {kind}: {reason}"] += 1

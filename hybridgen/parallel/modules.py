@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybridgen.models.projections import product
+from hybridgen.models.share import ShareLinear
 from hybridgen.parallel.group import Group, all_gather, all_reduce
 from hybridgen.parallel.plan import Sharding
 
 
-class RowShard(nn.Linear):
+class RowShard(ShareLinear):
     """A projection that has some of the inputs: outputs are added up over the ranks, then gets its bias."""
 
     group: int
@@ -23,7 +24,7 @@ class RowShard(nn.Linear):
         return total if self.bias is None else total + self.bias
 
 
-class HeadShard(nn.Linear):
+class HeadShard(ShareLinear):
     """The output projection with some of its rows: every rank gets the logits of all."""
 
     group: int

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hybridgen.cache import KVScales
 from hybridgen.errors import CheckpointError
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.device import without_default_device
+from hybridgen.loading.kv_scales import is_scale, read_kv_scales
 from hybridgen.loading.source import load_errors
 from hybridgen.loading.stored import TensorFiles, check_files
 from hybridgen.loading.weights import check_loading_info, progress_bars
@@ -58,7 +60,8 @@ class Slice:
         before = (slice(None),) * (len(self.shape) + cut.dim)
         starts = [piece * cut.full for piece in range(cut.packed if self._packed else 1)]
         parts = [self._lazy[(*before, slice(start + cut.start, start + cut.stop))] for start in starts]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
+        # A slice of the inputs can be a view of the file's whole tensor, which kernels would read with gaps.
+        found = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
         return found if place is Ellipsis else found[place]
 
 
@@ -80,6 +83,7 @@ def load_share(checkpoint: Checkpoint, group: Group) -> LoadedModel:
     start = time.perf_counter()
     files = checkpoint.fetch()
     check_files(files, "each rank reads its share of them")
+    scales = {} if checkpoint.config.kv_dtype is None else read_kv_scales(files, checkpoint.attention)
     skeleton = whole(checkpoint)
     sharding = shard(skeleton, checkpoint.hf_config, group.rank, group.size)
     failed = f"the weights of {source.name!r} cannot be read"
@@ -93,6 +97,8 @@ def load_share(checkpoint: Checkpoint, group: Group) -> LoadedModel:
         tied = bool(getattr(checkpoint.hf_config, "tie_word_embeddings", False))
         state: dict[str, Any] = {}
         for name, place in places.items():
+            if scales and is_scale(name):
+                continue
             cut = sharding.cuts.get(place)
             if cut is None or (tied and place == f"{sharding.head}.weight"):
                 state[name] = tensors.lazy(name)
@@ -104,7 +110,17 @@ def load_share(checkpoint: Checkpoint, group: Group) -> LoadedModel:
     model.config.name_or_path = model.name_or_path = source.name
     if checkpoint.device.type == "cuda":
         torch.cuda.synchronize(checkpoint.device)
-    return LoadedModel(model.eval().requires_grad_(False), time.perf_counter() - start, owned=True)
+    own = {name: KVScales(*(_of_heads(each, group) for each in pair)) for name, pair in scales.items()}
+    return LoadedModel(model.eval().requires_grad_(False), time.perf_counter() - start, owned=True, kv_scales=own)
+
+
+def _of_heads(scales: Tensor, group: Group) -> Tensor:
+    """Of scales [1] or [num_kv_heads] those of a rank's heads; see `plan`."""
+    count = scales.numel()
+    if count == 1:
+        return scales
+    first = group.rank * count // group.size
+    return scales[first : first + max(1, count // group.size)]
 
 
 def _load(

@@ -326,18 +326,21 @@ def _hand_on(  # type: ignore[no-untyped-def]
 @triton.jit
 def close_kernel(  # type: ignore[no-untyped-def]
     product, after, state, handed, scale, squares_out, handed_out, eps, factor,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: one row's `state += factor * norm(product)`, for layers that norm a projection's output."""
+    """A program: one row's `state += factor * norm(product)`, for layers that norm a projection's output (NORM), and
+    without the norm for products that were added up over ranks."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
     feature = tl.arange(0, BLOCK)
     inside = feature < FEATURES
-    y = tl.load(product + row * FEATURES + feature, mask=inside, other=0.0)
-    y *= tl.rsqrt(tl.sum(y * y, 0) / FEATURES + eps)
-    y *= tl.load(after + feature, mask=inside, other=0.0)
+    y = tl.load(product + row * FEATURES + feature, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(y * y, 0) / FEATURES + eps)
+        y *= tl.load(after + feature, mask=inside, other=0.0)
     x = tl.load(state + row * FEATURES + feature, mask=inside, other=0.0) + factor * y
     _hand_on(
         x, row, feature, inside, state, handed, scale, squares_out, handed_out, FEATURES, SCALED, SCALES_OUT

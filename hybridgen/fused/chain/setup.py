@@ -51,6 +51,8 @@ def check(model: Decoder, *, codes: bool = False) -> None:
         if size % unit:
             raise Unfit(f"its {what} {size} is no multiple of {unit}: rows of a weight would not start at 16 bytes")
     check_places(weight for linear in model.linears for weight in stored(linear, codes=codes)[0])
+    if model.share is not None and any(each.bias is not None for x in model.layers for each in (x.out, x.down)):
+        raise Unfit("its output projections have biases, which each rank would add")
     if any(layer.attention_scale <= 0 for layer in model.layers):
         raise Unfit("its attention scale is not above 0")
     try:
@@ -129,6 +131,8 @@ def allocate(model: Decoder, rows: int) -> dict[str, Tensor]:
         "squares": zeros(2, parts, _SQUARES_ROWS),
         "roots": zeros(2, _SQUARES_ROWS),
     }
-    if any(layer.after_attention or layer.after_mlp for layer in model.layers):
+    if model.share is not None:  # as the ranks add it up
+        scratch["product"] = zeros(rows, model.hidden, dtype=model.dtype)
+    elif any(layer.after_attention or layer.after_mlp for layer in model.layers):
         scratch["product"] = zeros(rows, model.hidden)
     return scratch

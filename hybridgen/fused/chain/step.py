@@ -5,6 +5,9 @@ residual; norm + gate and up + activation; down projection + residual. Before th
 norm and the head. `chain_kernels` says how the kernels divide the work and overlap; `reference.step` computes the same
 in plain PyTorch.
 
+Of a model that several ranks have together, each runs its share: what the output and down projections give is added up
+over the ranks before it goes to the state, and logits are those of the rank's part of the vocabulary.
+
 Hidden states are float32 from layer to layer. Rounded to the weights' dtype are: what a norm hands to a projection,
 queries and the cache, attention's output, and the activated MLP state.
 
@@ -278,14 +281,27 @@ class ChainStep:
     ) -> int:  # fmt: skip
         """A projection that is added to the state; returns the parts of the new sums of squares."""
         scratch, hidden = self._scratch, self.model.hidden
-        if after is not None:
+        share = self.model.share
+        if after is not None or share is not None:
             plain = {"PARTS": 1, "STRIDE": hidden}
-            self._project(name, linear, source, scratch["product"], None, rows, side, 0.0, 1.0, plain)
-            launcher = self._launcher(close_kernel, self._row_constants(following))
-            scale = scratch["state"] if following is None else following.scale
-            tensors = scratch["product"], after.scale, scratch["state"], scratch["handed"], scale
+            product = scratch["product"]
+            self._project(name, linear, source, product, None, rows, side, 0.0, 1.0, plain)
+            # Float16 is handed on with a scale of its own.
+            fused = 0 if share is None or after is not None or self._scales else share.parts(rows, hidden)
+            if share is not None and self._wanted is None:
+                if fused:
+                    gain = None if following is None else following.scale
+                    places = scratch["state"], scratch["handed"], gain, scratch["squares"][1 - side]
+                    share.add_to_state(product[:rows], *places, layer.residual)
+                    return fused
+                product = share.add_up(product[:rows])
+            if fused:
+                return fused
+            launcher = self._launcher(close_kernel, {"NORM": after is not None, **self._row_constants(following)})
+            scale, own_scale = (scratch["state"] if norm is None else norm.scale for norm in (following, after))
+            tensors = product, own_scale, scratch["state"], scratch["handed"], scale
             outputs = scratch["squares"][1 - side], scratch["roots"][1 - side]
-            launcher((rows, 1, 1), (*tensors, *outputs, after.eps, layer.residual))
+            launcher((rows, 1, 1), (*tensors, *outputs, 0.0 if after is None else after.eps, layer.residual))
             return 1
         constants = {
             "PARTS": parts if self._scales else 1,
