@@ -190,6 +190,7 @@ _LATENT_ROUTED: dict[str, Any] = {"first_k_dense_replace": 1, **_LATENT, **_ROUT
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "afmoe": _with(head_dim=16, num_experts=4, num_shared_experts=1, num_dense_layers=1, **_EXPERTS, **_TWO),
     "apertus": _with(**_SHORT),
+    "apertus1p5_text": _with(output_vocab_size=193, **_rope("default"), **_SHORT),
     "arcee": _with(head_dim=16, **_SHORT),
     "aria_text": _with(head_dim=16, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, **_SHORT),
     "axk1": _with(**_LATENT_ROUTED),
@@ -197,6 +198,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     | {"rope_parameters": _TWO_ROPES["rope_parameters"] | {"full_attention": None}},
     "biogpt": _without("num_key_value_heads", **_SHORT),
     "bitnet": _with(**_SHORT),
+    "codegen": _GPT | {"n_layer": 2, "rotary_dim": 8},
     "cohere2_moe": _with(head_dim=16, logit_scale=0.5, num_experts=4, num_experts_per_tok=2, **_TWO, **_TWO_MLPS),
     "cohere_compass_text": _with(head_dim=16, logit_scale=0.5, **_TWO, **_TWO_ROPES),
     "ctrl": {"vocab_size": VOCAB, "n_positions": 512, "n_embd": 64, "dff": 96, "n_layer": 2, "n_head": 4},
@@ -217,6 +219,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": _with(
         moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_intermediate_size=48, moe_layer_end_index=1, **_SHORT
     ),
+    "exaone": _with(head_dim=16, **_SHORT),
     "exaone_moe": _with(
         head_dim=16, num_experts=4, num_shared_experts=1, n_group=1, topk_group=1, **_EXPERTS, **_TWO, **_TWO_MLPS
     ),
@@ -374,6 +377,8 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": _with(**_TWO),
     "persimmon": _without("num_key_value_heads", **_SHORT),
     "phimoe": _with(num_local_experts=4, num_experts_per_tok=2, **_SHORT),
+    "sarvam_mla": _with(**_LATENT_ROUTED),
+    "sarvam_moe": _with(head_dim=16, first_k_dense_replace=1, use_qk_norm=True, **_ROUTED, **_SHORT),
     "solar_open": _with(head_dim=16, **_ROUTED, **_SHORT),
     "youtu": _with(**_LATENT, **_SHORT),
     "vaultgemma": _with(head_dim=16, query_pre_attn_scalar=16, **_TWO),
@@ -412,7 +417,7 @@ ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def is_absent(name: str) -> bool:
     """Whether the installed transformers lacks a family, or has it in a form that does not run yet."""
-    since = {"cohere_compass_text": "5.23", "gptj": "5.24"}.get(name, "0")
+    since = {"codegen": "5.24", "cohere_compass_text": "5.23", "gptj": "5.24"}.get(name, "0")
     return name not in CONFIG_MAPPING or Version(transformers.__version__) < Version(since)
 
 

@@ -95,6 +95,24 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cosmos3_omni": (_QWEN3, {}),
     "fun_asr_nano": (_text("qwen3"), {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}}),
     "muse_glimmer": (_text("llama"), {"vision_config": {"layer_types": ["full_attention"]}}),
+    "muse_spark": (
+        _text("llama", num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, moe_hidden_size=32)
+        | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        {
+            "vision_config": {"layer_types": ["full_attention"]},
+            "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "out_hidden_size": 64},
+        },
+    ),
+    "omniasr": (_text("llama"), {}),
+    "apertus1p5": (
+        families.CONFIGS["apertus1p5_text"],
+        {
+            "image_token_offset": 200,
+            "audio_token_offset": 216,
+            "vision_config": {"codebook_size": 16, "base_channels": 32, "latent_channels": 32, "num_res_blocks": 1},
+            "audio_config": {"codebook_dim": 32, "codebook_size": 16, "num_lstm_layers": 1},
+        },
+    ),
     "moss_transcribe_diarize": (_text("qwen3"), {}),
     "llama4": (_text("llama4_text"), {}),
     "kimi_k25": (_text("deepseek_v3"), {}),

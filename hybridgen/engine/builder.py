@@ -134,6 +134,9 @@ class Builder:
         if fuses:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()
+            if drafter is not None:
+                with torch.inference_mode():
+                    starter.fuse_drafter(runner, drafter.drafter, config, self.resolved.max_context)
         not_compiled = None
         if compiles_layers:
             with timed("compile"):

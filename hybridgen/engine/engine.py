@@ -31,10 +31,11 @@ from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.display import html_table
 from hybridgen.engine import hidden, upkeep
+from hybridgen.engine.alternatives import merged
 from hybridgen.engine.assembly import Parts, assemble
 from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.calls import run_requests, stream_requests
-from hybridgen.engine.drafter import OpenedHead, open_drafter
+from hybridgen.engine.drafter import Opened, open_drafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache, resolve_config
 from hybridgen.engine.report import engine_stats
@@ -73,7 +74,7 @@ class Engine:
         config: EngineConfig,
         cache: CompileCache | None = None,
         lead: Lead | None = None,
-        drafter: Checkpoint | OpenedHead | None = None,
+        drafter: Opened | None = None,
     ) -> None:
         """Build an engine around a loaded model; most callers want `Engine.load()`.
 
@@ -310,7 +311,8 @@ class Engine:
         """How likely the model finds each completion behind its prompt. Nothing is generated.
 
         Only the positions that tell scored tokens go through the model's head, in parts, so that memory does not grow
-        with the length. What the prefix cache has of a prompt is not computed again.
+        with the length. What the prefix cache has of a prompt is not computed again, and pairs that differ in their
+        last token alone are computed once.
 
         Args:
             prompts: as for `generate()`: one, or a list.
@@ -329,7 +331,10 @@ class Engine:
         pairs, single = scoring_pairs(
             split_prompts(prompts), None if completions is None else split_prompts(completions)
         )
-        return scores_of(self.generate(pairs, replace(SCORES, cache_salt=cache_salt)), single)
+        requests = merged(self.make_requests(pairs, replace(SCORES, cache_salt=cache_salt), {}))
+        if requests:
+            self._run(requests, None)
+        return scores_of(results(requests, False, None), single)
 
     def stream(
         self,

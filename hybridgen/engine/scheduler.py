@@ -248,6 +248,10 @@ class Scheduler:
         """How many of the tokens that are left of a prefill behind `start` to feed; 0: rather in a later call."""
         if self._whole_prompts and budget < left <= self._token_budget:
             return 0
+        return self._part(budget, start, left)
+
+    def _part(self, budget: int, start: int, left: int) -> int:
+        """The same, where a prompt may be cut anyway."""
         length = min(budget, left)
         if self._shortest_run > 1 and left > 1:
             length -= left - length == 1  # the last one would come alone
@@ -264,11 +268,16 @@ class Scheduler:
             length = self._run(budget, start, len(ids) - start)
             if length <= 0:
                 continue
-            targets = request.targets(length)
-            if len(targets) > scores:
-                # Those behind it may hold pages that it is to write, so that none of them comes before its rest.
-                length = budget = self._run(request.unscored + scores, start, len(ids) - start)
-                targets = request.targets(length)
+            targets, others = request.targets(length), request.other_targets(length)
+            alone = length == 1 and scores == self._score_budget
+            if len(targets) + len(others) > scores and not alone:
+                # Those behind it may hold pages that it is to write, so that none of them comes before its rest. Its
+                # alternatives come with its last token.
+                if self._whole_prompts and chunks:
+                    break
+                most = min(request.unscored + scores, length - 1) if others else request.unscored + scores
+                length = budget = self._part(most, start, len(ids) - start)
+                targets, others = request.targets(length), request.other_targets(length)
                 if not length:
                     break
             chunks.append(
@@ -280,11 +289,12 @@ class Scheduler:
                     generated=max(0, len(ids) - len(request.prompt_ids)),
                     last=request.advance(length),
                     targets=targets,
+                    others=others,
                     likely=request.sampling.prompt_logprobs or 0,
                     hidden=request.hidden,
                 )
             )
             requests.append(request)
             budget -= length
-            scores -= len(targets)
+            scores -= len(targets) + len(others)
         return requests, chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,11 @@ from hybridgen.graphs import capture_plan
 from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.models import BoundModel
+from hybridgen.models.decoder import Unfit
+from hybridgen.speculation.eagle import EagleDrafter
 from hybridgen.telemetry.statistics import ArtifactStats, Counters
+
+logger = logging.getLogger(__name__)
 
 _CEILING = "read-ceiling"
 _TUNING = "tuning"
@@ -83,6 +88,8 @@ class Starter:
         self._planned = (0, 0)
         self.fused: dict[str, str] = {}
         """What serves which decode sizes in place of the model's own layers, or why nothing does."""
+        self.drafting: str | None = None
+        """What runs the passes of a head that drafts; None: PyTorch's operators, and nothing else was tried."""
         for note in cache.notes:
             counters.fall_back(f"compile cache: {note}")
 
@@ -202,6 +209,28 @@ class Starter:
                     self.fused = make_fused(runner, max_context, kept=kept).notes
                 else:
                     self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
+
+    def fuse_drafter(self, runner: ModelRunner, drafter: object, config: EngineConfig, max_context: int) -> None:
+        """Run the passes of a head that drafts as a chain of kernels, where they compute it. A model that drafts runs
+        its own layers."""
+        if not isinstance(drafter, EagleDrafter) or not config.fused_decode:
+            return
+        rows, most = runner.state.max_batch, runner.state.query_len - 1
+        with self._startup.timed("compile"):
+            try:
+                # Imported here: Triton is not there everywhere.
+                from hybridgen.speculation.head_chain import fuse_head
+
+                fuse_head(drafter, max_context, rows=rows, most=most)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                self.drafting = f"PyTorch's operators: {error if isinstance(error, Unfit) else described(error)}"
+                if not isinstance(error, Unfit):
+                    logger.debug("a head's kernels failed", exc_info=True)
+                    self._counters.fall_back(f"the drafter {drafter.name} runs by {self.drafting}")
+            else:
+                self.drafting = "a chain of Triton kernels"
 
     def choose_decode(self, runner: ModelRunner, sizes: Sequence[int], *, compiled: bool) -> None:
         """Decode with fused kernels for several rows where they are faster than what else would serve, measured once:

@@ -109,6 +109,8 @@ def _rows_step(
     Raises:
         Unfit: it does not serve the model.
     """
+    if reads and max(reads) >= len(model.layers):
+        raise Unfit("whoever drafts reads what goes into the final norm, which it does not leave")
     with torch.inference_mode():
         step = RowsStep(model, fused.pages, block_table=fused.inputs.block_table, reads=reads, kept=kept)
     torch.cuda.synchronize(model.device)

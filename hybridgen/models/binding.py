@@ -113,6 +113,8 @@ class BoundModel:
     """What goes into some layers; None: nobody reads it."""
     experts: tuple[ExpertsSite, ...] = ()
     """The modules of experts that decode by the op of `kernels.linear.experts`."""
+    vocab_size: int = 0
+    """Ids that the model takes. A head may have rows of the first of them alone (Apertus 1.5)."""
 
     def __post_init__(self) -> None:
         self.latents = tuple(site.module for site in self.sites if site.latent is not None)
@@ -217,9 +219,23 @@ class BoundModel:
         for _, _, rope in self._replaced():
             rope.step = step
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the layers.
+
+        Raises:
+            UnsupportedModelError: the decoder has none that is called `norm`.
+        """
+        found = getattr(self.model.get_decoder(), "norm", None)
+        if not isinstance(found, nn.Module):
+            raise UnsupportedModelError(f"the decoder of a {kind_of(self.model)} has no final norm that is called norm")
+        return found
+
     def note_inputs(self, layers: Sequence[int]) -> None:
-        """From now on keep what goes into these layers, until `take_inputs()`."""
-        self._noted = LayerInputs([self.layers[layer] for layer in layers]) if layers else None
+        """From now on keep what goes into these layers, until `take_inputs()`; behind the last: into the final norm."""
+        count = len(self.layers)
+        modules = [self.layers[layer] if layer < count else self.final_norm for layer in layers]
+        self._noted = LayerInputs(modules) if layers else None
 
     def take_inputs(self) -> tuple[torch.Tensor | None, ...]:
         """What went into these layers in the last `forward()`, [T, hidden] each; None: a layer was not called."""
@@ -233,7 +249,7 @@ class BoundModel:
             keep: int64 [K], the tokens whose logits are wanted; None for all.
 
         Returns:
-            [K, vocab_size] in `logits_dtype`.
+            [K, vocab_size] in `logits_dtype`; -inf for ids that the model takes and its head cannot give.
         """
         if self.latents and not torch.compiler.is_compiling():
             check_unwatched(self.latents)
@@ -251,7 +267,9 @@ class BoundModel:
                 # An int above 0 is not the same thing in every model; a tensor and 0 are.
                 logits_to_keep=0 if keep is None else keep,
             )
-        return output.logits[0]
+        logits = output.logits[0]
+        lacking = self.vocab_size - logits.shape[-1]
+        return nn.functional.pad(logits, (0, lacking), value=-torch.inf) if lacking > 0 else logits
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What steps leave for their own layers alone, by name: the attention schedules."""
@@ -389,6 +407,7 @@ def bind(model: PreTrainedModel, context: int | None = None, calls: tuple[Probed
     attention = AttentionNames(model)
     sites, mixers, layers, logits_dtype = _find_sites(model, attention, context or _context_of(model), calls)
     bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), layers, mixers, attention)
+    bound.vocab_size = getattr(model.config, "vocab_size", 0)
     try:
         attention.set(ATTENTION_NAME)
         bound._use_states()

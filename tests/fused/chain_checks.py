@@ -86,11 +86,11 @@ tiles = st.tuples(
 slices = st.integers(1, 5)
 
 
-def check_shapes(number: int) -> None:
+def check_shapes(number: int, examples: int) -> None:
     """Any shape, rows, lengths, page size and tiles."""
 
     @seed(number)
-    @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(shapes(), lengths, st.sampled_from([8, 16, 64, 128]), st.lists(tiles, min_size=5, max_size=5), slices)
     def run(shape: Shape, lengths: list[int], page_size: int, cuts: list[tuple[int, ...]], most: int) -> None:
         model = random_decoder(shape, seed=number)

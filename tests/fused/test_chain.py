@@ -22,7 +22,12 @@ from hybridgen.models.decoder import Linear, Unfit, dense
 from hybridgen.models.weights import DenseWeight
 
 
-@pytest.mark.parametrize("check", ["shapes", "float16", "merge", "strangers", "families", "parts"])
+@pytest.mark.parametrize("examples", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_any_shape_in_the_interpreter(examples: int, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("chain_checks.py"), "check_shapes", 0, examples)
+
+
+@pytest.mark.parametrize("check", ["float16", "merge", "strangers", "families", "parts"])
 def test_kernels_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
     triton_interpreter.run(Path(__file__).with_name("chain_checks.py"), f"check_{check}", 0)
 

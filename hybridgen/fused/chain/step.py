@@ -27,9 +27,9 @@ from hybridgen.cache import LayerPages
 from hybridgen.device.launcher import Launcher, device_of, power_of_two
 from hybridgen.fused.chain.attention import Cut, attend_kernel, block_of, cut_contexts, least_tiles
 from hybridgen.fused.chain.kernels import begin_kernel, close_kernel, project_kernel
-from hybridgen.fused.chain.setup import allocate, attention_counters, check, check_pages
+from hybridgen.fused.chain.setup import allocate, attention_counters, check, check_pages, stored
 from hybridgen.fused.chain.tiles import PROJECTIONS, Tile, as_tiles, candidates, default_tile, rows_block
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, dense_parts
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
 
 MAX_ROWS = 16
 
@@ -48,6 +48,11 @@ class ChainStep:
         ValueError: `max_rows` or `tiles` is wrong.
     """
 
+    projections: tuple[str, ...] = PROJECTIONS
+    """What `shape` knows."""
+    takes_codes = False
+    """Whether weights may be FP8 codes."""
+
     def __init__(
         self,
         model: Decoder,
@@ -57,7 +62,7 @@ class ChainStep:
     ) -> None:
         if not 1 <= max_rows <= MAX_ROWS:
             raise ValueError(f"max_rows={max_rows}; give 1 to {MAX_ROWS}")
-        check(model)
+        check(model, codes=self.takes_codes)
         self.model = model
         self.max_rows = max_rows
         self.device = device_of(model.embedding)
@@ -69,7 +74,7 @@ class ChainStep:
             f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors).fitted(
                 rows, name == "gate_up", model.dtype.itemsize, self.device.shared_memory
             )
-            for name in PROJECTIONS
+            for name in self.projections
             for rows in ((8,) if max_rows <= 8 else (8, 16))
         }
         self._scratch = allocate(model, max_rows)
@@ -301,7 +306,8 @@ class ChainStep:
         scratch = self._scratch
         features, inner, _ = self.shape(name)
         tile = self.tiles[f"{name}.{rows_block(rows)}"]
-        weights, biases = dense_parts(linear), [part.bias for part in linear.parts or (linear,)]
+        weights, code_scale = stored(linear, codes=self.takes_codes)
+        biases = [part.bias for part in linear.parts or (linear,)]
         flags = ("NORM", "GATED", "GELU", "RESIDUAL", "SCALED", "SCALES_IN", "SCALES_OUT")
         launcher = self._launcher(
             project_kernel,
@@ -326,6 +332,7 @@ class ChainStep:
                 "QUERIES": len(weights[0]) if len(weights) > 2 else 0,
                 "ENDS": len(weights[0]) + len(weights[1]) if len(weights) > 2 else 0,
                 "NATIVE": self.model.dtype != torch.float32,
+                "CODED": code_scale is not None,
                 "num_warps": tile.warps,
                 **dict.fromkeys(flags, False),
                 **constants,
@@ -342,7 +349,8 @@ class ChainStep:
         partial, counters = scratch["partial"], scratch["counters"][attention_counters(self.model, self.max_rows) :]
         grid = triton.cdiv(features, tile.features), tile.slices, 1
         partial = partial if tile.slices > 1 else scratch["state"]
-        launcher(grid, (*tensors, partial, counters, rows, eps, factor, *weights[1:], *biases[1:]))
+        code_scale = scratch["state"] if code_scale is None else code_scale
+        launcher(grid, (*tensors, partial, counters, rows, eps, factor, *weights[1:], *biases[1:], code_scale))
 
     def _cut(self, rows: int, max_pages: int) -> tuple[Cut, Tensor]:
         """How attention cuts contexts, and scratch for what its chunks give: values, then log-sums."""
@@ -357,8 +365,10 @@ class ChainStep:
         return cut, torch.empty(lines * (model.head_dim + 1), dtype=torch.float32, device=model.device)
 
     def _attend(
-        self, index: int, positions: Tensor, slots: Tensor, block_table: Tensor, rows: int, cut: Cut, partial: Tensor
-    ) -> None:
+        self, index: int, positions: Tensor, slots: Tensor, block_table: Tensor, rows: int, cut: Cut, partial: Tensor,
+        overlap: bool = True,
+    ) -> None:  # fmt: skip
+        """Attention of a layer. `overlap` False: it asks for nothing before the kernel before it has ended."""
         model, scratch, layer = self.model, self._scratch, self.model.layers[index]
         keys, values = self._pages[index]
         dim, rotary, group = model.head_dim, model.rotary, model.heads // model.kv_heads
@@ -391,6 +401,7 @@ class ChainStep:
                 "num_warps": 8 if wide >= 128 else 4,
                 "num_stages": 2,
             },
+            overlap,
         )
         inputs = scratch["qkv"], cos, sin, *scales, keys, values, block_table, slots, positions
         lines = rows * cut.row_chunks * model.heads
@@ -400,11 +411,11 @@ class ChainStep:
         launcher(grid, (*inputs, *outputs, *options, block_table.stride(0)))
 
     def _launcher(
-        self, kernel: Any, constants: dict[str, Any]
+        self, kernel: Any, constants: dict[str, Any], overlap: bool = True
     ) -> Callable[[tuple[int, int, int], tuple[Any, ...]], Any]:
-        overlap = self.device.overlap
+        overlap = overlap and self.device.overlap
         options = {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
-        key = kernel, *constants.items()
+        key = kernel, overlap, *constants.items()
         if self._wanted is not None:
             return lambda grid, args: self._want(key, lambda: kernel.warmup(*args, grid=grid, **constants, **options))
         launcher = self._launchers.get(key)
