@@ -43,6 +43,7 @@ from hybridgen.models.layer_list import decoder_layers, layer_around
 from hybridgen.models.mixers import (
     MixerBinding,
     MixerSite,
+    cache_keyword,
     check_claimed,
     check_mixers,
     read_shapes,
@@ -510,7 +511,7 @@ def _run_two_tokens(
     try:
         with torch.inference_mode(), noting_expansion(check_latents(model)):
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            keeps = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+            keeps = {"use_cache": False} if cache is None else {cache_keyword(model): cache, "use_cache": True}
             output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], **keeps)
     finally:
         for module in modules:

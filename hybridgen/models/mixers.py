@@ -34,6 +34,12 @@ _NOT_NEEDED = frozenset({"attention_mask", "position_ids", "position_embeddings"
 """Arguments of mixers that are None for packed tokens without padding, or that only attention reads."""
 
 
+def cache_keyword(model: PreTrainedModel) -> str:
+    """What the model's forward, and so its `generate`, calls the cache: `cache` from transformers 5.24 on."""
+    forward = getattr(model, "whole", model).forward  # a text part hands on what it is given
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 class SlotMixer(nn.Module):
     """What the class of every mixer is also, once it reads its state from slots."""
 
