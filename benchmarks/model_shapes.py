@@ -25,7 +25,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -257,21 +257,23 @@ def main() -> None:
     ceiling = read_ceiling(torch.device(device, 0) if device == "cuda" else torch.device(device))
     head = ("us / step", "prefill ms", "share", "p99/p50", "times HF", "agrees")
     print(f"{'model':<17} {'mode':<12} {'rows':>4} {head[0]:>10} {head[1]:>10} {' '.join(f'{h:>8}' for h in head[2:])}")
-    rows: list[dict[str, Any]] = []
+    rows: list[list[dict[str, Any]]] = []
     engines: dict[str, Any] = {}
-    for name in arguments.models:
-        model = Model(name, arguments, device, ceiling)
-        for mode in arguments.modes:
-            if mode == HUGGINGFACE:
-                model.huggingface()
-            else:
-                model.ours(mode, options)
-        rows += model.rows
-        engines[name] = model.engines
-        del model
-        release()
-    results = {"benchmark": "model_shapes", "read_ceiling_gb_per_s": None if ceiling is None else ceiling / 1e9}
-    report({**results, "rows": rows, "engines": engines}, arguments.output)
+    try:
+        for name in arguments.models:
+            model = Model(name, arguments, device, ceiling)
+            rows.append(model.rows)
+            engines[name] = model.engines
+            for mode in arguments.modes:
+                if mode == HUGGINGFACE:
+                    model.huggingface()
+                else:
+                    model.ours(mode, options)
+            del model
+            release()
+    finally:  # what was measured by then is worth keeping
+        results = {"benchmark": "model_shapes", "read_ceiling_gb_per_s": None if ceiling is None else ceiling / 1e9}
+        report({**results, "rows": list(chain.from_iterable(rows)), "engines": engines}, arguments.output)
 
 
 if __name__ == "__main__":

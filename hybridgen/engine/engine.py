@@ -31,6 +31,7 @@ from hybridgen.core import Completion, TokenEvent
 from hybridgen.device.capture import CAPTURING
 from hybridgen.display import html_table
 from hybridgen.engine import hidden, upkeep
+from hybridgen.engine.alternatives import merged
 from hybridgen.engine.assembly import Parts, assemble
 from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.calls import run_requests, stream_requests
@@ -355,7 +356,8 @@ class Engine:
         """How likely the model finds each completion behind its prompt. Nothing is generated.
 
         Only the positions that tell scored tokens go through the model's head, in parts, so that memory does not grow
-        with the length. What the prefix cache has of a prompt is not computed again.
+        with the length. What the prefix cache has of a prompt is not computed again, and pairs that differ in their
+        last token alone are computed once.
 
         Args:
             prompts: as for `generate()`: one, or a list.
@@ -371,10 +373,20 @@ class Engine:
             RequestError: the one request failed while it ran.
             Interrupted: Ctrl-C; holds what was finished.
         """
+        if self._together is not None:
+            return scores_of(*self._together.call(lambda: self._score(prompts, completions, cache_salt)))
+        return scores_of(*self._score(prompts, completions, cache_salt))
+
+    def _score(self, prompts: Prompts, completions: Any, cache_salt: str | None) -> tuple[list[Completion], bool]:
+        """The completions that tell the scores, and whether one is asked for."""
         pairs, single = scoring_pairs(
             split_prompts(prompts), None if completions is None else split_prompts(completions)
         )
-        return scores_of(self.generate(pairs, replace(SCORES, cache_salt=cache_salt)), single)
+        requests = merged(self.make_requests(pairs, replace(SCORES, cache_salt=cache_salt), {}))
+        if requests:
+            self._run(requests, None)
+        found: list[Completion] = results(requests, False, None)
+        return found, single
 
     def stream(
         self,

@@ -75,6 +75,8 @@ class RequestOutput:
         self._scored_from = scored_from
         self._weights_version = weights_version
         self._scores: list[TokenLogprob] = []
+        self.other_scores: list[TokenLogprob] = []
+        """Of the last tokens of its alternatives, which its last part tells."""
         self._index = index
         self._choice = choice
         self._traffic = traffic

@@ -52,7 +52,7 @@ class Reader:
     def fetch(self, flight: InFlight) -> StepOutput:
         """Wait for a step, and return what it brings; scores and hidden states are handed out at once."""
         if flight.step.scores is not None:
-            scored = [request for request, chunk in flight.parts if chunk.targets]
+            scored = [(request, len(chunk.targets)) for request, chunk in flight.parts if chunk.targets]
             self._take_scores(scored, flight.step.scores.read())
         if flight.step.hidden is not None:
             asked = [(request, chunk) for request, chunk in flight.parts if chunk.hidden]
@@ -114,13 +114,14 @@ class Reader:
         if drafts.dropped and drafting is not None:
             self._counters.fall_back(f"the drafter {drafting.name} gave {drafting.wrong}; they are dropped")
 
-    def _take_scores(self, requests: Sequence[Request], scores: Sequence[Sequence[TokenLogprob]]) -> None:
-        """Hand the log-probabilities of prompts to their requests."""
-        for request, found in zip(requests, scores, strict=True):
+    def _take_scores(self, parts: Sequence[tuple[Request, int]], scores: Sequence[Sequence[TokenLogprob]]) -> None:
+        """Hand the log-probabilities of prompts to their requests: of so many tokens, then of their alternatives."""
+        for (request, own), found in zip(parts, scores, strict=True):
             if request.output.completion is not None:
                 continue
             self._counters.tokens["scored"] += len(found)
-            request.output.take_scores(found)
+            request.output.other_scores += found[own:]
+            request.output.take_scores(found[:own])
             if request.output.completion is not None:
                 self.release(request)
 

@@ -11,6 +11,7 @@ from typing import Any
 from hybridgen.arguments import REFUSED, is_text, sampling_per_prompt
 from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
+from hybridgen.engine.alternatives import Alternative, completions_of
 from hybridgen.engine.output import RequestOutput
 from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.execution.plan import Hidden
@@ -59,6 +60,8 @@ class Request:
     """How many ids were cut from the beginning of the prompt."""
     hidden: Hidden | None = None
     """Hidden states of its prompt that are wanted; such a request generates nothing."""
+    alternatives: tuple[Alternative, ...] = ()
+    """Other prompts that are scored with it."""
     output: RequestOutput = field(init=False)
     """Its tokens, text, events and completion. `StepLoop.submit` sets it."""
     state: RequestState = field(default=RequestState.NEW, init=False)
@@ -116,6 +119,11 @@ class Request:
             return ()
         start = self.prefilled + 1
         return self.prompt_ids[max(start, self.scored_from) : start + length]
+
+    def other_targets(self, length: int) -> tuple[int, ...]:
+        """Last tokens of its alternatives, where the next `length` tokens of its prefill are the last."""
+        ends = self.prefilled + length == len(self.prefill_ids)
+        return tuple(each.last for each in self.alternatives) if ends else ()
 
     @property
     def unscored(self) -> int:
@@ -326,12 +334,15 @@ def collect(requests: Iterable[Request], refused: Mapping[int, Completion] | Non
         refused: those of prompts that were not run.
     """
     choices: dict[int, list[Completion]] = {}
+    others: dict[int, Completion] = {}
     for request in requests:
         if request.completion is None:
             raise RuntimeError("a request was collected before its end")
         choices.setdefault(request.index, []).append(request.completion)
+        if request.alternatives:
+            others |= completions_of(request.completion, request.alternatives, request.output.other_scores)
     found = {index: replace(group[0], choices=tuple(group)) for index, group in choices.items()}
-    return [completion for _, completion in sorted({**found, **(refused or {})}.items())]
+    return [completion for _, completion in sorted({**found, **others, **(refused or {})}.items())]
 
 
 def results(requests: list[Request], single: bool, refused: dict[int, Completion] | None) -> Any:

@@ -247,11 +247,13 @@ class Scheduler:
             length = min(budget, len(ids) - start)
             if length <= 0:
                 continue
-            targets = request.targets(length)
-            if len(targets) > scores:
-                # Those behind it may hold pages that it is to write, so that none of them comes before its rest.
-                length = budget = request.unscored + scores
-                targets = request.targets(length)
+            targets, others = request.targets(length), request.other_targets(length)
+            alone = length == 1 and scores == self._score_budget
+            if len(targets) + len(others) > scores and not alone:
+                # Those behind it may hold pages that it is to write, so that none of them comes before its rest. Its
+                # alternatives come with its last token.
+                length = budget = min(request.unscored + scores, length - 1) if others else request.unscored + scores
+                targets, others = request.targets(length), ()
                 if not length:
                     break
             chunks.append(
@@ -263,11 +265,12 @@ class Scheduler:
                     generated=max(0, len(ids) - len(request.prompt_ids)),
                     last=request.advance(length),
                     targets=targets,
+                    others=others,
                     likely=request.sampling.prompt_logprobs or 0,
                     hidden=request.hidden,
                 )
             )
             requests.append(request)
             budget -= length
-            scores -= len(targets)
+            scores -= len(targets) + len(others)
         return requests, chunks

@@ -47,6 +47,8 @@ class PrefillChunk(NamedTuple):
     """Whether the prompt ends here, so that a token is sampled."""
     targets: Sequence[int] = ()
     """The tokens behind its last ones, whose log-probabilities are wanted: each follows on one of as many tokens."""
+    others: Sequence[int] = ()
+    """More tokens that could follow on its last one, whose log-probabilities are wanted too. Never without targets."""
     likely: int = 0
     """How many of the most likely tokens are told with each of them."""
     hidden: Hidden | None = None

@@ -35,8 +35,8 @@ class ScoredTokens:
             end = total
             if chunk.targets and chunk.last:  # its last token is sampled behind
                 end = total - 1
-            places += range(end - len(chunk.targets), end)
-            targets += chunk.targets
+            places += (*range(end - len(chunk.targets), end), *[end - 1] * len(chunk.others))
+            targets += (*chunk.targets, *chunk.others)
         self._chunks = tuple(chunk for chunk in chunks if chunk.targets)
         self._device = device
         self.places = self._sent(places)
@@ -67,15 +67,18 @@ class ScoredTokens:
         self._event.record()
 
     def read(self) -> list[list[TokenLogprob]]:
-        """Wait for the step. One list for each chunk that has targets."""
+        """Wait for the step. One list for each chunk that has targets: of them, then of its other tokens."""
         if self._event is not None:
             self._event.synchronize()
         values, ids, tops = (tensor.tolist() for tensor in self._on_host)
         rows = iter(zip(values, ids, tops, strict=True))
-        return [
-            [
-                TokenLogprob(target, value, tuple(zip(some[: chunk.likely], those[: chunk.likely], strict=True)))
-                for target, (value, some, those) in zip(chunk.targets, islice(rows, len(chunk.targets)), strict=True)
-            ]
-            for chunk in self._chunks
-        ]
+        found = []
+        for chunk in self._chunks:
+            wanted = (*chunk.targets, *chunk.others)
+            found.append(
+                [
+                    TokenLogprob(target, value, tuple(zip(some[: chunk.likely], those[: chunk.likely], strict=True)))
+                    for target, (value, some, those) in zip(wanted, islice(rows, len(wanted)), strict=True)
+                ]
+            )
+        return found

@@ -4,7 +4,7 @@
 |---|---|---|
 | `ALLOCATE` | pages | |
 | `ADMIT` | slot, sampling | pages, prompt |
-| `STEP` | how it runs: `Told` | of a decode step its slots; of a prefill chunks [n, 8], tokens, targets |
+| `STEP` | how it runs: `Told` | of a decode step its slots; of a prefill chunks [n, 9], tokens, targets |
 | `REPEAT` | | |
 | `PADDING` | key, whether layers are compiled by it | |
 | `RECORD` | key, whether while idle | |
@@ -31,7 +31,7 @@ from hybridgen.models.attention import Phase
 from hybridgen.sampling import ResolvedSampling, SamplerPlan
 
 _HEADER = struct.Struct("<IIII")
-_CHUNK_FIELDS = 8
+_CHUNK_FIELDS = 9
 
 
 class Kind(IntEnum):
@@ -141,9 +141,9 @@ def step_message(told: Told, slots: Sequence[int], chunks: Sequence[PrefillChunk
     targets: list[int] = []
     for chunk in chunks:
         table += (chunk.slot, chunk.start, chunk.rope_length, chunk.generated, chunk.last)
-        table += (len(chunk.tokens), len(chunk.targets), chunk.likely)
+        table += (len(chunk.tokens), len(chunk.targets), len(chunk.others), chunk.likely)
         tokens += chunk.tokens
-        targets += chunk.targets
+        targets += (*chunk.targets, *chunk.others)
     return pack(Kind.STEP, head, (table, tokens, targets))
 
 
@@ -157,9 +157,10 @@ def read_step(message: Message) -> tuple[Told, tuple[int, ...], list[PrefillChun
     chunks = []
     fed = scored = 0
     for first in range(0, len(table), _CHUNK_FIELDS):
-        slot, start, rope, generated, last, count, wanted, likely = table[first : first + _CHUNK_FIELDS]
-        own, its = tokens[fed : fed + count], tuple(targets[scored : scored + wanted])
-        chunks.append(PrefillChunk(slot, own, start, rope, generated, bool(last), its, likely))
+        slot, start, rope, generated, last, count, wanted, more, likely = table[first : first + _CHUNK_FIELDS]
+        own, its = tokens[fed : fed + count], tuple(targets[scored : scored + wanted + more])
+        chunk = PrefillChunk(slot, own, start, rope, generated, bool(last), its[:wanted], its[wanted:], likely)
+        chunks.append(chunk)
         fed += count
-        scored += wanted
+        scored += wanted + more
     return told, (), chunks

@@ -88,10 +88,12 @@ def test_they_are_those_of_a_forward_pass(family: str, mode: dict[str, Any], tmp
     with Engine.load(path, **mode, **SETTINGS) as engine:
         for call in range(2):
             scores = engine.score([pair[0] for pair in PAIRS], [pair[1] for pair in PAIRS])
-            for score, pair in zip(scores, PAIRS, strict=True):
+            for place, (score, pair) in enumerate(zip(scores, PAIRS, strict=True)):
                 check(score, model, *pair)
                 assert {step.reason for step in score.steps} <= {"it scores prompts"} | reasons(engine)
-                if call:
+                if pair in PAIRS[:place]:  # it is the same request
+                    assert score.cached_tokens == len(pair[0] + pair[1]) - 1
+                elif call:
                     assert score.cached_tokens == (len(pair[0]) - 1) // 8 * 8
         assert not engine.stats().fallbacks
 
@@ -116,13 +118,57 @@ def test_a_call_scores_no_more_than_it_may(
         scoring.ScoredTokens, "take", lambda self, logits: seen.append(logits.shape[0]) or real(self, logits)
     )
     with Engine.load(path, mode="eager", run_ahead=run_ahead, **SETTINGS) as engine:
-        for score, pair in zip(engine.score(*map(list, zip(*PAIRS, strict=True))), PAIRS, strict=True):
+        pairs = [pair for place, pair in enumerate(PAIRS) if pair not in PAIRS[:place]]
+        for score, pair in zip(engine.score(*map(list, zip(*pairs, strict=True))), pairs, strict=True):
             check(score, model, *pair)
         out = engine.generate(A, prompt_logprobs=0, max_new_tokens=3, ignore_eos=True)
     assert max(seen) <= budget
     assert len(out.token_ids) == 3
     logprobs, _ = reference(model, A[:1], A[1:])
     assert [item.logprob for item in out.prompt_logprobs[1:]] == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 3, 17, None])
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["mode"])
+def test_prompts_that_differ_in_their_last_token_are_one_request(
+    mode: dict[str, Any], budget: int | None, path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers behind a question, more of them than a request takes, and others between them."""
+    if budget is not None:
+        from hybridgen.execution import runner
+
+        monkeypatch.setattr(runner, "score_budget", lambda vocab, dtype: budget)
+    pairs = [(A, [token]) for token in range(5, 25)] + [(A, B), (A, [*B[:-1], 7]), (C, [5]), (A[:-1], [A[-1], 9])]
+    pairs = pairs[::2] + pairs[1::2]
+    with Engine.load(path, **mode, **SETTINGS | {"token_budget": 48}) as engine:
+        scores = engine.score(*map(list, zip(*pairs, strict=True)))
+        stats = engine.stats()
+        for score, pair in zip(scores, pairs, strict=True):
+            check(score, model, *pair)
+        # Of 20 answers 16 are one request; the answer whose question has its first token is of another one.
+        assert stats.requests["submitted"] == 2 + 1 + 1 + 1
+        assert stats.tokens["scored"] == sum(len(completion) for _, completion in pairs) - len(B) + 1
+        salted = engine.score([A, A], [[5], [6]], cache_salt="other")
+        assert [score.cached_tokens for score in salted] == [0, len(A)]
+
+
+def test_alternatives_of_a_request_that_fails_fail_with_it(
+    engine: Engine, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hybridgen.execution import runner
+
+    real = runner.ModelRunner.prefill
+
+    def broken(self: Any, chunks: Any, *args: Any, **more: Any) -> Any:
+        if any(chunk.others for chunk in chunks):
+            raise RuntimeError("broken")
+        return real(self, chunks, *args, **more)
+
+    monkeypatch.setattr(runner.ModelRunner, "prefill", broken)
+    scores = engine.score([A, A, C], [[5], [6], [7]])
+    assert ["broken" in str(score.error) for score in scores[:2]] == [True, True]
+    assert [score.token_ids for score in scores] == [(5,), (6,), (7,)]
+    check(engine.score(C, [7]), model, C, [7])
 
 
 def test_a_budget_never_lets_a_page_be_read_before_it_is_written(
@@ -198,8 +244,8 @@ def test_cached_positions_are_not_computed(engine: Engine) -> None:
     engine.score(A, B)
     before = engine.stats().tokens["prompt"]
     scores = engine.score(A, [[1], [2], [3], [4]])
-    assert [score.cached_tokens for score in scores] == [64] * 4
-    assert engine.stats().tokens["prompt"] - before == 4 * 6
+    assert [score.cached_tokens for score in scores] == [64, 70, 70, 70]
+    assert engine.stats().tokens["prompt"] - before == 6
     assert engine.score(A, B, cache_salt="other").cached_tokens == 0
     assert engine.generate(A + B, max_new_tokens=1).cached_tokens == 96  # what was scored serves what generates
     assert engine.stats().tokens["scored"] == 33 + 4 + 33

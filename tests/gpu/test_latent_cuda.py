@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
 
-LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [  # heads, rank, rope, page size, dtype
     (16, 512, 64, 64, BF16),

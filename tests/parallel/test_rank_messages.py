@@ -76,7 +76,7 @@ def test_steps() -> None:
     told = wire.Told(GraphKey.decode(4, None, query_len=4, quiet=True), True, sampler, 3, own=True)
     assert wire.read_step(wire.unpack(wire.step_message(told, (2, 0, 1), ()))) == (told, (2, 0, 1), [])
     chunks = [
-        PrefillChunk(0, [1, 2, 3], 0, 3, 0, True, (2, 3), 4),
+        PrefillChunk(0, [1, 2, 3], 0, 3, 0, True, (2, 3), (7, 8), 4),
         PrefillChunk(1, [7], 16, 40, 2, False),
         PrefillChunk(2, [8, 9], 0, 2, 0, True, (9,)),
     ]
