@@ -7,7 +7,7 @@ decode over keys and values of 8 bits beside bf16 instead, with and without the 
 comparing the two; with `--sweep` under other launch options too.
 
     python benchmarks/attention.py [--output results.json]
-    python benchmarks/attention.py --kv [--sweep] [--output kv.json]
+    python benchmarks/attention.py --kv [--sweep --models Llama-3.1-8B] [--output kv.json]
     python benchmarks/attention.py --smoke          # tiny, on the CPU reference: checks the script
 """
 
@@ -17,6 +17,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +139,8 @@ def run_kv(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: float,
     """Decode over keys and values of 8 bits beside those of `dtype`."""
     rows = []
     for shape in shapes:
-        for batch, context in [(3, 40)] if args.smoke else [(1, 32768), (8, 4096), (8, 32768), (64, 4096)]:
+        cases = [(1, 32768), (8, 4096), (8, 32768), (64, 4096)]
+        for batch, context in [(3, 40)] if args.smoke else cases[2:3] if args.sweep else cases:
             case = decode_case(shape, [context] * batch, device, dtype, 1 if args.smoke else ROTATE_BYTES)
             packed = in_8_bits(case)
             new = {name: torch.randn(batch, shape.kv_heads, shape.dim, device=device).to(dtype) for name in ("k", "v")}
@@ -160,7 +163,7 @@ def run_kv(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: float,
             row["over_bf16"] = row["fp8_us"] / row["us"]
             row["append_over_bf16"] = row["fp8_append_us"] / row["append_us"]
             row["percent_of_ceiling"] = packed.bytes / (row["fp8_us"] * 1e-6) / ceiling * 100
-            if args.sweep and device == "cuda" and batch < 64:
+            if args.sweep and device == "cuda":
                 row["sweep"] = sweep_kv(packed, new, device)
             rows.append(row)
             print(
@@ -169,10 +172,12 @@ def run_kv(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: float,
                 f"step's own), {row['percent_of_ceiling']:.1f} % of the ceiling, error {row['error']:.1e}",
                 flush=True,
             )
-            for took, options_of in row.get("sweep", [])[:6]:
-                print(f"        {took:8.1f} us {options_of}", flush=True)
+            for took, own, options_of in row.get("sweep", [])[:10]:
+                print(
+                    f"        {took:8.1f} us, {own:8.1f} with the step's own {tuple(options_of.values())}", flush=True
+                )
             del case, packed
-        for tokens in (70,) if args.smoke else (512, 4096):
+        for tokens in (70,) if args.smoke else () if args.sweep else (512, 4096):
             plain, packed_us = (
                 time_prefill(shape, tokens, device, dtype, kept) * 1e6 for kept in (None, torch.float8_e4m3fn)
             )
@@ -183,27 +188,44 @@ def run_kv(shapes: list[Shape], device: str, dtype: torch.dtype, ceiling: float,
     return rows
 
 
-def sweep_kv(case: DecodeCase, new: dict[str, Tensor], device: str) -> list[tuple[float, dict[str, int]]]:
-    """Microseconds with the step's own keys and values under other launch options, fastest first."""
+def sweep_kv(case: DecodeCase, new: dict[str, Tensor], device: str) -> list[tuple[float, float, dict[str, int]]]:
+    """Microseconds without and with the step's own keys and values under other launch options, fastest first."""
     from hybridgen.kernels.attention import decode
 
     scale = case.q.shape[-1] ** -0.5
+    forms = [(64, 4, 0), (64, 4, 128), (64, 2, 0), (64, 8, 0), (32, 1, 0), (32, 2, 0), (128, 4, 0), (128, 8, 128)]
+    tunes = [
+        decode.Tuning(block, warps, stages, programs, programs, registers)
+        for block, warps, registers in forms
+        for stages in (2, 3, 4, 5)
+        for programs in (2, 3, 4, 6, 8)
+    ]
+
+    def call(tune: Any, given: dict[str, Tensor], layer: int) -> Tensor:
+        return decode.decode_attention(
+            case.q[layer], *places_of(case, layer), scale, 0, 0, 0.0, None, **given, tune=tune
+        )
+
+    def compiled(tune: Any) -> bool:
+        try:
+            for given in ({}, new):
+                call(tune, given, 0)
+        except Exception:  # more shared memory than there is
+            return False
+        return True
+
+    # How many programs there are changes nothing in the kernel.
+    kernels = {tune[:3] + tune[5:]: tune for tune in tunes}
+    with ThreadPoolExecutor(16) as pool:
+        runs = dict(zip(kernels, pool.map(compiled, kernels.values()), strict=True))
     found = []
-    for block, warps in ((64, 4), (128, 4), (128, 8), (32, 4), (64, 8), (64, 2)):
-        for stages in (2, 3, 4):
-            for programs in (2, 3, 4, 6):
-                tune = decode.Tuning(block, warps, stages, programs, programs)
-
-                def call(layer: int, tune: Any = tune) -> Tensor:
-                    places = places_of(case, layer)
-                    return decode.decode_attention(case.q[layer], *places, scale, 0, 0, 0.0, None, **new, tune=tune)
-
-                try:
-                    took = seconds([lambda layer=layer: call(layer) for layer in range(len(case.q))], device, 5)
-                except Exception as error:  # more shared memory than there is
-                    print(f"        {tuple(tune)}: {type(error).__name__}", flush=True)
-                    continue
-                found.append((took * 1e6, tune._asdict()))
+    for tune in tunes:
+        if runs[tune[:3] + tune[5:]]:
+            plain, own = (
+                seconds([partial(call, tune, given, layer) for layer in range(len(case.q))], device, 5) * 1e6
+                for given in ({}, new)
+            )
+            found.append((plain, own, tune._asdict()))
     return sorted(found, key=lambda each: each[0])
 
 
@@ -335,12 +357,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--kv", action="store_true", help="time keys and values of 8 bits instead")
-    parser.add_argument("--sweep", action="store_true", help="with --kv, other launch options too")
+    parser.add_argument("--sweep", action="store_true", help="with --kv, other launch options at 8 rows of 32k alone")
+    parser.add_argument("--models", nargs="+", help="of " + ", ".join(shape.name for shape in SHAPES))
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     device = "cpu" if args.smoke else "cuda"
     dtype = torch.float32 if args.smoke else torch.bfloat16
     shapes = [Shape("tiny", 4, 2, 16)] if args.smoke else SHAPES
+    if args.models:
+        shapes = [shape for shape in shapes if shape.name in args.models]
     torch.manual_seed(0)
     ceiling = read_ceiling(device)
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)

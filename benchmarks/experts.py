@@ -298,6 +298,8 @@ def sweep(shape: Shape, dtype: torch.dtype, device: str, rows_of: list[int]) -> 
     from hybridgen.device.launcher import device_of
     from hybridgen.kernels.linear.experts_launch import Tile, default_tile, experts_on_cuda, shape_of
 
+    if shape.kind == "mxfp4":
+        return sweep_few(shape, dtype, device, rows_of)
     copies = [random_weights(shape, dtype, device, seed) for seed in range(2)]
     block = shape.block or Block(0, 0)
     processors = device_of(copies[0].gate_up.data).processors
@@ -349,6 +351,57 @@ def sweep(shape: Shape, dtype: torch.dtype, device: str, rows_of: list[int]) -> 
                 + ", ".join(f"{took:.1f} {tuple(tile)}" for took, tile in results[:5]),
                 flush=True,
             )
+    return found
+
+
+def sweep_few(shape: Shape, dtype: torch.dtype, device: str, rows_of: list[int]) -> list[dict[str, Any]]:
+    """Times of the kernels for few tokens in MXFP4 with other tiles, and of the kernels for any number of tokens."""
+    from hybridgen.device.launcher import device_of
+    from hybridgen.kernels.linear.experts_few import FewTile, default_tile
+    from hybridgen.kernels.linear.experts_launch import default_tile as any_tile
+    from hybridgen.kernels.linear.experts_launch import experts_on_cuda, shape_of
+
+    copies = [random_weights(shape, dtype, device, seed) for seed in range(2)]
+    block = shape.block or Block(0, 0)
+    processors = device_of(copies[0].gate_up.data).processors
+    parts = (copies[0].gate_up, shape.hidden, False), (copies[0].down, shape.width, True)
+    general = tuple(
+        any_tile(shape_of(one, shape.kind, k, block, False), shape.chosen, False, dtype, processors, cuts=cuts)
+        for one, k, cuts in parts
+    )
+    usual = default_tile(shape.hidden), default_tile(shape.width)
+    tiles = [FewTile(warps, count, limit) for warps in (2, 4, 8) for count in (1, 2) for limit in (0, 64, 80, 96, 128)]
+    variants: list[tuple[str, dict[str, Any]]] = [("general", {"tiles": general}), ("usual", {"few_tiles": usual})]
+    variants += [(f"gate_up {tuple(tile)}", {"few_tiles": (tile, usual[1])}) for tile in tiles]
+    variants += [(f"down {tuple(tile)}", {"few_tiles": (usual[0], tile)}) for tile in tiles]
+    found = []
+    for rows in rows_of:
+        givens = [routed(shape, rows, dtype, device, 1000 * rows + call) for call in range(CALLS)]
+
+        def call(options: dict[str, Any], number: int, givens: Any = givens) -> Tensor:
+            return experts_on_cuda(*givens[number], *copies[number % 2].flat(), **options)
+
+        def compiled(variant: tuple[str, dict[str, Any]], call: Any = call) -> str | None:
+            try:
+                call(variant[1], 0)
+            except Exception as raised:  # more registers than there are
+                return type(raised).__name__
+            return None
+
+        with ThreadPoolExecutor(16) as pool:
+            problems = list(pool.map(compiled, variants))
+        wanted = call(variants[0][1], 0).float()
+        results = []
+        for (name, options), problem in zip(variants, problems, strict=True):
+            if problem is not None:
+                print(f"sweep   {name}: {problem}", flush=True)
+                continue
+            error = float((call(options, 0).float() - wanted).norm() / wanted.norm())
+            took = seconds([partial(call, options, n) for n in range(CALLS)], device) * 1e6
+            results.append((took, name, error))
+        found.append({"shape": shape.name, "rows": rows, "times": results})
+        for took, name, error in results[:2] + sorted(results[2:]):
+            print(f"sweep   {shape.name} rows {rows} {took:7.1f} us {name} apart {error:.1e}", flush=True)
     return found
 
 

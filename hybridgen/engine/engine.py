@@ -35,7 +35,7 @@ from hybridgen.engine.alternatives import merged
 from hybridgen.engine.assembly import Parts, assemble
 from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.calls import run_requests, stream_requests
-from hybridgen.engine.drafter import OpenedHead, open_drafter
+from hybridgen.engine.drafter import Opened, open_drafter
 from hybridgen.engine.launched import Following, Sharing
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache, resolve_config
@@ -76,7 +76,7 @@ class Engine:
         config: EngineConfig,
         cache: CompileCache | None = None,
         lead: Lead | None = None,
-        drafter: Checkpoint | OpenedHead | None = None,
+        drafter: Opened | None = None,
     ) -> None:
         """Build an engine around a loaded model; most callers want `Engine.load()`.
 

@@ -300,6 +300,21 @@ def round_activations(model: nn.Module) -> tuple[int, Counter[str]]:
     return count, others
 
 
+def product(x: Tensor, weight: Any) -> Tensor:
+    """`x @ weight.T` by the kernels of a weight's format.
+
+    Args:
+        x: [..., inputs] in the dtype that the weight is multiplied in.
+        weight: a `models.weights.Weight`.
+    """
+    if isinstance(weight, QuantisedWeight):
+        return quantised_linear(
+            x, weight.kind, weight.data, weight.scales, weight.zeros, None, weight.inputs, weight.block
+        )
+    found: Tensor = weight.matmul(x)
+    return found
+
+
 def quantised_modules(model: nn.Module) -> list[tuple[str, QuantisedLinear]]:
     """The quantised projections of a model, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantisedLinear)]

@@ -8,6 +8,7 @@ from functools import partial
 
 from hybridgen.cache import LayerState, allocate
 from hybridgen.execution import ModelRunner
+from hybridgen.execution.fused_executors import make_fused
 from hybridgen.execution.runner import on_its_stream
 from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.graphs import GraphKey, Recorder
@@ -16,11 +17,12 @@ from hybridgen.models.attention import Phase
 from hybridgen.parallel.digest import digest
 from hybridgen.parallel.group import FAILED, Group
 from hybridgen.parallel.recording import OutOfStepError, record_together
+from hybridgen.parallel.share import GroupShare
 from hybridgen.parallel.wire import Kind, Message, Told, read_admission, read_key, read_step
 
 logger = logging.getLogger(__name__)
 
-_LONG = frozenset({Kind.ALLOCATE, Kind.PADDING, Kind.RECORD})
+_LONG = frozenset({Kind.ALLOCATE, Kind.PADDING, Kind.RECORD, Kind.FUSE})
 """What may compile, record, or wait for memory."""
 
 
@@ -87,6 +89,8 @@ class Follower:
             _record(self._runner, self, read_key(message.head))
         elif kind is Kind.COMPARE:
             self._group.exchange(digest(self._runner))
+        elif kind is Kind.FUSE:
+            _fuse(self._runner, self._group, *message.head)
         elif kind is Kind.RELEASE:
             self._recordings.pop(read_key(message.head)).release()
         else:
@@ -157,6 +161,11 @@ class Follower:
         except Exception:
             self._group.say(FAILED)
             raise
+
+
+def _fuse(runner: ModelRunner, group: Group, max_context: int, equal_bits: bool) -> None:
+    """Have the fused executors that all ranks can have; why others are not there is for rank 0 to tell."""
+    make_fused(runner, max_context, equal_bits=equal_bits, share=GroupShare.of(group, runner.bound.model))
 
 
 def _kind(told: Told) -> GraphKey:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridgen.errors import DeviceError, described, first_line
+from hybridgen.parallel.memory import PeerMemory
 from hybridgen.parallel.one_shot import DTYPES, OneShot
 from hybridgen.parallel.progress import Progress
 
@@ -93,6 +94,10 @@ class Group:
         """Adds up what is small on CUDA; None where it cannot be had."""
         self.why_not = ""
         """Why it cannot be had on CUDA."""
+        self.endings: list[Callable[[], None]] = []
+        """What is called when the group ends while something may still wait for other ranks; from any thread."""
+        self._device_of_rank = device
+        self._memories: list[PeerMemory] = []
         file = dist.FileStore(str(store), size)
         file.set_timeout(timedelta(seconds=JOIN_SECONDS))
         file.set(f"rank {rank}", "is there")
@@ -134,6 +139,31 @@ class Group:
             logger.info("small sums go by NCCL: %s", self.why_not)
             return
         self.one_shot = found
+
+    def memory(self, size: int) -> list[int]:
+        """Zeroed memory of each rank, as this rank's device addresses it; until the group is closed.
+
+        Raises:
+            DeviceError: it cannot be had, on this rank or on another; all of them raise.
+        """
+        found: PeerMemory | None = None
+        why = ""
+        try:
+            if self._device_of_rank.type != "cuda":
+                self.exchange(b"")
+                raise DeviceError("ranks without GPUs map no memory of each other")
+            found = PeerMemory(self.rank, self._device_of_rank, size, self.exchange)
+        except Exception as error:  # no bindings, a driver that does not let memory be mapped, ...
+            why = described(error)
+        said = self.say(FAILED if why else DONE)
+        if FAILED in said:
+            if found is not None:
+                with suppress(DeviceError):
+                    found.close()
+            raise DeviceError(why or f"rank {said.index(FAILED)} cannot map the memory of the others")
+        assert found is not None
+        self._memories.append(found)
+        return found.addresses
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, a new tensor of the same shape."""
@@ -194,6 +224,8 @@ class Group:
         one_shot = self.one_shot
         if one_shot is not None:
             one_shot.end()
+        for call in self.endings:
+            call()
         device = self._device
         if device is not None and device is not self._host:
             with suppress(RuntimeError):
@@ -208,6 +240,10 @@ class Group:
         if self.one_shot is not None:
             with suppress(DeviceError):
                 self.one_shot.close()
+        for memory in self._memories:
+            with suppress(DeviceError):
+                memory.close()
+        self._memories, self.endings = [], []
         self._host = self._device = self.one_shot = None
 
 

@@ -18,10 +18,12 @@ from hybridgen.execution.ring import Scores
 from hybridgen.graphs import GraphKey, Recorder, Route
 from hybridgen.models.attention import Phase
 from hybridgen.models.binding import paged
+from hybridgen.models.share import Share
 from hybridgen.parallel.digest import digest
 from hybridgen.parallel.group import Group
 from hybridgen.parallel.ranks import STORE, Ranks
 from hybridgen.parallel.recording import LeadRecorder, OtherRankError
+from hybridgen.parallel.share import GroupShare
 from hybridgen.parallel.wire import Kind, Told, admission_message, key_head, pack, step_message
 from hybridgen.sampling import SamplerPlan
 from hybridgen.sampling.own import OwnRows
@@ -215,6 +217,11 @@ class LeadRunner(ModelRunner):
         self._tell(pack(Kind.PADDING, [key_head(key), warming]))
         with self._lead.together():
             super().run_padding(key)
+
+    def begin_fusing(self, max_context: int, equal_bits: bool) -> Share:
+        """Have the other ranks make the fused executors, as this one is to do with what is returned."""
+        self._tell(pack(Kind.FUSE, [max_context, equal_bits]))
+        return GroupShare.of(self._lead.group, self.bound.model)
 
     def ranks_agree(self) -> bool:
         """Whether all ranks have the same tokens, positions and texts in their slots. Not while requests run.

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from hybridgen.models.projections import product
 from hybridgen.models.quantised import QuantisedLinear, quantised_product
+from hybridgen.models.share import ShareLinear
 from hybridgen.parallel.group import Group, all_gather, all_reduce
 from hybridgen.parallel.plan import Sharding
 
 
-class RowShard(nn.Linear):
+class RowShard(ShareLinear):
     """A projection that has some of the inputs: outputs are added up over the ranks, then gets its bias."""
 
     group: int
@@ -34,7 +35,7 @@ class QuantisedRowShard(QuantisedLinear):
         return total if self.bias is None else total + self.bias
 
 
-class HeadShard(nn.Linear):
+class HeadShard(ShareLinear):
     """The output projection with some of its rows: every rank gets the logits of all."""
 
     group: int

@@ -64,7 +64,8 @@ class Slice:
         before = (slice(None),) * (len(self.shape) + cut.dim)
         starts = [piece * cut.full for piece in range(cut.packed if self._packed else 1)]
         parts = [self._lazy[(*before, slice(start + cut.start, start + cut.stop))] for start in starts]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
+        # A slice of the inputs can be a view of the file's whole tensor, which kernels would read with gaps.
+        found = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
         return found if place is Ellipsis else found[place]
 
 
@@ -74,8 +75,8 @@ def whole(checkpoint: Checkpoint) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.hf_config))
 
 
-class _Share:
-    """What a rank has; see `loading.quantised.Share`."""
+class _Parts:
+    """What a rank has; see `loading.quantised.Parts`."""
 
     def __init__(self, checkpoint: Checkpoint, skeleton: PreTrainedModel, sharding: Sharding) -> None:
         self._checkpoint, self._skeleton, self._sharding = checkpoint, skeleton, sharding
@@ -150,20 +151,20 @@ def load_share(checkpoint: Checkpoint, group: Group) -> LoadedModel:
     scales = {} if config.kv_dtype is None else read_kv_scales(files, checkpoint.attention)
     skeleton = whole(checkpoint)
     sharding = shard(skeleton, checkpoint.hf_config, group.rank, group.size)
-    share = _Share(checkpoint, skeleton, sharding)
+    parts = _Parts(checkpoint, skeleton, sharding)
     failed = f"the weights of {source.name!r} cannot be read"
     notes: Counter[str] = Counter()
     with progress_bars(False), load_errors(source, failed), without_default_device():
         if checkpoint.layout is not None or config.quantization is not None:
             arguments = source, files, checkpoint.hf_config, checkpoint.dtype, checkpoint.device, config
-            model, info, notes = load_quantised(*arguments, checkpoint.layout, None, share)
+            model, info, notes = load_quantised(*arguments, checkpoint.layout, None, parts)
         else:
             with TensorFiles(files) as tensors:
                 lazy = {name: tensors.lazy(name) for name in tensors.entries if not (scales and is_scale(name))}
                 model, info = assemble(
-                    share.model_class(type(skeleton)),
+                    parts.model_class(type(skeleton)),
                     checkpoint.hf_config,
-                    share.tensors(lazy),
+                    parts.tensors(lazy),
                     {},
                     checkpoint.dtype,
                     checkpoint.device,

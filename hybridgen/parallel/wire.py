@@ -11,6 +11,7 @@
 | `RELEASE` | key | |
 | `END` | | |
 | `COMPARE` | | |
+| `FUSE` | longest context, whether with equal bits | |
 | `RESULT` | a part of a call's result as JSON text, and whether more follows | |
 """
 
@@ -47,6 +48,7 @@ class Kind(IntEnum):
     END = 8
     COMPARE = 9
     RESULT = 10
+    FUSE = 11
 
 
 class Message(NamedTuple):

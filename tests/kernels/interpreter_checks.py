@@ -6,6 +6,7 @@ to them is wrong.
 
 from __future__ import annotations
 
+import ptx
 import torch
 from attention_cases import Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
 
@@ -52,6 +53,34 @@ def check_case_fp8(number: int) -> None:
 def check_balanced_fp8(number: int) -> None:
     """`check_balanced` with pages of 8 bits."""
     check_balanced(number, FP8)
+
+
+def check_pairs(number: int) -> None:
+    """Decode of float16 queries over pages of 8 bits, which are read by two numbers at once."""
+    ptx.install()
+    dim, value_dim, group, block, options = (
+        (32, 48, 2, 16, {}),
+        (64, 64, 4, 32, {"window": 40, "softcap": 3.0}),
+        (72, 32, 1, 64, {"chunk": 24}),
+    )[number]
+    torch.manual_seed(number)
+    lengths = [1, 70, 33, 129, 64]
+    cache = make_cache(lengths, 2, dim, value_dim, dtype=torch.float16, kept=FP8, exact=True)
+    q, ones = torch.randn(len(lengths), 2 * group, dim).half(), [1] * len(lengths)
+    sinks = torch.randn(2 * group).half() if number else None
+    expected = dense_packed(q, cache, ones, 0.3, sinks=sinks, **options)
+    slots, positions, _ = pack(cache, ones, len(ones))
+    pages = cache.k_pages, cache.v_pages, cache.block_table
+    tail = options.get("window", 0), options.get("chunk", 0), options.get("softcap", 0.0), sinks
+    newest: dict[str, torch.Tensor] = {}
+    for programs in (1, 16):
+        tune = DecodeTuning(block, 4, 1, programs, programs)
+        for rows in (slice(0, 5), slice(3, 4)):
+            own = {name: each[rows] for name, each in newest.items()}
+            out = decode_attention(q[rows], *pages, slots[rows], positions[rows], 0.3, *tail, **own, tune=tune)
+            assert error(out, expected[rows]) < 5e-4
+        newest = newest or take_newest(cache)
+    assert _same(newest_rows(cache), cache)
 
 
 def check_case(number: int, kept: torch.dtype | None = None) -> None:

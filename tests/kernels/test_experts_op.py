@@ -71,19 +71,26 @@ def test_many_pairs_of_one_expert_in_the_interpreter(triton_interpreter: Interpr
     triton_interpreter.run(path, "check_plan", 0)
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_mxfp4_of_few_tokens_in_the_interpreter(number: int, triton_interpreter: Interpreter) -> None:
+    pytest.importorskip("triton")
+    triton_interpreter.run(Path(__file__).with_name("experts_interpreter.py"), "check_few", number)
+
+
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.float16: "*fp16",
 }
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, hidden: int, width: int, tokens: int) -> list[tuple[Any, ...]]:
     """Kernel, constants and arguments of each launch for gpt-oss's experts in MXFP4, as an H200 would get them."""
     from hybridgen.device.launcher import Device
-    from hybridgen.kernels.linear import experts_launch
+    from hybridgen.kernels.linear import experts_few, experts_launch
 
     found: list[tuple[Any, ...]] = []
 
@@ -94,9 +101,10 @@ def launches(monkeypatch: pytest.MonkeyPatch, hidden: int, width: int, tokens: i
         def __call__(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
             found.append((*self.launched, args))
 
-    monkeypatch.setattr(experts_launch, "Launcher", Noted)
-    monkeypatch.setattr(experts_launch, "device_of", lambda tensor: Device(132, 227 * 2**10, True))
-    kept = experts_launch._gate_up, experts_launch._down, experts_launch._combine
+    for module in (experts_launch, experts_few):
+        monkeypatch.setattr(module, "Launcher", Noted)
+        monkeypatch.setattr(module, "device_of", lambda tensor: Device(132, 227 * 2**10, True))
+    kept = experts_launch._gate_up, experts_launch._down, experts_launch._combine, experts_few._calls
     for each in kept:
         each.cache_clear()
     try:
@@ -116,7 +124,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, hidden: int, width: int, tokens: i
     return found
 
 
-@pytest.mark.parametrize(("hidden", "width", "tokens"), [(2880, 2880, 1), (576, 544, 70)])
+@pytest.mark.parametrize(("hidden", "width", "tokens"), [(2880, 2880, 65), (576, 544, 70)])
 def test_mxfp4_is_read_by_words(hidden: int, width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes and exponents both: the kernel counts in words, so that bytes would be others' exponents."""
     pytest.importorskip("triton")
@@ -130,14 +138,15 @@ def test_mxfp4_is_read_by_words(hidden: int, width: int, tokens: int, monkeypatc
         assert constants["COLUMNS"] * 4 * 32 >= constants["INPUTS"]
 
 
-def test_mxfp4_codes_go_from_registers_to_the_product_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loads are asynchronous, of codes by 16 bytes, and nothing spills: what a change loses easily."""
-    triton = pytest.importorskip("triton")
+def compiled_for_hopper(kernel: Any, constants: dict[str, Any], args: tuple[Any, ...]) -> Any:
+    """What Triton makes of a launch."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, constants, args = launches(monkeypatch, 2880, 2880, 1)[1]
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "launch_pdl")}
+    constants = dict(constants)
+    names = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+    options = {name: constants.pop(name) for name in names if name in constants}
     names = kernel.arg_names
     signature = dict.fromkeys(names, "constexpr")
     for name, arg in zip(names, args, strict=False):
@@ -145,10 +154,31 @@ def test_mxfp4_codes_go_from_registers_to_the_product_on_hopper(monkeypatch: pyt
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name][0] == "*"}
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     except RuntimeError as error:  # a Triton without this backend
         pytest.skip(str(error))
-    ptx = compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_mxfp4_of_few_tokens_is_asked_for_before_the_wait(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a program's codes, by 16 bytes, and nothing spills: what a change loses easily."""
+    pytest.importorskip("triton")
+    _, gate_up, down, _ = launches(monkeypatch, 2880, 2880, tokens)
+    for launch in (gate_up, down):
+        ptx = compiled_for_hopper(*launch).asm["ptx"]
+        before, after = ptx.split("griddepcontrol.wait", 1)
+        steps = launch[1]["STEPS"]
+        assert before.count("ld.global.L1::no_allocate.v4.b32") == 2 * steps
+        assert before.count("ld.global.b8") == 2 * steps
+        assert "no_allocate" not in after
+        assert after.count("mma.sync") == 8 * steps
+        assert "ld.local" not in ptx
+
+
+def test_mxfp4_codes_go_from_registers_to_the_product_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads are asynchronous, of codes by 16 bytes, and nothing spills: what a change loses easily."""
+    pytest.importorskip("triton")
+    ptx = compiled_for_hopper(*launches(monkeypatch, 2880, 2880, 65)[1]).asm["ptx"]
     assert "cp.async.cg.shared.global" in ptx
     assert "ld.local" not in ptx
     assert ptx.count("st.shared") < 16  # of the ends alone

@@ -132,6 +132,35 @@ def unpacked(values, query):  # type: ignore[no-untyped-def]
     return values
 
 
+_TWO_OF_8_BITS = tl.constexpr(
+    """{ .reg .b32 pairs; .reg .b16 low, high;
+    prmt.b32 pairs, $2, 0, 0x3120;
+    mov.b32 {low, high}, pairs;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high; }"""
+)
+"""Of two neighbours that each hold two numbers of 8 bits: both first ones as float16, and both second ones."""
+
+
+@triton.jit
+def as_pairs(pages):  # type: ignore[no-untyped-def]
+    """A pointer to pages of 8 bits as one to two numbers at once, int16."""
+    return pages.to(tl.pointer_type(tl.int16), bitcast=True)
+
+
+@triton.jit
+def unpacked_pairs(pairs):  # type: ignore[no-untyped-def]
+    """The first and the second number e4m3 of each int16, in float16.
+
+    Products take two neighbours at once. Of two numbers in one int16 each goes to another product, so that none has to
+    be moved: neither where dims are summed over, nor where positions are (whose numbers, of 8 bits, would have to be
+    read one by one, because `ldmatrix` transposes 16 bits).
+    """
+    return tl.inline_asm_elementwise(
+        _TWO_OF_8_BITS, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+    )
+
+
 def limit_of(window: int, chunk: int) -> tuple[int, int]:
     """What kernels know a limit by: its kind for `first_seen` (0 none, 1 window, 2 chunk), and its size.
 

@@ -38,6 +38,8 @@ class Tuning(NamedTuple):
     programs: int
     """Programs a multiprocessor, with several rows and with one."""
     programs_single: int
+    registers: int = 0
+    """Of a thread at most; 0: as the compiler likes."""
 
 
 @functools.cache
@@ -48,11 +50,14 @@ def tuning(heads: Heads, shared_memory: int) -> Tuning:
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
     block = 64 if wide <= 128 else 32
     tile_bytes = block * 2 * wide * heads.bytes
-    stages = 3
+    packed = heads.bytes == 1
+    stages = 4 if packed else 3
     while stages > 1 and stages * tile_bytes > shared_memory - 16 * 2**10:
         stages -= 1
-    programs, programs_single = (4, 3) if wide <= 64 else (2, 2)
-    return Tuning(block, warps=4, stages=stages, programs=programs, programs_single=programs_single)
+    programs, programs_single = (4, 3) if wide <= 64 or (packed and wide <= 128) else (2, 2)
+    # Of 8 bits twice the programs fit, if each takes half the registers.
+    registers = 128 if packed and wide <= 128 else 0
+    return Tuning(block, 4, stages, programs, programs_single, registers)
 
 
 class Plan(NamedTuple):
@@ -139,9 +144,11 @@ class Variant(NamedTuple):
             "SOFTCAP": self.softcap,
             "SINKS": self.sinks,
             "APPEND": self.append,
+            "PAIRS": self.heads.bytes == 1 and min(self.heads.dim, self.heads.value_dim) > 16,
             **({"BLOCK_ROWS": self.block_rows} if self.block_rows > 1 else {}),
             "num_warps": self.tune.warps,
             "num_stages": self.tune.stages,
+            **({"maxnreg": self.tune.registers} if self.tune.registers else {}),
             **self._common(),
         }
 

@@ -29,16 +29,21 @@ from hybridgen.kernels.linear.quantised_kernels import _int4_values, _scale, _va
 
 @triton.jit
 def _pairs(ids, order, blocks, number, pairs, PLANNED: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The expert of a program, or -1 for none; its pairs [ROWS], -1 where there are fewer."""
+    """The expert of a program, or -1 for none; its pairs [ROWS], -1 where there are fewer.
+
+    Not by way of a multiprocessor's own cache: this may run before a kernel has waited for the one before it.
+    """
     place = tl.arange(0, ROWS)
     if PLANNED:
-        expert = tl.load(blocks + number * 3)
-        first, stop = tl.load(blocks + number * 3 + 1), tl.load(blocks + number * 3 + 2)
-        mine = tl.load(order + first + place, mask=(first + place < stop) & (expert >= 0), other=-1)
+        expert = tl.load(blocks + number * 3, cache_modifier=".cg")
+        first = tl.load(blocks + number * 3 + 1, cache_modifier=".cg")
+        stop = tl.load(blocks + number * 3 + 2, cache_modifier=".cg")
+        mask = (first + place < stop) & (expert >= 0)
+        mine = tl.load(order + first + place, mask=mask, other=-1, cache_modifier=".cg")
     else:
         other = tl.arange(0, PAIRS)
-        chosen = tl.load(ids + other, mask=other < pairs, other=-1).to(tl.int32)
-        expert = tl.load(ids + number).to(tl.int32)
+        chosen = tl.load(ids + other, mask=other < pairs, other=-1, cache_modifier=".cg").to(tl.int32)
+        expert = tl.load(ids + number, cache_modifier=".cg").to(tl.int32)
         same = (chosen == expert).to(tl.int32)
         before = tl.sum(tl.where(other < number, same, 0), 0)
         rank = tl.cumsum(same, 0) - 1 - before

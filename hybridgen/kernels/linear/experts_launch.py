@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of
+from hybridgen.kernels.linear.experts_few import COLUMNS, UNPLANNED_ROWS, FewTile, few_products, takes_few
 from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection
 from hybridgen.kernels.linear.experts_kernels import combine_kernel, down_kernel, gate_up_kernel
 from hybridgen.kernels.linear.quantised_kernels import BLOCK, ROW, VALUE
@@ -210,11 +211,13 @@ def experts_on_cuda(
     alpha: float,
     limit: float,
     tiles: tuple[Tile, Tile] | None = None,
+    few_tiles: tuple[FewTile, FewTile] | None = None,
 ) -> Tensor:
     """See `experts`; on CUDA.
 
     Args:
-        tiles: of both projections; None for the defaults.
+        tiles: of both projections, without the kernels for few tokens in MXFP4; None for the defaults.
+        few_tiles: of those kernels.
     """
     form = Form(activation, interleaved, transposed, alpha, limit)
     up_part = Projection(gate_up, gate_up_scales, gate_up_zeros, gate_up_bias)
@@ -229,6 +232,11 @@ def experts_on_cuda(
     if not tokens:
         return torch.empty_like(x)
     device, many = device_of(x), tokens > FEW_ROWS
+    if tiles is None and takes_few(kind, block, x, tokens, up_part, down_part):
+        planned = tokens > UNPLANNED_ROWS
+        order, blocks = plan(ids, gate_up.shape[0], COLUMNS) if planned else (ids, ids)
+        parts = few_products(x, ids, order, blocks, up_part, down_part, form, planned, few_tiles)
+        return _combined(x, ids, weights, parts[None], down_bias, device)
     if tiles is None:
         tiles = (
             default_tile(first, chosen, many, x.dtype, device.processors, cuts=False),
@@ -249,17 +257,21 @@ def experts_on_cuda(
     launch = _gate_up(first, tiles[0], form, chosen, many, most, dtypes, device)
     launch(grid, (x, ids, order, blocks, data, *tensors, acts, pairs))
     splits = tiles[1].splits
-    part_dtype = x.dtype if many else torch.float32
-    parts = torch.empty(splits, pairs, hidden, dtype=part_dtype, device=x.device)
+    parts = torch.empty(splits, pairs, hidden, dtype=x.dtype if many else torch.float32, device=x.device)
     data, scales = _read_as(down_part, second, tiles[1], x.dtype)
     tensors = [x if each is None else each for each in (scales, down_zeros)]
     grid = -(-hidden // tiles[1].outputs), programs, splits
     launch = _down(second, tiles[1], many, most, dtypes, device)
     launch(grid, (acts, ids, order, blocks, data, *tensors, parts, pairs))
+    return _combined(x, ids, weights, parts, down_bias, device)
+
+
+def _combined(x: Tensor, ids: Tensor, weights: Tensor, parts: Tensor, bias: Tensor | None, device: Device) -> Tensor:
+    """The weighted sums over each token's experts; parts: [splits, pairs, H]."""
+    (tokens, chosen), hidden = ids.shape, x.shape[1]
     out = torch.empty_like(x)
-    launch = _combine(hidden, chosen, splits, down_bias is not None, (*dtypes, part_dtype), device)
-    launch(
-        (-(-hidden // _COMBINED), tokens, 1),
-        (parts, ids, weights, x if down_bias is None else down_bias, out, pairs),
-    )
+    dtypes = x.dtype, ids.dtype, weights.dtype, None if bias is None else bias.dtype, parts.dtype
+    launch = _combine(hidden, chosen, parts.shape[0], bias is not None, dtypes, device)
+    grid = -(-hidden // _COMBINED), tokens, 1
+    launch(grid, (parts, ids, weights, x if bias is None else bias, out, tokens * chosen))
     return out
