@@ -137,9 +137,9 @@ class Builder:
         elif fuses:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()
-            if drafter is not None:
-                with torch.inference_mode():
-                    starter.fuse_drafter(runner, drafter.drafter, config, self.resolved.max_context)
+        if drafter is not None and self.resolved.mode.compiles and device.type == "cuda" and self.lead is None:
+            with torch.inference_mode():
+                starter.fuse_drafter(runner, drafter.drafter, config, self.resolved.max_context)
         not_compiled = None
         if compiles_layers:
             with timed("compile"):

@@ -20,7 +20,8 @@ from hybridgen.loading.files import generation_untold
 from hybridgen.loading.mtp import MtpFiles, find_mtp, read_mtp
 from hybridgen.models import BoundModel
 from hybridgen.models.twin import Twin
-from hybridgen.speculation.eagle import EagleDrafter, EagleHead, check_head
+from hybridgen.speculation.eagle import EagleDrafter, check_head
+from hybridgen.speculation.head import EagleHead
 from hybridgen.speculation.model import ModelDrafter, check_drafter, check_states
 from hybridgen.speculation.mtp import JoinedEmbedding, MtpDrafter
 

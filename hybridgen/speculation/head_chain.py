@@ -15,7 +15,8 @@ from hybridgen.fused.chain.draft_head import HeadChain, HeadParts
 from hybridgen.fused.chain.search import COMPILED_AT_ONCE
 from hybridgen.loading.eagle import LAYERS_READ
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
-from hybridgen.speculation.eagle import EagleDrafter, EagleHead
+from hybridgen.speculation.eagle import EagleDrafter
+from hybridgen.speculation.head import EagleHead
 
 _TOLERANCE = 5e-2
 """Largest relative error of a trial's logits; bfloat16 itself gives 1e-2 to 2e-2."""

@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hybridgen.execution.drafting import DraftCall
 from hybridgen.fused.chain.draft_head import HeadChain
 from hybridgen.loading.eagle import HeadShape
-from hybridgen.speculation.eagle import EagleDrafter, EagleHead
+from hybridgen.speculation.eagle import EagleDrafter
+from hybridgen.speculation.head import EagleHead
 from hybridgen.speculation.head_chain import fuse_head, make_chain
 
 MOST, PAGE, CONTEXT = 3, 16, 96
