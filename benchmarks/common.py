@@ -40,6 +40,7 @@ from hybridgen.models.experts import sizes_of
 from hybridgen.models.packed_experts import PackedExperts, PackedWeights, pad_rows
 from hybridgen.models.projections import fuse_projections
 from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
+from hybridgen.models.share import Share
 from hybridgen.models.weights import DenseWeight
 
 RESULTS = Path(__file__).parent / "results"
@@ -143,12 +144,17 @@ def random_model(
     return model
 
 
-def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int) -> Decoder:
-    """A `Decoder` of that shape with random weights from seed 0, made on the device without Hugging Face's model."""
+def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int, share: Share | None = None) -> Decoder:
+    """A `Decoder` of that shape with random weights from seed 0, made on the device without Hugging Face's model.
+
+    Args:
+        share: the ranks, of which it is one's share; all have the same numbers.
+    """
+    ranks = 1 if share is None else share.size
     config: Any = shape_config(name)
     generator = torch.Generator(device).manual_seed(0)
-    hidden, width, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    hidden, width, dim = config.hidden_size, config.intermediate_size // ranks, config.head_dim
+    heads, keys = config.num_attention_heads // ranks, config.num_key_value_heads // ranks
 
     def weight(rows: int, columns: int) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0, columns**-0.5, generator=generator)
@@ -188,17 +194,18 @@ def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int)
         kv_heads=keys,
         head_dim=dim,
         intermediate=width,
-        vocab=config.vocab_size,
+        vocab=config.vocab_size // ranks,
         activation="silu",
         embedding=embedding,
         embedding_scale=1.0,
         layers=layers,
         norm=norm(hidden),
-        head=linear(embedding if config.tie_word_embeddings else weight(config.vocab_size, hidden)),
+        head=linear(embedding if config.tie_word_embeddings else weight(config.vocab_size // ranks, hidden)),
         logits_scale=1.0,
         rotary=(angles.cos().float(), angles.sin().float()),
         max_context=max_context,
         dtype=dtype,
+        share=share,
     )
 
 

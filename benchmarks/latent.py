@@ -153,17 +153,18 @@ def sweep(case: Case, shape: Shape, device: str) -> list[dict[str, Any]]:
     from hybridgen.kernels.attention.latent_launches import shape_of, tuning
 
     usual = tuning(shape_of(case.q[0], case.pages[0], shape.rank), device_of(case.q).shared_memory)
-    rows = {max(16, usual.rows // 2), usual.rows}
     found = []
-    for tune in {
-        usual._replace(stages=stages, warps=warps, rows=rows_of, chunk=chunk, ahead=ahead)
-        for stages in (2, 3)
-        for warps in (4, 8)
-        for rows_of in rows
-        for chunk in ((1024, 2048, 8192) if len(case.positions) > 1 else (usual.chunk,))
-        for ahead in (0, 1, 2, 4)
-        if ahead == 0 or (warps, stages) == (usual.warps, usual.stages)
-    }:
+    tiles = [(64, 2, 1), (32, 3, 1), (32, 3, 2), (32, 2, 2), (32, 2, 3), (32, 2, 4), (16, 3, 4)]
+    several = len(case.positions) > 1
+    for tune in [
+        *(
+            usual._replace(block=block, stages=stages, programs=programs, warps=warps)
+            for block, stages, programs in tiles
+            for warps in ((4, 8) if block == 64 else (4,))
+        ),
+        *(usual._replace(chunk=chunk) for chunk in (1024, 8192) if several),
+        *(usual._replace(ahead=ahead) for ahead in (1, 2)),
+    ]:
         try:
             took = time_decode(case, device, lambda *args, tune=tune: latent_launches.decode(*args, tune=tune))
         except Exception as error:  # more shared memory than there is

@@ -6,8 +6,9 @@ Each part runs in processes of its own, with so many seconds; what it has measur
 |---|---|
 | all-reduce | microseconds of an all-reduce in a CUDA graph, by bytes: our kernel, NCCL, torch's symmetric memory |
 | tensor-parallel | decode steps of the 8B with `tensor_parallel=2`: (call for N tokens less call for one) / (N - 1) |
-| large | the same of the 70B's shape, batch 1; each rank makes its slices on its device |
+| large | the same of the 70B's shape; each rank makes its slices on its device |
 | agree | 10,000 sampled steps of a tiny model, after which all ranks must have the same tokens |
+| kernels | the persistent kernels on both ranks' shares, with variants; no engine (`rank_kernels.py`) |
 | one | the 8B on one GPU: decode steps, and the mix of `throughput.py` with 256 requests |
 | replicas | the mix with 256 requests for each of two replicas; needs `one` before it |
 
@@ -41,12 +42,20 @@ from throughput import WARM_UP, Work, requests
 import hybridgen
 from hybridgen.parallel.group import Group
 
-SECONDS = {"all-reduce": 60, "tensor-parallel": 90, "large": 80, "agree": 60, "one": 110, "replicas": 90}
+SECONDS = {
+    "all-reduce": 60,
+    "tensor-parallel": 120,
+    "large": 120,
+    "agree": 60,
+    "kernels": 150,
+    "one": 110,
+    "replicas": 90,
+}
 """Of each part at most, the imports left out."""
 SIZES = [8 * 2**10, 16 * 2**10, 64 * 2**10, 128 * 2**10, 512 * 2**10, 4 * 2**20]
 """Bytes of an all-reduce."""
-CALLS = 50
-"""Of a graph."""
+CALLS = {"cpu": 50, "cuda": 500}
+"""Of a graph: so many that what the ranks begin apart, some tens of microseconds, is little for each."""
 SHAPE, LARGE = "llama-3.1-8b", "llama-3.1-70b"
 
 
@@ -115,8 +124,33 @@ def all_reduce(part: Part) -> None:
     group.exchange(b"done")
 
 
+def kernels(part: Part) -> None:
+    """Both ranks call it."""
+    if part.device != "cuda":
+        part.add(what="kernel", why_not="the persistent kernels need GPUs")
+        return
+    import rank_kernels
+
+    device = torch.device("cuda", part.rank)
+    torch.cuda.set_device(device)
+    group = Group(part.rank, 2, part.folder / "store of kernels", device, torch.bfloat16)
+
+    def left() -> float:
+        return part.end - time.monotonic()
+
+    def timed(call: Callable[[], object]) -> float:
+        return slowest(group, microseconds(call, True, group, calls=10))
+
+    with torch.inference_mode():
+        for name in (SHAPE, LARGE):
+            for row in rank_kernels.measure(name, group, device, left, timed):
+                part.add(**row)
+    group.exchange(b"done")
+
+
 def symmetric_memory(part: Part, device: torch.device, dtype: torch.dtype, group: Group) -> None:
     """torch's own kernel over symmetric memory, to compare with."""
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not every host has it, and this needs none
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symm_mem
 
@@ -143,18 +177,18 @@ def slowest(group: Group, value: float) -> float:
     return max(float(each) for each in group.exchange(f"{value:020.6f}".encode()))
 
 
-def microseconds(call: Callable[[], object], cuda: bool, group: Group) -> float:
+def microseconds(call: Callable[[], object], cuda: bool, group: Group, calls: int = CALLS["cuda"]) -> float:
     """Of a call in a CUDA graph of many; on a CPU of a call."""
     call()
     if not cuda:
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(CALLS["cpu"]):
             call()
-        return (time.perf_counter() - start) / CALLS * 1e6
+        return (time.perf_counter() - start) / CALLS["cpu"] * 1e6
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
     graph.replay()
     torch.cuda.synchronize()
@@ -166,7 +200,7 @@ def microseconds(call: Callable[[], object], cuda: bool, group: Group) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / CALLS)
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
     graph.reset()
     return statistics.median(times)
 
@@ -217,8 +251,9 @@ def large(part: Part) -> None:
     path = write(name, shape_dtype(name, part.device), part.folder / "large", values=False)
     install_everywhere()
     for mode in part.modes[-1:]:
-        with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **sizes_for(part, [1])) as engine:
-            steps_of(part, engine, [1], 500, model=name, mode=mode, ranks=2)
+        batches = [1]
+        with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **sizes_for(part, batches)) as engine:
+            steps_of(part, engine, batches, 500, model=name, mode=mode, ranks=2, notes=dict(engine.stats().fused))
 
 
 def agree(part: Part) -> None:
@@ -289,6 +324,7 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "tensor-parallel": tensor_parallel,
     "large": large,
     "agree": agree,
+    "kernels": kernels,
     "one": one,
     "replicas": replicas,
 }
@@ -340,7 +376,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     processes = {}
     for name in arguments.parts:
         limit = min(SECONDS[name], arguments.seconds)
-        processes[name] = Process({**order, "part": name, "seconds": limit}, 2 if name == "all-reduce" else 1)
+        processes[name] = Process(
+            {**order, "part": name, "seconds": limit}, 2 if name in ("all-reduce", "kernels") else 1
+        )
     if before is not None:
         before.begin()
     try:

@@ -7,8 +7,10 @@ with weights that say anything (temperature 1), the n-gram drafter finds nothing
 
 `head`: the same weights and an EAGLE-3 head of random weights that says that token too, so that all of its 3 drafts are
 right: a step checks 3 drafts and makes the next 3. `oracle` checks as many and makes them for nothing; `plain` drafts
-nothing. Each has an engine on the same weights, and their calls take turns. A step is the time of a token by the tokens
-a step.
+nothing; `head fp8` has its weights in FP8. Each has an engine on the same weights, and their calls take turns. A step
+(`step_us`) is the time of a call, less that of a shorter one that drafts too, by the steps that it has more: both have
+the first step, which checks nothing, and the one launched ahead that nobody needs. `call_step_us`, the time of a token
+in whole calls by the tokens a step, has these two in it.
 
 `text`: the demo model in float32, greedy without penalty, on files of the standard library that it was not trained on:
 the first tokens of a file are continued (with a penalty and sampled too), and a file with its beginning again, where
@@ -203,36 +205,51 @@ def head(
             "plain": {},
             "oracle": {"speculation": oracle},
             "head": {"drafter": drafter},
+            "head fp8": {"drafter": drafter, "quantize_drafter": "fp8"},
         }
         engines = {what: stack.enter_context(Engine.load(model, **own, **options)) for what, own in fields.items()}
 
-        def call(what: str, batch: int, count: int) -> float:
+        def call(what: str, batch: int, count: int) -> tuple[float, float]:
+            """Seconds of a call, and its steps."""
+            engine = engines[what]
+            before = engine.stats().speculation.steps
             synchronize(device)
             start = time.perf_counter()
-            engines[what].generate(prompts[:batch], max_new_tokens=count, ignore_eos=True, temperature=0)
+            engine.generate(prompts[:batch], max_new_tokens=count, ignore_eos=True, temperature=0)
             synchronize(device)
-            return time.perf_counter() - start
+            took = time.perf_counter() - start
+            if what == "plain":
+                return took, count - 1
+            return took, (engine.stats().speculation.steps - before) / batch  # each counts for each of its requests
 
+        short = new // 4
         for batch in batches:
             for what in (*engines, *engines):  # the first records, the second is not counted
-                call(what, batch, new)
-                call(what, batch, 1)
+                for count in (new, short, 1):
+                    call(what, batch, count)
                 while engines[what].record_missing():
                     pass
             before = {what: engine.stats().speculation for what, engine in engines.items()}
-            taken: dict[str, list[float]] = {what: [] for what in engines}
+            tokens: dict[str, list[float]] = {what: [] for what in engines}
+            steps: dict[str, list[float]] = {what: [] for what in engines}
             for _ in range(repeats):
                 for what in engines:
-                    taken[what].append((call(what, batch, new) - call(what, batch, 1)) / (new - 1))
+                    (whole, count), (part, fewer), (first, _) = (call(what, batch, n) for n in (new, short, 1))
+                    tokens[what].append((whole - first) / (new - 1))
+                    steps[what].append((whole - part) / (count - fewer))
             for what, engine in engines.items():
-                token, after = statistics.median(taken[what]), engine.stats().speculation
-                steps = after.steps - before[what].steps
-                brought = (after.tokens - before[what].tokens) / steps if steps else 1.0
+                token, after = statistics.median(tokens[what]), engine.stats().speculation
+                count = after.steps - before[what].steps
+                brought = (after.tokens - before[what].tokens) / count if count else 1.0
                 row = {"model": name, "what": what, "batch": batch, "prompt": prompt, "new": new}
-                row |= {"step_us": token * brought * 1e6, "tokens_per_step": brought, "tokens_per_s": batch / token}
+                row |= {"step_us": statistics.median(steps[what]) * 1e6, "call_step_us": token * brought * 1e6}
+                row |= {"tokens_per_step": brought, "tokens_per_s": batch / token}
                 row |= {"drafter_bytes": after.weight_bytes, "token_us": token * 1e6}
                 rows.append(row)
-                print(f"{name:<14} {what:<8} {batch:3} {row['step_us']:10.1f} {brought:6.2f}", flush=True)
+                print(
+                    f"{name:<14} {what:<8} {batch:3} {row['step_us']:10.1f} {row['call_step_us']:10.1f} {brought:6.2f}",
+                    flush=True,
+                )
         ran = {what: how_it_ran(engine) for what, engine in engines.items()}
     release()
     return rows, ran

@@ -3,8 +3,9 @@
 A model of a published shape with random weights, drawing at temperature 1; prompts are a few ids. The schema is an
 array that is far from its least length when `--new` tokens are there, so that both kinds of rows make as many. Strings
 of a limited length take llguidance longer, and are the third kind. Rates are of decode: tokens after the first ones
-over the time after them, the median of calls that take turns. `checked` texts of a schema that ends are read by
-jsonschema, where it is installed.
+over the time after them, the median of calls that take turns. One more call of each kind tells what the host does in a
+step (`host_us`): wait for the step before, follow the grammars with its tokens, make the masks, send them, and launch
+what is left. `checked` texts of a schema that ends are read by jsonschema, where it is installed.
 
     python benchmarks/structured.py [--model llama-3.2-1b] [--batches 1 32] [--output results.json]
     python benchmarks/structured.py --smoke      # a tiny model, anywhere
@@ -15,8 +16,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,10 @@ from checkpoints import write_checkpoint
 from common import how_it_ran, random_prompts, release, report, shape_dtype, this_device
 
 import hybridgen
+from hybridgen.execution.masks import TokenMasks
+from hybridgen.execution.ring import TokenRing
+from hybridgen.execution.runner import ModelRunner
+from hybridgen.sampling.own import OwnRows
 
 ITEM: dict[str, Any] = {
     "type": "object",
@@ -51,6 +60,56 @@ def decode_rate(engine: hybridgen.Engine, prompts: list[list[int]], fields: dict
         raise SystemExit(f"texts of {sorted(counts)} tokens where all should have {new}")
     first = max(out.timing.ttft or 0.0 for out in outs)
     return (new - 1) * len(outs) / (max(out.timing.total for out in outs) - first)
+
+
+PARTS: dict[str, tuple[type, str]] = {
+    "wait": (TokenRing, "wait"),
+    "wait and follow": (OwnRows, "catch_up"),
+    "masks": (OwnRows, "fill"),
+    "send": (TokenMasks, "send"),
+    "behind the forward": (ModelRunner, "_finish"),
+}
+"""What is timed on the host. The last has all others in it, and the launch of the sampler."""
+
+
+@contextmanager
+def timed_parts() -> Iterator[dict[str, list[float]]]:
+    """Meanwhile the host's calls are timed; seconds by part."""
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                seconds[part].append(time.perf_counter() - start)
+
+        return call
+
+    before = {part: getattr(owner, name) for part, (owner, name) in PARTS.items()}
+    for part, (owner, name) in PARTS.items():
+        setattr(owner, name, timed(part, before[part]))
+    try:
+        yield seconds
+    finally:
+        for part, (owner, name) in PARTS.items():
+            setattr(owner, name, before[part])
+
+
+def host_parts(
+    engine: hybridgen.Engine, prompts: list[list[int]], fields: dict[str, Any], new: int
+) -> dict[str, dict[str, float]]:
+    """Microseconds of the host's parts of a step: median, mean and the worst of a hundred."""
+    with timed_parts() as seconds:
+        decode_rate(engine, prompts, fields, new)
+    found = {}
+    for part, times in seconds.items():
+        if times:
+            ordered = [1e6 * each for each in sorted(times)]
+            worst = ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)]
+            found[part] = {"median": statistics.median(ordered), "mean": statistics.fmean(ordered), "p99": worst}
+    return found
 
 
 def warm(engine: hybridgen.Engine, prompts: list[list[int]], kinds: dict[str, dict[str, Any]]) -> None:
@@ -110,9 +169,17 @@ def main() -> None:
                 ]
                 rates = {kind: statistics.median(row[kind] for row in found) for kind in kinds}
                 shares = {kind: statistics.median(row[kind] / row["plain"] for row in found) for kind in kinds}
-                rows.append({"batch": batch, "tokens_per_s": rates, "of_plain": shares, "ran": how_it_ran(engine)})
+                parts = {kind: host_parts(engine, prompts, kinds[kind], new) for kind in kinds if kind != "plain"}
+                row = {"batch": batch, "tokens_per_s": rates, "of_plain": shares, "host_us": parts}
+                rows.append({**row, "ran": how_it_ran(engine)})
                 for kind in kinds:
                     print(f"batch {batch:<4} {kind:<16} {rates[kind]:>10,.0f} tokens/s {shares[kind]:.3f}", flush=True)
+                for kind, found_parts in parts.items():
+                    told = "; ".join(
+                        f"{part} {row['median']:.0f} ({row['mean']:.0f}, {row['p99']:.0f})"
+                        for part, row in found_parts.items()
+                    )
+                    print(f"batch {batch:<4} {kind:<16} host us, median (mean, p99): {told}", flush=True)
             if importlib.util.find_spec("jsonschema") is not None:
                 validity = checked(engine, random_prompts(max(batches), 16, 4000))
                 print(f"checked: {validity}")
@@ -122,6 +189,7 @@ def main() -> None:
             "model": name,
             "mode": arguments.mode,
             "new": new,
+            "cores": os.cpu_count(),
             "rows": rows,
             "checked": validity,
         },

@@ -487,7 +487,11 @@ def speculation_head(results: list[Result]) -> list[str]:
     rows = []
     for result in results:
         plain = {row["batch"]: row for row in result["rows"] if row["what"] == "plain"}
-        names = {"head": "EAGLE-3 head", "oracle": "oracle, 3 drafts checked and none made"}
+        names = {
+            "head": "EAGLE-3 head",
+            "head fp8": "EAGLE-3 head in FP8",
+            "oracle": "oracle, 3 drafts checked and none made",
+        }
         for row in result["rows"]:
             over = row["step_us"] / plain[row["batch"]]["step_us"]
             what = names.get(row["what"], row["what"])

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import compiler
+
 # Before anything of torch: no test touches the user's compile cache or the checkout's. Processes that tests start
 # inherit it. Processes of pytest-xdist inherit that of the process that divides the tests, and have theirs in it.
 os.environ["HYBRIDGEN_CACHE_DIR"] = tempfile.mkdtemp(
@@ -22,6 +24,8 @@ os.environ["HYBRIDGEN_CACHE_DIR"] = tempfile.mkdtemp(
 os.environ["HYBRIDGEN_COMPILE_CACHE"] = "0"
 os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 os.environ.pop("TRITON_CACHE_DIR", None)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiler.install(os.environ["HYBRIDGEN_CACHE_DIR"] + "/compiler")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +13,7 @@ from hybridgen.cache import LayerPages
 from hybridgen.kernels.linear.layout import Block, pack_int4
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, cut
 from hybridgen.models.quantised import QuantisedWeight
+from hybridgen.models.share import Share
 from hybridgen.models.weights import DenseWeight, SeparateWeights
 
 
@@ -204,3 +207,133 @@ def in_parts(model: Decoder) -> Decoder:
         for layer in model.layers
     )
     return replace(model, layers=layers)
+
+
+def share_of(model: Decoder, share: Share) -> Decoder:
+    """A rank's share: heads, the intermediate size and the vocabulary are cut evenly; biases of sums are whole."""
+    rank, ranks, dim = share.rank, share.size, model.head_dim
+    heads, kv_heads, inner, vocab = (
+        size // ranks for size in (model.heads, model.kv_heads, model.intermediate, model.vocab)
+    )
+
+    def outputs(linear: Linear, sizes: list[int]) -> Linear:
+        pieces = cut(linear, [size * ranks for size in sizes])
+        places = [slice(rank * size, (rank + 1) * size) for size in sizes]
+        weights = [weight[place] for (weight, _), place in zip(pieces, places, strict=True)]
+        biases = [bias[place] for (_, bias), place in zip(pieces, places, strict=True) if bias is not None]
+        return Linear(DenseWeight(torch.cat(weights)), torch.cat(biases) if biases else None)
+
+    def inputs(linear: Linear, size: int) -> Linear:
+        ((weight, bias),) = cut(linear, [model.hidden])
+        return Linear(DenseWeight(weight[:, rank * size : (rank + 1) * size].contiguous()), bias)
+
+    layers = tuple(
+        replace(
+            layer,
+            qkv=outputs(layer.qkv, [heads * dim, kv_heads * dim, kv_heads * dim]),
+            out=inputs(layer.out, heads * dim),
+            gate_up=outputs(layer.gate_up, [inner, inner]),
+            down=inputs(layer.down, inner),
+        )
+        for layer in model.layers
+    )
+    sizes = {"heads": heads, "kv_heads": kv_heads, "intermediate": inner, "vocab": vocab}
+    return replace(model, layers=layers, head=outputs(model.head, [vocab]), share=share, **sizes)
+
+
+class Turns:
+    """Ranks as threads of this process, of which one runs at a time, until it waits for the others."""
+
+    def __init__(self, size: int, adds_to_state: bool = False) -> None:
+        """`adds_to_state`: whether a sum and what follows it are one call."""
+        self.size = size
+        self.adds_to_state = adds_to_state
+        self._given: list[Tensor | None] = [None] * size
+        self._turn = threading.Condition()
+        self._whose = 0
+        self.calls = 0
+        """Of `add_up`, by all ranks."""
+
+    def run(self, work: Callable[[Share], None]) -> None:
+        """Call `work` for each rank; the first error is raised."""
+        errors: list[BaseException] = []
+
+        def begin(rank: int) -> None:
+            try:
+                self._wait(rank)
+                work(_Rank(rank, self.size, self))
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                self._pass(rank)
+
+        threads = [threading.Thread(target=begin, args=(rank,), daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        if errors:
+            raise errors[0]
+
+    def _wait(self, rank: int) -> None:
+        with self._turn:
+            if not self._turn.wait_for(lambda: self._whose == rank, 100):
+                raise AssertionError(f"rank {rank} waits for another rank, which is not where it is")
+
+    def _pass(self, rank: int) -> None:
+        with self._turn:
+            self._whose = (rank + 1) % self.size
+            self._turn.notify_all()
+
+    def meet(self, rank: int, x: Tensor) -> list[Tensor]:
+        """What each rank has given."""
+        self.calls += 1
+        self._given[rank] = x.clone()
+        self._pass(rank)
+        self._wait(rank)
+        found = [each for each in self._given if each is not None]
+        self._pass(rank)  # all have read before anybody gives more
+        self._wait(rank)
+        return found
+
+
+@dataclass
+class _Rank:
+    """A `Share` of `Turns`."""
+
+    rank: int
+    size: int
+    turns: Turns
+
+    def agree(self, reason: str) -> str:
+        """Of ranks that all have none."""
+        return reason
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """See `Share`."""
+        return torch.stack(self.turns.meet(self.rank, x)).float().sum(0).to(x.dtype)
+
+    def parts(self, rows: int, width: int) -> int:
+        """As a kernel has them that takes 32 numbers a block."""
+        return -(-width // 32) if self.turns.adds_to_state else 0
+
+    def add_to_state(
+        self, product: Tensor, state: Tensor, handed: Tensor, gain: Tensor | None, squares: Tensor, factor: float
+    ) -> None:
+        """See `Share`."""
+        rows, width = product.shape
+        state[:rows] += factor * self.add_up(product).float()
+        handed[:rows] = state[:rows] if gain is None else state[:rows] * gain
+        for part in range(self.parts(rows, width)):
+            squares[part, :rows] = state[:rows, 32 * part : 32 * part + 32].square().sum(-1)
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """See `Share`."""
+        return torch.cat(self.turns.meet(self.rank, logits), -1)
+
+    def memory(self, size: int) -> list[int]:
+        """None on a CPU."""
+        raise NotImplementedError
+
+    def on_end(self, call: Callable[[], None]) -> None:
+        """It does not end early."""

@@ -151,6 +151,18 @@ _MAMBA: dict[str, Any] = {
     "mamba_d_state": 8,
     "mamba_chunk_size": 16,
 }
+_MAMBA_1: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+"""Models without attention: Mamba, and with more fields Mamba 2."""
 _TWO_MLPS: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
 _TWO_ROPES: dict[str, Any] = {
     "rope_parameters": {
@@ -178,6 +190,7 @@ _LATENT_ROUTED: dict[str, Any] = {"first_k_dense_replace": 1, **_LATENT, **_ROUT
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "afmoe": _with(head_dim=16, num_experts=4, num_shared_experts=1, num_dense_layers=1, **_EXPERTS, **_TWO),
     "apertus": _with(**_SHORT),
+    "apertus1p5_text": _with(output_vocab_size=193, **_rope("default"), **_SHORT),
     "arcee": _with(head_dim=16, **_SHORT),
     "aria_text": _with(head_dim=16, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, **_SHORT),
     "axk1": _with(**_LATENT_ROUTED),
@@ -185,6 +198,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     | {"rope_parameters": _TWO_ROPES["rope_parameters"] | {"full_attention": None}},
     "biogpt": _without("num_key_value_heads", **_SHORT),
     "bitnet": _with(**_SHORT),
+    "codegen": _GPT | {"n_layer": 2, "rotary_dim": 8},
     "cohere2_moe": _with(head_dim=16, logit_scale=0.5, num_experts=4, num_experts_per_tok=2, **_TWO, **_TWO_MLPS),
     "cohere_compass_text": _with(head_dim=16, logit_scale=0.5, **_TWO, **_TWO_ROPES),
     "ctrl": {"vocab_size": VOCAB, "n_positions": 512, "n_embd": 64, "dff": 96, "n_layer": 2, "n_head": 4},
@@ -205,6 +219,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": _with(
         moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_intermediate_size=48, moe_layer_end_index=1, **_SHORT
     ),
+    "exaone": _with(head_dim=16, **_SHORT),
     "exaone_moe": _with(
         head_dim=16, num_experts=4, num_shared_experts=1, n_group=1, topk_group=1, **_EXPERTS, **_TWO, **_TWO_MLPS
     ),
@@ -295,6 +310,27 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         adapter_rank=8,
         **_THREE,
     ),
+    "mamba": _MAMBA_1,
+    "falcon_mamba": _MAMBA_1,
+    "mamba2": _MAMBA_1 | {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16},
+    "jamba": _with(
+        num_experts=4,
+        num_experts_per_tok=2,
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+        **_THREE,
+    ),
+    "zamba": _with(
+        layers_block_type=["linear_attention", "hybrid", "linear_attention"],
+        mamba_d_state=8,
+        n_mamba_heads=2,
+        num_key_value_heads=4,
+        **_THREE,
+    ),
+    "lfm3": _with(head_dim=16, sliding_window=8, layer_types=["conv", "full_attention", "sliding_attention", "conv"]),
     "kimi_linear": _with(**_KDA, linear_head_dim=16, linear_num_heads=4),
     "bailing_hybrid": _with(**_KDA | {"n_group": 2}, head_dim=16, num_mtp_layers=0),
     "lfm2_moe": _with(
@@ -313,7 +349,9 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         attention_chunk_size=24,
         layer_types=["chunked_attention", "full_attention"],
         no_rope_layers=[1, 0],
-        attn_temperature_tuning=False,
+        attn_temperature_tuning=True,
+        attn_scale=0.5,
+        floor_scale=16,
         interleave_moe_layer_step=2,
         **_SHORT,
     ),
@@ -339,6 +377,8 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "olmo3": _with(**_TWO),
     "persimmon": _without("num_key_value_heads", **_SHORT),
     "phimoe": _with(num_local_experts=4, num_experts_per_tok=2, **_SHORT),
+    "sarvam_mla": _with(**_LATENT_ROUTED),
+    "sarvam_moe": _with(head_dim=16, first_k_dense_replace=1, use_qk_norm=True, **_ROUTED, **_SHORT),
     "solar_open": _with(head_dim=16, **_ROUTED, **_SHORT),
     "youtu": _with(**_LATENT, **_SHORT),
     "vaultgemma": _with(head_dim=16, query_pre_attn_scalar=16, **_TWO),
@@ -377,7 +417,7 @@ ROPE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def is_absent(name: str) -> bool:
     """Whether the installed transformers lacks a family, or has it in a form that does not run yet."""
-    since = {"cohere_compass_text": "5.23", "gptj": "5.24"}.get(name, "0")
+    since = {"codegen": "5.24", "cohere_compass_text": "5.23", "gptj": "5.24"}.get(name, "0")
     return name not in CONFIG_MAPPING or Version(transformers.__version__) < Version(since)
 
 

@@ -42,6 +42,7 @@ _QWEN = _text("qwen2", **_mrope(2, 3, 3))
 _QWEN3 = _text("qwen3", **_mrope(2, 3, 3))
 _GLM = _text("glm4", **_mrope(1, 1, 2))
 
+_NOPE = {"layer_rope_theta": [10000.0, 0], "rope_parameters": None}
 _DELTA_ROPE = {"rope_parameters": {**_mrope(2, 1, 1)["rope_parameters"], "partial_rotary_factor": 0.5}}
 
 WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -94,12 +95,31 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cosmos3_omni": (_QWEN3, {}),
     "fun_asr_nano": (_text("qwen3"), {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}}),
     "muse_glimmer": (_text("llama"), {"vision_config": {"layer_types": ["full_attention"]}}),
+    "muse_spark": (
+        _text("llama", num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, moe_hidden_size=32)
+        | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        {
+            "vision_config": {"layer_types": ["full_attention"]},
+            "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "out_hidden_size": 64},
+        },
+    ),
+    "omniasr": (_text("llama"), {}),
+    "apertus1p5": (
+        families.CONFIGS["apertus1p5_text"],
+        {
+            "image_token_offset": 200,
+            "audio_token_offset": 216,
+            "vision_config": {"codebook_size": 16, "base_channels": 32, "latent_channels": 32, "num_res_blocks": 1},
+            "audio_config": {"codebook_dim": 32, "codebook_size": 16, "num_lstm_layers": 1},
+        },
+    ),
     "moss_transcribe_diarize": (_text("qwen3"), {}),
     "llama4": (_text("llama4_text"), {}),
     "kimi_k25": (_text("deepseek_v3"), {}),
     "qwen3_5": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
     "qwen3_5_moe": (families.CONFIGS["qwen3_5_moe_text"] | _DELTA_ROPE, {}),
     "lfm2_vl": (families.CONFIGS["lfm2"], {}),
+    "lfm3_vl": (families.CONFIGS["lfm3"], {"vision_config": {"layer_types": ["full_attention"]}}),
     "minicpm_ocr": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
     "minicpmv4_6": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
     "minicpmv4_7": (families.CONFIGS["qwen3_5_text"] | _DELTA_ROPE, {}),
@@ -107,8 +127,37 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "deepseek_vl_hybrid": (_text("llama"), {}),
     "granite_speech_plus": (_text("granite"), {}),
     "vibevoice_asr": (_text("qwen2"), {}),
+    "gemma4_unified": (_text("gemma4_unified_text"), {}),
+    "granite4_vision": (
+        _text("granite"),
+        {
+            "deepstack_layer_map": [[0, 0]],
+            "downsample_rate": "1/2",
+            "spatial_target_layers": [0],
+            "vision_config": {"hidden_size": 64},
+            "qformer_config": {"model_type": "blip_2_qformer"},
+        },
+    ),
+    "hunyuan_vl": (_text("hunyuan_v1_dense", **_mrope(2, 2, 2, 2)), {}),
+    "nemotron_h_omni": (families.CONFIGS["nemotron_h"], {}),
+    "qwen2_audio": (_text("qwen2"), {}),
+    "step3p7": (
+        _text(
+            "gpt_oss",
+            "num_local_experts",
+            mlp_layer_types=["dense", "sparse"],
+            moe_intermediate_size=48,
+            n_routed_experts=4,
+            num_sliding_attention_heads=2,
+            share_expert_dim=48,
+        ),
+        {},
+    ),
 }
 """By model type: the text config, and other fields of the whole one."""
+
+UNCOMPILED = {"step3p7"}
+"""Their layers run uncompiled, counted: experts in a loop over values."""
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"paligemma": (_text("gemma"), {})}
 """Prompts are seen both ways (prefix attention)."""

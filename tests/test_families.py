@@ -39,8 +39,7 @@ FUNCTIONALISED = (
 )  # fmt: skip
 """Compiled with `aot_eager`: what Inductor does before it generates code. The others are traced by Dynamo alone."""
 STRUCTURES = (
-    *INDUCTOR, "cohere2", "gemma2", "glm4_moe", "gpt_neox", "gpt_oss", "lfm2", "nemotron", "opt", "phi3", "qwen2",
-    "smollm3",
+    *INDUCTOR, "cohere2", "gpt_neox", "gpt_oss", "lfm2", "nemotron", "opt", "phi3",
 )  # fmt: skip
 """Compiled in the usual run: one family of each structure of a layer. The others are with `-m slow`: what they generate
 in modes eager and graph is compared in every run, and their layers differ from one of these in sizes, norms or
@@ -70,7 +69,10 @@ def expected(family: str) -> list[tuple[list[int], torch.Tensor]]:
 
 
 def check_engine(
-    engine: hybridgen.Engine, expected: list[tuple[list[int], torch.Tensor]], new_tokens: int = NEW_TOKENS
+    engine: hybridgen.Engine,
+    expected: list[tuple[list[int], torch.Tensor]],
+    new_tokens: int = NEW_TOKENS,
+    tolerance: float = 1e-4,
 ) -> None:
     """Batches of 8, 3 and 1, and requests that join late, all give Hugging Face's tokens.
 
@@ -85,7 +87,7 @@ def check_engine(
             assert list(out.token_ids) == tokens, f"prompt of {LENGTHS[i]} tokens in a batch of {len(batch)}"
             wanted = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
             actual = torch.tensor([entry.logprob for entry in out.logprobs])
-            assert (actual - wanted).abs().max() < 1e-4
+            assert (actual - wanted).abs().max() < tolerance
     assert join_late(engine, prompts, few) == [tokens[:few] for tokens, _ in expected]
 
 

@@ -35,8 +35,8 @@ GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4), "prefill_buckets": (16, 96),
 EVERY_MODE = ("gemma3", "qwen2_vl")
 """In the usual run; the others in the modes that compile and record only with `-m slow`."""
 ALIKE = (
-    "deepseek_vl_hybrid", "granite_speech_plus", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "nemo_speechlm",
-    "vibevoice_asr",
+    "deepseek_vl_hybrid", "granite4_vision", "granite_speech_plus", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
+    "nemo_speechlm", "qwen2_audio", "vibevoice_asr",
 )  # fmt: skip
 """Their text part is one of another wrapper's, or of `test_families.py`: with `-m slow`."""
 
@@ -51,11 +51,11 @@ def expected_of(name: str, **changes: Any) -> list[list[int]]:
     return [families.reference(model, prompt, NEW_TOKENS)[0] for prompt in prompts()]
 
 
-def check(engine: hybridgen.Engine, expected: list[list[int]]) -> None:
+def check(engine: hybridgen.Engine, expected: list[list[int]], compiles: bool = True) -> None:
     outs = engine.generate(prompts(), max_new_tokens=NEW_TOKENS)
     assert [list(out.token_ids) for out in outs] == expected
     assert list(engine.generate(prompts()[1], max_new_tokens=NEW_TOKENS).token_ids) == expected[1]
-    assert not engine.stats().fallbacks
+    assert bool(engine.stats().fallbacks) != compiles
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_other_modes(name: str, tmp_path: Path) -> None:
     path, expected = multimodal.write(name, tmp_path), expected_of(name)
     for fields in ({"mode": "graph"} | GRAPHS, {"mode": "jit"}, {"mode": "hybrid"} | GRAPHS):
         with hybridgen.Engine.load(path, compile_backend="eager", run_ahead=1, **SETTINGS, **fields) as engine:
-            check(engine, expected)
+            check(engine, expected, name not in multimodal.UNCOMPILED or fields["mode"] == "graph")
             stats = engine.stats()
             assert stats.late_compiles == 0
             assert (stats.graphs.padded_hits > 0) == ("decode_buckets" in fields)
@@ -241,10 +241,7 @@ def test_an_adapter_of_the_whole_model_is_merged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "changes", "why"),
-    [
-        ("paligemma", {}, "PaliGemmaForConditionalGeneration.*not causal"),
-        ("llama4", {"attn_temperature_tuning": True}, "numbers the tokens of a call itself"),
-    ],
+    [("paligemma", {}, "PaliGemmaForConditionalGeneration.*not causal")],
 )
 def test_refused_before_weights(name: str, changes: dict[str, Any], why: str, tmp_path: Path) -> None:
     path = multimodal.write(name, tmp_path, **changes)

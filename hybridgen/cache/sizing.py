@@ -64,9 +64,11 @@ def plan_pages(
     # A model whose layers keep nothing in pages has as many as its requests can name.
     affordable = (available - fixed) // each if each else useful * (available >= fixed)
     if affordable < 2:
-        beside = f" beside {fixed:,} bytes for {max_batch} requests" if fixed else ""
+        held = [f"two KV-cache pages of {each:,} bytes"] if each else []
+        held += [f"{fixed:,} bytes for the states of {max_batch} requests"] if fixed else []
         raise OutOfMemoryError(
-            f"{source} holds fewer than two KV-cache pages of {each:,} bytes{beside}; raise kv_memory, "
-            f"lower {'max_batch, ' if fixed else ''}page_size or token_budget, or free memory on the device"
+            f"{source} holds fewer than {' beside '.join(held)}, and at least {fixed + 2 * each:,} bytes are needed; "
+            f"raise kv_memory, lower {'max_batch, ' if fixed else ''}page_size or token_budget, or free memory on the "
+            "device"
         )
     return min(useful, affordable)

@@ -117,6 +117,10 @@ class EngineConfig(RecordingFields, RunningFields, LoadingFields):
                 f"speculation={shown(self.speculation)} and drafter={shown(self.drafter)}: one of them drafts; leave "
                 "the other out"
             )
+        if self.quantize_drafter is not None and self.drafter is None:
+            raise ConfigError(
+                f"quantize_drafter={shown(self.quantize_drafter)} without a drafter; give drafter=, or leave it out"
+            )
         if self.graphs is not GraphOwner.MANUAL and self.drafts:
             raise ConfigError(
                 f'graphs="{self.graphs}" with {self.drafts}: trees record steps of one token a row; use graphs="manual"'

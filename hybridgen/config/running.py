@@ -11,6 +11,7 @@ from hybridgen.config.settings import (
     check_drafter,
     check_kv_dtype,
     check_page_size,
+    check_quantization,
     check_seconds,
     check_speculation,
     integer,
@@ -103,7 +104,7 @@ class RunningFields:
         default=1,
         metadata=setting(
             "Processes that share one model, each with a part of its weights: on CUDA one for each of the first "
-            "GPUs, on a CPU on its cores. In modes `eager` and `graph`. See docs/scale.md.",
+            "GPUs, on a CPU on its cores. See docs/scale.md.",
             integer(1, 64),
         ),
     )
@@ -111,9 +112,19 @@ class RunningFields:
         default=None,
         metadata=setting(
             "A smaller model of the same vocabulary that drafts, which changes no token: a local path, a hub id or a "
-            "live module; or the path or hub id of an EAGLE-3 head. Its keys and values lie beside the model's, in the "
-            "same pages. See docs/speculation.md.",
+            "live module; the path or hub id of an EAGLE-3 head; or `mtp`, the head for multi-token prediction that "
+            "the checkpoint carries. Its keys and values lie beside the model's, in the same pages. See "
+            "docs/speculation.md.",
             check_drafter,
+            in_key=False,
+        ),
+    )
+    quantize_drafter: str | None = field(
+        default=None,
+        metadata=setting(
+            "Quantise the drafter's projections while it is read: a head's `fp8`, a model's `fp8`, `int8` or `int4`. "
+            "What it drafts changes no token, and its passes read half the bytes. None: as they are stored.",
+            check_quantization,
             in_key=False,
         ),
     )

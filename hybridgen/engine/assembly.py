@@ -11,7 +11,7 @@ from hybridgen.cache import KVScales
 from hybridgen.compilation.store.session import CompileCache
 from hybridgen.config import EngineConfig, ResolvedConfig
 from hybridgen.engine.builder import Builder, Built
-from hybridgen.engine.drafter import LoadedDrafter, OpenedHead, load_drafter, open_drafter
+from hybridgen.engine.drafter import LoadedDrafter, Opened, load_drafter, open_drafter
 from hybridgen.engine.ready import device_of, make_ready
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import ConfigError
@@ -61,7 +61,7 @@ def assemble(
     counters: Counters,
     undo: ExitStack,
     lead: Lead | None = None,
-    drafter: Checkpoint | OpenedHead | None = None,
+    drafter: Opened | None = None,
 ) -> Parts:
     """Make a loaded model ready, and build what runs it.
 
@@ -122,9 +122,7 @@ def _round_activations(model: PreTrainedModel, name: str, counters: Counters) ->
         counters.fall_back(note, number)
 
 
-def _load_drafter(
-    opened: Checkpoint | OpenedHead | None, bound: BoundModel, builder: Builder, undo: ExitStack
-) -> LoadedDrafter | None:
+def _load_drafter(opened: Opened | None, bound: BoundModel, builder: Builder, undo: ExitStack) -> LoadedDrafter | None:
     if opened is None:
         return None
     found = load_drafter(opened, builder.checkpoint, bound, builder.config, builder.resolved, undo)

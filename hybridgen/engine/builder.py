@@ -34,6 +34,7 @@ from hybridgen.execution import ModelRunner, warm_up
 from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
 from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
@@ -91,6 +92,7 @@ class Builder:
             drafter: the model that drafts; None: none does.
         """
         config, checkpoint, device = self.config, self.checkpoint, self.checkpoint.device
+        self._check_runs(bound)
         starter, timed = self.starter, self.startup.timed
         plan = self.graph_plan(bound)
         with timed("artifacts"):
@@ -129,16 +131,22 @@ class Builder:
             undo.callback(use_own_rotation, bound)
             use_one_op(bound, self.resolved.max_context)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
-        fuses = self.resolved.mode is Mode.HYBRID and device.type == "cuda" and self.lead is None
-        if fuses:
+        fuses = fuses_decode(self.resolved.mode, device)
+        if fuses and isinstance(runner, LeadRunner):
+            starter.fuse_decode(runner, bound, config, self.resolved.max_context, runner.begin_fusing)
+        elif fuses:
             runner.following.fuse_again = partial(starter.fuse_decode, runner, bound, config, self.resolved.max_context)
             runner.following.fuse_again()
+        if drafter is not None and self.resolved.mode.compiles and device.type == "cuda" and self.lead is None:
+            with torch.inference_mode():
+                starter.fuse_drafter(runner, drafter.drafter, config, self.resolved.max_context)
         not_compiled = None
         if compiles_layers:
             with timed("compile"):
                 not_compiled = self._compile(runner)
         if fuses and not config.equal_bits:
-            starter.choose_decode(runner, plan.settings().decode, compiled=not_compiled is None)
+            sizes, recorder = plan.settings().decode, partial(self._recorder_of_all_ranks, runner, plan)
+            starter.choose_decode(runner, sizes, compiled=not_compiled is None, recorder=recorder)
         if device.type == "cuda":
             with timed("tuning"):
                 warm_up.run_all_sizes(runner)
@@ -162,6 +170,8 @@ class Builder:
             max_batch=config.max_batch,
             token_budget=self.resolved.token_budget,
             score_budget=runner.score_budget,
+            shortest_run=bound.shortest_run,
+            whole_prompts=not bound.continues_runs,
             reprefill_length=bound.reprefill_length,
             longest_first=config.longest_first,
         )
@@ -178,13 +188,18 @@ class Builder:
             before_call=partial(
                 begin_call,
                 runner,
-                check=None if self.lead is None else self.lead.check,
+                check=None if self.lead is None else self.lead.begin,
                 forget=pages.clear if twins else None,
             ),
             drafter=None if runner.drafting is None else runner.drafting.name,
             most_checked=EQUAL_BITS_ROWS if config.equal_bits else None,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)
+
+    def _recorder_of_all_ranks(self, runner: ModelRunner, plan: GraphSetup) -> Recorder | None:
+        """Who records decode steps where all ranks have to; None where there is one process."""
+        found = None if self.lead is None else self.lead.recorder(plan.recorder(runner.steps))
+        return None if found is None else found(GraphKey.decode(1, None), False)
 
     def use_graphs(
         self,
@@ -262,6 +277,14 @@ class Builder:
             quiet=runner.drafting is not None and runner.drafting.can_pause,
         )
         return self.starter.planned(runner, keys, only_kept=plan.compiles_steps)
+
+    def _check_runs(self, bound: BoundModel) -> None:
+        least = 2 * bound.shortest_run - 1  # so that neither a run nor what it leaves has to be shorter
+        if self.resolved.token_budget < least:
+            raise ConfigError(
+                f"token_budget={self.resolved.token_budget}, and layers of this model keep a state that needs prompts "
+                f"in runs of {bound.shortest_run} tokens or more; give token_budget={least} or more"
+            )
 
     def _allocate_cache(
         self, bound: BoundModel, runner: ModelRunner, plan: GraphSetup, drafter: LoadedDrafter | None
@@ -355,6 +378,11 @@ class Builder:
             runner.disable_compilation()
             return reason
         return None
+
+
+def fuses_decode(mode: Mode, device: torch.device) -> bool:
+    """Whether fused executors are built."""
+    return mode is Mode.HYBRID and device.type == "cuda"
 
 
 def _numbers(layer: nn.Module) -> int:

@@ -35,7 +35,8 @@ from hybridgen.engine.alternatives import merged
 from hybridgen.engine.assembly import Parts, assemble
 from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.calls import run_requests, stream_requests
-from hybridgen.engine.drafter import OpenedHead, open_drafter
+from hybridgen.engine.drafter import Opened, open_drafter
+from hybridgen.engine.launched import Following, Sharing
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.preflight import check_config, open_cache, resolve_config
 from hybridgen.engine.report import engine_stats
@@ -44,6 +45,7 @@ from hybridgen.errors import EngineError, SamplingError, described, shown
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.warm_up import run_all_samplers
 from hybridgen.loading import Checkpoint, LoadedModel
+from hybridgen.parallel.launched import LaunchedRanks, Place, find_place, placed
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.start import start as start_ranks
 from hybridgen.parallel.weights import load_share
@@ -74,7 +76,7 @@ class Engine:
         config: EngineConfig,
         cache: CompileCache | None = None,
         lead: Lead | None = None,
-        drafter: Checkpoint | OpenedHead | None = None,
+        drafter: Opened | None = None,
     ) -> None:
         """Build an engine around a loaded model; most callers want `Engine.load()`.
 
@@ -97,6 +99,10 @@ class Engine:
         self._runner: ModelRunner | None = None
         self._loop: StepLoop | None = None
         self._calls: AsyncCalls | None = None
+        self._together: Sharing | Following | None = None
+        """What makes a call the same on all ranks, where torchrun started them."""
+        if lead is not None and isinstance(lead.ranks, LaunchedRanks):
+            self._together = Sharing(lead, lead.ranks)
         # Undone in reverse order by close(), and also when the engine is dropped without it.
         undo = ExitStack()
         self._undo = weakref.finalize(self, undo.close)
@@ -141,7 +147,7 @@ class Engine:
             ConfigError, LoadError, DeviceError, EngineError: see `hybridgen.errors`.
         """
         check_keywords(fields, EngineConfig.field_names())
-        config = EngineConfig.of(config, fields)
+        config = placed(EngineConfig.of(config, fields))
         checkpoint = Checkpoint.open(model, config, tokenizer=tokenizer)
         check_config(checkpoint, config)
         return cls.start(checkpoint, config)
@@ -153,12 +159,15 @@ class Engine:
         Raises:
             LoadError, DeviceError, EngineError, CacheMissError: see `hybridgen.errors`.
         """
+        place = find_place(config.tensor_parallel)
+        if place is not None and place.rank:
+            return cls._follow(checkpoint, config, place)
         drafter = open_drafter(checkpoint, config, resolve_config(checkpoint, config))
         cache = open_cache(checkpoint, config)
         try:
             device_type = checkpoint.device.type
             wait = preload(cache, config, mode_of(checkpoint, config), device_type)
-            lead = start_ranks(checkpoint, config, resolve_config(checkpoint, config))
+            lead = start_ranks(checkpoint, config, resolve_config(checkpoint, config), place)
             if lead is None:
                 loaded = checkpoint.load()
                 wait()
@@ -173,6 +182,35 @@ class Engine:
         except BaseException:
             cache.close()
             raise
+
+    @classmethod
+    def _follow(cls, checkpoint: Checkpoint, config: EngineConfig, place: Place) -> Engine:
+        """The engine of a rank above 0 where torchrun started all ranks: it has no loop of its own."""
+        engine = cls.__new__(cls)
+        engine.config, engine.checkpoint, engine.tokenizer = config, checkpoint, checkpoint.tokenizer
+        resolved = check_config(checkpoint, config)
+        engine.max_context, engine.mode = resolved.max_context, resolved.mode
+        engine._counters, engine._no_bar, engine._num_pages, engine._spares_call = Counters(), True, 1, False
+        engine._parts = engine._runner = engine._loop = engine._calls = None
+        engine._together = Following(place, checkpoint, config)
+        engine._undo = weakref.finalize(engine, engine._together.close)
+        engine._undo.atexit = False
+        return engine
+
+    @property
+    def rank(self) -> int:
+        """Of its tensor-parallel group: above 0 only in a program that torchrun runs on every rank."""
+        return self._together.rank if isinstance(self._together, Following) else 0
+
+    def follow(self) -> None:
+        """On a rank above 0: run what rank 0 calls, whatever that is, until it closes its engine.
+
+        Raises:
+            EngineError: this is rank 0, or the group has ended otherwise.
+        """
+        if not isinstance(self._together, Following):
+            raise EngineError("follow() is for the ranks above 0 of a program that torchrun runs; rank 0 makes calls")
+        self._together.follow()
 
     def idle(self) -> bool:
         """Record a graph that was missed often enough, if no request waits or runs; returns whether more are wanted.
@@ -251,6 +289,13 @@ class Engine:
             RequestError: the one prompt failed while it ran (not with `errors="return"`).
             Interrupted: Ctrl-C; holds what was finished.
         """
+        if self._together is not None:
+            return self._together.call(lambda: self._generate(prompts, sampling, streamer, errors, fields))
+        return self._generate(prompts, sampling, streamer, errors, fields)
+
+    def _generate(
+        self, prompts: Prompts, sampling: Sampling, streamer: Any, errors: str, fields: dict[str, Any]
+    ) -> Any:
         try:
             refused: dict[int, Completion] | None = {} if returns_errors(errors) else None
             items, single = split_prompts(prompts)
@@ -328,13 +373,20 @@ class Engine:
             RequestError: the one request failed while it ran.
             Interrupted: Ctrl-C; holds what was finished.
         """
+        if self._together is not None:
+            return scores_of(*self._together.call(lambda: self._score(prompts, completions, cache_salt)))
+        return scores_of(*self._score(prompts, completions, cache_salt))
+
+    def _score(self, prompts: Prompts, completions: Any, cache_salt: str | None) -> tuple[list[Completion], bool]:
+        """The completions that tell the scores, and whether one is asked for."""
         pairs, single = scoring_pairs(
             split_prompts(prompts), None if completions is None else split_prompts(completions)
         )
         requests = merged(self.make_requests(pairs, replace(SCORES, cache_salt=cache_salt), {}))
         if requests:
             self._run(requests, None)
-        return scores_of(results(requests, False, None), single)
+        found: list[Completion] = results(requests, False, None)
+        return found, single
 
     def stream(
         self,
@@ -506,6 +558,11 @@ class Engine:
         """
         loop = self._loop  # another thread may close the engine
         if loop is None:
+            if self.rank:
+                raise EngineError(
+                    f"this is rank {self.rank}: it makes generate() and score() calls with all ranks; everything else "
+                    "is for rank 0, while the others are in follow()"
+                )
             raise EngineError(CLOSED)
         loop.check()
         return loop

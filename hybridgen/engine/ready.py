@@ -79,6 +79,29 @@ def make_ready(
     return Ready(bound, twin)
 
 
+def ready_model(
+    model: PreTrainedModel, dtype: torch.dtype, config: EngineConfig, resolved: ResolvedConfig, undo: ExitStack
+) -> BoundModel:
+    """Make a model of an engine's own ready that no checkpoint was opened for.
+
+    Args:
+        undo: gets what gives its attention back.
+
+    Raises:
+        UnsupportedModelError: see `bound_model`.
+    """
+    if config.fuse_projections:
+        fuse_projections(model)
+        use_rows(model)
+    with torch.device("cpu"):
+        bound = bound_model(model, resolved.max_context)
+    undo.callback(bound.release)
+    if resolved.mode is not Mode.EAGER:  # the reference
+        check = ExpertsCheck(chosen_of(model), dtype)
+        bound.use_experts(checked_sites(check, None))
+    return bound
+
+
 def bound_model(model: PreTrainedModel, context: int, calls: tuple[ProbedCall, ...] | None = None) -> BoundModel:
     """`bind(model, context, calls)`, where a model whose own code fails is refused.
 

@@ -28,7 +28,7 @@ def engine_stats(parts: Parts) -> EngineStats:
         late_compiles=compiled.late_compiles if compiled else 0,
         graphs=runner.graphs.stats(),
         decode=built.meter.stats(),
-        fused=parts.starter.fused,
+        fused=_fused(parts),
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
         pages=pages.capacity,
@@ -46,6 +46,11 @@ def engine_stats(parts: Parts) -> EngineStats:
         ),
         speculation=_speculation(parts),
     )
+
+
+def _fused(parts: Parts) -> dict[str, str]:
+    drafting = parts.starter.drafting
+    return parts.starter.fused | ({} if drafting is None else {"passes of the drafting head": drafting})
 
 
 def _kv_dtype(parts: Parts) -> str:

@@ -13,7 +13,7 @@ from hybridgen.cache import RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.alternatives import Alternative, completions_of
 from hybridgen.engine.output import RequestOutput
-from hybridgen.errors import ConfigError, PromptError, SamplingError, TokenizerError, shown
+from hybridgen.errors import ConfigError, PromptError, TokenizerError, shown
 from hybridgen.execution.plan import Hidden
 from hybridgen.loading import Checkpoint
 from hybridgen.models.contexts import scaled_context
@@ -296,11 +296,6 @@ def _make(
         constraint = read_grammar(wanted, checkpoint)
         if constraint is not None:
             resolved = replace(resolved, constraint=constraint)
-        if resolved.has_own and checkpoint.config.tensor_parallel > 1:
-            raise SamplingError(
-                "grammars and logits_processors run on one process, and with tensor_parallel all of them choose each "
-                "token; leave one of them out"
-            )
         known.add(wanted, length, resolved)
     if resolved.stop and checkpoint.tokenizer is None:
         whose = "" if wanted.stop else " (from the model's generation_config; stop=[] leaves it out)"

@@ -46,6 +46,8 @@ class Scheduler:
         max_batch: int,
         token_budget: int,
         score_budget: int = 1024,
+        shortest_run: int = 1,
+        whole_prompts: bool = False,
         reprefill_length: int | None = None,
         longest_first: bool = True,
     ) -> None:
@@ -54,6 +56,9 @@ class Scheduler:
             max_batch: slots.
             token_budget: tokens of a prefill call at most.
             score_budget: tokens that a prefill call tells the log-probabilities of at most.
+            shortest_run: tokens of a prefill at least that goes on where an earlier call ended; at most 2, and then
+                `token_budget` is at least 3.
+            whole_prompts: whether a prefill that one call can take is not cut for the room that others leave in it.
             reprefill_length: a request that reaches this length is prefilled again, see `BoundModel`.
             longest_first: whether `in_order` puts requests first that may generate the most.
         """
@@ -61,6 +66,8 @@ class Scheduler:
         self._longest_first = longest_first
         self._token_budget = token_budget
         self._score_budget = score_budget
+        self._shortest_run = shortest_run
+        self._whole_prompts = whole_prompts
         self._reprefill_length = reprefill_length
         self._free_slots = list(range(max_batch - 1, -1, -1))
         self.waiting: deque[Request] = deque()
@@ -237,6 +244,20 @@ class Scheduler:
             return left
         return min(left, most - request.length)
 
+    def _run(self, budget: int, start: int, left: int) -> int:
+        """How many of the tokens that are left of a prefill behind `start` to feed; 0: rather in a later call."""
+        if self._whole_prompts and budget < left <= self._token_budget:
+            return 0
+        return self._part(budget, start, left)
+
+    def _part(self, budget: int, start: int, left: int) -> int:
+        """The same, where a prompt may be cut anyway."""
+        length = min(budget, left)
+        if self._shortest_run > 1 and left > 1:
+            length -= left - length == 1  # the last one would come alone
+            return 0 if start and length == 1 else length
+        return length
+
     def _plan_prefill(self) -> tuple[list[Request], list[PrefillChunk]]:
         """The next parts of all unfinished prefills, as far as the token budget goes, and whose they are."""
         requests: list[Request] = []
@@ -244,7 +265,7 @@ class Scheduler:
         budget, scores = self._token_budget, self._score_budget
         for request in self.running:
             ids, start = request.prefill_ids, request.prefilled
-            length = min(budget, len(ids) - start)
+            length = self._run(budget, start, len(ids) - start)
             if length <= 0:
                 continue
             targets, others = request.targets(length), request.other_targets(length)
@@ -252,8 +273,11 @@ class Scheduler:
             if len(targets) + len(others) > scores and not alone:
                 # Those behind it may hold pages that it is to write, so that none of them comes before its rest. Its
                 # alternatives come with its last token.
-                length = budget = min(request.unscored + scores, length - 1) if others else request.unscored + scores
-                targets, others = request.targets(length), ()
+                if self._whole_prompts and chunks:
+                    break
+                most = min(request.unscored + scores, length - 1) if others else request.unscored + scores
+                length = budget = self._part(most, start, len(ids) - start)
+                targets, others = request.targets(length), request.other_targets(length)
                 if not length:
                     break
             chunks.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,15 @@ from hybridgen.execution.warm_up import check_numerics, compile_layers
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import capture_plan
 from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.recorder import Recorder
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.models import BoundModel
+from hybridgen.models.decoder import Unfit
+from hybridgen.models.share import Share
+from hybridgen.speculation.eagle import EagleDrafter
 from hybridgen.telemetry.statistics import ArtifactStats, Counters
+
+logger = logging.getLogger(__name__)
 
 _CEILING = "read-ceiling"
 _TUNING = "tuning"
@@ -83,6 +90,8 @@ class Starter:
         self._planned = (0, 0)
         self.fused: dict[str, str] = {}
         """What serves which decode sizes in place of the model's own layers, or why nothing does."""
+        self.drafting: str | None = None
+        """What runs the passes of a head that drafts; None: PyTorch's operators, and nothing else was tried."""
         for note in cache.notes:
             counters.fall_back(f"compile cache: {note}")
 
@@ -161,8 +170,18 @@ class Starter:
             store.documents.write(_CEILING, {"bytes_per_second": measured})
         return measured
 
-    def fuse_decode(self, runner: ModelRunner, bound: BoundModel, config: EngineConfig, max_context: int) -> None:
+    def fuse_decode(
+        self,
+        runner: ModelRunner,
+        bound: BoundModel,
+        config: EngineConfig,
+        max_context: int,
+        begin: Callable[[int, bool], Share] | None = None,
+    ) -> None:
         """Make the fused decode kernels, with the choices of an earlier start or of the tuner.
+
+        Args:
+            begin: has the other ranks do the same, where the model is a rank's share, for which nothing is tuned.
 
         Raises:
             CacheMissError: `offline_compile=True`, and a kernel is not kept.
@@ -174,7 +193,7 @@ class Starter:
         if config.graphs is GraphOwner.TREES:
             self.fused = {"fused decode": 'none: graphs="trees" records the compiled layers'}
             return
-        tuned = self._cache.read_document(_TUNING) or {}
+        tuned = (self._cache.read_document(_TUNING) or {}) if begin is None else {}
 
         def kept(key: str, make: Callable[[], bytes]) -> bytes:
             if config.offline_compile and not (self._cache.entry.kernels / f"{key}.cubin").exists():
@@ -185,13 +204,15 @@ class Starter:
             return self._kept_kernel(key, make)
 
         with self._startup.timed("compile"):
-            fused = make_fused(runner, max_context, equal_bits=config.equal_bits, tuned=tuned, kept=kept)
+            share = None if begin is None else begin(max_context, config.equal_bits)
+            equal_bits = config.equal_bits
+            fused = make_fused(runner, max_context, equal_bits=equal_bits, tuned=tuned, kept=kept, share=share)
         for failure in fused.failures:
             self._counters.fall_back(failure)
         self.fused = fused.notes
         if config.equal_bits:
             _check_equal_bits(fused)
-        elif config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
+        elif begin is None and config.tune_seconds and not tuned.get("tuned") and not config.offline_compile:
             with self._startup.timed("tuning"):
                 try:
                     chosen = tune_fused(runner, config.tune_seconds)
@@ -203,16 +224,46 @@ class Starter:
                 else:
                     self._cache.keep_document(_TUNING, {**chosen, "tuned": True})
 
-    def choose_decode(self, runner: ModelRunner, sizes: Sequence[int], *, compiled: bool) -> None:
+    def fuse_drafter(self, runner: ModelRunner, drafter: object, config: EngineConfig, max_context: int) -> None:
+        """Run the passes of a head that drafts as a chain of kernels, where they compute it. A model that drafts runs
+        its own layers."""
+        if not isinstance(drafter, EagleDrafter) or not config.fused_decode:
+            return
+        rows, most = runner.state.max_batch, runner.state.query_len - 1
+        with self._startup.timed("compile"):
+            try:
+                # Imported here: Triton is not there everywhere.
+                from hybridgen.speculation.head_chain import fuse_head
+
+                fuse_head(drafter, max_context, rows=rows, most=most)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                self.drafting = f"PyTorch's operators: {error if isinstance(error, Unfit) else described(error)}"
+                if not isinstance(error, Unfit):
+                    logger.debug("a head's kernels failed", exc_info=True)
+                    self._counters.fall_back(f"the drafter {drafter.name} runs by {self.drafting}")
+            else:
+                self.drafting = "a chain of Triton kernels"
+
+    def choose_decode(
+        self,
+        runner: ModelRunner,
+        sizes: Sequence[int],
+        *,
+        compiled: bool,
+        recorder: Callable[[], Recorder | None] = lambda: None,
+    ) -> None:
         """Decode with fused kernels for several rows where they are faster than what else would serve, measured once:
         the persistent one against the chain, the chain against the compiled layers.
 
         Args:
             sizes: batch sizes to measure at.
             compiled: whether the layers are compiled; else the kernels are used as they are.
+            recorder: makes who records what is measured, where that is not this process alone.
         """
         if compiled and runner.fused is not None and runner.fused.rows is not None:
-            self._choose_rows(runner, runner.fused, list(sizes))
+            self._choose_rows(runner, runner.fused, list(sizes), recorder)
         fused = runner.fused
         if fused is None or fused.chain is None or not compiled:
             return
@@ -220,26 +271,42 @@ class Starter:
         sizes = [size for size in sizes if chain.least <= size <= chain.most]
         if not sizes:
             return
-        tuned = self._cache.read_document(_TUNING) or {}
+        tuned = self._chosen(fused)
         most, why = tuned.get("chain_rows"), tuned.get("chain_why")
         if isinstance(most, int) and isinstance(why, str) and tuned.get("chain_sizes") == sizes:
             fused.use_chain_up_to(min(most, chain.most), why)
         else:
             with self._startup.timed("tuning"):
                 try:
-                    why = compare_with_layers(runner, sizes)
+                    why = compare_with_layers(runner, sizes, recorder())
                 except Exception as error:
+                    if is_fatal(error):
+                        raise
                     self._counters.fall_back(f"fused and compiled decode were not compared: {described(error)}")
                 else:
                     chosen = {"chain_rows": chain.most, "chain_why": why, "chain_sizes": sizes}
-                    self._cache.keep_document(_TUNING, {**tuned, **chosen})
+                    self._keep_chosen(fused, {**tuned, **chosen})
         self.fused = fused.notes
 
-    def _choose_rows(self, runner: ModelRunner, fused: FusedDecode, sizes: list[int]) -> None:
+    def _chosen(self, fused: FusedDecode) -> dict[str, Any]:
+        """What an earlier start chose; nothing for a rank's share, which is another model than the entry's."""
+        return (self._cache.read_document(_TUNING) or {}) if fused.share is None else {}
+
+    def _keep_chosen(self, fused: FusedDecode, chosen: dict[str, Any]) -> None:
+        if fused.share is None:
+            self._cache.keep_document(_TUNING, chosen)
+
+    def _choose_rows(
+        self,
+        runner: ModelRunner,
+        fused: FusedDecode,
+        sizes: list[int],
+        recorder: Callable[[], Recorder | None],
+    ) -> None:
         rows = fused.rows
         if rows is None:
             return
-        tuned = self._cache.read_document(_TUNING) or {}
+        tuned = self._chosen(fused)
         kept = tuned.get("rows")
         if isinstance(kept, dict) and kept.get("sizes") == sizes and kept.get("most", 0) <= rows.most:
             if kept["why"]:
@@ -247,12 +314,14 @@ class Starter:
         else:
             with self._startup.timed("tuning"):
                 try:
-                    why = compare_rows(runner, sizes)
+                    why = compare_rows(runner, sizes, recorder())
                 except Exception as error:
+                    if is_fatal(error):
+                        raise
                     self._counters.fall_back(f"fused and compiled decode were not compared: {described(error)}")
                 else:
                     chosen = {"least": rows.least, "most": rows.most, "why": why, "sizes": sizes}
-                    self._cache.keep_document(_TUNING, {**tuned, "rows": chosen})
+                    self._keep_chosen(fused, {**tuned, "rows": chosen})
         self.fused = fused.notes
 
     def _kept_kernel(self, key: str, make: Callable[[], bytes]) -> bytes:

@@ -48,6 +48,8 @@ class DraftCall(NamedTuple):
     states: Tensor | None = None
     """[B * Q, width], for a drafter that reads `layers`: what went into these layers for the tokens that the step fed,
     Q of each row, of which the first `brought` are in the row's text. Of a prefill, each prompt's last token alone."""
+    greedy: bool = False
+    """Whether `choose` would take each row's largest logit, of whatever ids."""
 
 
 class PrefillCall(NamedTuple):
@@ -207,6 +209,7 @@ class Drafting:
         checked: int,
         brought: Tensor,
         states: Tensor | None = None,
+        greedy: bool = False,
     ) -> Tensor:
         """Part of a step, before its state moves on: draft behind what each row has now.
 
@@ -214,13 +217,14 @@ class Drafting:
             rows: int64 [B], each row's slot.
             lengths: int64 [B], tokens of each row's sequence, those of the step included.
             room: int64 [B], how many more each may generate.
-            text, choose, brought, states: see `DraftCall`.
+            text, choose, brought, states, greedy: see `DraftCall`.
             checked: drafts of each row that the step had room for.
 
         Returns:
             int64 [B, 3], by row `DraftCounts`.
         """
-        drafts = self._ask(DraftCall(rows, lengths, text, self._none.shape[1], room, choose, brought, states))
+        most = self._none.shape[1]
+        drafts = self._ask(DraftCall(rows, lengths, text, most, room, choose, brought, states, greedy))
         return keep_drafts(drafts, self._state.drafts, rows, room, self._vocab_size, checked)
 
     def skip(self, rows: Tensor, room: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hybridgen.device.failures import LostRanks
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.fused.persistent.program import Keeper
 from hybridgen.graphs import LAYERS, GraphKey, Recorder
 from hybridgen.models.binding import key_value_pages
+from hybridgen.models.share import Share
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ def make_fused(
     equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Keeper | None = None,
+    share: Share | None = None,
 ) -> FusedDecode:
     """From now on decode small batches with fused executors, where the model and the device allow it.
 
@@ -31,6 +34,7 @@ def make_fused(
         equal_bits: decode with the kernel for several columns alone.
         tuned: what `tune_fused()` returned for this model and device.
         kept: gives machine code kept under a key, or makes and keeps it.
+        share: the other ranks, which do the same, where the model is a rank's share.
     """
     # Imported here: Triton and NVRTC are not there everywhere.
     from hybridgen.fused.build import build_fused
@@ -46,7 +50,10 @@ def make_fused(
         equal_bits=equal_bits,
         tuned=tuned,
         kept=kept,
+        share=share,
     )
+    if share is not None:
+        share.on_end(fused.give_up)
     runner.use_fused(fused)
     return fused
 
@@ -66,11 +73,14 @@ def tune_fused(runner: ModelRunner, seconds: float) -> dict[str, Any]:
 
 
 @on_its_stream
-def compare_rows(runner: ModelRunner, sizes: Sequence[int]) -> str:
+def compare_rows(runner: ModelRunner, sizes: Sequence[int], recorder: Recorder | None = None) -> str:
     """Use the persistent kernel for several rows at the sizes where it is faster than what would serve else.
 
     That is the chain, or the model's own layers. Both are recorded and timed at these sizes, with padding. Not while
     requests run.
+
+    Args:
+        recorder: who records; closed in the end. By default CUDA graphs of this process alone.
 
     Returns:
         Where it is not used and why; empty where it is used at all of them.
@@ -79,9 +89,7 @@ def compare_rows(runner: ModelRunner, sizes: Sequence[int]) -> str:
     rows = None if fused is None else fused.rows
     if fused is None or rows is None:
         return ""
-    from hybridgen.graphs.cuda import CudaGraphRecorder
-
-    recorder = CudaGraphRecorder(runner.device)
+    recorder = recorder or _cuda_graphs(runner)
     slower, faster = {}, []
     try:
         for size in sorted(size for size in sizes if rows.least <= size <= rows.most):
@@ -109,11 +117,14 @@ def compare_rows(runner: ModelRunner, sizes: Sequence[int]) -> str:
 
 
 @on_its_stream
-def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
+def compare_with_layers(runner: ModelRunner, sizes: Sequence[int], recorder: Recorder | None = None) -> str:
     """Use the chain of fused kernels up to the size where the model's own layers are faster.
 
     Both are recorded and timed at these sizes, with padding, but for those that the kernel for several rows serves. Not
     while requests run.
+
+    Args:
+        recorder: who records; closed in the end. By default CUDA graphs of this process alone.
 
     Returns:
         Why it is not used beyond that; empty where it is used at all of them.
@@ -121,9 +132,7 @@ def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
     chain = None if runner.fused is None else runner.fused.chain
     if runner.fused is None or chain is None:
         return ""
-    from hybridgen.graphs.cuda import CudaGraphRecorder
-
-    recorder = CudaGraphRecorder(runner.device)
+    recorder = recorder or _cuda_graphs(runner)
     used = chain.least - 1
     try:
         for rows in sorted(size for size in sizes if chain.least <= size <= chain.most):
@@ -142,6 +151,12 @@ def compare_with_layers(runner: ModelRunner, sizes: Sequence[int]) -> str:
     return ""
 
 
+def _cuda_graphs(runner: ModelRunner) -> Recorder:
+    from hybridgen.graphs.cuda import CudaGraphRecorder
+
+    return CudaGraphRecorder(runner.device)
+
+
 def _recorded_seconds(runner: ModelRunner, recorder: Recorder, rows: int, executor: str) -> float:
     """What a replay of a decode step takes by this executor."""
     key = GraphKey.decode(rows, None, executor=executor)
@@ -153,7 +168,14 @@ def _recorded_seconds(runner: ModelRunner, recorder: Recorder, rows: int, execut
 
 @on_its_stream
 def inspect_fused(runner: ModelRunner) -> str | None:
-    """Look for the cause of logits without numbers; mend it and say what it was, if it was a fused step's."""
+    """Look for the cause of logits without numbers; mend it and say what it was, if it was a fused step's.
+
+    Raises:
+        LostRanks: it was one of several ranks.
+    """
     if runner.fused is None or not runner.fused.stopped():
         return None
-    return "a fused decode step waited in vain and was given up"
+    why = "a fused decode step waited in vain and was given up"
+    if runner.fused.share is not None:
+        raise LostRanks(why)  # the ranks' kernels do not count alike any more
+    return why

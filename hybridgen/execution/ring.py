@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class TokenRing:
         """int64 [1]: steps that ran, on the device."""
         self.check: Callable[[], object] = _nothing
         """Called after each wait for a step; raises where what it left is not to be used."""
+        self.waiting: AbstractContextManager[Any] = nullcontext()
+        """Entered for each wait."""
         self._launched = 0
         self._steps: list[LaunchedStep | None] = [None] * LINES
         self._events = [torch.cuda.Event() for _ in range(LINES)] if device.type == "cuda" else None
@@ -114,7 +117,8 @@ class TokenRing:
     def wait(self, line: int) -> None:
         """Wait until the step of this line has run."""
         if self._events is not None:
-            self._events[line].synchronize()
+            with self.waiting:
+                self._events[line].synchronize()
         self.check()
 
     def read(self, line: int, rows: int, logprobs: int | None, query_len: int = 1) -> StepOutput:

@@ -355,12 +355,11 @@ class ModelRunner:
             self.ring.reserve()
         try:
             route = self._run(route)
-            if own is not None:
-                self.steps.finish(route.key, sampler, own)
+            reason = route.reason if own is None else self._finish(route, sampler, own)
             self._count(route)
             if samples:
                 logprobs, tokens = sampler.logprobs, route.key.query_len
-                launched = self.ring.launched(rows, logprobs, route.kind, route.reason, tokens)
+                launched = self.ring.launched(rows, logprobs, route.kind, reason, tokens)
                 if own is not None:
                     own.launched(launched)
                 return launched
@@ -369,8 +368,24 @@ class ModelRunner:
             raise
         return LaunchedStep(self.ring, 0, 0, None, route.kind, route.reason)
 
+    def _finish(self, route: Route, sampler: SamplerPlan, own: OwnRows) -> str:
+        """Run what is left of a step that ended at its logits; returns how the step ran, in words.
+
+        The device is at the forward meanwhile: the masks are made from the tokens of the step before.
+        """
+        if own.guided:
+            self.steps.stage_masks(own)
+        if own.calls or self.steps.agree is not None:  # which the host runs; other ranks are told what it chose
+            self.steps.finish(route.key, sampler, own)
+            return route.reason
+        rest = self._run(self.router.rest(route, sampler))
+        self._count(rest)
+        return rest.reason
+
     def _count(self, route: Route) -> None:
-        if route.recording is None:
+        if route.recording is None and route.key.is_rest:
+            pass  # its step is counted
+        elif route.recording is None:
             self.graphs.count_miss(route.key.phase, route.reason)
         else:
             self.graphs.count_hit(route.recording, padded=route.padded)
@@ -438,9 +453,9 @@ class ModelRunner:
 
     def prepare(self, key: GraphKey) -> None:
         """Stage a step of padding, with what its key needs allocated."""
-        if key.sampler is None:
+        if key.sampler is None or key.is_rest:
             self.steps.keep_logits()
-        else:
+        if key.sampler is not None:
             self.sampler.allocate(key.sampler)
         self.steps.stage_padding(key)
         self._steady = {}

@@ -14,7 +14,7 @@ from hybridgen.kernels.scoring.logprobs import token_logprobs
 
 _LOGIT_BYTES = 256 * 2**20
 """What the logits of one call's scored tokens take at most."""
-_FEW, _MANY = 16, 1024
+_FEW, _MANY = 32, 1024
 
 
 def score_budget(vocab_size: int, dtype: torch.dtype) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hybridgen.cache import LayerState
 from hybridgen.device.watched import is_watched
 from hybridgen.execution.drafting import Drafting, PrefillCall
+from hybridgen.execution.masks import TokenMasks
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.scoring import ScoredTokens
@@ -114,12 +115,17 @@ class ModelSteps:
             fed=self._prefill["fed"],
         )
         """What the model's attention reads; set by each step."""
+        self.agree: Callable[[Tensor], Tensor] | None = None
+        """Gives all ranks of a group the tokens that rank 0 chose for rows whose functions it alone has; None where
+        there is one process."""
         self._always_keeps_logits = False
         self.logits: Tensor | None = None
         """[max_batch * query_len + 1, vocab_size]: where steps that end at the logits leave them, once `keep_logits()`
         ran."""
         self._hidden: Tensor | None = None
         """[max_batch * query_len + 1, width]: where they leave what a drafter reads of the model's layers."""
+        self.masks: TokenMasks | None = None
+        """Which tokens rows with a grammar may choose, once `keep_masks()` ran."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, the model's parameters and buffers apart, by name."""
@@ -137,6 +143,7 @@ class ModelSteps:
         }
         logits = {} if self.logits is None else {"logits": self.logits}
         logits |= {} if self._hidden is None else {"hidden states": self._hidden}
+        logits |= {} if self.masks is None else self.masks.tensors()
         layers = {f"{name} of layer {i}": t for i, s in enumerate(self._states) for name, t in s.tensors().items()}
         fixed |= {} if self._drafting is None else self._drafting.tensors()
         tensors = fixed | logits | layers | self._sampler.tensors()
@@ -184,6 +191,20 @@ class ModelSteps:
             if self._drafting is not None and self._drafting.layers:
                 wide, dtype = (shape[0], self._drafting.width), self._bound.model.dtype
                 self._hidden = torch.zeros(wide, dtype=dtype, device=self._state.device)
+
+    def keep_masks(self) -> TokenMasks:
+        """Allocate where masks of rows with a grammar lie, if that has not been done."""
+        if self.masks is None:
+            self.masks = TokenMasks(self._state.max_batch + 1, self._sampler.vocab_size, self._state.device)
+        return self.masks
+
+    def stage_masks(self, own: OwnRows) -> None:
+        """Say which tokens the rows with a grammar may choose in the step whose logits come. The host waits for the
+        step before that one."""
+        masks = self.keep_masks()
+        own.catch_up()
+        own.fill(masks.open(len(own.guided)))
+        masks.send(own.guided)
 
     def stage_decode(self, slots: tuple[int, ...]) -> None:
         """Say which slots are the rows of the decode steps that follow."""
@@ -242,6 +263,9 @@ class ModelSteps:
             self.stage_decode(())
         else:
             self.stage_prefill((), key.tokens, key.rows)
+        if key.is_rest:  # the step that it is the rest of would have brought it in
+            self._bring_in(key)
+            self.keep_masks().clear()
 
     def sized(self, key: GraphKey) -> tuple[Tensor, Tensor]:
         """Inputs of a step, as long as its tokens and its rows."""
@@ -250,7 +274,9 @@ class ModelSteps:
 
     def run(self, key: GraphKey) -> None:
         """Launch the step that was staged. All of it runs on the device; the host waits for nothing."""
-        if key.phase is Phase.DECODE:
+        if key.is_rest and key.sampler is not None:
+            self.finish(key, key.sampler)
+        elif key.phase is Phase.DECODE:
             self._run_decode(key)
         else:
             self._run_prefill(key)
@@ -305,22 +331,28 @@ class ModelSteps:
             self._sample(logits, *self._prefilled(rows), key.sampler, hidden=hidden)
         self._commit(inputs["fed"])
 
-    def finish(self, key: GraphKey, sampler: SamplerPlan, own: OwnRows | None = None) -> None:
-        """What is left of a step that ended at its logits: sample, publish, advance.
+    def finish(self, key: GraphKey, sampler: SamplerPlan, own: OwnRows | None = None, *, is_told: bool = False) -> None:
+        """What is left of a step that ended at its logits: sample, publish, advance. Masks that were staged hold where
+        there are rows of their own, or the key is of such a rest.
 
         Args:
             own: rows with functions of their own, which change their logits.
+            is_told: another rank has such functions, and says which tokens came out.
         """
+        allowed = None
+        if self.masks is not None and (key.is_rest or (own is not None and own.guided)):
+            allowed = self.masks.rows[: key.rows], self.masks.bits[: key.rows]
         count = key.rows * key.query_len
         logits, hidden = self._kept(count), None if self._hidden is None else self._hidden[:count]
         if key.phase is Phase.DECODE:
             rows = self._decode["rows"][: key.rows]
             state = self._state.read(rows)
             before = state.lengths + 1, state.generated
-            self._sample(logits, rows, *before, sampler, key.query_len, own, hidden, quiet=key.quiet)
+            self._sample(logits, rows, *before, sampler, key.query_len, own, hidden, key.quiet, allowed, is_told)
             self._commit(rows)
         else:
-            self._sample(logits, *self._prefilled(key.rows), sampler, own=own, hidden=hidden)
+            prefilled = self._prefilled(key.rows)
+            self._sample(logits, *prefilled, sampler, own=own, hidden=hidden, allowed=allowed, is_told=is_told)
             self._commit(self._prefill["fed"])
 
     def _prefilled(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,12 +392,16 @@ class ModelSteps:
         own: OwnRows | None = None,
         hidden: Tensor | None = None,
         quiet: bool = False,
+        allowed: tuple[Tensor, Tensor] | None = None,
+        is_told: bool = False,
     ) -> None:
         """Sample the tokens behind `lengths` tokens of each row, publish them, and advance the rows.
 
         Args:
             hidden: what the drafter reads of the model's layers, of each row of the logits.
             quiet: nobody drafts.
+            allowed: see `sampling.sample`.
+            is_told: see `finish`.
         """
         if self._always_keeps_logits:
             self._leave(logits)
@@ -380,7 +416,9 @@ class ModelSteps:
             if drafts is not None and sampler.history and history is not None:
                 ends = (lengths[:, None] + places[:-1]).flatten()
                 remember(drafts.flatten(), rows[:, None].expand_as(drafts).flatten(), ends, history.text)
-        sampled = sample(logits, self._sampler, slots, positions, before, sampler, own, drafts)
+        sampled = sample(logits, self._sampler, slots, positions, before, sampler, own, drafts, allowed=allowed)
+        if self.agree is not None and (is_told or own is not None):
+            sampled = sampled._replace(tokens=self.agree(sampled.tokens))
         if history is not None:
             remember(sampled.tokens, slots, positions, history.text)
         brought = None
@@ -397,7 +435,8 @@ class ModelSteps:
             else:
                 last = sampled.tokens.view(rows.shape[0], -1)
                 choose = partial(self._expect, rows, ends, count, last, sampler)
-                told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, hidden)
+                more = hidden, sampler.greedy
+                told = self._drafting.draft(rows, ends, room, history.text, choose, query_len - 1, brought, *more)
         counts = self._sampler.output_counts if sampler.penalties else None
         self._ring.finish(sampled, rows, lengths, generated, self._state.table, counts, told)
 

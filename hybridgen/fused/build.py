@@ -6,13 +6,17 @@ Imports Triton; import it only where that is there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hybridgen.cache import LayerPages
+from hybridgen.device.failures import LostRanks
+from hybridgen.errors import DeviceError, described
 from hybridgen.fused import reference
 from hybridgen.fused.chain.search import COMPILED_AT_ONCE
 from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
@@ -20,12 +24,13 @@ from hybridgen.fused.decode import FusedDecode
 from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExecutor
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.fused.persistent.program import Keeper
-from hybridgen.fused.persistent.shape import Tuning
+from hybridgen.fused.persistent.shape import Tuning, inbox_bytes
 from hybridgen.fused.persistent.step import PersistentStep
 from hybridgen.fused.rows.shape import COLUMNS
 from hybridgen.fused.rows.step import RowsStep
 from hybridgen.models import BoundModel
 from hybridgen.models.decoder import Decoder, Unfit, describe
+from hybridgen.models.share import Share
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ def build_fused(
     equal_bits: bool = False,
     tuned: Mapping[str, Any] | None = None,
     kept: Keeper | None = None,
+    share: Share | None = None,
 ) -> FusedDecode:
     """Build what serves this model on its device; whatever does not leaves its reason in `notes`.
 
@@ -54,35 +60,35 @@ def build_fused(
         equal_bits: build the kernel for several columns alone, and use it for a single row, too.
         tuned: what `fused.tuning.tune` chose for this model and device; else the defaults.
         kept: gives the machine code kept under a key, or makes and keeps it.
+        share: the other ranks, where the model is a rank's share. All of them call this at the same time, and have the
+            same executors in the end: what one of them cannot have, none has.
+
+    Raises:
+        LostRanks: a rank failed where others wait for it.
     """
-    fused = FusedDecode(inputs, pages=pages, equal_bits=equal_bits)
+    fused = FusedDecode(inputs, pages=pages, share=share, equal_bits=equal_bits)
     tuning, tiles = tuned_parts(tuned)
     try:
-        if bound.mixers:
-            raise Unfit("its layers keep a state besides keys and values")
-        if bound.latents:
-            raise Unfit("its layers cache latents instead of keys and values")
-        if any(each.keys.dtype == torch.float8_e4m3fn for each in pages):
-            raise Unfit("keys and values are cached in 8 bits (kv_dtype), which the fused kernels do not read")
+        model = fused.on_all_ranks(partial(_described, bound, pages, max_context, share))
         with bound.original_attention(), torch.inference_mode():
-            model = describe(bound.model, bound.sites, bound.weights, max_context)
-            reference.check(bound.model, model)
+            _check(fused, bound.model, model)
             fused.model = model
             fused.refresh()
+        inboxes = _Inboxes(model, share)
     except Exception as error:
         fused.notes["fused decode"] = f"none: {fused.reason_of(error)}"
         return fused
     few = min(MAX_ROWS, max_rows)
     with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
         # The kernels for several rows are compiled while the one for one row is.
-        making = pool.submit(_rows_step, fused, model, kept, reads)
+        making = pool.submit(_rows_step, fused, model, kept, reads, inboxes.rows)
         compiling: list[Future[object]] | Exception = []
         if equal_bits:
             _make_rows(fused, making, max_rows * query_len)
             return _logged(fused)
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
-        _make_persistent(fused, model, kept, tuning)
+        _make_persistent(fused, model, kept, tuning, inboxes.one)
         _make_rows(fused, making, max_rows * query_len)
         nobody = fused.persistent is None and fused.rows is None
         if few == 1 and nobody:
@@ -90,6 +96,63 @@ def build_fused(
     if few > 1 or nobody:
         _finish_chain(fused, few, compiling)
     return _logged(fused)
+
+
+def _described(bound: BoundModel, pages: tuple[LayerPages, ...], max_context: int, share: Share | None) -> Decoder:
+    """The model as data.
+
+    Raises:
+        Unfit: something of it is not fused.
+    """
+    if bound.mixers:
+        raise Unfit("its layers keep a state besides keys and values")
+    if bound.latents:
+        raise Unfit("its layers cache latents instead of keys and values")
+    if any(each.keys.dtype == torch.float8_e4m3fn for each in pages):
+        raise Unfit("keys and values are cached in 8 bits (kv_dtype), which the fused kernels do not read")
+    with bound.original_attention(), torch.inference_mode():
+        return describe(bound.model, bound.sites, bound.weights, max_context, share)
+
+
+def _check(fused: FusedDecode, model: PreTrainedModel, decoder: Decoder) -> None:
+    """Compare with the model's own forward, in which other ranks take part.
+
+    Raises:
+        Unfit: it computes something else, on this rank or another.
+        LostRanks: it failed while others wait.
+    """
+    different: Unfit | None = None
+    try:
+        reference.check(model, decoder)
+    except Unfit as error:
+        different = error
+    except Exception as error:
+        if fused.share is None:
+            raise
+        raise LostRanks(f"a check of the model failed while the other ranks wait in it: {described(error)}") from error
+
+    def tell() -> None:
+        if different is not None:
+            raise different
+
+    fused.on_all_ranks(tell)
+
+
+class _Inboxes:
+    """Where the persistent kernels of all ranks leave partial sums: an address of each rank's memory, by kernel."""
+
+    def __init__(self, model: Decoder, share: Share | None) -> None:
+        self.one: list[int] = []
+        self.rows: list[int] = []
+        if share is None:
+            return
+        own = inbox_bytes(model, 1)
+        try:
+            addresses = share.memory(own + inbox_bytes(model, COLUMNS))
+        except DeviceError as error:  # on all ranks: the chain needs none of it
+            logger.info("no persistent kernels: %s", error)
+            return
+        self.one, self.rows = addresses, [address + own for address in addresses]
 
 
 def _logged(fused: FusedDecode) -> FusedDecode:
@@ -103,14 +166,19 @@ def _rows_step(
     model: Decoder,
     kept: Keeper | None,
     reads: tuple[int, ...],
+    inboxes: Sequence[int],
 ) -> RowsStep:
     """The step for several rows; called on a thread of its own, which has a stream of its own.
 
     Raises:
         Unfit: it does not serve the model.
     """
-    with torch.inference_mode():
-        step = RowsStep(model, fused.pages, block_table=fused.inputs.block_table, reads=reads, kept=kept)
+    if reads and max(reads) >= len(model.layers):
+        raise Unfit("whoever drafts reads what goes into the final norm, which it does not leave")
+    # A new thread is on the first device, and pinned memory belongs to the device that is current.
+    with torch.cuda.device(model.device), torch.inference_mode():
+        table = fused.inputs.block_table
+        step = RowsStep(model, fused.pages, block_table=table, reads=reads, inboxes=inboxes, kept=kept)
     torch.cuda.synchronize(model.device)
     return step
 
@@ -119,7 +187,8 @@ def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> Non
     """Try the step for several columns, and say in the notes whether it serves."""
     columns = min(COLUMNS, tokens)
     try:
-        rows = fused.rows = RowsExecutor(making.result(), columns, fused.first_of_several)
+        step = fused.on_all_ranks(making.result)
+        rows = fused.rows = RowsExecutor(step, columns, fused.first_of_several, fused.share)
         if rows.least > columns:
             rows.close()
             fused.rows = None
@@ -139,18 +208,28 @@ def _make_persistent(
     model: Decoder,
     kept: Keeper | None,
     tuning: Tuning | None,
+    inboxes: Sequence[int],
 ) -> None:
     """Build and try the persistent step, and say in the notes whether it serves."""
 
     def make(*, tuning: Tuning | None) -> PersistentExecutor:
         inputs = fused.inputs
         rows, state, table = inputs.rows, inputs.state, inputs.block_table
-        step = PersistentStep(model, fused.pages, kept=kept, rows=rows, state=state, block_table=table, tuning=tuning)
-        return PersistentExecutor(step)
+        step = PersistentStep(
+            model,
+            fused.pages,
+            kept=kept,
+            rows=rows,
+            state=state,
+            block_table=table,
+            tuning=tuning,
+            inboxes=inboxes,
+        )
+        return PersistentExecutor(step, fused.share)
 
     fused.build = make
     try:
-        fused.persistent = make(tuning=tuning)
+        fused.persistent = fused.on_all_ranks(partial(make, tuning=tuning))
         fused.try_step(fused.persistent, 1)
         fused.notes["decode of 1 row"] = "one persistent kernel"
     except Exception as error:
@@ -184,10 +263,7 @@ def _begin_chain(
 def _finish_chain(fused: FusedDecode, rows: int, compiling: list[Future[object]] | Exception) -> None:
     """Try the chain, and say in the notes what it serves."""
     try:
-        if isinstance(compiling, Exception):
-            raise compiling
-        for future in compiling:
-            future.result()
+        fused.on_all_ranks(partial(_compiled, compiling))
         if fused.chain is None:
             raise RuntimeError("there is no chain to try")
         fused.chain.least = fused.first_of_several
@@ -196,6 +272,13 @@ def _finish_chain(fused: FusedDecode, rows: int, compiling: list[Future[object]]
     except Exception as error:
         fused.chain = None
         fused.notes[f"decode of {fused.first_of_several} to {rows} rows"] = f"no chain: {fused.reason_of(error)}"
+
+
+def _compiled(compiling: list[Future[object]] | Exception) -> None:
+    if isinstance(compiling, Exception):
+        raise compiling
+    for future in compiling:
+        future.result()
 
 
 def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from hybridgen.cache import LayerPages
-from hybridgen.device.failures import is_fatal
+from hybridgen.device.failures import LostRanks, is_fatal
 from hybridgen.errors import CacheMissError, described
 from hybridgen.fused import reference
 from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExecutor
@@ -18,8 +21,11 @@ from hybridgen.graphs import Executor
 from hybridgen.models import StepMetadata
 from hybridgen.models.attention import Phase
 from hybridgen.models.decoder import Decoder, Unfit
+from hybridgen.models.share import Share
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 _TRIAL_TOKENS = 1024
 _TOLERANCE = 5e-2
@@ -43,6 +49,8 @@ class FusedDecode:
     pages: tuple[LayerPages, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     """What serves which sizes, or why nothing does."""
+    share: Share | None = None
+    """The other ranks, where the model is a rank's share."""
     equal_bits: bool = False
     """Whether one kernel serves all decode steps, so that their bits are equal."""
     failures: list[str] = field(default_factory=list)
@@ -119,6 +127,38 @@ class FusedDecode:
             step.repair()
         return bool(stopped)
 
+    def give_up(self) -> None:
+        """Let steps that run wait for nobody any more; from any thread."""
+        for executor in (self.persistent, self.rows):
+            if executor is not None:
+                executor.step.give_up()
+
+    def on_all_ranks(self, make: Callable[[], R]) -> R:
+        """What a call that needs no other rank gives, if it succeeds on all of them; all must come here.
+
+        Raises:
+            Unfit: it failed on another rank.
+            Exception: it failed here.
+        """
+        if self.share is None:
+            return make()
+        failure: Exception | None = None
+        found: list[R] = []
+        try:
+            found.append(make())
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            failure = error
+        told = "" if failure is None else str(failure) if isinstance(failure, Unfit) else described(failure)
+        reason = self.share.agree(told)
+        if failure is not None:
+            raise failure
+        if reason:  # this rank can, so it is no rule of ours
+            self.failures.append(f"fused decode: another rank cannot what this one can: {reason}")
+            raise Unfit(reason)
+        return found[0]
+
     def reason_of(self, error: Exception) -> str:
         """Why something does not serve; what is no rule of ours is a failure, too. A lost device is raised."""
         if isinstance(error, CacheMissError) or is_fatal(error):
@@ -147,17 +187,24 @@ class FusedDecode:
         inputs.state[0, padding] = model.embedding[:_TRIAL_TOKENS].float().norm(dim=-1).argmax()
         step = self.metadata(rows)
         try:
-            actual = executor.logits(step, None)
-            torch.cuda.synchronize(model.device)
-            if self.stopped():
-                raise Unfit("its trial step was given up by the watchdog")
+            try:
+                actual = executor.logits(step, None)
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize(model.device)
+            except Exception as error:
+                if self.share is None:
+                    raise
+                raise LostRanks(f"a step failed on a rank while the others wait in it: {described(error)}") from error
+            self.on_all_ranks(self._check_stopped)
             table = inputs.block_table[padding : padding + 1]
             expected = reference.step(model, self.pages, step.ids[:1], step.positions[:1], table)
-            error = float(((actual.float() - expected).norm(dim=-1) / expected.norm()).max())
+            self.on_all_ranks(partial(_check_error, actual, expected))
         finally:
             inputs.state[:, padding] = 0
-        if not error < _TOLERANCE:
-            raise Unfit(f"its trial step is off by {error:.3g}")
+
+    def _check_stopped(self) -> None:
+        if self.stopped():
+            raise Unfit("its trial step was given up by the watchdog")
 
     def metadata(self, rows: int) -> StepMetadata:
         """A decode step of the rows that the inputs name now."""
@@ -165,3 +212,9 @@ class FusedDecode:
         ids, positions = (inputs.state[i, inputs.rows[:rows]] for i in range(2))
         slots = inputs.slots[:rows]
         return StepMetadata(inputs.block_table, slots, positions, slots, positions + 1, ids, Phase.DECODE)
+
+
+def _check_error(actual: Tensor, expected: Tensor) -> None:
+    error = float(((actual.float() - expected).norm(dim=-1) / expected.norm()).max())
+    if not error < _TOLERANCE:
+        raise Unfit(f"its trial step is off by {error:.3g}")

@@ -9,11 +9,17 @@ from torch import Tensor
 from hybridgen.graphs.key import GraphKey
 from hybridgen.models import StepMetadata
 from hybridgen.models.attention import Phase
+from hybridgen.models.share import Share
 
 if TYPE_CHECKING:  # they import Triton and CUDA's bindings, which are not there everywhere
     from hybridgen.fused.chain.step import ChainStep
     from hybridgen.fused.persistent.step import PersistentStep
     from hybridgen.fused.rows.step import RowsStep
+
+
+def _of_all_ranks(logits: Tensor, share: Share | None) -> Tensor:
+    """The logits of the whole vocabulary."""
+    return logits if share is None else share.gather(logits)
 
 
 class PersistentExecutor:
@@ -22,8 +28,10 @@ class PersistentExecutor:
     name = "persistent"
     launch = "direct"
 
-    def __init__(self, step: PersistentStep) -> None:
+    def __init__(self, step: PersistentStep, share: Share | None = None) -> None:
+        """`share`: the other ranks, where the model is a rank's share."""
         self.step = step
+        self._share = share
 
     def refuses(self, key: GraphKey) -> str | None:
         """Anything but a decode step of one row and one token."""
@@ -33,7 +41,7 @@ class PersistentExecutor:
 
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Launch it. It finds its row in the inputs that it was built with."""
-        return self.step()
+        return _of_all_ranks(self.step(), self._share)
 
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a launch, by name."""
@@ -50,9 +58,11 @@ class RowsExecutor:
     name = "rows"
     launch = "direct"
 
-    def __init__(self, step: RowsStep, columns: int, least: int) -> None:
-        """`columns`: tokens of a step at most; `least`: rows from which on it is used."""
+    def __init__(self, step: RowsStep, columns: int, least: int, share: Share | None = None) -> None:
+        """`columns`: tokens of a step at most; `least`: rows from which on it is used; `share`: the other ranks, where
+        the model is a rank's share."""
         self.step = step
+        self._share = share
         self.columns = columns
         """Tokens of a step at most. Steps with several tokens of a row have no other kernel than this one."""
         self.least = least
@@ -74,7 +84,7 @@ class RowsExecutor:
 
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Launch it; the next call overwrites what it returns."""
-        return self.step(step.ids, step.positions, step.slots)
+        return _of_all_ranks(self.step(step.ids, step.positions, step.slots), self._share)
 
     def states(self, tokens: int) -> Tensor:
         """What went into the layers that whoever drafts reads, [tokens, width]; the next call overwrites it."""
@@ -114,7 +124,7 @@ class ChainExecutor:
         """Launch it; the next call overwrites what it returns."""
         out = self._logits[: step.ids.shape[0]]
         self.chain(step.ids, step.positions, step.slots, step.block_table, out)
-        return out
+        return _of_all_ranks(out, self.chain.model.share)
 
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a launch, by name."""

@@ -31,6 +31,14 @@ def linear(x: Tensor, by: Linear) -> Tensor:
     return by.weight.matmul(x, None if by.bias is None else by.bias.float())
 
 
+def linear_over_ranks(model: Decoder, x: Tensor, by: Linear) -> Tensor:
+    """The same of a projection that reads what each rank has its own part of."""
+    if model.share is None:
+        return linear(x, by)
+    total = model.share.add_up(by.weight.matmul(x, None))
+    return total if by.bias is None else total + by.bias.float()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, head_dim] by the rows of the rotary table of its tokens, [T, head_dim / 2]."""
     first, second = x.chunk(2, -1)
@@ -68,15 +76,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, last: int
 
 def finish_layer(model: Decoder, layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
     """From attention's output [T, heads, head_dim] to the layer's."""
-    x = x + layer.residual * norm(linear(attended.flatten(-2), layer.out), layer.after_attention)
+    x = x + layer.residual * norm(linear_over_ranks(model, attended.flatten(-2), layer.out), layer.after_attention)
     gate, up = linear(norm(x, layer.before_mlp), layer.gate_up).chunk(2, -1)
     active = F.silu(gate) if model.activation == "silu" else F.gelu(gate, approximate="tanh")
-    return x + layer.residual * norm(linear(active * up, layer.down), layer.after_mlp)
+    return x + layer.residual * norm(linear_over_ranks(model, active * up, layer.down), layer.after_mlp)
 
 
 def logits(model: Decoder, x: Tensor) -> Tensor:
-    """float32 [T, vocab] of hidden states behind the last layer."""
-    return linear(norm(x, model.norm), model.head) * model.logits_scale
+    """float32 [T, vocab] of hidden states behind the last layer; the vocabulary of all ranks."""
+    found = linear(norm(x, model.norm), model.head) * model.logits_scale
+    return found if model.share is None else model.share.gather(found)
 
 
 @torch.inference_mode()
@@ -119,11 +128,15 @@ def check(model: PreTrainedModel, decoder: Decoder) -> None:
         Unfit: something differs by more than the model's dtype explains.
     """
     limit = decoder.max_context
+    differences: list[str] = []
     for start in dict.fromkeys((0, max(0, limit - _CHECKED))):
-        _check_at(model, decoder, torch.arange(start, min(start + _CHECKED, limit), device=decoder.device))
+        positions = torch.arange(start, min(start + _CHECKED, limit), device=decoder.device)
+        differences += _check_at(model, decoder, positions)
+    if differences:  # not before: other ranks compute all of it, too
+        raise Unfit(differences[0])
 
 
-def _check_at(model: PreTrainedModel, decoder: Decoder, positions: Tensor) -> None:
+def _check_at(model: PreTrainedModel, decoder: Decoder, positions: Tensor) -> list[str]:
     seen: list[tuple[Tensor, Tensor]] = []
     sites = _layers_of(model, len(decoder.layers))
     hooks = [
@@ -135,7 +148,7 @@ def _check_at(model: PreTrainedModel, decoder: Decoder, positions: Tensor) -> No
         )
         for layer in sites
     ]
-    ids = torch.arange(len(positions), device=decoder.device) * 37 % decoder.vocab
+    ids = torch.arange(len(positions), device=decoder.device) * 37 % decoder.embedding.shape[0]
     try:
         expected = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0].float()
     finally:
@@ -144,7 +157,8 @@ def _check_at(model: PreTrainedModel, decoder: Decoder, positions: Tensor) -> No
     if len(seen) != len(decoder.layers):
         raise Unfit(f"{len(seen)} of its {len(decoder.layers)} layers were seen to run")
     tolerance = _TOLERANCE.get(decoder.dtype, 4e-2)
-    _compare("embedding", decoder.embedding[ids].float() * decoder.embedding_scale, seen[0][0][0].float(), tolerance)
+    embedded = decoder.embedding[ids].float() * decoder.embedding_scale
+    found = [_difference("embedding", embedded, seen[0][0][0].float(), tolerance)]
     for index, (layer, (before, after)) in enumerate(zip(decoder.layers, seen, strict=True)):
         x = before[0].float()
         q, k, v = queries_keys_values(decoder, layer, x, positions)
@@ -155,8 +169,9 @@ def _check_at(model: PreTrainedModel, decoder: Decoder, positions: Tensor) -> No
         out = finish_layer(decoder, layer, x, torch.stack(rows))
         # What the sum was rounded by is no error of the layer's.
         rounding = x.norm(dim=-1) * torch.finfo(decoder.dtype).eps
-        _compare(f"layer {index}", out - x, after[0].float() - x, tolerance, rounding)
-    _compare("head", logits(decoder, seen[-1][1][0].float()), expected, tolerance)
+        found.append(_difference(f"layer {index}", out - x, after[0].float() - x, tolerance, rounding))
+    found.append(_difference("head", logits(decoder, seen[-1][1][0].float()), expected, tolerance))
+    return [each for each in found if each]
 
 
 def _layers_of(model: PreTrainedModel, count: int) -> list[torch.nn.Module]:
@@ -166,8 +181,9 @@ def _layers_of(model: PreTrainedModel, count: int) -> list[torch.nn.Module]:
     raise Unfit("its decoder layers were not found")
 
 
-def _compare(what: str, actual: Tensor, expected: Tensor, tolerance: float, slack: Tensor | float = 0.0) -> None:
-    """Token by token: the first token of a context can be a thousand times as large as the others.
+def _difference(what: str, actual: Tensor, expected: Tensor, tolerance: float, slack: Tensor | float = 0.0) -> str:
+    """What is wrong with a part, or nothing. Token by token: the first of a context can be a thousand times as large as
+    the others.
 
     The tolerance holds for the typical token, four times as much for each: where a token's scores lie close together,
     the model's own rounding moves it that far.
@@ -177,4 +193,5 @@ def _compare(what: str, actual: Tensor, expected: Tensor, tolerance: float, slac
         within = error <= factor * tolerance * size + slack
         if float(within.float().mean()) < enough:
             worst = float((error / size).nan_to_num().max())
-            raise Unfit(f"its {what} computes something else than the fused step would (relative error {worst:.3g})")
+            return f"its {what} computes something else than the fused step would (relative error {worst:.3g})"
+    return ""

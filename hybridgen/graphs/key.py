@@ -9,13 +9,15 @@ from hybridgen.sampling import SamplerPlan
 
 LAYERS = "layers"
 """The executor that serves every step: the model's own decoder layers, compiled or not."""
+SAMPLER = "sampler"
+"""Stands where a key has its executor, in keys of the rest of a step: see `GraphKey.rest`."""
 
 
 class GraphKey(NamedTuple):
     """What distinguishes steps that cannot share a recording."""
 
     executor: str
-    """Who turns the step's tokens into logits: `layers`, `chain` or `persistent`."""
+    """Who turns the step's tokens into logits: `layers`, `chain` or `persistent`; `sampler`: it begins at logits."""
     phase: Phase
     rows: int
     """Requests that it samples for: all of them in decode, those whose prompt ends in prefill."""
@@ -32,6 +34,18 @@ class GraphKey(NamedTuple):
     def size(self) -> int:
         """What buckets count: rows of a decode step, tokens of a prefill."""
         return self.rows if self.phase is Phase.DECODE else self.tokens
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether it is the rest of a step, see `rest()`."""
+        return self.executor == SAMPLER
+
+    def rest(self, sampler: SamplerPlan) -> GraphKey:
+        """What is left of this step, which ended at its logits: masks of rows with a grammar, sampler, and all behind.
+
+        It is recorded apart, so that the masks are made while the forward runs.
+        """
+        return self._replace(executor=SAMPLER, sampler=sampler)
 
     @classmethod
     def prefill(cls, tokens: int, rows: int, sampler: SamplerPlan | None) -> GraphKey:

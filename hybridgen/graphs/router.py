@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from hybridgen.graphs.buckets import USUAL_PROMPT, round_up
@@ -12,6 +12,7 @@ from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.steps import RunSteps
 from hybridgen.graphs.store import FEW_PROMPTS, MANY_PROMPTS, GraphStore, Recording
 from hybridgen.models.attention import Phase
+from hybridgen.sampling import SamplerPlan
 
 FAILED = "failed, see GraphStats.failures"
 """How the reason of a step ends that has no graph because its capture failed, was not tried, or it was wrong."""
@@ -35,6 +36,8 @@ class Route:
     """The part of `run` after the recording: sampling, where the recording ends at the logits."""
     wanted: GraphKey | None = None
     """What would serve these steps better, if it were recorded."""
+    rests: dict[SamplerPlan, Route] = field(default_factory=dict)
+    """How what is left runs of steps that end at their logits, as far as it was asked for; see `Router.rest`."""
 
 
 class Router:
@@ -96,6 +99,8 @@ class Router:
 
     def served(self, key: GraphKey) -> GraphKey:
         """The same step with the executor that serves it: the first that does not refuse."""
+        if key.is_rest:
+            return key
         for executor in self._executors:
             leaves = executor.name == LAYERS or isinstance(executor, StateExecutor)
             if self._reads_layers and not key.quiet and not leaves:
@@ -107,9 +112,29 @@ class Router:
     def plain(self, key: GraphKey, reason: str, wanted: GraphKey | None = None) -> Route:
         """A step of exactly this size without a recording."""
         key = self.served(key)
+        if key.is_rest:
+            return Route(key, partial(self._steps.run, key), f"{key.executor}, eager", reason, wanted=wanted)
         executor = next(executor for executor in self._executors if executor.name == key.executor)
         kind = f"{key.executor}, {executor.launch}"
         return Route(key, partial(self._steps.run, key), kind, reason + _with_drafts(key), wanted=wanted)
+
+    def rest(self, ran: Route, sampler: SamplerPlan) -> Route:
+        """How what is left of a step runs that ended at its logits, and has rows with a grammar: recorded where the
+        step is, but for prefill."""
+        route = ran.rests.get(sampler)
+        if route is None:
+            route = ran.rests[sampler] = self._decide_rest(ran, ran.key.rest(sampler))
+        return route
+
+    def _decide_rest(self, ran: Route, key: GraphKey) -> Route:
+        if ran.recording is None or key.phase is not Phase.DECODE:
+            return self.plain(key, ran.reason)
+        wanted = key if self._store.settings.sample_in_graph else None
+        alike = (other for other in self._larger(key) if other.key.tokens == key.tokens)
+        best = self._store.find(key) or min(alike, key=_preference, default=None)
+        if best is None:
+            return self.plain(key, f"{ran.reason}, sampler outside", wanted)
+        return self._replay(best, f"{ran.reason}, sampler recorded apart", key, wanted)
 
     def without_recording(self, route: Route, reason: str) -> Route:
         """The same step, padding and all, without its recording."""
@@ -160,7 +185,8 @@ class Router:
     def _replay(self, recording: Recording, reason: str, key: GraphKey, wanted: GraphKey | None = None) -> Route:
         if wanted == recording.key or not self._store.settings.improves:
             wanted = None
-        reason += _with_drafts(recording.key) + self._note
+        if not recording.key.is_rest:
+            reason += _with_drafts(recording.key) + self._note
         recorded, ran = recording.recorded, recording.key
         padded = ran.tokens != key.tokens
         kind = f"{ran.executor}, {recorded.owner}"
@@ -180,7 +206,7 @@ class Router:
         only = self.served(key).executor if self._keeps_executor and key.phase is Phase.DECODE else None
         for recording in self._store.recordings:
             other = recording.key
-            alike = (other.phase, other.query_len, other.quiet) == (key.phase, key.query_len, key.quiet)
+            alike = _kind(other) == _kind(key)
             enough = other.tokens >= key.tokens and other.rows >= key.rows
             samples = other.sampler is None or (key.sampler is not None and other.sampler.covers(key.sampler))
             if alike and enough and samples and only in (None, other.executor):
@@ -202,8 +228,7 @@ class Router:
             return f"above the largest bucket, {self._store.settings.buckets(key.phase)[-1]}"
         if wanted in self._store.failed:
             return f"bucket {wanted.size} {FAILED}"
-        kind = key.phase, key.query_len, key.quiet
-        alike = (r.key for r in self._store.recordings if (r.key.phase, r.key.query_len, r.key.quiet) == kind)
+        alike = (r.key for r in self._store.recordings if _kind(r.key) == _kind(key))
         if any(other.tokens >= key.tokens for other in alike):
             return "no graph with this sampling, or with so many prompts"
         return f"bucket {wanted.size} is not captured"
@@ -223,6 +248,11 @@ class Router:
         while rows < key.rows:
             rows *= 2
         return self.served(GraphKey.prefill(size, min(rows, settings.max_rows), sampler))
+
+
+def _kind(key: GraphKey) -> tuple[Phase, int, bool, bool]:
+    """Steps that differ in it cannot stand for each other, whatever their sizes and samplers."""
+    return key.phase, key.query_len, key.quiet, key.is_rest
 
 
 def _with_drafts(key: GraphKey) -> str:

@@ -125,7 +125,7 @@ class GraphSetup:
                 return lambda key, lazy: stand_in
             loader = Loader() if self.spares_first_call else None
             whole = CompiledStepRecorder(compiled, waits=not self.config.lazy_capture, loader=loader)
-            return lambda key, lazy: whole if key.phase is Phase.DECODE else stand_in
+            return lambda key, lazy: whole if key.phase is Phase.DECODE and not key.is_rest else stand_in
         # Imported here, because the trees' module takes part of a second and must be imported on this thread.
         from hybridgen.graphs.cuda import CudaGraphRecorder
 
@@ -136,7 +136,7 @@ class GraphSetup:
 
         trees = TreeRecorder(steps, max_batch=self.config.max_batch, token_budget=self.token_budget)
         if self.config.graphs is GraphOwner.TREES:
-            return lambda key, lazy: trees if not lazy or trees.knows(key) else None
+            return lambda key, lazy: manual if key.is_rest else trees if not lazy or trees.knows(key) else None
         buckets = self.settings().decode
 
         def both(key: GraphKey, lazy: bool) -> Recorder:

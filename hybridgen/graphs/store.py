@@ -158,6 +158,8 @@ class GraphStore:
         recording.last_used = self._clock
         recording.hits += 1
         recording.padded_hits += padded
+        if recording.key.is_rest:  # of a step that is counted
+            return
         self._hits[recording.key.phase] += 1
         self._padded_hits[recording.key.phase] += padded
 
@@ -205,14 +207,15 @@ class GraphStore:
         """
         sizes: dict[str, set[int]] = {}
         for failed, why in self.failed.items():
-            if failed.phase is key.phase and "OutOfMemory" not in why and not why.startswith(_NOT_TRIED):
+            alike = (failed.phase, failed.is_rest) == (key.phase, key.is_rest)
+            if alike and "OutOfMemory" not in why and not why.startswith(_NOT_TRIED):
                 sizes.setdefault(why, set()).add(failed.size)
         # A size that has failed itself, with another sampler, is tried: the sampler may have been the cause.
-        alike = next((why for why, failed in sizes.items() if len(failed - {key.size}) >= _FAILURES_ALIKE), None)
-        if alike is None:
+        same = next((why for why, failed in sizes.items() if len(failed - {key.size}) >= _FAILURES_ALIKE), None)
+        if same is None:
             return False
-        others = " and ".join(map(str, sorted(sizes[alike])))
-        self.failed[key] = f"{_NOT_TRIED}, because {others} failed: {alike}"
+        others = " and ".join(map(str, sorted(sizes[same])))
+        self.failed[key] = f"{_NOT_TRIED}, because {others} failed: {same}"
         self._tell(GraphEventKind.FAILED, key, self.failed[key])
         return True
 
@@ -466,6 +469,8 @@ class GraphStore:
 
 def describe(key: GraphKey) -> str:
     """A recording's name in messages."""
+    if key.is_rest:
+        return f"the sampler's graph of {key.rows} rows"
     rows = "" if key.phase is Phase.DECODE else f" for {key.rows} prompts" if key.rows != 1 else ""
     return f"the {key.phase} graph of {key.size} {'rows' if key.phase is Phase.DECODE else 'tokens'}{rows}"
 

@@ -64,6 +64,7 @@ def assemble(
     for name, read in apart.items():
         place = model.get_submodule(name)
         assert isinstance(place, QuantisedLinear)
+        del vars(place)["weight"]
         place.fill(read(device, dtype))
     for name, read_experts in experts.items():
         packed = model.get_submodule(name)
@@ -80,6 +81,10 @@ def _with_places(
     transformers asks classes for their names and modules, which are the original's.
     """
 
+    # Models give weights their first values, by their names. This one has them: transformers leaves it alone.
+    initialised = torch.empty(0)
+    initialised._is_hf_initialized = True  # type: ignore[attr-defined]
+
     def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
         for name in names:
@@ -87,6 +92,7 @@ def _with_places(
             assert isinstance(linear, nn.Linear)
             place = QuantisedLinear(linear.in_features, linear.out_features, linear.bias is not None)
             place.bias = linear.bias
+            vars(place)["weight"] = initialised
             self.set_submodule(name, place)
         for name in experts:
             self.set_submodule(name, PackedExperts(self.get_submodule(name)))

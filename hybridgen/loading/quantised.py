@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from hybridgen.loading.source import Source
 from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
 from hybridgen.models.experts import probe, sizes_of
 from hybridgen.models.latent import latent_projections
+from hybridgen.models.mixers import projections_read
 from hybridgen.models.packed_experts import PackedWeights
 from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.rounding import quantise, relative_error
@@ -50,6 +51,22 @@ def identity_of(layout: Format | None, stored: Any, config: EngineConfig) -> str
     return f"{layout.method}, made {made}: {json.dumps(stored, sort_keys=True, default=str)}"
 
 
+class Parts(Protocol):
+    """What one of several processes has of a model."""
+
+    def tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Its parts of tensors that are read when they are indexed with `...`, by the files' names."""
+        ...
+
+    def readers(self, readers: Mapping[str, Reader]) -> dict[str, Reader]:
+        """What gives its parts of quantised weights, by the model's names of projections."""
+        ...
+
+    def model_class(self, kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        """The class, whose models have its parts' shapes from the beginning."""
+        ...
+
+
 def load_quantised(
     source: Source,
     files: list[Path],
@@ -59,6 +76,7 @@ def load_quantised(
     config: EngineConfig,
     layout: Format | None,
     model_class: type[PreTrainedModel] | None,
+    parts: Parts | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any], Counter[str]]:
     """The model, transformers' account of what it loaded, and what is not as asked for, counted.
 
@@ -67,6 +85,7 @@ def load_quantised(
     Args:
         files: safetensors files.
         layout: how the checkpoint is stored; None: not quantised.
+        parts: what this process has of the model; None: all of it.
 
     Raises:
         CheckpointError: a tensor is damaged; names it and its file.
@@ -103,11 +122,14 @@ def load_quantised(
             plan.make_head(head, config.quantize_head)
         if "int4" in (config.quantization, config.quantize_head):
             notes[INT4_WARNING] += 1
+        kind, others, apart = type(model), plan.tensors, plan.apart
+        if parts is not None:
+            kind, others, apart = parts.model_class(kind), parts.tensors(others), parts.readers(apart)
         loaded, info = assemble(
-            type(model),
+            kind,
             hf_config,
-            plan.tensors,
-            plan.apart,
+            others,
+            apart,
             dtype,
             device,
             unties_head=head in plan.apart,
@@ -120,14 +142,14 @@ def load_quantised(
 
 
 def quantisable(model: PreTrainedModel) -> list[str]:
-    """Names of the projections that can be quantised: all but the head, routers, and what expands latents.
+    """Names of the projections that can be quantised: all but the head, routers, and those whose weights are read.
 
     Which experts a token gets must not change; a router is an `nn.Linear` beside the experts. What expands latents is
-    taken apart by attention (`models.latent`).
+    taken apart by attention (`models.latent`), and mixers multiply by some weights themselves (`models.mixers`).
     """
     head = model.get_output_embeddings()
     routers = {id(child) for module in model.modules() if hasattr(module, "experts") for child in module.children()}
-    others = routers | {id(projection) for projection in latent_projections(model)}
+    others = routers | {id(projection) for projection in (*latent_projections(model), *projections_read(model))}
     return [
         name
         for name, module in model.named_modules()
@@ -159,7 +181,14 @@ class _Plan:
         self._model = model
         self._places = Places(model)
         self._linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        self._latents = {id(projection) for projection in latent_projections(model)}
+        self._read = {
+            id(projection): why
+            for projections, why in (
+                (latent_projections(model), "attention to latents takes their projections apart"),
+                (projections_read(model), "layers that keep a state multiply by their weights themselves"),
+            )
+            for projection in projections
+        }
         self.apart: dict[str, Reader] = {}
         """By the model's names."""
         self.experts: dict[str, ExpertsReader] = {}
@@ -183,8 +212,8 @@ class _Plan:
         reason = stored.dequantised
         if linear is None and reason is None:
             reason = "transformers joins or renames them while loading, or they are no nn.Linear (experts, embeddings)"
-        elif reason is None and id(linear) in self._latents:
-            reason = "attention to latents takes their projections apart"
+        elif reason is None:
+            reason = self._read.get(id(linear))
         if reason is not None or name is None or linear is None:
             kind = str(self._dtype).removeprefix("torch.")
             self._notes[f"quantised weights are dequantised to {kind}: {reason}"] += 1

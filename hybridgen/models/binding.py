@@ -26,6 +26,7 @@ from hybridgen.cache.paged_latent import LatentShape, PagedLatent
 from hybridgen.errors import CheckpointError, EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, KVFactors, LayerBinding, Phase, StepMetadata
+from hybridgen.models.counting import counts_tokens, use_own_numbers, use_positions
 from hybridgen.models.experts import ExpertsBinding, ExpertsSite, find_experts, use_op, use_own_code
 from hybridgen.models.interface import AttentionNames, check_functions
 from hybridgen.models.latent import (
@@ -43,9 +44,10 @@ from hybridgen.models.layer_list import decoder_layers, layer_around
 from hybridgen.models.mixers import (
     MixerBinding,
     MixerSite,
+    cache_keyword,
     check_claimed,
     check_mixers,
-    read_shapes,
+    mixer_sites,
     use_own_cache,
     use_slots,
 )
@@ -105,13 +107,18 @@ class BoundModel:
     """Of the layers that share an attention schedule the first, and its query heads."""
     latents: tuple[nn.Module, ...] = field(init=False)
     """The attention modules that cache latents."""
+    counting: tuple[nn.Module, ...] = field(init=False)
+    """The attention modules that number a call's tokens."""
     _noted: LayerInputs | None = None
     """What goes into some layers; None: nobody reads it."""
     experts: tuple[ExpertsSite, ...] = ()
     """The modules of experts that decode by the op of `kernels.linear.experts`."""
+    vocab_size: int = 0
+    """Ids that the model takes. A head may have rows of the first of them alone (Apertus 1.5)."""
 
     def __post_init__(self) -> None:
         self.latents = tuple(site.module for site in self.sites if site.latent is not None)
+        self.counting = tuple(site.module for site in self.sites if counts_tokens(site.module))
 
     def layer_states(
         self, page_size: int, dtype: torch.dtype, scales: Mapping[str, KVScales] | None = None
@@ -148,6 +155,20 @@ class BoundModel:
         """Positions that a query sees at most in any layer; None where a layer sees all of them."""
         reaches = [site.sees.reach for site in self.sites]
         return max(reaches) if reaches and all(reaches) else None
+
+    @property
+    def shortest_run(self) -> int:
+        """Tokens at least of a prompt's runs behind its first.
+
+        A mixer computes a token that comes alone as it does in decode. Mamba 2 limits its time step in runs only
+        (`time_step_limit`, `time_step_min`), so that a prompt's last token would get another state than in one run.
+        """
+        return 2 if any(mixer.continues and mixer.shapes.recurrent for mixer in self.mixers) else 1
+
+    @property
+    def continues_runs(self) -> bool:
+        """Whether every layer takes a later run of a prompt at once; some take it token by token (`models.mixers`)."""
+        return all(mixer.continues for mixer in self.mixers)
 
     @property
     def reprefill_length(self) -> int | None:
@@ -192,15 +213,29 @@ class BoundModel:
         self._schedules = tuple((binding, query_heads) for (query_heads, _, _), binding in first.items())
         self._slots = next((state for state in states if isinstance(state, SlotState)), None)
         for mixer, tensors in zip(self.mixers, self._slots.mixers if self._slots else (), strict=True):
-            mixer.module._hybridgen = MixerBinding(tensors, step)  # type: ignore[assignment]
+            mixer.module._hybridgen = MixerBinding(tensors, step, mixer.continues)  # type: ignore[assignment]
         for expert in self.experts:
             expert.module._hybridgen = ExpertsBinding(expert.form, step)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the layers.
+
+        Raises:
+            UnsupportedModelError: the decoder has none that is called `norm`.
+        """
+        found = getattr(self.model.get_decoder(), "norm", None)
+        if not isinstance(found, nn.Module):
+            raise UnsupportedModelError(f"the decoder of a {kind_of(self.model)} has no final norm that is called norm")
+        return found
+
     def note_inputs(self, layers: Sequence[int]) -> None:
-        """From now on keep what goes into these layers, until `take_inputs()`."""
-        self._noted = LayerInputs([self.layers[layer] for layer in layers]) if layers else None
+        """From now on keep what goes into these layers, until `take_inputs()`; behind the last: into the final norm."""
+        count = len(self.layers)
+        modules = [self.layers[layer] if layer < count else self.final_norm for layer in layers]
+        self._noted = LayerInputs(modules) if layers else None
 
     def take_inputs(self) -> tuple[torch.Tensor | None, ...]:
         """What went into these layers in the last `forward()`, [T, hidden] each; None: a layer was not called."""
@@ -214,7 +249,7 @@ class BoundModel:
             keep: int64 [K], the tokens whose logits are wanted; None for all.
 
         Returns:
-            [K, vocab_size] in `logits_dtype`.
+            [K, vocab_size] in `logits_dtype`; -inf for ids that the model takes and its head cannot give.
         """
         if self.latents and not torch.compiler.is_compiling():
             check_unwatched(self.latents)
@@ -232,7 +267,9 @@ class BoundModel:
                 # An int above 0 is not the same thing in every model; a tensor and 0 are.
                 logits_to_keep=0 if keep is None else keep,
             )
-        return output.logits[0]
+        logits = output.logits[0]
+        lacking = self.vocab_size - logits.shape[-1]
+        return nn.functional.pad(logits, (0, lacking), value=-torch.inf) if lacking > 0 else logits
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What steps leave for their own layers alone, by name: the attention schedules."""
@@ -278,6 +315,8 @@ class BoundModel:
             use_slots(mixer.module)
         for module in self.latents:
             use_latents(module)
+        for module in self.counting:
+            use_positions(module)
         for site in self.experts:
             use_op(site)
 
@@ -286,6 +325,8 @@ class BoundModel:
             use_own_cache(mixer.module)
         for module in self.latents:
             use_expansion(module)
+        for module in self.counting:
+            use_own_numbers(module)
         for site in self.experts:
             use_own_code(site)
 
@@ -366,6 +407,7 @@ def bind(model: PreTrainedModel, context: int | None = None, calls: tuple[Probed
     attention = AttentionNames(model)
     sites, mixers, layers, logits_dtype = _find_sites(model, attention, context or _context_of(model), calls)
     bound = BoundModel(model, sites, logits_dtype, ModuleWeights(model), layers, mixers, attention)
+    bound.vocab_size = getattr(model.config, "vocab_size", 0)
     try:
         attention.set(ATTENTION_NAME)
         bound._use_states()
@@ -408,7 +450,9 @@ def _find_sites(
     mixers = check_mixers(model)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     cache = DynamicCache(config=model.config) if mixers else None
-    seen, logits_dtype = _run_two_tokens(model, attention, names, cache)
+    inputs = LayerInputs(mixers)
+    with inputs.listening():
+        seen, logits_dtype = _run_two_tokens(model, attention, names, cache)
     check_distinct(kind, [names[site.module] for site in seen])
     layers = decoder_layers(model, [site.module for site in seen], mixers)
     if [names[site.module] for site in seen] != [call.name for call in calls]:
@@ -437,7 +481,7 @@ def _find_sites(
     if cache is None:
         return sites, (), layers, logits_dtype
     check_claimed(mixers, cache)
-    states = tuple(MixerSite(mixer, layer_around(mixer, layers), read_shapes(mixer, cache)) for mixer in mixers)
+    states = mixer_sites(mixers, layers, cache, inputs)
     return sites, states, layers, logits_dtype
 
 
@@ -505,7 +549,7 @@ def _run_two_tokens(
     try:
         with torch.inference_mode(), noting_expansion(check_latents(model)):
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            keeps = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+            keeps = {"use_cache": False} if cache is None else {cache_keyword(model): cache, "use_cache": True}
             output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], **keeps)
     finally:
         for module in modules:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hybridgen.models.binding import AttentionSite
 from hybridgen.models.projections import has_hooks
 from hybridgen.models.rope import LENGTH_DEPENDENT
+from hybridgen.models.share import Share, ShareLinear
 from hybridgen.models.weights import (
     DenseWeight,
     NotJoinedError,
@@ -107,6 +108,9 @@ class Decoder:
     max_context: int
     """Positions that the model may be run at."""
     dtype: torch.dtype
+    share: Share | None = None
+    """The other ranks, where this is a rank's share: heads, the intermediate size and the vocabulary are its own then,
+    and what `out` and `down` give, before their biases, is added up over the ranks."""
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -185,7 +189,11 @@ _ACTIVATIONS = {
 
 
 def describe(
-    model: PreTrainedModel, sites: Sequence[AttentionSite], weights: WeightProvider, max_context: int
+    model: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    weights: WeightProvider,
+    max_context: int,
+    share: Share | None = None,
 ) -> Decoder:
     """Read a model's structure.
 
@@ -193,6 +201,7 @@ def describe(
         sites: its attention modules, as `models.bind` found them.
         weights: gives its projections' weights, by the names of its modules.
         max_context: positions that it may be run at.
+        share: the other ranks, where the model is a rank's share.
 
     Raises:
         Unfit: a part is missing or of another kind; `check()` must still confirm the rest.
@@ -202,6 +211,8 @@ def describe(
     for name, module in model.named_modules():
         if "forward" in vars(module) or has_hooks(module):
             raise Unfit(f"{name or 'the model'} has hooks or a replaced forward")
+        if share is None and isinstance(module, ShareLinear):
+            raise Unfit(f"{name} has a part of its weight, and the other ranks are not known")
     base = model.base_model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or head is None:
@@ -211,6 +222,8 @@ def describe(
     if last.bias is not None:
         raise Unfit("its head has a bias")
     config: Any = model.config
+    if last.weight.shape[0] < embedding.num_embeddings:
+        raise Unfit("its head cannot give all ids that it takes")
     if getattr(config, "final_logit_softcapping", None):
         raise Unfit("its logits are soft-capped")
     shapes = {site.shape for site in sites}
@@ -250,6 +263,7 @@ def describe(
             rotary=_rotary(base, head_dim, max_context) if rotates else None,
             max_context=max_context,
             dtype=last.weight.format.dtype,
+            share=share,
         )
 
 

@@ -7,7 +7,8 @@ pool in `cache.slot_state`; what it computes stays transformers' own code.
 - *Decode*: one call with a row for each token, [T, 1, hidden]. It decides nothing on the host, so that it can be
   compiled and recorded.
 - *Prefill*: one call for each run of tokens, [1, length, hidden], because transformers' functions start every row of a
-  batch at the same state. `_prefill` is the place for a function that takes packed runs.
+  batch at the same state. `_prefill` is the place for a function that takes packed runs. A mixer whose code begins
+  every run at zeros, as transformers' scan of Mamba 1 does, gets later runs of a prompt token by token.
 
 The mixer's class is changed, not its `forward` attribute, so that layers of a kind still share a compiled graph.
 """
@@ -26,12 +27,22 @@ from transformers import DynamicCache, PreTrainedModel
 from hybridgen.cache.slot_state import MixerShapes, MixerTensors, SlotShape
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.models.attention import Phase, StepMetadata
+from hybridgen.models.layer_inputs import LayerInputs
+from hybridgen.models.layer_list import layer_around
 
 _VERBS = frozenset({"update_conv_state", "update_recurrent_state"})
 """What a mixer calls on its cache, by which it is recognised."""
 _CACHE_NAMES = ("cache_params", "past_key_values", "past_key_value", "cache")
 _NOT_NEEDED = frozenset({"attention_mask", "position_ids", "position_embeddings", "cache_position", "seq_idx"})
 """Arguments of mixers that are None for packed tokens without padding, or that only attention reads."""
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """What the model's forward, and so its `generate`, calls the cache: `cache` from transformers 5.24 on, before that
+    what the mixers' models that have nothing else call it, or else `past_key_values`."""
+    forward = getattr(model, "whole", model).forward  # a text part hands on what it is given
+    names = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in names), "past_key_values")
 
 
 class SlotMixer(nn.Module):
@@ -45,17 +56,21 @@ class MixerSite(NamedTuple):
     layer: nn.Module
     """The decoder layer around it."""
     shapes: MixerShapes
+    continues: bool
+    """Whether its code begins a run of several tokens at the state from before (`continues_runs`)."""
 
 
 class MixerBinding:
     """What one mixer needs beyond its inputs; an attribute of the module."""
 
-    __slots__ = ("convolution", "recurrent", "step")
+    __slots__ = ("continues", "convolution", "recurrent", "step")
 
-    def __init__(self, tensors: MixerTensors, step: StepMetadata) -> None:
+    def __init__(self, tensors: MixerTensors, step: StepMetadata, continues: bool) -> None:
+        """`continues`: see `MixerSite`."""
         self.convolution = tensors.convolution
         self.recurrent = tensors.recurrent
         self.step = step
+        self.continues = continues
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Where the step reads and writes."""
@@ -153,6 +168,14 @@ def find_mixers(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def projections_read(model: nn.Module) -> Iterator[nn.Module]:
+    """The projections whose weights mixers multiply by themselves: Mamba 1 adds the bias of its time step later."""
+    for mixer in find_mixers(model):
+        projection = getattr(mixer, "dt_proj", None)
+        if projection is not None:
+            yield projection
+
+
 def _class_of(module: nn.Module) -> Any:
     return type(module)
 
@@ -220,6 +243,33 @@ def check_claimed(mixers: Sequence[nn.Module], cache: DynamicCache) -> None:
         )
 
 
+def mixer_sites(
+    mixers: Sequence[nn.Module], layers: Sequence[nn.Module], cache: DynamicCache, inputs: LayerInputs
+) -> tuple[MixerSite, ...]:
+    """Mixers with the shapes of what they left in the cache, and whether their classes' code goes on from that.
+
+    Args:
+        inputs: what two tokens brought each of them.
+
+    Raises:
+        UnsupportedModelError: a mixer is not given hidden states, keeps others than are known here, or ignores them.
+    """
+    found: list[MixerSite] = []
+    continues: dict[type[nn.Module], bool] = {}
+    for mixer, hidden in zip(mixers, inputs.take(), strict=True):
+        shapes, kind = read_shapes(mixer, cache), type(mixer)
+        if kind not in continues:
+            if hidden is None:
+                raise UnsupportedModelError(
+                    f"{kind.__name__} of layer {mixer.layer_idx} is not called with its hidden states; hybridgen runs "
+                    "mixers that are"
+                )
+            with torch.inference_mode():
+                continues[kind] = continues_runs(mixer, hidden, shapes)
+        found.append(MixerSite(mixer, layer_around(mixer, layers), shapes, continues[kind]))
+    return tuple(found)
+
+
 def read_shapes(mixer: nn.Module, cache: DynamicCache) -> MixerShapes:
     """What a mixer left in a cache of transformers' own, for a batch of one.
 
@@ -236,6 +286,42 @@ def read_shapes(mixer: nn.Module, cache: DynamicCache) -> MixerShapes:
         )
     shapes = (None if state is None else SlotShape(tuple(state.shape[1:]), state.dtype) for (state,) in kinds)
     return MixerShapes(*shapes)
+
+
+def continues_runs(mixer: nn.Module, hidden: Tensor, shapes: MixerShapes) -> bool:
+    """Whether a mixer's code begins a run of several tokens at the state from before, or at zeros.
+
+    It is given states of NaN, which show in the result wherever they are read.
+
+    Args:
+        hidden: [2, hidden size], an input of it.
+
+    Raises:
+        UnsupportedModelError: it does not go by its state for a single token either.
+    """
+    kind = _class_of(mixer)
+    own, name = kind.forward, _cache_name(kind)
+
+    def reads(tokens: Tensor, index: int) -> bool:
+        convolution, recurrent = (
+            None
+            if shape is None
+            else tokens.new_full((1, *shape.shape), float("nan") if place == index else 0.0, dtype=shape.dtype)
+            for place, shape in enumerate(shapes)
+        )
+        kernel = 0 if shapes.convolution is None else shapes.convolution.shape[-1]
+        output = own(mixer, tokens[None], **{name: SlotCache(convolution, recurrent, kernel, previous=True)})
+        return bool(output.isnan().any())
+
+    kept = [index for index, shape in enumerate(shapes) if shape is not None]
+    if all(reads(hidden, index) for index in kept):
+        return True
+    if all(reads(hidden[:1], index) for index in kept):
+        return False
+    raise UnsupportedModelError(
+        f"{kind.__name__} of layer {mixer.layer_idx} computes the same whatever state it is given; hybridgen runs "
+        "mixers that go on from the one that they left in their cache"
+    )
 
 
 def use_slots(mixer: nn.Module) -> None:
@@ -284,7 +370,9 @@ def _prefill(own: Callable[..., Tensor], name: str, mixer: nn.Module, hidden: Te
     outputs, start = [], 0
     for index, (length, fresh) in enumerate(binding.step.runs):
         cache = binding.read(reads[index : index + 1], fresh)
-        outputs.append(own(mixer, hidden[:, start : start + length], **{name: cache}))
+        run = hidden[:, start : start + length]
+        parts = (run,) if fresh or binding.continues else run.split(1, dim=1)
+        outputs += [own(mixer, part, **{name: cache}) for part in parts]
         binding.write(writes[index : index + 1], cache)
         start += length
     return torch.cat(outputs, dim=1)

@@ -13,8 +13,10 @@ real; where they meet weights, they become meta tensors too (`_Weightless`).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function
 
 from hybridgen.errors import UnsupportedModelError
+from hybridgen.models.counting import counts_tokens
 from hybridgen.models.interface import configs_of
 from hybridgen.models.latent import check_latents
 from hybridgen.models.mixers import check_mixers
@@ -194,8 +197,11 @@ def _run(model: PreTrainedModel) -> _Recorder:
     for meta in (True, False):
         recorder = _Recorder()
         weightless = _copy_without_weights(model, recorder, meta)
-        ids, positions = torch.zeros(1, TOKENS, dtype=torch.long), torch.arange(TOKENS)[None]
         mode = _Weightless()
+        for module in weightless.modules():
+            if counts_tokens(module):
+                module.forward = partial(_counting, mode, module.forward)  # type: ignore[method-assign]
+        ids, positions = torch.zeros(1, TOKENS, dtype=torch.long), torch.arange(TOKENS)[None]
         try:
             with torch.no_grad(), mode:
                 weightless(input_ids=ids, position_ids=positions, use_cache=False)
@@ -211,10 +217,18 @@ def _run(model: PreTrainedModel) -> _Recorder:
         break
     if mode.counted:
         raise UnsupportedModelError(
-            f"{kind} numbers the tokens of a call itself (torch.arange over them) instead of taking their positions, "
-            "as Llama 4 does with attn_temperature_tuning; hybridgen packs tokens of several requests into one call"
+            f"{kind} numbers the tokens of a call itself (torch.arange over them) instead of taking their positions; "
+            "hybridgen packs tokens of several requests into one call"
         )
     return recorder
+
+
+def _counting(mode: _Weightless, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A module whose numbers will be given to it (`models.counting`); the probe's are those that it counts."""
+    counted = mode.counted
+    result = own(*args, **kwargs)
+    mode.counted = counted
+    return result
 
 
 def _largest(model: nn.Module) -> int:
@@ -255,7 +269,23 @@ def _visibility(call: _Call, context: int) -> Visibility:
         raise UnknownMaskError(f"its attention is not causal ({call.not_causal})")
     if call.mask is None:
         raise UnknownMaskError("it attends without a mask, or with one that transformers' mask functions did not make")
+    _lengthen(call.mask.predicate, context)
     return read_visibility(call.mask.predicate, context, call.heads, call.mask.vmapped)
+
+
+def _lengthen(predicate: Any, context: int) -> None:
+    """Let what a predicate keeps of the probe's tokens stand for a text of any length.
+
+    A multimodal model's predicate looks each position up in a tensor that says which image it belongs to. One value for
+    all of the probe's tokens, which are text, is every text's.
+    """
+    for cell in getattr(predicate, "__closure__", None) or ():
+        kept = cell.cell_contents
+        if isinstance(kept, Tensor) and kept.shape == (1, TOKENS) and not kept.is_meta and len(kept.unique()) == 1:
+            cell.cell_contents = kept[:, :1].expand(1, context)
+        for inner in kept if isinstance(kept, tuple) else (kept,):
+            if inspect.isfunction(inner):
+                _lengthen(inner, context)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +19,9 @@ from hybridgen.errors import UnsupportedModelError
 
 class LeftOut(nn.Module):
     """Stands where an encoder was; text never calls it."""
+
+    device = torch.device("meta")
+    """Some forwards ask for it before they know that there is nothing to encode."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("this part was left out, because only text is run")
@@ -99,8 +103,10 @@ def parts_of(whole: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
         UnsupportedModelError: it has none.
     """
     decoder: Any = whole.get_decoder()
-    head = whole.get_output_embeddings()
     kind = type(whole).__name__
+    if whole.get_output_embeddings() is None and isinstance(decoder, PreTrainedModel) and decoder is not whole:
+        whole, decoder = decoder, decoder.get_decoder()  # a language model with its head inside
+    head = whole.get_output_embeddings()
     if not isinstance(decoder, PreTrainedModel) or decoder is whole:
         raise UnsupportedModelError(f"{kind} has no decoder of text that can be taken apart (get_decoder())")
     if head is None:

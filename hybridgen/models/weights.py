@@ -22,6 +22,7 @@ from hybridgen.models.quantised import (
     stack,
     why_not_stacked,
 )
+from hybridgen.models.share import ShareLinear
 
 _PART = 2**26
 """Elements of a weight that are converted to another dtype at once: a converted copy of all of it may not fit."""
@@ -230,7 +231,8 @@ class ModuleWeights:
                 assert isinstance(module, QuantisedLinear)
                 found.append(module)
                 continue
-            if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, FusedHead, FusedTail, RowsLinear):
+            plain = type(module) in (nn.Linear, FusedHead, FusedTail, RowsLinear) or isinstance(module, ShareLinear)
+            if not isinstance(module, nn.Linear) or not plain:
                 raise WeightError(f"{name} is a {type(module).__name__}, not a plain nn.Linear")
             # A class of its own, or none at all: quantised libraries keep the module and change what it holds.
             weight = vars(module)["_parameters"].get("weight")

@@ -3,10 +3,12 @@
 Rank 0 alone writes messages; each of the others reads all of them. A byte in a rank's pipe says that a message is
 there, so that nobody spins while nothing is to be done, and the pipe's end tells a rank that rank 0 is gone.
 
-| word (int64) | what |
+| word (int64) of each rank | what |
 |---|---|
-| 2 r | bytes that rank r has read |
-| 2 r + 1 | the pulse of rank r: it changes while the process lives and is not stopped |
+| 0 | bytes that it has read |
+| 1 | its pulse: changes while the process lives and is not stopped |
+| 2, 3 | its progress: see `Progress` |
+| 4 | calls that it has begun to serve, where its program makes them |
 
 Behind the words comes the ring: messages one behind the other, each with its length before it, padded to words. A
 length of -1 says that the next message is at the beginning.
@@ -23,8 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from hybridgen.errors import DeviceError
+from hybridgen.parallel.progress import Progress
 
 _WORD = 8
+_READ, _PULSE, _PROGRESS, _CALLS = 0, 1, slice(2, 4), 4
+_WORDS = 5
+"""Of each rank."""
 _WAIT_SECONDS = 0.0005
 
 
@@ -41,7 +47,7 @@ class Channel:
         Raises:
             DeviceError: there is too little memory for it.
         """
-        self._first = 2 * size * _WORD
+        self._first = _WORDS * size * _WORD
         self._capacity = -(-ring_bytes // _WORD) * _WORD
         total = self._first + self._capacity
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
@@ -58,18 +64,33 @@ class Channel:
                 f"{total:,} bytes of shared memory in {path.parent} cannot be had: {error.strerror or error}; free "
                 "some (df -h /dev/shm), or leave tensor_parallel out"
             ) from error
-        self._words = np.frombuffer(self._memory, dtype=np.int64, count=2 * size)
-        self._size = size
+        self._words = np.frombuffer(self._memory, dtype=np.int64, count=_WORDS * size).reshape(size, _WORDS)
         self._place = 0
         """Bytes written or read so far, by this rank."""
 
     def pulse(self, rank: int) -> int:
         """The pulse of a rank."""
-        return int(self._words[2 * rank + 1])
+        return int(self._words[rank, _PULSE])
 
     def beat(self, rank: int) -> None:
         """Say that this rank lives."""
-        self._words[2 * rank + 1] += 1
+        self._words[rank, _PULSE] += 1
+
+    def progress(self, rank: int) -> Progress:
+        """The words in which a rank says what it does."""
+        return Progress(self._words[rank, _PROGRESS])
+
+    def states(self) -> list[tuple[int, int]]:
+        """What all ranks say, by rank: a `State` and a count."""
+        return [(state, count) for state, count in self._words[:, _PROGRESS].tolist()]
+
+    def serve(self, rank: int, calls: int) -> None:
+        """Say that this rank serves so many calls from the first one on."""
+        self._words[rank, _CALLS] = calls
+
+    def served_by_all(self) -> int:
+        """Calls from the first one on that all other ranks serve."""
+        return int(self._words[1:, _CALLS].min())
 
     def write(self, message: bytes, check: Callable[[], object]) -> None:
         """Write a message, as soon as all ranks have read what it overwrites.
@@ -97,7 +118,7 @@ class Channel:
         self._place += length
 
     def _read_by_all(self) -> int:
-        return min(int(self._words[2 * rank]) for rank in range(1, self._size))
+        return int(self._words[1:, _READ].min())
 
     def _put(self, offset: int, value: bytes) -> None:
         start = self._first + offset
@@ -114,7 +135,7 @@ class Channel:
         start = self._first + offset + _WORD
         message = self._memory[start : start + length]
         self._place += -(-length // _WORD) * _WORD + _WORD
-        self._words[2 * rank] = self._place
+        self._words[rank, _READ] = self._place
         return message
 
     def _length(self, offset: int) -> int:

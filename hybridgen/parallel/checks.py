@@ -7,17 +7,15 @@ import torch
 from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError, DeviceError, UnsupportedModelError, shown
 from hybridgen.loading import Checkpoint
+from hybridgen.parallel.launched import find_place
 from hybridgen.parallel.plan import shard
 from hybridgen.parallel.weights import whole
 
 _NOT_YET = {
-    "speculation": "drafts are not checked over several processes yet",
-    "drafter": "drafts are not checked over several processes yet",
+    "drafter": "a model that drafts is not loaded on several processes yet",
     "adapter": "adapters are not merged into parts of weights yet",
-    "quantization": "weights are not quantised in parts yet",
-    "quantize_head": "weights are not quantised in parts yet",
-    "fp8_activations": "weights are not quantised in parts yet",
-    "kv_dtype": "keys and values of 8 bits are not cached in parts yet",
+    "quantize_head": "the head is not quantised in parts yet",
+    "fp8_activations": "activations have one scale for all of a row, of which a rank has a part",
     "validate": "replays are not compared over several processes yet",
     "check_addresses": "addresses are not checked over several processes yet",
 }
@@ -39,6 +37,11 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
         value = getattr(config, name)
         if value not in (None, False):
             raise ConfigError(f"tensor_parallel={size} with {name}={shown(value)}: {why}; leave one of them out")
+    if config.speculation not in (None, "ngram"):
+        raise ConfigError(
+            f"tensor_parallel={size} with speculation={shown(config.speculation)}: a drafter of one's own is code, "
+            'which other processes do not get; give "ngram", or leave one of them out'
+        )
     if checkpoint.module is not None:
         raise ConfigError(
             f"tensor_parallel={size}, and the model is a live module, which is whole on one device; give the directory "
@@ -47,12 +50,7 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
     if not torch.distributed.is_available():
         raise DeviceError(f"tensor_parallel={size}, and this build of PyTorch has no torch.distributed")
     if checkpoint.device.type == "cuda":
-        _check_gpus(config, size)
-    if checkpoint.layout is not None:
-        raise UnsupportedModelError(
-            f"tensor_parallel={size}: {checkpoint.name!r} has quantised weights, which are not read in parts yet; give "
-            "a checkpoint in 16 or 32 bits, or leave tensor_parallel out"
-        )
+        _check_gpus(checkpoint, config, size)
     if checkpoint.whole_config is not None:
         raise UnsupportedModelError(
             f"tensor_parallel={size}: {checkpoint.name!r} is a multimodal model, whose text part is not read in parts "
@@ -67,7 +65,15 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
     shard(whole(checkpoint), checkpoint.hf_config, 0, size)
 
 
-def _check_gpus(config: EngineConfig, size: int) -> None:
+def _check_gpus(checkpoint: Checkpoint, config: EngineConfig, size: int) -> None:
+    place = find_place(size)
+    if place is not None:
+        if checkpoint.device.index != place.local:
+            raise ConfigError(
+                f"tensor_parallel={size} under torchrun, and local rank {place.local} is on {checkpoint.device}: load "
+                "with Engine.load() and leave device out"
+            )
+        return
     if config.device not in ("auto", "cuda", "cuda:0"):
         raise ConfigError(
             f"tensor_parallel={size} uses the first {size} GPUs, and device={config.device!r} names one; leave device "

@@ -8,9 +8,9 @@ from hybridgen.execution import ModelRunner
 
 
 def digest(runner: ModelRunner) -> bytes:
-    """Of the slots' state on the device (last tokens, positions), and of their texts where these are kept."""
+    """Of the slots' state on the device (last tokens, positions), and of their texts where all requests' are kept."""
     history = runner.sampler.history
     found = hashlib.sha256(runner.state.table.cpu().numpy().tobytes())
-    if history is not None:
+    if history is not None and runner.drafting is not None:
         found.update(history.text.cpu().numpy().tobytes())
     return found.digest()

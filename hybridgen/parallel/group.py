@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -24,14 +25,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridgen.errors import DeviceError, described, first_line
+from hybridgen.parallel.memory import PeerMemory
 from hybridgen.parallel.one_shot import DTYPES, OneShot
+from hybridgen.parallel.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120.0
 """For all ranks to find each other."""
-STEP_SECONDS = 120.0
-"""For a collective, which waits for the slowest rank. `Ranks` notices within seconds one that died or stands still."""
+STEP_SECONDS = 3600.0
+"""For a collective, which waits for the slowest rank, which may compile. `Ranks` notices one that stands still."""
+
+_TURN_SECONDS = 0.005
 
 FAILED, STEP, CAPTURED, DONE = 1, 2, 3, 4
 """What a rank says when it agrees with the others: that it cannot go on, that it runs a step now, that it captured one
@@ -58,27 +63,47 @@ _library.define("all_gather(Tensor x, int group, int size) -> Tensor", tags=(tor
 class Group:
     """The ranks of one engine."""
 
-    def __init__(self, rank: int, size: int, store: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+        check: Callable[[], object] | None = None,
+    ) -> None:
         """Join; waits for the others.
 
         Args:
             store: a file in a directory of the user's own, through which the ranks find each other.
             device: where this rank's share of the model is.
             dtype: the model's.
+            progress: where this rank says what it does; None: nobody looks.
+            check: called while others are not there yet; raises where they never will be.
 
         Raises:
             DeviceError: the others cannot be reached.
         """
         self.rank = rank
         self.size = size
+        self.progress = progress or Progress()
         self.number = next(_numbers)
         """By which the ops find it."""
         self.one_shot: OneShot | None = None
         """Adds up what is small on CUDA; None where it cannot be had."""
         self.why_not = ""
         """Why it cannot be had on CUDA."""
+        self.endings: list[Callable[[], None]] = []
+        """What is called when the group ends while something may still wait for other ranks; from any thread."""
+        self._device_of_rank = device
+        self._memories: list[PeerMemory] = []
         file = dist.FileStore(str(store), size)
         file.set_timeout(timedelta(seconds=JOIN_SECONDS))
+        file.set(f"rank {rank}", "is there")
+        while check is not None and not file.check([f"rank {other}" for other in range(size)]):
+            check()  # what comes next cannot be called back
+            time.sleep(_TURN_SECONDS)
         try:
             self._host: Any = _gloo(dist.PrefixStore("host", file), rank, size)
             self._device: Any = self._host
@@ -115,11 +140,37 @@ class Group:
             return
         self.one_shot = found
 
+    def memory(self, size: int) -> list[int]:
+        """Zeroed memory of each rank, as this rank's device addresses it; until the group is closed.
+
+        Raises:
+            DeviceError: it cannot be had, on this rank or on another; all of them raise.
+        """
+        found: PeerMemory | None = None
+        why = ""
+        try:
+            if self._device_of_rank.type != "cuda":
+                self.exchange(b"")
+                raise DeviceError("ranks without GPUs map no memory of each other")
+            found = PeerMemory(self.rank, self._device_of_rank, size, self.exchange)
+        except Exception as error:  # no bindings, a driver that does not let memory be mapped, ...
+            why = described(error)
+        said = self.say(FAILED if why else DONE)
+        if FAILED in said:
+            if found is not None:
+                with suppress(DeviceError):
+                    found.close()
+            raise DeviceError(why or f"rank {said.index(FAILED)} cannot map the memory of the others")
+        assert found is not None
+        self._memories.append(found)
+        return found.addresses
+
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, a new tensor of the same shape."""
-        if self.one_shot is not None and self.one_shot.serves(x):
-            return self.one_shot.reduce(x)
-        return self._sum(x.clone(memory_format=torch.contiguous_format))
+        with self.progress.waits:
+            if self.one_shot is not None and self.one_shot.serves(x):
+                return self.one_shot.reduce(x)
+            return self._sum(x.clone(memory_format=torch.contiguous_format))
 
     def _sum(self, total: Tensor) -> Tensor:
         options = dist.AllreduceOptions()
@@ -129,14 +180,20 @@ class Group:
 
     def gather(self, x: Tensor, size: int) -> Tensor:
         """The parts of all ranks one behind the other along the last dimension, which is then cut to `size`."""
-        if self.one_shot is not None and self.one_shot.serves(x):
-            parts = self.one_shot.gather(x)
-        else:
-            parts = x.new_empty((self.size, *x.shape))
-            options = dist.distributed_c10d.AllgatherOptions()
-            options.asyncOp = False
-            _wait(self._device._allgather_base(parts.view(-1), x.reshape(-1).contiguous(), options))
+        with self.progress.waits:
+            if self.one_shot is not None and self.one_shot.serves(x):
+                parts = self.one_shot.gather(x)
+            else:
+                parts = x.new_empty((self.size, *x.shape))
+                options = dist.distributed_c10d.AllgatherOptions()
+                options.asyncOp = False
+                _wait(self._device._allgather_base(parts.view(-1), x.reshape(-1).contiguous(), options))
         return parts.movedim(0, -2).reshape(*x.shape[:-1], -1)[..., :size]
+
+    def of_rank_zero(self, x: Tensor) -> Tensor:
+        """Rank 0's tensor on all ranks, which have one of its shape; integers."""
+        with self.progress.waits:
+            return self._sum(x.clone() if self.rank == 0 else torch.zeros_like(x))
 
     def exchange(self, value: bytes) -> list[bytes]:
         """What each rank hands in, by rank; on the host. All of one length, or empty."""
@@ -146,7 +203,8 @@ class Group:
             own[0] = 1
             own[1:] = torch.frombuffer(bytearray(value), dtype=torch.uint8)
         found = [torch.empty_like(own) for _ in range(self.size)]
-        self._host.allgather([found], [own]).wait()
+        with self.progress.waits:
+            self._host.allgather([found], [own]).wait()
         return [bytes(each[1:].tolist()) if each[0] else b"" for each in found]
 
     def say(self, word: int) -> list[int]:
@@ -156,7 +214,8 @@ class Group:
     def _counts(self, value: int) -> list[int]:
         values = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         values[self.rank] = value
-        self._host.allreduce([values]).wait()
+        with self.progress.waits:
+            self._host.allreduce([values]).wait()
         return values.tolist()
 
     def abort(self) -> None:
@@ -165,6 +224,8 @@ class Group:
         one_shot = self.one_shot
         if one_shot is not None:
             one_shot.end()
+        for call in self.endings:
+            call()
         device = self._device
         if device is not None and device is not self._host:
             with suppress(RuntimeError):
@@ -179,6 +240,10 @@ class Group:
         if self.one_shot is not None:
             with suppress(DeviceError):
                 self.one_shot.close()
+        for memory in self._memories:
+            with suppress(DeviceError):
+                memory.close()
+        self._memories, self.endings = [], []
         self._host = self._device = self.one_shot = None
 
 
@@ -209,8 +274,10 @@ def _gloo(store: dist.Store, rank: int, size: int) -> Any:
     kind: Any = dist.ProcessGroupGloo
     options = kind._Options()
     options._devices = [kind.create_device(hostname="127.0.0.1")]  # nobody else can connect
-    options._timeout = timedelta(seconds=STEP_SECONDS)
-    return kind(store, rank, size, options)
+    options._timeout = timedelta(seconds=JOIN_SECONDS)
+    group = kind(store, rank, size, options)
+    group._set_default_timeout(timedelta(seconds=STEP_SECONDS))
+    return group
 
 
 def all_reduce(x: Tensor, group: int) -> Tensor:

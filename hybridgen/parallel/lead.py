@@ -18,10 +18,12 @@ from hybridgen.execution.ring import Scores
 from hybridgen.graphs import GraphKey, Recorder, Route
 from hybridgen.models.attention import Phase
 from hybridgen.models.binding import paged
+from hybridgen.models.share import Share
 from hybridgen.parallel.digest import digest
 from hybridgen.parallel.group import Group
 from hybridgen.parallel.ranks import STORE, Ranks
 from hybridgen.parallel.recording import LeadRecorder, OtherRankError
+from hybridgen.parallel.share import GroupShare
 from hybridgen.parallel.wire import Kind, Told, admission_message, key_head, pack, step_message
 from hybridgen.sampling import SamplerPlan
 from hybridgen.sampling.own import OwnRows
@@ -40,10 +42,11 @@ class Lead:
             HybridgenError: one is not.
         """
         self.ranks = ranks
+        self.progress = ranks.channel.progress(0)
         try:
             ranks.wait_until_open()
             with self.together():
-                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype)
+                self.group = Group(0, ranks.size, ranks.directory / STORE, device, dtype, self.progress, ranks.check)
             ranks.on_loss(self.group.abort)
         except BaseException:
             ranks.close(at_once=True)
@@ -58,7 +61,8 @@ class Lead:
             HybridgenError: it failed here, for a reason of ours.
         """
         try:
-            yield
+            with self.progress.step:
+                yield
         except OtherRankError:  # the ranks agreed on that
             raise
         except Exception as error:
@@ -92,6 +96,14 @@ class Lead:
             EngineError: it has, with the reason.
         """
         self.ranks.check()
+
+    def begin(self) -> None:
+        """Before a call: wait until all ranks serve.
+
+        Raises:
+            EngineError: the group has ended, with the reason.
+        """
+        self.ranks.wait_for_calls()
 
     def recorder(
         self, recorder: Callable[[GraphKey, bool], Recorder | None] | None
@@ -158,6 +170,8 @@ class LeadRunner(ModelRunner):
         """The decode step that was sent last, if nothing came after it."""
         super().__init__(*arguments, **keywords)
         self.ring.check = self._check
+        self.ring.waiting = lead.progress.waits
+        self.steps.agree = lead.group.of_rank_zero
         if self.compiled is not None:
             self.compiled.strict = False  # what one rank alone finds out while compiling would leave the others waiting
 
@@ -204,6 +218,11 @@ class LeadRunner(ModelRunner):
         with self._lead.together():
             super().run_padding(key)
 
+    def begin_fusing(self, max_context: int, equal_bits: bool) -> Share:
+        """Have the other ranks make the fused executors, as this one is to do with what is returned."""
+        self._tell(pack(Kind.FUSE, [max_context, equal_bits]))
+        return GroupShare.of(self._lead.group, self.bound.model)
+
     def ranks_agree(self) -> bool:
         """Whether all ranks have the same tokens, positions and texts in their slots. Not while requests run.
 
@@ -218,8 +237,8 @@ class LeadRunner(ModelRunner):
         if self._told is not None and route is self._told[0] and self._slots is self._told[1]:
             self._lead.tell(pack(Kind.REPEAT))
         else:
-            finish = sampler if route.finish is not None else None
-            told = Told(route.key, route.recording is not None, finish, rows)
+            finish = sampler if route.finish is not None or own is not None else None
+            told = Told(route.key, route.recording is not None, finish, rows, own is not None)
             self._tell(step_message(told, self._slots, self._chunks))
             if route.key.phase is Phase.DECODE:
                 self._told = route, self._slots

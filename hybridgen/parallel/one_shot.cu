@@ -24,6 +24,14 @@ struct Parameters {
   u64 rank;
   u64 gathers;
   Packet* inboxes[SIZE];   // [2, BLOCKS, SIZE, THREADS] of each rank, the third by who wrote
+  // Of a sum that goes to a residual stream: float32 [rows, width], what the next projection reads of it, the norm's gain
+  // or nothing, and sums of squares [blocks of a row, 16].
+  float* state;
+  u64* handed;
+  const float* gain;
+  float* squares;
+  u64 row_groups, row_blocks;
+  double factor;
 };
 
 __device__ __forceinline__ void send(Packet* to, u64 group, u32 number) {
@@ -105,4 +113,50 @@ extern "C" __global__ void __launch_bounds__(THREADS) one_shot(const __grid_cons
   }
   __syncthreads();   // all threads have read the number
   if (thread == 0) p.numbers[block] = number;
+}
+
+// What a layer of the chain does behind a projection: state += factor * sum over the ranks, handed = state * gain, and sums
+// of squares. A block has a part of a row. The next kernel may start at once and ask for its weights; this one waits for
+// the projection's end itself.
+extern "C" __global__ void __launch_bounds__(THREADS) one_shot_add(const __grid_constant__ Parameters p) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  __shared__ float squares_of[THREADS / 32];
+  const u32 block = blockIdx.x, thread = threadIdx.x, rank = (u32)p.rank;
+  const u32 row = block / (u32)p.row_blocks, part = block % (u32)p.row_blocks;
+  u32 number = p.numbers[block] + 1;
+  if (number == 0) number = 2;
+  const u64 at = (u64)part * THREADS + thread, group = row * p.row_groups + at;
+  const u64 place = ((u64)(number & 1) * BLOCKS + block) * SIZE * THREADS + thread;
+  float squares = 0.f;
+  if (at < p.row_groups) {
+    const u64 own = p.source[group];
+    for (u32 i = 1; i < SIZE; i++) send(p.inboxes[(rank + i) % SIZE] + place + rank * THREADS, own, number);
+    float* state = p.state + group * VALUES;
+    float values[VALUES], gain[VALUES], sum[VALUES] = {};
+    for (int i = 0; i < VALUES; i++) {
+      values[i] = state[i];
+      gain[i] = p.gain ? p.gain[at * VALUES + i] : 1.f;
+    }
+    const Packet* inbox = p.inboxes[rank] + place;
+    for (u32 from = 0; from < SIZE; from++) add(sum, from == rank ? own : receive(inbox + from * THREADS, number, p.ended));
+    for (int i = 0; i < VALUES; i++) {
+      values[i] += (float)p.factor * sum[i];
+      state[i] = values[i];
+      squares += values[i] * values[i];
+      values[i] *= gain[i];
+    }
+    p.handed[group] = packed(values);
+  }
+  for (int o = 16; o; o >>= 1) squares += __shfl_xor_sync(~0u, squares, o);
+  if (thread % 32 == 0) squares_of[thread / 32] = squares;
+  __syncthreads();   // and all threads have read the number
+  if (thread == 0) {
+    float total = 0.f;
+    for (int i = 0; i < THREADS / 32; i++) total += squares_of[i];
+    p.squares[part * 16 + row] = total;
+    p.numbers[block] = number;
+  }
 }

@@ -10,24 +10,22 @@ import ctypes
 import struct
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridgen.device.mapped import host_mapped
-from hybridgen.errors import DeviceError
-from hybridgen.fused.persistent.program import Kernel, Program, compile_cubin, driver_call
+from hybridgen.fused.persistent.program import Kernel, Program, compile_cubin
+from hybridgen.parallel.memory import PeerMemory
 
 PROGRAM = Program((__package__ or "",), "one_shot.cu", (), "one_shot")
+ADDS = Program((__package__ or "",), "one_shot.cu", (), "one_shot_add")
 THREADS, BLOCKS = 256, 256
 _GROUP = 8
 """Bytes that one thread sends."""
 MOST_BYTES = BLOCKS * THREADS * _GROUP
 """Of a tensor, at most; of a gather, what one rank has."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_HANDLE_BYTES = 64
-_LAZY_PEER_ACCESS = 1
 _TRIAL_SECONDS = 5.0
 
 
@@ -59,44 +57,22 @@ class OneShot:
         """
         self.dtype = dtype
         self._rank, self._size, self._device = rank, size, device
-        self._mapped: list[int] = []
-        self._inbox = 0
-        own = b""
-        try:
-            with torch.cuda.device(device):
-                torch.cuda.current_stream(device).synchronize()  # the driver's context is there and current
-                capability = torch.cuda.get_device_capability(device)
-                architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
-                self._kernel = Kernel(compile_cubin(defines(size, dtype), architecture, PROGRAM), 0, PROGRAM)
-                count = 2 * BLOCKS * size * THREADS * 16
-                self._inbox = int(driver_call("cuMemAlloc", count))
-                driver_call("cuMemsetD8", self._inbox, 0, count)
-                handle: Any = driver_call("cuIpcGetMemHandle", self._inbox)
-                own = ctypes.string_at(handle.getPtr(), _HANDLE_BYTES)
+
+        def load() -> None:
+            capability = torch.cuda.get_device_capability(device)
+            architecture = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
+            cubin = compile_cubin(defines(size, dtype), architecture, PROGRAM)
+            self._kernel, self._adds = Kernel(cubin, 0, PROGRAM), Kernel(cubin, 0, ADDS)
+            self._overlaps = capability[0] >= 9
             with torch.inference_mode(False):
                 self._numbers = torch.zeros(BLOCKS, dtype=torch.int32, device=device)
                 self._ended, self._host_ended = host_mapped((1,), torch.int32, device)
-            torch.cuda.synchronize(device)
-        finally:
-            handles = exchange(own)
-        missing = [other for other, found in enumerate(handles) if not found]
-        if missing:
-            self._free()
-            raise DeviceError(f"rank {missing[0]} has no memory that others could map")
-        inboxes = [self._inbox if other == rank else self._map(found) for other, found in enumerate(handles)]
-        values = [0, 0, self._numbers.data_ptr(), self._ended.data_ptr(), 0, rank, 0, *inboxes]
+
+        self._memory = PeerMemory(rank, device, 2 * BLOCKS * size * THREADS * 16, exchange, load)
+        inboxes = self._memory.addresses
+        values = [0, 0, self._numbers.data_ptr(), self._ended.data_ptr(), 0, rank, 0, *inboxes, *[0] * 7]
         packed = struct.pack(f"<{len(values)}Q", *values)
         self._parameters = ctypes.create_string_buffer(packed, len(packed))
-
-    def _map(self, found: bytes) -> int:
-        from cuda.bindings import driver
-
-        handle = driver.CUipcMemHandle()
-        ctypes.memmove(handle.getPtr(), found, _HANDLE_BYTES)
-        with torch.cuda.device(self._device):
-            address = int(driver_call("cuIpcOpenMemHandle", handle, _LAZY_PEER_ACCESS))
-        self._mapped.append(address)
-        return address
 
     def serves(self, x: Tensor) -> bool:
         """Whether it takes a tensor; goes by what is the same on all ranks."""
@@ -110,6 +86,25 @@ class OneShot:
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks: [ranks, *x.shape]."""
         return self._launch(x, x.new_empty((self._size, *x.shape)), gathers=True)
+
+    def parts(self, rows: int, width: int) -> int:
+        """Parts of a row in `add_to_state`, or 0 if it does not take so many rows of this width."""
+        found = -(-width * self.dtype.itemsize // (_GROUP * THREADS))
+        return found if rows * found <= BLOCKS and width * self.dtype.itemsize % _GROUP == 0 else 0
+
+    def add_to_state(
+        self, product: Tensor, state: Tensor, handed: Tensor, gain: Tensor | None, squares: Tensor, factor: float
+    ) -> None:
+        """See `Share.add_to_state`. Added up in float32 in the order of the ranks."""
+        rows, width = product.shape
+        parts = self.parts(rows, width)
+        groups = width * self.dtype.itemsize // _GROUP
+        places = [state.data_ptr(), handed.data_ptr(), 0 if gain is None else gain.data_ptr(), squares.data_ptr()]
+        struct.pack_into("<Q", self._parameters, 0, product.data_ptr())
+        struct.pack_into("<6Qd", self._parameters, 8 * (7 + self._size), *places, groups, parts, factor)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        launch = self._adds.launch_early if self._overlaps else self._adds.launch_any
+        launch(rows * parts, THREADS, self._parameters, stream)
 
     def _launch(self, x: Tensor, out: Tensor, *, gathers: bool) -> Tensor:
         x = x.contiguous()
@@ -152,14 +147,7 @@ class OneShot:
 
     def close(self) -> None:
         """Free the memory. Nothing may run, and no graph may hold it."""
-        self._free()
+        self._memory.close()
         with torch.cuda.device(self._device):
             self._kernel.close()
-
-    def _free(self) -> None:
-        with torch.cuda.device(self._device):
-            for address in self._mapped:
-                driver_call("cuIpcCloseMemHandle", address)
-            if self._inbox:
-                driver_call("cuMemFree", self._inbox)
-        self._mapped, self._inbox = [], 0
+            self._adds.close()

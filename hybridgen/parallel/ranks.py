@@ -18,11 +18,14 @@ from typing import Any
 from hybridgen import errors
 from hybridgen.errors import DeviceError, EngineError, HybridgenError
 from hybridgen.parallel.channel import Channel
+from hybridgen.parallel.progress import Watch
 
 COMMAND = "import sys; from hybridgen.engine.rank import main; sys.exit(main(sys.argv[1], int(sys.argv[2])))"
 """What a rank's process runs, with the group's directory and its rank."""
 STILL_SECONDS = 10.0
 """Without a pulse for so long, a process counts as one that stands still."""
+BEGIN_SECONDS = 300.0
+"""For a process to have imported what it needs, and to have a pulse."""
 END_SECONDS = 5.0
 """For an orderly end; then a process is killed."""
 _TURN_SECONDS = 0.1
@@ -58,8 +61,7 @@ class Ranks:
         try:
             self.channel = Channel(self.directory / MEMORY, size, ring_bytes, create=True)
             (self.directory / ORDER).write_text(json.dumps({**order, "size": size, "ring_bytes": ring_bytes}))
-            for rank in range(1, size):
-                self._processes.append(self._start(rank))
+            self._begin()
         except BaseException as error:
             self.close(at_once=True)
             if isinstance(error, OSError):
@@ -67,6 +69,11 @@ class Ranks:
             raise
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="hybridgen-ranks")
         self._watcher.start()
+
+    def _begin(self) -> None:
+        """Have the other ranks begin."""
+        for rank in range(1, self.size):
+            self._processes.append(self._start(rank))
 
     def _start(self, rank: int) -> subprocess.Popen[str]:
         threads = str(max(1, (os.cpu_count() or 1) // self.size))
@@ -103,7 +110,7 @@ class Ranks:
             answer = json.loads(line)
             if "error" in answer:
                 self.fail(f"rank {rank}: {answer['error']['message']}")
-                raise _error(answer["error"])
+                raise error_of(answer["error"])
 
     def tell(self, message: bytes) -> None:
         """Send a message to all of them.
@@ -113,10 +120,22 @@ class Ranks:
         """
         self.check()
         self.channel.write(message, self.check)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell all of them that a message is there."""
         for process in self._processes:
             if process.stdin is not None:
                 with suppress(OSError):  # it is dead, which the watcher tells
                     os.write(process.stdin.fileno(), b"m")
+
+    def wait_for_calls(self) -> None:
+        """Before a call: wait until all of them serve. Those that this process started always do.
+
+        Raises:
+            EngineError: the group has ended.
+        """
+        self.check()
 
     def check(self) -> None:
         """Raise if the group has ended.
@@ -153,21 +172,42 @@ class Ranks:
 
     def _watch(self) -> None:
         """Notice a process that died or stands still; in a thread of its own."""
-        pulses = [(-1, time.monotonic())] * self.size
+        pulses = [(0, time.monotonic())] * self.size
+        watch = Watch(self.size)
         while not self._closing and self.lost is None:
-            for rank, process in enumerate(self._processes, 1):
-                now = time.monotonic()
-                status = process.poll()
-                if status is not None and not self._closing:
-                    self.fail(f"rank {rank} {_ended(status)}{self._last_words(rank)}")
-                    return
-                pulse = self.channel.pulse(rank)
-                if pulse != pulses[rank][0]:
-                    pulses[rank] = pulse, now
-                elif pulse and now - pulses[rank][1] > STILL_SECONDS:
-                    self.fail(f"rank {rank} has stood still for {STILL_SECONDS:.0f} seconds")
-                    return
+            why = self._look(pulses, watch)
+            if why is not None and not self._closing:
+                self.fail(why)
             time.sleep(_TURN_SECONDS)
+
+    def _look(self, pulses: list[tuple[int, float]], watch: Watch) -> str | None:
+        """What is wrong with a rank; None: nothing is.
+
+        Args:
+            pulses: by rank the last one and since when; changed here.
+        """
+        for rank in range(1, self.size):
+            ended = self._ended(rank)
+            if ended is not None:
+                return f"rank {rank} {ended}"
+            if not self._has_come(rank):
+                pulses[rank] = 0, time.monotonic()
+            now, pulse = time.monotonic(), self.channel.pulse(rank)
+            if pulse != pulses[rank][0]:
+                pulses[rank] = pulse, now
+            elif now - pulses[rank][1] > (STILL_SECONDS if pulse else BEGIN_SECONDS):
+                still = now - pulses[rank][1]
+                return f"rank {rank} has stood still for {still:.0f} seconds{self._last_words(rank)}"
+        return watch.look(self.channel.states(), time.monotonic())
+
+    def _has_come(self, rank: int) -> bool:
+        """Whether a rank is to have a pulse."""
+        return True
+
+    def _ended(self, rank: int) -> str | None:
+        """How a rank ended; None while it lives."""
+        status = self._processes[rank - 1].poll()
+        return None if status is None else _ended(status) + self._last_words(rank)
 
     def _last_words(self, rank: int) -> str:
         """The end of what a process printed, or the error that it sent."""
@@ -177,6 +217,7 @@ class Ranks:
         return ""
 
     def _kill(self) -> None:
+        """End what is left of them at once."""
         for process in self._processes:
             with suppress(OSError):
                 process.kill()
@@ -184,6 +225,11 @@ class Ranks:
     def close(self, *, at_once: bool = False) -> None:
         """End the processes; none is left afterwards. Twice is fine."""
         self._closing = True
+        self._leave(at_once)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _leave(self, at_once: bool) -> None:
+        """Let them end, and wait for that."""
         for process in self._processes:
             if process.stdin is not None:
                 with suppress(OSError):
@@ -197,14 +243,13 @@ class Ranks:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _ended(status: int) -> str:
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-def _error(answer: Mapping[str, str]) -> HybridgenError:
+def error_of(answer: Mapping[str, str]) -> HybridgenError:
     """An exception that another process had."""
     kind = getattr(errors, answer["kind"], None)
     if isinstance(kind, type) and issubclass(kind, HybridgenError):

@@ -115,7 +115,8 @@ class LeadRecorder:
         """See `Recorder.record`; `known` is not used."""
         self._begin(key)
         try:
-            recorded = record_together(self._recorder, self._group, key, step)
+            with self._group.progress.long:
+                recorded = record_together(self._recorder, self._group, key, step)
         except OutOfStepError:
             with self._together():
                 raise

@@ -10,6 +10,7 @@ from typing import Any
 from hybridgen.cache import pages_for_tokens
 from hybridgen.config import EngineConfig, ResolvedConfig
 from hybridgen.loading import Checkpoint
+from hybridgen.parallel.launched import LaunchedRanks, Place
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.ranks import Ranks
 
@@ -19,8 +20,13 @@ _LEFT_OUT = ("device", "on_graph_event", "progress", "compile_cache", "revision"
 """Fields that the other ranks do not need, or have another value of."""
 
 
-def start(checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig) -> Lead | None:
+def start(
+    checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig, place: Place | None = None
+) -> Lead | None:
     """Start the other ranks and wait until they have opened the checkpoint; None where there are no others.
+
+    Args:
+        place: rank 0's, where torchrun started all of them.
 
     Raises:
         HybridgenError: a rank could not be started, with the reason.
@@ -30,11 +36,12 @@ def start(checkpoint: Checkpoint, config: EngineConfig, resolved: ResolvedConfig
     checkpoint.fetch()  # what is on the hub is downloaded once
     pages = pages_for_tokens(resolved.max_context, config.page_size)
     largest = 8 * (pages + resolved.max_context + 16 * resolved.token_budget + 16 * config.max_batch)
-    ranks = Ranks(_order(checkpoint, config), config.tensor_parallel, _RING_BYTES + 2 * largest)
+    order, ring = order_of(checkpoint, config), _RING_BYTES + 2 * largest
+    ranks = Ranks(order, config.tensor_parallel, ring) if place is None else LaunchedRanks(order, place, ring)
     return Lead(ranks, checkpoint.device, checkpoint.dtype)
 
 
-def _order(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
+def order_of(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
     """What `engine.rank` is told at first."""
     source = checkpoint.source
     assert source is not None

@@ -11,6 +11,8 @@
 | `RELEASE` | key | |
 | `END` | | |
 | `COMPARE` | | |
+| `FUSE` | longest context, whether with equal bits | |
+| `RESULT` | a part of a call's result as JSON text, and whether more follows | |
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class Kind(IntEnum):
     RELEASE = 7
     END = 8
     COMPARE = 9
+    RESULT = 10
+    FUSE = 11
 
 
 class Message(NamedTuple):
@@ -65,6 +69,8 @@ class Told(NamedTuple):
     """What samples behind it, where it ends at the logits."""
     rows: int
     """Rows that belong to requests."""
+    own: bool = False
+    """Whether some row has functions or a grammar, which rank 0 alone has: its tokens are everybody's."""
 
 
 def pack(kind: Kind, head: Any = None, arrays: Sequence[Sequence[int] | np.ndarray] = ()) -> bytes:
@@ -112,13 +118,13 @@ def _tuples(value: Any) -> Any:
 def key_head(key: GraphKey) -> list[Any]:
     """A key as JSON has it."""
     plan = None if key.sampler is None else list(key.sampler)
-    return [key.executor, key.phase, key.rows, key.tokens, key.query_len, plan]  # nobody drafts over several processes
+    return [key.executor, key.phase, key.rows, key.tokens, key.query_len, plan, key.quiet]
 
 
 def read_key(head: Sequence[Any]) -> GraphKey:
     """What `key_head` was given."""
-    executor, phase, rows, tokens, query_len, sampler = head
-    return GraphKey(executor, Phase(phase), rows, tokens, query_len, _plan(sampler))
+    executor, phase, rows, tokens, query_len, sampler, quiet = head
+    return GraphKey(executor, Phase(phase), rows, tokens, query_len, _plan(sampler), quiet)
 
 
 def _plan(head: Sequence[Any] | None) -> SamplerPlan | None:
@@ -129,6 +135,7 @@ def step_message(told: Told, slots: Sequence[int], chunks: Sequence[PrefillChunk
     """A step: of a decode step its slots, of a prefill its chunks. Hidden states are taken on rank 0 alone."""
     finish = None if told.finish is None else list(told.finish)
     head = {"key": key_head(told.key), "recorded": told.recorded, "finish": finish, "rows": told.rows}
+    head["own"] = told.own
     if told.key.phase is Phase.DECODE:
         return pack(Kind.STEP, head, (list(slots),))
     table: list[int] = []
@@ -145,7 +152,7 @@ def step_message(told: Told, slots: Sequence[int], chunks: Sequence[PrefillChunk
 def read_step(message: Message) -> tuple[Told, tuple[int, ...], list[PrefillChunk]]:
     """What `step_message` was given."""
     head = message.head
-    told = Told(read_key(head["key"]), head["recorded"], _plan(head["finish"]), head["rows"])
+    told = Told(read_key(head["key"]), head["recorded"], _plan(head["finish"]), head["rows"], head["own"])
     if told.key.phase is Phase.DECODE:
         return told, tuple(message.arrays[0].tolist()), []
     table, tokens, targets = (array.tolist() for array in message.arrays)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -28,12 +31,16 @@ _ALONE = 4
 """Up to so many rows one thread makes the masks."""
 _THREADS = 8
 """At most, for more rows."""
+_LEXERS = 16
+"""Of a grammar, at most."""
+_NOTICED = 0.005
+"""Seconds of processor time that building one may take while rows wait for it."""
 _LIMITS: dict[str, Any] = {"initial_lexer_fuel": 200_000, "max_items_in_row": 1000}
 """Below llguidance's own, which let a first mask take a second."""
 
 
 class Matcher(Protocol):
-    """What follows one text through a grammar. A library that does these four can take the place of llguidance."""
+    """What follows one text through a grammar. A library that does these three can take the place of llguidance."""
 
     done: bool
     """Whether the text has ended."""
@@ -52,9 +59,6 @@ class Matcher(Protocol):
             SamplingError: that takes too much.
         """
 
-    def copy(self) -> Matcher:
-        """Another one at the same place."""
-
 
 class _Wanted(NamedTuple):
     """A grammar as the caller gave it: the field's name and its text."""
@@ -66,12 +70,13 @@ class _Wanted(NamedTuple):
 class Constraint:
     """The grammar of a request. Each of its completions follows it on its own."""
 
-    def __init__(self, start: Matcher) -> None:
-        self._start = start
+    def __init__(self, begin: Callable[[], Matcher]) -> None:
+        """`begin`: makes what follows a text from its first token."""
+        self._begin = begin
 
     def begin(self) -> GrammarRow:
         """The way of one completion, at its first token."""
-        return GrammarRow(self._start.copy())
+        return GrammarRow(self._begin())
 
 
 class GrammarRow:
@@ -105,8 +110,10 @@ def fill(rows: Sequence[GrammarRow], bits: Tensor) -> None:
         else:
             open_rows.append((row, line))
     together = [(row.matcher, line) for row, line in open_rows if isinstance(row.matcher, _Guidance)]
-    filled = len(together) > _ALONE
+    filled = len(together) > _ALONE and _most_threads() > 1
     if filled:
+        # Threads take runs of this list: rows that wait for the same lexer come behind each other.
+        together.sort(key=lambda pair: pair[0].lexer)
         _fill_together([(matcher.inner, line) for matcher, line in together], bits)
     for row, line in open_rows:
         try:
@@ -130,7 +137,12 @@ def _threads(process: int) -> Any:
     """Threads of this process: a forked one has none of its parent's."""
     from llguidance import LLExecutor
 
-    return LLExecutor(max(1, min(_THREADS, (os.cpu_count() or 1) - 1)))
+    return LLExecutor(_most_threads())
+
+
+def _most_threads() -> int:
+    """One core is for the others: whoever launches steps, encodes prompts, and speaks to clients."""
+    return min(_THREADS, (os.cpu_count() or 1) - 1)
 
 
 def constraint_of(
@@ -159,7 +171,7 @@ def constraint_of(
     if params.ignore_eos or end is None:
         why = "ignore_eos=True" if params.ignore_eos else "a model without an end-of-sequence id"
         raise SamplingError(f"{wanted.kind} with {why} would never end; leave one of them out")
-    return Constraint(_compiled(tokenizer, vocab_size, end, wanted))
+    return Constraint(_compiled(tokenizer, vocab_size, end, wanted).begin)
 
 
 def _wanted(params: SamplingParams) -> _Wanted | None:
@@ -193,7 +205,7 @@ def _vocabulary(tokenizer: Any, vocab_size: int, end: int) -> Any:
 
 
 @functools.lru_cache(COMPILED)
-def _compiled(tokenizer: Any, vocab_size: int, end: int, wanted: _Wanted) -> Matcher:
+def _compiled(tokenizer: Any, vocab_size: int, end: int, wanted: _Wanted) -> _Starts:
     vocabulary = _vocabulary(tokenizer, vocab_size, end)
     from llguidance import LLMatcher, LLParserLimits
 
@@ -212,18 +224,57 @@ def _compiled(tokenizer: Any, vocab_size: int, end: int, wanted: _Wanted) -> Mat
         grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
     else:
         grammar = LLMatcher.grammar_from_lark(wanted.text)
-    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+    begun = time.thread_time()
+    build = functools.partial(LLMatcher, vocabulary, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+    matcher = build()
     if matcher.is_error():
         raise SamplingError(f"{wanted.kind}={shown(wanted.text, 60)} cannot be kept to: {_said(matcher)}")
-    return _Guidance(matcher, end)
+    return _Starts(matcher, build if time.thread_time() - begun <= _NOTICED else None, end)
+
+
+class _Starts:
+    """Matchers at the beginning of one grammar, from which those of its rows are copied.
+
+    A copy shares the lexer of what it was copied from, behind a lock (llguidance 1.9.1), so that the masks of rows with
+    one lexer are made one after the other, whatever the threads. So rows that run at a time get lexers of their own.
+    They keep what they learn of the grammar: later rows have it.
+    """
+
+    def __init__(self, first: Any, build: Callable[[], Any] | None, end: int) -> None:
+        """
+        Args:
+            build: makes another one like the first, with a lexer of its own; None: that takes too long.
+            end: the token that ends a text.
+        """
+        self._starts = [first]
+        self._rows: list[weakref.WeakSet[_Guidance]] = [weakref.WeakSet()]
+        self._build, self._end = build, end
+        self._lock = threading.Lock()  # engines of one process share the grammars that are kept
+
+    def begin(self) -> Matcher:
+        """A matcher for one row, by the lexer that has the fewest."""
+        with self._lock:
+            counts = [len(rows) for rows in self._rows]
+            lexer = counts.index(min(counts))
+            if counts[lexer] and self._build is not None and len(counts) < _LEXERS:
+                lexer = len(counts)
+                self._starts.append(self._build())
+                self._rows.append(weakref.WeakSet())
+            row = _Guidance(self._starts[lexer].deep_copy(), self._end, lexer)
+            self._rows[lexer].add(row)
+            return row
 
 
 class _Guidance:
     """llguidance's matcher. It has limits of its own for what a grammar and a step of it may take."""
 
-    def __init__(self, matcher: Any, end: int) -> None:
-        """`end`: the token that ends a text."""
-        self.inner, self._end = matcher, end
+    def __init__(self, matcher: Any, end: int, lexer: int) -> None:
+        """
+        Args:
+            end: the token that ends a text.
+            lexer: a number for the lexer that it shares with others.
+        """
+        self.inner, self._end, self.lexer = matcher, end, lexer
         self.done = False
 
     def accept(self, token_ids: list[int]) -> None:
@@ -244,9 +295,6 @@ class _Guidance:
         """
         if self.inner.is_error():
             raise SamplingError(f"the grammar cannot be followed any further: {_said(self.inner)}")
-
-    def copy(self) -> Matcher:
-        return _Guidance(self.inner.deep_copy(), self._end)
 
 
 def _said(matcher: Any) -> str:

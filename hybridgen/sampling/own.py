@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hybridgen.errors import RequestError, described, shown
-from hybridgen.kernels.sampling.allowed import keep_allowed
 from hybridgen.sampling.grammar import Constraint, fill
 
 
@@ -101,39 +100,36 @@ class OwnRows:
             rows: (row, slot, what is its own).
         """
         self._rows = tuple(rows)
-        self._guided = [(row, own, own.grammar) for row, _, own in rows if own.grammar is not None]
-        self._places: Tensor | None = None
+        guided = [(row, own, own.grammar) for row, _, own in rows if own.grammar is not None]
+        self._waiting = [own for _, own, _ in guided]
+        self._grammars = [grammar for _, _, grammar in guided]
+        self.guided = tuple(row for row, _, _ in guided)
+        """Rows with a grammar."""
         self.calls = any(own.functions for _, _, own in rows)
         """Whether some row has functions, which read its text."""
 
     def apply(self, text: Tensor | None, scores: Tensor) -> Tensor:
-        """Change those rows of the logits, [B, V], by their functions and then by their grammars; the others stay as
-        they are. Returns a copy, float32 where there are functions.
+        """Change those rows of the logits, [B, V], by their functions; the others stay as they are. Returns a copy in
+        float32.
 
         Args:
             text: int32 [slots, context], the tokens of each slot by position; None where no row has functions.
         """
-        scores = scores.to(torch.float32 if self.calls else scores.dtype, copy=True)
+        scores = scores.to(torch.float32, copy=True)
         if text is not None:
             for row, slot, own in self._rows:
                 if own.functions:
                     scores[row] = own.apply(text[slot], scores[row])
-        if self._guided:
-            self._guide(scores)
         return scores
 
-    def _guide(self, scores: Tensor) -> None:
-        """-inf for what the grammars do not allow. The host waits for the step before; the forward of this one runs."""
-        on_cuda = scores.is_cuda
-        if self._places is None or self._places.device != scores.device:
-            rows = torch.tensor([row for row, _, _ in self._guided], dtype=torch.int64, pin_memory=on_cuda)
-            self._places = rows.to(scores.device, non_blocking=True)
-        for _, own, _ in self._guided:
+    def catch_up(self) -> None:
+        """Wait for the step before, and go on in the grammars with its tokens."""
+        for own in self._waiting:
             own.catch_up()
-        shape = len(self._guided), -(-scores.shape[1] // 32)
-        bits = torch.empty(shape, dtype=torch.int32, device="cpu", pin_memory=on_cuda)  # kept until it is copied
-        fill([grammar for _, _, grammar in self._guided], bits)
-        keep_allowed(scores, self._places, bits.to(scores.device, non_blocking=True))
+
+    def fill(self, bits: Tensor) -> None:
+        """Write which tokens may come next in each of the `guided` rows: int32 [G, ceil(V / 32)], on the CPU."""
+        fill(self._grammars, bits)
 
     def launched(self, step: Sampled) -> None:
         """The step was launched: each gets one more token from it."""

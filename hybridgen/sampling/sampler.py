@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybridgen.kernels.sampling.allowed import keep_allowed
 from hybridgen.sampling.choice import best_of, choose_greedy, choose_sampled, truncated, with_noise
 from hybridgen.sampling.history import apply_history
 from hybridgen.sampling.own import OwnRows
@@ -39,6 +40,7 @@ def sample(
     own: OwnRows | None = None,
     drafts: Tensor | None = None,
     behind: Tensor | None = None,
+    allowed: tuple[Tensor, Tensor] | None = None,
 ) -> SampleOutput:
     """Choose a token for each row. Runs on the device; the host waits for nothing.
 
@@ -59,6 +61,8 @@ def sample(
             behind the first of them, -1 for none. The history has them already.
         behind: int64 [B, N]: the last tokens of each row's text, below 0 for none, that the counts of its output do not
             have yet. The history has them already.
+        allowed: rows, and bits for the tokens that each of them may choose; see `kernels.sampling.allowed`. It comes
+            behind everything else that changes logits.
 
     Raises:
         ValueError: the logits are not as wide as the state.
@@ -70,8 +74,11 @@ def sample(
     scores = logits if cuda else logits.float()
     if plan.processes:
         scores = process(logits.float(), state, slots, positions, generated, plan, drafts, behind)
-    if own is not None:
+    if own is not None and own.calls:
         scores = own.apply(None if state.history is None else state.history.text, scores)
+    if allowed is not None:
+        scores = scores.clone()  # log-probabilities are of the logits as they were
+        keep_allowed(scores, *allowed)
     exact = plan.cuts or plan.sampled_logprobs
     scaled = truncate(scores.float(), state, slots, plan) if exact or (plan.sample and not cuda) else None
     if cuda:

@@ -67,6 +67,11 @@ class SamplerPlan(NamedTuple):
         """Whether some row's logits are changed before a token is chosen."""
         return self.penalties or self.bias or self.by_length or self.history
 
+    @property
+    def greedy(self) -> bool:
+        """Whether every row takes its largest logit as the model gives it."""
+        return not (self.sample or self.processes)
+
     def covers(self, other: SamplerPlan) -> bool:
         """Whether a step with this plan gives rows that need `other` the tokens that they would get from it."""
         wanted = (-1 if plan.logprobs is None else plan.logprobs for plan in (self, other))

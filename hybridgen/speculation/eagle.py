@@ -13,14 +13,13 @@ the pair at their end has the token with which another prompt went on; that can 
 
 from __future__ import annotations
 
-from typing import Any, cast
+import logging
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, silu
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hybridgen.cache import LayerShape, LayerState, PagedKV
+from hybridgen.cache import LayerPages, LayerShape, LayerState, PagedKV
 from hybridgen.errors import ConfigError
 from hybridgen.execution.drafting import DraftCall, PrefillCall
 from hybridgen.kernels.attention.ops import (
@@ -33,112 +32,20 @@ from hybridgen.kernels.attention.ops import (
 )
 from hybridgen.kernels.step.drafts import NO_DRAFT
 from hybridgen.loading import Checkpoint
-from hybridgen.loading.eagle import EagleFiles, HeadShape
+from hybridgen.loading.eagle import EagleFiles
 from hybridgen.models import BoundModel
+from hybridgen.models.decoder import Unfit
+from hybridgen.models.twin import has_forward_hooks, has_global_hooks
+from hybridgen.sampling.choice import choose_greedy
+from hybridgen.speculation.head import EagleHead
+
+if TYPE_CHECKING:  # it imports Triton, which is not there everywhere
+    from hybridgen.fused.chain.draft_head import HeadChain
+
+logger = logging.getLogger(__name__)
 
 _NO_NUMBER = -2
 """A draft where the logits held no number that could be chosen: it is counted as dropped."""
-
-
-class EagleHead(nn.Module):
-    """The weights of a head, and what they compute."""
-
-    fc: Tensor
-    hidden_norm: Tensor
-    input_layernorm: Tensor
-    post_attention_layernorm: Tensor
-    qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
-    norm: Tensor
-    lm_head: Tensor
-    embedding: Tensor | None
-    ids: Tensor | None
-    """The model's ids that it can draft; None: each is its own."""
-    inverse_frequencies: Tensor
-    rotary_scale: Tensor
-
-    def __init__(self, shape: HeadShape, weights: dict[str, Tensor], rotary: LlamaRotaryEmbedding) -> None:
-        """
-        Args:
-            weights: by the names of `loading.eagle.read_head`; they are emptied into the head.
-            rotary: gives the frequencies.
-        """
-        super().__init__()
-        self.shape = shape
-
-        def keep(name: str, *parts: str) -> None:
-            value = torch.cat([weights.pop(part) for part in parts]) if len(parts) > 1 else weights.pop(parts[0])
-            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-        # A rotation turns values half a head apart against each other. Here they lie side by side, as the parts of
-        # complex numbers: scores do not change where queries and keys are reordered alike.
-        for name in ("q_proj", "k_proj"):
-            full = f"layer.self_attn.{name}.weight"
-            weights[full] = weights[full].unflatten(0, (-1, 2, shape.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        keep("fc", "fc.weight")
-        for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
-            keep(name, f"layer.{name}.weight")
-        keep("qkv", *(f"layer.self_attn.{each}_proj.weight" for each in "qkv"))
-        keep("out", "layer.self_attn.o_proj.weight")
-        keep("gate_up", "layer.mlp.gate_proj.weight", "layer.mlp.up_proj.weight")
-        keep("down", "layer.mlp.down_proj.weight")
-        keep("norm", "norm.weight")
-        keep("lm_head", "lm_head.weight")
-        if "embed_tokens.weight" in weights:
-            keep("embedding", "embed_tokens.weight")
-        else:
-            self.register_parameter("embedding", None)
-        self.register_buffer("ids", weights.pop("ids", None))
-        self.register_buffer("inverse_frequencies", rotary.inv_freq.to(self.fc.device))
-        scale = torch.full_like(rotary.inv_freq, float(rotary.attention_scaling))
-        self.register_buffer("rotary_scale", scale.to(self.fc.device))
-
-    def joined(self, states: Tensor) -> Tensor:
-        """The model's hidden states [..., 3 * H of the model] as one [..., H]."""
-        return linear(states, self.fc)
-
-    def around(self, hidden: Tensor) -> Tensor:
-        """What goes around attention, [T, H]."""
-        return self._normed(hidden, self.hidden_norm) if self.shape.norm_before_residual else hidden
-
-    def projected(self, embedded: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, heads, D], keys and values [T, kv_heads, D] of pairs, rotated.
-
-        Args:
-            embedded, hidden: [T, H].
-            positions: int64 [T].
-        """
-        shape = self.shape
-        pair = torch.cat((self._normed(embedded, self.input_layernorm), self._normed(hidden, self.hidden_norm)), dim=-1)
-        heads = linear(pair, self.qkv).view(len(pair), -1, shape.head_dim)
-        rotated, values = heads.split([shape.heads + shape.kv_heads, shape.kv_heads], dim=1)
-        turns = torch.polar(self.rotary_scale, positions[:, None] * self.inverse_frequencies)[:, None]
-        turned = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2))) * turns
-        rotated = torch.view_as_real(turned).flatten(-2).to(pair.dtype)
-        queries, keys = rotated.split([shape.heads, shape.kv_heads], dim=1)
-        return queries.contiguous(), keys.contiguous(), values.contiguous()
-
-    def finished(self, attended: Tensor, around: Tensor) -> Tensor:
-        """The rest of the layer, from what attention gave [T, heads, D]: [T, H], the state of the next draft."""
-        hidden = torch.addmm(around, attended.flatten(1), self.out.T)
-        gate, up = linear(self._normed(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, dim=-1)
-        return torch.addmm(hidden, silu(gate) * up, self.down.T)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[T, draft vocabulary]."""
-        return linear(self._normed(hidden, self.norm), self.lm_head)
-
-    def spread(self, logits: Tensor) -> Tensor:
-        """[T, vocabulary of the model], -inf for ids that it cannot draft."""
-        if self.ids is None:
-            return logits
-        whole = logits.new_full((len(logits), self.shape.vocab), -torch.inf)
-        return whole.index_copy_(1, self.ids, logits)
-
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(hidden, (self.shape.hidden,), weight, self.shape.eps)
 
 
 class EagleDrafter:
@@ -160,15 +67,31 @@ class EagleDrafter:
         self.layers = layers
         self.width = len(layers) * shape.model_hidden
         """Values of each token's hidden states."""
-        self._head = head
+        self.head = head
         self._bound = bound
-        self._pages = PagedKV(LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim), page_size, head.fc.dtype)
+        self._pages = PagedKV(LayerShape(shape.kv_heads, shape.head_dim, shape.head_dim), page_size, head.dtype)
         self._options = Options(shape.head_dim**-0.5)
+        self._chain: HeadChain | None = None
 
     @property
     def states(self) -> tuple[LayerState, ...]:
         """The pages of its layer."""
         return (self._pages,)
+
+    @property
+    def pages(self) -> LayerPages:
+        """Keys and values of its layer."""
+        return self._pages.pages
+
+    @property
+    def block_table(self) -> Tensor:
+        """The engine's, int32 [slots, pages]."""
+        return self._table
+
+    @property
+    def padding_slot(self) -> int:
+        """The slot whose pages nobody reads."""
+        return self._padding_slot
 
     def begin(self, *, slots: int, context: int, vocab_size: int, count: int, device: torch.device) -> None:
         """Allocate what is the same in each step."""
@@ -186,7 +109,8 @@ class EagleDrafter:
             rows: tokens of a decode step at most.
         """
         self._table = block_table
-        self._schedule = make_schedule(*self._pages.pages, block_table, self._head.shape.heads, rows, 0, 0)
+        self._schedule = make_schedule(*self._pages.pages, block_table, self.head.shape.heads, rows, 0, 0)
+        self.use_chain(self._chain)
 
     def follow(self, call: PrefillCall) -> None:
         """Write the keys and values of a prefill's tokens. Those of each prompt's last one are written again by
@@ -194,13 +118,25 @@ class EagleDrafter:
         step = call.step
         behind = (step.positions + 1).clamp(max=call.text.shape[1] - 1)
         ids = call.text[step.slots.long(), behind]
-        hidden = self._head.joined(_states(call.states))
-        _, keys, values = self._head.projected(self._embedded(ids), hidden, step.positions)
+        hidden = self.head.joined(_states(call.states))
+        _, keys, values = self.head.projected(self._embedded(ids), hidden, step.positions)
         write_kv(keys, values, self._at(step.slots, step.positions))
 
     def draft(self, call: DraftCall) -> Tensor:
         """int64 [B, count]: what each request would take from the head's logits, one after the other."""
-        rows, head = len(call.slots), self._head
+        chain = self._chain
+        if chain is not None and len(call.slots) <= chain.most_rows:
+            try:
+                return self.draft_by(chain, call)
+            except Unfit as why:  # a live module's embedding has changed since
+                logger.debug("a head drafts by PyTorch's operators: %s", why)
+        return self.draft_by(None, call)
+
+    def draft_by(self, chain: HeadChain | None, call: DraftCall) -> Tensor:
+        """`draft`, by a chain of kernels, or by PyTorch's operators."""
+        if chain is not None:
+            return self._drafted_by(chain, call)
+        rows, head = len(call.slots), self.head
         states = _states(call.states)
         fed = len(states) // rows
         joined = head.joined(states).view(rows, fed, -1)
@@ -220,7 +156,8 @@ class EagleDrafter:
         ends = call.lengths + call.room
         while True:
             logits = head.logits(hidden)
-            drafts.append(call.choose(self._widened(head.spread(logits)), drafts))
+            column = self._column(call, logits, drafts)
+            drafts.append(head.named(column) if call.greedy else column)
             if len(drafts) == call.most:
                 break
             places = call.lengths + (len(drafts) - 2)
@@ -229,28 +166,74 @@ class EagleDrafter:
             at = self._at(torch.where(inside, call.slots, self._padding_slot).to(torch.int32), places)
             query, key, value = head.projected(self._embedded(drafts[-1]), hidden, places)
             hidden = self._attended(query, hidden, at, key, value)
-        made = torch.stack(drafts, dim=1)
+        return self._closed(call, torch.stack(drafts, dim=1), logits)
+
+    def _drafted_by(self, chain: HeadChain, call: DraftCall) -> Tensor:
+        embedding, table = self.embedding, self._table
+        args = call.slots, call.lengths, call.brought, call.room
+        logits = chain.first(_states(call.states), call.text, *args, embedding, table, self._padding_slot)
+        columns = [self._column(call, logits, [])]
+        while len(columns) < call.most:
+            logits = chain.further(len(columns), columns[-1], embedding, table, named=call.greedy)
+            columns.append(self._column(call, logits, columns))
+        made = torch.stack(columns, dim=1)
+        return chain.named(made, call.room) if call.greedy else self._closed(call, made, logits)
+
+    def _column(self, call: DraftCall, logits: Tensor, drafts: list[Tensor]) -> Tensor:
+        """int64 [B]: what is drafted on the head's logits: where all rows are greedy a column of these, else an id.
+
+        What is as wide as the model's vocabulary is made where requests look at more than the largest logit.
+        """
+        if call.greedy:
+            return choose_greedy(logits)
+        return call.choose(self._widened(self.head.spread(logits)), drafts)
+
+    def _closed(self, call: DraftCall, made: Tensor, logits: Tensor) -> Tensor:
         # Else what can be drafted is banned. What is no number stays so from draft to draft.
         broken = logits.isnan().any(dim=-1, keepdim=True)
         made = made.masked_fill((made < 0) & broken, _NO_NUMBER)
         return made.masked_fill(self._places[: call.most] >= call.room[:, None], NO_DRAFT)
 
+    def use_chain(self, chain: HeadChain | None) -> None:
+        """From now on run the passes that it has room for by a chain of kernels, which was tried; None: none."""
+        self._chain = chain
+        if chain is not None:
+            chain.attach((self._pages.pages,))
+
+    @property
+    def embedding(self) -> Tensor:
+        """The table [vocabulary, H] of the embedding that it uses.
+
+        Raises:
+            Unfit: the model's embedding computes more than a look-up, or is of another dtype than the head.
+        """
+        if self.head.embedding is not None:
+            return self.head.embedding
+        module = self._bound.model.get_input_embeddings()
+        if type(module) is not nn.Embedding or module.max_norm is not None:
+            raise Unfit(f"the model's embedding is a {type(module).__name__}, which computes more than a look-up")
+        if has_global_hooks() or has_forward_hooks(module) or "forward" in vars(module):
+            raise Unfit("the model's embedding has hooks or a replaced forward")
+        if module.weight.dtype != self.head.dtype or not module.weight.is_contiguous():
+            raise Unfit(f"the model's embedding is {module.weight.dtype}, and the head {self.head.dtype}")
+        return module.weight.detach()
+
     def _attended(
         self, query: Tensor, hidden: Tensor, at: Places, key: Tensor | None = None, value: Tensor | None = None
     ) -> Tensor:
         """The layer's output for one pair of each row, whose keys and values are written first if they are given."""
-        schedule_attention(at, self._head.shape.heads, 0, 0, self._schedule)
+        schedule_attention(at, self.head.shape.heads, 0, 0, self._schedule)
         attended = decode_attention(query, at, self._options, k=key, v=value, schedule=self._schedule)
-        return self._head.finished(attended, self._head.around(hidden))
+        return self.head.finished(attended, self.head.around(hidden))
 
     def _at(self, slots: Tensor, positions: Tensor) -> Places:
         return Places(*self._pages.pages, self._table, slots, positions)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         """[T, H]; ids int [T], of which some may be no tokens."""
-        ids = ids.long().clamp(0, self._head.shape.vocab - 1)
-        if self._head.embedding is not None:
-            return self._head.embedding[ids]
+        ids = ids.long().clamp(0, self.head.shape.vocab - 1)
+        if self.head.embedding is not None:
+            return self.head.embedding[ids]
         return cast(nn.Module, self._bound.model.get_input_embeddings())(ids)
 
     def _widened(self, logits: Tensor) -> Tensor:
@@ -262,7 +245,9 @@ class EagleDrafter:
         """Its weights and pages."""
         own = {"places": self._places, "rows": self._rows, "schedule": self._schedule}
         pages = {f"{name} of its layer": tensor for name, tensor in self._pages.tensors().items()}
-        return own | pages | dict(self._head.named_parameters()) | dict(self._head.named_buffers())
+        if self._chain is not None:
+            own |= {f"chain {name}": tensor for name, tensor in self._chain.tensors().items()}
+        return own | pages | dict(self.head.named_parameters()) | dict(self.head.named_buffers())
 
 
 def _states(states: Tensor | None) -> Tensor:

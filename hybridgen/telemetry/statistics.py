@@ -53,7 +53,11 @@ class Counters:
 class GraphRow:
     """One recorded step."""
 
-    executor: str = field(metadata=about("`layers`, `chain` or `persistent`."))
+    executor: str = field(
+        metadata=about(
+            "`layers`, `chain` or `persistent`; `sampler`: what is left of steps in which rows have a grammar."
+        )
+    )
     phase: str = field(metadata=about("`prefill` or `decode`."))
     tokens: int = field(metadata=about("Its bucket: tokens of a prefill, rows of a decode step."))
     rows: int = field(metadata=about("Rows that it samples."))

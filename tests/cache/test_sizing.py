@@ -49,8 +49,19 @@ def test_slots_come_first_the_padding_slot_included() -> None:
 
 def test_a_model_without_pages_needs_only_its_slots() -> None:
     assert plan(5 * 1000, states=(PerSlot(1000),)) == 4 * 7 + 1
-    with pytest.raises(OutOfMemoryError, match=r"beside 5,000 bytes for 4 requests.*lower max_batch"):
+    with pytest.raises(OutOfMemoryError) as caught:
         plan(5 * 1000 - 1, states=(PerSlot(1000),))
+    assert str(caught.value).startswith(
+        "kv_memory=4,999 holds fewer than 5,000 bytes for the states of 4 requests, and at least 5,000 bytes are "
+        "needed; raise kv_memory, lower max_batch, "
+    )
+
+
+def test_a_pool_of_states_that_does_not_fit_says_how_much_it_needs() -> None:
+    states, needed = (*STATES, PerSlot(1000)), 2 * PAGE + 5 * 1000
+    with pytest.raises(OutOfMemoryError, match=rf"beside 5,000 bytes for the states of 4 .*at least {needed:,} bytes"):
+        plan(needed - 1, states=states)
+    assert plan(needed, states=states) == 2
 
 
 def test_too_little_memory_says_what_to_do() -> None:

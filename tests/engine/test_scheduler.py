@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import weakref
 from dataclasses import dataclass, field
@@ -25,12 +26,16 @@ def make(
     *,
     shares: bool = False,
     longest_first: bool = True,
+    shortest_run: int = 1,
+    whole_prompts: bool = False,
 ) -> Scheduler:
     return Scheduler(
         pages=PageManager(num_pages, 16, shares=shares),
         max_batch=max_batch,
         token_budget=budget,
         reprefill_length=reprefill,
+        shortest_run=shortest_run,
+        whole_prompts=whole_prompts,
         longest_first=longest_first,
     )
 
@@ -79,6 +84,33 @@ def test_packs_prompts_up_to_the_budget_in_order() -> None:
         PrefillChunk(c.slot, c.prompt_ids, 0, 5, 0, True),
     )
     assert decoded(schedule) == (a,)
+
+
+@pytest.mark.parametrize("budget", [3, 4, 5, 8])
+def test_a_run_behind_the_first_has_two_tokens_at_least(budget: int) -> None:
+    for lengths in itertools.product((1, 2, 3, 4, 5, 9), repeat=3):
+        scheduler = make(budget=budget, shortest_run=2)
+        requests = add(scheduler, *lengths)
+        fed = dict.fromkeys(requests, 0)
+        for _ in range(12):
+            for request, start, length, _ in chunks_of(scheduler.schedule()):
+                assert start == fed[request]
+                assert length > (start > 0)
+                fed[request] += length
+        assert tuple(fed.values()) == lengths
+
+
+def test_prompts_that_one_call_can_take_are_not_cut() -> None:
+    scheduler = make(budget=8, whole_prompts=True)
+    a, b, c, d = add(scheduler, 5, 6, 3, 19)
+    calls = [chunks_of(scheduler.schedule()) for _ in range(5)]
+    assert calls == [
+        [(a, 0, 5, True), (c, 0, 3, True)],
+        [(b, 0, 6, True), (d, 0, 2, False)],
+        [(d, 2, 8, False)],
+        [(d, 10, 8, False)],
+        [(d, 18, 1, True)],
+    ]
 
 
 def test_a_request_decodes_until_its_tokens_are_launched() -> None:

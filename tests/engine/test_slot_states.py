@@ -14,7 +14,7 @@ import hybridgen
 from hybridgen import Engine, FinishReason
 from hybridgen.cache import SlotState
 from hybridgen.errors import ConfigError, OutOfMemoryError
-from hybridgen.models.mixers import SlotMixer
+from hybridgen.models.mixers import SlotMixer, find_mixers
 
 SETTINGS = {"max_batch": 3, "page_size": 16, "token_budget": 24, "kv_memory": "8MiB", "max_context": 96}
 LENGTHS = (7, 1, 50, 33, 24)
@@ -22,15 +22,25 @@ PROMPTS = families.prompts_of(LENGTHS)
 NEW = 10
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return families.write("lfm2", tmp_path_factory.mktemp("lfm2"))
+@pytest.fixture(scope="module", params=["lfm2", "mamba"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Convolutions beside attention, and a model of convolutions and recurrences alone, which has no pages."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[list[int]]:
-    model = families.build("lfm2")
+def path(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.write(family, tmp_path_factory.mktemp(family))
+
+
+def expected_of(family: str, **changes: Any) -> list[list[int]]:
+    model = families.build(family, **changes)
     return [families.reference(model, prompt, NEW)[0] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def expected(family: str) -> list[list[int]]:
+    return expected_of(family)
 
 
 @pytest.fixture(scope="module", params=["eager", "graph"])
@@ -41,6 +51,10 @@ def engine(path: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 def tokens(engine: Engine, **options: Any) -> list[list[int]]:
     return [list(out.token_ids) for out in engine.generate(PROMPTS, max_new_tokens=NEW, **options)]
+
+
+def tokens_of_one(engine: Engine, prompt: list[int]) -> list[int]:
+    return list(engine.generate(prompt, max_new_tokens=NEW).token_ids)
 
 
 def pool(engine: Engine) -> SlotState:
@@ -56,6 +70,22 @@ def test_statistics_say_why_no_prefix_is_kept(engine: Engine, expected: list[lis
 def test_chunks_carry_the_state(path: Path, expected: list[list[int]], budget: int) -> None:
     with Engine.load(path, mode="eager", **(SETTINGS | {"token_budget": budget})) as engine:
         assert tokens(engine) == expected
+
+
+@pytest.mark.parametrize("budget", [3, 5, 17])
+def test_no_token_comes_alone_where_time_steps_are_limited_in_runs(tmp_path: Path, budget: int) -> None:
+    """transformers limits the time step of Mamba 2 in prompts, and not in decode."""
+    changes = {"time_step_limit": [0.0, 0.02]}
+    path = families.write("mamba2", tmp_path, **changes)
+    with Engine.load(path, mode="eager", **(SETTINGS | {"token_budget": budget})) as engine:
+        assert tokens(engine) == expected_of("mamba2", **changes)
+        assert [tokens_of_one(engine, prompt) for prompt in PROMPTS] == expected_of("mamba2", **changes)
+
+
+def test_too_short_runs_are_refused(tmp_path: Path) -> None:
+    path = families.write("mamba2", tmp_path)
+    with pytest.raises(ConfigError, match=r"token_budget=2, .* give token_budget=3 or more"):
+        Engine.load(path, mode="eager", **(SETTINGS | {"token_budget": 2}))
 
 
 def break_once(call: int) -> Callable[..., Any]:
@@ -74,7 +104,7 @@ def break_once(call: int) -> Callable[..., Any]:
 def test_a_step_that_failed_in_the_middle_runs_again(path: Path, expected: list[list[int]], call: int) -> None:
     """The first layers have written their states by then, in prefills as in decode steps."""
     with Engine.load(path, mode="eager", **SETTINGS) as engine:
-        handle = engine._runner.bound.layers[2].register_forward_hook(break_once(call))
+        handle = engine._runner.bound.layers[-1].register_forward_hook(break_once(call))
         try:
             outs = engine.generate(PROMPTS, max_new_tokens=NEW)
         finally:
@@ -146,6 +176,7 @@ def test_a_freed_slot_s_state_does_not_leak(engine: Engine, expected: list[list[
     assert tokens(engine) == expected
 
 
+@pytest.mark.parametrize("family", ["lfm2"], indirect=True, scope="module")
 def test_few_pages_make_requests_wait(path: Path, expected: list[list[int]]) -> None:
     with Engine.load(path, mode="eager", **SETTINGS) as engine:
         most = pool(engine).bytes_per_slot * 4
@@ -162,8 +193,8 @@ def test_memory_given_back_comes_back_empty(engine: Engine, expected: list[list[
     assert tokens(engine) == expected
 
 
-def test_scored_prompts_and_several_completions(engine: Engine, expected: list[list[int]]) -> None:
-    model = families.build("lfm2")
+def test_scored_prompts_and_several_completions(family: str, engine: Engine, expected: list[list[int]]) -> None:
+    model = families.build(family)
     out = engine.generate(PROMPTS[2], max_new_tokens=NEW, prompt_logprobs=0)
     with torch.inference_mode():
         logits = model(torch.tensor([PROMPTS[2]])).logits[0].log_softmax(-1)
@@ -176,12 +207,12 @@ def test_scored_prompts_and_several_completions(engine: Engine, expected: list[l
 def test_what_cannot_be_is_refused(path: Path) -> None:
     with pytest.raises(ConfigError, match="state that cannot be taken back"):
         Engine.load(path, mode="eager", speculation="ngram", **SETTINGS)
-    with pytest.raises(OutOfMemoryError, match="for 3 requests"):
+    with pytest.raises(OutOfMemoryError, match="for the states of 3 requests, and at least"):
         Engine.load(path, mode="eager", **(SETTINGS | {"kv_memory": "1KiB"}))
 
 
-def test_a_live_module_stays_its_owner_s(expected: list[list[int]]) -> None:
-    model = families.build("lfm2")
+def test_a_live_module_stays_its_owner_s(family: str, expected: list[list[int]]) -> None:
+    model = families.build(family)
     ids = torch.tensor([PROMPTS[2]])
     before = model(ids).logits
     with Engine.load(model, mode="eager", **SETTINGS) as engine:
@@ -190,7 +221,7 @@ def test_a_live_module_stays_its_owner_s(expected: list[list[int]]) -> None:
         assert not any(isinstance(module, SlotMixer) for module in model.modules())
         assert torch.equal(model(ids).logits, before)
         with torch.no_grad():
-            model.model.layers[0].conv.in_proj.weight.mul_(0.5)
+            next(find_mixers(model)).in_proj.weight.mul_(0.5)
         changed = [families.reference(model, prompt, NEW)[0] for prompt in PROMPTS]
         assert changed != expected
         assert tokens(engine) == changed

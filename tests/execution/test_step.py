@@ -284,7 +284,9 @@ def test_what_is_left_of_a_step_reads_its_logits_where_they_are(
 ) -> None:
     found: list[torch.Tensor] = []
     sample = step_module.sample
-    monkeypatch.setattr(step_module, "sample", lambda logits, *rest: found.append(logits) or sample(logits, *rest))
+    monkeypatch.setattr(
+        step_module, "sample", lambda logits, *rest, **more: found.append(logits) or sample(logits, *rest, **more)
+    )
     key = GraphKey.decode(3, None) if phase is Phase.DECODE else GraphKey.prefill(8, 3, None)
     runner.prepare(key)
     runner.steps.run(key)

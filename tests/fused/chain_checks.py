@@ -9,16 +9,18 @@ from collections.abc import Mapping
 
 import families
 import torch
-from decoders import Context, Shape, in_parts, make_context, random_decoder
+from decoders import Context, Shape, Turns, in_parts, make_context, random_decoder, share_of
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
 from hybridgen.fused.chain.step import ChainStep
 from hybridgen.fused.chain.tiles import PROJECTIONS, Tile
 from hybridgen.models.binding import bind
 from hybridgen.models.decoder import Decoder, Unfit, describe
 from hybridgen.models.projections import fuse_projections
+from hybridgen.models.share import Share
 from hybridgen.models.weights import ModuleWeights
 
 
@@ -86,11 +88,11 @@ tiles = st.tuples(
 slices = st.integers(1, 5)
 
 
-def check_shapes(number: int) -> None:
+def check_shapes(number: int, examples: int) -> None:
     """Any shape, rows, lengths, page size and tiles."""
 
     @seed(number)
-    @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(shapes(), lengths, st.sampled_from([8, 16, 64, 128]), st.lists(tiles, min_size=5, max_size=5), slices)
     def run(shape: Shape, lengths: list[int], page_size: int, cuts: list[tuple[int, ...]], most: int) -> None:
         model = random_decoder(shape, seed=number)
@@ -193,3 +195,49 @@ def check_families(number: int) -> None:
         served.append(name)
     if not {"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3"} <= set(served):
         raise AssertionError(f"only {served} were served")
+
+
+def check_ranks(number: int) -> None:
+    """Two ranks' shares, whose sums meet, give what the whole model gives: logits, and the cache of its heads."""
+    for post_norms, adds in ((False, False), (False, True), (True, True)):
+        shape = Shape(heads=4, kv_heads=2, biases=("qkv", "gate_up"), post_norms=post_norms, residual=0.5)
+        model = random_decoder(shape, seed=number)
+        context = make_context(model, [5, 0, 40], seed=number)
+        pages = context.copy_pages()
+        table = context.block_table[context.slots.long()]
+        expected = reference.step(model, pages, context.tokens, context.positions, table)
+        found: dict[int, list[torch.Tensor]] = {}
+
+        def rank(
+            share: Share,
+            model: Decoder = model,
+            context: Context = context,
+            found: dict[int, list[torch.Tensor]] = found,
+        ) -> None:
+            part = share_of(model, share)
+            heads = slice(share.rank * part.kv_heads, (share.rank + 1) * part.kv_heads)
+            cached = tuple(LayerPages(*(each[:, heads].contiguous() for each in layer)) for layer in context.pages)
+            copied = tuple(LayerPages(*(each.clone() for each in layer)) for layer in cached)
+            table = context.block_table[context.slots.long()]
+            plain = reference.step(part, copied, context.tokens, context.positions, table)
+            step = ChainStep(part, max_rows=4)
+            poison(step)
+            step.attach(cached)
+            out = torch.full((len(context.tokens), part.vocab), torch.nan, dtype=part.dtype)
+            step(*context.args, out)
+            found[share.rank] = [plain, share.gather(out), *(each for layer in cached for each in layer)]
+
+        turns = Turns(2, adds)
+        turns.run(rank)
+        # Of each layer two sums; of the reference and of the chain; and the logits of both.
+        if turns.calls != 2 * (2 * 2 * len(model.layers) + 2):
+            raise AssertionError(f"{turns.calls} sums and gathers")
+        for which in range(2):
+            for logits in found[which][:2]:
+                error = float((logits - expected).norm() / expected.norm())
+                if not error <= 2e-5:
+                    raise AssertionError(f"relative error {error} of the logits on rank {which}")
+            heads = slice(which, which + 1)
+            for ours, theirs in zip(found[which][2:], (each for layer in pages for each in layer), strict=True):
+                if not torch.allclose(ours, theirs[:, heads], rtol=2e-5, atol=2e-5, equal_nan=True):
+                    raise AssertionError(f"the cache of rank {which} differs")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import Shape, make_context, random_decoder
+from decoders import Shape, Turns, make_context, random_decoder, share_of
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import Interpreter
@@ -19,10 +19,16 @@ from hybridgen.fused.chain.attention import cut_contexts, least_tiles
 from hybridgen.fused.chain.step import ChainStep
 from hybridgen.fused.chain.tiles import PROJECTIONS, Tile, as_tiles, candidates, default_tile, variants
 from hybridgen.models.decoder import Linear, Unfit, dense
+from hybridgen.models.share import Share
 from hybridgen.models.weights import DenseWeight
 
 
-@pytest.mark.parametrize("check", ["shapes", "float16", "merge", "strangers", "families", "parts"])
+@pytest.mark.parametrize("examples", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_any_shape_in_the_interpreter(examples: int, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("chain_checks.py"), "check_shapes", 0, examples)
+
+
+@pytest.mark.parametrize("check", ["float16", "merge", "strangers", "families", "parts", "ranks"])
 def test_kernels_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
     triton_interpreter.run(Path(__file__).with_name("chain_checks.py"), f"check_{check}", 0)
 
@@ -147,6 +153,14 @@ def test_a_weight_that_starts_anywhere() -> None:
     head = Linear(DenseWeight(torch.empty(weight.numel() + 1)[1:].view_as(weight)))
     with pytest.raises(Unfit, match="16 bytes"):
         ChainStep(dataclasses.replace(model, head=head))
+
+
+def test_sums_whose_biases_each_rank_would_add_are_left_to_others() -> None:
+    def build(share: Share) -> None:
+        with pytest.raises(Unfit, match="biases, which each rank would add"):
+            ChainStep(share_of(random_decoder(Shape(biases=("out",))), share))
+
+    Turns(2).run(build)
 
 
 def test_wrong_calls() -> None:

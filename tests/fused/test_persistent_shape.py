@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from decoders import Shape, in_parts, random_decoder
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused.persistent import program
-from hybridgen.fused.persistent.shape import Tuning, as_document, check, default_tuning, shape_of
+from hybridgen.fused.persistent.shape import (
+    Tuning,
+    as_document,
+    check,
+    default_tuning,
+    inbox_bytes,
+    peers,
+    shape_of,
+)
 from hybridgen.fused.persistent.step import _packed_layer
 from hybridgen.models.decoder import Decoder, Norm, Unfit, dense
 
@@ -22,6 +31,11 @@ H200 = {"page_size": 64, "blocks": 132, "shared_memory": 227 * 1024}
 
 def decoder(**changes: Any) -> Decoder:
     return random_decoder(dataclasses.replace(SHAPE, **changes), torch.bfloat16)
+
+
+def shared(ranks: int) -> Decoder:
+    """Rank 1's share of some model."""
+    return dataclasses.replace(decoder(), share=SimpleNamespace(rank=1, size=ranks))
 
 
 def with_layer(model: Decoder, **changes: Any) -> Decoder:
@@ -135,6 +149,24 @@ def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype) 
     model = dataclasses.replace(decoder(**changes), dtype=dtype)
     shape = shape_of(model, default_tuning(model, 132), **H200)
     assert program.machine_code(shape.defines, (9, 0)).startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+def test_a_ranks_share_compiles_to_a_kernel_of_its_own() -> None:
+    shapes = [shape_of(each, default_tuning(each, 132), **H200) for each in (decoder(), shared(2), shared(8))]
+    assert [shape.defines["RANKS"] for shape in shapes] == [1, 2, 8]
+    assert len({program.compile_cubin(shape.defines, "sm_90a") for shape in shapes}) == 3
+
+
+def test_partial_sums_have_a_place_for_each_rank_and_projection() -> None:
+    model = shared(4)
+    assert inbox_bytes(model, 1) == 2 * 4 * 256 * 8
+    assert inbox_bytes(model, 8) == 8 * inbox_bytes(model, 1)
+    assert inbox_bytes(decoder(), 1) == 0
+    assert peers(model, [10, 20, 30, 40]) == [1, 10, 20, 30, 40]
+    assert peers(decoder(), []) == []
+    with pytest.raises(Unfit, match="not mapped"):
+        peers(model, [])
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")

@@ -18,9 +18,10 @@ from hybridgen.speculation.oracle import OracleDrafter
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "kernels"), str(TESTS / "speculation")]
+import mtp_heads  # noqa: E402
 from draft_cases import PROMPTS, RIGHT, check_counts, check_equal, each, sequences  # noqa: E402
 from draft_step_cases import VOCAB, WIDTH, random_chosen, random_made, random_tables  # noqa: E402
-from eagle_heads import COUNT, counting_head, counting_model, write_specforge  # noqa: E402
+from eagle_heads import COUNT, counting_head, counting_model, random_head, write_specforge  # noqa: E402
 from ngram_cases import random_case  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -109,6 +110,104 @@ def test_equal_bits_in_bfloat16(rows: int, temperature: float, tmp_path: Path, m
         stats = engine.stats()
     assert (stats.speculation.accepted > 0) == (rows < 8)  # at 8 rows there is no room for drafts
     assert all(kind.startswith("rows") for (phase, kind, _) in stats.steps if phase == "decode")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_equal_bits_beside_a_head(rows: int, temperature: float, tmp_path: Path) -> None:
+    """Its passes are other kernels, which make drafts and no token."""
+    path = families.write("llama", tmp_path / "model", **FUSED)
+    tensors = random_head(vocab=FUSED["vocab_size"], hidden=FUSED["hidden_size"], inside=FUSED["intermediate_size"])
+    layers = {"eagle_aux_hidden_state_layer_ids": [-1, 0, 1]}  # by their outputs: the inputs of all three
+    head = write_specforge(tmp_path / "head", tensors, eagle_config=layers)
+    settings = SETTINGS | {"dtype": "bfloat16", "decode_buckets": None, "equal_bits": True, "max_padding_ratio": None}
+    params = [SamplingParams(max_new_tokens=40, temperature=temperature, seed=5, ignore_eos=True, logprobs=2)] * rows
+    with Engine.load(path, mode="hybrid", device="cuda", **settings) as engine:
+        expected = engine.generate(PROMPTS[:rows], params)
+    with Engine.load(path, mode="hybrid", device="cuda", drafter=head, **settings) as engine:
+        for _ in range(3):
+            found = engine.generate(PROMPTS[:rows], params)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.token_ids == theirs.token_ids
+                assert ours.logprobs == theirs.logprobs
+        stats = engine.stats()
+    assert stats.fused["passes of the drafting head"] == "a chain of Triton kernels"
+    assert all(kind.startswith("rows") for (phase, kind, _) in stats.steps if phase == "decode")
+    assert not stats.fallbacks
+
+
+@pytest.mark.parametrize("kind", ["dense", "fp8"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+def test_the_passes_of_a_head(rows: int, kind: str) -> None:
+    """The chain's logits and pages, beside those of PyTorch's operators in bfloat16."""
+    from head_chain_checks import CONTEXT, MOST, drafter_of, fuse_head, logits_by, random_call, random_head
+
+    sizes = {"hidden": 512, "heads": 8, "kv_heads": 2, "head_dim": 64, "intermediate": 768, "model_hidden": 256}
+    make = torch.Generator().manual_seed(rows)
+    head = random_head(make, torch.bfloat16, fp8=kind == "fp8", device="cuda", vocab=3000, draft_vocab=2000, **sizes)
+    with torch.inference_mode():
+        drafter = drafter_of(head, rows + 2, make)
+        fuse_head(drafter, CONTEXT, rows=rows, most=MOST)
+        for fed in (1, 4):
+            call = random_call(make, drafter, rows, fed, greedy=True)
+            call = call._replace(room=torch.full_like(call.room, MOST + 1))
+            before = [part.clone() for part in drafter.pages]
+            expected = logits_by(drafter, None, call)
+            written = [part.clone() for part in drafter.pages]
+            for part, old in zip(drafter.pages, before, strict=True):
+                part.copy_(old)
+            found = logits_by(drafter, drafter._chain, call)
+            real = call.slots < drafter.padding_slot
+            assert (found - expected)[:, real].norm() <= 3e-2 * expected[:, real].norm()
+            for ours, theirs in zip(drafter.pages, written, strict=True):
+                assert (ours[1:] - theirs[1:]).float().norm() <= 3e-2 * theirs[1:].float().norm()
+            made = drafter.draft(call).clone()
+            assert torch.equal(made, drafter.draft(call))
+            assert made.min() >= 0
+            assert made.max() < 3000
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_a_head_by_the_chain(quantize: str | None, tmp_path: Path) -> None:
+    """Recorded with the step, for rows of every kind; its drafts are right as they are by PyTorch's operators."""
+    path, head = counting_model(tmp_path / "model"), write_specforge(tmp_path / "head", counting_head())
+    prompts = [[token % COUNT for token in prompt] for prompt in PROMPTS[:8]]
+    params = each(8, 40, [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 20}])
+    settings = SETTINGS | {"dtype": "bfloat16"}
+    with Engine.load(path, mode="hybrid", device="cuda", **settings) as engine:
+        expected = engine.generate(prompts, params)
+    more = {"drafter": head, "quantize_drafter": quantize, "validate": True}
+    with Engine.load(path, mode="hybrid", device="cuda", **more, **settings) as engine:
+        for _ in range(3):
+            found = engine.generate(prompts, params)
+            check_equal(found, expected)
+            check_counts(found)
+            check_equal([engine.generate(prompts[0], params[0])], expected[:1])
+        stats = engine.stats()
+    assert stats.fused["passes of the drafting head"] == "a chain of Triton kernels"
+    assert stats.speculation.accepted > 20
+    assert not stats.fallbacks
+
+
+@pytest.mark.parametrize("mode", ["eager", "hybrid"])
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_a_head_that_a_checkpoint_carries(family: str, mode: str, tmp_path: Path) -> None:
+    """For multi-token prediction: its passes, with experts and latents, are recorded with the step."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    path = mtp_heads.write(tmp_path, family)
+    params = each(8, 24)
+    with Engine.load(path, mode=mode, device="cuda", **SETTINGS) as engine:
+        expected = engine.generate(PROMPTS[:8], params)
+    with Engine.load(path, mode=mode, device="cuda", validate=True, drafter="mtp", **SETTINGS) as engine:
+        for _ in range(3):
+            found = engine.generate(PROMPTS[:8], params)
+            check_equal(found, expected)
+            check_counts(found)
+        stats = engine.stats()
+    assert stats.speculation.drafter == "mtp"
+    assert stats.speculation.drafted > 0
+    # In float32 transformers' product of experts, which prefill keeps, copies from the host: none is captured.
+    assert all("capture" in each for each in stats.fallbacks)
 
 
 def test_ngrams_in_the_demo_model() -> None:

@@ -68,7 +68,7 @@ SETTINGS = {"mode": "hybrid", "device": "cpu", "dtype": "float32", "max_batch": 
 SETTINGS |= {"max_padding_ratio": 64}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral", "mamba"])
 def test_recorded_operators_give_the_tokens_of_hugging_face(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

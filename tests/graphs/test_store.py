@@ -13,7 +13,7 @@ from store_cases import GREEDY, SAMPLED, Harness, decode, prefill
 
 from hybridgen.core import GraphEvent, GraphEventKind
 from hybridgen.errors import EngineError
-from hybridgen.graphs import describe
+from hybridgen.graphs import capture_plan, describe
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 from hybridgen.telemetry.statistics import PhaseCounts
@@ -469,6 +469,34 @@ def test_with_sampling_never_recorded_nothing_more_is_wanted() -> None:
     harness.use(decode(4, SAMPLED), 9)
     harness.settle()
     assert [recording.key for recording in harness.store.recordings] == [decode(4, None)]
+
+
+def test_the_rest_of_a_step_is_recorded_apart_and_is_no_step() -> None:
+    harness = Harness(capture_after=2)
+    harness.store.capture([decode(4, None)])
+    ran = harness.router.route(decode(4, None))
+    rest = harness.router.rest(ran, SAMPLED)
+    assert rest is harness.router.rest(ran, SAMPLED)
+    assert (rest.key, rest.kind) == (decode(4, None).rest(SAMPLED), "sampler, eager")
+    assert (rest.reason, rest.wanted) == ("bucket 4, sampler outside", rest.key)
+    rest.run()
+    assert harness.take()[-1] == ("run", rest.key)
+    harness.store.want(rest.key, 2)
+    harness.settle()
+    ran = harness.router.route(decode(4, None))
+    again = harness.router.rest(ran, SAMPLED)
+    assert (again.kind, again.reason, again.wanted) == ("sampler, fake", "bucket 4, sampler recorded apart", None)
+    again.run()
+    assert harness.take()[-1] == ("replay", rest.key)
+    harness.store.count_hit(again.recording, padded=False)
+    stats = harness.store.stats()
+    assert (stats.hits, [graph.hits for graph in stats.graphs if graph.executor == "sampler"]) == (0, [1])
+    # It covers the greedy sampler of as many rows, which is wanted for itself; it stands for no whole step.
+    covered = harness.router.rest(ran, GREEDY)
+    assert (covered.recording, covered.wanted) == (again.recording, ran.key.rest(GREEDY))
+    assert harness.use(decode(4, SAMPLED)).reason == "bucket 4, sampler outside"
+    assert harness.router.rest(harness.router.route(decode(9, None)), SAMPLED).recording is None
+    assert rest.key in [graph.key for graph in capture_plan.read(capture_plan.write(harness.store, ()))]
 
 
 # ------------------------------------------------------------------ lazily

@@ -19,7 +19,8 @@ def test_only_named_rows_lose_what_has_no_bit() -> None:
     before, bits = logits.clone(), torch.zeros(2, 3, dtype=torch.int32)
     bits[0, 0], bits[0, 2] = -(2**31), 32  # tokens 31 and 69
     bits[1, 1] = 1  # token 32
-    keep_allowed(logits, torch.tensor([2, 0]), bits)
+    bits = torch.cat((bits, torch.zeros(1, 3, dtype=torch.int32)))
+    keep_allowed(logits, torch.tensor([2, 0, -1]), bits)  # the last line is for nobody
     assert torch.equal(logits[[1, 3]], before[[1, 3]])
     kept = {2: (31, 69), 0: (32,)}
     for row, tokens in kept.items():

@@ -63,6 +63,21 @@ def test_every_mode_generates_the_tokens_of_the_rounded_weights(kind: str, famil
             assert f"relative error of {row.error:.2g}" in str(engine.stats())
 
 
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_what_mixers_multiply_by_themselves_stays(family: str, tmp_path: Path) -> None:
+    path = families.write(family, tmp_path)
+    found = dict(quantised_modules(load(path, quantization="int8")))
+    names = {name.rpartition(".")[2] for name in found}
+    assert "dt_proj" not in names
+    assert {"in_proj", "x_proj", "out_proj"} <= names
+    assert not any("weight" in vars(module) for module in found.values())
+    model = by_hand(families.build(family), "int8", list(found))
+    wanted = [families.reference(model, prompt, 12)[0] for prompt in families.prompts_of(LENGTHS)]
+    with hybridgen.Engine.load(path, mode="eager", quantization="int8", **SETTINGS) as engine:
+        outs = engine.generate(families.prompts_of(LENGTHS), max_new_tokens=12)
+        assert [list(out.token_ids) for out in outs] == wanted
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_is_quantised_on_request(tied: bool, tmp_path: Path) -> None:
     path = families.write("llama", tmp_path, tie_word_embeddings=tied)

@@ -34,9 +34,6 @@ SMALL = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads"
 
 REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "glm_moe_dsa": (LATENT | {"index_topk": 8, "index_n_heads": 2}, "index_topk"),
-    "mamba": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "linear_attention"),
-    "mamba2": (IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16}, "linear"),
-    "jamba": (SIZES | {"attn_layer_offset": 1, "attn_layer_period": 2}, "mamba"),
     "recurrent_gemma": ({**IDS, "hidden_size": 32, "num_hidden_layers": 3}, "recurrent"),
     "rwkv": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "recurrent state"),
     "bloom": ({**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import hybridgen
 from hybridgen.cache import LayerShape
 from hybridgen.errors import EngineError, UnsupportedModelError
 from hybridgen.models import bind
+from hybridgen.models.decoder import Unfit, describe
 from hybridgen.models.layer_list import decoder_layers
 
 
@@ -85,3 +87,28 @@ def test_logits_to_keep_selects_tokens() -> None:
         everything = model(input_ids=ids, use_cache=False).logits
         kept = model(input_ids=ids, use_cache=False, logits_to_keep=torch.tensor([1, 3])).logits
     assert torch.allclose(kept, everything[:, [1, 3]], atol=1e-5)
+
+
+def test_a_head_that_cannot_give_all_ids() -> None:
+    """Prompts have all of them; those that the head lacks are never chosen, and have no probability."""
+    model = families.build("llama")
+    given = 193
+    head = torch.nn.Linear(64, given, bias=False)
+    head.weight = nn.Parameter(model.lm_head.weight.detach()[:given].clone())
+    model.lm_head = head
+    prompts = families.prompts_of((7, 33))
+    expected = [families.reference(model, prompt, 12)[0] for prompt in prompts]
+    with hybridgen.Engine.load(model, mode="eager", kv_memory="16MiB", max_batch=4) as engine:
+        outs = engine.generate(prompts, max_new_tokens=12)
+        assert [list(out.token_ids) for out in outs] == expected
+        drawn = engine.generate(
+            prompts * 2, max_new_tokens=12, temperature=5.0, top_p=0.99, repetition_penalty=1.2, logprobs=2
+        )
+        assert not [out.error for out in drawn if out.error]
+        assert max(token for out in drawn for token in out.token_ids) < given
+        scores = engine.score(prompts[0]).logprobs
+        assert [value == -torch.inf for value in scores] == [token >= given for token in prompts[0][1:]]
+    bound = bind(model)
+    with pytest.raises(Unfit, match="cannot give all ids"):
+        describe(model, bound.sites, bound.weights, 64)
+    bound.release()

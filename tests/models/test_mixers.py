@@ -10,21 +10,30 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from hybridgen.cache import MixerShapes, SlotShape
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.models import bind
-from hybridgen.models.mixers import SlotCache, SlotMixer, check_claimed, check_mixers, find_mixers
+from hybridgen.models.mixers import (
+    SlotCache,
+    SlotMixer,
+    check_claimed,
+    check_mixers,
+    continues_runs,
+    find_mixers,
+)
 from hybridgen.models.probe import probe_model
 
 
 @pytest.mark.parametrize(
-    ("name", "recurrent"), [("lfm2", None), ("qwen3_5_text", torch.float32), ("bamba", torch.float32)]
+    ("name", "recurrent"),
+    [("lfm2", None), ("qwen3_5_text", torch.float32), ("bamba", torch.float32), ("mamba", torch.float32)],
 )
 def test_states_have_the_shapes_and_dtypes_that_transformers_keeps(name: str, recurrent: Any) -> None:
     model = families.build(name).to(torch.bfloat16)
     bound = bind(model)
     try:
         assert [site.layer for site in bound.mixers] == [layer for layer in bound.layers if list(find_mixers(layer))]
-        assert bound.layers == tuple(model.model.layers)
+        assert bound.layers == tuple(model.base_model.layers)
         for site in bound.mixers:
             assert isinstance(site.module, SlotMixer)
             assert site.shapes.convolution is not None
@@ -51,6 +60,30 @@ def test_a_mixer_computes_the_same_with_either_cache(runs: tuple[int, ...]) -> N
     torch.testing.assert_close(ours.recurrent_states[0], theirs.layers[mixer.layer_idx].recurrent_states[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "continues", "shortest"),
+    [("mamba", False, 1), ("jamba", False, 1), ("mamba2", True, 2), ("lfm2", True, 1), ("kimi_linear", True, 2)],
+)
+def test_a_scan_that_begins_every_run_at_zeros_is_seen(name: str, continues: bool, shortest: int) -> None:
+    bound = bind(families.build(name))
+    assert {mixer.continues for mixer in bound.mixers} == {continues}
+    assert bound.shortest_run == shortest
+
+
+class Forgetful(nn.Module):
+    layer_idx = 0
+
+    def forward(self, hidden_states: torch.Tensor, cache_params: Any) -> torch.Tensor:
+        cache_params.update_recurrent_state(hidden_states, 0)
+        return hidden_states
+
+
+def test_a_mixer_that_ignores_its_state_is_refused() -> None:
+    shapes = MixerShapes(None, SlotShape((64,), torch.float32))
+    with pytest.raises(UnsupportedModelError, match="Forgetful of layer 0 computes the same whatever state"):
+        continues_runs(Forgetful(), torch.randn(2, 64), shapes)
+
+
 class Strange(nn.Module):
     layer_idx = 0
 
@@ -69,6 +102,11 @@ def test_a_mixer_with_unknown_arguments_is_refused(kind: type[Strange]) -> None:
     model.model.layers[0].mlp = kind()
     with pytest.raises(UnsupportedModelError, match="takes hidden_states, cache_params, other"):
         probe_model(model, 64)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_cache_is_given_by_the_name_that_transformers_has_for_it() -> None:
+    bind(families.build("lfm2")).release()
 
 
 def test_a_state_without_a_mixer_is_refused() -> None:

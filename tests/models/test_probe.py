@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import families
+import multimodal
 import pytest
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from hybridgen.errors import UnsupportedModelError
 from hybridgen.loading import Checkpoint
 from hybridgen.models import bind
 from hybridgen.models.probe import probe_config, probe_model
+from hybridgen.models.text_part import text_part
 
 PROMPT = list(range(3, 40))
 
@@ -116,7 +118,6 @@ def test_a_changed_module_is_refused(change: Callable[[PreTrainedModel], None], 
         ("gemma", {"use_bidirectional_attention": True}, "not causal"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "not causal"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "not causal"),
-        ("llama4_text", {"attn_temperature_tuning": True}, "numbers the tokens of a call itself"),
     ],
 )
 def test_an_option_of_a_config_is_refused(name: str, changes: dict, words: str) -> None:
@@ -124,6 +125,23 @@ def test_an_option_of_a_config_is_refused(name: str, changes: dict, words: str) 
         pytest.skip(f"this transformers has no {name}")
     with pytest.raises(UnsupportedModelError, match=words):
         bind(families.build(name, **changes))
+
+
+class Counting(modeling_llama.LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.arange(x.shape[1], device=x.device)[None, :, None]
+
+
+def test_a_module_that_numbers_the_tokens_of_a_call_is_refused() -> None:
+    model = families.build("llama")
+    model.model.layers[1].mlp.__class__ = Counting
+    with pytest.raises(UnsupportedModelError, match="numbers the tokens of a call itself"):
+        bind(model)
+
+
+def test_a_mask_with_one_value_for_all_tokens_is_read_at_any_length() -> None:
+    model = multimodal.build("gemma4_unified", use_bidirectional_attention="vision")
+    assert [str(call.sees) for call in probe_model(text_part(model), 400)] == ["window 8", "causal"]
 
 
 def test_mask_functions_of_a_models_own(monkeypatch: pytest.MonkeyPatch) -> None:

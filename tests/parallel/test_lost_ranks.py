@@ -16,8 +16,8 @@ import families
 import forks
 import pytest
 
-from hybridgen import Engine, EngineError, HybridgenError
-from hybridgen.parallel import ranks
+from hybridgen import DeviceError, Engine, EngineError, HybridgenError
+from hybridgen.parallel import group, progress, ranks, start
 from hybridgen.parallel.ranks import Ranks
 
 CONFIG: dict[str, Any] = {
@@ -51,9 +51,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ranks]]:
 
     monkeypatch.setattr(Ranks, "__init__", note)
     yield groups
-    for group in groups:
-        assert not any(map(alive, group.pids))
-        assert not group.directory.exists()
+    for each in groups:
+        assert not any(map(alive, each.pids))
+        assert not each.directory.exists()
 
 
 def alive(pid: int) -> bool:
@@ -157,6 +157,45 @@ def test_a_rank_that_dies_or_stands_still_between_calls(
             engine.generate(PROMPTS, max_new_tokens=2)
 
 
+STUCK = {
+    "asleep inside a layer": "time.sleep(600)",
+    "before a sum": "group.reduce = lambda x: time.sleep(600)",
+    "stopped": "os.kill(os.getpid(), 19)",
+}
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["asleep inside a layer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("before a sum", "stopped"))],
+)
+def test_a_rank_whose_step_hangs_while_its_process_lives(how: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first steps take long, as where kernels are compiled, and harm nobody."""
+    on_rank_one(
+        monkeypatch,
+        "import time",
+        "from hybridgen.parallel.follow import Follower as owner",
+        "real, count = owner.launch, 0",
+        "def launch(self, told, scored):",
+        "    global count",
+        "    count += 1",
+        "    if count == 2: time.sleep(2)",
+        "    group = self._group",
+        "    def hang(*_):",
+        f"        {STUCK[how]}",
+        "    if count == 8: self._runner.bound.layers[1].register_forward_pre_hook(hang)",
+        "    return real(self, told, scored)",
+        "owner.launch = launch",
+    )
+    monkeypatch.setattr(progress, "STEP_SECONDS", 1.0)
+    monkeypatch.setattr(ranks, "STILL_SECONDS", 2.0)
+    with Engine.load(path, mode="eager", **CONFIG) as engine:
+        start = time.monotonic()
+        assert all("rank 1 has stood still" in error for error in errors_of(engine, 20))
+        assert time.monotonic() - start < 12
+        with pytest.raises(EngineError, match="rank 1 has stood still"):
+            engine.generate(PROMPTS, max_new_tokens=2)
+
+
 def test_a_step_that_one_rank_cannot_record_runs_without_a_recording(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +247,40 @@ def test_a_checkpoint_that_only_another_rank_cannot_open(path: Path, monkeypatch
     )
     with pytest.raises(HybridgenError, match="it is not mounted there"):
         Engine.load(path, mode="eager", **CONFIG)
+
+
+def test_shared_memory_that_cannot_be_had_leaves_nothing(
+    path: Path, started: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(Path(ranks._SHM).glob("hybridgen-ranks-*"))
+    monkeypatch.setattr(start, "_RING_BYTES", 2**60)
+    with pytest.raises(DeviceError, match=r"bytes of shared memory in .* cannot be had"):
+        Engine.load(path, mode="eager", **CONFIG)
+    assert not started
+    assert set(Path(ranks._SHM).glob("hybridgen-ranks-*")) <= before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ports_that_cannot_be_had_leave_nothing(
+    rank: int, path: Path, started: list[Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rank:
+        on_rank_one(
+            monkeypatch,
+            "from hybridgen.parallel import group",
+            "def fail(*a): raise RuntimeError('bind: Address already in use')",
+            "group._gloo = fail",
+        )
+        monkeypatch.setattr(group, "JOIN_SECONDS", 2.0)
+    else:
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("bind: Address already in use")
+
+        monkeypatch.setattr(group, "_gloo", fail)
+    with pytest.raises(HybridgenError, match=f"rank {rank} of 2 cannot join the group: bind: Address already in use"):
+        Engine.load(path, mode="eager", **CONFIG)
+    assert len(started) == 1
 
 
 def test_the_end_of_rank_zero_is_the_end_of_all(path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
+import torch
 
 import hybridgen
-from hybridgen import ConfigError, DeviceError, Engine, SamplingError, UnsupportedModelError
+from hybridgen import ConfigError, DeviceError, Engine, UnsupportedModelError
 from hybridgen.loading import Checkpoint
 from hybridgen.parallel import ranks, start
 from hybridgen.parallel.channel import Channel
+from hybridgen.parallel.checks import check_parallel
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +59,18 @@ def test_models_without_a_plan_or_a_comparison(family: str, match: str, tmp_path
         Engine.load(tmp_path, device="cpu", tensor_parallel=2)
 
 
+class Guess:
+    """A drafter of one's own."""
+
+    name = "guess"
+    begin = draft = tensors = None
+
+
 @pytest.mark.parametrize(
     "fields",
     [
-        {"speculation": "ngram"},
-        {"quantization": "int8"},
+        {"drafter": "path/or/id"},
+        {"speculation": Guess()},
         {"quantize_head": "int8"},
         {"validate": True},
         {"check_addresses": True},
@@ -72,7 +82,17 @@ def test_what_is_not_done_over_processes_yet(fields: dict[str, Any], llama_path:
         Engine.load(llama_path, device="cpu", tensor_parallel=2, **fields)
 
 
-def test_live_modules_and_more_gpus_than_there_are(llama_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_gpus_than_there_are(llama_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = hybridgen.EngineConfig(device="cpu", tensor_parallel=4)
+    checkpoint = dataclasses.replace(Checkpoint.open(llama_path, config), device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match="tensor_parallel=4, but there are 2 GPUs; give at most that many"):
+        check_parallel(checkpoint, config.replace(device="cuda"))
+    with pytest.raises(ConfigError, match="uses the first 4 GPUs, and device='cuda:1' names one"):
+        check_parallel(checkpoint, config.replace(device="cuda:1"))
+
+
+def test_live_modules_and_numbers_out_of_range(llama_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a live module"):
         Engine.load(families.build("llama"), device="cpu", tensor_parallel=2)
     with pytest.raises(ConfigError, match="give an integer from 1 to 64"):
@@ -91,12 +111,3 @@ def test_a_process_that_cannot_be_started_leaves_nothing(monkeypatch: pytest.Mon
     with pytest.raises(DeviceError, match="a process cannot be started"):
         ranks.Ranks({}, 2, 4096)
     assert not (tmp_path / "group").exists()
-
-
-def test_grammars_and_functions_of_a_request(llama_path: Path) -> None:
-    from hybridgen.engine.requests import make_requests
-
-    checkpoint = Checkpoint.open(llama_path, hybridgen.EngineConfig(device="cpu", tensor_parallel=2))
-    fields = {"logits_processors": [lambda ids, scores: scores]}
-    with pytest.raises(SamplingError, match="grammars and logits_processors run on one process"):
-        make_requests([[1, 2]], None, fields, checkpoint, 64, None)

@@ -73,7 +73,7 @@ def test_an_admission() -> None:
 
 def test_steps() -> None:
     sampler = SamplerPlan(sample=True, ranked=64, logprobs=0)
-    told = wire.Told(GraphKey.decode(4, None), True, sampler, 3)
+    told = wire.Told(GraphKey.decode(4, None, query_len=4, quiet=True), True, sampler, 3, own=True)
     assert wire.read_step(wire.unpack(wire.step_message(told, (2, 0, 1), ()))) == (told, (2, 0, 1), [])
     chunks = [
         PrefillChunk(0, [1, 2, 3], 0, 3, 0, True, (2, 3), (7, 8), 4),

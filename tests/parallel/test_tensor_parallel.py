@@ -7,8 +7,9 @@ from typing import Any
 
 import families
 import pytest
+import quantised_formats
 
-from hybridgen import Engine
+from hybridgen import Engine, SamplingParams, UnsupportedModelError
 
 CONFIG: dict[str, Any] = {
     "device": "cpu",
@@ -100,6 +101,129 @@ def test_a_tied_head_in_bfloat16_of_several_files(tmp_path: Path) -> None:
         assert engine.stats().dtype == "bfloat16"
         assert len(engine.generate(PROMPTS[0], max_new_tokens=4).token_ids) == 4
         assert not torch.distributed.is_initialized()  # the default group is the caller's
+
+
+REPEATS = [[5, 6, 7, 8] * 5, [9, 8, 7], [3, 4] * 8]
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)])
+def test_drafts_by_ngrams_change_no_token(mode: str, tmp_path: Path) -> None:
+    families.build("llama", num_hidden_layers=2).save_pretrained(tmp_path)
+    wanted: list[dict[str, Any]] = [{"logit_bias": {7: 9.0}, "max_new_tokens": 24}, {"max_new_tokens": 12, **DRAWN}]
+    with Engine.load(tmp_path, mode="eager", **CONFIG) as engine:
+        expected = [[each.token_ids for each in engine.generate(REPEATS, **fields)] for fields in wanted]
+    with Engine.load(tmp_path, tensor_parallel=2, mode=mode, speculation="ngram", **CONFIG) as engine:
+        done = [engine.generate(REPEATS, **fields) for fields in wanted]
+        runner: Any = engine._runner
+        assert runner.ranks_agree()
+    assert [[each.token_ids for each in some] for some in done] == expected
+    if mode == "eager":  # by their times, recorded steps with drafts may not be worth it
+        assert sum(each.accepted_tokens for each in done[0]) > 20
+
+
+def test_rows_with_functions_get_the_tokens_that_rank_zero_chose(tmp_path: Path) -> None:
+    families.build("llama", num_hidden_layers=2).save_pretrained(tmp_path)
+
+    def next_one(ids: Any, scores: Any) -> Any:
+        """Prefers what is one above the last token."""
+        scores[(ids[-1] + 1) % len(scores)] += 4.0
+        return scores
+
+    def raises(ids: Any, scores: Any) -> Any:
+        raise ValueError("of its own")
+
+    plain: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.8, "repetition_penalty": 1.2}
+    sampling = [SamplingParams(**plain, seed=seed, logits_processors=[next_one] * (seed % 2)) for seed in range(3)]
+
+    def outcome(engine: Engine) -> list[list[int]]:
+        done = engine.generate(PROMPTS[:3], sampling) + engine.generate(PROMPTS[:2], max_new_tokens=4)
+        return [list(each.token_ids) for each in done]
+
+    with Engine.load(tmp_path, mode="eager", **CONFIG) as engine:
+        expected = outcome(engine)
+    with Engine.load(tmp_path, mode="graph", tensor_parallel=2, **CONFIG) as engine:
+        assert outcome(engine) == expected
+        failed = engine.generate([PROMPTS[0]], SamplingParams(logits_processors=[raises]))[0]
+        assert "of its own" in str(failed.error)
+        assert outcome(engine) == expected
+        runner: Any = engine._runner
+        assert runner.ranks_agree()
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_keys_and_values_in_8_bits(count: int, tmp_path: Path) -> None:
+    """With the scales of a checkpoint: of each key and value head, or one for all."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    families.build("llama", num_hidden_layers=2).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for layer in range(2):
+        for name, size in {"k_scale": 0.5, "v_scale": 0.25}.items():
+            weights[f"model.layers.{layer}.self_attn.{name}"] = size * (1 + torch.arange(count))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = CONFIG | {"mode": "graph", "kv_dtype": "fp8"}
+    found = []
+    for size in (1, 2):
+        with Engine.load(tmp_path, tensor_parallel=size, **config) as engine:
+            assert "fp8" in engine.stats().kv_dtype
+            found.append([each.token_ids for each in engine.generate(PROMPTS, max_new_tokens=6)])
+    assert found[0] == found[1]
+
+
+MADE = ("int8", "fp8", "int4")
+STORED = (
+    "awq",
+    "gptq desc_act",
+    "gptq v2 zeros",
+    "ct w4 group",
+    "ct int8 zeros",
+    "ct fp8 tensor",
+    "fp8 block",
+    "bnb nf4",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["int8", "awq", *(pytest.param(name, marks=pytest.mark.slow) for name in (*MADE[1:], *STORED[1:]))],
+)
+def test_quantised_weights_are_the_whole_ones_cut(name: str, tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 2, "intermediate_size": 128}
+    if name in MADE:
+        families.build("llama", **changes, attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
+    else:
+        quantised_formats.write_family(tmp_path, "llama", name, **changes)
+    config = CONFIG | {"mode": "graph", "quantization": name if name in MADE else None}
+    found: list[Any] = []
+    for size in (1, 2):
+        with Engine.load(tmp_path, tensor_parallel=size, **config) as engine:
+            done = engine.generate(PROMPTS, max_new_tokens=6)
+            found.append(([each.token_ids for each in done], engine.score(PROMPTS[1]).logprobs, engine.stats()))
+    (tokens, scores, stats), (others, more, over_two) = found
+    assert others == tokens
+    assert more == pytest.approx(scores, abs=1e-3)
+    assert over_two.fallbacks == stats.fallbacks
+    kinds, wanted = ({each.partition(" ")[0] for each in one.weights} - {"dense"} for one in (over_two, stats))
+    assert kinds == wanted
+
+
+def test_groups_that_cannot_be_cut(tmp_path: Path) -> None:
+    quantised_formats.write_family(tmp_path, "llama", "awq", num_hidden_layers=2)
+    with pytest.raises(UnsupportedModelError, match=r"down_proj cannot be cut: inputs .* do not begin and end with"):
+        Engine.load(tmp_path, mode="eager", tensor_parallel=2, **CONFIG)
+
+
+def test_grammars() -> None:
+    pytest.importorskip("llguidance")
+    wanted = SamplingParams(regex=r"[a-z]{3}=[0-9]{2};", max_new_tokens=24, temperature=1.0, seed=5)
+    config = CONFIG | {"mode": "eager", "kv_memory": "32MiB"}
+    with Engine.load(None, **config) as engine:
+        expected = engine.generate(["x = ", "def f("], wanted)
+    with Engine.load(None, tensor_parallel=2, **config) as engine:
+        found = engine.generate(["x = ", "def f("], wanted)
+    assert [each.text for each in found] == [each.text for each in expected]
+    assert all(each.text.endswith(";") for each in found)
 
 
 def _types(family: str, layers: int) -> dict[str, Any]:

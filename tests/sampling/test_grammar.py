@@ -179,6 +179,44 @@ def test_each_of_n_completions_follows_it_alone(engine: hybridgen.Engine) -> Non
         jsonschema.validate(json.loads(text), PERSON)
 
 
+def test_rows_that_run_at_a_time_have_lexers_of_their_own(
+    engine: hybridgen.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that share one have their masks made one after the other, however many threads there are."""
+    from hybridgen.sampling import grammar
+
+    def wanted(text: str) -> grammar.Constraint:
+        checkpoint = engine.checkpoint
+        made = grammar.constraint_of(
+            hybridgen.SamplingParams(regex=text),
+            checkpoint.tokenizer,
+            None,
+            checkpoint.vocab_size,
+            checkpoint.eos_token_ids,
+        )
+        assert made is not None
+        return made
+
+    bits = torch.zeros(20, -(-engine.checkpoint.vocab_size // 32), dtype=torch.int32)
+    constraint = wanted("[ab]{2,9}")
+    rows = [constraint.begin() for _ in range(20)]
+    lexers = [row.matcher.lexer for row in rows]
+    assert sorted(lexers) == sorted([*range(grammar._LEXERS), *range(4)])
+    for cores in (2, 4):  # by the calling thread, and by several
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        grammar.fill(rows, bits.zero_())
+        assert bits[0].any()
+        assert (bits == bits[0]).all()
+    alone = torch.zeros(1, bits.shape[1], dtype=torch.int32)
+    grammar.fill([constraint.begin()], alone)
+    assert torch.equal(alone[0], bits[0])
+    del rows[3]
+    assert constraint.begin().matcher.lexer == lexers[3]  # the one that has the fewest
+    monkeypatch.setattr(grammar, "_NOTICED", -1.0)
+    dear = wanted("[bc]{2,9}")
+    assert {row.matcher.lexer for row in [dear.begin() for _ in range(3)]} == {0}
+
+
 def test_with_stop_strings_and_a_least_length(engine: hybridgen.Engine) -> None:
     out = engine.generate("x", choice=["alpha beta"], stop=" ", temperature=0)
     assert out.text == "alpha"

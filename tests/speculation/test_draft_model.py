@@ -130,6 +130,18 @@ def test_a_stop_inside_an_accepted_run(streams: Streams) -> None:
         assert share(engine) > 0.5
 
 
+def test_its_projections_in_8_bits(streams: Streams) -> None:
+    """It drafts nearly as well, and no token changes."""
+    path, params, expected = streams
+    with loaded(path, drafter=path) as engine:
+        whole = engine.stats().speculation.weight_bytes
+    with loaded(path, drafter=path, quantize_drafter="int8") as engine:
+        check_equal(engine.generate(PROMPTS[:5], params[:5]), expected[:5])
+        stats = engine.stats().speculation
+    assert stats.accepted > 0.5 * stats.drafted > 0
+    assert stats.weight_bytes < 0.8 * whole
+
+
 def test_its_memory_is_counted(streams: Streams) -> None:
     """Pages have room for both models, within the memory that is given."""
     path, params, expected = streams
@@ -260,6 +272,8 @@ def test_one_whose_state_cannot_be_taken_back_is_refused(streams: Streams) -> No
         ({"drafter": ""}, "give a smaller model"),
         ({"drafter": PreTrainedModel}, "give a smaller model"),
         ({"drafter": "a", "speculation": "ngram"}, "one of them drafts; leave the other out"),
+        ({"quantize_drafter": "fp8"}, "quantize_drafter='fp8' without a drafter"),
+        ({"drafter": "a", "quantize_drafter": "int3"}, "quantize_drafter='int3' is unknown"),
         ({"drafter": "a", "graphs": "trees"}, "graphs=\"trees\" with drafter='a'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM
 import hybridgen
 from hybridgen import Engine, SamplingParams
 from hybridgen.execution.drafting import DraftCall, PrefillCall
+from hybridgen.execution.executors import LayersExecutor
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.graphs import recorder, stand_in
 from hybridgen.loading import Checkpoint
@@ -211,6 +213,62 @@ def test_drafting_ends_where_it_costs_more_than_it_brings(
     reasons = {step.reason: step.count for step in ended.steps if step.phase == "decode"}
     assert reasons["mode eager, drafting pauses"] > 9
     assert 15 < ended.accepted_tokens < 42
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_slow_drafter_pauses_and_a_fast_one_does_not(
+    slow: bool, counting: tuple[Path, Path], counted: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what recorded steps really take. Of right drafts 3.7 tokens a step are hoped for at most: a model's step of
+    20 ms is worth drafts that take nothing beside it, and none that take 200."""
+    path, _, expected = counted
+    few = SamplingParams(max_new_tokens=16, temperature=0, ignore_eos=True)
+    run, draft = LayersExecutor.logits, EagleDrafter.draft
+
+    def logits(self: LayersExecutor, *args: Any) -> Tensor:
+        time.sleep(0.02)
+        return run(self, *args)
+
+    def drafted(self: EagleDrafter, call: DraftCall) -> Tensor:
+        time.sleep(0.2 if slow else 0)
+        return draft(self, call)
+
+    monkeypatch.setattr(LayersExecutor, "logits", logits)
+    monkeypatch.setattr(EagleDrafter, "draft", drafted)
+    with loaded(path, "graph", drafter=counting[1], decode_buckets=[1], prefill_buckets=[]) as engine:
+        for _ in range(2):
+            found = engine.generate(NUMBERS[0], few)
+            while engine.record_missing():
+                pass
+        before = engine.stats().speculation.drafted
+        found = engine.generate(NUMBERS[0], few)
+        after = engine.stats().speculation.drafted
+    assert found.token_ids == expected[0].token_ids[:16]
+    assert (after == before) == slow
+    paused = [step.count for step in found.steps if "drafting pauses" in step.reason]
+    assert sum(paused) == (15 if slow else 0)
+
+
+def test_a_head_in_fp8(counting: tuple[Path, Path], counted: Streams) -> None:
+    """Its drafts may be others, no token is."""
+    path, params, expected = counted
+    with loaded(path, drafter=counting[1]) as engine:
+        whole = engine.stats().speculation.weight_bytes
+    with loaded(path, drafter=counting[1], quantize_drafter="fp8") as engine:
+        found = engine.generate(NUMBERS[:9], params)
+        stats = engine.stats().speculation
+    check_equal(found, expected)
+    assert found[0].accepted_tokens > 20
+    assert stats.weight_bytes < 0.4 * whole
+    with pytest.raises(hybridgen.ConfigError, match=r"quantize_drafter='int4': .* is a head"):
+        Engine.load(path, mode="eager", drafter=counting[1], quantize_drafter="int4", max_context=64)
+
+
+def test_equal_bits_is_refused_on_a_cpu(counting: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "load", lambda _: pytest.fail("weights are read"))
+    settings: dict[str, Any] = {"mode": "hybrid", "max_batch": 4, "max_context": 64, "compile_cache": False}
+    with pytest.raises(hybridgen.DeviceError, match="equal_bits=True needs CUDA"):
+        Engine.load(counting[0], drafter=counting[1], equal_bits=True, device="cpu", **settings)
 
 
 def test_cancelled_beside_others_and_a_slot_that_is_used_again(counting: tuple[Path, Path], counted: Streams) -> None:

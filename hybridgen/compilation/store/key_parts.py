@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig
 
 from hybridgen._version import __version__
@@ -103,7 +104,7 @@ def _versions() -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "transformers": transformers.__version__,
         "CUDA": torch.version.cuda,
     }
 
@@ -210,16 +211,24 @@ def source_hash(root: Path | None = None) -> str:
     root = Path(__file__).resolve().parents[2] if root is None else root
     digest = hashlib.sha256()
     for name in _SOURCES:
-        path = root / name
-        files = [path] if path.is_file() else sorted(path.rglob("*.py")) + sorted(path.rglob("*.cu*"))
+        files = _files(str(root / name))
         if not files:
             raise FileNotFoundError(
-                f"{path} has no source files, and the compile cache's key is made of them; correct _SOURCES in "
+                f"{root / name} has no source files, and the compile cache's key is made of them; correct _SOURCES in "
                 f"{Path(__file__).name}"
             )
         for file in files:
-            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+            with open(file, "rb", buffering=0) as stream:
+                digest.update(f"{file[len(str(root)) + 1 :]}\0".encode() + stream.read() + b"\0")
     return digest.hexdigest()
+
+
+def _files(path: str) -> list[str]:
+    """A file, or all sources in a directory. Not by pathlib: every start waits for it."""
+    if os.path.isfile(path):
+        return [path]
+    found = [f"{folder}{os.sep}{name}" for folder, _, names in os.walk(path) for name in names]
+    return sorted(name for name in found if name.endswith((".py", ".cu", ".cuh")))
 
 
 def _class_hash(model_class: type | None) -> str | None:

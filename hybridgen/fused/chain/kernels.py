@@ -105,29 +105,32 @@ def _inputs(pointers, column, row, limit, rows, EVEN: tl.constexpr):  # type: ig
 
 @triton.jit
 def _dot(a, b, total, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """total + a @ b by the tensor cores; float32 operands, which only tests have, without rounding them."""
+    """total + a @ b by the tensor cores; float32 operands, which only tests have, without rounding them.
+
+    Codes of 8 bits become numbers of b's type, exactly."""
     if NATIVE:
-        return tl.dot(a, b, total)
+        return tl.dot(a.to(b.dtype), b, total)
     else:
-        return tl.dot(a, b, total, input_precision="ieee")
+        return tl.dot(a.to(b.dtype), b, total, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["rows"])
 def project_kernel(  # type: ignore[no-untyped-def]
     source, weight, bias, squares_in, handed_in, state, out, scale, squares_out, handed_out, partial, counters,
-    rows, eps, factor, second_weight, third_weight, second_bias, third_bias,
+    rows, eps, factor, second_weight, third_weight, second_bias, third_bias, code_scale,
     FEATURES: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
     SLICES: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
     SEPARATE: tl.constexpr, QUERIES: tl.constexpr, ENDS: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, RELEASE: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, SCALES_IN: tl.constexpr, SCALES_OUT: tl.constexpr,
-    STRIDE: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    STRIDE: tl.constexpr, NATIVE: tl.constexpr, CODED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`source @ weight.T + bias` for BLOCK features a program, with what comes before and after it.
 
     NORM: `source` is what a maker handed on; its norm's factor, from `squares_in`, multiplies the product.
     GATED: weight is [2 * FEATURES, INNER], gate first; out = activation(gate) * up.
+    CODED: weight has codes of 8 bits, and `code_scale`, float32 [features], what each feature's are multiplied by.
     SEPARATE: up lies in `second_weight` [FEATURES, INNER], or, if QUERIES is not 0, keys (features up to ENDS) there
     and values in `third_weight`, and their biases alike.
     RESIDUAL: state += factor * product, in place; out = state * scale (SCALED) in its dtype, and the program's sum of
@@ -168,6 +171,10 @@ def project_kernel(  # type: ignore[no-untyped-def]
         if GATED:
             places = second_bias + feature if SEPARATE else bias + FEATURES + feature
             second_offset = tl.load(places, mask=feature < FEATURES, other=0.0)
+    if CODED:
+        of_codes = tl.load(code_scale + feature, mask=feature < FEATURES, other=0.0)
+        if GATED:
+            second_codes = tl.load(code_scale + FEATURES + feature, mask=feature < FEATURES, other=0.0)
     if SCALED:
         following = tl.load(scale + feature, mask=feature < FEATURES, other=0.0)
     if EARLY:
@@ -236,6 +243,10 @@ def project_kernel(  # type: ignore[no-untyped-def]
             y += tl.load(line + part * (HALVES * SIZE) + spot, cache_modifier=".cg")
             if GATED:
                 up += tl.load(line + part * (HALVES * SIZE) + SIZE + spot, cache_modifier=".cg")
+    if CODED:
+        y *= of_codes[:, None]
+        if GATED:
+            up *= second_codes[:, None]
     if NORM or SCALES_OUT:
         sums = tl.sum(squares, 0)
     if NORM:
@@ -315,18 +326,21 @@ def _hand_on(  # type: ignore[no-untyped-def]
 @triton.jit
 def close_kernel(  # type: ignore[no-untyped-def]
     product, after, state, handed, scale, squares_out, handed_out, eps, factor,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, OVERLAP: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SCALES_OUT: tl.constexpr, NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: one row's `state += factor * norm(product)`, for layers that norm a projection's output."""
+    """A program: one row's `state += factor * norm(product)`, for layers that norm a projection's output (NORM), and
+    without the norm for products that were added up over ranks."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0)
     feature = tl.arange(0, BLOCK)
     inside = feature < FEATURES
-    y = tl.load(product + row * FEATURES + feature, mask=inside, other=0.0)
-    y *= tl.rsqrt(tl.sum(y * y, 0) / FEATURES + eps)
-    y *= tl.load(after + feature, mask=inside, other=0.0)
+    y = tl.load(product + row * FEATURES + feature, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(y * y, 0) / FEATURES + eps)
+        y *= tl.load(after + feature, mask=inside, other=0.0)
     x = tl.load(state + row * FEATURES + feature, mask=inside, other=0.0) + factor * y
     _hand_on(
         x, row, feature, inside, state, handed, scale, squares_out, handed_out, FEATURES, SCALED, SCALES_OUT

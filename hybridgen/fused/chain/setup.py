@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import triton
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.kernels.attention.common import heads_of
-from hybridgen.models.decoder import Decoder, Unfit, dense_parts
+from hybridgen.models.decoder import Decoder, Linear, Unfit, dense_parts
+from hybridgen.models.quantised import QuantisedWeight
 
 _LARGEST_HIDDEN = 16384
 """One program holds a row of the embedding."""
@@ -16,8 +19,11 @@ _SQUARES_ROWS = 16
 """As in `chain_kernels`."""
 
 
-def check(model: Decoder) -> None:
+def check(model: Decoder, *, codes: bool = False) -> None:
     """Whether the kernels compute this model.
+
+    Args:
+        codes: weights may be FP8 codes.
 
     Raises:
         Unfit: they do not; the message is the reason.
@@ -33,7 +39,10 @@ def check(model: Decoder) -> None:
         raise Unfit(f"its activation is {model.activation}")
     if model.hidden > _LARGEST_HIDDEN:
         raise Unfit(f"its hidden size {model.hidden} is above {_LARGEST_HIDDEN}")
-    unit = 16 // model.dtype.itemsize
+    coded = codes and any(linear.weight.format.kind == "fp8" for linear in model.linears)
+    if coded and model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 9):
+        raise Unfit("its device is older than compute capability 8.9, and weights are FP8 codes")
+    unit = 16 if coded else 16 // model.dtype.itemsize
     for what, size in (
         ("hidden size", model.hidden),
         ("attention width", model.heads * model.head_dim),
@@ -41,15 +50,40 @@ def check(model: Decoder) -> None:
     ):
         if size % unit:
             raise Unfit(f"its {what} {size} is no multiple of {unit}: rows of a weight would not start at 16 bytes")
-    weights = [weight for linear in model.linears for weight in dense_parts(linear)]
-    if any(not weight.is_contiguous() or weight.data_ptr() % 16 for weight in weights):
-        raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
+    check_places(weight for linear in model.linears for weight in stored(linear, codes=codes)[0])
+    if model.share is not None and any(each.bias is not None for x in model.layers for each in (x.out, x.down)):
+        raise Unfit("its output projections have biases, which each rank would add")
     if any(layer.attention_scale <= 0 for layer in model.layers):
         raise Unfit("its attention scale is not above 0")
     try:
         heads_of(model.heads, model.kv_heads, model.head_dim, model.head_dim, 16, model.dtype.itemsize)
     except ValueError as error:
         raise Unfit(f"its attention does not suit the kernels: {error}") from error
+
+
+def stored(linear: Linear, *, codes: bool) -> tuple[list[Tensor], Tensor | None]:
+    """The weights of a projection's parts where they are, and what their codes are multiplied by, float32 [outputs];
+    None where they are no codes.
+
+    Raises:
+        Unfit: they are stored in another format.
+    """
+    weight = linear.weight
+    if codes and not linear.parts and isinstance(weight, QuantisedWeight) and weight.kind == "fp8":
+        if weight.scales.shape != (weight.shape[0], 1) or weight.scales.dtype != torch.float32:
+            raise Unfit("its FP8 weights have other scales than one for each output")
+        return [weight.data], weight.scales
+    return dense_parts(linear), None
+
+
+def check_places(weights: Iterable[Tensor]) -> None:
+    """Whether the kernels can read weights where they lie.
+
+    Raises:
+        Unfit: they cannot.
+    """
+    if any(not weight.is_contiguous() or weight.data_ptr() % 16 for weight in weights):
+        raise Unfit("a weight is not contiguous or does not start at a multiple of 16 bytes")
 
 
 def check_pages(model: Decoder, pages: tuple[LayerPages, ...]) -> None:
@@ -97,6 +131,8 @@ def allocate(model: Decoder, rows: int) -> dict[str, Tensor]:
         "squares": zeros(2, parts, _SQUARES_ROWS),
         "roots": zeros(2, _SQUARES_ROWS),
     }
-    if any(layer.after_attention or layer.after_mlp for layer in model.layers):
+    if model.share is not None:  # as the ranks add it up
+        scratch["product"] = zeros(rows, model.hidden, dtype=model.dtype)
+    elif any(layer.after_attention or layer.after_mlp for layer in model.layers):
         scratch["product"] = zeros(rows, model.hidden)
     return scratch

@@ -5,6 +5,9 @@ residual; norm + gate and up + activation; down projection + residual. Before th
 norm and the head. `chain_kernels` says how the kernels divide the work and overlap; `reference.step` computes the same
 in plain PyTorch.
 
+Of a model that several ranks have together, each runs its share: what the output and down projections give is added up
+over the ranks before it goes to the state, and logits are those of the rank's part of the vocabulary.
+
 Hidden states are float32 from layer to layer. Rounded to the weights' dtype are: what a norm hands to a projection,
 queries and the cache, attention's output, and the activated MLP state.
 
@@ -27,9 +30,9 @@ from hybridgen.cache import LayerPages
 from hybridgen.device.launcher import Launcher, device_of, power_of_two
 from hybridgen.fused.chain.attention import Cut, attend_kernel, block_of, cut_contexts, least_tiles
 from hybridgen.fused.chain.kernels import begin_kernel, close_kernel, project_kernel
-from hybridgen.fused.chain.setup import allocate, attention_counters, check, check_pages
+from hybridgen.fused.chain.setup import allocate, attention_counters, check, check_pages, stored
 from hybridgen.fused.chain.tiles import PROJECTIONS, Tile, as_tiles, candidates, default_tile, rows_block
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, dense_parts
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm
 
 MAX_ROWS = 16
 
@@ -48,6 +51,11 @@ class ChainStep:
         ValueError: `max_rows` or `tiles` is wrong.
     """
 
+    projections: tuple[str, ...] = PROJECTIONS
+    """What `shape` knows."""
+    takes_codes = False
+    """Whether weights may be FP8 codes."""
+
     def __init__(
         self,
         model: Decoder,
@@ -57,7 +65,7 @@ class ChainStep:
     ) -> None:
         if not 1 <= max_rows <= MAX_ROWS:
             raise ValueError(f"max_rows={max_rows}; give 1 to {MAX_ROWS}")
-        check(model)
+        check(model, codes=self.takes_codes)
         self.model = model
         self.max_rows = max_rows
         self.device = device_of(model.embedding)
@@ -69,7 +77,7 @@ class ChainStep:
             f"{name}.{rows}": default_tile(*self.shape(name), rows, self.device.processors).fitted(
                 rows, name == "gate_up", model.dtype.itemsize, self.device.shared_memory
             )
-            for name in PROJECTIONS
+            for name in self.projections
             for rows in ((8,) if max_rows <= 8 else (8, 16))
         }
         self._scratch = allocate(model, max_rows)
@@ -273,14 +281,27 @@ class ChainStep:
     ) -> int:  # fmt: skip
         """A projection that is added to the state; returns the parts of the new sums of squares."""
         scratch, hidden = self._scratch, self.model.hidden
-        if after is not None:
+        share = self.model.share
+        if after is not None or share is not None:
             plain = {"PARTS": 1, "STRIDE": hidden}
-            self._project(name, linear, source, scratch["product"], None, rows, side, 0.0, 1.0, plain)
-            launcher = self._launcher(close_kernel, self._row_constants(following))
-            scale = scratch["state"] if following is None else following.scale
-            tensors = scratch["product"], after.scale, scratch["state"], scratch["handed"], scale
+            product = scratch["product"]
+            self._project(name, linear, source, product, None, rows, side, 0.0, 1.0, plain)
+            # Float16 is handed on with a scale of its own.
+            fused = 0 if share is None or after is not None or self._scales else share.parts(rows, hidden)
+            if share is not None and self._wanted is None:
+                if fused:
+                    gain = None if following is None else following.scale
+                    places = scratch["state"], scratch["handed"], gain, scratch["squares"][1 - side]
+                    share.add_to_state(product[:rows], *places, layer.residual)
+                    return fused
+                product = share.add_up(product[:rows])
+            if fused:
+                return fused
+            launcher = self._launcher(close_kernel, {"NORM": after is not None, **self._row_constants(following)})
+            scale, own_scale = (scratch["state"] if norm is None else norm.scale for norm in (following, after))
+            tensors = product, own_scale, scratch["state"], scratch["handed"], scale
             outputs = scratch["squares"][1 - side], scratch["roots"][1 - side]
-            launcher((rows, 1, 1), (*tensors, *outputs, after.eps, layer.residual))
+            launcher((rows, 1, 1), (*tensors, *outputs, 0.0 if after is None else after.eps, layer.residual))
             return 1
         constants = {
             "PARTS": parts if self._scales else 1,
@@ -301,7 +322,8 @@ class ChainStep:
         scratch = self._scratch
         features, inner, _ = self.shape(name)
         tile = self.tiles[f"{name}.{rows_block(rows)}"]
-        weights, biases = dense_parts(linear), [part.bias for part in linear.parts or (linear,)]
+        weights, code_scale = stored(linear, codes=self.takes_codes)
+        biases = [part.bias for part in linear.parts or (linear,)]
         flags = ("NORM", "GATED", "GELU", "RESIDUAL", "SCALED", "SCALES_IN", "SCALES_OUT")
         launcher = self._launcher(
             project_kernel,
@@ -326,6 +348,7 @@ class ChainStep:
                 "QUERIES": len(weights[0]) if len(weights) > 2 else 0,
                 "ENDS": len(weights[0]) + len(weights[1]) if len(weights) > 2 else 0,
                 "NATIVE": self.model.dtype != torch.float32,
+                "CODED": code_scale is not None,
                 "num_warps": tile.warps,
                 **dict.fromkeys(flags, False),
                 **constants,
@@ -342,7 +365,8 @@ class ChainStep:
         partial, counters = scratch["partial"], scratch["counters"][attention_counters(self.model, self.max_rows) :]
         grid = triton.cdiv(features, tile.features), tile.slices, 1
         partial = partial if tile.slices > 1 else scratch["state"]
-        launcher(grid, (*tensors, partial, counters, rows, eps, factor, *weights[1:], *biases[1:]))
+        code_scale = scratch["state"] if code_scale is None else code_scale
+        launcher(grid, (*tensors, partial, counters, rows, eps, factor, *weights[1:], *biases[1:], code_scale))
 
     def _cut(self, rows: int, max_pages: int) -> tuple[Cut, Tensor]:
         """How attention cuts contexts, and scratch for what its chunks give: values, then log-sums."""
@@ -357,8 +381,10 @@ class ChainStep:
         return cut, torch.empty(lines * (model.head_dim + 1), dtype=torch.float32, device=model.device)
 
     def _attend(
-        self, index: int, positions: Tensor, slots: Tensor, block_table: Tensor, rows: int, cut: Cut, partial: Tensor
-    ) -> None:
+        self, index: int, positions: Tensor, slots: Tensor, block_table: Tensor, rows: int, cut: Cut, partial: Tensor,
+        overlap: bool = True,
+    ) -> None:  # fmt: skip
+        """Attention of a layer. `overlap` False: it asks for nothing before the kernel before it has ended."""
         model, scratch, layer = self.model, self._scratch, self.model.layers[index]
         keys, values = self._pages[index]
         dim, rotary, group = model.head_dim, model.rotary, model.heads // model.kv_heads
@@ -391,6 +417,7 @@ class ChainStep:
                 "num_warps": 8 if wide >= 128 else 4,
                 "num_stages": 2,
             },
+            overlap,
         )
         inputs = scratch["qkv"], cos, sin, *scales, keys, values, block_table, slots, positions
         lines = rows * cut.row_chunks * model.heads
@@ -400,11 +427,11 @@ class ChainStep:
         launcher(grid, (*inputs, *outputs, *options, block_table.stride(0)))
 
     def _launcher(
-        self, kernel: Any, constants: dict[str, Any]
+        self, kernel: Any, constants: dict[str, Any], overlap: bool = True
     ) -> Callable[[tuple[int, int, int], tuple[Any, ...]], Any]:
-        overlap = self.device.overlap
+        overlap = overlap and self.device.overlap
         options = {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
-        key = kernel, *constants.items()
+        key = kernel, overlap, *constants.items()
         if self._wanted is not None:
             return lambda grid, args: self._want(key, lambda: kernel.warmup(*args, grid=grid, **constants, **options))
         launcher = self._launchers.get(key)

@@ -30,7 +30,7 @@ class Program:
 ONE_ROW = Program(
     (__package__ or "",),
     "step.cu",
-    ("words.cuh", "barriers.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh"),
+    ("words.cuh", "barriers.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh", "peers.cuh"),
     "decode_step",
 )
 
@@ -196,6 +196,24 @@ class Kernel:
             self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, ctypes.addressof(pointers), 0
         )
         _checked(result, "cuLaunchKernel")
+
+    def launch_early(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+        """As `launch_any`, and it may start while the kernel before it ends, for which it has to wait itself.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        driver = self._driver
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.blockDimX = blocks, threads
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.sharedMemBytes, config.hStream = self._shared_bytes, driver.CUstream(stream)
+        config.attrs, config.numAttrs = [early], 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
 
     def close(self) -> None:
         """Unload it. Not while it runs or a graph holds it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,12 @@ THREADS = 288
 """Of a block: eight consumer warps and the producer's."""
 _BATCH = 64
 _WARPS = 8
+PATIENCE = 1 << 22
+"""Times that a block asks for an activation before a step is given up: a few seconds."""
+PATIENCE_WITH_RANKS = 1 << 26
+"""The same where it waits for other processes, too, which may be kept from launching."""
+_PACKET = 8
+"""Bytes of `peers.cuh`."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def _head_epsilons(model: Decoder) -> set[float]:
 
 
 def shape_of(
-    model: Decoder, tuning: Tuning, *, page_size: int, blocks: int, shared_memory: int, patience: int = 1 << 22
+    model: Decoder, tuning: Tuning, *, page_size: int, blocks: int, shared_memory: int, patience: int = PATIENCE
 ) -> Shape:
     """The constants for a model.
 
@@ -177,8 +183,27 @@ def shape_of(
         "SHORT_LEAST": tuning.short_least,
         "LONG_LEAST": tuning.long_least,
         "PATIENCE": f"{patience}u",
+        "RANKS": 1 if model.share is None else model.share.size,
     }
     return Shape(defines, blocks, stages * stage + shared, has_long)
+
+
+def inbox_bytes(model: Decoder, columns: int) -> int:
+    """Of the memory in which a rank gets the partial sums of all ranks, for steps of so many columns."""
+    return 0 if model.share is None else 2 * model.share.size * model.hidden * columns * _PACKET
+
+
+def peers(model: Decoder, inboxes: Sequence[int]) -> list[int]:
+    """`Peers` of `peers.cuh`, for the addresses of all ranks' inboxes; nothing for a model that is whole.
+
+    Raises:
+        Unfit: there are none.
+    """
+    if model.share is None:
+        return []
+    if len(inboxes) != model.share.size:
+        raise Unfit("the ranks' memory is not mapped")
+    return [model.share.rank, *inboxes]
 
 
 def _float(value: float) -> str:

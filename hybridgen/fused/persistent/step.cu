@@ -5,6 +5,7 @@
 // grid barrier and no fence. The residual stream stays in the registers of the blocks that own its rows, in float32.
 // docs/fused-decode.md explains the parts; hybridgen/fused/reference.py computes the same in PyTorch.
 #include "attention_long.cuh"
+#include "peers.cuh"
 
 #if HAS_LONG
 typedef LongAttention LongWay;
@@ -23,6 +24,9 @@ struct Parameters {
   u32 *short_mixed, *short_sums, *long_mixed, *long_sums;         // words
   u32* counters;   // layers run, with the short way, with the long way; arrivals; finished blocks: a sector apart
   u32* fault;
+#if RANKS > 1
+  Peers peers;
+#endif
   Layer layers[LAYERS];
 };
 #define COUNTER(i) (p.counters + 32 * (i))
@@ -56,6 +60,17 @@ DEVICE float activated(float gate) {
   return gate / (1.f + exp2f(-2.f * LOG2E * inner));   // x (1 + tanh(u)) / 2 = x sigmoid(2u)
 #else
   return gate / (1.f + exp2f(-LOG2E * gate));
+#endif
+}
+
+// The sum over all ranks of what this thread has of a row of the hidden size.
+DEVICE float over_ranks(const Parameters& p, int projection, int row, float part, u32 number, Watch& watch) {
+#if RANKS > 1
+  float values[1] = {part};
+  p.peers.add_up<HIDDEN, 1>(projection, row, number, values, watch);
+  return values[0];
+#else
+  return part;
 #endif
 }
 
@@ -139,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
       if (HAS_LONG && plan.is_long) read_merged<8>(p.long_mixed, p.long_sums, mixed_number, plan.active, watch, x);
       else read_merged<4>(p.short_mixed, p.short_sums, mixed_number, plan.active, watch, x);
       project<QUERIES, false>(x, HIDDEN, turn, side, arrivals, [&](int r, float a, float) {
-        residual += RESIDUAL_SCALE * (a + bias_of(y.out_bias, own + r));
+        residual += RESIDUAL_SCALE * (over_ranks(p, OF_ATTENTION, own + r, a, number, watch) + bias_of(y.out_bias, own + r));
         store_word(p.middle + own + r, residual, now);
       });
       arrivals.target += PROJECTION_ARRIVALS;
@@ -165,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
       float x[Layout<INTERMEDIATE>::PER_WARP][8];
       read_words<INTERMEDIATE>(p.hidden, now, watch, x);
       project<INTERMEDIATE, false>(x, HIDDEN, turn, side, arrivals, [&](int r, float a, float) {
-        residual += RESIDUAL_SCALE * (a + bias_of(y.down_bias, own + r));
+        residual += RESIDUAL_SCALE * (over_ranks(p, OF_MLP, own + r, a, number, watch) + bias_of(y.down_bias, own + r));
         store_word(p.x + own + r, residual, now);
       });
       arrivals.target += PROJECTION_ARRIVALS;

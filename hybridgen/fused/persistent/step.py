@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,16 @@ from torch import Tensor
 from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
 from hybridgen.fused.persistent.program import Keeper, Kernel, machine_code
-from hybridgen.fused.persistent.shape import THREADS, Tuning, check, default_tuning, shape_of
+from hybridgen.fused.persistent.shape import (
+    PATIENCE,
+    PATIENCE_WITH_RANKS,
+    THREADS,
+    Tuning,
+    check,
+    default_tuning,
+    peers,
+    shape_of,
+)
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, cut, dense
 
 _COUNTERS = 5
@@ -34,7 +44,8 @@ class PersistentStep:
         state: Tensor,
         block_table: Tensor,
         tuning: Tuning | None = None,
-        patience: int = 1 << 22,
+        patience: int | None = None,
+        inboxes: Sequence[int] = (),
         kept: Keeper | None = None,
     ) -> None:
         """Compile (or fetch) and load the kernel for these tensors, which must stay where they are.
@@ -44,7 +55,10 @@ class PersistentStep:
             state: int64 [3, slots]: last token, length (the new token's position) and generated tokens by slot.
             block_table: int32 [slots, max_pages].
             tuning: what only speed depends on; else the defaults for the shape.
-            patience: times that a block asks for an activation before the step is given up (a few seconds).
+            patience: times that a block asks for an activation before the step is given up; by default a few seconds,
+                and a minute where it waits for other ranks.
+            inboxes: of a rank's share, where the ranks send partial sums to: an address of each rank's memory, of
+                `inbox_bytes`, zeroed before the first step on any of them.
             kept: gives the machine code kept under a key, or makes and keeps it.
 
         Raises:
@@ -64,7 +78,7 @@ class PersistentStep:
             page_size=page_size,
             blocks=blocks,
             shared_memory=getattr(properties, "shared_memory_per_block_optin", 99 * 2**10),
-            patience=patience,
+            patience=patience or (PATIENCE if model.share is None else PATIENCE_WITH_RANKS),
         )
         cubin = machine_code(shape.defines, capability, kept)
         with torch.cuda.device(device):
@@ -99,6 +113,7 @@ class PersistentStep:
             rows.data_ptr(), state.data_ptr(), block_table.data_ptr(), state.stride(0), block_table.stride(0),
             model.embedding.data_ptr(), dense(model.head).data_ptr(), model.norm.scale.data_ptr(), _address(cos),
             _address(sin), self.logits.data_ptr(), *words, self.counters.data_ptr(), self._fault.data_ptr(),
+            *peers(model, inboxes),
         ]  # fmt: skip
         packed = struct.pack(f"<{len(header)}Q", *header)
         packed += b"".join(_packed_layer(model, *each) for each in zip(model.layers, pages, strict=True))
@@ -114,6 +129,10 @@ class PersistentStep:
     def faulted(self) -> bool:
         """Whether a block gave up waiting in a step that has run; its logits, and later ones', are not usable."""
         return bool(self._host_fault[0])
+
+    def give_up(self) -> None:
+        """Let a step that runs end without numbers, and wait for nobody any more; from any thread."""
+        self._host_fault[0] = 1
 
     def repair(self) -> None:
         """Make the buffers as new, after a step that was given up or never ended. Waits for the device."""

@@ -6,6 +6,7 @@
 // words.cuh); there is no grid barrier. The residual stream stays in the registers of the blocks that own its rows, in
 // float32. docs/fused-decode.md explains the parts; hybridgen/fused/reference.py computes the same in PyTorch.
 #include "columns.cuh"
+#include "peers.cuh"
 
 // With activations in fp16: products of silu(gate) and up count a quarter, so that they may reach 262,016.
 #define INNER_SCALE (Pairs<FORMAT>::AS_HALF ? 0.25f : 1.f)
@@ -26,6 +27,9 @@ struct Parameters {
   u32* fault;
 #ifdef READS
   u16* states;                                  // [COLUMNS, layers that are read, HIDDEN]
+#endif
+#if RANKS > 1
+  Peers peers;
 #endif
   Layer layers[LAYERS];
 };
@@ -159,10 +163,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     }
     arrive();
   };
-  auto add = [&](const Outputs& o, float bias0, float bias1, float by) {   // to the residual stream
+  auto add = [&](int projection, const Outputs& o, float bias0, float bias1, float by) {   // to the residual stream
     if (!o.on) return;
-    residual0 += RESIDUAL_SCALE * (or_none(o.y0 * by) + bias0);
-    residual1 += RESIDUAL_SCALE * (or_none(o.y1 * by) + bias1);
+    float y[2] = {o.y0 * by, o.y1 * by};
+#if RANKS > 1
+    if (o.column < columns) p.peers.add_up<HIDDEN * COLUMNS, 2>(projection, (shares.hidden.first + o.at) * COLUMNS + o.column * 2, number, y, watch);
+#endif
+    residual0 += RESIDUAL_SCALE * (or_none(y[0]) + bias0);
+    residual1 += RESIDUAL_SCALE * (or_none(y[1]) + bias1);
   };
   if (here) {
     const u32 e = *(const u32*)(p.embedding + p.ids[column] * HIDDEN + shares.hidden.first + own);
@@ -219,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       arrivals.wait(watch);
       Activations<OutTiles> a;
       a.load(p.mixed, number, columns, watch);
-      project<OutTiles>(a, y.out, shares.hidden, 0, ring, side, [&](const Outputs& o, const Constants<OutTiles>& k) { add(o, k.bias0, k.bias1, 1.f); });
+      project<OutTiles>(a, y.out, shares.hidden, 0, ring, side, [&](const Outputs& o, const Constants<OutTiles>& k) { add(OF_ATTENTION, o, k.bias0, k.bias1, 1.f); });
       publish(Pairs<FORMAT>(), p.middle, p.middle_squares, gain, number);
     }
     {
@@ -239,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       const bool last = l + 1 == LAYERS;
       const float2 gain = gain_of(last ? p.norm : p.layers[last ? 0 : l + 1].norm_1);
       arrivals.wait(watch);
-      project_in_chunks<DownTiles>(p.hidden, number, columns, y.down, shares.hidden, ring, side, watch, [&](const Outputs& o, const Constants<DownTiles>& k) { add(o, k.bias0, k.bias1, 1.f / INNER_SCALE); });
+      project_in_chunks<DownTiles>(p.hidden, number, columns, y.down, shares.hidden, ring, side, watch, [&](const Outputs& o, const Constants<DownTiles>& k) { add(OF_MLP, o, k.bias0, k.bias1, 1.f / INNER_SCALE); });
       if (last) publish(Pairs<HEAD_FORMAT>(), p.last, p.last_squares, gain, step);
       else publish(Pairs<FORMAT>(), p.x, p.squares, gain, number + 1);
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hybridgen.fused.persistent.shape import check_structure
+from hybridgen.fused.persistent.shape import PATIENCE, check_structure
 from hybridgen.fused.rows.formats import Format
 from hybridgen.models.decoder import Decoder, Unfit
 
@@ -117,7 +117,7 @@ def shape_of(
     page_size: int,
     blocks: int,
     shared_memory: int,
-    patience: int = 1 << 22,
+    patience: int = PATIENCE,
     reads: tuple[int, ...] = (),
 ) -> Shape:
     """The constants for a model.
@@ -196,6 +196,7 @@ def shape_of(
         "UNIT_HEADS": unit_heads,
         "SPLIT": split,
         "PATIENCE": f"{patience}u",
+        "RANKS": 1 if model.share is None else model.share.size,
     }
     if reads:
         defines["READS"] = ",".join(map(str, reads))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
 from hybridgen.fused.persistent.program import Keeper, Kernel, Program, machine_code
-from hybridgen.fused.persistent.shape import check_places
+from hybridgen.fused.persistent.shape import PATIENCE, PATIENCE_WITH_RANKS, check_places, peers
 from hybridgen.fused.rows.formats import Stored, format_of, stored
 from hybridgen.fused.rows.shape import COLUMNS, THREADS, Tuning, check, default_tuning, shape_of, shares
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
@@ -19,7 +20,7 @@ from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
 ROWS = Program(
     (__package__ or "", "hybridgen.fused.persistent"),
     "rows.cu",
-    ("words.cuh", "barriers.cuh", "pairs.cuh", "tiles.cuh", "products.cuh", "columns.cuh"),
+    ("words.cuh", "barriers.cuh", "pairs.cuh", "tiles.cuh", "products.cuh", "columns.cuh", "peers.cuh"),
     "decode_columns",
 )
 _COUNTERS = 4
@@ -41,7 +42,8 @@ class RowsStep:
         *,
         block_table: Tensor,
         tuning: Tuning | None = None,
-        patience: int = 1 << 22,
+        patience: int | None = None,
+        inboxes: Sequence[int] = (),
         reads: tuple[int, ...] = (),
         kept: Keeper | None = None,
     ) -> None:
@@ -50,7 +52,10 @@ class RowsStep:
         Args:
             block_table: int32 [slots, max_pages].
             tuning: what only speed depends on; else the defaults for the shape.
-            patience: times that a block asks for an activation before the step is given up (a few seconds).
+            patience: times that a block asks for an activation before the step is given up; by default a few seconds,
+                and a minute where it waits for other ranks.
+            inboxes: of a rank's share, where the ranks send partial sums to: an address of each rank's memory, of
+                `inbox_bytes`, zeroed before the first step on any of them.
             reads: layers whose inputs are left in `states`.
             kept: gives the machine code kept under a key, or makes and keeps it.
 
@@ -79,7 +84,7 @@ class RowsStep:
             page_size=page_size,
             blocks=blocks,
             shared_memory=getattr(properties, "shared_memory_per_block_optin", 99 * 2**10),
-            patience=patience,
+            patience=patience or (PATIENCE if model.share is None else PATIENCE_WITH_RANKS),
             reads=reads,
         )
         cubin = machine_code(shape.defines, capability, kept, ROWS)
@@ -117,6 +122,7 @@ class RowsStep:
             *_matrix(head, None), model.norm.scale.data_ptr(), _address(cos), _address(sin), self.logits.data_ptr(),
             *words, self.partial.data_ptr(), self.tickets.data_ptr(), self.shares.data_ptr(),
             self.counters.data_ptr(), self._fault.data_ptr(), *([self.states.data_ptr()] if reads else []),
+            *peers(model, inboxes),
         ]  # fmt: skip
         packed = struct.pack(f"<{len(header)}Q", *header)
         packed += b"".join(map(_packed_layer, model.layers, weights, pages))
@@ -140,6 +146,10 @@ class RowsStep:
     def faulted(self) -> bool:
         """Whether a block gave up waiting in a step that has run; its logits, and later ones', are not usable."""
         return bool(self._host_fault[0])
+
+    def give_up(self) -> None:
+        """Let a step that runs end without numbers, and wait for nobody any more; from any thread."""
+        self._host_fault[0] = 1
 
     def repair(self) -> None:
         """Make the buffers as new, after a step that was given up or never ended. Waits for the device."""

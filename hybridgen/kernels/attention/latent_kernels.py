@@ -60,14 +60,14 @@ def _attend(  # type: ignore[no-untyped-def]
     width: tl.constexpr = RANK + ROPE
     factor = scale * 1.4426950408889634
     ids = load_pages(table, first * BLOCK, end, PAGE, BLOCK)
-    # Rotary keys go through registers, a tile early: three tiles of latents leave them no room in shared memory.
-    rotary = _read(pages, ids, first * BLOCK, end, RANK, PAGE, width, ROPE, BLOCK, BLOCK_ROPE)
     for tile in range(first, last):
         start = tile * BLOCK
+        # Both are read in the loop. Rotary keys that came a tile early, through registers, gave wrong scores with
+        # Triton 3.6 on compute capability 9, where 16 or 32 queries were multiplied by 64 positions (wgmma).
+        rotary = _read(pages, ids, start, end, RANK, PAGE, width, ROPE, BLOCK, BLOCK_ROPE)
         latent = _read(pages, ids, start, end, 0, PAGE, width, RANK, BLOCK, BLOCK_RANK)
         # The next tile's page ids, a tile early: it is requested as soon as a buffer is free.
         ids = load_pages(table, start + BLOCK, end, PAGE, BLOCK)
-        next_rotary = _read(pages, ids, start + BLOCK, end, RANK, PAGE, width, ROPE, BLOCK, BLOCK_ROPE)
         scores = tl.dot(rotary, tl.trans(query_rotary), input_precision="ieee")
         scores = tl.dot(latent, tl.trans(query), scores, input_precision="ieee")
         seen = start + tl.arange(0, BLOCK)[:, None] <= place_of_row[None, :]
@@ -79,7 +79,6 @@ def _attend(  # type: ignore[no-untyped-def]
         mixed = mixed * rescale[None, :]
         mixed = tl.dot(tl.trans(latent), weights.to(latent.dtype), mixed, input_precision="ieee")
         peak = new_peak
-        rotary = next_rotary
     return peak, sums, mixed
 
 

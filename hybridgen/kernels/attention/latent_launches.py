@@ -50,6 +50,8 @@ class Tuning(NamedTuple):
     warps: int
     stages: int
     """Tiles of latents in shared memory."""
+    programs: int = 1
+    """Of decode, a multiprocessor."""
     chunk: int = _CHUNK_TOKENS
     """Positions of a chunk at most, with several rows."""
     ahead: int = 0
@@ -81,7 +83,7 @@ def shape_of(q: Tensor, pages: Tensor, rank: int) -> Shape:
 def _shared_bytes(shape: Shape, block: int, rows: int, stages: int) -> int:
     """Of tiles, queries and weights, about as the compiler lays them out."""
     rank, rope = power_of_two(shape.rank), power_of_two(shape.rope)
-    tiles = stages * block * rank + block * rope
+    tiles = stages * block * (rank + rope)
     return (tiles + rows * (rank + rope) + block * rows) * shape.bytes + 2 * 2**10
 
 
@@ -89,8 +91,8 @@ def _shared_bytes(shape: Shape, block: int, rows: int, stages: int) -> int:
 def tuning(shape: Shape, shared_memory: int, prefill: bool = False) -> Tuning:
     """The largest tiles that fit; chosen by the compiled kernels for compute capability 9, not measured yet.
 
-    With 16 heads of DeepSeek-V2 in 16 bits three tiles of latents and the queries take 223 KB: two of them are on their
-    way while one is multiplied. Four warps are one warp group, whose products need no copies between groups.
+    With 16 heads of DeepSeek-V2 in 16 bits two tiles of 64 positions and the queries take 166 KB: one is on its way
+    while the other is multiplied. Four warps are one warp group, whose products need no copies between groups.
     """
     most = 64 if prefill else min(64, power_of_two(shape.heads))
     if shape.bytes == 4:
@@ -107,12 +109,13 @@ def tuning(shape: Shape, shared_memory: int, prefill: bool = False) -> Tuning:
 
 @functools.lru_cache(maxsize=4096)
 def plan(tokens: int, shape: Shape, max_tiles: int, processors: int, tune: Tuning) -> Plan:
-    """The cut for `tokens` rows of up to `max_tiles` tiles: a program a multiprocessor, of which some share a chunk.
+    """The cut for `tokens` rows of up to `max_tiles` tiles: `tune.programs` a multiprocessor, of which some share a
+    chunk.
 
     One row is cut as finely as there are programs for it, several rows no coarser than `tune.chunk`.
     """
     parts = triton.cdiv(shape.heads, tune.rows)
-    resident = max(1, processors // parts)
+    resident = max(1, processors * tune.programs // parts)
     splits = min(max_tiles, max(1, resident // tokens))
     if tokens == 1:
         return Plan(splits, max_tiles, splits, splits * parts)

@@ -3,7 +3,7 @@
 | tensor | shape | dtype |
 |---|---|---|
 | logits | [B, V] | bfloat16, float16 or float32 on CUDA, any floating type on a CPU |
-| rows | [G] | int64, below B, each at most once: the rows that are changed |
+| rows | [G] | int64, below B, each at most once: the rows that are changed; below 0: none |
 | bits | [G, W], W * 32 >= V, contiguous | int32: a bit for each token that stays, the lowest bit of a word first |
 
 The others become -inf, in place; on CUDA, columns lie beside each other. NaN stays NaN, so that a row that the model
@@ -39,6 +39,8 @@ def keep_allowed(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
 
 
 def _cpu(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    named = rows >= 0
+    rows, bits = rows[named], bits[named]
     places = torch.arange(32, dtype=torch.int32, device=bits.device)
     allowed = ((bits[:, :, None] >> places) & 1).bool().flatten(1)[:, : logits.shape[1]]
     scores = logits[rows]

@@ -29,10 +29,11 @@ _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 def _kernel(logits, rows, bits, vocab, stride, words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     line = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < vocab
+    row = tl.load(rows + line)
+    inside = (token < vocab) & (row >= 0)
     word = tl.load(bits + line * words + token // 32, mask=inside, other=-1)
     banned = inside & (((word >> (token % 32)) & 1) == 0)
-    place = logits + tl.load(rows + line) * stride + token
+    place = logits + row * stride + token
     value = tl.load(place, mask=banned, other=0.0).to(tl.float32)
     tl.store(place, tl.full((BLOCK,), float("-inf"), tl.float32), mask=banned & (value == value))
 
