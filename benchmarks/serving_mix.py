@@ -65,12 +65,14 @@ class Case(NamedTuple):
     runs: int
     limit: float
     """Seconds that a phase may take."""
+    cache: Path
+    """Where both sides keep what they compile."""
 
 
 def in_process(case: Case, device: str) -> tuple[list[float], dict[str, Any]]:
     """Seconds of each run in an engine of this process, and how it ran."""
     note("loading the engine of this process")
-    with hybridgen.Engine.load(case.path, **case.options, progress=False) as engine:
+    with hybridgen.Engine.load(case.path, **case.options, compile_cache=str(case.cache), progress=False) as engine:
         note("the engine is loaded; warm-up")
 
         def generate(work: Work, salt: str) -> None:
@@ -123,9 +125,10 @@ def serving(case: Case) -> Iterator[Place]:
         for name, value in case.options.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         command += ["--ready-file", str(ready), "--http", "127.0.0.1:0"]
+        environment = os.environ | {"HYBRIDGEN_CACHE_DIR": str(case.cache), "HYBRIDGEN_COMPILE_CACHE": "1"}
         note("starting the server")
         with log.open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output)
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
             since = time.monotonic()
             while not ready.exists():
@@ -263,8 +266,7 @@ def main() -> None:
         note(f"writing the checkpoint of {name} to {path.parent.parent}")
         write_checkpoint(name, path, shape_dtype(name, device), device)
         release()
-        os.environ["HYBRIDGEN_COMPILE_CACHE"] = str(cache)
-        case = Case(path, work, options, runs, limit)
+        case = Case(path, work, options, runs, limit, cache)
         seconds, ran = in_process(case, device)
         release()
         rows: list[dict[str, Any]] = [{"how": "in process", "runs": [{"seconds": each} for each in seconds]}]

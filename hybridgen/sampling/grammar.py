@@ -110,7 +110,7 @@ def fill(rows: Sequence[GrammarRow], bits: Tensor) -> None:
         else:
             open_rows.append((row, line))
     together = [(row.matcher, line) for row, line in open_rows if isinstance(row.matcher, _Guidance)]
-    filled = len(together) > _ALONE
+    filled = len(together) > _ALONE and _most_threads() > 1
     if filled:
         # Threads take runs of this list: rows that wait for the same lexer come behind each other.
         together.sort(key=lambda pair: pair[0].lexer)
@@ -137,7 +137,12 @@ def _threads(process: int) -> Any:
     """Threads of this process: a forked one has none of its parent's."""
     from llguidance import LLExecutor
 
-    return LLExecutor(max(1, min(_THREADS, (os.cpu_count() or 1) - 1)))
+    return LLExecutor(_most_threads())
+
+
+def _most_threads() -> int:
+    """One core is for the others: whoever launches steps, encodes prompts, and speaks to clients."""
+    return min(_THREADS, (os.cpu_count() or 1) - 1)
 
 
 def constraint_of(

@@ -95,6 +95,6 @@ def test_before_allocation_there_is_nothing() -> None:
 def test_a_pool_that_does_not_fit_says_how_much_it_needs() -> None:
     state = make()
     needed = 4 * state.bytes_per_slot
-    with pytest.raises(OutOfMemoryError, match=f"{needed:,} bytes for 3 requests"):
+    with pytest.raises(OutOfMemoryError, match=f"{needed:,} bytes for the states of 3 requests"):
         plan_pages([state], page_size=16, max_batch=3, max_context=64, kv_memory=needed - 1, device=CPU)
     assert plan_pages([state], page_size=16, max_batch=3, max_context=64, kv_memory=needed, device=CPU) == 13

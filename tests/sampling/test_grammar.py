@@ -202,8 +202,11 @@ def test_rows_that_run_at_a_time_have_lexers_of_their_own(
     rows = [constraint.begin() for _ in range(20)]
     lexers = [row.matcher.lexer for row in rows]
     assert sorted(lexers) == sorted([*range(grammar._LEXERS), *range(4)])
-    grammar.fill(rows, bits)
-    assert (bits == bits[0]).all()
+    for cores in (2, 4):  # by the calling thread, and by several
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        grammar.fill(rows, bits.zero_())
+        assert bits[0].any()
+        assert (bits == bits[0]).all()
     alone = torch.zeros(1, bits.shape[1], dtype=torch.int32)
     grammar.fill([constraint.begin()], alone)
     assert torch.equal(alone[0], bits[0])

@@ -150,12 +150,7 @@ def as_pairs(pages):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def unpacked_pairs(pairs):  # type: ignore[no-untyped-def]
-    """The first and the second number e4m3 of each int16, in float16.
-
-    Products take two neighbours at once. Of two numbers in one int16 each goes to another product, so that none has to
-    be moved: neither where dims are summed over, nor where positions are (whose numbers, of 8 bits, would have to be
-    read one by one, because `ldmatrix` transposes 16 bits).
-    """
+    """The first and the second number e4m3 of each int16, in float16."""
     return tl.inline_asm_elementwise(
         _TWO_OF_8_BITS, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
     )
