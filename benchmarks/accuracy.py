@@ -19,6 +19,7 @@ import hybridgen
 from hybridgen.demo import model_path
 from hybridgen.execution.plan import PrefillChunk
 from hybridgen.graphs.key import GraphKey
+from hybridgen.models.mixers import cache_keyword
 
 MODES = ("eager", "jit", "hybrid")
 
@@ -32,11 +33,9 @@ def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
 @torch.inference_mode()
 def huggingface(model: PreTrainedModel, ids: torch.Tensor, prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [prompt, V] of one prefill and [T - prompt, V] of decoding the rest."""
-    cache = DynamicCache(config=model.config)
-    prefill = model(input_ids=ids[None, :prompt], past_key_values=cache).logits[0].float()
-    steps = [
-        model(input_ids=ids[None, i : i + 1], past_key_values=cache).logits[0].float() for i in range(prompt, len(ids))
-    ]
+    cache = {cache_keyword(model): DynamicCache(config=model.config)}
+    prefill = model(input_ids=ids[None, :prompt], **cache).logits[0].float()
+    steps = [model(input_ids=ids[None, i : i + 1], **cache).logits[0].float() for i in range(prompt, len(ids))]
     return prefill, torch.cat(steps)
 
 

@@ -20,6 +20,11 @@ FIELDS = SamplingParams.field_names() | EngineConfig.field_names()
 CALL = {"prompts", "sampling"}
 """Other keywords of `generate()`."""
 
+NAMES = (
+    "max_tokens", "max_length", "do_sample", "num_beams", "num_return_sequences", "max_model_len", "max_num_seqs",
+    "enforce_eager", "pad_token_id", "guided_json",
+)  # fmt: skip
+
 CALLS: dict[str, Callable[..., Any]] = {
     "generate": lambda **fields: hybridgen.generate("/no/such/model", "x", **fields),
     "stream": lambda **fields: hybridgen.stream("/no/such/model", "x", **fields),
@@ -41,7 +46,7 @@ def test_no_hint_is_for_a_field_and_each_names_real_ones() -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", ["max_tokens", "max_length", "do_sample", "num_beams", "max_model_len", "guided_json"])
+@pytest.mark.parametrize("name", NAMES)
 def test_each_call_says_what_to_write(call: str, name: str) -> None:
     with pytest.raises((ConfigError, SamplingError), match=f"^unknown keyword '{name}'; ") as caught:
         CALLS[call](**{name: 1})

@@ -373,13 +373,20 @@ class Engine:
             RequestError: the one request failed while it ran.
             Interrupted: Ctrl-C; holds what was finished.
         """
+        if self._together is not None:
+            return scores_of(*self._together.call(lambda: self._score(prompts, completions, cache_salt)))
+        return scores_of(*self._score(prompts, completions, cache_salt))
+
+    def _score(self, prompts: Prompts, completions: Any, cache_salt: str | None) -> tuple[list[Completion], bool]:
+        """The completions that tell the scores, and whether one is asked for."""
         pairs, single = scoring_pairs(
             split_prompts(prompts), None if completions is None else split_prompts(completions)
         )
         requests = merged(self.make_requests(pairs, replace(SCORES, cache_salt=cache_salt), {}))
         if requests:
             self._run(requests, None)
-        return scores_of(results(requests, False, None), single)
+        found: list[Completion] = results(requests, False, None)
+        return found, single
 
     def stream(
         self,

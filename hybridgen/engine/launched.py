@@ -195,8 +195,10 @@ def _error_value(error: BaseException) -> dict[str, str]:
 
 
 def _value(result: Any) -> Any:
-    """A completion, or a list of them, as JSON values."""
-    return [_completion(each) for each in result] if isinstance(result, list) else _completion(result)
+    """Completions, in lists and beside truth values, as JSON values."""
+    if isinstance(result, (list, tuple)):
+        return [_value(each) for each in result]
+    return result if isinstance(result, bool) else _completion(result)
 
 
 def _completion(completion: Completion, whole: bool = True) -> dict[str, Any]:
@@ -220,6 +222,8 @@ def _made(value: Any) -> Any:
     """What `_value` was given."""
     if isinstance(value, list):
         return [_made(each) for each in value]
+    if isinstance(value, bool):
+        return value
     choices = value.pop("choices", [])
     error = value.pop("error")
     for name in ("logprobs", "prompt_logprobs"):

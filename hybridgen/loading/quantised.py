@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,22 @@ def identity_of(layout: Format | None, stored: Any, config: EngineConfig) -> str
     return f"{layout.method}, made {made}: {json.dumps(stored, sort_keys=True, default=str)}"
 
 
+class Parts(Protocol):
+    """What one of several processes has of a model."""
+
+    def tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Its parts of tensors that are read when they are indexed with `...`, by the files' names."""
+        ...
+
+    def readers(self, readers: Mapping[str, Reader]) -> dict[str, Reader]:
+        """What gives its parts of quantised weights, by the model's names of projections."""
+        ...
+
+    def model_class(self, kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        """The class, whose models have its parts' shapes from the beginning."""
+        ...
+
+
 def load_quantised(
     source: Source,
     files: list[Path],
@@ -59,6 +75,7 @@ def load_quantised(
     config: EngineConfig,
     layout: Format | None,
     model_class: type[PreTrainedModel] | None,
+    parts: Parts | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any], Counter[str]]:
     """The model, transformers' account of what it loaded, and what is not as asked for, counted.
 
@@ -67,6 +84,7 @@ def load_quantised(
     Args:
         files: safetensors files.
         layout: how the checkpoint is stored; None: not quantised.
+        parts: what this process has of the model; None: all of it.
 
     Raises:
         CheckpointError: a tensor is damaged; names it and its file.
@@ -103,11 +121,14 @@ def load_quantised(
             plan.make_head(head, config.quantize_head)
         if "int4" in (config.quantization, config.quantize_head):
             notes[INT4_WARNING] += 1
+        kind, others, apart = type(model), plan.tensors, plan.apart
+        if parts is not None:
+            kind, others, apart = parts.model_class(kind), parts.tensors(others), parts.readers(apart)
         loaded, info = assemble(
-            type(model),
+            kind,
             hf_config,
-            plan.tensors,
-            plan.apart,
+            others,
+            apart,
             dtype,
             device,
             unties_head=head in plan.apart,

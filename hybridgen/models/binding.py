@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -45,6 +44,7 @@ from hybridgen.models.layer_list import decoder_layers, layer_around
 from hybridgen.models.mixers import (
     MixerBinding,
     MixerSite,
+    cache_keyword,
     check_claimed,
     check_mixers,
     mixer_sites,
@@ -518,11 +518,6 @@ def _check_shared(model: PreTrainedModel, readers: Sequence[str]) -> None:
         )
 
 
-def _cache_argument(model: PreTrainedModel) -> str:
-    """What a model's forward calls its cache; models of mixers alone have their mixers' word."""
-    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 def _run_two_tokens(
     model: PreTrainedModel, attention: AttentionNames, names: dict[nn.Module, str], cache: DynamicCache | None
 ) -> tuple[list[_Seen], torch.dtype]:
@@ -554,7 +549,7 @@ def _run_two_tokens(
     try:
         with torch.inference_mode(), noting_expansion(check_latents(model)):
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            keeps = {"use_cache": False} if cache is None else {_cache_argument(model): cache, "use_cache": True}
+            keeps = {"use_cache": False} if cache is None else {cache_keyword(model): cache, "use_cache": True}
             output = model(input_ids=ids, position_ids=torch.arange(2, device=model.device)[None], **keeps)
     finally:
         for module in modules:

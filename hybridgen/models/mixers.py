@@ -38,6 +38,14 @@ _NOT_NEEDED = frozenset({"attention_mask", "position_ids", "position_embeddings"
 """Arguments of mixers that are None for packed tokens without padding, or that only attention reads."""
 
 
+def cache_keyword(model: PreTrainedModel) -> str:
+    """What the model's forward, and so its `generate`, calls the cache: `cache` from transformers 5.24 on, before that
+    what the mixers' models that have nothing else call it, or else `past_key_values`."""
+    forward = getattr(model, "whole", model).forward  # a text part hands on what it is given
+    names = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "cache_params") if name in names), "past_key_values")
+
+
 class SlotMixer(nn.Module):
     """What the class of every mixer is also, once it reads its state from slots."""
 

@@ -101,6 +101,12 @@ class QuantisedWeight:
         zeros = None if self.zeros is None else self.zeros[:, part]
         return self._with(self.data[:, start // items : stop // items], self.scales[:, part], zeros, stop - start)
 
+    def copy(self) -> QuantisedWeight:
+        """The same in storage of its own."""
+        zeros = None if self.zeros is None else self.zeros.clone(memory_format=torch.contiguous_format)
+        data, scales = (each.clone(memory_format=torch.contiguous_format) for each in (self.data, self.scales))
+        return self._with(data, scales, zeros, self.inputs)
+
     def _with(self, data: Tensor, scales: Tensor, zeros: Tensor | None, inputs: int) -> QuantisedWeight:
         return QuantisedWeight(self.kind, data, scales, zeros, inputs, self.block, self.dtype)
 
@@ -192,7 +198,7 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        return _product(self, x, self.bias)
+        return quantised_product(self, x, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and format."""
@@ -244,7 +250,7 @@ class QuantisedHead(QuantisedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Its own outputs; the others' go into their slots."""
-        first, *others = _product(self, x, self.fused_bias).split(self.fused_sizes, dim=-1)
+        first, *others = quantised_product(self, x, self.fused_bias).split(self.fused_sizes, dim=-1)
         for slot, part in zip(self.fused_slots, others, strict=True):
             slot.item = (x, part)
         return first
@@ -267,7 +273,8 @@ class QuantisedTail(QuantisedLinear):
         return item[1]
 
 
-def _product(module: QuantisedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+def quantised_product(module: QuantisedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., inputs] to [..., outputs] by a module's weight: by kernels, or dequantised where it says so."""
     kind, data, scales, zeros = module.kind, module.data, module.scales, module.zeros
     inputs, block, rounds = module.in_features, module.block, module.rounds_rows
     if module.dequantises:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybridgen.models.projections import product
+from hybridgen.models.quantised import QuantisedLinear, quantised_product
 from hybridgen.models.share import ShareLinear
 from hybridgen.parallel.group import Group, all_gather, all_reduce
 from hybridgen.parallel.plan import Sharding
@@ -21,6 +22,16 @@ class RowShard(ShareLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         total = all_reduce(product(input, self.weight, None), self.group)
+        return total if self.bias is None else total + self.bias
+
+
+class QuantisedRowShard(QuantisedLinear):
+    """The same with a quantised weight."""
+
+    group: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = all_reduce(quantised_product(self, x, None), self.group)
         return total if self.bias is None else total + self.bias
 
 
@@ -64,11 +75,14 @@ def cut_parameters(model: PreTrainedModel, sharding: Sharding) -> None:
             module.out_features, module.in_features = module.weight.shape
 
 
+_SHARDS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RowShard, QuantisedLinear: QuantisedRowShard}
+
+
 def join(model: PreTrainedModel, sharding: Sharding, group: Group) -> None:
     """Put the collectives into a model that has its rank's parameters."""
     for name in sharding.summed:
         module: Any = model.get_submodule(name)
-        module.__class__ = RowShard if type(module) is nn.Linear else _summed(type(module))
+        module.__class__ = _SHARDS.get(type(module)) or _summed(type(module))
         module.group = group.number
     head: Any = model.get_submodule(sharding.head)
     cut = sharding.cuts[f"{sharding.head}.weight"]

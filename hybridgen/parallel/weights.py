@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hybridgen.cache import KVScales
-from hybridgen.errors import CheckpointError
+from hybridgen.errors import CheckpointError, UnsupportedModelError
 from hybridgen.loading import Checkpoint, LoadedModel
+from hybridgen.loading.assembly import Reader, assemble
 from hybridgen.loading.device import without_default_device
 from hybridgen.loading.kv_scales import is_scale, read_kv_scales
+from hybridgen.loading.quantised import load_quantised
 from hybridgen.loading.source import load_errors
 from hybridgen.loading.stored import TensorFiles, check_files
 from hybridgen.loading.weights import check_loading_info, progress_bars
+from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.parallel.group import Group
 from hybridgen.parallel.modules import cut_parameters, join
 from hybridgen.parallel.plan import Cut, Sharding, shard
@@ -71,47 +75,109 @@ def whole(checkpoint: Checkpoint) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.hf_config))
 
 
+class _Parts:
+    """What a rank has; see `loading.quantised.Parts`."""
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: PreTrainedModel, sharding: Sharding) -> None:
+        self._checkpoint, self._skeleton, self._sharding = checkpoint, skeleton, sharding
+
+    def tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The rank's parts of tensors that are read when they are indexed, by the files' names."""
+        sharding = self._sharding
+        tied = bool(getattr(self._checkpoint.hf_config, "tie_word_embeddings", False))
+        state: dict[str, Any] = {}
+        for name, place in _places(self._skeleton, list(tensors)).items():
+            cut = sharding.cuts.get(place)
+            if cut is None or (tied and place == f"{sharding.head}.weight"):
+                state[name] = tensors[name]
+            else:
+                state[name] = Slice(tensors[name], cut, name)
+        return state
+
+    def readers(self, readers: Mapping[str, Reader]) -> dict[str, Reader]:
+        """What gives the rank's parts of quantised weights. Each is read whole, so that it rounds as it does there.
+
+        Raises:
+            UnsupportedModelError: the head is quantised.
+        """
+        if self._sharding.head in readers:
+            raise UnsupportedModelError(
+                f"tensor_parallel={self._sharding.size}: {self._checkpoint.name!r} has a quantised head, which is not "
+                "cut yet; leave tensor_parallel out"
+            )
+        return {name: self._part(name, read) for name, read in readers.items()}
+
+    def _part(self, name: str, read: Reader) -> Reader:
+        cut = self._sharding.cuts.get(f"{name}.weight")
+        if cut is None:
+            return read
+
+        def part(device: torch.device, dtype: torch.dtype) -> QuantisedWeight:
+            weight = read(device, dtype)
+            try:
+                found = (weight.rows if cut.dim == -2 else weight.columns)(cut.start, cut.stop)
+            except ValueError as error:
+                raise UnsupportedModelError(
+                    f"tensor_parallel={self._sharding.size}: the quantised weight of {name} cannot be cut: {error}; "
+                    "give a smaller number, or leave it out"
+                ) from None
+            return found.copy()  # nothing holds the whole one
+
+        return part
+
+    def model_class(self, kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        """The class, whose models have the rank's parameters. transformers asks it for what the original has."""
+
+        def build(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+            kind.__init__(model, *args, **kwargs)
+            cut_parameters(model, self._sharding)
+
+        attributes = {"__init__": build, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        return type(kind.__name__, (kind,), attributes)
+
+
 def load_share(checkpoint: Checkpoint, group: Group) -> LoadedModel:
     """Read the weights of a rank, and put the group's collectives into the model.
 
     Raises:
         CheckpointError: weights are missing, have other shapes than the config says, or cannot be read.
-        UnsupportedModelError: they are in other files than safetensors.
+        UnsupportedModelError: they are in other files than safetensors, or quantised weights cannot be cut so.
     """
-    source = checkpoint.source
+    source, config = checkpoint.source, checkpoint.config
     assert source is not None
     start = time.perf_counter()
     files = checkpoint.fetch()
     check_files(files, "each rank reads its share of them")
-    scales = {} if checkpoint.config.kv_dtype is None else read_kv_scales(files, checkpoint.attention)
+    scales = {} if config.kv_dtype is None else read_kv_scales(files, checkpoint.attention)
     skeleton = whole(checkpoint)
     sharding = shard(skeleton, checkpoint.hf_config, group.rank, group.size)
+    parts = _Parts(checkpoint, skeleton, sharding)
     failed = f"the weights of {source.name!r} cannot be read"
-    with (
-        progress_bars(False),
-        load_errors(source, failed),
-        without_default_device(),
-        TensorFiles(files) as tensors,
-    ):
-        places = _places(skeleton, list(tensors.entries))
-        tied = bool(getattr(checkpoint.hf_config, "tie_word_embeddings", False))
-        state: dict[str, Any] = {}
-        for name, place in places.items():
-            if scales and is_scale(name):
-                continue
-            cut = sharding.cuts.get(place)
-            if cut is None or (tied and place == f"{sharding.head}.weight"):
-                state[name] = tensors.lazy(name)
-            else:
-                state[name] = Slice(tensors.lazy(name), cut, name)
-        model, info = _load(type(skeleton), checkpoint, sharding, state)
+    notes: Counter[str] = Counter()
+    with progress_bars(False), load_errors(source, failed), without_default_device():
+        if checkpoint.layout is not None or config.quantization is not None:
+            arguments = source, files, checkpoint.hf_config, checkpoint.dtype, checkpoint.device, config
+            model, info, notes = load_quantised(*arguments, checkpoint.layout, None, parts)
+        else:
+            with TensorFiles(files) as tensors:
+                lazy = {name: tensors.lazy(name) for name in tensors.entries if not (scales and is_scale(name))}
+                model, info = assemble(
+                    parts.model_class(type(skeleton)),
+                    checkpoint.hf_config,
+                    parts.tensors(lazy),
+                    {},
+                    checkpoint.dtype,
+                    checkpoint.device,
+                )
+    model.__class__ = type(skeleton)
     check_loading_info(source, info)
     join(model, sharding, group)
     model.config.name_or_path = model.name_or_path = source.name
     if checkpoint.device.type == "cuda":
         torch.cuda.synchronize(checkpoint.device)
+    seconds = time.perf_counter() - start
     own = {name: KVScales(*(_of_heads(each, group) for each in pair)) for name, pair in scales.items()}
-    return LoadedModel(model.eval().requires_grad_(False), time.perf_counter() - start, owned=True, kv_scales=own)
+    return LoadedModel(model.eval().requires_grad_(False), seconds, owned=True, notes=notes, kv_scales=own)
 
 
 def _of_heads(scales: Tensor, group: Group) -> Tensor:
@@ -121,31 +187,6 @@ def _of_heads(scales: Tensor, group: Group) -> Tensor:
         return scales
     first = group.rank * count // group.size
     return scales[first : first + max(1, count // group.size)]
-
-
-def _load(
-    kind: type[PreTrainedModel], checkpoint: Checkpoint, sharding: Sharding, state: Mapping[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model with a rank's parameters, and transformers' account of what it loaded."""
-
-    def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        kind.__init__(self, *args, **kwargs)
-        cut_parameters(self, sharding)
-
-    attributes = {"__init__": build, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    loader: Any = type(kind.__name__, (kind,), attributes)
-    device = checkpoint.device
-    model, info = loader.from_pretrained(
-        None,
-        config=copy.deepcopy(checkpoint.hf_config),
-        state_dict=dict(state),
-        dtype=checkpoint.dtype,
-        device_map=None if device.type == "cpu" else {"": device},
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    model.__class__ = kind
-    return model, info
 
 
 def _places(model: PreTrainedModel, names: list[str]) -> dict[str, str]:

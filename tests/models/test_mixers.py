@@ -104,6 +104,11 @@ def test_a_mixer_with_unknown_arguments_is_refused(kind: type[Strange]) -> None:
         probe_model(model, 64)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_cache_is_given_by_the_name_that_transformers_has_for_it() -> None:
+    bind(families.build("lfm2")).release()
+
+
 def test_a_state_without_a_mixer_is_refused() -> None:
     model = families.build("lfm2")
     mixers = list(find_mixers(model))

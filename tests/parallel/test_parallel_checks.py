@@ -71,7 +71,6 @@ class Guess:
     [
         {"drafter": "path/or/id"},
         {"speculation": Guess()},
-        {"quantization": "int8"},
         {"quantize_head": "int8"},
         {"validate": True},
         {"check_addresses": True},

@@ -7,8 +7,9 @@ from typing import Any
 
 import families
 import pytest
+import quantised_formats
 
-from hybridgen import Engine, SamplingParams
+from hybridgen import Engine, SamplingParams, UnsupportedModelError
 
 CONFIG: dict[str, Any] = {
     "device": "cpu",
@@ -168,6 +169,49 @@ def test_keys_and_values_in_8_bits(count: int, tmp_path: Path) -> None:
             assert "fp8" in engine.stats().kv_dtype
             found.append([each.token_ids for each in engine.generate(PROMPTS, max_new_tokens=6)])
     assert found[0] == found[1]
+
+
+MADE = ("int8", "fp8", "int4")
+STORED = (
+    "awq",
+    "gptq desc_act",
+    "gptq v2 zeros",
+    "ct w4 group",
+    "ct int8 zeros",
+    "ct fp8 tensor",
+    "fp8 block",
+    "bnb nf4",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["int8", "awq", *(pytest.param(name, marks=pytest.mark.slow) for name in (*MADE[1:], *STORED[1:]))],
+)
+def test_quantised_weights_are_the_whole_ones_cut(name: str, tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 2, "intermediate_size": 128}
+    if name in MADE:
+        families.build("llama", **changes, attention_bias=True, mlp_bias=True).save_pretrained(tmp_path)
+    else:
+        quantised_formats.write_family(tmp_path, "llama", name, **changes)
+    config = CONFIG | {"mode": "graph", "quantization": name if name in MADE else None}
+    found: list[Any] = []
+    for size in (1, 2):
+        with Engine.load(tmp_path, tensor_parallel=size, **config) as engine:
+            done = engine.generate(PROMPTS, max_new_tokens=6)
+            found.append(([each.token_ids for each in done], engine.score(PROMPTS[1]).logprobs, engine.stats()))
+    (tokens, scores, stats), (others, more, over_two) = found
+    assert others == tokens
+    assert more == pytest.approx(scores, abs=1e-3)
+    assert over_two.fallbacks == stats.fallbacks
+    kinds, wanted = ({each.partition(" ")[0] for each in one.weights} - {"dense"} for one in (over_two, stats))
+    assert kinds == wanted
+
+
+def test_groups_that_cannot_be_cut(tmp_path: Path) -> None:
+    quantised_formats.write_family(tmp_path, "llama", "awq", num_hidden_layers=2)
+    with pytest.raises(UnsupportedModelError, match=r"down_proj cannot be cut: inputs .* do not begin and end with"):
+        Engine.load(tmp_path, mode="eager", tensor_parallel=2, **CONFIG)
 
 
 def test_grammars() -> None:

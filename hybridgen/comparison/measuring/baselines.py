@@ -19,6 +19,7 @@ from hybridgen.comparison.data.config import CompareConfig
 from hybridgen.comparison.data.results import BASELINE
 from hybridgen.comparison.measuring.subjects import Output
 from hybridgen.errors import EngineError
+from hybridgen.models.mixers import cache_keyword
 
 _CPU_BLOCKS = 64
 """Pages of `generate_batch`'s cache on a CPU, of 256 positions each."""
@@ -69,7 +70,7 @@ class HuggingFaceGenerate:
         if options["do_sample"]:
             options |= {"temperature": self._config.temperature, "top_k": 0, "top_p": 1.0}
         if self._static:
-            options["past_key_values"] = self._cache(len(prompts))
+            options[cache_keyword(self._model)] = self._cache(len(prompts))
         output = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -35,6 +35,7 @@ def test_hugging_face_gives_the_tokens_of_generate_and_a_time_for_each(name: str
         baseline.close()
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("name", ["hf-dynamic", "hf-static"])
 def test_calls_have_hugging_face_warn_of_nothing(name: str) -> None:
     said: list[str] = []
