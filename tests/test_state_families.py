@@ -13,7 +13,7 @@ import hybridgen
 from hybridgen.loading.support import STATES_BY_SLOT
 
 MODES = ("eager", "graph", "jit", "hybrid")
-USUAL = {"mamba": ("eager",), "falcon_mamba": ("graph",), "mamba2": ("hybrid",), "jamba": ("eager",)}
+USUAL = {"mamba": ("eager",), "mamba2": ("hybrid",)}
 """In the usual run; all others only with `-m slow`, because `test_families` compares a few tokens of each."""
 TOLERANCES = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 2e-4)
 """Of log-probabilities. Gated delta nets with such weights round so: between the whole text at once and token by token,
