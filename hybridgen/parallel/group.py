@@ -139,6 +139,15 @@ class Group:
             logger.info("small sums go by NCCL: %s", self.why_not)
             return
         self.one_shot = found
+        assert found is not None
+        try:
+            why = found.try_adding() or ""
+        except Exception as error:  # a driver that knows no early launches, ...
+            why = described(error)
+        found.adds = FAILED not in self.say(FAILED if why else DONE)
+        if not found.adds:
+            found.count_anew()
+            logger.info("sums of the fused chain go by collectives: %s", why or "another rank cannot")
 
     def memory(self, size: int) -> list[int]:
         """Zeroed memory of each rank, as this rank's device addresses it; until the group is closed.

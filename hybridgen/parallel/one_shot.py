@@ -27,6 +27,8 @@ MOST_BYTES = BLOCKS * THREADS * _GROUP
 """Of a tensor, at most; of a gather, what one rank has."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TRIAL_SECONDS = 5.0
+_ANEW = 1 << 20
+"""Above the number of any launch of a trial."""
 
 
 def defines(size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -56,6 +58,8 @@ class OneShot:
             DeviceError: the kernel or the memory cannot be had, here or on another rank.
         """
         self.dtype = dtype
+        self.adds = False
+        """Whether `add_to_state` is used."""
         self._rank, self._size, self._device = rank, size, device
 
         def load() -> None:
@@ -89,6 +93,8 @@ class OneShot:
 
     def parts(self, rows: int, width: int) -> int:
         """Parts of a row in `add_to_state`, or 0 if it does not take so many rows of this width."""
+        if not self.adds:
+            return 0
         found = -(-width * self.dtype.itemsize // (_GROUP * THREADS))
         return found if rows * found <= BLOCKS and width * self.dtype.itemsize % _GROUP == 0 else 0
 
@@ -140,6 +146,41 @@ class OneShot:
             if int(wrong):
                 return f"{int(wrong)} wrong values in a trial"
         return None
+
+    def try_adding(self) -> str | None:
+        """The same for `add_to_state`, which is not used (`adds`) unless all ranks found it right."""
+        self.adds = True
+        device, event = self._device, torch.cuda.Event()
+        wrong = torch.zeros((), dtype=torch.int64, device=device)
+        everybody = self._size * (self._size - 1) // 2
+        with torch.inference_mode(), torch.cuda.device(device):
+            for rows, width, gains in ((1, 64, True), (3, 2052, False), (8, 4096, True)):
+                ramp = torch.arange(rows * width, device=device).view(rows, width)
+                product, state = (ramp % 13 + self._rank).to(self.dtype), (ramp % 7).float()
+                gain = (torch.arange(width, device=device) % 5 / 4).float() if gains else None
+                handed, squares = torch.zeros_like(product), torch.zeros(64, 16, device=device)
+                expected = state + 0.5 * (self._size * (ramp % 13) + everybody).float()
+                self.add_to_state(product, state, handed, gain, squares, 0.5)
+                read = expected if gain is None else expected * gain
+                total, sums = squares[: self.parts(rows, width), :rows].sum(0), expected.square().sum(-1)
+                wrong += (state != expected).sum() + (handed != read.to(self.dtype)).sum()
+                wrong += ((total - sums).abs() > 1e-4 * sums).sum()
+            event.record()
+            until = time.monotonic() + _TRIAL_SECONDS
+            while not event.query() and time.monotonic() < until:
+                time.sleep(0.0005)
+            if not event.query():
+                self.end()
+                torch.cuda.synchronize(device)
+                return f"nothing came from another rank within {_TRIAL_SECONDS:.0f} seconds"
+            return f"{int(wrong)} wrong values in a trial" if int(wrong) else None
+
+    def count_anew(self) -> None:
+        """After launches that not all ranks may have made: all of them count from the same number again."""
+        torch.cuda.synchronize(self._device)
+        self._numbers.fill_(_ANEW)
+        self._host_ended[0] = 0
+        torch.cuda.synchronize(self._device)
 
     def end(self) -> None:
         """Let nobody wait any more: what runs ends, with values that nobody may use. From any thread."""

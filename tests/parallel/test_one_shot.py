@@ -32,6 +32,8 @@ def test_they_compile_without_a_gpu(dtype: torch.dtype) -> None:
 )
 def test_a_row_is_cut_into_blocks_as_far_as_they_go(rows: int, width: int, parts: int) -> None:
     made = object.__new__(OneShot)
-    made.dtype = torch.bfloat16
+    made.dtype, made.adds = torch.bfloat16, False
+    assert made.parts(rows, width) == 0  # not before all ranks have tried it
+    made.adds = True
     assert made.parts(rows, width) == parts
     assert rows * parts <= BLOCKS
