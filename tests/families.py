@@ -331,6 +331,16 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         **_THREE,
     ),
     "lfm3": _with(head_dim=16, sliding_window=8, layer_types=["conv", "full_attention", "sliding_attention", "conv"]),
+    "zaya": _without(
+        "intermediate_size",
+        head_dim=16,
+        layer_types=["hybrid", "hybrid_sliding"],
+        sliding_window=8,
+        num_experts=4,
+        moe_intermediate_size=48,
+        router_hidden_size=16,
+        **_SHORT,
+    ),
     "kimi_linear": _with(**_KDA, linear_head_dim=16, linear_num_heads=4),
     "bailing_hybrid": _with(**_KDA | {"n_group": 2}, head_dim=16, num_mtp_layers=0),
     "lfm2_moe": _with(

@@ -42,7 +42,6 @@ _QWEN = _text("qwen2", **_mrope(2, 3, 3))
 _QWEN3 = _text("qwen3", **_mrope(2, 3, 3))
 _GLM = _text("glm4", **_mrope(1, 1, 2))
 
-_NOPE = {"layer_rope_theta": [10000.0, 0], "rope_parameters": None}
 _DELTA_ROPE = {"rope_parameters": {**_mrope(2, 1, 1)["rope_parameters"], "partial_rotary_factor": 0.5}}
 
 WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -23,9 +23,10 @@ from hybridgen.loading.formats.compressed import KV_NOTE
 from hybridgen.loading.formats.mxfp4 import Experts
 from hybridgen.loading.kv_scales import is_scale
 from hybridgen.loading.places import Places
+from hybridgen.loading.separate_experts import experts_reader, find_experts
 from hybridgen.loading.source import Source
 from hybridgen.loading.stored import Lazy, Stored, TensorFiles, check_files, find_stored
-from hybridgen.models.experts import probe
+from hybridgen.models.experts import probe, sizes_of
 from hybridgen.models.latent import latent_projections
 from hybridgen.models.mixers import projections_read
 from hybridgen.models.packed_experts import PackedWeights
@@ -238,6 +239,27 @@ class _Plan:
                 continue
             self.experts[owner] = _experts_reader(each, down, self._files)
             taken |= {name, down.name}
+        for prefix, experts in find_experts(stored).items():
+            place = self._places.of(f"{prefix}.gate_up_proj")
+            if place is None:
+                continue
+            owner = place.removesuffix(".gate_up_proj")
+            module = self._model.get_submodule(owner)
+            form, sizes = probe(module), sizes_of(module)
+            # As transformers joins them: all gates come first. It has no rule for biases of single experts.
+            if (
+                form is None
+                or form.interleaved
+                or sizes is None
+                or module._parameters.get("gate_up_proj_bias") is not None
+            ):
+                continue
+            reader = experts_reader(experts, sizes, self._files, self._dtype)
+            if isinstance(reader, str):
+                self._notes[f"a layer's experts are dequantised: {reader}"] += 1
+                continue
+            self.experts[owner] = reader
+            taken |= {each.name for expert in experts for each in expert}
         return taken
 
     def make(self, kind: str) -> None:

@@ -20,7 +20,7 @@ from hybridgen.models.text_part import is_multimodal, text_config
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 """Names in `layer_types` that stand for attention over one K and one V per layer."""
 
-STATE_LAYERS = frozenset({"conv", "linear_attention", "mamba", "hybrid", "mlp", "moe"})
+STATE_LAYERS = frozenset({"conv", "linear_attention", "mamba", "hybrid", "hybrid_sliding", "mlp", "moe"})
 """Names in `layer_types` that stand for a state of one size for each request, or for no state at all."""
 
 STATES_BY_SLOT = frozenset(
@@ -44,6 +44,7 @@ STATES_BY_SLOT = frozenset(
         "qwen3_next",
         "zamba",
         "zamba2",
+        "zaya",
     }
 )
 """Types whose states run, by comparison with transformers' own generate (`tests/families.py`). Which modules keep them

@@ -222,7 +222,8 @@ def describe(
     if last.bias is not None:
         raise Unfit("its head has a bias")
     config: Any = model.config
-    if last.weight.shape[0] < embedding.num_embeddings:
+    # A rank's part of a head says how many ids all of it has.
+    if getattr(head, "vocab_size", last.weight.shape[0]) < embedding.num_embeddings:
         raise Unfit("its head cannot give all ids that it takes")
     if getattr(config, "final_logit_softcapping", None):
         raise Unfit("its logits are soft-capped")

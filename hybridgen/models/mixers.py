@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache, PreTrainedModel
 
 from hybridgen.cache.slot_state import MixerShapes, MixerTensors, SlotShape
@@ -311,7 +312,7 @@ def continues_runs(mixer: nn.Module, hidden: Tensor, shapes: MixerShapes) -> boo
         )
         kernel = 0 if shapes.convolution is None else shapes.convolution.shape[-1]
         output = own(mixer, tokens[None], **{name: SlotCache(convolution, recurrent, kernel, previous=True)})
-        return bool(output.isnan().any())
+        return any(bool(each.isnan().any()) for each in tree_leaves(output))
 
     kept = [index for index, shape in enumerate(shapes) if shape is not None]
     if all(reads(hidden, index) for index in kept):
@@ -339,10 +340,10 @@ def use_own_cache(mixer: nn.Module) -> None:
 @functools.cache
 def _with_slots(kind: Any) -> type[nn.Module]:
     name = _cache_name(kind)
-    own: Callable[..., Tensor] = kind.forward
+    own: Callable[..., Any] = kind.forward
 
     @functools.wraps(own)
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         binding: MixerBinding = self._hybridgen
         if binding.step.phase is Phase.DECODE:
             return _decode(own, name, self, hidden_states, binding)
@@ -355,17 +356,20 @@ def _with_slots(kind: Any) -> type[nn.Module]:
     return made
 
 
-def _decode(own: Callable[..., Tensor], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Tensor:
-    """[1, T, hidden]: every token is a row, with the state of its slot."""
+def _decode(own: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Any:
+    """[1, T, hidden]: every token is a row, with the state of its slot.
+
+    Returns what the mixer does: a tensor [1, T, ...], or several, such as the queries, keys and values of an attention.
+    """
     reads, writes = binding.places()
     cache = binding.read(reads, fresh=False)
     output = own(mixer, hidden.transpose(0, 1), **{name: cache})
     binding.write(writes, cache)
-    return output.transpose(0, 1)
+    return tree_map(lambda each: each.transpose(0, 1), output)
 
 
-def _prefill(own: Callable[..., Tensor], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Tensor:
-    """[1, T, hidden]: runs of tokens, each with the state of its slot."""
+def _prefill(own: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Any:
+    """[1, T, hidden]: runs of tokens, each with the state of its slot. Returns the same as `_decode`."""
     reads, writes = binding.places()
     outputs, start = [], 0
     for index, (length, fresh) in enumerate(binding.step.runs):
@@ -375,4 +379,4 @@ def _prefill(own: Callable[..., Tensor], name: str, mixer: nn.Module, hidden: Te
         outputs += [own(mixer, part, **{name: cache}) for part in parts]
         binding.write(writes[index : index + 1], cache)
         start += length
-    return torch.cat(outputs, dim=1)
+    return tree_map(lambda *parts: torch.cat(parts, dim=1), *outputs)

@@ -83,6 +83,30 @@ def check_pairs(number: int) -> None:
     assert _same(newest_rows(cache), cache)
 
 
+def check_balanced_pairs(number: int) -> None:
+    """Decode of float16 queries by a schedule over pages of 8 bits, which are read by two numbers at once."""
+    ptx.install()
+    dim, value_dim, group, options = ((32, 48, 2, {"window": 40}), (40, 32, 4, {"softcap": 3.0}))[number]
+    torch.manual_seed(number)
+    lengths = [1, 70, 33, 64]
+    cache = make_cache(lengths, 2, dim, value_dim, dtype=torch.float16, kept=FP8, exact=True)
+    q, ones = torch.randn(len(lengths), 2 * group, dim).half(), [1] * len(lengths)
+    sinks = torch.randn(2 * group).half() if number else None
+    expected = dense_packed(q, cache, ones, 0.3, sinks=sinks, **options)
+    slots, positions, _ = pack(cache, ones, len(ones))
+    pages = cache.k_pages, cache.v_pages, cache.block_table
+    limits, tune = (options.get("window", 0), 0), BALANCED[number]
+    words = balanced.words_needed(*pages[:2], 2 * group, len(lengths), cache.block_table.shape[1], *limits, tune)
+    plan = torch.zeros(words, dtype=torch.int32)
+    balanced.write_schedule(*pages, slots, positions, 2 * group, *limits, plan, tune)
+    tail = 0.3, *limits, options.get("softcap", 0.0), sinks
+    assert error(balanced.decode_attention(q, *pages, slots, positions, *tail, None, None, plan, tune), expected) < 5e-4
+    newest = take_newest(cache)
+    out = balanced.decode_attention(q, *pages, slots, positions, *tail, newest["k"], newest["v"], plan, tune)
+    assert error(out, expected) < 5e-4
+    assert _same(newest_rows(cache), cache)
+
+
 def check_case(number: int, kept: torch.dtype | None = None) -> None:
     """Decode, with new tokens and without, and prefill, for one of `CASES`."""
     torch.manual_seed(number)

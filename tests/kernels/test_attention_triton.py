@@ -38,6 +38,11 @@ def test_two_numbers_of_8_bits_at_once_in_the_interpreter(case: int, triton_inte
     triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_pairs", case)
 
 
+@pytest.mark.parametrize("case", range(2))
+def test_two_numbers_of_8_bits_at_once_by_a_schedule(case: int, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_balanced_pairs", case)
+
+
 def _cut(tiles: int, splits: int, chunk_tiles: int, least: int) -> tuple[int, int]:
     """The kernel's `_cut` for a row of some tiles: tiles a chunk, and chunks."""
     per = max(min(-(-tiles // splits), chunk_tiles), least)

@@ -123,11 +123,40 @@ def test_families(family: str, name: str, tmp_path: Path) -> None:
     model = formats.write_family(tmp_path, family, name)
     loaded = Checkpoint.open(tmp_path).load()
     assert check_values(loaded.model, model)
-    assert any("dequantised" in note for note in loaded.notes) == (family in ("qwen3_moe", "mixtral"))
+    assert any("dequantised" in note for note in loaded.notes) == (family == "mixtral")
     wanted = expected(model)
     for mode in ("eager", "graph"):
         with hybridgen.Engine.load(tmp_path, mode=mode, **SETTINGS) as engine:
             assert tokens(engine) == wanted, mode
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fp8 block",
+        "ct w4 zeros",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("ct fp8 channel", "ct fp8 tensor", "ct mxfp4", "awq")),
+    ],
+)
+def test_experts_that_are_stored_one_by_one(name: str, tmp_path: Path) -> None:
+    """They are run as they are stored, from one tensor for a layer."""
+    model = formats.write_family(tmp_path, "qwen3_moe", name, moe_intermediate_size=96)
+    loaded = Checkpoint.open(tmp_path).load()
+    check_values(loaded.model, model)
+    assert not any("dequantised" in note for note in loaded.notes)
+    packed = {path: one for path, one in loaded.model.named_modules() if isinstance(one, PackedExperts)}
+    assert len(packed) == model.config.num_hidden_layers
+    for path, module in packed.items():
+        stored, own = module.weights_stored, model.get_submodule(path)
+        block = stored.block
+        for one, wanted in ((stored.gate_up, own.gate_up_proj), (stored.down, own.down_proj)):
+            for expert, values in enumerate(wanted):
+                found = expert_values(one, expert, stored.kind, values.shape[1], block, False, torch.float32)
+                assert torch.equal(found, values)
+    wanted_tokens = expected(model)
+    for mode in ("eager", "graph"):
+        with hybridgen.Engine.load(tmp_path, mode=mode, **SETTINGS) as engine:
+            assert tokens(engine) == wanted_tokens, mode
 
 
 def write_mxfp4_experts(path: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:

@@ -78,7 +78,7 @@ def check_one_rank_cannot(number: int) -> None:
     """A rank whose chain cannot be built keeps all ranks from it, and its reason is told."""
     lines = [
         "from hybridgen.fused.chain import step",
-        "def refuse(model): raise step.Unfit('a trial')",
+        "def refuse(*a, **k): raise step.Unfit('a trial')",
         "step.Unfit = __import__('hybridgen.models.decoder', fromlist=['Unfit']).Unfit",
         "step.check = refuse",
     ]

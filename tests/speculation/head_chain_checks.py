@@ -129,8 +129,8 @@ def check_passes(number: int) -> None:
         make = torch.Generator().manual_seed(number + case)
         head = random_head(make, torch.float32, **changes)
         drafter = drafter_of(head, rows + 2, make)
-        fuse_head(drafter, CONTEXT, rows=rows, most=MOST)
-        for greedy in (True, False):
+        drafter.use_chain(make_chain(head, CONTEXT, rows=rows, fed=MOST + 1, most=MOST))
+        for greedy in (True, False)[: 1 + (rows == 2)]:
             _compare(drafter, random_call(make, drafter, rows, fed, greedy=greedy))
 
 

@@ -60,6 +60,8 @@ def tuning(heads: Heads, shared_memory: int) -> Tuning:
         tune = Tuning(block=64, warps=8 if many else 4, stages=3, programs=2, chunk=512, carry_query=False)
     else:
         tune = Tuning(block=32, warps=8 if many else 4, stages=3, programs=2, chunk=512, carry_query=True)
+    if heads.bytes == 1:  # as many bytes under way
+        tune = tune._replace(stages=2 * tune.stages - 1)
     tile_bytes = tune.block * 2 * wide * heads.bytes
     room = shared_memory // tune.programs - 8 * 2**10
     return tune._replace(stages=max(2, min(tune.stages, room // tile_bytes + 1)))
@@ -166,6 +168,7 @@ def _prepare(
         "SINKS": sinks,
         "APPEND": append,
         "CARRY_QUERY": tune.carry_query,
+        "EVERY": 2 if heads.pairs else 1,
         "num_warps": tune.warps,
         "num_stages": tune.stages,
         **common,

@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridgen.kernels.attention.common import packed_query, score_factor, soft_capped, stored, unpacked
+from hybridgen.kernels.attention.common import (
+    as_pairs,
+    packed_query,
+    score_factor,
+    soft_capped,
+    stored,
+    unpacked,
+    unpacked_pairs,
+)
 from hybridgen.kernels.attention.schedule_kernels import (
     chunk_words,
     mark_ends_row,
@@ -23,13 +31,19 @@ from hybridgen.kernels.attention.schedule_kernels import (
 def _load_query(  # type: ignore[no-untyped-def]
     q, pages, row, head, stride_token, stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
-    """A kv head's queries of a row for keys in `pages`: [BLOCK_GROUP, BLOCK_DIM]; zeros for a head beyond the last."""
+    """A kv head's queries of a row for keys in `pages`: every, or every second, dim, [BLOCK_GROUP, BLOCK_DIM / EVERY],
+    and the dims behind those; zeros for a head beyond the last."""
     member = tl.arange(0, BLOCK_GROUP)
-    dims = tl.arange(0, BLOCK_DIM)
+    dims = tl.arange(0, BLOCK_DIM // EVERY) * EVERY
     query = q + row.to(tl.int64) * stride_token + (head * GROUP + member)[:, None] * stride_head + dims[None, :]
-    query = tl.load(query, mask=(member[:, None] < GROUP) & (dims[None, :] < DIM) & (head < HEADS), other=0.0)
-    return packed_query(query, pages)
+    mask = (member[:, None] < GROUP) & (dims[None, :] < DIM) & (head < HEADS)
+    first = packed_query(tl.load(query, mask=mask, other=0.0), pages)
+    second = first
+    if EVERY == 2:
+        second = packed_query(tl.load(query + 1, mask=mask, other=0.0), pages)
+    return first, second
 
 
 @triton.jit
@@ -86,12 +100,13 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr, CARRY_QUERY: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EVERY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: its run of items. One loop over all of them, so that reading goes on across the ends of chunks.
 
     With APPEND the row's newest K and V come from `k` and `v`: the tile that holds their place is read without it,
-    they are added when the row's last chunk ends, and are written there.
+    they are added when the row's last chunk ends, and are written there. EVERY 2, for pages of 8 bits and queries of
+    16: even and odd dims apart, as `decode_pairs_kernels` says.
     """
     if OVERLAP:
         gdc_wait()
@@ -109,18 +124,30 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, BLOCK_DIM)
     values = tl.arange(0, BLOCK_VALUE)
     local = tl.arange(0, BLOCK)
+    # Of tiles, in numbers of EVERY dims.
+    KEYS: tl.constexpr = DIM // EVERY
+    VALUES: tl.constexpr = VALUE_DIM // EVERY
+    key_dims = tl.arange(0, BLOCK_DIM // EVERY)
+    value_dims = tl.arange(0, BLOCK_VALUE // EVERY)
+    if EVERY == 2:
+        key_pages = as_pairs(k_pages)
+        value_pages = as_pairs(v_pages)
+    else:
+        key_pages = k_pages
+        value_pages = v_pages
 
     peak = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
     sums = tl.zeros([BLOCK_GROUP, BLOCK], tl.float32)
-    mixed = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
+    mixed = tl.zeros([BLOCK_GROUP, BLOCK_VALUE // EVERY], tl.float32)
+    mixed_odd = mixed
     head = begin // total_tiles
     tile = begin - head * total_tiles
     row = tl.load(rows_of_tiles + tile)
     mark = tl.load(marks + tile)
     pages = _tile_pages(pages_of_tiles, tile, PAGE, BLOCK)
     if CARRY_QUERY:
-        query = _load_query(
-            q, k_pages, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM
+        query, query_odd = _load_query(
+            q, k_pages, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM, EVERY
         )
     for _ in range(begin, end):
         valid = mark_valid(mark)
@@ -130,16 +157,14 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         if LIMIT:
             seen = seen & (local >= mark_low(mark))
         if not CARRY_QUERY:
-            query = _load_query(
-                q, k_pages, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM
+            query, query_odd = _load_query(
+                q, k_pages, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM, EVERY
             )
         place = _rows_of_tile(pages, head, HEADS, PAGE, BLOCK)
-        key = _tile(k_pages, place, PAGE, DIM, BLOCK, BLOCK_DIM)
-        key = tl.load(key, mask=seen[:, None] & (dims[None, :] < DIM), other=0.0)
-        key = unpacked(key, query)
-        value = _tile(v_pages, place, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
-        value = tl.load(value, mask=seen[:, None] & (values[None, :] < VALUE_DIM), other=0.0)
-        value = unpacked(value, query)
+        key = _tile(key_pages, place, PAGE, KEYS, BLOCK, BLOCK_DIM // EVERY)
+        key = tl.load(key, mask=seen[:, None] & (key_dims[None, :] < KEYS), other=0.0)
+        value = _tile(value_pages, place, PAGE, VALUES, BLOCK, BLOCK_VALUE // EVERY)
+        value = tl.load(value, mask=seen[:, None] & (value_dims[None, :] < VALUES), other=0.0)
         # The next tile's words, a tile early: its K and V are requested as soon as a buffer is free.
         next_tile = tile + 1
         next_head = head + (next_tile == total_tiles).to(tl.int32)
@@ -148,7 +173,7 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         next_mark = tl.load(marks + next_tile)
         next_pages = _tile_pages(pages_of_tiles, next_tile, PAGE, BLOCK)
         if CARRY_QUERY:
-            next_query = _load_query(
+            next_query, next_query_odd = _load_query(
                 q,
                 k_pages,
                 next_row,
@@ -160,9 +185,15 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
                 DIM,
                 BLOCK_GROUP,
                 BLOCK_DIM,
+                EVERY,
             )
 
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        if EVERY == 2:
+            key_even, key_odd = unpacked_pairs(tl.trans(key))
+            scores = tl.dot(query, key_even)
+            scores = tl.dot(query_odd, key_odd, scores) * scale
+        else:
+            scores = tl.dot(query, tl.trans(unpacked(key, query)), input_precision="ieee") * scale
         if SOFTCAP:
             scores = soft_capped(scores, softcap)
         scores = tl.where(seen[None, :], scores * 1.4426950408889634, -float("inf"))
@@ -175,7 +206,14 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         # Summed over positions when the chunk ends, not in each tile.
         sums = tl.where(is_first, 0.0, sums * rescale[:, None]) + weights
         mixed = tl.where(is_first, 0.0, mixed * rescale[:, None])
-        mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision="ieee")
+        if EVERY == 2:
+            value_even, value_odd = unpacked_pairs(value)
+            mixed_odd = tl.where(is_first, 0.0, mixed_odd * rescale[:, None])
+            mixed = tl.dot(weights.to(tl.float16), value_even, mixed)
+            mixed_odd = tl.dot(weights.to(tl.float16), value_odd, mixed_odd)
+        else:
+            value = unpacked(value, query)
+            mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision="ieee")
         peak = new_peak
         if mark_left(mark) == 1:
             line = tl.load(lines + tile)
@@ -183,7 +221,10 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
             is_only_chunk = (line & 3) == 3
             total = tl.sum(sums, 1)
             chunk_peak = peak
-            chunk_mixed = mixed
+            if EVERY == 2:
+                chunk_mixed = tl.reshape(tl.join(mixed, mixed_odd), [BLOCK_GROUP, BLOCK_VALUE])
+            else:
+                chunk_mixed = mixed
             if APPEND:
                 new_k = k + row.to(tl.int64) * k_stride_token + head * k_stride_head + dims
                 new_k = tl.load(new_k, mask=(dims < DIM) & is_last_chunk, other=0.0)
@@ -193,7 +234,11 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
                 _store_new(new_v, v_pages, place, valid, is_last_chunk, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
                 new_k = stored(new_k, k_pages).to(tl.float32)
                 new_v = stored(new_v, v_pages).to(tl.float32)
-                score = tl.sum(query.to(tl.float32) * new_k[None, :], 1) * scale
+                if EVERY == 2:
+                    whole_query = tl.reshape(tl.join(query, query_odd), [BLOCK_GROUP, BLOCK_DIM])
+                else:
+                    whole_query = query
+                score = tl.sum(whole_query.to(tl.float32) * new_k[None, :], 1) * scale
                 if SOFTCAP:
                     score = soft_capped(score, softcap)
                 score = tl.where(is_last_chunk, score * 1.4426950408889634, -float("inf"))
@@ -228,6 +273,7 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         pages = next_pages
         if CARRY_QUERY:
             query = next_query
+            query_odd = next_query_odd
 
 
 @triton.jit(do_not_specialize=["lse_start", "programs"])

@@ -24,6 +24,11 @@ class Heads(NamedTuple):
     bytes: int
     """Bytes of an element of the pages; 4 in calls with float32 queries, whatever the pages are."""
 
+    @property
+    def pairs(self) -> bool:
+        """Whether decode reads two numbers of 8 bits at once (`decode_pairs_kernels`)."""
+        return self.bytes == 1 and min(self.dim, self.value_dim) > 16
+
 
 @functools.cache
 def heads_of(query_heads: int, kv_heads: int, dim: int, value_dim: int, page_size: int, element: int) -> Heads:

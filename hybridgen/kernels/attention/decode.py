@@ -144,7 +144,7 @@ class Variant(NamedTuple):
             "SOFTCAP": self.softcap,
             "SINKS": self.sinks,
             "APPEND": self.append,
-            "PAIRS": self.heads.bytes == 1 and min(self.heads.dim, self.heads.value_dim) > 16,
+            "PAIRS": self.heads.pairs,
             **({"BLOCK_ROWS": self.block_rows} if self.block_rows > 1 else {}),
             "num_warps": self.tune.warps,
             "num_stages": self.tune.stages,

@@ -51,7 +51,7 @@ class Tuning(NamedTuple):
     stages: int
     """Tiles of latents in shared memory."""
     programs: int = 1
-    """Of decode, a multiprocessor."""
+    """Of decode with several rows, a multiprocessor. One row has one: its context is cut less finely."""
     chunk: int = _CHUNK_TOKENS
     """Positions of a chunk at most, with several rows."""
     ahead: int = 0
@@ -89,15 +89,18 @@ def _shared_bytes(shape: Shape, block: int, rows: int, stages: int) -> int:
 
 @functools.cache
 def tuning(shape: Shape, shared_memory: int, prefill: bool = False) -> Tuning:
-    """The largest tiles that fit; chosen by the compiled kernels for compute capability 9, not measured yet.
+    """Launch options by what was measured on an H200 (`benchmarks/results/tried-latent-h200.json`), where it was.
 
-    With 16 heads of DeepSeek-V2 in 16 bits two tiles of 64 positions and the queries take 166 KB: one is on its way
-    while the other is multiplied. Four warps are one warp group, whose products need no copies between groups.
+    Up to 16 heads in 16 bits decode with two programs a multiprocessor, each with three tiles of 32 positions: one
+    program waits while the other multiplies. Else the largest tiles that fit, which was not measured. Four warps are
+    one warp group, whose products need no copies between groups.
     """
     most = 64 if prefill else min(64, power_of_two(shape.heads))
     if shape.bytes == 4:
         block, rows = (32, 16) if _shared_bytes(shape, 32, 16, 2) <= shared_memory else (16, 16)
         return Tuning(block, rows, warps=8, stages=1)
+    if not prefill and most <= 16 and 2 * _shared_bytes(shape, 32, 16, 3) <= shared_memory:
+        return Tuning(32, 16, warps=4, stages=3, programs=2)
     for block in (64, 32, 16):
         for rows in (most, most // 2, most // 4):
             if rows >= 16 and _shared_bytes(shape, block, rows, 2) <= shared_memory:
@@ -115,7 +118,7 @@ def plan(tokens: int, shape: Shape, max_tiles: int, processors: int, tune: Tunin
     One row is cut as finely as there are programs for it, several rows no coarser than `tune.chunk`.
     """
     parts = triton.cdiv(shape.heads, tune.rows)
-    resident = max(1, processors * tune.programs // parts)
+    resident = max(1, processors * (tune.programs if tokens > 1 else 1) // parts)
     splits = min(max_tiles, max(1, resident // tokens))
     if tokens == 1:
         return Plan(splits, max_tiles, splits, splits * parts)
