@@ -155,7 +155,7 @@ def traffic(path: Path) -> dict[int, tuple[Traffic, list[Completion]]]:
     ("mode", "seed", "fields"),
     [
         pytest.param("graph", 1, {}, marks=pytest.mark.slow),
-        ("graph", 2, {"run_ahead": 1, "max_graphs": 4, "capture_after": 1}),
+        pytest.param("graph", 2, {"run_ahead": 1, "max_graphs": 4, "capture_after": 1}, marks=pytest.mark.slow),
         ("graph", 3, {"metadata_copy": False, "double_buffer": False, "capture_at_start": False, "capture_after": 1}),
         pytest.param("graph", 1, {"run_ahead": 1, "validate": True, "max_graphs": 12}, marks=pytest.mark.slow),
         pytest.param(
