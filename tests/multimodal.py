@@ -7,6 +7,8 @@ from typing import Any
 
 import families
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from hybridgen.loading.multimodal import whole_class
@@ -219,5 +221,6 @@ def write(name: str, directory: Path, **changes: Any) -> Path:
 
 
 def is_absent(name: str) -> bool:
-    """Whether the installed transformers lacks it, or has another form of it."""
-    return name not in CONFIG_MAPPING
+    """Whether the installed transformers lacks it, or cannot generate text with it itself: 5.24's Llama 4 raises
+    without an image, and is refused for that."""
+    return name not in CONFIG_MAPPING or (name == "llama4" and Version(transformers.__version__).release[:2] == (5, 24))
