@@ -46,9 +46,16 @@ def counts_tokens(module: nn.Module) -> bool:
 @functools.cache
 def _names_them(kind: Any) -> bool:
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    if code is None or "past_key_values" not in code.co_varnames[: code.co_argcount]:
+    if code is None or _cache_keyword(kind) is None:
         return False
     return {"arange", "get_seq_length", "ALL_ATTENTION_FUNCTIONS"} <= set(code.co_names)
+
+
+def _cache_keyword(kind: Any) -> str | None:
+    """What its forward calls the cache: `cache` from transformers 5.24 on."""
+    code = inspect.unwrap(kind.forward).__code__
+    names = code.co_varnames[: code.co_argcount]
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def use_positions(module: nn.Module) -> None:
@@ -67,10 +74,11 @@ def use_own_numbers(module: nn.Module) -> None:
 @functools.cache
 def _with_positions(kind: Any) -> type[nn.Module]:
     own: Callable[..., Any] = kind.forward
+    keyword = _cache_keyword(kind) or "past_key_values"
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(self, *args, **kwargs | {"past_key_values": Positions(self._hybridgen.step.positions)})
+        return own(self, *args, **kwargs | {keyword: Positions(self._hybridgen.step.positions)})
 
     # What is compiled is kept with its classes' names, by which another process finds them here, once it has bound.
     title = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")

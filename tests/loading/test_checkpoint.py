@@ -226,8 +226,8 @@ def test_eos_ids_that_are_no_integers_are_refused(whole: Path, edit_json: EditJs
 def test_an_architecture_that_cannot_run_is_refused_before_its_files_are_looked_at(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "vocab_size": 9}))
-    with pytest.raises(UnsupportedModelError, match="'mamba' cannot run here"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv", "vocab_size": 9}))
+    with pytest.raises(UnsupportedModelError, match="'rwkv' cannot run here"):
         open_cpu(tmp_path)
 
 
