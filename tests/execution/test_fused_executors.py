@@ -62,6 +62,7 @@ class Fused:
     """What a runner asks of fused decode."""
 
     equal_bits = False
+    share = None
 
     def __init__(self, runner: ModelRunner) -> None:
         self.chain: Chain | None = Chain(runner)
@@ -323,6 +324,7 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
         "equal_bits": False,
         "tuned": {"a": 1},
         "kept": None,
+        "share": None,
     }
     assert list(runner.executors) == ["chain", "layers"]
 
