@@ -31,6 +31,8 @@ from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import SlotMixer
 from hybridgen.models.twin import has_forward_hooks, has_global_hooks
 
+_SHARED = "shared_kv_states"
+"""Where Gemma 4 puts keys and values that later layers may share."""
 COMPILERS = ["g++", "clang++", "c++", "gcc"]
 """Of C++, as Inductor looks for them."""
 
@@ -248,6 +250,10 @@ class CompiledLayers:
             return run_layer(layer, *args, **kwargs)
         if self._step.phase is Phase.PREFILL and layer in self._keep_states:
             return run_layer(layer, *args, **kwargs)
+        if kwargs.get(_SHARED):
+            # What layers leave there is read by none of a model whose layers are compiled, and would be another call to
+            # Dynamo with each layer that leaves something.
+            kwargs[_SHARED] = type(kwargs[_SHARED])()
         tokens = self._step.slots.shape[0]
         if self._step.phase is Phase.PREFILL:
             name = "prefill_layer"
