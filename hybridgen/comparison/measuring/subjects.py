@@ -23,8 +23,11 @@ from hybridgen.loading.checkpoint import Checkpoint, LoadedModel
 from hybridgen.params import SamplingParams
 from hybridgen.telemetry.statistics import EngineStats, PhaseCounts, hit_rate
 
-GRAPHS = frozenset({"cuda graph", "cudagraph tree", "stand-in"})
+GRAPHS = frozenset({"cuda graph", "cudagraph tree", "compiled step", "stand-in"})
 """How a recording is launched: the last part of `StepSummary.kind`."""
+
+_BEHIND_SECONDS = 120
+"""Longest wait for what an engine's other process compiles."""
 
 
 class Output(NamedTuple):
@@ -178,9 +181,15 @@ class EngineSubject:
         return completions
 
     def settle(self) -> None:
-        """Capture what warm-up missed, so that no measured call ends with a capture."""
-        while self.engine.idle():
-            pass
+        """Capture what warm-up missed, so that no measured call ends with a capture; and wait for what is compiled
+        behind calls, which are measured as they will be."""
+        until = time.monotonic() + _BEHIND_SECONDS
+        while True:
+            if self.engine.idle():
+                continue
+            if not self.engine.stats().graphs.behind or time.monotonic() > until:
+                return
+            time.sleep(0.1)
 
     def stats(self) -> EngineStats:
         """The engine's."""
