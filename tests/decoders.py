@@ -304,8 +304,6 @@ class _Rank:
     rank: int
     size: int
     turns: Turns
-    vocab_size: int = 0
-    """Not looked at: what makes a share of a random decoder has the sizes."""
 
     def agree(self, reason: str) -> str:
         """Of ranks that all have none."""

@@ -27,10 +27,6 @@ class Share(Protocol):
     def size(self) -> int:
         """How many ranks there are."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Logits of all ranks together."""
-
     def agree(self, reason: str) -> str:
         """Why all ranks leave something out: the first reason that any of them gives; empty where none has one."""
 

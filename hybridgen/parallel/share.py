@@ -20,8 +20,7 @@ class GroupShare:
     def __init__(self, group: Group, vocab_size: int) -> None:
         """`vocab_size`: of all ranks together."""
         self._group = group
-        self.vocab_size = vocab_size
-        """See `Share.vocab_size`."""
+        self._vocab_size = vocab_size
         self._padded = -(-vocab_size // group.size)
 
     @classmethod
@@ -69,7 +68,7 @@ class GroupShare:
     def gather(self, logits: Tensor) -> Tensor:
         """See `Share.gather`."""
         lacks = self._padded - logits.shape[-1]
-        return self._group.gather(nn.functional.pad(logits, (0, lacks)) if lacks else logits, self.vocab_size)
+        return self._group.gather(nn.functional.pad(logits, (0, lacks)) if lacks else logits, self._vocab_size)
 
     def memory(self, size: int) -> list[int]:
         """See `Share.memory`."""
