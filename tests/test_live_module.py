@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import hybridgen
 from hybridgen.engine import Engine
+from hybridgen.errors import UnsupportedModelError
 from hybridgen.fused import reference
 from hybridgen.models.decoder import describe
 
@@ -269,6 +270,31 @@ def test_a_replaced_forward(mode: str) -> None:
         del mlp.forward
         for _ in range(2):
             assert tokens(engine) == plain
+
+
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [
+        ("lfm2", "model.layers.0.conv"),
+        ("mamba2", "backbone.layers.0.mixer"),
+        ("llama4_text", "model.layers.0.self_attn"),
+    ],
+)
+def test_a_replaced_forward_of_what_runs_with_the_engines_states_is_refused(family: str, place: str) -> None:
+    """Its own would number tokens by the call, or keep states where no request looks."""
+    model = families.build(family, **({"attn_temperature_tuning": True} if family == "llama4_text" else {}))
+    module = model.get_submodule(place)
+    original = module.forward
+    with load(model, "eager") as engine:
+        plain = tokens(engine)
+        module.forward = lambda *args, **kwargs: original(*args, **kwargs)
+        for _ in range(2):
+            with pytest.raises(UnsupportedModelError, match=rf"{place} was replaced"):
+                tokens(engine)
+        with pytest.raises(UnsupportedModelError, match=rf"{place} was replaced"):
+            load(model, "eager")
+        del module.forward
+        assert tokens(engine) == plain
 
 
 def test_two_engines_share_one_module_and_its_weights() -> None:

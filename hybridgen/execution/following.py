@@ -30,6 +30,7 @@ def begin_call(
 
     Raises:
         EngineError: that cannot be, see `Twin.follow`.
+        UnsupportedModelError: see `BoundModel.check_forwards`.
     """
     if check is not None:
         check()
@@ -37,6 +38,8 @@ def begin_call(
     changes = following.own_hooks if following.twin is None else following.twin.follow()
     if following.drafters_twin is not None:
         changes = changes.beside(following.drafters_twin.follow())
+    if following.twin is not None:
+        runner.bound.check_forwards()
     hooks = (has_global_hooks(), changes.hooked)
     if changes.moved or changes.settings or hooks != following.hooks:
         _adapt(runner, changes, hooks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -23,7 +23,7 @@ from hybridgen.cache import (
     SlotState,
 )
 from hybridgen.cache.paged_latent import LatentShape, PagedLatent
-from hybridgen.errors import CheckpointError, EngineError, UnsupportedModelError
+from hybridgen.errors import CheckpointError, EngineError, UnsupportedModelError, shown
 from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, KVFactors, LayerBinding, Phase, StepMetadata
 from hybridgen.models.counting import counts_tokens, use_own_numbers, use_positions
@@ -320,6 +320,16 @@ class BoundModel:
         for site in self.experts:
             use_op(site)
 
+    def check_forwards(self) -> None:
+        """Raise unless modules that run with the engine's states or positions have the forward of their class still.
+
+        Raises:
+            UnsupportedModelError: the owner of a live module replaced one.
+        """
+        modules = [*(mixer.module for mixer in self.mixers), *self.counting]
+        if any("forward" in vars(module) for module in modules):
+            _check_class_forward({module: name for name, module in self.model.named_modules()}, modules)
+
     def _use_own(self) -> None:
         for mixer in self.mixers:
             use_own_cache(mixer.module)
@@ -478,11 +488,28 @@ def _find_sites(
         )
         for site, call in zip(seen, calls, strict=True)
     )
+    _check_class_forward(names, [site.module for site in sites if counts_tokens(site.module)])
     if cache is None:
         return sites, (), layers, logits_dtype
     check_claimed(mixers, cache)
     states = mixer_sites(mixers, layers, cache, inputs)
+    _check_class_forward(names, [site.module for site in states])
     return sites, states, layers, logits_dtype
+
+
+def _check_class_forward(names: Mapping[nn.Module, str], modules: Iterable[nn.Module]) -> None:
+    """Raise unless these modules run the forward of their class, which is called with the step's states or positions.
+
+    Raises:
+        UnsupportedModelError: the forward of one was replaced.
+    """
+    module = next((module for module in modules if "forward" in vars(module)), None)
+    if module is not None:
+        raise UnsupportedModelError(
+            f"the forward of {names[module]} was replaced by another ({shown(vars(module)['forward'])}); hybridgen "
+            f"runs that of {type(module).__name__}, with its own states and positions. Register a hook instead, or "
+            "delete the attribute"
+        )
 
 
 def _check_latent(name: str, site: _Seen, sees: Visibility) -> None:
