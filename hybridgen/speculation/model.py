@@ -21,10 +21,11 @@ from hybridgen.errors import ConfigError
 from hybridgen.execution.drafting import DraftCall, PrefillCall
 from hybridgen.kernels.step.drafts import NO_DRAFT
 from hybridgen.loading import Checkpoint
-from hybridgen.models import BoundModel, StepMetadata
+from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 from hybridgen.models.contexts import scaled_context
 from hybridgen.speculation import refusal
+from hybridgen.speculation.steps import follow_step, own_step
 
 _FED = 2
 """Last tokens of a row that the first pass of a step feeds."""
@@ -72,17 +73,14 @@ class ModelDrafter:
             block_table: the engine's, int32 [slots, pages].
             rows: tokens of a decode step at most.
         """
-        nothing = torch.zeros(1, dtype=torch.int64, device=block_table.device)
-        slots = torch.zeros(1, dtype=torch.int32, device=block_table.device)
-        self._step = StepMetadata(block_table, slots, nothing, slots, nothing, nothing)
+        self._step = own_step(block_table)
         self._bound.attach(self.states, self._step, rows)
 
     def follow(self, call: PrefillCall) -> None:
         """Read what a prefill fed; nobody looks at the logits, of which there is one row."""
         own, step = self._step, call.step
-        own.phase, own.several, own.slots, own.positions = step.phase, step.several, step.slots, step.positions
-        own.query_starts, own.rope_lengths, own.ids = step.query_starts, step.rope_lengths, self._known(step.ids)
-        own.runs = step.runs
+        follow_step(own, step)
+        own.ids = self._known(step.ids)
         self._bound.forward(own.ids, own, self._first)
 
     def draft(self, call: DraftCall) -> Tensor:

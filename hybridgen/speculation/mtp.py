@@ -21,8 +21,9 @@ from torch.nn.functional import linear, pad, rms_norm
 from hybridgen.cache import LayerState
 from hybridgen.execution.drafting import DraftCall, PrefillCall
 from hybridgen.kernels.step.drafts import NO_DRAFT
-from hybridgen.models import BoundModel, StepMetadata
+from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
+from hybridgen.speculation.steps import follow_step, own_step
 
 _NO_NUMBER = -2
 """A draft where the logits held no number that could be chosen: it is counted as dropped."""
@@ -106,9 +107,7 @@ class MtpDrafter:
             block_table: the engine's, int32 [slots, pages].
             rows: tokens of a decode step at most.
         """
-        nothing = torch.zeros(1, dtype=torch.int64, device=block_table.device)
-        slots = torch.zeros(1, dtype=torch.int32, device=block_table.device)
-        self._step = StepMetadata(block_table, slots, nothing, slots, nothing, nothing)
+        self._step = own_step(block_table)
         self._bound.attach(self.states, self._step, rows)
 
     def follow(self, call: PrefillCall) -> None:
@@ -116,8 +115,7 @@ class MtpDrafter:
         `draft`, when the token behind it is known."""
         own, step = self._step, call.step
         behind = (step.positions + 1).clamp(max=call.text.shape[1] - 1)
-        own.phase, own.several, own.slots, own.positions = step.phase, step.several, step.slots, step.positions
-        own.query_starts, own.rope_lengths, own.runs = step.query_starts, step.rope_lengths, step.runs
+        follow_step(own, step)
         own.ids = self._known(call.text[step.slots.long(), behind])
         self._forward(self._norm(_states(call.states)), self._first)
 
