@@ -12,6 +12,8 @@ import torch
 
 import hybridgen
 from hybridgen import ConfigError, DeviceError, Engine, UnsupportedModelError
+from hybridgen.compilation.store.session import mode_of
+from hybridgen.engine.preflight import resolve_config
 from hybridgen.loading import Checkpoint
 from hybridgen.parallel import ranks, start
 from hybridgen.parallel.channel import Channel
@@ -90,6 +92,16 @@ def test_more_gpus_than_there_are(llama_path: Path, monkeypatch: pytest.MonkeyPa
         check_parallel(checkpoint, config.replace(device="cuda"))
     with pytest.raises(ConfigError, match="uses the first 4 GPUs, and device='cuda:1' names one"):
         check_parallel(checkpoint, config.replace(device="cuda:1"))
+
+
+@pytest.mark.parametrize(("device", "mode"), [("cuda", "hybrid"), ("cpu", "eager")])
+def test_auto_is_the_mode_of_one_device(device: str, mode: str, llama_path: Path) -> None:
+    """For rank 0, for what its checks go by, and in the other ranks' order."""
+    config = hybridgen.EngineConfig(device="cpu", tensor_parallel=2)
+    checkpoint = dataclasses.replace(Checkpoint.open(llama_path, config), device=torch.device(device))
+    assert mode_of(checkpoint, config) == mode
+    assert resolve_config(checkpoint, config).mode == mode
+    assert start.order_of(checkpoint, config)["config"]["mode"] == mode
 
 
 def test_live_modules_and_numbers_out_of_range(llama_path: Path) -> None:
