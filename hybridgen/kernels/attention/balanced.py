@@ -1,9 +1,9 @@
 """Triton: paged attention of one query token per sequence, by a schedule that all layers of a step share.
 
-Shapes: `hybridgen.kernels.attention.ops`. Each of a fixed number of resident programs goes through its run of tiles
-(`hybridgen.kernels.attention.schedule`) in one loop, with the next tiles already on their way, across the ends of
-chunks and rows. A kernel of its own combines a row's chunks in their order; a row of one chunk is finished where it was
-computed.
+Shapes: `hybridgen.kernels.attention.ops`. Each of a fixed number of resident programs goes through the tiles of its
+chunks (`hybridgen.kernels.attention.schedule`) in one loop, with the next tiles already on their way, across the ends
+of chunks and rows. A kernel of its own combines a row's chunks in their order; a row of one chunk is finished where it
+was computed.
 """
 
 from __future__ import annotations
@@ -230,12 +230,12 @@ def decode_attention(
     lse_start = lines * heads.value_dim
     capacity = tokens * shares.row_tiles(max_pages)
     call.attend(
-        (shares.programs, 1, 1),
+        (shares.parts * heads.kv, 1, 1),
         (
             q, k, v, k_pages, v_pages, plan, q if sinks is None else sinks, out, partial,
-            lse_start, scale, softcap, tokens, capacity, *strides,
+            lse_start, scale, softcap, tokens, capacity, tokens * shares.row_chunks, *strides,
         ),
     )  # fmt: skip
     if lines:
-        call.gather((tokens, heads.kv, 1), (plan, out, partial, lse_start, shares.programs))
+        call.gather((tokens, heads.kv, 1), (plan, out, partial, lse_start))
     return out
