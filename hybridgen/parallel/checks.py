@@ -14,7 +14,6 @@ from hybridgen.parallel.weights import whole
 _NOT_YET = {
     "drafter": "a model that drafts is not loaded on several processes yet",
     "adapter": "adapters are not merged into parts of weights yet",
-    "quantize_head": "the head is not quantised in parts yet",
     "fp8_activations": "activations have one scale for all of a row, of which a rank has a part",
     "validate": "replays are not compared over several processes yet",
     "check_addresses": "addresses are not checked over several processes yet",

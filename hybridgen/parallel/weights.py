@@ -95,16 +95,7 @@ class _Parts:
         return state
 
     def readers(self, readers: Mapping[str, Reader]) -> dict[str, Reader]:
-        """What gives the rank's parts of quantised weights. Each is read whole, so that it rounds as it does there.
-
-        Raises:
-            UnsupportedModelError: the head is quantised.
-        """
-        if self._sharding.head in readers:
-            raise UnsupportedModelError(
-                f"tensor_parallel={self._sharding.size}: {self._checkpoint.name!r} has a quantised head, which is not "
-                "cut yet; leave tensor_parallel out"
-            )
+        """What gives the rank's parts of quantised weights. Each is read whole, so that it rounds as it does there."""
         return {name: self._part(name, read) for name, read in readers.items()}
 
     def _part(self, name: str, read: Reader) -> Reader:
@@ -155,7 +146,7 @@ def load_share(checkpoint: Checkpoint, group: Group) -> LoadedModel:
     failed = f"the weights of {source.name!r} cannot be read"
     notes: Counter[str] = Counter()
     with progress_bars(False), load_errors(source, failed), without_default_device():
-        if checkpoint.layout is not None or config.quantization is not None:
+        if checkpoint.layout is not None or config.quantization is not None or config.quantize_head is not None:
             arguments = source, files, checkpoint.hf_config, checkpoint.dtype, checkpoint.device, config
             model, info, notes = load_quantised(*arguments, checkpoint.layout, None, parts)
         else:

@@ -73,7 +73,7 @@ class Guess:
     [
         {"drafter": "path/or/id"},
         {"speculation": Guess()},
-        {"quantize_head": "int8"},
+        {"fp8_activations": True, "quantization": "fp8"},
         {"validate": True},
         {"check_addresses": True},
     ],
