@@ -50,11 +50,6 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
         raise DeviceError(f"tensor_parallel={size}, and this build of PyTorch has no torch.distributed")
     if checkpoint.device.type == "cuda":
         _check_gpus(checkpoint, config, size)
-    if checkpoint.whole_config is not None:
-        raise UnsupportedModelError(
-            f"tensor_parallel={size}: {checkpoint.name!r} is a multimodal model, whose text part is not read in parts "
-            "yet; leave tensor_parallel out"
-        )
     found = checkpoint.model_class()
     if found is None or not found.__module__.startswith("transformers."):
         raise UnsupportedModelError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import multimodal
 import pytest
 import torch
 
@@ -59,6 +60,12 @@ def test_models_without_a_plan_or_a_comparison(family: str, match: str, tmp_path
     families.build(family).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=match):
         Engine.load(tmp_path, device="cpu", tensor_parallel=2)
+
+
+def test_multimodal_models_without_a_comparison(tmp_path: Path) -> None:
+    path = multimodal.write("vipllava", tmp_path)
+    with pytest.raises(UnsupportedModelError, match="the text part of vipllava was not compared with one process yet"):
+        Engine.load(path, device="cpu", tensor_parallel=2)
 
 
 class Guess:
