@@ -44,7 +44,7 @@ LAYERS_IN_MEMORY = 4
 SMALL = (1, 2, 4, 8, 16, 32)
 LARGE = (64, 128, 256)
 """Rows."""
-CHUNKS = (256, 1024)
+CHUNKS = (512, 2048)
 """Positions of a chunk that are tried besides the usual."""
 LIMIT = 8e-3
 """Relative error of bfloat16 outputs."""
@@ -84,16 +84,16 @@ def candidates(dim: int) -> list[Tuning]:
     """Launch options for a head size, those that steps use first; other chunks, which need no other kernel, later."""
     if dim == 64:
         return [
-            Tuning(64, 2, 4, 4, 512, True),
-            Tuning(64, 4, 4, 4, 512, True),
-            Tuning(64, 4, 4, 3, 512, False),
-            Tuning(128, 4, 4, 2, 512, True),
+            Tuning(64, 2, 4, 4, 1024, True),
+            Tuning(64, 4, 4, 4, 1024, True),
+            Tuning(64, 4, 4, 3, 1024, False),
+            Tuning(128, 4, 4, 2, 1024, True),
         ]
     return [
-        Tuning(64, 4, 3, 2, 512, False),
-        Tuning(64, 4, 4, 2, 512, True),
-        Tuning(64, 2, 4, 2, 512, True),
-        Tuning(32, 2, 4, 4, 512, True),
+        Tuning(64, 4, 3, 2, 1024, False),
+        Tuning(64, 4, 4, 2, 1024, True),
+        Tuning(64, 2, 4, 2, 1024, True),
+        Tuning(32, 2, 4, 4, 1024, True),
     ]
 
 

@@ -47,17 +47,17 @@ class Tuning(NamedTuple):
 def tuning(heads: Heads, shared_memory: int) -> Tuning:
     """Measured on an H200 for heads of 64 and 128 in 16 bits (`benchmarks/ragged.py`); for other heads the nearest.
 
-    At 64 and 128 rows chunks of 512 positions were best, or behind by 1 %. Devices with less shared memory get fewer
-    stages.
+    Chunks of 1024 positions were best: the end of a chunk costs more than a tile. Devices with less shared memory get
+    fewer stages.
     """
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
     many = power_of_two(heads.queries // heads.kv) > 32
     if heads.bytes == 4:
         return Tuning(block=32, warps=4, stages=2, programs=2, chunk=256, carry_query=True)
     if wide <= 64:
-        tune = Tuning(block=64, warps=4 if many else 2, stages=4, programs=4, chunk=512, carry_query=True)
+        tune = Tuning(block=64, warps=4 if many else 2, stages=4, programs=4, chunk=1024, carry_query=True)
     elif wide == 128:
-        tune = Tuning(block=64, warps=8 if many else 4, stages=3, programs=2, chunk=512, carry_query=False)
+        tune = Tuning(block=64, warps=8 if many else 4, stages=3, programs=2, chunk=1024, carry_query=False)
     else:
         tune = Tuning(block=32, warps=8 if many else 4, stages=3, programs=2, chunk=512, carry_query=True)
     if heads.bytes == 1:  # as many bytes under way

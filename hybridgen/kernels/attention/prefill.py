@@ -197,17 +197,19 @@ def tuning(heads: Heads, shared_memory: int, load: int) -> Tuning:
     if heads.bytes == 4:
         return Tuning(rows=32, block=32, warps=4, stages=1)
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
-    rows, block, warps, stages = 64, 64, 4, 2
+    rows, block, warps, stages, registers = 64, 64, 4, 2, 0
     if wide > 128:
         block = 32
+    elif load == 2 and wide == 128 and heads.queries >= 4 * heads.kv:
+        stages = 3  # 16 and more tokens are rows enough, and two programs of them fit on a multiprocessor
     elif load == 2:
-        rows, warps, stages = 128, 8, 3
+        rows, warps, stages, registers = 128, 8, 3, 0 if wide == 128 else 128
     elif load == 1 and wide == 128:
         stages = 3
     fixed = rows * wide * max(2, heads.bytes)
     while stages > 1 and fixed + stages * block * 2 * wide * heads.bytes > shared_memory - 8 * 2**10:
         stages -= 1
-    return Tuning(rows, block, warps, stages)
+    return Tuning(rows, block, warps, stages, 8 if rows == 128 else 4, registers)
 
 
 def _load(tokens: int, heads: Heads, processors: int) -> int:
