@@ -139,7 +139,9 @@ class Scheduler:
             self._restart(request)
         self._regroup([request for request in ready if request not in stale] if stale else ready)
         prefilled, chunks = self._plan_prefill()
+        # Requests that end with their prefill give their slots to others: decode could wait for a whole list of them.
         waits = bool(chunks) and all(request.patient for request in self.running)
+        waits = waits and all(request.sampling.max_new_tokens > 1 for request in prefilled)
         if self._batch is not None and not waits:
             self._batch.steps += 1
             if not chunks and not stale:

@@ -163,6 +163,10 @@ def test_prefills_come_first_where_nobody_waits_for_single_tokens() -> None:
     assert requests[0].launched == 1
     assert decoded(scheduler.schedule()) == tuple(requests)
     assert requests[0].launched == 2
+    (one,) = add(scheduler, 20, new=1)  # it ends with its prefill, and others like it may come
+    one.patient = True
+    assert decoded(scheduler.schedule()) == tuple(requests)
+    scheduler.finish(one)
     (one,) = add(scheduler, 20)  # somebody waits for this one's tokens, so the others go on beside its prefill
     schedule = scheduler.schedule()
     assert schedule.prefilled == (one,)
