@@ -236,9 +236,7 @@ def check_schedules() -> None:
         one_by_one = [0] * shares.parts
         for size in sorted(sizes.values(), reverse=True):
             one_by_one[one_by_one.index(min(one_by_one))] += size
-        # Above 8 tiles, two sizes that follow each other are taken for the larger one.
-        exact = usual == count and chunk_tiles <= 8
-        assert max(loads) == max(one_by_one) if exact else max(loads) <= 2 * max(one_by_one)
+        assert max(loads) == max(one_by_one) if usual == count else max(loads) <= 2 * max(one_by_one)
 
 
 def check_rounded_rows() -> None:

@@ -20,8 +20,6 @@ from hybridgen.kernels.attention.schedule_kernels import HEADER, schedule_kernel
 
 _STEP = 128
 """Tiles that a program writes at once."""
-_SIZES = 8
-"""Sizes of chunks that are told apart when they are dealt, at most."""
 _WARPS = 1
 """Of a program: it deals by many small reductions, which need no barrier in one warp."""
 _MOST_CHUNK_TILES = 4095
@@ -101,7 +99,6 @@ def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shar
             "BLOCK_ROWS": block_rows,
             "BLOCK_PARTS": block_parts,
             "STEP": _STEP,
-            "SIZES": _SIZES,
             "LIMIT": shares.limit,
             "OVERLAP": device.overlap,
             "num_warps": _WARPS,

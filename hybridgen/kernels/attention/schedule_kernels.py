@@ -143,7 +143,7 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
     block_table, slots, positions, plan,
     reach, tokens, chunk_tiles, row_chunks, capacity, parts, stripes, table_stride,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    STEP: tl.constexpr, SIZES: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
+    STEP: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs below tokens * stripes: every n-th STEP tiles of a row, and the row's chunks where they were dealt. The
     others: a part each. All of them deal."""
@@ -207,9 +207,12 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
         part = tl.arange(0, BLOCK_PARTS)
         is_long = per > chunk_tiles
         last = count - (chunks - 1) * per
+        own_last = _pick(last, row, BLOCK_ROWS)
         long_chunks = tl.sum(tl.where(is_long, chunks, 0), 0)
         dealt = tl.where(part < parts, long_chunks // parts + (part < long_chunks % parts).to(tl.int32), 0)
         ends = tl.cumsum(dealt, 0)
+        long_dealt = dealt
+        long_ends = ends
         mean = tl.sum(tl.where(is_long, count, 0), 0) // tl.maximum(long_chunks, 1)
         load = tl.where(part < parts, dealt * mean, 1 << 30)
         # Of the row's own chunks: how many of all have gone to each part when their turn is over, and where in that
@@ -222,47 +225,30 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
         last_shift = first_shift
         last_rank = first_rank
         taken_chunks = dealt
-        tiles = 0
-        if long_chunks > 0:
-            end = _pick(ends, own_part, BLOCK_PARTS)
-            begin = end - _pick(dealt, own_part, BLOCK_PARTS)
-            tiles += _long_tiles(end, count, chunks, per, is_long, BLOCK_ROWS)
-            tiles -= _long_tiles(begin, count, chunks, per, is_long, BLOCK_ROWS)
-        # A few sizes are told apart: each costs a microsecond.
-        unit = tl.cdiv(chunk_tiles, SIZES)
-        below = (chunk_tiles - last) // unit
-        own_below = _pick(below, row, BLOCK_ROWS)
-        usual = (chunks > 0) & (is_long == 0)
-        for smaller in range(SIZES):
-            lasts = (usual & (below == smaller)).to(tl.int32)
-            of_row = lasts
+        tiles_of_part = dealt * 0
+        for smaller in range(chunk_tiles):
+            size = chunk_tiles - smaller
+            of_row = tl.where((last == size) & (chunks > 0), 1, 0)
             if smaller == 0:
-                of_row += tl.where(usual, chunks - 1, 0)
+                of_row += tl.maximum(chunks - 1, 0)
+            of_row = tl.where(is_long, 0, of_row)
             total = tl.sum(of_row, 0)
             if total > 0:
-                size = chunk_tiles - smaller * unit
                 dealt = _deal(load, parts, size, total, BLOCK_PARTS)
                 ends = tl.cumsum(dealt, 0)
                 shift = taken_chunks - (ends - dealt)
-                ranks = tl.cumsum(of_row, 0) - of_row
                 rank = tl.sum(tl.where(before, of_row, 0), 0)
                 if (smaller == 0) & (own_long == 0):
                     first_ends = ends
                     first_shift = shift
                     first_rank = rank
-                if (own_below == smaller) & (own_long == 0):
+                if (size == own_last) & (own_long == 0):
                     last_ends = ends
                     last_shift = shift
                     last_rank = rank + tl.where(smaller == 0, _pick(chunks, row, BLOCK_ROWS) - 1, 0)
                 load += dealt * size
                 taken_chunks += dealt
-                if row >= tokens:  # what the part has of them, by their true sizes
-                    end = _pick(ends, own_part, BLOCK_PARTS)
-                    begin = end - _pick(dealt, own_part, BLOCK_PARTS)
-                    whole = tl.minimum(ranks + of_row - lasts, end) - tl.maximum(ranks, begin)
-                    at = ranks + of_row - 1
-                    tiles += tl.sum(tl.maximum(whole, 0), 0) * chunk_tiles
-                    tiles += tl.sum(tl.where((lasts > 0) & (at >= begin) & (at < end), last, 0), 0)
+                tiles_of_part += dealt * size
         begins = tl.cumsum(taken_chunks, 0) - taken_chunks
         order = deal_words(plan, tokens, parts) + parts + 1
         if row < tokens:
@@ -284,6 +270,12 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
                 tl.store(order + at, first_tile + alike * own_size)
         else:
             tl.store(deal_words(plan, tokens, parts) + own_part, _pick(begins, own_part, BLOCK_PARTS))
+            tiles = _pick(tiles_of_part, own_part, BLOCK_PARTS)
+            if long_chunks > 0:
+                end = _pick(long_ends, own_part, BLOCK_PARTS)
+                begin = end - _pick(long_dealt, own_part, BLOCK_PARTS)
+                tiles += _long_tiles(end, count, chunks, per, is_long, BLOCK_ROWS)
+                tiles -= _long_tiles(begin, count, chunks, per, is_long, BLOCK_ROWS)
             tl.store(part_words(plan, tokens) + own_part, tiles)
             if own_part == parts - 1:
                 tl.store(deal_words(plan, tokens, parts) + parts, tl.sum(taken_chunks, 0))
