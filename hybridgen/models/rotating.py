@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from hybridgen.errors import described
 from hybridgen.kernels.attention.rotary import HeadNorms, turned
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase
-from hybridgen.models.binding import AttentionSite, BoundModel
+from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, head_norm
 from hybridgen.models.projections import has_hooks
+from hybridgen.models.sites import AttentionSite
 
 logger = logging.getLogger(__name__)
 
