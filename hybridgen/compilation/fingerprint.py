@@ -16,6 +16,7 @@ from hybridgen.models.attention import LayerBinding, StepMetadata
 from hybridgen.models.experts import ExpertsBinding
 from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import MixerBinding
+from hybridgen.models.routers import RouterBinding
 
 _TORCH_INTERNALS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
 
@@ -68,6 +69,9 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, ExpertsBinding):
             lines.append(f"{path}.{name}.form: {value.form}")
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
+        elif isinstance(value, RouterBinding):
+            lines.append(f"{path}.{name}.form: {value.form} {value.chosen}")
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
             lines.append(f"{path}.{name}: {value.__module__}.{value.__qualname__} {_code(value)}")

@@ -61,6 +61,7 @@ from hybridgen.models.probe import (
     read_options,
 )
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
+from hybridgen.models.routers import RouterBinding, RouterSite, find_routers, use_own_choice, use_route
 from hybridgen.models.visibility import CAUSAL, Visibility
 from hybridgen.models.weights import ModuleWeights, WeightProvider
 
@@ -113,6 +114,8 @@ class BoundModel:
     """What goes into some layers; None: nobody reads it."""
     experts: tuple[ExpertsSite, ...] = ()
     """The modules of experts that decode by the op of `kernels.linear.experts`."""
+    routers: tuple[RouterSite, ...] = ()
+    """The routers that choose by the op of `kernels.linear.route` in decode."""
     vocab_size: int = 0
     """Ids that the model takes. A head may have rows of the first of them alone (Apertus 1.5)."""
 
@@ -216,6 +219,8 @@ class BoundModel:
             mixer.module._hybridgen = MixerBinding(tensors, step, mixer.continues)  # type: ignore[assignment]
         for expert in self.experts:
             expert.module._hybridgen = ExpertsBinding(expert.form, step)  # type: ignore[assignment]
+        for router in self.routers:
+            router.module._hybridgen = RouterBinding(router.form, router.chosen, step)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
 
@@ -309,8 +314,18 @@ class BoundModel:
         self.experts = tuple(site for site in find_experts(self.model) if serves(site))
         self._use_states()
 
+    def use_routers(self, serves: Callable[[RouterSite], bool]) -> None:
+        """From now on, routers whose code computes what our op does choose by that in decode. Call it before
+        `attach()`.
+
+        Args:
+            serves: asked of each module that it is right to use the op for on its device.
+        """
+        self.routers = tuple(site for site in find_routers(self.model) if serves(site))
+        self._use_states()
+
     def _use_states(self) -> None:
-        """Mixers, modules with latents and experts go by their bindings."""
+        """Mixers, modules with latents, experts and routers go by their bindings."""
         for mixer in self.mixers:
             use_slots(mixer.module)
         for module in self.latents:
@@ -319,6 +334,8 @@ class BoundModel:
             use_positions(module)
         for site in self.experts:
             use_op(site)
+        for router in self.routers:
+            use_route(router)
 
     def check_forwards(self) -> None:
         """Raise unless modules that run with the engine's states or positions have the forward of their class still.
@@ -339,11 +356,14 @@ class BoundModel:
             use_own_numbers(module)
         for site in self.experts:
             use_own_code(site)
+        for router in self.routers:
+            use_own_choice(router)
 
     def release(self) -> None:
         """Put everything back as it was before `bind()`."""
         modules = [site.module for site in self.sites] + [mixer.module for mixer in self.mixers]
-        for module in (*modules, *(site.module for site in self.experts)):
+        modules += [site.module for site in self.experts] + [site.module for site in self.routers]
+        for module in modules:
             vars(module).pop("_hybridgen", None)
         self._use_own()
         self._slots = None
