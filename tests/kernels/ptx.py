@@ -40,12 +40,20 @@ def _create_inline_asm(
         # Numbers of 16 bits lie as `pack` of them lie in a register already.
         registers[f"${len(types) + number}"] = flat.view(np.uint64 if flat.itemsize == 8 else U32)
     run(str(getattr(text, "value", text)), registers)
-    return _Results([
-        TensorHandle(
-            np.ascontiguousarray(registers[f"${number}"]).view(_NUMPY[kind.scalar.name]).reshape(shape), kind.scalar
-        )
-        for number, kind in enumerate(types)
-    ])  # fmt: skip
+    return _Results(
+        [
+            TensorHandle(_elements(registers[f"${number}"], kind.scalar.name, pack).reshape(shape), kind.scalar)
+            for number, kind in enumerate(types)
+        ]
+    )
+
+
+def _elements(register: np.ndarray, name: str, pack: int) -> np.ndarray:
+    """What a result's registers hold; of one element of 16 bits they have the lower half."""
+    kind = np.dtype(_NUMPY[name])
+    if kind.itemsize == 2 and pack == 1:
+        register = register.astype(np.uint16)
+    return np.ascontiguousarray(register).view(kind)
 
 
 _NUMPY = {"int32": np.int32, "fp32": np.float32, "fp16": np.float16, "int16": np.int16}
@@ -128,6 +136,17 @@ def _multiply_f16x2(a: Listed, b: Listed) -> Listed:
     return [_packed(halves(a[0]) * halves(b[0]))]
 
 
+def _add_f16x2(a: Listed, b: Listed) -> Listed:
+    return [_packed(halves(a[0]) + halves(b[0]))]
+
+
+def _add_bf16x2(a: Listed, b: Listed) -> Listed:
+    one, other = (
+        torch.from_numpy(np.ascontiguousarray(each[0]).view(np.int16)).view(torch.bfloat16) for each in (a, b)
+    )
+    return [(one + other).view(torch.int16).numpy().view(U32)]
+
+
 def _from_e4m3x2(a: Listed) -> Listed:
     codes = np.stack((a[0] & U32(255), (a[0] >> U32(8)) & U32(255)), -1).astype(np.uint8)
     return [_packed(torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy())]
@@ -176,6 +195,8 @@ _KNOWN = {
     "prmt.b32": _prmt,
     "mov.b32": _move,
     "mul.rn.f16x2": _multiply_f16x2,
+    "add.rn.f16x2": _add_f16x2,
+    "add.rn.bf16x2": _add_bf16x2,
     "cvt.rn.f16x2.e4m3x2": _from_e4m3x2,
     "max.s32": _largest,
     "shfl.sync.bfly.b32": _butterfly,
