@@ -49,10 +49,12 @@ def ran(profiled: Any, device: str) -> list[Kernel]:
 
 
 def period(names: list[str], least: int) -> int | None:
-    """After how many kernels they repeat at the end of the list, three times at least."""
+    """After how many kernels they repeat at the end of the list, three times at least; layers repeat too, but without
+    what runs once a step."""
     for length in range(least, len(names) // 4):
         end = len(names) - length // 2  # the last step's end may look otherwise
-        if names[end - 3 * length : end - length] == names[end - 2 * length : end]:
+        once = set(names[end - length : end]) >= set(names[len(names) // 2 : end])
+        if once and names[end - 3 * length : end - length] == names[end - 2 * length : end]:
             return length
     return None
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from hybridgen.models.attention import LayerBinding, StepMetadata
 from hybridgen.models.experts import ExpertsBinding
+from hybridgen.models.few_rows import RowsBinding
 from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import MixerBinding
 from hybridgen.models.routers import RouterBinding
@@ -69,6 +70,9 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, ExpertsBinding):
             lines.append(f"{path}.{name}.form: {value.form}")
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
+        elif isinstance(value, RowsBinding):
+            lines.append(f"{path}.{name}: a few rows by an op")
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, RouterBinding):
             lines.append(f"{path}.{name}.form: {value.form} {value.chosen}")

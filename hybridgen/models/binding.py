@@ -28,6 +28,7 @@ from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, KVFactors, LayerBinding, Phase, StepMetadata
 from hybridgen.models.counting import counts_tokens, use_own_numbers, use_positions
 from hybridgen.models.experts import ExpertsBinding, ExpertsSite, find_experts, use_op, use_own_code
+from hybridgen.models.few_rows import RowsBinding, RowsSite, find_rows, use_own_product, use_rows_of
 from hybridgen.models.interface import AttentionNames, check_functions
 from hybridgen.models.latent import (
     LatentBinding,
@@ -116,6 +117,8 @@ class BoundModel:
     """The modules of experts that decode by the op of `kernels.linear.experts`."""
     routers: tuple[RouterSite, ...] = ()
     """The routers that choose by the op of `kernels.linear.route` in decode."""
+    rows: tuple[RowsSite, ...] = ()
+    """The projections that multiply by the op of `kernels.step.linear` in decode."""
     vocab_size: int = 0
     """Ids that the model takes. A head may have rows of the first of them alone (Apertus 1.5)."""
 
@@ -221,6 +224,8 @@ class BoundModel:
             expert.module._hybridgen = ExpertsBinding(expert.form, step)  # type: ignore[assignment]
         for router in self.routers:
             router.module._hybridgen = RouterBinding(router.form, router.chosen, step)  # type: ignore[assignment]
+        for projection in self.rows:
+            projection.module._hybridgen = RowsBinding(step)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
 
@@ -324,6 +329,15 @@ class BoundModel:
         self.routers = tuple(site for site in find_routers(self.model) if serves(site))
         self._use_states()
 
+    def use_few_rows(self, allowed: Callable[[torch.Tensor, torch.Tensor | None], bool]) -> None:
+        """From now on, projections multiply a few rows by our op in decode. Call it before `attach()`.
+
+        Args:
+            allowed: asked of each weight and bias that it may be used for.
+        """
+        self.rows = tuple(find_rows(self.model, allowed))
+        self._use_states()
+
     def _use_states(self) -> None:
         """Mixers, modules with latents, experts and routers go by their bindings."""
         for mixer in self.mixers:
@@ -336,6 +350,8 @@ class BoundModel:
             use_op(site)
         for router in self.routers:
             use_route(router)
+        for projection in self.rows:
+            use_rows_of(projection)
 
     def check_forwards(self) -> None:
         """Raise unless modules that run with the engine's states or positions have the forward of their class still.
@@ -358,11 +374,14 @@ class BoundModel:
             use_own_code(site)
         for router in self.routers:
             use_own_choice(router)
+        for projection in self.rows:
+            use_own_product(projection)
 
     def release(self) -> None:
         """Put everything back as it was before `bind()`."""
         modules = [site.module for site in self.sites] + [mixer.module for mixer in self.mixers]
         modules += [site.module for site in self.experts] + [site.module for site in self.routers]
+        modules += [site.module for site in self.rows]
         for module in modules:
             vars(module).pop("_hybridgen", None)
         self._use_own()

@@ -19,6 +19,7 @@ from hybridgen.kernels.linear.experts_form import FEW_ROWS, RouteForm
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
+from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models.packed_experts import pad_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -189,3 +190,30 @@ def test_every_mode_generates_what_eager_does(name: str, tmp_path: Path) -> None
     assert len({str(found[mode]) for mode in ("eager", "jit", "graph", "hybrid")}) == 1
     for mode in ("jit", "graph", "hybrid"):
         assert abs(found[f"{mode} in bfloat16"] - found["eager in bfloat16"]) < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
+    """Against float64, with the output's memory poisoned before; a row alone and in company; again in a graph."""
+    for outputs, inputs in ((5120, 2880), (2880, 4096), (1000, 5208), (4096, 14336), (6, 256)):
+        g = torch.Generator("cuda").manual_seed(inputs)
+        weight = torch.randn(outputs, inputs, device="cuda", generator=g).mul(inputs**-0.5).to(dtype)
+        for rows in (1, 2, 3, 4, 5):
+            bias = torch.randn(outputs, device="cuda", generator=g).to(dtype) if rows % 2 else None
+            x = torch.randn(rows, inputs, device="cuda", generator=g).to(dtype)
+            poison = torch.full((rows, outputs), float("nan"), device="cuda", dtype=dtype)
+            del poison
+            out = few_rows(x, weight, bias)
+            wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            error = (out.double() - wanted).norm() / wanted.norm()
+            assert error < (4e-3 if dtype == torch.bfloat16 else 6e-4), (outputs, inputs, rows, float(error))
+        graph = torch.cuda.CUDAGraph()
+        x = x[:1].clone()
+        first = few_rows(x, weight, None)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            again = few_rows(x, weight, None)
+        for _ in range(200):
+            again.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(first, again)
