@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,17 @@ def _load_words(address: Listed) -> Listed:
     return list(memory[((places - first) // 4)[:, None] + np.arange(4)].T)
 
 
-def _mma(a: Listed, b: Listed, c: Listed) -> Listed:
+def bfloat_halves(register: np.ndarray) -> np.ndarray:
+    """The two bfloat16 numbers of each register, float64 [threads, 2]."""
+    both = np.stack((register << U32(16), register & U32(0xFFFF0000)), -1)
+    return np.ascontiguousarray(both).view(np.float32).astype(np.float64)
+
+
+def _mma_bf16(a: Listed, b: Listed, c: Listed) -> Listed:
+    return _mma(a, b, c, bfloat_halves)
+
+
+def _mma(a: Listed, b: Listed, c: Listed, halves: Callable[[np.ndarray], np.ndarray] = halves) -> Listed:
     """m16n8k16: where each thread (g, t) of a warp has its numbers is in the manual's figures."""
     a = [halves(each).reshape(-1, 8, 4, 2) for each in a]
     b = [halves(each).reshape(-1, 8, 4, 2) for each in b]
@@ -203,4 +214,5 @@ _KNOWN = {
     "ld.global.v4.b32": _load_words,
     "ld.global.L1::no_allocate.v4.b32": _load_words,
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": _mma,
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": _mma_bf16,
 }

@@ -11,9 +11,10 @@ import ptx
 import torch
 import triton
 import triton.language as tl
-from quantised_cases import CASES, make
+from quantised_cases import CASES, Case, make
 
 from hybridgen.kernels.linear.layout import Block, dequantise
+from hybridgen.kernels.linear.quantised_few_kernels import FewTile, few_product, takes
 from hybridgen.kernels.linear.quantised_kernels import (
     VALUE,
     Tile,
@@ -65,6 +66,35 @@ def check_pairs(_: int) -> None:
             wanted = x.double() @ values.T
             assert float((out - wanted).norm() / wanted.norm()) < 5e-4, (case, rows)
     assert tried == 3
+
+
+def check_few(_: int) -> None:
+    """Products of up to eight rows: chunks that end early, warps without inputs, outputs that no tile ends with, in
+    both dtypes; a row has the same bits in any company."""
+    ptx.install()
+    cases = (
+        (Case("int4", 40, 256, Block(1, 128)), FewTile(2, 1)),
+        (Case("int4", 17, 896, Block(1, 128), True), FewTile(2, 2)),
+        (Case("int4", 33, 416, Block(1, 416), True, torch.float16), FewTile(2, 4, 2)),
+        (Case("int4", 16, 1536, Block(1, 256), True), FewTile(4, 8, 2)),
+    )
+    for number, (case, tile) in enumerate(cases):
+        weight = make(case)
+        values = dequantise("int4", *weight, case.inputs, case.block, torch.float32).double()
+        generator = torch.Generator().manual_seed(number)
+        columns, group = weight.scales.shape[1], case.block.inputs
+        # Of bfloat16 the interpreter cuts off what is too long.
+        for dtype, limit in ((torch.float16, 5e-4), (torch.bfloat16, 8e-3)):
+            x = torch.randn(11, case.inputs, generator=generator).to(dtype)
+            bias = torch.randn(case.outputs, generator=generator).to(dtype)
+            wanted = x.double() @ values.T + bias.double()
+            assert takes(x[:8], weight.data, columns, group)
+            assert not takes(x, weight.data, columns, group)
+            for rows in (1, 8, 11):
+                out = few_product(x[:rows], *weight, bias, group, tile)
+                error = float((out - wanted[:rows]).norm() / wanted[:rows].norm())
+                assert error < limit, (case, dtype, rows, error)
+                assert torch.equal(few_product(x[:1], *weight, bias, group, tile)[0], out[0])
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def test_kernels_in_the_interpreter(case: int, triton_interpreter: Interpreter) 
     triton_interpreter.run(Path(__file__).with_name("quantised_interpreter.py"), "check_case", case)
 
 
-@pytest.mark.parametrize("check", ["check_pairs", "check_values_of_pairs"])
+@pytest.mark.parametrize("check", ["check_pairs", "check_few", "check_values_of_pairs"])
 def test_pairs_of_codes_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
     pytest.importorskip("triton")
     triton_interpreter.run(Path(__file__).with_name("quantised_interpreter.py"), check, 0)

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridgen.device.launcher import Device, Launcher, device_of
+from hybridgen.kernels.linear import quantised_few_kernels as few
 from hybridgen.kernels.linear.layout import Block, dequantise
 
 MOST_ROWS = 256
@@ -442,7 +443,11 @@ def linear(
     layout = layout_of(kind, zeros is not None, inputs, block, scales.shape[1])
     rows = x.reshape(-1, inputs)
     if layout is not None and rows.shape[0] <= MOST_ROWS and x.element_size() == 2:
-        out = product(rows.contiguous(), data, scales, zeros, bias, layout, inputs)
+        rows = rows.contiguous()
+        if kind == "int4" and block.outputs == 1 and few.takes(rows, data, scales.shape[1], layout.group):
+            out = few.few_product(rows, data, scales, zeros, bias, layout.group)
+        else:
+            out = product(rows, data, scales, zeros, bias, layout, inputs)
         return out.view(*x.shape[:-1], data.shape[0])
     if layout is None:
         values = dequantise(kind, data, scales, zeros, inputs, block, x.dtype)
