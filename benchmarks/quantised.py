@@ -258,16 +258,20 @@ def run_steps(args: argparse.Namespace, models: list[str], batches: list[int], d
         for kind in args.kinds:
             # `fp8-w8a8`: FP8 weights, and activations of many rows in FP8 too.
             weights = None if kind == "none" else kind.partition("-")[0]
+            begin = time.perf_counter()
             model = random_model(name, shape_dtype(name, device), device, quantised=weights)
             release()
+            print(f"steps   {name} {kind}: weights made in {time.perf_counter() - begin:.1f} s", flush=True)
             small = name == "tiny"
             prompts, length, new = (4, 80, 8) if small else (32, 512, 128)
             options: dict[str, Any] = {"mode": "eager" if device == "cpu" else "hybrid", "decode_buckets": batches}
             options |= {"max_batch": max(prompts, *batches), "max_context": 1024, "prefill_buckets": []}
             options |= {"fp8_activations": kind == "fp8-w8a8", "kv_dtype": args.kv_dtype}
             with hybridgen.Engine.load(model, **options) as engine:
+                print(f"steps   {name} {kind}: ready after {time.perf_counter() - begin:.1f} s", flush=True)
                 vocab = model.config.vocab_size
-                row: dict[str, Any] = {"model": name, "kind": kind, "weights": engine.stats().weights}
+                stats = engine.stats()
+                row: dict[str, Any] = {"model": name, "kind": kind, "weights": stats.weights, "fused": stats.fused}
                 for batch in batches:
                     ids = random_prompts(batch, length // 8, vocab)
                     took = []
