@@ -358,8 +358,7 @@ def default_tile(layout: Layout, rows: int, outputs: int, inputs: int, processor
         return _pairs_tile(layout, outputs, inputs, processors)
     stages = 4 if height < 64 else 3
     bits = {"int4": 4, "mxfp4": 4}.get(layout.kind, 8)
-    unpacked = _WIDTH * layout.step * 2 if layout.kind == "int4" else 0
-    shared = stages * layout.step * (height * 2 + _WIDTH * bits // 8) + unpacked + 1024
+    shared = stages * layout.step * (height * 2 + _WIDTH * bits // 8) + 1024
     resident = min(_SHARED_BYTES // shared, 5 if height == 16 else 3)
     tiles, steps = -(-outputs // _WIDTH) * high, -(-inputs // layout.step)
     most = 8 if height <= 16 else 4
