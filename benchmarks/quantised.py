@@ -251,10 +251,12 @@ def sweep(device: str, dtype: torch.dtype, rows_of: list[int]) -> list[dict[str,
     return found
 
 
-def run_steps(args: argparse.Namespace, models: list[str], batches: list[int], device: str) -> list[dict[str, Any]]:
+def run_steps(args: argparse.Namespace, models: list[str], all_batches: list[int], device: str) -> list[dict[str, Any]]:
     """Milliseconds of a decode step, and of the prefill of 32 prompts of 512 tokens."""
     found = []
-    for name in models:
+    for given in models:
+        name, _, own = given.partition(":")
+        batches = [int(own)] if own else all_batches
         for kind in args.kinds:
             # `fp8-w8a8`: FP8 weights, and activations of many rows in FP8 too.
             weights = None if kind == "none" else kind.partition("-")[0]
@@ -313,7 +315,9 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try other tiles instead")
     parser.add_argument("--sweep-rows", nargs="+", type=int, default=[64], help="rows of --sweep")
     parser.add_argument("--steps", action="store_true", help="time whole models instead of products")
-    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"], help="shapes for --steps")
+    parser.add_argument(
+        "--models", nargs="+", default=["llama-3.1-8b"], help="shapes for --steps; llama-3.1-8b:64 at so many rows"
+    )
     kinds = ["none", "fp8", "fp8-w8a8", "int4"]
     parser.add_argument("--kinds", nargs="+", default=kinds, help="none, fp8, fp8-w8a8, int8, int4")
     parser.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits, with --steps")

@@ -73,14 +73,26 @@ def run(text: str, registers: dict[str, np.ndarray]) -> None:
         name, rest = line.split(maxsplit=1)
         if name == ".reg":
             continue
+        asked = None
+        if name.startswith("@"):  # only where a predicate holds
+            asked = registers[name[1:]] != 0
+            name, rest = rest.split(maxsplit=1)
+            if not asked.any():
+                continue
         # Operands, of which some are lists of registers.
         operands = [
             [each.strip() for each in (listed or one).split(",")]
             for listed, one in re.findall(r"\{(.*?)\}|([^,\s]+)", rest)
         ]
         targets, sources = operands[0], [[value(each) for each in listed] for listed in _addresses(operands[1:])]
-        results = _KNOWN[name](*sources)
+        if asked is not None:  # others take the first one's operands, and keep what they had
+            first = int(np.argmax(asked))
+            sources = [[np.where(asked, each, each[first]) for each in listed] for listed in sources]
+        results = _move(sources[0], len(targets)) if name == "mov.b32" else _KNOWN[name](*sources)
         assert len(results) == len(targets), line
+        if asked is not None:
+            before = [registers[target] for target in targets]
+            results = [np.where(asked, new, old) for new, old in zip(results, before, strict=True)]
         registers.update(zip(targets, results, strict=True))
 
 
@@ -119,9 +131,13 @@ def _prmt(a: Listed, b: Listed, choice: Listed) -> Listed:
     return [found]
 
 
-def _move(a: Listed) -> Listed:
-    """Of a register to its halves."""
-    return [a[0] & U32(0xFFFF), a[0] >> U32(16)]
+def _move(a: Listed, targets: int) -> Listed:
+    """Of a register to another, or to its halves."""
+    return [a[0]] if targets == 1 else [a[0] & U32(0xFFFF), a[0] >> U32(16)]
+
+
+def _not_equal(a: Listed, b: Listed) -> Listed:
+    return [(a[0] != b[0]).astype(U32)]
 
 
 def halves(register: np.ndarray) -> np.ndarray:
@@ -204,7 +220,7 @@ _KNOWN = {
     "shr.u32": _right,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
-    "mov.b32": _move,
+    "setp.ne.s32": _not_equal,
     "mul.rn.f16x2": _multiply_f16x2,
     "add.rn.f16x2": _add_f16x2,
     "add.rn.bf16x2": _add_bf16x2,
