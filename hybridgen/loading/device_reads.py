@@ -74,7 +74,8 @@ class DeviceReads:
             numbers: Any = buffer.numpy()
             _fill(file, begin, memoryview(numbers)[:size])
             within: AbstractContextManager[Any] = nullcontext() if stream is None else torch.cuda.stream(stream)
-            with within:
+            # Which the caller may be in: threads are not by themselves, and may not write to its tensors then.
+            with within, torch.inference_mode():
                 target.copy_(buffer[:size], non_blocking=True)
                 if copied is not None:
                     copied.record(stream)
