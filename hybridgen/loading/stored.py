@@ -50,6 +50,10 @@ _LEFT_OUT = (
 class TensorFiles:
     """The tensors of safetensors files, by name."""
 
+    by_threads = False
+    """Whether large tensors are read onto a GPU by threads (`device_reads`). That has not run on one yet:
+    `benchmarks/quantised_loading.py --threads` tries it."""
+
     def __init__(self, files: list[Path]) -> None:
         self.places: dict[str, Path] = {}
         self.entries: dict[str, TensorEntry] = {}
@@ -88,7 +92,8 @@ class TensorFiles:
         """A tensor's values, on a device."""
         entry = self.entries[name]
         dtype = _DTYPES.get(entry.dtype)
-        if device.type != "cuda" or dtype is None or entry.end - entry.start < LEAST or not hasattr(os, "preadv"):
+        threads = self.by_threads and device.type == "cuda" and hasattr(os, "preadv")
+        if not threads or dtype is None or entry.end - entry.start < LEAST:
             return self._handle(name, device).get_tensor(name)
         return self._read_by_threads(name, entry, dtype, device)
 
@@ -111,7 +116,7 @@ class TensorFiles:
 
     def lazy(self, name: str, device: torch.device | None = None) -> Any:
         """What gives the tensor when it is indexed with `...`: on the CPU, or on a device."""
-        if device is None or device.type == "cpu":
+        if device is None or device.type == "cpu" or not self.by_threads:
             return self._handle(name, torch.device("cpu")).get_slice(name)
         return LazyTensor(self, name, device)
 

@@ -93,7 +93,7 @@ class RowsCheck:
 
 @torch.inference_mode()
 def _problem(weight: Tensor, bias: Tensor | None) -> str | None:
-    for number in (1, 3):
+    for number in (1, 2):
         g = torch.Generator().manual_seed(number)
         x = torch.randn(number, weight.shape[1], generator=g).to(weight.device, weight.dtype)
         try:

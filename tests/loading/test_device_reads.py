@@ -49,6 +49,7 @@ def test_tensors_are_those_of_safetensors(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(stored, "DeviceReads", lambda device: DeviceReads(CPU))
     monkeypatch.setattr(torch, "empty", lambda *args, device=None, _empty=torch.empty, **kw: _empty(*args, **kw))
     monkeypatch.setattr(stored, "LEAST", 10)
+    monkeypatch.setattr(TensorFiles, "by_threads", True)
     tensors = {
         "a": torch.randn(30, 70).bfloat16(),
         "b": torch.randint(-9, 9, (400, 5), dtype=torch.int32),
