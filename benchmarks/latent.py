@@ -35,6 +35,8 @@ PAGE_SIZE = 64
 CAPACITY = 32768 + PAGE_SIZE
 ROTATE_BYTES = 320 * 2**20
 REPEATS = 3000
+WRONG = 2e-2
+"""An error that bfloat16 does not explain."""
 
 
 class Shape(NamedTuple):
@@ -190,25 +192,38 @@ def sweep(case: Case, shape: Shape, device: str) -> list[dict[str, Any]]:
 
     usual = tuning(shape_of(case.q[0], case.pages[0], shape.rank), device_of(case.q).shared_memory)
     found = []
-    tiles = [(64, 2, 1), (32, 3, 1), (32, 3, 2), (32, 2, 2), (32, 2, 3), (32, 2, 4), (16, 3, 4)]
     several = len(case.positions) > 1
+    tiles = [(64, 2, 1), (32, 3, 1), (32, 5, 1), (32, 6, 1), (32, 3, 2), (32, 2, 2), (32, 2, 3), (16, 3, 4)]
+    by_heads = [(32, 4, 3, 1), (32, 4, 4, 1), (32, 4, 5, 1), (32, 4, 6, 1), (32, 4, 3, 2), (64, 8, 3, 1), (32, 8, 4, 1)]
     for tune in [
         *(
-            usual._replace(block=block, stages=stages, programs=programs, warps=warps)
+            usual._replace(block=block, stages=stages, warps=warps, parts=0, programs=programs, alone=programs)
             for block, stages, programs in tiles
             for warps in ((4, 8) if block == 64 else (4,))
         ),
         *(usual._replace(chunk=chunk) for chunk in (1024, 8192) if several),
-        *(usual._replace(ahead=ahead) for ahead in (1, 2)),
+        *(usual._replace(ahead=ahead) for ahead in (4, 8)),
+        *(
+            usual._replace(
+                block=block, warps=warps, stages=stages, programs=programs, alone=programs, parts=4, ahead=ahead
+            )
+            for block, warps, stages, programs in by_heads
+            for ahead in (0, 8)
+        ),
+        *(usual._replace(block=32, warps=4, stages=stages, parts=parts) for stages in (3, 5) for parts in (1, 2)),
     ]:
         attend = partial(latent_launches.decode, tune=tune)
         try:
             error = error_of(case, attend)
+            if not error <= WRONG:
+                print(f"        {tuple(tune)}: wrong, error {error:.1e}", flush=True)
+                continue
             took = time_decode(case, device, attend)
+            parts = time_parts(case, tune)
         except Exception as failure:  # more shared memory than there is
             print(f"        {tuple(tune)}: {type(failure).__name__}", flush=True)
             continue
-        found.append({"us": took * 1e6, "error": error, **tune._asdict()})
+        found.append({"us": took * 1e6, "error": error, **parts, **tune._asdict()})
     return sorted(found, key=lambda each: each["us"])
 
 
@@ -241,8 +256,11 @@ def run_decode(
             print(f"        us of parts: {', '.join(parts)}", flush=True)
         if args.sweep and device == "cuda" and context >= 4096:
             row["sweep"] = sweep(case, shape, device)
-            for each in row["sweep"][:4]:
-                print(f"        {each}", flush=True)
+            for each in row["sweep"][:12]:
+                named = ("block", "warps", "stages", "programs", "alone", "chunk", "ahead", "parts")
+                options = " ".join(f"{name} {each[name]}" for name in named)
+                times = " ".join(f"{name} {each[name]:.1f}" for name in ("us", "attend_us", "combine_us"))
+                print(f"        {times} error {each['error']:.1e} with {options}", flush=True)
         del case
 
 

@@ -23,6 +23,9 @@ TUNES = [  # positions a tile, heads (or rows), warps, stages, positions a chunk
     Tuning(16, 16, 4, 1, 16),
     Tuning(32, 16, 4, 1, 64),
     Tuning(16, 64, 4, 1, 4096),
+    Tuning(16, 16, 4, 1, 16, parts=1),
+    Tuning(32, 16, 4, 1, 64, parts=2),
+    Tuning(16, 64, 4, 1, 4096, parts=4),
 ]
 
 

@@ -83,6 +83,61 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _attend_by_heads(  # type: ignore[no-untyped-def]
+    queries, query_rotary, pages, table, position, first, last, scale,
+    PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_PART: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+):  # fmt: skip
+    """What `_attend` does for queries at one position, with heads as rows of the products and positions as columns.
+
+    16 heads are as many rows as `mma.sync` has, so that each latent is read once for scores, whatever the warps. A
+    latent's columns are PARTS tensors: their products are added up apart, so that they need not wait for each other.
+
+    Returns:
+        peak [BLOCK_HEADS], total [BLOCK_HEADS], and the mix as PARTS tensors [BLOCK_HEADS, BLOCK_PART].
+    """
+    width: tl.constexpr = RANK + ROPE
+    factor = scale * 1.4426950408889634
+    end = position + 1
+    peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
+    sums = tl.zeros([BLOCK_HEADS, BLOCK], tl.float32)
+    mixed = ()
+    for _ in tl.static_range(PARTS):
+        mixed = mixed + (tl.zeros([BLOCK_HEADS, BLOCK_PART], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    ids = load_pages(table, first * BLOCK, end, PAGE, BLOCK)
+    for tile in range(first, last):
+        start = tile * BLOCK
+        rotary = _read(pages, ids, start, end, RANK, PAGE, width, ROPE, BLOCK, BLOCK_ROPE)
+        latents = ()
+        for part in tl.static_range(PARTS):
+            read = _read(
+                pages, ids, start, end, part * BLOCK_PART,
+                PAGE, width, min(BLOCK_PART, RANK - part * BLOCK_PART), BLOCK, BLOCK_PART,
+            )  # fmt: skip
+            latents = latents + (read,)  # type: ignore[assignment]  # noqa: RUF005
+        ids = load_pages(table, start + BLOCK, end, PAGE, BLOCK)
+        scores = tl.dot(query_rotary, tl.trans(rotary), input_precision="ieee")
+        for part in tl.static_range(PARTS):
+            # Not `+=`, of which Triton would make one chain of products.
+            product = tl.dot(queries[part], tl.trans(latents[part]), input_precision="ieee")
+            scores = tl.fma(product, tl.full([BLOCK_HEADS, BLOCK], 1.0, tl.float32), scores)
+        scores = tl.where((start + tl.arange(0, BLOCK) < end)[None, :], scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
+        weights = tl.exp2(scores * factor - new_peak[:, None])
+        rescale = tl.exp2(peak - new_peak)
+        sums = sums * rescale[:, None] + weights
+        weights = weights.to(rotary.dtype)
+        new = ()
+        for part in tl.static_range(PARTS):
+            scaled = mixed[part] * rescale[:, None]
+            new = new + (tl.dot(weights, latents[part], scaled, input_precision="ieee"),)  # type: ignore[assignment]  # noqa: RUF005
+        mixed = new
+        peak = new_peak
+    return peak, tl.sum(sums, 1), mixed
+
+
+@triton.jit
 def _queries(  # type: ignore[no-untyped-def]
     base, lines, inside, stride_head, heads, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):  # fmt: skip
@@ -93,24 +148,26 @@ def _queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _request(pages, table, first, last, end, PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask the L2 cache for tiles of whole pages in 16 bits, 128 threads for a part each.
+def _request(  # type: ignore[no-untyped-def]
+    pages, table, first, last, PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
+    """Ask the L2 cache for up to AHEAD tiles in 16 bits that begin at `first`, each inside a page: 16 pieces of each.
 
-    A hint that promises nothing, so that the page with the newest position may be among them.
+    A hint that promises nothing, so that the newest position may be among them. Behind `last`, the last tile again.
     """
-    lane = tl.arange(0, 128)
-    size: tl.constexpr = PAGE * WIDTH * 2 // 128
-    for tile in range(first, last):
-        ids = load_pages(table, tile * BLOCK, end, PAGE, BLOCK)
-        address = (pages + ids.to(tl.int64) * (PAGE * WIDTH)).to(tl.int64) + lane * size
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [address, lane * 0 + size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    size: tl.constexpr = BLOCK * WIDTH * 2 // 16
+    lane = tl.arange(0, AHEAD * 16)
+    start = tl.minimum(first + lane // 16, last - 1) * BLOCK
+    line = tl.load(table + start // PAGE).to(tl.int64) * PAGE + start % PAGE
+    address = (pages + line * WIDTH).to(tl.int64) + lane % 16 * size
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [address, lane * 0 + size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -131,6 +188,16 @@ def _store(target, lines, inside, values, RANK: tl.constexpr, BLOCK_RANK: tl.con
     tl.store(pointers, values, mask=inside[:, None] & (ranks < RANK)[None, :])
 
 
+@triton.jit
+def _store_by_heads(  # type: ignore[no-untyped-def]
+    target, lines, inside, values, first: tl.constexpr, RANK: tl.constexpr, BLOCK_PART: tl.constexpr
+):  # fmt: skip
+    """Write values [rows, BLOCK_PART] to the columns from `first` on of the rows `lines` of `target` [..., RANK]."""
+    ranks = first + tl.arange(0, BLOCK_PART)
+    pointers = target + lines[:, None] * RANK + ranks[None, :]
+    tl.store(pointers, values.to(target.dtype.element_ty), mask=inside[:, None] & (ranks < RANK)[None, :])
+
+
 @triton.jit(
     do_not_specialize=["tokens", "splits", "chunk_tiles", "row_chunks", "lse_start"],
     do_not_specialize_on_alignment=["block_table", "slots", "positions"],
@@ -141,7 +208,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, new_stride, new_rotary_stride,
     HEADS: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, AHEAD: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, APPEND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: every n-th chunk of all rows, for BLOCK_HEADS heads; rows of one chunk are finished here.
 
@@ -180,9 +248,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         first = low + chunk * tiles
         last = tl.minimum(first + tiles, high)
         if AHEAD:
-            _request(
-                pages, table, first, tl.minimum(first + AHEAD, last), position + 1, PAGE, RANK + ROPE, BLOCK
-            )  # fmt: skip
+            _request(pages, table, first, last, PAGE, RANK + ROPE, BLOCK, AHEAD)
         if APPEND:
             page = tl.load(table + position // PAGE).to(tl.int64)
             target = pages + (page * PAGE + position % PAGE) * (RANK + ROPE)
@@ -191,24 +257,45 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             _append(rotary + row.to(tl.int64) * new_rotary_stride, target + RANK, ends_row, ROPE, BLOCK_ROPE)
             tl.debug_barrier()  # all threads read what some of them wrote
         line = row.to(tl.int64)
-        query = _queries(q, line * q_stride_token, inside, q_stride_head, heads, RANK, BLOCK_RANK)
         query_rotary = _queries(
             q_rotary, line * rotary_stride_token, inside, rotary_stride_head, heads, ROPE, BLOCK_ROPE
         )
-        peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
-        sums = tl.zeros([BLOCK, BLOCK_HEADS], tl.float32)
-        mixed = tl.zeros([BLOCK_RANK, BLOCK_HEADS], tl.float32)
-        peak, sums, mixed = _attend(
-            query, query_rotary, peak, sums, mixed, pages, table, heads * 0 + position, first, last, position + 1,
-            scale, PAGE, RANK, ROPE, BLOCK, BLOCK_RANK, BLOCK_ROPE,
-        )  # fmt: skip
-        total = tl.sum(sums, 0)
-        mixed = mixed / total[None, :]
-        if count == 1:
-            _store(out, line * HEADS + heads, inside, mixed, RANK, BLOCK_RANK)
+        parts_of_row = (line * row_chunks + chunk) * HEADS + heads
+        if PARTS:
+            PART: tl.constexpr = BLOCK_RANK // PARTS
+            queries = ()
+            for part in tl.static_range(PARTS):
+                query = _queries(
+                    q + part * PART, line * q_stride_token, inside, q_stride_head, heads,
+                    min(PART, RANK - part * PART), PART,
+                )  # fmt: skip
+                queries = queries + (query,)  # type: ignore[assignment]  # noqa: RUF005
+            peak, total, means = _attend_by_heads(
+                queries, query_rotary, pages, table, position, first, last, scale,
+                PAGE, RANK, ROPE, BLOCK, BLOCK_HEADS, PART, PARTS, BLOCK_ROPE,
+            )  # fmt: skip
+            for part in tl.static_range(PARTS):
+                mean = means[part] / total[:, None]
+                if count == 1:
+                    _store_by_heads(out, line * HEADS + heads, inside, mean, part * PART, RANK, PART)
+                else:
+                    _store_by_heads(partial, parts_of_row, inside, mean, part * PART, RANK, PART)
         else:
-            parts_of_row = (line * row_chunks + chunk) * HEADS + heads
-            _store(partial, parts_of_row, inside, mixed, RANK, BLOCK_RANK)
+            query = _queries(q, line * q_stride_token, inside, q_stride_head, heads, RANK, BLOCK_RANK)
+            peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
+            sums = tl.zeros([BLOCK, BLOCK_HEADS], tl.float32)
+            mixed = tl.zeros([BLOCK_RANK, BLOCK_HEADS], tl.float32)
+            peak, sums, mixed = _attend(
+                query, query_rotary, peak, sums, mixed, pages, table, heads * 0 + position, first, last, position + 1,
+                scale, PAGE, RANK, ROPE, BLOCK, BLOCK_RANK, BLOCK_ROPE,
+            )  # fmt: skip
+            total = tl.sum(sums, 0)
+            mixed = mixed / total[None, :]
+            if count == 1:
+                _store(out, line * HEADS + heads, inside, mixed, RANK, BLOCK_RANK)
+            else:
+                _store(partial, parts_of_row, inside, mixed, RANK, BLOCK_RANK)
+        if count > 1:
             tl.store(partial + lse_start + parts_of_row, peak + tl.log2(total), mask=inside)
 
 

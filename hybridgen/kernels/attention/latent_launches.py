@@ -51,11 +51,16 @@ class Tuning(NamedTuple):
     stages: int
     """Tiles of latents in shared memory."""
     programs: int = 1
-    """Of decode with several rows, a multiprocessor. One row has one: its context is cut less finely."""
+    """Of decode with several rows, a multiprocessor."""
     chunk: int = _CHUNK_TOKENS
     """Positions of a chunk at most, with several rows."""
     ahead: int = 0
-    """Tiles of a chunk that the L2 cache is asked for before the queries are read; only for pages of one tile."""
+    """Tiles of a chunk that the L2 cache is asked for before the queries are read, a power of two; only where a tile
+    lies in one page."""
+    parts: int = 0
+    """Tensors that decode reads a tile's latents as, with heads as rows of its products; 0: positions are rows."""
+    alone: int = 1
+    """Programs of decode of one row, a multiprocessor. Its context is cut less finely than for several rows."""
 
 
 def shape_of(q: Tensor, pages: Tensor, rank: int) -> Shape:
@@ -118,7 +123,7 @@ def plan(tokens: int, shape: Shape, max_tiles: int, processors: int, tune: Tunin
     One row is cut as finely as there are programs for it, several rows no coarser than `tune.chunk`.
     """
     parts = triton.cdiv(shape.heads, tune.rows)
-    resident = max(1, processors * (tune.programs if tokens > 1 else 1) // parts)
+    resident = max(1, processors * (tune.programs if tokens > 1 else tune.alone) // parts)
     splits = min(max_tiles, max(1, resident // tokens))
     if tokens == 1:
         return Plan(splits, max_tiles, splits, splits * parts)
@@ -165,9 +170,9 @@ def _sizes(shape: Shape) -> dict[str, Any]:
 
 
 def _is_requested_whole(shape: Shape, tune: Tuning) -> bool:
-    """Whether 128 threads can ask for a tile: bytes of a thread are a multiple of 16."""
-    page_bytes = shape.page_size * (shape.rank + shape.rope) * shape.bytes
-    return shape.bytes == 2 and tune.block == shape.page_size and page_bytes % 2**11 == 0
+    """Whether a tile can be asked for in 16 pieces: bytes of a piece are a multiple of 16."""
+    tile_bytes = tune.block * (shape.rank + shape.rope) * shape.bytes
+    return shape.bytes == 2 and tune.block <= shape.page_size and tile_bytes % 2**8 == 0
 
 
 def _prepare(shape: Shape, tokens: int, max_pages: int, append: bool, device: Device, tune: Tuning) -> Call:
@@ -182,6 +187,7 @@ def _prepare(shape: Shape, tokens: int, max_pages: int, append: bool, device: De
         "BLOCK_RANK": power_of_two(shape.rank),
         "BLOCK_ROPE": power_of_two(shape.rope),
         "BLOCK_ROWS": _row_block(tokens),
+        "PARTS": tune.parts,
         "AHEAD": tune.ahead if device.overlap and _is_requested_whole(shape, tune) else 0,
         "APPEND": append,
         "num_warps": tune.warps,
