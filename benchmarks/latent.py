@@ -192,26 +192,27 @@ def sweep(case: Case, shape: Shape, device: str) -> list[dict[str, Any]]:
 
     usual = tuning(shape_of(case.q[0], case.pages[0], shape.rank), device_of(case.q).shared_memory)
     found = []
-    several = len(case.positions) > 1
-    tiles = [(64, 2, 1), (32, 3, 1), (32, 5, 1), (32, 6, 1), (32, 3, 2), (32, 2, 2), (32, 2, 3), (16, 3, 4)]
-    by_heads = [(32, 4, 3, 1), (32, 4, 4, 1), (32, 4, 5, 1), (32, 4, 6, 1), (32, 4, 3, 2), (64, 8, 3, 1), (32, 8, 4, 1)]
-    for tune in [
-        *(
-            usual._replace(block=block, stages=stages, warps=warps, parts=0, programs=programs, alone=programs)
-            for block, stages, programs in tiles
-            for warps in ((4, 8) if block == 64 else (4,))
-        ),
-        *(usual._replace(chunk=chunk) for chunk in (1024, 8192) if several),
-        *(usual._replace(ahead=ahead) for ahead in (4, 8)),
-        *(
-            usual._replace(
-                block=block, warps=warps, stages=stages, programs=programs, alone=programs, parts=4, ahead=ahead
-            )
-            for block, warps, stages, programs in by_heads
-            for ahead in (0, 8)
-        ),
-        *(usual._replace(block=32, warps=4, stages=stages, parts=parts) for stages in (3, 5) for parts in (1, 2)),
-    ]:
+    # Positions, warps, tiles on their way, programs a multiprocessor, parts of a latent, tiles asked for at once.
+    options = [
+        (64, 4, 2, 1, 0, 0),
+        *((32, 4, stages, 1, 0, ahead) for stages in (3, 6) for ahead in (0, 8)),
+        *((32, 4, 3, 2, 0, ahead) for ahead in (0, 4)),
+        *((64, warps, 3, 1, 4, ahead) for warps in (4, 8) for ahead in (0, 4)),
+        (64, 8, 3, 1, 2, 4),
+        *((32, 4, stages, 1, 4, ahead) for stages in (3, 6) for ahead in (0, 8)),
+        *((32, 4, 3, 2, 4, ahead) for ahead in (0, 4)),
+        (32, 4, 2, 3, 4, 4),
+        (32, 2, 3, 2, 4, 4),
+    ]
+    tunes = [
+        usual._replace(
+            block=block, warps=warps, stages=stages, programs=programs, alone=programs, parts=parts, ahead=ahead
+        )
+        for block, warps, stages, programs, parts, ahead in options
+    ]
+    if len(case.positions) > 1:
+        tunes += [usual._replace(chunk=chunk) for chunk in (1024, 4096, 8192)]
+    for tune in tunes:
         attend = partial(latent_launches.decode, tune=tune)
         try:
             error = error_of(case, attend)

@@ -15,7 +15,7 @@ from hybridgen.loading.support import STATES_BY_SLOT
 MODES = ("eager", "graph", "jit", "hybrid")
 USUAL = {"mamba": ("eager",), "mamba2": ("hybrid",)}
 """In the usual run; all others only with `-m slow`, because `test_families` compares a few tokens of each."""
-TOLERANCES = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 2e-4)
+TOLERANCES = dict.fromkeys(("qwen3_next",), 1.5e-4)
 """Of log-probabilities. Gated delta nets with such weights round so: between the whole text at once and token by token,
 transformers' own differ by 1.2e-4 (Qwen3.5, prompt of 7 tokens)."""
 CASES = [

@@ -148,6 +148,24 @@ def _queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _all_queries(  # type: ignore[no-untyped-def]
+    q, q_rotary, line, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, heads, inside,
+    RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_ROPE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Queries of a row, as PARTS tensors (one if that is 0), and their rotary rest."""
+    width: tl.constexpr = BLOCK_RANK // max(PARTS, 1)
+    queries = ()
+    for part in tl.static_range(max(PARTS, 1)):
+        query = _queries(
+            q + part * width, line * q_stride_token, inside, q_stride_head, heads,
+            min(width, RANK - part * width), width,
+        )  # fmt: skip
+        queries = queries + (query,)  # type: ignore[assignment]  # noqa: RUF005
+    rotary = _queries(q_rotary, line * rotary_stride_token, inside, rotary_stride_head, heads, ROPE, BLOCK_ROPE)
+    return queries, rotary
+
+
+@triton.jit
 def _request(  # type: ignore[no-untyped-def]
     pages, table, first, last, PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
@@ -171,12 +189,11 @@ def _request(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _append(new, target, ends_row, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write SIZE numbers to a page, where the chunk is a row's last."""
+def _append(new, target, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write SIZE numbers to a page."""
     columns = tl.arange(0, BLOCK_SIZE)
-    mask = (columns < SIZE) & ends_row
-    values = tl.load(new + columns, mask=mask)
-    tl.store(target + columns, values.to(target.dtype.element_ty), mask=mask)
+    values = tl.load(new + columns, mask=columns < SIZE)
+    tl.store(target + columns, values.to(target.dtype.element_ty), mask=columns < SIZE)
 
 
 @triton.jit
@@ -223,6 +240,11 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     heads = tl.program_id(0) % parts * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     inside = heads < HEADS
     if BLOCK_ROWS == 1:
+        # Asked for before the position is there: what waits for it in turn takes as long as a page's first bytes.
+        queries, query_rotary = _all_queries(
+            q, q_rotary, 0, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, heads, inside,
+            RANK, ROPE, BLOCK_RANK, BLOCK_ROPE, PARTS,
+        )  # fmt: skip
         place = tl.load(positions).to(tl.int32)
         low, high, tiles, items = _cut(place, 0, splits, chunk_tiles, BLOCK, 1, 0)
     else:
@@ -249,45 +271,39 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         last = tl.minimum(first + tiles, high)
         if AHEAD:
             _request(pages, table, first, last, PAGE, RANK + ROPE, BLOCK, AHEAD)
-        if APPEND:
-            page = tl.load(table + position // PAGE).to(tl.int64)
-            target = pages + (page * PAGE + position % PAGE) * (RANK + ROPE)
-            ends_row = last == high
-            _append(latent + row.to(tl.int64) * new_stride, target, ends_row, RANK, BLOCK_RANK)
-            _append(rotary + row.to(tl.int64) * new_rotary_stride, target + RANK, ends_row, ROPE, BLOCK_ROPE)
-            tl.debug_barrier()  # all threads read what some of them wrote
+        if APPEND:  # noqa: SIM102
+            if last == high:
+                page = tl.load(table + position // PAGE).to(tl.int64)
+                target = pages + (page * PAGE + position % PAGE) * (RANK + ROPE)
+                _append(latent + row.to(tl.int64) * new_stride, target, RANK, BLOCK_RANK)
+                _append(rotary + row.to(tl.int64) * new_rotary_stride, target + RANK, ROPE, BLOCK_ROPE)
+                tl.debug_barrier()  # all threads read what some of them wrote
         line = row.to(tl.int64)
-        query_rotary = _queries(
-            q_rotary, line * rotary_stride_token, inside, rotary_stride_head, heads, ROPE, BLOCK_ROPE
-        )
+        if BLOCK_ROWS > 1:
+            queries, query_rotary = _all_queries(
+                q, q_rotary, line, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, heads,
+                inside, RANK, ROPE, BLOCK_RANK, BLOCK_ROPE, PARTS,
+            )  # fmt: skip
         parts_of_row = (line * row_chunks + chunk) * HEADS + heads
         if PARTS:
-            PART: tl.constexpr = BLOCK_RANK // PARTS
-            queries = ()
-            for part in tl.static_range(PARTS):
-                query = _queries(
-                    q + part * PART, line * q_stride_token, inside, q_stride_head, heads,
-                    min(PART, RANK - part * PART), PART,
-                )  # fmt: skip
-                queries = queries + (query,)  # type: ignore[assignment]  # noqa: RUF005
+            width: tl.constexpr = BLOCK_RANK // PARTS
             peak, total, means = _attend_by_heads(
                 queries, query_rotary, pages, table, position, first, last, scale,
-                PAGE, RANK, ROPE, BLOCK, BLOCK_HEADS, PART, PARTS, BLOCK_ROPE,
+                PAGE, RANK, ROPE, BLOCK, BLOCK_HEADS, width, PARTS, BLOCK_ROPE,
             )  # fmt: skip
             for part in tl.static_range(PARTS):
                 mean = means[part] / total[:, None]
                 if count == 1:
-                    _store_by_heads(out, line * HEADS + heads, inside, mean, part * PART, RANK, PART)
+                    _store_by_heads(out, line * HEADS + heads, inside, mean, part * width, RANK, width)
                 else:
-                    _store_by_heads(partial, parts_of_row, inside, mean, part * PART, RANK, PART)
+                    _store_by_heads(partial, parts_of_row, inside, mean, part * width, RANK, width)
         else:
-            query = _queries(q, line * q_stride_token, inside, q_stride_head, heads, RANK, BLOCK_RANK)
             peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
             sums = tl.zeros([BLOCK, BLOCK_HEADS], tl.float32)
             mixed = tl.zeros([BLOCK_RANK, BLOCK_HEADS], tl.float32)
             peak, sums, mixed = _attend(
-                query, query_rotary, peak, sums, mixed, pages, table, heads * 0 + position, first, last, position + 1,
-                scale, PAGE, RANK, ROPE, BLOCK, BLOCK_RANK, BLOCK_ROPE,
+                queries[0], query_rotary, peak, sums, mixed, pages, table, heads * 0 + position, first, last,
+                position + 1, scale, PAGE, RANK, ROPE, BLOCK, BLOCK_RANK, BLOCK_ROPE,
             )  # fmt: skip
             total = tl.sum(sums, 0)
             mixed = mixed / total[None, :]
@@ -306,9 +322,12 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 def combine_kernel(  # type: ignore[no-untyped-def]
     positions, out, partial, lse_start, splits, chunk_tiles, row_chunks,
     HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ALONE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCK_COLUMNS of a row's mean latent for one head, over the row's chunks in their order."""
+    """A program: BLOCK_COLUMNS of a row's mean latent for one head, over the row's chunks in their order.
+
+    With ALONE, of one row, the places of all chunks are read before it is known how many chunks there are.
+    """
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -317,16 +336,22 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     position = tl.load(positions + row).to(tl.int32)
     _low, _high, _tiles, chunks = _cut(position, 0, splits, chunk_tiles, BLOCK, 1, 0)
-    if chunks > 1:
+    places = chunks
+    if ALONE:
+        places = row_chunks
+    if places > 1:
         peak = -float("inf")
         total = 0.0
         mixed = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for start in range(0, chunks, BLOCK_CHUNKS):
+        for start in range(0, places, BLOCK_CHUNKS):
             chunk = start + tl.arange(0, BLOCK_CHUNKS)
             line = (row.to(tl.int64) * row_chunks + chunk) * HEADS + head
-            part = tl.load(partial + lse_start + line, mask=chunk < chunks, other=-float("inf"))
+            part = tl.load(partial + lse_start + line, mask=chunk < places, other=-float("inf"))
             piece = partial + line[:, None] * RANK + columns[None, :]
-            piece = tl.load(piece, mask=(chunk < chunks)[:, None] & (columns < RANK)[None, :], other=0.0)
+            piece = tl.load(piece, mask=(chunk < places)[:, None] & (columns < RANK)[None, :], other=0.0)
+            if ALONE:  # nobody wrote to the others
+                part = tl.where(chunk < chunks, part, -float("inf"))
+                piece = tl.where((chunk < chunks)[:, None], piece, 0.0)
             new_peak = tl.maximum(peak, tl.max(part, 0))
             weights = tl.exp2(part - new_peak)
             rescale = tl.exp2(peak - new_peak)
@@ -334,7 +359,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
             mixed = mixed * rescale + tl.sum(weights[:, None] * piece, 0)
             peak = new_peak
         target = out + (row.to(tl.int64) * HEADS + head) * RANK + columns
-        tl.store(target, (mixed / total).to(out.dtype.element_ty), mask=columns < RANK)
+        tl.store(target, (mixed / total).to(out.dtype.element_ty), mask=(columns < RANK) & (chunks > 1))
 
 
 @triton.jit(

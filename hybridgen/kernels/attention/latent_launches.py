@@ -86,9 +86,10 @@ def shape_of(q: Tensor, pages: Tensor, rank: int) -> Shape:
 
 
 def _shared_bytes(shape: Shape, block: int, rows: int, stages: int) -> int:
-    """Of tiles, queries and weights, about as the compiler lays them out."""
+    """Of tiles, queries and weights, about as the compiler lays them out: where tiles are less than the 64 rows of
+    `wgmma`, one stage is what is multiplied, and its buffer the next tile's."""
     rank, rope = power_of_two(shape.rank), power_of_two(shape.rope)
-    tiles = stages * block * (rank + rope)
+    tiles = (stages if block >= 64 else max(1, stages - 1)) * block * (rank + rope)
     return (tiles + rows * (rank + rope) + block * rows) * shape.bytes + 2 * 2**10
 
 
@@ -147,7 +148,10 @@ def _combine_block(tokens: int, row_chunks: int, shape: Shape) -> tuple[int, int
     columns = triton.next_power_of_2(shape.rank)
     while columns > 64 and tokens * shape.heads * triton.cdiv(shape.rank, columns) < 128:
         columns //= 2
-    return min(triton.next_power_of_2(row_chunks), max(1, 8192 // columns)), columns
+    chunks = triton.next_power_of_2(row_chunks)
+    if tokens == 1:  # all chunks at once: it need not be known how many there are
+        return chunks, max(16, min(columns, 8192 // chunks))
+    return min(chunks, max(1, 8192 // columns)), columns
 
 
 class Call(NamedTuple):
@@ -200,6 +204,7 @@ def _prepare(shape: Shape, tokens: int, max_pages: int, append: bool, device: De
         "BLOCK": tune.block,
         "BLOCK_CHUNKS": chunks,
         "BLOCK_COLUMNS": columns,
+        "ALONE": tokens == 1,
         "num_warps": 4,
         **overlap,
     }
