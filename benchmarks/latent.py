@@ -6,8 +6,8 @@ several layers, together larger than the L2 cache. A few megabytes are not read 
 stands the time of a kernel that only reads the same pages, in the same kind of graph (`only_read_us`), and that of each
 of decode's two kernels alone (`attend_us`, `combine_us`). Before a shape is timed, its result is compared with dense
 attention in float64, and one step is run 3,000 times, whose bits must not change. `--sweep` adds other launch options,
-each compared first. Prefill: attention of one fresh prompt, its projections included, beside the same by keys and
-values of all heads and torch's `scaled_dot_product_attention`.
+each compared first. Prefill: attention of one fresh prompt, its projections included, beside attention to its latents,
+and the same by keys and values of all heads and torch's `scaled_dot_product_attention`.
 
     python benchmarks/latent.py [--sweep] [--rows 1] [--output latent.json]
     python benchmarks/latent.py --smoke          # tiny, on the CPU's implementation: checks the script
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybridgen.device.timing import graph_seconds
-from hybridgen.kernels.attention.latent import latent_decode, latent_prefill, through_keys
+from hybridgen.kernels.attention.latent import latent_decode, latent_prefill
 from hybridgen.kernels.read_ceiling import read_ceiling
 
 PAGE_SIZE = 64
@@ -190,27 +190,21 @@ def sweep(case: Case, shape: Shape, device: str) -> list[dict[str, Any]]:
     from hybridgen.kernels.attention import latent_launches
     from hybridgen.kernels.attention.latent_launches import shape_of, tuning
 
-    usual = tuning(shape_of(case.q[0], case.pages[0], shape.rank), device_of(case.q).shared_memory)
+    one = len(case.positions) == 1
+    usual = tuning(shape_of(case.q[0], case.pages[0], shape.rank), device_of(case.q).shared_memory, alone=one)
     found = []
-    # Positions, warps, tiles on their way, programs a multiprocessor, parts of a latent, tiles asked for at once.
+    # Positions, warps, tiles on their way, programs a multiprocessor, parts of a latent.
     options = [
-        (64, 4, 2, 1, 0, 0),
-        *((32, 4, stages, 1, 0, ahead) for stages in (3, 6) for ahead in (0, 8)),
-        *((32, 4, 3, 2, 0, ahead) for ahead in (0, 4)),
-        *((64, warps, 3, 1, 4, ahead) for warps in (4, 8) for ahead in (0, 4)),
-        (64, 8, 3, 1, 2, 4),
-        *((32, 4, stages, 1, 4, ahead) for stages in (3, 6) for ahead in (0, 8)),
-        *((32, 4, 3, 2, 4, ahead) for ahead in (0, 4)),
-        (32, 4, 2, 3, 4, 4),
-        (32, 2, 3, 2, 4, 4),
+        (64, 4, 2, 1, 0),
+        *((32, 4, stages, programs, 0) for stages, programs in ((3, 1), (6, 1), (3, 2))),
+        *((64, warps, 3, 1, 4) for warps in (4, 8)),
+        *((32, 4, stages, programs, 4) for stages, programs in ((3, 1), (6, 1), (3, 2), (2, 3))),
     ]
     tunes = [
-        usual._replace(
-            block=block, warps=warps, stages=stages, programs=programs, alone=programs, parts=parts, ahead=ahead
-        )
-        for block, warps, stages, programs, parts, ahead in options
+        usual._replace(block=block, warps=warps, stages=stages, programs=programs, parts=parts)
+        for block, warps, stages, programs, parts in options
     ]
-    if len(case.positions) > 1:
+    if not one:
         tunes += [usual._replace(chunk=chunk) for chunk in (1024, 4096, 8192)]
     for tune in tunes:
         attend = partial(latent_launches.decode, tune=tune)
@@ -258,7 +252,7 @@ def run_decode(
         if args.sweep and device == "cuda" and context >= 4096:
             row["sweep"] = sweep(case, shape, device)
             for each in row["sweep"][:12]:
-                named = ("block", "warps", "stages", "programs", "alone", "chunk", "ahead", "parts")
+                named = ("block", "warps", "stages", "programs", "chunk", "parts")
                 options = " ".join(f"{name} {each[name]}" for name in named)
                 times = " ".join(f"{name} {each[name]:.1f}" for name in ("us", "attend_us", "combine_us"))
                 print(f"        {times} error {each['error']:.1e} with {options}", flush=True)
@@ -279,16 +273,18 @@ def by_keys_and_values(
 
 
 def sweep_prefill(
-    q: Tensor, q_rotary: Tensor, at: tuple[Tensor, ...], weight: Tensor, scale: float
+    q: Tensor, q_rotary: Tensor, rotary: Tensor, both: Tensor, at: tuple[Tensor, ...], scale: float
 ) -> list[dict[str, Any]]:
-    """Microseconds of attention alone under other launch options, fastest first."""
+    """Microseconds of the attention of a fresh prompt alone under other launch options, fastest first."""
     from hybridgen.kernels.attention import latent_launches
 
-    query = through_keys(q, weight)
     found = []
-    for rows, warps, stages in ((64, 8, 2), (32, 8, 2), (32, 4, 2), (16, 4, 3)):
-        tune = latent_launches.Tuning(64, rows, warps, stages)
-        call = partial(latent_launches.prefill, query, q_rotary, *at, scale, tune=tune)
+    out = torch.empty((*q.shape[:2], both.shape[2] - q.shape[2]), dtype=q.dtype, device=q.device)
+    for rows, block, warps, stages in (
+        (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3),
+    ):  # fmt: skip
+        tune = latent_launches.Tuning(block, rows, warps, stages)
+        call = partial(latent_launches.prefill_fresh, q, q_rotary, both, rotary, *at, scale, out, tune=tune)
         try:
             found.append({"us": seconds([call] * 4, "cuda") * 1e6, **tune._asdict()})
         except Exception as error:  # more shared memory than there is
@@ -322,6 +318,16 @@ def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool, swee
             at: tuple[Tensor, ...] = (pages, table, slots, places, starts),
             weight: Tensor = weight,
             scale: float = scale,
+            new: tuple[Tensor, Tensor] = latents[:, None].split((shape.rank, shape.rope), dim=-1),
+        ) -> Tensor:
+            return latent_prefill(q, q_rotary, *at, weight, scale, *new)
+
+        def by_latents(
+            q: Tensor = q,
+            q_rotary: Tensor = q_rotary,
+            at: tuple[Tensor, ...] = (pages, table, slots, places, starts),
+            weight: Tensor = weight,
+            scale: float = scale,
         ) -> Tensor:
             return latent_prefill(q, q_rotary, *at, weight, scale)
 
@@ -337,13 +343,18 @@ def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool, swee
         wanted = other()
         row: dict[str, Any] = {"model": shape.name, "tokens": tokens}
         row["difference"] = float((attend() - wanted).abs().max() / wanted.abs().max())
+        row["difference_by_latents"] = float((by_latents() - wanted).abs().max() / wanted.abs().max())
         row |= {"us": seconds([attend] * 4, device) * 1e6, "keys_and_values_us": seconds([other] * 4, device) * 1e6}
+        row["by_latents_us"] = seconds([by_latents] * 4, device) * 1e6
         if sweeps and device == "cuda":
-            row["sweep"] = sweep_prefill(q, q_rotary, (pages, table, slots, places, starts), weight, scale)
+            both = (latents[:, : shape.rank] @ weight.T).view(tokens, shape.heads, -1)
+            rotary = latents[:, None, shape.rank :]
+            row["sweep"] = sweep_prefill(q, q_rotary, rotary, both, (places, starts), scale)
         rows.append(row)
         print(
             f"prefill {shape.name:16} tokens {tokens:5} {row['us']:9.1f} us, by keys and values "
-            f"{row['keys_and_values_us']:9.1f} us, difference {row['difference']:.1e}",
+            f"{row['keys_and_values_us']:9.1f} us, by latents {row['by_latents_us']:9.1f} us, "
+            f"difference {row['difference']:.1e}",
             flush=True,
         )
         for each in row.get("sweep", ()):

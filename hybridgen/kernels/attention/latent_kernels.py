@@ -166,29 +166,6 @@ def _all_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _request(  # type: ignore[no-untyped-def]
-    pages, table, first, last, PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
-):  # fmt: skip
-    """Ask the L2 cache for up to AHEAD tiles in 16 bits that begin at `first`, each inside a page: 16 pieces of each.
-
-    A hint that promises nothing, so that the newest position may be among them. Behind `last`, the last tile again.
-    """
-    size: tl.constexpr = BLOCK * WIDTH * 2 // 16
-    lane = tl.arange(0, AHEAD * 16)
-    start = tl.minimum(first + lane // 16, last - 1) * BLOCK
-    line = tl.load(table + start // PAGE).to(tl.int64) * PAGE + start % PAGE
-    address = (pages + line * WIDTH).to(tl.int64) + lane % 16 * size
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [address, lane * 0 + size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _append(new, target, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write SIZE numbers to a page."""
     columns = tl.arange(0, BLOCK_SIZE)
@@ -225,8 +202,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, new_stride, new_rotary_stride,
     HEADS: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, APPEND: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: every n-th chunk of all rows, for BLOCK_HEADS heads; rows of one chunk are finished here.
 
@@ -269,8 +245,6 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             count = items
         first = low + chunk * tiles
         last = tl.minimum(first + tiles, high)
-        if AHEAD:
-            _request(pages, table, first, last, PAGE, RANK + ROPE, BLOCK, AHEAD)
         if APPEND:  # noqa: SIM102
             if last == high:
                 page = tl.load(table + position // PAGE).to(tl.int64)
@@ -371,9 +345,12 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     scale, sequences, table_stride, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head,
     HEADS: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-    BLOCK_SEQUENCES: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr, LATER: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCK_ROWS rows of one sequence, where a row is a token and one of its heads, token first."""
+    """A program: BLOCK_ROWS rows of one sequence, where a row is a token and one of its heads, token first.
+
+    With LATER nothing is written for sequences that begin in this call.
+    """
     # Late tiles have the longest contexts: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     # As in `prefill`: sequence i owns the tiles from starts[i] * HEADS // BLOCK_ROWS + i on.
@@ -384,7 +361,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     begin = tl.load(query_starts + sequence)
     tokens = tl.load(query_starts + sequence + 1) - begin
     row_start = (tile - (begin.to(tl.int64) * HEADS // BLOCK_ROWS + sequence)).to(tl.int32) * BLOCK_ROWS
-    if row_start < tokens * HEADS:
+    first_place = tl.load(positions + begin).to(tl.int32)
+    if (row_start < tokens * HEADS) & ((first_place > 0) | (not LATER)):
         rows = row_start + tl.arange(0, BLOCK_ROWS)
         token = rows // HEADS
         heads = rows % HEADS
@@ -394,7 +372,6 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         query_rotary = _queries(
             q_rotary, line * rotary_stride_token, inside, rotary_stride_head, heads, ROPE, BLOCK_ROPE
         )
-        first_place = tl.load(positions + begin).to(tl.int32)
         table = block_table + tl.load(slots + begin).to(tl.int64) * table_stride
         place_of_row = first_place + token
         end = first_place + tl.minimum((row_start + BLOCK_ROWS - 1) // HEADS, tokens - 1) + 1
