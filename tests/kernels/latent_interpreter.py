@@ -16,7 +16,7 @@ from hybridgen.kernels.attention.latent_launches import Tuning
 CASES = [  # heads, rank, rope, page size, lengths, fed to prefill
     (3, 24, 8, 8, [1, 8, 9, 50], [1, 2, 1, 50]),
     (16, 32, 16, 16, [33, 1, 100], [9, 1, 3]),
-    (40, 16, 8, 64, [130, 2], [2, 2]),
+    (40, 16, 8, 64, [70, 2], [2, 2]),
     (20, 16, 8, 32, [70], [5]),
 ]
 TUNES = [
