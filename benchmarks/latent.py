@@ -197,7 +197,7 @@ def sweep(case: Case, shape: Shape, device: str) -> list[dict[str, Any]]:
     options = [
         *((64, 4, stages, 1, 0) for stages in (2, 3)),
         *((32, 4, stages, programs, 0) for stages, programs in ((3, 1), (6, 1), (3, 2))),
-        *((64, warps, 3, 1, 4) for warps in (4, 8)),
+        *((64, warps, 3, 1, parts) for warps in (4, 8) for parts in ((1, 2, 4) if one else (4,))),
         *((32, 4, stages, programs, 4) for stages, programs in ((3, 1), (6, 1), (3, 2), (2, 3))),
     ]
     tunes = [
