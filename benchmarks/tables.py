@@ -520,6 +520,37 @@ def structured(results: list[Result]) -> list[str]:
     return table(["batch", "text", "tokens/s", "of plain"], rows, 2)
 
 
+def latent(results: list[Result]) -> list[str]:
+    """Decode attention to latents, beside only reading them, and prefill beside keys and values."""
+    rows = []
+    for result in results:
+        for row in result["decode"]:
+            times = [_number(row.get(name)) for name in ("us", "attend_us", "combine_us", "only_read_us")]
+            shares = [_number(row.get(name)) for name in ("percent_of_ceiling", "percent_of_only_reading")]
+            rows.append([f"decode, {row['batch']} rows of {row['context']:,}", *times, *shares, "-", "-"])
+        for row in result["prefill"]:
+            others = [_number(row.get(name)) for name in ("by_latents_us", "keys_and_values_us")]
+            rows.append([f"prefill, {row['tokens']:,} tokens", _number(row["us"]), *["-"] * 5, *others])
+    parts = ["µs", "first kernel alone", "second alone", "only reading"]
+    shares = ["of the read ceiling, %", "of only reading, %"]
+    return table(["call", *parts, *shares, "by latents, µs", "torch's keys and values, µs"], rows)
+
+
+def model_shapes(results: list[Result]) -> list[str]:
+    """Decode steps and prefill of models of many kinds, by mode."""
+    rows = []
+    for row in (row for result in results for row in result["rows"]):
+        where = [row["model"], str(row["batch"]), f"`{row['mode']}`"]
+        if "error" in row:
+            rows.append([*where, row["error"].split(":")[0], *["-"] * 5])
+            continue
+        ratios = [_number(row.get(name), 2) for name in ("times_huggingface", "share_of_ceiling", "p99_over_p50")]
+        repeats = f"{row['repeats_that_differ']} of {row['repeats']:,}" if "repeats" in row else "-"
+        rows.append([*where, _number(row["step_us"], 0), *ratios, _number(row["prefill_ms"]), repeats])
+    figures = ["µs a step", "times Hugging Face", "of the read ceiling", "p99 over p50", "prefill, ms"]
+    return table(["model", "rows", "mode", *figures, "repeats with other bits"], rows, 3)
+
+
 TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "decode-modes": decode_modes,
     "workflows": workflows,
@@ -550,6 +581,8 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "utilisation": memory_limit,
     "experts": experts,
     "structured": structured,
+    "latent": latent,
+    "model-shapes": model_shapes,
     "rows": rows,
 }
 
