@@ -46,6 +46,27 @@ def test_tokens(name: str, mode: str, tmp_path: Path) -> None:
             check_replays(engine)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("lfm2", "qwen3_5_text", "mamba2") else pytest.mark.slow)
+        for name in sorted(STATES_BY_SLOT)
+    ],
+)
+def test_prompts_of_one_length_are_computed_together(name: str, tmp_path: Path) -> None:
+    """Whole, and in chunks that go on from their states, beside prompts of other lengths."""
+    if families.is_absent(name):
+        pytest.skip(f"this transformers has no {name}")
+    model = families.build(name)
+    prompts = families.prompts_of((33, 70, 33, 5, 33, 70, 1, 1), seed=3)
+    expected = [families.reference(model, prompt, 6)[0] for prompt in prompts]
+    path = families.write(name, tmp_path)
+    for budget in (512, 60):
+        with hybridgen.Engine.load(path, mode="eager", **(SETTINGS | {"token_budget": budget})) as engine:
+            outs = engine.generate(prompts, max_new_tokens=6)
+            assert [list(out.token_ids) for out in outs] == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
 def test_log_probabilities_of_long_prompts_are_those_of_float64(name: str, tmp_path: Path) -> None:
