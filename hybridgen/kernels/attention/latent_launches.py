@@ -31,6 +31,8 @@ _CHUNK_TOKENS = 2048
 """With several rows, no chunk is longer than this unless the scratch would be larger than _SCRATCH_BYTES."""
 _SCRATCH_BYTES = 64 * 2**20
 _MOST_RANK = 512
+_COMBINED = 8192
+"""Numbers that a combining program holds at once."""
 
 
 class Shape(NamedTuple):
@@ -148,14 +150,15 @@ def _row_block(tokens: int) -> int:
 
 def _combine_block(tokens: int, row_chunks: int, shape: Shape) -> tuple[int, int]:
     """Chunks and columns that a combining program holds at once: few columns where rows are few, so that they are
-    spread over the device, all where most rows may have nothing to combine."""
-    columns = triton.next_power_of_2(shape.rank)
-    while columns > 64 and tokens * shape.heads * triton.cdiv(shape.rank, columns) < 128:
+    spread over the device, and all chunks at once; more columns where most rows may have nothing to combine."""
+    columns, chunks = triton.next_power_of_2(shape.rank), triton.next_power_of_2(row_chunks)
+    programs = tokens * shape.heads
+    while columns > 64 and (programs < 128 or (programs <= 1024 and columns * chunks > _COMBINED)):
         columns //= 2
-    chunks = triton.next_power_of_2(row_chunks)
+        programs *= 2
     if tokens == 1:  # all chunks at once: it need not be known how many there are
-        return chunks, max(16, min(columns, 8192 // chunks))
-    return min(chunks, max(1, 8192 // columns)), columns
+        return chunks, max(16, min(columns, _COMBINED // chunks))
+    return min(chunks, max(1, _COMBINED // columns)), columns
 
 
 class Call(NamedTuple):
