@@ -529,11 +529,11 @@ def latent(results: list[Result]) -> list[str]:
             shares = [_number(row.get(name)) for name in ("percent_of_ceiling", "percent_of_only_reading")]
             rows.append([f"decode, {row['batch']} rows of {row['context']:,}", *times, *shares, "-", "-"])
         for row in result["prefill"]:
-            others = [_number(row.get(name)) for name in ("by_latents_us", "keys_and_values_us")]
+            others = [_number(row.get(name)) for name in ("own_keys_us", "keys_and_values_us")]
             rows.append([f"prefill, {row['tokens']:,} tokens", _number(row["us"]), *["-"] * 5, *others])
     parts = ["µs", "first kernel alone", "second alone", "only reading"]
     shares = ["of the read ceiling, %", "of only reading, %"]
-    return table(["call", *parts, *shares, "by latents, µs", "torch's keys and values, µs"], rows)
+    return table(["call", *parts, *shares, "own keys and values, µs", "torch's, µs"], rows)
 
 
 def model_shapes(results: list[Result]) -> list[str]:

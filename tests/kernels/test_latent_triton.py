@@ -79,7 +79,7 @@ def test_tiles_fit_shared_memory(heads: int, sizes: tuple[int, int], element: in
 
 
 def test_what_was_measured_is_what_runs() -> None:
-    """On an H200, with the heads of DeepSeek-V2-Lite (`benchmarks/results/latent-h200.json`)."""
+    """On an H200, with the heads of DeepSeek-V2-Lite (`tried-latent-alone-h200.json`, `latent-rows-h200.json`)."""
     shape, memory = Shape(16, 512, 64, 64, 2), 232448
     assert tuning(shape, memory, alone=True)[:5] + tuning(shape, memory, alone=True)[6:] == (64, 16, 4, 3, 1, 4)
     assert tuning(shape, memory)[:5] == (32, 16, 4, 3, 2)

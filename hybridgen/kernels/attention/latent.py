@@ -15,8 +15,8 @@ Decode gets queries that went through the keys' part of the projection (absorbed
 latents themselves. Prefill on a CPU projects the latents of each run to keys and values.
 
 The CPU implementations are plain torch, and prefill reads the lengths of its runs on the host. Those for CUDA
-(`latent_launches`) are Triton and never do; later runs of a prompt attend to latents there as decode does. Their rank
-is a multiple of 8 up to 512, rope one up to 128, and page_size a power of two from 8 to 256.
+(`latent_launches`) are Triton and never do; prefill attends to latents there as decode does. Their rank is a multiple
+of 8 up to 512, rope one up to 128, and page_size a power of two from 8 to 256.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def latent_prefill(
 ) -> Tensor:
     """Causal attention of packed sequences over keys and values that `weight` makes of latents: [T, H, value_dim].
 
-    Runs of tokens are as in `prefill_attention`. The tokens' own latents and rotary keys, which must be in their pages,
-    make runs that begin at position 0 faster on CUDA where they are given.
+    Runs of tokens are as in `prefill_attention`. Where the tokens' own latents and rotary keys, which must be in their
+    pages, are given, runs that begin at position 0 attend on CUDA to keys and values of their own.
     """
     return torch.ops.hybridgen.latent_prefill.default(
         q, q_rotary, pages, block_table, slots, positions, query_starts, weight, scale, latent, rotary

@@ -166,16 +166,10 @@ def _all_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _newest(new, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[BLOCK_SIZE] of which SIZE are a row's."""
+def _append(new, target, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write SIZE numbers to a page."""
     columns = tl.arange(0, BLOCK_SIZE)
-    return tl.load(new + columns, mask=columns < SIZE)
-
-
-@triton.jit
-def _append(values, target, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write SIZE of the numbers to a page."""
-    columns = tl.arange(0, BLOCK_SIZE)
+    values = tl.load(new + columns, mask=columns < SIZE)
     tl.store(target + columns, values.to(target.dtype.element_ty), mask=columns < SIZE)
 
 
@@ -222,17 +216,12 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     heads = tl.program_id(0) % parts * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     inside = heads < HEADS
     if BLOCK_ROWS == 1:
-        # All that does not need the position is asked for before it is there: each wait in turn takes as long as a
-        # page's first bytes.
+        # Asked for before the position is there: what waits for it in turn takes as long as a page's first bytes.
         queries, query_rotary = _all_queries(
             q, q_rotary, 0, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, heads, inside,
             RANK, ROPE, BLOCK_RANK, BLOCK_ROPE, PARTS,
         )  # fmt: skip
         place = tl.load(positions).to(tl.int32)
-        own_table = block_table + tl.load(slots).to(tl.int64) * table_stride
-        if APPEND:
-            new_latent = _newest(latent, RANK, BLOCK_RANK)
-            new_rotary = _newest(rotary, ROPE, BLOCK_ROPE)
         low, high, tiles, items = _cut(place, 0, splits, chunk_tiles, BLOCK, 1, 0)
     else:
         rows = tl.arange(0, BLOCK_ROWS)
@@ -252,7 +241,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             row = item * 0
             chunk = item
             position = place
-            table = own_table
+            table = block_table + tl.load(slots).to(tl.int64) * table_stride
             count = items
         first = low + chunk * tiles
         last = tl.minimum(first + tiles, high)
@@ -260,11 +249,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             if last == high:
                 page = tl.load(table + position // PAGE).to(tl.int64)
                 target = pages + (page * PAGE + position % PAGE) * (RANK + ROPE)
-                if BLOCK_ROWS > 1:
-                    new_latent = _newest(latent + row.to(tl.int64) * new_stride, RANK, BLOCK_RANK)
-                    new_rotary = _newest(rotary + row.to(tl.int64) * new_rotary_stride, ROPE, BLOCK_ROPE)
-                _append(new_latent, target, RANK, BLOCK_RANK)
-                _append(new_rotary, target + RANK, ROPE, BLOCK_ROPE)
+                _append(latent + row.to(tl.int64) * new_stride, target, RANK, BLOCK_RANK)
+                _append(rotary + row.to(tl.int64) * new_rotary_stride, target + RANK, ROPE, BLOCK_ROPE)
                 tl.debug_barrier()  # all threads read what some of them wrote
         line = row.to(tl.int64)
         if BLOCK_ROWS > 1:
@@ -375,8 +361,11 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     begin = tl.load(query_starts + sequence)
     tokens = tl.load(query_starts + sequence + 1) - begin
     row_start = (tile - (begin.to(tl.int64) * HEADS // BLOCK_ROWS + sequence)).to(tl.int32) * BLOCK_ROWS
-    first_place = tl.load(positions + begin).to(tl.int32)
-    if (row_start < tokens * HEADS) & ((first_place > 0) | (not LATER)):
+    if LATER:
+        # Behind the last token there is no position.
+        first = tl.load(positions + begin, mask=row_start < tokens * HEADS, other=0)
+        tokens = tl.where(first > 0, tokens, 0)
+    if row_start < tokens * HEADS:
         rows = row_start + tl.arange(0, BLOCK_ROWS)
         token = rows // HEADS
         heads = rows % HEADS
@@ -386,6 +375,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         query_rotary = _queries(
             q_rotary, line * rotary_stride_token, inside, rotary_stride_head, heads, ROPE, BLOCK_ROPE
         )
+        first_place = tl.load(positions + begin).to(tl.int32)
         table = block_table + tl.load(slots + begin).to(tl.int64) * table_stride
         place_of_row = first_place + token
         end = first_place + tl.minimum((row_start + BLOCK_ROWS - 1) // HEADS, tokens - 1) + 1

@@ -7,9 +7,10 @@ are rows of both products, since tensor cores of compute capability 9 want 64 of
 Decode cuts a row's context into chunks of tiles, by its own length and by shapes alone, so that its bits do not depend
 on its neighbours; a second kernel combines a row's chunks in their order (flash-decoding).
 
-Prefill projects the tokens of runs that begin in the call to keys and values, and attends to those. Later runs of a
-prompt see what only pages have: they attend to latents too (absorbed), with the sizes of DeepSeek-V2 3.4 times the
-products. Which run is which is known on the device alone: both kernels are launched, and each leaves out the other's.
+Prefill attends to latents too (absorbed), with the sizes of DeepSeek-V2 3.4 times the products of keys and values.
+Where a call has its tokens' latents given, runs that begin in it attend to keys and values of their own
+(`prefill_fresh`). Which run is which is known on the device alone: both kernels are launched, and each leaves out the
+other's.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ _CHUNK_TOKENS = 2048
 """With several rows, no chunk is longer than this unless the scratch would be larger than _SCRATCH_BYTES."""
 _SCRATCH_BYTES = 64 * 2**20
 _MOST_RANK = 512
-_COMBINED = 8192
-"""Numbers that a combining program holds at once."""
 
 
 class Shape(NamedTuple):
@@ -97,7 +96,8 @@ def _shared_bytes(shape: Shape, block: int, rows: int, stages: int, by_heads: bo
 
 @functools.cache
 def tuning(shape: Shape, shared_memory: int, prefill: bool = False, alone: bool = False) -> Tuning:
-    """Launch options by what was measured on an H200 (`benchmarks/results/latent-h200.json`), where it was.
+    """Launch options by what was measured on an H200 (`tried-latent-alone-h200.json` and
+    `latent-rows-h200.json` in `benchmarks/results/`), where it was.
 
     Up to 16 heads in 16 bits decode with heads as rows where one row is `alone`: of a tile of 64 positions each warp
     multiplies two pieces in turn. With several rows two programs a multiprocessor, each with tiles of 32 positions: one
@@ -109,8 +109,10 @@ def tuning(shape: Shape, shared_memory: int, prefill: bool = False, alone: bool 
         block, rows = (32, 16) if _shared_bytes(shape, 32, 16, 2) <= shared_memory else (16, 16)
         return Tuning(block, rows, warps=8, stages=1)
     few = not prefill and most <= 16
-    if few and alone and _shared_bytes(shape, 64, 16, 3, by_heads=True) <= shared_memory:
-        return Tuning(64, 16, warps=4, stages=3, parts=4 if shape.rank >= 128 else 1)
+    # As far as it ran on a GPU: by tiles inside a page, of latents that are wide enough to be read in parts.
+    by_heads = alone and shape.rank == 512 and shape.page_size >= 64
+    if few and by_heads and _shared_bytes(shape, 64, 16, 3, by_heads=True) <= shared_memory:
+        return Tuning(64, 16, warps=4, stages=3, parts=4)
     if few and 2 * _shared_bytes(shape, 32, 16, 3) <= shared_memory:
         return Tuning(32, 16, warps=4, stages=3, programs=2)
     for block in (64, 32, 16):
@@ -150,15 +152,14 @@ def _row_block(tokens: int) -> int:
 
 def _combine_block(tokens: int, row_chunks: int, shape: Shape) -> tuple[int, int]:
     """Chunks and columns that a combining program holds at once: few columns where rows are few, so that they are
-    spread over the device, and all chunks at once; more columns where most rows may have nothing to combine."""
-    columns, chunks = triton.next_power_of_2(shape.rank), triton.next_power_of_2(row_chunks)
-    programs = tokens * shape.heads
-    while columns > 64 and (programs < 128 or (programs <= 1024 and columns * chunks > _COMBINED)):
+    spread over the device, all where most rows may have nothing to combine."""
+    columns = triton.next_power_of_2(shape.rank)
+    while columns > 64 and tokens * shape.heads * triton.cdiv(shape.rank, columns) < 128:
         columns //= 2
-        programs *= 2
+    chunks = triton.next_power_of_2(row_chunks)
     if tokens == 1:  # all chunks at once: it need not be known how many there are
-        return chunks, max(16, min(columns, _COMBINED // chunks))
-    return min(chunks, max(1, _COMBINED // columns)), columns
+        return chunks, max(16, min(columns, 8192 // chunks))
+    return min(chunks, max(1, 8192 // columns)), columns
 
 
 class Call(NamedTuple):
