@@ -29,23 +29,23 @@ class Recipe:
     """The context length that the checkpoint's config states."""
     seq_len: int = 1024
     """Tokens per training sequence."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Sequences per step."""
-    steps: int = 6000
+    steps: int = 8400
     """Optimizer steps; the learning rate reaches its end at the last of them."""
     seconds: float | None = None
     """Wall-clock limit, from the start of the run to the end of the training loop. The schedule follows time
     where that is ahead of the steps; it begins after the first step, which compiles."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     """The highest rate, after the warm-up; a line takes it to zero."""
     muon: bool = True
     """Step the layers' matrices by Muon instead of AdamW."""
-    warmup_steps: int = 200
-    weight_decay: float = 1.0
+    warmup_steps: int = 300
+    weight_decay: float = 0.3
     """On the matrices; vectors (norms) have none."""
     clip: float = 1.0
     """The gradient's norm at most."""
-    eval_every: int = 200
+    eval_every: int = 250
     """Steps between two looks at the held-out loss."""
     patience: int = 15
     """Looks without a better held-out loss after which training ends."""

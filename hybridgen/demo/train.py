@@ -268,7 +268,7 @@ def directory_bytes(path: Path) -> int:
 
 
 def sample_texts(model: Any, tokenizer: PreTrainedTokenizerFast, *, new_tokens: int, seed: int) -> list[dict[str, Any]]:
-    """What the model writes after each of `PROMPTS`: greedily, and at temperature 0.7."""
+    """What the model writes after each of `PROMPTS`: greedily, and at temperature 0.7; without its penalty."""
     samples = []
     for temperature in (0.0, 0.7):
         torch.manual_seed(seed)
@@ -277,7 +277,7 @@ def sample_texts(model: Any, tokenizer: PreTrainedTokenizerFast, *, new_tokens: 
             how = {"do_sample": True, "temperature": temperature, "top_k": 0}
         for prompt in PROMPTS:
             ids = tokenizer(prompt, return_tensors="pt").to(model.device)
-            config = GenerationConfig(**how, max_new_tokens=new_tokens)
+            config = GenerationConfig(**how, repetition_penalty=1.0, max_new_tokens=new_tokens)
             out = model.generate(**ids, generation_config=config)[0, ids["input_ids"].shape[1] :]
             text = tokenizer.decode(out, skip_special_tokens=True)
             samples.append({"prompt": prompt, "temperature": temperature, "text": text})
