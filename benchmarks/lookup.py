@@ -1,7 +1,8 @@
 """Finds one figure in a result file: what the docs, `requirements.py` and `targets.py` quote, they quote by a key.
 
 A key goes from the outside in: `rows[model=tiny;batch=1].step_us`. In brackets are fields that tell one item
-of a list from all others. Two keys with ` / ` between them are a ratio of two figures of the same file.
+of a list from all others. Two keys with ` / ` between them are a ratio of two figures of the same file, or, where the
+second is written `other.json: key`, of two files: of runs that could not be one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def value(file: str, key: str, results: Path = RESULTS) -> Any:
     Raises:
         KeyError: it has nothing there, or several items that the key does not tell apart.
     """
-    over = [_value(result(file, results), part) for part in key.split(" / ")]
+    over = []
+    for part in key.split(" / "):
+        other, between, rest = part.rpartition(": ")
+        over.append(_value(result(other if between else file, results), rest))
     return over[0] if len(over) == 1 else over[0] / over[1]
 
 

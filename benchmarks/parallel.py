@@ -1,18 +1,20 @@
-"""What do two GPUs bring: small sums over ranks, tensor parallel steps, replicas?
+"""What do several GPUs bring: small sums over ranks, tensor parallel steps, replicas?
 
 Each part runs in processes of its own, with so many seconds; what it has measured by then is kept. Weights are random.
 
 | part | what it measures |
 |---|---|
 | all-reduce | microseconds of an all-reduce in a CUDA graph, by bytes: our kernel, NCCL, torch's symmetric memory |
-| tensor-parallel | decode steps of the 8B with `tensor_parallel=2`: (call for N tokens less call for one) / (N - 1) |
+| tensor-parallel | decode steps of the 8B over all ranks: (call for N tokens less call for one) / (N - 1) |
 | large | the same of the 70B's shape; each rank makes its slices on its device |
 | agree | 10,000 sampled steps of a tiny model, after which all ranks must have the same tokens |
-| kernels | the persistent kernels on both ranks' shares, with variants; no engine (`rank_kernels.py`) |
+| kernels | the persistent kernels on the ranks' shares, with variants; no engine (`rank_kernels.py`) |
 | one | the 8B on one GPU: decode steps, and the mix of `throughput.py` with 256 requests |
-| replicas | the mix with 256 requests for each of two replicas; needs `one` before it |
+| replicas | the mix with 256 requests for each replica; needs `one` before it |
+| mix | the mix with 256 requests over all ranks |
+| killed | the seconds from the end of a rank in the middle of a call to the caller's error; what is left running |
 
-    python benchmarks/parallel.py [--parts all-reduce tensor-parallel] [--seconds 200] --output results.json
+    python benchmarks/parallel.py [--gpus 2] [--parts all-reduce tensor-parallel] [--seconds 200] --output results.json
     python benchmarks/parallel.py --smoke          # tiny models, two processes on a CPU
 """
 
@@ -27,9 +29,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,8 @@ SECONDS = {
     "kernels": 150,
     "one": 110,
     "replicas": 90,
+    "mix": 110,
+    "killed": 60,
 }
 """Of each part at most, the imports left out."""
 SIZES = [8 * 2**10, 16 * 2**10, 64 * 2**10, 128 * 2**10, 512 * 2**10, 4 * 2**20]
@@ -67,6 +73,7 @@ class Part:
         self.smoke: bool = order["smoke"]
         self.modes: list[str] = order["modes"]
         self.rank: int = order["rank"]
+        self.ranks: int = order["ranks"]
         self.name: str = order["part"]
         self.device = this_device()
         self.end = time.monotonic() + order["seconds"]
@@ -92,15 +99,16 @@ class Part:
 
 
 def all_reduce(part: Part) -> None:
-    """Both ranks call it."""
+    """All ranks call it."""
     cuda = part.device == "cuda"
     device = torch.device("cuda", part.rank) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
     if cuda:
         torch.cuda.set_device(device)
-    group = Group(part.rank, 2, part.folder / "store", device, dtype)
+    group = Group(part.rank, part.ranks, part.folder / "store", device, dtype)
     if cuda:
-        peers = torch.cuda.can_device_access_peer(part.rank, 1 - part.rank)
+        others = [rank for rank in range(part.ranks) if rank != part.rank]
+        peers = all(torch.cuda.can_device_access_peer(part.rank, other) for other in others)
         part.add(what="one shot", peers=peers, serves=group.one_shot is not None, why_not=group.why_not)
     generator = torch.Generator(device).manual_seed(part.rank)
     with torch.inference_mode():
@@ -115,7 +123,7 @@ def all_reduce(part: Part) -> None:
                 row[f"{way}_us"] = slowest(group, microseconds(call, cuda, group))
             part.add(what="all-reduce", **row)
         if cuda:
-            logits = torch.randn(1, 128256 // 2, device=device).to(dtype)
+            logits = torch.randn(1, 128256 // part.ranks, device=device).to(dtype)
             took = slowest(group, microseconds(lambda: group.gather(logits, 128256), cuda, group))
             part.add(what="gather of a row of logits", bytes=logits.numel() * dtype.itemsize, ours_us=took)
     group.exchange(b"done")
@@ -125,7 +133,7 @@ def all_reduce(part: Part) -> None:
 
 
 def kernels(part: Part) -> None:
-    """Both ranks call it."""
+    """All ranks call it."""
     if part.device != "cuda":
         part.add(what="kernel", why_not="the persistent kernels need GPUs")
         return
@@ -133,7 +141,7 @@ def kernels(part: Part) -> None:
 
     device = torch.device("cuda", part.rank)
     torch.cuda.set_device(device)
-    group = Group(part.rank, 2, part.folder / "store of kernels", device, torch.bfloat16)
+    group = Group(part.rank, part.ranks, part.folder / "store of kernels", device, torch.bfloat16)
 
     def left() -> float:
         return part.end - time.monotonic()
@@ -156,8 +164,8 @@ def symmetric_memory(part: Part, device: torch.device, dtype: torch.dtype, group
 
     row: dict[str, Any] = {"what": "torch's one-shot all-reduce", "bytes": SIZES[0]}
     try:
-        store = dist.FileStore(str(part.folder / "default store"), 2)
-        dist.init_process_group("nccl", store=store, rank=part.rank, world_size=2, device_id=device)
+        store = dist.FileStore(str(part.folder / "default store"), part.ranks)
+        dist.init_process_group("nccl", store=store, rank=part.rank, world_size=part.ranks, device_id=device)
         buffer = symm_mem.empty(SIZES[0] // dtype.itemsize, dtype=dtype, device=device)
         symm_mem.rendezvous(buffer, dist.group.WORLD)
         buffer.zero_()
@@ -238,8 +246,8 @@ def tensor_parallel(part: Part) -> None:
     for mode in part.modes:
         fields = sizes_for(part, batches)
         try:
-            with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **fields) as engine:
-                found = {"model": name, "mode": mode, "ranks": 2, "notes": dict(engine.stats().fused)}
+            with hybridgen.Engine.load(path, mode=mode, tensor_parallel=part.ranks, **fields) as engine:
+                found = {"model": name, "mode": mode, "ranks": part.ranks, "notes": dict(engine.stats().fused)}
                 steps_of(part, engine, batches, 500, **found)
         except hybridgen.HybridgenError as error:  # the other modes are still worth having
             traceback.print_exc()
@@ -252,8 +260,9 @@ def large(part: Part) -> None:
     install_everywhere()
     for mode in part.modes[-1:]:
         batches = [1]
-        with hybridgen.Engine.load(path, mode=mode, tensor_parallel=2, **sizes_for(part, batches)) as engine:
-            steps_of(part, engine, batches, 500, model=name, mode=mode, ranks=2, notes=dict(engine.stats().fused))
+        with hybridgen.Engine.load(path, mode=mode, tensor_parallel=part.ranks, **sizes_for(part, batches)) as engine:
+            facts = {"model": name, "mode": mode, "ranks": part.ranks, "notes": dict(engine.stats().fused)}
+            steps_of(part, engine, batches, 500, **facts)
 
 
 def agree(part: Part) -> None:
@@ -262,7 +271,7 @@ def agree(part: Part) -> None:
     fields = {"max_batch": 4, "max_context": 512, "prefill_buckets": [], "progress": False, "kv_memory": "64MiB"}
     steps = wrong = 0
     start = time.monotonic()
-    with hybridgen.Engine.load(path, mode=part.modes[-1], tensor_parallel=2, **fields) as engine:
+    with hybridgen.Engine.load(path, mode=part.modes[-1], tensor_parallel=part.ranks, **fields) as engine:
         runner: Any = engine._runner
         while steps < wanted and time.monotonic() < part.end - 3:
             sampling = {"temperature": 1.0, "seed": steps, "repetition_penalty": 1.1, "ignore_eos": True}
@@ -314,9 +323,62 @@ def one(part: Part) -> None:
 def replicas(part: Part) -> None:
     name = "tiny" if part.smoke else SHAPE
     device = {} if part.device == "cuda" else {"device": "cpu"}
-    with hybridgen.Replicas(part.whole, 2, **many(part), **device) as both:
-        work = mix(512, part.smoke)
-        timed_mix(part, lambda some: both.generate(some.prompts, samplings(some)), work, model=name, engines=2)
+    with hybridgen.Replicas(part.whole, part.ranks, **many(part), **device) as both:
+        work = mix(256 * part.ranks, part.smoke)
+        timed_mix(part, lambda some: both.generate(some.prompts, samplings(some)), work, model=name, engines=part.ranks)
+
+
+def mix_of_ranks(part: Part) -> None:
+    name = "tiny" if part.smoke else SHAPE
+    with hybridgen.Engine.load(part.whole, tensor_parallel=part.ranks, **many(part)) as engine:
+        work = mix(256, part.smoke)
+        facts = {"model": name, "engines": 1, "ranks": part.ranks}
+        timed_mix(part, lambda some: engine.generate(some.prompts, samplings(some)), work, **facts)
+
+
+def killed(part: Part) -> None:
+    """The last rank's process is killed while a call runs."""
+    name = "tiny"
+    path = write(name, shape_dtype(name, part.device), part.folder / "killed", values=True)
+    fields = {"max_batch": 4, "max_context": 1024, "prefill_buckets": [], "progress": False, "kv_memory": "64MiB"}
+    engine = hybridgen.Engine.load(path, mode=part.modes[-1], tensor_parallel=part.ranks, **fields)
+    prompts = random_prompts(3, 5, 500, 1)
+    engine.generate(prompts, max_new_tokens=8, ignore_eos=True)
+    pids = processes_of_ranks()
+    ended: list[float] = []
+
+    def kill() -> None:
+        time.sleep(0.3)
+        ended.append(time.monotonic())
+        os.kill(pids[max(pids)], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    error = ""
+    while not error and time.monotonic() < part.end:
+        try:
+            done = engine.generate(prompts, max_new_tokens=64 if part.smoke else 1000, ignore_eos=True)
+            error = next((str(each.error) for each in done if each.error is not None), "")
+        except hybridgen.HybridgenError as failure:
+            error = str(failure)
+    thread.join()
+    took = time.monotonic() - ended[0]
+    engine.close()
+    left = [rank for rank, pid in pids.items() if processes_of_ranks().get(rank) == pid]
+    facts = {"ranks": part.ranks, "seconds_to_error": took, "error": error.splitlines()[0] if error else None}
+    part.add(what="killed", **facts, left_running=left)
+
+
+def processes_of_ranks() -> dict[int, int]:
+    """The pid of each rank but 0 that this process started and that still runs."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError, ValueError):
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            _, _, fields = (place / "stat").read_text().rpartition(")")
+            if int(fields.split()[1]) == os.getpid() and b"/hybridgen-ranks-" in words[-3]:
+                found[int(words[-2])] = int(place.name)
+    return found
 
 
 PARTS: dict[str, Callable[[Part], None]] = {
@@ -327,6 +389,8 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "kernels": kernels,
     "one": one,
     "replicas": replicas,
+    "mix": mix_of_ranks,
+    "killed": killed,
 }
 
 
@@ -370,14 +434,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     end = time.monotonic() + arguments.seconds
-    order = {"folder": str(folder), "smoke": arguments.smoke, "modes": arguments.modes}
-    needs_whole = {"one", "replicas"} & set(arguments.parts)
+    order = {"folder": str(folder), "smoke": arguments.smoke, "modes": arguments.modes, "ranks": arguments.gpus}
+    needs_whole = {"one", "replicas", "mix"} & set(arguments.parts)
     before = Process({**order, "part": "whole", "seconds": 60}, 1) if needs_whole else None
     processes = {}
     for name in arguments.parts:
         limit = min(SECONDS[name], arguments.seconds)
         processes[name] = Process(
-            {**order, "part": name, "seconds": limit}, 2 if name in ("all-reduce", "kernels") else 1
+            {**order, "part": name, "seconds": limit}, arguments.gpus if name in ("all-reduce", "kernels") else 1
         )
     if before is not None:
         before.begin()
@@ -425,9 +489,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--modes", nargs="+", choices=("eager", "graph", "jit", "hybrid"), default=["graph"])
+    parser.add_argument("--gpus", type=int, default=2, help="ranks of a group, and replicas")
     parser.add_argument("--seconds", type=float, default=600, help="of all parts together")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="tiny models, two processes, anywhere")
+    parser.add_argument("--smoke", action="store_true", help="tiny models, anywhere")
     parser.add_argument("--order", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.order is not None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lookup import RESULTS, ROOT, figure
-from tables import NOT_MEASURED, table
+from table_cells import table
+from tables import NOT_MEASURED
 
 TARGETS = ROOT / "benchmarks" / "targets.json"
 PAGE = ROOT / "docs" / "performance.md"

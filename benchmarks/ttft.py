@@ -17,9 +17,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from call_tables import averages
+from call_tables import ttft as table_by_prompt
 from common import random_model, report, shape_dtype, this_device
-from tables import averages
-from tables import ttft as table_by_prompt
 
 import hybridgen
 from hybridgen.comparison.data.config import BASELINES, MODES

@@ -63,14 +63,19 @@ def _entry(name: str) -> Iterator[str]:
     elif not dataclasses.is_dataclass(thing):
         yield f"```text\n{_signature(name, thing.__init__)}\n```\n"
         yield _prose(thing.__init__)
-    for member, value in vars(thing).items():
-        if member.startswith("_") or not _is_call(value):
-            continue
+    for member, value in _members(thing).items():
         call = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         yield f"### {name}.{member}\n"
         if not isinstance(value, property):
             yield f"```text\n{_signature(member, call)}\n```\n"
         yield _prose(call)
+
+
+def _members(kind: type) -> dict[str, Any]:
+    """What a class offers by name: its own calls first, then those that it has from other classes of the package."""
+    ours = [base for base in kind.__mro__ if base.__module__.startswith("hybridgen")]
+    names = dict.fromkeys(name for base in ours for name, value in vars(base).items() if _is_call(value))
+    return {name: inspect.getattr_static(kind, name) for name in names if not name.startswith("_")}
 
 
 def _is_call(value: Any) -> bool:

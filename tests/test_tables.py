@@ -114,6 +114,8 @@ def test_a_row_that_could_not_be_measured_says_so(tables: ModuleType, tmp_path: 
 
 
 def test_the_average_of_a_mode_is_over_all_of_its_prompts(tables: ModuleType) -> None:
+    from call_tables import averages
+
     def row(mode: str, prompt: int, **figures: Any) -> dict[str, Any]:
         return {
             "mode": mode,
@@ -131,7 +133,7 @@ def test_the_average_of_a_mode_is_over_all_of_its_prompts(tables: ModuleType) ->
         row("jit", 10, ttft_mean_ms=9.0, mbu=0.25, graphs=None),
         row("jit", 50, ttft_mean_ms=None, mbu=None, graphs=None) | {"status": "out of memory"},
     ]
-    [average] = tables.averages(rows)  # what jit needs for 50 is not known, and so not for both
+    [average] = averages(rows)  # what jit needs for 50 is not known, and so not for both
     assert (average["mode"], average["prompt"], average["ttft_mean_ms"]) == ("hybrid", "average", 6.5)
     assert (average["mbu"], average["calls"], average["stopped"]) == (None, 100, "2 prompts")
     assert average["graphs"] == {"pre_captured": 20, "lazy": 4, "none": 6}

@@ -15,20 +15,18 @@ from hybridgen.cache import LayerState
 from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
-from hybridgen.device.failures import is_fatal
-from hybridgen.errors import described
 from hybridgen.execution.drafting import DRAFTS, Drafter, Drafting
 from hybridgen.execution.executors import LayersExecutor
 from hybridgen.execution.hidden import CapturedStates
 from hybridgen.execution.owner import Following
 from hybridgen.execution.plan import Admission, PrefillChunk
+from hybridgen.execution.replays import Replays
 from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.scoring import ScoredTokens, score_budget
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.step import ModelSteps
-from hybridgen.execution.validation import distrust
 from hybridgen.fused.decode import FusedDecode
-from hybridgen.graphs import Executor, GraphKey, GraphSettings, GraphStore, Recorder, Recording, Route, Router
+from hybridgen.graphs import Executor, GraphKey, GraphSettings, GraphStore, Recorder, Route, Router
 from hybridgen.graphs.recorder import this_thread
 from hybridgen.models import BoundModel
 from hybridgen.models.twin import Twin
@@ -233,6 +231,7 @@ class ModelRunner:
             keeps_executor=self.fused is not None and self.fused.equal_bits,
         )
         """Decides how each step runs."""
+        self._replays = Replays(self.bound, self.steps, self.ring, self.graphs, self.router)
         self._steady = {}
 
     @on_its_stream
@@ -317,9 +316,7 @@ class ModelRunner:
             self._steady = {}
             self.steps.stage_decode(slots)
         launched = self._launch(route, len(slots), sampler, own)
-        self._steady[query_len, quiet] = Steady(
-            slots, version, sampler, route, own is None and _only_replays(route), own
-        )
+        self._steady[query_len, quiet] = Steady(slots, version, sampler, route, own is None and route.only_replays, own)
         return launched
 
     def decode_seconds(self, slots: tuple[int, ...], query_len: int, *, quiet: bool = False) -> float | None:
@@ -400,56 +397,10 @@ class ModelRunner:
 
     def _run(self, route: Route) -> Route:
         """Run a step; returns how it ran in the end."""
-        recording = route.recording
-        if recording is None:
-            route.run()
-            return route
-        if recording.addresses is not None and (moved := self._moved(recording.addresses)):
-            return self._instead(
-                route, f"moved since the capture: {', '.join(moved[:3])}", "a tensor of its graph moved"
-            )
-        if not recording.checked:
-            return self._validated(route, recording)
-        try:
-            route.run()
-        except Exception as error:
-            if not _may_be_its_fault(error):
-                raise
-            # The step's last op is what moves state on, so that it can run again.
-            self.ring.resynchronize()
-            return self._instead(route, f"its replay raised {described(error)}", "its replay raised")
-        return route
-
-    @on_its_stream
-    def _instead(self, route: Route, why: str, reason: str) -> Route:
-        """Forget the route's recording, and run the step without it."""
         if route.recording is not None:
-            self.graphs.drop(route.recording, why)
-        plain = self.router.without_recording(route, reason)
-        plain.run()
-        return plain
-
-    def _moved(self, addresses: dict[str, int]) -> list[str]:
-        """What lies elsewhere now. Tensors that were allocated since do not concern a recording."""
-        now = self._addresses()
-        return [name for name, address in addresses.items() if now.get(name) != address]
-
-    def _validated(self, route: Route, recording: Recording) -> Route:
-        """Run a step whose recording was never replayed for anybody, and compare."""
-        run = functools.partial(self.steps.run, recording.key)
-        wrong = distrust(recording, run, self.steps.mutable(), self.bound.model.dtype)
-        if route.finish is not None:
-            route.finish()
-        if wrong is None:
-            return route
-        self.graphs.drop(recording, wrong)
-        return self.router.without_recording(route, "its graph was found wrong")
-
-    def _addresses(self) -> dict[str, int]:
-        """Where everything lies that a recorded step reads or writes."""
-        model = self.bound.model
-        parts = (dict(model.named_parameters()), dict(model.named_buffers()), self.steps.tensors())
-        return {name: tensor.data_ptr() for part in parts for name, tensor in part.items()}
+            return self._replays.run(route, route.recording)
+        route.run()
+        return route
 
     def prepare(self, key: GraphKey) -> None:
         """Stage a step of padding, with what its key needs allocated."""
@@ -496,7 +447,7 @@ class ModelRunner:
         """What follows a capture: its addresses are noted, and host and device agree again."""
         for recording in self.graphs.recordings:
             if recording.addresses is None and self._check_addresses:
-                recording.addresses = self._addresses()
+                recording.addresses = self._replays.addresses()
         self.recover()
 
     def disable_compilation(self) -> None:
@@ -528,16 +479,3 @@ class ModelRunner:
 def _is_current(stream: torch.cuda.Stream) -> bool:
     index = cast(int, stream.device_index)
     return torch.cuda.current_device() == index and torch._C._cuda_getCurrentRawStream(index) == stream.cuda_stream
-
-
-def _only_replays(route: Route) -> bool:
-    recording = route.recording
-    if recording is None or route.finish is not None or recording.addresses is not None or not recording.checked:
-        return False
-    return recording.recorded.is_graph
-
-
-def _may_be_its_fault(error: BaseException) -> bool:
-    """Whether a replay that raised this is not to be tried again. A replay allocates nothing: where memory ran out,
-    something else took it."""
-    return isinstance(error, Exception) and not is_fatal(error) and not isinstance(error, torch.OutOfMemoryError)

@@ -9,39 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerState
-from hybridgen.device.watched import is_watched
 from hybridgen.execution.drafting import Drafting, PrefillCall
 from hybridgen.execution.masks import TokenMasks
-from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.scoring import ScoredTokens
-from hybridgen.execution.staging import StagedBlock
+from hybridgen.execution.staging import StagedInputs
 from hybridgen.execution.state import DeviceState
 from hybridgen.fused.inputs import StepInputs
 from hybridgen.graphs.executor import Executor, StateExecutor
 from hybridgen.graphs.key import LAYERS, GraphKey
-from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts
-from hybridgen.kernels.step.metadata import reference as copy_one_by_one
-from hybridgen.models import BoundModel, StepMetadata
+from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan, SamplerState, remember, sample
 from hybridgen.sampling.own import OwnRows
 
-_MAX_PREPARED = 256
 
-
-class ModelSteps:
-    """The steps of one model on one device.
-
-    `stage_*` puts a step's metadata on its way to the device; `run` is the step. Its first node copies the metadata
-    from where the host's block arrives to the buffers that the model reads.
-    """
+class ModelSteps(StagedInputs):
+    """The steps of one model on one device: `stage_*` says what the next one reads, `run` is the step."""
 
     def __init__(
         self,
@@ -63,58 +52,17 @@ class ModelSteps:
             token_budget: tokens of a prefill call at most.
             max_context: tokens of a request at most; None: as many as a call has.
             drafting: what drafts at the end of steps; None: nobody does. The sampler keeps the text for it.
-            one_copy: copy a step's metadata in one launch, else tensor by tensor.
-            buffers: how many blocks the host fills in turn.
+            one_copy, buffers: see `StagedInputs`.
         """
-        # One more than a step can have, so that no size of a step equals a buffer's: where they are equal, a compiled
-        # step (`graphs.trees`) is specialised to it.
-        device, lines, tokens = state.device, state.max_batch + 1, token_budget + 1
+        longest = max_context or token_budget
+        super().__init__(state, token_budget=token_budget, longest_run=longest, one_copy=one_copy, buffers=buffers)
         self._bound = bound
         self._executors = executors
-        self._state = state
         self._sampler = sampler
         self._ring = ring
-        self._one_copy = one_copy
-        self._longest_run = max_context or token_budget
-        """The block table has columns for no more, those of padding included."""
         self._drafting = drafting
-        self._decode_block = StagedBlock(
-            {"rows": (torch.int64, (lines,)), "slots": (torch.int32, (lines,))}, device, buffers=buffers
-        )
-        self._prefill_block = StagedBlock(
-            {
-                "starts": (torch.int32, (lines + 1,)),
-                "fed": (torch.int64, (lines,)),
-                "keep": (torch.int64, (lines,)),
-                "rows": (torch.int64, (lines,)),
-                "lengths": (torch.int64, (lines,)),
-                "generated": (torch.int64, (lines,)),
-                "slots": (torch.int32, (tokens,)),
-                "ids": (torch.int64, (tokens,)),
-                "positions": (torch.int64, (tokens,)),
-                "rope": (torch.int64, (tokens,)),
-            },
-            device,
-            buffers=buffers,
-        )
-        with torch.inference_mode():  # as what a step computes is: a compiled layer is specialised to that
-            self._decode = {name: torch.zeros_like(field) for name, field in self._decode_block.device.items()}
-            self._prefill = {name: torch.zeros_like(field) for name, field in self._prefill_block.device.items()}
-        self._zeros = torch.zeros(3, 1, dtype=torch.int64, device=device)
-        self._ones = torch.ones(lines, dtype=torch.int64, device=device)
+        self._ones = torch.ones(state.max_batch + 1, dtype=torch.int64, device=state.device)
         self.attach(())
-        self._copies: dict[tuple[Phase, int, int], Callable[[], None]] = {}
-        empty = self._prefill["ids"][:1]
-        self.metadata = StepMetadata(
-            state.block_table.tensor,
-            self._prefill["slots"][:1],
-            empty,
-            self._prefill["starts"],
-            empty,
-            empty,
-            fed=self._prefill["fed"],
-        )
-        """What the model's attention reads; set by each step."""
         self.agree: Callable[[Tensor], Tensor] | None = None
         """Gives all ranks of a group the tokens that rank 0 chose for rows whose functions it alone has; None where
         there is one process."""
@@ -132,14 +80,10 @@ class ModelSteps:
         fixed = {
             "block table": self._state.block_table.tensor,
             "state": self._state.table,
-            "zeros": self._zeros,
             **self._state.draft_tensors(),
             "ones": self._ones,
             **self._ring.tensors(),
-            **{f"staged {name}": field for name, field in self._decode_block.device.items()},
-            **{f"staged prompt {name}": field for name, field in self._prefill_block.device.items()},
-            **{f"decode {name}": field for name, field in self._decode.items()},
-            **{f"prefill {name}": field for name, field in self._prefill.items()},
+            **self.input_tensors(),
         }
         logits = {} if self.logits is None else {"logits": self.logits}
         logits |= {} if self._hidden is None else {"hidden states": self._hidden}
@@ -205,57 +149,6 @@ class ModelSteps:
         own.catch_up()
         own.fill(masks.open(len(own.guided)))
         masks.send(own.guided)
-
-    def stage_decode(self, slots: tuple[int, ...]) -> None:
-        """Say which slots are the rows of the decode steps that follow."""
-        block = self._decode_block.open()
-        for name in ("rows", "slots"):
-            block[name][: len(slots)] = slots
-            block[name][len(slots) :] = self._state.padding_slot
-        self._decode_block.send()
-
-    def stage_prefill(self, chunks: Sequence[PrefillChunk], tokens: int, rows: int) -> None:
-        """Set what the next prefill step of this size feeds: the chunks, packed, then padding, in one run or, where
-        that would be longer than a request can be, in several; see `has_room`."""
-        block = self._prefill_block.open()
-        total = 0
-        ends = [chunk for chunk in chunks if chunk.last]
-        keep = []
-        starts = [0]
-        for chunk in chunks:
-            run = slice(total, total + len(chunk.tokens))
-            block["ids"][run] = chunk.tokens
-            block["slots"][run] = chunk.slot
-            block["positions"][run] = np.arange(chunk.start, chunk.start + len(chunk.tokens))
-            block["rope"][run] = chunk.rope_length
-            total = run.stop
-            starts.append(total)
-            if chunk.last:
-                keep.append(total - 1)
-        padding, count, longest = slice(total, tokens), tokens - total, self._longest_run
-        block["ids"][padding] = 0
-        block["slots"][padding] = self._state.padding_slot
-        block["positions"][padding] = np.arange(count) % longest
-        block["rope"][padding] = min(count, longest)
-        starts += range(total + longest, tokens, longest)
-        padded = ((min(longest, count - first), True) for first in range(0, count, longest))
-        self.metadata.runs = (*((len(chunk.tokens), chunk.start == 0) for chunk in chunks), *padded)
-        block["fed"][: len(chunks)] = [chunk.slot for chunk in chunks]
-        block["fed"][len(chunks) :] = self._state.padding_slot
-        block["starts"][: len(starts)] = starts
-        block["starts"][len(starts) :] = tokens
-        count = len(ends)
-        block["keep"][:count] = keep
-        block["rows"][:count] = [chunk.slot for chunk in ends]
-        block["lengths"][:count] = [chunk.start + len(chunk.tokens) for chunk in ends]
-        block["generated"][:count] = [chunk.generated for chunk in ends]
-        for name, value in (("keep", 0), ("rows", self._state.padding_slot), ("lengths", 0), ("generated", 0)):
-            block[name][count:] = value
-        self._prefill_block.send()
-
-    def has_room(self, chunks: int, padding: int) -> bool:
-        """Whether a prefill call can have so many chunks and so many tokens of padding behind them."""
-        return chunks + -(-padding // self._longest_run) <= self._state.max_batch + 1
 
     def stage_padding(self, key: GraphKey) -> None:
         """Set a step's metadata to padding alone, for warm-up and capture."""
@@ -463,50 +356,3 @@ class ModelSteps:
             remember(drafts[-1], rows, positions - 1, self._sampler.history.text)
         plan = sampler._replace(logprobs=None, sampled_logprobs=False)
         return sample(logits, self._sampler, rows, positions, before, plan, behind=behind).tokens
-
-    def _set(
-        self, phase: Phase, ids: Tensor, slots: Tensor, positions: Tensor, rope: Tensor, *, several: bool = False
-    ) -> None:
-        step = self.metadata
-        step.phase, step.several, step.ids = phase, several, ids
-        step.slots, step.positions, step.rope_lengths = slots, positions, rope
-
-    def _bring_in(self, key: GraphKey) -> None:
-        """Copy what arrived from the host to where the step reads it, and reset the padding slot.
-
-        Compiled and captured steps have the registered op in them. Others launch copies that were prepared, which costs
-        the host less.
-        """
-        phase, rows = key.phase, key.rows
-        tokens = rows if phase is Phase.DECODE else key.tokens
-        if is_watched() or _is_capturing(self._state.device):
-            copy_pairs = copy_metadata if self._one_copy else copy_one_by_one
-            copy_pairs(*self._pair(phase, tokens, rows))
-            return
-        copy = self._copies.get((phase, tokens, rows))
-        if copy is None:
-            if len(self._copies) >= _MAX_PREPARED:  # prompts of every length, without graphs
-                self._copies.clear()
-            pair = self._pair(phase, tokens, rows)
-            copy = MetadataCopy(zip(*pair, strict=True)) if self._one_copy else partial(copy_one_by_one, *pair)
-            self._copies[phase, tokens, rows] = copy
-        copy()
-
-    def _pair(self, phase: Phase, tokens: int, rows: int) -> tuple[list[Tensor], list[Tensor]]:
-        decodes = phase is Phase.DECODE
-        block, inputs = (self._decode_block, self._decode) if decodes else (self._prefill_block, self._prefill)
-        sizes = dict.fromkeys(("rows", "keep", "lengths", "generated"), rows) | dict.fromkeys(
-            ("ids", "positions", "rope"), tokens
-        )
-        sizes["slots"] = tokens
-        sources, destinations = [self._zeros], [self._state.table[:, self._state.padding_slot :]]
-        for name, field in block.device.items():
-            size = sizes.get(name, field.shape[0])
-            sources.append(field[:size])
-            destinations.append(inputs[name][:size])
-        return sources, destinations
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether the current stream is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

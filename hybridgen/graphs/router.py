@@ -39,6 +39,14 @@ class Route:
     rests: dict[SamplerPlan, Route] = field(default_factory=dict)
     """How what is left runs of steps that end at their logits, as far as it was asked for; see `Router.rest`."""
 
+    @property
+    def only_replays(self) -> bool:
+        """Whether the step is a graph's launch and nothing else, which needs nothing set up around it."""
+        recording = self.recording
+        if recording is None or self.finish is not None or recording.addresses is not None or not recording.checked:
+            return False
+        return recording.recorded.is_graph
+
 
 class Router:
     """Decides how each step runs. Looks up and compares; nothing is captured here."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridgen.models.swapped import give_back, made_class
+
 
 class CountingAttention(nn.Module):
     """What the class of such a module is also, once its numbers are the step's positions."""
@@ -67,12 +69,11 @@ def use_positions(module: nn.Module) -> None:
 
 def use_own_numbers(module: nn.Module) -> None:
     """Undo `use_positions()`."""
-    if isinstance(module, CountingAttention):
-        module.__class__ = type(module).__bases__[0]
+    give_back(module, CountingAttention)
 
 
 @functools.cache
-def _with_positions(kind: Any) -> type[nn.Module]:
+def _with_positions(kind: Any) -> Any:
     own: Callable[..., Any] = kind.forward
     keyword = _cache_keyword(kind) or "past_key_values"
 
@@ -80,8 +81,4 @@ def _with_positions(kind: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return own(self, *args, **kwargs | {keyword: Positions(self._hybridgen.step.positions)})
 
-    # What is compiled is kept with its classes' names, by which another process finds them here, once it has bound.
-    title = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")
-    made = type(title, (kind, CountingAttention), {"forward": forward, "__module__": __name__})
-    globals()[title] = made
-    return made
+    return made_class(kind, CountingAttention, {"forward": forward}, globals())

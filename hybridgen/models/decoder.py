@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hybridgen.models.binding import AttentionSite
 from hybridgen.models.projections import has_hooks
 from hybridgen.models.rope import LENGTH_DEPENDENT
 from hybridgen.models.share import Share, ShareLinear
+from hybridgen.models.sites import AttentionSite
 from hybridgen.models.weights import (
     DenseWeight,
     NotJoinedError,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hybridgen.kernels.linear.experts import experts
 from hybridgen.kernels.linear.experts_form import ACTIVATIONS, Form, Projection
 from hybridgen.models.attention import Phase, StepMetadata
+from hybridgen.models.swapped import give_back, made_class
 
 _BIASES = ("gate_up_proj_bias", "down_proj_bias")
 _ALPHA, _LIMIT = "alpha", "limit"
@@ -207,11 +208,11 @@ def use_op(site: ExpertsSite) -> None:
 
 def use_own_code(site: ExpertsSite) -> None:
     """Undo `use_op`."""
-    site.module.__class__ = _class_of(site.module)
+    give_back(site.module, ExpertsModule)
 
 
 @functools.cache
-def _with_op(kind: Any) -> type[nn.Module]:
+def _with_op(kind: Any) -> Any:
     own: Callable[..., Tensor] = kind.forward
     names = list(inspect.signature(own).parameters)[1:4]
 
@@ -222,8 +223,4 @@ def _with_op(kind: Any) -> type[nn.Module]:
         x, ids, weights = (*args, *(kwargs[name] for name in names[len(args) :]))
         return experts(x, ids, weights, *projections_of(self), binding.form)
 
-    # What is compiled is kept with its classes' names, by which another process finds them here, once it has bound.
-    title = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")
-    made = type(title, (kind, ExpertsModule), {"forward": forward, "__module__": __name__})
-    globals()[title] = made
-    return made
+    return made_class(kind, ExpertsModule, {"forward": forward}, globals())

@@ -35,6 +35,7 @@ from hybridgen.kernels.attention.latent import (
 )
 from hybridgen.models.attention import AttentionCall, Phase, StepMetadata
 from hybridgen.models.projections import RowsLinear
+from hybridgen.models.swapped import give_back, made_class
 from hybridgen.models.twin import has_forward_hooks
 from hybridgen.models.visibility import CAUSAL
 
@@ -181,8 +182,7 @@ def use_latents(module: nn.Module) -> None:
 
 def use_expansion(module: nn.Module) -> None:
     """Undo `use_latents()`."""
-    if isinstance(module, LatentAttention):
-        module.__class__ = type(module).__bases__[0]
+    give_back(module, LatentAttention)
 
 
 def _handed_on(self: nn.Module, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,12 +190,8 @@ def _handed_on(self: nn.Module, latent: Tensor, rotary: Tensor) -> tuple[Tensor,
 
 
 @functools.cache
-def _with_latents(kind: Any) -> type[nn.Module]:
-    # What is compiled is kept with its classes' names, by which another process finds them here, once it has bound.
-    title = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")
-    made = type(title, (kind, LatentAttention), {"expand_kv": _handed_on, "__module__": __name__})
-    globals()[title] = made
-    return made
+def _with_latents(kind: Any) -> Any:
+    return made_class(kind, LatentAttention, {"expand_kv": _handed_on}, globals())
 
 
 @torch.inference_mode()

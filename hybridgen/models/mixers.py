@@ -30,6 +30,7 @@ from hybridgen.errors import UnsupportedModelError
 from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.layer_inputs import LayerInputs
 from hybridgen.models.layer_list import layer_around
+from hybridgen.models.swapped import give_back, made_class
 
 _VERBS = frozenset({"update_conv_state", "update_recurrent_state"})
 """What a mixer calls on its cache, by which it is recognised."""
@@ -333,12 +334,11 @@ def use_slots(mixer: nn.Module) -> None:
 
 def use_own_cache(mixer: nn.Module) -> None:
     """Undo `use_slots()`."""
-    if isinstance(mixer, SlotMixer):
-        mixer.__class__ = type(mixer).__bases__[0]
+    give_back(mixer, SlotMixer)
 
 
 @functools.cache
-def _with_slots(kind: Any) -> type[nn.Module]:
+def _with_slots(kind: Any) -> Any:
     name = _cache_name(kind)
     own: Callable[..., Any] = kind.forward
 
@@ -349,11 +349,7 @@ def _with_slots(kind: Any) -> type[nn.Module]:
             return _decode(own, name, self, hidden_states, binding)
         return _prefill(own, name, self, hidden_states, binding)
 
-    # What is compiled is kept with its classes' names, by which another process finds them here, once it has bound.
-    title = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")
-    made = type(title, (kind, SlotMixer), {"forward": forward, "__module__": __name__})
-    globals()[title] = made
-    return made
+    return made_class(kind, SlotMixer, {"forward": forward}, globals())
 
 
 def _decode(own: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Any:

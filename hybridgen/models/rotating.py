@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from hybridgen.errors import described
 from hybridgen.kernels.attention.rotary import HeadNorms, turned
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase
-from hybridgen.models.binding import AttentionSite, BoundModel
+from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, head_norm
 from hybridgen.models.projections import has_hooks
+from hybridgen.models.sites import AttentionSite
+from hybridgen.models.swapped import made_class
 
 logger = logging.getLogger(__name__)
 
@@ -174,13 +176,9 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _rotating(kind: Any, forward: Any) -> type[nn.Module]:
-    # What is compiled is kept with its classes' names, by which another process finds them here, once it has bound.
-    title = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")
-    members = {"forward": _forward, "_hybridgen_forward": forward, "__module__": __name__}
-    made = type(title, (kind, RotatingAttention), members)
-    globals()[title] = made
-    return made
+def _rotating(kind: Any, forward: Any) -> Any:
+    members = {"forward": _forward, "_hybridgen_forward": forward}
+    return made_class(kind, RotatingAttention, members, globals())
 
 
 class _Call(NamedTuple):

@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
     "prefill_buckets": [],
 }
 PROMPTS = [[5, 6, 7, 8], [3]]
-COMMAND = ranks.COMMAND
+COMMAND = f"import quick_interpreter\nquick_interpreter.install()\n{ranks.COMMAND}"
 
 
 def outcome(path: Path, **fields: Any) -> tuple[list[list[int]], EngineStats]:

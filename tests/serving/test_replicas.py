@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import forks
 import pytest
 
 import hybridgen
-from hybridgen import ConfigError, DeviceError, ModelNotFoundError, PromptError, Replicas, RequestError
+from hybridgen import ConfigError, DeviceError, ModelNotFoundError, PromptError, Replicas, RequestError, SamplingParams
 from hybridgen.serving.client.exchange import Call
 from hybridgen.serving.replicas import replicas as module
+from hybridgen.serving.replicas.jobs import Job, dealt
 from hybridgen.serving.replicas.work import Work
 
 CONFIG = {"mode": "eager", "dtype": "float32", "device": "cpu", "kv_memory": "32MiB", "max_batch": 4}
@@ -106,18 +110,18 @@ def test_a_closed_stream_cancels(two: Replicas) -> None:
 
 
 def test_a_prompt_under_which_replicas_die_is_run_alone_and_then_named() -> None:
-    work = Work(Call(["aaa", "bb", "c"], None, {"max_new_tokens": 2}), [], 8, stream=False)
-    jobs = [work.pull([]) for _ in range(3)]
+    work = Work(Call(["aaa", "bb", "c"], None, {"max_new_tokens": 2}), [], 4, 8, stream=False)
+    jobs = [work.pull(0, []) for _ in range(3)]
     assert [job and job.prompt for job in jobs] == ["aaa", "bb", "c"]
     bad, *others = [job for job in jobs if job is not None]
     work.give_back([bad, *others], "it died")
-    assert work.pull([]) is bad
+    assert work.pull(0, []) is bad
     work.give_back([bad], "it died")
-    assert work.pull([others[0]]) is None  # it has one chance left, and must not take others with it
-    assert work.pull([]) is bad
-    assert work.pull([bad]) is None
+    assert work.pull(0, [others[0]]) is None  # it has one chance left, and must not take others with it
+    assert work.pull(0, []) is bad
+    assert work.pull(0, [bad]) is None
     work.give_back([bad], "it died")
-    assert [work.pull([]), work.pull([others[0]])] == others
+    assert [work.pull(0, []), work.pull(0, [others[0]])] == others
     for job in others:
         work.done(job)
     event = next(work.events())
@@ -178,3 +182,63 @@ def test_the_end_of_the_parent_is_the_end_of_the_replicas() -> None:
         time.sleep(0.05)
     assert pids
     assert not any(alive(pid) for pid in pids)
+
+
+def jobs_of(*tokens: int, n: int = 1) -> list[Job]:
+    return [Job(index, "a", SamplingParams(max_new_tokens=count, n=n)) for index, count in enumerate(tokens)]
+
+
+def lengths(shares: list[deque[Job]]) -> list[list[int | None]]:
+    return [[job.sampling.max_new_tokens for job in share] for share in shares]
+
+
+def test_a_list_is_dealt_by_tokens_as_far_as_there_are_rows() -> None:
+    assert lengths(dealt(jobs_of(9, 8, 7, 6, 5, 4), 2, 3)) == [[9, 6, 5], [8, 7, 4]]
+    assert lengths(dealt(jobs_of(9, 1, 1, 1, 1), 2, 3)) == [[9, 1], [1, 1, 1]]
+    assert lengths(dealt(jobs_of(9, 8, 7, 6, 5), 2, 2)) == [[9, 6], [8, 7]]
+    assert lengths(dealt(jobs_of(9, 8, 7, n=3), 2, 4)) == [[9], [8]]
+    assert lengths(dealt(jobs_of(3, 2), 0, 4)) == []
+
+
+def test_the_first_replica_that_looks_takes_no_more_than_its_part() -> None:
+    members: Any = [SimpleNamespace(number=0), SimpleNamespace(number=1)]
+    call = Call(["a"] * 10, [SamplingParams(max_new_tokens=10 + index) for index in range(10)], {})
+    work = Work(call, members, 2, 16, stream=False)
+    running: dict[int, list[Job]] = {0: [], 1: []}
+
+    def take(number: int) -> list[int]:
+        while (job := work.pull(number, running[number])) is not None:
+            running[number].append(job)
+        return [job.index for job in running[number]]
+
+    assert take(0) == [9, 6, 5, 4, 3]  # two that it was dealt, and then half of all
+    assert take(1) == [8, 7, 2, 1, 0]
+    for number in (0, 1):
+        for job in running[number]:
+            work.done(job)
+    assert work.pull(0, []) is None
+
+
+def test_what_comes_one_by_one_goes_to_whoever_has_less() -> None:
+    members: Any = [SimpleNamespace(number=0), SimpleNamespace(number=1)]
+    work = Work(None, members, 4, 8)
+    first, second, third = jobs_of(5, 5, 5)
+    work.add([first])
+    assert work.pull(0, []) is first
+    work.add([second])
+    assert work.pull(0, [first]) is None
+    assert work.pull(1, []) is second
+    work.add([third])
+    assert work.pull(1, [second]) is third
+
+
+def test_an_idle_replica_takes_what_another_has_not_begun() -> None:
+    members: Any = [SimpleNamespace(number=0), SimpleNamespace(number=1)]
+    work = Work(Call(["a", "b"], None, {"max_new_tokens": 2}), members, 2, 4, stream=False)
+    mine = work.pull(0, [])
+    assert mine is not None
+    assert work.pull(0, [mine]) is None
+    work.done(mine)
+    other = work.pull(0, [])  # replica 1 never came
+    assert other is not None
+    assert {mine.prompt, other.prompt} == {"a", "b"}

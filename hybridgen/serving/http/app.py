@@ -207,20 +207,21 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _generates(kind: Callable[[Served, Body], Job]) -> Callable[[Door, Request], Awaitable[Response]]:
+def _generates(kind: type[Job]) -> Callable[[Door, Request], Awaitable[Response]]:
     """The route of a kind of job."""
 
     async def handle(door: Door, request: Request) -> Response:
         body = await body_of(request)
         served = await door.served()
-        job = await asyncio.to_thread(kind, served, body)
+        brief = kind.brief(body)
+        job = kind(served, body) if brief else await asyncio.to_thread(kind, served, body)
         events = door.client.stream(job.prompts, job.sampling)
         if job.stream:
             # Its first token says whether it was taken: an error before it has its own status.
             first = await _unless_gone(request, anext(events))
             return EventStream(door, job, first, events)
         completions = await _unless_gone(request, door.client.generate(job.prompts, job.sampling))
-        return JSONResponse(await asyncio.to_thread(job.result, completions))
+        return JSONResponse(job.result(completions) if brief else await asyncio.to_thread(job.result, completions))
 
     return handle
 

@@ -50,6 +50,11 @@ class ChatJob:
 
     ends_with_done = True
 
+    @staticmethod
+    def brief(body: Body) -> bool:
+        """A template is rendered, and the answer is read for reasoning and tools."""
+        return False
+
     def __init__(self, served: Served, body: Body) -> None:
         """Check a request and encode its messages. It takes long: call it in another thread.
 

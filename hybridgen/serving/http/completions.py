@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from hybridgen.core import Completion, TokenEvent, TokenLogprob
 from hybridgen.errors import shown
 from hybridgen.serving.http.errors import ApiError
-from hybridgen.serving.http.fields import Body
+from hybridgen.serving.http.fields import GRAMMARS, Body
 from hybridgen.serving.http.jobs import (
     MOST_TOP,
     Served,
@@ -26,6 +26,14 @@ from hybridgen.serving.http.text import Text
 FIELDS = frozenset({"prompt", "max_tokens", "logprobs", "echo", "stream", "stream_options", "add_special_tokens"})
 DEFAULT_TOKENS = 16
 """OpenAI's."""
+BRIEF_CHARS = 2000
+"""Text that is encoded in less than a millisecond."""
+_LONG = (
+    "echo",
+    "logprobs",
+    "structured_outputs",
+    *(f"guided_{name}" for name in GRAMMARS),
+)
 _Entry: TypeAlias = "tuple[int, TokenLogprob | None]"
 """A token and its log-probability."""
 
@@ -36,7 +44,7 @@ class TextJob:
     ends_with_done = True
 
     def __init__(self, served: Served, body: Body) -> None:
-        """Check a request and encode its prompts. It takes long: call it in another thread.
+        """Check a request and encode its prompts.
 
         Raises:
             ApiError: a field is wrong.
@@ -78,6 +86,15 @@ class TextJob:
             "created": int(time.time()),
             "model": served.name,
         }
+
+    @staticmethod
+    def brief(body: Body) -> bool:
+        """Ids and short texts, with nothing asked for that reads or writes the text of single tokens, or a grammar."""
+        if any(name in body.values for name in _LONG):
+            return False
+        prompt = body.values.get("prompt")
+        items = prompt if isinstance(prompt, list) else [prompt]
+        return sum(len(each) for each in items if isinstance(each, str)) <= BRIEF_CHARS
 
     def _prompt_text(self, index: int) -> str:
         """What `echo` puts before the text."""

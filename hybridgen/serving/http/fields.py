@@ -43,14 +43,14 @@ _NUMBERS = {
     "min_tokens": _Number("min_new_tokens", 0, 2**31, True),
     "no_repeat_ngram_size": _Number("no_repeat_ngram_size", 0, 2**31, True),
 }
-_GRAMMARS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+GRAMMARS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
 """How vLLM's clients name what the text keeps to, inside `structured_outputs` or behind `guided_`."""
 _SWITCHES = {"ignore_eos": "ignore_eos", "skip_special_tokens": "skip_special_tokens"}
 SAMPLING = frozenset(
     {
         *_NUMBERS,
         *_SWITCHES,
-        *(f"guided_{name}" for name in _GRAMMARS),
+        *(f"guided_{name}" for name in GRAMMARS),
         "structured_outputs",
         "stop",
         "stop_token_ids",
@@ -231,15 +231,15 @@ def schema_of(body: Body, wanted: dict[str, Any], param: str) -> dict[str, Any]:
 def _grammar_of(body: Body) -> dict[str, Any]:
     table = body.table("structured_outputs")
     found = {name: value for name, value in table.items() if value is not None}
-    found |= {name: body.values[f"guided_{name}"] for name in _GRAMMARS if f"guided_{name}" in body.values}
-    unknown = found.keys() - _GRAMMARS.keys()
+    found |= {name: body.values[f"guided_{name}"] for name in GRAMMARS if f"guided_{name}" in body.values}
+    unknown = found.keys() - GRAMMARS.keys()
     if unknown:
         raise ApiError(
-            f"structured_outputs has {shown(min(unknown))}; give one of {', '.join(_GRAMMARS)}",
+            f"structured_outputs has {shown(min(unknown))}; give one of {', '.join(GRAMMARS)}",
             param="structured_outputs",
             code="unsupported_parameter",
         )
-    return {_GRAMMARS[name]: value for name, value in found.items()}
+    return {GRAMMARS[name]: value for name, value in found.items()}
 
 
 def sampling_of(

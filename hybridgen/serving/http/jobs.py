@@ -53,6 +53,22 @@ class Job(Protocol):
     sampling: SamplingParams
     stream: bool
 
+    def __init__(self, served: Served, body: Body) -> None:
+        """Check a request and encode its prompts.
+
+        Raises:
+            ApiError: a field is wrong.
+        """
+
+    @staticmethod
+    def brief(body: Body) -> bool:
+        """Whether reading the request and writing its answer takes less time than it takes to wake a thread for them.
+
+        What is not brief goes to a thread, so that others need not wait for it. What is brief must not: while many
+        requests come at once, threads wait for each other, and the first of them reaches the server after the last was
+        read.
+        """
+
     def result(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The whole answer."""
 

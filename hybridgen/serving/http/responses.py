@@ -38,6 +38,11 @@ class ResponseJob:
 
     ends_with_done = False
 
+    @staticmethod
+    def brief(body: Body) -> bool:
+        """A template is rendered, and the answer is read for reasoning and tools."""
+        return False
+
     def __init__(self, served: Served, body: Body) -> None:
         """Check a request and encode its input. It takes long: call it in another thread.
 

@@ -13,8 +13,8 @@ from hybridgen.core import Completion, FinishReason, TokenEvent
 from hybridgen.engine.requests import read_grammar
 from hybridgen.errors import EngineError, HybridgenError
 from hybridgen.params import SamplingParams
+from hybridgen.serving.replicas.jobs import Job, job_of
 from hybridgen.serving.replicas.replicas import Replicas
-from hybridgen.serving.replicas.work import Job, job_of
 from hybridgen.text.prompts import encode_pair, encode_prompt, is_pair
 
 STEP_SECONDS = 0.005

@@ -143,7 +143,8 @@ class Replicas:
             return iter(())
         if not call.returns_errors:
             self.check(call.prompts, call.sampling)
-        return Work(call, self._members, AHEAD * self.config.max_batch, stream=stream).events()
+        rows = self.config.max_batch
+        return Work(call, self._members, rows, AHEAD * rows, stream=stream).events()
 
     def check(self, prompts: list[Any], sampling: list[SamplingParams]) -> list[Request]:
         """Check prompts as a replica would; returns the requests that an engine would make of them.
@@ -155,7 +156,8 @@ class Replicas:
 
     def work(self) -> Work:
         """A way to run prompts one by one; see `Work.add`."""
-        return Work(None, self._members, AHEAD * self.config.max_batch, report=False)
+        rows = self.config.max_batch
+        return Work(None, self._members, rows, AHEAD * rows, report=False)
 
     def score(self, prompts: Any, completions: Any = None, *, cache_salt: str | None = None) -> Any:
         """Score completions as `Engine.score` does."""

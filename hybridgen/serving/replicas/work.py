@@ -1,22 +1,27 @@
-"""The prompts of one call, and which replica runs which."""
+"""The prompts of one call, and which replica runs which.
+
+A list is dealt at the beginning, as far as the replicas have rows for it: the longest first, each to the replica that
+has the fewest tokens to make. Replicas that took what they could get would not have equal shares: one begins some
+milliseconds before the other, takes the longest, and more than it has rows for. What is left is pulled by whoever has
+room, and no replica holds more than its rows and its part of what is left.
+"""
 
 from __future__ import annotations
 
 import queue
-import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import HybridgenError, RequestError, ServerBusyError, ServerError
-from hybridgen.params import SamplingParams
 from hybridgen.serving.client.client import Client
 from hybridgen.serving.client.exchange import Call, Exchange
 from hybridgen.serving.client.link import Link, Mailbox
+from hybridgen.serving.replicas.jobs import Job, dealt, job_of, length
 from hybridgen.serving.replicas.member import Member
 
 IDLE_SECONDS = 1.0
@@ -30,40 +35,29 @@ JOIN_SECONDS = 1.0
 """How long a call that ends waits for its threads: one of them may be starting a replica."""
 
 
-@dataclass
-class Job:
-    """One prompt of a call."""
-
-    index: int
-    prompt: Any
-    sampling: SamplingParams
-    """With a seed, so that a second try draws what the first drew."""
-    stream: bool = False
-    """Whether every token is an event, or completions alone."""
-    cancelled: bool = False
-    """Whether nobody wants it any more."""
-    deaths: int = 0
-    given: dict[int, int] = field(default_factory=dict)
-    """Tokens of each choice that the caller has had."""
-    ended: set[int] = field(default_factory=set)
-    """Choices whose completion the caller has had."""
-
-
 class Work:
     """One call: its prompts are pulled by whichever replica has room, and its events come out of `events()`."""
 
     def __init__(
-        self, call: Call | None, members: list[Member], depth: int, *, stream: bool = False, report: bool = True
+        self,
+        call: Call | None,
+        members: list[Member],
+        rows: int,
+        depth: int,
+        *,
+        stream: bool = False,
+        report: bool = True,
     ) -> None:
         """
         Args:
             call: whose prompts are run; None: those that `add()` brings, until `stop()`.
-            depth: completions that one replica has at once.
+            rows: completions that one replica makes at once.
+            depth: completions that one replica has at once, those that wait for a row included.
             stream: whether every token is an event, or completions alone.
             report: ask each replica for its statistics when it has nothing more to do.
         """
         self._members = members
-        self._depth = depth
+        self._rows, self._depth = rows, depth
         self._report = report
         self._open = call is None
         self._errors = "return" if call is None or call.returns_errors else "raise"
@@ -76,7 +70,13 @@ class Work:
             ]
         )
         # The longest first: one that begins last would keep one replica busy while the others have nothing.
-        self._waiting = deque(sorted(jobs, key=_length, reverse=True))
+        jobs = sorted(jobs, key=length, reverse=True)
+        shares = dealt(jobs, len(members), rows)
+        self._dealt = {member.number: share for member, share in zip(members, shares, strict=True)}
+        """What each replica runs of what there was at the beginning."""
+        given = {id(job) for share in shares for job in share}
+        self._waiting = deque(job for job in jobs if id(job) not in given)
+        """What whoever has room runs."""
         self._left = len(jobs)
         self._changed = threading.Condition()
         self._stopped = False
@@ -167,7 +167,7 @@ class Work:
     def _more(self, seconds: float | None) -> bool | None:
         """Wait for a prompt, one that is given back included; False when there will be none, None when none came."""
         with self._changed:
-            while not self._waiting and (self._left or self._open) and not self._stopped:
+            while not self._anything() and (self._left or self._open) and not self._stopped:
                 if not self._changed.wait(seconds):
                     return None
             return bool(self._left or self._open) and not self._stopped
@@ -177,17 +177,41 @@ class Work:
         """Whether what runs is to be cancelled."""
         return self._stopped
 
-    def pull(self, running: list[Job]) -> Job | None:
-        """The next prompt for a replica that runs these; None when it shall have no more now."""
+    def _anything(self) -> bool:
+        """Whether a prompt has not begun."""
+        return bool(self._waiting) or any(self._dealt.values())
+
+    def pull(self, number: int, running: list[Job]) -> Job | None:
+        """The next prompt for a replica that runs these; None when it shall have no more now.
+
+        Args:
+            number: the replica's.
+        """
         with self._changed:
-            if not self._waiting or self._stopped:
+            source = self._source(number, idle=not running)
+            if not source or self._stopped:
                 return None
-            job = self._waiting[0]
+            job = source[0]
             alone = job.deaths >= TRIES - 1 or any(each.deaths >= TRIES - 1 for each in running)
-            full = sum(each.sampling.n for each in running) + job.sampling.n > self._depth
-            if running and (alone or full):
+            if running and (alone or self._too_many(job, running, own=source is self._dealt.get(number))):
                 return None
-            return self._waiting.popleft()
+            return source.popleft()
+
+    def _source(self, number: int, *, idle: bool) -> deque[Job]:
+        """Where a replica's next prompt is: in its share, among those that nobody has, and last in another's share,
+        whose replica may be starting again."""
+        if own := self._dealt.get(number):
+            return own
+        if self._waiting or not idle:
+            return self._waiting
+        return max(self._dealt.values(), key=len, default=self._waiting)
+
+    def _too_many(self, job: Job, running: list[Job], *, own: bool) -> bool:
+        """Whether a replica shall not have this too. Of what it was not dealt it takes no more than its part of what
+        has not ended: the first to look would have all, and the others nothing."""
+        if sum(each.sampling.n for each in (*running, job)) > self._depth:
+            return True
+        return not own and len(running) >= -(-self._left // max(1, self._working))
 
     def give_back(self, jobs: list[Job], why: str | None) -> None:
         """Put back what a replica had.
@@ -196,7 +220,7 @@ class Work:
             why: it died, and of what; None: it only had no room.
         """
         with self._changed:
-            for job in sorted(jobs, key=_length):
+            for job in sorted(jobs, key=length):
                 job.deaths += why is not None
                 if job.deaths < TRIES:
                     self._waiting.appendleft(job)
@@ -260,12 +284,6 @@ def _refused(job: Job, choice: int, error: RequestError) -> TokenEvent:
     return TokenEvent(token_id=None, text="", index=job.index, choice=choice, completion=failed)
 
 
-def job_of(index: int, prompt: Any, params: SamplingParams, stream: bool) -> Job:
-    """A prompt, with a seed if it has none."""
-    params = params if params.seed is not None else replace(params, seed=secrets.randbits(63))
-    return Job(index, prompt, params, stream)
-
-
 class _Runner:
     """A replica while it lives: what it has of a call."""
 
@@ -283,7 +301,7 @@ class _Runner:
         job: Job | None = None
         try:
             while not self._work.stopped:
-                while (job := self._work.pull([each for each, *_ in self._running.values()])) is not None:
+                while (job := self._work.pull(self._member.number, self._held())) is not None:
                     self._send(job)
                 if not self._running:
                     break
@@ -308,6 +326,9 @@ class _Runner:
             self._work.fail(error)
         finally:
             self._cancel()
+
+    def _held(self) -> list[Job]:
+        return [job for job, *_ in self._running.values()]
 
     def _send(self, job: Job) -> None:
         exchange = self._work.exchange(job, self._link)
@@ -381,13 +402,6 @@ class _Runner:
                     self._link.cancel(key)
                 except ServerError:
                     return
-
-
-def _length(job: Job) -> tuple[int, int]:
-    """By what prompts are put in order: the tokens that they may have, then the size of the prompt."""
-    prompt = job.prompt
-    size = len(prompt) if isinstance(prompt, str | list) else len(str(prompt))
-    return job.sampling.max_new_tokens or 0, size
 
 
 def _text(prompt: Any) -> str | None:

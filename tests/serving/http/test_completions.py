@@ -8,6 +8,8 @@ import openai
 import pytest
 
 import hybridgen
+from hybridgen.serving.http.completions import TextJob
+from hybridgen.serving.http.fields import Body
 from hybridgen.serving.http.text import Text
 
 PROMPTS = ["import os\n", "def read(path):\n", "# é ü 漢字 🙂\n"]
@@ -165,3 +167,21 @@ def test_fields_that_ask_for_nothing_and_unknown_ones_pass(api: openai.OpenAI) -
     extra = {"best_of": 1, "guided_json": None, "user": "me", "never_heard_of": [1, 2]}
     out = api.completions.create(model="demo", prompt="import os", max_tokens=2, extra_body=extra)
     assert out.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("fields", "brief"),
+    [
+        ({"prompt": list(range(9000))}, True),
+        ({"prompt": [[5, 6], [7]]}, True),
+        ({"prompt": "x" * 2000}, True),
+        ({"prompt": "x" * 2001}, False),
+        ({"prompt": [[5], "x" * 1500, "y" * 600]}, False),
+        ({"prompt": "x", "logprobs": 0}, False),
+        ({"prompt": [5], "echo": True}, False),
+        ({"prompt": [5], "guided_json": {}}, False),
+    ],
+)
+def test_what_takes_long_is_read_in_a_thread(fields: dict[str, Any], brief: bool) -> None:
+    """A thread for what is quick would cost more than it; the event loop waits for what is not."""
+    assert TextJob.brief(Body(fields)) is brief
