@@ -109,19 +109,23 @@ def parses(text: str) -> bool:
 
 
 def parsing(texts: list[str], count: int, new: int) -> list[dict[str, Any]]:
-    """How often prompt and answer parse, greedy and sampled."""
+    """How often prompt and answer parse: greedy and sampled, with the checkpoint's repetition penalty and without."""
     rows = []
     with hybridgen.Engine.load(None, dtype="float32", **ENGINE) as engine:
         found = heads(engine.tokenizer, texts, count, 1024 - new)
-        for temperature in (0.0, 0.8):
-            outs = engine.generate([p for p, _ in found], temperature=temperature, seed=0, max_new_tokens=new)
+        for temperature, penalty in itertools.product((0.0, 0.8), (None, 1.0)):
+            options = {} if penalty is None else {"repetition_penalty": penalty}
+            outs = engine.generate(
+                [p for p, _ in found], temperature=temperature, seed=0, max_new_tokens=new, **options
+            )
             answers = [
                 body(out.text, indent, ended=out.finish_reason.value == "stop")
                 for out, (_, indent) in zip(outs, found, strict=True)
             ]
             good = sum(parses(prompt + answer) for (prompt, _), answer in zip(found, answers, strict=True))
             lines = sum(answer.count("\n") for answer in answers)
-            rows.append({"temperature": temperature, "prompts": len(found), "new": new, "parse": good, "lines": lines})
+            row = {"temperature": temperature, "repetition_penalty": penalty or "the checkpoint's"}
+            rows.append({**row, "prompts": len(found), "new": new, "parse": good, "lines": lines})
     return rows
 
 
@@ -129,18 +133,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--no-losses", action="store_true", help="only count what parses")
     parser.add_argument("--smoke", action="store_true", help="two files, few prompts")
     arguments = parser.parse_args()
     texts = held_out_files()[: 2 if arguments.smoke else None]
     with hybridgen.Engine.load(None, **ENGINE) as engine:
         rows = windows(engine.tokenizer, texts, 128 if arguments.smoke else 512)[: 2 if arguments.smoke else None]
     begun = time.time()
-    results: dict[str, Any] = {"files": len(texts), "losses": losses(rows)}
+    results: dict[str, Any] = {"files": len(texts), "losses": {} if arguments.no_losses else losses(rows)}
     for name, row in results["losses"].items():
         print(f"{name:36} {row['nats_per_token']:.4f} nats a token, {row['over_float32']:.4f} of float32's", flush=True)
     results["parsing"] = parsing(texts, 4 if arguments.smoke else arguments.prompts, 16 if arguments.smoke else 160)
     for row in results["parsing"]:
-        print(f"temperature {row['temperature']}: {row['parse']} of {row['prompts']} parse, {row['lines']} lines")
+        how = f"temperature {row['temperature']}, penalty {row['repetition_penalty']}"
+        print(f"{how}: {row['parse']} of {row['prompts']} parse, {row['lines']} lines")
     print(f"{time.time() - begun:.0f} s")
     report(results, arguments.output)
 

@@ -2,12 +2,15 @@
 
 Decode: bytes of the latents that a step reads over its time, against the read ceiling of the same run; the time is that
 of calls inside CUDA graphs (median of replays), which write the step's own latents too and go through the caches of
-several layers, together larger than the L2 cache. Before a shape is timed, its result is compared with dense attention
-in float64, and one step is run 3,000 times, whose bits must not change. `--sweep` adds other launch options. Prefill:
-attention of one fresh prompt, its projections included, beside the same by keys and values of all heads and torch's
+several layers, together larger than the L2 cache. A few megabytes are not read at that ceiling by any kernel: beside it
+stands the time of a kernel that only reads the same pages, in the same kind of graph (`only_read_us`), and that of each
+of decode's two kernels alone (`attend_us`, `combine_us`). Before a shape is timed, its result is compared with dense
+attention in float64, and one step is run 3,000 times, whose bits must not change. `--sweep` adds other launch options,
+each compared first. Prefill: attention of one fresh prompt, its projections included, as it runs (by latents on
+CUDA), by the kernel for keys and values of the call's own tokens, and by keys and values of all heads and torch's
 `scaled_dot_product_attention`.
 
-    python benchmarks/latent.py [--sweep] [--output latent.json]
+    python benchmarks/latent.py [--sweep] [--rows 1] [--output latent.json]
     python benchmarks/latent.py --smoke          # tiny, on the CPU's implementation: checks the script
 """
 
@@ -26,13 +29,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybridgen.device.timing import graph_seconds
-from hybridgen.kernels.attention.latent import latent_decode, latent_prefill, through_keys
+from hybridgen.kernels.attention.latent import latent_decode, latent_prefill
 from hybridgen.kernels.read_ceiling import read_ceiling
 
 PAGE_SIZE = 64
 CAPACITY = 32768 + PAGE_SIZE
 ROTATE_BYTES = 320 * 2**20
 REPEATS = 3000
+WRONG = 2e-2
+"""An error that bfloat16 does not explain."""
 
 
 class Shape(NamedTuple):
@@ -103,9 +108,9 @@ def make_case(shape: Shape, lengths: list[int], device: str, dtype: torch.dtype,
     )
 
 
-def error_of(case: Case) -> float:
+def error_of(case: Case, attend: Callable[..., Tensor] = latent_decode) -> float:
     """Of the first layer's result, against dense attention in float64, relative to the largest value."""
-    found = latent_decode(*case.arguments(0), *case.new())
+    found = attend(*case.arguments(0), *case.new())
     worst = largest = 0.0
     for row, position in enumerate(case.positions.tolist()):
         ids = case.block_table[row, : position // PAGE_SIZE + 1]
@@ -146,37 +151,85 @@ def time_decode(case: Case, device: str, attend: Callable[..., Tensor] = latent_
     return seconds(calls, device)
 
 
+def time_read(case: Case) -> float:
+    """Of a kernel that reads a layer's pages and does nothing with them: the best of a few block sizes."""
+    from hybridgen.kernels.read_ceiling_kernels import CONFIGS, read_all
+
+    sums = torch.zeros(1, dtype=torch.int32, device=case.pages.device)
+    words = [pages[1:].flatten().view(torch.int32) for pages in case.pages]
+    best = float("inf")
+    for block, warps in CONFIGS:
+        if words[0].shape[0] % block == 0:
+            calls = [partial(read_all, each, sums, block, warps) for each in words]
+            best = min(best, seconds(calls, "cuda"))
+    return best
+
+
+def time_parts(case: Case, tune: Any = None) -> dict[str, float]:
+    """Microseconds of each of decode's kernels without the other."""
+    from hybridgen.kernels.attention import latent_launches
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    kept = dict(latent_launches._calls)
+    found = {}
+    try:
+        for part, other in (("attend", "combine"), ("combine", "attend")):
+            for key, call in kept.items():
+                latent_launches._calls[key] = call._replace(**{other: nothing})
+            took = time_decode(case, "cuda", partial(latent_launches.decode, tune=tune))
+            found[f"{part}_us"] = took * 1e6
+    finally:
+        latent_launches._calls.update(kept)
+    return found
+
+
 def sweep(case: Case, shape: Shape, device: str) -> list[dict[str, Any]]:
     """Microseconds under other launch options, fastest first."""
     from hybridgen.device.launcher import device_of
     from hybridgen.kernels.attention import latent_launches
     from hybridgen.kernels.attention.latent_launches import shape_of, tuning
 
-    usual = tuning(shape_of(case.q[0], case.pages[0], shape.rank), device_of(case.q).shared_memory)
+    one = len(case.positions) == 1
+    usual = tuning(shape_of(case.q[0], case.pages[0], shape.rank), device_of(case.q).shared_memory, alone=one)
     found = []
-    tiles = [(64, 2, 1), (32, 3, 1), (32, 3, 2), (32, 2, 2), (32, 2, 3), (32, 2, 4), (16, 3, 4)]
-    several = len(case.positions) > 1
-    for tune in [
-        *(
-            usual._replace(block=block, stages=stages, programs=programs, warps=warps)
-            for block, stages, programs in tiles
-            for warps in ((4, 8) if block == 64 else (4,))
-        ),
-        *(usual._replace(chunk=chunk) for chunk in (1024, 8192) if several),
-        *(usual._replace(ahead=ahead) for ahead in (1, 2)),
-    ]:
+    # Positions, warps, tiles on their way, programs a multiprocessor, parts of a latent.
+    options = [
+        *((64, 4, stages, 1, 0) for stages in (2, 3)),
+        *((32, 4, stages, programs, 0) for stages, programs in ((3, 1), (6, 1), (3, 2))),
+        *((64, warps, 3, 1, parts) for warps in (4, 8) for parts in ((1, 2, 4) if one else (4,))),
+        *((32, 4, stages, programs, 4) for stages, programs in ((3, 1), (6, 1), (3, 2), (2, 3))),
+    ]
+    tunes = [
+        usual._replace(block=block, warps=warps, stages=stages, programs=programs, parts=parts)
+        for block, warps, stages, programs, parts in options
+    ]
+    if not one:
+        tunes += [usual._replace(chunk=chunk) for chunk in (1024, 4096, 8192)]
+    for tune in tunes:
+        attend = partial(latent_launches.decode, tune=tune)
         try:
-            took = time_decode(case, device, lambda *args, tune=tune: latent_launches.decode(*args, tune=tune))
-        except Exception as error:  # more shared memory than there is
-            print(f"        {tuple(tune)}: {type(error).__name__}", flush=True)
+            error = error_of(case, attend)
+            if not error <= WRONG:
+                print(f"        {tuple(tune)}: wrong, error {error:.1e}", flush=True)
+                continue
+            took = time_decode(case, device, attend)
+            parts = time_parts(case, tune)
+        except Exception as failure:  # more shared memory than there is
+            print(f"        {tuple(tune)}: {type(failure).__name__}", flush=True)
             continue
-        found.append({"us": took * 1e6, **tune._asdict()})
+        found.append({"us": took * 1e6, "error": error, **parts, **tune._asdict()})
     return sorted(found, key=lambda each: each["us"])
 
 
-def run_decode(shape: Shape, device: str, dtype: torch.dtype, ceiling: float | None, args: Any) -> list[dict[str, Any]]:
-    rows = []
+def run_decode(
+    shape: Shape, device: str, dtype: torch.dtype, ceiling: float | None, args: Any, rows: list[dict[str, Any]]
+) -> None:
+    """Append to `rows` what each of the shape's cases took."""
     for batch, context in [(1, 70), (3, 40)] if args.smoke else CASES[shape]:
+        if args.rows is not None and batch not in args.rows:
+            continue
         case = make_case(shape, [context] * batch, device, dtype, 1 if args.smoke else ROTATE_BYTES)
         read = batch * context * (shape.rank + shape.rope) * dtype.itemsize
         row: dict[str, Any] = {"model": shape.name, "batch": batch, "context": context, "error": error_of(case)}
@@ -184,6 +237,9 @@ def run_decode(shape: Shape, device: str, dtype: torch.dtype, ceiling: float | N
         took = time_decode(case, device)
         row |= {"us": took * 1e6, "gb_per_s": read / took / 1e9}
         row["percent_of_ceiling"] = None if ceiling is None else read / took / ceiling * 100
+        if device == "cuda":
+            row |= {"only_read_us": time_read(case) * 1e6, **time_parts(case)}
+            row["percent_of_only_reading"] = row["only_read_us"] / row["us"] * 100
         rows.append(row)
         share = "" if ceiling is None else f" {row['percent_of_ceiling']:5.1f} % of the ceiling"
         print(
@@ -191,12 +247,17 @@ def run_decode(shape: Shape, device: str, dtype: torch.dtype, ceiling: float | N
             f"{row['gb_per_s']:6.0f} GB/s{share}, error {row['error']:.1e}, {row['changed']} changed",
             flush=True,
         )
+        if device == "cuda":
+            parts = (f"{name} {row[f'{name}_us']:.1f}" for name in ("only_read", "attend", "combine"))
+            print(f"        us of parts: {', '.join(parts)}", flush=True)
         if args.sweep and device == "cuda" and context >= 4096:
             row["sweep"] = sweep(case, shape, device)
-            for each in row["sweep"][:4]:
-                print(f"        {each}", flush=True)
+            for each in row["sweep"][:12]:
+                named = ("block", "warps", "stages", "programs", "chunk", "parts")
+                options = " ".join(f"{name} {each[name]}" for name in named)
+                times = " ".join(f"{name} {each[name]:.1f}" for name in ("us", "attend_us", "combine_us"))
+                print(f"        {times} error {each['error']:.1e} with {options}", flush=True)
         del case
-    return rows
 
 
 def by_keys_and_values(
@@ -213,16 +274,18 @@ def by_keys_and_values(
 
 
 def sweep_prefill(
-    q: Tensor, q_rotary: Tensor, at: tuple[Tensor, ...], weight: Tensor, scale: float
+    q: Tensor, q_rotary: Tensor, rotary: Tensor, both: Tensor, at: tuple[Tensor, ...], scale: float
 ) -> list[dict[str, Any]]:
-    """Microseconds of attention alone under other launch options, fastest first."""
+    """Microseconds of the attention of a fresh prompt alone under other launch options, fastest first."""
     from hybridgen.kernels.attention import latent_launches
 
-    query = through_keys(q, weight)
     found = []
-    for rows, warps, stages in ((64, 8, 2), (32, 8, 2), (32, 4, 2), (16, 4, 3)):
-        tune = latent_launches.Tuning(64, rows, warps, stages)
-        call = partial(latent_launches.prefill, query, q_rotary, *at, scale, tune=tune)
+    out = torch.empty((*q.shape[:2], both.shape[2] - q.shape[2]), dtype=q.dtype, device=q.device)
+    for rows, block, warps, stages in (
+        (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3),
+    ):  # fmt: skip
+        tune = latent_launches.Tuning(block, rows, warps, stages)
+        call = partial(latent_launches.prefill_fresh, q, q_rotary, both, rotary, *at, scale, out, tune=tune)
         try:
             found.append({"us": seconds([call] * 4, "cuda") * 1e6, **tune._asdict()})
         except Exception as error:  # more shared memory than there is
@@ -250,7 +313,17 @@ def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool, swee
         weight = (torch.randn(size, shape.rank, device=device) * shape.rank**-0.5).to(dtype)
         scale = (shape.nope + shape.rope) ** -0.5
 
-        def attend(
+        def by_own_keys(
+            q: Tensor = q,
+            q_rotary: Tensor = q_rotary,
+            at: tuple[Tensor, ...] = (pages, table, slots, places, starts),
+            weight: Tensor = weight,
+            scale: float = scale,
+            new: tuple[Tensor, Tensor] = latents[:, None].split((shape.rank, shape.rope), dim=-1),
+        ) -> Tensor:
+            return latent_prefill(q, q_rotary, *at, weight, scale, *new)
+
+        def by_latents(
             q: Tensor = q,
             q_rotary: Tensor = q_rotary,
             at: tuple[Tensor, ...] = (pages, table, slots, places, starts),
@@ -270,14 +343,19 @@ def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool, swee
 
         wanted = other()
         row: dict[str, Any] = {"model": shape.name, "tokens": tokens}
-        row["difference"] = float((attend() - wanted).abs().max() / wanted.abs().max())
-        row |= {"us": seconds([attend] * 4, device) * 1e6, "keys_and_values_us": seconds([other] * 4, device) * 1e6}
+        for name, way in (("", by_latents), ("own_keys_", by_own_keys)):
+            row[f"{name}difference"] = float((way() - wanted).abs().max() / wanted.abs().max())
+            row[f"{name}us"] = seconds([way] * 4, device) * 1e6
+        row["keys_and_values_us"] = seconds([other] * 4, device) * 1e6
         if sweeps and device == "cuda":
-            row["sweep"] = sweep_prefill(q, q_rotary, (pages, table, slots, places, starts), weight, scale)
+            both = (latents[:, : shape.rank] @ weight.T).view(tokens, shape.heads, -1)
+            rotary = latents[:, None, shape.rank :]
+            row["sweep"] = sweep_prefill(q, q_rotary, rotary, both, (places, starts), scale)
         rows.append(row)
         print(
             f"prefill {shape.name:16} tokens {tokens:5} {row['us']:9.1f} us, by keys and values "
-            f"{row['keys_and_values_us']:9.1f} us, difference {row['difference']:.1e}",
+            f"{row['keys_and_values_us']:9.1f} us, by its own keys {row['own_keys_us']:9.1f} us, "
+            f"differences {row['difference']:.1e} {row['own_keys_difference']:.1e}",
             flush=True,
         )
         for each in row.get("sweep", ()):
@@ -289,6 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--sweep", action="store_true", help="other launch options too")
+    parser.add_argument("--rows", type=int, nargs="+", help="decode of so many rows alone, and no prefill")
     parser.add_argument("--models", nargs="+", help="of these names; all if left out")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -301,12 +380,15 @@ def main() -> None:
     results: dict[str, Any] = {"benchmark": "latent", "dtype": str(dtype), "page_size": PAGE_SIZE}
     results["read_ceiling_gb_per_s"] = None if ceiling is None else ceiling / 1e9
     print(f"read ceiling {results['read_ceiling_gb_per_s']} GB/s", flush=True)
-    with torch.inference_mode():
-        results["decode"] = [row for shape in shapes for row in run_decode(shape, device, dtype, ceiling, args)]
-        results["prefill"] = [
-            row for shape in shapes for row in run_prefill(shape, device, dtype, args.smoke, args.sweep)
-        ]
-    report(results, args.output)
+    results |= {"decode": [], "prefill": []}
+    try:
+        with torch.inference_mode():
+            for shape in shapes:
+                run_decode(shape, device, dtype, ceiling, args, results["decode"])
+            for shape in shapes if args.rows is None else []:
+                results["prefill"] += run_prefill(shape, device, dtype, args.smoke, args.sweep)
+    finally:  # what was measured by then is worth keeping
+        report(results, args.output)
 
 
 if __name__ == "__main__":

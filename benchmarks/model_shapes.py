@@ -9,6 +9,8 @@ experts. Greedy, random prompts of one length, whole calls, wall time, medians.
 - share: bytes that a step must read over its time, of the read ceiling that is measured in the same run. Of experts,
   those that tokens choose: k for one row, and as many as are expected of even choices for several.
 - p99 over p50: of the gaps between tokens in the long calls.
+- repeats: with `--repeats`, how many of so many replays of one recorded decode step, with its attention to latents, its
+  recurrences and its experts, gave other bits than the first in its logits, tokens or states.
 - agreement: how many tokens are Hugging Face's before the first other one, of all. Random weights in 16 bits leave
   tokens close to each other, so that it says little below 1.
 
@@ -42,6 +44,7 @@ from common import (
     synchronize,
     this_device,
 )
+from replay import differing_repeats
 from shapes import shorten
 from transformers import AutoModelForCausalLM
 
@@ -196,7 +199,7 @@ class Model:
     def ours(self, mode: str, options: dict[str, Any]) -> None:
         arguments = self.arguments
         most = max(arguments.batches)
-        options = {"max_batch": most, "max_context": arguments.prompt + arguments.new, **options}
+        options = {"max_batch": most, "max_context": arguments.prompt + max(arguments.new, 96), **options}
         options |= {"mode": mode, "token_budget": most * arguments.prompt, "prefix_cache": False, "progress": False}
         if mode in ("graph", "hybrid"):
             options |= {"decode_buckets": arguments.batches, "prefill_buckets": [arguments.prompt]}
@@ -230,6 +233,8 @@ class Model:
         times = quantiles(gaps)
         row |= {"p50_us": times["p50_us"], "p99_us": times["p99_us"], "gaps": len(gaps)}
         row["p99_over_p50"] = times["p99_us"] / times["p50_us"]
+        if arguments.repeats and engine.mode == "hybrid":
+            row |= differing_repeats(engine, prompts, arguments.repeats)
         if batch in self.tokens:
             row["agreement"] = agreement([list(out.token_ids) for out in cell.results[-1]], self.tokens[batch])
         return row
@@ -244,13 +249,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128, help="tokens of a long call at most")
     parser.add_argument("--budget-s", type=float, default=6.0, help="seconds of a cell, about")
+    parser.add_argument("--repeats", type=int, default=0, help="replays of one decode step in mode hybrid")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny models, anywhere")
     arguments = parser.parse_args()
     options: dict[str, Any] = {}
     if arguments.smoke:
         arguments.models, arguments.batches, arguments.budget_s = ["tiny", "tiny-latent"], [1, 2], 0.2
-        arguments.prompt, arguments.new = 16, 8
+        arguments.prompt, arguments.new, arguments.repeats = 16, 8, 5
         arguments.modes = [HUGGINGFACE, "eager", "hybrid"]
         options = {"compile_backend": "eager", "kv_memory": "16MiB"}
     device = this_device()

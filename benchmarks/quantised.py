@@ -251,23 +251,29 @@ def sweep(device: str, dtype: torch.dtype, rows_of: list[int]) -> list[dict[str,
     return found
 
 
-def run_steps(args: argparse.Namespace, models: list[str], batches: list[int], device: str) -> list[dict[str, Any]]:
+def run_steps(args: argparse.Namespace, models: list[str], all_batches: list[int], device: str) -> list[dict[str, Any]]:
     """Milliseconds of a decode step, and of the prefill of 32 prompts of 512 tokens."""
     found = []
-    for name in models:
+    for given in models:
+        name, _, own = given.partition(":")
+        batches = [int(own)] if own else all_batches
         for kind in args.kinds:
             # `fp8-w8a8`: FP8 weights, and activations of many rows in FP8 too.
             weights = None if kind == "none" else kind.partition("-")[0]
+            begin = time.perf_counter()
             model = random_model(name, shape_dtype(name, device), device, quantised=weights)
             release()
+            print(f"steps   {name} {kind}: weights made in {time.perf_counter() - begin:.1f} s", flush=True)
             small = name == "tiny"
             prompts, length, new = (4, 80, 8) if small else (32, 512, 128)
             options: dict[str, Any] = {"mode": "eager" if device == "cpu" else "hybrid", "decode_buckets": batches}
             options |= {"max_batch": max(prompts, *batches), "max_context": 1024, "prefill_buckets": []}
             options |= {"fp8_activations": kind == "fp8-w8a8", "kv_dtype": args.kv_dtype}
             with hybridgen.Engine.load(model, **options) as engine:
+                print(f"steps   {name} {kind}: ready after {time.perf_counter() - begin:.1f} s", flush=True)
                 vocab = model.config.vocab_size
-                row: dict[str, Any] = {"model": name, "kind": kind, "weights": engine.stats().weights}
+                stats = engine.stats()
+                row: dict[str, Any] = {"model": name, "kind": kind, "weights": stats.weights, "fused": stats.fused}
                 for batch in batches:
                     ids = random_prompts(batch, length // 8, vocab)
                     took = []
@@ -309,7 +315,9 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try other tiles instead")
     parser.add_argument("--sweep-rows", nargs="+", type=int, default=[64], help="rows of --sweep")
     parser.add_argument("--steps", action="store_true", help="time whole models instead of products")
-    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"], help="shapes for --steps")
+    parser.add_argument(
+        "--models", nargs="+", default=["llama-3.1-8b"], help="shapes for --steps; llama-3.1-8b:64 at so many rows"
+    )
     kinds = ["none", "fp8", "fp8-w8a8", "int4"]
     parser.add_argument("--kinds", nargs="+", default=kinds, help="none, fp8, fp8-w8a8, int8, int4")
     parser.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits, with --steps")

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 import hybridgen
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.stored import TensorFiles
 
 GROUP = 128
 SHARD_BYTES = 2**31
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help="w4a16, int4, or both")
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--directory", type=Path, help="where checkpoints are written; removed in the end")
+    parser.add_argument("--threads", action="store_true", help="large tensors are read by threads")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -172,6 +174,7 @@ def main() -> None:
         if what not in ("w4a16", "int4"):
             parser.error(f"{what!r} is neither w4a16 nor int4")
     torch.manual_seed(0)
+    TensorFiles.by_threads = args.threads
     rows = []
     for what in wanted:
         place = args.directory or Path(tempfile.mkdtemp())
@@ -181,7 +184,7 @@ def main() -> None:
             shutil.rmtree(place / what, ignore_errors=True)
             with contextlib.suppress(OSError):
                 place.rmdir()
-    report({"benchmark": "quantised loading", "rows": rows}, args.output)
+    report({"benchmark": "quantised loading", "threads": args.threads, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from common import (
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import hybridgen
+from hybridgen.cache import SlotState
+from hybridgen.execution.runner import on_its_stream
 from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 
@@ -45,6 +47,7 @@ WARM_UP = 50
 REPLAYS_PER_STATE = 100
 PROFILED = 20
 RANGE = "steady state"
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Steady:
@@ -142,6 +145,47 @@ def replay_times(steady: Steady, count: int, device: str) -> dict[str, Any]:
     runner.ring.resynchronize()
     synchronize(device)
     return {"route": route.reason, "owner": route.kind, "device": quantiles(ends), "call": quantiles(calls)}
+
+
+def differing_repeats(engine: hybridgen.Engine, prompts: list[list[int]], count: int) -> dict[str, Any]:
+    """How many of so many replays of one decode step leave other bits than the first: in logits or tokens, and in the
+    states by slot of its rows. All that the step changes is put back before each."""
+    steady = Steady(engine, prompts, WARM_UP + 20)
+    try:
+        return _differing_repeats(steady.runner, steady.batch, count)
+    finally:
+        leave(steady)
+
+
+@on_its_stream
+def _differing_repeats(runner: Any, batch: int, count: int) -> dict[str, Any]:
+    route = runner.router.route(GraphKey.decode(batch, SamplerPlan()))
+    if route.recording is None:
+        raise SystemExit(f"no graph runs a batch of {batch}: {route.reason}")
+    states = [state for state in runner.states if isinstance(state, SlotState)]
+    slots = runner.steps.inputs().slots[:batch]
+    places = [(state, torch.cat(state.places(slots))) for state in states]  # those that are read, too
+    mutable = runner.steps.mutable()
+    before = [tensor.clone() for tensor in mutable]
+
+    def left_behind() -> list[torch.Tensor]:
+        for tensor, value in zip(mutable, before, strict=True):
+            tensor.copy_(value)
+        route.recording.recorded.replay()
+        pools = [(tensor, at) for state, at in places for mixer in state.mixers for tensor in mixer]
+        kept = [tensor.index_select(0, at) for tensor, at in pools if tensor is not None]
+        return [tensor.view(_BITS[tensor.element_size()]) for tensor in (*mutable, *kept)]
+
+    first = [tensor.clone() for tensor in left_behind()]
+    different = torch.zeros((), dtype=torch.int64, device=slots.device)
+    for _ in range(count):
+        found = [(ours != theirs).any() for ours, theirs in zip(left_behind(), first, strict=True)]
+        different += torch.stack(found).any()
+    for tensor, value in zip(mutable, before, strict=True):
+        tensor.copy_(value)
+    runner.ring.resynchronize()
+    compared = sum(tensor.numel() * tensor.element_size() for tensor in first)
+    return {"repeats": count, "repeats_that_differ": int(different), "compared_bytes": compared}
 
 
 def runtime_calls(steady: Steady, device: str) -> dict[str, Any]:

@@ -221,3 +221,34 @@ def experts(results: list[Result]) -> list[str]:
             figures = [number(row["active_experts"]), number(row["us"]), f"{row['percent_of_ceiling']:.1f}%"]
             rows.append([row["shape"], str(row["rows"]), f"`{row['way']}`", *figures])
     return table(["shape", "rows", "way", "experts read", "µs a layer", "of the ceiling"], rows, 3)
+
+
+def latent(results: list[Result]) -> list[str]:
+    """Decode attention to latents, beside only reading them, and prefill beside keys and values."""
+    rows = []
+    for result in results:
+        for row in result["decode"]:
+            times = [number(row.get(name)) for name in ("us", "attend_us", "combine_us", "only_read_us")]
+            shares = [number(row.get(name)) for name in ("percent_of_ceiling", "percent_of_only_reading")]
+            rows.append([f"decode, {row['batch']} rows of {row['context']:,}", *times, *shares, "-", "-"])
+        for row in result["prefill"]:
+            others = [number(row.get(name)) for name in ("own_keys_us", "keys_and_values_us")]
+            rows.append([f"prefill, {row['tokens']:,} tokens", number(row["us"]), *["-"] * 5, *others])
+    parts = ["µs", "first kernel alone", "second alone", "only reading"]
+    shares = ["of the read ceiling, %", "of only reading, %"]
+    return table(["call", *parts, *shares, "own keys and values, µs", "torch's, µs"], rows)
+
+
+def model_shapes(results: list[Result]) -> list[str]:
+    """Decode steps and prefill of models of many kinds, by mode."""
+    rows = []
+    for row in (row for result in results for row in result["rows"]):
+        where = [row["model"], str(row["batch"]), f"`{row['mode']}`"]
+        if "error" in row:
+            rows.append([*where, row["error"].split(":")[0], *["-"] * 5])
+            continue
+        ratios = [number(row.get(name), 2) for name in ("times_huggingface", "share_of_ceiling", "p99_over_p50")]
+        repeats = f"{row['repeats_that_differ']} of {row['repeats']:,}" if "repeats" in row else "-"
+        rows.append([*where, number(row["step_us"], 0), *ratios, number(row["prefill_ms"]), repeats])
+    figures = ["µs a step", "times Hugging Face", "of the read ceiling", "p99 over p50", "prefill, ms"]
+    return table(["model", "rows", "mode", *figures, "repeats with other bits"], rows, 3)

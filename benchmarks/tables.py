@@ -57,6 +57,8 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "utilisation": step_tables.memory_limit,
     "experts": step_tables.experts,
     "structured": call_tables.structured,
+    "latent": step_tables.latent,
+    "model-shapes": step_tables.model_shapes,
     "rows": step_tables.rows,
 }
 

@@ -34,7 +34,7 @@ PAGE = DOCS / "models.md"
 BEGIN, END = "<!-- model types -->\n", "<!-- end of model types -->"
 RUNS = {
     "every mode, the whole matrix": families.FAMILIES,
-    "every mode, `jit` and most of `hybrid` in the long sweep": families.MORE_FAMILIES,
+    "every mode, the whole matrix in the long sweep": families.MORE_FAMILIES,
     "the text part, mode `eager`, a few in all": multimodal.WHOLES,
 }
 """What is compared, and the types."""

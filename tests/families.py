@@ -280,6 +280,14 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _with(**_DELTA, head_dim=16),
     "qwen3_5_moe_text": _with(**_DELTA, head_dim=16, **_ROUTED_DELTA),
     "olmo_hybrid": _with(**_DELTA),
+    "lara_mini": _without(
+        "intermediate_size",
+        **_DELTA
+        | {"layer_types": ["linear_attention", "sliding_attention", "full_attention"], "linear_num_value_heads": 4},
+        head_dim=16,
+        sliding_window=8,
+        **_ROUTED_DELTA,
+    ),
     "bamba": _with(**_MAMBA, attn_layer_indices=[1], **_THREE),
     "granitemoehybrid": _with(
         **_MAMBA,

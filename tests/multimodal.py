@@ -70,6 +70,55 @@ WHOLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "glm4v_moe": (_text("glm4_moe", **_mrope(1, 1, 2)), {}),
     "glm_ocr": (_GLM, {}),
     "gemma4": (_text("gemma4_text"), {}),
+    "deepseek_ocr2": (
+        _text(
+            "llama",
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            mlp_layer_types=["dense", "sparse"],
+            n_group=1,
+            topk_group=1,
+        ),
+        {
+            "vision_config": {
+                "sam_config": {
+                    "hidden_size": 32,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 32,
+                    "global_attn_indexes": [0],
+                    "mlp_dim": 48,
+                    "output_channels": 8,
+                    "downsample_channels": [16, 32],
+                },
+                "encoder_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "vocab_size": 64,
+                },
+            }
+        },
+    ),
+    "emu3": (
+        _text("llama"),
+        {
+            "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": 251},
+            "vq_config": {
+                "codebook_size": 16,
+                "embed_dim": 8,
+                "latent_channels": 8,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+            },
+        },
+    ),
     "exaone4_5": (_text("exaone4"), {}),
     "aria": (_text("aria_text"), {}),
     "ovis2": (_text("qwen2"), {"hidden_size": 64, "vocab_size": families.VOCAB}),
@@ -169,7 +218,7 @@ def config_of(name: str, **changes: Any) -> PreTrainedConfig:
     kind = CONFIG_MAPPING[name]
     default = kind()
     text, others = (WHOLES | REFUSED)[name]
-    fields: dict[str, Any] = {key: value for key, value in others.items() if not isinstance(value, dict)}
+    fields: dict[str, Any] = {key: value for key, value in others.items() if key not in kind.sub_configs}
     for part in kind.sub_configs:
         inner = getattr(default, part, None)
         if not isinstance(inner, PreTrainedConfig):

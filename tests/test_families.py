@@ -15,6 +15,7 @@ from hybridgen import Mode
 from hybridgen.engine.builder import Builder
 from hybridgen.engine.preflight import resolve_config
 from hybridgen.engine.requests import make_requests
+from hybridgen.loading.support import STATES_BY_SLOT
 
 NEW_TOKENS = 25
 """Across a page border (16) wherever a prompt ends, and from one token to behind Llama 4's first chunk (24)."""
@@ -193,10 +194,26 @@ def test_more_families(name: str, tmp_path: Path, pytestconfig: pytest.Config) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(families.MORE_FAMILIES))
-def test_more_families_compiled(name: str, tmp_path: Path) -> None:
-    """The other modes: `jit`, and `hybrid` where the usual run leaves it out."""
-    check_modes(name, tmp_path, ["jit", *([] if name in COMPILED else ["hybrid"])], "eager")
+@pytest.mark.parametrize("mode", ["eager", "graph", "jit", "hybrid"])
+@pytest.mark.parametrize("name", sorted(families.MORE_FAMILIES.keys() - STATES_BY_SLOT))
+def test_more_families_whole_matrix(name: str, mode: str, tmp_path: Path) -> None:
+    """Batches, late requests, borders and log-probabilities, as for the families above, in every mode.
+
+    Those with states by slot have theirs in `test_state_families`.
+    """
+    if families.is_absent(name):
+        pytest.skip(f"this transformers has no {name}")
+    model = families.build(name)
+    expected = [families.reference(model, prompt, NEW_TOKENS) for prompt in families.prompts_of(LENGTHS)]
+    fields: dict[str, Any] = {"mode": mode, "compile_backend": "eager", "run_ahead": 1, **SETTINGS}
+    fields |= GRAPHS if mode in ("graph", "hybrid") else {}
+    with hybridgen.Engine.load(families.write(name, tmp_path), **fields) as engine:
+        check_engine(engine, expected, NEW_TOKENS if mode in ("eager", "jit") else FEW_TOKENS)
+        stats = engine.stats()
+        assert bool(stats.fallbacks) == (mode in ("jit", "hybrid") and name in families.UNCOMPILED)
+        assert stats.late_compiles == 0
+        assert stats.free_pages == stats.pages
+        assert (stats.graphs.padded_hits > 0) == (mode in ("graph", "hybrid"))
 
 
 def check_modes(name: str, directory: Path, modes: list[str], backend: str) -> None:

@@ -35,7 +35,7 @@ GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4), "prefill_buckets": (16, 96),
 EVERY_MODE = ("gemma3", "qwen2_vl")
 """In the usual run; the others in the modes that compile and record only with `-m slow`."""
 ALIKE = (
-    "deepseek_vl_hybrid", "granite4_vision", "granite_speech_plus", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
+    "deepseek_vl_hybrid", "emu3", "granite4_vision", "granite_speech_plus", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7",
     "nemo_speechlm", "qwen2_audio", "vibevoice_asr",
 )  # fmt: skip
 """Their text part is one of another wrapper's, or of `test_families.py`: with `-m slow`."""

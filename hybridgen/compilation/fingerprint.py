@@ -14,8 +14,10 @@ from torch import nn
 
 from hybridgen.models.attention import LayerBinding, StepMetadata
 from hybridgen.models.experts import ExpertsBinding
+from hybridgen.models.few_rows import RowsBinding
 from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import MixerBinding
+from hybridgen.models.routers import RouterBinding
 
 _TORCH_INTERNALS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
 
@@ -68,6 +70,12 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, ExpertsBinding):
             lines.append(f"{path}.{name}.form: {value.form}")
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
+        elif isinstance(value, RowsBinding):
+            lines.append(f"{path}.{name}: a few rows by an op")
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
+        elif isinstance(value, RouterBinding):
+            lines.append(f"{path}.{name}.form: {value.form} {value.chosen}")
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, type)):
             lines.append(f"{path}.{name}: {value.__module__}.{value.__qualname__} {_code(value)}")

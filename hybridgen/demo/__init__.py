@@ -1,4 +1,4 @@
-"""The demo model: a small Llama-architecture checkpoint, trained on the Python standard library's source.
+"""The demo model: a small Llama-architecture checkpoint, trained on Python's standard library and on packages' source.
 
 It ships inside the package, so that everything that hybridgen does can be tried and tested without a network.
 `hybridgen.demo.train` is the program that made it; `README.md` beside this file says what went into it.

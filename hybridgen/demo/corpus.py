@@ -28,7 +28,15 @@ SKIPPED = (
     "encodings/*",  # mostly generated tables, near copies of each other
     "pydoc_data/*",  # generated from the documentation
     "lib2to3/*",  # copies of other modules; held-out files would not be unseen
+    "*_vendor/*",  # copies of other packages, under licences of their own
+    "*vendored/*",
 )
+MOST_CHARACTERS = 200_000
+"""Longer files of further folders are left out: most are tables, or code that a program wrote."""
+RUN_LINES = 3
+"""Lines of a run; files are compared by the runs that they have in common."""
+SHARED_RUNS = 5
+"""A further file with so many runs of held-out files is left out."""
 
 # Pieces that no token crosses: line ends; a line's indentation, whole; words with the underscores before
 # them; numbers of up to three digits; other characters. Line end and indentation are apart so that a prompt
@@ -53,6 +61,8 @@ class Corpus:
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
+    further: tuple[Document, ...] = ()
+    """Trained on as well, from other folders; the tokenizer does not count them."""
 
 
 def standard_library() -> Path:
@@ -85,8 +95,33 @@ def read_documents(root: Path) -> Iterator[Document]:
             yield Document(name, text)
 
 
-def read_corpus(root: Path, recipe: Recipe) -> Corpus:
+def line_runs(text: str) -> set[int]:
+    """Hashes of the text's runs of `RUN_LINES` lines; blank lines and the space around lines do not count."""
+    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
+    return {hash(tuple(lines[i : i + RUN_LINES])) for i in range(len(lines) - RUN_LINES + 1)}
+
+
+def further_documents(folder: Path, held_out: set[int], seen: set[int]) -> Iterator[Document]:
+    """The files under `folder` that are new: of their runs of lines less than half are in `seen`.
+
+    Files with `SHARED_RUNS` or more runs in `held_out` are left out, for they hold a copy of a held-out file
+    or of a piece of one. `seen` grows by the runs of the files that are kept. Names begin with the folder's.
+    """
+    for document in read_documents(folder):
+        runs = line_runs(document.text)
+        if not runs or len(document.text) > MOST_CHARACTERS:
+            continue
+        if len(runs & held_out) >= SHARED_RUNS or 2 * len(runs & seen) >= len(runs):
+            continue
+        seen |= runs
+        yield Document(f"{folder.name}/{document.name}", document.text)
+
+
+def read_corpus(root: Path, recipe: Recipe, also: Sequence[Path] = ()) -> Corpus:
     """Split the source under `root`; the library files (not tests) whose names hash lowest are held out.
+
+    Files under the folders `also` are trained on too, as `further_documents` chooses them: near copies of
+    what is there already and of what is held out stay out.
 
     Raises:
         ConfigError: fewer than two library files, or none left to train on.
@@ -100,7 +135,13 @@ def read_corpus(root: Path, recipe: Recipe) -> Corpus:
     kept = tuple(d for d in (documents if recipe.tests else library) if d.name not in unseen)
     if not kept:
         raise ConfigError(f"held_out_share={recipe.held_out_share} leaves no file to train on; lower it")
-    return Corpus(kept, held_out)
+    if not also:
+        return Corpus(kept, held_out)
+    seen = set[int]().union(*(line_runs(d.text) for d in kept))
+    # Runs that training files have anyway (headers, the usual imports) do not show a copy.
+    apart = set[int]().union(*(line_runs(d.text) for d in held_out)) - seen
+    further = [d for folder in also for d in further_documents(folder, apart, seen)]
+    return Corpus(kept, held_out, tuple(further))
 
 
 def train_tokenizer(documents: Sequence[Document], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
@@ -133,11 +174,12 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int, max_length: 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> torch.Tensor:
     """All documents as one row of token ids, `<|endoftext|>` before each and after the last."""
     end = tokenizer.convert_tokens_to_ids(END)
-    ids = [end]
-    for encoding in tokenizer.backend_tokenizer.encode_batch([d.text for d in documents]):
-        ids += encoding.ids
-        ids.append(end)
-    return torch.tensor(ids, dtype=torch.long)
+    parts = [torch.tensor([end])]
+    for first in range(0, len(documents), 256):  # an encoding takes many times its ids' memory
+        texts = [d.text for d in documents[first : first + 256]]
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts)
+        parts.append(torch.tensor([i for encoding in encodings for i in (*encoding.ids, end)]))
+    return torch.cat(parts)
 
 
 def split_spaces(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor, share: float, seed: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hybridgen.errors import ConfigError
 
-_MAY_BE_ZERO = ("minutes", "weight_decay", "space_share", "aligned_share", "tests", "seed", "compile")
+_MAY_BE_ZERO = ("seconds", "weight_decay", "space_share", "aligned_share", "tests", "seed", "compile", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +29,23 @@ class Recipe:
     """The context length that the checkpoint's config states."""
     seq_len: int = 1024
     """Tokens per training sequence."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Sequences per step."""
-    steps: int = 6000
+    steps: int = 8400
     """Optimizer steps; the learning rate reaches its end at the last of them."""
-    minutes: float | None = None
-    """Wall-clock limit of the training loop. The schedule follows time where that is ahead of the steps."""
-    learning_rate: float = 3e-3
-    """The highest rate, after the warm-up; a cosine takes it to a fiftieth."""
-    warmup_steps: int = 200
-    weight_decay: float = 1.0
+    seconds: float | None = None
+    """Wall-clock limit, from the start of the run to the end of the training loop. The schedule follows time
+    where that is ahead of the steps; it begins after the first step, which compiles."""
+    learning_rate: float = 6e-3
+    """The highest rate, after the warm-up; a line takes it to zero."""
+    muon: bool = True
+    """Step the layers' matrices by Muon instead of AdamW."""
+    warmup_steps: int = 300
+    weight_decay: float = 0.3
     """On the matrices; vectors (norms) have none."""
     clip: float = 1.0
     """The gradient's norm at most."""
-    eval_every: int = 200
+    eval_every: int = 250
     """Steps between two looks at the held-out loss."""
     patience: int = 15
     """Looks without a better held-out loss after which training ends."""
@@ -54,6 +57,8 @@ class Recipe:
     aligned_share: float = 0.5
     """Share of the training sequences that begin at an unindented line, as prompts do; the others begin
     anywhere."""
+    corpus_repeats: int = 2
+    """How often an epoch has the corpus itself, where further folders are given; those it has once."""
     tests: bool = True
     """Also train on the files of the library's test packages."""
     seed: int = 0
@@ -78,8 +83,8 @@ class Recipe:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name}={value} is no share; give a number from 0 to 1")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"minutes={self.minutes} leaves no time to train; give a number above 0")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ConfigError(f"seconds={self.seconds} leaves no time to train; give a number above 0")
 
 
 SMALL: dict[str, Any] = {

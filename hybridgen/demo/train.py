@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hybridgen.demo.corpus import (
+    Document,
     batches,
     encode,
     line_starts,
@@ -39,6 +40,7 @@ from hybridgen.demo.corpus import (
     standard_library,
     train_tokenizer,
 )
+from hybridgen.demo.muon import Muon
 from hybridgen.demo.recipe import SMALL, Recipe
 from hybridgen.errors import ConfigError
 
@@ -96,19 +98,22 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
     return LlamaForCausalLM(config)
 
 
-def _parameter_groups(model: LlamaForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW for the embeddings and the norms, and for the layers' matrices where they are not Muon's."""
+    matrices = [p for p in model.model.layers.parameters() if p.dim() >= 2] if recipe.muon else []
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=model.device.type == "cuda")
+    return [adamw, Muon(matrices, weight_decay=recipe.weight_decay)] if matrices else [adamw]
 
 
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
-    """The rate of a step: linear warm-up by steps, then a cosine by `progress` (0 to 1) to a fiftieth."""
-    warm = min(1.0, (step + 1) / recipe.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return recipe.learning_rate * warm * (0.02 + 0.98 * cosine)
+    """The rate of a step: linear warm-up by steps, times a line by `progress` (0 to 1) from 1 to 0."""
+    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup_steps) * max(0.0, 1 - progress)
 
 
 def token_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -148,32 +153,43 @@ def held_out_loss(
 
 
 def train(
-    model: LlamaForCausalLM, data: Iterator[torch.Tensor], recipe: Recipe, evaluate: Callable[[], float]
+    model: LlamaForCausalLM,
+    data: Iterator[torch.Tensor],
+    recipe: Recipe,
+    evaluate: Callable[[], float],
+    began: float | None = None,
 ) -> Trained:
     """Train in place, and leave the weights for which `evaluate` (a held-out loss) was least.
+
+    `recipe.seconds` count from `began`, a reading of `time.monotonic` (default: now).
 
     Raises:
         ConfigError: no held-out loss was a number.
     """
-    groups = _parameter_groups(model, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=model.device.type == "cuda")
+    optimizers = _optimizers(model, recipe)
     loss_sum = _compiled(model) if recipe.compile else token_losses
     first: torch.Tensor | None = None
     recent: deque[torch.Tensor] = deque(maxlen=50)
     best_loss, best_step, best = math.inf, 0, {}
-    limit = math.inf if recipe.minutes is None else recipe.minutes * 60
-    began, tokens, done, stale, finished = time.monotonic(), 0, 0, 0, False
+    entered = time.monotonic()
+    limit = math.inf if recipe.seconds is None else recipe.seconds + (began or entered) - entered
+    ready, tokens, done, stale, finished = 0.0, 0, 0, 0, False
     bar = tqdm(total=recipe.steps, desc="train", unit="step", disable=None)
     while not finished:
-        seconds = time.monotonic() - began
-        rate = learning_rate(recipe, done, max(done / recipe.steps, seconds / limit))
+        seconds = time.monotonic() - entered
+        if done == 1:
+            ready = seconds
+        timed = (seconds - ready) / (limit - ready) if limit > ready else 1.0
+        rate = learning_rate(recipe, done, max(done / recipe.steps, timed))
         batch = next(data)
-        recent.append(_step(model, optimizer, loss_sum, batch, rate, recipe.clip))
-        first = recent[0] if first is None else first
+        recent.append(_step(model, optimizers, loss_sum, batch, rate, recipe.clip))
+        if first is None:
+            first = recent[0]
+            first.item()  # waits for the device: the schedule's clock starts when all is compiled
         done += 1
         tokens += batch[:, 1:].numel()
         bar.update()
-        finished = done >= recipe.steps or seconds >= limit
+        finished = done >= recipe.steps or time.monotonic() - entered >= limit
         if finished or done % recipe.eval_every == 0:
             current, stale = evaluate(), stale + 1
             if current < best_loss:
@@ -189,7 +205,7 @@ def train(
     assert first is not None
     return Trained(
         steps=done,
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - entered,
         tokens=tokens,
         first_loss=first.item(),
         last_loss=torch.stack(list(recent)).mean().item(),
@@ -207,7 +223,7 @@ def _compiled(model: LlamaForCausalLM) -> Callable[..., torch.Tensor]:
 
 def _step(
     model: LlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     loss_sum: Callable[..., torch.Tensor],
     batch: torch.Tensor,
     rate: float,
@@ -217,12 +233,13 @@ def _step(
     targets = batch[:, 1:]
     with _autocast(batch.device):
         loss = loss_sum(_hidden(model, batch[:, :-1]), model.lm_head.weight, targets) / targets.numel()
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
 
@@ -251,7 +268,7 @@ def directory_bytes(path: Path) -> int:
 
 
 def sample_texts(model: Any, tokenizer: PreTrainedTokenizerFast, *, new_tokens: int, seed: int) -> list[dict[str, Any]]:
-    """What the model writes after each of `PROMPTS`: greedily, and at temperature 0.7."""
+    """What the model writes after each of `PROMPTS`: greedily, and at temperature 0.7; without its penalty."""
     samples = []
     for temperature in (0.0, 0.7):
         torch.manual_seed(seed)
@@ -260,11 +277,19 @@ def sample_texts(model: Any, tokenizer: PreTrainedTokenizerFast, *, new_tokens: 
             how = {"do_sample": True, "temperature": temperature, "top_k": 0}
         for prompt in PROMPTS:
             ids = tokenizer(prompt, return_tensors="pt").to(model.device)
-            config = GenerationConfig(**how, max_new_tokens=new_tokens)
+            config = GenerationConfig(**how, repetition_penalty=1.0, max_new_tokens=new_tokens)
             out = model.generate(**ids, generation_config=config)[0, ids["input_ids"].shape[1] :]
             text = tokenizer.decode(out, skip_special_tokens=True)
             samples.append({"prompt": prompt, "temperature": temperature, "text": text})
     return samples
+
+
+def _by_folder(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """How many files and bytes of each further folder were trained on."""
+    found: dict[str, list[int]] = {}
+    for document in documents:
+        found.setdefault(document.name.split("/")[0], []).append(len(document.text.encode()))
+    return [{"name": name, "files": len(sizes), "bytes": sum(sizes)} for name, sizes in found.items()]
 
 
 def run(
@@ -273,33 +298,44 @@ def run(
     *,
     corpus: Path | None = None,
     corpus_name: str | None = None,
+    also: Sequence[Path] = (),
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Read the corpus, train tokenizer and model, write the checkpoint; returns what `training.json` holds.
+
+    `also` are folders of further files to train on. The tokenizer and the held-out files come from the corpus.
 
     The held-out loss in it is of the weights as saved (bfloat16), read back and computed in float32.
 
     Raises:
         ConfigError: the corpus is too small, or the checkpoint's files take over `MAX_BYTES`.
     """
+    began = time.monotonic()
     torch.manual_seed(recipe.seed)
     where = torch.device(device)
-    documents = read_corpus(corpus or standard_library(), recipe)
+    documents = read_corpus(corpus or standard_library(), recipe, also)
     tokenizer = train_tokenizer(documents.train, recipe.vocab_size, recipe.max_positions)
-    ids = split_spaces(tokenizer, encode(tokenizer, documents.train), recipe.space_share, recipe.seed)
+    ids = encode(tokenizer, documents.train)
+    corpus_tokens = len(ids)
+    if documents.further:
+        ids = torch.cat([ids.repeat(recipe.corpus_repeats), encode(tokenizer, documents.further)])
+    ids = split_spaces(tokenizer, ids, recipe.space_share, recipe.seed)
     data = batches(ids.to(where), line_starts(tokenizer, ids), recipe)
     unseen = encode(tokenizer, documents.held_out).to(where)
     unseen_bytes = sum(len(d.text.encode()) for d in documents.held_out)
     model = build_model(recipe, tokenizer)
     torch.nn.Module.to(model, where)
     parameters = sum(p.numel() for p in model.parameters())
-    log.info("%d training tokens, %d held out, %d parameters", len(ids), len(unseen), parameters)
+    log.info(
+        "%.0f s  %d training tokens an epoch, %d of them the corpus once, %d held out, %d parameters",
+        *(time.monotonic() - began, len(ids), corpus_tokens, len(unseen), parameters),
+    )
 
     def evaluate() -> float:
         with _autocast(where):
             return held_out_loss(model, unseen, unseen_bytes, length=recipe.seq_len).nats_per_token
 
-    trained = train(model, data, recipe, evaluate)
+    trained = train(model, data, recipe, evaluate, began)
     save(model, tokenizer, output)
     saved = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
     torch.nn.Module.to(saved, where)
@@ -314,12 +350,14 @@ def run(
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
         },
-        "device": where.type,
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
         "corpus": {
             "name": corpus_name or ("a folder given" if corpus else library),
             "train_files": len(documents.train),
             "train_bytes": sum(len(d.text.encode()) for d in documents.train),
-            "train_tokens": len(ids),
+            "train_tokens": corpus_tokens,
+            "further": _by_folder(documents.further),
+            "epoch_tokens": len(ids),
             "held_out_files": [d.name for d in documents.held_out],
         },
         "training": asdict(trained),
@@ -350,6 +388,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory for the checkpoint")
     parser.add_argument("--corpus", type=Path, help="folder of .py files (default: the standard library)")
     parser.add_argument("--corpus-name", help="what training.json calls the corpus")
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of further .py files to train on, such as another package; may be given often",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="a tiny model and a few steps")
@@ -363,6 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.output,
         corpus=options.corpus,
         corpus_name=options.corpus_name,
+        also=options.also,
         device=options.device,
     )
     for sample in report["samples"]:

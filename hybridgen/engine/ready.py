@@ -14,7 +14,8 @@ from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.live_adapters import merge_live
 from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
 from hybridgen.models import BoundModel, bind
-from hybridgen.models.experts_check import ExpertsCheck, check_packed, checked_sites, chosen_of
+from hybridgen.models.experts_check import ExpertsCheck, check_packed, checked_routers, checked_sites, chosen_of
+from hybridgen.models.few_rows import RowsCheck
 from hybridgen.models.packed_experts import packed_experts
 from hybridgen.models.probe import ProbedCall
 from hybridgen.models.projections import fuse_projections, use_rows
@@ -71,6 +72,9 @@ def make_ready(
     if resolved.mode is not Mode.EAGER:  # the reference
         check = ExpertsCheck(chosen_of(model), checkpoint.dtype)
         bound.use_experts(checked_sites(check, fall_back))
+        bound.use_routers(checked_routers(check, fall_back))
+        if resolved.mode.records:
+            bound.use_few_rows(RowsCheck(fall_back))
         check_packed(check, packed_experts(model))
     for _, module in quantised_modules(model):
         module.dequantises = resolved.mode is Mode.EAGER  # the reference
@@ -99,6 +103,9 @@ def ready_model(
     if resolved.mode is not Mode.EAGER:  # the reference
         check = ExpertsCheck(chosen_of(model), dtype)
         bound.use_experts(checked_sites(check, None))
+        bound.use_routers(checked_routers(check, None))
+        if resolved.mode.records:
+            bound.use_few_rows(RowsCheck(None))
     return bound
 
 

@@ -114,7 +114,9 @@ def load_quantised(
                 plan.add_stored(each)
         targets = {each.target for each in stored.values()}
         for name in plain.keys() - targets:  # an FP8 weight has the name that it has without being quantised
-            plan.tensors[name] = tensors.lazy(name)
+            # In another dtype it would be on the device twice for a moment.
+            same = parts is None and tensors.dtype_of(name) is dtype
+            plan.tensors[name] = tensors.lazy(name, device if same else None)
         head = plan.head
         if config.quantization is not None:
             plan.make(config.quantization)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,10 +17,21 @@ from torch import Tensor
 
 from hybridgen.errors import CheckpointError, UnsupportedModelError
 from hybridgen.loading.checks import TensorEntry, few, read_header
+from hybridgen.loading.device_reads import LEAST, DeviceReads
 from hybridgen.loading.formats import Format
 from hybridgen.loading.formats.scheme import TINY, Damaged, Scheme
 from hybridgen.models.quantised import QuantisedWeight
 
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
+"""Of what threads read; others are left to safetensors."""
 _CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "F4")
 _LEFT_OUT = (
     "input_scale",
@@ -37,6 +50,10 @@ _LEFT_OUT = (
 class TensorFiles:
     """The tensors of safetensors files, by name."""
 
+    by_threads = False
+    """Whether large tensors are read onto a GPU by threads (`device_reads`). That has not run on one yet:
+    `benchmarks/quantised_loading.py --threads` tries it."""
+
     def __init__(self, files: list[Path]) -> None:
         self.places: dict[str, Path] = {}
         self.entries: dict[str, TensorEntry] = {}
@@ -45,6 +62,10 @@ class TensorFiles:
             self.places |= dict.fromkeys(header, file)
             self.entries |= header
         self._open: dict[tuple[Path, str], Any] = {}
+        self._reads: dict[torch.device, DeviceReads] = {}
+        self._begins: dict[Path, int] = {}
+        """Where the tensors of a file begin."""
+        self._lock = threading.Lock()
         self._stack = ExitStack()
 
     def __enter__(self) -> TensorFiles:
@@ -63,13 +84,61 @@ class TensorFiles:
             self._open[key] = self._stack.enter_context(handle)
         return self._open[key]
 
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """A tensor's dtype, if it is a usual one."""
+        return _DTYPES.get(self.entries[name].dtype)
+
     def read(self, name: str, device: torch.device) -> Tensor:
         """A tensor's values, on a device."""
-        return self._handle(name, device).get_tensor(name)
+        entry = self.entries[name]
+        dtype = _DTYPES.get(entry.dtype)
+        threads = self.by_threads and device.type == "cuda" and hasattr(os, "preadv")
+        if not threads or dtype is None or entry.end - entry.start < LEAST:
+            return self._handle(name, device).get_tensor(name)
+        return self._read_by_threads(name, entry, dtype, device)
 
-    def lazy(self, name: str) -> Any:
-        """What gives the tensor on the CPU when it is indexed with `...`."""
-        return self._handle(name, torch.device("cpu")).get_slice(name)
+    def _read_by_threads(self, name: str, entry: TensorEntry, dtype: torch.dtype, device: torch.device) -> Tensor:
+        path = self.places[name]
+        with self._lock:  # transformers asks for tensors on threads of its own
+            if path not in self._begins:
+                with path.open("rb") as file:
+                    self._begins[path] = 8 + int.from_bytes(file.read(8), "little")
+            if device not in self._reads:
+                self._reads[device] = DeviceReads(device)
+                self._stack.callback(self._reads[device].close)
+            begin, reads = self._begins[path] + entry.start, self._reads[device]
+        found = torch.empty(entry.shape, dtype=dtype, device=device)
+        try:
+            reads.read(path, begin, found.view(-1).view(torch.uint8))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name!r} cannot be read: {error.strerror or error}") from error
+        return found
+
+    def lazy(self, name: str, device: torch.device | None = None) -> Any:
+        """What gives the tensor when it is indexed with `...`: on the CPU, or on a device."""
+        if device is None or device.type == "cpu" or not self.by_threads:
+            return self._handle(name, torch.device("cpu")).get_slice(name)
+        return LazyTensor(self, name, device)
+
+
+class LazyTensor:
+    """A tensor of files that is read onto a device when it is indexed with `...`."""
+
+    def __init__(self, files: TensorFiles, name: str, device: torch.device) -> None:
+        self._files, self._name, self._device = files, name, device
+        self.shape = torch.Size(files.entries[name].shape)
+
+    def get_shape(self) -> list[int]:
+        """As a safetensors slice has it."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """As a safetensors slice has it."""
+        return self._files.entries[self._name].dtype
+
+    def __getitem__(self, place: Any) -> Tensor:
+        values = self._files.read(self._name, self._device)
+        return values if place is Ellipsis else values[place]
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ STATES_BY_SLOT = frozenset(
         "granitemoehybrid",
         "jamba",
         "kimi_linear",
+        "lara_mini",
         "lfm2",
         "lfm2_moe",
         "lfm3",

@@ -28,12 +28,14 @@ from hybridgen.kernels.attention.ops import make_schedule
 from hybridgen.models.attention import ATTENTION_NAME, KVFactors, LayerBinding, Phase, StepMetadata
 from hybridgen.models.counting import counts_tokens, use_own_numbers, use_positions
 from hybridgen.models.experts import ExpertsBinding, ExpertsSite, find_experts, use_op, use_own_code
+from hybridgen.models.few_rows import RowsBinding, RowsSite, find_rows, use_own_product, use_rows_of
 from hybridgen.models.interface import AttentionNames
 from hybridgen.models.latent import LatentBinding, check_unwatched, use_expansion, use_latents
 from hybridgen.models.layer_inputs import LayerInputs
 from hybridgen.models.mixers import MixerBinding, MixerSite, use_own_cache, use_slots
 from hybridgen.models.probe import ProbedCall, kind_of
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
+from hybridgen.models.routers import RouterBinding, RouterSite, find_routers, use_own_choice, use_route
 from hybridgen.models.sites import AttentionSite, check_class_forward, find_sites
 from hybridgen.models.visibility import Visibility
 from hybridgen.models.weights import ModuleWeights, WeightProvider
@@ -69,6 +71,10 @@ class BoundModel:
     """What goes into some layers; None: nobody reads it."""
     experts: tuple[ExpertsSite, ...] = ()
     """The modules of experts that decode by the op of `kernels.linear.experts`."""
+    routers: tuple[RouterSite, ...] = ()
+    """The routers that choose by the op of `kernels.linear.route` in decode."""
+    rows: tuple[RowsSite, ...] = ()
+    """The projections that multiply by the op of `kernels.step.linear` in decode."""
     vocab_size: int = 0
     """Ids that the model takes. A head may have rows of the first of them alone (Apertus 1.5)."""
 
@@ -172,6 +178,10 @@ class BoundModel:
             mixer.module._hybridgen = MixerBinding(tensors, step, mixer.continues)  # type: ignore[assignment]
         for expert in self.experts:
             expert.module._hybridgen = ExpertsBinding(expert.form, step)  # type: ignore[assignment]
+        for router in self.routers:
+            router.module._hybridgen = RouterBinding(router.form, router.chosen, step)  # type: ignore[assignment]
+        for projection in self.rows:
+            projection.module._hybridgen = RowsBinding(step)  # type: ignore[assignment]
         for _, _, rope in self._replaced():
             rope.step = step
 
@@ -265,8 +275,27 @@ class BoundModel:
         self.experts = tuple(site for site in find_experts(self.model) if serves(site))
         self._use_states()
 
+    def use_routers(self, serves: Callable[[RouterSite], bool]) -> None:
+        """From now on, routers whose code computes what our op does choose by that in decode. Call it before
+        `attach()`.
+
+        Args:
+            serves: asked of each module that it is right to use the op for on its device.
+        """
+        self.routers = tuple(site for site in find_routers(self.model) if serves(site))
+        self._use_states()
+
+    def use_few_rows(self, allowed: Callable[[torch.Tensor, torch.Tensor | None], bool]) -> None:
+        """From now on, projections multiply a few rows by our op in decode. Call it before `attach()`.
+
+        Args:
+            allowed: asked of each weight and bias that it may be used for.
+        """
+        self.rows = tuple(find_rows(self.model, allowed))
+        self._use_states()
+
     def _use_states(self) -> None:
-        """Mixers, modules with latents and experts go by their bindings."""
+        """Mixers, modules with latents, experts and routers go by their bindings."""
         for mixer in self.mixers:
             use_slots(mixer.module)
         for module in self.latents:
@@ -275,6 +304,10 @@ class BoundModel:
             use_positions(module)
         for site in self.experts:
             use_op(site)
+        for router in self.routers:
+            use_route(router)
+        for projection in self.rows:
+            use_rows_of(projection)
 
     def check_forwards(self) -> None:
         """Raise unless modules that run with the engine's states or positions have the forward of their class still.
@@ -295,11 +328,17 @@ class BoundModel:
             use_own_numbers(module)
         for site in self.experts:
             use_own_code(site)
+        for router in self.routers:
+            use_own_choice(router)
+        for projection in self.rows:
+            use_own_product(projection)
 
     def release(self) -> None:
         """Put everything back as it was before `bind()`."""
         modules = [site.module for site in self.sites] + [mixer.module for mixer in self.mixers]
-        for module in (*modules, *(site.module for site in self.experts)):
+        modules += [site.module for site in self.experts] + [site.module for site in self.routers]
+        modules += [site.module for site in self.rows]
+        for module in modules:
             vars(module).pop("_hybridgen", None)
         self._use_own()
         self._slots = None

@@ -20,8 +20,11 @@ from hybridgen.errors import EngineError, described
 from hybridgen.kernels.linear.experts import experts, reference
 from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection
 from hybridgen.kernels.linear.layout import Block
+from hybridgen.kernels.linear.route import reference as route_reference
+from hybridgen.kernels.linear.route import route
 from hybridgen.models.experts import ExpertsSite, projections_of
 from hybridgen.models.packed_experts import PackedExperts
+from hybridgen.models.routers import RouterSite
 
 _TOLERANCE = {torch.float32: 5e-3, torch.float16: 5e-3}
 _OF_BFLOAT16 = 2e-2
@@ -58,6 +61,15 @@ class ExpertsCheck:
         # Prefill runs by the op as well.
         return self._problem(gate_up, down, module.form, kind, block, (1, 8, FEW_ROWS + 1))
 
+    def problem_of_router(self, site: RouterSite) -> str | None:
+        """Why a router is not to choose by the op in decode, or None."""
+        own: Any = site.module
+        weight, bias = own.weight, own._parameters.get("bias")
+        if not wants_check(weight.device):
+            return None
+        key = weight.device, site.form, site.chosen, weight.shape, weight.stride(), weight.dtype, bias is None
+        return self._tried(key, weight.device, lambda: _wrong_choice(weight, bias, site))
+
     def _problem(
         self, gate_up: Projection, down: Projection, form: Form, kind: str, block: Block | None, rows: tuple[int, ...]
     ) -> str | None:
@@ -66,10 +78,14 @@ class ExpertsCheck:
             return None
         tensors = [tensor for tensor in (*gate_up, *down) if tensor is not None]
         key = device, form, kind, block, rows, tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+        return self._tried(key, device, lambda: self._difference(gate_up, down, form, kind, block, rows))
+
+    def _tried(self, key: Any, device: torch.device, difference: Callable[[], str | None]) -> str | None:
+        """What a trial found, which is made once for each key."""
         if key not in self._known:
             try:
                 with _on(device):
-                    self._known[key] = self._difference(gate_up, down, form, kind, block, rows)
+                    self._known[key] = difference()
             except Exception as error:  # whatever Triton raises
                 if is_fatal(error):
                     raise
@@ -108,6 +124,28 @@ class ExpertsCheck:
         return None
 
 
+@torch.inference_mode()
+def _wrong_choice(weight: torch.Tensor, bias: torch.Tensor | None, site: RouterSite) -> str | None:
+    """How the op's logits, or what it chooses by them, differ from the reference by more than rounding; else None."""
+    for number in (1, 8):
+        g = torch.Generator().manual_seed(number)
+        x = torch.randn(number, weight.shape[1], generator=g).to(weight.device, weight.dtype)
+        logits, scores, ids = route(x, weight, bias, site.chosen, site.form)
+        wanted = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        limit = _TOLERANCE.get(weight.dtype, _OF_BFLOAT16)
+        if not float((logits.float() - wanted).norm()) <= limit * float(wanted.norm()):
+            return f"the logits of {number} random tokens are off by more than {limit:.3g}"
+        # Of its own logits, since rounding may put two experts into another order.
+        eye = torch.eye(weight.shape[0], device=weight.device, dtype=weight.dtype)
+        _, wanted_scores, _ = route_reference(logits, eye, None, site.chosen, *site.form)
+        largest = torch.topk(logits, site.chosen, dim=-1).values
+        if not torch.equal(logits.gather(1, ids), largest) or not torch.allclose(
+            scores.float(), wanted_scores.float(), atol=limit
+        ):
+            return f"of {number} random tokens it does not choose the largest logits"
+    return None
+
+
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -128,6 +166,18 @@ def checked_sites(check: ExpertsCheck, fall_back: Callable[[str], None] | None) 
         problem = check.problem_of_site(site)
         if problem is not None and fall_back is not None:
             fall_back(f"experts decode by the model's own code: {problem}")
+        return problem is None
+
+    return serves
+
+
+def checked_routers(check: ExpertsCheck, fall_back: Callable[[str], None] | None) -> Callable[[RouterSite], bool]:
+    """A test of routers, which tells `fall_back` of each that is not to use the op."""
+
+    def serves(site: RouterSite) -> bool:
+        problem = check.problem_of_router(site)
+        if problem is not None and fall_back is not None:
+            fall_back(f"experts are chosen by the model's own code: {problem}")
         return problem is None
 
     return serves

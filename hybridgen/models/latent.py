@@ -72,6 +72,7 @@ class LatentBinding:
         if not appends:  # all of them, before any is read: requests of one prefill call can share pages
             write_latent(latent, rotary, pages, *places)
         if step.phase is Phase.PREFILL:
+            # The tokens' own latents are not given: what CUDA does with them has not run on a GPU yet.
             return latent_prefill(plain, turned, pages, *places, step.query_starts, weight, scale)
         new = (latent, rotary) if appends else (None, None)
         mixed = latent_decode(through_keys(plain, weight), turned, pages, *places, scale, *new)

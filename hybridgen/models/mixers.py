@@ -6,9 +6,9 @@ pool in `cache.slot_state`; what it computes stays transformers' own code.
 
 - *Decode*: one call with a row for each token, [T, 1, hidden]. It decides nothing on the host, so that it can be
   compiled and recorded.
-- *Prefill*: one call for each run of tokens, [1, length, hidden], because transformers' functions start every row of a
-  batch at the same state. `_prefill` is the place for a function that takes packed runs. A mixer whose code begins
-  every run at zeros, as transformers' scan of Mamba 1 does, gets later runs of a prompt token by token.
+- *Prefill*: one call for all runs of one length that begin alike, [runs, length, hidden], because rows of a batch end
+  together in transformers' functions. `_prefill` is the place for a function that takes packed runs. A mixer whose code
+  begins every run at zeros, as transformers' scan of Mamba 1 does, gets later runs of a prompt token by token.
 
 The mixer's class is changed, not its `forward` attribute, so that layers of a kind still share a compiled graph.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from hybridgen.models.swapped import give_back, made_class
 
 _VERBS = frozenset({"update_conv_state", "update_recurrent_state"})
 """What a mixer calls on its cache, by which it is recognised."""
+_BATCH = 16384
+"""Tokens of a prefill call that a mixer gets at once, at most: what it computes takes memory for each."""
 _CACHE_NAMES = ("cache_params", "past_key_values", "past_key_value", "cache")
 _NOT_NEEDED = frozenset({"attention_mask", "position_ids", "position_embeddings", "cache_position", "seq_idx"})
 """Arguments of mixers that are None for packed tokens without padding, or that only attention reads."""
@@ -367,12 +370,28 @@ def _decode(own: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tensor
 def _prefill(own: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Any:
     """[1, T, hidden]: runs of tokens, each with the state of its slot. Returns the same as `_decode`."""
     reads, writes = binding.places()
-    outputs, start = [], 0
-    for index, (length, fresh) in enumerate(binding.step.runs):
-        cache = binding.read(reads[index : index + 1], fresh)
-        run = hidden[:, start : start + length]
-        parts = (run,) if fresh or binding.continues else run.split(1, dim=1)
-        outputs += [own(mixer, part, **{name: cache}) for part in parts]
-        binding.write(writes[index : index + 1], cache)
-        start += length
-    return tree_map(lambda *parts: torch.cat(parts, dim=1), *outputs)
+    runs = binding.step.runs
+    starts = list(itertools.accumulate((length for length, _ in runs), initial=0))
+    outputs: list[Any] = [None] * len(runs)
+    for (length, fresh), rows in _alike(runs):
+        read, write = (torch.cat([each[row : row + 1] for row in rows]) for each in (reads, writes))
+        cache = binding.read(read, fresh)
+        batch = torch.cat([hidden[:, starts[row] : starts[row] + length] for row in rows])
+        parts = (batch,) if fresh or binding.continues else batch.split(1, dim=1)
+        found = [own(mixer, part, **{name: cache}) for part in parts]
+        binding.write(write, cache)
+        whole = found[0] if len(found) == 1 else tree_map(lambda *each: torch.cat(each, dim=1), *found)
+        for place, row in enumerate(rows):
+            outputs[row] = tree_map(lambda each, place=place: each[place : place + 1], whole)
+    return tree_map(lambda *each: torch.cat(each, dim=1), *outputs)
+
+
+def _alike(runs: Sequence[tuple[int, bool]]) -> Iterator[tuple[tuple[int, bool], list[int]]]:
+    """Indices of runs that are equal, no more at once than have `_BATCH` tokens."""
+    found: dict[tuple[int, bool], list[int]] = {}
+    for index, run in enumerate(runs):
+        found.setdefault(run, []).append(index)
+    for run, rows in found.items():
+        most = max(1, _BATCH // max(run[0], 1))
+        for start in range(0, len(rows), most):
+            yield run, rows[start : start + most]

@@ -16,13 +16,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hybridgen.errors import EngineError, described
+from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models.quantised import QuantisedHead, QuantisedLinear, QuantisedTail, stack, why_not_stacked
 
 logger = logging.getLogger(__name__)
@@ -93,8 +94,22 @@ class Slot:
         self.item: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` of rows [..., in], by oneDNN where that takes less on most processors. Compilers see `F.linear`."""
+class Decoding(Protocol):
+    """What hangs on a projection that has an op for decode steps (`models.few_rows`)."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the step is one of decode."""
+
+
+def product(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, decoding: Decoding | None = None
+) -> torch.Tensor:
+    """`F.linear` of rows [..., in], by oneDNN where that takes less on most processors. Compilers see `F.linear`, or in
+    decode steps of what has an op for them that op."""
+    if decoding is not None and decoding.decodes:
+        flat = few_rows(rows.reshape(-1, rows.shape[-1]), weight, bias)
+        return flat.view(*rows.shape[:-1], weight.shape[0])
     # The compiler is asked first: what is asked of a size while a graph is traced would bind the graph to it.
     if torch.compiler.is_compiling() or not rows.is_cpu or weight.numel() < _LEAST or not _is_for_onednn(rows, weight):
         return F.linear(rows, weight, bias)
@@ -122,9 +137,10 @@ class FusedHead(nn.Linear):
     fused_slots: tuple[Slot, ...]
     fused_members: tuple[nn.Linear, ...]
     """Head and tails, in call order."""
+    _hybridgen: Decoding | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = product(input, self.fused_weight, self.fused_bias)
+        output = product(input, self.fused_weight, self.fused_bias, self._hybridgen)
         first, *others = output.split(self.fused_sizes, dim=-1)
         for slot, part in zip(self.fused_slots, others, strict=True):
             slot.item = (input, part)
@@ -159,10 +175,12 @@ class FusedTail(nn.Linear):
 
 
 class RowsLinear(nn.Linear):
-    """A projection of its own, by the product that is meant for a few rows on a CPU."""
+    """A projection of its own, by the product that is meant for a few rows."""
+
+    _hybridgen: Decoding | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return product(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias, self._hybridgen)
 
 
 def use_rows(model: nn.Module) -> int:

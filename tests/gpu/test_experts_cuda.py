@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import hybridgen
 from hybridgen.kernels.linear.experts import experts, reference
-from hybridgen.kernels.linear.experts_form import FEW_ROWS
+from hybridgen.kernels.linear.experts_form import FEW_ROWS, RouteForm
 from hybridgen.kernels.linear.layout import Block
+from hybridgen.kernels.linear.route import reference as route_reference
+from hybridgen.kernels.linear.route import route
+from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models.packed_experts import pad_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -115,6 +118,40 @@ def test_ids_are_read_on_the_device() -> None:
         assert torch.equal(out, experts(x, ids, weights, *made))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "form", [RouteForm(True), RouteForm(False), RouteForm(False, True), RouteForm(False, True, True)], ids=str
+)
+def test_choices_of_a_router(form: RouteForm, dtype: torch.dtype) -> None:
+    """Logits are those of float64 up to rounding; the choice is the largest of them; again in a graph."""
+    for experts_, hidden, chosen in ((32, 2880, 4), (128, 2048, 8), (6, 72, 2)):
+        g = torch.Generator("cuda").manual_seed(hidden)
+        weight = torch.randn(experts_, hidden, device="cuda", generator=g).mul(hidden**-0.5).to(dtype)
+        bias = torch.randn(experts_, device="cuda", generator=g).to(dtype) if form.chosen_only else None
+        for rows in (1, 3, 64, 65):
+            x = torch.randn(rows, hidden, device="cuda", generator=g).to(dtype)
+            logits, scores, ids = route(x, weight, bias, chosen, form)
+            wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            error = (logits.double() - wanted).norm() / wanted.norm()
+            assert error < (5e-3 if dtype == torch.bfloat16 else 1e-3)
+            assert torch.equal(logits.gather(1, ids), logits.topk(chosen).values)
+            eye = torch.eye(experts_, device="cuda", dtype=dtype)
+            by_logits = route_reference(logits, eye, None, chosen, *form)[1]
+            assert scores.dtype == by_logits.dtype
+            assert torch.allclose(scores.float(), by_logits.float(), atol=4e-3 if dtype != torch.float32 else 1e-3)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        x = x[:8].clone()
+        first = route(x, weight, bias, chosen, form)
+        with torch.cuda.graph(graph):
+            again = route(x, weight, bias, chosen, form)
+        for _ in range(50):
+            for each in again:
+                each.fill_(-1)
+            graph.replay()
+            assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
 SETTINGS: dict[str, Any] = {"device": "cuda", "max_batch": 4, "page_size": 16, "kv_memory": "64MiB", "max_context": 128}
 
 
@@ -153,3 +190,30 @@ def test_every_mode_generates_what_eager_does(name: str, tmp_path: Path) -> None
     assert len({str(found[mode]) for mode in ("eager", "jit", "graph", "hybrid")}) == 1
     for mode in ("jit", "graph", "hybrid"):
         assert abs(found[f"{mode} in bfloat16"] - found["eager in bfloat16"]) < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
+    """Against float64, with the output's memory poisoned before; a row alone and in company; again in a graph."""
+    for outputs, inputs in ((5120, 2880), (2880, 4096), (1000, 5208), (4096, 14336), (6, 256)):
+        g = torch.Generator("cuda").manual_seed(inputs)
+        weight = torch.randn(outputs, inputs, device="cuda", generator=g).mul(inputs**-0.5).to(dtype)
+        for rows in (1, 2, 3, 4, 5):
+            bias = torch.randn(outputs, device="cuda", generator=g).to(dtype) if rows % 2 else None
+            x = torch.randn(rows, inputs, device="cuda", generator=g).to(dtype)
+            poison = torch.full((rows, outputs), float("nan"), device="cuda", dtype=dtype)
+            del poison
+            out = few_rows(x, weight, bias)
+            wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            error = (out.double() - wanted).norm() / wanted.norm()
+            assert error < (4e-3 if dtype == torch.bfloat16 else 6e-4), (outputs, inputs, rows, float(error))
+        graph = torch.cuda.CUDAGraph()
+        x = x[:1].clone()
+        first = few_rows(x, weight, None)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            again = few_rows(x, weight, None)
+        for _ in range(200):
+            again.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(first, again)

@@ -83,14 +83,19 @@ def test_prefill(shape: tuple) -> None:
     weight = (torch.randn(heads * (nope + value_dim), rank, device="cuda") * rank**-0.5).to(dtype)
     q, q_rotary = _queries(sum(fed), heads, nope, dtype), _queries(sum(fed), heads, rope, dtype)
     starts = cache.starts(fed, len(fed) + 3)
+    new = torch.cat([each[-count:] for each, count in zip(cache.sequences, fed, strict=True)])[:, None]
+    new = new[..., :rank], new[..., rank:]
     _poison()
-    found = latent_prefill(q, q_rotary, *cache.places(fed), starts, weight, SCALE)
+    by_latents = latent_prefill(q, q_rotary, *cache.places(fed), starts, weight, SCALE)
+    _poison()
+    found = latent_prefill(q, q_rotary, *cache.places(fed), starts, weight, SCALE, *new)
     for row, each in enumerate(cache.sequences):
         both = (each[:, :rank].double() @ weight.double().T).view(-1, heads, nope + value_dim)
         keys = torch.cat((both[..., :nope], each[:, None, rank:].double().expand(-1, heads, -1)), dim=-1)
         here = slice(int(starts[row]), int(starts[row + 1]))
         wanted = dense(torch.cat((q[here], q_rotary[here]), dim=-1), keys, both[..., nope:], SCALE)
         assert error(found[here], wanted) < max(2 * LIMITS[dtype], 1e-5)
+        assert error(by_latents[here], wanted) < max(2 * LIMITS[dtype], 1e-5)
 
 
 def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:

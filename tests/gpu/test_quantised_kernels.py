@@ -25,6 +25,9 @@ pytestmark = pytest.mark.gpu
 LARGE = [
     Case("int4", 1024, 2048, Block(1, 128)),
     Case("int4", 1000, 2080, Block(1, 32), True),
+    Case("int4", 1000, 4096, Block(1, 128), True),
+    Case("int4", 520, 8192, Block(1, 256), True),
+    Case("int4", 1000, 4096, Block(1, 4096), True),
     Case("int8", 1024, 2048, Block(1, 128)),
     Case("int8", 1024, 2048, Block(1, 2048)),
     Case("fp8", 1024, 2048, Block(1, 2048), False, torch.float32),
@@ -59,7 +62,7 @@ def test_products(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_dequantised_copies_are_the_references(case: Case) -> None:
-    """512 rows of the identity give the values themselves."""
+    """Rows of the identity give the values themselves."""
     weight = make(case, "cuda")
     eye = torch.eye(case.inputs, device="cuda", dtype=torch.bfloat16)
     rows = eye if case.inputs > 256 else eye.repeat(5, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,20 @@ def _create_inline_asm(
         # Numbers of 16 bits lie as `pack` of them lie in a register already.
         registers[f"${len(types) + number}"] = flat.view(np.uint64 if flat.itemsize == 8 else U32)
     run(str(getattr(text, "value", text)), registers)
-    return _Results([
-        TensorHandle(
-            np.ascontiguousarray(registers[f"${number}"]).view(_NUMPY[kind.scalar.name]).reshape(shape), kind.scalar
-        )
-        for number, kind in enumerate(types)
-    ])  # fmt: skip
+    return _Results(
+        [
+            TensorHandle(_elements(registers[f"${number}"], kind.scalar.name, pack).reshape(shape), kind.scalar)
+            for number, kind in enumerate(types)
+        ]
+    )
+
+
+def _elements(register: np.ndarray, name: str, pack: int) -> np.ndarray:
+    """What a result's registers hold; of one element of 16 bits they have the lower half."""
+    kind = np.dtype(_NUMPY[name])
+    if kind.itemsize == 2 and pack == 1:
+        register = register.astype(np.uint16)
+    return np.ascontiguousarray(register).view(kind)
 
 
 _NUMPY = {"int32": np.int32, "fp32": np.float32, "fp16": np.float16, "int16": np.int16}
@@ -64,14 +73,26 @@ def run(text: str, registers: dict[str, np.ndarray]) -> None:
         name, rest = line.split(maxsplit=1)
         if name == ".reg":
             continue
+        asked = None
+        if name.startswith("@"):  # only where a predicate holds
+            asked = registers[name[1:]] != 0
+            name, rest = rest.split(maxsplit=1)
+            if not asked.any():
+                continue
         # Operands, of which some are lists of registers.
         operands = [
             [each.strip() for each in (listed or one).split(",")]
             for listed, one in re.findall(r"\{(.*?)\}|([^,\s]+)", rest)
         ]
         targets, sources = operands[0], [[value(each) for each in listed] for listed in _addresses(operands[1:])]
-        results = _KNOWN[name](*sources)
+        if asked is not None:  # others take the first one's operands, and keep what they had
+            first = int(np.argmax(asked))
+            sources = [[np.where(asked, each, each[first]) for each in listed] for listed in sources]
+        results = _move(sources[0], len(targets)) if name == "mov.b32" else _KNOWN[name](*sources)
         assert len(results) == len(targets), line
+        if asked is not None:
+            before = [registers[target] for target in targets]
+            results = [np.where(asked, new, old) for new, old in zip(results, before, strict=True)]
         registers.update(zip(targets, results, strict=True))
 
 
@@ -110,9 +131,13 @@ def _prmt(a: Listed, b: Listed, choice: Listed) -> Listed:
     return [found]
 
 
-def _move(a: Listed) -> Listed:
-    """Of a register to its halves."""
-    return [a[0] & U32(0xFFFF), a[0] >> U32(16)]
+def _move(a: Listed, targets: int) -> Listed:
+    """Of a register to another, or to its halves."""
+    return [a[0]] if targets == 1 else [a[0] & U32(0xFFFF), a[0] >> U32(16)]
+
+
+def _not_equal(a: Listed, b: Listed) -> Listed:
+    return [(a[0] != b[0]).astype(U32)]
 
 
 def halves(register: np.ndarray) -> np.ndarray:
@@ -126,6 +151,17 @@ def _packed(numbers: np.ndarray) -> np.ndarray:
 
 def _multiply_f16x2(a: Listed, b: Listed) -> Listed:
     return [_packed(halves(a[0]) * halves(b[0]))]
+
+
+def _add_f16x2(a: Listed, b: Listed) -> Listed:
+    return [_packed(halves(a[0]) + halves(b[0]))]
+
+
+def _add_bf16x2(a: Listed, b: Listed) -> Listed:
+    one, other = (
+        torch.from_numpy(np.ascontiguousarray(each[0]).view(np.int16)).view(torch.bfloat16) for each in (a, b)
+    )
+    return [(one + other).view(torch.int16).numpy().view(U32)]
 
 
 def _from_e4m3x2(a: Listed) -> Listed:
@@ -150,7 +186,17 @@ def _load_words(address: Listed) -> Listed:
     return list(memory[((places - first) // 4)[:, None] + np.arange(4)].T)
 
 
-def _mma(a: Listed, b: Listed, c: Listed) -> Listed:
+def bfloat_halves(register: np.ndarray) -> np.ndarray:
+    """The two bfloat16 numbers of each register, float64 [threads, 2]."""
+    both = np.stack((register << U32(16), register & U32(0xFFFF0000)), -1)
+    return np.ascontiguousarray(both).view(np.float32).astype(np.float64)
+
+
+def _mma_bf16(a: Listed, b: Listed, c: Listed) -> Listed:
+    return _mma(a, b, c, bfloat_halves)
+
+
+def _mma(a: Listed, b: Listed, c: Listed, halves: Callable[[np.ndarray], np.ndarray] = halves) -> Listed:
     """m16n8k16: where each thread (g, t) of a warp has its numbers is in the manual's figures."""
     a = [halves(each).reshape(-1, 8, 4, 2) for each in a]
     b = [halves(each).reshape(-1, 8, 4, 2) for each in b]
@@ -174,12 +220,15 @@ _KNOWN = {
     "shr.u32": _right,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
-    "mov.b32": _move,
+    "setp.ne.s32": _not_equal,
     "mul.rn.f16x2": _multiply_f16x2,
+    "add.rn.f16x2": _add_f16x2,
+    "add.rn.bf16x2": _add_bf16x2,
     "cvt.rn.f16x2.e4m3x2": _from_e4m3x2,
     "max.s32": _largest,
     "shfl.sync.bfly.b32": _butterfly,
     "ld.global.v4.b32": _load_words,
     "ld.global.L1::no_allocate.v4.b32": _load_words,
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": _mma,
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": _mma_bf16,
 }

@@ -91,6 +91,7 @@ def test_the_ops_are_traced_whole() -> None:
     weight, starts = torch.randn(HEADS * (NOPE + VALUE), RANK), cache.starts(ONES, len(ONES) + 1)
     prefill = *queries(len(LENGTHS), NOPE), *places, starts, weight, SCALE
     torch.library.opcheck(ops.latent_prefill, prefill, test_utils=utilities)
+    torch.library.opcheck(ops.latent_prefill, (*prefill, *new), test_utils=utilities)
 
 
 def test_the_process_that_compiles_steps_knows_the_ops() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from interpreter import Interpreter
 
 pytest.importorskip("triton")
 
+import triton
+
+from hybridgen.device.launcher import power_of_two
+from hybridgen.kernels.attention.latent_kernels import decode_kernel
 from hybridgen.kernels.attention.latent_launches import (
     _SCRATCH_BYTES,
     Shape,
@@ -62,13 +67,51 @@ def test_a_rows_chunks_fit_their_scratch(
     sizes=st.sampled_from([(512, 64), (256, 32), (16, 8), (384, 64)]),
     element=st.sampled_from([2, 4]),
     memory=st.sampled_from([99, 163, 227]),
-    prefill=st.booleans(),
+    kind=st.sampled_from(["prefill", "alone", "several"]),
 )
-def test_tiles_fit_shared_memory(heads: int, sizes: tuple[int, int], element: int, memory: int, prefill: bool) -> None:
+def test_tiles_fit_shared_memory(heads: int, sizes: tuple[int, int], element: int, memory: int, kind: str) -> None:
     shape = Shape(heads, *sizes, 64, element)
-    tune = tuning(shape, memory * 2**10, prefill)
-    assert _shared_bytes(shape, tune.block, tune.rows, tune.stages) <= memory * 2**10
+    tune = tuning(shape, memory * 2**10, kind == "prefill", kind == "alone")
+    taken = tune.programs * _shared_bytes(shape, tune.block, tune.rows, tune.stages, tune.parts > 0)
+    assert taken <= memory * 2**10
     assert tune.rows >= 16
+    assert not tune.parts or power_of_two(shape.rank) // tune.parts >= 16
+
+
+def test_what_was_measured_is_what_runs() -> None:
+    """On an H200, with the heads of DeepSeek-V2-Lite (`tried-latent-alone-h200.json`, `latent-rows-h200.json`)."""
+    shape, memory = Shape(16, 512, 64, 64, 2), 232448
+    assert tuning(shape, memory, alone=True)[:5] + tuning(shape, memory, alone=True)[6:] == (64, 16, 4, 3, 1, 4)
+    assert tuning(shape, memory)[:5] == (32, 16, 4, 3, 2)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_shared_memory_is_what_triton_takes_on_hopper(alone: bool) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    shape, memory = Shape(16, 512, 64, 64, 2), 232448
+    tune = tuning(shape, memory, alone=alone)
+    constants: dict[str, Any] = {
+        "HEADS": 16, "PAGE": 64, "RANK": 512, "ROPE": 64, "BLOCK": tune.block, "BLOCK_HEADS": tune.rows,
+        "BLOCK_RANK": 512, "BLOCK_ROPE": 64, "BLOCK_ROWS": 1 if alone else 16, "PARTS": tune.parts, "APPEND": True,
+        "OVERLAP": True,
+    }  # fmt: skip
+    names = decode_kernel.arg_names
+    signature = dict.fromkeys(names, "i32") | dict.fromkeys(constants, "constexpr") | {"scale": "fp32"}
+    signature |= dict.fromkeys(("q", "q_rotary", "latent", "rotary", "pages", "out"), "*bf16") | {"partial": "*fp32"}
+    signature |= {"block_table": "*i32", "slots": "*i32", "positions": "*i64"}
+    aligned = [name for name in names if signature[name][0] == "*" or "stride" in name]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(decode_kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
+    options = {"num_warps": tune.warps, "num_stages": tune.stages, "launch_pdl": True}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except RuntimeError as error:  # a Triton without this backend
+        pytest.skip(str(error))
+    expected = _shared_bytes(shape, tune.block, tune.rows, tune.stages, tune.parts > 0)
+    assert expected - 4 * 2**10 <= compiled.metadata.shared <= expected
+    assert "ld.local" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize(

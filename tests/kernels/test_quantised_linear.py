@@ -41,6 +41,12 @@ def test_kernels_in_the_interpreter(case: int, triton_interpreter: Interpreter) 
     triton_interpreter.run(Path(__file__).with_name("quantised_interpreter.py"), "check_case", case)
 
 
+@pytest.mark.parametrize("check", ["check_pairs", "check_few", "check_values_of_pairs"])
+def test_pairs_of_codes_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
+    pytest.importorskip("triton")
+    triton_interpreter.run(Path(__file__).with_name("quantised_interpreter.py"), check, 0)
+
+
 def test_where_scales_are_applied() -> None:
     kernels = pytest.importorskip("hybridgen.kernels.linear.quantised_kernels")
     for group, columns, where, step in ((4096, 1, 0, 128), (128, 32, 1, 128), (96, 43, 1, 32), (32, 128, 2, 128)):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import families
 import multimodal
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+import hybridgen
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.loading import check_supported
 from hybridgen.loading.support import unsupported_reason
@@ -35,6 +38,13 @@ SMALL = {**IDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads"
 REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "glm_moe_dsa": (LATENT | {"index_topk": 8, "index_n_heads": 2}, "index_topk"),
     "recurrent_gemma": ({**IDS, "hidden_size": 32, "num_hidden_layers": 3}, "recurrent"),
+    "minimax": (SIZES, "layer_types: linear_attention"),
+    "inkling_text": ({}, "layer_types: hybrid, hybrid_sliding"),
+    "qwen4_exp_text": ({}, "layer_types: indexed_attention"),
+    "deepseek_v32": (LATENT, "index_topk"),
+    "mllama": ({}, "cross_attention_layers"),
+    "gemma3n": ({}, "embedders of its encoders"),
+    "xlstm": ({}, "recurrent state"),
     "rwkv": ({**IDS, "hidden_size": 32, "num_hidden_layers": 2}, "recurrent state"),
     "bloom": ({**IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
     "mpt": ({**IDS, "d_model": 32, "n_layers": 2, "n_heads": 4}, "ALiBi"),
@@ -74,6 +84,21 @@ def test_others_are_refused_with_the_feature_that_breaks(family: str) -> None:
         check_supported(config)
     assert word in str(caught.value)
     assert repr(family) in str(caught.value)
+
+
+@pytest.mark.parametrize("family", sorted(REJECTED.keys() - {"gptj", "vit"}))
+def test_they_are_refused_before_weights_are_read(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a checkpoint's config alone, by every way to load it; its file of weights has none of them."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    values, word = REJECTED[family]
+    CONFIG_MAPPING[family](**values).save_pretrained(tmp_path)
+    save_file({"none": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(hybridgen.loading.Checkpoint, "load", lambda self: pytest.fail("weights are read"))
+    for call in (hybridgen.Engine.load, lambda path: hybridgen.generate(path, [5, 6])):
+        with pytest.raises(UnsupportedModelError) as caught:
+            call(str(tmp_path))
+        assert word in str(caught.value)
 
 
 def test_falcon_with_alibi_names_alibi() -> None:

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from hybridgen.cache import MixerShapes, SlotShape
 from hybridgen.errors import UnsupportedModelError
-from hybridgen.models import bind
+from hybridgen.models import bind, mixers
 from hybridgen.models.mixers import (
     SlotCache,
     SlotMixer,
@@ -133,3 +133,12 @@ def test_a_mixer_beside_experts_is_given_slots_once() -> None:
         assert not any(isinstance(mixer.module, SlotMixer) for mixer in bound.mixers)
     bound.release()
     assert not any(isinstance(mixer.module, SlotMixer) for mixer in bound.mixers)
+
+
+def test_runs_that_are_alike_make_batches_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixers, "_BATCH", 10)
+    runs = [(4, True), (3, True), (4, False), (4, True), (4, True), (30, True), (4, False)]
+    found = list(mixers._alike(runs))
+    assert found == [
+        ((4, True), [0, 3]), ((4, True), [4]), ((3, True), [1]), ((4, False), [2, 6]), ((30, True), [5]),
+    ]  # fmt: skip

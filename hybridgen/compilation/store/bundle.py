@@ -194,7 +194,7 @@ def _unpack(path: Path, stage: Path, most: int) -> list[str]:
             target = stage / digest / name
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(target, "xb") as file:
-                shutil.copyfileobj(content, file)
+                shutil.copyfileobj(content, file, _READ_BYTES)  # Python 3.14 asks for more by itself
             target.chmod(0o600)
     return digests
 

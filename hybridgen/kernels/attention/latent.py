@@ -42,7 +42,7 @@ for _schema in (
     f"latent_decode(Tensor q, Tensor q_rotary, Tensor(a!) pages, {_PLACES}, float scale, Tensor? latent=None, "
     "Tensor? rotary=None) -> Tensor",
     f"latent_prefill(Tensor q, Tensor q_rotary, Tensor pages, {_PLACES}, Tensor query_starts, Tensor weight, "
-    "float scale) -> Tensor",
+    "float scale, Tensor? latent=None, Tensor? rotary=None) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -84,13 +84,16 @@ def latent_prefill(
     query_starts: Tensor,
     weight: Tensor,
     scale: float,
+    latent: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed sequences over keys and values that `weight` makes of latents: [T, H, value_dim].
 
-    Runs of tokens are as in `prefill_attention`.
+    Runs of tokens are as in `prefill_attention`. Where the tokens' own latents and rotary keys, which must be in their
+    pages, are given, runs that begin at position 0 attend on CUDA to keys and values of their own.
     """
     return torch.ops.hybridgen.latent_prefill.default(
-        q, q_rotary, pages, block_table, slots, positions, query_starts, weight, scale
+        q, q_rotary, pages, block_table, slots, positions, query_starts, weight, scale, latent, rotary
     )
 
 
@@ -150,6 +153,8 @@ def _prefill_cpu(
     query_starts: Tensor,
     weight: Tensor,
     scale: float,
+    latent: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, nope = q.shape
     q = torch.cat((q, q_rotary), dim=-1)
@@ -193,13 +198,20 @@ def _prefill_cuda(
     query_starts: Tensor,
     weight: Tensor,
     scale: float,
+    latent: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor:
-    from hybridgen.kernels.attention.latent_launches import prefill
+    from hybridgen.kernels.attention.latent_launches import prefill, prefill_fresh
 
+    own = latent is not None and rotary is not None
     with on_device_of(q):
         places = pages, block_table, slots, positions
-        mixed = prefill(through_keys(q, weight), q_rotary, *places, query_starts, scale)
-    return through_values(mixed, weight, q.shape[2]).contiguous()
+        mixed = prefill(through_keys(q, weight), q_rotary, *places, query_starts, scale, later=own)
+        out = through_values(mixed, weight, q.shape[2]).contiguous()
+        if latent is not None and rotary is not None:
+            both = F.linear(latent[:, 0].to(q.dtype), weight).view(len(q), q.shape[1], -1)
+            prefill_fresh(q, q_rotary, both, rotary.to(q.dtype), positions, query_starts, scale, out)
+    return out
 
 
 def _write_fake(*_: Tensor) -> None:
@@ -211,7 +223,7 @@ def _decode_fake(q: Tensor, *_: Any) -> Tensor:
 
 
 def _prefill_fake(q: Tensor, q_rotary: Tensor, *args: Any) -> Tensor:
-    weight: Tensor = args[-2]
+    weight: Tensor = args[5]
     return q.new_empty((*q.shape[:2], weight.shape[0] // q.shape[1] - q.shape[2]))
 
 

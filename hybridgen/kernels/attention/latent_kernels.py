@@ -83,6 +83,61 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _attend_by_heads(  # type: ignore[no-untyped-def]
+    queries, query_rotary, pages, table, position, first, last, scale,
+    PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_PART: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+):  # fmt: skip
+    """What `_attend` does for queries at one position, with heads as rows of the products and positions as columns.
+
+    16 heads are as many rows as `mma.sync` has, so that each latent is read once for scores, whatever the warps. A
+    latent's columns are PARTS tensors: their products are added up apart, so that they need not wait for each other.
+
+    Returns:
+        peak [BLOCK_HEADS], total [BLOCK_HEADS], and the mix as PARTS tensors [BLOCK_HEADS, BLOCK_PART].
+    """
+    width: tl.constexpr = RANK + ROPE
+    factor = scale * 1.4426950408889634
+    end = position + 1
+    peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
+    sums = tl.zeros([BLOCK_HEADS, BLOCK], tl.float32)
+    mixed = ()
+    for _ in tl.static_range(PARTS):
+        mixed = mixed + (tl.zeros([BLOCK_HEADS, BLOCK_PART], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    ids = load_pages(table, first * BLOCK, end, PAGE, BLOCK)
+    for tile in range(first, last):
+        start = tile * BLOCK
+        rotary = _read(pages, ids, start, end, RANK, PAGE, width, ROPE, BLOCK, BLOCK_ROPE)
+        latents = ()
+        for part in tl.static_range(PARTS):
+            read = _read(
+                pages, ids, start, end, part * BLOCK_PART,
+                PAGE, width, min(BLOCK_PART, RANK - part * BLOCK_PART), BLOCK, BLOCK_PART,
+            )  # fmt: skip
+            latents = latents + (read,)  # type: ignore[assignment]  # noqa: RUF005
+        ids = load_pages(table, start + BLOCK, end, PAGE, BLOCK)
+        scores = tl.dot(query_rotary, tl.trans(rotary), input_precision="ieee")
+        for part in tl.static_range(PARTS):
+            # Not `+=`, of which Triton would make one chain of products.
+            product = tl.dot(queries[part], tl.trans(latents[part]), input_precision="ieee")
+            scores = tl.fma(product, tl.full([BLOCK_HEADS, BLOCK], 1.0, tl.float32), scores)
+        scores = tl.where((start + tl.arange(0, BLOCK) < end)[None, :], scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
+        weights = tl.exp2(scores * factor - new_peak[:, None])
+        rescale = tl.exp2(peak - new_peak)
+        sums = sums * rescale[:, None] + weights
+        weights = weights.to(rotary.dtype)
+        new = ()
+        for part in tl.static_range(PARTS):
+            scaled = mixed[part] * rescale[:, None]
+            new = new + (tl.dot(weights, latents[part], scaled, input_precision="ieee"),)  # type: ignore[assignment]  # noqa: RUF005
+        mixed = new
+        peak = new_peak
+    return peak, tl.sum(sums, 1), mixed
+
+
+@triton.jit
 def _queries(  # type: ignore[no-untyped-def]
     base, lines, inside, stride_head, heads, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):  # fmt: skip
@@ -93,33 +148,29 @@ def _queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _request(pages, table, first, last, end, PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask the L2 cache for tiles of whole pages in 16 bits, 128 threads for a part each.
-
-    A hint that promises nothing, so that the page with the newest position may be among them.
-    """
-    lane = tl.arange(0, 128)
-    size: tl.constexpr = PAGE * WIDTH * 2 // 128
-    for tile in range(first, last):
-        ids = load_pages(table, tile * BLOCK, end, PAGE, BLOCK)
-        address = (pages + ids.to(tl.int64) * (PAGE * WIDTH)).to(tl.int64) + lane * size
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [address, lane * 0 + size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+def _all_queries(  # type: ignore[no-untyped-def]
+    q, q_rotary, line, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, heads, inside,
+    RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_ROPE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Queries of a row, as PARTS tensors (one if that is 0), and their rotary rest."""
+    width: tl.constexpr = BLOCK_RANK // max(PARTS, 1)
+    queries = ()
+    for part in tl.static_range(max(PARTS, 1)):
+        query = _queries(
+            q + part * width, line * q_stride_token, inside, q_stride_head, heads,
+            min(width, RANK - part * width), width,
+        )  # fmt: skip
+        queries = queries + (query,)  # type: ignore[assignment]  # noqa: RUF005
+    rotary = _queries(q_rotary, line * rotary_stride_token, inside, rotary_stride_head, heads, ROPE, BLOCK_ROPE)
+    return queries, rotary
 
 
 @triton.jit
-def _append(new, target, ends_row, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write SIZE numbers to a page, where the chunk is a row's last."""
+def _append(new, target, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write SIZE numbers to a page."""
     columns = tl.arange(0, BLOCK_SIZE)
-    mask = (columns < SIZE) & ends_row
-    values = tl.load(new + columns, mask=mask)
-    tl.store(target + columns, values.to(target.dtype.element_ty), mask=mask)
+    values = tl.load(new + columns, mask=columns < SIZE)
+    tl.store(target + columns, values.to(target.dtype.element_ty), mask=columns < SIZE)
 
 
 @triton.jit
@@ -129,6 +180,16 @@ def _store(target, lines, inside, values, RANK: tl.constexpr, BLOCK_RANK: tl.con
     pointers = target + lines[:, None] * RANK + ranks[None, :]
     values = tl.trans(values.to(target.dtype.element_ty))
     tl.store(pointers, values, mask=inside[:, None] & (ranks < RANK)[None, :])
+
+
+@triton.jit
+def _store_by_heads(  # type: ignore[no-untyped-def]
+    target, lines, inside, values, first: tl.constexpr, RANK: tl.constexpr, BLOCK_PART: tl.constexpr
+):  # fmt: skip
+    """Write values [rows, BLOCK_PART] to the columns from `first` on of the rows `lines` of `target` [..., RANK]."""
+    ranks = first + tl.arange(0, BLOCK_PART)
+    pointers = target + lines[:, None] * RANK + ranks[None, :]
+    tl.store(pointers, values.to(target.dtype.element_ty), mask=inside[:, None] & (ranks < RANK)[None, :])
 
 
 @triton.jit(
@@ -141,7 +202,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, new_stride, new_rotary_stride,
     HEADS: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, AHEAD: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr, APPEND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A program: every n-th chunk of all rows, for BLOCK_HEADS heads; rows of one chunk are finished here.
 
@@ -155,6 +216,11 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     heads = tl.program_id(0) % parts * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     inside = heads < HEADS
     if BLOCK_ROWS == 1:
+        # Asked for before the position is there: what waits for it in turn takes as long as a page's first bytes.
+        queries, query_rotary = _all_queries(
+            q, q_rotary, 0, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, heads, inside,
+            RANK, ROPE, BLOCK_RANK, BLOCK_ROPE, PARTS,
+        )  # fmt: skip
         place = tl.load(positions).to(tl.int32)
         low, high, tiles, items = _cut(place, 0, splits, chunk_tiles, BLOCK, 1, 0)
     else:
@@ -179,36 +245,47 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             count = items
         first = low + chunk * tiles
         last = tl.minimum(first + tiles, high)
-        if AHEAD:
-            _request(
-                pages, table, first, tl.minimum(first + AHEAD, last), position + 1, PAGE, RANK + ROPE, BLOCK
-            )  # fmt: skip
-        if APPEND:
-            page = tl.load(table + position // PAGE).to(tl.int64)
-            target = pages + (page * PAGE + position % PAGE) * (RANK + ROPE)
-            ends_row = last == high
-            _append(latent + row.to(tl.int64) * new_stride, target, ends_row, RANK, BLOCK_RANK)
-            _append(rotary + row.to(tl.int64) * new_rotary_stride, target + RANK, ends_row, ROPE, BLOCK_ROPE)
-            tl.debug_barrier()  # all threads read what some of them wrote
+        if APPEND:  # noqa: SIM102
+            if last == high:
+                page = tl.load(table + position // PAGE).to(tl.int64)
+                target = pages + (page * PAGE + position % PAGE) * (RANK + ROPE)
+                _append(latent + row.to(tl.int64) * new_stride, target, RANK, BLOCK_RANK)
+                _append(rotary + row.to(tl.int64) * new_rotary_stride, target + RANK, ROPE, BLOCK_ROPE)
+                tl.debug_barrier()  # all threads read what some of them wrote
         line = row.to(tl.int64)
-        query = _queries(q, line * q_stride_token, inside, q_stride_head, heads, RANK, BLOCK_RANK)
-        query_rotary = _queries(
-            q_rotary, line * rotary_stride_token, inside, rotary_stride_head, heads, ROPE, BLOCK_ROPE
-        )
-        peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
-        sums = tl.zeros([BLOCK, BLOCK_HEADS], tl.float32)
-        mixed = tl.zeros([BLOCK_RANK, BLOCK_HEADS], tl.float32)
-        peak, sums, mixed = _attend(
-            query, query_rotary, peak, sums, mixed, pages, table, heads * 0 + position, first, last, position + 1,
-            scale, PAGE, RANK, ROPE, BLOCK, BLOCK_RANK, BLOCK_ROPE,
-        )  # fmt: skip
-        total = tl.sum(sums, 0)
-        mixed = mixed / total[None, :]
-        if count == 1:
-            _store(out, line * HEADS + heads, inside, mixed, RANK, BLOCK_RANK)
+        if BLOCK_ROWS > 1:
+            queries, query_rotary = _all_queries(
+                q, q_rotary, line, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head, heads,
+                inside, RANK, ROPE, BLOCK_RANK, BLOCK_ROPE, PARTS,
+            )  # fmt: skip
+        parts_of_row = (line * row_chunks + chunk) * HEADS + heads
+        if PARTS:
+            width: tl.constexpr = BLOCK_RANK // PARTS
+            peak, total, means = _attend_by_heads(
+                queries, query_rotary, pages, table, position, first, last, scale,
+                PAGE, RANK, ROPE, BLOCK, BLOCK_HEADS, width, PARTS, BLOCK_ROPE,
+            )  # fmt: skip
+            for part in tl.static_range(PARTS):
+                mean = means[part] / total[:, None]
+                if count == 1:
+                    _store_by_heads(out, line * HEADS + heads, inside, mean, part * width, RANK, width)
+                else:
+                    _store_by_heads(partial, parts_of_row, inside, mean, part * width, RANK, width)
         else:
-            parts_of_row = (line * row_chunks + chunk) * HEADS + heads
-            _store(partial, parts_of_row, inside, mixed, RANK, BLOCK_RANK)
+            peak = tl.full([BLOCK_HEADS], -float("inf"), tl.float32)
+            sums = tl.zeros([BLOCK, BLOCK_HEADS], tl.float32)
+            mixed = tl.zeros([BLOCK_RANK, BLOCK_HEADS], tl.float32)
+            peak, sums, mixed = _attend(
+                queries[0], query_rotary, peak, sums, mixed, pages, table, heads * 0 + position, first, last,
+                position + 1, scale, PAGE, RANK, ROPE, BLOCK, BLOCK_RANK, BLOCK_ROPE,
+            )  # fmt: skip
+            total = tl.sum(sums, 0)
+            mixed = mixed / total[None, :]
+            if count == 1:
+                _store(out, line * HEADS + heads, inside, mixed, RANK, BLOCK_RANK)
+            else:
+                _store(partial, parts_of_row, inside, mixed, RANK, BLOCK_RANK)
+        if count > 1:
             tl.store(partial + lse_start + parts_of_row, peak + tl.log2(total), mask=inside)
 
 
@@ -219,9 +296,12 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 def combine_kernel(  # type: ignore[no-untyped-def]
     positions, out, partial, lse_start, splits, chunk_tiles, row_chunks,
     HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ALONE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCK_COLUMNS of a row's mean latent for one head, over the row's chunks in their order."""
+    """A program: BLOCK_COLUMNS of a row's mean latent for one head, over the row's chunks in their order.
+
+    With ALONE, of one row, the places of all chunks are read before it is known how many chunks there are.
+    """
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -230,16 +310,22 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(2) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     position = tl.load(positions + row).to(tl.int32)
     _low, _high, _tiles, chunks = _cut(position, 0, splits, chunk_tiles, BLOCK, 1, 0)
-    if chunks > 1:
+    places = chunks
+    if ALONE:
+        places = row_chunks
+    if places > 1:
         peak = -float("inf")
         total = 0.0
         mixed = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for start in range(0, chunks, BLOCK_CHUNKS):
+        for start in range(0, places, BLOCK_CHUNKS):
             chunk = start + tl.arange(0, BLOCK_CHUNKS)
             line = (row.to(tl.int64) * row_chunks + chunk) * HEADS + head
-            part = tl.load(partial + lse_start + line, mask=chunk < chunks, other=-float("inf"))
+            part = tl.load(partial + lse_start + line, mask=chunk < places, other=-float("inf"))
             piece = partial + line[:, None] * RANK + columns[None, :]
-            piece = tl.load(piece, mask=(chunk < chunks)[:, None] & (columns < RANK)[None, :], other=0.0)
+            piece = tl.load(piece, mask=(chunk < places)[:, None] & (columns < RANK)[None, :], other=0.0)
+            if ALONE:  # nobody wrote to the others
+                part = tl.where(chunk < chunks, part, -float("inf"))
+                piece = tl.where((chunk < chunks)[:, None], piece, 0.0)
             new_peak = tl.maximum(peak, tl.max(part, 0))
             weights = tl.exp2(part - new_peak)
             rescale = tl.exp2(peak - new_peak)
@@ -247,7 +333,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
             mixed = mixed * rescale + tl.sum(weights[:, None] * piece, 0)
             peak = new_peak
         target = out + (row.to(tl.int64) * HEADS + head) * RANK + columns
-        tl.store(target, (mixed / total).to(out.dtype.element_ty), mask=columns < RANK)
+        tl.store(target, (mixed / total).to(out.dtype.element_ty), mask=(columns < RANK) & (chunks > 1))
 
 
 @triton.jit(
@@ -259,9 +345,12 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     scale, sequences, table_stride, q_stride_token, q_stride_head, rotary_stride_token, rotary_stride_head,
     HEADS: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_ROPE: tl.constexpr,
-    BLOCK_SEQUENCES: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr, LATER: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCK_ROWS rows of one sequence, where a row is a token and one of its heads, token first."""
+    """A program: BLOCK_ROWS rows of one sequence, where a row is a token and one of its heads, token first.
+
+    With LATER nothing is written for sequences that begin in this call.
+    """
     # Late tiles have the longest contexts: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     # As in `prefill`: sequence i owns the tiles from starts[i] * HEADS // BLOCK_ROWS + i on.
@@ -272,6 +361,10 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     begin = tl.load(query_starts + sequence)
     tokens = tl.load(query_starts + sequence + 1) - begin
     row_start = (tile - (begin.to(tl.int64) * HEADS // BLOCK_ROWS + sequence)).to(tl.int32) * BLOCK_ROWS
+    if LATER:
+        # Behind the last token there is no position.
+        first = tl.load(positions + begin, mask=row_start < tokens * HEADS, other=0)
+        tokens = tl.where(first > 0, tokens, 0)
     if row_start < tokens * HEADS:
         rows = row_start + tl.arange(0, BLOCK_ROWS)
         token = rows // HEADS

@@ -5,8 +5,12 @@ values: scores are a product over rank + rope, the mean one over positions, of t
 are rows of both products, since tensor cores of compute capability 9 want 64 of them, and heads may be 16.
 
 Decode cuts a row's context into chunks of tiles, by its own length and by shapes alone, so that its bits do not depend
-on its neighbours; a second kernel combines a row's chunks in their order (flash-decoding). Prefill attends to latents
-too (absorbed): with the sizes of DeepSeek-V2 3.4 times the products of keys and values, and none of them in memory.
+on its neighbours; a second kernel combines a row's chunks in their order (flash-decoding).
+
+Prefill attends to latents too (absorbed), with the sizes of DeepSeek-V2 3.4 times the products of keys and values.
+Where a call has its tokens' latents given, runs that begin in it attend to keys and values of their own
+(`prefill_fresh`). Which run is which is known on the device alone: both kernels are launched, and each leaves out the
+other's.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of, power_of_two
 from hybridgen.kernels.attention.decode import Plan
+from hybridgen.kernels.attention.latent_fresh_kernels import fresh_kernel
 from hybridgen.kernels.attention.latent_kernels import combine_kernel, decode_kernel, prefill_kernel
 
 _CHUNK_TOKENS = 2048
@@ -51,11 +56,11 @@ class Tuning(NamedTuple):
     stages: int
     """Tiles of latents in shared memory."""
     programs: int = 1
-    """Of decode with several rows, a multiprocessor. One row has one: its context is cut less finely."""
+    """Of decode, a multiprocessor."""
     chunk: int = _CHUNK_TOKENS
     """Positions of a chunk at most, with several rows."""
-    ahead: int = 0
-    """Tiles of a chunk that the L2 cache is asked for before the queries are read; only for pages of one tile."""
+    parts: int = 0
+    """Tensors that decode reads a tile's latents as, with heads as rows of its products; 0: positions are rows."""
 
 
 def shape_of(q: Tensor, pages: Tensor, rank: int) -> Shape:
@@ -80,18 +85,22 @@ def shape_of(q: Tensor, pages: Tensor, rank: int) -> Shape:
     return Shape(q.shape[1], rank, rope, page_size, q.element_size())
 
 
-def _shared_bytes(shape: Shape, block: int, rows: int, stages: int) -> int:
-    """Of tiles, queries and weights, about as the compiler lays them out."""
+def _shared_bytes(shape: Shape, block: int, rows: int, stages: int, by_heads: bool = False) -> int:
+    """Of tiles, queries and weights, about as the compiler lays them out: where the rows of products are less than the
+    64 of `wgmma`, one stage is what is multiplied, and its buffer the next tile's."""
     rank, rope = power_of_two(shape.rank), power_of_two(shape.rope)
-    tiles = stages * block * (rank + rope)
+    asynchronous = block >= 64 and not by_heads
+    tiles = (stages if asynchronous else max(1, stages - 1)) * block * (rank + rope)
     return (tiles + rows * (rank + rope) + block * rows) * shape.bytes + 2 * 2**10
 
 
 @functools.cache
-def tuning(shape: Shape, shared_memory: int, prefill: bool = False) -> Tuning:
-    """Launch options by what was measured on an H200 (`benchmarks/results/tried-latent-h200.json`), where it was.
+def tuning(shape: Shape, shared_memory: int, prefill: bool = False, alone: bool = False) -> Tuning:
+    """Launch options by what was measured on an H200 (`tried-latent-alone-h200.json` and
+    `latent-rows-h200.json` in `benchmarks/results/`), where it was.
 
-    Up to 16 heads in 16 bits decode with two programs a multiprocessor, each with three tiles of 32 positions: one
+    Up to 16 heads in 16 bits decode with heads as rows where one row is `alone`: of a tile of 64 positions each warp
+    multiplies two pieces in turn. With several rows two programs a multiprocessor, each with tiles of 32 positions: one
     program waits while the other multiplies. Else the largest tiles that fit, which was not measured. Four warps are
     one warp group, whose products need no copies between groups.
     """
@@ -99,7 +108,12 @@ def tuning(shape: Shape, shared_memory: int, prefill: bool = False) -> Tuning:
     if shape.bytes == 4:
         block, rows = (32, 16) if _shared_bytes(shape, 32, 16, 2) <= shared_memory else (16, 16)
         return Tuning(block, rows, warps=8, stages=1)
-    if not prefill and most <= 16 and 2 * _shared_bytes(shape, 32, 16, 3) <= shared_memory:
+    few = not prefill and most <= 16
+    # As far as it ran on a GPU: by tiles inside a page, of latents that are wide enough to be read in parts.
+    by_heads = alone and shape.rank == 512 and shape.page_size >= 64
+    if few and by_heads and _shared_bytes(shape, 64, 16, 3, by_heads=True) <= shared_memory:
+        return Tuning(64, 16, warps=4, stages=3, parts=4)
+    if few and 2 * _shared_bytes(shape, 32, 16, 3) <= shared_memory:
         return Tuning(32, 16, warps=4, stages=3, programs=2)
     for block in (64, 32, 16):
         for rows in (most, most // 2, most // 4):
@@ -118,7 +132,7 @@ def plan(tokens: int, shape: Shape, max_tiles: int, processors: int, tune: Tunin
     One row is cut as finely as there are programs for it, several rows no coarser than `tune.chunk`.
     """
     parts = triton.cdiv(shape.heads, tune.rows)
-    resident = max(1, processors * (tune.programs if tokens > 1 else 1) // parts)
+    resident = max(1, processors * tune.programs // parts)
     splits = min(max_tiles, max(1, resident // tokens))
     if tokens == 1:
         return Plan(splits, max_tiles, splits, splits * parts)
@@ -142,7 +156,10 @@ def _combine_block(tokens: int, row_chunks: int, shape: Shape) -> tuple[int, int
     columns = triton.next_power_of_2(shape.rank)
     while columns > 64 and tokens * shape.heads * triton.cdiv(shape.rank, columns) < 128:
         columns //= 2
-    return min(triton.next_power_of_2(row_chunks), max(1, 8192 // columns)), columns
+    chunks = triton.next_power_of_2(row_chunks)
+    if tokens == 1:  # all chunks at once: it need not be known how many there are
+        return chunks, max(16, min(columns, 8192 // chunks))
+    return min(chunks, max(1, 8192 // columns)), columns
 
 
 class Call(NamedTuple):
@@ -164,12 +181,6 @@ def _sizes(shape: Shape) -> dict[str, Any]:
     return {"HEADS": shape.heads, "PAGE": shape.page_size, "RANK": shape.rank, "ROPE": shape.rope}
 
 
-def _is_requested_whole(shape: Shape, tune: Tuning) -> bool:
-    """Whether 128 threads can ask for a tile: bytes of a thread are a multiple of 16."""
-    page_bytes = shape.page_size * (shape.rank + shape.rope) * shape.bytes
-    return shape.bytes == 2 and tune.block == shape.page_size and page_bytes % 2**11 == 0
-
-
 def _prepare(shape: Shape, tokens: int, max_pages: int, append: bool, device: Device, tune: Tuning) -> Call:
     max_tiles = triton.cdiv(max_pages * shape.page_size, tune.block)
     cut = plan(tokens, shape, max_tiles, device.processors, tune)
@@ -182,7 +193,7 @@ def _prepare(shape: Shape, tokens: int, max_pages: int, append: bool, device: De
         "BLOCK_RANK": power_of_two(shape.rank),
         "BLOCK_ROPE": power_of_two(shape.rope),
         "BLOCK_ROWS": _row_block(tokens),
-        "AHEAD": tune.ahead if device.overlap and _is_requested_whole(shape, tune) else 0,
+        "PARTS": tune.parts,
         "APPEND": append,
         "num_warps": tune.warps,
         "num_stages": tune.stages,
@@ -194,6 +205,7 @@ def _prepare(shape: Shape, tokens: int, max_pages: int, append: bool, device: De
         "BLOCK": tune.block,
         "BLOCK_CHUNKS": chunks,
         "BLOCK_COLUMNS": columns,
+        "ALONE": tokens == 1,
         "num_warps": 4,
         **overlap,
     }
@@ -242,7 +254,7 @@ def decode(
     call = _calls.get(key)
     if call is None:
         device = device_of(q)
-        found = tune or tuning(shape, device.shared_memory)
+        found = tune or tuning(shape, device.shared_memory, alone=tokens == 1)
         call = _calls[key] = _prepare(shape, tokens, block_table.shape[1], append, device, found)
     # Mean latents of each row, chunk and head, then the logarithms of their sums.
     partial = torch.empty((call.lines * (rank + 1),), dtype=torch.float32, device=q.device)
@@ -267,12 +279,14 @@ def prefill(
     query_starts: Tensor,
     scale: float,
     tune: Tuning | None = None,
+    later: bool = False,
 ) -> Tensor:
     """The mean of latents by each head's causal attention: [T, H, rank].
 
     Args:
         q: [T, H, rank], queries through the keys' part of the projection; `q_rotary` [T, H, rope] their rest.
         tune: replaces the launch options.
+        later: leave out runs that begin at position 0, whose rows hold anything then.
     """
     tokens, heads, rank = q.shape
     shape = shape_of(q, pages, rank)
@@ -287,7 +301,7 @@ def prefill(
     # A stride over heads can follow from the number of tokens: what Triton specialises on, not the number.
     kinds = tuple((stride % 16 == 0, stride == 1, stride >= 2**31) for stride in strides)
     block_sequences = triton.next_power_of_2(sequences)
-    key = q.dtype, slots.dtype, positions.dtype, shape, tune, block_sequences, device, kinds
+    key = q.dtype, slots.dtype, positions.dtype, shape, tune, block_sequences, device, kinds, later
     launcher = _prefills.get(key)
     if launcher is None:
         constants = {
@@ -297,6 +311,7 @@ def prefill(
             "BLOCK_RANK": power_of_two(rank),
             "BLOCK_ROPE": power_of_two(shape.rope),
             "BLOCK_SEQUENCES": block_sequences,
+            "LATER": later,
             "num_warps": tune.warps,
             "num_stages": tune.stages,
         }
@@ -305,3 +320,81 @@ def prefill(
     inputs = q, q_rotary, pages, block_table, slots, positions, query_starts
     launcher((tiles, 1, 1), (*inputs, out, scale, sequences, *strides))
     return out
+
+
+class Own(NamedTuple):
+    """Sizes of what a fresh run attends with."""
+
+    heads: int
+    nope: int
+    rope: int
+    value_dim: int
+    bytes: int
+
+
+def own_tuning(own: Own, shared_memory: int) -> Tuning:
+    """Launch options for runs that begin in a call: `rows` tokens and `block` positions of a program."""
+    if own.bytes == 4:
+        return Tuning(32, 32, warps=4, stages=1)
+    widths = power_of_two(own.nope) + power_of_two(own.rope) + power_of_two(own.value_dim)
+    for rows, block, warps, stages in ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)):
+        if (rows + stages * block) * widths * own.bytes <= shared_memory - 8 * 2**10:
+            return Tuning(block, rows, warps, stages)
+    return Tuning(16, 32, warps=4, stages=1)
+
+
+_fresh: dict[Hashable, Launcher] = {}
+
+
+def prefill_fresh(
+    q: Tensor,
+    q_rotary: Tensor,
+    both: Tensor,
+    rotary: Tensor,
+    positions: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    out: Tensor,
+    tune: Tuning | None = None,
+) -> None:
+    """Causal attention of the runs that begin at position 0 to keys and values of their own, into their rows of `out`.
+
+    Args:
+        q: [T, H, nope]; `q_rotary` [T, H, rope].
+        both: [T, H, nope + value_dim], contiguous: keys, and values behind them.
+        rotary: [T, 1, rope], of all heads.
+        out: [T, H, value_dim], contiguous; rows of other runs stay.
+        tune: replaces the launch options.
+    """
+    tokens, heads, nope = q.shape
+    sequences = query_starts.shape[0] - 1
+    if tokens == 0 or sequences == 0:
+        return
+    q, q_rotary, rotary = _adjacent(q), _adjacent(q_rotary), _adjacent(rotary)
+    own = Own(heads, nope, q_rotary.shape[2], out.shape[2], q.element_size())
+    device = device_of(q)
+    tune = tune or own_tuning(own, device.shared_memory)
+    strides = *q.stride()[:2], *q_rotary.stride()[:2], rotary.stride(0)
+    kinds = tuple((stride % 16 == 0, stride == 1, stride >= 2**31) for stride in strides)
+    block_sequences = triton.next_power_of_2(sequences)
+    key = q.dtype, positions.dtype, query_starts.dtype, own, tune, block_sequences, device, kinds
+    launcher = _fresh.get(key)
+    if launcher is None:
+        constants = {
+            "HEADS": heads,
+            "NOPE": nope,
+            "ROPE": own.rope,
+            "VALUE": own.value_dim,
+            "BLOCK_ROWS": tune.rows,
+            "BLOCK": tune.block,
+            "BLOCK_NOPE": power_of_two(nope),
+            "BLOCK_ROPE": power_of_two(own.rope),
+            "BLOCK_VALUE": power_of_two(own.value_dim),
+            "BLOCK_SEQUENCES": block_sequences,
+            "num_warps": tune.warps,
+            "num_stages": tune.stages,
+        }
+        launcher = _fresh[key] = Launcher(fresh_kernel, constants)
+    tiles = tokens // tune.rows + sequences
+    inputs = q, q_rotary, both, rotary, positions, query_starts
+    launcher((tiles * heads, 1, 1), (*inputs, out, scale, sequences, *strides))

@@ -1,4 +1,4 @@
-"""How experts of a mixture compute, and their tensors: see `hybridgen.kernels.linear.experts`."""
+"""How experts of a mixture compute and are chosen, and their tensors: see `hybridgen.kernels.linear.experts`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ class Form(NamedTuple):
     alpha: float = 1.0
     limit: float = 0.0
     """Of the activation `clamped`."""
+
+
+class RouteForm(NamedTuple):
+    """How scores are made of logits."""
+
+    chosen_only: bool
+    """Softmax of the chosen logits, in their dtype; else of all, in float32."""
+    normalised: bool = False
+    """Of all: scores are divided by their sum."""
+    wide: bool = False
+    """Scores are float32, whatever x is."""
 
 
 class Projection(NamedTuple):

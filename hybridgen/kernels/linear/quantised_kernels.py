@@ -19,8 +19,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridgen.device.launcher import Launcher, device_of
+from hybridgen.device.launcher import Device, Launcher, device_of
+from hybridgen.kernels.linear import quantised_few_kernels as few
 from hybridgen.kernels.linear.layout import Block, dequantise
 
 MOST_ROWS = 256
@@ -44,6 +46,8 @@ class Tile(NamedTuple):
     """Parts of the inputs, whose sums are added by a second kernel in their order."""
     warps: int
     stages: int
+    registers: int = 0
+    """Of a thread at most; 0: as the compiler likes."""
 
 
 @triton.jit
@@ -134,9 +138,52 @@ def _int4_values(  # type: ignore[no-untyped-def]
     return values.to(tl.float16, bitcast=True) if FLOAT16 else values.to(tl.bfloat16, bitcast=True)
 
 
+_PAIR_BF16 = tl.constexpr(
+    "{ .reg .b32 pair; lop3.b32 pair, $1, 0x000f000f, 0x43004300, 0xEA; add.rn.bf16x2 $0, pair, $2; }"
+)
+_PAIR_F16 = tl.constexpr(
+    "{ .reg .b32 pair; lop3.b32 pair, $1, 0x000f000f, 0x64006400, 0xEA; add.rn.f16x2 $0, pair, $2; }"
+)
+_HALVES = tl.constexpr("mov.b32 {$0, $1}, $2;")
+
+
+@triton.jit
+def _int4_shift(zeros, places, mask, ZEROS: tl.constexpr, FLOAT16: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is added to a pair of codes that are numbers already: the numbers of their zero, with their signs."""
+    base: tl.constexpr = -0x1BFF1C00 if FLOAT16 else -0x3CFF3D00
+    if ZEROS:
+        zero = tl.load(zeros + places, mask=mask, other=0).to(tl.int32)
+        return base | zero | (zero << 16)
+    else:
+        return tl.zeros_like(places) + (base | 0x00080008)
+
+
+@triton.jit
+def _int4_pairs(words, shift, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, FLOAT16: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As `_int4_values`, from words [OUTPUTS, INPUTS / 8] and shifts [OUTPUTS], with inputs in their own order.
+
+    Each pair is taken from a word of its own. In the tensor cores' operand four threads share a word's eight inputs, a
+    pair each; so each of them reads the whole word from shared memory, shifts it once, and has the operand in its
+    registers, where unpacking whole words leads through shared memory again.
+    """
+    WORDS: tl.constexpr = INPUTS // 8
+    place = tl.arange(0, 4) * 4
+    spread = words[:, :, None] >> place[None, None, :]
+    shift = tl.broadcast_to(shift[:, None, None], [OUTPUTS, WORDS, 4])
+    text: tl.constexpr = _PAIR_F16 if FLOAT16 else _PAIR_BF16
+    pair = tl.inline_asm_elementwise(text, "=r,r,r", [spread, shift], dtype=tl.int32, is_pure=True, pack=1)
+    low, high = tl.inline_asm_elementwise(_HALVES, "=h,=h,r", [pair], dtype=(tl.int16, tl.int16), is_pure=True, pack=1)
+    values = tl.reshape(tl.join(low, high), [OUTPUTS, INPUTS])
+    return values.to(tl.float16, bitcast=True) if FLOAT16 else values.to(tl.bfloat16, bitcast=True)
+
+
 @triton.jit
 def _scale(scales, places, mask, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    raw = tl.load(scales + places, mask=mask, other=0)
+    return _float_scale(tl.load(scales + places, mask=mask, other=0), KIND)
+
+
+@triton.jit
+def _float_scale(raw, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     if KIND == "mxfp4":
         # 2 ** (raw - 127), of which the bits are the exponent's alone; 2 ** -127 is a subnormal number.
         return tl.where(raw == 0, 0x00400000, raw.to(tl.int32) << 23).to(tl.float32, bitcast=True)
@@ -185,7 +232,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     x, data, scales, zeros, bias, out, rows, outputs, inputs, width, columns,
     KIND: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, WHERE: tl.constexpr, BLOCK_OUT: tl.constexpr,
     GROUP: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr,
-    PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -193,39 +240,61 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     steps = tl.cdiv(inputs, INPUTS)
     per = tl.cdiv(steps, tl.num_programs(2))
     begin, end = split * per, tl.minimum((split + 1) * per, steps)
+    inside = n < outputs
+    first = (n // BLOCK_OUT) * columns
+    FLOAT16: tl.constexpr = x.dtype.element_ty == tl.float16
+    # Scales and zeros are asked for a step before they are needed: the compiler does so for what it multiplies alone.
+    if WHERE == 1:
+        next_scale = tl.load(scales + first + tl.minimum(begin * INPUTS // GROUP, columns - 1), mask=inside, other=0)
+    if PAIRS:
+        next_shift = _int4_shift(
+            zeros, first + tl.minimum(begin * INPUTS // GROUP, columns - 1), inside, ZEROS, FLOAT16
+        )
+        words = data + (n.to(tl.int64) * width)[:, None] + tl.arange(0, INPUTS // 8)[None, :]
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     sums = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     for step in range(begin, end):
         at = step * INPUTS
         k = at + tl.arange(0, INPUTS)
         real = (m < rows)[None, :] if EVEN else (m < rows)[None, :] & (k < inputs)[:, None]
         xt = tl.load(x + m.to(tl.int64)[None, :] * inputs + k[:, None], mask=real, other=0.0)
+        following = tl.minimum((at + INPUTS) // GROUP, columns - 1)
         if PAIRS:
-            values = _int4_values(
-                data, zeros, n, at, outputs, inputs, width, (n // BLOCK_OUT) * columns, columns,
-                ZEROS, GROUP, EVEN, OUTPUTS, INPUTS, x.dtype.element_ty == tl.float16,
-            )  # fmt: skip
+            shift = next_shift
+            next_shift = _int4_shift(zeros, first + following, inside, ZEROS, FLOAT16)
+            item = at // 8 + tl.arange(0, INPUTS // 8)
+            mask = inside[:, None] if EVEN else inside[:, None] & (item * 8 < inputs)[None, :]
+            codes = tl.load(words + at // 8, mask=mask, other=0)
+            values = _int4_pairs(codes, shift, OUTPUTS, INPUTS, FLOAT16)
         else:
             values = _values(
                 data, scales, zeros, n, at, outputs, inputs, width, columns,
                 KIND, ZEROS, WHERE, BLOCK_OUT, GROUP, EVEN, OUTPUTS, INPUTS,
             ).to(xt.dtype)  # fmt: skip
         if WHERE == 1:
-            scale = _scale(scales, (n // BLOCK_OUT) * columns + at // GROUP, n < outputs, KIND)
+            scale = _float_scale(next_scale, KIND)
+            next_scale = tl.load(scales + first + following, mask=inside, other=0)
             sums += tl.dot(values, xt, input_precision=PRECISION) * scale[:, None]
         else:
             sums = tl.dot(values, xt, sums, input_precision=PRECISION)
     if WHERE == 0:
-        sums *= _scale(scales, (n // BLOCK_OUT) * columns, n < outputs, KIND)[:, None]
+        sums *= _scale(scales, first, inside, KIND)[:, None]
     if BIAS:
-        sums += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+        sums += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
     places = (split.to(tl.int64) * rows + m.to(tl.int64))[None, :] * outputs + n[:, None]
-    tl.store(out + places, sums.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
+    tl.store(out + places, sums.to(out.dtype.element_ty), mask=(m < rows)[None, :] & inside[:, None])
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["bias"])
 def _add_splits_kernel(  # type: ignore[no-untyped-def]
-    parts, bias, out, count, outputs, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    parts, bias, out, count, outputs, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < count
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -285,10 +354,11 @@ def default_tile(layout: Layout, rows: int, outputs: int, inputs: int, processor
     """How a product of this size is cut: into as many programs as run at once, by memory and registers."""
     height = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
     high = -(-rows // height)
+    if layout.kind == "int4" and layout.where != VALUE and height == 64:
+        return _pairs_tile(layout, outputs, inputs, processors)
     stages = 4 if height < 64 else 3
     bits = {"int4": 4, "mxfp4": 4}.get(layout.kind, 8)
-    unpacked = _WIDTH * layout.step * 2 if layout.kind == "int4" else 0
-    shared = stages * layout.step * (height * 2 + _WIDTH * bits // 8) + unpacked + 1024
+    shared = stages * layout.step * (height * 2 + _WIDTH * bits // 8) + 1024
     resident = min(_SHARED_BYTES // shared, 5 if height == 16 else 3)
     tiles, steps = -(-outputs // _WIDTH) * high, -(-inputs // layout.step)
     most = 8 if height <= 16 else 4
@@ -296,9 +366,24 @@ def default_tile(layout: Layout, rows: int, outputs: int, inputs: int, processor
     return Tile(_WIDTH, height, layout.step, splits, 4, stages)
 
 
+def _pairs_tile(layout: Layout, outputs: int, inputs: int, processors: int) -> Tile:
+    """Of int4 and 33 to 64 rows, by a sweep over the products of an 8B on an H200: wide tiles read x less often, and
+    two programs of them run at once with 128 registers; what is too small for them is cut into more."""
+    steps, tiles = -(-inputs // layout.step), -(-outputs // (2 * _WIDTH))
+    if tiles >= processors or steps >= 64:
+        splits = max(1, min(8, 2 * processors // tiles, steps // 8))
+        return Tile(2 * _WIDTH, 64, layout.step, splits, 8, 3, 128)
+    splits = max(1, min(4, 3 * processors // -(-outputs // _WIDTH), steps // 8))
+    return Tile(_WIDTH, 64, layout.step, splits, 4, 3)
+
+
+def _overlap(device: Device) -> dict[str, object]:
+    return {"OVERLAP": device.overlap, **({"launch_pdl": True} if device.overlap else {})}
+
+
 @functools.cache
 def _product_launcher(
-    layout: Layout, tile: Tile, bias: bool, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], index: int
+    layout: Layout, tile: Tile, bias: bool, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], device: Device
 ) -> Launcher:
     constants = {
         "KIND": layout.kind,
@@ -315,13 +400,15 @@ def _product_launcher(
         "PRECISION": "ieee" if dtypes[0] == torch.float32 else "tf32",
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        **_overlap(device),
+        **({"maxnreg": tile.registers} if tile.registers else {}),
     }
     return Launcher(_product_kernel, constants)
 
 
 @functools.cache
-def _adder(splits: int, bias: bool, dtype: torch.dtype, outputs: int, index: int) -> Launcher:
-    constants = {"BIAS": bias, "SPLITS": splits, "BLOCK": 1024, "num_warps": 4}
+def _adder(splits: int, bias: bool, dtype: torch.dtype, outputs: int, device: Device) -> Launcher:
+    constants = {"BIAS": bias, "SPLITS": splits, "BLOCK": 1024, "num_warps": 4, **_overlap(device)}
     return Launcher(_add_splits_kernel, constants)
 
 
@@ -355,7 +442,11 @@ def linear(
     layout = layout_of(kind, zeros is not None, inputs, block, scales.shape[1])
     rows = x.reshape(-1, inputs)
     if layout is not None and rows.shape[0] <= MOST_ROWS and x.element_size() == 2:
-        out = product(rows.contiguous(), data, scales, zeros, bias, layout, inputs)
+        rows = rows.contiguous()
+        if kind == "int4" and block.outputs == 1 and few.takes(rows, data, zeros, scales.shape[1], layout.group):
+            out = few.few_product(rows, data, scales, zeros, bias, layout.group)
+        else:
+            out = product(rows, data, scales, zeros, bias, layout, inputs)
         return out.view(*x.shape[:-1], data.shape[0])
     if layout is None:
         values = dequantise(kind, data, scales, zeros, inputs, block, x.dtype)
@@ -392,12 +483,12 @@ def product(
     sizes = outputs, inputs, data.shape[1], columns
     dtypes = x.dtype, scales.dtype
     adds_bias = bias is not None and tile.splits == 1  # else the second kernel does
-    launch = _product_launcher(layout, tile, adds_bias, dtypes, sizes, device.ordinal)
+    launch = _product_launcher(layout, tile, adds_bias, dtypes, sizes, device)
     tensors = x, data, scales, scales if zeros is None else zeros, x if bias is None else bias
     launch(grid, (*tensors, parts, rows, *sizes))
     if tile.splits > 1:
         count = rows * outputs
-        add = _adder(tile.splits, bias is not None, x.dtype, outputs, device.ordinal)
+        add = _adder(tile.splits, bias is not None, x.dtype, outputs, device)
         add((-(-count // 1024), 1, 1), (parts, x if bias is None else bias, out, count, outputs))
     return out
 

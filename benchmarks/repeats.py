@@ -1,0 +1,141 @@
+"""Does a fixed call of a kernel give the same bits thousands of times?
+
+A race between a kernel's threads shows in few calls of thousands. Each call runs again and again in a CUDA graph, into
+new memory, and every bit of what it gives is compared with the first call's: products with quantised weights by format
+and rows, experts in MXFP4, decode attention over keys and values in 8 bits with and without the step's own, the
+projections of a few rows, and routers.
+
+    python benchmarks/repeats.py [--times 3000] [--only experts attention] [--output repeats.json]
+    python benchmarks/repeats.py --smoke          # twice, tiny, on the CPU: checks the script
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attention
+import experts
+import quantised
+import torch
+from common import report, this_device
+from torch import Tensor
+
+from hybridgen.kernels.attention.ops import Options, decode_attention
+from hybridgen.kernels.linear.experts_form import RouteForm
+from hybridgen.kernels.linear.route import route
+from hybridgen.kernels.step.linear import few_rows
+
+KINDS = ("products", "experts", "attention", "projections", "routers")
+_IN_A_GRAPH = 10
+
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+def products(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    shapes = [quantised.Shape("tiny", 96, 256)] if smoke else [quantised.SHAPES[0], quantised.SHAPES[3]]
+    for shape in shapes:
+        for name in quantised.FORMATS:
+            weight = quantised.weight_of(name, shape, device, dtype)
+            for rows in (1, 8, 64):
+                x = torch.randn(rows, shape.inputs, device=device).to(dtype)
+                yield f"{shape.name} {name}, {rows} rows", partial(quantised.product, weight, x)
+
+
+def chosen_experts(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    for shape in experts.TINY if smoke else experts.SHAPES[:1]:
+        weights = experts.random_weights(shape, dtype, device)
+        for rows in (1, 2, 8, 9, 64):
+            given = experts.routed(shape, rows, dtype, device, rows)
+            yield f"{shape.name}, {rows} tokens", partial(experts.run, weights, given)
+
+
+def decode(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    shapes = [attention.Shape("tiny", 4, 2, 16)] if smoke else attention.SHAPES
+    for shape in shapes:
+        for batch, context in [(3, 40)] if smoke else [(1, 32768), (8, 1000), (8, 32768), (64, 4096)]:
+            case = attention.in_8_bits(attention.decode_case(shape, [context] * batch, device, dtype, 1))
+            options = Options(shape.dim**-0.5)
+            new = {name: torch.randn(batch, shape.kv_heads, shape.dim, device=device).to(dtype) for name in ("k", "v")}
+            places = attention.places_of(case, 0)
+            name = f"{shape.name} fp8, {batch} rows of {context}"
+            yield name, partial(decode_attention, case.q[0], places, options)
+            yield f"{name}, with the step's own", partial(decode_attention, case.q[0], places, options, **new)
+
+
+def projections(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    for outputs, inputs in ((6, 24),) if smoke else ((5120, 2880), (2880, 4096), (4096, 14336)):
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        for rows in (1, 4):
+            x = torch.randn(rows, inputs, device=device).to(dtype)
+            yield f"{outputs} x {inputs}, {rows} rows", partial(few_rows, x, weight)
+
+
+def routers(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    for count, inputs in ((5, 24),) if smoke else ((32, 2880), (128, 2048)):
+        weight = torch.randn(count, inputs, device=device).to(dtype)
+        for rows in (1, 64):
+            x = torch.randn(rows, inputs, device=device).to(dtype)
+            yield f"{count} x {inputs}, {rows} rows", partial(route, x, weight, None, 4, RouteForm(True))
+
+
+CASES = dict(zip(KINDS, (products, chosen_experts, decode, projections, routers), strict=True))
+
+
+def bits(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def unequal(call: Call, times: int, device: str) -> tuple[int, int]:
+    """How many calls there were, and how many gave other bits than the first."""
+    first = [each.clone() for each in bits(call())]
+    if device == "cpu":
+        found = [bits(call()) for _ in range(2)]
+        return 2, sum(not all(map(torch.equal, first, each)) for each in found)
+    different = torch.zeros((), dtype=torch.int64, device=device)
+
+    def compared() -> None:
+        other = torch.zeros((), dtype=torch.bool, device=device)
+        for one, again in zip(first, bits(call()), strict=True):
+            other |= (one != again).any()
+        different.add_(other)
+
+    compared()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_IN_A_GRAPH):
+            compared()
+    different.zero_()
+    rounds = -(-times // _IN_A_GRAPH)
+    for _ in range(rounds):
+        graph.replay()
+    return rounds * _IN_A_GRAPH, int(different)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=3000, help="calls of each case, at least")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    device = "cpu" if args.smoke else this_device()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode(False), torch.no_grad():
+        for kind in args.only:
+            for name, call in CASES[kind](device, dtype, args.smoke):
+                calls, different = unequal(call, args.times, device)
+                rows.append({"kind": kind, "case": name, "calls": calls, "other_bits": different})
+                print(f"{kind:<12} {name:<60} {calls} calls, {different} with other bits", flush=True)
+    total = {"calls": sum(row["calls"] for row in rows), "other_bits": sum(row["other_bits"] for row in rows)}
+    report({"benchmark": "repeats", **total, "rows": rows}, args.output)
+
+
+if __name__ == "__main__":
+    main()
