@@ -81,9 +81,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
+    parser.add_argument(
+        "--lazy", action="store_true", help="start sooner: nothing is recorded or tuned that these calls do not run"
+    )
     arguments = parser.parse_args()
     sizes: tuple[Any, ...] = arguments.batches, arguments.decode, arguments.prompt, arguments.new, arguments.repeats
     options: dict[str, Any] = {"mode": "hybrid", "max_batch": 256, "max_context": 4608, "progress": False}
+    if arguments.lazy:
+        options |= {"capture_at_start": False, "fused_decode": False}
     models = arguments.models
     if arguments.smoke:
         models, sizes = ["tiny"], ([2, 3], [3], 16, 4, 1)

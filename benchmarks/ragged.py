@@ -44,7 +44,7 @@ LAYERS_IN_MEMORY = 4
 SMALL = (1, 2, 4, 8, 16, 32)
 LARGE = (64, 128, 256)
 """Rows."""
-CHUNKS = (256, 1024)
+CHUNKS = (512, 2048)
 """Positions of a chunk that are tried besides the usual."""
 LIMIT = 8e-3
 """Relative error of bfloat16 outputs."""
@@ -84,16 +84,16 @@ def candidates(dim: int) -> list[Tuning]:
     """Launch options for a head size, those that steps use first; other chunks, which need no other kernel, later."""
     if dim == 64:
         return [
-            Tuning(64, 2, 4, 4, 512, True),
-            Tuning(64, 4, 4, 4, 512, True),
-            Tuning(64, 4, 4, 3, 512, False),
-            Tuning(128, 4, 4, 2, 512, True),
+            Tuning(64, 2, 4, 4, 1024, True),
+            Tuning(64, 4, 4, 4, 1024, True),
+            Tuning(64, 4, 4, 3, 1024, False),
+            Tuning(128, 4, 4, 2, 1024, True),
         ]
     return [
-        Tuning(64, 4, 3, 2, 512, False),
-        Tuning(64, 4, 4, 2, 512, True),
-        Tuning(64, 2, 4, 2, 512, True),
-        Tuning(32, 2, 4, 4, 512, True),
+        Tuning(64, 4, 3, 2, 1024, False),
+        Tuning(64, 4, 4, 2, 1024, True),
+        Tuning(64, 2, 4, 2, 1024, True),
+        Tuning(32, 2, 4, 4, 1024, True),
     ]
 
 
@@ -405,15 +405,16 @@ def ragged(count: int) -> list[int]:
     return torch.randint(100, 2001, (count,), generator=torch.Generator().manual_seed(count)).tolist()
 
 
-def run_ragged(ceiling: float) -> list[dict[str, Any]]:
+def run_ragged(ceiling: float, only_used: bool) -> list[dict[str, Any]]:
     rows = []
     for shape in SHAPES:
+        tunes, chunks = ([used(shape)], ()) if only_used else (candidates(shape.dim), CHUNKS)
         for count in LARGE:
-            rows += run_case(shape, "100-2000", ragged(count), candidates(shape.dim), ceiling, CHUNKS)
+            rows += run_case(shape, "100-2000", ragged(count), tunes, ceiling, chunks)
     for shape in SHAPES[:2]:  # long and equal, where nothing is to be balanced
         rows += run_case(shape, "4096", [4096] * 64, candidates(shape.dim)[:1], ceiling)
     for count in (128, 256):
-        rows += run_case(SHAPES[0], "530", [530] * count, candidates(128)[:2], ceiling)
+        rows += run_case(SHAPES[0], "530", [530] * count, candidates(128)[: 1 if only_used else 2], ceiling)
     return rows
 
 
@@ -450,6 +451,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter")
     parser.add_argument("--part", action="append", choices=("check", "ragged", "small"), help="all, if left out")
+    parser.add_argument("--only-used", action="store_true", help="part ragged with the options that steps use alone")
     parser.add_argument("--processes", type=int, default=12, help="that check and compile")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -469,7 +471,7 @@ def main() -> None:
     results["read_ceiling_gb_per_s"] = ceiling / 1e9
     with torch.inference_mode():
         if "ragged" in parts:
-            results["ragged"] = run_ragged(ceiling)
+            results["ragged"] = run_ragged(ceiling, args.only_used)
         if "small" in parts:
             results["small"] = run_small(ceiling)
     report(results, args.output)

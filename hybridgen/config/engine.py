@@ -172,8 +172,6 @@ class EngineConfig(RecordingFields, RunningFields, LoadingFields):
 
     def mode_on(self, device_type: str) -> Mode:
         """The mode that runs on such a device: what `auto` stands for, else the one given."""
-        if self.mode is Mode.AUTO and self.tensor_parallel > 1:
-            return Mode.GRAPH if device_type == "cuda" else Mode.EAGER
         return Mode(self.mode).on(device_type)
 
     def replace(self, **changes: Any) -> EngineConfig:

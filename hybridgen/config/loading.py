@@ -24,8 +24,8 @@ class LoadingFields:
     mode: Mode | str = field(
         default=Mode.AUTO,
         metadata=setting(
-            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA (`graph` with `tensor_parallel`); on a CPU "
-            "`hybrid` whose start and first call are those of `eager`, or `eager` (docs/modes.md).",
+            "`eager`, `jit`, `graph`, `hybrid`, or `auto`: `hybrid` on CUDA; on a CPU `hybrid` whose start and first "
+            "call are those of `eager`, or `eager` (docs/modes.md).",
             one_of(Mode),
         ),
     )

@@ -54,7 +54,7 @@ def run_requests(
     bar = tqdm(total=len(requests), desc="generate", unit="request", delay=1, disable=no_bar)
     try:
         with bar:
-            loop.submit(requests)
+            loop.submit(requests, patient=len(requests) > 1)
             if streamer is not None:
                 _attach_streamer(requests[0], streamer)
             active = list(requests)

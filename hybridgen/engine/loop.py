@@ -81,11 +81,12 @@ class StepLoop:
         self.weights_version = 0
         """How often `weights_changed()` was called."""
 
-    def submit(self, requests: Sequence[Request], *, keep_events: bool = False) -> None:
+    def submit(self, requests: Sequence[Request], *, keep_events: bool = False, patient: bool = False) -> None:
         """Queue new requests, all or none; `step()` runs them.
 
         Args:
             keep_events: make an event for each of their tokens.
+            patient: nobody waits for one of them before all have ended.
 
         Raises:
             TokenizerError: the tokenizer fails on a prompt.
@@ -102,7 +103,7 @@ class StepLoop:
                 self._before_call()
             outputs = [self._output(request, keep_events) for request in requests]
             for request, output in zip(requests, outputs, strict=True):
-                request.output = output
+                request.output, request.patient = output, patient
             for request in self.scheduler.in_order(requests, streamed=keep_events):
                 self.scheduler.add(request)
             self._counters.requests["submitted"] += len(requests)

@@ -70,6 +70,8 @@ class Request:
     prompt's last token where nothing is generated behind it."""
     prefilled: int = field(default=0, init=False)
     """How many of those were launched."""
+    patient: bool = field(default=False, init=False)
+    """Whether it is one of a list that is waited for as a whole: prefills of others may go before its tokens."""
     slot: int = field(default=-1, init=False)
     pages: RequestPages = field(default_factory=RequestPages, init=False)
     pace: RowPace | None = field(default=None, init=False)

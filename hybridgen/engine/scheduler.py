@@ -2,9 +2,11 @@
 
 First come, first served; the requests of one list in the order of `Scheduler.in_order`. A request is admitted when a
 slot is free and the pool has pages for its whole prompt and output, so a running request is never stopped for want of
-memory; pages that hold its first tokens already are shared (`cache.prefix`). Each step has at most one prefill call,
-with prompts packed up to the token budget and long ones in chunks, and one decode call of all requests that are past
-their prompt.
+memory; pages that hold its first tokens already are shared (`cache.prefix`). Nor is it admitted before a prefill call
+has room for it: what admitting many requests costs the host passes while the device runs the calls before. Each step
+has at most one prefill call, with prompts packed up to the token budget and long ones in chunks, and one decode call of
+all requests that are past their prompt. Where nobody waits for single tokens, prefills come first: decode steps in
+between would run with few rows.
 
 Most steps decode the same requests as the step before. The scheduler counts how many more of them there will be, and
 returns the same `Schedule` that often without looking at any request.
@@ -50,6 +52,7 @@ class Scheduler:
         whole_prompts: bool = False,
         reprefill_length: int | None = None,
         longest_first: bool = True,
+        ahead: int | None = None,
     ) -> None:
         """
         Args:
@@ -61,6 +64,7 @@ class Scheduler:
             whole_prompts: whether a prefill that one call can take is not cut for the room that others leave in it.
             reprefill_length: a request that reaches this length is prefilled again, see `BoundModel`.
             longest_first: whether `in_order` puts requests first that may generate the most.
+            ahead: no request is admitted while as many tokens of others wait for a prefill call. None: those of a call.
         """
         self.pages = pages
         self._longest_first = longest_first
@@ -68,6 +72,8 @@ class Scheduler:
         self._score_budget = score_budget
         self._shortest_run = shortest_run
         self._whole_prompts = whole_prompts
+        # Where prompts are not cut, one that a call has no room for leaves it to one behind it.
+        self._ahead = token_budget * (2 if whole_prompts else 1) if ahead is None else ahead
         self._reprefill_length = reprefill_length
         self._free_slots = list(range(max_batch - 1, -1, -1))
         self.waiting: deque[Request] = deque()
@@ -133,7 +139,10 @@ class Scheduler:
             self._restart(request)
         self._regroup([request for request in ready if request not in stale] if stale else ready)
         prefilled, chunks = self._plan_prefill()
-        if self._batch is not None:
+        # Requests that end with their prefill give their slots to others: decode could wait for a whole list of them.
+        waits = bool(chunks) and all(request.patient for request in self.running)
+        waits = waits and all(request.sampling.max_new_tokens > 1 for request in prefilled)
+        if self._batch is not None and not waits:
             self._batch.steps += 1
             if not chunks and not stale:
                 self._steady = min(map(self._steps_left, self._batch.requests))
@@ -142,8 +151,9 @@ class Scheduler:
         admissions = tuple(
             Admission(request.slot, request.pages.table, request.sampling, request.prompt_ids) for request in admitted
         )
-        plan = StepPlan(admissions, tuple(chunks), self._batch_alone.plan.decode)
-        return Schedule(plan, tuple(admitted), tuple(prefilled), self._batch)
+        batch = None if waits else self._batch
+        plan = StepPlan(admissions, tuple(chunks), () if batch is None else batch.slots)
+        return Schedule(plan, tuple(admitted), tuple(prefilled), batch)
 
     def accept(self, request: Request, count: int) -> None:
         """A launched step of this request brought `count` tokens, which may end it sooner."""
@@ -194,7 +204,10 @@ class Scheduler:
 
     def _admit(self) -> list[Request]:
         admitted: list[Request] = []
-        while self.waiting and not self._blocked:
+        if not self.waiting or self._blocked:
+            return admitted
+        room = self._ahead - sum(len(request.prefill_ids) - request.prefilled for request in self.running)
+        while self.waiting and not self._blocked and room > 0:
             request = self.waiting[0]
             pages = None
             if self._free_slots:
@@ -207,6 +220,7 @@ class Scheduler:
             request.admitted(self._free_slots.pop(), pages)
             self.running.append(request)
             admitted.append(request)
+            room -= len(request.prefill_ids) - request.prefilled
         return admitted
 
     def _can_decode(self, request: Request) -> bool:

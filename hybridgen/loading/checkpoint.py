@@ -261,6 +261,11 @@ class Checkpoint:
                 return remote
         return metadata.known_model_class(self.hf_config)
 
+    def built_class(self) -> type[PreTrainedModel] | None:
+        """Who builds the model, a multimodal one without its encoders; None: transformers chooses."""
+        assert self.source is not None
+        return _built_class(self.whole_config or self.hf_config, self.source, self.config.trust_remote_code)
+
     @property
     def encoding(self) -> dict[str, Any]:
         """What `encode_prompt` has to know of the model."""
@@ -287,7 +292,7 @@ class Checkpoint:
         with progress_bars(self.config.progress):
             files = validate_directory(self.source.fetch_weights(pickle, weights_name), pickle, weights_name)
         with without_default_device():
-            model_class = _built_class(whole, self.source, self.config.trust_remote_code)
+            model_class = self.built_class()
             check_contents(self.source, files, whole, model_class, self.layout)
         return files
 
@@ -309,7 +314,7 @@ class Checkpoint:
         whole = self.whole_config or self.hf_config
         scales = {} if self.config.kv_dtype is None else read_kv_scales(files, self.attention)
         with without_default_device():
-            model_class = _built_class(whole, self.source, self.config.trust_remote_code)
+            model_class = self.built_class()
             arguments = self.source, files, whole, self.dtype, self.device, self.config
             model, notes = read_weights(*arguments, self.layout, model_class)
         if self.device.type == "cuda":

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hybridgen.models.projections import has_hooks
 from hybridgen.models.rope import LENGTH_DEPENDENT
-from hybridgen.models.share import Share, ShareLinear
+from hybridgen.models.share import QuantisedShareLinear, Share, ShareLinear
 from hybridgen.models.sites import AttentionSite
 from hybridgen.models.weights import (
     DenseWeight,
@@ -213,6 +213,8 @@ def describe(
             raise Unfit(f"{name or 'the model'} has hooks or a replaced forward")
         if share is None and isinstance(module, ShareLinear):
             raise Unfit(f"{name} has a part of its weight, and the other ranks are not known")
+        if isinstance(module, QuantisedShareLinear):
+            raise Unfit(f"{name} has a part of a quantised weight")
     base = model.base_model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or head is None:

@@ -11,9 +11,15 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from hybridgen.models.quantised import QuantisedLinear
+
 
 class ShareLinear(nn.Linear):
     """A projection with a rank's part of a weight, whose forward has the other ranks' part in its output."""
+
+
+class QuantisedShareLinear(QuantisedLinear):
+    """The same with a quantised weight."""
 
 
 class Share(Protocol):

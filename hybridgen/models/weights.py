@@ -22,7 +22,7 @@ from hybridgen.models.quantised import (
     stack,
     why_not_stacked,
 )
-from hybridgen.models.share import ShareLinear
+from hybridgen.models.share import QuantisedShareLinear, ShareLinear
 
 _PART = 2**26
 """Elements of a weight that are converted to another dtype at once: a converted copy of all of it may not fit."""
@@ -227,8 +227,8 @@ class ModuleWeights:
                 module = self._module.get_submodule(name)
             except AttributeError as error:
                 raise WeightError(f"there is no {name}") from error
-            if type(module) in (QuantisedLinear, QuantisedHead, QuantisedTail):
-                assert isinstance(module, QuantisedLinear)
+            whole = type(module) in (QuantisedLinear, QuantisedHead, QuantisedTail)
+            if isinstance(module, QuantisedLinear) and (whole or isinstance(module, QuantisedShareLinear)):
                 found.append(module)
                 continue
             plain = type(module) in (nn.Linear, FusedHead, FusedTail, RowsLinear) or isinstance(module, ShareLinear)

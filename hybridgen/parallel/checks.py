@@ -14,7 +14,6 @@ from hybridgen.parallel.weights import whole
 _NOT_YET = {
     "drafter": "a model that drafts is not loaded on several processes yet",
     "adapter": "adapters are not merged into parts of weights yet",
-    "quantize_head": "the head is not quantised in parts yet",
     "fp8_activations": "activations have one scale for all of a row, of which a rank has a part",
     "validate": "replays are not compared over several processes yet",
     "check_addresses": "addresses are not checked over several processes yet",
@@ -51,11 +50,6 @@ def check_parallel(checkpoint: Checkpoint, config: EngineConfig) -> None:
         raise DeviceError(f"tensor_parallel={size}, and this build of PyTorch has no torch.distributed")
     if checkpoint.device.type == "cuda":
         _check_gpus(checkpoint, config, size)
-    if checkpoint.whole_config is not None:
-        raise UnsupportedModelError(
-            f"tensor_parallel={size}: {checkpoint.name!r} is a multimodal model, whose text part is not read in parts "
-            "yet; leave tensor_parallel out"
-        )
     found = checkpoint.model_class()
     if found is None or not found.__module__.startswith("transformers."):
         raise UnsupportedModelError(

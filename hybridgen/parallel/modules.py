@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hybridgen.models.projections import product
 from hybridgen.models.quantised import QuantisedLinear, quantised_product
-from hybridgen.models.share import ShareLinear
+from hybridgen.models.share import QuantisedShareLinear, ShareLinear
 from hybridgen.parallel.group import Group, all_gather, all_reduce
 from hybridgen.parallel.plan import Sharding
 
@@ -25,7 +25,7 @@ class RowShard(ShareLinear):
         return total if self.bias is None else total + self.bias
 
 
-class QuantisedRowShard(QuantisedLinear):
+class QuantisedRowShard(QuantisedShareLinear):
     """The same with a quantised weight."""
 
     group: int
@@ -44,10 +44,24 @@ class HeadShard(ShareLinear):
     vocab_size: int
 
     def forward(self, input: Tensor) -> Tensor:
-        logits = product(input, self.weight, self.bias)
-        if logits.shape[-1] < self.padded:
-            logits = nn.functional.pad(logits, (0, self.padded - logits.shape[-1]))
-        return all_gather(logits, self.group, self.vocab_size)
+        return _gathered(self, product(input, self.weight, self.bias))
+
+
+class QuantisedHeadShard(QuantisedShareLinear):
+    """The same with a quantised weight."""
+
+    group: int
+    padded: int
+    vocab_size: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _gathered(self, quantised_product(self, x, self.bias))
+
+
+def _gathered(head: HeadShard | QuantisedHeadShard, logits: Tensor) -> Tensor:
+    if logits.shape[-1] < head.padded:
+        logits = nn.functional.pad(logits, (0, head.padded - logits.shape[-1]))
+    return all_gather(logits, head.group, head.vocab_size)
 
 
 def _summed(kind: type[nn.Module]) -> type[nn.Module]:
@@ -86,10 +100,13 @@ def join(model: PreTrainedModel, sharding: Sharding, group: Group) -> None:
         module.group = group.number
     head: Any = model.get_submodule(sharding.head)
     cut = sharding.cuts[f"{sharding.head}.weight"]
-    if head.weight.shape[0] == sharding.vocab_size:  # tied to the embedding, which is whole: rows of it
-        with torch.no_grad():
-            head.weight = nn.Parameter(head.weight.detach()[cut.start : cut.stop], requires_grad=False)
-    head.__class__ = HeadShard
+    if type(head) is QuantisedLinear:  # one that was tied has a weight of its own
+        head.__class__ = QuantisedHeadShard
+    else:
+        if head.weight.shape[0] == sharding.vocab_size:  # tied to the embedding, which is whole: rows of it
+            with torch.no_grad():
+                head.weight = nn.Parameter(head.weight.detach()[cut.start : cut.stop], requires_grad=False)
+        head.__class__ = HeadShard
+        head.out_features = head.weight.shape[0]
     head.group, head.vocab_size = group.number, sharding.vocab_size
     head.padded = -(-sharding.vocab_size // sharding.size)
-    head.out_features = head.weight.shape[0]

@@ -16,10 +16,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hybridgen.errors import UnsupportedModelError
+from hybridgen.models.text_part import is_multimodal, parts_of
 
 COMPARED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "mixtral", "qwen3_moe"})
 """Model types whose tokens were compared with one process's. A plan says how weights are cut, but not whether the
 model's code computes with its parts what it computes with the whole."""
+COMPARED_WHOLES = frozenset({"gemma3", "llava", "mistral3"})
+"""The same of multimodal models, whose text part runs through their own forward."""
 
 _WHOLE = frozenset({"replicated_with_grad_allreduce", "replicate"})
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
@@ -64,7 +67,7 @@ def shard(model: PreTrainedModel, config: PreTrainedConfig, rank: int, size: int
     """How a model is spread.
 
     Args:
-        model: whole, of any device; a meta one will do.
+        model: whole, of any device; a meta one will do. A multimodal one may lack its encoders.
         config: its language model's.
 
     Raises:
@@ -81,7 +84,14 @@ def shard(model: PreTrainedModel, config: PreTrainedConfig, rank: int, size: int
             f"tensor_parallel={size}: {kind} was not compared with one process yet, and a plan alone does not show "
             f"that its code computes the same with parts of its weights; it runs for {', '.join(sorted(COMPARED))}"
         )
-    prefix = f"{model.base_model_prefix}."
+    wholes = str(model.config.model_type)
+    if is_multimodal(model.config) and wholes not in COMPARED_WHOLES:
+        raise UnsupportedModelError(
+            f"tensor_parallel={size}: the text part of {wholes} was not compared with one process yet; of multimodal "
+            f"models it runs for {', '.join(sorted(COMPARED_WHOLES))}"
+        )
+    decoder, head_module = _decoder_and_head(model)
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
     modules = dict(model.named_modules())
     cuts: dict[str, Cut] = {}
     summed: list[str] = []
@@ -106,7 +116,6 @@ def shard(model: PreTrainedModel, config: PreTrainedConfig, rank: int, size: int
             raise _unknown(name, style, size)
         dim = -1 if style == "rowwise" else -2
         cuts[name] = _even(name, parameter.shape[dim], dim, rank, size, packed=1 + (style == "packed_colwise"))
-    head_module = model.get_output_embeddings()
     head = next((name for name, module in modules.items() if module is head_module), "")
     if type(head_module) is not nn.Linear or not cuts:
         raise UnsupportedModelError(f"tensor_parallel={size}: {kind} has no plain output projection; leave it out")
@@ -117,6 +126,12 @@ def shard(model: PreTrainedModel, config: PreTrainedConfig, rank: int, size: int
     if head_module.bias is not None:
         cuts[f"{head}.bias"] = Cut(-1, start, min(start + part, rows), rows)
     return Sharding(rank, size, cuts, tuple(summed), head, rows)
+
+
+def _decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module | None]:
+    if is_multimodal(model.config):
+        return parts_of(model)
+    return model.base_model, model.get_output_embeddings()
 
 
 def _pattern(name: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybridgen.parallel.group import Group
-from hybridgen.parallel.modules import HeadShard
+from hybridgen.parallel.modules import HeadShard, QuantisedHeadShard
 
 _REASON_BYTES = 400
 """Of what a rank tells the others, at most."""
@@ -27,7 +27,7 @@ class GroupShare:
     def of(cls, group: Group, model: PreTrainedModel) -> GroupShare:
         """That of a rank's part of a model, as `modules.join` left it."""
         head = model.get_output_embeddings()
-        assert isinstance(head, HeadShard)
+        assert isinstance(head, HeadShard | QuantisedHeadShard)
         return cls(group, head.vocab_size)
 
     @property

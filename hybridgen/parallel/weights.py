@@ -23,6 +23,7 @@ from hybridgen.loading.source import load_errors
 from hybridgen.loading.stored import TensorFiles, check_files
 from hybridgen.loading.weights import check_loading_info, progress_bars
 from hybridgen.models.quantised import QuantisedWeight
+from hybridgen.models.text_part import as_text_part, left_out_names
 from hybridgen.parallel.group import Group
 from hybridgen.parallel.modules import cut_parameters, join
 from hybridgen.parallel.plan import Cut, Sharding, shard
@@ -70,9 +71,12 @@ class Slice:
 
 
 def whole(checkpoint: Checkpoint) -> PreTrainedModel:
-    """A checkpoint's model without weights, on the meta device."""
+    """A checkpoint's model without weights, on the meta device; a multimodal one without its encoders."""
     with without_default_device(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.hf_config))
+        if checkpoint.whole_config is None:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(checkpoint.hf_config))
+        model_class: Any = checkpoint.built_class()
+        return model_class._from_config(copy.deepcopy(checkpoint.whole_config))
 
 
 class _Parts:
@@ -95,16 +99,7 @@ class _Parts:
         return state
 
     def readers(self, readers: Mapping[str, Reader]) -> dict[str, Reader]:
-        """What gives the rank's parts of quantised weights. Each is read whole, so that it rounds as it does there.
-
-        Raises:
-            UnsupportedModelError: the head is quantised.
-        """
-        if self._sharding.head in readers:
-            raise UnsupportedModelError(
-                f"tensor_parallel={self._sharding.size}: {self._checkpoint.name!r} has a quantised head, which is not "
-                "cut yet; leave tensor_parallel out"
-            )
+        """What gives the rank's parts of quantised weights. Each is read whole, so that it rounds as it does there."""
         return {name: self._part(name, read) for name, read in readers.items()}
 
     def _part(self, name: str, read: Reader) -> Reader:
@@ -152,27 +147,32 @@ def load_share(checkpoint: Checkpoint, group: Group) -> LoadedModel:
     skeleton = whole(checkpoint)
     sharding = shard(skeleton, checkpoint.hf_config, group.rank, group.size)
     parts = _Parts(checkpoint, skeleton, sharding)
+    of_all = checkpoint.whole_config or checkpoint.hf_config
     failed = f"the weights of {source.name!r} cannot be read"
     notes: Counter[str] = Counter()
     with progress_bars(False), load_errors(source, failed), without_default_device():
-        if checkpoint.layout is not None or config.quantization is not None:
-            arguments = source, files, checkpoint.hf_config, checkpoint.dtype, checkpoint.device, config
-            model, info, notes = load_quantised(*arguments, checkpoint.layout, None, parts)
+        if checkpoint.layout is not None or config.quantization is not None or config.quantize_head is not None:
+            arguments = source, files, of_all, checkpoint.dtype, checkpoint.device, config
+            built = None if checkpoint.whole_config is None else type(skeleton)
+            model, info, notes = load_quantised(*arguments, checkpoint.layout, built, parts)
         else:
             with TensorFiles(files) as tensors:
                 lazy = {name: tensors.lazy(name) for name in tensors.entries if not (scales and is_scale(name))}
                 model, info = assemble(
                     parts.model_class(type(skeleton)),
-                    checkpoint.hf_config,
+                    of_all,
                     parts.tensors(lazy),
                     {},
                     checkpoint.dtype,
                     checkpoint.device,
                 )
     model.__class__ = type(skeleton)
+    left_out = left_out_names(model)
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(left_out)]
     check_loading_info(source, info)
     join(model, sharding, group)
     model.config.name_or_path = model.name_or_path = source.name
+    model = as_text_part(model)
     if checkpoint.device.type == "cuda":
         torch.cuda.synchronize(checkpoint.device)
     seconds = time.perf_counter() - start

@@ -269,10 +269,13 @@ def test_who_shares_pages_with_a_request_that_fails_computes_them(
     assert tokens(generate(engine, prompts)) == expected
 
 
-def test_a_cancelled_prefill_is_done_again_by_those_that_waited_for_it(engine: Engine, plain: Engine) -> None:
+def test_a_cancelled_prefill_is_done_again_by_those_that_waited_for_it(
+    engine: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = [*A, *B, *A]
     requests = engine.make_requests([prompt, prompt], None, {"max_new_tokens": 6})
     loop = engine.open_loop()
+    monkeypatch.setattr(loop.scheduler, "_ahead", 1000)  # both are admitted at once
     loop.submit(requests)
     loop.step()  # the first of four chunks
     assert requests[1].pages.cached == 168

@@ -28,6 +28,7 @@ def make(
     longest_first: bool = True,
     shortest_run: int = 1,
     whole_prompts: bool = False,
+    ahead: int | None = None,
 ) -> Scheduler:
     return Scheduler(
         pages=PageManager(num_pages, 16, shares=shares),
@@ -37,6 +38,7 @@ def make(
         shortest_run=shortest_run,
         whole_prompts=whole_prompts,
         longest_first=longest_first,
+        ahead=ahead,
     )
 
 
@@ -121,7 +123,7 @@ def test_a_request_decodes_until_its_tokens_are_launched() -> None:
 
 
 def test_admits_in_order_and_only_what_fits() -> None:
-    scheduler = make(num_pages=1 + 4)
+    scheduler = make(num_pages=1 + 4, ahead=1000)
     big, small = add(scheduler, 40, 8, new=8)  # 3 pages, 1 page
     huge, late = add(scheduler, 56, 8, new=8)  # 4 pages, 1 page: waits behind the huge one
     assert scheduler.schedule().admitted == (big, small)
@@ -132,6 +134,43 @@ def test_admits_in_order_and_only_what_fits() -> None:
     assert scheduler.schedule().admitted == (huge,)
     scheduler.finish(huge)
     assert scheduler.schedule().admitted == (late,)
+
+
+def test_admits_as_much_as_a_prefill_call_has_room_for() -> None:
+    scheduler = make(budget=32)
+    a, b, c, d = add(scheduler, 20, 20, 70, 5, new=1)
+    assert scheduler.schedule().admitted == (a, b)  # 8 of b are left for the next call
+    schedule = scheduler.schedule()
+    assert schedule.admitted == (c,)
+    assert chunks_of(schedule) == [(b, 12, 8, True), (c, 0, 24, False)]
+    assert scheduler.schedule().admitted == ()
+    assert chunks_of(scheduler.schedule()) == [(c, 56, 14, True), (d, 0, 5, True)]
+    scheduler = make(budget=32, whole_prompts=True)
+    a, b, c, d = add(scheduler, 20, 20, 12, 20)
+    schedule = scheduler.schedule()
+    assert schedule.admitted == (a, b, c, d)
+    assert chunks_of(schedule) == [(a, 0, 20, True), (c, 0, 12, True)]
+
+
+def test_prefills_come_first_where_nobody_waits_for_single_tokens() -> None:
+    scheduler = make(budget=32)
+    requests = add(scheduler, 20, 20, 20)
+    for request in requests:
+        request.patient = True
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert [len(decoded(each)) for each in (first, second)] == [0, 0]
+    assert len(second.prefilled) == 2
+    assert requests[0].launched == 1
+    assert decoded(scheduler.schedule()) == tuple(requests)
+    assert requests[0].launched == 2
+    (one,) = add(scheduler, 20, new=1)  # it ends with its prefill, and others like it may come
+    one.patient = True
+    assert decoded(scheduler.schedule()) == tuple(requests)
+    scheduler.finish(one)
+    (one,) = add(scheduler, 20)  # somebody waits for this one's tokens, so the others go on beside its prefill
+    schedule = scheduler.schedule()
+    assert schedule.prefilled == (one,)
+    assert decoded(schedule) == tuple(requests)
 
 
 def test_finishing_frees_slot_and_pages_once() -> None:
@@ -293,7 +332,7 @@ class Model:
     def step(self) -> tuple[list, list, list]:
         """Names admitted; (name, start, length) of each chunk; (name, slot) of each row of the decode call."""
         admitted, decode, prefill = [], [], []
-        while self.waiting and self.free_slots:
+        while self.waiting and self.free_slots and sum(one.feed - one.fed for one in self.running) < self.budget:
             first = self.waiting[0]
             pages = self.pages.allocate(pages_for_tokens(first.prompt + first.new, 16))
             if pages is None:
@@ -404,7 +443,7 @@ def test_equal_prompts_are_prefilled_in_one_call_and_fed_once() -> None:
 
 
 def test_who_shares_what_was_not_written_waits_again_in_its_place() -> None:
-    scheduler = make(budget=16, shares=True)
+    scheduler = make(budget=16, shares=True, ahead=1000)
     a, b, c, d, e = add(scheduler, 40, 40, 50, 8, 8)
     assert scheduler.schedule().admitted == (a, b, c, d)
     scheduler.finish(a)  # nothing of it was launched

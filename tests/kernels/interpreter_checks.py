@@ -6,6 +6,9 @@ to them is wrong.
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import ptx
 import torch
 from attention_cases import Cache, dense_packed, error, make_cache, newest_rows, pack, take_newest
@@ -14,6 +17,7 @@ from hybridgen.kernels.attention import balanced
 from hybridgen.kernels.attention.decode import Tuning as DecodeTuning
 from hybridgen.kernels.attention.decode import decode_attention
 from hybridgen.kernels.attention.prefill import prefill_attention
+from hybridgen.kernels.attention.schedule import Shares, schedule, schedule_words
 from hybridgen.kernels.attention.write import write_kv
 from hybridgen.kernels.linear import rounded_rows_kernels
 
@@ -187,6 +191,52 @@ def check_balanced(number: int, kept: torch.dtype | None = None) -> None:
         if not _same(newest_rows(cache), cache):
             raise AssertionError("the new K and V are not in the pages")
     assert max(errors) < 1e-6, (heads, kv_heads, dim, value_dim, page_size, named, errors)
+
+
+def check_schedules() -> None:
+    """Whose chunks are dealt: each one once, all tiles counted, and the largest load that of dealing one by one."""
+    drawn = random.Random(0)
+    for kv_heads, programs, chunk_tiles, row_chunks, longest, count in (
+        (1, 3, 8, 300, 2000, 20),
+        (2, 66, 8, 300, 2000, 33),
+        (4, 21, 16, 300, 2000, 9),
+        (8, 3, 4, 300, 500, 5),
+        (1, 7, 8, 3, 9000, 17),  # some rows have longer chunks
+        (1, 40, 8, 2, 9000, 5),
+    ):
+        lengths = [drawn.randint(1, longest) for _ in range(count)]
+        pages = -(-longest // 64)
+        shares = Shares(kv_heads, 64, 0, 0, 64, chunk_tiles, row_chunks, programs)
+        table = torch.arange(count * pages, dtype=torch.int32).view(count, pages)
+        plan = torch.full((schedule_words(count, pages, shares),), -1, dtype=torch.int32)
+        schedule(table, torch.arange(count), torch.tensor(lengths) - 1, shares, plan)
+        words = plan.tolist()
+        chunks_at = 16
+        parts_at = chunks_at + count + 1
+        begins_at = parts_at + shares.parts
+        order_at = begins_at + shares.parts + 1
+        sizes: dict[int, int] = {}  # of chunks by their first tiles
+        tile, usual, chunks = 0, 0, 0
+        for row, length in enumerate(lengths):
+            tiles = -(-length // 64)
+            size = max(chunk_tiles, -(-tiles // row_chunks))
+            assert words[chunks_at + row] == chunks
+            chunks += -(-tiles // size)
+            usual += size == chunk_tiles
+            for start in range(0, tiles, size):
+                sizes[tile + start] = min(size, tiles - start)
+            tile += tiles
+        assert words[0] == tile
+        assert words[chunks_at + count] == len(sizes) == chunks
+        begins = words[begins_at : begins_at + shares.parts + 1]
+        dealt = [words[order_at + a : order_at + b] for a, b in itertools.pairwise(begins)]
+        assert sorted(itertools.chain(*dealt)) == sorted(sizes)
+        loads = [sum(sizes[each] for each in part) for part in dealt]
+        assert words[parts_at : parts_at + shares.parts] == loads
+        one_by_one = [0] * shares.parts
+        for size in sorted(sizes.values(), reverse=True):
+            one_by_one[one_by_one.index(min(one_by_one))] += size
+        assert max(loads) == max(one_by_one) if usual == count else max(loads) <= 2 * max(one_by_one)
 
 
 def check_rounded_rows() -> None:

@@ -27,6 +27,10 @@ def test_decode_by_a_schedule_in_the_interpreter(case: int, triton_interpreter: 
     triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_balanced", case)
 
 
+def test_chunks_are_dealt_to_the_least_load(triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("interpreter_checks.py"), "check_schedules")
+
+
 @pytest.mark.parametrize("case", [2, *(pytest.param(case, marks=pytest.mark.slow) for case in (0, 5))])
 @pytest.mark.parametrize("check", ["check_case_fp8", "check_balanced_fp8"])
 def test_pages_of_8_bits_in_the_interpreter(check: str, case: int, triton_interpreter: Interpreter) -> None:
@@ -106,7 +110,6 @@ def test_a_rows_chunks_fit_the_scratch_of_a_schedule(
     shares = balanced.shares_of(heads, rows, max_pages, window, 0, device, tune)
     tiles = min(-(-length // 64), shares.row_tiles(max_pages))
     per = max(shares.chunk_tiles, -(-tiles // shares.row_chunks))  # as `_chunk_size` of the kernel
-    per = -(-tiles // -(-tiles // per))
     chunks = -(-tiles // per)
     assert chunks <= shares.row_chunks
     assert per <= 4095  # what a mark can count

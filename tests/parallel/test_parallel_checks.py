@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import families
+import multimodal
 import pytest
 import torch
 
 import hybridgen
 from hybridgen import ConfigError, DeviceError, Engine, UnsupportedModelError
+from hybridgen.compilation.store.session import mode_of
+from hybridgen.engine.preflight import resolve_config
 from hybridgen.loading import Checkpoint
 from hybridgen.parallel import ranks, start
 from hybridgen.parallel.channel import Channel
@@ -59,6 +62,12 @@ def test_models_without_a_plan_or_a_comparison(family: str, match: str, tmp_path
         Engine.load(tmp_path, device="cpu", tensor_parallel=2)
 
 
+def test_multimodal_models_without_a_comparison(tmp_path: Path) -> None:
+    path = multimodal.write("vipllava", tmp_path)
+    with pytest.raises(UnsupportedModelError, match="the text part of vipllava was not compared with one process yet"):
+        Engine.load(path, device="cpu", tensor_parallel=2)
+
+
 class Guess:
     """A drafter of one's own."""
 
@@ -71,7 +80,7 @@ class Guess:
     [
         {"drafter": "path/or/id"},
         {"speculation": Guess()},
-        {"quantize_head": "int8"},
+        {"fp8_activations": True, "quantization": "fp8"},
         {"validate": True},
         {"check_addresses": True},
     ],
@@ -90,6 +99,16 @@ def test_more_gpus_than_there_are(llama_path: Path, monkeypatch: pytest.MonkeyPa
         check_parallel(checkpoint, config.replace(device="cuda"))
     with pytest.raises(ConfigError, match="uses the first 4 GPUs, and device='cuda:1' names one"):
         check_parallel(checkpoint, config.replace(device="cuda:1"))
+
+
+@pytest.mark.parametrize(("device", "mode"), [("cuda", "hybrid"), ("cpu", "eager")])
+def test_auto_is_the_mode_of_one_device(device: str, mode: str, llama_path: Path) -> None:
+    """For rank 0, for what its checks go by, and in the other ranks' order."""
+    config = hybridgen.EngineConfig(device="cpu", tensor_parallel=2)
+    checkpoint = dataclasses.replace(Checkpoint.open(llama_path, config), device=torch.device(device))
+    assert mode_of(checkpoint, config) == mode
+    assert resolve_config(checkpoint, config).mode == mode
+    assert start.order_of(checkpoint, config)["config"]["mode"] == mode
 
 
 def test_live_modules_and_numbers_out_of_range(llama_path: Path) -> None:

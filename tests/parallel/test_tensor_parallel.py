@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import multimodal
 import pytest
 import quantised_formats
 
@@ -204,8 +205,50 @@ def test_quantised_weights_are_the_whole_ones_cut(name: str, tmp_path: Path) -> 
     assert others == tokens
     assert more == pytest.approx(scores, abs=1e-3)
     assert over_two.fallbacks == stats.fallbacks
-    kinds, wanted = ({each.partition(" ")[0] for each in one.weights} - {"dense"} for one in (over_two, stats))
-    assert kinds == wanted
+    assert {name: row.projections for name, row in over_two.weights.items()} == {
+        name: row.projections for name, row in stats.weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [
+        ("gemma3", None),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("llava", None), ("mistral3", None), ("llava", "int8"))
+        ),
+    ],
+)
+def test_the_text_part_of_a_multimodal_model(kind: str, quantization: str | None, tmp_path: Path) -> None:
+    path = multimodal.write(kind, tmp_path)
+    config = CONFIG | {"mode": "graph", "quantization": quantization}
+    found: list[Any] = []
+    for size in (1, 2):
+        with Engine.load(path, tensor_parallel=size, **config) as engine:
+            done = engine.generate(PROMPTS, max_new_tokens=6)
+            found.append(([each.token_ids for each in done], engine.score(PROMPTS[1]).logprobs))
+    (tokens, scores), (others, more) = found
+    assert others == tokens
+    assert more == pytest.approx(scores, abs=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_quantised_head_is_the_whole_one_cut(tied: bool, tmp_path: Path) -> None:
+    """Of a number of ids that two ranks do not have evenly."""
+    changes = {"num_hidden_layers": 2, "vocab_size": 255, "tie_word_embeddings": tied}
+    families.build("llama", **changes).save_pretrained(tmp_path)
+    config = CONFIG | {"mode": "graph", "quantize_head": "int8"}
+    found: list[Any] = []
+    for size in (1, 2):
+        with Engine.load(tmp_path, tensor_parallel=size, **config) as engine:
+            done = engine.generate([prompt[:8] for prompt in PROMPTS], max_new_tokens=6)
+            found.append(([each.token_ids for each in done], engine.score(PROMPTS[0]).logprobs, engine.stats()))
+    (tokens, scores, stats), (others, more, over_two) = found
+    assert others == tokens
+    assert more == pytest.approx(scores, abs=1e-3)
+    assert over_two.fallbacks == stats.fallbacks
+    assert [row.projections for row in over_two.weights.values()] == [14, 1]
 
 
 def test_groups_that_cannot_be_cut(tmp_path: Path) -> None:

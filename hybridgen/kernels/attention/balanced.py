@@ -1,9 +1,9 @@
 """Triton: paged attention of one query token per sequence, by a schedule that all layers of a step share.
 
-Shapes: `hybridgen.kernels.attention.ops`. Each of a fixed number of resident programs goes through its run of tiles
-(`hybridgen.kernels.attention.schedule`) in one loop, with the next tiles already on their way, across the ends of
-chunks and rows. A kernel of its own combines a row's chunks in their order; a row of one chunk is finished where it was
-computed.
+Shapes: `hybridgen.kernels.attention.ops`. Each of a fixed number of resident programs goes through the tiles of its
+chunks (`hybridgen.kernels.attention.schedule`) in one loop, with the next tiles already on their way, across the ends
+of chunks and rows. A kernel of its own combines a row's chunks in their order; a row of one chunk is finished where it
+was computed.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class Tuning(NamedTuple):
 def tuning(heads: Heads, shared_memory: int) -> Tuning:
     """Measured on an H200 for heads of 64 and 128 in 16 bits (`benchmarks/ragged.py`); for other heads the nearest.
 
-    At 64 and 128 rows chunks of 512 positions were best, or behind by 1 %. Devices with less shared memory get fewer
-    stages.
+    Chunks of 1024 positions were best: the end of a chunk costs more than a tile. Devices with less shared memory get
+    fewer stages.
     """
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
     many = power_of_two(heads.queries // heads.kv) > 32
     if heads.bytes == 4:
         return Tuning(block=32, warps=4, stages=2, programs=2, chunk=256, carry_query=True)
     if wide <= 64:
-        tune = Tuning(block=64, warps=4 if many else 2, stages=4, programs=4, chunk=512, carry_query=True)
+        tune = Tuning(block=64, warps=4 if many else 2, stages=4, programs=4, chunk=1024, carry_query=True)
     elif wide == 128:
-        tune = Tuning(block=64, warps=8 if many else 4, stages=3, programs=2, chunk=512, carry_query=False)
+        tune = Tuning(block=64, warps=8 if many else 4, stages=3, programs=2, chunk=1024, carry_query=False)
     else:
         tune = Tuning(block=32, warps=8 if many else 4, stages=3, programs=2, chunk=512, carry_query=True)
     if heads.bytes == 1:  # as many bytes under way
@@ -230,12 +230,12 @@ def decode_attention(
     lse_start = lines * heads.value_dim
     capacity = tokens * shares.row_tiles(max_pages)
     call.attend(
-        (shares.programs, 1, 1),
+        (shares.parts * heads.kv, 1, 1),
         (
             q, k, v, k_pages, v_pages, plan, q if sinks is None else sinks, out, partial,
-            lse_start, scale, softcap, tokens, capacity, *strides,
+            lse_start, scale, softcap, tokens, capacity, tokens * shares.row_chunks, *strides,
         ),
     )  # fmt: skip
     if lines:
-        call.gather((tokens, heads.kv, 1), (plan, out, partial, lse_start, shares.programs))
+        call.gather((tokens, heads.kv, 1), (plan, out, partial, lse_start))
     return out

@@ -17,12 +17,13 @@ from hybridgen.kernels.attention.common import (
 )
 from hybridgen.kernels.attention.schedule_kernels import (
     chunk_words,
+    deal_words,
     mark_ends_row,
     mark_is_first,
     mark_left,
     mark_low,
     mark_valid,
-    run_words,
+    part_words,
     tile_words,
 )
 
@@ -30,15 +31,15 @@ from hybridgen.kernels.attention.schedule_kernels import (
 @triton.jit
 def _load_query(  # type: ignore[no-untyped-def]
     q, pages, row, head, stride_token, stride_head,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
     EVERY: tl.constexpr,
 ):  # fmt: skip
     """A kv head's queries of a row for keys in `pages`: every, or every second, dim, [BLOCK_GROUP, BLOCK_DIM / EVERY],
-    and the dims behind those; zeros for a head beyond the last."""
+    and the dims behind those."""
     member = tl.arange(0, BLOCK_GROUP)
     dims = tl.arange(0, BLOCK_DIM // EVERY) * EVERY
     query = q + row.to(tl.int64) * stride_token + (head * GROUP + member)[:, None] * stride_head + dims[None, :]
-    mask = (member[:, None] < GROUP) & (dims[None, :] < DIM) & (head < HEADS)
+    mask = (member[:, None] < GROUP) & (dims[None, :] < DIM)
     first = packed_query(tl.load(query, mask=mask, other=0.0), pages)
     second = first
     if EVERY == 2:
@@ -77,7 +78,7 @@ def _tile(base, rows, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _store_new(  # type: ignore[no-untyped-def]
-    new, target, rows, place, is_last,
+    new, target, rows, place,
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Write a head's new row [BLOCK_DIM] to its place in the tile."""
@@ -86,23 +87,24 @@ def _store_new(  # type: ignore[no-untyped-def]
         line = rows + place
     else:
         line = tl.sum(tl.where(tl.arange(0, BLOCK) == place, rows, 0), 0)
-    tl.store(target + line * DIM + dims, stored(new, target), mask=(dims < DIM) & is_last)
+    tl.store(target + line * DIM + dims, stored(new, target), mask=dims < DIM)
 
 
 @triton.jit(
-    do_not_specialize=["lse_start", "tokens", "capacity"],
+    do_not_specialize=["lse_start", "tokens", "capacity", "most_chunks"],
     do_not_specialize_on_alignment=["sinks"],
 )
 def balanced_kernel(  # type: ignore[no-untyped-def]
     q, k, v, k_pages, v_pages, plan, sinks, out, partial,
-    lse_start, scale, softcap, tokens, capacity,
+    lse_start, scale, softcap, tokens, capacity, most_chunks,
     q_stride_token, q_stride_head, k_stride_token, k_stride_head, v_stride_token, v_stride_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, APPEND: tl.constexpr, CARRY_QUERY: tl.constexpr,
     EVERY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: its run of items. One loop over all of them, so that reading goes on across the ends of chunks.
+    """A program: a part's chunks of one kv head. One loop over all their tiles, so that reading goes on across the ends
+    of chunks.
 
     With APPEND the row's newest K and V come from `k` and `v`: the tile that holds their place is read without it,
     they are added when the row's last chunk ends, and are written there. EVERY 2, for pages of 8 bits and queries of
@@ -112,11 +114,15 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     scale = score_factor(scale, q, k_pages)
-    programs = tl.num_programs(0)
-    begin = tl.load(run_words(plan) + tl.program_id(0))
-    end = tl.load(run_words(plan) + tl.program_id(0) + 1)
-    total_tiles = tl.load(plan)
-    rows_of_tiles = tile_words(plan, programs, tokens)
+    head = tl.program_id(0) % HEADS
+    own = tl.program_id(0) // HEADS
+    parts = tl.num_programs(0) // HEADS
+    tiles = tl.load(part_words(plan, tokens) + own)
+    deal = deal_words(plan, tokens, parts)
+    dealt = tl.load(deal + own)
+    last_dealt = tl.load(deal + own + 1) - 1
+    order = deal + parts + 1
+    rows_of_tiles = tile_words(plan, tokens, parts, most_chunks)
     marks = rows_of_tiles + capacity
     lines = marks + capacity
     pages_of_tiles = lines + capacity
@@ -140,16 +146,16 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
     sums = tl.zeros([BLOCK_GROUP, BLOCK], tl.float32)
     mixed = tl.zeros([BLOCK_GROUP, BLOCK_VALUE // EVERY], tl.float32)
     mixed_odd = mixed
-    head = begin // total_tiles
-    tile = begin - head * total_tiles
+    tile = tl.load(order + dealt, mask=tiles > 0, other=0)
+    next_chunk = tl.load(order + dealt + 1, mask=dealt < last_dealt, other=0)
     row = tl.load(rows_of_tiles + tile)
     mark = tl.load(marks + tile)
     pages = _tile_pages(pages_of_tiles, tile, PAGE, BLOCK)
     if CARRY_QUERY:
         query, query_odd = _load_query(
-            q, k_pages, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM, EVERY
+            q, k_pages, row, head, q_stride_token, q_stride_head, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM, EVERY
         )
-    for _ in range(begin, end):
+    for _ in range(tiles):
         valid = mark_valid(mark)
         if APPEND:
             valid -= mark_ends_row(mark)
@@ -158,7 +164,7 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
             seen = seen & (local >= mark_low(mark))
         if not CARRY_QUERY:
             query, query_odd = _load_query(
-                q, k_pages, row, head, q_stride_token, q_stride_head, HEADS, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM, EVERY
+                q, k_pages, row, head, q_stride_token, q_stride_head, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM, EVERY
             )
         place = _rows_of_tile(pages, head, HEADS, PAGE, BLOCK)
         key = _tile(key_pages, place, PAGE, KEYS, BLOCK, BLOCK_DIM // EVERY)
@@ -166,27 +172,18 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         value = _tile(value_pages, place, PAGE, VALUES, BLOCK, BLOCK_VALUE // EVERY)
         value = tl.load(value, mask=seen[:, None] & (value_dims[None, :] < VALUES), other=0.0)
         # The next tile's words, a tile early: its K and V are requested as soon as a buffer is free.
-        next_tile = tile + 1
-        next_head = head + (next_tile == total_tiles).to(tl.int32)
-        next_tile = tl.where(next_tile == total_tiles, 0, next_tile)
+        left = mark_left(mark)
+        next_tile = tl.where(left == 1, next_chunk, tile + 1)
+        dealt += (left == 1).to(tl.int32)
+        next_chunk = tl.load(order + dealt + 1, mask=dealt < last_dealt, other=0)
         next_row = tl.load(rows_of_tiles + next_tile)
         next_mark = tl.load(marks + next_tile)
         next_pages = _tile_pages(pages_of_tiles, next_tile, PAGE, BLOCK)
         if CARRY_QUERY:
             next_query, next_query_odd = _load_query(
-                q,
-                k_pages,
-                next_row,
-                next_head,
-                q_stride_token,
-                q_stride_head,
-                HEADS,
-                GROUP,
-                DIM,
-                BLOCK_GROUP,
-                BLOCK_DIM,
+                q, k_pages, next_row, head, q_stride_token, q_stride_head, GROUP, DIM, BLOCK_GROUP, BLOCK_DIM,
                 EVERY,
-            )
+            )  # fmt: skip
 
         if EVERY == 2:
             key_even, key_odd = unpacked_pairs(tl.trans(key))
@@ -215,7 +212,7 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
             value = unpacked(value, query)
             mixed = tl.dot(weights.to(value.dtype), value, mixed, input_precision="ieee")
         peak = new_peak
-        if mark_left(mark) == 1:
+        if left == 1:
             line = tl.load(lines + tile)
             is_last_chunk = (line & 2) != 0
             is_only_chunk = (line & 3) == 3
@@ -225,29 +222,30 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
                 chunk_mixed = tl.reshape(tl.join(mixed, mixed_odd), [BLOCK_GROUP, BLOCK_VALUE])
             else:
                 chunk_mixed = mixed
-            if APPEND:
-                new_k = k + row.to(tl.int64) * k_stride_token + head * k_stride_head + dims
-                new_k = tl.load(new_k, mask=(dims < DIM) & is_last_chunk, other=0.0)
-                new_v = v + row.to(tl.int64) * v_stride_token + head * v_stride_head + values
-                new_v = tl.load(new_v, mask=(values < VALUE_DIM) & is_last_chunk, other=0.0)
-                _store_new(new_k, k_pages, place, valid, is_last_chunk, PAGE, DIM, BLOCK, BLOCK_DIM)
-                _store_new(new_v, v_pages, place, valid, is_last_chunk, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
-                new_k = stored(new_k, k_pages).to(tl.float32)
-                new_v = stored(new_v, v_pages).to(tl.float32)
-                if EVERY == 2:
-                    whole_query = tl.reshape(tl.join(query, query_odd), [BLOCK_GROUP, BLOCK_DIM])
-                else:
-                    whole_query = query
-                score = tl.sum(whole_query.to(tl.float32) * new_k[None, :], 1) * scale
-                if SOFTCAP:
-                    score = soft_capped(score, softcap)
-                score = tl.where(is_last_chunk, score * 1.4426950408889634, -float("inf"))
-                new_peak = tl.maximum(chunk_peak, score)
-                rescale = tl.exp2(chunk_peak - new_peak)
-                weight = tl.exp2(score - new_peak)
-                total = total * rescale + weight
-                chunk_mixed = chunk_mixed * rescale[:, None] + weight[:, None] * new_v[None, :]
-                chunk_peak = new_peak
+            if APPEND:  # noqa: SIM102  # known when it is compiled; the other is not
+                if is_last_chunk:
+                    new_k = k + row.to(tl.int64) * k_stride_token + head * k_stride_head + dims
+                    new_k = tl.load(new_k, mask=dims < DIM, other=0.0)
+                    new_v = v + row.to(tl.int64) * v_stride_token + head * v_stride_head + values
+                    new_v = tl.load(new_v, mask=values < VALUE_DIM, other=0.0)
+                    _store_new(new_k, k_pages, place, valid, PAGE, DIM, BLOCK, BLOCK_DIM)
+                    _store_new(new_v, v_pages, place, valid, PAGE, VALUE_DIM, BLOCK, BLOCK_VALUE)
+                    new_k = stored(new_k, k_pages).to(tl.float32)
+                    new_v = stored(new_v, v_pages).to(tl.float32)
+                    if EVERY == 2:
+                        whole_query = tl.reshape(tl.join(query, query_odd), [BLOCK_GROUP, BLOCK_DIM])
+                    else:
+                        whole_query = query
+                    score = tl.sum(whole_query.to(tl.float32) * new_k[None, :], 1) * scale
+                    if SOFTCAP:
+                        score = soft_capped(score, softcap)
+                    score = score * 1.4426950408889634
+                    new_peak = tl.maximum(chunk_peak, score)
+                    rescale = tl.exp2(chunk_peak - new_peak)
+                    weight = tl.exp2(score - new_peak)
+                    total = total * rescale + weight
+                    chunk_mixed = chunk_mixed * rescale[:, None] + weight[:, None] * new_v[None, :]
+                    chunk_peak = new_peak
             if SINKS:
                 with_sink = (member < GROUP) & ((line & 1) != 0)
                 sink = tl.load(sinks + head * GROUP + member, mask=with_sink, other=-float("inf")).to(tl.float32)
@@ -267,7 +265,6 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
                 tl.store(partial + part[:, None] * VALUE_DIM + values[None, :], chunk_mixed, mask=mask)
                 tl.store(partial + lse_start + part, chunk_peak + tl.log2(total), mask=member < GROUP)
         tile = next_tile
-        head = next_head
         row = next_row
         mark = next_mark
         pages = next_pages
@@ -276,9 +273,9 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
             query_odd = next_query_odd
 
 
-@triton.jit(do_not_specialize=["lse_start", "programs"])
+@triton.jit(do_not_specialize=["lse_start"])
 def gather_kernel(  # type: ignore[no-untyped-def]
-    plan, out, partial, lse_start, programs,
+    plan, out, partial, lse_start,
     HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, BLOCK_MEMBERS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -288,8 +285,8 @@ def gather_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     row = tl.program_id(0)
     head = tl.program_id(1)
-    first = tl.load(chunk_words(plan, programs) + row)
-    count = tl.load(chunk_words(plan, programs) + row + 1) - first
+    first = tl.load(chunk_words(plan) + row)
+    count = tl.load(chunk_words(plan) + row + 1) - first
     if count > 1:
         member = tl.arange(0, BLOCK_MEMBERS)
         values = tl.arange(0, BLOCK_VALUE)

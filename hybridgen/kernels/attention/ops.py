@@ -105,11 +105,11 @@ def write_kv(k: Tensor, v: Tensor, places: Places) -> None:
 def is_balanced(rows: int) -> bool:
     """Whether a decode step of so many rows attends by a schedule; the only place that decides it.
 
-    From 64 rows on. On an H200, over contexts of 100 to 2000, it reaches 72, 81 and 85 % of the read ceiling for 64,
-    128 and 256 rows with the heads of an 8B, and the kernel that cuts row by row 53, 65 and 64 %; with those of a 1B 60
-    and 71 against 54 and 51 % for 64 and 128. Below, the latter is faster nearly everywhere: the 8B takes 21 us for 8
-    such rows and 28 by a schedule, and 156 and 212 for 32 rows of 4096; only 32 rows of 100 to 2000 gain (63, not 68).
-    Measured by `benchmarks/ragged.py`.
+    From 64 rows on. On an H200, over contexts of 100 to 2000, it reaches 76, 84 and 89 % of the read ceiling for 64,
+    128 and 256 rows with the heads of an 8B, and the kernel that cuts row by row 53, 65 and 64 %; with those of a 1B
+    61, 74 and 82 against 54, 51 and 51 %. Below, the latter was faster nearly everywhere when chunks were smaller and
+    not dealt yet: the 8B took 21 us for 8 such rows and 28 by a schedule, and 156 and 212 for 32 rows of 4096; only 32
+    rows of 100 to 2000 gained (63, not 68). Measured by `benchmarks/ragged.py`.
     """
     return rows >= 64
 

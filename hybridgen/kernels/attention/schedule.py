@@ -1,10 +1,10 @@
 """Triton: who attends to what in a decode step. One launch, whose result all layers alike in `Shares` use.
 
-The context of each row is cut into tiles and these into chunks, by the row's own length and by shapes. All tiles of
-all kv heads, row after row and head after head, are one list of items; each of the resident programs gets an equal run
-of it, moved to where the next chunk begins. So programs go from row to row, and no chunk is shared. FlashInfer
-(arXiv:2501.01005) and Stream-K (arXiv:2301.03598) divide work that way; they cut at any tile, which makes a row's
-rounding depend on its neighbours.
+The context of each row is cut into tiles and these into chunks, by the row's own length and by shapes. The resident
+programs are divided evenly among the kv heads; a head's are the *parts* that all heads deal their chunks to alike, the
+largest first and each to the part with the least load (Graham, 1969). So no chunk is shared. FlashInfer
+(arXiv:2501.01005) and Stream-K (arXiv:2301.03598) give each program an equal run and cut at any tile, which makes a
+row's rounding depend on its neighbours; runs that end where a chunk begins are uneven by up to a chunk.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hybridgen.kernels.attention.schedule_kernels import HEADER, schedule_kernel
 
 _STEP = 128
 """Tiles that a program writes at once."""
-_RUNS = 4
-"""Runs that a program finds."""
+_WARPS = 1
+"""Of a program: it deals by many small reductions, which need no barrier in one warp."""
 _MOST_CHUNK_TILES = 4095
 """A mark counts tiles of a chunk up to this."""
 
@@ -41,6 +41,12 @@ class Shares(NamedTuple):
     row_chunks: int
     """Chunks of a row at most."""
     programs: int
+    """That are resident at once."""
+
+    @property
+    def parts(self) -> int:
+        """Programs of each kv head."""
+        return max(1, self.programs // self.kv_heads)
 
     def row_tiles(self, max_pages: int) -> int:
         """Tiles that a row of that many pages can see."""
@@ -57,7 +63,8 @@ def row_chunks(max_tiles: int, chunk_tiles: int, line_bytes: int, tokens: int, m
 def schedule_words(tokens: int, max_pages: int, shares: Shares) -> int:
     """Words of a schedule for so many rows of up to `max_pages` pages."""
     tile_words = 3 + max(1, shares.block // shares.page_size)
-    return HEADER.value + shares.programs + 1 + tokens + 1 + tokens * shares.row_tiles(max_pages) * tile_words
+    row_words = shares.row_chunks + shares.row_tiles(max_pages) * tile_words
+    return HEADER.value + tokens + 1 + 2 * shares.parts + 1 + tokens * row_words
 
 
 _launchers: dict[Hashable, Launcher] = {}
@@ -81,23 +88,23 @@ def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shar
     stripes = min(8, triton.cdiv(shares.row_tiles(max_pages), _STEP))
     dtypes = block_table.dtype, slots.dtype, positions.dtype
     block_rows = max(16, triton.next_power_of_2(tokens))
-    key = dtypes, shares[:5], block_rows, block_table.stride(0), positions.device.index
+    block_parts = max(32, triton.next_power_of_2(shares.parts))
+    key = dtypes, shares[:5], block_rows, block_parts, block_table.stride(0), positions.device.index
     launcher = _launchers.get(key)
     if launcher is None:
         device = device_of(positions)
         constants = {
-            "HEADS": shares.kv_heads,
             "PAGE": shares.page_size,
             "BLOCK": shares.block,
             "BLOCK_ROWS": block_rows,
+            "BLOCK_PARTS": block_parts,
             "STEP": _STEP,
-            "RUNS": _RUNS,
             "LIMIT": shares.limit,
             "OVERLAP": device.overlap,
-            "num_warps": 4,
+            "num_warps": _WARPS,
             **({"launch_pdl": True} if device.overlap else {}),
         }
         launcher = _launchers[key] = Launcher(schedule_kernel, constants)
-    numbers = shares.reach, tokens, shares.chunk_tiles, shares.row_chunks, capacity, shares.programs, stripes
-    grid = tokens * stripes + triton.cdiv(shares.programs + 1, _RUNS), 1, 1
+    numbers = shares.reach, tokens, shares.chunk_tiles, shares.row_chunks, capacity, shares.parts, stripes
+    grid = tokens * stripes + shares.parts, 1, 1
     launcher(grid, (block_table, slots, positions, out, *numbers, block_table.stride(0)))

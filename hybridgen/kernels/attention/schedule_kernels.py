@@ -9,29 +9,35 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hybridgen.kernels.attention.common import first_seen
 
 HEADER = tl.constexpr(16)
-"""Words before the runs; the first is the number of tiles of all rows."""
+"""Words before the rows' chunks; nothing is in them but the number of tiles of all rows."""
 
 
 @triton.jit
-def run_words(plan):  # type: ignore[no-untyped-def]
-    """[programs + 1]: a program's first item. Item `head * tiles of all rows + tile` is a tile of one kv head."""
+def chunk_words(plan):  # type: ignore[no-untyped-def]
+    """[tokens + 1]: chunks of all rows before this one."""
     return plan + HEADER
 
 
 @triton.jit
-def chunk_words(plan, programs):  # type: ignore[no-untyped-def]
-    """[tokens + 1]: chunks of all rows before this one."""
-    return plan + HEADER + programs + 1
+def part_words(plan, tokens):  # type: ignore[no-untyped-def]
+    """[parts]: tiles of a part."""
+    return plan + HEADER + tokens + 1
 
 
 @triton.jit
-def tile_words(plan, programs, tokens):  # type: ignore[no-untyped-def]
+def deal_words(plan, tokens, parts):  # type: ignore[no-untyped-def]
+    """[parts + 1]: where a part's chunks begin among the dealt ones; then these: each chunk's first tile."""
+    return plan + HEADER + tokens + 1 + parts
+
+
+@triton.jit
+def tile_words(plan, tokens, parts, most_chunks):  # type: ignore[no-untyped-def]
     """Four parts, each [capacity]: a tile's row, its mark, its line; and last its pages, [capacity, pages of a tile].
 
     A mark says which positions of the tile the row sees, and where the tile lies in its chunk. A line is the chunk's
     place in scratch, with two flags: it is the row's last chunk, and its first.
     """
-    return plan + HEADER + programs + 1 + tokens + 1
+    return plan + HEADER + tokens + 1 + 2 * parts + 1 + most_chunks
 
 
 @triton.jit
@@ -86,22 +92,61 @@ def _row_tiles(position, reach, BLOCK: tl.constexpr, LIMIT: tl.constexpr):  # ty
 
 @triton.jit
 def _chunk_size(tiles, chunk_tiles, row_chunks):  # type: ignore[no-untyped-def]
-    """Tiles of a row's chunks: from its own number of tiles alone, and as even as can be."""
-    most = tl.maximum(chunk_tiles, tl.cdiv(tiles, row_chunks))
-    return tl.cdiv(tiles, tl.cdiv(tiles, most))
+    """Tiles of a row's chunks but for the last: from its own number of tiles alone."""
+    return tl.maximum(chunk_tiles, tl.cdiv(tiles, row_chunks))
+
+
+@triton.jit
+def _taken(level, load, size):  # type: ignore[no-untyped-def]
+    """Chunks of a size that a part takes while its load is not above the level."""
+    return tl.where(load <= level, (level - load) // size + 1, 0)
+
+
+@triton.jit
+def _deal(load, parts, size, count, BLOCK_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many of `count` chunks of one size each part takes, if each goes to a part with the least load."""
+    inside = tl.arange(0, BLOCK_PARTS) < parts
+    low = tl.min(load, 0) - 1
+    high = tl.max(tl.where(inside, load, 0), 0) + size * (count // parts + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = tl.sum(_taken(middle, load, size), 0) <= count
+        low = tl.where(fits, middle, low)
+        high = tl.where(fits, high, middle)
+    taken = _taken(low, load, size)
+    next_one = ((load <= low + 1) & ((low + 1 - load) % size == 0)).to(tl.int32)
+    left = count - tl.sum(taken, 0)
+    return taken + tl.where(tl.cumsum(next_one, 0) <= left, next_one, 0)
+
+
+@triton.jit
+def _pick(values, index, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.sum(tl.where(tl.arange(0, BLOCK) == index, values, 0), 0)
+
+
+@triton.jit
+def _long_tiles(before, count, chunks, per, is_long, BLOCK_ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tiles of the first `before` long chunks of all rows."""
+    chunks = tl.where(is_long, chunks, 0)
+    ends = tl.cumsum(chunks, 0)
+    row = tl.sum((ends <= before).to(tl.int32), 0)
+    whole = tl.sum(tl.where(is_long & (ends <= before), count, 0), 0)
+    rest = before - _pick(ends - chunks, row, BLOCK_ROWS)
+    return whole + tl.where(row < BLOCK_ROWS, rest * _pick(per, row, BLOCK_ROWS), 0)
 
 
 @triton.jit(
-    do_not_specialize=["reach", "tokens", "chunk_tiles", "row_chunks", "capacity", "programs", "stripes"],
+    do_not_specialize=["reach", "tokens", "chunk_tiles", "row_chunks", "capacity", "parts", "stripes"],
     do_not_specialize_on_alignment=["block_table", "slots", "positions"],
 )
 def schedule_kernel(  # type: ignore[no-untyped-def]
     block_table, slots, positions, plan,
-    reach, tokens, chunk_tiles, row_chunks, capacity, programs, stripes, table_stride,
-    HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    STEP: tl.constexpr, RUNS: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
+    reach, tokens, chunk_tiles, row_chunks, capacity, parts, stripes, table_stride,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    STEP: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Programs below tokens * stripes: every n-th STEP tiles of a row. The others: RUNS programs' first items."""
+    """Programs below tokens * stripes: every n-th STEP tiles of a row, and the row's chunks where they were dealt. The
+    others: a part each. All of them deal."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -110,36 +155,31 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
     place = tl.load(positions + rows, mask=inside, other=0).to(tl.int32)
     count = _row_tiles(place, reach, BLOCK, LIMIT)
     count = tl.where(inside, count, 0)
-    total = tl.sum(count, 0)
-    if tl.program_id(0) < tokens * stripes:
-        row = tl.program_id(0) // stripes
-        stripe = tl.program_id(0) % stripes
-        before = rows < row
-        size = _chunk_size(tl.maximum(count, 1), chunk_tiles, row_chunks)
-        chunks = tl.cdiv(count, size)
-        first_tile = tl.sum(tl.where(before, count, 0), 0)
-        first_chunk = tl.sum(tl.where(before, chunks, 0), 0)
+    per = _chunk_size(count, chunk_tiles, row_chunks)
+    chunks = tl.cdiv(count, per)
+    row = tl.program_id(0) // stripes
+    stripe = tl.program_id(0) % stripes
+    own_part = tl.program_id(0) - tokens * stripes
+    before = rows < row
+    first_tile = tl.sum(tl.where(before, count, 0), 0)
+    first_chunk = tl.sum(tl.where(before, chunks, 0), 0)
+    if row < tokens:
         position = tl.load(positions + row).to(tl.int32)
         low_tile = _low_tile(position, reach, BLOCK, LIMIT)
         tiles = _row_tiles(position, reach, BLOCK, LIMIT)
-        per = _chunk_size(tiles, chunk_tiles, row_chunks)
-        row_chunk_count = tl.cdiv(tiles, per)
+        size = _chunk_size(tiles, chunk_tiles, row_chunks)
+        row_chunk_count = tl.cdiv(tiles, size)
         lowest = position * 0
         if LIMIT:
             lowest = first_seen(position, reach, LIMIT)
-        if stripe == 0:
-            tl.store(chunk_words(plan, programs) + row, first_chunk)
-            if row == tokens - 1:
-                tl.store(chunk_words(plan, programs) + tokens, first_chunk + row_chunk_count)
-                tl.store(plan, total)
         table = block_table + tl.load(slots + row).to(tl.int64) * table_stride
-        words = tile_words(plan, programs, tokens) + first_tile
+        words = tile_words(plan, tokens, parts, tokens * row_chunks) + first_tile
         for start in range(stripe * STEP, tiles, stripes * STEP):
             tile = start + tl.arange(0, STEP)
             mask = tile < tiles
-            chunk = tile // per
-            done = tile - chunk * per
-            left = tl.minimum(per - done, tiles - tile)
+            chunk = tile // size
+            done = tile - chunk * size
+            left = tl.minimum(size - done, tiles - tile)
             begin = (low_tile + tile) * BLOCK
             valid = tl.minimum(position + 1 - begin, BLOCK)
             hidden = tl.maximum(lowest - begin, 0)
@@ -158,22 +198,85 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
                 at = begin[:, None] + part * PAGE
                 used = mask[:, None] & (at <= position) & (at + PAGE > lowest)
                 page = tl.load(table + at // PAGE, mask=used, other=0)
-                pages = tile_words(plan, programs, tokens) + 3 * capacity
+                pages = words - first_tile + 3 * capacity
                 target = (first_tile + tile)[:, None] * (BLOCK // PAGE) + part
                 tl.store(pages + target, page, mask=mask[:, None])
-    else:
-        # Equal shares of all items, cut where a chunk begins.
-        ends = tl.cumsum(count, 0)
-        for index in range(RUNS):
-            program = (tl.program_id(0) - tokens * stripes) * RUNS + index
-            if program <= programs:
-                item = (total.to(tl.int64) * HEADS * program // programs).to(tl.int32)
-                tile = item % total
-                row = tl.minimum(tl.sum((ends <= tile).to(tl.int32), 0), tokens - 1)
-                position = tl.load(positions + row).to(tl.int32)
-                tiles = _row_tiles(position, reach, BLOCK, LIMIT)
-                per = _chunk_size(tiles, chunk_tiles, row_chunks)
-                tile = tile - tl.sum(tl.where(rows < row, count, 0), 0)
-                done = tile % per
-                ahead = tl.where(done == 0, 0, tl.minimum(per - done, tiles - tile))
-                tl.store(run_words(plan) + program, item + ahead)
+    if (row >= tokens) | (stripe == 0):
+        # The largest chunks first, each to the part with the least load (Graham, 1969). Those of rows that have chunks
+        # above the usual size count with their mean.
+        part = tl.arange(0, BLOCK_PARTS)
+        is_long = per > chunk_tiles
+        last = count - (chunks - 1) * per
+        own_last = _pick(last, row, BLOCK_ROWS)
+        long_chunks = tl.sum(tl.where(is_long, chunks, 0), 0)
+        dealt = tl.where(part < parts, long_chunks // parts + (part < long_chunks % parts).to(tl.int32), 0)
+        ends = tl.cumsum(dealt, 0)
+        long_dealt = dealt
+        long_ends = ends
+        mean = tl.sum(tl.where(is_long, count, 0), 0) // tl.maximum(long_chunks, 1)
+        load = tl.where(part < parts, dealt * mean, 1 << 30)
+        # Of the row's own chunks: how many of all have gone to each part when their turn is over, and where in that
+        # part's list they lie.
+        own_long = _pick(is_long.to(tl.int32), row, BLOCK_ROWS) == 1
+        first_ends = ends
+        first_shift = dealt * 0 - (ends - dealt)
+        first_rank = tl.sum(tl.where(before & is_long, chunks, 0), 0)
+        last_ends = ends
+        last_shift = first_shift
+        last_rank = first_rank
+        taken_chunks = dealt
+        tiles_of_part = dealt * 0
+        for smaller in range(chunk_tiles):
+            size = chunk_tiles - smaller
+            of_row = tl.where((last == size) & (chunks > 0), 1, 0)
+            if smaller == 0:
+                of_row += tl.maximum(chunks - 1, 0)
+            of_row = tl.where(is_long, 0, of_row)
+            total = tl.sum(of_row, 0)
+            if total > 0:
+                dealt = _deal(load, parts, size, total, BLOCK_PARTS)
+                ends = tl.cumsum(dealt, 0)
+                shift = taken_chunks - (ends - dealt)
+                rank = tl.sum(tl.where(before, of_row, 0), 0)
+                if (smaller == 0) & (own_long == 0):
+                    first_ends = ends
+                    first_shift = shift
+                    first_rank = rank
+                if (size == own_last) & (own_long == 0):
+                    last_ends = ends
+                    last_shift = shift
+                    last_rank = rank + tl.where(smaller == 0, _pick(chunks, row, BLOCK_ROWS) - 1, 0)
+                load += dealt * size
+                taken_chunks += dealt
+                tiles_of_part += dealt * size
+        begins = tl.cumsum(taken_chunks, 0) - taken_chunks
+        order = deal_words(plan, tokens, parts) + parts + 1
+        if row < tokens:
+            tl.store(chunk_words(plan) + row, first_chunk)
+            count_of_row = _pick(chunks, row, BLOCK_ROWS)
+            own_size = _pick(per, row, BLOCK_ROWS)
+            if row == tokens - 1:
+                tl.store(chunk_words(plan) + tokens, first_chunk + count_of_row)
+            alike = tl.where(own_long, count_of_row, count_of_row - 1)
+            for start in range(0, alike, 16):
+                chunk = start + tl.arange(0, 16)
+                rank = first_rank + chunk
+                whose = tl.sum((first_ends[None, :] <= rank[:, None]).to(tl.int32), 1)
+                at = tl.sum(tl.where(part[None, :] == whose[:, None], (begins + first_shift)[None, :], 0), 1) + rank
+                tl.store(order + at, first_tile + chunk * own_size, mask=chunk < alike)
+            if alike < count_of_row:
+                whose = tl.sum((last_ends <= last_rank).to(tl.int32), 0)
+                at = _pick(begins + last_shift, whose, BLOCK_PARTS) + last_rank
+                tl.store(order + at, first_tile + alike * own_size)
+        else:
+            tl.store(deal_words(plan, tokens, parts) + own_part, _pick(begins, own_part, BLOCK_PARTS))
+            tiles = _pick(tiles_of_part, own_part, BLOCK_PARTS)
+            if long_chunks > 0:
+                end = _pick(long_ends, own_part, BLOCK_PARTS)
+                begin = end - _pick(long_dealt, own_part, BLOCK_PARTS)
+                tiles += _long_tiles(end, count, chunks, per, is_long, BLOCK_ROWS)
+                tiles -= _long_tiles(begin, count, chunks, per, is_long, BLOCK_ROWS)
+            tl.store(part_words(plan, tokens) + own_part, tiles)
+            if own_part == parts - 1:
+                tl.store(deal_words(plan, tokens, parts) + parts, tl.sum(taken_chunks, 0))
+                tl.store(plan, tl.sum(count, 0))
