@@ -325,6 +325,11 @@ def _attend(connection: socket.socket, pid: int) -> None:
 
 def become(request: dict[str, Any]) -> None:
     """Run a command in this fork as Python would have run it in a fresh process."""
+    import torch
+
+    # A fork makes its thread pool anew at first use. Two threads that come first together find none ("Invalid thread
+    # pool!"), so it is made while there is one.
+    torch.set_num_threads(torch.get_num_threads())
     for number in (signal.SIGINT, *_PASSED_ON):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for number in request["ignored"]:
