@@ -365,10 +365,12 @@ def _copy_without_weights(model: PreTrainedModel, recorder: _Recorder, meta: boo
         if forward is not None:
             memo[id(forward)] = None
     duplicate = copy.deepcopy(model, memo)
+    copies = dict(duplicate.named_modules(remove_duplicate=False))
+    for name, module in originals.items():
+        if "forward" in vars(module):  # from Python 3.14 on functions are copied as they are, whatever `memo` says
+            vars(copies[name]).pop("forward", None)
     recorder.names = {module: name for name, module in reversed(list(duplicate.named_modules(remove_duplicate=False)))}
     for module in duplicate.modules():
-        if vars(module).get("forward", ...) is None:
-            del module.forward
         vars(module)["_hybridgen_recorder"] = recorder
         for config in configs_of(module):
             vars(config)["_hybridgen_recorder"] = recorder
