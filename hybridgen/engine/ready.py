@@ -71,10 +71,7 @@ def make_ready(
     undo.callback(bound.release)
     if resolved.mode is not Mode.EAGER:  # the reference
         check = ExpertsCheck(chosen_of(model), checkpoint.dtype)
-        bound.use_experts(checked_sites(check, fall_back))
-        bound.use_routers(checked_routers(check, fall_back))
-        if resolved.mode.records:
-            bound.use_few_rows(RowsCheck(fall_back))
+        _use_ops(bound, check, resolved, fall_back)
         check_packed(check, packed_experts(model))
     for _, module in quantised_modules(model):
         module.dequantises = resolved.mode is Mode.EAGER  # the reference
@@ -101,12 +98,19 @@ def ready_model(
         bound = bound_model(model, resolved.max_context)
     undo.callback(bound.release)
     if resolved.mode is not Mode.EAGER:  # the reference
-        check = ExpertsCheck(chosen_of(model), dtype)
-        bound.use_experts(checked_sites(check, None))
-        bound.use_routers(checked_routers(check, None))
-        if resolved.mode.records:
-            bound.use_few_rows(RowsCheck(None))
+        _use_ops(bound, ExpertsCheck(chosen_of(model), dtype), resolved, None)
     return bound
+
+
+def _use_ops(
+    bound: BoundModel, check: ExpertsCheck, resolved: ResolvedConfig, fall_back: Callable[[str], None] | None
+) -> None:
+    """Experts, routers and projections go by ops of ours in decode, where these were tried and found right."""
+    bound.use_experts(checked_sites(check, fall_back))
+    bound.use_routers(checked_routers(check, fall_back))
+    # In mixtures of experts alone: in dense models the kernel for few rows has not run on a GPU yet.
+    if resolved.mode.records and bound.routers:
+        bound.use_few_rows(RowsCheck(fall_back))
 
 
 def bound_model(model: PreTrainedModel, context: int, calls: tuple[ProbedCall, ...] | None = None) -> BoundModel:

@@ -2,11 +2,11 @@
 
 First come, first served; the requests of one list in the order of `Scheduler.in_order`. A request is admitted when a
 slot is free and the pool has pages for its whole prompt and output, so a running request is never stopped for want of
-memory; pages that hold its first tokens already are shared (`cache.prefix`). Nor is it admitted before a prefill call
-has room for it: what admitting many requests costs the host passes while the device runs the calls before. Each step
-has at most one prefill call, with prompts packed up to the token budget and long ones in chunks, and one decode call of
-all requests that are past their prompt. Where nobody waits for single tokens, prefills come first: decode steps in
-between would run with few rows.
+memory; pages that hold its first tokens already are shared (`cache.prefix`). It also waits until a prefill call has
+room for it, so that the host admits the next requests while the device runs the calls before. Each step has at most one
+prefill call, with prompts packed up to the token budget and long ones in chunks, and one decode call of all requests
+that are past their prompt. Of a list that is wanted as a whole, all prompts are prefilled before the first decode step:
+decode steps in between would have few rows.
 
 Most steps decode the same requests as the step before. The scheduler counts how many more of them there will be, and
 returns the same `Schedule` that often without looking at any request.
@@ -72,7 +72,7 @@ class Scheduler:
         self._score_budget = score_budget
         self._shortest_run = shortest_run
         self._whole_prompts = whole_prompts
-        # Where prompts are not cut, one that a call has no room for leaves it to one behind it.
+        # Where prompts are not cut, a prompt that does not fit a call lets a shorter one behind it go first.
         self._ahead = token_budget * (2 if whole_prompts else 1) if ahead is None else ahead
         self._reprefill_length = reprefill_length
         self._free_slots = list(range(max_batch - 1, -1, -1))

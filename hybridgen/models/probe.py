@@ -368,7 +368,7 @@ def _copy_without_weights(model: PreTrainedModel, recorder: _Recorder, meta: boo
     copies = dict(duplicate.named_modules(remove_duplicate=False))
     for name, module in originals.items():
         if "forward" in vars(module):  # from Python 3.14 on functions are copied as they are, whatever `memo` says
-            vars(copies[name]).pop("forward", None)
+            copies[name].__dict__.pop("forward", None)
     recorder.names = {module: name for name, module in reversed(list(duplicate.named_modules(remove_duplicate=False)))}
     for module in duplicate.modules():
         vars(module)["_hybridgen_recorder"] = recorder
