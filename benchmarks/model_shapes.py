@@ -15,8 +15,8 @@ experts. Greedy, random prompts of one length, whole calls, wall time, medians.
   tokens close to each other, so that it says little below 1.
 
 One engine a mode runs all batches. A cell that fails is reported with its reason, and the others go on. Results are
-written behind each cell, so that a run that is cut leaves those before. With `--limit-s` a model's cells that would begin
-later are left out, and said so. `HYBRIDGEN_COMPILE_CACHE=DIRECTORY` lets a mode load what another compiled.
+written behind each cell, so that a run that is cut leaves those before. With `--limit-s` a model's cells that would
+begin later are left out, and said so. `HYBRIDGEN_COMPILE_CACHE=DIRECTORY` lets a mode load what another compiled.
 
     python benchmarks/model_shapes.py [--models lfm2-2.6b] [--modes hybrid] [--layers 8] [--output results.json]
     python benchmarks/model_shapes.py --budget-s 2 --new 64 --limit-s 90        # all shapes, in about 8 minutes
