@@ -13,6 +13,7 @@ whole calls, medians, with what the first call took (kernels are compiled and tu
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import inspect
 import itertools
 import time
@@ -26,6 +27,8 @@ from common import provenance, report, seconds, synchronize, this_device, write
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from hybridgen.kernels.delta_rule import CHUNK, delta_rule, load
+
 KEY_HEADS, VALUE_HEADS, SIZE = 16, 32, 128
 PROMPTS = {
     "one of 512": [512],
@@ -36,7 +39,6 @@ PROMPTS = {
     "one of 8192": [8192],
 }
 REPEATS = 200
-CHUNK = 64
 _in_chunks: Callable[..., Any] = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)  # type: ignore[assignment]
 
 
@@ -87,10 +89,7 @@ def one_by_one(case: Case) -> tuple[Tensor, Tensor]:
 
 def packed(rule: Callable[..., Any], case: Case, starts: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
     """By `fla-core`, all prompts in one call."""
-    return rule(
-        case.q, case.k, case.v, g=case.g, beta=case.beta, initial_state=case.states, output_final_state=True,
-        use_qk_l2norm_in_kernel=True, cu_seqlens=starts, chunk_indices=chunks,
-    )  # fmt: skip
+    return delta_rule(rule, *case[:6], starts, chunks)
 
 
 def exactly(case: Case) -> tuple[Tensor, Tensor]:
@@ -167,11 +166,11 @@ def main() -> None:
     rule = None
     if not arguments.smoke and device == "cuda":
         start = time.perf_counter()
-        import fla
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
-
-        results |= {"fla": fla.__version__, "import_s": time.perf_counter() - start}
-        print(f"fla {fla.__version__}, imported in {results['import_s']:.1f} s", flush=True)
+        rule = load()
+        if rule is None:
+            raise SystemExit('fla-core cannot be loaded; pip install "hybridgen[hybrid]"')
+        results |= {"fla": importlib.metadata.version("fla-core"), "import_s": time.perf_counter() - start}
+        print(f"fla {results['fla']}, loaded in {results['import_s']:.1f} s", flush=True)
     print(f"{'prompts':18}  torch ms packed ms   first s  errors: torch, packed   changed", flush=True)
     torch.manual_seed(0)
     with torch.inference_mode():
