@@ -7,8 +7,9 @@ pool in `cache.slot_state`; what it computes stays transformers' own code.
 - *Decode*: one call with a row for each token, [T, 1, hidden]. It decides nothing on the host, so that it can be
   compiled and recorded.
 - *Prefill*: one call for all runs of one length that begin alike, [runs, length, hidden], because rows of a batch end
-  together in transformers' functions. `_prefill` is the place for a function that takes packed runs. A mixer whose code
-  begins every run at zeros, as transformers' scan of Mamba 1 does, gets later runs of a prompt token by token.
+  together in transformers' functions; but one call for all runs of a gated delta net on CUDA, in 16 bits, where
+  `fla-core` is installed (`models.packed`). A mixer whose code begins every run at zeros, as transformers' scan of
+  Mamba 1 does, gets later runs of a prompt token by token.
 
 The mixer's class is changed, not its `forward` attribute, so that layers of a kind still share a compiled graph.
 """
@@ -31,7 +32,9 @@ from hybridgen.errors import UnsupportedModelError
 from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.layer_inputs import LayerInputs
 from hybridgen.models.layer_list import layer_around
+from hybridgen.models.packed import PackedCache, Runs, packed_forward, rule_for, runs_of
 from hybridgen.models.swapped import give_back, made_class
+from hybridgen.models.torch_functions import by_torch
 
 _VERBS = frozenset({"update_conv_state", "update_recurrent_state"})
 """What a mixer calls on its cache, by which it is recognised."""
@@ -84,6 +87,15 @@ class MixerBinding:
             raise RuntimeError("the step does not say where states are; BoundModel.forward() sets it")
         return places
 
+    def packed_runs(self, device: torch.device) -> Runs:
+        """Where the runs of a prefill step lie; made once for all layers whose convolutions keep as much."""
+        kernel = 0 if self.convolution is None else self.convolution.shape[-1]
+        key = self.step.runs, kernel
+        if self.step.packed is None or self.step.packed[0] != key:
+            self.step.packed = key, runs_of([length for length, _ in self.step.runs], kernel, device)
+        found: Runs = self.step.packed[1]
+        return found
+
     def read(self, places: Tensor, fresh: bool) -> SlotCache:
         """A copy of the states in these places, int64 [B]; `fresh` has none before."""
         convolution, recurrent = self.convolution, self.recurrent
@@ -95,7 +107,7 @@ class MixerBinding:
             not fresh,
         )
 
-    def write(self, places: Tensor, cache: SlotCache) -> None:
+    def write(self, places: Tensor, cache: SlotCache | PackedCache) -> None:
         """Put the states that a mixer left into these places, int64 [B]."""
         for pool, new in ((self.convolution, cache.conv_states[0]), (self.recurrent, cache.recurrent_states[0])):
             if pool is not None:
@@ -305,7 +317,7 @@ def continues_runs(mixer: nn.Module, hidden: Tensor, shapes: MixerShapes) -> boo
         UnsupportedModelError: it does not go by its state for a single token either.
     """
     kind = _class_of(mixer)
-    own, name = kind.forward, _cache_name(kind)
+    own, name = by_torch(kind.forward), _cache_name(kind)
 
     def reads(tokens: Tensor, index: int) -> bool:
         convolution, recurrent = (
@@ -343,13 +355,19 @@ def use_own_cache(mixer: nn.Module) -> None:
 @functools.cache
 def _with_slots(kind: Any) -> Any:
     name = _cache_name(kind)
-    own: Callable[..., Any] = kind.forward
+    own: Callable[..., Any] = by_torch(kind.forward)
+    packed = packed_forward(kind)
 
-    @functools.wraps(own)
+    @functools.wraps(kind.forward)
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         binding: MixerBinding = self._hybridgen
         if binding.step.phase is Phase.DECODE:
             return _decode(own, name, self, hidden_states, binding)
+        recurrent = binding.recurrent
+        if packed is not None and recurrent is not None and binding.convolution is not None:
+            rule = rule_for(kind, hidden_states, recurrent)
+            if rule is not None and hidden_states.shape[1] > 1:  # a token alone runs as in decode
+                return _prefill_packed(functools.partial(packed, rule=rule), name, self, hidden_states, binding)
         return _prefill(own, name, self, hidden_states, binding)
 
     return made_class(kind, SlotMixer, {"forward": forward}, globals())
@@ -384,6 +402,21 @@ def _prefill(own: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tenso
         for place, row in enumerate(rows):
             outputs[row] = tree_map(lambda each, place=place: each[place : place + 1], whole)
     return tree_map(lambda *each: torch.cat(each, dim=1), *outputs)
+
+
+def _prefill_packed(
+    packed: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding
+) -> Any:
+    """The same as `_prefill`, in one call for all runs."""
+    reads, writes = binding.places()
+    count = len(binding.step.runs)
+    runs = binding.packed_runs(hidden.device)
+    pools = [each for each in (binding.convolution, binding.recurrent) if each is not None]
+    # A slot without tokens before has zeros.
+    cache = PackedCache(*(each.index_select(0, reads[:count]) for each in pools), runs)
+    output = packed(mixer, hidden, **{name: cache}, runs=runs)
+    binding.write(writes[:count], cache)
+    return output
 
 
 def _alike(runs: Sequence[tuple[int, bool]]) -> Iterator[tuple[tuple[int, bool], list[int]]]:
