@@ -411,9 +411,11 @@ def _prefill_packed(
     reads, writes = binding.places()
     count = len(binding.step.runs)
     runs = binding.packed_runs(hidden.device)
-    pools = [each for each in (binding.convolution, binding.recurrent) if each is not None]
+    convolution, recurrent = binding.convolution, binding.recurrent
+    assert convolution is not None  # see `_with_slots`
+    assert recurrent is not None
     # A slot without tokens before has zeros.
-    cache = PackedCache(*(each.index_select(0, reads[:count]) for each in pools), runs)
+    cache = PackedCache(convolution.index_select(0, reads[:count]), recurrent.index_select(0, reads[:count]), runs)
     output = packed(mixer, hidden, **{name: cache}, runs=runs)
     binding.write(writes[:count], cache)
     return output

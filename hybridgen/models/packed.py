@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,18 +43,18 @@ class Runs(NamedTuple):
 
 def runs_of(lengths: Sequence[int], kernel: int, device: torch.device) -> Runs:
     """`kernel`: how many inputs a convolution keeps of each run."""
-    starts = list(itertools.accumulate(lengths, initial=0))
-    count = len(lengths) * kernel
-    chunks, laid_out, tokens, last = [], [], [], []
-    for row, length in enumerate(lengths):
-        for chunk in range(-(-length // delta_rule.CHUNK)):
-            chunks += [row, chunk]
-        laid_out += range(row * kernel, (row + 1) * kernel)
-        tokens += range(len(laid_out), len(laid_out) + length)
-        laid_out += range(count + starts[row], count + starts[row + 1])
-        last += range(len(laid_out) - kernel, len(laid_out))
-    parts = starts, chunks, laid_out, tokens, last
-    numbers = torch.tensor([number for part in parts for number in part])
+    count, each = len(lengths), np.asarray(lengths)
+    rows, starts = np.arange(count), np.concatenate(([0], np.cumsum(each)))
+    pieces = -(-each // delta_rule.CHUNK)
+    chunks = np.repeat(rows, pieces), np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    tokens = np.arange(starts[-1]) + np.repeat((rows + 1) * kernel, each)
+    kept = (starts[:-1] + rows * kernel)[:, None] + np.arange(kernel)
+    laid_out = np.empty(len(tokens) + kept.size, dtype=np.int64)
+    laid_out[tokens] = kept.size + np.arange(len(tokens))
+    laid_out[kept.ravel()] = np.arange(kept.size)
+    last = (kept + each[:, None]).ravel()
+    parts = starts, np.stack(chunks, axis=1).ravel(), laid_out, tokens, last
+    numbers = torch.from_numpy(np.concatenate(parts))
     if device.type == "cuda":
         numbers = numbers.pin_memory().to(device, non_blocking=True)
     found = numbers.split([len(part) for part in parts])
