@@ -17,7 +17,7 @@ from common import provenance, report, write
 from latent import LITE, PAGE_SIZE, ROTATE_BYTES, WRONG, Case, error_of, make_case, seconds, time_decode, time_read
 from torch import Tensor
 
-from hybridgen.fused.persistent.program import Kernel, Program, compile_cubin
+from hybridgen.device.program import Kernel, Program, compile_cubin
 from hybridgen.kernels.attention.latent import latent_decode, through_keys
 from hybridgen.kernels.read_ceiling import read_ceiling
 

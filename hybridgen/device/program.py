@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridgen.errors import DeviceError, described
-from hybridgen.models.decoder import Unfit
+
+
+class Unfit(Exception):
+    """A model or device that a kernel does not serve; the message is the reason."""
+
 
 Keeper = Callable[[str, Callable[[], bytes]], bytes]
 """Gives the machine code that is kept under a key, or makes and keeps it."""
@@ -25,14 +29,6 @@ class Program:
     source: str
     headers: tuple[str, ...]
     kernel: str
-
-
-ONE_ROW = Program(
-    (__package__ or "",),
-    "step.cu",
-    ("words.cuh", "barriers.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh", "peers.cuh"),
-    "decode_step",
-)
 
 
 @functools.cache
@@ -77,7 +73,7 @@ def driver_call(name: str, *arguments: Any) -> Any:
 
 
 @functools.cache
-def sources(program: Program = ONE_ROW) -> dict[str, bytes]:
+def sources(program: Program) -> dict[str, bytes]:
     """The kernel's files by name."""
     folders = [importlib.resources.files(folder) for folder in program.folders]
     found = {}
@@ -97,7 +93,7 @@ def options(defines: Mapping[str, Any], architecture: str) -> list[str]:
     ]
 
 
-def key(defines: Mapping[str, Any], architecture: str, program: Program = ONE_ROW) -> str:
+def key(defines: Mapping[str, Any], architecture: str, program: Program) -> str:
     """What distinguishes two compiled kernels: sources, constants, architecture and compiler."""
     _, nvrtc = _bindings()
     version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
@@ -107,7 +103,7 @@ def key(defines: Mapping[str, Any], architecture: str, program: Program = ONE_RO
     return hashlib.sha256(text).hexdigest()[:32]
 
 
-def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Program = ONE_ROW) -> bytes:
+def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Program) -> bytes:
     """Machine code of the kernel for these constants; takes 2 to 9 s.
 
     Raises:
@@ -136,7 +132,7 @@ def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Progra
 
 
 def machine_code(
-    defines: Mapping[str, Any], capability: tuple[int, int], kept: Keeper | None = None, program: Program = ONE_ROW
+    defines: Mapping[str, Any], capability: tuple[int, int], program: Program, kept: Keeper | None = None
 ) -> bytes:
     """The program for a device of this compute capability, compiled where it is not kept.
 
@@ -154,7 +150,7 @@ def machine_code(
 class Kernel:
     """A loaded kernel; the device's context must be current."""
 
-    def __init__(self, cubin: bytes, shared_bytes: int, program: Program = ONE_ROW) -> None:
+    def __init__(self, cubin: bytes, shared_bytes: int, program: Program) -> None:
         driver, _ = _bindings()
         self._driver = driver
         self._module = _checked(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
