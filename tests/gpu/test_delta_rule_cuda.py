@@ -24,8 +24,8 @@ pytest.importorskip("fla")
 
 OWN = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
 LENGTHS = [1, 64, 65, 700, 3, 128, 33]
-# float32 is multiplied in TF32, so that it is not used.
-LIMITS = {torch.float32: 1e-2, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+# Of float32 the kernels make TF32, so that it is not used.
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)

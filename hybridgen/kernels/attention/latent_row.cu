@@ -1,28 +1,26 @@
 // Attention of one row to latents in pages: `attend`, and `combine` behind it. `latent_row.py` says how they are used.
 //
-// A block has a chunk of the row's positions, for all heads, and copies them through STAGES tiles of shared memory. It
-// begins before the kernels in front have ended: what it reads then, the block table and pages of earlier steps, was
-// written long before. Scores of a tile are a product over rank + rope, of which each of eight warps has a quarter of
-// the columns for half of the positions; all warps add the quarters up and weigh alike, and then each mixes an eighth of
+// A block has a chunk of the row's positions, for all heads. Its ninth warp copies them through STAGES tiles of shared
+// memory, and begins before the kernels in front have ended: what it reads then, the block table and pages of earlier
+// steps, was written long before. Scores of a tile are a product over rank + rope, of which each of eight warps has a
+// part of the columns for eight positions; all warps add the parts up and weigh alike, and then each mixes an eighth of
 // the rank. Heads are the rows of both products (mma.sync m16n8k16).
 #include "latent_row.cuh"
 
 #ifndef EARLY
 #define EARLY 1
 #endif
-#ifndef BOUND
-#define BOUND 320   // threads, of which 256 are launched: two blocks of 96 registers leave room for one of `combine`
-#endif
-#define TILE 16
+#define TILE 32
 #define WIDTH (RANK + ROPE)
-#define LINE (WIDTH * 2 + 16)   // bytes of a position in shared memory: eight lines lie in eight different banks
-#define PARTS 4                 // of a score's columns
+#define LINE (WIDTH * 2 + 16)     // bytes of a position in shared memory: eight lines lie in eight different banks
+#define PARTS (64 / TILE)         // of a score's columns
 #define STEPS (WIDTH / 16 / PARTS)
-#define SCORES 24               // floats of a head's scores: four heads lie in different banks
-#define COLUMNS (RANK / 8)      // of the mix that a warp has
+#define CHAINS 3                  // sums of products that do not wait for each other
+#define SCORES (TILE + 8)         // floats of a head's scores: four heads lie in different banks
+#define COLUMNS (RANK / 8)        // of the mix that a warp has
 static_assert(WIDTH % (16 * PARTS) == 0 && RANK % 128 == 0, "all warps have the same share");
-static_assert(LINE % 128 == 16, "lines lie in different banks");
-#define LEAST 32                // positions of a chunk
+static_assert(LINE % 128 == 16 && SCORES % 16 == 8, "lines lie in different banks");
+#define LEAST 32                  // positions of a chunk
 
 struct Parameters {
   const u16 *q, *q_rotary, *latent, *rotary;
@@ -48,38 +46,51 @@ DEVICE Cut cut_of(int length, int chunks) {
 }
 
 struct Shared {
-  u64 full[STAGES];
+  u64 full[STAGES], empty[STAGES];
   __align__(16) float scores[2][PARTS][16][SCORES];
 };
 SHARED_MEMORY(stages)
 DEVICE Shared* shared_state() { return (Shared*)(stages + STAGES * TILE * LINE); }
 
-// One lane's share of what is copied to shared memory: a position of each tile.
-struct Copier {
-  const int* table;
-  int next, page;   // the first position of the next tile, and the page that this lane's is in
-
-  DEVICE int mine() const { return next + (thread_index() >> 5) * 2 + (thread_index() & 1); }
-  // The page of the next tile, a tile early. Positions behind the last are copied as that: all numbers are some.
-  DEVICE void look(int last) {
-    const int position = mine() < last ? mine() : last - 1;
-    page = next < last ? table[position / PAGE] : 0;
-  }
-  DEVICE void copy(const Parameters& p, int turn, int last, int length) {
-    const int stage = turn % STAGES, position = mine() < last ? mine() : last - 1;
-    u8* target = stages + (stage * TILE + (mine() - next)) * LINE;
-    u64* full = &shared_state()->full[stage];
-    expect_bytes(full, WIDTH * 2);
-    if (position == length - 1) {
-      copy_in(target, p.latent, RANK * 2, full);
-      copy_in(target + RANK * 2, p.rotary, ROPE * 2, full);
-    } else {
-      copy_in(target, p.pages + ((i64)page * PAGE + position % PAGE) * WIDTH, WIDTH * 2, full);
+// The ninth warp: lane i has position i of each tile.
+DEVICE void produce(const Parameters& p, int first, int last, int length) {
+  Shared* s = shared_state();
+  const int lane = thread_index() & 31;
+  const i64 slot = p.wide_slots ? ((const i64*)p.slots)[0] : ((const int*)p.slots)[0];
+  const int* table = p.block_table + slot * p.table_stride;
+  // Positions behind the last are copied as that: all numbers are some.
+  int position = first + lane < last ? first + lane : last - 1;
+  int page = table[position / PAGE];
+  bool waited = false;
+  for (int start = first, turn = 0; start < last; start += TILE, turn++) {
+    const int stage = turn % STAGES, here = position;
+    const u16* line = p.pages + ((i64)page * PAGE + here % PAGE) * WIDTH;
+    position = start + TILE + lane < last ? start + TILE + lane : last - 1;
+    page = table[position / PAGE];   // of the next tile
+    if (start + TILE >= length && !waited) {   // the newest may not be there yet
+      wait_for_kernels();
+      waited = true;
     }
-    next += TILE;
-    look(last);
+    wait_barrier(&s->empty[stage], ((turn / STAGES) & 1) ^ 1);
+    u8* target = stages + (stage * TILE + lane) * LINE;
+#if TRIAL == 2   // products alone
+    arrive(&s->full[stage]);
+    continue;
+#endif
+    expect_bytes(&s->full[stage], WIDTH * 2);
+    if (here == length - 1) {
+      copy_in(target, p.latent, RANK * 2, &s->full[stage]);
+      copy_in(target + RANK * 2, p.rotary, ROPE * 2, &s->full[stage]);
+    } else {
+      copy_in(target, line, WIDTH * 2, &s->full[stage]);
+    }
   }
-};
+  if (!waited) wait_for_kernels();
+  if (last == length) {   // for later steps
+    u16* line = p.pages + ((i64)table[(length - 1) / PAGE] * PAGE + (length - 1) % PAGE) * WIDTH;
+    for (int i = lane; i < WIDTH; i += 32) line[i] = i < RANK ? p.latent[i] : p.rotary[i - RANK];
+  }
+}
 
 // Two of a head's numbers from column `column` on; zeros for heads that are none.
 DEVICE u32 query_pair(const Parameters& p, int head, int column) {
@@ -88,19 +99,10 @@ DEVICE u32 query_pair(const Parameters& p, int head, int column) {
   return *(const u32*)from;
 }
 
-DEVICE void attend_chunk(const Parameters& p, int chunk, int chunks, int first, int last, int length) {
+DEVICE void attend_chunk(const Parameters& p, int chunk, int chunks, int first, int last) {
   Shared* s = shared_state();
   const int warp = thread_index() >> 5, lane = thread_index() & 31, row = lane >> 2, pair = (lane & 3) * 2;
-  const i64 slot = p.wide_slots ? ((const i64*)p.slots)[0] : ((const int*)p.slots)[0];
-  Copier copier = {p.block_table + slot * p.table_stride, first, 0};
-  copier.look(last);
-  int copied = 0;
-  if (lane < 2)   // all but the newest, which may not be there yet
-    for (; copied < STAGES && copier.next < last && copier.next + TILE < length; copied++) copier.copy(p, copied, last, length);
-  wait_for_kernels();
-  if (lane < 2)
-    for (; copied < STAGES && copier.next < last; copied++) copier.copy(p, copied, last, length);
-  const int half = warp & 1, part = warp >> 1;
+  const int eight = warp % (TILE / 8), part = warp / (TILE / 8);   // of a tile's positions, and of a score's columns
   u32 query[STEPS][4];
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {
@@ -118,43 +120,56 @@ DEVICE void attend_chunk(const Parameters& p, int chunk, int chunks, int first, 
     const int stage = turn % STAGES;
     wait_barrier(&s->full[stage], (turn / STAGES) & 1);
     const u8* tile = stages + stage * TILE * LINE;
-    // Positions of this warp's half, 32 columns at once; the last 16 alone.
-    const u8* keys = tile + (half * 8 + (lane & 7)) * LINE + (part * STEPS * 16 + (lane >> 3) * 8) * 2;
-    float score[3][4] = {};
+#if TRIAL == 1   // copies alone
+    sync_warp();
+    if (lane == 0) arrive(&s->empty[stage]);
+    continue;
+#endif
+    // Eight positions, 32 columns at once.
+    const u8* keys = tile + (eight * 8 + (lane & 7)) * LINE + (part * STEPS * 16 + (lane >> 3) * 8) * 2;
+    float score[CHAINS][4] = {};
 #pragma unroll
     for (int i = 0; i + 1 < STEPS; i += 2) {
       u32 key[4];
       load_matrices(key, keys + i * 32);
-      multiply(score[i % 3], query[i], key[0], key[1]);
-      multiply(score[(i + 1) % 3], query[i + 1], key[2], key[3]);
+      multiply(score[i % CHAINS], query[i], key[0], key[1]);
+      multiply(score[(i + 1) % CHAINS], query[i + 1], key[2], key[3]);
     }
     if (STEPS % 2) {
       u32 key[2];
       load_two_matrices(key, keys + (STEPS - 1) * 32);
-      multiply(score[(STEPS - 1) % 3], query[STEPS - 1], key[0], key[1]);
+      multiply(score[(STEPS - 1) % CHAINS], query[STEPS - 1], key[0], key[1]);
     }
-    float* mine = &s->scores[turn & 1][part][0][half * 8 + pair];
-    store_pair(mine + row * SCORES, score[0][0] + score[1][0] + score[2][0], score[0][1] + score[1][1] + score[2][1]);
-    store_pair(mine + (row + 8) * SCORES, score[0][2] + score[1][2] + score[2][2], score[0][3] + score[1][3] + score[2][3]);
-    sync_block();
-    if (lane < 2 && turn > 0 && copier.next < last) copier.copy(p, turn - 1 + STAGES, last, length);   // all left that tile
-    // All of a tile's scores, as the next product has its rows: [row or row + 8][pair or pair + 8].
-    float weight[2][4] = {};
+    float sum[4];
 #pragma unroll
-    for (int i = 0; i < PARTS; i++)
+    for (int i = 0; i < 4; i++) sum[i] = score[0][i] + score[1][i] + score[2][i];
+    float* mine = &s->scores[turn & 1][part][0][eight * 8 + pair];
+    store_pair(mine + row * SCORES, sum[0], sum[1]);
+    store_pair(mine + (row + 8) * SCORES, sum[2], sum[3]);
+    sync_warps();
+    // All of a tile's scores, as the next product has its rows: [row or row + 8][pair, and every eighth behind it].
+    float weight[2][TILE / 4];
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const float* from = &s->scores[turn & 1][i][row + 8 * j][pair];
-        const Pair low = load_pair(from), high = load_pair(from + 8);
-        weight[j][0] += low.x, weight[j][1] += low.y, weight[j][2] += high.x, weight[j][3] += high.y;
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+      for (int i = 0; i < TILE / 8; i++) {
+        const float* from = &s->scores[turn & 1][0][row + 8 * j][pair + 8 * i];
+        Pair both = load_pair(from);
+#pragma unroll
+        for (int k = 1; k < PARTS; k++) {
+          const Pair more = load_pair(from + k * 16 * SCORES);
+          both.x += more.x, both.y += more.y;
+        }
+        weight[j][2 * i] = both.x, weight[j][2 * i + 1] = both.y;
       }
+    const bool whole = start + TILE <= last;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       float most = -INFINITY;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < TILE / 4; i++) {
         const int position = start + pair + (i & 1) + (i >> 1) * 8;
-        weight[j][i] = position < last ? weight[j][i] * p.factor : -INFINITY;
+        weight[j][i] = whole || position < last ? weight[j][i] * p.factor : -INFINITY;
         most = fmaxf(most, weight[j][i]);
       }
       most = fmaxf(most, from_lane(most, lane ^ 1));
@@ -164,22 +179,27 @@ DEVICE void attend_chunk(const Parameters& p, int chunk, int chunks, int first, 
       peak[j] = most;
       total[j] *= rescale;
 #pragma unroll
-      for (int i = 0; i < 4; i++) weight[j][i] = power_of_2(weight[j][i] - most), total[j] += weight[j][i];
+      for (int i = 0; i < TILE / 4; i++) weight[j][i] = power_of_2(weight[j][i] - most), total[j] += weight[j][i];
 #pragma unroll
       for (int i = 0; i < COLUMNS / 8; i++) mixed[i][2 * j] *= rescale, mixed[i][2 * j + 1] *= rescale;
     }
-    const u32 weights[4] = {
-      rounded_pair(weight[0][0], weight[0][1]), rounded_pair(weight[1][0], weight[1][1]),
-      rounded_pair(weight[0][2], weight[0][3]), rounded_pair(weight[1][2], weight[1][3]),
-    };
     const u8* values = tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * LINE + (warp * COLUMNS + (lane >> 4) * 8) * 2;
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 8; i += 2) {
-      u32 value[4];
-      load_turned_matrices(value, values + i * 16);
-      multiply(mixed[i], weights, value[0], value[1]);
-      multiply(mixed[i + 1], weights, value[2], value[3]);
+    for (int k = 0; k < TILE / 16; k++) {
+      const u32 weights[4] = {
+        rounded_pair(weight[0][4 * k], weight[0][4 * k + 1]), rounded_pair(weight[1][4 * k], weight[1][4 * k + 1]),
+        rounded_pair(weight[0][4 * k + 2], weight[0][4 * k + 3]), rounded_pair(weight[1][4 * k + 2], weight[1][4 * k + 3]),
+      };
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 8; i += 2) {
+        u32 value[4];
+        load_turned_matrices(value, values + k * 16 * LINE + i * 16);
+        multiply(mixed[i], weights, value[0], value[1]);
+        multiply(mixed[i + 1], weights, value[2], value[3]);
+      }
     }
+    sync_warp();
+    if (lane == 0) arrive(&s->empty[stage]);
   }
 #pragma unroll
   for (int j = 0; j < 2; j++) {
@@ -200,7 +220,7 @@ DEVICE void attend_chunk(const Parameters& p, int chunk, int chunks, int first, 
   }
 }
 
-KERNEL(BOUND, 2) attend(const Parameters p) {
+KERNEL(288, 1) attend(const Parameters p) {
 #if EARLY
   release_kernels();
 #else
@@ -208,27 +228,21 @@ KERNEL(BOUND, 2) attend(const Parameters p) {
   release_kernels();
 #endif
   Shared* s = shared_state();
-  const int thread = thread_index();
-  if (thread == 0) {
-    for (int i = 0; i < STAGES; i++) make_barrier(&s->full[i], TILE);
+  const int length = (int)p.positions[0] + 1;
+  if (thread_index() == 0) {
+    for (int i = 0; i < STAGES; i++) make_barrier(&s->full[i], TILE), make_barrier(&s->empty[i], 8);
     publish_barriers();
   }
   sync_block();
-  const int length = (int)p.positions[0] + 1;
   const Cut cut = cut_of(length, p.chunks);
   const int chunk = block_index(), first = chunk * cut.size;
   const int last = first + cut.size < length ? first + cut.size : length;
-  if (first >= length) {
-    wait_for_kernels();
+  if (first < length && thread_index() >= 256) {
+    produce(p, first, last, length);
     return;
   }
-  attend_chunk(p, chunk, cut.count, first, last, length);
-  if (last == length) {   // for later steps
-    const i64 slot = p.wide_slots ? ((const i64*)p.slots)[0] : ((const int*)p.slots)[0];
-    const i64 page = p.block_table[slot * p.table_stride + (length - 1) / PAGE];
-    u16* line = p.pages + (page * PAGE + (length - 1) % PAGE) * WIDTH;
-    for (int i = thread; i < WIDTH; i += 256) line[i] = i < RANK ? p.latent[i] : p.rotary[i - RANK];
-  }
+  wait_for_kernels();
+  if (first < length) attend_chunk(p, chunk, cut.count, first, last);
 }
 
 #define GROUPS 16

@@ -20,6 +20,8 @@ struct __align__(16) Four { float x, y, z, w; };
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warps() { asm volatile("bar.sync 1, 256;" ::: "memory"); }   // the eight that compute
+DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 
 // The kernels in front have ended, and what they wrote is there.
@@ -32,6 +34,9 @@ DEVICE void make_barrier(u64* barrier, u32 count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(address_of(barrier)), "r"(count) : "memory");
 }
 DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(address_of(barrier)) : "memory");
+}
 // Arrive, and wait for so many bytes more.
 DEVICE void expect_bytes(u64* barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address_of(barrier)), "r"(bytes) : "memory");

@@ -27,7 +27,7 @@ struct Four { float x, y, z, w; };
 struct Fiber { ucontext_t context; std::vector<u8> stack; bool done; };
 static std::vector<Fiber> fibers;
 static ucontext_t outside;
-static int current, block, threads, arrived, generation, alive;
+static int current, block, threads, arrived, generation, warps_arrived, warps_generation;
 struct Warp { int arrived, generation; const void* addresses[32]; float values[32]; u32 a[32][4], b[32][2]; };
 static Warp warps[32];
 static const u8* late_from; static u8* late_to; static size_t late_bytes;
@@ -50,6 +50,11 @@ static void sync_block() {
   const int mine = generation;
   if (++arrived == threads) arrived = 0, generation++;
   else while (generation == mine) next_fiber();
+}
+static void sync_warps() {   // the eight that compute
+  const int mine = warps_generation;
+  if (++warps_arrived == 256) warps_arrived = 0, warps_generation++;
+  else while (warps_generation == mine) next_fiber();
 }
 static Warp& sync_warp() {
   Warp& warp = warps[current / 32];
@@ -74,6 +79,7 @@ static void release_kernels() {}
 static void make_barrier(u64* barrier, u32 count) { *barrier = (u64)count << 32; }
 static void publish_barriers() {}
 static u32 phase_of(u64 barrier) { return (u32)barrier / (u32)(barrier >> 32); }
+static void arrive(u64* barrier) { ++*barrier; }
 static void expect_bytes(u64* barrier, u32) { ++*barrier; }
 static void wait_barrier(u64* barrier, u32 parity) { while ((phase_of(*barrier) & 1) == parity) next_fiber(); }
 static void copy_in(u8* target, const void* from, u32 bytes, u64*) {
@@ -140,7 +146,7 @@ static void run_blocks(int blocks, int count, void (*what)()) {
   for (block = 0; block < blocks; block++) {
     fibers.assign(threads, Fiber());
     memset(warps, 0, sizeof warps);
-    arrived = generation = current = 0;
+    arrived = generation = warps_arrived = warps_generation = current = 0;
     for (Fiber& fiber : fibers) {
       getcontext(&fiber.context);
       fiber.stack.resize(1 << 15);
