@@ -61,6 +61,12 @@ DEVICE void produce(const Parameters& p, int first, int last, int length) {
   // Positions behind the last are copied as that: all numbers are some.
   int position = first + lane < last ? first + lane : last - 1;
   int page = table[position / PAGE];
+#if PREFETCH   // the L2 cache is asked for all of the chunk
+  for (int i = first / PAGE + lane; i * PAGE < last; i += 32) {
+    const int from = i * PAGE < first ? first : i * PAGE, to = (i + 1) * PAGE < last ? (i + 1) * PAGE : last;
+    ask_for(p.pages + ((i64)table[i] * PAGE + from % PAGE) * WIDTH, (to - from) * WIDTH * 2);
+  }
+#endif
   bool waited = false;
   for (int start = first, turn = 0; start < last; start += TILE, turn++) {
     const int stage = turn % STAGES, here = position;

@@ -47,6 +47,9 @@ DEVICE void wait_barrier(u64* barrier, u32 parity) {
     "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
     "@!done bra again;\n}" :: "r"(address_of(barrier)), "r"(parity) : "memory");
 }
+DEVICE void ask_for(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
+}
 DEVICE void copy_in(u8* target, const void* from, u32 bytes, u64* barrier) {
   asm volatile(
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
