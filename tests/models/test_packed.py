@@ -1,4 +1,4 @@
-"""Gated delta nets over all runs of a prefill call at once, with a stand-in for what `fla-core` gives."""
+"""Gated delta nets and Mamba-2 over all runs of a prefill call at once, with a stand-in for what `fla-core` gives."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import families
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import hybridgen
-from hybridgen.kernels import delta_rule
+from hybridgen.kernels import packed_runs
 from hybridgen.models import mixers, packed
 
-NAMES = ["qwen3_5_text", "qwen3_next", "olmo_hybrid"]
+DELTA = ["qwen3_5_text", "qwen3_next", "olmo_hybrid"]
+SCAN = ["mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2"]
 OWN = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
 
 
@@ -51,6 +53,26 @@ class Rule:
         return torch.cat(outputs, dim=1), torch.cat(states)
 
 
+class Linear(Rule):
+    """What its `chunk_simple_gla` does, token by token."""
+
+    def __call__(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, scale: float, initial_state: Tensor,
+        output_final_state: bool, state_v_first: bool, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert (q.shape[0], scale, output_final_state, state_v_first) == (1, 1.0, True, True)
+        assert cu_seqlens.tolist() == cu_seqlens_cpu.tolist()
+        ends = cu_seqlens.tolist()
+        self.calls.append(ends)
+        output, states = torch.empty_like(v), initial_state.clone()
+        for row in range(len(ends) - 1):
+            for t in range(ends[row], ends[row + 1]):
+                added = v[0, t].float()[:, :, None] * k[0, t].float()[:, None]
+                states[row] = states[row] * g[0, t].exp()[:, None, None] + added
+                output[0, t] = torch.einsum("hvk,hk->hv", states[row], q[0, t].float())
+        return output, states
+
+
 def generated(name: str, **options: Any) -> tuple[list[list[int]], list[list[int]]]:
     """Tokens of ragged prompts in several chunks, and transformers' own."""
     model = families.build(name)
@@ -68,9 +90,9 @@ def generated(name: str, **options: Any) -> tuple[list[list[int]], list[list[int
     return [list(out.token_ids) for out in outs], wanted
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*DELTA, *(pytest.param(each, marks=pytest.mark.slow) for each in SCAN[1:]), SCAN[0]])
 def test_ragged_prompts_go_through_in_one_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = Rule()
+    rule = Rule() if name in DELTA else Linear()
     monkeypatch.setattr(mixers, "rule_for", lambda *_: rule)
     found, wanted = generated(name)
     assert found == wanted
@@ -78,10 +100,10 @@ def test_ragged_prompts_go_through_in_one_call(name: str, monkeypatch: pytest.Mo
     assert len({tuple(call) for call in rule.calls}) > 2
 
 
-@pytest.mark.parametrize("name", [*NAMES, "bamba", "lfm2"])
-def test_gated_delta_nets_are_known_by_their_code(name: str) -> None:
+@pytest.mark.parametrize("name", [*DELTA, *SCAN, "lfm2", "mamba", "jamba"])
+def test_mixers_are_known_by_their_code(name: str) -> None:
     kinds = {type(mixer) for mixer in mixers.find_mixers(families.build(name))}
-    assert [packed.packed_forward(kind) is not None for kind in kinds] == [name in NAMES]
+    assert [packed.packed_forward(kind) is not None for kind in kinds] == [name in DELTA + SCAN]
 
 
 def test_runs_are_laid_out_behind_what_their_convolutions_keep() -> None:
@@ -96,44 +118,44 @@ def test_runs_are_laid_out_behind_what_their_convolutions_keep() -> None:
 
 
 def test_a_cpu_and_float32_keep_the_torch_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta_rule, "load", lambda: pytest.fail("fla-core was asked for"))
+    monkeypatch.setattr(packed_runs, "load", lambda: pytest.fail("fla-core was asked for"))
     states = torch.zeros(2, 4, 16, 16)
     assert packed.rule_for(object, torch.zeros(1, 5, 64, dtype=torch.bfloat16), states) is None
     assert packed.rule_for(object, torch.zeros(1, 5, 64, device="meta"), states) is None
 
 
-def test_a_rule_is_compared_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = modeling_qwen3_5.Qwen3_5GatedDeltaNet
-
-    class Wrong(Rule):
+@pytest.mark.parametrize(
+    ("kind", "base"), [(modeling_qwen3_5.Qwen3_5GatedDeltaNet, Rule), (modeling_mamba2.Mamba2Mixer, Linear)]
+)
+def test_a_rule_is_compared_before_it_is_used(kind: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(base):  # type: ignore[misc]
         def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             found, states = super().__call__(*args, **kwargs)
             return found, states * 1.2
 
-    class Broken(Rule):
-        def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            raise RuntimeError("no kernel image")
+    def broken(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("no kernel image")
 
-    def tried(rule: Rule) -> Any:
-        monkeypatch.setattr(delta_rule, "load", lambda: rule)
+    def tried(rule: Any) -> Any:
+        monkeypatch.setattr(packed_runs, "load", lambda: packed_runs.Rules(rule, rule))
         packed._tried.cache_clear()
         return packed._tried(kind, torch.bfloat16, torch.device("cpu"), (4, 16, 24))
 
-    right = Rule()
+    right = base()
     assert tried(right) is right
     with pytest.warns(RuntimeWarning, match=r"the state of a run of 70 tokens differs by"):
         assert tried(Wrong()) is None
     with pytest.warns(RuntimeWarning, match="RuntimeError: no kernel image"):
-        assert tried(Broken()) is None
+        assert tried(broken) is None
     packed._tried.cache_clear()
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla", None)
-    delta_rule.load.cache_clear()
+    packed_runs.load.cache_clear()
     with pytest.warns(RuntimeWarning, match=r'pip install "hybridgen\[hybrid\]"'):
-        assert delta_rule.load() is None
-    delta_rule.load.cache_clear()
+        assert packed_runs.load() is None
+    packed_runs.load.cache_clear()
 
 
 @pytest.mark.parametrize("mode", ["eager", "jit"])

@@ -1,4 +1,4 @@
-"""Gated delta nets by `fla-core` on a GPU: its rule against transformers' torch function, and a model's prefill."""
+"""Gated delta nets and Mamba-2 by `fla-core` on a GPU: its rules against torch functions, and a model's prefill."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import families
 import pytest
 import torch
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import hybridgen
-from hybridgen.kernels import delta_rule
+from hybridgen.kernels import packed_runs
 from hybridgen.models import mixers
-from hybridgen.models.packed import runs_of
+from hybridgen.models.packed import difference, runs_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,8 +32,9 @@ LIMITS = {torch.bfloat16: 2e-2, torch.float16: 1e-2}
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("heads", [(16, 32, 128, 128), (2, 4, 16, 16), (4, 4, 64, 128)], ids=str)
 def test_a_rule_of_runs_is_that_of_each(heads: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    rule = delta_rule.load()
-    assert rule is not None
+    rules = packed_runs.load()
+    assert rules is not None
+    rule = rules.delta
     torch.manual_seed(0)
     keys, values, size, value_size = heads
     total = sum(LENGTHS)
@@ -42,8 +44,8 @@ def test_a_rule_of_runs_is_that_of_each(heads: tuple[int, int, int, int], dtype:
     beta = torch.rand(1, total, values, device="cuda").to(dtype)
     states = torch.randn(len(LENGTHS), values, size, value_size, device="cuda") * 0.1
     runs = runs_of(LENGTHS, 4, q.device)
-    found, after = delta_rule.delta_rule(rule, q, k, v, g, beta, states, runs.starts, runs.chunks)
-    again = delta_rule.delta_rule(rule, q, k, v, g, beta, states, runs.starts, runs.chunks)
+    found, after = packed_runs.delta_rule(rule, q, k, v, g, beta, states, runs.starts, runs.chunks)
+    again = packed_runs.delta_rule(rule, q, k, v, g, beta, states, runs.starts, runs.chunks)
     assert torch.equal(found, again[0])
     assert torch.equal(after, again[1])
     q, k = (each.repeat_interleave(values // keys, dim=2) for each in (q, k))
@@ -55,21 +57,31 @@ def test_a_rule_of_runs_is_that_of_each(heads: tuple[int, int, int, int], dtype:
             assert float((ours - theirs).abs().max() / theirs.abs().max()) < LIMITS[dtype]
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "olmo_hybrid"])
+@pytest.mark.parametrize("sizes", [(64, 64, 128), (24, 64, 16), (4, 16, 16)], ids=str)
+def test_a_scan_of_runs_is_that_of_each(sizes: tuple[int, int, int]) -> None:
+    """Heads, their size and that of states; in bf16."""
+    rules = packed_runs.load()
+    assert rules is not None
+    own = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
+    device = torch.device("cuda", 0)
+    assert difference("mamba2_chunk_scan", rules.linear, own, torch.bfloat16, device, sizes) is None
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "olmo_hybrid", "mamba2", "bamba"])
 def test_a_models_prefill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16: log-probabilities of a prompt's tokens, in chunks and among others, as by the torch function."""
     model = families.build(name).to("cuda", torch.bfloat16)
     prompts = families.prompts_of((7, 300, 2, 33, 64, 130))
     calls: list[int] = []
-    own = delta_rule.delta_rule
+    own = mixers.runs_of
 
-    def counted(*args: Any) -> Any:
-        calls.append(len(args[7]) - 1)
-        return own(*args)
+    def counted(lengths: list[int], *args: Any) -> Any:
+        calls.append(len(lengths))
+        return own(lengths, *args)
 
     def scored(rule: bool) -> list[Any]:
         with monkeypatch.context() as patch:
-            patch.setattr(delta_rule, "delta_rule", counted)
+            patch.setattr(mixers, "runs_of", counted)
             if not rule:
                 patch.setattr(mixers, "rule_for", lambda *_: None)
             settings = {"max_batch": 8, "token_budget": 96, "kv_memory": "64MiB", "max_context": 352, "mode": "eager"}
