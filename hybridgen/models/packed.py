@@ -242,7 +242,7 @@ def difference(
         inputs = [x, random(1, total, heads).to(dtype), b, c]
         decay, bias = -random(heads).exp(), random(heads).to(dtype)
         asked = {"D": random(heads).to(dtype), "dt_bias": bias, "dt_softplus": True}
-        found, after = _scan(*inputs[:2], decay, b, c, **asked, initial_states=states, runs=runs, rule=rule)
+        found, after = _scan(x, inputs[1], decay, b, c, **asked, initial_states=states, runs=runs, rule=rule)
         asked |= {"chunk_size": packed_runs.CHUNK, "return_final_states": True}
     for row, (begin, end) in enumerate(itertools.pairwise(itertools.accumulate(lengths, initial=0))):
         each = [tensor[:, begin:end] for tensor in inputs]
