@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.kernels import packed_runs
+from hybridgen.models.slot_cache import SlotCache
 from hybridgen.models.torch_functions import replaced, with_functions
 
 _CONVOLUTION, _DELTA, _SCAN = "causal_conv1d_fn", "torch_chunk_gated_delta_rule", "mamba2_chunk_scan"
@@ -62,37 +63,13 @@ def runs_of(lengths: Sequence[int], kernel: int, device: torch.device) -> Runs:
     return Runs(found[0], torch.from_numpy(starts), found[1].view(-1, 2), *found[2:])
 
 
-class PackedCache:
-    """What a mixer takes for its cache in one call for all runs; see `mixers.SlotCache`."""
-
-    record_past = False
+class PackedCache(SlotCache):
+    """What a mixer takes for its cache in one call for all runs."""
 
     def __init__(self, convolution: Tensor, recurrent: Tensor, runs: Runs) -> None:
         """`convolution`: [runs, channels, kernel], `recurrent` [runs, ...], zeros of runs without a token before."""
-        self.conv_states: list[Any] = [convolution]
-        self.recurrent_states: list[Any] = [recurrent]
+        super().__init__(convolution, recurrent, convolution.shape[-1], previous=True)
         self._runs = runs
-
-    @property
-    def layers(self) -> Any:
-        """The same whatever the layer."""
-        return _Everywhere(self)
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Yes, if only of zeros."""
-        return True
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """No: nothing is taken back."""
-        return False
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
-        """[runs, channels, kernel]"""
-        return self.conv_states[0]
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
-        """[runs, ...]"""
-        return self.recurrent_states[0]
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
         """Keep the last inputs of each run; returns runs laid out, [1, channels, places]."""
@@ -103,19 +80,6 @@ class PackedCache:
         last = laid_out.index_select(0, self._runs.last)
         self.conv_states[0] = last.view(rows, kernel, channels).transpose(1, 2)
         return laid_out.T[None]
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        """Keep new states."""
-        self.recurrent_states[0] = recurrent_states
-        return recurrent_states
-
-
-class _Everywhere:
-    def __init__(self, layer: PackedCache) -> None:
-        self._layer = layer
-
-    def __getitem__(self, index: int) -> PackedCache:
-        return self._layer
 
 
 def _recurrence(kind: Any) -> str | None:
