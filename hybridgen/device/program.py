@@ -160,13 +160,14 @@ class Kernel:
         dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, dynamic, shared_bytes), "cuFuncSetAttribute")
         self._shared_bytes = shared_bytes
+        self._early: dict[tuple[int, int, int], Any] = {}
 
     def attribute(self, name: str) -> int:
         """A `CU_FUNC_ATTRIBUTE_...` of it, such as `NUM_REGS` or `LOCAL_SIZE_BYTES`."""
         which = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
         return int(_checked(self._driver.cuFuncGetAttribute(which, self._function), "cuFuncGetAttribute"))
 
-    def launch(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """Launch cooperatively: all blocks at once on the device, or not at all.
 
         Args:
@@ -181,7 +182,7 @@ class Kernel:
         )
         _checked(result, "cuLaunchCooperativeKernel")
 
-    def launch_any(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch_any(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """As `launch`, with blocks whenever there is room for them.
 
         Raises:
@@ -193,21 +194,24 @@ class Kernel:
         )
         _checked(result, "cuLaunchKernel")
 
-    def launch_early(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch_early(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """As `launch_any`, and it may start while the kernel before it ends, for which it has to wait itself.
 
         Raises:
             DeviceError: the driver refuses.
         """
         driver = self._driver
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.blockDimX = blocks, threads
-        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.sharedMemBytes, config.hStream = self._shared_bytes, driver.CUstream(stream)
-        config.attrs, config.numAttrs = [early], 1
+        config = self._early.get((blocks, threads, stream))
+        if config is None:
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config = driver.CUlaunchConfig()
+            config.gridDimX, config.blockDimX = blocks, threads
+            config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+            config.sharedMemBytes, config.hStream = self._shared_bytes, driver.CUstream(stream)
+            config.attrs, config.numAttrs = [early], 1
+            self._early[blocks, threads, stream] = config
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
 

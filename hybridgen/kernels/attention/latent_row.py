@@ -1,0 +1,158 @@
+"""Attention of one row to latents by CUDA kernels; `latent_row.cu` says how.
+
+Shapes are in `hybridgen.kernels.attention.latent`.
+
+They serve what was measured: bfloat16 and float16, up to 16 heads, a rank that is a multiple of 128, compute capability
+9. They are compiled by NVRTC (extra `cuda`) at the first call of a shape, in 1 to 2 s. Everything else, and more rows,
+is Triton's (`latent_launches`).
+
+The row's pages and its line of the block table are read before the kernels in front have ended. They must have been
+written before the last two of these; the row's queries and newest latent may be the last one's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridgen.device.launcher import device_of
+from hybridgen.device.program import Kernel, Program, Unfit, machine_code
+
+TILE = 32
+STAGES = 5
+MOST_CHUNKS = 144
+"""Of which one kernel combines all at once."""
+_HEADERS = ("latent_row.cuh",)
+_PROGRAMS = tuple(Program((__package__ or "",), "latent_row.cu", _HEADERS, name) for name in ("attend", "combine"))
+_NUMBERS = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_THREADS = 288
+_SLICE = 64
+"""Columns of a head that a program combines."""
+
+
+class Sizes(NamedTuple):
+    """What the kernels are compiled for."""
+
+    heads: int
+    rank: int
+    rope: int
+    page_size: int
+    dtype: torch.dtype
+
+
+class Parameters(ctypes.Structure):
+    """The kernels' one argument, as `latent_row.cu` has it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "q", "q_rotary", "latent", "rotary", "pages", "block_table", "slots", "positions", "out", "partial",
+        )),
+        *((name, ctypes.c_int64) for name in ("table_stride", "q_stride", "rotary_stride")),
+        ("factor", ctypes.c_float), ("chunks", ctypes.c_int), ("wide_slots", ctypes.c_int),
+    ]  # fmt: skip
+
+
+def defines(sizes: Sizes) -> dict[str, Any]:
+    """Constants of the kernels."""
+    return {
+        "HEADS": sizes.heads,
+        "RANK": sizes.rank,
+        "ROPE": sizes.rope,
+        "PAGE": sizes.page_size,
+        "NUMBER": _NUMBERS[sizes.dtype],
+        "STAGES": STAGES,
+        "MOST_CHUNKS": MOST_CHUNKS,
+    }
+
+
+def shared_bytes(sizes: Sizes) -> int:
+    """Of the first kernel: tiles, scores and barriers."""
+    line = (sizes.rank + sizes.rope) * 2 + 16
+    return STAGES * TILE * line + 2 * (64 // TILE) * 16 * (TILE + 8) * 4 + 16 * STAGES + 64
+
+
+def parameters(tensors: Sequence[Tensor], strides: tuple[int, int, int], scale: float, chunks: int) -> Parameters:
+    """
+    Args:
+        tensors: those of `Parameters`, in its order.
+        strides: of the block table's rows and of heads of `q` and `q_rotary`, in elements.
+    """
+    pointers = (each.data_ptr() for each in tensors)
+    return Parameters(*pointers, *strides, scale * math.log2(math.e), chunks, int(tensors[6].dtype == torch.int64))
+
+
+class Row:
+    """The two kernels for some sizes, loaded on a device."""
+
+    def __init__(self, sizes: Sizes, processors: int, capability: tuple[int, int]) -> None:
+        """
+        Raises:
+            Unfit: cuda-bindings are not installed, or the compiler refuses.
+        """
+        self.sizes = sizes
+        self.chunks = min(processors, MOST_CHUNKS)
+        cubin = machine_code(defines(sizes), capability, _PROGRAMS[0])
+        self._attend = Kernel(cubin, shared_bytes(sizes), _PROGRAMS[0])
+        self._combine = Kernel(cubin, 0, _PROGRAMS[1])
+
+    def __call__(
+        self,
+        q: Tensor,
+        q_rotary: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        scale: float,
+        latent: Tensor,
+        rotary: Tensor,
+    ) -> Tensor:
+        """See `latent.latent_decode`."""
+        heads, rank = self.sizes.heads, self.sizes.rank
+        out = torch.empty((1, heads, rank), dtype=q.dtype, device=q.device)
+        scratch = torch.empty(self.chunks * heads * (rank + 1), dtype=torch.float32, device=q.device)
+        tensors = q, q_rotary, latent, rotary, pages, block_table, slots, positions, out, scratch
+        strides = block_table.stride(0), q.stride(1), q_rotary.stride(1)
+        given = parameters(tensors, strides, scale, self.chunks)
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        self._attend.launch_early(self.chunks, _THREADS, given, stream)
+        self._combine.launch_early(heads * (rank // _SLICE), 256, given, stream)
+        return out
+
+
+@functools.cache
+def row(sizes: Sizes, device: torch.device) -> Row | None:
+    """The kernels; None where they do not serve these sizes or this device."""
+    fits = 1 <= sizes.heads <= 16 and sizes.rank % 128 == 0 and (sizes.rank + sizes.rope) % 64 == 0
+    if not fits or sizes.dtype not in _NUMBERS or device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    facts = device_of(torch.empty(0, device=device))
+    if capability[0] != 9 or shared_bytes(sizes) > facts.shared_memory:
+        return None
+    try:
+        return Row(sizes, facts.processors, capability)
+    except Unfit:  # without the extra `cuda`
+        return None
+
+
+def row_for(
+    q: Tensor, q_rotary: Tensor, pages: Tensor, latent: Tensor | None, rotary: Tensor | None, positions: Tensor
+) -> Row | None:
+    """The kernels that serve this call; None: Triton does."""
+    if q.shape[0] != 1 or latent is None or rotary is None or positions.dtype != torch.int64:
+        return None
+    numbers = q, q_rotary, latent, rotary
+    # Pairs of numbers are read at once, and lines of 16 bytes copied.
+    if any(each.dtype != pages.dtype or each.stride(-1) != 1 for each in numbers):
+        return None
+    if any(each.data_ptr() % 16 for each in (*numbers, pages)) or (q.stride(1) | q_rotary.stride(1)) % 2:
+        return None
+    sizes = Sizes(q.shape[1], q.shape[2], q_rotary.shape[2], pages.shape[2], q.dtype)
+    return row(sizes, q.device)
