@@ -8,8 +8,9 @@
 #include "latent_row.cuh"
 
 #ifndef EARLY
-#define EARLY 1
+#define EARLY 1                   // 0: nothing is read before the kernels in front have ended
 #endif
+// For trials: PREFETCH 1 asks the L2 cache for a chunk at once, TRIAL 1 copies alone, TRIAL 2 multiplies alone.
 #define TILE 32
 #define WIDTH (RANK + ROPE)
 #define LINE (WIDTH * 2 + 16)     // bytes of a position in shared memory: eight lines lie in eight different banks
@@ -61,7 +62,7 @@ DEVICE void produce(const Parameters& p, int first, int last, int length) {
   // Positions behind the last are copied as that: all numbers are some.
   int position = first + lane < last ? first + lane : last - 1;
   int page = table[position / PAGE];
-#if PREFETCH   // the L2 cache is asked for all of the chunk
+#if PREFETCH
   for (int i = first / PAGE + lane; i * PAGE < last; i += 32) {
     const int from = i * PAGE < first ? first : i * PAGE, to = (i + 1) * PAGE < last ? (i + 1) * PAGE : last;
     ask_for(p.pages + ((i64)table[i] * PAGE + from % PAGE) * WIDTH, (to - from) * WIDTH * 2);
@@ -79,7 +80,7 @@ DEVICE void produce(const Parameters& p, int first, int last, int length) {
     }
     wait_barrier(&s->empty[stage], ((turn / STAGES) & 1) ^ 1);
     u8* target = stages + (stage * TILE + lane) * LINE;
-#if TRIAL == 2   // products alone
+#if TRIAL == 2
     arrive(&s->full[stage]);
     continue;
 #endif
@@ -126,7 +127,7 @@ DEVICE void attend_chunk(const Parameters& p, int chunk, int chunks, int first, 
     const int stage = turn % STAGES;
     wait_barrier(&s->full[stage], (turn / STAGES) & 1);
     const u8* tile = stages + stage * TILE * LINE;
-#if TRIAL == 1   // copies alone
+#if TRIAL == 1
     sync_warp();
     if (lane == 0) arrive(&s->empty[stage]);
     continue;

@@ -1,10 +1,11 @@
 """Attention of one row to latents by CUDA kernels; `latent_row.cu` says how.
 
-Shapes are in `hybridgen.kernels.attention.latent`.
+Nothing calls them but `benchmarks/latent_row.py`: their first version was right on an H200 and slower than Triton's,
+and this one has run in an emulation on a CPU alone (docs/performance.md has both). Shapes are in
+`hybridgen.kernels.attention.latent`.
 
-They serve what was measured: bfloat16 and float16, up to 16 heads, a rank that is a multiple of 128, compute capability
-9. They are compiled by NVRTC (extra `cuda`) at the first call of a shape, in 1 to 2 s. Everything else, and more rows,
-is Triton's (`latent_launches`).
+They serve bfloat16 and float16, up to 16 heads, a rank that is a multiple of 128 and compute capability 9, and are
+compiled by NVRTC (extra `cuda`).
 
 The row's pages and its line of the block table are read before the kernels in front have ended. They must have been
 written before the last two of these; the row's queries and newest latent may be the last one's.
@@ -13,16 +14,14 @@ written before the last two of these; the row's queries and newest latent may be
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hybridgen.device.launcher import device_of
-from hybridgen.device.program import Kernel, Program, Unfit, machine_code
+from hybridgen.device.program import Kernel, Program, machine_code
 
 TILE = 32
 STAGES = 5
@@ -71,10 +70,10 @@ def defines(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def shared_bytes(sizes: Sizes) -> int:
+def shared_bytes(sizes: Sizes, stages: int = STAGES) -> int:
     """Of the first kernel: tiles, scores and barriers."""
     line = (sizes.rank + sizes.rope) * 2 + 16
-    return STAGES * TILE * line + 2 * (64 // TILE) * 16 * (TILE + 8) * 4 + 16 * STAGES + 64
+    return stages * TILE * line + 2 * (64 // TILE) * 16 * (TILE + 8) * 4 + 16 * stages + 64
 
 
 def parameters(tensors: Sequence[Tensor], strides: tuple[int, int, int], scale: float, chunks: int) -> Parameters:
@@ -90,16 +89,22 @@ def parameters(tensors: Sequence[Tensor], strides: tuple[int, int, int], scale: 
 class Row:
     """The two kernels for some sizes, loaded on a device."""
 
-    def __init__(self, sizes: Sizes, processors: int, capability: tuple[int, int]) -> None:
+    def __init__(
+        self, sizes: Sizes, processors: int, capability: tuple[int, int], changes: Mapping[str, Any] | None = None
+    ) -> None:
         """
+        Args:
+            changes: of the constants, to try others.
+
         Raises:
             Unfit: cuda-bindings are not installed, or the compiler refuses.
         """
         self.sizes = sizes
         self.chunks = min(processors, MOST_CHUNKS)
-        cubin = machine_code(defines(sizes), capability, _PROGRAMS[0])
-        self._attend = Kernel(cubin, shared_bytes(sizes), _PROGRAMS[0])
-        self._combine = Kernel(cubin, 0, _PROGRAMS[1])
+        constants = defines(sizes) | dict(changes or {})
+        cubin = machine_code(constants, capability, _PROGRAMS[0])
+        self.attend = Kernel(cubin, shared_bytes(sizes, constants["STAGES"]), _PROGRAMS[0])
+        self.combine = Kernel(cubin, 0, _PROGRAMS[1])
 
     def __call__(
         self,
@@ -121,38 +126,6 @@ class Row:
         strides = block_table.stride(0), q.stride(1), q_rotary.stride(1)
         given = parameters(tensors, strides, scale, self.chunks)
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        self._attend.launch_early(self.chunks, _THREADS, given, stream)
-        self._combine.launch_early(heads * (rank // _SLICE), 256, given, stream)
+        self.attend.launch_early(self.chunks, _THREADS, given, stream)
+        self.combine.launch_early(heads * (rank // _SLICE), 256, given, stream)
         return out
-
-
-@functools.cache
-def row(sizes: Sizes, device: torch.device) -> Row | None:
-    """The kernels; None where they do not serve these sizes or this device."""
-    fits = 1 <= sizes.heads <= 16 and sizes.rank % 128 == 0 and (sizes.rank + sizes.rope) % 64 == 0
-    if not fits or sizes.dtype not in _NUMBERS or device.type != "cuda":
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    facts = device_of(torch.empty(0, device=device))
-    if capability[0] != 9 or shared_bytes(sizes) > facts.shared_memory:
-        return None
-    try:
-        return Row(sizes, facts.processors, capability)
-    except Unfit:  # without the extra `cuda`
-        return None
-
-
-def row_for(
-    q: Tensor, q_rotary: Tensor, pages: Tensor, latent: Tensor | None, rotary: Tensor | None, positions: Tensor
-) -> Row | None:
-    """The kernels that serve this call; None: Triton does."""
-    if q.shape[0] != 1 or latent is None or rotary is None or positions.dtype != torch.int64:
-        return None
-    numbers = q, q_rotary, latent, rotary
-    # Pairs of numbers are read at once, and lines of 16 bytes copied.
-    if any(each.dtype != pages.dtype or each.stride(-1) != 1 for each in numbers):
-        return None
-    if any(each.data_ptr() % 16 for each in (*numbers, pages)) or (q.stride(1) | q_rotary.stride(1)) % 2:
-        return None
-    sizes = Sizes(q.shape[1], q.shape[2], q_rotary.shape[2], pages.shape[2], q.dtype)
-    return row(sizes, q.device)
