@@ -1,19 +1,20 @@
 // Attention of the new tokens: a block takes UNIT_HEADS query heads of one kv head for one column, and one split of the
 // positions; a warp takes 16 positions at a time.
 //
-// Scores are Q K^T as m16n8k16 products: the query heads are rows (eight at most, the others are zero), positions are
-// columns, and keys are the right operand as they lie: a lane's 16 bytes are eight of the dimensions of two products.
-// Scores are, as they come, the left operand of P V; there a lane has eight neighbouring dimensions of its positions, and
-// column n of the j-th product is dimension 8 n + j. Keys and values of this step come from words: the column's own is added
-// behind all others; those of its request before it lie in shared memory as the cache would have them, and take the same
-// way as cached ones, so that a token's bits do not depend on which steps fed the ones before it.
+// Scores are K Q^T as m16n8k16 products: positions are rows, the query heads are columns (those that a unit does not have
+// are zero). A lane reads 16 bytes of a key, which are eight of the dimensions of two products. The values come transposed
+// (ldmatrix.trans) and are the left operand of V^T P: dimensions are rows, query heads are columns again, so that each
+// lane's softmax is of its own two heads. Keys and values lie swizzled in a stage (tiles.cuh), and the eight rows of a product
+// take positions in an order in which neither way of reading meets a bank twice. Keys and values of this step come from
+// words: the column's own is added behind all others; those of its request before it lie in shared memory as the cache would
+// have them, and take the same way as cached ones, so that a token's bits do not depend on which steps fed the ones before it.
 #pragma once
 #include "products.cuh"
 
 #define LOG2E 1.4426950408889634f
 
 struct Attention {
-  static constexpr int PARTS = HEAD / 32, HALF_HEAD = HEAD / 2, HALVES = HEAD / 64, G = UNIT_HEADS;
+  static constexpr int PARTS = HEAD / 32, HALF_HEAD = HEAD / 2, G = UNIT_HEADS;
   static_assert((HEAD == 64 || HEAD == 128) && G <= 8 && PER_KV % G == 0, "shape of a unit");
 
   // Before waiting: the rotary factors of the column, and the gains of the norms of queries and keys.
@@ -63,14 +64,14 @@ struct Attention {
     u32* tickets;         // [COLUMNS][HEAD_GROUPS]: splits that are done
     const float *cos, *sin;
   };
-  static DEVICE void run(const Layer& y, const Buffers& to, const Unit& unit, int index, Ring& ring, u32 number, Watch& watch) {
+  static DEVICE void run(const Layer& y, const Buffers& to, const Unit& unit, int index, Ring& ring, Arrivals& arrivals, u32 number, Watch& watch) {
     Shared* s = shared_state();
     const int tid = thread_index(), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, kv = unit.head / PER_KV;
     const int column = unit.column;
     const int cached = s->cached[column];
     const u32 low8 = number & 255u, others = others_of(unit), takes = others | (unit.split == 0 ? 1u << column : 0u);
     const int fresh = __popc(takes);
-    float out[HALVES][8][4], top = -1e30f, total = 0.f;
+    float out[HEAD / 16][4], top[2] = {-1e30f, -1e30f}, total[2] = {0.f, 0.f};   // of heads 2 t and 2 t + 1
     u32 query[PARTS][4];
     {
       Words x[PARTS], own[PARTS];
@@ -103,60 +104,56 @@ struct Attention {
       }
     }
     if (others) consumers_meet();
-    UNROLL for (int h = 0; h < HALVES; h++) UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 4; e++) out[h][j][e] = 0.f;
+    UNROLL for (int d = 0; d < HEAD / 16; d++) UNROLL for (int e = 0; e < 4; e++) out[d][e] = 0.f;
     int tile = 0;
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
       const int n = min(Cut::POSITIONS, unit.high - t0), skip = max(0, unit.first - t0);
-      const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
       const int here = cached - t0;   // of the stage's positions those that are in the cache
-      auto row = [&](u32 stage, int which, int at) { return at < here ? stage + at * (HEAD * 2) : shared_address(&s->fresh[which][at - here]); };
+      const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
 #pragma unroll 1
       for (int i = skip & ~15; i < n; i += 16, tile++) if (tile % WARPS == warp) {
+        const int at = i + order(g);   // and eight further: this lane's positions
         float c[2][4] = {};
-        const u32 rows[2] = {row(keys, 0, i + g), row(keys, 0, i + 8 + g)};
+        const Row first = row(keys, 0, at, here, n), second = row(keys, 0, at + 8, here, n);
         UNROLL for (int d = 0; d < PARTS; d++) {
-          uint4 k[2];
-          UNROLL for (int a = 0; a < 2; a++) k[a] = load_shared(rows[a] + d * 64 + t * 16);
-          UNROLL for (int a = 0; a < 2; a++) {
-            multiply<HALF>(c[a], query[d][0], 0u, query[d][1], 0u, k[a].x, k[a].y);
-            multiply<HALF>(c[a], query[d][2], 0u, query[d][3], 0u, k[a].z, k[a].w);
-          }
+          const uint4 a = load_shared(first.chunk(4 * d + t)), b = load_shared(second.chunk(4 * d + t));
+          multiply<HALF>(c[0], a.x, b.x, a.y, b.y, query[d][0], query[d][1]);
+          multiply<HALF>(c[1], a.z, b.z, a.w, b.w, query[d][2], query[d][3]);
         }
-        float higher = top;   // scores of head g at positions i + 2t, i + 2t + 1, and eight further
-        UNROLL for (int a = 0; a < 2; a++) UNROLL for (int e = 0; e < 2; e++) {
-          const int at = i + 8 * a + 2 * t + e;
-          if (at >= n || at < skip) c[a][e] = -1e30f;
-          higher = fmaxf(higher, c[a][e]);
+        float shrink[2], weight[4];
+        UNROLL for (int e = 0; e < 2; e++) {
+          const float low_score = at < n && at >= skip ? c[0][e] + c[1][e] : -1e30f;
+          const float high_score = at + 8 < n && at + 8 >= skip ? c[0][2 + e] + c[1][2 + e] : -1e30f;
+          float higher = fmaxf(top[e], fmaxf(low_score, high_score));
+          UNROLL for (int o = 4; o < 32; o *= 2) higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, o));
+          shrink[e] = exp2f(top[e] - higher);
+          top[e] = higher;
+          weight[e] = exp2f(low_score - higher); weight[2 + e] = exp2f(high_score - higher);
         }
-        higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
-        higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 2));
-        const float shrink = exp2f(top - higher);
-        top = higher; total *= shrink;
-        u32 weights[2];
-        UNROLL for (int a = 0; a < 2; a++) { weights[a] = pack(exp2f(c[a][0] - higher), exp2f(c[a][1] - higher)); total += low(weights[a]) + high(weights[a]); }
-        UNROLL for (int h = 0; h < HALVES; h++) {
-          uint4 v[4];
-          UNROLL for (int a = 0; a < 4; a++) {
-            const int at = i + 2 * t + (a & 1) + 8 * (a >> 1);
-            v[a] = at < n ? load_shared(row(values, 1, at) + h * 128 + g * 16) : make_uint4(0, 0, 0, 0);
-          }
-          UNROLL for (int j = 0; j < 8; j++) {
-            const u32 a0 = (&v[0].x)[j / 2], a1 = (&v[1].x)[j / 2], a2 = (&v[2].x)[j / 2], a3 = (&v[3].x)[j / 2];
-            out[h][j][0] *= shrink; out[h][j][1] *= shrink;
-            multiply<HALF>(out[h][j], weights[0], 0u, weights[1], 0u, __byte_perm(a0, a1, j & 1 ? 0x7632 : 0x5410), __byte_perm(a2, a3, j & 1 ? 0x7632 : 0x5410));
-          }
+        const u32 w0 = pack(weight[0], weight[1]), w1 = pack(weight[2], weight[3]);
+        total[0] = total[0] * shrink[0] + low(w0) + low(w1);
+        total[1] = total[1] * shrink[1] + high(w0) + high(w1);
+        const u32 p0 = transposed(w0), p1 = transposed(w1);
+        const Row from = row(values, 1, i + order(lane & 7) + 8 * (lane >> 4), here, n);
+        UNROLL for (int d = 0; d < HEAD / 16; d++) {
+          u32 v[4];
+          load_transposed(v, from.chunk(2 * d + ((lane >> 3) & 1)));
+          UNROLL for (int e = 0; e < 4; e++) out[d][e] *= shrink[e & 1];
+          multiply<HALF>(out[d], v[0], v[1], v[2], v[3], p0, p1);
         }
       }
       ring.done();
     }
-    total += __shfl_xor_sync(~0u, total, 1); total += __shfl_xor_sync(~0u, total, 2);
+    UNROLL for (int e = 0; e < 2; e++) UNROLL for (int o = 4; o < 32; o *= 2) total[e] += __shfl_xor_sync(~0u, total[e], o);
     float* shared_out = &s->part[0][0][0][0][0];   // [WARPS][G][HEAD]; nobody else uses it between two meetings
-    if (g < G) {
-      UNROLL for (int h = 0; h < HALVES; h++) UNROLL for (int c = 0; c < 2; c++) UNROLL for (int j = 0; j < 8; j += 4)
-        *(float4*)&shared_out[(warp * G + g) * HEAD + h * 64 + 16 * t + 8 * c + j] = make_float4(out[h][j][c], out[h][j + 1][c], out[h][j + 2][c], out[h][j + 3][c]);
-      if (t == 0) { s->softmax[warp][g][0] = top; s->softmax[warp][g][1] = total; }
+    UNROLL for (int e = 0; e < 2; e++) {
+      const int head = 2 * t + e;
+      if (head >= G) continue;
+      UNROLL for (int d = 0; d < HEAD / 8; d++) shared_out[(warp * G + head) * HEAD + apart(head, 8 * d + g)] = out[d / 2][2 * (d & 1) + e];
+      if (g == 0) { s->softmax[warp][head][0] = top[e]; s->softmax[warp][head][1] = total[e]; }
     }
     consumers_meet();
+    if (EARLY && unit.splits == 1 && tid == 0) arrivals.arrive();
     const u32 mark = Pairs<FORMAT>::mark(number);
     float* partial = to.partial + (i64)index * G * (HEAD + 2);
     each_pair([&](int h, int d) {
@@ -169,7 +166,7 @@ struct Attention {
       }
       UNROLL for (int i = 0; i < WARPS; i++) {
         const float w = exp2f(s->softmax[i][h][0] - higher);
-        const float2 v = *(float2*)&shared_out[(i * G + h) * HEAD + d];
+        const float2 v = *(float2*)&shared_out[(i * G + h) * HEAD + apart(h, d)];
         sum += w * s->softmax[i][h][1]; o0 = fmaf(w, v.x, o0); o1 = fmaf(w, v.y, o1);
       }
       if (unit.splits > 1) {
@@ -178,9 +175,30 @@ struct Attention {
       } else Pairs<FORMAT>::store(to.mixed + Pairs<FORMAT>::index((unit.head + h) * HEAD + d, column), o0 / sum, o1 / sum, mark);
     });
     if (unit.splits > 1) merge(to, unit, index, mark);
+    if (!EARLY || unit.splits > 1) { consumers_meet(); if (tid == 0) arrivals.arrive(); }
   }
 
  private:
+  // Which of eight positions is the i-th row of a product: lanes that read at the same time have 0 and 4, 1 and 5 and so on.
+  static DEVICE int order(int i) { return (i >> 1) | ((i & 1) << 2); }
+  // Where dimension d of a head lies among those that warps put together, so that lanes of several heads meet no bank twice.
+  static DEVICE int apart(int head, int d) { return d ^ ((head >> 1 & 3) << 3); }
+  static DEVICE u32 transposed(u32 w) { u32 r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(w)); return r; }
+  static DEVICE void load_transposed(u32 (&r)[4], u32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
+  // A key or a value in shared memory: 128 bytes for 64 dimensions, the other 64 in another block, chunks of 16 bytes swizzled.
+  struct Row {
+    u32 at, key, half;
+    DEVICE u32 chunk(int c) const { return at + (c >> 3) * half + (((c & 7) << 4) ^ key); }
+  };
+  // Of a position of a stage: cached, made by this step, or, behind all of them, zeros: weights of zero meet numbers.
+  static DEVICE Row row(u32 stage, int which, int at, int here, int n) {
+    Shared* s = shared_state();
+    if (at >= n) return {shared_address(s->zeros), 0, 0};
+    const bool is_cached = at < here;
+    const int i = is_cached ? at : at - here;
+    return {(is_cached ? stage : shared_address(s->fresh[which])) + i * 128, (u32)(i & 7) << 4, (u32)(is_cached ? Cut::POSITIONS : COLUMNS) * 128};
+  }
+  static DEVICE uint4* fresh_chunk(int which, int i, int c) { return (uint4*)&shared_state()->fresh[which][c >> 3][i][((c & 7) ^ (i & 7)) * 8]; }
   static DEVICE u32 others_of(const Unit& unit) {   // columns of the same request at this unit's positions
     const Shared* s = shared_state();
     u32 found = s->peers[unit.column] & ~(1u << unit.column);
@@ -208,7 +226,7 @@ struct Attention {
           packed[e] = pack(x[c][2 * e], x[c][2 * e + 1]);
           if (g == 0 && is_own) *(float2*)&s->own_value[c * 32 + t * 8 + 2 * e] = make_float2(low(packed[e]), high(packed[e]));
         }
-        if (g == 0 && !is_own) *(uint4*)&s->fresh[1][place_of][c * 32 + t * 8] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        if (g == 0 && !is_own) *fresh_chunk(1, place_of, 4 * c + t) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
         if (writes) *(uint4*)(y.values + at + c * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
       return;
@@ -223,7 +241,7 @@ struct Attention {
         score = fmaf(low(query[c][e]), low(packed[e]), score);
         score = fmaf(high(query[c][e]), high(packed[e]), score);
       }
-      if (g == 0 && !is_own) *(uint4*)&s->fresh[0][place_of][c * 32 + t * 8] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      if (g == 0 && !is_own) *fresh_chunk(0, place_of, 4 * c + t) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       if (writes) *(uint4*)(y.keys + at + c * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
     }
     score += __shfl_xor_sync(~0u, score, 1);

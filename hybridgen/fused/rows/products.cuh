@@ -63,15 +63,13 @@ template <class T> struct Offsets {
   static constexpr int PER_GROUP = GROUP / 8, COUNT = T::F == 4 ? T::WORDS / PER_GROUP : 1;
   float of[COUNT][2], sums[ZEROS ? COUNT : 1][2];
   DEVICE void set(const Activations<T>& a) {
+    // -(1024 + 8), and -(1024 + 16 * 8) of what is a sixteenth; in the lower eight rows 1, and 16 of what is a sixteenth.
+    constexpr u32 LOW = ZEROS ? 0x3c003c00u : 0xe408e408u, HIGH = ZEROS ? 0x4c004c00u : 0xe480e480u;
     if (T::F == 4) UNROLL for (int i = 0; i < COUNT; i++) {
-      float c[4] = {};   // -(1024 + 8), and -(1024 + 16 * 8) of what is a sixteenth
-      UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(c, 0xe408e408u, 0xe408e408u, 0xe480e480u, 0xe480e480u, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
+      float c[4] = {};
+      UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(c, 0xe408e408u, LOW, 0xe480e480u, HIGH, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
       of[i][0] = c[0]; of[i][1] = c[1];
-      if (ZEROS) {
-        float d[4] = {};   // 1, and 16 of what is a sixteenth
-        UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(d, 0x3c003c00u, 0x3c003c00u, 0x4c004c00u, 0x4c004c00u, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
-        sums[i][0] = d[0]; sums[i][1] = d[1];
-      }
+      if (ZEROS) { sums[i][0] = c[2]; sums[i][1] = c[3]; }
     }
   }
 };
@@ -196,8 +194,9 @@ template <class T, class Finish> DEVICE void finish_batch(const Constants<T>& k,
   finish(o, k);
   side ^= 1;
 }
-// A projection whose activations are all in registers.
-template <class T, class Finish> DEVICE void project(const Activations<T>& a, const Matrix& m, const Share& share, i64 twin, Ring& ring, u32& side, Finish finish) {
+// A projection whose activations are all in registers. `arrive` tells the next phase that this block is done: before the
+// last sums are put together, or, with EARLY = 0, behind the last words. It is a hint; words prove themselves.
+template <class T, class Arrive, class Finish> DEVICE void project(const Activations<T>& a, const Matrix& m, const Share& share, i64 twin, Ring& ring, u32& side, Arrive arrive, Finish finish) {
   static_assert(T::CHUNKS == 1, "the launcher checks sizes");
   Offsets<T> offsets;
   offsets.set(a);
@@ -212,12 +211,14 @@ template <class T, class Finish> DEVICE void project(const Activations<T>& a, co
       }
       keep<T>(sum, side, t);
     }
+    if (EARLY && batch + BATCH * T::ROWS >= share.count) arrive();
     finish_batch<T>(constants, side, finish);
   }
+  if (!EARLY || share.count <= 0) arrive();
 }
 // A projection of few rows (a batch of tiles at most) whose activations come in chunks. Two buffers take turns: copying
 // words that are on their way would wait for them.
-template <class T, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Matrix& m, const Share& share, Ring& ring, u32& side, Watch& watch, Finish finish) {
+template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Matrix& m, const Share& share, Ring& ring, u32& side, Watch& watch, Arrive arrive, Finish finish) {
   const u32 mark = Pairs<T::F>::mark(number);
   float sums[BATCH][2][4] = {};
   Activations<T> even, odd, a;
@@ -243,5 +244,7 @@ template <class T, class Finish> DEVICE void project_in_chunks(const u32* x, u32
     if (c + 1 < T::CHUNKS) chunk(odd, c + 1);
   }
   UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count) keep<T>(sums[t], side, t);
+  if (EARLY) arrive();
   finish_batch<T>(constants, side, finish);
+  if (!EARLY) arrive();
 }

@@ -16,6 +16,7 @@ struct Parameters {
   const int *slots, *tables;                    // [columns]; [slots, max_pages]
   i64 columns, table_stride;
   const u16* embedding;
+  const u8* maps;                               // tensor maps of each layer's keys and values, 128 bytes each
   Matrix head;
   const float *norm, *cos, *sin;
   u16* logits;                                  // [COLUMNS, VOCAB]
@@ -31,9 +32,18 @@ struct Parameters {
 #if RANKS > 1
   Peers peers;
 #endif
+#ifdef TRACE
+  i64* trace;                                   // [BLOCKS, LAYERS, MARKS]
+#endif
   Layer layers[LAYERS];
 };
 #define COUNTER(i) (p.counters + 32 * (i))
+#ifdef TRACE   // clocks of each block's first thread, by layer (benchmarks/rows_phases.py)
+#define MARKS 24
+#define MARK(i) if (tid == 0) p.trace[(blockIdx.x * LAYERS + l) * MARKS + (i)] = clock64();
+#else
+#define MARK(i)
+#endif
 
 DEVICE void produce(const Parameters& p, const Shares& shares, int which) {
   Producer from;
@@ -43,10 +53,11 @@ DEVICE void produce(const Parameters& p, const Shares& shares, int which) {
 #pragma unroll 1
   for (int l = 0; l < LAYERS; l++) {
     const Layer& y = p.layers[l];
+    UNROLL for (int i = 0; i < 2; i++) prefetch_map(p.maps + l * 256 + i * 128);
     from.projection<QkvTiles>(y.qkv, shares.qkv, 0);
     const int units = Cut::count(y.window);
 #pragma unroll 1
-    for (int u = blockIdx.x; u < units; u += BLOCKS) from.cache(y, Cut::find(u, y.window));
+    for (int u = blockIdx.x; u < units; u += BLOCKS) from.cache(p.maps + l * 256, Cut::find(u, y.window));
     from.projection<OutTiles>(y.out, shares.hidden, 0);
     from.projection<GateTiles>(y.gate_up, shares.inner, INTERMEDIATE);
     from.projection<DownTiles>(y.down, shares.hidden, 0);
@@ -122,12 +133,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     s->position[tid] = position; s->cached[tid] = cached; s->peers[tid] = peers;
     s->factor[tid] = s->scale[tid] = 1.f;
   }
+  if (tid < 64) s->zeros[tid] = 0;
   __syncthreads();
   const Shares shares(p.shares);
-  if (tid >= THREADS) {
+  if (tid >= THREADS) {   // registers that a producer does not need go to the consumers
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (lane == 0) produce(p, shares, warp - WARPS);
     return;
   }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 
   Ring ring = {0};
   u32 side = 0, number = *COUNTER(0);   // its low bits mark words
@@ -161,7 +175,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       asm volatile("bar.sync 2, 128;" ::: "memory");
       if (tid < COLUMNS) store_word(squares + tid * BLOCKS + blockIdx.x, s->squares[0][tid] + s->squares[1][tid] + s->squares[2][tid] + s->squares[3][tid], number & 255u);
     }
-    arrive();
   };
   auto add = [&](int projection, const Outputs& o, float bias0, float bias1, float by) {   // to the residual stream
     if (!o.on) return;
@@ -176,6 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     const u32 e = *(const u32*)(p.embedding + p.ids[column] * HIDDEN + shares.hidden.first + own);
     residual0 = low(e) * EMBEDDING_SCALE; residual1 = high(e) * EMBEDDING_SCALE;
   }
+  arrive();
   publish(Pairs<FORMAT>(), p.x, p.squares, gain_of(p.layers[0].norm_1), number + 1);
 
 #pragma unroll 1
@@ -190,17 +204,20 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     }
 #endif
     {
+      MARK(0)
       arrivals.wait(watch);
+      MARK(1)
       Activations<QkvTiles> a;
       read_normed(a, p.x, p.squares, number, columns, watch);
-      project<QkvTiles>(a, y.qkv, shares.qkv, 0, ring, side, [&](const Outputs& o, const Constants<QkvTiles>& k) {
+      MARK(2)
+      project<QkvTiles>(a, y.qkv, shares.qkv, 0, ring, side, arrive, [&](const Outputs& o, const Constants<QkvTiles>& k) {
         if (!o.on) return;
         const float factor = s->factor[o.column];
         u32* to = p.qkv + o.column * (QUERIES + 2 * KEYS) + shares.qkv.first + o.at;
         store_word(to, o.y0 * factor + k.bias0, number & 255u);
         store_word(to + 1, o.y1 * factor + k.bias1, number & 255u);
       });
-      arrive();
+      MARK(3)
     }
     {
       const Attention::Buffers to = {p.qkv, p.mixed, p.partial, p.tickets, p.cos, p.sin};
@@ -209,54 +226,66 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
 #pragma unroll 1
       for (int u = blockIdx.x; u < units; u += BLOCKS) {
         const Unit unit = Cut::find(u, window);
-        if (unit.column >= columns) Attention::nothing(p.mixed, unit, number);
-        else {
+        if (unit.column >= columns) {
+          Attention::nothing(p.mixed, unit, number);
+          if (tid == 0) arrivals.arrive();
+        } else {
           Attention::prefetch(y, p.cos, p.sin, s->position[unit.column]);
           if (waited) consumers_meet();
           else arrivals.wait(watch);
+          if (!waited) { MARK(4) }
           waited = true;
-          Attention::run(y, to, unit, u, ring, number, watch);
+          Attention::run(y, to, unit, u, ring, arrivals, number, watch);
         }
         consumers_meet();
-        if (tid == 0) arrivals.arrive();
       }
+      MARK(5)
       arrivals.target += units;
     }
     {
       const float2 gain = gain_of(y.norm_2);
       arrivals.wait(watch);
+      MARK(6)
       Activations<OutTiles> a;
       a.load(p.mixed, number, columns, watch);
-      project<OutTiles>(a, y.out, shares.hidden, 0, ring, side, [&](const Outputs& o, const Constants<OutTiles>& k) { add(OF_ATTENTION, o, k.bias0, k.bias1, 1.f); });
+      MARK(7)
+      project<OutTiles>(a, y.out, shares.hidden, 0, ring, side, arrive, [&](const Outputs& o, const Constants<OutTiles>& k) { add(OF_ATTENTION, o, k.bias0, k.bias1, 1.f); });
+      MARK(8)
       publish(Pairs<FORMAT>(), p.middle, p.middle_squares, gain, number);
+      MARK(9)
     }
     {
       arrivals.wait(watch);
+      MARK(10)
       Activations<GateTiles> a;
       read_normed(a, p.middle, p.middle_squares, number, columns, watch);
-      project<GateTiles>(a, y.gate_up, shares.inner, INTERMEDIATE, ring, side, [&](const Outputs& o, const Constants<GateTiles>& k) {
+      MARK(11)
+      project<GateTiles>(a, y.gate_up, shares.inner, INTERMEDIATE, ring, side, arrive, [&](const Outputs& o, const Constants<GateTiles>& k) {
         if (!o.on) return;
         const float factor = s->factor[o.column];
         const float g0 = o.y0 * factor + k.bias0, g1 = o.y1 * factor + k.bias1, u0 = o.up0 * factor + k.up_bias0, u1 = o.up1 * factor + k.up_bias1;
         typedef Pairs<FORMAT> P;
         P::store(p.hidden + P::index(shares.inner.first + o.at, o.column), activated(g0) * u0 * INNER_SCALE, activated(g1) * u1 * INNER_SCALE, P::mark(number));
       });
-      arrive();
+      MARK(12)
     }
     {
       const bool last = l + 1 == LAYERS;
       const float2 gain = gain_of(last ? p.norm : p.layers[last ? 0 : l + 1].norm_1);
       arrivals.wait(watch);
-      project_in_chunks<DownTiles>(p.hidden, number, columns, y.down, shares.hidden, ring, side, watch, [&](const Outputs& o, const Constants<DownTiles>& k) { add(OF_MLP, o, k.bias0, k.bias1, 1.f / INNER_SCALE); });
+      MARK(13)
+      project_in_chunks<DownTiles>(p.hidden, number, columns, y.down, shares.hidden, ring, side, watch, arrive, [&](const Outputs& o, const Constants<DownTiles>& k) { add(OF_MLP, o, k.bias0, k.bias1, 1.f / INNER_SCALE); });
+      MARK(14)
       if (last) publish(Pairs<HEAD_FORMAT>(), p.last, p.last_squares, gain, step);
       else publish(Pairs<FORMAT>(), p.x, p.squares, gain, number + 1);
+      MARK(15)
     }
   }
   {
     arrivals.wait(watch);
     Activations<HeadTiles> a;
     read_normed(a, p.last, p.last_squares, step, columns, watch);
-    project<HeadTiles>(a, p.head, shares.head, 0, ring, side, [&](const Outputs& o, const Constants<HeadTiles>& k) {
+    project<HeadTiles>(a, p.head, shares.head, 0, ring, side, [] {}, [&](const Outputs& o, const Constants<HeadTiles>& k) {
       if (!o.on || o.column >= columns) return;
       const float factor = *(volatile u32*)&s->given_up ? __int_as_float(0x7fffffff) : s->factor[o.column] * LOGITS_SCALE;   // what a stopped step leaves is no number
       *(u32*)(p.logits + (i64)o.column * VOCAB + shares.head.first + o.at) = pack(o.y0 * factor, o.y1 * factor);
