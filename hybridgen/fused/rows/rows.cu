@@ -83,7 +83,8 @@ template <class T> DEVICE void read_normed(Activations<T>& a, const u32* x, cons
   constexpr int EACH = (BLOCKS + 31) / 32;
   const int tid = thread_index(), lane = tid & 31, warp = tid >> 5;
   const u32 mark = Pairs<T::F>::mark(number), low8 = number & 255u;
-  a.ask(x, 0, mark, columns);
+  const u32* from = Activations<T>::place(x, 0, columns);
+  a.ask(from);
   if (warp < columns) {
     u32 v[EACH], stale;
     ASK(watch,
@@ -100,8 +101,8 @@ template <class T> DEVICE void read_normed(Activations<T>& a, const u32* x, cons
       s->scale[warp] = power_of_two_near(factor);
     }
   }
-  a.check(x, 0, mark, columns, watch);
-  a.decode(a.words, columns);
+  a.check(from, mark, watch);
+  a.decode(a.words);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode_columns(const __grid_constant__ Parameters p) {
@@ -143,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 
-  Ring ring = {0};
+  Ring ring = {0, 0};
   u32 side = 0, number = *COUNTER(0);   // its low bits mark words
   const u32 step = *COUNTER(1) + 1;
   Arrivals arrivals = {COUNTER(2), 0};

@@ -205,10 +205,9 @@ struct Producer {
 };
 
 struct Ring {   // the consumers' side
-  u32 turn;
-  DEVICE u32 wait() {
-    const u32 slot = turn % STAGES;
-    barrier_wait(shared_address(&shared_state()->full[slot]), (turn / STAGES) & 1);
+  u32 slot, parity;
+  DEVICE u32 wait() const {
+    barrier_wait(shared_address(&shared_state()->full[slot]), parity);
     return shared_address(stages) + slot * STAGE;
   }
   // Give the stage back. `read`: bits of reads that nothing has used yet, 0 for none. An arrival does not wait for reads
@@ -218,7 +217,7 @@ struct Ring {   // the consumers' side
     __syncwarp();
     __threadfence_block();
     const u32 nothing = read & blockIdx.y;   // 0, which the compiler does not know: the grid has one dimension
-    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared_state()->empty[turn % STAGES]) + nothing);
-    turn++;
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared_state()->empty[slot]) + nothing);
+    if (++slot == STAGES) { slot = 0; parity ^= 1; }
   }
 };
