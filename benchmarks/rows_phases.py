@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ PARTS = (
     "qkv: wait", "read", "products", "attention: wait", "run", "out: wait", "read", "products", "publish",
     "gate and up: wait", "read", "products", "down: wait", "products", "publish",
 )  # fmt: skip
+INSIDE = {4: ("attention: queries", 16, 4), 5: ("placed", 17, 16), 6: ("positions", 18, 17), 7: ("together", 5, 18)}
+"""Parts of `run`: a name, and the marks at its end and before it."""
 """What lies between each mark and the next."""
 
 
@@ -44,6 +46,11 @@ def phases(trace: Tensor) -> dict[str, dict[str, float]]:
         took = torch.where(passed, end - begin, 0.0)
         mean = took.sum() / passed.sum().clamp(min=1)
         found[f"{index} {name}"] = {"mean": float(mean), "slowest": float(took.amax(0).mean())}
+    for name, end, begin in INSIDE.values():
+        passed = marks[..., 16] > 0
+        took = torch.where(passed, marks[..., end] - marks[..., begin], 0.0)
+        mean = took.sum() / passed.sum().clamp(min=1)
+        found[f"4 {name}"] = {"mean": float(mean), "slowest": float(took.amax(0).mean())}
     whole = marks[:, 1:, 0] - marks[:, :-1, 0]
     return found | {"layer": {"mean": float(whole.mean()), "slowest": float(whole.amax(0).mean())}}
 
@@ -143,7 +150,8 @@ def main() -> None:
     results: dict[str, Any] = {"benchmark": "rows_phases", "parts": PARTS, "lines": []}
     with ThreadPoolExecutor(14) as pool:
         every = [case for name, form in pairs for case in cases(name, form, variants, pool)]
-        print(f"models made, {time.monotonic() - begin:.1f} s", flush=True)
+        wait([case.step for case in every])  # loading a kernel disturbs a graph that is being recorded
+        print(f"kernels made, {time.monotonic() - begin:.1f} s", flush=True)
         for case in sorted(every, key=lambda case: bool(case.line["changes"])):
             if time.monotonic() - begin > args.seconds:
                 break

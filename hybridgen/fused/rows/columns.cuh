@@ -20,7 +20,8 @@ struct Attention {
   // Before waiting: the rotary factors of the column, and the gains of the norms of queries and keys.
   static DEVICE void prefetch(const Layer& y, const float* cos, const float* sin, int position) {
     Shared* s = shared_state();
-    const int tid = thread_index();
+    const int tid = thread_index() - THREADS / 2;   // not of the warp that asks for arrivals
+    if (tid < 0) return;
     if (tid < HALF_HEAD) {
       s->cos[tid] = y.rotates ? __ldg(cos + (i64)position * HALF_HEAD + tid) : 1.f;
       s->sin[tid] = y.rotates ? __ldg(sin + (i64)position * HALF_HEAD + tid) : 0.f;
@@ -88,6 +89,7 @@ struct Attention {
         if (nth < fresh) UNROLL for (int c = 0; c < PARTS; c++) own[c].load(from + source * (QUERIES + 2 * KEYS) + c * 32);
         UNROLL for (int c = 0; c < PARTS; c++) stale |= x[c].stale(low8) | own[c].stale(low8), stale)
       __syncwarp();
+      MARK(16)
       place(x, 0, s->cos, s->sin, placed);
       const float by = g < G ? LOG2E * ATTENTION_SCALE : 0.f;
       UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int e = 0; e < 4; e++) query[c][e] = pack(placed[c][2 * e] * by, placed[c][2 * e + 1] * by);
@@ -104,6 +106,7 @@ struct Attention {
       }
     }
     if (others) consumers_meet();
+    MARK(17)
     UNROLL for (int d = 0; d < HEAD / 16; d++) UNROLL for (int e = 0; e < 4; e++) out[d][e] = 0.f;
     int tile = 0;
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
@@ -144,6 +147,7 @@ struct Attention {
       }
       ring.done();
     }
+    MARK(18)
     UNROLL for (int e = 0; e < 2; e++) UNROLL for (int o = 4; o < 32; o *= 2) total[e] += __shfl_xor_sync(~0u, total[e], o);
     float* shared_out = &s->part[0][0][0][0][0];   // [WARPS][G][HEAD]; nobody else uses it between two meetings
     UNROLL for (int e = 0; e < 2; e++) {

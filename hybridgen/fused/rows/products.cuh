@@ -155,18 +155,23 @@ struct Outputs {   // two neighbouring rows of one column; of a gated projection
   bool on;
   float y0, y1, up0, up1;
 };
-// What belongs to this thread's outputs of a batch of tiles, asked for before the batch: scales of fp8, and biases.
+// What belongs to this thread's outputs, scales of fp8 and biases, asked for before a phase waits. A batch of tiles is finished
+// by a group of the threads, the next batch by the next group, while the others go on.
 template <class T> struct Constants {
-  int at;
+  static constexpr int PAIRS = T::ROWS / 2, GROUP_THREADS = BATCH * PAIRS * 8, GROUPS = THREADS / GROUP_THREADS;
+  static_assert(BATCH * PAIRS <= THREADS / 8, "a pair of rows a thread");
+  int at;        // of this thread's next outputs: the first one's place in the share
   bool on;
   float2 scale, up_scale;
-  float bias0, bias1, up_bias0, up_bias1;
-  DEVICE void ask(const Matrix& m, const Share& share, int batch, i64 twin) {
-    constexpr int PAIRS = T::ROWS / 2;
-    const int p = thread_index() >> 3;
+  u32 bias, up_bias;
+  static DEVICE int pair() { return thread_index() % GROUP_THREADS >> 3; }
+  static DEVICE bool finishes(int nth) { return thread_index() / GROUP_THREADS == nth % GROUPS; }
+  DEVICE void begin(const Matrix& m, const Share& share, i64 twin) { ask(m, share, thread_index() / GROUP_THREADS * BATCH * T::ROWS, twin); }
+  DEVICE void ask(const Matrix& m, const Share& share, int batch, i64 twin) {   // of the batch that begins at that row
+    const int p = pair();
     at = batch + p / PAIRS * T::ROWS + p % PAIRS * 2;
-    on = p < BATCH * PAIRS && at < share.count;
-    bias0 = bias1 = up_bias0 = up_bias1 = 0.f;
+    on = at < share.count;
+    bias = up_bias = 0u;
     scale = up_scale = make_float2(1.f, 1.f);
     if (!on) return;
     const i64 row = share.first + at;
@@ -175,41 +180,37 @@ template <class T> struct Constants {
       if (T::GATED) up_scale = __ldg((const float2*)((const float*)m.scales + twin + row));
     }
     if (m.bias) {
-      const u32 b = __ldg((const u32*)(m.bias + row));
-      bias0 = low(b); bias1 = high(b);
-      if (T::GATED) { const u32 u = __ldg((const u32*)(m.bias + twin + row)); up_bias0 = low(u); up_bias1 = high(u); }
+      bias = __ldg((const u32*)(m.bias + row));
+      if (T::GATED) up_bias = __ldg((const u32*)(m.bias + twin + row));
     }
   }
 };
-// Behind a batch of tiles: sums over the warps in their order.
-template <class T, class Finish> DEVICE void finish_batch(const Constants<T>& k, u32& side, Finish finish) {
-  constexpr int PAIRS = T::ROWS / 2;
-  static_assert(BATCH * PAIRS <= THREADS / 8, "a pair of rows a thread");
+// Behind the nth batch of tiles: sums over the warps in their order.
+template <class T, class Finish> DEVICE void finish_batch(const Constants<T>& k, int nth, u32& side, Finish finish) {
   const Shared* s = shared_state();
-  const int tid = thread_index(), column = tid & 7, p = tid >> 3;
   consumers_meet();
-  Outputs o = {k.at, column, k.on, 0.f, 0.f, 0.f, 0.f};
-  if (k.on) {
-    const int t = p / PAIRS, r = p % PAIRS * 2;
-    UNROLL for (int i = 0; i < WARPS; i++) {
-      o.y0 += s->part[side][i][t][r][column];
-      o.y1 += s->part[side][i][t][r + 1][column];
-      if (T::GATED) { o.up0 += s->part[side][i][t][8 + r][column]; o.up1 += s->part[side][i][t][9 + r][column]; }
+  if (Constants<T>::finishes(nth)) {
+    const int column = thread_index() & 7, p = Constants<T>::pair(), t = p / Constants<T>::PAIRS, r = p % Constants<T>::PAIRS * 2;
+    Outputs o = {k.at, column, k.on, 0.f, 0.f, 0.f, 0.f};
+    if (k.on) {
+      UNROLL for (int i = 0; i < WARPS; i++) {
+        o.y0 += s->part[side][i][t][r][column];
+        o.y1 += s->part[side][i][t][r + 1][column];
+        if (T::GATED) { o.up0 += s->part[side][i][t][8 + r][column]; o.up1 += s->part[side][i][t][9 + r][column]; }
+      }
+      if (T::F == 8) { o.y0 *= k.scale.x; o.y1 *= k.scale.y; o.up0 *= k.up_scale.x; o.up1 *= k.up_scale.y; }
     }
-    if (T::F == 8) { o.y0 *= k.scale.x; o.y1 *= k.scale.y; o.up0 *= k.up_scale.x; o.up1 *= k.up_scale.y; }
+    finish(o, k);
   }
-  finish(o, k);
   side ^= 1;
 }
 // A projection whose activations are all in registers. `arrive` tells the next phase that this block is done: before the
 // last sums are put together, or, with EARLY = 0, behind the last words. It is a hint; words prove themselves.
-template <class T, class Arrive, class Finish> DEVICE void project(const Activations<T>& a, const Matrix& m, const Share& share, i64 twin, Ring& ring, u32& side, Arrive arrive, Finish finish) {
+template <class T, class Arrive, class Finish> DEVICE void project(const Activations<T>& a, Constants<T>& constants, const Matrix& m, const Share& share, i64 twin, Ring& ring, u32& side, Arrive arrive, Finish finish) {
   static_assert(T::CHUNKS == 1, "the launcher checks sizes");
   Offsets<T> offsets;
   offsets.set(a);
-  for (int batch = 0; batch < share.count; batch += BATCH * T::ROWS) {
-    Constants<T> constants;
-    constants.ask(m, share, batch, twin);
+  for (int batch = 0, nth = 0; batch < share.count; batch += BATCH * T::ROWS, nth++) {
     for (int t = 0; t < BATCH && batch + t * T::ROWS < share.count; t++) {
       float sum[2][4] = {};
       UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
@@ -219,21 +220,20 @@ template <class T, class Arrive, class Finish> DEVICE void project(const Activat
       keep<T>(sum, side, t);
     }
     if (EARLY && batch + BATCH * T::ROWS >= share.count) arrive();
-    finish_batch<T>(constants, side, finish);
+    finish_batch<T>(constants, nth, side, finish);
+    if (Constants<T>::finishes(nth)) constants.ask(m, share, batch + Constants<T>::GROUPS * BATCH * T::ROWS, twin);
   }
   if (!EARLY || share.count <= 0) arrive();
 }
 // A projection of few rows (a batch of tiles at most) whose activations come in chunks. Two buffers take turns: copying
 // words that are on their way would wait for them.
-template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Matrix& m, const Share& share, Ring& ring, u32& side, Watch& watch, Arrive arrive, Finish finish) {
+template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Constants<T>& constants, const Share& share, Ring& ring, u32& side, Watch& watch, Arrive arrive, Finish finish) {
   const u32 mark = Pairs<T::F>::mark(number);
   float sums[BATCH][2][4] = {};
   constexpr int STEP = T::CHUNK / 32 * COLUMNS * 16;   // words of a chunk
   const u32* from = Activations<T>::place(x, 0, columns);
   Activations<T> even, odd, a;
   Offsets<T> offsets;
-  Constants<T> constants;
-  constants.ask(m, share, 0, 0);
   auto chunk = [&](Activations<T>& raw, int c) {
     raw.check(from + c * STEP, mark, watch);
     a.decode(raw.words);
@@ -254,6 +254,6 @@ template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(con
   }
   UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count) keep<T>(sums[t], side, t);
   if (EARLY) arrive();
-  finish_batch<T>(constants, side, finish);
+  finish_batch<T>(constants, 0, side, finish);
   if (!EARLY) arrive();
 }

@@ -40,9 +40,9 @@ struct Parameters {
 #define COUNTER(i) (p.counters + 32 * (i))
 #ifdef TRACE   // clocks of each block's first thread, by layer (benchmarks/rows_phases.py)
 #define MARKS 24
-#define MARK(i) if (tid == 0) p.trace[(blockIdx.x * LAYERS + l) * MARKS + (i)] = clock64();
+#define TRACED(p, l) if (tid == 0) s->trace = (p).trace + (blockIdx.x * LAYERS + (l)) * MARKS;
 #else
-#define MARK(i)
+#define TRACED(p, l)
 #endif
 
 DEVICE void produce(const Parameters& p, const Shares& shares, int which) {
@@ -153,6 +153,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
   const bool owns = tid < 128 && own < shares.hidden.count, here = owns && column < columns;
   float residual0 = 0.f, residual1 = 0.f;
 
+  int window = -1, units = 0;   // of the layer before: how attention is cut, and this block's first unit
+  Unit first_unit = {};
+
   auto arrive = [&]() {
     if (warp == 0) {
       __syncwarp();
@@ -205,28 +208,35 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     }
 #endif
     {
+      TRACED(p, l)
       MARK(0)
+      Constants<QkvTiles> constants;
+      constants.begin(y.qkv, shares.qkv, 0);
       arrivals.wait(watch);
       MARK(1)
       Activations<QkvTiles> a;
       read_normed(a, p.x, p.squares, number, columns, watch);
       MARK(2)
-      project<QkvTiles>(a, y.qkv, shares.qkv, 0, ring, side, arrive, [&](const Outputs& o, const Constants<QkvTiles>& k) {
+      project<QkvTiles>(a, constants, y.qkv, shares.qkv, 0, ring, side, arrive, [&](const Outputs& o, const Constants<QkvTiles>& k) {
         if (!o.on) return;
         const float factor = s->factor[o.column];
         u32* to = p.qkv + o.column * (QUERIES + 2 * KEYS) + shares.qkv.first + o.at;
-        store_word(to, o.y0 * factor + k.bias0, number & 255u);
-        store_word(to + 1, o.y1 * factor + k.bias1, number & 255u);
+        store_word(to, o.y0 * factor + low(k.bias), number & 255u);
+        store_word(to + 1, o.y1 * factor + high(k.bias), number & 255u);
       });
       MARK(3)
     }
     {
       const Attention::Buffers to = {p.qkv, p.mixed, p.partial, p.tickets, p.cos, p.sin};
-      const int window = (int)y.window, units = Cut::count(window);
+      if (y.window != window) {
+        window = (int)y.window;
+        units = Cut::count(window);
+        first_unit = Cut::find(blockIdx.x, window);
+      }
       bool waited = false;
 #pragma unroll 1
       for (int u = blockIdx.x; u < units; u += BLOCKS) {
-        const Unit unit = Cut::find(u, window);
+        const Unit unit = u < BLOCKS ? first_unit : Cut::find(u, window);
         if (unit.column >= columns) {
           Attention::nothing(p.mixed, unit, number);
           if (tid == 0) arrivals.arrive();
@@ -245,26 +255,30 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     }
     {
       const float2 gain = gain_of(y.norm_2);
+      Constants<OutTiles> constants;
+      constants.begin(y.out, shares.hidden, 0);
       arrivals.wait(watch);
       MARK(6)
       Activations<OutTiles> a;
       a.load(p.mixed, number, columns, watch);
       MARK(7)
-      project<OutTiles>(a, y.out, shares.hidden, 0, ring, side, arrive, [&](const Outputs& o, const Constants<OutTiles>& k) { add(OF_ATTENTION, o, k.bias0, k.bias1, 1.f); });
+      project<OutTiles>(a, constants, y.out, shares.hidden, 0, ring, side, arrive, [&](const Outputs& o, const Constants<OutTiles>& k) { add(OF_ATTENTION, o, low(k.bias), high(k.bias), 1.f); });
       MARK(8)
       publish(Pairs<FORMAT>(), p.middle, p.middle_squares, gain, number);
       MARK(9)
     }
     {
+      Constants<GateTiles> constants;
+      constants.begin(y.gate_up, shares.inner, INTERMEDIATE);
       arrivals.wait(watch);
       MARK(10)
       Activations<GateTiles> a;
       read_normed(a, p.middle, p.middle_squares, number, columns, watch);
       MARK(11)
-      project<GateTiles>(a, y.gate_up, shares.inner, INTERMEDIATE, ring, side, arrive, [&](const Outputs& o, const Constants<GateTiles>& k) {
+      project<GateTiles>(a, constants, y.gate_up, shares.inner, INTERMEDIATE, ring, side, arrive, [&](const Outputs& o, const Constants<GateTiles>& k) {
         if (!o.on) return;
         const float factor = s->factor[o.column];
-        const float g0 = o.y0 * factor + k.bias0, g1 = o.y1 * factor + k.bias1, u0 = o.up0 * factor + k.up_bias0, u1 = o.up1 * factor + k.up_bias1;
+        const float g0 = o.y0 * factor + low(k.bias), g1 = o.y1 * factor + high(k.bias), u0 = o.up0 * factor + low(k.up_bias), u1 = o.up1 * factor + high(k.up_bias);
         typedef Pairs<FORMAT> P;
         P::store(p.hidden + P::index(shares.inner.first + o.at, o.column), activated(g0) * u0 * INNER_SCALE, activated(g1) * u1 * INNER_SCALE, P::mark(number));
       });
@@ -273,9 +287,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     {
       const bool last = l + 1 == LAYERS;
       const float2 gain = gain_of(last ? p.norm : p.layers[last ? 0 : l + 1].norm_1);
+      Constants<DownTiles> constants;
+      constants.begin(y.down, shares.hidden, 0);
       arrivals.wait(watch);
       MARK(13)
-      project_in_chunks<DownTiles>(p.hidden, number, columns, y.down, shares.hidden, ring, side, watch, arrive, [&](const Outputs& o, const Constants<DownTiles>& k) { add(OF_MLP, o, k.bias0, k.bias1, 1.f / INNER_SCALE); });
+      auto finish = [&](const Outputs& o, const Constants<DownTiles>& k) { add(OF_MLP, o, low(k.bias), high(k.bias), 1.f / INNER_SCALE); };
+      if constexpr (DownTiles::CHUNKS == 1) {
+        Activations<DownTiles> a;
+        a.load(p.hidden, number, columns, watch);
+        project<DownTiles>(a, constants, y.down, shares.hidden, 0, ring, side, arrive, finish);
+      } else project_in_chunks<DownTiles>(p.hidden, number, columns, constants, shares.hidden, ring, side, watch, arrive, finish);
       MARK(14)
       if (last) publish(Pairs<HEAD_FORMAT>(), p.last, p.last_squares, gain, step);
       else publish(Pairs<FORMAT>(), p.x, p.squares, gain, number + 1);
@@ -283,10 +304,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     }
   }
   {
+    Constants<HeadTiles> constants;
+    constants.begin(p.head, shares.head, 0);
     arrivals.wait(watch);
     Activations<HeadTiles> a;
     read_normed(a, p.last, p.last_squares, step, columns, watch);
-    project<HeadTiles>(a, p.head, shares.head, 0, ring, side, [] {}, [&](const Outputs& o, const Constants<HeadTiles>& k) {
+    project<HeadTiles>(a, constants, p.head, shares.head, 0, ring, side, [] {}, [&](const Outputs& o, const Constants<HeadTiles>& k) {
       if (!o.on || o.column >= columns) return;
       const float factor = *(volatile u32*)&s->given_up ? __int_as_float(0x7fffffff) : s->factor[o.column] * LOGITS_SCALE;   // what a stopped step leaves is no number
       *(u32*)(p.logits + (i64)o.column * VOCAB + shares.head.first + o.at) = pack(o.y0 * factor, o.y1 * factor);

@@ -88,7 +88,7 @@ def tiles(what: str, inputs: int, form: Format, piece: int) -> Tiles:
     unit = max(256, 8 * form.group) if form.bits == 4 else 256
     if inputs % unit:
         raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights need")
-    chunk = inputs if inputs <= _WIDEST else largest(unit, 2048, inputs)
+    chunk = inputs if inputs <= (_WIDEST if form.bits == 4 else 2 * _WIDEST) else largest(unit, 2048, inputs)
     data = largest(unit * form.bits // 8, piece, chunk * form.bits // 8)
     if data < _LEAST_PIECE:
         raise Unfit(f"its {what} size {inputs} can only be cut in pieces of {data} bytes")

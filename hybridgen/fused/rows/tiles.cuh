@@ -10,6 +10,9 @@
 #include "barriers.cuh"
 
 #define PRODUCERS 4
+#ifndef WIDEST
+#define WIDEST (FORMAT == 4 ? 4096 : 8192)   // inputs whose activations are in registers at once, where a weight has no more
+#endif
 #define QUERIES (HEADS * HEAD)
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
@@ -37,7 +40,7 @@ template <int K_, int F_, bool GATED_> struct Tiles {
   static constexpr int K = K_, F = F_;
   static constexpr bool GATED = GATED_;
   static constexpr int UNIT = F == 4 && GROUP > 32 ? 8 * GROUP : 256;          // inputs: eight warps, whole groups each
-  static constexpr int CHUNK = K <= 4096 ? K : largest(UNIT, 2048, K);         // inputs whose activations are in registers at once
+  static constexpr int CHUNK = K <= WIDEST ? K : largest(UNIT, 2048, K);         // inputs whose activations are in registers at once
   static constexpr int CHUNKS = K / CHUNK;
   static constexpr int DATA = largest(UNIT * F / 8, PIECE, CHUNK * F / 8);     // bytes of a row in a stage
   static constexpr int INPUTS = DATA * 8 / F;                                  // of a stage
@@ -79,16 +82,24 @@ struct Shared {   // beside the stages
   float squares[4][COLUMNS];
   float softmax[WARPS][UNIT_HEADS][2], own_scores[UNIT_HEADS];
   u32 given_up, is_last;
+#ifdef TRACE
+  i64* trace;
+#endif
   __align__(16) float cos[HEAD / 2], sin[HEAD / 2], gains[2][HEAD];
   __align__(16) float own_value[HEAD];
   __align__(16) u16 zeros[64];
   __align__(16) u16 fresh[2][HEAD / 64][COLUMNS][64];   // keys and values of a column's request that this step makes, from `cached` on
   __align__(16) float part[2][WARPS][BATCH][16][COLUMNS];
 };
-static_assert(sizeof(Shared) <= SHARED, "the launcher reserves SHARED bytes beside the stages");
-static_assert(WARPS * UNIT_HEADS * HEAD <= 2 * WARPS * BATCH * 16 * COLUMNS, "attention shares the partial sums");
 extern __shared__ __align__(1024) u8 stages[];
 DEVICE Shared* shared_state() { return (Shared*)(stages + (i64)STAGES * STAGE); }
+#ifdef TRACE   // clocks of each block's first thread, by layer (benchmarks/rows_phases.py)
+#define MARK(i) if (threadIdx.x == 0) shared_state()->trace[i] = clock64();
+#else
+#define MARK(i)
+#endif
+static_assert(sizeof(Shared) <= SHARED, "the launcher reserves SHARED bytes beside the stages");
+static_assert(WARPS * UNIT_HEADS * HEAD <= 2 * WARPS * BATCH * 16 * COLUMNS, "attention shares the partial sums");
 
 // This block's rows of a projection, an even number of them from an even one on; the launcher spreads them so that each
 // block reads as many bytes as the others.
