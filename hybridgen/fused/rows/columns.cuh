@@ -112,6 +112,7 @@ struct Attention {
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
       const int n = min(Cut::POSITIONS, unit.high - t0), skip = max(0, unit.first - t0);
       const int here = cached - t0;   // of the stage's positions those that are in the cache
+      u32 read = 0;
       const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
 #pragma unroll 1
       for (int i = skip & ~15; i < n; i += 16, tile++) if (tile % WARPS == warp) {
@@ -122,6 +123,7 @@ struct Attention {
           const uint4 a = load_shared(first.chunk(4 * d + t)), b = load_shared(second.chunk(4 * d + t));
           multiply<HALF>(c[0], a.x, b.x, a.y, b.y, query[d][0], query[d][1]);
           multiply<HALF>(c[1], a.z, b.z, a.w, b.w, query[d][2], query[d][3]);
+          if (!FENCE) read |= a.x | b.x;
         }
         float shrink[2], weight[4];
         UNROLL for (int e = 0; e < 2; e++) {
@@ -143,9 +145,10 @@ struct Attention {
           load_transposed(v, from.chunk(2 * d + ((lane >> 3) & 1)));
           UNROLL for (int e = 0; e < 4; e++) out[d][e] *= shrink[e & 1];
           multiply<HALF>(out[d], v[0], v[1], v[2], v[3], p0, p1);
+          if (!FENCE) read |= v[0];
         }
       }
-      ring.done();
+      ring.done(read);
     }
     MARK(18)
     UNROLL for (int e = 0; e < 2; e++) UNROLL for (int o = 4; o < 32; o *= 2) total[e] += __shfl_xor_sync(~0u, total[e], o);
