@@ -1,5 +1,5 @@
 // Attention of the new tokens: a block takes UNIT_HEADS query heads of one kv head for one column, and one split of the
-// positions; a warp takes 16 positions at a time.
+// positions; a warp takes 32 positions at a time.
 //
 // Scores are K Q^T as m16n8k16 products: positions are rows, the query heads are columns (those that a unit does not have
 // are zero). A lane reads 16 bytes of a key, which are eight of the dimensions of two products. The values come transposed
@@ -17,11 +17,12 @@ struct Attention {
   static constexpr int PARTS = HEAD / 32, HALF_HEAD = HEAD / 2, G = UNIT_HEADS;
   static_assert((HEAD == 64 || HEAD == 128) && G <= 8 && PER_KV % G == 0, "shape of a unit");
 
-  // Before waiting: the rotary factors of the column, and the gains of the norms of queries and keys.
-  static DEVICE void prefetch(const Layer& y, const float* cos, const float* sin, int position) {
+  // Before waiting: the rotary factors of the column, the gains of the norms of queries and keys, the page of its token.
+  static DEVICE void prefetch(const Layer& y, const float* cos, const float* sin, int column) {
     Shared* s = shared_state();
-    const int tid = thread_index() - THREADS / 2;   // not of the warp that asks for arrivals
+    const int tid = thread_index() - THREADS / 2, position = s->position[column];   // not of the warp that asks for arrivals
     if (tid < 0) return;
+    if (tid == THREADS / 2 - 1) s->page = __ldg(s->table[column] + position / PAGE);
     if (tid < HALF_HEAD) {
       s->cos[tid] = y.rotates ? __ldg(cos + (i64)position * HALF_HEAD + tid) : 1.f;
       s->sin[tid] = y.rotates ? __ldg(sin + (i64)position * HALF_HEAD + tid) : 0.f;
@@ -41,13 +42,19 @@ struct Attention {
       squares += __shfl_xor_sync(~0u, squares, 1);
       squares += __shfl_xor_sync(~0u, squares, 2);
       const float factor = rsqrtf(squares / HEAD + HEAD_EPSILON);
-      UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int e = 0; e < 8; e++) o[c][e] *= factor * s->gains[gain][c * 32 + t * 8 + e];
+      UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int h = 0; h < 2; h++) {
+        const float4 f = *(const float4*)&s->gains[gain][c * 32 + t * 8 + 4 * h];
+        UNROLL for (int e = 0; e < 4; e++) o[c][4 * h + e] *= factor * (&f.x)[e];
+      }
     }
-    UNROLL for (int c = 0; c < PARTS / 2; c++) UNROLL for (int e = 0; e < 8; e++) {
-      const float cs = cos ? cos[c * 32 + t * 8 + e] : 1.f, sn = cos ? sin[c * 32 + t * 8 + e] : 0.f;
-      const float a = o[c][e], b = o[c + PARTS / 2][e];
-      o[c][e] = a * cs - b * sn;
-      o[c + PARTS / 2][e] = b * cs + a * sn;
+    UNROLL for (int c = 0; c < PARTS / 2; c++) UNROLL for (int h = 0; h < 2; h++) {
+      float4 cs = make_float4(1.f, 1.f, 1.f, 1.f), sn = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (cos) { cs = *(const float4*)&cos[c * 32 + t * 8 + 4 * h]; sn = *(const float4*)&sin[c * 32 + t * 8 + 4 * h]; }
+      UNROLL for (int e = 0; e < 4; e++) {
+        const float a = o[c][4 * h + e], b = o[c + PARTS / 2][4 * h + e];
+        o[c][4 * h + e] = a * (&cs.x)[e] - b * (&sn.x)[e];
+        o[c + PARTS / 2][4 * h + e] = b * (&cs.x)[e] + a * (&sn.x)[e];
+      }
     }
   }
   // Where a unit's result goes: a word for each pair of dimensions of each head, or, of a split, floats and its softmax.
@@ -108,45 +115,61 @@ struct Attention {
     if (others) consumers_meet();
     MARK(17)
     UNROLL for (int d = 0; d < HEAD / 16; d++) UNROLL for (int e = 0; e < 4; e++) out[d][e] = 0.f;
-    int tile = 0;
+    int nth = 0;
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
       const int n = min(Cut::POSITIONS, unit.high - t0), skip = max(0, unit.first - t0);
       const int here = cached - t0;   // of the stage's positions those that are in the cache
       u32 read = 0;
       const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
-#pragma unroll 1
-      for (int i = skip & ~15; i < n; i += 16, tile++) if (tile % WARPS == warp) {
-        const int at = i + order(g);   // and eight further: this lane's positions
-        float c[2][4] = {};
-        const Row first = row(keys, 0, at, here, n), second = row(keys, 0, at + 8, here, n);
-        UNROLL for (int d = 0; d < PARTS; d++) {
-          const uint4 a = load_shared(first.chunk(4 * d + t)), b = load_shared(second.chunk(4 * d + t));
-          multiply<HALF>(c[0], a.x, b.x, a.y, b.y, query[d][0], query[d][1]);
-          multiply<HALF>(c[1], a.z, b.z, a.w, b.w, query[d][2], query[d][3]);
-          if (!FENCE) read |= a.x | b.x;
+      // 32 positions from the i-th on, two tiles of 16. `all`: they are all cached and seen.
+      auto attend = [&](auto all, int i) {
+        constexpr bool ALL = decltype(all)::value;
+        float score[2][4];
+        UNROLL for (int j = 0; j < 2; j++) {
+          const Row first = row<ALL>(keys, 0, i + 16 * j, order(g), here, n), second = row<ALL>(keys, 0, i + 16 * j, 8 + order(g), here, n);
+          float c[2][4] = {};
+          UNROLL for (int d = 0; d < PARTS; d++) {
+            const uint4 a = load_shared(first.chunk(4 * d + t)), b = load_shared(second.chunk(4 * d + t));
+            multiply<HALF>(c[0], a.x, b.x, a.y, b.y, query[d][0], query[d][1]);
+            multiply<HALF>(c[1], a.z, b.z, a.w, b.w, query[d][2], query[d][3]);
+            if (!FENCE) read |= a.x | b.x;
+          }
+          UNROLL for (int e = 0; e < 4; e++) {
+            const int at = i + 16 * j + order(g) + 4 * (e & 2);
+            score[j][e] = ALL || (at < n && at >= skip) ? c[0][e] + c[1][e] : -1e30f;
+          }
         }
-        float shrink[2], weight[4];
+        float shrink[2];
         UNROLL for (int e = 0; e < 2; e++) {
-          const float low_score = at < n && at >= skip ? c[0][e] + c[1][e] : -1e30f;
-          const float high_score = at + 8 < n && at + 8 >= skip ? c[0][2 + e] + c[1][2 + e] : -1e30f;
-          float higher = fmaxf(top[e], fmaxf(low_score, high_score));
+          float higher = fmaxf(fmaxf(score[0][e], score[0][2 + e]), fmaxf(score[1][e], score[1][2 + e]));
           UNROLL for (int o = 4; o < 32; o *= 2) higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, o));
-          shrink[e] = exp2f(top[e] - higher);
+          higher = fmaxf(higher, top[e]);
+          shrink[e] = power(top[e] - higher);
           top[e] = higher;
-          weight[e] = exp2f(low_score - higher); weight[2 + e] = exp2f(high_score - higher);
+          total[e] *= shrink[e];
         }
-        const u32 w0 = pack(weight[0], weight[1]), w1 = pack(weight[2], weight[3]);
-        total[0] = total[0] * shrink[0] + low(w0) + low(w1);
-        total[1] = total[1] * shrink[1] + high(w0) + high(w1);
-        const u32 p0 = transposed(w0), p1 = transposed(w1);
-        const Row from = row(values, 1, i + order(lane & 7) + 8 * (lane >> 4), here, n);
+        u32 p[2][2];
+        UNROLL for (int j = 0; j < 2; j++) UNROLL for (int h = 0; h < 2; h++) {
+          const u32 w = pair_of(power(score[j][2 * h] - top[0]), power(score[j][2 * h + 1] - top[1]));
+          total[0] += low(w); total[1] += high(w);
+          p[j][h] = transposed(w);
+        }
+        const int mine = order(lane & 7) + 8 * (lane >> 4);
+        const Row from[2] = {row<ALL>(values, 1, i, mine, here, n), row<ALL>(values, 1, i + 16, mine, here, n)};
         UNROLL for (int d = 0; d < HEAD / 16; d++) {
-          u32 v[4];
-          load_transposed(v, from.chunk(2 * d + ((lane >> 3) & 1)));
           UNROLL for (int e = 0; e < 4; e++) out[d][e] *= shrink[e & 1];
-          multiply<HALF>(out[d], v[0], v[1], v[2], v[3], p0, p1);
-          if (!FENCE) read |= v[0];
+          UNROLL for (int j = 0; j < 2; j++) {
+            u32 v[4];
+            load_transposed(v, from[j].chunk(2 * d + ((lane >> 3) & 1)));
+            multiply<HALF>(out[d], v[0], v[1], v[2], v[3], p[j][0], p[j][1]);
+            if (!FENCE) read |= v[0];
+          }
         }
+      };
+#pragma unroll 1
+      for (int i = skip & ~31; i < n; i += 32, nth++) if (nth % WARPS == warp) {
+        if (i >= skip && i + 32 <= min(n, here)) attend(Is<true>(), i);
+        else attend(Is<false>(), i);
       }
       ring.done(read);
     }
@@ -164,17 +187,21 @@ struct Attention {
     const u32 mark = Pairs<FORMAT>::mark(number);
     float* partial = to.partial + (i64)index * G * (HEAD + 2);
     each_pair([&](int h, int d) {
-      float higher = -1e30f, sum = 0.f, o0 = 0.f, o1 = 0.f;
-      if (unit.split == 0) higher = s->own_scores[h];
-      UNROLL for (int i = 0; i < WARPS; i++) higher = fmaxf(higher, s->softmax[i][h][0]);
+      float2 of[WARPS], part[WARPS];   // of each warp: the highest score and the sum of weights; what they weigh
+      UNROLL for (int i = 0; i < WARPS; i++) {
+        of[i] = *(const float2*)s->softmax[i][h];
+        part[i] = *(const float2*)&shared_out[(i * G + h) * HEAD + apart(h, d)];
+      }
+      float higher = unit.split == 0 ? s->own_scores[h] : -1e30f, sum = 0.f, o0 = 0.f, o1 = 0.f;
+      const float own = higher;
+      UNROLL for (int i = 0; i < WARPS; i++) higher = fmaxf(higher, of[i].x);
       if (unit.split == 0) {
-        sum = exp2f(s->own_scores[h] - higher);
+        sum = power(own - higher);
         o0 = sum * s->own_value[d]; o1 = sum * s->own_value[d + 1];
       }
       UNROLL for (int i = 0; i < WARPS; i++) {
-        const float w = exp2f(s->softmax[i][h][0] - higher);
-        const float2 v = *(float2*)&shared_out[(i * G + h) * HEAD + apart(h, d)];
-        sum += w * s->softmax[i][h][1]; o0 = fmaf(w, v.x, o0); o1 = fmaf(w, v.y, o1);
+        const float w = power(of[i].x - higher);
+        sum += w * of[i].y; o0 = fmaf(w, part[i].x, o0); o1 = fmaf(w, part[i].y, o1);
       }
       if (unit.splits > 1) {
         *(float2*)(partial + h * (HEAD + 2) + d) = make_float2(o0, o1);
@@ -190,6 +217,9 @@ struct Attention {
   static DEVICE int order(int i) { return (i >> 1) | ((i & 1) << 2); }
   // Where dimension d of a head lies among those that warps put together, so that lanes of several heads meet no bank twice.
   static DEVICE int apart(int head, int d) { return d ^ ((head >> 1 & 3) << 3); }
+  static DEVICE float power(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }   // of 2
+  static DEVICE u32 pair_of(float a, float b) { return HALF ? pack_half(a, b) : pack_bf16(a, b); }
+  template <bool B> struct Is { static constexpr bool value = B; };
   static DEVICE u32 transposed(u32 w) { u32 r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(w)); return r; }
   static DEVICE void load_transposed(u32 (&r)[4], u32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
   // A key or a value in shared memory: 128 bytes for 64 dimensions, the other 64 in another block, chunks of 16 bytes swizzled.
@@ -197,13 +227,14 @@ struct Attention {
     u32 at, key, half;
     DEVICE u32 chunk(int c) const { return at + (c >> 3) * half + (((c & 7) << 4) ^ key); }
   };
-  // Of a position of a stage: cached, made by this step, or, behind all of them, zeros: weights of zero meet numbers.
-  static DEVICE Row row(u32 stage, int which, int at, int here, int n) {
-    Shared* s = shared_state();
-    if (at >= n) return {shared_address(s->zeros), 0, 0};
-    const bool is_cached = at < here;
-    const int i = is_cached ? at : at - here;
-    return {(is_cached ? stage : shared_address(s->fresh[which])) + i * 128, (u32)(i & 7) << 4, (u32)(is_cached ? Cut::POSITIONS : COLUMNS) * 128};
+  // Of the position `from` (a multiple of 16) + `offset` of a stage: cached, made by this step, or, behind all of them, zeros:
+  // weights of zero meet numbers. `ALL`: it is cached.
+  template <bool ALL> static DEVICE Row row(u32 stage, int which, int from, int offset, int here, int n) {
+    Row cached = {stage + (from + offset) * 128, (u32)(offset & 7) << 4, (u32)Cut::POSITIONS * 128};
+    const int at = from + offset, i = at - here;
+    if (ALL || at < min(here, n)) return cached;
+    if (at < n) return {shared_address(shared_state()->fresh[which]) + i * 128, (u32)(i & 7) << 4, COLUMNS * 128};
+    return {shared_address(shared_state()->zeros), 0, 0};
   }
   static DEVICE uint4* fresh_chunk(int which, int i, int c) { return (uint4*)&shared_state()->fresh[which][c >> 3][i][((c & 7) ^ (i & 7)) * 8]; }
   static DEVICE u32 others_of(const Unit& unit) {   // columns of the same request at this unit's positions
@@ -223,7 +254,7 @@ struct Attention {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, kv = unit.head / PER_KV, position = s->position[source];
     const bool is_own = source == unit.column, writes = g == 0 && is_own && unit.head % PER_KV == 0;
     const int place_of = position - s->cached[unit.column];
-    const i64 at = (((i64)__ldg(s->table[source] + position / PAGE) * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD + t * 8;
+    const i64 at = (((i64)s->page * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD + t * 8;
     float x[PARTS][8];
     u32 packed[4];
     if (takes_value) {

@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
           Attention::nothing(p.mixed, unit, number);
           if (tid == 0) arrivals.arrive();
         } else {
-          Attention::prefetch(y, p.cos, p.sin, s->position[unit.column]);
+          Attention::prefetch(y, p.cos, p.sin, unit.column);
           if (waited) consumers_meet();
           else wait();
           if (!waited) { MARK(4) }

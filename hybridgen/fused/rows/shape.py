@@ -156,7 +156,7 @@ def shape_of(
     dim = model.head_dim
     state = (
         8 * COLUMNS + 4 * COLUMNS * 5 + 16 * COLUMNS
-        + 4 * unit_heads * (2 * WARPS + 1) + 8
+        + 4 * unit_heads * (2 * WARPS + 1) + 24
         + 4 * dim * 4 + 2 * 2 * dim * COLUMNS + 128
         + 2 * WARPS * _BATCH * _TILE * COLUMNS * 4 + 128
     )  # fmt: skip

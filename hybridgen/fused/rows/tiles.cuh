@@ -83,8 +83,10 @@ struct Shared {   // beside the stages
   u32 peers[COLUMNS];                         // columns of the same request that it sees, itself included
   float factor[COLUMNS], scale[COLUMNS];      // see Norms
   float squares[4][COLUMNS];
-  float softmax[WARPS][UNIT_HEADS][2], own_scores[UNIT_HEADS];
+  __align__(8) float softmax[WARPS][UNIT_HEADS][2];
+  float own_scores[UNIT_HEADS];
   u32 given_up, is_last;
+  int page;                                   // of the token of an attention's column
 #ifdef TRACE
   i64* trace;
 #endif
