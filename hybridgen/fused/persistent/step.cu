@@ -81,8 +81,9 @@ DEVICE void attend(const Step& t, const Layer& y, const Plan& plan, const u32* q
     attention.prefetch(t, y);
     arrivals.wait(watch);
     attention.run(t, y, plan, qkv, mixed, sums, number, mixed_number, turn, watch);
-    consumers_meet();
+    if (!EARLY) consumers_meet();
     if (threadIdx.x == 0) arrivals.arrive();
+    if (EARLY) consumers_meet();
   }
   arrivals.target += C::UNITS;
 }

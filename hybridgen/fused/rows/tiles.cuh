@@ -22,9 +22,6 @@
 #endif
 #define PRODUCER_REGISTERS 40    // of 64,512: 168 for each of 384 threads when a block starts
 #define CONSUMER_REGISTERS 232
-#ifndef EARLY
-#define EARLY (RANKS == 1)       // whether a block says that it is done before its last sums; not where those wait for other ranks
-#endif
 
 __host__ __device__ constexpr int largest(int unit, int most, int of) {   // multiple of `unit` that divides `of`
   int found = unit;
