@@ -126,18 +126,4 @@ struct Arrivals {
     }
     consumers_meet();
   }
-  // The same with two questions on their way, half an answer's time apart.
-  DEVICE void wait_closely(Watch& watch) {
-    if (threadIdx.x == 0) {
-      u32 seen = load_relaxed(count), tries = 0;
-      const u32 began = clock();
-      while (clock() - began < 300u) {}
-      for (;;) {
-        const u32 next = load_relaxed(count);
-        if ((int)(seen - target) >= 0 || watch.dead || watch.gives_up(tries)) break;
-        seen = next;
-      }
-    }
-    consumers_meet();
-  }
 };

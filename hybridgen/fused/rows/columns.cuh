@@ -119,7 +119,6 @@ struct Attention {
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
       const int n = min(Cut::POSITIONS, unit.high - t0), skip = max(0, unit.first - t0);
       const int here = cached - t0;   // of the stage's positions those that are in the cache
-      u32 read = 0;
       const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
       // 32 positions from the i-th on, two tiles of 16. `all`: they are all cached and seen.
       auto attend = [&](auto all, int i) {
@@ -132,7 +131,6 @@ struct Attention {
             const uint4 a = load_shared(first.chunk(4 * d + t)), b = load_shared(second.chunk(4 * d + t));
             multiply<HALF>(c[0], a.x, b.x, a.y, b.y, query[d][0], query[d][1]);
             multiply<HALF>(c[1], a.z, b.z, a.w, b.w, query[d][2], query[d][3]);
-            if (!FENCE) read |= a.x | b.x;
           }
           UNROLL for (int e = 0; e < 4; e++) {
             const int at = i + 16 * j + order(g) + 4 * (e & 2);
@@ -162,7 +160,6 @@ struct Attention {
             u32 v[4];
             load_transposed(v, from[j].chunk(2 * d + ((lane >> 3) & 1)));
             multiply<HALF>(out[d], v[0], v[1], v[2], v[3], p[j][0], p[j][1]);
-            if (!FENCE) read |= v[0];
           }
         }
       };
@@ -171,7 +168,7 @@ struct Attention {
         if (i >= skip && i + 32 <= min(n, here)) attend(Is<true>(), i);
         else attend(Is<false>(), i);
       }
-      ring.done(read);
+      ring.done();
     }
     MARK(18)
     UNROLL for (int e = 0; e < 2; e++) UNROLL for (int o = 4; o < 32; o *= 2) total[e] += __shfl_xor_sync(~0u, total[e], o);

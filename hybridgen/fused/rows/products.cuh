@@ -107,14 +107,12 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
   if (T::F == 16) {
     UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
       load_matrix(q, base + 32 * i);
-      if (!FENCE) read |= q[0];
       const int o = index * T::WORDS_OF_STAGE + 2 * i;
       multiply<HALF>(sum[i & 1], q[0], q[1], q[2], q[3], a.words[o], a.words[o + 1]);
     }
   } else if (T::F == 8) {
     UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
       load_matrix(q, base + 32 * i);
-      if (!FENCE) read |= q[0];
       const int o = index * T::WORDS_OF_STAGE + 4 * i;
       multiply<true>(sum[0], fp8_low(q[0]), fp8_low(q[1]), fp8_high(q[0]), fp8_high(q[1]), a.words[o], a.words[o + 1]);
       multiply<true>(sum[1], fp8_low(q[2]), fp8_low(q[3]), fp8_high(q[2]), fp8_high(q[3]), a.words[o + 2], a.words[o + 3]);
@@ -127,7 +125,6 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
       UNROLL for (int j = 0; j < PARTS; j++) {
         const int part = g * PARTS + j, k = part & 1, o = index * T::WORDS_OF_STAGE + 4 * part;
         if (!k) load_matrix(q, base + 16 * part);
-        if (!FENCE) read |= q[2 * k];
         const u32 p = q[2 * k], r = q[2 * k + 1];
         multiply<true>(c[0], int4_low(p), int4_low(r), int4_bytes(p), int4_bytes(r), a.words[o], a.words[o + 1]);
         const u32 next_p = int4_next_bytes(p), next_r = int4_next_bytes(r);

@@ -37,9 +37,6 @@ struct Parameters {
 #endif
   Layer layers[LAYERS];
 };
-#ifndef CLOSELY
-#define CLOSELY 0
-#endif
 #define COUNTER(i) (p.counters + 32 * (i))
 #ifdef TRACE   // clocks of each block's first thread, by layer (benchmarks/rows_phases.py)
 #define MARKS 24
@@ -166,10 +163,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     }
     arrivals.target += BLOCKS;
   };
-  auto wait = [&]() {
-    if (CLOSELY) arrivals.wait_closely(watch);
-    else arrivals.wait(watch);
-  };
   auto gain_of = [&](const float* norm) { return owns ? __ldg((const float2*)(norm + shares.hidden.first + own)) : make_float2(0.f, 0.f); };
   auto publish = [&](auto format, u32* x, u32* squares, float2 gain, u32 number) {
     typedef decltype(format) P;
@@ -219,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       MARK(0)
       Constants<QkvTiles> constants;
       constants.begin(y.qkv, shares.qkv, 0);
-      wait();
+      arrivals.wait(watch);
       MARK(1)
       Activations<QkvTiles> a;
       read_normed(a, p.x, p.squares, number, columns, watch);
@@ -250,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
         } else {
           Attention::prefetch(y, p.cos, p.sin, unit.column);
           if (waited) consumers_meet();
-          else wait();
+          else arrivals.wait(watch);
           if (!waited) { MARK(4) }
           waited = true;
           Attention::run(y, to, unit, u, ring, arrivals, number, watch);
@@ -264,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       const float2 gain = gain_of(y.norm_2);
       Constants<OutTiles> constants;
       constants.begin(y.out, shares.hidden, 0);
-      wait();
+      arrivals.wait(watch);
       MARK(6)
       Activations<OutTiles> a;
       a.load(p.mixed, number, columns, watch);
@@ -277,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     {
       Constants<GateTiles> constants;
       constants.begin(y.gate_up, shares.inner, INTERMEDIATE);
-      wait();
+      arrivals.wait(watch);
       MARK(10)
       Activations<GateTiles> a;
       read_normed(a, p.middle, p.middle_squares, number, columns, watch);
@@ -296,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       const float2 gain = gain_of(last ? p.norm : p.layers[last ? 0 : l + 1].norm_1);
       Constants<DownTiles> constants;
       constants.begin(y.down, shares.hidden, 0);
-      wait();
+      arrivals.wait(watch);
       MARK(13)
       auto finish = [&](const Outputs& o, const Constants<DownTiles>& k) { add(OF_MLP, o, low(k.bias), high(k.bias), 1.f / INNER_SCALE); };
       if constexpr (DownTiles::CHUNKS == 1) {
@@ -313,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
   {
     Constants<HeadTiles> constants;
     constants.begin(p.head, shares.head, 0);
-    wait();
+    arrivals.wait(watch);
     Activations<HeadTiles> a;
     read_normed(a, p.last, p.last_squares, step, columns, watch);
     project<HeadTiles>(a, constants, p.head, shares.head, 0, ring, side, [] {}, [&](const Outputs& o, const Constants<HeadTiles>& k) {

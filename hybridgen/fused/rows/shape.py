@@ -19,7 +19,7 @@ THREADS = 32 * (WARPS + PRODUCERS)
 _TILE = 16
 _BATCH = 2
 _WIDEST = 4096
-"""Inputs whose activations a block has in registers at once."""
+"""Inputs whose activations a block has in registers at once; twice as many where weights have more than 4 bits."""
 _ALIGNED = 1024
 """Bytes: tiles of keys and values are swizzled by their addresses."""
 _LEAST_PIECE = 256

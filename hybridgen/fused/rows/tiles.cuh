@@ -17,9 +17,6 @@
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define BATCH 2   // tiles that meet at once
-#ifndef FENCE
-#define FENCE 1   // whether a stage is given back behind a fence, or behind what was read of it alone
-#endif
 #define PRODUCER_REGISTERS 40    // of 64,512: 168 for each of 384 threads when a block starts
 #define CONSUMER_REGISTERS 232
 
@@ -228,7 +225,7 @@ struct Ring {   // the consumers' side
   // compiler can put the arrival before the first use of a read. Then `read` makes the arrival's address depend on it.
   DEVICE void done(u32 read = 0) {
     __syncwarp();
-    if (FENCE) __threadfence_block();
+    __threadfence_block();
     const u32 nothing = read & blockIdx.y;   // 0, which the compiler does not know: the grid has one dimension
     if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared_state()->empty[slot]) + nothing);
     if (++slot == STAGES) { slot = 0; parity ^= 1; }
