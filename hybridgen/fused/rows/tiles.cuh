@@ -17,8 +17,6 @@
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define BATCH 2   // tiles that meet at once
-#define PRODUCER_REGISTERS 40    // of 64,512: 168 for each of 384 threads when a block starts
-#define CONSUMER_REGISTERS 232
 
 __host__ __device__ constexpr int largest(int unit, int most, int of) {   // multiple of `unit` that divides `of`
   int found = unit;
