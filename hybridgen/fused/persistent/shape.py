@@ -12,7 +12,7 @@ from torch import Tensor
 from hybridgen.models.decoder import Decoder, Unfit, dense_parts
 
 THREADS = 384
-"""Of a block: eight consumer warps and the producer's."""
+"""Of a block: eight consumer warps, the producer's, and three that are idle: registers move between groups of four."""
 _BATCH = 64
 _WARPS = 8
 PATIENCE = 1 << 22
