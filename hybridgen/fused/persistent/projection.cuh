@@ -30,12 +30,6 @@ DEVICE void project(const float (&x)[Layout<K>::PER_WARP][8], int rows, u32& tur
   Shared* s = shared_state();
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, across = L::across(), down = L::down();
   const int count = row_count(rows);
-  auto announce = [&]() {
-    if (warp < BATCH / 32) {   // the warps that finish rows
-      __syncwarp();
-      if (lane == 0) arrivals.arrive();
-    }
-  };
   for (int b = 0; b < count; b += BATCH) {
     const int batch = min(BATCH, count - b);
     for (int r0 = 0; r0 < batch; r0 += STEP, turn++) {
@@ -66,7 +60,6 @@ DEVICE void project(const float (&x)[Layout<K>::PER_WARP][8], int rows, u32& tur
       const int row = which * L::DOWN + down;
       if ((lane & (32 / L::PER_ROWS - 1)) == 0) s->part[side][GATED && row >= STEP ? BATCH + r0 + row - STEP : r0 + row][across] = y;
     }
-    if (EARLY && b + BATCH >= count) announce();
     consumers_meet();
     if (tid < batch) {
       float y = 0.f, z = 0.f;
@@ -78,7 +71,10 @@ DEVICE void project(const float (&x)[Layout<K>::PER_WARP][8], int rows, u32& tur
     }
     side ^= 1;
   }
-  if (!EARLY || count <= 0) announce();
+  if (warp < BATCH / 32) {   // the warps that finished rows
+    __syncwarp();
+    if (lane == 0) arrivals.arrive();
+  }
 }
 #define PROJECTION_ARRIVALS (BATCH / 32 * BLOCKS)
 

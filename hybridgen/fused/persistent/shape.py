@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hybridgen.models.decoder import Decoder, Unfit, dense_parts
 
-THREADS = 384
-"""Of a block: eight consumer warps, the producer's, and three that are idle: registers move between groups of four."""
+THREADS = 288
+"""Of a block: eight consumer warps and the producer's."""
 _BATCH = 64
 _WARPS = 8
 PATIENCE = 1 << 22

@@ -110,11 +110,7 @@ struct Words {   // eight neighbours
 // Ask until `stale` is 0: `load` fetches, and `stale` is an expression of what it fetched.
 #define ASK(watch, load, stale) { u32 tries_ = 0; for (;;) { load; if (!(stale) || (watch).dead || (watch).gives_up(tries_)) break; } }
 
-// Arrivals in this step: a hint of when asking for words is worth while. Nothing is ordered by it, so that a block arrives
-// before it puts its last sums together: the news takes as long as that. Not where those wait for other ranks.
-#ifndef EARLY
-#define EARLY (RANKS == 1)
-#endif
+// Arrivals in this step: a hint of when asking for words is worth while. Nothing is ordered by it.
 struct Arrivals {
   u32* count;
   u32 target;
