@@ -11,7 +11,8 @@ import pytest
 import torch
 from decoders import Shape, quantised_decoder, random_decoder
 
-from hybridgen.fused.persistent import program
+from hybridgen.device import program
+from hybridgen.fused.persistent.step import ONE_ROW
 from hybridgen.fused.rows.formats import Format, format_of, stored
 from hybridgen.fused.rows.shape import Tuning, as_document, check, default_tuning, largest, shape_of, shares, tiles
 from hybridgen.fused.rows.step import ROWS
@@ -233,4 +234,4 @@ def test_a_ranks_share_compiles() -> None:
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
 def test_kernels_have_keys_of_their_own() -> None:
-    assert program.key({"A": 1}, "sm_90a", ROWS) != program.key({"A": 1}, "sm_90a")
+    assert program.key({"A": 1}, "sm_90a", ROWS) != program.key({"A": 1}, "sm_90a", ONE_ROW)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
-from hybridgen.fused.persistent.program import Keeper, Kernel, Program, driver_call, driver_module, machine_code
+from hybridgen.device.program import Keeper, Kernel, Program, driver_call, driver_module, machine_code
 from hybridgen.fused.persistent.shape import PATIENCE, PATIENCE_WITH_RANKS, check_places, peers
 from hybridgen.fused.rows.formats import Stored, format_of, stored
 from hybridgen.fused.rows.shape import COLUMNS, THREADS, Shape, Tuning, check, default_tuning, shape_of, shares
@@ -93,7 +93,7 @@ class RowsStep:
             reads=reads,
         )
         constants = shape.defines | ({} if trace is None else {"TRACE": 1}) | dict(defines or {})
-        cubin = machine_code(constants, capability, kept, ROWS)
+        cubin = machine_code(constants, capability, ROWS, kept)
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
             self.kernel = Kernel(cubin, shape.shared_bytes, ROWS)
