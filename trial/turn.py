@@ -1,0 +1,63 @@
+"""Runs a benchmark's main() with others beside it: starts together, measures in turns.
+
+    python trial/turn.py NAME ALL,THE,NAMES SCRIPT ARGUMENTS...
+"""
+
+import fcntl
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+name, names, script, *arguments = sys.argv[1:]
+PLACE = Path(os.environ.get("TURNS", "/tmp/t/turns"))
+PLACE.mkdir(parents=True, exist_ok=True)
+DEADLINE = float(os.environ["TURNS_UNTIL"])
+held = None
+
+
+def take_turn():
+    global held
+    if held is not None:
+        return
+    (PLACE / name).touch()
+    begin = time.time()
+    while time.time() < DEADLINE and not all((PLACE / one).exists() for one in names.split(",")):
+        time.sleep(0.05)
+    time.sleep(0.4 * names.split(",").index(name))
+    held = open(PLACE / "lock", "w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    print(f"turn: {name} waited {time.time() - begin:.1f} s", flush=True)
+
+
+sys.path.insert(0, str(Path(script).parent))
+sys.argv = [script, *arguments]
+import hybridgen  # noqa: E402
+
+if name.startswith("load"):
+    import quantised_loading
+
+    own = quantised_loading.read_seconds
+
+    def read_seconds(*args):
+        take_turn()
+        return own(*args)
+
+    quantised_loading.read_seconds = read_seconds
+    try:
+        quantised_loading.main()
+    finally:
+        (PLACE / name).touch()
+else:
+    plain = hybridgen.Engine.generate
+
+    def generate(self, *args, **kwargs):
+        take_turn()
+        return plain(self, *args, **kwargs)
+
+    hybridgen.Engine.generate = generate
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        (PLACE / name).touch()
