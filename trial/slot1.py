@@ -17,6 +17,7 @@ out = Path("/tmp/t")
 out.mkdir(exist_ok=True)
 PDL = {"TORCHINDUCTOR_ENABLE_PDL": "1"}
 JOBS = {
+    "kernel": ("../trial/int4.py /tmp/t/rows.json", {}),
     "70b": ("quantised.py --steps --models llama-3.1-70b:1 --kinds int4 --no-prefill --output /tmp/t/q70.json", {}),
     "oss": ("step_kernels.py --models gpt-oss-20b-mxfp4 --rows 1 --output /tmp/t/oss.json", {}),
     "osspdl": ("step_kernels.py --models gpt-oss-20b-mxfp4 --rows 1 --output /tmp/t/osspdl.json", PDL),

@@ -35,7 +35,16 @@ sys.path.insert(0, str(Path(script).parent))
 sys.argv = [script, *arguments]
 import hybridgen  # noqa: E402
 
-if name.startswith("load"):
+import builtins  # noqa: E402
+
+builtins.take_turn = take_turn
+os.environ["TURN_FILE"] = str(PLACE / name)
+if name.startswith("kernel"):
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        (PLACE / name).touch()
+elif name.startswith("load"):
     import quantised_loading
 
     own = quantised_loading.read_seconds
