@@ -35,6 +35,8 @@ class FewTile(NamedTuple):
     """Of 16 outputs: 1 or 2."""
     registers: int = 0
     """Of a thread at most; 0: as the compiler likes."""
+    turns: int = 1
+    """Tiles of a program, one after the other."""
 
 
 class FewShape(NamedTuple):
@@ -80,6 +82,7 @@ def _common(shape: FewShape, tile: FewTile, device: Device) -> dict[str, object]
         "WARPS": tile.warps,
         "STEPS": shape.steps(tile),
         "TILES": tile.tiles,
+        "TURNS": tile.turns,
         "num_warps": tile.warps,
         **({"launch_pdl": True} if device.overlap else {}),
         **({"maxnreg": tile.registers} if tile.registers else {}),
@@ -160,8 +163,8 @@ def few_products(
     calls.arrange((tokens, parts, 1), (x, inputs, acts, chosen))
     chosen_by = ids, order, blocks
     codes = gate_up.data.view(torch.int32), gate_up.scales, x if bias is None else bias
-    grid = -(-width // (8 * tiles[0].tiles)), programs, 1
+    grid = -(-width // (8 * tiles[0].tiles * tiles[0].turns)), programs, 1
     calls.gate_up(grid, (inputs, *chosen_by, *codes, acts, pairs))
-    grid = -(-hidden // (16 * tiles[1].tiles)), programs, 1
+    grid = -(-hidden // (16 * tiles[1].tiles * tiles[1].turns)), programs, 1
     calls.down(grid, (acts, *chosen_by, down.data.view(torch.int32), down.scales, out, pairs))
     return out
