@@ -11,7 +11,8 @@ import pytest
 import torch
 from decoders import Shape, quantised_decoder, random_decoder
 
-from hybridgen.fused.persistent import program
+from hybridgen.device import program
+from hybridgen.fused.persistent.step import ONE_ROW
 from hybridgen.fused.rows.formats import Format, format_of, stored
 from hybridgen.fused.rows.shape import Tuning, as_document, check, default_tuning, largest, shape_of, shares, tiles
 from hybridgen.fused.rows.step import ROWS
@@ -210,7 +211,7 @@ def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, 
     form = format_of(stored(linear) for linear in model.linears[:-1])
     shape = shape_of(model, form, stored(model.head).format, default_tuning(model), **H200)
     assert shape.shared_bytes <= H200["shared_memory"]
-    assert program.machine_code(shape.defines, (9, 0), program=ROWS).startswith(b"\x7fELF")
+    assert program.machine_code(shape.defines, (9, 0), ROWS).startswith(b"\x7fELF")
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
@@ -218,9 +219,9 @@ def test_a_ranks_share_compiles() -> None:
     model = dataclasses.replace(decoder(), share=SimpleNamespace(rank=1, size=2))
     shape = shape_of(model, DENSE, DENSE, default_tuning(model), **H200)
     assert shape.defines["RANKS"] == 2
-    assert program.machine_code(shape.defines, (9, 0), program=ROWS).startswith(b"\x7fELF")
+    assert program.machine_code(shape.defines, (9, 0), ROWS).startswith(b"\x7fELF")
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
 def test_kernels_have_keys_of_their_own() -> None:
-    assert program.key({"A": 1}, "sm_90a", ROWS) != program.key({"A": 1}, "sm_90a")
+    assert program.key({"A": 1}, "sm_90a", ROWS) != program.key({"A": 1}, "sm_90a", ONE_ROW)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
-from hybridgen.fused.persistent.program import Keeper, Kernel, Program, machine_code
+from hybridgen.device.program import Keeper, Kernel, Program, machine_code
 from hybridgen.fused.persistent.shape import PATIENCE, PATIENCE_WITH_RANKS, check_places, peers
 from hybridgen.fused.rows.formats import Stored, format_of, stored
 from hybridgen.fused.rows.shape import COLUMNS, THREADS, Tuning, check, default_tuning, shape_of, shares
@@ -87,7 +87,7 @@ class RowsStep:
             patience=patience or (PATIENCE if model.share is None else PATIENCE_WITH_RANKS),
             reads=reads,
         )
-        cubin = machine_code(shape.defines, capability, kept, ROWS)
+        cubin = machine_code(shape.defines, capability, ROWS, kept)
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
             self.kernel = Kernel(cubin, shape.shared_bytes, ROWS)

@@ -1,4 +1,4 @@
-"""Compile, keep and load the kernel: NVRTC and the driver through NVIDIA's `cuda-bindings`; no nvcc is needed."""
+"""Compile, keep and load kernels in CUDA C++: NVRTC and the driver through NVIDIA's `cuda-bindings`, without nvcc."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridgen.errors import DeviceError, described
-from hybridgen.models.decoder import Unfit
 
 Keeper = Callable[[str, Callable[[], bytes]], bytes]
 """Gives the machine code that is kept under a key, or makes and keeps it."""
+
+
+class Unfit(Exception):
+    """What a kernel of our own does not serve: a model, a device, an installation. The message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,6 @@ class Program:
     source: str
     headers: tuple[str, ...]
     kernel: str
-
-
-ONE_ROW = Program(
-    (__package__ or "",),
-    "step.cu",
-    ("words.cuh", "barriers.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh", "peers.cuh"),
-    "decode_step",
-)
 
 
 @functools.cache
@@ -77,7 +72,7 @@ def driver_call(name: str, *arguments: Any) -> Any:
 
 
 @functools.cache
-def sources(program: Program = ONE_ROW) -> dict[str, bytes]:
+def sources(program: Program) -> dict[str, bytes]:
     """The kernel's files by name."""
     folders = [importlib.resources.files(folder) for folder in program.folders]
     found = {}
@@ -97,7 +92,7 @@ def options(defines: Mapping[str, Any], architecture: str) -> list[str]:
     ]
 
 
-def key(defines: Mapping[str, Any], architecture: str, program: Program = ONE_ROW) -> str:
+def key(defines: Mapping[str, Any], architecture: str, program: Program) -> str:
     """What distinguishes two compiled kernels: sources, constants, architecture and compiler."""
     _, nvrtc = _bindings()
     version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
@@ -107,7 +102,7 @@ def key(defines: Mapping[str, Any], architecture: str, program: Program = ONE_RO
     return hashlib.sha256(text).hexdigest()[:32]
 
 
-def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Program = ONE_ROW) -> bytes:
+def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Program) -> bytes:
     """Machine code of the kernel for these constants; takes 2 to 9 s.
 
     Raises:
@@ -136,7 +131,7 @@ def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Progra
 
 
 def machine_code(
-    defines: Mapping[str, Any], capability: tuple[int, int], kept: Keeper | None = None, program: Program = ONE_ROW
+    defines: Mapping[str, Any], capability: tuple[int, int], program: Program, kept: Keeper | None = None
 ) -> bytes:
     """The program for a device of this compute capability, compiled where it is not kept.
 
@@ -154,7 +149,7 @@ def machine_code(
 class Kernel:
     """A loaded kernel; the device's context must be current."""
 
-    def __init__(self, cubin: bytes, shared_bytes: int, program: Program = ONE_ROW) -> None:
+    def __init__(self, cubin: bytes, shared_bytes: int, program: Program) -> None:
         driver, _ = _bindings()
         self._driver = driver
         self._module = _checked(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
