@@ -4,7 +4,6 @@
 """
 
 import builtins
-import ctypes
 import os
 import sys
 import threading
@@ -17,10 +16,7 @@ import json
 import quantised as q
 import torch
 
-from hybridgen.device.launcher import Launcher, device_of
-from hybridgen.fused.persistent.program import Kernel, Program, machine_code
-from hybridgen.kernels.linear import quantised_kernels as old
-from hybridgen.kernels.linear.int4_rows_kernels import rows_image_kernel
+from hybridgen.kernels.linear import int4_rows_kernels as new_kernels
 
 begin = time.time()
 checking = True
@@ -39,43 +35,21 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 
 
-class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias", "x", "out")]
-    _fields_ += [(name, ctypes.c_int) for name in ("rows", "outputs", "inputs", "columns", "group_steps", "splits")]
-
-
-PROGRAM = Program(("hybridgen.kernels.linear",), "int4_rows.cu", (), "int4_rows")
-SHARED = 6 * 2 * 16384
+plain = new_kernels.machine_code
+new_kernels.machine_code = lambda defines, *rest: plain({**defines, "PATIENCE": "20000000u"}, *rest)
+new_kernels.IS_ON = False  # `q.product` is the one before
 device = torch.device("cuda")
-torch.cuda.init()
 torch.zeros(1, device=device)
-kernel = Kernel(machine_code({"PATIENCE": "100000000u"}, (9, 0), program=PROGRAM), SHARED, PROGRAM)
-print(f"int4: compiled after {time.time() - begin:.1f} s, {kernel.attribute('NUM_REGS')} registers, "
-      f"{kernel.attribute('LOCAL_SIZE_BYTES')} bytes of local memory", flush=True)
-images = {}
+kernel = new_kernels._kernel(0)
+print(
+    f"int4: compiled after {time.time() - begin:.1f} s, {kernel.attribute('NUM_REGS')} registers, "
+    f"{kernel.attribute('LOCAL_SIZE_BYTES')} bytes of local memory",
+    flush=True,
+)
 
 
-def new(weight, x, splits, bias=None, adds=True):
-    rows, inputs = x.shape
-    outputs = weight.data.shape[0]
-    if inputs not in images:
-        images[inputs] = Launcher(rows_image_kernel, {"INPUTS": inputs, "OVERLAP": True, "num_warps": 4, "launch_pdl": True})
-    image = torch.empty(64 * inputs // 2, dtype=torch.int32, device=device)
-    images[inputs]((inputs // 128, 4, 1), (x.view(torch.int32), image, rows))
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=device)
-    parts = out if splits == 1 else torch.empty(splits, rows, outputs, dtype=torch.float32, device=device)
-    a = Arguments(
-        weight.data.data_ptr(), weight.scales.data_ptr(), 0 if weight.zeros is None else weight.zeros.data_ptr(),
-        0 if bias is None else bias.data_ptr(), image.data_ptr(), parts.data_ptr(), rows, outputs, inputs,
-        weight.scales.shape[1], max(1, weight.block.inputs // 128), splits,
-    )
-    blocks = -(-outputs // 256) * splits
-    kernel.launch_early(blocks, 512, a, torch.cuda.current_stream().cuda_stream)
-    if splits > 1:
-        count = rows * outputs
-        add = old._adder(splits, bias is not None, x.dtype, outputs, device_of(x))
-        add((-(-count // 1024), 1, 1), (parts, x if bias is None else bias, out, count, outputs))
-    return out
+def new(weight, x, splits, bias=None):
+    return new_kernels.product(x, weight.data, weight.scales, weight.zeros, bias, weight.block.inputs, splits)
 
 
 SPLITS = {"qkv": (5, 4), "out": (8, 4), "gate_up": (1,), "down": (8, 7)}
@@ -115,16 +89,17 @@ with torch.no_grad():
         weights_of[shape.name] = [q.copy(weight) for _ in range(q.copies_of(list(weight.tensors().values()), "cuda"))]
     getattr(builtins, "take_turn", lambda: None)()
     total = [0.0, 0.0]
-    for shape in q.SHAPES:
-        x = torch.randn(64, shape.inputs, device=device).bfloat16()
+    for rows, shape in [(rows, shape) for rows in (64, 32, 16) for shape in q.SHAPES]:
+        x = torch.randn(rows, shape.inputs, device=device).bfloat16()
         weights = weights_of[shape.name]
         before = q.times([lambda w=w: q.product(w, x) for w in weights], "cuda") * 1e6
-        row = {"shape": shape.name, "before_us": before, "us": {}}
-        for splits in SPLITS[shape.name]:
+        row = {"shape": shape.name, "rows": rows, "before_us": before, "us": {}}
+        for splits in SPLITS[shape.name][: 9 if rows == 64 else 1]:
             row["us"][splits] = q.times([lambda w=w, s=splits: new(w, x, s) for w in weights], "cuda") * 1e6
         results.append(row)
         output.write_text(json.dumps(results))
-        total[0] += before
-        total[1] += min(row["us"].values())
-        print(f"int4: {shape.name}: {before:.1f} us before, now " + ", ".join(f"{s} splits {t:.1f}" for s, t in row["us"].items()), flush=True)
+        if rows == 64:
+            total[0] += before
+            total[1] += min(row["us"].values())
+        print(f"int4: {shape.name} {rows} rows: {before:.1f} us before, now " + ", ".join(f"{s} splits {t:.1f}" for s, t in row["us"].items()), flush=True)
     print(f"int4: all four {total[0]:.1f} us before, {total[1]:.1f} now; ends after {time.time() - begin:.1f} s", flush=True)

@@ -37,6 +37,26 @@ import hybridgen  # noqa: E402
 
 import builtins  # noqa: E402
 
+if os.environ.get("TRIAL") == "int4":
+    from hybridgen.kernels.linear import int4_rows_kernels as kernels
+
+    machine_code = kernels.machine_code
+    kernels.machine_code = lambda defines, *rest: machine_code({**defines, "PATIENCE": "20000000u"}, *rest)
+    kernels.IS_ON = True
+if os.environ.get("TRIAL") == "turns":
+    from hybridgen.kernels.linear import experts_few
+
+    tiles = [experts_few.FewTile(4, 1, 168, 4), experts_few.FewTile(4, 1, 168, 2)]
+    products = experts_few.few_products
+    from hybridgen.kernels.linear import experts_launch
+
+    def few_products(*args):
+        return products(*args[:8], tuple(tiles) if args[8] is None else args[8])
+
+    experts_few.few_products = few_products
+    if hasattr(experts_launch, "few_products"):
+        experts_launch.few_products = few_products
+
 builtins.take_turn = take_turn
 os.environ["TURN_FILE"] = str(PLACE / name)
 if name.startswith("kernel"):

@@ -37,6 +37,8 @@ class FewTile(NamedTuple):
     """Of a thread at most; 0: as the compiler likes."""
     turns: int = 1
     """Tiles of a program, one after the other."""
+    late: bool = False
+    """The next kernel starts with the last turn, not as soon as it can."""
 
 
 class FewShape(NamedTuple):
@@ -83,6 +85,7 @@ def _common(shape: FewShape, tile: FewTile, device: Device) -> dict[str, object]
         "STEPS": shape.steps(tile),
         "TILES": tile.tiles,
         "TURNS": tile.turns,
+        "LATE": tile.late,
         "num_warps": tile.warps,
         **({"launch_pdl": True} if device.overlap else {}),
         **({"maxnreg": tile.registers} if tile.registers else {}),

@@ -4,10 +4,11 @@ What they compute: `hybridgen.kernels.linear.experts`. They are written thread b
 each thread of a program, and `mma.sync`, loads of 16 bytes and the unpacking are PTX, so that nothing goes through
 shared memory but the sums at the end, and warps wait for nobody.
 
-- *A program* multiplies tiles of 16 outputs of an expert, one after the other, with up to eight of the tokens that chose
-  it; the codes of the next tile are on their way meanwhile. Its warps share the inputs. Thread (g, c) of a warp, g = lane / 4, c = lane % 4, reads 16 bytes of two outputs in a step of 128 inputs: 32
-  codes that share a scale. The order of inputs within a product is free, as long as both sides have the same: so these
-  codes are the operand `A` of `mma.m16n8k16` for eight products, and the thread's part of `B` is 64 bytes of one token.
+- *A program* multiplies tiles of 16 outputs of an expert, one after the other, with up to eight of the tokens that
+  chose it; the next tile's codes are on their way meanwhile. Its warps share the inputs. Thread (g, c) of a warp,
+  g = lane / 4, c = lane % 4, reads 16 bytes of two outputs in a step of 128 inputs: 32 codes that share a scale. The
+  order of inputs within a product is free, as long as both sides have the same: so these codes are the operand `A` of
+  `mma.m16n8k16` for eight products, and the thread's part of `B` is 64 bytes of one token.
 - *Unpacking* takes 13 integer instructions for eight codes, scale included: the upper byte of the float16 number
   e2m1 * 2 ** d is looked up by `prmt` in a table of eight bytes that two registers hold, and a table for another d is
   the first plus a number. d is a scale's exponent less the largest one of the output in a warp's inputs, which the
@@ -263,10 +264,10 @@ def few_gate_up_kernel(  # type: ignore[no-untyped-def]
     CHOSEN: tl.constexpr, PLANNED: tl.constexpr, PAIRS: tl.constexpr, ALONE: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
     ALL: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, LENGTH: tl.constexpr, OUT_LENGTH: tl.constexpr,
-    WARPS: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, TURNS: tl.constexpr,
+    WARPS: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, TURNS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Gate and up with the activation: eight of each for a turn. out: [pairs, OUT_LENGTH] as down reads it."""
-    if OVERLAP:
+    if OVERLAP and not LATE:
         gdc_launch_dependents()
     expert, mine, own = _tokens(ids, order, blocks, tl.program_id(1), pairs, PLANNED, PAIRS, ALONE, WARPS)
     if expert >= 0:
@@ -285,6 +286,8 @@ def few_gate_up_kernel(  # type: ignore[no-untyped-def]
                 asked = _asked(codes, exponents, outputs, GROUPS, PADDED, WARPS, STEPS, TILES)
             if OVERLAP and turn == 0:
                 gdc_wait()
+            if OVERLAP and LATE and turn + 1 == TURNS:
+                gdc_launch_dependents()
             sums = _few_sums(x, own // CHOSEN, now[0], now[1], LENGTH, WARPS, STEPS, TILES)
             gates, ups = tl.split(tl.permute(sums, [0, 2, 3, 1]))
             gates = tl.reshape(gates, [8 * TILES, 8])
@@ -306,10 +309,10 @@ def few_down_kernel(  # type: ignore[no-untyped-def]
     x, ids, order, blocks, data, scales, out, pairs,
     PLANNED: tl.constexpr, PAIRS: tl.constexpr, ALONE: tl.constexpr, OVERLAP: tl.constexpr, ALL: tl.constexpr,
     GROUPS: tl.constexpr, PADDED: tl.constexpr, LENGTH: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
-    TILES: tl.constexpr, TURNS: tl.constexpr,
+    TILES: tl.constexpr, TURNS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Down: 16 outputs for a turn, float32 [pairs, ALL]."""
-    if OVERLAP:
+    if OVERLAP and not LATE:
         gdc_launch_dependents()
     expert, mine, own = _tokens(ids, order, blocks, tl.program_id(1), pairs, PLANNED, PAIRS, ALONE, WARPS)
     if expert >= 0:
@@ -325,6 +328,8 @@ def few_down_kernel(  # type: ignore[no-untyped-def]
                 asked = _asked(codes, exponents, outputs, GROUPS, PADDED, WARPS, STEPS, TILES)
             if OVERLAP and turn == 0:
                 gdc_wait()
+            if OVERLAP and LATE and turn + 1 == TURNS:
+                gdc_launch_dependents()
             sums = _few_sums(x, own, now[0], now[1], LENGTH, WARPS, STEPS, TILES)
             sums = tl.reshape(sums, [16 * TILES, 8])
             n = (tile + turn) * (16 * TILES) + tl.arange(0, 16 * TILES)

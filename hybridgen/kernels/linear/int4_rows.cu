@@ -164,7 +164,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) int4_rows(const __gr
     next = stage;
     if (++stage == STAGES) { stage = 0; parity ^= 1; }
   }
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   UNROLL for (int o = 0; o < 2; o++) {
     if (output[o] >= a.outputs) continue;
     const float bias = a.bias && a.splits == 1 ? __uint_as_float((u32)a.bias[output[o]] << 16) : 0.f;

@@ -1,0 +1,70 @@
+"""int4 of one row with the sizes of a 70B: other cuts of the kernel for few rows.
+
+    python trial/few70.py OUTPUT.json
+"""
+
+import builtins
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, "benchmarks")
+import quantised as q
+import torch
+
+from hybridgen.kernels.linear import quantised_few_kernels as few
+
+SHAPES = [q.Shape("qkv", 10240, 8192), q.Shape("out", 8192, 8192), q.Shape("gate_up", 57344, 8192), q.Shape("down", 8192, 28672)]
+TILES = [
+    few.FewTile(8, 2, 1, 128), few.FewTile(8, 1, 1, 80), few.FewTile(8, 1, 1, 64), few.FewTile(8, 2, 1, 96),
+    few.FewTile(16, 1, 1, 64), few.FewTile(16, 2, 1, 64), few.FewTile(4, 2, 1, 128), few.FewTile(4, 2, 1, 96),
+    few.FewTile(4, 1, 1, 80), few.FewTile(4, 4, 1, 168), few.FewTile(8, 2, 2, 128), few.FewTile(4, 2, 2, 168),
+    few.FewTile(2, 2, 1, 128), few.FewTile(2, 4, 1, 168),
+]
+results = []
+with torch.no_grad():
+    made = {}
+    for shape in SHAPES:
+        first = q.weight_of("int4", q.Shape(shape.name, 512, shape.inputs), "cuda", torch.bfloat16)
+        data = torch.randint(-(2**31), 2**31, (shape.outputs, shape.inputs // 8), dtype=torch.int32, device="cuda")
+        scales = torch.full((shape.outputs, shape.inputs // 128), 0.002, dtype=torch.bfloat16, device="cuda")
+        zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device="cuda")
+        x = torch.randn(1, shape.inputs, device="cuda").bfloat16()
+        copies = [(data, scales, zeros), (data.clone(), scales.clone(), zeros.clone())]
+        made[shape.name] = x, copies * (1 if shape.outputs > 30000 else 2)
+    calls = [(shape, tile) for shape in SHAPES for tile in TILES]
+
+    def call(pair, number=0):
+        shape, tile = pair
+        x, copies = made[shape.name]
+        return few.few_product(x, *copies[number], None, 128, tile)
+
+    def compiled(pair):
+        try:
+            call(pair)
+        except Exception as error:
+            return type(error).__name__
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        problems = dict(zip(calls, pool.map(compiled, calls), strict=True))
+    getattr(builtins, "take_turn", lambda: None)()
+    for shape in SHAPES:
+        wanted = call((shape, TILES[0])).double()
+        found = []
+        for tile in TILES:
+            pair = shape, tile
+            if problems[pair]:
+                print("few70:", shape.name, tuple(tile), problems[pair], flush=True)
+                continue
+            apart = float((call(pair).double() - wanted).norm() / wanted.norm())
+            count = len(made[shape.name][1])
+            took = q.times([lambda n=n, pair=pair: call(pair, n) for n in range(count)], "cuda") * 1e6
+            found.append((round(took, 2), tuple(tile), apart))
+        found.sort()
+        size = sum(t.nbytes for t in made[shape.name][1][0])
+        results.append({"shape": shape.name, "bytes": size, "times": found})
+        Path(sys.argv[1]).write_text(json.dumps(results))
+        print(f"few70: {shape.name}, {size / 4.36e6:.1f} us at the ceiling: " + "; ".join(f"{t} {k}" for t, k, _ in found), flush=True)
+        print("       apart at most", max(a for _, _, a in found), flush=True)
