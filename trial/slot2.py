@@ -17,7 +17,6 @@ out = Path("/tmp/t")
 out.mkdir(exist_ok=True)
 turns = Path(os.environ.setdefault("TURNS", "/tmp/t/turns2"))
 turns.mkdir(exist_ok=True)
-PDL = {"TORCHINDUCTOR_ENABLE_PDL": "1"}
 OSS = "step_kernels.py --models gpt-oss-20b-mxfp4 --rows 1 --output /tmp/t/"
 INT4 = "step_kernels.py --models llama-3.1-8b-int4 --rows 64 --output /tmp/t/"
 JOBS = {
@@ -26,7 +25,7 @@ JOBS = {
     "int4late": (INT4 + "int4late.json", {}),
     "int4wg": (INT4 + "int4wg.json", {"TRIAL": "int4"}),
     "osst": (OSS + "osst.json", {"TRIAL": "turns"}),
-    "osstpdl": (OSS + "osstpdl.json", {"TRIAL": "turns", **PDL}),
+    "osspdl2": (OSS + "osspdl2.json", {}),
     "kernelfew70": ("../trial/few70.py /tmp/t/few70.json", {}),
 }
 if smoke:

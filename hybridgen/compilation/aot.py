@@ -138,7 +138,7 @@ class LayerUnits:
                 fullgraph=True,
                 dynamic=False,
                 backend="inductor",
-                options={"guard_filter_fn": _kept_guards},
+                options={"guard_filter_fn": _kept_guards, **compile_options()},
             )
             unit = Unit(name, structure, compiled.aot_compile(((layer, *args), dict(kwargs))))
         self.units.append(unit)
@@ -160,6 +160,20 @@ class LayerUnits:
                 path.unlink(missing_ok=True)
             return f"compiled units cannot be kept ({described(error)})"
         return None
+
+
+def compile_options() -> dict[str, Any]:
+    """Inductor's options for layers on the current device.
+
+    On GPUs of compute capability 9 its kernels start while the ones before them end (programmatic dependent launch), as
+    ours do. They wait before they read what the kernel just before wrote, and before they write or let others start;
+    what earlier kernels wrote they may read at once. So a kernel of ours that is the last one of an op must wait for
+    those before it before it lets others start.
+    """
+    name = "triton.enable_pdl"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return {}
+    return {name: True} if name in torch._inductor.list_options() else {}
 
 
 def _kept_guards(entries: Sequence[Any]) -> list[bool]:
