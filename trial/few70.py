@@ -13,14 +13,20 @@ sys.path.insert(0, "benchmarks")
 import quantised as q
 import torch
 
+from hybridgen.kernels.linear import int4_rows_kernels as rows_kernels
 from hybridgen.kernels.linear import quantised_few_kernels as few
+
+plain = rows_kernels.machine_code
+rows_kernels.machine_code = lambda defines, *rest: plain({**defines, "PATIENCE": "20000000u"}, *rest)
+Form = rows_kernels.Form
 
 SHAPES = [q.Shape("qkv", 10240, 8192), q.Shape("out", 8192, 8192), q.Shape("gate_up", 57344, 8192), q.Shape("down", 8192, 28672)]
 TILES = [
     few.FewTile(8, 2, 1, 128), few.FewTile(8, 1, 1, 80), few.FewTile(8, 1, 1, 64), few.FewTile(8, 2, 1, 96),
     few.FewTile(16, 1, 1, 64), few.FewTile(16, 2, 1, 64), few.FewTile(4, 2, 1, 128), few.FewTile(4, 2, 1, 96),
     few.FewTile(4, 1, 1, 80), few.FewTile(4, 4, 1, 168), few.FewTile(8, 2, 2, 128), few.FewTile(4, 2, 2, 168),
-    few.FewTile(2, 2, 1, 128), few.FewTile(2, 4, 1, 168),
+    few.FewTile(2, 2, 1, 128),
+    Form(8, 5, 2), Form(8, 8, 1), Form(8, 11, 1), Form(8, 4, 2),
 ]
 results = []
 with torch.no_grad():
@@ -38,6 +44,8 @@ with torch.no_grad():
     def call(pair, number=0):
         shape, tile = pair
         x, copies = made[shape.name]
+        if isinstance(tile, Form):
+            return rows_kernels.product(x, *copies[number], None, 128, form=tile)
         return few.few_product(x, *copies[number], None, 128, tile)
 
     def compiled(pair):
@@ -61,7 +69,7 @@ with torch.no_grad():
             apart = float((call(pair).double() - wanted).norm() / wanted.norm())
             count = len(made[shape.name][1])
             took = q.times([lambda n=n, pair=pair: call(pair, n) for n in range(count)], "cuda") * 1e6
-            found.append((round(took, 2), tuple(tile), apart))
+            found.append((round(took, 2), type(tile).__name__ + str(tuple(tile)), apart))
         found.sort()
         size = sum(t.nbytes for t in made[shape.name][1][0])
         results.append({"shape": shape.name, "bytes": size, "times": found})

@@ -40,7 +40,8 @@ new_kernels.machine_code = lambda defines, *rest: plain({**defines, "PATIENCE": 
 new_kernels.IS_ON = False  # `q.product` is the one before
 device = torch.device("cuda")
 torch.zeros(1, device=device)
-kernel = new_kernels._kernel(0)
+kernel = new_kernels._kernel(new_kernels.MANY, 0)
+new_kernels._kernel(new_kernels.FEW, 0)
 print(
     f"int4: compiled after {time.time() - begin:.1f} s, {kernel.attribute('NUM_REGS')} registers, "
     f"{kernel.attribute('LOCAL_SIZE_BYTES')} bytes of local memory",
@@ -60,6 +61,8 @@ with torch.no_grad():
     made = {}
     good = True
     cases = [(q.Shape("odd", 1000, 4096), "int4", 37, (1, 3)), (q.Shape("small", 512, 256), "int4 symmetric", 64, (1, 2))]
+    cases += [(q.Shape("few", 1000, 4096), "int4", 3, (1, 3)), (q.Shape("few", 512, 1024), "int4 symmetric", 8, (1, 2))]
+    cases += [(q.SHAPES[0], "int4", 1, (0,))]
     cases += [(s, "int4", 64, SPLITS[s.name]) for s in q.SHAPES]
     for shape, form, rows, all_splits in cases:
         weight = made[shape.name] = q.weight_of(form, shape, "cuda", torch.bfloat16)
@@ -89,12 +92,12 @@ with torch.no_grad():
         weights_of[shape.name] = [q.copy(weight) for _ in range(q.copies_of(list(weight.tensors().values()), "cuda"))]
     getattr(builtins, "take_turn", lambda: None)()
     total = [0.0, 0.0]
-    for rows, shape in [(rows, shape) for rows in (64, 32, 16) for shape in q.SHAPES]:
+    for rows, shape in [(rows, shape) for rows in (64, 32, 16, 8, 1) for shape in q.SHAPES]:
         x = torch.randn(rows, shape.inputs, device=device).bfloat16()
         weights = weights_of[shape.name]
         before = q.times([lambda w=w: q.product(w, x) for w in weights], "cuda") * 1e6
         row = {"shape": shape.name, "rows": rows, "before_us": before, "us": {}}
-        for splits in SPLITS[shape.name][: 9 if rows == 64 else 1]:
+        for splits in SPLITS[shape.name][: 9 if rows == 64 else 1] if rows > 8 else (0,):
             row["us"][splits] = q.times([lambda w=w, s=splits: new(w, x, s) for w in weights], "cuda") * 1e6
         results.append(row)
         output.write_text(json.dumps(results))

@@ -43,6 +43,7 @@ if os.environ.get("TRIAL") == "int4":
     machine_code = kernels.machine_code
     kernels.machine_code = lambda defines, *rest: machine_code({**defines, "PATIENCE": "20000000u"}, *rest)
     kernels.IS_ON = True
+    kernels.IS_ON_FOR_FEW = "few" in name
 if os.environ.get("TRIAL") == "turns":
     from hybridgen.kernels.linear import experts_few
 
