@@ -20,7 +20,7 @@ turns.mkdir(exist_ok=True)
 OSS = "step_kernels.py --models gpt-oss-20b-mxfp4 --rows 1 --output /tmp/t/"
 INT4 = "step_kernels.py --models llama-3.1-8b-int4 --rows 64 --output /tmp/t/"
 JOBS = {
-    "kernel": ("../trial/int4.py /tmp/t/rows.json", {}),
+    "kernel": ("../trial/int4.py /tmp/t/rows.json", {"LIMIT": "80"}),
     "kernelexperts": ("../trial/experts.py /tmp/t/experts-turns.json", {}),
     "int4late": (INT4 + "int4late.json", {}),
     "int4wg": (INT4 + "int4wg.json", {"TRIAL": "int4"}),
