@@ -92,12 +92,21 @@ class Arguments(ctypes.Structure):
     )
 
 
+def input_of(step: int, product: int, place: int) -> int:
+    """Which input a product of a step takes in one of its 16 places."""
+    return step * _STEP + 32 * (place % 8 // 2) + 4 * product + 2 * (place // 8) + place % 2
+
+
+def defines(form: Form) -> dict[str, int]:
+    """Constants of `int4_rows.cu`."""
+    return {"ROWS": form.rows, "STAGES": form.stages, "BLOCKS": form.blocks}
+
+
 @functools.cache
 def _kernel(form: Form, ordinal: int) -> Kernel | None:
     """The kernel in the device's context; None where it cannot be had, which is said once."""
     try:
-        defines = {"ROWS": form.rows, "STAGES": form.stages, "BLOCKS": form.blocks}
-        return Kernel(machine_code(defines, (9, 0), PROGRAM), form.shared_bytes, PROGRAM)
+        return Kernel(machine_code(defines(form), (9, 0), PROGRAM), form.shared_bytes, PROGRAM)
     except (Unfit, DeviceError) as error:
         logger.warning("products with int4 weights take a slower kernel: %s", error)
         return None
