@@ -20,13 +20,10 @@ plain = rows_kernels.machine_code
 rows_kernels.machine_code = lambda defines, *rest: plain({**defines, "PATIENCE": "20000000u"}, *rest)
 Form = rows_kernels.Form
 
-SHAPES = [q.Shape("qkv", 10240, 8192), q.Shape("out", 8192, 8192), q.Shape("gate_up", 57344, 8192), q.Shape("down", 8192, 28672)]
+SHAPES = [q.Shape("qkv", 10240, 8192), q.Shape("gate_up", 57344, 8192), q.Shape("down", 8192, 28672)]
 TILES = [
-    few.FewTile(8, 2, 1, 128), few.FewTile(8, 1, 1, 80), few.FewTile(8, 1, 1, 64), few.FewTile(8, 2, 1, 96),
-    few.FewTile(16, 1, 1, 64), few.FewTile(16, 2, 1, 64), few.FewTile(4, 2, 1, 128), few.FewTile(4, 2, 1, 96),
-    few.FewTile(4, 1, 1, 80), few.FewTile(4, 4, 1, 168), few.FewTile(8, 2, 2, 128), few.FewTile(4, 2, 2, 168),
-    few.FewTile(2, 2, 1, 128),
-    Form(8, 5, 2), Form(8, 8, 1), Form(8, 11, 1), Form(8, 4, 2),
+    few.FewTile(8, 2, 1, 128), few.FewTile(4, 4, 1, 168), few.FewTile(4, 2, 1, 128), few.FewTile(16, 1, 1, 64),
+    few.FewTile(8, 1, 1, 96), Form(8, 5, 2), Form(8, 8, 1),
 ]
 results = []
 with torch.no_grad():

@@ -44,10 +44,14 @@ if os.environ.get("TRIAL") == "int4":
     kernels.machine_code = lambda defines, *rest: machine_code({**defines, "PATIENCE": "20000000u"}, *rest)
     kernels.IS_ON = True
     kernels.IS_ON_FOR_FEW = "few" in name
+if os.environ.get("TRIAL") == "early4":
+    from hybridgen.kernels.step import linear_kernels
+
+    linear_kernels._EARLY = 4
 if os.environ.get("TRIAL") == "turns":
     from hybridgen.kernels.linear import experts_few
 
-    tiles = [experts_few.FewTile(4, 1, 168, 4), experts_few.FewTile(4, 1, 168, 2)]
+    tiles = [experts_few.FewTile(4, 1, 168, 4, True), experts_few.FewTile(4, 1, 168, 2, True)]
     products = experts_few.few_products
     from hybridgen.kernels.linear import experts_launch
 

@@ -1,4 +1,4 @@
-"""int4 of few and of many rows by `int4_rows.cu`: the order in which it takes inputs, that it compiles, what it takes."""
+"""int4 of few and of many rows by `int4_rows.cu`: the order of inputs, that it compiles, what it takes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Second slot: all start at once, with tests beside them; they measure in turns while the tests stand still.
+"""Third slot: all start at once, with tests beside them; they measure in turns while the tests stand still.
 
-    python trial/slot2.py SECONDS
+    python trial/slot3.py SECONDS
 """
 
 import os
@@ -15,23 +15,28 @@ seconds = float(sys.argv[1])
 smoke = "smoke" in sys.argv
 out = Path("/tmp/t")
 out.mkdir(exist_ok=True)
-turns = Path(os.environ.setdefault("TURNS", "/tmp/t/turns2"))
+turns = Path(os.environ.setdefault("TURNS", "/tmp/t/turns3"))
 turns.mkdir(exist_ok=True)
 OSS = "step_kernels.py --models gpt-oss-20b-mxfp4 --rows 1 --output /tmp/t/"
 INT4 = "step_kernels.py --models llama-3.1-8b-int4 --rows 64 --output /tmp/t/"
+OSS8 = OSS.replace("--rows 1", "--rows 8")
 JOBS = {
-    "kernel": ("../trial/int4.py /tmp/t/rows.json", {"LIMIT": "80"}),
-    "kernelexperts": ("../trial/experts.py /tmp/t/experts-turns.json", {}),
-    "int4late": (INT4 + "int4late.json", {}),
+    "kernel": ("../trial/int4.py /tmp/t/rows.json", {"LIMIT": "90"}),
+    "oss": (OSS + "oss.json", {}),
+    "ossearly4": (OSS + "ossearly4.json", {"TRIAL": "early4"}),
     "int4wg": (INT4 + "int4wg.json", {"TRIAL": "int4"}),
-    "osst": (OSS + "osst.json", {"TRIAL": "turns"}),
-    "osspdl2": (OSS + "osspdl2.json", {}),
+    "oss8": (OSS8 + "oss8.json", {}),
+    "oss8turns": (OSS8 + "oss8turns.json", {"TRIAL": "turns"}),
     "kernelfew70": ("../trial/few70.py /tmp/t/few70.json", {}),
+    "70bfew": (
+        "quantised.py --steps --models llama-3.1-70b:1 --kinds int4 --no-prefill --output /tmp/t/q70few.json",
+        {"TRIAL": "int4"},
+    ),
 }
 if smoke:
     JOBS = {"oss": ("step_kernels.py --smoke", {"TRIAL": "turns"})}
 NAMES = ",".join([*JOBS, "tests"])
-until = begin + 70
+until = begin + 80
 procs = {}
 for name, (command, env) in JOBS.items():
     log = (out / f"log.{name}").open("w")
@@ -40,8 +45,8 @@ for name, (command, env) in JOBS.items():
     script, *arguments = command.split()
     argv = [sys.executable, "trial/turn.py", name, NAMES, f"benchmarks/{script}", *arguments]
     procs[name] = subprocess.Popen(argv, env=full, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "5", "-q", "-p", "no:cacheprovider", "-v", "-W", "ignore"]
-tests += ["tests/gpu/test_experts_cuda.py", "tests/gpu/test_quantised_kernels.py"]
+tests = ["nice", sys.executable, "-m", "pytest", "-m", "gpu", "-n", "5", "-q", "-p", "no:cacheprovider", "-v", "-W", "ignore"]
+tests += ["tests/gpu/test_quantised_kernels.py", "tests/gpu/test_experts_cuda.py"]
 test_log = out / "log.tests"
 with test_log.open("w") as log:
     tester = subprocess.Popen(tests, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
