@@ -22,6 +22,8 @@ INT4 = "step_kernels.py --models llama-3.1-8b-int4 --rows 64 --output /tmp/t/"
 OSS8 = OSS.replace("--rows 1", "--rows 8")
 JOBS = {
     "kernel": ("../trial/int4.py /tmp/t/rows.json", {"LIMIT": "90"}),
+    "kernelone": ("../trial/one.py /tmp/t/one.json", {"LIMIT": "90"}),
+    "ossone": (OSS + "ossone.json", {"TRIAL": "one"}),
     "oss": (OSS + "oss.json", {}),
     "ossearly4": (OSS + "ossearly4.json", {"TRIAL": "early4"}),
     "int4wg": (INT4 + "int4wg.json", {"TRIAL": "int4"}),

@@ -44,6 +44,10 @@ if os.environ.get("TRIAL") == "int4":
     kernels.machine_code = lambda defines, *rest: machine_code({**defines, "PATIENCE": "20000000u"}, *rest)
     kernels.IS_ON = True
     kernels.IS_ON_FOR_FEW = "few" in name
+if os.environ.get("TRIAL") == "one":
+    from hybridgen.kernels.linear import experts_one
+
+    experts_one.IS_ON = True
 if os.environ.get("TRIAL") == "early4":
     from hybridgen.kernels.step import linear_kernels
 

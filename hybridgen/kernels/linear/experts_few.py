@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of
+from hybridgen.kernels.linear import experts_one
 from hybridgen.kernels.linear.experts_few_kernels import arrange_kernel, few_down_kernel, few_gate_up_kernel
 from hybridgen.kernels.linear.experts_form import FEW_ROWS, Form, Projection
 
@@ -164,6 +165,8 @@ def few_products(
     out = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     parts = -(-max(inputs.shape[1], acts.shape[1]) // _ARRANGED)
     calls.arrange((tokens, parts, 1), (x, inputs, acts, chosen))
+    if alone and experts_one.product(inputs, ids, gate_up, down, form, acts, out):
+        return out
     chosen_by = ids, order, blocks
     codes = gate_up.data.view(torch.int32), gate_up.scales, x if bias is None else bias
     grid = -(-width // (8 * tiles[0].tiles * tiles[0].turns)), programs, 1
