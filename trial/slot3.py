@@ -47,7 +47,7 @@ for name, (command, env) in JOBS.items():
     script, *arguments = command.split()
     argv = [sys.executable, "trial/turn.py", name, NAMES, f"benchmarks/{script}", *arguments]
     procs[name] = subprocess.Popen(argv, env=full, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-tests = ["nice", sys.executable, "-m", "pytest", "-m", "gpu", "-n", "5", "-q", "-p", "no:cacheprovider", "-v", "-W", "ignore"]
+tests = ["nice", sys.executable, "-m", "pytest", "-m", "gpu", "-n", "4", "-q", "-p", "no:cacheprovider", "-v", "-W", "ignore"]
 tests += ["tests/gpu/test_quantised_kernels.py", "tests/gpu/test_experts_cuda.py"]
 test_log = out / "log.tests"
 with test_log.open("w") as log:
