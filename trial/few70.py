@@ -13,20 +13,29 @@ sys.path.insert(0, "benchmarks")
 import quantised as q
 import torch
 
-from hybridgen.kernels.linear import int4_rows_kernels as rows_kernels
+from hybridgen.kernels.linear import int4_few
 from hybridgen.kernels.linear import quantised_few_kernels as few
 
-plain = rows_kernels.machine_code
-rows_kernels.machine_code = lambda defines, *rest: plain({**defines, "PATIENCE": "20000000u"}, *rest)
-Form = rows_kernels.Form
+Form = int4_few.Form
 
 SHAPES = [q.Shape("qkv", 10240, 8192), q.Shape("gate_up", 57344, 8192), q.Shape("down", 8192, 28672)]
 TILES = [
-    few.FewTile(8, 2, 1, 128), few.FewTile(4, 4, 1, 168), few.FewTile(4, 2, 1, 128), few.FewTile(16, 1, 1, 64),
-    few.FewTile(8, 1, 1, 96), Form(8, 5, 2), Form(8, 8, 1),
+    few.FewTile(8, 2, 1, 128), few.FewTile(4, 4, 1, 168), few.FewTile(16, 1, 1, 64), few.FewTile(8, 1, 1, 96),
+    Form(8, 3, 5), Form(8, 2, 6), Form(8, 2, 4), Form(4, 6, 5), Form(4, 4, 6), Form(16, 1, 6),
 ]
 results = []
 with torch.no_grad():
+    for inputs, rows, form, outputs in ((4096, 1, "int4", 1000), (4096, 3, "int4 symmetric", 520), (14336, 8, "int4", 520), (2176, 5, "int4", 96)):
+        weight = q.weight_of(form, q.Shape("check", outputs, inputs), "cuda", torch.bfloat16)
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        bias = torch.randn(outputs, device="cuda").bfloat16()
+        wanted = x.double() @ weight.dequantise(torch.float32).double().T + bias.double()
+        poison = [torch.full((rows, outputs), torch.nan, device="cuda") for _ in range(8)]
+        del poison
+        out = int4_few.product(x, weight.data, weight.scales, weight.zeros, bias, 128)
+        error = float((out.double() - wanted).norm() / wanted.norm())
+        other = sum(not torch.equal(out, int4_few.product(x, weight.data, weight.scales, weight.zeros, bias, 128)) for _ in range(300))
+        print(f"few70: check {form} {outputs} x {inputs}, {rows} rows: error {error:.2e}, {other} of 300 repeats differ", flush=True)
     made = {}
     for shape in SHAPES:
         first = q.weight_of("int4", q.Shape(shape.name, 512, shape.inputs), "cuda", torch.bfloat16)
@@ -42,7 +51,7 @@ with torch.no_grad():
         shape, tile = pair
         x, copies = made[shape.name]
         if isinstance(tile, Form):
-            return rows_kernels.product(x, *copies[number], None, 128, form=tile)
+            return int4_few.product(x, *copies[number], None, 128, form=tile)
         return few.few_product(x, *copies[number], None, 128, tile)
 
     def compiled(pair):

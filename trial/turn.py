@@ -43,7 +43,9 @@ if os.environ.get("TRIAL") == "int4":
     machine_code = kernels.machine_code
     kernels.machine_code = lambda defines, *rest: machine_code({**defines, "PATIENCE": "20000000u"}, *rest)
     kernels.IS_ON = True
-    kernels.IS_ON_FOR_FEW = "few" in name
+    from hybridgen.kernels.linear import int4_few
+
+    int4_few.IS_ON = True
 if os.environ.get("TRIAL") == "one":
     from hybridgen.kernels.linear import experts_one
 

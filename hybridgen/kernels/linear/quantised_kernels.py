@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from hybridgen.device.launcher import Device, Launcher, device_of
+from hybridgen.kernels.linear import int4_few
 from hybridgen.kernels.linear import int4_rows_kernels as int4_rows
 from hybridgen.kernels.linear import quantised_few_kernels as few
 from hybridgen.kernels.linear.layout import Block, dequantise
@@ -423,6 +424,8 @@ def linear(
         rows = rows.contiguous()
         if kind == "int4" and block.outputs == 1 and int4_rows.takes(rows, data, scales, layout.group):
             out = int4_rows.product(rows, data, scales, zeros, bias, layout.group)
+        elif kind == "int4" and block.outputs == 1 and int4_few.takes(rows, data, scales, layout.group):
+            out = int4_few.product(rows, data, scales, zeros, bias, layout.group)
         elif kind == "int4" and block.outputs == 1 and few.takes(rows, data, zeros, scales.shape[1], layout.group):
             out = few.few_product(rows, data, scales, zeros, bias, layout.group)
         else:
