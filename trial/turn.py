@@ -28,6 +28,15 @@ def take_turn():
     time.sleep(0.4 * names.split(",").index(name))
     held = open(PLACE / "lock", "w")
     fcntl.flock(held, fcntl.LOCK_EX)
+    import threading
+
+    def watch():
+        time.sleep(30)
+        print(f"turn: {name} takes too long", flush=True)
+        os._exit(1)
+
+    if not name.startswith("load"):
+        threading.Thread(target=watch, daemon=True).start()
     print(f"turn: {name} waited {time.time() - begin:.1f} s", flush=True)
 
 
@@ -38,11 +47,6 @@ import hybridgen  # noqa: E402
 import builtins  # noqa: E402
 
 if os.environ.get("TRIAL") == "int4":
-    from hybridgen.kernels.linear import int4_rows_kernels as kernels
-
-    machine_code = kernels.machine_code
-    kernels.machine_code = lambda defines, *rest: machine_code({**defines, "PATIENCE": "20000000u"}, *rest)
-    kernels.IS_ON = True
     from hybridgen.kernels.linear import int4_few
 
     int4_few.IS_ON = True
@@ -50,24 +54,6 @@ if os.environ.get("TRIAL") == "one":
     from hybridgen.kernels.linear import experts_one
 
     experts_one.IS_ON = True
-if os.environ.get("TRIAL") == "early4":
-    from hybridgen.kernels.step import linear_kernels
-
-    linear_kernels._EARLY = 4
-if os.environ.get("TRIAL") == "turns":
-    from hybridgen.kernels.linear import experts_few
-
-    tiles = [experts_few.FewTile(4, 1, 168, 4, True), experts_few.FewTile(4, 1, 168, 2, True)]
-    products = experts_few.few_products
-    from hybridgen.kernels.linear import experts_launch
-
-    def few_products(*args):
-        return products(*args[:8], tuple(tiles) if args[8] is None else args[8])
-
-    experts_few.few_products = few_products
-    if hasattr(experts_launch, "few_products"):
-        experts_launch.few_products = few_products
-
 builtins.take_turn = take_turn
 os.environ["TURN_FILE"] = str(PLACE / name)
 if name.startswith("kernel"):

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from quantised_cases import CASES, Case, make
 
-from hybridgen.kernels.linear.int4_rows_kernels import input_of, rows_image_kernel
 from hybridgen.kernels.linear.layout import Block, dequantise
 from hybridgen.kernels.linear.quantised_few_kernels import FewTile, few_product, takes
 from hybridgen.kernels.linear.quantised_kernels import (
@@ -124,21 +123,3 @@ def check_values_of_pairs(_: int) -> None:
             out = torch.full((16, 64), torch.nan)
             _pairs_kernel[(1,)](data, zeros, out, OUTPUTS=16, INPUTS=64, ZEROS=given is not None, FLOAT16=half)
             assert torch.equal(out, wanted), half
-
-
-def check_rows_image(rows: int) -> None:
-    """Each number is where the products look for it, and rows that there are none of are nought."""
-    real, inputs = rows - 3, 256
-    x = torch.randn(real, inputs, generator=torch.Generator().manual_seed(rows)).bfloat16()
-    out = torch.full((rows * inputs // 2,), -1, dtype=torch.int32)
-    image = rows_image_kernel[(inputs // 128, rows // 8, 1)]
-    image(x.view(torch.int32), out, real, INPUTS=inputs, ROWS=rows, OVERLAP=False)
-    # Products, the two halves of their inputs, eight rows at once, a row, inputs.
-    found = out.view(torch.bfloat16).view(inputs // 128, 8, 2, rows // 8, 8, 8)
-    wanted = torch.zeros_like(found)
-    for step in range(inputs // 128):
-        for j in range(8):
-            for k in range(16):
-                for row in range(real):
-                    wanted[step, j, k // 8, row // 8, row % 8, k % 8] = x[row, input_of(step, j, k)]
-    assert torch.equal(found, wanted)

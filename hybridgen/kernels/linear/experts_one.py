@@ -70,6 +70,7 @@ def _kernel(constants: tuple[tuple[str, str | int], ...], inputs: int, ordinal: 
     """The kernel in the device's context; None where it cannot be had, which is said once."""
     shared = STAGES * _STAGE_BYTES + -(-inputs // _STEP) * _STEP * 2
     try:
+        torch.cuda.synchronize()  # this thread has the device's context then
         return Kernel(machine_code(dict(constants), (9, 0), PROGRAM), shared, PROGRAM)
     except (Unfit, DeviceError) as error:
         logger.warning("experts in MXFP4 take a slower kernel for one token: %s", error)

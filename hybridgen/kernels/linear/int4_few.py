@@ -60,6 +60,7 @@ def _kernel(form: Form, ordinal: int) -> Kernel | None:
     """The kernel in the device's context; None where it cannot be had, which is said once."""
     shared = form.stages * 32 * form.warps * (2 * 16 + 4)
     try:
+        torch.cuda.synchronize()  # this thread has the device's context then
         return Kernel(machine_code(defines(form), (9, 0), PROGRAM), shared, PROGRAM)
     except (Unfit, DeviceError) as error:
         logger.warning("products of few rows with int4 weights take a slower kernel: %s", error)

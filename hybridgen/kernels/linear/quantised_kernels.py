@@ -23,7 +23,6 @@ from triton.language.extra.cuda import gdc_wait
 
 from hybridgen.device.launcher import Device, Launcher, device_of
 from hybridgen.kernels.linear import int4_few
-from hybridgen.kernels.linear import int4_rows_kernels as int4_rows
 from hybridgen.kernels.linear import quantised_few_kernels as few
 from hybridgen.kernels.linear.layout import Block, dequantise
 from hybridgen.kernels.linear.splits_kernels import add_splits
@@ -422,9 +421,7 @@ def linear(
     rows = x.reshape(-1, inputs)
     if layout is not None and rows.shape[0] <= MOST_ROWS and x.element_size() == 2:
         rows = rows.contiguous()
-        if kind == "int4" and block.outputs == 1 and int4_rows.takes(rows, data, scales, layout.group):
-            out = int4_rows.product(rows, data, scales, zeros, bias, layout.group)
-        elif kind == "int4" and block.outputs == 1 and int4_few.takes(rows, data, scales, layout.group):
+        if kind == "int4" and block.outputs == 1 and int4_few.takes(rows, data, scales, layout.group):
             out = int4_few.product(rows, data, scales, zeros, bias, layout.group)
         elif kind == "int4" and block.outputs == 1 and few.takes(rows, data, zeros, scales.shape[1], layout.group):
             out = few.few_product(rows, data, scales, zeros, bias, layout.group)

@@ -1,6 +1,6 @@
-"""Third slot: all start at once, with tests beside them; they measure in turns while the tests stand still.
+"""Fourth slot: all start at once, with tests beside them; they measure in turns while the tests stand still.
 
-    python trial/slot3.py SECONDS
+    python trial/slot4.py SECONDS
 """
 
 import os
@@ -15,25 +15,19 @@ seconds = float(sys.argv[1])
 smoke = "smoke" in sys.argv
 out = Path("/tmp/t")
 out.mkdir(exist_ok=True)
-turns = Path(os.environ.setdefault("TURNS", "/tmp/t/turns3"))
+turns = Path(os.environ.setdefault("TURNS", "/tmp/t/turns4"))
 turns.mkdir(exist_ok=True)
 OSS = "step_kernels.py --models gpt-oss-20b-mxfp4 --rows 1 --output /tmp/t/"
-INT4 = "step_kernels.py --models llama-3.1-8b-int4 --rows 64 --output /tmp/t/"
-OSS8 = OSS.replace("--rows 1", "--rows 8")
+STEPS = "quantised.py --steps --models llama-3.1-8b:64 --no-prefill --kinds "
+LARGE = "quantised.py --steps --models llama-3.1-70b:1 --kinds int4 --no-prefill --output /tmp/t/q70few.json"
 JOBS = {
-    "kernel": ("../trial/int4.py /tmp/t/rows.json", {"LIMIT": "90"}),
+    "int4": (STEPS + "int4 --output /tmp/t/steps-int4.json", {}),
     "kernelone": ("../trial/one.py /tmp/t/one.json", {"LIMIT": "90"}),
     "ossone": (OSS + "ossone.json", {"TRIAL": "one"}),
-    "oss": (OSS + "oss.json", {}),
-    "ossearly4": (OSS + "ossearly4.json", {"TRIAL": "early4"}),
-    "int4wg": (INT4 + "int4wg.json", {"TRIAL": "int4"}),
-    "oss8": (OSS8 + "oss8.json", {}),
-    "oss8turns": (OSS8 + "oss8turns.json", {"TRIAL": "turns"}),
     "kernelfew70": ("../trial/few70.py /tmp/t/few70.json", {}),
-    "70bfew": (
-        "quantised.py --steps --models llama-3.1-70b:1 --kinds int4 --no-prefill --output /tmp/t/q70few.json",
-        {"TRIAL": "int4"},
-    ),
+    "70bfew": (LARGE, {"TRIAL": "int4"}),
+    "fp8": (STEPS + "fp8 --output /tmp/t/steps-fp8.json", {}),
+    "bf16": (STEPS + "none --output /tmp/t/steps-bf16.json", {}),
 }
 if smoke:
     JOBS = {"oss": ("step_kernels.py --smoke", {"TRIAL": "turns"})}
