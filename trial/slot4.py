@@ -26,8 +26,6 @@ JOBS = {
     "ossone": (OSS + "ossone.json", {"TRIAL": "one"}),
     "kernelfew70": ("../trial/few70.py /tmp/t/few70.json", {}),
     "70bfew": (LARGE, {"TRIAL": "int4"}),
-    "fp8": (STEPS + "fp8 --output /tmp/t/steps-fp8.json", {}),
-    "bf16": (STEPS + "none --output /tmp/t/steps-bf16.json", {}),
 }
 if smoke:
     JOBS = {"oss": ("step_kernels.py --smoke", {"TRIAL": "turns"})}
