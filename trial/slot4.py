@@ -24,6 +24,8 @@ JOBS = {
     "int4": (STEPS + "int4 --output /tmp/t/steps-int4.json", {}),
     "kernelone": ("../trial/one.py /tmp/t/one.json", {"LIMIT": "90"}),
     "ossone": (OSS + "ossone.json", {"TRIAL": "one"}),
+    "oss8": (OSS.replace("--rows 1", "--rows 8 --layers 8") + "oss8.json", {}),
+    "oss8turns": (OSS.replace("--rows 1", "--rows 8 --layers 8") + "oss8turns.json", {"TRIAL": "turns"}),
     "kernelfew70": ("../trial/few70.py /tmp/t/few70.json", {}),
     "70bfew": (LARGE, {"TRIAL": "int4"}),
 }
