@@ -165,7 +165,7 @@ class Kernel:
         which = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
         return int(_checked(self._driver.cuFuncGetAttribute(which, self._function), "cuFuncGetAttribute"))
 
-    def launch(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch(self, blocks: int, threads: int, parameters: ctypes.Array | ctypes.Structure, stream: int) -> None:
         """Launch cooperatively: all blocks at once on the device, or not at all.
 
         Args:
@@ -180,7 +180,7 @@ class Kernel:
         )
         _checked(result, "cuLaunchCooperativeKernel")
 
-    def launch_any(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch_any(self, blocks: int, threads: int, parameters: ctypes.Array | ctypes.Structure, stream: int) -> None:
         """As `launch`, with blocks whenever there is room for them.
 
         Raises:
@@ -192,7 +192,7 @@ class Kernel:
         )
         _checked(result, "cuLaunchKernel")
 
-    def launch_early(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch_early(self, blocks: int, threads: int, parameters: ctypes.Array | ctypes.Structure, stream: int) -> None:
         """As `launch_any`, and it may start while the kernel before it ends, for which it has to wait itself.
 
         Raises:
