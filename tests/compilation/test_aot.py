@@ -289,5 +289,7 @@ def test_kernels_start_early_where_the_device_can(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert not compile_options()
+    monkeypatch.setattr(units, "STARTS_EARLY", True)
     known = "triton.enable_pdl" in torch._inductor.list_options()
     assert compile_options() == ({"triton.enable_pdl": True} if expected and known else {})

@@ -279,9 +279,6 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A program: BLOCK_HEADS query heads of a row. SINGLE reads no position: its log-sums say which chunks are."""
     if OVERLAP:
-        if SINGLE:
-            # The kernel of a single row has few programs: a projection behind it may ask for its weights meanwhile.
-            gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     chunks = row_chunks
