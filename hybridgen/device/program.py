@@ -1,4 +1,4 @@
-"""Compile, keep and load kernels in CUDA C++: NVRTC and the driver through NVIDIA's `cuda-bindings`, without nvcc."""
+"""Compile, keep and load the kernel: NVRTC and the driver through NVIDIA's `cuda-bindings`; no nvcc is needed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from hybridgen.errors import DeviceError, described
 
-Keeper = Callable[[str, Callable[[], bytes]], bytes]
-"""Gives the machine code that is kept under a key, or makes and keeps it."""
-
 
 class Unfit(Exception):
-    """What a kernel of our own does not serve: a model, a device, an installation. The message is the reason."""
+    """A model or device that a kernel does not serve; the message is the reason."""
+
+
+Keeper = Callable[[str, Callable[[], bytes]], bytes]
+"""Gives the machine code that is kept under a key, or makes and keeps it."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +169,14 @@ class Kernel:
         dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, dynamic, shared_bytes), "cuFuncSetAttribute")
         self._shared_bytes = shared_bytes
+        self._early: dict[tuple[int, int, int], Any] = {}
 
     def attribute(self, name: str) -> int:
         """A `CU_FUNC_ATTRIBUTE_...` of it, such as `NUM_REGS` or `LOCAL_SIZE_BYTES`."""
         which = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
         return int(_checked(self._driver.cuFuncGetAttribute(which, self._function), "cuFuncGetAttribute"))
 
-    def launch(self, blocks: int, threads: int, parameters: ctypes.Array | ctypes.Structure, stream: int) -> None:
+    def launch(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """Launch cooperatively: all blocks at once on the device, or not at all.
 
         Args:
@@ -189,7 +191,7 @@ class Kernel:
         )
         _checked(result, "cuLaunchCooperativeKernel")
 
-    def launch_any(self, blocks: int, threads: int, parameters: ctypes.Array | ctypes.Structure, stream: int) -> None:
+    def launch_any(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """As `launch`, with blocks whenever there is room for them.
 
         Raises:
@@ -201,21 +203,24 @@ class Kernel:
         )
         _checked(result, "cuLaunchKernel")
 
-    def launch_early(self, blocks: int, threads: int, parameters: ctypes.Array | ctypes.Structure, stream: int) -> None:
+    def launch_early(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """As `launch_any`, and it may start while the kernel before it ends, for which it has to wait itself.
 
         Raises:
             DeviceError: the driver refuses.
         """
         driver = self._driver
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.blockDimX = blocks, threads
-        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.sharedMemBytes, config.hStream = self._shared_bytes, driver.CUstream(stream)
-        config.attrs, config.numAttrs = [early], 1
+        config = self._early.get((blocks, threads, stream))
+        if config is None:
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config = driver.CUlaunchConfig()
+            config.gridDimX, config.blockDimX = blocks, threads
+            config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+            config.sharedMemBytes, config.hStream = self._shared_bytes, driver.CUstream(stream)
+            config.attrs, config.numAttrs = [early], 1
+            self._early[blocks, threads, stream] = config
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
 

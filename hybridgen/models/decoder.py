@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hybridgen.device.program import Unfit as Unfit  # as those who build from a decoder take it from here
+from hybridgen.device.program import Unfit as Unfit
 from hybridgen.models.projections import has_hooks
 from hybridgen.models.rope import LENGTH_DEPENDENT
 from hybridgen.models.share import QuantisedShareLinear, Share, ShareLinear
