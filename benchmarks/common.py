@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import math
 import os
@@ -207,6 +208,21 @@ def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int,
         dtype=dtype,
         share=share,
     )
+
+
+SWITCHES = {
+    "int4_few": ("hybridgen.kernels.linear.int4_few", "IS_ON"),
+    "experts_one": ("hybridgen.kernels.linear.experts_one", "IS_ON"),
+    "early": ("hybridgen.compilation.aot", "STARTS_EARLY"),
+}
+"""What is there and off until it has run on a GPU, by the names that `--switch-on` takes."""
+
+
+def switch_on(names: Sequence[str]) -> None:
+    """Have this process use what is off."""
+    for name in names:
+        module, constant = SWITCHES[name]
+        setattr(importlib.import_module(module), constant, True)
 
 
 def held_out_files() -> list[str]:

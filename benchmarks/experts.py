@@ -26,7 +26,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import how_it_ran, random_model, random_prompts, release, report, shape_dtype, this_device
+from common import (
+    SWITCHES,
+    how_it_ran,
+    random_model,
+    random_prompts,
+    release,
+    report,
+    shape_dtype,
+    switch_on,
+    this_device,
+)
 from torch import Tensor
 from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -371,6 +381,7 @@ def sweep_few(shape: Shape, dtype: torch.dtype, device: str, rows_of: list[int])
     )
     usual = default_tile(shape.hidden), default_tile(shape.width)
     tiles = [FewTile(warps, count, limit) for warps in (2, 4, 8) for count in (1, 2) for limit in (0, 64, 80, 96, 128)]
+    tiles += [FewTile(4, 1, 168, turns, late) for turns in (2, 4) for late in (False, True)]
     variants: list[tuple[str, dict[str, Any]]] = [("general", {"tiles": general}), ("usual", {"few_tiles": usual})]
     variants += [(f"gate_up {tuple(tile)}", {"few_tiles": (tile, usual[1])}) for tile in tiles]
     variants += [(f"down {tuple(tile)}", {"few_tiles": (usual[0], tile)}) for tile in tiles]
@@ -440,8 +451,10 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try other tiles instead")
     parser.add_argument("--steps", nargs="+", help="time whole models of these shapes instead")
     parser.add_argument("--no-check", action="store_true", help="times alone")
+    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
+    switch_on(args.switch_on)
     device = this_device() if not args.smoke else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     shapes = TINY if args.smoke else [shape for shape in SHAPES if not args.shapes or shape.name in args.shapes]

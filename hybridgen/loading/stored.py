@@ -52,7 +52,7 @@ class TensorFiles:
 
     by_threads = False
     """Whether large tensors are read onto a GPU by threads (`device_reads`). That has not run on one yet:
-    `benchmarks/quantised_loading.py --threads` tries it."""
+    `benchmarks/quantised_loading.py` times both ways."""
 
     def __init__(self, files: list[Path]) -> None:
         self.places: dict[str, Path] = {}

@@ -221,7 +221,7 @@ def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, 
     form = format_of(stored(linear) for linear in model.linears[:-1])
     shape = shape_of(model, form, stored(model.head).format, default_tuning(model), **H200)
     assert shape.shared_bytes <= H200["shared_memory"]
-    assert program.machine_code(shape.defines, (9, 0), program=ROWS).startswith(b"\x7fELF")
+    assert program.machine_code(shape.defines, (9, 0), ROWS).startswith(b"\x7fELF")
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
@@ -229,7 +229,7 @@ def test_a_ranks_share_compiles() -> None:
     model = dataclasses.replace(decoder(), share=SimpleNamespace(rank=1, size=2))
     shape = shape_of(model, DENSE, DENSE, default_tuning(model), **H200)
     assert shape.defines["RANKS"] == 2
-    assert program.machine_code(shape.defines, (9, 0), program=ROWS).startswith(b"\x7fELF")
+    assert program.machine_code(shape.defines, (9, 0), ROWS).startswith(b"\x7fELF")
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")

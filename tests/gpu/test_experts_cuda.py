@@ -217,3 +217,26 @@ def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
             again.fill_(float("nan"))
             graph.replay()
             assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("turns", [(0, 0), (1, 1), (3, 2)])
+@pytest.mark.parametrize("form", [CLAMPED, SILU], ids=str)
+def test_one_token_by_the_kernel_in_cuda_gives_the_same_bits(
+    form: Any, turns: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernels for few tokens, many times; sizes that fill no tile and no step."""
+    from hybridgen.kernels.linear import experts_one
+
+    product, ran = experts_one.product, []
+    monkeypatch.setattr(experts_one, "product", lambda *args: ran.append(product(*args, turns)) or ran[-1])
+    for case in (Case(8, 4, 2880, 2880, form, "mxfp4", Block(1, 32), biased=True),
+                 Case(8, 4, 576, 544, form, "mxfp4", Block(1, 32), biased=True)):  # fmt: skip
+        made = made_for(case, torch.bfloat16)
+        x, ids, weights = choices(case, 1, 3, "cuda", torch.bfloat16)
+        monkeypatch.setattr(experts_one, "IS_ON", False)
+        wanted = experts(x, ids, weights, *made)
+        monkeypatch.setattr(experts_one, "IS_ON", True)
+        poison = [torch.full((4, 4096), torch.nan, device="cuda", dtype=d) for d in (torch.float16, torch.float32)]
+        del poison
+        assert all(torch.equal(experts(x, ids, weights, *made), wanted) for _ in range(100))
+        assert ran[-1]

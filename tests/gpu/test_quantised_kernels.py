@@ -150,3 +150,25 @@ def test_rows_rounded_to_8_bits(rows: int, outputs: int, inputs: int, biased: bo
     found = quantised_linear(x, "fp8", data, scales, None, bias, inputs, Block(1, inputs), rounds_rows=True)
     assert float((found.double() - wanted).norm() / wanted.norm()) < 6e-3
     assert bool(rounded_rows_kernels.round_rows(x.fill_(torch.nan))[1].isnan().all())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(
+    "case", [each for each in LARGE if each.kind == "int4" and each.block.inputs % 128 == 0], ids=str
+)
+def test_few_rows_by_the_kernel_in_cuda(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybridgen.kernels.linear import int4_few
+
+    monkeypatch.setattr(int4_few, "IS_ON", True)
+    weight = make(case, "cuda")
+    values = values_of(case, weight)
+    x = torch.randn(rows, case.inputs, device="cuda").bfloat16()
+    bias = torch.randn(case.outputs, device="cuda").bfloat16() if rows > 1 else None
+    assert int4_few.takes(x, weight.data, weight.scales, case.block.inputs)
+    poison = torch.full((rows, case.outputs), torch.nan, device="cuda", dtype=torch.bfloat16)
+    del poison
+    out = quantised_linear(x, "int4", *weight, bias, case.inputs, case.block)
+    wanted = x.double() @ values.double().T + (0 if bias is None else bias.double())
+    assert (out.double() - wanted).norm() / wanted.norm() < 6e-3
+    again = [quantised_linear(x, "int4", *weight, bias, case.inputs, case.block) for _ in range(100)]
+    assert all(torch.equal(out, each) for each in again)

@@ -61,8 +61,8 @@ def check_plan(number: int) -> None:
 
 FEW = [
     (Case(4, 2, 96, 64, CLAMPED, "mxfp4", Block(1, 32), biased=True), 3, FewTile(1, 1), FewTile(2, 2)),
-    (Case(3, 2, 288, 96, CLAMPED, "mxfp4", Block(1, 32), biased=True), 3, FewTile(2, 2), FewTile(1, 2)),
-    (Case(2, 2, 160, 64, SILU, "mxfp4", Block(1, 32)), 12, FewTile(4, 1), FewTile(1, 2)),
+    (Case(3, 2, 288, 96, CLAMPED, "mxfp4", Block(1, 32), biased=True), 3, FewTile(2, 2, 0, 2), FewTile(1, 2)),
+    (Case(2, 2, 160, 64, SILU, "mxfp4", Block(1, 32)), 12, FewTile(4, 1, 0, 3), FewTile(1, 2, 0, 2)),
 ]
 
 

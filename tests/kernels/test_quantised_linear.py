@@ -63,6 +63,29 @@ def test_where_scales_are_applied() -> None:
                 assert 1 <= tile.splits <= max(1, inputs // 128)
 
 
+def test_what_comes_next_starts_when_a_product_has_ended() -> None:
+    """What starts while programs fill all multiprocessors but a few crowds those few: adding up parts took 20 us."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from hybridgen.kernels.linear.quantised_kernels import _product_kernel as kernel
+
+    constants = {"KIND": "int4", "ZEROS": True, "BIAS": False, "WHERE": 1, "BLOCK_OUT": 1, "GROUP": 128, "EVEN": True}
+    constants |= {"OUTPUTS": 64, "ROWS": 16, "INPUTS": 128, "PAIRS": True, "PRECISION": "tf32", "OVERLAP": True}
+    types = {"x": "*bf16", "data": "*i32", "scales": "*bf16", "zeros": "*u8", "bias": "*bf16"}
+    types["out"] = "*fp32"
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    try:
+        ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True}).asm["ptx"]
+    except RuntimeError as error:  # a Triton without this backend
+        pytest.skip(str(error))
+    assert "griddepcontrol.wait" in ptx
+    assert "griddepcontrol.launch_dependents" not in ptx
+
+
 def run_ptx(text: str, inputs: dict[str, int], dtype: torch.dtype) -> list[torch.Tensor]:
     """What a few PTX instructions leave in `$0` to `$7`, as numbers of a 16-bit dtype."""
     registers = dict(inputs)

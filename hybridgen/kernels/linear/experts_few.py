@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of
+from hybridgen.kernels.linear import experts_one
 from hybridgen.kernels.linear.experts_few_kernels import arrange_kernel, few_down_kernel, few_gate_up_kernel
 from hybridgen.kernels.linear.experts_form import FEW_ROWS, Form, Projection
 
@@ -35,6 +36,10 @@ class FewTile(NamedTuple):
     """Of 16 outputs: 1 or 2."""
     registers: int = 0
     """Of a thread at most; 0: as the compiler likes."""
+    turns: int = 1
+    """Tiles of a program, one after the other."""
+    late: bool = False
+    """The next kernel starts with the last turn, not as soon as it can."""
 
 
 class FewShape(NamedTuple):
@@ -80,6 +85,8 @@ def _common(shape: FewShape, tile: FewTile, device: Device) -> dict[str, object]
         "WARPS": tile.warps,
         "STEPS": shape.steps(tile),
         "TILES": tile.tiles,
+        "TURNS": tile.turns,
+        "LATE": tile.late,
         "num_warps": tile.warps,
         **({"launch_pdl": True} if device.overlap else {}),
         **({"maxnreg": tile.registers} if tile.registers else {}),
@@ -158,10 +165,12 @@ def few_products(
     out = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     parts = -(-max(inputs.shape[1], acts.shape[1]) // _ARRANGED)
     calls.arrange((tokens, parts, 1), (x, inputs, acts, chosen))
+    if alone and experts_one.product(inputs, ids, gate_up, down, form, acts, out):
+        return out
     chosen_by = ids, order, blocks
     codes = gate_up.data.view(torch.int32), gate_up.scales, x if bias is None else bias
-    grid = -(-width // (8 * tiles[0].tiles)), programs, 1
+    grid = -(-width // (8 * tiles[0].tiles * tiles[0].turns)), programs, 1
     calls.gate_up(grid, (inputs, *chosen_by, *codes, acts, pairs))
-    grid = -(-hidden // (16 * tiles[1].tiles)), programs, 1
+    grid = -(-hidden // (16 * tiles[1].tiles * tiles[1].turns)), programs, 1
     calls.down(grid, (acts, *chosen_by, down.data.view(torch.int32), down.scales, out, pairs))
     return out

@@ -4,10 +4,11 @@ What they compute: `hybridgen.kernels.linear.experts`. They are written thread b
 each thread of a program, and `mma.sync`, loads of 16 bytes and the unpacking are PTX, so that nothing goes through
 shared memory but the sums at the end, and warps wait for nobody.
 
-- *A program* multiplies 16 outputs of an expert with up to eight of the tokens that chose it. Its warps share the
-  inputs. Thread (g, c) of a warp, g = lane / 4, c = lane % 4, reads 16 bytes of two outputs in a step of 128 inputs: 32
-  codes that share a scale. The order of inputs within a product is free, as long as both sides have the same: so these
-  codes are the operand `A` of `mma.m16n8k16` for eight products, and the thread's part of `B` is 64 bytes of one token.
+- *A program* multiplies tiles of 16 outputs of an expert, one after the other, with up to eight of the tokens that
+  chose it; the next tile's codes are on their way meanwhile. Its warps share the inputs. Thread (g, c) of a warp,
+  g = lane / 4, c = lane % 4, reads 16 bytes of two outputs in a step of 128 inputs: 32 codes that share a scale. The
+  order of inputs within a product is free, as long as both sides have the same: so these codes are the operand `A` of
+  `mma.m16n8k16` for eight products, and the thread's part of `B` is 64 bytes of one token.
 - *Unpacking* takes 13 integer instructions for eight codes, scale included: the upper byte of the float16 number
   e2m1 * 2 ** d is looked up by `prmt` in a table of eight bytes that two registers hold, and a table for another d is
   the first plus a number. d is a scale's exponent less the largest one of the output in a warp's inputs, which the
@@ -133,15 +134,13 @@ def _sum_factor(largest):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _few_product(  # type: ignore[no-untyped-def]
-    x, row, codes, scales, outputs,
-    GROUPS: tl.constexpr, PADDED: tl.constexpr, LENGTH: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
-    TILES: tl.constexpr, OVERLAP: tl.constexpr,
+def _asked(  # type: ignore[no-untyped-def]
+    codes, scales, outputs, GROUPS: tl.constexpr, PADDED: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """Sums [TILES, 2, 8, 8] of some tiles' outputs g of the first eight and of the others, and of tokens.
+    """Codes and exponents of some tiles: tuples with 2 * TILES entries for each step.
 
-    row: of each thread, which inputs are its token's; outputs: two numbers of each thread for a tile. codes, as int32,
-    and scales are the expert's. Waits for the kernel before, which makes x.
+    outputs: two numbers of each thread for a tile. codes, as int32, and scales are the expert's.
     """
     thread = tl.arange(0, WARPS * 32)
     # Of the group of 32 inputs in the first step; a step takes four for each warp.
@@ -158,8 +157,20 @@ def _few_product(  # type: ignore[no-untyped-def]
             code = codes + (outputs[each] * GROUPS + begin) * 4
             words = words + (_four_words(LOAD_CODES, code + beyond * 4 + group * 4),)
             exponents = exponents + (tl.load(scales + (outputs[each] * PADDED + begin) + beyond + group),)
-    if OVERLAP:
-        gdc_wait()
+    return words, exponents
+
+
+@triton.jit
+def _few_sums(  # type: ignore[no-untyped-def]
+    x, row, words, exponents,
+    LENGTH: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Sums [TILES, 2, 8, 8] of what was asked for: outputs g of the first eight and of the others, and tokens.
+
+    row: of each thread, which inputs are its token's.
+    """
+    thread = tl.arange(0, WARPS * 32)
+    begin = (thread // 32) * 4 + thread % 4
     largest = ()
     nought = tl.zeros((WARPS * 32,), dtype=tl.float32)
     sums = ()
@@ -224,45 +235,73 @@ def _tokens(  # type: ignore[no-untyped-def]
     return expert, mine, own
 
 
+@triton.jit
+def _gates(tile, TRUE: tl.constexpr, INTERLEAVED: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each thread's outputs in gate and up for some tiles."""
+    outputs = ()
+    for part in tl.static_range(TILES):
+        gate = tl.minimum((tile * TILES + part) * 8 + tl.arange(0, WARPS * 32) // 4 % 8, TRUE - 1)
+        if INTERLEAVED:
+            outputs = outputs + (gate * 2, gate * 2 + 1)
+        else:
+            outputs = outputs + (gate, gate + TRUE)
+    return outputs
+
+
+@triton.jit
+def _outputs(tile, ALL: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each thread's outputs for some tiles."""
+    outputs = ()
+    for part in tl.static_range(2 * TILES):
+        n = (tile * TILES * 2 + part) * 8 + tl.arange(0, WARPS * 32) // 4 % 8
+        outputs = outputs + (tl.minimum(n, ALL - 1),)
+    return outputs
+
+
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["scales", "bias"])
 def few_gate_up_kernel(  # type: ignore[no-untyped-def]
     x, ids, order, blocks, data, scales, bias, out, pairs,
     CHOSEN: tl.constexpr, PLANNED: tl.constexpr, PAIRS: tl.constexpr, ALONE: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
     ALL: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, LENGTH: tl.constexpr, OUT_LENGTH: tl.constexpr,
-    WARPS: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr,
+    WARPS: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr, TURNS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Gate and up with the activation: eight of each for a program. out: [pairs, OUT_LENGTH] as down reads it."""
-    if OVERLAP:
+    """Gate and up with the activation: eight of each for a turn. out: [pairs, OUT_LENGTH] as down reads it."""
+    if OVERLAP and not LATE:
         gdc_launch_dependents()
     expert, mine, own = _tokens(ids, order, blocks, tl.program_id(1), pairs, PLANNED, PAIRS, ALONE, WARPS)
     if expert >= 0:
         TRUE: tl.constexpr = ALL // 2
-        tile = tl.program_id(0)
-        outputs = ()
-        for part in tl.static_range(TILES):
-            gate = tl.minimum((tile * TILES + part) * 8 + tl.arange(0, WARPS * 32) // 4 % 8, TRUE - 1)
-            if INTERLEAVED:
-                outputs = outputs + (gate * 2, gate * 2 + 1)
-            else:
-                outputs = outputs + (gate, gate + TRUE)
         place = expert.to(tl.int64) * ALL
-        sums = _few_product(
-            x, own // CHOSEN, data + place * (GROUPS * 4), scales + place * PADDED, outputs,
-            GROUPS, PADDED, LENGTH, WARPS, STEPS, TILES, OVERLAP,
-        )  # fmt: skip
-        gates, ups = tl.split(tl.permute(sums, [0, 2, 3, 1]))
-        gates = tl.reshape(gates, [8 * TILES, 8])
-        ups = tl.reshape(ups, [8 * TILES, 8])
-        j = tile * (8 * TILES) + tl.arange(0, 8 * TILES)
-        if BIAS:
-            where = bias + place + (j * 2 if INTERLEAVED else j)
-            gates += tl.load(where, mask=j < TRUE, other=0.0).to(tl.float32)[:, None]
-            ups += tl.load(where + (1 if INTERLEAVED else TRUE), mask=j < TRUE, other=0.0).to(tl.float32)[:, None]
-        result = _activated(gates, ups, ACTIVATION, ALPHA, LIMIT) * FACTOR
-        mask = (mine >= 0)[None, :] & (j < TRUE)[:, None]
-        places = tl.maximum(mine, 0).to(tl.int64)[None, :] * OUT_LENGTH + _arranged_place(j)[:, None]
-        tl.store(out + places, result.to(tl.float16), mask=mask)
+        codes = data + place * (GROUPS * 4)
+        exponents = scales + place * PADDED
+        tile = tl.program_id(0) * TURNS
+        asked = _asked(
+            codes, exponents, _gates(tile, TRUE, INTERLEAVED, WARPS, TILES), GROUPS, PADDED, WARPS, STEPS, TILES
+        )
+        for turn in tl.static_range(TURNS):
+            now = asked
+            if turn + 1 < TURNS:
+                outputs = _gates(tile + turn + 1, TRUE, INTERLEAVED, WARPS, TILES)
+                asked = _asked(codes, exponents, outputs, GROUPS, PADDED, WARPS, STEPS, TILES)
+            if OVERLAP and turn == 0:
+                gdc_wait()
+            if OVERLAP and LATE and turn + 1 == TURNS:
+                gdc_launch_dependents()
+            sums = _few_sums(x, own // CHOSEN, now[0], now[1], LENGTH, WARPS, STEPS, TILES)
+            gates, ups = tl.split(tl.permute(sums, [0, 2, 3, 1]))
+            gates = tl.reshape(gates, [8 * TILES, 8])
+            ups = tl.reshape(ups, [8 * TILES, 8])
+            j = (tile + turn) * (8 * TILES) + tl.arange(0, 8 * TILES)
+            if BIAS:
+                where = bias + place + (j * 2 if INTERLEAVED else j)
+                gates += tl.load(where, mask=j < TRUE, other=0.0).to(tl.float32)[:, None]
+                up_bias = tl.load(where + (1 if INTERLEAVED else TRUE), mask=j < TRUE, other=0.0)
+                ups += up_bias.to(tl.float32)[:, None]
+            result = _activated(gates, ups, ACTIVATION, ALPHA, LIMIT) * FACTOR
+            mask = (mine >= 0)[None, :] & (j < TRUE)[:, None]
+            places = tl.maximum(mine, 0).to(tl.int64)[None, :] * OUT_LENGTH + _arranged_place(j)[:, None]
+            tl.store(out + places, result.to(tl.float16), mask=mask)
 
 
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["scales"])
@@ -270,27 +309,32 @@ def few_down_kernel(  # type: ignore[no-untyped-def]
     x, ids, order, blocks, data, scales, out, pairs,
     PLANNED: tl.constexpr, PAIRS: tl.constexpr, ALONE: tl.constexpr, OVERLAP: tl.constexpr, ALL: tl.constexpr,
     GROUPS: tl.constexpr, PADDED: tl.constexpr, LENGTH: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr, TURNS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Down: 16 outputs for a program, float32 [pairs, ALL]."""
-    if OVERLAP:
+    """Down: 16 outputs for a turn, float32 [pairs, ALL]."""
+    if OVERLAP and not LATE:
         gdc_launch_dependents()
     expert, mine, own = _tokens(ids, order, blocks, tl.program_id(1), pairs, PLANNED, PAIRS, ALONE, WARPS)
     if expert >= 0:
-        tile = tl.program_id(0)
-        outputs = ()
-        for part in tl.static_range(2 * TILES):
-            n = (tile * TILES * 2 + part) * 8 + tl.arange(0, WARPS * 32) // 4 % 8
-            outputs = outputs + (tl.minimum(n, ALL - 1),)
         place = expert.to(tl.int64) * ALL
-        sums = _few_product(
-            x, own, data + place * (GROUPS * 4), scales + place * PADDED, outputs,
-            GROUPS, PADDED, LENGTH, WARPS, STEPS, TILES, OVERLAP,
-        )  # fmt: skip
-        sums = tl.reshape(sums, [16 * TILES, 8])
-        n = tile * (16 * TILES) + tl.arange(0, 16 * TILES)
-        mask = (mine >= 0)[None, :] & (n < ALL)[:, None]
-        tl.store(out + tl.maximum(mine, 0).to(tl.int64)[None, :] * ALL + n[:, None], sums, mask=mask)
+        codes = data + place * (GROUPS * 4)
+        exponents = scales + place * PADDED
+        tile = tl.program_id(0) * TURNS
+        asked = _asked(codes, exponents, _outputs(tile, ALL, WARPS, TILES), GROUPS, PADDED, WARPS, STEPS, TILES)
+        for turn in tl.static_range(TURNS):
+            now = asked
+            if turn + 1 < TURNS:
+                outputs = _outputs(tile + turn + 1, ALL, WARPS, TILES)
+                asked = _asked(codes, exponents, outputs, GROUPS, PADDED, WARPS, STEPS, TILES)
+            if OVERLAP and turn == 0:
+                gdc_wait()
+            if OVERLAP and LATE and turn + 1 == TURNS:
+                gdc_launch_dependents()
+            sums = _few_sums(x, own, now[0], now[1], LENGTH, WARPS, STEPS, TILES)
+            sums = tl.reshape(sums, [16 * TILES, 8])
+            n = (tile + turn) * (16 * TILES) + tl.arange(0, 16 * TILES)
+            mask = (mine >= 0)[None, :] & (n < ALL)[:, None]
+            tl.store(out + tl.maximum(mine, 0).to(tl.int64)[None, :] * ALL + n[:, None], sums, mask=mask)
 
 
 @triton.jit

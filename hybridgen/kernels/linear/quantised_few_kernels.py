@@ -180,8 +180,6 @@ def few_int4_kernel(  # type: ignore[no-untyped-def]
         outputs = outputs + (tl.minimum(n, ALL - 1).to(tl.int64),)
     row = tl.minimum(tl.program_id(1) * 8 + thread // 4 % 8, rows - 1)
     own = x + (row.to(tl.int64) * (PIECES * 32) + begin * 32)
-    if OVERLAP:
-        gdc_launch_dependents()
     asked = _asked(
         data, scales, zeros, outputs, first, begin, 0,
         PIECES, COLUMNS, GROUP, ZEROS, ROWWISE, RAGGED, TILES, CHUNK, STEPS, FLOAT16,
@@ -192,6 +190,7 @@ def few_int4_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()
     nought = tl.zeros((WARPS * 32,), dtype=tl.float32)
     sums = ()
     for _ in tl.static_range(TILES):

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from hybridgen.device.launcher import Device, Launcher, device_of
+from hybridgen.kernels.linear import int4_few
 from hybridgen.kernels.linear import quantised_few_kernels as few
 from hybridgen.kernels.linear.layout import Block, dequantise
+from hybridgen.kernels.linear.splits_kernels import add_splits
 
 MOST_ROWS = 256
 """Rows of a product by this kernel; more are multiplied with a dequantised copy by cuBLAS."""
@@ -252,8 +254,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         )
         words = data + (n.to(tl.int64) * width)[:, None] + tl.arange(0, INPUTS // 8)[None, :]
     if OVERLAP:
+        # What comes next starts when all programs end: earlier it would crowd the few multiprocessors with room.
         gdc_wait()
-        gdc_launch_dependents()
     sums = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     for step in range(begin, end):
         at = step * INPUTS
@@ -285,24 +287,6 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         sums += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
     places = (split.to(tl.int64) * rows + m.to(tl.int64))[None, :] * outputs + n[:, None]
     tl.store(out + places, sums.to(out.dtype.element_ty), mask=(m < rows)[None, :] & inside[:, None])
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["bias"])
-def _add_splits_kernel(  # type: ignore[no-untyped-def]
-    parts, bias, out, count, outputs, BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < count
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(parts + count.to(tl.int64) * split + place, mask=mask, other=0.0)
-    if BIAS:
-        total += tl.load(bias + place % outputs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["zeros"])
@@ -407,12 +391,6 @@ def _product_launcher(
 
 
 @functools.cache
-def _adder(splits: int, bias: bool, dtype: torch.dtype, outputs: int, device: Device) -> Launcher:
-    constants = {"BIAS": bias, "SPLITS": splits, "BLOCK": 1024, "num_warps": 4, **_overlap(device)}
-    return Launcher(_add_splits_kernel, constants)
-
-
-@functools.cache
 def _dequantiser(layout: Layout, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...], index: int) -> Launcher:
     constants = {
         "KIND": layout.kind,
@@ -443,7 +421,9 @@ def linear(
     rows = x.reshape(-1, inputs)
     if layout is not None and rows.shape[0] <= MOST_ROWS and x.element_size() == 2:
         rows = rows.contiguous()
-        if kind == "int4" and block.outputs == 1 and few.takes(rows, data, zeros, scales.shape[1], layout.group):
+        if kind == "int4" and block.outputs == 1 and int4_few.takes(rows, data, scales, layout.group):
+            out = int4_few.product(rows, data, scales, zeros, bias, layout.group)
+        elif kind == "int4" and block.outputs == 1 and few.takes(rows, data, zeros, scales.shape[1], layout.group):
             out = few.few_product(rows, data, scales, zeros, bias, layout.group)
         else:
             out = product(rows, data, scales, zeros, bias, layout, inputs)
@@ -487,9 +467,7 @@ def product(
     tensors = x, data, scales, scales if zeros is None else zeros, x if bias is None else bias
     launch(grid, (*tensors, parts, rows, *sizes))
     if tile.splits > 1:
-        count = rows * outputs
-        add = _adder(tile.splits, bias is not None, x.dtype, outputs, device)
-        add((-(-count // 1024), 1, 1), (parts, x if bias is None else bias, out, count, outputs))
+        add_splits(parts, bias, out)
     return out
 
 

@@ -1,0 +1,136 @@
+"""Launches of `experts_one.cu`: chosen experts in MXFP4 for one token, on compute capability 9.0.
+
+Only the CUDA implementation imports this module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from hybridgen.device.launcher import Device, device_of
+from hybridgen.device.program import Kernel, Program, Unfit, machine_code
+from hybridgen.errors import DeviceError
+from hybridgen.kernels.linear.experts_form import Form, Projection
+
+logger = logging.getLogger(__name__)
+
+IS_ON = False
+"""Whether it is used. It has not run on a GPU yet."""
+PROGRAM = Program((__package__ or "",), "experts_one.cu", (), "experts_one")
+WARPS = 4
+"""They share the inputs, as those of the kernels for few tokens do."""
+STAGES = 5
+RESIDENT = 6
+"""Blocks of a multiprocessor."""
+_THREADS = 32 * WARPS
+_STAGE_BYTES = 2 * _THREADS * 16
+_STEP = 128 * WARPS
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's argument."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "ids", "codes", "scales", "bias", "out")),
+        *((name, ctypes.c_int) for name in ("blocks", "turns")),
+    )
+
+
+def defines(form: Form, outputs: int, inputs: int, padded: int, out_length: int, gated: bool) -> dict[str, str | int]:
+    """Constants of the kernel for a projection.
+
+    Args:
+        padded: from one row of scales to the next.
+        out_length: of a pair's activations, as down reads them.
+        gated: it is gate and up.
+    """
+    return {
+        "ALL": outputs,
+        "ALPHA": f"{float(form.alpha)!r}f",
+        "CLAMPED": int(form.activation == "clamped"),
+        "GATED": int(gated),
+        "GROUPS": inputs // 32,
+        "INTERLEAVED": int(form.interleaved),
+        "LIMIT": f"{float(form.limit)!r}f",
+        "OUT_LENGTH": out_length,
+        "PADDED": padded,
+        "RESIDENT": RESIDENT,
+        "STAGES": STAGES,
+        "STEPS": -(-inputs // _STEP),
+    }
+
+
+@functools.cache
+def _kernel(constants: tuple[tuple[str, str | int], ...], inputs: int, ordinal: int) -> Kernel | None:
+    """The kernel in the device's context; None where it cannot be had, which is said once."""
+    shared = STAGES * _STAGE_BYTES + -(-inputs // _STEP) * _STEP * 2
+    try:
+        torch.cuda.synchronize()  # this thread has the device's context then
+        return Kernel(machine_code(dict(constants), (9, 0), PROGRAM), shared, PROGRAM)
+    except (Unfit, DeviceError) as error:
+        logger.warning("experts in MXFP4 take a slower kernel for one token: %s", error)
+        return None
+
+
+@functools.cache
+def _is_hopper(ordinal: int) -> bool:
+    return torch.cuda.get_device_capability(ordinal) == (9, 0)
+
+
+def turns_of(tiles: int, pairs: int, device: Device) -> int:
+    """Tiles of a block: as few as let all blocks run at once."""
+    return max(1, -(-tiles * pairs // (RESIDENT * device.processors)))
+
+
+def _launcher(
+    part: Projection, form: Form, outputs: int, inputs: int, out_length: int, gated: bool, ordinal: int
+) -> Kernel | None:
+    assert part.scales is not None
+    constants = defines(form, outputs, inputs, part.scales.stride(1), out_length, gated)
+    return _kernel(tuple(sorted(constants.items())), inputs, ordinal)
+
+
+def product(
+    x: Tensor, ids: Tensor, gate_up: Projection, down: Projection, form: Form, acts: Tensor, out: Tensor,
+    turns: tuple[int, int] = (0, 0),
+) -> bool:  # fmt: skip
+    """Both projections of a token's pairs; False, and nothing done, where the kernel does not serve them.
+
+    Args:
+        x: the token's inputs, float16 [1, L], as `arrange_kernel` has them.
+        acts: the pairs' activations, float16 [pairs, L], noughts behind the experts' width; written.
+        out: float32 [pairs, H]; written.
+        turns: tiles of a block of both; 0 for the default.
+    """
+    outputs, hidden = gate_up.data.shape[1], out.shape[1]
+    width, bias = outputs // 2, gate_up.bias
+    usual = form.activation in ("clamped", "silu") and ids.dtype == torch.int64
+    biased = bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous())
+    whole = x.shape[1] == -(-hidden // _STEP) * _STEP and acts.shape[1] == -(-width // _STEP) * _STEP
+    aligned = not gate_up.data.data_ptr() % 16 and not down.data.data_ptr() % 16
+    if not IS_ON or not x.is_cuda or not usual or not biased or not whole or not aligned:
+        return False
+    device = device_of(x)
+    if not _is_hopper(device.ordinal):
+        return False
+    first = _launcher(gate_up, form, outputs, hidden, acts.shape[1], True, device.ordinal)
+    second = _launcher(down, form, hidden, width, acts.shape[1], False, device.ordinal)
+    if first is None or second is None:
+        return False
+    pairs, stream = ids.numel(), torch.cuda.current_stream(x.device).cuda_stream
+    steps = (
+        (first, x, gate_up, bias, acts, -(-width // 8), turns[0]),
+        (second, acts, down, None, out, -(-hidden // 16), turns[1]),
+    )
+    for kernel, inputs, part, its_bias, to, tiles, given in steps:
+        turns_each = given or turns_of(tiles, pairs, device)
+        blocks = -(-tiles // turns_each)
+        tensors = inputs, ids, part.data, part.scales, its_bias, to
+        pointers = (0 if each is None else each.data_ptr() for each in tensors)
+        kernel.launch_early(blocks * pairs, _THREADS, Arguments(*pointers, blocks, turns_each), stream)
+    return True

@@ -1,0 +1,116 @@
+"""Launches of `int4_few.cu`: int4 weights times up to eight rows, on compute capability 9.0.
+
+Only the CUDA implementation imports this module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridgen.device.launcher import device_of
+from hybridgen.device.program import Kernel, Program, Unfit, machine_code
+from hybridgen.errors import DeviceError
+
+logger = logging.getLogger(__name__)
+
+IS_ON = False
+"""Whether it is used. It has not run on a GPU yet."""
+MOST_ROWS = 8
+PROGRAM = Program((__package__ or "",), "int4_few.cu", (), "int4_few")
+_STEP = 128
+_TILE = 16
+
+
+class Form(NamedTuple):
+    """How the kernel is compiled."""
+
+    warps: int
+    """They share the inputs."""
+    resident: int
+    """Blocks of a multiprocessor."""
+    stages: int
+    """Steps whose codes are under way."""
+
+
+FORM = Form(8, 3, 5)
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's argument."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias", "x", "out")),
+        *((name, ctypes.c_int) for name in ("rows", "outputs", "inputs", "columns", "group_shift", "turns")),
+    )
+
+
+def defines(form: Form) -> dict[str, int]:
+    """Constants of `int4_few.cu`."""
+    return {"WARPS": form.warps, "RESIDENT": form.resident, "STAGES": form.stages}
+
+
+@functools.cache
+def _kernel(form: Form, ordinal: int) -> Kernel | None:
+    """The kernel in the device's context; None where it cannot be had, which is said once."""
+    shared = form.stages * 32 * form.warps * (2 * 16 + 4)
+    try:
+        torch.cuda.synchronize()  # this thread has the device's context then
+        return Kernel(machine_code(defines(form), (9, 0), PROGRAM), shared, PROGRAM)
+    except (Unfit, DeviceError) as error:
+        logger.warning("products of few rows with int4 weights take a slower kernel: %s", error)
+        return None
+
+
+@functools.cache
+def _is_hopper(ordinal: int) -> bool:
+    return torch.cuda.get_device_capability(ordinal) == (9, 0)
+
+
+def takes(x: Tensor, data: Tensor, scales: Tensor, group: int) -> bool:
+    """Whether the kernel is for rows of x and an int4 weight whose scales are each output's own.
+
+    Args:
+        group: inputs of a scale.
+    """
+    rows, inputs = x.shape
+    steps = group // _STEP
+    grouped = group % _STEP == 0 and steps > 0 and steps & (steps - 1) == 0
+    sizes = inputs % _STEP == 0 and (scales.shape[1] == 1 or grouped)
+    if not IS_ON or not 0 < rows <= MOST_ROWS or not sizes or not x.is_cuda:
+        return False
+    usual = x.dtype == torch.bfloat16 == scales.dtype and data.is_contiguous() and scales.is_contiguous()
+    if not usual or data.data_ptr() % 16 or x.data_ptr() % 16 or not _is_hopper(x.device.index):
+        return False
+    return _kernel(FORM, x.device.index) is not None
+
+
+def product(
+    x: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group: int, form: Form = FORM
+) -> Tensor:
+    """`x @ weight.T + bias` of x [M, K], contiguous, for what `takes` says yes to; [M, N] in x's dtype.
+
+    Args:
+        group: inputs of a scale.
+        form: how the kernel is compiled.
+    """
+    (rows, inputs), (outputs, columns) = x.shape, scales.shape
+    device = device_of(x)
+    kernel = _kernel(form, device.ordinal)
+    assert kernel is not None
+    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    tiles = -(-outputs // _TILE)
+    turns = -(-tiles // (form.resident * device.processors))
+    shift = 30 if columns == 1 else (group // _STEP).bit_length() - 1
+    tensors = data, scales, zeros, bias, x, out
+    arguments = Arguments(
+        *(0 if each is None else each.data_ptr() for each in tensors), rows, outputs, inputs, columns, shift, turns
+    )
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel.launch_early(-(-tiles // turns), 32 * form.warps, arguments, stream)
+    return out

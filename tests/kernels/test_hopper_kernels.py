@@ -1,0 +1,58 @@
+"""Kernels in CUDA C++ for compute capability 9.0, without a GPU: that they compile, and what they leave to others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hybridgen.device import program
+from hybridgen.kernels.linear import experts_one, int4_few
+from hybridgen.kernels.linear.experts_form import Form, Projection
+
+
+def _has_compiler() -> bool:
+    try:
+        program._bindings()
+    except program.Unfit:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+
+
+@needs_compiler
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("form", [Form("clamped", True, False, 1.702, 7.0), Form("silu")], ids=str)
+def test_experts_of_one_token_compile(form: Form, gated: bool) -> None:
+    constants = experts_one.defines(form, 1440, 736, 24, 1024, gated)
+    assert constants["STEPS"] == 2
+    cubin = program.compile_cubin(constants, "sm_90a", experts_one.PROGRAM)
+    assert experts_one.PROGRAM.kernel.encode() in cubin
+
+
+@needs_compiler
+def test_int4_of_few_rows_compiles() -> None:
+    cubin = program.compile_cubin(int4_few.defines(int4_few.FORM), "sm_90a", int4_few.PROGRAM)
+    assert int4_few.PROGRAM.kernel.encode() in cubin
+
+
+def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4_few, "IS_ON", True)
+    monkeypatch.setattr(experts_one, "IS_ON", True)
+    x, data = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(64, 32, dtype=torch.int32)
+    assert not int4_few.takes(x, data, torch.zeros(64, 2, dtype=torch.bfloat16), 128)
+    codes, scales = torch.zeros(4, 64, 16, dtype=torch.uint8), torch.zeros(4, 64, 4, dtype=torch.uint8)
+    part = Projection(codes, scales)
+    inputs, out = torch.zeros(1, 512, dtype=torch.float16), torch.zeros(2, 32)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    assert not experts_one.product(inputs, ids, part, part, Form("silu"), inputs, out)
+
+
+def test_a_block_takes_as_few_tiles_as_let_all_run_at_once() -> None:
+    from hybridgen.device.launcher import Device
+
+    device = Device(processors=132, shared_memory=232448, overlap=True)
+    assert experts_one.turns_of(360, 4, device) == 2
+    assert experts_one.turns_of(180, 4, device) == 1
+    assert experts_one.turns_of(1, 1, device) == 1
