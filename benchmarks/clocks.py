@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ def summary(seen: dict[str, Any], start: float) -> dict[str, float]:
         "seconds_of_steps_with_prefill": sum(step.end - step.start for step in filling),
         "other_steps": len(others),
         "seconds_of_other_steps": sum(step.end - step.start for step in others),
-        "seconds_between_steps": sum(b.start - a.end for a, b in zip(steps, steps[1:], strict=False)),
+        "seconds_between_steps": sum(b.start - a.end for a, b in pairwise(steps)),
         "rows_of_a_full_step": full,
         "seconds_of_a_full_step": median(at_full) if at_full else 0.0,
         "cpu_seconds_of_steps": sum(step.cpu for step in steps),

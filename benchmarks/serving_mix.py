@@ -10,8 +10,8 @@ tokens over the time from the first request to the last answer; the median of th
 one in the prefix cache (`cache_salt`).
 
 Each phase is told on stderr with the seconds since the imports. A phase that takes longer than `--limit` ends the
-script, with the last lines of the server's log. Both sides run with the clocks of `clocks.py`, so that each run also says
-when requests reached the engine and what its steps took. The output is written after each run.
+script, with the last lines of the server's log. Both sides run with the clocks of `clocks.py`, so that each run also
+says when requests reached the engine and what its steps took. The output is written after each run.
 
     python benchmarks/serving_mix.py [--model llama-3.2-1b] [--runs 3] [--output results.json]
     python benchmarks/serving_mix.py --smoke      # a tiny model, anywhere
@@ -261,7 +261,8 @@ class Results:
         """One more run."""
         row = self._rows.setdefault(how, {"how": how, "runs": []})
         row["runs"].append(run)
-        row["tokens_per_s"] = self.facts["generated_tokens"] / statistics.median(each["seconds"] for each in row["runs"])
+        seconds = statistics.median(each["seconds"] for each in row["runs"])
+        row["tokens_per_s"] = self.facts["generated_tokens"] / seconds
         row["of_in_process"] = row["tokens_per_s"] / self._rows["in process"]["tokens_per_s"]
         told = " ".join(f"{name}={value:.4g}" for name, value in run["clocks"].items())
         print(f"{how:<14} {run['seconds']:.3f} s  {told}  {run.get('cpu_seconds', '')}", flush=True)
