@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 from hybridgen.errors import ConfigError, ServerError
 from hybridgen.serving.async_client import AsyncClient
+from hybridgen.serving.http.event_loop import new_event_loop
 from hybridgen.serving.http.options import EXTRA, HttpOptions, public_name
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,6 @@ def run_http(
             app,
             log_level="warning",
             access_log=False,
-            loop="asyncio",
             http="h11",
             ws="none",
             server_header=False,
@@ -74,7 +75,8 @@ def run_http(
         threading.Thread(target=_end_with_parent, args=(server,), daemon=True, name="hybridgen-parent").start()
     host, port = listener.getsockname()[:2]
     ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    server.run(sockets=[listener])
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(server.serve(sockets=[listener]))
     return 0
 
 
