@@ -135,8 +135,12 @@ class AsyncClient:
         timeout: float | None = None,
         wait: float = 60.0,
         patience: float = 0.0,
+        brief: bool = False,
     ) -> None:
         """See `Client`; it connects with the first call.
+
+        Args:
+            brief: completions come without `prompt_token_ids` and `timing.token_times`, which are most of what is sent.
 
         Raises:
             ServerError: the path is too long to be a socket's.
@@ -145,6 +149,7 @@ class AsyncClient:
         self._timeout = timeout
         self._wait = wait
         self._patience = patience
+        self._brief = brief
         self._closed = False
         self._link: _AsyncLink | None = None
         self._connecting = asyncio.Lock()
@@ -238,7 +243,7 @@ class AsyncClient:
 
     async def _events(self, call: Call, *, stream: bool) -> AsyncIterator[TokenEvent]:
         link = await self._connected()
-        exchange = Exchange(call, link.hello["limits"], wait=self._wait, stream=stream)
+        exchange = Exchange(call, link.hello["limits"], wait=self._wait, stream=stream, brief=self._brief)
         box: Box = asyncio.Queue()
         silent_since = time.monotonic()
         for event in exchange.refused:

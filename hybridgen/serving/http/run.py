@@ -57,7 +57,9 @@ def run_http(
     def served(max_context: int) -> Served:
         return Served(name=name, text=text, max_context=max_context, default_tokens=options.default_tokens)
 
-    app = make_app(served, AsyncClient(path, wait=0.0), keys=keys, origins=options.origins, page=options.page)
+    app = make_app(
+        served, AsyncClient(path, wait=0.0, brief=True), keys=keys, origins=options.origins, page=options.page
+    )
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -41,6 +41,8 @@ class Submit(NamedTuple):
     """Whether the first token of each completion brings the prompt's ids."""
     weight: int = 0
     """About the bytes that it takes while it waits."""
+    brief: bool = False
+    """Whether completions come without the prompt's ids and the times of tokens."""
 
     @property
     def size(self) -> int:
@@ -100,6 +102,7 @@ class Done(NamedTuple):
     event: TokenEvent
     stream: bool
     last: bool
+    brief: bool = False
 
 
 class Failed(NamedTuple):
@@ -315,7 +318,8 @@ class Generator(threading.Thread):
                 tokens.setdefault(key.client, []).append(Token(key.id, event, prompt))
                 continue
             del self._places[handle], running.handles[position]
-            ended.append(Done(key, event, running.submit.stream, not running.handles))
+            submit = running.submit
+            ended.append(Done(key, event, submit.stream, not running.handles, submit.brief))
             if not running.handles:
                 del self._running[key]
         for client, parts in tokens.items():
