@@ -241,6 +241,11 @@ def settle(place: Place, limit: float) -> None:
             time.sleep(0.1)
 
 
+def phases(stats: dict[str, Any]) -> str:
+    """What starting an engine took, in words."""
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stats["startup"].items() if seconds >= 0.05)
+
+
 def directory_of(wanted: Path | None) -> Path | None:
     """Where the checkpoint goes: memory where there is room, else where temporary files go (None)."""
     if wanted is None and SHARED.is_dir() and shutil.disk_usage(SHARED).free >= CHECKPOINT_BYTES:
@@ -314,12 +319,17 @@ def main() -> None:
         results.facts |= {"model": name, "options": options}
         results.facts["ran"] = in_process(case, device, lambda run: results.add("in process", run))
         release()
+        note(f"started in {phases(results.facts['ran'])}")
         with serving(case) as place:
+            with hybridgen.Client(place.socket) as client:
+                started = client.stats()["engine"]
+            results.facts["server"] = {name: started[name] for name in ("startup", "artifacts", "fallbacks")}
+            note(f"started in {phases(started)}; compile cache: {started['artifacts']}")
             for turn in range(2):
                 ask(place, work.head(WARM_UP), f"warm {turn}", limit, stream=bool(turn))
                 settle(place, limit)
                 note(f"warm-up {turn} of the server is done")
-            first = ask(place, work, "unmeasured", limit, stream=True)
+            first = ask(place, work, "unmeasured", limit, stream=False)
             settle(place, limit)
             note(f"the mix once, not measured: {first['seconds']:.2f} s")
             for how, stream in (("http", False), ("http, streams", True)):

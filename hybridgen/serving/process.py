@@ -121,7 +121,7 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
             on_ready=lambda: _announce(service, lease, options, endpoint, http, note),
         )
         if http is not None:
-            http.watch(life.drain_soon)
+            http.watch(life.drain_soon, life.fail_soon)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, which is then meant
                 # Not the loop's handlers, which go with it: another signal must not stop the cleaning up below.
@@ -167,6 +167,7 @@ def _announce(
         facts["metrics_port"] = endpoint.port
         note(f"hybridgen: metrics at http://127.0.0.1:{endpoint.port}/metrics")
     if http is not None:
+        http.wait()  # it imports while the model loads
         facts["http"] = http.url
         note(f"hybridgen: OpenAI's protocol at {http.url}/v1")
     if options.ready_file is not None:

@@ -26,14 +26,21 @@ BACKLOG = 512
 
 
 def run_http(
-    model: str, options: HttpOptions, path: str | os.PathLike[str] | None, ready: Callable[[str], None], *, child: bool
+    model: str,
+    options: HttpOptions,
+    path: str | os.PathLike[str] | None,
+    *,
+    listens: Callable[[str], None],
+    ready: Callable[[str], None],
+    child: bool,
 ) -> int:
     """Listen until told to end; returns the exit status.
 
     Args:
         model: whose tokenizer is read.
         path: the socket of the server; None: the default one.
-        ready: called with the URL when it listens. Requests are answered 503 until the server is there.
+        listens: called with the URL when it has its address; requests wait from then on.
+        ready: called with the URL when it answers. Requests are answered 503 until the server is there.
         child: end when standard input does, which is a pipe from the process that started this one.
 
     Raises:
@@ -41,14 +48,18 @@ def run_http(
         HybridgenError: the tokenizer cannot be loaded.
     """
     check_extra()
+    keys, template = options.keys(), options.template()
+    listener = listen(*options.address())
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    listens(url)
+    # What takes long comes behind it: who started this process goes on meanwhile.
     import uvicorn
 
     from hybridgen.serving.http.app import make_app
     from hybridgen.serving.http.jobs import Served
     from hybridgen.serving.http.text import Text
 
-    keys, template = options.keys(), options.template()
-    listener = listen(*options.address())
     tokenizer = _tokenizer(model)
     if template is not None:
         tokenizer.chat_template = template
@@ -75,8 +86,7 @@ def run_http(
     )
     if child:
         threading.Thread(target=_end_with_parent, args=(server,), daemon=True, name="hybridgen-parent").start()
-    host, port = listener.getsockname()[:2]
-    ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    ready(url)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(server.serve(sockets=[listener]))
     return 0
