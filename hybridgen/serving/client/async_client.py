@@ -253,11 +253,14 @@ class AsyncClient:
                 now = time.monotonic()
                 while (message := exchange.next_message(now)) is not None:
                     exchange.sent(link.post(message, box))
-                left = None if self._timeout is None else self._timeout - (now - silent_since)
-                if left is not None and left <= 0:
-                    raise ServerError(f"the server sent nothing for {self._timeout:g} s; see ping()", "timeout")
-                pauses = [seconds for seconds in (left, exchange.pause(now)) if seconds is not None]
-                answer = await link.receive(box, min(pauses, default=None))
+                pause = None
+                if box.empty():  # else nothing is waited for
+                    left = None if self._timeout is None else self._timeout - (now - silent_since)
+                    if left is not None and left <= 0:
+                        raise ServerError(f"the server sent nothing for {self._timeout:g} s; see ping()", "timeout")
+                    pauses = [seconds for seconds in (left, exchange.pause(now)) if seconds is not None]
+                    pause = min(pauses, default=None)
+                answer = await link.receive(box, pause)
                 if answer is None:
                     continue
                 silent_since = time.monotonic()

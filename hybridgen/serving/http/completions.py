@@ -138,7 +138,8 @@ class TextJob:
             text = event.text
             if index not in offsets:
                 offsets[index] = 0
-                text = self._prompt_text(event.index) * self._echo + text
+                if self._echo:
+                    text = self._prompt_text(event.index) + text
             logprobs = None
             if event.logprob is not None:
                 logprobs = legacy_logprobs(self._served.text, [(event.logprob.token_id, event.logprob)], offsets[index])
