@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -86,6 +87,9 @@ def run_http(
     )
     if child:
         threading.Thread(target=_end_with_parent, args=(server,), daemon=True, name="hybridgen-parent").start()
+    # A full collection goes through all that imports made: 0.3 s, in which all requests and answers would wait.
+    gc.collect()
+    gc.freeze()
     ready(url)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(server.serve(sockets=[listener]))
