@@ -303,25 +303,28 @@ def _event(name: str | None, value: dict[str, Any]) -> str:
 async def together(first: TokenEvent, rest: AsyncIterator[TokenEvent]) -> AsyncGenerator[TokenEvent, None]:
     """The events, in which tokens that are there at the same time are one: a step that accepted drafts brings several,
     and so does a reader that is slow. Tokens with log-probabilities stay apart."""
-    box: asyncio.Queue[TokenEvent | BaseException | None] = asyncio.Queue()
+    box: list[TokenEvent | BaseException | None] = []
+    filled = asyncio.Event()
 
     async def pump() -> None:
         try:
             async for event in rest:
-                box.put_nowait(event)
+                box.append(event)
+                filled.set()
         except Exception as error:
-            box.put_nowait(error)
+            box.append(error)
         else:
-            box.put_nowait(None)
+            box.append(None)
+        filled.set()
 
     pumping = asyncio.ensure_future(pump())
     try:
         yield first
         while True:
-            came = [await box.get()]
+            await filled.wait()
             await asyncio.sleep(0)  # what one message of the server brought is there then
-            while not box.empty():
-                came.append(box.get_nowait())
+            came, box[:] = box[:], []
+            filled.clear()
             waiting: list[TokenEvent] = []
             for event in came:
                 if waiting and not (isinstance(event, TokenEvent) and _joins(waiting[-1], event)):
