@@ -4,7 +4,8 @@ python benchmarks/http_load.py URL FILE FIRST STEP
 
 FILE has the bodies, one a line; this process has every STEP-th from FIRST on. It connects for each, writes a line,
 waits for one, sends, reads every answer to its end, and writes one line of JSON: tokens as the answers count them,
-answers that were no success, seconds of CPU, and when the last one ended (`time.monotonic`, which all processes share).
+answers that were no success, seconds of CPU, and when the last request was sent and the last answer ended
+(`time.monotonic`, which all processes share).
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from urllib.parse import urlsplit
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def answered(connection: Connection, host: str, body: bytes) -> tuple[int, bytes]:
-    """Send a request; returns the status and the body of the answer, chunks put together."""
+async def answered(connection: Connection, host: str, body: bytes) -> tuple[int, bytes, float]:
+    """Send a request; returns the status and the body of the answer, chunks put together, and when it was sent."""
     reader, writer = connection
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    sent = time.monotonic()
     answer = await reader.read(-1)
     writer.close()
     told, _, content = answer.partition(b"\r\n\r\n")
-    return int(told.split(b" ", 2)[1]), content
+    return int(told.split(b" ", 2)[1]), content, sent
 
 
 def tokens_of(content: bytes) -> int:
@@ -46,11 +48,12 @@ async def load(url: str, bodies: list[bytes]) -> dict[str, float]:
         *(answered(each, place.netloc, body) for each, body in zip(connections, bodies, strict=True))
     )
     end = time.monotonic()
-    good = [content for status, content in answers if status == 200 and b'"error"' not in content[-400:]]
+    good = [content for status, content, _ in answers if status == 200 and b'"error"' not in content[-400:]]
     return {
         "tokens": sum(map(tokens_of, good)),
         "failed": len(answers) - len(good),
         "cpu_seconds": time.process_time(),
+        "sent": max(sent for _, _, sent in answers),
         "end": end,
     }
 

@@ -287,7 +287,8 @@ def mix(count: int, smoke: bool) -> Work:
 
 
 def timed_mix(part: Part, generate: Callable[[Work], Any], work: Work, **facts: Any) -> None:
-    """A row of the mix."""
+    """A row of the mix. Beside the whole call's seconds: those from a request's submission in its engine to its end and
+    to its first prefill, of the requests that took longest."""
     for _ in range(2):  # what the first of them lacks is recorded behind it
         generate(work.head(WARM_UP))
         time.sleep(0.2 if part.smoke else 1.0)
@@ -295,7 +296,10 @@ def timed_mix(part: Part, generate: Callable[[Work], Any], work: Work, **facts: 
     done = generate(work)
     took = time.perf_counter() - start
     tokens = sum(len(completion.token_ids) for completion in done)
-    part.add(what="mix", **facts, requests=len(work.prompts), tokens=tokens, seconds=took, tokens_per_s=tokens / took)
+    slowest = max(completion.timing.total for completion in done)
+    waited = max(completion.timing.queue or 0.0 for completion in done)
+    facts |= {"requests": len(work.prompts), "slowest_request": slowest, "longest_queued": waited}
+    part.add(what="mix", **facts, tokens=tokens, seconds=took, tokens_per_s=tokens / took)
 
 
 def many(part: Part) -> dict[str, Any]:

@@ -10,7 +10,8 @@ tokens over the time from the first request to the last answer; the median of th
 one in the prefix cache (`cache_salt`).
 
 Each phase is told on stderr with the seconds since the imports. A phase that takes longer than `--limit` ends the
-script, with the last lines of the server's log.
+script, with the last lines of the server's log. Both sides run with the clocks of `clocks.py`, so that each run also
+says when requests reached the engine and what its steps took. The output is written after each run.
 
     python benchmarks/serving_mix.py [--model llama-3.2-1b] [--runs 3] [--output results.json]
     python benchmarks/serving_mix.py --smoke      # a tiny model, anywhere
@@ -28,11 +29,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import clocks
 from checkpoints import write_checkpoint
 from common import how_it_ran, release, report, shape_dtype, synchronize, this_device
 from shapes import shape_config
@@ -69,9 +71,10 @@ class Case(NamedTuple):
     """Where both sides keep what they compile."""
 
 
-def in_process(case: Case, device: str) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of each run in an engine of this process, and how it ran."""
+def in_process(case: Case, device: str, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """How an engine of this process ran the requests; `told` has the seconds and clocks of each run."""
     note("loading the engine of this process")
+    watch = clocks.Clocks()
     with hybridgen.Engine.load(case.path, **case.options, compile_cache=str(case.cache), progress=False) as engine:
         note("the engine is loaded; warm-up")
 
@@ -90,15 +93,16 @@ def in_process(case: Case, device: str) -> tuple[list[float], dict[str, Any]]:
             generate(case.work.head(WARM_UP), f"warm {turn}")
             while engine.idle():
                 pass
-        seconds = []
         for run in range(case.runs):
             synchronize(device)
-            start = time.perf_counter()
+            watch.take()
+            start = time.monotonic()
             generate(case.work, f"run {run}")
             synchronize(device)
-            seconds.append(time.perf_counter() - start)
-            note(f"in process, run {run}: {seconds[-1]:.2f} s")
-        return seconds, how_it_ran(engine)
+            seconds = time.monotonic() - start
+            told({"seconds": seconds, "clocks": clocks.summary(watch.take(), start)})
+            note(f"in process, run {run}: {seconds:.2f} s")
+        return how_it_ran(engine)
 
 
 class Place(NamedTuple):
@@ -108,6 +112,8 @@ class Place(NamedTuple):
     url: str
     pids: dict[str, int]
     log: Path
+    clocks: Path
+    """What the server writes of its steps."""
 
 
 def failed(why: str, log: Path | None = None) -> SystemExit:
@@ -121,7 +127,8 @@ def serving(case: Case) -> Iterator[Place]:
     """`hybridgen serve --http` of the checkpoint."""
     with tempfile.TemporaryDirectory(prefix="hg-") as directory:
         path, ready, log = Path(directory, "s"), Path(directory, "ready"), Path(directory, "log")
-        command = [sys.executable, "-m", "hybridgen", "serve", str(case.path), "--socket", str(path)]
+        seen, script = Path(directory, "clocks"), Path(__file__).with_name("clocks.py")
+        command = [sys.executable, str(script), str(seen), "serve", str(case.path), "--socket", str(path)]
         for name, value in case.options.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         command += ["--ready-file", str(ready), "--http", "127.0.0.1:0"]
@@ -139,7 +146,7 @@ def serving(case: Case) -> Iterator[Place]:
                 time.sleep(0.05)
             url = json.loads(ready.read_text())["http"]
             note(f"the server is ready at {url}")
-            yield Place(path, url, pids_of(process.pid), log)
+            yield Place(path, url, pids_of(process.pid), log, seen)
         finally:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -193,6 +200,7 @@ def ask(place: Place, work: Work, salt: str, limit: float, *, stream: bool) -> d
             for client in clients:
                 if line_of(client, until) != "connected":
                     raise failed(f"a client did not connect within {limit:g} s", place.log)
+            clocks.read(place.clocks, 0, 0.0)
             before = {name: cpu_seconds(pid) for name, pid in place.pids.items()}
             start = time.monotonic()
             for client in clients:
@@ -213,7 +221,10 @@ def ask(place: Place, work: Work, salt: str, limit: float, *, stream: bool) -> d
         why = f"{bad} requests failed, and {tokens} tokens came where {work.tokens} were asked for"
         raise failed(why, place.log)
     spent["clients"] = sum(row["cpu_seconds"] for row in found)
-    return {"seconds": max(row["end"] for row in found) - start, "cpu_seconds": spent}
+    seconds = max(row["end"] for row in found) - start
+    seen = clocks.summary(clocks.read(place.clocks, len(work.prompts), 5.0), start)
+    seen["last_sent"] = max(row["sent"] for row in found) - start
+    return {"seconds": seconds, "cpu_seconds": spent, "clocks": seen}
 
 
 def settle(place: Place, limit: float) -> None:
@@ -230,11 +241,48 @@ def settle(place: Place, limit: float) -> None:
             time.sleep(0.1)
 
 
+def phases(stats: dict[str, Any]) -> str:
+    """What starting an engine took, in words."""
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stats["startup"].items() if seconds >= 0.05)
+
+
 def directory_of(wanted: Path | None) -> Path | None:
     """Where the checkpoint goes: memory where there is room, else where temporary files go (None)."""
     if wanted is None and SHARED.is_dir() and shutil.disk_usage(SHARED).free >= CHECKPOINT_BYTES:
         return SHARED
     return wanted
+
+
+class Results:
+    """What was measured so far, written after each run: a run that is cut off leaves those before it."""
+
+    def __init__(self, work: Work, output: Path | None) -> None:
+        self.facts: dict[str, Any] = {"connections": len(work.prompts), "cores": os.cpu_count()}
+        self.facts["generated_tokens"] = work.tokens
+        self._output = output
+        self._rows: dict[str, dict[str, Any]] = {}
+
+    def add(self, how: str, run: dict[str, Any]) -> None:
+        """One more run."""
+        row = self._rows.setdefault(how, {"how": how, "runs": []})
+        row["runs"].append(run)
+        seconds = statistics.median(each["seconds"] for each in row["runs"])
+        row["tokens_per_s"] = self.facts["generated_tokens"] / seconds
+        row["of_in_process"] = row["tokens_per_s"] / self._rows["in process"]["tokens_per_s"]
+        told = " ".join(f"{name}={value:.4g}" for name, value in run["clocks"].items())
+        print(f"{how:<14} {run['seconds']:.3f} s  {told}  {run.get('cpu_seconds', '')}", flush=True)
+        if self._output is not None:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._output.write_text(json.dumps(self._all(), indent=1) + "\n")
+
+    def _all(self) -> dict[str, Any]:
+        return {"benchmark": "serving mix", **self.facts, "rows": list(self._rows.values())}
+
+    def show(self) -> None:
+        """The end: a table and all of it."""
+        for row in self._rows.values():
+            print(f"{row['how']:<14} {row['tokens_per_s']:>10,.0f} tokens/s {row['of_in_process']:.3f}")
+        report(self._all(), self._output)
 
 
 def main() -> None:
@@ -267,42 +315,30 @@ def main() -> None:
         write_checkpoint(name, path, shape_dtype(name, device), device)
         release()
         case = Case(path, work, options, runs, limit, cache)
-        seconds, ran = in_process(case, device)
+        results = Results(work, arguments.output)
+        results.facts |= {"model": name, "options": options}
+        results.facts["ran"] = in_process(case, device, lambda run: results.add("in process", run))
         release()
-        rows: list[dict[str, Any]] = [{"how": "in process", "runs": [{"seconds": each} for each in seconds]}]
+        note(f"started in {phases(results.facts['ran'])}")
         with serving(case) as place:
+            with hybridgen.Client(place.socket) as client:
+                started = client.stats()["engine"]
+            results.facts["server"] = {name: started[name] for name in ("startup", "artifacts", "fallbacks")}
+            note(f"started in {phases(started)}; compile cache: {started['artifacts']}")
             for turn in range(2):
                 ask(place, work.head(WARM_UP), f"warm {turn}", limit, stream=bool(turn))
                 settle(place, limit)
                 note(f"warm-up {turn} of the server is done")
-            first = ask(place, work, "unmeasured", limit, stream=True)
+            first = ask(place, work, "unmeasured", limit, stream=False)
             settle(place, limit)
             note(f"the mix once, not measured: {first['seconds']:.2f} s")
             for how, stream in (("http", False), ("http, streams", True)):
-                measured = []
                 for run in range(runs):
-                    measured.append(ask(place, work, f"{how} {run}", limit, stream=stream))
-                    note(f"{how}, run {run}: {measured[-1]['seconds']:.2f} s")
-                rows.append({"how": how, "runs": measured})
+                    found = ask(place, work, f"{how} {run}", limit, stream=stream)
+                    results.add(how, found)
+                    note(f"{how}, run {run}: {found['seconds']:.2f} s")
         note("the server has ended")
-    for row in rows:
-        row["tokens_per_s"] = work.tokens / statistics.median(run["seconds"] for run in row["runs"])
-        row["of_in_process"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        spent = row["runs"][-1].get("cpu_seconds", {})
-        print(f"{row['how']:<14} {row['tokens_per_s']:>10,.0f} tokens/s {row['of_in_process']:.3f}  {spent}")
-    report(
-        {
-            "benchmark": "serving mix",
-            "model": name,
-            "options": options,
-            "connections": len(work.prompts),
-            "cores": os.cpu_count(),
-            "generated_tokens": work.tokens,
-            "rows": rows,
-            "ran": ran,
-        },
-        arguments.output,
-    )
+    results.show()
 
 
 if __name__ == "__main__":

@@ -57,12 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.child:
         require_socket(arguments.socket)
 
-    def ready(url: str) -> None:
+    def listens(url: str) -> None:
         if arguments.child:
             say_json({"url": url})
+
+    def ready(url: str) -> None:
+        if arguments.child:
+            say_json({"ready": True})
         else:
             note(f"hybridgen: OpenAI's protocol at {url}/v1")
 
     if model is None:
         options = dataclasses.replace(options, name=options.name or "demo")
-    return run_http(model or str(model_path()), options, arguments.socket, ready, child=arguments.child)
+    return run_http(
+        model or str(model_path()), options, arguments.socket, listens=listens, ready=ready, child=arguments.child
+    )

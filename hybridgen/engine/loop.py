@@ -111,6 +111,10 @@ class StepLoop:
             if truncated:
                 self._counters.tokens["truncated"] += truncated
 
+    def on_end(self, call: Callable[[Request], object]) -> None:
+        """Call this with every request that ends from now on, inside the step or call that ends it."""
+        self._reader.on_end = call
+
     def cancel(self, requests: Iterable[Request]) -> None:
         """End these requests where they are. Those that ended, or were never submitted, stay as they are."""
         with self._lock, interrupts_deferred():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -48,6 +48,8 @@ class Reader:
         self._scheduler = scheduler
         self._counters = counters
         self._meter = meter
+        self.on_end: Callable[[Request], object] = lambda request: None
+        """Called with each request that ends."""
 
     def fetch(self, flight: InFlight) -> StepOutput:
         """Wait for a step, and return what it brings; scores and hidden states are handed out at once."""
@@ -155,3 +157,4 @@ class Reader:
         fed = request.output.token_ids[:-1] if normal else ()
         if self._scheduler.finish(request, fed) and completion is not None:
             self._counters.requests[str(completion.finish_reason)] += 1
+            self.on_end(request)

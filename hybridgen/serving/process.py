@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -121,7 +122,7 @@ def serve_model(load: Callable[[], Model], options: ServeOptions, note: Callable
             on_ready=lambda: _announce(service, lease, options, endpoint, http, note),
         )
         if http is not None:
-            http.watch(life.drain_soon)
+            http.watch(life.drain_soon, life.fail_soon)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, which is then meant
                 # Not the loop's handlers, which go with it: another signal must not stop the cleaning up below.
@@ -162,11 +163,15 @@ def _announce(
     http: HttpChild | None,
     note: Callable[[str], None],
 ) -> None:
+    # A full collection goes through all that imports and loading made: 0.3 s, in which no step is launched.
+    gc.collect()
+    gc.freeze()
     facts: dict[str, Any] = {"socket": str(lease.path), "pid": os.getpid()}
     if endpoint is not None:
         facts["metrics_port"] = endpoint.port
         note(f"hybridgen: metrics at http://127.0.0.1:{endpoint.port}/metrics")
     if http is not None:
+        http.wait()  # it imports while the model loads
         facts["http"] = http.url
         note(f"hybridgen: OpenAI's protocol at {http.url}/v1")
     if options.ready_file is not None:

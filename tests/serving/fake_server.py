@@ -69,6 +69,8 @@ class ToyModel:
         self.step_seconds = step_seconds
         self.unload = unload
         self.runs: list[Run] = []
+        self.told: list[Run] = []
+        """Those that may have something to tell."""
 
     def read_grammar(self, params: Any) -> None:
         """Nothing: no grammar is asked for."""
@@ -92,14 +94,17 @@ class ToyModel:
             for choice in range(params.n)
         ]
         self.runs += runs
+        self.told += runs
         return runs
 
     def prompt_ids(self, handle: Run) -> tuple[int, ...]:
         return handle.prompt
 
-    def events(self, handle: Run) -> Iterator[TokenEvent]:
-        while handle.queue:
-            yield handle.queue.pop(0)
+    def events(self) -> Iterator[tuple[Run, TokenEvent]]:
+        told, self.told = self.told, [run for run in self.told if not run.ended]
+        for run in told:
+            while run.queue:
+                yield run, run.queue.pop(0)
 
     def step(self) -> None:
         time.sleep(self.step_seconds)

@@ -172,7 +172,7 @@ def _compiler_settings() -> dict[str, Any]:
     environment = {
         name: value
         for name, value in sorted(os.environ.items())
-        if name.startswith(_ENVIRONMENT) and name not in _DIRECTORIES
+        if name.startswith(_ENVIRONMENT) and name not in _DIRECTORIES and not _is_torchs(name, value)
     }
     return {
         "environment": environment,
@@ -187,6 +187,12 @@ def _compiler_settings() -> dict[str, Any]:
             str(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction),
         ],
     }
+
+
+def _is_torchs(name: str, value: str) -> bool:
+    """Whether torch has set a variable, and no user: to the assembler that it brings, at its first compilation. Later
+    engines of the process and its child processes have it then, and earlier ones had not."""
+    return name == "TRITON_PTXAS_PATH" and Path(value).is_relative_to(Path(torch.__file__).parent)
 
 
 def _changed_settings(module: Any) -> dict[str, Any]:

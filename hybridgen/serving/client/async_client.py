@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from types import TracebackType
@@ -19,7 +20,41 @@ from hybridgen.serving.unix.address import connect, socket_path
 from hybridgen.serving.unix.frames import FrameError, FrameReader, encode
 from hybridgen.serving.unix.messages import error_from_wire
 
-Box = asyncio.Queue[dict[str, Any]]
+
+class Box:
+    """The messages of one call, for its one reader. A queue of asyncio's takes several times as long for each, and a
+    stream has one for every token."""
+
+    __slots__ = ("_messages", "_waiter")
+
+    def __init__(self) -> None:
+        self._messages: deque[dict[str, Any]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def empty(self) -> bool:
+        """Whether nothing is there now."""
+        return not self._messages
+
+    def put(self, message: dict[str, Any]) -> None:
+        """A message came."""
+        self._messages.append(message)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def take(self) -> dict[str, Any]:
+        """The next message, which is there."""
+        return self._messages.popleft()
+
+    async def wait(self, timeout: float | None) -> bool:
+        """Wait for a message; False when none came in time."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await (self._waiter if timeout is None else asyncio.wait_for(self._waiter, timeout))
+        except TimeoutError:
+            return False
+        finally:
+            self._waiter = None
+        return True
 
 
 class _AsyncLink(asyncio.Protocol):
@@ -60,7 +95,7 @@ class _AsyncLink(asyncio.Protocol):
             elif message.get("type") == "error" and message.get("id") is None:
                 self.fail(error_from_wire(message))
             elif (box := self.boxes.get(message.get("id", -1))) is not None:
-                box.put_nowait(message)
+                box.put(message)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.fail("the server closed the connection")
@@ -71,7 +106,7 @@ class _AsyncLink(asyncio.Protocol):
             lost = f"{why}; what was in flight is lost, and the next call connects again"
             self.error = why if isinstance(why, HybridgenError) else ServerError(lost)
             for box in self.boxes.values():
-                box.put_nowait({"type": "lost"})
+                box.put({"type": "lost"})
             if not self._first.done():
                 self._first.set_exception(self.error)
         if self._transport is not None:
@@ -110,12 +145,9 @@ class _AsyncLink(asyncio.Protocol):
         """
         if box.empty():
             self.check()
-            try:
-                message = await asyncio.wait_for(box.get(), timeout)
-            except TimeoutError:
+            if not await box.wait(timeout):
                 return None
-        else:
-            message = box.get_nowait()
+        message = box.take()
         if message["type"] == "lost":
             self.check()
         return message
@@ -135,8 +167,12 @@ class AsyncClient:
         timeout: float | None = None,
         wait: float = 60.0,
         patience: float = 0.0,
+        brief: bool = False,
     ) -> None:
         """See `Client`; it connects with the first call.
+
+        Args:
+            brief: completions come without `prompt_token_ids` and `timing.token_times`, which are most of what is sent.
 
         Raises:
             ServerError: the path is too long to be a socket's.
@@ -145,6 +181,7 @@ class AsyncClient:
         self._timeout = timeout
         self._wait = wait
         self._patience = patience
+        self._brief = brief
         self._closed = False
         self._link: _AsyncLink | None = None
         self._connecting = asyncio.Lock()
@@ -238,8 +275,8 @@ class AsyncClient:
 
     async def _events(self, call: Call, *, stream: bool) -> AsyncIterator[TokenEvent]:
         link = await self._connected()
-        exchange = Exchange(call, link.hello["limits"], wait=self._wait, stream=stream)
-        box: Box = asyncio.Queue()
+        exchange = Exchange(call, link.hello["limits"], wait=self._wait, stream=stream, brief=self._brief)
+        box = Box()
         silent_since = time.monotonic()
         for event in exchange.refused:
             yield event
@@ -248,11 +285,14 @@ class AsyncClient:
                 now = time.monotonic()
                 while (message := exchange.next_message(now)) is not None:
                     exchange.sent(link.post(message, box))
-                left = None if self._timeout is None else self._timeout - (now - silent_since)
-                if left is not None and left <= 0:
-                    raise ServerError(f"the server sent nothing for {self._timeout:g} s; see ping()", "timeout")
-                pauses = [seconds for seconds in (left, exchange.pause(now)) if seconds is not None]
-                answer = await link.receive(box, min(pauses, default=None))
+                pause = None
+                if box.empty():  # else nothing is waited for
+                    left = None if self._timeout is None else self._timeout - (now - silent_since)
+                    if left is not None and left <= 0:
+                        raise ServerError(f"the server sent nothing for {self._timeout:g} s; see ping()", "timeout")
+                    pauses = [seconds for seconds in (left, exchange.pause(now)) if seconds is not None]
+                    pause = min(pauses, default=None)
+                answer = await link.receive(box, pause)
                 if answer is None:
                     continue
                 silent_since = time.monotonic()
@@ -292,7 +332,7 @@ class AsyncClient:
 
     async def _ask(self, kind: str) -> dict[str, Any]:
         link = await self._connected()
-        box: Box = asyncio.Queue()
+        box = Box()
         key = link.post({"type": kind}, box)
         try:
             answer = await link.receive(box, self._timeout)

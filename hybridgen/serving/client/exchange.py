@@ -68,12 +68,22 @@ class _Part(NamedTuple):
 class Exchange:
     """The requests of one call, and what has come of them."""
 
-    def __init__(self, call: Call, limits: Mapping[str, Any], *, wait: float, stream: bool, echo: bool = False) -> None:
+    def __init__(
+        self,
+        call: Call,
+        limits: Mapping[str, Any],
+        *,
+        wait: float,
+        stream: bool,
+        echo: bool = False,
+        brief: bool = False,
+    ) -> None:
         """
         Args:
             limits: of the server's hello.
             wait: seconds for which a full queue is tried again.
             echo: ask for the prompt's ids with its first token.
+            brief: ask for completions without the prompt's ids and the times of tokens.
 
         Raises:
             PromptError: a prompt is too large for a message, or cannot be sent.
@@ -81,7 +91,9 @@ class Exchange:
         self._call = call
         self.refused: list[TokenEvent] = []
         """The last events of prompts that cannot be sent, where the call wants them returned."""
-        self._waiting = deque(_parts(call, limits, self.refused, stream=stream, echo=echo))
+        base = {"type": "request", "stream": stream}
+        base |= {name: True for name, asked in (("echo", echo), ("brief", brief)) if asked}
+        self._waiting = deque(_parts(call, limits, self.refused, base))
         self._active: dict[int, _Part] = {}
         self._wait = wait
         self._retry_at = -math.inf
@@ -271,15 +283,13 @@ def split(prompts: Any) -> tuple[list[Any], bool]:
     return split_prompts(prompts)
 
 
-def _parts(
-    call: Call, limits: Mapping[str, Any], refused: list[TokenEvent], *, stream: bool, echo: bool
-) -> Iterable[_Part]:
+def _parts(call: Call, limits: Mapping[str, Any], refused: list[TokenEvent], base: dict[str, Any]) -> Iterable[_Part]:
     """The requests that a call takes, in order.
 
     Args:
         refused: takes the prompts that cannot be sent, where the call wants errors returned.
+        base: what every message has.
     """
-    base = {"type": "request", "stream": stream} | ({"echo": True} if echo else {})
     parts: list[_Part] = []
     first = call.sampling[0]
     same = all(params is first for params in call.sampling)

@@ -303,42 +303,49 @@ def _event(name: str | None, value: dict[str, Any]) -> str:
 async def together(first: TokenEvent, rest: AsyncIterator[TokenEvent]) -> AsyncGenerator[TokenEvent, None]:
     """The events, in which tokens that are there at the same time are one: a step that accepted drafts brings several,
     and so does a reader that is slow. Tokens with log-probabilities stay apart."""
-    box: asyncio.Queue[TokenEvent | BaseException | None] = asyncio.Queue()
+    box: list[TokenEvent | BaseException | None] = []
+    filled = asyncio.Event()
 
     async def pump() -> None:
         try:
             async for event in rest:
-                box.put_nowait(event)
+                box.append(event)
+                filled.set()
         except Exception as error:
-            box.put_nowait(error)
+            box.append(error)
         else:
-            box.put_nowait(None)
+            box.append(None)
+        filled.set()
 
     pumping = asyncio.ensure_future(pump())
     try:
         yield first
         while True:
-            came = [await box.get()]
+            await filled.wait()
             await asyncio.sleep(0)  # what one message of the server brought is there then
-            while not box.empty():
-                came.append(box.get_nowait())
-            waiting: TokenEvent | None = None
+            came, box[:] = box[:], []
+            filled.clear()
+            waiting: list[TokenEvent] = []
             for event in came:
-                if waiting is not None and not (isinstance(event, TokenEvent) and _joins(waiting, event)):
-                    yield waiting
-                    waiting = None
+                if waiting and not (isinstance(event, TokenEvent) and _joins(waiting[-1], event)):
+                    yield _one(waiting)
+                    waiting = []
                 if isinstance(event, BaseException):
                     raise event
                 if event is None:
                     return
-                text = event.text if waiting is None else waiting.text + event.text
-                waiting = replace(event, text=text)
-            if waiting is not None:
-                yield waiting
+                waiting.append(event)
+            if waiting:
+                yield _one(waiting)
     finally:
         pumping.cancel()
         with suppress(asyncio.CancelledError):
             await pumping
+
+
+def _one(events: list[TokenEvent]) -> TokenEvent:
+    """Events of one completion as its last one, with the text of all."""
+    return events[0] if len(events) == 1 else replace(events[-1], text="".join([event.text for event in events]))
 
 
 def _joins(one: TokenEvent, other: TokenEvent) -> bool:

@@ -111,7 +111,7 @@ class ChatJob:
                     "finish_reason": ended,
                 }
             )
-            usage.add(completion, first=index == 0)
+            usage.add(completion, None if index else self.prompts[0])
         return self._head | {"object": "chat.completion", "choices": choices, "usage": usage.as_dict()}
 
     async def chunks(self, events: AsyncIterator[TokenEvent]) -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
@@ -137,7 +137,7 @@ class ChatJob:
                 yield chunk(index, {"content": text}, logprobs)
             if event.completion is None:
                 continue
-            usage.add(event.completion, first=index == 0)
+            usage.add(event.completion, None if index else self.prompts[0])
             message, ended = self._message(event.completion)
             if self._tools.read:
                 for part in message_parts(message):

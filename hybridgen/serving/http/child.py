@@ -1,4 +1,4 @@
-"""The door's process as `hybridgen serve --http` keeps it: started before the model loads, ended after it."""
+"""The door's process as `hybridgen serve --http` keeps it: it starts while the model loads, and ends after it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hybridgen.errors import ConfigError
 from hybridgen.serving.http.options import HttpOptions
@@ -23,10 +24,10 @@ class HttpChild:
     """The process of `hybridgen http` beside a server."""
 
     def __init__(self, model: str | None, options: HttpOptions, path: Path) -> None:
-        """Start it; it answers 503 until the server listens.
+        """Start it, and wait until it has its address.
 
         Raises:
-            ConfigError: it did not start, with what it said.
+            ConfigError: it has none, with what it said.
         """
         command = [sys.executable, "-m", "hybridgen", "http", *([model] if model else []), "--child"]
         command += ["--socket", str(path), "--listen", options.listen, "--default-tokens", str(options.default_tokens)]
@@ -43,18 +44,43 @@ class HttpChild:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
+        self.url: str = self._line()["url"]
+        self._ready = False
+
+    def _line(self) -> Any:
+        """The next thing that it tells of itself.
+
+        Raises:
+            ConfigError: it ended instead.
+        """
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
         if not line:
-            raise ConfigError(f"the HTTP door did not start (exit status {self._process.wait()}); see the lines above")
-        self.url: str = json.loads(line)["url"]
+            raise self._not_started(self._process.wait())
+        return json.loads(line)
 
-    def watch(self, ended: Callable[[str], None]) -> None:
-        """Call this, in another thread, when it ends without being told to."""
+    def _not_started(self, status: int) -> ConfigError:
+        return ConfigError(f"the HTTP door did not start (exit status {status}); see the lines above")
+
+    def wait(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            ConfigError: it ended before.
+        """
+        self._line()
+        self._ready = True
+
+    def watch(self, ended: Callable[[str], None], failed: Callable[[ConfigError], None]) -> None:
+        """Call one of these, in another thread, when it ends without being told to: `failed` before it answered."""
 
         def wait() -> None:
             status = self._process.wait()
-            if not self._ending:
+            if self._ending:
+                return
+            if self._ready:
                 ended(f"the HTTP door ended with status {status}")
+            else:
+                failed(self._not_started(status))
 
         threading.Thread(target=wait, daemon=True, name="hybridgen-http").start()
 

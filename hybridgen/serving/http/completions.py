@@ -101,21 +101,22 @@ class TextJob:
         prompt = self._texts[index]
         return prompt if isinstance(prompt, str) else self._served.text.decode(prompt)
 
-    def _entries(self, completion: Completion) -> list[_Entry]:
+    def _entries(self, prompt: Sequence[int], completion: Completion) -> list[_Entry]:
         """Each token with its log-probability; with `echo`, those of the prompt come first."""
         entries: list[_Entry] = []
         if self._scored:
-            entries += zip(completion.prompt_token_ids, completion.prompt_logprobs or (), strict=True)
+            entries += zip(prompt, completion.prompt_logprobs or (), strict=True)
         return entries + [(item.token_id, item) for item in completion.logprobs or ()]
 
     def result(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The whole answer."""
         usage, choices, n = Usage(), [], self.sampling.n
         for index, completion in choices_of(completions, n):
+            prompt = self.prompts[index // n]
             before = self._prompt_text(index // n) if self._echo else ""
             logprobs = None
             if self.sampling.logprobs is not None:
-                logprobs = legacy_logprobs(self._served.text, self._entries(completion), 0)
+                logprobs = legacy_logprobs(self._served.text, self._entries(prompt, completion), 0)
             choices.append(
                 {
                     "index": index,
@@ -124,7 +125,7 @@ class TextJob:
                     "finish_reason": reason(completion),
                 }
             )
-            usage.add(completion, first=index % n == 0)
+            usage.add(completion, None if index % n else prompt)
         return self._head | {"choices": choices, "usage": usage.as_dict()}
 
     async def chunks(self, events: AsyncIterator[TokenEvent]) -> AsyncIterator[tuple[str | None, dict[str, Any]]]:
@@ -137,7 +138,8 @@ class TextJob:
             text = event.text
             if index not in offsets:
                 offsets[index] = 0
-                text = self._prompt_text(event.index) * self._echo + text
+                if self._echo:
+                    text = self._prompt_text(event.index) + text
             logprobs = None
             if event.logprob is not None:
                 logprobs = legacy_logprobs(self._served.text, [(event.logprob.token_id, event.logprob)], offsets[index])
@@ -146,7 +148,7 @@ class TextJob:
                 choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
                 yield None, self._head | {"choices": [choice]} | more
             if event.completion is not None:
-                usage.add(event.completion, first=event.choice == 0)
+                usage.add(event.completion, None if event.choice else self.prompts[event.index])
                 choice = {"index": index, "text": "", "logprobs": None, "finish_reason": reason(event.completion)}
                 yield None, self._head | {"choices": [choice]} | more
         if self._usage_asked:

@@ -150,10 +150,10 @@ class Usage:
     completion: int = 0
     cached: int = 0
 
-    def add(self, completion: Completion, *, first: bool) -> None:
-        """Count a completion; `first` for one of each prompt."""
-        if first:
-            self.prompt += len(completion.prompt_token_ids)
+    def add(self, completion: Completion, prompt: Sequence[int] | None) -> None:
+        """Count a completion; with the ids of its prompt, for one completion of each prompt."""
+        if prompt is not None:
+            self.prompt += len(prompt)
             self.cached += completion.cached_tokens
         self.completion += len(completion.token_ids)
 

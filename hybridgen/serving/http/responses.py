@@ -83,7 +83,7 @@ class ResponseJob:
         incomplete = None
         if completion is not None:
             counted = Usage()
-            counted.add(completion, first=True)
+            counted.add(completion, self.prompts[0])
             usage = {
                 "input_tokens": counted.prompt,
                 "input_tokens_details": {"cached_tokens": counted.cached},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
 import os
 import socket
@@ -12,6 +14,7 @@ from typing import Any
 
 from hybridgen.errors import ConfigError, ServerError
 from hybridgen.serving.async_client import AsyncClient
+from hybridgen.serving.http.event_loop import new_event_loop
 from hybridgen.serving.http.options import EXTRA, HttpOptions, public_name
 
 logger = logging.getLogger(__name__)
@@ -24,14 +27,21 @@ BACKLOG = 512
 
 
 def run_http(
-    model: str, options: HttpOptions, path: str | os.PathLike[str] | None, ready: Callable[[str], None], *, child: bool
+    model: str,
+    options: HttpOptions,
+    path: str | os.PathLike[str] | None,
+    *,
+    listens: Callable[[str], None],
+    ready: Callable[[str], None],
+    child: bool,
 ) -> int:
     """Listen until told to end; returns the exit status.
 
     Args:
         model: whose tokenizer is read.
         path: the socket of the server; None: the default one.
-        ready: called with the URL when it listens. Requests are answered 503 until the server is there.
+        listens: called with the URL when it has its address; requests wait from then on.
+        ready: called with the URL when it answers. Requests are answered 503 until the server is there.
         child: end when standard input does, which is a pipe from the process that started this one.
 
     Raises:
@@ -39,14 +49,18 @@ def run_http(
         HybridgenError: the tokenizer cannot be loaded.
     """
     check_extra()
+    keys, template = options.keys(), options.template()
+    listener = listen(*options.address())
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    listens(url)
+    # What takes long comes behind it: who started this process goes on meanwhile.
     import uvicorn
 
     from hybridgen.serving.http.app import make_app
     from hybridgen.serving.http.jobs import Served
     from hybridgen.serving.http.text import Text
 
-    keys, template = options.keys(), options.template()
-    listener = listen(*options.address())
     tokenizer = _tokenizer(model)
     if template is not None:
         tokenizer.chat_template = template
@@ -55,13 +69,14 @@ def run_http(
     def served(max_context: int) -> Served:
         return Served(name=name, text=text, max_context=max_context, default_tokens=options.default_tokens)
 
-    app = make_app(served, AsyncClient(path, wait=0.0), keys=keys, origins=options.origins, page=options.page)
+    app = make_app(
+        served, AsyncClient(path, wait=0.0, brief=True), keys=keys, origins=options.origins, page=options.page
+    )
     server = uvicorn.Server(
         uvicorn.Config(
             app,
             log_level="warning",
             access_log=False,
-            loop="asyncio",
             http="h11",
             ws="none",
             server_header=False,
@@ -72,9 +87,12 @@ def run_http(
     )
     if child:
         threading.Thread(target=_end_with_parent, args=(server,), daemon=True, name="hybridgen-parent").start()
-    host, port = listener.getsockname()[:2]
-    ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    server.run(sockets=[listener])
+    # A full collection goes through all that imports made: 0.3 s, in which all requests and answers would wait.
+    gc.collect()
+    gc.freeze()
+    ready(url)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(server.serve(sockets=[listener]))
     return 0
 
 

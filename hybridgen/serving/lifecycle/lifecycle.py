@@ -155,6 +155,12 @@ class Lifecycle:
             with suppress(RuntimeError):  # it has ended
                 self._loop.call_soon_threadsafe(self.drain, why)
 
+    def fail_soon(self, error: HybridgenError) -> None:
+        """End with an error, from any thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._end, error)
+
     def _handle_signals(self) -> None:
         while self._signals_handled < self._signals:
             self._signals_handled += 1

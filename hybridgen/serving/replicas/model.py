@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from hybridgen.core import Completion, FinishReason, TokenEvent
@@ -34,7 +34,6 @@ class Running:
     """Of the prompt in its request."""
     choice: int
     prompt_ids: tuple[int, ...]
-    came: deque[TokenEvent] = field(default_factory=deque)
     ended: bool = False
 
 
@@ -51,6 +50,7 @@ class ReplicasModel:
         self._numbers = itertools.count()
         self._running: dict[tuple[int, int], Running] = {}
         """By the job's number and the choice."""
+        self._came: deque[tuple[Running, TokenEvent]] = deque()
         self.description = {
             name: self._replicas.description[name] for name in ("model", "mode", "max_batch", "max_context")
         }
@@ -82,9 +82,9 @@ class ReplicasModel:
     def prompt_ids(self, handle: Running) -> tuple[int, ...]:
         return handle.prompt_ids
 
-    def events(self, handle: Running) -> Iterator[TokenEvent]:
-        while handle.came:
-            yield handle.came.popleft()
+    def events(self) -> Iterator[tuple[Running, TokenEvent]]:
+        while self._came:
+            yield self._came.popleft()
 
     def step(self) -> None:
         event = self._work.take(STEP_SECONDS)
@@ -100,7 +100,7 @@ class ReplicasModel:
         running = self._running.get((event.index, event.choice))
         if running is None:
             return  # nobody waits for it any more
-        running.came.append(replace(event, index=running.index))
+        self._came.append((running, replace(event, index=running.index)))
         if event.completion is not None:
             running.ended = True
             del self._running[event.index, event.choice]

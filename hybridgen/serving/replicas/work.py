@@ -89,7 +89,7 @@ class Work:
         Raises:
             HybridgenError: a prompt is refused (unless the call wants that returned), or no replica can be kept alive.
         """
-        threads = self.start()
+        self.start()
         try:
             while (event := self._out.get()) is not None:
                 if isinstance(event, HybridgenError):
@@ -97,18 +97,17 @@ class Work:
                 yield event
         finally:
             self.stop()
-            for thread in threads:
-                thread.join(JOIN_SECONDS)
+            with self._changed:
+                self._changed.wait_for(lambda: not self._working, JOIN_SECONDS)
 
-    def start(self) -> list[threading.Thread]:
-        """Begin to run what waits, and what is added; returns the threads that do, one for each replica."""
+    def start(self) -> None:
+        """Begin to run what waits, and what is added, in a thread for each replica."""
         threads = [
             threading.Thread(target=self._serve, args=(member,), daemon=True, name=f"hybridgen-replica-{member.number}")
             for member in self._members
         ]
         for thread in threads:
             thread.start()
-        return threads
 
     def add(self, jobs: list[Job]) -> None:
         """Run more prompts, behind those that wait."""
@@ -163,6 +162,9 @@ class Work:
                 self._out.put(lost)
             elif lost is None and self._working == 0 and self._left and not self._stopped:
                 self._out.put(ServerError("all replicas ended with prompts left; this is a bug"))
+            self._changed.notify_all()
+        if self._report and lost is None:  # nobody waits for it: a replica that records a graph answers only then
+            member.report()
 
     def _more(self, seconds: float | None) -> bool | None:
         """Wait for a prompt, one that is given back included; False when there will be none, None when none came."""
@@ -273,8 +275,8 @@ class Work:
         return Exchange(part, link.hello["limits"], wait=0.0, stream=job.stream)
 
     def reported(self, member: Member) -> None:
-        """A replica has nothing to do for now."""
-        if self._report:
+        """A replica has nothing to do for now, and others have: it may die before all have ended."""
+        if self._report and self._left:
             member.report()
 
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 PHASES = ("prefill", "decode")
 """Phases of steps. All have their counts from the start, so that a rate over them is known."""
 Handle: TypeAlias = Any
-"""One running completion, as the model keeps it."""
+"""One running completion, as the model keeps it; a key of dictionaries."""
 
 
 class Model(Protocol):
@@ -40,8 +40,8 @@ class Model(Protocol):
     def prompt_ids(self, handle: Handle) -> tuple[int, ...]:
         """The ids of its prompt."""
 
-    def events(self, handle: Handle) -> Iterator[TokenEvent]:
-        """What came since the last call; the last event of all has the completion."""
+    def events(self) -> Iterator[tuple[Handle, TokenEvent]]:
+        """What came since the last call, and of whom. The last event of each completion has it."""
 
     def step(self) -> None:
         """One step of everything that runs. Raises `EngineError` when there will be no other."""
@@ -69,6 +69,11 @@ class EngineModel:
         """`load` makes the engine; it is called here, so that one thread does all."""
         self._engine = load()
         self._loop = self._engine.open_loop()
+        self._loop.on_end(lambda request: self._ended.append(request))
+        self._ended: list[Handle] = []
+        """That ended since the last look."""
+        self._streams: dict[Handle, None] = {}
+        """That make an event for each token and have not ended."""
         config = self._engine.config
         self.description = {
             "model": self._engine.checkpoint.name,
@@ -116,21 +121,36 @@ class EngineModel:
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Handle]:
         requests: list[Handle] = self._engine.make_requests(prompts, sampling, {})
         self._loop.submit(requests, keep_events=events)
+        if events:
+            self._streams |= dict.fromkeys(requests)
         return requests
 
     def prompt_ids(self, handle: Handle) -> tuple[int, ...]:
         ids: tuple[int, ...] = handle.prompt_ids
         return ids
 
-    def events(self, handle: Handle) -> Iterator[TokenEvent]:
-        output = handle.output
-        if output.keep_events:
-            while output.events:
-                yield output.events.popleft()
-        elif handle.completion is not None:
-            yield TokenEvent(
-                token_id=None, text="", index=handle.index, choice=handle.choice, completion=handle.completion
-            )
+    def events(self) -> Iterator[tuple[Handle, TokenEvent]]:
+        # Called after every step: only those are looked at that may have something to tell.
+        for request in list(self._streams):
+            events = request.output.events
+            while events:
+                event = events.popleft()
+                if event.completion is not None:
+                    del self._streams[request]
+                yield request, event
+        ended, self._ended = self._ended, []
+        for request in ended:
+            if not request.output.keep_events:
+                yield (
+                    request,
+                    TokenEvent(
+                        token_id=None,
+                        text="",
+                        index=request.index,
+                        choice=request.choice,
+                        completion=request.completion,
+                    ),
+                )
 
     def step(self) -> None:
         self._loop.step()

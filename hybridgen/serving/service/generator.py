@@ -41,6 +41,8 @@ class Submit(NamedTuple):
     """Whether the first token of each completion brings the prompt's ids."""
     weight: int = 0
     """About the bytes that it takes while it waits."""
+    brief: bool = False
+    """Whether completions come without the prompt's ids and the times of tokens."""
 
     @property
     def size(self) -> int:
@@ -100,6 +102,7 @@ class Done(NamedTuple):
     event: TokenEvent
     stream: bool
     last: bool
+    brief: bool = False
 
 
 class Failed(NamedTuple):
@@ -168,6 +171,8 @@ class Generator(threading.Thread):
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._running: dict[Key, _Running] = {}
+        self._places: dict[Handle, tuple[_Running, int]] = {}
+        """Whose each completion is that has not ended, and its place there."""
         self._gone: set[int] = set()
         self._outcomes: list[Outcome] = []
         self._stopping = False
@@ -269,7 +274,10 @@ class Generator(threading.Thread):
                 self._collect(model)
         elif isinstance(command, Drop):
             for key in [key for key in self._running if key.client == command.client]:
-                model.cancel(list(self._running.pop(key).handles.values()))
+                handles = list(self._running.pop(key).handles.values())
+                for handle in handles:
+                    del self._places[handle]
+                model.cancel(handles)
             self._gone.discard(command.client)
             self._look(model)
         elif isinstance(command, Stats):
@@ -289,24 +297,29 @@ class Generator(threading.Thread):
                 logger.exception("a request could not be taken in")
             self._outcomes.append(Failed(command.key, error))
             return
-        self._running[command.key] = _Running(command, dict(enumerate(handles)))
+        running = self._running[command.key] = _Running(command, dict(enumerate(handles)))
+        self._places |= {handle: (running, position) for position, handle in enumerate(handles)}
 
     def _collect(self, model: Model) -> None:
         """Turn the events that came into outcomes."""
         tokens: dict[int, list[Token]] = {}
         ended: list[Done] = []
-        for key, running in list(self._running.items()):
-            for position, handle in list(running.handles.items()):
-                for event in model.events(handle):
-                    if event.completion is None:
-                        prompt = None
-                        if running.submit.echo and position not in running.echoed:
-                            running.echoed.add(position)
-                            prompt = model.prompt_ids(handle)
-                        tokens.setdefault(key.client, []).append(Token(key.id, event, prompt))
-                        continue
-                    del running.handles[position]
-                    ended.append(Done(key, event, running.submit.stream, not running.handles))
+        for handle, event in model.events():
+            place = self._places.get(handle)
+            if place is None:
+                continue  # its client is gone
+            running, position = place
+            key = running.submit.key
+            if event.completion is None:
+                prompt = None
+                if running.submit.echo and position not in running.echoed:
+                    running.echoed.add(position)
+                    prompt = model.prompt_ids(handle)
+                tokens.setdefault(key.client, []).append(Token(key.id, event, prompt))
+                continue
+            del self._places[handle], running.handles[position]
+            submit = running.submit
+            ended.append(Done(key, event, submit.stream, not running.handles, submit.brief))
             if not running.handles:
                 del self._running[key]
         for client, parts in tokens.items():

@@ -27,6 +27,8 @@ class Request(NamedTuple):
     """Whether the first token of each completion brings the prompt's ids."""
     size: int
     """Bytes that it had when it came; what it takes of the limit `held` while it waits."""
+    brief: bool = False
+    """Whether completions come without the prompt's ids and the times of tokens."""
 
 
 def check_request(request: Request, limits: Limits, max_context: int) -> int:

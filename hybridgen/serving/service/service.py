@@ -189,7 +189,13 @@ class Service:
         self.check_open()
         weight = check_request(request, self.limits, self.description["max_context"])
         submit = Submit(
-            Key(member.number, key), request.prompts, request.sampling, request.stream, request.echo, weight
+            Key(member.number, key),
+            request.prompts,
+            request.sampling,
+            request.stream,
+            request.echo,
+            weight,
+            request.brief,
         )
         try:
             self._admission.check(submit)

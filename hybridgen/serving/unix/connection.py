@@ -192,7 +192,7 @@ class Connection(asyncio.Protocol):
 
     def done(self, done: Done) -> None:
         """The end of a completion."""
-        self._send(done_message(done.key.id, done.event, stream=done.stream, last=done.last))
+        self._send(done_message(done.key.id, done.event, stream=done.stream, last=done.last, brief=done.brief))
 
     def failed(self, key: int, error: BaseException) -> None:
         """The end of a request, or of a question for statistics."""

@@ -148,8 +148,13 @@ def event_from_wire(message: Mapping[str, Any]) -> TokenEvent:
     )
 
 
-def done_message(key: int, event: TokenEvent, *, stream: bool, last: bool) -> dict[str, Any]:
-    """The message that ends one completion of a request; `last` when it is the request's last one."""
+def done_message(key: int, event: TokenEvent, *, stream: bool, last: bool, brief: bool = False) -> dict[str, Any]:
+    """The message that ends one completion of a request.
+
+    Args:
+        last: it is the request's last one.
+        brief: leave out the ids of the prompt and the times of tokens, which are most of a message.
+    """
     if event.completion is None:
         raise ValueError("a done message needs a completion")
     message: dict[str, Any] = {"type": "done", "id": key, "index": event.index, "choice": event.choice, "last": last}
@@ -157,24 +162,24 @@ def done_message(key: int, event: TokenEvent, *, stream: bool, last: bool) -> di
         message |= {"token_id": event.token_id, "text": event.text}
         if event.logprob is not None:
             message["logprob"] = _logprob(event.logprob)
-    message["completion"] = completion_to_wire(event.completion)
+    message["completion"] = completion_to_wire(event.completion, brief=brief)
     return message
 
 
-def completion_to_wire(completion: Completion) -> dict[str, Any]:
-    """A completion of one choice as JSON values."""
+def completion_to_wire(completion: Completion, *, brief: bool = False) -> dict[str, Any]:
+    """A completion of one choice as JSON values; see `done_message`."""
     timing = completion.timing
     return {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
-        "prompt_token_ids": list(completion.prompt_token_ids),
+        "prompt_token_ids": [] if brief else list(completion.prompt_token_ids),
         "finish_reason": str(completion.finish_reason),
         "seed": completion.seed,
         "timing": {
             "queue": timing.queue,
             "ttft": timing.ttft,
             "total": timing.total,
-            "token_times": list(timing.token_times),
+            "token_times": [] if brief else list(timing.token_times),
         },
         "steps": [asdict(step) for step in completion.steps],
         "logprobs": None if completion.logprobs is None else [_logprob(item) for item in completion.logprobs],

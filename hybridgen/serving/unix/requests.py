@@ -10,7 +10,7 @@ from hybridgen.serving.service.intake import Request, check_sampling
 from hybridgen.serving.service.limits import Limits
 from hybridgen.serving.unix.messages import sampling_from_wire
 
-_FIELDS = {"type", "id", "prompts", "sampling", "stream", "echo"}
+_FIELDS = {"type", "id", "prompts", "sampling", "stream", "echo", "brief"}
 
 
 def read_request(message: dict[str, Any], size: int, limits: Limits) -> Request:
@@ -26,7 +26,7 @@ def read_request(message: dict[str, Any], size: int, limits: Limits) -> Request:
     unknown = next((name for name in message if name not in _FIELDS), None)
     if unknown is not None:
         raise ServerError(f"a request has the unknown field {shown(unknown)}", "request_message")
-    for name in ("stream", "echo"):
+    for name in ("stream", "echo", "brief"):
         if not isinstance(message.get(name, False), bool):
             raise ServerError(f"{name}={shown(message[name])}; give true or false", "request_message")
     prompts = message.get("prompts")
@@ -35,7 +35,8 @@ def read_request(message: dict[str, Any], size: int, limits: Limits) -> Request:
     if len(prompts) > limits.batch:
         raise ServerError(f"{len(prompts)} prompts are over the limit of {limits.batch}; send more requests", "limit")
     sampling = _read_sampling(message.get("sampling", {}), len(prompts), limits)
-    return Request(prompts, sampling, message.get("stream", False), message.get("echo", False), size)
+    stream, echo, brief = (message.get(name, False) for name in ("stream", "echo", "brief"))
+    return Request(prompts, sampling, stream, echo, size, brief)
 
 
 def _read_sampling(wire: Any, count: int, limits: Limits) -> list[SamplingParams]:

@@ -111,6 +111,16 @@ def test_gpu_and_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(before.differences(after.parts)) == {"GPU", "capability", "driver", "device"}
 
 
+def test_the_assembler_that_torch_sets_itself_is_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `torch._inductor.runtime.compile_tasks` does at the first compilation of a process."""
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    before = key()
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(Path(torch.__file__).parent / "bin" / "ptxas"))
+    assert before.differences(key().parts) == {}
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/usr/local/cuda/bin/ptxas")
+    assert set(before.differences(key().parts)) == {"environment"}
+
+
 def test_switches_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
     monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")

@@ -41,6 +41,20 @@ def test_results_equal_those_in_process(demo: Process, engine: hybridgen.Engine)
     assert events[-1].completion.finish_reason is FinishReason.LENGTH
 
 
+def test_brief_completions(toy: Start) -> None:
+    async def run(path: Any) -> list[Any]:
+        async with AsyncClient(path, brief=True) as client:
+            events = [event async for event in client.stream([[5], [7]], max_new_tokens=3)]
+            ended = [event.completion for event in events if event.completion is not None]
+            return [await client.generate([5], max_new_tokens=3), *sorted(ended, key=lambda each: each.token_ids)]
+
+    server = toy()
+    outs = asyncio.run(run(server.path))
+    assert [out.token_ids for out in outs] == [(6, 7, 8), (6, 7, 8), (8, 9, 10)]
+    assert all(out.prompt_token_ids == () and out.timing.token_times == () for out in outs)
+    assert all(out.timing.total == 1.0 for out in outs)
+
+
 def test_many_calls_on_one_connection(toy: Start) -> None:
     async def run(path: Any) -> list[Any]:
         async with AsyncClient(path) as client:

@@ -67,7 +67,7 @@ def door(text: Text) -> Iterator[Callable[..., str]]:
         def served(max_context: int) -> Served:
             return Served(name="demo", text=words, max_context=max_context, default_tokens=24)
 
-        context = listening(make_app(served, AsyncClient(path, wait=0.0), **options))
+        context = listening(make_app(served, AsyncClient(path, wait=0.0, brief=True), **options))
         url = context.__enter__()
         opened.append(context)
         return url
@@ -84,7 +84,7 @@ def url(demo: Process, text: Text) -> Iterator[str]:
     def served(max_context: int) -> Served:
         return Served(name="demo", text=text, max_context=max_context, default_tokens=24)
 
-    with listening(make_app(served, AsyncClient(demo.path, wait=0.0))) as found:
+    with listening(make_app(served, AsyncClient(demo.path, wait=0.0, brief=True))) as found:
         yield found
 
 

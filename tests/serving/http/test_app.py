@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shlex
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -43,6 +46,39 @@ def test_models_and_health(url: str) -> None:
     assert httpx.get(f"{url}/v1/models/other").status_code == 404
     health = httpx.get(f"{url}/health")
     assert (health.status_code, health.json()["status"]) == (200, "ok")
+
+
+@pytest.mark.apart
+def test_health_while_a_step_stands_still(toy: Start, door: Open) -> None:
+    server = toy("--step-timeout", 0.5)
+    url = door(server.path)
+    assert httpx.get(f"{url}/health").status_code == 200
+    with httpx.Client(timeout=30) as client:
+        answer = client.post(f"{url}/v1/completions", json=BODY | {"prompt": [HANG]})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stuck")
+        sick = client.get(f"{url}/health")
+        assert (sick.status_code, sick.json()["status"]) == (503, "unhealthy")
+        until(lambda: client.get(f"{url}/health").status_code == 200)  # the step ended after all
+
+
+def test_tokens_that_were_cached_are_counted(url: str) -> None:
+    body = {"prompt": [7 + index % 50 for index in range(200)], "max_tokens": 1, "cache_salt": "counted"}
+    first, again = (httpx.post(f"{url}/v1/completions", json=body).json()["usage"] for _ in range(2))
+    assert first["prompt_tokens"] == again["prompt_tokens"] == 200
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert 100 <= again["prompt_tokens_details"]["cached_tokens"] < 200
+
+
+def test_the_curl_lines_of_the_docs(url: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    page = (Path(__file__).parents[3] / "docs" / "http.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("curl ")]
+    assert lines
+    for line in lines:
+        command = [word.replace("http://127.0.0.1:8000", url) for word in shlex.split(line)]
+        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+        assert answer["choices"][0]["text"]
 
 
 def test_tokens(url: str, engine: Any) -> None:

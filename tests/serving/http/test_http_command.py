@@ -19,6 +19,7 @@ from wire import Process, environment, until
 
 from hybridgen.cli.main import main
 from hybridgen.errors import ConfigError
+from hybridgen.serving.http.child import HttpChild
 from hybridgen.serving.http.options import HttpOptions, public_name
 from hybridgen.serving.http.run import listen
 
@@ -151,16 +152,32 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, caps
     assert "pip install 'hybridgen[http]'" in capsys.readouterr().err
 
 
-def test_the_ready_line_of_a_child_is_json(demo: Process) -> None:
+def test_the_lines_of_a_child_are_json(demo: Process) -> None:
     command = [sys.executable, "-m", "hybridgen", "http", "--child", "--socket", str(demo.path), "--listen", ":0"]
     child = forks.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     try:
         assert child.stdout is not None
         assert child.stdin is not None
         url = json.loads(child.stdout.readline())["url"]
+        assert json.loads(child.stdout.readline()) == {"ready": True}
         until(lambda: alive(url))
         child.stdin.close()
         assert child.wait(20) == 0
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_door_that_ends_before_it_answers_is_told(tmp_path: Path) -> None:
+    """It has its address at once; that it cannot read the tokenizer is found while the model loads."""
+    found: list[ConfigError] = []
+    door = HttpChild(str(tmp_path / "nowhere"), HttpOptions(listen="127.0.0.1:0"), tmp_path / "socket")
+    try:
+        assert door.url.startswith("http://127.0.0.1:")
+        door.watch(lambda why: found.append(ConfigError(why)), found.append)
+        with pytest.raises(ConfigError, match=r"did not start \(exit status 2\)"):
+            door.wait()
+        until(lambda: bool(found))
+        assert "did not start" in str(found[0])
+    finally:
+        door.close()

@@ -1,4 +1,4 @@
-"""Clients of other projects against the door: LangChain and LiteLLM, each in its own words."""
+"""Clients of other projects against the door: LangChain, LiteLLM and lm-evaluation-harness, each in its own words."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import hybridgen
+from hybridgen.demo import model_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # what they import takes half a minute
 
@@ -109,3 +110,31 @@ def test_litellm_has_tools_formats_and_errors(url: str) -> None:
         complete(url, max_tokens=10**6)
     with pytest.raises(litellm.BadRequestError, match="temperature"):
         complete(url, temperature=-1)
+
+
+def test_the_harness_gets_the_scores_of_the_engine(url: str, engine: hybridgen.Engine) -> None:
+    """lm-eval's `local-completions`, beside our own adapter in this process."""
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+    pytest.importorskip("tenacity", reason="needs lm-eval[api]")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from hybridgen.integrations.lm_eval import HybridgenLM
+
+    def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+        return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
+
+    tokens = {"tokenizer_backend": "huggingface", "tokenizer": str(model_path())}
+    theirs = LocalCompletionsAPI(base_url=f"{url}/v1/completions", model="demo", max_length=1024, **tokens)
+    ours = HybridgenLM(engine, max_gen_toks=16)
+    pairs = [("def f(a, b):\n    return", " a + b"), ("import ", "os"), ("x", " = 1"), ("class A:\n", "    def f")]
+    scores = [model.loglikelihood(instances("loglikelihood", pairs)) for model in (ours, theirs)]
+    for (mine, greedy), (other, expected) in zip(*scores, strict=True):
+        assert mine == pytest.approx(other, abs=1e-3)
+        assert greedy == expected
+    asked = [
+        ("def main():\n", {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}),
+        ("import os\n", {"until": ["\n\n", "def"], "max_gen_toks": 24, "do_sample": False}),
+    ]
+    texts = [model.generate_until(instances("generate_until", asked)) for model in (ours, theirs)]
+    assert texts[0] == texts[1]

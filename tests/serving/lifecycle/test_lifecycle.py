@@ -37,7 +37,7 @@ class Quiet:
     def prompt_ids(self, handle: int) -> tuple[int, ...]:
         return ()
 
-    def events(self, handle: int) -> Iterator[Any]:
+    def events(self) -> Iterator[Any]:
         return iter(())
 
     def step(self) -> None:

@@ -15,7 +15,7 @@ WORDS: list[Any] = [
     None, True, 0, 1, -1, 2**53, 2**64, 1.5, 1e300, "", "x", "-inf", "nan", "\ud800", [], {}, [[]], [1, 2], ["x"],
     {"type": "ping"}, "request", "cancel", "stats", "ping", "shut", "hello", {"n": 3}, {"logit_bias": {"1": "-inf"}},
 ]  # fmt: skip
-NAMES = ["type", "id", "prompts", "sampling", "stream", "echo", "version", "x"]
+NAMES = ["type", "id", "prompts", "sampling", "stream", "echo", "brief", "version", "x"]
 
 
 def mutated(chance: random.Random, key: int) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -170,6 +170,14 @@ completions = st.builds(
 def test_completions(completion: Completion) -> None:
     wire = over_the_wire(messages.completion_to_wire(completion))
     assert messages.completion_from_wire(wire) == completion
+
+
+@settings(deadline=None)
+@given(completions)
+def test_brief_completions_lack_what_is_most_of_them(completion: Completion) -> None:
+    back = messages.completion_from_wire(over_the_wire(messages.completion_to_wire(completion, brief=True)))
+    timing = replace(completion.timing, token_times=())
+    assert back == replace(completion, prompt_token_ids=(), timing=timing)
 
 
 def test_nan_and_infinity_survive() -> None:
