@@ -1,4 +1,4 @@
-"""What holds for every test run: its environment, and how processes divide the tests. `fixtures.py` has the fixtures."""
+"""What holds for every test run, and how processes divide the tests. `fixtures.py` has the fixtures."""
 
 from __future__ import annotations
 
