@@ -1,4 +1,4 @@
-"""What holds for every test run, and how processes divide the tests. `fixtures.py` has the fixtures."""
+"""What holds for every test run, and how processes divide the tests. `shared_fixtures.py` has the fixtures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.stash[TURNS] = Turns(Path(os.environ["HYBRIDGEN_CACHE_DIR"]).parent)
     if WORKER or config.getoption("dist", "no") == "no":
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
 @pytest.hookimpl(optionalhook=True)

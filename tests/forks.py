@@ -258,6 +258,7 @@ def warm_inductor() -> None:
     """Compile something small: what Inductor then imports, and finds out about the compiler, takes six seconds of the
     processor, in which forks do it no more."""
     import torch
+    import torch._dynamo.utils
     import torch._inductor.config
     import tqdm
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -277,6 +278,7 @@ def warm_inductor() -> None:
     if before is not None:
         os.environ[variable] = before
     tqdm.tqdm.monitor_interval = 10
+    torch._dynamo.utils.counters.clear()  # so that tests count their own
 
 
 def _listener(path: str) -> socket.socket:
