@@ -76,6 +76,15 @@ def driver_call(name: str, *arguments: Any) -> Any:
     return _checked(getattr(driver, name)(*arguments), name)
 
 
+def driver_module() -> Any:
+    """The driver's Python interface, for its enumerations.
+
+    Raises:
+        Unfit: the bindings are not installed.
+    """
+    return _bindings()[0]
+
+
 @functools.cache
 def sources(program: Program = ONE_ROW) -> dict[str, bytes]:
     """The kernel's files by name."""
