@@ -342,7 +342,8 @@ def _with_own_server(request: dict[str, Any], path: str, inside: bool) -> dict[s
     listener.close()
     theirs.close()
     _server = Server.__new__(Server)
-    _server.path, _server.owner, _server._life, _server.runs = path, os.getpid(), ours, True
+    ours.detach()  # it is open as long as this process is there
+    _server.path, _server.owner, _server.runs = path, os.getpid(), True
     _server._environment = request["env"]
     if inside:
         subprocess.Popen = Popen  # type: ignore[misc]
