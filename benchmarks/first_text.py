@@ -8,9 +8,9 @@ Two pairs of processes, run in turns in a new order every round; each process wr
   Llama of 102 million random parameters on the CPU.
 
 Wall time is from the start of the process to the first byte that it writes; CPU time is the whole process's, with its
-children's. Ratios are medians of the rounds' own.
+children's. Ratios are medians of the rounds' own; `quartiles` say how far these lie apart.
 
-    python benchmarks/first_text.py [--rounds 7] [--output benchmarks/results/first-text-cpu.json]
+    python benchmarks/first_text.py [--rounds 7] [--only cold] [--output benchmarks/results/first-text-cpu.json]
     python benchmarks/first_text.py --smoke          # one round, a tiny model
 """
 
@@ -67,6 +67,7 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("command", "cold"), help="one of the two pairs")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="one round, a tiny model")
     arguments = parser.parse_args()
@@ -82,6 +83,7 @@ def main() -> None:
             },
             "cold": {mode: [sys.executable, "-c", OURS, str(model), mode] for mode in ("hybrid", "eager")},
         }
+        pairs = {pair: commands for pair, commands in pairs.items() if arguments.only in (None, pair)}
         seconds: dict[str, dict[str, list[tuple[float, float]]]] = {
             pair: {what: [] for what in commands} for pair, commands in pairs.items()
         }
@@ -101,6 +103,9 @@ def main() -> None:
                 row[f"{name} {kind}_s"] = round(statistics.median(times[index] for times in found[name]), 3)
             ratios = [a[index] / b[index] for a, b in zip(found[names[0]], found[names[1]], strict=True)]
             row[f"ratio_{kind}"] = round(statistics.median(ratios), 3)
+            if len(ratios) > 1:
+                quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+                row[f"quartiles_{kind}"] = [round(quartiles[0], 3), round(quartiles[2], 3)]
         rows.append(row)
     report({"threads": torch.get_num_threads(), "rounds": rounds, "rows": rows}, arguments.output)
 

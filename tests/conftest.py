@@ -1,50 +1,35 @@
-"""Fixtures shared by all tests."""
+"""What holds for every test run, and how processes divide the tests. `shared_fixtures.py` has the fixtures."""
 
 from __future__ import annotations
 
 import gc
 import os
+import shlex
 import shutil
-import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import compiler
+import pytest
 
 # Before anything of torch: no test touches the user's compile cache or the checkout's. Processes that tests start
 # inherit it. Processes of pytest-xdist inherit that of the process that divides the tests, and have theirs in it.
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
 os.environ["HYBRIDGEN_CACHE_DIR"] = tempfile.mkdtemp(
-    prefix="hybridgen-tests-", dir=os.environ["HYBRIDGEN_CACHE_DIR"] if "PYTEST_XDIST_WORKER" in os.environ else None
+    prefix="hybridgen-tests-", dir=os.environ["HYBRIDGEN_CACHE_DIR"] if WORKER else None
 )
 # Nothing is kept unless a test names a store: engines of other tests are to start as if they were the first.
 os.environ["HYBRIDGEN_COMPILE_CACHE"] = "0"
 os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 os.environ.pop("TRITON_CACHE_DIR", None)
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if not WORKER:
     compiler.install(os.environ["HYBRIDGEN_CACHE_DIR"] + "/compiler")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import families
-import forks
-import pytest
-import torch
-import transformers
-from interpreter import Interpreter
-
-import hybridgen
-from hybridgen.compilation import behind
-from hybridgen.loading import checkpoint
-from hybridgen.models import probe
-
-# The models are tiny: more threads only get into each other's way.
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,11 +41,25 @@ TURNS = pytest.StashKey[Any]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In a process of pytest-xdist: take turns with the others."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    """Take turns with the other processes of pytest-xdist. Fixtures are for processes that run tests, and not for the
+    one that divides them, which needs nothing of torch."""
+    if WORKER:
         from parallel import Turns
 
         config.stash[TURNS] = Turns(Path(os.environ["HYBRIDGEN_CACHE_DIR"]).parent)
+    if WORKER or config.getoption("dist", "no") == "no":
+        config.pluginmanager.import_plugin("shared_fixtures")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Processes that run tests are forks of one that has imported and compiled what all of them need."""
+    if sys.platform == "linux":
+        import forks
+
+        python = shlex.join(forks.Server(os.environ, compiles=True).command(forks.OWN))
+        for spec in specs:
+            spec.python = python
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -100,67 +99,3 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_unconfigure() -> None:
     """Delete the tests' compile cache."""
     shutil.rmtree(os.environ["HYBRIDGEN_CACHE_DIR"], ignore_errors=True)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _configs_are_probed_once() -> Iterator[None]:
-    """Opening checkpoints of one config takes its probe from the first; `tests/models/test_probe.py` has the function
-    itself."""
-    known: dict[Any, Any] = {}
-
-    def of_config(config: Any, context: int, model_class: Any = None) -> Any:
-        key = type(config), config.to_json_string(use_diff=False), context, model_class
-        if key not in known:
-            known[key] = probe.probe_config(config, context, model_class)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "probe_config", of_config)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compiling_processes_are_forks() -> Iterator[None]:
-    """What compiles a step behind starts within milliseconds; one of `tests/graphs/test_compiled_step.py` is fresh."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(behind, "subprocess", SimpleNamespace(Popen=forks.Popen, PIPE=subprocess.PIPE))
-        yield
-
-
-@pytest.fixture(scope="session")
-def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama checkpoint without a tokenizer."""
-    return families.write("llama", tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="session")
-def triton_interpreter() -> Iterator[Interpreter]:
-    """A process with Triton's interpreter, which starts when it is first used."""
-    interpreter = Interpreter()
-    yield interpreter
-    interpreter.close()
-
-
-@pytest.fixture
-def eager_engine(llama_path: Path) -> Iterator[hybridgen.Engine]:
-    """A small engine on it, in mode eager."""
-    with hybridgen.Engine.load(
-        llama_path, mode="eager", max_batch=8, page_size=16, token_budget=96, kv_memory="16MiB"
-    ) as engine:
-        yield engine
-
-
-@pytest.fixture(autouse=True)
-def _unload() -> Iterator[None]:
-    """Leave no model loaded for the next test."""
-    yield
-    hybridgen.unload()

@@ -52,6 +52,8 @@ _LATER = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 """But not these."""
 INSIDE = "HYBRIDGEN_TEST_FORKS"
 """A variable with which what a fork starts is a fork too."""
+OWN = "own-server"
+"""An option of `Server.command`: what this module starts in the fork is forked from that."""
 _PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_CHILD_SUBREAPER = 36
 _PYTHON = sys.executable
@@ -62,8 +64,12 @@ _SHOWN = 4000
 class Server:
     """The process that forks."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """Start it, with this environment; it ends with this process."""
+    def __init__(self, environment: Mapping[str, str], *, compiles: bool = False) -> None:
+        """Start it, with this environment; it ends with this process.
+
+        Args:
+            compiles: have Inductor compile something before anything is forked; see `warm_inductor`.
+        """
         import hybridgen
 
         self._directory = tempfile.mkdtemp(prefix="hybridgen-forks-")
@@ -74,7 +80,7 @@ class Server:
         self._life, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [_PYTHON, __file__, "serve", self.path, str(theirs.fileno()), " " * _SHOWN],
+                [_PYTHON, __file__, "serve", self.path, str(theirs.fileno()), str(int(compiles)), " " * _SHOWN],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -92,6 +98,10 @@ class Server:
             return {k: v for k, v in values.items() if k.startswith(_AT_IMPORT) and k not in _LATER}
 
         return self.runs and read(environment) == read(self._environment)
+
+    def command(self, *options: str) -> list[str]:
+        """What a shell, or another program, starts instead of `python`."""
+        return [_PYTHON, "-I", "-S", __file__, "run", self.path, *options] if self.runs else [_PYTHON]
 
     def close(self) -> None:
         """End it, if this process started it; what it forked goes on."""
@@ -115,9 +125,7 @@ def server() -> Server:
 
 def command() -> list[str]:
     """What a shell starts instead of `python`."""
-    if sys.platform != "linux" or not server().runs:
-        return [_PYTHON]
-    return [_PYTHON, "-I", "-S", __file__, "run", server().path]
+    return server().command() if sys.platform == "linux" else [_PYTHON]
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
@@ -225,7 +233,7 @@ def _receive(connection: socket.socket) -> tuple[Any, list[int]]:
     return json.loads(body), files
 
 
-def serve(path: str, life: int) -> dict[str, Any]:
+def serve(path: str, life: int, compiles: bool) -> dict[str, Any]:
     """Fork for whoever connects, until `life` is closed. Returns in the forked processes, with what they are to do."""
     import gc
     import importlib
@@ -235,6 +243,8 @@ def serve(path: str, life: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
+    if compiles and shutil.which("g++"):
+        warm_inductor()
     gc.collect()
     gc.freeze()
     if len(os.listdir("/proc/self/task")) > 1:
@@ -242,6 +252,33 @@ def serve(path: str, life: int) -> dict[str, Any]:
     listener = _listener(path)
     os.write(1, b"ready\n")
     return _serve(listener, life)
+
+
+def warm_inductor() -> None:
+    """Compile something small: what Inductor then imports, and finds out about the compiler, takes six seconds of the
+    processor, in which forks do it no more."""
+    import torch
+    import torch._dynamo.utils
+    import torch._inductor.config
+    import tqdm
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tqdm.tqdm.monitor_interval = 0  # its thread
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(variable)
+    inputs = torch.zeros(8, 16), torch.zeros(16, 16)
+    with (
+        tempfile.TemporaryDirectory() as os.environ[variable],
+        torch._inductor.config.patch(compile_threads=1),
+        torch.inference_mode(),
+    ):
+        graph = make_fx(lambda x, y: torch.softmax((x @ y).relu(), -1))(*inputs)
+        torch._inductor.standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
+    os.environ.pop(variable)
+    if before is not None:
+        os.environ[variable] = before
+    tqdm.tqdm.monitor_interval = 10
+    torch._dynamo.utils.counters.clear()  # so that tests count their own
 
 
 def _listener(path: str) -> socket.socket:
@@ -285,11 +322,14 @@ def _serve(listener: socket.socket, life: int) -> dict[str, Any]:
     for held in (connection, listener):
         held.detach()
     os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
-    return _with_own_server(request, f"{path}.{os.getpid()}") if INSIDE in request["env"] else request
+    inside, own = INSIDE in request["env"], OWN in request.get("options", ())
+    if inside or own:
+        request = _with_own_server(request, f"{path}.{os.getpid()}", inside)
+    return request
 
 
-def _with_own_server(request: dict[str, Any], path: str) -> dict[str, Any]:
-    """Give this fork a server of its own, for all that it starts."""
+def _with_own_server(request: dict[str, Any], path: str, inside: bool) -> dict[str, Any]:
+    """Give this fork a server of its own: for all that it starts, or for what it starts by this module."""
     global _server
     listener = _listener(path)
     ours, theirs = socket.socketpair()
@@ -302,9 +342,13 @@ def _with_own_server(request: dict[str, Any], path: str) -> dict[str, Any]:
     listener.close()
     theirs.close()
     _server = Server.__new__(Server)
-    _server.path, _server.owner, _server._life, _server.runs = path, os.getpid(), ours, True
+    ours.detach()  # it is open as long as this process is there
+    _server.path, _server.owner, _server.runs = path, os.getpid(), True
     _server._environment = request["env"]
-    subprocess.Popen = Popen  # type: ignore[misc]
+    if inside:
+        subprocess.Popen = Popen  # type: ignore[misc]
+    else:
+        sys.modules["forks"] = sys.modules["__main__"]
     return request
 
 
@@ -385,8 +429,10 @@ def _show(command: Sequence[str]) -> None:
 
 def run_for_shell(path: str, arguments: list[str]) -> int:
     """Stand in for a fork: pass signals on to it, and end as it does."""
+    options = [OWN] if arguments[0] == OWN else []
     request = {
-        "args": arguments,
+        "args": [each for each in arguments[len(options) :] if each != "-u"],  # how Python would buffer its output
+        "options": options,
         "cwd": os.getcwd(),
         "env": dict(os.environ),
         "session": False,
@@ -412,4 +458,4 @@ def run_for_shell(path: str, arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "run":
         sys.exit(run_for_shell(sys.argv[2], sys.argv[3:]))
-    become(serve(sys.argv[2], int(sys.argv[3])))
+    become(serve(sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1"))

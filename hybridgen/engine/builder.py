@@ -250,8 +250,9 @@ class Builder:
         """
         keys = self._planned(runner, plan)
         disable = bar_disabled(self.config.progress)
-        with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
-            runner.capture(keys, bar.update)
+        if keys:  # a bar starts a thread, disabled or not
+            with tqdm(total=len(keys), desc="capture", unit="graph", delay=1, disable=disable) as bar:
+                runner.capture(keys, bar.update)
         if plan.compiles_steps:
             self.starter.check_steps()
 

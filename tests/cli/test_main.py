@@ -324,11 +324,51 @@ def test_another_model_or_sampling_is_not_mixed_in(capsys: pytest.CaptureFixture
         assert output.read_bytes() == before
 
 
-def test_the_collector_goes_on_after_imports_and_passes_over_what_they_made() -> None:
-    code = (
-        "import gc; from hybridgen.cli.imports import import_engine; import_engine(); "
-        "print(gc.isenabled(), gc.get_freeze_count())"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert out[0] == "True"
-    assert int(out[1]) > 100_000
+FRESH = """
+import gc, json, subprocess, sys, threading
+from hybridgen.cli.imports import import_engine
+import_engine()
+found = {"enabled": gc.isenabled(), "frozen": gc.get_freeze_count()}
+import hybridgen
+from hybridgen.compilation import behind
+
+started = []
+Popen, Thread = subprocess.Popen.__init__, threading.Thread.start
+subprocess.Popen.__init__ = lambda self, args, *more, **rest: started.append(args) or Popen(self, args, *more, **rest)
+threading.Thread.start = lambda self: started.append(self.name.strip("0123456789-_")) or Thread(self)
+for mode in ("eager", "hybrid"):
+    modules, before = set(sys.modules), len(started)
+    with hybridgen.Engine.load(mode=mode, device="cpu", max_batch=4, kv_memory="16MiB") as engine:
+        for token in engine.stream("import os", max_new_tokens=40):
+            found[mode] = sorted(set(sys.modules) - modules), started[before:], engine.stats().compiled
+            break
+found["hybrid compiles"] = behind.__name__ in sys.modules
+parts = ("compile_fx", "codegen.cpp", "lowering", "scheduler")
+found["compilers"] = [part for part in parts if f"torch._inductor.{part}" in sys.modules]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a fresh process says of its imports, and of what each mode does before its first token with nothing kept."""
+    kept = {name: value for name, value in os.environ.items() if name != "HYBRIDGEN_COMPILE_CACHE"}
+    environment = {**kept, "HYBRIDGEN_CACHE_DIR": str(tmp_path_factory.mktemp("cold"))}
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_collector_goes_on_after_imports_and_passes_over_what_they_made(fresh: dict[str, Any]) -> None:
+    assert fresh["enabled"] is True
+    assert fresh["frozen"] > 100_000
+
+
+def test_before_its_first_token_a_cold_hybrid_on_a_cpu_does_as_eager_does(fresh: dict[str, Any]) -> None:
+    """What compiles is neither imported nor started, though nothing is kept that could be loaded."""
+    modules, started, compiled = fresh["hybrid"]
+    assert modules == []
+    assert started == fresh["eager"][1]
+    assert compiled == 0
+    assert fresh["hybrid compiles"]
+    assert fresh["compilers"] == []

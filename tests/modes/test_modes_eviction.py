@@ -92,16 +92,16 @@ def test_over_its_memory_a_graph_goes(path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Traffic:
-    """Random arrivals over 500 steps in waves, so that the batch grows to 17 and now and then empties."""
+    """Random arrivals over 250 steps in two waves, so that the batch grows to 17 and empties."""
 
-    STEPS = 500
+    STEPS = 250
 
     def __init__(self, seed: int) -> None:
         source = random.Random(seed)
         self.arrivals: dict[int, list[tuple[list[int], SamplingParams]]] = {}
         self.count = 0
         for step in range(self.STEPS):
-            rate = (0.3, 0.6, 1.0, 1.5, 0.3, *[0.0] * 5)[step % 125 * 10 // 125]
+            rate = (0.3, 0.6, 1.2, 2.0, 0.3, *[0.0] * 5)[step % 125 * 10 // 125]
             for _ in range(int(rate + source.random())):
                 length = source.choice((1, 2, 3, 5, 8, 13, 21, 34, 55, 70))
                 prompt = [source.randrange(3, families.VOCAB) for _ in range(length)]
@@ -188,9 +188,9 @@ def test_a_batch_that_grows_and_shrinks(
     assert not stats.graphs.failures
     # Without a ratio the measured times decide, and on a CPU they are noise.
     measured = fields.get("max_padding_ratio", 1) is None
-    assert stats.graphs.hits > (40 if fields.get("max_graphs") or measured else 200)
+    assert stats.graphs.hits > (20 if fields.get("max_graphs") or measured else 100)
     if fields.get("max_padding_ratio", 1) is not None:
-        assert stats.graphs.padded_hits > 20
+        assert stats.graphs.padded_hits > 10
     if "max_graphs" in fields:
         assert stats.graphs.evictions > 3 or stats.graphs.lazy_captures == 0
     if fields.get("capture_after") == 1:

@@ -70,9 +70,10 @@ def test_every_mode_and_batch(mode: str, run_ahead: int, streams: Streams, monke
     oracle = OracleDrafter(sequences(expected), RIGHT)
     with loaded(path, mode, speculation=oracle, run_ahead=run_ahead) as engine:
         for count in (1, 2, 5, 17):
-            engine.generate(PROMPTS[:count], params[:count])  # steps with drafts that it wants are recorded behind it
-            while engine.record_missing():
-                pass
+            if mode in ("graph", "hybrid"):  # steps with drafts that it wants are recorded behind it
+                engine.generate(PROMPTS[:count], params[:count])
+                while engine.record_missing():
+                    pass
             found = engine.generate(PROMPTS[:count], params[:count])
             check_equal(found, expected[:count])
             check_counts(found)

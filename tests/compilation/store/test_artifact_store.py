@@ -381,7 +381,7 @@ def test_of_ten_processes_on_an_empty_store_one_builds(tmp_path: Path) -> None:
 
 def test_when_the_builder_dies_another_builds(tmp_path: Path) -> None:
     first = builder(tmp_path / "store", tmp_path / "log", 600)
-    while not (tmp_path / "log").exists():
+    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
         time.sleep(0.02)
     second = builder(tmp_path / "store", tmp_path / "log", 0)
     first.send_signal(signal.SIGKILL)
