@@ -367,7 +367,7 @@ class Builder:
         try:
             disable = bar_disabled(self.config.progress)
             with tqdm(total=1, desc="compile", delay=1, leave=False, disable=disable) as bar:
-                self.starter.compile(runner)
+                self.starter.compile(runner, cuts=self._rotates_in_one_op())
                 bar.update()
         except CacheMissError:
             raise
