@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from hybridgen.device.capture import kernel_names
+
 
 class Device(NamedTuple):
     """What a launch depends on."""
@@ -53,6 +55,7 @@ class Launcher:
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        kernel_names.add(kernel.__name__)
         self._kernel = kernel
         self._constants = constants
         self._aligned: list[int] | None = None
