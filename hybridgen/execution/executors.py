@@ -12,6 +12,7 @@ from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import RunEnds
 from hybridgen.models.twin import has_forward_hooks
 
+
 class Cuts(NamedTuple):
     """Which prefills' last layer goes on with the prompts' last tokens alone. In shorter ones, what is saved is no more
     than the launches that come with it."""

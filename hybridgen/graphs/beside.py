@@ -1,10 +1,10 @@
 """What cuBLAS clears before its products, done beside the kernels that come before.
 
-Most products of cuBLAS 13 on a Hopper GPU are two nodes of a CUDA graph: a memset of a few counters in its workspace, and
-the kernel. In a graph that was captured from one stream the memset waits for the kernel before it, and the product for
-the memset: 3 us and more for each product, in decode steps whose products take 10 to 60. The workspace is used by
-products alone, so the memset has to wait for the product before it and for nothing else. Its edges are changed so before
-the graph is instantiated; kernels and their order stay.
+Most products of cuBLAS 13 on a Hopper GPU are two nodes of a CUDA graph: a memset of a few counters in its workspace,
+and the kernel. In a graph that was captured from one stream the memset waits for the kernel before it, and the product
+for the memset: 3 us and more for each product, in decode steps whose products take 10 to 60. The workspace is used by
+products alone, so the memset has to wait for the product before it and for nothing else. Its edges are changed so
+before the graph is instantiated; kernels and their order stay.
 """
 
 from __future__ import annotations

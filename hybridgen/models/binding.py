@@ -252,8 +252,9 @@ class BoundModel:
         inside = set(self.layers[-1].modules())
         attending = [site.module for site in self.sites if site.module in inside]
         binding = vars(self.sites[-1].module).get("_hybridgen")
-        alone = attending == [self.sites[-1].module] and isinstance(binding, LayerBinding)
-        return alone and not binding.reads_only
+        if not isinstance(binding, LayerBinding) or binding.reads_only:
+            return False
+        return attending == [self.sites[-1].module]
 
     def _schedule_last(self, step: StepMetadata, ends: RunEnds) -> None:
         """Schedule what the last layer attends to in a prefill with ends."""

@@ -111,7 +111,10 @@ def is_balanced(rows: int) -> bool:
     not dealt yet: the 8B took 21 us for 8 such rows and 28 by a schedule, and 156 and 212 for 32 rows of 4096; only 32
     rows of 100 to 2000 gained (63, not 68). Measured by `benchmarks/ragged.py`.
     """
-    return rows >= 64
+    return rows >= _BALANCED_ROWS
+
+
+_BALANCED_ROWS = 64
 
 
 def make_schedule(
