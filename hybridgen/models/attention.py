@@ -220,6 +220,8 @@ class LayerBinding:
         q = rotate_and_write(q, k, v, cos, sin, norms, places)
         if self.step.writes_only:
             return q.new_empty(*q.shape[:2], v.shape[-1])
+        if self.step.phase is Phase.DECODE:
+            return decode_attention(q, places, options, schedule=self.schedule)
         return prefill_attention(q, places, self.step.query_starts, options)
 
     def write_schedule(self, query_heads: int) -> None:

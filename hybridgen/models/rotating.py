@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest relative error of a head, by the dtype in which the model computes it."""
+DECODES = False
+"""Whether decode steps go by the op, too; not measured yet."""
 _CHECKED = 8
 """Tokens that a module is checked on."""
 _LARGE = 1000.0
@@ -166,7 +168,9 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """In prefill the module's own forward with one op between its projections and its attention; else just that."""
     binding = getattr(self, "_hybridgen", None)
     # The name says whether the model attends by itself, for a comparison.
-    if binding is None or binding.step.phase is not Phase.PREFILL or self.config._attn_implementation != ATTENTION_NAME:
+    if binding is None or self.config._attn_implementation != ATTENTION_NAME:
+        return self._hybridgen_forward(*args, **kwargs)
+    if binding.step.phase is not Phase.PREFILL and not DECODES:
         return self._hybridgen_forward(*args, **kwargs)
     rotation = self._hybridgen_rotation
     hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
