@@ -1,4 +1,4 @@
-"""One capture at a time; and which kernels in it are our own."""
+"""One capture at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,3 @@ import threading
 CAPTURING = threading.RLock()
 """Held while something is captured, and while the allocator's cache is emptied: the allocator of the process takes one
 capture at a time, and does not survive being emptied in it."""
-
-kernel_names: set[str] = set()
-"""Of the Triton kernels that launchers were made for. None of them uses a library's workspace."""

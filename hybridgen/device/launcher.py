@@ -12,8 +12,6 @@ import torch
 import triton
 from torch import Tensor
 
-from hybridgen.device.capture import kernel_names
-
 
 class Device(NamedTuple):
     """What a launch depends on."""
@@ -55,7 +53,6 @@ class Launcher:
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
-        kernel_names.add(kernel.__name__)
         self._kernel = kernel
         self._constants = constants
         self._aligned: list[int] | None = None

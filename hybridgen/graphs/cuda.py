@@ -25,16 +25,13 @@ from typing import Any, cast
 
 import torch
 
-from hybridgen.device.capture import CAPTURING, kernel_names
-from hybridgen.graphs.beside import move_memsets
+from hybridgen.device.capture import CAPTURING
 from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorded, checked_seconds
 
 logger = logging.getLogger(__name__)
 
 OWNER = "cuda graph"
-MOVES_MEMSETS = False
-"""Whether recorders begin so; not measured yet."""
 _kept: list[object] = []
 """What failed captures leave to torch, for as long as the process lives."""
 _WARM_UPS = 2
@@ -69,10 +66,6 @@ class CudaGraphRecorder:
         self._pool: _Pool | None = None
         self._scratch = torch.zeros(1, device=device)
         self._wait = partial(torch.cuda.synchronize, device)
-        self.moves_memsets = MOVES_MEMSETS
-        """Whether graphs are changed as `beside` says."""
-        self.moved = 0
-        """Memsets that were moved."""
 
     def record(self, key: GraphKey, step: Callable[[], None], known: tuple[float, float] | None) -> Recorded:
         """Warm up, capture and time a step.
@@ -95,7 +88,13 @@ class CudaGraphRecorder:
                 step()
             plain = checked_seconds(step, self._wait, None if known is None else known[0])
         self._wait()  # steps share buffers: no two may run at a time, and the first replay is on another stream
-        graph = self._captured_graph(pool, step)
+        torch._C._cuda_clearCublasWorkspaces()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with _no_garbage_collection(), torch.cuda.stream(self._stream):
+                self._capture(graph, pool, step)
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         pool.graphs += 1
         try:
             self.captured()
@@ -115,28 +114,6 @@ class CudaGraphRecorder:
             bytes=used,
             is_graph=True,
         )
-
-    def _captured_graph(self, pool: _Pool, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """A graph of the step that can be replayed, its memsets moved where that can be done."""
-        moves = self.moves_memsets
-        graph = torch.cuda.CUDAGraph(keep_graph=True) if moves else torch.cuda.CUDAGraph()
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            with _no_garbage_collection(), torch.cuda.stream(self._stream):
-                self._capture(graph, pool, step)
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-        if not moves:
-            return graph
-        try:
-            self.moved += move_memsets(graph.raw_cuda_graph(), kernel_names)
-            graph.instantiate()
-        except Exception as error:  # an older driver: nothing is lost but the time between kernels
-            logger.debug("memsets stay where they are: %s", error)
-            self.moves_memsets = False
-            graph.reset()
-            return self._captured_graph(pool, step)
-        return graph
 
     def close(self) -> None:
         """Give up the pool; its memory goes back to the device with its last graph."""

@@ -214,7 +214,7 @@ class LayerBinding:
         scale: float,
         softcap: float,
     ) -> torch.Tensor:
-        """In prefill: normalise and rotate heads, write keys and values, and attend; see `kernels.attention.rotary`."""
+        """Normalise and rotate heads, write keys and values, and attend; see `kernels.attention.rotary`."""
         places = self.places()
         options = Options(scale, self.sees.window, self.sees.chunk, softcap)
         q = rotate_and_write(q, k, v, cos, sin, norms, places)
