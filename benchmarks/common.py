@@ -329,10 +329,17 @@ def _output(*command: str) -> str | None:
         return None
 
 
+def write(results: dict[str, Any], output: Path | None) -> None:
+    """Write results to a file, in one piece: what was there before stays whole until then."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part = output.with_name(output.name + ".part")
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        part.replace(output)
+
+
 def report(results: dict[str, Any], output: Path | None) -> None:
     """Print the results as one JSON line, with provenance, and write them to a file."""
     results = {"provenance": provenance(), **results}
     print(json.dumps(results))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
+    write(results, output)

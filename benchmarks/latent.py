@@ -10,7 +10,7 @@ each compared first. Prefill: attention of one fresh prompt, its projections inc
 CUDA), by the kernel for keys and values of the call's own tokens, and by keys and values of all heads and torch's
 `scaled_dot_product_attention`.
 
-    python benchmarks/latent.py [--sweep] [--rows 1] [--output latent.json]
+    python benchmarks/latent.py [--sweep] [--rows 1] [--prefill] [--output latent.json]
     python benchmarks/latent.py --smoke          # tiny, on the CPU's implementation: checks the script
 """
 
@@ -368,6 +368,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--sweep", action="store_true", help="other launch options too")
     parser.add_argument("--rows", type=int, nargs="+", help="decode of so many rows alone, and no prefill")
+    parser.add_argument("--prefill", action="store_true", help="prefill alone")
     parser.add_argument("--models", nargs="+", help="of these names; all if left out")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -383,7 +384,7 @@ def main() -> None:
     results |= {"decode": [], "prefill": []}
     try:
         with torch.inference_mode():
-            for shape in shapes:
+            for shape in [] if args.prefill else shapes:
                 run_decode(shape, device, dtype, ceiling, args, results["decode"])
             for shape in shapes if args.rows is None else []:
                 results["prefill"] += run_prefill(shape, device, dtype, args.smoke, args.sweep)

@@ -14,26 +14,30 @@ experts. Greedy, random prompts of one length, whole calls, wall time, medians.
 - agreement: how many tokens are Hugging Face's before the first other one, of all. Random weights in 16 bits leave
   tokens close to each other, so that it says little below 1.
 
-One engine a mode runs all batches. A cell that fails is reported with its reason, and the others go on.
-`HYBRIDGEN_COMPILE_CACHE=DIRECTORY` lets `hybrid` load what `jit` compiled.
+One engine a mode runs all batches. A cell that fails is reported with its reason, and the others go on. Results are
+written behind each cell, so that a run that is cut leaves those before. With `--limit-s` a model's cells that would
+begin later are left out, and said so. `HYBRIDGEN_COMPILE_CACHE=DIRECTORY` lets a mode load what another compiled.
 
     python benchmarks/model_shapes.py [--models lfm2-2.6b] [--modes hybrid] [--layers 8] [--output results.json]
+    python benchmarks/model_shapes.py --budget-s 2 --new 64 --limit-s 90        # all shapes, in about 8 minutes
     python benchmarks/model_shapes.py --smoke          # tiny models, anywhere
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
     how_it_ran,
+    provenance,
     quantiles,
     random_model,
     random_prompts,
@@ -43,6 +47,7 @@ from common import (
     shape_dtype,
     synchronize,
     this_device,
+    write,
 )
 from replay import differing_repeats
 from shapes import shorten
@@ -53,7 +58,8 @@ from hybridgen.kernels.read_ceiling import read_ceiling
 
 MODELS = ["qwen3.5-4b", "lfm2-2.6b", "deepseek-v2-lite", "gpt-oss-20b", "qwen3-30b-a3b"]
 HUGGINGFACE = "huggingface"
-MODES = [HUGGINGFACE, "eager", "jit", "graph", "hybrid"]
+MODES = [HUGGINGFACE, "hybrid", "jit", "graph", "eager"]
+"""In the order in which they are measured: a run that is cut has what matters most."""
 REPEATS = 3
 FEW = 5
 """New tokens of the call by which N is chosen."""
@@ -137,19 +143,37 @@ def row_of(cell: Cell, batch: int, arguments: argparse.Namespace) -> dict[str, A
     return row
 
 
+class Results:
+    """What was measured so far, in a file."""
+
+    def __init__(self, arguments: argparse.Namespace, ceiling: float | None) -> None:
+        self.arguments, self.ceiling = arguments, ceiling
+        self.rows: list[dict[str, Any]] = []
+        self.engines: dict[str, dict[str, Any]] = {}
+        """By model and mode."""
+        self.head = {"provenance": provenance(), "benchmark": "model_shapes"}
+        self.head |= {"read_ceiling_gb_per_s": None if ceiling is None else ceiling / 1e9}
+
+    def all(self) -> dict[str, Any]:
+        return {**self.head, "rows": self.rows, "engines": self.engines}
+
+    def write(self) -> None:
+        write(self.all(), self.arguments.output)
+
+
 class Model:
     """A shape's rows."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace, device: str, ceiling: float | None) -> None:
-        self.name, self.arguments, self.device, self.ceiling = name, arguments, device, ceiling
+    def __init__(self, name: str, results: Results, device: str) -> None:
+        self.name, self.results, self.device = name, results, device
+        self.arguments = arguments = results.arguments
         dtype = shape_dtype(name, device)
         self.weights = Weights(name, arguments.layers, dtype)
-        start = time.perf_counter()
+        start = self.start = time.perf_counter()
         self.model = random_model(name, dtype, device, layers=arguments.layers)
         synchronize(device)
         print(f"{name}: weights made in {time.perf_counter() - start:.1f} s", flush=True)
-        self.rows: list[dict[str, Any]] = []
-        self.engines: dict[str, Any] = {}
+        self.engines = results.engines.setdefault(name, {})
         self.tokens: dict[int, list[list[int]]] = {}
         """Hugging Face's, by batch."""
         self.steps: dict[int, float] = {}
@@ -157,21 +181,30 @@ class Model:
     def prompts(self, batch: int) -> list[list[int]]:
         return random_prompts(batch, self.arguments.prompt, self.model.config.vocab_size, batch)
 
+    def late(self) -> bool:
+        return time.perf_counter() - self.start > self.arguments.limit_s
+
     def add(self, mode: str, batch: int, measured: Callable[[], dict[str, Any]]) -> None:
         """A row, or why there is none."""
         row: dict[str, Any] = {"model": self.name, "layers": self.model.config.num_hidden_layers, "mode": mode}
         row |= {"batch": batch, "prompt": self.arguments.prompt}
+        start = time.perf_counter()
         try:
+            if self.late():
+                raise TimeoutError(f"left out, behind {self.arguments.limit_s:g} s of the model")
             row |= measured()
-        except (hybridgen.HybridgenError, RuntimeError, ValueError, TypeError) as error:
+        except (hybridgen.HybridgenError, OSError, RuntimeError, ValueError, TypeError) as error:
             row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
             print(f"{self.name:<17} {mode:<12} {batch:4} failed: {row['error']}", flush=True)
-            self.rows.append(row)
+            self.results.rows.append(row)
+            self.results.write()
             return
+        row["cell_s"] = time.perf_counter() - start
         if mode == HUGGINGFACE:
             self.steps[batch] = row["step_us"]
         row["times_huggingface"] = self.steps[batch] / row["step_us"] if batch in self.steps else None
-        self.rows.append(row)
+        self.results.rows.append(row)
+        self.results.write()
         shown = [row["step_us"], row["prefill_ms"]]
         named = ("share_of_ceiling", "p99_over_p50", "times_huggingface", "agreement")
         rest = " ".join("       -" if row.get(each) is None else f"{row[each]:8.3f}" for each in named)
@@ -203,8 +236,14 @@ class Model:
         options |= {"mode": mode, "token_budget": most * arguments.prompt, "prefix_cache": False, "progress": False}
         if mode in ("graph", "hybrid"):
             options |= {"decode_buckets": arguments.batches, "prefill_buckets": [arguments.prompt]}
+        if self.late():
+            print(f"{self.name:<17} {mode:<12} left out, behind {arguments.limit_s:g} s of the model", flush=True)
+            self.engines[mode] = {"error": f"left out, behind {arguments.limit_s:g} s of the model"}
+            return
+        start = time.perf_counter()
         try:
             with hybridgen.Engine.load(self.model, **options) as engine:
+                print(f"{self.name:<17} {mode:<12} ready in {time.perf_counter() - start:.1f} s", flush=True)
                 for batch in arguments.batches:
                     self.add(mode, batch, lambda batch=batch, engine=engine: self._engine_cell(engine, batch))
                 self.engines[mode] = how_it_ran(engine)
@@ -214,7 +253,7 @@ class Model:
         release()
 
     def _engine_cell(self, engine: hybridgen.Engine, batch: int) -> dict[str, Any]:
-        arguments, prompts = self.arguments, self.prompts(batch)
+        arguments, prompts, ceiling = self.arguments, self.prompts(batch), self.results.ceiling
 
         def generate(new: int) -> Any:
             outs = engine.generate(prompts, max_new_tokens=new, ignore_eos=True, temperature=0)
@@ -228,7 +267,7 @@ class Model:
         context = traffic.step_bytes(batch, arguments.prompt + cell.new / 2) - traffic.weights
         row = row_of(cell, batch, arguments)
         rate = (self.weights.step(batch) + context) / cell.step
-        row |= {"gb_per_s": rate / 1e9, "share_of_ceiling": None if self.ceiling is None else rate / self.ceiling}
+        row |= {"gb_per_s": rate / 1e9, "share_of_ceiling": None if ceiling is None else rate / ceiling}
         gaps = [(after - before) for outs in cell.results for before, after in pairwise(outs[0].timing.token_times)]
         times = quantiles(gaps)
         row |= {"p50_us": times["p50_us"], "p99_us": times["p99_us"], "gaps": len(gaps)}
@@ -249,6 +288,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128, help="tokens of a long call at most")
     parser.add_argument("--budget-s", type=float, default=6.0, help="seconds of a cell, about")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds of a model, about")
     parser.add_argument("--repeats", type=int, default=0, help="replays of one decode step in mode hybrid")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny models, anywhere")
@@ -263,23 +303,20 @@ def main() -> None:
     ceiling = read_ceiling(torch.device(device, 0) if device == "cuda" else torch.device(device))
     head = ("us / step", "prefill ms", "share", "p99/p50", "times HF", "agrees")
     print(f"{'model':<17} {'mode':<12} {'rows':>4} {head[0]:>10} {head[1]:>10} {' '.join(f'{h:>8}' for h in head[2:])}")
-    rows: list[list[dict[str, Any]]] = []
-    engines: dict[str, Any] = {}
+    results = Results(arguments, ceiling)
     try:
         for name in arguments.models:
-            model = Model(name, arguments, device, ceiling)
-            rows.append(model.rows)
-            engines[name] = model.engines
+            model = Model(name, results, device)
             for mode in arguments.modes:
                 if mode == HUGGINGFACE:
                     model.huggingface()
                 else:
                     model.ours(mode, options)
+                results.write()
             del model
             release()
     finally:  # what was measured by then is worth keeping
-        results = {"benchmark": "model_shapes", "read_ceiling_gb_per_s": None if ceiling is None else ceiling / 1e9}
-        report({**results, "rows": list(chain.from_iterable(rows)), "engines": engines}, arguments.output)
+        report(results.all(), arguments.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,7 @@ def main() -> None:
         for name in args.models:
             for form in args.formats:
                 found += variants(name, form, [{}, *others], args.half, pool)
+        wait([variant.step for variant in found])  # loading a kernel disturbs a graph that is being recorded
         for variant in found:
             if time.monotonic() - begin < args.seconds:
                 try_out(variant, args.repeats)

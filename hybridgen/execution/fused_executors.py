@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridgen.device.failures import LostRanks
+from hybridgen.device.program import Keeper
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.fused.decode import FusedDecode
-from hybridgen.fused.persistent.program import Keeper
 from hybridgen.graphs import LAYERS, GraphKey, Recorder
 from hybridgen.models.binding import key_value_pages
 from hybridgen.models.share import Share

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hybridgen.cache import LayerPages
 from hybridgen.device.failures import LostRanks
+from hybridgen.device.program import Keeper
 from hybridgen.errors import DeviceError, described
 from hybridgen.fused import reference
 from hybridgen.fused.chain.search import COMPILED_AT_ONCE
@@ -23,7 +24,6 @@ from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExecutor
 from hybridgen.fused.inputs import StepInputs
-from hybridgen.fused.persistent.program import Keeper
 from hybridgen.fused.persistent.shape import Tuning, inbox_bytes
 from hybridgen.fused.persistent.step import PersistentStep
 from hybridgen.fused.rows.shape import COLUMNS

@@ -70,6 +70,8 @@ class StepMetadata:
     state by slot, as the two below are."""
     runs: tuple[tuple[int, bool], ...] = ()
     """In prefill the length of each run, and whether it is its request's first; known to the host."""
+    packed: tuple[Any, Any] | None = None
+    """What mixers made of `runs` on the device, and of which (`models.mixers`)."""
     state_places: tuple[torch.Tensor, torch.Tensor] | None = None
     """int64 each: where states are read and written (`cache.slot_state`), of each token in decode, of each slot in
     `fed` in prefill."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hybridgen.device.program import Unfit as Unfit
 from hybridgen.models.projections import has_hooks
 from hybridgen.models.rope import LENGTH_DEPENDENT
 from hybridgen.models.share import QuantisedShareLinear, Share, ShareLinear
@@ -28,10 +29,6 @@ from hybridgen.models.weights import (
     WeightError,
     WeightProvider,
 )
-
-
-class Unfit(Exception):
-    """A model or device that a fused step does not serve; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)

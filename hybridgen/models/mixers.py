@@ -7,8 +7,9 @@ pool in `cache.slot_state`; what it computes stays transformers' own code.
 - *Decode*: one call with a row for each token, [T, 1, hidden]. It decides nothing on the host, so that it can be
   compiled and recorded.
 - *Prefill*: one call for all runs of one length that begin alike, [runs, length, hidden], because rows of a batch end
-  together in transformers' functions. `_prefill` is the place for a function that takes packed runs. A mixer whose code
-  begins every run at zeros, as transformers' scan of Mamba 1 does, gets later runs of a prompt token by token.
+  together in transformers' functions; but one call for all runs of a gated delta net on CUDA, in 16 bits, where
+  `fla-core` is installed (`models.packed`). A mixer whose code begins every run at zeros, as transformers' scan of
+  Mamba 1 does, gets later runs of a prompt token by token.
 
 The mixer's class is changed, not its `forward` attribute, so that layers of a kind still share a compiled graph.
 """
@@ -31,7 +32,10 @@ from hybridgen.errors import UnsupportedModelError
 from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.layer_inputs import LayerInputs
 from hybridgen.models.layer_list import layer_around
+from hybridgen.models.packed import PackedCache, Runs, packed_forward, rule_for, runs_of
+from hybridgen.models.slot_cache import SlotCache
 from hybridgen.models.swapped import give_back, made_class
+from hybridgen.models.torch_functions import by_torch
 
 _VERBS = frozenset({"update_conv_state", "update_recurrent_state"})
 """What a mixer calls on its cache, by which it is recognised."""
@@ -84,6 +88,15 @@ class MixerBinding:
             raise RuntimeError("the step does not say where states are; BoundModel.forward() sets it")
         return places
 
+    def packed_runs(self, device: torch.device) -> Runs:
+        """Where the runs of a prefill step lie; made once for all layers whose convolutions keep as much."""
+        kernel = 0 if self.convolution is None else self.convolution.shape[-1]
+        key = self.step.runs, kernel
+        if self.step.packed is None or self.step.packed[0] != key:
+            self.step.packed = key, runs_of([length for length, _ in self.step.runs], kernel, device)
+        found: Runs = self.step.packed[1]
+        return found
+
     def read(self, places: Tensor, fresh: bool) -> SlotCache:
         """A copy of the states in these places, int64 [B]; `fresh` has none before."""
         convolution, recurrent = self.convolution, self.recurrent
@@ -100,70 +113,6 @@ class MixerBinding:
         for pool, new in ((self.convolution, cache.conv_states[0]), (self.recurrent, cache.recurrent_states[0])):
             if pool is not None:
                 pool.index_copy_(0, places, new.to(pool.dtype))
-
-
-class SlotCache:
-    """What a mixer takes for its cache, in one call.
-
-    It has what transformers' `Cache` offers mixers from 5.17 on: `has_previous_state()` and `layers[i].conv_states`
-    there, `get_conv_state()` and `get_recurrent_state()` later.
-    """
-
-    record_past = False
-
-    def __init__(self, convolution: Tensor | None, recurrent: Tensor | None, kernel: int, previous: bool) -> None:
-        """
-        Args:
-            convolution: [B, channels, kernel], which the mixer may change in place; `recurrent` alike.
-            previous: whether tokens came before.
-        """
-        self.conv_states: list[Any] = [convolution]
-        self.recurrent_states: list[Any] = [recurrent]
-        self._kernel = kernel
-        self._previous = previous
-
-    @property
-    def layers(self) -> _Everywhere:
-        """The same whatever the layer."""
-        return _Everywhere(self)
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether tokens came before."""
-        return self._previous
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        """No: nothing is taken back."""
-        return False
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """[B, channels, kernel], or None before the first token."""
-        return self.conv_states[0] if self._previous else None
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """[B, ...], or None before the first token."""
-        return self.recurrent_states[0] if self._previous else None
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        """Keep the last inputs; returns those that were kept and the new ones, [B, channels, at least kernel]."""
-        if self._previous:
-            conv_states = torch.cat([self.conv_states[0].to(conv_states.dtype), conv_states], dim=-1)
-        elif conv_states.shape[-1] < self._kernel:
-            conv_states = nn.functional.pad(conv_states, (self._kernel - conv_states.shape[-1], 0))
-        self.conv_states[0] = conv_states[..., -self._kernel :]
-        return conv_states
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        """Keep a new state."""
-        self.recurrent_states[0] = recurrent_states
-        return recurrent_states
-
-
-class _Everywhere:
-    def __init__(self, layer: SlotCache) -> None:
-        self._layer = layer
-
-    def __getitem__(self, index: int) -> SlotCache:
-        return self._layer
 
 
 def find_mixers(model: nn.Module) -> Iterator[nn.Module]:
@@ -305,7 +254,7 @@ def continues_runs(mixer: nn.Module, hidden: Tensor, shapes: MixerShapes) -> boo
         UnsupportedModelError: it does not go by its state for a single token either.
     """
     kind = _class_of(mixer)
-    own, name = kind.forward, _cache_name(kind)
+    own, name = by_torch(kind.forward), _cache_name(kind)
 
     def reads(tokens: Tensor, index: int) -> bool:
         convolution, recurrent = (
@@ -343,13 +292,19 @@ def use_own_cache(mixer: nn.Module) -> None:
 @functools.cache
 def _with_slots(kind: Any) -> Any:
     name = _cache_name(kind)
-    own: Callable[..., Any] = kind.forward
+    own: Callable[..., Any] = by_torch(kind.forward)
+    packed = packed_forward(kind)
 
-    @functools.wraps(own)
+    @functools.wraps(kind.forward)
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         binding: MixerBinding = self._hybridgen
         if binding.step.phase is Phase.DECODE:
             return _decode(own, name, self, hidden_states, binding)
+        recurrent = binding.recurrent
+        if packed is not None and recurrent is not None and binding.convolution is not None:
+            rule = rule_for(kind, hidden_states, recurrent)
+            if rule is not None and hidden_states.shape[1] > 1:  # a token alone runs as in decode
+                return _prefill_packed(functools.partial(packed, rule=rule), name, self, hidden_states, binding)
         return _prefill(own, name, self, hidden_states, binding)
 
     return made_class(kind, SlotMixer, {"forward": forward}, globals())
@@ -384,6 +339,23 @@ def _prefill(own: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tenso
         for place, row in enumerate(rows):
             outputs[row] = tree_map(lambda each, place=place: each[place : place + 1], whole)
     return tree_map(lambda *each: torch.cat(each, dim=1), *outputs)
+
+
+def _prefill_packed(
+    packed: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding
+) -> Any:
+    """The same as `_prefill`, in one call for all runs."""
+    reads, writes = binding.places()
+    count = len(binding.step.runs)
+    runs = binding.packed_runs(hidden.device)
+    convolution, recurrent = binding.convolution, binding.recurrent
+    assert convolution is not None  # see `_with_slots`
+    assert recurrent is not None
+    # A slot without tokens before has zeros.
+    cache = PackedCache(convolution.index_select(0, reads[:count]), recurrent.index_select(0, reads[:count]), runs)
+    output = packed(mixer, hidden, **{name: cache}, runs=runs)
+    binding.write(writes[:count], cache)
+    return output
 
 
 def _alike(runs: Sequence[tuple[int, bool]]) -> Iterator[tuple[tuple[int, bool], list[int]]]:

@@ -38,6 +38,7 @@ from hybridgen.models.interface import configs_of
 from hybridgen.models.latent import check_latents
 from hybridgen.models.mixers import check_mixers
 from hybridgen.models.text_part import TextPart, as_text_part
+from hybridgen.models.torch_functions import torch_alone
 from hybridgen.models.visibility import Predicate, UnknownMaskError, Visibility, read_visibility
 
 PROBE_NAME = "hybridgen_probe"
@@ -203,7 +204,7 @@ def _run(model: PreTrainedModel) -> _Recorder:
                 module.forward = partial(_counting, mode, module.forward)  # type: ignore[method-assign]
         ids, positions = torch.zeros(1, TOKENS, dtype=torch.long), torch.arange(TOKENS)[None]
         try:
-            with torch.no_grad(), mode:
+            with torch.no_grad(), torch_alone(weightless), mode:
                 weightless(input_ids=ids, position_ids=positions, use_cache=False)
         except UnsupportedModelError:
             raise

@@ -28,6 +28,7 @@ from hybridgen.models.probe import (
     probe_model,
     read_options,
 )
+from hybridgen.models.torch_functions import torch_alone
 from hybridgen.models.visibility import CAUSAL, Visibility
 
 
@@ -76,7 +77,7 @@ def find_sites(
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     cache = DynamicCache(config=model.config) if mixers else None
     inputs = LayerInputs(mixers)
-    with inputs.listening():
+    with inputs.listening(), torch_alone(model):
         seen, logits_dtype = _run_two_tokens(model, attention, names, cache)
     check_distinct(kind, [names[site.module] for site in seen])
     layers = decoder_layers(model, [site.module for site in seen], mixers)

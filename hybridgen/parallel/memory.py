@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from hybridgen.device.program import driver_call
 from hybridgen.errors import DeviceError
-from hybridgen.fused.persistent.program import driver_call
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.device.mapped import host_mapped
-from hybridgen.fused.persistent.program import Kernel, Program, compile_cubin
+from hybridgen.device.program import Kernel, Program, compile_cubin
 from hybridgen.parallel.memory import PeerMemory
 
 PROGRAM = Program((__package__ or "",), "one_shot.cu", (), "one_shot")

@@ -12,7 +12,7 @@ import torch
 from decoders import Shape, in_parts, random_decoder
 
 from hybridgen.cache import LayerPages
-from hybridgen.fused.persistent import program
+from hybridgen.device import program
 from hybridgen.fused.persistent.shape import (
     Tuning,
     as_document,
@@ -22,7 +22,7 @@ from hybridgen.fused.persistent.shape import (
     peers,
     shape_of,
 )
-from hybridgen.fused.persistent.step import _packed_layer
+from hybridgen.fused.persistent.step import ONE_ROW, _packed_layer
 from hybridgen.models.decoder import Decoder, Norm, Unfit, dense
 
 SHAPE = Shape(hidden=256, heads=8, kv_heads=2, head_dim=64, intermediate=512, max_context=8)
@@ -148,14 +148,14 @@ def _has_compiler() -> bool:
 def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype) -> None:
     model = dataclasses.replace(decoder(**changes), dtype=dtype)
     shape = shape_of(model, default_tuning(model, 132), **H200)
-    assert program.machine_code(shape.defines, (9, 0)).startswith(b"\x7fELF")
+    assert program.machine_code(shape.defines, (9, 0), ONE_ROW).startswith(b"\x7fELF")
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
 def test_a_ranks_share_compiles_to_a_kernel_of_its_own() -> None:
     shapes = [shape_of(each, default_tuning(each, 132), **H200) for each in (decoder(), shared(2), shared(8))]
     assert [shape.defines["RANKS"] for shape in shapes] == [1, 2, 8]
-    assert len({program.compile_cubin(shape.defines, "sm_90a") for shape in shapes}) == 3
+    assert len({program.compile_cubin(shape.defines, "sm_90a", ONE_ROW) for shape in shapes}) == 3
 
 
 def test_partial_sums_have_a_place_for_each_rank_and_projection() -> None:
@@ -174,7 +174,7 @@ def test_projections_that_lie_apart_compile_to_another_kernel() -> None:
     model = decoder(biases=("qkv", "gate_up"))
     shapes = [shape_of(each, default_tuning(each, 132), **H200) for each in (model, in_parts(model))]
     assert [shape.defines["SEPARATE"] for shape in shapes] == [0, 1]
-    cubins = [program.compile_cubin(shape.defines, "sm_90a") for shape in shapes]
+    cubins = [program.compile_cubin(shape.defines, "sm_90a", ONE_ROW) for shape in shapes]
     assert cubins[0] != cubins[1]
 
 
@@ -182,25 +182,25 @@ def test_projections_that_lie_apart_compile_to_another_kernel() -> None:
 def test_a_shape_that_the_kernel_refuses_has_the_compilers_words() -> None:
     shape = shape_of(decoder(), Tuning(), **H200)
     with pytest.raises(Unfit, match="does not compile"):
-        program.compile_cubin({**shape.defines, "SHARED": 16}, "sm_90a")
+        program.compile_cubin({**shape.defines, "SHARED": 16}, "sm_90a", ONE_ROW)
 
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
 def test_a_key_names_constants_and_architecture() -> None:
     shape = shape_of(decoder(), Tuning(), **H200)
     keys = {
-        program.key(shape.defines, "sm_90a"),
-        program.key(shape.defines, "sm_100a"),
-        program.key({**shape.defines, "LAYERS": 3}, "sm_90a"),
+        program.key(shape.defines, "sm_90a", ONE_ROW),
+        program.key(shape.defines, "sm_100a", ONE_ROW),
+        program.key({**shape.defines, "LAYERS": 3}, "sm_90a", ONE_ROW),
     }
     assert len(keys) == 3
-    assert program.key(dict(reversed(shape.defines.items())), "sm_90a") in keys
+    assert program.key(dict(reversed(shape.defines.items())), "sm_90a", ONE_ROW) in keys
 
 
 def test_machine_code_is_asked_for_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "compile_cubin", lambda *arguments: repr(arguments).encode())
     monkeypatch.setattr(program, "key", lambda *arguments: repr(arguments))
-    assert program.machine_code({"A": 1}, (8, 0)) == repr(({"A": 1}, "sm_80", program.ONE_ROW)).encode()
-    made = program.machine_code({"A": 1}, (9, 0), lambda key, make: key.encode() + b" " + make())
+    assert program.machine_code({"A": 1}, (8, 0), ONE_ROW) == repr(({"A": 1}, "sm_80", ONE_ROW)).encode()
+    made = program.machine_code({"A": 1}, (9, 0), ONE_ROW, lambda key, make: key.encode() + b" " + make())
     assert made.split(b" Program")[0] == b"({'A': 1}, 'sm_90a',"
     assert made.count(b"sm_90a") == 2

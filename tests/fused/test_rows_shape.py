@@ -11,7 +11,8 @@ import pytest
 import torch
 from decoders import Shape, quantised_decoder, random_decoder
 
-from hybridgen.fused.persistent import program
+from hybridgen.device import program
+from hybridgen.fused.persistent.step import ONE_ROW
 from hybridgen.fused.rows.formats import Format, format_of, stored
 from hybridgen.fused.rows.shape import Tuning, as_document, check, default_tuning, largest, shape_of, shares, tiles
 from hybridgen.fused.rows.step import ROWS
@@ -138,6 +139,16 @@ def test_shares_cover_all_rows_evenly(blocks: int) -> None:
     assert read.max() < 1.01 * read.mean()
 
 
+@pytest.mark.parametrize(("page_size", "box"), [(8, 8), (64, 64), (256, 64)])
+def test_keys_and_values_come_in_boxes_of_a_page(page_size: int, box: int) -> None:
+    """Stages begin where the copies' swizzle begins anew, and a box is within a page and within a stage."""
+    model = dataclasses.replace(decoder(), heads=8, kv_heads=4, head_dim=128)
+    found = shape_of(model, DENSE, DENSE, Tuning(piece=2048), **{**H200, "page_size": page_size})
+    assert found.box == box
+    assert found.defines["STAGE"] % 1024 == 0
+    assert 2 * 2 * 128 * found.box <= found.defines["STAGE"]
+
+
 def test_a_device_may_be_too_small() -> None:
     model = decoder()
     with pytest.raises(Unfit, match="rows for each of 8 blocks"):
@@ -223,4 +234,4 @@ def test_a_ranks_share_compiles() -> None:
 
 @pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
 def test_kernels_have_keys_of_their_own() -> None:
-    assert program.key({"A": 1}, "sm_90a", ROWS) != program.key({"A": 1}, "sm_90a")
+    assert program.key({"A": 1}, "sm_90a", ROWS) != program.key({"A": 1}, "sm_90a", ONE_ROW)

@@ -14,7 +14,6 @@ from hybridgen.cache import MixerShapes, SlotShape
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.models import bind, mixers
 from hybridgen.models.mixers import (
-    SlotCache,
     SlotMixer,
     check_claimed,
     check_mixers,
@@ -22,6 +21,7 @@ from hybridgen.models.mixers import (
     find_mixers,
 )
 from hybridgen.models.probe import probe_model
+from hybridgen.models.slot_cache import SlotCache
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridgen.fused.persistent import program
+from hybridgen.device import program
 from hybridgen.models.decoder import Unfit
 from hybridgen.parallel.one_shot import ADDS, BLOCKS, DTYPES, PROGRAM, OneShot, defines
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
-from hybridgen.fused.persistent.program import Keeper, Kernel, machine_code
+from hybridgen.device.program import Keeper, Kernel, Program, machine_code
 from hybridgen.fused.persistent.shape import (
     PATIENCE,
     PATIENCE_WITH_RANKS,
@@ -24,6 +24,12 @@ from hybridgen.fused.persistent.shape import (
 )
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, cut, dense
 
+ONE_ROW = Program(
+    (__package__ or "",),
+    "step.cu",
+    ("words.cuh", "barriers.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh", "peers.cuh"),
+    "decode_step",
+)
 _COUNTERS = 5
 _SECTOR = 32
 """Counters lie this many integers apart, so that polling one does not slow another."""
@@ -80,10 +86,10 @@ class PersistentStep:
             shared_memory=getattr(properties, "shared_memory_per_block_optin", 99 * 2**10),
             patience=patience or (PATIENCE if model.share is None else PATIENCE_WITH_RANKS),
         )
-        cubin = machine_code(shape.defines, capability, kept)
+        cubin = machine_code(shape.defines, capability, ONE_ROW, kept)
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
-            self.kernel = Kernel(cubin, shape.shared_bytes)
+            self.kernel = Kernel(cubin, shape.shared_bytes, ONE_ROW)
         self._blocks = blocks
         self._device = device
         width, heads = model.heads * model.head_dim, model.heads

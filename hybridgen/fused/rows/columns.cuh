@@ -1,25 +1,28 @@
 // Attention of the new tokens: a block takes UNIT_HEADS query heads of one kv head for one column, and one split of the
-// positions; a warp takes 16 positions at a time.
+// positions; a warp takes 32 positions at a time.
 //
-// Scores are Q K^T as m16n8k16 products: the query heads are rows (eight at most, the others are zero), positions are
-// columns, and keys are the right operand as they lie: a lane's 16 bytes are eight of the dimensions of two products.
-// Scores are, as they come, the left operand of P V; there a lane has eight neighbouring dimensions of its positions, and
-// column n of the j-th product is dimension 8 n + j. Keys and values of this step come from words: the column's own is added
-// behind all others; those of its request before it lie in shared memory as the cache would have them, and take the same
-// way as cached ones, so that a token's bits do not depend on which steps fed the ones before it.
+// Scores are K Q^T as m16n8k16 products: positions are rows, the query heads are columns (those that a unit does not have
+// are zero). A lane reads 16 bytes of a key, which are eight of the dimensions of two products. The values come transposed
+// (ldmatrix.trans) and are the left operand of V^T P: dimensions are rows, query heads are columns again, so that each
+// lane's softmax is of its own two heads. Keys and values lie swizzled in a stage (tiles.cuh), and the eight rows of a product
+// take positions in an order in which neither way of reading meets a bank twice. Keys and values of this step come from
+// words: the column's own is added behind all others; those of its request before it lie in shared memory as the cache would
+// have them, and take the same way as cached ones, so that a token's bits do not depend on which steps fed the ones before it.
 #pragma once
 #include "products.cuh"
 
 #define LOG2E 1.4426950408889634f
 
 struct Attention {
-  static constexpr int PARTS = HEAD / 32, HALF_HEAD = HEAD / 2, HALVES = HEAD / 64, G = UNIT_HEADS;
+  static constexpr int PARTS = HEAD / 32, HALF_HEAD = HEAD / 2, G = UNIT_HEADS;
   static_assert((HEAD == 64 || HEAD == 128) && G <= 8 && PER_KV % G == 0, "shape of a unit");
 
-  // Before waiting: the rotary factors of the column, and the gains of the norms of queries and keys.
-  static DEVICE void prefetch(const Layer& y, const float* cos, const float* sin, int position) {
+  // Before waiting: the rotary factors of the column, the gains of the norms of queries and keys, the page of its token.
+  static DEVICE void prefetch(const Layer& y, const float* cos, const float* sin, int column) {
     Shared* s = shared_state();
-    const int tid = thread_index();
+    const int tid = thread_index() - THREADS / 2, position = s->position[column];   // not of the warp that asks for arrivals
+    if (tid < 0) return;
+    if (tid == THREADS / 2 - 1) s->page = __ldg(s->table[column] + position / PAGE);
     if (tid < HALF_HEAD) {
       s->cos[tid] = y.rotates ? __ldg(cos + (i64)position * HALF_HEAD + tid) : 1.f;
       s->sin[tid] = y.rotates ? __ldg(sin + (i64)position * HALF_HEAD + tid) : 0.f;
@@ -39,13 +42,19 @@ struct Attention {
       squares += __shfl_xor_sync(~0u, squares, 1);
       squares += __shfl_xor_sync(~0u, squares, 2);
       const float factor = rsqrtf(squares / HEAD + HEAD_EPSILON);
-      UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int e = 0; e < 8; e++) o[c][e] *= factor * s->gains[gain][c * 32 + t * 8 + e];
+      UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int h = 0; h < 2; h++) {
+        const float4 f = *(const float4*)&s->gains[gain][c * 32 + t * 8 + 4 * h];
+        UNROLL for (int e = 0; e < 4; e++) o[c][4 * h + e] *= factor * (&f.x)[e];
+      }
     }
-    UNROLL for (int c = 0; c < PARTS / 2; c++) UNROLL for (int e = 0; e < 8; e++) {
-      const float cs = cos ? cos[c * 32 + t * 8 + e] : 1.f, sn = cos ? sin[c * 32 + t * 8 + e] : 0.f;
-      const float a = o[c][e], b = o[c + PARTS / 2][e];
-      o[c][e] = a * cs - b * sn;
-      o[c + PARTS / 2][e] = b * cs + a * sn;
+    UNROLL for (int c = 0; c < PARTS / 2; c++) UNROLL for (int h = 0; h < 2; h++) {
+      float4 cs = make_float4(1.f, 1.f, 1.f, 1.f), sn = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (cos) { cs = *(const float4*)&cos[c * 32 + t * 8 + 4 * h]; sn = *(const float4*)&sin[c * 32 + t * 8 + 4 * h]; }
+      UNROLL for (int e = 0; e < 4; e++) {
+        const float a = o[c][4 * h + e], b = o[c + PARTS / 2][4 * h + e];
+        o[c][4 * h + e] = a * (&cs.x)[e] - b * (&sn.x)[e];
+        o[c + PARTS / 2][4 * h + e] = b * (&cs.x)[e] + a * (&sn.x)[e];
+      }
     }
   }
   // Where a unit's result goes: a word for each pair of dimensions of each head, or, of a split, floats and its softmax.
@@ -63,14 +72,14 @@ struct Attention {
     u32* tickets;         // [COLUMNS][HEAD_GROUPS]: splits that are done
     const float *cos, *sin;
   };
-  static DEVICE void run(const Layer& y, const Buffers& to, const Unit& unit, int index, Ring& ring, u32 number, Watch& watch) {
+  static DEVICE void run(const Layer& y, const Buffers& to, const Unit& unit, int index, Ring& ring, Arrivals& arrivals, u32 number, Watch& watch) {
     Shared* s = shared_state();
     const int tid = thread_index(), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, kv = unit.head / PER_KV;
     const int column = unit.column;
     const int cached = s->cached[column];
     const u32 low8 = number & 255u, others = others_of(unit), takes = others | (unit.split == 0 ? 1u << column : 0u);
     const int fresh = __popc(takes);
-    float out[HALVES][8][4], top = -1e30f, total = 0.f;
+    float out[HEAD / 16][4], top[2] = {-1e30f, -1e30f}, total[2] = {0.f, 0.f};   // of heads 2 t and 2 t + 1
     u32 query[PARTS][4];
     {
       Words x[PARTS], own[PARTS];
@@ -87,6 +96,7 @@ struct Attention {
         if (nth < fresh) UNROLL for (int c = 0; c < PARTS; c++) own[c].load(from + source * (QUERIES + 2 * KEYS) + c * 32);
         UNROLL for (int c = 0; c < PARTS; c++) stale |= x[c].stale(low8) | own[c].stale(low8), stale)
       __syncwarp();
+      MARK(16)
       place(x, 0, s->cos, s->sin, placed);
       const float by = g < G ? LOG2E * ATTENTION_SCALE : 0.f;
       UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int e = 0; e < 4; e++) query[c][e] = pack(placed[c][2 * e] * by, placed[c][2 * e + 1] * by);
@@ -103,74 +113,92 @@ struct Attention {
       }
     }
     if (others) consumers_meet();
-    UNROLL for (int h = 0; h < HALVES; h++) UNROLL for (int j = 0; j < 8; j++) UNROLL for (int e = 0; e < 4; e++) out[h][j][e] = 0.f;
-    int tile = 0;
+    MARK(17)
+    UNROLL for (int d = 0; d < HEAD / 16; d++) UNROLL for (int e = 0; e < 4; e++) out[d][e] = 0.f;
+    int nth = 0;
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
       const int n = min(Cut::POSITIONS, unit.high - t0), skip = max(0, unit.first - t0);
-      const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
       const int here = cached - t0;   // of the stage's positions those that are in the cache
-      auto row = [&](u32 stage, int which, int at) { return at < here ? stage + at * (HEAD * 2) : shared_address(&s->fresh[which][at - here]); };
+      const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
+      // 32 positions from the i-th on, two tiles of 16. `all`: they are all cached and seen.
+      auto attend = [&](auto all, int i) {
+        constexpr bool ALL = decltype(all)::value;
+        float score[2][4];
+        UNROLL for (int j = 0; j < 2; j++) {
+          const Row first = row<ALL>(keys, 0, i + 16 * j, order(g), here, n), second = row<ALL>(keys, 0, i + 16 * j, 8 + order(g), here, n);
+          float c[2][4] = {};
+          UNROLL for (int d = 0; d < PARTS; d++) {
+            const uint4 a = load_shared(first.chunk(4 * d + t)), b = load_shared(second.chunk(4 * d + t));
+            multiply<HALF>(c[0], a.x, b.x, a.y, b.y, query[d][0], query[d][1]);
+            multiply<HALF>(c[1], a.z, b.z, a.w, b.w, query[d][2], query[d][3]);
+          }
+          UNROLL for (int e = 0; e < 4; e++) {
+            const int at = i + 16 * j + order(g) + 4 * (e & 2);
+            score[j][e] = ALL || (at < n && at >= skip) ? c[0][e] + c[1][e] : -1e30f;
+          }
+        }
+        float shrink[2];
+        UNROLL for (int e = 0; e < 2; e++) {
+          float higher = fmaxf(fmaxf(score[0][e], score[0][2 + e]), fmaxf(score[1][e], score[1][2 + e]));
+          UNROLL for (int o = 4; o < 32; o *= 2) higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, o));
+          higher = fmaxf(higher, top[e]);
+          shrink[e] = power(top[e] - higher);
+          top[e] = higher;
+          total[e] *= shrink[e];
+        }
+        u32 p[2][2];
+        UNROLL for (int j = 0; j < 2; j++) UNROLL for (int h = 0; h < 2; h++) {
+          const u32 w = pair_of(power(score[j][2 * h] - top[0]), power(score[j][2 * h + 1] - top[1]));
+          total[0] += low(w); total[1] += high(w);
+          p[j][h] = transposed(w);
+        }
+        const int mine = order(lane & 7) + 8 * (lane >> 4);
+        const Row from[2] = {row<ALL>(values, 1, i, mine, here, n), row<ALL>(values, 1, i + 16, mine, here, n)};
+        UNROLL for (int d = 0; d < HEAD / 16; d++) {
+          UNROLL for (int e = 0; e < 4; e++) out[d][e] *= shrink[e & 1];
+          UNROLL for (int j = 0; j < 2; j++) {
+            u32 v[4];
+            load_transposed(v, from[j].chunk(2 * d + ((lane >> 3) & 1)));
+            multiply<HALF>(out[d], v[0], v[1], v[2], v[3], p[j][0], p[j][1]);
+          }
+        }
+      };
 #pragma unroll 1
-      for (int i = skip & ~15; i < n; i += 16, tile++) if (tile % WARPS == warp) {
-        float c[2][4] = {};
-        const u32 rows[2] = {row(keys, 0, i + g), row(keys, 0, i + 8 + g)};
-        UNROLL for (int d = 0; d < PARTS; d++) {
-          uint4 k[2];
-          UNROLL for (int a = 0; a < 2; a++) k[a] = load_shared(rows[a] + d * 64 + t * 16);
-          UNROLL for (int a = 0; a < 2; a++) {
-            multiply<HALF>(c[a], query[d][0], 0u, query[d][1], 0u, k[a].x, k[a].y);
-            multiply<HALF>(c[a], query[d][2], 0u, query[d][3], 0u, k[a].z, k[a].w);
-          }
-        }
-        float higher = top;   // scores of head g at positions i + 2t, i + 2t + 1, and eight further
-        UNROLL for (int a = 0; a < 2; a++) UNROLL for (int e = 0; e < 2; e++) {
-          const int at = i + 8 * a + 2 * t + e;
-          if (at >= n || at < skip) c[a][e] = -1e30f;
-          higher = fmaxf(higher, c[a][e]);
-        }
-        higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 1));
-        higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, 2));
-        const float shrink = exp2f(top - higher);
-        top = higher; total *= shrink;
-        u32 weights[2];
-        UNROLL for (int a = 0; a < 2; a++) { weights[a] = pack(exp2f(c[a][0] - higher), exp2f(c[a][1] - higher)); total += low(weights[a]) + high(weights[a]); }
-        UNROLL for (int h = 0; h < HALVES; h++) {
-          uint4 v[4];
-          UNROLL for (int a = 0; a < 4; a++) {
-            const int at = i + 2 * t + (a & 1) + 8 * (a >> 1);
-            v[a] = at < n ? load_shared(row(values, 1, at) + h * 128 + g * 16) : make_uint4(0, 0, 0, 0);
-          }
-          UNROLL for (int j = 0; j < 8; j++) {
-            const u32 a0 = (&v[0].x)[j / 2], a1 = (&v[1].x)[j / 2], a2 = (&v[2].x)[j / 2], a3 = (&v[3].x)[j / 2];
-            out[h][j][0] *= shrink; out[h][j][1] *= shrink;
-            multiply<HALF>(out[h][j], weights[0], 0u, weights[1], 0u, __byte_perm(a0, a1, j & 1 ? 0x7632 : 0x5410), __byte_perm(a2, a3, j & 1 ? 0x7632 : 0x5410));
-          }
-        }
+      for (int i = skip & ~31; i < n; i += 32, nth++) if (nth % WARPS == warp) {
+        if (i >= skip && i + 32 <= min(n, here)) attend(Is<true>(), i);
+        else attend(Is<false>(), i);
       }
       ring.done();
     }
-    total += __shfl_xor_sync(~0u, total, 1); total += __shfl_xor_sync(~0u, total, 2);
+    MARK(18)
+    UNROLL for (int e = 0; e < 2; e++) UNROLL for (int o = 4; o < 32; o *= 2) total[e] += __shfl_xor_sync(~0u, total[e], o);
     float* shared_out = &s->part[0][0][0][0][0];   // [WARPS][G][HEAD]; nobody else uses it between two meetings
-    if (g < G) {
-      UNROLL for (int h = 0; h < HALVES; h++) UNROLL for (int c = 0; c < 2; c++) UNROLL for (int j = 0; j < 8; j += 4)
-        *(float4*)&shared_out[(warp * G + g) * HEAD + h * 64 + 16 * t + 8 * c + j] = make_float4(out[h][j][c], out[h][j + 1][c], out[h][j + 2][c], out[h][j + 3][c]);
-      if (t == 0) { s->softmax[warp][g][0] = top; s->softmax[warp][g][1] = total; }
+    UNROLL for (int e = 0; e < 2; e++) {
+      const int head = 2 * t + e;
+      if (head >= G) continue;
+      UNROLL for (int d = 0; d < HEAD / 8; d++) shared_out[(warp * G + head) * HEAD + apart(head, 8 * d + g)] = out[d / 2][2 * (d & 1) + e];
+      if (g == 0) { s->softmax[warp][head][0] = top[e]; s->softmax[warp][head][1] = total[e]; }
     }
     consumers_meet();
+    if (EARLY && unit.splits == 1 && tid == 0) arrivals.arrive();
     const u32 mark = Pairs<FORMAT>::mark(number);
     float* partial = to.partial + (i64)index * G * (HEAD + 2);
     each_pair([&](int h, int d) {
-      float higher = -1e30f, sum = 0.f, o0 = 0.f, o1 = 0.f;
-      if (unit.split == 0) higher = s->own_scores[h];
-      UNROLL for (int i = 0; i < WARPS; i++) higher = fmaxf(higher, s->softmax[i][h][0]);
+      float2 of[WARPS], part[WARPS];   // of each warp: the highest score and the sum of weights; what they weigh
+      UNROLL for (int i = 0; i < WARPS; i++) {
+        of[i] = *(const float2*)s->softmax[i][h];
+        part[i] = *(const float2*)&shared_out[(i * G + h) * HEAD + apart(h, d)];
+      }
+      float higher = unit.split == 0 ? s->own_scores[h] : -1e30f, sum = 0.f, o0 = 0.f, o1 = 0.f;
+      const float own = higher;
+      UNROLL for (int i = 0; i < WARPS; i++) higher = fmaxf(higher, of[i].x);
       if (unit.split == 0) {
-        sum = exp2f(s->own_scores[h] - higher);
+        sum = power(own - higher);
         o0 = sum * s->own_value[d]; o1 = sum * s->own_value[d + 1];
       }
       UNROLL for (int i = 0; i < WARPS; i++) {
-        const float w = exp2f(s->softmax[i][h][0] - higher);
-        const float2 v = *(float2*)&shared_out[(i * G + h) * HEAD + d];
-        sum += w * s->softmax[i][h][1]; o0 = fmaf(w, v.x, o0); o1 = fmaf(w, v.y, o1);
+        const float w = power(of[i].x - higher);
+        sum += w * of[i].y; o0 = fmaf(w, part[i].x, o0); o1 = fmaf(w, part[i].y, o1);
       }
       if (unit.splits > 1) {
         *(float2*)(partial + h * (HEAD + 2) + d) = make_float2(o0, o1);
@@ -178,9 +206,34 @@ struct Attention {
       } else Pairs<FORMAT>::store(to.mixed + Pairs<FORMAT>::index((unit.head + h) * HEAD + d, column), o0 / sum, o1 / sum, mark);
     });
     if (unit.splits > 1) merge(to, unit, index, mark);
+    if (!EARLY || unit.splits > 1) { consumers_meet(); if (tid == 0) arrivals.arrive(); }
   }
 
  private:
+  // Which of eight positions is the i-th row of a product: lanes that read at the same time have 0 and 4, 1 and 5 and so on.
+  static DEVICE int order(int i) { return (i >> 1) | ((i & 1) << 2); }
+  // Where dimension d of a head lies among those that warps put together, so that lanes of several heads meet no bank twice.
+  static DEVICE int apart(int head, int d) { return d ^ ((head >> 1 & 3) << 3); }
+  static DEVICE float power(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }   // of 2
+  static DEVICE u32 pair_of(float a, float b) { return HALF ? pack_half(a, b) : pack_bf16(a, b); }
+  template <bool B> struct Is { static constexpr bool value = B; };
+  static DEVICE u32 transposed(u32 w) { u32 r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(w)); return r; }
+  static DEVICE void load_transposed(u32 (&r)[4], u32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
+  // A key or a value in shared memory: 128 bytes for 64 dimensions, the other 64 in another block, chunks of 16 bytes swizzled.
+  struct Row {
+    u32 at, key, half;
+    DEVICE u32 chunk(int c) const { return at + (c >> 3) * half + (((c & 7) << 4) ^ key); }
+  };
+  // Of the position `from` (a multiple of 16) + `offset` of a stage: cached, made by this step, or, behind all of them, zeros:
+  // weights of zero meet numbers. `ALL`: it is cached.
+  template <bool ALL> static DEVICE Row row(u32 stage, int which, int from, int offset, int here, int n) {
+    Row cached = {stage + (from + offset) * 128, (u32)(offset & 7) << 4, (u32)Cut::POSITIONS * 128};
+    const int at = from + offset, i = at - here;
+    if (ALL || at < min(here, n)) return cached;
+    if (at < n) return {shared_address(shared_state()->fresh[which]) + i * 128, (u32)(i & 7) << 4, COLUMNS * 128};
+    return {shared_address(shared_state()->zeros), 0, 0};
+  }
+  static DEVICE uint4* fresh_chunk(int which, int i, int c) { return (uint4*)&shared_state()->fresh[which][c >> 3][i][((c & 7) ^ (i & 7)) * 8]; }
   static DEVICE u32 others_of(const Unit& unit) {   // columns of the same request at this unit's positions
     const Shared* s = shared_state();
     u32 found = s->peers[unit.column] & ~(1u << unit.column);
@@ -198,7 +251,7 @@ struct Attention {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, kv = unit.head / PER_KV, position = s->position[source];
     const bool is_own = source == unit.column, writes = g == 0 && is_own && unit.head % PER_KV == 0;
     const int place_of = position - s->cached[unit.column];
-    const i64 at = (((i64)__ldg(s->table[source] + position / PAGE) * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD + t * 8;
+    const i64 at = (((i64)s->page * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD + t * 8;
     float x[PARTS][8];
     u32 packed[4];
     if (takes_value) {
@@ -208,7 +261,7 @@ struct Attention {
           packed[e] = pack(x[c][2 * e], x[c][2 * e + 1]);
           if (g == 0 && is_own) *(float2*)&s->own_value[c * 32 + t * 8 + 2 * e] = make_float2(low(packed[e]), high(packed[e]));
         }
-        if (g == 0 && !is_own) *(uint4*)&s->fresh[1][place_of][c * 32 + t * 8] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        if (g == 0 && !is_own) *fresh_chunk(1, place_of, 4 * c + t) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
         if (writes) *(uint4*)(y.values + at + c * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       }
       return;
@@ -223,7 +276,7 @@ struct Attention {
         score = fmaf(low(query[c][e]), low(packed[e]), score);
         score = fmaf(high(query[c][e]), high(packed[e]), score);
       }
-      if (g == 0 && !is_own) *(uint4*)&s->fresh[0][place_of][c * 32 + t * 8] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      if (g == 0 && !is_own) *fresh_chunk(0, place_of, 4 * c + t) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
       if (writes) *(uint4*)(y.keys + at + c * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
     }
     score += __shfl_xor_sync(~0u, score, 1);

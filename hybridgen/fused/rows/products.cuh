@@ -14,71 +14,75 @@ template <bool AS_HALF> DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Activations as right operands. Words are asked for and checked apart, so that a chunk travels during the one before.
+// Activations as right operands. Words are asked for and checked apart, so that a chunk travels during the one before. Lanes
+// of columns that a step does not have read the first one's words: nothing has to be told apart, and nobody reads what comes
+// of them.
 template <class T> struct Activations {
   typedef Pairs<T::F> P;
+  static constexpr int EACH = T::WORDS_OF_STAGE / 4;   // loads of a stage
   u32 words[T::WORDS];
-  static DEVICE int block(int tid, int chunk, int i) {   // the i-th 32 inputs of this warp
-    return ((chunk * T::STAGES_OF_CHUNK + i / (T::WORDS_OF_STAGE / 4)) * T::INPUTS + (tid >> 5) * T::OF_WARP) / 32 + i % (T::WORDS_OF_STAGE / 4);
+  static DEVICE const u32* place(const u32* x, int chunk, int columns) {   // of this lane's first words
+    const u32 tid = thread_index(), column = (tid & 31) >> 2;
+    return x + ((chunk * (T::CHUNK / 32) + (tid >> 5) * (T::OF_WARP / 32)) * COLUMNS + ((int)column < columns ? column : 0)) * 16 + (tid & 3) * 4;
   }
-  DEVICE void ask(const u32* x, int chunk, u32 mark, int columns) {
-    const int tid = thread_index(), lane = tid & 31, column = lane >> 2;
-    const bool on = column < columns;
+  DEVICE void ask(const u32* from) {
     UNROLL for (int i = 0; i < T::WORDS / 4; i++) {
-      uint4 v = make_uint4(mark, mark, mark, mark);
-      if (on) v = Words::load4(x + (block(tid, chunk, i) * COLUMNS + column) * 16 + (lane & 3) * 4);
+      const uint4 v = Words::load4(from + (i / EACH * (T::INPUTS / 32) + i % EACH) * (COLUMNS * 16));
       words[4 * i] = v.x; words[4 * i + 1] = v.y; words[4 * i + 2] = v.z; words[4 * i + 3] = v.w;
     }
   }
   DEVICE u32 stale(u32 mark) const {
-    u32 r = 0;
-    UNROLL for (int i = 0; i < T::WORDS; i++) r |= words[i] ^ mark;
-    return r & P::MASK;
+    u32 r[4] = {};   // apart: each waits for the one before
+    UNROLL for (int i = 0; i < T::WORDS; i++) r[i % 4] |= words[i] ^ mark;
+    return (r[0] | r[1] | r[2] | r[3]) & P::MASK;
   }
-  DEVICE void check(const u32* x, int chunk, u32 mark, int columns, Watch& watch) {
+  DEVICE void check(const u32* from, u32 mark, Watch& watch) {
     u32 tries = 0;
-    while (stale(mark) && !watch.dead && !watch.gives_up(tries)) ask(x, chunk, mark, columns);
+    while (stale(mark) && !watch.dead && !watch.gives_up(tries)) ask(from);
     __syncwarp();   // products want whole warps
   }
-  DEVICE void decode(const u32 (&raw)[T::WORDS], int columns) {
-    const bool on = (int)(threadIdx.x & 31) < 4 * columns;
+  DEVICE void decode(const u32 (&raw)[T::WORDS]) {
     UNROLL for (int i = 0; i < T::WORDS; i++) {
-      u32 w = P::number(raw[i]);
-      if (T::F == 4 && (i & 1)) asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(w) : "r"(0x2c002c00u));   // upper codes count 16 times
-      words[i] = on ? w : 0;
+      words[i] = P::number(raw[i]);
+      if (T::F == 4 && (i & 1)) {   // upper codes come 16 times, with the lower ones on them: see Offsets
+        asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(0x2c002c00u));
+        asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(words[i - 1]) : "r"(words[i]));
+      }
     }
   }
   DEVICE void load(const u32* x, u32 number, int columns, Watch& watch) {
     const u32 mark = P::mark(number);
-    ask(x, 0, mark, columns);
-    check(x, 0, mark, columns, watch);
-    decode(words, columns);
+    const u32* from = place(x, 0, columns);
+    ask(from);
+    check(from, mark, watch);
+    decode(words);
   }
 };
 
-// int4: codes are multiplied as 1024 + q and 1024 + 16 q, which takes a single instruction; what that and the zero point
-// of 8 add to a product is the same for all rows, so a group's sum begins at minus it, for this lane's two columns. Where
-// groups have zero points of their own, a row adds what 8 is above its own, times the sum of the group's activations.
+// int4: codes are multiplied as 1024 + q and, two in a byte, as 1024 + q + 16 q', which takes a single instruction each. The
+// activation of q' counts a sixteenth, and that of q has as much less: q a + q' a' = q (a - a' / 16) + (q + 16 q') a' / 16.
+// What 1024 and the zero point of 8 add to a product is the same for all rows, so a group's sum begins at minus it, for this
+// lane's two columns. Where groups have zero points of their own, a row adds what 8 is above its own, times the sum of the
+// group's activations.
 template <class T> struct Offsets {
   static constexpr int PER_GROUP = GROUP / 8, COUNT = T::F == 4 ? T::WORDS / PER_GROUP : 1;
   float of[COUNT][2], sums[ZEROS ? COUNT : 1][2];
   DEVICE void set(const Activations<T>& a) {
+    // -(1024 + 8), and -(1024 + 8 + 16 * 8); in the lower eight rows what gives the sum of the activations, 1 and 17.
+    constexpr u32 LOW = ZEROS ? 0x3c003c00u : 0xe408e408u, HIGH = ZEROS ? 0x4c404c40u : 0xe488e488u;
     if (T::F == 4) UNROLL for (int i = 0; i < COUNT; i++) {
-      float c[4] = {};   // -(1024 + 8), and -(1024 + 16 * 8) of what is a sixteenth
-      UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(c, 0xe408e408u, 0xe408e408u, 0xe480e480u, 0xe480e480u, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
+      float c[4] = {};
+      UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(c, 0xe408e408u, LOW, 0xe488e488u, HIGH, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
       of[i][0] = c[0]; of[i][1] = c[1];
-      if (ZEROS) {
-        float d[4] = {};   // 1, and 16 of what is a sixteenth
-        UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(d, 0x3c003c00u, 0x3c003c00u, 0x4c004c00u, 0x4c004c00u, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
-        sums[i][0] = d[0]; sums[i][1] = d[1];
-      }
+      if (ZEROS) { sums[i][0] = c[2]; sums[i][1] = c[3]; }
     }
   }
 };
 DEVICE u32 fp8_low(u32 q) { u32 r; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l; }" : "=r"(r) : "r"(q)); return r; }
 DEVICE u32 fp8_high(u32 q) { u32 r; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(r) : "r"(q)); return r; }
-DEVICE u32 int4_low(u32 q) { return lop3<0xEA>(q, 0x000f000fu, 0x64006400u); }    // (q & mask) | magic: 1024 + q
-DEVICE u32 int4_high(u32 q) { return lop3<0xEA>(q, 0x00f000f0u, 0x64006400u); }   // 1024 + 16 q
+DEVICE u32 int4_low(u32 q) { return lop3<0xEA>(q, 0x000f000fu, 0x64006400u); }       // (q & mask) | magic: 1024 + q
+DEVICE u32 int4_bytes(u32 q) { return __byte_perm(q, 0x64646464u, 0x4240); }          // 1024 + q + 16 q'
+DEVICE u32 int4_next_bytes(u32 q) { return __byte_perm(q, 0x64646464u, 0x4341); }     // the same of the other two bytes
 // What a group of a row is multiplied with, and 8 less its zero point.
 struct Scale {
   float by, above;
@@ -122,8 +126,9 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
         const int part = g * PARTS + j, k = part & 1, o = index * T::WORDS_OF_STAGE + 4 * part;
         if (!k) load_matrix(q, base + 16 * part);
         const u32 p = q[2 * k], r = q[2 * k + 1];
-        multiply<true>(c[0], int4_low(p), int4_low(r), int4_high(p), int4_high(r), a.words[o], a.words[o + 1]);
-        multiply<true>(c[1], int4_low(p >> 8), int4_low(r >> 8), int4_high(p >> 8), int4_high(r >> 8), a.words[o + 2], a.words[o + 3]);
+        multiply<true>(c[0], int4_low(p), int4_low(r), int4_bytes(p), int4_bytes(r), a.words[o], a.words[o + 1]);
+        const u32 next_p = int4_next_bytes(p), next_r = int4_next_bytes(r);
+        multiply<true>(c[1], int4_low(next_p), int4_low(next_r), next_p, next_r, a.words[o + 2], a.words[o + 3]);
       }
       UNROLL for (int h = 0; h < 2; h++) {   // rows lane / 4 and lane / 4 + 8
         const Scale scale = load_scale(tile + ((lane >> 2) + 8 * h) * T::PITCH + T::DATA + (warp * GROUPS + g) * SCALE_BYTES);
@@ -150,18 +155,23 @@ struct Outputs {   // two neighbouring rows of one column; of a gated projection
   bool on;
   float y0, y1, up0, up1;
 };
-// What belongs to this thread's outputs of a batch of tiles, asked for before the batch: scales of fp8, and biases.
+// What belongs to this thread's outputs, scales of fp8 and biases, asked for before a phase waits. A batch of tiles is finished
+// by a group of the threads, the next batch by the next group, while the others go on.
 template <class T> struct Constants {
-  int at;
+  static constexpr int PAIRS = T::ROWS / 2, GROUP_THREADS = BATCH * PAIRS * 8, GROUPS = THREADS / GROUP_THREADS;
+  static_assert(BATCH * PAIRS <= THREADS / 8, "a pair of rows a thread");
+  int at;        // of this thread's next outputs: the first one's place in the share
   bool on;
   float2 scale, up_scale;
-  float bias0, bias1, up_bias0, up_bias1;
-  DEVICE void ask(const Matrix& m, const Share& share, int batch, i64 twin) {
-    constexpr int PAIRS = T::ROWS / 2;
-    const int p = thread_index() >> 3;
+  u32 bias, up_bias;
+  static DEVICE int pair() { return thread_index() % GROUP_THREADS >> 3; }
+  static DEVICE bool finishes(int nth) { return thread_index() / GROUP_THREADS == nth % GROUPS; }
+  DEVICE void begin(const Matrix& m, const Share& share, i64 twin) { ask(m, share, thread_index() / GROUP_THREADS * BATCH * T::ROWS, twin); }
+  DEVICE void ask(const Matrix& m, const Share& share, int batch, i64 twin) {   // of the batch that begins at that row
+    const int p = pair();
     at = batch + p / PAIRS * T::ROWS + p % PAIRS * 2;
-    on = p < BATCH * PAIRS && at < share.count;
-    bias0 = bias1 = up_bias0 = up_bias1 = 0.f;
+    on = at < share.count;
+    bias = up_bias = 0u;
     scale = up_scale = make_float2(1.f, 1.f);
     if (!on) return;
     const i64 row = share.first + at;
@@ -170,40 +180,37 @@ template <class T> struct Constants {
       if (T::GATED) up_scale = __ldg((const float2*)((const float*)m.scales + twin + row));
     }
     if (m.bias) {
-      const u32 b = __ldg((const u32*)(m.bias + row));
-      bias0 = low(b); bias1 = high(b);
-      if (T::GATED) { const u32 u = __ldg((const u32*)(m.bias + twin + row)); up_bias0 = low(u); up_bias1 = high(u); }
+      bias = __ldg((const u32*)(m.bias + row));
+      if (T::GATED) up_bias = __ldg((const u32*)(m.bias + twin + row));
     }
   }
 };
-// Behind a batch of tiles: sums over the warps in their order.
-template <class T, class Finish> DEVICE void finish_batch(const Constants<T>& k, u32& side, Finish finish) {
-  constexpr int PAIRS = T::ROWS / 2;
-  static_assert(BATCH * PAIRS <= THREADS / 8, "a pair of rows a thread");
+// Behind the nth batch of tiles: sums over the warps in their order.
+template <class T, class Finish> DEVICE void finish_batch(const Constants<T>& k, int nth, u32& side, Finish finish) {
   const Shared* s = shared_state();
-  const int tid = thread_index(), column = tid & 7, p = tid >> 3;
   consumers_meet();
-  Outputs o = {k.at, column, k.on, 0.f, 0.f, 0.f, 0.f};
-  if (k.on) {
-    const int t = p / PAIRS, r = p % PAIRS * 2;
-    UNROLL for (int i = 0; i < WARPS; i++) {
-      o.y0 += s->part[side][i][t][r][column];
-      o.y1 += s->part[side][i][t][r + 1][column];
-      if (T::GATED) { o.up0 += s->part[side][i][t][8 + r][column]; o.up1 += s->part[side][i][t][9 + r][column]; }
+  if (Constants<T>::finishes(nth)) {
+    const int column = thread_index() & 7, p = Constants<T>::pair(), t = p / Constants<T>::PAIRS, r = p % Constants<T>::PAIRS * 2;
+    Outputs o = {k.at, column, k.on, 0.f, 0.f, 0.f, 0.f};
+    if (k.on) {
+      UNROLL for (int i = 0; i < WARPS; i++) {
+        o.y0 += s->part[side][i][t][r][column];
+        o.y1 += s->part[side][i][t][r + 1][column];
+        if (T::GATED) { o.up0 += s->part[side][i][t][8 + r][column]; o.up1 += s->part[side][i][t][9 + r][column]; }
+      }
+      if (T::F == 8) { o.y0 *= k.scale.x; o.y1 *= k.scale.y; o.up0 *= k.up_scale.x; o.up1 *= k.up_scale.y; }
     }
-    if (T::F == 8) { o.y0 *= k.scale.x; o.y1 *= k.scale.y; o.up0 *= k.up_scale.x; o.up1 *= k.up_scale.y; }
+    finish(o, k);
   }
-  finish(o, k);
   side ^= 1;
 }
-// A projection whose activations are all in registers.
-template <class T, class Finish> DEVICE void project(const Activations<T>& a, const Matrix& m, const Share& share, i64 twin, Ring& ring, u32& side, Finish finish) {
+// A projection whose activations are all in registers. `arrive` tells the next phase that this block is done: before the
+// last sums are put together, or, with EARLY = 0, behind the last words. It is a hint; words prove themselves.
+template <class T, class Arrive, class Finish> DEVICE void project(const Activations<T>& a, Constants<T>& constants, const Matrix& m, const Share& share, i64 twin, Ring& ring, u32& side, Arrive arrive, Finish finish) {
   static_assert(T::CHUNKS == 1, "the launcher checks sizes");
   Offsets<T> offsets;
   offsets.set(a);
-  for (int batch = 0; batch < share.count; batch += BATCH * T::ROWS) {
-    Constants<T> constants;
-    constants.ask(m, share, batch, twin);
+  for (int batch = 0, nth = 0; batch < share.count; batch += BATCH * T::ROWS, nth++) {
     for (int t = 0; t < BATCH && batch + t * T::ROWS < share.count; t++) {
       float sum[2][4] = {};
       UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
@@ -212,36 +219,41 @@ template <class T, class Finish> DEVICE void project(const Activations<T>& a, co
       }
       keep<T>(sum, side, t);
     }
-    finish_batch<T>(constants, side, finish);
+    if (EARLY && batch + BATCH * T::ROWS >= share.count) arrive();
+    finish_batch<T>(constants, nth, side, finish);
+    if (Constants<T>::finishes(nth)) constants.ask(m, share, batch + Constants<T>::GROUPS * BATCH * T::ROWS, twin);
   }
+  if (!EARLY || share.count <= 0) arrive();
 }
 // A projection of few rows (a batch of tiles at most) whose activations come in chunks. Two buffers take turns: copying
 // words that are on their way would wait for them.
-template <class T, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Matrix& m, const Share& share, Ring& ring, u32& side, Watch& watch, Finish finish) {
+template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Constants<T>& constants, const Share& share, Ring& ring, u32& side, Watch& watch, Arrive arrive, Finish finish) {
   const u32 mark = Pairs<T::F>::mark(number);
   float sums[BATCH][2][4] = {};
+  constexpr int STEP = T::CHUNK / 32 * COLUMNS * 16;   // words of a chunk
+  const u32* from = Activations<T>::place(x, 0, columns);
   Activations<T> even, odd, a;
   Offsets<T> offsets;
-  Constants<T> constants;
-  constants.ask(m, share, 0, 0);
   auto chunk = [&](Activations<T>& raw, int c) {
-    raw.check(x, c, mark, columns, watch);
-    a.decode(raw.words, columns);
+    raw.check(from + c * STEP, mark, watch);
+    a.decode(raw.words);
+    if (c + 2 < T::CHUNKS) raw.ask(from + (c + 2) * STEP);
     offsets.set(a);
-    if (c + 2 < T::CHUNKS) raw.ask(x, c + 2, mark, columns);
     UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count)
       UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
         const u32 tile = ring.wait();
         ring.done(multiply_stage<T>(sums[t], a, offsets, i, tile));
       }
   };
-  even.ask(x, 0, mark, columns);
-  if (T::CHUNKS > 1) odd.ask(x, 1, mark, columns);
+  even.ask(from);
+  if (T::CHUNKS > 1) odd.ask(from + STEP);
 #pragma unroll 1
   for (int c = 0; c < T::CHUNKS; c += 2) {
     chunk(even, c);
     if (c + 1 < T::CHUNKS) chunk(odd, c + 1);
   }
   UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count) keep<T>(sums[t], side, t);
-  finish_batch<T>(constants, side, finish);
+  if (EARLY) arrive();
+  finish_batch<T>(constants, 0, side, finish);
+  if (!EARLY) arrive();
 }

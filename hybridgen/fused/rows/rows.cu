@@ -16,6 +16,7 @@ struct Parameters {
   const int *slots, *tables;                    // [columns]; [slots, max_pages]
   i64 columns, table_stride;
   const u16* embedding;
+  const u8* maps;                               // tensor maps of each layer's keys and values, 128 bytes each
   Matrix head;
   const float *norm, *cos, *sin;
   u16* logits;                                  // [COLUMNS, VOCAB]
@@ -31,9 +32,18 @@ struct Parameters {
 #if RANKS > 1
   Peers peers;
 #endif
+#ifdef TRACE
+  i64* trace;                                   // [BLOCKS, LAYERS, MARKS]
+#endif
   Layer layers[LAYERS];
 };
 #define COUNTER(i) (p.counters + 32 * (i))
+#ifdef TRACE   // clocks of each block's first thread, by layer (benchmarks/rows_phases.py)
+#define MARKS 24
+#define TRACED(p, l) if (tid == 0) s->trace = (p).trace + (blockIdx.x * LAYERS + (l)) * MARKS;
+#else
+#define TRACED(p, l)
+#endif
 
 DEVICE void produce(const Parameters& p, const Shares& shares, int which) {
   Producer from;
@@ -43,10 +53,11 @@ DEVICE void produce(const Parameters& p, const Shares& shares, int which) {
 #pragma unroll 1
   for (int l = 0; l < LAYERS; l++) {
     const Layer& y = p.layers[l];
+    UNROLL for (int i = 0; i < 2; i++) prefetch_map(p.maps + l * 256 + i * 128);
     from.projection<QkvTiles>(y.qkv, shares.qkv, 0);
     const int units = Cut::count(y.window);
 #pragma unroll 1
-    for (int u = blockIdx.x; u < units; u += BLOCKS) from.cache(y, Cut::find(u, y.window));
+    for (int u = blockIdx.x; u < units; u += BLOCKS) from.cache(p.maps + l * 256, Cut::find(u, y.window));
     from.projection<OutTiles>(y.out, shares.hidden, 0);
     from.projection<GateTiles>(y.gate_up, shares.inner, INTERMEDIATE);
     from.projection<DownTiles>(y.down, shares.hidden, 0);
@@ -72,7 +83,8 @@ template <class T> DEVICE void read_normed(Activations<T>& a, const u32* x, cons
   constexpr int EACH = (BLOCKS + 31) / 32;
   const int tid = thread_index(), lane = tid & 31, warp = tid >> 5;
   const u32 mark = Pairs<T::F>::mark(number), low8 = number & 255u;
-  a.ask(x, 0, mark, columns);
+  const u32* from = Activations<T>::place(x, 0, columns);
+  a.ask(from);
   if (warp < columns) {
     u32 v[EACH], stale;
     ASK(watch,
@@ -89,8 +101,8 @@ template <class T> DEVICE void read_normed(Activations<T>& a, const u32* x, cons
       s->scale[warp] = power_of_two_near(factor);
     }
   }
-  a.check(x, 0, mark, columns, watch);
-  a.decode(a.words, columns);
+  a.check(from, mark, watch);
+  a.decode(a.words);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode_columns(const __grid_constant__ Parameters p) {
@@ -122,14 +134,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     s->position[tid] = position; s->cached[tid] = cached; s->peers[tid] = peers;
     s->factor[tid] = s->scale[tid] = 1.f;
   }
+  if (tid < 64) s->zeros[tid] = 0;
   __syncthreads();
   const Shares shares(p.shares);
-  if (tid >= THREADS) {
+  if (tid >= THREADS) {   // registers that a producer does not need go to the consumers
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
     if (lane == 0) produce(p, shares, warp - WARPS);
     return;
   }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
 
-  Ring ring = {0};
+  Ring ring = {0, 0};
   u32 side = 0, number = *COUNTER(0);   // its low bits mark words
   const u32 step = *COUNTER(1) + 1;
   Arrivals arrivals = {COUNTER(2), 0};
@@ -137,6 +152,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
   const int column = tid & 7, own = (tid >> 3) * 2;   // of the residual stream: a column, two neighbours, on 128 threads
   const bool owns = tid < 128 && own < shares.hidden.count, here = owns && column < columns;
   float residual0 = 0.f, residual1 = 0.f;
+
+  int window = -1, units = 0;   // of the layer before: how attention is cut, and this block's first unit
+  Unit first_unit = {};
 
   auto arrive = [&]() {
     if (warp == 0) {
@@ -161,7 +179,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       asm volatile("bar.sync 2, 128;" ::: "memory");
       if (tid < COLUMNS) store_word(squares + tid * BLOCKS + blockIdx.x, s->squares[0][tid] + s->squares[1][tid] + s->squares[2][tid] + s->squares[3][tid], number & 255u);
     }
-    arrive();
   };
   auto add = [&](int projection, const Outputs& o, float bias0, float bias1, float by) {   // to the residual stream
     if (!o.on) return;
@@ -176,6 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     const u32 e = *(const u32*)(p.embedding + p.ids[column] * HIDDEN + shares.hidden.first + own);
     residual0 = low(e) * EMBEDDING_SCALE; residual1 = high(e) * EMBEDDING_SCALE;
   }
+  arrive();
   publish(Pairs<FORMAT>(), p.x, p.squares, gain_of(p.layers[0].norm_1), number + 1);
 
 #pragma unroll 1
@@ -190,73 +208,108 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     }
 #endif
     {
+      TRACED(p, l)
+      MARK(0)
+      Constants<QkvTiles> constants;
+      constants.begin(y.qkv, shares.qkv, 0);
       arrivals.wait(watch);
+      MARK(1)
       Activations<QkvTiles> a;
       read_normed(a, p.x, p.squares, number, columns, watch);
-      project<QkvTiles>(a, y.qkv, shares.qkv, 0, ring, side, [&](const Outputs& o, const Constants<QkvTiles>& k) {
+      MARK(2)
+      project<QkvTiles>(a, constants, y.qkv, shares.qkv, 0, ring, side, arrive, [&](const Outputs& o, const Constants<QkvTiles>& k) {
         if (!o.on) return;
         const float factor = s->factor[o.column];
         u32* to = p.qkv + o.column * (QUERIES + 2 * KEYS) + shares.qkv.first + o.at;
-        store_word(to, o.y0 * factor + k.bias0, number & 255u);
-        store_word(to + 1, o.y1 * factor + k.bias1, number & 255u);
+        store_word(to, o.y0 * factor + low(k.bias), number & 255u);
+        store_word(to + 1, o.y1 * factor + high(k.bias), number & 255u);
       });
-      arrive();
+      MARK(3)
     }
     {
       const Attention::Buffers to = {p.qkv, p.mixed, p.partial, p.tickets, p.cos, p.sin};
-      const int window = (int)y.window, units = Cut::count(window);
+      if (y.window != window) {
+        window = (int)y.window;
+        units = Cut::count(window);
+        first_unit = Cut::find(blockIdx.x, window);
+      }
       bool waited = false;
 #pragma unroll 1
       for (int u = blockIdx.x; u < units; u += BLOCKS) {
-        const Unit unit = Cut::find(u, window);
-        if (unit.column >= columns) Attention::nothing(p.mixed, unit, number);
-        else {
-          Attention::prefetch(y, p.cos, p.sin, s->position[unit.column]);
+        const Unit unit = u < BLOCKS ? first_unit : Cut::find(u, window);
+        if (unit.column >= columns) {
+          Attention::nothing(p.mixed, unit, number);
+          if (tid == 0) arrivals.arrive();
+        } else {
+          Attention::prefetch(y, p.cos, p.sin, unit.column);
           if (waited) consumers_meet();
           else arrivals.wait(watch);
+          if (!waited) { MARK(4) }
           waited = true;
-          Attention::run(y, to, unit, u, ring, number, watch);
+          Attention::run(y, to, unit, u, ring, arrivals, number, watch);
         }
         consumers_meet();
-        if (tid == 0) arrivals.arrive();
       }
+      MARK(5)
       arrivals.target += units;
     }
     {
       const float2 gain = gain_of(y.norm_2);
+      Constants<OutTiles> constants;
+      constants.begin(y.out, shares.hidden, 0);
       arrivals.wait(watch);
+      MARK(6)
       Activations<OutTiles> a;
       a.load(p.mixed, number, columns, watch);
-      project<OutTiles>(a, y.out, shares.hidden, 0, ring, side, [&](const Outputs& o, const Constants<OutTiles>& k) { add(OF_ATTENTION, o, k.bias0, k.bias1, 1.f); });
+      MARK(7)
+      project<OutTiles>(a, constants, y.out, shares.hidden, 0, ring, side, arrive, [&](const Outputs& o, const Constants<OutTiles>& k) { add(OF_ATTENTION, o, low(k.bias), high(k.bias), 1.f); });
+      MARK(8)
       publish(Pairs<FORMAT>(), p.middle, p.middle_squares, gain, number);
+      MARK(9)
     }
     {
+      Constants<GateTiles> constants;
+      constants.begin(y.gate_up, shares.inner, INTERMEDIATE);
       arrivals.wait(watch);
+      MARK(10)
       Activations<GateTiles> a;
       read_normed(a, p.middle, p.middle_squares, number, columns, watch);
-      project<GateTiles>(a, y.gate_up, shares.inner, INTERMEDIATE, ring, side, [&](const Outputs& o, const Constants<GateTiles>& k) {
+      MARK(11)
+      project<GateTiles>(a, constants, y.gate_up, shares.inner, INTERMEDIATE, ring, side, arrive, [&](const Outputs& o, const Constants<GateTiles>& k) {
         if (!o.on) return;
         const float factor = s->factor[o.column];
-        const float g0 = o.y0 * factor + k.bias0, g1 = o.y1 * factor + k.bias1, u0 = o.up0 * factor + k.up_bias0, u1 = o.up1 * factor + k.up_bias1;
+        const float g0 = o.y0 * factor + low(k.bias), g1 = o.y1 * factor + high(k.bias), u0 = o.up0 * factor + low(k.up_bias), u1 = o.up1 * factor + high(k.up_bias);
         typedef Pairs<FORMAT> P;
         P::store(p.hidden + P::index(shares.inner.first + o.at, o.column), activated(g0) * u0 * INNER_SCALE, activated(g1) * u1 * INNER_SCALE, P::mark(number));
       });
-      arrive();
+      MARK(12)
     }
     {
       const bool last = l + 1 == LAYERS;
       const float2 gain = gain_of(last ? p.norm : p.layers[last ? 0 : l + 1].norm_1);
+      Constants<DownTiles> constants;
+      constants.begin(y.down, shares.hidden, 0);
       arrivals.wait(watch);
-      project_in_chunks<DownTiles>(p.hidden, number, columns, y.down, shares.hidden, ring, side, watch, [&](const Outputs& o, const Constants<DownTiles>& k) { add(OF_MLP, o, k.bias0, k.bias1, 1.f / INNER_SCALE); });
+      MARK(13)
+      auto finish = [&](const Outputs& o, const Constants<DownTiles>& k) { add(OF_MLP, o, low(k.bias), high(k.bias), 1.f / INNER_SCALE); };
+      if constexpr (DownTiles::CHUNKS == 1) {
+        Activations<DownTiles> a;
+        a.load(p.hidden, number, columns, watch);
+        project<DownTiles>(a, constants, y.down, shares.hidden, 0, ring, side, arrive, finish);
+      } else project_in_chunks<DownTiles>(p.hidden, number, columns, constants, shares.hidden, ring, side, watch, arrive, finish);
+      MARK(14)
       if (last) publish(Pairs<HEAD_FORMAT>(), p.last, p.last_squares, gain, step);
       else publish(Pairs<FORMAT>(), p.x, p.squares, gain, number + 1);
+      MARK(15)
     }
   }
   {
+    Constants<HeadTiles> constants;
+    constants.begin(p.head, shares.head, 0);
     arrivals.wait(watch);
     Activations<HeadTiles> a;
     read_normed(a, p.last, p.last_squares, step, columns, watch);
-    project<HeadTiles>(a, p.head, shares.head, 0, ring, side, [&](const Outputs& o, const Constants<HeadTiles>& k) {
+    project<HeadTiles>(a, constants, p.head, shares.head, 0, ring, side, [] {}, [&](const Outputs& o, const Constants<HeadTiles>& k) {
       if (!o.on || o.column >= columns) return;
       const float factor = *(volatile u32*)&s->given_up ? __int_as_float(0x7fffffff) : s->factor[o.column] * LOGITS_SCALE;   // what a stopped step leaves is no number
       *(u32*)(p.logits + (i64)o.column * VOCAB + shares.head.first + o.at) = pack(o.y0 * factor, o.y1 * factor);

@@ -19,7 +19,9 @@ THREADS = 32 * (WARPS + PRODUCERS)
 _TILE = 16
 _BATCH = 2
 _WIDEST = 4096
-"""Inputs whose activations a block has in registers at once."""
+"""Inputs whose activations a block has in registers at once; twice as many where weights have more than 4 bits."""
+_ALIGNED = 1024
+"""Bytes: tiles of keys and values are swizzled by their addresses."""
 _LEAST_PIECE = 256
 """Bytes of a row in a stage at least: a thread issues a bulk copy in about 46 ns."""
 
@@ -53,6 +55,8 @@ class Shape:
     shared_bytes: int
     unit_heads: int
     split: int
+    box: int
+    """Positions that one copy brings of a page."""
 
 
 def largest(unit: int, most: int, of: int) -> int:
@@ -84,7 +88,7 @@ def tiles(what: str, inputs: int, form: Format, piece: int) -> Tiles:
     unit = max(256, 8 * form.group) if form.bits == 4 else 256
     if inputs % unit:
         raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights need")
-    chunk = inputs if inputs <= _WIDEST else largest(unit, 2048, inputs)
+    chunk = inputs if inputs <= (_WIDEST if form.bits == 4 else 2 * _WIDEST) else largest(unit, 2048, inputs)
     data = largest(unit * form.bits // 8, piece, chunk * form.bits // 8)
     if data < _LEAST_PIECE:
         raise Unfit(f"its {what} size {inputs} can only be cut in pieces of {data} bytes")
@@ -144,7 +148,7 @@ def shape_of(
         ("hidden", model.hidden, head),
     )
     stage = max(tiles(what, width, form, tuning.piece).stage for what, width, form in widths)
-    stage = -(-stage // 128) * 128
+    stage = -(-stage // _ALIGNED) * _ALIGNED
     unit_heads = tuning.unit_heads or next(
         (n for n in range(1, min(group, 8)) if group % n == 0 and COLUMNS * model.heads // n <= blocks),
         max(n for n in range(1, min(group, 8) + 1) if group % n == 0),
@@ -152,8 +156,8 @@ def shape_of(
     dim = model.head_dim
     state = (
         8 * COLUMNS + 4 * COLUMNS * 5 + 16 * COLUMNS
-        + 4 * unit_heads * (2 * WARPS + 1) + 8
-        + 4 * dim * 4 + 2 * 2 * dim * COLUMNS
+        + 4 * unit_heads * (2 * WARPS + 1) + 24
+        + 4 * dim * 4 + 2 * 2 * dim * COLUMNS + 128
         + 2 * WARPS * _BATCH * _TILE * COLUMNS * 4 + 128
     )  # fmt: skip
     stages = min(32, (shared_memory - state) // (stage + 16))
@@ -200,7 +204,9 @@ def shape_of(
     }
     if reads:
         defines["READS"] = ",".join(map(str, reads))
-    return Shape(defines, blocks, stages * stage + shared, unit_heads, split)
+    fits = stage // (4 * dim)
+    positions = next(n for n in (128, 64, 32, 16) if n <= max(fits, 16))
+    return Shape(defines, blocks, stages * stage + shared, unit_heads, split, min(positions, page_size))
 
 
 def shares(model: Decoder, blocks: int) -> list[list[int]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.device.mapped import host_mapped
-from hybridgen.fused.persistent.program import Keeper, Kernel, Program, machine_code
+from hybridgen.device.program import Keeper, Kernel, Program, driver_call, driver_module, machine_code
 from hybridgen.fused.persistent.shape import PATIENCE, PATIENCE_WITH_RANKS, check_places, peers
 from hybridgen.fused.rows.formats import Stored, format_of, stored
-from hybridgen.fused.rows.shape import COLUMNS, THREADS, Tuning, check, default_tuning, shape_of, shares
+from hybridgen.fused.rows.shape import COLUMNS, THREADS, Shape, Tuning, check, default_tuning, shape_of, shares
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
 
 ROWS = Program(
@@ -46,6 +47,8 @@ class RowsStep:
         inboxes: Sequence[int] = (),
         reads: tuple[int, ...] = (),
         kept: Keeper | None = None,
+        trace: Tensor | None = None,
+        defines: Mapping[str, Any] | None = None,
     ) -> None:
         """Compile (or fetch) and load the kernel for these tensors, which must stay where they are.
 
@@ -58,6 +61,8 @@ class RowsStep:
                 `inbox_bytes`, zeroed before the first step on any of them.
             reads: layers whose inputs are left in `states`.
             kept: gives the machine code kept under a key, or makes and keeps it.
+            trace: where clocks of phases go, int64 [blocks, layers, 24], in a kernel compiled for that.
+            defines: other constants for the compiler; for measurements.
 
         Raises:
             Unfit: the model or the device is not one that the kernel serves.
@@ -87,7 +92,8 @@ class RowsStep:
             patience=patience or (PATIENCE if model.share is None else PATIENCE_WITH_RANKS),
             reads=reads,
         )
-        cubin = machine_code(shape.defines, capability, kept, ROWS)
+        constants = shape.defines | ({} if trace is None else {"TRACE": 1}) | dict(defines or {})
+        cubin = machine_code(constants, capability, ROWS, kept)
         with torch.cuda.device(device):
             torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
             self.kernel = Kernel(cubin, shape.shared_bytes, ROWS)
@@ -108,6 +114,7 @@ class RowsStep:
             """What went into the layers of `reads`, side by side, by column."""
             self.shares = torch.tensor(shares(model, blocks), dtype=torch.int32, device=device)
             self._fault, self._host_fault = host_mapped((1,), torch.int32, device)
+            self._maps = torch.frombuffer(bytearray(_maps(pages, shape)), dtype=torch.uint8).to(device)
         offset = 0
         self.parts: dict[str, Tensor] = {}
         """The words of each exchange, by name; views."""
@@ -119,10 +126,11 @@ class RowsStep:
         self._kept_alive = (model, pages, block_table, weights, head)
         header = [
             0, 0, 0, block_table.data_ptr(), 0, block_table.stride(0), model.embedding.data_ptr(),
-            *_matrix(head, None), model.norm.scale.data_ptr(), _address(cos), _address(sin), self.logits.data_ptr(),
+            self._maps.data_ptr(), *_matrix(head, None), model.norm.scale.data_ptr(), _address(cos), _address(sin),
+            self.logits.data_ptr(),
             *words, self.partial.data_ptr(), self.tickets.data_ptr(), self.shares.data_ptr(),
             self.counters.data_ptr(), self._fault.data_ptr(), *([self.states.data_ptr()] if reads else []),
-            *peers(model, inboxes),
+            *peers(model, inboxes), *([trace.data_ptr()] if trace is not None else []),
         ]  # fmt: skip
         packed = struct.pack(f"<{len(header)}Q", *header)
         packed += b"".join(map(_packed_layer, model.layers, weights, pages))
@@ -169,6 +177,34 @@ class RowsStep:
             "rows logits": self.logits,
             **({"rows states": self.states} if self.states.numel() else {}),
         }
+
+
+def _maps(pages: tuple[LayerPages, ...], shape: Shape) -> bytes:
+    """Tensor maps of each layer's keys and values, 128 bytes each: boxes of positions by 64 dimensions, swizzled."""
+    driver = driver_module()
+    elements = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
+    found = []
+    for part in (part for layer in pages for part in layer):
+        dim, rows = part.shape[-1], part.numel() // part.shape[-1]
+        if not part.is_contiguous() or rows > 2**31:
+            raise Unfit("its cache is not one piece of memory, or larger than an index reaches")
+        found.append(
+            driver_call(
+                "cuTensorMapEncodeTiled",
+                getattr(driver.CUtensorMapDataType, "CU_TENSOR_MAP_DATA_TYPE_" + elements[part.dtype]),
+                2,
+                part.data_ptr(),
+                [driver.cuuint64_t(dim), driver.cuuint64_t(rows)],
+                [driver.cuuint64_t(dim * part.element_size())],
+                [driver.cuuint32_t(64), driver.cuuint32_t(shape.box)],
+                [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        )
+    return b"".join(struct.pack("<16Q", *(int(word) for word in each.opaque)) for each in found)
 
 
 def _linears(layer: DecoderLayer) -> tuple[Linear, ...]:

@@ -10,10 +10,19 @@
 #include "barriers.cuh"
 
 #define PRODUCERS 4
+#ifndef WIDEST
+#define WIDEST (FORMAT == 4 ? 4096 : 8192)   // inputs whose activations are in registers at once, where a weight has no more
+#endif
 #define QUERIES (HEADS * HEAD)
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define BATCH 2   // tiles that meet at once
+// A block starts with 168 registers for each of 384 threads; the producers' warps leave theirs to those that compute.
+#define PRODUCER_REGISTERS 40
+#define CONSUMER_REGISTERS 232
+#ifndef EARLY
+#define EARLY (RANKS == 1)   // whether a block arrives before it puts its last sums together; not where those wait for other ranks
+#endif
 
 __host__ __device__ constexpr int largest(int unit, int most, int of) {   // multiple of `unit` that divides `of`
   int found = unit;
@@ -21,17 +30,24 @@ __host__ __device__ constexpr int largest(int unit, int most, int of) {   // mul
   return found;
 }
 
+// Stages of so many bytes that are filled at once: as many bytes as IN_FLIGHT whole stages have.
+__host__ __device__ constexpr int largest_flight(int bytes) {
+  const int n = IN_FLIGHT * STAGE / bytes;
+  return n < 1 ? 1 : n < STAGES ? n : STAGES;
+}
+
 // How a weight of K inputs in F bits goes through the ring; a gated one has eight rows of the gate and eight of up a tile.
 template <int K_, int F_, bool GATED_> struct Tiles {
   static constexpr int K = K_, F = F_;
   static constexpr bool GATED = GATED_;
   static constexpr int UNIT = F == 4 && GROUP > 32 ? 8 * GROUP : 256;          // inputs: eight warps, whole groups each
-  static constexpr int CHUNK = K <= 4096 ? K : largest(UNIT, 2048, K);         // inputs whose activations are in registers at once
+  static constexpr int CHUNK = K <= WIDEST ? K : largest(UNIT, 2048, K);         // inputs whose activations are in registers at once
   static constexpr int CHUNKS = K / CHUNK;
   static constexpr int DATA = largest(UNIT * F / 8, PIECE, CHUNK * F / 8);     // bytes of a row in a stage
   static constexpr int INPUTS = DATA * 8 / F;                                  // of a stage
   static constexpr int SCALES = F == 4 ? INPUTS / GROUP * SCALE_BYTES : 0;     // bytes
   static constexpr int PITCH = DATA + SCALES + ((DATA + SCALES) / 16 % 2 ? 0 : 16);
+  static constexpr int FLIGHT = largest_flight(16 * PITCH);
   static constexpr int STAGES_OF_CHUNK = CHUNK / INPUTS;
   static constexpr int OF_WARP = INPUTS / WARPS, BYTES_OF_WARP = DATA / WARPS;
   static constexpr int WORDS_OF_STAGE = OF_WARP / 8, WORDS = WORDS_OF_STAGE * STAGES_OF_CHUNK;   // a lane's activations
@@ -65,17 +81,28 @@ struct Shared {   // beside the stages
   u32 peers[COLUMNS];                         // columns of the same request that it sees, itself included
   float factor[COLUMNS], scale[COLUMNS];      // see Norms
   float squares[4][COLUMNS];
-  float softmax[WARPS][UNIT_HEADS][2], own_scores[UNIT_HEADS];
+  __align__(8) float softmax[WARPS][UNIT_HEADS][2];
+  float own_scores[UNIT_HEADS];
   u32 given_up, is_last;
+  int page;                                   // of the token of an attention's column
+#ifdef TRACE
+  i64* trace;
+#endif
   __align__(16) float cos[HEAD / 2], sin[HEAD / 2], gains[2][HEAD];
   __align__(16) float own_value[HEAD];
-  __align__(16) u16 fresh[2][COLUMNS][HEAD];  // keys and values of a column's request that this step makes, from `cached` on
+  __align__(16) u16 zeros[64];
+  __align__(16) u16 fresh[2][HEAD / 64][COLUMNS][64];   // keys and values of a column's request that this step makes, from `cached` on
   __align__(16) float part[2][WARPS][BATCH][16][COLUMNS];
 };
+extern __shared__ __align__(1024) u8 stages[];
+DEVICE Shared* shared_state() { return (Shared*)(stages + (i64)STAGES * STAGE); }
+#ifdef TRACE   // clocks of each block's first thread, by layer (benchmarks/rows_phases.py)
+#define MARK(i) if (threadIdx.x == 0) shared_state()->trace[i] = clock64();
+#else
+#define MARK(i)
+#endif
 static_assert(sizeof(Shared) <= SHARED, "the launcher reserves SHARED bytes beside the stages");
 static_assert(WARPS * UNIT_HEADS * HEAD <= 2 * WARPS * BATCH * 16 * COLUMNS, "attention shares the partial sums");
-extern __shared__ __align__(128) u8 stages[];
-DEVICE Shared* shared_state() { return (Shared*)(stages + (i64)STAGES * STAGE); }
 
 // This block's rows of a projection, an even number of them from an even one on; the launcher spreads them so that each
 // block reads as many bytes as the others.
@@ -127,16 +154,21 @@ struct Cut {
   }
 };
 
+DEVICE void prefetch_map(const u8* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+DEVICE void copy_box(u32 to, const u8* map, int x, int y, u32 barrier, u64 policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier), "l"(policy) : "memory");
+}
+
 struct Producer {
   u32 turn;
   int which;
   u64 policy;
-  DEVICE u32 begin(u32 bytes) {   // bytes of this producer
+  template <int FLIGHT> DEVICE u32 begin(u32 bytes) {   // bytes of this producer
     Shared* s = shared_state();
     const u32 slot = turn % STAGES;
     barrier_wait(shared_address(&s->empty[slot]), ((turn / STAGES) & 1) ^ 1);
-    if (IN_FLIGHT < STAGES && turn >= IN_FLIGHT) {   // deep queues in the memory system would only delay the activations
-      const u32 earlier = turn - IN_FLIGHT;
+    if (FLIGHT < STAGES && turn >= FLIGHT) {   // deep queues in the memory system would only delay the activations
+      const u32 earlier = turn - FLIGHT;
       barrier_wait(shared_address(&s->full[earlier % STAGES]), (earlier / STAGES) & 1);
     }
     barrier_expect(shared_address(&s->full[slot]), bytes);
@@ -146,7 +178,7 @@ struct Producer {
   template <class T> DEVICE void stage(const Matrix& m, int first, int rows, i64 twin, int index) {
     constexpr int OWN = 16 / PRODUCERS;   // rows of a tile that this producer copies
     const int at = which * OWN, row = T::GATED ? at & 7 : at, n = max(0, min(OWN, rows - row));
-    const u32 slot = begin(n * (T::DATA + T::SCALES));
+    const u32 slot = begin<T::FLIGHT>(n * (T::DATA + T::SCALES));
     const u32 barrier = shared_address(&shared_state()->full[slot]), to = shared_address(stages) + slot * STAGE + at * T::PITCH;
     const i64 from = first + row + (T::GATED && at >= 8 ? twin : 0);
     const u8* data = m.data + from * T::ROW_BYTES + (i64)index * T::DATA;
@@ -165,29 +197,31 @@ struct Producer {
         for (int i = 0; i < T::STAGES_OF_CHUNK; i++)
           stage<T>(m, share.first + t, min(T::ROWS, share.count - t), twin, c * T::STAGES_OF_CHUNK + i);
   }
-  DEVICE void cache(const Layer& y, const Unit& unit) {   // the first producer copies keys, the second values
+  // Keys and values as boxes of positions by 64 dimensions, 128 bytes a row. The copy swizzles the rows' chunks of 16 bytes by
+  // the row's place among eight, so that a product reads them without meeting a bank twice. A producer has a box's dimensions.
+  DEVICE void cache(const u8* maps, const Unit& unit) {
+    constexpr int HALVES = HEAD / 64;
+    const int what = which / HALVES, half = which % HALVES;   // keys or values
     const int* table = shared_state()->table[unit.column];
     const int cached = shared_state()->cached[unit.column];   // what comes behind is made by this step
     for (int t = unit.low; t < unit.high; t += Cut::POSITIONS) {
-      const int n = max(0, min(Cut::POSITIONS, min(unit.high, cached) - t));
-      const u32 slot = begin(which < 2 ? n * HEAD * 2 : 0);
-      if (which >= 2) continue;
+      const int n = max(0, min(Cut::POSITIONS, min(unit.high, cached) - t)), boxes = (n + Cut::COPIED - 1) / Cut::COPIED;
+      const u32 slot = begin<largest_flight(Cut::POSITIONS * HEAD * 4)>(what < 2 ? boxes * Cut::COPIED * 128 : 0);
+      if (what >= 2) continue;
       const u32 barrier = shared_address(&shared_state()->full[slot]);
-      const u32 to = shared_address(stages) + slot * STAGE + which * Cut::POSITIONS * HEAD * 2;
-      const u16* from = which ? y.values : y.keys;
+      const u32 to = shared_address(stages) + slot * STAGE + which * Cut::POSITIONS * 128;
       for (int i = 0; i < n; i += Cut::COPIED) {
         const int at = t + i, page = __ldg(table + at / PAGE);
-        copy_in(to + i * HEAD * 2, from + (((i64)page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE) * HEAD, min(Cut::COPIED, n - i) * HEAD * 2, barrier, policy);
+        copy_box(to + i * 128, maps + what * 128, half * 64, (page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE, barrier, policy);
       }
     }
   }
 };
 
 struct Ring {   // the consumers' side
-  u32 turn;
-  DEVICE u32 wait() {
-    const u32 slot = turn % STAGES;
-    barrier_wait(shared_address(&shared_state()->full[slot]), (turn / STAGES) & 1);
+  u32 slot, parity;
+  DEVICE u32 wait() const {
+    barrier_wait(shared_address(&shared_state()->full[slot]), parity);
     return shared_address(stages) + slot * STAGE;
   }
   // Give the stage back. `read`: bits of reads that nothing has used yet, 0 for none. An arrival does not wait for reads
@@ -197,7 +231,7 @@ struct Ring {   // the consumers' side
     __syncwarp();
     __threadfence_block();
     const u32 nothing = read & blockIdx.y;   // 0, which the compiler does not know: the grid has one dimension
-    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared_state()->empty[turn % STAGES]) + nothing);
-    turn++;
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared_state()->empty[slot]) + nothing);
+    if (++slot == STAGES) { slot = 0; parity ^= 1; }
   }
 };

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridgen.errors import DeviceError, described
-from hybridgen.models.decoder import Unfit
+
+
+class Unfit(Exception):
+    """A model or device that a kernel does not serve; the message is the reason."""
+
 
 Keeper = Callable[[str, Callable[[], bytes]], bytes]
 """Gives the machine code that is kept under a key, or makes and keeps it."""
@@ -25,14 +29,6 @@ class Program:
     source: str
     headers: tuple[str, ...]
     kernel: str
-
-
-ONE_ROW = Program(
-    (__package__ or "",),
-    "step.cu",
-    ("words.cuh", "barriers.cuh", "ring.cuh", "projection.cuh", "attention.cuh", "attention_long.cuh", "peers.cuh"),
-    "decode_step",
-)
 
 
 @functools.cache
@@ -76,8 +72,17 @@ def driver_call(name: str, *arguments: Any) -> Any:
     return _checked(getattr(driver, name)(*arguments), name)
 
 
+def driver_module() -> Any:
+    """The driver's Python interface, for its enumerations.
+
+    Raises:
+        Unfit: the bindings are not installed.
+    """
+    return _bindings()[0]
+
+
 @functools.cache
-def sources(program: Program = ONE_ROW) -> dict[str, bytes]:
+def sources(program: Program) -> dict[str, bytes]:
     """The kernel's files by name."""
     folders = [importlib.resources.files(folder) for folder in program.folders]
     found = {}
@@ -97,7 +102,7 @@ def options(defines: Mapping[str, Any], architecture: str) -> list[str]:
     ]
 
 
-def key(defines: Mapping[str, Any], architecture: str, program: Program = ONE_ROW) -> str:
+def key(defines: Mapping[str, Any], architecture: str, program: Program) -> str:
     """What distinguishes two compiled kernels: sources, constants, architecture and compiler."""
     _, nvrtc = _bindings()
     version = _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")
@@ -107,7 +112,7 @@ def key(defines: Mapping[str, Any], architecture: str, program: Program = ONE_RO
     return hashlib.sha256(text).hexdigest()[:32]
 
 
-def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Program = ONE_ROW) -> bytes:
+def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Program) -> bytes:
     """Machine code of the kernel for these constants; takes 2 to 9 s.
 
     Raises:
@@ -136,7 +141,7 @@ def compile_cubin(defines: Mapping[str, Any], architecture: str, program: Progra
 
 
 def machine_code(
-    defines: Mapping[str, Any], capability: tuple[int, int], kept: Keeper | None = None, program: Program = ONE_ROW
+    defines: Mapping[str, Any], capability: tuple[int, int], program: Program, kept: Keeper | None = None
 ) -> bytes:
     """The program for a device of this compute capability, compiled where it is not kept.
 
@@ -154,7 +159,7 @@ def machine_code(
 class Kernel:
     """A loaded kernel; the device's context must be current."""
 
-    def __init__(self, cubin: bytes, shared_bytes: int, program: Program = ONE_ROW) -> None:
+    def __init__(self, cubin: bytes, shared_bytes: int, program: Program) -> None:
         driver, _ = _bindings()
         self._driver = driver
         self._module = _checked(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
@@ -164,13 +169,14 @@ class Kernel:
         dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, dynamic, shared_bytes), "cuFuncSetAttribute")
         self._shared_bytes = shared_bytes
+        self._early: dict[tuple[int, int, int], Any] = {}
 
     def attribute(self, name: str) -> int:
         """A `CU_FUNC_ATTRIBUTE_...` of it, such as `NUM_REGS` or `LOCAL_SIZE_BYTES`."""
         which = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
         return int(_checked(self._driver.cuFuncGetAttribute(which, self._function), "cuFuncGetAttribute"))
 
-    def launch(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """Launch cooperatively: all blocks at once on the device, or not at all.
 
         Args:
@@ -185,7 +191,7 @@ class Kernel:
         )
         _checked(result, "cuLaunchCooperativeKernel")
 
-    def launch_any(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch_any(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """As `launch`, with blocks whenever there is room for them.
 
         Raises:
@@ -197,21 +203,24 @@ class Kernel:
         )
         _checked(result, "cuLaunchKernel")
 
-    def launch_early(self, blocks: int, threads: int, parameters: ctypes.Array, stream: int) -> None:
+    def launch_early(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """As `launch_any`, and it may start while the kernel before it ends, for which it has to wait itself.
 
         Raises:
             DeviceError: the driver refuses.
         """
         driver = self._driver
-        early = driver.CUlaunchAttribute()
-        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        early.value.programmaticStreamSerializationAllowed = 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.blockDimX = blocks, threads
-        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.sharedMemBytes, config.hStream = self._shared_bytes, driver.CUstream(stream)
-        config.attrs, config.numAttrs = [early], 1
+        config = self._early.get((blocks, threads, stream))
+        if config is None:
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config = driver.CUlaunchConfig()
+            config.gridDimX, config.blockDimX = blocks, threads
+            config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+            config.sharedMemBytes, config.hStream = self._shared_bytes, driver.CUstream(stream)
+            config.attrs, config.numAttrs = [early], 1
+            self._early[blocks, threads, stream] = config
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
 
