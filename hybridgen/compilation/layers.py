@@ -42,6 +42,11 @@ def run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
 
+def write_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """The compile unit of a prefill's last layer, up to its keys and values: what makes nothing else is left out."""
+    type(layer).forward(layer, *args, **kwargs)
+
+
 def check_backend(backend: str) -> None:
     """Raise if `torch.compile` does not know the backend.
 
@@ -97,9 +102,13 @@ def switched_off() -> str | None:
     return f'torch.compiler.set_stance("{stance}")' if stance == "force_eager" else None
 
 
+_WRITES = "write_layer"
+
+
 def _own_code(name: str) -> Any:
-    """`run_layer` with a code object of its own, so that its compiled entries are its own too."""
-    return types.FunctionType(run_layer.__code__.replace(co_name=name), run_layer.__globals__, name)
+    """A compile unit with a code object of its own, so that its compiled entries are its own too."""
+    function = write_layer if name == _WRITES else run_layer
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
 
 
 class CompiledLayers:
@@ -131,7 +140,7 @@ class CompiledLayers:
         self._most_tokens = {Phase.PREFILL: token_budget, Phase.DECODE: max_batch}
         functions = {
             name: _own_code(name)
-            for name in ("prefill_layer", "decode_layer", "decode_one_layer", "decode_several_layer")
+            for name in ("prefill_layer", _WRITES, "decode_layer", "decode_one_layer", "decode_several_layer")
         }
         self._codes = {function.__code__ for function in functions.values()}
         options = compile_options() or None if backend == "inductor" else None
@@ -190,6 +199,11 @@ class CompiledLayers:
         """Use no kept unit any more, because attributes of modules changed: not all of them are among the guards that a
         unit could keep. What `torch.compile` makes instead has all guards."""
         self._units = None
+
+    @property
+    def routes_last(self) -> bool:
+        """Whether the last layer runs compiled."""
+        return bool(self._layers) and self._layers[-1] in self._replaced
 
     @property
     def routes_any(self) -> bool:
@@ -255,13 +269,25 @@ class CompiledLayers:
             # What layers leave there is read by none of a model whose layers are compiled, and would be another call to
             # Dynamo with each layer that leaves something.
             kwargs[_SHARED] = type(kwargs[_SHARED])()
-        tokens = self._step.slots.shape[0]
+        tokens, ends = self._step.slots.shape[0], self._step.ends
+        if ends is not None and layer is self._layers[-1]:
+            with self._step.writing_only():
+                self._run_marked(_WRITES, layer, args, kwargs, tokens)
+            args, kwargs = taken((args, kwargs), ends.places, tokens)
+            with self._step.at(ends):
+                return self._call(layer, *args, **kwargs)
         if self._step.phase is Phase.PREFILL:
             name = "prefill_layer"
         elif self._step.several:
             name = "decode_several_layer"
         else:
             name = "decode_one_layer" if tokens == 1 else "decode_layer"
+        return self._run_marked(name, layer, args, kwargs, tokens)
+
+    def _run_marked(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
+    ) -> Any:
+        """Run it; while warming up for any number of tokens."""
         if not self._warming or tokens == 1:
             return self._run(name, layer, args, kwargs, tokens)
         most = self._most_tokens[self._step.phase]
@@ -399,3 +425,15 @@ def mark_tokens_dynamic(values: Any, tokens: int, most: int, *, strict: bool = T
     elif isinstance(values, (tuple, list)):
         for value in values:
             mark_tokens_dynamic(value, tokens, most, strict=strict)
+
+
+def taken(values: Any, places: torch.Tensor, tokens: int) -> Any:
+    """Nested containers with the tokens at these places in the place of all `tokens`; see `token_dimension`."""
+    if isinstance(values, torch.Tensor):
+        dim = token_dimension(values)
+        return values if dim is None or values.shape[dim] != tokens else values.index_select(dim, places)
+    if isinstance(values, dict):
+        return {name: taken(value, places, tokens) for name, value in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(taken(value, places, tokens) for value in values)
+    return values

@@ -322,6 +322,11 @@ class Builder:
         have to run their forwards together."""
         return self.checkpoint.device.type == "cuda" and self.lead is None
 
+    def _cuts_last_layer(self) -> bool:
+        """Whether long prefills may cut their last layer. Not where a prompt's keys have to be the same bits with and
+        without somebody who drafts, for whom it is not cut; nor on several ranks, which would have to agree."""
+        return self._rotates_in_one_op() and not self.config.equal_bits
+
     def _drafter(self, bound: BoundModel, model: LoadedDrafter | None) -> Drafter | None:
         """Who drafts, if anybody.
 
@@ -368,7 +373,7 @@ class Builder:
         try:
             disable = bar_disabled(self.config.progress)
             with tqdm(total=1, desc="compile", delay=1, leave=False, disable=disable) as bar:
-                self.starter.compile(runner)
+                self.starter.compile(runner, cuts=self._cuts_last_layer())
                 bar.update()
         except CacheMissError:
             raise

@@ -20,7 +20,7 @@ from hybridgen.device.failures import is_fatal
 from hybridgen.errors import CacheMissError, UnsupportedModelError, described
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.fused_executors import compare_rows, compare_with_layers, make_fused, tune_fused
-from hybridgen.execution.warm_up import check_numerics, compile_layers
+from hybridgen.execution.warm_up import check_numerics, compile_layers, cut_last_layer
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import capture_plan
 from hybridgen.graphs.key import GraphKey
@@ -130,26 +130,31 @@ class Starter:
                 "same config, or allow compiling"
             )
 
-    def compile(self, runner: ModelRunner) -> None:
+    def compile(self, runner: ModelRunner, *, cuts: bool = False) -> None:
         """Make the compiled layers ready. Those from the entry are compared with uncompiled ones; the others are
         compiled and added to the entry.
+
+        Args:
+            cuts: whether the last layer of long prefills is cut, if that is right.
 
         Raises:
             CacheMissError: `offline_compile=True`, and something is missing or wrong.
         """
         compile_layers(runner)
         units, compiled = self._units, runner.compiled
-        if units is None or compiled is None:
-            return
-        if units.loaded:
+        if units is not None and compiled is not None and units.loaded:
             wrong = check_numerics(runner)
             if wrong is not None:
                 self._counters.fall_back(f"compile cache: {wrong}")
                 units.forget()
                 self._cache.distrust(wrong)
                 compile_layers(runner)
-        if compiled.units is None or compiled.compiles == 0:
+        if cuts:
+            why = cut_last_layer(runner)
+            logger.debug("the last layer of prefills is %s", "cut" if why is None else f"not cut: {why}")
+        if compiled is None or compiled.units is None or compiled.compiles == 0:
             return
+        units = compiled.units
         problem = units.save()
         if problem is not None:
             self._counters.fall_back(problem)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.models import BoundModel, StepMetadata
+from hybridgen.models.attention import RunEnds
+from hybridgen.models.twin import has_forward_hooks
+
+
+class Cuts(NamedTuple):
+    """Which prefills' last layer goes on with the prompts' last tokens alone. In shorter ones, what is saved is no more
+    than the launches that come with it."""
+
+    tokens: int = 1024
+    """Tokens of the call at least."""
+    an_end: int = 8
+    """Tokens for each of these at least."""
 
 
 class LayersExecutor:
-    """Runs the model's own forward, whose decoder layers may be compiled."""
+    """Runs the model's own forward, whose decoder layers may be compiled.
+
+    What a prefill is for are keys and values, and the logits of the prompts' last tokens. So a long one runs the last
+    layer twice: for all tokens up to its keys and values, and for the last ones as if they were decoded.
+    """
 
     name = LAYERS
 
@@ -18,6 +36,8 @@ class LayersExecutor:
         """`compiled` None runs every layer eagerly."""
         self._bound = bound
         self.compiled = compiled
+        self.cuts: Cuts | None = None
+        """When the last layer is cut; None: never. See `warm_up.cut_last_layer`."""
 
     @property
     def launch(self) -> str:
@@ -30,7 +50,18 @@ class LayersExecutor:
 
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Logits of the step's tokens, or of those in `keep`."""
+        if step.ends is not None and self._cuts(step, step.ends):
+            return self._bound.forward(step.ids, step, None)
+        step.ends = None
         return self._bound.forward(step.ids, step, keep)
+
+    def _cuts(self, step: StepMetadata, ends: RunEnds) -> bool:
+        """Whether a prefill's last layer is cut. Whoever watches what comes behind the layers sees all tokens."""
+        if self.cuts is None or self.compiled is None or not self.compiled.routes_last:
+            return False
+        if step.slots.shape[0] < max(self.cuts.tokens, self.cuts.an_end * ends.places.shape[0]):
+            return False
+        return not any(map(has_forward_hooks, self._bound.around))
 
     def tensors(self) -> dict[str, Tensor]:
         """The attention schedules; what the layers keep between steps is the step's."""

@@ -174,6 +174,11 @@ class ModelRunner:
         return self._layers.compiled
 
     @property
+    def layers(self) -> LayersExecutor:
+        """The executor that serves every step."""
+        return self._layers
+
+    @property
     def all_states(self) -> tuple[LayerState, ...]:
         """What the model's layers keep between steps, and then those of the model that drafts, if one does."""
         return self.states if self.drafting is None else (*self.states, *self.drafting.states)
@@ -273,8 +278,7 @@ class ModelRunner:
     ) -> LaunchedStep:
         scored = ScoredTokens(chunks, self.device) if any(chunk.targets for chunk in chunks) else None
         route = self.router.plain(key, "it scores prompts" if scored else "its hidden states are wanted")
-        if scored is not None:
-            route.run = functools.partial(self.steps.run_scored, route.key, scored)
+        route.run = functools.partial(self.steps.run_told, route.key, scored)
         hidden = CapturedStates(chunks, self.bound) if any(chunk.hidden for chunk in chunks) else None
         self.steps.stage_prefill(chunks, key.tokens, key.rows)
         with nullcontext() if hidden is None else hidden.listening():

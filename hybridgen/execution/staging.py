@@ -201,7 +201,7 @@ class StagedInputs:
         self, phase: Phase, ids: Tensor, slots: Tensor, positions: Tensor, rope: Tensor, *, several: bool = False
     ) -> None:
         step = self.metadata
-        step.phase, step.several, step.ids = phase, several, ids
+        step.phase, step.several, step.ids, step.ends = phase, several, ids, None
         step.slots, step.positions, step.rope_lengths = slots, positions, rope
 
     def _bring_in(self, key: GraphKey) -> None:

@@ -24,7 +24,7 @@ from hybridgen.graphs.executor import Executor, StateExecutor
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts
 from hybridgen.models import BoundModel
-from hybridgen.models.attention import Phase
+from hybridgen.models.attention import Phase, RunEnds
 from hybridgen.sampling import SamplerPlan, SamplerState, remember, sample
 from hybridgen.sampling.own import OwnRows
 
@@ -193,11 +193,12 @@ class ModelSteps(StagedInputs):
             self._sample(logits, rows, *before, key.sampler, key.query_len, hidden=hidden, quiet=key.quiet)
             self._commit(rows)
 
-    def run_scored(self, key: GraphKey, scored: ScoredTokens) -> None:
-        """Launch the prefill that was staged, and leave the log-probabilities of prompts with `scored`."""
-        self._run_prefill(key, scored)
+    def run_told(self, key: GraphKey, scored: ScoredTokens | None) -> None:
+        """Launch the prefill that was staged, whose tokens all go through all layers; leave the log-probabilities of
+        prompts with `scored`, if any are wanted."""
+        self._run_prefill(key, scored, whole=True)
 
-    def _run_prefill(self, key: GraphKey, scored: ScoredTokens | None = None) -> None:
+    def _run_prefill(self, key: GraphKey, scored: ScoredTokens | None = None, *, whole: bool = False) -> None:
         self._bring_in(key)
         inputs, tokens, rows = self._prefill, key.tokens, key.rows
         # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case.
@@ -206,6 +207,9 @@ class ModelSteps(StagedInputs):
         self._set(phase, ids, slots, positions, rope)
         # Where no prompt ends, the head still needs a token; what was staged before can lie behind this call's last.
         keep = inputs["keep"][:rows] if rows else self._zeros[0]
+        if phase is Phase.PREFILL and not whole and self._drafting is None:
+            count = max(rows, 1)
+            self.metadata.ends = RunEnds(*(inputs[name][:count] for name in ("keep", "rows", "lengths")))
         if scored is not None:
             keep = torch.cat((inputs["keep"][:rows], scored.places))
         logits = self._executors[key.executor].logits(self.metadata, keep)

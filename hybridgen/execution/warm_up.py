@@ -13,7 +13,9 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
+from hybridgen.errors import CacheMissError, described
 from hybridgen.execution import numerics
+from hybridgen.execution.executors import Cuts
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.graphs import GraphKey
 from hybridgen.sampling import SamplerPlan
@@ -93,6 +95,37 @@ def check_numerics(runner: ModelRunner) -> str | None:
         return None
     wrong = numerics.compare(runner, runner.compiled)
     runner.recover()
+    return wrong
+
+
+@on_its_stream
+def cut_last_layer(runner: ModelRunner) -> str | None:
+    """From now on the last layer of long prefills goes on with the prompts' last tokens alone, if that gives the same
+    logits on a few tokens. Layers are compiled already.
+
+    Returns:
+        Why not; None if they do.
+    """
+    layers, compiled = runner.layers, runner.compiled
+    if compiled is None or not compiled.strict or not runner.bound.can_end or runner.drafting is not None:
+        return "it is not compiled for all sizes at once, or does not keep keys and values alone"
+    if runner.max_tokens < Cuts().tokens:
+        return "no prefill is long enough"
+    layers.cuts = Cuts(1, 1)
+    try:
+        with compiled.warming_up():
+            runner.run_padding(GraphKey.prefill(shown_sizes(runner)[0], 1, SamplerPlan()))
+            wrong = numerics.compare_cut(runner)
+    except CacheMissError:
+        wrong = "it is not in the compile cache"
+    except Exception as error:  # the model's code gets other tokens than it expects
+        logger.debug("the last layer is not cut", exc_info=True)
+        wrong = described(error)
+    finally:
+        layers.cuts = None
+        runner.recover()
+    if wrong is None:
+        layers.cuts = Cuts()
     return wrong
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
@@ -35,6 +37,17 @@ class Phase(StrEnum):
     """The same number of tokens for each request: one, or several where drafts are checked."""
 
 
+class RunEnds(NamedTuple):
+    """The last tokens of the prompts that end in a prefill."""
+
+    places: torch.Tensor
+    """int64 [K]: where they are among the packed tokens."""
+    slots: torch.Tensor
+    """int64 [K]: their requests; behind them the padding slot, whose tokens are any."""
+    lengths: torch.Tensor
+    """int64 [K]: of the prompts; 0 for padding."""
+
+
 @dataclass(eq=False, slots=True)
 class StepMetadata:
     """Where the T packed tokens of a step belong. One object per engine; its fields are set before each step."""
@@ -64,6 +77,32 @@ class StepMetadata:
     `fed` in prefill."""
     several: bool = False
     """Whether a decode step has several tokens a request: then the keys of all are written before any is read."""
+    ends: RunEnds | None = None
+    """In a prefill whose last layer goes on from its keys and values with these tokens alone; None: with all."""
+    writes_only: bool = False
+    """Whether a prefill's attention writes keys and values, and what it returns is not read."""
+
+    @contextmanager
+    def writing_only(self) -> Iterator[None]:
+        """Inside, attention writes and does not attend."""
+        self.writes_only = True
+        try:
+            yield
+        finally:
+            self.writes_only = False
+
+    @contextmanager
+    def at(self, ends: RunEnds) -> Iterator[None]:
+        """Inside, it is a decode step of these tokens of the prefill."""
+        before = self.phase, self.slots, self.positions, self.rope_lengths, self.ids, self.ends
+        self.phase, self.ends, self.ids = Phase.DECODE, None, self.ids.index_select(0, ends.places)
+        # Positions lie behind something, as in a decode step's state: compiled layers are specialised to that.
+        positions = torch.stack((ends.lengths, (ends.lengths - 1).clamp(min=0)))[1]
+        self.slots, self.positions, self.rope_lengths = ends.slots.to(torch.int32), positions, ends.lengths
+        try:
+            yield
+        finally:
+            self.phase, self.slots, self.positions, self.rope_lengths, self.ids, self.ends = before
 
 
 class AttentionCall(NamedTuple):
@@ -160,6 +199,8 @@ class LayerBinding:
         # All of them, before any is read: requests of one prefill call can share pages.
         if not self.reads_only:
             write_kv(k, v, places)
+        if step.writes_only:
+            return call.query.new_empty(*call.query.shape[:2], v.shape[-1])
         if step.phase is Phase.DECODE:  # each token is a row of its own, whose position says what it sees
             return decode_attention(call.query, places, options, schedule=self.schedule)
         return prefill_attention(call.query, places, step.query_starts, options)
@@ -175,12 +216,15 @@ class LayerBinding:
         scale: float,
         softcap: float,
     ) -> torch.Tensor:
-        """In prefill: normalise and rotate heads, write keys and values, and attend; see `kernels.attention.rotary`."""
+        """Normalise and rotate heads, write keys and values, and attend; see `kernels.attention.rotary`."""
         places = self.places()
         options = Options(scale, self.sees.window, self.sees.chunk, softcap)
-        return prefill_attention(
-            rotate_and_write(q, k, v, cos, sin, norms, places), places, self.step.query_starts, options
-        )
+        q = rotate_and_write(q, k, v, cos, sin, norms, places)
+        if self.step.writes_only:
+            return q.new_empty(*q.shape[:2], v.shape[-1])
+        if self.step.phase is Phase.DECODE:
+            return decode_attention(q, places, options, schedule=self.schedule)
+        return prefill_attention(q, places, self.step.query_starts, options)
 
     def write_schedule(self, query_heads: int) -> None:
         """Schedule decode attention of the step, for all layers that share the schedule."""

@@ -25,7 +25,7 @@ from hybridgen.cache import (
 from hybridgen.cache.paged_latent import PagedLatent
 from hybridgen.errors import CheckpointError, EngineError, UnsupportedModelError
 from hybridgen.kernels.attention.ops import make_schedule
-from hybridgen.models.attention import ATTENTION_NAME, KVFactors, LayerBinding, Phase, StepMetadata
+from hybridgen.models.attention import ATTENTION_NAME, KVFactors, LayerBinding, Phase, RunEnds, StepMetadata
 from hybridgen.models.counting import counts_tokens, use_own_numbers, use_positions
 from hybridgen.models.experts import ExpertsBinding, ExpertsSite, find_experts, use_op, use_own_code
 from hybridgen.models.few_rows import RowsBinding, RowsSite, find_rows, use_own_product, use_rows_of
@@ -73,6 +73,8 @@ class BoundModel:
     """The modules of experts that decode by the op of `kernels.linear.experts`."""
     routers: tuple[RouterSite, ...] = ()
     """The routers that choose by the op of `kernels.linear.route` in decode."""
+    around: tuple[nn.Module, ...] = field(init=False)
+    """The modules outside of the decoder layers."""
     rows: tuple[RowsSite, ...] = ()
     """The projections that multiply by the op of `kernels.step.linear` in decode."""
     vocab_size: int = 0
@@ -81,6 +83,8 @@ class BoundModel:
     def __post_init__(self) -> None:
         self.latents = tuple(site.module for site in self.sites if site.latent is not None)
         self.counting = tuple(site.module for site in self.sites if counts_tokens(site.module))
+        inside = {module for layer in self.layers for module in layer.modules()}
+        self.around = tuple(module for module in self.model.modules() if module not in inside)
 
     def layer_states(
         self, page_size: int, dtype: torch.dtype, scales: Mapping[str, KVScales] | None = None
@@ -212,7 +216,7 @@ class BoundModel:
 
         Args:
             input_ids: int64 [T], packed.
-            keep: int64 [K], the tokens whose logits are wanted; None for all.
+            keep: int64 [K], the tokens whose logits are wanted; None for all that the last layer gives (`step.ends`).
 
         Returns:
             [K, vocab_size] in `logits_dtype`; -inf for ids that the model takes and its head cannot give.
@@ -222,6 +226,8 @@ class BoundModel:
         if step.phase is Phase.DECODE:
             for binding, query_heads in self._schedules:
                 binding.write_schedule(query_heads)
+        elif step.ends is not None:
+            self._schedule_last(step, step.ends)
         if self._slots is not None:
             slots = step.slots if step.phase is Phase.DECODE or step.fed is None else step.fed
             step.state_places = self._slots.places(slots)
@@ -236,6 +242,27 @@ class BoundModel:
         logits = output.logits[0]
         lacking = self.vocab_size - logits.shape[-1]
         return nn.functional.pad(logits, (0, lacking), value=-torch.inf) if lacking > 0 else logits
+
+    @property
+    def can_end(self) -> bool:
+        """Whether the last layer can go on with some of a prefill's tokens, as if they were decoded: it keeps keys and
+        values, by one module that attends, and nothing else."""
+        if self.mixers or not self.sites or self.length_dependent:
+            return False
+        inside = set(self.layers[-1].modules())
+        attending = [site.module for site in self.sites if site.module in inside]
+        binding = vars(self.sites[-1].module).get("_hybridgen")
+        if not isinstance(binding, LayerBinding) or binding.reads_only:
+            return False
+        return attending == [self.sites[-1].module]
+
+    def _schedule_last(self, step: StepMetadata, ends: RunEnds) -> None:
+        """Schedule what the last layer attends to in a prefill with ends."""
+        last = cast(LayerBinding, self.sites[-1].module._hybridgen)
+        with step.at(ends):
+            for binding, query_heads in self._schedules:
+                if binding.schedule is last.schedule:
+                    binding.write_schedule(query_heads)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What steps leave for their own layers alone, by name: the attention schedules."""

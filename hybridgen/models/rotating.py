@@ -1,10 +1,10 @@
-"""Attention modules whose prefill normalises, rotates and writes heads in one op.
+"""Attention modules that normalise, rotate and write heads in one op.
 
 What a Llama-like attention module does between its projections and its attention function is known by the attribute
 names that Hugging Face's families share, and proved for each module: its own forward hands an attention function the
 same queries, keys, values and options, and makes the same of what that returns. Such a module's class gets a subclass
-with a forward of ours for prefill; in decode, and whenever the model attends by itself, its own forward runs. Modules
-that compute something else are left alone.
+with a forward of ours; whenever the model attends by itself, its own forward runs. Modules that compute something else
+are left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hybridgen.errors import described
 from hybridgen.kernels.attention.rotary import HeadNorms, turned
-from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding, Phase
+from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, head_norm
 from hybridgen.models.projections import has_hooks
@@ -56,8 +56,8 @@ class RotatingAttention(nn.Module):
 
 
 def use_one_op(bound: BoundModel, max_context: int) -> int:
-    """From now on prefill normalises, rotates and writes in one op, in the modules for which that is proved; returns
-    how many these are. The layers' states must be attached.
+    """From now on modules for which that is proved normalise, rotate and write in one op; returns how many these are.
+    The layers' states must be attached.
 
     Args:
         max_context: positions that the model may be run at; modules are checked early and late in them.
@@ -163,10 +163,10 @@ def _heads(module: Any, rotation: Rotation, hidden: Tensor) -> tuple[Tensor, Ten
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """In prefill the module's own forward with one op between its projections and its attention; else just that."""
+    """The module's own forward with one op between its projections and its attention."""
     binding = getattr(self, "_hybridgen", None)
     # The name says whether the model attends by itself, for a comparison.
-    if binding is None or binding.step.phase is not Phase.PREFILL or self.config._attn_implementation != ATTENTION_NAME:
+    if binding is None or self.config._attn_implementation != ATTENTION_NAME:
         return self._hybridgen_forward(*args, **kwargs)
     rotation = self._hybridgen_rotation
     hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]

@@ -129,7 +129,7 @@ class Follower:
         """Run the step that is staged. Nobody reads its tokens here: rank 0 does."""
         steps, ring = self._runner.steps, self._runner.ring
         if scored is not None:
-            steps.run_scored(told.key, scored)
+            steps.run_told(told.key, scored)
         elif told.recorded:
             self._recordings[told.key].replay()
         else:

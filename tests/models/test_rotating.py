@@ -1,4 +1,4 @@
-"""Prefill with one op between projections and attention, and for which modules that is right."""
+"""Steps with one op between projections and attention, and for which modules that is right."""
 
 from __future__ import annotations
 
@@ -173,6 +173,27 @@ def test_it_compiles_as_one_graph_for_each_kind_of_layer(name: str, runners: lis
     assert _prefill(runner, (5, 3)).shape == expected.shape
     assert runner.compiled.late_compiles == 0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("slots", [(0,), (1, 0)])
+def test_decode_goes_by_the_op_too(name: str, slots: tuple[int, ...], runners: list[ModelRunner]) -> None:
+    found = []
+    for op in (False, True):
+        runner = make_runner(name)
+        runners.append(runner)
+        if op:
+            assert use_one_op(runner.bound, CONTEXT) == 4
+        _prefill(runner)
+        runner.state.table[:, :2] = torch.tensor([[7, 9], [20, 9], [1, 1]])
+        runner.steps.stage_decode(slots)
+        with torch.inference_mode():
+            for _ in range(2):  # the second reads what the first wrote
+                runner.steps.run(GraphKey.decode(len(slots), None))
+                runner.state.table[1, :2] += 1
+        assert runner.steps.logits is not None
+        found.append(runner.steps.logits[: len(slots)].clone())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_nobody_is_left_out_who_listens_to_a_norm(runners: list[ModelRunner]) -> None:

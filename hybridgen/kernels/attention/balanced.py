@@ -67,12 +67,22 @@ def tuning(heads: Heads, shared_memory: int) -> Tuning:
     return tune._replace(stages=max(2, min(tune.stages, room // tile_bytes + 1)))
 
 
+FEW_ROWS = 64
+"""Below, chunks are shorter: there are too few of them for all programs."""
+FEW_CHUNK = 512
+"""Positions of a chunk then, at most."""
+
+
 @functools.lru_cache(maxsize=4096)
 def shares_of(
-    heads: Heads, tokens: int, max_pages: int, window: int, chunk: int, device: Device, tune: Tuning
+    heads: Heads, tokens: int, max_pages: int, window: int, chunk: int, device: Device, tune: Tuning | None
 ) -> Shares:
     """What schedule a layer of these heads needs for so many rows of up to `max_pages` pages."""
     limit, reach = limit_of(window, chunk)
+    if tune is None:
+        tune = tuning(heads, device.shared_memory)
+        if tokens < FEW_ROWS:
+            tune = tune._replace(chunk=min(tune.chunk, FEW_CHUNK))
     chunk_tiles = max(1, tune.chunk // tune.block)
     shares = Shares(
         heads.kv, heads.page_size, limit, reach, tune.block, chunk_tiles, 1, device.processors * tune.programs
@@ -95,8 +105,7 @@ def _shares(
 ) -> Shares:
     _, kv_heads, page_size, dim = k_pages.shape
     heads = heads_of(query_heads, kv_heads, dim, v_pages.shape[3], page_size, k_pages.element_size())
-    device = device_of(k_pages)
-    return shares_of(heads, tokens, max_pages, window, chunk, device, tune or tuning(heads, device.shared_memory))
+    return shares_of(heads, tokens, max_pages, window, chunk, device_of(k_pages), tune)
 
 
 def words_needed(
@@ -110,8 +119,11 @@ def words_needed(
     tune: Tuning | None = None,
 ) -> int:
     """Words of a schedule for up to so many rows of up to `max_pages` pages."""
-    shares = _shares(k_pages, v_pages, query_heads, tokens, max_pages, window, chunk, tune)
-    return schedule_words(tokens, max_pages, shares)
+    words = 0
+    for count in dict.fromkeys((tokens, min(tokens, FEW_ROWS - 1))):
+        shares = _shares(k_pages, v_pages, query_heads, count, max_pages, window, chunk, tune)
+        words = max(words, schedule_words(count, max_pages, shares))
+    return words
 
 
 def write_schedule(
@@ -220,8 +232,8 @@ def decode_attention(
     call = _calls.get(key)
     if call is None:
         device = device_of(q)
-        tune = tune or tuning(heads, device.shared_memory)
         shares = shares_of(heads, tokens, max_pages, window, chunk, device, tune)
+        tune = tune or tuning(heads, device.shared_memory)
         call = _calls[key] = _prepare(heads, shares, softcap > 0, sinks is not None, append, device, tune)
     shares = call.shares
     # Mixed values of each row, chunk and head, then the logarithms of their sums.

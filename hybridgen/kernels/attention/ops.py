@@ -105,13 +105,15 @@ def write_kv(k: Tensor, v: Tensor, places: Places) -> None:
 def is_balanced(rows: int) -> bool:
     """Whether a decode step of so many rows attends by a schedule; the only place that decides it.
 
-    From 64 rows on. On an H200, over contexts of 100 to 2000, it reaches 76, 84 and 89 % of the read ceiling for 64,
+    From 24 rows on. On an H200, over contexts of 100 to 2000, it reaches 76, 84 and 89 % of the read ceiling for 64,
     128 and 256 rows with the heads of an 8B, and the kernel that cuts row by row 53, 65 and 64 %; with those of a 1B
-    61, 74 and 82 against 54, 51 and 51 %. Below, the latter was faster nearly everywhere when chunks were smaller and
-    not dealt yet: the 8B took 21 us for 8 such rows and 28 by a schedule, and 156 and 212 for 32 rows of 4096; only 32
-    rows of 100 to 2000 gained (63, not 68). Measured by `benchmarks/ragged.py`.
+    61, 74 and 82 against 54, 51 and 51 % (`benchmarks/ragged.py`). Whole steps of 24, 40 and 56 rows at the end of a
+    mix of requests take 5.9, 6.8 and 7.5 ms by a schedule on an 8B and 6.5, 7.4 and 8.3 without.
     """
-    return rows >= 64
+    return rows >= _BALANCED_ROWS
+
+
+_BALANCED_ROWS = 24
 
 
 def make_schedule(

@@ -1,8 +1,9 @@
 """Triton: causal attention of packed sequences over pages. Shapes: `hybridgen.kernels.attention.ops`.
 
-FlashAttention-2 (arXiv:2307.08691) over pages: a program takes one kv head and BLOCK_ROWS rows of one sequence,
-where a row is a token and one of the kv head's query heads, token first. So any ratio of heads fills tiles, and
-K and V are read once for the whole group. Programs find their sequence in `query_starts` on the device.
+FlashAttention-2 (arXiv:2307.08691) over pages: a tile of work is one kv head and BLOCK_ROWS rows of one sequence, where
+a row is a token and one of the kv head's query heads, token first. So any ratio of heads fills tiles, and
+K and V are read once for the whole group. Programs find their sequence in `query_starts` on the device. How many of a
+call's sequences have tokens is not known when it is launched, so a fixed number of programs shares the work.
 """
 
 from __future__ import annotations
@@ -102,69 +103,72 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     BLOCK_SEQUENCES: tl.constexpr, LIMIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % HEADS
-    # Late tiles have the longest contexts: they start first.
-    tile = tl.num_programs(0) // HEADS - 1 - tl.program_id(0) // HEADS
-
+    factor = score_factor(scale, q, k_pages)
     # Sequence i owns the tiles from starts[i] * GROUP // BLOCK_ROWS + i on: never fewer than it needs, so no sum
     # over the sequences before it (https://github.com/vllm-project/vllm, triton_unified_attention).
     index = tl.arange(0, BLOCK_SEQUENCES)
-    starts = tl.load(query_starts + index, mask=index < sequences, other=0)
-    owned = (starts * GROUP // BLOCK_ROWS + index <= tile) & (index < sequences)
-    sequence = tl.sum(owned.to(tl.int32), 0) - 1
-    begin = tl.load(query_starts + sequence)
-    tokens = tl.load(query_starts + sequence + 1) - begin
-    row_start = (tile - (begin * GROUP // BLOCK_ROWS + sequence)) * BLOCK_ROWS
-    if row_start < tokens * GROUP:
-        rows = row_start + tl.arange(0, BLOCK_ROWS)
-        token = rows // GROUP
-        query_head = head * GROUP + rows % GROUP
-        dims = tl.arange(0, BLOCK_DIM)
-        values = tl.arange(0, BLOCK_VALUE)
-        line = (begin + token).to(tl.int64)
-        query = q + (line * q_stride_token + query_head * q_stride_head)[:, None] + dims[None, :]
-        query = tl.load(query, mask=(token[:, None] < tokens) & (dims[None, :] < DIM), other=0.0)
-        query = packed_query(query, k_pages)
-        scale = score_factor(scale, q, k_pages)
+    total_tokens = tl.load(query_starts + sequences)
+    starts = tl.load(query_starts + index, mask=index < sequences, other=2147483647)
+    # Those without tokens are the last ones.
+    tiles = total_tokens * GROUP // BLOCK_ROWS + tl.sum((starts < total_tokens).to(tl.int32), 0)
+    for item in range(tl.program_id(0), tiles * HEADS, tl.num_programs(0)):
+        head = item % HEADS
+        # Late tiles have the longest contexts: they start first.
+        tile = tiles - 1 - item // HEADS
+        owned = (starts < total_tokens) & (starts * GROUP // BLOCK_ROWS + index <= tile)
+        sequence = tl.sum(owned.to(tl.int32), 0) - 1
+        begin = tl.load(query_starts + sequence)
+        tokens = tl.load(query_starts + sequence + 1) - begin
+        row_start = (tile - (begin * GROUP // BLOCK_ROWS + sequence)) * BLOCK_ROWS
+        if row_start < tokens * GROUP:
+            rows = row_start + tl.arange(0, BLOCK_ROWS)
+            token = rows // GROUP
+            query_head = head * GROUP + rows % GROUP
+            dims = tl.arange(0, BLOCK_DIM)
+            values = tl.arange(0, BLOCK_VALUE)
+            line = (begin + token).to(tl.int64)
+            query = q + (line * q_stride_token + query_head * q_stride_head)[:, None] + dims[None, :]
+            query = tl.load(query, mask=(token[:, None] < tokens) & (dims[None, :] < DIM), other=0.0)
+            query = packed_query(query, k_pages)
 
-        first_place = tl.load(positions + begin).to(tl.int32)
-        table = block_table + tl.load(slots + begin).to(tl.int64) * table_stride
-        place_of_row = first_place + token
-        low_place = first_place + row_start // GROUP
-        end = first_place + tl.minimum((row_start + BLOCK_ROWS - 1) // GROUP, tokens - 1) + 1
-        # Tiles from free to middle are seen whole by every row; with a window or chunks, some before them in part.
-        middle = (low_place + 1) // BLOCK
-        free = 0
-        if LIMIT:
-            first = first_seen(low_place, reach, LIMIT) // BLOCK
-            free = tl.minimum(tl.cdiv(first_seen(end - 1, reach, LIMIT), BLOCK), tl.cdiv(end, BLOCK))
-            middle = tl.maximum(middle, free)
+            first_place = tl.load(positions + begin).to(tl.int32)
+            table = block_table + tl.load(slots + begin).to(tl.int64) * table_stride
+            place_of_row = first_place + token
+            low_place = first_place + row_start // GROUP
+            end = first_place + tl.minimum((row_start + BLOCK_ROWS - 1) // GROUP, tokens - 1) + 1
+            # Tiles from free to middle are seen whole by every row; with a window or chunks, some before them in part.
+            middle = (low_place + 1) // BLOCK
+            free = 0
+            if LIMIT:
+                first = first_seen(low_place, reach, LIMIT) // BLOCK
+                free = tl.minimum(tl.cdiv(first_seen(end - 1, reach, LIMIT), BLOCK), tl.cdiv(end, BLOCK))
+                middle = tl.maximum(middle, free)
 
-        peak = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_ROWS], tl.float32)
-        if SINKS:
-            peak = tl.load(sinks + query_head).to(tl.float32) * 1.4426950408889634
-            total = total + 1.0
-        mixed = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
-        if LIMIT:
+            peak = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
+            total = tl.zeros([BLOCK_ROWS], tl.float32)
+            if SINKS:
+                peak = tl.load(sinks + query_head).to(tl.float32) * 1.4426950408889634
+                total = total + 1.0
+            mixed = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
+            if LIMIT:
+                peak, total, mixed = _attend_tiles(
+                    query, peak, total, mixed, k_pages, v_pages, table, first, free, end, place_of_row,
+                    factor, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
+                    True, LIMIT, SOFTCAP,
+                )  # fmt: skip
             peak, total, mixed = _attend_tiles(
-                query, peak, total, mixed, k_pages, v_pages, table, first, free, end, place_of_row,
-                scale, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
+                query, peak, total, mixed, k_pages, v_pages, table, free, middle, end, place_of_row,
+                factor, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
+                False, LIMIT, SOFTCAP,
+            )  # fmt: skip
+            peak, total, mixed = _attend_tiles(
+                query, peak, total, mixed, k_pages, v_pages, table, middle, tl.cdiv(end, BLOCK), end, place_of_row,
+                factor, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
                 True, LIMIT, SOFTCAP,
             )  # fmt: skip
-        peak, total, mixed = _attend_tiles(
-            query, peak, total, mixed, k_pages, v_pages, table, free, middle, end, place_of_row,
-            scale, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
-            False, LIMIT, SOFTCAP,
-        )  # fmt: skip
-        peak, total, mixed = _attend_tiles(
-            query, peak, total, mixed, k_pages, v_pages, table, middle, tl.cdiv(end, BLOCK), end, place_of_row,
-            scale, softcap, reach, head, HEADS, PAGE, DIM, VALUE_DIM, BLOCK, BLOCK_DIM, BLOCK_VALUE,
-            True, LIMIT, SOFTCAP,
-        )  # fmt: skip
-        target = out + (line * (HEADS * GROUP) + query_head)[:, None] * VALUE_DIM + values[None, :]
-        mask = (token[:, None] < tokens) & (values[None, :] < VALUE_DIM)
-        tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mask)
+            target = out + (line * (HEADS * GROUP) + query_head)[:, None] * VALUE_DIM + values[None, :]
+            mask = (token[:, None] < tokens) & (values[None, :] < VALUE_DIM)
+            tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 class Tuning(NamedTuple):
@@ -177,6 +181,10 @@ class Tuning(NamedTuple):
     warps: int
     stages: int
     """K/V tiles in shared memory."""
+    programs: int = 4
+    """Programs a multiprocessor at most, more than are resident: each takes every n-th of the call's pieces of work."""
+    registers: int = 0
+    """Registers a thread at most; 0: no limit."""
 
 
 @functools.cache
@@ -189,17 +197,19 @@ def tuning(heads: Heads, shared_memory: int, load: int) -> Tuning:
     if heads.bytes == 4:
         return Tuning(rows=32, block=32, warps=4, stages=1)
     wide = max(power_of_two(heads.dim), power_of_two(heads.value_dim))
-    rows, block, warps, stages = 64, 64, 4, 2
+    rows, block, warps, stages, registers = 64, 64, 4, 2, 0
     if wide > 128:
         block = 32
+    elif load == 2 and wide == 128 and heads.queries >= 4 * heads.kv:
+        stages = 3  # 16 and more tokens are rows enough, and two programs of them fit on a multiprocessor
     elif load == 2:
-        rows, warps, stages = 128, 8, 3
+        rows, warps, stages, registers = 128, 8, 3, 0 if wide == 128 else 128
     elif load == 1 and wide == 128:
         stages = 3
     fixed = rows * wide * max(2, heads.bytes)
     while stages > 1 and fixed + stages * block * 2 * wide * heads.bytes > shared_memory - 8 * 2**10:
         stages -= 1
-    return Tuning(rows, block, warps, stages)
+    return Tuning(rows, block, warps, stages, 8 if rows == 128 else 4, registers)
 
 
 def _load(tokens: int, heads: Heads, processors: int) -> int:
@@ -258,6 +268,7 @@ def prefill_attention(
             "SINKS": sinks is not None,
             "num_warps": tune.warps,
             "num_stages": tune.stages,
+            **({"maxnreg": tune.registers} if tune.registers else {}),
         }
 
     inputs = q, k_pages, v_pages, block_table, slots, positions, query_starts, q if sinks is None else sinks
@@ -277,5 +288,5 @@ def prefill_attention(
     launcher = _launchers.get(key)
     if launcher is None:
         launcher = _launchers[key] = Launcher(_prefill_kernel, constants())
-    launcher((tiles * heads.kv, 1, 1), args)
+    launcher((min(tiles * heads.kv, device.processors * tune.programs), 1, 1), args)
     return out

@@ -1,4 +1,4 @@
-"""The op `hybridgen::rotate_and_write`: what lies between the projections of a prefill and its attention, in one pass.
+"""The op `hybridgen::rotate_and_write`: what lies between a step's projections and its attention, in one pass.
 
 | tensor | shape | dtype |
 |---|---|---|
