@@ -20,7 +20,7 @@ from hybridgen.device.failures import is_fatal
 from hybridgen.errors import CacheMissError, UnsupportedModelError, described
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.fused_executors import compare_rows, compare_with_layers, make_fused, tune_fused
-from hybridgen.execution.warm_up import check_numerics, compile_layers, cut_last_layer
+from hybridgen.execution.warm_up import check_numerics, compile_layers, cut_last_layer, last_layer_stays_whole
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import capture_plan
 from hybridgen.graphs.key import GraphKey
@@ -149,9 +149,10 @@ class Starter:
                 units.forget()
                 self._cache.distrust(wrong)
                 compile_layers(runner)
-        if cuts:
-            why = cut_last_layer(runner)
-            logger.debug("the last layer of prefills is %s", "cut" if why is None else f"not cut: {why}")
+        if cuts and last_layer_stays_whole(runner) is None:
+            wrong = cut_last_layer(runner)
+            if wrong is not None:
+                self._counters.fall_back(f"prefills run their last layer for all tokens: {wrong}")
         if compiled is None or compiled.units is None or compiled.compiles == 0:
             return
         units = compiled.units

@@ -59,8 +59,10 @@ def compare_cut(runner: ModelRunner) -> str | None:
             cut = _run(runner, key)
             runner.steps.run_told(key, None)
             whole = _left(runner, key)
+            if not bool(torch.isfinite(whole).all()):
+                return "the logits are not finite, so that nothing can be compared"
             error = float((cut - whole).norm() / whole.norm().clamp_min(1e-12))
-            if bool(torch.isfinite(whole).all()) and not error <= tolerance:
+            if not error <= tolerance:
                 return f"{count} prompts gave logits that differ by {error:.2g} of their norm, above {tolerance}"
     finally:
         runner.ring.resynchronize()

@@ -98,6 +98,16 @@ def check_numerics(runner: ModelRunner) -> str | None:
     return wrong
 
 
+def last_layer_stays_whole(runner: ModelRunner) -> str | None:
+    """Why the last layer of no prefill can be cut; None if it may be tried."""
+    compiled = runner.compiled
+    if compiled is None or not compiled.strict or not runner.bound.can_end or runner.drafting is not None:
+        return "it is not compiled for all sizes at once, or does not keep keys and values alone"
+    if runner.max_tokens < Cuts().tokens:
+        return "no prefill is long enough"
+    return None
+
+
 @on_its_stream
 def cut_last_layer(runner: ModelRunner) -> str | None:
     """From now on the last layer of long prefills goes on with the prompts' last tokens alone, if that gives the same
@@ -107,10 +117,9 @@ def cut_last_layer(runner: ModelRunner) -> str | None:
         Why not; None if they do.
     """
     layers, compiled = runner.layers, runner.compiled
-    if compiled is None or not compiled.strict or not runner.bound.can_end or runner.drafting is not None:
-        return "it is not compiled for all sizes at once, or does not keep keys and values alone"
-    if runner.max_tokens < Cuts().tokens:
-        return "no prefill is long enough"
+    why = last_layer_stays_whole(runner)
+    if why is not None or compiled is None:
+        return why
     layers.cuts = Cuts(1, 1)
     try:
         with compiled.warming_up():

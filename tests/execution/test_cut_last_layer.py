@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -12,6 +13,7 @@ from runners import free_runner, make_runner
 from torch.profiler import ProfilerActivity, profile
 
 from hybridgen.compilation import layers
+from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.execution import ModelRunner, warm_up
 from hybridgen.execution.executors import Cuts
 from hybridgen.execution.plan import Admission, PrefillChunk
@@ -20,6 +22,7 @@ from hybridgen.graphs.key import GraphKey
 from hybridgen.models.binding import key_value_pages
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
+from hybridgen.telemetry.statistics import Counters
 
 ALL = Cuts(1, 1)
 BUDGET = 1100
@@ -156,8 +159,16 @@ def test_a_layer_that_comes_out_otherwise_is_not_cut(monkeypatch: pytest.MonkeyP
     assert "logits that differ" in str(why)
     assert runner.layers.cuts is None
     monkeypatch.setattr(layers, "taken", lambda *args: 1 / 0)
-    assert "ZeroDivisionError" in str(cut_last_layer(runner))
+    counters = Counters()
+    starter = Starter(SimpleNamespace(notes=[]), Startup(0.0, 0.0), counters)
+    with pytest.warns(RuntimeWarning, match="for all tokens: ZeroDivisionError"):
+        starter.compile(runner, cuts=True)
+    assert sum(counters.fallbacks.values()) == 1
     assert runner.layers.cuts is None
+    monkeypatch.setattr(layers, "taken", taken)
+    with torch.no_grad():
+        runner.bound.model.lm_head.weight.fill_(torch.nan)
+    assert "not finite" in str(cut_last_layer(runner))
     free_runner(runner)
 
 

@@ -6,18 +6,14 @@ Only the CUDA implementation imports this module.
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 
 import torch
 from torch import Tensor
 
 from hybridgen.device.launcher import Device, device_of
-from hybridgen.device.program import Kernel, Program, Unfit, machine_code
-from hybridgen.errors import DeviceError
+from hybridgen.device.program import Kernel, Program
 from hybridgen.kernels.linear.experts_form import Form, Projection
-
-logger = logging.getLogger(__name__)
+from hybridgen.kernels.linear.hopper import is_hopper, loaded
 
 IS_ON = False
 """Whether it is used. It has not run on a GPU yet."""
@@ -65,23 +61,6 @@ def defines(form: Form, outputs: int, inputs: int, padded: int, out_length: int,
     }
 
 
-@functools.cache
-def _kernel(constants: tuple[tuple[str, str | int], ...], inputs: int, ordinal: int) -> Kernel | None:
-    """The kernel in the device's context; None where it cannot be had, which is said once."""
-    shared = STAGES * _STAGE_BYTES + -(-inputs // _STEP) * _STEP * 2
-    try:
-        torch.cuda.synchronize()  # this thread has the device's context then
-        return Kernel(machine_code(dict(constants), (9, 0), PROGRAM), shared, PROGRAM)
-    except (Unfit, DeviceError) as error:
-        logger.warning("experts in MXFP4 take a slower kernel for one token: %s", error)
-        return None
-
-
-@functools.cache
-def _is_hopper(ordinal: int) -> bool:
-    return torch.cuda.get_device_capability(ordinal) == (9, 0)
-
-
 def turns_of(tiles: int, pairs: int, device: Device) -> int:
     """Tiles of a block: as few as let all blocks run at once."""
     return max(1, -(-tiles * pairs // (RESIDENT * device.processors)))
@@ -92,7 +71,8 @@ def _launcher(
 ) -> Kernel | None:
     assert part.scales is not None
     constants = defines(form, outputs, inputs, part.scales.stride(1), out_length, gated)
-    return _kernel(tuple(sorted(constants.items())), inputs, ordinal)
+    shared = STAGES * _STAGE_BYTES + -(-inputs // _STEP) * _STEP * 2
+    return loaded(PROGRAM, tuple(sorted(constants.items())), shared, ordinal, "experts in MXFP4 of one token")
 
 
 def product(
@@ -116,7 +96,7 @@ def product(
     if not IS_ON or not x.is_cuda or not usual or not biased or not whole or not aligned:
         return False
     device = device_of(x)
-    if not _is_hopper(device.ordinal):
+    if not is_hopper(device.ordinal):
         return False
     first = _launcher(gate_up, form, outputs, hidden, acts.shape[1], True, device.ordinal)
     second = _launcher(down, form, hidden, width, acts.shape[1], False, device.ordinal)

@@ -6,18 +6,14 @@ Only the CUDA implementation imports this module.
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hybridgen.device.launcher import device_of
-from hybridgen.device.program import Kernel, Program, Unfit, machine_code
-from hybridgen.errors import DeviceError
-
-logger = logging.getLogger(__name__)
+from hybridgen.device.program import Kernel, Program
+from hybridgen.kernels.linear.hopper import is_hopper, loaded
 
 IS_ON = False
 """Whether it is used. It has not run on a GPU yet."""
@@ -55,21 +51,9 @@ def defines(form: Form) -> dict[str, int]:
     return {"WARPS": form.warps, "RESIDENT": form.resident, "STAGES": form.stages}
 
 
-@functools.cache
 def _kernel(form: Form, ordinal: int) -> Kernel | None:
-    """The kernel in the device's context; None where it cannot be had, which is said once."""
     shared = form.stages * 32 * form.warps * (2 * 16 + 4)
-    try:
-        torch.cuda.synchronize()  # this thread has the device's context then
-        return Kernel(machine_code(defines(form), (9, 0), PROGRAM), shared, PROGRAM)
-    except (Unfit, DeviceError) as error:
-        logger.warning("products of few rows with int4 weights take a slower kernel: %s", error)
-        return None
-
-
-@functools.cache
-def _is_hopper(ordinal: int) -> bool:
-    return torch.cuda.get_device_capability(ordinal) == (9, 0)
+    return loaded(PROGRAM, tuple(defines(form).items()), shared, ordinal, "products of few rows with int4 weights")
 
 
 def takes(x: Tensor, data: Tensor, scales: Tensor, group: int) -> bool:
@@ -85,7 +69,7 @@ def takes(x: Tensor, data: Tensor, scales: Tensor, group: int) -> bool:
     if not IS_ON or not 0 < rows <= MOST_ROWS or not sizes or not x.is_cuda:
         return False
     usual = x.dtype == torch.bfloat16 == scales.dtype and data.is_contiguous() and scales.is_contiguous()
-    if not usual or data.data_ptr() % 16 or x.data_ptr() % 16 or not _is_hopper(x.device.index):
+    if not usual or data.data_ptr() % 16 or x.data_ptr() % 16 or not is_hopper(x.device.index):
         return False
     return _kernel(FORM, x.device.index) is not None
 

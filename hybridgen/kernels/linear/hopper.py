@@ -1,0 +1,38 @@
+"""Kernels in CUDA C++ for compute capability 9.0. Where one cannot be had, a slower one serves."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from hybridgen.device.program import Kernel, Program, Unfit, machine_code
+from hybridgen.errors import DeviceError
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def is_hopper(ordinal: int) -> bool:
+    """Whether the device has compute capability 9.0."""
+    return torch.cuda.get_device_capability(ordinal) == (9, 0)
+
+
+@functools.cache
+def loaded(
+    program: Program, constants: tuple[tuple[str, str | int], ...], shared_bytes: int, ordinal: int, serves: str
+) -> Kernel | None:
+    """The kernel in the device's context; None where it cannot be had, which is said once.
+
+    Args:
+        constants: names and values that it is compiled with.
+        serves: what takes a slower kernel then, for the message.
+    """
+    try:
+        with torch.cuda.device(ordinal):
+            torch.cuda.synchronize()  # this thread has the device's context then
+            return Kernel(machine_code(dict(constants), (9, 0), program), shared_bytes, program)
+    except (Unfit, DeviceError) as error:
+        logger.warning("%s take a slower kernel: %s", serves, error)
+        return None
