@@ -120,6 +120,14 @@ def _deal(load, parts, size, count, BLOCK_PARTS: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
+def _make_visible(lanes):  # type: ignore[no-untyped-def]
+    """What this program has stored can be seen by others on the device from here on; `lanes` are as many as threads."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _pick(values, index, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.sum(tl.where(tl.arange(0, BLOCK) == index, values, 0), 0)
 
@@ -149,7 +157,6 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
     others: a part each. All of them deal."""
     if OVERLAP:
         gdc_wait()
-        gdc_launch_dependents()
     rows = tl.arange(0, BLOCK_ROWS)
     inside = rows < tokens
     place = tl.load(positions + rows, mask=inside, other=0).to(tl.int32)
@@ -280,3 +287,8 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
             if own_part == parts - 1:
                 tl.store(deal_words(plan, tokens, parts) + parts, tl.sum(taken_chunks, 0))
                 tl.store(plan, tl.sum(count, 0))
+    if OVERLAP:
+        # The next kernel may read the schedule before this one has ended.
+        tl.debug_barrier()
+        _make_visible(tl.arange(0, 32))
+        gdc_launch_dependents()
