@@ -45,20 +45,10 @@ class Streamed:
         rows, columns = len(step.positions), step.block_table.shape[1]
         self.plan = ragged.room(step, self.tune, window, chunked)
         self.shares = shares_of(self.heads, rows, columns, window, chunked, device_of(step.q), self.tune)
-        constants = streamed.defines(
-            self.heads,
-            form,
-            64,
-            softcap > 0,
-            None if sinks is None else sinks.dtype,
-            append,
-            step.q.dtype == torch.float16,
-            step.slots.dtype,
-            step.positions.dtype,
-        )
-        self.kernel = streamed.kernel(self.heads, form, constants, 0)
-        assert self.kernel is not None
-        self.constants = constants
+        kinds = None if sinks is None else sinks.dtype, step.slots.dtype, step.positions.dtype
+        device = device_of(step.q)
+        self.stream = streamed.stream_of(self.heads, step.q.dtype, kinds, softcap > 0, append, device, form)
+        assert self.stream is not None
         self.counters = torch.zeros(rows * shape.kv_heads, dtype=torch.int32, device="cuda")
 
     def schedule(self) -> None:
@@ -71,30 +61,12 @@ class Streamed:
         out = torch.empty((tokens, self.shape.heads, self.shape.dim), dtype=q.dtype, device="cuda")
         lines = tokens * shares.row_chunks * self.shape.heads
         partial = torch.empty(lines * (self.shape.dim + 1), dtype=torch.float32, device="cuda")
-        streamed.attend(
-            self.kernel,
-            self.form,
-            self.heads,
-            shares.parts,
-            tokens * shares.row_tiles(step.block_table.shape[1]),
-            shares.row_chunks,
-            q,
-            step.k[layer],
-            step.v[layer],
-            step.k_pages[layer],
-            step.v_pages[layer],
-            step.block_table,
-            step.slots,
-            step.positions,
-            self.sinks,
-            out,
-            partial,
-            lines * self.shape.dim,
-            self.counters,
-            self.plan,
-            self.shape.dim**-0.5,
-            self.softcap,
-        )
+        where = step.block_table, step.slots, step.positions
+        pages = step.k_pages[layer], step.v_pages[layer]
+        tensors = q, step.k[layer], step.v[layer], *pages, self.plan, *where, self.sinks, out, partial, self.counters
+        capacity = tokens * shares.row_tiles(step.block_table.shape[1])
+        numbers = self.shape.dim**-0.5, self.softcap, capacity, tokens * shares.row_chunks, shares.parts
+        self.stream(tensors, lines * self.shape.dim, *numbers)
         return out
 
 

@@ -1,7 +1,7 @@
-"""Launches of `streamed.cu`: decode attention by a schedule, with pages streamed by bulk copies; compute capability 9.0.
+"""Launches of `streamed.cu`: decode attention by a schedule, with pages streamed by bulk copies.
 
-Shapes: `hybridgen.kernels.attention.ops`. It goes by the same schedule as `balanced`, for heads of 64 and 128 in 16 bits.
-Only the CUDA implementation imports this module.
+Shapes: `hybridgen.kernels.attention.ops`. `balanced` uses it on compute capability 9.0 for heads of 64 and 128 in 16
+bits. Only the CUDA implementation imports this module.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from hybridgen.kernels.attention.common import Heads
 from hybridgen.kernels.linear.hopper import is_hopper, loaded
 
 PROGRAM = Program((__package__ or "",), "streamed.cu", (), "streamed")
+BLOCK = 64
+"""Positions of a tile."""
+CHUNK = 512
+"""Positions of a chunk."""
 _ROOM = 227 * 2**10
 """Bytes of shared memory that the blocks of a multiprocessor have together, with a KiB more for each."""
 
@@ -26,7 +30,7 @@ class Form(NamedTuple):
     """How the kernel is compiled for a head shape."""
 
     piece: int
-    """Positions of a stage."""
+    """Positions of a stage, 64 at most."""
     warps: int
     """That attend."""
     resident: int
@@ -37,30 +41,30 @@ class Form(NamedTuple):
     """Reading begins before the kernel in front has ended."""
 
 
+_TENSORS = (
+    "q", "k", "v", "k_pages", "v_pages", "plan", "table", "slots", "positions", "sinks", "out", "partial", "counters",
+)  # fmt: skip
+_TABLE = _TENSORS.index("table")
+
+
 class Arguments(ctypes.Structure):
     """The kernel's argument."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "q", "k", "v", "k_pages", "v_pages", "plan", "table", "slots", "positions", "sinks", "out", "partial",
-                "counters",
-            )
-        ),
+        *((name, ctypes.c_void_p) for name in _TENSORS),
         *(
             (name, ctypes.c_int64)
             for name in ("lse_start", "q_token", "k_token", "k_head", "v_token", "v_head", "table_stride")
         ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_int) for name in ("tokens", "capacity", "most_chunks", "parts")),
-    )  # fmt: skip
+    )
 
 
 def takes(heads: Heads, device: Device) -> bool:
     """Whether there is a kernel for these heads, in pages of 16 bits."""
     group = heads.queries // heads.kv
-    sizes = heads.dim == heads.value_dim and heads.dim in (64, 128) and group <= 8 and heads.page_size >= 64
+    sizes = heads.dim == heads.value_dim and heads.dim in (64, 128) and group <= 8 and heads.page_size >= BLOCK
     return sizes and heads.bytes == 2 and device.overlap and is_hopper(device.ordinal)
 
 
@@ -80,50 +84,93 @@ def _sizes(heads: Heads, form: Form) -> tuple[int, int]:
 
 
 def defines(
-    heads: Heads, form: Form, block: int, softcap: bool, sinks: torch.dtype | None, append: bool, half: bool,
-    slots: torch.dtype, positions: torch.dtype,
-) -> dict[str, str | int]:  # fmt: skip
-    """Constants of `streamed.cu`."""
+    heads: Heads,
+    form: Form,
+    dtype: torch.dtype,
+    kinds: tuple[torch.dtype | None, torch.dtype, torch.dtype],
+    softcap: bool,
+    append: bool,
+) -> dict[str, str | int]:
+    """Constants of `streamed.cu`; see `stream_of`."""
+    sinks, slots, positions = kinds
     widths = {torch.int32: "int", torch.int64: "i64"}
     return {
         "HEAD": heads.dim,
         "GROUP": heads.queries // heads.kv,
         "HEADS": heads.kv,
         "PAGE": heads.page_size,
-        "BLOCK": block,
-        "PIECE": min(form.piece, block),
+        "BLOCK": BLOCK,
+        "PIECE": form.piece,
         "STAGES": _sizes(heads, form)[0],
         "WARPS": form.warps,
         "RESIDENT": form.resident,
         "SOFTCAP": int(softcap),
         "SINKS": 0 if sinks is None else 1 if sinks == torch.float32 else 2,
         "APPEND": int(append),
-        "HALF": int(half),
+        "HALF": int(dtype == torch.float16),
         "EARLY": int(form.early),
         "SLOT": widths[slots],
         "POSITION": widths[positions],
     }
 
 
-def kernel(heads: Heads, form: Form, constants: dict[str, str | int], ordinal: int) -> Kernel | None:
-    """The kernel; None where it cannot be had."""
-    shared = _sizes(heads, form)[1]
-    return loaded(PROGRAM, tuple(constants.items()), shared, ordinal, "steps of many rows")
+class Stream(NamedTuple):
+    """A loaded kernel."""
+
+    kernel: Kernel
+    heads: Heads
+    form: Form
+
+    def __call__(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        lse_start: int,
+        scale: float,
+        softcap: float,
+        capacity: int,
+        most_chunks: int,
+        parts: int,
+    ) -> None:
+        """Launch it.
+
+        Args:
+            tensors: as `Arguments` begins.
+        """
+        q, k, v = (self._rows(each) for each in tensors[:3] if each is not None)
+        table = tensors[_TABLE]
+        assert table is not None
+        arguments = Arguments(
+            *(0 if each is None else each.data_ptr() for each in (q, k, v, *tensors[3:])),
+            *(lse_start, q.stride(0), *k.stride()[:2], *v.stride()[:2], table.stride(0), scale, softcap),
+            *(q.shape[0], capacity, most_chunks, parts),
+        )
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        self.kernel.launch_early(parts * self.heads.kv, 32 * (self.form.warps + 2), arguments, stream)
+
+    def _rows(self, heads: Tensor) -> Tensor:
+        """With what a copy needs: heads of a token side by side, and each at a multiple of 16 bytes."""
+        fits = heads.stride(1) == self.heads.dim and heads.stride(0) % 8 == 0 and heads.data_ptr() % 16 == 0
+        return heads if fits else heads.contiguous()
 
 
-def attend(
-    call: Kernel, form: Form, heads: Heads, parts: int, capacity: int, row_chunks: int,
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, slots: Tensor,
-    positions: Tensor, sinks: Tensor | None, out: Tensor, partial: Tensor, lse_start: int, counters: Tensor,
-    plan: Tensor, scale: float, softcap: float,
-) -> None:  # fmt: skip
-    """Launch it."""
-    tensors = q, k, v, k_pages, v_pages, plan, block_table, slots, positions, sinks, out, partial, counters
-    strides = q.stride(0), *k.stride()[:2], *v.stride()[:2], block_table.stride(0)
-    tokens = q.shape[0]
-    arguments = Arguments(
-        *(0 if each is None else each.data_ptr() for each in tensors), lse_start, *strides, scale, softcap,
-        tokens, capacity, tokens * row_chunks, parts,
-    )  # fmt: skip
-    stream = torch.cuda.current_stream(q.device).cuda_stream
-    call.launch_early(parts * heads.kv, 32 * (form.warps + 2), arguments, stream)
+def stream_of(
+    heads: Heads,
+    dtype: torch.dtype,
+    kinds: tuple[torch.dtype | None, torch.dtype, torch.dtype],
+    softcap: bool,
+    append: bool,
+    device: Device,
+    form: Form | None = None,
+) -> Stream | None:
+    """The kernel for heads that `takes` says yes to; None where it cannot be had.
+
+    Args:
+        dtype: of queries, keys and values.
+        kinds: dtypes of sinks (None: there are none), slots and positions.
+    """
+    if kinds[0] not in (None, dtype, torch.float32):
+        return None
+    form = form or form_of(heads)
+    constants = tuple(defines(heads, form, dtype, kinds, softcap, append).items())
+    kernel = loaded(PROGRAM, constants, _sizes(heads, form)[1], device.ordinal, "decode steps of many rows")
+    return None if kernel is None else Stream(kernel, heads, form)
