@@ -112,7 +112,7 @@ def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shar
             **({"launch_pdl": True} if device.overlap else {}),
         }
         launcher = _launchers[key] = Launcher(schedule_kernel, constants)
-    numbers = shares.reach, tokens, shares.chunk_tiles, shares.row_chunks, capacity, shares.parts, stripes
-    numbers = *numbers, shares.kv_heads, words - tokens * shares.kv_heads
+    cut = shares.reach, tokens, shares.chunk_tiles, shares.row_chunks, capacity, shares.parts, stripes
+    heads = shares.kv_heads, words - tokens * shares.kv_heads
     grid = tokens * stripes + shares.parts, 1, 1
-    launcher(grid, (block_table, slots, positions, out, *numbers, block_table.stride(0)))
+    launcher(grid, (block_table, slots, positions, out, *cut, *heads, block_table.stride(0)))
