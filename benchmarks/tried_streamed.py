@@ -14,7 +14,7 @@ from ragged import SHAPES, Shape, Step, make_step
 
 from hybridgen.device.launcher import device_of
 from hybridgen.device.timing import graph_seconds
-from hybridgen.kernels.attention import balanced, reference, streamed
+from hybridgen.kernels.attention import reference, streamed
 from hybridgen.kernels.attention.balanced import Tuning, shares_of
 from hybridgen.kernels.attention.common import heads_of
 from hybridgen.kernels.attention.streamed import Form
@@ -63,10 +63,10 @@ class Streamed:
         partial = torch.empty(lines * (self.shape.dim + 1), dtype=torch.float32, device="cuda")
         where = step.block_table, step.slots, step.positions
         pages = step.k_pages[layer], step.v_pages[layer]
-        tensors = q, step.k[layer], step.v[layer], *pages, self.plan, *where, self.sinks, out, partial, self.counters
+        rest = *pages, self.plan, *where, self.sinks, out, partial, self.counters
         capacity = tokens * shares.row_tiles(step.block_table.shape[1])
         numbers = self.shape.dim**-0.5, self.softcap, capacity, tokens * shares.row_chunks, shares.parts
-        self.stream(tensors, lines * self.shape.dim, *numbers)
+        self.stream(q, step.k[layer], step.v[layer], rest, lines * self.shape.dim, *numbers)
         return out
 
 

@@ -267,9 +267,9 @@ def decode_attention(
     capacity = tokens * shares.row_tiles(max_pages)
     if call.streamed is not None:
         counters = counters_of(plan, tokens, max_pages, shares)
-        tensors = q, k, v, k_pages, v_pages, plan, block_table, slots, positions, sinks, out, partial, counters
+        rest = k_pages, v_pages, plan, block_table, slots, positions, sinks, out, partial, counters
         numbers = lse_start, scale, softcap, capacity, tokens * shares.row_chunks, shares.parts
-        call.streamed(tensors, *numbers)
+        call.streamed(q, k, v, rest, *numbers)
         return out
     call.attend(
         (shares.parts * heads.kv, 1, 1),

@@ -7,7 +7,7 @@ bits. Only the CUDA implementation imports this module.
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,6 @@ class Form(NamedTuple):
 _TENSORS = (
     "q", "k", "v", "k_pages", "v_pages", "plan", "table", "slots", "positions", "sinks", "out", "partial", "counters",
 )  # fmt: skip
-_TABLE = _TENSORS.index("table")
 
 
 class Arguments(ctypes.Structure):
@@ -114,6 +113,31 @@ def defines(
     }
 
 
+def arguments_of(
+    tensors: tuple[Tensor | None, ...],
+    lse_start: int,
+    scale: float,
+    softcap: float,
+    capacity: int,
+    most_chunks: int,
+    parts: int,
+) -> Arguments:
+    """Of tensors in the order of `Arguments`, whose first three lie as a copy needs it."""
+    q, k, v, table = (tensors[_TENSORS.index(name)] for name in ("q", "k", "v", "table"))
+    assert q is not None and k is not None and v is not None and table is not None  # noqa: PT018
+    strides = q.stride(0), *k.stride()[:2], *v.stride()[:2], table.stride(0)
+    addresses = (0 if each is None else each.data_ptr() for each in tensors)
+    return Arguments(*addresses, lse_start, *strides, scale, softcap, q.shape[0], capacity, most_chunks, parts)
+
+
+def _as_copied(heads: Tensor, together: bool) -> Tensor:
+    """[tokens, heads, dim] with what a bulk copy needs: each head at a multiple of 16 bytes, and `together` those of a
+    token side by side."""
+    token, head, _ = heads.stride()
+    fits = token % 8 == 0 and head % 8 == 0 and heads.data_ptr() % 16 == 0
+    return heads if fits and (not together or head == heads.shape[2]) else heads.contiguous()
+
+
 class Stream(NamedTuple):
     """A loaded kernel."""
 
@@ -121,36 +145,18 @@ class Stream(NamedTuple):
     heads: Heads
     form: Form
 
-    def __call__(
-        self,
-        tensors: tuple[Tensor | None, ...],
-        lse_start: int,
-        scale: float,
-        softcap: float,
-        capacity: int,
-        most_chunks: int,
-        parts: int,
-    ) -> None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Tensor | None, ...], *numbers: Any) -> None:
         """Launch it.
 
         Args:
-            tensors: as `Arguments` begins.
+            rest: the other tensors in the order of `Arguments`.
+            numbers: see `arguments_of`.
         """
-        q, k, v = (self._rows(each) for each in tensors[:3] if each is not None)
-        table = tensors[_TABLE]
-        assert table is not None
-        arguments = Arguments(
-            *(0 if each is None else each.data_ptr() for each in (q, k, v, *tensors[3:])),
-            *(lse_start, q.stride(0), *k.stride()[:2], *v.stride()[:2], table.stride(0), scale, softcap),
-            *(q.shape[0], capacity, most_chunks, parts),
-        )
+        tensors = _as_copied(q, together=True), _as_copied(k, together=False), _as_copied(v, together=False), *rest
+        arguments = arguments_of(tensors, *numbers)
+        blocks = arguments.parts * self.heads.kv
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        self.kernel.launch_early(parts * self.heads.kv, 32 * (self.form.warps + 2), arguments, stream)
-
-    def _rows(self, heads: Tensor) -> Tensor:
-        """With what a copy needs: heads of a token side by side, and each at a multiple of 16 bytes."""
-        fits = heads.stride(1) == self.heads.dim and heads.stride(0) % 8 == 0 and heads.data_ptr() % 16 == 0
-        return heads if fits else heads.contiguous()
+        self.kernel.launch_early(blocks, 32 * (self.form.warps + 2), arguments, stream)
 
 
 def stream_of(
