@@ -233,14 +233,14 @@ def main() -> None:
             line = f"{shape.name:13} {len(lengths):3} {name:9} floor {floor * 1e6:6.1f}"
             base = {"model": shape.name, "batch": len(lengths), "contexts": name}
             if len(lengths) < 64:
-                took = ragged.time_step(shape, step, None)
+                took = ragged.time_split(shape, step)
                 results["ragged"].append(base | {"form": "split", "us": took * 1e6, "percent": floor / took * 100})
                 line += f" | split {took * 1e6:6.1f}"
-                few = ragged.used(shape)._replace(chunk=512)
+                few = ragged.usual(shape)._replace(chunk=512)
                 took = ragged.time_step(shape, step, few)
                 results["ragged"].append(base | {"form": "used", "us": took * 1e6, "percent": floor / took * 100})
             else:
-                took = ragged.time_step(shape, step, ragged.used(shape))
+                took = ragged.time_step(shape, step, ragged.usual(shape))
             results["ragged"].append(base | {"form": "used", "us": took * 1e6, "percent": floor / took * 100})
             line += f" | used {took * 1e6:6.1f} {floor / took * 100:4.1f}%"
             for number, form in enumerate(forms[shape.dim][: args.forms]):
