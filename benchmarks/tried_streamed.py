@@ -9,7 +9,7 @@ from typing import Any
 
 import ragged
 import torch
-from common import report
+from common import provenance, write
 from ragged import SHAPES, Shape, Step, make_step
 
 from hybridgen.device.launcher import device_of
@@ -194,6 +194,8 @@ def cases():
     for count in (24, 32, 48):
         yield SHAPES[0], "100-2000", ragged.ragged(count)
         yield SHAPES[0], "1024", [1024] * count
+    yield SHAPES[0], "530", [530] * 32
+    yield SHAPES[1], "100-2000", ragged.ragged(32)
 
 
 def main() -> None:
@@ -207,15 +209,26 @@ def main() -> None:
     begin = time.perf_counter()
     results: dict[str, Any] = {"benchmark": "tried_streamed", "check": [], "ragged": []}
     forms = {
-        128: [Form(32, 4, 2), Form(32, 4, 2, early=False), Form(64, 4, 2), Form(32, 8, 1), Form(32, 2, 3)],
-        64: [Form(64, 4, 2), Form(64, 4, 2, early=False), Form(32, 4, 2), Form(64, 8, 1), Form(64, 4, 3)],
+        128: [
+            (Form(32, 4, 2), (512, 1024, 2048)),
+            (Form(32, 4, 2, early=False), (1024,)),
+            (Form(64, 4, 2), (1024,)),
+            (Form(32, 2, 3), (512, 1024)),
+        ],
+        64: [
+            (Form(64, 4, 2), (512, 1024, 2048)),
+            (Form(64, 4, 2, early=False), (1024,)),
+            (Form(64, 4, 3), (512, 1024)),
+            (Form(32, 4, 3), (1024,)),
+            (Form(64, 2, 4), (1024,)),
+        ],
     }
     with torch.inference_mode():
         some = [(shape, {}, rows) for shape in SHAPES for rows in (40, 1)]
         some += [(SHAPES[0], options, 30) for options in ragged.OPTIONS] + [(SHAPES[1], ragged.OPTIONS[2], 30)]
         for shape, options, rows in some[: args.checks]:
             try:
-                row = check(shape, forms[shape.dim][0], 512, options, rows, 1, args.repeats)
+                row = check(shape, forms[shape.dim][0][0], 512, options, rows, 1, args.repeats)
             except AssertionError as error:
                 row = {"shape": shape.name, "options": options, "wrong": [repr(error)]}
             results["check"].append(row)
@@ -223,7 +236,7 @@ def main() -> None:
                 f"{time.perf_counter() - begin:5.1f} s check {row['shape']} {options} rows {rows}: error {row.get('error', 9):.1e} {row['wrong'] or 'right'}",
                 flush=True,
             )
-        report(results, args.output)
+        write(results, args.output)
         ceiling = read_ceiling(torch.device("cuda", 0))
         results["read_ceiling_gb_per_s"] = ceiling / 1e9
         print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
@@ -243,8 +256,8 @@ def main() -> None:
                 took = ragged.time_step(shape, step, ragged.usual(shape))
             results["ragged"].append(base | {"form": "used", "us": took * 1e6, "percent": floor / took * 100})
             line += f" | used {took * 1e6:6.1f} {floor / took * 100:4.1f}%"
-            for number, form in enumerate(forms[shape.dim][: args.forms]):
-                for chunk in (512, 1024, 256) if number == 0 else (512,):
+            for number, (form, chunks) in enumerate(forms[shape.dim][: args.forms]):
+                for chunk in chunks:
                     took, alone = time_streamed(shape, step, form, chunk)
                     results["ragged"].append(
                         base
@@ -257,13 +270,13 @@ def main() -> None:
                         }
                     )
                     line += f" | {number}/{chunk} {took * 1e6:6.1f} {floor / took * 100:4.1f}% ({alone * 1e6:.1f})"
-                    if number < 2 and chunk == 512 and len(lengths) in (64, 128):
+                    if number < 2 and chunk == 1024 and len(lengths) in (64, 128):
                         apart = time_apart(shape, step, form, chunk)
                         results["ragged"][-1]["behind_a_small_kernel_us"] = apart * 1e6
                         line += f" [{apart * 1e6:.1f}]"
             print(f"{time.perf_counter() - begin:5.1f} s {line}", flush=True)
             del step
-            report(results, args.output)
+            write({"provenance": provenance(), **results}, args.output)
             if time.perf_counter() - begin > args.seconds:
                 print("out of time")
                 break

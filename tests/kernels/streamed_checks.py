@@ -36,7 +36,6 @@ extern "C" void run(Arguments* a, int blocks) {
     warps.clear();
     for (int i = 0; i < WARPS + 2; i++) warps.push_back(std::make_unique<std::barrier<>>(32));
     block = std::make_unique<std::barrier<>>(32 * (WARPS + 2));
-    attending = std::make_unique<std::barrier<>>(32 * WARPS);
     std::vector<std::thread> threads;
     for (int i = 0; i < 32 * (WARPS + 2); i++) threads.emplace_back([=] { threadIdx.x = i; streamed(*a); });
     for (auto& each : threads) each.join();

@@ -39,7 +39,7 @@ struct Number { int x; };
 static Number blockIdx, gridDim;
 static thread_local Number threadIdx;
 static std::vector<std::unique_ptr<std::barrier<>>> warps;
-static std::unique_ptr<std::barrier<>> block, attending;
+static std::unique_ptr<std::barrier<>> block;
 static u32 handed[WARPS + 2][32][4];
 alignas(1024) static u8 stages[1 << 18];
 
@@ -47,7 +47,6 @@ inline int own_warp() { return threadIdx.x >> 5; }
 inline int own_lane() { return threadIdx.x & 31; }
 inline void __syncwarp() { warps[own_warp()]->arrive_and_wait(); }
 inline void __syncthreads() { block->arrive_and_wait(); }
-inline void attending_meet() { attending->arrive_and_wait(); }
 inline void earlier_kernel_ended() {}
 inline void __threadfence() {}
 inline int atomicAdd(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }

@@ -6,12 +6,12 @@
 // queries as rows of the products (eight of them at most, the others are zero) and positions as columns. What a product
 // calls dimension k or n is free as long as both operands agree, so keys and values come from shared memory in 16-byte
 // loads: lane 4g + c has the c-th quarter of the dimensions of position g as keys, and eight neighbouring dimensions of
-// four positions as values. When a chunk ends the warps put their sums together; who finishes a row's last chunk combines
-// them, in their order. A row's newest keys and values go into the tile that ends the row from where the step has them,
-// and one more warp writes them to their page.
+// four positions as values. When a chunk ends one more warp puts their sums together while they go on; who finishes a
+// row's last chunk combines them, in their order. A row's newest keys and values go into the tile that ends the row from
+// where the step has them, and that warp writes them to their page, before anything else.
 //
-// What the kernels before the last one have written is read before that one has ended: the schedule, and positions that
-// are not the row's newest.
+// What the kernels before the last one have written is read before that one has ended: the schedule, and positions a tile
+// and more before the row's last tile. A step writes later ones alone.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -24,7 +24,7 @@ constexpr int HEADER = 16;                                        // words of a 
 constexpr int TILE = 16, SUBS = PIECE / TILE, PIECES = BLOCK / PIECE;
 constexpr int KEY_BYTES = PIECE * HEAD * 2, ROW_BYTES = HEAD * 2, QUERY_BYTES = GROUP * ROW_BYTES;
 constexpr int STAGE = 2 * KEY_BYTES + (QUERY_BYTES + 127) / 128 * 128;
-constexpr int OWN = HEAD / 4, HALVES = HEAD / 64, VALUES = GROUP * HEAD, THREADS = 32 * WARPS;
+constexpr int OWN = HEAD / 4, HALVES = HEAD / 64, VALUES = GROUP * HEAD;
 constexpr float LOG2E = 1.4426950408889634f, NONE = -1e30f;
 static_assert((HEAD == 64 || HEAD == 128) && GROUP <= 8 && PAGE % BLOCK == 0 && BLOCK % PIECE == 0 && PIECE % TILE == 0, "the launcher checks sizes");
 
@@ -48,9 +48,10 @@ struct Info {   // of a stage
 enum { FIRST = 1 << 28, LAST = 1 << 29, END = 1 << 30 };
 struct Shared {
   u64 full[STAGES], empty[STAGES];
+  u64 summed, taken;   // sums of a chunk: written by all warps, read by the one that finishes it
   Info info[STAGES];
+  Info ended;
   float2 softmax[WARPS][8];
-  int is_last;
 };
 extern __shared__ __align__(128) u8 stages[];
 
@@ -104,7 +105,6 @@ DEVICE void copy_in(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 DEVICE void earlier_kernel_ended() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-DEVICE void attending_meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
 // ---- the schedule
 DEVICE const int* part_tiles(const Arguments& a) { return a.plan + HEADER + a.tokens + 1; }
@@ -140,9 +140,9 @@ struct Producer {
     if (pending >= 0) queries(lane, pending);
     early = false;
   }
-  // Positions [from, from + count) of a tile; `newest`: the last of them is the row's newest.
-  DEVICE void piece(const Words& t, int from, int count, bool newest, int index, int line) {
-    if (early && (turn == STAGES || newest)) go_on();
+  // Positions [from, from + count) of a tile. `recent`: the step may write some of them; `newest`: the last one is the row's.
+  DEVICE void piece(const Words& t, int from, int count, bool recent, bool newest, int index, int line) {
+    if (early && (turn == STAGES || recent)) go_on();
     const u32 slot = turn % STAGES, full = address(&s.full[slot]), to = address(stages) + slot * STAGE;
     if (turn >= STAGES) barrier_wait(address(&s.empty[slot]), (turn / STAGES - 1) & 1);
     if (early && index & FIRST && lane == slot) pending = t.row;
@@ -181,7 +181,7 @@ struct Producer {
         ahead.read(a, next + lane);
       }
       const Words begins = words.of(0);
-      const int left = begins.left();
+      const int left = begins.left(), later = begins.line & 2 ? -1 : 0;   // tiles of the row behind this chunk, less one
       for (int i = 0; i < left; i++) {
         if (i && i % 32 == 0) words.read(a, first + i + lane);
         const Words t = words.of(i % 32);
@@ -190,7 +190,7 @@ struct Producer {
           if (from >= behind) break;
           const bool whole = behind == t.valid(), last = i == left - 1 && whole;
           const int flags = (i == 0 && p == 0 ? FIRST : 0) | (last ? LAST : 0) | (last && chunk == count - 1 ? END : 0);
-          piece(t, from, behind - from, whole && t.ends_row(), (i * PIECES + p) | flags, begins.line);
+          piece(t, from, behind - from, left - i + later < 2, whole && t.ends_row(), (i * PIECES + p) | flags, begins.line);
         }
       }
     }
@@ -262,23 +262,12 @@ struct Attending {
       }
     }
   }
-  DEVICE float sink_of(int member) const {
-#if SINKS == 1
-    return ((const float*)a.sinks)[head * GROUP + member] * LOG2E;
-#elif SINKS == 2
-    return widened(((const u16*)a.sinks)[head * GROUP + member]) * LOG2E;
-#else
-    return NONE;
-#endif
-  }
-  DEVICE void store(u16* to, float4 x) const { *(uint2*)to = make_uint2(pack(x.x, x.y), pack(x.z, x.w)); }
-  // Put the warps' sums of a chunk together.
-  DEVICE void end(int row, int line) {
+  // Hand the sums of a chunk to the warp that finishes it.
+  DEVICE void end(const Info& info, u32 number) {
     float* const scratch = (float*)(stages + STAGES * STAGE);   // [WARPS][GROUP][HEAD]
-    const int thread = warp * 32 + lane;
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    attending_meet();   // who reads the sums of the chunk before has done so
+    if (number) barrier_wait(address(&s.taken), (number - 1) & 1);
     if (g < GROUP) {
       if (c == 0) s.softmax[warp][g] = make_float2(top, sum);
       UNROLL for (int j = 0; j < HALVES; j++)
@@ -286,65 +275,13 @@ struct Attending {
           UNROLL for (int i = 0; i < 8; i += 4)
             *(float4*)(scratch + (warp * GROUP + g) * HEAD + j * 64 + (2 * c + e) * 8 + i) = make_float4(mixed[j][i][e], mixed[j][i + 1][e], mixed[j][i + 2][e], mixed[j][i + 3][e]);
     }
-    attending_meet();
-    const bool only = (line & 3) == 3;
-    const i64 place = (i64)(line >> 2) * HEADS + head;
-    for (int e = thread * 4; e < VALUES; e += THREADS * 4) {
-      const int member = e / HEAD;
-      float2 parts[WARPS];
-      float peak = NONE, total = 0.f;
-      UNROLL for (int w = 0; w < WARPS; w++) { parts[w] = s.softmax[w][member]; peak = fmaxf(peak, parts[w].x); }
-      const float sink = SINKS && line & 1 ? sink_of(member) : NONE;
-      peak = fmaxf(peak, sink);
-      if (SINKS && line & 1) total = power(sink - peak);
-      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-      UNROLL for (int w = 0; w < WARPS; w++) {
-        const float f = power(parts[w].x - peak);
-        const float4 y = *(const float4*)(scratch + w * VALUES + e);
-        total = fmaf(parts[w].y, f, total);
-        x.x = fmaf(y.x, f, x.x); x.y = fmaf(y.y, f, x.y); x.z = fmaf(y.z, f, x.z); x.w = fmaf(y.w, f, x.w);
-      }
-      const float f = 1.f / total;
-      x.x *= f; x.y *= f; x.z *= f; x.w *= f;
-      if (only) store(a.out + ((i64)row * HEADS + head) * VALUES + e, x);
-      else {
-        *(float4*)(a.partial + place * VALUES + e) = x;
-        if (e % HEAD == 0) a.partial[a.lse_start + place * GROUP + member] = peak + logarithm(total);
-      }
-    }
-    if (only) return;
-    __threadfence();
-    attending_meet();
-    const int* chunks = a.plan + HEADER + row;
-    if (thread == 0) {
-      int* counter = a.counters + (i64)row * HEADS + head;
-      const int count = load(chunks + 1) - load(chunks);
-      s.is_last = atomicAdd(counter, 1) == count - 1;
-      if (s.is_last) *counter = 0;
-    }
-    attending_meet();
-    if (!s.is_last) return;
-    __threadfence();
-    const int first = load(chunks), count = load(chunks + 1) - first;
-    for (int e = thread * 4; e < VALUES; e += THREADS * 4) {
-      const i64 at = (i64)first * HEADS + head;
-      const float* lse = a.partial + a.lse_start + at * GROUP + e / HEAD;
-      float peak = NONE, total = 0.f;
-      for (int i = 0; i < count; i++) peak = fmaxf(peak, load(lse + (i64)i * HEADS * GROUP));
-      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-      for (int i = 0; i < count; i++) {
-        const float f = power(load(lse + (i64)i * HEADS * GROUP) - peak);
-        const float4 y = __ldcg((const float4*)(a.partial + (at + (i64)i * HEADS) * VALUES + e));
-        total += f;
-        x.x = fmaf(y.x, f, x.x); x.y = fmaf(y.y, f, x.y); x.z = fmaf(y.z, f, x.z); x.w = fmaf(y.w, f, x.w);
-      }
-      const float f = 1.f / total;
-      x.x *= f; x.y *= f; x.z *= f; x.w *= f;
-      store(a.out + ((i64)row * HEADS + head) * VALUES + e, x);
-    }
+    if (warp == 0 && lane == 0) s.ended = info;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(address(&s.summed));
   }
   DEVICE void run(int part) {
     if (!load(part_tiles(a) + part)) return;
+    u32 chunks = 0;
     for (u32 turn = 0;; turn++) {
       const u32 slot = turn % STAGES, stage = address(stages) + slot * STAGE;
       barrier_wait(address(&s.full[slot]), (turn / STAGES) & 1);
@@ -356,9 +293,104 @@ struct Attending {
           tile(stage + i * TILE * ROW_BYTES, stage + KEY_BYTES + i * TILE * ROW_BYTES, low - i * TILE, high - i * TILE);
       __syncwarp();
       if (lane == 0) barrier_arrive(address(&s.empty[slot]));
-      if (info.index & LAST) end(info.row, info.line);
+      if (info.index & LAST) end(info, chunks++);
       if (info.index & END) return;
     }
+  }
+};
+
+// One warp puts the sums of the others together, while they go on with the next chunk.
+struct Finishing {
+  const Arguments& a;
+  Shared& s;
+  const int head, lane;
+  static constexpr int OWN_VALUES = (VALUES + 127) / 128;   // fours of values of a lane
+
+  DEVICE float sink_of(int member) const {
+#if SINKS == 1
+    return ((const float*)a.sinks)[head * GROUP + member] * LOG2E;
+#elif SINKS == 2
+    return widened(((const u16*)a.sinks)[head * GROUP + member]) * LOG2E;
+#else
+    return NONE;
+#endif
+  }
+  static DEVICE void add(float4& x, const float4& y, float f) {
+    x.x = fmaf(y.x, f, x.x); x.y = fmaf(y.y, f, x.y); x.z = fmaf(y.z, f, x.z); x.w = fmaf(y.w, f, x.w);
+  }
+  DEVICE void store(int row, int e, const float4& x, float f) const {
+    *(uint2*)(a.out + ((i64)row * HEADS + head) * VALUES + e) = make_uint2(pack(x.x * f, x.y * f), pack(x.z * f, x.w * f));
+  }
+  DEVICE void chunk(u32 number) {
+    const float* const scratch = (const float*)(stages + STAGES * STAGE);
+    barrier_wait(address(&s.summed), number & 1);
+    const Info info = s.ended;
+    float4 x[OWN_VALUES];
+    float peak[OWN_VALUES], total[OWN_VALUES];
+    UNROLL for (int n = 0; n < OWN_VALUES; n++) {
+      const int e = (n * 32 + lane) * 4, member = min(e / HEAD, GROUP - 1);
+      float2 parts[WARPS];
+      peak[n] = SINKS && info.line & 1 ? sink_of(member) : NONE;
+      total[n] = 0.f;
+      UNROLL for (int w = 0; w < WARPS; w++) { parts[w] = s.softmax[w][member]; peak[n] = fmaxf(peak[n], parts[w].x); }
+      if (SINKS && info.line & 1) total[n] = power(sink_of(member) - peak[n]);
+      x[n] = make_float4(0.f, 0.f, 0.f, 0.f);
+      UNROLL for (int w = 0; w < WARPS; w++) {
+        const float f = power(parts[w].x - peak[n]);
+        total[n] = fmaf(parts[w].y, f, total[n]);
+        if (e < VALUES) add(x[n], *(const float4*)(scratch + w * VALUES + e), f);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(address(&s.taken));
+    const bool only = (info.line & 3) == 3;
+    const i64 place = (i64)(info.line >> 2) * HEADS + head;
+    UNROLL for (int n = 0; n < OWN_VALUES; n++) {
+      const int e = (n * 32 + lane) * 4;
+      if (e >= VALUES) break;
+      const float f = 1.f / total[n];
+      if (only) store(info.row, e, x[n], f);
+      else {
+        *(float4*)(a.partial + place * VALUES + e) = make_float4(x[n].x * f, x[n].y * f, x[n].z * f, x[n].w * f);
+        if (e % HEAD == 0) a.partial[a.lse_start + place * GROUP + e / HEAD] = peak[n] + logarithm(total[n]);
+      }
+    }
+    if (!only) combine(info.row);
+  }
+  // Who has finished the last of a row's chunks adds them up, in their order.
+  DEVICE void combine(int row) {
+    const int* chunks = a.plan + HEADER + row;
+    int* counter = a.counters + (i64)row * HEADS + head;
+    const int first = load(chunks), count = load(chunks + 1) - first;
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) before = atomicAdd(counter, 1);
+    before = __shfl_sync(~0u, before, 0);
+    if (before != count - 1) return;
+    __threadfence();
+    if (lane == 0) *counter = 0;
+    const float* const values = a.partial + ((i64)first * HEADS + head) * VALUES;
+    const float* const lse = a.partial + a.lse_start + ((i64)first * HEADS + head) * GROUP;
+    UNROLL for (int n = 0; n < OWN_VALUES; n++) {
+      const int e = (n * 32 + lane) * 4;
+      if (e >= VALUES) break;
+      float peak = NONE, total = 0.f;
+      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int i = 0; i < count; i++) peak = fmaxf(peak, load(lse + (i64)i * HEADS * GROUP + e / HEAD));
+#pragma unroll 2
+      for (int i = 0; i < count; i++) {
+        const float f = power(load(lse + (i64)i * HEADS * GROUP + e / HEAD) - peak);
+        total += f;
+        add(x, __ldcg((const float4*)(values + (i64)i * HEADS * VALUES + e)), f);
+      }
+      store(row, e, x, 1.f / total);
+    }
+  }
+  DEVICE void run(int part) {
+    const int* deal = deal_begins(a) + part;
+    const int count = load(deal + 1) - load(deal);
+    for (int number = 0; number < count; number++) chunk(number);
   }
 };
 
@@ -382,6 +414,8 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 2), RESIDENT) streame
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.x % HEADS, part = blockIdx.x / HEADS;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) { barrier_init(address(&s.full[i]), 1); barrier_init(address(&s.empty[i]), WARPS); }
+    barrier_init(address(&s.summed), WARPS);
+    barrier_init(address(&s.taken), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -396,6 +430,8 @@ extern "C" __global__ void __launch_bounds__(32 * (WARPS + 2), RESIDENT) streame
     if (APPEND) append(a, lane);
     __syncwarp();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    Finishing finishing{a, s, head, lane};
+    finishing.run(part);
   } else {
     earlier_kernel_ended();
     Attending attending{a, s, head, warp, lane, lane >> 2, lane & 3};

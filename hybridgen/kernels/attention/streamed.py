@@ -20,7 +20,7 @@ from hybridgen.kernels.linear.hopper import is_hopper, loaded
 PROGRAM = Program((__package__ or "",), "streamed.cu", (), "streamed")
 BLOCK = 64
 """Positions of a tile."""
-CHUNK = 512
+CHUNK = 1024
 """Positions of a chunk."""
 _ROOM = 227 * 2**10
 """Bytes of shared memory that the blocks of a multiprocessor have together, with a KiB more for each."""
