@@ -328,10 +328,11 @@ def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[in
     """`_plain_ids` of an array or a tensor, of which a row may be given as a matrix."""
     if prompt.ndim == 2 and prompt.shape[0] == 1:
         prompt = prompt[0]
-    values = prompt if isinstance(prompt, np.ndarray) else None
-    if values is None and prompt.dtype in _INTEGERS:
-        values = prompt.cpu().numpy()
-    if values is None or values.dtype.kind not in "iu" or values.ndim != 1:
+    if isinstance(prompt, np.ndarray):
+        values = prompt if prompt.dtype.kind in "iu" else None
+    else:
+        values = prompt.cpu().numpy() if prompt.dtype in _INTEGERS else None
+    if values is None or values.ndim != 1:
         kind = str(prompt.dtype).rpartition(".")[2]
         raise PromptError(
             f"prompt {index} is a {kind} tensor of shape {tuple(prompt.shape)}; give integer ids [tokens]"
