@@ -195,6 +195,8 @@ def cases():
         yield SHAPES[0], "100-2000", ragged.ragged(count)
         yield SHAPES[0], "1024", [1024] * count
     yield SHAPES[0], "530", [530] * 32
+    yield SHAPES[0], "1800", [1800] * 72
+    yield SHAPES[0], "4096", [4096] * 64
     yield SHAPES[1], "100-2000", ragged.ragged(32)
 
 
@@ -211,16 +213,13 @@ def main() -> None:
     forms = {
         128: [
             (Form(32, 4, 2), (512, 1024, 2048)),
-            (Form(32, 4, 2, early=False), (1024,)),
-            (Form(64, 4, 2), (1024,)),
-            (Form(32, 2, 3), (512, 1024)),
+            (Form(32, 2, 3), (1024, 2048)),
         ],
         64: [
-            (Form(64, 4, 2), (512, 1024, 2048)),
-            (Form(64, 4, 2, early=False), (1024,)),
-            (Form(64, 4, 3), (512, 1024)),
-            (Form(32, 4, 3), (1024,)),
-            (Form(64, 2, 4), (1024,)),
+            (Form(64, 2, 4), (512, 1024, 2048)),
+            (Form(64, 4, 3), (1024, 2048)),
+            (Form(32, 2, 4), (2048,)),
+            (Form(64, 2, 5), (2048,)),
         ],
     }
     with torch.inference_mode():
@@ -270,7 +269,7 @@ def main() -> None:
                         }
                     )
                     line += f" | {number}/{chunk} {took * 1e6:6.1f} {floor / took * 100:4.1f}% ({alone * 1e6:.1f})"
-                    if number < 2 and chunk == 1024 and len(lengths) in (64, 128):
+                    if number < 1 and chunk == 2048 and len(lengths) in (64, 128):
                         apart = time_apart(shape, step, form, chunk)
                         results["ragged"][-1]["behind_a_small_kernel_us"] = apart * 1e6
                         line += f" [{apart * 1e6:.1f}]"

@@ -25,6 +25,7 @@ typedef long long i64;
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
+#define __align__(n) alignas(n)
 
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
@@ -49,7 +50,7 @@ inline void __syncwarp() { warps[own_warp()]->arrive_and_wait(); }
 inline void __syncthreads() { block->arrive_and_wait(); }
 inline void earlier_kernel_ended() {}
 inline void __threadfence() {}
-inline int atomicAdd(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+inline int add_one(int* p) { return __atomic_fetch_add(p, 1, __ATOMIC_SEQ_CST); }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> T __shfl_sync(u32, T v, int from) {
   memcpy(handed[own_warp()][own_lane()], &v, sizeof v);
@@ -59,6 +60,12 @@ template <class T> T __shfl_sync(u32, T v, int from) {
   return v;
 }
 template <class T> T __shfl_xor_sync(u32 all, T v, int mask) { return __shfl_sync(all, v, own_lane() ^ mask); }
+inline u32 __ballot_sync(u32, bool yes) {
+  u32 all = 0;
+  for (int i = 0; i < 32; i++) all |= (u32)__shfl_sync(~0u, (int)yes, i) << i;
+  return all;
+}
+inline int __ffs(u32 v) { return __builtin_ffs(v); }
 inline u32 __byte_perm(u32 a, u32 b, u32 select) {
   u8 bytes[8];
   memcpy(bytes, &a, 4);

@@ -68,19 +68,19 @@ def tuning(heads: Heads, shared_memory: int) -> Tuning:
     return tune._replace(stages=max(2, min(tune.stages, room // tile_bytes + 1)))
 
 
-def usual(heads: Heads, device: Device) -> Tuning:
-    """Launch options of steps; what is Triton's alone in them serves where a streamed kernel cannot be had."""
-    tune = tuning(heads, device.shared_memory)
-    if streamed.takes(heads, device):
-        form = streamed.form_of(heads)
-        tune = tune._replace(block=streamed.BLOCK, programs=form.resident, chunk=streamed.CHUNK)
-    return tune
-
-
 FEW_ROWS = 64
 """Below, chunks are shorter: there are too few of them for all programs."""
 FEW_CHUNK = 512
-"""Positions of a chunk then, at most."""
+"""Positions of a chunk then, at most, in Triton's kernel."""
+
+
+def usual(heads: Heads, device: Device, tokens: int) -> Tuning:
+    """Launch options of steps; what is Triton's alone in them serves where a streamed kernel cannot be had."""
+    tune, few = tuning(heads, device.shared_memory), tokens < FEW_ROWS
+    if streamed.takes(heads, device):
+        form = streamed.form_of(heads)
+        return tune._replace(block=streamed.BLOCK, programs=form.resident, chunk=streamed.chunk_of(form, few))
+    return tune._replace(chunk=min(tune.chunk, FEW_CHUNK)) if few else tune
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,10 +89,7 @@ def shares_of(
 ) -> Shares:
     """What schedule a layer of these heads needs for so many rows of up to `max_pages` pages."""
     limit, reach = limit_of(window, chunk)
-    if tune is None:
-        tune = usual(heads, device)
-        if tokens < FEW_ROWS:
-            tune = tune._replace(chunk=min(tune.chunk, FEW_CHUNK))
+    tune = tune or usual(heads, device, tokens)
     chunk_tiles = max(1, tune.chunk // tune.block)
     shares = Shares(
         heads.kv, heads.page_size, limit, reach, tune.block, chunk_tiles, 1, device.processors * tune.programs
@@ -256,7 +253,7 @@ def decode_attention(
         if tune is None and streamed.takes(heads, device) and q.dtype == k_pages.dtype:
             kinds = dtypes[3], slots.dtype, positions.dtype
             stream = streamed.stream_of(heads, q.dtype, kinds, softcap > 0, append, device)
-        tune = tune or usual(heads, device)
+        tune = tune or usual(heads, device, tokens)
         options = softcap > 0, sinks is not None, append
         call = _calls[key] = _prepare(heads, shares, *options, device, tune, stream)
     shares = call.shares

@@ -10,6 +10,8 @@ from hybridgen.kernels.attention.common import first_seen
 
 HEADER = tl.constexpr(16)
 """Words before the rows' chunks; nothing is in them but the number of tiles of all rows."""
+SEVERAL = tl.constexpr(1 << 30)
+"""In the word of a dealt chunk; below is the number of its first tile."""
 
 
 @triton.jit
@@ -26,7 +28,8 @@ def part_words(plan, tokens):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def deal_words(plan, tokens, parts):  # type: ignore[no-untyped-def]
-    """[parts + 1]: where a part's chunks begin among the dealt ones; then these: each chunk's first tile."""
+    """[parts + 1]: where a part's chunks begin among the dealt ones; then these: each chunk's first tile, with SEVERAL
+    where its row has other chunks."""
     return plan + HEADER + tokens + 1 + parts
 
 
@@ -283,16 +286,17 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
             if row == tokens - 1:
                 tl.store(chunk_words(plan) + tokens, first_chunk + count_of_row)
             alike = tl.where(own_long, count_of_row, count_of_row - 1)
+            own_tile = first_tile | tl.where(count_of_row > 1, SEVERAL, 0)
             for start in range(0, alike, 16):
                 chunk = start + tl.arange(0, 16)
                 rank = first_rank + chunk
                 whose = tl.sum((first_ends[None, :] <= rank[:, None]).to(tl.int32), 1)
                 at = tl.sum(tl.where(part[None, :] == whose[:, None], (begins + first_shift)[None, :], 0), 1) + rank
-                tl.store(order + at, first_tile + chunk * own_size, mask=chunk < alike)
+                tl.store(order + at, own_tile + chunk * own_size, mask=chunk < alike)
             if alike < count_of_row:
                 whose = tl.sum((last_ends <= last_rank).to(tl.int32), 0)
                 at = _pick(begins + last_shift, whose, BLOCK_PARTS) + last_rank
-                tl.store(order + at, first_tile + alike * own_size)
+                tl.store(order + at, own_tile + alike * own_size)
         else:
             tl.store(deal_words(plan, tokens, parts) + own_part, _pick(begins, own_part, BLOCK_PARTS))
             tiles = _pick(tiles_of_part, own_part, BLOCK_PARTS)

@@ -20,7 +20,7 @@ typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
-constexpr int HEADER = 16;                                        // words of a schedule before the rows' chunks
+constexpr int HEADER = 16, SEVERAL = 1 << 30;                     // of a schedule: see schedule_kernels
 constexpr int TILE = 16, SUBS = PIECE / TILE, PIECES = BLOCK / PIECE;
 constexpr int KEY_BYTES = PIECE * HEAD * 2, ROW_BYTES = HEAD * 2, QUERY_BYTES = GROUP * ROW_BYTES;
 constexpr int STAGE = 2 * KEY_BYTES + (QUERY_BYTES + 127) / 128 * 128;
@@ -42,8 +42,9 @@ struct Arguments {
   float scale, softcap;
   int tokens, capacity, most_chunks, parts;
 };
-struct Info {   // of a stage
+struct __align__(16) Info {   // of a stage
   int row, range, index, line;   // range: first position that is seen, and behind the last; index: of the piece in its chunk, and flags
+  int first, count;              // the row's chunks, in the last piece of one of several
 };
 enum { FIRST = 1 << 28, LAST = 1 << 29, END = 1 << 30 };
 struct Shared {
@@ -104,6 +105,11 @@ DEVICE void barrier_wait(u32 a, u32 parity) {
 DEVICE void copy_in(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
+DEVICE int add_one(int* p) {   // behind what the warp has written, and before what it reads
+  int v;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 DEVICE void earlier_kernel_ended() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- the schedule
@@ -141,14 +147,15 @@ struct Producer {
     early = false;
   }
   // Positions [from, from + count) of a tile. `recent`: the step may write some of them; `newest`: the last one is the row's.
-  DEVICE void piece(const Words& t, int from, int count, bool recent, bool newest, int index, int line) {
+  DEVICE void piece(const Words& t, int from, int count, bool recent, bool newest, const Info& info) {
+    const int index = info.index;
     if (early && (turn == STAGES || recent)) go_on();
     const u32 slot = turn % STAGES, full = address(&s.full[slot]), to = address(stages) + slot * STAGE;
     if (turn >= STAGES) barrier_wait(address(&s.empty[slot]), (turn / STAGES - 1) & 1);
     if (early && index & FIRST && lane == slot) pending = t.row;
     turn++;
     if (lane) return;
-    s.info[slot] = {t.row, max(0, t.low() - from) | count << 16, index, line};
+    s.info[slot] = info;
     barrier_expect(full, 2 * count * ROW_BYTES + (index & FIRST ? QUERY_BYTES : 0));
     constexpr int PARTS = PAGE / BLOCK;
     const i64 row = (((i64)(t.page / PARTS) * HEADS + head) * PAGE + t.page % PARTS * BLOCK + from) * HEAD;
@@ -163,35 +170,52 @@ struct Producer {
     }
     if (!early && index & FIRST) queries(slot, t.row);
   }
+  DEVICE void chunk(int first, Words words, bool is_end) {
+    const Words begins = words.of(0);
+    const int left = begins.left(), later = begins.line & 2 ? -1 : 0;   // tiles of the row behind this chunk, less one
+    const int* const chunks = a.plan + HEADER + begins.row;
+    const bool several = (begins.line & 3) != 3;
+    const int low = several ? load(chunks) : 0, high = several ? load(chunks + 1) : 0;
+    for (int i = 0; i < left; i++) {
+      if (i && i % 32 == 0) words.read(a, first + i + lane);
+      const Words t = words.of(i % 32);
+      UNROLL for (int p = 0; p < PIECES; p++) {
+        const int from = p * PIECE, behind = min(t.valid(), from + PIECE);
+        if (from >= behind) break;
+        const bool whole = behind == t.valid(), last = i == left - 1 && whole;
+        const int flags = (i == 0 && p == 0 ? FIRST : 0) | (last ? LAST : 0) | (last && is_end ? END : 0);
+        Info info{t.row, max(0, t.low() - from) | (behind - from) << 16, (i * PIECES + p) | flags, begins.line, 0, 0};
+        if (last) { info.first = low; info.count = high - low; }
+        piece(t, from, behind - from, left - i + later < 2, whole && t.ends_row(), info);
+      }
+    }
+  }
   DEVICE void run(int part) {
     const int* deal = deal_begins(a);
     const int begin = load(deal + part), count = load(deal + part + 1) - begin;
     const int* order = deal + a.parts + 1 + begin;
-    if (!count) return;
-    int firsts = load(order + min(lane, count - 1));   // first tiles of 32 chunks
-    int next = __shfl_sync(~0u, firsts, 0);
-    Words ahead;
-    ahead.read(a, next + lane);
-    for (int chunk = 0; chunk < count; chunk++) {
-      const int first = next;
-      Words words = ahead;
-      if (chunk + 1 < count) {
-        if ((chunk + 1) % 32 == 0) firsts = load(order + min(chunk + 1 + lane, count - 1));
-        next = __shfl_sync(~0u, firsts, (chunk + 1) % 32);
-        ahead.read(a, next + lane);
-      }
-      const Words begins = words.of(0);
-      const int left = begins.left(), later = begins.line & 2 ? -1 : 0;   // tiles of the row behind this chunk, less one
-      for (int i = 0; i < left; i++) {
-        if (i && i % 32 == 0) words.read(a, first + i + lane);
-        const Words t = words.of(i % 32);
-        UNROLL for (int p = 0; p < PIECES; p++) {
-          const int from = p * PIECE, behind = min(t.valid(), from + PIECE);
-          if (from >= behind) break;
-          const bool whole = behind == t.valid(), last = i == left - 1 && whole;
-          const int flags = (i == 0 && p == 0 ? FIRST : 0) | (last ? LAST : 0) | (last && chunk == count - 1 ? END : 0);
-          piece(t, from, behind - from, left - i + later < 2, whole && t.ends_row(), (i * PIECES + p) | flags, begins.line);
-        }
+    int done = 0;
+    for (int batch = 0; batch < count; batch += 32) {
+      // Chunks of rows that have several come first, because adding those up takes longest.
+      const bool is_one = batch + lane < count;
+      const int firsts = is_one ? load(order + batch + lane) : 0;
+      const u32 several = __ballot_sync(~0u, firsts >= SEVERAL);
+      u32 open = __ballot_sync(~0u, is_one);
+      auto next = [&] {   // first tile of the next chunk; -1: there is none
+        if (!open) return -1;
+        const int from = __ffs(open & several ? open & several : open) - 1;
+        open &= ~(1u << from);
+        return __shfl_sync(~0u, firsts, from) & (SEVERAL - 1);
+      };
+      int first = next();
+      Words ahead;
+      ahead.read(a, first + lane);
+      while (first >= 0) {
+        const int own = first;
+        Words words = ahead;
+        first = next();
+        if (first >= 0) ahead.read(a, first + lane);
+        chunk(own, words, ++done == count);
       }
     }
     if (early) go_on();
@@ -355,20 +379,17 @@ struct Finishing {
         if (e % HEAD == 0) a.partial[a.lse_start + place * GROUP + e / HEAD] = peak[n] + logarithm(total[n]);
       }
     }
-    if (!only) combine(info.row);
+    if (!only) combine(info.row, info.first, info.count);
   }
   // Who has finished the last of a row's chunks adds them up, in their order.
-  DEVICE void combine(int row) {
-    const int* chunks = a.plan + HEADER + row;
+  DEVICE void combine(int row, int first, int count) {
     int* counter = a.counters + (i64)row * HEADS + head;
-    const int first = load(chunks), count = load(chunks + 1) - first;
-    __threadfence();
     __syncwarp();
     int before = 0;
-    if (lane == 0) before = atomicAdd(counter, 1);
+    if (lane == 0) before = add_one(counter);
     before = __shfl_sync(~0u, before, 0);
     if (before != count - 1) return;
-    __threadfence();
+    __syncwarp();
     if (lane == 0) *counter = 0;
     const float* const values = a.partial + ((i64)first * HEADS + head) * VALUES;
     const float* const lse = a.partial + a.lse_start + ((i64)first * HEADS + head) * GROUP;

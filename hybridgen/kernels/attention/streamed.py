@@ -20,8 +20,6 @@ from hybridgen.kernels.linear.hopper import is_hopper, loaded
 PROGRAM = Program((__package__ or "",), "streamed.cu", (), "streamed")
 BLOCK = 64
 """Positions of a tile."""
-CHUNK = 1024
-"""Positions of a chunk."""
 _ROOM = 227 * 2**10
 """Bytes of shared memory that the blocks of a multiprocessor have together, with a KiB more for each."""
 
@@ -69,7 +67,12 @@ def takes(heads: Heads, device: Device) -> bool:
 
 def form_of(heads: Heads) -> Form:
     """Launch options of a head shape."""
-    return Form(piece=4096 // heads.dim, warps=4, resident=2)
+    return Form(32, warps=4, resident=2) if heads.dim == 128 else Form(64, warps=2, resident=4)
+
+
+def chunk_of(form: Form, few: bool) -> int:
+    """Positions of a chunk; shorter ones in steps of few rows, where there would be too few chunks for all blocks."""
+    return 2048 // form.resident if few else 2048
 
 
 def _sizes(heads: Heads, form: Form) -> tuple[int, int]:
