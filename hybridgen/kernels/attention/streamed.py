@@ -66,8 +66,10 @@ def takes(heads: Heads, device: Device) -> bool:
 
 
 def form_of(heads: Heads) -> Form:
-    """Launch options of a head shape."""
-    return Form(32, warps=4, resident=2) if heads.dim == 128 else Form(64, warps=2, resident=4)
+    """Launch options of a head shape, measured on an H200 for groups of two and four (`benchmarks/ragged.py`)."""
+    if heads.dim == 128:
+        return Form(32, warps=4, resident=2)
+    return Form(64 if heads.queries <= 4 * heads.kv else 32, warps=2, resident=4)
 
 
 def chunk_of(form: Form, few: bool) -> int:
