@@ -297,11 +297,13 @@ def compile_rest(shape: Shape, rows: int) -> None:
         torch.cuda.synchronize()
 
 
-def checks() -> list[Check]:
-    """All candidates of the models' shapes, and other options and shapes with a few."""
-    found = [Check(s, tune, {}, 40, 1) for s in SHAPES for tune in (None, *candidates(s.dim))]
+def checks(only_used: bool) -> list[Check]:
+    """What steps use, all candidates of the models' shapes, and other options and shapes with a few."""
+    found = [Check(s, None, {}, rows, 4) for s in SHAPES for rows in (1, 2, 40, 256)]
     found += [Check(s, None, options, 30, 2) for s in SHAPES[:2] for options in OPTIONS]
-    found += [Check(s, None, {}, rows, 4) for s in SHAPES[:2] for rows in (1, 2, 256)]
+    if only_used:
+        return found
+    found += [Check(s, tune, {}, 40, 1) for s in SHAPES for tune in candidates(s.dim)]
     few = [Tuning(64, 4, 3, 2, 256, False), Tuning(32, 4, 3, 2, 128, True)]
     found += [Check(SHAPES[0], tune, options, 30, 2) for tune in few for options in OPTIONS]
     found += [Check(s, Tuning(32, 4, 3, 2, 256, True), {}, 25, 3) for s in ODD_SHAPES]
@@ -309,12 +311,13 @@ def checks() -> list[Check]:
     return found
 
 
-def run_checks(processes: int) -> list[dict[str, Any]]:
+def run_checks(processes: int, only_used: bool) -> list[dict[str, Any]]:
     rows = []
     begin = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(guarded, check) for check in checks()]
-        rest = [pool.submit(compile_rest, shape, count) for count in (*SMALL, *LARGE) for shape in SHAPES]
+        tasks = [pool.submit(guarded, check) for check in checks(only_used)]
+        counts = () if only_used else (*SMALL, *LARGE)
+        rest = [pool.submit(compile_rest, shape, count) for count in counts for shape in SHAPES]
         for done in as_completed(tasks):
             row = done.result()
             rows.append(row)
@@ -456,7 +459,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter")
     parser.add_argument("--part", action="append", choices=("check", "ragged", "small"), help="all, if left out")
-    parser.add_argument("--only-used", action="store_true", help="part ragged: what steps use alone")
+    parser.add_argument("--only-used", action="store_true", help="parts check and ragged: what steps use alone")
     parser.add_argument("--processes", type=int, default=12, help="that check and compile")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -466,7 +469,7 @@ def main() -> None:
     parts = args.part or ["check", "ragged", "small"]
     results: dict[str, Any] = {"benchmark": "ragged"}
     if "check" in parts:  # before this process holds memory
-        results["check"] = run_checks(args.processes)
+        results["check"] = run_checks(args.processes, args.only_used)
         report(results, args.output)
     torch.manual_seed(0)
     ceiling = read_ceiling(torch.device("cuda", 0))
