@@ -31,10 +31,10 @@ from torch import Tensor
 
 from hybridgen.device.launcher import device_of
 from hybridgen.device.timing import graph_seconds
+from hybridgen.kernels import read_ceiling as read_ceiling_module
 from hybridgen.kernels.attention import balanced, decode, reference
 from hybridgen.kernels.attention.balanced import Tuning
 from hybridgen.kernels.attention.common import heads_of
-from hybridgen.kernels.read_ceiling import read_ceiling
 
 NO_PAGE = 2**30
 """A page id that must never be looked up."""
@@ -437,6 +437,18 @@ def run_small(ceiling: float) -> list[dict[str, Any]]:
     return rows
 
 
+def ceilings(times: int) -> list[float]:
+    """The read ceiling, measured several times: a device that was idle can read more slowly at first."""
+    found = []
+    for _ in range(times):
+        read_ceiling_module._measured.clear()
+        ceiling = read_ceiling_module.read_ceiling(torch.device("cuda", 0))
+        if ceiling is None:
+            raise SystemExit("no memory is free to measure the read ceiling with")
+        found.append(ceiling)
+    return found
+
+
 def smoke() -> dict[str, Any]:
     """Two candidates, tiny, in Triton's interpreter, for which TRITON_INTERPRET is set before Triton is imported."""
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -472,11 +484,10 @@ def main() -> None:
         results["check"] = run_checks(args.processes, args.only_used)
         report(results, args.output)
     torch.manual_seed(0)
-    ceiling = read_ceiling(torch.device("cuda", 0))
-    if ceiling is None:
-        raise SystemExit("no memory is free to measure the read ceiling with")
+    measured = ceilings(5)
+    ceiling = max(measured)
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
-    results["read_ceiling_gb_per_s"] = ceiling / 1e9
+    results |= {"read_ceiling_gb_per_s": ceiling / 1e9, "read_ceilings_gb_per_s": [each / 1e9 for each in measured]}
     with torch.inference_mode():
         if "ragged" in parts:
             results["ragged"] = run_ragged(ceiling, args.only_used)
