@@ -4,8 +4,8 @@ First each candidate is checked against the reference in float32: random ragged 
 where nothing was written, page ids that must not be looked up, windows, chunks, sinks, soft cap, page borders, the new
 K and V in their pages, and equal bits of a row beside other rows. Checks run in several processes, which also compile.
 Then attention of a whole step is timed in CUDA graphs (median of replays; each layer reads another cache), the kernel
-that cuts row by row ("split") beside the one that goes by a schedule with all candidates, against the read ceiling of
-the same run. Results of the launch options that steps use have the field `used`.
+that cuts row by row ("split") beside what steps use by a schedule (`used`, without `tune`) and Triton's kernel with all
+candidates, against the read ceiling of the same run.
 
     python benchmarks/ragged.py [--output results.json] [--part check|ragged|small]
     python benchmarks/ragged.py --smoke          # tiny, in Triton's interpreter: checks the script
@@ -31,10 +31,10 @@ from torch import Tensor
 
 from hybridgen.device.launcher import device_of
 from hybridgen.device.timing import graph_seconds
+from hybridgen.kernels import read_ceiling as read_ceiling_module
 from hybridgen.kernels.attention import balanced, decode, reference
 from hybridgen.kernels.attention.balanced import Tuning
 from hybridgen.kernels.attention.common import heads_of
-from hybridgen.kernels.read_ceiling import read_ceiling
 
 NO_PAGE = 2**30
 """A page id that must never be looked up."""
@@ -81,7 +81,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def candidates(dim: int) -> list[Tuning]:
-    """Launch options for a head size, those that steps use first; other chunks, which need no other kernel, later."""
+    """Launch options of Triton's kernel for a head size; other chunks, which need no other kernel, later."""
     if dim == 64:
         return [
             Tuning(64, 2, 4, 4, 1024, True),
@@ -155,13 +155,13 @@ def make_step(
     return Step(q, k, v, k_pages, v_pages, table.to(device), slots.to(device), positions)
 
 
-def used(shape: Shape) -> Tuning:
-    """The launch options that steps use."""
+def usual(shape: Shape) -> Tuning:
+    """Launch options of Triton's kernel where steps use it."""
     heads = heads_of(shape.heads, shape.kv_heads, shape.dim, shape.dim, shape.page, 2)
     return balanced.tuning(heads, device_of(torch.empty(0, device="cuda")).shared_memory)
 
 
-def room(step: Step, tune: Tuning, window: int = 0, chunk: int = 0) -> Tensor:
+def room(step: Step, tune: Tuning | None, window: int = 0, chunk: int = 0) -> Tensor:
     """For a schedule, filled with what no schedule holds."""
     rows, columns = len(step.positions), step.block_table.shape[1]
     pages = step.k_pages[0], step.v_pages[0]
@@ -169,7 +169,7 @@ def room(step: Step, tune: Tuning, window: int = 0, chunk: int = 0) -> Tensor:
     return torch.full((words,), -1, dtype=torch.int32, device=step.q.device)
 
 
-def write(step: Step, plan: Tensor, tune: Tuning, window: int = 0, chunk: int = 0) -> None:
+def write(step: Step, plan: Tensor, tune: Tuning | None, window: int = 0, chunk: int = 0) -> None:
     where = step.k_pages[0], step.v_pages[0], step.block_table, step.slots, step.positions
     balanced.write_schedule(*where, step.q.shape[2], window, chunk, plan, tune)
 
@@ -178,7 +178,7 @@ def scheduled(
     step: Step,
     layer: int,
     plan: Tensor,
-    tune: Tuning,
+    tune: Tuning | None,
     window: int = 0,
     chunk: int = 0,
     softcap: float = 0.0,
@@ -203,7 +203,8 @@ class Check(NamedTuple):
     """One candidate under one set of options."""
 
     shape: Shape
-    tune: Tuning
+    tune: Tuning | None
+    """None: as steps do it."""
     options: dict[str, Any]
     rows: int
     seed: int
@@ -273,7 +274,7 @@ def run_check(check: Check, device: str, dtype: torch.dtype) -> dict[str, Any]:
     found_written = error(run(step, append=False), expected)
     if not found_written < (LIMIT if dtype == torch.bfloat16 else 1e-5):
         wrong.append(f"error {found_written} with all K and V in the pages")
-    return {"shape": shape.name, "tune": tune._asdict(), "options": check.options, "error": found, "wrong": wrong}
+    return {"shape": shape.name, "tune": as_dict(tune), "options": check.options, "error": found, "wrong": wrong}
 
 
 def guarded(check: Check) -> dict[str, Any]:
@@ -283,7 +284,7 @@ def guarded(check: Check) -> dict[str, Any]:
             return run_check(check, "cuda", torch.bfloat16)
     except Exception:
         wrong = [traceback.format_exc()[-1500:]]
-        return {"shape": check.shape.name, "tune": check.tune._asdict(), "options": check.options, "wrong": wrong}
+        return {"shape": check.shape.name, "tune": as_dict(check.tune), "options": check.options, "wrong": wrong}
 
 
 def compile_rest(shape: Shape, rows: int) -> None:
@@ -291,14 +292,18 @@ def compile_rest(shape: Shape, rows: int) -> None:
     with torch.inference_mode():
         step = make_step(shape, [100] * rows, 1, COLUMNS, "cuda", torch.bfloat16)
         split(step, 0)
-        for tune in {tune.block: tune for tune in candidates(shape.dim)}.values():
+        for tune in (None, *{tune.block: tune for tune in candidates(shape.dim)}.values()):
             write(step, room(step, tune), tune)
         torch.cuda.synchronize()
 
 
-def checks() -> list[Check]:
-    """All candidates of the models' shapes, and other options and shapes with a few."""
-    found = [Check(s, tune, {}, 40, 1) for s in SHAPES for tune in candidates(s.dim)]
+def checks(only_used: bool) -> list[Check]:
+    """What steps use, all candidates of the models' shapes, and other options and shapes with a few."""
+    found = [Check(s, None, {}, rows, 4) for s in SHAPES for rows in (1, 2, 40, 256)]
+    found += [Check(s, None, options, 30, 2) for s in SHAPES[:2] for options in OPTIONS]
+    if only_used:
+        return found
+    found += [Check(s, tune, {}, 40, 1) for s in SHAPES for tune in candidates(s.dim)]
     few = [Tuning(64, 4, 3, 2, 256, False), Tuning(32, 4, 3, 2, 128, True)]
     found += [Check(SHAPES[0], tune, options, 30, 2) for tune in few for options in OPTIONS]
     found += [Check(s, Tuning(32, 4, 3, 2, 256, True), {}, 25, 3) for s in ODD_SHAPES]
@@ -306,12 +311,13 @@ def checks() -> list[Check]:
     return found
 
 
-def run_checks(processes: int) -> list[dict[str, Any]]:
+def run_checks(processes: int, only_used: bool) -> list[dict[str, Any]]:
     rows = []
     begin = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(guarded, check) for check in checks()]
-        rest = [pool.submit(compile_rest, shape, count) for count in (*SMALL, *LARGE) for shape in SHAPES]
+        tasks = [pool.submit(guarded, check) for check in checks(only_used)]
+        counts = () if only_used else (*SMALL, *LARGE)
+        rest = [pool.submit(compile_rest, shape, count) for count in counts for shape in SHAPES]
         for done in as_completed(tasks):
             row = done.result()
             rows.append(row)
@@ -326,31 +332,40 @@ def run_checks(processes: int) -> list[dict[str, Any]]:
     return rows
 
 
-def short(tune: dict[str, Any]) -> str:
+def as_dict(tune: Tuning | None) -> dict[str, Any] | None:
+    return None if tune is None else tune._asdict()
+
+
+def short(tune: dict[str, Any] | None) -> str:
+    if tune is None:
+        return "as steps do"
     text = "block {block} warps {warps} stages {stages} programs {programs} chunk {chunk}".format(**tune)
     return text + " carry_query" * tune["carry_query"]
 
 
-def time_step(shape: Shape, step: Step, tune: Tuning | None) -> float:
-    """Seconds of a layer's attention: all layers of a step in a graph, and the schedule; None is the split kernel."""
-    if tune is None:
+def time_split(shape: Shape, step: Step) -> float:
+    """Seconds of a layer's attention by the kernel that cuts row by row: all layers of a step in a graph."""
 
-        def whole() -> None:
-            for layer in range(shape.layers):
-                split(step, layer % LAYERS_IN_MEMORY)
-
-    else:
-        plan = room(step, tune)
-
-        def whole() -> None:
-            write(step, plan, tune)
-            for layer in range(shape.layers):
-                scheduled(step, layer % LAYERS_IN_MEMORY, plan, tune)
+    def whole() -> None:
+        for layer in range(shape.layers):
+            split(step, layer % LAYERS_IN_MEMORY)
 
     return graph_seconds(whole, 7, 1) / shape.layers
 
 
-def time_schedule(step: Step, tune: Tuning) -> float:
+def time_step(shape: Shape, step: Step, tune: Tuning | None) -> float:
+    """The same by a schedule, with its share of that."""
+    plan = room(step, tune)
+
+    def whole() -> None:
+        write(step, plan, tune)
+        for layer in range(shape.layers):
+            scheduled(step, layer % LAYERS_IN_MEMORY, plan, tune)
+
+    return graph_seconds(whole, 7, 1) / shape.layers
+
+
+def time_schedule(step: Step, tune: Tuning | None) -> float:
     plan = room(step, tune)
     return graph_seconds(lambda: write(step, plan, tune), 7, 20)
 
@@ -358,46 +373,39 @@ def time_schedule(step: Step, tune: Tuning) -> float:
 def run_case(
     shape: Shape, name: str, lengths: list[int], tunes: list[Tuning], ceiling: float, chunks: tuple[int, ...] = ()
 ) -> list[dict[str, Any]]:
-    """The split kernel, then each of the candidates; and the best two with other chunks."""
+    """The split kernel, what steps use, then each of the candidates; and the best two of these with other chunks."""
     step = make_step(shape, lengths, LAYERS_IN_MEMORY, COLUMNS, "cuda", torch.bfloat16)
     bytes_read = sum(lengths) * shape.kv_heads * shape.dim * 2 * step.q.element_size()
-    rows: list[dict[str, Any]] = []
+    case = {"model": shape.name, "batch": len(lengths), "contexts": name}
+    old = time_split(shape, step)
+    rows: list[dict[str, Any]] = [{**case, "by": "row", "tune": None, "used": False} | shares(old, bytes_read, ceiling)]
 
     def measure(tune: Tuning | None) -> None:
-        row: dict[str, Any] = {"model": shape.name, "batch": len(lengths), "contexts": name}
-        row["tune"] = None if tune is None else tune._asdict()
-        row["used"] = tune == used(shape)
+        row: dict[str, Any] = {**case, "by": "schedule", "tune": as_dict(tune), "used": tune is None}
         try:
-            took = time_step(shape, step, tune)
+            row |= shares(time_step(shape, step, tune), bytes_read, ceiling)
         except Exception as error:  # one candidate that cannot run (registers, shared memory) must not end the rest
             row["failed"] = str(error)[:300]
-            print(f"FAILED  {shape.name} {'' if tune is None else short(tune._asdict())}: {row['failed']}", flush=True)
-            rows.append(row)
-            return
-        row |= {"us": took * 1e6, "percent_of_ceiling": bytes_read / took / ceiling * 100}
+            print(f"FAILED  {shape.name} {short(row['tune'])}: {row['failed']}", flush=True)
         rows.append(row)
 
-    measure(None)
-    for tune in tunes:
+    for tune in (None, *tunes):
         measure(tune)
-    timed = sorted((row for row in rows if row["tune"] and "us" in row), key=lambda row: row["us"])
-    for row in timed[:2]:
+    tried = sorted((row for row in rows if row["tune"] and "us" in row), key=lambda row: row["us"])
+    for row in tried[:2]:
         for chunk in chunks:
             if chunk >= row["tune"]["block"]:
                 measure(Tuning(**row["tune"] | {"chunk": chunk}))
-    timed = sorted((row for row in rows if row["tune"] and "us" in row), key=lambda row: row["us"])
-    old = rows[0]
-    print(
-        f"{shape.name:13} {len(lengths):3} rows {name:9} split {old['us']:7.1f} us {old['percent_of_ceiling']:5.1f} %"
-    )
-    for row in timed[:6]:
-        mark = " (used)" if row["used"] else ""
-        print(f"{'':29} {row['us']:13.1f} us {row['percent_of_ceiling']:5.1f} %  {short(row['tune'])}{mark}")
-    if timed:
-        best = Tuning(**timed[0]["tune"])
-        rows.append({**timed[0], "schedule_us": time_schedule(step, best) * 1e6, "best": True, "used": False})
-        print(f"{'':29} the schedule {rows[-1]['schedule_us']:.1f} us a step", flush=True)
+    rows[1]["schedule_us"] = time_schedule(step, None) * 1e6
+    print(f"{shape.name:13} {len(lengths):3} rows {name:9} by row {old * 1e6:7.1f} us", flush=True)
+    for row in sorted((row for row in rows[1:] if "us" in row), key=lambda row: row["us"])[:6]:
+        print(f"{'':29} {row['us']:13.1f} us {row['percent_of_ceiling']:5.1f} %  {short(row['tune'])}")
+    print(f"{'':29} the schedule {rows[1]['schedule_us']:.1f} us a step", flush=True)
     return rows
+
+
+def shares(took: float, bytes_read: int, ceiling: float) -> dict[str, float]:
+    return {"us": took * 1e6, "percent_of_ceiling": bytes_read / took / ceiling * 100}
 
 
 def ragged(count: int) -> list[int]:
@@ -408,13 +416,13 @@ def ragged(count: int) -> list[int]:
 def run_ragged(ceiling: float, only_used: bool) -> list[dict[str, Any]]:
     rows = []
     for shape in SHAPES:
-        tunes, chunks = ([used(shape)], ()) if only_used else (candidates(shape.dim), CHUNKS)
+        tunes, chunks = ([], ()) if only_used else (candidates(shape.dim), CHUNKS)
         for count in LARGE:
             rows += run_case(shape, "100-2000", ragged(count), tunes, ceiling, chunks)
     for shape in SHAPES[:2]:  # long and equal, where nothing is to be balanced
-        rows += run_case(shape, "4096", [4096] * 64, candidates(shape.dim)[:1], ceiling)
-    for count in (128, 256):
-        rows += run_case(SHAPES[0], "530", [530] * count, candidates(128)[: 1 if only_used else 2], ceiling)
+        rows += run_case(shape, "4096", [4096] * 64, [] if only_used else [usual(shape)], ceiling)
+    for count in (24, 32, 48, 128, 256):
+        rows += run_case(SHAPES[0], "530", [530] * count, [] if only_used else [usual(SHAPES[0])], ceiling)
     return rows
 
 
@@ -424,9 +432,21 @@ def run_small(ceiling: float) -> list[dict[str, Any]]:
     for shape in SHAPES:
         for count in SMALL:
             for name, lengths in (("512", [512] * count), ("100-2000", ragged(count)), ("4096", [4096] * count)):
-                tunes = [used(shape)._replace(chunk=chunk) for chunk in (64, 128, 512)]
+                tunes = [usual(shape)._replace(chunk=chunk) for chunk in (64, 128, 512)]
                 rows += run_case(shape, name, lengths, tunes, ceiling)
     return rows
+
+
+def ceilings(times: int) -> list[float]:
+    """The read ceiling, measured several times: a device that was idle can read more slowly at first."""
+    found = []
+    for _ in range(times):
+        read_ceiling_module._measured.clear()
+        ceiling = read_ceiling_module.read_ceiling(torch.device("cuda", 0))
+        if ceiling is None:
+            raise SystemExit("no memory is free to measure the read ceiling with")
+        found.append(ceiling)
+    return found
 
 
 def smoke() -> dict[str, Any]:
@@ -451,7 +471,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter")
     parser.add_argument("--part", action="append", choices=("check", "ragged", "small"), help="all, if left out")
-    parser.add_argument("--only-used", action="store_true", help="part ragged with the options that steps use alone")
+    parser.add_argument("--only-used", action="store_true", help="parts check and ragged: what steps use alone")
     parser.add_argument("--processes", type=int, default=12, help="that check and compile")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -461,14 +481,13 @@ def main() -> None:
     parts = args.part or ["check", "ragged", "small"]
     results: dict[str, Any] = {"benchmark": "ragged"}
     if "check" in parts:  # before this process holds memory
-        results["check"] = run_checks(args.processes)
+        results["check"] = run_checks(args.processes, args.only_used)
         report(results, args.output)
     torch.manual_seed(0)
-    ceiling = read_ceiling(torch.device("cuda", 0))
-    if ceiling is None:
-        raise SystemExit("no memory is free to measure the read ceiling with")
+    measured = ceilings(5)
+    ceiling = max(measured)
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
-    results["read_ceiling_gb_per_s"] = ceiling / 1e9
+    results |= {"read_ceiling_gb_per_s": ceiling / 1e9, "read_ceilings_gb_per_s": [each / 1e9 for each in measured]}
     with torch.inference_mode():
         if "ragged" in parts:
             results["ragged"] = run_ragged(ceiling, args.only_used)

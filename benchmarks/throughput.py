@@ -7,14 +7,19 @@ of the whole call, synchronised, after a warm-up call of a few requests; the med
 - eager, jit, graph, hybrid: one `generate()` call of an engine in that mode, all 256 requests in one batch.
 - huggingface: Hugging Face's continuous batching (`generate_batch`'s manager), with a limit per request. With SDPA,
   the attention that torch brings, it is a weak peer: it is made for flash attention.
+- with `--rates`: our engines get the same requests one by one, at times of a Poisson process of so many a second, and
+  report the time to the first token, from the moment a request came, and that between tokens: median and 99th
+  percentile.
 
     python benchmarks/throughput.py --models qwen3-0.6b llama-3.2-1b [--temperatures 0 0.6] [--output results.json]
+    python benchmarks/throughput.py --models llama-3.1-8b --engines hybrid --rates 8 16 [--output results.json]
     python benchmarks/throughput.py --smoke          # a tiny model, anywhere
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -79,8 +84,10 @@ def ours(
     device: str,
     runs: int,
     options: dict[str, Any],
+    rates: list[float],
 ) -> Iterator[tuple[list[float], int, dict[str, Any]]]:
-    """For each temperature, in one engine: seconds of the runs, generated tokens, and how the engine ran them."""
+    """For each temperature, in one engine: seconds of the runs, generated tokens, and how the engine ran them, and what
+    requests took that came one by one."""
     longest = max(len(prompt) + new for prompt, new in zip(*work, strict=True))
     sizes = {"max_batch": len(work.prompts), "max_context": longest}
     with hybridgen.Engine.load(model, **{"mode": mode, **sizes, **options}) as engine:
@@ -101,7 +108,53 @@ def ours(
                 generate(work.head(WARM_UP), temperature)
                 while engine.idle():
                     pass
-            yield *timed(partial(generate, temperature=temperature), work, device, runs), how_it_ran(engine)
+            found = timed(partial(generate, temperature=temperature), work, device, runs)
+            came = [arriving(engine, work, temperature, rate, name=f"{mode} {temperature}") for rate in rates]
+            yield *found, how_it_ran(engine) | ({"arrivals": came} if came else {})
+
+
+def arriving(engine: hybridgen.Engine, work: Work, temperature: float, rate: float, name: str) -> dict[str, Any]:
+    """Requests that come at random times, `rate` a second on average: what they wait for their tokens."""
+    draw = random.Random(0)
+    times = list(itertools.accumulate(draw.expovariate(rate) for _ in work.prompts))
+    loop: Any = engine._loop
+    waiting: list[Any] = []
+    came: list[tuple[Any, float]] = []
+    start = time.perf_counter()
+    while len(came) < len(times) or waiting:
+        while len(came) < len(times) and start + times[len(came)] <= time.perf_counter():
+            index = len(came)
+            sampling = hybridgen.SamplingParams(
+                max_new_tokens=work.new[index], temperature=temperature, ignore_eos=True, seed=index
+            )
+            [request] = engine.make_requests([work.prompts[index]], sampling, {})
+            came.append((request, time.perf_counter() - start - times[index]))
+            waiting.append(request)
+            loop.submit([request])
+        if waiting:
+            loop.step()
+            waiting = [request for request in waiting if request.completion is None]
+        else:
+            time.sleep(max(0.0, start + times[len(came)] - time.perf_counter()))
+    took = time.perf_counter() - start
+    failed = [request.completion.error for request, _ in came if request.completion.error is not None]
+    if failed:
+        raise failed[0]
+    firsts = sorted(request.completion.timing.ttft + late for request, late in came)
+    gaps = sorted(
+        after - before
+        for request, _ in came
+        for before, after in itertools.pairwise(request.completion.timing.token_times)
+    )
+    row = {"requests_per_s": rate, "seconds": took, "tokens_per_s": sum(work.new) / took}
+    for what, values in (("ttft", firsts), ("tpot", gaps)):
+        row |= {f"{what}_p{part}_ms": values[(len(values) - 1) * part // 100] * 1e3 for part in (50, 99)}
+    print(
+        f"{name}, {rate:g} requests/s: {row['tokens_per_s']:,.0f} tokens/s, first token {row['ttft_p50_ms']:.1f} ms, "
+        f"p99 {row['ttft_p99_ms']:.1f}; between tokens {row['tpot_p50_ms']:.2f}, p99 {row['tpot_p99_ms']:.2f}",
+        flush=True,
+    )
+    return row
 
 
 def huggingface(
@@ -152,6 +205,7 @@ def measure(
     device: str,
     runs: int,
     options: dict[str, Any],
+    arrivals: list[float],
 ) -> list[dict[str, Any]]:
     model = random_model(name, shape_dtype(name, device), device)
     rows: list[dict[str, Any]] = []
@@ -163,7 +217,7 @@ def measure(
             if engine == HUGGINGFACE:
                 found = (huggingface(model, work, temperature, device, runs) for temperature in temperatures)
             else:
-                found = ours(model, engine, work, temperatures, device, runs, options)
+                found = ours(model, engine, work, temperatures, device, runs, options, arrivals)
             for temperature, (seconds, tokens, ran) in zip(temperatures, found, strict=True):
                 took = statistics.median(seconds)
                 rates.append(tokens / took)
@@ -188,18 +242,21 @@ def main() -> None:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0], help="small engines quote 0.6")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="requests a second that come one by one")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
     arguments = parser.parse_args()
     device = this_device()
     models, engines, runs = arguments.models, arguments.engines, arguments.runs
     work, options = requests(arguments.requests, 100, 1024, 10000), {}
+    rates = arguments.rates
     if arguments.smoke:
+        rates = [50.0]
         models, runs, work, options = ["tiny"], 1, requests(6, 4, 12, 500), {"compile_backend": "eager"}
     print(f"{'model':<14} {'engine':<12} {'T':>4} {'tokens':>9} {'seconds':>9} {'tokens / s':>12}", flush=True)
     rows = []
     for name in models:
-        rows += measure(name, engines, work, arguments.temperatures, device, runs, options)
+        rows += measure(name, engines, work, arguments.temperatures, device, runs, options, rates)
     report({"benchmark": "throughput", "rows": rows}, arguments.output)
 
 

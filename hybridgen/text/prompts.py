@@ -303,19 +303,13 @@ def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | N
 
     A call can have hundreds of thousands of them, so that Python looks at none of them on its own.
     """
-    if type(prompt) not in (list, tuple) and isinstance(prompt, (torch.Tensor, np.ndarray)):
-        if prompt.ndim == 2 and prompt.shape[0] == 1:
-            prompt = prompt[0]
-        kind = str(prompt.dtype).rpartition(".")[2] if isinstance(prompt, torch.Tensor) else prompt.dtype.name
-        if prompt.ndim != 1 or not kind.startswith(("int", "uint")):
-            shape = tuple(prompt.shape)
-            raise PromptError(f"prompt {index} is a {kind} tensor of shape {shape}; give integer ids [tokens]")
-        values = prompt.cpu().numpy() if isinstance(prompt, torch.Tensor) else prompt
-        return tuple(values.tolist()), values
-    if isinstance(prompt, _BYTES):
-        raise PromptError(f"prompt {index} is {shown(prompt)}, {type(prompt).__name__} and not text; {_DECODE}")
-    if not isinstance(prompt, Sequence):
-        raise PromptError(f"prompt {index} is {shown(prompt)}; give a string, token ids or chat messages")
+    if type(prompt) not in (list, tuple):  # as most are, and none of these questions is cheap
+        if isinstance(prompt, (np.ndarray, torch.Tensor)):
+            return _tensor_ids(prompt, index)
+        if isinstance(prompt, _BYTES):
+            raise PromptError(f"prompt {index} is {shown(prompt)}, {type(prompt).__name__} and not text; {_DECODE}")
+        if not isinstance(prompt, Sequence):
+            raise PromptError(f"prompt {index} is {shown(prompt)}; give a string, token ids or chat messages")
     ids = tuple(prompt)
     values = _written(ids)
     if values is not None:  # as nearly always
@@ -330,6 +324,29 @@ def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | N
         return ids, None
 
 
+def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """`_plain_ids` of an array or a tensor, of which a row may be given as a matrix."""
+    if prompt.ndim == 2 and prompt.shape[0] == 1:
+        prompt = prompt[0]
+    if isinstance(prompt, np.ndarray):
+        values = prompt if prompt.dtype.kind in "iu" else None
+    else:
+        values = prompt.cpu().numpy() if prompt.dtype in _INTEGERS else None
+    if values is None or values.ndim != 1:
+        kind = str(prompt.dtype).rpartition(".")[2]
+        raise PromptError(
+            f"prompt {index} is a {kind} tensor of shape {tuple(prompt.shape)}; give integer ids [tokens]"
+        )
+    return tuple(values.tolist()), values
+
+
+_INTEGERS = frozenset(
+    getattr(torch, f"{sign}int{bits}")
+    for sign in ("", "u")
+    for bits in (8, 16, 32, 64)
+    if hasattr(torch, f"{sign}int{bits}")
+)
+"""Dtypes of tensors of ids."""
 _WRITTEN = np.dtype([("kind", "u1"), ("value", "<u4")])
 """An int of up to 32 bits as `marshal` writes it: the letter i, then its value."""
 

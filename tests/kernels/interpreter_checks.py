@@ -216,6 +216,7 @@ def check_schedules() -> None:
         begins_at = parts_at + shares.parts
         order_at = begins_at + shares.parts + 1
         sizes: dict[int, int] = {}  # of chunks by their first tiles
+        rows_of: dict[int, int] = {}
         tile, usual, chunks = 0, 0, 0
         for row, length in enumerate(lengths):
             tiles = -(-length // 64)
@@ -225,11 +226,15 @@ def check_schedules() -> None:
             usual += size == chunk_tiles
             for start in range(0, tiles, size):
                 sizes[tile + start] = min(size, tiles - start)
+                rows_of[tile + start] = row
             tile += tiles
         assert words[0] == tile
         assert words[chunks_at + count] == len(sizes) == chunks
         begins = words[begins_at : begins_at + shares.parts + 1]
-        dealt = [words[order_at + a : order_at + b] for a, b in itertools.pairwise(begins)]
+        several = {tile: sum(1 for row in rows_of.values() if row == rows_of[tile]) > 1 for tile in sizes}
+        flagged = [words[order_at + a : order_at + b] for a, b in itertools.pairwise(begins)]
+        dealt = [[word & (2**30 - 1) for word in part] for part in flagged]
+        assert all((word >> 30 == 1) == several[word & (2**30 - 1)] for part in flagged for word in part)
         assert sorted(itertools.chain(*dealt)) == sorted(sizes)
         loads = [sum(sizes[each] for each in part) for part in dealt]
         assert words[parts_at : parts_at + shares.parts] == loads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,9 @@ def test_a_rows_chunks_fit_the_scratch_of_a_schedule(
     assert per <= 4095  # what a mark can count
     if rows * shares.row_chunks * heads.queries * 129 * 4 > balanced._SCRATCH_BYTES:
         assert shares.row_chunks <= 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("case", [0, *(pytest.param(case, marks=pytest.mark.slow) for case in (1, 2, 3))])
+def test_streamed_pages_on_a_cpu(case: int, triton_interpreter: Interpreter) -> None:
+    triton_interpreter.run(Path(__file__).with_name("streamed_checks.py"), "check_streamed", case)

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from hybridgen.device import program
+from hybridgen.device.launcher import Device
+from hybridgen.kernels.attention import streamed
+from hybridgen.kernels.attention.common import Heads, heads_of
 from hybridgen.kernels.linear import experts_one, int4_few
 from hybridgen.kernels.linear.experts_form import Form, Projection
 
@@ -37,6 +40,44 @@ def test_int4_of_few_rows_compiles() -> None:
     assert int4_few.PROGRAM.kernel.encode() in cubin
 
 
+HEADS = [heads_of(16, 8, 128, 128, 64, 2), heads_of(64, 8, 64, 64, 256, 2), heads_of(7, 1, 128, 128, 64, 2)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_streamed_attention_compiles(heads: Heads) -> None:
+    kinds = torch.float32, torch.int32, torch.int64
+    constants = streamed.defines(heads, streamed.form_of(heads), torch.float16, kinds, True, True)
+    cubin = program.compile_cubin(constants, "sm_90a", streamed.PROGRAM)
+    assert streamed.PROGRAM.kernel.encode() in cubin
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_blocks_of_streamed_attention_share_a_multiprocessor(heads: Heads) -> None:
+    form = streamed.form_of(heads)
+    stages, shared = streamed._sizes(heads, form)
+    assert stages >= 3
+    assert form.resident * (shared + 2 * 2**10) <= 228 * 2**10  # with what is beside the ring, and reserved
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        heads_of(16, 8, 80, 80, 64, 2),
+        heads_of(16, 8, 128, 64, 64, 2),
+        heads_of(9, 1, 128, 128, 64, 2),
+        heads_of(16, 8, 128, 128, 32, 2),
+        heads_of(16, 8, 128, 128, 64, 1),
+    ],
+    ids=str,
+)
+def test_other_heads_are_not_streamed(heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "is_hopper", lambda ordinal: True)
+    device = Device(processors=132, shared_memory=232448, overlap=True)
+    assert streamed.takes(HEADS[0], device)
+    assert not streamed.takes(heads, device)
+
+
 def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_few, "IS_ON", True)
     monkeypatch.setattr(experts_one, "IS_ON", True)
@@ -50,8 +91,6 @@ def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_block_takes_as_few_tiles_as_let_all_run_at_once() -> None:
-    from hybridgen.device.launcher import Device
-
     device = Device(processors=132, shared_memory=232448, overlap=True)
     assert experts_one.turns_of(360, 4, device) == 2
     assert experts_one.turns_of(180, 4, device) == 1

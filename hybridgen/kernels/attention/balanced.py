@@ -1,9 +1,9 @@
-"""Triton: paged attention of one query token per sequence, by a schedule that all layers of a step share.
+"""Paged attention of one query token per sequence, by a schedule that all layers of a step share.
 
 Shapes: `hybridgen.kernels.attention.ops`. Each of a fixed number of resident programs goes through the tiles of its
 chunks (`hybridgen.kernels.attention.schedule`) in one loop, with the next tiles already on their way, across the ends
-of chunks and rows. A kernel of its own combines a row's chunks in their order; a row of one chunk is finished where it
-was computed.
+of chunks and rows. Where `streamed` has a kernel for the heads, it does all; else Triton does: a kernel of its own
+combines a row's chunks in their order, and a row of one chunk is finished where it was computed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import triton
 from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of, power_of_two
+from hybridgen.kernels.attention import streamed
 from hybridgen.kernels.attention.balanced_kernels import balanced_kernel, gather_kernel
 from hybridgen.kernels.attention.common import Heads, check_layout, heads_of, limit_of
-from hybridgen.kernels.attention.schedule import Shares, row_chunks, schedule, schedule_words
+from hybridgen.kernels.attention.schedule import Shares, counters_of, row_chunks, schedule, schedule_words
 
 _SCRATCH_BYTES = 64 * 2**20
 """Scratch of a layer is not larger, unless rows would have a single chunk."""
@@ -70,7 +71,16 @@ def tuning(heads: Heads, shared_memory: int) -> Tuning:
 FEW_ROWS = 64
 """Below, chunks are shorter: there are too few of them for all programs."""
 FEW_CHUNK = 512
-"""Positions of a chunk then, at most."""
+"""Positions of a chunk then, at most, in Triton's kernel."""
+
+
+def usual(heads: Heads, device: Device, tokens: int) -> Tuning:
+    """Launch options of steps; what is Triton's alone in them serves where a streamed kernel cannot be had."""
+    tune, few = tuning(heads, device.shared_memory), tokens < FEW_ROWS
+    if streamed.takes(heads, device):
+        form = streamed.form_of(heads)
+        return tune._replace(block=streamed.BLOCK, programs=form.resident, chunk=streamed.chunk_of(form, few))
+    return tune._replace(chunk=min(tune.chunk, FEW_CHUNK)) if few else tune
 
 
 @functools.lru_cache(maxsize=4096)
@@ -79,10 +89,7 @@ def shares_of(
 ) -> Shares:
     """What schedule a layer of these heads needs for so many rows of up to `max_pages` pages."""
     limit, reach = limit_of(window, chunk)
-    if tune is None:
-        tune = tuning(heads, device.shared_memory)
-        if tokens < FEW_ROWS:
-            tune = tune._replace(chunk=min(tune.chunk, FEW_CHUNK))
+    tune = tune or usual(heads, device, tokens)
     chunk_tiles = max(1, tune.chunk // tune.block)
     shares = Shares(
         heads.kv, heads.page_size, limit, reach, tune.block, chunk_tiles, 1, device.processors * tune.programs
@@ -150,13 +157,22 @@ class Call(NamedTuple):
     attend: Launcher
     gather: Launcher
     shares: Shares
+    streamed: streamed.Stream | None
+    """In place of both."""
 
 
 _calls: dict[Hashable, Call] = {}
 
 
 def _prepare(
-    heads: Heads, shares: Shares, softcap: bool, sinks: bool, append: bool, device: Device, tune: Tuning
+    heads: Heads,
+    shares: Shares,
+    softcap: bool,
+    sinks: bool,
+    append: bool,
+    device: Device,
+    tune: Tuning,
+    stream: streamed.Stream | None,
 ) -> Call:
     group = heads.queries // heads.kv
     members = triton.next_power_of_2(group)
@@ -191,7 +207,7 @@ def _prepare(
         "num_warps": 4,
         **common,
     }
-    return Call(Launcher(balanced_kernel, attend), Launcher(gather_kernel, gather), shares)
+    return Call(Launcher(balanced_kernel, attend), Launcher(gather_kernel, gather), shares, stream)
 
 
 def decode_attention(
@@ -233,14 +249,25 @@ def decode_attention(
     if call is None:
         device = device_of(q)
         shares = shares_of(heads, tokens, max_pages, window, chunk, device, tune)
-        tune = tune or tuning(heads, device.shared_memory)
-        call = _calls[key] = _prepare(heads, shares, softcap > 0, sinks is not None, append, device, tune)
+        stream = None
+        if tune is None and streamed.takes(heads, device) and q.dtype == k_pages.dtype:
+            kinds = dtypes[3], slots.dtype, positions.dtype
+            stream = streamed.stream_of(heads, q.dtype, kinds, softcap > 0, append, device)
+        tune = tune or usual(heads, device, tokens)
+        options = softcap > 0, sinks is not None, append
+        call = _calls[key] = _prepare(heads, shares, *options, device, tune, stream)
     shares = call.shares
     # Mixed values of each row, chunk and head, then the logarithms of their sums.
     lines = tokens * shares.row_chunks * heads.queries if shares.row_chunks > 1 else 0
     partial = torch.empty((lines * (heads.value_dim + 1),), dtype=torch.float32, device=q.device)
     lse_start = lines * heads.value_dim
     capacity = tokens * shares.row_tiles(max_pages)
+    if call.streamed is not None:
+        counters = counters_of(plan, tokens, max_pages, shares)
+        rest = k_pages, v_pages, plan, block_table, slots, positions, sinks, out, partial, counters
+        numbers = lse_start, scale, softcap, capacity, tokens * shares.row_chunks, shares.parts
+        call.streamed(q, k, v, rest, *numbers)
+        return out
     call.attend(
         (shares.parts * heads.kv, 1, 1),
         (

@@ -16,6 +16,7 @@ from hybridgen.kernels.attention.common import (
     unpacked_pairs,
 )
 from hybridgen.kernels.attention.schedule_kernels import (
+    SEVERAL,
     chunk_words,
     deal_words,
     mark_ends_row,
@@ -146,8 +147,8 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
     sums = tl.zeros([BLOCK_GROUP, BLOCK], tl.float32)
     mixed = tl.zeros([BLOCK_GROUP, BLOCK_VALUE // EVERY], tl.float32)
     mixed_odd = mixed
-    tile = tl.load(order + dealt, mask=tiles > 0, other=0)
-    next_chunk = tl.load(order + dealt + 1, mask=dealt < last_dealt, other=0)
+    tile = tl.load(order + dealt, mask=tiles > 0, other=0) & (SEVERAL - 1)
+    next_chunk = tl.load(order + dealt + 1, mask=dealt < last_dealt, other=0) & (SEVERAL - 1)
     row = tl.load(rows_of_tiles + tile)
     mark = tl.load(marks + tile)
     pages = _tile_pages(pages_of_tiles, tile, PAGE, BLOCK)
@@ -175,7 +176,7 @@ def balanced_kernel(  # type: ignore[no-untyped-def]
         left = mark_left(mark)
         next_tile = tl.where(left == 1, next_chunk, tile + 1)
         dealt += (left == 1).to(tl.int32)
-        next_chunk = tl.load(order + dealt + 1, mask=dealt < last_dealt, other=0)
+        next_chunk = tl.load(order + dealt + 1, mask=dealt < last_dealt, other=0) & (SEVERAL - 1)
         next_row = tl.load(rows_of_tiles + next_tile)
         next_mark = tl.load(marks + next_tile)
         next_pages = _tile_pages(pages_of_tiles, next_tile, PAGE, BLOCK)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridgen.device.launcher import Launcher, device_of
 from hybridgen.kernels.attention.common import heads_of, stored
@@ -121,6 +121,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     """A program for a token and a block of its query heads, or of its key and value heads."""
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     cos += token * cos_stride

@@ -64,7 +64,13 @@ def schedule_words(tokens: int, max_pages: int, shares: Shares) -> int:
     """Words of a schedule for so many rows of up to `max_pages` pages."""
     tile_words = 3 + max(1, shares.block // shares.page_size)
     row_words = shares.row_chunks + shares.row_tiles(max_pages) * tile_words
-    return HEADER.value + tokens + 1 + 2 * shares.parts + 1 + tokens * row_words
+    return HEADER.value + tokens + 1 + 2 * shares.parts + 1 + tokens * (row_words + shares.kv_heads)
+
+
+def counters_of(plan: Tensor, tokens: int, max_pages: int, shares: Shares) -> Tensor:
+    """A word for each row and kv head, where who attends counts chunks; 0 when the schedule has been written."""
+    end = schedule_words(tokens, max_pages, shares)
+    return plan[end - tokens * shares.kv_heads : end]
 
 
 _launchers: dict[Hashable, Launcher] = {}
@@ -98,6 +104,7 @@ def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shar
             "BLOCK": shares.block,
             "BLOCK_ROWS": block_rows,
             "BLOCK_PARTS": block_parts,
+            "BLOCK_HEADS": triton.next_power_of_2(shares.kv_heads),
             "STEP": _STEP,
             "LIMIT": shares.limit,
             "OVERLAP": device.overlap,
@@ -105,6 +112,7 @@ def schedule(block_table: Tensor, slots: Tensor, positions: Tensor, shares: Shar
             **({"launch_pdl": True} if device.overlap else {}),
         }
         launcher = _launchers[key] = Launcher(schedule_kernel, constants)
-    numbers = shares.reach, tokens, shares.chunk_tiles, shares.row_chunks, capacity, shares.parts, stripes
+    cut = shares.reach, tokens, shares.chunk_tiles, shares.row_chunks, capacity, shares.parts, stripes
+    heads = shares.kv_heads, words - tokens * shares.kv_heads
     grid = tokens * stripes + shares.parts, 1, 1
-    launcher(grid, (block_table, slots, positions, out, *numbers, block_table.stride(0)))
+    launcher(grid, (block_table, slots, positions, out, *cut, *heads, block_table.stride(0)))

@@ -10,6 +10,8 @@ from hybridgen.kernels.attention.common import first_seen
 
 HEADER = tl.constexpr(16)
 """Words before the rows' chunks; nothing is in them but the number of tiles of all rows."""
+SEVERAL = tl.constexpr(1 << 30)
+"""In the word of a dealt chunk; below is the number of its first tile."""
 
 
 @triton.jit
@@ -26,13 +28,15 @@ def part_words(plan, tokens):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def deal_words(plan, tokens, parts):  # type: ignore[no-untyped-def]
-    """[parts + 1]: where a part's chunks begin among the dealt ones; then these: each chunk's first tile."""
+    """[parts + 1]: where a part's chunks begin among the dealt ones; then these: each chunk's first tile, with SEVERAL
+    where its row has other chunks."""
     return plan + HEADER + tokens + 1 + parts
 
 
 @triton.jit
 def tile_words(plan, tokens, parts, most_chunks):  # type: ignore[no-untyped-def]
-    """Four parts, each [capacity]: a tile's row, its mark, its line; and last its pages, [capacity, pages of a tile].
+    """Four parts, each [capacity]: a tile's row, its mark, its line; and its pages, [capacity, pages of a tile]. Last
+    in the schedule are the counters of `schedule.counters_of`.
 
     A mark says which positions of the tile the row sees, and where the tile lies in its chunk. A line is the chunk's
     place in scratch, with two flags: it is the row's last chunk, and its first.
@@ -97,26 +101,39 @@ def _chunk_size(tiles, chunk_tiles, row_chunks):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _taken(level, load, size):  # type: ignore[no-untyped-def]
-    """Chunks of a size that a part takes while its load is not above the level."""
-    return tl.where(load <= level, (level - load) // size + 1, 0)
+def _taken(level, load, once):  # type: ignore[no-untyped-def]
+    """Chunks of a size that a part takes while its load is not above the level; `once` is 1 / size.
+
+    A product in place of a division, which took most of the time: exact for loads up to 2 million tiles.
+    """
+    times = ((level - load).to(tl.float32) + 0.5) * once
+    return tl.where(load <= level, times.to(tl.int32) + 1, 0)
 
 
 @triton.jit
 def _deal(load, parts, size, count, BLOCK_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """How many of `count` chunks of one size each part takes, if each goes to a part with the least load."""
     inside = tl.arange(0, BLOCK_PARTS) < parts
+    once = 1.0 / size.to(tl.float32)
     low = tl.min(load, 0) - 1
     high = tl.max(tl.where(inside, load, 0), 0) + size * (count // parts + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        fits = tl.sum(_taken(middle, load, size), 0) <= count
+        fits = tl.sum(_taken(middle, load, once), 0) <= count
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
-    taken = _taken(low, load, size)
+    taken = _taken(low, load, once)
     next_one = ((load <= low + 1) & ((low + 1 - load) % size == 0)).to(tl.int32)
     left = count - tl.sum(taken, 0)
     return taken + tl.where(tl.cumsum(next_one, 0) <= left, next_one, 0)
+
+
+@triton.jit
+def _make_visible(lanes):  # type: ignore[no-untyped-def]
+    """What this program has stored can be seen by others on the device from here on; `lanes` are as many as threads."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -136,20 +153,29 @@ def _long_tiles(before, count, chunks, per, is_long, BLOCK_ROWS: tl.constexpr): 
 
 
 @triton.jit(
-    do_not_specialize=["reach", "tokens", "chunk_tiles", "row_chunks", "capacity", "parts", "stripes"],
+    do_not_specialize=[
+        "reach",
+        "tokens",
+        "chunk_tiles",
+        "row_chunks",
+        "capacity",
+        "parts",
+        "stripes",
+        "heads",
+        "counters",
+    ],
     do_not_specialize_on_alignment=["block_table", "slots", "positions"],
 )
 def schedule_kernel(  # type: ignore[no-untyped-def]
     block_table, slots, positions, plan,
-    reach, tokens, chunk_tiles, row_chunks, capacity, parts, stripes, table_stride,
+    reach, tokens, chunk_tiles, row_chunks, capacity, parts, stripes, heads, counters, table_stride,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    STEP: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, STEP: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs below tokens * stripes: every n-th STEP tiles of a row, and the row's chunks where they were dealt. The
     others: a part each. All of them deal."""
     if OVERLAP:
         gdc_wait()
-        gdc_launch_dependents()
     rows = tl.arange(0, BLOCK_ROWS)
     inside = rows < tokens
     place = tl.load(positions + rows, mask=inside, other=0).to(tl.int32)
@@ -252,22 +278,25 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
         begins = tl.cumsum(taken_chunks, 0) - taken_chunks
         order = deal_words(plan, tokens, parts) + parts + 1
         if row < tokens:
+            head = tl.arange(0, BLOCK_HEADS)
+            tl.store(plan + counters + row * heads + head, head * 0, mask=head < heads)
             tl.store(chunk_words(plan) + row, first_chunk)
             count_of_row = _pick(chunks, row, BLOCK_ROWS)
             own_size = _pick(per, row, BLOCK_ROWS)
             if row == tokens - 1:
                 tl.store(chunk_words(plan) + tokens, first_chunk + count_of_row)
             alike = tl.where(own_long, count_of_row, count_of_row - 1)
+            own_tile = first_tile | tl.where(count_of_row > 1, SEVERAL, 0)
             for start in range(0, alike, 16):
                 chunk = start + tl.arange(0, 16)
                 rank = first_rank + chunk
                 whose = tl.sum((first_ends[None, :] <= rank[:, None]).to(tl.int32), 1)
                 at = tl.sum(tl.where(part[None, :] == whose[:, None], (begins + first_shift)[None, :], 0), 1) + rank
-                tl.store(order + at, first_tile + chunk * own_size, mask=chunk < alike)
+                tl.store(order + at, own_tile + chunk * own_size, mask=chunk < alike)
             if alike < count_of_row:
                 whose = tl.sum((last_ends <= last_rank).to(tl.int32), 0)
                 at = _pick(begins + last_shift, whose, BLOCK_PARTS) + last_rank
-                tl.store(order + at, first_tile + alike * own_size)
+                tl.store(order + at, own_tile + alike * own_size)
         else:
             tl.store(deal_words(plan, tokens, parts) + own_part, _pick(begins, own_part, BLOCK_PARTS))
             tiles = _pick(tiles_of_part, own_part, BLOCK_PARTS)
@@ -280,3 +309,8 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
             if own_part == parts - 1:
                 tl.store(deal_words(plan, tokens, parts) + parts, tl.sum(taken_chunks, 0))
                 tl.store(plan, tl.sum(count, 0))
+    if OVERLAP:
+        # The next kernel may read the schedule before this one has ended.
+        tl.debug_barrier()
+        _make_visible(tl.arange(0, 32))
+        gdc_launch_dependents()
