@@ -1,0 +1,118 @@
+"""Launches of `many_rows.cu`: bfloat16 weights times thousands of rows, on compute capability 9.0.
+
+Only the CUDA implementation imports this module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridgen.device.launcher import device_of
+from hybridgen.device.program import Kernel, Program, driver_call, driver_module
+from hybridgen.kernels.linear.hopper import loaded
+
+PROGRAM = Program((__package__ or "",), "many_rows.cu", (), "many_rows")
+_STEP = 64
+_BOX = (64, 16)
+
+
+class Form(NamedTuple):
+    """How the kernel is compiled, and in which order it takes its tiles."""
+
+    consumers: int = 2
+    """Groups of four warps that multiply, 64 rows each."""
+    wide: int = 256
+    """Columns of a tile."""
+    stages: int = 4
+    boxes: int = 2
+    """Of 16 x 64 outputs, for each warp, on their way out."""
+    group: int = 8
+    """Rows of pairs of tiles that are taken together."""
+
+
+FORM = Form()
+
+
+class _Map(ctypes.Structure):
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's argument."""
+
+    _fields_ = (
+        *((name, _Map) for name in ("x", "w", "out")),
+        *((name, ctypes.c_int) for name in ("rows", "outputs", "inputs", "group")),
+        ("padding", ctypes.c_int * 12),
+    )
+
+
+def defines(form: Form, gated: bool) -> dict[str, int]:
+    """Constants of `many_rows.cu`."""
+    return {
+        "BOXES": form.boxes,
+        "CONSUMERS": form.consumers,
+        "GATED": int(gated),
+        "STAGES": form.stages,
+        "WIDE": form.wide,
+    }
+
+
+def shared_bytes(form: Form) -> int:
+    """Shared memory of a block."""
+    stage = (64 * form.consumers + form.wide) * _STEP * 2
+    return form.stages * stage + 4 * form.consumers * form.boxes * _BOX[0] * _BOX[1] * 2 + 16 * form.stages
+
+
+def _kernel(form: Form, gated: bool, ordinal: int) -> Kernel | None:
+    constants = tuple(defines(form, gated).items())
+    return loaded(PROGRAM, constants, shared_bytes(form), ordinal, "products of many rows")
+
+
+@functools.lru_cache(4096)
+def _map(pointer: int, rows: int, columns: int, box: tuple[int, int]) -> _Map:
+    """How the copy engine sees a matrix of 16-bit numbers, in boxes of (columns, rows)."""
+    driver = driver_module()
+    encoded = driver_call(
+        "cuTensorMapEncodeTiled",
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        2,
+        pointer,
+        [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(columns * 2)],
+        [driver.cuuint32_t(each) for each in box],
+        [driver.cuuint32_t(1)] * 2,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return _Map((ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque)))
+
+
+def product(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False, form: Form = FORM) -> None:
+    """`x @ weight.T` of x [M, K] and weight [N, K] into out [M, N], bfloat16 and contiguous all.
+
+    Args:
+        gated: the weight is gate and up, one behind the other, and out is [M, N / 2]: `silu(gate) * up`.
+        form: how the kernel is compiled.
+    """
+    (rows, inputs), outputs = x.shape, out.shape[1]
+    device = device_of(x)
+    kernel = _kernel(form, gated, device.ordinal)
+    assert kernel is not None
+    tall = 64 * form.consumers
+    arguments = Arguments(
+        _map(x.data_ptr(), rows, inputs, (_STEP, tall)),
+        _map(weight.data_ptr(), weight.shape[0], inputs, (_STEP, form.wide // 2)),
+        _map(out.data_ptr(), rows, outputs, _BOX),
+        rows, outputs, inputs, form.group,
+    )  # fmt: skip
+    tiles = -(-rows // (2 * tall)) * -(-outputs // (form.wide // 2 if gated else form.wide))
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel.launch_any(2 * min(device.processors // 2, tiles), 128 * (form.consumers + 1), arguments, stream)
