@@ -77,6 +77,14 @@ def repeats(form: Form, gated: bool, rows: int, outputs: int, columns: int, coun
     return int(other)
 
 
+def energy(device: Any) -> float:
+    """Joules since the driver was loaded."""
+    try:
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(device)) / 1e3
+    except pynvml.NVMLError:
+        return float("nan")
+
+
 def timed(call: Callable[[], object], seconds: float, device: Any) -> dict[str, float]:
     """Time and energy of a call that is repeated for some seconds, and the clock of the multiprocessors."""
     begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
@@ -88,7 +96,7 @@ def timed(call: Callable[[], object], seconds: float, device: Any) -> dict[str, 
     end.record()
     end.synchronize()
     count = max(4, int(seconds * 3e3 / begin.elapsed_time(end)))
-    before = pynvml.nvmlDeviceGetTotalEnergyConsumption(device)
+    before = energy(device)
     start = time.perf_counter()
     begin.record()
     for index in range(count):
@@ -102,7 +110,7 @@ def timed(call: Callable[[], object], seconds: float, device: Any) -> dict[str, 
         powers.append(pynvml.nvmlDeviceGetPowerUsage(device) / 1e3)
         time.sleep(0.02)
     took = time.perf_counter() - start
-    joules = (pynvml.nvmlDeviceGetTotalEnergyConsumption(device) - before) / 1e3
+    joules = energy(device) - before
     late = len(clocks) // 2
     return {
         "us": begin.elapsed_time(end) * 1e3 / count,
@@ -205,9 +213,8 @@ def main() -> None:
                 calls |= gated_calls(x, w, arguments.groups)
             fit = {}
             for variant, call in calls.items():
-                if "ours" not in variant:
-                    fit[variant] = call
-                elif ours and good.get((FORMS["192" if "192" in variant else "256"], "gated" in variant)):
+                form = FORMS["192" if "192" in variant else "256"]
+                if "ours" not in variant or (ours and good.get((form, "gated" in variant))):
                     fit[variant] = call
             take_turns(shape, name, fit, arguments.rounds if ours else 1)
             torch.cuda.empty_cache()
@@ -216,7 +223,7 @@ def main() -> None:
     if not arguments.ours_alone:
         all_of(arguments.shapes[0], False)  # before anything of ours can go wrong
     for form, gated in variants:
-        good[form, gated] = all([check(form, gated, *size) for size in CHECKED])
+        good[form, gated] = all(check(form, gated, *size) for size in CHECKED)
         if good[form, gated]:
             other = repeats(form, gated, 8191, 4096, 4096, arguments.repeats)
             print(f"{tuple(form)} {gated=}: {other} of {arguments.repeats} with other bits", flush=True)
