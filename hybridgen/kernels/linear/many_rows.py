@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridgen.device.launcher import device_of
 from hybridgen.device.program import Kernel, Program, driver_call, driver_module
-from hybridgen.kernels.linear.hopper import loaded
+from hybridgen.kernels.linear.hopper import is_hopper, loaded
 
 PROGRAM = Program((__package__ or "",), "many_rows.cu", (), "many_rows")
 _STEP = 64
@@ -93,6 +93,22 @@ def _map(pointer: int, rows: int, columns: int, box: tuple[int, int]) -> _Map:
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     return _Map((ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque)))
+
+
+def serves(weight: Tensor, is_gated: bool) -> bool:
+    """Whether the kernel is for a weight [N, K], and there is one."""
+    outputs, inputs = weight.shape
+    sizes = inputs % 8 == 0 and outputs % (16 if is_gated else 8) == 0 and not weight.data_ptr() % 16
+    if not weight.is_cuda or weight.dtype != torch.bfloat16 or not sizes or not weight.is_contiguous():
+        return False
+    return is_hopper(weight.device.index) and _kernel(FORM, is_gated, weight.device.index) is not None
+
+
+def gated(rows: Tensor, weight: Tensor) -> Tensor:
+    """silu(rows @ gate.T) * (rows @ up.T) of rows [M, K], contiguous, and a weight that `serves` says yes to."""
+    out = torch.empty(rows.shape[0], weight.shape[0] // 2, dtype=rows.dtype, device=rows.device)
+    product(rows, weight, out, True)
+    return out
 
 
 def product(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False, form: Form = FORM) -> None:
