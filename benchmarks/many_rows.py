@@ -13,7 +13,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,17 @@ import torch.nn.functional as F
 from common import report
 from torch import Tensor
 
-from hybridgen.kernels.linear import many_rows
 from hybridgen.kernels.linear.many_rows import Form, product
 
 SHAPES = {
     "llama-3.1-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
     "llama-3.2-1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
 }
-TALL = Form(3, 192, 4, 1)
-FORMS = {"256": Form(), "192": TALL}
+FORMS = {
+    "128x256": Form(),
+    "128x256 side": Form(shares_x=True, group=16),
+    "256x192 side": Form(blocks=2, wide=192, stages=3, box_wide=32, shares_x=True),
+}
 CHECKED = [(1, 256, 64), (130, 512, 256), (129, 320, 72), (2049, 6144, 4096), (8191, 4096, 4096), (700, 14336, 4096)]
 
 
@@ -127,49 +128,45 @@ def gate(both: Tensor) -> Tensor:
     return F.silu(first) * second
 
 
-def gated_calls(x: Tensor, w: Tensor, groups: list[int]) -> dict[str, Callable[[], object]]:
+def calls_of(x: Tensor, w: Tensor, gated: bool) -> dict[str, Callable[[], object]]:
+    """cuBLAS and our forms."""
     both = torch.empty(len(x), len(w), dtype=torch.bfloat16, device="cuda")
-    out = torch.empty(len(x), len(w) // 2, dtype=torch.bfloat16, device="cuda")
-
-    def usual() -> None:
-        torch.mm(x, w.T, out=both)
-        gate(both)
-
-    return {"cublas + silu": usual} | {
-        f"ours gated, group {group}": partial(product, x, w, out, True, Form(group=group)) for group in groups
-    }
+    out = both.view(-1, len(w) // 2)[: len(x)] if gated else both
+    usual = partial(torch.mm, x, w.T, out=both)
+    calls: dict[str, Callable[[], object]] = {"cublas": usual}
+    if gated:
+        calls = {"cublas + silu": lambda: gate(usual())}
+    return calls | {name: partial(product, x, w, out, gated, form) for name, form in FORMS.items()}
 
 
-def plain_calls(x: Tensor, w: Tensor, groups: list[int], chunks: bool) -> dict[str, Callable[[], object]]:
-    out = torch.empty(len(x), len(w), dtype=torch.bfloat16, device="cuda")
-
-    def with_lt() -> None:
-        torch.backends.cuda.preferred_blas_library("cublaslt")
-        torch.mm(x, w.T, out=out)
-        torch.backends.cuda.preferred_blas_library("cublas")
-
-    def in_chunks(count: int) -> None:
-        for part, to in zip(x.chunk(count), out.chunk(count), strict=True):
-            torch.mm(part, w.T, out=to)
-
-    calls: dict[str, Callable[[], object]] = {"cublas": lambda: torch.mm(x, w.T, out=out), "cublaslt": with_lt}
-    if chunks:
-        calls["cublas, 2 chunks"] = partial(in_chunks, 2)
+def probe(device: Any) -> list[dict[str, Any]]:
+    """What the tensor cores reach with zeros, which draw little power: without copies, with some, with all."""
+    rows = []
+    x, w = (torch.zeros(8192, 4096, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out = torch.empty(8192, 8192, dtype=torch.bfloat16, device="cuda")
     for name, form in FORMS.items():
-        for group in groups if form == Form() else groups[:2]:
-            calls[f"ours {name}, group {group}"] = partial(product, x, w, out, False, form._replace(group=group))
-    return calls
+        for what, copies in (("all", 7), ("x", 5), ("w", 6), ("none", 4), ("none, no barriers", 0)):
+            found = timed(partial(product, x, w, out, False, form._replace(probe=copies)), 0.1, device)
+            share = 2 * 8192 * 8192 * 4096 / found["us_late"] / found["mhz"] / (4096 * 132)
+            rows.append({"form": name, "copies": what, "share": share, **found})
+            print(f"zeros {name:<14} copies {what:<18} {found['us_late']:7.1f} us {found['mhz']:.0f} MHz "
+                  f"{found['watts_read']:.0f} W {share:.3f} of the tensor cores", flush=True)  # fmt: skip
+    found = timed(partial(torch.mm, x, w.T, out=out), 0.1, device)
+    share = 2 * 8192 * 8192 * 4096 / found["us_late"] / found["mhz"] / (4096 * 132)
+    print(f"zeros cublas {found['us_late']:7.1f} us {found['mhz']:.0f} MHz {share:.3f}", flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b"])
     parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--seconds", type=float, default=0.35)
+    parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--groups", nargs="+", type=int, default=[8, 4, 16])
+    parser.add_argument("--products", nargs="*", default=["qkv", "o", "down"])
+    parser.add_argument("--fewer", nargs="*", type=int, default=[512, 1024, 2048])
+    parser.add_argument("--probe", action="store_true")
     parser.add_argument("--repeats", type=int, default=1000)
-    parser.add_argument("--ours-alone", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -177,51 +174,31 @@ def main() -> None:
     pynvml.nvmlInit()
     device = pynvml.nvmlDeviceGetHandleByIndex(0)
     torch.zeros(1, device="cuda")
-    variants = [(FORMS["256"], False), (FORMS["256"], True), (FORMS["192"], False)]
-    from hybridgen.device.program import compile_cubin
-
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda v: compile_cubin(many_rows.defines(*v), "sm_90a", many_rows.PROGRAM), variants))
-    print(f"compiled in {time.perf_counter() - begun:.1f} s", flush=True)
+    variants = [(form, gated) for form in FORMS.values() for gated in (False, True)]
     results: dict[str, Any] = {"benchmark": "many-rows", "checks": [], "repeats": [], "rows": []}
 
-    def take_turns(shape: str, name: str, calls: dict[str, Callable[[], object]], rounds: int) -> None:
-        found: dict[str, list[dict[str, float]]] = {}
-        for _ in range(rounds):
-            for variant, call in calls.items():
-                found.setdefault(variant, []).append(timed(call, arguments.seconds, device))
+    def take_turns(shape: str, name: str, rows: int, gated: bool, seconds: float) -> None:
         outputs, columns = SHAPES[shape][name]
-        work = 2 * arguments.rows * outputs * columns
+        x, w = inputs(rows, outputs, columns)
+        found: dict[str, list[dict[str, float]]] = {}
+        for _ in range(arguments.rounds):
+            for variant, call in calls_of(x, w, gated).items():
+                if variant not in FORMS or good[FORMS[variant], gated]:
+                    found.setdefault(variant, []).append(timed(call, seconds, device))
+        work = 2 * rows * outputs * columns
         for variant, times in found.items():
             row = {key: statistics.mean(time[key] for time in times) for key in times[0]}
-            row |= {"tflops": work / row["us_late"] / 1e6, "tflop_per_joule": work / row["us"] / 1e6 / row["watts"]}
-            results["rows"].append({"shape": shape, "product": name, "variant": variant, **row, "all": times})
+            row["tflops"] = work / row["us_late"] / 1e6
+            facts = {"shape": shape, "product": name, "rows": rows, "gated": gated, "variant": variant}
+            results["rows"].append({**facts, **row, "all": times})
             each = " ".join(f"{time['us_late']:.1f}" for time in times)
             print(
-                f"{shape} {name:<8} {variant:<22} {row['us']:8.1f} us, late {row['us_late']:8.1f} ({each}) "
-                f"{row['tflops']:6.1f} TFLOP/s {row['watts']:4.0f} W ({row['watts_read']:.0f}) {row['mhz']:5.0f} MHz "
-                f"{row['tflop_per_joule']:.3f} TFLOP/J",
+                f"{shape} {name:<8} {rows:5} {variant:<14} {row['us']:8.1f} us, late {row['us_late']:8.1f} ({each}) "
+                f"{row['tflops']:6.1f} TFLOP/s {row['watts_read']:.0f} W {row['mhz']:5.0f} MHz",
                 flush=True,
             )
 
-    def all_of(shape: str, ours: bool) -> None:
-        for name, (outputs, columns) in SHAPES[shape].items():
-            x, w = inputs(arguments.rows, outputs, columns)
-            calls = plain_calls(x, w, arguments.groups, name == "gate_up")
-            if name == "gate_up":
-                calls |= gated_calls(x, w, arguments.groups)
-            fit = {}
-            for variant, call in calls.items():
-                form = FORMS["192" if "192" in variant else "256"]
-                if "ours" not in variant or (ours and good.get((form, "gated" in variant))):
-                    fit[variant] = call
-            take_turns(shape, name, fit, arguments.rounds if ours else 1)
-            torch.cuda.empty_cache()
-
     good: dict[tuple[Form, bool], bool] = {}
-    if not arguments.ours_alone:
-        all_of(arguments.shapes[0], False)  # before anything of ours can go wrong
     for form, gated in variants:
         good[form, gated] = all(check(form, gated, *size) for size in CHECKED)
         if good[form, gated]:
@@ -229,8 +206,13 @@ def main() -> None:
             print(f"{tuple(form)} {gated=}: {other} of {arguments.repeats} with other bits", flush=True)
             results["repeats"].append([list(form), gated, other, arguments.repeats])
         results["checks"].append([list(form), gated, good[form, gated]])
+    if arguments.probe:
+        results["probe"] = probe(device)
     for shape in arguments.shapes:
-        all_of(shape, True)
+        for name in arguments.products:
+            take_turns(shape, name, arguments.rows, False, arguments.seconds)
+        for rows in (arguments.rows, *arguments.fewer):
+            take_turns(shape, "gate_up", rows, True, arguments.seconds if rows == arguments.rows else 0.15)
     report(results, arguments.output)
 
 

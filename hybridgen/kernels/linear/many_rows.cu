@@ -11,11 +11,14 @@ typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
-constexpr int STEP = 64, TALL = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
+constexpr int STEP = 64, TALL = 64 * BLOCKS * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
 constexpr int X_BYTES = TALL * STEP * 2, W_BYTES = WIDE * STEP * 2, STAGE = X_BYTES + W_BYTES;
-constexpr int OUT_WIDE = GATED ? WIDE / 2 : WIDE, BOX = 16 * 128;   // a warp writes boxes of 16 rows and 64 columns
+constexpr int OUT_WIDE = GATED ? WIDE / 2 : WIDE, BOX = 16 * BOX_WIDE * 2;   // a warp writes boxes of 16 rows
 constexpr int OUT_BYTES = 4 * CONSUMERS * BOXES * BOX;
-static_assert(OUT_WIDE % 64 == 0, "whole boxes");
+static_assert(OUT_WIDE % BOX_WIDE == 0, "whole boxes");
+#ifndef PROBE
+#define PROBE 7
+#endif
 
 struct alignas(64) Map { u64 words[16]; };
 struct Arguments {
@@ -110,12 +113,14 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
   }
   cluster_meets();
 
-  const int steps = (g.inputs + STEP - 1) / STEP, down = (g.rows + 2 * TALL - 1) / (2 * TALL), across = (g.outputs + OUT_WIDE - 1) / OUT_WIDE;
+  const int steps = (g.inputs + STEP - 1) / STEP;
+  const int high = SHARES_X ? TALL : 2 * TALL, wide = SHARES_X ? 2 * OUT_WIDE : OUT_WIDE;   // of a cluster's tile
+  const int down = (g.rows + high - 1) / high, across = (g.outputs + wide - 1) / wide;
   const int tiles = down * across, first = blockIdx.x >> 1, apart = gridDim.x >> 1;
   auto place = [&](int tile, int& row, int& column) {   // of the block's part
-    const int top = tile / (g.group * across) * g.group, rest = tile - top * across, high = min(g.group, down - top);
-    row = ((top + rest % high) * 2 + rank) * TALL;
-    column = rest / high;
+    const int top = tile / (g.group * across) * g.group, rest = tile - top * across, most = min(g.group, down - top);
+    row = (top + rest % most) * high + (SHARES_X ? 0 : rank * TALL);
+    column = rest / most * wide + (SHARES_X ? rank * OUT_WIDE : 0);
   };
   int stage = 0;
   u32 parity = 0;
@@ -127,32 +132,41 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
       for (int tile = first; tile < tiles; tile += apart) {
         int row, column;
         place(tile, row, column);
-        const int w_row = GATED ? column * OUT_WIDE + rank * g.outputs : column * WIDE + rank * (WIDE / 2);
+        const int up = GATED ? column + g.outputs : column + WIDE / 2;   // rows of w: the tile's second half
         for (int k = 0; k < steps; k++) {
-          const u32 to = ring + stage * STAGE, barrier = full + 8 * stage;
-          wait_for(empty + 8 * stage, parity ^ 1);
-          expect(barrier, STAGE);
-          copy_in(to, g.x, k * STEP, row, barrier);
-          copy_to_both(to + X_BYTES + rank * (W_BYTES / 2), g.w, k * STEP, w_row, barrier);
+          const u32 to = ring + stage * STAGE, to_w = to + X_BYTES, barrier = full + 8 * stage;
+          if (PROBE & 4) wait_for(empty + 8 * stage, parity ^ 1);
+          if (PROBE & 4) expect(barrier, (PROBE & 1 ? X_BYTES : 0) + (PROBE & 2 ? W_BYTES : 0));
+          if (SHARES_X) {
+            if (PROBE & 1) copy_to_both(to + rank * (X_BYTES / 2), g.x, k * STEP, row + rank * (TALL / 2), barrier);
+            if (PROBE & 2) copy_in(to_w, g.w, k * STEP, column, barrier);
+            if (PROBE & 2) copy_in(to_w + W_BYTES / 2, g.w, k * STEP, up, barrier);
+          } else {
+            if (PROBE & 1) copy_in(to, g.x, k * STEP, row, barrier);
+            if (PROBE & 2) copy_to_both(to_w + rank * (W_BYTES / 2), g.w, k * STEP, rank ? up : column, barrier);
+          }
           next();
         }
       }
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 240 : 160));
-    const int consumer = (warp >> 2) - 1, part = consumer * 4 + (warp & 3);
-    float sums[WIDE / 2];
-    auto release = [&](int s) { if (lane < 2) arrive_at(empty + 8 * s, lane); };
+    const int consumer = (warp >> 2) - 1;
+    float sums[BLOCKS][WIDE / 2];
+    auto release = [&](int s) { if (PROBE & 4 && lane < 2) arrive_at(empty + 8 * s, lane); };
     // Where a lane puts its 16 bytes of a box: matrices of 8 x 8, two below and two beside each other.
-    const u32 box = boxes + part * BOXES * BOX, box_row = lane & 15, place_in_box = box_row * 128;
+    const u32 box = boxes + (warp - 4) * BOXES * BOX, box_row = lane & 15, place_in_box = box_row * BOX_WIDE * 2;
+    const u32 swizzle = BOX_WIDE == 64 ? box_row & 7 : box_row >> 1 & 3;
     int turn = 0;
     for (int tile = first; tile < tiles; tile += apart) {
       int last = 0;
       for (int k = 0; k < steps; k++) {
-        wait_for(full + 8 * stage, parity);
-        const u64 x = described(ring + stage * STAGE + consumer * (64 * STEP * 2)), w = described(ring + stage * STAGE + X_BYTES);
+        if (PROBE & 4) wait_for(full + 8 * stage, parity);
+        const u64 x = described(ring + stage * STAGE + consumer * BLOCKS * (64 * STEP * 2)), w = described(ring + stage * STAGE + X_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        UNROLL for (int i = 0; i < 4; i++) multiply(sums, x + 2 * i, w + 2 * i, k + i);
+        UNROLL for (int i = 0; i < 4; i++) {
+          UNROLL for (int b = 0; b < BLOCKS; b++) multiply(sums[b], x + b * (64 * STEP * 2 >> 4) + 2 * i, w + 2 * i, k + i);
+        }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         if (k) {
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
@@ -162,32 +176,33 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         next();
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-      UNROLL for (int i = 0; i < WIDE / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");
+      UNROLL for (int b = 0; b < BLOCKS; b++) UNROLL for (int i = 0; i < WIDE / 2; i++) asm volatile("" : "+f"(sums[b][i])::"memory");
       release(last);
 
       int row, column;
       place(tile, row, column);
-      row += part * 16;
-      column *= OUT_WIDE;
-      UNROLL for (int b = 0; b < OUT_WIDE / 64; b++) {
-        if (lane == 0) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BOXES - 1) : "memory");
-        __syncwarp();
-        const u32 to = box + turn * BOX + place_in_box;
-        UNROLL for (int i = 0; i < 4; i++) {   // 16 columns each
-          const int at = b * 32 + i * 8;
-          u32 r[4];
-          UNROLL for (int j = 0; j < 4; j++) {
-            const float low = sums[at + 2 * j], high = sums[at + 2 * j + 1];
-            if constexpr (GATED) r[j] = pair(gated(low, sums[WIDE / 4 + at + 2 * j]), gated(high, sums[WIDE / 4 + at + 2 * j + 1]));
-            else r[j] = pair(low, high);
+      row += (consumer * BLOCKS * 4 + (warp & 3)) * 16;
+      UNROLL for (int m = 0; m < BLOCKS; m++) {
+        UNROLL for (int b = 0; b < OUT_WIDE / BOX_WIDE; b++) {
+          if (lane == 0) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(BOXES - 1) : "memory");
+          __syncwarp();
+          const u32 to = box + turn * BOX + place_in_box;
+          UNROLL for (int i = 0; i < BOX_WIDE / 16; i++) {   // 16 columns each
+            const int at = b * (BOX_WIDE / 2) + i * 8;
+            u32 r[4];
+            UNROLL for (int j = 0; j < 4; j++) {
+              const float low = sums[m][at + 2 * j], high = sums[m][at + 2 * j + 1];
+              if constexpr (GATED) r[j] = pair(gated(low, sums[m][WIDE / 4 + at + 2 * j]), gated(high, sums[m][WIDE / 4 + at + 2 * j + 1]));
+              else r[j] = pair(low, high);
+            }
+            const u32 chunk = (2 * i + (lane >> 4)) ^ swizzle;
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + chunk * 16), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
           }
-          const u32 chunk = (2 * i + (lane >> 4)) ^ (box_row & 7);
-          asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + chunk * 16), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+          __syncwarp();
+          if (lane == 0) copy_out(g.out, column + b * BOX_WIDE, row + m * 64, box + turn * BOX);
+          if (++turn == BOXES) turn = 0;
         }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncwarp();
-        if (lane == 0) copy_out(g.out, column + b * 64, row, box + turn * BOX);
-        if (++turn == BOXES) turn = 0;
       }
     }
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

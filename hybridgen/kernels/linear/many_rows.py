@@ -18,7 +18,6 @@ from hybridgen.kernels.linear.hopper import is_hopper, loaded
 
 PROGRAM = Program((__package__ or "",), "many_rows.cu", (), "many_rows")
 _STEP = 64
-_BOX = (64, 16)
 
 
 class Form(NamedTuple):
@@ -26,13 +25,19 @@ class Form(NamedTuple):
 
     consumers: int = 2
     """Groups of four warps that multiply, 64 rows each."""
+    blocks: int = 1
+    """64 rows of each group."""
     wide: int = 256
     """Columns of a tile."""
     stages: int = 4
     boxes: int = 2
     """Of 16 x 64 outputs, for each warp, on their way out."""
+    box_wide: int = 64
+    shares_x: bool = False
+    """Whether two blocks make tiles side by side, with the same rows of x; else one above the other."""
     group: int = 8
     """Rows of pairs of tiles that are taken together."""
+    probe: int = 7
 
 
 FORM = Form()
@@ -55,9 +60,13 @@ class Arguments(ctypes.Structure):
 def defines(form: Form, gated: bool) -> dict[str, int]:
     """Constants of `many_rows.cu`."""
     return {
+        "BLOCKS": form.blocks,
         "BOXES": form.boxes,
+        "BOX_WIDE": form.box_wide,
         "CONSUMERS": form.consumers,
         "GATED": int(gated),
+        "PROBE": form.probe,
+        "SHARES_X": int(form.shares_x),
         "STAGES": form.stages,
         "WIDE": form.wide,
     }
@@ -65,8 +74,8 @@ def defines(form: Form, gated: bool) -> dict[str, int]:
 
 def shared_bytes(form: Form) -> int:
     """Shared memory of a block."""
-    stage = (64 * form.consumers + form.wide) * _STEP * 2
-    return form.stages * stage + 4 * form.consumers * form.boxes * _BOX[0] * _BOX[1] * 2 + 16 * form.stages
+    stage = (64 * form.blocks * form.consumers + form.wide) * _STEP * 2
+    return form.stages * (stage + 16) + 4 * form.consumers * form.boxes * form.box_wide * 16 * 2
 
 
 def _kernel(form: Form, gated: bool, ordinal: int) -> Kernel | None:
@@ -78,6 +87,7 @@ def _kernel(form: Form, gated: bool, ordinal: int) -> Kernel | None:
 def _map(pointer: int, rows: int, columns: int, box: tuple[int, int]) -> _Map:
     """How the copy engine sees a matrix of 16-bit numbers, in boxes of (columns, rows)."""
     driver = driver_module()
+    swizzle = f"CU_TENSOR_MAP_SWIZZLE_{box[0] * 2}B"
     encoded = driver_call(
         "cuTensorMapEncodeTiled",
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -88,7 +98,7 @@ def _map(pointer: int, rows: int, columns: int, box: tuple[int, int]) -> _Map:
         [driver.cuuint32_t(each) for each in box],
         [driver.cuuint32_t(1)] * 2,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        getattr(driver.CUtensorMapSwizzle, swizzle),
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
@@ -122,13 +132,13 @@ def product(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False, form: F
     device = device_of(x)
     kernel = _kernel(form, gated, device.ordinal)
     assert kernel is not None
-    tall = 64 * form.consumers
+    tall, out_wide = 64 * form.blocks * form.consumers, form.wide // 2 if gated else form.wide
     arguments = Arguments(
-        _map(x.data_ptr(), rows, inputs, (_STEP, tall)),
+        _map(x.data_ptr(), rows, inputs, (_STEP, tall // 2 if form.shares_x else tall)),
         _map(weight.data_ptr(), weight.shape[0], inputs, (_STEP, form.wide // 2)),
-        _map(out.data_ptr(), rows, outputs, _BOX),
+        _map(out.data_ptr(), rows, outputs, (form.box_wide, 16)),
         rows, outputs, inputs, form.group,
     )  # fmt: skip
-    tiles = -(-rows // (2 * tall)) * -(-outputs // (form.wide // 2 if gated else form.wide))
+    tiles = -(-rows // (tall if form.shares_x else 2 * tall)) * -(-outputs // (out_wide * (1 + form.shares_x)))
     stream = torch.cuda.current_stream(x.device).cuda_stream
     kernel.launch_any(2 * min(device.processors // 2, tiles), 128 * (form.consumers + 1), arguments, stream)
