@@ -32,6 +32,7 @@ SHAPES = {
 FORMS = {
     "128x256": Form(),
     "128x256 side": Form(shares_x=True, group=16),
+    "192x256 side": Form(consumers=3, producer=False, stages=3, shares_x=True, group=11),
     "256x192 side": Form(blocks=2, wide=192, stages=3, box_wide=32, shares_x=True),
 }
 CHECKED = [(1, 256, 64), (130, 512, 256), (129, 320, 72), (2049, 6144, 4096), (8191, 4096, 4096), (700, 14336, 4096)]
@@ -165,10 +166,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--products", nargs="*", default=["qkv", "o", "down"])
     parser.add_argument("--fewer", nargs="*", type=int, default=[512, 1024, 2048])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--probe", action="store_true")
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    for name in set(FORMS) - set(arguments.forms):
+        del FORMS[name]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     pynvml.nvmlInit()

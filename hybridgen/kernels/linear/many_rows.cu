@@ -11,7 +11,7 @@ typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
-constexpr int STEP = 64, TALL = 64 * BLOCKS * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
+constexpr int STEP = 64, TALL = 64 * BLOCKS * CONSUMERS, THREADS = 128 * (CONSUMERS + PRODUCER);
 constexpr int X_BYTES = TALL * STEP * 2, W_BYTES = WIDE * STEP * 2, STAGE = X_BYTES + W_BYTES;
 constexpr int OUT_WIDE = GATED ? WIDE / 2 : WIDE, BOX = 16 * BOX_WIDE * 2;   // a warp writes boxes of 16 rows
 constexpr int OUT_BYTES = 4 * CONSUMERS * BOXES * BOX;
@@ -125,37 +125,47 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
   int stage = 0;
   u32 parity = 0;
   auto next = [&] { if (++stage == STAGES) { stage = 0; parity ^= 1; } };
-
-  if (warp < 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 24 : 32));
-    if (threadIdx.x == 0) {
-      for (int tile = first; tile < tiles; tile += apart) {
-        int row, column;
-        place(tile, row, column);
-        const int up = GATED ? column + g.outputs : column + WIDE / 2;   // rows of w: the tile's second half
-        for (int k = 0; k < steps; k++) {
-          const u32 to = ring + stage * STAGE, to_w = to + X_BYTES, barrier = full + 8 * stage;
-          if (PROBE & 4) wait_for(empty + 8 * stage, parity ^ 1);
-          if (PROBE & 4) expect(barrier, (PROBE & 1 ? X_BYTES : 0) + (PROBE & 2 ? W_BYTES : 0));
-          if (SHARES_X) {
-            if (PROBE & 1) copy_to_both(to + rank * (X_BYTES / 2), g.x, k * STEP, row + rank * (TALL / 2), barrier);
-            if (PROBE & 2) copy_in(to_w, g.w, k * STEP, column, barrier);
-            if (PROBE & 2) copy_in(to_w + W_BYTES / 2, g.w, k * STEP, up, barrier);
-          } else {
-            if (PROBE & 1) copy_in(to, g.x, k * STEP, row, barrier);
-            if (PROBE & 2) copy_to_both(to_w + rank * (W_BYTES / 2), g.w, k * STEP, rank ? up : column, barrier);
-          }
-          next();
-        }
-      }
+  // One thread's: what is copied next.
+  int tile_in = first, k_in = 0, stage_in = 0, row_in, column_in;
+  u32 parity_in = 1;
+  place(first, row_in, column_in);
+  auto copy_step = [&] {
+    const u32 to = ring + stage_in * STAGE, to_w = to + X_BYTES, barrier = full + 8 * stage_in;
+    const int up = GATED ? column_in + g.outputs : column_in + WIDE / 2;   // rows of w: the tile's second half
+    if (PROBE & 4) wait_for(empty + 8 * stage_in, parity_in);
+    if (PROBE & 4) expect(barrier, (PROBE & 1 ? X_BYTES : 0) + (PROBE & 2 ? W_BYTES : 0));
+    if (SHARES_X) {
+      if (PROBE & 1) copy_to_both(to + rank * (X_BYTES / 2), g.x, k_in, row_in + rank * (TALL / 2), barrier);
+      if (PROBE & 2) copy_in(to_w, g.w, k_in, column_in, barrier);
+      if (PROBE & 2) copy_in(to_w + W_BYTES / 2, g.w, k_in, up, barrier);
+    } else {
+      if (PROBE & 1) copy_in(to, g.x, k_in, row_in, barrier);
+      if (PROBE & 2) copy_to_both(to_w + rank * (W_BYTES / 2), g.w, k_in, rank ? up : column_in, barrier);
     }
+    if (++stage_in == STAGES) { stage_in = 0; parity_in ^= 1; }
+    if ((k_in += STEP) >= g.inputs) {
+      k_in = 0;
+      tile_in += apart;
+      if (tile_in < tiles) place(tile_in, row_in, column_in);
+    }
+  };
+
+  if (PRODUCER && warp < 4) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 24 : 32));
+    if (threadIdx.x == 0) while (tile_in < tiles) copy_step();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 240 : 160));
-    const int consumer = (warp >> 2) - 1;
+    if constexpr (PRODUCER) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 240 : 160));
+    const int consumer = (warp >> 2) - PRODUCER;
+    auto copy_more = [&](int count) {
+      if (PRODUCER || warp) return;
+      if (lane == 0) for (int i = 0; i < count && tile_in < tiles; i++) copy_step();
+      __syncwarp();
+    };
+    copy_more(STAGES);
     float sums[BLOCKS][WIDE / 2];
     auto release = [&](int s) { if (PROBE & 4 && lane < 2) arrive_at(empty + 8 * s, lane); };
     // Where a lane puts its 16 bytes of a box: matrices of 8 x 8, two below and two beside each other.
-    const u32 box = boxes + (warp - 4) * BOXES * BOX, box_row = lane & 15, place_in_box = box_row * BOX_WIDE * 2;
+    const u32 box = boxes + (warp - 4 * PRODUCER) * BOXES * BOX, box_row = lane & 15, place_in_box = box_row * BOX_WIDE * 2;
     const u32 swizzle = BOX_WIDE == 64 ? box_row & 7 : box_row >> 1 & 3;
     int turn = 0;
     for (int tile = first; tile < tiles; tile += apart) {
@@ -171,6 +181,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
         if (k) {
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
           release(last);
+          copy_more(1);
         }
         last = stage;
         next();
@@ -204,6 +215,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
           if (++turn == BOXES) turn = 0;
         }
       }
+      copy_more(1);
     }
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }

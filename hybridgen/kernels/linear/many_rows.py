@@ -24,7 +24,9 @@ class Form(NamedTuple):
     """How the kernel is compiled, and in which order it takes its tiles."""
 
     consumers: int = 2
-    """Groups of four warps that multiply, 64 rows each."""
+    """Groups of four warps that multiply."""
+    producer: bool = True
+    """Whether another group copies; else a thread of the first that multiplies."""
     blocks: int = 1
     """64 rows of each group."""
     wide: int = 256
@@ -66,6 +68,7 @@ def defines(form: Form, gated: bool) -> dict[str, int]:
         "CONSUMERS": form.consumers,
         "GATED": int(gated),
         "PROBE": form.probe,
+        "PRODUCER": int(form.producer),
         "SHARES_X": int(form.shares_x),
         "STAGES": form.stages,
         "WIDE": form.wide,
@@ -141,4 +144,4 @@ def product(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False, form: F
     )  # fmt: skip
     tiles = -(-rows // (tall if form.shares_x else 2 * tall)) * -(-outputs // (out_wide * (1 + form.shares_x)))
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch_any(2 * min(device.processors // 2, tiles), 128 * (form.consumers + 1), arguments, stream)
+    kernel.launch_any(2 * min(device.processors // 2, tiles), 128 * (form.consumers + form.producer), arguments, stream)
