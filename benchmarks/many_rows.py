@@ -29,11 +29,16 @@ SHAPES = {
     "llama-3.1-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
     "llama-3.2-1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
 }
+_LARGE: dict[str, Any] = {"blocks": 2, "wide": 192, "stages": 3, "box_wide": 32}
+_ALONE: dict[str, Any] = {"consumers": 3, "producer": False, "stages": 3}
 FORMS = {
-    "128x256": Form(),
-    "128x256 side": Form(shares_x=True, group=16),
-    "192x256 side": Form(consumers=3, producer=False, stages=3, shares_x=True, group=11),
-    "256x192 side": Form(blocks=2, wide=192, stages=3, box_wide=32, shares_x=True),
+    "128x256 2x1": Form(),
+    "128x256 4x1": Form(down=4),
+    "128x256 2x2": Form(across=2),
+    "256x192 1x2": Form(**_LARGE, down=1, across=2),
+    "256x192 2x2": Form(**_LARGE, across=2),
+    "192x256 1x2": Form(**_ALONE, down=1, across=2),
+    "192x256 2x2": Form(**_ALONE, across=2),
 }
 CHECKED = [(1, 256, 64), (130, 512, 256), (129, 320, 72), (2049, 6144, 4096), (8191, 4096, 4096), (700, 14336, 4096)]
 
@@ -162,13 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b"])
     parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--seconds", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--products", nargs="*", default=["qkv", "o", "down"])
-    parser.add_argument("--fewer", nargs="*", type=int, default=[512, 1024, 2048])
+    parser.add_argument("--fewer", nargs="*", type=int, default=[1024])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--probe", action="store_true")
-    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     for name in set(FORMS) - set(arguments.forms):

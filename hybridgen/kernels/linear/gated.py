@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybridgen.kernels.attention.ops import on_device_of
 
-LEAST_ROWS = 2048
+LEAST_ROWS = 1024
 """From which on the kernel is used."""
 
 _library = torch.library.Library("hybridgen", "FRAGMENT")

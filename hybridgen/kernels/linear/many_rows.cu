@@ -13,6 +13,10 @@ typedef unsigned long long u64;
 
 constexpr int STEP = 64, TALL = 64 * BLOCKS * CONSUMERS, THREADS = 128 * (CONSUMERS + PRODUCER);
 constexpr int X_BYTES = TALL * STEP * 2, W_BYTES = WIDE * STEP * 2, STAGE = X_BYTES + W_BYTES;
+constexpr int CLUSTER = DOWN * ACROSS, SHARERS = DOWN + ACROSS - 1;   // blocks of a cluster; those that share x or w with one
+constexpr u32 COLUMN = DOWN == 1 ? 1 : DOWN == 2 ? 1 | 1 << ACROSS : 1 | 1 << ACROSS | 1 << 2 * ACROSS | 1 << 3 * ACROSS;
+static_assert(DOWN == 1 || DOWN == 2 || DOWN == 4, "blocks one above the other");
+constexpr int X_PART = TALL / ACROSS, W_PART = WIDE / (DOWN == 1 ? 2 : DOWN);   // rows of a copy
 constexpr int OUT_WIDE = GATED ? WIDE / 2 : WIDE, BOX = 16 * BOX_WIDE * 2;   // a warp writes boxes of 16 rows
 constexpr int OUT_BYTES = 4 * CONSUMERS * BOXES * BOX;
 static_assert(OUT_WIDE % BOX_WIDE == 0, "whole boxes");
@@ -44,9 +48,9 @@ DEVICE void copy_in(u32 to, const Map& map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
     ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row) : "memory");
 }
-DEVICE void copy_to_both(u32 to, const Map& map, int column, int row, u32 barrier) {
+DEVICE void copy_to_all(u32 to, const Map& map, int column, int row, u32 barrier, u16 blocks) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
-    ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"((u16)3) : "memory");
+    ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(blocks) : "memory");
 }
 DEVICE void copy_out(const Map& map, int column, int row, u32 from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;"
@@ -99,28 +103,28 @@ DEVICE float gated(float gate, float up) {   // both rounded to bfloat16 first, 
   return __fdividef(g, 1.f + __expf(-g)) * u;
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) many_rows(const __grid_constant__ Arguments g) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) many_rows(const __grid_constant__ Arguments g) {
   extern __shared__ __align__(1024) char shared[];
   const u32 ring = address(shared), boxes = ring + STAGES * STAGE, full = boxes + OUT_BYTES, empty = full + 8 * STAGES;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  const u32 rank = rank_in_cluster();
+  const u32 rank = rank_in_cluster(), below = rank / ACROSS, beside = rank % ACROSS;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_begins(full + 8 * s, 1);
-      barrier_begins(empty + 8 * s, 2 * 4 * CONSUMERS);   // each warp of both blocks
+      barrier_begins(empty + 8 * s, SHARERS * 4 * CONSUMERS);   // each warp of those that share
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_meets();
 
   const int steps = (g.inputs + STEP - 1) / STEP;
-  const int high = SHARES_X ? TALL : 2 * TALL, wide = SHARES_X ? 2 * OUT_WIDE : OUT_WIDE;   // of a cluster's tile
+  constexpr int high = DOWN * TALL, wide = ACROSS * OUT_WIDE;   // of a cluster's tile
   const int down = (g.rows + high - 1) / high, across = (g.outputs + wide - 1) / wide;
-  const int tiles = down * across, first = blockIdx.x >> 1, apart = gridDim.x >> 1;
+  const int tiles = down * across, first = blockIdx.x / CLUSTER, apart = gridDim.x / CLUSTER;
   auto place = [&](int tile, int& row, int& column) {   // of the block's part
     const int top = tile / (g.group * across) * g.group, rest = tile - top * across, most = min(g.group, down - top);
-    row = (top + rest % most) * high + (SHARES_X ? 0 : rank * TALL);
-    column = rest / most * wide + (SHARES_X ? rank * OUT_WIDE : 0);
+    row = (top + rest % most) * high + below * TALL;
+    column = rest / most * wide + beside * OUT_WIDE;
   };
   int stage = 0;
   u32 parity = 0;
@@ -131,16 +135,19 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
   place(first, row_in, column_in);
   auto copy_step = [&] {
     const u32 to = ring + stage_in * STAGE, to_w = to + X_BYTES, barrier = full + 8 * stage_in;
-    const int up = GATED ? column_in + g.outputs : column_in + WIDE / 2;   // rows of w: the tile's second half
     if (PROBE & 4) wait_for(empty + 8 * stage_in, parity_in);
     if (PROBE & 4) expect(barrier, (PROBE & 1 ? X_BYTES : 0) + (PROBE & 2 ? W_BYTES : 0));
-    if (SHARES_X) {
-      if (PROBE & 1) copy_to_both(to + rank * (X_BYTES / 2), g.x, k_in, row_in + rank * (TALL / 2), barrier);
-      if (PROBE & 2) copy_in(to_w, g.w, k_in, column_in, barrier);
-      if (PROBE & 2) copy_in(to_w + W_BYTES / 2, g.w, k_in, up, barrier);
-    } else {
-      if (PROBE & 1) copy_in(to, g.x, k_in, row_in, barrier);
-      if (PROBE & 2) copy_to_both(to_w + rank * (W_BYTES / 2), g.w, k_in, rank ? up : column_in, barrier);
+    if (PROBE & 1) {
+      if (ACROSS == 1) copy_in(to, g.x, k_in, row_in, barrier);
+      else copy_to_all(to + beside * X_PART * STEP * 2, g.x, k_in, row_in + beside * X_PART, barrier, ((1 << ACROSS) - 1) << below * ACROSS);
+    }
+    if (PROBE & 2) {
+      UNROLL for (int i = 0; i < (DOWN == 1 ? 2 : 1); i++) {
+        const int part = (DOWN == 1 ? i : below) * W_PART;
+        const int from = column_in + part + (GATED && part >= WIDE / 2 ? g.outputs - WIDE / 2 : 0);   // up is behind all of gate
+        if (DOWN == 1) copy_in(to_w + part * STEP * 2, g.w, k_in, from, barrier);
+        else copy_to_all(to_w + part * STEP * 2, g.w, k_in, from, barrier, COLUMN << beside);
+      }
     }
     if (++stage_in == STAGES) { stage_in = 0; parity_in ^= 1; }
     if ((k_in += STEP) >= g.inputs) {
@@ -163,7 +170,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     };
     copy_more(STAGES);
     float sums[BLOCKS][WIDE / 2];
-    auto release = [&](int s) { if (PROBE & 4 && lane < 2) arrive_at(empty + 8 * s, lane); };
+    // Those in its row, then the others in its column.
+    const u32 sharer = lane < ACROSS ? below * ACROSS + lane : (lane - ACROSS + (lane - ACROSS >= (int)below)) * ACROSS + beside;
+    auto release = [&](int s) { if (PROBE & 4 && lane < SHARERS) arrive_at(empty + 8 * s, sharer); };
     // Where a lane puts its 16 bytes of a box: matrices of 8 x 8, two below and two beside each other.
     const u32 box = boxes + (warp - 4 * PRODUCER) * BOXES * BOX, box_row = lane & 15, place_in_box = box_row * BOX_WIDE * 2;
     const u32 swizzle = BOX_WIDE == 64 ? box_row & 7 : box_row >> 1 & 3;

@@ -35,10 +35,12 @@ class Form(NamedTuple):
     boxes: int = 2
     """Of 16 x 64 outputs, for each warp, on their way out."""
     box_wide: int = 64
-    shares_x: bool = False
-    """Whether two blocks make tiles side by side, with the same rows of x; else one above the other."""
-    group: int = 8
-    """Rows of pairs of tiles that are taken together."""
+    down: int = 2
+    """Blocks of a cluster one above the other, which share columns of the weight."""
+    across: int = 1
+    """Blocks of a cluster side by side, which share rows of x."""
+    group: int = 2048
+    """Rows that are taken together, about."""
     probe: int = 7
 
 
@@ -62,14 +64,15 @@ class Arguments(ctypes.Structure):
 def defines(form: Form, gated: bool) -> dict[str, int]:
     """Constants of `many_rows.cu`."""
     return {
+        "ACROSS": form.across,
         "BLOCKS": form.blocks,
         "BOXES": form.boxes,
         "BOX_WIDE": form.box_wide,
         "CONSUMERS": form.consumers,
+        "DOWN": form.down,
         "GATED": int(gated),
         "PROBE": form.probe,
         "PRODUCER": int(form.producer),
-        "SHARES_X": int(form.shares_x),
         "STAGES": form.stages,
         "WIDE": form.wide,
     }
@@ -137,11 +140,12 @@ def product(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False, form: F
     assert kernel is not None
     tall, out_wide = 64 * form.blocks * form.consumers, form.wide // 2 if gated else form.wide
     arguments = Arguments(
-        _map(x.data_ptr(), rows, inputs, (_STEP, tall // 2 if form.shares_x else tall)),
-        _map(weight.data_ptr(), weight.shape[0], inputs, (_STEP, form.wide // 2)),
+        _map(x.data_ptr(), rows, inputs, (_STEP, tall // form.across)),
+        _map(weight.data_ptr(), weight.shape[0], inputs, (_STEP, form.wide // max(2, form.down))),
         _map(out.data_ptr(), rows, outputs, (form.box_wide, 16)),
-        rows, outputs, inputs, form.group,
+        rows, outputs, inputs, max(1, form.group // (tall * form.down)),
     )  # fmt: skip
-    tiles = -(-rows // (tall if form.shares_x else 2 * tall)) * -(-outputs // (out_wide * (1 + form.shares_x)))
+    cluster, threads = form.down * form.across, 128 * (form.consumers + form.producer)
+    tiles = -(-rows // (tall * form.down)) * -(-outputs // (out_wide * form.across))
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch_any(2 * min(device.processors // 2, tiles), 128 * (form.consumers + form.producer), arguments, stream)
+    kernel.launch_any(cluster * min(kernel.clusters(cluster, threads), tiles), threads, arguments, stream)
