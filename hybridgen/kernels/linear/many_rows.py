@@ -44,7 +44,7 @@ class Form(NamedTuple):
     probe: int = 7
 
 
-FORM = Form()
+FORM = Form(blocks=2, wide=192, stages=3, box_wide=32, down=1, across=2)
 
 
 class _Map(ctypes.Structure):
