@@ -10,8 +10,9 @@ Parts, each for the shapes of `--models`:
   same run. Inputs are taken in turn, so that no cache holds them. Results are compared.
 - `tune`: our op with other launch options.
 - `calls`: one-token calls for 64 and 256 prompts of 512 random ids by an engine in mode `hybrid`: wall time, and the
-  time of each kernel in one of them, by torch's profiler. `launched` is without prefill graphs, `apart` also without
-  the op for heads, `small` has layers that were shown 7 tokens, too. Layers are compiled anew for each.
+  time of each kernel in one of them, by torch's profiler. `gates apart` is without the op for gate and up, `launched`
+  without prefill graphs, `apart` also without the op for heads, `small` has layers that were shown 7 tokens, too.
+  Layers are compiled anew for each.
 
     python benchmarks/prefill_kernels.py --models qwen3-0.6b llama-3.2-1b llama-3.1-8b [--output results.json]
     python benchmarks/prefill_kernels.py --smoke          # tiny, anywhere
@@ -50,13 +51,14 @@ from hybridgen.engine.builder import Builder
 from hybridgen.execution import warm_up
 from hybridgen.kernels.attention.ops import Places, write_kv
 from hybridgen.kernels.attention.rotary import HeadNorms, rotate_and_write
+from hybridgen.models import gated
 
 PAGE, PROMPT = 64, 512
 SHOWN = {"small": 7, "large": 4099}
 """Tokens that Inductor is shown."""
 TURNS = 400 * 2**20
 """Bytes of inputs that are taken in turn."""
-VARIANTS = ("as it is", "launched", "apart", "small")
+VARIANTS = ("as it is", "gates apart", "launched", "apart", "small")
 
 
 class Heads(NamedTuple):
@@ -264,12 +266,14 @@ def calls(
     name: str, device: str, variant: str, batches: list[int], prompt: int, repeats: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """A row of part `calls`."""
-    shown, rotates = warm_up.shown_sizes, Builder._rotates_in_one_op
+    shown, rotates, has_kernel = warm_up.shown_sizes, Builder._rotates_in_one_op, gated.has_kernel
     if variant == "small":
         warm_up.shown_sizes = lambda runner: (warm_up.WARM_UP_RUN, warm_up.WARM_UP_ROWS)
-    if variant != "as it is":
+    if variant == "gates apart":
+        gated.has_kernel = lambda weight: False
+    if variant not in ("as it is", "gates apart"):
         options = {**options, "prefill_buckets": []}
-    if variant not in ("as it is", "launched"):
+    if variant not in ("as it is", "gates apart", "launched"):
         Builder._rotates_in_one_op = lambda self: False  # type: ignore[method-assign]
     row: dict[str, Any] = {"model": name, "variant": variant, "prompt": prompt}
     seeds = iter(range(1000))
@@ -294,6 +298,7 @@ def calls(
             row["how"] = how_it_ran(engine)
     finally:
         warm_up.shown_sizes = shown
+        gated.has_kernel = has_kernel
         Builder._rotates_in_one_op = rotates  # type: ignore[method-assign]
     release()
     return row

@@ -13,6 +13,7 @@ from hybridgen.device.capture import CAPTURING
 from hybridgen.errors import OutOfMemoryError
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.loading.adapters import Adapters
+from hybridgen.models.gated import allow_gated_op, use_own_gate
 from hybridgen.models.rotating import allow_one_op, use_own_rotation
 from hybridgen.models.twin import Changes, has_global_hooks
 
@@ -88,7 +89,9 @@ def _adapt(
             runner.graphs.suspend(why)
     if changes.settings:  # such as those that were taken to be constants
         use_own_rotation(runner.bound)
+        use_own_gate(runner.bound)
     allow_one_op(runner.bound, why is None)
+    allow_gated_op(runner.bound, why is None)
     if runner.compiled is not None:
         runner.compiled.route()
         if changes.settings:

@@ -9,7 +9,7 @@ from hybridgen.device import program
 from hybridgen.device.launcher import Device
 from hybridgen.kernels.attention import streamed
 from hybridgen.kernels.attention.common import Heads, heads_of
-from hybridgen.kernels.linear import experts_one, int4_few
+from hybridgen.kernels.linear import experts_one, int4_few, many_rows
 from hybridgen.kernels.linear.experts_form import Form, Projection
 
 
@@ -78,11 +78,20 @@ def test_other_heads_are_not_streamed(heads: Heads, monkeypatch: pytest.MonkeyPa
     assert not streamed.takes(heads, device)
 
 
+@needs_compiler
+@pytest.mark.parametrize("gated", [True, False])
+def test_products_of_many_rows_compile(gated: bool) -> None:
+    cubin = program.compile_cubin(many_rows.defines(many_rows.FORM, gated), "sm_90a", many_rows.PROGRAM)
+    assert many_rows.PROGRAM.kernel.encode() in cubin
+    assert many_rows.shared_bytes(many_rows.FORM) <= 227 * 2**10
+
+
 def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4_few, "IS_ON", True)
     monkeypatch.setattr(experts_one, "IS_ON", True)
     x, data = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(64, 32, dtype=torch.int32)
     assert not int4_few.takes(x, data, torch.zeros(64, 2, dtype=torch.bfloat16), 128)
+    assert not many_rows.serves(torch.zeros(64, 64, dtype=torch.bfloat16), True)
     codes, scales = torch.zeros(4, 64, 16, dtype=torch.uint8), torch.zeros(4, 64, 4, dtype=torch.uint8)
     part = Projection(codes, scales)
     inputs, out = torch.zeros(1, 512, dtype=torch.float16), torch.zeros(2, 32)

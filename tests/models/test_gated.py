@@ -1,0 +1,202 @@
+"""MLPs whose gate and up are one op in prefill, and for which modules that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import families
+import pytest
+import torch
+from runners import free_runner, make_runner
+from torch import Tensor
+
+from hybridgen.execution import ModelRunner
+from hybridgen.execution.following import begin_call
+from hybridgen.execution.plan import PrefillChunk
+from hybridgen.execution.warm_up import compile_layers
+from hybridgen.graphs.key import GraphKey
+from hybridgen.models import gated
+from hybridgen.models.gated import GatedMlp, use_gated_op, use_own_gate
+from hybridgen.models.projections import fuse_projections
+from hybridgen.models.twin import Changes
+
+
+@pytest.fixture
+def runner_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModelRunner]]:
+    """Makes runners on models whose projections are joined."""
+    build = families.build
+    made: list[ModelRunner] = []
+
+    def joined(name: str, **changes: int) -> Any:
+        model = build(name, **changes)
+        fuse_projections(model)
+        return model
+
+    def make(name: str, **options: Any) -> ModelRunner:
+        made.append(make_runner(name, **options))
+        return made[-1]
+
+    monkeypatch.setattr(families, "build", joined)
+    yield make
+    for runner in made:
+        free_runner(runner)
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that has the kernel, with the reference in its place."""
+    monkeypatch.setattr(gated, "has_kernel", lambda weight: True)
+    monkeypatch.setattr(gated, "_problem", lambda weight, rows: None)
+
+
+@pytest.fixture
+def rows_of_op(serving: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each call of the op."""
+    found: list[int] = []
+    own = gated.gated_rows
+
+    def counted(rows: Tensor, weight: Tensor) -> Tensor:
+        found.append(rows.shape[0])
+        return own(rows, weight)
+
+    monkeypatch.setattr(gated, "gated_rows", counted)
+    return found
+
+
+def _use(runner: ModelRunner) -> int:
+    return use_gated_op(runner.bound, runner.steps.metadata, 64, pytest.fail)
+
+
+def _prefill(runner: ModelRunner, sizes: tuple[int, ...] = (20, 9)) -> Tensor:
+    runner.steps.keep_logits()
+    chunks = []
+    for slot, count in enumerate(sizes):
+        runner.state.block_table.assign(slot, [1 + 2 * slot, 2 + 2 * slot])
+        ids = [(17 * i + 3 * slot) % families.VOCAB for i in range(count)]
+        chunks.append(PrefillChunk(slot, ids, 0, count, 0, True))
+    key = GraphKey.prefill(sum(sizes), len(sizes), None)
+    runner.steps.stage_prefill(chunks, key.tokens, key.rows)
+    with torch.inference_mode():
+        runner.steps.run(key)
+    assert runner.steps.logits is not None
+    return runner.steps.logits[: key.rows].clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("llama", 4),
+        ("qwen3", 4),
+        ("mistral", 4),
+        ("gemma2", 0),  # gates by GELU
+        ("phi3", 0),  # has gate and up in one projection of its own
+        ("gpt_oss", 0),
+    ],
+)
+def test_which_modules_are_proved(
+    name: str, found: int, runner_of: Callable[..., ModelRunner], rows_of_op: list[int]
+) -> None:
+    runner = runner_of(name)
+    own = _prefill(runner)
+    kinds = [type(module) for module in runner.bound.model.modules()]
+    assert _use(runner) == found
+    assert sum(isinstance(module, GatedMlp) for module in runner.bound.model.modules()) == found
+    rows_of_op.clear()
+    torch.testing.assert_close(_prefill(runner), own, rtol=1e-5, atol=1e-5)
+    assert rows_of_op == [29] * found
+    use_own_gate(runner.bound)
+    assert [type(module) for module in runner.bound.model.modules()] == kinds
+    assert not any(
+        "_hybridgen" in vars(module) for module in runner.bound.model.modules() if hasattr(module, "up_proj")
+    )
+
+
+def test_decode_runs_the_modules_own_forward(runner_of: Callable[..., ModelRunner], rows_of_op: list[int]) -> None:
+    runner = runner_of("llama")
+    assert _use(runner) == 4
+    _prefill(runner)
+    rows_of_op.clear()
+    runner.state.table[:, :2] = torch.tensor([[7, 9], [20, 9], [1, 1]])
+    runner.steps.stage_decode((1, 0))
+    with torch.inference_mode():
+        runner.steps.run(GraphKey.decode(2, None))
+    assert rows_of_op == []
+
+
+def test_it_compiles_as_one_graph(runner_of: Callable[..., ModelRunner], serving: None) -> None:
+    plain = runner_of("llama", compile_backend="aot_eager")
+    compile_layers(plain)
+    expected = _prefill(plain)
+    runner = runner_of("llama", compile_backend="aot_eager")
+    assert _use(runner) == 4
+    compile_layers(runner)
+    torch.testing.assert_close(_prefill(runner), expected, rtol=1e-5, atol=1e-5)
+    _prefill(runner, (5, 3))
+    assert runner.compiled is not None
+    assert plain.compiled is not None
+    assert runner.compiled.compiles == plain.compiled.compiles
+    assert runner.compiled.late_compiles == 0
+
+
+@pytest.mark.parametrize("change", [lambda out: out * 1.01, lambda out: out[..., :-1], lambda out: (out, None)])
+def test_a_module_that_does_something_else_is_left_alone(
+    change: Any, runner_of: Callable[..., ModelRunner], serving: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of("llama")
+    kind = type(runner.bound.layers[0].mlp)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: change(own(self, x)))
+    assert _use(runner) == 0
+
+
+def test_hooks_keep_a_module_as_it_is(runner_of: Callable[..., ModelRunner], serving: None) -> None:
+    runner = runner_of("llama")
+    runner.bound.layers[1].mlp.act_fn.register_forward_hook(lambda *_: None)
+    assert _use(runner) == 3
+
+
+def test_who_listens_later_is_called(runner_of: Callable[..., ModelRunner], rows_of_op: list[int]) -> None:
+    runner = runner_of("llama")
+    begin_call(runner)
+    assert _use(runner) == 4
+    heard: list[int] = []
+    handle = runner.bound.layers[1].mlp.up_proj.register_forward_hook(lambda *_: heard.append(1))
+    runner.following.own_hooks = Changes((), (), (runner.bound.layers[1].mlp.up_proj,))
+    begin_call(runner)
+    _prefill(runner)
+    assert heard
+    handle.remove()
+    runner.following.own_hooks = Changes((), (), ())
+    begin_call(runner)
+    rows_of_op.clear()
+    _prefill(runner)
+    assert rows_of_op == [29] * 4
+
+
+def test_what_the_trial_refuses_is_counted_once(
+    runner_of: Callable[..., ModelRunner], serving: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of("llama")
+    monkeypatch.setattr(gated, "_problem", lambda weight, rows: "it takes longer")
+    told: list[str] = []
+    assert use_gated_op(runner.bound, runner.steps.metadata, 64, told.append) == 0
+    assert told == ["gate and up of prefill are left to cuBLAS: it takes longer"]
+
+
+def test_a_cpu_has_no_kernel(runner_of: Callable[..., ModelRunner]) -> None:
+    assert _use(runner_of("llama")) == 0
+
+
+def test_a_kernel_that_is_wrong_or_raises_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(32, 16)
+    monkeypatch.setattr(gated, "LEAST_ROWS", 3)
+    monkeypatch.setattr(gated, "by_cublas", gated.gated_rows)
+    monkeypatch.setattr(gated, "event_seconds", lambda call, repeats: [1.0])
+    assert "and cuBLAS" in str(gated._problem(weight, 8))
+    monkeypatch.setattr(gated, "by_cublas", lambda rows, weight: 1.1 * gated.gated_rows(rows, weight))
+    assert "other ones" in str(gated._problem(weight, 8))
+    monkeypatch.setattr(gated, "by_cublas", lambda rows, weight: float("nan") * gated.gated_rows(rows, weight))
+    assert "other ones" in str(gated._problem(weight, 8))
+    monkeypatch.delattr(gated, "by_cublas")
+    assert "failed" in str(gated._problem(weight, 8))
