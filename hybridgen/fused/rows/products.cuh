@@ -225,11 +225,12 @@ template <class T, class Arrive, class Finish> DEVICE void project(const Activat
   }
   if (!EARLY || share.count <= 0) arrive();
 }
-// A projection of few rows (a batch of tiles at most) whose activations come in chunks. Two buffers take turns: copying
+// A projection to the residual stream (a batch of tiles for 128 of its owners) whose activations come in chunks. Two buffers take turns: copying
 // words that are on their way would wait for them.
 template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Constants<T>& constants, const Share& share, Ring& ring, u32& side, Watch& watch, Arrive arrive, Finish finish) {
   const u32 mark = Pairs<T::F>::mark(number);
-  float sums[BATCH][2][4] = {};
+  constexpr int TILES = OWNERS / 128 * BATCH;
+  float sums[TILES][2][4] = {};
   constexpr int STEP = T::CHUNK / 32 * COLUMNS * 16;   // words of a chunk
   const u32* from = Activations<T>::place(x, 0, columns);
   Activations<T> even, odd, a;
@@ -239,7 +240,7 @@ template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(con
     a.decode(raw.words);
     if (c + 2 < T::CHUNKS) raw.ask(from + (c + 2) * STEP);
     offsets.set(a);
-    UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count)
+    UNROLL for (int t = 0; t < TILES; t++) if (t * T::ROWS < share.count)
       UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
         const u32 tile = ring.wait();
         ring.done(multiply_stage<T>(sums[t], a, offsets, i, tile));
@@ -252,8 +253,10 @@ template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(con
     chunk(even, c);
     if (c + 1 < T::CHUNKS) chunk(odd, c + 1);
   }
-  UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count) keep<T>(sums[t], side, t);
-  if (EARLY) arrive();
-  finish_batch<T>(constants, 0, side, finish);
+  UNROLL for (int nth = 0; nth < TILES / BATCH; nth++) {
+    UNROLL for (int t = nth * BATCH; t < (nth + 1) * BATCH; t++) if (t * T::ROWS < share.count) keep<T>(sums[t], side, t % BATCH);
+    if (EARLY && nth + 1 == TILES / BATCH) arrive();
+    finish_batch<T>(constants, nth, side, finish);
+  }
   if (!EARLY) arrive();
 }

@@ -10,13 +10,14 @@
 #include "barriers.cuh"
 
 #define PRODUCERS 4
-#ifndef WIDEST
-#define WIDEST (FORMAT == 4 ? 4096 : 8192)   // inputs whose activations are in registers at once, where a weight has no more
-#endif
 #define QUERIES (HEADS * HEAD)
+#ifndef WIDEST   // inputs whose activations are in registers at once, where a weight has no more
+#define WIDEST (FORMAT == 4 && HIDDEN <= 4096 && QUERIES <= 4096 ? 4096 : 8192)
+#endif
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define BATCH 2   // tiles that meet at once
+#define OWNERS (HIDDEN > 32 * BLOCKS ? 256 : 128)   // threads that have the residual stream: two rows of a column each
 // A block starts with 168 registers for each of 384 threads; the producers' warps leave theirs to those that compute.
 #define PRODUCER_REGISTERS 40
 #define CONSUMER_REGISTERS 232
@@ -80,7 +81,7 @@ struct Shared {   // beside the stages
   int position[COLUMNS], cached[COLUMNS];     // of a column; positions of its request before this step
   u32 peers[COLUMNS];                         // columns of the same request that it sees, itself included
   float factor[COLUMNS], scale[COLUMNS];      // see Norms
-  float squares[4][COLUMNS];
+  float squares[OWNERS / 32][COLUMNS];
   __align__(8) float softmax[WARPS][UNIT_HEADS][2];
   float own_scores[UNIT_HEADS];
   u32 given_up, is_last;
