@@ -105,8 +105,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(cons
   asm volatile("griddepcontrol.wait;" ::: "memory");   // for the kernel that makes the inputs
   const uint4* x = a.x + (GATED ? 0 : (i64)pair * (LENGTH / 8));
   for (int i = tid; i < LENGTH / 8; i += THREADS) {
-    const uint4 v = __ldcg(x + i);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(inputs + i * 16), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    const uint4 v = __ldcg(x + i);   // the four threads of an output read neighbours: no bank twice
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(inputs + (i & ~15 | (i & 3) << 2 | i >> 2 & 3) * 16), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
   }
   __syncthreads();
   int from = 0;
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(cons
       ask();
       const u32 upper[4] = {p.x, p.y, p.z, p.w}, lower[4] = {q.x, q.y, q.z, q.w};
       UNROLL for (int w = 0; w < 4; w++) {
-        const uint4 b = shared16(inputs + ((s * 4 + warp) * 4 + c) * 64 + w * 16);
+        const uint4 b = shared16(inputs + (s * 4 + warp) * 256 + w * 64 + c * 16);
         u32 m[4], n[4];
         unpack(m, upper[w], factors[s][0]);
         unpack(n, lower[w], factors[s][1]);
