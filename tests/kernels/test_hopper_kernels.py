@@ -49,10 +49,21 @@ def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not experts_one.product(inputs, ids, part, part, Form("silu"), inputs, out)
 
 
-def test_a_block_takes_as_few_tiles_as_let_all_run_at_once() -> None:
+def test_as_many_blocks_as_run_at_once() -> None:
     from hybridgen.device.launcher import Device
 
     device = Device(processors=132, shared_memory=232448, overlap=True)
-    assert experts_one.turns_of(360, 4, device) == 2
-    assert experts_one.turns_of(180, 4, device) == 1
-    assert experts_one.turns_of(1, 1, device) == 1
+    assert experts_one.blocks_of(360, 4, device) == 132
+    assert experts_one.blocks_of(90, 4, device) == 90
+    assert experts_one.blocks_of(1, 1, device) == 1
+    assert experts_one.blocks_of(360, 1000, device) == 1
+
+
+def test_tiles_are_pieces_that_bulk_copies_take() -> None:
+    codes, scales = torch.zeros(2, 64, 48, dtype=torch.uint8), torch.zeros(2, 64, 4, dtype=torch.uint8)
+    assert experts_one.fits(Projection(codes, scales[..., :3]), 1)
+    assert experts_one.fits(Projection(codes, scales[..., :3]), 2)
+    assert not experts_one.fits(Projection(codes[:, :40], scales[:, :40]), 1)
+    assert not experts_one.fits(Projection(codes, scales[..., :3].contiguous()), 2)
+    shifted = torch.zeros(2 * 64 * 48 + 8, dtype=torch.uint8)[8:].view(2, 64, 48)
+    assert not experts_one.fits(Projection(shifted, scales), 1)

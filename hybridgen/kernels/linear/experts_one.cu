@@ -1,9 +1,8 @@
 // Chosen experts in MXFP4 for one token, where `experts_few_kernels` is bound by loading first and computing then.
 //
 // The same sums in the same order as there, so that a token's result does not depend on who else is computed. Four warps
-// share the inputs of a tile of 16 outputs: gate and up of eight, or 16 of down. A block takes some tiles one after the
-// other, and a thread copies its own codes into shared memory some steps ahead, across tiles, so that copies and products
-// overlap without registers for what is under way.
+// share the inputs of a tile of 16 outputs: gate and up of eight, or 16 of down. A tile's codes are one piece of memory, or
+// two, and a single thread copies them: while a block computes one tile the next one is on its way.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -12,7 +11,7 @@ typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
-constexpr int THREADS = 128, SLOT = THREADS * 16, STAGE = 2 * SLOT, LENGTH = STEPS * 512;
+constexpr int THREADS = 128, ROW = GROUPS * 16, TILE = 16 * ROW, BUFFER = TILE + 16 * PADDED, LENGTH = STEPS * 512;
 
 struct Arguments {
   const uint4* x;      // float16 [GATED ? 1 : pairs, LENGTH], as `arrange_kernel` has it
@@ -21,17 +20,22 @@ struct Arguments {
   const u8* scales;    // [experts, ALL, PADDED]
   const u16* bias;     // bfloat16 [experts, ALL], or none
   void* out;           // of gate and up float16 [pairs, OUT_LENGTH] as down reads it, of down float32 [pairs, ALL]
-  int blocks, turns;   // of a pair; tiles of a block
+  int tiles, blocks, pairs;   // the first two of a pair
 };
 
 DEVICE u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE void copy_codes(u32 to, const u8* from) { asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
-DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void copy(u32 to, const u8* from, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+DEVICE void wait(u32 barrier, u32 parity) {
+  asm volatile("{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra WAIT; }" ::"r"(barrier), "r"(parity) : "memory");
+}
 DEVICE uint4 shared16(u32 at) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
   return v;
 }
+DEVICE int shared1(u32 at) { u32 v; asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
 DEVICE u32 halves(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 // Eight codes as float16 numbers times 2^-14 times the factor: codes 0 and 4, 2 and 6, 1 and 5, 3 and 7.
 DEVICE void unpack(u32 (&to)[4], u32 word, u32 factor) {
@@ -59,49 +63,37 @@ DEVICE float activated(float gate, float up) {
 }
 DEVICE u16 half_of(float f) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
 
-// A thread's output of a tile: with gate and up the gate's and up's, else one of the first eight and one of the others.
-DEVICE int output_of(int tile, int g, int o) {
-  if (!GATED) return min(tile * 16 + o * 8 + g, ALL - 1);
-  const int j = min(tile * 8 + g, ALL / 2 - 1);
-  return INTERLEAVED ? 2 * j + o : j + o * (ALL / 2);
-}
+// Which row of a tile in shared memory is a thread's: the gate's and up's, or one of two. Rows of 90 groups of codes lie so
+// that the eight threads which read at the same time meet no bank twice.
+DEVICE int row_of(int g, int o) { return GATED && !INTERLEAVED ? o * 8 + g : 2 * g + o; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(const __grid_constant__ Arguments a) {
-  extern __shared__ __align__(128) char shared[];   // stages, then the token's inputs
+  extern __shared__ __align__(128) char shared[];   // two tiles with their exponents, then the token's inputs
   __shared__ float parts[2][4][16];
+  __shared__ __align__(8) u64 full[2];
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, c = lane & 3;
-  const int pair = blockIdx.x / a.blocks, first = blockIdx.x % a.blocks * a.turns;
+  const int pair = blockIdx.x / a.blocks;
+  // Blocks with a tile more are other ones of each pair.
+  const int first = (blockIdx.x + pair * (a.blocks / a.pairs)) % a.blocks;
   const i64 expert = __ldcg(a.ids + pair);   // there since the kernel before the last one ended
-  const u8* codes = a.codes + expert * ALL * (GROUPS * 16);
-  const u8* scales = a.scales + expert * ALL * PADDED;
-  const u32 ring = address(shared) + tid * 16, inputs = address(shared) + STAGES * STAGE;
-  const int count = a.turns * STEPS;
-  int group[STEPS];   // behind the last inputs: the last ones again, times nought
-  UNROLL for (int s = 0; s < STEPS; s++) group[s] = min(s * 16 + warp * 4 + c, GROUPS - 1);
-  int asked_tile = first, asked_step = 0, asked = 0, to = 0;
-  u32 rows[2];
-  auto turn_to = [&](int tile) { UNROLL for (int o = 0; o < 2; o++) rows[o] = output_of(tile, g, o) * (GROUPS * 16); };
-  turn_to(first);
-  auto ask = [&] {
-    if (asked < count) {
-      const u32 at = min(asked_step * 16 + warp * 4 + c, GROUPS - 1) * 16;
-      UNROLL for (int o = 0; o < 2; o++) copy_codes(ring + to * STAGE + o * SLOT, codes + (rows[o] + at));
-      asked++;
-      if (++asked_step == STEPS) { asked_step = 0; turn_to(++asked_tile); }
-      if (++to == STAGES) to = 0;
-    }
-    copies_end();
-  };
-  u32 exponents[STEPS][2];
-  auto ask_exponents = [&](int tile) {
-    UNROLL for (int o = 0; o < 2; o++) {
-      const u8* line = scales + (u32)(output_of(tile, g, o) * PADDED);
-      UNROLL for (int s = 0; s < STEPS; s++) exponents[s][o] = __ldg(line + group[s]);
+  const u32 tiles = address(shared), inputs = tiles + 2 * BUFFER;
+  auto ask = [&](int tile, int side) {   // by one thread
+    const u32 to = tiles + side * BUFFER, barrier = address(&full[side]);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(BUFFER) : "memory");
+    constexpr int PARTS = GATED && !INTERLEAVED ? 2 : 1, ROWS = 16 / PARTS;
+    UNROLL for (int i = 0; i < PARTS; i++) {
+      const i64 row = expert * ALL + i * (ALL / 2) + tile * ROWS;
+      copy(to + i * ROWS * ROW, a.codes + row * ROW, ROWS * ROW, barrier);
+      copy(to + TILE + i * ROWS * PADDED, a.scales + row * PADDED, ROWS * PADDED, barrier);
     }
   };
-  UNROLL for (int i = 0; i < STAGES - 1; i++) ask();
-  ask_exponents(first);
+  if (tid == 0) {
+    UNROLL for (int i = 0; i < 2; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&full[i])) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
+    UNROLL for (int i = 0; i < 2; i++) if (first + i * a.blocks < a.tiles) ask(first + i * a.blocks, i);
+  }
   asm volatile("griddepcontrol.wait;" ::: "memory");   // for the kernel that makes the inputs
   const uint4* x = a.x + (GATED ? 0 : (i64)pair * (LENGTH / 8));
   for (int i = tid; i < LENGTH / 8; i += THREADS) {
@@ -109,26 +101,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(cons
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(inputs + (i & ~15 | (i & 3) << 2 | i >> 2 & 3) * 16), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
   }
   __syncthreads();
-  int from = 0;
 #pragma unroll 1
-  for (int turn = 0; turn < a.turns; turn++) {
-    const int tile = first + turn;
+  for (int tile = first, turn = 0; tile < a.tiles; tile += a.blocks, turn++) {
+    const u32 side = turn & 1, codes = tiles + side * BUFFER;
+    const bool finishes = warp == (turn & 3) && lane < (GATED ? 8 : 16);
+    const int j = tile * 8 + lane;   // of gate and up
+    float gate = 0.f, up = 0.f;
+    if (GATED && finishes && a.bias) {
+      const u16* bias = a.bias + expert * ALL + (INTERLEAVED ? 2 * j : j);
+      gate = value(__ldg(bias));
+      up = value(__ldg(bias + (INTERLEAVED ? 1 : ALL / 2)));
+    }
+    wait(address(&full[side]), turn >> 1 & 1);
+    u32 factors[STEPS][2], rows[2];
     int largest[2];
-    u32 factors[STEPS][2];
     UNROLL for (int o = 0; o < 2; o++) {
-      int most = exponents[0][o];
-      UNROLL for (int s = 1; s < STEPS; s++) most = max(most, (int)exponents[s][o]);
+      rows[o] = codes + row_of(g, o) * ROW + (warp * 4 + c) * 16;
+      const u32 exponents = codes + TILE + row_of(g, o) * PADDED + warp * 4 + c;
+      int most = 0, each[STEPS];
+      UNROLL for (int s = 0; s < STEPS; s++) {   // behind the last inputs: the last exponent again, times nought
+        const int beyond = s * 16 + 16 > GROUPS ? min(GROUPS - 1 - (s * 16 + warp * 4 + c), 0) : 0;
+        each[s] = shared1(exponents + s * 16 + beyond);
+        most = max(most, each[s]);
+      }
       most = max(most, __shfl_xor_sync(~0u, most, 1));
       largest[o] = max(most, __shfl_xor_sync(~0u, most, 2));
-      UNROLL for (int s = 0; s < STEPS; s++) factors[s][o] = (u32)(max((int)exponents[s][o] - largest[o], -29) + 30) * 0x04000400u;
+      UNROLL for (int s = 0; s < STEPS; s++) factors[s][o] = (u32)(max(each[s] - largest[o], -29) + 30) * 0x04000400u;
     }
-    if (turn + 1 < a.turns) ask_exponents(tile + 1);
     float even[4] = {}, odd[4] = {};
     UNROLL for (int s = 0; s < STEPS; s++) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-      const uint4 p = shared16(ring + from * STAGE), q = shared16(ring + from * STAGE + SLOT);
-      if (++from == STAGES) from = 0;
-      ask();
+      const uint4 p = shared16(rows[0] + s * 256), q = shared16(rows[1] + s * 256);
       const u32 upper[4] = {p.x, p.y, p.z, p.w}, lower[4] = {q.x, q.y, q.z, q.w};
       UNROLL for (int w = 0; w < 4; w++) {
         const uint4 b = shared16(inputs + (s * 4 + warp) * 256 + w * 64 + c * 16);
@@ -139,28 +141,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(cons
         multiply(odd, m[2], n[2], m[3], n[3], b.z, b.w);
       }
     }
-    float (&side)[4][16] = parts[turn & 1];
     if (c == 0) UNROLL for (int o = 0; o < 2; o++) {
       const float factor = __uint_as_float((u32)min(largest[o] + 3, 254) << 23);
-      side[warp][o * 8 + g] = (even[2 * o] + odd[2 * o]) * factor;
+      parts[side][warp][o * 8 + g] = (even[2 * o] + odd[2 * o]) * factor;
     }
     __syncthreads();
-    auto sum = [&](int i) { return (side[0][i] + side[2][i]) + (side[1][i] + side[3][i]); };
-    if (GATED && tid < 8) {
-      const int j = tile * 8 + tid;
-      if (j < ALL / 2) {
-        float gate = sum(tid), up = sum(8 + tid);
-        if (a.bias) {
-          const u16* bias = a.bias + expert * ALL + (INTERLEAVED ? 2 * j : j);
-          gate += value(__ldg(bias));
-          up += value(__ldg(bias + (INTERLEAVED ? 1 : ALL / 2)));
-        }
-        const int place = (j & ~7) + (j & 1) * 4 + (j & 2) + (j >> 2 & 1);
-        ((u16*)a.out)[(i64)pair * OUT_LENGTH + place] = half_of(activated(gate, up) * 0.0625f);
-      }
-    } else if (!GATED && tid < 16) {
-      const int n = tile * 16 + tid;
-      if (n < ALL) ((float*)a.out)[(i64)pair * ALL + n] = sum(tid);
+    if (tid == 0 && tile + 2 * a.blocks < a.tiles) ask(tile + 2 * a.blocks, side);   // nobody reads this one any more
+    auto sum = [&](int i) { return (parts[side][0][i] + parts[side][2][i]) + (parts[side][1][i] + parts[side][3][i]); };
+    if (GATED && finishes) {
+      gate = sum(lane) + gate;
+      up = sum(8 + lane) + up;
+      const int place = (j & ~7) + (j & 1) * 4 + (j & 2) + (j >> 2 & 1);
+      ((u16*)a.out)[(i64)pair * OUT_LENGTH + place] = half_of(activated(gate, up) * 0.0625f);
+    } else if (!GATED && finishes) {
+      ((float*)a.out)[(i64)pair * ALL + tile * 16 + row_of(lane & 7, lane >> 3)] = sum(lane);
     }
   }
 }
