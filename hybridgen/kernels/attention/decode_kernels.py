@@ -279,11 +279,12 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A program: BLOCK_HEADS query heads of a row. SINGLE reads no position: its log-sums say which chunks are.
 
-    The next kernel, a projection as a rule, may begin at once and ask for its weights: it waits for this one's end.
+    The next kernel, a projection as a rule, may begin and ask for its weights, but not before: it would be in the way of
+    the kernel that attends.
     """
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0)
     chunks = row_chunks
     if not SINGLE:

@@ -6,6 +6,7 @@ Only the CUDA implementation imports this module.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -16,53 +17,65 @@ from hybridgen.kernels.linear.experts_form import Form, Projection
 from hybridgen.kernels.linear.hopper import is_hopper, loaded
 
 IS_ON = False
-"""Whether it is used. It has not run on a GPU yet."""
+"""Whether it is used."""
 PROGRAM = Program((__package__ or "",), "experts_one.cu", (), "experts_one")
 WARPS = 4
 """They share the inputs, as those of the kernels for few tokens do."""
 RESIDENT = 4
-"""Blocks of a multiprocessor."""
+"""Blocks of a multiprocessor at most: all of them run at once, as they wait for each other."""
 _THREADS = 32 * WARPS
 _STEP = 128 * WARPS
 _TILE = 16
 """Outputs; gate and up of half as many."""
+_BESIDE = 3072
+"""Bytes of shared memory that a block needs beside what a launch asks for, at most."""
 
 
 class Arguments(ctypes.Structure):
     """The kernel's argument."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "ids", "codes", "scales", "bias", "out")),
-        *((name, ctypes.c_int) for name in ("tiles", "blocks", "pairs")),
+        *((name, ctypes.c_void_p) for name in ("x", "ids", "up_codes", "up_scales", "bias", "acts")),
+        *((name, ctypes.c_void_p) for name in ("down_codes", "down_scales", "out", "counts")),
+        *((name, ctypes.c_int) for name in ("blocks", "pairs")),
+        ("trace", ctypes.c_void_p),
     )
 
 
-def defines(form: Form, outputs: int, inputs: int, padded: int, out_length: int, gated: bool) -> dict[str, str | int]:
-    """Constants of the kernel for a projection.
+def defines(form: Form, hidden: int, width: int, padded: tuple[int, int], resident: int) -> dict[str, str | int]:
+    """Constants of the kernel for a layer's shape.
 
     Args:
-        padded: from one row of scales to the next.
-        out_length: of a pair's activations, as down reads them.
-        gated: it is gate and up.
+        padded: from one row of scales to the next, of both projections.
+        resident: blocks of a multiprocessor.
     """
     return {
-        "ALL": outputs,
         "ALPHA": f"{float(form.alpha)!r}f",
         "CLAMPED": int(form.activation == "clamped"),
-        "GATED": int(gated),
-        "GROUPS": inputs // 32,
+        "DOWN_PADDED": padded[1],
+        "HIDDEN": hidden,
         "INTERLEAVED": int(form.interleaved),
         "LIMIT": f"{float(form.limit)!r}f",
-        "OUT_LENGTH": out_length,
-        "PADDED": padded,
-        "RESIDENT": RESIDENT,
-        "STEPS": -(-inputs // _STEP),
+        "RESIDENT": resident,
+        "UP_PADDED": padded[0],
+        "WIDTH": width,
     }
 
 
-def blocks_of(tiles: int, pairs: int, device: Device) -> int:
+def shared_bytes(hidden: int, width: int, padded: tuple[int, int]) -> int:
+    """Of a block: two tiles with their exponents, and the inputs."""
+    tile = _TILE * max(size // 2 + line for size, line in zip((hidden, width), padded, strict=True))
+    return 2 * tile + -(-max(hidden, width) // _STEP) * _STEP * 2
+
+
+def resident_of(shared: int, processor_bytes: int) -> int:
+    """Blocks of a multiprocessor that has so much shared memory; 0 where none fits."""
+    return min(RESIDENT, processor_bytes // (shared + _BESIDE))
+
+
+def blocks_of(tiles: int, pairs: int, resident: int, device: Device) -> int:
     """Blocks of a pair: as many as run at once, each with tiles `blocks` apart."""
-    return max(1, min(tiles, RESIDENT * device.processors // pairs))
+    return min(tiles, resident * device.processors // pairs)
 
 
 def fits(part: Projection, halves: int) -> bool:
@@ -78,18 +91,21 @@ def fits(part: Projection, halves: int) -> bool:
     return whole and part.scales.stride(0) == outputs * padded and not any(each.data_ptr() % 16 for each in places)
 
 
-def _launcher(
-    part: Projection, form: Form, outputs: int, inputs: int, out_length: int, gated: bool, ordinal: int
-) -> Kernel | None:
-    assert part.scales is not None
-    constants = defines(form, outputs, inputs, part.scales.stride(1), out_length, gated)
-    shared = 2 * _TILE * (inputs // 2 + part.scales.stride(1)) + -(-inputs // _STEP) * _STEP * 2
-    return loaded(PROGRAM, tuple(sorted(constants.items())), shared, ordinal, "experts in MXFP4 of one token")
+@functools.cache
+def _kernel(form: Form, hidden: int, width: int, padded: tuple[int, int], ordinal: int) -> tuple[Kernel, int] | None:
+    """The kernel, and the blocks of a multiprocessor."""
+    shared = shared_bytes(hidden, width, padded)
+    resident = resident_of(shared, torch.cuda.get_device_properties(ordinal).shared_memory_per_multiprocessor)
+    if not resident:
+        return None
+    constants = tuple(defines(form, hidden, width, padded, resident).items())
+    kernel = loaded(PROGRAM, constants, shared, ordinal, "experts in MXFP4 of one token")
+    return None if kernel is None else (kernel, min(resident, kernel.resident(_THREADS)))
 
 
 def product(
     x: Tensor, ids: Tensor, gate_up: Projection, down: Projection, form: Form, acts: Tensor, out: Tensor,
-    blocks: tuple[int, int] = (0, 0),
+    counts: Tensor, blocks: int = 0,
 ) -> bool:  # fmt: skip
     """Both projections of a token's pairs; False, and nothing done, where the kernel does not serve them.
 
@@ -97,10 +113,10 @@ def product(
         x: the token's inputs, float16 [1, L], as `arrange_kernel` has them.
         acts: the pairs' activations, float16 [pairs, L], noughts behind the experts' width; written.
         out: float32 [pairs, H]; written.
-        blocks: of a pair, for both; 0 for the default.
+        counts: int32 [pairs], noughts; written.
+        blocks: of a pair; 0 for the default.
     """
-    outputs, hidden = gate_up.data.shape[1], out.shape[1]
-    width, bias = outputs // 2, gate_up.bias
+    hidden, width, bias = out.shape[1], gate_up.data.shape[1] // 2, gate_up.bias
     usual = form.activation in ("clamped", "silu") and ids.dtype == torch.int64
     biased = bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous())
     whole = x.shape[1] == -(-hidden // _STEP) * _STEP and acts.shape[1] == -(-width // _STEP) * _STEP
@@ -108,21 +124,18 @@ def product(
         return False
     if not fits(gate_up, 1 if form.interleaved else 2) or not fits(down, 1):
         return False
-    device = device_of(x)
+    device, pairs = device_of(x), ids.numel()
     if not is_hopper(device.ordinal):
         return False
-    first = _launcher(gate_up, form, outputs, hidden, acts.shape[1], True, device.ordinal)
-    second = _launcher(down, form, hidden, width, acts.shape[1], False, device.ordinal)
-    if first is None or second is None:
+    assert gate_up.scales is not None
+    assert down.scales is not None
+    padded = gate_up.scales.stride(1), down.scales.stride(1)
+    found = _kernel(form._replace(transposed=False), hidden, width, padded, device.ordinal)
+    most = 0 if found is None else blocks_of(2 * width // _TILE, pairs, found[1], device)
+    if found is None or not most:
         return False
-    pairs, stream = ids.numel(), torch.cuda.current_stream(x.device).cuda_stream
-    steps = (
-        (first, x, gate_up, bias, acts, outputs // _TILE, blocks[0]),
-        (second, acts, down, None, out, hidden // _TILE, blocks[1]),
-    )
-    for kernel, inputs, part, its_bias, to, tiles, given in steps:
-        count = given or blocks_of(tiles, pairs, device)
-        tensors = inputs, ids, part.data, part.scales, its_bias, to
-        pointers = (0 if each is None else each.data_ptr() for each in tensors)
-        kernel.launch_early(count * pairs, _THREADS, Arguments(*pointers, tiles, count, pairs), stream)
+    count = min(blocks or most, most)
+    tensors = x, ids, gate_up.data, gate_up.scales, bias, acts, down.data, down.scales, out, counts
+    arguments = Arguments(*(0 if each is None else each.data_ptr() for each in tensors), count, pairs, 0)
+    found[0].launch_early(count * pairs, _THREADS, arguments, torch.cuda.current_stream(x.device).cuda_stream)
     return True
