@@ -279,7 +279,7 @@ def combine_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A program: BLOCK_HEADS query heads of a row. SINGLE reads no position: its log-sums say which chunks are.
 
-    The next kernel, a projection as a rule, may begin and ask for its weights, but not before: it would be in the way of
+    The next kernel, a projection as a rule, may begin and ask for its weights. Not earlier: it would be in the way of
     the kernel that attends.
     """
     if OVERLAP:

@@ -352,8 +352,8 @@ def arrange_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A token: its inputs as `_few_product` reads them, and noughts behind those, and behind its pairs' activations.
 
-    out: float16 [tokens, LENGTH]; acts: float16 [pairs, ACTS_LENGTH]. A token that is alone has counts, [pairs], which are
-    set to nought.
+    out: float16 [tokens, LENGTH]; acts: float16 [pairs, ACTS_LENGTH]. A token that is alone has counts, [pairs], which
+    are set to nought.
     """
     if OVERLAP:
         gdc_wait()

@@ -14,11 +14,11 @@ from torch import Tensor
 from hybridgen.device.launcher import Device, device_of
 from hybridgen.device.program import Kernel, Program
 from hybridgen.kernels.linear.experts_form import Form, Projection
-from hybridgen.kernels.linear.hopper import is_hopper, loaded
+from hybridgen.kernels.linear.hopper import OF_ONE_TOKEN, loaded, serves
 
 IS_ON = False
 """Whether it is used."""
-PROGRAM = Program((__package__ or "",), "experts_one.cu", (), "experts_one")
+PROGRAM = Program((__package__ or "",), "experts_one.cu", (), OF_ONE_TOKEN)
 WARPS = 4
 """They share the inputs, as those of the kernels for few tokens do."""
 RESIDENT = 4
@@ -120,13 +120,11 @@ def product(
     usual = form.activation in ("clamped", "silu") and ids.dtype == torch.int64
     biased = bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous())
     whole = x.shape[1] == -(-hidden // _STEP) * _STEP and acts.shape[1] == -(-width // _STEP) * _STEP
-    if not IS_ON or not x.is_cuda or not usual or not biased or not whole:
+    if not IS_ON or not serves(PROGRAM.kernel, x.device) or not usual or not biased or not whole:
         return False
     if not fits(gate_up, 1 if form.interleaved else 2) or not fits(down, 1):
         return False
     device, pairs = device_of(x), ids.numel()
-    if not is_hopper(device.ordinal):
-        return False
     assert gate_up.scales is not None
     assert down.scales is not None
     padded = gate_up.scales.stride(1), down.scales.stride(1)
