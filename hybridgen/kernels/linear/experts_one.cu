@@ -2,9 +2,11 @@
 //
 // The same sums in the same order as in `experts_few_kernels`, so that a token's result does not depend on who else is
 // computed. Four warps share the inputs of a tile of 16 outputs: gate and up of eight, or 16 of down. A block has some tiles
-// of one expert, first of gate and up, then of down. A tile's codes are one piece of memory, or two, and a single thread
-// copies them, two tiles ahead: those of down travel while gate and up are computed. Between the two a block waits until
-// all of its expert's activations are counted.
+// of one expert, first of gate and up, then of down; two of them are there or on their way, each in two pieces. Between
+// gate and up, and down, a block waits until all of its expert's activations are counted.
+//
+// What time went to in forms before this one: little may be asked for before the inputs are there, because what is small
+// waits behind what is large; and little code, because it is cold in each layer anew.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -13,18 +15,15 @@ typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
-template <int ALL_, int INPUTS_, int PADDED_, bool GATED_> struct Part {
+template <int ALL_, int INPUTS_, int PADDED_, bool APART_> struct Part {
   static constexpr int ALL = ALL_, GROUPS = INPUTS_ / 32, PADDED = PADDED_, STEPS = (INPUTS_ + 511) / 512, LENGTH = STEPS * 512;
-  static constexpr bool GATED = GATED_;
-  static constexpr int ROW = GROUPS * 16, TILE = 16 * ROW, BYTES = TILE + 16 * PADDED, TILES = ALL / 16;
-  // Which row of a tile in shared memory is a thread's: the gate's and up's, or one of two. Rows of 90 groups of codes lie
-  // so that the eight threads which read at the same time meet no bank twice.
-  static constexpr bool APART = GATED && !INTERLEAVED;
-  static __device__ __forceinline__ int row_of(int g, int o) { return APART ? o * 8 + g : 2 * g + o; }
+  static constexpr bool APART = APART_;   // a tile's rows are eight of the gate and eight of up
+  static constexpr int ROW = GROUPS * 16, TILE = 16 * ROW, TILES = ALL / 16, HALF = (STEPS + 1) / 2;   // steps of the first piece
 };
-typedef Part<2 * WIDTH, HIDDEN, UP_PADDED, true> Up;
+typedef Part<2 * WIDTH, HIDDEN, UP_PADDED, !INTERLEAVED> Up;
 typedef Part<HIDDEN, WIDTH, DOWN_PADDED, false> Down;
-constexpr int THREADS = 128, BUFFER = Up::BYTES > Down::BYTES ? Up::BYTES : Down::BYTES;
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int THREADS = 128, BUFFER = larger(Up::TILE + 16 * Up::PADDED, Down::TILE + 16 * Down::PADDED);
 
 struct Arguments {
   const uint4* x;      // float16 [Up::LENGTH], as `arrange_kernel` has it
@@ -81,58 +80,35 @@ DEVICE float activated(float gate, float up) {
 }
 DEVICE u16 half_of(float f) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
 
-// Sums of a tile over a warp's inputs. `codes`: the tile in shared memory, behind it its exponents.
-template <class P> DEVICE void multiply_tile(u32 codes, u32 inputs, float (&to)[16]) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
-  u32 factors[P::STEPS][2], rows[2];
-  int largest[2];
-  UNROLL for (int o = 0; o < 2; o++) {
-    rows[o] = codes + P::row_of(g, o) * P::ROW + (warp * 4 + c) * 16;
-    const u32 exponents = codes + P::TILE + P::row_of(g, o) * P::PADDED + warp * 4 + c;
-    int most = 0, each[P::STEPS];
-    UNROLL for (int s = 0; s < P::STEPS; s++) {   // behind the last inputs: the last exponent again, times nought
-      const int beyond = s * 16 + 16 > P::GROUPS ? min(P::GROUPS - 1 - (s * 16 + warp * 4 + c), 0) : 0;
-      each[s] = shared1(exponents + s * 16 + beyond);
-      most = max(most, each[s]);
-    }
-    most = max(most, __shfl_xor_sync(~0u, most, 1));
-    largest[o] = max(most, __shfl_xor_sync(~0u, most, 2));
-    UNROLL for (int s = 0; s < P::STEPS; s++) factors[s][o] = (u32)(max(each[s] - largest[o], -29) + 30) * 0x04000400u;
-  }
-  float even[4] = {}, odd[4] = {};
-  UNROLL for (int s = 0; s < P::STEPS; s++) {
-    const uint4 p = shared16(rows[0] + s * 256), q = shared16(rows[1] + s * 256);
-    const u32 upper[4] = {p.x, p.y, p.z, p.w}, lower[4] = {q.x, q.y, q.z, q.w};
-    UNROLL for (int w = 0; w < 4; w++) {
-      const uint4 b = shared16(inputs + (s * 4 + warp) * 256 + w * 64 + c * 16);
-      u32 m[4], n[4];
-      unpack(m, upper[w], factors[s][0]);
-      unpack(n, lower[w], factors[s][1]);
-      multiply(even, m[0], n[0], m[1], n[1], b.x, b.y);
-      multiply(odd, m[2], n[2], m[3], n[3], b.z, b.w);
-    }
-  }
-  if (c == 0) UNROLL for (int o = 0; o < 2; o++) {
-    const float factor = __uint_as_float((u32)min(largest[o] + 3, 254) << 23);
-    to[o * 8 + g] = (even[2 * o] + odd[2 * o]) * factor;
-  }
-}
-// Inputs into shared memory; the four threads of an output read neighbours there: no bank twice.
+// Inputs into shared memory, all asked for at once; the four threads of an output read neighbours there: no bank twice.
 template <class P> DEVICE void bring_inputs(u32 to, const uint4* x) {
-  for (int i = threadIdx.x; i < P::LENGTH / 8; i += THREADS) {
-    const uint4 v = __ldcg(x + i);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + (i & ~15 | (i & 3) << 2 | i >> 2 & 3) * 16), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  constexpr int COUNT = P::LENGTH / 8, EACH = (COUNT + THREADS - 1) / THREADS;
+  uint4 v[EACH];
+  UNROLL for (int k = 0; k < EACH; k++) if (COUNT % THREADS == 0 || k * THREADS + (int)threadIdx.x < COUNT) v[k] = __ldcg(x + k * THREADS + threadIdx.x);
+  UNROLL for (int k = 0; k < EACH; k++) if (COUNT % THREADS == 0 || k * THREADS + (int)threadIdx.x < COUNT) {
+    const int i = k * THREADS + threadIdx.x;
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + (i & ~15 | (i & 3) << 2 | i >> 2 & 3) * 16), "r"(v[k].x), "r"(v[k].y), "r"(v[k].z), "r"(v[k].w) : "memory");
   }
 }
-// A tile's codes and exponents, by one thread.
-template <class P> DEVICE void ask(u32 to, u32 barrier, const u8* codes, const u8* scales, i64 expert, int tile) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(P::BYTES) : "memory");
-  constexpr int PIECES = P::APART ? 2 : 1, ROWS = 16 / PIECES;
-  UNROLL for (int i = 0; i < PIECES; i++) {
-    const i64 row = expert * P::ALL + i * (P::ALL / 2) + tile * ROWS;
-    copy(to + i * ROWS * P::ROW, codes + row * P::ROW, ROWS * P::ROW, barrier);
-    copy(to + P::TILE + i * ROWS * P::PADDED, scales + row * P::PADDED, ROWS * P::PADDED, barrier);
-  }
+struct Block {   // what a block has: tiles of gate and up, then tiles of down, each `blocks` apart
+  i64 expert;
+  u32 tiles, barriers;
+  int own, own_down, ups, count;
+};
+// The first warp asks for a piece of the i-th tile: a row's codes for each of 16 lanes, and with the first piece exponents.
+__device__ __noinline__ void ask(const Arguments& a, const Block& own, int i, int piece) {
+  if (i >= own.count) return;
+  const bool is_up = i < own.ups;
+  const int row = is_up ? Up::ROW : Down::ROW, padded = is_up ? Up::PADDED : Down::PADDED, all = is_up ? Up::ALL : Down::ALL;
+  const int first = min((is_up ? Up::HALF : Down::HALF) * 256, row), rows = Up::APART && is_up ? 8 : 16;
+  const int lane = threadIdx.x & 31, begin = piece ? first : 0, bytes = piece ? row - first : first;
+  const u32 to = own.tiles + (i & 1) * BUFFER, barrier = own.barriers + ((i & 1) * 2 + piece) * 8;
+  if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(16 * bytes + (piece ? 0 : 16 * padded)) : "memory");
+  __syncwarp();
+  const int tile = is_up ? own.own + i * a.blocks : own.own_down + (i - own.ups) * a.blocks;
+  const i64 from = own.expert * all + (rows == 8 && lane >= 8 ? all / 2 - 8 : 0) + tile * rows + lane;
+  if (lane < 16 && bytes) copy(to + lane * row + begin, (is_up ? a.up_codes : a.down_codes) + from * row + begin, bytes, barrier);
+  if (piece == 0 && lane < 16 && lane % rows == 0) copy(to + 16 * row + lane * padded, (is_up ? a.up_scales : a.down_scales) + from * padded, rows * padded, barrier);
 }
 #ifdef TRACE
 #define MARK(i) if (threadIdx.x == 0) { i64 now; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); a.trace[blockIdx.x * 16 + (i)] = now; }
@@ -143,83 +119,117 @@ template <class P> DEVICE void ask(u32 to, u32 barrier, const u8* codes, const u
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) char shared[];   // two tiles with their exponents, then the inputs
   __shared__ float parts[2][4][16];
-  __shared__ __align__(8) u64 full[2];
+  __shared__ __align__(8) u64 full[2][2];
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   MARK(0)
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, pair = blockIdx.x / a.blocks;
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, c = lane & 3, pair = blockIdx.x / a.blocks;
   // Blocks with a tile more of gate and up are other ones of each pair, and have no tile more of down.
   const int own = (blockIdx.x + pair * (a.blocks / a.pairs)) % a.blocks, own_down = a.blocks - 1 - own;
   const int ups = (Up::TILES - own + a.blocks - 1) / a.blocks, count = ups + (Down::TILES - own_down + a.blocks - 1) / a.blocks;
   const i64 expert = __ldcg(a.ids + pair);   // there since the kernel before the last one ended
   const u32 tiles = address(shared), inputs = tiles + 2 * BUFFER;
-  auto ask_for = [&](int i) {
-    if (i >= count) return;
-    const u32 to = tiles + (i & 1) * BUFFER, barrier = address(&full[i & 1]);
-    if (i < ups) ask<Up>(to, barrier, a.up_codes, a.up_scales, expert, own + i * a.blocks);
-    else ask<Down>(to, barrier, a.down_codes, a.down_scales, expert, own_down + (i - ups) * a.blocks);
-  };
-  if (tid == 0) {
-    UNROLL for (int i = 0; i < 2; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&full[i])) : "memory");
+  const Block block = {expert, tiles, address(&full[0][0]), own, own_down, ups, count};
+  if (warp == 0) {
+    if (lane < 4) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&full[0][0]) + lane * 8) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
-    UNROLL for (int i = 0; i < 2; i++) ask_for(i);
+    __syncwarp();
+#pragma unroll 1
+    for (int k = 0; k < EARLY; k++) ask(a, block, k >> 1, k & 1);
   }
   MARK(1)
   asm volatile("griddepcontrol.wait;" ::: "memory");   // for the kernel that makes the inputs, and sets counts to nought
   MARK(2)
   bring_inputs<Up>(inputs, a.x);
   __syncthreads();
-  MARK(3)
-  auto sum = [&](int i, int side) { return (parts[side][0][i] + parts[side][2][i]) + (parts[side][1][i] + parts[side][3][i]); };
+  if (warp == 0)
 #pragma unroll 1
-  for (int i = 0; i < ups; i++) {
-    const int side = i & 1, j = (own + i * a.blocks) * 8 + lane;
-    const bool finishes = warp == (i & 3) && lane < 8;
+    for (int k = EARLY; k < 4; k++) ask(a, block, k >> 1, k & 1);
+  MARK(3)
+#pragma unroll 1
+  for (int i = 0; i < count; i++) {
+    const bool is_up = i < ups;
+    if (i == ups) {
+      if (tid == 0) {
+        u32 done;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(a.counts + pair) : "memory"); while (done < Up::TILES);
+      }
+      MARK(10)
+      __syncthreads();
+      bring_inputs<Down>(inputs, (const uint4*)(a.acts + (i64)pair * Down::LENGTH));
+      __syncthreads();
+      MARK(11)
+    }
+    const int side = i & 1, parity = i >> 1 & 1;
+    const bool finishes = warp == (i & 3);
+    const int j = (own + i * a.blocks) * 8 + lane;   // of gate and up
     float gate = 0.f, up = 0.f;
-    if (finishes && a.bias) {
+    if (is_up && finishes && lane < 8 && a.bias) {
       const u16* bias = a.bias + expert * Up::ALL + (INTERLEAVED ? 2 * j : j);
       gate = value(__ldg(bias));
       up = value(__ldg(bias + (INTERLEAVED ? 1 : WIDTH)));
     }
-    wait(address(&full[side]), i >> 1 & 1);
+    // Of both projections, which are alike as a rule: then these are constants. Rows of 90 groups of codes lie so that the
+    // eight threads which read at the same time meet no bank twice.
+    const int row = is_up ? Up::ROW : Down::ROW, padded = is_up ? Up::PADDED : Down::PADDED, groups = is_up ? Up::GROUPS : Down::GROUPS;
+    const int steps = is_up ? Up::STEPS : Down::STEPS, half = is_up ? Up::HALF : Down::HALF;
+    const bool apart = Up::APART && is_up;
+    const int row_0 = apart ? g : 2 * g, row_1 = apart ? 8 + g : 2 * g + 1;
+    const u32 codes = tiles + side * BUFFER, upper_row = codes + row_0 * row + (warp * 4 + c) * 16, lower_row = codes + row_1 * row + (warp * 4 + c) * 16;
+    const u32 exponents = codes + 16 * row, upper_line = exponents + row_0 * padded, lower_line = exponents + row_1 * padded;
+    wait(address(&full[side][0]), parity);
     if (i < 3) { MARK(4 + 2 * i) }
-    multiply_tile<Up>(tiles + side * BUFFER, inputs, parts[side][warp]);
-    __syncthreads();
-    if (tid == 0) ask_for(i + 2);   // nobody reads this tile any more
-    if (finishes) {
-      gate = sum(lane, side) + gate;
-      up = sum(8 + lane, side) + up;
-      const int place = (j & ~7) + (j & 1) * 4 + (j & 2) + (j >> 2 & 1);
-      a.acts[(i64)pair * Down::LENGTH + place] = half_of(activated(gate, up) * 0.0625f);
+    if (i >= ups && i < ups + 2) { MARK(12 + 2 * (i - ups)) }
+    int largest_0 = 0, largest_1 = 0;
+#pragma unroll 2
+    for (int s = 0; s < steps; s++) {   // behind the last inputs: the last exponent again, times nought
+      const int group = min(s * 16 + warp * 4 + c, groups - 1);
+      largest_0 = max(largest_0, shared1(upper_line + group));
+      largest_1 = max(largest_1, shared1(lower_line + group));
     }
-    if (warp == (i & 3)) {
-      __syncwarp();
-      if (lane == 0) {
-        __threadfence();
-        atomicAdd(a.counts + pair, 1u);
+    UNROLL for (int o = 1; o < 4; o *= 2) {
+      largest_0 = max(largest_0, __shfl_xor_sync(~0u, largest_0, o));
+      largest_1 = max(largest_1, __shfl_xor_sync(~0u, largest_1, o));
+    }
+    float even[4] = {}, odd[4] = {};
+#pragma unroll 1
+    for (int s = 0; s < steps; s++) {
+      if (s == half) wait(address(&full[side][1]), parity);
+      const int group = min(s * 16 + warp * 4 + c, groups - 1);
+      const u32 factor_0 = (u32)(max(shared1(upper_line + group) - largest_0, -29) + 30) * 0x04000400u;
+      const u32 factor_1 = (u32)(max(shared1(lower_line + group) - largest_1, -29) + 30) * 0x04000400u;
+      const uint4 p = shared16(upper_row + s * 256), q = shared16(lower_row + s * 256);
+      const u32 upper[4] = {p.x, p.y, p.z, p.w}, lower[4] = {q.x, q.y, q.z, q.w};
+      UNROLL for (int w = 0; w < 4; w++) {
+        const uint4 b = shared16(inputs + (s * 4 + warp) * 256 + w * 64 + c * 16);
+        u32 m[4], n[4];
+        unpack(m, upper[w], factor_0);
+        unpack(n, lower[w], factor_1);
+        multiply(even, m[0], n[0], m[1], n[1], b.x, b.y);
+        multiply(odd, m[2], n[2], m[3], n[3], b.z, b.w);
       }
     }
-    if (i < 3) { MARK(5 + 2 * i) }
-  }
-  if (count == ups) return;
-  if (tid == 0) {
-    u32 done;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(a.counts + pair) : "memory"); while (done < Up::TILES);
-  }
-  MARK(10)
-  __syncthreads();
-  bring_inputs<Down>(inputs, (const uint4*)(a.acts + (i64)pair * Down::LENGTH));
-  __syncthreads();
-  MARK(11)
-#pragma unroll 1
-  for (int i = ups; i < count; i++) {
-    const int side = i & 1;
-    wait(address(&full[side]), i >> 1 & 1);
-    if (i < ups + 2) { MARK(12 + 2 * (i - ups)) }
-    multiply_tile<Down>(tiles + side * BUFFER, inputs, parts[side][warp]);
+    if (c == 0) {
+      parts[side][warp][g] = (even[0] + odd[0]) * __uint_as_float((u32)min(largest_0 + 3, 254) << 23);
+      parts[side][warp][8 + g] = (even[2] + odd[2]) * __uint_as_float((u32)min(largest_1 + 3, 254) << 23);
+    }
     __syncthreads();
-    if (tid == 0) ask_for(i + 2);
-    if (warp == (i & 3) && lane < 16) a.out[(i64)pair * HIDDEN + (own_down + (i - ups) * a.blocks) * 16 + Down::row_of(lane & 7, lane >> 3)] = sum(lane, side);
-    if (i < ups + 2) { MARK(13 + 2 * (i - ups)) }
+    if (warp == 0)   // nobody reads this tile any more
+#pragma unroll 1
+      for (int piece = 0; piece < 2; piece++) ask(a, block, i + 2, piece);
+    auto sum = [&](int n) { return (parts[side][0][n] + parts[side][2][n]) + (parts[side][1][n] + parts[side][3][n]); };
+    if (!finishes) continue;
+    if (is_up) {
+      if (lane < 8) {
+        gate = sum(lane) + gate;
+        up = sum(8 + lane) + up;
+        const int place = (j & ~7) + (j & 1) * 4 + (j & 2) + (j >> 2 & 1);
+        a.acts[(i64)pair * Down::LENGTH + place] = half_of(activated(gate, up) * 0.0625f);
+      }
+      __syncwarp();
+      if (lane == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.counts + pair) : "memory");
+    } else if (lane < 16) {
+      a.out[(i64)pair * HIDDEN + (own_down + (i - ups) * a.blocks) * 16 + 2 * (lane & 7) + (lane >> 3)] = sum(lane);
+    }
   }
+  MARK(15)
 }

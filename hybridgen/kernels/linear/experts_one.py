@@ -23,6 +23,8 @@ WARPS = 4
 """They share the inputs, as those of the kernels for few tokens do."""
 RESIDENT = 4
 """Blocks of a multiprocessor at most: all of them run at once, as they wait for each other."""
+EARLY = 1
+"""Pieces, of four, that a block asks for before the inputs are there."""
 _THREADS = 32 * WARPS
 _STEP = 128 * WARPS
 _TILE = 16
@@ -53,6 +55,7 @@ def defines(form: Form, hidden: int, width: int, padded: tuple[int, int], reside
         "ALPHA": f"{float(form.alpha)!r}f",
         "CLAMPED": int(form.activation == "clamped"),
         "DOWN_PADDED": padded[1],
+        "EARLY": EARLY,
         "HIDDEN": hidden,
         "INTERLEAVED": int(form.interleaved),
         "LIMIT": f"{float(form.limit)!r}f",
