@@ -94,7 +94,8 @@ def tiles(what: str, inputs: int, form: Format, piece: int, widest: int = _USUAL
     unit = max(256, 8 * form.group) if form.bits == 4 else 256
     if inputs % unit:
         raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights need")
-    chunk = inputs if inputs <= (widest if form.bits == 4 else _WIDEST) else largest(unit, 2048, inputs)
+    at_once = widest if form.bits == 4 else _WIDEST
+    chunk = inputs if inputs <= at_once else largest(unit, 2048 if widest == _USUAL else _USUAL, inputs)
     data = largest(unit * form.bits // 8, piece, chunk * form.bits // 8)
     if data < _LEAST_PIECE:
         raise Unfit(f"its {what} size {inputs} can only be cut in pieces of {data} bytes")

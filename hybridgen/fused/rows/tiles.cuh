@@ -11,9 +11,11 @@
 
 #define PRODUCERS 4
 #define QUERIES (HEADS * HEAD)
+#define WIDE (HIDDEN > 4096 || QUERIES > 4096)
 #ifndef WIDEST   // inputs whose activations are in registers at once, where a weight has no more
-#define WIDEST (FORMAT == 4 && HIDDEN <= 4096 && QUERIES <= 4096 ? 4096 : 8192)
+#define WIDEST (FORMAT == 4 && !WIDE ? 4096 : 8192)
 #endif
+#define LARGEST_CHUNK (WIDE ? 4096 : 2048)   // where it has more
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define BATCH 2   // tiles that meet at once
@@ -42,7 +44,7 @@ template <int K_, int F_, bool GATED_> struct Tiles {
   static constexpr int K = K_, F = F_;
   static constexpr bool GATED = GATED_;
   static constexpr int UNIT = F == 4 && GROUP > 32 ? 8 * GROUP : 256;          // inputs: eight warps, whole groups each
-  static constexpr int CHUNK = K <= WIDEST ? K : largest(UNIT, 2048, K);         // inputs whose activations are in registers at once
+  static constexpr int CHUNK = K <= WIDEST ? K : largest(UNIT, LARGEST_CHUNK, K);   // inputs whose activations are in registers at once
   static constexpr int CHUNKS = K / CHUNK;
   static constexpr int DATA = largest(UNIT * F / 8, PIECE, CHUNK * F / 8);     // bytes of a row in a stage
   static constexpr int INPUTS = DATA * 8 / F;                                  // of a stage
