@@ -196,7 +196,9 @@ def test_layers_of_bitsandbytes(kind: str) -> None:
     model.requires_grad_(False)
     note = "activations are not quantised" if kind == "8 bits" else "weights of 4 bits are dequantised"
     for _ in range(2):
-        with pytest.warns(RuntimeWarning, match=note), hybridgen.Engine.load(model, mode="graph", **SETTINGS) as engine:
+        with pytest.warns(RuntimeWarning, match=note):
+            engine = hybridgen.Engine.load(model, mode="graph", **SETTINGS)
+        with engine:
             assert generated(engine) == tokens_of(dense)
             assert len(quantised_modules(engine._runner.bound.model)) == (14 if kind == "8 bits" else 0)
             with torch.no_grad():
