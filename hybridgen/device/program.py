@@ -176,11 +176,6 @@ class Kernel:
         which = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
         return int(_checked(self._driver.cuFuncGetAttribute(which, self._function), "cuFuncGetAttribute"))
 
-    def resident(self, threads: int) -> int:
-        """Blocks of so many threads that a multiprocessor runs at once."""
-        name = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
-        return int(_checked(getattr(self._driver, name)(self._function, threads, self._shared_bytes), name))
-
     def launch(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """Launch cooperatively: all blocks at once on the device, or not at all.
 

@@ -219,16 +219,16 @@ def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
             assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 7])
+@pytest.mark.parametrize("turns", [(0, 0), (1, 1), (3, 2)])
 @pytest.mark.parametrize("form", [CLAMPED, SILU], ids=str)
 def test_one_token_by_the_kernel_in_cuda_gives_the_same_bits(
-    form: Any, blocks: int, monkeypatch: pytest.MonkeyPatch
+    form: Any, turns: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the kernels for few tokens, many times; sizes that fill no tile and no step."""
     from hybridgen.kernels.linear import experts_one
 
     product, ran = experts_one.product, []
-    monkeypatch.setattr(experts_one, "product", lambda *args: ran.append(product(*args, blocks)) or ran[-1])
+    monkeypatch.setattr(experts_one, "product", lambda *args: ran.append(product(*args, turns)) or ran[-1])
     for case in (Case(8, 4, 2880, 2880, form, "mxfp4", Block(1, 32), biased=True),
                  Case(8, 4, 576, 544, form, "mxfp4", Block(1, 32), biased=True)):  # fmt: skip
         made = made_for(case, torch.bfloat16)

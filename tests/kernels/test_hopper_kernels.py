@@ -22,9 +22,11 @@ needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bind
 
 
 @needs_compiler
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("form", [Form("clamped", True, False, 1.702, 7.0), Form("silu")], ids=str)
-def test_experts_of_one_token_compile(form: Form) -> None:
-    constants = experts_one.defines(form, 1440, 736, (48, 24), 4)
+def test_experts_of_one_token_compile(form: Form, gated: bool) -> None:
+    constants = experts_one.defines(form, 1440, 736, 24, 1024, gated)
+    assert constants["STEPS"] == 2
     cubin = program.compile_cubin(constants, "sm_90a", experts_one.PROGRAM)
     assert experts_one.PROGRAM.kernel.encode() in cubin
 
@@ -43,26 +45,14 @@ def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scales = torch.zeros(4, 64, 16, dtype=torch.uint8), torch.zeros(4, 64, 4, dtype=torch.uint8)
     part = Projection(codes, scales)
     inputs, out = torch.zeros(1, 512, dtype=torch.float16), torch.zeros(2, 32)
-    ids, counts = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
-    assert not experts_one.product(inputs, ids, part, part, Form("silu"), inputs, out, counts)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    assert not experts_one.product(inputs, ids, part, part, Form("silu"), inputs, out)
 
 
-def test_as_many_blocks_as_run_at_once() -> None:
+def test_a_block_takes_as_few_tiles_as_let_all_run_at_once() -> None:
     from hybridgen.device.launcher import Device
 
     device = Device(processors=132, shared_memory=232448, overlap=True)
-    assert experts_one.resident_of(experts_one.shared_bytes(2880, 2880, (92, 92)), 233472) == 4
-    assert experts_one.resident_of(experts_one.shared_bytes(4096, 2880, (128, 92)), 233472) == 2
-    assert experts_one.blocks_of(360, 4, 4, device) == 132
-    assert experts_one.blocks_of(90, 4, 4, device) == 90
-    assert experts_one.blocks_of(360, 1000, 4, device) == 0
-
-
-def test_tiles_are_pieces_that_bulk_copies_take() -> None:
-    codes, scales = torch.zeros(2, 64, 48, dtype=torch.uint8), torch.zeros(2, 64, 4, dtype=torch.uint8)
-    assert experts_one.fits(Projection(codes, scales[..., :3]), 1)
-    assert experts_one.fits(Projection(codes, scales[..., :3]), 2)
-    assert not experts_one.fits(Projection(codes[:, :40], scales[:, :40]), 1)
-    assert not experts_one.fits(Projection(codes, scales[..., :3].contiguous()), 2)
-    shifted = torch.zeros(2 * 64 * 48 + 8, dtype=torch.uint8)[8:].view(2, 64, 48)
-    assert not experts_one.fits(Projection(shifted, scales), 1)
+    assert experts_one.turns_of(360, 4, device) == 2
+    assert experts_one.turns_of(180, 4, device) == 1
+    assert experts_one.turns_of(1, 1, device) == 1

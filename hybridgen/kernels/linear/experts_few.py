@@ -113,7 +113,6 @@ def _calls(
         "LENGTH": lengths[0],
         "WIDTH": second.inputs,
         "ACTS_LENGTH": lengths[1],
-        "COUNTS": triton.next_power_of_2(chosen) if alone else 0,
         "BLOCK": _ARRANGED,
         "OVERLAP": device.overlap,
         "num_warps": 4,
@@ -165,9 +164,8 @@ def few_products(
     acts = torch.empty(pairs, second.length(tiles[1]), dtype=torch.float16, device=x.device)
     out = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     parts = -(-max(inputs.shape[1], acts.shape[1]) // _ARRANGED)
-    counts = torch.empty(pairs, dtype=torch.int32, device=x.device) if alone else ids
-    calls.arrange((tokens, parts, 1), (x, inputs, acts, counts, chosen))
-    if alone and experts_one.product(inputs, ids, gate_up, down, form, acts, out, counts):
+    calls.arrange((tokens, parts, 1), (x, inputs, acts, chosen))
+    if alone and experts_one.product(inputs, ids, gate_up, down, form, acts, out):
         return out
     chosen_by = ids, order, blocks
     codes = gate_up.data.view(torch.int32), gate_up.scales, x if bias is None else bias

@@ -346,22 +346,18 @@ def _arranged_place(k):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["chosen"])
 def arrange_kernel(  # type: ignore[no-untyped-def]
-    x, out, acts, counts, chosen,
-    INPUTS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, ACTS_LENGTH: tl.constexpr, COUNTS: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    x, out, acts, chosen,
+    INPUTS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, ACTS_LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A token: its inputs as `_few_product` reads them, and noughts behind those, and behind its pairs' activations.
 
-    out: float16 [tokens, LENGTH]; acts: float16 [pairs, ACTS_LENGTH]. A token that is alone has counts, [pairs], which
-    are set to nought.
+    out: float16 [tokens, LENGTH]; acts: float16 [pairs, ACTS_LENGTH].
     """
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0)
-    if COUNTS and tl.program_id(1) == 0:
-        pair = tl.arange(0, COUNTS)
-        tl.store(counts + pair, tl.zeros((COUNTS,), dtype=tl.int32), mask=pair < chosen)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = _arranged_place(place)
     values = tl.load(x + token.to(tl.int64) * INPUTS + k, mask=k < INPUTS, other=0.0).to(tl.float32) * FACTOR
