@@ -28,6 +28,7 @@ BASE.attention_scale = 0.125
 ALL = {"biases": ("qkv", "out", "gate_up", "down"), "head_norm": "head", "activation": "gelu_tanh"}
 SCALED = {"embedding_scale": 12.0, "residual": 0.25, "logits_scale": 0.125, "rotates": (True, False)}
 WINDOWS = {"windows": (0, 1, 100, 300), "layers": 4}
+WIDE = {"hidden": 8192, "intermediate": 9216, "heads": 64, "kv_heads": 8, "head_dim": 128, "layers": 1}
 LARGE = {"hidden": 4096, "intermediate": 5120, "heads": 32, "kv_heads": 8, "head_dim": 128, "layers": 1}
 CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] = {
     "plain": ({}, torch.bfloat16, "bf16", 64, {}),
@@ -46,6 +47,15 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
     "int4 in groups of 32": ({"hidden": 1536, "intermediate": 2304}, torch.float16, "int4-32", 64, {}),
     "int4 with zero points": (ALL, torch.bfloat16, "int4-zeros", 64, {}),
     "int4 with zero points, large": (LARGE, torch.bfloat16, "int4-zeros", 64, {"piece": 1024}),
+    "int4, wide": (WIDE, torch.bfloat16, "int4", 64, {}),
+    "int4 with zero points, wide": ({**WIDE, **ALL, "layers": 2}, torch.bfloat16, "int4-zeros", 64, {"split": 256}),
+    "int4, between": (
+        {"hidden": 5120, "intermediate": 6144, "heads": 40, "kv_heads": 8, "head_dim": 128},
+        torch.float16,
+        "int4",
+        64,
+        {},
+    ),
     "int4 with zero points in groups of 32": (
         {"hidden": 1536, "intermediate": 2304},
         torch.float16,
@@ -133,7 +143,7 @@ def test_columns_of_every_kind(name: str) -> None:
         Run(_model(name), columns, page_size, tuning=Tuning(**tuning)).check()
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points", "int4 with zero points, wide"])
 def test_a_column_has_the_same_bits_in_any_company(form: str) -> None:
     run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight rows"], 64, tuning=Tuning(split=256))
     together = run.check()
@@ -153,7 +163,7 @@ def test_a_token_has_the_same_bits_as_a_draft_and_as_a_row(form: str) -> None:
 
 
 @pytest.mark.parametrize("columns", ["eight rows", "eight tokens", "a mix"])
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points"])
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points", "int4 with zero points, wide"])
 def test_replays_repeat_bit_for_bit(form: str, columns: str) -> None:
     run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS[columns], 64, tuning=Tuning(split=256))
     first = run().clone().view(torch.int16)
