@@ -85,14 +85,15 @@ def tiles(what: str, inputs: int, form: Format, piece: int) -> Tiles:
     Raises:
         Unfit: the warps cannot share its inputs evenly.
     """
-    unit = max(256, 8 * form.group) if form.bits == 4 else 256
+    unit = max(256, 8 * form.group) if form.has_groups else 256
     if inputs % unit:
-        raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights need")
+        groups = f" in groups of {form.group}" if form.has_groups else ""
+        raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights{groups} need")
     chunk = inputs if inputs <= (_WIDEST if form.bits == 4 else 2 * _WIDEST) else largest(unit, 2048, inputs)
     data = largest(unit * form.bits // 8, piece, chunk * form.bits // 8)
     if data < _LEAST_PIECE:
         raise Unfit(f"its {what} size {inputs} can only be cut in pieces of {data} bytes")
-    scales = data * 8 // form.bits // form.group * form.scale_bytes if form.bits == 4 else 0
+    scales = data * 8 // form.bits // form.group * form.scale_bytes if form.has_groups else 0
     return Tiles(data, scales)
 
 
@@ -136,8 +137,8 @@ def shape_of(
     Raises:
         Unfit: its sizes do not fit the ring, or there are too few multiprocessors.
     """
-    if head.bits == 4:
-        raise Unfit("its head is int4; 16 bits and fp8 are fused")
+    if head.has_groups:
+        raise Unfit(f"its head has {head.bits} bits in groups; 16 bits, and 8 with a scale for each output, are fused")
     if -(-(model.hidden // 2) // blocks) * 2 > _BATCH * _TILE:
         raise Unfit(f"its hidden size {model.hidden} is above {_BATCH * _TILE} rows for each of {blocks} blocks")
     group = model.heads // model.kv_heads
@@ -185,8 +186,8 @@ def shape_of(
         "RESIDUAL_SCALE": _float(first.residual),
         "EMBEDDING_SCALE": _float(model.embedding_scale),
         "LOGITS_SCALE": _float(model.logits_scale),
-        "FORMAT": layers.bits,
-        "HEAD_FORMAT": head.bits,
+        "FORMAT": layers.code,
+        "HEAD_FORMAT": head.code,
         "GROUP": layers.group,
         "SCALE_BYTES": layers.scale_bytes,
         "ZEROS": int(layers.zeros),
