@@ -54,7 +54,7 @@ struct Step {   // where a step stands
 struct ShortAttention {
   static constexpr int LANES = HEAD / 8, GROUPS = 32 / LANES, HALF_HEAD = HEAD / 2;
   static constexpr int AT_ONCE = 4;   // positions
-  float cos[8], sin[8], q_scale[8], k_scale[8];
+  float cos[8], sin[8], sign, q_scale[8], k_scale[8];
   int page;
   DEVICE void prefetch(const Step& t, const Layer& y) {
     const int d = (threadIdx.x % LANES) * 8;
@@ -62,7 +62,7 @@ struct ShortAttention {
       load_floats(t.cos + (i64)t.position * HALF_HEAD + d % HALF_HEAD, cos);
       load_floats(t.sin + (i64)t.position * HALF_HEAD + d % HALF_HEAD, sin);
     } else UNROLL for (int e = 0; e < 8; e++) { cos[e] = 1.f; sin[e] = 0.f; }
-    if (d < HALF_HEAD) UNROLL for (int e = 0; e < 8; e++) sin[e] = -sin[e];
+    sign = d < HALF_HEAD ? -1.f : 1.f;   // the loads are not used before the wait
     if (HEAD_NORMS) { load_floats(y.q_norm + d, q_scale); load_floats(y.k_norm + d, k_scale); }
     page = __ldg(t.table + t.position / PAGE);
   }
@@ -76,7 +76,7 @@ struct ShortAttention {
       const float factor = rsqrtf(squares / HEAD + HEAD_EPSILON);
       UNROLL for (int e = 0; e < 8; e++) x[e] *= factor * scale[e];
     }
-    UNROLL for (int e = 0; e < 8; e++) o[e] = x[e] * cos[e] + __shfl_xor_sync(~0u, x[e], LANES / 2) * sin[e];
+    UNROLL for (int e = 0; e < 8; e++) o[e] = x[e] * cos[e] + __shfl_xor_sync(~0u, x[e], LANES / 2) * (sign * sin[e]);
   }
   static DEVICE float score(const float* q, const float* k) {
     float s = dot8(q, k);

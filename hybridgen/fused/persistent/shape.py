@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridgen.models.decoder import Decoder, Unfit, dense_parts
 
-THREADS = 288
+THREADS = 384
 """Of a block: eight consumer warps and the producer's."""
 _BATCH = 64
 _WARPS = 8

@@ -87,7 +87,7 @@ DEVICE void attend(const Step& t, const Layer& y, const Plan& plan, const u32* q
   arrivals.target += C::UNITS;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) decode_step(const __grid_constant__ Parameters p) {
   Shared* s = shared_state();
   const int tid = threadIdx.x;
   if (tid == 0) {
@@ -102,10 +102,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
   __syncthreads();
   const i64 slot = *p.rows;
   const Step t = {(int)p.state[p.state_stride + slot], p.tables + slot * p.table_stride, p.cos, p.sin};
-  if (tid >= THREADS) {
+  if (tid >= THREADS) {   // four warps, as registers move between groups of four
+    leave_registers();
     if (tid == THREADS) produce(p, t);
     return;
   }
+  take_registers();
 
   u32 turn = 0, side = 0;
   u32 number = *COUNTER(0), short_number = *COUNTER(1), long_number = *COUNTER(2);   // their low bytes mark words

@@ -17,9 +17,6 @@
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define BATCH 2   // tiles that meet at once
-// A block starts with 168 registers for each of 384 threads; the producers' warps leave theirs to those that compute.
-#define PRODUCER_REGISTERS 40
-#define CONSUMER_REGISTERS 232
 #ifndef EARLY
 #define EARLY (RANKS == 1)   // whether a block arrives before it puts its last sums together; not where those wait for other ranks
 #endif
