@@ -55,9 +55,10 @@ def test_what_is_not_served_has_a_reason(changes: dict[str, Any], reason: str) -
 @pytest.mark.parametrize(
     ("linear", "reason"),
     [
-        (weight("int8"), "dense, fp8 and int4"),
+        (weight("int8", zeros=torch.zeros(8, 2, dtype=torch.int16)), "with zero points"),
+        (weight("fp8", block=Block(1, 96)), "8 bits in groups of 32, 64 or 128"),
+        (weight("int8", inputs=192, block=Block(1, 128)), "8 bits in groups of 32, 64 or 128"),
         (weight("int4", zeros=torch.zeros(8, 2, dtype=torch.uint8)), "zero points and float32 scales"),
-        (weight("fp8", block=Block(128, 128)), "a scale for each output"),
         (weight("int4", block=Block(1, 256)), "groups of 32, 64 or 128"),
     ],
 )
@@ -97,9 +98,27 @@ def test_scales_of_fp8_are_one_for_each_output() -> None:
         assert torch.equal(scales, linear.weight.scales[:, 0].repeat_interleave(block.outputs))
 
 
+def test_blocks_are_groups_of_each_output() -> None:
+    for kind, block in (("fp8", Block(3, 128)), ("int8", Block(1, 64)), ("fp8", Block(8, 32))):
+        linear = weight(kind, block=block)
+        found = stored(linear)
+        assert found.format == Format(8, block.inputs, torch.float32, integers=kind == "int8", grouped=True)
+        assert found.data is linear.weight.data
+        assert torch.equal(found.scales, linear.weight.scales.repeat_interleave(block.outputs, 0)[:8])
+        assert found.scales.is_contiguous()
+
+
+def test_formats_have_numbers_of_their_own() -> None:
+    found = [Format(16), Format(8), Format(8, integers=True), Format(8, grouped=True)]
+    found += [Format(8, integers=True, grouped=True), Format(4)]
+    assert [form.code for form in found] == [16, 8, 40, 72, 104, 4]
+    assert [form.has_groups for form in found] == [False, False, False, True, True, True]
+
+
 @pytest.mark.parametrize(
     ("inputs", "form", "reason"),
     [
+        (2560, Format(8, 128, grouped=True), "8-bit weights in groups of 128"),
         (896, DENSE, "multiple of 256"),
         (11008, Format(4, 128), "multiple of 1024"),
         (4864, Format(4, 32), "pieces of 128 bytes"),
@@ -112,7 +131,11 @@ def test_sizes_that_the_warps_cannot_share_have_a_reason(inputs: int, form: Form
 
 @pytest.mark.parametrize("inputs", [1024, 2048, 3072, 4096, 8192, 14336])
 @pytest.mark.parametrize(
-    "form", [DENSE, Format(8), Format(4), Format(4, 64), Format(4, 32, torch.float32), Format(4, zeros=True)]
+    "form",
+    [
+        *(DENSE, Format(8), Format(4), Format(4, 64), Format(4, 32, torch.float32), Format(4, zeros=True)),
+        *(Format(8, 128, torch.float32, grouped=True), Format(8, 32, integers=True, grouped=True)),
+    ],
 )
 def test_rows_lie_an_odd_multiple_of_16_bytes_apart(inputs: int, form: Format) -> None:
     cut = tiles("hidden", inputs, form, 2048)
@@ -155,8 +178,9 @@ def test_a_device_may_be_too_small() -> None:
         shape_of(model, DENSE, DENSE, Tuning(), **{**H200, "blocks": 8})
     with pytest.raises(Unfit, match="stages"):
         shape_of(model, DENSE, DENSE, Tuning(), **{**H200, "shared_memory": 48 * 1024})
-    with pytest.raises(Unfit, match="head is int4"):
-        shape_of(model, DENSE, Format(4), Tuning(), **H200)
+    for bits in (4, 8):
+        with pytest.raises(Unfit, match=f"head has {bits} bits in groups"):
+            shape_of(model, DENSE, Format(bits, grouped=True), Tuning(), **H200)
 
 
 def test_a_tuning_is_a_document() -> None:
@@ -206,6 +230,9 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
     ({"biases": ("qkv", "out", "gate_up", "down"), "activation": "gelu_tanh"}, torch.float16, "fp8"),
     ({"head_norm": "head", "head_dim": 128, "heads": 8, "kv_heads": 2, "intermediate": 5120}, torch.bfloat16, "int4"),
     ({"head_dim": 128, "heads": 8, "kv_heads": 2, "intermediate": 5120}, torch.float16, "int4-zeros"),
+    ({"intermediate": 5120}, torch.bfloat16, "fp8-blocks"),
+    ({}, torch.float16, "int8"),
+    ({"intermediate": 5120}, torch.bfloat16, "int8-groups"),
 ]
 
 
@@ -217,7 +244,9 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
 def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, kind: str) -> None:
     model = dataclasses.replace(decoder(**changes), dtype=dtype)
     if kind != "dense":
-        model = quantised_decoder(model, kind.partition("-")[0], zeros="zeros" in kind)
+        name, _, how = kind.partition("-")
+        group, of_a_block = (128 if how in ("blocks", "groups") else 0), (128 if how == "blocks" else 1)
+        model = quantised_decoder(model, name, group, zeros=how == "zeros", outputs_of_a_block=of_a_block)
     form = format_of(stored(linear) for linear in model.linears[:-1])
     shape = shape_of(model, form, stored(model.head).format, default_tuning(model), **H200)
     assert shape.shared_bytes <= H200["shared_memory"]

@@ -40,6 +40,11 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
     "no groups": ({"kv_heads": 16}, torch.bfloat16, "bf16", 64, {}),
     "fp8": ({**ALL, **SCALED}, torch.bfloat16, "fp8", 64, {"split": 256}),
     "fp8, float16": ({}, torch.float16, "fp8", 64, {}),
+    "fp8 in blocks": (ALL, torch.bfloat16, "fp8-128-blocks", 64, {}),
+    "fp8 in blocks, large": (LARGE, torch.bfloat16, "fp8-128-blocks", 64, {}),
+    "int8": ({**ALL, **SCALED}, torch.bfloat16, "int8", 64, {}),
+    "int8 in groups": (ALL, torch.bfloat16, "int8-128", 64, {}),
+    "int8 in groups of 32": ({"hidden": 1536, "intermediate": 2304}, torch.float16, "int8-32", 64, {}),
     "int4": (ALL, torch.bfloat16, "int4", 64, {}),
     "int4, large": (LARGE, torch.bfloat16, "int4", 64, {"piece": 1024}),
     "int4 in groups of 64": ({}, torch.bfloat16, "int4-64", 64, {}),
@@ -55,6 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
     ),
 }
 """By name: changes of the shape, dtype, format, page size, tuning."""
+FORMS = ["bf16", "fp8", "fp8 in blocks", "int8", "int8 in groups", "int4", "int4 with zero points"]
 COLUMNS = {
     "one row": [700],
     "two rows": [0, 1],
@@ -71,8 +77,12 @@ def _model(name: str) -> Decoder:
     changes, dtype, form, _, _ = CASES[name]
     model = random_decoder(dataclasses.replace(BASE, **changes), dtype, "cuda")
     kind, *more = form.split("-")
-    group = next((int(each) for each in more if each.isdigit()), 128)
-    return model if kind == "bf16" else quantised_decoder(model, kind, group, zeros="zeros" in more)
+    group = next((int(each) for each in more if each.isdigit()), 0)
+    of_a_block = 128 if "blocks" in more else 1
+    if kind == "bf16":
+        return model
+    head = "int8" if name == "int8" else "fp8"
+    return quantised_decoder(model, kind, group, head, "zeros" in more, of_a_block)
 
 
 _codes: dict[str, Future[bytes]] = {}
@@ -133,7 +143,22 @@ def test_columns_of_every_kind(name: str) -> None:
         Run(_model(name), columns, page_size, tuning=Tuning(**tuning)).check()
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points"])
+def test_contexts_of_every_length() -> None:
+    """Splits, and those who put them together, up to 131,072 positions; beside short ones, and with drafts."""
+    shape = {"layers": 1, "kv_heads": 2, "heads": 8, "max_context": 2**17}
+    for form in ("bf16", "fp8", "int4"):
+        model = random_decoder(dataclasses.replace(BASE, **shape), torch.bfloat16, "cuda")
+        if form != "bf16":
+            model = quantised_decoder(model, form)
+        for columns in ([2**17 - 1], [1, 4095, 4096, 65_535, 40_000], [(100_000, 4), 7, (4094, 3)]):
+            run = Run(model, columns, 64)
+            together = run.check()
+            for index in range(len(run.ids)):
+                one = slice(index, index + 1)
+                assert torch.equal(run.step(run.ids[one], run.positions[one], run.slots[one])[0], together[index])
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_column_has_the_same_bits_in_any_company(form: str) -> None:
     run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight rows"], 64, tuning=Tuning(split=256))
     together = run.check()
@@ -143,7 +168,7 @@ def test_a_column_has_the_same_bits_in_any_company(form: str) -> None:
         assert torch.equal(alone, together[index])
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_token_has_the_same_bits_as_a_draft_and_as_a_row(form: str) -> None:
     run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS["eight tokens"], 64, tuning=Tuning(split=256))
     together = run.check()
@@ -153,7 +178,7 @@ def test_a_token_has_the_same_bits_as_a_draft_and_as_a_row(form: str) -> None:
 
 
 @pytest.mark.parametrize("columns", ["eight rows", "eight tokens", "a mix"])
-@pytest.mark.parametrize("form", ["bf16", "fp8", "int4", "int4 with zero points"])
+@pytest.mark.parametrize("form", FORMS)
 def test_replays_repeat_bit_for_bit(form: str, columns: str) -> None:
     run = Run(_model({"bf16": "plain"}.get(form, form)), COLUMNS[columns], 64, tuning=Tuning(split=256))
     first = run().clone().view(torch.int16)

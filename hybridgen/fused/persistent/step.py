@@ -103,6 +103,7 @@ class PersistentStep:
             "short_sums": short * heads * 8,
             "long_mixed": long * width,
             "long_sums": long * heads * 8,
+            "long_merged": width,
         }
         with torch.inference_mode(False):
             self.words = torch.zeros(sum(-(-n // 32) * 32 for n in sizes.values()), dtype=torch.int32, device=device)
