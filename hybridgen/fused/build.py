@@ -84,12 +84,12 @@ def build_fused(
         making = pool.submit(_rows_step, fused, model, kept, reads, inboxes.rows)
         compiling: list[Future[object]] | Exception = []
         if equal_bits:
-            _make_rows(fused, making, max_rows * query_len)
+            _make_rows(fused, making, max_rows * query_len, 0)
             return _logged(fused)
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
         _make_persistent(fused, model, kept, tuning, inboxes.one)
-        _make_rows(fused, making, max_rows * query_len)
+        _make_rows(fused, making, max_rows * query_len, 0 if reads or share is not None else few)
         nobody = fused.persistent is None and fused.rows is None
         if few == 1 and nobody:
             compiling = _begin_chain(fused, few, tiles, pool)
@@ -183,12 +183,20 @@ def _rows_step(
     return step
 
 
-def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> None:
-    """Try the step for several columns, and say in the notes whether it serves."""
+def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int, widest: int) -> None:
+    """Try the step for several columns, and say in the notes whether it serves.
+
+    Args:
+        widest: rows of one token that it may decode in several launches, where that is faster.
+    """
     columns = min(COLUMNS, tokens)
     try:
         step = fused.on_all_ranks(making.result)
-        rows = fused.rows = RowsExecutor(step, columns, fused.first_of_several, fused.share)
+        wide = None
+        if widest > columns:
+            with torch.inference_mode(False):
+                wide = torch.zeros(widest, *step.logits.shape[1:], dtype=step.logits.dtype, device=step.logits.device)
+        rows = fused.rows = RowsExecutor(step, columns, fused.first_of_several, fused.share, wide)
         if rows.least > columns:
             rows.close()
             fused.rows = None

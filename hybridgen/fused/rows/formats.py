@@ -58,8 +58,8 @@ class Stored:
     data: Tensor
     """[outputs, bytes of a row in the data's items], as `kernels.linear.layout` has it."""
     scales: Tensor | None
-    """Of outputs: float32 [outputs]. Of groups: [outputs, inputs / group], or with zero points [outputs, inputs / group, 2]:
-    the scale, and 8 less the zero point."""
+    """Of outputs: float32 [outputs]. Of groups: [outputs, inputs / group], or [outputs, inputs / group, 2] with zero
+    points: the scale, and 8 less the zero point."""
 
     def tensors(self) -> list[Tensor]:
         """What must stay where it is."""
