@@ -125,8 +125,14 @@ class Context:
         return tuple(LayerPages(pages.keys.clone(), pages.values.clone()) for pages in self.pages)
 
 
-def make_context(model: Decoder, lengths: list[int], page_size: int = 16, seed: int = 0) -> Context:
-    """Pages whose unwritten places are NaN; page 0, where unused entries of the table lead, too."""
+def make_context(
+    model: Decoder, lengths: list[int], page_size: int = 16, seed: int = 0, cache: torch.dtype | None = None
+) -> Context:
+    """Pages whose unwritten places are NaN; page 0, where unused entries of the table lead, too.
+
+    Args:
+        cache: the pages' dtype; None: the model's.
+    """
     generator = torch.Generator().manual_seed(seed)
     device = str(model.device)
     counts = [length // page_size + 1 for length in lengths]
@@ -147,7 +153,7 @@ def make_context(model: Decoder, lengths: list[int], page_size: int = 16, seed: 
                 for page in range(0, length, page_size):
                     run = cached[:, page : page + page_size]
                     part[table[slot, page // page_size].item(), :, : run.shape[1]] = run
-        pages.append(LayerPages(keys.to(device), values.to(device)))
+        pages.append(LayerPages(*(part.to(cache or model.dtype).to(device) for part in (keys, values))))
     tokens = torch.randint(0, model.vocab, (len(lengths),), generator=generator)
     positions = torch.tensor(lengths)
     return Context(

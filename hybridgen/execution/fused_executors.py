@@ -51,6 +51,7 @@ def make_fused(
         tuned=tuned,
         kept=kept,
         share=share,
+        scaled_cache=any(getattr(state, "scales", None) is not None for state in runner.states),
     )
     if share is not None:
         share.on_end(fused.give_up)

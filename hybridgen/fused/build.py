@@ -24,7 +24,7 @@ from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExecutor
 from hybridgen.fused.inputs import StepInputs
-from hybridgen.fused.persistent.shape import Tuning, inbox_bytes
+from hybridgen.fused.persistent.shape import Tuning, check_cache, inbox_bytes
 from hybridgen.fused.persistent.step import PersistentStep
 from hybridgen.fused.rows.shape import COLUMNS
 from hybridgen.fused.rows.step import RowsStep
@@ -48,6 +48,7 @@ def build_fused(
     tuned: Mapping[str, Any] | None = None,
     kept: Keeper | None = None,
     share: Share | None = None,
+    scaled_cache: bool = False,
 ) -> FusedDecode:
     """Build what serves this model on its device; whatever does not leaves its reason in `notes`.
 
@@ -62,6 +63,7 @@ def build_fused(
         kept: gives the machine code kept under a key, or makes and keeps it.
         share: the other ranks, where the model is a rank's share. All of them call this at the same time, and have the
             same executors in the end: what one of them cannot have, none has.
+        scaled_cache: whether keys and values are divided by scales when they are written.
 
     Raises:
         LostRanks: a rank failed where others wait for it.
@@ -69,7 +71,7 @@ def build_fused(
     fused = FusedDecode(inputs, pages=pages, share=share, equal_bits=equal_bits)
     tuning, tiles = tuned_parts(tuned)
     try:
-        model = fused.on_all_ranks(partial(_described, bound, pages, max_context, share))
+        model = fused.on_all_ranks(partial(_described, bound, scaled_cache, max_context, share))
         with bound.original_attention(), torch.inference_mode():
             _check(fused, bound.model, model)
             fused.model = model
@@ -98,7 +100,7 @@ def build_fused(
     return _logged(fused)
 
 
-def _described(bound: BoundModel, pages: tuple[LayerPages, ...], max_context: int, share: Share | None) -> Decoder:
+def _described(bound: BoundModel, scaled_cache: bool, max_context: int, share: Share | None) -> Decoder:
     """The model as data.
 
     Raises:
@@ -108,8 +110,8 @@ def _described(bound: BoundModel, pages: tuple[LayerPages, ...], max_context: in
         raise Unfit("its layers keep a state besides keys and values")
     if bound.latents:
         raise Unfit("its layers cache latents instead of keys and values")
-    if any(each.keys.dtype == torch.float8_e4m3fn for each in pages):
-        raise Unfit("keys and values are cached in 8 bits (kv_dtype), which the fused kernels do not read")
+    if scaled_cache:
+        raise Unfit("keys and values are cached with scales (kv_dtype), which the fused kernels do not know")
     with bound.original_attention(), torch.inference_mode():
         return describe(bound.model, bound.sites, bound.weights, max_context, share)
 
@@ -255,6 +257,7 @@ def _begin_chain(
     try:
         if fused.model is None:
             raise RuntimeError("the model was not described")
+        check_cache(fused.model, fused.pages)
         chain = ChainStep(fused.model, max_rows=rows, tiles=tiles)
         chain.attach(fused.pages)
         sizes = sorted({min(size, rows) for size in (2, 4, 8, 16)})

@@ -172,6 +172,49 @@ def test_keys_and_values_come_in_boxes_of_a_page(page_size: int, box: int) -> No
     assert 2 * 2 * 128 * found.box <= found.defines["STAGE"]
 
 
+@pytest.mark.parametrize(("dim", "page_size", "box"), [(128, 8, 8), (128, 256, 128), (64, 16, 16), (64, 64, 64)])
+def test_a_cache_of_8_bits_comes_in_boxes_of_whole_swizzles(dim: int, page_size: int, box: int) -> None:
+    model = dataclasses.replace(decoder(), heads=8, kv_heads=4, head_dim=dim)
+    found = shape_of(model, DENSE, DENSE, Tuning(piece=2048), **{**H200, "page_size": page_size}, kv_bytes=1)
+    assert (found.box, found.defines["KV8"]) == (box, 1)
+    assert found.box * dim % 1024 == 0
+    assert 2 * dim * found.box <= found.defines["STAGE"]
+
+
+def test_pages_of_few_positions_do_not_fit_it() -> None:
+    with pytest.raises(Unfit, match="pages of 8 positions in 8 bits"):
+        shape_of(decoder(), DENSE, DENSE, Tuning(), **{**H200, "page_size": 8}, kv_bytes=1)
+
+
+def eight_rows(wide: bool) -> list[int]:
+    """`Attention::order` of `columns.cuh` with KV8."""
+    return [((i & 3) << 1) | (i >> 2) if wide else (i & 1) | ((i & 2) << 1) | ((i & 4) >> 1) for i in range(8)]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_keys_and_values_of_8_bits_meet_no_bank_twice(dim: int) -> None:
+    """Of 16 lanes that read 8 bytes of four keys each, and of eight that read 16 bytes of a value."""
+
+    def place(position: int, chunk: int) -> int:  # `Row::chunk`
+        row, first = position * dim // 128, position * dim % 128 // 16
+        return row * 128 + (((first + chunk) ^ (row & 7)) << 4)
+
+    order = eight_rows(dim == 128)
+    assert sorted(order) == list(range(8))
+    for part in range(dim // 32):
+        for half in range(2):
+            read = [place(order[4 * half + g], 2 * part + (t >> 1)) + (t & 1) * 8 for g in range(4) for t in range(4)]
+            assert len({at // 8 % 16 for at in read}) == 16
+    for chunk in range(dim // 16):
+        assert len({place(order[i], chunk) // 16 % 8 for i in range(8)}) == 8
+
+
+def test_dimensions_of_weighed_values_of_8_bits_are_all_there() -> None:
+    for dim in (64, 128):
+        found = {32 * (d // 4) + 16 * (d & 1) + 2 * g + (d // 2 & 1) for d in range(dim // 8) for g in range(8)}
+        assert found == set(range(dim))
+
+
 def test_a_device_may_be_too_small() -> None:
     model = decoder()
     with pytest.raises(Unfit, match="rows for each of 8 blocks"):
@@ -233,6 +276,8 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
     ({"intermediate": 5120}, torch.bfloat16, "fp8-blocks"),
     ({}, torch.float16, "int8"),
     ({"intermediate": 5120}, torch.bfloat16, "int8-groups"),
+    ({"head_dim": 128, "heads": 8, "kv_heads": 2}, torch.bfloat16, "dense-kv8"),
+    ({}, torch.float16, "dense-kv8"),
 ]
 
 
@@ -243,12 +288,14 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
 )
 def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, kind: str) -> None:
     model = dataclasses.replace(decoder(**changes), dtype=dtype)
-    if kind != "dense":
+    if not kind.startswith("dense"):
         name, _, how = kind.partition("-")
         group, of_a_block = (128 if how in ("blocks", "groups") else 0), (128 if how == "blocks" else 1)
         model = quantised_decoder(model, name, group, zeros=how == "zeros", outputs_of_a_block=of_a_block)
     form = format_of(stored(linear) for linear in model.linears[:-1])
-    shape = shape_of(model, form, stored(model.head).format, default_tuning(model), **H200)
+    shape = shape_of(
+        model, form, stored(model.head).format, default_tuning(model), **H200, kv_bytes=2 - ("kv8" in kind)
+    )
     assert shape.shared_bytes <= H200["shared_memory"]
     assert program.machine_code(shape.defines, (9, 0), ROWS).startswith(b"\x7fELF")
 

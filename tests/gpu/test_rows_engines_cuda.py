@@ -41,10 +41,20 @@ def worst(ours: list[hybridgen.Completion], theirs: list[hybridgen.Completion]) 
     return found
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "int8", "int4"])
-def test_quantised_weights_are_multiplied_as_the_layers_multiply_them(quantization: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"quantization": kind, "quantize_head": "fp8"} for kind in ("fp8", "int8", "int4")),
+        {"kv_dtype": "fp8"},
+        {"kv_dtype": "fp8", "quantization": "int4", "quantize_head": "fp8"},
+    ],
+    ids=lambda changes: "-".join(changes.values()),
+)
+def test_numbers_of_few_bits_are_multiplied_as_the_layers_multiply_them(
+    changes: dict[str, str], tmp_path: Path
+) -> None:
     path = families.write("llama", tmp_path, **LAYERS)
-    options = OPTIONS | {"quantization": quantization, "quantize_head": "fp8"}
+    options = OPTIONS | changes
     with hybridgen.Engine.load(path, **options) as engine:
         found = engine.generate(PROMPTS, **SAMPLING, logprobs=0)
         stats = engine.stats()

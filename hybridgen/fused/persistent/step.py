@@ -18,6 +18,7 @@ from hybridgen.fused.persistent.shape import (
     THREADS,
     Tuning,
     check,
+    check_cache,
     default_tuning,
     peers,
     shape_of,
@@ -76,6 +77,7 @@ class PersistentStep:
         capability = properties.major, properties.minor
         page_size = pages[0].keys.shape[2]
         check(model, page_size, capability)
+        check_cache(model, pages)
         blocks = properties.multi_processor_count
         self.tuning = tuning or default_tuning(model, blocks)
         shape = shape_of(

@@ -124,6 +124,7 @@ def shape_of(
     shared_memory: int,
     patience: int = PATIENCE,
     reads: tuple[int, ...] = (),
+    kv_bytes: int = 2,
 ) -> Shape:
     """The constants for a model.
 
@@ -133,6 +134,7 @@ def shape_of(
         shared_memory: bytes of it that a block can have.
         patience: times that a block asks for an activation before the step is given up.
         reads: layers whose inputs are left behind.
+        kv_bytes: of a number in the cache: 2, or 1 for e4m3.
 
     Raises:
         Unfit: its sizes do not fit the ring, or there are too few multiprocessors.
@@ -198,6 +200,7 @@ def shape_of(
         "STAGES": stages,
         "IN_FLIGHT": min(tuning.in_flight, stages),
         "SHARED": shared,
+        "KV8": int(kv_bytes == 1),
         "UNIT_HEADS": unit_heads,
         "SPLIT": split,
         "PATIENCE": f"{patience}u",
@@ -205,9 +208,12 @@ def shape_of(
     }
     if reads:
         defines["READS"] = ",".join(map(str, reads))
-    fits = stage // (4 * dim)
+    fits = stage // (2 * kv_bytes * dim)
     positions = next(n for n in (128, 64, 32, 16) if n <= max(fits, 16))
-    return Shape(defines, blocks, stages * stage + shared, unit_heads, split, min(positions, page_size))
+    box = min(positions, page_size)
+    if kv_bytes == 1 and box * dim % _ALIGNED:
+        raise Unfit(f"pages of {page_size} positions in 8 bits are no multiples of {_ALIGNED} bytes")
+    return Shape(defines, blocks, stages * stage + shared, unit_heads, split, box)
 
 
 def shares(model: Decoder, blocks: int) -> list[list[int]]:

@@ -124,7 +124,8 @@ struct Unit {
 };
 #define HEAD_GROUPS (HEADS / UNIT_HEADS)
 struct Cut {
-  static constexpr int FIT = STAGE / (4 * HEAD);
+  static constexpr int EACH = KV8 ? HEAD : 2 * HEAD;   // bytes of a key
+  static constexpr int FIT = STAGE / (2 * EACH);
   static constexpr int POSITIONS = FIT >= 128 ? 128 : FIT >= 64 ? 64 : FIT >= 32 ? 32 : 16;   // of a stage
   static constexpr int COPIED = POSITIONS < PAGE ? POSITIONS : PAGE;
   static_assert(PAGE % COPIED == 0 && POSITIONS % COPIED == 0 && SPLIT % POSITIONS == 0, "pages and stages divide each other");
@@ -194,22 +195,23 @@ struct Producer {
         for (int i = 0; i < T::STAGES_OF_CHUNK; i++)
           stage<T>(m, share.first + t, min(T::ROWS, share.count - t), twin, c * T::STAGES_OF_CHUNK + i);
   }
-  // Keys and values as boxes of positions by 64 dimensions, 128 bytes a row. The copy swizzles the rows' chunks of 16 bytes by
-  // the row's place among eight, so that a product reads them without meeting a bank twice. A producer has a box's dimensions.
+  // Keys and values as boxes of positions by 64 dimensions (with KV8 all of them), in rows of 128 bytes. The copy swizzles the
+  // rows' chunks of 16 bytes by the row's place among eight, so that a product reads them without meeting a bank twice. A
+  // producer has a box's dimensions.
   DEVICE void cache(const u8* maps, const Unit& unit) {
-    constexpr int HALVES = HEAD / 64;
+    constexpr int HALVES = KV8 ? 1 : HEAD / 64, EACH = Cut::EACH / HALVES;   // bytes of a position in a box
     const int what = which / HALVES, half = which % HALVES;   // keys or values
     const int* table = shared_state()->table[unit.column];
     const int cached = shared_state()->cached[unit.column];   // what comes behind is made by this step
     for (int t = unit.low; t < unit.high; t += Cut::POSITIONS) {
       const int n = max(0, min(Cut::POSITIONS, min(unit.high, cached) - t)), boxes = (n + Cut::COPIED - 1) / Cut::COPIED;
-      const u32 slot = begin<largest_flight(Cut::POSITIONS * HEAD * 4)>(what < 2 ? boxes * Cut::COPIED * 128 : 0);
+      const u32 slot = begin<largest_flight(Cut::POSITIONS * 2 * Cut::EACH)>(what < 2 ? boxes * Cut::COPIED * EACH : 0);
       if (what >= 2) continue;
       const u32 barrier = shared_address(&shared_state()->full[slot]);
-      const u32 to = shared_address(stages) + slot * STAGE + which * Cut::POSITIONS * 128;
+      const u32 to = shared_address(stages) + slot * STAGE + which * Cut::POSITIONS * EACH;
       for (int i = 0; i < n; i += Cut::COPIED) {
         const int at = t + i, page = __ldg(table + at / PAGE);
-        copy_box(to + i * 128, maps + what * 128, half * 64, (page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE, barrier, policy);
+        copy_box(to + i * EACH, maps + what * 128, half * 64, ((page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE) * EACH / 128, barrier, policy);
       }
     }
   }
