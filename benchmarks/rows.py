@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
+from hybridgen.kernels.attention.reference import as_bytes
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear
 from hybridgen.models.quantised import QuantisedWeight
@@ -104,12 +105,14 @@ def in_format(model: Decoder, name: str) -> Decoder:
 class Cache:
     """Pages of eight requests, and steps of columns over them."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of keys and values; None: the model's."""
         self.model, device = model, model.device
         count = ROOM // PAGE_SIZE
         size = 8 * count + 1, model.kv_heads, PAGE_SIZE, model.head_dim
         self.pages = tuple(
-            LayerPages(*(torch.empty(size, dtype=model.dtype, device=device) for _ in range(2))) for _ in model.layers
+            LayerPages(*(torch.empty(size, dtype=dtype or model.dtype, device=device) for _ in range(2)))
+            for _ in model.layers
         )
         self.block_table = (torch.randperm(8 * count, device=device) + 1).view(8, count).to(torch.int32)
         self.ids = torch.zeros(8, dtype=torch.int64, device=device)
@@ -126,16 +129,18 @@ class Cache:
         for slot, position in columns:
             lengths[slot] = min(position, lengths.get(slot, position))
         for part in (part for layer in self.pages for part in layer):
-            part.normal_()
+            bits = as_bytes(part)
+            none = torch.nan if bits is part else 0x7F
+            bits.copy_(as_bytes(torch.randn(part.shape, dtype=self.model.dtype, device=part.device).to(part.dtype)))
             if numbers:
                 continue
-            part[0] = torch.nan
+            bits[0] = none
             for slot in range(8):
                 length = lengths.get(slot, 0)
                 pages = self.block_table[slot].long()
-                part[pages[-(-length // PAGE_SIZE) :]] = torch.nan
+                bits[pages[-(-length // PAGE_SIZE) :]] = none
                 if length % PAGE_SIZE:
-                    part[pages[length // PAGE_SIZE], :, length % PAGE_SIZE :] = torch.nan
+                    bits[pages[length // PAGE_SIZE], :, length % PAGE_SIZE :] = none
         n = len(columns)
         self.ids[:n] = torch.randint(0, self.model.vocab, (n,), device=self.ids.device)
         self.slots[:n] = torch.tensor([slot for slot, _ in columns], device=self.ids.device)
@@ -181,10 +186,11 @@ def check(step: Any, cache: Cache) -> dict[str, float]:
         worst = float(((logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
         for ours, theirs in zip(cache.pages, pages, strict=True):
             for actual, wanted in zip(ours, theirs, strict=True):
+                actual, wanted = actual.float(), wanted.float()
                 written = ~wanted.isnan()
                 if not torch.equal(actual.isnan(), ~written):
                     worst = float("nan")
-                off = (actual.float() - wanted.float())[written].norm() / wanted.float()[written].norm()
+                off = (actual - wanted)[written].norm() / wanted[written].norm()
                 worst = max(worst, float(off)) if worst == worst else worst
         errors[name] = float("nan") if step.faulted else worst
     return errors
@@ -222,8 +228,16 @@ def timed(step: Any, cache: Cache, columns: list[int], positions: list[int], cei
             cache.positions.fill_(position)
             inputs = cache.ids[:count], cache.positions[:count], cache.slots[:count]
             took = graph_seconds(lambda inputs=inputs: step(*inputs), calls=20)
-            cached = 2 * count * position * model.kv_heads * model.head_dim * len(model.layers) * model.dtype.itemsize
-            share = (model.weight_bytes + cached) / took / ceiling
+            read = (
+                2
+                * count
+                * position
+                * model.kv_heads
+                * model.head_dim
+                * len(model.layers)
+                * cache.pages[0].keys.element_size()
+            )
+            share = (model.weight_bytes + read) / took / ceiling
             lines.append({"columns": count, "position": position, "us": took * 1e6, "of_ceiling": share})
     cache.positions.copy_(torch.arange(512, 520))
     cache.slots.zero_()
@@ -245,7 +259,12 @@ class Variant:
 
 
 def variants(
-    name: str, form: str, tunings: list[dict[str, int]], half: bool, pool: ThreadPoolExecutor
+    name: str,
+    form: str,
+    tunings: list[dict[str, int]],
+    half: bool,
+    cached: torch.dtype | None,
+    pool: ThreadPoolExecutor,
 ) -> list[Variant]:
     """The kernels of a model; they are compiled meanwhile."""
     from hybridgen.fused.rows.shape import default_tuning
@@ -254,7 +273,7 @@ def variants(
     dtype = torch.float16 if half or form == "fp16" else shape_dtype(name, "cuda")
     model = in_format(random_decoder(name, dtype, "cuda", ROOM), form)
     release()
-    cache = Cache(model)
+    cache = Cache(model, cached)
     torch.cuda.synchronize()
 
     def make(changes: dict[str, int]) -> Any:
@@ -321,6 +340,7 @@ def main() -> None:
     parser.add_argument("--tunings", nargs="*", default=[], help="others to try, for example piece=1024,in_flight=3")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--half", action="store_true", help="float16 models")
+    parser.add_argument("--cache-fp8", action="store_true", help="keys and values in 8 bits")
     parser.add_argument("--smoke", action="store_true", help="plans only, on any machine")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -337,11 +357,13 @@ def main() -> None:
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
     results["read_ceiling_gb_per_s"] = ceiling / 1e9
     others = [{k: int(v) for k, v in (pair.split("=") for pair in text.split(","))} for text in args.tunings]
+    cached = torch.float8_e4m3fn if args.cache_fp8 else None
+    results["cache"] = "fp8" if args.cache_fp8 else "16 bits"
     found: list[Variant] = []
     with ThreadPoolExecutor(12) as pool:
         for name in args.models:
             for form in args.formats:
-                found += variants(name, form, [{}, *others], args.half, pool)
+                found += variants(name, form, [{}, *others], args.half, cached, pool)
         wait([variant.step for variant in found])  # loading a kernel disturbs a graph that is being recorded
         for variant in found:
             if time.monotonic() - begin < args.seconds:

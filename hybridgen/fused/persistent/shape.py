@@ -81,7 +81,7 @@ def check(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
 def check_cache(model: Decoder, pages: tuple[LayerPages, ...]) -> None:
     """Raise Unfit if keys and values are cached in another dtype than the weights', which one kernel reads alone."""
     if any(part.dtype != model.dtype for layer in pages for part in layer):
-        raise Unfit("keys and values are cached in 8 bits (kv_dtype), which the kernel for several rows alone reads")
+        raise Unfit("keys and values are cached in 8 bits (kv_dtype), which this kernel does not read")
 
 
 def check_places(tensors: Iterable[Tensor]) -> None:
