@@ -337,8 +337,12 @@ def test_what_is_fused(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> 
         "tuned": {"a": 1},
         "kept": None,
         "share": None,
+        "scaled_cache": False,
     }
     assert list(runner.executors) == ["chain", "layers"]
+    monkeypatch.setattr(runner.states[0], "scales", (1.0, 2.0))
+    fused_executors.make_fused(runner, 64)
+    assert given["scaled_cache"] is True
 
 
 def test_logits_without_numbers_are_a_stopped_steps_or_not(runner: ModelRunner) -> None:
