@@ -211,7 +211,7 @@ struct Producer {
       const u32 to = shared_address(stages) + slot * STAGE + which * Cut::POSITIONS * EACH;
       for (int i = 0; i < n; i += Cut::COPIED) {
         const int at = t + i, page = __ldg(table + at / PAGE);
-        copy_box(to + i * EACH, maps + what * 128, half * 64, ((page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE) * EACH / 128, barrier, policy);
+        copy_box(to + i * EACH, maps + what * 128, half * 64, ((page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE) / (128 / EACH), barrier, policy);
       }
     }
   }
