@@ -33,7 +33,7 @@ from hybridgen.models.quantised import QuantisedWeight
 PAGE_SIZE = 64
 ROOM = 1024
 """Positions of each request."""
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -196,9 +196,9 @@ def rows(results: list[Result]) -> list[str]:
     lines = []
     for result in results:
         for variant in result["variants"]:
-            times = {
-                (time["columns"], time["position"], "one_request" in time): time for time in variant.get("times", [])
-            }
+            if "times" not in variant:  # not measured: the check refused it, or the time was up
+                continue
+            times = {(time["columns"], time["position"], "one_request" in time): time for time in variant["times"]}
             repeats = [variant["repeats"]]  # by which columns a step has
             for others in ("repeats_of_several_tokens", "repeats_of_other_columns"):
                 repeats += variant.get(others, {}).values()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 LAYERS: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4,
-    "head_dim": 64, "num_hidden_layers": 2, "vocab_size": 258,
+    "head_dim": 64, "num_hidden_layers": 2, "vocab_size": 258, "initializer_range": 0.03,
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "mode": "hybrid", "device": "cuda", "dtype": "bfloat16", "max_batch": 4, "max_context": 512, "kv_memory": "64MiB",
@@ -60,13 +60,13 @@ def test_numbers_of_few_bits_are_multiplied_as_the_layers_multiply_them(
         stats = engine.stats()
         alone = [engine.generate(prompt, **SAMPLING, logprobs=0) for prompt in PROMPTS]
     assert stats.fused[SIZE] == "one persistent kernel for several rows", stats.fused
-    assert not stats.fallbacks
+    assert all("rounds to the nearest" in note for note in stats.fallbacks)
     assert [out.token_ids for out in alone] == [out.token_ids for out in found]
     assert [out.logprobs for out in alone] == [out.logprobs for out in found]
     with hybridgen.Engine.load(path, **options | {"mode": "eager", "equal_bits": False}) as engine:
         expected = engine.generate(PROMPTS, **SAMPLING, logprobs=0)
     assert sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(found, expected, strict=True)) >= 3
-    assert worst(found, expected) < 0.5
+    assert worst(found, expected) < 0.1
 
 
 def test_sixteen_rows_take_two_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_sixteen_rows_take_two_launches(tmp_path: Path, monkeypatch: pytest.Monk
         halves += engine.generate(prompts[8:], **SAMPLING, logprobs=0)
         stats = engine.stats()
     assert any(kind.startswith("rows") and "16" in reason for (phase, kind, reason) in stats.steps if phase == "decode")
-    assert not stats.fallbacks
+    assert all("rounds to the nearest" in note for note in stats.fallbacks)
     for each in (*found[1:], halves):  # prompts of other calls may have other bits
         assert sum(a.token_ids == b.token_ids for a, b in zip(found[0], each, strict=True)) >= 14
         assert worst(found[0], each) < 0.1

@@ -112,7 +112,9 @@ class Run:
         self, model: Decoder, lengths: list[Any], page_size: int, cache: torch.dtype | None = None, **options: Any
     ) -> None:
         self.model = model
-        self.close = 2e-2 if cache is None else 5e-2  # of what is written; in 8 bits a last bit is 6 to 12 %
+        # In 8 bits a last bit is 6 to 12 %, and a token that sees itself alone has it in its logits.
+        self.close = 2e-2 if cache is None else 5e-2  # of what is written
+        self.limit = TOLERANCE[model.dtype] if cache is None else 5e-2  # of logits
         pairs = [length if isinstance(length, tuple) else (length, 1) for length in lengths]
         context = make_context(model, [length + count - 1 for length, count in pairs], page_size, len(lengths), cache)
         self.pages, self.table = context.pages, context.block_table
@@ -140,7 +142,7 @@ class Run:
         torch.cuda.synchronize()
         assert not self.step.faulted
         errors = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert float(errors.max()) < TOLERANCE[self.model.dtype], errors
+        assert float(errors.max()) < self.limit, errors
         for ours, theirs in zip(self.pages, pages, strict=True):
             for actual, wanted in zip(ours, theirs, strict=True):
                 actual, wanted = actual.float(), wanted.float()
