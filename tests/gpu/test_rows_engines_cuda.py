@@ -70,9 +70,10 @@ def test_numbers_of_few_bits_are_multiplied_as_the_layers_multiply_them(
 
 
 def test_sixteen_rows_take_two_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where that is faster; here it is said to be. Each row has the bits that it has in a step of eight."""
+    """Where that is faster; here it is said to be."""
     path = families.write("llama", tmp_path, **LAYERS)
     options = OPTIONS | {"max_batch": 16, "equal_bits": False, "quantization": "int4", "decode_buckets": [1, 8, 16]}
+    options["prefix_cache"] = False  # prompts that are found there are read in other pieces, with other bits
     real = fused_executors._recorded_seconds
     taken = {"rows": 1.0, "layers": 2.0}
     monkeypatch.setattr(fused_executors, "_recorded_seconds", lambda *args: real(*args) and taken[args[-1]])
@@ -85,9 +86,9 @@ def test_sixteen_rows_take_two_launches(tmp_path: Path, monkeypatch: pytest.Monk
         stats = engine.stats()
     assert any(kind.startswith("rows") and "16" in reason for (phase, kind, reason) in stats.steps if phase == "decode")
     assert all("rounds to the nearest" in note for note in stats.fallbacks)
-    for each in (*found[1:], halves):  # prompts of other calls may have other bits
-        assert sum(a.token_ids == b.token_ids for a, b in zip(found[0], each, strict=True)) >= 14
-        assert worst(found[0], each) < 0.1
+    assert [out.logprobs for out in found[1]] == [out.logprobs for out in found[2]]
+    assert worst(found[0], halves) < 0.1  # prompts of smaller calls have other bits
+    assert sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(found[0], halves, strict=True)) >= 14
 
 
 def test_an_engine_mends_a_step_that_was_given_up(tmp_path: Path) -> None:
