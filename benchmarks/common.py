@@ -145,14 +145,19 @@ def random_model(
     return model
 
 
-def random_decoder(name: str, dtype: torch.dtype, device: str, max_context: int, share: Share | None = None) -> Decoder:
+def random_decoder(
+    name: str, dtype: torch.dtype, device: str, max_context: int, share: Share | None = None, layers: int | None = None
+) -> Decoder:
     """A `Decoder` of that shape with random weights from seed 0, made on the device without Hugging Face's model.
 
     Args:
+        layers: only the first of them.
         share: the ranks, of which it is one's share; all have the same numbers.
     """
     ranks = 1 if share is None else share.size
     config: Any = shape_config(name)
+    if layers is not None:
+        shorten(config, layers)
     generator = torch.Generator(device).manual_seed(0)
     hidden, width, dim = config.hidden_size, config.intermediate_size // ranks, config.head_dim
     heads, keys = config.num_attention_heads // ranks, config.num_key_value_heads // ranks

@@ -177,6 +177,51 @@ def run_products(device: str, dtype: torch.dtype, ceiling: float, smoke: bool) -
     return found
 
 
+FEW_SHAPES = [*SHAPES, Shape("70b gate_up", 57344, 8192), Shape("70b down", 8192, 28672)]
+
+
+def run_few(device: str, dtype: torch.dtype, ceiling: float) -> list[dict[str, Any]]:
+    """`int4` and few rows by the kernels that can take them, compared with float64 first."""
+    from hybridgen.kernels.linear import int4_few
+    from hybridgen.kernels.linear import quantised_few_kernels as few
+    from hybridgen.kernels.linear.quantised_kernels import layout_of
+    from hybridgen.kernels.linear.quantised_kernels import product as cut
+
+    found = []
+    for shape in FEW_SHAPES:
+        for name in ("int4", "int4 symmetric"):
+            first = weight_of(name, shape, device, dtype)
+            weights = [first, *(copy(first) for _ in range(copies_of(list(first.tensors().values()), device) - 1))]
+            values = first.rows(0, 512).dequantise(torch.float32).double()
+            layout = layout_of("int4", first.zeros is not None, shape.inputs, first.block, first.scales.shape[1])
+            assert layout is not None
+            for rows in (1, 2, 4, 8):
+                x = torch.randn(rows, shape.inputs, device=device).to(dtype)
+                wanted = x.double() @ values.T
+
+                def of(kernel: str, w: QuantisedWeight, x: Tensor = x, layout: Any = layout) -> Tensor:
+                    if kernel == "cuda":
+                        return int4_few.product(x, w.data, w.scales, w.zeros, None, layout.group)
+                    if kernel == "triton":
+                        return few.few_product(x, w.data, w.scales, w.zeros, None, layout.group)
+                    return cut(x, w.data, w.scales, w.zeros, None, layout, w.inputs)
+
+                row: dict[str, Any] = {"shape": shape.name, "format": name, "rows": rows}
+                for kernel in ("cuda", "triton", "any rows"):
+                    if kernel == "triton" and not few.takes(
+                        x, first.data, first.zeros, first.scales.shape[1], layout.group
+                    ):
+                        continue
+                    error = (of(kernel, first)[:, :512].double() - wanted).norm() / wanted.norm()
+                    took = times([lambda w=w, k=kernel, of=of: of(k, w) for w in weights], device)  # type: ignore[misc]
+                    row |= {f"{kernel} us": took * 1e6, f"{kernel} error": float(error)}
+                row["of_ceiling"] = first.bytes_read / row["cuda us"] * 1e6 / ceiling
+                found.append(row)
+                print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            del weights
+    return found
+
+
 FORMS = (
     (64, 128, 4, 3),
     (64, 128, 4, 4),
@@ -323,6 +368,7 @@ def prefill_ms(engine: hybridgen.Engine, prompts: int, length: int, vocab: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--few", action="store_true", help="int4 and few rows by each kernel for them instead")
     parser.add_argument("--sweep", action="store_true", help="try other tiles instead")
     parser.add_argument("--sweep-rows", nargs="+", type=int, default=[64], help="rows of --sweep")
     parser.add_argument("--steps", action="store_true", help="time whole models instead of products")
@@ -346,7 +392,10 @@ def main() -> None:
         if args.steps or args.smoke:
             models, batches = (["tiny"], [1, 2]) if args.smoke else (args.models, args.batches)
             results["steps"] = run_steps(args, models, batches, device)
-        if args.sweep:
+        if args.few:
+            ceiling = read_ceiling(torch.device(device)) or 1e9
+            results |= {"read_ceiling_gb_per_s": ceiling / 1e9, "few": run_few(device, dtype, ceiling)}
+        elif args.sweep:
             results["sweep"] = sweep(device, dtype, args.sweep_rows)
         elif not args.steps:
             ceiling = read_ceiling(torch.device(device)) or 1e9

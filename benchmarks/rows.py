@@ -263,6 +263,7 @@ def variants(
     form: str,
     tunings: list[dict[str, int]],
     half: bool,
+    layers: int | None,
     cached: torch.dtype | None,
     pool: ThreadPoolExecutor,
 ) -> list[Variant]:
@@ -271,7 +272,7 @@ def variants(
     from hybridgen.fused.rows.step import RowsStep
 
     dtype = torch.float16 if half or form == "fp16" else shape_dtype(name, "cuda")
-    model = in_format(random_decoder(name, dtype, "cuda", ROOM), form)
+    model = in_format(random_decoder(name, dtype, "cuda", ROOM, layers=layers), form)
     release()
     cache = Cache(model, cached)
     torch.cuda.synchronize()
@@ -282,7 +283,7 @@ def variants(
         torch.cuda.synchronize()
         return step
 
-    line = {"model": name, "format": form, "dtype": str(dtype)}
+    line = {"model": name, "layers": len(model.layers), "format": form, "dtype": str(dtype)}
     return [Variant(cache, pool.submit(make, each), dict(line), not index) for index, each in enumerate(tunings)]
 
 
@@ -331,6 +332,7 @@ def smoke() -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"])
+    parser.add_argument("--layers", type=int, help="only so many of each model")
     parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "int4"], choices=FORMATS)
     parser.add_argument("--columns", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--positions", nargs="+", type=int, default=[64, 512])
@@ -363,7 +365,7 @@ def main() -> None:
     with ThreadPoolExecutor(12) as pool:
         for name in args.models:
             for form in args.formats:
-                found += variants(name, form, [{}, *others], args.half, cached, pool)
+                found += variants(name, form, [{}, *others], args.half, args.layers, cached, pool)
         wait([variant.step for variant in found])  # loading a kernel disturbs a graph that is being recorded
         for variant in found:
             if time.monotonic() - begin < args.seconds:

@@ -65,12 +65,16 @@ class Case:
     trace: Tensor | None
 
 
-def cases(name: str, form: str, variants: list[dict[str, Any]], pool: ThreadPoolExecutor) -> list[Case]:
+def cases(
+    name: str, form: str, variants: list[dict[str, Any]], layers: int | None, pool: ThreadPoolExecutor
+) -> list[Case]:
     """A model's kernels: one with marks, and one for each variant."""
     from hybridgen.fused.rows.shape import default_tuning
     from hybridgen.fused.rows.step import RowsStep
 
-    model = rows.in_format(random_decoder(name, shape_dtype(name, "cuda"), "cuda", rows.ROOM), form)
+    whole = random_decoder(name, shape_dtype(name, "cuda"), "cuda", rows.ROOM, layers=layers)
+    model = rows.in_format(whole, form)
+    del whole
     release()
     cache = rows.Cache(model)
     torch.cuda.synchronize()
@@ -89,7 +93,7 @@ def cases(name: str, form: str, variants: list[dict[str, Any]], pool: ThreadPool
         trace = None
         if index == 0:
             trace = torch.zeros(blocks, len(model.layers), MARKS, dtype=torch.int64, device=model.device)
-        line = {"model": name, "format": form, "marks": index == 0, "changes": changes}
+        line = {"model": name, "layers": len(model.layers), "format": form, "marks": index == 0, "changes": changes}
         found.append(Case(line, cache, pool.submit(make, changes, trace), trace))
     return found
 
@@ -131,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "llama-3.1-8b"])
     parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "int4"], choices=rows.FORMATS)
+    parser.add_argument("--layers", type=int, help="only so many of each model")
     parser.add_argument("--columns", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--repeats", type=int, default=1000, help="of a fixed step, three kinds of it")
     parser.add_argument("--variants", nargs="*", default=[], help="others to try, for example piece=1024,EARLY=0")
@@ -149,7 +154,7 @@ def main() -> None:
     variants = [{}, *({k: int(v) for k, v in (p.split("=") for p in text.split(","))} for text in args.variants)]
     results: dict[str, Any] = {"benchmark": "rows_phases", "parts": PARTS, "lines": []}
     with ThreadPoolExecutor(14) as pool:
-        every = [case for name, form in pairs for case in cases(name, form, variants, pool)]
+        every = [case for name, form in pairs for case in cases(name, form, variants, args.layers, pool)]
         wait([case.step for case in every])  # loading a kernel disturbs a graph that is being recorded
         print(f"kernels made, {time.monotonic() - begin:.1f} s", flush=True)
         for case in sorted(every, key=lambda case: bool(case.line["changes"])):

@@ -165,3 +165,53 @@ def test_compressed_tensors_before_their_first_forward(stored: str, tmp_path: An
     model(torch.tensor([[1, 2, 3]]))  # which decompresses
     with pytest.raises(UnsupportedModelError, match="have not been decompressed"):
         hybridgen.Engine.load(model, **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "nf4", "nested nf4"])
+def test_layers_of_bitsandbytes(kind: str) -> None:
+    """Codes of 8 bits run as they are, before and behind a forward, which moves scales; others are dequantised."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = families.build("qwen2", num_hidden_layers=2)
+    dense = families.build("qwen2", num_hidden_layers=2)
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or not name.endswith("_proj"):
+            continue
+        sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+        values = linear.weight.detach()
+        if kind == "8 bits":
+            place = bitsandbytes.nn.Linear8bitLt(*sizes, bias=biased, has_fp16_weights=False)
+            place.weight = bitsandbytes.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to("cpu")
+            values = place.weight.data.float() * (place.weight.SCB / 127)[:, None]
+        else:
+            place = bitsandbytes.nn.Linear4bit(
+                *sizes, bias=biased, compute_dtype=torch.float32, quant_type="nf4", compress_statistics="nested" in kind
+            ).to("cpu")
+            options = {"quant_type": "nf4", "compress_statistics": "nested" in kind, "requires_grad": False}
+            place.weight = bitsandbytes.nn.Params4bit(values, **options).to("cpu")
+            values = bitsandbytes.functional.dequantize_4bit(place.weight.data, place.weight.quant_state)
+        place.bias = linear.bias
+        model.set_submodule(name, place)
+        dense.get_submodule(name).weight.data.copy_(values)
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    model.requires_grad_(False)
+    note = "activations are not quantised" if kind == "8 bits" else "weights of 4 bits are dequantised"
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=note):
+            engine = hybridgen.Engine.load(model, mode="graph", **SETTINGS)
+        with engine:
+            assert generated(engine) == tokens_of(dense)
+            assert len(quantised_modules(engine._runner.bound.model)) == (14 if kind == "8 bits" else 0)
+            with torch.no_grad():
+                layer, other = model.model.layers[0].mlp.down_proj, dense.model.layers[0].mlp.down_proj
+                layer.weight.data.copy_(layer.weight.data.flip(0))
+                layer.weight.add_(0)  # which its version counter sees
+                if kind == "8 bits":
+                    scales = other.weight.abs().amax(1, keepdim=True) / 127
+                    codes = (other.weight / scales).round()
+                    other.weight.copy_(codes.flip(0) * scales)
+                else:
+                    state = layer.weight.quant_state
+                    other.weight.copy_(bitsandbytes.functional.dequantize_4bit(layer.weight.data, state))
+            assert generated(engine) == tokens_of(dense)
+        if kind == "8 bits":
+            model(torch.tensor([[1, 2, 3]]))

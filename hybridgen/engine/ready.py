@@ -12,9 +12,10 @@ from hybridgen.config import EngineConfig, Mode, ResolvedConfig
 from hybridgen.errors import HybridgenError, UnsupportedModelError, described
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.live_adapters import merge_live
-from hybridgen.loading.live_quantised import ACTIVATIONS, read_live
+from hybridgen.loading.live_quantised import read_live
 from hybridgen.models import BoundModel, bind
 from hybridgen.models.experts_check import ExpertsCheck, check_packed, checked_routers, checked_sites, chosen_of
+from hybridgen.models.few_int4 import check_few_rows
 from hybridgen.models.few_rows import RowsCheck
 from hybridgen.models.packed_experts import packed_experts
 from hybridgen.models.probe import ProbedCall
@@ -57,8 +58,9 @@ def make_ready(
     """
     twin = None if loaded.owned else Twin(loaded.model)
     model = loaded.model if twin is None else twin.model
-    if twin is not None and read_live(twin, checkpoint.dtype) and fall_back is not None:
-        fall_back(ACTIVATIONS)
+    for note in [] if twin is None else read_live(twin, checkpoint.dtype):
+        if fall_back is not None:
+            fall_back(note)
     if twin is not None and config.merge_adapters:
         merge_live(twin)
     if config.fuse_projections and loaded.owned:
@@ -70,9 +72,10 @@ def make_ready(
         bound = bound_model(model, resolved.max_context, known)
     undo.callback(bound.release)
     if resolved.mode is not Mode.EAGER:  # the reference
-        check = ExpertsCheck(chosen_of(model), checkpoint.dtype)
+        check = ExpertsCheck(chosen_of(model), checkpoint.dtype, fall_back)
         _use_ops(bound, check, resolved, fall_back)
         check_packed(check, packed_experts(model))
+        check_few_rows(model, fall_back)
     for _, module in quantised_modules(model):
         module.dequantises = resolved.mode is Mode.EAGER  # the reference
     for experts in packed_experts(model):

@@ -1,8 +1,9 @@
 """Quantised weights of a live module, read as they are: the same storage, under a `QuantisedLinear` of the twin.
 
 Known are transformers' `FP8Linear` (fine-grained FP8, or one scale for all), `nn.Linear` layers whose weight is an
-`Int8Tensor` or a `Float8Tensor` of torchao, and those that compressed-tensors has not decompressed yet, which it does
-in their first forward. Their own layers also round activations, or may; here weights alone are.
+`Int8Tensor` or a `Float8Tensor` of torchao, those that compressed-tensors has not decompressed yet, which it does in
+their first forward, and bitsandbytes' layers of 8 bits. Their own layers also round activations, or may; here weights
+alone are. bitsandbytes' layers of 4 bits cannot run as they are stored, and get a linear layer with their values.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from torch import Tensor, nn
 
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.kernels.linear.layout import Block, power_of_two
-from hybridgen.loading.formats import compressed
+from hybridgen.loading.formats import bitsandbytes, compressed
 from hybridgen.loading.formats.scheme import Damaged
 from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 from hybridgen.models.twin import Twin
 
-METHODS = ("fp8", "torchao", compressed.METHOD)
+METHODS = ("fp8", "torchao", compressed.METHOD, bitsandbytes.METHOD)
 """`quant_method` of configs of models that may have such layers."""
 ACTIVATIONS = "activations are not quantised, as the model's own layers may do: weights alone are"
+DEQUANTISED = (
+    f"weights of 4 bits are dequantised, which takes memory, because {bitsandbytes.RUNS_ON}; what their owner writes "
+    "into them is taken over"
+)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,7 +48,32 @@ def weight_of(module: nn.Module, dtype: torch.dtype) -> QuantisedWeight | None:
         return _fine_grained(module, weight.detach(), dtype)
     if type(module) is nn.Linear and type(weight).__module__.startswith("torchao."):
         return _torchao(weight, dtype)
+    if kind.startswith("bitsandbytes.") and type(module).__name__ == "Linear8bitLt" and weight.dtype == torch.int8:
+        return _rows_of_127(module, weight, dtype)
     return None
+
+
+def _rows_of_127(module: Any, weight: Any, dtype: torch.dtype) -> QuantisedWeight | None:
+    """bitsandbytes' 8 bits: the largest of an output is 127. A layer's first forward moves scales to its state."""
+    largest = getattr(weight, "SCB", None)
+    largest = module.state.SCB if largest is None else largest
+    if largest is None:
+        return None
+    inputs = weight.shape[1]
+    return QuantisedWeight("int8", weight.data, (largest / 127)[:, None], None, inputs, Block(1, inputs), dtype)
+
+
+def _values_of(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """The dequantised weight of a layer that cannot run as it is stored; None where it is none of those known here."""
+    weight: Any = module._parameters.get("weight")
+    state = getattr(weight, "quant_state", None)
+    known = type(module).__module__.startswith("bitsandbytes.") and type(module).__name__ == "Linear4bit"
+    if not known or state is None:
+        return None
+    from bitsandbytes.functional import dequantize_4bit
+
+    values: Tensor = dequantize_4bit(weight.data, state)
+    return values.to(dtype)
 
 
 def _compressed(module: Any, dtype: torch.dtype) -> QuantisedWeight | None:
@@ -109,6 +139,10 @@ def formats_of_live(model: nn.Module, dtype: torch.dtype) -> Counter[str]:
         if weight is not None:
             found[str(weight.format)] += 1
             continue
+        values = _values_of(module, dtype)
+        if values is not None:
+            found[f"{values.dtype} of {type(module).__name__}"] += 1
+            continue
         if hasattr(module, "quantization_scheme"):
             status = getattr(module, "quantization_status", None)
             raise UnsupportedModelError(
@@ -128,34 +162,45 @@ def formats_of_live(model: nn.Module, dtype: torch.dtype) -> Counter[str]:
     return found
 
 
-def read_live(twin: Twin[Any], dtype: torch.dtype) -> int:
-    """Put a `QuantisedLinear` over the same storage where a twin has a quantised layer; returns how many there are.
+def read_live(twin: Twin[Any], dtype: torch.dtype) -> list[str]:
+    """Put a `QuantisedLinear` over the same storage where a twin has a quantised layer, or a linear layer with its
+    values where it cannot run as it is stored; returns what there is to say of it.
 
     What the owner writes into codes and scales is seen, and where they lie elsewhere they are taken over, by
     `Twin.follow`.
     """
-    places: dict[int, QuantisedLinear] = {}
+    places: dict[int, nn.Module] = {}
     for name, module in list(twin.model.named_modules(remove_duplicate=False)):
         weight = weight_of(module, dtype)
-        if weight is None:
+        values = _values_of(module, dtype) if weight is None else None
+        if weight is None and values is None:
             continue
         place = places.get(id(module))
         if place is None:
-            place = places[id(module)] = QuantisedLinear(weight.inputs, weight.shape[0], bias=False)
-            place.eval()
+            if weight is not None:
+                place = QuantisedLinear(weight.inputs, weight.shape[0], bias=False)
+            else:
+                assert values is not None
+                place = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
+            places[id(module)] = place.eval()
             _fill(module, place, dtype)
-            copied = place.data.data_ptr() not in {tensor.data_ptr() for tensor in _tensors(module)}
+            own = {tensor.data_ptr() for tensor in _tensors(module)}
+            copied = not isinstance(place, QuantisedLinear) or place.data.data_ptr() not in own
             follow = _Copied(module, place, dtype) if copied else None
             twin.replaced(module, partial(_fill, module, place, dtype), follow)
         twin.model.set_submodule(name, place)
-    return len(places)
+    kinds = {isinstance(place, QuantisedLinear) for place in places.values()}
+    return [note for note, there in ((ACTIVATIONS, True in kinds), (DEQUANTISED, False in kinds)) if there]
 
 
-def _fill(module: nn.Module, place: QuantisedLinear, dtype: torch.dtype) -> None:
-    weight = weight_of(module, dtype)
-    if weight is None:
+def _fill(module: nn.Module, place: nn.Module, dtype: torch.dtype) -> None:
+    found = weight_of(module, dtype) if isinstance(place, QuantisedLinear) else _values_of(module, dtype)
+    if found is None:
         raise UnsupportedModelError(f"a {type(module).__name__} has no quantised weight any more; load a new engine")
-    place.fill(weight)
+    if isinstance(place, QuantisedLinear):
+        place.fill(found)  # type: ignore[arg-type]
+    else:
+        place.weight = nn.Parameter(found, requires_grad=False)  # type: ignore[arg-type]
     place.bias = module.bias  # type: ignore[assignment]
 
 
@@ -168,7 +213,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 class _Copied:
     """Takes over what was written into tensors whose codes lie in another order here."""
 
-    def __init__(self, module: nn.Module, place: QuantisedLinear, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, place: nn.Module, dtype: torch.dtype) -> None:
         self._module, self._place, self._dtype = module, place, dtype
         self._seen = self._versions()
 
@@ -180,6 +225,11 @@ class _Copied:
         if now == self._seen:
             return
         self._seen = now
+        if not isinstance(self._place, QuantisedLinear):
+            values, place = _values_of(self._module, self._dtype), self._place.weight
+            if values is not None and values.shape == place.shape:
+                place.data.copy_(values)
+            return
         weight = weight_of(self._module, self._dtype)
         if weight is None or weight.data.shape != self._place.data.shape:
             return  # other tensors, which the twin finds

@@ -19,6 +19,7 @@ from hybridgen.device.failures import is_fatal
 from hybridgen.errors import EngineError, described
 from hybridgen.kernels.linear.experts import experts, reference
 from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection
+from hybridgen.kernels.linear.hopper import OF_ONE_TOKEN, refuse
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
@@ -45,10 +46,11 @@ class ExpertsCheck:
     Args:
         chosen: experts of a token.
         dtype: of the states.
+        fall_back: told what takes a slower kernel.
     """
 
-    def __init__(self, chosen: int, dtype: torch.dtype) -> None:
-        self._chosen, self._dtype = chosen, dtype
+    def __init__(self, chosen: int, dtype: torch.dtype, fall_back: Callable[[str], None] | None = None) -> None:
+        self._chosen, self._dtype, self._fall_back = chosen, dtype, fall_back
         self._known: dict[Any, str | None] = {}
 
     def problem_of_site(self, site: ExpertsSite) -> str | None:
@@ -59,7 +61,15 @@ class ExpertsCheck:
         """Why a module with packed weights cannot run by the op, or None."""
         gate_up, down, kind, block = module.weights_stored
         # Prefill runs by the op as well.
-        return self._problem(gate_up, down, module.form, kind, block, (1, 8, FEW_ROWS + 1))
+        rows = (1, 8, FEW_ROWS + 1)
+        problem = self._problem(gate_up, down, module.form, kind, block, rows)
+        if problem is not None and kind == "mxfp4" and refuse(OF_ONE_TOKEN, gate_up.data.device):
+            self._known.clear()
+            with_others = self._problem(gate_up, down, module.form, kind, block, rows)
+            if with_others is None and self._fall_back is not None:
+                self._fall_back(f"experts of one token take a slower kernel: {problem}")
+            return with_others
+        return problem
 
     def problem_of_router(self, site: RouterSite) -> str | None:
         """Why a router is not to choose by the op in decode, or None."""

@@ -41,8 +41,8 @@ def weight(kind: str, outputs: int = 8, inputs: int = 256, block: Block = GROUP,
     ("changes", "reason"),
     [
         ({"head_dim": 32}, "32 dimensions; for several rows"),
-        ({"hidden": 4352}, "hidden size 4352 is above 4096"),
-        ({"heads": 68}, "attention size 4352 is above 4096"),
+        ({"hidden": 8448}, "hidden size 8448 is above 8192"),
+        ({"heads": 132}, "attention size 8448 is above 8192"),
         ({"vocab": 257}, "vocabulary of 257 is odd"),
         ({"post_norms": True}, "what they add"),
     ],
@@ -226,6 +226,24 @@ def test_a_device_may_be_too_small() -> None:
             shape_of(model, DENSE, Format(bits, grouped=True), Tuning(), **H200)
 
 
+@pytest.mark.parametrize("changes", [{"hidden": 5120}, {"heads": 64, "head_dim": 128}])
+def test_more_than_4096_inputs_are_taken_in_int4(changes: dict[str, Any]) -> None:
+    """All of them are in registers then, of other weights at most as many as before."""
+    model = decoder(**changes)
+    with pytest.raises(Unfit, match="above 4096, and its weights are not int4"):
+        shape_of(model, Format(8), DENSE, Tuning(), **H200)
+    found = shape_of(dataclasses.replace(model, intermediate=8192), Format(4), DENSE, Tuning(), **H200)
+    assert found.defines["STAGES"] >= 3
+    assert tiles("hidden", 8192, Format(4), 2048).data == 1024
+    assert tiles("hidden", 8192, Format(4), 2048, 8192).data == 2048
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "expected"), [(32, 8, 2), (28, 4, 1), (24, 8, 3), (20, 4, 1)])
+def test_heads_of_a_unit_fit_where_warps_put_them_together(heads: int, kv_heads: int, expected: int) -> None:
+    model = dataclasses.replace(decoder(hidden=1024), heads=heads, kv_heads=kv_heads, head_dim=128)
+    assert shape_of(model, DENSE, DENSE, Tuning(), **H200).unit_heads == expected
+
+
 def test_a_tuning_is_a_document() -> None:
     tuning = default_tuning(decoder())
     assert Tuning(**as_document(tuning)) == tuning
@@ -278,6 +296,7 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
     ({"intermediate": 5120}, torch.bfloat16, "int8-groups"),
     ({"head_dim": 128, "heads": 8, "kv_heads": 2}, torch.bfloat16, "dense-kv8"),
     ({}, torch.float16, "dense-kv8"),
+    ({"hidden": 8192, "heads": 64, "kv_heads": 8, "head_dim": 128, "intermediate": 9216}, torch.bfloat16, "int4-zeros"),
 ]
 
 

@@ -29,6 +29,7 @@ BASE.attention_scale = 0.125
 ALL = {"biases": ("qkv", "out", "gate_up", "down"), "head_norm": "head", "activation": "gelu_tanh"}
 SCALED = {"embedding_scale": 12.0, "residual": 0.25, "logits_scale": 0.125, "rotates": (True, False)}
 WINDOWS = {"windows": (0, 1, 100, 300), "layers": 4}
+WIDE = {"hidden": 8192, "intermediate": 9216, "heads": 64, "kv_heads": 8, "head_dim": 128, "layers": 1}
 LARGE = {"hidden": 4096, "intermediate": 5120, "heads": 32, "kv_heads": 8, "head_dim": 128, "layers": 1}
 CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] = {
     "plain": ({}, torch.bfloat16, "bf16", 64, {}),
@@ -57,6 +58,15 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
     "int4 in groups of 32": ({"hidden": 1536, "intermediate": 2304}, torch.float16, "int4-32", 64, {}),
     "int4 with zero points": (ALL, torch.bfloat16, "int4-zeros", 64, {}),
     "int4 with zero points, large": (LARGE, torch.bfloat16, "int4-zeros", 64, {"piece": 1024}),
+    "int4, wide": (WIDE, torch.bfloat16, "int4", 64, {}),
+    "int4 with zero points, wide": ({**WIDE, **ALL, "layers": 2}, torch.bfloat16, "int4-zeros", 64, {"split": 256}),
+    "int4, between": (
+        {"hidden": 5120, "intermediate": 6144, "heads": 40, "kv_heads": 8, "head_dim": 128},
+        torch.float16,
+        "int4",
+        64,
+        {},
+    ),
     "int4 with zero points in groups of 32": (
         {"hidden": 1536, "intermediate": 2304},
         torch.float16,
@@ -66,7 +76,17 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
     ),
 }
 """By name: changes of the shape, dtype, format, page size, tuning."""
-FORMS = ["bf16", "cache of 8 bits", "fp8", "fp8 in blocks", "int8", "int8 in groups", "int4", "int4 with zero points"]
+FORMS = [
+    "bf16",
+    "cache of 8 bits",
+    "fp8",
+    "fp8 in blocks",
+    "int8",
+    "int8 in groups",
+    "int4",
+    "int4 with zero points",
+    "int4 with zero points, wide",
+]
 COLUMNS = {
     "one row": [700],
     "two rows": [0, 1],

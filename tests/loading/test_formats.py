@@ -226,6 +226,37 @@ def test_experts_in_mxfp4_are_refused_where_their_kernel_is_wrong(
         assert not engine.stats().fallbacks
 
 
+@pytest.mark.parametrize("still_wrong", [False, True])
+def test_a_wrong_kernel_of_one_token_is_left_to_others(
+    still_wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed experts are refused where the other kernels are wrong, too."""
+    refused: list[str] = []
+
+    def refuse(kernel: str, device: torch.device) -> bool:
+        refused.append(kernel)
+        return len(refused) == 1
+
+    def trial(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        wrong = x.shape[0] == 1 and (still_wrong or not refused)
+        return experts(x, *others) * (1.05 if wrong else 1)
+
+    monkeypatch.setattr(experts_check, "wants_check", lambda device: True)
+    monkeypatch.setattr(experts_check, "experts", trial)
+    monkeypatch.setattr(experts_check, "refuse", refuse)
+    write_mxfp4_experts(tmp_path)
+    if still_wrong:
+        with pytest.raises(EngineError, match=r"off by 0\.05"):
+            hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS)
+        return
+    with (
+        pytest.warns(RuntimeWarning, match="take a slower kernel: of 1 random tokens"),
+        hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS) as engine,
+    ):
+        assert any("experts of one token" in why for why in engine.stats().fallbacks)
+    assert refused == ["experts_one"]
+
+
 def test_experts_whose_code_is_another_are_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = write_mxfp4_experts(tmp_path)
     monkeypatch.setattr("hybridgen.loading.quantised.probe", lambda module: None)

@@ -254,35 +254,40 @@ template <class T, class Arrive, class Finish> DEVICE void project(const Activat
   }
   if (!EARLY || share.count <= 0) arrive();
 }
-// A projection of few rows (a batch of tiles at most) whose activations come in chunks. Two buffers take turns: copying
-// words that are on their way would wait for them.
+// A projection to the residual stream (a batch of tiles for 128 of its owners) whose activations come in chunks.
+// Two buffers take turns: copying words that are on their way would wait for them.
 template <class T, class Arrive, class Finish> DEVICE void project_in_chunks(const u32* x, u32 number, int columns, const Constants<T>& constants, const Share& share, Ring& ring, u32& side, Watch& watch, Arrive arrive, Finish finish) {
   const u32 mark = Pairs<T::F>::mark(number);
-  float sums[BATCH][2][4] = {};
+  constexpr int TILES = OWNERS / 128 * BATCH;
+  float sums[TILES][2][4] = {};
   constexpr int STEP = T::CHUNK / 32 * COLUMNS * 16;   // words of a chunk
   const u32* from = Activations<T>::place(x, 0, columns);
+  constexpr bool TURNS = T::CHUNK <= 2048;   // a large chunk is as long as two, and there are no registers for two
   Activations<T> even, odd, a;
   Offsets<T> offsets;
   auto chunk = [&](Activations<T>& raw, int c) {
     raw.check(from + c * STEP, mark, watch);
     a.decode(raw.words);
-    if (c + 2 < T::CHUNKS) raw.ask(from + (c + 2) * STEP);
+    constexpr int AHEAD = TURNS ? 2 : 1;
+    if (c + AHEAD < T::CHUNKS) raw.ask(from + (c + AHEAD) * STEP);
     offsets.set(a);
-    UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count)
+    UNROLL for (int t = 0; t < TILES; t++) if (t * T::ROWS < share.count)
       UNROLL for (int i = 0; i < T::STAGES_OF_CHUNK; i++) {
         const u32 tile = ring.wait();
         ring.done(multiply_stage<T>(sums[t], a, offsets, i, tile));
       }
   };
   even.ask(from);
-  if (T::CHUNKS > 1) odd.ask(from + STEP);
+  if (TURNS && T::CHUNKS > 1) odd.ask(from + STEP);
 #pragma unroll 1
-  for (int c = 0; c < T::CHUNKS; c += 2) {
+  for (int c = 0; c < T::CHUNKS; c += TURNS ? 2 : 1) {
     chunk(even, c);
-    if (c + 1 < T::CHUNKS) chunk(odd, c + 1);
+    if (TURNS && c + 1 < T::CHUNKS) chunk(odd, c + 1);
   }
-  UNROLL for (int t = 0; t < BATCH; t++) if (t * T::ROWS < share.count) keep<T>(sums[t], side, t);
-  if (EARLY) arrive();
-  finish_batch<T>(constants, 0, side, finish);
+  UNROLL for (int nth = 0; nth < TILES / BATCH; nth++) {
+    UNROLL for (int t = nth * BATCH; t < (nth + 1) * BATCH; t++) if (t * T::ROWS < share.count) keep<T>(sums[t], side, t % BATCH);
+    if (EARLY && nth + 1 == TILES / BATCH) arrive();
+    finish_batch<T>(constants, nth, side, finish);
+  }
   if (!EARLY) arrive();
 }

@@ -149,8 +149,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
   const u32 step = *COUNTER(1) + 1;
   Arrivals arrivals = {COUNTER(2), 0};
   Watch watch = {p.fault, &s->given_up, false};
-  const int column = tid & 7, own = (tid >> 3) * 2;   // of the residual stream: a column, two neighbours, on 128 threads
-  const bool owns = tid < 128 && own < shares.hidden.count, here = owns && column < columns;
+  const int column = tid & 7, own = (tid >> 3) * 2;   // of the residual stream: a column, two neighbours
+  const bool owns = tid < OWNERS && own < shares.hidden.count, here = owns && column < columns;
   float residual0 = 0.f, residual1 = 0.f;
 
   int window = -1, units = 0;   // of the layer before: how attention is cut, and this block's first unit
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
   auto gain_of = [&](const float* norm) { return owns ? __ldg((const float2*)(norm + shares.hidden.first + own)) : make_float2(0.f, 0.f); };
   auto publish = [&](auto format, u32* x, u32* squares, float2 gain, u32 number) {
     typedef decltype(format) P;
-    if (tid < 128) {
+    if (tid < OWNERS) {
       float sum = 0.f;
       if (owns) {
         const float scale = P::AS_HALF ? s->scale[column] : 1.f;
@@ -176,8 +176,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       sum += __shfl_xor_sync(~0u, sum, 8);
       sum += __shfl_xor_sync(~0u, sum, 16);
       if (lane < COLUMNS) s->squares[warp][lane] = sum;
-      asm volatile("bar.sync 2, 128;" ::: "memory");
-      if (tid < COLUMNS) store_word(squares + tid * BLOCKS + blockIdx.x, s->squares[0][tid] + s->squares[1][tid] + s->squares[2][tid] + s->squares[3][tid], number & 255u);
+      asm volatile("bar.sync 2, %0;" ::"n"(OWNERS) : "memory");
+      if (tid < COLUMNS) {
+        float all = s->squares[0][tid];
+        UNROLL for (int i = 1; i < OWNERS / 32; i++) all += s->squares[i][tid];
+        store_word(squares + tid * BLOCKS + blockIdx.x, all, number & 255u);
+      }
     }
   };
   auto add = [&](int projection, const Outputs& o, float bias0, float bias1, float by) {   // to the residual stream

@@ -18,8 +18,11 @@ PRODUCERS = 4
 THREADS = 32 * (WARPS + PRODUCERS)
 _TILE = 16
 _BATCH = 2
-_WIDEST = 4096
-"""Inputs whose activations a block has in registers at once; twice as many where weights have more than 4 bits."""
+_USUAL = 4096
+_WIDEST = 8192
+"""Inputs whose activations a block has in registers at once; of int4 half, where hidden size and attention fit it."""
+_OWNED = 64
+"""Rows of the residual stream that a block can have."""
 _ALIGNED = 1024
 """Bytes: tiles of keys and values are swizzled by their addresses."""
 _LEAST_PIECE = 256
@@ -79,8 +82,11 @@ class Tiles:
         return _TILE * (size if size // 16 % 2 else size + 16)
 
 
-def tiles(what: str, inputs: int, form: Format, piece: int) -> Tiles:
+def tiles(what: str, inputs: int, form: Format, piece: int, widest: int = _USUAL) -> Tiles:
     """The cut of a weight's rows.
+
+    Args:
+        widest: inputs of an int4 weight whose activations are in registers at once.
 
     Raises:
         Unfit: the warps cannot share its inputs evenly.
@@ -89,7 +95,8 @@ def tiles(what: str, inputs: int, form: Format, piece: int) -> Tiles:
     if inputs % unit:
         groups = f" in groups of {form.group}" if form.has_groups else ""
         raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights{groups} need")
-    chunk = inputs if inputs <= (_WIDEST if form.bits == 4 else 2 * _WIDEST) else largest(unit, 2048, inputs)
+    at_once = widest if form.bits == 4 else _WIDEST
+    chunk = inputs if inputs <= at_once else largest(unit, 2048 if widest == _USUAL else _USUAL, inputs)
     data = largest(unit * form.bits // 8, piece, chunk * form.bits // 8)
     if data < _LEAST_PIECE:
         raise Unfit(f"its {what} size {inputs} can only be cut in pieces of {data} bytes")
@@ -141,24 +148,26 @@ def shape_of(
     """
     if head.has_groups:
         raise Unfit(f"its head has {head.bits} bits in groups; 16 bits, and 8 with a scale for each output, are fused")
-    if -(-(model.hidden // 2) // blocks) * 2 > _BATCH * _TILE:
-        raise Unfit(f"its hidden size {model.hidden} is above {_BATCH * _TILE} rows for each of {blocks} blocks")
+    if -(-(model.hidden // 2) // blocks) * 2 > _OWNED:
+        raise Unfit(f"its hidden size {model.hidden} is above {_OWNED} rows for each of {blocks} blocks")
     group = model.heads // model.kv_heads
+    width = max(model.hidden, model.heads * model.head_dim)
+    if width > _USUAL and layers.bits != 4:
+        raise Unfit(f"its hidden or attention size {width} is above {_USUAL}, and its weights are not int4")
     widths = (
         ("hidden", model.hidden, layers),
         ("attention", model.heads * model.head_dim, layers),
         ("intermediate", model.intermediate, layers),
         ("hidden", model.hidden, head),
     )
-    stage = max(tiles(what, width, form, tuning.piece).stage for what, width, form in widths)
+    widest = _USUAL if width <= _USUAL else _WIDEST
+    stage = max(tiles(what, inputs, form, tuning.piece, widest).stage for what, inputs, form in widths)
     stage = -(-stage // _ALIGNED) * _ALIGNED
-    unit_heads = tuning.unit_heads or next(
-        (n for n in range(1, min(group, 8)) if group % n == 0 and COLUMNS * model.heads // n <= blocks),
-        max(n for n in range(1, min(group, 8) + 1) if group % n == 0),
-    )
     dim = model.head_dim
+    units = [n for n in range(1, min(group, 8) + 1) if group % n == 0 and n * dim <= 2 * _BATCH * _TILE * COLUMNS]
+    unit_heads = tuning.unit_heads or next((n for n in units if COLUMNS * model.heads // n <= blocks), units[-1])
     state = (
-        8 * COLUMNS + 4 * COLUMNS * 5 + 16 * COLUMNS
+        8 * COLUMNS + 4 * COLUMNS * 5 + 32 * COLUMNS
         + 4 * unit_heads * (2 * WARPS + 1) + 24
         + 4 * dim * 4 + 2 * 2 * dim * COLUMNS + 128
         + 2 * WARPS * _BATCH * _TILE * COLUMNS * 4 + 128

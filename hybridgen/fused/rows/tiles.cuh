@@ -10,13 +10,16 @@
 #include "barriers.cuh"
 
 #define PRODUCERS 4
-#ifndef WIDEST
-#define WIDEST (bits_of(FORMAT) == 4 ? 4096 : 8192)   // inputs whose activations are in registers at once, where a weight has no more
-#endif
 #define QUERIES (HEADS * HEAD)
+#define WIDE (HIDDEN > 4096 || QUERIES > 4096)
+#ifndef WIDEST   // inputs whose activations are in registers at once, where a weight has no more
+#define WIDEST (bits_of(FORMAT) == 4 && !WIDE ? 4096 : 8192)
+#endif
+#define LARGEST_CHUNK (WIDE ? 4096 : 2048)   // where it has more
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define BATCH 2   // tiles that meet at once
+#define OWNERS (HIDDEN > 32 * BLOCKS ? 256 : 128)   // threads that have the residual stream: two rows of a column each
 #ifndef EARLY
 #define EARLY (RANKS == 1)   // whether a block arrives before it puts its last sums together; not where those wait for other ranks
 #endif
@@ -38,7 +41,7 @@ template <int K_, int F_, bool GATED_> struct Tiles {
   static constexpr int K = K_, F = F_, BITS = bits_of(F);
   static constexpr bool GATED = GATED_, GROUPED = has_groups(F);
   static constexpr int UNIT = GROUPED && GROUP > 32 ? 8 * GROUP : 256;           // inputs: eight warps, whole groups each
-  static constexpr int CHUNK = K <= WIDEST ? K : largest(UNIT, 2048, K);         // inputs whose activations are in registers at once
+  static constexpr int CHUNK = K <= WIDEST ? K : largest(UNIT, LARGEST_CHUNK, K);   // inputs whose activations are in registers at once
   static constexpr int CHUNKS = K / CHUNK;
   static constexpr int DATA = largest(UNIT * BITS / 8, PIECE, CHUNK * BITS / 8);   // bytes of a row in a stage
   static constexpr int INPUTS = DATA * 8 / BITS;                               // of a stage
@@ -77,7 +80,7 @@ struct Shared {   // beside the stages
   int position[COLUMNS], cached[COLUMNS];     // of a column; positions of its request before this step
   u32 peers[COLUMNS];                         // columns of the same request that it sees, itself included
   float factor[COLUMNS], scale[COLUMNS];      // see Norms
-  float squares[4][COLUMNS];
+  float squares[OWNERS / 32][COLUMNS];
   __align__(8) float softmax[WARPS][UNIT_HEADS][2];
   float own_scores[UNIT_HEADS];
   u32 given_up, is_last;

@@ -277,9 +277,14 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     LEAST: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     SINGLE: tl.constexpr, LIMIT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program: BLOCK_HEADS query heads of a row. SINGLE reads no position: its log-sums say which chunks are."""
+    """A program: BLOCK_HEADS query heads of a row. SINGLE reads no position: its log-sums say which chunks are.
+
+    The next kernel, a projection as a rule, may begin and ask for its weights. Not earlier: it would be in the way of
+    the kernel that attends.
+    """
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0)
     chunks = row_chunks
     if not SINGLE:

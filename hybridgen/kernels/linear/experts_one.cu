@@ -32,6 +32,11 @@ DEVICE uint4 shared16(u32 at) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
   return v;
 }
+DEVICE uint4 global16(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
 DEVICE u32 halves(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 // Eight codes as float16 numbers times 2^-14 times the factor: codes 0 and 4, 2 and 6, 1 and 5, 3 and 7.
 DEVICE void unpack(u32 (&to)[4], u32 word, u32 factor) {
@@ -104,9 +109,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(cons
   ask_exponents(first);
   asm volatile("griddepcontrol.wait;" ::: "memory");   // for the kernel that makes the inputs
   const uint4* x = a.x + (GATED ? 0 : (i64)pair * (LENGTH / 8));
-  for (int i = tid; i < LENGTH / 8; i += THREADS) {
-    const uint4 v = __ldcg(x + i);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(inputs + i * 16), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  // By way of the L1 cache, which blocks of a multiprocessor share: else all of them queue for a few lines of the L2 cache.
+  constexpr int COUNT = LENGTH / 8, EACH = (COUNT + THREADS - 1) / THREADS;
+  uint4 v[EACH];
+  UNROLL for (int k = 0; k < EACH; k++) if (COUNT % THREADS == 0 || k * THREADS + tid < COUNT) v[k] = global16(x + k * THREADS + tid);
+  UNROLL for (int k = 0; k < EACH; k++) if (COUNT % THREADS == 0 || k * THREADS + tid < COUNT) {
+    const int i = k * THREADS + tid;   // the four threads of an output read neighbours: no bank twice
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(inputs + (i & ~15 | (i & 3) << 2 | i >> 2 & 3) * 16), "r"(v[k].x), "r"(v[k].y), "r"(v[k].z), "r"(v[k].w) : "memory");
   }
   __syncthreads();
   int from = 0;
@@ -131,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(cons
       ask();
       const u32 upper[4] = {p.x, p.y, p.z, p.w}, lower[4] = {q.x, q.y, q.z, q.w};
       UNROLL for (int w = 0; w < 4; w++) {
-        const uint4 b = shared16(inputs + ((s * 4 + warp) * 4 + c) * 64 + w * 16);
+        const uint4 b = shared16(inputs + (s * 4 + warp) * 256 + w * 64 + c * 16);
         u32 m[4], n[4];
         unpack(m, upper[w], factors[s][0]);
         unpack(n, lower[w], factors[s][1]);

@@ -13,11 +13,11 @@ from torch import Tensor
 from hybridgen.device.launcher import Device, device_of
 from hybridgen.device.program import Kernel, Program
 from hybridgen.kernels.linear.experts_form import Form, Projection
-from hybridgen.kernels.linear.hopper import is_hopper, loaded
+from hybridgen.kernels.linear.hopper import OF_ONE_TOKEN, loaded, serves
 
 IS_ON = False
 """Whether it is used. It has not run on a GPU yet."""
-PROGRAM = Program((__package__ or "",), "experts_one.cu", (), "experts_one")
+PROGRAM = Program((__package__ or "",), "experts_one.cu", (), OF_ONE_TOKEN)
 WARPS = 4
 """They share the inputs, as those of the kernels for few tokens do."""
 STAGES = 5
@@ -93,11 +93,9 @@ def product(
     biased = bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous())
     whole = x.shape[1] == -(-hidden // _STEP) * _STEP and acts.shape[1] == -(-width // _STEP) * _STEP
     aligned = not gate_up.data.data_ptr() % 16 and not down.data.data_ptr() % 16
-    if not IS_ON or not x.is_cuda or not usual or not biased or not whole or not aligned:
+    if not IS_ON or not serves(PROGRAM.kernel, x.device) or not usual or not biased or not whole or not aligned:
         return False
     device = device_of(x)
-    if not is_hopper(device.ordinal):
-        return False
     first = _launcher(gate_up, form, outputs, hidden, acts.shape[1], True, device.ordinal)
     second = _launcher(down, form, hidden, width, acts.shape[1], False, device.ordinal)
     if first is None or second is None:

@@ -11,6 +11,23 @@ from hybridgen.device.program import Kernel, Program, Unfit, machine_code
 from hybridgen.errors import DeviceError
 
 logger = logging.getLogger(__name__)
+OF_ONE_TOKEN = "experts_one"
+OF_FEW_ROWS = "int4_few"
+_refused: set[tuple[str, int]] = set()
+
+
+def refuse(kernel: str, device: torch.device) -> bool:
+    """Leave to slower kernels from now on, on this device, what this one is for; whether it was used until now."""
+    key = kernel, device.index or 0
+    was_used = device.type == "cuda" and is_hopper(key[1]) and key not in _refused
+    _refused.add(key)
+    return was_used
+
+
+def serves(kernel: str, device: torch.device) -> bool:
+    """Whether a kernel may be used on a device: compute capability 9.0, and nobody has refused it there."""
+    ordinal = device.index or 0
+    return device.type == "cuda" and is_hopper(ordinal) and (kernel, ordinal) not in _refused
 
 
 @functools.cache

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hybridgen.device.launcher import device_of
 from hybridgen.device.program import Kernel, Program
-from hybridgen.kernels.linear.hopper import is_hopper, loaded
+from hybridgen.kernels.linear.hopper import OF_FEW_ROWS, loaded, serves
 
 IS_ON = False
 """Whether it is used. It has not run on a GPU yet."""
 MOST_ROWS = 8
-PROGRAM = Program((__package__ or "",), "int4_few.cu", (), "int4_few")
+PROGRAM = Program((__package__ or "",), "int4_few.cu", (), OF_FEW_ROWS)
 _STEP = 128
 _TILE = 16
 
@@ -66,10 +66,10 @@ def takes(x: Tensor, data: Tensor, scales: Tensor, group: int) -> bool:
     steps = group // _STEP
     grouped = group % _STEP == 0 and steps > 0 and steps & (steps - 1) == 0
     sizes = inputs % _STEP == 0 and (scales.shape[1] == 1 or grouped)
-    if not IS_ON or not 0 < rows <= MOST_ROWS or not sizes or not x.is_cuda:
+    if not IS_ON or not 0 < rows <= MOST_ROWS or not sizes or not serves(PROGRAM.kernel, x.device):
         return False
     usual = x.dtype == torch.bfloat16 == scales.dtype and data.is_contiguous() and scales.is_contiguous()
-    if not usual or data.data_ptr() % 16 or x.data_ptr() % 16 or not is_hopper(x.device.index):
+    if not usual or data.data_ptr() % 16 or x.data_ptr() % 16:
         return False
     return _kernel(FORM, x.device.index) is not None
 

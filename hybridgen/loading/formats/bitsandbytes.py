@@ -29,7 +29,7 @@ METHOD = "bitsandbytes"
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 _PARTS = ("weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", *_NESTED, *_STATES)
-_RUNS_ON = "bitsandbytes' blocks of 4-bit codes run on from row to row, and their values are of a table"
+RUNS_ON = "bitsandbytes' blocks of 4-bit codes run on from row to row, and their values are of a table"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Table:
                 raise Damaged(_NESTED[0], f"holds {small[_NESTED[0]].numel()} values for {blocks} scales")
         check_scales("weight.absmax", _scales(small, state))
         check_scales("weight.quant_map", small["weight.quant_map"])
-        return _RUNS_ON
+        return RUNS_ON
 
     def weight(
         self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
