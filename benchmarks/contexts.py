@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=129)
     parser.add_argument("--calls", type=int, default=3)
     parser.add_argument("--backend", default="eager", help="of prefill, which is not measured")
+    parser.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
     args = parser.parse_args()
@@ -46,6 +47,7 @@ def main() -> None:
         args.model, args.contexts, args.new, args.calls = "tiny", [16, 64], 9, 1
     model = random_model(args.model, shape_dtype(args.model, device), device)
     options: dict[str, Any] = {"mode": "hybrid", "max_batch": 1, "max_context": args.contexts[-1] + args.new}
+    options["kv_dtype"] = args.kv_dtype
     rows: list[dict[str, Any]] = []
     with Engine.load(model, compile_backend=args.backend, prefix_cache=False, progress=False, **options) as engine:
         traffic = engine.traffic
@@ -63,7 +65,8 @@ def main() -> None:
             print(row, f"{time.perf_counter() - began:.1f} s", flush=True)
         ran = how_it_ran(engine) | {"fused": dict(engine.stats().fused)}
     ceiling = None if traffic.ceiling is None else traffic.ceiling / 1e9
-    results = {"benchmark": "contexts", "model": args.model, "read_ceiling_gb_per_s": ceiling, "rows": rows}
+    results = {"benchmark": "contexts", "model": args.model, "kv_dtype": args.kv_dtype}
+    results |= {"read_ceiling_gb_per_s": ceiling, "rows": rows}
     report({**results, "engine": ran}, args.output)
 
 

@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--only-decode", action="store_true", help="greedy alone")
     parser.add_argument("--backend", default="inductor", help="eager: decode alone matters, and all of it is fused")
     parser.add_argument("--peers", nargs="*", default=(), choices=("dynamic", "static"), help="caches of Hugging Face")
-    parser.add_argument("--format", default="none", choices=("none", "fp8", "int4"), help="of the weights; head fp8")
+    parser.add_argument("--format", default="none", choices=("none", "fp8", "int8", "int4"), help="head fp8")
     parser.add_argument("--no-utilisation", action="store_true", help="do not load the models again for the profiler")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")

@@ -3,7 +3,8 @@
 A race between a kernel's threads shows in few calls of thousands. Each call runs again and again in a CUDA graph, into
 new memory, and every bit of what it gives is compared with the first call's: products with quantised weights by format
 and rows, experts in MXFP4, decode attention over keys and values in 8 bits with and without the step's own, the
-projections of a few rows, and routers.
+projections of a few rows, routers, and whole steps of the persistent kernel for one row and of the chain (those of the
+kernel for several columns are in `rows.py`).
 
     python benchmarks/repeats.py [--times 3000] [--only experts attention] [--output repeats.json]
     python benchmarks/repeats.py --smoke          # twice, tiny, on the CPU: checks the script
@@ -19,17 +20,19 @@ from typing import Any
 
 import attention
 import experts
+import fused
 import quantised
 import torch
-from common import report, this_device
+from common import random_decoder, release, report, this_device
 from torch import Tensor
 
 from hybridgen.kernels.attention.ops import Options, decode_attention
 from hybridgen.kernels.linear.experts_form import RouteForm
 from hybridgen.kernels.linear.route import route
 from hybridgen.kernels.step.linear import few_rows
+from hybridgen.models.decoder import Decoder
 
-KINDS = ("products", "experts", "attention", "projections", "routers")
+KINDS = ("products", "experts", "attention", "projections", "routers", "one row", "chain")
 _IN_A_GRAPH = 10
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -82,7 +85,54 @@ def routers(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str,
             yield f"{count} x {inputs}, {rows} rows", partial(route, x, weight, None, 4, RouteForm(True))
 
 
-CASES = dict(zip(KINDS, (products, chosen_experts, decode, projections, routers), strict=True))
+_SHAPES = ("llama-3.2-1b", "qwen3-0.6b", "llama-3.1-8b")
+
+
+def decoders(smoke: bool, dtypes: tuple[torch.dtype, ...], device: str) -> Iterator[tuple[str, Decoder]]:
+    for name in ("tiny",) if smoke else _SHAPES:
+        for dtype in dtypes[: 1 if smoke or name == _SHAPES[-1] else None]:
+            yield f"{name} {str(dtype).removeprefix('torch.')}", random_decoder(name, dtype, device, 5000)
+            release()
+
+
+def one_row(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    """The short way of attention, and the long one."""
+    for name, model in decoders(smoke, (dtype, torch.float16), device):
+        for position in (40,) if smoke else (512, 4900):
+            case = fused.Case(model, 1, position)
+            if smoke:
+                yield name, partial(case.expected, model)
+                continue
+            from hybridgen.fused.persistent.step import PersistentStep
+
+            state = torch.stack([case.tokens, case.positions, torch.zeros_like(case.positions)])
+            rows = case.slots.long()
+            step = PersistentStep(model, case.pages, rows=rows, state=state, block_table=case.block_table)
+            torch.cuda.synchronize()
+            yield f"{name}, position {position}", step
+            step.kernel.close()
+
+
+def chain(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    for name, model in decoders(smoke, (dtype,), device):
+        for rows in (2,) if smoke else (2, 8, 16):
+            case = fused.Case(model, rows, 40 if smoke else 512)
+            if smoke:
+                yield name, partial(case.expected, model)
+                continue
+            from hybridgen.fused.chain.step import ChainStep
+
+            step = ChainStep(model)
+            step.attach(case.pages)
+
+            def call(step: Any = step, case: fused.Case = case) -> Tensor:
+                step(*case.args)
+                return case.out
+
+            yield f"{name}, {rows} rows", call
+
+
+CASES = dict(zip(KINDS, (products, chosen_experts, decode, projections, routers, one_row, chain), strict=True))
 
 
 def bits(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:

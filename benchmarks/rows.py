@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
+from hybridgen.kernels.attention.reference import as_bytes
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear
 from hybridgen.models.quantised import QuantisedWeight
@@ -32,58 +33,86 @@ from hybridgen.models.quantised import QuantisedWeight
 PAGE_SIZE = 64
 ROOM = 1024
 """Positions of each request."""
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
-FORMATS = {"bf16": (16, 16, 128), "fp8": (8, 8, 128), "fp8-head16": (8, 16, 128), "int4": (4, 8, 128),
-           "int4-zeros": (4, 8, 128), "int4-g64": (4, 8, 64), "int4-g32": (4, 8, 32),
-           "int4-head16": (4, 16, 128)}  # fmt: skip
-"""Bits of the layers' weights and of the head's, and the inputs that share a scale of int4."""
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
-def quantised(linear: Linear, bits: int, group: int, with_zeros: bool = False) -> Linear:
-    """A weight of the same shape in a format, with random codes."""
-    outputs, inputs = linear.weight.shape
-    device = next(iter(linear.weight.tensors().values())).device
-    dtype = linear.weight.format.dtype
-    if bits == 16:
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How weights are stored."""
+
+    layers: str
+    """The kind of the projections; empty: 16 bits."""
+    head: str
+    """The same of the head, with a scale for each output."""
+    group: int = 0
+    """Inputs that share a scale; 0: all of an output."""
+    outputs: int = 1
+    """Outputs that share one."""
+    zeros: bool = False
+
+
+FORMATS = {
+    "bf16": Form("", ""),
+    "fp16": Form("", ""),
+    "fp8": Form("fp8", "fp8"),
+    "fp8-head16": Form("fp8", ""),
+    "fp8-blocks": Form("fp8", "fp8", group=128, outputs=128),
+    "int8": Form("int8", "int8"),
+    "int8-g128": Form("int8", "fp8", group=128),
+    "int4": Form("int4", "fp8", group=128),
+    "int4-zeros": Form("int4", "fp8", group=128, zeros=True),
+    "int4-g64": Form("int4", "fp8", group=64),
+    "int4-g32": Form("int4", "fp8", group=32),
+    "int4-head16": Form("int4", "", group=128),
+}
+
+
+def quantised(linear: Linear, kind: str, form: Form) -> Linear:
+    """A weight of the same shape with random codes; without a kind the weight itself."""
+    if not kind:
         return linear
-    if bits == 8:
-        data = torch.empty(outputs, inputs, device=device).normal_(0, 64).to(torch.float8_e4m3fn)
-        scales = (torch.rand(outputs, 1, device=device) * 0.5 + 0.75) / (64 * inputs**0.5)
-        return Linear(QuantisedWeight("fp8", data, scales, None, inputs, Block(1, inputs), dtype), linear.bias)
-    # Codes 1 to 15 stand for -7 to 7. With 0 (-8) among them the mean would not be zero: all outputs would share one
-    # large part, attention would choose between nearly equal scores of neighbours, and the check would tell little.
-    words = torch.zeros(outputs, inputs // 8, dtype=torch.int32, device=device)
-    for shift in range(0, 32, 4):
-        words |= torch.randint(1, 16, words.shape, device=device, dtype=torch.int32) << shift
-    scales = (torch.rand(outputs, inputs // group, device=device) * 0.5 + 0.75) / (4.7 * inputs**0.5)
-    zeros = torch.randint(7, 10, scales.shape, device=device, dtype=torch.uint8) if with_zeros else None
-    return Linear(QuantisedWeight("int4", words, scales.to(dtype), zeros, inputs, Block(1, group), dtype), linear.bias)
+    outputs, inputs = linear.weight.shape
+    device, dtype = next(iter(linear.weight.tensors().values())).device, linear.weight.format.dtype
+    block = Block(form.outputs, form.group or inputs)
+    if kind == "fp8":
+        data, size = torch.empty(outputs, inputs, device=device).normal_(0, 64).to(torch.float8_e4m3fn), 64.0
+    elif kind == "int8":
+        data, size = torch.randint(-127, 128, (outputs, inputs), device=device, dtype=torch.int8), 73.0
+    else:
+        # Codes 1 to 15 stand for -7 to 7. With 0 (-8) among them the mean would not be zero: all outputs would share a
+        # large part, attention would choose between nearly equal scores of neighbours, and the check would tell little.
+        data, size = torch.zeros(outputs, inputs // 8, dtype=torch.int32, device=device), 4.7
+        for shift in range(0, 32, 4):
+            data |= torch.randint(1, 16, data.shape, device=device, dtype=torch.int32) << shift
+    scales = (torch.rand(block.grid(outputs, inputs), device=device) * 0.5 + 0.75) / (size * inputs**0.5)
+    zeros = torch.randint(7, 10, scales.shape, device=device, dtype=torch.uint8) if form.zeros else None
+    scales = scales if kind == "fp8" else scales.to(dtype)
+    return Linear(QuantisedWeight(kind, data, scales, zeros, inputs, block, dtype), linear.bias)
 
 
 def in_format(model: Decoder, name: str) -> Decoder:
     """The model with its projections in a format."""
-    bits, head_bits, group = FORMATS[name]
-    zeros = name == "int4-zeros"
-    if bits == 16:
-        return model
+    form = FORMATS[name]
 
     def layer(of: DecoderLayer) -> DecoderLayer:
         parts = {each: getattr(of, each) for each in ("qkv", "out", "gate_up", "down")}
-        return dataclasses.replace(of, **{each: quantised(part, bits, group, zeros) for each, part in parts.items()})
+        return dataclasses.replace(of, **{each: quantised(part, form.layers, form) for each, part in parts.items()})
 
-    head = quantised(model.head, head_bits, group)
+    head = quantised(model.head, form.head, Form("", ""))
     return dataclasses.replace(model, layers=tuple(map(layer, model.layers)), head=head)
 
 
 class Cache:
     """Pages of eight requests, and steps of columns over them."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of keys and values; None: the model's."""
         self.model, device = model, model.device
         count = ROOM // PAGE_SIZE
         size = 8 * count + 1, model.kv_heads, PAGE_SIZE, model.head_dim
         self.pages = tuple(
-            LayerPages(*(torch.empty(size, dtype=model.dtype, device=device) for _ in range(2))) for _ in model.layers
+            LayerPages(*(torch.empty(size, dtype=dtype or model.dtype, device=device) for _ in range(2)))
+            for _ in model.layers
         )
         self.block_table = (torch.randperm(8 * count, device=device) + 1).view(8, count).to(torch.int32)
         self.ids = torch.zeros(8, dtype=torch.int64, device=device)
@@ -100,16 +129,18 @@ class Cache:
         for slot, position in columns:
             lengths[slot] = min(position, lengths.get(slot, position))
         for part in (part for layer in self.pages for part in layer):
-            part.normal_()
+            bits = as_bytes(part)
+            none = torch.nan if bits is part else 0x7F
+            bits.copy_(as_bytes(torch.randn(part.shape, dtype=self.model.dtype, device=part.device).to(part.dtype)))
             if numbers:
                 continue
-            part[0] = torch.nan
+            bits[0] = none
             for slot in range(8):
                 length = lengths.get(slot, 0)
                 pages = self.block_table[slot].long()
-                part[pages[-(-length // PAGE_SIZE) :]] = torch.nan
+                bits[pages[-(-length // PAGE_SIZE) :]] = none
                 if length % PAGE_SIZE:
-                    part[pages[length // PAGE_SIZE], :, length % PAGE_SIZE :] = torch.nan
+                    bits[pages[length // PAGE_SIZE], :, length % PAGE_SIZE :] = none
         n = len(columns)
         self.ids[:n] = torch.randint(0, self.model.vocab, (n,), device=self.ids.device)
         self.slots[:n] = torch.tensor([slot for slot, _ in columns], device=self.ids.device)
@@ -155,10 +186,11 @@ def check(step: Any, cache: Cache) -> dict[str, float]:
         worst = float(((logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
         for ours, theirs in zip(cache.pages, pages, strict=True):
             for actual, wanted in zip(ours, theirs, strict=True):
+                actual, wanted = actual.float(), wanted.float()
                 written = ~wanted.isnan()
                 if not torch.equal(actual.isnan(), ~written):
                     worst = float("nan")
-                off = (actual.float() - wanted.float())[written].norm() / wanted.float()[written].norm()
+                off = (actual - wanted)[written].norm() / wanted[written].norm()
                 worst = max(worst, float(off)) if worst == worst else worst
         errors[name] = float("nan") if step.faulted else worst
     return errors
@@ -169,7 +201,8 @@ def repeat(step: Any, cache: Cache, times: int, case: str = "eight rows") -> dic
     inputs = cache.fill(CASES[case], numbers=True)
     step(*inputs)
     first = step.logits.clone().view(torch.int16)
-    few = cache.ids[:3], cache.positions[:3], cache.slots[:3]
+    count = min(3, len(inputs[0]))
+    few = cache.ids[:count], cache.positions[:count], cache.slots[:count]
     different = torch.zeros(1, dtype=torch.int64, device=first.device)
     graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
     with torch.cuda.graph(graphs[0]):
@@ -177,7 +210,7 @@ def repeat(step: Any, cache: Cache, times: int, case: str = "eight rows") -> dic
         different += (step.logits.view(torch.int16) != first).any()
     with torch.cuda.graph(graphs[1]):
         step(*few)
-        different += (step.logits[:3].view(torch.int16) != first[:3]).any()
+        different += (step.logits[:count].view(torch.int16) != first[:count]).any()
     different.zero_()
     for index in range(times):
         graphs[index % 5 == 4].replay()
@@ -195,8 +228,16 @@ def timed(step: Any, cache: Cache, columns: list[int], positions: list[int], cei
             cache.positions.fill_(position)
             inputs = cache.ids[:count], cache.positions[:count], cache.slots[:count]
             took = graph_seconds(lambda inputs=inputs: step(*inputs), calls=20)
-            cached = 2 * count * position * model.kv_heads * model.head_dim * len(model.layers) * model.dtype.itemsize
-            share = (model.weight_bytes + cached) / took / ceiling
+            read = (
+                2
+                * count
+                * position
+                * model.kv_heads
+                * model.head_dim
+                * len(model.layers)
+                * cache.pages[0].keys.element_size()
+            )
+            share = (model.weight_bytes + read) / took / ceiling
             lines.append({"columns": count, "position": position, "us": took * 1e6, "of_ceiling": share})
     cache.positions.copy_(torch.arange(512, 520))
     cache.slots.zero_()
@@ -218,16 +259,22 @@ class Variant:
 
 
 def variants(
-    name: str, form: str, tunings: list[dict[str, int]], half: bool, layers: int | None, pool: ThreadPoolExecutor
+    name: str,
+    form: str,
+    tunings: list[dict[str, int]],
+    half: bool,
+    layers: int | None,
+    cached: torch.dtype | None,
+    pool: ThreadPoolExecutor,
 ) -> list[Variant]:
     """The kernels of a model; they are compiled meanwhile."""
     from hybridgen.fused.rows.shape import default_tuning
     from hybridgen.fused.rows.step import RowsStep
 
-    dtype = torch.float16 if half else shape_dtype(name, "cuda")
+    dtype = torch.float16 if half or form == "fp16" else shape_dtype(name, "cuda")
     model = in_format(random_decoder(name, dtype, "cuda", ROOM, layers=layers), form)
     release()
-    cache = Cache(model)
+    cache = Cache(model, cached)
     torch.cuda.synchronize()
 
     def make(changes: dict[str, int]) -> Any:
@@ -252,14 +299,16 @@ def try_out(variant: Variant, times: int) -> None:
         if line["ok"]:
             times = times if variant.first else times // 10
             line["repeats"] = repeat(step, variant.cache, times)
-            line["repeats_of_several_tokens"] = {
-                case: repeat(step, variant.cache, times, case) for case in ("eight tokens of one", "a mix")
+            line["repeats_of_other_columns"] = {
+                case: repeat(step, variant.cache, times, case) for case in ("one row", "eight tokens of one", "a mix")
             }
     except Exception as error:
         line["error"] = f"{type(error).__name__}: {error}"[:500]
     errors = {case: round(error, 4) for case, error in line.get("errors", {}).items()}
     sizes = [line.get(each) for each in ("model", "format", "tuning", "num_regs", "local_size_bytes", "error")]
-    print(*sizes, "ok" if line.get("ok") else "WRONG", errors, line.get("repeats"), f"{time.monotonic() - begin:.1f} s")
+    print(*sizes, "ok" if line.get("ok") else "WRONG", errors, flush=True)
+    several = {"eight rows": line.get("repeats"), **line.get("repeats_of_other_columns", {})}
+    print(f"    {several} {time.monotonic() - begin:.1f} s", flush=True)
 
 
 def smoke() -> list[Any]:
@@ -287,10 +336,13 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "int4"], choices=FORMATS)
     parser.add_argument("--columns", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--positions", nargs="+", type=int, default=[64, 512])
-    parser.add_argument("--repeats", type=int, default=10_000, help="of one fixed step; a tenth for other tunings")
+    parser.add_argument(
+        "--repeats", type=int, default=10_000, help="of four fixed steps each; a tenth for other tunings"
+    )
     parser.add_argument("--tunings", nargs="*", default=[], help="others to try, for example piece=1024,in_flight=3")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--half", action="store_true", help="float16 models")
+    parser.add_argument("--cache-fp8", action="store_true", help="keys and values in 8 bits")
     parser.add_argument("--smoke", action="store_true", help="plans only, on any machine")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -307,11 +359,13 @@ def main() -> None:
     print(f"read ceiling {ceiling / 1e9:.0f} GB/s", flush=True)
     results["read_ceiling_gb_per_s"] = ceiling / 1e9
     others = [{k: int(v) for k, v in (pair.split("=") for pair in text.split(","))} for text in args.tunings]
+    cached = torch.float8_e4m3fn if args.cache_fp8 else None
+    results["cache"] = "fp8" if args.cache_fp8 else "16 bits"
     found: list[Variant] = []
     with ThreadPoolExecutor(12) as pool:
         for name in args.models:
             for form in args.formats:
-                found += variants(name, form, [{}, *others], args.half, args.layers, pool)
+                found += variants(name, form, [{}, *others], args.half, args.layers, cached, pool)
         wait([variant.step for variant in found])  # loading a kernel disturbs a graph that is being recorded
         for variant in found:
             if time.monotonic() - begin < args.seconds:
@@ -327,7 +381,13 @@ def main() -> None:
         for each in variant.line["times"]:
             print(f"    {each}", flush=True)
     report(results, args.output)
-    if not all(line.get("ok") and not line["repeats"]["different"] for line in lines):
+    found_different = [
+        each["different"] or each["gave_up"]
+        for line in lines
+        if line.get("ok")
+        for each in (line["repeats"], *line["repeats_of_other_columns"].values())
+    ]
+    if any(found_different) or not all(line.get("ok") for line in lines):
         raise SystemExit("a variant was not run, computes something else, or not the same each time")
 
 

@@ -196,7 +196,12 @@ def rows(results: list[Result]) -> list[str]:
     lines = []
     for result in results:
         for variant in result["variants"]:
+            if "times" not in variant:  # not measured: the check refused it, or the time was up
+                continue
             times = {(time["columns"], time["position"], "one_request" in time): time for time in variant["times"]}
+            repeats = [variant["repeats"]]  # by which columns a step has
+            for others in ("repeats_of_several_tokens", "repeats_of_other_columns"):
+                repeats += variant.get(others, {}).values()
             found = [times.get((columns, 512, False)) for columns in (1, 2, 4, 8)]
             drafts = times.get((4, 512, True))
             lines.append(
@@ -206,7 +211,7 @@ def rows(results: list[Result]) -> list[str]:
                     *("-" if time is None else f"{time['us']:,.0f}" for time in (*found, drafts)),
                     share(found[0] and found[0]["of_ceiling"]),
                     share(found[-1] and found[-1]["of_ceiling"]),
-                    f"{variant['repeats']['different']} of {variant['repeats']['steps']:,}",
+                    f"{sum(each['different'] for each in repeats)} of {sum(each['steps'] for each in repeats):,}",
                 ]
             )
     head = ["shape", "weights", "1 column, µs", "2", "4", "8", "4 tokens of one request", "of the ceiling, 1", "8"]

@@ -125,8 +125,14 @@ class Context:
         return tuple(LayerPages(pages.keys.clone(), pages.values.clone()) for pages in self.pages)
 
 
-def make_context(model: Decoder, lengths: list[int], page_size: int = 16, seed: int = 0) -> Context:
-    """Pages whose unwritten places are NaN; page 0, where unused entries of the table lead, too."""
+def make_context(
+    model: Decoder, lengths: list[int], page_size: int = 16, seed: int = 0, cache: torch.dtype | None = None
+) -> Context:
+    """Pages whose unwritten places are NaN; page 0, where unused entries of the table lead, too.
+
+    Args:
+        cache: the pages' dtype; None: the model's.
+    """
     generator = torch.Generator().manual_seed(seed)
     device = str(model.device)
     counts = [length // page_size + 1 for length in lengths]
@@ -147,7 +153,7 @@ def make_context(model: Decoder, lengths: list[int], page_size: int = 16, seed: 
                 for page in range(0, length, page_size):
                     run = cached[:, page : page + page_size]
                     part[table[slot, page // page_size].item(), :, : run.shape[1]] = run
-        pages.append(LayerPages(keys.to(device), values.to(device)))
+        pages.append(LayerPages(*(part.to(cache or model.dtype).to(device) for part in (keys, values))))
     tokens = torch.randint(0, model.vocab, (len(lengths),), generator=generator)
     positions = torch.tensor(lengths)
     return Context(
@@ -155,13 +161,17 @@ def make_context(model: Decoder, lengths: list[int], page_size: int = 16, seed: 
     )
 
 
-def quantised_decoder(model: Decoder, kind: str, group: int = 128, head: str = "fp8", zeros: bool = False) -> Decoder:
-    """The same shape with projections of random codes: `fp8` with a scale for each output, or `int4`.
+def quantised_decoder(
+    model: Decoder, kind: str, group: int = 0, head: str = "fp8", zeros: bool = False, outputs_of_a_block: int = 1
+) -> Decoder:
+    """The same shape with projections of random codes.
 
     Args:
-        group: inputs that share a scale of int4.
+        kind: `fp8`, `int8` or `int4`.
+        group: inputs that share a scale; 0: all of an output, and 128 for int4.
+        head: `fp8` or `int8`, with a scale for each output, or `dense` for the head as it is.
         zeros: int4 has zero points; else it is symmetric.
-        head: `fp8`, or `dense` for the head as it is.
+        outputs_of_a_block: outputs that share a scale, of 8 bits.
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(1)
@@ -169,18 +179,22 @@ def quantised_decoder(model: Decoder, kind: str, group: int = 128, head: str = "
     def uniform(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, device=device) * 0.5 + 0.75
 
-    def quantised(linear: Linear, kind: str) -> Linear:
+    def quantised(linear: Linear, kind: str, group: int = group) -> Linear:
         outputs, inputs = linear.weight.shape
+        block = Block(outputs_of_a_block if group else 1, group or (128 if kind == "int4" else inputs))
+        # Their mean is zero, or outputs would have one large part in common, and be alike whatever else is wrong.
         if kind == "fp8":
-            data = torch.randn(outputs, inputs, generator=generator, device=device) * 64
-            scales = uniform(outputs, 1) / (64 * inputs**0.5)
-            codes, block = data.to(torch.float8_e4m3fn), Block(1, inputs)
+            data, size = torch.randn(outputs, inputs, generator=generator, device=device) * 64, 64.0
+            codes = data.to(torch.float8_e4m3fn)
+        elif kind == "int8":
+            codes = torch.randint(-127, 128, (outputs, inputs), generator=generator, device=device).to(torch.int8)
+            size = 73.0
         else:
-            # Their mean is zero, or outputs would have one large part in common, and be alike whatever else is wrong.
-            values = torch.randint(1, 16, (outputs, inputs), generator=generator, device=device)
-            codes = pack_int4(values)
-            scales = (uniform(outputs, inputs // group) / (4.7 * inputs**0.5)).to(model.dtype)
-            block = Block(1, group)
+            codes = pack_int4(torch.randint(1, 16, (outputs, inputs), generator=generator, device=device))
+            size = 4.7
+        scales = uniform(*block.grid(outputs, inputs)) / (size * inputs**0.5)
+        if kind != "fp8":
+            scales = scales.to(model.dtype)
         points = None
         if zeros and kind == "int4":
             points = torch.randint(6, 11, scales.shape, generator=generator, device=device).to(torch.uint8)
@@ -190,7 +204,7 @@ def quantised_decoder(model: Decoder, kind: str, group: int = 128, head: str = "
     layers = tuple(
         replace(layer, **{name: quantised(getattr(layer, name), kind) for name in names}) for layer in model.layers
     )
-    return replace(model, layers=layers, head=model.head if head == "dense" else quantised(model.head, "fp8"))
+    return replace(model, layers=layers, head=model.head if head == "dense" else quantised(model.head, head, 0))
 
 
 def in_parts(model: Decoder) -> Decoder:

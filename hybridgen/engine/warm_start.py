@@ -314,8 +314,8 @@ class Starter:
             return
         tuned = self._chosen(fused)
         kept = tuned.get("rows")
-        if isinstance(kept, dict) and kept.get("sizes") == sizes and kept.get("most", 0) <= rows.most:
-            if kept["why"]:
+        if isinstance(kept, dict) and kept.get("sizes") == sizes and kept.get("most", 0) <= rows.widest:
+            if (kept["least"], kept["most"]) != (rows.least, rows.most):
                 fused.use_rows(kept["least"], kept["most"], kept["why"])
         else:
             with self._startup.timed("tuning"):

@@ -51,6 +51,7 @@ def make_fused(
         tuned=tuned,
         kept=kept,
         share=share,
+        scaled_cache=any(getattr(state, "scales", None) is not None for state in runner.states),
     )
     if share is not None:
         share.on_end(fused.give_up)
@@ -76,8 +77,8 @@ def tune_fused(runner: ModelRunner, seconds: float) -> dict[str, Any]:
 def compare_rows(runner: ModelRunner, sizes: Sequence[int], recorder: Recorder | None = None) -> str:
     """Use the persistent kernel for several rows at the sizes where it is faster than what would serve else.
 
-    That is the chain, or the model's own layers. Both are recorded and timed at these sizes, with padding. Not while
-    requests run.
+    That is the chain, or the model's own layers. Both are recorded and timed at these sizes, with padding; beyond the
+    columns of a launch the kernel runs several times. Not while requests run.
 
     Args:
         recorder: who records; closed in the end. By default CUDA graphs of this process alone.
@@ -92,7 +93,7 @@ def compare_rows(runner: ModelRunner, sizes: Sequence[int], recorder: Recorder |
     recorder = recorder or _cuda_graphs(runner)
     slower, faster = {}, []
     try:
-        for size in sorted(size for size in sizes if rows.least <= size <= rows.most):
+        for size in sorted(size for size in sizes if rows.least <= size <= rows.widest):
             other = LAYERS
             if fused.chain is not None and fused.chain.refuses(GraphKey.decode(size, None)) is None:
                 other = fused.chain.name
@@ -102,14 +103,17 @@ def compare_rows(runner: ModelRunner, sizes: Sequence[int], recorder: Recorder |
                 faster.append(size)
             else:
                 slower[size] = f"{size} rows take it {ours * 1e3:.2f} ms, and the {other} {theirs * 1e3:.2f} ms"
-        if not slower:
-            return ""
         # One run of sizes: from behind the largest at which it is slower, or up to that one.
-        above = [size for size in faster if size > max(slower)]
-        below = [size for size in faster if size < min(slower)]
-        least = max(slower) + 1 if above else rows.least
-        most = rows.most if above else max(below, default=rows.least - 1)
-        fused.use_rows(least, most, why := "; ".join(slower.values()))
+        one_launch = [size for size in slower if size <= rows.columns]
+        above = [size for size in faster if max(one_launch, default=0) < size <= rows.columns]
+        below = [size for size in faster if size < min(one_launch, default=rows.columns + 1)]
+        least = max(one_launch) + 1 if one_launch and above else rows.least
+        most = rows.columns if above or not one_launch else max(below, default=rows.least - 1)
+        if most == rows.columns:  # then in several launches, up to where these are slower
+            most = max([most, *(size for size in faster if size < min(set(slower) - set(one_launch), default=99))])
+        why = "; ".join(slower.values())
+        if (least, most) != (rows.least, rows.most) or why:
+            fused.use_rows(least, most, why)
         return why
     finally:
         recorder.close()

@@ -6,10 +6,10 @@ Imports Triton; import it only where that is there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -24,15 +24,17 @@ from hybridgen.fused.chain.step import MAX_ROWS, ChainStep
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.fused.executors import ChainExecutor, PersistentExecutor, RowsExecutor
 from hybridgen.fused.inputs import StepInputs
-from hybridgen.fused.persistent.shape import Tuning, inbox_bytes
+from hybridgen.fused.persistent.shape import Tuning, check_cache, inbox_bytes
 from hybridgen.fused.persistent.step import PersistentStep
 from hybridgen.fused.rows.shape import COLUMNS
+from hybridgen.fused.rows.shape import Tuning as RowsTuning
 from hybridgen.fused.rows.step import RowsStep
 from hybridgen.models import BoundModel
 from hybridgen.models.decoder import Decoder, Unfit, describe
 from hybridgen.models.share import Share
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R")
 
 
 def build_fused(
@@ -48,6 +50,7 @@ def build_fused(
     tuned: Mapping[str, Any] | None = None,
     kept: Keeper | None = None,
     share: Share | None = None,
+    scaled_cache: bool = False,
 ) -> FusedDecode:
     """Build what serves this model on its device; whatever does not leaves its reason in `notes`.
 
@@ -62,14 +65,15 @@ def build_fused(
         kept: gives the machine code kept under a key, or makes and keeps it.
         share: the other ranks, where the model is a rank's share. All of them call this at the same time, and have the
             same executors in the end: what one of them cannot have, none has.
+        scaled_cache: whether keys and values are divided by scales when they are written.
 
     Raises:
         LostRanks: a rank failed where others wait for it.
     """
     fused = FusedDecode(inputs, pages=pages, share=share, equal_bits=equal_bits)
-    tuning, tiles = tuned_parts(tuned)
+    tuning, rows_tuning, tiles = tuned_parts(tuned)
     try:
-        model = fused.on_all_ranks(partial(_described, bound, pages, max_context, share))
+        model = fused.on_all_ranks(partial(_described, bound, scaled_cache, max_context, share))
         with bound.original_attention(), torch.inference_mode():
             _check(fused, bound.model, model)
             fused.model = model
@@ -81,15 +85,16 @@ def build_fused(
     few = min(MAX_ROWS, max_rows)
     with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
         # The kernels for several rows are compiled while the one for one row is.
-        making = pool.submit(_rows_step, fused, model, kept, reads, inboxes.rows)
+        build_rows = partial(_rows_step, fused, model, kept, reads, inboxes.rows)
+        making = pool.submit(build_rows, rows_tuning)
         compiling: list[Future[object]] | Exception = []
         if equal_bits:
-            _make_rows(fused, making, max_rows * query_len)
+            _make_rows(fused, making, build_rows, max_rows * query_len, 0)
             return _logged(fused)
         if few > 1:
             compiling = _begin_chain(fused, few, tiles, pool)
         _make_persistent(fused, model, kept, tuning, inboxes.one)
-        _make_rows(fused, making, max_rows * query_len)
+        _make_rows(fused, making, build_rows, max_rows * query_len, 0 if reads or share is not None else few)
         nobody = fused.persistent is None and fused.rows is None
         if few == 1 and nobody:
             compiling = _begin_chain(fused, few, tiles, pool)
@@ -98,7 +103,7 @@ def build_fused(
     return _logged(fused)
 
 
-def _described(bound: BoundModel, pages: tuple[LayerPages, ...], max_context: int, share: Share | None) -> Decoder:
+def _described(bound: BoundModel, scaled_cache: bool, max_context: int, share: Share | None) -> Decoder:
     """The model as data.
 
     Raises:
@@ -108,8 +113,8 @@ def _described(bound: BoundModel, pages: tuple[LayerPages, ...], max_context: in
         raise Unfit("its layers keep a state besides keys and values")
     if bound.latents:
         raise Unfit("its layers cache latents instead of keys and values")
-    if any(each.keys.dtype == torch.float8_e4m3fn for each in pages):
-        raise Unfit("keys and values are cached in 8 bits (kv_dtype), which the fused kernels do not read")
+    if scaled_cache:
+        raise Unfit("keys and values are cached with scales (kv_dtype), which the fused kernels do not know")
     with bound.original_attention(), torch.inference_mode():
         return describe(bound.model, bound.sites, bound.weights, max_context, share)
 
@@ -167,6 +172,7 @@ def _rows_step(
     kept: Keeper | None,
     reads: tuple[int, ...],
     inboxes: Sequence[int],
+    tuning: RowsTuning | None,
 ) -> RowsStep:
     """The step for several rows; called on a thread of its own, which has a stream of its own.
 
@@ -178,17 +184,38 @@ def _rows_step(
     # A new thread is on the first device, and pinned memory belongs to the device that is current.
     with torch.cuda.device(model.device), torch.inference_mode():
         table = fused.inputs.block_table
-        step = RowsStep(model, fused.pages, block_table=table, reads=reads, inboxes=inboxes, kept=kept)
+        step = RowsStep(model, fused.pages, block_table=table, tuning=tuning, reads=reads, inboxes=inboxes, kept=kept)
     torch.cuda.synchronize(model.device)
     return step
 
 
-def _make_rows(fused: FusedDecode, making: Future[RowsStep], tokens: int) -> None:
-    """Try the step for several columns, and say in the notes whether it serves."""
+def _make_rows(
+    fused: FusedDecode,
+    making: Future[RowsStep],
+    build: Callable[[RowsTuning | None], RowsStep],
+    tokens: int,
+    widest: int,
+) -> None:
+    """Try the step for several columns, and say in the notes whether it serves.
+
+    Args:
+        making: the step, which is being made.
+        build: makes it again.
+        widest: rows of one token that it may decode in several launches, where that is faster.
+    """
     columns = min(COLUMNS, tokens)
     try:
         step = fused.on_all_ranks(making.result)
-        rows = fused.rows = RowsExecutor(step, columns, fused.first_of_several, fused.share)
+        wide = None
+        if widest > columns:
+            with torch.inference_mode(False):
+                wide = torch.zeros(widest, *step.logits.shape[1:], dtype=step.logits.dtype, device=step.logits.device)
+
+        def executor(step: RowsStep) -> RowsExecutor:
+            return RowsExecutor(step, columns, fused.first_of_several, fused.share, wide)
+
+        rows = fused.rows = executor(step)
+        fused.build_rows = lambda *, tuning: executor(build(tuning))
         if rows.least > columns:
             rows.close()
             fused.rows = None
@@ -247,6 +274,7 @@ def _begin_chain(
     try:
         if fused.model is None:
             raise RuntimeError("the model was not described")
+        check_cache(fused.model, fused.pages)
         chain = ChainStep(fused.model, max_rows=rows, tiles=tiles)
         chain.attach(fused.pages)
         sizes = sorted({min(size, rows) for size in (2, 4, 8, 16)})
@@ -281,14 +309,19 @@ def _compiled(compiling: list[Future[object]] | Exception) -> None:
         future.result()
 
 
-def tuned_parts(document: Mapping[str, Any] | None) -> tuple[Tuning | None, Mapping[str, Any] | None]:
-    """The persistent step's tuning and the chain's tiles of what `fused.tuning.tune` returned.
+def tuned_parts(
+    document: Mapping[str, Any] | None,
+) -> tuple[Tuning | None, RowsTuning | None, Mapping[str, Any] | None]:
+    """The persistent steps' tunings and the chain's tiles of what `fused.tuning.tune` returned.
 
     None where it has none, or one with other fields than this version's.
     """
     document = document or {}
-    try:
-        tuning = Tuning(**document["persistent"]) if "persistent" in document else None
-    except TypeError:
-        tuning = None
-    return tuning, document.get("chain")
+
+    def tuning(name: str, kind: Callable[..., R]) -> R | None:
+        try:
+            return kind(**document[name]) if name in document else None
+        except TypeError:
+            return None
+
+    return tuning("persistent", Tuning), tuning("columns", RowsTuning), document.get("chain")

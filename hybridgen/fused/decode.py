@@ -46,6 +46,8 @@ class FusedDecode:
     """For a few rows."""
     build: Callable[..., PersistentExecutor] | None = None
     """Makes the persistent executor again, with another `tuning=`."""
+    build_rows: Callable[..., RowsExecutor] | None = None
+    """The same of the executor for a few tokens."""
     pages: tuple[LayerPages, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     """What serves which sizes, or why nothing does."""

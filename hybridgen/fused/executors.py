@@ -58,17 +58,28 @@ class RowsExecutor:
     name = "rows"
     launch = "direct"
 
-    def __init__(self, step: RowsStep, columns: int, least: int, share: Share | None = None) -> None:
-        """`columns`: tokens of a step at most; `least`: rows from which on it is used; `share`: the other ranks, where
-        the model is a rank's share."""
+    def __init__(
+        self, step: RowsStep, columns: int, least: int, share: Share | None = None, wide: Tensor | None = None
+    ) -> None:
+        """
+        Args:
+            columns: tokens of a launch at most.
+            least: rows from which on it is used.
+            share: the other ranks, where the model is a rank's share.
+            wide: [rows, vocab], for logits of more rows than a launch has.
+        """
         self.step = step
         self._share = share
+        self._wide = wide
         self.columns = columns
-        """Tokens of a step at most. Steps with several tokens of a row have no other kernel than this one."""
+        """Tokens of a launch at most. Steps with several tokens of a row have no other kernel than this one."""
         self.least = least
         """Rows of one token from which on it is used."""
         self.most = columns
         """Rows of one token up to which it is used."""
+        self.widest = columns if wide is None else max(columns, wide.shape[0])
+        """Rows of one token up to which it could be used: more than `columns` in several launches, each of which reads
+        the weights; where that is faster than what else serves, `most` is raised."""
 
     def refuses(self, key: GraphKey) -> str | None:
         """Anything but a decode step of a few tokens."""
@@ -84,7 +95,15 @@ class RowsExecutor:
 
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Launch it; the next call overwrites what it returns."""
-        return _of_all_ranks(self.step(step.ids, step.positions, step.slots), self._share)
+        tokens = step.ids.shape[0]
+        if tokens <= self.columns:
+            return _of_all_ranks(self.step(step.ids, step.positions, step.slots), self._share)
+        if self._wide is None:
+            raise ValueError(f"{tokens} tokens in launches of {self.columns} need room for their logits")
+        for start in range(0, tokens, self.columns):
+            part = slice(start, min(start + self.columns, tokens))
+            self._wide[part].copy_(self.step(step.ids[part], step.positions[part], step.slots[part]))
+        return self._wide[:tokens]
 
     def states(self, tokens: int) -> Tensor:
         """What went into the layers that whoever drafts reads, [tokens, width]; the next call overwrites it."""
@@ -92,7 +111,7 @@ class RowsExecutor:
 
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a launch, by name."""
-        return self.step.tensors()
+        return self.step.tensors() | ({} if self._wide is None else {"rows logits of several launches": self._wide})
 
     def close(self) -> None:
         """Unload the kernel."""

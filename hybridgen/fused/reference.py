@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridgen.cache import LayerPages
+from hybridgen.kernels.attention.reference import as_bytes, stored, taken
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
 
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -109,9 +110,10 @@ def step(
         for row, position in enumerate(positions.tolist()):
             table = block_tables[row].long()
             page, offset = table[position // size], position % size
-            keys[page, :, offset], values[page, :, offset] = k[row].to(keys.dtype), v[row].to(values.dtype)
+            for part, new in ((keys, k), (values, v)):
+                as_bytes(part)[page, :, offset] = as_bytes(stored(new[row], part.dtype))
             used = table[: position // size + 1]
-            k_cached, v_cached = (part[used].transpose(0, 1).flatten(1, 2).float() for part in (keys, values))
+            k_cached, v_cached = (taken(part, used).transpose(0, 1).flatten(1, 2).float() for part in (keys, values))
             attended[row] = attend(q[row], k_cached, v_cached, layer.attention_scale, layer.window, position)
         x = finish_layer(model, layer, x, attended)
     return logits(model, x)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,14 +20,27 @@ from hybridgen.device.timing import graph_seconds
 from hybridgen.errors import DeviceError
 from hybridgen.fused.chain import search
 from hybridgen.fused.decode import FusedDecode
-from hybridgen.fused.executors import PersistentExecutor
-from hybridgen.fused.persistent.shape import Tuning, as_document
+from hybridgen.fused.executors import PersistentExecutor, RowsExecutor
+from hybridgen.fused.persistent import shape as one_row
+from hybridgen.fused.rows import shape as columns_shape
 from hybridgen.models.decoder import Unfit
 
 logger = logging.getLogger(__name__)
+Values = tuple[tuple[str, tuple[int, ...]], ...]
+E = TypeVar("E", PersistentExecutor, RowsExecutor)
 
 POSITION = 512
 """Cached positions of the row that is timed, where the context allows."""
+
+ONE_ROW: Values = (
+    ("stage", (16384, 32768, 65536)),
+    ("in_flight", (2, 3, 1, 4)),
+    ("short_splits", (4, 3, 2, 8)),
+    ("short_least", (128, 64, 256)),
+)
+"""What is tried of the kernel for one row, field by field."""
+COLUMNS: Values = (("in_flight", (2, 3, 4)), ("piece", (1024, 2048)), ("in_flight", (2, 3, 1)))
+"""What is tried of the one for several columns. Pieces change the order of sums, and so bits, for all steps alike."""
 
 _WORTH = 0.995
 """A candidate must take less than this share of the best one's time, or it is noise."""
@@ -39,8 +52,7 @@ def tune(fused: FusedDecode, seconds: float) -> dict[str, Any]:
     Overwrites the padding slot's state and page; nothing else may run meanwhile.
 
     Args:
-        seconds: time for all of it, a few seconds more at most; two thirds for the persistent kernel, if there is one
-            and a chain.
+        seconds: time for all of it, a few seconds more at most; shared evenly by the persistent kernels and the chain.
 
     Raises:
         Unfit: what was chosen computes something else.
@@ -49,19 +61,23 @@ def tune(fused: FusedDecode, seconds: float) -> dict[str, Any]:
         What `fuse_decode(tuned=...)` takes; plain values, for JSON.
     """
     chosen: dict[str, Any] = {}
-    share = 1.0 if fused.chain is None else 2 / 3
-    if fused.persistent is not None:
-        deadline = time.monotonic() + seconds * share
-        fused.persistent = _tune_persistent(fused, deadline)
+    each = seconds / max(1, sum(kind is not None for kind in (fused.persistent, fused.rows, fused.chain)))
+    if fused.persistent is not None and fused.build is not None:
+        fused.persistent = _tune_kernel(fused, fused.persistent, fused.build, ONE_ROW, _launch, 1, each)
         fused.try_step(fused.persistent, 1)
-        chosen["persistent"] = as_document(fused.persistent.step.tuning)
-        seconds -= seconds * share
+        chosen["persistent"] = one_row.as_document(fused.persistent.step.tuning)
+    if fused.rows is not None and fused.build_rows is not None:
+        columns = fused.rows.columns
+        launch_rows = partial(_launch_rows, fused)
+        fused.rows = _tune_kernel(fused, fused.rows, fused.build_rows, COLUMNS, launch_rows, columns, each)
+        fused.try_step(fused.rows, columns)
+        chosen["columns"] = columns_shape.as_document(fused.rows.step.tuning)
     if fused.chain is not None:
         chain = fused.chain.chain
         most = chain.max_rows
         rows = sorted({min(8, most), most})
         with _padding_rows(fused, most):
-            chosen["chain"] = search.tune(chain, partial(_launch_chain, fused), rows=rows, seconds=seconds)
+            chosen["chain"] = search.tune(chain, partial(_launch_chain, fused), rows=rows, seconds=each)
         fused.try_step(fused.chain, most)
     return chosen
 
@@ -84,20 +100,32 @@ def _padding_rows(fused: FusedDecode, rows: int) -> Iterator[None]:
         inputs.state[:, padding] = 0
 
 
-def _tune_persistent(fused: FusedDecode, deadline: float) -> PersistentExecutor:
-    """Better one field at a time, from the tuning that it has."""
-    best, build = fused.persistent, fused.build
-    if best is None or build is None:
-        raise RuntimeError("there is no persistent step to tune")
-    with _padding_rows(fused, 1):
-        candidates = _Candidates(best.step.tuning)
-        shortest = graph_seconds(partial(_launch, best))
+def _tune_kernel(
+    fused: FusedDecode,
+    best: E,
+    build: Callable[..., E],
+    values: Values,
+    launch: Callable[[E], None],
+    rows: int,
+    seconds: float,
+) -> E:
+    """Better one field of a persistent kernel's tuning at a time, from the one that it has.
+
+    Args:
+        build: makes the executor with another `tuning`.
+        values: what to try, by field.
+        launch: runs a step of so many `rows`.
+    """
+    deadline = time.monotonic() + seconds
+    with _padding_rows(fused, rows):
+        candidates = _Candidates(best.step.tuning, values)
+        shortest = graph_seconds(partial(launch, best))
         for candidate in candidates:
             if time.monotonic() > deadline:
                 break
             try:
                 other = build(tuning=candidate)
-                took = graph_seconds(partial(_launch, other))
+                took = graph_seconds(partial(launch, other))
             except (Unfit, DeviceError) as error:
                 logger.debug("%s: %s", candidate, error)
                 continue
@@ -113,6 +141,10 @@ def _launch(executor: PersistentExecutor) -> None:
     executor.step()
 
 
+def _launch_rows(fused: FusedDecode, executor: RowsExecutor) -> None:
+    executor.logits(fused.metadata(executor.columns), None)
+
+
 def _launch_chain(fused: FusedDecode, rows: int) -> None:
     if fused.chain is None:
         raise RuntimeError("there is no chain to tune")
@@ -122,17 +154,13 @@ def _launch_chain(fused: FusedDecode, rows: int) -> None:
 class _Candidates:
     """Neighbours of the best tuning so far, which whoever iterates sets."""
 
-    def __init__(self, best: Tuning) -> None:
+    def __init__(self, best: Any, values: Values) -> None:
         self.best = best
+        self._values = values
 
-    def __iter__(self) -> Iterator[Tuning]:
+    def __iter__(self) -> Iterator[Any]:
         tried = {self.best}
-        for field, values in (
-            ("stage", (16384, 32768, 65536)),
-            ("in_flight", (2, 3, 1, 4)),
-            ("short_splits", (4, 3, 2, 8)),
-            ("short_least", (128, 64, 256)),
-        ):
+        for field, values in self._values:
             for value in values:
                 tuning = dataclasses.replace(self.best, **{field: value})
                 if tuning not in tried:

@@ -55,9 +55,10 @@ def test_what_is_not_served_has_a_reason(changes: dict[str, Any], reason: str) -
 @pytest.mark.parametrize(
     ("linear", "reason"),
     [
-        (weight("int8"), "dense, fp8 and int4"),
+        (weight("int8", zeros=torch.zeros(8, 2, dtype=torch.int16)), "with zero points"),
+        (weight("fp8", block=Block(1, 96)), "8 bits in groups of 32, 64 or 128"),
+        (weight("int8", inputs=192, block=Block(1, 128)), "8 bits in groups of 32, 64 or 128"),
         (weight("int4", zeros=torch.zeros(8, 2, dtype=torch.uint8)), "zero points and float32 scales"),
-        (weight("fp8", block=Block(128, 128)), "a scale for each output"),
         (weight("int4", block=Block(1, 256)), "groups of 32, 64 or 128"),
     ],
 )
@@ -97,9 +98,27 @@ def test_scales_of_fp8_are_one_for_each_output() -> None:
         assert torch.equal(scales, linear.weight.scales[:, 0].repeat_interleave(block.outputs))
 
 
+def test_blocks_are_groups_of_each_output() -> None:
+    for kind, block in (("fp8", Block(3, 128)), ("int8", Block(1, 64)), ("fp8", Block(8, 32))):
+        linear = weight(kind, block=block)
+        found = stored(linear)
+        assert found.format == Format(8, block.inputs, torch.float32, integers=kind == "int8", grouped=True)
+        assert found.data is linear.weight.data
+        assert torch.equal(found.scales, linear.weight.scales.repeat_interleave(block.outputs, 0)[:8])
+        assert found.scales.is_contiguous()
+
+
+def test_formats_have_numbers_of_their_own() -> None:
+    found = [Format(16), Format(8), Format(8, integers=True), Format(8, grouped=True)]
+    found += [Format(8, integers=True, grouped=True), Format(4)]
+    assert [form.code for form in found] == [16, 8, 40, 72, 104, 4]
+    assert [form.has_groups for form in found] == [False, False, False, True, True, True]
+
+
 @pytest.mark.parametrize(
     ("inputs", "form", "reason"),
     [
+        (2560, Format(8, 128, grouped=True), "8-bit weights in groups of 128"),
         (896, DENSE, "multiple of 256"),
         (11008, Format(4, 128), "multiple of 1024"),
         (4864, Format(4, 32), "pieces of 128 bytes"),
@@ -112,7 +131,11 @@ def test_sizes_that_the_warps_cannot_share_have_a_reason(inputs: int, form: Form
 
 @pytest.mark.parametrize("inputs", [1024, 2048, 3072, 4096, 8192, 14336])
 @pytest.mark.parametrize(
-    "form", [DENSE, Format(8), Format(4), Format(4, 64), Format(4, 32, torch.float32), Format(4, zeros=True)]
+    "form",
+    [
+        *(DENSE, Format(8), Format(4), Format(4, 64), Format(4, 32, torch.float32), Format(4, zeros=True)),
+        *(Format(8, 128, torch.float32, grouped=True), Format(8, 32, integers=True, grouped=True)),
+    ],
 )
 def test_rows_lie_an_odd_multiple_of_16_bytes_apart(inputs: int, form: Format) -> None:
     cut = tiles("hidden", inputs, form, 2048)
@@ -149,14 +172,58 @@ def test_keys_and_values_come_in_boxes_of_a_page(page_size: int, box: int) -> No
     assert 2 * 2 * 128 * found.box <= found.defines["STAGE"]
 
 
+@pytest.mark.parametrize(("dim", "page_size", "box"), [(128, 8, 8), (128, 256, 128), (64, 16, 16), (64, 64, 64)])
+def test_a_cache_of_8_bits_comes_in_boxes_of_whole_swizzles(dim: int, page_size: int, box: int) -> None:
+    model = dataclasses.replace(decoder(), heads=8, kv_heads=4, head_dim=dim)
+    found = shape_of(model, DENSE, DENSE, Tuning(piece=2048), **{**H200, "page_size": page_size}, kv_bytes=1)
+    assert (found.box, found.defines["KV8"]) == (box, 1)
+    assert found.box * dim % 1024 == 0
+    assert 2 * dim * found.box <= found.defines["STAGE"]
+
+
+def test_pages_of_few_positions_do_not_fit_it() -> None:
+    with pytest.raises(Unfit, match="pages of 8 positions in 8 bits"):
+        shape_of(decoder(), DENSE, DENSE, Tuning(), **{**H200, "page_size": 8}, kv_bytes=1)
+
+
+def eight_rows(wide: bool) -> list[int]:
+    """`Attention::order` of `columns.cuh` with KV8."""
+    return [((i & 3) << 1) | (i >> 2) if wide else (i & 1) | ((i & 2) << 1) | ((i & 4) >> 1) for i in range(8)]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_keys_and_values_of_8_bits_meet_no_bank_twice(dim: int) -> None:
+    """Of 16 lanes that read 8 bytes of four keys each, and of eight that read 16 bytes of a value."""
+
+    def place(position: int, chunk: int) -> int:  # `Row::chunk`
+        row, first = position * dim // 128, position * dim % 128 // 16
+        return row * 128 + (((first + chunk) ^ (row & 7)) << 4)
+
+    order = eight_rows(dim == 128)
+    assert sorted(order) == list(range(8))
+    for part in range(dim // 32):
+        for half in range(2):
+            read = [place(order[4 * half + g], 2 * part + (t >> 1)) + (t & 1) * 8 for g in range(4) for t in range(4)]
+            assert len({at // 8 % 16 for at in read}) == 16
+    for chunk in range(dim // 16):
+        assert len({place(order[i], chunk) // 16 % 8 for i in range(8)}) == 8
+
+
+def test_dimensions_of_weighed_values_of_8_bits_are_all_there() -> None:
+    for dim in (64, 128):
+        found = {32 * (d // 4) + 16 * (d & 1) + 2 * g + (d // 2 & 1) for d in range(dim // 8) for g in range(8)}
+        assert found == set(range(dim))
+
+
 def test_a_device_may_be_too_small() -> None:
     model = decoder()
     with pytest.raises(Unfit, match="rows for each of 8 blocks"):
         shape_of(model, DENSE, DENSE, Tuning(), **{**H200, "blocks": 8})
     with pytest.raises(Unfit, match="stages"):
         shape_of(model, DENSE, DENSE, Tuning(), **{**H200, "shared_memory": 48 * 1024})
-    with pytest.raises(Unfit, match="head is int4"):
-        shape_of(model, DENSE, Format(4), Tuning(), **H200)
+    for bits in (4, 8):
+        with pytest.raises(Unfit, match=f"head has {bits} bits in groups"):
+            shape_of(model, DENSE, Format(bits, grouped=True), Tuning(), **H200)
 
 
 @pytest.mark.parametrize("changes", [{"hidden": 5120}, {"heads": 64, "head_dim": 128}])
@@ -224,6 +291,11 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
     ({"biases": ("qkv", "out", "gate_up", "down"), "activation": "gelu_tanh"}, torch.float16, "fp8"),
     ({"head_norm": "head", "head_dim": 128, "heads": 8, "kv_heads": 2, "intermediate": 5120}, torch.bfloat16, "int4"),
     ({"head_dim": 128, "heads": 8, "kv_heads": 2, "intermediate": 5120}, torch.float16, "int4-zeros"),
+    ({"intermediate": 5120}, torch.bfloat16, "fp8-blocks"),
+    ({}, torch.float16, "int8"),
+    ({"intermediate": 5120}, torch.bfloat16, "int8-groups"),
+    ({"head_dim": 128, "heads": 8, "kv_heads": 2}, torch.bfloat16, "dense-kv8"),
+    ({}, torch.float16, "dense-kv8"),
     ({"hidden": 8192, "heads": 64, "kv_heads": 8, "head_dim": 128, "intermediate": 9216}, torch.bfloat16, "int4-zeros"),
 ]
 
@@ -235,10 +307,14 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
 )
 def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, kind: str) -> None:
     model = dataclasses.replace(decoder(**changes), dtype=dtype)
-    if kind != "dense":
-        model = quantised_decoder(model, kind.partition("-")[0], zeros="zeros" in kind)
+    if not kind.startswith("dense"):
+        name, _, how = kind.partition("-")
+        group, of_a_block = (128 if how in ("blocks", "groups") else 0), (128 if how == "blocks" else 1)
+        model = quantised_decoder(model, name, group, zeros=how == "zeros", outputs_of_a_block=of_a_block)
     form = format_of(stored(linear) for linear in model.linears[:-1])
-    shape = shape_of(model, form, stored(model.head).format, default_tuning(model), **H200)
+    shape = shape_of(
+        model, form, stored(model.head).format, default_tuning(model), **H200, kv_bytes=2 - ("kv8" in kind)
+    )
     assert shape.shared_bytes <= H200["shared_memory"]
     assert program.machine_code(shape.defines, (9, 0), ROWS).startswith(b"\x7fELF")
 

@@ -54,7 +54,7 @@ struct Step {   // where a step stands
 struct ShortAttention {
   static constexpr int LANES = HEAD / 8, GROUPS = 32 / LANES, HALF_HEAD = HEAD / 2;
   static constexpr int AT_ONCE = 4;   // positions
-  float cos[8], sin[8], q_scale[8], k_scale[8];
+  float cos[8], sin[8], sign, q_scale[8], k_scale[8];
   int page;
   DEVICE void prefetch(const Step& t, const Layer& y) {
     const int d = (threadIdx.x % LANES) * 8;
@@ -62,7 +62,7 @@ struct ShortAttention {
       load_floats(t.cos + (i64)t.position * HALF_HEAD + d % HALF_HEAD, cos);
       load_floats(t.sin + (i64)t.position * HALF_HEAD + d % HALF_HEAD, sin);
     } else UNROLL for (int e = 0; e < 8; e++) { cos[e] = 1.f; sin[e] = 0.f; }
-    if (d < HALF_HEAD) UNROLL for (int e = 0; e < 8; e++) sin[e] = -sin[e];
+    sign = d < HALF_HEAD ? -1.f : 1.f;   // the loads are not used before the wait
     if (HEAD_NORMS) { load_floats(y.q_norm + d, q_scale); load_floats(y.k_norm + d, k_scale); }
     page = __ldg(t.table + t.position / PAGE);
   }
@@ -76,7 +76,7 @@ struct ShortAttention {
       const float factor = rsqrtf(squares / HEAD + HEAD_EPSILON);
       UNROLL for (int e = 0; e < 8; e++) x[e] *= factor * scale[e];
     }
-    UNROLL for (int e = 0; e < 8; e++) o[e] = x[e] * cos[e] + __shfl_xor_sync(~0u, x[e], LANES / 2) * sin[e];
+    UNROLL for (int e = 0; e < 8; e++) o[e] = x[e] * cos[e] + __shfl_xor_sync(~0u, x[e], LANES / 2) * (sign * sin[e]);
   }
   static DEVICE float score(const float* q, const float* k) {
     float s = dot8(q, k);
@@ -187,10 +187,10 @@ struct ShortAttention {
   }
 };
 
-// The output of attention, merged from its splits while it is read into the registers of the next projection.
-template <int AT_ONCE>
+// The output of attention, merged from few splits while it is read into the registers of the next projection.
 DEVICE void read_merged(const u32* mixed, const u32* sums, u32 number, int active, Watch& watch, float (&x)[Layout<QUERIES>::PER_WARP][8]) {
   using L = Layout<QUERIES>;
+  constexpr int AT_ONCE = 4;
   UNROLL for (int j = 0; j < L::PER_WARP; j++) {
     UNROLL for (int e = 0; e < 8; e++) x[j][e] = 0.f;
     if (L::has(j)) {
@@ -225,5 +225,34 @@ DEVICE void read_merged(const u32* mixed, const u32* sums, u32 number, int activ
       const float inverse = 1.f / total;
       UNROLL for (int e = 0; e < 8; e++) x[j][e] *= inverse;
     }
+  }
+}
+
+// This block's dimensions of all heads, put together from many splits for everybody; eight lanes share one.
+DEVICE void merge_splits(const u32* mixed, const u32* sums, u32* merged, u32 number, int active, Watch& watch) {
+  constexpr int LANES = 8, EACH = (LONG_SPLITS + LANES - 1) / LANES;
+  const int first = first_row(QUERIES), count = row_count(QUERIES), sub = threadIdx.x % LANES;
+  for (int r = threadIdx.x / LANES; r / (32 / LANES) * (32 / LANES) < count; r += THREADS / LANES) {   // whole warps
+    const int at = first + min(r, count - 1);
+    u32 logs[EACH], words[EACH], stale;
+    ASK(watch,
+      stale = 0;
+      UNROLL for (int i = 0; i < EACH; i++) {
+        const int k = min(sub + i * LANES, active - 1);
+        logs[i] = load_relaxed(sums + (k * HEADS + at / HEAD) * 8);
+        words[i] = load_relaxed(mixed + k * QUERIES + at);
+      }
+      UNROLL for (int i = 0; i < EACH; i++) stale |= ((logs[i] ^ number) | (words[i] ^ number)) & 255u, stale)
+    __syncwarp();
+    float higher = -1e30f, total = 0.f, sum = 0.f;
+    UNROLL for (int i = 0; i < EACH; i++) higher = fmaxf(higher, value_of(logs[i]));
+    UNROLL for (int o = LANES / 2; o; o >>= 1) higher = fmaxf(higher, __shfl_xor_sync(~0u, higher, o));
+    UNROLL for (int i = 0; i < EACH; i++) {
+      const float weight = sub + i * LANES < active ? exp2f(value_of(logs[i]) - higher) : 0.f;
+      total += weight;
+      sum = fmaf(weight, value_of(words[i]), sum);
+    }
+    UNROLL for (int o = LANES / 2; o; o >>= 1) { total += __shfl_xor_sync(~0u, total, o); sum += __shfl_xor_sync(~0u, sum, o); }
+    if (sub == 0 && r < count) store_word(merged + at, sum / total, number);
   }
 }

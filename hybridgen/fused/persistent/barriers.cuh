@@ -16,3 +16,6 @@ DEVICE void barrier_wait(u32 a, u32 parity) {
 DEVICE void copy_in(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
+// A block of 384 threads starts with 168 registers for each. The 128 that do not compute leave theirs to the 256 that do.
+DEVICE void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridgen.cache import LayerPages
 from hybridgen.models.decoder import Decoder, Unfit, dense_parts
 
-THREADS = 288
+THREADS = 384
 """Of a block: eight consumer warps and the producer's."""
 _BATCH = 64
 _WARPS = 8
@@ -75,6 +76,12 @@ def check(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
     check_structure(model, page_size, capability)
     weights = [weight for linear in model.linears for weight in dense_parts(linear)]
     check_places([model.embedding, *(norm.scale for norm in model.norms), *weights])
+
+
+def check_cache(model: Decoder, pages: tuple[LayerPages, ...]) -> None:
+    """Raise Unfit if keys and values are cached in another dtype than the weights', which one kernel reads alone."""
+    if any(part.dtype != model.dtype for layer in pages for part in layer):
+        raise Unfit("keys and values are cached in 8 bits (kv_dtype), which this kernel does not read")
 
 
 def check_places(tensors: Iterable[Tensor]) -> None:

@@ -21,7 +21,7 @@ struct Parameters {
   const float *norm, *cos, *sin;
   u16* logits;
   u32 *x, *middle, *qkv, *hidden;                                  // words
-  u32 *short_mixed, *short_sums, *long_mixed, *long_sums;         // words
+  u32 *short_mixed, *short_sums, *long_mixed, *long_sums, *long_merged;   // words
   u32* counters;   // layers run, with the short way, with the long way; arrivals; finished blocks: a sector apart
   u32* fault;
 #if RANKS > 1
@@ -87,7 +87,7 @@ DEVICE void attend(const Step& t, const Layer& y, const Plan& plan, const u32* q
   arrivals.target += C::UNITS;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const __grid_constant__ Parameters p) {
+extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) decode_step(const __grid_constant__ Parameters p) {
   Shared* s = shared_state();
   const int tid = threadIdx.x;
   if (tid == 0) {
@@ -102,10 +102,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
   __syncthreads();
   const i64 slot = *p.rows;
   const Step t = {(int)p.state[p.state_stride + slot], p.tables + slot * p.table_stride, p.cos, p.sin};
-  if (tid >= THREADS) {
+  if (tid >= THREADS) {   // four warps, as registers move between groups of four
+    leave_registers();
     if (tid == THREADS) produce(p, t);
     return;
   }
+  take_registers();
 
   u32 turn = 0, side = 0;
   u32 number = *COUNTER(0), short_number = *COUNTER(1), long_number = *COUNTER(2);   // their low bytes mark words
@@ -144,6 +146,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     if (HAS_LONG && plan.is_long) {
       mixed_number = ++long_number & 255u;
       attend<Long, LongWay>(t, y, plan, p.qkv, p.long_mixed, p.long_sums, now, mixed_number, turn, arrivals, watch);
+      // Every block needs all heads. If each read all splits, 34 MB would come from L2 (8B): a wait more takes less.
+      arrivals.wait(watch);
+      merge_splits(p.long_mixed, p.long_sums, p.long_merged, mixed_number, plan.active, watch);
+      consumers_meet();
+      if (tid == 0) arrivals.arrive();
+      arrivals.target += BLOCKS;
     } else {
       mixed_number = ++short_number & 255u;
       attend<Short, ShortAttention>(t, y, plan, p.qkv, p.short_mixed, p.short_sums, now, mixed_number, turn, arrivals, watch);
@@ -151,8 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(const 
     {
       arrivals.wait(watch);
       float x[Layout<QUERIES>::PER_WARP][8];
-      if (HAS_LONG && plan.is_long) read_merged<8>(p.long_mixed, p.long_sums, mixed_number, plan.active, watch, x);
-      else read_merged<4>(p.short_mixed, p.short_sums, mixed_number, plan.active, watch, x);
+      if (HAS_LONG && plan.is_long) read_words<QUERIES>(p.long_merged, mixed_number, watch, x);
+      else read_merged(p.short_mixed, p.short_sums, mixed_number, plan.active, watch, x);
       project<QUERIES, false>(x, HIDDEN, turn, side, arrivals, [&](int r, float a, float) {
         residual += RESIDUAL_SCALE * (over_ranks(p, OF_ATTENTION, own + r, a, number, watch) + bias_of(y.out_bias, own + r));
         store_word(p.middle + own + r, residual, now);

@@ -18,6 +18,7 @@ from hybridgen.fused.persistent.shape import (
     THREADS,
     Tuning,
     check,
+    check_cache,
     default_tuning,
     peers,
     shape_of,
@@ -76,6 +77,7 @@ class PersistentStep:
         capability = properties.major, properties.minor
         page_size = pages[0].keys.shape[2]
         check(model, page_size, capability)
+        check_cache(model, pages)
         blocks = properties.multi_processor_count
         self.tuning = tuning or default_tuning(model, blocks)
         shape = shape_of(
@@ -103,6 +105,7 @@ class PersistentStep:
             "short_sums": short * heads * 8,
             "long_mixed": long * width,
             "long_sums": long * heads * 8,
+            "long_merged": width,
         }
         with torch.inference_mode(False):
             self.words = torch.zeros(sum(-(-n // 32) * 32 for n in sizes.values()), dtype=torch.int32, device=device)

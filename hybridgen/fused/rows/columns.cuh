@@ -8,6 +8,9 @@
 // take positions in an order in which neither way of reading meets a bank twice. Keys and values of this step come from
 // words: the column's own is added behind all others; those of its request before it lie in shared memory as the cache would
 // have them, and take the same way as cached ones, so that a token's bits do not depend on which steps fed the ones before it.
+//
+// With KV8 the cache has e4m3, which becomes fp16 in registers, and queries and weights are fp16 too. A transposed value is then
+// a pair of dimensions, so that even and odd ones are multiplied apart.
 #pragma once
 #include "products.cuh"
 
@@ -15,6 +18,7 @@
 
 struct Attention {
   static constexpr int PARTS = HEAD / 32, HALF_HEAD = HEAD / 2, G = UNIT_HEADS;
+  static constexpr bool AS_HALF = HALF || KV8;   // what scores and weighed values are products of
   static_assert((HEAD == 64 || HEAD == 128) && G <= 8 && PER_KV % G == 0, "shape of a unit");
 
   // Before waiting: the rotary factors of the column, the gains of the norms of queries and keys, the page of its token.
@@ -99,7 +103,7 @@ struct Attention {
       MARK(16)
       place(x, 0, s->cos, s->sin, placed);
       const float by = g < G ? LOG2E * ATTENTION_SCALE : 0.f;
-      UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int e = 0; e < 4; e++) query[c][e] = pack(placed[c][2 * e] * by, placed[c][2 * e + 1] * by);
+      UNROLL for (int c = 0; c < PARTS; c++) UNROLL for (int e = 0; e < 4; e++) query[c][e] = query_of(placed[c][2 * e] * by, placed[c][2 * e + 1] * by);
 #pragma unroll 1
       while (nth < fresh) {
         take(y, to, unit, own, query, source, takes_value);
@@ -119,7 +123,7 @@ struct Attention {
     for (int t0 = unit.low; t0 < unit.high; t0 += Cut::POSITIONS) {
       const int n = min(Cut::POSITIONS, unit.high - t0), skip = max(0, unit.first - t0);
       const int here = cached - t0;   // of the stage's positions those that are in the cache
-      const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * HEAD * 2;
+      const u32 keys = ring.wait(), values = keys + Cut::POSITIONS * Cut::EACH;
       // 32 positions from the i-th on, two tiles of 16. `all`: they are all cached and seen.
       auto attend = [&](auto all, int i) {
         constexpr bool ALL = decltype(all)::value;
@@ -127,10 +131,14 @@ struct Attention {
         UNROLL for (int j = 0; j < 2; j++) {
           const Row first = row<ALL>(keys, 0, i + 16 * j, order(g), here, n), second = row<ALL>(keys, 0, i + 16 * j, 8 + order(g), here, n);
           float c[2][4] = {};
-          UNROLL for (int d = 0; d < PARTS; d++) {
+          UNROLL for (int d = 0; d < PARTS; d++) if (KV8) {
+            const uint2 a = load_codes(first.chunk(2 * d + (t >> 1)) + (t & 1) * 8), b = load_codes(second.chunk(2 * d + (t >> 1)) + (t & 1) * 8);
+            multiply<true>(c[0], fp8_low(a.x), fp8_low(b.x), fp8_high(a.x), fp8_high(b.x), query[d][0], query[d][1]);
+            multiply<true>(c[1], fp8_low(a.y), fp8_low(b.y), fp8_high(a.y), fp8_high(b.y), query[d][2], query[d][3]);
+          } else {
             const uint4 a = load_shared(first.chunk(4 * d + t)), b = load_shared(second.chunk(4 * d + t));
-            multiply<HALF>(c[0], a.x, b.x, a.y, b.y, query[d][0], query[d][1]);
-            multiply<HALF>(c[1], a.z, b.z, a.w, b.w, query[d][2], query[d][3]);
+            multiply<AS_HALF>(c[0], a.x, b.x, a.y, b.y, query[d][0], query[d][1]);
+            multiply<AS_HALF>(c[1], a.z, b.z, a.w, b.w, query[d][2], query[d][3]);
           }
           UNROLL for (int e = 0; e < 4; e++) {
             const int at = i + 16 * j + order(g) + 4 * (e & 2);
@@ -149,17 +157,29 @@ struct Attention {
         u32 p[2][2];
         UNROLL for (int j = 0; j < 2; j++) UNROLL for (int h = 0; h < 2; h++) {
           const u32 w = pair_of(power(score[j][2 * h] - top[0]), power(score[j][2 * h + 1] - top[1]));
-          total[0] += low(w); total[1] += high(w);
+          total[0] += first_of(w); total[1] += second_of(w);
           p[j][h] = transposed(w);
         }
         const int mine = order(lane & 7) + 8 * (lane >> 4);
         const Row from[2] = {row<ALL>(values, 1, i, mine, here, n), row<ALL>(values, 1, i + 16, mine, here, n)};
-        UNROLL for (int d = 0; d < HEAD / 16; d++) {
+        if (KV8) UNROLL for (int d = 0; d < HEAD / 32; d++) {
+          UNROLL for (int o = 2 * d; o < 2 * d + 2; o++) UNROLL for (int e = 0; e < 4; e++) out[o][e] *= shrink[e & 1];
+          UNROLL for (int j = 0; j < 2; j++) {
+            u32 v[4], odd[4];
+            load_transposed(v, from[j].chunk(2 * d + ((lane >> 3) & 1)));
+            UNROLL for (int i = 0; i < 4; i++) {   // of two positions, two dimensions each: both first ones, both second ones
+              const u32 q = __byte_perm(v[i], 0, 0x3120);
+              v[i] = fp8_low(q); odd[i] = fp8_high(q);
+            }
+            multiply<true>(out[2 * d], v[0], v[1], v[2], v[3], p[j][0], p[j][1]);
+            multiply<true>(out[2 * d + 1], odd[0], odd[1], odd[2], odd[3], p[j][0], p[j][1]);
+          }
+        } else UNROLL for (int d = 0; d < HEAD / 16; d++) {
           UNROLL for (int e = 0; e < 4; e++) out[d][e] *= shrink[e & 1];
           UNROLL for (int j = 0; j < 2; j++) {
             u32 v[4];
             load_transposed(v, from[j].chunk(2 * d + ((lane >> 3) & 1)));
-            multiply<HALF>(out[d], v[0], v[1], v[2], v[3], p[j][0], p[j][1]);
+            multiply<AS_HALF>(out[d], v[0], v[1], v[2], v[3], p[j][0], p[j][1]);
           }
         }
       };
@@ -176,7 +196,7 @@ struct Attention {
     UNROLL for (int e = 0; e < 2; e++) {
       const int head = 2 * t + e;
       if (head >= G) continue;
-      UNROLL for (int d = 0; d < HEAD / 8; d++) shared_out[(warp * G + head) * HEAD + apart(head, 8 * d + g)] = out[d / 2][2 * (d & 1) + e];
+      UNROLL for (int d = 0; d < HEAD / 8; d++) shared_out[(warp * G + head) * HEAD + apart(head, dimension_of(d, g))] = out[d / 2][2 * (d & 1) + e];
       if (g == 0) { s->softmax[warp][head][0] = top[e]; s->softmax[warp][head][1] = total[e]; }
     }
     consumers_meet();
@@ -211,29 +231,68 @@ struct Attention {
 
  private:
   // Which of eight positions is the i-th row of a product: lanes that read at the same time have 0 and 4, 1 and 5 and so on.
-  static DEVICE int order(int i) { return (i >> 1) | ((i & 1) << 2); }
+  static DEVICE int order(int i) {
+    if (!KV8) return (i >> 1) | ((i & 1) << 2);
+    return HEAD == 128 ? ((i & 3) << 1) | (i >> 2) : (i & 1) | ((i & 2) << 1) | ((i & 4) >> 1);   // other reads meet, of 8 bytes
+  }
+  // The dimension of row g of the d-th eight rows of the weighed values.
+  static DEVICE int dimension_of(int d, int g) { return KV8 ? 32 * (d / 4) + 16 * (d & 1) + 2 * g + (d / 2 & 1) : 8 * d + g; }
   // Where dimension d of a head lies among those that warps put together, so that lanes of several heads meet no bank twice.
   static DEVICE int apart(int head, int d) { return d ^ ((head >> 1 & 3) << 3); }
   static DEVICE float power(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }   // of 2
-  static DEVICE u32 pair_of(float a, float b) { return HALF ? pack_half(a, b) : pack_bf16(a, b); }
+  static DEVICE u32 pair_of(float a, float b) { return AS_HALF ? pack_half(a, b) : pack_bf16(a, b); }
+  static DEVICE u32 query_of(float a, float b) { return KV8 ? pack_half(a, b) : pack(a, b); }
+  static DEVICE float first_of(u32 w) { return KV8 ? of_half(w) : low(w); }
+  static DEVICE float second_of(u32 w) { return KV8 ? of_half(w >> 16) : high(w); }
+  static DEVICE uint2 load_codes(u32 a) { uint2 v; asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a)); return v; }
+  // Eight dimensions as the cache keeps them.
+  struct Kept {
+    u32 w[KV8 ? 2 : 4];
+    DEVICE explicit Kept(const float (&x)[8]) {
+      if (KV8) UNROLL for (int i = 0; i < 2; i++) {
+        u32 low, high;
+        asm("{ .reg .b16 r; cvt.rn.satfinite.e4m3x2.f32 r, %2, %1; cvt.u32.u16 %0, r; }" : "=r"(low) : "f"(x[4 * i]), "f"(x[4 * i + 1]));
+        asm("{ .reg .b16 r; cvt.rn.satfinite.e4m3x2.f32 r, %2, %1; cvt.u32.u16 %0, r; }" : "=r"(high) : "f"(x[4 * i + 2]), "f"(x[4 * i + 3]));
+        w[i] = low | high << 16;
+      } else UNROLL for (int i = 0; i < 4; i++) w[i % (KV8 ? 2 : 4)] = pack(x[2 * i], x[2 * i + 1]);
+    }
+    DEVICE u32 pair(int e) const {   // two of them, as they are multiplied
+      return KV8 ? (e & 1 ? fp8_high(w[e / 2 % 2]) : fp8_low(w[e / 2 % 2])) : w[e % (KV8 ? 2 : 4)];
+    }
+    DEVICE void put(u8* to) const {
+      if (KV8) *(uint2*)to = make_uint2(w[0], w[1]);
+      else *(uint4*)to = make_uint4(w[0], w[1], w[KV8 ? 0 : 2], w[KV8 ? 0 : 3]);
+    }
+  };
   template <bool B> struct Is { static constexpr bool value = B; };
   static DEVICE u32 transposed(u32 w) { u32 r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(w)); return r; }
   static DEVICE void load_transposed(u32 (&r)[4], u32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
   // A key or a value in shared memory: 128 bytes for 64 dimensions, the other 64 in another block, chunks of 16 bytes swizzled.
+  // With KV8 a row of 128 bytes has one of them, or two of 64 dimensions.
   struct Row {
     u32 at, key, half;
-    DEVICE u32 chunk(int c) const { return at + (c >> 3) * half + (((c & 7) << 4) ^ key); }
+    DEVICE u32 chunk(int c) const { return KV8 ? at + ((half + (c << 4)) ^ key) : at + (c >> 3) * half + (((c & 7) << 4) ^ key); }
   };
+  static DEVICE Row row_at(u32 base, int i, u32 block) {   // the i-th of a block of so many bytes
+    constexpr int IN_ROW = KV8 ? 128 / HEAD : 1;
+    return {base + i / IN_ROW * 128, (u32)(i / IN_ROW & 7) << 4, KV8 ? (u32)(i % IN_ROW * HEAD) : block};
+  }
   // Of the position `from` (a multiple of 16) + `offset` of a stage: cached, made by this step, or, behind all of them, zeros:
   // weights of zero meet numbers. `ALL`: it is cached.
   template <bool ALL> static DEVICE Row row(u32 stage, int which, int from, int offset, int here, int n) {
     Row cached = {stage + (from + offset) * 128, (u32)(offset & 7) << 4, (u32)Cut::POSITIONS * 128};
+    if (KV8) cached = row_at(stage, from + offset, 0);
     const int at = from + offset, i = at - here;
     if (ALL || at < min(here, n)) return cached;
-    if (at < n) return {shared_address(shared_state()->fresh[which]) + i * 128, (u32)(i & 7) << 4, COLUMNS * 128};
+    if (at < n) return row_at(shared_address(shared_state()->fresh[which]), i, COLUMNS * 128);
     return {shared_address(shared_state()->zeros), 0, 0};
   }
-  static DEVICE uint4* fresh_chunk(int which, int i, int c) { return (uint4*)&shared_state()->fresh[which][c >> 3][i][((c & 7) ^ (i & 7)) * 8]; }
+  // Where dimensions 8 c to 8 c + 7 of the i-th token of this step lie.
+  static DEVICE u8* fresh_place(int which, int i, int c) {
+    if (!KV8) return (u8*)&shared_state()->fresh[which][c >> 3][i][((c & 7) ^ (i & 7)) * 8];
+    const Row r = row_at(0, i, 0);
+    return (u8*)shared_state()->fresh[which] + r.chunk(c >> 1) + (c & 1) * 8;
+  }
   static DEVICE u32 others_of(const Unit& unit) {   // columns of the same request at this unit's positions
     const Shared* s = shared_state();
     u32 found = s->peers[unit.column] & ~(1u << unit.column);
@@ -251,18 +310,16 @@ struct Attention {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, kv = unit.head / PER_KV, position = s->position[source];
     const bool is_own = source == unit.column, writes = g == 0 && is_own && unit.head % PER_KV == 0;
     const int place_of = position - s->cached[unit.column];
-    const i64 at = (((i64)s->page * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD + t * 8;
+    const i64 at = ((((i64)s->page * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD + t * 8) * (KV8 ? 1 : 2);   // bytes
+    constexpr int PART = KV8 ? 32 : 64;
     float x[PARTS][8];
-    u32 packed[4];
     if (takes_value) {
       UNROLL for (int c = 0; c < PARTS; c++) {
         own[c].values(x[c]);
-        UNROLL for (int e = 0; e < 4; e++) {
-          packed[e] = pack(x[c][2 * e], x[c][2 * e + 1]);
-          if (g == 0 && is_own) *(float2*)&s->own_value[c * 32 + t * 8 + 2 * e] = make_float2(low(packed[e]), high(packed[e]));
-        }
-        if (g == 0 && !is_own) *fresh_chunk(1, place_of, 4 * c + t) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-        if (writes) *(uint4*)(y.values + at + c * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        const Kept kept(x[c]);
+        if (g == 0 && is_own) UNROLL for (int e = 0; e < 4; e++) *(float2*)&s->own_value[c * 32 + t * 8 + 2 * e] = make_float2(first_of(kept.pair(e)), second_of(kept.pair(e)));
+        if (g == 0 && !is_own) kept.put(fresh_place(1, place_of, 4 * c + t));
+        if (writes) kept.put((u8*)y.values + at + c * PART);
       }
       return;
     }
@@ -271,13 +328,13 @@ struct Attention {
     else place(own, 1, y.rotates ? to.cos + turn : nullptr, to.sin + turn, x);
     float score = 0.f;
     UNROLL for (int c = 0; c < PARTS; c++) {
+      const Kept kept(x[c]);
       UNROLL for (int e = 0; e < 4; e++) {
-        packed[e] = pack(x[c][2 * e], x[c][2 * e + 1]);
-        score = fmaf(low(query[c][e]), low(packed[e]), score);
-        score = fmaf(high(query[c][e]), high(packed[e]), score);
+        score = fmaf(first_of(query[c][e]), first_of(kept.pair(e)), score);
+        score = fmaf(second_of(query[c][e]), second_of(kept.pair(e)), score);
       }
-      if (g == 0 && !is_own) *fresh_chunk(0, place_of, 4 * c + t) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      if (writes) *(uint4*)(y.keys + at + c * 32) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      if (g == 0 && !is_own) kept.put(fresh_place(0, place_of, 4 * c + t));
+      if (writes) kept.put((u8*)y.keys + at + c * PART);
     }
     score += __shfl_xor_sync(~0u, score, 1);
     score += __shfl_xor_sync(~0u, score, 2);

@@ -34,9 +34,15 @@ DEVICE float within_half(float f) {
 // What passes for infinite: a number that is none is cut to 2^64 in a bf16 pair, and shall end as none all the same.
 DEVICE float or_none(float f) { return fabsf(f) < 1e15f ? f : __int_as_float(0x7fffffff); }
 
-// Numbers for weights of F bits: 16 are multiplied in the model's dtype, fewer in fp16, where their codes are exact.
+// A format F of weights: their bits; 32 more where 8 bits are signed integers in place of e4m3; 64 more where 8 bits have a
+// scale for each GROUP of inputs, as int4 has, in place of one for each output.
+__host__ __device__ constexpr int bits_of(int f) { return f & 31; }
+__host__ __device__ constexpr bool integers(int f) { return f & 32; }
+__host__ __device__ constexpr bool has_groups(int f) { return bits_of(f) == 4 || (f & 64); }
+
+// Numbers for weights of a format: 16 bits are multiplied in the model's dtype, fewer in fp16, where their codes are exact.
 template <int F> struct Pairs {
-  static constexpr bool AS_HALF = F != 16 || HALF;
+  static constexpr bool AS_HALF = bits_of(F) != 16 || HALF;
   static constexpr u32 MASK = AS_HALF ? 0x00010001u : 0x20002000u;
   static DEVICE u32 mark(u32 n) { return AS_HALF ? (n & 1) | ((n & 2) << 15) : ((n & 1) << 13) | ((n & 2) << 28); }
   static DEVICE u32 number(u32 w) { return AS_HALF ? w & ~MASK : lop3<0xCA>(MASK, ~(w >> 1), w); }   // MASK ? ~(w >> 1) : w
@@ -47,7 +53,7 @@ template <int F> struct Pairs {
   // Where the pair of inputs k and k + 1 of a column lies: in blocks of 32 inputs, so that the four words which a lane
   // needs for a block are 16 neighbouring bytes; their order is that in which the codes of a weight leave shared memory.
   static DEVICE int place(int p) {
-    return F == 16 ? ((p & 3) << 2) | (p >> 2) : F == 8 ? (((p >> 1) & 3) << 2) | ((p >> 3) << 1) | (p & 1) : p;
+    return bits_of(F) == 16 ? ((p & 3) << 2) | (p >> 2) : bits_of(F) == 8 ? (((p >> 1) & 3) << 2) | ((p >> 3) << 1) | (p & 1) : p;
   }
   static DEVICE int index(int k, int column) { return ((k >> 5) * COLUMNS + column) * 16 + place((k & 31) >> 1); }
 };

@@ -2,7 +2,7 @@
 //
 // The warps split the inputs: each needs other activations, keeps them in registers, and nothing is read twice by a
 // block. The order of the inputs inside a product is free as long as both operands agree, so one ldmatrix feeds one
-// product of bf16 weights, two of fp8 and four of int4, without shuffles.
+// product of bf16 weights, two of 8 bits and four of int4, without shuffles.
 #pragma once
 #include "tiles.cuh"
 
@@ -44,7 +44,7 @@ template <class T> struct Activations {
   DEVICE void decode(const u32 (&raw)[T::WORDS]) {
     UNROLL for (int i = 0; i < T::WORDS; i++) {
       words[i] = P::number(raw[i]);
-      if (T::F == 4 && (i & 1)) {   // upper codes come 16 times, with the lower ones on them: see Offsets
+      if (T::BITS == 4 && (i & 1)) {   // upper codes come 16 times, with the lower ones on them: see Offsets
         asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(0x2c002c00u));
         asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(words[i - 1]) : "r"(words[i]));
       }
@@ -65,12 +65,12 @@ template <class T> struct Activations {
 // lane's two columns. Where groups have zero points of their own, a row adds what 8 is above its own, times the sum of the
 // group's activations.
 template <class T> struct Offsets {
-  static constexpr int PER_GROUP = GROUP / 8, COUNT = T::F == 4 ? T::WORDS / PER_GROUP : 1;
+  static constexpr int PER_GROUP = GROUP / 8, COUNT = T::BITS == 4 ? T::WORDS / PER_GROUP : 1;
   float of[COUNT][2], sums[ZEROS ? COUNT : 1][2];
   DEVICE void set(const Activations<T>& a) {
     // -(1024 + 8), and -(1024 + 8 + 16 * 8); in the lower eight rows what gives the sum of the activations, 1 and 17.
     constexpr u32 LOW = ZEROS ? 0x3c003c00u : 0xe408e408u, HIGH = ZEROS ? 0x4c404c40u : 0xe488e488u;
-    if (T::F == 4) UNROLL for (int i = 0; i < COUNT; i++) {
+    if (T::BITS == 4) UNROLL for (int i = 0; i < COUNT; i++) {
       float c[4] = {};
       UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(c, 0xe408e408u, LOW, 0xe488e488u, HIGH, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
       of[i][0] = c[0]; of[i][1] = c[1];
@@ -80,6 +80,14 @@ template <class T> struct Offsets {
 };
 DEVICE u32 fp8_low(u32 q) { u32 r; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l; }" : "=r"(r) : "r"(q)); return r; }
 DEVICE u32 fp8_high(u32 q) { u32 r; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(r) : "r"(q)); return r; }
+// Two signed integers of 8 bits as fp16: 1024 + 128 + q has all their values, and 1152 goes off it without rounding.
+template <u32 BYTES> DEVICE u32 int8_pair(u32 q) {
+  u32 r = __byte_perm(q ^ 0x80808080u, 0x64646464u, BYTES);
+  asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(r) : "r"(0x64806480u));
+  return r;
+}
+template <int F> DEVICE u32 low_pair(u32 q) { return integers(F) ? int8_pair<0x4140>(q) : fp8_low(q); }
+template <int F> DEVICE u32 high_pair(u32 q) { return integers(F) ? int8_pair<0x4342>(q) : fp8_high(q); }
 DEVICE u32 int4_low(u32 q) { return lop3<0xEA>(q, 0x000f000fu, 0x64006400u); }       // (q & mask) | magic: 1024 + q
 DEVICE u32 int4_bytes(u32 q) { return __byte_perm(q, 0x64646464u, 0x4240); }          // 1024 + q + 16 q'
 DEVICE u32 int4_next_bytes(u32 q) { return __byte_perm(q, 0x64646464u, 0x4341); }     // the same of the other two bytes
@@ -98,24 +106,52 @@ DEVICE Scale load_scale(u32 a) {
   return {__uint_as_float(w << 16), ZEROS ? __uint_as_float(w & 0xffff0000u) : 0.f};
 }
 
+// A group's products, times its scales, to the sums of rows lane / 4 and lane / 4 + 8. Returns bits of the scales.
+template <class T> DEVICE u32 add_group(float (&sum)[4], const float (&c)[2][4], const float (&activations)[2], u32 tile, int group) {
+  u32 read = 0;
+  UNROLL for (int h = 0; h < 2; h++) {
+    const Scale scale = load_scale(tile + (((threadIdx.x & 31) >> 2) + 8 * h) * T::PITCH + T::DATA + group * SCALE_BYTES);
+    read |= __float_as_uint(scale.by);
+    UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
+      float of_group = c[0][e] + c[1][e];
+      if (ZEROS) of_group = fmaf(scale.above, activations[e & 1], of_group);
+      sum[e] = fmaf(scale.by, of_group, sum[e]);
+    }
+  }
+  return read;
+}
+// 16 rows by 32 bytes of codes; `o`: the first of their activations.
+template <class T> DEVICE void multiply_bytes(float (&sum)[2][4], const u32 (&q)[4], const Activations<T>& a, const int o) {
+  multiply<true>(sum[0], low_pair<T::F>(q[0]), low_pair<T::F>(q[1]), high_pair<T::F>(q[0]), high_pair<T::F>(q[1]), a.words[o], a.words[o + 1]);
+  multiply<true>(sum[1], low_pair<T::F>(q[2]), low_pair<T::F>(q[3]), high_pair<T::F>(q[2]), high_pair<T::F>(q[3]), a.words[o + 2], a.words[o + 3]);
+}
 // One stage: 16 rows by this warp's inputs, times the activations of the chunk's `index`-th stage. Returns bits of the
 // scales that it read, for `Ring::done`: products use the codes at once, and scales last.
 template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activations<T>& a, const Offsets<T>& offsets, const int index, u32 tile) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 base = tile + (lane & 15) * T::PITCH + (lane >> 4) * 16 + warp * T::BYTES_OF_WARP;
   u32 q[4], read = 0;
-  if (T::F == 16) {
+  if (T::BITS == 16) {
     UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
       load_matrix(q, base + 32 * i);
       const int o = index * T::WORDS_OF_STAGE + 2 * i;
       multiply<HALF>(sum[i & 1], q[0], q[1], q[2], q[3], a.words[o], a.words[o + 1]);
     }
-  } else if (T::F == 8) {
+  } else if (T::BITS == 8 && !T::GROUPED) {
     UNROLL for (int i = 0; i < T::BYTES_OF_WARP / 32; i++) {
       load_matrix(q, base + 32 * i);
-      const int o = index * T::WORDS_OF_STAGE + 4 * i;
-      multiply<true>(sum[0], fp8_low(q[0]), fp8_low(q[1]), fp8_high(q[0]), fp8_high(q[1]), a.words[o], a.words[o + 1]);
-      multiply<true>(sum[1], fp8_low(q[2]), fp8_low(q[3]), fp8_high(q[2]), fp8_high(q[3]), a.words[o + 2], a.words[o + 3]);
+      multiply_bytes<T>(sum, q, a, index * T::WORDS_OF_STAGE + 4 * i);
+    }
+  } else if (T::BITS == 8) {
+    constexpr int GROUPS = T::OF_WARP / GROUP;
+    UNROLL for (int g = 0; g < GROUPS; g++) {
+      float c[2][4] = {};
+      UNROLL for (int j = 0; j < GROUP / 32; j++) {
+        const int i = g * (GROUP / 32) + j;
+        load_matrix(q, base + 32 * i);
+        multiply_bytes<T>(c, q, a, index * T::WORDS_OF_STAGE + 4 * i);
+      }
+      read |= add_group<T>(sum[0], c, offsets.sums[0], tile, warp * GROUPS + g);
     }
   } else {
     constexpr int GROUPS = T::OF_WARP / GROUP, PARTS = GROUP / 32;   // a part: 16 bytes of a row
@@ -130,15 +166,7 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
         const u32 next_p = int4_next_bytes(p), next_r = int4_next_bytes(r);
         multiply<true>(c[1], int4_low(next_p), int4_low(next_r), next_p, next_r, a.words[o + 2], a.words[o + 3]);
       }
-      UNROLL for (int h = 0; h < 2; h++) {   // rows lane / 4 and lane / 4 + 8
-        const Scale scale = load_scale(tile + ((lane >> 2) + 8 * h) * T::PITCH + T::DATA + (warp * GROUPS + g) * SCALE_BYTES);
-        read |= __float_as_uint(scale.by);
-        UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
-          float group = c[0][e] + c[1][e];
-          if (ZEROS) group = fmaf(scale.above, offsets.sums[at][e & 1], group);
-          sum[0][e] = fmaf(scale.by, group, sum[0][e]);
-        }
-      }
+      read |= add_group<T>(sum[0], c, offsets.sums[ZEROS ? at : 0], tile, warp * GROUPS + g);
     }
   }
   return read;
@@ -155,10 +183,11 @@ struct Outputs {   // two neighbouring rows of one column; of a gated projection
   bool on;
   float y0, y1, up0, up1;
 };
-// What belongs to this thread's outputs, scales of fp8 and biases, asked for before a phase waits. A batch of tiles is finished
+// What belongs to this thread's outputs, scales and biases, asked for before a phase waits. A batch of tiles is finished
 // by a group of the threads, the next batch by the next group, while the others go on.
 template <class T> struct Constants {
   static constexpr int PAIRS = T::ROWS / 2, GROUP_THREADS = BATCH * PAIRS * 8, GROUPS = THREADS / GROUP_THREADS;
+  static constexpr bool OWN_SCALES = T::BITS == 8 && !T::GROUPED;   // of each output
   static_assert(BATCH * PAIRS <= THREADS / 8, "a pair of rows a thread");
   int at;        // of this thread's next outputs: the first one's place in the share
   bool on;
@@ -175,7 +204,7 @@ template <class T> struct Constants {
     scale = up_scale = make_float2(1.f, 1.f);
     if (!on) return;
     const i64 row = share.first + at;
-    if (T::F == 8) {
+    if (OWN_SCALES) {
       scale = __ldg((const float2*)((const float*)m.scales + row));
       if (T::GATED) up_scale = __ldg((const float2*)((const float*)m.scales + twin + row));
     }
@@ -198,7 +227,7 @@ template <class T, class Finish> DEVICE void finish_batch(const Constants<T>& k,
         o.y1 += s->part[side][i][t][r + 1][column];
         if (T::GATED) { o.up0 += s->part[side][i][t][8 + r][column]; o.up1 += s->part[side][i][t][9 + r][column]; }
       }
-      if (T::F == 8) { o.y0 *= k.scale.x; o.y1 *= k.scale.y; o.up0 *= k.up_scale.x; o.up1 *= k.up_scale.y; }
+      if (Constants<T>::OWN_SCALES) { o.y0 *= k.scale.x; o.y1 *= k.scale.y; o.up0 *= k.up_scale.x; o.up1 *= k.up_scale.y; }
     }
     finish(o, k);
   }

@@ -137,12 +137,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
   if (tid < 64) s->zeros[tid] = 0;
   __syncthreads();
   const Shares shares(p.shares);
-  if (tid >= THREADS) {   // registers that a producer does not need go to the consumers
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+  if (tid >= THREADS) {
+    leave_registers();
     if (lane == 0) produce(p, shares, warp - WARPS);
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+  take_registers();
 
   Ring ring = {0, 0};
   u32 side = 0, number = *COUNTER(0);   // its low bits mark words

@@ -91,15 +91,16 @@ def tiles(what: str, inputs: int, form: Format, piece: int, widest: int = _USUAL
     Raises:
         Unfit: the warps cannot share its inputs evenly.
     """
-    unit = max(256, 8 * form.group) if form.bits == 4 else 256
+    unit = max(256, 8 * form.group) if form.has_groups else 256
     if inputs % unit:
-        raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights need")
+        groups = f" in groups of {form.group}" if form.has_groups else ""
+        raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights{groups} need")
     at_once = widest if form.bits == 4 else _WIDEST
     chunk = inputs if inputs <= at_once else largest(unit, 2048 if widest == _USUAL else _USUAL, inputs)
     data = largest(unit * form.bits // 8, piece, chunk * form.bits // 8)
     if data < _LEAST_PIECE:
         raise Unfit(f"its {what} size {inputs} can only be cut in pieces of {data} bytes")
-    scales = data * 8 // form.bits // form.group * form.scale_bytes if form.bits == 4 else 0
+    scales = data * 8 // form.bits // form.group * form.scale_bytes if form.has_groups else 0
     return Tiles(data, scales)
 
 
@@ -130,6 +131,7 @@ def shape_of(
     shared_memory: int,
     patience: int = PATIENCE,
     reads: tuple[int, ...] = (),
+    kv_bytes: int = 2,
 ) -> Shape:
     """The constants for a model.
 
@@ -139,12 +141,13 @@ def shape_of(
         shared_memory: bytes of it that a block can have.
         patience: times that a block asks for an activation before the step is given up.
         reads: layers whose inputs are left behind.
+        kv_bytes: of a number in the cache: 2, or 1 for e4m3.
 
     Raises:
         Unfit: its sizes do not fit the ring, or there are too few multiprocessors.
     """
-    if head.bits == 4:
-        raise Unfit("its head is int4; 16 bits and fp8 are fused")
+    if head.has_groups:
+        raise Unfit(f"its head has {head.bits} bits in groups; 16 bits, and 8 with a scale for each output, are fused")
     if -(-(model.hidden // 2) // blocks) * 2 > _OWNED:
         raise Unfit(f"its hidden size {model.hidden} is above {_OWNED} rows for each of {blocks} blocks")
     group = model.heads // model.kv_heads
@@ -194,8 +197,8 @@ def shape_of(
         "RESIDUAL_SCALE": _float(first.residual),
         "EMBEDDING_SCALE": _float(model.embedding_scale),
         "LOGITS_SCALE": _float(model.logits_scale),
-        "FORMAT": layers.bits,
-        "HEAD_FORMAT": head.bits,
+        "FORMAT": layers.code,
+        "HEAD_FORMAT": head.code,
         "GROUP": layers.group,
         "SCALE_BYTES": layers.scale_bytes,
         "ZEROS": int(layers.zeros),
@@ -206,6 +209,7 @@ def shape_of(
         "STAGES": stages,
         "IN_FLIGHT": min(tuning.in_flight, stages),
         "SHARED": shared,
+        "KV8": int(kv_bytes == 1),
         "UNIT_HEADS": unit_heads,
         "SPLIT": split,
         "PATIENCE": f"{patience}u",
@@ -213,9 +217,12 @@ def shape_of(
     }
     if reads:
         defines["READS"] = ",".join(map(str, reads))
-    fits = stage // (4 * dim)
+    fits = stage // (2 * kv_bytes * dim)
     positions = next(n for n in (128, 64, 32, 16) if n <= max(fits, 16))
-    return Shape(defines, blocks, stages * stage + shared, unit_heads, split, min(positions, page_size))
+    box = min(positions, page_size)
+    if kv_bytes == 1 and box * dim % _ALIGNED:
+        raise Unfit(f"pages of {page_size} positions in 8 bits are no multiples of {_ALIGNED} bytes")
+    return Shape(defines, blocks, stages * stage + shared, unit_heads, split, box)
 
 
 def shares(model: Decoder, blocks: int) -> list[list[int]]:

@@ -25,6 +25,8 @@ ROWS = Program(
     "decode_columns",
 )
 _COUNTERS = 4
+_MAP_ROW = 128
+"""Bytes of a row of a box of the cache: as many as its copy swizzles."""
 _SECTOR = 32
 """Counters lie this many integers apart, so that polling one does not slow another."""
 
@@ -73,8 +75,8 @@ class RowsStep:
         capability = properties.major, properties.minor
         page_size, blocks = pages[0].keys.shape[2], properties.multi_processor_count
         check(model, page_size, capability)
-        if pages[0].keys.dtype is not model.dtype:
-            raise Unfit(f"its cache is {pages[0].keys.dtype}; for several rows that of its weights is fused")
+        if pages[0].keys.dtype not in (model.dtype, torch.float8_e4m3fn):
+            raise Unfit(f"its cache is {pages[0].keys.dtype}; for several rows that of its weights and e4m3 are fused")
         weights = [tuple(map(stored, _linears(layer))) for layer in model.layers]
         head = stored(model.head)
         flat = [weight for layer in weights for weight in layer]
@@ -91,6 +93,7 @@ class RowsStep:
             shared_memory=getattr(properties, "shared_memory_per_block_optin", 99 * 2**10),
             patience=patience or (PATIENCE if model.share is None else PATIENCE_WITH_RANKS),
             reads=reads,
+            kv_bytes=pages[0].keys.element_size(),
         )
         constants = shape.defines | ({} if trace is None else {"TRACE": 1}) | dict(defines or {})
         cubin = machine_code(constants, capability, ROWS, kept)
@@ -180,12 +183,14 @@ class RowsStep:
 
 
 def _maps(pages: tuple[LayerPages, ...], shape: Shape) -> bytes:
-    """Tensor maps of each layer's keys and values, 128 bytes each: boxes of positions by 64 dimensions, swizzled."""
+    """Tensor maps of each layer's keys and values, 128 bytes each: boxes of positions by 128 bytes, swizzled."""
     driver = driver_module()
-    elements = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
+    elements = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float8_e4m3fn: "UINT8"}
     found = []
     for part in (part for layer in pages for part in layer):
-        dim, rows = part.shape[-1], part.numel() // part.shape[-1]
+        size = part.element_size()
+        dim = part.shape[-1] if size == 2 else _MAP_ROW  # of 8 bits a row of 128 bytes may have two positions
+        rows = part.numel() // dim
         if not part.is_contiguous() or rows > 2**31:
             raise Unfit("its cache is not one piece of memory, or larger than an index reaches")
         found.append(
@@ -195,8 +200,8 @@ def _maps(pages: tuple[LayerPages, ...], shape: Shape) -> bytes:
                 2,
                 part.data_ptr(),
                 [driver.cuuint64_t(dim), driver.cuuint64_t(rows)],
-                [driver.cuuint64_t(dim * part.element_size())],
-                [driver.cuuint32_t(64), driver.cuuint32_t(shape.box)],
+                [driver.cuuint64_t(dim * size)],
+                [driver.cuuint32_t(_MAP_ROW // size), driver.cuuint32_t(shape.box * part.shape[-1] // dim)],
                 [driver.cuuint32_t(1), driver.cuuint32_t(1)],
                 driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
                 driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,

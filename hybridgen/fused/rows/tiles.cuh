@@ -1,7 +1,7 @@
 // The ring of tiles: four producer threads stream this block's share of every weight and of the cache, in the order of
 // use, and never wait for activations.
 //
-// A stage is a tile of 16 rows of a weight by some of their inputs, a bulk copy a row (and one for the scales of int4).
+// A stage is a tile of 16 rows of a weight by some of their inputs, a bulk copy a row (and one for the scales of its groups).
 // Rows lie an odd multiple of 16 bytes apart in shared memory, so that ldmatrix meets no bank twice; in global memory a
 // weight stays as the checkpoint's loader left it, so that any row can begin a share and prefill reads the same bytes.
 // One thread issues a copy in about 46 ns, too slow for pieces of 1 or 2 KB: hence four.
@@ -13,16 +13,13 @@
 #define QUERIES (HEADS * HEAD)
 #define WIDE (HIDDEN > 4096 || QUERIES > 4096)
 #ifndef WIDEST   // inputs whose activations are in registers at once, where a weight has no more
-#define WIDEST (FORMAT == 4 && !WIDE ? 4096 : 8192)
+#define WIDEST (bits_of(FORMAT) == 4 && !WIDE ? 4096 : 8192)
 #endif
 #define LARGEST_CHUNK (WIDE ? 4096 : 2048)   // where it has more
 #define KEYS (KV_HEADS * HEAD)
 #define PER_KV (HEADS / KV_HEADS)
 #define BATCH 2   // tiles that meet at once
 #define OWNERS (HIDDEN > 32 * BLOCKS ? 256 : 128)   // threads that have the residual stream: two rows of a column each
-// A block starts with 168 registers for each of 384 threads; the producers' warps leave theirs to those that compute.
-#define PRODUCER_REGISTERS 40
-#define CONSUMER_REGISTERS 232
 #ifndef EARLY
 #define EARLY (RANKS == 1)   // whether a block arrives before it puts its last sums together; not where those wait for other ranks
 #endif
@@ -39,23 +36,23 @@ __host__ __device__ constexpr int largest_flight(int bytes) {
   return n < 1 ? 1 : n < STAGES ? n : STAGES;
 }
 
-// How a weight of K inputs in F bits goes through the ring; a gated one has eight rows of the gate and eight of up a tile.
+// How a weight of K inputs in format F goes through the ring; a gated one has eight rows of the gate and eight of up a tile.
 template <int K_, int F_, bool GATED_> struct Tiles {
-  static constexpr int K = K_, F = F_;
-  static constexpr bool GATED = GATED_;
-  static constexpr int UNIT = F == 4 && GROUP > 32 ? 8 * GROUP : 256;          // inputs: eight warps, whole groups each
+  static constexpr int K = K_, F = F_, BITS = bits_of(F);
+  static constexpr bool GATED = GATED_, GROUPED = has_groups(F);
+  static constexpr int UNIT = GROUPED && GROUP > 32 ? 8 * GROUP : 256;           // inputs: eight warps, whole groups each
   static constexpr int CHUNK = K <= WIDEST ? K : largest(UNIT, LARGEST_CHUNK, K);   // inputs whose activations are in registers at once
   static constexpr int CHUNKS = K / CHUNK;
-  static constexpr int DATA = largest(UNIT * F / 8, PIECE, CHUNK * F / 8);     // bytes of a row in a stage
-  static constexpr int INPUTS = DATA * 8 / F;                                  // of a stage
-  static constexpr int SCALES = F == 4 ? INPUTS / GROUP * SCALE_BYTES : 0;     // bytes
+  static constexpr int DATA = largest(UNIT * BITS / 8, PIECE, CHUNK * BITS / 8);   // bytes of a row in a stage
+  static constexpr int INPUTS = DATA * 8 / BITS;                               // of a stage
+  static constexpr int SCALES = GROUPED ? INPUTS / GROUP * SCALE_BYTES : 0;    // bytes
   static constexpr int PITCH = DATA + SCALES + ((DATA + SCALES) / 16 % 2 ? 0 : 16);
   static constexpr int FLIGHT = largest_flight(16 * PITCH);
   static constexpr int STAGES_OF_CHUNK = CHUNK / INPUTS;
   static constexpr int OF_WARP = INPUTS / WARPS, BYTES_OF_WARP = DATA / WARPS;
   static constexpr int WORDS_OF_STAGE = OF_WARP / 8, WORDS = WORDS_OF_STAGE * STAGES_OF_CHUNK;   // a lane's activations
   static constexpr int ROWS = GATED ? 8 : 16;                                  // outputs of a tile
-  static constexpr i64 ROW_BYTES = (i64)K * F / 8, SCALE_ROW = F == 4 ? (i64)K / GROUP * SCALE_BYTES : 0;
+  static constexpr i64 ROW_BYTES = (i64)K * BITS / 8, SCALE_ROW = GROUPED ? (i64)K / GROUP * SCALE_BYTES : 0;
   static_assert(K % UNIT == 0 && CHUNK % INPUTS == 0 && 16 * PITCH <= STAGE, "the launcher checks sizes");
   static_assert(PITCH / 16 % 2 == 1 && SCALES % 16 == 0 && OF_WARP % 32 == 0, "shape of a stage");
 };
@@ -67,7 +64,7 @@ typedef Tiles<HIDDEN, HEAD_FORMAT, false> HeadTiles;
 
 struct Matrix {
   const u8* data;
-  const u8* scales;   // fp8: float32 [rows]; int4: [rows, K / GROUP], with ZEROS pairs of a scale and 8 less the zero point
+  const u8* scales;   // of outputs: float32 [rows]; of groups: [rows, K / GROUP], with ZEROS pairs of a scale and 8 less the zero point
   const u16* bias;
 };
 struct Layer {
@@ -130,7 +127,8 @@ struct Unit {
 };
 #define HEAD_GROUPS (HEADS / UNIT_HEADS)
 struct Cut {
-  static constexpr int FIT = STAGE / (4 * HEAD);
+  static constexpr int EACH = KV8 ? HEAD : 2 * HEAD;   // bytes of a key
+  static constexpr int FIT = STAGE / (2 * EACH);
   static constexpr int POSITIONS = FIT >= 128 ? 128 : FIT >= 64 ? 64 : FIT >= 32 ? 32 : 16;   // of a stage
   static constexpr int COPIED = POSITIONS < PAGE ? POSITIONS : PAGE;
   static_assert(PAGE % COPIED == 0 && POSITIONS % COPIED == 0 && SPLIT % POSITIONS == 0, "pages and stages divide each other");
@@ -188,7 +186,7 @@ struct Producer {
     const u8* scales = m.scales + from * T::SCALE_ROW + (i64)index * T::SCALES;
     UNROLL for (int i = 0; i < OWN; i++) if (i < n) {
       copy_in(to + i * T::PITCH, data + i * T::ROW_BYTES, T::DATA, barrier, policy);
-      if (T::F == 4) copy_in(to + i * T::PITCH + T::DATA, scales + i * T::SCALE_ROW, T::SCALES, barrier, policy);
+      if (T::GROUPED) copy_in(to + i * T::PITCH + T::DATA, scales + i * T::SCALE_ROW, T::SCALES, barrier, policy);
     }
   }
   template <class T> DEVICE void projection(const Matrix& m, const Share& share, i64 twin) {
@@ -200,22 +198,23 @@ struct Producer {
         for (int i = 0; i < T::STAGES_OF_CHUNK; i++)
           stage<T>(m, share.first + t, min(T::ROWS, share.count - t), twin, c * T::STAGES_OF_CHUNK + i);
   }
-  // Keys and values as boxes of positions by 64 dimensions, 128 bytes a row. The copy swizzles the rows' chunks of 16 bytes by
-  // the row's place among eight, so that a product reads them without meeting a bank twice. A producer has a box's dimensions.
+  // Keys and values as boxes of positions by 64 dimensions (with KV8 all of them), in rows of 128 bytes. The copy swizzles the
+  // rows' chunks of 16 bytes by the row's place among eight, so that a product reads them without meeting a bank twice. A
+  // producer has a box's dimensions.
   DEVICE void cache(const u8* maps, const Unit& unit) {
-    constexpr int HALVES = HEAD / 64;
+    constexpr int HALVES = KV8 ? 1 : HEAD / 64, EACH = Cut::EACH / HALVES;   // bytes of a position in a box
     const int what = which / HALVES, half = which % HALVES;   // keys or values
     const int* table = shared_state()->table[unit.column];
     const int cached = shared_state()->cached[unit.column];   // what comes behind is made by this step
     for (int t = unit.low; t < unit.high; t += Cut::POSITIONS) {
       const int n = max(0, min(Cut::POSITIONS, min(unit.high, cached) - t)), boxes = (n + Cut::COPIED - 1) / Cut::COPIED;
-      const u32 slot = begin<largest_flight(Cut::POSITIONS * HEAD * 4)>(what < 2 ? boxes * Cut::COPIED * 128 : 0);
+      const u32 slot = begin<largest_flight(Cut::POSITIONS * 2 * Cut::EACH)>(what < 2 ? boxes * Cut::COPIED * EACH : 0);
       if (what >= 2) continue;
       const u32 barrier = shared_address(&shared_state()->full[slot]);
-      const u32 to = shared_address(stages) + slot * STAGE + which * Cut::POSITIONS * 128;
+      const u32 to = shared_address(stages) + slot * STAGE + which * Cut::POSITIONS * EACH;
       for (int i = 0; i < n; i += Cut::COPIED) {
         const int at = t + i, page = __ldg(table + at / PAGE);
-        copy_box(to + i * 128, maps + what * 128, half * 64, (page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE, barrier, policy);
+        copy_box(to + i * EACH, maps + what * 128, half * 64, ((page * KV_HEADS + unit.head / PER_KV) * PAGE + at % PAGE) / (128 / EACH), barrier, policy);
       }
     }
   }
