@@ -49,7 +49,6 @@ factors."""
 SETTINGS = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB", "max_context": 352}
 # Every batch and most prompts are padded, whatever the stand-in's times say.
 GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4, 8), "prefill_buckets": (16, 40, 96), "max_padding_ratio": 64}
-ALL = families.FAMILIES | families.MORE_FAMILIES
 ELSEWHERE = STATES_BY_SLOT - families.FAMILIES.keys()
 """Families whose long sweep is in `test_state_families`."""
 WHOLE_TOKENS = 40
@@ -202,7 +201,7 @@ def test_more_families(name: str, tmp_path: Path, pytestconfig: pytest.Config) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "graph", "jit", "hybrid"])
-@pytest.mark.parametrize("name", sorted(ALL.keys() - ELSEWHERE))
+@pytest.mark.parametrize("name", sorted(families.CONFIGS.keys() - ELSEWHERE))
 def test_whole_matrix(name: str, mode: str, tmp_path: Path) -> None:
     """All tokens of every batch and of late requests, borders and log-probabilities, in every mode."""
     if families.is_absent(name):
