@@ -39,8 +39,8 @@ from hybridgen.models.swapped import give_back, made_class
 from hybridgen.models.twin import has_forward_hooks
 from hybridgen.models.visibility import CAUSAL
 
-OWN_KEYS = False
-"""Whether prompts that begin in a call attend on CUDA to keys and values of their own. It has not run on a GPU yet."""
+OWN_KEYS = True
+"""Whether prompts that begin in a call attend on CUDA to keys and values of their own."""
 _TRIED = 11
 """Tokens that `check_expansion` attends with."""
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
