@@ -6,8 +6,8 @@ attention function gets latents, keeps them in pages (`cache.paged_latent`), and
 
 - *Decode* attends to latents. A head's score q.(W c) is (q W).c, so the keys' part of the projection goes into the
   query, and the values' part behind the sum (absorbed).
-- *Prefill* projects the latents of each run, those of earlier chunks and shared pages included; on CUDA it attends to
-  latents too.
+- *Prefill* projects the latents of each run, those of earlier chunks and shared pages included. On CUDA a run that
+  begins in the call does so for its own tokens; others attend to latents.
 
 Both read the weight of `kv_b_proj` at each step. That they compute what the module's own method and a plain softmax do
 is tried at loading, with its weights (`check_expansion`). The module's class is changed, not its attributes, so that
