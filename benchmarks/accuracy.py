@@ -2,17 +2,23 @@
 
 The same weights and tokens everywhere: a prompt, then tokens fed one by one (teacher forcing). The error is
 ||logits - reference|| / ||reference|| over all positions, against Hugging Face's forward of the same (rounded)
-weights in float32. Prefill covers every position of the prompt, decode every fed token.
+weights in float32. Prefill covers every position of the prompt, decode every fed token. Beside it stands the share of
+positions whose likeliest token is the reference's (`top1`): random weights leave tokens close to each other. Layers
+whose states a second prefill would change are not for this script.
+
+    python benchmarks/accuracy.py [--models deepseek-v2-lite] [--layers 8] [--modes eager] [--output accuracy.json]
+    python benchmarks/accuracy.py --smoke          # tiny, anywhere
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import random_model, report
+from common import provenance, random_model, release, report, write
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import hybridgen
@@ -24,10 +30,10 @@ from hybridgen.models.mixers import cache_keyword
 MODES = ("eager", "jit", "hybrid")
 
 
-def load(name: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def load(name: str, dtype: torch.dtype, device: str, layers: int | None) -> PreTrainedModel:
     if name == "demo":
         return AutoModelForCausalLM.from_pretrained(model_path(), dtype=dtype).to(device).eval()
-    return random_model(name, dtype, device)
+    return random_model(name, dtype, device, layers=layers)
 
 
 @torch.inference_mode()
@@ -68,39 +74,58 @@ def error(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return ((logits - reference).norm() / reference.norm()).item()
 
 
-def measure(name: str, dtype: torch.dtype, device: str, prompt: int, new: int) -> dict[str, Any]:
-    model = load(name, dtype, device)
+def same_choice(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Share of positions whose likeliest token is the reference's."""
+    return (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+
+
+def measure(
+    name: str, dtype: torch.dtype, device: str, prompt: int, new: int, modes: Sequence[str], layers: int | None
+) -> dict[str, Any]:
+    model = load(name, dtype, device, layers)
     vocab = model.config.vocab_size
     ids = torch.randint(3, vocab, (prompt + new,), generator=torch.Generator().manual_seed(0)).to(device)
     hf = huggingface(model, ids, prompt)
     row: dict[str, Any] = {"model": name, "dtype": str(dtype).removeprefix("torch.")}
-    found = {mode: ours(model, ids, prompt, mode) for mode in MODES}
-    reference = huggingface(model.float(), ids, prompt)
+    row["layers"] = model.config.num_hidden_layers
+    found = {mode: ours(model, ids, prompt, mode) for mode in modes}
+    model = model.float()
+    model.set_experts_implementation("eager")  # the others are made for 16 bits
+    reference = huggingface(model, ids, prompt)
     for index, phase in enumerate(("prefill", "decode")):
         row[phase] = {"huggingface": error(hf[index], reference[index])}
+        row[phase]["top1"] = {"huggingface": same_choice(hf[index], reference[index])}
         for mode, logits in found.items():
             row[phase][mode] = error(logits[index], reference[index])
             row[phase][f"{mode}_ratio"] = row[phase][mode] / row[phase]["huggingface"]
+            row[phase]["top1"][mode] = same_choice(logits[index], reference[index])
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-3.2-1b", "qwen3-0.6b", "demo"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--layers", type=int, help="only so many of each model")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models, prompt, new = (["tiny"], 20, 4) if arguments.smoke else (arguments.models, 512, 64)
-    rows = [measure(name, torch.bfloat16, device, prompt, new) for name in models]
-    heads = "".join(f"{mode:>9} {'/ HF':>6}" for mode in MODES)
-    print(f"{'model':<14} {'phase':<8} {'Hugging Face':>13}{heads}")
-    for row in rows:
+    heads = "".join(f"{mode:>9} {'/ HF':>6} {'top1':>6}" for mode in arguments.modes)
+    print(f"{'model':<17} {'phase':<8} {'Hugging Face':>13} {'top1':>6}{heads}")
+    rows: list[dict[str, Any]] = []
+    results = {"benchmark": "accuracy", "rows": rows}
+    for name in models:
+        row = measure(name, torch.bfloat16, device, prompt, new, arguments.modes, arguments.layers)
+        rows.append(row)
         for phase in ("prefill", "decode"):
-            e = row[phase]
-            figures = "".join(f"{e[mode]:9.5f} {e[f'{mode}_ratio']:6.3f}" for mode in MODES)
-            print(f"{row['model']:<14} {phase:<8} {e['huggingface']:13.5f}{figures}")
-    report({"benchmark": "accuracy", "rows": rows}, arguments.output)
+            e, top1 = row[phase], row[phase]["top1"]
+            figures = "".join(f"{e[mode]:9.5f} {e[f'{mode}_ratio']:6.3f} {top1[mode]:6.3f}" for mode in arguments.modes)
+            print(f"{name:<17} {phase:<8} {e['huggingface']:13.5f} {top1['huggingface']:6.3f}{figures}", flush=True)
+        write({"provenance": provenance()} | results, arguments.output)
+        release()
+    report(results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ of decode's two kernels alone (`attend_us`, `combine_us`). Before a shape is tim
 attention in float64, and one step is run 3,000 times, whose bits must not change. `--sweep` adds other launch options,
 each compared first. Prefill: attention of one fresh prompt, its projections included, as it runs (by latents on
 CUDA), by the kernel for keys and values of the call's own tokens, and by keys and values of all heads and torch's
-`scaled_dot_product_attention`.
+`scaled_dot_product_attention`, with how many of 300 calls had other bits than the first.
 
     python benchmarks/latent.py [--sweep] [--rows 1] [--prefill] [--output latent.json]
     python benchmarks/latent.py --smoke          # tiny, on the CPU's implementation: checks the script
@@ -36,6 +36,7 @@ PAGE_SIZE = 64
 CAPACITY = 32768 + PAGE_SIZE
 ROTATE_BYTES = 320 * 2**20
 REPEATS = 3000
+PROMPT_REPEATS = 300
 WRONG = 2e-2
 """An error that bfloat16 does not explain."""
 
@@ -122,12 +123,12 @@ def error_of(case: Case, attend: Callable[..., Tensor] = latent_decode) -> float
     return worst / largest
 
 
-def changed_bits(case: Case, repeats: int) -> int:
-    """How many of so many runs of one step gave other bits than the first."""
-    first = latent_decode(*case.arguments(0), *case.new()).view(torch.int32)
+def changed_bits(call: Callable[[], Tensor], repeats: int) -> int:
+    """How many of so many calls gave other bits than the first."""
+    first = call().view(torch.int32)
     count = torch.zeros((), dtype=torch.int64, device=first.device)
     for _ in range(repeats):
-        count += (latent_decode(*case.arguments(0), *case.new()).view(torch.int32) != first).any()
+        count += (call().view(torch.int32) != first).any()
     return int(count)
 
 
@@ -233,7 +234,8 @@ def run_decode(
         case = make_case(shape, [context] * batch, device, dtype, 1 if args.smoke else ROTATE_BYTES)
         read = batch * context * (shape.rank + shape.rope) * dtype.itemsize
         row: dict[str, Any] = {"model": shape.name, "batch": batch, "context": context, "error": error_of(case)}
-        row["changed"] = changed_bits(case, 3 if args.smoke else REPEATS)
+        step = partial(latent_decode, *case.arguments(0), *case.new())
+        row["changed"] = changed_bits(step, 3 if args.smoke else REPEATS)
         took = time_decode(case, device)
         row |= {"us": took * 1e6, "gb_per_s": read / took / 1e9}
         row["percent_of_ceiling"] = None if ceiling is None else read / took / ceiling * 100
@@ -345,6 +347,7 @@ def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool, swee
         row: dict[str, Any] = {"model": shape.name, "tokens": tokens}
         for name, way in (("", by_latents), ("own_keys_", by_own_keys)):
             row[f"{name}difference"] = float((way() - wanted).abs().max() / wanted.abs().max())
+            row[f"{name}changed"] = changed_bits(way, 3 if smoke else PROMPT_REPEATS)
             row[f"{name}us"] = seconds([way] * 4, device) * 1e6
         row["keys_and_values_us"] = seconds([other] * 4, device) * 1e6
         if sweeps and device == "cuda":
@@ -355,7 +358,8 @@ def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool, swee
         print(
             f"prefill {shape.name:16} tokens {tokens:5} {row['us']:9.1f} us, by keys and values "
             f"{row['keys_and_values_us']:9.1f} us, by its own keys {row['own_keys_us']:9.1f} us, "
-            f"differences {row['difference']:.1e} {row['own_keys_difference']:.1e}",
+            f"differences {row['difference']:.1e} {row['own_keys_difference']:.1e}, "
+            f"{row['changed']} {row['own_keys_changed']} changed",
             flush=True,
         )
         for each in row.get("sweep", ()):

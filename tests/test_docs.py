@@ -68,6 +68,8 @@ def test_what_the_script_writes_is_up_to_date() -> None:
 
 def test_the_table_of_model_types_has_what_is_tested_and_nothing_else_as_running() -> None:
     script, text = made("make_models"), (DOCS / "models.md").read_text()
+    if f"(transformers {transformers.__version__})" not in text:
+        pytest.skip("the table was made with another transformers")
     rows = text.partition(script.BEGIN)[2].partition(script.END)[0].splitlines()
     for how, names in script.RUNS.items():
         (row,) = (row for row in rows if row.startswith(f"| runs: {how} |"))

@@ -50,6 +50,10 @@ factors."""
 SETTINGS = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB", "max_context": 352}
 # Every batch and most prompts are padded, whatever the stand-in's times say.
 GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4, 8), "prefill_buckets": (16, 40, 96), "max_padding_ratio": 64}
+ELSEWHERE = STATES_BY_SLOT - families.FAMILIES.keys()
+"""Families whose long sweep is in `test_state_families`."""
+WHOLE_TOKENS = 40
+"""Of every batch in the long sweeps (`-m slow`)."""
 FEW_LENGTHS = (7, 110, 1, 33)
 FEW_TOKENS = 18
 """Across a page border wherever a prompt ends; for modes whose steps are those of another that generates all."""
@@ -76,13 +80,15 @@ def check_engine(
     expected: list[tuple[list[int], torch.Tensor]],
     new_tokens: int = NEW_TOKENS,
     tolerance: float = 1e-4,
+    few: int = FEW_TOKENS,
+    prompts: list[list[int]] | None = None,
 ) -> None:
     """Batches of 8, 3 and 1, and requests that join late, all give Hugging Face's tokens.
 
     The batch of 8 gets all `new_tokens`; the others, whose rows and lengths are among its own, get few.
     """
-    prompts = families.prompts_of(LENGTHS)
-    few = min(new_tokens, FEW_TOKENS)
+    prompts = prompts or families.prompts_of(LENGTHS)
+    few = min(new_tokens, few)
     for batch, count in ((range(8), new_tokens), (range(3), few), (range(1, 2), few)):
         outs = engine.generate([prompts[i] for i in batch], max_new_tokens=count, logprobs=0)
         for i, out in zip(batch, outs, strict=True):
@@ -197,22 +203,37 @@ def test_more_families(name: str, tmp_path: Path, pytestconfig: pytest.Config) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "graph", "jit", "hybrid"])
-@pytest.mark.parametrize("name", sorted(families.MORE_FAMILIES.keys() - STATES_BY_SLOT))
-def test_more_families_whole_matrix(name: str, mode: str, tmp_path: Path) -> None:
-    """Batches, late requests, borders and log-probabilities, as for the families above, in every mode.
-
-    Those with states by slot have theirs in `test_state_families`.
-    """
+@pytest.mark.parametrize("name", sorted(families.CONFIGS.keys() - ELSEWHERE))
+def test_whole_matrix(name: str, mode: str, tmp_path: Path) -> None:
+    """All tokens of every batch and of late requests, borders and log-probabilities, in every mode."""
     if families.is_absent(name):
         pytest.skip(f"this transformers has no {name}")
-    model = families.build(name)
-    expected = [families.reference(model, prompt, NEW_TOKENS) for prompt in families.prompts_of(LENGTHS)]
+    depth = families.depth(name) if name in families.FAMILIES else {}
+    model = families.build(name, **depth)
+    expected = [families.reference(model, prompt, WHOLE_TOKENS) for prompt in families.prompts_of(LENGTHS)]
+    path = families.write(name, tmp_path, **depth)
+    check_whole_matrix(path, mode, expected, compiles=name not in families.UNCOMPILED)
+
+
+def check_whole_matrix(
+    path: Path,
+    mode: str,
+    expected: list[tuple[list[int], torch.Tensor]],
+    compiles: bool = True,
+    tolerance: float = 1e-4,
+    prompts: list[list[int]] | None = None,
+) -> None:
+    """`check_engine` with all tokens of every batch, and how the steps ran.
+
+    Args:
+        compiles: whether the model's layers do.
+    """
     fields: dict[str, Any] = {"mode": mode, "compile_backend": "eager", "run_ahead": 1, **SETTINGS}
     fields |= GRAPHS if mode in ("graph", "hybrid") else {}
-    with hybridgen.Engine.load(families.write(name, tmp_path), **fields) as engine:
-        check_engine(engine, expected, NEW_TOKENS if mode in ("eager", "jit") else FEW_TOKENS)
+    with hybridgen.Engine.load(path, **fields) as engine:
+        check_engine(engine, expected, WHOLE_TOKENS, tolerance, WHOLE_TOKENS, prompts)
         stats = engine.stats()
-        assert bool(stats.fallbacks) == (mode in ("jit", "hybrid") and name in families.UNCOMPILED)
+        assert bool(stats.fallbacks) == (mode in ("jit", "hybrid") and not compiles)
         assert stats.late_compiles == 0
         assert stats.free_pages == stats.pages
         assert (stats.graphs.padded_hits > 0) == (mode in ("graph", "hybrid"))

@@ -10,7 +10,17 @@ import multimodal
 import pytest
 import quantised_formats
 import torch
-from test_families import FEW_LENGTHS, FEW_TOKENS, GRAPHS, LENGTHS, NEW_TOKENS, SETTINGS, check_engine
+from test_families import (
+    FEW_LENGTHS,
+    FEW_TOKENS,
+    GRAPHS,
+    LENGTHS,
+    NEW_TOKENS,
+    SETTINGS,
+    WHOLE_TOKENS,
+    check_engine,
+    check_whole_matrix,
+)
 
 import hybridgen
 from hybridgen.errors import RequestError
@@ -71,17 +81,29 @@ def test_checked_drafts_change_no_token(tmp_path: Path) -> None:
         assert generated(engine) == few(families.build("minicpm3"))
 
 
+_GROWING = _YARN | {"original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1, "mscale_all_dim": 1.0}
+MISTRAL_4 = families.CONFIGS["deepseek_v3"] | {
+    "model_type": "mistral4", "sliding_window": None, "rope_parameters": _GROWING | {"mscale": 1.0},
+}  # fmt: skip
+"""A text part alone: transformers has no language model of it. Queries grow with their position."""
+
+
 def test_mistral_4_in_its_wrapper(tmp_path: Path) -> None:
-    """Queries grow with their position."""
-    rope = _YARN | {"original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1, "mscale_all_dim": 1.0}
-    changes = {"model_type": "mistral4", "sliding_window": None, "rope_parameters": rope | {"mscale": 1.0}}
-    text = families.CONFIGS["deepseek_v3"] | changes
-    path = multimodal.write("mistral3", tmp_path, **text)
+    path = multimodal.write("mistral3", tmp_path, **MISTRAL_4)
     prompt = [token for token in families.prompts_of((110,))[0] if token < multimodal.IMAGE]
     with hybridgen.Engine.load(path, mode="eager", **SETTINGS) as engine:
         assert len(engine._runner.bound.latents) == 2
         tokens = list(engine.generate(prompt, max_new_tokens=FEW_TOKENS).token_ids)
-    assert tokens == families.reference(multimodal.build("mistral3", **text), prompt, FEW_TOKENS)[0]
+    assert tokens == families.reference(multimodal.build("mistral3", **MISTRAL_4), prompt, FEW_TOKENS)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "graph", "jit", "hybrid"])
+def test_mistral_4_whole_matrix(mode: str, tmp_path: Path) -> None:
+    model = multimodal.build("mistral3", **MISTRAL_4)
+    prompts = [[min(token, multimodal.IMAGE - 1) for token in ids] for ids in families.prompts_of(LENGTHS)]
+    expected = [families.reference(model, prompt, WHOLE_TOKENS) for prompt in prompts]
+    check_whole_matrix(multimodal.write("mistral3", tmp_path, **MISTRAL_4), mode, expected, prompts=prompts)
 
 
 def test_a_live_module_stays_its_owners() -> None:

@@ -16,6 +16,8 @@ import quantised_formats
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_families import LENGTHS as WHOLE_LENGTHS
+from test_families import WHOLE_TOKENS, check_whole_matrix
 
 import hybridgen
 from hybridgen.errors import CheckpointError, ConfigError, PromptError, UnsupportedModelError
@@ -41,9 +43,9 @@ ALIKE = (
 """Their text part is one of another wrapper's, or of `test_families.py`: with `-m slow`."""
 
 
-def prompts() -> list[list[int]]:
+def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     """Without tokens that stand for images."""
-    return [[token if token < multimodal.IMAGE else 5 for token in ids] for ids in families.prompts_of(LENGTHS)]
+    return [[token if token < multimodal.IMAGE else 5 for token in ids] for ids in families.prompts_of(lengths)]
 
 
 def expected_of(name: str, **changes: Any) -> list[list[int]]:
@@ -84,6 +86,19 @@ def test_other_modes(name: str, tmp_path: Path) -> None:
             stats = engine.stats()
             assert stats.late_compiles == 0
             assert (stats.graphs.padded_hits > 0) == ("decode_buckets" in fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "graph", "jit", "hybrid"])
+@pytest.mark.parametrize("name", sorted(multimodal.WHOLES))
+def test_whole_matrix(name: str, mode: str, tmp_path: Path) -> None:
+    """Batches, late requests, borders and log-probabilities, as for language models (`test_families`)."""
+    if multimodal.is_absent(name):
+        pytest.skip(f"this transformers has no {name}")
+    model, asked = multimodal.build(name), prompts(WHOLE_LENGTHS)
+    expected = [families.reference(model, prompt, WHOLE_TOKENS) for prompt in asked]
+    path = multimodal.write(name, tmp_path)
+    check_whole_matrix(path, mode, expected, name not in multimodal.UNCOMPILED, prompts=asked)
 
 
 def shards(path: Path) -> tuple[Path, Path]:

@@ -8,7 +8,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from test_families import FEW_TOKENS, GRAPHS, LENGTHS, NEW_TOKENS, SETTINGS, check_engine, check_replays
+from test_families import GRAPHS, LENGTHS, NEW_TOKENS, SETTINGS, WHOLE_TOKENS, check_engine, check_replays
 
 import hybridgen
 from hybridgen.loading.support import STATES_BY_SLOT
@@ -32,12 +32,12 @@ def test_tokens(name: str, mode: str, tmp_path: Path) -> None:
     if families.is_absent(name):
         pytest.skip(f"this transformers has no {name}")
     model = families.build(name)
-    expected = [families.reference(model, prompt, NEW_TOKENS) for prompt in families.prompts_of(LENGTHS)]
+    expected = [families.reference(model, prompt, WHOLE_TOKENS) for prompt in families.prompts_of(LENGTHS)]
     fields: dict[str, Any] = {"mode": mode, "compile_backend": "eager", "run_ahead": 1, **SETTINGS}
     fields |= GRAPHS if mode in ("graph", "hybrid") else {}
     with hybridgen.Engine.load(families.write(name, tmp_path), **fields) as engine:
         assert engine._runner.bound.mixers
-        check_engine(engine, expected, NEW_TOKENS if mode == "eager" else FEW_TOKENS, TOLERANCES.get(name, 1e-4))
+        check_engine(engine, expected, WHOLE_TOKENS, TOLERANCES.get(name, 1e-4), WHOLE_TOKENS)
         stats = engine.stats()
         assert not stats.fallbacks
         assert stats.late_compiles == 0

@@ -6,8 +6,8 @@ attention function gets latents, keeps them in pages (`cache.paged_latent`), and
 
 - *Decode* attends to latents. A head's score q.(W c) is (q W).c, so the keys' part of the projection goes into the
   query, and the values' part behind the sum (absorbed).
-- *Prefill* projects the latents of each run, those of earlier chunks and shared pages included; on CUDA it attends to
-  latents too.
+- *Prefill* projects the latents of each run, those of earlier chunks and shared pages included. On CUDA a run that
+  begins in the call does so for its own tokens; others attend to latents.
 
 Both read the weight of `kv_b_proj` at each step. That they compute what the module's own method and a plain softmax do
 is tried at loading, with its weights (`check_expansion`). The module's class is changed, not its attributes, so that
@@ -39,6 +39,8 @@ from hybridgen.models.swapped import give_back, made_class
 from hybridgen.models.twin import has_forward_hooks
 from hybridgen.models.visibility import CAUSAL
 
+OWN_KEYS = True
+"""Whether prompts that begin in a call attend on CUDA to keys and values of their own."""
 _TRIED = 11
 """Tokens that `check_expansion` attends with."""
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
@@ -72,8 +74,8 @@ class LatentBinding:
         if not appends:  # all of them, before any is read: requests of one prefill call can share pages
             write_latent(latent, rotary, pages, *places)
         if step.phase is Phase.PREFILL:
-            # The tokens' own latents are not given: what CUDA does with them has not run on a GPU yet.
-            return latent_prefill(plain, turned, pages, *places, step.query_starts, weight, scale)
+            own = (latent, rotary) if OWN_KEYS else (None, None)
+            return latent_prefill(plain, turned, pages, *places, step.query_starts, weight, scale, *own)
         new = (latent, rotary) if appends else (None, None)
         mixed = latent_decode(through_keys(plain, weight), turned, pages, *places, scale, *new)
         return through_values(mixed, weight, nope)

@@ -69,7 +69,11 @@ def test_a_scan_of_runs_is_that_of_each(sizes: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "olmo_hybrid", "mamba2", "bamba"])
 def test_a_models_prefill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16: log-probabilities of a prompt's tokens, in chunks and among others, as by the torch function."""
+    """In bf16: log-probabilities of a prompt's tokens, in chunks and among others, are as close to those of the same
+    weights in float32 as by the torch function.
+
+    Both are up to 2 off in a few of 530, because such tokens of a tiny model are unlikely.
+    """
     model = families.build(name).to("cuda", torch.bfloat16)
     prompts = families.prompts_of((7, 300, 2, 33, 64, 130))
     calls: list[int] = []
@@ -79,18 +83,22 @@ def test_a_models_prefill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(len(lengths))
         return own(lengths, *args)
 
-    def scored(rule: bool) -> list[Any]:
+    def scored(model: Any, rule: bool) -> torch.Tensor:
         with monkeypatch.context() as patch:
             patch.setattr(mixers, "runs_of", counted)
             if not rule:
                 patch.setattr(mixers, "rule_for", lambda *_: None)
             settings = {"max_batch": 8, "token_budget": 96, "kv_memory": "64MiB", "max_context": 352, "mode": "eager"}
             with hybridgen.Engine.load(model, device="cuda", **settings) as engine:
-                return engine.score(prompts)
+                found = torch.cat([torch.tensor(scores.logprobs) for scores in engine.score(prompts)])
+                return found[~found.isnan()]
 
-    wanted = scored(False)
+    by_torch = scored(model, False)
     assert not calls
-    found = scored(True)
+    found = scored(model, True)
     assert max(calls) > 1
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=0.15, rtol=0.05)
+    exact = scored(model.float(), False)
+    theirs, ours = ((each - exact).abs() for each in (by_torch, found))
+    assert len(ours) > 500
+    assert ours.square().mean().sqrt() < 1.5 * theirs.square().mean().sqrt()
+    assert ours.median() < 1.25 * theirs.median()
