@@ -79,7 +79,7 @@ def usual(heads: Heads, device: Device, tokens: int) -> Tuning:
     tune, few = tuning(heads, device.shared_memory), tokens < FEW_ROWS
     if streamed.takes(heads, device):
         form = streamed.form_of(heads)
-        return tune._replace(block=streamed.BLOCK, programs=form.resident, chunk=streamed.chunk_of(form, few))
+        return tune._replace(block=streamed.BLOCK, programs=form.resident, chunk=streamed.chunk_of(few))
     return tune._replace(chunk=min(tune.chunk, FEW_CHUNK)) if few else tune
 
 

@@ -105,9 +105,9 @@ def write_kv(k: Tensor, v: Tensor, places: Places) -> None:
 def is_balanced(rows: int) -> bool:
     """Whether a decode step of so many rows attends by a schedule; the only place that decides it.
 
-    From 24 rows on. On an H200 with the heads of an 8B, a layer of 24, 32 and 48 rows over contexts of 100 to 2000 takes
-    33, 38 and 54 us by the streamed kernel, 43, 48 and 68 by Triton's by a schedule, and 56, 69 and 92 by the kernel
-    that cuts row by row; with 1024 positions each 29, 33 and 54, 44, 49 and 66, and 42, 43 and 77
+    From 24 rows on. On an H200 with the heads of an 8B, a layer of 24, 32 and 48 rows over contexts of 100 to 2000
+    takes 33, 37 and 54 us by the streamed kernel, 43, 48 and 68 by Triton's by a schedule, and 56, 69 and 92 by the
+    kernel that cuts row by row; with 1024 positions each 29, 33 and 53, 44, 49 and 65, and 41, 43 and 77
     (`tried-streamed-h200.json`).
     """
     return rows >= _BALANCED_ROWS

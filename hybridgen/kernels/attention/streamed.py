@@ -67,14 +67,12 @@ def takes(heads: Heads, device: Device) -> bool:
 
 def form_of(heads: Heads) -> Form:
     """Launch options of a head shape, measured on an H200 for groups of two and four (`benchmarks/ragged.py`)."""
-    if heads.dim == 128:
-        return Form(32, warps=4, resident=2)
-    return Form(64 if heads.queries <= 4 * heads.kv else 32, warps=2, resident=4)
+    return Form(4096 // heads.dim, warps=4, resident=2)
 
 
-def chunk_of(form: Form, few: bool) -> int:
+def chunk_of(few: bool) -> int:
     """Positions of a chunk; shorter ones in steps of few rows, where there would be too few chunks for all blocks."""
-    return 2048 // form.resident if few else 2048
+    return 1024 if few else 2048
 
 
 def _sizes(heads: Heads, form: Form) -> tuple[int, int]:
