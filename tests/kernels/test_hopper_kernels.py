@@ -41,7 +41,7 @@ def test_int4_of_few_rows_compiles() -> None:
 
 @needs_compiler
 def test_gate_and_up_of_many_rows_compile() -> None:
-    assert many_rows.PROGRAM.kernel.encode() in program.compile_cubin({}, "sm_90a", many_rows.PROGRAM)
+    assert many_rows.PROGRAM.kernel.encode() in program.compile_cubin(many_rows.DEFINES, "sm_90a", many_rows.PROGRAM)
     assert many_rows.SHARED_BYTES <= 227 * 2**10
     assert ctypes.sizeof(many_rows.Arguments) == 448, "a multiple of 64, as in C++"
 

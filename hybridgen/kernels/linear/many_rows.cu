@@ -1,29 +1,31 @@
-// silu(x @ gate.T) * (x @ up.T) for thousands of rows in bfloat16, with sums in float32, on compute capability 9.0. Neither
-// product is written.
+// out = x @ w.T for thousands of rows in bfloat16 with sums in float32, on compute capability 9.0; or, where w is gate and
+// up, silu(x @ gate.T) * (x @ up.T), whose products are never written.
 //
-// A block makes tiles of 256 rows and 96 outputs, one after the other: the product of its rows of x with 96 rows of gate
-// and the same 96 of up. One thread copies (TMA) steps of 64 inputs into a ring of stages; two groups of four warps
-// multiply 128 of the rows each (wgmma), and have gate and up of an output in the same thread. Two blocks, a cluster, make
-// tiles side by side: each copies half of x's part and sends it to both. Tiles are taken in groups of some rows of tiles,
-// column by column, so that what runs at the same time shares what lies in the L2 cache. Sizes that no tile ends with need
-// nothing: copies bring zeros from outside of a matrix, and write nothing there.
+// A block makes tiles of 64 * BLOCKS * CONSUMERS rows and WIDE columns of w, one after the other. One thread copies (TMA)
+// steps of 64 inputs into a ring of stages; each group of four warps multiplies 64 * BLOCKS of the rows by all columns
+// (wgmma). The blocks of a cluster make tiles that lie DOWN below and ACROSS beside each other; each copies a part of what
+// it shares with others and sends it to them. Tiles are taken in groups of `group` cluster rows, column by column, so that
+// what runs at the same time shares what lies in the L2 cache.
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
-constexpr int CONSUMERS = 2, BLOCKS = 2, WIDE = 192, STEP = 64;   // 64 rows are a block of a group; columns of both products
-constexpr int TALL = 64 * BLOCKS * CONSUMERS, OUT_WIDE = WIDE / 2;
-constexpr int THREADS = 128 * (CONSUMERS + 1), CLUSTER = 2;
+constexpr int STEP = 64, TALL = 64 * BLOCKS * CONSUMERS, THREADS = 128 * (CONSUMERS + PRODUCER);
 constexpr int X_BYTES = TALL * STEP * 2, W_BYTES = WIDE * STEP * 2, STAGE = X_BYTES + W_BYTES;
-constexpr int STAGES = 3, BOXES = 2, BOX_WIDE = 32, BOX = 16 * BOX_WIDE * 2;   // a warp writes boxes of 16 rows, BOXES at a time
+constexpr int CLUSTER = DOWN * ACROSS, SHARERS = DOWN + ACROSS - 1;   // blocks of a cluster; those that share x or w with one
+constexpr u32 COLUMN = DOWN == 1 ? 1 : DOWN == 2 ? 1 | 1 << ACROSS : 1 | 1 << ACROSS | 1 << 2 * ACROSS | 1 << 3 * ACROSS;
+static_assert(DOWN == 1 || DOWN == 2 || DOWN == 4, "blocks one above the other");
+constexpr int X_PART = TALL / ACROSS, W_PART = WIDE / (DOWN == 1 ? 2 : DOWN);   // rows of a copy
+constexpr int OUT_WIDE = GATED ? WIDE / 2 : WIDE, BOX = 16 * BOX_WIDE * 2;   // a warp writes boxes of 16 rows
 constexpr int OUT_BYTES = 4 * CONSUMERS * BOXES * BOX;
+static_assert(OUT_WIDE % BOX_WIDE == 0, "whole boxes");
 
 struct alignas(64) Map { u64 words[16]; };
 struct Arguments {
-  Map x, w, out;   // of rows of x in halves of a tile, of rows of w in halves, of boxes
-  int rows, outputs, inputs, group;   // group: rows of tiles that are taken together
+  Map x, w, out;
+  int rows, outputs, inputs, group;   // outputs: columns of `out`
 };
 
 DEVICE u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -37,8 +39,6 @@ DEVICE void wait_for(u32 at, u32 parity) {
   } while (!done);
 }
 DEVICE void expect(u32 at, u32 bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory"); }
-// Released and acquired within a block, as wgmma reads nothing that ordinary stores wrote: across the cluster, each arrival
-// would wait for all memory.
 DEVICE void arrive_at(u32 at, u32 block) {
   asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}" ::"r"(at), "r"(block) : "memory");
 }
@@ -46,9 +46,9 @@ DEVICE void copy_in(u32 to, const Map& map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
     ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row) : "memory");
 }
-DEVICE void copy_to_both(u32 to, const Map& map, int column, int row, u32 barrier) {
+DEVICE void copy_to_all(u32 to, const Map& map, int column, int row, u32 barrier, u16 blocks) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
-    ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"((u16)3) : "memory");
+    ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(blocks) : "memory");
 }
 DEVICE void copy_out(const Map& map, int column, int row, u32 from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;"
@@ -81,53 +81,75 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   extern __shared__ __align__(1024) char shared[];
   const u32 ring = address(shared), boxes = ring + STAGES * STAGE, full = boxes + OUT_BYTES, empty = full + 8 * STAGES;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  const u32 rank = rank_in_cluster();
+  const u32 rank = rank_in_cluster(), below = rank / ACROSS, beside = rank % ACROSS;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_begins(full + 8 * s, 1);
-      barrier_begins(empty + 8 * s, CLUSTER * 4 * CONSUMERS);   // each warp of both blocks
+      barrier_begins(empty + 8 * s, SHARERS * 4 * CONSUMERS);   // each warp of those that share
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_meets();
 
   const int steps = (g.inputs + STEP - 1) / STEP;
-  const int down = (g.rows + TALL - 1) / TALL, across = (g.outputs + CLUSTER * OUT_WIDE - 1) / (CLUSTER * OUT_WIDE);
+  constexpr int high = DOWN * TALL, wide = ACROSS * OUT_WIDE;   // of a cluster's tile
+  const int down = (g.rows + high - 1) / high, across = (g.outputs + wide - 1) / wide;
   const int tiles = down * across, first = blockIdx.x / CLUSTER, apart = gridDim.x / CLUSTER;
   auto place = [&](int tile, int& row, int& column) {   // of the block's part
     const int top = tile / (g.group * across) * g.group, rest = tile - top * across, most = min(g.group, down - top);
-    row = (top + rest % most) * TALL;
-    column = rest / most * (CLUSTER * OUT_WIDE) + rank * OUT_WIDE;
+    row = (top + rest % most) * high + below * TALL;
+    column = rest / most * wide + beside * OUT_WIDE;
   };
   int stage = 0;
   u32 parity = 0;
   auto next = [&] { if (++stage == STAGES) { stage = 0; parity ^= 1; } };
-
-  if (warp < 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == 0) {
-      for (int tile = first; tile < tiles; tile += apart) {
-        int row, column;
-        place(tile, row, column);
-        for (int k = 0; k < steps; k++) {
-          const u32 to = ring + stage * STAGE, to_w = to + X_BYTES, barrier = full + 8 * stage;
-          wait_for(empty + 8 * stage, parity ^ 1);
-          expect(barrier, STAGE);
-          copy_to_both(to + rank * (X_BYTES / 2), g.x, k * STEP, row + rank * (TALL / 2), barrier);
-          copy_in(to_w, g.w, k * STEP, column, barrier);
-          copy_in(to_w + W_BYTES / 2, g.w, k * STEP, column + g.outputs, barrier);   // up is behind all of gate
-          next();
-        }
+  // One thread's: what is copied next.
+  int tile_in = first, k_in = 0, stage_in = 0, row_in, column_in;
+  u32 parity_in = 1;
+  place(first, row_in, column_in);
+  auto copy_step = [&] {
+    const u32 to = ring + stage_in * STAGE, to_w = to + X_BYTES, barrier = full + 8 * stage_in;
+    wait_for(empty + 8 * stage_in, parity_in);
+    expect(barrier, STAGE);
+    {
+      if (ACROSS == 1) copy_in(to, g.x, k_in, row_in, barrier);
+      else copy_to_all(to + beside * X_PART * STEP * 2, g.x, k_in, row_in + beside * X_PART, barrier, ((1 << ACROSS) - 1) << below * ACROSS);
+    }
+    {
+      UNROLL for (int i = 0; i < (DOWN == 1 ? 2 : 1); i++) {
+        const int part = (DOWN == 1 ? i : below) * W_PART;
+        const int from = column_in + part + (GATED && part >= WIDE / 2 ? g.outputs - WIDE / 2 : 0);   // up is behind all of gate
+        if (DOWN == 1) copy_in(to_w + part * STEP * 2, g.w, k_in, from, barrier);
+        else copy_to_all(to_w + part * STEP * 2, g.w, k_in, from, barrier, COLUMN << beside);
       }
     }
+    if (++stage_in == STAGES) { stage_in = 0; parity_in ^= 1; }
+    if ((k_in += STEP) >= g.inputs) {
+      k_in = 0;
+      tile_in += apart;
+      if (tile_in < tiles) place(tile_in, row_in, column_in);
+    }
+  };
+
+  if (PRODUCER && warp < 4) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 24 : 32));
+    if (threadIdx.x == 0) while (tile_in < tiles) copy_step();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    const int consumer = (warp >> 2) - 1;
+    if constexpr (PRODUCER) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 2 ? 240 : 160));
+    const int consumer = (warp >> 2) - PRODUCER;
+    auto copy_more = [&](int count) {
+      if (PRODUCER || warp) return;
+      if (lane == 0) for (int i = 0; i < count && tile_in < tiles; i++) copy_step();
+      __syncwarp();
+    };
+    copy_more(STAGES);
     float sums[BLOCKS][WIDE / 2];
-    auto release = [&](int s) { if (lane < CLUSTER) arrive_at(empty + 8 * s, lane); };
+    // Those in its row, then the others in its column.
+    const u32 sharer = lane < ACROSS ? below * ACROSS + lane : (lane - ACROSS + (lane - ACROSS >= (int)below)) * ACROSS + beside;
+    auto release = [&](int s) { if (lane < SHARERS) arrive_at(empty + 8 * s, sharer); };
     // Where a lane puts its 16 bytes of a box: matrices of 8 x 8, two below and two beside each other.
-    const u32 box = boxes + (warp - 4) * BOXES * BOX, box_row = lane & 15, place_in_box = box_row * BOX_WIDE * 2;
-    const u32 swizzle = box_row >> 1 & 3;
+    const u32 box = boxes + (warp - 4 * PRODUCER) * BOXES * BOX, box_row = lane & 15, place_in_box = box_row * BOX_WIDE * 2;
+    const u32 swizzle = BOX_WIDE == 64 ? box_row & 7 : box_row >> 1 & 3;
     int turn = 0;
     for (int tile = first; tile < tiles; tile += apart) {
       int last = 0;
@@ -142,6 +164,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         if (k) {
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
           release(last);
+          copy_more(1);
         }
         last = stage;
         next();
@@ -162,8 +185,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             const int at = b * (BOX_WIDE / 2) + i * 8;
             u32 r[4];
             UNROLL for (int j = 0; j < 4; j++) {
-              const float* const gate = &sums[m][at + 2 * j];
-              r[j] = pair(gated(gate[0], gate[WIDE / 4]), gated(gate[1], gate[WIDE / 4 + 1]));
+              const float low = sums[m][at + 2 * j], high = sums[m][at + 2 * j + 1];
+              if constexpr (GATED) r[j] = pair(gated(low, sums[m][WIDE / 4 + at + 2 * j]), gated(high, sums[m][WIDE / 4 + at + 2 * j + 1]));
+              else r[j] = pair(low, high);
             }
             const u32 chunk = (2 * i + (lane >> 4)) ^ swizzle;
             asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to + chunk * 16), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
@@ -174,6 +198,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           if (++turn == BOXES) turn = 0;
         }
       }
+      copy_more(1);
     }
     if (lane == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }

@@ -16,7 +16,20 @@ from hybridgen.device.program import Kernel, Program, driver_call, driver_module
 from hybridgen.kernels.linear.hopper import is_hopper, loaded
 
 PROGRAM = Program((__package__ or "",), "many_rows.cu", (), "many_rows")
-# As in `many_rows.cu`.
+DEFINES = {
+    "ACROSS": 2,
+    "BLOCKS": 2,
+    "BOXES": 2,
+    "BOX_WIDE": 32,
+    "CONSUMERS": 2,
+    "DOWN": 1,
+    "GATED": 1,
+    "PRODUCER": 1,
+    "STAGES": 3,
+    "WIDE": 192,
+}
+"""Constants of `many_rows.cu`: the form that was fastest for gate and up."""
+# As these make them.
 TALL, WIDE = 256, 96
 """Rows and outputs of a tile; a cluster of two blocks makes two of them, side by side."""
 SHARED_BYTES = 3 * ((TALL + 2 * WIDE) * 64 * 2 + 16) + 8 * 2 * 16 * 32 * 2
@@ -41,7 +54,7 @@ class Arguments(ctypes.Structure):
 
 
 def _kernel(ordinal: int) -> Kernel | None:
-    return loaded(PROGRAM, (), SHARED_BYTES, ordinal, "gate and up of many rows")
+    return loaded(PROGRAM, tuple(DEFINES.items()), SHARED_BYTES, ordinal, "gate and up of many rows")
 
 
 @functools.lru_cache(4096)
