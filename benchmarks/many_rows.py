@@ -1,10 +1,11 @@
-"""How fast are products of thousands of rows, and what energy do they take: cuBLAS, its variants, and our kernel?
+"""How fast are gate and up of thousands of rows by our kernel, beside cuBLAS with the kernel for SiLU behind it?
 
-Kernels first against float32, into outputs that are poisoned and followed by a guard, at numbers of rows that fill no
-tile; then repeats whose bits must not change. Then each variant runs for a while, in turns, with clocks and energy read
-meanwhile: the device is limited by its power.
+The kernel first against float32, into outputs that are poisoned and followed by a guard, at numbers of rows that fill
+no tile; then repeats whose bits must not change. Then both run for a while, in turns, because the device is limited by
+its power: times are of the second half of each while.
 
-    python benchmarks/many_rows.py [--shapes llama-3.1-8b] [--seconds 0.35] [--output many-rows.json]
+    python benchmarks/many_rows.py [--shapes llama-3.1-8b llama-3.2-1b] [--output many-rows.json]
+    python benchmarks/many_rows.py --smoke          # the op's reference, anywhere
 """
 
 from __future__ import annotations
@@ -17,211 +18,107 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pynvml
 import torch
 import torch.nn.functional as F
-from common import report
+from common import report, synchronize, this_device
 from torch import Tensor
 
-from hybridgen.kernels.linear.many_rows import Form, product
+from hybridgen.kernels.linear.gated import by_cublas, gated_rows
 
-SHAPES = {
-    "llama-3.1-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
-    "llama-3.2-1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
-}
-_LARGE: dict[str, Any] = {"blocks": 2, "wide": 192, "stages": 3, "box_wide": 32}
-_ALONE: dict[str, Any] = {"consumers": 3, "producer": False, "stages": 3}
-FORMS = {
-    "128x256 2x1": Form(),
-    "128x256 4x1": Form(down=4),
-    "128x256 2x2": Form(across=2),
-    "256x192 1x2": Form(**_LARGE, down=1, across=2),
-    "256x192 2x2": Form(**_LARGE, across=2),
-    "192x256 1x2": Form(**_ALONE, down=1, across=2),
-    "192x256 2x2": Form(**_ALONE, across=2),
-}
+SHAPES = {"llama-3.1-8b": (14336, 4096), "llama-3.2-1b": (8192, 2048), "tiny": (24, 16)}
 CHECKED = [(1, 256, 64), (130, 512, 256), (129, 320, 72), (2049, 6144, 4096), (8191, 4096, 4096), (700, 14336, 4096)]
 
 
-def inputs(rows: int, outputs: int, columns: int) -> tuple[Tensor, Tensor]:
-    x = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
-    w = torch.randn(outputs, columns, dtype=torch.bfloat16, device="cuda") * 0.02
-    return x, w
+def inputs(rows: int, width: int, columns: int, device: str) -> tuple[Tensor, Tensor]:
+    x = torch.randn(rows, columns, dtype=torch.bfloat16, device=device)
+    return x, torch.randn(2 * width, columns, dtype=torch.bfloat16, device=device) * 0.02
 
 
-def error(out: Tensor, exact: Tensor) -> float:
-    return float((out.float() - exact).norm() / exact.norm())
+def check(rows: int, width: int, columns: int, count: int) -> dict[str, Any]:
+    """Errors against float32, ours and cuBLAS's; whether nothing is written beside it; repeats with other bits."""
+    from hybridgen.kernels.linear.many_rows import product
 
-
-def check(form: Form, gated: bool, rows: int, outputs: int, columns: int) -> bool:
-    """One product against float32, and that nothing is left out or written beside it."""
-    x, w = inputs(rows, outputs * (2 if gated else 1), columns)
-    room = torch.full((rows + 64, outputs), float("nan"), dtype=torch.bfloat16, device="cuda")
-    out = room[:rows]
-    product(x, w, out, gated, form)
-    exact, usual = x.float() @ w.float().T, (x @ w.T)
-    if gated:
-        exact = F.silu(exact[:, :outputs]) * exact[:, outputs:]
-        usual = F.silu(usual[:, :outputs].float()) * usual[:, outputs:].float()
-    found, beside = error(out, exact), error(usual.bfloat16(), exact)
-    whole = bool(torch.isnan(room[rows:]).all())
-    good = found < 1.1 * beside + 2e-4 and whole  # NaN fails
-    print(f"{'right' if good else 'WRONG'} {tuple(form)} {gated=} {rows} x {outputs} x {columns}: "
-          f"{found:.2e}, cuBLAS {beside:.2e}, guard {whole}", flush=True)  # fmt: skip
-    return good
-
-
-def repeats(form: Form, gated: bool, rows: int, outputs: int, columns: int, count: int) -> int:
-    """Of `count` repeats, those with other bits."""
-    x, w = inputs(rows, outputs * (2 if gated else 1), columns)
-    first, again = (torch.empty(rows, outputs, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    product(x, w, first, gated, form)
+    x, w = inputs(rows, width, columns, "cuda")
+    room = torch.full((rows + 64, width), float("nan"), dtype=torch.bfloat16, device="cuda")
+    product(x, w, room[:rows])
+    gate, up = (x.float() @ w.float().T).chunk(2, dim=-1)
+    exact = F.silu(gate) * up
+    ours, cublas = (float((each.float() - exact).norm() / exact.norm()) for each in (room[:rows], by_cublas(x, w)))
+    again = torch.empty_like(room)
     other = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(count):
         again.fill_(float("nan"))
-        product(x, w, again, gated, form)
-        other += (again.view(torch.int16) != first.view(torch.int16)).any()
-    return int(other)
+        product(x, w, again[:rows])
+        other += (again[:rows].view(torch.int16) != room[:rows].view(torch.int16)).any()
+    found = {"rows": rows, "width": width, "inputs": columns, "error": ours, "cublas": cublas, "repeats": count}
+    found |= {"other_bits": int(other), "guard": bool(room[rows:].isnan().all())}
+    print(
+        " ".join(
+            f"{name} {value:.2e}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+        )
+    )
+    if not (ours < 1.1 * cublas + 2e-4 and found["guard"] and not found["other_bits"]):  # NaN is no less
+        raise SystemExit("wrong")
+    return found
 
 
-def energy(device: Any) -> float:
-    """Joules since the driver was loaded."""
-    try:
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(device)) / 1e3
-    except pynvml.NVMLError:
-        return float("nan")
-
-
-def timed(call: Callable[[], object], seconds: float, device: Any) -> dict[str, float]:
-    """Time and energy of a call that is repeated for some seconds, and the clock of the multiprocessors."""
-    begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    call()
-    torch.cuda.synchronize()
-    begin.record()
+def timed(call: Callable[[], object], seconds: float) -> float:
+    """Seconds of a call that is repeated for a while, in its second half."""
+    start = time.perf_counter()
     for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    count = max(2, int(seconds / 2 / (time.perf_counter() - start) * 3))
+    for _ in range(count):
+        call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
         call()
     end.record()
     end.synchronize()
-    count = max(4, int(seconds * 3e3 / begin.elapsed_time(end)))
-    before = energy(device)
-    start = time.perf_counter()
-    begin.record()
-    for index in range(count):
-        if index == count // 2:
-            middle.record()  # the second half is at the power's limit
-        call()
-    end.record()
-    clocks, powers = [], []
-    while not end.query():
-        clocks.append(pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM))
-        powers.append(pynvml.nvmlDeviceGetPowerUsage(device) / 1e3)
-        time.sleep(0.02)
-    took = time.perf_counter() - start
-    joules = energy(device) - before
-    late = len(clocks) // 2
-    return {
-        "us": begin.elapsed_time(end) * 1e3 / count,
-        "us_late": middle.elapsed_time(end) * 1e3 / (count - count // 2),
-        "watts": joules / took,
-        "mhz": statistics.median(clocks[late:] or [0]),
-        "watts_read": statistics.median(powers[late:] or [0]),
-    }
+    return begin.elapsed_time(end) / 1e3 / count
 
 
-@torch.compile(dynamic=False)
-def gate(both: Tensor) -> Tensor:
-    first, second = both.chunk(2, dim=-1)
-    return F.silu(first) * second
-
-
-def calls_of(x: Tensor, w: Tensor, gated: bool) -> dict[str, Callable[[], object]]:
-    """cuBLAS and our forms."""
-    both = torch.empty(len(x), len(w), dtype=torch.bfloat16, device="cuda")
-    out = both.view(-1, len(w) // 2)[: len(x)] if gated else both
-    usual = partial(torch.mm, x, w.T, out=both)
-    calls: dict[str, Callable[[], object]] = {"cublas": usual}
-    if gated:
-        calls = {"cublas + silu": lambda: gate(usual())}
-    return calls | {name: partial(product, x, w, out, gated, form) for name, form in FORMS.items()}
-
-
-def probe(device: Any) -> list[dict[str, Any]]:
-    """What the tensor cores reach with zeros, which draw little power: without copies, with some, with all."""
-    rows = []
-    x, w = (torch.zeros(8192, 4096, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    out = torch.empty(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    for name, form in FORMS.items():
-        for what, copies in (("all", 7), ("x", 5), ("w", 6), ("none", 4), ("none, no barriers", 0)):
-            found = timed(partial(product, x, w, out, False, form._replace(probe=copies)), 0.1, device)
-            share = 2 * 8192 * 8192 * 4096 / found["us_late"] / found["mhz"] / (4096 * 132)
-            rows.append({"form": name, "copies": what, "share": share, **found})
-            print(f"zeros {name:<14} copies {what:<18} {found['us_late']:7.1f} us {found['mhz']:.0f} MHz "
-                  f"{found['watts_read']:.0f} W {share:.3f} of the tensor cores", flush=True)  # fmt: skip
-    found = timed(partial(torch.mm, x, w.T, out=out), 0.1, device)
-    share = 2 * 8192 * 8192 * 4096 / found["us_late"] / found["mhz"] / (4096 * 132)
-    print(f"zeros cublas {found['us_late']:7.1f} us {found['mhz']:.0f} MHz {share:.3f}", flush=True)
-    return rows
+def measure(shape: str, rows: int, rounds: int, seconds: float, device: str) -> dict[str, Any]:
+    x, w = inputs(rows, *SHAPES[shape], device)
+    row: dict[str, Any] = {"shape": shape, "rows": rows}
+    if device != "cuda":
+        gated_rows(x, w)
+        return row
+    calls = {"cublas": partial(by_cublas, x, w), "ours": partial(gated_rows, x, w)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            times[name].append(timed(call, seconds))
+    for name, each in times.items():
+        row[f"{name}_us"] = statistics.median(each) * 1e6
+        row[f"{name}_all_us"] = [time * 1e6 for time in each]
+    print(f"{shape:<14} {rows:6} rows: cuBLAS {row['cublas_us']:8.1f} us, ours {row['ours_us']:8.1f}", flush=True)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b"])
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b", "llama-3.2-1b"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1024, 2048, 8192])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--products", nargs="*", default=["qkv", "o", "down"])
-    parser.add_argument("--fewer", nargs="*", type=int, default=[1024])
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--probe", action="store_true")
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="the op's reference, anywhere")
     arguments = parser.parse_args()
-    for name in set(FORMS) - set(arguments.forms):
-        del FORMS[name]
-    torch.backends.cuda.matmul.allow_tf32 = False
+    device = this_device()
     torch.manual_seed(0)
-    pynvml.nvmlInit()
-    device = pynvml.nvmlDeviceGetHandleByIndex(0)
-    torch.zeros(1, device="cuda")
-    variants = [(form, gated) for form in FORMS.values() for gated in (False, True)]
-    results: dict[str, Any] = {"benchmark": "many-rows", "checks": [], "repeats": [], "rows": []}
-
-    def take_turns(shape: str, name: str, rows: int, gated: bool, seconds: float) -> None:
-        outputs, columns = SHAPES[shape][name]
-        x, w = inputs(rows, outputs, columns)
-        found: dict[str, list[dict[str, float]]] = {}
-        for _ in range(arguments.rounds):
-            for variant, call in calls_of(x, w, gated).items():
-                if variant not in FORMS or good[FORMS[variant], gated]:
-                    found.setdefault(variant, []).append(timed(call, seconds, device))
-        work = 2 * rows * outputs * columns
-        for variant, times in found.items():
-            row = {key: statistics.mean(time[key] for time in times) for key in times[0]}
-            row["tflops"] = work / row["us_late"] / 1e6
-            facts = {"shape": shape, "product": name, "rows": rows, "gated": gated, "variant": variant}
-            results["rows"].append({**facts, **row, "all": times})
-            each = " ".join(f"{time['us_late']:.1f}" for time in times)
-            print(
-                f"{shape} {name:<8} {rows:5} {variant:<14} {row['us']:8.1f} us, late {row['us_late']:8.1f} ({each}) "
-                f"{row['tflops']:6.1f} TFLOP/s {row['watts_read']:.0f} W {row['mhz']:5.0f} MHz",
-                flush=True,
-            )
-
-    good: dict[tuple[Form, bool], bool] = {}
-    for form, gated in variants:
-        good[form, gated] = all(check(form, gated, *size) for size in CHECKED)
-        if good[form, gated]:
-            other = repeats(form, gated, 8191, 4096, 4096, arguments.repeats)
-            print(f"{tuple(form)} {gated=}: {other} of {arguments.repeats} with other bits", flush=True)
-            results["repeats"].append([list(form), gated, other, arguments.repeats])
-        results["checks"].append([list(form), gated, good[form, gated]])
-    if arguments.probe:
-        results["probe"] = probe(device)
-    for shape in arguments.shapes:
-        for name in arguments.products:
-            take_turns(shape, name, arguments.rows, False, arguments.seconds)
-        for rows in (arguments.rows, *arguments.fewer):
-            take_turns(shape, "gate_up", rows, True, arguments.seconds if rows == arguments.rows else 0.15)
+    shapes, numbers = (["tiny"], [3]) if arguments.smoke else (arguments.shapes, arguments.rows)
+    results: dict[str, Any] = {"benchmark": "many-rows", "checks": [], "rows": []}
+    if device == "cuda":
+        results["checks"] = [check(*sizes, arguments.repeats) for sizes in CHECKED]
+    for shape in shapes:
+        for rows in numbers:
+            results["rows"].append(measure(shape, rows, arguments.rounds, arguments.seconds, device))
+            synchronize(device)
     report(results, arguments.output)
 
 

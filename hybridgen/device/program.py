@@ -170,32 +170,11 @@ class Kernel:
         _checked(driver.cuFuncSetAttribute(self._function, dynamic, shared_bytes), "cuFuncSetAttribute")
         self._shared_bytes = shared_bytes
         self._early: dict[tuple[int, int, int], Any] = {}
-        self._clusters: dict[tuple[int, int], int] = {}
 
     def attribute(self, name: str) -> int:
         """A `CU_FUNC_ATTRIBUTE_...` of it, such as `NUM_REGS` or `LOCAL_SIZE_BYTES`."""
         which = getattr(self._driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
         return int(_checked(self._driver.cuFuncGetAttribute(which, self._function), "cuFuncGetAttribute"))
-
-    def clusters(self, blocks: int, threads: int) -> int:
-        """How many clusters of so many blocks run at once.
-
-        Raises:
-            DeviceError: the driver refuses.
-        """
-        if (blocks, threads) not in self._clusters:
-            driver = self._driver
-            cluster = driver.CUlaunchAttribute()
-            cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = blocks, 1, 1
-            config = driver.CUlaunchConfig()
-            config.gridDimX, config.blockDimX = blocks, threads
-            config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-            config.sharedMemBytes = self._shared_bytes
-            config.attrs, config.numAttrs = [cluster], 1
-            found = driver.cuOccupancyMaxActiveClusters(self._function, config)
-            self._clusters[blocks, threads] = int(_checked(found, "cuOccupancyMaxActiveClusters"))
-        return self._clusters[blocks, threads]
 
     def launch(self, blocks: int, threads: int, parameters: Any, stream: int) -> None:
         """Launch cooperatively: all blocks at once on the device, or not at all.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridgen.device.failures import is_fatal
 from hybridgen.device.timing import event_seconds
 from hybridgen.errors import described
 from hybridgen.kernels.linear.gated import LEAST_ROWS, by_cublas, gated_rows, has_kernel
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 _SILU = ("SiLU", "SiLUActivation")
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Of the norm of each row's results, by dtype."""
+_PART = 1024
+"""Rows that are compared at once."""
 _CHECKED = 7
 """Rows that a module is checked on; the kernel gets more."""
 
@@ -44,9 +47,11 @@ def use_gated_op(bound: BoundModel, step: StepMetadata, rows: int, fall_back: Ca
     """From now on MLPs for which that is proved run gate and up as one op in prefill; returns how many these are.
 
     Args:
-        rows: tokens of a large prefill, for which it is timed.
+        rows: tokens of the largest prefill, for which it is timed; the op's kernel is for `LEAST_ROWS` and more.
         fall_back: told why the op is not used for a weight that it serves.
     """
+    if rows < LEAST_ROWS:
+        return 0
     tried: dict[Any, str | None] = {}
     count = 0
     for module in _candidates(bound):
@@ -153,12 +158,14 @@ def _difference(module: Any) -> str | None:
 def _problem(weight: Tensor, rows: int) -> str | None:
     """Why the op is not used for a weight; None where it is."""
     try:
-        for count in (LEAST_ROWS + 1, max(LEAST_ROWS, rows)):
+        for count in (LEAST_ROWS + 1, rows):
             x = _random(count, weight)
             if not _close(gated_rows(x, weight), by_cublas(x, weight)):
                 return f"of {count} random rows our kernel's results are other ones"
         ours, cublas = (median(event_seconds(partial(call, x, weight), 5)) for call in (gated_rows, by_cublas))
     except Exception as error:  # what compiles and launches can raise much
+        if is_fatal(error):
+            raise
         return f"our kernel failed: {described(error)}"
     if ours >= cublas:
         return f"{len(x)} rows take our kernel {ours * 1e6:.0f} us, and cuBLAS {cublas * 1e6:.0f}"
@@ -166,7 +173,12 @@ def _problem(weight: Tensor, rows: int) -> str | None:
 
 
 def _close(ours: Tensor, own: Tensor) -> bool:
+    """Whether each row is near; some rows at a time, as float32 takes room."""
     if ours.shape != own.shape:
         return False
-    ours, own, tolerance = ours.float(), own.float(), _TOLERANCE.get(own.dtype, 2e-2)
-    return bool(((ours - own).norm(dim=-1) <= tolerance * own.norm(dim=-1) + 1e-30).all())
+    tolerance = _TOLERANCE.get(own.dtype, 2e-2)
+    for first, second in zip(ours.split(_PART, -2), own.split(_PART, -2), strict=True):
+        error, size = (first.float() - second.float()).norm(dim=-1), second.float().norm(dim=-1)
+        if not bool((error <= tolerance * size + 1e-30).all()):
+            return False
+    return True

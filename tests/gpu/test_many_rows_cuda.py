@@ -30,9 +30,9 @@ def test_gate_and_up_against_float32(rows: int, width: int, inputs: int) -> None
     g = torch.Generator("cuda").manual_seed(rows)
     x = torch.randn(rows, inputs, device="cuda", generator=g).bfloat16()
     weight = torch.randn(2 * width, inputs, device="cuda", generator=g).mul(inputs**-0.5).bfloat16()
-    assert many_rows.serves(weight, True)
+    assert many_rows.serves(weight)
     room = torch.full((rows + 64, width), float("nan"), device="cuda", dtype=torch.bfloat16)
-    many_rows.product(x, weight, room[:rows], True)
+    many_rows.product(x, weight, room[:rows])
     gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
     wanted = F.silu(gate) * up
     error = (room[:rows].double() - wanted).norm() / wanted.norm()
@@ -41,7 +41,7 @@ def test_gate_and_up_against_float32(rows: int, width: int, inputs: int) -> None
     again = torch.empty_like(room)
     for _ in range(100):
         again.fill_(float("nan"))
-        many_rows.product(x, weight, again[:rows], True)
+        many_rows.product(x, weight, again[:rows])
         assert torch.equal(again[:rows], room[:rows])
 
 

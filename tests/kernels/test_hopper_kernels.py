@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -79,11 +81,10 @@ def test_other_heads_are_not_streamed(heads: Heads, monkeypatch: pytest.MonkeyPa
 
 
 @needs_compiler
-@pytest.mark.parametrize("gated", [True, False])
-def test_products_of_many_rows_compile(gated: bool) -> None:
-    cubin = program.compile_cubin(many_rows.defines(many_rows.FORM, gated), "sm_90a", many_rows.PROGRAM)
-    assert many_rows.PROGRAM.kernel.encode() in cubin
-    assert many_rows.shared_bytes(many_rows.FORM) <= 227 * 2**10
+def test_gate_and_up_of_many_rows_compile() -> None:
+    assert many_rows.PROGRAM.kernel.encode() in program.compile_cubin(many_rows.DEFINES, "sm_90a", many_rows.PROGRAM)
+    assert many_rows.SHARED_BYTES <= 227 * 2**10
+    assert ctypes.sizeof(many_rows.Arguments) == 448, "a multiple of 64, as in C++"
 
 
 def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +92,7 @@ def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts_one, "IS_ON", True)
     x, data = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(64, 32, dtype=torch.int32)
     assert not int4_few.takes(x, data, torch.zeros(64, 2, dtype=torch.bfloat16), 128)
-    assert not many_rows.serves(torch.zeros(64, 64, dtype=torch.bfloat16), True)
+    assert not many_rows.serves(torch.zeros(64, 64, dtype=torch.bfloat16))
     codes, scales = torch.zeros(4, 64, 16, dtype=torch.uint8), torch.zeros(4, 64, 4, dtype=torch.uint8)
     part = Projection(codes, scales)
     inputs, out = torch.zeros(1, 512, dtype=torch.float16), torch.zeros(2, 32)

@@ -65,7 +65,7 @@ def rows_of_op(serving: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _use(runner: ModelRunner) -> int:
-    return use_gated_op(runner.bound, runner.steps.metadata, 64, pytest.fail)
+    return use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail)
 
 
 def _prefill(runner: ModelRunner, sizes: tuple[int, ...] = (20, 9)) -> Tensor:
@@ -180,8 +180,13 @@ def test_what_the_trial_refuses_is_counted_once(
     runner = runner_of("llama")
     monkeypatch.setattr(gated, "_problem", lambda weight, rows: "it takes longer")
     told: list[str] = []
-    assert use_gated_op(runner.bound, runner.steps.metadata, 64, told.append) == 0
+    assert use_gated_op(runner.bound, runner.steps.metadata, 4096, told.append) == 0
     assert told == ["gate and up of prefill are left to cuBLAS: it takes longer"]
+
+
+def test_an_engine_of_small_prefills_tries_nothing(runner_of: Callable[..., ModelRunner], serving: None) -> None:
+    runner = runner_of("llama")
+    assert use_gated_op(runner.bound, runner.steps.metadata, gated.LEAST_ROWS - 1, pytest.fail) == 0
 
 
 def test_a_cpu_has_no_kernel(runner_of: Callable[..., ModelRunner]) -> None:

@@ -32,11 +32,15 @@ def _gated_rows_cpu(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _gated_rows_cuda(rows: Tensor, weight: Tensor) -> Tensor:
     with on_device_of(rows):
-        if rows.shape[0] >= LEAST_ROWS and rows.is_contiguous() and has_kernel(weight):
+        if rows.shape[0] >= LEAST_ROWS and _fits(rows, weight) and has_kernel(weight):
             from hybridgen.kernels.linear.many_rows import gated
 
             return gated(rows, weight)
         return by_cublas(rows, weight)
+
+
+def _fits(rows: Tensor, weight: Tensor) -> bool:
+    return rows.dtype == weight.dtype and rows.is_contiguous() and not rows.data_ptr() % 16
 
 
 def has_kernel(weight: Tensor) -> bool:
@@ -45,7 +49,7 @@ def has_kernel(weight: Tensor) -> bool:
         return False
     from hybridgen.kernels.linear.many_rows import serves
 
-    return serves(weight, True)
+    return serves(weight)
 
 
 def by_cublas(rows: Tensor, weight: Tensor) -> Tensor:

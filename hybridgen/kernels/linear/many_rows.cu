@@ -1,10 +1,11 @@
 // out = x @ w.T for thousands of rows in bfloat16 with sums in float32, on compute capability 9.0; or, where w is gate and
-// up, silu(x @ gate.T) * (x @ up.T), which are never written.
+// up, silu(x @ gate.T) * (x @ up.T), whose products are never written.
 //
-// A block makes tiles of 64 * CONSUMERS rows and WIDE columns, one after the other. One thread copies (TMA) steps of 64
-// inputs into a ring of stages; each group of four warps multiplies 64 of the rows by all columns (wgmma). Two blocks, a
-// cluster, make tiles one above the other: each copies half of w's part and sends it to both. Tiles are taken in groups of
-// `group` cluster rows, column by column, so that what runs at the same time shares what lies in the L2 cache.
+// A block makes tiles of 64 * BLOCKS * CONSUMERS rows and WIDE columns of w, one after the other. One thread copies (TMA)
+// steps of 64 inputs into a ring of stages; each group of four warps multiplies 64 * BLOCKS of the rows by all columns
+// (wgmma). The blocks of a cluster make tiles that lie DOWN below and ACROSS beside each other; each copies a part of what
+// it shares with others and sends it to them. Tiles are taken in groups of `group` cluster rows, column by column, so that
+// what runs at the same time shares what lies in the L2 cache.
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -20,9 +21,6 @@ constexpr int X_PART = TALL / ACROSS, W_PART = WIDE / (DOWN == 1 ? 2 : DOWN);   
 constexpr int OUT_WIDE = GATED ? WIDE / 2 : WIDE, BOX = 16 * BOX_WIDE * 2;   // a warp writes boxes of 16 rows
 constexpr int OUT_BYTES = 4 * CONSUMERS * BOXES * BOX;
 static_assert(OUT_WIDE % BOX_WIDE == 0, "whole boxes");
-#ifndef PROBE
-#define PROBE 7
-#endif
 
 struct alignas(64) Map { u64 words[16]; };
 struct Arguments {
@@ -60,20 +58,6 @@ DEVICE void copy_out(const Map& map, int column, int row, u32 from) {
 DEVICE u64 described(u32 at) { return (u64)((at & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
 #define SUMS4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define SUMS(c, i) SUMS4(c, i), SUMS4(c, i + 4), SUMS4(c, i + 8), SUMS4(c, i + 12)
-DEVICE void multiply(float (&c)[128], u64 a, u64 b, u32 more) {   // 64 x 256
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-    "}, %128, %129, p, 1, 1, 0, 0;}"
-    : SUMS(c, 0), SUMS(c, 16), SUMS(c, 32), SUMS(c, 48), SUMS(c, 64), SUMS(c, 80), SUMS(c, 96), SUMS(c, 112)
-    : "l"(a), "l"(b), "r"(more));
-}
 DEVICE void multiply(float (&c)[96], u64 a, u64 b, u32 more) {   // 64 x 192
   asm volatile("{.reg .pred p; setp.ne.b32 p, %98, 0; wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -84,16 +68,6 @@ DEVICE void multiply(float (&c)[96], u64 a, u64 b, u32 more) {   // 64 x 192
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
     "}, %96, %97, p, 1, 1, 0, 0;}"
     : SUMS(c, 0), SUMS(c, 16), SUMS(c, 32), SUMS(c, 48), SUMS(c, 64), SUMS(c, 80)
-    : "l"(a), "l"(b), "r"(more));
-}
-DEVICE void multiply(float (&c)[64], u64 a, u64 b, u32 more) {   // 64 x 128
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-    "}, %64, %65, p, 1, 1, 0, 0;}"
-    : SUMS(c, 0), SUMS(c, 16), SUMS(c, 32), SUMS(c, 48)
     : "l"(a), "l"(b), "r"(more));
 }
 DEVICE u32 pair(float low, float high) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
@@ -135,13 +109,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   place(first, row_in, column_in);
   auto copy_step = [&] {
     const u32 to = ring + stage_in * STAGE, to_w = to + X_BYTES, barrier = full + 8 * stage_in;
-    if (PROBE & 4) wait_for(empty + 8 * stage_in, parity_in);
-    if (PROBE & 4) expect(barrier, (PROBE & 1 ? X_BYTES : 0) + (PROBE & 2 ? W_BYTES : 0));
-    if (PROBE & 1) {
+    wait_for(empty + 8 * stage_in, parity_in);
+    expect(barrier, STAGE);
+    {
       if (ACROSS == 1) copy_in(to, g.x, k_in, row_in, barrier);
       else copy_to_all(to + beside * X_PART * STEP * 2, g.x, k_in, row_in + beside * X_PART, barrier, ((1 << ACROSS) - 1) << below * ACROSS);
     }
-    if (PROBE & 2) {
+    {
       UNROLL for (int i = 0; i < (DOWN == 1 ? 2 : 1); i++) {
         const int part = (DOWN == 1 ? i : below) * W_PART;
         const int from = column_in + part + (GATED && part >= WIDE / 2 ? g.outputs - WIDE / 2 : 0);   // up is behind all of gate
@@ -172,7 +146,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     float sums[BLOCKS][WIDE / 2];
     // Those in its row, then the others in its column.
     const u32 sharer = lane < ACROSS ? below * ACROSS + lane : (lane - ACROSS + (lane - ACROSS >= (int)below)) * ACROSS + beside;
-    auto release = [&](int s) { if (PROBE & 4 && lane < SHARERS) arrive_at(empty + 8 * s, sharer); };
+    auto release = [&](int s) { if (lane < SHARERS) arrive_at(empty + 8 * s, sharer); };
     // Where a lane puts its 16 bytes of a box: matrices of 8 x 8, two below and two beside each other.
     const u32 box = boxes + (warp - 4 * PRODUCER) * BOXES * BOX, box_row = lane & 15, place_in_box = box_row * BOX_WIDE * 2;
     const u32 swizzle = BOX_WIDE == 64 ? box_row & 7 : box_row >> 1 & 3;
@@ -180,7 +154,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int tile = first; tile < tiles; tile += apart) {
       int last = 0;
       for (int k = 0; k < steps; k++) {
-        if (PROBE & 4) wait_for(full + 8 * stage, parity);
+        wait_for(full + 8 * stage, parity);
         const u64 x = described(ring + stage * STAGE + consumer * BLOCKS * (64 * STEP * 2)), w = described(ring + stage * STAGE + X_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
         UNROLL for (int i = 0; i < 4; i++) {

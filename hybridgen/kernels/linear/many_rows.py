@@ -1,4 +1,4 @@
-"""Launches of `many_rows.cu`: bfloat16 weights times thousands of rows, on compute capability 9.0.
+"""Launches of `many_rows.cu`: gate and up of thousands of rows in bfloat16, on compute capability 9.0.
 
 Only the CUDA implementation imports this module.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,34 +16,27 @@ from hybridgen.device.program import Kernel, Program, driver_call, driver_module
 from hybridgen.kernels.linear.hopper import is_hopper, loaded
 
 PROGRAM = Program((__package__ or "",), "many_rows.cu", (), "many_rows")
-_STEP = 64
-
-
-class Form(NamedTuple):
-    """How the kernel is compiled, and in which order it takes its tiles."""
-
-    consumers: int = 2
-    """Groups of four warps that multiply."""
-    producer: bool = True
-    """Whether another group copies; else a thread of the first that multiplies."""
-    blocks: int = 1
-    """64 rows of each group."""
-    wide: int = 256
-    """Columns of a tile."""
-    stages: int = 4
-    boxes: int = 2
-    """Of 16 x 64 outputs, for each warp, on their way out."""
-    box_wide: int = 64
-    down: int = 2
-    """Blocks of a cluster one above the other, which share columns of the weight."""
-    across: int = 1
-    """Blocks of a cluster side by side, which share rows of x."""
-    group: int = 2048
-    """Rows that are taken together, about."""
-    probe: int = 7
-
-
-FORM = Form(blocks=2, wide=192, stages=3, box_wide=32, down=1, across=2)
+DEFINES = {
+    "ACROSS": 2,
+    "BLOCKS": 2,
+    "BOXES": 2,
+    "BOX_WIDE": 32,
+    "CONSUMERS": 2,
+    "DOWN": 1,
+    "GATED": 1,
+    "PRODUCER": 1,
+    "STAGES": 3,
+    "WIDE": 192,
+}
+"""Constants of `many_rows.cu`: the form that was fastest for gate and up."""
+# As these make them.
+TALL, WIDE = 256, 96
+"""Rows and outputs of a tile; a cluster of two blocks makes two of them, side by side."""
+SHARED_BYTES = 3 * ((TALL + 2 * WIDE) * 64 * 2 + 16) + 8 * 2 * 16 * 32 * 2
+_THREADS = 384
+_STEP, _BOX = 64, (32, 16)
+_TOGETHER = 8
+"""Rows of tiles that are taken together: 2,048 rows of x, 16 MB for 4,096 inputs."""
 
 
 class _Map(ctypes.Structure):
@@ -61,32 +53,8 @@ class Arguments(ctypes.Structure):
     )
 
 
-def defines(form: Form, gated: bool) -> dict[str, int]:
-    """Constants of `many_rows.cu`."""
-    return {
-        "ACROSS": form.across,
-        "BLOCKS": form.blocks,
-        "BOXES": form.boxes,
-        "BOX_WIDE": form.box_wide,
-        "CONSUMERS": form.consumers,
-        "DOWN": form.down,
-        "GATED": int(gated),
-        "PROBE": form.probe,
-        "PRODUCER": int(form.producer),
-        "STAGES": form.stages,
-        "WIDE": form.wide,
-    }
-
-
-def shared_bytes(form: Form) -> int:
-    """Shared memory of a block."""
-    stage = (64 * form.blocks * form.consumers + form.wide) * _STEP * 2
-    return form.stages * (stage + 16) + 4 * form.consumers * form.boxes * form.box_wide * 16 * 2
-
-
-def _kernel(form: Form, gated: bool, ordinal: int) -> Kernel | None:
-    constants = tuple(defines(form, gated).items())
-    return loaded(PROGRAM, constants, shared_bytes(form), ordinal, "products of many rows")
+def _kernel(ordinal: int) -> Kernel | None:
+    return loaded(PROGRAM, tuple(DEFINES.items()), SHARED_BYTES, ordinal, "gate and up of many rows")
 
 
 @functools.lru_cache(4096)
@@ -111,41 +79,34 @@ def _map(pointer: int, rows: int, columns: int, box: tuple[int, int]) -> _Map:
     return _Map((ctypes.c_uint64 * 16)(*(int(word) for word in encoded.opaque)))
 
 
-def serves(weight: Tensor, is_gated: bool) -> bool:
-    """Whether the kernel is for a weight [N, K], and there is one."""
+def serves(weight: Tensor) -> bool:
+    """Whether the kernel is for a weight [2 * N, K], and there is one."""
     outputs, inputs = weight.shape
-    sizes = inputs % 8 == 0 and outputs % (16 if is_gated else 8) == 0 and not weight.data_ptr() % 16
+    sizes = inputs % 8 == 0 and outputs % 16 == 0 and not weight.data_ptr() % 16
     if not weight.is_cuda or weight.dtype != torch.bfloat16 or not sizes or not weight.is_contiguous():
         return False
-    return is_hopper(weight.device.index) and _kernel(FORM, is_gated, weight.device.index) is not None
+    return is_hopper(weight.device.index) and _kernel(weight.device.index) is not None
 
 
 def gated(rows: Tensor, weight: Tensor) -> Tensor:
     """silu(rows @ gate.T) * (rows @ up.T) of rows [M, K], contiguous, and a weight that `serves` says yes to."""
     out = torch.empty(rows.shape[0], weight.shape[0] // 2, dtype=rows.dtype, device=rows.device)
-    product(rows, weight, out, True)
+    product(rows, weight, out)
     return out
 
 
-def product(x: Tensor, weight: Tensor, out: Tensor, gated: bool = False, form: Form = FORM) -> None:
-    """`x @ weight.T` of x [M, K] and weight [N, K] into out [M, N], bfloat16 and contiguous all.
-
-    Args:
-        gated: the weight is gate and up, one behind the other, and out is [M, N / 2]: `silu(gate) * up`.
-        form: how the kernel is compiled.
-    """
+def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`gated`, into out [M, N]; all are bfloat16, contiguous, and begin at multiples of 16 bytes."""
     (rows, inputs), outputs = x.shape, out.shape[1]
     device = device_of(x)
-    kernel = _kernel(form, gated, device.ordinal)
+    kernel = _kernel(device.ordinal)
     assert kernel is not None
-    tall, out_wide = 64 * form.blocks * form.consumers, form.wide // 2 if gated else form.wide
     arguments = Arguments(
-        _map(x.data_ptr(), rows, inputs, (_STEP, tall // form.across)),
-        _map(weight.data_ptr(), weight.shape[0], inputs, (_STEP, form.wide // max(2, form.down))),
-        _map(out.data_ptr(), rows, outputs, (form.box_wide, 16)),
-        rows, outputs, inputs, max(1, form.group // (tall * form.down)),
+        _map(x.data_ptr(), rows, inputs, (_STEP, TALL // 2)),
+        _map(weight.data_ptr(), 2 * outputs, inputs, (_STEP, WIDE)),
+        _map(out.data_ptr(), rows, outputs, _BOX),
+        rows, outputs, inputs, _TOGETHER,
     )  # fmt: skip
-    cluster, threads = form.down * form.across, 128 * (form.consumers + form.producer)
-    tiles = -(-rows // (tall * form.down)) * -(-outputs // (out_wide * form.across))
+    clusters = min(device.processors // 2, -(-rows // TALL) * -(-outputs // (2 * WIDE)))
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch_any(cluster * min(kernel.clusters(cluster, threads), tiles), threads, arguments, stream)
+    kernel.launch_any(2 * clusters, _THREADS, arguments, stream)
