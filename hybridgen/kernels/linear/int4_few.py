@@ -16,8 +16,7 @@ from hybridgen.device.program import Kernel, Program
 from hybridgen.kernels.linear.hopper import OF_FEW_ROWS, loaded, serves
 
 IS_ON = False
-"""Whether it is used. Right on an H200, and a step of the 70B by the layers takes 15.95 ms with it in place of 19.2;
-two to eight rows have not been timed, and it has not been repeated thousands of times."""
+"""Whether it is used. It was right on an H200; two to eight rows have not been timed, and thousands of repeats not made."""
 MOST_ROWS = 8
 PROGRAM = Program((__package__ or "",), "int4_few.cu", (), OF_FEW_ROWS)
 _STEP = 128
