@@ -226,9 +226,8 @@ class _Copied:
             return
         self._seen = now
         if not isinstance(self._place, QuantisedLinear):
-            values = _values_of(self._module, self._dtype)
-            place: Any = self._place.weight
-            if values is not None and values.shape == place.shape:
+            values, place = _values_of(self._module, self._dtype), self._place.weight
+            if values is not None and isinstance(place, Tensor) and values.shape == place.shape:
                 place.data.copy_(values)
             return
         weight = weight_of(self._module, self._dtype)

@@ -67,14 +67,18 @@ def test_few_rows_go_through_cublas(dtype: torch.dtype) -> None:
 
 @needs_hopper
 def test_a_model_prefills_by_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same first tokens' probabilities as in mode `eager`, for prompts of which a call has thousands of tokens."""
+    """The first tokens' probabilities of a call of thousands of tokens, as near to float32's as mode `eager` has them.
+
+    Random weights make sharp logits: 16 bits alone move them by a third, so that both are compared with float32.
+    """
     monkeypatch.setattr("hybridgen.models.gated._problem", lambda weight, rows: None)
     families.build("llama", hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
     prompts = [[(7 * i + 3 * j) % families.VOCAB for i in range(100)] for j in range(16)]
     found = {}
     settings: dict[str, Any] = {"max_batch": 16, "max_context": 128, "token_budget": 2048, "kv_memory": "64MiB"}
-    for mode in ("eager", "hybrid"):
-        with hybridgen.Engine.load(tmp_path, mode=mode, dtype="bfloat16", **settings) as engine:
+    for name, mode, dtype in (("exact", "eager", "float32"), ("eager", "eager", None), ("hybrid", "hybrid", None)):
+        with hybridgen.Engine.load(tmp_path, mode=mode, dtype=dtype or "bfloat16", **settings) as engine:
             outs = engine.generate(prompts, max_new_tokens=1, temperature=0, logprobs=1)
-            found[mode] = torch.tensor([out.logprobs[0].logprob for out in outs])
-    assert (found["hybrid"] - found["eager"]).abs().max() < 0.1
+            found[name] = torch.tensor([out.logprobs[0].logprob for out in outs])
+    errors = {name: float((found[name] - found["exact"]).abs().mean()) for name in ("eager", "hybrid")}
+    assert errors["hybrid"] < 3 * errors["eager"], errors
