@@ -31,21 +31,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-IMPORTS = (
-    "torch._dynamo",
-    "torch._inductor.compile_fx",
-    "torch._inductor.standalone_compile",
-    "transformers.generation.utils",
-    "transformers.models.llama.modeling_llama",
-    "hybridgen.api",
-    "hybridgen.cli.main",
-    "hybridgen.compilation.worker",
-    "hybridgen.engine",
-    "hybridgen.engine.rank",
-    "hybridgen.graphs.store",
-    "hybridgen.serving.process",
-    "hybridgen.serving.replicas.replicas",
-)
 _AT_IMPORT = ("CUDA", "HF_", "LD_", "PYTHON", "TORCH", "TRANSFORMERS", "TRITON", "TOKENIZERS")
 """Variables that are read at import begin so."""
 _LATER = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -68,7 +53,7 @@ class Server:
         """Start it, with this environment; it ends with this process.
 
         Args:
-            compiles: have Inductor compile something before anything is forked; see `warm_inductor`.
+            compiles: have Inductor compile something before anything is forked; see `ahead`.
         """
         import hybridgen
 
@@ -236,15 +221,12 @@ def _receive(connection: socket.socket) -> tuple[Any, list[int]]:
 def serve(path: str, life: int, compiles: bool) -> dict[str, Any]:
     """Fork for whoever connects, until `life` is closed. Returns in the forked processes, with what they are to do."""
     import gc
-    import importlib
 
-    for name in IMPORTS:
-        importlib.import_module(name)
-    import torch
+    import ahead
 
-    torch.set_num_threads(1)
+    ahead.load()
     if compiles and shutil.which("g++"):
-        warm_inductor()
+        ahead.compile_something()
     gc.collect()
     gc.freeze()
     if len(os.listdir("/proc/self/task")) > 1:
@@ -252,33 +234,6 @@ def serve(path: str, life: int, compiles: bool) -> dict[str, Any]:
     listener = _listener(path)
     os.write(1, b"ready\n")
     return _serve(listener, life)
-
-
-def warm_inductor() -> None:
-    """Compile something small: what Inductor then imports, and finds out about the compiler, takes six seconds of the
-    processor, in which forks do it no more."""
-    import torch
-    import torch._dynamo.utils
-    import torch._inductor.config
-    import tqdm
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    tqdm.tqdm.monitor_interval = 0  # its thread
-    variable = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(variable)
-    inputs = torch.zeros(8, 16), torch.zeros(16, 16)
-    with (
-        tempfile.TemporaryDirectory() as os.environ[variable],
-        torch._inductor.config.patch(compile_threads=1),
-        torch.inference_mode(),
-    ):
-        graph = make_fx(lambda x, y: torch.softmax((x @ y).relu(), -1))(*inputs)
-        torch._inductor.standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
-    os.environ.pop(variable)
-    if before is not None:
-        os.environ[variable] = before
-    tqdm.tqdm.monitor_interval = 10
-    torch._dynamo.utils.counters.clear()  # so that tests count their own
 
 
 def _listener(path: str) -> socket.socket:

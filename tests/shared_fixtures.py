@@ -11,6 +11,7 @@ from typing import Any
 import families
 import forks
 import pytest
+import shared_graphs
 import torch
 import transformers
 from interpreter import Interpreter
@@ -57,6 +58,13 @@ def _compiling_processes_are_forks() -> Iterator[None]:
     """What compiles a step behind starts within milliseconds; one of `tests/graphs/test_compiled_step.py` is fresh."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(behind, "subprocess", SimpleNamespace(Popen=forks.Popen, PIPE=subprocess.PIPE))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_layers_are_handed_on() -> Iterator[None]:
+    """From an engine that was closed to the next of the same kind, with the backend `eager`."""
+    with shared_graphs.shared():
         yield
 
 

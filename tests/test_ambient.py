@@ -120,7 +120,7 @@ def test_the_scripts_noise_and_threads_are_its_own(path: Path) -> None:
 
 def test_compiled_steps(path: Path, wanted: list[Any]) -> None:
     """Dynamo's guards see such states: it compiles again, which is counted, and the tokens are the same."""
-    fields: dict[str, Any] = {"mode": "jit", "compile_backend": "aot_eager", "compile_cache": False}
+    fields: dict[str, Any] = {"mode": "jit", "compile_backend": "eager", "compile_cache": False}
     with Engine.load(path, **fields) as engine:
         for state in STATES:
             with STATES[state]():

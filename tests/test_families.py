@@ -8,6 +8,7 @@ from typing import Any
 
 import families
 import pytest
+import shared_graphs
 import torch
 
 import hybridgen
@@ -170,6 +171,7 @@ def test_graph(checkpoint: Path, expected: list) -> None:
 )
 def test_jit_and_hybrid(family: str, checkpoint: Path, expected: list, pytestconfig: pytest.Config) -> None:
     """Both with the same compiled layers, because most of the time goes into compiling them."""
+    shared_graphs.forget()
     everywhere = pytestconfig.getoption("--all-inductor")
     if everywhere or family in INDUCTOR:
         backend = "inductor"

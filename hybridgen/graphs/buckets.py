@@ -1,14 +1,52 @@
-"""Which sizes are recorded: buckets that other sizes are padded to."""
+"""What is recorded: buckets that other sizes are padded to, and what recordings may cost."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hybridgen.models.attention import Phase
 
 USUAL_PROMPT = 512
 """Prefill buckets are close together up to here. Above it there are few, whose recordings end at the logits and are for
 many prompts: such calls have several, and what is launched behind them costs nothing beside them."""
 _LARGE = (1024, 2048, 4096)
+FEW_PROMPTS = 8
+"""Prompts that a prefill graph with its sampler outside can have: their logits cost little more than one's."""
+MANY_PROMPTS = 64
+"""The same of a graph of more than 512 tokens: calls of 8192 often have 16 prompts and more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSettings:
+    """What is recorded and what it may cost; see the fields of `EngineConfig`."""
+
+    decode: tuple[int, ...] = ()
+    """Buckets of decode rows; empty: decode is not recorded."""
+    prefill: tuple[int, ...] = ()
+    """Buckets of prefill tokens; empty: prefill is not recorded."""
+    no_prefill: str = "it has no buckets"
+    """Why, where it is not."""
+    max_rows: int
+    """Rows that a step samples at most."""
+    max_graphs: int = 128
+    max_bytes: int | None = None
+    max_padding_ratio: float | None = None
+    lazy: bool = True
+    capture_after: int = 3
+    sample_in_graph: bool = True
+    """Record sampling too; else recordings end at the logits."""
+    named: frozenset[Phase] = frozenset()
+    """Phases whose buckets the user named: all of those are recorded at warm-up, whatever earlier processes used."""
+    improves: bool = True
+    """Record also what would serve steps better that another recording serves."""
+    exact_when_lazy: bool = False
+    """Record decode sizes between the buckets as they are."""
+
+    def buckets(self, phase: Phase) -> tuple[int, ...]:
+        """The buckets of a phase."""
+        return self.decode if phase is Phase.DECODE else self.prefill
 
 
 def decode_buckets(max_batch: int) -> tuple[int, ...]:

@@ -64,3 +64,23 @@ class GraphKey(NamedTuple):
     ) -> GraphKey:
         """A decode step of so many rows."""
         return cls(executor, Phase.DECODE, rows, rows * query_len, query_len, sampler, quiet)
+
+
+def describe(key: GraphKey) -> str:
+    """A recording's name in messages."""
+    if key.is_rest:
+        return f"the sampler's graph of {key.rows} rows"
+    rows = "" if key.phase is Phase.DECODE else f" for {key.rows} prompts" if key.rows != 1 else ""
+    return f"the {key.phase} graph of {key.size} {'rows' if key.phase is Phase.DECODE else 'tokens'}{rows}"
+
+
+def describe_sampler(key: GraphKey) -> str:
+    """The parts of the sampler that a recording has."""
+    if key.sampler is None:
+        return "outside"
+    parts = [
+        name for name, value in zip(key.sampler._fields, key.sampler, strict=True) if value not in (False, None, 0)
+    ]
+    if key.sampler.logprobs == 0:
+        parts.append("logprobs")
+    return ", ".join(parts) or "greedy"

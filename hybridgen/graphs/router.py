@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from hybridgen.graphs.buckets import USUAL_PROMPT, round_up
+from hybridgen.graphs.buckets import FEW_PROMPTS, MANY_PROMPTS, USUAL_PROMPT, round_up
 from hybridgen.graphs.executor import Executor, StateExecutor
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.steps import RunSteps
-from hybridgen.graphs.store import FEW_PROMPTS, MANY_PROMPTS, GraphStore, Recording
+from hybridgen.graphs.store import GraphStore, Recording
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 

@@ -9,13 +9,19 @@ import torch
 
 from hybridgen.compilation.steps import CompiledSteps, Loader, compiles_whole
 from hybridgen.config import EngineConfig, GraphOwner, Mode, parse_bytes
-from hybridgen.graphs.buckets import USUAL_PROMPT, decode_buckets, prefill_buckets
+from hybridgen.graphs.buckets import (
+    FEW_PROMPTS,
+    MANY_PROMPTS,
+    USUAL_PROMPT,
+    GraphSettings,
+    decode_buckets,
+    prefill_buckets,
+)
 from hybridgen.graphs.compiled_step import CompiledStepRecorder
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.stand_in import StandInRecorder
 from hybridgen.graphs.steps import TreeSteps
-from hybridgen.graphs.store import FEW_PROMPTS, MANY_PROMPTS, GraphSettings
 from hybridgen.models.attention import Phase
 from hybridgen.sampling import SamplerPlan
 

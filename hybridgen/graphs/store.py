@@ -14,7 +14,8 @@ import torch
 from hybridgen.core import GraphEvent, GraphEventKind
 from hybridgen.device.failures import LostRanks, is_fatal
 from hybridgen.errors import EngineError, described
-from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.buckets import GraphSettings
+from hybridgen.graphs.key import GraphKey, describe, describe_sampler
 from hybridgen.graphs.recorder import NotReadyError, Recorded, Recorder
 from hybridgen.graphs.steps import CapturedSteps
 from hybridgen.graphs.timings import PlainTimings
@@ -23,45 +24,9 @@ from hybridgen.telemetry.statistics import Counters, GraphRow, GraphStats, Phase
 
 logger = logging.getLogger(__name__)
 
-FEW_PROMPTS = 8
-"""Prompts that a prefill graph with its sampler outside can have: their logits cost little more than one's."""
-MANY_PROMPTS = 64
-"""The same of a graph of more than 512 tokens: calls of 8192 often have 16 prompts and more."""
-
 _NOT_TRIED = "not tried"
 _FAILURES_ALIKE = 2
 """Sizes of a phase whose captures fail with the same message before other sizes are not tried."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphSettings:
-    """What is recorded and what it may cost; see the fields of `EngineConfig`."""
-
-    decode: tuple[int, ...] = ()
-    """Buckets of decode rows; empty: decode is not recorded."""
-    prefill: tuple[int, ...] = ()
-    """Buckets of prefill tokens; empty: prefill is not recorded."""
-    no_prefill: str = "it has no buckets"
-    """Why, where it is not."""
-    max_rows: int
-    """Rows that a step samples at most."""
-    max_graphs: int = 128
-    max_bytes: int | None = None
-    max_padding_ratio: float | None = None
-    lazy: bool = True
-    capture_after: int = 3
-    sample_in_graph: bool = True
-    """Record sampling too; else recordings end at the logits."""
-    named: frozenset[Phase] = frozenset()
-    """Phases whose buckets the user named: all of those are recorded at warm-up, whatever earlier processes used."""
-    improves: bool = True
-    """Record also what would serve steps better that another recording serves."""
-    exact_when_lazy: bool = False
-    """Record decode sizes between the buckets as they are."""
-
-    def buckets(self, phase: Phase) -> tuple[int, ...]:
-        """The buckets of a phase."""
-        return self.decode if phase is Phase.DECODE else self.prefill
 
 
 @dataclass(eq=False)
@@ -465,23 +430,3 @@ class GraphStore:
         self._changed()
         for recorder in recorders.values():
             recorder.close()
-
-
-def describe(key: GraphKey) -> str:
-    """A recording's name in messages."""
-    if key.is_rest:
-        return f"the sampler's graph of {key.rows} rows"
-    rows = "" if key.phase is Phase.DECODE else f" for {key.rows} prompts" if key.rows != 1 else ""
-    return f"the {key.phase} graph of {key.size} {'rows' if key.phase is Phase.DECODE else 'tokens'}{rows}"
-
-
-def describe_sampler(key: GraphKey) -> str:
-    """The parts of the sampler that a recording has."""
-    if key.sampler is None:
-        return "outside"
-    parts = [
-        name for name, value in zip(key.sampler._fields, key.sampler, strict=True) if value not in (False, None, 0)
-    ]
-    if key.sampler.logprobs == 0:
-        parts.append("logprobs")
-    return ", ".join(parts) or "greedy"

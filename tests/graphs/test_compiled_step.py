@@ -110,7 +110,7 @@ def test_a_fresh_process_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 def test_a_step_is_compiled_behind(tmp_path: Path) -> None:
-    path = families.write("llama", tmp_path)
+    path = families.write("llama", tmp_path, num_hidden_layers=1)  # a step is compiled with all of them
     expected = expected_of(path)
     with Engine.load(str(path), **SETTINGS) as engine:
         end = time.monotonic() + 240

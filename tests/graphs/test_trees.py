@@ -24,7 +24,7 @@ Kind = dict[str, object]
 
 
 def make() -> ModelRunner:
-    return make_runner(max_batch=MAX_BATCH, token_budget=BUDGET, pages=40, num_hidden_layers=2)
+    return make_runner(max_batch=MAX_BATCH, token_budget=BUDGET, pages=40, num_hidden_layers=1)
 
 
 @pytest.fixture

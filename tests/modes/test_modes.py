@@ -9,6 +9,7 @@ from typing import Any
 
 import families
 import pytest
+import shared_graphs
 import torch
 from mode_cases import (
     KINDS,
@@ -47,6 +48,7 @@ def test_auto_on_a_cpu_is_eager(path: Path) -> None:
 def test_every_mode_gives_the_same_tokens_and_says_what_it_is(
     path: Path, expected: list[Completion], mode: str
 ) -> None:
+    shared_graphs.forget()
     with loaded(path, mode) as engine:
         outs = engine.generate(PROMPTS, mixed(len(PROMPTS)))
         stats = engine.stats()
