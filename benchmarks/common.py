@@ -219,6 +219,7 @@ SWITCHES = {
     "int4_few": ("hybridgen.kernels.linear.int4_few", "IS_ON"),
     "experts_one": ("hybridgen.kernels.linear.experts_one", "IS_ON"),
     "early": ("hybridgen.compilation.aot", "STARTS_EARLY"),
+    "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
 }
 """What is there and off until it has run on a GPU, by the names that `--switch-on` takes."""
 

@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from common import (
+    SWITCHES,
     how_it_ran,
     provenance,
     quantiles,
@@ -45,6 +46,7 @@ from common import (
     report,
     shape_config,
     shape_dtype,
+    switch_on,
     synchronize,
     this_device,
     write,
@@ -290,9 +292,11 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=6.0, help="seconds of a cell, about")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds of a model, about")
     parser.add_argument("--repeats", type=int, default=0, help="replays of one decode step in mode hybrid")
+    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny models, anywhere")
     arguments = parser.parse_args()
+    switch_on(arguments.switch_on)
     options: dict[str, Any] = {}
     if arguments.smoke:
         arguments.models, arguments.batches, arguments.budget_s = ["tiny", "tiny-latent"], [1, 2], 0.2

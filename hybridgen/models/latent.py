@@ -6,8 +6,8 @@ attention function gets latents, keeps them in pages (`cache.paged_latent`), and
 
 - *Decode* attends to latents. A head's score q.(W c) is (q W).c, so the keys' part of the projection goes into the
   query, and the values' part behind the sum (absorbed).
-- *Prefill* projects the latents of each run, those of earlier chunks and shared pages included. On CUDA a run that
-  begins in the call does so for its own tokens; others attend to latents.
+- *Prefill* projects the latents of each run, those of earlier chunks and shared pages included; on CUDA it attends to
+  latents too, and with `OWN_KEYS` projects those of a run that begins in the call.
 
 Both read the weight of `kv_b_proj` at each step. That they compute what the module's own method and a plain softmax do
 is tried at loading, with its weights (`check_expansion`). The module's class is changed, not its attributes, so that
@@ -39,8 +39,9 @@ from hybridgen.models.swapped import give_back, made_class
 from hybridgen.models.twin import has_forward_hooks
 from hybridgen.models.visibility import CAUSAL
 
-OWN_KEYS = True
-"""Whether prompts that begin in a call attend on CUDA to keys and values of their own."""
+OWN_KEYS = False
+"""Whether prompts that begin in a call attend on CUDA to keys and values of their own. The kernel is right on a GPU
+(`tests/gpu/test_latent_cuda.py`); it has not been timed, and no whole model has run with it."""
 _TRIED = 11
 """Tokens that `check_expansion` attends with."""
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}

@@ -15,8 +15,8 @@ Decode gets queries that went through the keys' part of the projection (absorbed
 latents themselves. Prefill on a CPU projects the latents of each run to keys and values.
 
 The CPU implementations are plain torch, and prefill reads the lengths of its runs on the host. Those for CUDA
-(`latent_launches`) are Triton and never do; of a prefill, runs that began in an earlier call attend to latents there,
-as decode does. Their rank is a multiple of 8 up to 512, rope one up to 128, and page_size a power of two from 8 to 256.
+(`latent_launches`) are Triton and never do; prefill attends to latents there as decode does. Their rank is a multiple
+of 8 up to 512, rope one up to 128, and page_size a power of two from 8 to 256.
 """
 
 from __future__ import annotations
