@@ -71,7 +71,7 @@ def _compiled_layers_are_handed_on() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama checkpoint without a tokenizer."""
-    return families.write("llama", tmp_path_factory.mktemp("checkpoints"))
+    return families.write("llama", tmp_path_factory.mktemp("checkpoints"), num_hidden_layers=2)
 
 
 @pytest.fixture(scope="session")

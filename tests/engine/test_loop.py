@@ -15,6 +15,7 @@ from typing import Any
 
 import families
 import pytest
+import shared_graphs
 import torch
 from transformers import AutoTokenizer
 
@@ -544,7 +545,7 @@ def test_a_failed_build_leaves_the_model_as_it_was(fields: dict[str, Any]) -> No
 
 def test_an_engine_that_is_dropped_is_freed_although_its_live_model_stays() -> None:
     model = families.build("llama")
-    engine = Engine.load(model, **SETTINGS | {"mode": "jit", "compile_backend": "aot_eager"})
+    engine = Engine.load(model, **SETTINGS | {"mode": "jit", "compile_backend": "eager"})
     engine.generate(PROMPTS[0], max_new_tokens=2)
     site = engine._runner.bound.sites[0]
     watched = [weakref.ref(site.module), weakref.ref(site.module._hybridgen.keys)]
@@ -566,7 +567,8 @@ def test_closing_frees_weights_and_cache(llama_path: Path) -> None:
 
 
 def test_another_engines_compilation_is_not_a_late_one(llama_path: Path) -> None:
-    jit = SETTINGS | {"mode": "jit", "compile_backend": "aot_eager"}
+    shared_graphs.forget()
+    jit = SETTINGS | {"mode": "jit", "compile_backend": "eager"}
     with Engine.load(llama_path, **jit) as first:
         stream = first.stream(PROMPTS[0], max_new_tokens=8)
         next(stream)

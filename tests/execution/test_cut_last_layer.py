@@ -182,7 +182,9 @@ def test_models_that_keep_something_else_run_whole(name: str) -> None:
     free_runner(runner)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gemma2"))]
+)
 def test_other_kinds_of_layers(name: str) -> None:
     runner = make(name, "eager")
     assert cut_last_layer(runner) is None

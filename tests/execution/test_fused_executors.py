@@ -7,6 +7,7 @@ from typing import Any
 
 import families
 import pytest
+import shared_graphs
 import torch
 from runners import free_runner, make_runner
 
@@ -355,7 +356,8 @@ def test_logits_without_numbers_are_a_stopped_steps_or_not(runner: ModelRunner) 
 
 
 def test_warming_up_and_the_numerics_check_go_through_the_layers() -> None:
-    runner = make_runner(max_batch=8, compile_backend="aot_eager")
+    shared_graphs.forget()
+    runner = make_runner(max_batch=8, compile_backend="eager")
     fused = Fused(runner)
     runner.use_fused(fused)
     compile_layers(runner)

@@ -19,6 +19,7 @@ from hybridgen import Engine, EngineConfig
 from hybridgen.compilation import behind
 from hybridgen.compilation.step_graph import record_step
 from hybridgen.compilation.store.session import mode_of, why_not_behind
+from hybridgen.kernels.attention.latent import write_latent
 from hybridgen.loading import Checkpoint
 
 NEW = 12
@@ -98,14 +99,22 @@ def test_a_model_that_looks_at_values_runs_as_it_is(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_a_fresh_process_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In other tests it is a fork, with everything imported."""
+    """In other tests it is a fork, with everything imported, so that our ops are there."""
     monkeypatch.setattr(behind, "subprocess", subprocess)
-    left = torch.zeros(2)
-    graph, inputs = record_step(lambda: left.add_(1))
-    left.zero_()
+    left, pages, row = torch.zeros(2), torch.zeros(2, 1, 4, 5), torch.zeros(1, dtype=torch.int64)
+    latent, rotary, table = torch.ones(1, 3), torch.ones(1, 2), torch.ones(1, 1, dtype=torch.int32)
+
+    def step() -> None:
+        left.add_(1)
+        write_latent(latent, rotary, pages, table, row, row)
+
+    graph, inputs = record_step(step)
+    left.zero_(), pages.zero_()
     with torch.inference_mode():
         behind.CompileJob(graph, inputs).result()(*inputs)
     assert left.tolist() == [1, 1]
+    assert pages[1, 0, 0].tolist() == [1] * 5
+    assert pages.sum() == 5
 
 
 @needs_compiler

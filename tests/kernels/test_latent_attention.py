@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from latent_cases import dense, error, make_latents, mean_latents
@@ -92,9 +89,3 @@ def test_the_ops_are_traced_whole() -> None:
     prefill = *queries(len(LENGTHS), NOPE), *places, starts, weight, SCALE
     torch.library.opcheck(ops.latent_prefill, prefill, test_utils=utilities)
     torch.library.opcheck(ops.latent_prefill, (*prefill, *new), test_utils=utilities)
-
-
-def test_the_process_that_compiles_steps_knows_the_ops() -> None:
-    names = "write_latent", "latent_decode", "latent_prefill"
-    code = f"import hybridgen.compilation.worker, torch; [getattr(torch.ops.hybridgen, name) for name in {names}]"
-    subprocess.run([sys.executable, "-c", code], check=True)

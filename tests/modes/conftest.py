@@ -13,7 +13,7 @@ from hybridgen import Completion
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return families.write("llama", tmp_path_factory.mktemp("modes"))
+    return families.write("llama", tmp_path_factory.mktemp("modes"), num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_every_mode(mode: str, run_ahead: int, streams: Streams, monkeypatch: py
     path, params, expected = streams
     for module in (stand_in, recorder):  # or drafts may not be worth their time here
         monkeypatch.setattr(module, "median_seconds", lambda *_: 1.0)
-    with loaded(path, mode, drafter=alike(), run_ahead=run_ahead) as engine:
+    with loaded(path, mode, drafter=alike(num_hidden_layers=2), run_ahead=run_ahead) as engine:
         for count in (1, 9):
             engine.generate(PROMPTS[:count], params[:count])
             while engine.record_missing():
@@ -147,7 +147,7 @@ def test_its_memory_is_counted(streams: Streams) -> None:
     path, params, expected = streams
     with loaded(path, kv_memory="1MiB") as engine:
         alone = engine.stats()
-    model = families.build("llama", num_hidden_layers=2)
+    model = families.build("llama", num_hidden_layers=1)
     with loaded(path, kv_memory="1MiB", drafter=model) as engine:
         stats = engine.stats()
         assert stats.speculation.weight_bytes == sum(
@@ -167,7 +167,9 @@ def test_its_owner_may_train_it(streams: Streams, monkeypatch: pytest.MonkeyPatc
     path, params, expected = streams
     for module in (stand_in, recorder):
         monkeypatch.setattr(module, "median_seconds", lambda *_: 1.0)
-    model, right = families.build("llama", tie_word_embeddings=False), families.build("llama")
+    model, right = (
+        families.build("llama", num_hidden_layers=2, **tied) for tied in ({"tie_word_embeddings": False}, {})
+    )
     with torch.no_grad():
         model.lm_head.weight.neg_()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -148,7 +148,7 @@ def test_heads_that_are_refused(
 
 
 def test_models_without_files_and_without_heads(tmp_path: Path) -> None:
-    path = families.write("llama", tmp_path)
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
     settings: dict[str, Any] = {"mode": "eager", "max_context": 64, "compile_cache": False, "drafter": "mtp"}
     with pytest.raises(hybridgen.ConfigError, match="carries no head for multi-token prediction"):
         Engine.load(path, **settings)
