@@ -113,21 +113,6 @@ def _taken(level, load, once):  # type: ignore[no-untyped-def]
 @triton.jit
 def _deal(load, parts, size, count, BLOCK_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """How many of `count` chunks of one size each part takes, if each goes to a part with the least load."""
-    part = tl.arange(0, BLOCK_PARTS)
-    taken = load * 0
-    if count <= 4:  # as in most calls: one by one takes less time
-        for _ in range(count):
-            now = load + taken * size
-            least = tl.min(tl.where(now == tl.min(now, 0), part, BLOCK_PARTS), 0)
-            taken += (part == least).to(tl.int32)
-    else:
-        taken = _deal_many(load, parts, size, count, BLOCK_PARTS)
-    return taken
-
-
-@triton.jit
-def _deal_many(load, parts, size, count, BLOCK_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same by looking for the load that all parts reach."""
     inside = tl.arange(0, BLOCK_PARTS) < parts
     once = 1.0 / size.to(tl.float32)
     low = tl.min(load, 0) - 1
@@ -276,20 +261,17 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
             total = tl.sum(of_row, 0)
             if total > 0:
                 dealt = _deal(load, parts, size, total, BLOCK_PARTS)
-                is_first = (smaller == 0) & (own_long == 0)
-                is_last = (size == own_last) & (own_long == 0)
-                if is_first | is_last:
-                    ends = tl.cumsum(dealt, 0)
-                    shift = taken_chunks - (ends - dealt)
-                    rank = tl.sum(tl.where(before, of_row, 0), 0)
-                    if is_first:
-                        first_ends = ends
-                        first_shift = shift
-                        first_rank = rank
-                    if is_last:
-                        last_ends = ends
-                        last_shift = shift
-                        last_rank = rank + tl.where(smaller == 0, _pick(chunks, row, BLOCK_ROWS) - 1, 0)
+                ends = tl.cumsum(dealt, 0)
+                shift = taken_chunks - (ends - dealt)
+                rank = tl.sum(tl.where(before, of_row, 0), 0)
+                if (smaller == 0) & (own_long == 0):
+                    first_ends = ends
+                    first_shift = shift
+                    first_rank = rank
+                if (size == own_last) & (own_long == 0):
+                    last_ends = ends
+                    last_shift = shift
+                    last_rank = rank + tl.where(smaller == 0, _pick(chunks, row, BLOCK_ROWS) - 1, 0)
                 load += dealt * size
                 taken_chunks += dealt
                 tiles_of_part += dealt * size

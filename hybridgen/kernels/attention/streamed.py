@@ -67,7 +67,7 @@ def takes(heads: Heads, device: Device) -> bool:
 
 def form_of(heads: Heads) -> Form:
     """Launch options of a head shape, measured on an H200 for groups of two and four (`benchmarks/ragged.py`)."""
-    return Form(4096 // heads.dim, warps=4, resident=2)
+    return Form(32, warps=4, resident=2) if heads.dim == 128 else Form(64, warps=4, resident=3)
 
 
 def chunk_of(few: bool) -> int:
