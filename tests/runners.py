@@ -6,9 +6,12 @@ from typing import Any
 
 import families
 import torch
+from torch import Tensor
 
 from hybridgen.cache import allocate
 from hybridgen.execution import ModelRunner
+from hybridgen.execution.plan import PrefillChunk
+from hybridgen.graphs.key import GraphKey
 from hybridgen.models import BoundModel, bind
 from hybridgen.models.twin import Twin
 
@@ -58,3 +61,19 @@ def free_runner(runner: ModelRunner) -> None:
     """Undo what a runner changed."""
     runner.close()
     runner.bound.release()
+
+
+def prefill_logits(runner: ModelRunner, sizes: tuple[int, ...] = (20, 9)) -> Tensor:
+    """Logits of a prefill call of prompts of so many tokens."""
+    runner.steps.keep_logits()
+    chunks = []
+    for slot, count in enumerate(sizes):
+        runner.state.block_table.assign(slot, [1 + 2 * slot, 2 + 2 * slot])
+        ids = [(17 * i + 3 * slot) % families.VOCAB for i in range(count)]
+        chunks.append(PrefillChunk(slot, ids, 0, count, 0, True))
+    key = GraphKey.prefill(sum(sizes), len(sizes), None)
+    runner.steps.stage_prefill(chunks, key.tokens, key.rows)
+    with torch.inference_mode():
+        runner.steps.run(key)
+    assert runner.steps.logits is not None
+    return runner.steps.logits[: key.rows].clone()

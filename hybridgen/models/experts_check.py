@@ -17,9 +17,9 @@ from torch import nn
 
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import EngineError, described
+from hybridgen.kernels.hopper import OF_ONE_TOKEN, refuse
 from hybridgen.kernels.linear.experts import experts, reference
 from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection
-from hybridgen.kernels.linear.hopper import OF_ONE_TOKEN, refuse
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route

@@ -13,13 +13,13 @@ from torch import nn
 
 from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
-from hybridgen.kernels.linear.hopper import OF_FEW_ROWS, refuse, serves
+from hybridgen.kernels.hopper import OF_FEW_ROWS, refuse, serves
 from hybridgen.kernels.linear.quantised import quantised_linear
 from hybridgen.models.quantised import QuantisedHead, QuantisedTail, QuantisedWeight, quantised_modules
 
 _ROWS = (1, 8)
 _OUTPUTS = 256
-"""At both ends that are compared: the others would have to be dequantised, too."""
+"""The first and the last so many outputs are compared; to compare all, all weights would have to be dequantised."""
 _TOLERANCE = 2e-2
 """Of the norm of the results; rounding them to bfloat16 gives a third of a percent."""
 

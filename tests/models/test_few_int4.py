@@ -9,7 +9,7 @@ import quantised_formats as formats
 import torch
 
 import hybridgen
-from hybridgen.kernels.linear import hopper
+from hybridgen.kernels import hopper
 from hybridgen.kernels.linear.quantised import quantised_linear
 from hybridgen.models import few_int4
 

@@ -8,12 +8,11 @@ from typing import Any
 import families
 import pytest
 import torch
-from runners import free_runner, make_runner
+from runners import free_runner, make_runner, prefill_logits
 from torch import Tensor
 
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.following import begin_call
-from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.warm_up import compile_layers
 from hybridgen.graphs.key import GraphKey
 from hybridgen.models import gated
@@ -68,21 +67,6 @@ def _use(runner: ModelRunner) -> int:
     return use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail)
 
 
-def _prefill(runner: ModelRunner, sizes: tuple[int, ...] = (20, 9)) -> Tensor:
-    runner.steps.keep_logits()
-    chunks = []
-    for slot, count in enumerate(sizes):
-        runner.state.block_table.assign(slot, [1 + 2 * slot, 2 + 2 * slot])
-        ids = [(17 * i + 3 * slot) % families.VOCAB for i in range(count)]
-        chunks.append(PrefillChunk(slot, ids, 0, count, 0, True))
-    key = GraphKey.prefill(sum(sizes), len(sizes), None)
-    runner.steps.stage_prefill(chunks, key.tokens, key.rows)
-    with torch.inference_mode():
-        runner.steps.run(key)
-    assert runner.steps.logits is not None
-    return runner.steps.logits[: key.rows].clone()
-
-
 @pytest.mark.parametrize(
     ("name", "found"),
     [
@@ -98,12 +82,12 @@ def test_which_modules_are_proved(
     name: str, found: int, runner_of: Callable[..., ModelRunner], rows_of_op: list[int]
 ) -> None:
     runner = runner_of(name)
-    own = _prefill(runner)
+    own = prefill_logits(runner)
     kinds = [type(module) for module in runner.bound.model.modules()]
     assert _use(runner) == found
     assert sum(isinstance(module, GatedMlp) for module in runner.bound.model.modules()) == found
     rows_of_op.clear()
-    torch.testing.assert_close(_prefill(runner), own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prefill_logits(runner), own, rtol=1e-5, atol=1e-5)
     assert rows_of_op == [29] * found
     use_own_gate(runner.bound)
     assert [type(module) for module in runner.bound.model.modules()] == kinds
@@ -115,7 +99,7 @@ def test_which_modules_are_proved(
 def test_decode_runs_the_modules_own_forward(runner_of: Callable[..., ModelRunner], rows_of_op: list[int]) -> None:
     runner = runner_of("llama")
     assert _use(runner) == 4
-    _prefill(runner)
+    prefill_logits(runner)
     rows_of_op.clear()
     runner.state.table[:, :2] = torch.tensor([[7, 9], [20, 9], [1, 1]])
     runner.steps.stage_decode((1, 0))
@@ -127,12 +111,12 @@ def test_decode_runs_the_modules_own_forward(runner_of: Callable[..., ModelRunne
 def test_it_compiles_as_one_graph(runner_of: Callable[..., ModelRunner], serving: None) -> None:
     plain = runner_of("llama", compile_backend="aot_eager")
     compile_layers(plain)
-    expected = _prefill(plain)
+    expected = prefill_logits(plain)
     runner = runner_of("llama", compile_backend="aot_eager")
     assert _use(runner) == 4
     compile_layers(runner)
-    torch.testing.assert_close(_prefill(runner), expected, rtol=1e-5, atol=1e-5)
-    _prefill(runner, (5, 3))
+    torch.testing.assert_close(prefill_logits(runner), expected, rtol=1e-5, atol=1e-5)
+    prefill_logits(runner, (5, 3))
     assert runner.compiled is not None
     assert plain.compiled is not None
     assert runner.compiled.compiles == plain.compiled.compiles
@@ -164,13 +148,13 @@ def test_who_listens_later_is_called(runner_of: Callable[..., ModelRunner], rows
     handle = runner.bound.layers[1].mlp.up_proj.register_forward_hook(lambda *_: heard.append(1))
     runner.following.own_hooks = Changes((), (), (runner.bound.layers[1].mlp.up_proj,))
     begin_call(runner)
-    _prefill(runner)
+    prefill_logits(runner)
     assert heard
     handle.remove()
     runner.following.own_hooks = Changes((), (), ())
     begin_call(runner)
     rows_of_op.clear()
-    _prefill(runner)
+    prefill_logits(runner)
     assert rows_of_op == [29] * 4
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import families
 import pytest
 import torch
-from runners import free_runner, make_runner
-from torch import Tensor, nn
+from runners import free_runner, make_runner, prefill_logits
+from torch import nn
 
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.following import begin_call
-from hybridgen.execution.plan import PrefillChunk
 from hybridgen.execution.warm_up import compile_layers
 from hybridgen.graphs.key import GraphKey
 from hybridgen.models import rotating
@@ -28,22 +27,6 @@ def runners() -> Iterator[list[ModelRunner]]:
     yield made
     for runner in made:
         free_runner(runner)
-
-
-def _prefill(runner: ModelRunner, sizes: tuple[int, ...] = (20, 9)) -> Tensor:
-    """Logits of a call of a few prompts."""
-    runner.steps.keep_logits()
-    chunks = []
-    for slot, count in enumerate(sizes):
-        runner.state.block_table.assign(slot, [1 + 2 * slot, 2 + 2 * slot])
-        ids = [(17 * i + 3 * slot) % families.VOCAB for i in range(count)]
-        chunks.append(PrefillChunk(slot, ids, 0, count, 0, True))
-    key = GraphKey.prefill(sum(sizes), len(sizes), None)
-    runner.steps.stage_prefill(chunks, key.tokens, key.rows)
-    with torch.inference_mode():
-        runner.steps.run(key)
-    assert runner.steps.logits is not None
-    return runner.steps.logits[: key.rows].clone()
 
 
 @pytest.mark.parametrize(
@@ -66,11 +49,11 @@ def _prefill(runner: ModelRunner, sizes: tuple[int, ...] = (20, 9)) -> Tensor:
 def test_which_modules_are_proved(name: str, proved: int, sites: int, runners: list[ModelRunner]) -> None:
     runner = make_runner(name)
     runners.append(runner)
-    own = _prefill(runner)
+    own = prefill_logits(runner)
     assert len(runner.bound.sites) == sites
     assert use_one_op(runner.bound, CONTEXT) == proved
     assert sum(isinstance(site.module, RotatingAttention) for site in runner.bound.sites) == proved
-    torch.testing.assert_close(_prefill(runner), own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prefill_logits(runner), own, rtol=1e-5, atol=1e-5)
     with runner.bound.original_attention(), torch.inference_mode():  # it attends by itself, whatever the last step was
         ids = torch.arange(9)[None]
         expected = runner.bound.model(input_ids=ids, use_cache=False).logits
@@ -161,16 +144,16 @@ def test_it_compiles_as_one_graph_for_each_kind_of_layer(name: str, runners: lis
     plain = make_runner(name, compile_backend="aot_eager")
     runners.append(plain)
     compile_layers(plain)
-    expected = _prefill(plain)
+    expected = prefill_logits(plain)
     runner = make_runner(name, compile_backend="aot_eager")
     runners.append(runner)
     assert use_one_op(runner.bound, CONTEXT) == len(runner.bound.sites)
     compile_layers(runner)
-    found = _prefill(runner)
+    found = prefill_logits(runner)
     assert runner.compiled is not None
     assert plain.compiled is not None
     assert runner.compiled.compiles == plain.compiled.compiles
-    assert _prefill(runner, (5, 3)).shape == expected.shape
+    assert prefill_logits(runner, (5, 3)).shape == expected.shape
     assert runner.compiled.late_compiles == 0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -184,7 +167,7 @@ def test_decode_goes_by_the_op_too(name: str, slots: tuple[int, ...], runners: l
         runners.append(runner)
         if op:
             assert use_one_op(runner.bound, CONTEXT) == 4
-        _prefill(runner)
+        prefill_logits(runner)
         runner.state.table[:, :2] = torch.tensor([[7, 9], [20, 9], [1, 1]])
         runner.steps.stage_decode(slots)
         with torch.inference_mode():
@@ -205,13 +188,13 @@ def test_nobody_is_left_out_who_listens_to_a_norm(runners: list[ModelRunner]) ->
     seen: list[int] = []
     handle = live.model.layers[0].self_attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
     begin_call(runner)
-    own = _prefill(runner)
+    own = prefill_logits(runner)
     assert seen
     handle.remove()
     begin_call(runner)
     assert isinstance(module, RotatingAttention)
     seen.clear()
-    torch.testing.assert_close(_prefill(runner), own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prefill_logits(runner), own, rtol=1e-5, atol=1e-5)
     assert not seen
 
 
@@ -220,9 +203,9 @@ def test_an_owners_other_attributes_end_it(runners: list[ModelRunner]) -> None:
     runner = make_runner(live=live)
     runners.append(runner)
     assert use_one_op(runner.bound, CONTEXT) == 4
-    before = _prefill(runner)
+    before = prefill_logits(runner)
     for layer in live.model.layers:
         layer.self_attn.scaling *= 3
     begin_call(runner)
     assert not any(isinstance(site.module, RotatingAttention) for site in runner.bound.sites)
-    assert not torch.allclose(_prefill(runner), before)
+    assert not torch.allclose(prefill_logits(runner), before)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hybridgen.device.launcher import Device
 from hybridgen.device.program import Kernel, Program
 from hybridgen.kernels.attention.common import Heads
-from hybridgen.kernels.linear.hopper import is_hopper, loaded
+from hybridgen.kernels.hopper import is_hopper, loaded
 
 PROGRAM = Program((__package__ or "",), "streamed.cu", (), "streamed")
 BLOCK = 64

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hybridgen.device.launcher import Device, device_of
 from hybridgen.device.program import Kernel, Program
+from hybridgen.kernels.hopper import OF_ONE_TOKEN, loaded, serves
 from hybridgen.kernels.linear.experts_form import Form, Projection
-from hybridgen.kernels.linear.hopper import OF_ONE_TOKEN, loaded, serves
 
 IS_ON = False
 """Whether it is used. A step of gpt-oss-20b takes 1.77 ms with it, not 1.84; how it reads inputs has changed since."""

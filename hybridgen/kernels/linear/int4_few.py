@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybridgen.device.launcher import device_of
 from hybridgen.device.program import Kernel, Program
-from hybridgen.kernels.linear.hopper import OF_FEW_ROWS, loaded, serves
+from hybridgen.kernels.hopper import OF_FEW_ROWS, loaded, serves
 
 IS_ON = False
 """Whether it is used. It was right on an H200; two to eight rows have not been timed."""

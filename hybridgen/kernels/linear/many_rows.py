@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybridgen.device.launcher import device_of
 from hybridgen.device.program import Kernel, Program, driver_call, driver_module
-from hybridgen.kernels.linear.hopper import is_hopper, loaded
+from hybridgen.kernels.hopper import is_hopper, loaded
 
 PROGRAM = Program((__package__ or "",), "many_rows.cu", (), "many_rows")
 DEFINES = {
@@ -29,7 +29,7 @@ DEFINES = {
     "WIDE": 192,
 }
 """Constants of `many_rows.cu`: the form that was fastest for gate and up."""
-# As these make them.
+# Sizes that follow from `DEFINES`.
 TALL, WIDE = 256, 96
 """Rows and outputs of a tile; a cluster of two blocks makes two of them, side by side."""
 SHARED_BYTES = 3 * ((TALL + 2 * WIDE) * 64 * 2 + 16) + 8 * 2 * 16 * 32 * 2
