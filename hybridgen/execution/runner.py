@@ -162,6 +162,7 @@ class ModelRunner(OnStream):
             states: what `BoundModel.layer_states()` gave, allocated.
         """
         self.states = tuple(states)
+        self._by_slot = tuple(state for state in states if state.bytes_per_slot)
         self.bound.attach(states, self.steps.metadata, self.max_batch * self.state.query_len)
         self.steps.attach(states)
 
@@ -216,7 +217,7 @@ class ModelRunner(OnStream):
         """Give slots to new requests; all of them in a few launches."""
         slots = [admission.slot for admission in admissions]
         self.state.block_table.assign_all(slots, [admission.pages for admission in admissions])
-        for state in self.states:
+        for state in self._by_slot:
             for slot in slots:
                 state.reset(slot)
         self.sampler.assign_all([(each.slot, each.sampling, each.prompt_ids, ()) for each in admissions])
