@@ -267,8 +267,8 @@ class CompiledLayers:
         if self._step.phase is Phase.PREFILL and layer in self._keep_states:
             return run_layer(layer, *args, **kwargs)
         if kwargs.get(_SHARED):
-            # Gemma 4's layers put keys and values there for later layers. Here nothing reads them, and with each more of
-            # them Dynamo would see another kind of call: so each layer gets an empty one.
+            # Gemma 4's layers put keys and values there for later layers. Here nothing reads them, and each further one
+            # would be another kind of call to Dynamo: so each layer gets an empty place.
             kwargs[_SHARED] = type(kwargs[_SHARED])()
         tokens, ends = self._step.slots.shape[0], self._step.ends
         if ends is not None and layer is self._layers[-1]:

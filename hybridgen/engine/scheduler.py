@@ -139,8 +139,7 @@ class Scheduler:
             self._restart(request)
         self._regroup([request for request in ready if request not in stale] if stale else ready)
         prefilled, chunks = self._plan_prefill()
-        # Not where requests end with their prefill: each gives its slot to the next one, and decode would wait until
-        # the whole list is through.
+        # Requests that end with their prefill give their slots to others: decode could wait for a whole list of them.
         waits = bool(chunks) and all(request.patient for request in self.running)
         waits = waits and all(request.sampling.max_new_tokens > 1 for request in prefilled)
         if self._batch is not None and not waits:
@@ -260,7 +259,7 @@ class Scheduler:
         return min(left, most - request.length)
 
     def _run(self, budget: int, start: int, left: int) -> int:
-        """How many of a prefill's `left` tokens behind `start` to feed in this call; 0: none, a later call is better."""
+        """How many of the tokens that are left of a prefill behind `start` to feed; 0: rather in a later call."""
         if self._whole_prompts and budget < left <= self._token_budget:
             return 0
         return self._part(budget, start, left)
@@ -269,7 +268,7 @@ class Scheduler:
         """The same, where a prompt may be cut anyway."""
         length = min(budget, left)
         if self._shortest_run > 1 and left > 1:
-            length -= left - length == 1  # else the last one would be fed alone
+            length -= left - length == 1  # the last one would come alone
             return 0 if start and length == 1 else length
         return length
 
