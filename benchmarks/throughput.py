@@ -33,7 +33,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import hybridgen
 from hybridgen.comparison.measuring.baselines import batching_config, paged_attention
-from hybridgen.errors import described
 
 HUGGINGFACE = "huggingface"
 ENGINES = ("eager", "jit", "graph", "hybrid", HUGGINGFACE)
@@ -229,7 +228,8 @@ def measure(
                     flush=True,
                 )
         except Exception as error:  # whatever an engine raises: the others are still worth having
-            rows.append(facts | {"error": described(error)})
+            first = str(error).splitlines()[0] if str(error) else ""
+            rows.append(facts | {"error": f"{type(error).__name__}: {first}"})
             print(f"{name:<14} {engine:<12} {rows[-1]['error']}", flush=True)
         release()
     return rows
