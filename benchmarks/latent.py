@@ -29,9 +29,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybridgen.device.timing import graph_seconds
-from hybridgen.kernels.attention.latent import latent_decode, latent_prefill
+from hybridgen.kernels.attention.latent import LatentPlaces, latent_prefill
 from hybridgen.kernels.read_ceiling import read_ceiling
 
+latent_decode = torch.ops.hybridgen.latent_decode.default
+"""Takes what `latent_launches.decode` takes."""
 PAGE_SIZE = 64
 CAPACITY = 32768 + PAGE_SIZE
 ROTATE_BYTES = 320 * 2**20
@@ -315,24 +317,28 @@ def run_prefill(shape: Shape, device: str, dtype: torch.dtype, smoke: bool, swee
         weight = (torch.randn(size, shape.rank, device=device) * shape.rank**-0.5).to(dtype)
         scale = (shape.nope + shape.rope) ** -0.5
 
+        at = LatentPlaces(pages, table, slots, places)
+
         def by_own_keys(
             q: Tensor = q,
             q_rotary: Tensor = q_rotary,
-            at: tuple[Tensor, ...] = (pages, table, slots, places, starts),
+            at: LatentPlaces = at,
+            starts: Tensor = starts,
             weight: Tensor = weight,
             scale: float = scale,
             new: tuple[Tensor, Tensor] = latents[:, None].split((shape.rank, shape.rope), dim=-1),
         ) -> Tensor:
-            return latent_prefill(q, q_rotary, *at, weight, scale, *new)
+            return latent_prefill(q, q_rotary, at, starts, weight, scale, *new)
 
         def by_latents(
             q: Tensor = q,
             q_rotary: Tensor = q_rotary,
-            at: tuple[Tensor, ...] = (pages, table, slots, places, starts),
+            at: LatentPlaces = at,
+            starts: Tensor = starts,
             weight: Tensor = weight,
             scale: float = scale,
         ) -> Tensor:
-            return latent_prefill(q, q_rotary, *at, weight, scale)
+            return latent_prefill(q, q_rotary, at, starts, weight, scale)
 
         def other(
             q: Tensor = q,

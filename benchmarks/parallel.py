@@ -23,10 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -38,13 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import how_it_ran, random_prompts, report, shape_dtype, this_device
+from common import how_it_ran, random_prompts, report, shape_dtype
 from decode import step_seconds
+from group_kernels import LARGE, SHAPE, all_reduce, kernels
+from parts import Part, Process
 from random_weights import install_everywhere, write
 from throughput import WARM_UP, Work, requests
 
 import hybridgen
-from hybridgen.parallel.group import Group
 
 SECONDS = {
     "all-reduce": 60,
@@ -58,159 +56,6 @@ SECONDS = {
     "killed": 60,
 }
 """Of each part at most, the imports left out."""
-SIZES = [8 * 2**10, 16 * 2**10, 64 * 2**10, 128 * 2**10, 512 * 2**10, 4 * 2**20]
-"""Bytes of an all-reduce."""
-CALLS = {"cpu": 50, "cuda": 500}
-"""Of a graph: so many that what the ranks begin apart, some tens of microseconds, is little for each."""
-SHAPE, LARGE = "llama-3.1-8b", "llama-3.1-70b"
-
-
-class Part:
-    """What a part is given, and where it leaves its rows."""
-
-    def __init__(self, order: dict[str, Any]) -> None:
-        self.folder = Path(order["folder"])
-        self.smoke: bool = order["smoke"]
-        self.modes: list[str] = order["modes"]
-        self.rank: int = order["rank"]
-        self.ranks: int = order["ranks"]
-        self.name: str = order["part"]
-        self.device = this_device()
-        self.end = time.monotonic() + order["seconds"]
-        self._rows: list[dict[str, Any]] = []
-
-    def add(self, **row: Any) -> None:
-        """Keep a row, whatever becomes of this process."""
-        if self.rank:
-            return
-        self._rows.append({"part": self.name, **row})
-        place = self.folder / f"{self.name}.json"
-        place.with_suffix(".new").write_text(json.dumps(self._rows))
-        place.with_suffix(".new").replace(place)
-        shown = {key: value for key, value in self._rows[-1].items() if key != "ran"}
-        print(f"{time.strftime('%X')} {json.dumps(shown)}", flush=True)
-
-    @property
-    def whole(self) -> Path:
-        """The checkpoint that has values."""
-        memory = Path("/dev/shm")
-        has_room = os.access(memory, os.W_OK) and (self.smoke or shutil.disk_usage(memory).total > 40e9)
-        return (memory if has_room else self.folder) / f"whole-{self.folder.name}"
-
-
-def all_reduce(part: Part) -> None:
-    """All ranks call it."""
-    cuda = part.device == "cuda"
-    device = torch.device("cuda", part.rank) if cuda else torch.device("cpu")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    if cuda:
-        torch.cuda.set_device(device)
-    group = Group(part.rank, part.ranks, part.folder / "store", device, dtype)
-    if cuda:
-        others = [rank for rank in range(part.ranks) if rank != part.rank]
-        peers = all(torch.cuda.can_device_access_peer(part.rank, other) for other in others)
-        part.add(what="one shot", peers=peers, serves=group.one_shot is not None, why_not=group.why_not)
-    generator = torch.Generator(device).manual_seed(part.rank)
-    with torch.inference_mode():
-        for size in SIZES[:1] if part.smoke else SIZES:
-            x = torch.randn(size // dtype.itemsize, device=device, generator=generator).to(dtype)
-            ours, theirs = group.reduce(x), group._sum(x.clone())
-            same = len(set(group.exchange(ours.cpu().view(torch.uint8).numpy().tobytes()[:4096]))) == 1
-            difference = float((ours.float() - theirs.float()).abs().max())
-            row: dict[str, Any] = {"bytes": size, "same_bits_on_ranks": same, "largest_difference_to_nccl": difference}
-            total = torch.empty_like(x)
-            for way, call in {"ours": lambda: group.reduce(x), "nccl": lambda: group._sum(total)}.items():  # noqa: B023
-                row[f"{way}_us"] = slowest(group, microseconds(call, cuda, group))
-            part.add(what="all-reduce", **row)
-        if cuda:
-            logits = torch.randn(1, 128256 // part.ranks, device=device).to(dtype)
-            took = slowest(group, microseconds(lambda: group.gather(logits, 128256), cuda, group))
-            part.add(what="gather of a row of logits", bytes=logits.numel() * dtype.itemsize, ours_us=took)
-    group.exchange(b"done")
-    if cuda:
-        symmetric_memory(part, device, dtype, group)
-    group.exchange(b"done")
-
-
-def kernels(part: Part) -> None:
-    """All ranks call it."""
-    if part.device != "cuda":
-        part.add(what="kernel", why_not="the persistent kernels need GPUs")
-        return
-    import rank_kernels
-
-    device = torch.device("cuda", part.rank)
-    torch.cuda.set_device(device)
-    group = Group(part.rank, part.ranks, part.folder / "store of kernels", device, torch.bfloat16)
-
-    def left() -> float:
-        return part.end - time.monotonic()
-
-    def timed(call: Callable[[], object]) -> float:
-        return slowest(group, microseconds(call, True, group, calls=10))
-
-    with torch.inference_mode():
-        for name in (SHAPE, LARGE):
-            for row in rank_kernels.measure(name, group, device, left, timed):
-                part.add(**row)
-    group.exchange(b"done")
-
-
-def symmetric_memory(part: Part, device: torch.device, dtype: torch.dtype, group: Group) -> None:
-    """torch's own kernel over symmetric memory, to compare with."""
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not every host has it, and this needs none
-    import torch.distributed as dist
-    import torch.distributed._symmetric_memory as symm_mem
-
-    row: dict[str, Any] = {"what": "torch's one-shot all-reduce", "bytes": SIZES[0]}
-    try:
-        store = dist.FileStore(str(part.folder / "default store"), part.ranks)
-        dist.init_process_group("nccl", store=store, rank=part.rank, world_size=part.ranks, device_id=device)
-        buffer = symm_mem.empty(SIZES[0] // dtype.itemsize, dtype=dtype, device=device)
-        symm_mem.rendezvous(buffer, dist.group.WORLD)
-        buffer.zero_()
-        name = dist.group.WORLD.group_name  # type: ignore[union-attr]
-
-        def call() -> None:
-            torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name)
-
-        row["torch_us"] = slowest(group, microseconds(call, True, group))
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    part.add(**row)
-
-
-def slowest(group: Group, value: float) -> float:
-    """The largest of what the ranks measured."""
-    return max(float(each) for each in group.exchange(f"{value:020.6f}".encode()))
-
-
-def microseconds(call: Callable[[], object], cuda: bool, group: Group, calls: int = CALLS["cuda"]) -> float:
-    """Of a call in a CUDA graph of many; on a CPU of a call."""
-    call()
-    if not cuda:
-        start = time.perf_counter()
-        for _ in range(CALLS["cpu"]):
-            call()
-        return (time.perf_counter() - start) / CALLS["cpu"] * 1e6
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(calls):
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(15):
-        group.exchange(b"now")
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / calls)
-    graph.reset()
-    return statistics.median(times)
 
 
 def steps_of(part: Part, engine: hybridgen.Engine, batches: list[int], vocab: int, **facts: Any) -> None:
@@ -396,41 +241,6 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "mix": mix_of_ranks,
     "killed": killed,
 }
-
-
-class Process:
-    """A part's processes: they import at once, and begin when they are told to."""
-
-    def __init__(self, order: dict[str, Any], ranks: int) -> None:
-        self.seconds = order["seconds"]
-        self._all = []
-        for rank in range(ranks):
-            command = [sys.executable, __file__, "--order", json.dumps({**order, "rank": rank})]
-            self._all.append(subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True))
-
-    def begin(self) -> None:
-        for process in self._all:
-            if process.stdin is not None:
-                process.stdin.write("now\n")
-                process.stdin.flush()
-
-    def finish(self, until: float) -> str:
-        """Wait; what went wrong, or nothing."""
-        wrong = ""
-        for process in self._all:
-            try:
-                status = process.wait(max(0.1, until - time.monotonic()))
-                wrong = wrong or (f"ended with status {status}" if status else "")
-            except subprocess.TimeoutExpired:
-                wrong = "took too long"
-        self.kill()
-        return wrong
-
-    def kill(self) -> None:
-        for process in self._all:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

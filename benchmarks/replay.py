@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import hybridgen
 from hybridgen.cache import SlotState
-from hybridgen.execution.runner import on_its_stream
+from hybridgen.execution.stream import on_its_stream
 from hybridgen.graphs.key import GraphKey
 from hybridgen.sampling import SamplerPlan
 

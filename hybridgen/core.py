@@ -117,7 +117,7 @@ class StepSummary:
     kind: str = field(
         metadata=about(
             "Who computed its logits and how it was launched, such as `layers, compiled` or `persistent, "
-            "cuda graph`. The first is `layers` (the model's own), `chain` or `persistent`; the second "
+            "cuda graph`. The first is `layers` (the model's own), `chain`, `persistent` or `rows`; the second "
             "`eager`, `compiled`, `direct`, `cuda graph`, `cudagraph tree` or `stand-in` (a graph's place "
             "on a CPU)."
         )

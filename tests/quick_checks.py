@@ -25,6 +25,29 @@ def _multiply(numbers, out):
     tl.store(out, tl.load(numbers) * tl.load(numbers + 1))
 
 
+@triton.jit
+def _tables(numbers, out, rows_of, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    places = row[:, None] * COLUMNS + column[None, :]
+    x = tl.load(numbers + places)
+    rows = tl.load(rows_of + row)
+    y = x * rows[:, None] + tl.trans(tl.reshape(x, [COLUMNS, ROWS])) + tl.sum(x, 1)[:, None] - tl.max(x, 0)[None, :]
+    tl.store(out + places, tl.where(row[:, None] == column[None, :], y.to(tl.float16).to(tl.float32), y))
+
+
+def check_shapes(number: int) -> None:
+    """Tensors of many shapes and dtypes, made one from the other: each has its own, whatever was described before."""
+    for rows, columns in ((4, 8), (8, 4), (4, 4), (1, 8), (4, 8)):
+        x = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns).sin()
+        by_row = torch.arange(rows, dtype=torch.int32)
+        out = torch.empty_like(x)
+        _tables[(1,)](x, out, by_row, rows, columns)
+        expected = x * by_row[:, None] + x.reshape(columns, rows).T + x.sum(1)[:, None] - x.max(0).values
+        diagonal = torch.arange(min(rows, columns))
+        expected[diagonal, diagonal] = expected[diagonal, diagonal].half().float()
+        torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+
+
 def check_launches(number: int) -> None:
     """Device functions and reductions, again and again; what is not running a kernel sees Triton as it is."""
     for dtype in (torch.float32, torch.int32, torch.float16, torch.int64):

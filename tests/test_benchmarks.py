@@ -19,15 +19,15 @@ from hybridgen.comparison.measuring.utilisation import Probe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HELPERS = (
-    "call_tables.py", "checkpoints.py", "clocks.py", "common.py", "http_clients.py", "http_load.py", "lookup.py",
-    "plots.py", "random_weights.py", "rank_kernels.py", "requirements.py", "shapes.py", "speculation_tables.py",
-    "step_tables.py", "table_cells.py", "tables.py", "targets.py",
+    "call_tables.py", "checkpoints.py", "clocks.py", "common.py", "group_kernels.py", "http_clients.py",
+    "http_load.py", "lookup.py", "parts.py", "plots.py", "random_weights.py", "rank_kernels.py", "requirements.py",
+    "shapes.py", "speculation_tables.py", "step_tables.py", "table_cells.py", "tables.py", "targets.py",
 )  # fmt: skip
 """What measures nothing."""
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in HELPERS)
 LONG = (
     "ablation.py", "accuracy.py", "first_text.py", "model_shapes.py", "parallel.py", "prefill_kernels.py", "ragged.py",
-    "serving.py", "serving_http.py", "serving_mix.py", "unseen.py", "warm_start.py", "workflows.py",
+    "serving.py", "serving_http.py", "serving_mix.py", "two_trees.py", "unseen.py", "warm_start.py", "workflows.py",
 )  # fmt: skip
 """Of which a smoke run takes ten seconds or more: processes of their own, or all modes compiled by Inductor."""
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))

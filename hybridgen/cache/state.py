@@ -45,7 +45,7 @@ class LayerState(Protocol):
         """What must stay where it is while recorded steps refer to it, by name."""
 
     def reset(self, slot: int) -> None:
-        """Forget what a slot's last request left, before a new one gets the slot."""
+        """Forget what a slot's last request left, before a new one gets the slot; where `bytes_per_slot` is not 0."""
 
     def marks(self) -> tuple[torch.Tensor, ...]:
         """What `commit()` changes; with that as it was before a step, the step can run again."""

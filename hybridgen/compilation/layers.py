@@ -43,7 +43,8 @@ def run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def write_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """The compile unit of a prefill's last layer, up to its keys and values: what makes nothing else is left out."""
+    """The compile unit of a prefill's last layer that only writes keys and values. Nothing reads the rest of what the
+    layer computes, so compilers leave that out."""
     type(layer).forward(layer, *args, **kwargs)
 
 
@@ -266,8 +267,8 @@ class CompiledLayers:
         if self._step.phase is Phase.PREFILL and layer in self._keep_states:
             return run_layer(layer, *args, **kwargs)
         if kwargs.get(_SHARED):
-            # What layers leave there is read by none of a model whose layers are compiled, and would be another call to
-            # Dynamo with each layer that leaves something.
+            # Gemma 4's layers put keys and values there for later layers. Here nothing reads them, and each further one
+            # would be another kind of call to Dynamo: so each layer gets an empty place.
             kwargs[_SHARED] = type(kwargs[_SHARED])()
         tokens, ends = self._step.slots.shape[0], self._step.ends
         if ends is not None and layer is self._layers[-1]:
@@ -320,7 +321,7 @@ class CompiledLayers:
                 unit = self._units.make(name, _own_code(name), layer, args, kwargs, tokens)
         except ConstraintViolationError:
             raise
-        except Exception as error:  # what cannot be kept can perhaps be compiled: if not, that is raised then
+        except Exception as error:  # torch.compile may still compile it; if not, that raises
             self._units = None
             # Inductor's files are all that is kept now, and they are found only if the memory's size is not in them.
             for other in self._layers:

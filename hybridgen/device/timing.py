@@ -10,10 +10,18 @@ import torch
 from hybridgen.device.capture import CAPTURING
 
 
-def event_seconds(call: Callable[[], object], repeats: int = 5, warm_up: int = 2) -> list[float]:
-    """Seconds of each of some calls on the current stream, the first ones left out."""
+def event_seconds(
+    call: Callable[[], object], repeats: int = 5, warm_up: int = 2, before: Callable[[], object] | None = None
+) -> list[float]:
+    """Seconds of each of some calls on the current stream, the first ones left out.
+
+    Args:
+        before: called before each.
+    """
     times = []
     for _ in range(warm_up + repeats):
+        if before is not None:
+            before()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -23,10 +31,15 @@ def event_seconds(call: Callable[[], object], repeats: int = 5, warm_up: int = 2
     return times[warm_up:]
 
 
-def graph_seconds(call: Callable[[], object], repeats: int = 5, calls: int = 3) -> float:
+def graph_seconds(
+    call: Callable[[], object], repeats: int = 5, calls: int = 3, before: Callable[[], object] | None = None
+) -> float:
     """Device time of a call: captured `calls` times in one CUDA graph, the median of some replays.
 
     Launches one by one are bound by the host, and mislead.
+
+    Args:
+        before: called before each replay.
     """
     call()
     torch.cuda.synchronize()
@@ -34,4 +47,4 @@ def graph_seconds(call: Callable[[], object], repeats: int = 5, calls: int = 3) 
     with CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(calls):
             call()
-    return statistics.median(event_seconds(graph.replay, repeats, warm_up=1)) / calls
+    return statistics.median(event_seconds(graph.replay, repeats, warm_up=1, before=before)) / calls

@@ -204,7 +204,7 @@ class Engine(Calls):
     def weights_changed(self) -> None:
         """Say that the model's weights have other values now: cached prefixes are forgotten, casts and repacked copies
         made anew, and results count it (`Completion.weights_version`). What is compiled and recorded stays. A live
-        module need not be followed so: every call looks for itself.
+        module does not need this: every call looks at it.
 
         Raises:
             EngineError: the engine is closed, or this was called from inside a step.
@@ -252,7 +252,8 @@ class Engine(Calls):
         upkeep.resume(self._open_parts())
 
     def fall_back(self, reason: str) -> None:
-        """Count something that ran another way than asked for; warned of once. For those who call in its place."""
+        """Count something that ran another way than asked for, and warn of it once. For code that runs requests in the
+        engine's place, such as a server."""
         self._counters.fall_back(reason)
 
     def stats(self) -> EngineStats:

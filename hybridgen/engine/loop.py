@@ -327,7 +327,7 @@ class StepLoop:
         if kind[1] != step.kind or kind[2] != step.reason:
             kind = self._decoded_by = ("decode", step.kind, step.reason)
         self._counters.steps[kind] += 1
-        launched.append(InFlight(step, requests, kind, positions, quiet=quiet))
+        launched.append(InFlight(step, requests, kind, positions, (), quiet))
 
     def _decode(self, requests: Sequence[Request], slots: tuple[int, ...]) -> tuple[LaunchedStep, bool]:
         """Launch a decode step; where somebody drafts, with as many drafts of each row as are worth checking. And

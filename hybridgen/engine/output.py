@@ -27,8 +27,8 @@ StepKind = tuple[str, str, str]
 class RequestOutput:
     """What a request has produced so far: its tokens, text and times, and in the end its completion.
 
-    `take()` runs in every step for every request. So it leaves what it can to the end: without events and stop
-    strings, all text is decoded at once there.
+    `take_plain()` or `take()` runs in every step for every request. So they leave what they can to the end: without
+    events and stop strings, all text is decoded at once there.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class RequestOutput:
         self._on_token: Callable[[int], None] | None = None
         self._criteria = sampling.stopping_criteria
         self._criterion_met = False
-        self._watched = self._decodes_each or bool(self._criteria)
-        """Whether somebody waits for single tokens or their text."""
+        self.plain = not self._decodes_each and not self._criteria
+        """Whether nobody waits for single tokens or their text, and it has not ended."""
         self._text: list[str] = []
         self._limit = sampling.max_new_tokens
         self._stop_ids = frozenset(sampling.stop_token_ids)
@@ -108,13 +108,28 @@ class RequestOutput:
     def listen(self, on_token: Callable[[int], None]) -> None:
         """Call this with every token from now on."""
         self._on_token = on_token
-        self._watched = True
+        self.plain = False
 
     def prefilled(self, kind: StepKind) -> None:
         """Note that a prefill step of this request was launched."""
         if self._started is None:
             self._started = time.perf_counter()
         self._steps[kind] += 1
+
+    def take_plain(self, tokens: Sequence[int], now: float, decoded_by: StepKind | None) -> bool:
+        """Take the one token of a step of a `plain` request where nothing else is to be done: it is not the last, and
+        its step ran as the one before. So it is in nearly every step. False, and nothing done, where that is not so.
+
+        Args: see `take`.
+        """
+        if decoded_by is not self._decoded_by or len(tokens) != 1:
+            return False
+        token, ids = tokens[0], self.token_ids
+        if token < 0 or token in self._stop_ids or len(ids) + 1 >= self._limit:
+            return False
+        ids.append(token)
+        self._token_times.append(now)
+        return True
 
     def take(
         self,
@@ -138,23 +153,16 @@ class RequestOutput:
         if decoded_by is not self._decoded_by:
             self._count_decode_steps()
             self._decoded_by = decoded_by
-        if len(tokens) == 1 and logprobs is None and not self._watched:
-            # Nearly every step is this: one token, not the last, and nobody who waits for it.
-            token = tokens[0]
-            if token >= 0 and token not in self._stop_ids and len(ids) + 1 < self._limit:
-                ids.append(token)
-                self._token_times.append(now)
-                return 1
         taken = 0
         try:
             for token in tokens:
                 if token < 0:
                     break
                 logprob = None if logprobs is None else self._keep(logprobs[taken])
-                taken += 1
-                if taken > 1:
+                if taken:
                     self._extra_tokens += 1
                     self._accepted_tokens += 1
+                taken += 1
                 ids.append(token)
                 self._token_times.append(now)
                 text, matched = "", None
@@ -284,6 +292,7 @@ class RequestOutput:
         token_times = tuple(moment - self.submitted for moment in self._token_times)
         bandwidth, mbu = self._bandwidth()
         self._count_decode_steps()
+        self.plain = False
         self.completion = Completion(
             text="".join(self._text),
             token_ids=tuple(self.token_ids),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 from torch import Tensor
@@ -72,20 +71,18 @@ class Reader:
                 self._meter.step(len(tokens), flight.positions, now)
         generated = 0
         unchosen: list[Request] = []
-        rows = zip(
-            flight.requests,
-            tokens,
-            logprobs or repeat(None, len(tokens)),
-            drafts or repeat(None, len(tokens)),
-            strict=True,
-        )
+        decoded_by, plain, none = flight.decoded_by, logprobs is None and drafts is None, (None,) * len(tokens)
+        rows = zip(flight.requests, tokens, logprobs or none, drafts or none, strict=True)
         for request, accepted, its_logprobs, its_drafts in rows:
             output = request.output
+            if plain and output.plain and output.take_plain(accepted, now, decoded_by):
+                generated += 1
+                continue
             if output.completion is not None:  # it ended while this step was in flight
                 continue
             if its_drafts is not None:
                 output.drafted_tokens += its_drafts.checked
-            taken = output.take(accepted, its_logprobs, now, flight.decoded_by)
+            taken = output.take(accepted, its_logprobs, now, decoded_by)
             generated += taken
             if its_drafts is not None:
                 self._count_drafts(request, its_drafts, taken, flight)

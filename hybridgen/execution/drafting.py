@@ -148,7 +148,8 @@ class Drafting:
         self.states: tuple[LayerState, ...] = tuple(drafter.states) if isinstance(drafter, CachedDrafter) else ()
         """What it keeps in pages."""
         self.can_pause = bool(self.states)
-        """Whether steps can leave it out, and it misses what they bring. One without states costs little."""
+        """Whether it pays to leave it out of some steps: it has states, so that each of its passes costs something.
+        It then knows nothing of the tokens that those steps bring."""
         reader = drafter if isinstance(drafter, StateReader) else None
         self.layers: tuple[int, ...] = () if reader is None else reader.layers
         """The model's layers whose inputs it reads."""

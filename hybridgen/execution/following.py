@@ -11,7 +11,8 @@ from torch import nn
 
 from hybridgen.device.capture import CAPTURING
 from hybridgen.errors import OutOfMemoryError
-from hybridgen.execution.runner import ModelRunner, on_its_stream
+from hybridgen.execution.runner import ModelRunner
+from hybridgen.execution.stream import on_its_stream
 from hybridgen.loading.adapters import Adapters
 from hybridgen.models.gated import allow_gated_op, use_own_gate
 from hybridgen.models.rotating import allow_one_op, use_own_rotation

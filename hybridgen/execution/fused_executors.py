@@ -9,7 +9,8 @@ from typing import Any
 
 from hybridgen.device.failures import LostRanks
 from hybridgen.device.program import Keeper
-from hybridgen.execution.runner import ModelRunner, on_its_stream
+from hybridgen.execution.runner import ModelRunner
+from hybridgen.execution.stream import on_its_stream
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import LAYERS, GraphKey, Recorder
 from hybridgen.models.binding import key_value_pages

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,7 @@ from hybridgen.execution.ring import LaunchedStep, TokenRing
 from hybridgen.execution.scoring import ScoredTokens, score_budget
 from hybridgen.execution.state import DeviceState
 from hybridgen.execution.step import ModelSteps
+from hybridgen.execution.stream import OnStream, on_its_stream
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import Executor, GraphKey, GraphSettings, GraphStore, Recorder, Route, Router
 from hybridgen.graphs.recorder import this_thread
@@ -35,29 +36,6 @@ from hybridgen.sampling.own import OwnRows
 from hybridgen.telemetry.statistics import Counters
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def on_its_stream(
-    function: Callable[Concatenate[ModelRunner, P], R],
-) -> Callable[Concatenate[ModelRunner, P], R]:
-    """Run a method of the runner, or a function of one, in inference mode, on the runner's own device and stream.
-
-    Steps share buffers, and only the order of one stream keeps them apart; callers may be on another device, on a
-    stream of their own, or on another thread.
-    """
-
-    @functools.wraps(function)
-    def run(runner: ModelRunner, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode():
-            if runner.is_here():
-                return function(runner, *args, **kwargs)
-            with torch.cuda.stream(cast(torch.cuda.Stream, runner.stream)):
-                return function(runner, *args, **kwargs)
-
-    return run
 
 
 class Steady(NamedTuple):
@@ -73,7 +51,7 @@ class Steady(NamedTuple):
     """Rows with functions of their own."""
 
 
-class ModelRunner:
+class ModelRunner(OnStream):
     """Launches prefill and decode calls of one model on one device."""
 
     def __init__(
@@ -109,10 +87,8 @@ class ModelRunner:
             twin: whose tree the bound model is, where its owner can change it; None: nobody can.
         """
         device = bound.model.device
+        super().__init__(device)
         self.bound = bound
-        self.device = device
-        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        """Where all steps run."""
         self.token_budget = token_budget
         self.max_tokens = min(token_budget, max_batch * (max_context or token_budget))
         """Tokens that one prefill call can have."""
@@ -131,8 +107,9 @@ class ModelRunner:
             self.drafting = Drafting(drafter, self.state, vocab_size=vocab_size, context=longest, fall_back=fall_back)
             bound.note_inputs(self.drafting.layers)
         self.ring = TokenRing(max_batch, device, query_len=query_len, tells_drafts=keeps_text)
-        self._layers = LayersExecutor(bound)
-        self.executors: dict[str, Executor] = {self._layers.name: self._layers}
+        self.layers = LayersExecutor(bound)
+        """The executor that serves every step."""
+        self.executors: dict[str, Executor] = {self.layers.name: self.layers}
         """By name, in order of preference; the layers, which serve every step, come last."""
         self.fused: FusedDecode | None = None
         self.steps = ModelSteps(
@@ -148,7 +125,7 @@ class ModelRunner:
             **context,
         )
         if compile_backend is not None:
-            self._layers.compiled = CompiledLayers(
+            self.layers.compiled = CompiledLayers(
                 bound.layers,
                 self.steps.metadata,
                 backend=compile_backend,
@@ -171,12 +148,7 @@ class ModelRunner:
     @property
     def compiled(self) -> CompiledLayers | None:
         """The compiled layers; None where layers run eagerly."""
-        return self._layers.compiled
-
-    @property
-    def layers(self) -> LayersExecutor:
-        """The executor that serves every step."""
-        return self._layers
+        return self.layers.compiled
 
     @property
     def all_states(self) -> tuple[LayerState, ...]:
@@ -190,6 +162,7 @@ class ModelRunner:
             states: what `BoundModel.layer_states()` gave, allocated.
         """
         self.states = tuple(states)
+        self._by_slot = tuple(state for state in states if state.bytes_per_slot)
         self.bound.attach(states, self.steps.metadata, self.max_batch * self.state.query_len)
         self.steps.attach(states)
 
@@ -198,7 +171,7 @@ class ModelRunner:
         self.fused = fused
         preferred = () if fused is None else fused.executors
         self.executors.clear()
-        self.executors.update({executor.name: executor for executor in (*preferred, self._layers)})
+        self.executors.update({executor.name: executor for executor in (*preferred, self.layers)})
         self._route_anew()
 
     def use_graphs(
@@ -244,7 +217,7 @@ class ModelRunner:
         """Give slots to new requests; all of them in a few launches."""
         slots = [admission.slot for admission in admissions]
         self.state.block_table.assign_all(slots, [admission.pages for admission in admissions])
-        for state in self.states:
+        for state in self._by_slot:
             for slot in slots:
                 state.reset(slot)
         self.sampler.assign_all([(each.slot, each.sampling, each.prompt_ids, ()) for each in admissions])
@@ -339,10 +312,6 @@ class ModelRunner:
     @on_its_stream
     def _decode_again(self, steady: Steady) -> LaunchedStep:
         return self._launch(steady.route, len(steady.slots), steady.sampler, steady.own)
-
-    def is_here(self) -> bool:
-        """Whether the caller is on the runner's stream."""
-        return self.stream is None or _is_current(self.stream)
 
     def _launch(self, route: Route, rows: int, sampler: SamplerPlan, own: OwnRows | None = None) -> LaunchedStep:
         recording = route.recording
@@ -456,9 +425,9 @@ class ModelRunner:
 
     def disable_compilation(self) -> None:
         """Run every later step eagerly."""
-        if self._layers.compiled is not None:
-            self._layers.compiled.remove()
-            self._layers.compiled = None
+        if self.layers.compiled is not None:
+            self.layers.compiled.remove()
+            self.layers.compiled = None
 
     def close(self) -> None:
         """Wait for the device, release what was recorded, and give the layers back as they were."""
@@ -478,8 +447,3 @@ class ModelRunner:
         self.following.forget()
         self.executors.clear()
         self.disable_compilation()
-
-
-def _is_current(stream: torch.cuda.Stream) -> bool:
-    index = cast(int, stream.device_index)
-    return torch.cuda.current_device() == index and torch._C._cuda_getCurrentRawStream(index) == stream.cuda_stream

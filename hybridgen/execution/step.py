@@ -205,7 +205,8 @@ class ModelSteps(StagedInputs):
         phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
         ids, slots, positions, rope = (inputs[name][:tokens] for name in ("ids", "slots", "positions", "rope"))
         self._set(phase, ids, slots, positions, rope)
-        # Where no prompt ends, the head still needs a token; what was staged before can lie behind this call's last.
+        # Where no prompt ends, the head still needs one token: the first. `keep` may still name a place of an earlier,
+        # longer call.
         keep = inputs["keep"][:rows] if rows else self._zeros[0]
         if phase is Phase.PREFILL and not whole and self._drafting is None:
             count = max(rows, 1)

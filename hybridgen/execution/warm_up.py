@@ -16,7 +16,8 @@ from hybridgen.device.capture import CAPTURING
 from hybridgen.errors import CacheMissError, described
 from hybridgen.execution import numerics
 from hybridgen.execution.executors import Cuts
-from hybridgen.execution.runner import ModelRunner, on_its_stream
+from hybridgen.execution.runner import ModelRunner
+from hybridgen.execution.stream import on_its_stream
 from hybridgen.graphs import GraphKey
 from hybridgen.sampling import SamplerPlan
 from hybridgen.sampling.state import every_kind

@@ -99,8 +99,9 @@ class FusedDecode:
         self.notes[size] = f"{how}{f'; {why}' if why else ''}"
 
     def refresh(self) -> None:
-        """Make the norms' factors again, from the parameters as they are now; all other weights are the model's own
-        storage. No version counter tells whether that is needed: what is written by way of `.data` counts nothing."""
+        """Make the norms' factors again from the parameters as they are now; all other weights are read where the model
+        has them. Done every time, because nothing tells whether it is needed: writing to a parameter's `.data` does not
+        change its version counter."""
         if self.model is None:
             return
         pairs = [(norm.scale, norm.source, norm.shift) for norm in self.model.norms if norm.source is not None]
@@ -136,7 +137,7 @@ class FusedDecode:
                 executor.step.give_up()
 
     def on_all_ranks(self, make: Callable[[], R]) -> R:
-        """What a call that needs no other rank gives, if it succeeds on all of them; all must come here.
+        """What a call returns, if it succeeds on all ranks. All ranks must call this; `make` itself waits for none.
 
         Raises:
             Unfit: it failed on another rank.
@@ -156,13 +157,14 @@ class FusedDecode:
         reason = self.share.agree(told)
         if failure is not None:
             raise failure
-        if reason:  # this rank can, so it is no rule of ours
+        if reason:  # this rank can do it, so no rule forbids it: something failed
             self.failures.append(f"fused decode: another rank cannot what this one can: {reason}")
             raise Unfit(reason)
         return found[0]
 
     def reason_of(self, error: Exception) -> str:
-        """Why something does not serve; what is no rule of ours is a failure, too. A lost device is raised."""
+        """Why something does not serve, in words. What one of our rules forbids is only that; every other error is also
+        counted as a failure. A lost device is raised."""
         if isinstance(error, CacheMissError) or is_fatal(error):
             raise error
         if isinstance(error, Unfit):
@@ -185,7 +187,7 @@ class FusedDecode:
         inputs.rows[:rows] = padding
         inputs.slots[:rows] = padding
         inputs.state[:, padding] = 0
-        # Some embed their padding token as zeros, which every model maps to zeros.
+        # Not the padding token: where its embedding is zeros, any kernel gives the right logits.
         inputs.state[0, padding] = model.embedding[:_TRIAL_TOKENS].float().norm(dim=-1).argmax()
         step = self.metadata(rows)
         try:

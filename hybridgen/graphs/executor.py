@@ -16,7 +16,7 @@ class Executor(Protocol):
 
     @property
     def name(self) -> str:
-        """`layers`, `chain` or `persistent`."""
+        """`layers`, `chain`, `persistent` or `rows`."""
         ...
 
     @property

@@ -17,7 +17,7 @@ class GraphKey(NamedTuple):
     """What distinguishes steps that cannot share a recording."""
 
     executor: str
-    """Who turns the step's tokens into logits: `layers`, `chain` or `persistent`; `sampler`: it begins at logits."""
+    """Who makes logits of tokens: `layers`, `chain`, `persistent` or `rows`; `sampler`: the step begins at logits."""
     phase: Phase
     rows: int
     """Requests that it samples for: all of them in decode, those whose prompt ends in prefill."""

@@ -94,8 +94,8 @@ class GraphStore:
         self._behind: tuple[GraphKey, Recorder] | None = None
         """What is being made while steps go on, and by whom."""
         self._patience: dict[GraphKey, int] = {}
-        """Uses before an evicted step is recorded again: twice as many each time, or more sizes than are kept would be
-        captured in turn for ever."""
+        """Uses before an evicted step is recorded again: twice as many after each eviction. Otherwise, with more sizes
+        in use than can be kept, one would be captured after the other for ever."""
         self._hits: Counter[Phase] = Counter()
         self._padded_hits: Counter[Phase] = Counter()
         self._misses: Counter[tuple[Phase, str]] = Counter()
@@ -144,7 +144,8 @@ class GraphStore:
         self._changed()
 
     def _doubt_known(self) -> None:
-        """A time of the earlier process is wrong by now: compared with new ones, its others would decide wrongly."""
+        """A time that an earlier process measured is wrong now. Its other times are forgotten, too: compared with new
+        ones, they would lead to wrong choices."""
         self.times_changed = True
         for key in self._known:
             self.timings.forget(key)
@@ -152,7 +153,7 @@ class GraphStore:
 
     @property
     def wanted(self) -> dict[GraphKey, int]:
-        """How often steps wanted a recording that there is not."""
+        """How often steps would have used a recording that does not exist."""
         return dict(self._wanted)
 
     def capture(self, keys: Iterable[GraphKey], progress: Callable[[], object] = lambda: None) -> None:
@@ -235,7 +236,7 @@ class GraphStore:
             self._made(key)
             if isinstance(error, LostRanks):
                 raise
-            if is_fatal(error):  # asking the device tells: after a failed capture it lives
+            if is_fatal(error):  # it looks like that after any failed capture; asking the device tells
                 torch.cuda.synchronize()
             self._fail(key, error)
             return
@@ -260,7 +261,7 @@ class GraphStore:
         self._keep_within_bytes(recording)
 
     def _made(self, key: GraphKey) -> None:
-        """It is not being made any more."""
+        """Note that this recording is no longer being made."""
         if self._behind_key == key:
             self._behind = None
 

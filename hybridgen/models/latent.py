@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from hybridgen.cache.paged_latent import LatentShape
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.kernels.attention.latent import (
+    LatentPlaces,
     latent_decode,
     latent_prefill,
     through_keys,
@@ -66,19 +67,19 @@ class LatentBinding:
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """Write the step's latents and attend to the pages: [T, H, value_dim]."""
         (latent, rotary), query, scale = call.new, call.query, call.scale
-        step, pages = self.step, self.latents
-        places = step.block_table, step.slots, step.positions
+        step = self.step
+        places = LatentPlaces(self.latents, step.block_table, step.slots, step.positions)
         weight: Tensor = module.kv_b_proj.weight  # type: ignore[assignment, union-attr]
         nope = query.shape[-1] - rotary.shape[-1]
         plain, turned = query[..., :nope], query[..., nope:]
         appends = step.phase is Phase.DECODE and not step.several
         if not appends:  # all of them, before any is read: requests of one prefill call can share pages
-            write_latent(latent, rotary, pages, *places)
+            write_latent(latent, rotary, places)
         if step.phase is Phase.PREFILL:
             own = (latent, rotary) if OWN_KEYS else (None, None)
-            return latent_prefill(plain, turned, pages, *places, step.query_starts, weight, scale, *own)
+            return latent_prefill(plain, turned, places, step.query_starts, weight, scale, *own)
         new = (latent, rotary) if appends else (None, None)
-        mixed = latent_decode(through_keys(plain, weight), turned, pages, *places, scale, *new)
+        mixed = latent_decode(through_keys(plain, weight), turned, places, scale, *new)
         return through_values(mixed, weight, nope)
 
 

@@ -9,8 +9,8 @@ from functools import partial
 from hybridgen.cache import LayerState, allocate
 from hybridgen.execution import ModelRunner
 from hybridgen.execution.fused_executors import make_fused
-from hybridgen.execution.runner import on_its_stream
 from hybridgen.execution.scoring import ScoredTokens
+from hybridgen.execution.stream import on_its_stream
 from hybridgen.graphs import GraphKey, Recorder
 from hybridgen.graphs.recorder import Recorded
 from hybridgen.models.attention import Phase

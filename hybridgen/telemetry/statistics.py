@@ -55,7 +55,7 @@ class GraphRow:
 
     executor: str = field(
         metadata=about(
-            "`layers`, `chain` or `persistent`; `sampler`: what is left of steps in which rows have a grammar."
+            "`layers`, `chain`, `persistent` or `rows`; `sampler`: what is left of steps in which rows have a grammar."
         )
     )
     phase: str = field(metadata=about("`prefill` or `decode`."))

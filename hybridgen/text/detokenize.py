@@ -71,10 +71,17 @@ class IncrementalDetokenizer:
         """The text that this token completes, possibly empty."""
         if not self._enabled or token_id in self._ignored:
             return ""
-        self._context.append(token_id)
-        text = self._step() if self._stream is None else self._step_stream(self._stream, token_id)
+        context, stream = self._context, self._stream
+        context.append(token_id)
+        if stream is None:
+            text = self._step()
+        else:
+            try:
+                text = stream.step(self._backend, token_id)  # type: ignore[arg-type]
+            except Exception as error:  # tokenizers raises bare Exception
+                text = self._without_stream(error)
         if text is not None:
-            self._settle(self._context[self._given :])
+            self._settle(context[self._given :])
             return text
         if len(self._context) - self._given > _MAX_PENDING:
             return self._give_up_waiting()
@@ -116,12 +123,10 @@ class IncrementalDetokenizer:
             self._old = self._decode(self._context[: self._given])
         return self._old
 
-    def _step_stream(self, stream: DecodeStream, token_id: int) -> str | None:
-        try:
-            return stream.step(self._backend, token_id)  # type: ignore[arg-type]
-        except Exception as error:  # tokenizers raises bare Exception
-            if "Invalid prefix encountered" not in str(error):
-                raise
+    def _without_stream(self, error: Exception) -> str:
+        """The text of what waits, where the stream cannot go on."""
+        if "Invalid prefix encountered" not in str(error):
+            raise error
         self._stream = None
         return self._restart()
 

@@ -45,6 +45,8 @@ class StopChecker:
         if not text:
             return "", None
         automaton, node = self._automaton, self._node
+        if not self._length and automaton.cannot_begin(text):  # so nearly every piece
+            return text if shown else "", None
         before = self._length
         self._held.append((text, shown))
         self._length += len(text)
@@ -105,6 +107,10 @@ class _Automaton:
         """Length of each node's prefix."""
         self.match: list[str | None] = [None]
         """The longest stop string that each node's prefix ends with."""
+
+    def cannot_begin(self, text: str) -> bool:
+        """Whether no stop string begins anywhere in a text."""
+        return self._first.isdisjoint(text)
 
     def step(self, node: int, char: str) -> int:
         """The node after one more character."""

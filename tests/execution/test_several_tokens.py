@@ -83,10 +83,11 @@ def test_forced_tokens_give_the_logits_of_single_steps(family: str, backend: str
     free_runner(runner)
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
 @torch.inference_mode()
-def test_recorded_and_padded_they_are_the_same() -> None:
-    expected = one_by_one("llama", 3, None)
-    runner = make("llama", 3, None)
+def test_recorded_and_padded_they_are_the_same(backend: str | None) -> None:
+    expected = one_by_one("llama", 4, backend)
+    runner = make("llama", 4, backend)
     stand_in = StandInRecorder()
     runner.use_graphs(
         GraphSettings(decode=(4,), max_rows=4, max_padding_ratio=8),
@@ -94,15 +95,17 @@ def test_recorded_and_padded_they_are_the_same() -> None:
         why_plain="",
         counters=Counters(),
     )
-    runner.capture([GraphKey.decode(4, None, query_len=count) for count in (2, 3)], lambda: None)
-    for count in (2, 3):
+    runner.capture([GraphKey.decode(4, None, query_len=count) for count in (2, 3, 4)], lambda: None)
+    assert runner.router.route(GraphKey.decode(3, None)).reason == "bucket 4 is not captured"  # of one token
+    runner.capture([GraphKey.decode(4, None)], lambda: None)
+    for count in (1, 2, 3, 4):
         route = runner.router.route(GraphKey.decode(3, None, query_len=count))
-        assert (route.kind, route.reason) == ("layers, stand-in", f"padded to bucket 4, {count - 1} drafts a row")
+        drafts = f", {count - 1} drafts a row" if count > 1 else ""
+        assert (route.kind, route.reason) == ("layers, stand-in", f"padded to bucket 4{drafts}")
         runner.steps.stage_decode(SLOTS)
         route.run()
         logits = runner.steps.logits[: 3 * count].view(3, count, -1)
         torch.testing.assert_close(logits, expected[:, :count], atol=2e-4, rtol=2e-4)
-    assert runner.router.route(GraphKey.decode(3, None)).reason == "bucket 4 is not captured"  # of one token
     free_runner(runner)
 
 

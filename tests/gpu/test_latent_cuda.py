@@ -65,11 +65,11 @@ def test_decode(shape: tuple, rows: str) -> None:
     q, q_rotary = _queries(len(lengths), heads, rank, dtype), _queries(len(lengths), heads, rope, dtype)
     wanted = mean_latents(q, q_rotary, cache, ones, SCALE)
     _poison()
-    found = latent_decode(q, q_rotary, *cache.places(ones), SCALE)
+    found = latent_decode(q, q_rotary, cache.places(ones), SCALE)
     assert error(found, wanted) < LIMITS[dtype]
     new = cache.take_newest()
     _poison()
-    again = latent_decode(q, q_rotary, *cache.places(ones), SCALE, *new)
+    again = latent_decode(q, q_rotary, cache.places(ones), SCALE, *new)
     assert torch.equal(again, found)  # what is appended is read as later steps read it
     assert torch.equal(cache.newest(), torch.stack([each[-1] for each in cache.sequences]))
 
@@ -86,9 +86,9 @@ def test_prefill(shape: tuple) -> None:
     new = torch.cat([each[-count:] for each, count in zip(cache.sequences, fed, strict=True)])[:, None]
     new = new[..., :rank], new[..., rank:]
     _poison()
-    by_latents = latent_prefill(q, q_rotary, *cache.places(fed), starts, weight, SCALE)
+    by_latents = latent_prefill(q, q_rotary, cache.places(fed), starts, weight, SCALE)
     _poison()
-    found = latent_prefill(q, q_rotary, *cache.places(fed), starts, weight, SCALE, *new)
+    found = latent_prefill(q, q_rotary, cache.places(fed), starts, weight, SCALE, *new)
     for row, each in enumerate(cache.sequences):
         both = (each[:, :rank].double() @ weight.double().T).view(-1, heads, nope + value_dim)
         keys = torch.cat((both[..., :nope], each[:, None, rank:].double().expand(-1, heads, -1)), dim=-1)
@@ -104,11 +104,12 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
     ones = [1] * len(lengths)
     cache = make_latents(lengths, rank, rope, page_size, dtype, "cuda")
     q, q_rotary = _queries(len(lengths), heads, rank, dtype), _queries(len(lengths), heads, rope, dtype)
-    pages, table, slots, positions = cache.places(ones)
-    found = latent_decode(q, q_rotary, pages, table, slots, positions, SCALE)
+    places = cache.places(ones)
+    found = latent_decode(q, q_rotary, places, SCALE)
     for row in (0, 33, 69):
-        same = torch.full_like(slots, row).long()
-        other = latent_decode(q[same], q_rotary[same], pages, table, slots[same], positions[same], SCALE)
+        same = torch.full_like(places.slots, row).long()
+        there = places._replace(slots=places.slots[same], positions=places.positions[same])
+        other = latent_decode(q[same], q_rotary[same], there, SCALE)
         assert torch.equal(other, found[same])
 
 
@@ -116,24 +117,24 @@ def test_a_recorded_step_reads_what_was_changed() -> None:
     heads, rank, rope, page_size, dtype = SHAPES[0]
     cache = make_latents([3000, 900, 130], rank, rope, page_size, dtype, "cuda")
     q, q_rotary = _queries(3, heads, rank, dtype), _queries(3, heads, rope, dtype)
-    pages, table, slots, positions = cache.places([1, 1, 1])
+    places = cache.places([1, 1, 1])
     for _ in range(2):
-        latent_decode(q, q_rotary, pages, table, slots, positions, SCALE)
+        latent_decode(q, q_rotary, places, SCALE)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = latent_decode(q, q_rotary, pages, table, slots, positions, SCALE)
-    positions -= torch.tensor([2500, 0, 77], device="cuda")
+        out = latent_decode(q, q_rotary, places, SCALE)
+    places.positions.sub_(torch.tensor([2500, 0, 77], device="cuda"))
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(out, latent_decode(q, q_rotary, pages, table, slots, positions, SCALE))
+    assert torch.equal(out, latent_decode(q, q_rotary, places, SCALE))
 
 
 def test_tokens_are_written_to_their_pages() -> None:
     cache = make_latents([1, 300, 77], 512, 64, 64, BF16, "cuda")
     written = torch.full_like(cache.pages, torch.nan)
     both = torch.cat(cache.sequences)[:, None]
-    write_latent(both[..., :512], both[..., 512:], written, *cache.places(cache.lengths)[1:])
+    write_latent(both[..., :512], both[..., 512:], cache.places(cache.lengths)._replace(pages=written))
     assert torch.equal(written.nan_to_num(7.0), cache.pages.nan_to_num(7.0))
 
 

@@ -19,7 +19,7 @@ from hybridgen import Engine, EngineConfig
 from hybridgen.compilation import behind
 from hybridgen.compilation.step_graph import record_step
 from hybridgen.compilation.store.session import mode_of, why_not_behind
-from hybridgen.kernels.attention.latent import write_latent
+from hybridgen.kernels.attention.latent import LatentPlaces, write_latent
 from hybridgen.loading import Checkpoint
 
 NEW = 12
@@ -106,7 +106,7 @@ def test_a_fresh_process_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def step() -> None:
         left.add_(1)
-        write_latent(latent, rotary, pages, table, row, row)
+        write_latent(latent, rotary, LatentPlaces(pages, table, row, row))
 
     graph, inputs = record_step(step)
     left.zero_(), pages.zero_()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hybridgen.kernels.attention.latent import LatentPlaces
+
 NO_PAGE = 2**30
 """A page id that must never be looked up."""
 
@@ -27,12 +29,13 @@ class Latents:
     def lengths(self) -> list[int]:
         return [len(each) for each in self.sequences]
 
-    def places(self, fed: list[int]) -> tuple[Tensor, ...]:
+    def places(self, fed: list[int]) -> LatentPlaces:
         """Pages, table, slots and positions of the last `fed` tokens of each sequence."""
         device = self.pages.device
         counts = torch.tensor(fed, device=device)
         positions = [torch.arange(n - m, n, device=device) for n, m in zip(self.lengths, fed, strict=True)]
-        return self.pages, self.table, torch.repeat_interleave(self.slots, counts), torch.cat(positions)
+        slots = torch.repeat_interleave(self.slots, counts)
+        return LatentPlaces(self.pages, self.table, slots, torch.cat(positions))
 
     def starts(self, fed: list[int], sequences: int) -> Tensor:
         """Where the runs of `places(fed)` begin, as for `sequences` of them."""

@@ -13,13 +13,11 @@ import triton
 import triton.language as tl
 from quantised_cases import CASES, Case, make
 
+from hybridgen.kernels.linear.codes_kernels import VALUE, int4_pairs, int4_shift
 from hybridgen.kernels.linear.layout import Block, dequantise
 from hybridgen.kernels.linear.quantised_few_kernels import FewTile, few_product, takes
 from hybridgen.kernels.linear.quantised_kernels import (
-    VALUE,
     Tile,
-    _int4_pairs,
-    _int4_shift,
     dequantised,
     layout_of,
     product,
@@ -104,8 +102,8 @@ def _pairs_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     n = tl.arange(0, OUTPUTS)
     words = tl.load(data + n[:, None] * (INPUTS // 8) + tl.arange(0, INPUTS // 8)[None, :])
-    shift = _int4_shift(zeros, n, n < OUTPUTS, ZEROS, FLOAT16)
-    values = _int4_pairs(words, shift, OUTPUTS, INPUTS, FLOAT16)
+    shift = int4_shift(zeros, n, n < OUTPUTS, ZEROS, FLOAT16)
+    values = int4_pairs(words, shift, OUTPUTS, INPUTS, FLOAT16)
     tl.store(out + n[:, None] * INPUTS + tl.arange(0, INPUTS)[None, :], values.to(tl.float32))
 
 

@@ -125,7 +125,7 @@ def run_ptx(text: str, inputs: dict[str, int], dtype: torch.dtype) -> list[torch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_unpacking_instructions_give_codes_less_their_zero(dtype: torch.dtype) -> None:
     """The interpreter does not run them."""
-    kernels = pytest.importorskip("hybridgen.kernels.linear.quantised_kernels")
+    kernels = pytest.importorskip("hybridgen.kernels.linear.codes_kernels")
     text = (kernels._UNPACK_BF16 if dtype == torch.bfloat16 else kernels._UNPACK_F16).value
     base = -0x3CFF3D00 if dtype == torch.bfloat16 else -0x1BFF1C00
     codes = torch.randint(0, 16, (40, 8), generator=torch.Generator().manual_seed(0))

@@ -71,7 +71,7 @@ class CompileCache:
             cache = cls(MemoryEntry("; ".join(problems)), None, config)
             cache.notes += problems
             return cache
-        # Where nothing is compiled before the first request, nobody who compiles is waited for.
+        # No waiting for another process that compiles the same, if nothing is compiled before the first request.
         waits = not config.offline_compile and not compiles_behind(config, mode, checkpoint.device.type)
         cache = cls._open(store, key, config, waits=waits)
         cache.notes += problems
@@ -108,7 +108,7 @@ class CompileCache:
 
     @contextmanager
     def unless_refused(self) -> Iterator[None]:
-        """Inside is what an engine can do without: a kernel that is refused there ends it, and nothing else."""
+        """For work that an engine can do without: a kernel that is refused inside ends that work, and not the start."""
         before = len(self._refused)
         try:
             yield
@@ -182,7 +182,7 @@ class CompileCache:
         """Start-up is over: publish, and let processes go on that wait for the entry.
 
         Raises:
-            CacheMissError: a kernel was refused in the start, and whoever asked for it went on without.
+            CacheMissError: a kernel was refused during the start, and the code that asked for it went on without it.
         """
         if self._refused:
             raise CacheMissError(
@@ -280,11 +280,11 @@ def _refuse_if_offline(config: EngineConfig, mode: Mode, reason: str) -> None:
 
 
 def preload(cache: CompileCache, config: EngineConfig, mode: Mode, device_type: str) -> Callable[[], None]:
-    """Import what loading compiled code needs, on a thread, while weights are read; returns what waits for it.
+    """Import what loading compiled code needs, on a thread, while weights are read. Returns a function that waits until
+    that is done; the time it waits is added to the cache's seconds.
 
-    What it is waited for is part of the cache's seconds. Not with cudagraph trees: up to torch 2.11 they work only on
-    the thread that imported them. Nor where whole steps are compiled and none is kept, or mode
-    `auto` loads them between calls: no start waits for that.
+    Nothing is imported with cudagraph trees: up to torch 2.11 they work only on the thread that imported them. Nor for
+    whole compiled steps that are not in the cache, or that mode `auto` loads between calls: no start waits for those.
     """
     if not mode.compiles or config.compile_backend != "inductor" or config.graphs is not GraphOwner.MANUAL:
         return lambda: None

@@ -22,7 +22,7 @@ of 8 up to 512, rope one up to 128, and page_size a power of two from 8 to 256.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,20 +47,24 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def write_latent(
-    latent: Tensor, rotary: Tensor, pages: Tensor, block_table: Tensor, slots: Tensor, positions: Tensor
-) -> None:
+class LatentPlaces(NamedTuple):
+    """Where a step's tokens lie in the cache of one layer; shapes are in the module's text."""
+
+    pages: Tensor
+    block_table: Tensor
+    slots: Tensor
+    positions: Tensor
+
+
+def write_latent(latent: Tensor, rotary: Tensor, places: LatentPlaces) -> None:
     """Write each token's latent and rotary key into its page, as `write_kv` does with keys."""
-    torch.ops.hybridgen.write_latent.default(latent, rotary, pages, block_table, slots, positions)
+    torch.ops.hybridgen.write_latent.default(latent, rotary, *places)
 
 
 def latent_decode(
     q: Tensor,
     q_rotary: Tensor,
-    pages: Tensor,
-    block_table: Tensor,
-    slots: Tensor,
-    positions: Tensor,
+    places: LatentPlaces,
     scale: float,
     latent: Tensor | None = None,
     rotary: Tensor | None = None,
@@ -69,18 +73,13 @@ def latent_decode(
 
     Its own latent and rotary key are written to its page first if they are given, else they must have been written.
     """
-    return torch.ops.hybridgen.latent_decode.default(
-        q, q_rotary, pages, block_table, slots, positions, scale, latent, rotary
-    )
+    return torch.ops.hybridgen.latent_decode.default(q, q_rotary, *places, scale, latent, rotary)
 
 
 def latent_prefill(
     q: Tensor,
     q_rotary: Tensor,
-    pages: Tensor,
-    block_table: Tensor,
-    slots: Tensor,
-    positions: Tensor,
+    places: LatentPlaces,
     query_starts: Tensor,
     weight: Tensor,
     scale: float,
@@ -92,9 +91,7 @@ def latent_prefill(
     Runs of tokens are as in `prefill_attention`. Where the tokens' own latents and rotary keys, which must be in their
     pages, are given, runs that begin at position 0 attend on CUDA to keys and values of their own.
     """
-    return torch.ops.hybridgen.latent_prefill.default(
-        q, q_rotary, pages, block_table, slots, positions, query_starts, weight, scale, latent, rotary
-    )
+    return torch.ops.hybridgen.latent_prefill.default(q, q_rotary, *places, query_starts, weight, scale, latent, rotary)
 
 
 def through_keys(q: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridgen.kernels.linear.quantised_kernels import _int4_values, _scale, _values
+from hybridgen.kernels.linear.codes_kernels import int4_values, scale_at, tile_values
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _step_scales(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The scales, float32 [OUTPUTS], of a step within a block; those behind the last step are anything."""
     column = tl.minimum(step * STEP // GROUP, COLUMNS - 1)
-    return _scale(scales, (n // BLOCK_OUT) * COLUMNS + column, n < ALL, KIND)
+    return scale_at(scales, (n // BLOCK_OUT) * COLUMNS + column, n < ALL, KIND)
 
 
 @triton.jit
@@ -221,7 +221,7 @@ def _product(  # type: ignore[no-untyped-def]
             exponents = tl.load(scales + rows_of_data * COLUMNS + step, mask=inside, other=0)
             values = _mxfp4_values(mine, rows_of_data * WIDTH, inside, at, exponents, INPUTS, EVEN, OUTPUTS, STEP)
         elif UNPACKS and KIND == "int4":
-            values = _int4_values(
+            values = int4_values(
                 mine, zeros, rows_of_data, at, ALL, INPUTS, WIDTH, (rows_of_data // BLOCK_OUT) * COLUMNS, COLUMNS,
                 ZEROS, GROUP, EVEN, OUTPUTS, STEP, x.dtype.element_ty == tl.float16,
             )  # fmt: skip
@@ -230,7 +230,7 @@ def _product(  # type: ignore[no-untyped-def]
             mask = inside[:, None] if EVEN else inside[:, None] & (item < INPUTS)[None, :]
             values = tl.load(mine + (rows_of_data * WIDTH)[:, None] + item[None, :], mask=mask, other=0.0).to(xt.dtype)
         else:
-            values = _values(
+            values = tile_values(
                 mine, scales, zeros, n, at, ALL, INPUTS, WIDTH, COLUMNS,
                 KIND, ZEROS, WHERE, BLOCK_OUT, GROUP, EVEN, OUTPUTS, STEP,
             ).to(xt.dtype)  # fmt: skip
@@ -241,7 +241,7 @@ def _product(  # type: ignore[no-untyped-def]
         else:
             sums = tl.dot(values, xt, sums, input_precision=PRECISION)
     if WHERE == 0 and KIND != "dense":
-        sums *= _scale(scales, (n // BLOCK_OUT) * COLUMNS, n < ALL, KIND)[:, None]
+        sums *= scale_at(scales, (n // BLOCK_OUT) * COLUMNS, n < ALL, KIND)[:, None]
     return sums
 
 

@@ -13,10 +13,10 @@ import triton
 from torch import Tensor
 
 from hybridgen.device.launcher import Device, Launcher, device_of
+from hybridgen.kernels.linear.codes_kernels import BLOCK, ROW, VALUE
 from hybridgen.kernels.linear.experts_few import COLUMNS, UNPLANNED_ROWS, FewTile, few_products, takes_few
 from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection
 from hybridgen.kernels.linear.experts_kernels import combine_kernel, down_kernel, gate_up_kernel
-from hybridgen.kernels.linear.quantised_kernels import BLOCK, ROW, VALUE
 
 _COMBINED = 1024
 """Outputs of a program of the weighted sum."""
