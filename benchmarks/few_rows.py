@@ -1,8 +1,8 @@
 """Who decodes 1 to 16 rows fastest: the persistent kernels, the chain, or the model's compiled layers?
 
-An engine of random weights is started in mode `hybrid`. Then each executor that can run a decode step of so many rows is
-recorded and timed, whether the engine would use it or not: rows of padding behind 512 cached positions, which end at the
-logits. Logits are compared with those of the layers first, and steps of more than 8 rows by the kernel for several
+An engine of random weights is started in mode `hybrid`. Then each executor that can run a decode step of so many rows
+is recorded and timed, whether the engine would use it or not: rows of padding behind 512 cached positions, which end at
+the logits. Logits are compared with those of the layers first, and steps of more than 8 rows by the kernel for several
 columns, which are two launches, bit for bit with its own steps of 8.
 
     python benchmarks/few_rows.py [--models llama-3.2-1b llama-3.1-8b] [--format none int4] [--output few-rows.json]

@@ -48,7 +48,7 @@ def test_each_size_is_told_by_who_runs_it(
 ) -> None:
     found = fused(rows, chain).notes
     assert found.pop("decode of 1 row") == ONE
-    assert list(found) == list(notes)
+    assert found.keys() == notes.keys()
     for size, how in notes.items():
         assert found[size].startswith(how)
 
