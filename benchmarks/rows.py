@@ -34,6 +34,8 @@ PAGE_SIZE = 64
 ROOM = 1024
 """Positions of each request."""
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
+IN_8_BITS = 5e-2
+"""With keys and values in 8 bits, whose last bit is 6 to 12 %: a token that sees itself alone has it in its logits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +297,9 @@ def try_out(variant: Variant, times: int) -> None:
         line["tuning"] = dataclasses.asdict(step.tuning)
         line |= {n.lower(): step.kernel.attribute(n) for n in ("NUM_REGS", "LOCAL_SIZE_BYTES")}
         line["errors"] = check(step, variant.cache)
-        line["ok"] = all(error < TOLERANCE[variant.cache.model.dtype] for error in line["errors"].values())
+        of_8_bits = variant.cache.pages[0].keys.element_size() == 1
+        limit = IN_8_BITS if of_8_bits else TOLERANCE[variant.cache.model.dtype]
+        line["ok"] = all(error < limit for error in line["errors"].values())
         if line["ok"]:
             times = times if variant.first else times // 10
             line["repeats"] = repeat(step, variant.cache, times)

@@ -133,8 +133,9 @@ def test_where_nothing_is_drafted_the_plain_recording_runs(streams: Streams) -> 
             ran[drafts] = [out.steps for out in found], [out.token_ids for out in found]
             assert not any(out.drafted_tokens for out in found)
             assert [out.tokens_per_step for out in found] == [1] * 4
-            steps = {(step.kind, step.reason) for out in found for step in out.steps if step.phase == "decode"}
-            assert steps == {("layers, stand-in", "bucket 4")}
+            kinds = {step.kind for out in found for step in out.steps if step.phase == "decode"}
+            assert kinds == {"layers, stand-in"}
+            assert not any("drafts a row" in step.reason for out in found for step in out.steps)
     assert ran[None] == ran["ngram"]
 
 
