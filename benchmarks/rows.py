@@ -6,6 +6,10 @@ of the cache that are no numbers; requests of one token, one request of several,
 repeated in a CUDA graph and all logits are compared bit for bit on the device, with steps of fewer columns in between.
 Then replays are timed, against a read ceiling measured in the same run.
 
+With `--context` also the tokens of one request behind so many positions: first the bits of four tokens in one step
+against four steps of one, and 500 repeats, then times of 1, 4 and 8. "Turned" has the tokens in the reverse order: then
+their units do not stand side by side, and each token reads the context anew.
+
     python benchmarks/rows.py [--models llama-3.2-1b llama-3.1-8b] [--formats bf16 fp8 int4] [--output results.json]
     python benchmarks/rows.py --smoke
 """
@@ -249,6 +253,50 @@ def timed(step: Any, cache: Cache, columns: list[int], positions: list[int], cei
     return lines
 
 
+def behind(model: Decoder, context: int, cached: torch.dtype | None) -> list[dict[str, Any]]:
+    """Tokens of one request behind a long context."""
+    from hybridgen.device.timing import graph_seconds
+    from hybridgen.fused.rows.step import RowsStep
+
+    device, count = model.device, (context + 8) // PAGE_SIZE + 1
+    size = count + 1, model.kv_heads, PAGE_SIZE, model.head_dim
+    pages = tuple(
+        LayerPages(*(torch.randn(size, dtype=model.dtype, device=device).to(cached or model.dtype) for _ in range(2)))
+        for _ in model.layers
+    )
+    table = (torch.randperm(count, device=device) + 1).view(1, count).to(torch.int32)
+    step = RowsStep(model, pages, block_table=table)
+    torch.cuda.synchronize()
+    ids = torch.randint(0, model.vocab, (8,), device=device)
+    positions, slots = (
+        torch.arange(context, context + 8, device=device),
+        torch.zeros(8, dtype=torch.int32, device=device),
+    )
+    alone = torch.stack([step(ids[i : i + 1], positions[i : i + 1], slots[:1])[0].clone() for i in range(4)])
+    together = step(ids[:4], positions[:4], slots[:4]).clone()
+    different = torch.zeros(1, dtype=torch.int64, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        different += (step(ids[:4], positions[:4], slots[:4]).view(torch.int16) != together.view(torch.int16)).any()
+    different.zero_()
+    for _ in range(500):
+        graph.replay()
+    torch.cuda.synchronize()
+    check = {"equal_to_single_steps": torch.equal(alone, together), "different": int(different), "steps": 500}
+    lines = [{"context": context, "tokens": 4, **check}]
+    for tokens in (1, 4, 8):
+        for turned in (False, True)[: 1 + (tokens > 1)]:
+            which = torch.arange(tokens, device=device)
+            which = which.flip(0) if turned else which
+            inputs = ids[which], positions[which], slots[:tokens]
+            took = graph_seconds(lambda inputs=inputs: step(*inputs), calls=5)
+            lines.append({"context": context, "tokens": tokens, "turned": turned, "us": took * 1e6})
+    for line in lines:
+        print(f"    {line}", flush=True)
+    step.kernel.close()
+    return lines
+
+
 @dataclasses.dataclass
 class Variant:
     """A kernel for a model, and what was found of it."""
@@ -344,6 +392,7 @@ def main() -> None:
         "--repeats", type=int, default=10_000, help="of four fixed steps each; a tenth for other tunings"
     )
     parser.add_argument("--tunings", nargs="*", default=[], help="others to try, for example piece=1024,in_flight=3")
+    parser.add_argument("--context", nargs="*", type=int, default=[], help="tokens of one request behind so many")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--half", action="store_true", help="float16 models")
     parser.add_argument("--cache-fp8", action="store_true", help="keys and values in 8 bits")
@@ -384,6 +433,13 @@ def main() -> None:
         print(variant.line["model"], variant.line["format"], variant.line["tuning"])
         for each in variant.line["times"]:
             print(f"    {each}", flush=True)
+    for variant in good:
+        for context in args.context if variant.first else ():
+            if time.monotonic() - begin < args.seconds:
+                print(variant.line["model"], variant.line["format"], flush=True)
+                model = dataclasses.replace(variant.cache.model, max_context=context + 16)
+                variant.line.setdefault("behind", []).extend(behind(model, context, cached))
+                release()
     report(results, args.output)
     found_different = [
         each["different"] or each["gave_up"]
