@@ -268,10 +268,8 @@ def behind(model: Decoder, context: int, cached: torch.dtype | None) -> list[dic
     step = RowsStep(model, pages, block_table=table)
     torch.cuda.synchronize()
     ids = torch.randint(0, model.vocab, (8,), device=device)
-    positions, slots = (
-        torch.arange(context, context + 8, device=device),
-        torch.zeros(8, dtype=torch.int32, device=device),
-    )
+    positions = torch.arange(context, context + 8, device=device)
+    slots = torch.zeros(8, dtype=torch.int32, device=device)
     alone = torch.stack([step(ids[i : i + 1], positions[i : i + 1], slots[:1])[0].clone() for i in range(4)])
     together = step(ids[:4], positions[:4], slots[:4]).clone()
     different = torch.zeros(1, dtype=torch.int64, device=device)
@@ -315,14 +313,15 @@ def variants(
     half: bool,
     layers: int | None,
     cached: torch.dtype | None,
+    room: int,
     pool: ThreadPoolExecutor,
 ) -> list[Variant]:
-    """The kernels of a model; they are compiled meanwhile."""
+    """The kernels of a model for contexts of up to `room` positions; they are compiled meanwhile."""
     from hybridgen.fused.rows.shape import default_tuning
     from hybridgen.fused.rows.step import RowsStep
 
     dtype = torch.float16 if half or form == "fp16" else shape_dtype(name, "cuda")
-    model = in_format(random_decoder(name, dtype, "cuda", ROOM, layers=layers), form)
+    model = in_format(random_decoder(name, dtype, "cuda", room, layers=layers), form)
     release()
     cache = Cache(model, cached)
     torch.cuda.synchronize()
@@ -415,10 +414,11 @@ def main() -> None:
     cached = torch.float8_e4m3fn if args.cache_fp8 else None
     results["cache"] = "fp8" if args.cache_fp8 else "16 bits"
     found: list[Variant] = []
+    room = max([ROOM, *(context + 16 for context in args.context)])
     with ThreadPoolExecutor(12) as pool:
         for name in args.models:
             for form in args.formats:
-                found += variants(name, form, [{}, *others], args.half, args.layers, cached, pool)
+                found += variants(name, form, [{}, *others], args.half, args.layers, cached, room, pool)
         wait([variant.step for variant in found])  # loading a kernel disturbs a graph that is being recorded
         for variant in found:
             if time.monotonic() - begin < args.seconds:
@@ -437,8 +437,7 @@ def main() -> None:
         for context in args.context if variant.first else ():
             if time.monotonic() - begin < args.seconds:
                 print(variant.line["model"], variant.line["format"], flush=True)
-                model = dataclasses.replace(variant.cache.model, max_context=context + 16)
-                variant.line.setdefault("behind", []).extend(behind(model, context, cached))
+                variant.line.setdefault("behind", []).extend(behind(variant.cache.model, context, cached))
                 release()
     report(results, args.output)
     found_different = [

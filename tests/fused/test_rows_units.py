@@ -6,7 +6,6 @@ import ctypes
 import shutil
 import subprocess
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
