@@ -6,6 +6,7 @@ on the host, so it can be recorded once and replayed (`graphs`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -27,6 +28,9 @@ from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase, RunEnds
 from hybridgen.sampling import SamplerPlan, SamplerState, remember, sample
 from hybridgen.sampling.own import OwnRows
+
+_NEWEST = 0.125
+"""The last step's share in what is known of a mask's time."""
 
 
 class ModelSteps(StagedInputs):
@@ -76,6 +80,8 @@ class ModelSteps(StagedInputs):
         """Which tokens rows with a grammar may choose, once `keep_masks()` ran."""
         self._told_drafts: HostDrafts | None = None
         """What the host is told of drafts beside such rows, once `ask_drafts()` ran."""
+        self.mask_seconds = 0.0
+        """What a mask of one place took of late; 0: none was made."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, the model's parameters and buffers apart, by name."""
@@ -161,13 +167,17 @@ class ModelSteps(StagedInputs):
         """
         masks = self.keep_masks()
         own.catch_up()
-        if query_len == 1 or self._told_drafts is None:
-            own.fill(masks.open(len(own.guided)))
-            masks.send(own.guided)
-            return
-        drafts = self._told_drafts.wait()[:, : query_len - 1]
-        own.fill_with_drafts(masks.open(len(own.guided) * query_len), drafts)
-        masks.send([row * query_len + place for row in own.guided for place in range(query_len)])
+        drafts = None if query_len == 1 or self._told_drafts is None else self._told_drafts.wait()[:, : query_len - 1]
+        lines = [row * query_len + place for row in own.guided for place in range(query_len)]
+        bits = masks.open(len(lines))
+        begin = time.perf_counter()
+        if drafts is None:
+            own.fill(bits)
+        else:
+            own.fill_with_drafts(bits, drafts)
+        took = (time.perf_counter() - begin) / len(lines)
+        self.mask_seconds += (took - self.mask_seconds) * (_NEWEST if self.mask_seconds else 1.0)
+        masks.send(lines)
 
     def stage_padding(self, key: GraphKey) -> None:
         """Set a step's metadata to padding alone, for warm-up and capture."""

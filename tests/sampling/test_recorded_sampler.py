@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 
 from hybridgen import Completion, Engine, SamplingParams
+from hybridgen.execution import step
 from hybridgen.graphs import recorder, stand_in
 from hybridgen.speculation.oracle import OracleDrafter
 
@@ -173,6 +174,25 @@ def test_drafts_beside_them(
         if mode == "graph":
             assert any("drafts a row" in reason and APART in reason for reason in reasons), reasons
         assert not engine.stats().fallbacks
+
+
+def test_masks_that_take_long_speak_against_drafts(expected: list[Completion], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with seven drafts has eight times the masks; where they take longer than the forward, it does."""
+    for module in (stand_in, recorder):
+        monkeypatch.setattr(module, "median_seconds", lambda *_: 1.0)
+    known = [out.prompt_token_ids + out.token_ids for out in expected]
+    with Engine.load(speculation=OracleDrafter(known, [7] * 4), **RECORDED) as engine:
+        for _ in range(2):
+            run(engine)
+        assert 0 < engine._runner.steps.mask_seconds < 0.1
+        assert run(engine)[1].drafted_tokens > 0
+        monkeypatch.setattr(step, "_NEWEST", 0.0)
+        engine._runner.steps.mask_seconds = 5.0
+        outs = run(engine)
+        assert same(outs, expected)
+        guided = [ran.reason for out in outs for ran in out.steps if APART in ran.reason]
+        assert guided
+        assert not any("drafts a row" in reason for reason in guided)
 
 
 def test_no_drafts_beside_functions(expected: list[Completion]) -> None:
