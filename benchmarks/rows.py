@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,6 @@ PAGE_SIZE = 64
 ROOM = 1024
 """Positions of each request."""
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
-IN_8_BITS = 5e-2
-"""With keys and values in 8 bits, whose last bit is 6 to 12 %: a token that sees itself alone has it in its logits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +178,42 @@ def poison(step: Any, model: Decoder) -> None:
     step.logits.fill_(torch.nan)
 
 
+def last_bits(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Whether codes of e4m3 are the same, or neighbours."""
+
+    def order(codes: Tensor) -> Tensor:
+        bits = as_bytes(codes).int()
+        return torch.where(bits > 127, 128 - bits, bits)
+
+    return (order(ours) - order(theirs)).abs() <= 1
+
+
+@contextmanager
+def rounded_as(cache: Cache, inputs: tuple[Tensor, Tensor, Tensor]) -> Iterator[None]:
+    """With keys and values in 8 bits the reference goes on with the step's own codes, where these are the nearest or
+    their neighbours. A last bit is 6 to 12 % there, and a number between two codes may become either: a token that
+    sees few others has that in its logits. Other codes stay the reference's, so that they show."""
+    if cache.pages[0].keys.element_size() > 1:
+        yield
+        return
+    (_, positions, slots), layers, project = inputs, iter(cache.pages), reference.queries_keys_values
+    pages, places = cache.block_table[slots.long(), positions // PAGE_SIZE].long(), positions % PAGE_SIZE
+
+    def followed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        queries, *new = project(*args)
+        for i, part in enumerate(next(layers)):
+            written = as_bytes(part)[pages, :, places].view(part.dtype)
+            nearest = new[i].to(part.dtype)
+            new[i] = torch.where(last_bits(written, nearest), written.float(), new[i])
+        return queries, *new
+
+    reference.queries_keys_values = followed
+    try:
+        yield
+    finally:
+        reference.queries_keys_values = project
+
+
 def check(step: Any, cache: Cache) -> dict[str, float]:
     """Relative error of the logits of each case; the new cache rows are compared, too."""
     errors = {}
@@ -185,10 +221,11 @@ def check(step: Any, cache: Cache) -> dict[str, float]:
         inputs = cache.fill(columns)
         ids, positions, slots = inputs
         pages = tuple(LayerPages(layer.keys.clone(), layer.values.clone()) for layer in cache.pages)
-        expected = reference.step(cache.model, pages, ids, positions, cache.block_table[slots.long()])
         poison(step, cache.model)
         logits = step(*inputs)
         torch.cuda.synchronize()
+        with rounded_as(cache, inputs):
+            expected = reference.step(cache.model, pages, ids, positions, cache.block_table[slots.long()])
         worst = float(((logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
         for ours, theirs in zip(cache.pages, pages, strict=True):
             for actual, wanted in zip(ours, theirs, strict=True):
@@ -344,9 +381,7 @@ def try_out(variant: Variant, times: int) -> None:
         line["tuning"] = dataclasses.asdict(step.tuning)
         line |= {n.lower(): step.kernel.attribute(n) for n in ("NUM_REGS", "LOCAL_SIZE_BYTES")}
         line["errors"] = check(step, variant.cache)
-        of_8_bits = variant.cache.pages[0].keys.element_size() == 1
-        limit = IN_8_BITS if of_8_bits else TOLERANCE[variant.cache.model.dtype]
-        line["ok"] = all(error < limit for error in line["errors"].values())
+        line["ok"] = all(error < TOLERANCE[variant.cache.model.dtype] for error in line["errors"].values())
         if line["ok"]:
             times = times if variant.first else times // 10
             line["repeats"] = repeat(step, variant.cache, times)
