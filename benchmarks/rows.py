@@ -6,6 +6,10 @@ of the cache that are no numbers; requests of one token, one request of several,
 repeated in a CUDA graph and all logits are compared bit for bit on the device, with steps of fewer columns in between.
 Then replays are timed, against a read ceiling measured in the same run.
 
+With `--context` also the tokens of one request behind so many positions: first the bits of four tokens in one step
+against four steps of one, and 500 repeats, then times of 1, 4 and 8. "Turned" has the tokens in the reverse order: then
+their units do not stand side by side, and each token reads the context anew.
+
     python benchmarks/rows.py [--models llama-3.2-1b llama-3.1-8b] [--formats bf16 fp8 int4] [--output results.json]
     python benchmarks/rows.py --smoke
 """
@@ -15,7 +19,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +178,42 @@ def poison(step: Any, model: Decoder) -> None:
     step.logits.fill_(torch.nan)
 
 
+def last_bits(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Whether codes of e4m3 are the same, or neighbours."""
+
+    def order(codes: Tensor) -> Tensor:
+        bits = as_bytes(codes).int()
+        return torch.where(bits > 127, 128 - bits, bits)
+
+    return (order(ours) - order(theirs)).abs() <= 1
+
+
+@contextmanager
+def rounded_as(cache: Cache, inputs: tuple[Tensor, Tensor, Tensor]) -> Iterator[None]:
+    """With keys and values in 8 bits the reference goes on with the step's own codes, where these are the nearest or
+    their neighbours. A last bit is 6 to 12 % there, and a number between two codes may become either: a token that
+    sees few others has that in its logits. Other codes stay the reference's, so that they show."""
+    if cache.pages[0].keys.element_size() > 1:
+        yield
+        return
+    (_, positions, slots), layers, project = inputs, iter(cache.pages), reference.queries_keys_values
+    pages, places = cache.block_table[slots.long(), positions // PAGE_SIZE].long(), positions % PAGE_SIZE
+
+    def followed(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        queries, *new = project(*args)
+        for i, part in enumerate(next(layers)):
+            written = as_bytes(part)[pages, :, places].view(part.dtype)
+            nearest = new[i].to(part.dtype)
+            new[i] = torch.where(last_bits(written, nearest), written.float(), new[i])
+        return queries, *new
+
+    reference.queries_keys_values = followed
+    try:
+        yield
+    finally:
+        reference.queries_keys_values = project
+
+
 def check(step: Any, cache: Cache) -> dict[str, float]:
     """Relative error of the logits of each case; the new cache rows are compared, too."""
     errors = {}
@@ -179,10 +221,11 @@ def check(step: Any, cache: Cache) -> dict[str, float]:
         inputs = cache.fill(columns)
         ids, positions, slots = inputs
         pages = tuple(LayerPages(layer.keys.clone(), layer.values.clone()) for layer in cache.pages)
-        expected = reference.step(cache.model, pages, ids, positions, cache.block_table[slots.long()])
         poison(step, cache.model)
         logits = step(*inputs)
         torch.cuda.synchronize()
+        with rounded_as(cache, inputs):
+            expected = reference.step(cache.model, pages, ids, positions, cache.block_table[slots.long()])
         worst = float(((logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
         for ours, theirs in zip(cache.pages, pages, strict=True):
             for actual, wanted in zip(ours, theirs, strict=True):
@@ -247,6 +290,48 @@ def timed(step: Any, cache: Cache, columns: list[int], positions: list[int], cei
     return lines
 
 
+def behind(model: Decoder, context: int, cached: torch.dtype | None) -> list[dict[str, Any]]:
+    """Tokens of one request behind a long context."""
+    from hybridgen.device.timing import graph_seconds
+    from hybridgen.fused.rows.step import RowsStep
+
+    device, count = model.device, (context + 8) // PAGE_SIZE + 1
+    size = count + 1, model.kv_heads, PAGE_SIZE, model.head_dim
+    pages = tuple(
+        LayerPages(*(torch.randn(size, dtype=model.dtype, device=device).to(cached or model.dtype) for _ in range(2)))
+        for _ in model.layers
+    )
+    table = (torch.randperm(count, device=device) + 1).view(1, count).to(torch.int32)
+    step = RowsStep(model, pages, block_table=table)
+    torch.cuda.synchronize()
+    ids = torch.randint(0, model.vocab, (8,), device=device)
+    positions = torch.arange(context, context + 8, device=device)
+    slots = torch.zeros(8, dtype=torch.int32, device=device)
+    alone = torch.stack([step(ids[i : i + 1], positions[i : i + 1], slots[:1])[0].clone() for i in range(4)])
+    together = step(ids[:4], positions[:4], slots[:4]).clone()
+    different = torch.zeros(1, dtype=torch.int64, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        different += (step(ids[:4], positions[:4], slots[:4]).view(torch.int16) != together.view(torch.int16)).any()
+    different.zero_()
+    for _ in range(500):
+        graph.replay()
+    torch.cuda.synchronize()
+    check = {"equal_to_single_steps": torch.equal(alone, together), "different": int(different), "steps": 500}
+    lines = [{"context": context, "tokens": 4, **check}]
+    for tokens in (1, 4, 8):
+        for turned in (False, True)[: 1 + (tokens > 1)]:
+            which = torch.arange(tokens, device=device)
+            which = which.flip(0) if turned else which
+            inputs = ids[which], positions[which], slots[:tokens]
+            took = graph_seconds(lambda inputs=inputs: step(*inputs), calls=5)
+            lines.append({"context": context, "tokens": tokens, "turned": turned, "us": took * 1e6})
+    for line in lines:
+        print(f"    {line}", flush=True)
+    step.kernel.close()
+    return lines
+
+
 @dataclasses.dataclass
 class Variant:
     """A kernel for a model, and what was found of it."""
@@ -265,14 +350,15 @@ def variants(
     half: bool,
     layers: int | None,
     cached: torch.dtype | None,
+    room: int,
     pool: ThreadPoolExecutor,
 ) -> list[Variant]:
-    """The kernels of a model; they are compiled meanwhile."""
+    """The kernels of a model for contexts of up to `room` positions; they are compiled meanwhile."""
     from hybridgen.fused.rows.shape import default_tuning
     from hybridgen.fused.rows.step import RowsStep
 
     dtype = torch.float16 if half or form == "fp16" else shape_dtype(name, "cuda")
-    model = in_format(random_decoder(name, dtype, "cuda", ROOM, layers=layers), form)
+    model = in_format(random_decoder(name, dtype, "cuda", room, layers=layers), form)
     release()
     cache = Cache(model, cached)
     torch.cuda.synchronize()
@@ -340,6 +426,7 @@ def main() -> None:
         "--repeats", type=int, default=10_000, help="of four fixed steps each; a tenth for other tunings"
     )
     parser.add_argument("--tunings", nargs="*", default=[], help="others to try, for example piece=1024,in_flight=3")
+    parser.add_argument("--context", nargs="*", type=int, default=[], help="tokens of one request behind so many")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--half", action="store_true", help="float16 models")
     parser.add_argument("--cache-fp8", action="store_true", help="keys and values in 8 bits")
@@ -362,10 +449,11 @@ def main() -> None:
     cached = torch.float8_e4m3fn if args.cache_fp8 else None
     results["cache"] = "fp8" if args.cache_fp8 else "16 bits"
     found: list[Variant] = []
+    room = max([ROOM, *(context + 16 for context in args.context)])
     with ThreadPoolExecutor(12) as pool:
         for name in args.models:
             for form in args.formats:
-                found += variants(name, form, [{}, *others], args.half, args.layers, cached, pool)
+                found += variants(name, form, [{}, *others], args.half, args.layers, cached, room, pool)
         wait([variant.step for variant in found])  # loading a kernel disturbs a graph that is being recorded
         for variant in found:
             if time.monotonic() - begin < args.seconds:
@@ -380,6 +468,12 @@ def main() -> None:
         print(variant.line["model"], variant.line["format"], variant.line["tuning"])
         for each in variant.line["times"]:
             print(f"    {each}", flush=True)
+    for variant in good:
+        for context in args.context if variant.first else ():
+            if time.monotonic() - begin < args.seconds:
+                print(variant.line["model"], variant.line["format"], flush=True)
+                variant.line.setdefault("behind", []).extend(behind(variant.cache.model, context, cached))
+                release()
     report(results, args.output)
     found_different = [
         each["different"] or each["gave_up"]

@@ -198,6 +198,13 @@ class Completion:
         return replace(made, choices=(made,))
 
     @property
+    def tokens_per_step(self) -> float | None:
+        """Mean tokens that one of its decode steps brought: 1, and above where drafts were right. None where it had no
+        decode step, or the steps are not known."""
+        steps = sum(step.count for step in self.steps if step.phase == "decode")
+        return (steps + self.accepted_tokens) / steps if steps else None
+
+    @property
     def cumulative_logprob(self) -> float | None:
         """Natural-log probability of all generated tokens together; None where `logprobs` was not asked for."""
         return None if self.logprobs is None else math.fsum(item.logprob for item in self.logprobs)

@@ -148,3 +148,19 @@ def test_the_table_by_prompt_length_is_printed_and_stored(
     assert [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| tiny")] == [
         "| tiny, 5", "| tiny, 5", "| tiny, 20", "| tiny, 20", "| tiny, average", "| tiny, average",
     ]  # fmt: skip
+
+
+def test_codes_of_8_bits_that_a_rounding_may_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of the kernel for several columns takes a number's nearest code and its neighbours, and no others."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = importlib.import_module("rows")
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = codes.float()
+    order = values[values.isfinite()].abs().unique()
+    order = torch.cat((-order.flip(0)[:-1], order))  # without a second zero
+    near = rows.last_bits(codes[:, None].expand(256, 256), codes[None].expand(256, 256))
+    for a in range(256):
+        for b in range(256):
+            if values[a].isfinite() and values[b].isfinite():
+                apart = (torch.searchsorted(order, values[a]) - torch.searchsorted(order, values[b])).abs()
+                assert bool(near[a, b]) == (int(apart) <= 1), (a, b)

@@ -64,3 +64,25 @@ class TokenMasks:
         """Every line is for nobody."""
         self.rows.fill_(NOBODY)
         self._sent = ()
+
+
+class HostDrafts:
+    """What the host is told of the drafts that a step checks, while its forward runs."""
+
+    def __init__(self, drafts: Tensor) -> None:
+        """`drafts`: int64 [slots, K], where steps keep them."""
+        self._drafts = drafts
+        self._host = torch.empty(drafts.shape, dtype=drafts.dtype, pin_memory=drafts.is_cuda, device="cpu")
+        self._event = torch.cuda.Event() if drafts.is_cuda else None
+
+    def ask(self) -> None:
+        """Copy them, in the order of the stream: behind the step that made them, before the one that checks them."""
+        self._host.copy_(self._drafts, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> Tensor:
+        """int64 [slots, K] on the CPU: what was asked for last, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host

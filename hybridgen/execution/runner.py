@@ -285,8 +285,7 @@ class ModelRunner(OnStream):
         staged = next(iter(self._steady.values()), None)
         sampler, own = self.sampler.needs(slots), self.sampler.own(slots)
         version = self.router.version  # as it is now: the step may drop its own graph
-        # Functions of a row are called with its text, whose length the host must know: no drafts beside them.
-        several = query_len if own is None else 1
+        several = query_len if self._may_check(own) else 1
         key = GraphKey.decode(len(slots), self._recorded(sampler, own), query_len=several, quiet=quiet)
         route = self.router.route(key)
         if staged is None or slots is not staged.slots:
@@ -299,15 +298,27 @@ class ModelRunner(OnStream):
     def decode_seconds(self, slots: tuple[int, ...], query_len: int, *, quiet: bool = False) -> float | None:
         """What the recording takes that would run such a step; None where none would. One that is missing is wanted."""
         steady = next((steady for steady in self._steady.values() if steady.slots is slots), None)
-        if steady is not None and steady.own is not None:  # no drafts are checked beside functions of a row
-            return None
         sampler = self.sampler.needs(slots) if steady is None else steady.sampler
-        route = self.router.route(GraphKey.decode(len(slots), sampler, query_len=query_len, quiet=quiet))
-        if route.recording is not None:
-            return route.recording.recorded.seconds
-        if route.wanted is not None:
-            self.graphs.want(route.wanted)
-        return None
+        own = self.sampler.own(slots) if steady is None else steady.own
+        if not self._may_check(own):
+            return None
+        key = GraphKey.decode(len(slots), self._recorded(sampler, own), query_len=query_len, quiet=quiet)
+        route = self.router.route(key)
+        parts = [route] if own is None else [route, self.router.rest(route, sampler)]
+        times = [part.recording.recorded.seconds for part in parts if part.recording is not None]
+        for part in parts:
+            if part.recording is None and part.wanted is not None:
+                self.graphs.want(part.wanted)
+        if len(times) < len(parts):
+            return None
+        if own is not None:  # the host makes the masks, while the device is at the forward
+            times[0] = max(times[0], self.steps.mask_seconds * len(own.guided) * query_len)
+        return sum(times)
+
+    def _may_check(self, own: OwnRows | None) -> bool:
+        """Whether a step may check drafts. Functions of a row are called with its text, whose length the host must
+        know; and other ranks have no grammars."""
+        return own is None or not (own.calls or self.steps.agree is not None)
 
     @on_its_stream
     def _decode_again(self, steady: Steady) -> LaunchedStep:
@@ -324,6 +335,8 @@ class ModelRunner(OnStream):
         if samples:
             self.ring.reserve()
         try:
+            if own is not None and own.guided and route.key.query_len > 1:
+                self.steps.ask_drafts()
             route = self._run(route)
             reason = route.reason if own is None else self._finish(route, sampler, own)
             self._count(route)
@@ -344,7 +357,7 @@ class ModelRunner(OnStream):
         The device is at the forward meanwhile: the masks are made from the tokens of the step before.
         """
         if own.guided:
-            self.steps.stage_masks(own)
+            self.steps.stage_masks(own, route.key.query_len)
         if own.calls or self.steps.agree is not None:  # which the host runs; other ranks are told what it chose
             self.steps.finish(route.key, sampler, own)
             return route.reason

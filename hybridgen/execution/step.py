@@ -6,6 +6,7 @@ on the host, so it can be recorded once and replayed (`graphs`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerState
 from hybridgen.execution.drafting import Drafting, PrefillCall
-from hybridgen.execution.masks import TokenMasks
+from hybridgen.execution.masks import HostDrafts, TokenMasks
 from hybridgen.execution.ring import TokenRing
 from hybridgen.execution.scoring import ScoredTokens
 from hybridgen.execution.staging import StagedInputs
@@ -27,6 +28,9 @@ from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase, RunEnds
 from hybridgen.sampling import SamplerPlan, SamplerState, remember, sample
 from hybridgen.sampling.own import OwnRows
+
+_NEWEST = 0.125
+"""The last step's share in what is known of a mask's time."""
 
 
 class ModelSteps(StagedInputs):
@@ -74,6 +78,10 @@ class ModelSteps(StagedInputs):
         """[max_batch * query_len + 1, width]: where they leave what a drafter reads of the model's layers."""
         self.masks: TokenMasks | None = None
         """Which tokens rows with a grammar may choose, once `keep_masks()` ran."""
+        self._told_drafts: HostDrafts | None = None
+        """What the host is told of drafts beside such rows, once `ask_drafts()` ran."""
+        self.mask_seconds = 0.0
+        """What a mask of one place took of late; 0: none was made."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that outlives a step, the model's parameters and buffers apart, by name."""
@@ -139,16 +147,37 @@ class ModelSteps(StagedInputs):
     def keep_masks(self) -> TokenMasks:
         """Allocate where masks of rows with a grammar lie, if that has not been done."""
         if self.masks is None:
-            self.masks = TokenMasks(self._state.max_batch + 1, self._sampler.vocab_size, self._state.device)
+            lines = self._state.max_batch * self._state.query_len + 1
+            self.masks = TokenMasks(lines, self._sampler.vocab_size, self._state.device)
         return self.masks
 
-    def stage_masks(self, own: OwnRows) -> None:
+    def ask_drafts(self) -> None:
+        """Have the drafts sent to the host that the next step checks, before it is launched: its rows with a grammar
+        need them for their masks."""
+        if self._told_drafts is None:
+            self._told_drafts = HostDrafts(self._state.drafts)
+        self._told_drafts.ask()
+
+    def stage_masks(self, own: OwnRows, query_len: int = 1) -> None:
         """Say which tokens the rows with a grammar may choose in the step whose logits come. The host waits for the
-        step before that one."""
+        step before that one.
+
+        Args:
+            query_len: tokens of a row in the step; above 1 `ask_drafts()` ran before it was launched.
+        """
         masks = self.keep_masks()
         own.catch_up()
-        own.fill(masks.open(len(own.guided)))
-        masks.send(own.guided)
+        drafts = None if query_len == 1 or self._told_drafts is None else self._told_drafts.wait()[:, : query_len - 1]
+        lines = [row * query_len + place for row in own.guided for place in range(query_len)]
+        bits = masks.open(len(lines))
+        begin = time.perf_counter()
+        if drafts is None:
+            own.fill(bits)
+        else:
+            own.fill_with_drafts(bits, drafts)
+        took = (time.perf_counter() - begin) / len(lines)
+        self.mask_seconds += (took - self.mask_seconds) * (_NEWEST if self.mask_seconds else 1.0)
+        masks.send(lines)
 
     def stage_padding(self, key: GraphKey) -> None:
         """Set a step's metadata to padding alone, for warm-up and capture."""
@@ -237,10 +266,9 @@ class ModelSteps(StagedInputs):
             own: rows with functions of their own, which change their logits.
             is_told: another rank has such functions, and says which tokens came out.
         """
-        allowed = None
+        allowed, count = None, key.rows * key.query_len
         if self.masks is not None and (key.is_rest or (own is not None and own.guided)):
-            allowed = self.masks.rows[: key.rows], self.masks.bits[: key.rows]
-        count = key.rows * key.query_len
+            allowed = self.masks.rows[:count], self.masks.bits[:count]
         logits, hidden = self._kept(count), None if self._hidden is None else self._hidden[:count]
         if key.phase is Phase.DECODE:
             rows = self._decode["rows"][: key.rows]

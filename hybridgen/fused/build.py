@@ -52,7 +52,7 @@ def build_fused(
     share: Share | None = None,
     scaled_cache: bool = False,
 ) -> FusedDecode:
-    """Build what serves this model on its device; whatever does not leaves its reason in `notes`.
+    """Build what serves this model on its device; whatever does not leaves its reason, which `notes` has.
 
     Runs the model on a few tokens, and steps of the padding slot, whose page is the dummy page.
 
@@ -80,7 +80,7 @@ def build_fused(
             fused.refresh()
         inboxes = _Inboxes(model, share)
     except Exception as error:
-        fused.notes["fused decode"] = f"none: {fused.reason_of(error)}"
+        fused.nothing = fused.reason_of(error)
         return fused
     few = min(MAX_ROWS, max_rows)
     with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
@@ -196,7 +196,7 @@ def _make_rows(
     tokens: int,
     widest: int,
 ) -> None:
-    """Try the step for several columns, and say in the notes whether it serves.
+    """Try the step for several columns; where it does not serve, say why.
 
     Args:
         making: the step, which is being made.
@@ -221,13 +221,12 @@ def _make_rows(
             fused.rows = None
             return
         fused.try_step(rows, columns)
-        fused.note_rows(rows, "")
     except Exception as error:
         reason = fused.reason_of(error)
         if fused.rows is not None:
             fused.rows.close()
             fused.rows = None
-        fused.notes["decode of a few rows"] = f"no persistent kernel for several rows: {reason}"
+        fused.refusals["rows"] = reason
 
 
 def _make_persistent(
@@ -237,7 +236,7 @@ def _make_persistent(
     tuning: Tuning | None,
     inboxes: Sequence[int],
 ) -> None:
-    """Build and try the persistent step, and say in the notes whether it serves."""
+    """Build and try the persistent step; where it does not serve, say why."""
 
     def make(*, tuning: Tuning | None) -> PersistentExecutor:
         inputs = fused.inputs
@@ -258,13 +257,12 @@ def _make_persistent(
     try:
         fused.persistent = fused.on_all_ranks(partial(make, tuning=tuning))
         fused.try_step(fused.persistent, 1)
-        fused.notes["decode of 1 row"] = "one persistent kernel"
     except Exception as error:
         reason = fused.reason_of(error)
         if fused.persistent is not None:
             fused.persistent.close()
             fused.persistent = None
-        fused.notes["decode of 1 row"] = f"no persistent kernel: {reason}"
+        fused.refusals["persistent"] = reason
 
 
 def _begin_chain(
@@ -289,17 +287,16 @@ def _begin_chain(
 
 
 def _finish_chain(fused: FusedDecode, rows: int, compiling: list[Future[object]] | Exception) -> None:
-    """Try the chain, and say in the notes what it serves."""
+    """Try the chain; where it does not serve, say why."""
     try:
         fused.on_all_ranks(partial(_compiled, compiling))
         if fused.chain is None:
             raise RuntimeError("there is no chain to try")
         fused.chain.least = fused.first_of_several
         fused.try_step(fused.chain, rows)
-        fused.note_chain(fused.chain, "")
     except Exception as error:
         fused.chain = None
-        fused.notes[f"decode of {fused.first_of_several} to {rows} rows"] = f"no chain: {fused.reason_of(error)}"
+        fused.refusals["chain"] = fused.reason_of(error)
 
 
 def _compiled(compiling: list[Future[object]] | Exception) -> None:

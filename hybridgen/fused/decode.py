@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -49,8 +49,12 @@ class FusedDecode:
     build_rows: Callable[..., RowsExecutor] | None = None
     """The same of the executor for a few tokens."""
     pages: tuple[LayerPages, ...] = ()
-    notes: dict[str, str] = field(default_factory=dict)
-    """What serves which sizes, or why nothing does."""
+    nothing: str = ""
+    """Why nothing of the model is fused; empty where something may be."""
+    refusals: dict[str, str] = field(default_factory=dict)
+    """By executor: why there is none."""
+    limits: dict[str, str] = field(default_factory=dict)
+    """By executor: why it is used for no more sizes."""
     share: Share | None = None
     """The other ranks, where the model is a rank's share."""
     equal_bits: bool = False
@@ -67,36 +71,53 @@ class FusedDecode:
         """Use the kernel for several rows for steps of so many tokens, and leave others to what comes after it."""
         if self.rows is not None:
             self.rows.least, self.rows.most = least, most
-            self.note_rows(self.rows, why)
+            self.limits[self.rows.name] = why
 
     @property
     def first_of_several(self) -> int:
         """Rows from which on something else than the kernel for one row serves."""
         return 1 if self.persistent is None else 2
 
-    def note_rows(self, rows: RowsExecutor, why: str) -> None:
-        """Say in `notes` what the kernel for several rows serves, and why nothing beyond that."""
-        self.notes = {size: how for size, how in self.notes.items() if "several rows" not in how}
-        least, most = rows.least, rows.most
-        serves = f"{least} row{'s' * (least != 1)}" if least == most else f"{least} to {most} rows"
-        size = f"decode of {serves}" if most >= least else "decode of a few rows"
-        how = "one persistent kernel for several rows" if most >= least else "not the kernel for several rows"
-        self.notes[size] = f"{how}{f'; {why}' if why else ''}"
-
     def use_chain_up_to(self, rows: int, why: str) -> None:
         """Leave steps of more rows to the model's own layers."""
         if self.chain is not None:
             self.chain.most = rows
-            self.note_chain(self.chain, why)
+            self.limits[self.chain.name] = why
 
-    def note_chain(self, chain: ChainExecutor, why: str) -> None:
-        """Say in `notes` what the chain serves, and why nothing beyond that."""
-        self.notes = {size: how for size, how in self.notes.items() if not how.startswith("a chain")}
-        least, most = chain.least, chain.most
-        rows = f"{least} rows" if least == most else f"{least} to {most} rows"
-        size = f"decode of {rows}" if most >= least else "decode of more rows"
-        how = "a chain of Triton kernels" if most >= least else "the model's own layers"
-        self.notes[size] = f"{how}{f'; {why}' if why else ''}"
+    @property
+    def notes(self) -> dict[str, str]:
+        """What serves which sizes, or why nothing does: each size by who runs it."""
+        if self.nothing:
+            return {"fused decode": f"none: {self.nothing}"}
+        found: dict[str, str] = {}
+        if self.persistent is not None:
+            found["decode of 1 row"] = "one persistent kernel"
+        elif "persistent" in self.refusals:
+            found["decode of 1 row"] = f"no persistent kernel: {self.refusals['persistent']}"
+        rows, chain = self.rows, self.chain
+        if rows is not None and rows.most >= rows.least:
+            how = "one persistent kernel for several rows"
+            found[_sizes(rows.least, rows.most)] = self._limited(how, rows.name)
+        elif rows is not None:
+            found["decode of a few rows"] = self._limited("not the kernel for several rows", rows.name)
+        elif "rows" in self.refusals:
+            found["decode of a few rows"] = f"no persistent kernel for several rows: {self.refusals['rows']}"
+        if chain is None:
+            return found | ({"the chain": f"none: {self.refusals['chain']}"} if "chain" in self.refusals else {})
+        if chain.most < chain.least:
+            return found | {"decode of more rows": self._limited("the model's own layers", chain.name)}
+        left = [n for n in range(chain.least, chain.most + 1) if rows is None or not rows.least <= n <= rows.most]
+        if not left:
+            return found | {"the chain": "not used: the kernel for several rows serves its sizes"}
+        for first, last in _runs(left):
+            size, how = _sizes(first, last), "a chain of Triton kernels"
+            how = self._limited(how, chain.name) if last == left[-1] else how
+            found[size] = f"{how}; {found[size]}" if size in found else how
+        return found
+
+    def _limited(self, how: str, name: str) -> str:
+        why = self.limits.get(name)
+        return f"{how}; {why}" if why else how
 
     def refresh(self) -> None:
         """Make the norms' factors again from the parameters as they are now; all other weights are read where the model
@@ -216,6 +237,21 @@ class FusedDecode:
         ids, positions = (inputs.state[i, inputs.rows[:rows]] for i in range(2))
         slots = inputs.slots[:rows]
         return StepMetadata(inputs.block_table, slots, positions, slots, positions + 1, ids, Phase.DECODE)
+
+
+def _sizes(least: int, most: int) -> str:
+    if least == most:
+        return f"decode of {least} row{'s' * (least != 1)}"
+    return f"decode of {least} to {most} rows"
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of numbers that follow each other."""
+    first = numbers[0]
+    for number, behind in zip(numbers, [*numbers[1:], None], strict=True):
+        if behind != number + 1:
+            yield first, number
+            first = behind or 0
 
 
 def _check_error(actual: Tensor, expected: Tensor) -> None:

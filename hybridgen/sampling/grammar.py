@@ -40,7 +40,7 @@ _LIMITS: dict[str, Any] = {"initial_lexer_fuel": 200_000, "max_items_in_row": 10
 
 
 class Matcher(Protocol):
-    """What follows one text through a grammar. A library that does these three can take the place of llguidance."""
+    """What follows one text through a grammar. A library that does these four can take the place of llguidance."""
 
     done: bool
     """Whether the text has ended."""
@@ -58,6 +58,9 @@ class Matcher(Protocol):
         Raises:
             SamplingError: that takes too much.
         """
+
+    def copy(self) -> Matcher:
+        """Another one at the same place, that goes on without this one."""
 
 
 class _Wanted(NamedTuple):
@@ -96,15 +99,51 @@ class GrammarRow:
         except SamplingError as error:
             self.failure = str(error)
 
+    def copy(self) -> GrammarRow:
+        """The same way as far as it went, to be gone on from without this one."""
+        other = GrammarRow(self.matcher.copy())
+        other.failure = self.failure
+        return other
 
-def fill(rows: Sequence[GrammarRow], bits: Tensor) -> None:
+
+def fill_with_drafts(rows: Sequence[GrammarRow], drafts: Sequence[Sequence[int]], bits: Tensor) -> None:
+    """Write which tokens may come at each place of a step that checks drafts: behind each row's text, and behind each
+    draft as if those before it were its text. Behind a draft that may not come every token may: nobody looks there.
+
+    Args:
+        drafts: of each row, as many of each; below 0: none from here on.
+        bits: int32 [G * Q, ceil(V / 32)], on the CPU; Q lines for each row, one more than drafts.
+    """
+    count = len(drafts[0]) + 1
+    bits.fill_(-1)
+    lines = range(0, len(rows) * count, count)
+    fill(rows, bits, lines)
+    going = [(row.copy(), line, iter(said)) for row, line, said in zip(rows, lines, drafts, strict=True)]
+    for place in range(1, count):
+        still = []
+        for row, line, said in going:
+            draft = next(said)
+            if draft >= 0 and _is_set(bits[line + place - 1], draft):
+                row.accept(draft)
+                still.append((row, line, said))
+        going = still
+        fill([row for row, _, _ in going], bits, [line + place for _, line, _ in going])
+
+
+def _is_set(bits: Tensor, token: int) -> bool:
+    word = token // 32
+    return word < bits.shape[0] and bool(int(bits[word]) >> token % 32 & 1)
+
+
+def fill(rows: Sequence[GrammarRow], bits: Tensor, lines: Sequence[int] | None = None) -> None:
     """Write which tokens may come next in each row: all of them where the text has ended, none where it failed.
 
     Args:
         bits: int32 [G, ceil(V / 32)], on the CPU; a line for each row.
+        lines: the line of each row; None: they follow each other.
     """
     open_rows = []
-    for line, row in enumerate(rows):
+    for line, row in zip(range(len(rows)) if lines is None else lines, rows, strict=True):
         if row.matcher.done or row.failure is not None:
             bits[line].fill_(-1 if row.failure is None else 0)
         else:
@@ -276,6 +315,11 @@ class _Guidance:
         """
         self.inner, self._end, self.lexer = matcher, end, lexer
         self.done = False
+
+    def copy(self) -> _Guidance:
+        other = _Guidance(self.inner.deep_copy(), self._end, self.lexer)
+        other.done = self.done
+        return other
 
     def accept(self, token_ids: list[int]) -> None:
         self.done = self._end in token_ids

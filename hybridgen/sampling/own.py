@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridgen.errors import RequestError, described, shown
-from hybridgen.sampling.grammar import Constraint, fill
+from hybridgen.sampling.grammar import Constraint, fill, fill_with_drafts
 
 
 class Sampled(Protocol):
@@ -49,12 +49,13 @@ class OwnProcessors:
         return self._failure
 
     def launched(self, step: Sampled, row: int) -> None:
-        """It gets one more token, from this row of a step."""
+        """It gets one more token, from this row of a step; where drafts are checked, which nobody does beside
+        functions, maybe several."""
         self.length += 1
         self._last = step, row
 
     def catch_up(self) -> None:
-        """Go on in the grammar with the token of the last step, which it waits for; one in flight since runs on."""
+        """Go on in the grammar with what the last step brought, which it waits for; one in flight since runs on."""
         if self._last is None or self.grammar is None:
             return
         step, row = self._last
@@ -103,6 +104,7 @@ class OwnRows:
         guided = [(row, own, own.grammar) for row, _, own in rows if own.grammar is not None]
         self._waiting = [own for _, own, _ in guided]
         self._grammars = [grammar for _, _, grammar in guided]
+        self._guided_slots = [slot for _, slot, own in rows if own.grammar is not None]
         self.guided = tuple(row for row, _, _ in guided)
         """Rows with a grammar."""
         self.calls = any(own.functions for _, _, own in rows)
@@ -131,8 +133,17 @@ class OwnRows:
         """Write which tokens may come next in each of the `guided` rows: int32 [G, ceil(V / 32)], on the CPU."""
         fill(self._grammars, bits)
 
+    def fill_with_drafts(self, bits: Tensor, drafts: Tensor) -> None:
+        """The same for each place of a step that checks drafts.
+
+        Args:
+            bits: int32 [G * Q, ceil(V / 32)], on the CPU; the lines of a row follow each other.
+            drafts: int64 [slots, Q - 1], on the CPU; below 0: none from here on.
+        """
+        fill_with_drafts(self._grammars, drafts[self._guided_slots].tolist(), bits)
+
     def launched(self, step: Sampled) -> None:
-        """The step was launched: each gets one more token from it."""
+        """The step was launched: each gets what it brings."""
         for row, _, own in self._rows:
             own.launched(step, row)
 

@@ -122,13 +122,18 @@ def test_one_engine_after_the_other_gives_the_same_tokens(found: Any) -> None:
 def test_ablation_adds_a_row_for_each_switch(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {
         name: ABLATIONS[name]
-        for name in ("decode_buckets=[]", "mode=graph", "fuse_projections=False, fused_decode=False")
+        for name in (
+            "decode_buckets=[]",
+            "mode=graph",
+            "fuse_projections=False, fused_decode=False",
+            "speculation=ngram",
+        )
     }
     monkeypatch.setattr("hybridgen.comparison.data.config.ABLATIONS", few)
     fields = {**TINY, "prompt_lengths": 5, "batch_sizes": 2, "repeats": 1}
     comparison = hybridgen.compare(found[0], modes=("hybrid",), ablate=True, **fields)
     switches = {subject.name: subject for subject in comparison.subjects if subject.kind == "switch"}
-    assert len(switches) == 3
+    assert len(switches) == 4
     assert {cell.status for cell in comparison.cells} == {"ok"}
     assert all(cell.agreement.share == 1.0 for cell in comparison.cells)
     without = comparison.cell("hybrid, decode_buckets=[]", 5, 2).graphs

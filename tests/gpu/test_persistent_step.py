@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from hybridgen.models.projections import fuse_projections
 pytestmark = pytest.mark.gpu
 
 if torch.cuda.is_available():
+    from hybridgen.fused import tuning
+    from hybridgen.fused.chain import search
     from hybridgen.fused.persistent.shape import Tuning
     from hybridgen.fused.persistent.step import PersistentStep
 
@@ -226,6 +230,7 @@ def test_what_it_does_not_serve_is_said(change: dict[str, Any], reason: str) -> 
 
 LAYERS = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
 OPTIONS = {"mode": "hybrid", "dtype": "bfloat16", "max_batch": 4, "max_context": 512, "kv_memory": "64MiB"}
+OPTIONS |= {"token_budget": 512}  # for larger prefills a start measures a kernel, and says where it is slower
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"])
@@ -246,21 +251,26 @@ def test_engines_decode_with_it(name: str) -> None:
         assert not stats.fallbacks
         if fused:
             assert stats.fused["decode of 1 row"] == "one persistent kernel", stats.fused
-            # So small a model's own layers may be as fast.
-            assert any("a chain" in note or "take it" in note for note in stats.fused.values()), stats.fused
+            # Who is faster at several rows of so small a model is not sure.
+            assert any(size.startswith("decode of 2") or "take it" in note for size, note in stats.fused.items())
             assert stats.decode.ceiling is not None
             assert 0 < outs[0].timing.mbu < 1.05
     assert errors[True] < 1.5 * errors[False] + 0.02, errors
 
 
-@torch.inference_mode()
 def _worst_error(exact: torch.nn.Module, prompt: list[int], out: hybridgen.Completion) -> float:
     """The largest difference of a completion's log-probabilities to the model's own on the same tokens."""
+    return float(_errors(exact, prompt, out).max())
+
+
+@torch.inference_mode()
+def _errors(exact: torch.nn.Module, prompt: list[int], out: hybridgen.Completion) -> Tensor:
+    """Differences of a completion's log-probabilities to the model's own on the same tokens."""
     ids = torch.tensor([[*prompt, *out.token_ids]], device="cuda")
     scores = exact(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     theirs = scores.gather(1, ids[0, len(prompt) :, None])[:, 0]
     ours = torch.tensor([entry.logprob for entry in out.logprobs], device="cuda")
-    return float((ours - theirs).abs().max())
+    return (ours - theirs).abs()
 
 
 def test_an_engine_mends_a_step_that_was_given_up() -> None:
@@ -279,23 +289,45 @@ def test_an_engine_mends_a_step_that_was_given_up() -> None:
         assert any("given up" in reason for reason in engine.stats().fallbacks)
 
 
-def test_the_tuner_keeps_what_is_computed() -> None:
+def test_the_tuner_keeps_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it chooses: by a clock for which each candidate is faster than all before, each kernel is another than
+    without it. Whoever decodes, log-probabilities are as near to float32's."""
     model = families.build("llama", **LAYERS).to("cuda", torch.bfloat16)
     exact = copy.deepcopy(model).float()
     fuse_projections(model)
-    prompts = families.prompts_of((120, 33))
-    errors = {}
-    for seconds in (0, 8):
+    prompts = families.prompts_of((120, 33, 60))
+    errors: dict[str, list[float]] = {"persistent": [], "rows": [], "chain": []}
+    tunings = []
+    ticks = itertools.count(1)
+
+    def faster_and_faster(launch: Callable[[], object], **_: Any) -> float:
+        launch()
+        torch.cuda.synchronize()
+        return 0.5 ** next(ticks)
+
+    for seconds in (0, 4):
+        if seconds:
+            for module in (tuning, search):
+                monkeypatch.setattr(module, "graph_seconds", faster_and_faster)
         with hybridgen.Engine.load(model, **OPTIONS, tune_seconds=seconds) as engine:
-            outs = [engine.generate(prompts[0], max_new_tokens=24, ignore_eos=True, logprobs=0)]
-            outs += engine.generate(prompts, max_new_tokens=24, ignore_eos=True, logprobs=0)
-            stats = engine.stats()
-        assert not stats.fallbacks
-        assert stats.fused["decode of 1 row"] == "one persistent kernel"
-        errors[seconds] = max(_worst_error(exact, p, out) for p, out in zip((prompts[0], *prompts), outs, strict=True))
-    assert stats.startup["tuning"] > 1
-    # Other tilings round otherwise, and bfloat16 alone is off by 0.4 nats somewhere in this model.
-    assert errors[8] < 2 * errors[0] + 0.02, errors
+            runner, fused = engine._runner, engine._runner.fused
+            tunings.append((fused.persistent.step.tuning, fused.rows.step.tuning, dict(fused.chain.chain.tiles)))
+            for who, found in errors.items():
+                # Who is faster at several rows is for other tests to say.
+                fused.use_rows(2, 4 if who == "rows" else 1, "")
+                fused.use_chain_up_to(4, "")
+                runner.use_fused(fused)
+                some = prompts[:1] if who == "persistent" else prompts
+                outs = engine.generate(some, max_new_tokens=24, ignore_eos=True, logprobs=0)
+                kinds = {step.kind for out in outs for step in out.steps if step.phase == "decode"}
+                assert all(kind.startswith(who) for kind in kinds), kinds
+                off = [_errors(exact, prompt, out) for prompt, out in zip(some, outs, strict=True)]
+                found.append(float(torch.cat(off).mean()))
+            assert not engine.stats().fallbacks
+    assert all(ours != theirs for ours, theirs in zip(*tunings, strict=True)), tunings
+    # Other tilings round otherwise, so that texts part; the mean over a text does not depend on where.
+    for who, (plain, tuned) in errors.items():
+        assert tuned < 1.5 * plain + 0.02, (who, errors)
 
 
 def test_a_changed_norm_is_taken_over() -> None:

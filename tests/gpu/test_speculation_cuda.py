@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 
-from hybridgen import Engine, SamplingParams
+from hybridgen import Completion, Engine, SamplingParams
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.kernels.step.drafts import accept_drafts, feed_drafts, keep_drafts
 from hybridgen.kernels.step.ngrams import draft_ngrams
@@ -19,7 +19,7 @@ from hybridgen.speculation.oracle import OracleDrafter
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "kernels"), str(TESTS / "speculation")]
 import mtp_heads  # noqa: E402
-from draft_cases import PROMPTS, RIGHT, check_counts, check_equal, each, sequences  # noqa: E402
+from draft_cases import KINDS, PROMPTS, RIGHT, check_counts, check_equal, each, sequences  # noqa: E402
 from draft_step_cases import VOCAB, WIDTH, random_chosen, random_made, random_tables  # noqa: E402
 from eagle_heads import COUNT, counting_head, counting_model, random_head, write_specforge  # noqa: E402
 from ngram_cases import random_case  # noqa: E402
@@ -109,6 +109,34 @@ def test_equal_bits_in_bfloat16(rows: int, temperature: float, tmp_path: Path, m
                 assert ours.logprobs == theirs.logprobs
         stats = engine.stats()
     assert (stats.speculation.accepted > 0) == (rows < 8)  # at 8 rows there is no room for drafts
+    assert all(kind.startswith("rows") for (phase, kind, _) in stats.steps if phase == "decode")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "granite"])
+def test_equal_bits_of_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, biases, norms of heads, factors; requests of every kind, two at a time, that accept differently."""
+    real = ModelRunner.decode_seconds
+    monkeypatch.setattr(ModelRunner, "decode_seconds", lambda *args, **how: real(*args, **how) and None)
+    window = {"sliding_window": 24} if family == "mistral" else {}
+    path = families.write(family, tmp_path, **FUSED, **window, head_dim=64)
+    settings = SETTINGS | {"dtype": "bfloat16", "decode_buckets": None, "equal_bits": True, "max_padding_ratio": None}
+    settings["prefix_cache"] = False  # prompts that are found there are read in other pieces, with other bits
+    kinds = [kind | {"logprobs": 2} for kind in KINDS]
+    params = each(10, 40, kinds)
+
+    def run(engine: Engine) -> list[Completion]:
+        return [out for at in range(0, 10, 2) for out in engine.generate(PROMPTS[at : at + 2], params[at : at + 2])]
+
+    with Engine.load(path, mode="hybrid", device="cuda", **settings) as engine:
+        expected = run(engine)
+    drafts = OracleDrafter(sequences(expected), RIGHT[:10])
+    with Engine.load(path, mode="hybrid", device="cuda", speculation=drafts, **settings) as engine:
+        for _ in range(2):
+            for ours, theirs in zip(run(engine), expected, strict=True):
+                assert ours.token_ids == theirs.token_ids
+                assert ours.logprobs == theirs.logprobs
+        stats = engine.stats()
+    assert stats.speculation.accepted > 0
     assert all(kind.startswith("rows") for (phase, kind, _) in stats.steps if phase == "decode")
 
 

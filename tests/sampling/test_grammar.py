@@ -156,8 +156,52 @@ def test_rows_without_a_grammar_keep_their_results(mode: str) -> None:
         assert again.token_ids == both[1].token_ids
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_mask_for_each_draft(engine: hybridgen.Engine, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the drafts before were the text; the way itself goes on from where it was. With threads and without."""
+    from hybridgen.sampling import grammar
+
+    monkeypatch.setattr(grammar, "_most_threads", lambda: 2)
+    checkpoint = engine.checkpoint
+    [end, *_] = checkpoint.eos_token_ids
+    made = grammar.constraint_of(
+        hybridgen.SamplingParams(regex="ab?c"), checkpoint.tokenizer, None, checkpoint.vocab_size, (end,)
+    )
+    ids = {letter: checkpoint.tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in "abcx"}
+    drafts = [
+        [ids["a"], ids["b"], ids["c"]],
+        [ids["a"], ids["c"], end],
+        [ids["a"], -1, -1],
+        [ids["x"], ids["b"], ids["c"]],  # which may not come
+        [-1, -1, -1],
+        [ids["a"], ids["b"], ids["b"]],
+        [checkpoint.vocab_size + 5, -1, -1],
+    ][:rows]
+    words = -(-checkpoint.vocab_size // 32)
+    bits = torch.zeros(4 * rows, words, dtype=torch.int32)
+    ways = [made.begin() for _ in drafts]
+    grammar.fill_with_drafts(ways, drafts, bits)
+    for row, said in enumerate(drafts):
+        alone, open_ = made.begin(), True
+        for place in range(4):
+            expected = torch.full((1, words), -1, dtype=torch.int32)
+            if place:
+                draft, line = said[place - 1], bits[4 * row + place - 1]
+                open_ = open_ and 0 <= draft < 32 * words and bool(int(line[draft // 32]) >> draft % 32 & 1)
+                if open_:
+                    alone.accept(draft)
+            if open_:
+                grammar.fill([alone], expected)
+            assert torch.equal(bits[4 * row + place], expected[0]), (row, place)
+    assert not torch.equal(bits[0], bits[1])
+    again = torch.zeros(rows, words, dtype=torch.int32)
+    grammar.fill(ways, again)
+    assert torch.equal(again, bits[::4])
+    assert all(way.failure is None for way in ways)
+
+
 def test_beside_speculation_and_functions() -> None:
-    """No drafts are checked beside a grammar, and a row's functions come before it."""
+    """Drafts change no token of a row with a grammar, and a row's functions come before it."""
     settings = {"mode": "eager", "dtype": "float32", "device": "cpu", "max_batch": 6}
     wanted = {"json_schema": PERSON, "temperature": 1.2, "seed": 1, "n": 6, "max_new_tokens": 40}
 

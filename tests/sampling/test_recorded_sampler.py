@@ -10,6 +10,9 @@ import jsonschema
 import pytest
 
 from hybridgen import Completion, Engine, SamplingParams
+from hybridgen.execution import step
+from hybridgen.graphs import recorder, stand_in
+from hybridgen.speculation.oracle import OracleDrafter
 
 SCHEMA = {
     "type": "object",
@@ -147,13 +150,67 @@ def test_the_other_modes(expected: list[Completion], mode: str) -> None:
         assert same(outs, expected)
 
 
-def test_beside_a_drafter(expected: list[Completion]) -> None:
-    """No drafts are checked in such steps; they are made at their end, for the steps behind."""
-    with Engine.load(speculation="ngram", **RECORDED) as engine:
-        for turn in range(2):
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_drafts_beside_them(
+    expected: list[Completion], run_ahead: int, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step with several tokens a row has a mask for each place, as if the drafts before it were the text: right ones
+    up to the end of a text, wrong ones, and those that the grammar does not allow."""
+    for module in (stand_in, recorder):  # or drafts may not be worth their time here
+        monkeypatch.setattr(module, "median_seconds", lambda *_: 1.0)
+    known = [out.prompt_token_ids + out.token_ids for out in expected]
+    settings = (RECORDED if mode == "graph" else SETTINGS | {"mode": mode}) | {"run_ahead": run_ahead}
+    drafter = OracleDrafter(known, [7] * 4)
+    with Engine.load(speculation=drafter, **settings) as engine:
+        for right in ([7] * 4, [7] * 4, [0, 2, 1, 7], [7, 0, 3, 0], [1, 7, 7, 5]):
+            drafter.tell(right)
             outs = run(engine)
             assert same(outs, expected)
-            assert recorded_apart(outs) == (turn > 0)
+            for place, out in enumerate(outs):
+                assert (out.accepted_tokens > 0) == (right[place] > 0 and out.drafted_tokens > 0)
+        reasons = {step.reason for out in outs for step in out.steps if step.phase == "decode"}
+        assert outs[1].accepted_tokens > 5
+        if mode == "graph":
+            assert any("drafts a row" in reason and APART in reason for reason in reasons), reasons
+        assert not engine.stats().fallbacks
+
+
+def test_masks_that_take_long_speak_against_drafts(expected: list[Completion], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with seven drafts has eight times the masks; where they take longer than the forward, it does."""
+    for module in (stand_in, recorder):
+        monkeypatch.setattr(module, "median_seconds", lambda *_: 1.0)
+    known = [out.prompt_token_ids + out.token_ids for out in expected]
+    with Engine.load(speculation=OracleDrafter(known, [7] * 4), **RECORDED) as engine:
+        for _ in range(2):
+            run(engine)
+        assert 0 < engine._runner.steps.mask_seconds < 0.1
+        assert run(engine)[1].drafted_tokens > 0
+        monkeypatch.setattr(step, "_NEWEST", 0.0)
+        engine._runner.steps.mask_seconds = 5.0
+        outs = run(engine)
+        assert same(outs, expected)
+        guided = [ran.reason for out in outs for ran in out.steps if APART in ran.reason]
+        assert guided
+        assert not any("drafts a row" in reason for reason in guided)
+
+
+def test_no_drafts_beside_functions(expected: list[Completion]) -> None:
+    """A row with a function, which is called with its text, beside rows with grammars; they go on once it has ended."""
+    known = [out.prompt_token_ids + out.token_ids for out in expected]
+    seen: list[int] = []
+
+    def look(ids: Any, logits: Any) -> Any:
+        seen.append(len(ids))
+        return logits
+
+    batch = [dataclasses.replace(BATCH[0], logits_processors=[look]), *BATCH[1:]]
+    with Engine.load(mode="eager", speculation=OracleDrafter(known, [7] * 4), **SETTINGS) as engine:
+        outs = run(engine, batch)
+    assert same(outs, expected)
+    assert [out.drafted_tokens for out in outs[:1]] == [0]
+    assert outs[1].accepted_tokens > 0
+    assert seen == list(range(seen[0], seen[0] + len(outs[0].token_ids)))
 
 
 def test_with_sampling_never_recorded() -> None:

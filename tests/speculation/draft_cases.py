@@ -83,6 +83,7 @@ def check_counts(completions: list[Completion]) -> None:
     for completion in completions:
         assert 0 <= completion.accepted_tokens <= completion.drafted_tokens
         assert 1 + steps_of(completion) + completion.accepted_tokens == len(completion.token_ids)
+        assert completion.tokens_per_step == (len(completion.token_ids) - 1) / steps_of(completion)
 
 
 Streams = tuple[Path, list[SamplingParams], list[Completion]]

@@ -121,6 +121,24 @@ def test_ngrams_of_prompt_and_output(streams: Streams) -> None:
     assert found[0].accepted_tokens > 3 < found[2].accepted_tokens
 
 
+def test_where_nothing_is_drafted_the_plain_recording_runs(streams: Streams) -> None:
+    """No token comes twice, so that n-grams find nothing: as many steps as without drafts, and the same ones."""
+    path, _, _ = streams
+    params = each(4, 30, [{"temperature": 0.0, "no_repeat_ngram_size": 1}])
+    prompts = [tuple(range(first, first + 9)) for first in (20, 40, 60, 80)]
+    ran = {}
+    for drafts in (None, "ngram"):
+        with loaded(path, "graph", speculation=drafts) as engine:
+            found = engine.generate(prompts, params)
+            ran[drafts] = [out.steps for out in found], [out.token_ids for out in found]
+            assert not any(out.drafted_tokens for out in found)
+            assert [out.tokens_per_step for out in found] == [1] * 4
+            kinds = {step.kind for out in found for step in out.steps if step.phase == "decode"}
+            assert kinds == {"layers, stand-in"}
+            assert not any("drafts a row" in step.reason for out in found for step in out.steps)
+    assert ran[None] == ran["ngram"]
+
+
 @pytest.mark.parametrize("place", range(1, 12))
 def test_an_end_inside_an_accepted_run(place: int, streams: Streams) -> None:
     """A stop id or the limit at any place of a run: nothing behind it is shown, counted or kept."""

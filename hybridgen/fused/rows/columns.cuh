@@ -76,7 +76,7 @@ struct Attention {
     u32* tickets;         // [COLUMNS][HEAD_GROUPS]: splits that are done
     const float *cos, *sin;
   };
-  static DEVICE void run(const Layer& y, const Buffers& to, const Unit& unit, int index, Ring& ring, Arrivals& arrivals, u32 number, Watch& watch) {
+  static DEVICE void run(const Layer& y, const Buffers& to, const Unit& unit, Ring& ring, Arrivals& arrivals, u32 number, Watch& watch) {
     Shared* s = shared_state();
     const int tid = thread_index(), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3, kv = unit.head / PER_KV;
     const int column = unit.column;
@@ -202,6 +202,7 @@ struct Attention {
     consumers_meet();
     if (EARLY && unit.splits == 1 && tid == 0) arrivals.arrive();
     const u32 mark = Pairs<FORMAT>::mark(number);
+    const int index = unit.splits > 1 ? Cut::index(unit, (int)y.window) : 0;
     float* partial = to.partial + (i64)index * G * (HEAD + 2);
     each_pair([&](int h, int d) {
       float2 of[WARPS], part[WARPS];   // of each warp: the highest score and the sum of weights; what they weigh

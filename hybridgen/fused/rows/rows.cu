@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
           else arrivals.wait(watch);
           if (!waited) { MARK(4) }
           waited = true;
-          Attention::run(y, to, unit, u, ring, arrivals, number, watch);
+          Attention::run(y, to, unit, ring, arrivals, number, watch);
         }
         consumers_meet();
       }

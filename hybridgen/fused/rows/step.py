@@ -21,7 +21,7 @@ from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
 ROWS = Program(
     (__package__ or "", "hybridgen.fused.persistent"),
     "rows.cu",
-    ("words.cuh", "barriers.cuh", "pairs.cuh", "tiles.cuh", "products.cuh", "columns.cuh", "peers.cuh"),
+    ("words.cuh", "barriers.cuh", "units.cuh", "pairs.cuh", "tiles.cuh", "products.cuh", "columns.cuh", "peers.cuh"),
     "decode_columns",
 )
 _COUNTERS = 4

@@ -8,6 +8,7 @@
 #pragma once
 #include "pairs.cuh"
 #include "barriers.cuh"
+#include "units.cuh"
 
 #define PRODUCERS 4
 #define QUERIES (HEADS * HEAD)
@@ -143,15 +144,21 @@ struct Cut {
     for (int c = 0; c < COLUMNS; c++) n += splits(c, window, first, begin);
     return n * HEAD_GROUPS;
   }
+  // Where a unit of several splits leaves its part: in the order of columns.
+  static DEVICE int index(const Unit& unit, int window) {
+    int first, begin, n = unit.split;
+    for (int c = 0; c < unit.column; c++) n += splits(c, window, first, begin);
+    return n * HEAD_GROUPS + unit.head / UNIT_HEADS;
+  }
   static DEVICE Unit find(int u, int window) {
-    int first, begin, n, c = 0;
-    for (;; c++) {
-      n = splits(c, window, first, begin) * HEAD_GROUPS;
-      if (u < n || c == COLUMNS - 1) break;
-      u -= n;
-    }
-    const int split = u / HEAD_GROUPS, position = shared_state()->position[c], low = min(begin + split * SPLIT, position);
-    return Unit{c, split, n / HEAD_GROUPS, u % HEAD_GROUPS * UNIT_HEADS, low, min(low + SPLIT, position), first};
+    const Shared* s = shared_state();
+    int first, begin;
+    const Place at = place_of(
+        u / HEAD_GROUPS, [&](int c) { return splits(c, window, first, begin); },
+        [&](int c) { return s->table[c] == s->table[c - 1] && s->position[c] == s->position[c - 1] + 1; });
+    const int n = splits(at.column, window, first, begin), group = u % HEAD_GROUPS, position = s->position[at.column];
+    const int low = min(begin + at.split * SPLIT, position);
+    return Unit{at.column, at.split, n, group * UNIT_HEADS, low, min(low + SPLIT, position), first};
   }
 };
 

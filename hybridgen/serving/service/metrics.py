@@ -92,6 +92,10 @@ class _Now:
         tokens = {(kind,): count for kind, count in stats.get("tokens", {}).items()}
         yield self._counter("tokens", "Tokens that the engine read and made", tokens, ("kind",))
         yield self._counter("steps", "Steps that ended", {(): health["steps"]})
+        drafts = stats.get("speculation", {})
+        checked, right, drafter = drafts.get("drafted", 0), drafts.get("accepted", 0), drafts.get("drafter", "off")
+        counted = {(drafter, "accepted"): right, (drafter, "refused"): checked - right} if checked else {}
+        yield self._counter("drafts", "Drafts that were checked, by what came of them", counted, ("drafter", "result"))
         steps = graph_counts(stats)
         yield self._counter("graph_steps", "Steps by what CUDA graphs did for them", steps, ("phase", "result"))
         text = "Share of steps that a CUDA graph ran since the start, 0 to 1"

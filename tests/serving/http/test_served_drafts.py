@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from places import short_directory
-from wire import Process
+from wire import Process, at_rest, until
 
 import hybridgen
 from hybridgen.demo import model_path
@@ -27,7 +27,7 @@ FIELDS: list[dict[str, Any]] = [
 def drafting(request: pytest.FixtureRequest) -> Iterator[Process]:
     """A server with drafts; at the end some were right."""
     options = ("--speculation", "ngram") if request.param == "ngram" else ("--drafter", str(model_path()))
-    process = Process(short_directory(), *options)
+    process = Process(short_directory(), *options, "--metrics", "0")
     yield process
     with process.client() as client:
         stats = client.stats()["engine"]
@@ -35,6 +35,32 @@ def drafting(request: pytest.FixtureRequest) -> Iterator[Process]:
     assert stats["free_pages"] == stats["pages"]
     assert process.end() == 0, process.log()
     assert "Traceback" not in process.log()
+
+
+def test_one_that_is_cancelled_beside_others(drafting: Process, engine: hybridgen.Engine) -> None:
+    """A stream that its reader leaves gives its pages back, and the others have their own tokens."""
+    expected = engine.generate(REPEATED, **FIELDS[0])
+    with drafting.client() as client:
+        left = client.stream(REPEATED, **FIELDS[0] | {"max_new_tokens": 200})
+        for _ in range(9):
+            next(left)
+        left.close()
+        assert client.generate(REPEATED, **FIELDS[0]).token_ids == expected.token_ids
+        until(lambda: at_rest(client))
+
+
+def test_what_became_of_drafts_is_exported(drafting: Process) -> None:
+    with drafting.client() as client:
+        found = client.generate(REPEATED, **FIELDS[0])
+        stats = client.stats()["engine"]["speculation"]
+    assert found.accepted_tokens > 3
+    assert found.tokens_per_step > 1.2
+    with urllib.request.urlopen(f"http://127.0.0.1:{drafting.facts['metrics_port']}/metrics", timeout=20) as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    counts = {result: float(lines[f'hybridgen_drafts_total{{drafter="{stats["drafter"]}",result="{result}"}}'])
+              for result in ("accepted", "refused")}  # fmt: skip
+    assert counts["accepted"] + counts["refused"] == stats["drafted"]
+    assert counts["accepted"] == stats["accepted"]
 
 
 @pytest.mark.parametrize("fields", FIELDS)
