@@ -3,8 +3,8 @@
 Random weights of published shapes: hybrids of attention with recurrent or convolution layers, latent attention and
 experts. Greedy, random prompts of one length, whole calls, wall time, medians.
 
-- step: (time of a call for N new tokens, less the same call for one) / (N - 1). N is as many as `--budget-s` allows
-  for, up to `--new`.
+- step: (time of a call for N new tokens, less the same call for one) / (N - 1). N is as many as `--budget-s` (of other
+  modes than hybrid: `--budget-others-s`) allows for, up to `--new`; in mode hybrid at least as many as leave 100 gaps.
 - prefill: the call for one token.
 - share: bytes that a step must read over its time, of the read ceiling that is measured in the same run. Of experts,
   those that tokens choose: k for one row, and as many as are expected of even choices for several.
@@ -16,20 +16,30 @@ experts. Greedy, random prompts of one length, whole calls, wall time, medians.
 
 One engine a mode runs all batches. A cell that fails is reported with its reason, and the others go on. Results are
 written behind each cell, so that a run that is cut leaves those before. With `--limit-s` a model's cells that would
-begin later are left out, and said so. `HYBRIDGEN_COMPILE_CACHE=DIRECTORY` lets a mode load what another compiled.
+begin later are left out, and said so.
+
+Most of a run is compilation. Modes jit and hybrid compile the same layers, so that the second takes what Inductor kept
+of the first. With `--time-lock FILE` several processes that are given one file compile beside each other: each first
+compiles a few layers of its models, of each kind, while others do, and then waits until nobody compiles and has the
+device to itself until its end. What an engine measures at its start is measured then, too.
 
     python benchmarks/model_shapes.py [--models lfm2-2.6b] [--modes hybrid] [--layers 8] [--output results.json]
-    python benchmarks/model_shapes.py --budget-s 2 --new 64 --limit-s 90        # all shapes, in about 8 minutes
+    python benchmarks/model_shapes.py --budget-s 2 --budget-others-s 1          # all shapes
+    for m in qwen3.5-4b lfm2-2.6b; do
+      python benchmarks/model_shapes.py --models $m --time-lock /tmp/lock --output $m.json &
+    done; wait                                          # beside each other
     python benchmarks/model_shapes.py --smoke          # tiny models, anywhere
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,7 +62,7 @@ from common import (
     write,
 )
 from replay import differing_repeats
-from shapes import shorten
+from shapes import fewest_layers, shorten
 from transformers import AutoModelForCausalLM
 
 import hybridgen
@@ -65,6 +75,8 @@ MODES = [HUGGINGFACE, "hybrid", "jit", "graph", "eager"]
 REPEATS = 3
 FEW = 5
 """New tokens of the call by which N is chosen."""
+GAPS = 100
+"""Between tokens of mode hybrid, at least, so that the 99th percentile is one of them."""
 
 
 class Weights:
@@ -103,9 +115,14 @@ class Weights:
 class Cell:
     """Times of one subject at one batch."""
 
-    def __init__(self, call: Callable[[int], Any], arguments: argparse.Namespace, device: str) -> None:
-        """`call(n)` generates n tokens for each row."""
-        self.results: list[Any] = []
+    def __init__(self, call: Callable[[int], Any], device: str, *, budget: float, most: int, gaps: int = 0) -> None:
+        """
+        Args:
+            call: generates so many tokens for each row.
+            budget: seconds, about.
+            most: tokens of a long call, if `gaps` does not take more.
+            gaps: between tokens, at least, over all long calls.
+        """
 
         def timed(new: int) -> float:
             synchronize(device)
@@ -114,18 +131,21 @@ class Cell:
             synchronize(device)
             return time.perf_counter() - start
 
-        budget = arguments.budget_s
-        timed(1)
         timed(FEW)  # what it missed is recorded at its end
         one = timed(1)
-        step = max((timed(FEW) - one) / (FEW - 1), 1e-6)
+        few = timed(FEW)
+        long, self.results = [few], [self.last]
+        step = max((few - one) / (FEW - 1), 1e-6)
         repeats = max(1, min(REPEATS, int(budget / 3 / one)))
-        self.prefill = statistics.median(timed(1) for _ in range(repeats))
-        self.new = max(FEW, min(arguments.new, int((budget / (2 * repeats) - one) / step)))
-        long = []
-        for _ in range(repeats):
-            long.append(timed(self.new))
-            self.results.append(self.last)
+        self.new = max(FEW, min(most, int((budget / (2 * repeats) - one) / step)), -(-gaps // repeats) + 1)
+        # Where there is time for one of each, those above are it.
+        firsts = [one] if repeats == 1 else [timed(1) for _ in range(repeats)]
+        if repeats > 1 or self.new > FEW:
+            long, self.results = [], []
+            for _ in range(repeats):
+                long.append(timed(self.new))
+                self.results.append(self.last)
+        self.prefill = statistics.median(firsts)
         self.step = (statistics.median(long) - self.prefill) / (self.new - 1)
 
 
@@ -223,7 +243,7 @@ class Model:
                 return self.model.generate(ids, attention_mask=mask, **asked)
 
             def measured(batch: int = batch, generate: Callable[[int], torch.Tensor] = generate) -> dict[str, Any]:
-                cell = Cell(generate, arguments, self.device)
+                cell = Cell(generate, self.device, budget=arguments.budget_others_s, most=arguments.new)
                 self.tokens[batch] = cell.results[-1][:, arguments.prompt :].tolist()
                 return row_of(cell, batch, arguments)
 
@@ -233,18 +253,13 @@ class Model:
 
     def ours(self, mode: str, options: dict[str, Any]) -> None:
         arguments = self.arguments
-        most = max(arguments.batches)
-        options = {"max_batch": most, "max_context": arguments.prompt + max(arguments.new, 96), **options}
-        options |= {"mode": mode, "token_budget": most * arguments.prompt, "prefix_cache": False, "progress": False}
-        if mode in ("graph", "hybrid"):
-            options |= {"decode_buckets": arguments.batches, "prefill_buckets": [arguments.prompt]}
         if self.late():
             print(f"{self.name:<17} {mode:<12} left out, behind {arguments.limit_s:g} s of the model", flush=True)
             self.engines[mode] = {"error": f"left out, behind {arguments.limit_s:g} s of the model"}
             return
         start = time.perf_counter()
         try:
-            with hybridgen.Engine.load(self.model, **options) as engine:
+            with hybridgen.Engine.load(self.model, **engine_options(arguments, mode, options)) as engine:
                 print(f"{self.name:<17} {mode:<12} ready in {time.perf_counter() - start:.1f} s", flush=True)
                 for batch in arguments.batches:
                     self.add(mode, batch, lambda batch=batch, engine=engine: self._engine_cell(engine, batch))
@@ -264,21 +279,71 @@ class Model:
                     pass
             return outs
 
-        cell = Cell(generate, arguments, self.device)
+        is_hybrid = engine.mode == "hybrid"
+        budget, gaps = (arguments.budget_s, arguments.gaps) if is_hybrid else (arguments.budget_others_s, 0)
+        cell = Cell(generate, self.device, budget=budget, most=arguments.new, gaps=gaps)
         traffic = engine.traffic
         context = traffic.step_bytes(batch, arguments.prompt + cell.new / 2) - traffic.weights
         row = row_of(cell, batch, arguments)
         rate = (self.weights.step(batch) + context) / cell.step
         row |= {"gb_per_s": rate / 1e9, "share_of_ceiling": None if ceiling is None else rate / ceiling}
-        gaps = [(after - before) for outs in cell.results for before, after in pairwise(outs[0].timing.token_times)]
-        times = quantiles(gaps)
-        row |= {"p50_us": times["p50_us"], "p99_us": times["p99_us"], "gaps": len(gaps)}
+        between = [after - before for outs in cell.results for before, after in pairwise(outs[0].timing.token_times)]
+        times = quantiles(between)
+        row |= {"p50_us": times["p50_us"], "p99_us": times["p99_us"], "gaps": len(between)}
         row["p99_over_p50"] = times["p99_us"] / times["p50_us"]
-        if arguments.repeats and engine.mode == "hybrid":
+        if arguments.repeats and is_hybrid:
             row |= differing_repeats(engine, prompts, arguments.repeats)
         if batch in self.tokens:
             row["agreement"] = agreement([list(out.token_ids) for out in cell.results[-1]], self.tokens[batch])
         return row
+
+
+def engine_options(arguments: argparse.Namespace, mode: str, options: dict[str, Any]) -> dict[str, Any]:
+    most = max(arguments.batches)
+    longest = max(arguments.new, arguments.gaps + 1, 96)  # the last for `differing_repeats`
+    options = {"max_batch": most, "max_context": arguments.prompt + longest, **options}
+    options |= {"mode": mode, "token_budget": most * arguments.prompt, "prefix_cache": False, "progress": False}
+    if mode in ("graph", "hybrid"):
+        options |= {"decode_buckets": arguments.batches, "prefill_buckets": [arguments.prompt]}
+    return options
+
+
+def compile_first(name: str, arguments: argparse.Namespace, device: str, options: dict[str, Any]) -> None:
+    """Have what a model's layers compile to left for later engines: those of a few layers, of each kind."""
+    start = time.perf_counter()
+    layers = fewest_layers(shape_config(name))
+    if arguments.layers is not None:
+        layers = min(layers, arguments.layers)
+    model = random_model(name, shape_dtype(name, device), device, layers=layers)
+    prompts = random_prompts(2, arguments.prompt, model.config.vocab_size)
+    try:
+        with hybridgen.Engine.load(model, **engine_options(arguments, "hybrid", options)) as engine:
+            engine.generate(prompts, max_new_tokens=2, ignore_eos=True, temperature=0)
+        if HUGGINGFACE in arguments.modes:  # Triton's kernels that transformers finds
+            ids = torch.tensor(prompts, device=device)
+            with torch.inference_mode():
+                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    except (hybridgen.HybridgenError, RuntimeError) as error:  # the same will be said of the whole model
+        print(f"{name}: {layers} layers failed: {error}", flush=True)
+    del model
+    release()
+    print(f"{name}: {layers} layers compiled in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+@contextmanager
+def alone(lock: Path | None, compile_all: Callable[[], None]) -> Iterator[None]:
+    """Compile beside other processes, and run what follows while none of them does anything."""
+    if lock is None:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        compile_all()
+        start = time.perf_counter()
+        fcntl.flock(file, fcntl.LOCK_EX)  # gives the shared one back first
+        print(f"waited {time.perf_counter() - start:.1f} s for others", flush=True)
+        yield
 
 
 def main() -> None:
@@ -290,20 +355,35 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128, help="tokens of a long call at most")
     parser.add_argument("--budget-s", type=float, default=6.0, help="seconds of a cell, about")
+    parser.add_argument("--budget-others-s", type=float, help="the same of other modes than hybrid")
+    parser.add_argument("--time-lock", type=Path, help="a file: compile beside others that have it, measure alone")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds of a model, about")
     parser.add_argument("--repeats", type=int, default=0, help="replays of one decode step in mode hybrid")
     parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny models, anywhere")
     arguments = parser.parse_args()
+    arguments.gaps = GAPS
     switch_on(arguments.switch_on)
     options: dict[str, Any] = {}
     if arguments.smoke:
         arguments.models, arguments.batches, arguments.budget_s = ["tiny", "tiny-latent"], [1, 2], 0.2
-        arguments.prompt, arguments.new, arguments.repeats = 16, 8, 5
+        arguments.prompt, arguments.new, arguments.repeats, arguments.gaps = 16, 8, 5, 10
         arguments.modes = [HUGGINGFACE, "eager", "hybrid"]
         options = {"compile_backend": "eager", "kv_memory": "16MiB"}
+    if arguments.budget_others_s is None:
+        arguments.budget_others_s = arguments.budget_s
     device = this_device()
+
+    def compile_all() -> None:
+        for name in arguments.models:
+            compile_first(name, arguments, device, options)
+
+    with alone(arguments.time_lock, compile_all):
+        measure(arguments, device, options)
+
+
+def measure(arguments: argparse.Namespace, device: str, options: dict[str, Any]) -> None:
     ceiling = read_ceiling(torch.device(device, 0) if device == "cuda" else torch.device(device))
     head = ("us / step", "prefill ms", "share", "p99/p50", "times HF", "agrees")
     print(f"{'model':<17} {'mode':<12} {'rows':>4} {head[0]:>10} {head[1]:>10} {' '.join(f'{h:>8}' for h in head[2:])}")

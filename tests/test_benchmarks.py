@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import runpy
@@ -148,3 +149,30 @@ def test_the_table_by_prompt_length_is_printed_and_stored(
     assert [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| tiny")] == [
         "| tiny, 5", "| tiny, 5", "| tiny, 20", "| tiny, 20", "| tiny, average", "| tiny, average",
     ]  # fmt: skip
+
+
+def test_the_fewest_layers_have_each_kind_and_end_as_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    shapes = importlib.import_module("shapes")
+    found = {name: shapes.fewest_layers(shapes.shape_config(name)) for name in ("qwen3.5-4b", "lfm2-2.6b", "tiny")}
+    assert found == {"qwen3.5-4b": 4, "lfm2-2.6b": 4, "tiny": 2}
+    assert shapes.fewest_layers(shapes.shape_config("deepseek-v2-lite")) == 2  # a dense one and one of experts
+
+
+def test_who_has_the_time_lock_measures_when_nobody_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    alone = importlib.import_module("model_shapes").alone
+    lock, seen = tmp_path / "lock", []
+
+    def take(kind: int) -> bool:
+        with lock.open("w") as other:  # a descriptor of its own, as another process has
+            try:
+                fcntl.flock(other, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    with alone(lock, lambda: seen.append((take(fcntl.LOCK_SH), take(fcntl.LOCK_EX)))):
+        seen.append((take(fcntl.LOCK_SH), take(fcntl.LOCK_EX)))
+    assert seen == [(True, False), (False, False)]
+    assert take(fcntl.LOCK_EX)
