@@ -28,7 +28,8 @@ HELPERS = (
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in HELPERS)
 LONG = (
     "ablation.py", "accuracy.py", "first_text.py", "model_shapes.py", "multimodal_loading.py", "parallel.py",
-    "prefill_kernels.py", "ragged.py", "serving.py", "serving_http.py", "serving_mix.py", "unseen.py", "warm_start.py", "workflows.py",
+    "prefill_kernels.py", "ragged.py", "serving.py", "serving_http.py", "serving_mix.py", "unseen.py",
+    "warm_start.py", "workflows.py",
 )  # fmt: skip
 """Of which a smoke run takes ten seconds or more: processes of their own, or all modes compiled by Inductor."""
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
