@@ -138,13 +138,3 @@ def shorten(config: PretrainedConfig, layers: int) -> None:
     config.num_hidden_layers = min(layers, config.num_hidden_layers)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-
-
-def fewest_layers(config: PretrainedConfig) -> int:
-    """How many of a config's first layers hold each kind that it has, and end as all of them do; at least two."""
-    kinds = getattr(config, "layer_types", None)
-    least = max(2, getattr(config, "first_k_dense_replace", 0) + 1)
-    if kinds is None:
-        return least
-    fits = (n for n in range(least, len(kinds)) if set(kinds[:n]) == set(kinds) and kinds[n - 1] == kinds[-1])
-    return next(fits, len(kinds))

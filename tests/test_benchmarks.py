@@ -152,28 +152,24 @@ def test_the_table_by_prompt_length_is_printed_and_stored(
     ]  # fmt: skip
 
 
-def test_the_fewest_layers_have_each_kind_and_end_as_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    shapes = importlib.import_module("shapes")
-    found = {name: shapes.fewest_layers(shapes.shape_config(name)) for name in ("qwen3.5-4b", "lfm2-2.6b", "tiny")}
-    assert found == {"qwen3.5-4b": 4, "lfm2-2.6b": 4, "tiny": 2}
-    assert shapes.fewest_layers(shapes.shape_config("deepseek-v2-lite")) == 2  # a dense one and one of experts
-
-
 def test_who_has_the_time_lock_measures_when_nobody_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    alone = importlib.import_module("model_shapes").alone
-    lock, seen = tmp_path / "lock", []
+    turns_of = importlib.import_module("model_shapes").Turns
+    lock = tmp_path / "lock"
+    ours, theirs = turns_of(lock), lock.open("w")  # descriptors of their own, as processes have
 
-    def take(kind: int) -> bool:
-        with lock.open("w") as other:  # a descriptor of its own, as another process has
-            try:
-                fcntl.flock(other, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+    def free(kind: int) -> bool:
+        try:
+            fcntl.flock(theirs, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(theirs, fcntl.LOCK_UN)
+        return True
 
-    with alone(lock, lambda: seen.append((take(fcntl.LOCK_SH), take(fcntl.LOCK_EX)))):
-        seen.append((take(fcntl.LOCK_SH), take(fcntl.LOCK_EX)))
-    assert seen == [(True, False), (False, False)]
-    assert take(fcntl.LOCK_EX)
+    with theirs:
+        with ours.together():
+            assert free(fcntl.LOCK_SH)
+            assert not free(fcntl.LOCK_EX)
+        with ours.alone():
+            assert not free(fcntl.LOCK_SH)
+        assert free(fcntl.LOCK_EX)
