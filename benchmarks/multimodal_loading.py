@@ -4,7 +4,8 @@ Writes a checkpoint of random weights, a decoder of text with an encoder of imag
 of the same decoder and head alone. Each is loaded in processes of its own, in turn: seconds of opening and of reading
 weights, as `Engine.stats().startup` has them, and the most memory that was resident, less what was before the load.
 Files are in the page cache, and pages of a file that are read count as resident. Beside it transformers' own
-`from_pretrained` of the whole model. Tokens that both checkpoints generate have to be equal.
+`from_pretrained` of the whole model, which reads values only once they are used. Tokens that both checkpoints generate
+have to be equal.
 
     python benchmarks/multimodal_loading.py [--rounds 5] [--output loading.json]
     python benchmarks/multimodal_loading.py --smoke          # tiny: checks the script
