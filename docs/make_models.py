@@ -77,6 +77,9 @@ def probed(config: PreTrainedConfig) -> str | None:
     try:
         probe_config(config, _CONTEXT, None if whole is None else without_encoders(whole))
     except UnsupportedModelError as error:
+        lacking = re.search(r"requires the (\w+) library", str(error))
+        if lacking is not None:
+            return f"not looked at: it needs the library {lacking[1]}, which was not installed"
         if "cannot be built" in str(error):
             return "not looked at: no model of its default config can be built"
         return str(error)

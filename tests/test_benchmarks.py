@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import runpy
@@ -26,8 +27,9 @@ HELPERS = (
 """What measures nothing."""
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in HELPERS)
 LONG = (
-    "ablation.py", "accuracy.py", "first_text.py", "model_shapes.py", "parallel.py", "prefill_kernels.py", "ragged.py",
-    "serving.py", "serving_http.py", "serving_mix.py", "two_trees.py", "unseen.py", "warm_start.py", "workflows.py",
+    "ablation.py", "accuracy.py", "first_text.py", "model_shapes.py", "multimodal_loading.py", "parallel.py",
+    "prefill_kernels.py", "ragged.py", "serving.py", "serving_http.py", "serving_mix.py", "two_trees.py", "unseen.py",
+    "warm_start.py", "workflows.py",
 )  # fmt: skip
 """Of which a smoke run takes ten seconds or more: processes of their own, or all modes compiled by Inductor."""
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -164,3 +166,26 @@ def test_codes_of_8_bits_that_a_rounding_may_choose(monkeypatch: pytest.MonkeyPa
             if values[a].isfinite() and values[b].isfinite():
                 apart = (torch.searchsorted(order, values[a]) - torch.searchsorted(order, values[b])).abs()
                 assert bool(near[a, b]) == (int(apart) <= 1), (a, b)
+
+
+def test_who_has_the_time_lock_measures_when_nobody_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    turns_of = importlib.import_module("model_shapes").Turns
+    lock = tmp_path / "lock"
+    ours, theirs = turns_of(lock), lock.open("w")  # descriptors of their own, as processes have
+
+    def free(kind: int) -> bool:
+        try:
+            fcntl.flock(theirs, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(theirs, fcntl.LOCK_UN)
+        return True
+
+    with theirs:
+        with ours.together():
+            assert free(fcntl.LOCK_SH)
+            assert not free(fcntl.LOCK_EX)
+        with ours.alone():
+            assert not free(fcntl.LOCK_SH)
+        assert free(fcntl.LOCK_EX)

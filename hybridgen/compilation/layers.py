@@ -264,13 +264,14 @@ class CompiledLayers:
     def _call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside a step that is compiled whole
             return run_layer(layer, *args, **kwargs)
-        if self._step.phase is Phase.PREFILL and layer in self._keep_states:
+        tokens, ends = self._step.slots.shape[0], self._step.ends
+        # A prompt of one token, where that is not a decode step, would be a graph of its own.
+        if self._step.phase is Phase.PREFILL and (layer in self._keep_states or tokens == 1):
             return run_layer(layer, *args, **kwargs)
         if kwargs.get(_SHARED):
             # Gemma 4's layers put keys and values there for later layers. Here nothing reads them, and each further one
             # would be another kind of call to Dynamo: so each layer gets an empty place.
             kwargs[_SHARED] = type(kwargs[_SHARED])()
-        tokens, ends = self._step.slots.shape[0], self._step.ends
         if ends is not None and layer is self._layers[-1]:
             with self._step.writing_only():
                 self._run_marked(_WRITES, layer, args, kwargs, tokens)

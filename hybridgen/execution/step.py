@@ -230,8 +230,9 @@ class ModelSteps(StagedInputs):
     def _run_prefill(self, key: GraphKey, scored: ScoredTokens | None = None, *, whole: bool = False) -> None:
         self._bring_in(key)
         inputs, tokens, rows = self._prefill, key.tokens, key.rows
-        # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case.
-        phase = Phase.DECODE if tokens == 1 else Phase.PREFILL
+        # One token alone is a decode step: a compiled prefill has a dynamic length, and 1 is always a special case. A
+        # recurrence may compute it another way, though, than a prompt's token (`BoundModel.shortest_run`).
+        phase = Phase.DECODE if tokens == 1 and self._bound.shortest_run == 1 else Phase.PREFILL
         ids, slots, positions, rope = (inputs[name][:tokens] for name in ("ids", "slots", "positions", "rope"))
         self._set(phase, ids, slots, positions, rope)
         # Where no prompt ends, the head still needs one token: the first. `keep` may still name a place of an earlier,

@@ -259,8 +259,9 @@ def _recurrent(config: PreTrainedConfig) -> str | None:
 
 
 def _named(config: PreTrainedConfig) -> str | None:
-    reason = _BY_NAME.get(_value(config, "model_type"))
-    return None if reason is None else f"{reason}; {_INSTEAD}"
+    kind = _value(config, "model_type")
+    reason = _BY_NAME.get(kind)
+    return None if reason is None else f"{reason} (model_type={kind!r}); {_INSTEAD}"
 
 
 _CHECKS = (

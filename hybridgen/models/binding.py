@@ -324,7 +324,7 @@ class BoundModel:
     def _use_states(self) -> None:
         """Mixers, modules with latents, experts and routers go by their bindings."""
         for mixer in self.mixers:
-            use_slots(mixer.module)
+            use_slots(mixer.module, mixer.alike)
         for module in self.latents:
             use_latents(module)
         for module in self.counting:

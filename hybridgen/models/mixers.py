@@ -11,7 +11,9 @@ pool in `cache.slot_state`; what it computes stays transformers' own code.
   `fla-core` is installed (`models.packed`). A mixer whose code begins every run at zeros, as transformers' scan of
   Mamba 1 does, gets later runs of a prompt token by token.
 
-The mixer's class is changed, not its `forward` attribute, so that layers of a kind still share a compiled graph.
+The mixer's class is changed, not its `forward` attribute, so that layers of a kind still share a compiled graph. In the
+new class every mixer's `layer_idx` reads 0, where that has been seen to change nothing: code that looks its layer up in
+the cache (transformers before 5.24) would be compiled for each layer anew.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class MixerSite(NamedTuple):
     shapes: MixerShapes
     continues: bool
     """Whether its code begins a run of several tokens at the state from before (`continues_runs`)."""
+    alike: bool
+    """Whether its code computes the same whatever its layer's index is (`same_in_every_layer`)."""
 
 
 class MixerBinding:
@@ -151,7 +155,7 @@ def check_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     """
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     mixers = tuple(find_mixers(model))
-    indices = [getattr(mixer, "layer_idx", None) for mixer in mixers]
+    indices = [_index(mixer) for mixer in mixers]
     for mixer, index in zip(mixers, indices, strict=True):
         if not isinstance(index, int) or indices.count(index) > 1:
             raise UnsupportedModelError(
@@ -160,6 +164,11 @@ def check_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
             )
         _cache_name(_class_of(mixer))
     return mixers
+
+
+def _index(mixer: nn.Module) -> Any:
+    """Of its layer, whatever its class says."""
+    return vars(mixer).get("layer_idx", getattr(mixer, "layer_idx", None))
 
 
 @functools.cache
@@ -188,7 +197,7 @@ def check_claimed(mixers: Sequence[nn.Module], cache: DynamicCache) -> None:
     Raises:
         UnsupportedModelError: one does.
     """
-    claimed: set[Any] = {mixer.layer_idx for mixer in mixers}
+    claimed = {_index(mixer) for mixer in mixers}
     other = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "conv_states")]
     if claimed != set(other):
         raise UnsupportedModelError(
@@ -209,18 +218,18 @@ def mixer_sites(
         UnsupportedModelError: a mixer is not given hidden states, keeps others than are known here, or ignores them.
     """
     found: list[MixerSite] = []
-    continues: dict[type[nn.Module], bool] = {}
+    seen: dict[type[nn.Module], tuple[bool, bool]] = {}
     for mixer, hidden in zip(mixers, inputs.take(), strict=True):
         shapes, kind = read_shapes(mixer, cache), type(mixer)
-        if kind not in continues:
+        if kind not in seen:
             if hidden is None:
                 raise UnsupportedModelError(
-                    f"{kind.__name__} of layer {mixer.layer_idx} is not called with its hidden states; hybridgen runs "
+                    f"{kind.__name__} of layer {_index(mixer)} is not called with its hidden states; hybridgen runs "
                     "mixers that are"
                 )
             with torch.inference_mode():
-                continues[kind] = continues_runs(mixer, hidden, shapes)
-        found.append(MixerSite(mixer, layer_around(mixer, layers), shapes, continues[kind]))
+                seen[kind] = continues_runs(mixer, hidden, shapes), same_in_every_layer(mixer, hidden, shapes)
+        found.append(MixerSite(mixer, layer_around(mixer, layers), shapes, *seen[kind]))
     return tuple(found)
 
 
@@ -230,12 +239,12 @@ def read_shapes(mixer: nn.Module, cache: DynamicCache) -> MixerShapes:
     Raises:
         UnsupportedModelError: nothing, or more than one state of a kind.
     """
-    layer: Any = cache.layers[mixer.layer_idx]  # type: ignore[index]
+    layer: Any = cache.layers[_index(mixer)]
     found = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
     kinds = [[] if states is None else list(states.values()) for states in found]
     if any(len(states) != 1 for states in kinds) or all(states == [None] for states in kinds):
         raise UnsupportedModelError(
-            f"{type(mixer).__name__} of layer {mixer.layer_idx} keeps several states, or none, in transformers' cache; "
+            f"{type(mixer).__name__} of layer {_index(mixer)} keeps several states, or none, in transformers' cache; "
             "hybridgen runs mixers with one convolution and one recurrence"
         )
     shapes = (None if state is None else SlotShape(tuple(state.shape[1:]), state.dtype) for (state,) in kinds)
@@ -273,15 +282,48 @@ def continues_runs(mixer: nn.Module, hidden: Tensor, shapes: MixerShapes) -> boo
     if all(reads(hidden[:1], index) for index in kept):
         return False
     raise UnsupportedModelError(
-        f"{kind.__name__} of layer {mixer.layer_idx} computes the same whatever state it is given; hybridgen runs "
+        f"{kind.__name__} of layer {_index(mixer)} computes the same whatever state it is given; hybridgen runs "
         "mixers that go on from the one that they left in their cache"
     )
 
 
-def use_slots(mixer: nn.Module) -> None:
-    """From now on the mixer reads its state where its `_hybridgen` attribute says, if it does not yet."""
+def same_in_every_layer(mixer: nn.Module, hidden: Tensor, shapes: MixerShapes) -> bool:
+    """Whether a mixer's code takes the index of its layer for nothing but to find its state.
+
+    Args:
+        hidden: [2, hidden size], an input of it.
+    """
+    kind, own = _class_of(mixer), vars(mixer).get("layer_idx")
+    if not isinstance(own, int):
+        return False
+    name = _cache_name(kind)
+    kernel = 0 if shapes.convolution is None else shapes.convolution.shape[-1]
+    found: list[list[Tensor]] = []
+    try:
+        for index in (own, own + 1):
+            vars(mixer)["layer_idx"] = index
+            states = [
+                None if shape is None else hidden.new_full((1, *shape.shape), 0.5, dtype=shape.dtype)
+                for shape in shapes
+            ]
+            cache = SlotCache(states[0], states[1], kernel, previous=True)
+            output = by_torch(kind.forward)(mixer, hidden[None, :1], **{name: cache})
+            found.append(
+                [each for each in tree_leaves((output, cache.conv_states, cache.recurrent_states)) if each is not None]
+            )
+    finally:
+        vars(mixer)["layer_idx"] = own
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def use_slots(mixer: nn.Module, alike: bool) -> None:
+    """From now on the mixer reads its state where its `_hybridgen` attribute says, if it does not yet.
+
+    Args:
+        alike: see `MixerSite`.
+    """
     if not isinstance(mixer, SlotMixer):
-        mixer.__class__ = _with_slots(_class_of(mixer))
+        mixer.__class__ = _with_slots(_class_of(mixer), alike)
 
 
 def use_own_cache(mixer: nn.Module) -> None:
@@ -289,8 +331,12 @@ def use_own_cache(mixer: nn.Module) -> None:
     give_back(mixer, SlotMixer)
 
 
+def _set_index(mixer: Any, index: Any) -> None:
+    vars(mixer)["layer_idx"] = index
+
+
 @functools.cache
-def _with_slots(kind: Any) -> Any:
+def _with_slots(kind: Any, alike: bool) -> Any:
     name = _cache_name(kind)
     own: Callable[..., Any] = by_torch(kind.forward)
     packed = packed_forward(kind)
@@ -307,7 +353,10 @@ def _with_slots(kind: Any) -> Any:
                 return _prefill_packed(functools.partial(packed, rule=rule), name, self, hidden_states, binding)
         return _prefill(own, name, self, hidden_states, binding)
 
-    return made_class(kind, SlotMixer, {"forward": forward}, globals())
+    members: dict[str, Any] = {"forward": forward}
+    if alike:  # a guard on an index would make a graph for each layer
+        members["layer_idx"] = property(lambda self: 0, _set_index)
+    return made_class(kind, SlotMixer, members, globals())
 
 
 def _decode(own: Callable[..., Any], name: str, mixer: nn.Module, hidden: Tensor, binding: MixerBinding) -> Any:

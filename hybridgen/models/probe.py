@@ -131,8 +131,9 @@ def probe_config(
             else:
                 model = model_class._from_config(copy.deepcopy(hf_config))
     except Exception as error:  # a constructor is any code; what it cannot build, nothing can run
+        advice = "install what it asks for" if isinstance(error, ImportError) else "correct the config"
         raise UnsupportedModelError(
-            f"a model of this config cannot be built: {type(error).__name__}: {error}; correct the config"
+            f"a model of this config cannot be built: {type(error).__name__}: {' '.join(str(error).split())}; {advice}"
         ) from error
     model = as_text_part(model.eval())
     check_interface(model)

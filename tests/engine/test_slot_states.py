@@ -82,6 +82,24 @@ def test_no_token_comes_alone_where_time_steps_are_limited_in_runs(tmp_path: Pat
         assert [tokens_of_one(engine, prompt) for prompt in PROMPTS] == expected_of("mamba2", **changes)
 
 
+@pytest.mark.parametrize(("name", "mode"), [("mamba2", "eager"), ("bamba", "jit"), ("bamba", "hybrid")])
+def test_a_prompt_of_one_token_alone_is_computed_as_a_prompt(name: str, mode: str, tmp_path: Path) -> None:
+    """Whose time step is limited, beside attention layers that are compiled as well."""
+    changes = {"time_step_limit": [0.0, 0.02]}
+    model, prompt = families.build(name, **changes), PROMPTS[1]
+    assert len(prompt) == 1
+    wanted, logits = families.reference(model, prompt, NEW)
+    path = families.write(name, tmp_path, **changes)
+    with Engine.load(path, mode=mode, compile_backend="eager", **SETTINGS) as engine:
+        out = engine.generate(prompt, max_new_tokens=NEW, logprobs=0)
+        assert list(out.token_ids) == wanted
+        likely = logits.log_softmax(-1).gather(-1, torch.tensor(wanted)[:, None])[:, 0]
+        assert (torch.tensor([entry.logprob for entry in out.logprobs]) - likely).abs().max() < 1e-4
+        stats = engine.stats()
+        assert not stats.fallbacks
+        assert stats.late_compiles == 0
+
+
 def test_too_short_runs_are_refused(tmp_path: Path) -> None:
     path = families.write("mamba2", tmp_path)
     with pytest.raises(ConfigError, match=r"token_budget=2, .* give token_budget=3 or more"):

@@ -12,9 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 import hybridgen
-from hybridgen.errors import UnsupportedModelError
+from hybridgen.errors import CheckpointError, UnsupportedModelError
 from hybridgen.loading import check_supported
 from hybridgen.loading.support import unsupported_reason
 
@@ -99,6 +103,34 @@ def test_they_are_refused_before_weights_are_read(family: str, tmp_path: Path, m
         with pytest.raises(UnsupportedModelError) as caught:
             call(str(tmp_path))
         assert word in str(caught.value)
+
+
+@pytest.mark.slow
+def test_every_type_that_does_not_run_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever transformers has for text, from its default config as a checkpoint's. What the config does not tell, but
+    a model that is built without memory does, comes behind a look at the files' headers, which are others here."""
+    tested = families.CONFIGS.keys() | multimodal.WHOLES.keys()
+    monkeypatch.setattr(hybridgen.loading.Checkpoint, "load", lambda self: pytest.fail("weights are read"))
+    refused = 0
+    for name in sorted(
+        (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES).keys() - tested
+    ):
+        path = tmp_path / name
+        try:
+            CONFIG_MAPPING[name]().save_pretrained(path)
+        except Exception:  # a config class checks what it likes
+            continue
+        save_file({"none": torch.zeros(1)}, path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(hybridgen.HybridgenError) as caught:
+            hybridgen.Engine.load(str(path))
+        if isinstance(caught.value, UnsupportedModelError):
+            assert f"a model of type {name!r} cannot run here: " in str(caught.value)
+            refused += 1
+        else:
+            assert isinstance(caught.value, CheckpointError), name
+    assert refused > 80
 
 
 def test_falcon_with_alibi_names_alibi() -> None:

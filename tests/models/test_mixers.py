@@ -19,6 +19,7 @@ from hybridgen.models.mixers import (
     check_mixers,
     continues_runs,
     find_mixers,
+    same_in_every_layer,
 )
 from hybridgen.models.probe import probe_model
 from hybridgen.models.slot_cache import SlotCache
@@ -82,6 +83,38 @@ def test_a_mixer_that_ignores_its_state_is_refused() -> None:
     shapes = MixerShapes(None, SlotShape((64,), torch.float32))
     with pytest.raises(UnsupportedModelError, match="Forgetful of layer 0 computes the same whatever state"):
         continues_runs(Forgetful(), torch.randn(2, 64), shapes)
+
+
+class Indexed(nn.Module):
+    """Looks its layer up in the cache, as transformers does before 5.24."""
+
+    def __init__(self, layer_idx: int, scale: bool) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.scale = scale
+
+    def forward(self, hidden_states: torch.Tensor, cache_params: Any) -> torch.Tensor:
+        state = cache_params.layers[self.layer_idx].recurrent_states[0]
+        cache_params.update_recurrent_state(state + hidden_states[:, -1], self.layer_idx)
+        return hidden_states + state[:, None] * (self.layer_idx if self.scale else 1)
+
+
+def test_an_index_that_is_for_the_cache_alone_is_the_same_in_every_layer() -> None:
+    shapes = MixerShapes(None, SlotShape((64,), torch.float32))
+    mixer = Indexed(3, scale=False)
+    assert same_in_every_layer(mixer, torch.randn(2, 64), shapes)
+    assert mixer.layer_idx == 3
+    assert not same_in_every_layer(Indexed(3, scale=True), torch.randn(2, 64), shapes)
+
+
+def test_mixers_have_their_own_index_again_once_they_are_released() -> None:
+    model = families.build("lfm2")
+    own = [mixer.layer_idx for mixer in find_mixers(model)]
+    bound = bind(model)
+    assert {mixer.module.layer_idx for mixer in bound.mixers} == {0}
+    check_mixers(bound.model)  # sees their own all the same
+    bound.release()
+    assert [mixer.layer_idx for mixer in find_mixers(model)] == own
 
 
 class Strange(nn.Module):
