@@ -14,6 +14,7 @@ from hybridgen.errors import OutOfMemoryError
 from hybridgen.execution.runner import ModelRunner, on_its_stream
 from hybridgen.loading.adapters import Adapters
 from hybridgen.models.gated import allow_gated_op, use_own_gate
+from hybridgen.models.mixtures import allow_mixture_op, use_own_mixture
 from hybridgen.models.rotating import allow_one_op, use_own_rotation
 from hybridgen.models.twin import Changes, has_global_hooks
 
@@ -90,8 +91,10 @@ def _adapt(
     if changes.settings:  # such as those that were taken to be constants
         use_own_rotation(runner.bound)
         use_own_gate(runner.bound)
+        use_own_mixture(runner.bound)
     allow_one_op(runner.bound, why is None)
     allow_gated_op(runner.bound, why is None)
+    allow_mixture_op(runner.bound, why is None)
     if runner.compiled is not None:
         runner.compiled.route()
         if changes.settings:
