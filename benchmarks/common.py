@@ -219,6 +219,8 @@ SWITCHES = {
     "int4_few": ("hybridgen.kernels.linear.int4_few", "IS_ON"),
     "experts_one": ("hybridgen.kernels.linear.experts_one", "IS_ON"),
     "mixture": ("hybridgen.models.mixtures", "IS_ON"),
+    "sinks": ("hybridgen.models.rotating", "WITH_SINKS"),
+    "ends": ("hybridgen.models.ends", "IS_ON"),
     "early": ("hybridgen.compilation.aot", "STARTS_EARLY"),
     "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
 }

@@ -38,6 +38,7 @@ from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
+from hybridgen.models.ends import use_own_ends, use_short_ends
 from hybridgen.models.gated import make_gated_classes, use_gated_op, use_own_gate
 from hybridgen.models.mixtures import make_classes as make_mixture_classes
 from hybridgen.models.mixtures import use_mixture_op, use_own_mixture
@@ -141,6 +142,8 @@ class Builder:
             undo.callback(use_own_mixture, bound)
             with timed("tuning"):
                 use_mixture_op(bound, runner.steps.metadata, self.counters.fall_back)
+            undo.callback(use_own_ends, bound)
+            use_short_ends(bound, runner.steps.metadata, self.resolved.max_context)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
         fuses = fuses_decode(self.resolved.mode, device)
         if fuses and isinstance(runner, LeadRunner):

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest relative error of a head, by the dtype in which the model computes it."""
+WITH_SINKS = False
+"""Whether modules with sinks are changed, too."""
 _CHECKED = 8
 """Tokens that a module is checked on."""
 _LARGE = 1000.0
@@ -49,6 +51,9 @@ class Rotation(NamedTuple):
     """What is added to the norms' weights."""
     scale: float
     softcap: float
+    sinks: bool = False
+    half: bool = False
+    """Its rotary tables have a column for each pair of dimensions alone."""
 
 
 class RotatingAttention(nn.Module):
@@ -115,7 +120,7 @@ def _read(bound: BoundModel, site: AttentionSite) -> Rotation:
     binding = vars(module).get("_hybridgen")
     if not isinstance(binding, LayerBinding) or binding.reads_only or binding.factors is not None:
         raise Unfit("its layer keeps no keys and values of its own, or scaled ones")
-    if site.options.sinks:
+    if site.options.sinks and not (WITH_SINKS and isinstance(getattr(module, "sinks", None), nn.Parameter)):
         raise Unfit("it has sinks")
     if bound.length_dependent:
         raise Unfit("its rotary positions depend on the length")
@@ -144,6 +149,7 @@ def _read(bound: BoundModel, site: AttentionSite) -> Rotation:
         shifts.pop() if shifts else 0.0,
         site.options.scale,
         site.options.softcap,
+        site.options.sinks,
     )
 
 
@@ -158,6 +164,7 @@ def _heads(module: Any, rotation: Rotation, hidden: Tensor) -> tuple[Tensor, Ten
         rotation.query_eps,
         rotation.key_eps,
         rotation.shift,
+        rotation.half,
     )
     return q, k, v, norms
 
@@ -171,7 +178,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     rotation = self._hybridgen_rotation
     hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
     q, k, v, norms = _heads(self, rotation, hidden)
-    out = binding.rotate_and_attend(q, k, v, cos[0], sin[0], norms, rotation.scale, rotation.softcap)
+    options = rotation.scale, rotation.softcap, self.sinks if rotation.sinks else None
+    out = binding.rotate_and_attend(q, k, v, cos[0], sin[0], norms, *options)
     return self.o_proj(out.flatten(1)[None]), None
 
 
@@ -195,7 +203,7 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
     Raises:
         Exception: whatever the model's code raises.
     """
-    handed: dict[nn.Module, tuple[Tensor, ...]] = {}
+    handed: dict[nn.Module, tuple[Any, ...]] = {}
     calls: dict[nn.Module, _Call] = {}
     wrong: dict[nn.Module, str] = {}
     generator = torch.Generator().manual_seed(0)
@@ -203,7 +211,7 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
         returned = torch.randn(1, query.shape[2], query.shape[1], value.shape[-1], generator=generator)
         returned = returned.to(query)
-        handed[module] = query, key, value, returned
+        handed[module] = query, key, value, returned, kwargs.get("s_aux")
         return returned
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,6 +219,10 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         why = _difference(module, found[module], calls.get(module), handed.get(module), out)
+        if why is not None and not found[module].half:
+            half = found[module]._replace(half=True)
+            if _difference(module, half, calls.get(module), handed.get(module), out) is None:
+                found[module], why = half, None
         if why is None:
             large = _Call((), {**kwargs, "hidden_states": kwargs["hidden_states"] * _LARGE})
             forward: Any = type(module).forward
@@ -240,7 +252,7 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
 
 
 def _difference(
-    module: nn.Module, rotation: Rotation, call: _Call | None, handed: tuple[Tensor, ...] | None, out: Any
+    module: nn.Module, rotation: Rotation, call: _Call | None, handed: tuple[Any, ...] | None, out: Any
 ) -> str | None:
     """Why a module's own forward is not that of ours; None if it is."""
     if call is None or handed is None:
@@ -251,12 +263,15 @@ def _difference(
         return "it is called with other arguments"
     cos, sin = rotary
     tables = isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.dim() == 3 == sin.dim()
-    if not tables or cos.shape[-1] % 2 or cos.shape[-1] > rotation.dim or cos.shape != sin.shape:
+    turns = cos.shape[-1] * (2 if rotation.half else 1) if tables else 0
+    if not tables or turns % 2 or turns > rotation.dim or cos.shape != sin.shape:
         return "its rotary table is of another kind"
-    query, key, value, returned = handed
+    query, key, value, returned, sinks = handed
+    if rotation.sinks and not (isinstance(sinks, Tensor) and torch.equal(sinks, cast(Any, module).sinks)):
+        return "its sinks are other ones"
     q, k, v, norms = _heads(module, rotation, hidden)
-    q = turned(q, cos[0], sin[0], norms.q_weight, norms.q_eps, norms.shift)
-    k = turned(k, cos[0], sin[0], norms.k_weight, norms.k_eps, norms.shift)
+    q = turned(q, cos[0], sin[0], norms.q_weight, norms.q_eps, norms.shift, norms.half)
+    k = turned(k, cos[0], sin[0], norms.k_weight, norms.k_eps, norms.shift, norms.half)
     tolerance = _TOLERANCE.get(hidden.dtype, 2e-2)
     for name, ours, own in (("queries", q, query), ("keys", k, key)):
         theirs = own[0].transpose(0, 1)

@@ -21,7 +21,7 @@ from hybridgen.kernels.linear.mixture import Normed, Routed, normalised
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
 from hybridgen.kernels.step.linear import few_rows
-from hybridgen.models import mixtures
+from hybridgen.models import ends, mixtures, rotating
 from hybridgen.models.packed_experts import pad_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -273,6 +273,25 @@ def test_gpt_oss_decodes_one_token_by_the_op_for_mixtures(tmp_path: Path, monkey
             found = engine.generate(prompts[0], max_new_tokens=3, logprobs=5).logprobs
             assert all(abs(a.logprob - b.logprob) < 0.3 for a, b in zip(found[:2], wanted[:2], strict=True))
             assert len(engine.generate(prompts, max_new_tokens=9, ignore_eos=True)) == 2
+            assert not engine.stats().fallbacks
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gpt_oss in mxfp4"])
+def test_sinks_and_ends_of_gpt_oss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With heads rotated by the op and both ends short: in float32 the tokens of mode eager."""
+    path = write_mxfp4(tmp_path / "packed") if "mxfp4" in name else families.write(name, tmp_path)
+    prompts = families.prompts_of((7, 33, 1))
+    with hybridgen.Engine.load(path, mode="eager", dtype="float32", **SETTINGS) as engine:
+        wanted = [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)]
+    monkeypatch.setattr(rotating, "WITH_SINKS", True)
+    monkeypatch.setattr(ends, "IS_ON", True)
+    for mode in ("jit", "hybrid"):
+        with hybridgen.Engine.load(path, mode=mode, dtype="float32", **SETTINGS) as engine:
+            bound = engine._runner.bound
+            assert all(isinstance(site.module, rotating.RotatingAttention) for site in bound.sites)
+            assert sum(isinstance(module, ends.EndModule) for module in bound.around) == 2
+            assert [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)] == wanted
+            assert engine.generate(prompts[0], max_new_tokens=12).token_ids == wanted[0]
             assert not engine.stats().fallbacks
 
 

@@ -63,6 +63,31 @@ def test_which_modules_are_proved(name: str, proved: int, sites: int, runners: l
     assert not any("_hybridgen_rotation" in vars(site.module) for site in runner.bound.sites)
 
 
+def test_sinks_and_tables_of_half_the_width(runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-OSS, whose sinks have to be the ones that it hands to attention."""
+    monkeypatch.setattr(rotating, "WITH_SINKS", True)
+    runner = make_runner("gpt_oss")
+    runners.append(runner)
+    for site in runner.bound.sites:
+        nn.init.normal_(site.module.sinks)  # type: ignore[arg-type]
+    own = prefill_logits(runner)
+    assert use_one_op(runner.bound, CONTEXT) == 4
+    assert all(site.module._hybridgen_rotation.half for site in runner.bound.sites)  # type: ignore[union-attr]
+    torch.testing.assert_close(prefill_logits(runner), own, rtol=1e-5, atol=1e-5)
+    use_own_rotation(runner.bound)
+    forward = type(runner.bound.sites[0].module).forward
+
+    def other_sinks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before, self.sinks = self.sinks, nn.Parameter(self.sinks + 1)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.sinks = before
+
+    monkeypatch.setattr(type(runner.bound.sites[0].module), "forward", other_sinks)
+    assert use_one_op(runner.bound, CONTEXT) == 0
+
+
 def _of_output(change: Any) -> Any:
     def forward(own: Any, self: nn.Module, **kwargs: Any) -> Any:
         out, weights = own(self, **kwargs)
