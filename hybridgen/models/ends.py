@@ -154,7 +154,8 @@ def _read_rotary(bound: BoundModel, step: StepMetadata, max_context: int) -> tup
     if not isinstance(module, nn.Module) or bound.length_dependent or "inv_freq" not in module._buffers:
         raise Unfit("its rotary embeddings are of another kind")
     _check(module)
-    x = torch.zeros(1, 1, 1, dtype=bound.model.dtype, device=module.inv_freq.device)
+    frequencies: Tensor = module.inv_freq
+    x = torch.zeros(1, 1, 1, dtype=bound.model.dtype, device=frequencies.device)
     every = torch.arange(max_context + _BEHIND, device=x.device)
 
     def own(positions: Tensor) -> Tensor:
