@@ -23,8 +23,8 @@ from torch import Tensor
 from hybridgen.device.timing import graph_seconds
 from hybridgen.kernels.linear import experts_one
 from hybridgen.kernels.linear.experts import reference
-from hybridgen.kernels.linear.experts_form import RouteForm
-from hybridgen.kernels.linear.mixture import Normed, Routed, by_ops, mixture, normalised
+from hybridgen.kernels.linear.experts_form import Normed, Routed, RouteForm
+from hybridgen.kernels.linear.mixture import by_ops, mixture, normalised
 from hybridgen.kernels.read_ceiling import read_ceiling
 
 REPEATS = 3000

@@ -154,7 +154,7 @@ def _read_rotary(bound: BoundModel, step: StepMetadata, max_context: int) -> tup
     if not isinstance(module, nn.Module) or bound.length_dependent or "inv_freq" not in module._buffers:
         raise Unfit("its rotary embeddings are of another kind")
     _check(module)
-    frequencies: Tensor = module.inv_freq
+    frequencies: Any = module.inv_freq
     x = torch.zeros(1, 1, 1, dtype=bound.model.dtype, device=frequencies.device)
     every = torch.arange(max_context + _BEHIND, device=x.device)
 

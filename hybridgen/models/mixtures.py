@@ -20,8 +20,8 @@ from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
 from hybridgen.kernels.linear import mixture as op
 from hybridgen.kernels.linear.experts import reference
-from hybridgen.kernels.linear.experts_form import Form, Projection, RouteForm
-from hybridgen.kernels.linear.mixture import Normed, Routed, mixture, normalised
+from hybridgen.kernels.linear.experts_form import Form, Normed, Projection, Routed, RouteForm
+from hybridgen.kernels.linear.mixture import mixture, normalised
 from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, norm_of

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import hybridgen
 from hybridgen.kernels.linear.experts import experts, reference
-from hybridgen.kernels.linear.experts_form import FEW_ROWS, RouteForm
+from hybridgen.kernels.linear.experts_form import FEW_ROWS, Normed, Routed, RouteForm
 from hybridgen.kernels.linear.layout import Block
-from hybridgen.kernels.linear.mixture import Normed, Routed, normalised
+from hybridgen.kernels.linear.mixture import normalised
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
 from hybridgen.kernels.step.linear import few_rows

@@ -6,8 +6,8 @@ import torch
 
 from hybridgen.device.launcher import device_of
 from hybridgen.kernels.linear import experts_one
-from hybridgen.kernels.linear.experts_form import RouteForm
-from hybridgen.kernels.linear.mixture import Normed, Routed, normalised
+from hybridgen.kernels.linear.experts_form import Normed, Routed, RouteForm
+from hybridgen.kernels.linear.mixture import normalised
 from hybridgen.kernels.linear.mixture_kernels import launch_first, launch_last
 from hybridgen.kernels.linear.route import reference as route_reference
 

@@ -10,9 +10,9 @@ from experts_cases import CLAMPED, SILU, Case, make
 from interpreter import Interpreter
 
 from hybridgen.kernels.linear.experts import experts
-from hybridgen.kernels.linear.experts_form import Form, RouteForm
+from hybridgen.kernels.linear.experts_form import Form, Normed, Routed, RouteForm
 from hybridgen.kernels.linear.layout import Block
-from hybridgen.kernels.linear.mixture import Normed, Routed, mixture
+from hybridgen.kernels.linear.mixture import mixture
 from hybridgen.kernels.linear.route import route
 
 

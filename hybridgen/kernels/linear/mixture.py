@@ -15,14 +15,12 @@ five kernels, which start while the ones before them end.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from hybridgen.kernels.linear import experts as experts_op
 from hybridgen.kernels.linear import route as route_op
-from hybridgen.kernels.linear.experts_form import Form, Projection, RouteForm
+from hybridgen.kernels.linear.experts_form import Form, Normed, Projection, Routed, RouteForm
 from hybridgen.kernels.linear.layout import Block
 
 KIND, BLOCK = "mxfp4", Block(1, 32)
@@ -36,24 +34,6 @@ _library.define(
     "float alpha, float limit) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-class Normed(NamedTuple):
-    """How states are normalised: x / sqrt(mean(x^2) + eps) * (weight + shift)."""
-
-    weight: Tensor
-    eps: float
-    shift: float
-
-
-class Routed(NamedTuple):
-    """How experts are chosen."""
-
-    weight: Tensor
-    bias: Tensor | None
-    chosen: int
-    """Experts of a token."""
-    form: RouteForm
 
 
 def mixture(

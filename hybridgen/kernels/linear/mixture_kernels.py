@@ -28,8 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hybridgen.device.launcher import Device, Launcher, device_of
 from hybridgen.kernels.linear import experts_one
 from hybridgen.kernels.linear.experts_few_kernels import FACTOR, _arranged_place
-from hybridgen.kernels.linear.experts_form import Form, Projection
-from hybridgen.kernels.linear.mixture import Normed, Routed
+from hybridgen.kernels.linear.experts_form import Form, Normed, Projection, Routed
 from hybridgen.kernels.linear.route_kernels import choice_launcher
 
 _MOST_INPUTS = 8192
