@@ -221,6 +221,30 @@ def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
             assert torch.equal(first, again)
 
 
+def test_a_norm_with_the_product_behind_it_in_the_mixture_of_gpt_oss() -> None:
+    """Against float64, with the output's memory poisoned before; again in a graph."""
+    for outputs, inputs in ((5120, 2880), (2880, 4096), (6, 256)):
+        g = torch.Generator("cuda").manual_seed(inputs)
+        weight = torch.randn(outputs, inputs, device="cuda", generator=g).mul(inputs**-0.5).bfloat16()
+        norm, x = (torch.randn(n, inputs, device="cuda", generator=g).bfloat16() for n in (1, 1))
+        bias = torch.randn(outputs, device="cuda", generator=g).bfloat16()
+        for norm_of in (norm[0], norm[0].float()):
+            poison = torch.full((1, outputs), float("nan"), device="cuda", dtype=torch.bfloat16)
+            del poison
+            out = few_rows(x, weight, bias, norm_of, 1e-5, 1.0)
+            rows = torch.nn.functional.rms_norm(x.double(), (inputs,), norm_of.double() + 1, 1e-5)
+            wanted = rows @ weight.double().T + bias.double()
+            assert (out.double() - wanted).norm() / wanted.norm() < 4e-3
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            again = few_rows(x, weight, bias, norm_of, 1e-5, 1.0)
+        for _ in range(300):
+            again.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, again)
+
+
 @pytest.mark.parametrize("case", [
     Case(32, 4, 2880, 2880, CLAMPED, "mxfp4", Block(1, 32), biased=True),
     Case(8, 4, 576, 544, SILU, "mxfp4", Block(1, 32)),
@@ -267,6 +291,8 @@ def test_gpt_oss_decodes_one_token_by_the_op_for_mixtures(tmp_path: Path, monkey
     with hybridgen.Engine.load(path, mode="eager", dtype="bfloat16", **SETTINGS) as engine:
         wanted = engine.generate(prompts[0], max_new_tokens=3, logprobs=5).logprobs
     monkeypatch.setattr(mixtures, "IS_ON", True)
+    monkeypatch.setattr(mixtures, "JOINS_NORMS", True)
+    monkeypatch.setattr(rotating, "WITH_SINKS", True)
     for mode in ("jit", "hybrid"):
         with hybridgen.Engine.load(path, mode=mode, dtype="bfloat16", **SETTINGS) as engine:
             assert all(isinstance(layer, mixtures.MixtureLayer) for layer in engine._runner.bound.layers)
