@@ -216,7 +216,6 @@ def random_decoder(
 
 
 SWITCHES = {
-    "int4_few": ("hybridgen.kernels.linear.int4_few", "IS_ON"),
     "experts_one": ("hybridgen.kernels.linear.experts_one", "IS_ON"),
     "mixture": ("hybridgen.models.mixtures", "IS_ON"),
     "sinks": ("hybridgen.models.rotating", "WITH_SINKS"),

@@ -286,7 +286,11 @@ def _difference(layer: Any, binding: MixtureBinding, seen: dict[nn.Module, _Seen
     if not torch.equal(experts.out.reshape(result.shape), result) or not torch.equal(whole.out, states + result):
         return "it makes something else of its experts' results"
     first = Normed(layer.input_layernorm.weight, binding.first.eps, binding.first.shift)
-    for x, norm, out in ((states, _parts(layer, binding)[0], normed.out), (whole.args[0], first, before.out)):
+    norms: list[tuple[Tensor, Normed, Tensor]] = [
+        (states, _parts(layer, binding)[0], normed.out),
+        (whole.args[0], first, before.out),
+    ]
+    for x, norm, out in norms:
         ours, own = normalised(x, norm).float(), out.float()
         if not bool(((ours - own).norm(dim=-1) <= _TOLERANCE.get(x.dtype, 2e-2) * own.norm(dim=-1)).all()):
             return "it normalises in another way"

@@ -88,10 +88,9 @@ def test_gate_and_up_of_many_rows_compile() -> None:
 
 
 def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4_few, "IS_ON", True)
     monkeypatch.setattr(experts_one, "IS_ON", True)
     x, data = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(64, 32, dtype=torch.int32)
-    assert not int4_few.takes(x, data, torch.zeros(64, 2, dtype=torch.bfloat16), 128)
+    assert not int4_few.takes(x, data, torch.zeros(64, 2, dtype=torch.bfloat16), None, 128)
     assert not many_rows.serves(torch.zeros(64, 64, dtype=torch.bfloat16))
     codes, scales = torch.zeros(4, 64, 16, dtype=torch.uint8), torch.zeros(4, 64, 4, dtype=torch.uint8)
     part = Projection(codes, scales)
@@ -105,3 +104,24 @@ def test_a_block_takes_as_few_tiles_as_let_all_run_at_once() -> None:
     assert experts_one.turns_of(360, 4, device) == 2
     assert experts_one.turns_of(180, 4, device) == 1
     assert experts_one.turns_of(1, 1, device) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "zeros", "taken"),
+    [
+        (1, 4096, False, True),
+        (4, 4096, False, True),
+        (8, 4096, False, False),
+        (1, 4096, True, False),
+        (4, 8192, True, True),
+        (8, 8192, True, False),
+        (1, 4160, False, False),  # no whole steps
+    ],
+)
+def test_int4_of_few_rows_where_it_is_faster(
+    rows: int, inputs: int, zeros: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int4_few, "can_multiply", lambda *tensors: True)
+    x, scales = torch.empty(rows, inputs, device="meta"), torch.empty(64, -(-inputs // 128), device="meta")
+    data = torch.empty(64, inputs // 8, dtype=torch.int32, device="meta")
+    assert int4_few.takes(x, data, scales, scales if zeros else None, 128) is taken
