@@ -288,7 +288,7 @@ def _difference(layer: Any, binding: MixtureBinding, seen: dict[nn.Module, _Seen
     first = Normed(layer.input_layernorm.weight, binding.first.eps, binding.first.shift)
     norms: list[tuple[Tensor, Normed, Tensor]] = [
         (states, _parts(layer, binding)[0], normed.out),
-        (whole.args[0], first, before.out),
+        (whole.args[0], first, cast(Tensor, before.out)),
     ]
     for x, norm, out in norms:
         ours, own = normalised(x, norm).float(), out.float()
