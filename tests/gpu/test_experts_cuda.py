@@ -20,6 +20,7 @@ from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.mixture import normalised
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
+from hybridgen.kernels.step import one_row
 from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models import ends, mixtures, rotating
 from hybridgen.models.packed_experts import pad_rows
@@ -221,9 +222,13 @@ def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
             assert torch.equal(first, again)
 
 
-def test_a_norm_with_the_product_behind_it_in_the_mixture_of_gpt_oss() -> None:
+@pytest.mark.parametrize("one", [False, True], ids=["triton", "one_row"])
+def test_a_norm_with_the_product_behind_it_in_the_mixture_of_gpt_oss(
+    one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against float64, with the output's memory poisoned before; again in a graph."""
-    for outputs, inputs in ((5120, 2880), (2880, 4096), (6, 256)):
+    monkeypatch.setattr(one_row, "IS_ON", one)
+    for outputs, inputs in ((5120, 2880), (2880, 4096), (6, 256), (4096, 4096), (1000, 2056)):
         g = torch.Generator("cuda").manual_seed(inputs)
         weight = torch.randn(outputs, inputs, device="cuda", generator=g).mul(inputs**-0.5).bfloat16()
         norm, x = (torch.randn(n, inputs, device="cuda", generator=g).bfloat16() for n in (1, 1))
@@ -231,7 +236,11 @@ def test_a_norm_with_the_product_behind_it_in_the_mixture_of_gpt_oss() -> None:
         for norm_of in (norm[0], norm[0].float()):
             poison = torch.full((1, outputs), float("nan"), device="cuda", dtype=torch.bfloat16)
             del poison
+            plain = few_rows(x, weight, bias if outputs % 3 else None)
+            wanted = x.double() @ weight.double().T + (bias.double() if outputs % 3 else 0)
+            assert (plain.double() - wanted).norm() / wanted.norm() < 4e-3
             out = few_rows(x, weight, bias, norm_of, 1e-5, 1.0)
+            assert not one or one_row.product(x, weight, bias, norm_of, 1e-5, 1.0) is not None
             rows = torch.nn.functional.rms_norm(x.double(), (inputs,), norm_of.double() + 1, 1e-5)
             wanted = rows @ weight.double().T + bias.double()
             assert (out.double() - wanted).norm() / wanted.norm() < 4e-3

@@ -102,8 +102,12 @@ def _few_rows_cuda(
 ) -> Tensor:  # fmt: skip
     if not 0 < rows.shape[0] <= _CUDA_ROWS or rows.dtype != weight.dtype or not serves(weight, bias):
         return F.linear(_normalised(rows, norm, eps, shift), weight, bias)
+    from hybridgen.kernels.step import one_row
     from hybridgen.kernels.step.linear_kernels import product
 
+    found = one_row.product(rows.contiguous(), weight, bias, norm, eps, shift)
+    if found is not None:
+        return found
     if norm is None or (rows.shape[0] == 1 and norm.is_contiguous()):
         return product(rows, weight, bias, norm, eps, shift)
     return product(_normalised(rows, norm, eps, shift), weight, bias)
