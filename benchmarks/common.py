@@ -216,12 +216,7 @@ def random_decoder(
 
 
 SWITCHES = {
-    "experts_one": ("hybridgen.kernels.linear.experts_one", "IS_ON"),
     "one_row": ("hybridgen.kernels.step.one_row", "IS_ON"),
-    "mixture": ("hybridgen.models.mixtures", "IS_ON"),
-    "sinks": ("hybridgen.models.rotating", "WITH_SINKS"),
-    "norms": ("hybridgen.models.mixtures", "JOINS_NORMS"),
-    "ends": ("hybridgen.models.ends", "IS_ON"),
     "early": ("hybridgen.compilation.aot", "STARTS_EARLY"),
     "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
 }

@@ -73,8 +73,7 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
             lines.append(f"{path}.{name}.form: {value.form}")
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, RowsBinding):
-            norm = "" if value.norm is None else f", normalised {value.norm.eps} {value.norm.shift}"
-            lines.append(f"{path}.{name}: a few rows by an op{norm}")
+            lines.append(f"{path}.{name}: a few rows by an op")
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, MixtureBinding):
             lines.append(f"{path}.{name}: {value}")

@@ -25,6 +25,11 @@ def refuse(kernel: str, device: torch.device) -> bool:
     return was_used
 
 
+def allow(kernel: str, device: torch.device) -> None:
+    """Undo `refuse`."""
+    _refused.discard((kernel, device.index or 0))
+
+
 def serves(kernel: str, device: torch.device) -> bool:
     """Whether a kernel may be used on a device: compute capability 9.0, and nobody has refused it there."""
     ordinal = device.index or 0

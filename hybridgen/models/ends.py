@@ -25,11 +25,9 @@ from hybridgen.models.swapped import made_class
 
 logger = logging.getLogger(__name__)
 
-IS_ON = False
-"""Whether it is done."""
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Of the norm of each row's results, by dtype."""
-_MOST_BYTES = 64 * 2**20
+_MOST_BYTES = 32 * 2**20
 """Of a rotary table."""
 _BEHIND = 1024
 """Positions behind the context that it has, too: drafts may go there."""
@@ -65,8 +63,6 @@ class RotaryBinding:
 @torch.inference_mode()
 def use_short_ends(bound: BoundModel, step: StepMetadata, max_context: int) -> int:
     """From now on the modules for which that is right run in one kernel in decode; returns how many these are."""
-    if not IS_ON:
-        return 0
     count = 0
     for read in (_read_norm, _read_rotary):
         try:

@@ -22,23 +22,13 @@ _TOLERANCE = 1e-2
 """Of the norm of the results: rounding inputs and results to bfloat16 gives a fifth of it."""
 
 
-class RowsNorm(NamedTuple):
-    """An RMSNorm whose module is not called, because the projection behind it normalises."""
-
-    module: nn.Module
-    eps: float
-    shift: float
-
-
 class RowsBinding:
     """What a projection needs to know of a step; an attribute of the module."""
 
-    __slots__ = ("norm", "step")
+    __slots__ = ("step",)
 
     def __init__(self, step: StepMetadata) -> None:
         self.step = step
-        self.norm: RowsNorm | None = None
-        """In decode of one row the projection gets its input before this norm."""
 
     @property
     def decodes(self) -> bool:

@@ -101,10 +101,6 @@ class Decoding(Protocol):
     def decodes(self) -> bool:
         """Whether the step is one of decode."""
 
-    @property
-    def norm(self) -> Any:
-        """A norm of one row, with its module, `eps` and `shift`; None: the input is normalised, if it has to be."""
-
 
 def product(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, decoding: Decoding | None = None
@@ -112,11 +108,7 @@ def product(
     """`F.linear` of rows [..., in], by oneDNN where that takes less on most processors. Compilers see `F.linear`, or in
     decode steps of what has an op for them that op."""
     if decoding is not None and decoding.decodes:
-        flat, norm = rows.reshape(-1, rows.shape[-1]), decoding.norm
-        if norm is not None and flat.shape[0] == 1:
-            flat = few_rows(flat, weight, bias, norm.module.weight, norm.eps, norm.shift)
-        else:
-            flat = few_rows(flat, weight, bias)
+        flat = few_rows(rows.reshape(-1, rows.shape[-1]), weight, bias)
         return flat.view(*rows.shape[:-1], weight.shape[0])
     # The compiler is asked first: what is asked of a size while a graph is traced would bind the graph to it.
     if torch.compiler.is_compiling() or not rows.is_cpu or weight.numel() < _LEAST or not _is_for_onednn(rows, weight):

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
-from hybridgen.kernels.attention.rotary import HeadNorms, turned
+from hybridgen.kernels.attention.ops import Places
+from hybridgen.kernels.attention.rotary import HeadNorms, rotate_and_write, rotate_and_write_on_cpu, turned
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, head_norm
@@ -29,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest relative error of a head, by the dtype in which the model computes it."""
-WITH_SINKS = False
-"""Whether modules with sinks are changed, too."""
+_REPEATS = 5
+"""Calls of the op that have to give the same bits, where it has not run in the tests on a GPU."""
 _CHECKED = 8
 """Tokens that a module is checked on."""
 _LARGE = 1000.0
@@ -81,7 +83,16 @@ def use_one_op(bound: BoundModel, max_context: int) -> int:
     except Exception as error:  # any model code runs here, and a model that stays as it was still works
         logger.debug("no module was proved: %s", described(error), exc_info=True)
         return 0
-    for module, rotation in found.items():
+    tried: dict[Any, bool] = {}
+    for module, rotation in list(found.items()):
+        if rotation.half:
+            binding: LayerBinding = module._hybridgen  # type: ignore[assignment]
+            key = rotation, binding.keys.shape[1:], binding.keys.dtype
+            if key not in tried:
+                tried[key] = _rotates_right(module, rotation, binding)
+            if not tried[key]:
+                del found[module]
+                continue
         module._hybridgen_rotation = rotation  # type: ignore[assignment]
     allow_one_op(bound, True)
     return len(found)
@@ -120,8 +131,8 @@ def _read(bound: BoundModel, site: AttentionSite) -> Rotation:
     binding = vars(module).get("_hybridgen")
     if not isinstance(binding, LayerBinding) or binding.reads_only or binding.factors is not None:
         raise Unfit("its layer keeps no keys and values of its own, or scaled ones")
-    if site.options.sinks and not (WITH_SINKS and isinstance(getattr(module, "sinks", None), nn.Parameter)):
-        raise Unfit("it has sinks")
+    if site.options.sinks and not isinstance(getattr(module, "sinks", None), nn.Parameter):
+        raise Unfit("it has sinks that are called otherwise")
     if bound.length_dependent:
         raise Unfit("its rotary positions depend on the length")
     for inner in module.modules():
@@ -187,6 +198,57 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _rotating(kind: Any, forward: Any) -> Any:
     members = {"forward": _forward, "_hybridgen_forward": forward}
     return made_class(kind, RotatingAttention, members, globals())
+
+
+@torch.inference_mode()
+def _rotates_right(module: Any, rotation: Rotation, binding: LayerBinding) -> bool:
+    """Whether the op gives on this device what torch's operators give, with tables of half the width; tried with random
+    heads of the module's sizes."""
+    try:
+        return _same_heads(module, rotation, binding)
+    except Exception as error:  # whatever Triton raises
+        if is_fatal(error):
+            raise
+        logger.debug("the op for heads failed", exc_info=True)
+        return False
+
+
+def _same_heads(module: Any, rotation: Rotation, binding: LayerBinding) -> bool:
+    device, dtype = binding.keys.device, module.sinks.dtype if rotation.sinks else module.q_proj.weight.dtype
+    kv_heads, size = binding.keys.shape[1:3]
+    heads = kv_heads * 2 if not rotation.sinks else module.sinks.shape[0]
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(device, dtype)
+
+    widths = heads * rotation.dim, kv_heads * rotation.dim, kv_heads * rotation.value_dim
+    q, k, v = random(3, sum(widths)).split(widths, -1)
+    q, k, v = q.view(3, -1, rotation.dim), k.view(3, -1, rotation.dim), v.view(3, -1, rotation.value_dim)
+    cos, sin = random(3, rotation.dim // 2), random(3, rotation.dim // 2)
+    norms = HeadNorms(
+        module.q_norm.weight if rotation.norms_query else None,
+        module.k_norm.weight if rotation.norms_key else None,
+        rotation.query_eps, rotation.key_eps, rotation.shift, True,
+    )  # fmt: skip
+
+    def places() -> Places:
+        sizes = rotation.dim, rotation.value_dim
+        keys, values = (torch.zeros(3, kv_heads, size, n, device=device).to(binding.keys.dtype) for n in sizes)
+        table = torch.tensor([[1, 2]], dtype=torch.int32, device=device)
+        slots = torch.zeros(3, dtype=torch.int32, device=device)
+        return Places(keys, values, table, slots, torch.tensor([0, size - 1, size], device=device))
+
+    ours, own = places(), places()
+    out = rotate_and_write(q, k, v, cos, sin, norms, ours)
+    same = all(torch.equal(rotate_and_write(q, k, v, cos, sin, norms, places()), out) for _ in range(_REPEATS))
+    wanted = rotate_and_write_on_cpu(q, k, v, cos, sin, *norms, *own)
+    tolerance = _TOLERANCE.get(dtype, 2e-2)
+    of_pages = max(tolerance, 0.07 if ours.k_pages.element_size() == 1 else 0.0)
+    near = _close(out.float(), wanted.float(), tolerance) and _close(
+        ours.k_pages.float(), own.k_pages.float(), of_pages
+    )
+    return same and near and torch.equal(ours.v_pages.float(), own.v_pages.float())
 
 
 class _Call(NamedTuple):

@@ -22,7 +22,8 @@ from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
 from hybridgen.kernels.step import one_row
 from hybridgen.kernels.step.linear import few_rows
-from hybridgen.models import ends, mixtures, rotating
+from hybridgen.models import ends, mixtures, mixtures_check, rotating
+from hybridgen.models.mixtures_check import by_kernels
 from hybridgen.models.packed_experts import pad_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -222,32 +223,24 @@ def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
             assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("one", [False, True], ids=["triton", "one_row"])
-def test_a_norm_with_the_product_behind_it_in_the_mixture_of_gpt_oss(
-    one: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_of_one_row_by_the_kernel_in_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64, with the output's memory poisoned before; again in a graph."""
-    monkeypatch.setattr(one_row, "IS_ON", one)
+    monkeypatch.setattr(one_row, "IS_ON", True)
     for outputs, inputs in ((5120, 2880), (2880, 4096), (6, 256), (4096, 4096), (1000, 2056)):
         g = torch.Generator("cuda").manual_seed(inputs)
         weight = torch.randn(outputs, inputs, device="cuda", generator=g).mul(inputs**-0.5).bfloat16()
-        norm, x = (torch.randn(n, inputs, device="cuda", generator=g).bfloat16() for n in (1, 1))
-        bias = torch.randn(outputs, device="cuda", generator=g).bfloat16()
-        for norm_of in (norm[0], norm[0].float()):
+        x = torch.randn(1, inputs, device="cuda", generator=g).bfloat16()
+        for bias in (torch.randn(outputs, device="cuda", generator=g).bfloat16(), None):
             poison = torch.full((1, outputs), float("nan"), device="cuda", dtype=torch.bfloat16)
             del poison
-            plain = few_rows(x, weight, bias if outputs % 3 else None)
-            wanted = x.double() @ weight.double().T + (bias.double() if outputs % 3 else 0)
-            assert (plain.double() - wanted).norm() / wanted.norm() < 4e-3
-            out = few_rows(x, weight, bias, norm_of, 1e-5, 1.0)
-            assert not one or one_row.product(x, weight, bias, norm_of, 1e-5, 1.0) is not None
-            rows = torch.nn.functional.rms_norm(x.double(), (inputs,), norm_of.double() + 1, 1e-5)
-            wanted = rows @ weight.double().T + bias.double()
+            out = one_row.product(x, weight, bias)
+            assert out is not None
+            wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
             assert (out.double() - wanted).norm() / wanted.norm() < 4e-3
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            again = few_rows(x, weight, bias, norm_of, 1e-5, 1.0)
+            again = few_rows(x, weight, None)
         for _ in range(300):
             again.fill_(float("nan"))
             graph.replay()
@@ -299,9 +292,7 @@ def test_gpt_oss_decodes_one_token_by_the_op_for_mixtures(tmp_path: Path, monkey
     prompts = families.prompts_of((7, 33))
     with hybridgen.Engine.load(path, mode="eager", dtype="bfloat16", **SETTINGS) as engine:
         wanted = engine.generate(prompts[0], max_new_tokens=3, logprobs=5).logprobs
-    monkeypatch.setattr(mixtures, "IS_ON", True)
-    monkeypatch.setattr(mixtures, "JOINS_NORMS", True)
-    monkeypatch.setattr(rotating, "WITH_SINKS", True)
+    monkeypatch.setattr(mixtures_check, "by_parts", lambda given: [by_kernels(given) for _ in range(9)])  # slower
     for mode in ("jit", "hybrid"):
         with hybridgen.Engine.load(path, mode=mode, dtype="bfloat16", **SETTINGS) as engine:
             assert all(isinstance(layer, mixtures.MixtureLayer) for layer in engine._runner.bound.layers)
@@ -312,14 +303,12 @@ def test_gpt_oss_decodes_one_token_by_the_op_for_mixtures(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gpt_oss in mxfp4"])
-def test_sinks_and_ends_of_gpt_oss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sinks_and_ends_of_gpt_oss(name: str, tmp_path: Path) -> None:
     """With heads rotated by the op and both ends short: in float32 the tokens of mode eager."""
     path = write_mxfp4(tmp_path / "packed") if "mxfp4" in name else families.write(name, tmp_path)
     prompts = families.prompts_of((7, 33, 1))
     with hybridgen.Engine.load(path, mode="eager", dtype="float32", **SETTINGS) as engine:
         wanted = [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)]
-    monkeypatch.setattr(rotating, "WITH_SINKS", True)
-    monkeypatch.setattr(ends, "IS_ON", True)
     for mode in ("jit", "hybrid"):
         with hybridgen.Engine.load(path, mode=mode, dtype="float32", **SETTINGS) as engine:
             bound = engine._runner.bound

@@ -44,12 +44,11 @@ def test_int4_of_few_rows_compiles() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("norm", [None, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("outputs", "inputs"), [(5120, 2880), (2880, 4096), (1024, 264)])
-def test_one_row_compiles(outputs: int, inputs: int, norm: torch.dtype | None) -> None:
+def test_one_row_compiles(outputs: int, inputs: int) -> None:
     cut = one_row.cut_of(outputs, inputs, 132)
     assert cut is not None
-    cubin = program.compile_cubin(one_row.defines(cut, inputs, norm), "sm_90a", one_row.PROGRAM)
+    cubin = program.compile_cubin(one_row.defines(cut, inputs), "sm_90a", one_row.PROGRAM)
     assert one_row.PROGRAM.kernel.encode() in cubin
 
 

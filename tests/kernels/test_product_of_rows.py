@@ -27,15 +27,6 @@ def test_the_op_is_one_that_compilers_can_trace() -> None:
     assert few_rows(torch.ones(2, 24), torch.ones(7, 24), torch.ones(7)).tolist() == [[25.0] * 7] * 2
 
 
-def test_rows_are_normalised() -> None:
-    rows, weight, norm = torch.randn(3, 24), torch.randn(7, 24), torch.randn(24)
-    found = few_rows(rows, weight, None, norm, 1e-5, 1.0)
-    wanted = torch.nn.functional.rms_norm(rows, (24,), norm + 1, 1e-5) @ weight.t()
-    assert torch.allclose(found, wanted, atol=1e-5)
-    torch.library.opcheck(torch.ops.hybridgen.few_rows.default, (rows, weight, None, norm, 1e-5, 1.0))
-
-
-@pytest.mark.parametrize("check", ["check_products", "check_a_norm"])
-def test_the_kernel_in_the_interpreter(check: str, triton_interpreter: Interpreter) -> None:
+def test_the_kernel_in_the_interpreter(triton_interpreter: Interpreter) -> None:
     pytest.importorskip("triton")
-    triton_interpreter.run(Path(__file__).with_name("few_rows_interpreter.py"), check, 0)
+    triton_interpreter.run(Path(__file__).with_name("few_rows_interpreter.py"), "check_products", 0)

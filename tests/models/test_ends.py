@@ -26,8 +26,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture
-def runners(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModelRunner]]:
-    monkeypatch.setattr(ends, "IS_ON", True)
+def runners() -> Iterator[list[ModelRunner]]:
     made: list[ModelRunner] = []
     yield made
     for runner in made:
@@ -96,8 +95,7 @@ def test_tokens_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     own = ends._rotary
 
     for on in (False, True):
-        monkeypatch.setattr(ends, "IS_ON", on)
-        monkeypatch.setattr(Builder, "_rotates_in_one_op", lambda self: True)
+        monkeypatch.setattr(Builder, "_rotates_in_one_op", lambda self, on=on: on)
         monkeypatch.setattr(ends, "_rotary", lambda kind: looked_up.append(kind) or own(kind))
         with hybridgen.Engine.load(path, mode="jit", **SETTINGS) as engine:
             outs = engine.generate(prompts, max_new_tokens=20, ignore_eos=True, temperature=0)

@@ -18,10 +18,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, Gpt
 import hybridgen
 from hybridgen.engine.builder import Builder
 from hybridgen.kernels.linear import mixture
-from hybridgen.kernels.step import linear
-from hybridgen.models import mixtures, rotating
-from hybridgen.models.few_rows import RowsCheck
+from hybridgen.models import mixtures
 from hybridgen.models.mixtures import MixtureLayer
+from hybridgen.models.mixtures_check import Verdict
 
 SETTINGS: dict[str, Any] = {
     "max_batch": 2, "page_size": 16, "kv_memory": "4MiB", "max_context": 128, "dtype": "float32",
@@ -58,8 +57,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     by_ops = mixture.by_ops
     monkeypatch.setattr(mixture, "by_ops", counted)
-    monkeypatch.setattr(mixtures, "IS_ON", True)
-    monkeypatch.setattr(mixtures, "_problem", lambda layer, binding: None)
+    monkeypatch.setattr(mixtures, "tried_on", lambda *parts: Verdict())
     monkeypatch.setattr(Builder, "_rotates_in_one_op", lambda self: True)
     return rows
 
@@ -81,40 +79,21 @@ def test_one_token_decodes_by_the_op(path: Path, called: list[int]) -> None:
     assert tokens(path, "jit", 2) == expected
 
 
-def test_the_norm_before_attention_is_left_to_the_projection(
-    path: Path, called: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the joined projection is one that normalises; prefill and two tokens call the norm's module."""
-    expected = tokens(path, "eager", 2)
-    shared_graphs.forget()
-    monkeypatch.setattr(mixtures, "JOINS_NORMS", True)
-    monkeypatch.setattr(rotating, "WITH_SINKS", True)
-    monkeypatch.setattr(RowsCheck, "__call__", lambda self, weight, bias: True)
-    normed: list[int] = []
-    own = linear._normalised
-    monkeypatch.setattr(linear, "_normalised", lambda rows, norm, *others: (
-        normed.append(rows.shape[0]) if norm is not None else None) or own(rows, norm, *others))  # fmt: skip
-    with hybridgen.Engine.load(path, mode="hybrid", **SETTINGS) as engine:
-        layers: Any = engine._runner.bound.layers
-        assert all(layer._hybridgen.normalises for layer in layers)
-        prompts = families.prompts_of((7, 5))
-        normed.clear()
-        outs = engine.generate(prompts, max_new_tokens=12, ignore_eos=True, temperature=0)
-        assert [list(out.token_ids) for out in outs] == expected
-        assert not normed
-        outs = [engine.generate(prompts[0], max_new_tokens=12, ignore_eos=True, temperature=0)]
-        assert [list(out.token_ids) for out in outs] == expected[:1]
-        assert set(normed) == {1}
-        bound = engine._runner.bound
-        mixtures.allow_mixture_op(bound, False)
-        assert not any(layer.self_attn.q_proj._hybridgen.norm for layer in layers)
-
-
 def test_it_is_off_where_a_trial_fails(path: Path, called: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtures, "_problem", lambda layer, binding: "they are off by 0.3")
+    monkeypatch.setattr(mixtures, "tried_on", lambda *parts: Verdict(wrong="they are off by 0.3"))
     with hybridgen.Engine.load(path, mode="jit", **SETTINGS) as engine:
         engine.generate(families.prompts_of((7,)), max_new_tokens=3)
         assert "mixtures run by several ops: they are off by 0.3" in str(engine.stats().fallbacks)
+    assert not called
+
+
+def test_that_several_ops_are_faster_is_no_fallback(
+    path: Path, called: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixtures, "tried_on", lambda *parts: Verdict(slower="one op takes 40 us, and they 30"))
+    with hybridgen.Engine.load(path, mode="jit", **SETTINGS) as engine:
+        engine.generate(families.prompts_of((7,)), max_new_tokens=3)
+        assert not engine.stats().fallbacks
     assert not called
 
 

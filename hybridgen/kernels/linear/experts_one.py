@@ -16,8 +16,8 @@ from hybridgen.device.program import Kernel, Program
 from hybridgen.kernels.hopper import OF_ONE_TOKEN, loaded, serves
 from hybridgen.kernels.linear.experts_form import Form, Projection
 
-IS_ON = False
-"""Whether it is used. A step of gpt-oss-20b takes 1.77 ms with it, not 1.84; how it reads inputs has changed since."""
+IS_ON = True
+"""Whether it is used, where a trial finds it right and faster; benchmarks turn it off."""
 PROGRAM = Program((__package__ or "",), "experts_one.cu", (), OF_ONE_TOKEN)
 WARPS = 4
 """They share the inputs, as those of the kernels for few tokens do."""

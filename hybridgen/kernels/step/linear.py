@@ -24,39 +24,14 @@ _LEAST_INPUTS, _MOST_INPUTS = 256, 16384
 
 _library = torch.library.Library("hybridgen", "FRAGMENT")
 _library.define(
-    "few_rows(Tensor rows, Tensor weight, Tensor? bias=None, Tensor? norm=None, float eps=0., float shift=0.) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "few_rows(Tensor rows, Tensor weight, Tensor? bias=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
 
-def few_rows(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    shift: float = 0.0,
-) -> Tensor:
-    """rows [B, in], weight [out, in], bias [out]: [B, out]. All of one dtype: float32 on a CPU, any float on CUDA.
-
-    Args:
-        norm: [in], the weight of an RMSNorm of the rows: `x / sqrt(mean(x^2) + eps) * (norm + shift)`. The kernel on
-            CUDA does not round what it gives.
-    """
-    if norm is None:  # compilers see no more arguments than there are
-        found: Tensor = torch.ops.hybridgen.few_rows.default(rows, weight, bias)
-    else:
-        found = torch.ops.hybridgen.few_rows.default(rows, weight, bias, norm, eps, shift)
+def few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows [B, in], weight [out, in], bias [out]: [B, out]. All of one dtype: float32 on a CPU, any float on CUDA."""
+    found: Tensor = torch.ops.hybridgen.few_rows.default(rows, weight, bias)
     return found
-
-
-def _normalised(rows: Tensor, norm: Tensor | None, eps: float, shift: float) -> Tensor:
-    if norm is None:
-        return rows
-    wide = rows.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * (norm.float() + shift)).to(rows.dtype)
 
 
 def serves(weight: Tensor, bias: Tensor | None) -> bool:
@@ -86,37 +61,23 @@ def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found
 
 
-def _few_rows_cpu(
-    rows: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    shift: float = 0.0,
-) -> Tensor:  # fmt: skip
-    rows = _normalised(rows, norm, eps, shift)
+def _few_rows_cpu(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not has_onednn():
         return F.linear(rows, weight, bias)
     return _onednn(rows, weight, bias)
 
 
-def _few_rows_cuda(
-    rows: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    shift: float = 0.0,
-) -> Tensor:  # fmt: skip
+def _few_rows_cuda(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not 0 < rows.shape[0] <= _CUDA_ROWS or rows.dtype != weight.dtype or not serves(weight, bias):
-        return F.linear(_normalised(rows, norm, eps, shift), weight, bias)
+        return F.linear(rows, weight, bias)
     from hybridgen.kernels.step import one_row
     from hybridgen.kernels.step.linear_kernels import product
 
-    found = one_row.product(rows.contiguous(), weight, bias, norm, eps, shift)
-    if found is not None:
-        return found
-    if norm is None or (rows.shape[0] == 1 and norm.is_contiguous()):
-        return product(rows, weight, bias, norm, eps, shift)
-    return product(_normalised(rows, norm, eps, shift), weight, bias)
+    found = one_row.product(rows, weight, bias)
+    return product(rows, weight, bias) if found is None else found
 
 
-def _few_rows_fake(
-    rows: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-    shift: float = 0.0,
-) -> Tensor:  # fmt: skip
+def _few_rows_fake(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return rows.new_empty((rows.shape[0], weight.shape[0]))
 
 

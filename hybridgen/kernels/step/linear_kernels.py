@@ -37,18 +37,16 @@ def _block(weight, n, at, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BLOCK: tl
     return tl.load(weight + n[:, None] * INPUTS + k[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "eps", "shift"], do_not_specialize_on_alignment=["bias"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["bias"])
 def _few_rows_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, norm, out, rows, eps, shift,
+    x, weight, bias, out, rows,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-    ROWS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """NORM is for one row: sums of its squares are added up beside those of the product."""
     n = (tl.program_id(0) * EACH + tl.arange(0, EACH)).to(tl.int64)
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros((EACH, BLOCK), dtype=tl.float32),)
-    squares = tl.zeros((BLOCK,), dtype=tl.float32)
     for begin in tl.static_range(0, INPUTS, BLOCK * EARLY):
         blocks = ()
         for at in tl.static_range(begin, min(begin + BLOCK * EARLY, INPUTS), BLOCK):
@@ -63,24 +61,17 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
             for row in tl.static_range(ROWS):
                 mask = (k < INPUTS) & (row < rows)
                 one = tl.load(x + row * INPUTS + k, mask=mask, other=0.0).to(tl.float32)
-                if NORM:
-                    squares += one * one
-                    one *= tl.load(norm + k, mask=k < INPUTS, other=0.0).to(tl.float32) + shift
                 added = added + (sums[row] + values * one[None, :],)
             sums = added
     for row in tl.static_range(ROWS):
         total = tl.sum(sums[row], 1)
-        if NORM:
-            total *= tl.rsqrt(tl.sum(squares, 0) / INPUTS + eps)
         if BIAS:
             total += tl.load(bias + n, mask=n < OUTPUTS, other=0.0).to(tl.float32)
         tl.store(out + row * OUTPUTS + n, total.to(out.dtype.element_ty), mask=(n < OUTPUTS) & (row < rows))
 
 
 @functools.cache
-def _launcher(
-    outputs: int, inputs: int, height: int, bias: bool, dtypes: tuple[torch.dtype | None, ...], device: Device
-) -> Launcher:
+def _launcher(outputs: int, inputs: int, height: int, bias: bool, dtype: torch.dtype, device: Device) -> Launcher:
     constants = {
         "OUTPUTS": outputs,
         "INPUTS": inputs,
@@ -89,7 +80,6 @@ def _launcher(
         "EARLY": _EARLY,
         "ROWS": height,
         "BIAS": bias,
-        "NORM": dtypes[1] is not None,
         "OVERLAP": device.overlap,
         "num_warps": 4,
         **({"launch_pdl": True} if device.overlap else {}),
@@ -97,17 +87,13 @@ def _launcher(
     return Launcher(_few_rows_kernel, constants)
 
 
-def product(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None, eps: float = 0.0, shift: float = 0.0
-) -> Tensor:
-    """`rows @ weight.T + bias` of few rows and a weight that `linear.serves` says yes to; with a norm, of one row."""
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`rows @ weight.T + bias` of few rows and a weight that `linear.serves` says yes to."""
     rows = rows.contiguous()
     (count, inputs), outputs = rows.shape, weight.shape[0]
     device = device_of(rows)
     out = torch.empty(count, outputs, dtype=rows.dtype, device=rows.device)
     height = triton.next_power_of_2(count)
-    dtypes = rows.dtype, None if norm is None else norm.dtype
-    launch = _launcher(outputs, inputs, height, bias is not None, dtypes, device)
-    others = rows if bias is None else bias, rows if norm is None else norm
-    launch((-(-outputs // _EACH), 1, 1), (rows, weight, *others, out, count, eps, shift))
+    launch = _launcher(outputs, inputs, height, bias is not None, rows.dtype, device)
+    launch((-(-outputs // _EACH), 1, 1), (rows, weight, rows if bias is None else bias, out, count))
     return out

@@ -1,4 +1,4 @@
-// One row times a 16-bit weight, bound by reading the weight once: outputs of an RMSNorm of the row, if NORM.
+// One row times a weight in bfloat16, bound by reading the weight once.
 //
 // A warp has whole outputs, ROWS of them, and a thread copies its own parts of them into shared memory, as many as there
 // is room for, before the block waits for the kernel that makes the row: nearly all of a weight may be under way
@@ -16,10 +16,8 @@ struct Arguments {
   const u16* x;
   const u16* weight;   // [outputs, INPUTS]
   const u16* bias;     // or none
-  const void* norm;    // bfloat16, or float32 with WIDE_NORM
   u16* out;
   int outputs;
-  float eps, shift;
 };
 
 DEVICE u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -32,11 +30,9 @@ DEVICE uint4 shared16(u32 at) {
 DEVICE float low(u32 two) { return __uint_as_float(two << 16); }
 DEVICE float high(u32 two) { return __uint_as_float(two & 0xFFFF0000u); }
 DEVICE u16 rounded(float f) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
-DEVICE u32 both(float a, float b) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) one_row(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) char shared[];   // slots of all threads, then the row
-  __shared__ float squares[WARPS];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const int first = (blockIdx.x * WARPS + warp) * ROWS;
   const u32 ring = address(shared) + tid * 16, row = address(shared) + DEPTH * THREADS * 16;
@@ -50,32 +46,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) one_row(const __grid_co
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  float square = 0.f;
   constexpr int TAKEN = (PARTS + THREADS - 1) / THREADS;
   UNROLL for (int k = 0; k < TAKEN; k++) {
     const int part = k * THREADS + tid;
     if (part < PARTS) {
       uint4 v;
       asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(a.x + part * 8) : "memory");
-      if (NORM) {
-        u32 two[4] = {v.x, v.y, v.z, v.w};
-        UNROLL for (int i = 0; i < 4; i++) {
-          const float p = low(two[i]), q = high(two[i]);
-          square += p * p + q * q;
-          const int at = part * 8 + 2 * i;
-          float g, h;
-          if (WIDE_NORM) { g = __ldg((const float*)a.norm + at); h = __ldg((const float*)a.norm + at + 1); }
-          else { const u32 gh = __ldg((const u32*)a.norm + at / 2); g = low(gh); h = high(gh); }
-          two[i] = both(p * (g + a.shift), q * (h + a.shift));
-        }
-        v = make_uint4(two[0], two[1], two[2], two[3]);
-      }
       asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(row + part * 16), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
     }
-  }
-  if (NORM) {
-    UNROLL for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
-    if (lane == 0) squares[warp] = square;
   }
   __syncthreads();
   float sums[ROWS] = {};
@@ -98,18 +76,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) one_row(const __grid_co
       asm volatile("cp.async.commit_group;" ::: "memory");   // empty ones behind the last part
     }
   }
-  float factor = 1.f;
-  if (NORM) {
-    float all = 0.f;
-    UNROLL for (int w = 0; w < WARPS; w++) all += squares[w];
-    factor = rsqrtf(all / INPUTS + a.eps);
-  }
   UNROLL for (int r = 0; r < ROWS; r++) {
     UNROLL for (int d = 16; d; d >>= 1) sums[r] += __shfl_xor_sync(~0u, sums[r], d);
     const int n = first + r;
     if (lane == r && n < a.outputs) {
       const float bias = a.bias ? low(__ldg(a.bias + n)) : 0.f;
-      a.out[n] = rounded(sums[r] * factor + bias);
+      a.out[n] = rounded(sums[r] + bias);
     }
   }
 }

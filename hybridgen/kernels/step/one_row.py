@@ -30,10 +30,8 @@ class Arguments(ctypes.Structure):
     """The kernel's argument."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "norm", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
         ("outputs", ctypes.c_int),
-        ("eps", ctypes.c_float),
-        ("shift", ctypes.c_float),
     )
 
 
@@ -64,44 +62,32 @@ def cut_of(outputs: int, inputs: int, processors: int) -> Cut | None:
     return found
 
 
-def defines(cut: Cut, inputs: int, norm: torch.dtype | None) -> dict[str, int]:
+def defines(cut: Cut, inputs: int) -> dict[str, int]:
     """Constants of the kernel."""
-    return {
-        "DEPTH": cut.depth,
-        "INPUTS": inputs,
-        "NORM": int(norm is not None),
-        "ROWS": cut.rows,
-        "WARPS": cut.warps,
-        "WIDE_NORM": int(norm is torch.float32),
-    }
+    return {"DEPTH": cut.depth, "INPUTS": inputs, "ROWS": cut.rows, "WARPS": cut.warps}
 
 
-def _kernel(cut: Cut, inputs: int, norm: torch.dtype | None, ordinal: int) -> Kernel | None:
+def _kernel(cut: Cut, inputs: int, ordinal: int) -> Kernel | None:
     shared = cut.depth * cut.warps * 32 * _PART + 2 * inputs
-    constants = tuple(defines(cut, inputs, norm).items())
+    constants = tuple(defines(cut, inputs).items())
     return loaded(PROGRAM, constants, shared, ordinal, "products of one row")
 
 
-def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None, eps: float = 0.0, shift: float = 0.0
-) -> Tensor | None:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """`x @ weight.T + bias` of x [1, K]; None where the kernel is not for a call."""
-    tensors = x, weight, bias, norm
-    if not IS_ON or not serves(PROGRAM.kernel, x.device) or x.shape[0] != 1 or x.dtype != torch.bfloat16:
+    if not IS_ON or not serves(PROGRAM.kernel, x.device) or x.shape[0] != 1:
         return None
-    known = norm is None or norm.dtype in (torch.bfloat16, torch.float32)
-    alike = weight.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
-    laid = all(each is None or (each.is_contiguous() and not each.data_ptr() % 16) for each in (x, weight, norm))
+    known = [each for each in (x, weight, bias) if each is not None]
+    alike = all(each.dtype == torch.bfloat16 and each.is_contiguous() for each in known)
     device, (outputs, inputs) = device_of(x), weight.shape
     cut = cut_of(outputs, inputs, device.processors)
-    if not known or not alike or not laid or cut is None or (bias is not None and not bias.is_contiguous()):
+    if not alike or x.data_ptr() % 16 or weight.data_ptr() % 16 or cut is None:
         return None
-    kernel = _kernel(cut, inputs, None if norm is None else norm.dtype, device.ordinal)
+    kernel = _kernel(cut, inputs, device.ordinal)
     if kernel is None:
         return None
     out = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
-    pointers = (0 if each is None else each.data_ptr() for each in (*tensors, out))
+    pointers = (0 if each is None else each.data_ptr() for each in (x, weight, bias, out))
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    arguments = Arguments(*pointers, outputs, eps, shift)
-    kernel.launch_early(-(-outputs // (cut.warps * cut.rows)), 32 * cut.warps, arguments, stream)
+    kernel.launch_early(-(-outputs // (cut.warps * cut.rows)), 32 * cut.warps, Arguments(*pointers, outputs), stream)
     return out
