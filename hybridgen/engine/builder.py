@@ -138,10 +138,13 @@ class Builder:
             use_one_op(bound, self.resolved.max_context)
             undo.callback(use_own_gate, bound)
             with timed("tuning"):
-                use_gated_op(bound, runner.steps.metadata, self.resolved.token_budget, self.counters.fall_back)
+                tokens, fall_back = self.resolved.token_budget, self.counters.fall_back
+                used = use_gated_op(bound, runner.steps.metadata, tokens, fall_back)
+                starter.note_choice("gate and up of prefill", used.slower)
             undo.callback(use_own_mixture, bound)
             with timed("tuning"):
-                use_mixture_op(bound, runner.steps.metadata, self.counters.fall_back)
+                mixtures = use_mixture_op(bound, runner.steps.metadata, self.counters.fall_back)
+                starter.note_choice("mixtures of one token", mixtures.slower)
             undo.callback(use_own_ends, bound)
             use_short_ends(bound, runner.steps.metadata, self.resolved.max_context)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))

@@ -24,6 +24,7 @@ from hybridgen.kernels.linear.mixture import mixture, normalised
 from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, norm_of
+from hybridgen.models.gated import Used
 from hybridgen.models.mixtures_check import Verdict, tried_on
 from hybridgen.models.packed_experts import PackedExperts
 from hybridgen.models.projections import has_hooks
@@ -62,16 +63,16 @@ class MixtureBinding:
         return f"{self.router} {self.form} {self.chosen} {self.eps} {self.shift}"
 
 
-def use_mixture_op(bound: BoundModel, step: StepMetadata, fall_back: Callable[[str], None]) -> int:
-    """From now on layers for which that is proved run their second half as one op in decode of one token; returns how
-    many these are. The layers' states must be attached.
+def use_mixture_op(bound: BoundModel, step: StepMetadata, fall_back: Callable[[str], None]) -> Used:
+    """From now on layers for which that is proved run their second half as one op in decode of one token. The layers'
+    states must be attached.
 
     Args:
-        fall_back: told why the op is not used for a kind of layer.
+        fall_back: told of a kind of layer that the op's kernels get wrong. That several ops are faster is none.
     """
     found = dict(_candidates(bound, step))
     if not found:
-        return 0
+        return Used()
     tried: dict[Any, Verdict] = {}
     for layer, binding in list(found.items()):
         key = _kind(layer, binding)
@@ -79,21 +80,20 @@ def use_mixture_op(bound: BoundModel, step: StepMetadata, fall_back: Callable[[s
             tried[key] = verdict = tried_on(getattr(layer, _NORM).weight.device, *_parts(layer, binding))
             if verdict.wrong is not None:
                 fall_back(f"mixtures run by several ops: {verdict.wrong}")
-            elif verdict.slower is not None:  # a choice, as good as the other one
-                logger.info("mixtures run by several ops: %s", verdict.slower)
         if not tried[key].is_used:
             del found[layer]
+    slower = tuple(each.slower for each in tried.values() if each.slower is not None)
     try:
         _prove(bound, found)
     except Exception as error:  # any model code runs here, and a model that stays as it was still works
         if is_fatal(error):
             raise
         logger.debug("no layer was proved: %s", described(error), exc_info=True)
-        return 0
+        return Used(0, slower)
     for layer, binding in found.items():
         layer._hybridgen = binding  # type: ignore[assignment]
     allow_mixture_op(bound, True)
-    return len(found)
+    return Used(len(found), slower)
 
 
 def allow_mixture_op(bound: BoundModel, allowed: bool) -> None:

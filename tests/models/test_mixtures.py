@@ -94,6 +94,7 @@ def test_that_several_ops_are_faster_is_no_fallback(
     with hybridgen.Engine.load(path, mode="jit", **SETTINGS) as engine:
         engine.generate(families.prompts_of((7,)), max_new_tokens=3)
         assert not engine.stats().fallbacks
+        assert "one op takes 40 us" in str(engine.stats().fused)
     assert not called
 
 
