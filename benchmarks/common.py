@@ -216,8 +216,7 @@ def random_decoder(
 
 
 SWITCHES = {
-    "int4_few": ("hybridgen.kernels.linear.int4_few", "IS_ON"),
-    "experts_one": ("hybridgen.kernels.linear.experts_one", "IS_ON"),
+    "one_row": ("hybridgen.kernels.step.one_row", "IS_ON"),
     "early": ("hybridgen.compilation.aot", "STARTS_EARLY"),
     "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
 }

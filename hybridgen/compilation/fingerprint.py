@@ -17,6 +17,7 @@ from hybridgen.models.experts import ExpertsBinding
 from hybridgen.models.few_rows import RowsBinding
 from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import MixerBinding
+from hybridgen.models.mixtures import MixtureBinding
 from hybridgen.models.routers import RouterBinding
 
 _TORCH_INTERNALS = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
@@ -73,6 +74,9 @@ def _describe_module(path: str, module: nn.Module, tokens: int, lines: list[str]
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, RowsBinding):
             lines.append(f"{path}.{name}: a few rows by an op")
+            _describe(f"{path}.{name}.step", value.step, tokens, lines)
+        elif isinstance(value, MixtureBinding):
+            lines.append(f"{path}.{name}: {value}")
             _describe(f"{path}.{name}.step", value.step, tokens, lines)
         elif isinstance(value, RouterBinding):
             lines.append(f"{path}.{name}.form: {value.form} {value.chosen}")

@@ -38,7 +38,10 @@ from hybridgen.graphs.recorder import Recorder
 from hybridgen.graphs.setup import GraphSetup, keys_at_start
 from hybridgen.loading import Checkpoint
 from hybridgen.models import BoundModel
+from hybridgen.models.ends import use_own_ends, use_short_ends
 from hybridgen.models.gated import make_gated_classes, use_gated_op, use_own_gate
+from hybridgen.models.mixtures import make_classes as make_mixture_classes
+from hybridgen.models.mixtures import use_mixture_op, use_own_mixture
 from hybridgen.models.rotating import make_classes, use_one_op, use_own_rotation
 from hybridgen.models.twin import Twin
 from hybridgen.parallel.lead import Lead, LeadRunner
@@ -102,6 +105,7 @@ class Builder:
             if rotates:
                 make_classes(bound)
                 make_gated_classes(bound)
+                make_mixture_classes(bound)
             keeps_units = compiles_layers and self.lead is None and switched_off() is None
             units = starter.load_units() if keeps_units else None
             steps = starter.find_steps(config.offline_compile) if plan.compiles_steps else None
@@ -137,6 +141,12 @@ class Builder:
                 tokens, fall_back = self.resolved.token_budget, self.counters.fall_back
                 used = use_gated_op(bound, runner.steps.metadata, tokens, fall_back)
                 starter.note_choice("gate and up of prefill", used.slower)
+            undo.callback(use_own_mixture, bound)
+            with timed("tuning"):
+                mixtures = use_mixture_op(bound, runner.steps.metadata, self.counters.fall_back)
+                starter.note_choice("mixtures of one token", mixtures.slower)
+            undo.callback(use_own_ends, bound)
+            use_short_ends(bound, runner.steps.metadata, self.resolved.max_context)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
         fuses = fuses_decode(self.resolved.mode, device)
         if fuses and isinstance(runner, LeadRunner):

@@ -14,7 +14,9 @@ from hybridgen.errors import OutOfMemoryError
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.execution.stream import on_its_stream
 from hybridgen.loading.adapters import Adapters
+from hybridgen.models.ends import allow_short_ends, use_own_ends
 from hybridgen.models.gated import allow_gated_op, use_own_gate
+from hybridgen.models.mixtures import allow_mixture_op, use_own_mixture
 from hybridgen.models.rotating import allow_one_op, use_own_rotation
 from hybridgen.models.twin import Changes, has_global_hooks
 
@@ -91,8 +93,12 @@ def _adapt(
     if changes.settings:  # such as those that were taken to be constants
         use_own_rotation(runner.bound)
         use_own_gate(runner.bound)
+        use_own_mixture(runner.bound)
+        use_own_ends(runner.bound)
     allow_one_op(runner.bound, why is None)
     allow_gated_op(runner.bound, why is None)
+    allow_mixture_op(runner.bound, why is None)
+    allow_short_ends(runner.bound, why is None)
     if runner.compiled is not None:
         runner.compiled.route()
         if changes.settings:

@@ -13,6 +13,7 @@ from hybridgen.errors import DeviceError
 logger = logging.getLogger(__name__)
 OF_ONE_TOKEN = "experts_one"
 OF_FEW_ROWS = "int4_few"
+OF_ONE_ROW = "one_row"
 _refused: set[tuple[str, int]] = set()
 
 
@@ -22,6 +23,11 @@ def refuse(kernel: str, device: torch.device) -> bool:
     was_used = device.type == "cuda" and is_hopper(key[1]) and key not in _refused
     _refused.add(key)
     return was_used
+
+
+def allow(kernel: str, device: torch.device) -> None:
+    """Undo `refuse`."""
+    _refused.discard((kernel, device.index or 0))
 
 
 def serves(kernel: str, device: torch.device) -> bool:

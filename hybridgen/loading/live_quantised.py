@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.errors import UnsupportedModelError
+from hybridgen.kernels.linear import int4_cpu
 from hybridgen.kernels.linear.layout import Block, power_of_two
 from hybridgen.loading.formats import bitsandbytes, compressed
 from hybridgen.loading.formats.scheme import Damaged
@@ -235,3 +236,4 @@ class _Copied:
             return  # other tensors, which the twin finds
         for name, tensor in weight.tensors().items():
             getattr(self._place, name).copy_(tensor)
+        int4_cpu.forget(self._place.data, self._place.scales, self._place.zeros)

@@ -215,10 +215,11 @@ class LayerBinding:
         norms: HeadNorms,
         scale: float,
         softcap: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Normalise and rotate heads, write keys and values, and attend; see `kernels.attention.rotary`."""
         places = self.places()
-        options = Options(scale, self.sees.window, self.sees.chunk, softcap)
+        options = Options(scale, self.sees.window, self.sees.chunk, softcap, sinks)
         q = rotate_and_write(q, k, v, cos, sin, norms, places)
         if self.step.writes_only:
             return q.new_empty(*q.shape[:2], v.shape[-1])

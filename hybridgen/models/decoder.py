@@ -257,7 +257,7 @@ def describe(
             embedding=embedding.weight,
             embedding_scale=_embedding_scale(embedding, config),
             layers=layers,
-            norm=_norm(_module(base, "norm"), hidden),
+            norm=norm_of(_module(base, "norm"), hidden),
             head=last,
             logits_scale=1 / float(getattr(config, "logits_scaling", 1.0) or 1.0),
             rotary=_rotary(base, head_dim, max_context) if rotates else None,
@@ -315,7 +315,7 @@ def _layer(site: AttentionSite, projections: _Projections) -> DecoderLayer:
     out = projections.of(_module(attention, "o_proj"))
     width = out.weight.shape[0]
     return DecoderLayer(
-        before_attention=None if before is None else _norm(before, width),
+        before_attention=None if before is None else norm_of(before, width),
         qkv=projections.joined(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
         query_norm=head_norm(attention, "q_norm"),
         key_norm=head_norm(attention, "k_norm"),
@@ -323,15 +323,15 @@ def _layer(site: AttentionSite, projections: _Projections) -> DecoderLayer:
         attention_scale=site.options.scale,
         window=site.sees.window,
         out=out,
-        after_attention=_norm(after, width) if norms_output else None,
-        before_mlp=_norm(_module(layer, "pre_feedforward_layernorm"), width)
+        after_attention=norm_of(after, width) if norms_output else None,
+        before_mlp=norm_of(_module(layer, "pre_feedforward_layernorm"), width)
         if gemma
         else None
         if norms_output
-        else _norm(after, width),
+        else norm_of(after, width),
         gate_up=projections.joined(mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
         down=projections.of(_module(mlp, "down_proj")),
-        after_mlp=None if closing is None else _norm(closing, width),
+        after_mlp=None if closing is None else norm_of(closing, width),
         residual=float(getattr(layer, "residual_multiplier", 1.0)),
     )
 
@@ -363,7 +363,7 @@ def _module(parent: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _norm(module: nn.Module, width: int) -> Norm:
+def norm_of(module: nn.Module, width: int) -> Norm:
     """What an RMSNorm multiplies by: its output for a vector whose root mean square is 1."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, (int, float)):
@@ -395,7 +395,7 @@ def head_norm(attention: nn.Module, name: str) -> Norm | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise Unfit(f"{name} has no weight")
-    return _norm(module, weight.shape[0])
+    return norm_of(module, weight.shape[0])
 
 
 def _activation(layer: nn.Module) -> str:

@@ -8,6 +8,7 @@ own code, and one with packed weights is refused.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 
 from hybridgen.device.failures import is_fatal
+from hybridgen.device.timing import graph_seconds
 from hybridgen.errors import EngineError, described
-from hybridgen.kernels.hopper import OF_ONE_TOKEN, refuse
+from hybridgen.kernels.hopper import OF_ONE_TOKEN, allow, refuse, serves
 from hybridgen.kernels.linear.experts import experts, reference
 from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection
 from hybridgen.kernels.linear.layout import Block
@@ -27,10 +29,14 @@ from hybridgen.models.experts import ExpertsSite, projections_of
 from hybridgen.models.packed_experts import PackedExperts
 from hybridgen.models.routers import RouterSite
 
+logger = logging.getLogger(__name__)
+
 _TOLERANCE = {torch.float32: 5e-3, torch.float16: 5e-3}
 _OF_BFLOAT16 = 2e-2
 """Of the norm of the results. In bfloat16 rounding what is between the projections gives a third of a percent; of
 float32 the reference may be in TF32, if the user has asked torch for that."""
+_REPEATS, _CALLS = 20, 8
+"""Of the kernel for one token: calls that have to give the same bits, and calls of a timed graph."""
 _TRIED = 4
 """Experts that are chosen from, at both ends of the list: the reference dequantises each of them."""
 
@@ -69,7 +75,40 @@ class ExpertsCheck:
             if with_others is None and self._fall_back is not None:
                 self._fall_back(f"experts of one token take a slower kernel: {problem}")
             return with_others
+        if problem is None and kind == "mxfp4" and serves(OF_ONE_TOKEN, gate_up.data.device):
+            self._choose_one_token(gate_up, down, module.form, block)
         return problem
+
+    def _choose_one_token(self, gate_up: Projection, down: Projection, form: Form, block: Block) -> None:
+        """Leave one token to the slower kernels where those are faster, or the other one gives other bits again."""
+        device, key = gate_up.data.device, ("one token", form, gate_up.data.shape, down.data.shape)
+        if key in self._known:
+            return
+        self._known[key] = None
+        hidden, count = down.data.shape[1], gate_up.data.shape[0]
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(1, hidden, generator=g).to(device, self._dtype)
+        ids = torch.randperm(count, generator=g)[None, : min(self._chosen, count)].to(device)
+        weights = torch.ones(ids.shape, device=device, dtype=self._dtype)
+
+        def call() -> torch.Tensor:
+            return experts(x, ids, weights, gate_up, down, form, "mxfp4", block)
+
+        with torch.inference_mode(), _on(device):
+            first, same = call(), True
+            for _ in range(_REPEATS):
+                poison = torch.full((4, max(hidden, 4096)), torch.nan, device=device)
+                del poison
+                same = same and torch.equal(call(), first)
+            took = graph_seconds(call, calls=_CALLS)
+            refuse(OF_ONE_TOKEN, device)
+            others = graph_seconds(call, calls=_CALLS)
+        if same and took < others:
+            allow(OF_ONE_TOKEN, device)
+        elif same:  # a choice, as good as the other one
+            logger.info("experts of one token: %.1f us, and %.1f by the kernels for few", took * 1e6, others * 1e6)
+        if not same and self._fall_back is not None:
+            self._fall_back("experts of one token take a slower kernel: the other one gives other bits again")
 
     def problem_of_router(self, site: RouterSite) -> str | None:
         """Why a router is not to choose by the op in decode, or None."""

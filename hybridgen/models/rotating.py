@@ -16,8 +16,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from hybridgen.device.failures import is_fatal
 from hybridgen.errors import described
-from hybridgen.kernels.attention.rotary import HeadNorms, turned
+from hybridgen.kernels.attention.ops import Places
+from hybridgen.kernels.attention.rotary import HeadNorms, rotate_and_write, rotate_and_write_on_cpu, turned
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, head_norm
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest relative error of a head, by the dtype in which the model computes it."""
+_REPEATS = 5
+"""Calls of the op that have to give the same bits, where it has not run in the tests on a GPU."""
 _CHECKED = 8
 """Tokens that a module is checked on."""
 _LARGE = 1000.0
@@ -49,6 +53,9 @@ class Rotation(NamedTuple):
     """What is added to the norms' weights."""
     scale: float
     softcap: float
+    sinks: bool = False
+    half: bool = False
+    """Its rotary tables have a column for each pair of dimensions alone."""
 
 
 class RotatingAttention(nn.Module):
@@ -76,7 +83,16 @@ def use_one_op(bound: BoundModel, max_context: int) -> int:
     except Exception as error:  # any model code runs here, and a model that stays as it was still works
         logger.debug("no module was proved: %s", described(error), exc_info=True)
         return 0
-    for module, rotation in found.items():
+    tried: dict[Any, bool] = {}
+    for module, rotation in list(found.items()):
+        if rotation.half:
+            binding: LayerBinding = module._hybridgen  # type: ignore[assignment]
+            key = rotation, binding.keys.shape[1:], binding.keys.dtype
+            if key not in tried:
+                tried[key] = _rotates_right(module, rotation, binding)
+            if not tried[key]:
+                del found[module]
+                continue
         module._hybridgen_rotation = rotation  # type: ignore[assignment]
     allow_one_op(bound, True)
     return len(found)
@@ -115,8 +131,8 @@ def _read(bound: BoundModel, site: AttentionSite) -> Rotation:
     binding = vars(module).get("_hybridgen")
     if not isinstance(binding, LayerBinding) or binding.reads_only or binding.factors is not None:
         raise Unfit("its layer keeps no keys and values of its own, or scaled ones")
-    if site.options.sinks:
-        raise Unfit("it has sinks")
+    if site.options.sinks and not isinstance(getattr(module, "sinks", None), nn.Parameter):
+        raise Unfit("it has sinks that are called otherwise")
     if bound.length_dependent:
         raise Unfit("its rotary positions depend on the length")
     for inner in module.modules():
@@ -144,6 +160,7 @@ def _read(bound: BoundModel, site: AttentionSite) -> Rotation:
         shifts.pop() if shifts else 0.0,
         site.options.scale,
         site.options.softcap,
+        site.options.sinks,
     )
 
 
@@ -158,6 +175,7 @@ def _heads(module: Any, rotation: Rotation, hidden: Tensor) -> tuple[Tensor, Ten
         rotation.query_eps,
         rotation.key_eps,
         rotation.shift,
+        rotation.half,
     )
     return q, k, v, norms
 
@@ -171,7 +189,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     rotation = self._hybridgen_rotation
     hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
     q, k, v, norms = _heads(self, rotation, hidden)
-    out = binding.rotate_and_attend(q, k, v, cos[0], sin[0], norms, rotation.scale, rotation.softcap)
+    options = rotation.scale, rotation.softcap, self.sinks if rotation.sinks else None
+    out = binding.rotate_and_attend(q, k, v, cos[0], sin[0], norms, *options)
     return self.o_proj(out.flatten(1)[None]), None
 
 
@@ -179,6 +198,57 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _rotating(kind: Any, forward: Any) -> Any:
     members = {"forward": _forward, "_hybridgen_forward": forward}
     return made_class(kind, RotatingAttention, members, globals())
+
+
+@torch.inference_mode()
+def _rotates_right(module: Any, rotation: Rotation, binding: LayerBinding) -> bool:
+    """Whether the op gives on this device what torch's operators give, with tables of half the width; tried with random
+    heads of the module's sizes."""
+    try:
+        return _same_heads(module, rotation, binding)
+    except Exception as error:  # whatever Triton raises
+        if is_fatal(error):
+            raise
+        logger.debug("the op for heads failed", exc_info=True)
+        return False
+
+
+def _same_heads(module: Any, rotation: Rotation, binding: LayerBinding) -> bool:
+    device, dtype = binding.keys.device, module.sinks.dtype if rotation.sinks else module.q_proj.weight.dtype
+    kv_heads, size = binding.keys.shape[1:3]
+    heads = kv_heads * 2 if not rotation.sinks else module.sinks.shape[0]
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(device, dtype)
+
+    widths = heads * rotation.dim, kv_heads * rotation.dim, kv_heads * rotation.value_dim
+    q, k, v = random(3, sum(widths)).split(widths, -1)
+    q, k, v = q.view(3, -1, rotation.dim), k.view(3, -1, rotation.dim), v.view(3, -1, rotation.value_dim)
+    cos, sin = random(3, rotation.dim // 2), random(3, rotation.dim // 2)
+    norms = HeadNorms(
+        module.q_norm.weight if rotation.norms_query else None,
+        module.k_norm.weight if rotation.norms_key else None,
+        rotation.query_eps, rotation.key_eps, rotation.shift, True,
+    )  # fmt: skip
+
+    def places() -> Places:
+        sizes = rotation.dim, rotation.value_dim
+        keys, values = (torch.zeros(3, kv_heads, size, n, device=device).to(binding.keys.dtype) for n in sizes)
+        table = torch.tensor([[1, 2]], dtype=torch.int32, device=device)
+        slots = torch.zeros(3, dtype=torch.int32, device=device)
+        return Places(keys, values, table, slots, torch.tensor([0, size - 1, size], device=device))
+
+    ours, own = places(), places()
+    out = rotate_and_write(q, k, v, cos, sin, norms, ours)
+    same = all(torch.equal(rotate_and_write(q, k, v, cos, sin, norms, places()), out) for _ in range(_REPEATS))
+    wanted = rotate_and_write_on_cpu(q, k, v, cos, sin, *norms, *own)
+    tolerance = _TOLERANCE.get(dtype, 2e-2)
+    of_pages = max(tolerance, 0.07 if ours.k_pages.element_size() == 1 else 0.0)
+    near = _close(out.float(), wanted.float(), tolerance) and _close(
+        ours.k_pages.float(), own.k_pages.float(), of_pages
+    )
+    return same and near and torch.equal(ours.v_pages.float(), own.v_pages.float())
 
 
 class _Call(NamedTuple):
@@ -195,7 +265,7 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
     Raises:
         Exception: whatever the model's code raises.
     """
-    handed: dict[nn.Module, tuple[Tensor, ...]] = {}
+    handed: dict[nn.Module, tuple[Any, ...]] = {}
     calls: dict[nn.Module, _Call] = {}
     wrong: dict[nn.Module, str] = {}
     generator = torch.Generator().manual_seed(0)
@@ -203,7 +273,7 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
         returned = torch.randn(1, query.shape[2], query.shape[1], value.shape[-1], generator=generator)
         returned = returned.to(query)
-        handed[module] = query, key, value, returned
+        handed[module] = query, key, value, returned, kwargs.get("s_aux")
         return returned
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -211,6 +281,10 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         why = _difference(module, found[module], calls.get(module), handed.get(module), out)
+        if why is not None and not found[module].half:
+            half = found[module]._replace(half=True)
+            if _difference(module, half, calls.get(module), handed.get(module), out) is None:
+                found[module], why = half, None
         if why is None:
             large = _Call((), {**kwargs, "hidden_states": kwargs["hidden_states"] * _LARGE})
             forward: Any = type(module).forward
@@ -240,7 +314,7 @@ def _prove(bound: BoundModel, found: dict[nn.Module, Rotation], positions: Tenso
 
 
 def _difference(
-    module: nn.Module, rotation: Rotation, call: _Call | None, handed: tuple[Tensor, ...] | None, out: Any
+    module: nn.Module, rotation: Rotation, call: _Call | None, handed: tuple[Any, ...] | None, out: Any
 ) -> str | None:
     """Why a module's own forward is not that of ours; None if it is."""
     if call is None or handed is None:
@@ -251,12 +325,15 @@ def _difference(
         return "it is called with other arguments"
     cos, sin = rotary
     tables = isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.dim() == 3 == sin.dim()
-    if not tables or cos.shape[-1] % 2 or cos.shape[-1] > rotation.dim or cos.shape != sin.shape:
+    turns = cos.shape[-1] * (2 if rotation.half else 1) if tables else 0
+    if not tables or turns % 2 or turns > rotation.dim or cos.shape != sin.shape:
         return "its rotary table is of another kind"
-    query, key, value, returned = handed
+    query, key, value, returned, sinks = handed
+    if rotation.sinks and not (isinstance(sinks, Tensor) and torch.equal(sinks, cast(Any, module).sinks)):
+        return "its sinks are other ones"
     q, k, v, norms = _heads(module, rotation, hidden)
-    q = turned(q, cos[0], sin[0], norms.q_weight, norms.q_eps, norms.shift)
-    k = turned(k, cos[0], sin[0], norms.k_weight, norms.k_eps, norms.shift)
+    q = turned(q, cos[0], sin[0], norms.q_weight, norms.q_eps, norms.shift, norms.half)
+    k = turned(k, cos[0], sin[0], norms.k_weight, norms.k_eps, norms.shift, norms.half)
     tolerance = _TOLERANCE.get(hidden.dtype, 2e-2)
     for name, ours, own in (("queries", q, query), ("keys", k, key)):
         theirs = own[0].transpose(0, 1)

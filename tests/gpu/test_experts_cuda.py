@@ -15,11 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import hybridgen
 from hybridgen.kernels.linear.experts import experts, reference
-from hybridgen.kernels.linear.experts_form import FEW_ROWS, RouteForm
+from hybridgen.kernels.linear.experts_form import FEW_ROWS, Normed, Routed, RouteForm
 from hybridgen.kernels.linear.layout import Block
+from hybridgen.kernels.linear.mixture import normalised
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
+from hybridgen.kernels.step import one_row
 from hybridgen.kernels.step.linear import few_rows
+from hybridgen.models import ends, mixtures, mixtures_check, rotating
+from hybridgen.models.mixtures_check import by_kernels
 from hybridgen.models.packed_experts import pad_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -217,6 +221,102 @@ def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
             again.fill_(float("nan"))
             graph.replay()
             assert torch.equal(first, again)
+
+
+def test_products_of_one_row_by_the_kernel_in_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, with the output's memory poisoned before; again in a graph."""
+    monkeypatch.setattr(one_row, "IS_ON", True)
+    for outputs, inputs in ((5120, 2880), (2880, 4096), (6, 256), (4096, 4096), (1000, 2056)):
+        g = torch.Generator("cuda").manual_seed(inputs)
+        weight = torch.randn(outputs, inputs, device="cuda", generator=g).mul(inputs**-0.5).bfloat16()
+        x = torch.randn(1, inputs, device="cuda", generator=g).bfloat16()
+        for bias in (torch.randn(outputs, device="cuda", generator=g).bfloat16(), None):
+            poison = torch.full((1, outputs), float("nan"), device="cuda", dtype=torch.bfloat16)
+            del poison
+            out = one_row.product(x, weight, bias)
+            assert out is not None
+            wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            assert (out.double() - wanted).norm() / wanted.norm() < 4e-3
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            again = few_rows(x, weight, None)
+        for _ in range(300):
+            again.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("case", [
+    Case(32, 4, 2880, 2880, CLAMPED, "mxfp4", Block(1, 32), biased=True),
+    Case(8, 4, 576, 544, SILU, "mxfp4", Block(1, 32)),
+    Case(128, 8, 2048, 768, SILU, "mxfp4", Block(1, 32)),
+], ids=str)  # fmt: skip
+def test_a_mixture_of_one_token(case: Case) -> None:
+    """Against float32, where experts' logits are well apart, with poisoned memory; again in a graph."""
+    from hybridgen.kernels.linear.mixture_kernels import mixture_on_cuda
+
+    made, dtype = made_for(case, torch.bfloat16), torch.bfloat16
+    g = torch.Generator("cuda").manual_seed(case.hidden)
+    bias = torch.zeros(case.experts, device="cuda", dtype=dtype) if case.biased else None
+    for form in (RouteForm(True), RouteForm(False, True), RouteForm(False, True, True)):
+        x, added = (0.01 * torch.randn(1, case.hidden, device="cuda", generator=g).to(dtype) for _ in range(2))
+        norm = Normed(torch.rand(case.hidden, device="cuda", generator=g).to(dtype) + 0.5, 1e-6, 0.0)
+        normed = normalised((x + added).float(), norm)
+        counts = torch.linspace(-2, 2, case.experts, device="cuda")[torch.randperm(case.experts, device="cuda")]
+        router = (counts[:, None] * normed / normed.square().sum()).to(dtype)
+        routed = Routed(router, bias, case.chosen, form)
+        ids = counts.topk(case.chosen).indices[None]
+        scores = route_reference(counts[None], torch.eye(case.experts, device="cuda"), None, case.chosen, *form)[1]
+        wanted = (x + added).float() + reference(normed, ids, scores, *arguments(made))
+        poison = [torch.full((8, 4096), torch.nan, device="cuda", dtype=d) for d in (torch.float16, torch.float32)]
+        del poison
+        given = (x, added, norm, routed, made.gate_up, made.down, made.form)
+        first = mixture_on_cuda(*given)
+        assert first is not None
+        error = float((first.float() - wanted).norm() / wanted.norm())
+        assert error < 1e-2, (form, error)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = mixture_on_cuda(*given)
+        for _ in range(300):
+            again.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(again, first)
+
+
+def test_gpt_oss_decodes_one_token_by_the_op_for_mixtures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And first logits are close to eager's, alone and beside another request."""
+    path = write_mxfp4(tmp_path / "packed")
+    prompts = families.prompts_of((7, 33))
+    with hybridgen.Engine.load(path, mode="eager", dtype="bfloat16", **SETTINGS) as engine:
+        wanted = engine.generate(prompts[0], max_new_tokens=3, logprobs=5).logprobs
+    monkeypatch.setattr(mixtures_check, "by_parts", lambda given: [by_kernels(given) for _ in range(9)])  # slower
+    for mode in ("jit", "hybrid"):
+        with hybridgen.Engine.load(path, mode=mode, dtype="bfloat16", **SETTINGS) as engine:
+            assert all(isinstance(layer, mixtures.MixtureLayer) for layer in engine._runner.bound.layers)
+            found = engine.generate(prompts[0], max_new_tokens=3, logprobs=5).logprobs
+            assert all(abs(a.logprob - b.logprob) < 0.3 for a, b in zip(found[:2], wanted[:2], strict=True))
+            assert len(engine.generate(prompts, max_new_tokens=9, ignore_eos=True)) == 2
+            assert not engine.stats().fallbacks
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gpt_oss in mxfp4"])
+def test_sinks_and_ends_of_gpt_oss(name: str, tmp_path: Path) -> None:
+    """With heads rotated by the op and both ends short: in float32 the tokens of mode eager."""
+    path = write_mxfp4(tmp_path / "packed") if "mxfp4" in name else families.write(name, tmp_path)
+    prompts = families.prompts_of((7, 33, 1))
+    with hybridgen.Engine.load(path, mode="eager", dtype="float32", **SETTINGS) as engine:
+        wanted = [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)]
+    for mode in ("jit", "hybrid"):
+        with hybridgen.Engine.load(path, mode=mode, dtype="float32", **SETTINGS) as engine:
+            bound = engine._runner.bound
+            assert all(isinstance(site.module, rotating.RotatingAttention) for site in bound.sites)
+            assert sum(isinstance(module, ends.EndModule) for module in bound.around) == 2
+            assert [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)] == wanted
+            assert engine.generate(prompts[0], max_new_tokens=12).token_ids == wanted[0]
+            assert not engine.stats().fallbacks
 
 
 @pytest.mark.parametrize("turns", [(0, 0), (1, 1), (3, 2)])

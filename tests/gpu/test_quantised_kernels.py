@@ -159,12 +159,13 @@ def test_rows_rounded_to_8_bits(rows: int, outputs: int, inputs: int, biased: bo
 def test_few_rows_by_the_kernel_in_cuda(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from hybridgen.kernels.linear import int4_few
 
-    monkeypatch.setattr(int4_few, "IS_ON", True)
+    monkeypatch.setattr(int4_few, "_FASTER_ROWS", int4_few.MOST_ROWS)
+    monkeypatch.setattr(int4_few, "_LONG", 0)
     weight = make(case, "cuda")
     values = values_of(case, weight)
     x = torch.randn(rows, case.inputs, device="cuda").bfloat16()
     bias = torch.randn(case.outputs, device="cuda").bfloat16() if rows > 1 else None
-    assert int4_few.takes(x, weight.data, weight.scales, case.block.inputs)
+    assert int4_few.takes(x, weight.data, weight.scales, weight.zeros, case.block.inputs)
     poison = torch.full((rows, case.outputs), torch.nan, device="cuda", dtype=torch.bfloat16)
     del poison
     out = quantised_linear(x, "int4", *weight, bias, case.inputs, case.block)

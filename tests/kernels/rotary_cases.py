@@ -27,6 +27,8 @@ class Case(NamedTuple):
     shift: float = 0.0
     joined: bool = True
     """Whether q, k and v are views of one tensor, as the joined projections give them."""
+    half: bool = False
+    """Whether cos and sin have a column for each pair alone."""
 
 
 CASES = [
@@ -36,6 +38,8 @@ CASES = [
     Case(2, 2, 8, 8, 2, 64, (70,), "qk", 1.0, joined=False),
     Case(16, 8, 128, 128, 128, 64, (3, 4), "qk"),
     Case(5, 5, 64, 64, 32, 16, (17,), "q"),
+    Case(64, 8, 64, 64, 64, 16, (1, 6), half=True),
+    Case(4, 2, 24, 16, 16, 8, (9,), "qk", half=True),
 ]
 
 
@@ -60,9 +64,9 @@ def inputs(
             for part, width in zip(whole.split(sizes, -1), (case.dim, case.dim, case.value_dim), strict=True)
         )
     angles = torch.randn(total, case.rotated // 2)
-    angles = torch.cat((angles, angles), -1)
+    angles = angles if case.half else torch.cat((angles, angles), -1)
     weights = [(torch.rand(case.dim) + 0.5).to(dtype).to(device) if name in case.norms else None for name in "qk"]
-    norms = HeadNorms(*weights, 1e-6, 1e-5, case.shift)
+    norms = HeadNorms(*weights, 1e-6, 1e-5, case.shift, case.half)
     pages = -(-total // case.page_size) + len(case.tokens) + 1
     shape = pages, case.kv_heads, case.page_size
     ids = torch.randperm(pages - 1) + 1

@@ -13,6 +13,7 @@ from hybridgen.kernels.attention import streamed
 from hybridgen.kernels.attention.common import Heads, heads_of
 from hybridgen.kernels.linear import experts_one, int4_few, many_rows
 from hybridgen.kernels.linear.experts_form import Form, Projection
+from hybridgen.kernels.step import one_row
 
 
 def _has_compiler() -> bool:
@@ -40,6 +41,24 @@ def test_experts_of_one_token_compile(form: Form, gated: bool) -> None:
 def test_int4_of_few_rows_compiles() -> None:
     cubin = program.compile_cubin(int4_few.defines(int4_few.FORM), "sm_90a", int4_few.PROGRAM)
     assert int4_few.PROGRAM.kernel.encode() in cubin
+
+
+@needs_compiler
+@pytest.mark.parametrize(("outputs", "inputs"), [(5120, 2880), (2880, 4096), (1024, 264)])
+def test_one_row_compiles(outputs: int, inputs: int) -> None:
+    cut = one_row.cut_of(outputs, inputs, 132)
+    assert cut is not None
+    cubin = program.compile_cubin(one_row.defines(cut, inputs), "sm_90a", one_row.PROGRAM)
+    assert one_row.PROGRAM.kernel.encode() in cubin
+
+
+def test_weights_of_one_row_are_cut_evenly() -> None:
+    """And nearly all of a weight has room on the device."""
+    assert one_row.cut_of(5120, 2880, 132) == one_row.Cut(20, 2, 22)
+    assert one_row.cut_of(2880, 4096, 132) == one_row.Cut(22, 1, 16)
+    assert one_row.cut_of(2**15, 4096, 132) is None
+    assert one_row.cut_of(4096, 2**14, 132) is None
+    assert one_row.cut_of(4096, 4100, 132) is None
 
 
 HEADS = [heads_of(16, 8, 128, 128, 64, 2), heads_of(64, 8, 64, 64, 256, 2), heads_of(7, 1, 128, 128, 64, 2)]
@@ -88,10 +107,9 @@ def test_gate_and_up_of_many_rows_compile() -> None:
 
 
 def test_nothing_is_taken_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4_few, "IS_ON", True)
     monkeypatch.setattr(experts_one, "IS_ON", True)
     x, data = torch.zeros(1, 256, dtype=torch.bfloat16), torch.zeros(64, 32, dtype=torch.int32)
-    assert not int4_few.takes(x, data, torch.zeros(64, 2, dtype=torch.bfloat16), 128)
+    assert not int4_few.takes(x, data, torch.zeros(64, 2, dtype=torch.bfloat16), None, 128)
     assert not many_rows.serves(torch.zeros(64, 64, dtype=torch.bfloat16))
     codes, scales = torch.zeros(4, 64, 16, dtype=torch.uint8), torch.zeros(4, 64, 4, dtype=torch.uint8)
     part = Projection(codes, scales)
@@ -105,3 +123,24 @@ def test_a_block_takes_as_few_tiles_as_let_all_run_at_once() -> None:
     assert experts_one.turns_of(360, 4, device) == 2
     assert experts_one.turns_of(180, 4, device) == 1
     assert experts_one.turns_of(1, 1, device) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "zeros", "taken"),
+    [
+        (1, 4096, False, True),
+        (4, 4096, False, True),
+        (8, 4096, False, False),
+        (1, 4096, True, False),
+        (4, 8192, True, True),
+        (8, 8192, True, False),
+        (1, 4160, False, False),  # no whole steps
+    ],
+)
+def test_int4_of_few_rows_where_it_is_faster(
+    rows: int, inputs: int, zeros: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int4_few, "can_multiply", lambda *tensors: True)
+    x, scales = torch.empty(rows, inputs, device="meta"), torch.empty(64, -(-inputs // 128), device="meta")
+    data = torch.empty(64, inputs // 8, dtype=torch.int32, device="meta")
+    assert int4_few.takes(x, data, scales, scales if zeros else None, 128) is taken

@@ -23,6 +23,8 @@ def _by_transformers(q, k, v, cos, sin, norms, places):
         return module(x)
 
     q, k = normed(q, norms.q_weight, norms.q_eps), normed(k, norms.k_weight, norms.k_eps)
+    if norms.half:
+        cos, sin = (torch.cat((table, table), -1) for table in (cos, sin))
     width = cos.shape[-1]
     heads = [part[..., :width].transpose(0, 1)[None] for part in (q, k)]
     turned = apply_rotary_pos_emb(*heads, cos[None], sin[None])

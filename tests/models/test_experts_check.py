@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import families
@@ -12,7 +15,12 @@ from torch import Tensor
 
 import hybridgen
 from hybridgen.kernels.linear import experts as op
+from hybridgen.kernels.linear.layout import Block
 from hybridgen.models import experts, experts_check
+from hybridgen.models.experts_check import ExpertsCheck
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from experts_cases import CLAMPED, Case, make
 
 SETTINGS: dict[str, Any] = {"mode": "graph", "max_batch": 2, "page_size": 16, "kv_memory": "4MiB", "max_context": 64}
 
@@ -64,3 +72,30 @@ def test_a_wrong_kernel_is_not_used(name: str, wrong: Any, reason: str | None, m
     assert len(found) == 1
     assert reason in next(iter(found))
     assert "experts decode by the model's own code" in next(iter(found))
+
+
+@pytest.mark.parametrize(
+    ("times", "changes", "used"), [((1.0, 2.0), False, True), ((2.0, 1.0), False, False), ((1.0, 2.0), True, False)]
+)
+def test_one_token_goes_by_the_faster_kernel(
+    times: tuple[float, float], changes: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it gives the same bits again; that it is slower is no fallback, as either is right."""
+    made = make(Case(4, 2, 96, 64, CLAMPED, "mxfp4", Block(1, 32), biased=True))
+    refused: set[str] = set()
+    calls, took = itertools.count(), iter(times)
+
+    def called(*given: Any) -> Tensor:
+        return op.experts(*given) + 1e-3 * (changes and next(calls) == 7)
+
+    monkeypatch.setattr(experts_check, "experts", called)
+    monkeypatch.setattr(experts_check, "serves", lambda kernel, device: kernel not in refused)
+    monkeypatch.setattr(experts_check, "refuse", lambda kernel, device: refused.add(kernel))
+    monkeypatch.setattr(experts_check, "allow", lambda kernel, device: refused.discard(kernel))
+    monkeypatch.setattr(experts_check, "graph_seconds", lambda call, calls: (call(), next(took))[1])
+    notes: list[str] = []
+    check = ExpertsCheck(2, torch.float32, notes.append)
+    for _ in range(2):  # once for each kind
+        check._choose_one_token(made.gate_up, made.down, made.form, Block(1, 32))
+    assert refused == (set() if used else {"experts_one"})
+    assert len(notes) == changes

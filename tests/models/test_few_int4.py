@@ -45,7 +45,7 @@ def test_a_wrong_kernel_is_refused(
     formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
     with hybridgen.Engine.load(tmp_path, dtype="bfloat16", **SETTINGS) as engine:
         found = [why for why in engine.stats().fallbacks if "few rows" in why]
-    assert set(calls) == ({1, 8} if wrong is None else {1})
+    assert set(calls) == ({1, 4} if wrong is None else {1})
     assert refused == (set() if wrong is None else {(hopper.OF_FEW_ROWS, 0)})
     if reason is None:
         assert not found

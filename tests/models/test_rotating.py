@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import families
@@ -15,6 +16,7 @@ from hybridgen.execution import ModelRunner
 from hybridgen.execution.following import begin_call
 from hybridgen.execution.warm_up import compile_layers
 from hybridgen.graphs.key import GraphKey
+from hybridgen.kernels.attention import rotary
 from hybridgen.models import rotating
 from hybridgen.models.rotating import RotatingAttention, use_one_op, use_own_rotation
 
@@ -40,7 +42,7 @@ def runners() -> Iterator[list[ModelRunner]]:
         ("smollm3", 3, 4),  # a layer does not rotate
         ("glm", 0, 4),  # rotates neighbours
         ("olmo2", 0, 4),  # normalises all heads together
-        ("gpt_oss", 0, 4),  # has sinks
+        ("gpt_oss", 4, 4),  # has sinks
         ("phi3", 0, 4),
         ("lfm2", 0, 1),
         ("llama4_text", 0, 2),
@@ -60,6 +62,59 @@ def test_which_modules_are_proved(name: str, proved: int, sites: int, runners: l
         use_own_rotation(runner.bound)
         torch.testing.assert_close(runner.bound.model(input_ids=ids, use_cache=False).logits, expected)
     assert not any(isinstance(site.module, RotatingAttention) for site in runner.bound.sites)
+    assert not any("_hybridgen_rotation" in vars(site.module) for site in runner.bound.sites)
+
+
+def test_sinks_and_tables_of_half_the_width(runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-OSS, whose sinks have to be the ones that it hands to attention."""
+    runner = make_runner("gpt_oss")
+    runners.append(runner)
+    for site in runner.bound.sites:
+        nn.init.normal_(site.module.sinks)  # type: ignore[arg-type]
+    own = prefill_logits(runner)
+    assert use_one_op(runner.bound, CONTEXT) == 4
+    assert all(site.module._hybridgen_rotation.half for site in runner.bound.sites)  # type: ignore[union-attr]
+    torch.testing.assert_close(prefill_logits(runner), own, rtol=1e-5, atol=1e-5)
+    use_own_rotation(runner.bound)
+    forward = type(runner.bound.sites[0].module).forward
+
+    def other_sinks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before, self.sinks = self.sinks, nn.Parameter(self.sinks + 1)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.sinks = before
+
+    monkeypatch.setattr(type(runner.bound.sites[0].module), "forward", other_sinks)
+    assert use_one_op(runner.bound, CONTEXT) == 0
+
+
+def _wrong(q: torch.Tensor, *others: Any) -> torch.Tensor:
+    return rotary.rotate_and_write(q, *others) * 1.05
+
+
+def _not_written(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: Any, sin: Any, norms: Any, places: Any) -> Any:
+    return rotary.turned(q, cos, sin, norms.q_weight, norms.q_eps, norms.shift, norms.half)
+
+
+def _failing(*arguments: Any) -> torch.Tensor:
+    raise RuntimeError("no kernel")
+
+
+def _changing() -> Any:
+    calls = count()
+    return lambda *arguments: rotary.rotate_and_write(*arguments) + 1e-6 * next(calls)
+
+
+@pytest.mark.parametrize("op", [_wrong, _not_written, _failing, _changing()], ids=["wrong", "left", "fails", "changes"])
+def test_an_op_that_is_wrong_with_tables_of_half_the_width(
+    op: Any, runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is found before it is used."""
+    monkeypatch.setattr(rotating, "rotate_and_write", op)
+    runner = make_runner("gpt_oss")
+    runners.append(runner)
+    assert use_one_op(runner.bound, CONTEXT) == 0
     assert not any("_hybridgen_rotation" in vars(site.module) for site in runner.bound.sites)
 
 

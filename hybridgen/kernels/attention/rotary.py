@@ -4,7 +4,7 @@
 |---|---|---|
 | q | [T, Hq, D] | float32, bfloat16 or float16 |
 | k, v | [T, Hkv, D], [T, Hkv, Dv] | as q |
-| cos, sin | [T, R], R even and at most D, rows contiguous | any float |
+| cos, sin | [T, R], R even and at most D, rows contiguous; or [T, R / 2] | any float |
 | q_weight, k_weight | [D] | any float |
 | k_pages, v_pages, block_table, slots, positions | see `hybridgen.kernels.attention.ops` | |
 
@@ -29,8 +29,8 @@ from hybridgen.kernels.attention.reference import write_kv
 _library = torch.library.Library("hybridgen", "FRAGMENT")
 _library.define(
     "rotate_and_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
-    "float q_eps, float k_eps, float shift, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor slots, "
-    "Tensor positions) -> Tensor",
+    "float q_eps, float k_eps, float shift, bool half, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, "
+    "Tensor slots, Tensor positions) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -45,6 +45,8 @@ class HeadNorms(NamedTuple):
     k_eps: float = 0.0
     shift: float = 0.0
     """What is added to both weights: 1 for Gemma's."""
+    half: bool = False
+    """Not of norms: cos and sin have R / 2 columns, of which both halves take the same (GPT-OSS)."""
 
 
 def rotate_and_write(
@@ -58,15 +60,19 @@ def rotate_and_write(
     return torch.ops.hybridgen.rotate_and_write.default(q, k, v, cos, sin, *norms, *places)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, shift: float) -> Tensor:
+def turned(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, shift: float, half: bool = False
+) -> Tensor:
     """Heads [T, H, D], normalised and rotated, in plain torch."""
+    if half:
+        cos, sin = (torch.cat((table, table), -1) for table in (cos, sin))
     rows = x.float()
     if weight is not None:
         rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * (weight.float() + shift)
-    half = cos.shape[-1] // 2
-    first, second, rest = rows.split([half, half, rows.shape[-1] - 2 * half], -1)
+    turns = cos.shape[-1] // 2
+    first, second, rest = rows.split([turns, turns, rows.shape[-1] - 2 * turns], -1)
     (cos_first, cos_second), (sin_first, sin_second) = (
-        table.float()[:, None].split([half, half], -1) for table in (cos, sin)
+        table.float()[:, None].split([turns, turns], -1) for table in (cos, sin)
     )
     parts = first * cos_first - second * sin_first, second * cos_second + first * sin_second, rest
     return torch.cat(parts, -1).to(x.dtype)
@@ -83,11 +89,12 @@ def rotate_and_write_on_cpu(
     q_eps: float,
     k_eps: float,
     shift: float,
+    half: bool,
     *places: Tensor,
 ) -> Tensor:
     """`rotate_and_write` in torch operators."""
-    write_kv(turned(k, cos, sin, k_weight, k_eps, shift), v, *places)
-    return turned(q, cos, sin, q_weight, q_eps, shift)
+    write_kv(turned(k, cos, sin, k_weight, k_eps, shift, half), v, *places)
+    return turned(q, cos, sin, q_weight, q_eps, shift, half)
 
 
 def _rotate_and_write_cuda(q: Tensor, *args: Any) -> Tensor:

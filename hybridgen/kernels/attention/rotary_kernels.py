@@ -19,12 +19,14 @@ from hybridgen.kernels.attention.common import heads_of, stored
 def _turned(  # type: ignore[no-untyped-def]
     source, weight, cos, sin, head, eps, shift,
     stride_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """The halves [heads, BLOCK_HALF] of one token's heads that are rotated, and what is left of them, in float32.
 
-    `cos` and `sin` point to the token's row. Where all is rotated, the rest is the first half once more.
+    `cos` and `sin` point to the token's row, in which those of the second halves are SECOND further on. Where all is
+    rotated, the rest is the first half once more.
     """
     dims = tl.arange(0, BLOCK_HALF)
     mask = dims < HALF
@@ -49,22 +51,23 @@ def _turned(  # type: ignore[no-untyped-def]
             by = tl.load(weight + others, mask=others < DIM, other=0.0).to(tl.float32) + shift
             rest = rest * factor * by[None, :]
     cos_first = tl.load(cos + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos + HALF + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos + SECOND + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
     sin_first = tl.load(sin + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin + HALF + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin + SECOND + dims, mask=mask, other=0.0).to(tl.float32)[None, :]
     return first * cos_first - second * sin_first, second * cos_second + first * sin_second, rest
 
 
 @triton.jit
 def _query_heads(  # type: ignore[no-untyped-def]
     q, weight, cos, sin, out, block, eps, shift, stride_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """A block of one token's query heads; all pointers are to the token's row."""
     head = block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     first, second, rest = _turned(
-        q, weight, cos, sin, head, eps, shift, stride_head, HEADS, DIM, HALF, BLOCK_HALF, BLOCK_REST, NORM
+        q, weight, cos, sin, head, eps, shift, stride_head, HEADS, DIM, HALF, SECOND, BLOCK_HALF, BLOCK_REST, NORM
     )
     dims = tl.arange(0, BLOCK_HALF)
     target = out + head[:, None] * DIM + dims[None, :]
@@ -81,7 +84,8 @@ def _query_heads(  # type: ignore[no-untyped-def]
 def _key_heads(  # type: ignore[no-untyped-def]
     k, v, weight, cos, sin, k_pages, v_pages, page, row, block, eps, shift, k_stride_head, v_stride_head,
     HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    SECOND: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """A block of one token's key and value heads, into a row of a page."""
@@ -91,7 +95,7 @@ def _key_heads(  # type: ignore[no-untyped-def]
     seen_value = (head[:, None] < HEADS) & (values[None, :] < VALUE_DIM)
     value = tl.load(v + head[:, None] * v_stride_head + values[None, :], mask=seen_value)
     first, second, rest = _turned(
-        k, weight, cos, sin, head, eps, shift, k_stride_head, HEADS, DIM, HALF, BLOCK_HALF, BLOCK_REST, NORM
+        k, weight, cos, sin, head, eps, shift, k_stride_head, HEADS, DIM, HALF, SECOND, BLOCK_HALF, BLOCK_REST, NORM
     )
     # Rounded to the model's dtype before a page's, as keys are that come from the model's own code.
     kind: tl.constexpr = k.dtype.element_ty
@@ -114,7 +118,8 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     table_stride, cos_stride, sin_stride, q_stride_token, q_stride_head, k_stride_token, k_stride_head,
     v_stride_token, v_stride_head,
     QUERY_HEADS: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    HALF: tl.constexpr, SECOND: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
     BLOCK_QUERY_HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, QUERY_BLOCKS: tl.constexpr,
     NORM_QUERY: tl.constexpr, NORM_KEY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +134,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     if block < QUERY_BLOCKS:
         _query_heads(
             q + token * q_stride_token, q_weight, cos, sin, out + token * (QUERY_HEADS * DIM), block, q_eps, shift,
-            q_stride_head, QUERY_HEADS, DIM, HALF, BLOCK_HALF, BLOCK_REST, BLOCK_QUERY_HEADS, NORM_QUERY,
+            q_stride_head, QUERY_HEADS, DIM, HALF, SECOND, BLOCK_HALF, BLOCK_REST, BLOCK_QUERY_HEADS, NORM_QUERY,
         )  # fmt: skip
     else:
         position = tl.load(positions + token).to(tl.int32)
@@ -138,7 +143,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
         _key_heads(
             k + token * k_stride_token, v + token * v_stride_token, k_weight, cos, sin, k_pages, v_pages, page,
             position % PAGE, block - QUERY_BLOCKS, k_eps, shift, k_stride_head, v_stride_head,
-            HEADS, PAGE, DIM, VALUE_DIM, HALF, BLOCK_HALF, BLOCK_REST, BLOCK_VALUE, BLOCK_HEADS, NORM_KEY,
+            HEADS, PAGE, DIM, VALUE_DIM, HALF, SECOND, BLOCK_HALF, BLOCK_REST, BLOCK_VALUE, BLOCK_HEADS, NORM_KEY,
         )  # fmt: skip
 
 
@@ -164,6 +169,7 @@ def rotate_and_write(
     q_eps: float,
     k_eps: float,
     shift: float,
+    half: bool,
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
@@ -183,10 +189,10 @@ def rotate_and_write(
     tensors = q, k, v, cos, sin, q_weight, k_weight, k_pages, v_pages, block_table, slots, positions
     dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
     shapes = q.shape[1:], v.shape[1:], cos.shape[1], k_pages.shape[1:], v_pages.shape[1:]
-    key = dtypes, shapes, q.device.index, strides, tune
+    key = dtypes, shapes, half, q.device.index, strides, tune
     found = _launchers.get(key)
     if found is None:
-        found = _launchers[key] = _prepare(q, cos, k_pages, v_pages, q_weight, k_weight, tune or Tuning())
+        found = _launchers[key] = _prepare(q, cos, half, k_pages, v_pages, q_weight, k_weight, tune or Tuning())
     launcher, blocks = found
     by = q if q_weight is None else q_weight, q if k_weight is None else k_weight  # never read without a norm
     arguments = (q, k, v, cos, sin, *by, k_pages, v_pages, block_table, slots, positions, out)
@@ -197,6 +203,7 @@ def rotate_and_write(
 def _prepare(
     q: Tensor,
     cos: Tensor,
+    half: bool,
     k_pages: Tensor,
     v_pages: Tensor,
     q_weight: Tensor | None,
@@ -212,9 +219,9 @@ def _prepare(
         raise ValueError("k_pages and v_pages must be contiguous")
     _, kv_heads, page_size, dim = k_pages.shape
     heads = heads_of(q.shape[1], kv_heads, dim, v_pages.shape[3], page_size, q.element_size())
-    rotated = cos.shape[1]
+    rotated = cos.shape[1] * (2 if half else 1)
     if rotated % 2 or not 2 <= rotated <= dim:
-        raise ValueError(f"cos has {rotated} columns; give an even number up to the head size, {dim}")
+        raise ValueError(f"cos is for {rotated} dimensions; give an even number up to the head size, {dim}")
     block_half = triton.next_power_of_2(rotated // 2)
     most = max(1, tune.elements // block_half)
     block_query = min(triton.next_power_of_2(heads.queries), most)
@@ -228,6 +235,7 @@ def _prepare(
         "DIM": dim,
         "VALUE_DIM": heads.value_dim,
         "HALF": rotated // 2,
+        "SECOND": 0 if half else rotated // 2,
         "BLOCK_HALF": block_half,
         "BLOCK_REST": triton.next_power_of_2(max(1, dim - rotated)),
         "BLOCK_VALUE": triton.next_power_of_2(heads.value_dim),

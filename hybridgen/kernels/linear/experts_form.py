@@ -38,6 +38,24 @@ class RouteForm(NamedTuple):
     """Scores are float32, whatever x is."""
 
 
+class Normed(NamedTuple):
+    """How states are normalised: x / sqrt(mean(x^2) + eps) * (weight + shift)."""
+
+    weight: Tensor
+    eps: float
+    shift: float
+
+
+class Routed(NamedTuple):
+    """How experts are chosen."""
+
+    weight: Tensor
+    bias: Tensor | None
+    chosen: int
+    """Experts of a token."""
+    form: RouteForm
+
+
 class Projection(NamedTuple):
     """One projection of all experts."""
 

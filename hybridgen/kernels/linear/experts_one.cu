@@ -4,6 +4,9 @@
 // share the inputs of a tile of 16 outputs: gate and up of eight, or 16 of down. A block takes some tiles one after the
 // other, and a thread copies its own codes into shared memory some steps ahead, across tiles, so that copies and products
 // overlap without registers for what is under way.
+//
+// With AHEAD the token's inputs are there since the kernel before the last one ended, and its experts are what the last
+// one chooses: inputs are read before the wait, when no codes are on their way yet that they would queue behind.
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -74,13 +77,30 @@ DEVICE int output_of(int tile, int g, int o) {
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) char shared[];   // stages, then the token's inputs
   __shared__ float parts[2][4][16];
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (!AHEAD) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, c = lane & 3;
   const int pair = blockIdx.x / a.blocks, first = blockIdx.x % a.blocks * a.turns;
-  const i64 expert = __ldcg(a.ids + pair);   // there since the kernel before the last one ended
+  const u32 ring = address(shared) + tid * 16, inputs = address(shared) + STAGES * STAGE;
+  const uint4* x = a.x + (GATED ? 0 : (i64)pair * (LENGTH / 8));
+  // By way of the L1 cache, which blocks of a multiprocessor share: else all of them queue for a few lines of the L2 cache.
+  constexpr int COUNT = LENGTH / 8, EACH = (COUNT + THREADS - 1) / THREADS;
+  auto take_inputs = [&] {
+    uint4 v[EACH];
+    UNROLL for (int k = 0; k < EACH; k++) if (COUNT % THREADS == 0 || k * THREADS + tid < COUNT) v[k] = global16(x + k * THREADS + tid);
+    UNROLL for (int k = 0; k < EACH; k++) if (COUNT % THREADS == 0 || k * THREADS + tid < COUNT) {
+      const int i = k * THREADS + tid;   // the four threads of an output read neighbours: no bank twice
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(inputs + (i & ~15 | (i & 3) << 2 | i >> 2 & 3) * 16), "r"(v[k].x), "r"(v[k].y), "r"(v[k].z), "r"(v[k].w) : "memory");
+    }
+  };
+  if (AHEAD) {
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");   // nothing old from the L1 cache
+    take_inputs();
+    asm volatile("griddepcontrol.wait;" ::: "memory");   // for the choice, which what comes next reads before it waits
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  }
+  const i64 expert = __ldcg(a.ids + pair);   // without AHEAD there since the kernel before the last one ended
   const u8* codes = a.codes + expert * ALL * (GROUPS * 16);
   const u8* scales = a.scales + expert * ALL * PADDED;
-  const u32 ring = address(shared) + tid * 16, inputs = address(shared) + STAGES * STAGE;
   const int count = a.turns * STEPS;
   int group[STEPS];   // behind the last inputs: the last ones again, times nought
   UNROLL for (int s = 0; s < STEPS; s++) group[s] = min(s * 16 + warp * 4 + c, GROUPS - 1);
@@ -107,15 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) experts_one(cons
   };
   UNROLL for (int i = 0; i < STAGES - 1; i++) ask();
   ask_exponents(first);
-  asm volatile("griddepcontrol.wait;" ::: "memory");   // for the kernel that makes the inputs
-  const uint4* x = a.x + (GATED ? 0 : (i64)pair * (LENGTH / 8));
-  // By way of the L1 cache, which blocks of a multiprocessor share: else all of them queue for a few lines of the L2 cache.
-  constexpr int COUNT = LENGTH / 8, EACH = (COUNT + THREADS - 1) / THREADS;
-  uint4 v[EACH];
-  UNROLL for (int k = 0; k < EACH; k++) if (COUNT % THREADS == 0 || k * THREADS + tid < COUNT) v[k] = global16(x + k * THREADS + tid);
-  UNROLL for (int k = 0; k < EACH; k++) if (COUNT % THREADS == 0 || k * THREADS + tid < COUNT) {
-    const int i = k * THREADS + tid;   // the four threads of an output read neighbours: no bank twice
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(inputs + (i & ~15 | (i & 3) << 2 | i >> 2 & 3) * 16), "r"(v[k].x), "r"(v[k].y), "r"(v[k].z), "r"(v[k].w) : "memory");
+  if (!AHEAD) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");   // for the kernel that makes the inputs
+    take_inputs();
   }
   __syncthreads();
   int from = 0;

@@ -1,4 +1,4 @@
-"""Launches of `int4_few.cu`: int4 weights times up to eight rows, on compute capability 9.0.
+"""Launches of `int4_few.cu`: int4 weights times a few rows, on compute capability 9.0.
 
 Only the CUDA implementation imports this module.
 """
@@ -15,9 +15,11 @@ from hybridgen.device.launcher import device_of
 from hybridgen.device.program import Kernel, Program
 from hybridgen.kernels.hopper import OF_FEW_ROWS, loaded, serves
 
-IS_ON = False
-"""Whether it is used. It was right on an H200; two to eight rows have not been timed."""
 MOST_ROWS = 8
+"""That it can multiply."""
+_FASTER_ROWS, _LONG = 4, 8192
+"""Where it is used: up to so many rows, of weights without zero points or with so many inputs. Elsewhere Triton's
+kernels take no longer on an H200 (docs/quantisation.md)."""
 PROGRAM = Program((__package__ or "",), "int4_few.cu", (), OF_FEW_ROWS)
 _STEP = 128
 _TILE = 16
@@ -56,8 +58,8 @@ def _kernel(form: Form, ordinal: int) -> Kernel | None:
     return loaded(PROGRAM, tuple(defines(form).items()), shared, ordinal, "products of few rows with int4 weights")
 
 
-def takes(x: Tensor, data: Tensor, scales: Tensor, group: int) -> bool:
-    """Whether the kernel is for rows of x and an int4 weight whose scales are each output's own.
+def takes(x: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> bool:
+    """Whether the kernel is for rows of x and an int4 weight whose scales are each output's own: right and faster.
 
     Args:
         group: inputs of a scale.
@@ -66,7 +68,13 @@ def takes(x: Tensor, data: Tensor, scales: Tensor, group: int) -> bool:
     steps = group // _STEP
     grouped = group % _STEP == 0 and steps > 0 and steps & (steps - 1) == 0
     sizes = inputs % _STEP == 0 and (scales.shape[1] == 1 or grouped)
-    if not IS_ON or not 0 < rows <= MOST_ROWS or not sizes or not serves(PROGRAM.kernel, x.device):
+    faster = 0 < rows <= _FASTER_ROWS and (zeros is None or inputs >= _LONG)
+    return faster and sizes and can_multiply(x, data, scales)
+
+
+def can_multiply(x: Tensor, data: Tensor, scales: Tensor) -> bool:
+    """Whether the kernel can be had, and tensors lie as it wants them."""
+    if not serves(PROGRAM.kernel, x.device):
         return False
     usual = x.dtype == torch.bfloat16 == scales.dtype and data.is_contiguous() and scales.is_contiguous()
     if not usual or data.data_ptr() % 16 or x.data_ptr() % 16:

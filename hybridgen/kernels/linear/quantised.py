@@ -1,9 +1,10 @@
 """A product with a quantised weight: the op `hybridgen::quantised_linear`.
 
 `x @ dequantised.T + bias` for x of any number of rows. On a CPU the weight is dequantised to x's dtype and multiplied
-by torch, which is the reference; few rows of 8-bit weights go through torch's own product. On CUDA few rows go through
-a Triton kernel that unpacks in registers, and many through a dequantised copy and cuBLAS (`quantised_kernels`). On
-request many rows are rounded to FP8 too (`rounded_rows`). The weight's layout: `hybridgen.kernels.linear.layout`.
+by torch, which is the reference; few rows of weights of 8 and 4 bits go through torch's own products (`int4_cpu`). On
+CUDA few rows go through a Triton kernel that unpacks in registers, and many through a dequantised copy and cuBLAS
+(`quantised_kernels`). On request many rows are rounded to FP8 too (`rounded_rows`). The weight's layout:
+`hybridgen.kernels.linear.layout`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridgen.kernels.linear import rounded_rows
+from hybridgen.kernels.linear import int4_cpu, rounded_rows
 from hybridgen.kernels.linear.layout import Block, dequantise
 
 _FEW_ROWS = 4
@@ -96,6 +97,11 @@ def _cpu(
     rounds_rows: bool = False,
 ) -> Tensor:
     rows = x.numel() // max(1, inputs)
+    if kind == "int4" and block_outputs == 1 and rows and not rounds_rows:
+        found = int4_cpu.product(x.reshape(rows, inputs), data, scales, zeros, inputs, block_inputs)
+        if found is not None:
+            found = found.view(*x.shape[:-1], data.shape[0])
+            return found if bias is None else found + bias
     plain = kind == "int8" and zeros is None and block_outputs == 1 and scales.shape[1] == 1
     exact = x.dtype in (scales.dtype, torch.float32)
     if not plain or not exact or not 0 < rows <= _FEW_ROWS or not data.is_contiguous():

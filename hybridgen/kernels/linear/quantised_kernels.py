@@ -250,7 +250,7 @@ def linear(
     rows = x.reshape(-1, inputs)
     if layout is not None and rows.shape[0] <= MOST_ROWS and x.element_size() == 2:
         rows = rows.contiguous()
-        if kind == "int4" and block.outputs == 1 and int4_few.takes(rows, data, scales, layout.group):
+        if kind == "int4" and block.outputs == 1 and int4_few.takes(rows, data, scales, zeros, layout.group):
             out = int4_few.product(rows, data, scales, zeros, bias, layout.group)
         elif kind == "int4" and block.outputs == 1 and few.takes(rows, data, zeros, scales.shape[1], layout.group):
             out = few.few_product(rows, data, scales, zeros, bias, layout.group)

@@ -97,11 +97,19 @@ def _launchers(
     overlap = {"OVERLAP": device.overlap, **({"launch_pdl": True} if device.overlap else {})}
     block = min(_BLOCK, triton.next_power_of_2(inputs))
     sizes = {"EXPERTS": experts, "INPUTS": inputs, "EACH": _EXPERTS, "BLOCK": block, "BIAS": bias}
-    choice = {"EXPERTS": experts, "PADDED": triton.next_power_of_2(experts), "CHOSEN": chosen}
-    choice |= {"PADDED_CHOSEN": triton.next_power_of_2(chosen)}
-    choice |= {"CHOSEN_ONLY": form.chosen_only, "NORMALISED": form.normalised}
     first = Launcher(_logits_kernel, {**sizes, **overlap, "num_warps": 4})
-    return first, Launcher(_choose_kernel, {**choice, **overlap, "num_warps": 1})
+    return first, choice_launcher(experts, chosen, form, dtypes, device)
+
+
+@functools.cache
+def choice_launcher(
+    experts: int, chosen: int, form: RouteForm, dtypes: tuple[torch.dtype, ...], device: Device
+) -> Launcher:
+    """The choice, of logits and scores in these dtypes."""
+    constants = {"EXPERTS": experts, "PADDED": triton.next_power_of_2(experts), "CHOSEN": chosen}
+    constants |= {"PADDED_CHOSEN": triton.next_power_of_2(chosen)}
+    constants |= {"CHOSEN_ONLY": form.chosen_only, "NORMALISED": form.normalised, "OVERLAP": device.overlap}
+    return Launcher(_choose_kernel, {**constants, **({"launch_pdl": True} if device.overlap else {}), "num_warps": 1})
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
