@@ -27,6 +27,7 @@ from hybridgen.compilation.steps import CompiledSteps
 from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
+from hybridgen.engine.mixing import Mixing, cannot_mix
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
@@ -180,6 +181,13 @@ class Builder:
             reprefill_length=bound.reprefill_length,
             longest_first=config.longest_first,
         )
+        if config.mixed_steps:
+            why = cannot_mix(bound, whole=plan.compiles_steps, ranks=self.lead is not None, drafts=drafter is not None)
+            if why is None:
+                known = {"worth": runner.feeds_faster_beside} if device.type == "cuda" else {}
+                scheduler.mixing = Mixing(pages, config.max_batch, **known)
+            else:
+                self.counters.fall_back(f"prompts are not fed beside decode: {why}")
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
         loop = StepLoop(
             runner,
