@@ -29,6 +29,12 @@ class Cache:
     def lengths(self) -> list[int]:
         return [len(k) for k in self.keys]
 
+    def only(self, row: int) -> Cache:
+        """One of the sequences, in the same pages."""
+        fed = [self.fed[0][row]], [self.fed[1][row]]
+        pages = self.k_pages, self.v_pages, self.block_table
+        return Cache([self.keys[row]], [self.values[row]], *pages, self.slots[row : row + 1], fed)
+
 
 def make_cache(
     lengths: list[int],
