@@ -36,7 +36,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import hybridgen
 from hybridgen.comparison.measuring.baselines import batching_config, paged_attention
-from hybridgen.engine.mixing import Mixing
+from hybridgen.engine.mixing import Mixing, always_worth
 
 HUGGINGFACE = "huggingface"
 ENGINES = ("eager", "jit", "graph", "hybrid", HUGGINGFACE)
@@ -159,8 +159,8 @@ def feed_everyone(engine: hybridgen.Engine) -> None:
     """From now on feed all prompts beside decode, those too whose tokens are waited for."""
     loop: Any = engine._loop
     scheduler, runner = loop.scheduler, loop._runner
-    known = {"worth": runner.feeds_faster_beside} if runner.device.type == "cuda" else {}
-    scheduler.mixing = Mixing(scheduler.pages, runner.max_batch, everyone=True, **known)
+    worth = runner.feeds_faster_beside if runner.device.type == "cuda" else always_worth
+    scheduler.mixing = Mixing(scheduler.pages, runner.max_batch, everyone=True, worth=worth)
 
 
 def arriving(

@@ -27,7 +27,7 @@ from hybridgen.compilation.steps import CompiledSteps
 from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
-from hybridgen.engine.mixing import Mixing, cannot_mix
+from hybridgen.engine.mixing import Mixing, always_worth, cannot_mix
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
@@ -184,8 +184,8 @@ class Builder:
         if config.mixed_steps:
             why = cannot_mix(bound, whole=plan.compiles_steps, ranks=self.lead is not None, drafts=drafter is not None)
             if why is None:
-                known = {"worth": runner.feeds_faster_beside} if device.type == "cuda" else {}
-                scheduler.mixing = Mixing(pages, config.max_batch, **known)
+                worth = runner.feeds_faster_beside if device.type == "cuda" else always_worth
+                scheduler.mixing = Mixing(pages, config.max_batch, worth=worth)
             else:
                 self.counters.fall_back(f"prompts are not fed beside decode: {why}")
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead

@@ -30,6 +30,11 @@ _PART = 0.6
 """Of what the longest request may generate: who may generate more is not held back."""
 
 
+def always_worth(rows: int, room: int) -> bool:
+    """As where nothing is known of times."""
+    return True
+
+
 class Mixing:
     """Says which requests are held back, and how many of their tokens a step feeds."""
 
@@ -38,7 +43,7 @@ class Mixing:
         pages: PageManager,
         slots: int,
         *,
-        worth: Callable[[int, int], bool] = lambda rows, room: True,
+        worth: Callable[[int, int], bool] = always_worth,
         least_rows: int = _LEAST_ROWS,
         least_room: int = _LEAST_ROOM,
         everyone: bool = False,

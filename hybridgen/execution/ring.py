@@ -222,4 +222,10 @@ class StepPart(NamedTuple):
 
     def read(self) -> StepOutput:
         """Wait for the step and return what it produced for these rows."""
-        return StepOutput(*(None if values is None else values[self.which] for values in self.step.read()))
+        tokens, logprobs, drafts = self.step.read()
+        which = self.which
+        return StepOutput(
+            tokens[which],
+            None if logprobs is None else logprobs[which],
+            None if drafts is None else drafts[which],
+        )
