@@ -127,8 +127,8 @@ def ours(
                     pass
             call, name = partial(generate, temperature=temperature), f"{mode} {temperature}"
             found = in_turns(engine, call, work, device, runs) if mixed else timed(call, work, device, runs)
-            if mixed:
-                feed_everyone(engine)
+            scheduler: Any = engine._loop.scheduler
+            scheduler.mixing = mixing(engine, everyone=True) if mixed else None
             came = [arriving(engine, work, temperature, rate, arrivals.even, name) for rate in arrivals.rates]
             yield *found[:2], how_it_ran(engine) | ({"arrivals": came} if came else {}) | dict(*found[2:])
 
@@ -137,30 +137,28 @@ def in_turns(
     engine: hybridgen.Engine, call: Callable[[Work], int], work: Work, device: str, runs: int
 ) -> tuple[list[float], int, dict[str, Any]]:
     """Calls with prompts beside decode and without, in turns: seconds of the first ones, tokens, and those of the
-    others."""
+    others: without, and with longer prompts held back."""
     scheduler: Any = engine._loop.scheduler
-    mixing = scheduler.mixing
-    if mixing is None:
+    if scheduler.mixing is None:
         raise RuntimeError(f"nothing is mixed: {engine.stats().fallbacks}")
     call(work.head(WARM_UP))
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+    ways = {"mixed": mixing(engine), "in turns": None, "mixed, prompts up to 1024": mixing(engine, longest=1024)}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     tokens = 0
-    for run in range(2 * runs):
-        mixes = run % 2 == 0
-        scheduler.mixing = mixing if mixes else None
+    for way in [*ways] * runs:
+        scheduler.mixing = ways[way]
         found, tokens = timed(call, work, device, 1, warm_up=False)
-        seconds[mixes] += found
-        print(f"{'mixed' if mixes else 'in turns'}: {found[0]:.3f} s, {tokens / found[0]:,.0f} tokens/s", flush=True)
-    scheduler.mixing = mixing
-    return seconds[True], tokens, {"seconds_without_mixed_steps": seconds[False]}
+        seconds[way] += found
+        print(f"{way}: {found[0]:.3f} s, {tokens / found[0]:,.0f} tokens/s", flush=True)
+    return seconds.pop("mixed"), tokens, {"other_seconds": seconds}
 
 
-def feed_everyone(engine: hybridgen.Engine) -> None:
-    """From now on feed all prompts beside decode, those too whose tokens are waited for."""
+def mixing(engine: hybridgen.Engine, **options: Any) -> Mixing:
+    """As an engine has it with `mixed_steps=True`, with other options."""
     loop: Any = engine._loop
-    scheduler, runner = loop.scheduler, loop._runner
+    runner = loop._runner
     worth = runner.feeds_faster_beside if runner.device.type == "cuda" else always_worth
-    scheduler.mixing = Mixing(scheduler.pages, runner.max_batch, everyone=True, worth=worth)
+    return Mixing(loop.scheduler.pages, runner.max_batch, worth=worth, **options)
 
 
 def arriving(

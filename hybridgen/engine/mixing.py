@@ -26,7 +26,7 @@ _MOST_ROWS = 256
 _LEAST_ROWS = 24
 """That decode: with fewer, steps have faster kernels of their own."""
 _LEAST_ROOM = 16
-_PART = 0.6
+_PART = 0.8
 """Of what the longest request may generate: who may generate more is not held back."""
 
 
@@ -46,6 +46,7 @@ class Mixing:
         worth: Callable[[int, int], bool] = always_worth,
         least_rows: int = _LEAST_ROWS,
         least_room: int = _LEAST_ROOM,
+        longest: int = LONGEST,
         everyone: bool = False,
     ) -> None:
         """
@@ -54,6 +55,7 @@ class Mixing:
             worth: whether so many tokens are fed faster beside so many rows than in a prefill call.
             least_rows: that decode, or nothing is fed beside them.
             least_room: rows that are left, or nothing is fed in these.
+            longest: tokens of a prompt that may be held back.
             everyone: also feed prompts of requests that are waited for one by one, and of those that generate the most:
                 a first token comes later then, and those of others wait for no prefill call.
         """
@@ -63,6 +65,7 @@ class Mixing:
         self._worth = worth
         self._least_rows = least_rows
         self._least_room = least_room
+        self._longest = longest
         self._everyone = everyone
 
     def held(self, running: Sequence[Request], waiting: int) -> list[Request]:
@@ -82,7 +85,7 @@ class Mixing:
 
     def _may_wait(self, request: Request, most_new: float) -> bool:
         length = len(request.prefill_ids)
-        if request.prefilled == length or length > LONGEST or request.sampling.max_new_tokens > most_new:
+        if request.prefilled == length or length > self._longest or request.sampling.max_new_tokens > most_new:
             return False
         return self._pages.has_alone(request.pages)
 
