@@ -9,6 +9,7 @@ from typing import Any
 
 import families
 import pytest
+from test_prefix_cache import poison
 
 from hybridgen import Engine, SamplingParams
 from hybridgen.cache import PageManager
@@ -204,6 +205,39 @@ def test_the_tokens_are_those_of_prefill_calls(path: Path, prefix_cache: bool, r
         assert loop.scheduler.pages.free == loop.scheduler.pages.capacity
         beside = [step for out in outs for step in out.steps if "prompts beside" in step.reason]
         assert beside
+
+
+def test_requests_that_are_cancelled_leave_the_others_as_they_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them while their prompts are fed. Pages hold NaN until they are written."""
+    draw = random.Random(2)
+    prompts = families.prompts_of([draw.randint(1, 100) for _ in range(15)])
+    params = [SamplingParams(max_new_tokens=draw.choice((3, 9, 20, 50, 60)), ignore_eos=True) for _ in prompts]
+    with Engine.load(path, mixed_steps=True, **SETTINGS) as engine:
+        poison(engine, monkeypatch)
+        loop = engine._loop
+        loop.scheduler.mixing = None
+        expected = [out.token_ids for out in engine.generate(prompts, params)]
+        loop.scheduler.mixing = Mixing(loop.scheduler.pages, 16, least_rows=2, least_room=1)
+        for seed in range(4):
+            loop.scheduler.pages.clear()
+            draw = random.Random(seed)
+            requests = engine.make_requests(prompts, params, {})
+            loop.submit(requests, patient=True)
+            cancelled: list[Request] = []
+            while any(request.completion is None for request in requests):
+                loop.step()
+                feeding = [
+                    request for request in loop.scheduler.running if 0 < request.prefilled < len(request.prompt_ids)
+                ]
+                if len(cancelled) < 5 and draw.random() < 0.3:
+                    cancelled.append(draw.choice(feeding or loop.scheduler.running or requests))
+                    loop.cancel(cancelled[-1:])
+            for request, tokens in zip(requests, expected, strict=True):
+                assert request.completion.error is None
+                found = request.completion.token_ids
+                assert found == tokens[: len(found)]
+                assert len(found) == len(tokens) or request in cancelled
+            assert loop.scheduler.pages.free == loop.scheduler.pages.capacity
 
 
 def test_a_step_that_fails_is_run_as_two(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
