@@ -144,6 +144,12 @@ def test_a_step_takes_no_more_of_a_prompt_than_may_be_written_in_it() -> None:
     assert fed(one.schedule()) == [(long, 0, RUN, False)]
 
 
+def test_attention_waits_for_all_that_a_step_writes() -> None:
+    """It reads what lies more than a tile before a row's last tile while the step's keys may still be written."""
+    streamed = pytest.importorskip("hybridgen.kernels.attention.streamed")
+    assert RUN <= streamed.BLOCK
+
+
 def test_without_room_decode_goes_on_alone() -> None:
     one = scheduler(slots=4, least_room=2)
     a, b, c = add(one, (8, 100), (8, 100), (8, 100))
