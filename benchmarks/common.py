@@ -220,6 +220,7 @@ SWITCHES = {
     "experts_one": ("hybridgen.kernels.linear.experts_one", "IS_ON"),
     "early": ("hybridgen.compilation.aot", "STARTS_EARLY"),
     "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
+    "cublaslt": ("hybridgen.execution.products", "IS_ON"),
 }
 """What is there and off until it has run on a GPU, by the names that `--switch-on` takes."""
 

@@ -31,7 +31,7 @@ from hybridgen.engine.mixing import Mixing, always_worth, cannot_mix
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
-from hybridgen.execution import ModelRunner, warm_up
+from hybridgen.execution import ModelRunner, products, warm_up
 from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
 from hybridgen.graphs.key import GraphKey
@@ -155,6 +155,8 @@ class Builder:
             starter.choose_decode(runner, sizes, compiled=not_compiled is None, recorder=recorder)
         if device.type == "cuda":
             with timed("tuning"):
+                if products.IS_ON and self.lead is None and not config.equal_bits:
+                    warm_up.choose_products(runner, plan.settings().decode)
                 warm_up.run_all_sizes(runner)
         self.use_graphs(runner, plan, not_compiled, steps)
         if twin is None:  # hooks that the model's own code put there; a twin has none while it is built
