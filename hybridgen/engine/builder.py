@@ -135,7 +135,9 @@ class Builder:
             use_one_op(bound, self.resolved.max_context)
             undo.callback(use_own_gate, bound)
             with timed("tuning"):
-                use_gated_op(bound, runner.steps.metadata, self.resolved.token_budget, self.counters.fall_back)
+                tokens, fall_back = self.resolved.token_budget, self.counters.fall_back
+                used = use_gated_op(bound, runner.steps.metadata, tokens, fall_back)
+                starter.note_choice("gate and up of prefill", used.slower)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
         fuses = fuses_decode(self.resolved.mode, device)
         if fuses and isinstance(runner, LeadRunner):

@@ -49,8 +49,9 @@ def engine_stats(parts: Parts) -> EngineStats:
 
 
 def _fused(parts: Parts) -> dict[str, str]:
-    drafting = parts.starter.drafting
-    return parts.starter.fused | ({} if drafting is None else {"passes of the drafting head": drafting})
+    starter = parts.starter
+    drafting = {} if starter.drafting is None else {"passes of the drafting head": starter.drafting}
+    return starter.fused | starter.chosen | drafting
 
 
 def _kv_dtype(parts: Parts) -> str:

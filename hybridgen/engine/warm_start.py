@@ -92,8 +92,16 @@ class Starter:
         """What serves which decode sizes in place of the model's own layers, or why nothing does."""
         self.drafting: str | None = None
         """What runs the passes of a head that drafts; None: PyTorch's operators, and nothing else was tried."""
+        self.chosen: dict[str, str] = {}
+        """What trials at the start left as it was because that is as fast, with both times."""
         for note in cache.notes:
             counters.fall_back(f"compile cache: {note}")
+
+    def note_choice(self, part: str, slower: Sequence[str]) -> None:
+        """Keep what a trial measured of a part of the model that stays as it was. Nobody asked for another way: it is
+        no fallback, and is shown among what is fused."""
+        if slower:
+            self.chosen[part] = f"as the model does it: {'; '.join(slower)}"
 
     def load_units(self) -> LayerUnits | None:
         """The entry's compiled layer functions; None where nothing is kept."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,16 +43,33 @@ class GatedMlp(nn.Module):
     """A base of MLP modules that `use_gated_op()` changed."""
 
 
-def use_gated_op(bound: BoundModel, step: StepMetadata, rows: int, fall_back: Callable[[str], None]) -> int:
-    """From now on MLPs for which that is proved run gate and up as one op in prefill; returns how many these are.
+class Used(NamedTuple):
+    """What the trials of an op chose."""
+
+    modules: int = 0
+    """That run it."""
+    slower: tuple[str, ...] = ()
+    """For each size of weight whose trial found it right and not faster: both times."""
+
+
+class _Problem(NamedTuple):
+    """Why the op is not used for a weight."""
+
+    why: str
+    measured: bool = False
+    """It is right, and takes as long as cuBLAS or longer."""
+
+
+def use_gated_op(bound: BoundModel, step: StepMetadata, rows: int, fall_back: Callable[[str], None]) -> Used:
+    """From now on MLPs for which that is proved run gate and up as one op in prefill.
 
     Args:
         rows: tokens of the largest prefill, for which it is timed; the op's kernel is for `LEAST_ROWS` and more.
-        fall_back: told why the op is not used for a weight that it serves.
+        fall_back: told of a weight that the op serves and gets wrong. One that cuBLAS multiplies faster is no fallback.
     """
     if rows < LEAST_ROWS:
-        return 0
-    tried: dict[Any, str | None] = {}
+        return Used()
+    tried: dict[Any, _Problem | None] = {}
     count = 0
     for module in _candidates(bound):
         weight = module.gate_proj.fused_weight
@@ -60,9 +77,9 @@ def use_gated_op(bound: BoundModel, step: StepMetadata, rows: int, fall_back: Ca
             continue
         key = weight.shape, weight.dtype, weight.device
         if key not in tried:
-            tried[key] = _problem(weight, rows)
-            if tried[key] is not None:
-                fall_back(f"gate and up of prefill are left to cuBLAS: {tried[key]}")
+            problem = tried[key] = _problem(weight, rows)
+            if problem is not None and not problem.measured:
+                fall_back(f"gate and up of prefill are left to cuBLAS: {problem.why}")
         if tried[key] is not None:
             continue
         why = _difference(module)
@@ -72,7 +89,7 @@ def use_gated_op(bound: BoundModel, step: StepMetadata, rows: int, fall_back: Ca
         else:
             logger.debug("%s gates by itself: %s", type(module).__name__, why)
     allow_gated_op(bound, True)
-    return count
+    return Used(count, tuple(each.why for each in tried.values() if each is not None and each.measured))
 
 
 def make_gated_classes(bound: BoundModel) -> None:
@@ -155,20 +172,20 @@ def _difference(module: Any) -> str | None:
 
 
 @torch.inference_mode()
-def _problem(weight: Tensor, rows: int) -> str | None:
+def _problem(weight: Tensor, rows: int) -> _Problem | None:
     """Why the op is not used for a weight; None where it is."""
     try:
         for count in (LEAST_ROWS + 1, rows):
             x = _random(count, weight)
             if not _close(gated_rows(x, weight), by_cublas(x, weight)):
-                return f"of {count} random rows our kernel's results are other ones"
+                return _Problem(f"of {count} random rows our kernel's results are other ones")
         ours, cublas = (median(event_seconds(partial(call, x, weight), 5)) for call in (gated_rows, by_cublas))
     except Exception as error:  # what compiles and launches can raise much
         if is_fatal(error):
             raise
-        return f"our kernel failed: {described(error)}"
+        return _Problem(f"our kernel failed: {described(error)}")
     if ours >= cublas:
-        return f"{len(x)} rows take our kernel {ours * 1e6:.0f} us, and cuBLAS {cublas * 1e6:.0f}"
+        return _Problem(f"{len(x)} rows take our kernel {ours * 1e6:.0f} us, and cuBLAS {cublas * 1e6:.0f}", True)
     return None
 
 

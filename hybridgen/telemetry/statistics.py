@@ -329,7 +329,10 @@ class EngineStats:
     graphs: GraphStats = field(metadata=about("Recorded steps."))
     decode: DecodeStats = field(metadata=about("How fast decode steps read memory."))
     fused: Mapping[str, str] = field(
-        metadata=about("What serves which decode sizes in place of the model's own layers, or why nothing does.")
+        metadata=about(
+            "What serves which decode sizes in place of the model's own layers, or why nothing does; and what a trial "
+            "at the start left as the model does it, because that was as fast."
+        )
     )
     running: int = field(metadata=about("Requests that have a slot."))
     waiting: int = field(metadata=about("Requests that wait for one."))

@@ -20,6 +20,9 @@ from hybridgen.models.gated import GatedMlp, use_gated_op, use_own_gate
 from hybridgen.models.projections import fuse_projections
 from hybridgen.models.twin import Changes
 
+TRIAL = gated._problem
+"""The module's own; most tests replace it."""
+
 
 @pytest.fixture
 def runner_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModelRunner]]:
@@ -64,7 +67,7 @@ def rows_of_op(serving: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _use(runner: ModelRunner) -> int:
-    return use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail)
+    return use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail).modules
 
 
 @pytest.mark.parametrize(
@@ -158,19 +161,33 @@ def test_who_listens_later_is_called(runner_of: Callable[..., ModelRunner], rows
     assert rows_of_op == [29] * 4
 
 
-def test_what_the_trial_refuses_is_counted_once(
+def test_what_the_trial_finds_wrong_is_counted_once(
     runner_of: Callable[..., ModelRunner], serving: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = runner_of("llama")
-    monkeypatch.setattr(gated, "_problem", lambda weight, rows: "it takes longer")
+    monkeypatch.setattr(gated, "_problem", TRIAL)
+    monkeypatch.setattr(gated, "by_cublas", lambda rows, weight: 1.1 * gated.gated_rows(rows, weight))
     told: list[str] = []
-    assert use_gated_op(runner.bound, runner.steps.metadata, 4096, told.append) == 0
-    assert told == ["gate and up of prefill are left to cuBLAS: it takes longer"]
+    assert use_gated_op(runner.bound, runner.steps.metadata, 4096, told.append) == (0, ())
+    assert len(told) == 1
+    assert told[0].startswith("gate and up of prefill are left to cuBLAS: ")
+    assert "other ones" in told[0]
+
+
+def test_what_the_trial_finds_slower_is_a_choice_and_no_fallback(
+    runner_of: Callable[..., ModelRunner], serving: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of("llama")
+    monkeypatch.setattr(gated, "_problem", TRIAL)
+    monkeypatch.setattr(gated, "by_cublas", gated.gated_rows)
+    monkeypatch.setattr(gated, "event_seconds", lambda call, repeats: [2e-6])
+    used = use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail)
+    assert used == (0, ("4096 rows take our kernel 2 us, and cuBLAS 2",))
 
 
 def test_an_engine_of_small_prefills_tries_nothing(runner_of: Callable[..., ModelRunner], serving: None) -> None:
     runner = runner_of("llama")
-    assert use_gated_op(runner.bound, runner.steps.metadata, gated.LEAST_ROWS - 1, pytest.fail) == 0
+    assert use_gated_op(runner.bound, runner.steps.metadata, gated.LEAST_ROWS - 1, pytest.fail) == (0, ())
 
 
 def test_a_cpu_has_no_kernel(runner_of: Callable[..., ModelRunner]) -> None:
