@@ -11,7 +11,7 @@ of the whole call, synchronised, after a warm-up call of a few requests; the med
   `--arrivals even`: at equal distances), and report the time to the first token, from the moment a request came, and
   that between tokens: median and 99th percentile.
 - with `--mixed`: one engine with `mixed_steps=True`, whose calls are made with prompts beside decode and without, in
-  turns; where requests come one by one, all prompts are fed so.
+  turns; where requests come one by one, all prompts are fed so, or none.
 
     python benchmarks/throughput.py --models qwen3-0.6b llama-3.2-1b [--temperatures 0 0.6] [--output results.json]
     python benchmarks/throughput.py --models llama-3.1-8b --engines hybrid --rates 8 16 [--output results.json]
@@ -138,8 +138,12 @@ def ours(
             call, name = partial(generate, temperature=temperature), f"{mode} {temperature}"
             found = in_turns(engine, call, work, device, runs) if mixed else timed(call, work, device, runs)
             scheduler: Any = engine._loop.scheduler
-            scheduler.mixing = mixing(engine, everyone=True) if mixed else None
-            came = [arriving(engine, work, temperature, rate, arrivals.even, name) for rate in arrivals.rates]
+            came = []
+            for rate, beside in itertools.product(arrivals.rates, (False, True) if mixed else (False,)):
+                scheduler.mixing = mixing(engine, everyone=True) if beside else None
+                how = f"{name}, prompts beside" if beside else name
+                row = arriving(engine, work, temperature, rate, arrivals.even, how)
+                came.append(row | ({"prompts_beside": beside} if mixed else {}))
             yield *found[:2], how_it_ran(engine) | ({"arrivals": came} if came else {}) | dict(*found[2:])
 
 
