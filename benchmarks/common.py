@@ -219,6 +219,7 @@ SWITCHES = {
     "one_row": ("hybridgen.kernels.step.one_row", "IS_ON"),
     "early": ("hybridgen.compilation.aot", "STARTS_EARLY"),
     "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
+    "cublaslt": ("hybridgen.execution.products", "IS_ON"),
 }
 """What is there and off until it has run on a GPU, by the names that `--switch-on` takes."""
 

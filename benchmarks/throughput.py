@@ -7,12 +7,15 @@ of the whole call, synchronised, after a warm-up call of a few requests; the med
 - eager, jit, graph, hybrid: one `generate()` call of an engine in that mode, all 256 requests in one batch.
 - huggingface: Hugging Face's continuous batching (`generate_batch`'s manager), with a limit per request. With SDPA,
   the attention that torch brings, it is a weak peer: it is made for flash attention.
-- with `--rates`: our engines get the same requests one by one, at times of a Poisson process of so many a second, and
-  report the time to the first token, from the moment a request came, and that between tokens: median and 99th
-  percentile.
+- with `--rates`: our engines get the same requests one by one, at times of a Poisson process of so many a second (or
+  `--arrivals even`: at equal distances), and report the time to the first token, from the moment a request came, and
+  that between tokens: median and 99th percentile.
+- with `--mixed`: one engine with `mixed_steps=True`, whose calls are made with prompts beside decode and without, in
+  turns; where requests come one by one, all prompts are fed so, or none.
 
     python benchmarks/throughput.py --models qwen3-0.6b llama-3.2-1b [--temperatures 0 0.6] [--output results.json]
     python benchmarks/throughput.py --models llama-3.1-8b --engines hybrid --rates 8 16 [--output results.json]
+    python benchmarks/throughput.py --models llama-3.1-8b --engines hybrid --mixed [--output results.json]
     python benchmarks/throughput.py --smoke          # a tiny model, anywhere
 """
 
@@ -28,11 +31,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import how_it_ran, random_model, release, report, shape_dtype, synchronize, this_device
+from common import (
+    SWITCHES,
+    how_it_ran,
+    random_model,
+    release,
+    report,
+    shape_dtype,
+    switch_on,
+    synchronize,
+    this_device,
+)
 from transformers import GenerationConfig, PreTrainedModel
 
 import hybridgen
 from hybridgen.comparison.measuring.baselines import batching_config, paged_attention
+from hybridgen.engine.mixing import Mixing, always_worth
 
 HUGGINGFACE = "huggingface"
 ENGINES = ("eager", "jit", "graph", "hybrid", HUGGINGFACE)
@@ -56,6 +70,15 @@ class Work(NamedTuple):
         return Work(self.prompts[:count], [min(16, new) for new in self.new[:count]])
 
 
+class Arrivals(NamedTuple):
+    """How requests come one by one."""
+
+    rates: list[float]
+    """A second."""
+    even: bool
+    """At equal distances; else a Poisson process."""
+
+
 def requests(count: int, least: int, most: int, vocab: int) -> Work:
     """Prompts first, then output lengths, from one generator: the order decides what seed 0 gives."""
     draw = random.Random(0)
@@ -63,9 +86,12 @@ def requests(count: int, least: int, most: int, vocab: int) -> Work:
     return Work(prompts, [draw.randint(least, most) for _ in range(count)])
 
 
-def timed(call: Callable[[Work], int], work: Work, device: str, runs: int) -> tuple[list[float], int]:
+def timed(
+    call: Callable[[Work], int], work: Work, device: str, runs: int, *, warm_up: bool = True
+) -> tuple[list[float], int]:
     """Seconds of each run, after one of a few requests; and the tokens that came out."""
-    call(work.head(WARM_UP))
+    if warm_up:
+        call(work.head(WARM_UP))
     seconds, tokens = [], 0
     for _ in range(runs):
         synchronize(device)
@@ -84,12 +110,13 @@ def ours(
     device: str,
     runs: int,
     options: dict[str, Any],
-    rates: list[float],
+    arrivals: Arrivals,
+    mixed: bool,
 ) -> Iterator[tuple[list[float], int, dict[str, Any]]]:
     """For each temperature, in one engine: seconds of the runs, generated tokens, and how the engine ran them, and what
     requests took that came one by one."""
     longest = max(len(prompt) + new for prompt, new in zip(*work, strict=True))
-    sizes = {"max_batch": len(work.prompts), "max_context": longest}
+    sizes = {"max_batch": len(work.prompts), "max_context": longest, "mixed_steps": mixed}
     with hybridgen.Engine.load(model, **{"mode": mode, **sizes, **options}) as engine:
 
         def generate(part: Work, temperature: float) -> int:
@@ -108,15 +135,53 @@ def ours(
                 generate(work.head(WARM_UP), temperature)
                 while engine.idle():
                     pass
-            found = timed(partial(generate, temperature=temperature), work, device, runs)
-            came = [arriving(engine, work, temperature, rate, name=f"{mode} {temperature}") for rate in rates]
-            yield *found, how_it_ran(engine) | ({"arrivals": came} if came else {})
+            call, name = partial(generate, temperature=temperature), f"{mode} {temperature}"
+            found = in_turns(engine, call, work, device, runs) if mixed else timed(call, work, device, runs)
+            scheduler: Any = engine._loop.scheduler
+            came = []
+            for rate, beside in itertools.product(arrivals.rates, (False, True) if mixed else (False,)):
+                scheduler.mixing = mixing(engine, everyone=True) if beside else None
+                how = f"{name}, prompts beside" if beside else name
+                row = arriving(engine, work, temperature, rate, arrivals.even, how)
+                came.append(row | ({"prompts_beside": beside} if mixed else {}))
+            yield *found[:2], how_it_ran(engine) | ({"arrivals": came} if came else {}) | dict(*found[2:])
 
 
-def arriving(engine: hybridgen.Engine, work: Work, temperature: float, rate: float, name: str) -> dict[str, Any]:
-    """Requests that come at random times, `rate` a second on average: what they wait for their tokens."""
+def in_turns(
+    engine: hybridgen.Engine, call: Callable[[Work], int], work: Work, device: str, runs: int
+) -> tuple[list[float], int, dict[str, Any]]:
+    """Calls with prompts beside decode and without, in turns: seconds of the first ones, tokens, and those of the
+    others: without, and with longer prompts held back."""
+    scheduler: Any = engine._loop.scheduler
+    if scheduler.mixing is None:
+        raise RuntimeError(f"nothing is mixed: {engine.stats().fallbacks}")
+    call(work.head(WARM_UP))
+    ways = {"mixed": mixing(engine), "in turns": None, "mixed, prompts up to 1024": mixing(engine, longest=1024)}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    tokens = 0
+    for way in [*ways] * runs:
+        scheduler.mixing = ways[way]
+        found, tokens = timed(call, work, device, 1, warm_up=False)
+        seconds[way] += found
+        print(f"{way}: {found[0]:.3f} s, {tokens / found[0]:,.0f} tokens/s", flush=True)
+    return seconds.pop("mixed"), tokens, {"other_seconds": seconds}
+
+
+def mixing(engine: hybridgen.Engine, **options: Any) -> Mixing:
+    """As an engine has it with `mixed_steps=True`, with other options."""
+    loop: Any = engine._loop
+    runner = loop._runner
+    worth = runner.feeds_faster_beside if runner.device.type == "cuda" else always_worth
+    return Mixing(loop.scheduler.pages, runner.max_batch, worth=worth, **options)
+
+
+def arriving(
+    engine: hybridgen.Engine, work: Work, temperature: float, rate: float, even: bool, name: str
+) -> dict[str, Any]:
+    """Requests that come at random times, `rate` a second on average, or at equal distances: what they wait for their
+    tokens."""
     draw = random.Random(0)
-    times = list(itertools.accumulate(draw.expovariate(rate) for _ in work.prompts))
+    times = list(itertools.accumulate(1 / rate if even else draw.expovariate(rate) for _ in work.prompts))
     loop: Any = engine._loop
     waiting: list[Any] = []
     came: list[tuple[Any, float]] = []
@@ -146,7 +211,7 @@ def arriving(engine: hybridgen.Engine, work: Work, temperature: float, rate: flo
         for request, _ in came
         for before, after in itertools.pairwise(request.completion.timing.token_times)
     )
-    row = {"requests_per_s": rate, "seconds": took, "tokens_per_s": sum(work.new) / took}
+    row = {"requests_per_s": rate, "even": even, "seconds": took, "tokens_per_s": sum(work.new) / took}
     for what, values in (("ttft", firsts), ("tpot", gaps)):
         row |= {f"{what}_p{part}_ms": values[(len(values) - 1) * part // 100] * 1e3 for part in (50, 99)}
     print(
@@ -205,7 +270,8 @@ def measure(
     device: str,
     runs: int,
     options: dict[str, Any],
-    arrivals: list[float],
+    arrivals: Arrivals,
+    mixed: bool = False,
 ) -> list[dict[str, Any]]:
     model = random_model(name, shape_dtype(name, device), device)
     rows: list[dict[str, Any]] = []
@@ -217,7 +283,7 @@ def measure(
             if engine == HUGGINGFACE:
                 found = (huggingface(model, work, temperature, device, runs) for temperature in temperatures)
             else:
-                found = ours(model, engine, work, temperatures, device, runs, options, arrivals)
+                found = ours(model, engine, work, temperatures, device, runs, options, arrivals, mixed)
             for temperature, (seconds, tokens, ran) in zip(temperatures, found, strict=True):
                 took = statistics.median(seconds)
                 rates.append(tokens / took)
@@ -243,20 +309,25 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="requests a second that come one by one")
+    parser.add_argument("--arrivals", choices=("poisson", "even"), default="poisson", help="how they come")
+    parser.add_argument("--mixed", action="store_true", help="with prompts beside decode and without, in turns")
+    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
     arguments = parser.parse_args()
+    switch_on(arguments.switch_on)
     device = this_device()
     models, engines, runs = arguments.models, arguments.engines, arguments.runs
     work, options = requests(arguments.requests, 100, 1024, 10000), {}
-    rates = arguments.rates
+    rates, even = arguments.rates, arguments.arrivals == "even"
     if arguments.smoke:
         rates = [50.0]
         models, runs, work, options = ["tiny"], 1, requests(6, 4, 12, 500), {"compile_backend": "eager"}
     print(f"{'model':<14} {'engine':<12} {'T':>4} {'tokens':>9} {'seconds':>9} {'tokens / s':>12}", flush=True)
     rows = []
+    arrivals = Arrivals(rates, even)
     for name in models:
-        rows += measure(name, engines, work, arguments.temperatures, device, runs, options, rates)
+        rows += measure(name, engines, work, arguments.temperatures, device, runs, options, arrivals, arguments.mixed)
     report({"benchmark": "throughput", "rows": rows}, arguments.output)
 
 

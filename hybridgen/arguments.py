@@ -126,6 +126,8 @@ def is_text(prompt: Any) -> bool:
         return False
     if isinstance(prompt, (str, Mapping)):
         return True
+    if hasattr(prompt, "ndim"):  # an array or a tensor of ids
+        return False
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 

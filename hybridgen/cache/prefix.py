@@ -176,6 +176,11 @@ class PageManager:
         """Whether a request has a page that the other one was to write and has not."""
         return any(node.writer is other for node in request.nodes)
 
+    @staticmethod
+    def has_alone(request: RequestPages) -> bool:
+        """Whether no other request has one of its pages."""
+        return all(node.holders == 1 for node in request.nodes)
+
     def clear(self) -> None:
         """Let nothing be found any more that is there now. Requests keep the pages that they have."""
         self._generation += 1

@@ -82,6 +82,16 @@ class RunningFields:
             in_key=False,
         ),
     )
+    mixed_steps: bool = field(
+        default=False,
+        metadata=setting(
+            "Of a list that is given at once and not streamed, requests that end long before the others are held back, "
+            "and their prompts are fed in rows that decode does not fill, where recorded steps say that this is "
+            "faster. See docs/performance.md.",
+            switch,
+            in_key=False,
+        ),
+    )
     run_ahead: int | None = field(
         default=None,
         metadata=setting(

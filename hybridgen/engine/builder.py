@@ -27,10 +27,11 @@ from hybridgen.compilation.steps import CompiledSteps
 from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
+from hybridgen.engine.mixing import Mixing, always_worth, cannot_mix
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
-from hybridgen.execution import ModelRunner, warm_up
+from hybridgen.execution import ModelRunner, products, warm_up
 from hybridgen.execution.drafting import Drafter
 from hybridgen.execution.following import begin_call
 from hybridgen.graphs.key import GraphKey
@@ -166,6 +167,8 @@ class Builder:
             starter.choose_decode(runner, sizes, compiled=not_compiled is None, recorder=recorder)
         if device.type == "cuda":
             with timed("tuning"):
+                if products.IS_ON and self.lead is None and not config.equal_bits:
+                    warm_up.choose_products(runner, plan.settings().decode)
                 warm_up.run_all_sizes(runner)
         self.use_graphs(runner, plan, not_compiled, steps)
         if twin is None:  # hooks that the model's own code put there; a twin has none while it is built
@@ -192,6 +195,13 @@ class Builder:
             reprefill_length=bound.reprefill_length,
             longest_first=config.longest_first,
         )
+        if config.mixed_steps:
+            why = cannot_mix(bound, whole=plan.compiles_steps, ranks=self.lead is not None, drafts=drafter is not None)
+            if why is None:
+                worth = runner.feeds_faster_beside if device.type == "cuda" else always_worth
+                scheduler.mixing = Mixing(pages, config.max_batch, worth=worth)
+            else:
+                self.counters.fall_back(f"prompts are not fed beside decode: {why}")
         run_ahead = int(device.type == "cuda") if config.run_ahead is None else config.run_ahead
         loop = StepLoop(
             runner,

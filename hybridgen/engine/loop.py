@@ -12,7 +12,7 @@ from hybridgen.device.failures import LostRanks, is_fatal
 from hybridgen.engine.handoff import TurnLock, interrupts_deferred
 from hybridgen.engine.output import RequestOutput, StepKind
 from hybridgen.engine.reading import InFlight, Reader
-from hybridgen.engine.requests import Request, RequestState
+from hybridgen.engine.requests import Batch, Request, RequestState
 from hybridgen.engine.scheduler import Scheduler
 from hybridgen.errors import EngineError, HybridgenError, RequestError, TokenizerError, described, first_line
 from hybridgen.execution import LaunchedStep, ModelRunner
@@ -269,6 +269,8 @@ class StepLoop:
                 for request, chunk in zip(prefilled, plan.prefill, strict=True)
                 if request.state is RequestState.RUNNING
             ]
+            if parts and plan.together and batch is not None and self._launch_together(batch, parts, launched):
+                return launched
             if parts:
                 self._launch_prefill(parts, launched)
         if batch is not None:
@@ -300,6 +302,33 @@ class StepLoop:
             return
         kind = ("prefill", step.kind, step.reason)
         self._counters.steps[kind] += 1
+        self._fed(parts, kind)
+        if step.rows or step.scores is not None or step.hidden is not None:
+            launched.append(InFlight(step, [request for request, chunk in parts if chunk.last], None, parts=parts))
+
+    def _launch_together(
+        self, batch: Batch, parts: list[tuple[Request, PrefillChunk]], launched: list[InFlight]
+    ) -> bool:
+        """Launch a decode step that feeds these parts of prompts too; False if it failed, and is to be run as two."""
+        count = len(batch.requests)
+        try:
+            step = self._runner.decode_beside(batch.slots, [chunk for _, chunk in parts])
+        except Exception as error:
+            if is_fatal(error):
+                self._break(error)
+            logger.debug("prompts could not be fed beside decode", exc_info=True)
+            return False
+        kind = ("decode", step.kind, f"{step.reason}, prompts beside")
+        self._counters.steps[kind] += 1
+        self._fed(parts, kind)
+        launched.append(InFlight(step.part(slice(count)), batch.requests, kind, batch.positions))
+        ended = [request for request, chunk in parts if chunk.last]
+        if ended:
+            launched.append(InFlight(step.part(slice(count, None)), ended, None))
+        return True
+
+    def _fed(self, parts: Sequence[tuple[Request, PrefillChunk]], kind: StepKind) -> None:
+        """Note that a step feeds these parts of prompts."""
         self._counters.tokens["prompt"] += sum(len(chunk.tokens) for _, chunk in parts)
         for request, chunk in parts:
             self.scheduler.prefill_launched(request, chunk)
@@ -308,8 +337,6 @@ class StepLoop:
             if cached and chunk.start == cached:
                 request.output.cached_tokens = cached
                 self._counters.tokens["cached"] += cached
-        if step.rows or step.scores is not None or step.hidden is not None:
-            launched.append(InFlight(step, [request for request, chunk in parts if chunk.last], None, parts=parts))
 
     def _launch_decode(
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]

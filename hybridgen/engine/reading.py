@@ -16,6 +16,7 @@ from hybridgen.errors import RequestError
 from hybridgen.execution import LaunchedStep, ModelRunner
 from hybridgen.execution.fused_executors import inspect_fused
 from hybridgen.execution.plan import DraftCounts, PrefillChunk, StepOutput
+from hybridgen.execution.ring import StepPart
 from hybridgen.speculation.pace import RowPace
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.telemetry.traffic import DecodeMeter
@@ -24,7 +25,7 @@ from hybridgen.telemetry.traffic import DecodeMeter
 class InFlight(NamedTuple):
     """A launched step, and the requests whose tokens it brings, by row."""
 
-    step: LaunchedStep
+    step: LaunchedStep | StepPart
     requests: Sequence[Request]
     decoded_by: StepKind | None
     """How a decode step runs; None for a prefill."""

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from hybridgen.cache import PageManager, RequestPages
 from hybridgen.cache.prefix import in_order
+from hybridgen.engine.mixing import RUN, Mixing
 from hybridgen.engine.requests import Batch, Request, RequestState
 from hybridgen.execution.plan import Admission, PrefillChunk, StepPlan
 
@@ -53,6 +54,7 @@ class Scheduler:
         reprefill_length: int | None = None,
         longest_first: bool = True,
         ahead: int | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         """
         Args:
@@ -65,6 +67,7 @@ class Scheduler:
             reprefill_length: a request that reaches this length is prefilled again, see `BoundModel`.
             longest_first: whether `in_order` puts requests first that may generate the most.
             ahead: no request is admitted while as many tokens of others wait for a prefill call. None: those of a call.
+            mixing: which prompts are fed beside decode; None: none is.
         """
         self.pages = pages
         self._longest_first = longest_first
@@ -75,6 +78,7 @@ class Scheduler:
         # Where prompts are not cut, a prompt that does not fit a call lets a shorter one behind it go first.
         self._ahead = token_budget * (2 if whole_prompts else 1) if ahead is None else ahead
         self._reprefill_length = reprefill_length
+        self.mixing = mixing
         self._free_slots = list(range(max_batch - 1, -1, -1))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -138,9 +142,9 @@ class Scheduler:
         for request in stale:
             self._restart(request)
         self._regroup([request for request in ready if request not in stale] if stale else ready)
-        prefilled, chunks = self._plan_prefill()
+        prefilled, chunks, together = self._plan_prompts()
         # Requests that end with their prefill give their slots to others: decode could wait for a whole list of them.
-        waits = bool(chunks) and all(request.patient for request in self.running)
+        waits = bool(chunks) and not together and all(request.patient for request in self.running)
         waits = waits and all(request.sampling.max_new_tokens > 1 for request in prefilled)
         if self._batch is not None and not waits:
             self._batch.steps += 1
@@ -152,7 +156,7 @@ class Scheduler:
             Admission(request.slot, request.pages.table, request.sampling, request.prompt_ids) for request in admitted
         )
         batch = None if waits else self._batch
-        plan = StepPlan(admissions, tuple(chunks), () if batch is None else batch.slots)
+        plan = StepPlan(admissions, tuple(chunks), () if batch is None else batch.slots, together)
         return Schedule(plan, tuple(admitted), tuple(prefilled), batch)
 
     def accept(self, request: Request, count: int) -> None:
@@ -206,7 +210,10 @@ class Scheduler:
         admitted: list[Request] = []
         if not self.waiting or self._blocked:
             return admitted
-        room = self._ahead - sum(len(request.prefill_ids) - request.prefilled for request in self.running)
+        held = self._held()
+        room = self._ahead - sum(
+            len(request.prefill_ids) - request.prefilled for request in self.running if request not in held
+        )
         while self.waiting and not self._blocked and room > 0:
             request = self.waiting[0]
             pages = None
@@ -272,12 +279,46 @@ class Scheduler:
             return 0 if start and length == 1 else length
         return length
 
-    def _plan_prefill(self) -> tuple[list[Request], list[PrefillChunk]]:
+    def _held(self) -> list[Request]:
+        """Requests whose prompts are fed beside decode, if that is worth while."""
+        return [] if self.mixing is None else self.mixing.held(self.running, len(self.waiting))
+
+    def _plan_prompts(self) -> tuple[list[Request], list[PrefillChunk], bool]:
+        """The next parts of unfinished prefills, whose they are, and whether they are fed in the decode step itself.
+
+        Those that are held back come when no others are left.
+        """
+        held = self._held()
+        if held:
+            found = self._plan_prefill([request for request in self.running if request not in held])
+            if found[0]:
+                return *found, False
+            rows = 0 if self._batch is None else len(self._batch.slots)
+            room = None if self.mixing is None else self.mixing.room(rows)
+            if room is not None:
+                found = self._plan_beside(held, room)
+                return *found, bool(found[0])
+        return *self._plan_prefill(self.running), False
+
+    def _plan_beside(self, held: Sequence[Request], room: int) -> tuple[list[Request], list[PrefillChunk]]:
+        """The next parts of prompts that are held back, as far as there is room in a decode step."""
+        requests: list[Request] = []
+        chunks: list[PrefillChunk] = []
+        for request in held:
+            length = min(RUN, room, len(request.prefill_ids) - request.prefilled)
+            if length <= 0:
+                break
+            chunks.append(_chunk(request, length))
+            requests.append(request)
+            room -= length
+        return requests, chunks
+
+    def _plan_prefill(self, of: Sequence[Request]) -> tuple[list[Request], list[PrefillChunk]]:
         """The next parts of all unfinished prefills, as far as the token budget goes, and whose they are."""
         requests: list[Request] = []
         chunks: list[PrefillChunk] = []
         budget, scores = self._token_budget, self._score_budget
-        for request in self.running:
+        for request in of:
             ids, start = request.prefill_ids, request.prefilled
             length = self._run(budget, start, len(ids) - start)
             if length <= 0:
@@ -294,21 +335,25 @@ class Scheduler:
                 targets, others = request.targets(length), request.other_targets(length)
                 if not length:
                     break
-            chunks.append(
-                PrefillChunk(
-                    slot=request.slot,
-                    tokens=ids[start : start + length],
-                    start=start,
-                    rope_length=max(len(ids), len(request.prompt_ids)),
-                    generated=max(0, len(ids) - len(request.prompt_ids)),
-                    last=request.advance(length),
-                    targets=targets,
-                    others=others,
-                    likely=request.sampling.prompt_logprobs or 0,
-                    hidden=request.hidden,
-                )
-            )
+            chunks.append(_chunk(request, length, targets, others))
             requests.append(request)
             budget -= length
             scores -= len(targets) + len(others)
         return requests, chunks
+
+
+def _chunk(request: Request, length: int, targets: Sequence[int] = (), others: Sequence[int] = ()) -> PrefillChunk:
+    """The next `length` tokens of a request's prefill, which count as launched from now on."""
+    ids, start = request.prefill_ids, request.prefilled
+    return PrefillChunk(
+        slot=request.slot,
+        tokens=ids[start : start + length],
+        start=start,
+        rope_length=max(len(ids), len(request.prompt_ids)),
+        generated=max(0, len(ids) - len(request.prompt_ids)),
+        last=request.advance(length),
+        targets=targets,
+        others=others,
+        likely=request.sampling.prompt_logprobs or 0,
+        hidden=request.hidden,
+    )

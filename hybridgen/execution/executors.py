@@ -7,9 +7,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hybridgen.compilation.layers import CompiledLayers
+from hybridgen.execution.products import by_cublaslt
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.models import BoundModel, StepMetadata
-from hybridgen.models.attention import RunEnds
+from hybridgen.models.attention import Phase, RunEnds
 from hybridgen.models.twin import has_forward_hooks
 
 
@@ -38,6 +39,8 @@ class LayersExecutor:
         self.compiled = compiled
         self.cuts: Cuts | None = None
         """When the last layer is cut; None: never. See `warm_up.cut_last_layer`."""
+        self.by_cublaslt: frozenset[int] = frozenset()
+        """Sizes of decode steps that multiply by cublasLt; see `products`."""
 
     @property
     def launch(self) -> str:
@@ -50,6 +53,9 @@ class LayersExecutor:
 
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Logits of the step's tokens, or of those in `keep`."""
+        if self.by_cublaslt and step.phase is Phase.DECODE and step.slots.shape[0] in self.by_cublaslt:
+            with by_cublaslt():
+                return self._bound.forward(step.ids, step, keep)
         if step.ends is not None and self._cuts(step, step.ends):
             return self._bound.forward(step.ids, step, None)
         step.ends = None

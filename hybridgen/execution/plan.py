@@ -64,6 +64,8 @@ class StepPlan(NamedTuple):
     decode: tuple[int, ...] = ()
     """Slots that decode, one row each. The same tuple object while the batch stays as it is: then nothing is looked up
     again."""
+    together: bool = False
+    """Whether prefill and decode are one step, in which each token of the prompts is a row."""
 
 
 class DraftCounts(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -206,3 +206,26 @@ class LaunchedStep:
     def read(self) -> StepOutput:
         """Wait for the step and return what it produced."""
         return self.fetch()
+
+    def part(self, rows: slice) -> StepPart:
+        """Some of its rows as a step of their own, for who reads these alone."""
+        return StepPart(self, rows)
+
+
+class StepPart(NamedTuple):
+    """Some rows of a step that was launched."""
+
+    step: LaunchedStep
+    which: slice
+    scores: Scores | None = None
+    hidden: States | None = None
+
+    def read(self) -> StepOutput:
+        """Wait for the step and return what it produced for these rows."""
+        tokens, logprobs, drafts = self.step.read()
+        which = self.which
+        return StepOutput(
+            tokens[which],
+            None if logprobs is None else logprobs[which],
+            None if drafts is None else drafts[which],
+        )

@@ -29,6 +29,7 @@ from hybridgen.execution.stream import OnStream, on_its_stream
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import Executor, GraphKey, GraphSettings, GraphStore, Recorder, Route, Router
 from hybridgen.graphs.recorder import this_thread
+from hybridgen.graphs.timings import feeds_faster
 from hybridgen.models import BoundModel
 from hybridgen.models.twin import Twin
 from hybridgen.sampling import SamplerPlan, SamplerState
@@ -294,6 +295,24 @@ class ModelRunner(OnStream):
         launched = self._launch(route, len(slots), sampler, own)
         self._steady[query_len, quiet] = Steady(slots, version, sampler, route, own is None and route.only_replays, own)
         return launched
+
+    @on_its_stream
+    def decode_beside(self, slots: tuple[int, ...], chunks: Sequence[PrefillChunk]) -> LaunchedStep:
+        """Run one decode step of these slots in which each token of the chunks is one more row; none has targets.
+
+        It samples for the slots, and then for the chunks that end their prompt.
+        """
+        self._steady = {}
+        rows = (*slots, *(chunk.slot for chunk in chunks if chunk.last))
+        sampler = self.sampler.needs(rows)
+        route = self.router.route(GraphKey.decode(len(slots) + sum(len(chunk.tokens) for chunk in chunks), sampler))
+        self.steps.stage_together(slots, chunks)
+        return self._launch(route, len(rows), sampler)
+
+    def feeds_faster_beside(self, rows: int, room: int) -> bool:
+        """Whether so many tokens of prompts take less beside so many rows of a decode step than in a prefill call, by
+        the times of recorded steps; False where these are not known."""
+        return feeds_faster({each.key: each.recorded.seconds for each in self.graphs.recordings}, rows, room)
 
     def decode_seconds(self, slots: tuple[int, ...], query_len: int, *, quiet: bool = False) -> float | None:
         """What the recording takes that would run such a step; None where none would. One that is missing is wanted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hybridgen.device.watched import is_watched
 from hybridgen.execution.plan import PrefillChunk
-from hybridgen.execution.state import DeviceState
+from hybridgen.execution.state import DeviceState, SlotRows
 from hybridgen.graphs.key import GraphKey
 from hybridgen.kernels import MetadataCopy, copy_metadata
 from hybridgen.kernels.step.metadata import reference as copy_one_by_one
@@ -119,6 +120,11 @@ class StagedInputs:
             device,
             buffers=buffers,
         )
+        self._fed_block = StagedBlock(
+            {"lines": (torch.int64, (lines,)), "state": (torch.int64, (len(SlotRows._fields), lines))},
+            device,
+            buffers=buffers,
+        )
         with torch.inference_mode():  # as what a step computes is: a compiled layer is specialised to that
             self._decode = {name: torch.zeros_like(field) for name, field in self._decode_block.device.items()}
             self._prefill = {name: torch.zeros_like(field) for name, field in self._prefill_block.device.items()}
@@ -146,13 +152,49 @@ class StagedInputs:
             **{f"prefill {name}": field for name, field in self._prefill.items()},
         }
 
-    def stage_decode(self, slots: tuple[int, ...]) -> None:
-        """Say which slots are the rows of the decode steps that follow."""
+    def stage_decode(self, slots: Sequence[int], lines: Sequence[int] | None = None) -> None:
+        """Say which slots are the rows of the decode steps that follow.
+
+        Args:
+            lines: where the state of each row lies; None: in its slot's line.
+        """
         block = self._decode_block.open()
-        for name in ("rows", "slots"):
-            block[name][: len(slots)] = slots
+        for name, values in (("rows", slots if lines is None else lines), ("slots", slots)):
+            block[name][: len(slots)] = values
             block[name][len(slots) :] = self._state.padding_slot
         self._decode_block.send()
+
+    def stage_together(self, slots: tuple[int, ...], chunks: Sequence[PrefillChunk]) -> None:
+        """Say what a decode step feeds that has tokens of prompts in it: the slots that decode, then the last tokens of
+        the prompts that end, then the other tokens.
+
+        Each of these tokens is a row whose state the host writes. That of a prompt's last token is in the line of its
+        slot, where the next step finds what was sampled. The others take lines of slots that do not decode: nobody
+        reads what is sampled for them, and whoever decodes in such a slot later has its line written before.
+        """
+        ends = [chunk for chunk in chunks if chunk.last]
+        last = [(chunk.slot, chunk.start + len(chunk.tokens) - 1, chunk.tokens[-1]) for chunk in ends]
+        others = [
+            (chunk.slot, place, token)
+            for chunk in chunks
+            for place, token in enumerate(chunk.tokens[: len(chunk.tokens) - chunk.last], chunk.start)
+        ]
+        used = {*slots, *(chunk.slot for chunk in ends)}
+        spare = (line for line in range(self._state.max_batch) if line not in used)
+        lines = [*(chunk.slot for chunk in ends), *itertools.islice(spare, len(others))]
+        fed = [*last, *others]
+        if len(lines) < len(fed):
+            raise ValueError(f"{len(slots)} rows leave no room for {len(fed)} tokens of prompts")
+        block = self._fed_block.open()
+        block["lines"][:] = self._state.padding_slot
+        block["lines"][: len(fed)] = lines
+        block["state"][:] = 0
+        state = SlotRows([token for *_, token in fed], [place for _, place, _ in fed], [0] * len(fed))  # type: ignore[arg-type]
+        block["state"][:, : len(fed)] = state
+        self._fed_block.send()
+        sent = self._fed_block.device
+        self._state.table.index_copy_(1, sent["lines"], sent["state"])
+        self.stage_decode([*slots, *(slot for slot, *_ in fed)], [*slots, *lines])
 
     def stage_prefill(self, chunks: Sequence[PrefillChunk], tokens: int, rows: int) -> None:
         """Set what the next prefill step of this size feeds: the chunks, packed, then padding, in one run or, where

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from hybridgen.compilation.layers import CompiledLayers
 from hybridgen.device.capture import CAPTURING
 from hybridgen.errors import CacheMissError, described
-from hybridgen.execution import numerics
+from hybridgen.execution import numerics, products
 from hybridgen.execution.executors import Cuts
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.execution.stream import on_its_stream
@@ -152,6 +152,12 @@ def run_all_sizes(runner: ModelRunner) -> None:
         for key in _decode_kinds(runner, rows, sampler):
             runner.run_padding(runner.router.served(key))
     torch.cuda.synchronize(runner.device)
+
+
+@on_its_stream
+def choose_products(runner: ModelRunner, sizes: Sequence[int]) -> None:
+    """Say in which of these decode steps the layers multiply by cublasLt: where that was measured to be faster."""
+    runner.layers.by_cublaslt = products.choose(runner.bound.layers, sizes, products.seconds_of)
 
 
 @on_its_stream

@@ -228,9 +228,9 @@ def _all_inside(values: np.ndarray | None, vocab_size: int) -> bool:
     if values is None:
         return False
     if values.dtype.kind == "u":
-        return bool(values.max() < vocab_size)
+        return bool(np.maximum.reduce(values) < vocab_size)  # what `max()` calls
     if values.dtype == np.int64 and values.flags.c_contiguous:  # one look: a negative id is a very large one there
-        return bool(values.view(np.uint64).max() < vocab_size)
+        return bool(np.maximum.reduce(values.view(np.uint64)) < vocab_size)
     return bool(values.min() >= 0 and values.max() < vocab_size)
 
 

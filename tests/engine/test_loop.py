@@ -462,6 +462,22 @@ def test_decoding_at_the_end_that_fails_fails_one_request(monkeypatch: pytest.Mo
     assert loop._counters.requests == {"submitted": 2, "error": 1, "length": 1}
 
 
+def test_the_text_of_who_ended_is_decoded_while_the_next_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that decoding it delays no launch: the step behind the one that ended it is launched before it is read."""
+    loop, runner = stub_loop(run_ahead=1, tokenizer=AutoTokenizer.from_pretrained(model_path()))
+    short, long = start(loop, 1, max_new_tokens=4) + start(loop, 1, max_new_tokens=9)
+    flush, launches = short.output._detokenizer.flush, []
+
+    def noted(*args: Any) -> str:
+        launches.append((len(runner.decoded), len(short.output.token_ids)))
+        return flush(*args)
+
+    monkeypatch.setattr(short.output._detokenizer, "flush", noted)
+    finish(loop, [short, long])
+    # The prefill brought one token and three decode steps the others; a fourth was launched before the third was read.
+    assert launches == [(4, 4)]
+
+
 def test_idle_work_runs_only_while_nobody_needs_the_device() -> None:
     loop, runner = stub_loop()
     calls: list[int] = []
