@@ -218,7 +218,9 @@ def test_a_step_in_two_parts_is_the_step(runner: ModelRunner, phase: Phase, kind
 
 
 class Noted(PagedKV):
-    """Pages that ask to be committed, as a state does that a second run of a step would change."""
+    """Pages that ask to be reset and committed, as a state by slot does that a second run of a step would change."""
+
+    bytes_per_slot = 4
 
     def __init__(self, shape: LayerShape, rerunnable: bool) -> None:
         super().__init__(shape, 16, torch.float32)
