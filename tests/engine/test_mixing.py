@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,6 +212,30 @@ def test_the_tokens_are_those_of_prefill_calls(path: Path, prefix_cache: bool, r
         assert loop.scheduler.pages.free == loop.scheduler.pages.capacity
         beside = [step for out in outs for step in out.steps if "prompts beside" in step.reason]
         assert beside
+
+
+@pytest.mark.parametrize("mode", ["jit", "graph", "hybrid"])
+def test_the_tokens_of_other_modes(path: Path, mode: str) -> None:
+    """Where decode steps are compiled whole, prompts are prefilled, which is told."""
+    prompts = families.prompts_of([30, 31, 70, 20, 21, 22])
+    params = [SamplingParams(max_new_tokens=new, ignore_eos=True) for new in (30, 30, 30, 5, 6, 7)]
+    with Engine.load(path, **SETTINGS) as engine:
+        expected = [out.token_ids for out in engine.generate(prompts, params)]
+    settings = SETTINGS | {"mode": mode, "compile_backend": "eager", "mixed_steps": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        engine = Engine.load(path, **settings)
+    with engine:
+        scheduler = engine._loop.scheduler
+        mixes = scheduler.mixing is not None
+        if mixes:
+            scheduler.mixing = Mixing(scheduler.pages, 16, least_rows=2, least_room=1)
+        for _ in range(2):
+            assert [out.token_ids for out in engine.generate(prompts, params)] == expected
+            scheduler.pages.clear()
+        stats = engine.stats()
+        assert mixes is any("prompts beside" in reason for *_, reason in stats.steps)
+        assert mixes is not any("prompts are not fed beside decode" in reason for reason in stats.fallbacks)
 
 
 def test_requests_that_are_cancelled_leave_the_others_as_they_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
