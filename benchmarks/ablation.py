@@ -80,6 +80,7 @@ NOT_OF_STEPS = {
     "equal_bits": "refused at 64 rows; which kernels it leaves out is measured by memory_limit.py",
     "prefix_cache": "nothing is shared here: prompts of a call differ, and a live module starts over at each call",
     "fp8_activations": "the weights are in 16 bits here: quantised.py measures the kind fp8-w8a8",
+    "mixed_steps": "a call has outputs of one length here: throughput.py --mixed measures it",
     "longest_first": "a call has outputs of one length here, and arrivals come one by one",
 }
 """Switches that have no row, and why."""
