@@ -419,10 +419,10 @@ class _Weightless(TorchDispatchMode):
         instead = _WITHOUT_VALUES.get(func)
         if instead is not None:
             return instead(*args)
-        if kwargs.get("device") is not None:
-            kwargs = kwargs | {"device": torch.device("meta")}
 
         def meta(value: Any) -> Any:
+            if isinstance(value, torch.device):  # in inference mode `to` comes as it was called, with its device
+                return torch.device("meta")
             is_real = isinstance(value, Tensor) and not value.is_meta
             return torch.empty_like(value, device="meta") if is_real else value
 

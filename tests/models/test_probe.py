@@ -23,7 +23,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from hybridgen import Engine, EngineConfig
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.loading import Checkpoint
-from hybridgen.models import bind
+from hybridgen.models import bind, probe
 from hybridgen.models.probe import probe_config, probe_model
 from hybridgen.models.text_part import text_part
 
@@ -264,6 +264,18 @@ def test_the_module_is_neither_run_nor_changed() -> None:
         assert torch.equal(parameter, values[name][0])
         assert parameter._version == values[name][1]
         assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama", "qwen3"])
+def test_in_inference_mode_a_model_too_large_for_zeros_is_probed_as_well(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There `to` is not taken apart before the probe sees it, and names its device without a keyword."""
+    monkeypatch.setattr(probe, "_LARGEST_ZEROS", 0)
+    model = families.build(name)
+    expected = probe_model(model, 512)
+    with torch.inference_mode():
+        assert probe_model(model, 512) == expected
 
 
 def test_weights_of_any_size_take_no_memory() -> None:
