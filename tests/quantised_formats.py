@@ -400,3 +400,20 @@ def write_family(path: Path, family: str, name: str, shard: str | None = None, *
     writer, config = FORMATS[name]
     write(path, model, lambda owner: writer if projections(owner) else None, config, shard)
     return model
+
+
+def write_gpt_oss(path: Path) -> Path:
+    """A tiny gpt-oss with random packed experts."""
+    families.build("gpt_oss").save_pretrained(path)
+    g, out = torch.Generator().manual_seed(0), {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            out[name] = tensor
+            continue
+        count, inputs, outputs = tensor.shape
+        packed, scales, _ = _mxfp4((count, outputs), inputs, g)
+        out[f"{name}_blocks"], out[f"{name}_scales"] = packed.view(count, outputs, inputs // 32, 16), scales
+    save_file(out, path / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
+    return path

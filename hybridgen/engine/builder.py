@@ -136,7 +136,7 @@ class Builder:
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan, drafter)
         if rotates:
             undo.callback(use_own_rotation, bound)
-            use_one_op(bound, self.resolved.max_context)
+            use_one_op(bound, self.resolved.max_context, self.counters.fall_back)
             undo.callback(use_own_gate, bound)
             with timed("tuning"):
                 tokens, fall_back = self.resolved.token_budget, self.counters.fall_back

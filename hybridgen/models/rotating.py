@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -62,12 +63,13 @@ class RotatingAttention(nn.Module):
     """A base of attention modules that `use_one_op()` changed."""
 
 
-def use_one_op(bound: BoundModel, max_context: int) -> int:
+def use_one_op(bound: BoundModel, max_context: int, fall_back: Callable[[str], None]) -> int:
     """From now on modules for which that is proved normalise, rotate and write in one op; returns how many these are.
     The layers' states must be attached.
 
     Args:
         max_context: positions that the model may be run at; modules are checked early and late in them.
+        fall_back: told where the op would serve modules and is wrong on this device.
     """
     found = {}
     for site in () if bound.mixers else bound.sites:  # with mixers, no prefill is compiled
@@ -90,6 +92,8 @@ def use_one_op(bound: BoundModel, max_context: int) -> int:
             key = rotation, binding.keys.shape[1:], binding.keys.dtype
             if key not in tried:
                 tried[key] = _rotates_right(module, rotation, binding)
+                if not tried[key]:
+                    fall_back("heads are rotated by the model's own code: our kernel gives other results, or fails")
             if not tried[key]:
                 del found[module]
                 continue

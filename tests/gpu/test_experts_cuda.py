@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import families
 import pytest
 import quantised_formats as formats
 import torch
-from safetensors.torch import load_file, save_file
 
 import hybridgen
 from hybridgen.kernels.linear.experts import experts, reference
@@ -159,28 +157,10 @@ def test_choices_of_a_router(form: RouteForm, dtype: torch.dtype) -> None:
 SETTINGS: dict[str, Any] = {"device": "cuda", "max_batch": 4, "page_size": 16, "kv_memory": "64MiB", "max_context": 128}
 
 
-def write_mxfp4(path: Path) -> Path:
-    """A tiny gpt-oss with packed experts."""
-    families.build("gpt_oss").save_pretrained(path)
-    g = torch.Generator().manual_seed(0)
-    out = {}
-    for name, tensor in load_file(path / "model.safetensors").items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            out[name] = tensor
-            continue
-        count, inputs, outputs = tensor.shape
-        packed, scales, _ = formats._mxfp4((count, outputs), inputs, g)
-        out[f"{name}_blocks"], out[f"{name}_scales"] = packed.view(count, outputs, inputs // 32, 16), scales
-    save_file(out, path / "model.safetensors", metadata={"format": "pt"})
-    values = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
-    return path
-
-
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "gpt_oss in mxfp4"])
 def test_every_mode_generates_what_eager_does(name: str, tmp_path: Path) -> None:
     """In float32 token for token; in bfloat16 first logits are close to eager's."""
-    path = write_mxfp4(tmp_path / "packed") if "mxfp4" in name else families.write(name, tmp_path)
+    path = formats.write_gpt_oss(tmp_path / "packed") if "mxfp4" in name else families.write(name, tmp_path)
     prompts = families.prompts_of((7, 33, 1))
     found = {}
     for mode in ("eager", "jit", "graph", "hybrid"):
@@ -288,7 +268,7 @@ def test_a_mixture_of_one_token(case: Case) -> None:
 
 def test_gpt_oss_decodes_one_token_by_the_op_for_mixtures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And first logits are close to eager's, alone and beside another request."""
-    path = write_mxfp4(tmp_path / "packed")
+    path = formats.write_gpt_oss(tmp_path / "packed")
     prompts = families.prompts_of((7, 33))
     with hybridgen.Engine.load(path, mode="eager", dtype="bfloat16", **SETTINGS) as engine:
         wanted = engine.generate(prompts[0], max_new_tokens=3, logprobs=5).logprobs
@@ -305,7 +285,7 @@ def test_gpt_oss_decodes_one_token_by_the_op_for_mixtures(tmp_path: Path, monkey
 @pytest.mark.parametrize("name", ["gpt_oss", "gpt_oss in mxfp4"])
 def test_sinks_and_ends_of_gpt_oss(name: str, tmp_path: Path) -> None:
     """With heads rotated by the op and both ends short: in float32 the tokens of mode eager."""
-    path = write_mxfp4(tmp_path / "packed") if "mxfp4" in name else families.write(name, tmp_path)
+    path = formats.write_gpt_oss(tmp_path / "packed") if "mxfp4" in name else families.write(name, tmp_path)
     prompts = families.prompts_of((7, 33, 1))
     with hybridgen.Engine.load(path, mode="eager", dtype="float32", **SETTINGS) as engine:
         wanted = [out.token_ids for out in engine.generate(prompts, max_new_tokens=12)]

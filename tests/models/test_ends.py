@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import families
 import pytest
 import shared_graphs
 import torch
-from runners import free_runner, make_runner
+from runners import make_runner
 from torch import nn
 
 import hybridgen
@@ -23,14 +22,6 @@ SETTINGS: dict[str, Any] = {
     "max_batch": 2, "page_size": 16, "kv_memory": "4MiB", "max_context": 128, "dtype": "float32",
     "compile_backend": "eager", "compile_cache": False,
 }  # fmt: skip
-
-
-@pytest.fixture
-def runners() -> Iterator[list[ModelRunner]]:
-    made: list[ModelRunner] = []
-    yield made
-    for runner in made:
-        free_runner(runner)
 
 
 @pytest.mark.parametrize(

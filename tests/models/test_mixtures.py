@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import families
 import pytest
 import quantised_formats as formats
 import shared_graphs
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssMLP, GptOssRMSNorm
 
@@ -31,19 +28,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A tiny gpt-oss with packed experts."""
-    families.build("gpt_oss").save_pretrained(tmp_path)
-    g, out = torch.Generator().manual_seed(0), {}
-    for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            out[name] = tensor
-            continue
-        count, inputs, outputs = tensor.shape
-        packed, scales, _ = formats._mxfp4((count, outputs), inputs, g)
-        out[f"{name}_blocks"], out[f"{name}_scales"] = packed.view(count, outputs, inputs // 32, 16), scales
-    save_file(out, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    values = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
-    return tmp_path
+    return formats.write_gpt_oss(tmp_path)
 
 
 @pytest.fixture

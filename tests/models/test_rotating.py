@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 import families
 import pytest
 import torch
-from runners import free_runner, make_runner, prefill_logits
+from runners import make_runner, prefill_logits
 from torch import nn
 
 from hybridgen.execution import ModelRunner
@@ -21,14 +20,6 @@ from hybridgen.models import rotating
 from hybridgen.models.rotating import RotatingAttention, use_one_op, use_own_rotation
 
 CONTEXT = 64
-
-
-@pytest.fixture
-def runners() -> Iterator[list[ModelRunner]]:
-    made: list[ModelRunner] = []
-    yield made
-    for runner in made:
-        free_runner(runner)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +44,7 @@ def test_which_modules_are_proved(name: str, proved: int, sites: int, runners: l
     runners.append(runner)
     own = prefill_logits(runner)
     assert len(runner.bound.sites) == sites
-    assert use_one_op(runner.bound, CONTEXT) == proved
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == proved
     assert sum(isinstance(site.module, RotatingAttention) for site in runner.bound.sites) == proved
     torch.testing.assert_close(prefill_logits(runner), own, rtol=1e-5, atol=1e-5)
     with runner.bound.original_attention(), torch.inference_mode():  # it attends by itself, whatever the last step was
@@ -72,7 +63,7 @@ def test_sinks_and_tables_of_half_the_width(runners: list[ModelRunner], monkeypa
     for site in runner.bound.sites:
         nn.init.normal_(site.module.sinks)  # type: ignore[arg-type]
     own = prefill_logits(runner)
-    assert use_one_op(runner.bound, CONTEXT) == 4
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 4
     assert all(site.module._hybridgen_rotation.half for site in runner.bound.sites)  # type: ignore[union-attr]
     torch.testing.assert_close(prefill_logits(runner), own, rtol=1e-5, atol=1e-5)
     use_own_rotation(runner.bound)
@@ -86,7 +77,7 @@ def test_sinks_and_tables_of_half_the_width(runners: list[ModelRunner], monkeypa
             self.sinks = before
 
     monkeypatch.setattr(type(runner.bound.sites[0].module), "forward", other_sinks)
-    assert use_one_op(runner.bound, CONTEXT) == 0
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 0
 
 
 def _wrong(q: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -110,11 +101,13 @@ def _changing() -> Any:
 def test_an_op_that_is_wrong_with_tables_of_half_the_width(
     op: Any, runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Is found before it is used."""
+    """Is found before it is used, and counted."""
     monkeypatch.setattr(rotating, "rotate_and_write", op)
     runner = make_runner("gpt_oss")
     runners.append(runner)
-    assert use_one_op(runner.bound, CONTEXT) == 0
+    told: list[str] = []
+    assert use_one_op(runner.bound, CONTEXT, told.append) == 0
+    assert told == ["heads are rotated by the model's own code: our kernel gives other results, or fails"]
     assert not any("_hybridgen_rotation" in vars(site.module) for site in runner.bound.sites)
 
 
@@ -156,7 +149,7 @@ def test_a_module_that_does_something_else_is_left_alone(
     kind = type(runner.bound.sites[0].module)
     own = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, **kwargs: forward(own, self, **kwargs))
-    assert use_one_op(runner.bound, CONTEXT) == 0
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 0
 
 
 def test_late_positions_are_looked_at_too(runners: list[ModelRunner], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,15 +163,15 @@ def test_late_positions_are_looked_at_too(runners: list[ModelRunner], monkeypatc
         return own(self, **{**kwargs, "hidden_states": kwargs["hidden_states"] * torch.where(late, 2.0, 1.0)})
 
     monkeypatch.setattr(kind, "forward", forward)
-    assert use_one_op(runner.bound, CONTEXT) == 0
-    assert use_one_op(runner.bound, CONTEXT - 2) == 4
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 0
+    assert use_one_op(runner.bound, CONTEXT - 2, pytest.fail) == 4
 
 
 def test_hooks_keep_a_module_as_it_is(runners: list[ModelRunner]) -> None:
     runner = make_runner("llama")
     runners.append(runner)
     runner.bound.sites[1].module.k_proj.register_forward_hook(lambda *_: None)
-    assert use_one_op(runner.bound, CONTEXT) == 3
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 3
 
 
 def test_what_a_models_code_raises_keeps_all_as_they_are(
@@ -191,7 +184,7 @@ def test_what_a_models_code_raises_keeps_all_as_they_are(
         raise RuntimeError("not on this device")
 
     monkeypatch.setattr(rotating, "turned", raising)
-    assert use_one_op(runner.bound, CONTEXT) == 0
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 0
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("gemma3_text", marks=pytest.mark.slow)])
@@ -202,7 +195,7 @@ def test_it_compiles_as_one_graph_for_each_kind_of_layer(name: str, runners: lis
     expected = prefill_logits(plain)
     runner = make_runner(name, compile_backend="aot_eager")
     runners.append(runner)
-    assert use_one_op(runner.bound, CONTEXT) == len(runner.bound.sites)
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == len(runner.bound.sites)
     compile_layers(runner)
     found = prefill_logits(runner)
     assert runner.compiled is not None
@@ -221,7 +214,7 @@ def test_decode_goes_by_the_op_too(name: str, slots: tuple[int, ...], runners: l
         runner = make_runner(name)
         runners.append(runner)
         if op:
-            assert use_one_op(runner.bound, CONTEXT) == 4
+            assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 4
         prefill_logits(runner)
         runner.state.table[:, :2] = torch.tensor([[7, 9], [20, 9], [1, 1]])
         runner.steps.stage_decode(slots)
@@ -238,7 +231,7 @@ def test_nobody_is_left_out_who_listens_to_a_norm(runners: list[ModelRunner]) ->
     live: Any = families.build("qwen3")
     runner = make_runner(live=live)
     runners.append(runner)
-    assert use_one_op(runner.bound, CONTEXT) == 4
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 4
     module: Any = runner.bound.sites[0].module
     seen: list[int] = []
     handle = live.model.layers[0].self_attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
@@ -257,7 +250,7 @@ def test_an_owners_other_attributes_end_it(runners: list[ModelRunner]) -> None:
     live: Any = families.build("llama")
     runner = make_runner(live=live)
     runners.append(runner)
-    assert use_one_op(runner.bound, CONTEXT) == 4
+    assert use_one_op(runner.bound, CONTEXT, pytest.fail) == 4
     before = prefill_logits(runner)
     for layer in live.model.layers:
         layer.self_attn.scaling *= 3
