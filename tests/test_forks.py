@@ -46,6 +46,9 @@ def test_scripts_and_modules(tmp_path: Path) -> None:
         ("import sys; sys.exit(3)", 3),
         ("import os; os.kill(os.getpid(), 9)", -9),
         ("import atexit, os; atexit.register(os._exit, 7)", 7),
+        ("import sys; sys.exit(True)", 1),
+        ("import sys; sys.exit(-1)", 255),
+        ("import os, sys; os.close(1); os.open('/dev/full', os.O_WRONLY); print('x')", 120),
     ],
 )
 def test_the_end(code: str, status: int) -> None:
@@ -56,6 +59,17 @@ def test_an_exception() -> None:
     done = run("1 / 0")
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_what_is_done_at_the_end() -> None:
+    code = (
+        "import atexit, sys, threading, time\n"
+        "atexit.register(print, 'at exit')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
+        "sys.exit('why')\n"
+    )
+    done = run(code)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "thread\nat exit\n", "why\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
