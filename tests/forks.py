@@ -1,9 +1,9 @@
 """Python processes that start within milliseconds: forks of one that has imported torch, transformers and hybridgen.
 
 `Popen` and `run` are those of `subprocess` for commands of this Python: `-m`, `-c` and scripts. The process is a child
-of this one, with a pid, pipes, signals and an exit status like any other. It ends without taking down what it imported.
-Whatever else is asked for (options of Python, variables that libraries read when they are imported, other programs) starts as always. What a test is about
-process starts, imports or a fresh environment takes `subprocess`.
+of this one, with a pid, pipes, signals and an exit status like any other. At its end it does not take down what was
+imported. Whatever else is asked for (options of Python, variables that libraries read when they are imported, other
+programs) starts as always. What a test is about process starts, imports or a fresh environment takes `subprocess`.
 
 `command()` is for shells: what it returns stands before `-m`, `-c` or a script, and starts a fork too, which ends with
 it and as it does.

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 from places import short_directory
-from wire import Process, Raw, environment, until
+from waiting import HANGS, until
+from wire import Process, Raw, environment
 from worker import case
 
 import hybridgen
@@ -219,7 +220,7 @@ def test_sixteen_clients_with_ten_requests_each(
     ]
     found: dict[int, Completion] = {}
     for worker in workers:
-        out, err = worker.communicate(timeout=200)
+        out, err = worker.communicate(timeout=HANGS)
         assert worker.returncode == 0, err
         for record in map(json.loads, out.splitlines()):
             found[record["number"]] = completion_from_wire(record["completion"])
@@ -319,7 +320,7 @@ def test_interrupted(demo: Process, client: hybridgen.Client) -> None:
     until(one_has_ended)
     time.sleep(0.3)  # what the server has sent is not yet what the child has read
     child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=30)
+    out, _ = child.communicate(timeout=HANGS)
     first, last = out.splitlines()
     assert first.startswith("[('length', 2), ('cancelled', ")
     assert "1 of 2 requests finished" in first
@@ -327,7 +328,7 @@ def test_interrupted(demo: Process, client: hybridgen.Client) -> None:
 
 
 def scrape(demo: Process) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{demo.facts['metrics_port']}/metrics", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{demo.facts['metrics_port']}/metrics", timeout=HANGS) as answer:
         lines = answer.read().decode().splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
@@ -405,7 +406,7 @@ def test_killed_and_started_again_under_load() -> None:
     try:
         assert len(client.generate("x", max_new_tokens=3).token_ids) == 3
         third = Process(first.directory, wait=False)  # two on one path, long before it would have loaded
-        assert third.popen.wait(20) == 2
+        assert third.popen.wait(HANGS) == 2
         assert "another server has" in third.log()
         for key in range(30):
             raw = Raw(second.path) if key == 0 else raw
@@ -414,7 +415,7 @@ def test_killed_and_started_again_under_load() -> None:
         second.popen.send_signal(signal.SIGTERM)  # shutdown under load: all 30 are answered
         assert {raw.receive()["id"] for _ in range(30)} == set(range(30))
         assert raw.ended()
-        assert second.popen.wait(30) == 0
+        assert second.popen.wait(HANGS) == 0
         assert not second.path.exists()
     finally:
         second.kill()

@@ -22,7 +22,8 @@ from fake_server import BREAK, HANG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import short_directory
-from wire import Process, until
+from waiting import HANGS, until
+from wire import Process
 
 from hybridgen import ServerError
 from hybridgen.core import TokenEvent, TokenLogprob
@@ -53,7 +54,7 @@ def test_health_while_a_step_stands_still(toy: Start, door: Open) -> None:
     server = toy("--step-timeout", 0.5)
     url = door(server.path)
     assert httpx.get(f"{url}/health").status_code == 200
-    with httpx.Client(timeout=30) as client:
+    with httpx.Client(timeout=HANGS) as client:
         answer = client.post(f"{url}/v1/completions", json=BODY | {"prompt": [HANG]})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stuck")
         sick = client.get(f"{url}/health")
@@ -77,7 +78,7 @@ def test_the_curl_lines_of_the_docs(url: str) -> None:
     assert lines
     for line in lines:
         command = [word.replace("http://127.0.0.1:8000", url) for word in shlex.split(line)]
-        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+        answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANGS).stdout)
         assert answer["choices"][0]["text"]
 
 
@@ -186,7 +187,7 @@ def test_a_client_that_goes_away_ends_its_request(toy: Start, door: Open, stream
 def test_what_fails_while_it_runs(toy: Start, door: Open) -> None:
     server = toy("--step-timeout", 0.5)
     url = door(server.path)
-    stuck = httpx.post(f"{url}/v1/completions", json={"prompt": [HANG], "max_tokens": 3}, timeout=20)
+    stuck = httpx.post(f"{url}/v1/completions", json={"prompt": [HANG], "max_tokens": 3}, timeout=HANGS)
     assert stuck.status_code == 503
     assert stuck.json()["error"]["code"] == "stuck"
     assert httpx.get(f"{url}/health").status_code == 503
@@ -198,7 +199,7 @@ def test_an_error_inside_a_stream_is_an_event(toy: Start, door: Open) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
         stream = client.completions.create(model="demo", prompt=[1], max_tokens=5000, stream=True)
         next(iter(stream))
-        broken = httpx.post(f"{url}/v1/completions", json={"prompt": [BREAK]}, timeout=20)
+        broken = httpx.post(f"{url}/v1/completions", json={"prompt": [BREAK]}, timeout=HANGS)
         assert broken.status_code in (500, 503)
         assert "/secret" not in broken.text
         with pytest.raises(openai.APIError):
@@ -238,7 +239,7 @@ def test_a_server_that_comes_back_is_found_again(toy: Start, door: Open) -> None
 )
 def test_bodies_that_are_no_requests(url: str, data: bytes, status: int) -> None:
     begun = time.monotonic()
-    answer = httpx.post(f"{url}/v1/completions", content=data, timeout=30)
+    answer = httpx.post(f"{url}/v1/completions", content=data, timeout=HANGS)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
     assert time.monotonic() - begun < 10
@@ -264,7 +265,7 @@ NAMES = (
 def test_hostile_fields_are_answered_in_form(url: str, path: str, body: dict[str, Any]) -> None:
     if path == "/v1/completions" and body.get("max_tokens") is None:
         body["max_tokens"] = 1
-    answer = httpx.post(url + path, json=body, timeout=60)
+    answer = httpx.post(url + path, json=body, timeout=HANGS)
     assert answer.status_code < 500
     if answer.status_code != 200:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -303,13 +304,13 @@ def test_mutated_requests_are_answered_in_form(url: str, bodies: int) -> None:
                 elif change == "doubled":
                     data[place:place] = data[place : place + draw.randint(1, 20)]
                 data = data or bytearray(b" ")
-            answer = client.post(url + path, content=bytes(data), timeout=60)
+            answer = client.post(url + path, content=bytes(data), timeout=HANGS)
             assert answer.status_code == 200 or 400 <= answer.status_code < 500, bytes(data)
             if answer.status_code != 200:
                 refused += 1
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, bytes(data)
     assert refused > bodies / 2
-    assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=30).status_code == 200
+    assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=HANGS).status_code == 200
 
 
 def test_a_slow_reader_does_not_hold_others_up(toy: Start, door: Open) -> None:
@@ -322,7 +323,7 @@ def test_a_slow_reader_does_not_hold_others_up(toy: Start, door: Open) -> None:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         time.sleep(0.5)  # it reads nothing
         for _ in range(5):
-            assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=10).status_code == 200
+            assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=HANGS).status_code == 200
     until(lambda: at_rest(server))
 
 

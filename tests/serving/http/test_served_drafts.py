@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from places import short_directory
-from wire import Process, at_rest, until
+from waiting import HANGS, until
+from wire import Process, at_rest
 
 import hybridgen
 from hybridgen.demo import model_path
@@ -55,7 +56,7 @@ def test_what_became_of_drafts_is_exported(drafting: Process) -> None:
         stats = client.stats()["engine"]["speculation"]
     assert found.accepted_tokens > 3
     assert found.tokens_per_step > 1.2
-    with urllib.request.urlopen(f"http://127.0.0.1:{drafting.facts['metrics_port']}/metrics", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{drafting.facts['metrics_port']}/metrics", timeout=HANGS) as answer:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
     counts = {result: float(lines[f'hybridgen_drafts_total{{drafter="{stats["drafter"]}",result="{result}"}}'])
               for result in ("accepted", "refused")}  # fmt: skip
@@ -101,7 +102,7 @@ def test_by_http(drafting: Process, engine: hybridgen.Engine, door: Callable[...
         )
         texts: dict[int, str] = {}
         reasons: dict[int, str] = {}
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=HANGS) as answer:
             lines = [line[6:] for line in answer.read().decode().splitlines() if line.startswith("data: ")]
         assert lines.pop() == "[DONE]"
         for line in lines:

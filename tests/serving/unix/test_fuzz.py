@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wire import Process, Raw, until
+from waiting import until
+from wire import Process, Raw
 
 WORDS: list[Any] = [
     None, True, 0, 1, -1, 2**53, 2**64, 1.5, 1e300, "", "x", "-inf", "nan", "\ud800", [], {}, [[]], [1, 2], ["x"],
