@@ -271,7 +271,7 @@ def _serve(listener: socket.socket, life: int) -> dict[str, Any]:
     for number, file in enumerate(files):
         os.dup2(file, number)
     if request["parent"] is not None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while request["parent"] != os.getppid():
             if time.monotonic() > deadline:
                 os._exit(1)  # nobody waits for it any more

@@ -35,5 +35,5 @@ def test_tests_run_side_by_side_or_alone(tmp_path: Path) -> None:
     with first.take(alone=False):
         thread.start()
         assert not entered.wait(0.1)
-    thread.join(10)
+    thread.join(HANGS)
     assert entered.is_set()

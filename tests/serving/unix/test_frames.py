@@ -7,7 +7,7 @@ import random
 import struct
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridgen.serving.unix.frames import MAX_DEPTH, FrameError, FrameReader, decode, encode, measure
@@ -19,7 +19,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(st.lists(st.dictionaries(st.text(), values, max_size=4), max_size=5), st.randoms())
 def test_any_cut_gives_the_same_messages(messages: list[dict[str, object]], chance: random.Random) -> None:
     data = b"".join(map(encode, messages))
@@ -88,7 +88,7 @@ def test_depth_is_exact(depth: int) -> None:
                 assert measure(body, depth).too_deep == (levels(json.loads(body)) > depth), body
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(values)
 def test_values_are_counted(value: object) -> None:
     def count(item: object) -> tuple[int, int]:
