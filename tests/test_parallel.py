@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("xdist")
 
 from parallel import ByFile, Turns
+from waiting import HANGS
 
 
 def test_a_files_tests_stay_together_and_families_are_pieces_of_their_own() -> None:
