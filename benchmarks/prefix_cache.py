@@ -65,6 +65,7 @@ def main() -> None:
         name, repeats = "tiny", 1
         case = {"context": 150, "questions": 4, "question": 8, "answer": 3, "turns": 3, "message": 40, "reply": 8}
         options |= {"compile_backend": "eager", "max_batch": 4, "max_context": 256, "kv_memory": "16MiB"}
+        options |= {"decode_buckets": [1, 4], "prefill_buckets": [32]}
     model = random_model(name, shape_dtype(name, device), device, join=False)
     vocab = model.config.vocab_size
     directory = tempfile.TemporaryDirectory()

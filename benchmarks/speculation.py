@@ -276,27 +276,28 @@ def on_text(files: int | None, lengths: tuple[int, int, int], new: tuple[int, in
     this_device()
     options = {"mode": "eager", "device": "cpu", "dtype": "float32", "max_batch": 16}
     texts = held_out_files()[:files]
-    rows = []
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
     with Engine.load(None, **options) as plain:
         tokenizer = plain.tokenizer
         ids_of = [tokenizer(text[: 8 * lengths[0]])["input_ids"][: lengths[0]] for text in texts]
         begun = [ids for ids in ids_of if len(ids) == lengths[0]]
         edits = [ids for text in texts if (ids := edited(tokenizer, text, lengths[1], lengths[2])) is not None]
-        for what, prompts, sampling in (
+        cases: list[tuple[str, list[Any], dict[str, Any]]] = [
             ("held-out files", begun, {"temperature": 0.0, "max_new_tokens": new[0], "repetition_penalty": 1.0}),
             ("held-out files", begun, {"temperature": 0.0, "max_new_tokens": new[0], "repetition_penalty": 1.2}),
             ("held-out files", begun, {"temperature": 0.8, "max_new_tokens": new[0], "repetition_penalty": 1.0}),
             ("editing", edits, {"temperature": 0.0, "max_new_tokens": new[1], "repetition_penalty": 1.0}),
-        ):
+        ]
+        for _, _, sampling in cases:
             sampling |= {"seed": 1, "ignore_eos": True}
-            expected = plain.generate(prompts, **sampling)
-            for drafter, field in drafters_on_text().items():
-                with Engine.load(None, **field, **options) as engine:
-                    rows.append(
-                        {"what": what, "drafter": drafter} | text_row(engine, prompts, sampling, expected),
-                    )
-                print(rows[-1], flush=True)
-    return rows
+        expected = [plain.generate(prompts, **sampling) for _, prompts, sampling in cases]
+    for drafter, field in drafters_on_text().items():
+        with Engine.load(None, **field, **options) as engine:
+            for number, (what, prompts, sampling) in enumerate(cases):
+                row = text_row(engine, prompts, sampling, expected[number])
+                rows[number, drafter] = {"what": what, "drafter": drafter} | row
+                print(rows[number, drafter], flush=True)
+    return [rows[key] for key in sorted(rows, key=lambda key: key[0])]
 
 
 def drafters_on_text() -> dict[str, dict[str, Any]]:
@@ -314,8 +315,10 @@ def drafters_on_text() -> dict[str, dict[str, Any]]:
 
 def text_row(engine: Engine, prompts: list[Any], sampling: dict[str, Any], expected: list[Any]) -> dict[str, Any]:
     """Tokens a step of a call, and whether its tokens are the expected ones."""
+    before = engine.stats().speculation
     found = engine.generate(prompts, **sampling)
-    stats = engine.stats().speculation
+    after = engine.stats().speculation
+    drafted = after.drafted - before.drafted
     steps = [sum(step.count for step in out.steps if step.phase == "decode") for out in found]
     each = sorted((sampling["max_new_tokens"] - 1) / number for number in steps)
     return {
@@ -323,11 +326,11 @@ def text_row(engine: Engine, prompts: list[Any], sampling: dict[str, Any], expec
         "temperature": sampling["temperature"],
         "requests": len(prompts),
         "new": sampling["max_new_tokens"],
-        "tokens_per_step": stats.tokens_per_step,
+        "tokens_per_step": (after.tokens - before.tokens) / (after.steps - before.steps),
         "least": each[0],
         "median": each[len(each) // 2],
         "most": each[-1],
-        "accepted": stats.accepted / max(stats.drafted, 1),
+        "accepted": (after.accepted - before.accepted) / max(drafted, 1),
         "equal": sum(a.token_ids == b.token_ids for a, b in zip(found, expected, strict=True)),
     }
 

@@ -75,7 +75,7 @@ def main() -> None:
     }
     if arguments.smoke:
         name = "tiny"
-        options = {"prompt_lengths": [5, 20], "new_tokens": 3, "budget": 10.0, "min_repeats": 2, "repeats": 2}
+        options = {"prompt_lengths": [5, 20], "new_tokens": 3, "budget": 60.0, "min_repeats": 2, "repeats": 2}
         options |= {"compile_backend": "eager", "decode_buckets": [1], "prefill_buckets": [8, 32]}
     comparison = hybridgen.compare(
         random_model(name, shape_dtype(name, device), device),

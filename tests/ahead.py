@@ -20,6 +20,7 @@ IMPORTS = (
     "hybridgen.graphs.store",
     "hybridgen.serving.process",
     "hybridgen.serving.replicas.replicas",
+    "tabulate",  # for Dynamo, at the end of every process
 )
 
 

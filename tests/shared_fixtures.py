@@ -14,6 +14,7 @@ import pytest
 import shared_graphs
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from interpreter import Interpreter
 
 import hybridgen
@@ -23,6 +24,9 @@ from hybridgen.models import probe
 
 # The models are tiny: more threads only get into each other's way.
 torch.set_num_threads(1)
+# Machines are slow, or busy with something else.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import compiler
 import pytest
+from waiting import HANGS
 
 
 def call(kept: Path, *arguments: str) -> int:
     script = [sys.executable, "-I", "-S", compiler.__file__]
-    return subprocess.run([*script, str(kept.parent / "real"), str(kept), *arguments], timeout=60).returncode
+    return subprocess.run([*script, str(kept.parent / "real"), str(kept), *arguments], timeout=HANGS).returncode
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ from hybridgen.loading.support import unsupported_reason
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+ELSEWHERE = "production.md"
+"""`test_production_page.py` runs its blocks of Python."""
 
 _BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.S | re.M)
 
@@ -135,7 +137,11 @@ def prepared(text: str) -> str:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if any(b.kind == "python" and not b.why_not for b in blocks(page))],
+    [
+        page
+        for page in PAGES
+        if page.name != ELSEWHERE and any(b.kind == "python" and not b.why_not for b in blocks(page))
+    ],
     ids=lambda page: page.name,
 )
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,17 +190,16 @@ def test_a_page_links_to_each_notebook() -> None:
 
 
 def shell_blocks() -> list[Any]:
-    """Filling a compile cache is slow: `tests/compilation/store` has its commands."""
-    return [
-        pytest.param(
-            block,
-            id=f"{page.name}:{block.line}",
-            marks=pytest.mark.slow if "hybridgen cache warm" in block.text else (),
-        )
-        for page in PAGES
-        for block in blocks(page)
-        if block.kind in ("sh", "bash") and block.why_not is None
-    ]
+    """Those that run the same commands once. Filling a compile cache is slow: `tests/compilation/store` has its
+    commands."""
+    found = {}
+    for page in PAGES:
+        for block in blocks(page):
+            if block.kind in ("sh", "bash") and block.why_not is None:
+                marks = pytest.mark.slow if "hybridgen cache warm" in block.text else ()
+                param = pytest.param(block, id=f"{page.name}:{block.line}", marks=marks)
+                found.setdefault(re.sub(r"^pip install.*?( && |$)", "", block.text, flags=re.M).strip(), param)
+    return list(found.values())
 
 
 @pytest.mark.parametrize("block", shell_blocks())

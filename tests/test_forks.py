@@ -11,13 +11,14 @@ from pathlib import Path
 
 import forks
 import pytest
+from waiting import HANGS, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes start as always")
 FORKED = "'torch' in sys.modules"
 
 
 def run(code: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return forks.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, **options)
+    return forks.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=HANGS, **options)
 
 
 def test_it_is_a_child_with_its_arguments_place_and_environment(tmp_path: Path) -> None:
@@ -46,6 +47,9 @@ def test_scripts_and_modules(tmp_path: Path) -> None:
         ("import sys; sys.exit(3)", 3),
         ("import os; os.kill(os.getpid(), 9)", -9),
         ("import atexit, os; atexit.register(os._exit, 7)", 7),
+        ("import sys; sys.exit(True)", 1),
+        ("import sys; sys.exit(-1)", 255),
+        ("import os, sys; os.close(1); os.open('/dev/full', os.O_WRONLY); print('x')", 120),
     ],
 )
 def test_the_end(code: str, status: int) -> None:
@@ -58,22 +62,33 @@ def test_an_exception() -> None:
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
+def test_what_is_done_at_the_end() -> None:
+    code = (
+        "import atexit, sys, threading, time\n"
+        "atexit.register(print, 'at exit')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
+        "sys.exit('why')\n"
+    )
+    done = run(code)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "thread\nat exit\n", "why\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_signals(number: int) -> None:
-    code = "import time; print('ready', flush=True); time.sleep(60)"
+    code = "import time; print('ready', flush=True); time.sleep(600)"
     process = forks.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(number)
-    assert process.wait(20) == -number
+    assert process.wait(HANGS) == -number
     process.stdout.close()
 
 
 def test_an_interrupt() -> None:
-    code = "import time\ntry:\n print('ready', flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('caught')"
+    code = "import time\ntry:\n print('ready', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: print('caught')"
     process = forks.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[0] == "caught\n"
+    assert process.communicate(timeout=HANGS)[0] == "caught\n"
 
 
 def test_a_session_of_its_own() -> None:
@@ -100,7 +115,7 @@ def test_what_a_fork_starts() -> None:
 def shell(script: str) -> subprocess.CompletedProcess[str]:
     python = shlex.join(forks.command())
     script = script.replace("PYTHON", python)
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=HANGS)
 
 
 def test_in_a_shell() -> None:
@@ -112,14 +127,10 @@ def test_in_a_shell() -> None:
 
 
 def test_a_shells_job_that_is_told_to_end() -> None:
-    sleeping = "PYTHON -c 'import os, time; print(os.getpid(), flush=True); time.sleep(60)' >pid & p=$!; "
+    sleeping = "PYTHON -c 'import os, time; print(os.getpid(), flush=True); time.sleep(600)' >pid & p=$!; "
     sleeping = "cd $(mktemp -d); " + sleeping + "until [ -s pid ]; do sleep 0.02; done; "
     for name in ("TERM", "KILL"):
         done = shell(f"{sleeping} kill -{name} $p; wait $p; echo $?; cat pid")
         status, pid = map(int, done.stdout.split())
         assert status == 128 + signal.Signals[f"SIG{name}"]
-        for _ in range(200):
-            if not Path(f"/proc/{pid}").exists():
-                break
-            signal.sigtimedwait([], 0.02)
-        assert not Path(f"/proc/{pid}").exists()
+        until(lambda pid=pid: not Path(f"/proc/{pid}").exists())

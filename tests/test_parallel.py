@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("xdist")
 
 from parallel import ByFile, Turns
+from waiting import HANGS
 
 
 def test_a_files_tests_stay_together_and_families_are_pieces_of_their_own() -> None:
@@ -35,5 +36,5 @@ def test_tests_run_side_by_side_or_alone(tmp_path: Path) -> None:
     with first.take(alone=False):
         thread.start()
         assert not entered.wait(0.1)
-    thread.join(10)
+    thread.join(HANGS)
     assert entered.is_set()

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from waiting import HANGS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "requirements.py"
@@ -53,7 +54,7 @@ def test_many_are_named() -> None:
 
 
 def test_the_figures_in_the_docs_are_those_of_the_files() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}; run python benchmarks/requirements.py"
 
 

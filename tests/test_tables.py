@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from waiting import HANGS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "tables.py"
@@ -33,7 +34,7 @@ def write(folder: Path, name: str, **result: Any) -> None:
 
 
 def test_the_docs_are_up_to_date() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}; run python benchmarks/tables.py"
 
 

@@ -20,7 +20,7 @@ TINY: dict[str, Any] = {
     "prompt_lengths": (5, 20),
     "batch_sizes": (1, 2),
     "new_tokens": 4,
-    "budget": 20,
+    "budget": 600,
     "repeats": 2,
     "warm_up": 1,
     "compile_backend": "eager",
@@ -188,7 +188,7 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_
 def test_smoke_runs_all_modes_of_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The small run, with a backend that compiles nothing: what it costs with Inductor is for whoever runs it."""
     options = ["--engine", "compile_backend=eager", "dtype=float32", "page_size=16", "prefill_buckets=[16,64]"]
-    code = main(["compare", "--smoke", "--budget", "1", *options, "--output", str(tmp_path)])
+    code = main(["compare", "--smoke", "--budget", "1", "--new-tokens", "4", *options, "--output", str(tmp_path)])
     text = capsys.readouterr().out
     assert code == 0, text
     assert len(list(tmp_path.iterdir())) == 8

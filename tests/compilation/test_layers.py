@@ -30,10 +30,10 @@ def run_prefill(runner: ModelRunner, count: int) -> None:
     runner.steps.run(GraphKey.prefill(count, 1, SamplerPlan()))
 
 
-@pytest.mark.parametrize("layers", [2, 12])
-def test_graphs_do_not_grow_with_depth(layers: int) -> None:
+def test_graphs_do_not_grow_with_depth() -> None:
+    """Four layers, below, have as many."""
     shared_graphs.forget()
-    runner = make("llama", num_hidden_layers=layers)
+    runner = make("llama", num_hidden_layers=12)
     compile_layers(runner)
     assert runner.compiled.compiles == 3
     runner.disable_compilation()
@@ -74,9 +74,9 @@ def test_cuda_is_shown_sizes_that_kernels_are_to_be_fast_at(
 def test_a_cached_graph_for_fewer_tokens_does_not_cut_the_range() -> None:
     """Inductor's cache has the range of what it keeps as a guard, not in its key."""
     for budget in (32, 96):
-        runner = make_runner("llama", compile_backend="inductor", token_budget=budget)
+        runner = make_runner("llama", compile_backend="inductor", token_budget=budget, max_batch=1)
         compile_layers(runner)
-        assert runner.compiled.compiles == 3, budget
+        assert runner.compiled.compiles == 2, budget
         assert runner.compiled.strict
         runner.disable_compilation()
         runner.bound.release()

@@ -31,7 +31,7 @@ COMMAND = f"import quick_interpreter\nquick_interpreter.install()\n{ranks.COMMAN
 def outcome(path: Path, **fields: Any) -> tuple[list[list[int]], EngineStats]:
     """Tokens of a batch and of one row, and how they came about."""
     with Engine.load(path, **CONFIG, **fields) as engine:
-        done = [*engine.generate(PROMPTS, max_new_tokens=4), engine.generate(PROMPTS[0], max_new_tokens=3)]
+        done = [*engine.generate(PROMPTS, max_new_tokens=3), engine.generate(PROMPTS[0], max_new_tokens=2)]
         if "tensor_parallel" in fields:
             runner: Any = engine._runner
             if not runner.ranks_agree():

@@ -9,9 +9,20 @@ from typing import Any
 import pytest
 import torch
 from places import short_directory
+from waiting import HANGS
 from wire import Process
 
 import hybridgen
+from hybridgen.serving.client import async_client, link
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clients_are_patient() -> Iterator[None]:
+    """With servers that share the cores with other programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (link, async_client):
+            patch.setattr(module, "HELLO_SECONDS", HANGS)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +43,14 @@ def engine() -> Iterator[hybridgen.Engine]:
     with hybridgen.Engine.load(mode="eager", dtype="float32", kv_memory="32MiB", max_batch=8) as loaded:
         yield loaded
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def plain() -> Iterator[Process]:
+    """A toy server without options; tests leave it as they found it."""
+    process = Process(short_directory(), fake=True)
+    yield process
+    process.kill()
 
 
 @pytest.fixture

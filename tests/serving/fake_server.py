@@ -1,7 +1,7 @@
 """A server whose model is a toy, so that it can hang, break and be slow on demand; it needs no torch.
 
 A prompt is a list of ids; it generates `max_new_tokens` ids that count up from the last one. Special first ids make
-it misbehave.
+it misbehave. What hangs does so until there is a file, which `Process.go_on` makes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any, ClassVar
 from hybridgen.core import Completion, FinishReason, Timing, TokenEvent
 from hybridgen.errors import EngineError, HybridgenError, LoadError, PromptError
 from hybridgen.params import SamplingParams
-from hybridgen.serving.lifecycle import endpoint
+from hybridgen.serving.lifecycle import endpoint, lifecycle
 from hybridgen.serving.process import ServeOptions, serve_model
 from hybridgen.serving.service.limits import Limits
 
 HANG, BREAK, BUG, REFUSE, FATAL_BUG = 9001, 9002, 9003, 9004, 9005
 SLOTS = 4
+LONG = 600.0
+"""Seconds of every limit of time that a test does not give."""
 
 
 class Run:
@@ -64,10 +66,15 @@ class ToyModel:
 
     description: ClassVar[dict[str, Any]] = {"model": "toy", "mode": "toy", "max_batch": SLOTS, "max_context": 100_000}
 
-    def __init__(self, step_seconds: float, unload: Path, close_seconds: float) -> None:
-        self.close_seconds = close_seconds
+    def __init__(self, step_seconds: float, notes: str, hangs: bool) -> None:
+        """
+        Args:
+            notes: how files begin by which the test and the toy tell each other something.
+            hangs: at its end.
+        """
         self.step_seconds = step_seconds
-        self.unload = unload
+        self.notes = notes
+        self.hangs = hangs
         self.runs: list[Run] = []
         self.told: list[Run] = []
         """Those that may have something to tell."""
@@ -78,9 +85,9 @@ class ToyModel:
     def encode(self, prompt: Any, index: int) -> Any:
         if isinstance(prompt, list):
             raise PromptError("this chat is refused")
-        text, _, seconds = str(prompt).partition(" for ")
-        if text == "sleep":
-            time.sleep(float(seconds))
+        text, _, place = str(prompt).partition(" for ")
+        if text == "wait":
+            wait_for(Path(place))
         return [len(text)]
 
     def submit(self, prompts: list[Any], sampling: list[SamplingParams], *, events: bool) -> list[Run]:
@@ -110,7 +117,7 @@ class ToyModel:
         time.sleep(self.step_seconds)
         for run in list(self.runs):
             if run.prompt[0] == HANG:
-                time.sleep(3.0)
+                wait_for(Path(f"{self.notes}.go-on"))
             if run.prompt[0] == FATAL_BUG:
                 raise ZeroDivisionError("a bug at /secret/place/of/a/file.py")
             if run.prompt[0] == BREAK:
@@ -139,8 +146,15 @@ class ToyModel:
         return {"running": len(self.runs), "pages": 10, "free_pages": 10 - len(self.runs[:SLOTS]), "graphs": {}}
 
     def close(self) -> None:
-        time.sleep(self.close_seconds)
-        self.unload.write_text("closed")
+        if self.hangs:
+            Path(f"{self.notes}.closing").touch()
+            wait_for(Path(f"{self.notes}.go-on"))
+        Path(f"{self.notes}.unloaded").touch()
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.005)
 
 
 def note(line: str) -> None:
@@ -153,19 +167,22 @@ def main() -> int:
     parser.add_argument("--socket")
     parser.add_argument("--ready-file", type=Path)
     parser.add_argument("--step", type=float, default=0.001)
-    parser.add_argument("--step-timeout", type=float, default=60.0)
-    parser.add_argument("--drain-timeout", type=float, default=60.0)
+    parser.add_argument("--step-timeout", type=float, default=LONG)
+    parser.add_argument("--drain-timeout", type=float, default=LONG)
     parser.add_argument("--idle-exit", type=float)
     parser.add_argument("--metrics", type=int)
     parser.add_argument("--scrape-seconds", type=float, default=endpoint.SECONDS)
     parser.add_argument("--load", type=float, default=0.0)
-    parser.add_argument("--close", type=float, default=0.0)
+    parser.add_argument("--close-seconds", type=float, default=lifecycle.CLOSE_SECONDS)
+    parser.add_argument("--close-hangs", action="store_true")
     parser.add_argument("--load-error", action="store_true")
     parser.add_argument("--limit", action="append", default=[])
     arguments = parser.parse_args()
     endpoint.SECONDS = arguments.scrape_seconds
+    lifecycle.CLOSE_SECONDS = arguments.close_seconds
     logging.basicConfig(level=logging.INFO)
-    limits = dict(item.split("=") for item in arguments.limit)
+    limits = dict.fromkeys(("encode_seconds", "frame_seconds", "write_seconds"), LONG)
+    limits |= dict(item.split("=") for item in arguments.limit)
     options = ServeOptions(
         socket=arguments.socket,
         ready_file=arguments.ready_file,
@@ -177,10 +194,11 @@ def main() -> int:
     )
 
     def load() -> ToyModel:
+        Path(f"{arguments.ready_file}.loading").touch()
         time.sleep(arguments.load)
         if arguments.load_error:
             raise LoadError("there is no toy")
-        return ToyModel(arguments.step, Path(f"{arguments.ready_file}.unloaded"), arguments.close)
+        return ToyModel(arguments.step, str(arguments.ready_file), arguments.close_hangs)
 
     try:
         return serve_model(load, options, note)

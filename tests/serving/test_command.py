@@ -12,6 +12,7 @@ from typing import Any
 import forks
 import pytest
 from places import short_directory
+from waiting import HANGS
 from wire import environment
 
 import hybridgen
@@ -57,7 +58,7 @@ def test_bad_places(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_a_model_that_is_not_there() -> None:
     directory = short_directory()
     command = [sys.executable, "-m", "hybridgen", "serve", "/no/such/model", "--socket", str(directory / "x")]
-    done = forks.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    done = forks.run(command, capture_output=True, text=True, env=environment(), timeout=HANGS)
     assert done.returncode == 2
     assert "hybridgen: " in done.stderr
     assert "/no/such/model" in done.stderr

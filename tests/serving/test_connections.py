@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from fake_server import BREAK, HANG, REFUSE
-from wire import Process, Raw, at_rest, joins, ping, request, until
+from waiting import HANGS, until
+from wire import Process, Raw, at_rest, joins, ping, request
 
 import hybridgen
 from hybridgen import FinishReason, Interrupted, PromptError, SamplingError, ServerError
@@ -27,9 +28,9 @@ def test_a_half_closed_client_is_gone(toy: Start) -> None:
     raw = Raw(server.path)
     raw.send(request(1, [10**6], max_new_tokens=10**7, stream=True))
     with server.client() as client:
-        until(lambda: client.ping()["steps"] > 10_000)  # more than the socket holds
+        until(lambda: client.ping()["steps"] > 4_000)  # more than the socket holds
         raw.socket.shutdown(socket.SHUT_WR)
-        until(lambda: at_rest(client), 5)
+        until(lambda: at_rest(client))
         assert client.ping()["clients"] == 1
 
 
@@ -107,7 +108,7 @@ def test_a_request_that_is_interrupted_just_after_it_was_sent_is_cancelled(toy: 
         with pytest.raises(Interrupted):
             client.generate([1], max_new_tokens=10**6)
         assert not link.closed
-        until(lambda: ping(server)["in_flight"] == 0, 5)
+        until(lambda: ping(server)["in_flight"] == 0)
 
 
 def test_a_stream_that_is_never_read_has_no_connection(toy: Start) -> None:
@@ -124,7 +125,7 @@ def test_a_stream_that_is_never_read_has_no_connection(toy: Start) -> None:
 def test_two_servers_on_one_path(toy: Start) -> None:
     first = toy()
     second = toy(at=first.directory, wait=False)
-    assert second.popen.wait(20) == 2
+    assert second.popen.wait(HANGS) == 2
     assert "another server has" in second.log()
     with first.client() as client:
         assert client.ping()["pid"] == first.popen.pid
@@ -151,7 +152,7 @@ def test_cancelled_by_another_thread(toy: Start) -> None:
         thread.start()
         until(lambda: client.in_flight and client.ping()["in_flight"])
         client.cancel()
-        thread.join(20)
+        thread.join(HANGS)
         assert results[0].finish_reason is FinishReason.CANCELLED
         assert client.in_flight == ()
 
@@ -231,7 +232,7 @@ def test_the_error_of_a_failed_request_is_raised_or_kept(toy: Start) -> None:
     server = toy("--step", 0.01)
     with server.client() as client, pytest.raises(EngineError, match="the device failed: it is at <path>"):
         client.generate([BREAK])
-    assert server.popen.wait(20) == 1
+    assert server.popen.wait(HANGS) == 1
 
 
 def test_a_client_waits_for_a_server_that_starts(

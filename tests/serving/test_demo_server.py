@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from places import short_directory
-from wire import Process, Raw, environment, until
+from waiting import HANGS, until
+from wire import Process, Raw, environment
 from worker import case
 
 import hybridgen
@@ -68,7 +70,7 @@ def same(ours: Completion, theirs: Completion) -> None:
 def test_results_equal_those_in_process(
     client: hybridgen.Client, engine: hybridgen.Engine, fields: dict[str, Any]
 ) -> None:
-    fields = {"max_new_tokens": 24, "seed": 1} | fields
+    fields = {"max_new_tokens": 12, "seed": 1} | fields
     for prompt in ("def read(path):\n", [5, 6, 7]):
         same(client.generate(prompt, **fields), engine.generate(prompt, **fields))
         ours, theirs = list(client.stream(prompt, **fields)), list(engine.stream(prompt, **fields))
@@ -202,14 +204,15 @@ def matches(ours: Completion, theirs: Completion) -> bool:
     return True
 
 
-def test_sixteen_clients_with_ten_requests_each(
-    demo: Process, client: hybridgen.Client, engine: hybridgen.Engine
+@pytest.mark.parametrize("each", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_sixteen_clients_with_several_requests_each(
+    demo: Process, client: hybridgen.Client, engine: hybridgen.Engine, each: int
 ) -> None:
     descriptors = demo.descriptors()
     steps = client.ping()["steps"]
     workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(demo.path), str(10 * number), "10"],
+        forks.Popen(
+            [sys.executable, str(WORKER), str(demo.path), str(each * number), str(each)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -219,15 +222,15 @@ def test_sixteen_clients_with_ten_requests_each(
     ]
     found: dict[int, Completion] = {}
     for worker in workers:
-        out, err = worker.communicate(timeout=200)
+        out, err = worker.communicate(timeout=HANGS)
         assert worker.returncode == 0, err
         for record in map(json.loads, out.splitlines()):
             found[record["number"]] = completion_from_wire(record["completion"])
-    assert sorted(found) == list(range(160))
+    assert sorted(found) == list(range(16 * each))
     steps = client.ping()["steps"] - steps
-    prompts, wires = zip(*map(case, range(160)), strict=True)
+    prompts, wires = zip(*map(case, range(16 * each)), strict=True)
     expected = dict(enumerate(engine.generate(list(prompts), list(map(sampling_from_wire, wires)))))
-    different = [number for number in range(160) if not matches(found[number], expected[number])]
+    different = [number for number in range(16 * each) if not matches(found[number], expected[number])]
     # In a batch of another size a matrix product may end in other last bits, and a token whose two best candidates are
     # that close may then be another one.
     assert len(different) <= 2, different
@@ -246,7 +249,7 @@ def test_killed_clients_leave_nothing(demo: Process, client: hybridgen.Client) -
     )
     descriptors = demo.descriptors()
     victims = [
-        subprocess.Popen([sys.executable, "-c", code, str(demo.path)], stdout=subprocess.PIPE, env=environment())
+        forks.Popen([sys.executable, "-c", code, str(demo.path)], stdout=subprocess.PIPE, env=environment())
         for _ in range(4)
     ]
     for victim in victims:
@@ -261,7 +264,7 @@ def test_killed_clients_leave_nothing(demo: Process, client: hybridgen.Client) -
         victim.stdout.close()
     steps = client.ping()["steps"]
     until(lambda: at_rest(client))
-    assert client.ping()["steps"] - steps <= 20  # at the next step, not when they would have ended
+    assert client.ping()["steps"] - steps <= 100  # at the next step, not when they would have ended
     assert demo.descriptors() == descriptors
     assert client.generate("x", max_new_tokens=2).finish_reason is FinishReason.LENGTH
 
@@ -293,41 +296,39 @@ def test_a_stopped_client_does_not_stop_others(demo: Process, client: hybridgen.
     until(lambda: at_rest(client))
 
 
-def test_interrupted(demo: Process, client: hybridgen.Client) -> None:
-    before = client.stats()["engine"]["requests"].get("length", 0)
+def test_interrupted(demo: Process) -> None:
     code = (
         "import sys, hybridgen\n"
         "from hybridgen import SamplingParams as P\n"
         "client = hybridgen.Client(sys.argv[1])\n"
-        "print('ready', flush=True)\n"
+        "hand_out = client._link._hand_out\n"
+        "def told(message):\n"
+        "    hand_out(message)\n"
+        "    if message['type'] == 'done': print('one is done', flush=True)\n"
+        "client._link._hand_out = told\n"
         "try:\n"
         "    client.generate(['x', 'y'], [P(max_new_tokens=2), P(max_new_tokens=1000, ignore_eos=True)])\n"
         "except hybridgen.Interrupted as error:\n"
         "    print([(str(c.finish_reason), len(c.token_ids)) for c in error.completions], error)\n"
+        "del client._link._hand_out\n"
         "print(len(client.generate('x', max_new_tokens=3).token_ids))\n"
     )
-    child = subprocess.Popen(
+    child = forks.Popen(
         [sys.executable, "-c", code, str(demo.path)], stdout=subprocess.PIPE, text=True, env=environment()
     )
     assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-
-    def one_has_ended() -> bool:
-        engine = client.stats()["engine"]
-        return engine["running"] == 1 and engine["requests"].get("length", 0) > before
-
-    until(one_has_ended)
-    time.sleep(0.3)  # what the server has sent is not yet what the child has read
+    assert child.stdout.readline() == "one is done\n"
+    time.sleep(0.2)  # the child has read it, and looks at it now
     child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=30)
-    first, last = out.splitlines()
+    out, _ = child.communicate(timeout=HANGS)
+    first, last = (line for line in out.splitlines() if line != "one is done")
     assert first.startswith("[('length', 2), ('cancelled', ")
     assert "1 of 2 requests finished" in first
     assert last == "3"
 
 
 def scrape(demo: Process) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{demo.facts['metrics_port']}/metrics", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{demo.facts['metrics_port']}/metrics", timeout=HANGS) as answer:
         lines = answer.read().decode().splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
@@ -365,7 +366,7 @@ def test_metrics(demo: Process, client: hybridgen.Client) -> None:
 
 
 def command(demo: Process, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forks.run(
         [sys.executable, "-m", "hybridgen", "client", "--socket", str(demo.path), *arguments],
         capture_output=True,
         text=True,
@@ -405,16 +406,16 @@ def test_killed_and_started_again_under_load() -> None:
     try:
         assert len(client.generate("x", max_new_tokens=3).token_ids) == 3
         third = Process(first.directory, wait=False)  # two on one path, long before it would have loaded
-        assert third.popen.wait(20) == 2
+        assert third.popen.wait(HANGS) == 2
         assert "another server has" in third.log()
-        for key in range(30):
-            raw = Raw(second.path) if key == 0 else raw
-            raw.send({"type": "request", "id": key, "prompts": ["x"], "sampling": {"max_new_tokens": 40}})
-        until(lambda: client.ping()["in_flight"] == 30)
+        raw = Raw(second.path)
+        sampling = {"max_new_tokens": 24}
+        raw.send(*({"type": "request", "id": key, "prompts": ["x"], "sampling": sampling} for key in range(30)))
+        until(lambda: client.ping()["in_flight"] > 20)
         second.popen.send_signal(signal.SIGTERM)  # shutdown under load: all 30 are answered
         assert {raw.receive()["id"] for _ in range(30)} == set(range(30))
         assert raw.ended()
-        assert second.popen.wait(30) == 0
+        assert second.popen.wait(HANGS) == 0
         assert not second.path.exists()
     finally:
         second.kill()

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from typing import Any
 
 import forks
 import pytest
+from waiting import until
 
 import hybridgen
 from hybridgen import ConfigError, DeviceError, ModelNotFoundError, PromptError, Replicas, RequestError, SamplingParams
@@ -103,10 +103,7 @@ def test_a_closed_stream_cancels(two: Replicas) -> None:
     stream = two.stream(PROMPTS, max_new_tokens=200, ignore_eos=True)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 10
-    while two.stats()["engine"]["running"] and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert two.stats()["engine"]["running"] == 0
+    until(lambda: two.stats()["engine"]["running"] == 0)
 
 
 def test_a_prompt_under_which_replicas_die_is_run_alone_and_then_named() -> None:
@@ -168,7 +165,7 @@ def test_the_end_of_the_parent_is_the_end_of_the_replicas() -> None:
         "import hybridgen, time\n"
         f"r = hybridgen.Replicas(None, 1, **{CONFIG!r})\n"
         "print(*r.pids, flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     environment = {**os.environ, forks.INSIDE: "1"}
     parent = forks.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
@@ -177,11 +174,8 @@ def test_the_end_of_the_parent_is_the_end_of_the_replicas() -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 15
-    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
     assert pids
-    assert not any(alive(pid) for pid in pids)
+    until(lambda: not any(alive(pid) for pid in pids))
 
 
 def jobs_of(*tokens: int, n: int = 1) -> list[Job]:

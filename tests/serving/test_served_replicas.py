@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 from places import short_directory
-from wire import Process, until
+from waiting import until
+from wire import Process
 
 import hybridgen
 from hybridgen import FinishReason, PromptError
@@ -88,8 +89,8 @@ def test_a_killed_replica_loses_and_doubles_nothing(two: Process, engine: hybrid
                 os.kill(replicas(two)[0], signal.SIGKILL)
             if event.token_id is not None:
                 found.setdefault(event.index, []).append(event.token_id)
-        until(lambda: client.stats()["engine"]["restarts"] == 1, 60)
-        until(lambda: len(replicas(two)) == 2, 60)
+        until(lambda: client.stats()["engine"]["restarts"] == 1)
+        until(lambda: len(replicas(two)) == 2)
     assert [found[index] for index in range(len(PROMPTS))] == expected
 
 
@@ -98,4 +99,4 @@ def test_a_replica_that_dies_with_nothing_to_do_is_started_again(two: Process) -
         before = client.stats()["engine"]["restarts"]
         until(lambda: client.stats()["server"]["in_flight"] == 0)
         os.kill(replicas(two)[0], signal.SIGKILL)
-        until(lambda: client.stats()["engine"]["restarts"] == before + 1 and len(replicas(two)) == 2, 60)
+        until(lambda: client.stats()["engine"]["restarts"] == before + 1 and len(replicas(two)) == 2)

@@ -7,21 +7,32 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
 from fake_server import BREAK, BUG, FATAL_BUG, REFUSE
-from wire import Process, Raw, at_rest, joins, ping, request, until
+from places import short_directory
+from waiting import HANGS, until, with_longer
+from wire import Process, Raw, at_rest, joins, ping, request
 
 from hybridgen import PromptError, ServerBusyError, ServerError
 
 Start = Callable[..., Process]
 
 
-def test_many_requests_on_one_connection(toy: Start) -> None:
-    raw = Raw(toy().path)
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Process]:
+    """A toy server with small limits; tests leave it as they found it."""
+    limits = ["prompt_chars=100", "batch=8", "n=4", "queue=30"]
+    process = Process(short_directory(), *(part for limit in limits for part in ("--limit", limit)), fake=True)
+    yield process
+    process.kill()
+
+
+def test_many_requests_on_one_connection(plain: Process) -> None:
+    raw = Raw(plain.path)
     for key in range(20):
         raw.send(request(key, [key * 100], max_new_tokens=3 + key % 5, stream=key % 2 == 0))
     tokens: dict[int, list[int]] = {key: [] for key in range(20)}
@@ -40,8 +51,8 @@ def test_many_requests_on_one_connection(toy: Start) -> None:
         assert tokens[key] == (done[key] if key % 2 == 0 else [])
 
 
-def test_the_last_done_of_a_request_says_so(toy: Start) -> None:
-    raw = Raw(toy().path)
+def test_the_last_done_of_a_request_says_so(plain: Process) -> None:
+    raw = Raw(plain.path)
     raw.send(request(5, [10], [20], [30], n=2, max_new_tokens=2))
     messages = [raw.receive() for _ in range(6)]
     assert [message["last"] for message in messages] == [False] * 5 + [True]
@@ -72,8 +83,8 @@ def test_cancel(toy: Start) -> None:
         (b"[]", "protocol"),
     ],
 )
-def test_a_bad_hello(toy: Start, body: bytes, code: str) -> None:
-    raw = Raw(toy().path, hello=False)
+def test_a_bad_hello(plain: Process, body: bytes, code: str) -> None:
+    raw = Raw(plain.path, hello=False)
     raw.send_body(body)
     assert raw.receive()["code"] == code
     assert raw.ended()
@@ -95,9 +106,8 @@ def test_a_bad_hello(toy: Start, body: bytes, code: str) -> None:
         {"type": "hello", "version": 1},
     ],
 )
-def test_bad_messages_end_the_connection(toy: Start, message: Any) -> None:
-    server = toy()
-    raw, other = Raw(server.path), Raw(server.path)
+def test_bad_messages_end_the_connection(plain: Process, message: Any) -> None:
+    raw, other = Raw(plain.path), Raw(plain.path)
     raw.send(message)
     answer = raw.receive()
     assert (answer["type"], answer["id"], answer["code"]) == ("error", None, "protocol")
@@ -106,8 +116,8 @@ def test_bad_messages_end_the_connection(toy: Start, message: Any) -> None:
     assert other.receive()["healthy"]
 
 
-def test_ids_count_up(toy: Start) -> None:
-    raw = Raw(toy().path)
+def test_ids_count_up(plain: Process) -> None:
+    raw = Raw(plain.path)
     raw.send(request(5, [1]))
     raw.send({"type": "ping", "id": 5})
     messages = []
@@ -136,9 +146,8 @@ def test_ids_count_up(toy: Start) -> None:
         ({"extra": 1}, "request_message", "unknown field"),
     ],
 )
-def test_requests_over_a_limit_or_wrong(toy: Start, change: dict[str, Any], code: str, words: str) -> None:
-    limits = ["prompt_chars=100", "batch=8", "n=4", "queue=30"]
-    raw = Raw(toy(*(part for limit in limits for part in ("--limit", limit))).path)
+def test_requests_over_a_limit_or_wrong(limited: Process, change: dict[str, Any], code: str, words: str) -> None:
+    raw = Raw(limited.path)
     raw.send(request(1, [1]) | change)
     answer = raw.receive()
     assert (answer["type"], answer["id"], answer["code"]) == ("error", 1, code)
@@ -160,33 +169,33 @@ def test_an_oversized_frame_is_refused_before_it_is_read(toy: Start) -> None:
     assert server.resident() - before < 2**26
 
 
-@pytest.mark.apart
 def test_half_frames_time_out(toy: Start) -> None:
-    server = toy("--limit", "frame_seconds=0.4")
-    silent = Raw(server.path, hello=False)
-    half_header, half_body = Raw(server.path), Raw(server.path)
-    half_header.socket.sendall(b"\0\0")
-    half_body.socket.sendall(struct.pack(">I", 50) + b'{"type"')
-    dripping = Raw(server.path)
-    idle = Raw(server.path)
-    dripping.socket.sendall(struct.pack(">I", 500))
+    def test(seconds: float) -> None:
+        server = toy("--limit", f"frame_seconds={seconds}")
+        silent = Raw(server.path, hello=False)
+        half_header, half_body = Raw(server.path), Raw(server.path)
+        half_header.socket.sendall(b"\0\0")
+        half_body.socket.sendall(struct.pack(">I", 50) + b'{"type"')
+        dripping = Raw(server.path)
+        idle = Raw(server.path)
+        dripping.socket.sendall(struct.pack(">I", 2**20))
 
-    def drip() -> None:
-        try:
-            for _ in range(200):
-                dripping.socket.sendall(b" ")
-                time.sleep(0.02)
-        except OSError:
-            return
+        def drip() -> None:
+            with suppress(OSError):
+                while True:
+                    dripping.socket.sendall(b" ")
+                    time.sleep(0.02)
 
-    thread = threading.Thread(target=drip)
-    thread.start()
-    for raw in (silent, half_header, half_body, dripping):
-        assert raw.receive()["code"] == "timeout"
-        assert raw.ended()
-    thread.join()
-    idle.send({"type": "ping", "id": 1})  # a connection with nothing half-read may be silent
-    assert idle.receive()["type"] == "ping"
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        for raw in (silent, half_header, half_body, dripping):
+            assert raw.receive()["code"] == "timeout"
+            assert raw.ended()
+        thread.join()
+        idle.send({"type": "ping", "id": 1})  # a connection with nothing half-read may be silent
+        assert idle.receive()["type"] == "ping"
+
+    with_longer(test, (0.3, 3))
 
 
 def test_too_many_clients(toy: Start) -> None:
@@ -203,7 +212,7 @@ def test_too_many_clients(toy: Start) -> None:
 def test_a_full_queue_is_busy_with_a_hint(toy: Start) -> None:
     server = toy("--limit", "queue=3", "--step", 0.01)
     raw = Raw(server.path)
-    raw.send(request(1, [10], [20], max_new_tokens=1000))
+    raw.send(request(1, [10], [20], max_new_tokens=10**6))
     raw.send(request(2, [30], [40], max_new_tokens=1))
     answer = raw.receive()
     assert (answer["id"], answer["code"]) == (2, "busy")
@@ -213,7 +222,7 @@ def test_a_full_queue_is_busy_with_a_hint(toy: Start) -> None:
     assert caught.value.retry_after > 0
     assert server.client(wait=0).generate([5], max_new_tokens=1).token_ids == (6,)  # what fits is taken
     raw.send({"type": "cancel", "id": 1})
-    with server.client(wait=30) as client:  # tries again until there is room
+    with server.client(wait=HANGS) as client:  # tries again until there is room
         assert len(client.generate([[1], [2]])) == 2
         assert client.stats()["server"]["counts"]["busy"] >= 2
 
@@ -238,7 +247,7 @@ def test_all_requests_of_many_clients_pass_through_a_short_queue(toy: Start) -> 
     results: dict[int, Any] = {}
 
     def work(number: int) -> None:
-        with server.client(wait=60) as client:
+        with server.client(wait=HANGS) as client:
             results[number] = [client.generate([number * 1000 + i], max_new_tokens=2).token_ids for i in range(10)]
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 9)]
@@ -263,15 +272,14 @@ def test_a_slow_reader_is_cut_off_and_others_go_on(toy: Start) -> None:
     assert "too much unread" in server.log()
 
 
-@pytest.mark.apart
 def test_a_reader_that_stops_is_cut_off_after_a_while(toy: Start) -> None:
-    server = toy("--limit", "write_seconds=0.4", "--step", 0.0)
+    server = toy("--limit", "write_seconds=0.3", "--step", 0.0)
     slow = Raw(server.path)
     slow.send(request(1, [10**6], max_new_tokens=100_000, stream=True))
     with server.client() as client:
         until(lambda: client.stats()["server"]["counts"]["cut_off"] == 1)
         until(lambda: at_rest(client))
-    assert "has read nothing for 0.4 s" in server.log()
+    assert "has read nothing for 0.3 s" in server.log()
 
 
 def test_a_flood_of_pings_without_reading_is_cut_off(toy: Start) -> None:
@@ -288,11 +296,8 @@ def test_a_flood_of_pings_without_reading_is_cut_off(toy: Start) -> None:
 
 
 def test_too_many_stats_wait(toy: Start) -> None:
-    server = toy("--limit", "controls=3", "--step", 0.3)
-    raw = Raw(server.path)
-    raw.send(request(0, [1], max_new_tokens=3))
-    for key in range(1, 10):
-        raw.send({"type": "stats", "id": key})
+    raw = Raw(toy("--limit", "controls=3").path)
+    raw.send(request(0, [1], max_new_tokens=3), *({"type": "stats", "id": key} for key in range(1, 10)))
     answers = [raw.receive() for _ in range(10)]
     assert sum(answer["type"] == "stats" for answer in answers) >= 3
     assert {answer.get("code") for answer in answers if answer["type"] == "error"} == {"busy"}
@@ -310,9 +315,8 @@ def test_a_client_that_goes_away_frees_its_slots(toy: Start) -> None:
         assert client.ping()["clients"] == 1
 
 
-def test_a_refused_prompt_and_a_bug(toy: Start) -> None:
-    server = toy()
-    with server.client() as client:
+def test_a_refused_prompt_and_a_bug(plain: Process) -> None:
+    with plain.client() as client:
         with pytest.raises(PromptError, match="refused, says <path>"):
             client.generate([REFUSE])
         with pytest.raises(ServerError, match="its log says why") as caught:
@@ -320,7 +324,7 @@ def test_a_refused_prompt_and_a_bug(toy: Start) -> None:
         assert caught.value.code == "internal"
         assert "secret" not in str(caught.value)
         assert client.generate([1], max_new_tokens=1).token_ids == (2,)
-    assert "ZeroDivisionError" in server.log()
+    assert "ZeroDivisionError" in plain.log()
 
 
 @pytest.mark.parametrize("bad", [BREAK, FATAL_BUG])
@@ -342,7 +346,7 @@ def test_a_fatal_error_answers_everybody_before_the_end(toy: Start, bad: int) ->
                     answered.add(message["id"])
                     assert "secret" not in json.dumps(message)
         assert answered == (set(range(6)) if number < 5 else {0})
-    assert server.popen.wait(20) == 1
+    assert server.popen.wait(HANGS) == 1
     assert not server.path.exists()
     assert "ended: " in server.log()
     assert (server.directory / "ready.json.unloaded").exists()

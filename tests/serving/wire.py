@@ -7,14 +7,12 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import forks
+from waiting import HANGS, until
 
 import hybridgen
 
@@ -38,14 +36,14 @@ class Process:
         self.path = directory / "s" / "x.sock"
         self.ready = directory / "ready.json"
         self.ready.unlink(missing_ok=True)
+        self.note("go-on").unlink(missing_ok=True)
         start = [str(FAKE)] if fake else ["-m", "hybridgen", "serve", *DEMO]
         command = [sys.executable, *start, "--socket", str(self.path), "--ready-file", str(self.ready), *arguments]
         self.log_path = directory / "log"
         self._log = self.log_path.open("ab")
-        start_process = subprocess.Popen if fake else forks.Popen  # the toy starts fast as it is
-        self.popen = start_process(command, stdout=self._log, stderr=self._log, env=environment() | {forks.INSIDE: "1"})
+        self.popen = forks.Popen(command, stdout=self._log, stderr=self._log, env=environment() | {forks.INSIDE: "1"})
         if wait:
-            until(lambda: self.ready.exists() or self.popen.poll() is not None, 60)
+            until(lambda: self.ready.exists() or self.popen.poll() is not None)
             assert self.ready.exists(), self.log()
 
     @property
@@ -57,6 +55,14 @@ class Process:
 
     def client(self, **options: Any) -> hybridgen.Client:
         return hybridgen.Client(self.path, **options)
+
+    def note(self, name: str) -> Path:
+        """A file by which the toy tells something: that it is loading, closing or unloaded."""
+        return Path(f"{self.ready}.{name}")
+
+    def go_on(self) -> None:
+        """End what hangs in the toy."""
+        self.note("go-on").touch()
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.popen.pid}/fd"))
@@ -70,7 +76,7 @@ class Process:
         if self.popen.poll() is None:
             self.popen.send_signal(signal.SIGTERM)
         try:
-            return self.popen.wait(30)
+            return self.popen.wait(HANGS)
         finally:
             self.kill()
 
@@ -82,18 +88,15 @@ class Process:
         self._log.close()
 
 
-def until(true: Callable[[], Any], seconds: float = 20.0) -> None:
-    """Wait for something; fails when it does not come."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.01)
-
-
 def request(key: int, *prompts: Any, **sampling: Any) -> dict[str, Any]:
     """A request as it is sent, for a raw client."""
     stream = sampling.pop("stream", False)
     return {"type": "request", "id": key, "prompts": list(prompts), "sampling": sampling, "stream": stream}
+
+
+def framed(body: bytes) -> bytes:
+    """A frame as it is sent."""
+    return struct.pack(">I", len(body)) + body
 
 
 def at_rest(client: hybridgen.Client) -> bool:
@@ -120,7 +123,7 @@ def joins(server: Process) -> bool:
 class Raw:
     """A socket that speaks frames, right or wrong ones."""
 
-    def __init__(self, path: Path, *, hello: bool = True, timeout: float = 20.0) -> None:
+    def __init__(self, path: Path, *, hello: bool = True, timeout: float = HANGS) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(timeout)
         self.socket.connect(str(path))
@@ -130,11 +133,12 @@ class Raw:
             self.hello = self.receive()
             assert self.hello["type"] == "hello", self.hello
 
-    def send(self, message: Any) -> None:
-        self.send_body(json.dumps(message).encode())
+    def send(self, *messages: Any) -> None:
+        """At once."""
+        self.socket.sendall(b"".join(framed(json.dumps(message).encode()) for message in messages))
 
     def send_body(self, body: bytes) -> None:
-        self.socket.sendall(struct.pack(">I", len(body)) + body)
+        self.socket.sendall(framed(body))
 
     def receive(self) -> dict[str, Any]:
         """The next message; `EOFError` at the end."""

@@ -90,7 +90,7 @@ def test_the_budget_ends_the_run_and_is_named() -> None:
     found = measurement(CONFIG.replace(repeats=1000, tolerance=0.0))
     found.run({"eager": Scripted("eager"), "hybrid": Scripted("hybrid")}, 0.05)
     assert {record.stopped for record in found.records.values()} == {"budget"}
-    assert 0.05 <= found.spent < 1.0
+    assert 0.05 <= found.spent < 5.0  # a call more
 
 
 def test_without_a_budget_nothing_is_measured_and_that_is_said() -> None:
@@ -149,7 +149,7 @@ def test_an_engine_that_cannot_be_built_and_a_call_that_fails_are_rows_of_the_re
     monkeypatch.setattr(Engine, "__init__", making)
     monkeypatch.setattr(Engine, "generate", generating)
     found = hybridgen.compare(
-        tiny, prompt_lengths=4, batch_sizes=(1, 2), new_tokens=3, repeats=2, budget=20, warm_up=1,
+        tiny, prompt_lengths=4, batch_sizes=(1, 2), new_tokens=3, repeats=2, budget=600, warm_up=1,
         compile_backend="eager", decode_buckets=[1, 2], prefill_buckets=[8], progress=False,
     )  # fmt: skip
     status = {(cell.subject, cell.batch_size): cell.status for cell in found.cells}
@@ -182,7 +182,7 @@ def test_ctrl_c_before_anything_is_measured_gives_a_result_that_says_so(
     monkeypatch.setattr(Engine, "__init__", making)
     monkeypatch.setattr(Engine, "generate", generating)
     found = hybridgen.compare(
-        tiny, modes=("eager", "graph"), prompt_lengths=4, batch_sizes=(1, 2), new_tokens=3, repeats=2, budget=20,
+        tiny, modes=("eager", "graph"), prompt_lengths=4, batch_sizes=(1, 2), new_tokens=3, repeats=2, budget=600,
         decode_buckets=[1, 2], prefill_buckets=[8], progress=False,
     )  # fmt: skip
     assert {cell.status for cell in found.cells} == {"not measured"}

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
+from waiting import HANGS
 
 from hybridgen.compilation.store import Key, MemoryEntry, Store, entry, location
 from hybridgen.compilation.store.files import UnusableError
@@ -370,12 +372,12 @@ with store.open(Key({"k": 1})) as entry:
 
 
 def builder(root: Path, log: Path, seconds: float) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(root), str(log), str(seconds)])
+    return forks.Popen([sys.executable, "-c", BUILDER, str(root), str(log), str(seconds)])
 
 
 def test_of_ten_processes_on_an_empty_store_one_builds(tmp_path: Path) -> None:
     processes = [builder(tmp_path / "store", tmp_path / "log", 0.5) for _ in range(10)]
-    assert [process.wait(60) for process in processes] == [0] * 10
+    assert [process.wait(HANGS) for process in processes] == [0] * 10
     assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
@@ -385,8 +387,8 @@ def test_when_the_builder_dies_another_builds(tmp_path: Path) -> None:
         time.sleep(0.02)
     second = builder(tmp_path / "store", tmp_path / "log", 0)
     first.send_signal(signal.SIGKILL)
-    first.wait(60)
-    assert second.wait(60) == 0
+    first.wait(HANGS)
+    assert second.wait(HANGS) == 0
     assert len((tmp_path / "log").read_text().splitlines()) == 2
     with Store(tmp_path / "store").open(Key({"k": 1})) as found:
         assert found.hit
@@ -414,12 +416,12 @@ def test_of_processes_that_close_at_once_nothing_is_lost(tmp_path: Path) -> None
     store, key, names = Store(tmp_path / "store"), Key({"k": 1}), [f"k{number}" for number in range(8)]
     fill(store, key)
     command = [sys.executable, "-c", CLOSER, str(store.root)]
-    processes = [subprocess.Popen([*command, name]) for name in names]
+    processes = [forks.Popen([*command, name]) for name in names]
     while len(list(tmp_path.glob("open-*"))) < len(names):
         assert not any(process.poll() for process in processes)
         time.sleep(0.02)
     (tmp_path / "go").touch()
-    assert [process.wait(60) for process in processes] == [0] * len(names)
+    assert [process.wait(HANGS) for process in processes] == [0] * len(names)
     with store.open(key) as found:
         assert sorted(path.name for path in found.kernels.iterdir()) == names
         assert found.read_document("plan") == {"uses": len(names)}
@@ -469,7 +471,7 @@ with store.open(Key({"k": 1})) as entry:
 def test_killed_while_it_publishes(tmp_path: Path, place: str, published: bool) -> None:
     store, key = Store(tmp_path / "store"), Key({"k": 1})
     fill(store, key)
-    process = subprocess.run([sys.executable, "-c", KILLED, str(store.root), place])
+    process = forks.run([sys.executable, "-c", KILLED, str(store.root), place])
     assert process.returncode == -signal.SIGKILL
     assert store.check(key).hit
     with store.open(key) as found:
@@ -512,12 +514,12 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     store, key = Store(tmp_path / "store"), Key({"k": 1})
     fill(store, key)
     for number in range(12):
-        process = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(store.root)], stdout=subprocess.PIPE)
+        process = forks.Popen([sys.executable, "-c", PUBLISHER, str(store.root)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == b"open\n"
         time.sleep(0.003 * number)
         process.kill()
-        process.wait(60)
+        process.wait(HANGS)
         process.stdout.close()
         assert store.check(key).hit
     assert not (store.root / "quarantine").exists()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+from waiting import HANGS
 
 from hybridgen import CacheMissError, EngineConfig
 from hybridgen.compilation.store import Entry, MemoryEntry, Store, environment, session, versions
@@ -208,7 +209,7 @@ def test_what_is_imported_ahead_is_waited_for_and_counted(
     ready, done = threading.Event(), []
 
     def load() -> None:
-        ready.wait(30)
+        ready.wait(HANGS)
         done.append("imported")
 
     monkeypatch.setattr(session, "_import_code_cache", load)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from fake_server import HANG
-from wire import Process, until
+from waiting import HANGS, until
+from wire import Process
 
 import hybridgen
 from hybridgen import AsyncClient, FinishReason, PromptError, ServerBusyError, ServerError
@@ -113,7 +114,6 @@ def test_errors(toy: Start) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.apart
 def test_calls_that_end_while_it_connects_leave_no_connection(toy: Start) -> None:
     server = toy()
 
@@ -123,16 +123,16 @@ def test_calls_that_end_while_it_connects_leave_no_connection(toy: Start) -> Non
         try:
             for _ in range(3):
                 with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(client.ping(), 0.3)
+                    await asyncio.wait_for(client.ping(), 0.1)
             task = asyncio.create_task(closed.ping())
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.1)
             await closed.close()
         finally:
             server.popen.send_signal(signal.SIGCONT)
         with pytest.raises(ServerError, match="closed while it connected"):
             await task
         with server.client() as other:
-            deadline = asyncio.get_running_loop().time() + 5
+            deadline = asyncio.get_running_loop().time() + HANGS
             while other.ping()["clients"] > 1:
                 assert asyncio.get_running_loop().time() < deadline
                 await asyncio.sleep(0.01)

@@ -13,7 +13,8 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
-from wire import Process, until
+from waiting import HANGS, until
+from wire import Process
 
 from hybridgen.demo import model_path
 from hybridgen.loading.files import given_tokenizer
@@ -52,7 +53,7 @@ def listening(app: Any) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(HANGS)
         assert not thread.is_alive()
 
 
@@ -91,5 +92,5 @@ def url(demo: Process, text: Text) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def api(url: str) -> Iterator[openai.OpenAI]:
     """OpenAI's own client."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=HANGS) as client:
         yield client

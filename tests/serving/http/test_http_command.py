@@ -15,7 +15,9 @@ import forks
 import httpx2 as httpx
 import pytest
 from places import short_directory
-from wire import Process, environment, until
+from waiting import HANGS, until
+from web import web
+from wire import Process, environment
 
 from hybridgen.cli.main import main
 from hybridgen.errors import ConfigError
@@ -26,7 +28,7 @@ from hybridgen.serving.http.run import listen
 
 def alive(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5).status_code in (200, 503)
+        return web.get(f"{url}/health").status_code in (200, 503)
     except httpx.TransportError:
         return False
 
@@ -48,7 +50,7 @@ def test_it_speaks_http_and_ends_with_the_server(tmp_path: Path) -> None:
     server = Process(short_directory(), *options)
     try:
         url = server.facts["http"]
-        with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=30) as client:
+        with httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=HANGS, verify=False) as client:
             assert client.get("/v1/models").json()["data"][0]["id"] == "toy"
             body: dict[str, Any] = {"messages": [{"role": "user", "content": "import os"}], "max_tokens": 3}
             assert client.post("/v1/chat/completions", json=body).status_code == 200
@@ -63,7 +65,7 @@ def test_either_one_that_is_killed_takes_the_other_along() -> None:
     first = Process(short_directory(), "--http", "127.0.0.1:0")
     try:
         os.kill(child_of(first), signal.SIGKILL)
-        assert first.popen.wait(30) == 0  # drained
+        assert first.popen.wait(HANGS) == 0  # drained
         assert "the HTTP door ended" in first.log()
     finally:
         first.kill()
@@ -85,7 +87,7 @@ def test_a_port_that_is_taken_is_told_before_the_model_loads(door: Any) -> None:
     taken = door(short_directory() / "none.sock").rpartition("/")[2]
     command = [sys.executable, "-m", "hybridgen", "serve", "/no/such/model", "--http", taken]
     command += ["--socket", str(short_directory() / "s")]
-    done = forks.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+    done = forks.run(command, capture_output=True, text=True, env=environment(), timeout=HANGS)
     assert done.returncode == 2
     assert f"cannot listen on {taken}" in done.stderr
 
@@ -97,10 +99,10 @@ def test_beside_a_server_that_runs(demo: Process) -> None:
         assert door.stderr is not None
         line = door.stderr.readline()
         url = line.split()[-1].removesuffix("/v1")
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "import os", "max_tokens": 2}, timeout=30)
+        answer = web.post(f"{url}/v1/completions", json={"prompt": "import os", "max_tokens": 2})
         assert answer.json()["model"] == "demo"
         door.send_signal(signal.SIGTERM)
-        assert door.wait(20) in (0, -signal.SIGTERM)
+        assert door.wait(HANGS) in (0, -signal.SIGTERM)
     finally:
         door.kill()
         door.wait()
@@ -162,14 +164,15 @@ def test_the_lines_of_a_child_are_json(demo: Process) -> None:
         assert json.loads(child.stdout.readline()) == {"ready": True}
         until(lambda: alive(url))
         child.stdin.close()
-        assert child.wait(20) == 0
+        assert child.wait(HANGS) == 0
     finally:
         child.kill()
         child.wait()
 
 
-def test_a_door_that_ends_before_it_answers_is_told(tmp_path: Path) -> None:
+def test_a_door_that_ends_before_it_answers_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has its address at once; that it cannot read the tokenizer is found while the model loads."""
+    monkeypatch.setattr(subprocess, "Popen", forks.Popen)
     found: list[ConfigError] = []
     door = HttpChild(str(tmp_path / "nowhere"), HttpOptions(listen="127.0.0.1:0"), tmp_path / "socket")
     try:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 from places import short_directory
+from waiting import HANGS
 
 from hybridgen import SamplingParams
 from hybridgen.errors import EngineError
@@ -68,7 +69,7 @@ def server(drain_seconds: float = 10) -> tuple[Service, Lifecycle]:
 def test_a_thread_that_died_without_a_word_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     service, life = server()
     monkeypatch.setattr(service.generator, "run", lambda: None)
-    error = asyncio.run(asyncio.wait_for(life.run(), 5))
+    error = asyncio.run(asyncio.wait_for(life.run(), HANGS))
     assert isinstance(error, EngineError)
 
 
@@ -87,7 +88,7 @@ def test_a_server_that_was_told_to_end_does_not_listen(before: bool) -> None:
 
     life.ready = ready  # type: ignore[method-assign]
     life._on_ready = lambda: states.append(service.state)
-    assert asyncio.run(asyncio.wait_for(life.run(), 5)) is None
+    assert asyncio.run(asyncio.wait_for(life.run(), HANGS)) is None
     assert states == []
     assert service.state == "ended"
 
@@ -117,6 +118,6 @@ def test_the_end_of_a_drain_does_not_move(monkeypatch: pytest.MonkeyPatch) -> No
         life.drain("a test asks for it")
 
     life._on_ready = ready
-    error = asyncio.run(asyncio.wait_for(life.run(), 20))
+    error = asyncio.run(asyncio.wait_for(life.run(), HANGS))
     assert "still running 0.2 s after" in str(error)
     assert failed == [error]

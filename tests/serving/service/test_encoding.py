@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from wire import until
+from waiting import HANGS, until
 
 from hybridgen import PromptError, SamplingError, SamplingParams, ServerError
 from hybridgen.serving.service.encoding import LONG_CHARS, MAX_LOST, Encoder
@@ -28,7 +28,7 @@ class Slow:
     def encode(self, prompt: Any, index: int) -> tuple[int, ...]:
         self.order.append(prompt[:1])
         if prompt[:1] == "w":
-            assert self.gate.wait(30)
+            assert self.gate.wait(HANGS)
         if prompt[:1] == "r":
             raise PromptError(f"prompt {index} is refused")
         return (len(prompt), index)
@@ -36,7 +36,7 @@ class Slow:
     def read_grammar(self, params: SamplingParams) -> None:
         if params.regex == "(":
             raise SamplingError("it cannot be read")
-        assert self.gate.wait(30)
+        assert self.gate.wait(HANGS)
 
     def put(self, client: int, key: int, *prompts: Any) -> bool:
         return self.encoder.put(Submit(Key(client, key), list(prompts), [SamplingParams()], False, False))
@@ -95,17 +95,17 @@ def test_short_texts_wait_neither_for_long_ones_nor_for_chats() -> None:
 
 
 def test_one_that_does_not_end_is_left_behind() -> None:
-    slow = Slow(seconds=10)
+    slow = Slow(seconds=1000)
     slow.put(1, 0, "w")
     until(lambda: slow.order)
     slow.put(1, 1, "a")
     now = time.monotonic()
-    slow.encoder.check(now + 5)
+    slow.encoder.check(now + 500)
     assert slow.failed == []
-    slow.encoder.shift(20)  # the process stood still
-    slow.encoder.check(now + 25)
+    slow.encoder.shift(2000)  # the process stood still
+    slow.encoder.check(now + 2500)
     assert slow.failed == []
-    slow.encoder.check(now + 40)
+    slow.encoder.check(now + 4000)
     assert {key for key, _ in slow.failed} == {Key(1, 0), Key(1, 1)}
     assert all(isinstance(error, ServerError) and error.code == "limit" for _, error in slow.failed)
     slow.put(1, 2, "b")  # another thread goes on

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from waiting import HANGS
 
 from hybridgen import SamplingParams
 from hybridgen.serving.service.generator import Ended, Generator, Key, Outcome, Submit
@@ -73,7 +74,7 @@ def test_the_end_is_told_whatever_breaks(where: str) -> None:
     generator = Generator(lambda: model, outcomes.extend, lambda client, frames: None)
     generator.start()
     generator.send(submit(1))
-    generator.join(5)
+    generator.join(HANGS)
     assert not generator.is_alive()
     assert model.closed
     assert isinstance(outcomes[-1], Ended)
