@@ -87,8 +87,8 @@ class ExpertsCheck:
 
     @torch.inference_mode()
     def _choose_one_token(self, gate_up: Projection, down: Projection, form: Form, block: Block | None) -> str | None:
-        """Leave one token of these sizes to the slower kernels where those are faster. What is wrong with the other one;
-        None if nothing is."""
+        """Leave one token of these sizes to the kernels for few where those are faster. What is wrong with the other
+        one; None if nothing is."""
         device, sizes = gate_up.data.device, sizes_of(gate_up, down)
         hidden, count = down.data.shape[1], gate_up.data.shape[0]
         g = torch.Generator().manual_seed(0)
