@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Hashable
 
 import torch
 
@@ -15,6 +16,7 @@ OF_ONE_TOKEN = "experts_one"
 OF_FEW_ROWS = "int4_few"
 OF_ONE_ROW = "one_row"
 _refused: set[tuple[str, int]] = set()
+_slower: set[tuple[str, int, Hashable]] = set()
 
 
 def refuse(kernel: str, device: torch.device) -> bool:
@@ -25,9 +27,15 @@ def refuse(kernel: str, device: torch.device) -> bool:
     return was_used
 
 
-def allow(kernel: str, device: torch.device) -> None:
-    """Undo `refuse`."""
-    _refused.discard((kernel, device.index or 0))
+def prefer(kernel: str, device: torch.device, sizes: Hashable, preferred: bool) -> None:
+    """Whether calls of these sizes go by a kernel on this device, where it serves. They do until that is said."""
+    key = kernel, device.index or 0, sizes
+    (_slower.discard if preferred else _slower.add)(key)
+
+
+def prefers(kernel: str, device: torch.device, sizes: Hashable) -> bool:
+    """What was said to `prefer`."""
+    return (kernel, device.index or 0, sizes) not in _slower
 
 
 def serves(kernel: str, device: torch.device) -> bool:

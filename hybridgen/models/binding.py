@@ -77,6 +77,8 @@ class BoundModel:
     """The modules outside of the decoder layers."""
     rows: tuple[RowsSite, ...] = ()
     """The projections that multiply by the op of `kernels.step.linear` in decode."""
+    tables: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What steps read beside the model's parameters and buffers, by name: it must not move."""
     vocab_size: int = 0
     """Ids that the model takes. A head may have rows of the first of them alone (Apertus 1.5)."""
 
@@ -265,8 +267,9 @@ class BoundModel:
                     binding.write_schedule(query_heads)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What steps leave for their own layers alone, by name: the attention schedules."""
-        return {f"attention schedule {i}": binding.schedule for i, (binding, _) in enumerate(self._schedules)}
+        """What steps leave for their own layers alone, by name: the attention schedules. And what they only read."""
+        schedules = {f"attention schedule {i}": binding.schedule for i, (binding, _) in enumerate(self._schedules)}
+        return schedules | self.tables
 
     @property
     def length_dependent(self) -> bool:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Of the norm of each row's results, by dtype."""
+_TABLE = "rotary table"
 _MOST_BYTES = 32 * 2**20
 """Of a rotary table."""
 _BEHIND = 1024
@@ -76,6 +77,8 @@ def use_short_ends(bound: BoundModel, step: StepMetadata, max_context: int) -> i
             logger.debug("an end of the model stays as it is: %s", described(error), exc_info=True)
             continue
         module._hybridgen = binding  # type: ignore[assignment]
+        if isinstance(binding, RotaryBinding):
+            bound.tables[_TABLE] = binding.table
         count += 1
     allow_short_ends(bound, True)
     return count
@@ -97,6 +100,7 @@ def allow_short_ends(bound: BoundModel, allowed: bool) -> None:
 def use_own_ends(bound: BoundModel) -> None:
     """Undo `use_short_ends()`."""
     allow_short_ends(bound, False)
+    bound.tables.pop(_TABLE, None)
     for module in bound.around:
         if isinstance(vars(module).get("_hybridgen"), (NormBinding, RotaryBinding)):
             del module._hybridgen

@@ -19,9 +19,9 @@ from torch import nn
 from hybridgen.device.failures import is_fatal
 from hybridgen.device.timing import graph_seconds
 from hybridgen.errors import EngineError, described
-from hybridgen.kernels.hopper import OF_ONE_TOKEN, allow, refuse, serves
+from hybridgen.kernels.hopper import OF_ONE_TOKEN, prefer, refuse, serves
 from hybridgen.kernels.linear.experts import experts, reference
-from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection
+from hybridgen.kernels.linear.experts_form import DENSE, FEW_ROWS, Form, Projection, sizes_of
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
@@ -75,16 +75,21 @@ class ExpertsCheck:
             if with_others is None and self._fall_back is not None:
                 self._fall_back(f"experts of one token take a slower kernel: {problem}")
             return with_others
-        if problem is None and kind == "mxfp4" and serves(OF_ONE_TOKEN, gate_up.data.device):
-            self._choose_one_token(gate_up, down, module.form, block)
+        used = kind == "mxfp4" and self._dtype == torch.bfloat16 and serves(OF_ONE_TOKEN, gate_up.data.device)
+        if problem is None and used:
+            key = "one token", module.form, sizes_of(gate_up, down)
+            slower = self._tried(
+                key, gate_up.data.device, lambda: self._choose_one_token(gate_up, down, module.form, block)
+            )
+            if slower is not None and refuse(OF_ONE_TOKEN, gate_up.data.device) and self._fall_back is not None:
+                self._fall_back(f"experts of one token take a slower kernel: {slower}")
         return problem
 
-    def _choose_one_token(self, gate_up: Projection, down: Projection, form: Form, block: Block) -> None:
-        """Leave one token to the slower kernels where those are faster, or the other one gives other bits again."""
-        device, key = gate_up.data.device, ("one token", form, gate_up.data.shape, down.data.shape)
-        if key in self._known:
-            return
-        self._known[key] = None
+    @torch.inference_mode()
+    def _choose_one_token(self, gate_up: Projection, down: Projection, form: Form, block: Block | None) -> str | None:
+        """Leave one token of these sizes to the kernels for few where those are faster. What is wrong with the other
+        one; None if nothing is."""
+        device, sizes = gate_up.data.device, sizes_of(gate_up, down)
         hidden, count = down.data.shape[1], gate_up.data.shape[0]
         g = torch.Generator().manual_seed(0)
         x = torch.randn(1, hidden, generator=g).to(device, self._dtype)
@@ -94,21 +99,21 @@ class ExpertsCheck:
         def call() -> torch.Tensor:
             return experts(x, ids, weights, gate_up, down, form, "mxfp4", block)
 
-        with torch.inference_mode(), _on(device):
-            first, same = call(), True
-            for _ in range(_REPEATS):
-                poison = torch.full((4, max(hidden, 4096)), torch.nan, device=device)
-                del poison
-                same = same and torch.equal(call(), first)
-            took = graph_seconds(call, calls=_CALLS)
-            refuse(OF_ONE_TOKEN, device)
-            others = graph_seconds(call, calls=_CALLS)
-        if same and took < others:
-            allow(OF_ONE_TOKEN, device)
-        elif same:  # a choice, as good as the other one
+        prefer(OF_ONE_TOKEN, device, sizes, True)
+        first = call()
+        for _ in range(_REPEATS):
+            poison = torch.full((4, max(hidden, 4096)), torch.nan, device=device)
+            del poison
+            if not torch.equal(call(), first):
+                return "the other one gives other bits again"
+        took = graph_seconds(call, calls=_CALLS)
+        prefer(OF_ONE_TOKEN, device, sizes, False)
+        others = graph_seconds(call, calls=_CALLS)
+        if took < others:
+            prefer(OF_ONE_TOKEN, device, sizes, True)
+        else:  # a choice, as good as the other one
             logger.info("experts of one token: %.1f us, and %.1f by the kernels for few", took * 1e6, others * 1e6)
-        if not same and self._fall_back is not None:
-            self._fall_back("experts of one token take a slower kernel: the other one gives other bits again")
+        return None
 
     def problem_of_router(self, site: RouterSite) -> str | None:
         """Why a router is not to choose by the op in decode, or None."""

@@ -32,6 +32,17 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with drafts are wanted and recorded, and what they take is not known.
+
+    Beside so small a model a drafter's passes take as long as some plain steps: by measured times drafting pauses from
+    the first step on, or does not, as the device is busy.
+    """
+    real = ModelRunner.decode_seconds
+    monkeypatch.setattr(ModelRunner, "decode_seconds", lambda *args, **how: real(*args, **how) and None)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_ngrams(seed: int) -> None:
     text, slots, lengths, *sizes = random_case(seed)
@@ -56,6 +67,7 @@ def test_what_is_fed_accepted_and_kept(seed: int) -> None:
 @pytest.mark.parametrize("drafter", ["oracle", "model"])
 @pytest.mark.parametrize("mode", ["graph", "hybrid"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "gpt2"])
+@pytest.mark.usefixtures("unmeasured")
 def test_the_tokens_of_plain_steps(family: str, mode: str, drafter: str, tmp_path: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     path = families.write(family, tmp_path)
@@ -89,11 +101,9 @@ FUSED: dict[str, Any] = {"vocab_size": 258, "hidden_size": 256, "intermediate_si
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_equal_bits_in_bfloat16(rows: int, temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_equal_bits_in_bfloat16(rows: int, temperature: float, tmp_path: Path) -> None:
     """Drafts change no bit where one kernel decodes: right ones, wrong ones, and none."""
-    # Steps of a tiny model take as long with drafts as without, so that measured times could speak against them.
-    real = ModelRunner.decode_seconds
-    monkeypatch.setattr(ModelRunner, "decode_seconds", lambda *args, **how: real(*args, **how) and None)
     path = families.write("llama", tmp_path, **FUSED)
     settings = SETTINGS | {"dtype": "bfloat16", "decode_buckets": None, "equal_bits": True, "max_padding_ratio": None}
     params = [SamplingParams(max_new_tokens=40, temperature=temperature, seed=5, ignore_eos=True, logprobs=2)] * rows
@@ -113,10 +123,9 @@ def test_equal_bits_in_bfloat16(rows: int, temperature: float, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "granite"])
-def test_equal_bits_of_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_equal_bits_of_other_families(family: str, tmp_path: Path) -> None:
     """Windows, biases, norms of heads, factors; requests of every kind, two at a time, that accept differently."""
-    real = ModelRunner.decode_seconds
-    monkeypatch.setattr(ModelRunner, "decode_seconds", lambda *args, **how: real(*args, **how) and None)
     window = {"sliding_window": 24} if family == "mistral" else {}
     path = families.write(family, tmp_path, **FUSED, **window, head_dim=64)
     settings = SETTINGS | {"dtype": "bfloat16", "decode_buckets": None, "equal_bits": True, "max_padding_ratio": None}
@@ -196,6 +205,7 @@ def test_the_passes_of_a_head(rows: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.usefixtures("unmeasured")
 def test_a_head_by_the_chain(quantize: str | None, tmp_path: Path) -> None:
     """Recorded with the step, for rows of every kind; its drafts are right as they are by PyTorch's operators."""
     path, head = counting_model(tmp_path / "model"), write_specforge(tmp_path / "head", counting_head())
@@ -219,13 +229,9 @@ def test_a_head_by_the_chain(quantize: str | None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "hybrid"])
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
-def test_a_head_that_a_checkpoint_carries(
-    family: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_a_head_that_a_checkpoint_carries(family: str, mode: str, tmp_path: Path) -> None:
     """For multi-token prediction: its passes, with experts and latents, are recorded with the step."""
-    # Beside so small a model its passes take long: by measured times drafting would pause from the first step on.
-    real = ModelRunner.decode_seconds
-    monkeypatch.setattr(ModelRunner, "decode_seconds", lambda *args, **how: real(*args, **how) and None)
     torch.backends.cuda.matmul.allow_tf32 = False
     path = mtp_heads.write(tmp_path, family)
     params = each(8, 24)
@@ -257,6 +263,7 @@ def test_ngrams_in_the_demo_model() -> None:
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "hybrid"])
+@pytest.mark.usefixtures("unmeasured")
 def test_a_head_that_is_right(mode: str, tmp_path: Path) -> None:
     """Hidden states of recorded and compiled steps; its draws are those of the requests."""
     torch.backends.cuda.matmul.allow_tf32 = False

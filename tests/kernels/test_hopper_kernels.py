@@ -28,10 +28,11 @@ needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bind
 
 
 @needs_compiler
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("gated", "ahead"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("form", [Form("clamped", True, False, 1.702, 7.0), Form("silu")], ids=str)
-def test_experts_of_one_token_compile(form: Form, gated: bool) -> None:
-    constants = experts_one.defines(form, 1440, 736, 24, 1024, gated)
+def test_experts_of_one_token_compile(form: Form, gated: bool, ahead: bool) -> None:
+    """Also as the op for mixtures launches gate and up, whose inputs are there before the choice."""
+    constants = experts_one.defines(form, 1440, 736, 24, 1024, gated, ahead)
     assert constants["STEPS"] == 2
     cubin = program.compile_cubin(constants, "sm_90a", experts_one.PROGRAM)
     assert experts_one.PROGRAM.kernel.encode() in cubin

@@ -42,7 +42,10 @@ def test_which_ends_are_changed(name: str, found: int, runners: list[ModelRunner
     before = [(type(module), dict(vars(module))) for module in modules]
     assert use_short_ends(runner.bound, runner.steps.metadata, 64) == found
     assert sum(isinstance(module, EndModule) for module in modules) == found
+    has_table = any(isinstance(vars(each).get("_hybridgen"), ends.RotaryBinding) for each in runner.bound.around)
+    assert ("rotary table" in runner.steps.tensors()) == has_table  # or trees copy it in each step
     use_own_ends(runner.bound)
+    assert "rotary table" not in runner.steps.tensors()
     assert [(type(module), dict(vars(module))) for module in modules] == before
 
 

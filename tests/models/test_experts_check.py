@@ -6,6 +6,7 @@ import itertools
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 import hybridgen
+from hybridgen.kernels import hopper
 from hybridgen.kernels.linear import experts as op
+from hybridgen.kernels.linear.experts_form import sizes_of
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.models import experts, experts_check
 from hybridgen.models.experts_check import ExpertsCheck
@@ -74,28 +77,52 @@ def test_a_wrong_kernel_is_not_used(name: str, wrong: Any, reason: str | None, m
     assert "experts decode by the model's own code" in next(iter(found))
 
 
+def _packed(hidden: int) -> Any:
+    made = make(Case(4, 2, hidden, 64, CLAMPED, "mxfp4", Block(1, 32), biased=True))
+    return SimpleNamespace(form=made.form, weights_stored=(made.gate_up, made.down, "mxfp4", Block(1, 32)))
+
+
 @pytest.mark.parametrize(
-    ("times", "changes", "used"), [((1.0, 2.0), False, True), ((2.0, 1.0), False, False), ((1.0, 2.0), True, False)]
+    ("times", "fault", "used"),
+    [
+        ((1.0, 2.0), None, {96, 64}),
+        ((2.0, 1.0), None, {64}),  # it is slower for one of the sizes
+        ((1.0, 2.0), "changes", set()),
+        ((1.0, 2.0), "fails", set()),
+    ],
 )
 def test_one_token_goes_by_the_faster_kernel(
-    times: tuple[float, float], changes: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+    times: tuple[float, float], fault: str | None, used: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If it gives the same bits again; that it is slower is no fallback, as either is right."""
-    made = make(Case(4, 2, 96, 64, CLAMPED, "mxfp4", Block(1, 32), biased=True))
-    refused: set[str] = set()
-    calls, took = itertools.count(), iter(times)
+    """If it gives the same bits again; that it is slower is no fallback, as either is right, and holds for a size."""
+    calls = itertools.count()
 
     def called(*given: Any) -> Tensor:
-        return op.experts(*given) + 1e-3 * (changes and next(calls) == 7)
+        if fault == "fails" and next(calls) == 7:
+            raise RuntimeError("no such instruction")
+        return op.experts(*given) + 1e-1 * (fault == "changes" and next(calls) == 7)
 
+    took = iter((*times, 1.0, 2.0))
+    monkeypatch.setattr(hopper, "is_hopper", lambda ordinal: True)
+    monkeypatch.setattr(hopper, "_refused", set())
+    monkeypatch.setattr(hopper, "_slower", set())
+    monkeypatch.setattr(experts_check, "serves", lambda kernel, device: (kernel, 0) not in hopper._refused)
+    monkeypatch.setattr(experts_check, "refuse", lambda kernel, _: hopper.refuse(kernel, torch.device("cuda", 0)))
     monkeypatch.setattr(experts_check, "experts", called)
-    monkeypatch.setattr(experts_check, "serves", lambda kernel, device: kernel not in refused)
-    monkeypatch.setattr(experts_check, "refuse", lambda kernel, device: refused.add(kernel))
-    monkeypatch.setattr(experts_check, "allow", lambda kernel, device: refused.discard(kernel))
     monkeypatch.setattr(experts_check, "graph_seconds", lambda call, calls: (call(), next(took))[1])
     notes: list[str] = []
-    check = ExpertsCheck(2, torch.float32, notes.append)
-    for _ in range(2):  # once for each kind
-        check._choose_one_token(made.gate_up, made.down, made.form, Block(1, 32))
-    assert refused == (set() if used else {"experts_one"})
-    assert len(notes) == changes
+    check = ExpertsCheck(2, torch.bfloat16, notes.append)
+    for hidden in (96, 96, 64):  # once for each kind
+        assert check.problem_of_packed(_packed(hidden)) is None
+    sizes = {hidden: sizes_of(*_packed(hidden).weights_stored[:2]) for hidden in (96, 64)}
+    cpu = torch.device("cpu")
+    serves = not hopper._refused
+    assert {n for n in sizes if serves and hopper.prefers("experts_one", cpu, sizes[n])} == used
+    assert len(notes) == (fault is not None)
+
+
+def test_other_dtypes_do_not_try_the_kernel_for_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for bfloat16: two times of the same kernel would decide for all later engines of the process."""
+    monkeypatch.setattr(experts_check, "serves", lambda kernel, device: True)
+    monkeypatch.setattr(experts_check, "graph_seconds", None)
+    assert ExpertsCheck(2, torch.float32).problem_of_packed(_packed(96)) is None

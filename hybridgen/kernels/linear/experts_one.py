@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hybridgen.device.launcher import Device, device_of
 from hybridgen.device.program import Kernel, Program
-from hybridgen.kernels.hopper import OF_ONE_TOKEN, loaded, serves
-from hybridgen.kernels.linear.experts_form import Form, Projection
+from hybridgen.kernels.hopper import OF_ONE_TOKEN, loaded, prefers, serves
+from hybridgen.kernels.linear.experts_form import Form, Projection, sizes_of
 
 IS_ON = True
 """Whether it is used, where a trial finds it right and faster; benchmarks turn it off."""
@@ -149,6 +149,8 @@ def product(
     hidden, width = out.shape[1], gate_up.data.shape[1] // 2
     whole = x.shape[1] == length_of(hidden) and acts.shape[1] == length_of(width)
     if not IS_ON or ids.dtype != torch.int64 or not whole:
+        return False
+    if not prefers(OF_ONE_TOKEN, x.device, sizes_of(gate_up, down)):
         return False
     kernels = launches(x.device, hidden, gate_up, down, form)
     if kernels is None:
