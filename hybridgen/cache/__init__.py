@@ -14,13 +14,14 @@ from hybridgen.cache.block_table import BlockTable
 from hybridgen.cache.paged_kv import KeyValueState, KVScales, LayerPages, LayerShape, PagedKV, PagedState, SharedKV
 from hybridgen.cache.paged_latent import LatentShape, PagedLatent
 from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator, pages_for_tokens
-from hybridgen.cache.prefix import PageManager, RequestPages
+from hybridgen.cache.prefix import NO_PAGES, PageManager, RequestPages
 from hybridgen.cache.sizing import pages_in_turn, plan_pages
 from hybridgen.cache.slot_state import MixerShapes, MixerTensors, SlotShape, SlotState
 from hybridgen.cache.state import LayerState, allocate, total_bytes
 
 __all__ = [
     "DUMMY_PAGE",
+    "NO_PAGES",
     "BlockTable",
     "KVScales",
     "KeyValueState",

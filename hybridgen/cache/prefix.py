@@ -56,6 +56,10 @@ class RequestPages:
     """It writes to its pages again and again, so that no other request can have them."""
 
 
+NO_PAGES = RequestPages()
+"""What every request has that is not admitted: one object for all, in which nothing is changed."""
+
+
 class PageManager:
     """Gives requests their pages and takes them back; keeps those that others may share."""
 

@@ -19,7 +19,7 @@ from collections.abc import Hashable, Sequence
 from itertools import chain, groupby
 from typing import NamedTuple
 
-from hybridgen.cache import PageManager, RequestPages
+from hybridgen.cache import NO_PAGES, PageManager
 from hybridgen.cache.prefix import in_order
 from hybridgen.engine.mixing import RUN, Mixing
 from hybridgen.engine.requests import Batch, Request, RequestState
@@ -197,7 +197,7 @@ class Scheduler:
         if self._batch is not None and request in self._batch.requests:
             # The batch holds its requests in memory, and there may be no next step that would replace it.
             self._regroup([])
-        pages, request.pages = request.pages, RequestPages()
+        pages, request.pages = request.pages, NO_PAGES
         waits = self.pages.release(pages)
         self._free_slots.append(request.slot)
         if waits:
