@@ -179,7 +179,7 @@ def encode_prompt(
 
     Args:
         placeholders: tokens that stand for images, video or sound, with their names; such a prompt is refused.
-        pad: the tokenizer's padding token. Asking for it takes some microseconds, so it is asked for once a call.
+        pad: the tokenizer's padding token.
 
     Raises:
         PromptError: it is empty, of no known kind, refused by the tokenizer, or has ids outside the vocabulary or that
