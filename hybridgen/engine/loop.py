@@ -366,7 +366,7 @@ class StepLoop:
         if drafting is None or not drafting.can_pause:
             chosen = choose(rows, partial(runner.decode_seconds, slots), self._most_checked)
             return runner.decode(slots, chosen), False
-        if drafting.failure is not None:  # its recordings go on, and it is for nothing
+        if drafting.failure is not None:  # recorded steps would still draft, for nothing
             return runner.decode(slots, quiet=True), True
         kind = choose_or_pause(
             rows,

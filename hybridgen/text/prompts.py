@@ -323,7 +323,7 @@ def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[in
     if isinstance(prompt, np.ndarray):
         values = prompt if prompt.dtype.kind in "iu" else None
     else:
-        values = prompt.cpu().numpy() if prompt.dtype in _INTEGERS else None
+        values = prompt.numpy(force=True) if prompt.dtype in _INTEGERS else None
     if values is None or values.ndim != 1:
         kind = str(prompt.dtype).rpartition(".")[2]
         raise PromptError(
