@@ -332,7 +332,7 @@ def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[in
     if values.itemsize < 4 or not values.dtype.isnative:  # -1 of 8 bits would be 255
         values = values.astype(np.int64)
     values = np.ascontiguousarray(values)
-    ids = struct.unpack(f"{values.size}{values.dtype.char}", values)  # dtypes have the letters that `struct` has
+    ids = struct.unpack(f"{values.size}{values.dtype.char}", values.data)  # dtypes have the letters that `struct` has
     return ids, values.view(_UNSIGNED[values.itemsize])
 
 
