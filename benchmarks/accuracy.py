@@ -52,7 +52,7 @@ def ours(model: PreTrainedModel, ids: torch.Tensor, prompt: int, mode: str) -> t
     with hybridgen.Engine.load(model, **options) as engine:
         runner, tokens = engine._runner, ids.tolist()
         pages = list(range(1, 1 + -(-len(tokens) // engine.config.page_size)))
-        runner.state.block_table.assign(0, pages)
+        runner.state.block_table.assign_all([0], [pages])
 
         runner.steps.keep_logits()
 

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few prompts")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    sizes = (4, 80, 128, 2) if args.smoke else (256, 512, 8192, 40)
+    sizes = (4, 80, 128, 2) if args.smoke else (256, 512, 8192, 300)
     report({"benchmark": "host_prefill", "rows": measure(*sizes)}, args.output)
 
 

@@ -54,7 +54,7 @@ def main() -> None:
         print(f"{mode}: {len(found[mode])} files")
         for name in found[mode]:
             print(f"  {name}")
-    report({"files": found}, args.output)
+    report({"counts": {mode: len(names) for mode, names in found.items()}, "files": found}, args.output)
 
 
 if __name__ == "__main__":

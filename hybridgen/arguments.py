@@ -124,10 +124,12 @@ def is_text(prompt: Any) -> bool:
     """Whether a prompt is text or a chat, so that encoding it takes a tokenizer."""
     if type(prompt) in (list, tuple) and prompt and type(prompt[0]) is int:  # ids, as in most large calls
         return False
-    if isinstance(prompt, (str, Mapping)):
+    if isinstance(prompt, str):
         return True
     if hasattr(prompt, "ndim"):  # an array or a tensor of ids
         return False
+    if isinstance(prompt, Mapping):
+        return True
     return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 

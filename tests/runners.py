@@ -68,7 +68,7 @@ def prefill_logits(runner: ModelRunner, sizes: tuple[int, ...] = (20, 9)) -> Ten
     runner.steps.keep_logits()
     chunks = []
     for slot, count in enumerate(sizes):
-        runner.state.block_table.assign(slot, [1 + 2 * slot, 2 + 2 * slot])
+        runner.state.block_table.assign_all([slot], [[1 + 2 * slot, 2 + 2 * slot]])
         ids = [(17 * i + 3 * slot) % families.VOCAB for i in range(count)]
         chunks.append(PrefillChunk(slot, ids, 0, count, 0, True))
     key = GraphKey.prefill(sum(sizes), len(sizes), None)

@@ -10,18 +10,24 @@ A *page* holds the keys and values of `page_size` positions of one request. A re
 padding may write somewhere harmless. The idea is vLLM's PagedAttention (Kwon et al. 2023, arXiv:2309.06180).
 """
 
-from hybridgen.cache.block_table import BlockTable
 from hybridgen.cache.paged_kv import KeyValueState, KVScales, LayerPages, LayerShape, PagedKV, PagedState, SharedKV
 from hybridgen.cache.paged_latent import LatentShape, PagedLatent
-from hybridgen.cache.pages import DUMMY_PAGE, PageAllocator, pages_for_tokens
-from hybridgen.cache.prefix import PageManager, RequestPages
+from hybridgen.cache.pages import (
+    DUMMY_PAGE,
+    NO_PAGES,
+    PageAllocator,
+    PageManager,
+    RequestPages,
+    in_order,
+    pages_for_tokens,
+)
 from hybridgen.cache.sizing import pages_in_turn, plan_pages
 from hybridgen.cache.slot_state import MixerShapes, MixerTensors, SlotShape, SlotState
 from hybridgen.cache.state import LayerState, allocate, total_bytes
 
 __all__ = [
     "DUMMY_PAGE",
-    "BlockTable",
+    "NO_PAGES",
     "KVScales",
     "KeyValueState",
     "LatentShape",
@@ -40,6 +46,7 @@ __all__ = [
     "SlotShape",
     "SlotState",
     "allocate",
+    "in_order",
     "pages_for_tokens",
     "pages_in_turn",
     "plan_pages",

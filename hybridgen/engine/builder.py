@@ -13,22 +13,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hybridgen.cache import (
-    KVScales,
-    PageManager,
-    allocate,
-    pages_for_tokens,
-    pages_in_turn,
-    plan_pages,
-    total_bytes,
-)
+from hybridgen.cache import KVScales, allocate, pages_for_tokens, plan_pages, total_bytes
 from hybridgen.compilation.layers import switched_off
 from hybridgen.compilation.steps import CompiledSteps
 from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, ResolvedConfig, bar_disabled, parse_bytes
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.mixing import Mixing, always_worth, cannot_mix
-from hybridgen.engine.scheduler import Scheduler
+from hybridgen.engine.scheduling import make_pages, make_scheduler, why_not_shared
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
 from hybridgen.execution import ModelRunner, products, warm_up
@@ -135,19 +127,7 @@ class Builder:
         with timed("allocate cache"):
             num_pages, cache_bytes = self._allocate_cache(bound, runner, plan, drafter)
         if rotates:
-            undo.callback(use_own_rotation, bound)
-            use_one_op(bound, self.resolved.max_context, self.counters.fall_back)
-            undo.callback(use_own_gate, bound)
-            with timed("tuning"):
-                tokens, fall_back = self.resolved.token_budget, self.counters.fall_back
-                used = use_gated_op(bound, runner.steps.metadata, tokens, fall_back)
-                starter.note_choice("gate and up of prefill", used.slower)
-            undo.callback(use_own_mixture, bound)
-            with timed("tuning"):
-                mixtures = use_mixture_op(bound, runner.steps.metadata, self.counters.fall_back)
-                starter.note_choice("mixtures of one token", mixtures.slower)
-            undo.callback(use_own_ends, bound)
-            use_short_ends(bound, runner.steps.metadata, self.resolved.max_context)
+            self._use_ops(bound, runner, undo)
         meter = DecodeMeter(traffic_of(bound, runner.states, starter.read_ceiling(device)))
         fuses = fuses_decode(self.resolved.mode, device)
         if fuses and isinstance(runner, LeadRunner):
@@ -178,23 +158,10 @@ class Builder:
         elif plan.records and config.capture_at_start:
             with timed("capture"):
                 self.capture(runner, plan)
-        prefix_state = self._prefix_state(bound, runner)
-        ring_pages = None
+        prefix_state = why_not_shared(config, self.resolved, bound, runner.states) or "on"
         reaches = [bound.reach] if drafter is None else [bound.reach, drafter.drafter.reach]
-        if None not in reaches:
-            most = max(self.resolved.token_budget, self.resolved.query_len)
-            ring_pages = pages_in_turn(max(filter(None, reaches)), most, config.page_size)
-        pages = PageManager(num_pages, config.page_size, shares=prefix_state == "on", ring_pages=ring_pages)
-        scheduler = Scheduler(
-            pages=pages,
-            max_batch=config.max_batch,
-            token_budget=self.resolved.token_budget,
-            score_budget=runner.score_budget,
-            shortest_run=bound.shortest_run,
-            whole_prompts=not bound.continues_runs,
-            reprefill_length=bound.reprefill_length,
-            longest_first=config.longest_first,
-        )
+        pages = make_pages(config, self.resolved, num_pages, reaches, shares=prefix_state == "on")
+        scheduler = make_scheduler(config, self.resolved, bound, runner, pages)
         if config.mixed_steps:
             why = cannot_mix(bound, whole=plan.compiles_steps, ranks=self.lead is not None, drafts=drafter is not None)
             if why is None:
@@ -222,6 +189,22 @@ class Builder:
             most_checked=EQUAL_BITS_ROWS if config.equal_bits else None,
         )
         return Built(runner, loop, meter, num_pages, cache_bytes, prefix_state, plan.spares_first_call)
+
+    def _use_ops(self, bound: BoundModel, runner: ModelRunner, undo: ExitStack) -> None:
+        """Have modules run by ops of ours where these compute the same, and are no slower where that is tried."""
+        metadata, fall_back = runner.steps.metadata, self.counters.fall_back
+        undo.callback(use_own_rotation, bound)
+        use_one_op(bound, self.resolved.max_context, fall_back)
+        undo.callback(use_own_gate, bound)
+        with self.startup.timed("tuning"):
+            gated = use_gated_op(bound, metadata, self.resolved.token_budget, fall_back)
+            self.starter.note_choice("gate and up of prefill", gated.slower)
+        undo.callback(use_own_mixture, bound)
+        with self.startup.timed("tuning"):
+            mixtures = use_mixture_op(bound, metadata, fall_back)
+            self.starter.note_choice("mixtures of one token", mixtures.slower)
+        undo.callback(use_own_ends, bound)
+        use_short_ends(bound, metadata, self.resolved.max_context)
 
     def _recorder_of_all_ranks(self, runner: ModelRunner, plan: GraphSetup) -> Recorder | None:
         """Who records decode steps where all ranks have to; None where there is one process."""
@@ -370,20 +353,6 @@ class Builder:
         if model is not None:
             return model.drafter
         return NgramDrafter() if wanted == "ngram" else cast(Drafter, wanted)
-
-    def _prefix_state(self, bound: BoundModel, runner: ModelRunner) -> str:
-        """`on`, or why requests share no pages."""
-        if not self.config.prefix_cache:
-            return "off: prefix_cache=False"
-        fixed, longest = bound.fixed_keys_context, self.resolved.max_context
-        if fixed is not None and fixed < longest:
-            return (
-                f"off: keys of this model depend on a request's length above {fixed} tokens; max_context={fixed} or "
-                "less turns it on"
-            )
-        if any(state.bytes_per_slot or not state.rerunnable for state in runner.states):
-            return "off: layers of this model keep a state that is not in pages"
-        return "on"
 
     def _compile(self, runner: ModelRunner) -> str | None:
         """Compile before the first request. If that fails, steps run eagerly; it is counted and warned of.

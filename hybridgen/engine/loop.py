@@ -342,7 +342,10 @@ class StepLoop:
         self, requests: Sequence[Request], slots: tuple[int, ...], positions: int, launched: list[InFlight]
     ) -> None:
         try:
-            step, quiet = self._decode(requests, slots)
+            if self._drafter is None:
+                step, quiet = self._runner.decode(slots), False
+            else:
+                step, quiet = self._decode_drafts(requests, slots)
         except Exception as error:
             if self._can_isolate(requests, error):
                 for request in requests:
@@ -356,17 +359,14 @@ class StepLoop:
         self._counters.steps[kind] += 1
         launched.append(InFlight(step, requests, kind, positions, (), quiet))
 
-    def _decode(self, requests: Sequence[Request], slots: tuple[int, ...]) -> tuple[LaunchedStep, bool]:
-        """Launch a decode step; where somebody drafts, with as many drafts of each row as are worth checking. And
-        whether drafting paused."""
-        if self._drafter is None:
-            return self._runner.decode(slots), False
+    def _decode_drafts(self, requests: Sequence[Request], slots: tuple[int, ...]) -> tuple[LaunchedStep, bool]:
+        """Launch a decode step that checks as many drafts of each row as are worth it; and whether drafting paused."""
         rows = [request.pace for request in requests if request.pace is not None]
         runner, drafting = self._runner, self._runner.drafting
         if drafting is None or not drafting.can_pause:
             chosen = choose(rows, partial(runner.decode_seconds, slots), self._most_checked)
             return runner.decode(slots, chosen), False
-        if drafting.failure is not None:  # its recordings go on, and it is for nothing
+        if drafting.failure is not None:  # recorded steps would still draft, for nothing
             return runner.decode(slots, quiet=True), True
         kind = choose_or_pause(
             rows,

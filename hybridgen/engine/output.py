@@ -173,10 +173,10 @@ class RequestOutput:
                         if matched is None and token in self._hidden:
                             more, matched = self._stops.push(self._hidden[token], shown=False)
                             text += more
-                if self._criteria:
-                    self._criterion_met = criteria_met(self._criteria, self._prompt_ids, ids)
-                ends = self._criterion_met or token in self._stop_ids or len(ids) >= self._limit
-                if matched is not None or ends:
+                ends = matched is not None or token in self._stop_ids or len(ids) >= self._limit
+                if self._criteria and criteria_met(self._criteria, self._prompt_ids, ids):
+                    self._criterion_met = ends = True
+                if ends:
                     text += self._finish(token, text, matched)
                 elif text:
                     self._text.append(text)
@@ -184,7 +184,7 @@ class RequestOutput:
                     self._emit(token, text, logprob)
                 if self._on_token is not None:
                     self._on_token(token)
-                if self.completion is not None:
+                if ends:
                     break
         except Exception as error:
             logger.debug("a request failed", exc_info=error)
@@ -257,7 +257,8 @@ class RequestOutput:
             text = ""
         self._text.append(text)
         self._complete(reason, None, error)
-        self._emit(None, text, None)
+        if self.keep_events:
+            self._emit(None, text, None)
 
     def _flush(self) -> tuple[str, str | None]:
         """Text of tokens not decoded yet, and text held back by an incomplete character or a possible stop string."""
@@ -268,17 +269,15 @@ class RequestOutput:
         return (text, matched) if matched is not None else (text + self._stops.flush(), None)
 
     def _emit(self, token: int | None, text: str, logprob: TokenLogprob | None) -> None:
-        if self.keep_events:
-            self.events.append(
-                TokenEvent(
-                    token_id=token,
-                    text=text,
-                    index=self._index,
-                    choice=self._choice,
-                    logprob=logprob,
-                    completion=self.completion,
-                )
-            )
+        event = TokenEvent(
+            token_id=token,
+            text=text,
+            index=self._index,
+            choice=self._choice,
+            logprob=logprob,
+            completion=self.completion,
+        )
+        self.events.append(event)
 
     def _count_decode_steps(self) -> None:
         """Count the decode steps that ran the same way one after the other."""

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Any
 
 from hybridgen.arguments import REFUSED, is_text, sampling_per_prompt
-from hybridgen.cache import RequestPages
+from hybridgen.cache import NO_PAGES, RequestPages
 from hybridgen.core import Completion
 from hybridgen.engine.alternatives import Alternative, completions_of
 from hybridgen.engine.output import RequestOutput
@@ -73,7 +73,7 @@ class Request:
     patient: bool = field(default=False, init=False)
     """Whether it is one of a list that is waited for as a whole: prefills of others may go before its tokens."""
     slot: int = field(default=-1, init=False)
-    pages: RequestPages = field(default_factory=RequestPages, init=False)
+    pages: RequestPages = field(default=NO_PAGES, init=False)
     pace: RowPace | None = field(default=None, init=False)
     """What its drafts have shown; None where nobody drafts."""
     _launched: int = field(default=0, init=False)
@@ -153,7 +153,7 @@ class Request:
     def back(self) -> None:
         """It waits again, and has generated nothing yet."""
         self.state = RequestState.WAITING
-        self.pages, self.prefilled, self._launched = RequestPages(), 0, 0
+        self.pages, self.prefilled, self._launched = NO_PAGES, 0, 0
 
     def accept(self, count: int) -> None:
         """A step brought `count` tokens; one was counted when it was launched."""

@@ -2,7 +2,7 @@
 
 First come, first served; the requests of one list in the order of `Scheduler.in_order`. A request is admitted when a
 slot is free and the pool has pages for its whole prompt and output, so a running request is never stopped for want of
-memory; pages that hold its first tokens already are shared (`cache.prefix`). It also waits until a prefill call has
+memory; pages that hold its first tokens already are shared (`cache.pages`). It also waits until a prefill call has
 room for it, so that the host admits the next requests while the device runs the calls before. Each step has at most one
 prefill call, with prompts packed up to the token budget and long ones in chunks, and one decode call of all requests
 that are past their prompt. Of a list that is wanted as a whole, all prompts are prefilled before the first decode step:
@@ -19,8 +19,7 @@ from collections.abc import Hashable, Sequence
 from itertools import chain, groupby
 from typing import NamedTuple
 
-from hybridgen.cache import PageManager, RequestPages
-from hybridgen.cache.prefix import in_order
+from hybridgen.cache import NO_PAGES, PageManager, in_order
 from hybridgen.engine.mixing import RUN, Mixing
 from hybridgen.engine.requests import Batch, Request, RequestState
 from hybridgen.execution.plan import Admission, PrefillChunk, StepPlan
@@ -197,7 +196,7 @@ class Scheduler:
         if self._batch is not None and request in self._batch.requests:
             # The batch holds its requests in memory, and there may be no next step that would replace it.
             self._regroup([])
-        pages, request.pages = request.pages, RequestPages()
+        pages, request.pages = request.pages, NO_PAGES
         waits = self.pages.release(pages)
         self._free_slots.append(request.slot)
         if waits:

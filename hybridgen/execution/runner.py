@@ -335,8 +335,8 @@ class ModelRunner(OnStream):
         return sum(times)
 
     def _may_check(self, own: OwnRows | None) -> bool:
-        """Whether a step may check drafts. Functions of a row are called with its text, whose length the host must
-        know; and other ranks have no grammars."""
+        """Whether a step may check drafts. Not where a row has functions of its own: they are called with its text, and
+        the host has to know how long that is. Nor where it has a grammar and there are other ranks, which have none."""
         return own is None or not (own.calls or self.steps.agree is not None)
 
     @on_its_stream

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from hybridgen.cache import BlockTable
+from hybridgen.cache import DUMMY_PAGE
+from hybridgen.device.rows import write_rows
 from hybridgen.kernels.step.drafts import NO_DRAFT
 
 
@@ -19,6 +21,27 @@ class SlotRows(NamedTuple):
     """Cached positions, which are the positions of those tokens."""
     generated: torch.Tensor
     """Tokens generated so far."""
+
+
+class BlockTable:
+    """Page ids by slot and page index: int32 [max_batch, max_pages] on the device.
+
+    A row is written once, when a request is admitted with all the pages that it can ever need, so that decode
+    steps send nothing.
+    """
+
+    def __init__(self, max_batch: int, max_pages: int, device: torch.device) -> None:
+        self.tensor = torch.full((max_batch, max_pages), DUMMY_PAGE, dtype=torch.int32, device=device)
+
+    def assign_all(self, slots: Sequence[int], pages: Sequence[Sequence[int]]) -> None:
+        """Give each of these slots its pages; entries past them point to the dummy page. Waits for nothing, and sends
+        all of them at once."""
+        shape = len(slots), self.tensor.shape[1]
+        host = torch.full(shape, DUMMY_PAGE, dtype=torch.int32, device="cpu", pin_memory=self.tensor.is_cuda)
+        rows = host.numpy()
+        for row, its_pages in zip(rows, pages, strict=True):
+            row[: len(its_pages)] = its_pages
+        write_rows(slots, (self.tensor, host))
 
 
 class DeviceState:

@@ -58,7 +58,7 @@ def tune(fused: FusedDecode, seconds: float) -> dict[str, Any]:
         Unfit: what was chosen computes something else.
 
     Returns:
-        What `fuse_decode(tuned=...)` takes; plain values, for JSON.
+        What `build_fused(tuned=...)` takes; plain values, for JSON.
     """
     chosen: dict[str, Any] = {}
     each = seconds / max(1, sum(kind is not None for kind in (fused.persistent, fused.rows, fused.chain)))

@@ -167,7 +167,7 @@ class GraphStore:
             progress()
 
     def _gave_up(self, key: GraphKey) -> bool:
-        """Whether so many sizes of the phase failed alike that this one would too: then it is not tried, and said so.
+        """Whether so many sizes of the phase failed alike that this one would too. Then it counts as failed.
 
         Running out of memory does not count: a smaller size may fit.
         """
@@ -236,7 +236,7 @@ class GraphStore:
             self._made(key)
             if isinstance(error, LostRanks):
                 raise
-            if is_fatal(error):  # it looks like that after any failed capture; asking the device tells
+            if is_fatal(error):  # as the error of any failed capture looks; this raises only if the device is lost
                 torch.cuda.synchronize()
             self._fail(key, error)
             return
@@ -285,7 +285,7 @@ class GraphStore:
         limit = self.settings.max_bytes
         if limit is None:
             return
-        if newest.recorded.bytes > limit:  # others cannot make room for it
+        if newest.recorded.bytes > limit:  # dropping others would not be enough
             self.drop(newest, f"its capture took {newest.recorded.bytes:,} bytes, above max_graph_memory={limit:,}")
         while self.bytes > limit:
             self._evict_oldest()

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -266,9 +267,9 @@ class Checkpoint:
         assert self.source is not None
         return _built_class(self.whole_config or self.hf_config, self.source, self.config.trust_remote_code)
 
-    @property
+    @cached_property
     def encoding(self) -> dict[str, Any]:
-        """What `encode_prompt` has to know of the model."""
+        """What `encode_prompt` has to know of the model. Kept: a tokenizer is slow to tell its padding token."""
         return {
             "tokenizer": self.tokenizer,
             "tokenizer_problem": self.tokenizer_problem,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import marshal
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -178,7 +179,7 @@ def encode_prompt(
 
     Args:
         placeholders: tokens that stand for images, video or sound, with their names; such a prompt is refused.
-        pad: the tokenizer's padding token. Asking for it takes some microseconds, so it is asked for once a call.
+        pad: the tokenizer's padding token.
 
     Raises:
         PromptError: it is empty, of no known kind, refused by the tokenizer, or has ids outside the vocabulary or that
@@ -204,7 +205,7 @@ def encode_prompt(
                 f"prompt {index} holds token {token} ({name}), which stands for what is no text; hybridgen runs this "
                 "model's text part alone: leave it out"
             )
-    if not _all_inside(values, vocab_size):
+    if values is None or int(np.maximum.reduce(values)) >= vocab_size:  # what `max()` calls
         wrong = [token for token in ids if not 0 <= token < vocab_size]
         raise PromptError(
             f"prompt {index} holds token id {shown(wrong[0])}, outside the vocabulary of {vocab_size} "
@@ -222,16 +223,6 @@ def _no_prompt(prompt: Mapping[str, Any], index: int) -> PromptError:
     except PromptError as error:
         return PromptError(f"prompt {index}: {error}")
     return PromptError(f"prompt {index} ({shown(prompt)}) holds {len(items)} prompts; give one in each row")
-
-
-def _all_inside(values: np.ndarray | None, vocab_size: int) -> bool:
-    if values is None:
-        return False
-    if values.dtype.kind == "u":
-        return bool(np.maximum.reduce(values) < vocab_size)  # what `max()` calls
-    if values.dtype == np.int64 and values.flags.c_contiguous:  # one look: a negative id is a very large one there
-        return bool(np.maximum.reduce(values.view(np.uint64)) < vocab_size)
-    return bool(values.min() >= 0 and values.max() < vocab_size)
 
 
 def _require(tokenizer: Any, problem: str | None) -> Any:
@@ -299,7 +290,8 @@ def _warn_of_two_beginnings(token: Any) -> None:
 
 
 def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | None]:
-    """The ids of a prompt, and the same as an array to look at; None where one is too large for any vocabulary.
+    """The ids of a prompt, and the same as an array of unsigned integers, in which negative ids are very large numbers.
+    No array where one is too large for any vocabulary.
 
     A call can have hundreds of thousands of them, so that Python looks at none of them on its own.
     """
@@ -319,7 +311,7 @@ def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | N
             raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
     ids = tuple(int(token) for token in ids)
     try:
-        return ids, np.fromiter(ids, np.int64, len(ids))
+        return ids, np.fromiter(ids, np.int64, len(ids)).view(np.uint64)
     except OverflowError:
         return ids, None
 
@@ -331,15 +323,20 @@ def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[in
     if isinstance(prompt, np.ndarray):
         values = prompt if prompt.dtype.kind in "iu" else None
     else:
-        values = prompt.cpu().numpy() if prompt.dtype in _INTEGERS else None
+        values = prompt.numpy(force=True) if prompt.dtype in _INTEGERS else None
     if values is None or values.ndim != 1:
         kind = str(prompt.dtype).rpartition(".")[2]
         raise PromptError(
             f"prompt {index} is a {kind} tensor of shape {tuple(prompt.shape)}; give integer ids [tokens]"
         )
-    return tuple(values.tolist()), values
+    if values.itemsize < 4 or not values.dtype.isnative:  # -1 of 8 bits would be 255
+        values = values.astype(np.int64)
+    values = np.ascontiguousarray(values)
+    ids = struct.unpack(f"{values.size}{values.dtype.char}", values.data)  # dtypes have the letters that `struct` has
+    return ids, values.view(_UNSIGNED[values.itemsize])
 
 
+_UNSIGNED = {4: np.uint32, 8: np.uint64}
 _INTEGERS = frozenset(
     getattr(torch, f"{sign}int{bits}")
     for sign in ("", "u")

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from hybridgen.cache import DUMMY_PAGE, PageManager, RequestPages, pages_for_tokens, pages_in_turn
-from hybridgen.cache.prefix import in_order
+from hybridgen.cache import DUMMY_PAGE, PageManager, RequestPages, in_order, pages_for_tokens, pages_in_turn
 
 SIZE = 4
 

@@ -13,7 +13,7 @@ import torch
 
 import hybridgen
 from hybridgen import Engine, FinishReason, SamplingParams
-from hybridgen.cache import PageManager
+from hybridgen.cache import NO_PAGES, PageManager
 
 PAGE = 8
 SETTINGS: dict[str, Any] = {
@@ -80,6 +80,7 @@ def poison(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 def check_empty(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.free_pages, stats.running, stats.waiting) == (stats.pages, 0, 0)
+    assert (NO_PAGES.table, NO_PAGES.cached, NO_PAGES.nodes, NO_PAGES.written) == ([], 0, [], 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "qwen3_moe", "llama4_text", "gpt_oss"])

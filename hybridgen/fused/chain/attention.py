@@ -193,7 +193,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, WINDOW: tl.constexpr, NATIVE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """qkv, float32 [rows, HEADS + 2 KV, DIM], to out [rows, HEADS, DIM]; `chain_attention` says how.
+    """qkv, float32 [rows, HEADS + 2 KV, DIM], to out [rows, HEADS, DIM]; this module says how.
 
     A program: kv head, row and chunk, the chunk slowest, so that programs without one come last.
     """

@@ -16,7 +16,7 @@ from hybridgen.models.quantised import QuantisedWeight
 _LARGEST_HIDDEN = 16384
 """One program holds a row of the embedding."""
 _SQUARES_ROWS = 16
-"""As in `chain_kernels`."""
+"""As in `fused.chain.kernels`."""
 
 
 def check(model: Decoder, *, codes: bool = False) -> None:

@@ -2,8 +2,8 @@
 
 Per layer: norm + qkv projection; head norms, rotary and paged attention, which writes the cache; output projection +
 residual; norm + gate and up + activation; down projection + residual. Before the layers the embedding, behind them the
-norm and the head. `chain_kernels` says how the kernels divide the work and overlap; `reference.step` computes the same
-in plain PyTorch.
+norm and the head. `fused.chain.kernels` says how the kernels divide the work and overlap; `reference.step` computes
+the same in plain PyTorch.
 
 Of a model that several ranks have together, each runs its share: what the output and down projections give is added up
 over the ranks before it goes to the state, and logits are those of the rank's part of the vocabulary.
@@ -44,7 +44,7 @@ class ChainStep:
         model: on a CUDA device of compute capability 8.0 or later, in bfloat16 or float16. On a CPU the kernels run in
             Triton's interpreter, which is for tests; float32 there.
         max_rows: rows that a call may have, 1 to 16.
-        tiles: what `chain_tuning.tune` returned; the rest are defaults.
+        tiles: what `fused.chain.search.tune` returned; the rest are defaults.
 
     Raises:
         Unfit: the kernels do not compute this model; the message is the reason.

@@ -1,4 +1,4 @@
-"""The persistent kernel as a step: its buffers, its launch, and what happens when its watchdog bites."""
+"""The persistent kernel for one row as a step: its parameters and its buffers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
-from hybridgen.device.mapped import host_mapped
-from hybridgen.device.program import Keeper, Kernel, Program, machine_code
+from hybridgen.device.program import Keeper, Program, machine_code
+from hybridgen.fused.kernel_step import KernelStep, address_of, scale_of
 from hybridgen.fused.persistent.shape import (
     PATIENCE,
     PATIENCE_WITH_RANKS,
@@ -23,7 +23,7 @@ from hybridgen.fused.persistent.shape import (
     peers,
     shape_of,
 )
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, cut, dense
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, cut, dense
 
 ONE_ROW = Program(
     (__package__ or "",),
@@ -32,15 +32,10 @@ ONE_ROW = Program(
     "decode_step",
 )
 _COUNTERS = 5
-_SECTOR = 32
-"""Counters lie this many integers apart, so that polling one does not slow another."""
 
 
-class PersistentStep:
-    """One decode step of one row: reads its slot's state and pages, appends to the cache, leaves logits.
-
-    Everything that it exchanges between blocks outlives a launch, so only one launch of a step may run at a time.
-    """
+class PersistentStep(KernelStep):
+    """One decode step of one row: reads its slot's state and pages, appends to the cache, leaves logits."""
 
     def __init__(
         self,
@@ -89,11 +84,6 @@ class PersistentStep:
             patience=patience or (PATIENCE if model.share is None else PATIENCE_WITH_RANKS),
         )
         cubin = machine_code(shape.defines, capability, ONE_ROW, kept)
-        with torch.cuda.device(device):
-            torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
-            self.kernel = Kernel(cubin, shape.shared_bytes, ONE_ROW)
-        self._blocks = blocks
-        self._device = device
         width, heads = model.heads * model.head_dim, model.heads
         short, long = shape.defines["SHORT_SPLITS"], shape.defines["LONG_SPLITS"]
         sizes = {
@@ -107,21 +97,25 @@ class PersistentStep:
             "long_sums": long * heads * 8,
             "long_merged": width,
         }
+        super().__init__(
+            ONE_ROW,
+            cubin,
+            shape.shared_bytes,
+            blocks=blocks,
+            threads=THREADS,
+            device=device,
+            sizes=sizes,
+            counters=_COUNTERS,
+        )
         with torch.inference_mode(False):
-            self.words = torch.zeros(sum(-(-n // 32) * 32 for n in sizes.values()), dtype=torch.int32, device=device)
-            self.counters = torch.zeros(_COUNTERS * _SECTOR, dtype=torch.int32, device=device)
             self.logits = torch.zeros(1, model.vocab, dtype=model.dtype, device=device)
-            self._fault, self._host_fault = host_mapped((1,), torch.int32, device)
-        offset, words = 0, []
-        for size in sizes.values():
-            words.append(self.words.data_ptr() + 4 * offset)
-            offset += -(-size // 32) * 32
+        words = [part.data_ptr() for part in self.parts.values()]
         cos, sin = model.rotary or (None, None)
         self._kept_alive = (model, pages, rows, state, block_table)
         header = [
             rows.data_ptr(), state.data_ptr(), block_table.data_ptr(), state.stride(0), block_table.stride(0),
-            model.embedding.data_ptr(), dense(model.head).data_ptr(), model.norm.scale.data_ptr(), _address(cos),
-            _address(sin), self.logits.data_ptr(), *words, self.counters.data_ptr(), self._fault.data_ptr(),
+            model.embedding.data_ptr(), dense(model.head).data_ptr(), model.norm.scale.data_ptr(), address_of(cos),
+            address_of(sin), self.logits.data_ptr(), *words, self.counters.data_ptr(), self._fault.data_ptr(),
             *peers(model, inboxes),
         ]  # fmt: skip
         packed = struct.pack(f"<{len(header)}Q", *header)
@@ -130,34 +124,12 @@ class PersistentStep:
 
     def __call__(self) -> Tensor:
         """Launch on the current stream; returns where the logits will be, [1, vocab]."""
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        self.kernel.launch(self._blocks, THREADS, self._parameters, stream)
+        self._launch()
         return self.logits
-
-    @property
-    def faulted(self) -> bool:
-        """Whether a block gave up waiting in a step that has run; its logits, and later ones', are not usable."""
-        return bool(self._host_fault[0])
-
-    def give_up(self) -> None:
-        """Let a step that runs end without numbers, and wait for nobody any more; from any thread."""
-        self._host_fault[0] = 1
-
-    def repair(self) -> None:
-        """Make the buffers as new, after a step that was given up or never ended. Waits for the device."""
-        torch.cuda.synchronize(self._device)
-        self.words.zero_()
-        self.counters.zero_()
-        self._host_fault[0] = 0
-        torch.cuda.synchronize(self._device)
 
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a launch, by name."""
         return {"fused words": self.words, "fused counters": self.counters, "fused logits": self.logits}
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _packed_layer(model: Decoder, layer: DecoderLayer, pages: LayerPages) -> bytes:
@@ -168,19 +140,15 @@ def _packed_layer(model: Decoder, layer: DecoderLayer, pages: LayerPages) -> byt
     first, *others = cut(layer.qkv, [width, keys, keys])
     gate, up = cut(layer.gate_up, [inner, inner])
     pairs = [first, _whole(layer.out), gate, _whole(layer.down)]
-    addresses = [_scale(norm) for norm in norms]
-    addresses += [weight.data_ptr() for weight, _ in pairs] + [_address(bias) for _, bias in pairs]
+    addresses = [scale_of(norm) for norm in norms]
+    addresses += [weight.data_ptr() for weight, _ in pairs] + [address_of(bias) for _, bias in pairs]
     addresses += [pages.keys.data_ptr(), pages.values.data_ptr()]
     packed = struct.pack(f"<{len(addresses)}Q2i", *addresses, layer.window, int(layer.rotates))
     if model.separate:
         others.append(up)
-        parts = [weight.data_ptr() for weight, _ in others] + [_address(bias) for _, bias in others]
+        parts = [weight.data_ptr() for weight, _ in others] + [address_of(bias) for _, bias in others]
         packed += struct.pack(f"<{len(parts)}Q", *parts)
     return packed
-
-
-def _scale(norm: Norm | None) -> int:
-    return _address(None if norm is None else norm.scale)
 
 
 def _whole(linear: Linear) -> tuple[Tensor, Tensor | None]:

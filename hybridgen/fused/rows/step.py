@@ -1,4 +1,4 @@
-"""The persistent kernel for a few columns as a step: its buffers, its launch, and what mends it."""
+"""The persistent kernel for a few columns as a step: its parameters and its buffers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
-from hybridgen.device.mapped import host_mapped
-from hybridgen.device.program import Keeper, Kernel, Program, driver_call, driver_module, machine_code
+from hybridgen.device.program import Keeper, Program, driver_call, driver_module, machine_code
+from hybridgen.fused.kernel_step import KernelStep, address_of, scale_of
 from hybridgen.fused.persistent.shape import PATIENCE, PATIENCE_WITH_RANKS, check_places, peers
 from hybridgen.fused.rows.formats import Stored, format_of, stored
 from hybridgen.fused.rows.shape import COLUMNS, THREADS, Shape, Tuning, check, default_tuning, shape_of, shares
-from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Norm, Unfit
+from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Unfit
 
 ROWS = Program(
     (__package__ or "", "hybridgen.fused.persistent"),
@@ -27,15 +27,13 @@ ROWS = Program(
 _COUNTERS = 4
 _MAP_ROW = 128
 """Bytes of a row of a box of the cache: as many as its copy swizzles."""
-_SECTOR = 32
-"""Counters lie this many integers apart, so that polling one does not slow another."""
 
 
-class RowsStep:
+class RowsStep(KernelStep):
     """One decode step of up to eight columns: appends to the cache, leaves logits.
 
     A column is a slot and a position. Several columns may be of one slot, at neighbouring positions: each sees those
-    before it. Everything that blocks exchange outlives a launch, so only one launch of a step may run at a time.
+    before it.
     """
 
     def __init__(
@@ -97,39 +95,36 @@ class RowsStep:
         )
         constants = shape.defines | ({} if trace is None else {"TRACE": 1}) | dict(defines or {})
         cubin = machine_code(constants, capability, ROWS, kept)
-        with torch.cuda.device(device):
-            torch.cuda.current_stream(device).synchronize()  # the driver's context exists and is current from here on
-            self.kernel = Kernel(cubin, shape.shared_bytes, ROWS)
-        self._blocks, self._device = blocks, device
         width, keys, dim = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.head_dim
         pairs = {"x": model.hidden, "middle": model.hidden, "mixed": width, "hidden": model.intermediate}
         sizes = {name: COLUMNS * size // 2 for name, size in {**pairs, "last": model.hidden}.items()}
         sizes |= {"qkv": COLUMNS * (width + 2 * keys)}
         sizes |= dict.fromkeys(("squares", "middle squares", "last squares"), COLUMNS * blocks)
         splits = COLUMNS * (-(-model.max_context // shape.split) + 1)
+        super().__init__(
+            ROWS,
+            cubin,
+            shape.shared_bytes,
+            blocks=blocks,
+            threads=THREADS,
+            device=device,
+            sizes=sizes,
+            counters=_COUNTERS,
+        )
         with torch.inference_mode(False):
-            self.words = torch.zeros(sum(-(-n // 32) * 32 for n in sizes.values()), dtype=torch.int32, device=device)
             self.partial = torch.zeros(splits, model.heads, dim + 2, dtype=torch.float32, device=device)
             self.tickets = torch.zeros(COLUMNS * model.heads, dtype=torch.int32, device=device)
-            self.counters = torch.zeros(_COUNTERS * _SECTOR, dtype=torch.int32, device=device)
             self.logits = torch.zeros(COLUMNS, model.vocab, dtype=model.dtype, device=device)
             self.states = torch.zeros(COLUMNS, len(reads) * model.hidden, dtype=model.dtype, device=device)
             """What went into the layers of `reads`, side by side, by column."""
             self.shares = torch.tensor(shares(model, blocks), dtype=torch.int32, device=device)
-            self._fault, self._host_fault = host_mapped((1,), torch.int32, device)
             self._maps = torch.frombuffer(bytearray(_maps(pages, shape)), dtype=torch.uint8).to(device)
-        offset = 0
-        self.parts: dict[str, Tensor] = {}
-        """The words of each exchange, by name; views."""
-        for name, size in sizes.items():
-            self.parts[name] = self.words[offset : offset + size]
-            offset += -(-size // 32) * 32
         words = [part.data_ptr() for part in self.parts.values()]
         cos, sin = model.rotary or (None, None)
         self._kept_alive = (model, pages, block_table, weights, head)
         header = [
             0, 0, 0, block_table.data_ptr(), 0, block_table.stride(0), model.embedding.data_ptr(),
-            self._maps.data_ptr(), *_matrix(head, None), model.norm.scale.data_ptr(), _address(cos), _address(sin),
+            self._maps.data_ptr(), *_matrix(head, None), model.norm.scale.data_ptr(), address_of(cos), address_of(sin),
             self.logits.data_ptr(),
             *words, self.partial.data_ptr(), self.tickets.data_ptr(), self.shares.data_ptr(),
             self.counters.data_ptr(), self._fault.data_ptr(), *([self.states.data_ptr()] if reads else []),
@@ -149,26 +144,12 @@ class RowsStep:
         columns = ids.shape[0]
         struct.pack_into("<3Q", self._parameters, 0, ids.data_ptr(), positions.data_ptr(), slots.data_ptr())
         struct.pack_into("<Q", self._parameters, 32, columns)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        self.kernel.launch(self._blocks, THREADS, self._parameters, stream)
+        self._launch()
         return self.logits[:columns]
 
-    @property
-    def faulted(self) -> bool:
-        """Whether a block gave up waiting in a step that has run; its logits, and later ones', are not usable."""
-        return bool(self._host_fault[0])
-
-    def give_up(self) -> None:
-        """Let a step that runs end without numbers, and wait for nobody any more; from any thread."""
-        self._host_fault[0] = 1
-
-    def repair(self) -> None:
-        """Make the buffers as new, after a step that was given up or never ended. Waits for the device."""
-        torch.cuda.synchronize(self._device)
-        for tensor in (self.words, self.tickets, self.counters):
-            tensor.zero_()
-        self._host_fault[0] = 0
-        torch.cuda.synchronize(self._device)
+    def _exchanged(self) -> tuple[Tensor, ...]:
+        """What is zero before the first step."""
+        return *super()._exchanged(), self.tickets
 
     def tensors(self) -> dict[str, Tensor]:
         """What outlives a launch, by name."""
@@ -216,22 +197,14 @@ def _linears(layer: DecoderLayer) -> tuple[Linear, ...]:
     return layer.qkv, layer.out, layer.gate_up, layer.down
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _matrix(weight: Stored, bias: Tensor | None) -> tuple[int, int, int]:
-    return weight.data.data_ptr(), _address(weight.scales), _address(bias)
+    return weight.data.data_ptr(), address_of(weight.scales), address_of(bias)
 
 
 def _packed_layer(layer: DecoderLayer, weights: tuple[Stored, ...], pages: LayerPages) -> bytes:
     norms = (layer.before_attention, layer.before_mlp, layer.query_norm, layer.key_norm)
-    values = [_scale(norm) for norm in norms]
+    values = [scale_of(norm) for norm in norms]
     for weight, linear in zip(weights, _linears(layer), strict=True):
         values += _matrix(weight, linear.bias)
     values += [pages.keys.data_ptr(), pages.values.data_ptr(), layer.window, int(layer.rotates)]
     return struct.pack(f"<{len(values)}Q", *values)
-
-
-def _scale(norm: Norm | None) -> int:
-    return _address(None if norm is None else norm.scale)

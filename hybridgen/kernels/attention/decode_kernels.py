@@ -1,4 +1,4 @@
-"""Triton kernels of `attention_decode`, which says how they divide the work."""
+"""Triton kernels of `kernels.attention.decode`, which says how they divide the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton: a chunk of `attention_decode` over keys and values of 8 bits, for queries of 16.
+"""Triton: a chunk of `kernels.attention.decode` over keys and values of 8 bits, for queries of 16.
 
 Two dims are read as one number of 16 bits. Its halves go to two products, one over even dims and one over odd ones, so
 that nothing has to be moved between them: the tensor cores' operands hold two neighbours in a register, of dims for

@@ -350,7 +350,7 @@ def arrange_kernel(  # type: ignore[no-untyped-def]
     INPUTS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr, ACTS_LENGTH: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A token: its inputs as `_few_product` reads them, and noughts behind those, and behind its pairs' activations.
+    """A token: its inputs as `_few_sums` reads them, and noughts behind those, and behind its pairs' activations.
 
     out: float16 [tokens, LENGTH]; acts: float16 [pairs, ACTS_LENGTH].
     """

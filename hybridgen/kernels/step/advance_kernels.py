@@ -75,7 +75,7 @@ def _advancer(block: int, query: int, counts: bool, device: int) -> Launcher:
 
 
 def launch_publish(values: Tensor, ring: Tensor, counter: Tensor) -> None:
-    """See `stepping.publish`; a vector is one column."""
+    """See `kernels.step.advance.publish`; a vector is one column."""
     width = values.shape[1] if values.dim() == 2 else 1
     row_stride = ring.stride(1)
     launch = _publisher(triton.next_power_of_2(width), str(values.dtype), values.device.index)
@@ -93,7 +93,7 @@ def launch_advance(
     counter: Tensor,
     counts: Tensor | None,
 ) -> None:
-    """See `stepping.advance`."""
+    """See `kernels.step.advance.advance`."""
     block = max(16, triton.next_power_of_2(tokens.shape[0]))
     query = 1 if tokens.dim() == 1 else tokens.shape[1]
     launch = _advancer(block, query, counts is not None, tokens.device.index)

@@ -1,15 +1,15 @@
-"""Which pages a slot has."""
+"""What the engine knows of each slot: its pages."""
 
 import pytest
 import torch
 
-from hybridgen.cache import BlockTable
+from hybridgen.execution.state import BlockTable
 
 
 def test_assigning_a_slot_replaces_its_whole_row() -> None:
     table = BlockTable(2, 4, torch.device("cpu"))
-    table.assign(1, [5, 6, 7])
-    table.assign(1, [8])
+    table.assign_all([1], [[5, 6, 7]])
+    table.assign_all([1], [[8]])
     assert table.tensor.tolist() == [[0, 0, 0, 0], [8, 0, 0, 0]]
 
 
@@ -20,6 +20,6 @@ def test_several_slots_at_once_equal_one_after_the_other(slots: list[int]) -> No
     for table in (one, all_):
         table.tensor.fill_(9)
     for slot, its_pages in zip(slots, pages, strict=True):
-        one.assign(slot, its_pages)
+        one.assign_all([slot], [its_pages])
     all_.assign_all(slots, pages)
     assert torch.equal(one.tensor, all_.tensor)
