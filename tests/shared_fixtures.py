@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import shared_graphs
 import torch
 import transformers
 from interpreter import Interpreter
+from shared_graphs import without_paths
 
 import hybridgen
 from hybridgen.compilation import behind
@@ -25,6 +27,9 @@ from hybridgen.models import probe
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# pytest attaches its handler to every logger that does not propagate. With one, torch describes all that Dynamo does and
+# every graph in this log, which is a third of what compiling costs.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,7 +48,8 @@ def _configs_are_probed_once() -> Iterator[None]:
     known: dict[Any, Any] = {}
 
     def of_config(config: Any, context: int, model_class: Any = None) -> Any:
-        key = type(config), config.to_json_string(use_diff=False), context, model_class
+        # Not where it was read from, which is a folder of its own for almost every test.
+        key = type(config), without_paths(config.to_json_string(use_diff=False)), context, model_class
         if key not in known:
             known[key] = probe.probe_config(config, context, model_class)
         return known[key]
