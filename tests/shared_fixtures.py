@@ -27,8 +27,8 @@ from hybridgen.models import probe
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-# pytest attaches its handler to every logger that does not propagate. With one, torch describes all that Dynamo does and
-# every graph in this log, which is a third of what compiling costs.
+# pytest attaches its handler to every logger that does not propagate. With one, torch describes in this log all that
+# Dynamo does and every graph, which is a third of what compiling costs.
 logging.getLogger("torch.__trace").propagate = True
 
 
