@@ -163,6 +163,8 @@ _MAMBA_1: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """Models without attention: Mamba, and with more fields Mamba 2."""
+ALIKE: dict[str, Any] = {"layer_types": ["sliding_attention"] * 2, **_SHORT}
+"""Two layers of one kind, of a family that has two: half as many graphs, where kinds of layers are not the subject."""
 _TWO_MLPS: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
 _TWO_ROPES: dict[str, Any] = {
     "rope_parameters": {
