@@ -163,6 +163,8 @@ _MAMBA_1: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """Models without attention: Mamba, and with more fields Mamba 2."""
+ALIKE: dict[str, Any] = {"layer_types": ["sliding_attention"] * 2, **_SHORT}
+"""Two layers of one kind, of a family that has two: half as many graphs, where kinds of layers are not the subject."""
 _TWO_MLPS: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
 _TWO_ROPES: dict[str, Any] = {
     "rope_parameters": {
@@ -490,16 +492,47 @@ def prompts_of(lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
-@torch.no_grad()
 def reference(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> tuple[list[int], torch.Tensor]:
     """Hugging Face's own greedy tokens for one prompt, and the raw logits [new_tokens, vocab] behind them."""
-    ids = torch.tensor([prompt])
+    tokens, logits = _generate(model, [prompt], new_tokens)
+    return tokens[0], logits[:, 0]
+
+
+@torch.no_grad()
+def references(
+    model: PreTrainedModel, prompts: list[list[int]], new_tokens: int
+) -> list[tuple[list[int], torch.Tensor]]:
+    """What `reference` gives for each prompt, for a fraction of its time.
+
+    All prompts are generated in one batch, padded. Where one forward pass over a prompt and its tokens, without padding
+    and without a cache, chooses every one of them, these are its greedy tokens, and its logits are those behind them.
+    Where it does not, the prompt is generated alone.
+    """
+    if getattr(model, "_is_stateful", False):
+        return [reference(model, prompt, new_tokens) for prompt in prompts]
+    guesses, _ = _generate(model, prompts, new_tokens)
+    found = []
+    for prompt, guess in zip(prompts, guesses, strict=True):
+        logits = model(torch.tensor([prompt + guess[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :].float()
+        same = logits.argmax(-1).tolist() == guess
+        found.append((guess, logits) if same else reference(model, prompt, new_tokens))
+    return found
+
+
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel, prompts: list[list[int]], new_tokens: int
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Greedy tokens of one batch, and logits [new_tokens, prompts, vocab]."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     out = model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=mask,
         max_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
+    return out.sequences[:, longest:].tolist(), torch.stack(out.logits)

@@ -402,9 +402,9 @@ def write_family(path: Path, family: str, name: str, shard: str | None = None, *
     return model
 
 
-def write_gpt_oss(path: Path) -> Path:
-    """A tiny gpt-oss with random packed experts."""
-    families.build("gpt_oss").save_pretrained(path)
+def write_gpt_oss(path: Path, **changes: Any) -> Path:
+    """A tiny gpt-oss with random packed experts; `changes` are fields of its config."""
+    families.build("gpt_oss", **changes).save_pretrained(path)
     g, out = torch.Generator().manual_seed(0), {}
     for name, tensor in load_file(path / "model.safetensors").items():
         if not name.endswith(("gate_up_proj", "down_proj")):

@@ -25,7 +25,7 @@ def make_runner(
     query_len: int = 1,
     compile_backend: str | None = None,
     live: Any = None,
-    **changes: int,
+    **changes: Any,
 ) -> ModelRunner:
     """On the CPU; `changes` are fields of the model's config. `free_runner()` gives the model back.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 from interpreter import Interpreter
+from shared_graphs import without_paths
 
 import hybridgen
 from hybridgen.compilation import behind
@@ -29,6 +31,9 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+# pytest attaches its handler to every logger that does not propagate. With one, torch describes in this log all that
+# Dynamo does and every graph, which is a third of what compiling costs.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +52,8 @@ def _configs_are_probed_once() -> Iterator[None]:
     known: dict[Any, Any] = {}
 
     def of_config(config: Any, context: int, model_class: Any = None) -> Any:
-        key = type(config), config.to_json_string(use_diff=False), context, model_class
+        # Not where it was read from, which is a folder of its own for almost every test.
+        key = type(config), without_paths(config.to_json_string(use_diff=False)), context, model_class
         if key not in known:
             known[key] = probe.probe_config(config, context, model_class)
         return known[key]

@@ -2,12 +2,13 @@
 
 Every engine gives its layers' functions code objects of their own, and Dynamo takes seconds of the processor to fill
 them. With the backend `eager`, which is for tests, an engine here takes the code objects of one that was closed and had
-layers of the same classes and config, and the same limits. Dynamo's guards decide as ever whether what hangs on them is
+layers of the same classes and sizes, and the same limits. Dynamo's guards decide as ever whether what hangs on them is
 right for a call, and what is missing is compiled and counted.
 """
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from hybridgen.compilation import layers
@@ -79,10 +81,22 @@ def shared() -> Iterator[None]:
         yield
 
 
+def without_paths(config: str) -> str:
+    """A config as JSON without the folder that it was read from."""
+    return re.sub(r'"_name_or_path": ".*?",?', "", config)
+
+
 def _key(decoder: Sequence[nn.Module], *, backend: str, max_batch: int, token_budget: int, **_: Any) -> Any:
     """What must be the same; None: nothing is handed on."""
     if backend != BACKEND:
         return None
-    modules = [module for layer in decoder for module in layer.modules()]
-    config = next((str(module.config) for module in modules if hasattr(module, "config")), "")
-    return max_batch, token_budget, config, *map(type, modules)
+    kinds = (tuple((type(module), *map(_shape, _tensors(module))) for module in layer.modules()) for layer in decoder)
+    return max_batch, token_budget, frozenset(kinds)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -60,7 +60,7 @@ AttentionMaskInterface.register("rounded", ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 
 def wanted(model: PreTrainedModel) -> list[list[int]]:
     model.set_attn_implementation("rounded")
-    return [families.reference(model, prompt, NEW)[0] for prompt in families.prompts_of(LENGTHS)]
+    return [tokens for tokens, _ in families.references(model, families.prompts_of(LENGTHS), NEW)]
 
 
 def generated(engine: hybridgen.Engine) -> list[list[int]]:
@@ -78,7 +78,7 @@ def test_every_mode_generates_the_tokens_of_a_rounded_cache(mode: str, llama: Pa
     model = families.build("llama")
     expected = wanted(model)
     model.set_attn_implementation("eager")
-    plain = [families.reference(model, prompt, NEW)[0] for prompt in families.prompts_of(LENGTHS)]
+    plain = [tokens for tokens, _ in families.references(model, families.prompts_of(LENGTHS), NEW)]
     assert expected != plain  # else nothing is shown
     with hybridgen.Engine.load(llama, **fields) as engine:
         assert generated(engine) == expected

@@ -49,7 +49,7 @@ def test_tokens(name: str, mode: str, tmp_path: Path) -> None:
     """Batches, late requests, shared prefixes, chunks and borders, as in `test_families`."""
     family, changes = VARIANTS[name]
     model = families.build(family, **changes)
-    expected = [families.reference(model, prompt, NEW_TOKENS) for prompt in families.prompts_of(LENGTHS)]
+    expected = families.references(model, families.prompts_of(LENGTHS), NEW_TOKENS)
     fields: dict[str, Any] = {"mode": mode, "compile_backend": "eager", "run_ahead": 1, **SETTINGS}
     fields |= GRAPHS if mode in ("graph", "hybrid") else {}
     with hybridgen.Engine.load(families.write(family, tmp_path, **changes), **fields) as engine:
@@ -67,7 +67,7 @@ def test_tokens(name: str, mode: str, tmp_path: Path) -> None:
 
 
 def few(model: Any) -> list[list[int]]:
-    return [families.reference(model, prompt, FEW_TOKENS)[0] for prompt in families.prompts_of(FEW_LENGTHS)]
+    return [tokens for tokens, _ in families.references(model, families.prompts_of(FEW_LENGTHS), FEW_TOKENS)]
 
 
 def generated(engine: hybridgen.Engine) -> list[list[int]]:

@@ -50,7 +50,11 @@ def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
 
 def expected_of(name: str, **changes: Any) -> list[list[int]]:
     model = multimodal.build(name, **changes)
-    return [families.reference(model, prompt, NEW_TOKENS)[0] for prompt in prompts()]
+    return tokens_of(model)
+
+
+def tokens_of(model: Any) -> list[list[int]]:
+    return [tokens for tokens, _ in families.references(model, prompts(), NEW_TOKENS)]
 
 
 def check(engine: hybridgen.Engine, expected: list[list[int]], compiles: bool = True) -> None:
@@ -171,19 +175,20 @@ def test_placeholders_are_refused(tmp_path: Path) -> None:
             engine.hidden_states([[5, multimodal.IMAGE + 2]])
 
 
-@pytest.mark.parametrize("name", EVERY_MODE)
-def test_live_module(name: str) -> None:
-    """The owner's model is run as it is, its encoders left where they are."""
+@pytest.mark.parametrize(("name", "mode"), [("gemma3", "graph"), ("qwen2_vl", "hybrid")])
+def test_live_module(name: str, mode: str) -> None:
+    """The owner's model is run as it is, its encoders left where they are. Which layers it compiles has nothing to do
+    with what is around them."""
     model = multimodal.build(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    expected = [families.reference(model, prompt, NEW_TOKENS)[0] for prompt in prompts()]
-    with hybridgen.Engine.load(model, mode="hybrid", compile_backend="eager", **SETTINGS, **GRAPHS) as engine:
+    expected = tokens_of(model)
+    with hybridgen.Engine.load(model, mode=mode, compile_backend="eager", **SETTINGS, **GRAPHS) as engine:
         check(engine, expected)
-        assert [families.reference(model, prompt, NEW_TOKENS)[0] for prompt in prompts()] == expected
+        assert tokens_of(model) == expected
         with torch.no_grad():
             head = model.get_output_embeddings().weight
             head.copy_(head.roll(1, 0))
-        changed = [families.reference(model, prompt, NEW_TOKENS)[0] for prompt in prompts()]
+        changed = tokens_of(model)
         assert changed != expected
         check(engine, changed)
         with torch.no_grad():
@@ -215,7 +220,7 @@ def test_quantised_checkpoints(name: str, stored: str, tmp_path: Path) -> None:
         return writer if quantised_formats.projections(owner) and "vis" not in owner else None
 
     path = quantised_formats.write(tmp_path / name, model, of_text, config)
-    expected = [families.reference(model, prompt, NEW_TOKENS)[0] for prompt in prompts()]
+    expected = tokens_of(model)
     with hybridgen.Engine.load(path, mode="eager", dtype="float32", **SETTINGS) as engine:
         outs = engine.generate(prompts(), max_new_tokens=NEW_TOKENS)
         assert [list(out.token_ids) for out in outs] == expected

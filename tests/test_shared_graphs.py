@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import shared_graphs
 import torch
@@ -13,7 +15,7 @@ from hybridgen.execution.warm_up import compile_layers
 from hybridgen.graphs.key import GraphKey
 
 
-def make(**changes: int) -> ModelRunner:
+def make(**changes: Any) -> ModelRunner:
     runner = make_runner(compile_backend="eager", **{"num_hidden_layers": 1} | changes)
     compile_layers(runner)
     return runner
@@ -54,6 +56,22 @@ def test_another_kind_compiles_its_own(changes: dict[str, int]) -> None:
     shared_graphs.forget()
     free_runner(make())
     runner = make(**changes)
+    assert runner.compiled.compiles == 3
+    free_runner(runner)
+
+
+def test_another_depth_takes_what_there_is() -> None:
+    shared_graphs.forget()
+    free_runner(make())
+    runner = make(num_hidden_layers=2)
+    assert runner.compiled.compiles == 0
+    free_runner(runner)
+
+
+def test_what_computes_something_else_with_the_same_sizes_compiles_its_own() -> None:
+    shared_graphs.forget()
+    free_runner(make())
+    runner = make(hidden_act="gelu")
     assert runner.compiled.compiles == 3
     free_runner(runner)
 

@@ -44,7 +44,7 @@ def sizes(name: str) -> dict[str, int]:
 
 
 def expected(model: PreTrainedModel) -> list[list[int]]:
-    return [families.reference(model, prompt, NEW_TOKENS)[0] for prompt in families.prompts_of(LENGTHS)]
+    return [tokens for tokens, _ in families.references(model, families.prompts_of(LENGTHS), NEW_TOKENS)]
 
 
 def tokens(engine: hybridgen.Engine) -> list[list[int]]:
@@ -89,6 +89,8 @@ def test_compiled_modes_generate_the_same(mode: str, name: str, tmp_path: Path) 
     # A step is compiled with all of its layers.
     model = formats.write_family(tmp_path, "llama", name, num_hidden_layers=1 if mode == "hybrid" else 2)
     more: dict[str, Any] = {"decode_buckets": [4], "lazy_capture": False} if mode == "hybrid" else {}
+    if mode == "jit" and name != "ct w4 zeros":  # their products are one op to Inductor, as its is
+        more = {"compile_backend": "aot_eager"}
     with hybridgen.Engine.load(tmp_path, mode=mode, **SETTINGS, **more) as engine:
         assert tokens(engine) == expected(model)
         stats = engine.stats()
@@ -161,7 +163,7 @@ def test_experts_that_are_stored_one_by_one(name: str, tmp_path: Path) -> None:
 
 def write_mxfp4_experts(path: Path) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A gpt-oss checkpoint as OpenAI writes it; the model with its values, and these by name."""
-    model = families.build("gpt_oss")
+    model = families.build("gpt_oss", **families.ALIKE)
     model.save_pretrained(path)
     g = torch.Generator().manual_seed(0)
     out, plain = {}, {}
@@ -188,7 +190,7 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
     check_values(loaded.model, model)
     assert not loaded.notes
     packed = {name: one for name, one in loaded.model.named_modules() if isinstance(one, PackedExperts)}
-    assert len(packed) == 4
+    assert len(packed) == 2
     for name, module in packed.items():
         stored = module.weights_stored
         for part, one, inputs in (("gate_up", stored.gate_up, 64), ("down", stored.down, 96)):
@@ -262,7 +264,7 @@ def test_experts_whose_code_is_another_are_dequantised(tmp_path: Path, monkeypat
     monkeypatch.setattr("hybridgen.loading.quantised.probe", lambda module: None)
     loaded = Checkpoint.open(tmp_path).load()
     check_values(loaded.model, model)
-    assert sum(count for note, count in loaded.notes.items() if "experts" in note) == 8
+    assert sum(count for note, count in loaded.notes.items() if "experts" in note) == 4
 
 
 def test_shards_and_groups_of_several_formats(tmp_path: Path) -> None:

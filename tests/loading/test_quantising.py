@@ -51,7 +51,7 @@ def test_every_mode_generates_the_tokens_of_the_rounded_weights(kind: str, famil
     model = families.build(family)
     assert sorted(found) == sorted(name for name, _ in model.named_modules() if name.endswith("_proj"))
     by_hand(model, kind, list(found))
-    wanted = [families.reference(model, prompt, 12)[0] for prompt in families.prompts_of(LENGTHS)]
+    wanted = [tokens for tokens, _ in families.references(model, families.prompts_of(LENGTHS), 12)]
     modes = ("eager", "graph", "jit", "hybrid") if (kind, family) == ("int4", "llama") else ("eager", "graph")
     for mode in modes:
         with hybridgen.Engine.load(path, mode=mode, quantization=kind, **SETTINGS) as engine:

@@ -41,7 +41,7 @@ def test_recorded_decode_steps_go_through_the_op(
     mode: str, live: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     """As on CUDA, but for the kernel; other modes and prefill keep torch's product, with the same tokens."""
-    model = families.build("gpt_oss")
+    model = families.build("gpt_oss", **families.ALIKE)
     prompts = families.prompts_of((7, 3))
     calls: list[int] = []
     own = projections.few_rows

@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A tiny gpt-oss with packed experts."""
-    return formats.write_gpt_oss(tmp_path)
+    return formats.write_gpt_oss(tmp_path, **families.ALIKE)
 
 
 @pytest.fixture
