@@ -194,7 +194,8 @@ def main() -> int:
     )
 
     def load() -> ToyModel:
-        Path(f"{arguments.ready_file}.loading").touch()
+        if arguments.ready_file is not None:
+            Path(f"{arguments.ready_file}.loading").touch()
         time.sleep(arguments.load)
         if arguments.load_error:
             raise LoadError("there is no toy")
