@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -16,6 +17,7 @@ import hybridgen
 from hybridgen.engine.builder import Builder
 from hybridgen.execution import ModelRunner
 from hybridgen.models import ends
+from hybridgen.models.attention import Phase
 from hybridgen.models.ends import EndModule, use_own_ends, use_short_ends
 
 SETTINGS: dict[str, Any] = {
@@ -98,3 +100,24 @@ def test_tokens_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.Monk
             assert not engine.stats().late_compiles
     assert expected[0] == expected[1]
     assert looked_up
+
+
+class _Rotary(nn.Module):
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> str:
+        return "own"
+
+
+def test_only_one_row_of_positions_is_looked_up() -> None:
+    """Qwen3.5 hands over three positions of each token."""
+    module: Any = _Rotary()
+    step: Any = SimpleNamespace(phase=Phase.DECODE)
+    table = torch.arange(24.0).view(6, 4)
+    module._hybridgen = ends.RotaryBinding(step, table, None)
+    module.__class__ = ends._rotary(_Rotary)
+    x, positions = torch.zeros(1), torch.tensor([[4, 0, 5]])
+    cos, sin = module(x, positions)
+    assert torch.equal(torch.cat((cos, sin), -1), table[positions])
+    assert module(x, positions.expand(2, 3)) == "own"
+    assert module(x, positions.expand(3, 1, 3)) == "own"
+    step.phase = Phase.PREFILL
+    assert module(x, positions) == "own"
