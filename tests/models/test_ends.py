@@ -83,7 +83,12 @@ def test_a_table_of_other_frequencies_is_not_used(runners: list[ModelRunner]) ->
     assert not isinstance(rotary, EndModule)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+_OTHERS = ("qwen3_5_text", "minicpm3", "glm4_moe", "exaone4", "phi3", "smollm3")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_oss", *(pytest.param(each, marks=pytest.mark.slow) for each in _OTHERS)]
+)
 def test_tokens_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, prompts = families.write(name, tmp_path), families.prompts_of((7, 19))
     shared_graphs.forget()
