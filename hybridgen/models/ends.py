@@ -196,7 +196,9 @@ def _rotary(kind: Any) -> Any:
 
     def forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         binding: RotaryBinding = self._hybridgen
-        if binding.step.phase is not Phase.DECODE or args or kwargs or x.dtype != binding.table.dtype:
+        # Models of images hand over three positions of each token (Qwen3.5), and what is not a step may have more rows.
+        usual = position_ids.dim() == 2 and position_ids.shape[0] == 1 and x.dtype == binding.table.dtype
+        if binding.step.phase is not Phase.DECODE or args or kwargs or not usual:
             return own(self, x, position_ids, *args, **kwargs)
         rows = binding.table.index_select(0, position_ids[0])[None]
         return rows.chunk(2, -1)

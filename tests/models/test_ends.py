@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -16,6 +17,7 @@ import hybridgen
 from hybridgen.engine.builder import Builder
 from hybridgen.execution import ModelRunner
 from hybridgen.models import ends
+from hybridgen.models.attention import Phase
 from hybridgen.models.ends import EndModule, use_own_ends, use_short_ends
 
 SETTINGS: dict[str, Any] = {
@@ -81,7 +83,12 @@ def test_a_table_of_other_frequencies_is_not_used(runners: list[ModelRunner]) ->
     assert not isinstance(rotary, EndModule)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+_OTHERS = ("qwen3_5_text", "minicpm3", "glm4_moe", "exaone4", "phi3", "smollm3")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_oss", *(pytest.param(each, marks=pytest.mark.slow) for each in _OTHERS)]
+)
 def test_tokens_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = families.write(name, tmp_path, **(families.ALIKE if name == "gpt_oss" else {"num_hidden_layers": 2}))
     prompts = families.prompts_of((7, 19))
@@ -99,3 +106,24 @@ def test_tokens_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.Monk
             assert not engine.stats().late_compiles
     assert expected[0] == expected[1]
     assert looked_up
+
+
+class _Rotary(nn.Module):
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> str:
+        return "own"
+
+
+def test_only_one_row_of_positions_is_looked_up() -> None:
+    """Qwen3.5 hands over three positions of each token."""
+    module: Any = _Rotary()
+    step: Any = SimpleNamespace(phase=Phase.DECODE)
+    table = torch.arange(24.0).view(6, 4)
+    module._hybridgen = ends.RotaryBinding(step, table, None)
+    module.__class__ = ends._rotary(_Rotary)
+    x, positions = torch.zeros(1), torch.tensor([[4, 0, 5]])
+    cos, sin = module(x, positions)
+    assert torch.equal(torch.cat((cos, sin), -1), table[positions])
+    assert module(x, positions.expand(2, 3)) == "own"
+    assert module(x, positions.expand(3, 1, 3)) == "own"
+    step.phase = Phase.PREFILL
+    assert module(x, positions) == "own"
