@@ -1,4 +1,4 @@
-"""How good is the demo model: its loss in each format that the library quantises to, and how often its Python parses?
+"""How good is the demo model: its loss in each format that is read or made, and how often does its Python parse?
 
 python benchmarks/demo_model.py --output benchmarks/results/demo-model-cpu.json
 
@@ -13,20 +13,25 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
+import json
 import math
 import random
 import re
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import demo_formats
+import torch
 from common import held_out_files, report
+from transformers import AutoModelForCausalLM
 
 import hybridgen
 from hybridgen.config import EngineConfig
 from hybridgen.demo import model_path
-from hybridgen.loading.export import write_quantised
+from hybridgen.loading.export import FORMATS, write_quantised
 
 ENGINE: dict[str, Any] = {"mode": "eager", "device": "cpu", "max_batch": 32, "kv_memory": "512MiB"}
 HEAD = re.compile(r"^( *)def \w+\([^()\n]*\):\n", re.MULTILINE)
@@ -43,6 +48,27 @@ def windows(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
     return rows
 
 
+def further_files(count: int) -> list[str]:
+    """Texts of other files than those, for scales of the cache."""
+    names = set(json.loads((model_path() / "training.json").read_text())["corpus"]["held_out_files"])
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_text() for path in sorted(library.glob("*.py")) if path.name not in names][:count]
+
+
+@torch.inference_mode()
+def kv_scales(rows: list[list[int]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By attention module the scales of keys and values, one for each head: the largest of these windows is 448."""
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+    cache = model(torch.tensor(rows), use_cache=True).past_key_values
+    return {
+        f"model.layers.{number}.self_attn": (
+            layer.keys.abs().amax((0, 2, 3)) / 448,
+            layer.values.abs().amax((0, 2, 3)) / 448,
+        )
+        for number, layer in enumerate(cache.layers)
+    }
+
+
 def loss(model: Any, rows: list[list[int]], **options: Any) -> dict[str, Any]:
     """Nats a token of a model, loaded with these options."""
     with hybridgen.Engine.load(model, **{**ENGINE, "dtype": "float32", **options}) as engine:
@@ -53,19 +79,38 @@ def loss(model: Any, rows: list[list[int]], **options: Any) -> dict[str, Any]:
     return {"nats_per_token": nats, "perplexity": math.exp(nats), "tokens": tokens, "formats": formats}
 
 
-def losses(rows: list[list[int]]) -> dict[str, Any]:
-    """By format: quantised while loading, and read from checkpoints that `hybridgen quantize` writes."""
-    found = {"float32": loss(None, rows), "bfloat16": loss(None, rows, dtype="bfloat16")}
-    for name in ("fp8", "int8", "int4"):
-        found[f"quantization={name}"] = loss(None, rows, quantization=name)
+def losses(rows: list[list[int]], scaling: list[list[int]], smoke: bool) -> dict[str, Any]:
+    """By format: quantised while loading, read from checkpoints that `hybridgen quantize` writes and from those that
+    `demo_formats.py` does, and with keys and values in 8 bits.
+
+    Args:
+        scaling: windows that scales of keys and values are made of.
+    """
+    found: dict[str, Any] = {}
+
+    def add(name: str, model: Any, **more: Any) -> None:
+        row = found[name] = loss(model, rows, **more)
+        row["over_float32"] = row["nats_per_token"] / found["float32"]["nats_per_token"]
+        print(f"{name:52} {row['nats_per_token']:.4f} nats a token, {row['over_float32']:.4f} of float32's", flush=True)
+
+    add("float32", None)
+    add("bfloat16", None, dtype="bfloat16")
+    for kind in ("fp8", "int8", "int4")[: 1 if smoke else None]:
+        add(f"quantization={kind}", None, quantization=kind)
+    add("quantization=fp8, fp8_activations", None, quantization="fp8", fp8_activations=True)
     with tempfile.TemporaryDirectory() as place:
-        for name in ("ct-fp8", "ct-w4a16"):
+        for number, name in enumerate(list(demo_formats.FORMATS)[: 2 if smoke else None]):
+            path = Path(place, str(number))
+            bits = demo_formats.write(name, path)
+            add(name, str(path))
+            found[name]["stored_bits"] = bits
+        for name in FORMATS[: 1 if smoke else None]:
             path = Path(place, name)
             write_quantised(str(model_path()), path, name, EngineConfig(device="cpu"), lambda line: None)
-            found[f"hybridgen quantize --format {name}"] = loss(str(path), rows)
-    base = found["float32"]["nats_per_token"]
-    for row in found.values():
-        row["over_float32"] = row["nats_per_token"] / base
+            add(f"hybridgen quantize --format {name}", str(path))
+        add("kv_dtype=fp8, scales of 1", None, kv_dtype="fp8")
+        demo_formats.write_kv_scales(Path(place, "kv"), kv_scales(scaling))
+        add("kv_dtype=fp8, a scale for each head", str(Path(place, "kv")), kv_dtype="fp8")
     return found
 
 
@@ -137,12 +182,13 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two files, few prompts")
     arguments = parser.parse_args()
     texts = held_out_files()[: 2 if arguments.smoke else None]
+    length, most = (128, 2) if arguments.smoke else (512, None)
     with hybridgen.Engine.load(None, **ENGINE) as engine:
-        rows = windows(engine.tokenizer, texts, 128 if arguments.smoke else 512)[: 2 if arguments.smoke else None]
+        rows = windows(engine.tokenizer, texts, length)[:most]
+        scaling = windows(engine.tokenizer, further_files(8), length)[: most or 32]
     begun = time.time()
-    results: dict[str, Any] = {"files": len(texts), "losses": {} if arguments.no_losses else losses(rows)}
-    for name, row in results["losses"].items():
-        print(f"{name:36} {row['nats_per_token']:.4f} nats a token, {row['over_float32']:.4f} of float32's", flush=True)
+    results: dict[str, Any] = {"files": len(texts)}
+    results["losses"] = {} if arguments.no_losses else losses(rows, scaling, arguments.smoke)
     results["parsing"] = parsing(texts, 4 if arguments.smoke else arguments.prompts, 16 if arguments.smoke else 160)
     for row in results["parsing"]:
         how = f"temperature {row['temperature']}, penalty {row['repetition_penalty']}"
