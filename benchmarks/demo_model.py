@@ -20,6 +20,10 @@ import re
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +73,7 @@ def kv_scales(rows: list[list[int]]) -> dict[str, tuple[torch.Tensor, torch.Tens
     }
 
 
-def loss(model: Any, rows: list[list[int]], **options: Any) -> dict[str, Any]:
+def loss(model: Any, rows: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
     """Nats a token of a model, loaded with these options."""
     with hybridgen.Engine.load(model, **{**ENGINE, "dtype": "float32", **options}) as engine:
         scores = engine.score(rows)
@@ -79,38 +83,49 @@ def loss(model: Any, rows: list[list[int]], **options: Any) -> dict[str, Any]:
     return {"nats_per_token": nats, "perplexity": math.exp(nats), "tokens": tokens, "formats": formats}
 
 
-def losses(rows: list[list[int]], scaling: list[list[int]], smoke: bool) -> dict[str, Any]:
-    """By format: quantised while loading, read from checkpoints that `hybridgen quantize` writes and from those that
-    `demo_formats.py` does, and with keys and values in 8 bits.
+def cases(
+    place: Path, scaling: list[list[int]], smoke: bool
+) -> Iterator[tuple[str, Any, dict[str, Any], float | None]]:
+    """Name, model, options and the bits of a stored weight, if its format is one of `demo_formats.py`.
 
     Args:
+        place: for checkpoints.
         scaling: windows that scales of keys and values are made of.
     """
-    found: dict[str, Any] = {}
-
-    def add(name: str, model: Any, **more: Any) -> None:
-        row = found[name] = loss(model, rows, **more)
-        row["over_float32"] = row["nats_per_token"] / found["float32"]["nats_per_token"]
-        print(f"{name:52} {row['nats_per_token']:.4f} nats a token, {row['over_float32']:.4f} of float32's", flush=True)
-
-    add("float32", None)
-    add("bfloat16", None, dtype="bfloat16")
+    yield "float32", None, {}, None
+    yield "bfloat16", None, {"dtype": "bfloat16"}, None
     for kind in ("fp8", "int8", "int4")[: 1 if smoke else None]:
-        add(f"quantization={kind}", None, quantization=kind)
-    add("quantization=fp8, fp8_activations", None, quantization="fp8", fp8_activations=True)
-    with tempfile.TemporaryDirectory() as place:
-        for number, name in enumerate(list(demo_formats.FORMATS)[: 2 if smoke else None]):
-            path = Path(place, str(number))
-            bits = demo_formats.write(name, path)
-            add(name, str(path))
-            found[name]["stored_bits"] = bits
-        for name in FORMATS[: 1 if smoke else None]:
-            path = Path(place, name)
-            write_quantised(str(model_path()), path, name, EngineConfig(device="cpu"), lambda line: None)
-            add(f"hybridgen quantize --format {name}", str(path))
-        add("kv_dtype=fp8, scales of 1", None, kv_dtype="fp8")
-        demo_formats.write_kv_scales(Path(place, "kv"), kv_scales(scaling))
-        add("kv_dtype=fp8, a scale for each head", str(Path(place, "kv")), kv_dtype="fp8")
+        yield f"quantization={kind}", None, {"quantization": kind}, None
+    yield "quantization=fp8, fp8_activations", None, {"quantization": "fp8", "fp8_activations": True}, None
+    for number, name in enumerate(list(demo_formats.FORMATS)[: 2 if smoke else None]):
+        bits = demo_formats.write(name, place / str(number))
+        yield name, str(place / str(number)), {}, bits
+    for name in FORMATS[: 1 if smoke else None]:
+        write_quantised(str(model_path()), place / name, name, EngineConfig(device="cpu"), lambda line: None)
+        yield f"hybridgen quantize --format {name}", str(place / name), {}, None
+    yield "kv_dtype=fp8, scales of 1", None, {"kv_dtype": "fp8"}, None
+    demo_formats.write_kv_scales(place / "kv", kv_scales(scaling))
+    yield "kv_dtype=fp8, a scale for each head", str(place / "kv"), {"kv_dtype": "fp8"}, None
+
+
+def losses(rows: list[list[int]], scaling: list[list[int]], smoke: bool, jobs: int) -> dict[str, Any]:
+    """By format: quantised while loading, read from checkpoints, and with keys and values in 8 bits."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        every = list(cases(Path(place), scaling, smoke))
+        calls = [(model, rows, options) for _, model, options, _ in every]
+        run: Any = map
+        if jobs > 1:
+            run = stack.enter_context(ProcessPoolExecutor(jobs, get_context("spawn"))).map
+        for (name, *_, bits), row in zip(every, run(loss, *zip(*calls, strict=True)), strict=True):
+            found[name] = row
+            row["over_float32"] = row["nats_per_token"] / found["float32"]["nats_per_token"]
+            if bits is not None:
+                row["stored_bits"] = bits
+            print(
+                f"{name:52} {row['nats_per_token']:.4f} nats a token, {row['over_float32']:.4f} of float32's",
+                flush=True,
+            )
     return found
 
 
@@ -179,6 +194,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--no-losses", action="store_true", help="only count what parses")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the losses")
     parser.add_argument("--smoke", action="store_true", help="two files, few prompts")
     arguments = parser.parse_args()
     texts = held_out_files()[: 2 if arguments.smoke else None]
@@ -188,7 +204,7 @@ def main() -> None:
         scaling = windows(engine.tokenizer, further_files(8), length)[: most or 32]
     begun = time.time()
     results: dict[str, Any] = {"files": len(texts)}
-    results["losses"] = {} if arguments.no_losses else losses(rows, scaling, arguments.smoke)
+    results["losses"] = {} if arguments.no_losses else losses(rows, scaling, arguments.smoke, arguments.jobs)
     results["parsing"] = parsing(texts, 4 if arguments.smoke else arguments.prompts, 16 if arguments.smoke else 160)
     for row in results["parsing"]:
         how = f"temperature {row['temperature']}, penalty {row['repetition_penalty']}"
