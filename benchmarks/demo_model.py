@@ -194,13 +194,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--no-losses", action="store_true", help="only count what parses")
+    parser.add_argument("--every", type=int, default=1, help="1: all windows have a part in the losses; 2: each second")
     parser.add_argument("--jobs", type=int, default=1, help="processes for the losses")
     parser.add_argument("--smoke", action="store_true", help="two files, few prompts")
     arguments = parser.parse_args()
     texts = held_out_files()[: 2 if arguments.smoke else None]
     length, most = (128, 2) if arguments.smoke else (512, None)
     with hybridgen.Engine.load(None, **ENGINE) as engine:
-        rows = windows(engine.tokenizer, texts, length)[:most]
+        rows = windows(engine.tokenizer, texts, length)[:: arguments.every][:most]
         scaling = windows(engine.tokenizer, further_files(8), length)[: most or 32]
     begun = time.time()
     results: dict[str, Any] = {"files": len(texts)}
