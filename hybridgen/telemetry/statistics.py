@@ -279,9 +279,11 @@ class StartupRow(NamedTuple):
 
 
 class FormatRow(NamedTuple):
-    """The projections whose weights are in one format; what transformers joins (experts) is none of them."""
+    """The projections whose weights are in one format. Of experts those count that are stored in small codes; others, which
+    transformers joins, are none of them."""
 
     projections: int
+    """An expert has two: gate and up are one."""
     bits: float
     """Of a weight, with its share of scales and zero points."""
     error: float | None = None
