@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedM
 import hybridgen
 from hybridgen.errors import ConfigError
 from hybridgen.loading import Checkpoint
-from hybridgen.models.quantised import QuantisedLinear, quantised_modules
+from hybridgen.models.quantised import QuantisedLinear, quantised_modules, stack, why_not_stacked
 
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
@@ -82,6 +82,13 @@ def test_a_format_is_read_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert len(check_values(loaded.model, model)) == (0 if name in DEQUANTISED else 7)
     # One says that activations are not rounded, the other that weights are dequantised.
     assert bool(loaded.notes) == (name in DEQUANTISED or "fp8" in name.split()[:1])
+    layer = "model.layers.0."
+    for reads_one in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        if name not in DEQUANTISED:
+            weights = [loaded.model.get_submodule(layer + part).weight_stored for part in reads_one]
+            assert why_not_stacked(weights) is None
+            values = torch.cat([model.get_submodule(layer + part).weight for part in reads_one])
+            assert torch.equal(stack(weights).dequantise(), values)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8 groups", "fp8"])
