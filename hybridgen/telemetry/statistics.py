@@ -279,8 +279,8 @@ class StartupRow(NamedTuple):
 
 
 class FormatRow(NamedTuple):
-    """The projections whose weights are in one format. Of experts those count that are stored in small codes; others, which
-    transformers joins, are none of them."""
+    """The projections whose weights are in one format. Experts count where they are stored in small codes; others, which
+    transformers joins, do not."""
 
     projections: int
     """An expert has two: gate and up are one."""
