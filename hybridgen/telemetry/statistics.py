@@ -279,8 +279,8 @@ class StartupRow(NamedTuple):
 
 
 class FormatRow(NamedTuple):
-    """The projections whose weights are in one format. Experts count where they are stored in small codes; others, which
-    transformers joins, do not."""
+    """The projections whose weights are in one format. Experts count where they are stored in small codes; those that
+    transformers joins do not."""
 
     projections: int
     """An expert has two: gate and up are one."""
