@@ -192,7 +192,8 @@ def demo_model(results: list[Result]) -> list[str]:
         for name, row in result["losses"].items():
             # Its embedding, which is the head too, stays as it is.
             sizes = [one["bits"] for kind, one in row["formats"].items() if not kind.startswith("dense")]
-            bits = max(sizes, default=32.0 if name == "float32" else 16.0)
+            plain = max(one["bits"] for one in row["formats"].values())
+            bits = row.get("stored_bits", max(sizes, default=plain))
             rows.append([f"`{name}`", f"{bits:.1f}", f"{row['nats_per_token']:.4f}", f"{row['over_float32']:.4f}"])
     return table(["demo model", "bits of a weight", "nats a token", "over float32"], rows)
 

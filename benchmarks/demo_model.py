@@ -1,4 +1,4 @@
-"""How good is the demo model: its loss in each format that the library quantises to, and how often its Python parses?
+"""How good is the demo model: its loss in each format that is read or made, and how often does its Python parse?
 
 python benchmarks/demo_model.py --output benchmarks/results/demo-model-cpu.json
 
@@ -13,27 +13,31 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
+import json
 import math
 import random
 import re
+import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import demo_formats
+import torch
 from common import held_out_files, report
+from transformers import AutoModelForCausalLM
 
 import hybridgen
 from hybridgen.config import EngineConfig
 from hybridgen.demo import model_path
-from hybridgen.loading.export import write_quantised
+from hybridgen.loading.export import FORMATS, write_quantised
 
 ENGINE: dict[str, Any] = {"mode": "eager", "device": "cpu", "max_batch": 32, "kv_memory": "512MiB"}
-KINDS = ("fp8", "int8", "int4")
-"""Of `quantization=`."""
-WRITTEN = ("ct-fp8", "ct-w4a16")
-"""Of `hybridgen quantize`."""
 HEAD = re.compile(r"^( *)def \w+\([^()\n]*\):\n", re.MULTILINE)
 LEAST = 20
 """Tokens of a prompt at least."""
@@ -48,7 +52,28 @@ def windows(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
     return rows
 
 
-def loss(model: Any, rows: list[list[int]], **options: Any) -> dict[str, Any]:
+def further_files(count: int) -> list[str]:
+    """Texts of other files than those, for scales of the cache."""
+    names = set(json.loads((model_path() / "training.json").read_text())["corpus"]["held_out_files"])
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_text() for path in sorted(library.glob("*.py")) if path.name not in names][:count]
+
+
+@torch.inference_mode()
+def kv_scales(rows: list[list[int]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By attention module the scales of keys and values, one for each head: the largest of these windows is 448."""
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+    cache = model(torch.tensor(rows), use_cache=True).past_key_values
+    return {
+        f"model.layers.{number}.self_attn": (
+            layer.keys.abs().amax((0, 2, 3)) / 448,
+            layer.values.abs().amax((0, 2, 3)) / 448,
+        )
+        for number, layer in enumerate(cache.layers)
+    }
+
+
+def loss(model: Any, rows: list[list[int]], options: dict[str, Any]) -> dict[str, Any]:
     """Nats a token of a model, loaded with these options."""
     with hybridgen.Engine.load(model, **{**ENGINE, "dtype": "float32", **options}) as engine:
         scores = engine.score(rows)
@@ -58,19 +83,49 @@ def loss(model: Any, rows: list[list[int]], **options: Any) -> dict[str, Any]:
     return {"nats_per_token": nats, "perplexity": math.exp(nats), "tokens": tokens, "formats": formats}
 
 
-def losses(rows: list[list[int]], kinds: Sequence[str], written: Sequence[str]) -> dict[str, Any]:
-    """By format: quantised while loading, and read from checkpoints that `hybridgen quantize` writes."""
-    found = {"float32": loss(None, rows), "bfloat16": loss(None, rows, dtype="bfloat16")}
-    for name in kinds:
-        found[f"quantization={name}"] = loss(None, rows, quantization=name)
-    with tempfile.TemporaryDirectory() as place:
-        for name in written:
-            path = Path(place, name)
-            write_quantised(str(model_path()), path, name, EngineConfig(device="cpu"), lambda line: None)
-            found[f"hybridgen quantize --format {name}"] = loss(str(path), rows)
-    base = found["float32"]["nats_per_token"]
-    for row in found.values():
-        row["over_float32"] = row["nats_per_token"] / base
+def cases(
+    place: Path, scaling: list[list[int]], smoke: bool
+) -> Iterator[tuple[str, Any, dict[str, Any], float | None]]:
+    """Name, model, options and the bits of a stored weight, if its format is one of `demo_formats.py`.
+
+    Args:
+        place: for checkpoints.
+        scaling: windows that scales of keys and values are made of.
+    """
+    yield "float32", None, {}, None
+    yield "bfloat16", None, {"dtype": "bfloat16"}, None
+    for kind in ("fp8", "int8", "int4")[: 1 if smoke else None]:
+        yield f"quantization={kind}", None, {"quantization": kind}, None
+    yield "quantization=fp8, fp8_activations", None, {"quantization": "fp8", "fp8_activations": True}, None
+    for number, name in enumerate(list(demo_formats.FORMATS)[: 2 if smoke else None]):
+        bits = demo_formats.write(name, place / str(number))
+        yield name, str(place / str(number)), {}, bits
+    for name in FORMATS[: 1 if smoke else None]:
+        write_quantised(str(model_path()), place / name, name, EngineConfig(device="cpu"), lambda line: None)
+        yield f"hybridgen quantize --format {name}", str(place / name), {}, None
+    yield "kv_dtype=fp8, scales of 1", None, {"kv_dtype": "fp8"}, None
+    demo_formats.write_kv_scales(place / "kv", kv_scales(scaling))
+    yield "kv_dtype=fp8, a scale for each head", str(place / "kv"), {"kv_dtype": "fp8"}, None
+
+
+def losses(rows: list[list[int]], scaling: list[list[int]], smoke: bool, jobs: int) -> dict[str, Any]:
+    """By format: quantised while loading, read from checkpoints, and with keys and values in 8 bits."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        every = list(cases(Path(place), scaling, smoke))
+        calls = [(model, rows, options) for _, model, options, _ in every]
+        run: Any = map
+        if jobs > 1:
+            run = stack.enter_context(ProcessPoolExecutor(jobs, get_context("spawn"))).map
+        for (name, *_, bits), row in zip(every, run(loss, *zip(*calls, strict=True)), strict=True):
+            found[name] = row
+            row["over_float32"] = row["nats_per_token"] / found["float32"]["nats_per_token"]
+            if bits is not None:
+                row["stored_bits"] = bits
+            print(
+                f"{name:52} {row['nats_per_token']:.4f} nats a token, {row['over_float32']:.4f} of float32's",
+                flush=True,
+            )
     return found
 
 
@@ -139,18 +194,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--no-losses", action="store_true", help="only count what parses")
-    parser.add_argument("--smoke", action="store_true", help="two files, few prompts, a format of each kind")
+    parser.add_argument("--every", type=int, default=1, help="1: all windows have a part in the losses; 2: each second")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the losses")
+    parser.add_argument("--smoke", action="store_true", help="two files, few prompts")
     arguments = parser.parse_args()
     texts = held_out_files()[: 2 if arguments.smoke else None]
+    length, most = (128, 2) if arguments.smoke else (512, None)
     with hybridgen.Engine.load(None, **ENGINE) as engine:
-        rows = windows(engine.tokenizer, texts, 128 if arguments.smoke else 512)[: 2 if arguments.smoke else None]
+        rows = windows(engine.tokenizer, texts, length)[:: arguments.every][:most]
+        scaling = windows(engine.tokenizer, further_files(8), length)[: most or 32]
     begun = time.time()
-    results: dict[str, Any] = {"files": len(texts), "losses": {}}
-    if not arguments.no_losses:
-        few = 1 if arguments.smoke else None
-        results["losses"] = losses(rows, KINDS[:few], WRITTEN[:few])
-    for name, row in results["losses"].items():
-        print(f"{name:36} {row['nats_per_token']:.4f} nats a token, {row['over_float32']:.4f} of float32's", flush=True)
+    results: dict[str, Any] = {"files": len(texts)}
+    results["losses"] = {} if arguments.no_losses else losses(rows, scaling, arguments.smoke, arguments.jobs)
     results["parsing"] = parsing(texts, 4 if arguments.smoke else arguments.prompts, 16 if arguments.smoke else 160)
     for row in results["parsing"]:
         how = f"temperature {row['temperature']}, penalty {row['repetition_penalty']}"

@@ -389,17 +389,16 @@ def main() -> None:
     torch.manual_seed(0)
     results: dict[str, Any] = {"benchmark": "quantised", "dtype": str(dtype)}
     with torch.inference_mode(False), torch.no_grad():
+        ceiling = read_ceiling(torch.device(device)) or 1e9
+        results["read_ceiling_gb_per_s"] = ceiling / 1e9
         if args.steps or args.smoke:
             models, batches = (["tiny"], [1, 2]) if args.smoke else (args.models, args.batches)
             results["steps"] = run_steps(args, models, batches, device)
         if args.few:
-            ceiling = read_ceiling(torch.device(device)) or 1e9
-            results |= {"read_ceiling_gb_per_s": ceiling / 1e9, "few": run_few(device, dtype, ceiling)}
+            results["few"] = run_few(device, dtype, ceiling)
         elif args.sweep:
             results["sweep"] = sweep(device, dtype, args.sweep_rows)
         elif not args.steps:
-            ceiling = read_ceiling(torch.device(device)) or 1e9
-            results["read_ceiling_gb_per_s"] = ceiling / 1e9
             results["errors"] = check(device, dtype, args.smoke)
             results["products"] = run_products(device, dtype, ceiling, args.smoke)
     report(results, args.output)

@@ -6,6 +6,7 @@ Codes are random, so that every one of them occurs; each writer also gives the v
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -399,6 +400,40 @@ def write_family(path: Path, family: str, name: str, shard: str | None = None, *
     model = families.build(family, **changes)
     writer, config = FORMATS[name]
     write(path, model, lambda owner: writer if projections(owner) else None, config, shard)
+    return model
+
+
+def write_parts(
+    path: Path,
+    model: PreTrainedModel,
+    parts: Mapping[str, tuple[str, str]],
+    ignore: tuple[str, ...] = ("lm_head",),
+    shard: str | None = None,
+) -> PreTrainedModel:
+    """A checkpoint of compressed-tensors whose projections are in several formats; returns the model with its values.
+
+    Args:
+        parts: by the name of a group a format of `FORMATS` and a target.
+            Names go before patterns, and these before `Linear`.
+        ignore: names and patterns of what stays as it is.
+    """
+
+    def means(target: str, owner: str) -> bool:
+        return bool(re.match(target[3:], owner)) if target.startswith("re:") else target in ("Linear", owner)
+
+    def writer(owner: str) -> Writer | None:
+        if not projections(owner) or any(means(entry, owner) for entry in ignore):
+            return None
+        fitting = [(name, target) for name, target in parts.values() if means(target, owner)]
+        fitting.sort(key=lambda part: (part[1] == "Linear", part[1].startswith("re:")))
+        return FORMATS[fitting[0][0]][0] if fitting else None
+
+    groups = {}
+    for group, (name, target) in parts.items():
+        config = FORMATS[name][1]
+        groups[group] = {**config["config_groups"]["group_0"], "targets": [target], "format": config["format"]}
+    config = ct_config("mixed-precision", {}, ignore=[*ignore], config_groups=groups)
+    write(path, model, writer, config, shard)
     return model
 
 

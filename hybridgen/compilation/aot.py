@@ -33,11 +33,6 @@ from hybridgen.errors import described
 
 logger = logging.getLogger(__name__)
 
-STARTS_EARLY = False
-"""Whether compiled kernels start while the ones before them end. A step of gpt-oss-20b's shape took 1.79 ms with it and
-1.84 without, one of 64 rows of the 8B in int4 5.47 and 5.54; a run of the latter with another kernel for its products,
-which was not kept, hung. So it is off until the GPU tests have run with it."""
-
 INDEX = "units.json"
 _NOT_KEPT = frozenset(CheckFunctionManager.UNSUPPORTED_SERIALIZATION_GUARD_TYPES) | {"TENSOR_MATCH"}
 
@@ -143,7 +138,7 @@ class LayerUnits:
                 fullgraph=True,
                 dynamic=False,
                 backend="inductor",
-                options={"guard_filter_fn": _kept_guards, **compile_options()},
+                options={"guard_filter_fn": _kept_guards},
             )
             unit = Unit(name, structure, compiled.aot_compile(((layer, *args), dict(kwargs))))
         self.units.append(unit)
@@ -165,20 +160,6 @@ class LayerUnits:
                 path.unlink(missing_ok=True)
             return f"compiled units cannot be kept ({described(error)})"
         return None
-
-
-def compile_options() -> dict[str, Any]:
-    """Inductor's options for layers on the current device.
-
-    With `STARTS_EARLY`, on GPUs of compute capability 9, its kernels start while the ones before them end (programmatic
-    dependent launch), as ours do. They wait before they read what the kernel just before wrote, and before they write
-    or let others start; what earlier kernels wrote they may read at once. So a kernel of ours that is the last one of
-    an op must wait for those before it before it lets others start.
-    """
-    name = "triton.enable_pdl"
-    if not STARTS_EARLY or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return {}
-    return {name: True} if name in torch._inductor.list_options() else {}
 
 
 def _kept_guards(entries: Sequence[Any]) -> list[bool]:

@@ -23,7 +23,7 @@ from torch import nn
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
-from hybridgen.compilation.aot import LayerUnits, compile_options
+from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.fingerprint import token_dimension
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError, described
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
@@ -144,10 +144,9 @@ class CompiledLayers:
             for name in ("prefill_layer", _WRITES, "decode_layer", "decode_one_layer", "decode_several_layer")
         }
         self._codes = {function.__code__ for function in functions.values()}
-        options = compile_options() or None if backend == "inductor" else None
         # Not dynamic=True: only the number of tokens is (see `mark_tokens_dynamic`).
         self._compiled = {
-            name: torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
+            name: torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
             for name, function in functions.items()
         }
         self._replaced: dict[nn.Module, Any] = {}

@@ -85,6 +85,26 @@ class PackedExperts(nn.Module):
         """Its weights; the same storage."""
         return PackedWeights(self._projection("gate_up"), self._projection("down"), self.kind, self.block)
 
+    @property
+    def format(self) -> str:
+        """Kind and block, in words."""
+        return f"{self.kind} experts in blocks of {self.block.outputs}x{self.block.inputs or 'all inputs'}"
+
+    @property
+    def projections(self) -> int:
+        """Two of each expert."""
+        return 2 * int(self.down_data.shape[0])
+
+    @property
+    def values(self) -> int:
+        """How many numbers the codes stand for."""
+        return 3 * int(self.down_data.shape[0]) * self.hidden * self.experts_width
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values() if buffer is not None)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """States [T, H], ids [T, k] and weights [T, k], by position or as the module before called them; [T, H]."""
         x, ids, weights = (*args, *(kwargs[name] for name in self._names[len(args) :]))
@@ -99,7 +119,10 @@ class PackedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and format."""
-        return f"hidden={self.hidden}, width={self.experts_width}, {self.kind}, {self.form}"
+        sizes = f"hidden={self.hidden}, width={self.experts_width}"
+        if not self.kind:
+            return f"{sizes}, {self.form}"
+        return f"{sizes}, {self.format}, {8 * self.bytes_stored / self.values:.2f} bits a weight, {self.form}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedExperts:
         with keeping_buffers(self):

@@ -279,9 +279,11 @@ class StartupRow(NamedTuple):
 
 
 class FormatRow(NamedTuple):
-    """The projections whose weights are in one format; what transformers joins (experts) is none of them."""
+    """The projections whose weights are in one format. Experts count where they are stored in small codes; those that
+    transformers joins do not."""
 
     projections: int
+    """An expert has two: gate and up are one."""
     bits: float
     """Of a weight, with its share of scales and zero points."""
     error: float | None = None

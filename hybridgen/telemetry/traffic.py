@@ -16,6 +16,7 @@ from hybridgen.cache import LayerState
 from hybridgen.cache.state import bytes_per_slot
 from hybridgen.models import BoundModel
 from hybridgen.models.binding import paged
+from hybridgen.models.packed_experts import PackedExperts
 from hybridgen.models.weights import WeightError, WeightProvider
 from hybridgen.telemetry.statistics import DecodeStats, FormatRow
 
@@ -97,21 +98,25 @@ def formats_of(model: nn.Module, weights: WeightProvider) -> dict[str, FormatRow
     counts: dict[str, list[int]] = {}
     errors: dict[str, list[float]] = {}
     for name, module in model.named_modules():
-        try:
-            weight = weights.get((name,))
-        except WeightError:
-            continue
-        count = counts.setdefault(str(weight.format), [0, 0, 0])
-        for place, value in enumerate((1, weight.bytes_read, math.prod(weight.shape))):
+        if isinstance(module, PackedExperts):
+            form, found = module.format, (module.projections, module.bytes_stored, module.values)
+        else:
+            try:
+                weight = weights.get((name,))
+            except WeightError:
+                continue
+            form, found = str(weight.format), (1, weight.bytes_read, math.prod(weight.shape))
+        count = counts.setdefault(form, [0, 0, 0])
+        for place, value in enumerate(found):
             count[place] += value
         error = getattr(module, "error", None)
         if isinstance(error, float):
-            errors.setdefault(str(weight.format), []).append(error)
+            errors.setdefault(form, []).append(error)
     ordered = sorted(counts.items(), key=lambda item: -item[1][0])
     return {
-        name: FormatRow(number, 8 * size / values, math.hypot(*found) / len(found) ** 0.5 if found else None)
+        name: FormatRow(number, 8 * size / values, math.hypot(*known) / len(known) ** 0.5 if known else None)
         for name, (number, size, values) in ordered
-        for found in (errors.get(name, []),)
+        for known in (errors.get(name, []),)
     }
 
 

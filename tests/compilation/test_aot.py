@@ -19,7 +19,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from hybridgen.compilation import aot as units
-from hybridgen.compilation.aot import INDEX, LayerUnits, Unit, changed_source, compile_options
+from hybridgen.compilation.aot import INDEX, LayerUnits, Unit, changed_source
 
 LAYER = """
 from torch import nn
@@ -281,15 +281,3 @@ def test_a_units_guards_are_among_those(traced: ModuleType, tmp_path: Path, monk
     monkeypatch.setattr(units, "_kept_guards", lambda entries: seen.extend(entries) or kept_guards(entries))
     made(traced, tmp_path)
     assert set(kept_guards(seen)) == {True, False}
-
-
-@pytest.mark.parametrize(("capability", "expected"), [((9, 0), True), ((8, 9), False), (None, False)])
-def test_kernels_start_early_where_the_device_can(
-    capability: tuple[int, int] | None, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert not compile_options()
-    monkeypatch.setattr(units, "STARTS_EARLY", True)
-    known = "triton.enable_pdl" in torch._inductor.list_options()
-    assert compile_options() == ({"triton.enable_pdl": True} if expected and known else {})
