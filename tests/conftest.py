@@ -9,8 +9,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import compiler
@@ -37,16 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-inductor", action="store_true")
 
 
-TURNS = pytest.StashKey[Any]()
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """Take turns with the other processes of pytest-xdist. Fixtures are for processes that run tests, and not for the
-    one that divides them, which needs nothing of torch."""
-    if WORKER:
-        from parallel import Turns
-
-        config.stash[TURNS] = Turns(Path(os.environ["HYBRIDGEN_CACHE_DIR"]).parent)
+    """Fixtures are for processes that run tests. The one that divides them needs nothing of torch."""
     if WORKER or config.getoption("dist", "no") == "no":
         config.pluginmanager.import_plugin("shared_fixtures")
 
@@ -87,10 +77,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Run a test beside those of other processes, or alone if it is marked so. After a file, look at what it left."""
-    turns = item.config.stash.get(TURNS, None)
-    with nullcontext() if turns is None else turns.take(alone="apart" in item.keywords):
-        result = yield
+    """Run a test. After a file, look at what it left."""
+    result = yield
     if nextitem is not None and nextitem.path != item.path:
         spare_the_collector()
     return result

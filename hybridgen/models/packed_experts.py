@@ -37,6 +37,8 @@ class PackedExperts(nn.Module):
         ValueError: the module computes something else than the op.
     """
 
+    down_data: Tensor
+
     def __init__(self, own: nn.Module) -> None:
         super().__init__()
         form, sizes = probe(own), sizes_of(own)

@@ -123,7 +123,9 @@ def test_families(family: str, name: str, tmp_path: Path) -> None:
     assert check_values(loaded.model, model)
     assert any("dequantised" in note for note in loaded.notes) == (family == "mixtral")
     wanted = expected(model)
-    modes = ("eager", "graph", "jit", "hybrid") if family in ("qwen3", "gemma3_text") else ("eager", "graph")
+    # Compiled layers of Qwen3 only: Gemma 3's are with the other formats.
+    whole = family == "qwen3" or (family == "gemma3_text" and name == "ct w4 group")
+    modes = ("eager", "graph", "jit", "hybrid") if whole else ("eager", "graph")
     for mode in modes:
         with hybridgen.Engine.load(tmp_path, mode=mode, compile_backend="eager", **SETTINGS) as engine:
             assert tokens(engine) == wanted, mode
