@@ -18,6 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+SETTINGS: dict[str, Any] = {
+    "device": "cpu",
+    "max_batch": 4,
+    "page_size": 16,
+    "token_budget": 96,
+    "kv_memory": "16MiB",
+    "max_context": 96,
+}
+"""Of small engines on a CPU."""
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

@@ -19,15 +19,7 @@ from hybridgen.models.quantised import QuantisedLinear, quantised_modules
 FP8Linear = pytest.importorskip("transformers.integrations.finegrained_fp8").FP8Linear
 BLOCK = (32, 32)
 NEW = 10
-SETTINGS: dict[str, Any] = {
-    "device": "cpu",
-    "max_batch": 4,
-    "page_size": 16,
-    "token_budget": 96,
-    "kv_memory": "16MiB",
-    "max_context": 96,
-    "compile_backend": "eager",
-}
+SETTINGS: dict[str, Any] = quantised_formats.SETTINGS | {"compile_backend": "eager"}
 
 
 def tokens_of(model: PreTrainedModel) -> list[list[int]]:

@@ -22,14 +22,6 @@ import hybridgen
 from hybridgen.loading import Checkpoint
 from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight, quantised_modules
 
-SETTINGS: dict[str, Any] = {
-    "device": "cpu",
-    "max_batch": 4,
-    "page_size": 16,
-    "token_budget": 96,
-    "kv_memory": "16MiB",
-    "max_context": 96,
-}
 GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4), "prefill_buckets": (16, 48), "max_padding_ratio": 64}
 LENGTHS = (7, 33, 1)
 NEW_TOKENS = 12
@@ -98,7 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Wan
 def test_every_mode_generates_the_tokens_of_the_values(mode: str, made: tuple[PreTrainedModel, Wanted]) -> None:
     model, wanted = made
     graphs = GRAPHS if mode in ("graph", "hybrid") else {}
-    with hybridgen.Engine.load(model, mode=mode, compile_backend="eager", **SETTINGS, **graphs) as engine:
+    with hybridgen.Engine.load(model, mode=mode, compile_backend="eager", **formats.SETTINGS, **graphs) as engine:
         check(engine, wanted)
         # Only eager steps dequantise by themselves; the others go through the op, which has kernels.
         modules = [module for _, module in quantised_modules(engine._runner.bound.model)]
@@ -117,7 +109,9 @@ def test_whole_steps_compiled_by_inductor(tmp_path: Path) -> None:
     plain = formats.write_parts(tmp_path, families.build("llama", num_hidden_layers=1), parts)
     found = [module.kind for _, module in quantised_modules(Checkpoint.open(tmp_path).load().model)]
     assert sorted(found) == ["fp8", *["int4"] * 3, *["int8"] * 2, "mxfp4"]
-    with hybridgen.Engine.load(tmp_path, mode="hybrid", decode_buckets=[4], lazy_capture=False, **SETTINGS) as engine:
+    with hybridgen.Engine.load(
+        tmp_path, mode="hybrid", decode_buckets=[4], lazy_capture=False, **formats.SETTINGS
+    ) as engine:
         check(engine, wanted_of(plain))
         stats = engine.stats()
         assert "compiled step" in {row.owner for row in stats.graphs.graphs}

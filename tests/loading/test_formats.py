@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import families
 import pytest
@@ -19,14 +18,6 @@ from hybridgen.errors import ConfigError
 from hybridgen.loading import Checkpoint
 from hybridgen.models.quantised import QuantisedLinear, quantised_modules, stack, why_not_stacked
 
-SETTINGS: dict[str, Any] = {
-    "device": "cpu",
-    "max_batch": 4,
-    "page_size": 16,
-    "token_budget": 96,
-    "kv_memory": "16MiB",
-    "max_context": 96,
-}
 LENGTHS = (7, 33, 1)
 NEW_TOKENS = 12
 DEQUANTISED = {"gptq desc_act", "ct nvfp4", "bnb nf4", "bnb nested nf4"}
@@ -127,7 +118,7 @@ def test_families(family: str, name: str, tmp_path: Path) -> None:
     whole = family == "qwen3" or (family == "gemma3_text" and name == "ct w4 group")
     modes = ("eager", "graph", "jit", "hybrid") if whole else ("eager", "graph")
     for mode in modes:
-        with hybridgen.Engine.load(tmp_path, mode=mode, compile_backend="eager", **SETTINGS) as engine:
+        with hybridgen.Engine.load(tmp_path, mode=mode, compile_backend="eager", **formats.SETTINGS) as engine:
             assert tokens(engine) == wanted, mode
 
 
@@ -143,7 +134,7 @@ def test_shards_and_groups_of_several_formats(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     found = check_values(Checkpoint.open(tmp_path).load().model, model)
     assert sorted(module.kind for module in found) == ["fp8"] * 3 + ["int4"] * 10 + ["int8"]
-    with hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS) as engine:
+    with hybridgen.Engine.load(tmp_path, mode="graph", **formats.SETTINGS) as engine:
         assert tokens(engine) == expected(model)
 
 
@@ -157,7 +148,7 @@ def test_a_quantised_head_and_tied_embeddings(tmp_path: Path) -> None:
         loaded = Checkpoint.open(path).load().model
         assert isinstance(loaded.get_output_embeddings(), QuantisedLinear) != tied
         check_values(loaded, model)
-        with hybridgen.Engine.load(path, **SETTINGS) as engine:
+        with hybridgen.Engine.load(path, **formats.SETTINGS) as engine:
             assert tokens(engine) == expected(model)
 
 
@@ -165,7 +156,7 @@ def test_joined_projections_keep_their_values(tmp_path: Path) -> None:
     """Scales of 32 x 32 stay blocks where they fit, and become rows where they do not."""
     for name in ("ct fp8 block", "ct fp8 odd block", "ct fp8 tensor"):
         model = formats.write_family(tmp_path / name, "llama", name, **sizes(name))
-        with hybridgen.Engine.load(tmp_path / name, **SETTINGS) as engine:
+        with hybridgen.Engine.load(tmp_path / name, **formats.SETTINGS) as engine:
             modules = dict(quantised_modules(engine._runner.bound.model))
             assert sum(type(module).__name__ == "QuantisedHead" for module in modules.values()) == 2
             for at, module in modules.items():
@@ -219,7 +210,7 @@ def test_a_quantised_checkpoint_is_not_quantised_again(tmp_path: Path) -> None:
 
 def test_what_a_quantised_model_says_of_itself(tmp_path: Path) -> None:
     formats.write_family(tmp_path, "llama", "ct w4 zeros", num_hidden_layers=2)
-    with hybridgen.Engine.load(tmp_path, **SETTINGS) as engine:
+    with hybridgen.Engine.load(tmp_path, **formats.SETTINGS) as engine:
         shown = str(engine._runner.bound.model)
         assert "int4 float32 in blocks of 1x32, 4.75 bits a weight" in shown
         stats = engine.stats()

@@ -11,7 +11,7 @@ import pytest
 import quantised_formats as formats
 import torch
 from safetensors.torch import load_file, save_file
-from test_formats import SETTINGS, check_values, expected, tokens
+from test_formats import check_values, expected, tokens
 from transformers import PreTrainedModel
 
 import hybridgen
@@ -64,7 +64,7 @@ def test_experts_in_mxfp4(tmp_path: Path) -> None:
                 assert torch.equal(values, wanted[expert].t())
     wanted_tokens = expected(model)
     for mode in MODES:
-        with hybridgen.Engine.load(tmp_path, mode=mode, compile_backend="eager", **SETTINGS) as engine:
+        with hybridgen.Engine.load(tmp_path, mode=mode, compile_backend="eager", **formats.SETTINGS) as engine:
             assert tokens(engine) == wanted_tokens, mode
             stats = engine.stats()
             assert not stats.fallbacks
@@ -85,13 +85,13 @@ def test_experts_in_mxfp4_are_refused_where_their_kernel_is_wrong(
 
     monkeypatch.setattr(experts_check, "wants_check", lambda device: True)
     monkeypatch.setattr(experts_check, "experts", right)
-    with hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS) as engine:
+    with hybridgen.Engine.load(tmp_path, mode="graph", **formats.SETTINGS) as engine:
         assert rows == [1, 8, 65]  # layers of a kind are checked once
         assert not engine.stats().fallbacks
     monkeypatch.setattr(experts_check, "experts", lambda x, *others: experts(x, *others) * 1.1)
     with pytest.raises(EngineError, match=r"experts in mxfp4 do not run on cpu: of 1 random tokens .* off by 0.1;"):
-        hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS)
-    with hybridgen.Engine.load(tmp_path, mode="eager", **SETTINGS) as engine:
+        hybridgen.Engine.load(tmp_path, mode="graph", **formats.SETTINGS)
+    with hybridgen.Engine.load(tmp_path, mode="eager", **formats.SETTINGS) as engine:
         assert not engine.stats().fallbacks
 
 
@@ -116,11 +116,11 @@ def test_a_wrong_kernel_of_one_token_is_left_to_others(
     write_mxfp4_experts(tmp_path)
     if still_wrong:
         with pytest.raises(EngineError, match=r"off by 0\.05"):
-            hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS)
+            hybridgen.Engine.load(tmp_path, mode="graph", **formats.SETTINGS)
         return
     with (
         pytest.warns(RuntimeWarning, match="take a slower kernel: of 1 random tokens"),
-        hybridgen.Engine.load(tmp_path, mode="graph", **SETTINGS) as engine,
+        hybridgen.Engine.load(tmp_path, mode="graph", **formats.SETTINGS) as engine,
     ):
         assert any("experts of one token" in why for why in engine.stats().fallbacks)
     assert refused == ["experts_one"]
@@ -161,7 +161,7 @@ def test_experts_that_are_stored_one_by_one(modes: tuple[str, ...], tmp_path: Pa
     assert not any("dequantised" in note for note in loaded.notes)
     wanted = expected(model)
     for mode in modes:
-        with hybridgen.Engine.load(tmp_path, mode=mode, compile_backend="eager", **SETTINGS) as engine:
+        with hybridgen.Engine.load(tmp_path, mode=mode, compile_backend="eager", **formats.SETTINGS) as engine:
             assert tokens(engine) == wanted, mode
             assert not engine.stats().late_compiles
 
@@ -175,5 +175,5 @@ def test_experts_in_other_formats(name: str, tmp_path: Path) -> None:
     check_experts(loaded.model, model)
     wanted = expected(model)
     for mode in ("eager", "graph"):
-        with hybridgen.Engine.load(tmp_path, mode=mode, **SETTINGS) as engine:
+        with hybridgen.Engine.load(tmp_path, mode=mode, **formats.SETTINGS) as engine:
             assert tokens(engine) == wanted, mode

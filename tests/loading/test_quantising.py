@@ -19,14 +19,6 @@ from hybridgen.loading import Checkpoint
 from hybridgen.models.quantised import QuantisedLinear, quantised_modules
 from hybridgen.models.rounding import quantise
 
-SETTINGS: dict[str, Any] = {
-    "device": "cpu",
-    "max_batch": 4,
-    "page_size": 16,
-    "token_budget": 96,
-    "kv_memory": "16MiB",
-    "max_context": 96,
-}
 LENGTHS = (7, 33, 1)
 
 
@@ -55,7 +47,9 @@ def test_every_mode_generates_the_tokens_of_the_rounded_weights(kind: str, famil
     modes = ("eager", "graph", "jit", "hybrid") if (kind, family) == ("int4", "llama") else ("eager", "graph")
     for mode in modes:
         # Inductor's code for such products is what test_format_modes.py is about.
-        with hybridgen.Engine.load(path, mode=mode, quantization=kind, compile_backend="eager", **SETTINGS) as engine:
+        with hybridgen.Engine.load(
+            path, mode=mode, quantization=kind, compile_backend="eager", **formats.SETTINGS
+        ) as engine:
             outs = engine.generate(families.prompts_of(LENGTHS), max_new_tokens=12)
             assert [list(out.token_ids) for out in outs] == wanted, mode
             name, row = next(iter(engine.stats().weights.items()))
@@ -74,7 +68,7 @@ def test_what_mixers_multiply_by_themselves_stays(family: str, tmp_path: Path) -
     assert not any("weight" in vars(module) for module in found.values())
     model = by_hand(families.build(family), "int8", list(found))
     wanted = [families.reference(model, prompt, 12)[0] for prompt in families.prompts_of(LENGTHS)]
-    with hybridgen.Engine.load(path, mode="eager", quantization="int8", **SETTINGS) as engine:
+    with hybridgen.Engine.load(path, mode="eager", quantization="int8", **formats.SETTINGS) as engine:
         outs = engine.generate(families.prompts_of(LENGTHS), max_new_tokens=12)
         assert [list(out.token_ids) for out in outs] == wanted
 
@@ -94,7 +88,7 @@ def test_the_head_is_quantised_on_request(tied: bool, tmp_path: Path) -> None:
     if tied:  # the copies in Hugging Face's model are to differ too
         model.lm_head = copy.deepcopy(model.lm_head)
     by_hand(model, "fp8", ["lm_head"])
-    with hybridgen.Engine.load(path, quantize_head="fp8", **SETTINGS) as engine:
+    with hybridgen.Engine.load(path, quantize_head="fp8", **formats.SETTINGS) as engine:
         [out] = engine.generate(families.prompts_of((7,)), max_new_tokens=12)
     assert list(out.token_ids) == families.reference(model, families.prompts_of((7,))[0], 12)[0]
 
@@ -120,7 +114,7 @@ def test_int4_warns_of_its_error(tmp_path: Path) -> None:
     path = families.write("llama", tmp_path, num_hidden_layers=2)
     with (
         pytest.warns(RuntimeWarning, match="calibrated"),
-        hybridgen.Engine.load(path, quantization="int4", **SETTINGS) as engine,
+        hybridgen.Engine.load(path, quantization="int4", **formats.SETTINGS) as engine,
     ):
         assert any("calibrated" in reason for reason in engine.stats().fallbacks)
 
@@ -164,7 +158,7 @@ def test_a_config_keeps_its_quantization_config_out_of_the_model(tmp_path: Path)
 @pytest.mark.parametrize("mode", ["eager", "jit"])
 def test_activations_are_rounded_where_there_are_many(mode: str, tmp_path: Path) -> None:
     path = families.write("llama", tmp_path)
-    settings = SETTINGS | {"mode": mode, "quantization": "fp8", "token_budget": 400, "max_context": 400}
+    settings = formats.SETTINGS | {"mode": mode, "quantization": "fp8", "token_budget": 400, "max_context": 400}
     prompts = families.prompts_of((300, 20))
     model = by_hand(families.build("llama"), "fp8", list(dict(quantised_modules(load(path, quantization="fp8")))))
     plain = [families.reference(model, prompt, 8)[0] for prompt in prompts]
@@ -189,6 +183,6 @@ def test_activations_are_rounded_where_there_are_many(mode: str, tmp_path: Path)
 def test_activations_need_weights_that_take_them(tmp_path: Path) -> None:
     path = families.write("llama", tmp_path)
     with pytest.raises(ConfigError, match="has no FP8 weights"):
-        hybridgen.Engine.load(path, fp8_activations=True, **SETTINGS)
+        hybridgen.Engine.load(path, fp8_activations=True, **formats.SETTINGS)
     with pytest.raises(ConfigError, match="because they are not FP8"):
-        hybridgen.Engine.load(path, fp8_activations=True, quantization="int8", **SETTINGS)
+        hybridgen.Engine.load(path, fp8_activations=True, quantization="int8", **formats.SETTINGS)
