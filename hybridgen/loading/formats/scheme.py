@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -143,6 +143,11 @@ def check_codes(part: str, codes: Tensor) -> None:
     """
     if bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):
         raise Damaged(part, "holds codes that are no numbers")
+
+
+def whole(value: Any) -> bool:
+    """Whether a value of a config is an integer: 4.0 and true are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def dense_2d(entries: Mapping[str, TensorEntry], outputs: int, inputs: int) -> tuple[int, ...]:
