@@ -93,7 +93,11 @@ def test_scales_of_each_format_are_numbers(name: str, tmp_path: Path) -> None:
         ("ct w4 group", swap("weight_shape", lambda t: t * 2), r"weight_shape' holds \[64, 128\]"),
         ("ct fp8 channel", swap("weight_scale", lambda t: t.T), r"weight_scale' is \[1, 32\]"),
         ("ct int8 channel", swap("weight", lambda t: t.view(torch.uint8)), "weight' is U8, and must be I8"),
+        ("ct w4 group", swap("weight_shape", lambda t: t[0]), r"weight_shape' is \[\], and must have 1 dimensions"),
+        ("ct w4 group", swap("weight_shape", lambda t: t.bool()), "weight_shape' is BOOL, and must be I64 or I32"),
+        ("fp8 tensor", swap("weight", lambda t: t[:0]), r"weight' is \[0, 64\], and must hold numbers"),
         ("torchao int8 groups", swap("_weight_scale", lambda t: t[:1, :1].repeat(3, 1)), r"_weight_scale' is \[3, 1\]"),
+        ("torchao fp8", swap("_weight_scale", lambda t: t.T), r"_weight_scale' is \[1, 32\]"),
         (
             "bnb nf4",
             swap("weight.quant_state.bitsandbytes__nf4", lambda t: t[3:]),

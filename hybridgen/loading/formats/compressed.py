@@ -44,6 +44,7 @@ _PARTS = (
 )
 _PLAIN = ("float-quantized", "int-quantized", "naive-quantized")
 _KNOWN = ("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized", *_PLAIN)
+_SIZES = ("I64", "I32")
 _STATUSES = ("compressed", "frozen")
 """Both have codes in the files; the second was written by the first versions."""
 _REORDERED = "its inputs were quantised in another order (actorder)"
@@ -65,6 +66,9 @@ class Packed:
         each = 32 // self.bits
         if "weight_shape" not in small:
             return outputs, words * each
+        dtype = need(entries, "weight_shape", 1).dtype
+        if dtype not in _SIZES:
+            raise Damaged("weight_shape", f"is {dtype}, and must be {' or '.join(_SIZES)}")
         shape = small["weight_shape"].tolist()
         if len(shape) != 2 or shape[0] != outputs or -(-shape[1] // each) != words:
             raise Damaged("weight_shape", f"holds {shape}, and weight_packed is {[outputs, words]}")
@@ -77,7 +81,7 @@ class Packed:
         found = {
             "weight_packed": Part(("I32",), (outputs, -(-inputs // each)), small=False),
             "weight_scale": Part(FLOATS, (outputs, groups)),
-            "weight_shape": Part(("I64", "I32"), (2,), optional=True),
+            "weight_shape": Part(_SIZES, (2,), optional=True),
             "weight_g_idx": Part(("I32", "I64"), (inputs,), optional=True),
         }
         if not self.symmetric:

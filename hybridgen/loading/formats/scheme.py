@@ -112,13 +112,15 @@ def need(entries: Mapping[str, TensorEntry], part: str, dimensions: int) -> Tens
     """A tensor that sizes follow from.
 
     Raises:
-        Damaged: it is missing or has another number of dimensions.
+        Damaged: it is missing, has another number of dimensions, or is empty.
     """
     entry = entries.get(part)
     if entry is None:
         raise Damaged(part, "is missing")
     if len(entry.shape) != dimensions:
         raise Damaged(part, f"is {list(entry.shape)}, and must have {dimensions} dimensions")
+    if 0 in entry.shape:
+        raise Damaged(part, f"is {list(entry.shape)}, and must hold numbers")
     return entry
 
 
