@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ def check_codes(part: str, codes: Tensor) -> None:
         raise Damaged(part, "holds codes that are no numbers")
 
 
-def whole(value: Any) -> bool:
+def whole(value: Any) -> TypeGuard[int]:
     """Whether a value of a config is an integer: 4.0 and true are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
