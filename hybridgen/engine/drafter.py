@@ -115,9 +115,7 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
         if config.quantize_drafter is None:
             raise
         # What was asked for is the drafter's field, not the model's.
-        why = (
-            str(error).replace("quantization=", "quantize_drafter=").replace("quantization out", "quantize_drafter out")
-        )
+        why = re.sub(r"quantization(?==| out)", "quantize_drafter", str(error))
         raise ConfigError(f"drafter={shown(given)}: {why}") from error
     check_drafter(found, model, resolved.max_context)
     return found
