@@ -196,13 +196,15 @@ class Builder:
         undo.callback(use_own_rotation, bound)
         use_one_op(bound, self.resolved.max_context, fall_back)
         undo.callback(use_own_gate, bound)
+        measured = self.starter.measured()
         with self.startup.timed("tuning"):
-            gated = use_gated_op(bound, metadata, self.resolved.token_budget, fall_back)
+            gated = use_gated_op(bound, metadata, self.resolved.token_budget, fall_back, measured)
             self.starter.note_choice("gate and up of prefill", gated.slower)
         undo.callback(use_own_mixture, bound)
         with self.startup.timed("tuning"):
-            mixtures = use_mixture_op(bound, metadata, fall_back)
+            mixtures = use_mixture_op(bound, metadata, fall_back, measured)
             self.starter.note_choice("mixtures of one token", mixtures.slower)
+        self.starter.keep_measured(measured)
         undo.callback(use_own_ends, bound)
         use_short_ends(bound, metadata, self.resolved.max_context)
 
