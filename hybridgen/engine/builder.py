@@ -336,8 +336,10 @@ class Builder:
 
     def _cuts_last_layer(self) -> bool:
         """Whether long prefills may cut their last layer. Not where a prompt's keys have to be the same bits with and
-        without somebody who drafts, for whom it is not cut; nor on several ranks, which would have to agree."""
-        return self._rotates_in_one_op() and not self.config.equal_bits
+        without somebody who drafts, for whom it is not cut; nor on several ranks, which would have to agree; nor where
+        one compiled step is for all sizes (`graphs="trees"`), so that nothing in it may depend on how many tokens."""
+        one_for_all = self.config.graphs is GraphOwner.TREES
+        return self._rotates_in_one_op() and not self.config.equal_bits and not one_for_all
 
     def _drafter(self, bound: BoundModel, model: LoadedDrafter | None) -> Drafter | None:
         """Who drafts, if anybody.
