@@ -15,6 +15,7 @@ from hybridgen.errors import UnsupportedModelError
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
+    WEIGHTS_ALONE,
     Damaged,
     Part,
     Scheme,
@@ -190,4 +191,4 @@ def read(values: Mapping[str, Any]) -> Bitsandbytes:
             f"load_in_4bit {four}, load_in_8bit {eight}); load a checkpoint in one of the formats of "
             "docs/quantisation.md, or a float32, bfloat16 or float16 one"
         )
-    return Bitsandbytes(Table() if four else Rows())
+    return Bitsandbytes(Table()) if four else Bitsandbytes(Rows(), (WEIGHTS_ALONE,))

@@ -14,6 +14,7 @@ from hybridgen.kernels.linear.layout import IN_ORDER, Block, expand, interleave,
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
+    WEIGHTS_ALONE,
     Damaged,
     Part,
     Scheme,
@@ -323,7 +324,7 @@ def read(values: Mapping[str, Any]) -> CompressedTensors:
             _names(target, "")  # a pattern that is none is found before files are read
         found.append((targets, scheme_of(name, group, group.get("format") or values.get("format"))))
         if group.get("input_activations") is not None:
-            notes.append("activations are not quantised, as the checkpoint's config asks for: weights alone are")
+            notes.append(WEIGHTS_ALONE)
         if group.get("output_activations") is not None:
             raise _unknown(f"config_groups.{name}.output_activations")
     if values.get("kv_cache_scheme") is not None:

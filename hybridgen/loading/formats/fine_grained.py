@@ -17,6 +17,7 @@ from hybridgen.kernels.linear.layout import Block, power_of_two
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
+    WEIGHTS_ALONE,
     Damaged,
     Part,
     Scheme,
@@ -133,5 +134,5 @@ def read(values: Mapping[str, Any]) -> FineGrained:
             f"{shown(kind)}, weight_block_size {shown(block)}); load a checkpoint in one of the formats of "
             "docs/quantisation.md, or a float32, bfloat16 or float16 one"
         )
-    notes = ("activations are not quantised, as the checkpoint's config asks for: weights alone are",)
+    notes = (WEIGHTS_ALONE,)
     return FineGrained(Blocks(None if block is None else (block[0], block[1])), notes)

@@ -18,6 +18,8 @@ from hybridgen.loading.checks import TensorEntry
 from hybridgen.models.quantised import QuantisedWeight
 
 FLOATS = ("BF16", "F16", "F32")
+WEIGHTS_ALONE = "activations are not quantised, as the checkpoint's config asks for: weights alone are"
+"""A note of formats whose own layers round activations to 8 bits."""
 
 
 class Damaged(Exception):

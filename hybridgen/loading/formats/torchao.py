@@ -18,6 +18,7 @@ from hybridgen.kernels.linear.layout import Block
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
+    WEIGHTS_ALONE,
     Damaged,
     Part,
     Scheme,
@@ -119,5 +120,5 @@ def read(values: Mapping[str, Any]) -> TorchAO:
             f"quant_type {shown(kind)}; known are {', '.join((*_WEIGHT_ONLY, *_DYNAMIC))}); load a checkpoint in one "
             "of the formats of docs/quantisation.md, or a float32, bfloat16 or float16 one"
         )
-    note = "activations are not quantised, as the checkpoint's config asks for: weights alone are"
+    note = WEIGHTS_ALONE
     return TorchAO((note,) if kind in _DYNAMIC else ())
