@@ -37,6 +37,7 @@ from hybridgen.models.counting import counts_tokens
 from hybridgen.models.interface import configs_of
 from hybridgen.models.latent import check_latents
 from hybridgen.models.mixers import check_mixers
+from hybridgen.models.rope import check_ropes
 from hybridgen.models.text_part import TextPart, as_text_part
 from hybridgen.models.torch_functions import torch_alone
 from hybridgen.models.visibility import Predicate, UnknownMaskError, Visibility, read_visibility
@@ -137,6 +138,7 @@ def probe_config(
         ) from error
     model = as_text_part(model.eval())
     check_interface(model)
+    check_ropes(model)
     return probe_model(model, context)
 
 
