@@ -89,7 +89,7 @@ def test_an_unknown_layout_is_refused_before_weights_are_read() -> None:
     """DeepSeek-V2's tables are complex numbers."""
     changes = {"num_hidden_layers": 1, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
     config = CONFIG_MAPPING["deepseek_v2"](**families.CONFIGS["deepseek_v2"] | changes)
-    with pytest.raises(UnsupportedModelError, match="does not know .*'dynamic'"):
+    with pytest.raises(UnsupportedModelError, match=r"does not know .*'dynamic'"):
         probe_config(config, 512)
 
 
