@@ -253,17 +253,22 @@ def _tokenizer(name: str, **arguments: Any) -> tuple[PreTrainedTokenizerBase | N
 
 
 def read_generation_config(config: PreTrainedConfig, source: Source) -> GenerationConfig:
-    """The checkpoint's generation_config.json, or what its config says about generation.
+    """The checkpoint's generation_config.json, or what its config.json says about generation.
 
     Raises:
         CheckpointError: the file is broken.
     """
     file = source.find("generation_config.json")
+    if file is not None:
+        values = read_json(file)
+        with load_errors(source, f"{file} cannot be used"):
+            return GenerationConfig.from_dict(values)
+    file = source.find("config.json")
     if file is None:
         return GenerationConfig.from_model_config(config)
-    values = read_json(file)
+    values = read_json(file)  # a config forgets what its file says of generation
     with load_errors(source, f"{file} cannot be used"):
-        return GenerationConfig.from_dict(values)
+        return GenerationConfig.from_model_config(values)
 
 
 _TELLS = ContextVar("_TELLS", default=True)
