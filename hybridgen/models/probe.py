@@ -109,8 +109,11 @@ def read_options(name: str, query: Tensor, key: Tensor, kwargs: Mapping[str, Any
         if isinstance(value, Tensor):
             raise UnsupportedModelError(f"{name} gives {option} as a tensor; hybridgen's attention takes a number")
     scale, softcap = values["scaling"], values["softcap"]
+    if softcap is not None and not softcap:
+        raise UnsupportedModelError(f"{name} caps its scores at {softcap}, and divides by that; null is no cap")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return AttentionOptions(scale, float(softcap or 0.0), kwargs.get("s_aux") is not None)
+    # tanh is odd: a cap below zero is the one above.
+    return AttentionOptions(scale, abs(float(softcap or 0.0)), kwargs.get("s_aux") is not None)
 
 
 def _is_nothing(value: Any) -> bool:

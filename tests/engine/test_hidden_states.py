@@ -38,7 +38,7 @@ def reference(model: Any, prompt: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [("llama", mode) for mode in MODES] + [(family, MODES[0]) for family in ("gemma2", "gpt2", "qwen3_moe")],
+    [("llama", mode) for mode in MODES] + [(family, MODES[0]) for family in ("gemma2", "opt", "llama4_text")],
     ids=lambda value: value["mode"] if isinstance(value, dict) else value,
 )
 def test_they_are_those_of_transformers(family: str, mode: dict[str, Any], tmp_path: Path) -> None:
