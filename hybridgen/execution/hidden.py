@@ -45,7 +45,7 @@ class CapturedStates:
             raise RuntimeError(f"layer {missing[0]} was not called")
         widths = sorted({state.shape[-1] for state in self._found.values()})
         if len(widths) > 1:
-            raise RuntimeError(f"states of these layers have {' and '.join(map(str, widths))} numbers; ask for them apart")
+            raise RuntimeError(f"these states have {' and '.join(map(str, widths))} numbers; ask for them apart")
 
     def _note_input(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else kwargs["hidden_states"]

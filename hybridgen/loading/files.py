@@ -141,8 +141,8 @@ def _check_values(raw: dict[str, Any], file: Path) -> None:
             value = values.get(field) if isinstance(values, dict) else None
             if value is not None and getattr(torch, str(value).removeprefix("torch."), None) not in _FLOATS.values():
                 raise CheckpointError(
-                    f"{file}: {field}={shown(value)} is no dtype that a model can be built in; write float32, bfloat16 or "
-                    "float16, or leave it out"
+                    f"{file}: {field}={shown(value)} is no dtype that a model can be built in; write float32, bfloat16 "
+                    "or float16, or leave it out"
                 )
     if isinstance(layers := raw.get("num_hidden_layers"), int) and layers < 1:
         raise CheckpointError(f"{file}: num_hidden_layers={layers}; a model has at least one")

@@ -196,7 +196,7 @@ def test_directories_without_a_config(tmp_path: Path) -> None:
         ("{}", "no model_type"),
         (json.dumps({"model_type": "llama", "num_attention_heads": "x"}), "config.json cannot be used"),
         (json.dumps({"model_type": "llama", "dtype": "bf17"}), "dtype='bf17' is no dtype"),
-        (json.dumps({"model_type": "llama", "torch_dtype": "float8_e4m3fn"}), "torch_dtype='float8_e4m3fn' is no dtype"),
+        (json.dumps({"model_type": "llama", "torch_dtype": "float8_e4m3fn"}), "torch_dtype='float8_e4m3fn' is no"),
         (json.dumps({"model_type": "llama", "num_hidden_layers": 0}), "num_hidden_layers=0; a model has at least one"),
         (json.dumps({"model_type": "llama", "vocab_size": 0}), "vocab_size=0"),
     ],
