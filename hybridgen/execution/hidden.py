@@ -43,6 +43,8 @@ class CapturedStates:
         missing = [index for index in self._wanted if index not in self._found]
         if missing:
             raise RuntimeError(f"layer {missing[0]} was not called")
+        if any(state.dim() != 2 for state in self._found.values()):
+            raise RuntimeError("layers of this model hand on several states of each token")
         widths = sorted({state.shape[-1] for state in self._found.values()})
         if len(widths) > 1:
             raise RuntimeError(f"these states have {' and '.join(map(str, widths))} numbers; ask for them apart")
