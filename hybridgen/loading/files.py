@@ -136,9 +136,9 @@ def _check_values(raw: dict[str, Any], file: Path) -> None:
             # Config classes make lists of that length.
             if isinstance(value, (int, float)) and _COUNTS.search(field) and abs(value) > _MOST:
                 raise CheckpointError(f"{file}: {field}={shown(value)} is more than any model has; write it again")
-    for values in (raw, raw.get("text_config")):
+    for part in (raw, raw.get("text_config")):
         for field in ("dtype", "torch_dtype"):
-            value = values.get(field) if isinstance(values, dict) else None
+            value = part.get(field) if isinstance(part, dict) else None
             if value is not None and getattr(torch, str(value).removeprefix("torch."), None) not in _FLOATS.values():
                 raise CheckpointError(
                     f"{file}: {field}={shown(value)} is no dtype that a model can be built in; write float32, bfloat16 "
