@@ -196,13 +196,15 @@ class Builder:
         undo.callback(use_own_rotation, bound)
         use_one_op(bound, self.resolved.max_context, fall_back)
         undo.callback(use_own_gate, bound)
+        measured = self.starter.measured()
         with self.startup.timed("tuning"):
-            gated = use_gated_op(bound, metadata, self.resolved.token_budget, fall_back)
+            gated = use_gated_op(bound, metadata, self.resolved.token_budget, fall_back, measured)
             self.starter.note_choice("gate and up of prefill", gated.slower)
         undo.callback(use_own_mixture, bound)
         with self.startup.timed("tuning"):
-            mixtures = use_mixture_op(bound, metadata, fall_back)
+            mixtures = use_mixture_op(bound, metadata, fall_back, measured)
             self.starter.note_choice("mixtures of one token", mixtures.slower)
+        self.starter.keep_measured(measured)
         undo.callback(use_own_ends, bound)
         use_short_ends(bound, metadata, self.resolved.max_context)
 
@@ -334,8 +336,10 @@ class Builder:
 
     def _cuts_last_layer(self) -> bool:
         """Whether long prefills may cut their last layer. Not where a prompt's keys have to be the same bits with and
-        without somebody who drafts, for whom it is not cut; nor on several ranks, which would have to agree."""
-        return self._rotates_in_one_op() and not self.config.equal_bits
+        without somebody who drafts, for whom it is not cut; nor on several ranks, which would have to agree; nor where
+        one compiled step is for all sizes (`graphs="trees"`), so that nothing in it may depend on how many tokens."""
+        one_for_all = self.config.graphs is GraphOwner.TREES
+        return self._rotates_in_one_op() and not self.config.equal_bits and not one_for_all
 
     def _drafter(self, bound: BoundModel, model: LoadedDrafter | None) -> Drafter | None:
         """Who drafts, if anybody.
