@@ -208,7 +208,8 @@ class Checkpoint:
         quantised = _method(whole) in live_quantised.METHODS
         check_supported(whole, config.trust_remote_code, type(module), quantised=quantised)
         metadata.check_heads(hf_config)
-        if module.get_output_embeddings() is None or not module.can_generate():
+        text = text_part(module)
+        if text.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
         if config.quantization is not None or config.quantize_head is not None:
             raise ConfigError(
@@ -221,8 +222,7 @@ class Checkpoint:
         path = Path(name).expanduser()
         source = LocalSource(path, config.local_files_only) if name and path.is_dir() else None
         generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(whole)
-        kind = type(module).__name__
-        module = text_part(module)
+        kind, module = type(module).__name__, text
         dtype = _live_dtype(module, config.dtype)
         return cls(
             name=name or kind,
