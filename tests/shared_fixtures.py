@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from hybridgen.compilation import behind
 from hybridgen.loading import checkpoint
 from hybridgen.models import probe
 
+# Objects that live are many here, and what only the collector finds is little: it is to look a thirtieth as often.
+gc.set_threshold(20_000)
 # The models are tiny: more threads only get into each other's way.
 torch.set_num_threads(1)
 # Machines are slow, or busy with something else.

@@ -33,7 +33,7 @@ def test_every_kind_of_family(family: str, tmp_path: Path) -> None:
     """Dense, windows, soft cap, experts, sinks, learned positions, chunks, keys that depend on the length; greedy and
     sampled, prompts in chunks beside it, page borders inside drafts."""
     name, changes = families.ROPE_VARIANTS.get(family, (family, {}))
-    path = families.write(name, tmp_path, **changes)
+    path = families.write(name, tmp_path, **families.depth(name) | changes)
     params = each(9, 45)
     with loaded(path) as engine:
         expected = engine.generate(PROMPTS[:9], params)
