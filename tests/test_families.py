@@ -30,10 +30,10 @@ COMPILED = (
     "qwen3_5_text",
     "granitemoehybrid",
     "falcon_h1",
-    "kimi_linear",
-    "zamba2",
 )
 """Of the families in one sweep."""
+COMPILED_SELDOM = ("kimi_linear", "zamba2")
+"""With `-m slow`: gated delta rules and Mamba 2 are compiled in others, too."""
 INDUCTOR = ("llama", "gemma3_text", "gpt2", "qwen3_moe")
 FUNCTIONALISED = (
     "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "glm", "glm4", "glm4_moe", "gpt_bigcode",
@@ -217,6 +217,12 @@ def test_more_families(name: str, tmp_path: Path, pytestconfig: pytest.Config) -
     everywhere = pytestconfig.getoption("--all-inductor")
     modes = ["eager", "graph", *(["hybrid"] if everywhere or name in COMPILED else [])]
     check_modes(name, tmp_path, modes, "inductor" if everywhere else "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED_SELDOM)
+def test_more_families_compiled(name: str, tmp_path: Path) -> None:
+    check_modes(name, tmp_path, ["hybrid"], "eager")
 
 
 @pytest.mark.slow

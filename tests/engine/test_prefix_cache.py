@@ -83,7 +83,13 @@ def check_empty(engine: Engine) -> None:
     assert (NO_PAGES.table, NO_PAGES.cached, NO_PAGES.nodes, NO_PAGES.written) == ([], 0, [], 0)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "qwen3_moe", "llama4_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama", "mistral", "gemma2", "gpt2", "llama4_text", "gpt_oss"),
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_are_those_that_come_without(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In modes eager and graph, alone and in company, on the first call and on the next ones."""
     path = families.write(family, tmp_path, **families.depth(family))

@@ -79,7 +79,7 @@ def engine(path: Path) -> Iterator[Engine]:
     ("family", "mode"),
     [("llama", mode) for mode in MODES]
     + [(family, MODES[0]) for family in ("gemma2", "cohere", "gpt2", "llama4_text", "qwen3_moe", "mistral")]
-    + [("gemma2", MODES[3])],
+    + [pytest.param("gemma2", MODES[3], marks=pytest.mark.slow)],
     ids=lambda value: value["mode"] if isinstance(value, dict) else value,
 )
 def test_they_are_those_of_a_forward_pass(family: str, mode: dict[str, Any], tmp_path: Path) -> None:
