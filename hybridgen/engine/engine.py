@@ -21,7 +21,6 @@ from hybridgen.engine import upkeep
 from hybridgen.engine.assembly import Parts, assemble
 from hybridgen.engine.asynchronous import AsyncCalls
 from hybridgen.engine.calls import Calls
-from hybridgen.engine.collector import seldom_collected
 from hybridgen.engine.drafter import Opened, open_drafter
 from hybridgen.engine.launched import Following, Sharing
 from hybridgen.engine.loop import StepLoop
@@ -112,7 +111,6 @@ class Engine(Calls):
         logger.info("%s is ready on %s in mode %s", checkpoint.name, checkpoint.device, self.mode)
 
     @classmethod
-    @seldom_collected()
     def load(
         cls,
         model: str | os.PathLike[str] | PreTrainedModel | None = None,
@@ -138,7 +136,6 @@ class Engine(Calls):
         return cls.start(checkpoint, config)
 
     @classmethod
-    @seldom_collected()
     def start(cls, checkpoint: Checkpoint, config: EngineConfig) -> Engine:
         """Read an opened checkpoint's weights and make it ready to generate.
 
