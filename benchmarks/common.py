@@ -216,7 +216,6 @@ def random_decoder(
 
 
 SWITCHES = {
-    "one_row": ("hybridgen.kernels.step.one_row", "IS_ON"),
     "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
     "cublaslt": ("hybridgen.execution.products", "IS_ON"),
 }

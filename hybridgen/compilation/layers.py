@@ -203,7 +203,7 @@ class CompiledLayers:
     @property
     def routes_last(self) -> bool:
         """Whether the last layer runs compiled."""
-        return bool(self._layers) and self._layers[-1] in self._replaced
+        return len(self._layers) > 0 and self._layers[-1] in self._replaced
 
     @property
     def routes_any(self) -> bool:

@@ -20,6 +20,7 @@ from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, Re
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.mixing import Mixing, always_worth, cannot_mix
+from hybridgen.engine.preflight import cannot_draft_for
 from hybridgen.engine.scheduling import make_pages, make_scheduler, why_not_shared
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
@@ -196,13 +197,15 @@ class Builder:
         undo.callback(use_own_rotation, bound)
         use_one_op(bound, self.resolved.max_context, fall_back)
         undo.callback(use_own_gate, bound)
+        measured = self.starter.measured()
         with self.startup.timed("tuning"):
-            gated = use_gated_op(bound, metadata, self.resolved.token_budget, fall_back)
+            gated = use_gated_op(bound, metadata, self.resolved.token_budget, fall_back, measured)
             self.starter.note_choice("gate and up of prefill", gated.slower)
         undo.callback(use_own_mixture, bound)
         with self.startup.timed("tuning"):
-            mixtures = use_mixture_op(bound, metadata, fall_back)
+            mixtures = use_mixture_op(bound, metadata, fall_back, measured)
             self.starter.note_choice("mixtures of one token", mixtures.slower)
+        self.starter.keep_measured(measured)
         undo.callback(use_own_ends, bound)
         use_short_ends(bound, metadata, self.resolved.max_context)
 
@@ -334,8 +337,10 @@ class Builder:
 
     def _cuts_last_layer(self) -> bool:
         """Whether long prefills may cut their last layer. Not where a prompt's keys have to be the same bits with and
-        without somebody who drafts, for whom it is not cut; nor on several ranks, which would have to agree."""
-        return self._rotates_in_one_op() and not self.config.equal_bits
+        without somebody who drafts, for whom it is not cut; nor on several ranks, which would have to agree; nor where
+        one compiled step is for all sizes (`graphs="trees"`), so that nothing in it may depend on how many tokens."""
+        one_for_all = self.config.graphs is GraphOwner.TREES
+        return self._rotates_in_one_op() and not self.config.equal_bits and not one_for_all
 
     def _drafter(self, bound: BoundModel, model: LoadedDrafter | None) -> Drafter | None:
         """Who drafts, if anybody.
@@ -348,8 +353,7 @@ class Builder:
             return None
         why = refusal(bound, self.resolved.max_context, self.config.page_size, self.checkpoint.dtype)
         if why is not None:
-            name = self.config.drafts
-            raise ConfigError(f"{name} with this model: {why}; leave {name.partition('=')[0]} out")
+            raise cannot_draft_for(self.config, why)
         if model is not None:
             return model.drafter
         return NgramDrafter() if wanted == "ngram" else cast(Drafter, wanted)

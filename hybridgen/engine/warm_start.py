@@ -28,6 +28,7 @@ from hybridgen.graphs.recorder import Recorder
 from hybridgen.kernels.read_ceiling import read_ceiling
 from hybridgen.models import BoundModel
 from hybridgen.models.decoder import Unfit
+from hybridgen.models.measured import Measured
 from hybridgen.models.share import Share
 from hybridgen.speculation.eagle import EagleDrafter
 from hybridgen.telemetry.statistics import ArtifactStats, Counters
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _CEILING = "read-ceiling"
 _TUNING = "tuning"
+_MEASURED = "measured"
 PHASES = (
     "import",
     "open model",
@@ -102,6 +104,15 @@ class Starter:
         no fallback, and is shown among what is fused."""
         if slower:
             self.chosen[part] = f"as the model does it: {'; '.join(slower)}"
+
+    def measured(self) -> Measured:
+        """What trials of earlier starts of the entry chose by time."""
+        return Measured(self._cache.read_document(_MEASURED))
+
+    def keep_measured(self, measured: Measured) -> None:
+        """Have the entry's next start choose the same."""
+        if measured.is_new:
+            self._cache.keep_document(_MEASURED, dict(measured.known))
 
     def load_units(self) -> LayerUnits | None:
         """The entry's compiled layer functions; None where nothing is kept."""

@@ -14,7 +14,6 @@ from hybridgen.errors import DeviceError
 logger = logging.getLogger(__name__)
 OF_ONE_TOKEN = "experts_one"
 OF_FEW_ROWS = "int4_few"
-OF_ONE_ROW = "one_row"
 _refused: set[tuple[str, int]] = set()
 _slower: set[tuple[str, int, Hashable]] = set()
 

@@ -155,10 +155,14 @@ class Checkpoint:
         trust = config.trust_remote_code
         hf_config = metadata.read_config(source, trust)
         stored = getattr(hf_config, "quantization_config", None)
+        described = hf_config
+        if not stored:  # as transformers does: the config of a multimodal model's text may say it
+            described = text_config(hf_config)
+            stored = getattr(described, "quantization_config", None)
         layout = read_format(stored)
         if layout is not None:
             check_quantization(config, layout)
-            del hf_config.quantization_config  # the weights are read here; transformers builds plain layers
+            del described.quantization_config  # the weights are read here; transformers builds plain layers
         check_supported(hf_config, trust)
         whole, hf_config = hf_config, text_config(hf_config)
         model_class = _built_class(whole, source, trust)

@@ -120,8 +120,13 @@ def load_quantised(
         head = plan.head
         if config.quantization is not None:
             plan.make(config.quantization)
-        if config.quantize_head is not None and head is not None and head not in plan.apart:
-            plan.make_head(head, config.quantize_head)
+        if config.quantize_head is not None:
+            if head is None:
+                notes["the head stays as it is: it is no nn.Linear"] += 1
+            elif head in plan.apart:
+                notes["the head stays as it is: the checkpoint's is quantised already"] += 1
+            else:
+                plan.make_head(head, config.quantize_head)
         if "int4" in (config.quantization, config.quantize_head):
             notes[INT4_WARNING] += 1
         kind, others, apart = type(model), plan.tensors, plan.apart

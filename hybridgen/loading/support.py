@@ -258,6 +258,13 @@ def _recurrent(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def keeps_states(config: PreTrainedConfig) -> bool:
+    """Whether layers keep a state of one size for each request, as the config says. Of some types (Granite 4) there are
+    models of attention alone."""
+    kinds = set(_layer_types(config))
+    return _value(config, "model_type") in STATES_BY_SLOT and (not kinds or bool(kinds & STATE_LAYERS - {"mlp", "moe"}))
+
+
 def _named(config: PreTrainedConfig) -> str | None:
     kind = _value(config, "model_type")
     reason = _BY_NAME.get(kind)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hybridgen.kernels.hopper import OF_ONE_ROW, refuse
 from hybridgen.kernels.step.linear import few_rows, serves
 from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.projections import FusedHead, RowsLinear
@@ -86,10 +85,6 @@ class RowsCheck:
         key = weight.device, weight.dtype, weight.shape, bias is None
         if key not in self._known:
             problem = _problem(weight, bias)
-            if problem is not None and refuse(OF_ONE_ROW, weight.device):
-                if self._fall_back is not None:
-                    self._fall_back(f"a projection of one row takes a slower kernel: {problem}")
-                problem = _problem(weight, bias)
             self._known[key] = problem is None
             if problem is not None and self._fall_back is not None:
                 self._fall_back(f"a projection of few rows is left to cuBLAS: {problem}")

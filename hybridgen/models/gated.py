@@ -25,6 +25,7 @@ from hybridgen.kernels.linear.gated import LEAST_ROWS, by_cublas, gated_rows, ha
 from hybridgen.models.attention import StepMetadata
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.few_rows import RowsBinding
+from hybridgen.models.measured import Measured
 from hybridgen.models.projections import FusedHead, FusedTail, has_hooks
 from hybridgen.models.swapped import made_class
 
@@ -60,13 +61,21 @@ class _Problem(NamedTuple):
     """It is right, and takes as long as cuBLAS or longer."""
 
 
-def use_gated_op(bound: BoundModel, step: StepMetadata, rows: int, fall_back: Callable[[str], None]) -> Used:
+def use_gated_op(
+    bound: BoundModel,
+    step: StepMetadata,
+    rows: int,
+    fall_back: Callable[[str], None],
+    measured: Measured | None = None,
+) -> Used:
     """From now on MLPs for which that is proved run gate and up as one op in prefill.
 
     Args:
         rows: tokens of the largest prefill, for which it is timed; the op's kernel is for `LEAST_ROWS` and more.
         fall_back: told of a weight that the op serves and gets wrong. One that cuBLAS multiplies faster is no fallback.
+        measured: what earlier trials chose. The op is compared with cuBLAS all the same, but not timed again.
     """
+    measured = Measured() if measured is None else measured
     if rows < LEAST_ROWS:
         return Used()
     tried: dict[Any, _Problem | None] = {}
@@ -77,7 +86,7 @@ def use_gated_op(bound: BoundModel, step: StepMetadata, rows: int, fall_back: Ca
             continue
         key = weight.shape, weight.dtype, weight.device
         if key not in tried:
-            problem = tried[key] = _problem(weight, rows)
+            problem = tried[key] = _problem(weight, rows, measured)
             if problem is not None and not problem.measured:
                 fall_back(f"gate and up of prefill are left to cuBLAS: {problem.why}")
         if tried[key] is not None:
@@ -172,21 +181,28 @@ def _difference(module: Any) -> str | None:
 
 
 @torch.inference_mode()
-def _problem(weight: Tensor, rows: int) -> _Problem | None:
+def _problem(weight: Tensor, rows: int, measured: Measured) -> _Problem | None:
     """Why the op is not used for a weight; None where it is."""
     try:
         for count in (LEAST_ROWS + 1, rows):
             x = _random(count, weight)
             if not _close(gated_rows(x, weight), by_cublas(x, weight)):
                 return _Problem(f"of {count} random rows our kernel's results are other ones")
-        ours, cublas = (median(event_seconds(partial(call, x, weight), 5)) for call in (gated_rows, by_cublas))
+        slower = measured.slower(
+            f"gate and up: {tuple(weight.shape)} {weight.dtype} {rows}", partial(_slower, x, weight)
+        )
     except Exception as error:  # what compiles and launches can raise much
         if is_fatal(error):
             raise
         return _Problem(f"our kernel failed: {described(error)}")
-    if ours >= cublas:
-        return _Problem(f"{len(x)} rows take our kernel {ours * 1e6:.0f} us, and cuBLAS {cublas * 1e6:.0f}", True)
-    return None
+    return None if slower is None else _Problem(slower, True)
+
+
+def _slower(x: Tensor, weight: Tensor) -> str | None:
+    ours, cublas = (median(event_seconds(partial(call, x, weight), 5)) for call in (gated_rows, by_cublas))
+    if ours < cublas:
+        return None
+    return f"{len(x)} rows take our kernel {ours * 1e6:.0f} us, and cuBLAS {cublas * 1e6:.0f}"
 
 
 def _close(ours: Tensor, own: Tensor) -> bool:

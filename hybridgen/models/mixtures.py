@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +26,7 @@ from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, norm_of
 from hybridgen.models.gated import Used
+from hybridgen.models.measured import Measured
 from hybridgen.models.mixtures_check import Verdict, tried_on
 from hybridgen.models.packed_experts import PackedExperts
 from hybridgen.models.projections import has_hooks
@@ -63,21 +65,27 @@ class MixtureBinding:
         return f"{self.router} {self.form} {self.chosen} {self.eps} {self.shift}"
 
 
-def use_mixture_op(bound: BoundModel, step: StepMetadata, fall_back: Callable[[str], None]) -> Used:
+def use_mixture_op(
+    bound: BoundModel, step: StepMetadata, fall_back: Callable[[str], None], measured: Measured | None = None
+) -> Used:
     """From now on layers for which that is proved run their second half as one op in decode of one token. The layers'
     states must be attached.
 
     Args:
         fall_back: told of a kind of layer that the op's kernels get wrong. That several ops are faster is none.
+        measured: what earlier trials chose. The kernels are tried all the same, but not timed again.
     """
     found = dict(_candidates(bound, step))
     if not found:
         return Used()
+    measured = Measured() if measured is None else measured
     tried: dict[Any, Verdict] = {}
     for layer, binding in list(found.items()):
         key = _kind(layer, binding)
         if key not in tried:
-            tried[key] = verdict = tried_on(getattr(layer, _NORM).weight.device, *_parts(layer, binding))
+            device = getattr(layer, _NORM).weight.device
+            once = partial(measured.slower, f"mixture: {key}")
+            tried[key] = verdict = tried_on(device, *_parts(layer, binding), once)
             if verdict.wrong is not None:
                 fall_back(f"mixtures run by several ops: {verdict.wrong}")
         if not tried[key].is_used:
@@ -157,7 +165,7 @@ def _read(layer: Any, routers: dict[nn.Module, RouterSite], step: StepMetadata) 
 def _kind(layer: Any, binding: MixtureBinding) -> Any:
     """What the kernels of a layer are compiled for."""
     tensors = vars(layer.mlp.experts)["_buffers"].values()
-    shapes = tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+    shapes = tuple(None if t is None else (tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors)
     return str(binding), shapes, layer.mlp.experts.form, getattr(layer, _NORM).weight.dtype
 
 

@@ -7,6 +7,7 @@ with the reference in float32; some more calls have to give the same bits. Then 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -80,17 +81,27 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def tried_on(
-    device: torch.device, norm: Normed, routed: Routed, gate_up: Projection, down: Projection, form: Form
+    device: torch.device,
+    norm: Normed,
+    routed: Routed,
+    gate_up: Projection,
+    down: Projection,
+    form: Form,
+    once: Callable[[Callable[[], str | None]], str | None],
 ) -> Verdict:
-    """Try the kernels with a layer's weights."""
+    """Try the kernels with a layer's weights.
+
+    Args:
+        once: says why several ops are taken, or None: what timing them says, or said at an earlier start.
+    """
     if not has_kernels(device):
         return Verdict(slower="there are no kernels for its device")
     try:
         with torch.inference_mode():
             if device.type != "cuda":
-                return _tried(norm, routed, gate_up, down, form)
+                return _tried(norm, routed, gate_up, down, form, once)
             with torch.cuda.device(device):
-                return _tried(norm, routed, gate_up, down, form)
+                return _tried(norm, routed, gate_up, down, form, once)
     except Exception as error:  # whatever Triton and the driver raise
         if is_fatal(error):
             raise
@@ -100,7 +111,14 @@ def tried_on(
             torch.cuda.empty_cache()
 
 
-def _tried(norm: Normed, routed: Routed, gate_up: Projection, down: Projection, form: Form) -> Verdict:
+def _tried(
+    norm: Normed,
+    routed: Routed,
+    gate_up: Projection,
+    down: Projection,
+    form: Form,
+    once: Callable[[Callable[[], str | None]], str | None],
+) -> Verdict:
     experts, hidden = routed.weight.shape
     device, dtype = routed.weight.device, routed.weight.dtype
     for number in range(_STATES):
@@ -132,10 +150,14 @@ def _tried(norm: Normed, routed: Routed, gate_up: Projection, down: Projection, 
         again = by_kernels(given)
         if again is None or out is None or not torch.equal(again, out):
             return Verdict(wrong="their kernels give other bits again")
+    return Verdict(slower=once(partial(_slower, given)))
+
+
+def _slower(given: Given) -> str | None:
     ours, others = seconds(lambda: by_kernels(given)), seconds(lambda: by_parts(given))
-    if ours >= others:
-        return Verdict(slower=f"one op takes {ours * 1e6:.1f} us, and its router and experts {others * 1e6:.1f}")
-    return Verdict()
+    if ours < others:
+        return None
+    return f"one op takes {ours * 1e6:.1f} us, and its router and experts {others * 1e6:.1f}"
 
 
 def _poison(given: Given) -> None:

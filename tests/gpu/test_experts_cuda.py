@@ -18,7 +18,6 @@ from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.mixture import normalised
 from hybridgen.kernels.linear.route import reference as route_reference
 from hybridgen.kernels.linear.route import route
-from hybridgen.kernels.step import one_row
 from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models import ends, mixtures, mixtures_check, rotating
 from hybridgen.models.mixtures_check import by_kernels
@@ -201,30 +200,6 @@ def test_products_of_a_few_rows(dtype: torch.dtype) -> None:
             again.fill_(float("nan"))
             graph.replay()
             assert torch.equal(first, again)
-
-
-def test_products_of_one_row_by_the_kernel_in_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64, with the output's memory poisoned before; again in a graph."""
-    monkeypatch.setattr(one_row, "IS_ON", True)
-    for outputs, inputs in ((5120, 2880), (2880, 4096), (6, 256), (4096, 4096), (1000, 2056)):
-        g = torch.Generator("cuda").manual_seed(inputs)
-        weight = torch.randn(outputs, inputs, device="cuda", generator=g).mul(inputs**-0.5).bfloat16()
-        x = torch.randn(1, inputs, device="cuda", generator=g).bfloat16()
-        for bias in (torch.randn(outputs, device="cuda", generator=g).bfloat16(), None):
-            poison = torch.full((1, outputs), float("nan"), device="cuda", dtype=torch.bfloat16)
-            del poison
-            out = one_row.product(x, weight, bias)
-            assert out is not None
-            wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-            assert (out.double() - wanted).norm() / wanted.norm() < 4e-3
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            again = few_rows(x, weight, None)
-        for _ in range(300):
-            again.fill_(float("nan"))
-            graph.replay()
-            assert torch.equal(out, again)
 
 
 @pytest.mark.parametrize("case", [

@@ -71,7 +71,7 @@ def test_a_model_prefills_by_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) 
 
     Random weights make sharp logits: 16 bits alone move them by a third, so that both are compared with float32.
     """
-    monkeypatch.setattr("hybridgen.models.gated._problem", lambda weight, rows: None)
+    monkeypatch.setattr("hybridgen.models.gated._problem", lambda *_: None)
     families.build("llama", hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
     prompts = [[(7 * i + 3 * j) % families.VOCAB for i in range(100)] for j in range(16)]
     found = {}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import hybridgen
 from hybridgen.cache import LayerPages
+from hybridgen.execution import fused_executors
 from hybridgen.fused import reference
 from hybridgen.models.decoder import Decoder, Unfit
 from hybridgen.models.projections import fuse_projections
@@ -292,13 +293,17 @@ def test_an_engine_mends_a_step_that_was_given_up() -> None:
 def test_the_tuner_keeps_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it chooses: by a clock for which each candidate is faster than all before, each kernel is another than
     without it. Whoever decodes, log-probabilities are as near to float32's."""
-    model = families.build("llama", **LAYERS).to("cuda", torch.bfloat16)
+    model = families.build("llama", **LAYERS, vocab_size=258)  # an odd one is not for the kernel for several rows
+    model = model.to("cuda", torch.bfloat16)
     exact = copy.deepcopy(model).float()
     fuse_projections(model)
     prompts = families.prompts_of((120, 33, 60))
     errors: dict[str, list[float]] = {"persistent": [], "rows": [], "chain": []}
     tunings = []
     ticks = itertools.count(1)
+    # A start leaves out who is slower, which depends on what else runs on the device; nobody is here.
+    real, taken = fused_executors._recorded_seconds, {"rows": 1.0, "chain": 2.0, "layers": 3.0}
+    monkeypatch.setattr(fused_executors, "_recorded_seconds", lambda *args: real(*args) and taken[args[-1]])
 
     def faster_and_faster(launch: Callable[[], object], **_: Any) -> float:
         launch()

@@ -13,7 +13,6 @@ from hybridgen.kernels.attention import streamed
 from hybridgen.kernels.attention.common import Heads, heads_of
 from hybridgen.kernels.linear import experts_one, int4_few, many_rows
 from hybridgen.kernels.linear.experts_form import Form, Projection
-from hybridgen.kernels.step import one_row
 
 
 def _has_compiler() -> bool:
@@ -42,24 +41,6 @@ def test_experts_of_one_token_compile(form: Form, gated: bool, ahead: bool) -> N
 def test_int4_of_few_rows_compiles() -> None:
     cubin = program.compile_cubin(int4_few.defines(int4_few.FORM), "sm_90a", int4_few.PROGRAM)
     assert int4_few.PROGRAM.kernel.encode() in cubin
-
-
-@needs_compiler
-@pytest.mark.parametrize(("outputs", "inputs"), [(5120, 2880), (2880, 4096), (1024, 264)])
-def test_one_row_compiles(outputs: int, inputs: int) -> None:
-    cut = one_row.cut_of(outputs, inputs, 132)
-    assert cut is not None
-    cubin = program.compile_cubin(one_row.defines(cut, inputs), "sm_90a", one_row.PROGRAM)
-    assert one_row.PROGRAM.kernel.encode() in cubin
-
-
-def test_weights_of_one_row_are_cut_evenly() -> None:
-    """And nearly all of a weight has room on the device."""
-    assert one_row.cut_of(5120, 2880, 132) == one_row.Cut(20, 2, 22)
-    assert one_row.cut_of(2880, 4096, 132) == one_row.Cut(22, 1, 16)
-    assert one_row.cut_of(2**15, 4096, 132) is None
-    assert one_row.cut_of(4096, 2**14, 132) is None
-    assert one_row.cut_of(4096, 4100, 132) is None
 
 
 HEADS = [heads_of(16, 8, 128, 128, 64, 2), heads_of(64, 8, 64, 64, 256, 2), heads_of(7, 1, 128, 128, 64, 2)]

@@ -100,6 +100,15 @@ def test_the_head_of_a_quantised_checkpoint(tmp_path: Path) -> None:
     assert set(kinds.values()) == {"int4"}
 
 
+def test_a_head_that_is_quantised_already_stays_and_it_is_said(tmp_path: Path) -> None:
+    writer, config = formats.FORMATS["ct fp8 channel"]
+    model = families.build("llama", num_hidden_layers=1)
+    formats.write(tmp_path, model, lambda name: writer if name == "lm_head" else None, {**config, "ignore": []})
+    loaded = Checkpoint.open(tmp_path, hybridgen.EngineConfig(device="cpu", quantize_head="int8")).load()
+    assert [module.kind for _, module in quantised_modules(loaded.model)] == ["fp8"]
+    assert loaded.notes == {"the head stays as it is: the checkpoint's is quantised already": 1}
+
+
 def test_routers_and_experts_stay_as_they_are(tmp_path: Path) -> None:
     path = families.write("qwen2_moe", tmp_path)
     opened = Checkpoint.open(path, hybridgen.EngineConfig(device="cpu", quantization="int8"))

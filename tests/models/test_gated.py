@@ -17,6 +17,7 @@ from hybridgen.execution.warm_up import compile_layers
 from hybridgen.graphs.key import GraphKey
 from hybridgen.models import gated
 from hybridgen.models.gated import GatedMlp, use_gated_op, use_own_gate
+from hybridgen.models.measured import Measured
 from hybridgen.models.projections import fuse_projections
 from hybridgen.models.twin import Changes
 
@@ -49,7 +50,7 @@ def runner_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModelRu
 def serving(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device that has the kernel, with the reference in its place."""
     monkeypatch.setattr(gated, "has_kernel", lambda weight: True)
-    monkeypatch.setattr(gated, "_problem", lambda weight, rows: None)
+    monkeypatch.setattr(gated, "_problem", lambda *_: None)
 
 
 @pytest.fixture
@@ -178,8 +179,17 @@ def test_what_the_trial_finds_slower_is_a_choice_and_no_fallback(
     monkeypatch.setattr(gated, "_problem", TRIAL)
     monkeypatch.setattr(gated, "by_cublas", gated.gated_rows)
     monkeypatch.setattr(gated, "event_seconds", lambda call, repeats: [2e-6])
-    used = use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail)
+    measured = Measured()
+    used = use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail, measured)
     assert used == (0, ("4096 rows take our kernel 2 us, and cuBLAS 2",))
+    assert measured.is_new
+    # The next start of the cache's entry chooses the same, whatever a clock says then.
+    monkeypatch.setattr(gated, "event_seconds", lambda call, repeats: pytest.fail("timed again"))
+    again = Measured(measured.known)
+    assert use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail, again) == used
+    assert not again.is_new
+    faster = Measured(dict.fromkeys(again.known, ""))
+    assert use_gated_op(runner.bound, runner.steps.metadata, 4096, pytest.fail, faster).modules > 0
 
 
 def test_an_engine_of_small_prefills_tries_nothing(runner_of: Callable[..., ModelRunner], serving: None) -> None:
@@ -196,10 +206,10 @@ def test_a_kernel_that_is_wrong_or_raises_is_a_problem(monkeypatch: pytest.Monke
     monkeypatch.setattr(gated, "LEAST_ROWS", 3)
     monkeypatch.setattr(gated, "by_cublas", gated.gated_rows)
     monkeypatch.setattr(gated, "event_seconds", lambda call, repeats: [1.0])
-    assert "and cuBLAS" in str(gated._problem(weight, 8))
+    assert "and cuBLAS" in str(gated._problem(weight, 8, Measured()))
     monkeypatch.setattr(gated, "by_cublas", lambda rows, weight: 1.1 * gated.gated_rows(rows, weight))
-    assert "other ones" in str(gated._problem(weight, 8))
+    assert "other ones" in str(gated._problem(weight, 8, Measured()))
     monkeypatch.setattr(gated, "by_cublas", lambda rows, weight: float("nan") * gated.gated_rows(rows, weight))
-    assert "other ones" in str(gated._problem(weight, 8))
+    assert "other ones" in str(gated._problem(weight, 8, Measured()))
     monkeypatch.delattr(gated, "by_cublas")
-    assert "failed" in str(gated._problem(weight, 8))
+    assert "failed" in str(gated._problem(weight, 8, Measured()))

@@ -42,7 +42,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     by_ops = mixture.by_ops
     monkeypatch.setattr(mixture, "by_ops", counted)
-    monkeypatch.setattr(mixtures, "tried_on", lambda *parts: Verdict())
+    monkeypatch.setattr(mixtures, "tried_on", lambda *_: Verdict())
     monkeypatch.setattr(Builder, "_rotates_in_one_op", lambda self: True)
     return rows
 
@@ -65,7 +65,7 @@ def test_one_token_decodes_by_the_op(path: Path, called: list[int]) -> None:
 
 
 def test_it_is_off_where_a_trial_fails(path: Path, called: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtures, "tried_on", lambda *parts: Verdict(wrong="they are off by 0.3"))
+    monkeypatch.setattr(mixtures, "tried_on", lambda *_: Verdict(wrong="they are off by 0.3"))
     with hybridgen.Engine.load(path, mode="jit", **SETTINGS) as engine:
         engine.generate(families.prompts_of((7,)), max_new_tokens=3)
         assert "mixtures run by several ops: they are off by 0.3" in str(engine.stats().fallbacks)
@@ -75,7 +75,7 @@ def test_it_is_off_where_a_trial_fails(path: Path, called: list[int], monkeypatc
 def test_that_several_ops_are_faster_is_no_fallback(
     path: Path, called: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mixtures, "tried_on", lambda *parts: Verdict(slower="one op takes 40 us, and they 30"))
+    monkeypatch.setattr(mixtures, "tried_on", lambda *_: Verdict(slower="one op takes 40 us, and they 30"))
     with hybridgen.Engine.load(path, mode="jit", **SETTINGS) as engine:
         engine.generate(families.prompts_of((7,)), max_new_tokens=3)
         assert not engine.stats().fallbacks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hybridgen.kernels.linear.experts_form import Normed, Routed, RouteForm
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.kernels.linear.mixture import by_ops
 from hybridgen.models import mixtures_check
+from hybridgen.models.measured import Measured
 from hybridgen.models.mixtures_check import Given, tried_on
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -28,7 +30,8 @@ Op = Callable[[Given], "Tensor | None"]
 def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[Op, float], mixtures_check.Verdict]:
     """A trial of an op that takes so many times as long as router and experts."""
 
-    def run(op: Op, longer: float) -> mixtures_check.Verdict:
+    def run(op: Op, longer: float, measured: Measured | None = None) -> mixtures_check.Verdict:
+        once = partial((measured or Measured()).slower, "this one")
         monkeypatch.setattr(mixtures_check, "has_kernels", lambda device: True)
         monkeypatch.setattr(mixtures_check, "by_kernels", op)
         times = iter((longer, 1.0))
@@ -37,7 +40,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[Op, float], mixtures_che
         g = torch.Generator().manual_seed(0)
         norm = Normed(torch.rand(96, generator=g).bfloat16() + 0.5, 1e-6, 0.0)
         weight = torch.randn(8, 96, generator=g).bfloat16()
-        return tried_on(CPU, norm, Routed(weight, weight[:, 0].clone(), 2, RouteForm(True)), *made[:3])
+        return tried_on(CPU, norm, Routed(weight, weight[:, 0].clone(), 2, RouteForm(True)), *made[:3], once)
 
     return run
 
@@ -92,8 +95,16 @@ def test_nor_what_is_slower_or_not_there(trial: Callable[[Op, float], mixtures_c
     assert trial(lambda given: None, 0.5).slower == "their kernels cannot be had"
 
 
+def test_times_of_an_earlier_start_count_and_what_is_wrong_now(trial: Callable[..., mixtures_check.Verdict]) -> None:
+    measured = Measured()
+    assert trial(right, 0.9, measured).is_used
+    assert trial(right, 1.1, Measured(measured.known)).is_used
+    assert trial(right, 0.9, Measured({"this one": "slower"})) == (None, "slower")
+    assert trial(lambda given: by_ops(*given) * 1.05, 0.9, measured).wrong is not None
+
+
 def test_there_are_none_on_a_cpu() -> None:
     norm = Normed(torch.ones(4), 0.0, 0.0)
     part = make(Case(2, 1, 32, 32, CLAMPED, "mxfp4", Block(1, 32))).gate_up
     routed = Routed(torch.ones(2, 4), None, 1, RouteForm(True))
-    assert not tried_on(CPU, norm, routed, part, part, CLAMPED).is_used
+    assert not tried_on(CPU, norm, routed, part, part, CLAMPED, lambda measure: measure()).is_used

@@ -267,6 +267,12 @@ def test_one_whose_state_cannot_be_taken_back_is_refused(streams: Streams) -> No
         Engine.load(streams[0], mode="eager", drafter=families.build("lfm2"), max_context=64)
 
 
+def test_a_drafter_that_cannot_be_quantised(streams: Streams) -> None:
+    """The message names the field that was given."""
+    with pytest.raises(hybridgen.ConfigError, match=r"drafter=.*: quantize_drafter='fp8' and .* in memory already"):
+        Engine.load(streams[0], mode="eager", drafter=families.build("llama"), quantize_drafter="fp8", max_context=64)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

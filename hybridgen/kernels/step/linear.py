@@ -70,11 +70,9 @@ def _few_rows_cpu(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def _few_rows_cuda(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not 0 < rows.shape[0] <= _CUDA_ROWS or rows.dtype != weight.dtype or not serves(weight, bias):
         return F.linear(rows, weight, bias)
-    from hybridgen.kernels.step import one_row
     from hybridgen.kernels.step.linear_kernels import product
 
-    found = one_row.product(rows, weight, bias)
-    return product(rows, weight, bias) if found is None else found
+    return product(rows, weight, bias)
 
 
 def _few_rows_fake(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -112,13 +112,15 @@ def need(entries: Mapping[str, TensorEntry], part: str, dimensions: int) -> Tens
     """A tensor that sizes follow from.
 
     Raises:
-        Damaged: it is missing or has another number of dimensions.
+        Damaged: it is missing, has another number of dimensions, or is empty.
     """
     entry = entries.get(part)
     if entry is None:
         raise Damaged(part, "is missing")
     if len(entry.shape) != dimensions:
         raise Damaged(part, f"is {list(entry.shape)}, and must have {dimensions} dimensions")
+    if 0 in entry.shape:
+        raise Damaged(part, f"is {list(entry.shape)}, and must hold numbers")
     return entry
 
 
@@ -143,6 +145,11 @@ def check_codes(part: str, codes: Tensor) -> None:
     """
     if bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):
         raise Damaged(part, "holds codes that are no numbers")
+
+
+def whole(value: Any) -> TypeGuard[int]:
+    """Whether a value of a config is an integer: 4.0 and true are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def dense_2d(entries: Mapping[str, TensorEntry], outputs: int, inputs: int) -> tuple[int, ...]:

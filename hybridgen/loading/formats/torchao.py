@@ -38,6 +38,11 @@ _WEIGHT_ONLY = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
 _DYNAMIC = ("Int8DynamicActivationInt8WeightConfig", "Float8DynamicActivationFloat8WeightConfig")
 
 
+def has_blocks(weight: tuple[int, int], scales: tuple[int, int]) -> bool:
+    """Whether so many scales are one for each output, for groups of inputs, or for all."""
+    return scales == (1, 1) or (scales[0] == weight[0] and scales[1] > 0 and weight[1] % scales[1] == 0)
+
+
 @dataclass(frozen=True)
 class Codes:
     """(code - zero) * scale."""
@@ -46,7 +51,7 @@ class Codes:
         """See `Scheme`."""
         outputs, inputs = need(entries, _CODES, 2).shape
         rows, groups = need(entries, _SCALES, 2).shape
-        if rows not in (1, outputs) or not groups or inputs % groups:
+        if not has_blocks((outputs, inputs), (rows, groups)):
             raise Damaged(_SCALES, f"is {[rows, groups]}, and a weight of {[outputs, inputs]} has no such blocks")
         if _ZEROS in entries and entries[_ZEROS].shape != (rows, groups):
             raise Damaged(_ZEROS, f"is {list(entries[_ZEROS].shape)}, and the scales are {[rows, groups]}")

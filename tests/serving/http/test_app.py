@@ -154,9 +154,7 @@ def test_other_pages_may_not_call_unless_they_are_named(plain: Process, door: Op
 def test_a_full_queue_is_429_with_a_time(toy: Start, door: Open) -> None:
     server = toy("--limit", "queue=2", "--step", 0.02)
     url = door(server.path)
-    with web.stream(
-        "POST", f"{url}/v1/completions", json={**BODY, "max_tokens": 5000, "n": 2, "stream": True}
-    ) as held:
+    with web.stream("POST", f"{url}/v1/completions", json={**BODY, "max_tokens": 5000, "n": 2, "stream": True}) as held:
         lines = held.iter_lines()
         next(lines)
         for stream in (False, True):

@@ -44,9 +44,7 @@ def expected(engine: hybridgen.Engine) -> list[list[hybridgen.Completion]]:
     return [engine.generate(PROMPTS, **fields) for fields in FIELDS]
 
 
-def test_one_that_is_cancelled_beside_others(
-    drafting: Process, expected: list[list[hybridgen.Completion]]
-) -> None:
+def test_one_that_is_cancelled_beside_others(drafting: Process, expected: list[list[hybridgen.Completion]]) -> None:
     """A stream that its reader leaves gives its pages back, and the others have their own tokens."""
     with drafting.client() as client:
         left = client.stream(REPEATED, **FIELDS[0] | {"max_new_tokens": 200})
@@ -100,9 +98,7 @@ def test_by_the_socket(drafting: Process, expected: list[list[hybridgen.Completi
             assert found[0].accepted_tokens > 3
 
 
-def test_by_http(
-    drafting: Process, expected: list[list[hybridgen.Completion]], door: Callable[..., str]
-) -> None:
+def test_by_http(drafting: Process, expected: list[list[hybridgen.Completion]], door: Callable[..., str]) -> None:
     """A stream of several tokens a step: its parts, joined, are the text, in the order of the choices' own tokens."""
     url = door(drafting.path)
     for fields, wanted in zip(FIELDS, expected, strict=True):
