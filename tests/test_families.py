@@ -51,7 +51,8 @@ STRUCTURES = {
 these in sizes, norms or factors. So is `aot_eager` of these, which does with their operators what it does with the
 others'."""
 ONE_KIND = ("gpt_oss",)
-"""Compiled with layers of one kind, although they have two: `gemma3_text` shows what two are."""
+"""Compiled with layers of one kind, although they have two: `gemma3_text` shows what two are, and so do these with
+`--all-inductor` and in `test_whole_matrix`."""
 SETTINGS = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB", "max_context": 352}
 # Every batch and most prompts are padded, whatever the stand-in's times say.
 GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4, 8), "prefill_buckets": (16, 40, 96), "max_padding_ratio": 64}
@@ -188,12 +189,12 @@ def test_jit_and_hybrid(
 ) -> None:
     """Both with the same compiled layers, because most of the time goes into compiling them."""
     shared_graphs.forget()
-    kinds = families.layer_kinds(family)
-    if family in ONE_KIND:
+    kinds, everywhere = families.layer_kinds(family), pytestconfig.getoption("--all-inductor")
+    if family in ONE_KIND and not everywhere:
         checkpoint, kinds = families.write(family, tmp_path, **families.ALIKE), 1
         model = families.build(family, **families.ALIKE)
         expected = families.references(model, families.prompts_of(LENGTHS), NEW_TOKENS)
-    if pytestconfig.getoption("--all-inductor"):
+    if everywhere:
         backend = "inductor"
     with hybridgen.Engine.load(checkpoint, mode="jit", compile_backend=backend, run_ahead=1, **SETTINGS) as engine:
         stats = engine.stats()
