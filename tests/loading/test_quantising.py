@@ -38,9 +38,9 @@ def by_hand(model: PreTrainedModel, kind: str, names: list[str]) -> PreTrainedMo
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_every_mode_generates_the_tokens_of_the_rounded_weights(kind: str, family: str, tmp_path: Path) -> None:
-    path = families.write(family, tmp_path)
+    depth = families.depth(family)
+    path, model = families.write(family, tmp_path, **depth), families.build(family, **depth)
     found = dict(quantised_modules(load(path, quantization=kind)))
-    model = families.build(family)
     assert sorted(found) == sorted(name for name, _ in model.named_modules() if name.endswith("_proj"))
     by_hand(model, kind, list(found))
     wanted = [tokens for tokens, _ in families.references(model, families.prompts_of(LENGTHS), 12)]
@@ -166,10 +166,11 @@ def test_a_config_keeps_its_quantization_config_out_of_the_model(tmp_path: Path)
 
 @pytest.mark.parametrize("mode", ["eager", "jit"])
 def test_activations_are_rounded_where_there_are_many(mode: str, tmp_path: Path) -> None:
-    path = families.write("llama", tmp_path)
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
     settings = formats.SETTINGS | {"mode": mode, "quantization": "fp8", "token_budget": 400, "max_context": 400}
     prompts = families.prompts_of((300, 20))
-    model = by_hand(families.build("llama"), "fp8", list(dict(quantised_modules(load(path, quantization="fp8")))))
+    found = dict(quantised_modules(load(path, quantization="fp8")))
+    model = by_hand(families.build("llama", num_hidden_layers=2), "fp8", list(found))
     plain = [families.reference(model, prompt, 8)[0] for prompt in prompts]
 
     def rounded(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
