@@ -424,10 +424,20 @@ def _rotary(base: nn.Module, head_dim: int, max_context: int) -> tuple[Tensor, T
         raise Unfit(f"its rotary positions depend on the length ({kind})")
     device = cast(Tensor, rotary.inv_freq).device
     positions = torch.arange(max_context, device=device)[None]
-    cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+    cos, sin = _looked_up(rotary, torch.zeros(1, dtype=torch.float32, device=device), positions)
     half = head_dim // 2
     if cos.shape[-1] != head_dim:
         raise Unfit(f"it rotates {cos.shape[-1]} of {head_dim} dimensions of a head")
     if not torch.equal(cos[..., :half], cos[..., half:]):
         raise Unfit("it rotates neighbouring dimensions, not the halves of a head")
     return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+
+def _looked_up(rotary: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables of positions [1, T]. Models of images may look up three positions of each token alone (M-RoPE before
+    transformers 5.24), and give three tables; of text all three are one."""
+    try:
+        cos, sin = rotary(like, positions)
+    except IndexError:
+        cos, sin = rotary(like, positions.expand(3, 1, -1))
+    return (cos[0], sin[0]) if cos.dim() == 4 else (cos, sin)
