@@ -431,7 +431,8 @@ def smoke() -> list[Any]:
     lines = []
     switch_on(["formats_per_layer", "rows_mxfp4"])
     for form in FORMATS:
-        model = in_format(random_decoder("small", torch.bfloat16, "cpu", 80), form)
+        model = random_decoder("small", torch.bfloat16, "cpu", 80)
+        model = in_format(dataclasses.replace(model, layers=model.layers * 3), form)
         layers = formats_of([[stored(getattr(layer, name)) for name in PROJECTIONS] for layer in model.layers])
         shape = shape_of(
             model, layers, stored(model.head).format, default_tuning(model), page_size=PAGE_SIZE, blocks=132,

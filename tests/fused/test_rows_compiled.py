@@ -65,9 +65,11 @@ def local_bytes(cubin: bytes) -> int:
     raise AssertionError("it does not say")
 
 
+SMALL = {"hidden": 512, "heads": 8, "intermediate": 512}
 LARGE = {"head_dim": 128, "heads": 8, "kv_heads": 2, "intermediate": 5120}
 PARTS = {"biases": PROJECTIONS, "activation": "gelu_tanh"}
 CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
+    (SMALL, torch.bfloat16, "mxfp4+dense"),
     ({}, torch.bfloat16, "int4+dense"),
     ({}, torch.bfloat16, "dense"),
     (PARTS, torch.float16, "fp8"),
@@ -109,8 +111,9 @@ def test_it_compiles_without_a_gpu(
         assert local_bytes(cubin) == 0
 
 
+@pytest.mark.slow
 def test_a_ranks_share_compiles() -> None:
-    model = dataclasses.replace(decoder("dense", torch.bfloat16), share=SimpleNamespace(rank=1, size=2))
+    model = dataclasses.replace(decoder("dense", torch.bfloat16, **SMALL), share=SimpleNamespace(rank=1, size=2))
     dense = Format(16)
     shape = shape_of(model, Formats.alike(dense), dense, default_tuning(model), **H200)
     assert shape.defines["RANKS"] == 2

@@ -86,8 +86,8 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
         {},
     ),
 }
-"""By name: changes of the shape, dtype, format, page size, tuning. `a/b` has b in attention's projections, and `a+b` has
-b in the first layer and in each third down projection."""
+"""By name: changes of the shape, dtype, format, page size, tuning. `a/b` has b in attention's projections, `a+b` has
+b in the first layer and in the down projection of the third."""
 FORMS = [
     "bf16",
     "cache of 8 bits",
@@ -131,7 +131,7 @@ def _model(name: str) -> Decoder:
         model = mixed_decoder(model, other, lambda _, part: part in ("qkv", "out"))
     if ends:
         other = _quantised(name, changes, dtype, ends)
-        model = mixed_decoder(model, other, lambda index, part: index == 0 or (part == "down" and index % 3 == 2))
+        model = mixed_decoder(model, other, lambda index, part: index == 0 or (part == "down" and index == 2))
     return model
 
 
