@@ -449,13 +449,20 @@ def layer_kinds(name: str) -> int:
     return 1
 
 
-def depth(name: str) -> dict[str, int]:
-    """Fields of its config for two layers, where all layers are of one kind: more of them show nothing new."""
-    config = FAMILIES[name]
-    listed = any(isinstance(value, list | tuple) for value in config.values())
-    if layer_kinds(name) > 1 or listed or "num_hidden_layers" not in config:
+_LISTS: dict[str, dict[str, Any]] = {"qwen2": {"max_window_layers": 1}, "smollm3": {"no_rope_layers": [1, 0]}}
+"""Of families that tell their layers apart by other fields, for two layers."""
+
+
+def depth(name: str) -> dict[str, Any]:
+    """Fields of its config for two layers, one of each kind where there are two: more of them show little new, and
+    take their share of every step. `test_whole_matrix` has more."""
+    config = CONFIGS[name]
+    if name not in FAMILIES:  # as few as they can be
         return {}
-    return {"num_hidden_layers": 2}
+    fields: dict[str, Any] = {"n_layer" if "n_layer" in config else "num_hidden_layers": 2, **_LISTS.get(name, {})}
+    if "layer_types" in config:
+        fields["layer_types"] = config["layer_types"][:2]
+    return fields
 
 
 def state_kinds(name: str) -> int:

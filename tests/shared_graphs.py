@@ -2,8 +2,8 @@
 
 Every engine gives its layers' functions code objects of their own, and Dynamo takes seconds of the processor to fill
 them. With the backend `eager`, which is for tests, an engine here takes the code objects of one that was closed and had
-layers of the same classes and sizes, and the same limits. Dynamo's guards decide as ever whether what hangs on them is
-right for a call, and what is missing is compiled and counted.
+layers of the same classes and sizes, as many rows, and no fewer tokens to a call. Dynamo's guards decide as ever
+whether what hangs on them is right for a call, and what is missing is compiled and counted.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ class Functions:
     """Of one engine at a time."""
 
     key: Any
+    """Classes and sizes of the layers, and rows; None: nothing is handed on."""
+    budget: int = 0
+    """Tokens that a call may have."""
     made: dict[str, types.FunctionType] = field(default_factory=dict)
     uses: int = 0
     """Engines that compiled something into them."""
 
 
-_free: dict[Any, Functions] = {}
+_free: list[Functions] = []
 
 
 def forget() -> None:
@@ -58,8 +61,7 @@ def shared() -> Iterator[None]:
         return made[name]
 
     def init(self: CompiledLayers, decoder: Sequence[nn.Module], *args: Any, **options: Any) -> None:
-        key = _key(decoder, **options)
-        taken = Functions(None) if key is None else _free.pop(key, Functions(key))
+        taken = _taken(*_key(decoder, **options))
         beginning.append(taken)
         try:
             begin(self, decoder, *args, **options)
@@ -72,7 +74,7 @@ def shared() -> Iterator[None]:
         taken = vars(self).pop("_taken", Functions(None))
         taken.uses += self.compiles > 0
         if taken.key is not None and taken.uses <= MOST_USES and not self.late_compiles:
-            _free[taken.key] = taken
+            _free.append(taken)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "_own_code", own_code)
@@ -87,11 +89,19 @@ def without_paths(config: str) -> str:
 
 
 def _key(decoder: Sequence[nn.Module], *, backend: str, max_batch: int, token_budget: int, **_: Any) -> Any:
-    """What must be the same; None: nothing is handed on."""
+    """What must be the same, and how many tokens it must take at least."""
     if backend != BACKEND:
-        return None
+        return None, 0
     kinds = (tuple((type(module), *map(_shape, _tensors(module))) for module in layer.modules()) for layer in decoder)
-    return max_batch, token_budget, frozenset(kinds)
+    return (max_batch, frozenset(kinds)), token_budget
+
+
+def _taken(key: Any, budget: int) -> Functions:
+    """Those that were left last of the ones that will do, or new ones."""
+    for place in reversed(range(len(_free))):
+        if _free[place].key == key and _free[place].budget >= budget:
+            return _free.pop(place)
+    return Functions(key, budget)
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -30,10 +30,10 @@ COMPILED = (
     "qwen3_5_text",
     "granitemoehybrid",
     "falcon_h1",
-    "kimi_linear",
-    "zamba2",
 )
 """Of the families in one sweep."""
+COMPILED_SELDOM = ("kimi_linear", "zamba2")
+"""With `-m slow`: gated delta rules and Mamba 2 are compiled in others, too."""
 INDUCTOR = ("llama", "gemma3_text", "gpt2", "qwen3_moe")
 FUNCTIONALISED = (
     "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "glm", "glm4", "glm4_moe", "gpt_bigcode",
@@ -41,12 +41,18 @@ FUNCTIONALISED = (
     "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 """Compiled with `aot_eager`: what Inductor does before it generates code. The others are traced by Dynamo alone."""
-STRUCTURES = (
-    *INDUCTOR, "cohere", "gpt_neox", "gpt_oss", "lfm2", "nemotron", "opt", "phi3",
-)  # fmt: skip
-"""Compiled in the usual run: one family of each structure of a layer. The others are with `-m slow`: what they generate
-in modes eager and graph is compared in every run, and their layers differ from one of these in sizes, norms or
-factors."""
+STRUCTURES = {
+    **dict.fromkeys(INDUCTOR, "inductor"),
+    **dict.fromkeys(("gpt_oss", "phi3"), "aot_eager"),
+    **dict.fromkeys(("cohere", "gpt_neox", "lfm2", "nemotron", "opt"), "eager"),
+}
+"""Compiled in the usual run, and by which backend: one family of each structure of a layer. The others are with
+`-m slow`: what they generate in modes eager and graph is compared in every run, and their layers differ from one of
+these in sizes, norms or factors. So is `aot_eager` of these, which does with their operators what it does with the
+others'."""
+ONE_KIND = ("gpt_oss",)
+"""Compiled with layers of one kind, although they have two: `gemma3_text` shows what two are, and so do these with
+`--all-inductor` and in `test_whole_matrix`."""
 SETTINGS = {"max_batch": 8, "page_size": 16, "token_budget": 96, "kv_memory": "16MiB", "max_context": 352}
 # Every batch and most prompts are padded, whatever the stand-in's times say.
 GRAPHS: dict[str, Any] = {"decode_buckets": (2, 4, 8), "prefill_buckets": (16, 40, 96), "max_padding_ratio": 64}
@@ -165,25 +171,36 @@ def test_graph(checkpoint: Path, expected: list) -> None:
         check_replays(engine)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=() if name in STRUCTURES else pytest.mark.slow) for name in sorted(families.FAMILIES)],
-    indirect=True,
-    scope="module",
-)
-def test_jit_and_hybrid(family: str, checkpoint: Path, expected: list, pytestconfig: pytest.Config) -> None:
+def compiled_families() -> list[Any]:
+    """Backends and families."""
+    usual = [pytest.param(STRUCTURES[name], name) for name in sorted(STRUCTURES)]
+    swept = [
+        (backend, name)
+        for name in sorted(families.FAMILIES)
+        for backend in ["aot_eager" if name in FUNCTIONALISED else STRUCTURES.get(name, "eager")]
+        if STRUCTURES.get(name) != backend
+    ]
+    return [*usual, *(pytest.param(*each, marks=pytest.mark.slow) for each in swept)]
+
+
+@pytest.mark.parametrize(("backend", "family"), compiled_families(), indirect=["family"], scope="module")
+def test_jit_and_hybrid(
+    backend: str, family: str, checkpoint: Path, expected: list, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     """Both with the same compiled layers, because most of the time goes into compiling them."""
     shared_graphs.forget()
-    everywhere = pytestconfig.getoption("--all-inductor")
-    if everywhere or family in INDUCTOR:
+    kinds, everywhere = families.layer_kinds(family), pytestconfig.getoption("--all-inductor")
+    if family in ONE_KIND and not everywhere:
+        checkpoint, kinds = families.write(family, tmp_path, **families.ALIKE), 1
+        model = families.build(family, **families.ALIKE)
+        expected = families.references(model, families.prompts_of(LENGTHS), NEW_TOKENS)
+    if everywhere:
         backend = "inductor"
-    else:
-        backend = "aot_eager" if family in FUNCTIONALISED else "eager"
     with hybridgen.Engine.load(checkpoint, mode="jit", compile_backend=backend, run_ahead=1, **SETTINGS) as engine:
         stats = engine.stats()
         assert not stats.fallbacks
         # Prefill, decode of one row and of several: one graph each, whatever the number of layers of a kind.
-        assert stats.compiled == 3 * families.layer_kinds(family) - families.state_kinds(family)
+        assert stats.compiled == 3 * kinds - families.state_kinds(family)
         with torch.compiler.set_stance("fail_on_recompile"):
             check_engine(engine, expected)
             make_hybrid(engine)
@@ -204,16 +221,21 @@ def test_more_families(name: str, tmp_path: Path, pytestconfig: pytest.Config) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED_SELDOM)
+def test_more_families_compiled(name: str, tmp_path: Path) -> None:
+    check_modes(name, tmp_path, ["hybrid"], "eager")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "graph", "jit", "hybrid"])
 @pytest.mark.parametrize("name", sorted(families.CONFIGS.keys() - ELSEWHERE))
 def test_whole_matrix(name: str, mode: str, tmp_path: Path) -> None:
     """All tokens of every batch and of late requests, borders and log-probabilities, in every mode."""
     if families.is_absent(name):
         pytest.skip(f"this transformers has no {name}")
-    depth = families.depth(name) if name in families.FAMILIES else {}
-    model = families.build(name, **depth)
+    model = families.build(name)
     expected = [families.reference(model, prompt, WHOLE_TOKENS) for prompt in families.prompts_of(LENGTHS)]
-    path = families.write(name, tmp_path, **depth)
+    path = families.write(name, tmp_path)
     check_whole_matrix(path, mode, expected, compiles=name not in families.UNCOMPILED)
 
 

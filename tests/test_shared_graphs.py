@@ -51,12 +51,20 @@ def test_an_engine_of_the_same_kind_takes_them_and_has_weights_of_its_own() -> N
     free_runner(second)
 
 
-@pytest.mark.parametrize("changes", [{"max_batch": 3}, {"token_budget": 32}, {"intermediate_size": 48}])
+@pytest.mark.parametrize("changes", [{"max_batch": 9}, {"token_budget": 96}, {"intermediate_size": 48}])
 def test_another_kind_compiles_its_own(changes: dict[str, int]) -> None:
     shared_graphs.forget()
     free_runner(make())
     runner = make(**changes)
     assert runner.compiled.compiles == 3
+    free_runner(runner)
+
+
+def test_a_lower_budget_takes_what_there_is() -> None:
+    shared_graphs.forget()
+    free_runner(make())
+    runner = make(token_budget=32)
+    assert runner.compiled.compiles == 0
     free_runner(runner)
 
 

@@ -20,6 +20,7 @@ from hybridgen.config import EQUAL_BITS_ROWS, EngineConfig, GraphOwner, Mode, Re
 from hybridgen.engine.drafter import LoadedDrafter
 from hybridgen.engine.loop import StepLoop
 from hybridgen.engine.mixing import Mixing, always_worth, cannot_mix
+from hybridgen.engine.preflight import cannot_draft_for
 from hybridgen.engine.scheduling import make_pages, make_scheduler, why_not_shared
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
@@ -352,8 +353,7 @@ class Builder:
             return None
         why = refusal(bound, self.resolved.max_context, self.config.page_size, self.checkpoint.dtype)
         if why is not None:
-            name = self.config.drafts
-            raise ConfigError(f"{name} with this model: {why}; leave {name.partition('=')[0]} out")
+            raise cannot_draft_for(self.config, why)
         if model is not None:
             return model.drafter
         return NgramDrafter() if wanted == "ngram" else cast(Drafter, wanted)

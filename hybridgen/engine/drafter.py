@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hybridgen.config import EngineConfig, ResolvedConfig
 from hybridgen.engine.ready import make_ready, ready_model
-from hybridgen.errors import ConfigError
+from hybridgen.errors import ConfigError, shown
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.eagle import EagleFiles, find_head, read_head
 from hybridgen.loading.files import generation_untold
@@ -77,6 +78,11 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
                 f'quantize_drafter={config.quantize_drafter!r} with drafter="mtp": the layer of such a head runs as it '
                 "is stored; leave it out"
             )
+        if config.quantize_head is not None:
+            raise ConfigError(
+                f'quantize_head={config.quantize_head!r} with drafter="mtp": such a head multiplies by that of the '
+                "model, as it is stored; leave one of them out"
+            )
         start = time.perf_counter()
         return OpenedMtp(find_mtp(model), time.perf_counter() - start)
     live = hasattr(given, "named_parameters")
@@ -102,8 +108,15 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
                 'is stored; use "fp8" or leave it out'
             )
         return OpenedHead(head, check_head(head, model), time.perf_counter() - start)
-    with generation_untold():  # requests choose as the model's own config and they themselves say
-        found = Checkpoint.open(given, own)
+    try:
+        with generation_untold():  # requests choose as the model's own config and they themselves say
+            found = Checkpoint.open(given, own)
+    except ConfigError as error:
+        if config.quantize_drafter is None:
+            raise
+        # What was asked for is the drafter's field, not the model's.
+        why = re.sub(r"quantization(?==| out)", "quantize_drafter", str(error))
+        raise ConfigError(f"drafter={shown(given)}: {why}") from error
     check_drafter(found, model, resolved.max_context)
     return found
 

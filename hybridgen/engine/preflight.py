@@ -12,7 +12,9 @@ from hybridgen.errors import ConfigError, DeviceError
 from hybridgen.execution.drafting import DRAFTS
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.adapters import check_adapter
+from hybridgen.loading.support import keeps_states
 from hybridgen.parallel.checks import check_parallel
+from hybridgen.speculation import KEEPS_STATE
 from hybridgen.telemetry import import_time
 
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 1024}
@@ -65,6 +67,11 @@ def open_cache(checkpoint: Checkpoint, config: EngineConfig) -> CompileCache:
     return CompileCache.open(checkpoint, config, resolve_config(checkpoint, config))
 
 
+def cannot_draft_for(config: EngineConfig, why: str) -> ConfigError:
+    """The error where drafts cannot be checked on a model."""
+    return ConfigError(f"{config.drafts} with this model: {why}; leave {str(config.drafts).partition('=')[0]} out")
+
+
 def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig:
     """Check what can be checked of a config before a model's weights are read, and decide what it leaves open.
 
@@ -95,6 +102,8 @@ def check_config(checkpoint: Checkpoint, config: EngineConfig) -> ResolvedConfig
             f"fp8_activations=True, and {checkpoint.name!r} has no FP8 weights; give quantization='fp8' or an FP8 "
             "checkpoint, or leave it out"
         )
+    if config.drafts and keeps_states(checkpoint.hf_config):
+        raise cannot_draft_for(config, KEEPS_STATE)
     resolved = resolve_config(checkpoint, config)
     most = resolved.max_tokens
     if config.prefill_buckets and config.prefill_buckets[-1] > most:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerState
 from hybridgen.device.failures import is_fatal
-from hybridgen.errors import described
+from hybridgen.errors import ConfigError, HybridgenError, described
 from hybridgen.execution.state import DeviceState
 from hybridgen.kernels.step.drafts import NO_DRAFT, keep_drafts
 from hybridgen.models import StepMetadata
@@ -161,9 +161,18 @@ class Drafting:
         """Drafts of a row at most."""
         self._none = torch.full((state.max_batch + 1, count), NO_DRAFT, dtype=torch.int64, device=state.device)
         """What a drafter that failed says."""
-        drafter.begin(
-            slots=state.max_batch + 1, context=context, vocab_size=vocab_size, count=count, device=state.device
-        )
+        try:
+            drafter.begin(
+                slots=state.max_batch + 1, context=context, vocab_size=vocab_size, count=count, device=state.device
+            )
+        except (HybridgenError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            raise ConfigError(
+                f"the drafter {self.name} cannot begin: {described(error)}; mend it, or leave it out"
+            ) from error
 
     def tensors(self) -> dict[str, Tensor]:
         """What steps read and write, by name."""
@@ -240,9 +249,9 @@ class Drafting:
             return none
         try:
             drafts = self._drafter.draft(call)
-            if drafts.shape == none.shape and drafts.dtype is torch.int64:
+            if _kind(drafts) == _kind(none):
                 return drafts
-            self._give_up(f"gave {drafts.dtype} {list(drafts.shape)}, not {none.dtype} {list(none.shape)}")
+            self._give_up(f"gave {_kind(drafts)}, not {_kind(none)}")
         except Exception as error:
             self._give_up_on(error)
         return none
@@ -257,3 +266,10 @@ class Drafting:
         self._drafter = None
         self.failure = f"the drafter {self.name} {why}; steps run without drafts"
         self._fall_back(self.failure)
+
+
+def _kind(drafts: object) -> str:
+    """What has to be the same in drafts as in the tensor that stands for none, in words."""
+    if not isinstance(drafts, Tensor):
+        return f"a value of type {type(drafts).__name__}"
+    return f"{drafts.dtype} {list(drafts.shape)} on {drafts.device}"

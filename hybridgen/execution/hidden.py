@@ -30,7 +30,7 @@ class CapturedStates:
         with ExitStack() as undo:
             for index in self._wanted:
                 if index == len(layers):
-                    undo.callback(self._bound.model.base_model.register_forward_hook(self._note_output).remove)
+                    undo.callback(_holder(self._bound).register_forward_hook(self._note_output).remove)
                     continue
                 layer, note = layers[index], partial(self._note_input, index)
                 compiled = layer._compiled_call_impl
@@ -43,6 +43,11 @@ class CapturedStates:
         missing = [index for index in self._wanted if index not in self._found]
         if missing:
             raise RuntimeError(f"layer {missing[0]} was not called")
+        if any(state.dim() != 2 for state in self._found.values()):
+            raise RuntimeError("layers of this model hand on several states of each token")
+        widths = sorted({state.shape[-1] for state in self._found.values()})
+        if len(widths) > 1:
+            raise RuntimeError(f"these states have {' and '.join(map(str, widths))} numbers; ask for them apart")
 
     def _note_input(self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else kwargs["hidden_states"]
@@ -68,6 +73,15 @@ class CapturedStates:
                 states = states.float().sum(1, keepdim=True)
             parts.append(states.cpu())
         return parts
+
+
+def _holder(bound: BoundModel) -> nn.Module:
+    """The module that runs the layers, and what comes behind them. Not always the model's `base_model`: OPT's is not
+    called, and Llama 4's text model has none of the name that its class says."""
+    first = bound.layers[0]
+    lists = [module for module in bound.model.modules() if isinstance(module, nn.ModuleList)]
+    layers = next(each for each in lists if len(each) and each[0] is first)
+    return next(module for module in bound.model.modules() if any(child is layers for child in module.children()))
 
 
 def _noted(note: Callable[..., None], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

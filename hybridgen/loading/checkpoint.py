@@ -155,10 +155,14 @@ class Checkpoint:
         trust = config.trust_remote_code
         hf_config = metadata.read_config(source, trust)
         stored = getattr(hf_config, "quantization_config", None)
+        described = hf_config
+        if not stored:  # as transformers does: the config of a multimodal model's text may say it
+            described = text_config(hf_config)
+            stored = getattr(described, "quantization_config", None)
         layout = read_format(stored)
         if layout is not None:
             check_quantization(config, layout)
-            del hf_config.quantization_config  # the weights are read here; transformers builds plain layers
+            del described.quantization_config  # the weights are read here; transformers builds plain layers
         check_supported(hf_config, trust)
         whole, hf_config = hf_config, text_config(hf_config)
         model_class = _built_class(whole, source, trust)
@@ -204,7 +208,8 @@ class Checkpoint:
         quantised = _method(whole) in live_quantised.METHODS
         check_supported(whole, config.trust_remote_code, type(module), quantised=quantised)
         metadata.check_heads(hf_config)
-        if module.get_output_embeddings() is None or not module.can_generate():
+        text = text_part(module)
+        if text.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
         if config.quantization is not None or config.quantize_head is not None:
             raise ConfigError(
@@ -217,8 +222,7 @@ class Checkpoint:
         path = Path(name).expanduser()
         source = LocalSource(path, config.local_files_only) if name and path.is_dir() else None
         generation_config = getattr(module, "generation_config", None) or GenerationConfig.from_model_config(whole)
-        kind = type(module).__name__
-        module = text_part(module)
+        kind, module = type(module).__name__, text
         dtype = _live_dtype(module, config.dtype)
         return cls(
             name=name or kind,

@@ -136,6 +136,16 @@ def _check_values(raw: dict[str, Any], file: Path) -> None:
             # Config classes make lists of that length.
             if isinstance(value, (int, float)) and _COUNTS.search(field) and abs(value) > _MOST:
                 raise CheckpointError(f"{file}: {field}={shown(value)} is more than any model has; write it again")
+    for part in (raw, raw.get("text_config")):
+        for field in ("dtype", "torch_dtype"):
+            value = part.get(field) if isinstance(part, dict) else None
+            if value is not None and getattr(torch, str(value).removeprefix("torch."), None) not in _FLOATS.values():
+                raise CheckpointError(
+                    f"{file}: {field}={shown(value)} is no dtype that a model can be built in; write float32, bfloat16 "
+                    "or float16, or leave it out"
+                )
+    if isinstance(layers := raw.get("num_hidden_layers"), int) and layers < 1:
+        raise CheckpointError(f"{file}: num_hidden_layers={layers}; a model has at least one")
 
 
 def config_value(config: PreTrainedConfig, name: str) -> Any:
@@ -253,17 +263,22 @@ def _tokenizer(name: str, **arguments: Any) -> tuple[PreTrainedTokenizerBase | N
 
 
 def read_generation_config(config: PreTrainedConfig, source: Source) -> GenerationConfig:
-    """The checkpoint's generation_config.json, or what its config says about generation.
+    """The checkpoint's generation_config.json, or what its config.json says about generation.
 
     Raises:
         CheckpointError: the file is broken.
     """
     file = source.find("generation_config.json")
+    if file is not None:
+        values = read_json(file)
+        with load_errors(source, f"{file} cannot be used"):
+            return GenerationConfig.from_dict(values)
+    file = source.find("config.json")
     if file is None:
         return GenerationConfig.from_model_config(config)
-    values = read_json(file)
+    values = read_json(file)  # a config forgets what its file says of generation
     with load_errors(source, f"{file} cannot be used"):
-        return GenerationConfig.from_dict(values)
+        return GenerationConfig.from_model_config(values)
 
 
 _TELLS = ContextVar("_TELLS", default=True)

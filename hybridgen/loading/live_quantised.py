@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.kernels.linear import int4_cpu
 from hybridgen.kernels.linear.layout import Block, power_of_two
-from hybridgen.loading.formats import bitsandbytes, compressed
+from hybridgen.loading.formats import bitsandbytes, compressed, torchao
 from hybridgen.loading.formats.scheme import Damaged
 from hybridgen.models.quantised import QuantisedLinear, QuantisedWeight
 from hybridgen.models.twin import Twin
@@ -117,7 +117,7 @@ def _torchao(weight: Any, dtype: torch.dtype) -> QuantisedWeight | None:
         return None
     codes, scales = weight.qdata.detach(), weight.scale.detach()
     outputs, inputs = codes.shape
-    if scales.dim() != 2 or scales.shape[0] not in (1, outputs) or inputs % scales.shape[1]:
+    if scales.dim() != 2 or not torchao.has_blocks((outputs, inputs), (scales.shape[0], scales.shape[1])):
         return None
     block = Block(outputs if scales.shape[0] == 1 else 1, inputs // scales.shape[1])
     if name == "Float8Tensor":

@@ -120,8 +120,13 @@ def load_quantised(
         head = plan.head
         if config.quantization is not None:
             plan.make(config.quantization)
-        if config.quantize_head is not None and head is not None and head not in plan.apart:
-            plan.make_head(head, config.quantize_head)
+        if config.quantize_head is not None:
+            if head is None:
+                notes["the head stays as it is: it is no nn.Linear"] += 1
+            elif head in plan.apart:
+                notes["the head stays as it is: the checkpoint's is quantised already"] += 1
+            else:
+                plan.make_head(head, config.quantize_head)
         if "int4" in (config.quantization, config.quantize_head):
             notes[INT4_WARNING] += 1
         kind, others, apart = type(model), plan.tensors, plan.apart
@@ -268,12 +273,12 @@ class _Plan:
         """Quantise projections while they are read (`quantisable`)."""
         experts = sum(1 for name, tensor in self._places.expected.items() if ".experts." in name and tensor.dim() == 3)
         if experts:
-            self._notes["experts' weights stay in 16 bits: transformers' code multiplies them itself"] += experts
+            self._notes["experts' weights are not quantised: transformers' code multiplies them itself"] += experts
         names = {self._places.of(name): name for name in self.tensors}
         for name in quantisable(self._model):
             stored = names.get(f"{name}.weight")
             if stored is None:
-                self._notes[f"projections stay in 16 bits: the files have none of their names ({_last(name)})"] += 1
+                self._notes[f"projections are not quantised: the files have none of their names ({_last(name)})"] += 1
                 continue
             self.apart[name] = self._maker(name, self.tensors.pop(stored), stored, kind)
 
@@ -288,7 +293,7 @@ class _Plan:
         shared = next((name for name, module in self._model.named_modules() if module is embedding), "")
         stored = names.get(f"{shared}.weight")
         if stored is None or not getattr(self._model.config, "tie_word_embeddings", False):
-            self._notes["the head stays in 16 bits: the files have no weight of its name"] += 1
+            self._notes["the head is not quantised: the files have no weight of its name"] += 1
             return
         self.apart[head] = self._maker(head, self.tensors[stored], stored, kind)
 

@@ -223,21 +223,6 @@ def _alibi(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _stale_longrope(config: PreTrainedConfig) -> str | None:
-    """transformers prefills Phi-3 again where its rotary table changes, and models with latents not."""
-    rope: Any = _value(config, "rope_parameters") or {}
-    if not _value(config, "kv_lora_rank") or not isinstance(rope, dict) or rope.get("rope_type") != "longrope":
-        return None
-    limit = rope.get("original_max_position_embeddings") or _value(config, "original_max_position_embeddings")
-    most = _value(config, "max_position_embeddings")
-    if not limit or not most or most <= limit:
-        return None
-    return (
-        f"its rotary table changes at {limit} of {most} tokens (longrope), and transformers keeps latents of the old "
-        f"one there, which hybridgen would compute again; set max_position_embeddings={limit} in its config"
-    )
-
-
 def _indexer(config: PreTrainedConfig) -> str | None:
     found = [field for field in _INDEXER_FIELDS if _value(config, field)]
     if not found:
@@ -258,6 +243,13 @@ def _recurrent(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def keeps_states(config: PreTrainedConfig) -> bool:
+    """Whether layers keep a state of one size for each request, as the config says. Of some types (Granite 4) there are
+    models of attention alone."""
+    kinds = set(_layer_types(config))
+    return _value(config, "model_type") in STATES_BY_SLOT and (not kinds or bool(kinds & STATE_LAYERS - {"mlp", "moe"}))
+
+
 def _named(config: PreTrainedConfig) -> str | None:
     kind = _value(config, "model_type")
     reason = _BY_NAME.get(kind)
@@ -269,7 +261,6 @@ _CHECKS = (
     _encoder,
     _composite,
     _alibi,
-    _stale_longrope,
     _indexer,
     _recurrent,
     _named,

@@ -262,7 +262,7 @@ def paged_attention(
         (key[0].transpose(0, 1), value[0].transpose(0, 1)),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         binding.sees,
-        softcap or 0.0,
+        abs(softcap or 0.0),
         s_aux,
     )
     return binding.attend(module, call).unsqueeze(0), None

@@ -37,6 +37,7 @@ from hybridgen.models.counting import counts_tokens
 from hybridgen.models.interface import configs_of
 from hybridgen.models.latent import check_latents
 from hybridgen.models.mixers import check_mixers
+from hybridgen.models.rope import check_ropes
 from hybridgen.models.text_part import TextPart, as_text_part
 from hybridgen.models.torch_functions import torch_alone
 from hybridgen.models.visibility import Predicate, UnknownMaskError, Visibility, read_visibility
@@ -108,8 +109,11 @@ def read_options(name: str, query: Tensor, key: Tensor, kwargs: Mapping[str, Any
         if isinstance(value, Tensor):
             raise UnsupportedModelError(f"{name} gives {option} as a tensor; hybridgen's attention takes a number")
     scale, softcap = values["scaling"], values["softcap"]
+    if softcap is not None and not softcap:
+        raise UnsupportedModelError(f"{name} caps its scores at {softcap}, and divides by that; null is no cap")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return AttentionOptions(scale, float(softcap or 0.0), kwargs.get("s_aux") is not None)
+    # tanh is odd: a cap below zero is the one above.
+    return AttentionOptions(scale, abs(float(softcap or 0.0)), kwargs.get("s_aux") is not None)
 
 
 def _is_nothing(value: Any) -> bool:
@@ -137,6 +141,7 @@ def probe_config(
         ) from error
     model = as_text_part(model.eval())
     check_interface(model)
+    check_ropes(model)
     return probe_model(model, context)
 
 

@@ -6,6 +6,8 @@ import torch
 
 from hybridgen.models import BoundModel
 
+KEEPS_STATE = "its layers keep a state that cannot be taken back when a draft is wrong"
+
 
 def refusal(bound: BoundModel, max_context: int, page_size: int, dtype: torch.dtype) -> str | None:
     """Why drafts cannot be checked on a model, in words; None where they can.
@@ -20,5 +22,5 @@ def refusal(bound: BoundModel, max_context: int, page_size: int, dtype: torch.dt
             f"(max_context={switch - 1} or less avoids it)"
         )
     if any(state.bytes_per_slot or not state.rerunnable for state in bound.layer_states(page_size, dtype)):
-        return "its layers keep a state that cannot be taken back when a draft is wrong"
+        return KEEPS_STATE
     return None

@@ -21,10 +21,11 @@ from hybridgen.errors import ConfigError
 from hybridgen.execution.drafting import DraftCall, PrefillCall
 from hybridgen.kernels.step.drafts import NO_DRAFT
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.support import keeps_states
 from hybridgen.models import BoundModel
 from hybridgen.models.attention import Phase
 from hybridgen.models.contexts import scaled_context
-from hybridgen.speculation import refusal
+from hybridgen.speculation import KEEPS_STATE, refusal
 from hybridgen.speculation.steps import follow_step, own_step
 
 _FED = 2
@@ -135,7 +136,7 @@ def check_drafter(drafter: Checkpoint, model: Checkpoint, max_context: int) -> N
     """Raise if a model cannot draft for another one, before its weights are read.
 
     Raises:
-        ConfigError: its vocabulary is another one, or its context is shorter than `max_context`.
+        ConfigError: its vocabulary is another one, its context is shorter than `max_context`, or it keeps states.
     """
     whose = f"drafter={drafter.name!r}"
     why = vocabulary_differs(drafter, model)
@@ -147,6 +148,8 @@ def check_drafter(drafter: Checkpoint, model: Checkpoint, max_context: int) -> N
             f"{whose} has a context of {limit} tokens, and requests may have {max_context}; set max_context={limit} or "
             "less, or give another drafter"
         )
+    if keeps_states(drafter.hf_config):
+        raise _cannot(drafter.name, KEEPS_STATE)
     if drafter.device != model.device:
         raise ConfigError(f"{whose} is on {drafter.device} and the model on {model.device}; move it there")
 
@@ -159,7 +162,11 @@ def check_states(name: str, bound: BoundModel, max_context: int, page_size: int,
     """
     why = refusal(bound, max_context, page_size, dtype)
     if why is not None:
-        raise ConfigError(f"drafter={name!r} cannot draft: {why}; give another one")
+        raise _cannot(name, why)
+
+
+def _cannot(name: str, why: str) -> ConfigError:
+    return ConfigError(f"drafter={name!r} cannot draft: {why}; give another one")
 
 
 def vocabulary_differs(one: Checkpoint, other: Checkpoint) -> str | None:

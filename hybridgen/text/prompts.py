@@ -323,7 +323,8 @@ def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[in
     if isinstance(prompt, np.ndarray):
         values = prompt if prompt.dtype.kind in "iu" else None
     else:
-        values = prompt.numpy(force=True) if prompt.dtype in _INTEGERS else None
+        # Integers need no gradient and are no view of a conjugate, so that `force=True`, which asks, has nothing to do.
+        values = (prompt if prompt.is_cpu else prompt.cpu()).numpy() if prompt.dtype in _INTEGERS else None
     if values is None or values.ndim != 1:
         kind = str(prompt.dtype).rpartition(".")[2]
         raise PromptError(

@@ -38,7 +38,7 @@ def reference(model: Any, prompt: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [("llama", mode) for mode in MODES] + [(family, MODES[0]) for family in ("gemma2", "gpt2", "qwen3_moe")],
+    [("llama", mode) for mode in MODES] + [(family, MODES[0]) for family in ("gemma2", "opt", "llama4_text")],
     ids=lambda value: value["mode"] if isinstance(value, dict) else value,
 )
 def test_they_are_those_of_transformers(family: str, mode: dict[str, Any], tmp_path: Path) -> None:
@@ -98,3 +98,17 @@ def test_what_is_wrong_is_refused(arguments: Any, error: type, message: str, tmp
         assert not engine.stats().steps
     with pytest.raises(hybridgen.EngineError, match="closed"):
         engine.hidden_states([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("opt", {"num_hidden_layers": 2, "word_embed_proj_dim": 32}, "32 and 64 numbers; ask for them apart"),
+        ("gemma3n_text", {}, "several states of each token"),
+    ],
+)
+def test_states_of_other_shapes_fail_their_request_alone(family: str, changes: Any, message: str) -> None:
+    with Engine.load(families.build(family, **changes), mode="eager", **SETTINGS) as engine:
+        with pytest.raises(hybridgen.RequestError, match=message):
+            engine.hidden_states(PROMPTS[2], (0, -1))
+        assert engine.hidden_states(PROMPTS[2], -1).shape[1] == 9

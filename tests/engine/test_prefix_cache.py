@@ -83,10 +83,16 @@ def check_empty(engine: Engine) -> None:
     assert (NO_PAGES.table, NO_PAGES.cached, NO_PAGES.nodes, NO_PAGES.written) == ([], 0, [], 0)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "qwen3_moe", "llama4_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("llama", "mistral", "gemma2", "gpt2", "llama4_text", "gpt_oss"),
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_are_those_that_come_without(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In modes eager and graph, alone and in company, on the first call and on the next ones."""
-    path = families.write(family, tmp_path)
+    path = families.write(family, tmp_path, **families.depth(family))
     with Engine.load(path, mode="eager", prefix_cache=False, **SETTINGS) as engine:
         outs = generate(engine, PROMPTS, logprobs=0)
         assert {out.cached_tokens for out in outs} == {0}
@@ -349,7 +355,7 @@ def test_windowed_models_use_few_pages_in_turn_when_room_is_short(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All four rows run at once in a pool that holds two of them whole, and give the tokens of a large one."""
-    path = families.write("mistral", tmp_path)
+    path = families.write("mistral", tmp_path, num_hidden_layers=2)
     prompts = [*families.prompts_of((70, 33, 9, 90)), A, A + C]
     with Engine.load(path, mode="eager", prefix_cache=False, **SETTINGS) as engine:
         expected = tokens(generate(engine, prompts, max_new_tokens=60))

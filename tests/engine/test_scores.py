@@ -79,12 +79,13 @@ def engine(path: Path) -> Iterator[Engine]:
     ("family", "mode"),
     [("llama", mode) for mode in MODES]
     + [(family, MODES[0]) for family in ("gemma2", "cohere", "gpt2", "llama4_text", "qwen3_moe", "mistral")]
-    + [("gemma2", MODES[3])],
+    + [pytest.param("gemma2", MODES[3], marks=pytest.mark.slow)],
     ids=lambda value: value["mode"] if isinstance(value, dict) else value,
 )
 def test_they_are_those_of_a_forward_pass(family: str, mode: dict[str, Any], tmp_path: Path) -> None:
     """Soft caps, scaled logits, windows, chunks and experts; cold, and again with what the prefix cache has."""
-    path, model = families.write(family, tmp_path), families.build(family)
+    depth = families.depth(family)
+    path, model = families.write(family, tmp_path, **depth), families.build(family, **depth)
     with Engine.load(path, **mode, **SETTINGS) as engine:
         for call in range(2):
             scores = engine.score([pair[0] for pair in PAIRS], [pair[1] for pair in PAIRS])

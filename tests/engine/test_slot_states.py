@@ -222,9 +222,14 @@ def test_scored_prompts_and_several_completions(family: str, engine: Engine, exp
     assert list(out.token_ids) == expected[2]
 
 
+def test_drafts_are_refused_before_weights_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridgen.loading.checkpoint.read_weights", lambda *_, **__: pytest.fail("weights were read"))
+    for who in ({"speculation": "ngram"}, {"drafter": path}):
+        with pytest.raises(ConfigError, match=r"with this model: .* state that cannot be taken back"):
+            Engine.load(path, mode="eager", **who, **SETTINGS)
+
+
 def test_what_cannot_be_is_refused(path: Path) -> None:
-    with pytest.raises(ConfigError, match="state that cannot be taken back"):
-        Engine.load(path, mode="eager", speculation="ngram", **SETTINGS)
     with pytest.raises(OutOfMemoryError, match="for the states of 3 requests, and at least"):
         Engine.load(path, mode="eager", **(SETTINGS | {"kv_memory": "1KiB"}))
 

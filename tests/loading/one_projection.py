@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import quantised_formats as formats
 import torch
@@ -32,15 +33,19 @@ def write_one(path: Path, name: str, edit: Edit | None = None, outputs: int = OU
     return written.values
 
 
-def find_one(files: TensorFiles, name: str) -> Stored:
-    """What is known of it when a checkpoint is opened."""
-    layout = read_format(formats.FORMATS[name][1])
+def find_one(files: TensorFiles, name: str, config: Mapping[str, Any] | None = None) -> Stored:
+    """What is known of it when a checkpoint is opened.
+
+    Args:
+        config: its `quantization_config`; None: that of the format.
+    """
+    layout = read_format(formats.FORMATS[name][1] if config is None else config)
     assert layout is not None
     return find_stored(files, layout)[0][KEY]
 
 
-def read_one(path: Path, name: str) -> QuantisedWeight | Tensor:
+def read_one(path: Path, name: str, config: Mapping[str, Any] | None = None) -> QuantisedWeight | Tensor:
     """Its weight, in float32."""
     with TensorFiles([path]) as files:
-        weight = find_one(files, name).checked(files).read(files, CPU, torch.float32)
+        weight = find_one(files, name, config).checked(files).read(files, CPU, torch.float32)
     return weight.copy() if isinstance(weight, QuantisedWeight) else weight

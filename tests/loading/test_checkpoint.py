@@ -81,8 +81,11 @@ def test_eos_ids(
 
 def test_without_a_generation_config_the_config_counts(whole: Path, edit_json: EditJson) -> None:
     (whole / "generation_config.json").unlink()
-    edit_json(whole / "config.json", eos_token_id=9)
-    assert open_cpu(whole).eos_token_ids == (9,)
+    edit_json(whole / "config.json", eos_token_id=9, repetition_penalty=1.3, suppress_tokens=[11])
+    checkpoint = open_cpu(whole)
+    assert checkpoint.eos_token_ids == (9,)
+    said = checkpoint.generation_config  # of fields that transformers' configs forget, too
+    assert (said.repetition_penalty, said.suppress_tokens) == (1.3, [11])
 
 
 @pytest.mark.parametrize(("family", "context"), [("gpt2", 512), ("opt", 512)])
@@ -192,7 +195,9 @@ def test_directories_without_a_config(tmp_path: Path) -> None:
         ("[]", "JSON list"),
         ("{}", "no model_type"),
         (json.dumps({"model_type": "llama", "num_attention_heads": "x"}), "config.json cannot be used"),
-        (json.dumps({"model_type": "llama", "dtype": "bf17"}), "config.json cannot be used"),
+        (json.dumps({"model_type": "llama", "dtype": "bf17"}), "dtype='bf17' is no dtype"),
+        (json.dumps({"model_type": "llama", "torch_dtype": "float8_e4m3fn"}), "torch_dtype='float8_e4m3fn' is no"),
+        (json.dumps({"model_type": "llama", "num_hidden_layers": 0}), "num_hidden_layers=0; a model has at least one"),
         (json.dumps({"model_type": "llama", "vocab_size": 0}), "vocab_size=0"),
     ],
 )

@@ -93,13 +93,19 @@ def test_scales_of_each_format_are_numbers(name: str, tmp_path: Path) -> None:
         ("ct w4 group", swap("weight_shape", lambda t: t * 2), r"weight_shape' holds \[64, 128\]"),
         ("ct fp8 channel", swap("weight_scale", lambda t: t.T), r"weight_scale' is \[1, 32\]"),
         ("ct int8 channel", swap("weight", lambda t: t.view(torch.uint8)), "weight' is U8, and must be I8"),
+        ("ct w4 group", swap("weight_shape", lambda t: t[0]), r"weight_shape' is \[\], and must have 1 dimensions"),
+        ("ct w4 group", swap("weight_shape", lambda t: t.bool()), "weight_shape' is BOOL, and must be I64 or I32"),
+        ("fp8 tensor", swap("weight", lambda t: t[:0]), r"weight' is \[0, 64\], and must hold numbers"),
         ("torchao int8 groups", swap("_weight_scale", lambda t: t[:1, :1].repeat(3, 1)), r"_weight_scale' is \[3, 1\]"),
+        ("torchao fp8", swap("_weight_scale", lambda t: t.T), r"_weight_scale' is \[1, 32\]"),
         (
             "bnb nf4",
             swap("weight.quant_state.bitsandbytes__nf4", lambda t: t[3:]),
             "weight.quant_state.bitsandbytes__nf4' holds no JSON",
         ),
         ("awq", swap("qweight", lambda t: t[:-32]), r"qzeros' is \[2, 4\], and must be \[1, 4\]"),
+        ("bnb nf4", swap("weight", lambda t: t[2:]), r"weight' is \[1022, 1\], and must be \[1024, 1\]"),
+        ("fp8 block", lambda t: t.update(weight_scale=torch.ones(1)), "weight_scale_inv' is there beside weight_scale"),
     ],
 )
 def test_shapes_and_dtypes_that_are_not_the_formats(name: str, edit: Edit, words: str, tmp_path: Path) -> None:
@@ -129,6 +135,11 @@ def test_shapes_and_dtypes_that_are_not_the_formats(name: str, edit: Edit, words
         ),
         ("bnb int8", swap("weight_format", lambda t: t + 1), "weight_format' is not 0"),
         ("bnb nf4", swap("weight.absmax", lambda t: t[1:]), "weight.absmax' holds 31 values, not 32"),
+        (
+            "ct w4 group",
+            lambda t: t.update(weight_g_idx=torch.arange(64, dtype=torch.int32)),
+            "weight_g_idx' names groups outside of the 2 that there are",
+        ),
     ],
 )
 def test_values_out_of_range(name: str, edit: Edit, words: str, tmp_path: Path) -> None:
@@ -217,8 +228,8 @@ def test_codes_that_the_config_does_not_know_of(tmp_path: Path, edit_json: EditJ
 
 def test_tensors_that_are_not_known_beside_codes(tmp_path: Path) -> None:
     formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
-    change(tmp_path, lambda tensors: tensors.update(weight_g_idx=torch.arange(64)))
-    with pytest.raises(UnsupportedModelError, match=rf"not known here: {KEY}\.weight_g_idx"):
+    change(tmp_path, lambda tensors: tensors.update(weight_global_scale=torch.ones(1)))
+    with pytest.raises(UnsupportedModelError, match=rf"not known here: {KEY}\.weight_global_scale"):
         Checkpoint.open(tmp_path)
 
 
@@ -240,7 +251,7 @@ GROUP: dict[str, Any] = W4["config_groups"]["group_0"]
         ({"bits": 4}, "method 'unknown'"),
         ({**W4, "format": "marlin-24"}, "the format 'marlin-24'"),
         ({**W4, "config_groups": {}}, "config_groups {}"),
-        ({**W4, "quantization_status": "frozen"}, "quantization_status 'frozen'"),
+        ({**W4, "quantization_status": "calibration"}, "quantization_status 'calibration'"),
         ({**W4, "transform_config": {"config_groups": {"a": {}}}}, "transform_config"),
         ({**W4, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ({**W4, "config_groups": {"a": {**GROUP, "targets": ["Embedding"]}}}, "targets 'Embedding'"),
@@ -249,7 +260,15 @@ GROUP: dict[str, Any] = W4["config_groups"]["group_0"]
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
         ({"quant_method": "bitsandbytes"}, "load_in_4bit False, load_in_8bit False"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits 3"),
+        ({"quant_method": "gptq", "bits": 4.0, "group_size": 128}, "bits 4.0"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": ["mlp"]}, r"dynamic \['mlp'\]"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:mlp": None}},
+            r"dynamic \{'\+:mlp': None",
+        ),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "version 'gemv'"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "format": "gemv"}, "version 'gemv'"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "backend": "llm-awq"}, "version 'llm-awq'"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(whole: Path, edit_json: EditJson, config: Any, words: str) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
 import quantised_formats as formats
 import torch
+from one_projection import INPUTS, Edit, read_one, write_one
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedModel, TorchAoConfig
 
 import hybridgen
@@ -72,7 +76,7 @@ def test_a_format_is_read_bit_for_bit(name: str, tmp_path: Path) -> None:
     loaded = Checkpoint.open(tmp_path).load()
     assert len(check_values(loaded.model, model)) == (0 if name in DEQUANTISED else 7)
     # One says that activations are not rounded, the other that weights are dequantised.
-    assert bool(loaded.notes) == (name in DEQUANTISED or "fp8" in name.split()[:1])
+    assert bool(loaded.notes) == (name in DEQUANTISED or "fp8" in name.split()[:1] or name == "bnb int8")
     layer = "model.layers.0."
     for reads_one in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
         if name not in DEQUANTISED:
@@ -80,6 +84,74 @@ def test_a_format_is_read_bit_for_bit(name: str, tmp_path: Path) -> None:
             assert why_not_stacked(weights) is None
             values = torch.cat([model.get_submodule(layer + part).weight for part in reads_one])
             assert torch.equal(stack(weights).dequantise(), values)
+
+
+def values_of(file: Path, name: str, config: Mapping[str, Any] | None = None) -> Tensor:
+    weight = read_one(file, name, config)
+    return weight if isinstance(weight, Tensor) else weight.dequantise()
+
+
+def renamed(old: str, new: str) -> Edit:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+SPELLINGS: list[tuple[str, dict[str, Any], Edit | None]] = [
+    ("ct fp8 tensor", {"format": "naive-quantized", "quantization_status": "frozen"}, None),
+    (
+        "fp8 tensor",
+        {"weight_block_size": ..., "activation_scheme": "static"},
+        renamed("weight_scale_inv", "weight_scale"),
+    ),
+    ("gptq v1", {"checkpoint_format": None}, None),
+    ("gptq v2", {"checkpoint_format": "GPTQ_V2"}, None),
+    ("awq", {"version": None, "format": "GEMM"}, None),
+    ("bnb int8", {"quant_method": ...}, None),
+    ("bnb nf4", {}, lambda tensors: tensors.update(weight=tensors["weight"].view(-1, 2).view(torch.bfloat16))),
+]
+"""Of tools and of their earlier versions: what is other in the config (`...`: absent), and in the tensors."""
+
+
+@pytest.mark.parametrize(("name", "changes", "edit"), SPELLINGS, ids=[each[0] for each in SPELLINGS])
+def test_what_other_versions_of_tools_write(
+    name: str, changes: dict[str, Any], edit: Edit | None, tmp_path: Path
+) -> None:
+    values = write_one(tmp_path / "part.safetensors", name, edit)
+    config = {key: value for key, value in {**formats.FORMATS[name][1], **changes}.items() if value is not ...}
+    assert torch.equal(values_of(tmp_path / "part.safetensors", name, config), values)
+
+
+def test_groups_of_compressed_tensors_as_earlier_versions_name_them(tmp_path: Path) -> None:
+    for name, changes in (
+        ("ct w4 group", {"strategy": None}),
+        ("ct fp8 tensor", {"strategy": None}),
+        ("ct fp8 channel", {"strategy": "CHANNEL", "type": "FLOAT"}),
+        ("ct fp8 block", {"block_structure": "32x32"}),
+    ):
+        config = formats.FORMATS[name][1]
+        group = config["config_groups"]["group_0"]
+        changed = {**config, "config_groups": {"group_0": {**group, "weights": {**group["weights"], **changes}}}}
+        values = write_one(tmp_path / "part.safetensors", name)
+        assert torch.equal(values_of(tmp_path / "part.safetensors", name, changed), values), name
+
+
+@pytest.mark.parametrize("name", ["ct w4 zeros", "ct w8 group"])
+def test_groups_of_inputs_that_are_no_neighbours(name: str, tmp_path: Path) -> None:
+    """compressed-tensors' actorder: `weight_g_idx` says which group an input is of; -1 says nothing."""
+
+    def turned(tensors: dict[str, Tensor]) -> None:
+        for part in {"weight_scale", "weight_zero_point"} & tensors.keys():
+            tensors[part] = tensors[part].flip(1)
+
+    def named(order: Tensor) -> Edit:
+        return lambda tensors: tensors.update(weight_g_idx=order.int())
+
+    file = tmp_path / "part.safetensors"
+    values = write_one(file, name, named(torch.full((INPUTS,), -1)))
+    assert torch.equal(values_of(file, name), values)
+    write_one(file, name, turned)
+    turned_values = values_of(file, name)
+    write_one(file, name, named(torch.arange(INPUTS).flip(0) // 32))
+    assert torch.equal(values_of(file, name), turned_values)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8 groups", "fp8"])

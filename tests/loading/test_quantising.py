@@ -38,9 +38,9 @@ def by_hand(model: PreTrainedModel, kind: str, names: list[str]) -> PreTrainedMo
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_every_mode_generates_the_tokens_of_the_rounded_weights(kind: str, family: str, tmp_path: Path) -> None:
-    path = families.write(family, tmp_path)
+    depth = families.depth(family)
+    path, model = families.write(family, tmp_path, **depth), families.build(family, **depth)
     found = dict(quantised_modules(load(path, quantization=kind)))
-    model = families.build(family)
     assert sorted(found) == sorted(name for name, _ in model.named_modules() if name.endswith("_proj"))
     by_hand(model, kind, list(found))
     wanted = [tokens for tokens, _ in families.references(model, families.prompts_of(LENGTHS), 12)]
@@ -100,6 +100,15 @@ def test_the_head_of_a_quantised_checkpoint(tmp_path: Path) -> None:
     assert set(kinds.values()) == {"int4"}
 
 
+def test_a_head_that_is_quantised_already_stays_and_it_is_said(tmp_path: Path) -> None:
+    writer, config = formats.FORMATS["ct fp8 channel"]
+    model = families.build("llama", num_hidden_layers=1)
+    formats.write(tmp_path, model, lambda name: writer if name == "lm_head" else None, {**config, "ignore": []})
+    loaded = Checkpoint.open(tmp_path, hybridgen.EngineConfig(device="cpu", quantize_head="int8")).load()
+    assert [module.kind for _, module in quantised_modules(loaded.model)] == ["fp8"]
+    assert loaded.notes == {"the head stays as it is: the checkpoint's is quantised already": 1}
+
+
 def test_routers_and_experts_stay_as_they_are(tmp_path: Path) -> None:
     path = families.write("qwen2_moe", tmp_path)
     opened = Checkpoint.open(path, hybridgen.EngineConfig(device="cpu", quantization="int8"))
@@ -107,7 +116,7 @@ def test_routers_and_experts_stay_as_they_are(tmp_path: Path) -> None:
     names = [name for name, _ in quantised_modules(loaded.model)]
     assert any("shared_expert.up_proj" in name for name in names)
     assert not any("gate" in name.rpartition(".")[2] and "gate_proj" not in name for name in names)
-    assert any("experts' weights stay in 16 bits" in note for note in loaded.notes)
+    assert any("experts' weights are not quantised" in note for note in loaded.notes)
 
 
 def test_int4_warns_of_its_error(tmp_path: Path) -> None:
@@ -157,10 +166,11 @@ def test_a_config_keeps_its_quantization_config_out_of_the_model(tmp_path: Path)
 
 @pytest.mark.parametrize("mode", ["eager", "jit"])
 def test_activations_are_rounded_where_there_are_many(mode: str, tmp_path: Path) -> None:
-    path = families.write("llama", tmp_path)
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
     settings = formats.SETTINGS | {"mode": mode, "quantization": "fp8", "token_budget": 400, "max_context": 400}
     prompts = families.prompts_of((300, 20))
-    model = by_hand(families.build("llama"), "fp8", list(dict(quantised_modules(load(path, quantization="fp8")))))
+    found = dict(quantised_modules(load(path, quantization="fp8")))
+    model = by_hand(families.build("llama", num_hidden_layers=2), "fp8", list(found))
     plain = [families.reference(model, prompt, 8)[0] for prompt in prompts]
 
     def rounded(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:

@@ -225,14 +225,3 @@ def test_no_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.Parameter, "__new__", refuse)
     check_supported(CONFIG_MAPPING["llama"]())
-
-
-def test_latents_with_two_rotary_tables_are_refused() -> None:
-    config = families.build("minicpm3").config
-    head = config.qk_rope_head_dim // 2
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * head, "long_factor": [2.0] * head}
-    config.max_position_embeddings = 512
-    config.rope_parameters = rope | {"original_max_position_embeddings": 512}
-    assert unsupported_reason(config) is None
-    config.rope_parameters = rope | {"original_max_position_embeddings": 80}
-    assert "longrope" in (unsupported_reason(config) or "")

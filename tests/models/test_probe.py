@@ -24,7 +24,7 @@ from hybridgen import Engine, EngineConfig
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.loading import Checkpoint
 from hybridgen.models import bind, probe
-from hybridgen.models.probe import probe_config, probe_model
+from hybridgen.models.probe import probe_config, probe_model, read_options
 from hybridgen.models.text_part import text_part
 
 PROMPT = list(range(3, 40))
@@ -244,6 +244,15 @@ def test_a_config_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "num_key_value_heads": 3}))
     with pytest.raises(UnsupportedModelError, match="num_attention_heads=4 is no multiple of num_key_value_heads=3"):
         Checkpoint.open(path, EngineConfig(device="cpu"))
+
+
+def test_a_soft_cap_below_zero_is_the_one_above_and_zero_is_none() -> None:
+    """transformers divides by it, and multiplies tanh of that, which is odd."""
+    query = torch.zeros(1, 4, 3, 16)
+    assert read_options("it", query, query, {"softcap": -5.0}) == read_options("it", query, query, {"softcap": 5.0})
+    assert read_options("it", query, query, {"softcap": None}).softcap == 0
+    with pytest.raises(UnsupportedModelError, match=r"caps its scores at 0\.0"):
+        read_options("it", query, query, {"softcap": 0.0})
 
 
 # ------------------------------------------------------------------ what a probe leaves alone

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import families
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
+import hybridgen
 from hybridgen.errors import UnsupportedModelError
+from hybridgen.models.probe import probe_config
 from hybridgen.models.rope import PerTokenRope, replace_length_dependent_rope, restore_rope
 
 
@@ -45,13 +51,58 @@ def test_only_length_dependent_modules_are_replaced_and_put_back() -> None:
         assert model.model.rotary_emb is original
 
 
-def test_switch_length() -> None:
-    longrope, dynamic = (
-        PerTokenRope(families.build(name, **changes).model.rotary_emb)
-        for name, changes in (families.ROPE_VARIANTS["longrope"], families.ROPE_VARIANTS["dynamic"])
-    )
-    assert longrope.switch_length == 81
-    assert dynamic.switch_length is None
+def _longrope(size: int) -> dict:
+    fields = {"short_factor": [1.0] * size, "long_factor": [1.0 + i for i in range(size)]}
+    return {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40, **fields}
+
+
+def _switch(name: str, **changes: Any) -> int | None:
+    model = families.build(name, num_hidden_layers=1, rope_parameters=_longrope(8), **changes)
+    replaced: list = []
+    replace_length_dependent_rope(model, replaced)
+    return model.model.rotary_emb.switch_length
+
+
+def test_only_models_whose_cache_is_dropped_are_prefilled_again() -> None:
+    """transformers drops the cache of Phi-3 where its own field says, and goes on with a Llama's old keys."""
+    assert _switch("phi3", original_max_position_embeddings=40) == 41
+    assert _switch("phi3", original_max_position_embeddings=90) == 91
+    assert _switch("llama") is None
+    name, changes = families.ROPE_VARIANTS["dynamic"]
+    assert PerTokenRope(families.build(name, **changes).model.rotary_emb).switch_length is None
+
+
+def test_a_factor_for_each_length_and_one_table() -> None:
+    """PhiMoE scales cos and sin by two numbers, and uses the frequencies of short texts for all."""
+    rope = _longrope(8) | {"short_mscale": 1.25, "long_mscale": 1.5}
+    original = families.build("phimoe", num_hidden_layers=1, rope_parameters=rope).model.rotary_emb
+    ours = PerTokenRope(original)
+    assert ours.scalings == (1.25, 1.5)
+    for length in (7, 40, 41, 200):
+        positions = torch.arange(length)[None]
+        actual = ours.table(positions, torch.full_like(positions, length), torch.float32)
+        for a, e in zip(actual, original(torch.zeros(1), positions), strict=True):
+            assert torch.allclose(a, e, atol=1e-5), length
+
+
+def test_an_unknown_layout_is_refused_before_weights_are_read() -> None:
+    """DeepSeek-V2's tables are complex numbers."""
+    changes = {"num_hidden_layers": 1, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+    config = CONFIG_MAPPING["deepseek_v2"](**families.CONFIGS["deepseek_v2"] | changes)
+    with pytest.raises(UnsupportedModelError, match=r"does not know .*'dynamic'"):
+        probe_config(config, 512)
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama", 8), ("minicpm3", 4)])
+def test_a_request_goes_on_with_the_keys_of_the_first_table(name: str, size: int, tmp_path: Path) -> None:
+    """As transformers does, for keys and for latents, where a text of 33 tokens passes 40."""
+    model = families.build(name, num_hidden_layers=1, rope_parameters=_longrope(size))
+    model.save_pretrained(tmp_path)
+    prompts = families.prompts_of((33, 60))
+    expected = [families.reference(model, prompt, 12)[0] for prompt in prompts]
+    settings: dict[str, Any] = {"mode": "eager", "max_batch": 2, "max_context": 128, "kv_memory": "4MiB"}
+    with hybridgen.Engine.load(tmp_path, token_budget=24, **settings) as engine:
+        assert [list(out.token_ids) for out in engine.generate(prompts, max_new_tokens=12)] == expected
 
 
 def test_an_unknown_layout_is_refused() -> None:

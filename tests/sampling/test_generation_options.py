@@ -27,6 +27,8 @@ SETTINGS: dict[str, Any] = {
 }
 RECORDED: dict[str, Any] = {"max_padding_ratio": 64, "decode_buckets": (1, 2, 4, 8), "prefill_buckets": (8, 32)}
 PROMPTS = families.prompts_of((1, 5, 60, 17))
+FIELDS: dict[str, Any] = {"initializer_range": 0.2, "num_hidden_layers": 2}
+"""Of the model: weights so small that draws differ."""
 NEW = 16
 EOS = 7
 
@@ -37,7 +39,7 @@ def settings(mode: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return families.write("llama", tmp_path_factory.mktemp("options"), initializer_range=0.2)
+    return families.write("llama", tmp_path_factory.mktemp("options"), **FIELDS)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_rows_of_different_options_in_one_batch(path: Path, rows: Any, mode: str
 def test_the_file_decides_where_the_caller_says_nothing(
     path: Path, reference: Any, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = families.build("llama", initializer_range=0.2)
+    model = families.build("llama", **FIELDS)
     model.save_pretrained(tmp_path)
     prompt = PROMPTS[1]
     plain = generated(reference, prompt, eos_token_id=None)
@@ -144,7 +146,7 @@ def test_stop_strings_of_the_file(tmp_path: Path) -> None:
 
 
 def test_lengths_of_the_file_count_the_prompt(tmp_path: Path, reference: Any) -> None:
-    families.build("llama", initializer_range=0.2).save_pretrained(tmp_path)
+    families.build("llama", **FIELDS).save_pretrained(tmp_path)
     prompt = PROMPTS[1]
     plain = generated(reference, prompt, eos_token_id=None)
     lengths = {"max_length": 20, "min_length": 12, "eos_token_id": plain[2]}
@@ -159,7 +161,7 @@ def test_lengths_of_the_file_count_the_prompt(tmp_path: Path, reference: Any) ->
 
 def test_suppressed_ids_that_the_model_does_not_have_change_nothing(tmp_path: Path, reference: Any) -> None:
     """As in transformers: published files of a family are written for its largest vocabulary."""
-    families.build("llama", initializer_range=0.2).save_pretrained(tmp_path)
+    families.build("llama", **FIELDS).save_pretrained(tmp_path)
     plain = generated(reference, PROMPTS[1], eos_token_id=None)
     options = {"suppress_tokens": [plain[0], 10**9]}
     expected = generated(reference, PROMPTS[1], eos_token_id=None, **options)

@@ -49,12 +49,12 @@ def probabilities(path: Path, new: int) -> dict[tuple[int, ...], float]:
     ],
 )
 def test_chi_square(drafter: str, new: int, requests: int, tmp_path: Path) -> None:
-    path = families.write("llama", tmp_path / "llama")
+    path = families.write("llama", tmp_path / "llama", num_hidden_layers=2)
     drafts: dict[str, Any] = {"speculation": "ngram"}
     if drafter == "oracle":  # says the same behind every text, which is right now and then
         drafts = {"speculation": OracleDrafter([[*PROMPT, 30, 31, 32, 30, 30]], [7])}
     elif drafter == "model":  # draws from another distribution, with the same noise
-        drafts = {"drafter": families.build("llama", num_hidden_layers=2)}
+        drafts = {"drafter": families.build("llama", num_hidden_layers=1)}
     elif drafter == "eagle":
         path = eagle_heads.target(tmp_path / "target")
         tensors = eagle_heads.random_head(draft_vocab=families.VOCAB)

@@ -81,11 +81,11 @@ def test_the_model_itself_is_always_right(streams: Streams) -> None:
 )
 def test_a_drafter_of_another_family(family: str, drafter: str, tmp_path: Path) -> None:
     """Other heads, positions, windows and vocabularies that are padded to another size."""
-    path = families.write(family, tmp_path)
+    path = families.write(family, tmp_path, **families.depth(family))
     params = each(5, 20)
     with loaded(path) as engine:
         expected = engine.generate(PROMPTS[:5], params)
-    with loaded(path, drafter=families.build(drafter)) as engine:
+    with loaded(path, drafter=families.build(drafter, **families.depth(drafter))) as engine:
         check_equal(engine.generate(PROMPTS[:5], params), expected)
         assert engine.stats().speculation.drafted > 0
 
@@ -93,13 +93,13 @@ def test_a_drafter_of_another_family(family: str, drafter: str, tmp_path: Path) 
 @pytest.mark.parametrize(("drafter", "in_turn"), [("mistral", True), ("llama", False)])
 def test_pages_in_turn(drafter: str, in_turn: bool, tmp_path: Path) -> None:
     """Where both see a window alone, a request does with a few pages; a drafter that sees everything needs all."""
-    path = families.write("mistral", tmp_path, sliding_window=7)
+    path = families.write("mistral", tmp_path, sliding_window=7, num_hidden_layers=2)
     settings: dict[str, Any] = {"page_size": 8, "token_budget": 2, "max_batch": 3, "prefix_cache": False}
     params = each(3, 60, [GREEDY, {"temperature": 1.0}])
     with loaded(path, **settings) as engine:
         expected = engine.generate(PROMPTS[:3], params)
-    page = 2 * 8 * 2 * 4 * 2 * 16 * 4  # of two models: keys and values, 4 layers, 2 heads of 16, float32
-    model = alike(drafter, **({"sliding_window": 7} if in_turn else {}))
+    page = 2 * 8 * 2 * 2 * 2 * 16 * 4  # of two models: keys and values, 2 layers, 2 heads of 16, float32
+    model = alike(drafter, num_hidden_layers=2, **({"sliding_window": 7} if in_turn else {}))
     with loaded(path, **settings, kv_memory=15 * page, drafter=model) as engine:
         assert engine.stats().pages == 14  # the first takes 9 of them, and the others, of 13 and 8, a few in turn
         assert engine._loop.scheduler.pages.ring_pages == (2 if in_turn else None)
@@ -265,6 +265,12 @@ def test_a_model_that_does_not_fit_is_refused(changes: dict[str, Any], message: 
 def test_one_whose_state_cannot_be_taken_back_is_refused(streams: Streams) -> None:
     with pytest.raises(hybridgen.ConfigError, match="drafter='Lfm2ForCausalLM' cannot draft: its layers keep a state"):
         Engine.load(streams[0], mode="eager", drafter=families.build("lfm2"), max_context=64)
+
+
+def test_a_drafter_that_cannot_be_quantised(streams: Streams) -> None:
+    """The message names the field that was given."""
+    with pytest.raises(hybridgen.ConfigError, match=r"drafter=.*: quantize_drafter='fp8' and .* in memory already"):
+        Engine.load(streams[0], mode="eager", drafter=families.build("llama"), quantize_drafter="fp8", max_context=64)
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,16 @@ from hybridgen.speculation.oracle import OracleDrafter
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe", "mixtral", "gpt_oss", "gpt2", "llama4_text", "dynamic"],
+    [
+        *("llama", "mistral", "gemma2", "qwen3_moe", "gpt_oss", "gpt2", "llama4_text", "dynamic"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "mixtral")),
+    ],
 )
 def test_every_kind_of_family(family: str, tmp_path: Path) -> None:
     """Dense, windows, soft cap, experts, sinks, learned positions, chunks, keys that depend on the length; greedy and
     sampled, prompts in chunks beside it, page borders inside drafts."""
     name, changes = families.ROPE_VARIANTS.get(family, (family, {}))
-    path = families.write(name, tmp_path, **changes)
+    path = families.write(name, tmp_path, **families.depth(name) | changes)
     params = each(9, 45)
     with loaded(path) as engine:
         expected = engine.generate(PROMPTS[:9], params)

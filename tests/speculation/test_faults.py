@@ -13,6 +13,7 @@ from draft_cases import PROMPTS, RIGHT, Streams, check_equal, loaded, sequences
 from torch import Tensor
 
 import hybridgen
+from hybridgen.errors import ConfigError
 from hybridgen.execution.drafting import DraftCall
 from hybridgen.speculation.oracle import OracleDrafter
 
@@ -44,11 +45,22 @@ class Faulty(OracleDrafter):
                 return drafts.float()
             case "narrow":
                 return drafts[:, :2]
+            case "elsewhere":
+                return drafts.to("meta")
+            case "nothing":
+                return None  # type: ignore[return-value]
         return drafts
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("fault", ["raises", "floats", "narrow", "above", "below", "far"])
+KINDS = {"floats": "torch.float32 [", "narrow": ", 2] on cpu", "elsewhere": "on meta", "nothing": "type NoneType"}
+"""What is said of drafts that are no drafts."""
+
+
+@pytest.mark.parametrize(
+    ("fault", "mode"),
+    [(fault, mode) for fault in ("raises", "above", "below", "far") for mode in ("eager", "graph")]
+    + [("floats", "eager"), ("nothing", "eager"), ("narrow", "graph"), ("elsewhere", "graph")],
+)
 def test_a_fault_costs_drafts_and_no_token(fault: str, mode: str, streams: Streams) -> None:
     path, params, expected = streams
     drafter = Faulty(sequences(expected[:4]), [7] * 4, fault=fault, at=12 if mode == "eager" else 60)
@@ -69,7 +81,15 @@ def test_a_fault_costs_drafts_and_no_token(fault: str, mode: str, streams: Strea
         assert stats.speculation.drafter == "faulty"
     else:
         assert stats.speculation.drafter == f"off: {why}"
-        assert "ArithmeticError: no idea" in why or "not torch.int64 [" in why
+        assert ("ArithmeticError: no idea" if fault == "raises" else KINDS[fault]) in why
+        assert fault == "raises" or ", not torch.int64 [" in why
+
+
+def test_a_drafter_that_cannot_begin(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = OracleDrafter([], [])
+    monkeypatch.setattr(drafter, "begin", lambda **_: 1 / 0)
+    with pytest.raises(ConfigError, match="drafter oracle cannot begin: ZeroDivisionError: division by zero"):
+        hybridgen.Engine.load(streams[0], mode="eager", speculation=drafter, kv_memory="16MiB")
 
 
 def test_places_without_a_draft_are_not_seen(streams: Streams) -> None:

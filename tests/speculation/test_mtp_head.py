@@ -157,3 +157,5 @@ def test_models_without_files_and_without_heads(tmp_path: Path) -> None:
         Engine.load(live, **settings)
     with pytest.raises(hybridgen.ConfigError, match="quantize_drafter='fp8' with drafter=\"mtp\""):
         Engine.load(path, quantize_drafter="fp8", **settings)
+    with pytest.raises(hybridgen.ConfigError, match="quantize_head='fp8' with drafter=\"mtp\""):
+        Engine.load(path, quantize_head="fp8", **settings)

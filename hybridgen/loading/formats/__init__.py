@@ -33,6 +33,8 @@ def read_format(values: Any) -> Format | None:
     if not values:
         return None
     method = values.get("quant_method") if isinstance(values, Mapping) else None
+    if method is None and isinstance(values, Mapping) and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        method = bitsandbytes.METHOD  # which did not name itself once
     reader = _READERS.get(str(method))
     if reader is None:
         raise UnsupportedModelError(

@@ -21,6 +21,7 @@ from hybridgen.loading.formats.scheme import (
     dot_weight,
     need,
     split_at_dot,
+    whole,
 )
 from hybridgen.models.quantised import QuantisedWeight
 
@@ -94,14 +95,17 @@ def read(values: Mapping[str, Any]) -> Awq:
     Raises:
         UnsupportedModelError: something in it is not known here.
     """
-    bits = values.get("bits", values.get("w_bit"))
-    group = values.get("group_size", values.get("q_group_size"))
-    zeros, version = values.get("zero_point", True), str(values.get("version", "gemm")).lower()
-    known = isinstance(group, int) and not isinstance(group, bool) and (group > 0 or group == -1)
+    bits = values.get("bits", values.get("w_bit", 4))
+    group = values.get("group_size", values.get("q_group_size", 128))
+    # As transformers reads it: `version` goes before `format`, and llm-awq packs in a way of its own.
+    own = "llm-awq" if values.get("backend") == "llm-awq" else "gemm"
+    zeros, version = values.get("zero_point", True), str(values.get("version") or values.get("format") or own).lower()
+    known = whole(group) and (group > 0 or group == -1) and own == "gemm"
     if bits != 4 or version != "gemm" or not known or not isinstance(zeros, bool):
         raise UnsupportedModelError(
             f"its weights are quantised in a way that is not known here (quantization_config, method 'awq': bits "
-            f"{shown(bits)}, group_size {shown(group)}, zero_point {shown(zeros)}, version {shown(version)}); load a "
+            f"{shown(bits)}, group_size {shown(group)}, zero_point {shown(zeros)}, version {shown(version)}, backend "
+            f"{shown(values.get('backend'))}); load a "
             "checkpoint in one of the formats of docs/quantisation.md, or a float32, bfloat16 or float16 one"
         )
     return Awq(Interleaved(None if group == -1 else group, zeros))

@@ -15,6 +15,7 @@ from hybridgen.errors import UnsupportedModelError
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
+    WEIGHTS_ALONE,
     Damaged,
     Part,
     Scheme,
@@ -29,6 +30,8 @@ METHOD = "bitsandbytes"
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 _PARTS = ("weight", "SCB", "weight_format", "weight.absmax", "weight.quant_map", *_NESTED, *_STATES)
+_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
+"""How wide the numbers are that hold codes of 4 bits: `bnb_4bit_quant_storage`, for tools that shard floats alone."""
 RUNS_ON = "bitsandbytes' blocks of 4-bit codes run on from row to row, and their values are of a table"
 
 
@@ -73,13 +76,17 @@ class Table:
 
     def sizes(self, entries: Mapping[str, TensorEntry], small: Mapping[str, Tensor]) -> tuple[int, int]:
         """See `Scheme`."""
-        shape = _state(small)["shape"]
-        return shape[0], shape[1]
+        outputs, inputs = _state(small)["shape"]
+        weight = need(entries, "weight", 2)
+        each, count = _BYTES.get(weight.dtype, 1), -(-outputs * inputs // 2)
+        if weight.shape != (count // each, 1) or count % each:
+            raise Damaged("weight", f"is {list(weight.shape)}, and must be {[count // each, 1]}")
+        return outputs, inputs
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
         """See `Scheme`."""
         return {
-            "weight": Part(("U8",), (-(-outputs * inputs // 2), 1), small=False),
+            "weight": Part(tuple(_BYTES), None, small=False),
             "weight.absmax": Part(("F32", "U8"), None),
             "weight.quant_map": Part(("F32",), (16,)),
             **dict.fromkeys(_STATES, Part(("U8",), None, optional=True)),
@@ -109,7 +116,7 @@ class Table:
     ) -> QuantisedWeight | Tensor:
         """See `Scheme`. The first of two codes is in the high bits."""
         state = _state(tensors)
-        packed = tensors["weight"].flatten()
+        packed = tensors["weight"].flatten().view(torch.uint8)
         codes = torch.stack((packed >> 4, packed & 15), -1).flatten()[: outputs * inputs]
         scales = _scales(tensors, state).repeat_interleave(state["blocksize"])[: outputs * inputs]
         values = tensors["weight.quant_map"][codes.int()] * scales
@@ -184,4 +191,4 @@ def read(values: Mapping[str, Any]) -> Bitsandbytes:
             f"load_in_4bit {four}, load_in_8bit {eight}); load a checkpoint in one of the formats of "
             "docs/quantisation.md, or a float32, bfloat16 or float16 one"
         )
-    return Bitsandbytes(Table() if four else Rows())
+    return Bitsandbytes(Table()) if four else Bitsandbytes(Rows(), (WEIGHTS_ALONE,))

@@ -14,6 +14,7 @@ from hybridgen.kernels.linear.layout import IN_ORDER, Block, expand, interleave,
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
+    WEIGHTS_ALONE,
     Damaged,
     Part,
     Scheme,
@@ -25,6 +26,7 @@ from hybridgen.loading.formats.scheme import (
     full_block,
     need,
     split_at_dot,
+    whole,
 )
 from hybridgen.models.quantised import QuantisedWeight
 
@@ -43,6 +45,10 @@ _PARTS = (
 )
 _PLAIN = ("float-quantized", "int-quantized", "naive-quantized")
 _KNOWN = ("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized", *_PLAIN)
+_SIZES = ("I64", "I32")
+_STATUSES = ("compressed", "frozen")
+"""Both have codes in the files; the second was written by the first versions."""
+_REORDERED = "its inputs were quantised in another order (actorder)"
 _TWO_SCALES = "nvfp4 has two levels of scales, for which there is no kernel"
 
 
@@ -61,6 +67,9 @@ class Packed:
         each = 32 // self.bits
         if "weight_shape" not in small:
             return outputs, words * each
+        dtype = need(entries, "weight_shape", 1).dtype
+        if dtype not in _SIZES:
+            raise Damaged("weight_shape", f"is {dtype}, and must be {' or '.join(_SIZES)}")
         shape = small["weight_shape"].tolist()
         if len(shape) != 2 or shape[0] != outputs or -(-shape[1] // each) != words:
             raise Damaged("weight_shape", f"holds {shape}, and weight_packed is {[outputs, words]}")
@@ -73,7 +82,8 @@ class Packed:
         found = {
             "weight_packed": Part(("I32",), (outputs, -(-inputs // each)), small=False),
             "weight_scale": Part(FLOATS, (outputs, groups)),
-            "weight_shape": Part(("I64", "I32"), (2,), optional=True),
+            "weight_shape": Part(_SIZES, (2,), optional=True),
+            "weight_g_idx": Part(("I32", "I64"), (inputs,), optional=True),
         }
         if not self.symmetric:
             found["weight_zero_point"] = Part(("I32",), (-(-outputs // each), groups))
@@ -82,7 +92,18 @@ class Packed:
     def check(self, small: Mapping[str, Tensor], outputs: int, inputs: int) -> str | None:
         """See `Scheme`."""
         check_scales("weight_scale", small["weight_scale"])
-        return None
+        order = small.get("weight_g_idx")
+        if order is None or self._in_order(order):
+            return None
+        groups = small["weight_scale"].shape[1]
+        if bool((order >= groups).any()) or bool((order < 0).any()):
+            raise Damaged("weight_g_idx", f"names groups outside of the {groups} that there are")
+        return _REORDERED
+
+    def _in_order(self, order: Tensor) -> bool:
+        """Whether groups hold neighbours. -1 stands for that, too."""
+        usual = torch.arange(order.shape[0], device=order.device) // (self.group or order.shape[0])
+        return bool((order == -1).all()) or torch.equal(order.long(), usual)
 
     def weight(
         self, tensors: Mapping[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype
@@ -94,10 +115,17 @@ class Packed:
         if self.bits == 4:
             if zeros is not None:
                 zeros = unpack_int4(zeros.T.contiguous(), outputs, IN_ORDER).T.to(torch.uint8).contiguous()
-            return QuantisedWeight("int4", interleave(packed), scales, zeros, inputs, block, dtype)
-        if zeros is not None:
-            zeros = _bytes(zeros.T.contiguous(), outputs).T.to(torch.int16).contiguous()
-        return QuantisedWeight("int8", _bytes(packed, inputs), scales, zeros, inputs, block, dtype)
+            kind, data = "int4", interleave(packed)
+        else:
+            if zeros is not None:
+                zeros = _bytes(zeros.T.contiguous(), outputs).T.to(torch.int16).contiguous()
+            kind, data = "int8", _bytes(packed, inputs)
+        order = tensors.get("weight_g_idx")
+        if order is None or self._in_order(order):
+            return QuantisedWeight(kind, data, scales, zeros, inputs, block, dtype)
+        scales = scales[:, order.long()].contiguous()
+        zeros = None if zeros is None else zeros[:, order.long()].contiguous()
+        return QuantisedWeight(kind, data, scales, zeros, inputs, Block(1, 1), dtype).dequantise()
 
 
 def _bytes(packed: Tensor, count: int) -> Tensor:
@@ -279,7 +307,7 @@ def read(values: Mapping[str, Any]) -> CompressedTensors:
     if values.get("transform_config"):
         raise _unknown("transform_config (weights that are rotated)")
     status = values.get("quantization_status", "compressed")
-    if status != "compressed":
+    if status not in _STATUSES:
         raise _unknown(f"quantization_status {shown(status)}")
     groups = values.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -296,7 +324,7 @@ def read(values: Mapping[str, Any]) -> CompressedTensors:
             _names(target, "")  # a pattern that is none is found before files are read
         found.append((targets, scheme_of(name, group, group.get("format") or values.get("format"))))
         if group.get("input_activations") is not None:
-            notes.append("activations are not quantised, as the checkpoint's config asks for: weights alone are")
+            notes.append(WEIGHTS_ALONE)
         if group.get("output_activations") is not None:
             raise _unknown(f"config_groups.{name}.output_activations")
     if values.get("kv_cache_scheme") is not None:
@@ -324,10 +352,13 @@ def scheme_of(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
         raise _unknown(f"the format {shown(layout)} of config_groups.{name}")
     if not isinstance(weights, Mapping):
         raise _unknown(f"config_groups.{name}.weights {shown(weights)}")
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
+    bits, kind, strategy = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("strategy")
     group_size, symmetric = weights.get("group_size"), weights.get("symmetric", True)
+    if strategy is None:  # as compressed-tensors reads it
+        strategy = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    kind, strategy = str(kind).lower(), str(strategy).lower()
     what = f"config_groups.{name}.weights: {shown(kind)} of {shown(bits)} bits, strategy {shown(strategy)}"
-    if not isinstance(symmetric, bool):
+    if not isinstance(symmetric, bool) or not whole(bits):
         raise _unknown(what)
     if layout == "mxfp4-pack-quantized":
         if (bits, kind, group_size, symmetric) != (4, "float", 32, True):
@@ -337,20 +368,22 @@ def scheme_of(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
         if (bits, kind, group_size, symmetric) != (4, "float", 16, True):
             raise _unknown(what)
         return PackedNvfp4()
-    if strategy == "group" and not (isinstance(group_size, int) and group_size > 0):
+    if strategy == "group" and not (whole(group_size) and group_size > 0):
         raise _unknown(f"{what}, group_size {shown(group_size)}")
     size = group_size if strategy == "group" else None
     if layout == "pack-quantized":
         if kind != "int" or bits not in (4, 8) or strategy not in ("group", "channel"):
             raise _unknown(what)
         return Packed(bits, size, symmetric)
-    stored = {("float", 8): "fp8", ("int", 8): "int8"}.get((kind, bits))  # type: ignore[arg-type]
+    stored = {("float", 8): "fp8", ("int", 8): "int8"}.get((kind, bits))
     if stored is None or strategy not in ("tensor", "channel", "group", "block") or (stored == "fp8" and not symmetric):
         raise _unknown(what)
     block = None if size is None else (1, size)
     if strategy == "block":
         given = weights.get("block_structure")
-        if not (isinstance(given, list) and len(given) == 2 and all(isinstance(n, int) and n > 0 for n in given)):
+        if isinstance(given, str):  # of the first versions: "128x128"
+            given = [int(size) for size in given.split("x") if size.isdecimal()]
+        if not (isinstance(given, list) and len(given) == 2 and all(whole(n) and n > 0 for n in given)):
             raise _unknown(f"{what}, block_structure {shown(given)}")
         block = (given[0], given[1])
     return Plain(stored, strategy, block, symmetric)

@@ -1,4 +1,7 @@
-"""FP8 with a scale for each block of 128 x 128 values: DeepSeek-V3 and Qwen3-FP8, and transformers' own `fp8`."""
+"""FP8 with a scale for each block of 128 x 128 values: DeepSeek-V3 and Qwen3-FP8, and transformers' own `fp8`.
+
+AutoFP8 has the same name for weights with one scale, or one for each output, which it calls `weight_scale`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from hybridgen.kernels.linear.layout import Block, power_of_two
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
+    WEIGHTS_ALONE,
     Damaged,
     Part,
     Scheme,
@@ -28,12 +32,16 @@ from hybridgen.loading.formats.scheme import (
 from hybridgen.models.quantised import QuantisedWeight
 
 METHOD = "fp8"
-_PARTS = ("weight", "weight_scale_inv")
+_SCALES = ("weight_scale_inv", "weight_scale")
+_PARTS = ("weight", *_SCALES)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """e4m3 values with a scale for each block; they are multiplied, despite the name `weight_scale_inv`."""
+    """e4m3 values with a scale for each block; they are multiplied, despite the name `weight_scale_inv`.
+
+    Where they are called `weight_scale`, there is one for all or one for each output, whatever the config says.
+    """
 
     block: tuple[int, int] | None
     """None: one scale for all."""
@@ -41,9 +49,15 @@ class Blocks:
     def sizes(self, entries: Mapping[str, TensorEntry], small: Mapping[str, Tensor]) -> tuple[int, int]:
         """See `Scheme`."""
         outputs, inputs = need(entries, "weight", 2).shape
+        there = [part for part in _SCALES if part in entries]
+        if len(there) != 1:
+            raise Damaged(_SCALES[0], "is missing" if not there else f"is there beside {_SCALES[1]}")
         return outputs, inputs
 
-    def _block(self, outputs: int, inputs: int) -> Block:
+    def _block(self, outputs: int, inputs: int, scales: int | None = None) -> Block:
+        """The block of a scale; `scales`: how many a `weight_scale` has."""
+        if scales is not None:
+            return full_block(outputs, inputs) if scales == 1 else Block(1, inputs)
         return full_block(outputs, inputs) if self.block is None else Block(*self.block)
 
     def parts(self, outputs: int, inputs: int) -> dict[str, Part]:
@@ -51,11 +65,18 @@ class Blocks:
         grid = self._block(outputs, inputs).grid(outputs, inputs)
         return {
             "weight": Part(("F8_E4M3",), (outputs, inputs), small=False),
-            "weight_scale_inv": Part((*FLOATS, "U8", "F8_E8M0"), None if self.block is None else grid),
+            "weight_scale_inv": Part((*FLOATS, "U8", "F8_E8M0"), None if self.block is None else grid, optional=True),
+            "weight_scale": Part(FLOATS, None, optional=True),
         }
 
     def check(self, small: Mapping[str, Tensor], outputs: int, inputs: int) -> str | None:
         """See `Scheme`."""
+        plain = small.get("weight_scale")
+        if plain is not None:
+            check_scales("weight_scale", plain)
+            if plain.numel() not in (1, outputs):
+                raise Damaged("weight_scale", f"holds {plain.numel()} values, neither 1 nor {outputs}")
+            return None
         scales = small["weight_scale_inv"]
         if self.block is None and scales.numel() != 1:
             raise Damaged("weight_scale_inv", f"holds {scales.numel()} values, not 1")
@@ -71,7 +92,9 @@ class Blocks:
     ) -> QuantisedWeight | Tensor:
         """See `Scheme`. Exponents (ue8m0) become float32 numbers, which they are exactly."""
         check_codes("weight", tensors["weight"])
-        scales, block = tensors["weight_scale_inv"], self._block(outputs, inputs)
+        plain = tensors.get("weight_scale")
+        scales = tensors["weight_scale_inv"] if plain is None else plain
+        block = self._block(outputs, inputs, None if plain is None else plain.numel())
         if scales.element_size() == 1:
             scales = power_of_two(scales.view(torch.uint8))
         scales = scales.reshape(block.grid(outputs, inputs))
@@ -111,5 +134,5 @@ def read(values: Mapping[str, Any]) -> FineGrained:
             f"{shown(kind)}, weight_block_size {shown(block)}); load a checkpoint in one of the formats of "
             "docs/quantisation.md, or a float32, bfloat16 or float16 one"
         )
-    notes = ("activations are not quantised, as the checkpoint's config asks for: weights alone are",)
+    notes = (WEIGHTS_ALONE,)
     return FineGrained(Blocks(None if block is None else (block[0], block[1])), notes)

@@ -23,6 +23,7 @@ from hybridgen.loading.formats.scheme import (
     dot_weight,
     need,
     split_at_dot,
+    whole,
 )
 from hybridgen.models.quantised import QuantisedWeight
 
@@ -156,7 +157,12 @@ def read(values: Mapping[str, Any]) -> Gptq:
     """
     usual = _transposed(values, None)
     overrides = []
-    for key, changes in (values.get("dynamic") or {}).items():
+    dynamic = values.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise _unknown(f"dynamic {shown(dynamic)}")
+    for key, changes in dynamic.items():
+        if not isinstance(changes, Mapping):
+            raise _unknown(f"dynamic {shown({key: changes})}")
         pattern = key.removeprefix("+:").removeprefix("-:")
         compiled(pattern, "quantization_config.dynamic")
         overrides.append((pattern, None if key.startswith("-:") else _transposed({**values, **changes}, usual)))
@@ -166,21 +172,26 @@ def read(values: Mapping[str, Any]) -> Gptq:
 def _transposed(values: Mapping[str, Any], usual: Transposed | None) -> Transposed:
     bits, group = values.get("bits"), values.get("group_size")
     symmetric, order = values.get("sym", True), values.get("desc_act", False)
-    version = values.get("checkpoint_format", values.get("format", "gptq"))
+    version = str(values.get("checkpoint_format") or values.get("format") or "gptq").lower()
     if (
         bits not in (4, 8)
-        or not isinstance(group, int)
-        or isinstance(group, bool)
+        or not whole(bits)
+        or not whole(group)
         or not (group > 0 or group == -1)
         or not isinstance(symmetric, bool)
         or not isinstance(order, bool)
         or version not in ("gptq", "gptq_v2")
     ):
-        raise UnsupportedModelError(
-            f"its weights are quantised in a way that is not known here (quantization_config, method 'gptq': bits "
-            f"{shown(bits)}, group_size {shown(group)}, sym {shown(symmetric)}, desc_act {shown(order)}, "
-            f"checkpoint_format {shown(version)}); load a checkpoint in one of the formats of docs/quantisation.md, or "
-            "a float32, bfloat16 or float16 one"
+        raise _unknown(
+            f"bits {shown(bits)}, group_size {shown(group)}, sym {shown(symmetric)}, desc_act {shown(order)}, "
+            f"checkpoint_format {shown(version)}"
         )
     found = Transposed(bits, None if group == -1 else group, symmetric, order, version == "gptq")
     return found if usual is None else replace(found, adds_one=usual.adds_one)
+
+
+def _unknown(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"its weights are quantised in a way that is not known here (quantization_config, method {METHOD!r}: {what}); "
+        "load a checkpoint in one of the formats of docs/quantisation.md, or a float32, bfloat16 or float16 one"
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from hybridgen.loading.checks import TensorEntry
 from hybridgen.models.quantised import QuantisedWeight
 
 FLOATS = ("BF16", "F16", "F32")
+WEIGHTS_ALONE = "activations are not quantised, as the checkpoint's config asks for: weights alone are"
+"""A note of formats whose own layers round activations to 8 bits."""
 
 
 class Damaged(Exception):
@@ -112,13 +114,15 @@ def need(entries: Mapping[str, TensorEntry], part: str, dimensions: int) -> Tens
     """A tensor that sizes follow from.
 
     Raises:
-        Damaged: it is missing or has another number of dimensions.
+        Damaged: it is missing, has another number of dimensions, or is empty.
     """
     entry = entries.get(part)
     if entry is None:
         raise Damaged(part, "is missing")
     if len(entry.shape) != dimensions:
         raise Damaged(part, f"is {list(entry.shape)}, and must have {dimensions} dimensions")
+    if 0 in entry.shape:
+        raise Damaged(part, f"is {list(entry.shape)}, and must hold numbers")
     return entry
 
 
@@ -143,6 +147,11 @@ def check_codes(part: str, codes: Tensor) -> None:
     """
     if bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):
         raise Damaged(part, "holds codes that are no numbers")
+
+
+def whole(value: Any) -> TypeGuard[int]:
+    """Whether a value of a config is an integer: 4.0 and true are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def dense_2d(entries: Mapping[str, TensorEntry], outputs: int, inputs: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from hybridgen.kernels.linear.layout import Block
 from hybridgen.loading.checks import TensorEntry
 from hybridgen.loading.formats.scheme import (
     FLOATS,
+    WEIGHTS_ALONE,
     Damaged,
     Part,
     Scheme,
@@ -38,6 +39,11 @@ _WEIGHT_ONLY = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
 _DYNAMIC = ("Int8DynamicActivationInt8WeightConfig", "Float8DynamicActivationFloat8WeightConfig")
 
 
+def has_blocks(weight: tuple[int, int], scales: tuple[int, int]) -> bool:
+    """Whether so many scales are one for each output, for groups of inputs, or for all."""
+    return scales == (1, 1) or (scales[0] == weight[0] and scales[1] > 0 and weight[1] % scales[1] == 0)
+
+
 @dataclass(frozen=True)
 class Codes:
     """(code - zero) * scale."""
@@ -46,7 +52,7 @@ class Codes:
         """See `Scheme`."""
         outputs, inputs = need(entries, _CODES, 2).shape
         rows, groups = need(entries, _SCALES, 2).shape
-        if rows not in (1, outputs) or not groups or inputs % groups:
+        if not has_blocks((outputs, inputs), (rows, groups)):
             raise Damaged(_SCALES, f"is {[rows, groups]}, and a weight of {[outputs, inputs]} has no such blocks")
         if _ZEROS in entries and entries[_ZEROS].shape != (rows, groups):
             raise Damaged(_ZEROS, f"is {list(entries[_ZEROS].shape)}, and the scales are {[rows, groups]}")
@@ -114,5 +120,5 @@ def read(values: Mapping[str, Any]) -> TorchAO:
             f"quant_type {shown(kind)}; known are {', '.join((*_WEIGHT_ONLY, *_DYNAMIC))}); load a checkpoint in one "
             "of the formats of docs/quantisation.md, or a float32, bfloat16 or float16 one"
         )
-    note = "activations are not quantised, as the checkpoint's config asks for: weights alone are"
+    note = WEIGHTS_ALONE
     return TorchAO((note,) if kind in _DYNAMIC else ())
