@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import SWITCHES, random_decoder, release, report, shape_dtype, switch_on
@@ -31,7 +32,8 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
-from hybridgen.fused.rows.formats import PROJECTIONS
+from hybridgen.fused.rows import formats
+from hybridgen.fused.rows.formats import PROJECTIONS, formats_of, stored
 from hybridgen.kernels.attention.reference import as_bytes
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear
@@ -191,8 +193,6 @@ CASES = {
 
 def poison(step: Any, model: Decoder) -> None:
     """Stale words: the numbers of the last write, with values that would show."""
-    from hybridgen.fused.rows.formats import stored
-
     words = [stored(getattr(layer, name)) for layer in model.layers for name in PROJECTIONS]
     for name, part in step.parts.items():
         read = [stored(model.head)] if name == "last" else words
@@ -425,15 +425,15 @@ def try_out(variant: Variant, times: int) -> None:
 
 def smoke() -> list[Any]:
     """What the kernel would be compiled with, and the reference on quantised weights; on any machine."""
-    from hybridgen.fused.rows.formats import formats_of, stored
     from hybridgen.fused.rows.shape import default_tuning, shape_of
 
     lines = []
-    switch_on(["formats_per_layer", "rows_mxfp4"])
     for form in FORMATS:
         model = random_decoder("small", torch.bfloat16, "cpu", 80)
         model = in_format(dataclasses.replace(model, layers=model.layers * 3), form)
-        layers = formats_of([[stored(getattr(layer, name)) for name in PROJECTIONS] for layer in model.layers])
+        with mock.patch.multiple(formats, PER_LAYER=True, MXFP4=True):
+            weights = [[stored(getattr(layer, name)) for name in PROJECTIONS] for layer in model.layers]
+            layers = formats_of(weights)
         shape = shape_of(
             model, layers, stored(model.head).format, default_tuning(model), page_size=PAGE_SIZE, blocks=132,
             shared_memory=227 * 1024,
