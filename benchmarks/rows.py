@@ -24,13 +24,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from common import random_decoder, release, report, shape_dtype
+from common import SWITCHES, random_decoder, release, report, shape_dtype, switch_on
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
+from hybridgen.fused.rows import formats
+from hybridgen.fused.rows.formats import PROJECTIONS, formats_of, stored
 from hybridgen.kernels.attention.reference import as_bytes
 from hybridgen.kernels.linear.layout import Block
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear
@@ -55,6 +58,10 @@ class Form:
     outputs: int = 1
     """Outputs that share one."""
     zeros: bool = False
+    attention: str | None = None
+    """The kind of the projections of attention, where it is another."""
+    ends: str | None = None
+    """The kind of the first layer and, of more than two, of the last one, where it is another."""
 
 
 FORMATS = {
@@ -70,7 +77,14 @@ FORMATS = {
     "int4-g64": Form("int4", "fp8", group=64),
     "int4-g32": Form("int4", "fp8", group=32),
     "int4-head16": Form("int4", "", group=128),
+    "int4-mixed": Form("int4", "fp8", group=128, ends=""),
+    "int4-fp8": Form("int4", "fp8", group=128, attention="fp8"),
+    "int4-fp8-mixed": Form("int4", "fp8", group=128, attention="fp8", ends=""),
+    "fp8-mixed": Form("fp8", "fp8", ends=""),
+    "mxfp4": Form("mxfp4", "fp8", group=32),
+    "mxfp4-mixed": Form("mxfp4", "fp8", group=32, ends=""),
 }
+"""`mixed` ones have 16 bits in the first and the last layer (`--switch-on formats_per_layer`, and `rows_mxfp4`)."""
 
 
 def quantised(linear: Linear, kind: str, form: Form) -> Linear:
@@ -79,11 +93,14 @@ def quantised(linear: Linear, kind: str, form: Form) -> Linear:
         return linear
     outputs, inputs = linear.weight.shape
     device, dtype = next(iter(linear.weight.tensors().values())).device, linear.weight.format.dtype
-    block = Block(form.outputs, form.group or inputs)
+    groups = kind == form.layers and form.group
+    block = Block(form.outputs, groups or inputs)
     if kind == "fp8":
         data, size = torch.empty(outputs, inputs, device=device).normal_(0, 64).to(torch.float8_e4m3fn), 64.0
     elif kind == "int8":
         data, size = torch.randint(-127, 128, (outputs, inputs), device=device, dtype=torch.int8), 73.0
+    elif kind == "mxfp4":
+        data, size = torch.randint(0, 256, (outputs, inputs // 2), device=device, dtype=torch.uint8), 2.9
     else:
         # Codes 1 to 15 stand for -7 to 7. With 0 (-8) among them the mean would not be zero: all outputs would share a
         # large part, attention would choose between nearly equal scores of neighbours, and the check would tell little.
@@ -92,7 +109,10 @@ def quantised(linear: Linear, kind: str, form: Form) -> Linear:
             data |= torch.randint(1, 16, data.shape, device=device, dtype=torch.int32) << shift
     scales = (torch.rand(block.grid(outputs, inputs), device=device) * 0.5 + 0.75) / (size * inputs**0.5)
     zeros = torch.randint(7, 10, scales.shape, device=device, dtype=torch.uint8) if form.zeros else None
-    scales = scales if kind == "fp8" else scales.to(dtype)
+    if kind == "mxfp4":
+        scales = (127 + scales.log2() + torch.rand_like(scales)).round().to(torch.uint8)
+    elif kind != "fp8":
+        scales = scales.to(dtype)
     return Linear(QuantisedWeight(kind, data, scales, zeros, inputs, block, dtype), linear.bias)
 
 
@@ -100,12 +120,19 @@ def in_format(model: Decoder, name: str) -> Decoder:
     """The model with its projections in a format."""
     form = FORMATS[name]
 
-    def layer(of: DecoderLayer) -> DecoderLayer:
-        parts = {each: getattr(of, each) for each in ("qkv", "out", "gate_up", "down")}
-        return dataclasses.replace(of, **{each: quantised(part, form.layers, form) for each, part in parts.items()})
+    def kind(index: int, name: str) -> str:
+        last = len(model.layers) - 1
+        if form.ends is not None and index in (0, last if last > 1 else 0):
+            return form.ends
+        return form.layers if form.attention is None or name in ("gate_up", "down") else form.attention
+
+    def layer(index: int, of: DecoderLayer) -> DecoderLayer:
+        parts = {each: getattr(of, each) for each in PROJECTIONS}
+        new = {each: quantised(part, kind(index, each), form) for each, part in parts.items()}
+        return dataclasses.replace(of, **new)
 
     head = quantised(model.head, form.head, Form("", ""))
-    return dataclasses.replace(model, layers=tuple(map(layer, model.layers)), head=head)
+    return dataclasses.replace(model, layers=tuple(layer(*each) for each in enumerate(model.layers)), head=head)
 
 
 class Cache:
@@ -166,12 +193,11 @@ CASES = {
 
 def poison(step: Any, model: Decoder) -> None:
     """Stale words: the numbers of the last write, with values that would show."""
-    from hybridgen.fused.rows.formats import stored
-
-    half = model.dtype is torch.float16
+    words = [stored(getattr(layer, name)) for layer in model.layers for name in PROJECTIONS]
     for name, part in step.parts.items():
-        weight = model.head if name == "last" else model.layers[0].qkv
-        mask, value = (0x00010001, 0x7BFE7BFE) if half or stored(weight).format.bits < 16 else (0x20002000, 0x5F005F00)
+        read = [stored(model.head)] if name == "last" else words
+        half = model.dtype is torch.float16 or any(weight.format.bits < 16 for weight in read)
+        mask, value = (0x00010001, 0x7BFE7BFE) if half else (0x20002000, 0x5F005F00)
         if name == "qkv" or "squares" in name:
             mask, value = 0xFF, 0x7FC00000
         part.bitwise_and_(mask).bitwise_or_(value & ~mask)
@@ -399,13 +425,15 @@ def try_out(variant: Variant, times: int) -> None:
 
 def smoke() -> list[Any]:
     """What the kernel would be compiled with, and the reference on quantised weights; on any machine."""
-    from hybridgen.fused.rows.formats import format_of, stored
     from hybridgen.fused.rows.shape import default_tuning, shape_of
 
     lines = []
     for form in FORMATS:
-        model = in_format(random_decoder("small", torch.bfloat16, "cpu", 80), form)
-        layers = format_of(stored(linear) for linear in model.linears[:-1])
+        model = random_decoder("small", torch.bfloat16, "cpu", 80)
+        model = in_format(dataclasses.replace(model, layers=model.layers * 3), form)
+        with mock.patch.multiple(formats, PER_LAYER=True, MXFP4=True):
+            weights = [[stored(getattr(layer, name)) for name in PROJECTIONS] for layer in model.layers]
+            layers = formats_of(weights)
         shape = shape_of(
             model, layers, stored(model.head).format, default_tuning(model), page_size=PAGE_SIZE, blocks=132,
             shared_memory=227 * 1024,
@@ -430,10 +458,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--half", action="store_true", help="float16 models")
     parser.add_argument("--cache-fp8", action="store_true", help="keys and values in 8 bits")
+    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--smoke", action="store_true", help="plans only, on any machine")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     results: dict[str, Any] = {"benchmark": "rows"}
+    switch_on(args.switch_on)
     if args.smoke:
         report(results | {"plans": smoke()}, args.output)
         return

@@ -16,6 +16,8 @@ from hybridgen.models.quantised import QuantisedWeight
 from hybridgen.models.share import Share
 from hybridgen.models.weights import DenseWeight, SeparateWeights
 
+PROJECTIONS = ("qkv", "out", "gate_up", "down")
+
 
 @dataclass
 class Shape:
@@ -167,8 +169,8 @@ def quantised_decoder(
     """The same shape with projections of random codes.
 
     Args:
-        kind: `fp8`, `int8` or `int4`.
-        group: inputs that share a scale; 0: all of an output, and 128 for int4.
+        kind: `fp8`, `int8`, `int4` or `mxfp4`.
+        group: inputs that share a scale; 0: all of an output, 128 for int4, and 32 for mxfp4.
         head: `fp8` or `int8`, with a scale for each output, or `dense` for the head as it is.
         zeros: int4 has zero points; else it is symmetric.
         outputs_of_a_block: outputs that share a scale, of 8 bits.
@@ -181,7 +183,7 @@ def quantised_decoder(
 
     def quantised(linear: Linear, kind: str, group: int = group) -> Linear:
         outputs, inputs = linear.weight.shape
-        block = Block(outputs_of_a_block if group else 1, group or (128 if kind == "int4" else inputs))
+        block = Block(outputs_of_a_block if group else 1, group or {"int4": 128, "mxfp4": 32}.get(kind, inputs))
         # Their mean is zero, or outputs would have one large part in common, and be alike whatever else is wrong.
         if kind == "fp8":
             data, size = torch.randn(outputs, inputs, generator=generator, device=device) * 64, 64.0
@@ -189,22 +191,36 @@ def quantised_decoder(
         elif kind == "int8":
             codes = torch.randint(-127, 128, (outputs, inputs), generator=generator, device=device).to(torch.int8)
             size = 73.0
+        elif kind == "mxfp4":
+            codes = torch.randint(0, 256, (outputs, inputs // 2), generator=generator, device=device).to(torch.uint8)
+            size = 2.9
         else:
             codes = pack_int4(torch.randint(1, 16, (outputs, inputs), generator=generator, device=device))
             size = 4.7
         scales = uniform(*block.grid(outputs, inputs)) / (size * inputs**0.5)
-        if kind != "fp8":
+        if kind == "mxfp4":
+            scales = (127 + scales.log2() + uniform(*scales.shape)).round().to(torch.uint8)
+        elif kind != "fp8":
             scales = scales.to(model.dtype)
         points = None
         if zeros and kind == "int4":
             points = torch.randint(6, 11, scales.shape, generator=generator, device=device).to(torch.uint8)
         return Linear(QuantisedWeight(kind, codes, scales, points, inputs, block, model.dtype), linear.bias)
 
-    names = ("qkv", "out", "gate_up", "down")
     layers = tuple(
-        replace(layer, **{name: quantised(getattr(layer, name), kind) for name in names}) for layer in model.layers
+        replace(layer, **{name: quantised(getattr(layer, name), kind) for name in PROJECTIONS})
+        for layer in model.layers
     )
     return replace(model, layers=layers, head=model.head if head == "dense" else quantised(model.head, head, 0))
+
+
+def mixed_decoder(model: Decoder, other: Decoder, takes: Callable[[int, str], bool]) -> Decoder:
+    """A decoder some of whose projections are another's: those of which `takes(layer, name)` is true."""
+    layers = tuple(
+        replace(ours, **{name: getattr(theirs, name) for name in PROJECTIONS if takes(index, name)})
+        for index, (ours, theirs) in enumerate(zip(model.layers, other.layers, strict=True))
+    )
+    return replace(model, layers=layers)
 
 
 def in_parts(model: Decoder) -> Decoder:

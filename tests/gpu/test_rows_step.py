@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import Shape, make_context, quantised_decoder, random_decoder
+from decoders import Shape, make_context, mixed_decoder, quantised_decoder, random_decoder
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
+from hybridgen.fused.rows import formats
 from hybridgen.kernels.attention.reference import as_bytes
 from hybridgen.models.decoder import Decoder, Unfit
 
@@ -67,6 +68,16 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
         64,
         {},
     ),
+    "mxfp4": (ALL, torch.bfloat16, "mxfp4", 64, {}),
+    "mxfp4, large": (LARGE, torch.float16, "mxfp4", 64, {"piece": 1024}),
+    "int4 beside dense": ({**ALL, "layers": 4}, torch.bfloat16, "int4+bf16", 64, {}),
+    "int4 beside dense, float16": ({**ALL, **SCALED}, torch.float16, "int4+bf16", 64, {}),
+    "int4 beside dense, large": ({**LARGE, "layers": 3}, torch.bfloat16, "int4-zeros+bf16", 64, {}),
+    "fp8 beside dense": ({**ALL, **SCALED, "layers": 4}, torch.bfloat16, "fp8+bf16", 64, {"split": 256}),
+    "int4 beside fp8": ({**ALL, "layers": 4}, torch.bfloat16, "int4+fp8", 64, {}),
+    "attention in fp8": ({**ALL, "layers": 4}, torch.bfloat16, "int4/fp8", 64, {}),
+    "attention in fp8, some dense": ({**ALL, "layers": 4}, torch.bfloat16, "int4/fp8+bf16", 64, {}),
+    "mxfp4 beside dense": ({**ALL, "layers": 4}, torch.bfloat16, "mxfp4+bf16", 64, {}),
     "int4 with zero points in groups of 32": (
         {"hidden": 1536, "intermediate": 2304},
         torch.float16,
@@ -75,7 +86,8 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, str, int, dict[str, int]]] =
         {},
     ),
 }
-"""By name: changes of the shape, dtype, format, page size, tuning."""
+"""By name: changes of the shape, dtype, format, page size, tuning. `a/b` has b in attention's projections, `a+b` has
+b in the first layer and in the down projection of the third."""
 FORMS = [
     "bf16",
     "cache of 8 bits",
@@ -86,6 +98,10 @@ FORMS = [
     "int4",
     "int4 with zero points",
     "int4 with zero points, wide",
+    "mxfp4",
+    "int4 beside dense",
+    "attention in fp8, some dense",
+    "mxfp4 beside dense",
 ]
 COLUMNS = {
     "one row": [700],
@@ -98,9 +114,28 @@ COLUMNS = {
 """Lengths of the requests; with how many tokens each brings, one by default."""
 
 
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "PER_LAYER", True)
+    monkeypatch.setattr(formats, "MXFP4", True)
+
+
 @functools.cache
 def _model(name: str) -> Decoder:
     changes, dtype, form, _, _ = CASES[name]
+    first, _, ends = form.partition("+")
+    usual, _, attention = first.partition("/")
+    model = _quantised(name, changes, dtype, usual)
+    if attention:
+        other = _quantised(name, changes, dtype, attention)
+        model = mixed_decoder(model, other, lambda _, part: part in ("qkv", "out"))
+    if ends:
+        other = _quantised(name, changes, dtype, ends)
+        model = mixed_decoder(model, other, lambda index, part: index == 0 or (part == "down" and index == 2))
+    return model
+
+
+def _quantised(name: str, changes: dict[str, Any], dtype: torch.dtype, form: str) -> Decoder:
     model = random_decoder(dataclasses.replace(BASE, **changes), dtype, "cuda")
     kind, *more = form.split("-")
     group = next((int(each) for each in more if each.isdigit()), 0)

@@ -65,8 +65,8 @@ struct Attention {
   template <class Emit> static DEVICE void each_pair(Emit emit) {
     for (int e = thread_index() * 2; e < G * HEAD; e += THREADS * 2) emit(e / HEAD, e % HEAD);
   }
-  static DEVICE void nothing(u32* mixed, const Unit& unit, u32 number) {
-    each_pair([&](int h, int d) { Pairs<FORMAT>::store(mixed + Pairs<FORMAT>::index((unit.head + h) * HEAD + d, unit.column), 0.f, 0.f, Pairs<FORMAT>::mark(number)); });
+  static DEVICE void nothing(const Layer& y, u32* mixed, const Unit& unit, u32 number) {
+    each_pair([&](int h, int d) { LayerPairs::store(mixed + Out::reader(y).index((unit.head + h) * HEAD + d, unit.column), 0.f, 0.f, LayerPairs::mark(number)); });
   }
 
   struct Buffers {
@@ -201,7 +201,7 @@ struct Attention {
     }
     consumers_meet();
     if (EARLY && unit.splits == 1 && tid == 0) arrivals.arrive();
-    const u32 mark = Pairs<FORMAT>::mark(number);
+    const u32 mark = LayerPairs::mark(number);
     const int index = unit.splits > 1 ? Cut::index(unit, (int)y.window) : 0;
     float* partial = to.partial + (i64)index * G * (HEAD + 2);
     each_pair([&](int h, int d) {
@@ -224,9 +224,9 @@ struct Attention {
       if (unit.splits > 1) {
         *(float2*)(partial + h * (HEAD + 2) + d) = make_float2(o0, o1);
         if (d == 0) *(float2*)(partial + h * (HEAD + 2) + HEAD) = make_float2(higher, sum);
-      } else Pairs<FORMAT>::store(to.mixed + Pairs<FORMAT>::index((unit.head + h) * HEAD + d, column), o0 / sum, o1 / sum, mark);
+      } else LayerPairs::store(to.mixed + Out::reader(y).index((unit.head + h) * HEAD + d, column), o0 / sum, o1 / sum, mark);
     });
-    if (unit.splits > 1) merge(to, unit, index, mark);
+    if (unit.splits > 1) merge(y, to, unit, index, mark);
     if (!EARLY || unit.splits > 1) { consumers_meet(); if (tid == 0) arrivals.arrive(); }
   }
 
@@ -343,7 +343,7 @@ struct Attention {
   }
   // Who is the last of a column's splits puts them together, in their order. Only here are fences needed: how many splits
   // there are changes from step to step, so that words could not tell what is new.
-  static DEVICE void merge(const Buffers& to, const Unit& unit, int index, u32 mark) {
+  static DEVICE void merge(const Layer& y, const Buffers& to, const Unit& unit, int index, u32 mark) {
     Shared* s = shared_state();
     consumers_meet();
     if (threadIdx.x == 0) {
@@ -366,7 +366,7 @@ struct Attention {
         higher = now;
         sum = sum * old + m.y * w; o0 = o0 * old + v.x * w; o1 = o1 * old + v.y * w;
       }
-      Pairs<FORMAT>::store(to.mixed + Pairs<FORMAT>::index((unit.head + h) * HEAD + d, unit.column), o0 / sum, o1 / sum, mark);
+      LayerPairs::store(to.mixed + Out::reader(y).index((unit.head + h) * HEAD + d, unit.column), o0 / sum, o1 / sum, mark);
     });
   }
 };

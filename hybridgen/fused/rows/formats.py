@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,13 @@ from hybridgen.models.weights import DenseWeight
 
 GROUPS = (32, 64, 128)
 """Inputs that share a scale, where not all of an output do."""
+PROJECTIONS = ("qkv", "out", "gate_up", "down")
+"""Of a layer, in the kernel's order."""
+PER_LAYER = False
+"""Whether layers may have several formats. Off until it has run on a GPU; `benchmarks/rows.py` switches it on."""
+MXFP4 = False
+"""Whether projections may be in MXFP4. Off until that has run on a GPU."""
+_WORDS_OF_HALF = 2048
 
 
 @dataclass(frozen=True)
@@ -22,10 +30,10 @@ class Format:
     """How weights are stored, as far as the kernel's constants go."""
 
     bits: int
-    """16, 8 (e4m3 or integers) or 4 (codes around 8 with a scale for each group of inputs)."""
+    """16, 8 (e4m3 or integers) or 4 (codes around 8, or e2m1, with a scale for each group of inputs)."""
     group: int = 128
     scales: torch.dtype = torch.bfloat16
-    """Of groups."""
+    """Of groups; uint8 are exponents, and codes of 4 bits are e2m1 then (MXFP4)."""
     zeros: bool = False
     """Whether groups of int4 have zero points of their own; else it is 8."""
     integers: bool = False
@@ -36,12 +44,21 @@ class Format:
     @property
     def code(self) -> int:
         """Its number in the kernel (`bits_of` and what follows it in `pairs.cuh`)."""
-        return self.bits + 32 * self.integers + 64 * self.grouped
+        code = self.bits + 32 * self.integers + 64 * self.grouped
+        if self.has_groups:
+            code += {torch.float16: 256, torch.float32: 512, torch.uint8: 1024}.get(self.scales, 0)
+            code += 128 * self.zeros + 4096 * (self.group // 32)
+        return code
 
     @property
     def has_groups(self) -> bool:
         """Whether scales lie beside the codes in a stage."""
         return self.bits == 4 or self.grouped
+
+    @property
+    def is_mxfp4(self) -> bool:
+        """Whether codes are e2m1 and scales exponents."""
+        return self.bits == 4 and self.scales is torch.uint8
 
     @property
     def scale_bytes(self) -> int:
@@ -77,6 +94,10 @@ def stored(linear: Linear) -> Stored:
         raise Unfit("projections that read the same input are not joined; for several rows joined ones are fused")
     if isinstance(weight, DenseWeight):
         return Stored(Format(16), weight.values, None)
+    if isinstance(weight, QuantisedWeight) and weight.kind == "mxfp4" and MXFP4:
+        if weight.block != (1, 32):
+            raise Unfit(f"a weight is {weight.format}; mxfp4 in groups of 32 inputs is fused")
+        return Stored(Format(4, 32, torch.uint8), weight.data, weight.scales)
     if not isinstance(weight, QuantisedWeight) or weight.kind not in ("fp8", "int8", "int4"):
         raise Unfit(f"a weight is {weight.format}; dense, fp8, int8 and int4 ones are fused")
     if weight.kind != "int4":
@@ -110,13 +131,57 @@ def _stored_bytes(weight: QuantisedWeight) -> Stored:
     return Stored(form, weight.data, scales.contiguous())
 
 
-def format_of(weights: Iterable[Stored]) -> Format:
-    """The format that weights share.
+@dataclass(frozen=True)
+class Formats:
+    """The formats of a model's layers: one or two of each projection."""
+
+    usual: tuple[Format, ...]
+    """By projection: that of most layers."""
+    other: tuple[Format, ...]
+    """By projection: that of the other layers; the usual one where there are none."""
+    others: tuple[int, ...] = ()
+    """By layer: the sum of 2 ** i of the projections `PROJECTIONS[i]` in the other format. Empty where none is."""
+
+    @classmethod
+    def alike(cls, form: Format) -> Formats:
+        """One format everywhere."""
+        return cls((form,) * len(PROJECTIONS), (form,) * len(PROJECTIONS))
+
+    def __iter__(self) -> Iterator[tuple[int, Format]]:
+        """Projections' numbers, with each format that they have."""
+        for index, forms in enumerate(zip(self.usual, self.other, strict=True)):
+            for form in dict.fromkeys(forms):
+                yield index, form
+
+    @property
+    def are_several(self) -> bool:
+        """Whether words between layers have to be fp16, so that all formats read them."""
+        return len({*self.usual, *self.other}) > 1
+
+    def defines(self) -> dict[str, str]:
+        """The kernel's constants."""
+
+        def codes(formats: tuple[Format, ...]) -> str:
+            half = _WORDS_OF_HALF if self.are_several else 0
+            return ",".join(str(form.code + half * (form.bits == 16)) for form in formats)
+
+        found = {"FORMATS": codes(self.usual)}
+        return {**found, "OTHER_FORMATS": codes(self.other)} if self.others else found
+
+
+def formats_of(layers: Sequence[Sequence[Stored]]) -> Formats:
+    """The formats of layers, from each one's projections.
 
     Raises:
-        Unfit: they have several.
+        Unfit: there are several, and that is off, or a projection has more than two.
     """
-    formats = {weight.format for weight in weights}
-    if len(formats) > 1:
+    columns = [[weight.format for weight in column] for column in zip(*layers, strict=True)]
+    if not PER_LAYER and len({form for column in columns for form in column}) > 1:
         raise Unfit("its layers' weights have several formats")
-    return formats.pop()
+    ranked = [[form for form, _ in Counter(column).most_common()] for column in columns]
+    for name, forms in zip(PROJECTIONS, ranked, strict=True):
+        if len(forms) > 2:
+            raise Unfit(f"its {name} projections have {len(forms)} formats; up to two are fused")
+    usual = tuple(forms[0] for forms in ranked)
+    others = tuple(sum(2**i for i, form in enumerate(usual) if layer[i].format != form) for layer in layers)
+    return Formats(usual, tuple(forms[-1] for forms in ranked), others if any(others) else ())

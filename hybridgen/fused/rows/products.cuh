@@ -44,9 +44,15 @@ template <class T> struct Activations {
   DEVICE void decode(const u32 (&raw)[T::WORDS]) {
     UNROLL for (int i = 0; i < T::WORDS; i++) {
       words[i] = P::number(raw[i]);
-      if (T::BITS == 4 && (i & 1)) {   // upper codes come 16 times, with the lower ones on them: see Offsets
+      if (from_half(T::F)) words[i] = pack_bf16(of_half(words[i]), of_half(words[i] >> 16));
+      if (T::OFFSETS && (i & 1)) {   // upper codes come 16 times, with the lower ones on them: see Offsets
         asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(0x2c002c00u));
         asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(words[i - 1]) : "r"(words[i]));
+      }
+      if (T::E2M1 && (i & 3) == 3) {   // inputs 0 and 2, 4 and 6, then 1 and 3, 5 and 7: see e2m1_even
+        const u32 w0 = words[i - 3], w1 = words[i - 2], w2 = words[i - 1], w3 = words[i];
+        words[i - 3] = __byte_perm(w0, w1, 0x5410); words[i - 2] = __byte_perm(w2, w3, 0x5410);
+        words[i - 1] = __byte_perm(w0, w1, 0x7632); words[i] = __byte_perm(w2, w3, 0x7632);
       }
     }
   }
@@ -65,16 +71,16 @@ template <class T> struct Activations {
 // lane's two columns. Where groups have zero points of their own, a row adds what 8 is above its own, times the sum of the
 // group's activations.
 template <class T> struct Offsets {
-  static constexpr int PER_GROUP = GROUP / 8, COUNT = T::BITS == 4 ? T::WORDS / PER_GROUP : 1;
-  float of[COUNT][2], sums[ZEROS ? COUNT : 1][2];
+  static constexpr int PER_GROUP = T::GROUP / 8, COUNT = T::OFFSETS ? T::WORDS / PER_GROUP : 1;
+  float of[COUNT][2], sums[T::ZEROS ? COUNT : 1][2];
   DEVICE void set(const Activations<T>& a) {
     // -(1024 + 8), and -(1024 + 8 + 16 * 8); in the lower eight rows what gives the sum of the activations, 1 and 17.
-    constexpr u32 LOW = ZEROS ? 0x3c003c00u : 0xe408e408u, HIGH = ZEROS ? 0x4c404c40u : 0xe488e488u;
-    if (T::BITS == 4) UNROLL for (int i = 0; i < COUNT; i++) {
+    constexpr u32 LOW = T::ZEROS ? 0x3c003c00u : 0xe408e408u, HIGH = T::ZEROS ? 0x4c404c40u : 0xe488e488u;
+    if (T::OFFSETS) UNROLL for (int i = 0; i < COUNT; i++) {
       float c[4] = {};
       UNROLL for (int j = 0; j < PER_GROUP; j += 2) multiply<true>(c, 0xe408e408u, LOW, 0xe488e488u, HIGH, a.words[PER_GROUP * i + j], a.words[PER_GROUP * i + j + 1]);
       of[i][0] = c[0]; of[i][1] = c[1];
-      if (ZEROS) { sums[i][0] = c[2]; sums[i][1] = c[3]; }
+      if (T::ZEROS) { sums[i][0] = c[2]; sums[i][1] = c[3]; }
     }
   }
 };
@@ -95,26 +101,32 @@ DEVICE u32 int4_next_bytes(u32 q) { return __byte_perm(q, 0x64646464u, 0x4341); 
 struct Scale {
   float by, above;
 };
-DEVICE float of_half(u32 h) { float f; asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(f) : "r"(h)); return f; }
-DEVICE Scale load_scale(u32 a) {
+DEVICE u32 load_short(u32 a) { u16 h; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(h) : "r"(a)); return h; }
+template <class T> DEVICE Scale load_scale(u32 a) {
   u32 w;
-  u16 h;
-  if (SCALE_BYTES == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w) : "r"(a));
-  else { asm volatile("ld.shared.u16 %0, [%1];" : "=h"(h) : "r"(a)); w = h; }
-  if (SCALE_BYTES == 4 && !ZEROS) return {__uint_as_float(w), 0.f};
-  if (SCALE_HALF) return {of_half(w), ZEROS ? of_half(w >> 16) : 0.f};
-  return {__uint_as_float(w << 16), ZEROS ? __uint_as_float(w & 0xffff0000u) : 0.f};
+  if (T::SCALE_BYTES == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w) : "r"(a));
+  else w = load_short(a);
+  if (T::SCALE_BYTES == 4 && !T::ZEROS) return {__uint_as_float(w), 0.f};
+  if (T::F & 256) return {of_half(w), T::ZEROS ? of_half(w >> 16) : 0.f};
+  return {__uint_as_float(w << 16), T::ZEROS ? __uint_as_float(w & 0xffff0000u) : 0.f};
 }
+// e2m1: a code, its sign at bit 7 and the others at bits 3 to 1 of a byte, is the upper half of an fp16 number that is 2^-14
+// times its value, exact, zeros and the subnormal 0.5 too. The lower codes of four bytes have even inputs, the upper odd ones.
+DEVICE u32 e2m1_even(u32 q) { return lop3<0xEA>(q << 4, 0x80808080u, q << 1 & 0x0e0e0e0eu); }   // (q & mask) | others
+DEVICE u32 e2m1_odd(u32 q) { return lop3<0xEA>(q, 0x80808080u, q >> 3 & 0x0e0e0e0eu); }
+DEVICE u32 low_bytes(u32 q) { return __byte_perm(q, 0, 0x1404); }    // of four bytes the lower two, each above a byte of zeros
+DEVICE u32 high_bytes(u32 q) { return __byte_perm(q, 0, 0x3424); }
+template <int K> DEVICE float e8m0(u32 pair) { return __uint_as_float(pair << (K ? 15 : 23) & 0x7f800000u); }   // 2^-127 counts as 0
 
 // A group's products, times its scales, to the sums of rows lane / 4 and lane / 4 + 8. Returns bits of the scales.
 template <class T> DEVICE u32 add_group(float (&sum)[4], const float (&c)[2][4], const float (&activations)[2], u32 tile, int group) {
   u32 read = 0;
   UNROLL for (int h = 0; h < 2; h++) {
-    const Scale scale = load_scale(tile + (((threadIdx.x & 31) >> 2) + 8 * h) * T::PITCH + T::DATA + group * SCALE_BYTES);
+    const Scale scale = load_scale<T>(tile + (((threadIdx.x & 31) >> 2) + 8 * h) * T::PITCH + T::DATA + group * T::SCALE_BYTES);
     read |= __float_as_uint(scale.by);
     UNROLL for (int e = 2 * h; e < 2 * h + 2; e++) {
       float of_group = c[0][e] + c[1][e];
-      if (ZEROS) of_group = fmaf(scale.above, activations[e & 1], of_group);
+      if (T::ZEROS) of_group = fmaf(scale.above, activations[e & 1], of_group);
       sum[e] = fmaf(scale.by, of_group, sum[e]);
     }
   }
@@ -143,18 +155,34 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
       multiply_bytes<T>(sum, q, a, index * T::WORDS_OF_STAGE + 4 * i);
     }
   } else if (T::BITS == 8) {
-    constexpr int GROUPS = T::OF_WARP / GROUP;
+    constexpr int GROUPS = T::OF_WARP / T::GROUP;
     UNROLL for (int g = 0; g < GROUPS; g++) {
       float c[2][4] = {};
-      UNROLL for (int j = 0; j < GROUP / 32; j++) {
-        const int i = g * (GROUP / 32) + j;
+      UNROLL for (int j = 0; j < T::GROUP / 32; j++) {
+        const int i = g * (T::GROUP / 32) + j;
         load_matrix(q, base + 32 * i);
         multiply_bytes<T>(c, q, a, index * T::WORDS_OF_STAGE + 4 * i);
       }
       read |= add_group<T>(sum[0], c, offsets.sums[0], tile, warp * GROUPS + g);
     }
+  } else if (T::E2M1) {
+    constexpr int GROUPS = T::OF_WARP / 32;   // of 16 bytes of a row: a read brings two
+    UNROLL for (int i = 0; i < GROUPS / 2; i++) {
+      load_matrix(q, base + 32 * i);
+      u32 scales[2];
+      UNROLL for (int h = 0; h < 2; h++) scales[h] = load_short(tile + ((lane >> 2) + 8 * h) * T::PITCH + T::DATA + warp * GROUPS + 2 * i);
+      read |= scales[0] | scales[1];
+      UNROLL for (int k = 0; k < 2; k++) {
+        const int o = index * T::WORDS_OF_STAGE + 4 * (2 * i + k);
+        const u32 even_p = e2m1_even(q[2 * k]), even_r = e2m1_even(q[2 * k + 1]), odd_p = e2m1_odd(q[2 * k]), odd_r = e2m1_odd(q[2 * k + 1]);
+        float c[2][4] = {};
+        multiply<true>(c[0], low_bytes(even_p), low_bytes(even_r), high_bytes(even_p), high_bytes(even_r), a.words[o], a.words[o + 1]);
+        multiply<true>(c[1], low_bytes(odd_p), low_bytes(odd_r), high_bytes(odd_p), high_bytes(odd_r), a.words[o + 2], a.words[o + 3]);
+        UNROLL for (int e = 0; e < 4; e++) sum[0][e] = fmaf(k ? e8m0<1>(scales[e / 2]) : e8m0<0>(scales[e / 2]), c[0][e] + c[1][e], sum[0][e]);
+      }
+    }
   } else {
-    constexpr int GROUPS = T::OF_WARP / GROUP, PARTS = GROUP / 32;   // a part: 16 bytes of a row
+    constexpr int GROUPS = T::OF_WARP / T::GROUP, PARTS = T::GROUP / 32;   // a part: 16 bytes of a row
     UNROLL for (int g = 0; g < GROUPS; g++) {
       const int at = index * GROUPS + g;
       float c[2][4] = {{offsets.of[at][0], offsets.of[at][1], offsets.of[at][0], offsets.of[at][1]}, {0.f, 0.f, 0.f, 0.f}};
@@ -166,7 +194,7 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
         const u32 next_p = int4_next_bytes(p), next_r = int4_next_bytes(r);
         multiply<true>(c[1], int4_low(next_p), int4_low(next_r), next_p, next_r, a.words[o + 2], a.words[o + 3]);
       }
-      read |= add_group<T>(sum[0], c, offsets.sums[ZEROS ? at : 0], tile, warp * GROUPS + g);
+      read |= add_group<T>(sum[0], c, offsets.sums[T::ZEROS ? at : 0], tile, warp * GROUPS + g);
     }
   }
   return read;
@@ -174,8 +202,9 @@ template <class T> DEVICE u32 multiply_stage(float (&sum)[2][4], const Activatio
 template <class T> DEVICE void keep(const float (&sum)[2][4], u32 side, int t) {
   Shared* s = shared_state();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = (lane & 3) * 2;
-  *(float2*)&s->part[side][warp][t][g][c] = make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
-  *(float2*)&s->part[side][warp][t][g + 8][c] = make_float2(sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
+  constexpr float BY = T::E2M1 ? 16384.f : 1.f;   // what its codes are multiplied without
+  *(float2*)&s->part[side][warp][t][g][c] = make_float2((sum[0][0] + sum[1][0]) * BY, (sum[0][1] + sum[1][1]) * BY);
+  *(float2*)&s->part[side][warp][t][g + 8][c] = make_float2((sum[0][2] + sum[1][2]) * BY, (sum[0][3] + sum[1][3]) * BY);
 }
 
 struct Outputs {   // two neighbouring rows of one column; of a gated projection those of the gate and of up

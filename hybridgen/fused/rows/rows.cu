@@ -9,7 +9,7 @@
 #include "peers.cuh"
 
 // With activations in fp16: products of silu(gate) and up count a quarter, so that they may reach 262,016.
-#define INNER_SCALE (Pairs<FORMAT>::AS_HALF ? 0.25f : 1.f)
+#define INNER_SCALE (LayerPairs::AS_HALF ? 0.25f : 1.f)
 
 struct Parameters {
   const i64 *ids, *positions;
@@ -54,13 +54,13 @@ DEVICE void produce(const Parameters& p, const Shares& shares, int which) {
   for (int l = 0; l < LAYERS; l++) {
     const Layer& y = p.layers[l];
     UNROLL for (int i = 0; i < 2; i++) prefetch_map(p.maps + l * 256 + i * 128);
-    from.projection<QkvTiles>(y.qkv, shares.qkv, 0);
+    Qkv::with_tiles(y, [&](auto tiles) { from.projection<decltype(tiles)>(y.qkv, shares.qkv, 0); });
     const int units = Cut::count(y.window);
 #pragma unroll 1
     for (int u = blockIdx.x; u < units; u += BLOCKS) from.cache(p.maps + l * 256, Cut::find(u, y.window));
-    from.projection<OutTiles>(y.out, shares.hidden, 0);
-    from.projection<GateTiles>(y.gate_up, shares.inner, INTERMEDIATE);
-    from.projection<DownTiles>(y.down, shares.hidden, 0);
+    Out::with_tiles(y, [&](auto tiles) { from.projection<decltype(tiles)>(y.out, shares.hidden, 0); });
+    GateUp::with_tiles(y, [&](auto tiles) { from.projection<decltype(tiles)>(y.gate_up, shares.inner, INTERMEDIATE); });
+    Down::with_tiles(y, [&](auto tiles) { from.projection<decltype(tiles)>(y.down, shares.hidden, 0); });
   }
   from.projection<HeadTiles>(p.head, shares.head, 0);
 }
@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       float sum = 0.f;
       if (owns) {
         const float scale = P::AS_HALF ? s->scale[column] : 1.f;
-        P::store(x + P::index(shares.hidden.first + own, column), residual0 * gain.x * scale, residual1 * gain.y * scale, P::mark(number));
+        P::store(x + format.index(shares.hidden.first + own, column), residual0 * gain.x * scale, residual1 * gain.y * scale, P::mark(number));
         sum = residual0 * residual0 + residual1 * residual1;
       }
       sum += __shfl_xor_sync(~0u, sum, 8);
@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
     residual0 = low(e) * EMBEDDING_SCALE; residual1 = high(e) * EMBEDDING_SCALE;
   }
   arrive();
-  publish(Pairs<FORMAT>(), p.x, p.squares, gain_of(p.layers[0].norm_1), number + 1);
+  publish(Qkv::reader(p.layers[0]), p.x, p.squares, gain_of(p.layers[0].norm_1), number + 1);
 
 #pragma unroll 1
   for (int l = 0; l < LAYERS; l++) {
@@ -211,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
         if (l == reads[i]) *(u32*)(p.states + ((i64)column * count + i) * HIDDEN + shares.hidden.first + own) = pack(residual0, residual1);
     }
 #endif
-    {
+    BEGIN_WITH(Qkv, QkvTiles)
       TRACED(p, l)
       MARK(0)
       Constants<QkvTiles> constants;
@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
         store_word(to + 1, o.y1 * factor + high(k.bias), number & 255u);
       });
       MARK(3)
-    }
+    END_WITH
     {
       const Attention::Buffers to = {p.qkv, p.mixed, p.partial, p.tickets, p.cos, p.sin};
       if (y.window != window) {
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       for (int u = blockIdx.x; u < units; u += BLOCKS) {
         const Unit unit = u < BLOCKS ? first_unit : Cut::find(u, window);
         if (unit.column >= columns) {
-          Attention::nothing(p.mixed, unit, number);
+          Attention::nothing(y, p.mixed, unit, number);
           if (tid == 0) arrivals.arrive();
         } else {
           Attention::prefetch(y, p.cos, p.sin, unit.column);
@@ -257,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       MARK(5)
       arrivals.target += units;
     }
-    {
+    BEGIN_WITH(Out, OutTiles)
       const float2 gain = gain_of(y.norm_2);
       Constants<OutTiles> constants;
       constants.begin(y.out, shares.hidden, 0);
@@ -268,10 +268,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       MARK(7)
       project<OutTiles>(a, constants, y.out, shares.hidden, 0, ring, side, arrive, [&](const Outputs& o, const Constants<OutTiles>& k) { add(OF_ATTENTION, o, low(k.bias), high(k.bias), 1.f); });
       MARK(8)
-      publish(Pairs<FORMAT>(), p.middle, p.middle_squares, gain, number);
+      publish(GateUp::reader(y), p.middle, p.middle_squares, gain, number);
       MARK(9)
-    }
-    {
+    END_WITH
+    BEGIN_WITH(GateUp, GateTiles)
       Constants<GateTiles> constants;
       constants.begin(y.gate_up, shares.inner, INTERMEDIATE);
       arrivals.wait(watch);
@@ -283,12 +283,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
         if (!o.on) return;
         const float factor = s->factor[o.column];
         const float g0 = o.y0 * factor + low(k.bias), g1 = o.y1 * factor + high(k.bias), u0 = o.up0 * factor + low(k.up_bias), u1 = o.up1 * factor + high(k.up_bias);
-        typedef Pairs<FORMAT> P;
-        P::store(p.hidden + P::index(shares.inner.first + o.at, o.column), activated(g0) * u0 * INNER_SCALE, activated(g1) * u1 * INNER_SCALE, P::mark(number));
+        typedef LayerPairs P;
+        P::store(p.hidden + Down::reader(y).index(shares.inner.first + o.at, o.column), activated(g0) * u0 * INNER_SCALE, activated(g1) * u1 * INNER_SCALE, P::mark(number));
       });
       MARK(12)
-    }
-    {
+    END_WITH
+    BEGIN_WITH(Down, DownTiles)
       const bool last = l + 1 == LAYERS;
       const float2 gain = gain_of(last ? p.norm : p.layers[last ? 0 : l + 1].norm_1);
       Constants<DownTiles> constants;
@@ -303,9 +303,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode
       } else project_in_chunks<DownTiles>(p.hidden, number, columns, constants, shares.hidden, ring, side, watch, arrive, finish);
       MARK(14)
       if (last) publish(Pairs<HEAD_FORMAT>(), p.last, p.last_squares, gain, step);
-      else publish(Pairs<FORMAT>(), p.x, p.squares, gain, number + 1);
+      else publish(Qkv::reader(p.layers[last ? 0 : l + 1]), p.x, p.squares, gain, number + 1);
       MARK(15)
-    }
+    END_WITH
   }
   {
     Constants<HeadTiles> constants;

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hybridgen.fused.persistent.shape import PATIENCE, check_structure
-from hybridgen.fused.rows.formats import Format
+from hybridgen.fused.rows.formats import Format, Formats
 from hybridgen.models.decoder import Decoder, Unfit
 
 COLUMNS = 8
@@ -92,6 +92,7 @@ def tiles(what: str, inputs: int, form: Format, piece: int, widest: int = _USUAL
         Unfit: the warps cannot share its inputs evenly.
     """
     unit = max(256, 8 * form.group) if form.has_groups else 256
+    unit = 512 if form.is_mxfp4 else unit  # of whose scales, a byte each, copies bring 16
     if inputs % unit:
         groups = f" in groups of {form.group}" if form.has_groups else ""
         raise Unfit(f"its {what} size {inputs} is no multiple of {unit}, which {form.bits}-bit weights{groups} need")
@@ -122,7 +123,7 @@ def check(model: Decoder, page_size: int, capability: tuple[int, int]) -> None:
 
 def shape_of(
     model: Decoder,
-    layers: Format,
+    layers: Formats,
     head: Format,
     tuning: Tuning,
     *,
@@ -152,14 +153,15 @@ def shape_of(
         raise Unfit(f"its hidden size {model.hidden} is above {_OWNED} rows for each of {blocks} blocks")
     group = model.heads // model.kv_heads
     width = max(model.hidden, model.heads * model.head_dim)
-    if width > _USUAL and layers.bits != 4:
+    if width > _USUAL and any(form.bits != 4 for _, form in layers):
         raise Unfit(f"its hidden or attention size {width} is above {_USUAL}, and its weights are not int4")
-    widths = (
-        ("hidden", model.hidden, layers),
-        ("attention", model.heads * model.head_dim, layers),
-        ("intermediate", model.intermediate, layers),
-        ("hidden", model.hidden, head),
+    read = (
+        ("hidden", model.hidden),
+        ("attention", model.heads * model.head_dim),
+        ("hidden", model.hidden),
+        ("intermediate", model.intermediate),
     )
+    widths = [(*read[index], form) for index, form in layers] + [("hidden", model.hidden, head)]
     widest = _USUAL if width <= _USUAL else _WIDEST
     stage = max(tiles(what, inputs, form, tuning.piece, widest).stage for what, inputs, form in widths)
     stage = -(-stage // _ALIGNED) * _ALIGNED
@@ -197,12 +199,8 @@ def shape_of(
         "RESIDUAL_SCALE": _float(first.residual),
         "EMBEDDING_SCALE": _float(model.embedding_scale),
         "LOGITS_SCALE": _float(model.logits_scale),
-        "FORMAT": layers.code,
+        **layers.defines(),
         "HEAD_FORMAT": head.code,
-        "GROUP": layers.group,
-        "SCALE_BYTES": layers.scale_bytes,
-        "ZEROS": int(layers.zeros),
-        "SCALE_HALF": int(layers.scales is torch.float16),
         "BLOCKS": blocks,
         "PIECE": tuning.piece,
         "STAGE": stage,

@@ -14,7 +14,7 @@ from hybridgen.cache import LayerPages
 from hybridgen.device.program import Keeper, Program, driver_call, driver_module, machine_code
 from hybridgen.fused.kernel_step import KernelStep, address_of, scale_of
 from hybridgen.fused.persistent.shape import PATIENCE, PATIENCE_WITH_RANKS, check_places, peers
-from hybridgen.fused.rows.formats import Stored, format_of, stored
+from hybridgen.fused.rows.formats import PROJECTIONS, Stored, formats_of, stored
 from hybridgen.fused.rows.shape import COLUMNS, THREADS, Shape, Tuning, check, default_tuning, shape_of, shares
 from hybridgen.models.decoder import Decoder, DecoderLayer, Linear, Unfit
 
@@ -77,13 +77,13 @@ class RowsStep(KernelStep):
             raise Unfit(f"its cache is {pages[0].keys.dtype}; for several rows that of its weights and e4m3 are fused")
         weights = [tuple(map(stored, _linears(layer))) for layer in model.layers]
         head = stored(model.head)
-        flat = [weight for layer in weights for weight in layer]
+        formats = formats_of(weights)
         check_places([model.embedding, *(norm.scale for norm in model.norms)])
-        check_places(tensor for weight in (*flat, head) for tensor in weight.tensors())
+        check_places(tensor for weight in (*sum(weights, ()), head) for tensor in weight.tensors())
         self.tuning = tuning or default_tuning(model)
         shape = shape_of(
             model,
-            format_of(flat),
+            formats,
             head.format,
             self.tuning,
             page_size=page_size,
@@ -131,7 +131,8 @@ class RowsStep(KernelStep):
             *peers(model, inboxes), *([trace.data_ptr()] if trace is not None else []),
         ]  # fmt: skip
         packed = struct.pack(f"<{len(header)}Q", *header)
-        packed += b"".join(map(_packed_layer, model.layers, weights, pages))
+        for index, layer in enumerate(zip(model.layers, weights, pages, strict=True)):
+            packed += _packed_layer(*layer, formats.others[index : index + 1])
         self._parameters = ctypes.create_string_buffer(packed, len(packed))
 
     def __call__(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
@@ -194,17 +195,20 @@ def _maps(pages: tuple[LayerPages, ...], shape: Shape) -> bytes:
 
 
 def _linears(layer: DecoderLayer) -> tuple[Linear, ...]:
-    return layer.qkv, layer.out, layer.gate_up, layer.down
+    return tuple(getattr(layer, name) for name in PROJECTIONS)
 
 
 def _matrix(weight: Stored, bias: Tensor | None) -> tuple[int, int, int]:
     return weight.data.data_ptr(), address_of(weight.scales), address_of(bias)
 
 
-def _packed_layer(layer: DecoderLayer, weights: tuple[Stored, ...], pages: LayerPages) -> bytes:
+def _packed_layer(
+    layer: DecoderLayer, weights: tuple[Stored, ...], pages: LayerPages, others: tuple[int, ...]
+) -> bytes:
+    """`Layer` of `tiles.cuh`. `others`: which projections have the other format, where layers have two."""
     norms = (layer.before_attention, layer.before_mlp, layer.query_norm, layer.key_norm)
     values = [scale_of(norm) for norm in norms]
     for weight, linear in zip(weights, _linears(layer), strict=True):
         values += _matrix(weight, linear.bias)
-    values += [pages.keys.data_ptr(), pages.values.data_ptr(), layer.window, int(layer.rotates)]
+    values += [pages.keys.data_ptr(), pages.values.data_ptr(), layer.window, int(layer.rotates), *others]
     return struct.pack(f"<{len(values)}Q", *values)

@@ -14,7 +14,7 @@
 #define QUERIES (HEADS * HEAD)
 #define WIDE (HIDDEN > 4096 || QUERIES > 4096)
 #ifndef WIDEST   // inputs whose activations are in registers at once, where a weight has no more
-#define WIDEST (bits_of(FORMAT) == 4 && !WIDE ? 4096 : 8192)
+#define WIDEST (BITS == 4 && !WIDE ? 4096 : 8192)
 #endif
 #define LARGEST_CHUNK (WIDE ? 4096 : 2048)   // where it has more
 #define KEYS (KV_HEADS * HEAD)
@@ -41,7 +41,9 @@ __host__ __device__ constexpr int largest_flight(int bytes) {
 template <int K_, int F_, bool GATED_> struct Tiles {
   static constexpr int K = K_, F = F_, BITS = bits_of(F);
   static constexpr bool GATED = GATED_, GROUPED = has_groups(F);
-  static constexpr int UNIT = GROUPED && GROUP > 32 ? 8 * GROUP : 256;           // inputs: eight warps, whole groups each
+  static constexpr int GROUP = group_of(F), SCALE_BYTES = scale_bytes(F);
+  static constexpr bool ZEROS = has_zeros(F), E2M1 = is_e2m1(F), OFFSETS = BITS == 4 && !E2M1;   // see Offsets
+  static constexpr int UNIT = E2M1 ? 512 : GROUPED && GROUP > 32 ? 8 * GROUP : 256;   // inputs: eight warps, whole groups each
   static constexpr int CHUNK = K <= WIDEST ? K : largest(UNIT, LARGEST_CHUNK, K);   // inputs whose activations are in registers at once
   static constexpr int CHUNKS = K / CHUNK;
   static constexpr int DATA = largest(UNIT * BITS / 8, PIECE, CHUNK * BITS / 8);   // bytes of a row in a stage
@@ -57,15 +59,11 @@ template <int K_, int F_, bool GATED_> struct Tiles {
   static_assert(K % UNIT == 0 && CHUNK % INPUTS == 0 && 16 * PITCH <= STAGE, "the launcher checks sizes");
   static_assert(PITCH / 16 % 2 == 1 && SCALES % 16 == 0 && OF_WARP % 32 == 0, "shape of a stage");
 };
-typedef Tiles<HIDDEN, FORMAT, false> QkvTiles;
-typedef Tiles<QUERIES, FORMAT, false> OutTiles;
-typedef Tiles<HIDDEN, FORMAT, true> GateTiles;
-typedef Tiles<INTERMEDIATE, FORMAT, false> DownTiles;
 typedef Tiles<HIDDEN, HEAD_FORMAT, false> HeadTiles;
 
 struct Matrix {
   const u8* data;
-  const u8* scales;   // of outputs: float32 [rows]; of groups: [rows, K / GROUP], with ZEROS pairs of a scale and 8 less the zero point
+  const u8* scales;   // of outputs: float32 [rows]; of groups: [rows, groups], with zero points pairs of a scale and 8 less the zero point
   const u16* bias;
 };
 struct Layer {
@@ -73,7 +71,51 @@ struct Layer {
   Matrix qkv, out, gate_up, down;
   u16 *keys, *values;
   i64 window, rotates;
+#ifdef OTHER_FORMATS
+  i64 others;   // a bit for each projection whose weight is in the other format
+#endif
 };
+
+// The projections of a layer. Each has one format in all layers, or two of which a layer's description names one: then
+// the kernel has the code of both, and all of a block takes the same.
+__host__ __device__ constexpr int nth(int which, int a, int b, int c, int d) { return which == 0 ? a : which == 1 ? b : which == 2 ? c : d; }
+__host__ __device__ constexpr int usual_format(int which) { return nth(which, FORMATS); }
+#ifdef OTHER_FORMATS
+__host__ __device__ constexpr int other_format(int which) { return nth(which, OTHER_FORMATS); }
+#define IS_OTHER(y, which) ((y).others >> (which) & 1)
+#define BEGIN_WITH(projection, tiles) projection::with_tiles(y, [&](auto of_layer) { typedef decltype(of_layer) tiles;
+#define END_WITH });
+#else   // plain blocks: of lambdas the compiler makes other code
+__host__ __device__ constexpr int other_format(int which) { return usual_format(which); }
+#define IS_OTHER(y, which) false
+#define BEGIN_WITH(projection, tiles) { typedef projection::Usual tiles;
+#define END_WITH }
+#endif
+typedef Pairs<usual_format(0)> LayerPairs;
+template <class Usual, class Other> struct Reader : LayerPairs {   // of activations: where it looks for them
+  bool other;
+  DEVICE explicit Reader(bool other) : other(other) {}
+  DEVICE int index(int k, int column) const {
+    if (Usual::BITS != Other::BITS && other) return Pairs<Other::F>::index(k, column);
+    return Pairs<Usual::F>::index(k, column);
+  }
+};
+template <int K, int WHICH, bool GATED> struct Projection {
+  typedef Tiles<K, usual_format(WHICH), GATED> Usual;
+  typedef Tiles<K, other_format(WHICH), GATED> Other;
+  static_assert(Pairs<Usual::F>::AS_HALF == LayerPairs::AS_HALF && Pairs<Other::F>::AS_HALF == LayerPairs::AS_HALF, "one kind of words");
+  template <class Call> static DEVICE void with_tiles(const Layer& y, Call call) {
+    if constexpr (usual_format(WHICH) != other_format(WHICH)) {
+      if (IS_OTHER(y, WHICH)) { call(Other()); return; }
+    }
+    call(Usual());
+  }
+  static DEVICE Reader<Usual, Other> reader(const Layer& y) { return Reader<Usual, Other>(IS_OTHER(y, WHICH)); }
+};
+typedef Projection<HIDDEN, 0, false> Qkv;
+typedef Projection<QUERIES, 1, false> Out;
+typedef Projection<HIDDEN, 2, true> GateUp;
+typedef Projection<INTERMEDIATE, 3, false> Down;
 
 struct Shared {   // beside the stages
   u64 full[STAGES], empty[STAGES];
