@@ -151,7 +151,10 @@ struct Producer {
     const int index = info.index;
     if (early && (turn == STAGES || recent)) go_on();
     const u32 slot = turn % STAGES, full = address(&s.full[slot]), to = address(stages) + slot * STAGE;
-    if (turn >= STAGES) barrier_wait(address(&s.empty[slot]), (turn / STAGES - 1) & 1);
+    if (turn >= STAGES) {
+      barrier_wait(address(&s.empty[slot]), (turn / STAGES - 1) & 1);
+      __syncwarp();   // or lane 0 could fill the slot, and it be emptied again, before another lane has seen the phase
+    }
     if (early && index & FIRST && lane == slot) pending = t.row;
     turn++;
     if (lane) return;
