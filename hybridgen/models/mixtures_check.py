@@ -7,6 +7,7 @@ with the reference in float32; some more calls have to give the same bits. Then 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -29,6 +30,10 @@ _SMALL = 0.01
 _STATES, _REPEATS = 3, 20
 _CALLS = 8
 """Of a timed graph."""
+
+
+Once = Callable[[Callable[[], "str | None"]], "str | None"]
+"""Calls a function, or says what it said before: `Measured.slower` for one kind of layer."""
 
 
 class Verdict(NamedTuple):
@@ -81,13 +86,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def tried_on(
-    device: torch.device,
-    norm: Normed,
-    routed: Routed,
-    gate_up: Projection,
-    down: Projection,
-    form: Form,
-    once: Callable[[Callable[[], str | None]], str | None],
+    device: torch.device, norm: Normed, routed: Routed, gate_up: Projection, down: Projection, form: Form, once: Once
 ) -> Verdict:
     """Try the kernels with a layer's weights.
 
@@ -97,11 +96,8 @@ def tried_on(
     if not has_kernels(device):
         return Verdict(slower="there are no kernels for its device")
     try:
-        with torch.inference_mode():
-            if device.type != "cuda":
-                return _tried(norm, routed, gate_up, down, form, once)
-            with torch.cuda.device(device):
-                return _tried(norm, routed, gate_up, down, form, once)
+        with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return _tried(norm, routed, gate_up, down, form, once)
     except Exception as error:  # whatever Triton and the driver raise
         if is_fatal(error):
             raise
@@ -111,14 +107,7 @@ def tried_on(
             torch.cuda.empty_cache()
 
 
-def _tried(
-    norm: Normed,
-    routed: Routed,
-    gate_up: Projection,
-    down: Projection,
-    form: Form,
-    once: Callable[[Callable[[], str | None]], str | None],
-) -> Verdict:
+def _tried(norm: Normed, routed: Routed, gate_up: Projection, down: Projection, form: Form, once: Once) -> Verdict:
     experts, hidden = routed.weight.shape
     device, dtype = routed.weight.device, routed.weight.dtype
     for number in range(_STATES):

@@ -120,5 +120,4 @@ def read(values: Mapping[str, Any]) -> TorchAO:
             f"quant_type {shown(kind)}; known are {', '.join((*_WEIGHT_ONLY, *_DYNAMIC))}); load a checkpoint in one "
             "of the formats of docs/quantisation.md, or a float32, bfloat16 or float16 one"
         )
-    note = WEIGHTS_ALONE
-    return TorchAO((note,) if kind in _DYNAMIC else ())
+    return TorchAO((WEIGHTS_ALONE,) if kind in _DYNAMIC else ())
