@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import Shape, in_parts, random_decoder
+from nvrtc import needs_nvrtc
 
 from hybridgen.cache import LayerPages
 from hybridgen.device import program
@@ -126,15 +127,7 @@ def test_a_tuning_is_a_document() -> None:
     assert Tuning(**as_document(tuning)) == tuning
 
 
-def _has_compiler() -> bool:
-    try:
-        program._bindings()
-    except Unfit:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+@needs_nvrtc
 @pytest.mark.parametrize(
     "changes",
     [
@@ -151,7 +144,7 @@ def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype) 
     assert program.machine_code(shape.defines, (9, 0), ONE_ROW).startswith(b"\x7fELF")
 
 
-@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+@needs_nvrtc
 def test_a_ranks_share_compiles_to_a_kernel_of_its_own() -> None:
     shapes = [shape_of(each, default_tuning(each, 132), **H200) for each in (decoder(), shared(2), shared(8))]
     assert [shape.defines["RANKS"] for shape in shapes] == [1, 2, 8]
@@ -169,7 +162,7 @@ def test_partial_sums_have_a_place_for_each_rank_and_projection() -> None:
         peers(model, [])
 
 
-@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+@needs_nvrtc
 def test_projections_that_lie_apart_compile_to_another_kernel() -> None:
     model = decoder(biases=("qkv", "gate_up"))
     shapes = [shape_of(each, default_tuning(each, 132), **H200) for each in (model, in_parts(model))]
@@ -178,14 +171,14 @@ def test_projections_that_lie_apart_compile_to_another_kernel() -> None:
     assert cubins[0] != cubins[1]
 
 
-@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+@needs_nvrtc
 def test_a_shape_that_the_kernel_refuses_has_the_compilers_words() -> None:
     shape = shape_of(decoder(), Tuning(), **H200)
     with pytest.raises(Unfit, match="does not compile"):
         program.compile_cubin({**shape.defines, "SHARED": 16}, "sm_90a", ONE_ROW)
 
 
-@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+@needs_nvrtc
 def test_a_key_names_constants_and_architecture() -> None:
     shape = shape_of(decoder(), Tuning(), **H200)
     keys = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import Shape, mixed_decoder, quantised_decoder, random_decoder
+from nvrtc import needs_nvrtc
 
 from hybridgen.device import program
 from hybridgen.fused.persistent.step import ONE_ROW
@@ -17,21 +18,13 @@ from hybridgen.fused.rows import formats
 from hybridgen.fused.rows.formats import PROJECTIONS, Format, Formats, formats_of, stored
 from hybridgen.fused.rows.shape import default_tuning, shape_of
 from hybridgen.fused.rows.step import ROWS
-from hybridgen.models.decoder import Decoder, Unfit
+from hybridgen.models.decoder import Decoder
 
 SHAPE = Shape(hidden=1024, heads=16, kv_heads=4, head_dim=64, intermediate=1024, vocab=256, layers=2, max_context=8)
 H200: dict[str, Any] = {"page_size": 64, "blocks": 132, "shared_memory": 227 * 1024}
 
 
-def _has_compiler() -> bool:
-    try:
-        program._bindings()
-    except Unfit:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+pytestmark = needs_nvrtc
 
 
 def decoder(kind: str, dtype: torch.dtype, **changes: Any) -> Decoder:

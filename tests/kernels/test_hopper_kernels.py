@@ -6,6 +6,7 @@ import ctypes
 
 import pytest
 import torch
+from nvrtc import needs_nvrtc
 
 from hybridgen.device import program
 from hybridgen.device.launcher import Device
@@ -15,18 +16,7 @@ from hybridgen.kernels.linear import experts_one, int4_few, many_rows
 from hybridgen.kernels.linear.experts_form import Form, Projection
 
 
-def _has_compiler() -> bool:
-    try:
-        program._bindings()
-    except program.Unfit:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
-
-
-@needs_compiler
+@needs_nvrtc
 @pytest.mark.parametrize(("gated", "ahead"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("form", [Form("clamped", True, False, 1.702, 7.0), Form("silu")], ids=str)
 def test_experts_of_one_token_compile(form: Form, gated: bool, ahead: bool) -> None:
@@ -37,7 +27,7 @@ def test_experts_of_one_token_compile(form: Form, gated: bool, ahead: bool) -> N
     assert experts_one.PROGRAM.kernel.encode() in cubin
 
 
-@needs_compiler
+@needs_nvrtc
 def test_int4_of_few_rows_compiles() -> None:
     cubin = program.compile_cubin(int4_few.defines(int4_few.FORM), "sm_90a", int4_few.PROGRAM)
     assert int4_few.PROGRAM.kernel.encode() in cubin
@@ -46,7 +36,7 @@ def test_int4_of_few_rows_compiles() -> None:
 HEADS = [heads_of(16, 8, 128, 128, 64, 2), heads_of(64, 8, 64, 64, 256, 2), heads_of(7, 1, 128, 128, 64, 2)]
 
 
-@needs_compiler
+@needs_nvrtc
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_streamed_attention_compiles(heads: Heads) -> None:
     kinds = torch.float32, torch.int32, torch.int64
@@ -81,7 +71,7 @@ def test_other_heads_are_not_streamed(heads: Heads, monkeypatch: pytest.MonkeyPa
     assert not streamed.takes(heads, device)
 
 
-@needs_compiler
+@needs_nvrtc
 def test_gate_and_up_of_many_rows_compile() -> None:
     assert many_rows.PROGRAM.kernel.encode() in program.compile_cubin(many_rows.DEFINES, "sm_90a", many_rows.PROGRAM)
     assert many_rows.SHARED_BYTES <= 227 * 2**10

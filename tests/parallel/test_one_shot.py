@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nvrtc import needs_nvrtc
 
 from hybridgen.device import program
-from hybridgen.models.decoder import Unfit
 from hybridgen.parallel.one_shot import ADDS, BLOCKS, DTYPES, PROGRAM, OneShot, defines
 
 
-def _has_compiler() -> bool:
-    try:
-        program._bindings()
-    except Unfit:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not _has_compiler(), reason="needs cuda-bindings and NVRTC (the extra `cuda`)")
+@needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_they_compile_without_a_gpu(dtype: torch.dtype) -> None:
     for architecture in ("sm_80", "sm_90a"):
