@@ -333,6 +333,9 @@ def become(request: dict[str, Any]) -> None:
     # A fork makes its thread pool anew at first use. Two threads that come first together find none ("Invalid thread
     # pool!"), so it is made while there is one.
     torch.set_num_threads(torch.get_num_threads())
+    # tqdm's lock lies between all forks; one that is killed while it has the lock would stop the others for ever.
+    if "tqdm.std" in sys.modules:
+        sys.modules["tqdm.std"].tqdm.set_lock(threading.RLock())
     for number in (signal.SIGINT, *_PASSED_ON):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for number in request["ignored"]:
