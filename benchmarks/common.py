@@ -218,9 +218,6 @@ def random_decoder(
 SWITCHES = {
     "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
     "cublaslt": ("hybridgen.execution.products", "IS_ON"),
-    "lanes_together": ("hybridgen.kernels.attention.streamed", "TOGETHER"),
-    "formats_per_layer": ("hybridgen.fused.rows.formats", "PER_LAYER"),
-    "rows_mxfp4": ("hybridgen.fused.rows.formats", "MXFP4"),
 }
 """What is there and off until it has run on a GPU, by the names that `--switch-on` takes."""
 

@@ -13,7 +13,8 @@ kernel for several columns are in `rows.py`).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import experts
 import fused
 import quantised
 import torch
-from common import random_decoder, release, report, this_device
+from common import provenance, random_decoder, release, this_device, write
 from torch import Tensor
 
 from hybridgen.kernels.attention.ops import Options, decode_attention
@@ -85,19 +86,21 @@ def routers(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str,
             yield f"{count} x {inputs}, {rows} rows", partial(route, x, weight, None, 4, RouteForm(True))
 
 
-_SHAPES = ("llama-3.2-1b", "qwen3-0.6b", "llama-3.1-8b")
+SHAPES = ("llama-3.2-1b", "qwen3-0.6b", "llama-3.1-8b")
 
 
-def decoders(smoke: bool, dtypes: tuple[torch.dtype, ...], device: str) -> Iterator[tuple[str, Decoder]]:
-    for name in ("tiny",) if smoke else _SHAPES:
-        for dtype in dtypes[: 1 if smoke or name == _SHAPES[-1] else None]:
+def decoders(
+    smoke: bool, dtypes: tuple[torch.dtype, ...], device: str, shapes: Sequence[str]
+) -> Iterator[tuple[str, Decoder]]:
+    for name in ("tiny",) if smoke else shapes:
+        for dtype in dtypes[: 1 if smoke or name == SHAPES[-1] else None]:
             yield f"{name} {str(dtype).removeprefix('torch.')}", random_decoder(name, dtype, device, 5000)
             release()
 
 
-def one_row(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+def one_row(device: str, dtype: torch.dtype, smoke: bool, shapes: Sequence[str] = SHAPES) -> Iterator[tuple[str, Call]]:
     """The short way of attention, and the long one."""
-    for name, model in decoders(smoke, (dtype, torch.float16), device):
+    for name, model in decoders(smoke, (dtype, torch.float16), device, shapes):
         for position in (40,) if smoke else (512, 4900):
             case = fused.Case(model, 1, position)
             if smoke:
@@ -113,8 +116,8 @@ def one_row(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str,
             step.kernel.close()
 
 
-def chain(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
-    for name, model in decoders(smoke, (dtype,), device):
+def chain(device: str, dtype: torch.dtype, smoke: bool, shapes: Sequence[str] = SHAPES) -> Iterator[tuple[str, Call]]:
+    for name, model in decoders(smoke, (dtype,), device, shapes):
         for rows in (2,) if smoke else (2, 8, 16):
             case = fused.Case(model, rows, 40 if smoke else 512)
             if smoke:
@@ -170,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=3000, help="calls of each case, at least")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=SHAPES, help='of "one row" and "chain"')
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -177,14 +181,18 @@ def main() -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
+    results = {"provenance": provenance(), "benchmark": "repeats", "calls": 0, "other_bits": 0, "rows": rows}
     with torch.inference_mode(False), torch.no_grad():
         for kind in args.only:
-            for name, call in CASES[kind](device, dtype, args.smoke):
+            shapes = {"shapes": args.models} if kind in ("one row", "chain") else {}
+            for name, call in CASES[kind](device, dtype, args.smoke, **shapes):
                 calls, different = unequal(call, args.times, device)
                 rows.append({"kind": kind, "case": name, "calls": calls, "other_bits": different})
                 print(f"{kind:<12} {name:<60} {calls} calls, {different} with other bits", flush=True)
-    total = {"calls": sum(row["calls"] for row in rows), "other_bits": sum(row["other_bits"] for row in rows)}
-    report({"benchmark": "repeats", **total, "rows": rows}, args.output)
+                results["calls"] += calls
+                results["other_bits"] += different
+                write(results, args.output)  # what was found stays if the rest is cut off
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,6 @@ def check_streamed(number: int) -> None:
         for append in (False, True):
             (Path(folder) / str(append)).mkdir()
             constants = streamed.defines(shape, form, q.dtype, kinds, options["softcap"] > 0, append)
-            constants["TOGETHER"] = 1  # a CPU's threads do not go on together as a warp's do
             both.append(emulation(constants, Path(folder) / str(append)))
 
     def run(rows: slice, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> torch.Tensor:

@@ -18,9 +18,9 @@ GROUPS = (32, 64, 128)
 """Inputs that share a scale, where not all of an output do."""
 PROJECTIONS = ("qkv", "out", "gate_up", "down")
 """Of a layer, in the kernel's order."""
-PER_LAYER = False
+PER_LAYER = True
 """Whether layers may have several formats. Off until it has run on a GPU; `benchmarks/rows.py` switches it on."""
-MXFP4 = False
+MXFP4 = True
 """Whether projections may be in MXFP4. Off until that has run on a GPU."""
 _WORDS_OF_HALF = 2048
 

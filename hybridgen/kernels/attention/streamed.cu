@@ -153,7 +153,7 @@ struct Producer {
     const u32 slot = turn % STAGES, full = address(&s.full[slot]), to = address(stages) + slot * STAGE;
     if (turn >= STAGES) {
       barrier_wait(address(&s.empty[slot]), (turn / STAGES - 1) & 1);
-      if (TOGETHER) __syncwarp();   // or lane 0 could fill the slot, and it be emptied again, before another lane looks
+      __syncwarp();   // or lane 0 could fill the slot, and it be emptied again, before another lane looks
     }
     if (early && index & FIRST && lane == slot) pending = t.row;
     turn++;

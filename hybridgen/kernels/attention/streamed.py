@@ -20,9 +20,6 @@ from hybridgen.kernels.hopper import is_hopper, loaded
 PROGRAM = Program((__package__ or "",), "streamed.cu", (), "streamed")
 BLOCK = 64
 """Positions of a tile."""
-TOGETHER = False
-"""Whether the lanes that load wait for each other where they wait for a free slot. CUDA does not promise that they go
-on together without that, and a GPU was never seen to do otherwise. It has not run on a GPU with it."""
 _ROOM = 227 * 2**10
 """Bytes of shared memory that the blocks of a multiprocessor have together, with a KiB more for each."""
 
@@ -114,7 +111,6 @@ def defines(
         "APPEND": int(append),
         "HALF": int(dtype == torch.float16),
         "EARLY": int(form.early),
-        "TOGETHER": int(TOGETHER),
         "SLOT": widths[slots],
         "POSITION": widths[positions],
     }
