@@ -7,13 +7,14 @@ Then attention of a whole step is timed in CUDA graphs (median of replays; each 
 that cuts row by row ("split") beside what steps use by a schedule (`used`, without `tune`) and Triton's kernel with all
 candidates, against the read ceiling of the same run.
 
-    python benchmarks/ragged.py [--output results.json] [--part check|ragged|small]
+    python benchmarks/ragged.py [--output results.json] [--part check|ragged|small|forms]
     python benchmarks/ragged.py --smoke          # tiny, in Triton's interpreter: checks the script
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from common import report
@@ -32,10 +34,11 @@ from torch import Tensor
 from hybridgen.device.launcher import device_of
 from hybridgen.device.timing import graph_seconds
 from hybridgen.kernels import read_ceiling as read_ceiling_module
-from hybridgen.kernels.attention import balanced, decode, reference
+from hybridgen.kernels.attention import balanced, decode, reference, streamed
 from hybridgen.kernels.attention.balanced import Tuning
 from hybridgen.kernels.attention.common import heads_of
 
+PARTS = ("check", "ragged", "small", "forms")
 NO_PAGE = 2**30
 """A page id that must never be looked up."""
 COLUMNS = 72
@@ -46,6 +49,15 @@ LARGE = (64, 128, 256)
 """Rows."""
 CHUNKS = (512, 2048)
 """Positions of a chunk that are tried besides the usual."""
+FORMS = {
+    64: [
+        streamed.Form(64, warps, resident, paired=paired)
+        for warps, resident in ((4, 3), (4, 2), (2, 4), (8, 2))
+        for paired in (False, True)
+    ],
+    128: [streamed.Form(32, 4, 2, paired=paired) for paired in (False, True)],
+}
+"""Of the streamed kernel, by head size."""
 LIMIT = 8e-3
 """Relative error of bfloat16 outputs."""
 
@@ -426,6 +438,34 @@ def run_ragged(ceiling: float, only_used: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def run_forms(ceiling: float) -> list[dict[str, Any]]:
+    """The streamed kernel with other launch options and chunks, in two rounds."""
+    rows = []
+    for turn in range(2):
+        for shape in SHAPES:
+            for count in (*LARGE, 530):
+                lengths = ragged(count) if count in LARGE else [530] * 256
+                step = make_step(shape, lengths, LAYERS_IN_MEMORY, COLUMNS, "cuda", torch.bfloat16)
+                bytes_read = sum(lengths) * shape.kv_heads * shape.dim * 2 * step.q.element_size()
+                for form, chunk in itertools.product(FORMS[shape.dim], (1024, 1536, 2048) if turn == 0 else (2048,)):
+                    balanced._calls.clear()
+                    options = {"form_of": lambda heads, form=form: form, "chunk_of": lambda few, chunk=chunk: chunk}
+                    with mock.patch.multiple(streamed, **options):
+                        took, plan = time_step(shape, step, None), time_schedule(step, None)
+                    case = {
+                        "model": shape.name,
+                        "batch": len(lengths),
+                        "contexts": "530" if count == 530 else "100-2000",
+                    }
+                    rows.append(case | form._asdict() | {"chunk": chunk, "turn": turn, "schedule_us": plan * 1e6})
+                    rows[-1] |= shares(took, bytes_read, ceiling)
+                    print(
+                        *case.values(), *form, chunk, f"{took * 1e6:.1f} us", rows[-1]["percent_of_ceiling"], flush=True
+                    )
+    balanced._calls.clear()
+    return rows
+
+
 def run_small(ceiling: float) -> list[dict[str, Any]]:
     """Few rows, where a launch and the combination of chunks are most of the time."""
     rows = []
@@ -470,7 +510,7 @@ def smoke() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes in Triton's interpreter")
-    parser.add_argument("--part", action="append", choices=("check", "ragged", "small"), help="all, if left out")
+    parser.add_argument("--part", action="append", choices=PARTS, help="all but forms, if left out")
     parser.add_argument("--only-used", action="store_true", help="parts check and ragged: what steps use alone")
     parser.add_argument("--processes", type=int, default=12, help="that check and compile")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
@@ -478,7 +518,7 @@ def main() -> None:
     if args.smoke:
         report(smoke(), args.output)
         return
-    parts = args.part or ["check", "ragged", "small"]
+    parts = args.part or PARTS[:3]
     results: dict[str, Any] = {"benchmark": "ragged"}
     if "check" in parts:  # before this process holds memory
         results["check"] = run_checks(args.processes, args.only_used)
@@ -493,6 +533,8 @@ def main() -> None:
             results["ragged"] = run_ragged(ceiling, args.only_used)
         if "small" in parts:
             results["small"] = run_small(ceiling)
+        if "forms" in parts:
+            results["forms"] = run_forms(ceiling)
     report(results, args.output)
 
 

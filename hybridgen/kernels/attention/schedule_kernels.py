@@ -10,6 +10,8 @@ from hybridgen.kernels.attention.common import first_seen
 
 HEADER = tl.constexpr(16)
 """Words before the rows' chunks; nothing is in them but the number of tiles of all rows."""
+FEW = tl.constexpr(6)
+"""Chunks of a size that are dealt one by one."""
 SEVERAL = tl.constexpr(1 << 30)
 """In the word of a dealt chunk; below is the number of its first tile."""
 
@@ -113,6 +115,21 @@ def _taken(level, load, once):  # type: ignore[no-untyped-def]
 @triton.jit
 def _deal(load, parts, size, count, BLOCK_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """How many of `count` chunks of one size each part takes, if each goes to a part with the least load."""
+    part = tl.arange(0, BLOCK_PARTS)
+    inside = part < parts
+    taken = part * 0
+    if count <= FEW:  # one by one, each by a single reduction; a search has a dozen
+        for _ in range(count):
+            least = tl.min(tl.where(inside, (load + taken * size) * BLOCK_PARTS + part, 0x7FFFFFFF), 0)
+            taken += (part == least % BLOCK_PARTS).to(tl.int32)
+    else:
+        taken = _deal_many(load, parts, size, count, BLOCK_PARTS)
+    return taken
+
+
+@triton.jit
+def _deal_many(load, parts, size, count, BLOCK_PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same for many chunks: the level is searched up to which parts are filled."""
     inside = tl.arange(0, BLOCK_PARTS) < parts
     once = 1.0 / size.to(tl.float32)
     low = tl.min(load, 0) - 1
@@ -261,17 +278,18 @@ def schedule_kernel(  # type: ignore[no-untyped-def]
             total = tl.sum(of_row, 0)
             if total > 0:
                 dealt = _deal(load, parts, size, total, BLOCK_PARTS)
-                ends = tl.cumsum(dealt, 0)
-                shift = taken_chunks - (ends - dealt)
-                rank = tl.sum(tl.where(before, of_row, 0), 0)
-                if (smaller == 0) & (own_long == 0):
-                    first_ends = ends
-                    first_shift = shift
-                    first_rank = rank
-                if (size == own_last) & (own_long == 0):
-                    last_ends = ends
-                    last_shift = shift
-                    last_rank = rank + tl.where(smaller == 0, _pick(chunks, row, BLOCK_ROWS) - 1, 0)
+                if ((smaller == 0) | (size == own_last)) & (own_long == 0):
+                    ends = tl.cumsum(dealt, 0)
+                    shift = taken_chunks - (ends - dealt)
+                    rank = tl.sum(tl.where(before, of_row, 0), 0)
+                    if smaller == 0:
+                        first_ends = ends
+                        first_shift = shift
+                        first_rank = rank
+                    if size == own_last:
+                        last_ends = ends
+                        last_shift = shift
+                        last_rank = rank + tl.where(smaller == 0, _pick(chunks, row, BLOCK_ROWS) - 1, 0)
                 load += dealt * size
                 taken_chunks += dealt
                 tiles_of_part += dealt * size
