@@ -2,9 +2,9 @@
 
 A race between a kernel's threads shows in few calls of thousands. Each call runs again and again in a CUDA graph, into
 new memory, and every bit of what it gives is compared with the first call's: products with quantised weights by format
-and rows, experts in MXFP4, decode attention over keys and values in 8 bits with and without the step's own, the
-projections of a few rows, routers, and whole steps of the persistent kernel for one row and of the chain (those of the
-kernel for several columns are in `rows.py`).
+and rows, experts in MXFP4, decode attention over keys and values in 8 bits with and without the step's own, attention
+by a schedule, the projections of a few rows, routers, and whole steps of the persistent kernel for one row and of the
+chain (those of the kernel for several columns are in `rows.py`).
 
     python benchmarks/repeats.py [--times 3000] [--only experts attention] [--output repeats.json]
     python benchmarks/repeats.py --smoke          # twice, tiny, on the CPU: checks the script
@@ -23,6 +23,7 @@ import attention
 import experts
 import fused
 import quantised
+import ragged
 import torch
 from common import provenance, random_decoder, release, this_device, write
 from torch import Tensor
@@ -33,7 +34,7 @@ from hybridgen.kernels.linear.route import route
 from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models.decoder import Decoder
 
-KINDS = ("products", "experts", "attention", "projections", "routers", "one row", "chain")
+KINDS = ("products", "experts", "attention", "scheduled", "projections", "routers", "one row", "chain")
 _IN_A_GRAPH = 10
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -68,6 +69,27 @@ def decode(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, 
             name = f"{shape.name} fp8, {batch} rows of {context}"
             yield name, partial(decode_attention, case.q[0], places, options)
             yield f"{name}, with the step's own", partial(decode_attention, case.q[0], places, options, **new)
+
+
+def scheduled(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    """Attention by a schedule, which is written anew in each call: as steps do it, and by Triton's kernels. One row has
+    several chunks whatever the others have."""
+    if smoke:
+        return  # `ragged.py --smoke` runs it, in Triton's interpreter
+    for shape in ragged.SHAPES:
+        for rows in (24, 64, 256):
+            lengths = [9000, *ragged.ragged(rows - 1)]
+            step = ragged.make_step(shape, lengths, 1, 9000 // shape.page + 1, device, dtype)
+            for sinks in (None, torch.randn(shape.heads, device=device, dtype=dtype)):
+                for tune in (None, ragged.usual(shape)):
+
+                    def call(step: ragged.Step = step, tune: Any = tune, sinks: Tensor | None = sinks) -> Tensor:
+                        plan = ragged.room(step, tune)
+                        ragged.write(step, plan, tune)
+                        return ragged.scheduled(step, 0, plan, tune, sinks=sinks)
+
+                    how = ", sinks" * (sinks is not None) + ", Triton" * (tune is not None)
+                    yield f"{shape.name}, {rows} rows{how}", call
 
 
 def projections(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
@@ -135,7 +157,9 @@ def chain(device: str, dtype: torch.dtype, smoke: bool, shapes: Sequence[str] = 
             yield f"{name}, {rows} rows", call
 
 
-CASES = dict(zip(KINDS, (products, chosen_experts, decode, projections, routers, one_row, chain), strict=True))
+CASES = dict(
+    zip(KINDS, (products, chosen_experts, decode, scheduled, projections, routers, one_row, chain), strict=True)
+)
 
 
 def bits(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
