@@ -448,7 +448,7 @@ def run_forms(ceiling: float) -> list[dict[str, Any]]:
                 step = make_step(shape, lengths, LAYERS_IN_MEMORY, COLUMNS, "cuda", torch.bfloat16)
                 bytes_read = sum(lengths) * shape.kv_heads * shape.dim * 2 * step.q.element_size()
                 for form, chunk in itertools.product(FORMS[shape.dim], (1024, 1536, 2048) if turn == 0 else (2048,)):
-                    balanced._calls.clear()
+                    forget()
                     options = {"form_of": lambda heads, form=form: form, "chunk_of": lambda few, chunk=chunk: chunk}
                     with mock.patch.multiple(streamed, **options):
                         took, plan = time_step(shape, step, None), time_schedule(step, None)
@@ -462,8 +462,14 @@ def run_forms(ceiling: float) -> list[dict[str, Any]]:
                     print(
                         *case.values(), *form, chunk, f"{took * 1e6:.1f} us", rows[-1]["percent_of_ceiling"], flush=True
                     )
-    balanced._calls.clear()
+    forget()
     return rows
+
+
+def forget() -> None:
+    """What was chosen for these heads before."""
+    balanced._calls.clear()
+    balanced.shares_of.cache_clear()
 
 
 def run_small(ceiling: float) -> list[dict[str, Any]]:

@@ -24,15 +24,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from common import SWITCHES, random_decoder, release, report, shape_dtype, switch_on
+from common import random_decoder, release, report, shape_dtype
 from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
-from hybridgen.fused.rows import formats
 from hybridgen.fused.rows.formats import PROJECTIONS, formats_of, stored
 from hybridgen.kernels.attention.reference import as_bytes
 from hybridgen.kernels.linear.layout import Block
@@ -84,7 +82,7 @@ FORMATS = {
     "mxfp4": Form("mxfp4", "fp8", group=32),
     "mxfp4-mixed": Form("mxfp4", "fp8", group=32, ends=""),
 }
-"""`mixed` ones have 16 bits in the first and the last layer (`--switch-on formats_per_layer`, and `rows_mxfp4`)."""
+"""`mixed` ones have 16 bits in the first and the last layer."""
 
 
 def quantised(linear: Linear, kind: str, form: Form) -> Linear:
@@ -431,9 +429,8 @@ def smoke() -> list[Any]:
     for form in FORMATS:
         model = random_decoder("small", torch.bfloat16, "cpu", 80)
         model = in_format(dataclasses.replace(model, layers=model.layers * 3), form)
-        with mock.patch.multiple(formats, PER_LAYER=True, MXFP4=True):
-            weights = [[stored(getattr(layer, name)) for name in PROJECTIONS] for layer in model.layers]
-            layers = formats_of(weights)
+        weights = [[stored(getattr(layer, name)) for name in PROJECTIONS] for layer in model.layers]
+        layers = formats_of(weights)
         shape = shape_of(
             model, layers, stored(model.head).format, default_tuning(model), page_size=PAGE_SIZE, blocks=132,
             shared_memory=227 * 1024,
@@ -458,12 +455,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--half", action="store_true", help="float16 models")
     parser.add_argument("--cache-fp8", action="store_true", help="keys and values in 8 bits")
-    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--smoke", action="store_true", help="plans only, on any machine")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     results: dict[str, Any] = {"benchmark": "rows"}
-    switch_on(args.switch_on)
     if args.smoke:
         report(results | {"plans": smoke()}, args.output)
         return

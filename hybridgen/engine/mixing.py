@@ -16,7 +16,7 @@ from hybridgen.engine.requests import Request
 from hybridgen.models import BoundModel
 from hybridgen.models.rotating import RotatingAttention
 
-LONGEST = 1024
+LONGEST = 768
 """Tokens of a prompt that may be held back: each of its tokens reads all before it, as if it was decoded."""
 RUN = 64
 """Tokens of a prompt in a step at most: attention of a decode step may read older ones before they are written (see

@@ -14,7 +14,6 @@ from nvrtc import needs_nvrtc
 
 from hybridgen.device import program
 from hybridgen.fused.persistent.step import ONE_ROW
-from hybridgen.fused.rows import formats
 from hybridgen.fused.rows.formats import PROJECTIONS, Format, Formats, formats_of, stored
 from hybridgen.fused.rows.shape import default_tuning, shape_of
 from hybridgen.fused.rows.step import ROWS
@@ -86,11 +85,7 @@ CASES: list[tuple[dict[str, Any], torch.dtype, str]] = [
     ("changes", "dtype", "kind"),
     [pytest.param(*case, marks=pytest.mark.slow if i else ()) for i, case in enumerate(CASES)],
 )
-def test_it_compiles_without_a_gpu(
-    changes: dict[str, Any], dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(formats, "PER_LAYER", True)
-    monkeypatch.setattr(formats, "MXFP4", True)
+def test_it_compiles_without_a_gpu(changes: dict[str, Any], dtype: torch.dtype, kind: str) -> None:
     model = decoder(kind, dtype, **changes)
     found = formats_of([[stored(getattr(layer, name)) for name in PROJECTIONS] for layer in model.layers])
     assert bool(found.others) == ("+" in kind)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from decoders import Shape, make_context, mixed_decoder, quantised_decoder, random_decoder
 
-from hybridgen.fused.rows import formats
 from hybridgen.fused.rows.formats import PROJECTIONS, Format, Formats, Stored, formats_of, stored
 from hybridgen.fused.rows.shape import Tuning, shape_of, tiles
 from hybridgen.fused.rows.step import _packed_layer
@@ -24,12 +23,6 @@ DENSE, INT4 = Format(16), Format(4)
 H200: dict[str, Any] = {"page_size": 64, "blocks": 132, "shared_memory": 227 * 1024}
 
 
-@pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "PER_LAYER", True)
-    monkeypatch.setattr(formats, "MXFP4", True)
-
-
 def decoder(kind: str = "", shape: Shape = SHAPE, group: int = 0, **how: Any) -> Decoder:
     model = random_decoder(shape, torch.bfloat16)
     return quantised_decoder(model, kind, group, "dense", **how) if kind else model
@@ -37,15 +30,6 @@ def decoder(kind: str = "", shape: Shape = SHAPE, group: int = 0, **how: Any) ->
 
 def weights_of(model: Decoder) -> list[list[Stored]]:
     return [[stored(getattr(layer, name)) for name in PROJECTIONS] for layer in model.layers]
-
-
-def test_they_are_off_until_they_have_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    mixed = mixed_decoder(decoder("int4"), decoder(), lambda index, _: index == 0)
-    with pytest.raises(Unfit, match="its layers' weights have several formats"):
-        formats_of(weights_of(mixed))
-    with pytest.raises(Unfit, match="a weight is mxfp4"):
-        weights_of(decoder("mxfp4"))
 
 
 def test_one_format_needs_no_other() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import families
 import pytest
+import quantised_formats
 
 import hybridgen
 from hybridgen.execution import fused_executors
@@ -64,6 +65,31 @@ def test_numbers_of_few_bits_are_multiplied_as_the_layers_multiply_them(
     assert [out.token_ids for out in alone] == [out.token_ids for out in found]
     assert [out.logprobs for out in alone] == [out.logprobs for out in found]
     with hybridgen.Engine.load(path, **options | {"mode": "eager", "equal_bits": False}) as engine:
+        expected = engine.generate(PROMPTS, **SAMPLING, logprobs=0)
+    assert sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(found, expected, strict=True)) >= 3
+    assert worst(found, expected) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("parts", "ignore"),
+    [
+        ({"all": ("ct w4 group", "Linear")}, ("lm_head", r"re:.*layers\.0\..*", r"re:.*layers\.2\..*")),
+        ({"all": ("ct w4 group", "Linear"), "attention": ("ct fp8 channel", r"re:.*self_attn.*")}, ("lm_head",)),
+        ({"all": ("ct mxfp4", "Linear")}, ("lm_head",)),
+    ],
+    ids=["dense layers beside int4", "attention in fp8 beside int4", "mxfp4"],
+)
+def test_checkpoints_whose_layers_have_several_formats(
+    parts: dict[str, tuple[str, str]], ignore: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As quantisers leave them: some layers as they were, or each part in a format of its own."""
+    model = families.build("llama", **LAYERS | {"num_hidden_layers": 3})
+    quantised_formats.write_parts(tmp_path, model, parts, ignore)
+    with hybridgen.Engine.load(tmp_path, **OPTIONS) as engine:
+        found = engine.generate(PROMPTS, **SAMPLING, logprobs=0)
+        stats = engine.stats()
+    assert stats.fused[SIZE] == "one persistent kernel for several rows", stats.fused
+    with hybridgen.Engine.load(tmp_path, **OPTIONS | {"mode": "eager", "equal_bits": False}) as engine:
         expected = engine.generate(PROMPTS, **SAMPLING, logprobs=0)
     assert sum(a.token_ids[0] == b.token_ids[0] for a, b in zip(found, expected, strict=True)) >= 3
     assert worst(found, expected) < 0.1

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hybridgen.cache import LayerPages
 from hybridgen.fused import reference
-from hybridgen.fused.rows import formats
 from hybridgen.kernels.attention.reference import as_bytes
 from hybridgen.models.decoder import Decoder, Unfit
 
@@ -112,12 +111,6 @@ COLUMNS = {
     "a mix": [(299, 3), 64, (0, 2), 1500],
 }
 """Lengths of the requests; with how many tokens each brings, one by default."""
-
-
-@pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "PER_LAYER", True)
-    monkeypatch.setattr(formats, "MXFP4", True)
 
 
 @functools.cache

@@ -18,10 +18,6 @@ GROUPS = (32, 64, 128)
 """Inputs that share a scale, where not all of an output do."""
 PROJECTIONS = ("qkv", "out", "gate_up", "down")
 """Of a layer, in the kernel's order."""
-PER_LAYER = True
-"""Whether layers may have several formats. Off until it has run on a GPU; `benchmarks/rows.py` switches it on."""
-MXFP4 = True
-"""Whether projections may be in MXFP4. Off until that has run on a GPU."""
 _WORDS_OF_HALF = 2048
 
 
@@ -94,12 +90,12 @@ def stored(linear: Linear) -> Stored:
         raise Unfit("projections that read the same input are not joined; for several rows joined ones are fused")
     if isinstance(weight, DenseWeight):
         return Stored(Format(16), weight.values, None)
-    if isinstance(weight, QuantisedWeight) and weight.kind == "mxfp4" and MXFP4:
+    if isinstance(weight, QuantisedWeight) and weight.kind == "mxfp4":
         if weight.block != (1, 32):
             raise Unfit(f"a weight is {weight.format}; mxfp4 in groups of 32 inputs is fused")
         return Stored(Format(4, 32, torch.uint8), weight.data, weight.scales)
     if not isinstance(weight, QuantisedWeight) or weight.kind not in ("fp8", "int8", "int4"):
-        raise Unfit(f"a weight is {weight.format}; dense, fp8, int8 and int4 ones are fused")
+        raise Unfit(f"a weight is {weight.format}; dense, fp8, int8, int4 and mxfp4 ones are fused")
     if weight.kind != "int4":
         return _stored_bytes(weight)
     block = weight.block
@@ -173,11 +169,9 @@ def formats_of(layers: Sequence[Sequence[Stored]]) -> Formats:
     """The formats of layers, from each one's projections.
 
     Raises:
-        Unfit: there are several, and that is off, or a projection has more than two.
+        Unfit: a projection has more than two.
     """
     columns = [[weight.format for weight in column] for column in zip(*layers, strict=True)]
-    if not PER_LAYER and len({form for column in columns for form in column}) > 1:
-        raise Unfit("its layers' weights have several formats")
     ranked = [[form for form, _ in Counter(column).most_common()] for column in columns]
     for name, forms in zip(PROJECTIONS, ranked, strict=True):
         if len(forms) > 2:

@@ -163,7 +163,7 @@ class Stream(NamedTuple):
             numbers: see `arguments_of`.
         """
         tensors = _as_copied(q, together=True), _as_copied(k, together=False), _as_copied(v, together=False), *rest
-        arguments = arguments_of(tensors, *numbers, processors=self.processors)
+        arguments = arguments_of(tensors, *(*numbers, self.processors))
         blocks = arguments.parts * self.heads.kv
         stream = torch.cuda.current_stream(q.device).cuda_stream
         self.kernel.launch_early(blocks, 32 * (self.form.warps + 2), arguments, stream)
