@@ -173,6 +173,7 @@ def _prepare(
     device: Device,
     tune: Tuning,
     stream: streamed.Stream | None,
+    pairs: bool,
 ) -> Call:
     group = heads.queries // heads.kv
     members = triton.next_power_of_2(group)
@@ -196,7 +197,7 @@ def _prepare(
         "SINKS": sinks,
         "APPEND": append,
         "CARRY_QUERY": tune.carry_query,
-        "EVERY": 2 if heads.pairs else 1,
+        "EVERY": 2 if pairs else 1,
         "num_warps": tune.warps,
         "num_stages": tune.stages,
         **common,
@@ -234,6 +235,7 @@ def decode_attention(
         tune: replaces the measured launch options.
     """
     q, heads = check_layout(q, k_pages, v_pages, scale)
+    pairs = heads.pairs
     heads = heads._replace(bytes=k_pages.element_size())  # as the schedule, which knows no queries
     tokens, max_pages = q.shape[0], block_table.shape[1]
     out = torch.empty((tokens, heads.queries, heads.value_dim), dtype=q.dtype, device=q.device)
@@ -255,7 +257,7 @@ def decode_attention(
             stream = streamed.stream_of(heads, q.dtype, kinds, softcap > 0, append, device)
         tune = tune or usual(heads, device, tokens)
         options = softcap > 0, sinks is not None, append
-        call = _calls[key] = _prepare(heads, shares, *options, device, tune, stream)
+        call = _calls[key] = _prepare(heads, shares, *options, device, tune, stream, pairs)
     shares = call.shares
     # Mixed values of each row, chunk and head, then the logarithms of their sums.
     lines = tokens * shares.row_chunks * heads.queries if shares.row_chunks > 1 else 0

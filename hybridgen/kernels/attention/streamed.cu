@@ -40,7 +40,7 @@ struct Arguments {
   int* counters;   // [rows, HEADS], 0 between calls
   i64 lse_start, q_token, k_token, k_head, v_token, v_head, table_stride;
   float scale, softcap;
-  int tokens, capacity, most_chunks, parts, processors;
+  int tokens, capacity, most_chunks, parts;
 };
 struct __align__(16) Info {   // of a stage
   int row, range, index, line;   // range: first position that is seen, and behind the last; index: of the piece in its chunk, and flags
@@ -433,17 +433,9 @@ DEVICE void append(const Arguments& a, int lane) {
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-// The place in the deal, which begins with the parts that have most, of this block. A multiprocessor's first block is as far
-// from the begin as its others are from the end, so that together all have about as much.
-DEVICE int place(const Arguments& a) {
-  const int wave = blockIdx.x / a.processors, first = wave * a.processors, others = gridDim.x - first;
-  if (!PAIRED || !wave) return blockIdx.x;
-  return first + (others < a.processors ? others : a.processors) - 1 - (blockIdx.x - first);
-}
-
 extern "C" __global__ void __launch_bounds__(32 * (WARPS + 2), RESIDENT) streamed(const __grid_constant__ Arguments a) {
   __shared__ Shared s;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = place(a) % HEADS, part = place(a) / HEADS;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.x % HEADS, part = blockIdx.x / HEADS;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) { barrier_init(address(&s.full[i]), 1); barrier_init(address(&s.empty[i]), WARPS); }
     barrier_init(address(&s.summed), WARPS);
