@@ -50,12 +50,8 @@ LARGE = (64, 128, 256)
 CHUNKS = (512, 2048)
 """Positions of a chunk that are tried besides the usual."""
 FORMS = {
-    64: [
-        streamed.Form(64, warps, resident, paired=paired)
-        for warps, resident in ((4, 3), (4, 2), (2, 4), (8, 2))
-        for paired in (False, True)
-    ],
-    128: [streamed.Form(32, 4, 2, paired=paired) for paired in (False, True)],
+    64: [streamed.Form(64, warps, resident) for warps, resident in ((4, 3), (4, 2), (2, 4), (8, 2))],
+    128: [streamed.Form(32, 4, 2), streamed.Form(32, 2, 3)],
 }
 """Of the streamed kernel, by head size."""
 LIMIT = 8e-3

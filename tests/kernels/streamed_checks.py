@@ -113,7 +113,7 @@ def check_streamed(number: int) -> None:
         tensors = own_q, *new, *pages[:2], plan, pages[2], *where, sinks, out, partial, counters
         arguments = streamed.arguments_of(
             tensors, lines * dim, 0.3, options["softcap"], len(own_q) * shares.row_tiles(max_pages),
-            len(own_q) * shares.row_chunks, shares.parts, device_of(q).processors,
+            len(own_q) * shares.row_chunks, shares.parts,
         )  # fmt: skip
         both[k is not None](ctypes.byref(arguments), shares.parts * kv_heads)
         assert not counters.any()

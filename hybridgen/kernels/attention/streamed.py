@@ -37,8 +37,6 @@ class Form(NamedTuple):
     """Of the ring, at most."""
     early: bool = True
     """Reading begins before the kernel in front has ended."""
-    paired: bool = True
-    """Blocks with much and with little to read share a multiprocessor."""
 
 
 _TENSORS = (
@@ -56,7 +54,7 @@ class Arguments(ctypes.Structure):
             for name in ("lse_start", "q_token", "k_token", "k_head", "v_token", "v_head", "table_stride")
         ),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int) for name in ("tokens", "capacity", "most_chunks", "parts", "processors")),
+        *((name, ctypes.c_int) for name in ("tokens", "capacity", "most_chunks", "parts")),
     )
 
 
@@ -113,7 +111,6 @@ def defines(
         "APPEND": int(append),
         "HALF": int(dtype == torch.float16),
         "EARLY": int(form.early),
-        "PAIRED": int(form.paired),
         "SLOT": widths[slots],
         "POSITION": widths[positions],
     }
@@ -127,16 +124,13 @@ def arguments_of(
     capacity: int,
     most_chunks: int,
     parts: int,
-    processors: int,
 ) -> Arguments:
     """Of tensors in the order of `Arguments`, whose first three lie as a copy needs it."""
     q, k, v, table = (tensors[_TENSORS.index(name)] for name in ("q", "k", "v", "table"))
     assert q is not None and k is not None and v is not None and table is not None  # noqa: PT018
     strides = q.stride(0), *k.stride()[:2], *v.stride()[:2], table.stride(0)
     addresses = (0 if each is None else each.data_ptr() for each in tensors)
-    return Arguments(
-        *addresses, lse_start, *strides, scale, softcap, q.shape[0], capacity, most_chunks, parts, processors
-    )
+    return Arguments(*addresses, lse_start, *strides, scale, softcap, q.shape[0], capacity, most_chunks, parts)
 
 
 def _as_copied(heads: Tensor, together: bool) -> Tensor:
@@ -153,7 +147,6 @@ class Stream(NamedTuple):
     kernel: Kernel
     heads: Heads
     form: Form
-    processors: int
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Tensor | None, ...], *numbers: Any) -> None:
         """Launch it.
@@ -163,7 +156,7 @@ class Stream(NamedTuple):
             numbers: see `arguments_of`.
         """
         tensors = _as_copied(q, together=True), _as_copied(k, together=False), _as_copied(v, together=False), *rest
-        arguments = arguments_of(tensors, *(*numbers, self.processors))
+        arguments = arguments_of(tensors, *numbers)
         blocks = arguments.parts * self.heads.kv
         stream = torch.cuda.current_stream(q.device).cuda_stream
         self.kernel.launch_early(blocks, 32 * (self.form.warps + 2), arguments, stream)
@@ -189,4 +182,4 @@ def stream_of(
     form = form or form_of(heads)
     constants = tuple(defines(heads, form, dtype, kinds, softcap, append).items())
     kernel = loaded(PROGRAM, constants, _sizes(heads, form)[1], device.ordinal, "decode steps of many rows")
-    return None if kernel is None else Stream(kernel, heads, form, device.processors)
+    return None if kernel is None else Stream(kernel, heads, form)
