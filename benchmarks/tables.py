@@ -59,6 +59,7 @@ TABLES: dict[str, Callable[[list[Result]], list[str]]] = {
     "structured": call_tables.structured,
     "latent": step_tables.latent,
     "model-shapes": step_tables.model_shapes,
+    "model-shapes-modes": step_tables.model_shapes,
     "rows": step_tables.rows,
 }
 

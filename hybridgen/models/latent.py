@@ -42,7 +42,7 @@ from hybridgen.models.visibility import CAUSAL
 
 OWN_KEYS = False
 """Whether prompts that begin in a call attend on CUDA to keys and values of their own. The kernel is right on a GPU
-(`tests/gpu/test_latent_cuda.py`); it has not been timed, and no whole model has run with it."""
+(`tests/gpu/test_latent_cuda.py`) and faster (`latent-prefill-h200.json`); no whole model has run with it there."""
 _TRIED = 11
 """Tokens that `check_expansion` attends with."""
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
