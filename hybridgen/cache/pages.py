@@ -306,7 +306,7 @@ def in_order(prompts: Sequence[tuple[str | None, Sequence[int]]], page_size: int
     Args:
         prompts: the salt and the ids of each.
     """
-    first = [(salt, tuple(ids[:page_size])) for salt, ids in prompts]
+    first = [(salt, _packed(ids[:page_size])) for salt, ids in prompts]
     if len(set(first)) == len(first):
         return list(range(len(prompts)))
     # A prompt's path names its full pages by the order in which they were met first.

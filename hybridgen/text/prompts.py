@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import marshal
-import struct
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -109,7 +109,7 @@ def is_pair(prompt: Any) -> bool:
     return isinstance(prompt, Mapping) and "completion" in prompt
 
 
-def encode_pair(pair: Mapping[str, Any], index: int, **how: Any) -> tuple[tuple[int, ...], int]:
+def encode_pair(pair: Mapping[str, Any], index: int, **how: Any) -> tuple[array[int], int]:
     """Token ids of a prompt with its completion behind it, and how many of them are the prompt's.
 
     Text behind text or a chat is encoded together with it, because that is how a tokenizer sees it; ids are taken as
@@ -171,8 +171,8 @@ def encode_prompt(
     vocab_size: int,
     placeholders: Mapping[int, str] | None = None,
     pad: int | None = None,
-) -> tuple[int, ...]:
-    """Token ids of one prompt.
+) -> array[int]:
+    """Token ids of one prompt, 64 bits each: a request holds no Python object for each of them.
 
     Text is encoded with the tokenizer's own special tokens; chat messages through its chat template with the
     generation prompt added.
@@ -190,13 +190,13 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError(f"prompt {index} is an empty string; give at least one character")
-        ids, values = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
+        ids = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
     elif text and isinstance(prompt, Mapping) and "messages" not in prompt:
         raise _no_prompt(prompt, index)
     elif text:
-        ids, values = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
+        ids = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
     else:
-        ids, values = _plain_ids(prompt, index)
+        ids = _plain_ids(prompt, index)
     if not ids:
         raise PromptError(f"prompt {index} ({shown(prompt)}) has no tokens; give at least one")
     for token, name in (placeholders or {}).items():
@@ -205,7 +205,8 @@ def encode_prompt(
                 f"prompt {index} holds token {token} ({name}), which stands for what is no text; hybridgen runs this "
                 "model's text part alone: leave it out"
             )
-    if values is None or int(np.maximum.reduce(values)) >= vocab_size:  # what `max()` calls
+    # Negative ids are very large unsigned numbers; `reduce` is what `max()` calls.
+    if isinstance(ids, tuple) or int(np.maximum.reduce(np.frombuffer(ids, np.uint64))) >= vocab_size:
         wrong = [token for token in ids if not 0 <= token < vocab_size]
         raise PromptError(
             f"prompt {index} holds token id {shown(wrong[0])}, outside the vocabulary of {vocab_size} "
@@ -234,7 +235,7 @@ def _require(tokenizer: Any, problem: str | None) -> Any:
     return tokenizer
 
 
-def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[tuple[int, ...], np.ndarray | None]:
+def _encode_text(text: str, index: int, tokenizer: Any) -> array[int] | tuple[int, ...]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -252,7 +253,7 @@ def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[tuple[int, ...]
     return _plain_ids(ids, index)
 
 
-def _look_over(ids: tuple[int, ...], tokenizer: Any, pad: int | None, *, text: bool) -> None:
+def _look_over(ids: array[int], tokenizer: Any, pad: int | None, *, text: bool) -> None:
     """Warn of what is rarely meant: a second beginning, and padding in ids, which the model would read.
 
     A tokenizer takes some microseconds for each of its special tokens, so it is asked only where one is needed.
@@ -264,7 +265,7 @@ def _look_over(ids: tuple[int, ...], tokenizer: Any, pad: int | None, *, text: b
     # A single one may be an end-of-sequence token where that pads.
     others = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     least = 2 if pad in others else 1
-    if (pad,) * least in (ids[:least], ids[-least:]):
+    if array("q", [pad] * least) in (ids[:least], ids[-least:]):
         _warn_of_padding(pad, getattr(tokenizer, "pad_token", None))
 
 
@@ -289,34 +290,31 @@ def _warn_of_two_beginnings(token: Any) -> None:
     )
 
 
-def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | None]:
-    """The ids of a prompt, and the same as an array of unsigned integers, in which negative ids are very large numbers.
-    No array where one is too large for any vocabulary.
+def _plain_ids(prompt: Any, index: int) -> array[int] | tuple[int, ...]:
+    """The ids of a prompt, as requests have them; a tuple where one is too large for that, and so for any vocabulary.
 
     A call can have hundreds of thousands of them, so that Python looks at none of them on its own.
     """
     if type(prompt) not in (list, tuple):  # as most are, and none of these questions is cheap
         if isinstance(prompt, (np.ndarray, torch.Tensor)):
             return _tensor_ids(prompt, index)
+        if isinstance(prompt, array) and prompt.typecode == "q":  # as a server has encoded it before
+            return prompt[:]
         if isinstance(prompt, _BYTES):
             raise PromptError(f"prompt {index} is {shown(prompt)}, {type(prompt).__name__} and not text; {_DECODE}")
         if not isinstance(prompt, Sequence):
             raise PromptError(f"prompt {index} is {shown(prompt)}; give a string, token ids or chat messages")
-    ids = tuple(prompt)
-    values = _written(ids)
+        prompt = tuple(prompt)
+    values = _written(prompt)
     if values is not None:  # as nearly always
-        return ids, values
-    for token in ids:
+        return _packed(values)
+    for token in prompt:
         if not _is_int(token):
             raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
-    ids = tuple(int(token) for token in ids)
-    try:
-        return ids, np.fromiter(ids, np.int64, len(ids)).view(np.uint64)
-    except OverflowError:
-        return ids, None
+    return _of_any_size(prompt)
 
 
-def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[int, ...], np.ndarray]:
+def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> array[int] | tuple[int, ...]:
     """`_plain_ids` of an array or a tensor, of which a row may be given as a matrix."""
     if prompt.ndim == 2 and prompt.shape[0] == 1:
         prompt = prompt[0]
@@ -330,14 +328,21 @@ def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[in
         raise PromptError(
             f"prompt {index} is a {kind} tensor of shape {tuple(prompt.shape)}; give integer ids [tokens]"
         )
-    if values.itemsize < 4 or not values.dtype.isnative:  # -1 of 8 bits would be 255
-        values = values.astype(np.int64)
-    values = np.ascontiguousarray(values)
-    ids = struct.unpack(f"{values.size}{values.dtype.char}", values.data)  # dtypes have the letters that `struct` has
-    return ids, values.view(_UNSIGNED[values.itemsize])
+    return _of_any_size(values.tolist()) if values.dtype == np.uint64 else _packed(values)
 
 
-_UNSIGNED = {4: np.uint32, 8: np.uint64}
+def _packed(values: np.ndarray) -> array[int]:
+    return array("q", values.astype(np.int64, copy=False).tobytes())
+
+
+def _of_any_size(ids: Iterable[Any]) -> array[int] | tuple[int, ...]:
+    found = tuple(map(int, ids))
+    try:
+        return array("q", found)
+    except OverflowError:
+        return found
+
+
 _INTEGERS = frozenset(
     getattr(torch, f"{sign}int{bits}")
     for sign in ("", "u")
@@ -345,15 +350,15 @@ _INTEGERS = frozenset(
     if hasattr(torch, f"{sign}int{bits}")
 )
 """Dtypes of tensors of ids."""
-_WRITTEN = np.dtype([("kind", "u1"), ("value", "<u4")])
+_WRITTEN = np.dtype([("kind", "u1"), ("value", "<i4")])
 """An int of up to 32 bits as `marshal` writes it: the letter i, then its value."""
 
 
-def _written(ids: tuple[Any, ...]) -> np.ndarray | None:
-    """The ids as an array, negative ones as very large numbers; None unless all are of the class `int` and of 32 bits.
+def _written(ids: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
+    """The ids as an array; None unless all are of the class `int` and of 32 bits.
 
     `marshal` looks at the class and the value of each in one loop in C, in half of the time that two loops by Python's
-    iterators take. What it writes begins with 5 bytes for the tuple, then has 5 for each such int. Nothing else is
+    iterators take. What it writes begins with 5 bytes for the list, then has 5 for each such int. Nothing else is
     written with that letter, so where every fifth byte is one, each began where the one before ended.
     """
     try:
