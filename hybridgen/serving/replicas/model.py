@@ -72,8 +72,7 @@ class ReplicasModel:
             for prompt, params in zip(prompts, sampling, strict=True)
         ]
         running = [
-            Running(jobs[request.index], request.index, request.choice, request.prompt_ids)
-            for request in checked
+            Running(jobs[request.index], request.index, request.choice, request.prompt_ids) for request in checked
         ]
         self._running |= {(each.job.index, each.choice): each for each in running}
         self._work.add(jobs)
