@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_ID_BYTES = 8
+_ID_BYTES = 4
 DUMMY_PAGE = 0
 """Never handed out; the target of unused block-table entries and of padding rows."""
 
@@ -325,4 +325,4 @@ def in_order(prompts: Sequence[tuple[str | None, Sequence[int]]], page_size: int
 
 def _packed(ids: Sequence[int]) -> bytes:
     """The ids, each in `_ID_BYTES` bytes."""
-    return array("q", ids).tobytes()
+    return array("i", ids).tobytes()

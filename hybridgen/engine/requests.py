@@ -48,7 +48,7 @@ class Request:
     """One request: what was asked for, what the scheduler knows of it, and its output."""
 
     prompt_ids: array[int]
-    """64 bits each (`"q"`), as `encode_prompt` makes them."""
+    """32 bits each (`"i"`), as `encode_prompt` makes them."""
     sampling: ResolvedSampling
     index: int = 0
     """Which prompt of the call."""
@@ -143,7 +143,7 @@ class Request:
 
     def restart(self, generated: Sequence[int]) -> None:
         """Prefill the prompt again, with all that was generated behind it. What was scored stays so."""
-        self.prefill_ids = self.prompt_ids + array("q", generated)
+        self.prefill_ids = self.prompt_ids + array("i", generated)
         self.prefilled = 0
         self.scored_from = None
 
@@ -291,7 +291,9 @@ def _make(
     else:
         ids = encode_prompt(prompt, index, **how)
     cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
-    ids, told = ids[cut:], prompt if text else None
+    if cut:
+        ids = ids[cut:]
+    told = prompt if text else None
     length = len(ids) if counts else min(len(ids), 2)
     resolved = known.get(wanted, length)
     if resolved is None:

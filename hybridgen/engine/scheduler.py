@@ -187,7 +187,7 @@ class Scheduler:
             self.waiting.remove(request)
             return True
         if fed:
-            self.pages.keep(request.pages, request.prompt_ids + array("q", fed), request.sampling.cache_salt)
+            self.pages.keep(request.pages, request.prompt_ids + array("i", fed), request.sampling.cache_salt)
         self._take_out(request)
         return True
 

@@ -135,7 +135,7 @@ def test_an_original_length_beside_the_rotary_parameters(demo: Checkpoint) -> No
 def test_choices_are_collected_by_prompt() -> None:
     requests = []
     for index, choice, token in ((0, 0, 70), (1, 0, 71), (1, 1, 72)):
-        request = Request(array("q", [5]), resolve(SamplingParams(max_new_tokens=1), None, None, 100), index, choice)
+        request = Request(array("i", [5]), resolve(SamplingParams(max_new_tokens=1), None, None, 100), index, choice)
         assert request.completion is None
         with pytest.raises(RuntimeError, match="before its end"):
             collect([request])

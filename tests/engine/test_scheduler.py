@@ -48,7 +48,7 @@ class Sampling(SimpleNamespace):
 
 
 def make_request(prompt: int, new: int = 8) -> Request:
-    request = Request(array("q", range(prompt)), Sampling(max_new_tokens=new, cache_salt=None, prompt_logprobs=None))
+    request = Request(array("i", range(prompt)), Sampling(max_new_tokens=new, cache_salt=None, prompt_logprobs=None))
     request.output = SimpleNamespace(token_ids=[])
     return request
 
@@ -473,7 +473,7 @@ def test_the_longest_outputs_of_a_list_start_first() -> None:
 def test_requests_that_share_pages_stay_together_however_long_their_outputs_are() -> None:
     requests = [make_request(17, new) for new in (2, 5, 9, 7)]
     for index, prompt in ((1, [7] * 20), (3, [8] * 20)):
-        requests[index].prompt_ids = array("q", prompt)
+        requests[index].prompt_ids = array("i", prompt)
     assert queued(make(shares=True), requests) == [0, 2, 3, 1]
     assert queued(make(shares=True), requests, streamed=True) == [0, 2, 1, 3]
     assert queued(make(shares=False), requests) == [2, 3, 1, 0]

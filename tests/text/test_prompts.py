@@ -180,7 +180,7 @@ class Token(enum.IntEnum):
         (1, 2),
         list(np.array([1, 2], dtype=np.int32)),
         [Token.ONE, 2],
-        array("q", [1, 2]),
+        array("i", [1, 2]),
         array("H", [1, 2]),
     ],
 )
@@ -191,10 +191,10 @@ def test_ids_of_any_kind(prompt: Any) -> None:
 
 
 def test_ids_that_were_encoded_before_are_copied() -> None:
-    given = array("q", [1, 2])
+    given = array("i", [1, 2])
     ids = encode_prompt(given, 0, tokenizer=None, tokenizer_problem=None, vocab_size=10)
     given[0] = 7
-    assert ids == array("q", [1, 2])
+    assert ids == array("i", [1, 2])
 
 
 @pytest.mark.parametrize(
