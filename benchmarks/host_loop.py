@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
 from hybridgen.telemetry.statistics import Counters
 
-PROMPT = (5, 6, 7)
+PROMPT = array("i", (5, 6, 7))
 PAGE_SIZE = 16
 WARM_UP = 50
 

@@ -28,6 +28,7 @@ from common import how_it_ran, quantiles, random_model, report, shape_dtype, thi
 from transformers import PreTrainedModel
 
 import hybridgen
+from hybridgen.graphs.report import graph_stats
 
 LIMIT = 1.2
 """The ratio that a step should stay below."""
@@ -90,11 +91,11 @@ def run(engine: hybridgen.Engine, calls: list[Call]) -> tuple[list[Step], list[f
             start = time.perf_counter()
             loop.step()
             steps.append(Step(time.perf_counter() - start, list(launches)))
-        before = runner.graphs.stats().lazy_captures
+        before = graph_stats(runner.graphs).lazy_captures
         start = time.perf_counter()
         engine.idle()
         took = time.perf_counter() - start
-        if runner.graphs.stats().lazy_captures > before:
+        if graph_stats(runner.graphs).lazy_captures > before:
             captures.append(took)
     del runner.prefill, runner.decode
     return steps, captures

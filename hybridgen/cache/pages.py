@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_ID_BYTES = 8
+_ID_BYTES = 4
 DUMMY_PAGE = 0
 """Never handed out; the target of unused block-table entries and of padding rows."""
 
@@ -306,7 +306,7 @@ def in_order(prompts: Sequence[tuple[str | None, Sequence[int]]], page_size: int
     Args:
         prompts: the salt and the ids of each.
     """
-    first = [(salt, tuple(ids[:page_size])) for salt, ids in prompts]
+    first = [(salt, _packed(ids[:page_size])) for salt, ids in prompts]
     if len(set(first)) == len(first):
         return list(range(len(prompts)))
     # A prompt's path names its full pages by the order in which they were met first.
@@ -325,4 +325,4 @@ def in_order(prompts: Sequence[tuple[str | None, Sequence[int]]], page_size: int
 
 def _packed(ids: Sequence[int]) -> bytes:
     """The ids, each in `_ID_BYTES` bytes."""
-    return array("q", ids).tobytes()
+    return array("i", ids).tobytes()

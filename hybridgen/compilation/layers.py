@@ -25,11 +25,11 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from hybridgen.compilation.aot import LayerUnits
 from hybridgen.compilation.fingerprint import token_dimension
+from hybridgen.device.watched import has_forward_hooks, has_global_hooks
 from hybridgen.errors import CacheMissError, ConfigError, DeviceError, described
 from hybridgen.models.attention import LayerBinding, Phase, StepMetadata
 from hybridgen.models.latent import LatentBinding
 from hybridgen.models.mixers import SlotMixer
-from hybridgen.models.twin import has_forward_hooks, has_global_hooks
 
 _SHARED = "shared_kv_states"
 """Where Gemma 4 puts keys and values that later layers may share."""

@@ -37,7 +37,7 @@ def merged(requests: Sequence[Any]) -> list[Any]:
     kept = []
     for request in requests:
         wanted = request.sampling.prompt_logprobs, request.sampling.cache_salt
-        key = (request.prefill_ids, request.scored_from, request.truncated, wanted)
+        key = (request.prefill_ids.tobytes(), request.scored_from, request.truncated, wanted)
         before = first.get(key)
         if before is None or len(before.alternatives) == MOST:
             first[key] = request

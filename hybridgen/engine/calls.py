@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -35,6 +34,8 @@ from hybridgen.execution import ModelRunner
 from hybridgen.loading import Checkpoint
 from hybridgen.telemetry.statistics import Counters
 from hybridgen.text.prompts import Prompts, split_prompts
+
+CLOSED = "this engine is closed; load a new one with Engine.load()"
 
 
 def run_requests(
@@ -120,7 +121,7 @@ def _attach_streamer(request: Request, streamer: Any) -> None:
     request.output.listen(lambda token: streamer.put(torch.tensor([token], device="cpu")))
 
 
-class Calls(ABC):
+class Calls:
     """What callers ask of an engine: text, tokens as they come, scores, hidden states."""
 
     config: EngineConfig
@@ -128,6 +129,7 @@ class Calls(ABC):
     max_context: int
     _parts: Parts | None
     _runner: ModelRunner | None
+    _loop: StepLoop | None
     _counters: Counters
     _no_bar: bool | None
     _num_pages: int
@@ -135,13 +137,6 @@ class Calls(ABC):
     _calls: AsyncCalls | None
     _together: Sharing | Following | None
     """What makes a call the same on all ranks, where torchrun started them."""
-
-    @abstractmethod
-    def open_loop(self) -> StepLoop:
-        """The loop, or why there is none."""
-
-    @abstractmethod
-    def _open_parts(self) -> Parts: ...
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a string is one prompt
@@ -339,6 +334,35 @@ class Calls(ABC):
     def _run(self, requests: list[Request], streamer: Any) -> None:
         """Run requests to their end."""
         run_requests(self.open_loop(), requests, streamer, self._end_call, self._no_bar)
+
+    @property
+    def rank(self) -> int:
+        """Of its tensor-parallel group: above 0 only in a program that torchrun runs on every rank."""
+        return self._together.rank if isinstance(self._together, Following) else 0
+
+    def open_loop(self) -> StepLoop:
+        """The loop, for callers that submit requests and take the steps alone, as a server does.
+
+        Raises:
+            EngineError: the engine is closed, or its device failed.
+        """
+        loop = self._loop  # another thread may close the engine
+        if loop is None:
+            if self.rank:
+                raise EngineError(
+                    f"this is rank {self.rank}: it makes generate() and score() calls with all ranks; everything else "
+                    "is for rank 0, while the others are in follow()"
+                )
+            raise EngineError(CLOSED)
+        loop.check()
+        return loop
+
+    def _open_parts(self) -> Parts:
+        self.open_loop()
+        parts = self._parts  # another thread may close the engine
+        if parts is None:
+            raise EngineError(CLOSED)
+        return parts
 
     def idle(self) -> bool:
         """Record a graph that was missed often enough, if no request waits or runs; returns whether more are wanted.

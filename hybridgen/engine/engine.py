@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLOSED = "this engine is closed; load a new one with Engine.load()"
-
 
 class Engine(Calls):
     """Generates text with one model on one device.
@@ -180,11 +178,6 @@ class Engine(Calls):
         engine._undo.atexit = False
         return engine
 
-    @property
-    def rank(self) -> int:
-        """Of its tensor-parallel group: above 0 only in a program that torchrun runs on every rank."""
-        return self._together.rank if isinstance(self._together, Following) else 0
-
     def follow(self) -> None:
         """On a rank above 0: run what rank 0 calls, whatever that is, until it closes its engine.
 
@@ -305,30 +298,6 @@ class Engine(Calls):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def open_loop(self) -> StepLoop:
-        """The loop, for callers that submit requests and take the steps alone, as a server does.
-
-        Raises:
-            EngineError: the engine is closed, or its device failed.
-        """
-        loop = self._loop  # another thread may close the engine
-        if loop is None:
-            if self.rank:
-                raise EngineError(
-                    f"this is rank {self.rank}: it makes generate() and score() calls with all ranks; everything else "
-                    "is for rank 0, while the others are in follow()"
-                )
-            raise EngineError(CLOSED)
-        loop.check()
-        return loop
-
-    def _open_parts(self) -> Parts:
-        self.open_loop()
-        parts = self._parts  # another thread may close the engine
-        if parts is None:
-            raise EngineError(CLOSED)
-        return parts
 
 
 def _keep_plan(reference: weakref.ref[Engine]) -> None:

@@ -33,7 +33,7 @@ class RequestOutput:
 
     def __init__(
         self,
-        prompt_ids: tuple[int, ...],
+        prompt_ids: Sequence[int],
         sampling: ResolvedSampling,
         tokenizer: Any,
         index: int = 0,
@@ -296,7 +296,7 @@ class RequestOutput:
             text="".join(self._text),
             token_ids=tuple(self.token_ids),
             prompt=self._prompt,
-            prompt_token_ids=self._prompt_ids,
+            prompt_token_ids=tuple(self._prompt_ids),
             truncated_tokens=self._truncated,
             finish_reason=reason,
             seed=sampling.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hybridgen.cache import total_bytes
 from hybridgen.engine.assembly import Parts
+from hybridgen.graphs.report import graph_stats
 from hybridgen.kernels.step import metadata
 from hybridgen.telemetry.statistics import EngineStats, PrefixStats, SpeculationStats
 
@@ -26,7 +27,7 @@ def engine_stats(parts: Parts) -> EngineStats:
         fallbacks=_fallbacks(parts),
         compiled=compiled.compiles if compiled else 0,
         late_compiles=compiled.late_compiles if compiled else 0,
-        graphs=runner.graphs.stats(),
+        graphs=graph_stats(runner.graphs),
         decode=built.meter.stats(),
         fused=_fused(parts),
         running=len(scheduler.running),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -46,7 +47,8 @@ class RequestState(Enum):
 class Request:
     """One request: what was asked for, what the scheduler knows of it, and its output."""
 
-    prompt_ids: tuple[int, ...]
+    prompt_ids: array[int]
+    """32 bits each (`"i"`), as `encode_prompt` makes them."""
     sampling: ResolvedSampling
     index: int = 0
     """Which prompt of the call."""
@@ -65,7 +67,7 @@ class Request:
     output: RequestOutput = field(init=False)
     """Its tokens, text, events and completion. `StepLoop.submit` sets it."""
     state: RequestState = field(default=RequestState.NEW, init=False)
-    prefill_ids: tuple[int, ...] = field(init=False)
+    prefill_ids: array[int] = field(init=False)
     """What its prefill feeds: the prompt, and when it is prefilled again also what was generated before. Without the
     prompt's last token where nothing is generated behind it."""
     prefilled: int = field(default=0, init=False)
@@ -115,7 +117,7 @@ class Request:
         self._launched += last
         return last
 
-    def targets(self, length: int) -> tuple[int, ...]:
+    def targets(self, length: int) -> Sequence[int]:
         """Those scored tokens of the prompt that the next `length` tokens of its prefill tell the probabilities of."""
         if self.scored_from is None:
             return ()
@@ -141,7 +143,7 @@ class Request:
 
     def restart(self, generated: Sequence[int]) -> None:
         """Prefill the prompt again, with all that was generated behind it. What was scored stays so."""
-        self.prefill_ids = self.prompt_ids + tuple(generated)
+        self.prefill_ids = self.prompt_ids + array("i", generated)
         self.prefilled = 0
         self.scored_from = None
 
@@ -289,7 +291,9 @@ def _make(
     else:
         ids = encode_prompt(prompt, index, **how)
     cut = 0 if wanted.truncate_prompt is None else max(0, len(ids) - wanted.truncate_prompt)
-    ids, told = ids[cut:], prompt if text else None
+    if cut:
+        ids = ids[cut:]
+    told = prompt if text else None
     length = len(ids) if counts else min(len(ids), 2)
     resolved = known.get(wanted, length)
     if resolved is None:

@@ -14,6 +14,7 @@ returns the same `Schedule` that often without looking at any request.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Hashable, Sequence
 from itertools import chain, groupby
@@ -120,7 +121,7 @@ class Scheduler:
         size = self.pages.page_size
         if not self.pages.shares or len(request.prompt_ids) <= size:
             return request
-        return request.sampling.cache_salt, request.prompt_ids[:size]
+        return request.sampling.cache_salt, request.prompt_ids[:size].tobytes()
 
     def add(self, request: Request) -> None:
         """Queue a new request. The caller has checked that it fits an empty pool."""
@@ -186,7 +187,7 @@ class Scheduler:
             self.waiting.remove(request)
             return True
         if fed:
-            self.pages.keep(request.pages, (*request.prompt_ids, *fed), request.sampling.cache_salt)
+            self.pages.keep(request.pages, request.prompt_ids + array("i", fed), request.sampling.cache_salt)
         self._take_out(request)
         return True
 

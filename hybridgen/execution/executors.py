@@ -7,11 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hybridgen.compilation.layers import CompiledLayers
+from hybridgen.device.watched import has_forward_hooks
 from hybridgen.execution.products import by_cublaslt
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.models import BoundModel, StepMetadata
 from hybridgen.models.attention import Phase, RunEnds
-from hybridgen.models.twin import has_forward_hooks
 
 
 class Cuts(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hybridgen.device.capture import CAPTURING
+from hybridgen.device.watched import has_global_hooks
 from hybridgen.errors import OutOfMemoryError
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.execution.stream import on_its_stream
@@ -18,7 +19,7 @@ from hybridgen.models.ends import allow_short_ends, use_own_ends
 from hybridgen.models.gated import allow_gated_op, use_own_gate
 from hybridgen.models.mixtures import allow_mixture_op, use_own_mixture
 from hybridgen.models.rotating import allow_one_op, use_own_rotation
-from hybridgen.models.twin import Changes, has_global_hooks
+from hybridgen.models.twin import Changes
 
 logger = logging.getLogger(__name__)
 

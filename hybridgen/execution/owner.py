@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybridgen.device.watched import has_forward_hooks
 from hybridgen.fused.decode import FusedDecode
 from hybridgen.graphs import GraphKey
 from hybridgen.models import BoundModel
-from hybridgen.models.twin import Changes, Twin, has_forward_hooks
+from hybridgen.models.twin import Changes, Twin
 
 
 class Following:

@@ -1,6 +1,6 @@
 """Recorded steps: their keys, which are kept, which one runs a step, and who records them."""
 
-from hybridgen.graphs.buckets import GraphSettings, checked_buckets, decode_buckets, prefill_buckets
+from hybridgen.graphs.buckets import GraphSettings, decode_buckets, prefill_buckets
 from hybridgen.graphs.executor import Executor
 from hybridgen.graphs.key import LAYERS, GraphKey, describe
 from hybridgen.graphs.recorder import Recorded, Recorder
@@ -20,7 +20,6 @@ __all__ = [
     "Route",
     "Router",
     "StandInRecorder",
-    "checked_buckets",
     "decode_buckets",
     "describe",
     "prefill_buckets",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hybridgen.models.attention import Phase
@@ -44,10 +42,6 @@ class GraphSettings:
     exact_when_lazy: bool = False
     """Record decode sizes between the buckets as they are."""
 
-    def buckets(self, phase: Phase) -> tuple[int, ...]:
-        """The buckets of a phase."""
-        return self.decode if phase is Phase.DECODE else self.prefill
-
 
 def decode_buckets(max_batch: int) -> tuple[int, ...]:
     """1, 2, 4, 8, then in steps of 8 to 64 and of 16 above; ends with `max_batch`."""
@@ -65,14 +59,3 @@ def prefill_buckets(most: int, worth: int = 0) -> tuple[int, ...]:
     small = (*range(16, 256, 16), *range(256, USUAL_PROMPT + 1, 32))
     large = sorted({size for size in (*_LARGE, most) if USUAL_PROMPT < size <= worth})
     return tuple(size for size in (*small, *large) if size <= most)
-
-
-def checked_buckets(sizes: Iterable[int], most: int) -> tuple[int, ...]:
-    """A user's sizes in order, without those above `most`."""
-    return tuple(sorted({size for size in sizes if size <= most}))
-
-
-def round_up(size: int, buckets: tuple[int, ...]) -> int | None:
-    """The smallest bucket that holds `size`; None when it is above all of them."""
-    index = bisect_left(buckets, size)
-    return buckets[index] if index < len(buckets) else None

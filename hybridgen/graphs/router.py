@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from hybridgen.graphs.buckets import FEW_PROMPTS, MANY_PROMPTS, USUAL_PROMPT, round_up
+from hybridgen.graphs.buckets import FEW_PROMPTS, MANY_PROMPTS, USUAL_PROMPT
 from hybridgen.graphs.executor import Executor, StateExecutor
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.graphs.steps import RunSteps
@@ -174,7 +174,7 @@ class Router:
             return self.plain(key, self._store.suspended)
         if not self._store.records:
             return self.plain(key, self._why_plain)
-        if not settings.buckets(key.phase):
+        if not self._buckets(key):
             why = settings.no_prefill if key.phase is Phase.PREFILL else "it has no buckets"
             return self.plain(key, f"{key.phase} is not recorded: {why}")
         exact = self._store.find(self.served(key))
@@ -233,7 +233,7 @@ class Router:
 
     def _why_none(self, key: GraphKey, wanted: GraphKey | None) -> str:
         if wanted is None:
-            return f"above the largest bucket, {self._store.settings.buckets(key.phase)[-1]}"
+            return f"above the largest bucket, {self._buckets(key)[-1]}"
         if wanted in self._store.failed:
             return f"bucket {wanted.size} {FAILED}"
         alike = (r.key for r in self._store.recordings if _kind(r.key) == _kind(key))
@@ -241,10 +241,15 @@ class Router:
             return "no graph with this sampling, or with so many prompts"
         return f"bucket {wanted.size} is not captured"
 
+    def _buckets(self, key: GraphKey) -> tuple[int, ...]:
+        """The sizes at which steps of its phase are recorded, in order."""
+        settings = self._store.settings
+        return settings.decode if key.phase is Phase.DECODE else settings.prefill
+
     def _bucket_of(self, key: GraphKey) -> GraphKey | None:
         """The bucket that such a step belongs to, with the executor that serves it; None above the largest."""
         settings = self._store.settings
-        size = round_up(key.size, settings.buckets(key.phase))
+        size = next((bucket for bucket in self._buckets(key) if bucket >= key.size), None)
         if size is None:
             return None
         large = key.phase is Phase.PREFILL and size > USUAL_PROMPT

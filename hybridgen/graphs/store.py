@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,12 +15,12 @@ from hybridgen.core import GraphEvent, GraphEventKind
 from hybridgen.device.failures import LostRanks, is_fatal
 from hybridgen.errors import EngineError, described
 from hybridgen.graphs.buckets import GraphSettings
-from hybridgen.graphs.key import GraphKey, describe, describe_sampler
+from hybridgen.graphs.key import GraphKey, describe
 from hybridgen.graphs.recorder import NotReadyError, Recorded, Recorder
 from hybridgen.graphs.steps import CapturedSteps
 from hybridgen.graphs.timings import PlainTimings
 from hybridgen.models.attention import Phase
-from hybridgen.telemetry.statistics import Counters, GraphRow, GraphStats, PhaseCounts
+from hybridgen.telemetry.statistics import Counters
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,19 @@ class Recording:
     hits: int = 0
     padded_hits: int = 0
     last_used: int = 0
+
+
+@dataclass(eq=False)
+class StoreCounts:
+    """What a store counts."""
+
+    hits: Counter[Phase] = field(default_factory=Counter)
+    padded_hits: Counter[Phase] = field(default_factory=Counter)
+    misses: Counter[tuple[Phase, str]] = field(default_factory=Counter)
+    """By phase and reason."""
+    evictions: int = 0
+    lazy_captures: int = 0
+    capture_failures: int = 0
 
 
 class GraphStore:
@@ -91,18 +104,12 @@ class GraphStore:
         """Whether a step took another time than an earlier process measured."""
         self.failed: dict[GraphKey, str] = {}
         """What is not recorded (again), and why."""
-        self._behind: tuple[GraphKey, Recorder] | None = None
+        self.behind: tuple[GraphKey, Recorder] | None = None
         """What is being made while steps go on, and by whom."""
         self._patience: dict[GraphKey, int] = {}
         """Uses before an evicted step is recorded again: twice as many after each eviction. Otherwise, with more sizes
         in use than can be kept, one would be captured after the other for ever."""
-        self._hits: Counter[Phase] = Counter()
-        self._padded_hits: Counter[Phase] = Counter()
-        self._misses: Counter[tuple[Phase, str]] = Counter()
-        """By phase and reason."""
-        self._evictions = 0
-        self._lazy_captures = 0
-        self._capture_failures = 0
+        self.counts = StoreCounts()
         self.suspended: str | None = None
         """Why no step is recorded or replayed for now."""
         self.version = 0
@@ -125,12 +132,12 @@ class GraphStore:
         recording.padded_hits += padded
         if recording.key.is_rest:  # of a step that is counted
             return
-        self._hits[recording.key.phase] += 1
-        self._padded_hits[recording.key.phase] += padded
+        self.counts.hits[recording.key.phase] += 1
+        self.counts.padded_hits[recording.key.phase] += padded
 
     def count_miss(self, phase: Phase, reason: str) -> None:
         """Note that a step of this phase ran without a recording."""
-        self._misses[phase, reason] += 1
+        self.counts.misses[phase, reason] += 1
 
     def want(self, key: GraphKey, times: int = 1) -> None:
         """Note that so many steps would have been served better by this recording."""
@@ -192,13 +199,13 @@ class GraphStore:
             return []
         often = [key for key, count in self._wanted.most_common() if count >= self._uses_before_capture(key)]
         missing = [key for key in often if key not in self._recordings and key not in self.failed]
-        if self._behind is not None:
+        if self.behind is not None:
             missing.sort(key=lambda key: key != self._behind_key)
         return [key for key in missing if self._recorder(key, True) is not None]
 
     @property
     def _behind_key(self) -> GraphKey | None:
-        return None if self._behind is None else self._behind[0]
+        return None if self.behind is None else self.behind[0]
 
     def _uses_before_capture(self, key: GraphKey) -> int:
         return self._patience.get(key, self.settings.capture_after)
@@ -209,7 +216,7 @@ class GraphStore:
         pending = self.pending
         if pending:
             self._capture(pending[0], lazy=True)
-        return len(pending) > 1 and self._behind is None
+        return len(pending) > 1 and self.behind is None
 
     def _capture(self, key: GraphKey, *, lazy: bool) -> None:
         recorder = None if self._recorder is None else self._recorder(key, lazy)
@@ -226,8 +233,8 @@ class GraphStore:
             seconds = time.perf_counter() - start
             self._made(key)
         except NotReadyError:
-            if self._behind is None:
-                self._behind = key, recorder
+            if self.behind is None:
+                self.behind = key, recorder
             self._wanted[key] = max(uses, self._uses_before_capture(key))
             if known is not None:
                 self._known[key] = known
@@ -256,19 +263,19 @@ class GraphStore:
             last_used=self._clock,
         )
         self._recordings[key] = recording
-        self._lazy_captures += lazy
+        self.counts.lazy_captures += lazy
         self._tell(GraphEventKind.CAPTURED, key, f"{'while idle' if lazy else 'at warm-up'}, {recorded.bytes:,} bytes")
         self._keep_within_bytes(recording)
 
     def _made(self, key: GraphKey) -> None:
         """Note that this recording is no longer being made."""
         if self._behind_key == key:
-            self._behind = None
+            self.behind = None
 
     def _fail(self, key: GraphKey, error: Exception) -> None:
         message = described(error)
         self.failed[key] = message
-        self._capture_failures += 1
+        self.counts.capture_failures += 1
         self._counters.fall_back(f"the capture of {describe(key)} failed, such steps run without it: {message}")
         logger.debug("a capture failed", exc_info=error)
         self._tell(GraphEventKind.FAILED, key, message)
@@ -292,7 +299,7 @@ class GraphStore:
 
     def _evict_oldest(self) -> None:
         oldest = min(self._recordings.values(), key=lambda recording: recording.last_used)
-        self._evictions += 1
+        self.counts.evictions += 1
         self._patience[oldest.key] = 2 * self._uses_before_capture(oldest.key)
         self.drop(oldest)
         self._tell(GraphEventKind.EVICTED, oldest.key, f"after {oldest.hits} replays")
@@ -321,7 +328,7 @@ class GraphStore:
             self._wanted[key] = max(self._wanted[key], self._uses_before_capture(key))
 
     def _stop_behind(self) -> None:
-        behind, self._behind = self._behind, None
+        behind, self.behind = self.behind, None
         if behind is not None:
             behind[1].close()
 
@@ -363,60 +370,6 @@ class GraphStore:
     def bytes(self) -> int:
         """Device memory that the recordings took."""
         return sum(recording.recorded.bytes for recording in self.recordings)
-
-    def stats(self) -> GraphStats:
-        """Counts so far, and what is recorded."""
-        rows = self.recordings
-        return GraphStats(
-            graphs=tuple(
-                GraphRow(
-                    executor=r.key.executor,
-                    phase=str(r.key.phase),
-                    tokens=r.key.tokens,
-                    rows=r.key.rows,
-                    sampling=describe_sampler(r.key),
-                    owner=r.recorded.owner,
-                    lazy=r.lazy,
-                    hits=r.hits,
-                    padded_hits=r.padded_hits,
-                    bytes=r.recorded.bytes,
-                    seconds=r.recorded.seconds,
-                    plain_seconds=r.recorded.plain_seconds,
-                )
-                for r in rows
-            ),
-            bytes=self.bytes,
-            hits=self._hits.total(),
-            padded_hits=self._padded_hits.total(),
-            misses=dict(self._misses_by(lambda phase, reason: reason)) if self.records else {},
-            phases=self._by_phase() if self.records else {},
-            lazy_captures=self._lazy_captures,
-            evictions=self._evictions,
-            behind=self._made_behind(),
-            capture_failures=self._capture_failures,
-            failures={f"{describe(key)} ({describe_sampler(key)})": why for key, why in dict(self.failed).items()},
-        )
-
-    def _made_behind(self) -> dict[str, str]:
-        behind = self._behind
-        return {} if behind is None else {describe(behind[0]): getattr(behind[1], "behind", "being made")}
-
-    def _misses_by(self, name: Callable[[Phase, str], str]) -> Counter[str]:
-        found: Counter[str] = Counter()
-        for (phase, reason), count in dict(self._misses).items():  # a copy: steps may count meanwhile
-            found[name(phase, reason)] += count
-        return found
-
-    def _by_phase(self) -> dict[str, PhaseCounts]:
-        """Counts of every phase that had steps."""
-        misses = self._misses_by(lambda phase, reason: str(phase))
-        return {
-            str(phase): PhaseCounts(
-                hits=self._hits[phase], padded_hits=self._padded_hits[phase], misses=misses[str(phase)]
-            )
-            for phase in Phase
-            if self._hits[phase] or misses[str(phase)]
-        }
 
     def close(self) -> None:
         """Release every recording."""

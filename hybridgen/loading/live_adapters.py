@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridgen.device.watched import has_forward_hooks
 from hybridgen.errors import EngineError, described
 from hybridgen.models.tree_copy import TreeCopy
-from hybridgen.models.twin import Twin, has_forward_hooks
+from hybridgen.models.twin import Twin
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BASES = ("Linear", "Embedding", "Conv1D")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hybridgen.device.program import Unfit as Unfit
-from hybridgen.models.projections import has_hooks
+from hybridgen.device.watched import has_hooks
 from hybridgen.models.rope import LENGTH_DEPENDENT
 from hybridgen.models.share import QuantisedShareLinear, Share, ShareLinear
 from hybridgen.models.sites import AttentionSite

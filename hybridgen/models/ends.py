@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridgen.device.failures import is_fatal
+from hybridgen.device.watched import has_hooks
 from hybridgen.errors import HybridgenError, described
 from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, norm_of
-from hybridgen.models.projections import has_hooks
 from hybridgen.models.swapped import made_class
 
 logger = logging.getLogger(__name__)

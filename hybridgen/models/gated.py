@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from hybridgen.device.failures import is_fatal
 from hybridgen.device.timing import event_seconds
+from hybridgen.device.watched import has_hooks
 from hybridgen.errors import described
 from hybridgen.kernels.linear.gated import LEAST_ROWS, by_cublas, gated_rows, has_kernel
 from hybridgen.models.attention import StepMetadata
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.few_rows import RowsBinding
 from hybridgen.models.measured import Measured
-from hybridgen.models.projections import FusedHead, FusedTail, has_hooks
+from hybridgen.models.projections import FusedHead, FusedTail
 from hybridgen.models.swapped import made_class
 
 logger = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.cache.paged_latent import LatentShape
+from hybridgen.device.watched import has_forward_hooks
 from hybridgen.errors import UnsupportedModelError
 from hybridgen.kernels.attention.latent import (
     LatentPlaces,
@@ -37,7 +38,6 @@ from hybridgen.kernels.attention.latent import (
 from hybridgen.models.attention import AttentionCall, Phase, StepMetadata
 from hybridgen.models.projections import RowsLinear
 from hybridgen.models.swapped import give_back, made_class
-from hybridgen.models.twin import has_forward_hooks
 from hybridgen.models.visibility import CAUSAL
 
 OWN_KEYS = False

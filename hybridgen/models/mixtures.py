@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.device.failures import is_fatal
+from hybridgen.device.watched import has_hooks
 from hybridgen.errors import described
 from hybridgen.kernels.linear import mixture as op
 from hybridgen.kernels.linear.experts_form import Form, Normed, Projection, Routed
@@ -29,7 +30,6 @@ from hybridgen.models.gated import Used
 from hybridgen.models.measured import Measured
 from hybridgen.models.mixtures_check import Verdict, tried_on
 from hybridgen.models.packed_experts import PackedExperts
-from hybridgen.models.projections import has_hooks
 from hybridgen.models.routers import RouterSite
 from hybridgen.models.swapped import made_class
 

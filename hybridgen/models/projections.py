@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hybridgen.device.watched import has_hooks
 from hybridgen.errors import EngineError, described
 from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models.quantised import QuantisedHead, QuantisedLinear, QuantisedTail, stack, why_not_stacked
@@ -349,12 +350,6 @@ def _quantised_reason(candidate: _Candidate, quantised: list[QuantisedLinear]) -
     if any(has_hooks(member) for member in quantised):
         return "one of them has hooks"
     return why_not_stacked([member.weight_stored for member in quantised])
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls, or changes them."""
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, table) for table in tables)
 
 
 _Calls = dict[int, list[tuple[int, torch.Tensor, int]]]

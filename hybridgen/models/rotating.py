@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.device.failures import is_fatal
+from hybridgen.device.watched import has_hooks
 from hybridgen.errors import described
 from hybridgen.kernels.attention.ops import Places
 from hybridgen.kernels.attention.rotary import HeadNorms, rotate_and_write, rotate_and_write_on_cpu, turned
 from hybridgen.models.attention import ATTENTION_NAME, SITES_NAME, LayerBinding
 from hybridgen.models.binding import BoundModel
 from hybridgen.models.decoder import Unfit, head_norm
-from hybridgen.models.projections import has_hooks
 from hybridgen.models.sites import AttentionSite
 from hybridgen.models.swapped import made_class
 

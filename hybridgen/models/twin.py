@@ -15,23 +15,13 @@ from operator import is_
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from hybridgen.device.watched import has_forward_hooks
 from hybridgen.errors import EngineError
 from hybridgen.models.tree_copy import BACKWARD_TABLES, HOOK_TABLES, TreeCopy
 
 M = TypeVar("M", bound=nn.Module)
 
-_IDLE = frozenset(
-    {
-        "transformers.utils.output_capturing",
-        "transformers.modeling_utils",
-        "compressed_tensors.compressors.model_compressors.model_compressor",
-    }
-)
-"""transformers leaves hooks of these modules behind: once somebody asked for hidden states, and for training with
-checkpointed activations (`enable_input_require_grads`). They change nothing that a step computes. Nor does
-compressed-tensors' hook, which decompresses its layers before their first forward: here they are read as they are."""
 
 _NOT_FOLLOWED = frozenset(
     {
@@ -194,17 +184,6 @@ def twin(model: M) -> M:
     found.settle()
     found.follow()
     return found.model
-
-
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's forward, or changes it."""
-    tables = module._forward_hooks, module._forward_pre_hooks
-    return any(getattr(hook, "__module__", None) not in _IDLE for table in tables if table for hook in table.values())
-
-
-def has_global_hooks() -> bool:
-    """Whether somebody listens to the forwards of all modules of the process."""
-    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 _USUAL = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}

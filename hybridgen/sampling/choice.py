@@ -9,9 +9,9 @@
 | positions | [B] | int64: the position that the new token will have in its sequence |
 | the result | [B] | int64: -1 where there was nothing to choose |
 
-The CPU implementations are the torch functions below, which sort; they define the result. The CUDA implementations are
-Triton kernels that do not sort (`kernels.sampling`). There, a tempered logit has the same bits, and so has what greedy
-rows, top-k and min-p decide. Two things can differ in a last bit:
+The CPU implementations are torch functions (`processors`), which sort; they define the result. The CUDA
+implementations are Triton kernels that do not sort (`kernels.sampling`). There, a tempered logit has the same bits, and
+so has what greedy rows, top-k and min-p decide. Two things can differ in a last bit:
 
 - The noise: its logarithms are within a few units in the last place of the reference's.
 - Top-p's edge: the reference adds float32 probabilities in float64; the kernels add multiples of 2^-44 of the most
@@ -23,12 +23,10 @@ What a row gets on CUDA depends on the row alone, bit for bit: not on other rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from hybridgen.sampling.processors import drop_unlikely, keep_top, temper
+from hybridgen.sampling.processors import best_of, truncated, with_noise
 from hybridgen.sampling.random import gumbel_noise
 
 _library = torch.library.Library("hybridgen", "FRAGMENT")
@@ -38,9 +36,6 @@ _library.define(
     "bool nucleus) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-Noise = Callable[[Tensor, Tensor, int], Tensor]
-"""Seeds int64 [B], positions [B] and V to noise [B, V]."""
 
 
 def choose_greedy(logits: Tensor) -> Tensor:
@@ -69,41 +64,6 @@ def choose_sampled(
         ValueError: on CUDA, V is 2^19 or more.
     """
     return torch.ops.hybridgen.choose_sampled.default(logits, reals, integers, slots, positions, top_k, nucleus)
-
-
-def best_of(scores: Tensor) -> Tensor:
-    """The id of each row's largest score, -1 where it is NaN or -inf; [B, V] to int64 [B]."""
-    best, tokens = scores.max(-1)
-    return torch.where(best.isnan() | (best == -torch.inf), -1, tokens)
-
-
-def truncated(
-    scores: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, ranked: int, nucleus: bool, min_p: bool
-) -> Tensor:
-    """Temper, then -inf for what top-k, top-p and min-p leave out; float32 [B, V], each row's maximum 0.
-
-    Rows with temperature 0 come out with a temperature of 1; nobody reads them.
-
-    Args:
-        scores: float32 [B, V].
-        ranked, nucleus: see `processors.keep_top`; `ranked` 0: no row has top-k or top-p.
-        min_p: some row has min-p.
-    """
-    temperature = reals[slots, 0]
-    scaled = temper(scores, torch.where(temperature > 0, temperature, 1))
-    if ranked:
-        scaled = keep_top(scaled, integers[slots, 1], reals[slots, 1], ranked, nucleus)
-    if min_p:
-        scaled = drop_unlikely(scaled, reals[slots, 2])
-    return scaled
-
-
-def with_noise(
-    scores: Tensor, scaled: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, noise: Noise
-) -> Tensor:
-    """Of rows that draw the tempered logits with noise, of greedy rows the scores; float32 [B, V]."""
-    noisy = scaled + noise(integers[slots, 0], positions, scores.shape[-1])
-    return torch.where((reals[slots, 0] > 0)[:, None], noisy, scores)
 
 
 def reference_greedy(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is done to logits before a token is chosen: one function per step, rows independent of each other.
+"""From logits to a token in torch operators: one function per step, rows independent of each other.
 
 Logits and parameters are float32; per-row parameters have shape [B]. The order and the meaning are those of
 Hugging Face's logits processors, in which every row has the same parameters; presence and frequency penalty
@@ -10,10 +10,15 @@ host, not on free-standing sums, whose rounding can depend on the number of rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 _INF = float("inf")
+
+Noise = Callable[[Tensor, Tensor, int], Tensor]
+"""Seeds int64 [B], positions [B] and V to noise [B, V]."""
 
 
 def penalize(
@@ -158,6 +163,27 @@ def drop_unlikely(scaled: Tensor, log_min_p: Tensor) -> Tensor:
     return scaled.masked_fill(scaled < log_min_p[:, None], -_INF)
 
 
+def truncated(
+    scores: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, ranked: int, nucleus: bool, min_p: bool
+) -> Tensor:
+    """Temper, then -inf for what top-k, top-p and min-p leave out; float32 [B, V], each row's maximum 0.
+
+    Rows with temperature 0 come out with a temperature of 1; nobody reads them.
+
+    Args:
+        scores: float32 [B, V].
+        ranked, nucleus: see `keep_top`; `ranked` 0: no row has top-k or top-p.
+        min_p: some row has min-p.
+    """
+    temperature = reals[slots, 0]
+    scaled = temper(scores, torch.where(temperature > 0, temperature, 1))
+    if ranked:
+        scaled = keep_top(scaled, integers[slots, 1], reals[slots, 1], ranked, nucleus)
+    if min_p:
+        scaled = drop_unlikely(scaled, reals[slots, 2])
+    return scaled
+
+
 def keep_typical(scaled: Tensor, typical_p: Tensor) -> Tensor:
     """-inf for what typical sampling leaves out (arXiv:2202.00666).
 
@@ -197,3 +223,17 @@ def cut_off(scaled: Tensor, epsilon: Tensor, eta: Tensor) -> Tensor:
 
 def _drop_below(scaled: Tensor, probability: Tensor, least: Tensor) -> Tensor:
     return scaled.masked_fill((probability < least) & (scaled < scaled.amax(-1, keepdim=True)), -_INF)
+
+
+def with_noise(
+    scores: Tensor, scaled: Tensor, reals: Tensor, integers: Tensor, slots: Tensor, positions: Tensor, noise: Noise
+) -> Tensor:
+    """Of rows that draw the tempered logits with noise, of greedy rows the scores; float32 [B, V]."""
+    noisy = scaled + noise(integers[slots, 0], positions, scores.shape[-1])
+    return torch.where((reals[slots, 0] > 0)[:, None], noisy, scores)
+
+
+def best_of(scores: Tensor) -> Tensor:
+    """The id of each row's largest score, -1 where it is NaN or -inf; [B, V] to int64 [B]."""
+    best, tokens = scores.max(-1)
+    return torch.where(best.isnan() | (best == -torch.inf), -1, tokens)

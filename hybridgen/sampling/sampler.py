@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from hybridgen.kernels.sampling.allowed import keep_allowed
-from hybridgen.sampling.choice import best_of, choose_greedy, choose_sampled, truncated, with_noise
+from hybridgen.sampling.choice import choose_greedy, choose_sampled
 from hybridgen.sampling.history import apply_history
 from hybridgen.sampling.own import OwnRows
-from hybridgen.sampling.processors import apply_rules, count_behind, count_drafted, cut_off, keep_typical, penalize
+from hybridgen.sampling.processors import (
+    apply_rules,
+    best_of,
+    count_behind,
+    count_drafted,
+    cut_off,
+    keep_typical,
+    penalize,
+    truncated,
+    with_noise,
+)
 from hybridgen.sampling.state import SamplerPlan, SamplerState
 
 __all__ = ["SampleOutput", "SamplerPlan", "SamplerState", "process", "sample", "truncate"]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -252,7 +253,8 @@ class SamplerState:
             generated = self._ids(generated_ids)
             self.output_counts[slot].scatter_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
         if (plan.history or self._keeps_text) and self.history is not None:
-            self._write_history(self.history, slot, params, (*prompt_ids, *generated_ids))
+            text = np.concatenate((np.asarray(prompt_ids, np.int64), np.asarray(generated_ids, np.int64)))
+            self._write_history(self.history, slot, params, text)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a step may read or write, by name."""
@@ -384,8 +386,8 @@ class SamplerState:
                 self.prompt_seen = self._zeros(torch.bool)
                 self.output_counts = self._zeros(torch.int32)
 
-    def _write_history(self, history: History, slot: int, params: ResolvedSampling, ids: Sequence[int]) -> None:
-        known = torch.as_tensor(ids, dtype=torch.int64).clamp(max=_LARGEST)  # an id that no sequence has
+    def _write_history(self, history: History, slot: int, params: ResolvedSampling, ids: np.ndarray) -> None:
+        known = torch.from_numpy(ids).clamp(max=_LARGEST)  # an id that no sequence has
         history.text[slot, : len(ids)].copy_(self._stage(known, torch.int32), non_blocking=True)
         if not params.sequence_bias:
             return
@@ -427,7 +429,7 @@ class SamplerState:
     def _ids(self, ids: Sequence[int]) -> Tensor:
         """int64 on the device. Ids without a logit are left out: they cannot be chosen (a model can embed
         more)."""
-        host = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        host = torch.from_numpy(np.array(ids, np.int64))  # a prompt's ids are an array, which this copies at once
         return self._on_device(host[(host >= 0) & (host < self.vocab_size)], torch.int64)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.cache import LayerPages, LayerShape, LayerState, PagedKV
+from hybridgen.device.watched import has_forward_hooks, has_global_hooks
 from hybridgen.errors import ConfigError
 from hybridgen.execution.drafting import DraftCall, PrefillCall
 from hybridgen.kernels.attention.ops import (
@@ -35,7 +36,6 @@ from hybridgen.loading import Checkpoint
 from hybridgen.loading.eagle import EagleFiles
 from hybridgen.models import BoundModel
 from hybridgen.models.decoder import Unfit
-from hybridgen.models.twin import has_forward_hooks, has_global_hooks
 from hybridgen.sampling.choice import choose_greedy
 from hybridgen.speculation.head import EagleHead
 

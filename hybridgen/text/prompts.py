@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import marshal
-import struct
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -109,7 +109,7 @@ def is_pair(prompt: Any) -> bool:
     return isinstance(prompt, Mapping) and "completion" in prompt
 
 
-def encode_pair(pair: Mapping[str, Any], index: int, **how: Any) -> tuple[tuple[int, ...], int]:
+def encode_pair(pair: Mapping[str, Any], index: int, **how: Any) -> tuple[array[int], int]:
     """Token ids of a prompt with its completion behind it, and how many of them are the prompt's.
 
     Text behind text or a chat is encoded together with it, because that is how a tokenizer sees it; ids are taken as
@@ -171,8 +171,8 @@ def encode_prompt(
     vocab_size: int,
     placeholders: Mapping[int, str] | None = None,
     pad: int | None = None,
-) -> tuple[int, ...]:
-    """Token ids of one prompt.
+) -> array[int]:
+    """Token ids of one prompt, 32 bits each (`"i"`): a request holds no Python object for each of them.
 
     Text is encoded with the tokenizer's own special tokens; chat messages through its chat template with the
     generation prompt added.
@@ -190,27 +190,29 @@ def encode_prompt(
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError(f"prompt {index} is an empty string; give at least one character")
-        ids, values = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
+        values = _encode_text(prompt, index, _require(tokenizer, tokenizer_problem))
     elif text and isinstance(prompt, Mapping) and "messages" not in prompt:
         raise _no_prompt(prompt, index)
     elif text:
-        ids, values = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
+        values = _plain_ids(encode_chat(prompt, index, _require(tokenizer, tokenizer_problem)), index)
     else:
-        ids, values = _plain_ids(prompt, index)
-    if not ids:
+        values = _plain_ids(prompt, index)
+    if not values.size:
         raise PromptError(f"prompt {index} ({shown(prompt)}) has no tokens; give at least one")
     for token, name in (placeholders or {}).items():
-        if token in ids:
+        if token in values:
             raise PromptError(
                 f"prompt {index} holds token {token} ({name}), which stands for what is no text; hybridgen runs this "
                 "model's text part alone: leave it out"
             )
-    if values is None or int(np.maximum.reduce(values)) >= vocab_size:  # what `max()` calls
-        wrong = [token for token in ids if not 0 <= token < vocab_size]
+    if values.dtype.kind == "O" or int(_largest(values)) >= vocab_size:
+        signed = values if values.dtype.kind == "O" else values.view(f"i{values.itemsize}")
+        wrong = [token for token in signed.tolist() if not 0 <= token < vocab_size]
         raise PromptError(
             f"prompt {index} holds token id {shown(wrong[0])}, outside the vocabulary of {vocab_size} "
             f"({len(wrong)} such id(s)); was it encoded with another model's tokenizer?"
         )
+    ids = array("i", values.astype(_ID).tobytes())
     if tokenizer is not None:
         _look_over(ids, tokenizer, pad, text=text)
     return ids
@@ -234,7 +236,7 @@ def _require(tokenizer: Any, problem: str | None) -> Any:
     return tokenizer
 
 
-def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[tuple[int, ...], np.ndarray | None]:
+def _encode_text(text: str, index: int, tokenizer: Any) -> np.ndarray:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -252,19 +254,20 @@ def _encode_text(text: str, index: int, tokenizer: Any) -> tuple[tuple[int, ...]
     return _plain_ids(ids, index)
 
 
-def _look_over(ids: tuple[int, ...], tokenizer: Any, pad: int | None, *, text: bool) -> None:
+def _look_over(ids: array[int], tokenizer: Any, pad: int | None, *, text: bool) -> None:
     """Warn of what is rarely meant: a second beginning, and padding in ids, which the model would read.
 
     A tokenizer takes some microseconds for each of its special tokens, so it is asked only where one is needed.
     """
-    if ids[:1] == ids[1:2] and ids[0] != pad and ids[0] == getattr(tokenizer, "bos_token_id", None):
+    first = ids[0]
+    if len(ids) > 1 and first == ids[1] and first != pad and first == getattr(tokenizer, "bos_token_id", None):
         _warn_of_two_beginnings(getattr(tokenizer, "bos_token", None))
-    if pad is None or text or pad not in (ids[0], ids[-1]):
+    if pad is None or text or pad not in (first, ids[-1]):
         return
     # A single one may be an end-of-sequence token where that pads.
     others = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     least = 2 if pad in others else 1
-    if (pad,) * least in (ids[:least], ids[-least:]):
+    if array("i", [pad] * least) in (ids[:least], ids[-least:]):
         _warn_of_padding(pad, getattr(tokenizer, "pad_token", None))
 
 
@@ -289,34 +292,32 @@ def _warn_of_two_beginnings(token: Any) -> None:
     )
 
 
-def _plain_ids(prompt: Any, index: int) -> tuple[tuple[int, ...], np.ndarray | None]:
-    """The ids of a prompt, and the same as an array of unsigned integers, in which negative ids are very large numbers.
-    No array where one is too large for any vocabulary.
+def _plain_ids(prompt: Any, index: int) -> np.ndarray:
+    """The ids of a prompt as unsigned integers, in which negative ids are very large numbers. As objects where one has
+    more than 64 bits.
 
     A call can have hundreds of thousands of them, so that Python looks at none of them on its own.
     """
     if type(prompt) not in (list, tuple):  # as most are, and none of these questions is cheap
         if isinstance(prompt, (np.ndarray, torch.Tensor)):
             return _tensor_ids(prompt, index)
+        if isinstance(prompt, array) and prompt.typecode == "i":  # as a server has encoded it before
+            return np.frombuffer(prompt, np.uint32)
         if isinstance(prompt, _BYTES):
             raise PromptError(f"prompt {index} is {shown(prompt)}, {type(prompt).__name__} and not text; {_DECODE}")
         if not isinstance(prompt, Sequence):
             raise PromptError(f"prompt {index} is {shown(prompt)}; give a string, token ids or chat messages")
-    ids = tuple(prompt)
-    values = _written(ids)
+        prompt = tuple(prompt)
+    values = _written(prompt)
     if values is not None:  # as nearly always
-        return ids, values
-    for token in ids:
+        return values
+    for token in prompt:
         if not _is_int(token):
             raise PromptError(f"prompt {index} holds {shown(token)} where a token id should be; give integers")
-    ids = tuple(int(token) for token in ids)
-    try:
-        return ids, np.fromiter(ids, np.int64, len(ids)).view(np.uint64)
-    except OverflowError:
-        return ids, None
+    return _unsigned([int(token) for token in prompt])
 
 
-def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[int, ...], np.ndarray]:
+def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> np.ndarray:
     """`_plain_ids` of an array or a tensor, of which a row may be given as a matrix."""
     if prompt.ndim == 2 and prompt.shape[0] == 1:
         prompt = prompt[0]
@@ -330,14 +331,18 @@ def _tensor_ids(prompt: np.ndarray | torch.Tensor, index: int) -> tuple[tuple[in
         raise PromptError(
             f"prompt {index} is a {kind} tensor of shape {tuple(prompt.shape)}; give integer ids [tokens]"
         )
-    if values.itemsize < 4 or not values.dtype.isnative:  # -1 of 8 bits would be 255
-        values = values.astype(np.int64)
-    values = np.ascontiguousarray(values)
-    ids = struct.unpack(f"{values.size}{values.dtype.char}", values.data)  # dtypes have the letters that `struct` has
-    return ids, values.view(_UNSIGNED[values.itemsize])
+    unsigned = _UNSIGNED.get(values.dtype.str)
+    return _unsigned(values.tolist()) if unsigned is None else values.view(unsigned)
 
 
-_UNSIGNED = {4: np.uint32, 8: np.uint64}
+def _unsigned(ids: list[int]) -> np.ndarray:
+    try:
+        return np.array(ids, np.int64).view(np.uint64)
+    except OverflowError:
+        return np.array(ids, object)
+
+
+_UNSIGNED = {np.dtype(kind).str: np.dtype(f"u{kind}") for kind in ("int32", "int64")}
 _INTEGERS = frozenset(
     getattr(torch, f"{sign}int{bits}")
     for sign in ("", "u")
@@ -345,24 +350,26 @@ _INTEGERS = frozenset(
     if hasattr(torch, f"{sign}int{bits}")
 )
 """Dtypes of tensors of ids."""
-_WRITTEN = np.dtype([("kind", "u1"), ("value", "<u4")])
-"""An int of up to 32 bits as `marshal` writes it: the letter i, then its value."""
+_largest = np.maximum.reduce  # what `max()` calls
+_ID, _WRITTEN = np.dtype(np.int32), np.dtype("<u4")
+"""Of ids that were checked; of ints as `marshal` writes them."""
 
 
-def _written(ids: tuple[Any, ...]) -> np.ndarray | None:
-    """The ids as an array, negative ones as very large numbers; None unless all are of the class `int` and of 32 bits.
+def _written(ids: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
+    """The ids as an array; None unless all are of the class `int` and of 32 bits.
 
     `marshal` looks at the class and the value of each in one loop in C, in half of the time that two loops by Python's
-    iterators take. What it writes begins with 5 bytes for the tuple, then has 5 for each such int. Nothing else is
-    written with that letter, so where every fifth byte is one, each began where the one before ended.
+    iterators take. What it writes begins with 5 bytes for the list, then has the letter i and the value in 4 bytes for
+    each such int. Nothing else is written with that letter, so where every fifth byte is one, each began where the one
+    before ended.
     """
     try:
         data = marshal.dumps(ids, 2)  # of later versions, equal objects may be written as references
     except ValueError:  # an object of another class
         return None
-    if len(data) != 5 + 5 * len(ids) or data[5::5].count(b"i") != len(ids):
+    if not ids or len(data) != 5 + 5 * len(ids) or data[5::5].count(b"i") != len(ids):
         return None
-    return np.frombuffer(data, _WRITTEN, offset=5)["value"]
+    return np.ndarray(len(ids), _WRITTEN, data, 6, (5,))
 
 
 def _is_int(value: Any) -> bool:

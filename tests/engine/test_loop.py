@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import weakref
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,7 +329,7 @@ def stub_loop(
 
 def start(loop: StepLoop, count: int, prompt: int = 3, **fields: Any) -> list[Request]:
     sampling = resolve(SamplingParams(**fields), None, None, 1000)
-    requests = [Request(tuple(range(prompt)), sampling, index) for index in range(count)]
+    requests = [Request(array("i", range(prompt)), sampling, index) for index in range(count)]
     loop.submit(requests)
     return requests
 
@@ -388,7 +389,7 @@ def test_logprobs_of_several_tokens() -> None:
 def test_a_request_is_submitted_once() -> None:
     loop, _ = stub_loop()
     requests = start(loop, 1, max_new_tokens=2)
-    fresh = Request((1,), requests[0].sampling)
+    fresh = Request(array("i", [1]), requests[0].sampling)
     with pytest.raises(ValueError, match="submitted once"):
         loop.submit([fresh, *requests])
     assert len(loop.scheduler.waiting) == 1  # all or none

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ def add(scheduler: Scheduler, *prompts: tuple[int, int], **fields: Any) -> list[
     for index, (length, new) in enumerate(prompts):
         sampling = {"max_new_tokens": new, "cache_salt": None, "prompt_logprobs": None}
         sampling |= {"penalizes": False, "reads_history": False, "has_own": False} | fields
-        request = Request(tuple(range(1000 * index, 1000 * index + length)), SimpleNamespace(**sampling))  # type: ignore[arg-type]
+        request = Request(array("i", range(1000 * index, 1000 * index + length)), SimpleNamespace(**sampling))  # type: ignore[arg-type]
         request.output = SimpleNamespace(token_ids=[])  # type: ignore[assignment]
         request.patient = True
         scheduler.add(request)

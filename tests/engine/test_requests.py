@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_an_original_length_beside_the_rotary_parameters(demo: Checkpoint) -> No
 def test_choices_are_collected_by_prompt() -> None:
     requests = []
     for index, choice, token in ((0, 0, 70), (1, 0, 71), (1, 1, 72)):
-        request = Request((5,), resolve(SamplingParams(max_new_tokens=1), None, None, 100), index, choice)
+        request = Request(array("i", [5]), resolve(SamplingParams(max_new_tokens=1), None, None, 100), index, choice)
         assert request.completion is None
         with pytest.raises(RuntimeError, match="before its end"):
             collect([request])
@@ -183,7 +184,7 @@ def test_a_truncated_prompt_keeps_its_end(demo: Checkpoint) -> None:
     with pytest.raises(PromptError, match="over the context of 200"):
         make_requests([prompt], None, {}, demo, 200, None)
     [request] = make_requests([prompt], None, {"truncate_prompt": 150}, demo, 200, None)
-    assert request.prompt_ids == tuple(range(151, 301))
+    assert request.prompt_ids.tolist() == list(range(151, 301))
     assert (request.truncated, request.sampling.max_new_tokens) == (150, 50)
     [request] = make_requests([prompt[:9]], None, {"truncate_prompt": 9}, demo, 200, None)
     assert (request.truncated, len(request.prompt_ids)) == (0, 9)

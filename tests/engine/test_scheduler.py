@@ -6,6 +6,7 @@ import gc
 import itertools
 import random
 import weakref
+from array import array
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,7 @@ class Sampling(SimpleNamespace):
 
 
 def make_request(prompt: int, new: int = 8) -> Request:
-    request = Request(tuple(range(prompt)), Sampling(max_new_tokens=new, cache_salt=None, prompt_logprobs=None))
+    request = Request(array("i", range(prompt)), Sampling(max_new_tokens=new, cache_salt=None, prompt_logprobs=None))
     request.output = SimpleNamespace(token_ids=[])
     return request
 
@@ -209,7 +210,7 @@ def test_a_request_is_prefilled_again_when_its_rotary_table_changes() -> None:
     schedule = scheduler.schedule()
     assert chunks_of(schedule) == [(one, 0, 12, True)]
     assert schedule.plan.prefill[0].generated == 2
-    assert one.prefill_ids == (*range(10), 70, 71)
+    assert one.prefill_ids.tolist() == [*range(10), 70, 71]
     assert one.launched == 3
     assert decoded(scheduler.schedule()) == (one,)
 
@@ -472,7 +473,7 @@ def test_the_longest_outputs_of_a_list_start_first() -> None:
 def test_requests_that_share_pages_stay_together_however_long_their_outputs_are() -> None:
     requests = [make_request(17, new) for new in (2, 5, 9, 7)]
     for index, prompt in ((1, [7] * 20), (3, [8] * 20)):
-        requests[index].prompt_ids = tuple(prompt)
+        requests[index].prompt_ids = array("i", prompt)
     assert queued(make(shares=True), requests) == [0, 2, 3, 1]
     assert queued(make(shares=True), requests, streamed=True) == [0, 2, 1, 3]
     assert queued(make(shares=False), requests) == [2, 3, 1, 0]

@@ -19,6 +19,7 @@ from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.execution.warm_up import check_numerics, compile_layers
 from hybridgen.fused import build, tuning
 from hybridgen.graphs import GraphKey, Recorded, cuda
+from hybridgen.graphs.report import graph_stats
 from hybridgen.models.attention import Phase
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, resolve
@@ -380,7 +381,7 @@ def test_recordings_are_kept_apart_by_executor(runner: ModelRunner, fused: Fused
         counters=Counters(),
     )
     runner.capture([GraphKey.decode(rows, SamplerPlan()) for rows in (1, 4)], lambda: None)
-    assert [row.executor for row in runner.graphs.stats().graphs] == ["chain", "layers"]
+    assert [row.executor for row in graph_stats(runner.graphs).graphs] == ["chain", "layers"]
     fused.chain.ran.clear()
     assert runner.router.route(GraphKey.decode(3, SamplerPlan())).kind == "chain, stand-in"
     assert runner.router.route(GraphKey.decode(1, SamplerPlan())).kind == "layers, stand-in"

@@ -13,6 +13,7 @@ from hybridgen.execution import ModelRunner, validation
 from hybridgen.execution.plan import Admission, PrefillChunk
 from hybridgen.graphs import GraphSettings, Recorded
 from hybridgen.graphs.key import GraphKey
+from hybridgen.graphs.report import graph_stats
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import SamplerPlan, resolve
 from hybridgen.telemetry.statistics import Counters
@@ -81,7 +82,7 @@ def test_a_right_recording_stays(runner: ModelRunner, outside: bool) -> None:
     record(runner, lambda runner: None, *keys_for(outside))
     assert run(runner) == expected
     assert all(recording.checked for recording in runner.graphs.recordings)
-    assert runner.graphs.stats().hits == 5
+    assert graph_stats(runner.graphs).hits == 5
     assert runner.sampler.output_counts[2].sum() == 5  # each token counted once
 
 
@@ -104,7 +105,7 @@ def test_a_recording_that_leaves_something_else_is_dropped(runner: ModelRunner, 
     with pytest.warns(RuntimeWarning, match="its first replay gave other values"):
         assert run(runner) == expected
     assert runner.graphs.recordings == ()
-    assert len(runner.graphs.stats().failures) == 2
+    assert len(graph_stats(runner.graphs).failures) == 2
     assert runner.sampler.output_counts[2].sum() == 5
     assert runner.ring.counter.item() == runner.ring._launched
 

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridgen.sampling.choice import best_of
-from hybridgen.sampling.processors import drop_unlikely, keep_top, temper
+from hybridgen.sampling.processors import best_of, drop_unlikely, keep_top, temper
 from hybridgen.sampling.random import gumbel_noise
 
 INF = math.inf

@@ -2,6 +2,7 @@
 
 import enum
 import re
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_a_second_beginning_is_warned_of_and_kept(
             return {"input_ids": ids}
 
     _warn_of_two_beginnings.cache_clear()
-    assert encode_prompt("[BOS]x", 0, tokenizer=Adding(), tokenizer_problem=None, vocab_size=10) == tuple(ids)
+    assert encode_prompt("[BOS]x", 0, tokenizer=Adding(), tokenizer_problem=None, vocab_size=10).tolist() == ids
     assert ("begins with '[BOS]' twice" in caplog.text) == warned
 
 
@@ -157,7 +158,7 @@ def test_only_text_and_chats_need_a_tokenizer() -> None:
 
 def encode(prompt: Any, tokenizer: Any = None) -> tuple[int, ...]:
     pad = getattr(tokenizer, "pad_token_id", None)
-    return encode_prompt(prompt, 3, tokenizer=tokenizer, tokenizer_problem="no file", vocab_size=100, pad=pad)
+    return tuple(encode_prompt(prompt, 3, tokenizer=tokenizer, tokenizer_problem="no file", vocab_size=100, pad=pad))
 
 
 class Token(enum.IntEnum):
@@ -179,12 +180,21 @@ class Token(enum.IntEnum):
         (1, 2),
         list(np.array([1, 2], dtype=np.int32)),
         [Token.ONE, 2],
+        array("i", [1, 2]),
+        array("H", [1, 2]),
     ],
 )
 def test_ids_of_any_kind(prompt: Any) -> None:
     ids = encode(prompt)
     assert ids == (1, 2)
     assert {type(token) for token in ids} == {int}
+
+
+def test_ids_that_were_encoded_before_are_copied() -> None:
+    given = array("i", [1, 2])
+    ids = encode_prompt(given, 0, tokenizer=None, tokenizer_problem=None, vocab_size=10)
+    given[0] = 7
+    assert ids == array("i", [1, 2])
 
 
 @pytest.mark.parametrize(

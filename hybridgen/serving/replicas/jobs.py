@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +39,7 @@ def job_of(index: int, prompt: Any, params: SamplingParams, stream: bool) -> Job
 def length(job: Job) -> tuple[int, int]:
     """By what prompts are put in order: the tokens that they may have, then the size of the prompt."""
     prompt = job.prompt
-    size = len(prompt) if isinstance(prompt, str | list) else len(str(prompt))
+    size = len(prompt) if isinstance(prompt, Sequence) else len(str(prompt))
     return job.sampling.max_new_tokens or 0, size
 
 

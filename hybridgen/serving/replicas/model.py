@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -33,7 +33,7 @@ class Running:
     index: int
     """Of the prompt in its request."""
     choice: int
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
     ended: bool = False
 
 
@@ -72,15 +72,14 @@ class ReplicasModel:
             for prompt, params in zip(prompts, sampling, strict=True)
         ]
         running = [
-            Running(jobs[request.index], request.index, request.choice, tuple(request.prompt_ids))
-            for request in checked
+            Running(jobs[request.index], request.index, request.choice, request.prompt_ids) for request in checked
         ]
         self._running |= {(each.job.index, each.choice): each for each in running}
         self._work.add(jobs)
         return running
 
     def prompt_ids(self, handle: Running) -> tuple[int, ...]:
-        return handle.prompt_ids
+        return tuple(handle.prompt_ids)
 
     def events(self) -> Iterator[tuple[Running, TokenEvent]]:
         while self._came:

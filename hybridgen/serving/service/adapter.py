@@ -126,8 +126,7 @@ class EngineModel:
         return requests
 
     def prompt_ids(self, handle: Handle) -> tuple[int, ...]:
-        ids: tuple[int, ...] = handle.prompt_ids
-        return ids
+        return tuple(handle.prompt_ids)
 
     def events(self) -> Iterator[tuple[Handle, TokenEvent]]:
         # Called after every step: only those are looked at that may have something to tell.
