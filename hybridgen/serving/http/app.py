@@ -17,15 +17,15 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hybridgen.core import TokenEvent
-from hybridgen.errors import HybridgenError, ServerError
+from hybridgen.errors import HybridgenError, ServerError, shown
 from hybridgen.serving.async_client import AsyncClient
-from hybridgen.serving.http.chats import ChatJob, encode, turn
+from hybridgen.serving.http.chats import ChatJob, encode, template_options, turn
 from hybridgen.serving.http.completions import TextJob
 from hybridgen.serving.http.errors import ApiError, api_error
 from hybridgen.serving.http.fields import Body
@@ -61,14 +61,21 @@ class Door:
         self.open_streams = 0
 
     async def served(self) -> Served:
-        """The model; it asks the server how long its context is.
+        """The model; it asks the server how long its context is, which may have been started again with another one.
 
         Raises:
             ServerError: nobody listens there yet.
         """
-        if self._served is None:
+        try:
             hello = await self.client.connect()
-            self._served = self._make(int(hello["max_context"]))
+        except ServerError:
+            if self._served is None:
+                raise
+            return self._served
+        before, most = self._served, int(hello["max_context"])
+        if before is None or before.max_context != most:
+            now = self._make(most)
+            self._served = now if before is None else replace(now, ignored=before.ignored)
         return self._served
 
     async def health(self) -> tuple[int, dict[str, Any]]:
@@ -191,8 +198,14 @@ async def body_of(request: Request) -> Body:
                 data += part
                 if len(data) > MOST_BYTES:
                     raise ApiError(f"the body has over {MOST_BYTES} bytes; send less at once", status=413)
+    except ClientDisconnect:
+        raise ApiError("the client went away", status=499) from None
     except TimeoutError:
         raise ApiError(f"the body did not arrive within {BODY_SECONDS:g} s", status=408) from None
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise ApiError(
+            f"the body is compressed ({shown(request.headers['content-encoding'])}); send it as it is", status=415
+        )
     raw = bytes(data)
     shape = measure(raw, MOST_DEPTH)
     if shape.elements > MOST_VALUES or shape.too_deep:
@@ -393,10 +406,13 @@ async def _tokenize(door: Door, request: Request) -> Response:
     body, served = await body_of(request), await door.served()
     served.check_model(body)
 
+    if "messages" not in body.values:
+        body.require("prompt")
+
     def ids_of() -> list[int]:
         if "messages" in body.values:
             go_on = body.switch("continue_final_message")
-            options = body.table("chat_template_kwargs") | turn(body.switch("add_generation_prompt", not go_on), go_on)
+            options = template_options(body, turn(body.switch("add_generation_prompt", not go_on), go_on))
             return encode(served.text, chat_messages(body.items("messages")), body.items("tools"), options)
         return served.text.encode(body.text("prompt"), special=body.switch("add_special_tokens", True))
 
@@ -410,6 +426,7 @@ async def _tokenize(door: Door, request: Request) -> Response:
 async def _detokenize(door: Door, request: Request) -> Response:
     body, served = await body_of(request), await door.served()
     served.check_model(body)
+    body.require("tokens")
     tokens = body.items("tokens")
     size = len(served.text.tokenizer)
     if not all(type(each) is int and 0 <= each < size for each in tokens):

@@ -146,6 +146,8 @@ def test_a_stream(api: openai.OpenAI, engine: hybridgen.Engine, n: int) -> None:
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"top_p": 2}, "top_p", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
+        ({"extra_body": {"max_completion_tokens": 4}}, "max_completion_tokens", "unsupported_parameter"),
+        ({"extra_body": {"guided_choice": "ab"}}, None, "invalid_value"),
         ({"stop": [1]}, "stop", "invalid_value"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
         ({"extra_body": {"stop_token_ids": ["a"]}}, None, "invalid_value"),
