@@ -301,6 +301,17 @@ class Checkpoint:
             check_contents(self.source, files, whole, model_class, self.layout)
         return files
 
+    def kv_scales(self, files: list[Path]) -> dict[str, KVScales]:
+        """The scales of cached keys and values that the files have, by the names of attention modules; none where
+        keys and values are cached in 16 bits.
+
+        Raises:
+            CheckpointError: see `read_kv_scales`.
+        """
+        if self.config.kv_dtype is None:
+            return {}
+        return read_kv_scales(files, self.attention, getattr(self.hf_config, "num_hidden_layers", None))
+
     def load(self) -> LoadedModel:
         """Reads the weights; those of a hub model are downloaded and checked first.
 
@@ -317,7 +328,7 @@ class Checkpoint:
         start = time.perf_counter()
         files = self.fetch()
         whole = self.whole_config or self.hf_config
-        scales = {} if self.config.kv_dtype is None else read_kv_scales(files, self.attention)
+        scales = self.kv_scales(files)
         with without_default_device():
             model_class = self.built_class()
             arguments = self.source, files, whole, self.dtype, self.device, self.config
