@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hybridgen.config import EngineConfig, ResolvedConfig
 from hybridgen.engine.ready import make_ready, ready_model
 from hybridgen.errors import ConfigError, shown
+from hybridgen.execution.drafting import check_unused
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.eagle import EagleFiles, find_head, read_head
 from hybridgen.loading.files import generation_untold
@@ -67,10 +68,12 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
 
     Raises:
         ConfigError: it has another vocabulary, a shorter context, or is on another device; a head is for another model.
+        EngineError: another engine has the object that drafts.
         LoadError, DeviceError: see `Checkpoint.open` and `find_head`.
     """
     given = config.drafter
     if given is None:
+        check_unused(config.speculation)
         return None
     if given == "mtp":
         if config.quantize_drafter is not None:
