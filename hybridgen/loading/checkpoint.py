@@ -212,10 +212,11 @@ class Checkpoint:
         if text.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
         if config.quantization is not None or config.quantize_head is not None:
-            raise ConfigError(
+            raise CannotQuantise(
                 f"quantization={config.quantization!r} and quantize_head={config.quantize_head!r} are for checkpoints, "
-                "and this model is in memory already, with weights that its owner may change; save it with "
-                "save_pretrained() and give the directory"
+                "and ",
+                "this model is in memory already, with weights that its owner may change; save it with "
+                "save_pretrained() and give the directory",
             )
         latents = set(find_latents(module))
         check_kv_dtype(config.kv_dtype, device, [name for name, each in module.named_modules() if each in latents])
@@ -338,6 +339,19 @@ class Checkpoint:
         return LoadedModel(model, time.perf_counter() - start, owned=True, notes=notes, kv_scales=scales)
 
 
+class CannotQuantise(ConfigError):
+    """A model that is to be quantised while it is read is in memory, or is quantised already."""
+
+    def __init__(self, asked: str, why: str) -> None:
+        """
+        Args:
+            asked: the setting, up to the reason.
+            why: the reason, and what to do.
+        """
+        super().__init__(asked + why)
+        self.why = why
+
+
 def check_quantization(config: EngineConfig, layout: Format) -> None:
     """Raise if a checkpoint that is quantised is to be quantised again.
 
@@ -345,10 +359,8 @@ def check_quantization(config: EngineConfig, layout: Format) -> None:
         ConfigError: it is.
     """
     if config.quantization is not None:
-        raise ConfigError(
-            f"quantization={config.quantization!r}, and the checkpoint's weights are quantised already "
-            f"({layout.method}); leave quantization out"
-        )
+        why = f"the checkpoint's weights are quantised already ({layout.method}); leave it out"
+        raise CannotQuantise(f"quantization={config.quantization!r}, and ", why)
 
 
 def _whole(config: PreTrainedConfig) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class Written(NamedTuple):
     """Of all tensors."""
     files: int
     """Of tensors."""
+    experts: int
+    """Weights of experts, which stay as they are."""
 
 
 def write_quantised(
@@ -100,6 +102,8 @@ def write_quantised(
             owner = name.removesuffix(".weight")
             shards.add({f"{owner}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()})
         names = {name.removesuffix(".weight") for name in chosen}
+        others = {name: len(entry.shape) for name, entry in tensors.entries.items() if name not in chosen}
+        experts = sum(dims > 1 and ".experts." in name for name, dims in others.items())
         written = shards.finish()
     source = checkpoint.source.find("config.json")
     assert source is not None
@@ -110,7 +114,7 @@ def write_quantised(
         wanted = file.is_file() and file.suffix in _COPIED and not file.name.endswith(".index.json")
         if wanted and file.name not in _NOT_COPIED:
             shutil.copyfile(file, output / file.name)
-    return Written(len(chosen), *written)
+    return Written(len(chosen), *written, experts)
 
 
 def _group(form: str, inputs: set[int]) -> int | None:
