@@ -42,6 +42,8 @@ MOST_BYTES = 8 * 2**20
 MOST_VALUES = 2**20
 """Of a body's JSON, those inside others included."""
 MOST_DEPTH = 64
+PING_SECONDS = 5.0
+"""For the generator to say how it is."""
 BODY_SECONDS = 30.0
 """For a body to arrive."""
 
@@ -81,8 +83,11 @@ class Door:
     async def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of `/health`: 503 while the model loads, when steps stand still, and when it is gone."""
         try:
-            facts = await asyncio.wait_for(self.client.ping(), 5.0)
-        except (TimeoutError, HybridgenError) as error:
+            facts = await asyncio.wait_for(self.client.ping(), PING_SECONDS)
+        except TimeoutError:
+            why = f"the generator has not answered for {PING_SECONDS:g} s"
+            return 503, {"status": "unavailable", "reason": why}
+        except HybridgenError as error:
             return 503, {"status": "unavailable", "reason": str(error)}
         good = bool(facts["healthy"]) and facts["state"] == "ready"
         return (200 if good else 503), {"status": "ok" if good else "unhealthy", **facts}
@@ -373,8 +378,8 @@ async def _health(door: Door, _: Request) -> Response:
 
 async def _metrics(door: Door, _: Request) -> Response:
     try:
-        facts = await door.client.stats()
-    except ServerError:
+        facts = await asyncio.wait_for(door.client.stats(), PING_SECONDS)
+    except (TimeoutError, ServerError):
         facts = {}
     served = await door.served() if facts else None
     ignored = {} if served is None else served.ignored.counts

@@ -27,6 +27,7 @@ from wire import Process
 
 from hybridgen import ServerError
 from hybridgen.core import TokenEvent, TokenLogprob
+from hybridgen.serving.http import app
 from hybridgen.serving.http.app import Door, together
 from hybridgen.serving.http.jobs import Served
 from hybridgen.serving.http.metrics import exposition
@@ -251,6 +252,21 @@ def test_a_client_that_goes_away_inside_its_body_is_no_error_of_ours(
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
     until(lambda: 'path="/v1/completions",status="499"' in web.get(f"{url}/metrics").text)
     assert "failed" not in caplog.text
+
+
+def test_a_generator_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "PING_SECONDS", 0.05)
+
+    class Stopped:
+        async def ping(self) -> None:
+            await asyncio.Event().wait()
+
+        stats = ping
+
+    door = Door(lambda most: pytest.fail("not asked"), Stopped())  # type: ignore[arg-type]
+    status, body = asyncio.run(door.health())
+    assert (status, body["reason"]) == (503, "the generator has not answered for 0.05 s")
+    assert b"hybridgen_up 0.0" in asyncio.run(app._metrics(door, None)).body  # type: ignore[arg-type]
 
 
 def test_a_server_that_comes_back_may_have_another_context(text: Text) -> None:
