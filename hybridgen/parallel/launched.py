@@ -259,10 +259,14 @@ class Membership:
             ) from error
         other = [name for name in ("model", "device", "config") if theirs[name] != json.loads(json.dumps(order[name]))]
         if other:
-            name = other[0]
+            name, mine, rank0s = other[0], order[other[0]], theirs[other[0]]
+            if name == "config":
+                mine = json.loads(json.dumps(mine))
+                name = next(each for each in rank0s if mine.get(each) != rank0s[each])
+                mine, rank0s = mine.get(name), rank0s[name]
             wrong = ConfigError(
-                f"rank {self.rank} loads an engine with {name}={shown(order[name])}, and rank 0 with "
-                f"{shown(theirs[name])}; all ranks must ask for the same"
+                f"rank {self.rank} loads an engine with {name}={shown(mine)}, and rank 0 with {shown(rank0s)}; "
+                "all ranks must ask for the same"
             )
             self.answer(wrong)
             raise wrong
