@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from hybridgen import errors
 from hybridgen.config import EngineConfig
 from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenLogprob
 from hybridgen.engine.rank import ORPHAN_SECONDS, keep_beating, make_follower
@@ -28,7 +27,7 @@ from hybridgen.parallel.group import Group
 from hybridgen.parallel.launched import LaunchedRanks, Membership, Place
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.progress import State
-from hybridgen.parallel.ranks import STORE, error_of
+from hybridgen.parallel.ranks import STORE, error_of, kind_of
 from hybridgen.parallel.start import order_of
 from hybridgen.parallel.wire import Kind, pack, unpack
 
@@ -192,8 +191,7 @@ class Following:
 def _error_value(error: BaseException) -> dict[str, Any]:
     if not isinstance(error, HybridgenError):
         return {"kind": "EngineError", "message": f"rank 0: {described(error)}"}
-    kind = next(each.__name__ for each in type(error).__mro__ if hasattr(errors, each.__name__))
-    value: dict[str, Any] = {"kind": kind, "message": str(error)}
+    value: dict[str, Any] = {"kind": kind_of(error), "message": str(error)}
     if isinstance(error, Interrupted):
         value["completions"] = _value(error.completions)
     return value

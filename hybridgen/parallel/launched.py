@@ -26,7 +26,7 @@ import torch
 from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError, DeviceError, EngineError, HybridgenError, described, shown
 from hybridgen.parallel.channel import Channel
-from hybridgen.parallel.ranks import MEMORY, ORDER, Ranks, error_of
+from hybridgen.parallel.ranks import MEMORY, ORDER, Ranks, error_of, kind_of
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_SECONDS = 600.0
@@ -135,7 +135,7 @@ class LaunchedRanks(Ranks):
         try:
             super().__init__(order, place.size, ring_bytes)
         except HybridgenError as error:
-            self._store.set(key, json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}))
+            self._store.set(key, json.dumps({"error": {"kind": kind_of(error), "message": str(error)}}))
             raise
         self._store.set(key, json.dumps({"directory": str(self.directory)}))
 
@@ -277,7 +277,7 @@ class Membership:
         """Tell rank 0 that this one has opened the checkpoint, or why not."""
         told: dict[str, Any] = {"rank": self.rank}
         if error is not None:
-            told["error"] = {"kind": type(error).__name__, "message": str(error)}
+            told["error"] = {"kind": kind_of(error), "message": str(error)}
         self.socket.sendall((json.dumps(told) + "\n").encode())
 
     def arrivals(self) -> Iterator[None]:

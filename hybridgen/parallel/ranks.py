@@ -265,6 +265,11 @@ def _ended(status: int) -> str:
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
+def kind_of(error: HybridgenError) -> str:
+    """The name by which another process makes such an exception again: that of the nearest class in `errors`."""
+    return next(each.__name__ for each in type(error).__mro__ if getattr(errors, each.__name__, None) is each)
+
+
 def error_of(answer: Mapping[str, str]) -> HybridgenError:
     """An exception that another process had."""
     kind = getattr(errors, answer["kind"], None)

@@ -76,9 +76,9 @@ class Door:
             return self._served
         before, most = self._served, int(hello["max_context"])
         if before is None or before.max_context != most:
-            now = self._make(most)
-            self._served = now if before is None else replace(now, ignored=before.ignored)
-        return self._served
+            made = self._make(most)
+            self._served = before = made if before is None else replace(made, ignored=before.ignored)
+        return before
 
     async def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of `/health`: 503 while the model loads, when steps stand still, and when it is gone."""
