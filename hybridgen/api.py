@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, overload
 
@@ -256,8 +256,9 @@ def compare(
     check_keywords(fields, EngineConfig.field_names() | CompareConfig.field_names())
     own = {name: value for name, value in fields.items() if name in CompareConfig.field_names()}
     engine_fields = {name: value for name, value in fields.items() if name not in own}
-    if engine_fields:
-        own["engine"] = {**config.engine, **own.get("engine", {}), **engine_fields}
+    given = own.get("engine", {})
+    if engine_fields and isinstance(given, Mapping):  # anything else is refused by `CompareConfig`
+        own["engine"] = {**config.engine, **given, **engine_fields}
     from hybridgen.comparison.run import run_comparison
 
     return run_comparison(model, config.replace(**own), tokenizer=tokenizer, output=output, progress=progress)

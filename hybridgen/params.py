@@ -250,7 +250,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name not in ("stop_token_ids", *_FUNCTIONS):
                 continue
-            if not isinstance(value, Sequence):
+            if not isinstance(value, Sequence) or isinstance(value, str):
                 raise SamplingError(f"{name}={shown(value)} is not a list; give a list")
             object.__setattr__(self, name, tuple(value))
         if not isinstance(self.logit_bias, Mapping):

@@ -20,6 +20,8 @@ from hybridgen.cache import PagedKV, SharedKV
 from hybridgen.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+sys.path.insert(0, str(Path(__file__).parent / "speculation"))
+import mtp_heads
 from attention_cases import by_hand
 
 NEW = 14
@@ -190,6 +192,29 @@ def test_damaged_scales_are_named(name: str, values: list[float], message: str, 
     save_file(load_file(file) | {name: torch.tensor(values)}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         hybridgen.Engine.load(llama, mode="eager", kv_dtype="fp8", **SETTINGS)
+
+
+def test_scales_of_a_head_that_drafts_are_not_the_models(tmp_path: Path) -> None:
+    path = mtp_heads.write(tmp_path, "glm4_moe")
+    fields: dict[str, Any] = SETTINGS | {"mode": "eager", "kv_dtype": "fp8"}
+    file, scale = path / "model.safetensors", torch.tensor([0.02])
+    tensors = load_file(file)
+
+    def write(*owners: str) -> None:
+        scales = {f"{owner}.self_attn.{part}": scale.clone() for owner in owners for part in ("k_scale", "v_scale")}
+        save_file(tensors | scales, file, metadata={"format": "pt"})
+
+    write("model.layers.0", "model.layers.2", "mtp.layers.1")
+    prompt = families.prompts_of((20,))[0]
+    texts = []
+    for drafter in (None, "mtp"):
+        with hybridgen.Engine.load(path, drafter=drafter, **fields) as engine:
+            assert sorted(engine._parts.kv_scales) == ["model.layers.0.self_attn"]
+            texts.append(engine.generate(prompt, max_new_tokens=NEW).token_ids)
+    assert texts[0] == texts[1]
+    write("model.layers.0", "encoder.layers.0")
+    with pytest.raises(CheckpointError, match=r"'encoder.layers.0.* and 'model.layers.0.* are both the k_scale"):
+        hybridgen.Engine.load(path, **fields)
 
 
 def test_latents_are_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format == "ct-w4a16":
         note("weights are rounded to the nearest code; for better texts calibrate them (AWQ, GPTQ)")
     written = write_quantised(arguments.model, arguments.output, arguments.format, config, note)
+    if written.experts:
+        note(f"{written.experts} weights of experts stay as they are; the other projections are quantised")
     say(
         f"{arguments.output}: {written.projections} projections in {arguments.format}, {written.bytes / 1e9:.2f} GB in "
         f"{written.files} file{'s' * (written.files > 1)}"

@@ -25,7 +25,7 @@ from hybridgen.engine.scheduling import make_pages, make_scheduler, why_not_shar
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
 from hybridgen.execution import ModelRunner, products, warm_up
-from hybridgen.execution.drafting import Drafter
+from hybridgen.execution.drafting import Drafter, take
 from hybridgen.execution.following import begin_call
 from hybridgen.graphs.key import GraphKey
 from hybridgen.graphs.recorder import Recorder
@@ -115,7 +115,7 @@ class Builder:
             units=units,
             offline=config.offline_compile,
             query_len=self.resolved.query_len,
-            drafter=self._drafter(bound, drafter),
+            drafter=self._drafter(bound, drafter, undo),
             one_copy=config.metadata_copy,
             buffers=2 if config.double_buffer else 1,
             fall_back=self.counters.fall_back,
@@ -342,11 +342,12 @@ class Builder:
         one_for_all = self.config.graphs is GraphOwner.TREES
         return self._rotates_in_one_op() and not self.config.equal_bits and not one_for_all
 
-    def _drafter(self, bound: BoundModel, model: LoadedDrafter | None) -> Drafter | None:
+    def _drafter(self, bound: BoundModel, model: LoadedDrafter | None, undo: ExitStack) -> Drafter | None:
         """Who drafts, if anybody.
 
         Raises:
             ConfigError: drafts cannot be checked on this model.
+            EngineError: another engine has the drafter.
         """
         wanted = self.config.speculation
         if not self.config.drafts:
@@ -356,7 +357,11 @@ class Builder:
             raise cannot_draft_for(self.config, why)
         if model is not None:
             return model.drafter
-        return NgramDrafter() if wanted == "ngram" else cast(Drafter, wanted)
+        if wanted == "ngram":
+            return NgramDrafter()
+        own = cast(Drafter, wanted)
+        undo.callback(take(own))
+        return own
 
     def _compile(self, runner: ModelRunner) -> str | None:
         """Compile before the first request. If that fails, steps run eagerly; it is counted and warned of.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -15,7 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hybridgen.config import EngineConfig, ResolvedConfig
 from hybridgen.engine.ready import make_ready, ready_model
 from hybridgen.errors import ConfigError, shown
+from hybridgen.execution.drafting import check_unused
 from hybridgen.loading import Checkpoint
+from hybridgen.loading.checkpoint import CannotQuantise
 from hybridgen.loading.eagle import EagleFiles, find_head, read_head
 from hybridgen.loading.files import generation_untold
 from hybridgen.loading.mtp import MtpFiles, find_mtp, read_mtp
@@ -67,10 +68,12 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
 
     Raises:
         ConfigError: it has another vocabulary, a shorter context, or is on another device; a head is for another model.
+        EngineError: another engine has the object that drafts.
         LoadError, DeviceError: see `Checkpoint.open` and `find_head`.
     """
     given = config.drafter
     if given is None:
+        check_unused(config.speculation)
         return None
     if given == "mtp":
         if config.quantize_drafter is not None:
@@ -111,12 +114,10 @@ def open_drafter(model: Checkpoint, config: EngineConfig, resolved: ResolvedConf
     try:
         with generation_untold():  # requests choose as the model's own config and they themselves say
             found = Checkpoint.open(given, own)
-    except ConfigError as error:
-        if config.quantize_drafter is None:
-            raise
-        # What was asked for is the drafter's field, not the model's.
-        why = re.sub(r"quantization(?==| out)", "quantize_drafter", str(error))
-        raise ConfigError(f"drafter={shown(given)}: {why}") from error
+    except CannotQuantise as error:
+        raise ConfigError(
+            f"quantize_drafter={config.quantize_drafter!r} with drafter={shown(given)}: {error.why}"
+        ) from error
     check_drafter(found, model, resolved.max_context)
     return found
 

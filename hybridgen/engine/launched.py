@@ -21,13 +21,13 @@ from hybridgen.config import EngineConfig
 from hybridgen.core import Completion, FinishReason, StepSummary, Timing, TokenLogprob
 from hybridgen.engine.rank import ORPHAN_SECONDS, keep_beating, make_follower
 from hybridgen.engine.ready import device_of
-from hybridgen.errors import EngineError, HybridgenError, described
+from hybridgen.errors import EngineError, HybridgenError, Interrupted, described
 from hybridgen.loading import Checkpoint
 from hybridgen.parallel.group import Group
 from hybridgen.parallel.launched import LaunchedRanks, Membership, Place
 from hybridgen.parallel.lead import Lead
 from hybridgen.parallel.progress import State
-from hybridgen.parallel.ranks import STORE, error_of
+from hybridgen.parallel.ranks import STORE, error_of, kind_of
 from hybridgen.parallel.start import order_of
 from hybridgen.parallel.wire import Kind, pack, unpack
 
@@ -119,7 +119,7 @@ class Following:
             raise EngineError(f"rank {self.rank} waits for a call of rank 0: {self._ended}")
         told = json.loads(text)
         if "error" in told:
-            raise error_of(told["error"])
+            raise _error_made(told["error"])
         return _made(told["value"])
 
     def follow(self) -> None:
@@ -188,10 +188,20 @@ class Following:
             self._undo.close()
 
 
-def _error_value(error: BaseException) -> dict[str, str]:
-    kind = type(error).__name__ if isinstance(error, HybridgenError) else "EngineError"
-    message = str(error) if isinstance(error, HybridgenError) else f"rank 0: {described(error)}"
-    return {"kind": kind, "message": message}
+def _error_value(error: BaseException) -> dict[str, Any]:
+    if not isinstance(error, HybridgenError):
+        return {"kind": "EngineError", "message": f"rank 0: {described(error)}"}
+    value: dict[str, Any] = {"kind": kind_of(error), "message": str(error)}
+    if isinstance(error, Interrupted):
+        value["completions"] = _value(error.completions)
+    return value
+
+
+def _error_made(value: dict[str, Any]) -> HybridgenError:
+    """What `_error_value` was given."""
+    if value["kind"] == "Interrupted":
+        return Interrupted(value["message"], _made(value["completions"]))
+    return error_of(value)
 
 
 def _value(result: Any) -> Any:

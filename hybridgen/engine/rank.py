@@ -32,7 +32,7 @@ from hybridgen.parallel.channel import Channel, arrivals
 from hybridgen.parallel.follow import Follower
 from hybridgen.parallel.group import Group
 from hybridgen.parallel.progress import State, Worked
-from hybridgen.parallel.ranks import MEMORY, ORDER, STORE
+from hybridgen.parallel.ranks import MEMORY, ORDER, STORE, kind_of
 from hybridgen.parallel.weights import load_share
 from hybridgen.parallel.wire import unpack
 from hybridgen.speculation.ngram import NgramDrafter
@@ -66,7 +66,7 @@ def main(directory: str, rank: int) -> int:
         config = EngineConfig(device=device, **order["config"])
         checkpoint = Checkpoint.open(order["model"], config)
     except HybridgenError as error:
-        _answer(answers, {"error": {"kind": type(error).__name__, "message": str(error)}})
+        _answer(answers, {"error": {"kind": kind_of(error), "message": str(error)}})
         return 2
     if checkpoint.device.type == "cuda":
         torch.cuda.set_device(checkpoint.device)  # pinned memory belongs to the device that is current

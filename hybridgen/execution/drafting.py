@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridgen.cache import LayerState
 from hybridgen.device.failures import is_fatal
-from hybridgen.errors import ConfigError, HybridgenError, described
+from hybridgen.errors import ConfigError, EngineError, HybridgenError, described, shown
 from hybridgen.execution.state import DeviceState
 from hybridgen.kernels.step.drafts import NO_DRAFT, keep_drafts
 from hybridgen.models import StepMetadata
@@ -118,6 +118,38 @@ class StateReader(CachedDrafter, Protocol):
     def width(self) -> int:
         """Values of all of them together, by token."""
         ...
+
+
+_TAKEN: dict[int, Drafter] = {}
+"""Drafters that engines have, by identity."""
+
+
+def check_unused(drafter: object) -> None:
+    """Raise if another engine has the drafter: it would begin again, and lose what recorded steps of that one write to.
+
+    Raises:
+        EngineError: it has.
+    """
+    if id(drafter) in _TAKEN:
+        raise EngineError(
+            f"speculation={shown(drafter)} drafts for another engine; make one for each, or close that engine first "
+            "(`engine.close()` or `hybridgen.unload()`)"
+        )
+
+
+def take(drafter: Drafter) -> Callable[[], None]:
+    """Note that an engine has a drafter; gives what notes that it has it no more.
+
+    Raises:
+        EngineError: another engine has it.
+    """
+    check_unused(drafter)
+    _TAKEN[id(drafter)] = drafter  # kept alive, so that no other object gets its identity
+
+    def give_back() -> None:
+        _TAKEN.pop(id(drafter), None)
+
+    return give_back
 
 
 class Drafting:

@@ -212,10 +212,11 @@ class Checkpoint:
         if text.get_output_embeddings() is None or not module.can_generate():
             raise UnsupportedModelError(f"{type(module).__name__} has no language model head; give a ...ForCausalLM")
         if config.quantization is not None or config.quantize_head is not None:
-            raise ConfigError(
+            raise CannotQuantise(
                 f"quantization={config.quantization!r} and quantize_head={config.quantize_head!r} are for checkpoints, "
-                "and this model is in memory already, with weights that its owner may change; save it with "
-                "save_pretrained() and give the directory"
+                "and ",
+                "this model is in memory already, with weights that its owner may change; save it with "
+                "save_pretrained() and give the directory",
             )
         latents = set(find_latents(module))
         check_kv_dtype(config.kv_dtype, device, [name for name, each in module.named_modules() if each in latents])
@@ -301,6 +302,17 @@ class Checkpoint:
             check_contents(self.source, files, whole, model_class, self.layout)
         return files
 
+    def kv_scales(self, files: list[Path]) -> dict[str, KVScales]:
+        """The scales of cached keys and values that the files have, by the names of attention modules; none where
+        keys and values are cached in 16 bits.
+
+        Raises:
+            CheckpointError: see `read_kv_scales`.
+        """
+        if self.config.kv_dtype is None:
+            return {}
+        return read_kv_scales(files, self.attention, getattr(self.hf_config, "num_hidden_layers", None))
+
     def load(self) -> LoadedModel:
         """Reads the weights; those of a hub model are downloaded and checked first.
 
@@ -317,7 +329,7 @@ class Checkpoint:
         start = time.perf_counter()
         files = self.fetch()
         whole = self.whole_config or self.hf_config
-        scales = {} if self.config.kv_dtype is None else read_kv_scales(files, self.attention)
+        scales = self.kv_scales(files)
         with without_default_device():
             model_class = self.built_class()
             arguments = self.source, files, whole, self.dtype, self.device, self.config
@@ -327,6 +339,19 @@ class Checkpoint:
         return LoadedModel(model, time.perf_counter() - start, owned=True, notes=notes, kv_scales=scales)
 
 
+class CannotQuantise(ConfigError):
+    """A model that is to be quantised while it is read is in memory, or is quantised already."""
+
+    def __init__(self, asked: str, why: str) -> None:
+        """
+        Args:
+            asked: the setting, up to the reason.
+            why: the reason, and what to do.
+        """
+        super().__init__(asked + why)
+        self.why = why
+
+
 def check_quantization(config: EngineConfig, layout: Format) -> None:
     """Raise if a checkpoint that is quantised is to be quantised again.
 
@@ -334,10 +359,8 @@ def check_quantization(config: EngineConfig, layout: Format) -> None:
         ConfigError: it is.
     """
     if config.quantization is not None:
-        raise ConfigError(
-            f"quantization={config.quantization!r}, and the checkpoint's weights are quantised already "
-            f"({layout.method}); leave quantization out"
-        )
+        why = f"the checkpoint's weights are quantised already ({layout.method}); leave it out"
+        raise CannotQuantise(f"quantization={config.quantization!r}, and ", why)
 
 
 def _whole(config: PreTrainedConfig) -> dict[str, Any]:

@@ -227,6 +227,11 @@ def _reject_pointer(file: Path, prefix: bytes) -> None:
 
 
 def _no_weights(path: Path, names: list[str], allow_pickle: bool) -> str:
+    for each in (path / name for name in names):
+        if each.is_symlink() and not each.exists():
+            return f"{each} is a link to {os.readlink(each)!r}, which is not there; fetch it again, or mend the link"
+        if each.exists() and not each.is_file():
+            return f"{each} is no file; put the weights there"
     message = f"{path} has no weights: no {' or '.join(names)}"
     if not allow_pickle and any((path / name).is_file() for name in (PICKLE, PICKLE_INDEX)):
         return (

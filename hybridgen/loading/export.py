@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hybridgen.config import EngineConfig
-from hybridgen.errors import CheckpointError, ConfigError, shown
+from hybridgen.errors import CheckpointError, ConfigError, first_line, shown
 from hybridgen.kernels.linear.layout import IN_ORDER, pack_int4, unpack_int4
 from hybridgen.loading.checkpoint import Checkpoint
 from hybridgen.loading.checks import few, read_json
@@ -40,6 +42,8 @@ class Written(NamedTuple):
     """Of all tensors."""
     files: int
     """Of tensors."""
+    experts: int
+    """Weights of experts, which stay as they are."""
 
 
 def write_quantised(
@@ -61,7 +65,8 @@ def write_quantised(
         progress: gets the name of each file once it is written.
 
     Raises:
-        ConfigError: the format is unknown, the output is not empty, or the model is quantised already.
+        ConfigError: the format is unknown, the output is not empty or cannot be written, or the model is quantised
+            already.
         CheckpointError: a tensor cannot be quantised: its inputs go into no group, or it holds no numbers.
         LoadError: the model cannot be read; see `Checkpoint.open`.
     """
@@ -79,6 +84,31 @@ def write_quantised(
         )
     files = checkpoint.fetch()
     check_files(files, "quantised while they are read")
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        return _write(checkpoint, files, output, form, progress)
+    except BaseException as error:
+        _remove(output, made)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise ConfigError(
+                f"{output} cannot be written: {first_line(error)}; name another directory, on a disk with room for it"
+            ) from error
+        raise
+
+
+def _remove(output: Path, made: list[Path]) -> None:
+    """Leave nothing half-written, so that it can be tried again."""
+    with suppress(OSError):
+        for file in output.iterdir():
+            file.unlink()
+        for path in made:
+            path.rmdir()
+
+
+def _write(
+    checkpoint: Checkpoint, files: list[Path], output: Path, form: str, progress: Callable[[str], None]
+) -> Written:
+    assert checkpoint.source is not None
     with TensorFiles(files) as tensors:
         shape = skeleton(checkpoint.source, tensors.entries, checkpoint.hf_config, checkpoint.model_class())
         linears = quantisable(shape)
@@ -100,6 +130,8 @@ def write_quantised(
             owner = name.removesuffix(".weight")
             shards.add({f"{owner}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()})
         names = {name.removesuffix(".weight") for name in chosen}
+        others = {name: len(entry.shape) for name, entry in tensors.entries.items() if name not in chosen}
+        experts = sum(dims > 1 and ".experts." in name for name, dims in others.items())
         written = shards.finish()
     source = checkpoint.source.find("config.json")
     assert source is not None
@@ -110,7 +142,7 @@ def write_quantised(
         wanted = file.is_file() and file.suffix in _COPIED and not file.name.endswith(".index.json")
         if wanted and file.name not in _NOT_COPIED:
             shutil.copyfile(file, output / file.name)
-    return Written(len(chosen), *written)
+    return Written(len(chosen), *written, experts)
 
 
 def _group(form: str, inputs: set[int]) -> int | None:

@@ -36,7 +36,7 @@ from hybridgen.errors import (
     shown,
 )
 from hybridgen.loading.checks import read_header, read_json
-from hybridgen.loading.source import LocalSource, Source, load_errors, short
+from hybridgen.loading.source import LocalSource, Source, load_errors, looks_like_path, short
 from hybridgen.params import SamplingParams
 from hybridgen.sampling import resolve
 
@@ -237,6 +237,8 @@ def given_tokenizer(tokenizer: Any, trust_remote_code: bool, local_files_only: b
     """
     if isinstance(tokenizer, (str, os.PathLike)):
         name = str(Path(tokenizer).expanduser())
+        if looks_like_path(str(tokenizer)) and not Path(name).exists():
+            raise TokenizerError(f"tokenizer={name!r}: there is no such directory; give an existing one, or a hub id")
         found, problem = _tokenizer(name, trust_remote_code=trust_remote_code, local_files_only=local_files_only)
         if found is None:
             raise TokenizerError(f"tokenizer={name!r} cannot be loaded: {problem}")

@@ -18,6 +18,8 @@ from hybridgen.errors import CheckpointError, DeviceError, UnsupportedModelError
 from hybridgen.loading.stored import TensorFiles
 
 _NAME = re.compile(r"(?P<owner>.+?)(\.(k_proj|v_proj|qkv_proj|attn))?\.(?P<part>k_scale|v_scale|kv_scale)")
+_LAYER = re.compile(r".*?\blayers\.(\d+)\.")
+_MTP = re.compile(r"(model\.)?mtp[._]")
 _FEWEST = (8, 9)
 """Compute capability from which Triton's kernels take numbers of 8 bits."""
 
@@ -53,20 +55,30 @@ def check_kv_dtype(kv_dtype: str | None, device: torch.device, latents: Sequence
             )
 
 
-def read_kv_scales(files: Sequence[Path], modules: Sequence[str]) -> dict[str, KVScales]:
-    """The scales of safetensors files, by the names of the model's attention modules; those without are left out.
+def read_kv_scales(files: Sequence[Path], modules: Sequence[str], layers: int | None) -> dict[str, KVScales]:
+    """The scales of safetensors files, by the names of the model's attention modules.
+
+    Modules without are left out, and so are layers that the model does not have, which predict several tokens (MTP).
 
     Args:
         modules: the attention modules' names. A file's name may have another prefix before `layers.`.
+        layers: how many the model has; None: unknown.
 
     Raises:
-        CheckpointError: a scale is damaged, has no partner, or belongs to no attention module; names it and its file.
+        CheckpointError: a scale is damaged, has no partner, or belongs to no attention module, or two are for the same;
+            names it and its file.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    names: dict[tuple[str, str], str] = {}
     with TensorFiles([file for file in files if file.suffix == ".safetensors"]) as tensors:
+        behind = {
+            match[0]
+            for name in tensors.entries
+            if not is_scale(name) and (match := _LAYER.match(name)) and layers is not None and int(match[1]) >= layers
+        }
         for name in tensors.entries:
-            match = _NAME.fullmatch(name)
-            if match is None:
+            match, layer = _NAME.fullmatch(name), _LAYER.match(name)
+            if match is None or _MTP.match(name) or (layer is not None and layer[0] in behind):
                 continue
             owners = [module for module in modules if module == match["owner"]] or [
                 module for module in modules if _tail(module) == _tail(match["owner"])
@@ -83,6 +95,13 @@ def read_kv_scales(files: Sequence[Path], modules: Sequence[str]) -> dict[str, K
                     "again, or leave kv_dtype out"
                 )
             parts = ("k_scale", "v_scale") if match["part"] == "kv_scale" else (match["part"],)
+            for part in parts:
+                other = names.setdefault((owners[0], part), name)
+                if other != name:
+                    raise CheckpointError(
+                        f"{tensors.places[name]}: {other!r} and {name!r} are both the {part} of {owners[0]}; leave "
+                        "kv_dtype out, or take one of them out of the file"
+                    )
             found.setdefault(owners[0], {}).update(dict.fromkeys(parts, values))
     for owner, parts_of in found.items():
         missing = {"k_scale", "v_scale"} - set(parts_of)

@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hybridgen.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hybridgen.loading.checkpoint import Checkpoint
 from hybridgen.loading.checks import TensorEntry, few, read_header
+from hybridgen.loading.kv_scales import is_scale
 from hybridgen.loading.source import load_errors
 from hybridgen.loading.weights import check_loading_info
 
@@ -183,5 +184,6 @@ def _stored(head: MtpFiles) -> dict[str, Tensor]:
     for file in sorted(set(head.files.values())):
         with safe_open(file, "pt") as opened:
             for name in (name for name, there in head.files.items() if there == file and name not in _SHARED):
-                found[name] = opened.get_tensor(head.prefix + name)
+                if not is_scale(name):  # a draft need not be exact, and its keys do without
+                    found[name] = opened.get_tensor(head.prefix + name)
     return found

@@ -26,7 +26,7 @@ import torch
 from hybridgen.config import EngineConfig
 from hybridgen.errors import ConfigError, DeviceError, EngineError, HybridgenError, described, shown
 from hybridgen.parallel.channel import Channel
-from hybridgen.parallel.ranks import MEMORY, ORDER, Ranks, error_of
+from hybridgen.parallel.ranks import MEMORY, ORDER, Ranks, error_of, kind_of
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _JOIN_SECONDS = 600.0
@@ -135,7 +135,7 @@ class LaunchedRanks(Ranks):
         try:
             super().__init__(order, place.size, ring_bytes)
         except HybridgenError as error:
-            self._store.set(key, json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}))
+            self._store.set(key, json.dumps({"error": {"kind": kind_of(error), "message": str(error)}}))
             raise
         self._store.set(key, json.dumps({"directory": str(self.directory)}))
 
@@ -259,10 +259,14 @@ class Membership:
             ) from error
         other = [name for name in ("model", "device", "config") if theirs[name] != json.loads(json.dumps(order[name]))]
         if other:
-            name = other[0]
+            name, mine, rank0s = other[0], order[other[0]], theirs[other[0]]
+            if name == "config":
+                mine = json.loads(json.dumps(mine))
+                name = next(each for each in rank0s if mine.get(each) != rank0s[each])
+                mine, rank0s = mine.get(name), rank0s[name]
             wrong = ConfigError(
-                f"rank {self.rank} loads an engine with {name}={shown(order[name])}, and rank 0 with "
-                f"{shown(theirs[name])}; all ranks must ask for the same"
+                f"rank {self.rank} loads an engine with {name}={shown(mine)}, and rank 0 with {shown(rank0s)}; "
+                "all ranks must ask for the same"
             )
             self.answer(wrong)
             raise wrong
@@ -273,7 +277,7 @@ class Membership:
         """Tell rank 0 that this one has opened the checkpoint, or why not."""
         told: dict[str, Any] = {"rank": self.rank}
         if error is not None:
-            told["error"] = {"kind": type(error).__name__, "message": str(error)}
+            told["error"] = {"kind": kind_of(error), "message": str(error)}
         self.socket.sendall((json.dumps(told) + "\n").encode())
 
     def arrivals(self) -> Iterator[None]:

@@ -131,7 +131,9 @@ class Lead:
             self.tell(pack(Kind.RELEASE, key_head(key)))
 
     def close(self) -> None:
-        """End the group. Twice is fine."""
+        """End the group. Twice is fine. In a fork nothing ends."""
+        if self.ranks.is_inherited:
+            return
         with suppress(EngineError):
             self.ranks.tell(pack(Kind.END))
         self.group.close()

@@ -52,6 +52,7 @@ class Ranks:
         self.size = size
         self.lost: str | None = None
         """Why the group has ended; None while it lives."""
+        self._pid = os.getpid()
         self._closing = False
         self._on_loss: list[Callable[[], None]] = []
         self._lock = threading.Lock()
@@ -137,12 +138,22 @@ class Ranks:
         """
         self.check()
 
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process is a fork of the one that has the group, and must leave it alone."""
+        return os.getpid() != self._pid
+
     def check(self) -> None:
         """Raise if the group has ended.
 
         Raises:
-            EngineError: it has, with the reason.
+            EngineError: it has, with the reason; or it is another process's.
         """
+        if self.is_inherited:
+            raise EngineError(
+                f"the engine's other processes belong to process {self._pid}, of which this one is a fork; load an "
+                "engine in this one"
+            )
         if self.lost is not None:
             raise EngineError(self.lost)
 
@@ -153,7 +164,10 @@ class Ranks:
             time.sleep(_TURN_SECONDS / 4)
 
     def fail(self, why: str) -> None:
-        """End the group: kill what is left of it. The first reason is kept."""
+        """End the group: kill what is left of it. The first reason is kept. A fork ends nothing."""
+        if self.is_inherited:
+            self.lost = self.lost or why
+            return
         with self._lock:
             if self.lost is None:
                 self.lost = f"the tensor-parallel group ended: {why}; load the engine again"
@@ -223,7 +237,9 @@ class Ranks:
                 process.kill()
 
     def close(self, *, at_once: bool = False) -> None:
-        """End the processes; none is left afterwards. Twice is fine."""
+        """End the processes; none is left afterwards. Twice is fine. In a fork nothing ends."""
+        if self.is_inherited:
+            return
         self._closing = True
         self._leave(at_once)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -247,6 +263,11 @@ class Ranks:
 
 def _ended(status: int) -> str:
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+
+def kind_of(error: HybridgenError) -> str:
+    """The name by which another process makes such an exception again: that of the nearest class in `errors`."""
+    return next(each.__name__ for each in type(error).__mro__ if getattr(errors, each.__name__, None) is each)
 
 
 def error_of(answer: Mapping[str, str]) -> HybridgenError:

@@ -17,7 +17,7 @@ from hybridgen.errors import CheckpointError, UnsupportedModelError
 from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.loading.assembly import Reader, assemble
 from hybridgen.loading.device import without_default_device
-from hybridgen.loading.kv_scales import is_scale, read_kv_scales
+from hybridgen.loading.kv_scales import is_scale
 from hybridgen.loading.quantised import load_quantised
 from hybridgen.loading.source import load_errors
 from hybridgen.loading.stored import TensorFiles, check_files
@@ -143,7 +143,7 @@ def load_share(checkpoint: Checkpoint, group: Group) -> LoadedModel:
     start = time.perf_counter()
     files = checkpoint.fetch()
     check_files(files, "each rank reads its share of them")
-    scales = {} if config.kv_dtype is None else read_kv_scales(files, checkpoint.attention)
+    scales = checkpoint.kv_scales(files)
     skeleton = whole(checkpoint)
     sharding = shard(skeleton, checkpoint.hf_config, group.rank, group.size)
     parts = _Parts(checkpoint, skeleton, sharding)

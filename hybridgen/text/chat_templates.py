@@ -35,6 +35,30 @@ OUTPUT_CHARS = 8 * 2**20
 _RENDER = "render_jinja_template"
 
 
+NOT_VARIABLES = frozenset(
+    {
+        "self",
+        "tokenizer",
+        "messages",
+        "conversation",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "tokenizer_kwargs",
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+    }
+)
+"""Arguments of `apply_chat_template` that callers may not hand in among a template's variables: some would cut or pad
+the prompt, the others are given in another way, or not at all."""
+
+
 class ChatTemplateError(Exception):
     """A template refused its messages, or was ended."""
 
@@ -56,9 +80,10 @@ def apply_chat_template(tokenizer: Any, messages: Any, **options: Any) -> Any:
         or _RENDER not in method.__globals__
     ):
         return tokenizer.apply_chat_template(messages, **options)
+    render = _render_to_encode if options.get("tokenize", True) else _renderer.render
     elsewhere = FunctionType(
         method.__code__,
-        {**method.__globals__, _RENDER: _renderer.render},
+        {**method.__globals__, _RENDER: render},
         method.__name__,
         method.__defaults__,
         method.__closure__,
@@ -240,6 +265,20 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def _render_to_encode(**arguments: Any) -> tuple[list[str], list[Any]]:
+    """What `Renderer.render` returns, for a tokenizer.
+
+    Raises:
+        ChatTemplateError: the template failed, or there is half a character in its text, which no tokenizer takes.
+    """
+    texts, spans = _renderer.render(**arguments)
+    try:
+        texts[0].encode()
+    except UnicodeEncodeError:
+        raise ChatTemplateError("they hold half a character (a lone surrogate); give valid Unicode") from None
+    return texts, spans
 
 
 _renderer = Renderer()

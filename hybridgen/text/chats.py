@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybridgen.errors import PromptError, TokenizerError, first_line, shown
-from hybridgen.text.chat_templates import ChatTemplateError, apply_chat_template
+from hybridgen.text.chat_templates import NOT_VARIABLES, ChatTemplateError, apply_chat_template
 
 CHAT_KEYS = frozenset(
     {
@@ -103,11 +103,12 @@ def _keywords(value: Any, index: int) -> dict[str, Any]:
         raise PromptError(
             f"prompt {index} has chat_template_kwargs={shown(value)}; give a dict of the template's keywords"
         )
-    taken = sorted({*CHAT_KEYS, "tokenize", "return_dict", "return_tensors", "conversation"} & set(value))
+    taken = sorted((CHAT_KEYS | NOT_VARIABLES) & set(value))
     if taken:
-        raise PromptError(
-            f"prompt {index} has {taken[0]} in chat_template_kwargs; give it beside 'messages', or not at all"
+        wanted = (
+            "give it beside 'messages', or not at all" if taken[0] in CHAT_KEYS else "templates have none; leave it out"
         )
+        raise PromptError(f"prompt {index} has {taken[0]} in chat_template_kwargs; {wanted}")
     return dict(value)
 
 

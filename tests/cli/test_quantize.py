@@ -8,7 +8,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hybridgen
@@ -32,7 +32,9 @@ def test_what_it_writes_has_the_values_of_rounding(
     path = families.write(family, tmp_path)
     (path / "chat_template.jinja").write_text("{{ messages }}")
     out = written(path, tmp_path, form)
-    assert f"projections in {form}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"projections in {form}" in said.out
+    assert ("weights of experts stay as they are" in said.err) == (family == "qwen3_moe")
     assert (out / "chat_template.jinja").exists()
     model = families.build(family)
     loaded = Checkpoint.open(out, hybridgen.EngineConfig(device="cpu")).load().model
@@ -87,6 +89,22 @@ def test_what_it_does_not_write(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["quantize", *arguments, "--format", "ct-w4a16", "--device", "cpu"]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "odd").exists()
+
+
+def test_nothing_half_written_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(export, "SHARD_BYTES", 10_000)
+    for out, words in ((tmp_path / "a" / "b", "cannot be quantised"), (tmp_path / "file" / "x", "cannot be written")):
+        assert main(["quantize", str(path), str(out), "--format", "ct-fp8", "--device", "cpu"]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "file").exists()
 
 
 def test_the_formats_of_the_command_are_those_that_are_written() -> None:

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import families
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationMixin
 
 import hybridgen
+from hybridgen.comparison.measuring.subjects import EngineSubject
 from hybridgen.execution import ModelRunner
 
 SHARED = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight", "norm.weight")
 """What joining projections leaves where it is."""
+
+
+def test_what_is_asked_of_the_weights_is_done_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = families.write("llama", tmp_path, num_hidden_layers=2)
+    file, scale = path / "model.safetensors", torch.tensor([0.02])
+    names = ("k_scale", "v_scale")
+    scales = {f"model.layers.{i}.self_attn.{name}": scale.clone() for i in range(2) for name in names}
+    save_file(load_file(file) | scales, file, metadata={"format": "pt"})
+    seen, close = [], EngineSubject.close
+
+    def note(subject: EngineSubject) -> None:
+        seen.append(subject.stats().kv_dtype)
+        close(subject)
+
+    monkeypatch.setattr(EngineSubject, "close", note)
+    fields: dict[str, Any] = {"quantization": "fp8", "kv_dtype": "fp8", "prefill_buckets": [8], "page_size": 16}
+    found = hybridgen.compare(
+        path, modes="eager", prompt_lengths=5, batch_sizes=1, new_tokens=2, repeats=1, warm_up=1, **fields
+    )
+    [cell] = found.cells
+    assert cell.status == "ok", found.subjects
+    assert seen == ["fp8, scales of 2 layers from the checkpoint"]
 
 
 def places(model: Any) -> dict[str, int]:

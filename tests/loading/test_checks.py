@@ -180,6 +180,13 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
     (tmp_path / "consolidated.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"found: consolidated\.safetensors"):
         validate_directory(tmp_path, allow_pickle=False)
+    (tmp_path / "model.safetensors").symlink_to("blobs/gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link to 'blobs/gone', which is not there"):
+        validate_directory(tmp_path, allow_pickle=False)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no file"):
+        validate_directory(tmp_path, allow_pickle=False)
 
 
 def test_bin_weights_need_consent(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 from hybridgen.errors import CheckpointError, UnsupportedModelError
 from hybridgen.loading import Checkpoint
 from hybridgen.loading.formats import read_format
+from hybridgen.loading.formats.compressed import ATTENTION_NOTE
 from hybridgen.loading.stored import TensorFiles, find_stored
+from hybridgen.models.quantised import QuantisedLinear
 
 EditJson = Callable[..., None]
 EXPONENTS = ("ct mxfp4", "fp8 exponents")
@@ -230,6 +232,30 @@ def test_tensors_that_are_not_known_beside_codes(tmp_path: Path) -> None:
     formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
     change(tmp_path, lambda tensors: tensors.update(weight_global_scale=torch.ones(1)))
     with pytest.raises(UnsupportedModelError, match=rf"not known here: {KEY}\.weight_global_scale"):
+        Checkpoint.open(tmp_path)
+
+
+ATTENTION = {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}}
+
+
+def test_a_group_of_attention_alone_is_noted(tmp_path: Path, edit_json: EditJson) -> None:
+    formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
+    scale = KEY.rpartition(".")[0] + ".q_scale"
+    change(tmp_path, lambda tensors: tensors.update({scale: torch.ones(1)}))
+    edit_json(
+        tmp_path / "config.json",
+        quantization_config={**W4, "config_groups": {"attention": ATTENTION, **W4["config_groups"]}},
+    )
+    loaded = Checkpoint.open(tmp_path).load()
+    assert loaded.notes[ATTENTION_NOTE] == 1
+    assert sum(isinstance(each, QuantisedLinear) for each in loaded.model.modules()) == 14
+
+
+def test_classes_of_other_engines(tmp_path: Path, edit_json: EditJson) -> None:
+    formats.write_family(tmp_path, "llama", "ct w4 group", num_hidden_layers=2)
+    group = {**GROUP, "targets": ["QKVParallelLinear", "MergedColumnParallelLinear"]}
+    edit_json(tmp_path / "config.json", quantization_config={**W4, "config_groups": {"a": group}})
+    with pytest.raises(UnsupportedModelError, match=r"class 'QKVParallelLinear', .* is a Linear: no group says"):
         Checkpoint.open(tmp_path)
 
 

@@ -17,7 +17,11 @@ import forks
 import pytest
 from waiting import HANGS
 
-from hybridgen import ConfigError, DeviceError, Engine
+from hybridgen import Completion, ConfigError, DeviceError, Engine
+from hybridgen.core import FinishReason, Timing
+from hybridgen.engine.launched import _error_made, _error_value
+from hybridgen.errors import Interrupted
+from hybridgen.loading.checkpoint import CannotQuantise
 from hybridgen.parallel import launched
 
 CONFIG: dict[str, Any] = {
@@ -144,7 +148,19 @@ except hybridgen.ConfigError as error:
 """
     for status, said, errors in ends(start(path, code)):
         assert status == 0, errors
-        assert "all ranks must ask for the same" in said
+        assert "with max_context=33, and rank 0 with 32; all ranks must ask for the same" in said
+
+
+def test_what_rank_zero_raises_comes_whole() -> None:
+    timing = Timing(queue=None, ttft=None, total=1.0)
+    cut = Completion(
+        text="a", token_ids=(5,), prompt_token_ids=(6, 7), finish_reason=FinishReason.CANCELLED, seed=1, timing=timing
+    )
+    sent = json.loads(json.dumps(_error_value(Interrupted("stopped", [cut]))))
+    made = _error_made(sent)
+    assert isinstance(made, Interrupted)
+    assert (str(made), made.completions[0].token_ids) == ("stopped", (5,))
+    assert type(_error_made(_error_value(CannotQuantise("a", "b")))) is ConfigError
 
 
 @pytest.fixture

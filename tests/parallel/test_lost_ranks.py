@@ -152,6 +152,11 @@ def test_a_rank_that_dies_or_stands_still_between_calls(
     monkeypatch.setattr(ranks, "STILL_SECONDS", 2.0)
     with Engine.load(path, mode="eager", **CONFIG) as engine:
         assert len(engine.generate(PROMPTS, max_new_tokens=2)) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(started[0], "_pid", 1)  # as a fork of this process sees it
+            assert all("belong to process 1, of which this one is a fork" in error for error in errors_of(engine, 2))
+            started[0].close()
+        assert alive(started[0].pids[0])
         os.kill(started[0].pids[0], signal.SIGSTOP)
         assert all("rank 1 has stood still" in error for error in errors_of(engine, 2))
         with pytest.raises(EngineError, match="rank 1 has stood still"):

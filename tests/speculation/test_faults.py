@@ -13,7 +13,7 @@ from draft_cases import PROMPTS, RIGHT, Streams, check_equal, loaded, sequences
 from torch import Tensor
 
 import hybridgen
-from hybridgen.errors import ConfigError
+from hybridgen.errors import ConfigError, EngineError
 from hybridgen.execution.drafting import DraftCall
 from hybridgen.speculation.oracle import OracleDrafter
 
@@ -90,6 +90,18 @@ def test_a_drafter_that_cannot_begin(streams: Streams, monkeypatch: pytest.Monke
     monkeypatch.setattr(drafter, "begin", lambda **_: 1 / 0)
     with pytest.raises(ConfigError, match="drafter oracle cannot begin: ZeroDivisionError: division by zero"):
         hybridgen.Engine.load(streams[0], mode="eager", speculation=drafter, kv_memory="16MiB")
+
+
+def test_a_drafter_is_one_engines(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, params, expected = streams
+    drafter = OracleDrafter(sequences(expected[:2]), RIGHT[:2])
+    with loaded(path, speculation=drafter) as engine:
+        with monkeypatch.context() as patch, pytest.raises(EngineError, match="drafts for another engine; make one"):
+            patch.setattr(hybridgen.loading.Checkpoint, "load", lambda self: pytest.fail("weights are read"))
+            loaded(path, speculation=drafter).__enter__()
+        check_equal(engine.generate(PROMPTS[:2], params[:2]), expected[:2])
+    with loaded(path, speculation=drafter) as engine:  # it was given back
+        check_equal(engine.generate(PROMPTS[:2], params[:2]), expected[:2])
 
 
 def test_places_without_a_draft_are_not_seen(streams: Streams) -> None:

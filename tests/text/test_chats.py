@@ -87,6 +87,8 @@ def test_it_is_what_transformers_makes_of_it(tokenizer: Any) -> None:
         ),
         ({"messages": [USER], "chat_template_kwargs": {"tools": []}}, "has tools in chat_template_kwargs"),
         ({"messages": [USER], "chat_template_kwargs": 3}, "chat_template_kwargs=3"),
+        ({"messages": [USER], "chat_template_kwargs": {"max_length": 2}}, "has max_length in chat_template_kwargs"),
+        ([{"role": "user", "content": "a\ud800"}], "half a character"),
         ({"messages": [USER], "tools": "f"}, "tools='f'; give a list"),
         ({"messages": [USER], "tools": [lambda x: x]}, "has no schema"),
         ({"messages": [USER], "chat_template": "{{ raise_exception('no') }}"}, "the chat template refused"),

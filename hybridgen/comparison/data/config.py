@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -39,6 +40,18 @@ projections. `mode=graph` is it without compilation and without fused decode."""
 
 _OWN_ENGINE_FIELDS = frozenset({"mode", "max_batch", "max_context", "on_graph_event"})
 """Set by the comparison itself, or nothing that a file can hold."""
+_NOT_SHARED = {
+    "adapter": "its engines share one copy of the weights; merge the adapter and give that checkpoint",
+    "tensor_parallel": "its engines share one copy of the weights, in this process; leave it out",
+}
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @described
@@ -152,6 +165,8 @@ class CompareConfig:
 
     def _names(self, name: str, known: Sequence[str]) -> tuple[str, ...]:
         given = getattr(self, name)
+        if not isinstance(given, Iterable):
+            raise ConfigError(f"{name}={shown(given)}; give a list of: {', '.join(known)}")
         listed = [given] if isinstance(given, str) else list(given)
         for value in listed:
             if value not in known:
@@ -160,6 +175,8 @@ class CompareConfig:
 
     def _sizes(self, name: str) -> tuple[int, ...]:
         given = getattr(self, name)
+        if not isinstance(given, (int, Iterable)):
+            raise ConfigError(f"{name}={shown(given)}; give a list of integers of at least 1")
         listed = [given] if isinstance(given, int) else list(given)
         for value in listed:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -175,7 +192,18 @@ class CompareConfig:
         own = sorted(_OWN_ENGINE_FIELDS & set(self.engine))
         if own:
             raise ConfigError(f"{own[0]}= is set by the comparison; leave it out")
-        EngineConfig(**{"mode": "hybrid", "max_batch": max(self.batch_sizes), **self.engine})
+        checked = EngineConfig(**{"mode": "hybrid", "max_batch": max(self.batch_sizes), **self.engine})
+        for name, why in _NOT_SHARED.items():
+            if name in self.engine and getattr(checked, name) != getattr(EngineConfig(), name):
+                raise ConfigError(f"{name}={shown(self.engine[name])} is not for a comparison: {why}")
+        plain = {name: value if _is_plain(value) else getattr(checked, name) for name, value in self.engine.items()}
+        for name, value in plain.items():
+            if not _is_plain(value):
+                raise ConfigError(
+                    f"{name}={shown(value)} is not for a comparison: its result is a file that holds the config; "
+                    "give a name or a path"
+                )
+        object.__setattr__(self, "engine", plain)
 
     @property
     def variants(self) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from hybridgen.comparison.measuring.measure import release, status_of
 from hybridgen.comparison.measuring.subjects import EngineSubject, Subject, build, compile_something
 from hybridgen.device.memory import taken
 from hybridgen.errors import described
-from hybridgen.loading import Checkpoint
+from hybridgen.loading import Checkpoint, LoadedModel
 from hybridgen.models.projections import fuse_projections
 from hybridgen.models.twin import twin
 from hybridgen.telemetry.traffic import Traffic
@@ -41,23 +41,22 @@ class Builder:
         self,
         config: CompareConfig,
         checkpoint: Checkpoint,
-        model: Any,
+        loaded: LoadedModel,
         *,
         limit: int,
-        load_seconds: float,
         folder: str,
     ) -> None:
         """
         Args:
-            model: the module with the weights.
+            loaded: the module with the weights.
             limit: the model's longest context.
-            load_seconds: how long reading the weights took.
             folder: for what is compiled.
         """
         self.traffic: Traffic | None = None
         """What a decode step reads, as the newest engine counted it."""
-        self._config, self._checkpoint, self._model = config, checkpoint, model
-        self._limit, self._load_seconds, self._folder = limit, load_seconds, folder
+        model = loaded.model
+        self._config, self._checkpoint, self._model, self._loaded = config, checkpoint, model, loaded
+        self._limit, self._folder = limit, folder
         self._device = checkpoint.device
         self._owned = checkpoint.module is None
         # Weights are joined once: a twin of the template shares the joined ones too. A live module's stay apart.
@@ -67,6 +66,11 @@ class Builder:
             start = time.perf_counter()
             fuse_projections(self._template)
             self._fuse_seconds = time.perf_counter() - start
+
+    def _share(self, module: Any) -> LoadedModel:
+        """A twin as an engine gets it. A live module's owner may change it, so each call looks at it first, as it does
+        outside of a comparison."""
+        return LoadedModel(module, 0.0, owned=self._owned, notes=self._loaded.notes, kv_scales=self._loaded.kv_scales)
 
     def pay_once(self) -> float:
         """Spend what a process spends once, so that it is in no row: Inductor's imports, kernels of ours.
@@ -82,7 +86,7 @@ class Builder:
         if self._device.type == "cuda":
             engine_config = config.engine_config({"mode": REFERENCE}, self._limit)
             try:
-                build(REFERENCE, engine_config, twin(self._template), config, None, owned=self._owned).close()
+                build(REFERENCE, engine_config, self._share(twin(self._template)), config, None).close()
             except Exception as error:  # the row of mode eager will say so
                 logger.debug("the first engine failed: %s", error)
             release(self._device)
@@ -115,7 +119,7 @@ class Builder:
         path = str(self._checkpoint.name) if self._checkpoint.source is not None else None
         start = time.perf_counter()
         subject: Subject = build_baseline(result.name, twin(self._model), path, self._config)
-        result.startup = {"load weights": self._load_seconds, "other": time.perf_counter() - start}
+        result.startup = {"load weights": self._loaded.seconds, "other": time.perf_counter() - start}
         return subject
 
     def _engine(self, variant: dict[str, Any], result: SubjectResult) -> EngineSubject:
@@ -124,13 +128,13 @@ class Builder:
         module = twin(self._template if engine_config.fuse_projections else self._model)
         # A switch is not compared by its start-up: it finds what mode hybrid compiled.
         fresh = config.fresh_compile and result.kind == MODE
-        subject = build(result.name, engine_config, module, config, self._folder if fresh else None, owned=self._owned)
+        subject = build(result.name, engine_config, self._share(module), config, self._folder if fresh else None)
         self.traffic = subject.engine.traffic
         if subject.engine.mode.compiles:
             result.compile_cache = "empty" if fresh and engine_config.compile_backend == "inductor" else "shared"
         parts = dict(subject.stats().startup)
         other = max(0.0, subject.build_seconds - sum(parts.values()))
-        parts |= {"load weights": self._load_seconds}
+        parts |= {"load weights": self._loaded.seconds}
         if self._fuse_seconds and engine_config.fuse_projections:
             parts |= {"fuse projections": self._fuse_seconds}
         result.startup = {**parts, "other": other}

@@ -177,7 +177,7 @@ def measure(model: Any, config: CompareConfig, *, tokenizer: Any, progress: bool
     loaded = checkpoint.load()
     bar = tqdm(bar_format="{desc}: {n}/{total}", disable=bar_disabled(progress), leave=False)
     with tempfile.TemporaryDirectory(prefix="hybridgen-compare-", ignore_cleanup_errors=True) as folder, bar:
-        builder = Builder(config, checkpoint, loaded.model, limit=limit, load_seconds=loaded.seconds, folder=folder)
+        builder = Builder(config, checkpoint, loaded, limit=limit, folder=folder)
         run = _Run(config, checkpoint, loaded.model, builder, bar)
         run.pay_once()
         ceiling = read_ceiling(checkpoint.device)  # before anything of ours takes the memory

@@ -201,21 +201,21 @@ class EngineSubject:
 
 
 def build(
-    name: str, engine_config: EngineConfig, model: Any, config: CompareConfig, cache: str | None, *, owned: bool
+    name: str, engine_config: EngineConfig, loaded: LoadedModel, config: CompareConfig, cache: str | None
 ) -> EngineSubject:
-    """An engine around a module.
+    """An engine around a module, whose weights are quantised already where that was asked for.
 
     Args:
         cache: a directory for an empty Inductor cache of its own; None shares the process's.
-        owned: nobody else has the module: the engine runs it as one that it loaded. A live module's owner may change
-            it, so each call looks at it first, as it does outside of a comparison.
     """
+    if loaded.owned:
+        engine_config = engine_config.replace(quantization=None, quantize_head=None)
     mode = Mode(engine_config.mode)
     alone = cache is not None and mode.compiles and engine_config.compile_backend == "inductor"
     with empty_compile_cache(cache) if alone and cache is not None else contextlib.nullcontext():
         start = time.perf_counter()
-        checkpoint = Checkpoint.open(model, engine_config)
-        engine = Engine(checkpoint, LoadedModel(model, 0.0, owned=owned), engine_config)
+        checkpoint = Checkpoint.open(loaded.model, engine_config)
+        engine = Engine(checkpoint, loaded, engine_config)
         return EngineSubject(name, engine, config, time.perf_counter() - start)
 
 

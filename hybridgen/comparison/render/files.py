@@ -10,7 +10,7 @@ from hybridgen.comparison.data.results import ComparisonData
 from hybridgen.comparison.render.html import page
 from hybridgen.comparison.render.plots import check_matplotlib, draw
 from hybridgen.comparison.render.report import comma_separated, markdown
-from hybridgen.errors import ConfigError
+from hybridgen.errors import ConfigError, shown
 
 JSON = "comparison.json"
 
@@ -22,6 +22,8 @@ def check_output(folder: str | os.PathLike[str]) -> Path:
         ConfigError: it cannot be made or written to, or matplotlib is not installed.
     """
     check_matplotlib()
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ConfigError(f"output={shown(folder)} is no directory; give a path")
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)

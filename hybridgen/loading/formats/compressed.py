@@ -33,6 +33,7 @@ from hybridgen.models.quantised import QuantisedWeight
 KV_NOTE = (
     "the KV cache has 16 bits, though the checkpoint's config asks for 8 (kv_cache_scheme): kv_dtype='fp8' does it"
 )
+ATTENTION_NOTE = "queries, keys and values are not quantised in attention, as the checkpoint's config asks for"
 METHOD = "compressed-tensors"
 _PARTS = (
     "weight",
@@ -256,10 +257,12 @@ class PackedNvfp4:
 class CompressedTensors:
     """A checkpoint of compressed-tensors."""
 
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
-    """Targets and scheme of each group of the config."""
+    groups: tuple[tuple[tuple[str, ...], Scheme | None], ...]
+    """Targets and scheme of each group of the config; None where its weights are not quantised."""
     ignore: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    """Other classes than `Linear` that groups name."""
     method: str = METHOD
     target = staticmethod(dot_weight)
     dense_shape = staticmethod(dense_2d)
@@ -270,7 +273,11 @@ class CompressedTensors:
         return split_at_dot(name, _PARTS)
 
     def scheme(self, projection: str) -> Scheme | None:
-        """The first group that names the projection: by its name, by a pattern, by `Linear`; if `ignore` does not."""
+        """The first group that names the projection: by its name, by a pattern, by `Linear`; if `ignore` does not.
+
+        Raises:
+            UnsupportedModelError: only groups that name another class are left; transformers would not read it then.
+        """
         if projection not in self._known:
             self._known[projection] = self._find(projection)
         return self._known[projection]
@@ -283,7 +290,13 @@ class CompressedTensors:
             for target, scheme in found:
                 if kind(target) and _names(target, projection):
                     return scheme
-        return next((scheme for target, scheme in found if target == "Linear"), None)
+        linear = [scheme for target, scheme in found if target == "Linear"]
+        if not linear and self.classes:
+            raise _unknown(
+                f"config_groups have targets of the class {', '.join(map(shown, self.classes))}, and {projection}, "
+                "whose weight is quantised, is a Linear: no group says how it is stored"
+            )
+        return linear[0] if linear else None
 
 
 def _names(target: str, projection: str) -> bool:
@@ -313,18 +326,23 @@ def read(values: Mapping[str, Any]) -> CompressedTensors:
     if not isinstance(groups, Mapping) or not groups:
         raise _unknown(f"config_groups {shown(groups)}")
     notes = []
-    found = []
+    found: list[tuple[tuple[str, ...], Scheme | None]] = []
+    classes: list[str] = []
     for name, group in groups.items():
         if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
             raise _unknown(f"config_groups.{name} {shown(group)}")
         targets = tuple(str(target) for target in group["targets"])
+        others = [target for target in targets if _is_class(target)]
         for target in targets:
-            if target != "Linear" and not target.startswith("re:") and "." not in target and target[:1].isupper():
-                raise _unknown(f"config_groups.{name}.targets {shown(target)}")
             _names(target, "")  # a pattern that is none is found before files are read
-        found.append((targets, scheme_of(name, group, group.get("format") or values.get("format"))))
-        if group.get("input_activations") is not None:
-            notes.append(WEIGHTS_ALONE)
+        weights, activations = group.get("weights") is not None, group.get("input_activations") is not None
+        if weights and "Embedding" in others:
+            raise _unknown(f"config_groups.{name}.targets 'Embedding' (an embedding that is quantised)")
+        scheme = scheme_of(name, group, group.get("format") or values.get("format")) if weights else None
+        found.append((tuple(target for target in targets if target not in others), scheme))
+        classes += others
+        if activations:
+            notes.append(ATTENTION_NOTE if others and not weights else WEIGHTS_ALONE)
         if group.get("output_activations") is not None:
             raise _unknown(f"config_groups.{name}.output_activations")
     if values.get("kv_cache_scheme") is not None:
@@ -334,7 +352,13 @@ def read(values: Mapping[str, Any]) -> CompressedTensors:
         raise _unknown(f"ignore {shown(ignore)}")
     for entry in ignore:
         _names(str(entry), "")
-    return CompressedTensors(tuple(found), tuple(str(entry) for entry in ignore), tuple(dict.fromkeys(notes)))
+    once = tuple(dict.fromkeys(notes)), tuple(dict.fromkeys(classes))
+    return CompressedTensors(tuple(found), tuple(str(entry) for entry in ignore), *once)
+
+
+def _is_class(target: str) -> bool:
+    """Whether a target is the name of a class of modules other than projections, such as an attention's."""
+    return target != "Linear" and not target.startswith("re:") and "." not in target and target[:1].isupper()
 
 
 def scheme_of(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:

@@ -17,15 +17,15 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hybridgen.core import TokenEvent
-from hybridgen.errors import HybridgenError, ServerError
+from hybridgen.errors import HybridgenError, ServerError, shown
 from hybridgen.serving.async_client import AsyncClient
-from hybridgen.serving.http.chats import ChatJob, encode, turn
+from hybridgen.serving.http.chats import ChatJob, encode, template_options, turn
 from hybridgen.serving.http.completions import TextJob
 from hybridgen.serving.http.errors import ApiError, api_error
 from hybridgen.serving.http.fields import Body
@@ -42,6 +42,8 @@ MOST_BYTES = 8 * 2**20
 MOST_VALUES = 2**20
 """Of a body's JSON, those inside others included."""
 MOST_DEPTH = 64
+PING_SECONDS = 5.0
+"""For the generator to say how it is."""
 BODY_SECONDS = 30.0
 """For a body to arrive."""
 
@@ -61,21 +63,31 @@ class Door:
         self.open_streams = 0
 
     async def served(self) -> Served:
-        """The model; it asks the server how long its context is.
+        """The model; it asks the server how long its context is, which may have been started again with another one.
 
         Raises:
             ServerError: nobody listens there yet.
         """
-        if self._served is None:
+        try:
             hello = await self.client.connect()
-            self._served = self._make(int(hello["max_context"]))
-        return self._served
+        except ServerError:
+            if self._served is None:
+                raise
+            return self._served
+        before, most = self._served, int(hello["max_context"])
+        if before is None or before.max_context != most:
+            made = self._make(most)
+            self._served = before = made if before is None else replace(made, ignored=before.ignored)
+        return before
 
     async def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of `/health`: 503 while the model loads, when steps stand still, and when it is gone."""
         try:
-            facts = await asyncio.wait_for(self.client.ping(), 5.0)
-        except (TimeoutError, HybridgenError) as error:
+            facts = await asyncio.wait_for(self.client.ping(), PING_SECONDS)
+        except TimeoutError:
+            why = f"the generator has not answered for {PING_SECONDS:g} s"
+            return 503, {"status": "unavailable", "reason": why}
+        except HybridgenError as error:
             return 503, {"status": "unavailable", "reason": str(error)}
         good = bool(facts["healthy"]) and facts["state"] == "ready"
         return (200 if good else 503), {"status": "ok" if good else "unhealthy", **facts}
@@ -191,8 +203,14 @@ async def body_of(request: Request) -> Body:
                 data += part
                 if len(data) > MOST_BYTES:
                     raise ApiError(f"the body has over {MOST_BYTES} bytes; send less at once", status=413)
+    except ClientDisconnect:
+        raise ApiError("the client went away", status=499) from None
     except TimeoutError:
         raise ApiError(f"the body did not arrive within {BODY_SECONDS:g} s", status=408) from None
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise ApiError(
+            f"the body is compressed ({shown(request.headers['content-encoding'])}); send it as it is", status=415
+        )
     raw = bytes(data)
     shape = measure(raw, MOST_DEPTH)
     if shape.elements > MOST_VALUES or shape.too_deep:
@@ -360,8 +378,8 @@ async def _health(door: Door, _: Request) -> Response:
 
 async def _metrics(door: Door, _: Request) -> Response:
     try:
-        facts = await door.client.stats()
-    except ServerError:
+        facts = await asyncio.wait_for(door.client.stats(), PING_SECONDS)
+    except (TimeoutError, ServerError):
         facts = {}
     served = await door.served() if facts else None
     ignored = {} if served is None else served.ignored.counts
@@ -393,10 +411,13 @@ async def _tokenize(door: Door, request: Request) -> Response:
     body, served = await body_of(request), await door.served()
     served.check_model(body)
 
+    if "messages" not in body.values:
+        body.require("prompt")
+
     def ids_of() -> list[int]:
         if "messages" in body.values:
             go_on = body.switch("continue_final_message")
-            options = body.table("chat_template_kwargs") | turn(body.switch("add_generation_prompt", not go_on), go_on)
+            options = template_options(body, turn(body.switch("add_generation_prompt", not go_on), go_on))
             return encode(served.text, chat_messages(body.items("messages")), body.items("tools"), options)
         return served.text.encode(body.text("prompt"), special=body.switch("add_special_tokens", True))
 
@@ -410,6 +431,7 @@ async def _tokenize(door: Door, request: Request) -> Response:
 async def _detokenize(door: Door, request: Request) -> Response:
     body, served = await body_of(request), await door.served()
     served.check_model(body)
+    body.require("tokens")
     tokens = body.items("tokens")
     size = len(served.text.tokenizer)
     if not all(type(each) is int and 0 <= each < size for each in tokens):

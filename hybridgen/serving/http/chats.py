@@ -22,6 +22,7 @@ from hybridgen.serving.http.jobs import (
 )
 from hybridgen.serving.http.text import Text, chat_messages
 from hybridgen.serving.http.tools import Tools, message_parts
+from hybridgen.text.chat_templates import NOT_VARIABLES
 
 FIELDS = frozenset(
     {
@@ -78,7 +79,7 @@ class ChatJob:
         elif "top_logprobs" in body.values:
             raise ApiError("top_logprobs needs logprobs=true", param="top_logprobs")
         go_on = body.switch("continue_final_message")
-        options = body.table("chat_template_kwargs") | turn(body.switch("add_generation_prompt", not go_on), go_on)
+        options = template_options(body, turn(body.switch("add_generation_prompt", not go_on), go_on))
         if "reasoning_effort" in body.values:
             options.setdefault("reasoning_effort", body.text("reasoning_effort"))
         prompt = encode(served.text, chat_messages(body.items("messages")), self._tools.told, options)
@@ -164,10 +165,25 @@ def encode(
     """Ids of a chat.
 
     Raises:
-        ApiError: the options of the template have a name that is not for it.
         HybridgenError: the chat cannot be encoded.
     """
-    for name in ("messages", "tokenize", "return_dict", "tools", "chat_template", "return_tensors", "conversation"):
-        if name in options:
-            raise ApiError(f"chat_template_kwargs has {name}, which is no variable of a template; leave it out")
     return text.encode_chat(messages, **options, **({"tools": tools} if tools else {}))
+
+
+def template_options(body: Body, ending: dict[str, Any]) -> dict[str, Any]:
+    """What a request hands to the template.
+
+    Args:
+        ending: how the template ends the prompt, see `turn`.
+
+    Raises:
+        ApiError: `chat_template_kwargs` has a name that is no variable of a template.
+    """
+    given = body.table("chat_template_kwargs")
+    for name in sorted(NOT_VARIABLES & given.keys()):
+        raise ApiError(
+            f"chat_template_kwargs has {name}, which is no variable of a template; leave it out, or give it as a field "
+            "of the request if it is one",
+            param="chat_template_kwargs",
+        )
+    return given | ending

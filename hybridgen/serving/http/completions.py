@@ -191,8 +191,11 @@ def legacy_logprobs(text: Text, entries: Sequence[_Entry], offset: int) -> dict[
     return {
         "tokens": tokens,
         "token_logprobs": [None if item is None else finite(item.logprob) for item in items],
-        "top_logprobs": [
-            None if item is None else {text.token(token): finite(value) for token, value in item.top} for item in items
-        ],
+        "top_logprobs": [None if item is None else _likely(text, item) for item in items],
         "text_offset": offsets,
     }
+
+
+def _likely(text: Text, item: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens, and the chosen one, as OpenAI has it: it may be one more than was asked for."""
+    return {text.token(token): finite(value) for token, value in (*item.top, (item.token_id, item.logprob))}

@@ -80,8 +80,24 @@ REFUSED: dict[str, Any] = {
     "min_length": None,
     "allowed_token_ids": None,
     "bad_words": None,
+    # Of the other routes.
+    "prompt": None,
+    "messages": None,
+    "input": None,
+    "instructions": None,
+    "max_tokens": None,
+    "max_completion_tokens": None,
+    "max_output_tokens": None,
+    "echo": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "response_format": {"type": "text"},
+    "text": {"format": {"type": "text"}},
+    "tools": None,
+    "continue_final_message": False,
 }
-"""Fields that promise something which is not done here, and the value that asks for nothing."""
+"""Fields that promise something which a route that does not read them does not do, and the value that asks for
+nothing."""
 
 QUIET = frozenset(
     {
@@ -138,12 +154,22 @@ class Body:
         names = {*known, *SAMPLING}
         for name, idle in REFUSED.items():
             if name in self.values and name not in names and self.values[name] not in (idle, [], {}, ""):
-                raise ApiError(f"{name} is not supported; leave it out", param=name, code="unsupported_parameter")
+                raise ApiError(
+                    f"{name} is not supported by this route; leave it out", param=name, code="unsupported_parameter"
+                )
         ignored.note(self.values.keys() - names - QUIET - REFUSED.keys())
 
     def wrong(self, name: str, wanted: str) -> ApiError:
         """The error of a field with a wrong value."""
         return ApiError(f"{name}={shown(self.values.get(name))}; give {wanted}", param=name, code="invalid_value")
+
+    def require(self, name: str) -> None:
+        """
+        Raises:
+            ApiError: the field is left out.
+        """
+        if name not in self.values:
+            raise ApiError(f"{name} is missing; send it", param=name, code="missing_required_parameter")
 
     def text(self, name: str, default: str = "") -> str:
         """A string.

@@ -53,7 +53,7 @@ class HttpOptions:
         """
         host, _, port = self.listen.rpartition(":")
         if not port.isdecimal() or int(port) >= 2**16:
-            raise ConfigError(f"--http {shown(self.listen)}; give HOST:PORT, as in {DEFAULT}")
+            raise ConfigError(f"{shown(self.listen)} is no address to listen on; give HOST:PORT, as in {DEFAULT}")
         return host.strip("[]") or "127.0.0.1", int(port)
 
     def keys(self) -> list[str]:
@@ -65,9 +65,15 @@ class HttpOptions:
         if self.api_key_file is None:
             return []
         try:
-            keys = self.api_key_file.read_text(encoding="utf-8").split()
+            lines = self.api_key_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the file of API keys cannot be read: {error}") from None
+        keys = [line.strip() for line in lines if line.strip()]
+        for number, line in enumerate(lines, 1):
+            if len(line.split()) > 1:  # each word would open the door
+                raise ConfigError(
+                    f"line {number} of {self.api_key_file} has a space; write one key in each line, alone"
+                )
         if not keys:
             raise ConfigError(f"{self.api_key_file} holds no API key; write one in each line")
         return keys
@@ -81,9 +87,12 @@ class HttpOptions:
         if self.chat_template is None:
             return None
         try:
-            return self.chat_template.read_text(encoding="utf-8")
+            template = self.chat_template.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the chat template cannot be read: {error}") from None
+        if not template.strip():
+            raise ConfigError(f"the chat template {self.chat_template} is empty; give another, or leave it out")
+        return template
 
 
 def _is_here(host: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hybridgen.core import Completion, TokenEvent
 from hybridgen.errors import shown
-from hybridgen.serving.http.chats import encode
+from hybridgen.serving.http.chats import encode, template_options
 from hybridgen.serving.http.errors import ApiError
 from hybridgen.serving.http.fields import Body, schema_of
 from hybridgen.serving.http.jobs import Served, Usage, most_tokens, new_id, reason, sampling_for
@@ -68,9 +68,11 @@ class ResponseJob:
         messages = input_messages(body.values.get("input"))
         if self._instructions:
             messages = [{"role": "system", "content": self._instructions}, *messages]
-        options = body.table("chat_template_kwargs") | {"add_generation_prompt": True}
+        options = template_options(body, {"add_generation_prompt": True})
         effort = body.table("reasoning").get("effort")
         if effort is not None:
+            if not isinstance(effort, str):
+                raise body.wrong("reasoning", "an object whose effort is a string")
             options.setdefault("reasoning_effort", effort)
         self.prompts = [encode(served.text, chat_messages(messages), self._tools.told, options)]
         self._wanted = most_tokens(body, "max_output_tokens")

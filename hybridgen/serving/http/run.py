@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from hybridgen.errors import ConfigError, ServerError
+from hybridgen.errors import ConfigError, PromptError, ServerError
 from hybridgen.serving.async_client import AsyncClient
 from hybridgen.serving.http.event_loop import new_event_loop
 from hybridgen.serving.http.options import EXTRA, HttpOptions, public_name
@@ -65,6 +65,8 @@ def run_http(
     if template is not None:
         tokenizer.chat_template = template
     text, name = Text(tokenizer), options.name or public_name(model)
+    if template is not None:
+        check_template(text)
 
     def served(max_context: int) -> Served:
         return Served(name=name, text=text, max_context=max_context, default_tokens=options.default_tokens)
@@ -94,6 +96,19 @@ def run_http(
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(server.serve(sockets=[listener]))
     return 0
+
+
+def check_template(text: Any) -> None:
+    """Raise if the tokenizer's template is none: else every chat would say so to its caller.
+
+    Raises:
+        ConfigError: it cannot be parsed.
+    """
+    try:
+        text.encode_chat([{"role": "user", "content": "x"}], add_generation_prompt=True)
+    except PromptError as error:  # it may refuse this chat
+        if "TemplateSyntaxError" in str(error):
+            raise ConfigError(f"--chat-template: {error}; mend it, or leave it out") from None
 
 
 def check_extra() -> None:

@@ -141,7 +141,12 @@ def _definitions(functions: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for key in ("$defs", "definitions"):
         for function, parameters in functions:
-            for name, schema in (parameters.get(key) or {}).items():
+            table = parameters.get(key) or {}
+            if not isinstance(table, dict):
+                raise ApiError(
+                    f"the function {shown(function)} has {key}={shown(table)}; give an object", param="tools"
+                )
+            for name, schema in table.items():
                 if found.setdefault(key, {}).setdefault(name, schema) != schema:
                     raise ApiError(
                         f"the function {shown(function)} has another {key}/{name} than one before it; rename it, or "

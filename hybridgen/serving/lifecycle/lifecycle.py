@@ -54,6 +54,7 @@ class Lifecycle:
         self._interval = min(1.0, limits.frame_seconds / 4, limits.write_seconds / 4, step_seconds / 4)
         self._deadline: float | None = None
         self._error: BaseException | None = None
+        self._drained_for: HybridgenError | None = None
         self._hurry = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finished = asyncio.Event()
@@ -127,7 +128,7 @@ class Lifecycle:
     def settled(self) -> None:
         """Something was answered, or a client left."""
         if self.service.state == "draining" and self.service.settled:
-            self._end(None)
+            self._end(self._drained_for)
 
     def generator_ended(self, error: BaseException | None) -> None:
         """Nothing runs any more."""
@@ -150,10 +151,10 @@ class Lifecycle:
                 self._loop.call_soon_threadsafe(self._handle_signals)
 
     def drain_soon(self, why: str) -> None:
-        """`drain()`, from any thread."""
+        """`drain()`, from any thread, because something failed: the end is an error."""
         if self._loop is not None:
             with suppress(RuntimeError):  # it has ended
-                self._loop.call_soon_threadsafe(self.drain, why)
+                self._loop.call_soon_threadsafe(self.drain, why, ServerError(why))
 
     def fail_soon(self, error: HybridgenError) -> None:
         """End with an error, from any thread."""
@@ -169,12 +170,17 @@ class Lifecycle:
             else:
                 self.abort("a second signal asked for it")
 
-    def drain(self, why: str) -> None:
-        """Take no more requests, and end when those in flight have ended."""
+    def drain(self, why: str, error: HybridgenError | None = None) -> None:
+        """Take no more requests, and end when those in flight have ended.
+
+        Args:
+            error: what it ends with then; None: it was asked for.
+        """
         if self.service.state not in ("loading", "ready"):
             return
         logger.info("ending: %s; %d completions are in flight", why, self.service.in_flight)
         self.service.state = "draining"
+        self._drained_for = error
         self._deadline = time.monotonic() + self._drain_seconds
         self.door.stop()
         self.settled()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hybridgen
 from hybridgen.comparison.data.config import ABLATIONS, SMOKE, USUAL_PROMPT, CompareConfig
 from hybridgen.errors import ConfigError, HybridgenError
 from hybridgen.graphs import buckets as ladder
+from hybridgen.speculation.oracle import OracleDrafter
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,11 @@ from hybridgen.graphs import buckets as ladder
         ({"engine": {"mode": "jit"}}, "mode= is set by the comparison"),
         ({"engine": {"page_sise": 16}}, "did you mean 'page_size'"),
         ({"engine": {"page_size": 17}}, "not a power of two"),
+        ({"modes": None}, "modes=None; give a list of"),
+        ({"batch_sizes": None}, "batch_sizes=None; give a list of integers"),
+        ({"engine": {"adapter": "a"}}, "adapter='a' is not for a comparison"),
+        ({"engine": {"tensor_parallel": 2}}, "tensor_parallel=2 is not for a comparison"),
+        ({"engine": {"speculation": OracleDrafter([], [])}}, "its result is a file that holds the config"),
     ],
 )
 def test_what_is_wrong_is_said(fields: dict[str, Any], message: str) -> None:
@@ -76,6 +84,11 @@ def test_a_config_comes_back_from_its_plain_values(config: CompareConfig) -> Non
     assert CompareConfig.of(config.as_dict()) == config
 
 
+def test_what_json_does_not_have_is_taken_as_a_text() -> None:
+    config = CompareConfig(engine={"dtype": torch.float32, "compile_cache": Path("a")})
+    assert config.engine == {"dtype": "float32", "compile_cache": "a"}
+
+
 def test_unknown_plain_values_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown keyword"):
         CompareConfig.of({"modus": "eager"})
@@ -88,6 +101,8 @@ def test_unknown_plain_values_are_refused() -> None:
         ({"config": 3}, "is not a CompareConfig"),
         ({"prompt_lengths": 1000, "new_tokens": 100}, "make 1100 tokens, above the model's 1024"),
         ({"mode": "jit"}, "mode= is set by the comparison"),
+        ({"engine": 3, "page_size": 16}, "engine=3 is no mapping"),
+        ({"output": 3}, "output=3 is no directory"),
     ],
 )
 def test_bad_input_is_found_before_weights_are_read(

@@ -27,8 +27,11 @@ from wire import Process
 
 from hybridgen import ServerError
 from hybridgen.core import TokenEvent, TokenLogprob
-from hybridgen.serving.http.app import together
+from hybridgen.serving.http import app
+from hybridgen.serving.http.app import Door, together
+from hybridgen.serving.http.jobs import Served
 from hybridgen.serving.http.metrics import exposition
+from hybridgen.serving.http.text import Text
 
 Start = Callable[..., Process]
 Open = Callable[..., str]
@@ -230,6 +233,59 @@ def test_bodies_that_are_no_requests(url: str, data: bytes, status: int) -> None
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
     assert time.monotonic() - begun < HANGS / 2
+
+
+def test_a_field_that_is_needed_and_a_body_that_is_compressed(url: str) -> None:
+    for path, name in (("/tokenize", "prompt"), ("/detokenize", "tokens")):
+        answer = web.post(url + path, json={})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+    answer = web.post(f"{url}/v1/completions", content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415
+    assert "compressed ('gzip')" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_goes_away_inside_its_body_is_no_error_of_ours(
+    plain: Process, door: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = door(plain.path)
+    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    until(lambda: 'path="/v1/completions",status="499"' in web.get(f"{url}/metrics").text)
+    assert "failed" not in caplog.text
+
+
+def test_a_generator_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "PING_SECONDS", 0.05)
+
+    class Stopped:
+        async def ping(self) -> None:
+            await asyncio.Event().wait()
+
+        stats = ping
+
+    door = Door(lambda most: pytest.fail("not asked"), Stopped())  # type: ignore[arg-type]
+    status, body = asyncio.run(door.health())
+    assert (status, body["reason"]) == (503, "the generator has not answered for 0.05 s")
+    assert b"hybridgen_up 0.0" in asyncio.run(app._metrics(door, None)).body  # type: ignore[arg-type]
+
+
+def test_a_server_that_comes_back_may_have_another_context(text: Text) -> None:
+    class Client:
+        context = 8
+
+        async def connect(self) -> dict[str, Any]:
+            if not self.context:
+                raise ServerError("gone")
+            return {"max_context": self.context}
+
+    def make(most: int) -> Served:
+        return Served(name="demo", text=text, max_context=most, default_tokens=4)
+
+    door = Door(make, Client())  # type: ignore[arg-type]
+    asyncio.run(door.served()).ignored.note(["x"])
+    for Client.context, expected in ((16, 16), (0, 16)):
+        now = asyncio.run(door.served())
+        assert (now.max_context, now.ignored.counts["x"]) == (expected, 1)
 
 
 VALUES = st.recursive(

@@ -200,6 +200,16 @@ def test_tool_calls_of_a_stream(calling: Any) -> None:
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"max_tokens": 10**6}, "max_completion_tokens"),
         ({"functions": [{"name": "f"}]}, "functions"),
+        ({"extra_body": {"chat_template_kwargs": {"self": 1}}}, "chat_template_kwargs"),
+        ({"extra_body": {"chat_template_kwargs": {"truncation": True, "max_length": 2}}}, "chat_template_kwargs"),
+        ({"extra_body": {"input": "x"}}, "input"),  # of another route
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$defs": ["x"]}}}],
+                "tool_choice": "required",
+            },
+            "tools",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(api: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
@@ -426,6 +436,10 @@ def test_calls_in_a_response(calling: Any) -> None:
         {"tools": [{"type": "web_search"}]},
         {"truncation": "auto"},
         {"text": {"format": {"type": "yaml"}}},
+        {"reasoning": {"effort": [1]}},
+        {"prompt": {"id": "pmpt-1"}},
+        {"extra_body": {"max_tokens": 3}},
+        {"extra_body": {"response_format": {"type": "json_object"}}},
     ],
 )
 def test_what_a_response_cannot_have(api: openai.OpenAI, fields: dict[str, Any]) -> None:

@@ -59,6 +59,13 @@ def test_log_probabilities(api: openai.OpenAI, engine: hybridgen.Engine, text: T
     assert found.top_logprobs is not None
     for table, item in zip(found.top_logprobs, expected.logprobs, strict=True):
         assert table == {text.token(token): value for token, value in item.top}
+    drawn = api.completions.create(
+        model="demo", prompt=prompt, max_tokens=8, temperature=2.0, seed=1, logprobs=1
+    ).choices[0]
+    assert drawn.logprobs is not None
+    pairs = list(zip(drawn.logprobs.tokens or (), drawn.logprobs.top_logprobs or (), strict=True))
+    assert all(token in table for token, table in pairs)
+    assert {len(table) for _, table in pairs} == {1, 2}
 
 
 def test_a_prompt_is_scored_with_echo(api: openai.OpenAI, engine: hybridgen.Engine, text: Text) -> None:
@@ -146,6 +153,8 @@ def test_a_stream(api: openai.OpenAI, engine: hybridgen.Engine, n: int) -> None:
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"top_p": 2}, "top_p", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
+        ({"extra_body": {"max_completion_tokens": 4}}, "max_completion_tokens", "unsupported_parameter"),
+        ({"extra_body": {"guided_choice": "ab"}}, None, "invalid_value"),
         ({"stop": [1]}, "stop", "invalid_value"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
         ({"extra_body": {"stop_token_ids": ["a"]}}, None, "invalid_value"),

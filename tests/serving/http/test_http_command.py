@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from hybridgen.cli.main import main
 from hybridgen.errors import ConfigError
 from hybridgen.serving.http.child import HttpChild
 from hybridgen.serving.http.options import HttpOptions, public_name
-from hybridgen.serving.http.run import listen
+from hybridgen.serving.http.run import check_template, listen
+from hybridgen.serving.http.text import Text
 
 
 def alive(url: str) -> bool:
@@ -65,8 +68,8 @@ def test_either_one_that_is_killed_takes_the_other_along() -> None:
     first = Process(short_directory(), "--http", "127.0.0.1:0")
     try:
         os.kill(child_of(first), signal.SIGKILL)
-        assert first.popen.wait(HANGS) == 0  # drained
-        assert "the HTTP door ended" in first.log()
+        assert first.popen.wait(HANGS) == 1
+        assert "ended: the HTTP door ended with status -9" in first.log()
     finally:
         first.kill()
     second = Process(short_directory(), "--http", "127.0.0.1:0")
@@ -137,10 +140,25 @@ def test_addresses_and_names(tmp_path: Path) -> None:
     assert public_name(str(tmp_path / "deep" / "model")) == "model"
 
 
+def test_templates_that_are_none(tmp_path: Path, text: Text) -> None:
+    path = tmp_path / "empty.jinja"
+    path.write_text(" \n")
+    with pytest.raises(ConfigError, match=r"empty.jinja is empty"):
+        HttpOptions(chat_template=path).template()
+    broken = copy.copy(text.tokenizer)
+    for template, good in (("{{ raise_exception('not this one') }}", True), ("{% for m in %}", False)):
+        broken.chat_template = template
+        with nullcontext() if good else pytest.raises(ConfigError, match=r"--chat-template: .*TemplateSyntaxError"):
+            check_template(Text(broken))
+
+
 def test_files_of_keys(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("a\n b \n\n")
     assert HttpOptions(listen="0.0.0.0:80", api_key_file=path).keys() == ["a", "b"]
+    path.write_text("a\n# for me\n")
+    with pytest.raises(ConfigError, match=r"line 2 of .* has a space"):
+        HttpOptions(api_key_file=path).keys()
     path.write_text("\n")
     with pytest.raises(ConfigError, match="no API key"):
         HttpOptions(api_key_file=path).keys()
