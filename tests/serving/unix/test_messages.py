@@ -125,7 +125,7 @@ def test_every_sampling_field_was_in_the_strategy() -> None:
         ({"bad_words_ids": {"a": 1}}, "not a list"),
         ({"stop": {"a": 1}}, "not a list"),
         ({"stop": [1]}, "non-empty strings"),
-        ({"stop_token_ids": "12"}, "not an integer"),
+        ({"stop_token_ids": "12"}, "is not a list"),
         ({"n": 1.5}, "not an integer"),
         ({"n": 10**30}, "out of range"),
         ({"temperature": "nan"}, "not a finite number"),
