@@ -28,7 +28,9 @@ def sampling_per_prompt(count: int, sampling: Sampling, fields: dict[str, Any]) 
     """
     check_keywords(fields, SamplingParams.field_names())
     listed = sampling_list(sampling)
-    given = listed if isinstance(listed, list) else [listed or SamplingParams()] * count
+    if listed is None:
+        return [SamplingParams(**fields)] * count
+    given = listed if isinstance(listed, list) else [listed] * count
     for params in given:
         if not isinstance(params, SamplingParams):
             raise SamplingError(f"sampling holds {shown(params)}, which is no SamplingParams; give one per prompt")

@@ -201,6 +201,8 @@ def _with_model_defaults(
     try:
         if params.min_new_tokens is not None:
             return replace(params, **missing)
+        if type(least) is int and least == 0:  # as nearly always: each replacement checks all fields
+            return replace(params, **missing, min_new_tokens=0)
         # As in Hugging Face, the model's minimum gives way to the limit.
         replace(SamplingParams(), min_new_tokens=least)
         filled = replace(params, **missing)
