@@ -23,7 +23,7 @@ import attention
 import experts
 import fused
 import quantised
-import ragged
+import ragged_steps
 import torch
 from common import provenance, random_decoder, release, this_device, write
 from torch import Tensor
@@ -76,17 +76,17 @@ def scheduled(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[st
     several chunks whatever the others have."""
     if smoke:
         return  # `ragged.py --smoke` runs it, in Triton's interpreter
-    for shape in ragged.SHAPES:
+    for shape in ragged_steps.SHAPES:
         for rows in (24, 64, 256):
-            lengths = [9000, *ragged.ragged(rows - 1)]
-            step = ragged.make_step(shape, lengths, 1, 9000 // shape.page + 1, device, dtype)
+            lengths = [9000, *ragged_steps.ragged(rows - 1)]
+            step = ragged_steps.make_step(shape, lengths, 1, 9000 // shape.page + 1, device, dtype)
             for sinks in (None, torch.randn(shape.heads, device=device, dtype=dtype)):
-                for tune in (None, ragged.usual(shape)):
+                for tune in (None, ragged_steps.usual(shape)):
 
-                    def call(step: ragged.Step = step, tune: Any = tune, sinks: Tensor | None = sinks) -> Tensor:
-                        plan = ragged.room(step, tune)
-                        ragged.write(step, plan, tune)
-                        return ragged.scheduled(step, 0, plan, tune, sinks=sinks)
+                    def call(step: ragged_steps.Step = step, tune: Any = tune, sinks: Tensor | None = sinks) -> Tensor:
+                        plan = ragged_steps.room(step, tune)
+                        ragged_steps.write(step, plan, tune)
+                        return ragged_steps.scheduled(step, 0, plan, tune, sinks=sinks)
 
                     how = ", sinks" * (sinks is not None) + ", Triton" * (tune is not None)
                     yield f"{shape.name}, {rows} rows{how}", call

@@ -22,9 +22,9 @@ from hybridgen.comparison.measuring.utilisation import Probe
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HELPERS = (
     "call_tables.py", "checkpoints.py", "clocks.py", "common.py", "demo_formats.py", "group_kernels.py",
-    "http_clients.py", "http_load.py", "lookup.py", "parts.py", "plots.py", "random_weights.py", "rank_kernels.py",
-    "requirements.py", "shapes.py", "speculation_tables.py", "step_tables.py", "table_cells.py", "tables.py",
-    "targets.py",
+    "http_clients.py", "http_load.py", "lookup.py", "parts.py", "plots.py", "ragged_steps.py", "random_weights.py",
+    "rank_kernels.py", "requirements.py", "shapes.py", "speculation_tables.py", "step_tables.py", "table_cells.py",
+    "tables.py", "targets.py",
 )  # fmt: skip
 """What measures nothing."""
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in HELPERS)

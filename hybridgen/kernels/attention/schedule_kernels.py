@@ -118,7 +118,7 @@ def _deal(load, parts, size, count, BLOCK_PARTS: tl.constexpr):  # type: ignore[
     part = tl.arange(0, BLOCK_PARTS)
     inside = part < parts
     taken = part * 0
-    if count <= FEW:  # one by one, each by a single reduction; a search has a dozen
+    if count <= FEW:  # one by one: a reduction each, where a search takes a dozen
         for _ in range(count):
             least = tl.min(tl.where(inside, (load + taken * size) * BLOCK_PARTS + part, 0x7FFFFFFF), 0)
             taken += (part == least % BLOCK_PARTS).to(tl.int32)
