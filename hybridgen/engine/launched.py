@@ -157,7 +157,9 @@ class Following:
     def _failed(self, error: BaseException) -> BaseException:
         """After an error here: tell rank 0, and what to raise."""
         why = described(error) if isinstance(error, Exception) else type(error).__name__
-        if self._membership.is_over():  # which is why it failed
+        # A collective can fail before it is seen here that rank 0 is gone, which is why.
+        may_be_why = isinstance(error, Exception) and not isinstance(error, HybridgenError)
+        if self._membership.is_over(ORPHAN_SECONDS if may_be_why else 0.0):
             for _ in self._membership.arrivals():
                 pass
             why = self._membership.reason

@@ -295,13 +295,17 @@ class Membership:
             if failed or not announced:
                 return
 
-    def is_over(self) -> bool:
-        """Whether rank 0 has ended the group or is gone, or this rank has left; from any thread."""
+    def is_over(self, seconds: float = 0.0) -> bool:
+        """Whether rank 0 has ended the group or is gone, or this rank has left; from any thread.
+
+        Args:
+            seconds: how long to wait for that, at most.
+        """
         poll, descriptor = select.poll(), self.socket.fileno()
         if descriptor < 0:
             return True
         poll.register(descriptor, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        return bool(poll.poll(1000 * seconds))
 
     def leave(self, why: str | None = None) -> None:
         """Leave the group; `why` tells rank 0 what went wrong."""
