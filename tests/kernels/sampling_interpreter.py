@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
+import ptx
 import torch
 import triton
 import triton.language as tl
@@ -10,8 +13,19 @@ from hypothesis import strategies as st
 from sampling_cases import INF, Batch, judge, needs, random_batch, tables
 from sampling_history_cases import random_tables
 
+from hybridgen.kernels.sampling import kernels
 from hybridgen.kernels.sampling import ops as sampling
-from hybridgen.kernels.sampling.arithmetic import distance, gumbel, key_value, mass_of, ordered, rank_key, stream_key
+from hybridgen.kernels.sampling.arithmetic import (
+    ROUGH,
+    distance,
+    gumbel,
+    key_value,
+    mass_of,
+    ordered,
+    rank_key,
+    rough_gumbel,
+    stream_key,
+)
 from hybridgen.kernels.sampling.history_kernels import launch_history, launch_remember
 from hybridgen.sampling.choice import reference_greedy, reference_sampled
 from hybridgen.sampling.history import apply_history, remember
@@ -19,6 +33,9 @@ from hybridgen.sampling.random import gumbel_noise
 
 _agreed = [0, 0]
 """Tokens that were the reference's, and all."""
+
+
+ptx.install()
 
 
 def _poisoned(count: int, device: torch.device) -> torch.Tensor:
@@ -39,11 +56,13 @@ def check(seed: int, vocab: int, dtype: torch.dtype) -> None:
 
 @triton.jit
 def _functions(  # type: ignore[no-untyped-def]
-    x, noise, order, again, far, mass, seed, position, temperature, BLOCK: tl.constexpr, SHIFT: tl.constexpr
+    x, noise, rough, order, again, far, mass, seed, position, temperature, BLOCK: tl.constexpr, SHIFT: tl.constexpr
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
     values = tl.load(x + i)
-    tl.store(noise + i, gumbel(stream_key(tl.load(seed), tl.load(position)), i))
+    key = stream_key(tl.load(seed), tl.load(position))
+    tl.store(noise + i, gumbel(key, i))
+    tl.store(rough + i, rough_gumbel(key, i))
     tl.store(order + i, ordered(values))
     tl.store(again + i, key_value(rank_key(values, SHIFT), SHIFT))
     away = distance(values, tl.max(values, 0), tl.load(temperature))
@@ -61,13 +80,14 @@ def check_functions() -> None:
         values[:100] = torch.randn(100, generator=generator) * 5
         values[100:104] = torch.tensor([0.0, -0.0, -INF, 2.0**-24])
         values = values.to(dtype).float()
-        noise, again, far = (torch.empty(count) for _ in range(3))
+        noise, rough, again, far = (torch.empty(count) for _ in range(4))
         order, mass = torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=torch.int64)
         seed, position = torch.tensor([-(2**62) - shift]), torch.tensor([2**33 + shift])
         temperature = torch.tensor([0.7])
-        outputs = noise, order, again, far, mass
+        outputs = noise, rough, order, again, far, mass
         _functions[(1,)](values, *outputs, seed, position, temperature, BLOCK=count, SHIFT=shift)
         torch.testing.assert_close(noise, gumbel_noise(seed, position, count)[0], rtol=2e-6, atol=2e-7)
+        assert (rough - noise).abs().max() < ROUGH.value / 3
         assert torch.equal(again, values)
         assert torch.equal(values[order.argsort()], values.sort().values)
         tempered = (values.max() - values) / temperature
@@ -78,7 +98,7 @@ def check_functions() -> None:
 def check_ties_across_blocks() -> None:
     """Of equal tokens the first enter: the edge is in the second block of three."""
     sampling._scratch = _poisoned
-    rows, vocab = 24, 150
+    rows, vocab = 12, 150
     reals, integers = tables([{"temperature": 1.0, "top_p": 0.595, "seed": 1}])
     slots, positions = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
     batch = Batch(torch.full((rows, vocab), 2.5, dtype=torch.bfloat16), reals, integers, slots, positions)
@@ -121,3 +141,39 @@ def check_plans() -> None:
     batch.reals[:, 1] = 1.0
     small = sampling.launch_sampled(*batch, True, False, block=64)
     assert torch.equal(sampling.launch_sampled(*batch, True, True, block=32), small)
+
+
+@triton.jit
+def _shaken(key, ids):  # type: ignore[no-untyped-def]
+    """Noise that is 0.45 too high or too low."""
+    return gumbel(key, ids) + tl.where(ids & 1, 0.45, -0.45)
+
+
+@triton.jit
+def _true_distance(x, peak, temperature):  # type: ignore[no-untyped-def]
+    return distance(x, peak, temperature), temperature > 0
+
+
+def check_rough() -> None:
+    """Tokens do not depend on how good rough noise is, nor rough distances."""
+    sampling._scratch = _poisoned
+    batch = random_batch(4, 6, 150, torch.bfloat16)
+    batch.reals[:, 0] = 1.0
+    for top_k in (False, True):
+        exact = sampling.launch_sampled(*batch, top_k, False, block=256)
+        with patch.object(kernels, "ROUGH", tl.constexpr(0.5)), patch.object(kernels, "rough_gumbel", _shaken):
+            assert torch.equal(sampling.launch_sampled(*batch, top_k, False, block=256), exact)
+    # At temperatures with no inverse in float32, and where min-p cuts just behind or just before many tokens.
+    temperatures = [3e-42, 1e-38, *[1.0] * 8, 1e38]
+    reals, integers = tables([{"temperature": temperature} for temperature in temperatures])
+    reals[2:10, 2] = torch.tensor([-1.0, -0.999999]).repeat(4)
+    rows = torch.arange(len(temperatures))
+    logits = torch.randn(len(rows), 20, generator=torch.Generator().manual_seed(0))
+    logits[2:10] = torch.tensor([0.0, *[-1.0] * 19])
+    logits *= torch.tensor([1e-42, 1e-38, *[1.0] * 8, 1e38])[:, None]
+    batch = Batch(logits, reals, integers, rows, rows)
+    tokens = sampling.launch_sampled(*batch, False, False, block=32)
+    with patch.object(kernels, "rough_distance", _true_distance):
+        assert torch.equal(sampling.launch_sampled(*batch, False, False, block=32), tokens)
+    assert (tokens[2:10:2] > 0).any()
+    assert (tokens[3:10:2] == 0).all()

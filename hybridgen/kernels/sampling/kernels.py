@@ -9,6 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hybridgen.kernels.sampling.arithmetic import (
     NOTHING,
     RADIX,
+    ROUGH,
     distance,
     gumbel,
     key_value,
@@ -17,7 +18,10 @@ from hybridgen.kernels.sampling.arithmetic import (
     packed_id,
     packed_value,
     rank_key,
+    rough_distance,
+    rough_gumbel,
     stream_key,
+    unordered,
 )
 
 _INF = tl.constexpr(float("inf"))
@@ -50,6 +54,14 @@ def _best_of(parts, blocks, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-de
     """The largest of a row's packed candidates, one per block."""
     i = tl.arange(0, BLOCKS)
     return tl.max(tl.load(parts + i, mask=i < blocks, other=NOTHING), 0)
+
+
+@triton.jit
+def _peak(parts, blocks, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The value of `_best_of`; the largest of 32 bits takes fewer instructions than that of 64."""
+    i = tl.arange(0, BLOCKS)
+    packed = tl.load(parts + i, mask=i < blocks, other=NOTHING)
+    return unordered(tl.max((packed >> 32).to(tl.int32), 0))
 
 
 @triton.jit
@@ -135,7 +147,7 @@ def digit_kernel(  # type: ignore[no-untyped-def]
     top_k = tl.load(integers + slot * integer_width + 1)
     key = rank_key(x, SHIFT)
     _wait(OVERLAP)
-    peak = packed_value(_best_of(peaks + row * blocks, blocks, BLOCKS))
+    peak = _peak(peaks + row * blocks, blocks, BLOCKS)
     wanted = (temperature > 0) & (tl.abs(peak) < _INF)
     if NUCLEUS:
         wanted = wanted & (top_p < 1)
@@ -173,6 +185,26 @@ def digit_kernel(  # type: ignore[no-untyped-def]
         tl.atomic_add(own + PLACE * RADIX + bins, part, mask=part > 0, sem="relaxed")
 
 
+@triton.jit
+def _winner(kept, noise, far, doubt, x, ids, key, peak, temperature, log_min_p):  # type: ignore[no-untyped-def]
+    """Id of a block's best candidate among the kept tokens; -1 if none of them can be the row's.
+
+    `noise` is rough, and `far` may be. A candidate made of them is within ROUGH of the exact one, so that the best by
+    exact values is at most 2 * ROUGH below the best by rough ones. Mostly no other token is as near as that. Else exact
+    values decide, and with `doubt`, where `far` is not good enough to tell what is kept. The row's most likely token is
+    always kept and has a candidate above -2.9, so nothing below -4 can win.
+    """
+    rough = tl.where(kept, noise - far, -_INF)
+    near = rough >= tl.maximum(tl.max(rough, 0) - 2 * ROUGH, -4.0)
+    first, last = tl.min(tl.where(near, ids, 0x7FFFFFFF), 0), tl.max(tl.where(near, ids, -1), 0)
+    if (first < last) | (doubt & (last >= 0)):
+        far = distance(x, peak, temperature)
+        best = tl.where(kept & (-far >= log_min_p), pack(gumbel(key, ids) - far, ids), NOTHING)
+        best = tl.max(best, 0)
+        last = tl.where(best > NOTHING, packed_id(best), -1).to(tl.int32)
+    return last
+
+
 @triton.jit(
     do_not_specialize=["blocks", "sums_size", "real_width", "integer_width"],
     do_not_specialize_on_alignment=["peaks", "sums", "draws", "reals", "integers", "slots", "positions"],
@@ -185,8 +217,8 @@ def draw_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """A program: what a block has to offer with noise, above the edge and at it.
 
-    `draws` int64 [B, 4, blocks]: the best packed candidates above the edge and at it, how many tokens are at it, and
-    the mass above it.
+    `draws` int64 [B, 4, blocks]: ids of the best candidates above the edge and at it (see `_winner`), how many tokens
+    are at it, and the mass above it. Without TOP_K and NUCLEUS, the first of these alone.
     """
     block, row = tl.program_id(0), tl.program_id(1)
     x, ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
@@ -195,35 +227,53 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     top_p = tl.load(reals + slot * real_width + 1)
     log_min_p = tl.load(reals + slot * real_width + 2)
     top_k = tl.load(integers + slot * integer_width + 1)
+    key = stream_key(tl.load(integers + slot * integer_width), tl.load(positions + row))
     noise = x
     if temperature > 0:
-        key = stream_key(tl.load(integers + slot * integer_width), tl.load(positions + row))
-        noise = gumbel(key, ids)
+        noise = rough_gumbel(key, ids)
     _wait(OVERLAP)
-    peak = packed_value(_best_of(peaks + row * blocks, blocks, BLOCKS))
+    peak = _peak(peaks + row * blocks, blocks, BLOCKS)
     if (temperature > 0) & (tl.abs(peak) < _INF):
-        far = distance(x, peak, temperature)
-        own = sums + row * sums_size
-        edge = _INF + top_p * 0
-        if TOP_K:  # noqa: SIM102 - this one is decided when the kernel is compiled
-            if top_k > 0:
-                last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
-                edge = distance(key_value(last, SHIFT), peak, temperature)
-        if NUCLEUS:
-            if TOP_K:
-                own += DIGITS * (RADIX + 2)
-            if top_p < 1:
-                last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
-                _remember(own, last, lacking, block == 0, DIGITS, DIGITS)
-                edge = distance(key_value(last, SHIFT), peak, temperature)
-        above, tied = inside & (far < edge), inside & (far == edge)
-        candidate = tl.where(-far >= log_min_p, pack(noise - far, ids), NOTHING)
         target = draws + row * 4 * blocks + block
-        tl.store(target, tl.max(tl.where(above, candidate, NOTHING), 0))
-        tl.store(target + blocks, tl.max(tl.where(tied, candidate, NOTHING), 0))
-        if NUCLEUS:
-            tl.store(target + 2 * blocks, tl.sum(tied.to(tl.int64), 0))
-            tl.store(target + 3 * blocks, tl.sum(tl.where(above, mass_of(far), 0), 0))
+        if TOP_K or NUCLEUS:
+            far = distance(x, peak, temperature)
+            own = sums + row * sums_size
+            edge = _INF + top_p * 0
+            if TOP_K:  # noqa: SIM102 - this one is decided when the kernel is compiled
+                if top_k > 0:
+                    last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
+                    edge = distance(key_value(last, SHIFT), peak, temperature)
+            if NUCLEUS:
+                if TOP_K:
+                    own += DIGITS * (RADIX + 2)
+                if top_p < 1:
+                    last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
+                    _remember(own, last, lacking, block == 0, DIGITS, DIGITS)
+                    edge = distance(key_value(last, SHIFT), peak, temperature)
+            above, tied, likely = far < edge, inside & (far == edge), -far >= log_min_p
+            best = _winner(above & likely, noise, far, False, x, ids, key, peak, temperature, log_min_p)
+            tl.store(target, best)
+            best = _winner(tied & likely, noise, far, False, x, ids, key, peak, temperature, log_min_p)
+            tl.store(target + blocks, best)
+            if NUCLEUS:
+                tl.store(target + 2 * blocks, tl.sum(tied.to(tl.int64), 0))
+                tl.store(target + 3 * blocks, tl.sum(tl.where(above, mass_of(far), 0), 0))
+        else:
+            far, precise = rough_distance(x, peak, temperature)
+            likely = far <= 1e-30 - log_min_p * 1.00001  # or a little more: `doubt` is for these
+            doubt = (log_min_p > -_INF) | ~precise
+            best = _winner(likely, noise, far, doubt, x, ids, key, peak, temperature, log_min_p)
+            tl.store(target, best)
+
+
+@triton.jit
+def _candidates(draws, logits, key, peak, temperature, blocks, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The packed candidates of a row's ids that `_winner` found, one per block; int64 [BLOCKS]."""
+    i = tl.arange(0, BLOCKS)
+    ids = tl.load(draws + i, mask=i < blocks, other=-1).to(tl.int32)
+    x = tl.load(logits + ids, mask=ids >= 0, other=-float("inf")).to(tl.float32)
+    candidate = pack(gumbel(key, ids) - distance(x, peak, temperature), ids)
+    return tl.where(ids >= 0, candidate, NOTHING)
 
 
 @triton.jit
@@ -269,10 +319,12 @@ def pick_kernel(  # type: ignore[no-untyped-def]
     if temperature > 0:
         if tl.abs(peak) < _INF:
             own = draws + row * 4 * blocks
-            best = _best_of(own, blocks, BLOCKS)
-            at_edge = _best_of(own + blocks, blocks, BLOCKS)
-            if NUCLEUS:  # noqa: SIM102 - this one is decided when the kernel is compiled
-                if top_p < 1:
+            own_logits = logits + row.to(tl.int64) * stride
+            best = tl.max(_candidates(own, own_logits, key, peak, temperature, blocks, BLOCKS), 0)
+            if TOP_K or NUCLEUS:
+                tied = _candidates(own + blocks, own_logits, key, peak, temperature, blocks, BLOCKS)
+                at_edge = tl.max(tied, 0)
+                if NUCLEUS and top_p < 1:
                     edges = sums + row * sums_size
                     if TOP_K:
                         edges += DIGITS * (RADIX + 2)
@@ -283,7 +335,6 @@ def pick_kernel(  # type: ignore[no-untyped-def]
                     quota = (_nucleus_target(edges, top_p) - mass + each - 1) // each
                     running = tl.cumsum(tl.load(own + 2 * blocks + i, mask=i < blocks, other=0), 0)
                     whole = running <= quota
-                    tied = tl.load(own + blocks + i, mask=i < blocks, other=NOTHING)
                     at_edge = tl.max(tl.where(whole, tied, NOTHING), 0)
                     left = quota - tl.max(tl.where(whole, running, 0), 0)
                     cut = tl.sum(whole.to(tl.int32), 0)
@@ -295,7 +346,7 @@ def pick_kernel(  # type: ignore[no-untyped-def]
                         candidate = pack(gumbel(key, ids) - far, ids)
                         candidate = tl.where(entering & (-far >= log_min_p), candidate, NOTHING)
                         at_edge = tl.maximum(at_edge, tl.max(candidate, 0))
-            best = tl.maximum(best, at_edge)
+                best = tl.maximum(best, at_edge)
         else:
             best = best * 0 + NOTHING
     _store_token(tokens, row, best)
