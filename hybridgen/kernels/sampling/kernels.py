@@ -260,8 +260,10 @@ def draw_kernel(  # type: ignore[no-untyped-def]
                 tl.store(target + 3 * blocks, tl.sum(tl.where(above, mass_of(far), 0), 0))
         else:
             far, precise = rough_distance(x, peak, temperature)
-            likely = far <= 1e-30 - log_min_p * 1.00001  # or a little more: `doubt` is for these
-            doubt = (log_min_p > -_INF) | ~precise
+            likely = far <= 1e-30 - log_min_p * 1.00001
+            doubt = ~precise
+            if log_min_p > -_INF:  # tokens that close to the cut may be behind it
+                doubt = doubt | (tl.max((likely & (far >= -1e-30 - log_min_p * 0.99999)).to(tl.int32), 0) > 0)
             best = _winner(likely, noise, far, doubt, x, ids, key, peak, temperature, log_min_p)
             tl.store(target, best)
 

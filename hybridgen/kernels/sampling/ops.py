@@ -8,8 +8,8 @@ A row is cut into blocks of 1024 tokens, one program each; the kernels run one a
    value of the digit, the tokens whose higher digits agree with what is fixed so far: counts for top-k, masses for
    top-p. 4 digits for bfloat16, 5 for float16, 8 for float32; first for top-k, then for top-p, as far as a row of the
    batch may have them.
-3. `draw_kernel` adds noise and finds each block's best candidate among what is kept. It computes noise with the device's
-   quick logarithm, and exactly only in a block where two tokens are too near each other for that.
+3. `draw_kernel` adds noise and finds each block's best candidate among what is kept. It computes noise with the
+   device's quick logarithm, and exactly only in a block where two tokens are too near each other for that.
 4. `pick_kernel` computes exact noise for the tokens found, and takes the best. Greedy batches go from 1 to
    `greedy_kernel`.
 
