@@ -216,7 +216,6 @@ def random_decoder(
 
 
 SWITCHES = {
-    "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
     "cublaslt": ("hybridgen.execution.products", "IS_ON"),
 }
 """What is there and off until it has run on a GPU, by the names that `--switch-on` takes."""
