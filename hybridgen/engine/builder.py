@@ -149,7 +149,7 @@ class Builder:
         if device.type == "cuda":
             with timed("tuning"):
                 if products.IS_ON and self.lead is None and not config.equal_bits:
-                    warm_up.choose_products(runner, plan.settings().decode)
+                    warm_up.choose_products(runner, sorted({*plan.settings().decode, *plan.settings().prefill}))
                 warm_up.run_all_sizes(runner)
         self.use_graphs(runner, plan, not_compiled, steps)
         if twin is None:  # hooks that the model's own code put there; a twin has none while it is built

@@ -52,15 +52,9 @@ def begin_call(
         if runner.stream is not None and not runner.is_here():
             # What the caller's stream still writes into the weights comes first.
             runner.stream.wait_stream(torch.cuda.current_stream(runner.device))
-        _refresh(runner)
+        runner.refresh_fused()
     if forget is not None:
         forget()
-
-
-@on_its_stream
-def _refresh(runner: ModelRunner) -> None:
-    if runner.fused is not None:
-        runner.fused.refresh()
 
 
 @on_its_stream

@@ -188,7 +188,7 @@ def twin(model: M) -> M:
 
 
 _USUAL = frozenset(vars(nn.Module())) | _NOT_FOLLOWED
-"""Attributes that are not compared: every module has them, and their tables are looked into, or the twin has its own."""
+"""Attributes that are not compared: tables that every module has, which are looked into, and what is not followed."""
 
 
 class _Seen:

@@ -60,7 +60,7 @@ def test_nothing_is_tried_without_weights(
 
 
 @pytest.mark.parametrize(("phase", "rows", "expected"), [
-    (Phase.DECODE, 64, True), (Phase.DECODE, 80, False), (Phase.PREFILL, 64, False),
+    (Phase.DECODE, 64, True), (Phase.DECODE, 80, False), (Phase.PREFILL, 64, True), (Phase.PREFILL, 65, False),
 ])  # fmt: skip
 def test_steps_of_a_chosen_size_multiply_so(phase: Phase, rows: int, expected: bool, inside: list[bool]) -> None:
     found = []
