@@ -215,19 +215,6 @@ def random_decoder(
     )
 
 
-SWITCHES = {
-    "cublaslt": ("hybridgen.execution.products", "IS_ON"),
-}
-"""What is there and off until it has run on a GPU, by the names that `--switch-on` takes."""
-
-
-def switch_on(names: Sequence[str]) -> None:
-    """Have this process use what is off."""
-    for name in names:
-        module, constant = SWITCHES[name]
-        setattr(importlib.import_module(module), constant, True)
-
-
 def held_out_files() -> list[str]:
     """Texts of the library's files that the demo model was not trained on, of those that this Python has."""
     names = json.loads((model_path() / "training.json").read_text())["corpus"]["held_out_files"]

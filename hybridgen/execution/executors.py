@@ -40,7 +40,8 @@ class LayersExecutor:
         self.cuts: Cuts | None = None
         """When the last layer is cut; None: never. See `warm_up.cut_last_layer`."""
         self.by_cublaslt: frozenset[int] = frozenset()
-        """Tokens of steps that multiply by cublasLt; see `products`."""
+        """Tokens of steps that multiply by cublasLt; see `products`. Empty where steps are traced as a whole: to look a
+        size up would make it a constant there."""
 
     @property
     def launch(self) -> str:
@@ -53,7 +54,7 @@ class LayersExecutor:
 
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Logits of the step's tokens, or of those in `keep`."""
-        if step.slots.shape[0] in self.by_cublaslt:
+        if self.by_cublaslt and step.slots.shape[0] in self.by_cublaslt:
             with by_cublaslt():
                 return self._logits(step, keep)
         return self._logits(step, keep)
