@@ -16,7 +16,8 @@ from hybridgen.execution import executors, products
 pytestmark = pytest.mark.gpu
 
 ROWS = 64
-LAYERS = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
+LAYERS = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "initializer_range": 0.02}
+"""Weights so small that bfloat16 alone is 0.01 off."""
 
 
 @pytest.mark.parametrize("mode", ["eager", "jit", "graph", "hybrid"])
@@ -47,7 +48,7 @@ def test_tokens_are_as_likely(mode: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         wanted = exact(ids).logits.log_softmax(-1)[:, 5:-1].gather(-1, ids[:, 6:, None])[..., 0].cpu()
     found = torch.tensor([[each.logprob for each in out.logprobs] for out in outs])
-    assert (found - wanted).abs().max() < 0.15
+    assert (found - wanted).abs().max() < 0.05
 
 
 def _library() -> object:
