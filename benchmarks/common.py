@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import math
 import os
@@ -213,20 +212,6 @@ def random_decoder(
         dtype=dtype,
         share=share,
     )
-
-
-SWITCHES = {
-    "latent_fresh": ("hybridgen.models.latent", "OWN_KEYS"),
-    "cublaslt": ("hybridgen.execution.products", "IS_ON"),
-}
-"""What is there and off until it has run on a GPU, by the names that `--switch-on` takes."""
-
-
-def switch_on(names: Sequence[str]) -> None:
-    """Have this process use what is off."""
-    for name in names:
-        module, constant = SWITCHES[name]
-        setattr(importlib.import_module(module), constant, True)
 
 
 def held_out_files() -> list[str]:

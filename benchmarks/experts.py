@@ -27,14 +27,12 @@ from typing import Any, NamedTuple
 
 import torch
 from common import (
-    SWITCHES,
     how_it_ran,
     random_model,
     random_prompts,
     release,
     report,
     shape_dtype,
-    switch_on,
     this_device,
 )
 from torch import Tensor
@@ -451,10 +449,8 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try other tiles instead")
     parser.add_argument("--steps", nargs="+", help="time whole models of these shapes instead")
     parser.add_argument("--no-check", action="store_true", help="times alone")
-    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    switch_on(args.switch_on)
     device = this_device() if not args.smoke else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     shapes = TINY if args.smoke else [shape for shape in SHAPES if not args.shapes or shape.name in args.shapes]

@@ -45,7 +45,6 @@ from typing import Any
 
 import torch
 from common import (
-    SWITCHES,
     how_it_ran,
     provenance,
     quantiles,
@@ -55,7 +54,6 @@ from common import (
     report,
     shape_config,
     shape_dtype,
-    switch_on,
     synchronize,
     this_device,
     write,
@@ -385,12 +383,10 @@ def main() -> None:
     parser.add_argument("--time-lock", type=Path, help="a file: get ready beside others that have it, measure alone")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds of a model, about")
     parser.add_argument("--repeats", type=int, default=0, help="replays of one decode step in mode hybrid")
-    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny models, anywhere")
     arguments = parser.parse_args()
     arguments.gaps = GAPS
-    switch_on(arguments.switch_on)
     options: dict[str, Any] = {}
     if arguments.smoke:
         arguments.models, arguments.batches, arguments.budget_s = ["tiny", "tiny-latent"], [1, 2], 0.2

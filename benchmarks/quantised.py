@@ -26,14 +26,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from common import (
-    SWITCHES,
     how_it_ran,
     random_model,
     random_prompts,
     release,
     report,
     shape_dtype,
-    switch_on,
     synchronize,
     this_device,
 )
@@ -380,10 +378,8 @@ def main() -> None:
     parser.add_argument("--kv-dtype", help="fp8: keys and values in 8 bits, with --steps")
     parser.add_argument("--no-prefill", action="store_true", help="with --steps, decode alone")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="rows of decode steps")
-    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    switch_on(args.switch_on)
     device = "cpu" if args.smoke else this_device()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(0)

@@ -330,7 +330,10 @@ def run_forms(ceiling: float) -> list[dict[str, Any]]:
                 bytes_read = sum(lengths) * shape.kv_heads * shape.dim * 2 * step.q.element_size()
                 for form, chunk in itertools.product(FORMS[shape.dim], (1024, 1536, 2048) if turn == 0 else (2048,)):
                     forget()
-                    options = {"form_of": lambda heads, form=form: form, "chunk_of": lambda few, chunk=chunk: chunk}
+                    options = {
+                        "form_of": lambda heads, few, form=form: form,
+                        "chunk_of": lambda few, chunk=chunk: chunk,
+                    }
                     with mock.patch.multiple(streamed, **options):
                         took, plan = time_step(shape, step, None), time_schedule(step, None)
                     case = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import SWITCHES, random_model, random_prompts, release, report, shape_dtype, switch_on, this_device
+from common import random_model, random_prompts, release, report, shape_dtype, this_device
 from torch.profiler import ProfilerActivity, profile
 
 import hybridgen
@@ -142,11 +142,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many of each model")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--new", type=int, default=40, help="tokens of a call")
-    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU")
     args = parser.parse_args()
-    switch_on(args.switch_on)
     device = "cpu" if args.smoke else this_device()
     if args.smoke:
         args.models, args.context, args.new = ["tiny-moe-mxfp4"], 8, 12

@@ -32,13 +32,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import (
-    SWITCHES,
     how_it_ran,
     random_model,
     release,
     report,
     shape_dtype,
-    switch_on,
     synchronize,
     this_device,
 )
@@ -311,11 +309,9 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="requests a second that come one by one")
     parser.add_argument("--arrivals", choices=("poisson", "even"), default="poisson", help="how they come")
     parser.add_argument("--mixed", action="store_true", help="with prompts beside decode and without, in turns")
-    parser.add_argument("--switch-on", nargs="+", choices=SWITCHES, default=[], help="use what is off by default")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--smoke", action="store_true", help="a tiny model, anywhere")
     arguments = parser.parse_args()
-    switch_on(arguments.switch_on)
     device = this_device()
     models, engines, runs = arguments.models, arguments.engines, arguments.runs
     work, options = requests(arguments.requests, 100, 1024, 10000), {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -29,7 +30,7 @@ def sampling_per_prompt(count: int, sampling: Sampling, fields: dict[str, Any]) 
     check_keywords(fields, SamplingParams.field_names())
     listed = sampling_list(sampling)
     if listed is None:
-        return [SamplingParams(**fields)] * count
+        return [_params_of(fields)] * count
     given = listed if isinstance(listed, list) else [listed] * count
     for params in given:
         if not isinstance(params, SamplingParams):
@@ -42,6 +43,17 @@ def sampling_per_prompt(count: int, sampling: Sampling, fields: dict[str, Any]) 
         return given
     changed = {key: replace(params, **fields) for key, params in {id(params): params for params in given}.items()}
     return [changed[id(params)] for params in given]
+
+
+def _params_of(fields: dict[str, Any]) -> SamplingParams:
+    """Those fields as `SamplingParams`. Calls mostly have fields that an earlier one had, which were checked then."""
+    plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in fields.values())
+    return _checked(**fields) if plain else SamplingParams(**fields)
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _checked(**fields: Any) -> SamplingParams:
+    return SamplingParams(**fields)
 
 
 SCORES = SamplingParams(max_new_tokens=0, prompt_logprobs=1, temperature=0)

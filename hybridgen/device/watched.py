@@ -30,6 +30,11 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", None) not in _IDLE for table in tables if table for hook in table.values())
 
 
+def is_unheard(module: nn.Module) -> bool:
+    """Whether nobody listens to the forward of a module, or of one inside it."""
+    return not has_global_hooks() and not any(map(has_forward_hooks, module.modules()))
+
+
 def has_global_hooks() -> bool:
     """Whether somebody listens to the forwards of all modules of the process."""
     return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)

@@ -24,7 +24,7 @@ from hybridgen.engine.preflight import cannot_draft_for
 from hybridgen.engine.scheduling import make_pages, make_scheduler, why_not_shared
 from hybridgen.engine.warm_start import Starter, Startup
 from hybridgen.errors import CacheMissError, ConfigError, described
-from hybridgen.execution import ModelRunner, products, warm_up
+from hybridgen.execution import ModelRunner, warm_up
 from hybridgen.execution.drafting import Drafter, take
 from hybridgen.execution.following import begin_call
 from hybridgen.graphs.key import GraphKey
@@ -148,8 +148,10 @@ class Builder:
             starter.choose_decode(runner, sizes, compiled=not_compiled is None, recorder=recorder)
         if device.type == "cuda":
             with timed("tuning"):
-                if products.IS_ON and self.lead is None and not config.equal_bits:
-                    warm_up.choose_products(runner, plan.settings().decode)
+                if self.lead is None and not (config.equal_bits or plan.compiles_steps):
+                    measured, buckets = self.starter.measured(), plan.settings()
+                    warm_up.choose_products(runner, sorted({*buckets.decode, *buckets.prefill}), measured)
+                    self.starter.keep_measured(measured)
                 warm_up.run_all_sizes(runner)
         self.use_graphs(runner, plan, not_compiled, steps)
         if twin is None:  # hooks that the model's own code put there; a twin has none while it is built

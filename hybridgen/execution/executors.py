@@ -11,7 +11,7 @@ from hybridgen.device.watched import has_forward_hooks
 from hybridgen.execution.products import by_cublaslt
 from hybridgen.graphs.key import LAYERS, GraphKey
 from hybridgen.models import BoundModel, StepMetadata
-from hybridgen.models.attention import Phase, RunEnds
+from hybridgen.models.attention import RunEnds
 
 
 class Cuts(NamedTuple):
@@ -40,7 +40,8 @@ class LayersExecutor:
         self.cuts: Cuts | None = None
         """When the last layer is cut; None: never. See `warm_up.cut_last_layer`."""
         self.by_cublaslt: frozenset[int] = frozenset()
-        """Sizes of decode steps that multiply by cublasLt; see `products`."""
+        """Tokens of steps that multiply by cublasLt; see `products`. Empty where steps are traced as a whole: to look a
+        size up would make it a constant there."""
 
     @property
     def launch(self) -> str:
@@ -53,9 +54,12 @@ class LayersExecutor:
 
     def logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         """Logits of the step's tokens, or of those in `keep`."""
-        if self.by_cublaslt and step.phase is Phase.DECODE and step.slots.shape[0] in self.by_cublaslt:
+        if self.by_cublaslt and step.slots.shape[0] in self.by_cublaslt:
             with by_cublaslt():
-                return self._bound.forward(step.ids, step, keep)
+                return self._logits(step, keep)
+        return self._logits(step, keep)
+
+    def _logits(self, step: StepMetadata, keep: Tensor | None) -> Tensor:
         if step.ends is not None and self._cuts(step, step.ends):
             return self._bound.forward(step.ids, step, None)
         step.ends = None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hybridgen.device.capture import CAPTURING
-from hybridgen.device.watched import has_global_hooks
+from hybridgen.device.watched import has_global_hooks, is_unheard
 from hybridgen.errors import OutOfMemoryError
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.execution.stream import on_its_stream
@@ -52,15 +52,9 @@ def begin_call(
         if runner.stream is not None and not runner.is_here():
             # What the caller's stream still writes into the weights comes first.
             runner.stream.wait_stream(torch.cuda.current_stream(runner.device))
-        _refresh(runner)
+        runner.refresh_fused()
     if forget is not None:
         forget()
-
-
-@on_its_stream
-def _refresh(runner: ModelRunner) -> None:
-    if runner.fused is not None:
-        runner.fused.refresh()
 
 
 @on_its_stream
@@ -96,10 +90,10 @@ def _adapt(
         use_own_gate(runner.bound)
         use_own_mixture(runner.bound)
         use_own_ends(runner.bound)
-    allow_one_op(runner.bound, why is None)
-    allow_gated_op(runner.bound, why is None)
-    allow_mixture_op(runner.bound, why is None)
-    allow_short_ends(runner.bound, why is None)
+    allow_one_op(runner.bound, is_unheard)
+    allow_gated_op(runner.bound, is_unheard)
+    allow_mixture_op(runner.bound, is_unheard)
+    allow_short_ends(runner.bound, is_unheard)
     if runner.compiled is not None:
         runner.compiled.route()
         if changes.settings:

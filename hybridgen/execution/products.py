@@ -1,4 +1,4 @@
-"""Which of cuBLAS's two interfaces multiplies in decode steps of middle sizes.
+"""Which of cuBLAS's two interfaces multiplies in steps of a middle number of tokens.
 
 Both choose among the same kernels by other rules. On an H200 whole steps of 32 to 96 rows of an 8B take 3 to 5 % less
 by cublasLt, those of 24 and of 256 rows 0 to 1 % more. Torch asks for one of them by a setting of the process, which is
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-IS_ON = False
-"""Off until a whole mix has run with it on a GPU."""
+from hybridgen.models.measured import Measured
+
 _SIZES = range(24, 209)
-"""Rows of steps that are tried."""
+"""Tokens of steps that are tried."""
 _ENOUGH = 256 * 2**20
 """Bytes of weights that a trial goes through: several times what a cache holds."""
 _ROUNDS = 4
@@ -37,26 +38,31 @@ def by_cublaslt() -> Iterator[None]:
 
 
 def choose(
-    layers: Sequence[nn.Module], sizes: Sequence[int], seconds: Callable[[Sequence[Tensor], int], float]
+    layers: Sequence[nn.Module],
+    sizes: Sequence[int],
+    seconds: Callable[[Sequence[Tensor], int], float],
+    measured: Measured,
 ) -> frozenset[int]:
-    """The sizes of decode steps whose products are faster by cublasLt.
+    """The sizes of steps whose products are faster by cublasLt.
 
     Args:
         layers: whose weights are multiplied with, as many of them as are needed.
-        sizes: rows of steps.
+        sizes: tokens of steps.
         seconds: what products of these weights with so many rows take.
+        measured: what earlier trials chose.
     """
     weights = _weights(layers)
-    found = set()
-    for rows in sizes if weights else ():
-        if rows not in _SIZES:
-            continue
+
+    def slower(rows: int) -> str | None:
         usual = seconds(weights, rows)
         with by_cublaslt():
             other = seconds(weights, rows)
-        if other < _GAIN * usual:
-            found.add(rows)
-    return frozenset(found)
+        return None if other < _GAIN * usual else "cuBLAS is as fast"
+
+    tried = [rows for rows in sizes if rows in _SIZES] if weights else []
+    return frozenset(
+        rows for rows in tried if measured.slower(f"{rows} tokens by cublasLt", partial(slower, rows)) is None
+    )
 
 
 def _weights(layers: Sequence[nn.Module]) -> list[Tensor]:

@@ -137,6 +137,8 @@ class ModelRunner(OnStream):
                 offline=offline,
             )
         self._check_addresses = False
+        self._refreshes = False
+        """Whether the fused kernels' copies of weights are to be made again."""
         self._steady: dict[tuple[int, bool], Steady] = {}
         """By tokens a row and whether drafting pauses, of the batch that is staged."""
         self.use_graphs(GraphSettings(max_rows=max_batch), recorder=None, why_plain="no graphs", counters=Counters())
@@ -281,8 +283,20 @@ class ModelRunner(OnStream):
             return self._launch(steady.route, len(slots), steady.sampler)
         return self._decode_again(steady)
 
+    def refresh_fused(self) -> None:
+        """Have the next decode step begin with what the fused kernels copied of the weights made again. A prefill in
+        front of it does not wait for that."""
+        self._refreshes = self.fused is not None
+        self._steady = {}
+
+    def _refresh(self) -> None:
+        if self._refreshes and self.fused is not None:
+            self.fused.refresh()
+        self._refreshes = False
+
     @on_its_stream
     def _decode(self, slots: tuple[int, ...], query_len: int, quiet: bool) -> LaunchedStep:
+        self._refresh()
         staged = next(iter(self._steady.values()), None)
         sampler, own = self.sampler.needs(slots), self.sampler.own(slots)
         version = self.router.version  # as it is now: the step may drop its own graph
@@ -306,6 +320,7 @@ class ModelRunner(OnStream):
         rows = (*slots, *(chunk.slot for chunk in chunks if chunk.last))
         sampler = self.sampler.needs(rows)
         route = self.router.route(GraphKey.decode(len(slots) + sum(len(chunk.tokens) for chunk in chunks), sampler))
+        self._refresh()
         self.steps.stage_together(slots, chunks)
         return self._launch(route, len(rows), sampler)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from hybridgen.cache import DUMMY_PAGE
-from hybridgen.device.rows import write_rows
+from hybridgen.device.rows import SentRows
 from hybridgen.kernels.step.drafts import NO_DRAFT
 
 
@@ -32,16 +33,15 @@ class BlockTable:
 
     def __init__(self, max_batch: int, max_pages: int, device: torch.device) -> None:
         self.tensor = torch.full((max_batch, max_pages), DUMMY_PAGE, dtype=torch.int32, device=device)
+        self._rows = SentRows(self.tensor)
 
     def assign_all(self, slots: Sequence[int], pages: Sequence[Sequence[int]]) -> None:
         """Give each of these slots its pages; entries past them point to the dummy page. Waits for nothing, and sends
         all of them at once."""
-        shape = len(slots), self.tensor.shape[1]
-        host = torch.full(shape, DUMMY_PAGE, dtype=torch.int32, device="cpu", pin_memory=self.tensor.is_cuda)
-        rows = host.numpy()
+        rows = np.full((len(slots), self.tensor.shape[1]), DUMMY_PAGE, np.int32)
         for row, its_pages in zip(rows, pages, strict=True):
             row[: len(its_pages)] = its_pages
-        write_rows(slots, (self.tensor, host))
+        self._rows.write(slots, rows)
 
 
 class DeviceState:

@@ -19,6 +19,7 @@ from hybridgen.execution.executors import Cuts
 from hybridgen.execution.runner import ModelRunner
 from hybridgen.execution.stream import on_its_stream
 from hybridgen.graphs import GraphKey
+from hybridgen.models.measured import Measured
 from hybridgen.sampling import SamplerPlan
 from hybridgen.sampling.state import every_kind
 
@@ -155,9 +156,9 @@ def run_all_sizes(runner: ModelRunner) -> None:
 
 
 @on_its_stream
-def choose_products(runner: ModelRunner, sizes: Sequence[int]) -> None:
-    """Say in which of these decode steps the layers multiply by cublasLt: where that was measured to be faster."""
-    runner.layers.by_cublaslt = products.choose(runner.bound.layers, sizes, products.seconds_of)
+def choose_products(runner: ModelRunner, sizes: Sequence[int], measured: Measured) -> None:
+    """Say which steps, by their tokens, multiply by cublasLt in the layers: where that was measured to be faster."""
+    runner.layers.by_cublaslt = products.choose(runner.bound.layers, sizes, products.seconds_of, measured)
 
 
 @on_its_stream

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridgen.device.failures import is_fatal
-from hybridgen.device.watched import has_hooks
+from hybridgen.device.watched import has_hooks, is_unheard
 from hybridgen.errors import HybridgenError, described
 from hybridgen.models.attention import Phase, StepMetadata
 from hybridgen.models.binding import BoundModel
@@ -80,18 +81,18 @@ def use_short_ends(bound: BoundModel, step: StepMetadata, max_context: int) -> i
         if isinstance(binding, RotaryBinding):
             bound.tables[_TABLE] = binding.table
         count += 1
-    allow_short_ends(bound, True)
+    allow_short_ends(bound, is_unheard)
     return count
 
 
-def allow_short_ends(bound: BoundModel, allowed: bool) -> None:
-    """Whether modules that were found right run so. Not while somebody listens to them, or where what a table was made
-    of has changed."""
+def allow_short_ends(bound: BoundModel, allowed: Callable[[nn.Module], bool]) -> None:
+    """Which of the modules that were found right run so: none that somebody listens to, or whose table was made of
+    something that has changed."""
     for module in bound.around:
         binding, kind = vars(module).get("_hybridgen"), type(module)
         if not isinstance(binding, (NormBinding, RotaryBinding)):
             continue
-        fits = allowed and not (isinstance(binding, RotaryBinding) and binding.version != _version(module))
+        fits = allowed(module) and not (isinstance(binding, RotaryBinding) and binding.version != _version(module))
         if issubclass(kind, EndModule) is not fits:
             make: Any = _norm if isinstance(binding, NormBinding) else _rotary
             module.__class__ = make(kind) if fits else kind.__bases__[0]
@@ -99,7 +100,7 @@ def allow_short_ends(bound: BoundModel, allowed: bool) -> None:
 
 def use_own_ends(bound: BoundModel) -> None:
     """Undo `use_short_ends()`."""
-    allow_short_ends(bound, False)
+    allow_short_ends(bound, lambda _: False)
     bound.tables.pop(_TABLE, None)
     for module in bound.around:
         if isinstance(vars(module).get("_hybridgen"), (NormBinding, RotaryBinding)):

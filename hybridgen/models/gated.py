@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hybridgen.device.failures import is_fatal
 from hybridgen.device.timing import event_seconds
-from hybridgen.device.watched import has_hooks
+from hybridgen.device.watched import has_hooks, is_unheard
 from hybridgen.errors import described
 from hybridgen.kernels.linear.gated import LEAST_ROWS, by_cublas, gated_rows, has_kernel
 from hybridgen.models.attention import StepMetadata
@@ -98,7 +98,7 @@ def use_gated_op(
             count += 1
         else:
             logger.debug("%s gates by itself: %s", type(module).__name__, why)
-    allow_gated_op(bound, True)
+    allow_gated_op(bound, is_unheard)
     return Used(count, tuple(each.why for each in tried.values() if each is not None and each.measured))
 
 
@@ -109,19 +109,20 @@ def make_gated_classes(bound: BoundModel) -> None:
         _gating(kind, kind.forward)
 
 
-def allow_gated_op(bound: BoundModel, allowed: bool) -> None:
-    """Whether modules that were proved run so. Not while somebody listens to them: their parts are not called."""
+def allow_gated_op(bound: BoundModel, allowed: Callable[[nn.Module], bool]) -> None:
+    """Which of the modules that were proved run so: none that somebody listens to, whose parts are not called."""
     for module in bound.model.modules():
         kind: Any = type(module)
         if not isinstance(vars(module).get("_hybridgen"), RowsBinding) or not _looks_gated(module):
             continue
-        if issubclass(kind, GatedMlp) is not allowed:
-            module.__class__ = _gating(kind, kind.forward) if allowed else kind.__bases__[0]
+        fits = allowed(module)
+        if issubclass(kind, GatedMlp) is not fits:
+            module.__class__ = _gating(kind, kind.forward) if fits else kind.__bases__[0]
 
 
 def use_own_gate(bound: BoundModel) -> None:
     """Undo `use_gated_op()`."""
-    allow_gated_op(bound, False)
+    allow_gated_op(bound, lambda _: False)
     for module in bound.model.modules():
         if _looks_gated(module):
             vars(module).pop("_hybridgen", None)

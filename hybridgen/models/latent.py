@@ -7,7 +7,7 @@ attention function gets latents, keeps them in pages (`cache.paged_latent`), and
 - *Decode* attends to latents. A head's score q.(W c) is (q W).c, so the keys' part of the projection goes into the
   query, and the values' part behind the sum (absorbed).
 - *Prefill* projects the latents of each run, those of earlier chunks and shared pages included; on CUDA it attends to
-  latents too, and with `OWN_KEYS` projects those of a run that begins in the call.
+  latents too, but for runs that begin in the call, which attend to keys and values of their own.
 
 Both read the weight of `kv_b_proj` at each step. That they compute what the module's own method and a plain softmax do
 is tried at loading, with its weights (`check_expansion`). The module's class is changed, not its attributes, so that
@@ -40,9 +40,6 @@ from hybridgen.models.projections import RowsLinear
 from hybridgen.models.swapped import give_back, made_class
 from hybridgen.models.visibility import CAUSAL
 
-OWN_KEYS = False
-"""Whether prompts that begin in a call attend on CUDA to keys and values of their own. The kernel is right on a GPU
-(`tests/gpu/test_latent_cuda.py`) and faster (`latent-prefill-h200.json`); no whole model has run with it there."""
 _TRIED = 11
 """Tokens that `check_expansion` attends with."""
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
@@ -76,8 +73,7 @@ class LatentBinding:
         if not appends:  # all of them, before any is read: requests of one prefill call can share pages
             write_latent(latent, rotary, places)
         if step.phase is Phase.PREFILL:
-            own = (latent, rotary) if OWN_KEYS else (None, None)
-            return latent_prefill(plain, turned, places, step.query_starts, weight, scale, *own)
+            return latent_prefill(plain, turned, places, step.query_starts, weight, scale, latent, rotary)
         new = (latent, rotary) if appends else (None, None)
         mixed = latent_decode(through_keys(plain, weight), turned, places, scale, *new)
         return through_values(mixed, weight, nope)

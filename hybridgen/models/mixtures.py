@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.device.failures import is_fatal
-from hybridgen.device.watched import has_hooks
+from hybridgen.device.watched import has_hooks, is_unheard
 from hybridgen.errors import described
 from hybridgen.kernels.linear import mixture as op
 from hybridgen.kernels.linear.experts_form import Form, Normed, Projection, Routed
@@ -100,22 +100,24 @@ def use_mixture_op(
         return Used(0, slower)
     for layer, binding in found.items():
         layer._hybridgen = binding  # type: ignore[assignment]
-    allow_mixture_op(bound, True)
+    allow_mixture_op(bound, is_unheard)
     return Used(len(found), slower)
 
 
-def allow_mixture_op(bound: BoundModel, allowed: bool) -> None:
-    """Whether layers that were proved run so. Not while somebody listens to their modules, which are not called."""
+def allow_mixture_op(bound: BoundModel, allowed: Callable[[nn.Module], bool]) -> None:
+    """Which of the layers that were proved run so: none whose modules, which are not called, somebody listens to."""
     for layer in bound.layers:
         kind: Any = type(layer)
-        bindings = isinstance(vars(layer).get("_hybridgen"), MixtureBinding)
-        if bindings and issubclass(kind, MixtureLayer) is not allowed:
-            layer.__class__ = _with_op(kind) if allowed else kind.__bases__[0]
+        if not isinstance(vars(layer).get("_hybridgen"), MixtureBinding):
+            continue
+        fits = allowed(layer)
+        if issubclass(kind, MixtureLayer) is not fits:
+            layer.__class__ = _with_op(kind) if fits else kind.__bases__[0]
 
 
 def use_own_mixture(bound: BoundModel) -> None:
     """Undo `use_mixture_op()`."""
-    allow_mixture_op(bound, False)
+    allow_mixture_op(bound, lambda _: False)
     for layer in bound.layers:
         if isinstance(vars(layer).get("_hybridgen"), MixtureBinding):
             del layer._hybridgen

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridgen.device.failures import is_fatal
-from hybridgen.device.watched import has_hooks
+from hybridgen.device.watched import has_hooks, is_unheard
 from hybridgen.errors import described
 from hybridgen.kernels.attention.ops import Places
 from hybridgen.kernels.attention.rotary import HeadNorms, rotate_and_write, rotate_and_write_on_cpu, turned
@@ -98,7 +98,7 @@ def use_one_op(bound: BoundModel, max_context: int, fall_back: Callable[[str], N
                 del found[module]
                 continue
         module._hybridgen_rotation = rotation  # type: ignore[assignment]
-    allow_one_op(bound, True)
+    allow_one_op(bound, is_unheard)
     return len(found)
 
 
@@ -109,18 +109,20 @@ def make_classes(bound: BoundModel) -> None:
         _rotating(kind, kind.forward)
 
 
-def allow_one_op(bound: BoundModel, allowed: bool) -> None:
-    """Whether modules that were proved run so. Not while somebody listens to them: their norms are not called."""
+def allow_one_op(bound: BoundModel, allowed: Callable[[nn.Module], bool]) -> None:
+    """Which of the modules that were proved run so: none that somebody listens to, whose norms are not called."""
     for site in bound.sites:
         kind: Any = type(site.module)
-        if "_hybridgen_rotation" not in vars(site.module) or issubclass(kind, RotatingAttention) is allowed:
+        if "_hybridgen_rotation" not in vars(site.module):
             continue
-        site.module.__class__ = _rotating(kind, kind.forward) if allowed else kind.__bases__[0]
+        fits = allowed(site.module)
+        if issubclass(kind, RotatingAttention) is not fits:
+            site.module.__class__ = _rotating(kind, kind.forward) if fits else kind.__bases__[0]
 
 
 def use_own_rotation(bound: BoundModel) -> None:
     """Undo `use_one_op()`."""
-    allow_one_op(bound, False)
+    allow_one_op(bound, lambda _: False)
     for site in bound.sites:
         vars(site.module).pop("_hybridgen_rotation", None)
 

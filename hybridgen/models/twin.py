@@ -15,6 +15,7 @@ from operator import is_
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hybridgen.device.watched import has_forward_hooks
 from hybridgen.errors import EngineError
@@ -186,22 +187,26 @@ def twin(model: M) -> M:
     return found.model
 
 
-_USUAL = frozenset(vars(nn.Module())) - {"_forward_hooks", "_forward_pre_hooks"}
-"""Attributes that every module has: their tables are looked into, not compared."""
+_USUAL = frozenset(vars(nn.Module())) | _NOT_FOLLOWED
+"""Attributes that are not compared: tables that every module has, which are looked into, and what is not followed."""
 
 
 class _Seen:
-    """What an owner's modules without hooks were like at the last look, in lists that are compared at once: a look at
-    each module takes a millisecond for a model of 32 layers, which every call would pay."""
+    """What an owner's modules without hooks were like at the last look, in lists that are compared at once.
+
+    Every call pays for a look, before anything is launched. Its time is that of reading objects which lie anywhere in
+    memory, so it reads as few as it can. Hooks are looked for only where torch has made a handle of one since.
+    """
 
     def __init__(self, modules: list[nn.Module], configs: list[Any]) -> None:
         self._states: list[dict[str, Any]] = [vars(each) for each in (*modules, *configs)]
+        self._hookable = self._states[: len(modules)]
+        self._handles = RemovableHandle.next_id
         self._names = [(state, name) for state in self._states for name in state if name not in _USUAL]
         tables = [
             table for module in modules for table in (module._modules, module._parameters, module._buffers) if table
         ]
         self._tables: list[dict[str, Any]] = tables
-        self._hooks = [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
         values = self._values = [state[name] for state, name in self._names]
         """They are held, so that no new object gets the identity of an old one."""
         self._containers = [value for value in values if type(value) in _CONTAINERS and _plain(value)]
@@ -220,9 +225,12 @@ class _Seen:
 
     def holds(self) -> bool:
         """Whether all of it is the same, and nobody listens."""
+        if self._handles != RemovableHandle.next_id:
+            if any(state[name] for state in self._hookable for name in HOOK_TABLES):
+                return False
+            self._handles = RemovableHandle.next_id
         return (
-            not any(self._hooks)
-            and self._now() == self._sizes
+            self._now() == self._sizes
             and all(map(is_, [state.get(name) for state, name in self._names], self._values))
             and all(map(is_, [member for table in self._tables for member in table.values()], self._members))
         )

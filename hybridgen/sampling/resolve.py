@@ -171,9 +171,12 @@ def _with_model_defaults(
     params: SamplingParams, generation_config: Any, vocab_size: int, prompt_length: int
 ) -> SamplingParams:
     """`params` with the fields that a model may set, and the model's values validated as the caller's are."""
+    told = False
 
     def from_model(name: str, missing: Any, *, applies: bool = True) -> Any:
+        nonlocal told
         value = getattr(generation_config, name, None) if applies else None
+        told = told or value is not None
         return missing if value is None else value
 
     samples = bool(from_model("do_sample", False))
@@ -190,7 +193,7 @@ def _with_model_defaults(
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         # Some files name ids that only a relative's vocabulary has: nothing to suppress, as for Hugging Face.
         if isinstance(defaults[name], (list, tuple)):
-            defaults[name] = [i for i in defaults[name] if not isinstance(i, int) or i < vocab_size]
+            defaults[name] = tuple(i for i in defaults[name] if not isinstance(i, int) or i < vocab_size)
     if defaults["max_new_tokens"] is None:
         limit = from_model("max_length", None)
         defaults["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS if limit is None else _after_prompt(limit, prompt_length, 1)
@@ -198,6 +201,10 @@ def _with_model_defaults(
     if least is None:
         least = _after_prompt(from_model("min_length", 0), prompt_length, 0)
     missing = {name: value for name, value in defaults.items() if getattr(params, name) is None}
+    if not told and params.min_new_tokens is None and params.n == 1:  # nothing that could be wrong
+        filled = object.__new__(SamplingParams)
+        vars(filled).update(vars(params), **missing, min_new_tokens=0)
+        return filled
     try:
         if params.min_new_tokens is not None:
             return replace(params, **missing)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridgen.device.rows import write_rows
+from hybridgen.device.rows import SentRows
 from hybridgen.sampling.history import History, make_history
 from hybridgen.sampling.own import OwnProcessors, OwnRows
 from hybridgen.sampling.processors import AT_BEGIN, EARLY_END, FORCED_FIRST, FORCED_LAST
@@ -171,6 +171,7 @@ class SamplerState:
         self.device = torch.device(device)
         self.reals = torch.zeros(max_batch, 9, dtype=torch.float32, device=self.device)
         self.integers = torch.zeros(max_batch, 9, dtype=torch.int64, device=self.device)
+        self._real_rows, self._integer_rows = SentRows(self.reals), SentRows(self.integers)
         self.bias: Tensor | None = None
         self.rules: Tensor | None = None
         self.history: History | None = None
@@ -209,9 +210,8 @@ class SamplerState:
         for slot in slots:
             if not 0 <= slot < self.max_batch:
                 raise ValueError(f"slot {slot} is not one of 0 to {self.max_batch - 1}")
-        reals = torch.tensor([_real_row(params) for _, params, *_ in requests], dtype=torch.float32, device="cpu")
-        integers = torch.tensor([_integer_row(params) for _, params, *_ in requests], dtype=torch.int64, device="cpu")
-        write_rows(slots, (self.reals, reals), (self.integers, integers))
+        self._real_rows.write(slots, np.array([_real_row(params) for _, params, *_ in requests], np.float32))
+        self._integer_rows.write(slots, np.array([_integer_row(params) for _, params, *_ in requests], np.int64))
         for slot, params, prompt_ids, generated_ids in requests:
             self.allocate(self._note(slot, params, prompt_ids, generated_ids))
         tables = [self.bias, self.rules, self.prompt_seen, self.output_counts]
@@ -328,7 +328,7 @@ class SamplerState:
 
     @property
     def seed(self) -> Tensor:
-        """int64 [slots]."""
+        """int64 [slots]; 0 for greedy requests."""
         return self.integers[:, 0]
 
     @property
@@ -454,7 +454,7 @@ def _real_row(params: ResolvedSampling) -> list[float]:
 
 def _integer_row(params: ResolvedSampling) -> list[int]:
     return [
-        params.seed,
+        0 if params.greedy else params.seed,
         params.top_k,
         params.min_new_tokens,
         params.begin if params.begin_suppress_tokens else -1,

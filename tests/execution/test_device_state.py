@@ -18,7 +18,7 @@ def test_several_slots_at_once_equal_one_after_the_other(slots: list[int]) -> No
     pages = [[5, 6, 7], [8], []][: len(slots)]
     one, all_ = (BlockTable(4, 4, torch.device("cpu")) for _ in range(2))
     for table in (one, all_):
-        table.tensor.fill_(9)
+        table.assign_all(range(4), [[9] * 4] * 4)
     for slot, its_pages in zip(slots, pages, strict=True):
         one.assign_all([slot], [its_pages])
     all_.assign_all(slots, pages)

@@ -396,9 +396,12 @@ def test_hooks_put_fused_executors_aside_and_what_changed_makes_them_anew() -> N
     runner.following.fuse_again = lambda: runner.use_fused(second)
     reasons: list[str] = []
     runner.fall_back = reasons.append
-    begin_call(runner)
-    begin_call(runner)
-    assert (runner.fused, first.refreshed) == (first, 2)  # norms are made again for each call
+    for calls in (1, 2):
+        begin_call(runner)
+        begin_call(runner)
+        assert (runner.fused, first.refreshed) == (first, calls - 1)
+        decode_all(runner, (0, 1))
+        assert first.refreshed == calls  # norms are made again behind each call's prefill
     handle = model.model.norm.register_forward_hook(lambda *_: None)
     begin_call(runner)
     assert runner.fused is None

@@ -1,4 +1,4 @@
-"""Which decode steps multiply by cublasLt: those that a trial found faster, and no others."""
+"""Which steps multiply by cublasLt: those that a trial found faster, and no others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hybridgen.execution import executors, products
 from hybridgen.execution.executors import LayersExecutor
 from hybridgen.models.attention import Phase
+from hybridgen.models.measured import Measured
 
 
 @pytest.fixture
@@ -46,8 +47,12 @@ def test_what_is_faster_is_chosen(inside: list[bool], monkeypatch: pytest.Monkey
         asked.append((len(weights), rows, inside[0]))
         return {24: 1.0, 64: 0.95, 128: 0.995}[rows] if inside[0] else 1.0
 
-    assert products.choose(layers(5), (8, 24, 64, 128, 256), seconds) == {64}
+    measured = Measured()
+    assert products.choose(layers(5), (8, 24, 64, 128, 256), seconds, measured) == {64}
     assert asked == [(6, rows, other) for rows in (24, 64, 128) for other in (False, True)]
+    again = Measured(measured.known)
+    assert products.choose(layers(5), (64, 128), lambda weights, rows: pytest.fail("timed again"), again) == {64}
+    assert not again.is_new
     assert not inside[0]
 
 
@@ -56,11 +61,11 @@ def test_nothing_is_tried_without_weights(
     found: list[nn.Module], inside: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "_ENOUGH", 3 * 2 * 64 * 32 * 2)
-    assert products.choose(found, (64,), lambda weights, rows: pytest.fail("tried")) == frozenset()
+    assert products.choose(found, (64,), lambda weights, rows: pytest.fail("tried"), Measured()) == frozenset()
 
 
 @pytest.mark.parametrize(("phase", "rows", "expected"), [
-    (Phase.DECODE, 64, True), (Phase.DECODE, 80, False), (Phase.PREFILL, 64, False),
+    (Phase.DECODE, 64, True), (Phase.DECODE, 80, False), (Phase.PREFILL, 64, True), (Phase.PREFILL, 65, False),
 ])  # fmt: skip
 def test_steps_of_a_chosen_size_multiply_so(phase: Phase, rows: int, expected: bool, inside: list[bool]) -> None:
     found = []

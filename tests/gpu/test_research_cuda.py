@@ -44,7 +44,7 @@ def test_processors_run_on_the_device_and_disturb_nobody(mode: str, llama_path: 
 
 
 def test_hidden_states(mode: str, llama_path: Path) -> None:
-    model = families.build("llama").cuda()
+    model = families.build("llama", num_hidden_layers=2).cuda()  # the checkpoint's
     with Engine.load(llama_path, mode=mode, **SETTINGS) as engine:
         for prompt, states in zip(PROMPTS, engine.hidden_states(PROMPTS, (0, 2, -1)), strict=True):
             with torch.inference_mode():

@@ -37,17 +37,19 @@ HEADS = [heads_of(16, 8, 128, 128, 64, 2), heads_of(64, 8, 64, 64, 256, 2), head
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_streamed_attention_compiles(heads: Heads) -> None:
+def test_streamed_attention_compiles(heads: Heads, few: bool) -> None:
     kinds = torch.float32, torch.int32, torch.int64
-    constants = streamed.defines(heads, streamed.form_of(heads), torch.float16, kinds, True, True)
+    constants = streamed.defines(heads, streamed.form_of(heads, few), torch.float16, kinds, True, True)
     cubin = program.compile_cubin(constants, "sm_90a", streamed.PROGRAM)
     assert streamed.PROGRAM.kernel.encode() in cubin
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_blocks_of_streamed_attention_share_a_multiprocessor(heads: Heads) -> None:
-    form = streamed.form_of(heads)
+def test_blocks_of_streamed_attention_share_a_multiprocessor(heads: Heads, few: bool) -> None:
+    form = streamed.form_of(heads, few)
     stages, shared = streamed._sizes(heads, form)
     assert stages >= 3
     assert form.resident * (shared + 2 * 2**10) <= 228 * 2**10  # with what is beside the ring, and reserved

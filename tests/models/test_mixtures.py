@@ -108,9 +108,9 @@ def test_layers_are_as_before_where_their_modules_have_to_be_called(path: Path, 
     with hybridgen.Engine.load(path, mode="jit", **SETTINGS) as engine:
         bound = engine._runner.bound
         assert all(isinstance(layer, MixtureLayer) for layer in bound.layers)
-        mixtures.allow_mixture_op(bound, False)
+        mixtures.allow_mixture_op(bound, lambda _: False)
         assert not any(isinstance(layer, MixtureLayer) for layer in bound.layers)
-        mixtures.allow_mixture_op(bound, True)
+        mixtures.allow_mixture_op(bound, lambda _: True)
         assert all(isinstance(layer, MixtureLayer) for layer in bound.layers)
         layers = bound.layers
     assert not any(isinstance(layer, MixtureLayer) or "_hybridgen" in vars(layer) for layer in layers)

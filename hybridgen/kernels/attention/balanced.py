@@ -78,7 +78,7 @@ def usual(heads: Heads, device: Device, tokens: int) -> Tuning:
     """Launch options of steps; what is Triton's alone in them serves where a streamed kernel cannot be had."""
     tune, few = tuning(heads, device.shared_memory), tokens < FEW_ROWS
     if streamed.takes(heads, device):
-        form = streamed.form_of(heads)
+        form = streamed.form_of(heads, few)
         return tune._replace(block=streamed.BLOCK, programs=form.resident, chunk=streamed.chunk_of(few))
     return tune._replace(chunk=min(tune.chunk, FEW_CHUNK)) if few else tune
 
@@ -254,7 +254,8 @@ def decode_attention(
         stream = None
         if tune is None and streamed.takes(heads, device) and q.dtype == k_pages.dtype:
             kinds = dtypes[3], slots.dtype, positions.dtype
-            stream = streamed.stream_of(heads, q.dtype, kinds, softcap > 0, append, device)
+            form = streamed.form_of(heads, tokens < FEW_ROWS)
+            stream = streamed.stream_of(heads, q.dtype, kinds, softcap > 0, append, device, form)
         tune = tune or usual(heads, device, tokens)
         options = softcap > 0, sinks is not None, append
         call = _calls[key] = _prepare(heads, shares, *options, device, tune, stream, pairs)

@@ -65,9 +65,14 @@ def takes(heads: Heads, device: Device) -> bool:
     return sizes and heads.bytes == 2 and device.overlap and is_hopper(device.ordinal)
 
 
-def form_of(heads: Heads) -> Form:
-    """Launch options of a head shape, measured on an H200 for groups of two and four (`benchmarks/ragged.py`)."""
-    return Form(32, warps=4, resident=2) if heads.dim == 128 else Form(64, warps=4, resident=3)
+def form_of(heads: Heads, few: bool) -> Form:
+    """Launch options of a head shape, measured on an H200 for groups of two and four (`benchmarks/ragged.py`).
+
+    A third block of a multiprocessor helps where rows are few; else it only takes the ring's memory from the others.
+    """
+    if heads.dim == 128:
+        return Form(32, warps=4, resident=2)
+    return Form(64, warps=4, resident=3 if few else 2)
 
 
 def chunk_of(few: bool) -> int:
@@ -169,7 +174,7 @@ def stream_of(
     softcap: bool,
     append: bool,
     device: Device,
-    form: Form | None = None,
+    form: Form,
 ) -> Stream | None:
     """The kernel for heads that `takes` says yes to; None where it cannot be had.
 
@@ -179,7 +184,6 @@ def stream_of(
     """
     if kinds[0] not in (None, dtype, torch.float32):
         return None
-    form = form or form_of(heads)
     constants = tuple(defines(heads, form, dtype, kinds, softcap, append).items())
     kernel = loaded(PROGRAM, constants, _sizes(heads, form)[1], device.ordinal, "decode steps of many rows")
     return None if kernel is None else Stream(kernel, heads, form)
