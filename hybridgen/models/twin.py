@@ -188,8 +188,8 @@ def twin(model: M) -> M:
 
 
 _USUAL = (frozenset(vars(nn.Module())) | _NOT_FOLLOWED) - {"_forward_hooks", "_forward_pre_hooks"}
-"""Attributes that are not compared: what is not followed, and tables that every module has, which are looked into. Tables
-of hooks are compared: somebody may take them out for a while and put them back."""
+"""Attributes that are not compared: what is not followed, and tables that every module has, which are looked into.
+Tables of hooks are compared: somebody may take them out for a while and put them back."""
 
 
 class _Seen:
