@@ -56,17 +56,15 @@ def run_requests(
         loop.submit(requests, patient=len(requests) > 1)
         if streamer is not None:
             _attach_streamer(requests[0], streamer)
-        loop.step()  # the device gets to work before there is a bar, which takes 0.2 ms to make
+        loop.step()  # first, since the device waits while a bar is made
         with tqdm(total=len(requests), desc="generate", unit="request", delay=1, disable=no_bar) as bar:
-            active = list(requests)
-            while True:
-                while active and active[-1].completion is not None:
-                    active.pop()
-                if not active:
-                    break
+            active = [request for request in requests if request.completion is None]
+            while active:
                 if not bar.disable:
                     bar.update(_complete(requests) - bar.n)
                 loop.step()
+                while active and active[-1].completion is not None:
+                    active.pop()
             bar.update(len(requests) - bar.n)
         end_call()
     except KeyboardInterrupt:
