@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sampling_cases import INF, Batch, judge, needs, random_batch, tables
 from sampling_history_cases import random_tables
 
-from hybridgen.kernels.sampling import kernels
+from hybridgen.kernels.sampling import kernels, unfiltered_kernels
 from hybridgen.kernels.sampling import ops as sampling
 from hybridgen.kernels.sampling.arithmetic import (
     ROUGH,
@@ -102,8 +102,8 @@ def check_ties_across_blocks() -> None:
     reals, integers = tables([{"temperature": 1.0, "top_p": 0.595, "seed": 1}])
     slots, positions = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
     batch = Batch(torch.full((rows, vocab), 2.5, dtype=torch.bfloat16), reals, integers, slots, positions)
-    tokens = sampling.launch_sampled(*batch, False, True, block=64)
-    assert torch.equal(tokens, reference_sampled(*batch, False, True))
+    tokens = sampling.launch_sampled(*batch, False, True, False, block=64)
+    assert torch.equal(tokens, reference_sampled(*batch, False, True, False))
     assert 64 <= tokens.max() < 90  # 0.595 * 150 = 89.25
 
 
@@ -139,8 +139,14 @@ def check_plans() -> None:
     sampling._scratch = _poisoned
     batch = random_batch(1, 4, 100, torch.float32)
     batch.reals[:, 1] = 1.0
-    small = sampling.launch_sampled(*batch, True, False, block=64)
-    assert torch.equal(sampling.launch_sampled(*batch, True, True, block=32), small)
+    small = sampling.launch_sampled(*batch, True, False, True, block=64)
+    assert torch.equal(sampling.launch_sampled(*batch, True, True, True, block=32), small)
+    for case, vocab in enumerate((100, 1, 64)):
+        batch = random_batch(case, 6, vocab, torch.bfloat16)
+        batch.reals[:, 1:3] = torch.tensor([1.0, -INF])
+        batch.integers[:, 1] = 0
+        small = sampling.launch_sampled(*batch, False, False, False, block=64)
+        assert torch.equal(sampling.launch_sampled(*batch, False, False, True, block=32), small)
 
 
 @triton.jit
@@ -149,31 +155,39 @@ def _shaken(key, ids):  # type: ignore[no-untyped-def]
     return gumbel(key, ids) + tl.where(ids & 1, 0.45, -0.45)
 
 
-@triton.jit
-def _true_distance(x, peak, temperature):  # type: ignore[no-untyped-def]
-    return distance(x, peak, temperature), temperature > 0
-
-
 def check_rough() -> None:
-    """Tokens do not depend on how good rough noise is, nor rough distances."""
+    """Tokens do not depend on how good rough noise is, nor on rough distances."""
     sampling._scratch = _poisoned
     batch = random_batch(4, 6, 150, torch.bfloat16)
     batch.reals[:, 0] = 1.0
-    for top_k in (False, True):
-        exact = sampling.launch_sampled(*batch, top_k, False, block=256)
-        with patch.object(kernels, "ROUGH", tl.constexpr(0.5)), patch.object(kernels, "rough_gumbel", _shaken):
-            assert torch.equal(sampling.launch_sampled(*batch, top_k, False, block=256), exact)
-    # At temperatures with no inverse in float32, and where min-p cuts just behind or just before many tokens.
-    temperatures = [3e-42, 1e-38, *[1.0] * 8, 1e38]
+    for top_k, module in ((True, kernels), (False, kernels), (False, unfiltered_kernels)):
+        plan = top_k, False, module is kernels
+        exact = sampling.launch_sampled(*batch, *plan, block=64)
+        with patch.object(module, "ROUGH", tl.constexpr(0.5)), patch.object(module, "rough_gumbel", _shaken):
+            assert torch.equal(sampling.launch_sampled(*batch, *plan, block=64), exact)
+    # At temperatures with no inverse in float32.
+    temperatures = [3e-42, 1e-38, 1.0, 1e38]
     reals, integers = tables([{"temperature": temperature} for temperature in temperatures])
-    reals[2:10, 2] = torch.tensor([-1.0, -0.999999]).repeat(4)
     rows = torch.arange(len(temperatures))
-    logits = torch.randn(len(rows), 20, generator=torch.Generator().manual_seed(0))
-    logits[2:10] = torch.tensor([0.0, *[-1.0] * 19])
-    logits *= torch.tensor([1e-42, 1e-38, *[1.0] * 8, 1e38])[:, None]
+    logits = torch.randn(len(rows), 70, generator=torch.Generator().manual_seed(0))
+    logits *= torch.tensor([1e-42, 1e-38, 1.0, 1e38])[:, None]
     batch = Batch(logits, reals, integers, rows, rows)
-    tokens = sampling.launch_sampled(*batch, False, False, block=32)
-    with patch.object(kernels, "rough_distance", _true_distance):
-        assert torch.equal(sampling.launch_sampled(*batch, False, False, block=32), tokens)
-    assert (tokens[2:10:2] > 0).any()
-    assert (tokens[3:10:2] == 0).all()
+    tokens = sampling.launch_sampled(*batch, False, False, False, block=32)
+    assert torch.equal(sampling.launch_sampled(*batch, False, False, True, block=32), tokens)
+    # Blocks in which all tokens are as good as each other, or none can be chosen.
+    logits = torch.full((3, 70), 1e-3)
+    logits[1, :64] = -INF
+    logits[2, 3:] = -INF
+    batch = Batch(logits, reals[2:3], integers[2:3], torch.zeros(3, dtype=torch.int64), rows[:3])
+    module = unfiltered_kernels
+    with patch.object(module, "ROUGH", tl.constexpr(32.0)), patch.object(module, "rough_gumbel", _flat):
+        tokens = sampling.launch_sampled(*batch, False, False, False, block=32)
+    assert torch.equal(sampling.launch_sampled(*batch, False, False, True, block=32), tokens)
+    assert tokens[1] >= 64
+    assert 0 <= tokens[2] < 3
+
+
+@triton.jit
+def _flat(key, ids):  # type: ignore[no-untyped-def]
+    """No noise at all, so that every block is open."""
+    return ids * 0.0

@@ -16,7 +16,7 @@ MASS_BITS = tl.constexpr(44)
 """A row's most likely token has the mass 2^44; below 2^19 tokens, a sum fits int64."""
 RADIX = tl.constexpr(16)
 ROUGH = tl.constexpr(2.0**-9)
-"""How far `rough_gumbel - rough_distance` may be from `gumbel - distance`, where that is above -5."""
+"""How far a candidate of `rough_gumbel` and `reciprocal` may be from `gumbel - distance`, where that is above -5."""
 
 
 @triton.jit
@@ -72,13 +72,13 @@ def distance(x, peak, temperature):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def rough_distance(x, peak, temperature):  # type: ignore[no-untyped-def]
-    """`distance` within 2^-20 of itself, or within 1e-30, with one division for all tokens; and whether it is that.
+def reciprocal(temperature):  # type: ignore[no-untyped-def]
+    """`1 / temperature`; 0 where that may be infinite or have fewer bits.
 
-    It is not where 1 / temperature may be infinite or have fewer bits: 0 then, NaN of tokens at -inf.
+    `(peak - x) * reciprocal(temperature)` is `distance` within 2^-20 of itself, or within 1e-30, with one division for
+    all tokens.
     """
-    precise = (temperature > 1e-30) & (temperature < 1e30)
-    return (peak - x) * tl.where(precise, 1.0 / temperature, 0.0), precise
+    return tl.where((temperature > 1e-30) & (temperature < 1e30), 1.0 / temperature, 0.0)
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def rough_gumbel(key, ids):  # type: ignore[no-untyped-def]
     the rounding of 1 - u changes it by up to 2^-24, and the device's logarithm by 2^-22 * log(2), or by 2^-22 of
     itself: together less than 0.00025 of a result above 2^-10. So what the outer logarithm gets is right to 0.0005 of
     itself, and what it gives to 0.0005. The device's own error there is 2^-22 of up to 41, and that of `gumbel` a few
-    last bits of up to 29: both are below 0.00002, as is that of `rough_distance`, 2^-20 of up to 34.
+    last bits of up to 29: both are below 0.00002, as is that of a distance by `reciprocal`, 2^-20 of up to 34.
     """
     uniform = _uniform(key, ids)
     wait = tl.where(uniform < 0.0009765625, uniform, _log2(1.0 - uniform) * -0.6931471805599453)

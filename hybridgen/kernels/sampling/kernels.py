@@ -18,7 +18,6 @@ from hybridgen.kernels.sampling.arithmetic import (
     packed_id,
     packed_value,
     rank_key,
-    rough_distance,
     rough_gumbel,
     stream_key,
     unordered,
@@ -186,22 +185,18 @@ def digit_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _winner(kept, noise, far, doubt, x, ids, key, peak, temperature, log_min_p):  # type: ignore[no-untyped-def]
+def _winner(kept, noise, far, ids, key):  # type: ignore[no-untyped-def]
     """Id of a block's best candidate among the kept tokens; -1 if none of them can be the row's.
 
-    `noise` is rough, and `far` may be. A candidate made of them is within ROUGH of the exact one, so that the best by
-    exact values is at most 2 * ROUGH below the best by rough ones. Mostly no other token is as near as that. Else exact
-    values decide, and with `doubt`, where `far` is not good enough to tell what is kept. The row's most likely token is
-    always kept and has a candidate above -2.9, so nothing below -4 can win.
+    `noise` is rough. A candidate made of it is within ROUGH of the exact one, so that the best by exact values is at
+    most 2 * ROUGH below the best by rough ones. Mostly no other token is as near as that; else exact values decide. The
+    row's most likely token is always kept and has a candidate above -2.9, so nothing below -4 can win.
     """
     rough = tl.where(kept, noise - far, -_INF)
     near = rough >= tl.maximum(tl.max(rough, 0) - 2 * ROUGH, -4.0)
     first, last = tl.min(tl.where(near, ids, 0x7FFFFFFF), 0), tl.max(tl.where(near, ids, -1), 0)
-    if (first < last) | (doubt & (last >= 0)):
-        far = distance(x, peak, temperature)
-        best = tl.where(kept & (-far >= log_min_p), pack(gumbel(key, ids) - far, ids), NOTHING)
-        best = tl.max(best, 0)
-        last = tl.where(best > NOTHING, packed_id(best), -1).to(tl.int32)
+    if first < last:
+        last = packed_id(tl.max(tl.where(near, pack(gumbel(key, ids) - far, ids), NOTHING), 0)).to(tl.int32)
     return last
 
 
@@ -218,7 +213,7 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     """A program: what a block has to offer with noise, above the edge and at it.
 
     `draws` int64 [B, 4, blocks]: ids of the best candidates above the edge and at it (see `_winner`), how many tokens
-    are at it, and the mass above it. Without TOP_K and NUCLEUS, the first of these alone.
+    are at it, and the mass above it; the last two with NUCLEUS alone.
     """
     block, row = tl.program_id(0), tl.program_id(1)
     x, ids, inside = _load_block(logits, row, block, vocab, stride, BLOCK)
@@ -234,38 +229,28 @@ def draw_kernel(  # type: ignore[no-untyped-def]
     _wait(OVERLAP)
     peak = _peak(peaks + row * blocks, blocks, BLOCKS)
     if (temperature > 0) & (tl.abs(peak) < _INF):
+        far = distance(x, peak, temperature)
+        own = sums + row * sums_size
+        edge = _INF + top_p * 0
+        if TOP_K:  # noqa: SIM102 - this one is decided when the kernel is compiled
+            if top_k > 0:
+                last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
+                edge = distance(key_value(last, SHIFT), peak, temperature)
+        if NUCLEUS:
+            if TOP_K:
+                own += DIGITS * (RADIX + 2)
+            if top_p < 1:
+                last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
+                _remember(own, last, lacking, block == 0, DIGITS, DIGITS)
+                edge = distance(key_value(last, SHIFT), peak, temperature)
+        above, tied, likely = far < edge, inside & (far == edge), -far >= log_min_p
         target = draws + row * 4 * blocks + block
+        tl.store(target, _winner(above & likely, noise, far, ids, key))
         if TOP_K or NUCLEUS:
-            far = distance(x, peak, temperature)
-            own = sums + row * sums_size
-            edge = _INF + top_p * 0
-            if TOP_K:  # noqa: SIM102 - this one is decided when the kernel is compiled
-                if top_k > 0:
-                    last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
-                    edge = distance(key_value(last, SHIFT), peak, temperature)
-            if NUCLEUS:
-                if TOP_K:
-                    own += DIGITS * (RADIX + 2)
-                if top_p < 1:
-                    last, lacking = _prefix(own, top_k, DIGITS, DIGITS)
-                    _remember(own, last, lacking, block == 0, DIGITS, DIGITS)
-                    edge = distance(key_value(last, SHIFT), peak, temperature)
-            above, tied, likely = far < edge, inside & (far == edge), -far >= log_min_p
-            best = _winner(above & likely, noise, far, False, x, ids, key, peak, temperature, log_min_p)
-            tl.store(target, best)
-            best = _winner(tied & likely, noise, far, False, x, ids, key, peak, temperature, log_min_p)
-            tl.store(target + blocks, best)
-            if NUCLEUS:
-                tl.store(target + 2 * blocks, tl.sum(tied.to(tl.int64), 0))
-                tl.store(target + 3 * blocks, tl.sum(tl.where(above, mass_of(far), 0), 0))
-        else:
-            far, precise = rough_distance(x, peak, temperature)
-            likely = far <= 1e-30 - log_min_p * 1.00001
-            doubt = ~precise
-            if log_min_p > -_INF:  # tokens that close to the cut may be behind it
-                doubt = doubt | (tl.max((likely & (far >= -1e-30 - log_min_p * 0.99999)).to(tl.int32), 0) > 0)
-            best = _winner(likely, noise, far, doubt, x, ids, key, peak, temperature, log_min_p)
-            tl.store(target, best)
+            tl.store(target + blocks, _winner(tied & likely, noise, far, ids, key))
+        if NUCLEUS:
+            tl.store(target + 2 * blocks, tl.sum(tied.to(tl.int64), 0))
+            tl.store(target + 3 * blocks, tl.sum(tl.where(above, mass_of(far), 0), 0))
 
 
 @triton.jit

@@ -38,10 +38,11 @@ from torch import Tensor
 from hybridgen.device.launcher import Launcher, device_of
 from hybridgen.kernels.sampling.arithmetic import MASS_BITS, RADIX
 from hybridgen.kernels.sampling.kernels import digit_kernel, draw_kernel, greedy_kernel, pick_kernel, scan_kernel
+from hybridgen.kernels.sampling.unfiltered_kernels import draw_unfiltered_kernel, pick_unfiltered_kernel
 
 BLOCK = 1024
 """Tokens of a program. No result depends on it."""
-_WARPS = {"scan": 4, "digit": 16, "draw": 8, "pick": 4}
+_WARPS = {"scan": 4, "digit": 16, "draw": 4, "draw unfiltered": 4, "pick": 4}
 """Per program. With 16, two programs of `digit_kernel` fit a multiprocessor's registers, so that the next one loads its
 logits while one works."""
 _KEY_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
@@ -59,6 +60,7 @@ class Variant(NamedTuple):
     block: int
     top_k: bool
     nucleus: bool
+    min_p: bool
     device: int | None
 
     @property
@@ -70,6 +72,11 @@ class Variant(NamedTuple):
     def digits(self) -> int:
         """Digits of a key."""
         return triton.cdiv(_KEY_BITS[self.dtype], (_RADIX - 1).bit_length())
+
+    @property
+    def filtered(self) -> bool:
+        """Whether rows that draw may leave tokens out."""
+        return self.top_k or self.nucleus or self.min_p
 
     @property
     def sums(self) -> int:
@@ -104,6 +111,13 @@ def _prepare(variant: Variant, overlap: bool) -> Kernels:
     passes = [{"TOP_K": False, "NUCLEUS": False}] * variant.top_k
     passes += [{"TOP_K": variant.top_k, "NUCLEUS": True}] * variant.nucleus
     sums = triton.next_power_of_2(variant.sums) if variant.sums else 0
+    if variant.filtered:
+        draw = Launcher(draw_kernel, {"num_warps": _WARPS["draw"], **filters, **tile})
+        pick = Launcher(pick_kernel, {"num_warps": _WARPS["pick"], **filters, **tile})
+    else:
+        one_pass = {"BLOCK": variant.block, **common}
+        draw = Launcher(draw_unfiltered_kernel, {"num_warps": _WARPS["draw unfiltered"], **one_pass})
+        pick = Launcher(pick_unfiltered_kernel, {"num_warps": _WARPS["pick"], **blocks, **one_pass})
     return Kernels(
         Launcher(scan_kernel, {"BLOCK": variant.block, "SUMS": sums, "num_warps": _WARPS["scan"], **common}),
         tuple(
@@ -111,13 +125,13 @@ def _prepare(variant: Variant, overlap: bool) -> Kernels:
             for which in passes
             for place in range(variant.digits)
         ),
-        Launcher(draw_kernel, {"num_warps": _WARPS["draw"], **filters, **tile}),
-        Launcher(pick_kernel, {"num_warps": _WARPS["pick"], **filters, **tile}),
+        draw,
+        pick,
         Launcher(greedy_kernel, {"num_warps": _WARPS["pick"], **blocks, **common}),
     )
 
 
-def _kernels_of(logits: Tensor, top_k: bool, nucleus: bool, block: int) -> tuple[Tensor, Variant, Kernels]:
+def _kernels_of(logits: Tensor, top_k: bool, nucleus: bool, min_p: bool, block: int) -> tuple[Tensor, Variant, Kernels]:
     """The logits with adjacent columns, and how to launch on them."""
     if logits.dtype not in _KEY_BITS:
         raise TypeError(f"logits of {logits.dtype}; give bfloat16, float16 or float32")
@@ -125,7 +139,7 @@ def _kernels_of(logits: Tensor, top_k: bool, nucleus: bool, block: int) -> tuple
         raise ValueError(f"a vocabulary of {logits.shape[1]}; the sums hold up to {(1 << (63 - int(MASS_BITS))) - 1}")
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     device = logits.device.index
-    variant = Variant(logits.dtype, logits.shape[1], logits.stride(0), block, top_k, nucleus, device)
+    variant = Variant(logits.dtype, logits.shape[1], logits.stride(0), block, top_k, nucleus, min_p, device)
     kernels = _prepared.get(variant)
     if kernels is None:
         kernels = _prepared[variant] = _prepare(variant, device_of(logits).overlap)
@@ -143,7 +157,7 @@ def launch_greedy(logits: Tensor, block: int = BLOCK) -> Tensor:
     tokens = _scratch(rows, logits.device)
     if rows == 0:
         return tokens
-    logits, variant, kernels = _kernels_of(logits, False, False, block)
+    logits, variant, kernels = _kernels_of(logits, False, False, False, block)
     blocks = variant.blocks
     peaks = _scratch(rows * blocks, logits.device)
     kernels.scan((blocks, rows, 1), (logits, peaks, peaks, variant.vocab, variant.stride, blocks, 0))
@@ -159,25 +173,31 @@ def launch_sampled(
     positions: Tensor,
     top_k: bool,
     nucleus: bool,
+    min_p: bool,
     block: int = BLOCK,
 ) -> Tensor:
-    """See `choice.choose_sampled`; `block` is a power of two."""
+    """See `choice.choose_sampled`; `block` is a power of two, 4096 at most."""
     rows = logits.shape[0]
     tokens = _scratch(rows, logits.device)
     if rows == 0:
         return tokens
-    logits, variant, kernels = _kernels_of(logits, top_k, nucleus, block)
+    logits, variant, kernels = _kernels_of(logits, top_k, nucleus, min_p, block)
     blocks = variant.blocks
+    slots, positions = slots.contiguous(), positions.contiguous()
+    widths = reals.stride(0), integers.stride(0)
+    grid, tables = (blocks, rows, 1), (reals, integers, slots, positions)
+    if not variant.filtered:
+        peaks, draws = _scratch(2 * rows * blocks, logits.device).chunk(2)
+        shape = variant.vocab, variant.stride, blocks
+        kernels.draw(grid, (logits, peaks, draws, *tables, *shape, *widths))
+        kernels.pick((rows, 1, 1), (logits, peaks, draws, *tables, tokens, *shape, *widths))
+        return tokens
     sizes = rows * blocks, rows * variant.sums, rows * 4 * blocks
     peaks, sums, draws = _scratch(sum(sizes), logits.device).split(sizes)
-    slots, positions = slots.contiguous(), positions.contiguous()
     shape = variant.vocab, variant.stride, blocks, variant.sums
-    widths = reals.stride(0), integers.stride(0)
-    grid = blocks, rows, 1
     kernels.scan(grid, (logits, peaks, sums, *shape))
     for digit in kernels.digits:
         digit(grid, (logits, peaks, sums, reals, integers, slots, *shape, *widths))
-    kernels.draw(grid, (logits, peaks, sums, draws, reals, integers, slots, positions, *shape, *widths))
-    arguments = logits, peaks, sums, draws, reals, integers, slots, positions, tokens, *shape, *widths
-    kernels.pick((rows, 1, 1), arguments)
+    kernels.draw(grid, (logits, peaks, sums, draws, *tables, *shape, *widths))
+    kernels.pick((rows, 1, 1), (logits, peaks, sums, draws, *tables, tokens, *shape, *widths))
     return tokens
