@@ -158,20 +158,18 @@ def _shaken(key, ids):  # type: ignore[no-untyped-def]
 def check_rough() -> None:
     """Tokens do not depend on how good rough noise is, nor on rough distances."""
     sampling._scratch = _poisoned
-    batch = random_batch(4, 6, 150, torch.bfloat16)
-    batch.reals[:, 0] = 1.0
+    rows = torch.arange(16)
+    logits = torch.randn(16, 150, generator=torch.Generator().manual_seed(0))
+    reals, integers = tables([{"temperature": 1.0, "top_k": 60, "seed": row} for row in range(16)])
+    batch = Batch(logits, reals, integers, rows, rows)
     for top_k, module in ((True, kernels), (False, kernels), (False, unfiltered_kernels)):
         plan = top_k, False, module is kernels
         exact = sampling.launch_sampled(*batch, *plan, block=64)
         with patch.object(module, "ROUGH", tl.constexpr(0.5)), patch.object(module, "rough_gumbel", _shaken):
             assert torch.equal(sampling.launch_sampled(*batch, *plan, block=64), exact)
     # At temperatures with no inverse in float32.
-    temperatures = [3e-42, 1e-38, 1.0, 1e38]
-    reals, integers = tables([{"temperature": temperature} for temperature in temperatures])
-    rows = torch.arange(len(temperatures))
-    logits = torch.randn(len(rows), 70, generator=torch.Generator().manual_seed(0))
-    logits *= torch.tensor([1e-42, 1e-38, 1.0, 1e38])[:, None]
-    batch = Batch(logits, reals, integers, rows, rows)
+    reals[:, 0] = torch.tensor([3e-42, 1e-38, 1.0, 1e38]).repeat(4)
+    batch = batch._replace(logits=logits[:, :70] * reals[:, :1])
     tokens = sampling.launch_sampled(*batch, False, False, False, block=32)
     assert torch.equal(sampling.launch_sampled(*batch, False, False, True, block=32), tokens)
     # Blocks in which all tokens are as good as each other, or none can be chosen.

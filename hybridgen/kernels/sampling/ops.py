@@ -1,6 +1,6 @@
 """Triton: choose a token per row without sorting the vocabulary. What the ops promise: `hybridgen.sampling.choice`.
 
-A row is cut into blocks of 1024 tokens, one program each; the kernels run one after another over all rows:
+A row is cut into blocks of 2048 tokens, one program each; the kernels run one after another over all rows:
 
 1. `scan_kernel` finds each block's largest logit; the row's is a temperature's reference and what greedy rows take.
 2. `digit_kernel` finds an edge by radix selection (as `torch.topk` does, by digits of 4 bits): the logit's bits, in an
@@ -13,10 +13,13 @@ A row is cut into blocks of 1024 tokens, one program each; the kernels run one a
 4. `pick_kernel` computes exact noise for the tokens found, and takes the best. Greedy batches go from 1 to
    `greedy_kernel`.
 
+Where no row has top-k, top-p or min-p, `draw_unfiltered_kernel` does the work of 1 and 3 in one pass over the logits,
+and `pick_unfiltered_kernel` follows.
+
 | batch | launches |
 |---|---|
-| greedy | 2 |
-| temperature, min-p | 3 |
+| greedy, temperature | 2 |
+| min-p | 3 |
 | with top-k or with top-p | 3 + digits |
 | with both | 3 + 2 * digits |
 
@@ -40,7 +43,7 @@ from hybridgen.kernels.sampling.arithmetic import MASS_BITS, RADIX
 from hybridgen.kernels.sampling.kernels import digit_kernel, draw_kernel, greedy_kernel, pick_kernel, scan_kernel
 from hybridgen.kernels.sampling.unfiltered_kernels import draw_unfiltered_kernel, pick_unfiltered_kernel
 
-BLOCK = 1024
+BLOCK = 2048
 """Tokens of a program. No result depends on it."""
 _WARPS = {"scan": 4, "digit": 16, "draw": 4, "draw unfiltered": 4, "pick": 4}
 """Per program. With 16, two programs of `digit_kernel` fit a multiprocessor's registers, so that the next one loads its
