@@ -53,10 +53,13 @@ def run_requests(
         EngineError: the engine was closed, or its device failed, before all had ended.
     """
     try:
-        loop.submit(requests, patient=len(requests) > 1)
-        if streamer is not None:
+        if streamer is None:
+            loop.start(requests, patient=len(requests) > 1)
+        else:
+            loop.submit(requests)
             _attach_streamer(requests[0], streamer)
-        loop.step()  # the device gets to work before there is a bar, which takes 0.2 ms to make
+            loop.step()
+        # Behind the first launch: to make a bar takes 0.1 ms.
         with tqdm(total=len(requests), desc="generate", unit="request", delay=1, disable=no_bar) as bar:
             active = list(requests)
             while True:
