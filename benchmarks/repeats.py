@@ -2,9 +2,9 @@
 
 A race between a kernel's threads shows in few calls of thousands. Each call runs again and again in a CUDA graph, into
 new memory, and every bit of what it gives is compared with the first call's: products with quantised weights by format
-and rows, experts in MXFP4, decode attention over keys and values in 8 bits with and without the step's own, attention
-by a schedule, the projections of a few rows, routers, and whole steps of the persistent kernel for one row and of the
-chain (those of the kernel for several columns are in `rows.py`).
+and rows, those in 16 bits by cublasLt, experts in MXFP4, decode attention over keys and values in 8 bits with and
+without the step's own, attention by a schedule, the projections of a few rows, routers, and whole steps of the
+persistent kernel for one row and of the chain (those of the kernel for several columns are in `rows.py`).
 
     python benchmarks/repeats.py [--times 3000] [--only experts attention] [--output repeats.json]
     python benchmarks/repeats.py --smoke          # twice, tiny, on the CPU: checks the script
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ import torch
 from common import provenance, random_decoder, release, this_device, write
 from torch import Tensor
 
+from hybridgen.execution.products import by_cublaslt
 from hybridgen.kernels.attention.ops import Options, decode_attention
 from hybridgen.kernels.linear.experts_form import RouteForm
 from hybridgen.kernels.linear.route import route
 from hybridgen.kernels.step.linear import few_rows
 from hybridgen.models.decoder import Decoder
 
-KINDS = ("products", "experts", "attention", "scheduled", "projections", "routers", "one row", "chain")
+KINDS = ("products", "cublaslt", "experts", "attention", "scheduled", "projections", "routers", "one row", "chain")
 _IN_A_GRAPH = 10
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -48,6 +50,21 @@ def products(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str
             for rows in (1, 8, 64):
                 x = torch.randn(rows, shape.inputs, device=device).to(dtype)
                 yield f"{shape.name} {name}, {rows} rows", partial(quantised.product, weight, x)
+
+
+def cublaslt(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
+    """Products as steps have them that multiply by cublasLt; a CPU has one library."""
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        with nullcontext() if device == "cpu" else by_cublaslt():
+            return torch.mm(x, weight.t())
+
+    shapes = [quantised.Shape("tiny", 96, 256)] if smoke else [quantised.SHAPES[0], quantised.SHAPES[3]]
+    for shape in shapes:
+        weight = torch.randn(shape.outputs, shape.inputs, device=device).to(dtype)
+        for rows in (24, 32, 56, 64, 96, 128, 160, 192, 208):
+            x = torch.randn(rows, shape.inputs, device=device).to(dtype)
+            yield f"{shape.name}, {rows} rows", partial(multiply, x, weight)
 
 
 def chosen_experts(device: str, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Call]]:
@@ -158,7 +175,11 @@ def chain(device: str, dtype: torch.dtype, smoke: bool, shapes: Sequence[str] = 
 
 
 CASES = dict(
-    zip(KINDS, (products, chosen_experts, decode, scheduled, projections, routers, one_row, chain), strict=True)
+    zip(
+        KINDS,
+        (products, cublaslt, chosen_experts, decode, scheduled, projections, routers, one_row, chain),
+        strict=True,
+    )
 )
 
 

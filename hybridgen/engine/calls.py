@@ -59,17 +59,15 @@ def run_requests(
             loop.submit(requests)
             _attach_streamer(requests[0], streamer)
             loop.step()
-        # Behind the first launch: to make a bar takes 0.1 ms.
+        # The bar comes behind the first launch, since the device waits while it is made.
         with tqdm(total=len(requests), desc="generate", unit="request", delay=1, disable=no_bar) as bar:
-            active = list(requests)
-            while True:
-                while active and active[-1].completion is not None:
-                    active.pop()
-                if not active:
-                    break
+            active = [request for request in requests if request.completion is None]
+            while active:
                 if not bar.disable:
                     bar.update(_complete(requests) - bar.n)
                 loop.step()
+                while active and active[-1].completion is not None:
+                    active.pop()
             bar.update(len(requests) - bar.n)
         end_call()
     except KeyboardInterrupt:

@@ -197,16 +197,17 @@ def twin(model: M) -> M:
     return found.model
 
 
-_USUAL = frozenset(vars(nn.Module())) | _NOT_FOLLOWED
-"""Attributes that are not compared: tables that every module has, which are looked into, and what is not followed."""
+_USUAL = (frozenset(vars(nn.Module())) | _NOT_FOLLOWED) - {"_forward_hooks", "_forward_pre_hooks"}
+"""Attributes that are not compared: what is not followed, and tables that every module has, which are looked into.
+Tables of hooks are compared: somebody may take them out for a while and put them back."""
 
 
 class _Seen:
     """What an owner's modules without hooks were like at the last look, in lists that are compared at once.
 
     Every call pays for a look. Its time is that of reading objects which lie anywhere in memory, half a millisecond for
-    a model of 32 layers, so it reads as few as it can. Hooks are looked for only where torch has made a handle of one
-    since. That a storage has gone is not looked for either: Python tells.
+    a model of 32 layers, so it reads as few as it can. Tables of hooks are looked into only where torch has made a
+    handle of a hook since. That a storage has gone is not looked for either: Python tells.
     """
 
     def __init__(self, modules: list[nn.Module], configs: list[Any]) -> None:

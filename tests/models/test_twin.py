@@ -249,6 +249,21 @@ def test_what_was_seen_before_an_error_is_told_after_it() -> None:
     assert found.follow().moved == ("model.embed_tokens.weight",)
 
 
+def test_hooks_that_were_taken_out_for_a_while_are_called_again() -> None:
+    model = families.build("llama")
+    found = followed(model)
+    norm = model.model.norm
+    norm.register_forward_hook(lambda module, args, out: out * 2)
+    assert found.follow().hooked == (norm,)
+    hooks, norm._forward_hooks = norm._forward_hooks, type(norm._forward_hooks)()
+    assert found.follow().hooked == ()
+    assert found.follow().hooked == ()
+    norm._forward_hooks = hooks  # torch makes no new handle
+    assert found.follow().hooked == (norm,)
+    with torch.no_grad():
+        assert torch.equal(found.model(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
 def test_hooks_are_called_from_the_next_look_on_and_can_remove_themselves() -> None:
     model = families.build("llama")
     found, calls = followed(model), []
